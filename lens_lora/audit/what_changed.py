@@ -283,7 +283,11 @@ class WhatChanged(OfSites, Paged):
         Args:
             k: how many, of the 20 that are kept.
             context: how many tokens are shown on either side.
+
+        Raises:
+            ArgumentError: a k or context that is no whole number, or below 0.
         """
+        width = whole("context", context, 0)
         rows: list[dict[str, Any]] = []
         for place, (text, t) in enumerate(self.found.places.tolist()[: whole("k", k, 0)]):
             tokens = self.str_tokens[text]
@@ -298,7 +302,7 @@ class WhatChanged(OfSites, Paged):
                 "text": text,
                 "position": t,
                 "token": tokens[t],
-                "context": context_of(tokens, t, context),
+                "context": context_of(tokens, t, width),
                 "kl": float(self.found.kl[text, t]),
                 "promoted": ", ".join(rising),
             }
@@ -331,10 +335,14 @@ class WhatChanged(OfSites, Paged):
         Returns:
             For each group its share of all that the texts promote (above 0), its tokens, and the
             text that promotes it most.
+
+        Raises:
+            ArgumentError: an n below 1 or a k below 0, or one that is no whole number.
         """
         from sklearn.decomposition import NMF  # it takes a second to import
 
         groups = min(whole("n", n, 1), len(self.str_tokens))
+        count = whole("k", k, 0)
         texts, moved = self.found.text_ids.shape
         rows = np.repeat(np.arange(texts), moved)
         columns = self.found.text_ids.flatten().numpy()
@@ -349,7 +357,7 @@ class WhatChanged(OfSites, Paged):
         shares = text_weights.sum(0) * token_weights.sum(1) / max(promoted.sum(), 1e-300)
         found: list[dict[str, Any]] = []
         for group, share in enumerate(shares):
-            heaviest = token_weights[group].argsort()[::-1][:k]
+            heaviest = token_weights[group].argsort()[::-1][:count]
             text = int(text_weights[:, group].argmax())
             row = {
                 "share": share,

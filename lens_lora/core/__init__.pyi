@@ -111,6 +111,7 @@ from .results.tokens import ranked_tokens as ranked_tokens
 
 # isort: split
 # --- Sites, their groups and hook points.
+from .model.gates import gates_of_rows as gates_of_rows
 from .model.gates import name_of_scale as name_of_scale
 from .model.sites import AXES as AXES
 from .model.sites import OUTSIDE_KINDS as OUTSIDE_KINDS

@@ -244,6 +244,8 @@ def _prompt_of(lens: LoraLens, prompt: object) -> Prompts:
 
 def _place(tokens: Sequence[str], placeholder: str) -> int:
     """The position of the last token that contains the placeholder."""
+    if not isinstance(placeholder, str) or not placeholder:
+        raise ArgumentError(f"placeholder={placeholder!r}: expected text that a token contains.")
     places = [i for i, token in enumerate(tokens) if placeholder in token]
     if not places or places[-1] == 0:
         raise ArgumentError(

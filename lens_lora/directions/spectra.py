@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
 from lens_lora.core import (
     Adapter,
@@ -222,12 +223,16 @@ class AdapterSummary(Result):
 
         Args:
             k: the number of rows; None for all.
+
+        Raises:
+            ArgumentError: a k that is no whole number, or below 0.
         """
+        count = None if k is None else whole("k", k, 0)
 
         def unknown_last(row: Spectrum) -> float:
             return math.inf if math.isnan(row.norm) else -row.norm
 
-        return tuple(sorted(self.rows, key=unknown_last)[:k])
+        return tuple(sorted(self.rows, key=unknown_last)[:count])
 
     def to_frame(self) -> pd.DataFrame:
         """One row per module or site."""

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora._version import __version__
+from lens_lora.arguments import whole
 
 # Up to which share of Σ|link| nodes are shown at first.
 _SHOWN_SHARE = 0.8
@@ -95,14 +96,18 @@ def graph_of(edges: EdgesOfPrompt, slug: str, k: int | None) -> dict[str, Any]:
         edges: the prompt's edges.
         slug: what the graph is called.
         k: how many of the strongest edges; None for all that are not zero.
+
+    Raises:
+        ArgumentError: a k that is no whole number, or below 0.
     """
+    count = None if k is None else whole("k", k, 0)
     last = len(edges.tokens) - 1
     n_layers = _layer_count(edges.readers)
     readout = _Node(edges.readout, False, str(n_layers + 1), 0, last)
     nodes = {readout.node_id: readout}
     links: list[_Link] = []
     through: dict[str, float] = {}
-    for row, column, position, value in _strongest(edges, k):
+    for row, column, position, value in _strongest(edges, count):
         writer = _writer_node(edges, row, n_layers, position)
         nodes[writer.node_id] = writer
         if column == len(edges.readers) - 1:

@@ -111,7 +111,7 @@ class FeatureWrites(OfSites):
             prompt: an index; without it, the mean over prompts.
 
         Raises:
-            ArgumentError: no such prompt.
+            ArgumentError: no such prompt, or a k that is no whole number, or below 1.
         """
         return drawing.figure(self, k, prompt)
 

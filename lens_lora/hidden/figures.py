@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lens_lora.arguments import whole
 from lens_lora.core import asked_of, drawing, layer_order, only_prompt, prompt_rows
 from lens_lora.hidden.activation_shift import ActivationShift
 from lens_lora.hidden.activations import Activations
@@ -120,7 +121,8 @@ def constant_part_figure(constant: ConstantPart) -> go.Figure:
 def writes_figure(writes: FeatureWrites, k: int = 20, prompt: int | None = None) -> go.Figure:
     """Site × feature, of the k features that some site writes most."""
     values = writes.of_prompt(prompt)
-    most_written = values.abs().amax(0).topk(min(k, values.shape[1]))
+    count = min(whole("k", k, 1), values.shape[1])
+    most_written = values.abs().amax(0).topk(count)
     chosen = most_written.indices.tolist()
     x = names_axis(chosen, "feature")
     y = names_axis(site.name for site in writes.sites)
@@ -184,7 +186,7 @@ def _features_by_position(
     # A prompt of one token has no other position to choose by.
     first = min(1, len(tokens) - 1)
     sizes = values[:, first : len(tokens)].abs().nan_to_num(0.0).amax(1)
-    top = sizes.topk(min(k, len(sizes)))
+    top = sizes.topk(min(whole("k", k, 1), len(sizes)))
     chosen = top.indices.tolist()[::-1]
     x = figures.tokens_axis(tokens)
     y = names_axis(f"feature {feature}" for feature in chosen)

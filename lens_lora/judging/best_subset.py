@@ -137,7 +137,7 @@ class BestSubset(Measured):
         """
         if count is None and len(self.counts) == 1:
             return 0
-        if count not in self.counts:
+        if count is None or whole("count", count) not in self.counts:
             raise ArgumentError(f"count={count}: expected one of {self.counts}.")
         return self.counts.index(count)
 

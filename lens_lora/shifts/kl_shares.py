@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.arguments import word
+from lens_lora.arguments import numbers_of, word
 from lens_lora.core import (
     Attribution,
     Drawn,
@@ -276,7 +276,8 @@ def kl_shares(
         NumericsError: non-finite derivatives, naming the site.
     """
     axes = by_axes(by)
-    if not all(0 < scale < 1 for scale in scales):
+    given_scales = numbers_of("scales", scales)
+    if not all(0 < scale < 1 for scale in given_scales):
         raise ArgumentError(f"scales={scales!r}: expected strengths between 0 and 1.")
     if kernel is not None:
         word("kernel", kernel, get_args(_Kernel))
@@ -295,7 +296,7 @@ def kl_shares(
     g = Evaluations(f.read_by(readout, held(readout, reading, base)))
     # D(0) = 0 by definition.
     g.know(0.0, torch.zeros(reading.batch, dtype=lens.gate_dtype, device=lens.device))
-    strengths = [*sorted(scales), 1.0]
+    strengths = [*sorted(given_scales), 1.0]
     divergence = g.along(strengths).T
     midpoint = g.slopes(0.5)
     gram = _gram(g, base.softmax(-1), groups) if groups else None

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
 from lens_lora.core import (
     AnswerLike,
@@ -126,13 +127,14 @@ class TokenShifts(Described, Drawn):
             prompt: an index; without it, of all prompts.
 
         Raises:
-            ArgumentError: no such prompt.
+            ArgumentError: no such prompt, or a k that is no whole number, or below 0.
         """
+        count = whole("k", k, 0)
         frame = self.to_frame()
         if prompt is not None:
             frame = frame[frame["prompt"] == only_prompt(prompt, len(self.response))]
         largest_first = frame["kl_base_to_adapted"].argsort()[::-1]
-        order = largest_first[:k]
+        order = largest_first[:count]
         return frame.iloc[order].reset_index(drop=True)
 
     def plot_text(self, prompt: int | None = None) -> drawing.Figure:
@@ -183,12 +185,12 @@ def token_shifts(
         TokenError, PromptError: a response or prompt that does not fit the model.
         NumericsError: non-finite logits.
     """
-    is_pair = isinstance(between, tuple) and len(between) == 2
-    if not isinstance(k, int) or k < 1 or not is_pair:
-        raise ArgumentError(f"k={k!r}, between={between!r}: expected at least 1, and two settings.")
+    count = whole("k", k, 1)
+    if not isinstance(between, tuple) or len(between) != 2:
+        raise ArgumentError(f"between={between!r}: expected two settings of the gates.")
     g = lens.function(prompts, AnswerLogProb(response))
-    first = lens.gates(between[0])
-    second = lens.gates(between[1])
+    first = _one_setting(lens, between[0])
+    second = _one_setting(lens, between[1])
     read = g.require_one_response()
     by_prompt: list[_Moved] = []
     for prompt in range(read.batch):
@@ -197,7 +199,7 @@ def token_shifts(
         base = one.logits(first)[0]
         adapted = one.logits(second)[0]
         ids = read.tokens[read.owner == prompt].to(base.device)
-        by_prompt.append(_moved(base, adapted, ids, k))
+        by_prompt.append(_moved(base, adapted, ids, count))
     numbers = _padded(by_prompt)
     changed = torch.cat([numbers["promoted_ids"], numbers["suppressed_ids"]])
     return TokenShifts(
@@ -216,6 +218,21 @@ def token_shifts(
         str_tokens=lens.str_tokens(g.prompts),
         meta=lens.describe(g.prompts),
     )
+
+
+def _one_setting(lens: LoraLens, scale: Scale) -> Float[Tensor, " site"]:
+    """The gates of one setting.
+
+    Raises:
+        ArgumentError: those of several points.
+    """
+    gates = lens.gates(scale)
+    if gates.ndim > 1:
+        raise ArgumentError(
+            f"between holds gates of shape {tuple(gates.shape)}; expected two settings, each a "
+            "number, a gate per site, or {site name or glob: number}."
+        )
+    return gates
 
 
 class _Moved(NamedTuple):

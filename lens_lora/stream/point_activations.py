@@ -19,6 +19,7 @@ from lens_lora.core import (
     PromptsLike,
     Recording,
     Scale,
+    gates_of_rows,
     require_finite,
 )
 from lens_lora.texts.batches import by_length
@@ -81,10 +82,10 @@ def activations_at(
         lens: the adapter over the model.
         rows: the texts.
         names: hook points by name, glob or predicate.
-        scales: the gates of each run.
+        scales: the gates of each run: of all texts, or [text, site], those of each.
 
     Raises:
-        SiteError: a hook point that the model lacks.
+        SiteError: a hook point that the model lacks; gates of another number of texts.
         ModelStateError: a point named in full that never fires, or holds no activations by
             position; globs that match no other.
         NumericsError: an activation that is not finite.
@@ -93,10 +94,15 @@ def activations_at(
     named = lens.points(names).computed()
     in_full = named.in_full
     points = named.wanted
+    gates_of_runs = [gates_of_rows(lens.gates(scale), rows.batch) for scale in scales]
     is_first = True
     for index, batch in by_length(rows, f.passes.tokens_at_once()):
         passes = f.of_rows(batch).passes
-        runs = [passes.record(points, scale, in_full) for scale in scales]
+        runs: list[Recording] = []
+        for gates in gates_of_runs:
+            # Texts are not run in the order in which they were given.
+            gates_of_batch = gates if gates.ndim == 1 else gates[index]
+            runs.append(passes.record(points, gates_of_batch, in_full))
         if is_first:
             # The first batch shows which of the points that globs match hold activations.
             points = named.fired(runs[0].firings)

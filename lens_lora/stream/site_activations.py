@@ -29,6 +29,7 @@ from lens_lora.core import (
     Prompts,
     ScaleInject,
     SiteUpdate,
+    gates_of_rows,
     require_finite,
 )
 from lens_lora.errors import ModelStateError, UnsupportedAdapterError
@@ -97,14 +98,16 @@ def site_activations(
 
     Args:
         f: the function, whose rows are run; its lens is in the gauge whose coordinates are meant.
-        gates: of all rows, or of each.
+        gates: those of all rows, or of each.
         sites: their indices.
         ranks: how many coordinates each has, from `activation_ranks`.
 
     Raises:
         ModelStateError: a site's hook did not fire, or the heads of one have inputs of their own.
         NumericsError: non-finite activations.
+        SiteError: gates of another number of rows.
     """
+    gates = gates_of_rows(gates, f.rows.batch)
     step = f.passes.rows_at_once(logits=False)
     seen: list[Seen] = []
     for first in range(0, f.rows.batch, step):

@@ -21,6 +21,7 @@ from lens_lora.core.model import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
+RESPONSE = ll.AnswerLogProb(torch.tensor([5, 9]))
 TOKENS = models.tokens()
 EXACT = 1e-9
 DERIVATIVE = 1e-6  # of differences
@@ -524,6 +525,32 @@ def test_the_noise_of_a_sum_is_what_planted_rounding_does(
         (lambda g, f: g.curvature(1.0, torch.ones(2, 14)), "ArgumentError", "several points"),
         (lambda g, f: g.noise([]), "ArgumentError", "0 coefficients"),
         (lambda g, f: g.noise([1, -1], at=[1]), "ArgumentError", "2 coefficients and 1 strengths"),
+        (lambda g, f: g.only([1, 0]), "ArgumentError", "in increasing order, each once, of 2"),
+        (lambda g, f: g.only([0, 0]), "ArgumentError", "in increasing order, each once, of 2"),
+        (lambda g, f: g.only([-1]), "ArgumentError", "expected at least 0"),
+        (lambda g, f: g.only([True]), "ArgumentError", "expected a whole number"),
+        (lambda g, f: g.only([2]), "ArgumentError", "of 2 prompts"),
+        (lambda g, f: g.only([]), "ArgumentError", "of 2 prompts"),
+        (
+            lambda g, f: g.each_prompt(torch.ones(1, 3, 14)),
+            "ArgumentError",
+            r"shape \(1, 3, 14\) for 2 prompts and 14 sites",
+        ),
+        (lambda g, f: g.each_prompt(torch.ones(1, 1, 14)), "ArgumentError", "for 2 prompts"),
+        (lambda g, f: g.each_prompt(torch.ones(2, 14)), "ArgumentError", "for 2 prompts"),
+        (lambda g, f: g.each_prompt(torch.ones(1, 2, 13)), "SiteError", "13 gates for 14"),
+        (
+            lambda g, f: g.each_prompt(torch.full((1, 2, 14), torch.nan)),
+            "ArgumentError",
+            "NaN or infinite",
+        ),
+        (lambda g, f: g.slopes(torch.ones(0, 14)), "ArgumentError", "gates of no point"),
+        (lambda g, f: g.logits(torch.ones(0, 14)), "ArgumentError", "gates of no point"),
+        (lambda g, f: g.curvature(torch.ones(0, 14)), "ArgumentError", "gates of no point"),
+        (lambda g, f: g.slopes(torch.ones(2, 14), weights=[1, 2]), "ArgumentError", "a tensor"),
+        (lambda g, f: g.about(RESPONSE).slopes_of_tokens([2]), "ArgumentError", "from 0 to 1"),
+        (lambda g, f: g.about(RESPONSE).slopes_of_tokens([-1]), "ArgumentError", "at least 0"),
+        (lambda g, f: g.about(RESPONSE).slopes_of_tokens([]), "ArgumentError", "at least one"),
         (lambda g, f: g.about("margin"), "ArgumentError", "is not a readout"),
         (lambda g, f: g.about(lambda x: x), "ArgumentError", "expected one number a row"),
     ],

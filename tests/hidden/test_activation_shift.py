@@ -57,6 +57,20 @@ def lens_of(flags: str = "raw") -> ll.LoraLens:
     return cases.case("llama", CLASSES[0], flags).lens
 
 
+@pytest.mark.parametrize("bound", [None, 3e4])
+def test_each_text_has_the_gates_that_were_given_for_it(bound: float | None):
+    """Texts are run the longest first, and within a bound a few at a time."""
+    lens = lens_of()
+    rows = ll.results.Prompts(models.tokens(batch=3), torch.tensor([3, 7, 5]))
+    own_gates = torch.rand(3, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
+    shift = ll.activation_shift(lens.within(bound), rows, MIDDLE, scale=own_gates)
+    for text, length in enumerate(rows.lengths.tolist()):
+        row = rows.tokens[text : text + 1, :length]
+        alone = ll.activation_shift(lens, row, MIDDLE, scale=own_gates[text])
+        difference = shift.values[MIDDLE][text, :length] - alone.values[MIDDLE][0]
+        assert difference.abs().max() < TINY
+
+
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_shift_and_reading_are_hugging_face_s(family: str, cls: str, flags: str):
     """Token by token and in the mean; the reading from γ, ‖h(0)‖ and the head of the base."""

@@ -7,8 +7,10 @@ id, NaN or a list in place of a number is none.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from every_result import every_result
 from results_by_hand import two_prompts
 
 import lens_lora as ll
@@ -257,6 +260,40 @@ def test_gates(lens: ll.LoraLens, scale: Any):
     assert torch.equal(lens.logits(TOKENS, scale), lens.logits(TOKENS))
 
 
+BY_ROW: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
+    "logits": lambda lens, gates: lens.logits(TOKENS, gates),
+    "generate": lambda lens, gates: lens.generate(TOKENS, 2, gates, progress=False),
+    "activations": lambda lens, gates: ll.activations(lens, TOKENS, scale=gates),
+    "activation_shift": lambda lens, gates: ll.activation_shift(
+        lens, TOKENS, "blocks.0.hook_resid_post", scale=gates
+    ),
+    "contrast": lambda lens, gates: ll.contrast(
+        lens, TOKENS, TOKENS.roll(1, 1), "blocks.0.hook_resid_post", scale=gates
+    ),
+    "tangents": lambda lens, gates: ll.tangents(lens, TOKENS, scale=gates),
+    "feature_shift": lambda lens, gates: ll.feature_shift(
+        lens, TOKENS, torch.eye(16)[:2], "blocks.0.hook_resid_post", scale=gates
+    ),
+}
+
+
+@pytest.mark.parametrize("call", BY_ROW.values(), ids=BY_ROW)
+def test_gates_of_other_rows_than_there_are(lens: ll.LoraLens, call: Callable[..., Any]):
+    call(lens, torch.ones(2, 14))
+    with pytest.raises(ll.errors.SiteError, match="gates of 3 .*, and there are 2"):
+        call(lens, torch.ones(3, 14))
+    with pytest.raises(ll.errors.ArgumentError, match="gates of no point"):
+        call(lens, torch.ones(0, 14))
+
+
+def test_gates_of_other_rows_within_a_block_and_a_list(lens: ll.LoraLens):
+    gates = torch.ones(3, 14)
+    with pytest.raises(ll.errors.SiteError, match="gates of 3 rows"), lens.applied(gates) as model:
+        model(TOKENS)
+    with pytest.raises(ll.errors.SiteError, match="gates of 3 rows"):
+        lens.model.run_with_hooks(TOKENS, fwd_hooks=lens.fwd_hooks(gates))
+
+
 def test_gates_that_are_not_finite_are_named(lens: ll.LoraLens):
     with pytest.raises(ll.errors.ArgumentError, match="a gate is NaN or infinite"):
         lens.logits(TOKENS, torch.full((14,), NAN))
@@ -321,6 +358,42 @@ def test_whole_numbers(lens: ll.LoraLens, name: str, value: Any):
         COUNTS[name](lens, value)
 
 
+HOW_MANY = ("k", "n", "context", "count")
+# What such a method may not do without.
+NEEDED: dict[str, Callable[[Any, Path], Any]] = {
+    "site": lambda result, folder: result.sites[0].name,
+    "finding": lambda result, folder: result.findings[0],
+    "path": lambda result, folder: folder / "file.json",
+    "prompt": lambda result, folder: 0,
+    "name": lambda result, folder: "blocks.0.hook_resid_post",
+}
+
+
+def counted_methods(result: object) -> list[tuple[str, str]]:
+    """The public methods that take how many of something are shown, with the argument's name."""
+    found: list[tuple[str, str]] = []
+    for name, member in inspect.getmembers(type(result), callable):
+        if not name.startswith("_"):
+            for argument in inspect.signature(member).parameters:
+                if argument in HOW_MANY:
+                    found.append((name, argument))
+    return found
+
+
+@pytest.mark.parametrize("result", every_result(), ids=lambda result: type(result).__name__)
+def test_how_many_are_shown_is_a_whole_number(result: Any, tmp_path: Path):
+    for name, argument in counted_methods(result):
+        method = getattr(result, name)
+        given: dict[str, Any] = {}
+        for parameter in inspect.signature(method).parameters.values():
+            has_site = parameter.name != "site" or result.sites
+            if parameter.name in NEEDED and has_site:
+                given[parameter.name] = NEEDED[parameter.name](result, tmp_path)
+        for value in (-1, True, 2.5, "2", [2]):
+            with pytest.raises(ll.errors.ArgumentError, match=f"{argument}[= ]"):
+                method(**{**given, argument: value})
+
+
 def test_whole_numbers_of_numpy_and_torch(lens: ll.LoraLens):
     expected = two_prompts().top(2, prompt=1)
     for one, two in ((np.int64(1), np.uint8(2)), (torch.tensor(1), torch.tensor(2))):
@@ -358,6 +431,22 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
     "a group of numbers": (
         lambda lens: ll.coupling(lens, TOKENS, MARGIN, group={"a": [3]}), "3 names no site"),
     "sites": (lambda lens: ll.patch_sites(lens, TOKENS, MARGIN, sites=[3]), "3 names no site"),
+    "sites of a number": (
+        lambda lens: ll.patch_sites(lens, TOKENS, MARGIN, sites=0), "sites=0"),
+    "sites of a truth": (lambda lens: ll.activations(lens, TOKENS, sites=False), "sites=False"),
+    "scales of kl_shares": (lambda lens: ll.kl_shares(lens, TOKENS, scales=0.5), "scales=0.5"),
+    "no scales": (lambda lens: ll.kl_shares(lens, TOKENS, scales=None), "scales=None"),
+    "a placeholder": (
+        lambda lens: ll.patchscope(
+            lens, torch.ones(16), "blocks.1.hook_resid_pre", prompt="w5 w6", placeholder=""),
+        "placeholder=''"),
+    "k of token_shifts": (lambda lens: ll.token_shifts(lens, TOKENS, [5], k=True), "k=True"),
+    "between what": (
+        lambda lens: ll.token_shifts(lens, TOKENS, [5], between=0.5), "between=0.5"),
+    "between many points": (
+        lambda lens: ll.token_shifts(
+            lens, TOKENS, torch.tensor([5]), between=(0.0, torch.ones(2, 14))),
+        r"between holds gates of shape \(2, 14\)"),
     "direction": (
         lambda lens: ll.patch_activations(lens, TOKENS, MARGIN, "*", direction=["x"]),
         "direction="),

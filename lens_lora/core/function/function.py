@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
@@ -39,7 +40,7 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from lens_lora.arguments import number, numbers_of
+from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import Temporary
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.function import (
@@ -232,9 +233,18 @@ class Function:
             gates: those of each prompt, at every point.
 
         Raises:
+            ArgumentError: gates of another shape, NaN or infinite.
+            SiteError: another number of sites.
             NumericsError: a readout that is not finite.
         """
-        by_prompt = gates.movedim(1, 0)
+        finite = self.lens.gates(gates)
+        if finite.ndim != 3 or finite.shape[1] != self.reading.batch:
+            raise ArgumentError(
+                f"gates of shape {tuple(gates.shape)} for {self.reading.batch} prompts and "
+                f"{len(self.lens.sites)} sites",
+                remedy="give [point, prompt, site]; gates of all prompts go to g(gates).",
+            )
+        by_prompt = finite.movedim(1, 0)
         values = many_gates.gated_readout(
             self.lens, self.reading, by_prompt, progress=self.progress
         )
@@ -374,11 +384,18 @@ class Function:
             at: the gates at which the derivative is taken, one point.
 
         Raises:
-            ArgumentError: a readout of something else than one response for each prompt.
+            ArgumentError: a readout of something else than one response for each prompt; no token,
+                or one beyond the longest response.
             NumericsError: a derivative that is not finite, naming the site.
         """
-        self.require_one_response()
-        chosen = list(tokens)
+        response = self.require_one_response()
+        # Where responses differ in length, a token beyond one's own has slope 0 there.
+        longest = 1 if response.slots is None else int(response.slots.max()) + 1
+        chosen = [whole("tokens", token, 0) for token in tokens]
+        if not chosen or max(chosen) >= longest:
+            raise ArgumentError(
+                f"tokens={chosen}: expected indices from 0 to {longest - 1}, at least one."
+            )
 
         def values() -> Float[Tensor, "token row"]:
             return forward.differentiable_tokens(self.lens, self.reading)[:, chosen].T
@@ -660,15 +677,30 @@ class Function:
         return groups
 
     def only(self, prompts: Sequence[int]) -> Function:
-        """The same function of some of the prompts, in increasing order.
+        """The same function of some of the prompts.
 
         A readout of your own may read all prompts together; such a function keeps them all.
 
         Args:
-            prompts: their indices.
+            prompts: their indices, each once and in increasing order.
+
+        Raises:
+            ArgumentError: no index, one twice or out of order, or one of no prompt.
         """
-        reading = self.reading.only(torch.tensor(list(prompts)))
+        prompts = self._increasing_prompts(prompts)
+        reading = self.reading.only(torch.tensor(prompts))
         return self if reading is self.reading else self._of(prompts, reading)
+
+    def _increasing_prompts(self, prompts: Sequence[int]) -> list[int]:
+        """The indices of some prompts, checked: rows and prompts would be mispaired otherwise."""
+        indices = [whole("prompts", index, 0) for index in prompts]
+        is_increasing = all(first < second for first, second in itertools.pairwise(indices))
+        if not indices or not is_increasing or indices[-1] >= self.reading.batch:
+            raise ArgumentError(
+                f"prompts={indices}: expected indices in increasing order, each once, of "
+                f"{self.reading.batch} prompts."
+            )
+        return indices
 
     def _of(self, prompts: Sequence[int], reading: Reading) -> Function:
         chosen = self.prompts.chosen(prompts)

@@ -33,6 +33,7 @@ from lens_lora.core.function.exclusive import OverALens, exclusive
 from lens_lora.core.function.rerun import blocks_rerun
 from lens_lora.core.function.tangents import JointInject
 from lens_lora.core.model import Inject, LoraLens, Scale, ScaleInject
+from lens_lora.core.model.gates import gates_of_rows
 from lens_lora.core.readout import Prompts, Reading
 
 Under = AbstractContextManager[object] | None
@@ -210,15 +211,16 @@ class OwnPasses:
         unembedded, unless a hook is on the unembedding.
 
         Args:
-            direction: v, as gates are given.
-            at: the gates at which the derivative is taken.
+            direction: v, as gates are given; or [row, site], that of each row.
+            at: the gates at which the derivative is taken; or those of each row.
             under: what holds during the pass and no longer: the hooks.
 
         Raises:
+            SiteError: gates or directions of another number of rows.
             ModelStateError: the model has an operation without a forward-mode derivative.
         """
-        gates = self.lens.gates(at)
-        direction_of_gates = self.lens.gates(direction)
+        gates = gates_of_rows(self.lens.gates(at), self.rows.batch)
+        direction_of_gates = gates_of_rows(self.lens.gates(direction), self.rows.batch)
         with dual_forward():
             dual = JointInject(self.lens, gates, direction_of_gates)
             with self.lens.injected(dual), _entered(under):
@@ -232,12 +234,13 @@ class OwnPasses:
 
         Args:
             points: their names.
-            at: the gates.
+            at: the gates of all rows, or [row, site], those of each.
             in_full: those that must hold activations with the batch as first axis; others that
                 hold something else are left out. Without it, all must.
 
         Raises:
             ModelStateError: a point that must hold such activations, and does not.
+            SiteError: gates of another number of rows.
         """
         return recording.record(self.lens, self.rows, at, points, in_full)
 

@@ -13,11 +13,12 @@ from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.core.function import forward, memory
 from lens_lora.core.model import HookFn, LoraLens, Scale, attached
+from lens_lora.core.model.gates import gates_of_rows
 from lens_lora.core.readout import Prompts
 from lens_lora.errors import ModelStateError
 
@@ -47,23 +48,26 @@ def record(
     Args:
         lens: the adapter over the model.
         prompts: the rows.
-        scale: the gates.
+        scale: the gates of all rows, or [row, site], those of each.
         names: hook points.
         in_full: those that must hold activations with the batch as first axis; others of `names`
             that hold something else are left out. Without it, all must.
 
     Raises:
         ModelStateError: a point that must hold such activations, and does not.
+        SiteError: gates of another number of rows.
     """
     points = list(names)
     required = set(points if in_full is None else in_full)
+    gates = gates_of_rows(lens.gates(scale), prompts.batch)
     step = memory.rows_of_pass(lens, prompts) or prompts.batch
     if step >= prompts.batch:
-        return _recorded_in_pass(lens, prompts, scale, points, required)
+        return _recorded_in_pass(lens, prompts, gates, points, required)
     parts: list[Recording] = []
     for start in range(0, prompts.batch, step):
         group = prompts.cut(start, start + step)
-        parts.append(_recorded_in_pass(lens, group, scale, points, required))
+        gates_of_group = gates if gates.ndim == 1 else gates[start : start + step]
+        parts.append(_recorded_in_pass(lens, group, gates_of_group, points, required))
     return _joined(parts, step)
 
 
@@ -80,7 +84,11 @@ def _joined(parts: Sequence[Recording], rows: int) -> Recording:
 
 
 def _recorded_in_pass(
-    lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str], required: Container[str]
+    lens: LoraLens,
+    prompts: Prompts,
+    gates: Float[Tensor, "*row site"],
+    names: Sequence[str],
+    required: Container[str],
 ) -> Recording:
     recording = Recording({}, {})
     block = -1
@@ -105,7 +113,7 @@ def _recorded_in_pass(
         hooks.append((lens.host.block_input(layer), functools.partial(enter_block, layer)))
     for name in names:
         hooks.append((name, functools.partial(keep, name)))
-    with torch.no_grad(), lens.adapted(scale), attached(lens.model, hooks):
+    with torch.no_grad(), lens.adapted(gates), attached(lens.model, hooks):
         forward.read_logits(lens, prompts)
     return recording
 

@@ -53,6 +53,10 @@ def weighted_slopes(
     Raises:
         ArgumentError: another number of weights than of points, or slopes by token.
     """
+    if not isinstance(weights, Tensor):
+        raise ArgumentError(
+            f"weights are a {type(weights).__name__}", remedy="give a tensor, one for each point."
+        )
     if weights.shape != points.shape[:1] or "token" in axes:
         raise ArgumentError(
             f"{tuple(weights.shape)} weights of {len(points)} points, by={axes!r}",

@@ -30,7 +30,8 @@ def gates_of(
 
     Raises:
         SiteError: a name that matches no site, or a tensor without one gate per site.
-        ArgumentError: what is no number, tensor or mapping; NaN, infinity, a truth value.
+        ArgumentError: what is no number, tensor or mapping; NaN, infinity, a truth value; a tensor
+            that holds no gate.
     """
     if isinstance(scale, Mapping):
         by_site = match_sites(sites, scale)
@@ -39,6 +40,10 @@ def gates_of(
         gates = _number(scale, dtype).repeat(len(sites))
     elif scale.shape[-1] != len(sites):
         raise SiteError(f"{scale.shape[-1]} gates for {len(sites)} sites: pass one per site.")
+    elif not scale.numel():
+        raise ArgumentError(
+            f"gates of no point, of shape {tuple(scale.shape)}; give at least one gate per site."
+        )
     else:
         gates = _real(scale).to(dtype)
     # Within a `torch.func` transform the values are not known.
@@ -46,6 +51,42 @@ def gates_of(
         # With NaN a HookedTransformer would drop the attention and return finite logits.
         raise ArgumentError("a gate is NaN or infinite; expected finite numbers.")
     return gates
+
+
+def gates_of_rows(gates: Float[Tensor, "*row site"], rows: int) -> Float[Tensor, "*row site"]:
+    """The gates of all rows, [site], or of each of so many rows, [row, site].
+
+    Args:
+        gates: those that a caller gave.
+        rows: how many rows there are.
+
+    Raises:
+        SiteError: gates of another number of rows.
+    """
+    if gates.ndim == 1:
+        return gates
+    by_row = gates.flatten(0, -2)
+    if len(by_row) == 1:
+        return by_row[0]
+    require_gates_of_rows(len(by_row), rows)
+    return by_row
+
+
+def require_gates_of_rows(given: int, rows: int) -> None:
+    """Refuse gates of another number of rows than there are.
+
+    Args:
+        given: of how many rows gates were given.
+        rows: how many there are.
+
+    Raises:
+        SiteError: the two differ.
+    """
+    if given != rows:
+        raise SiteError(
+            f"gates of {given} rows, and there are {rows}",
+            remedy="pass one gate per site, or for each row one gate per site.",
+        )
 
 
 def _number(value: object, dtype: torch.dtype) -> Float[Tensor, ""]:

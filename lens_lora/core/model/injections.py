@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lens_lora.compat import edits_of, is_wrapped
 from lens_lora.core.model import hooks
-from lens_lora.core.model.gates import Scale
+from lens_lora.core.model.gates import Scale, require_gates_of_rows
 from lens_lora.core.model.hooks import HookFn
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.plan import AS_ONE, Injection, Plan
@@ -79,8 +79,11 @@ class ScaleInject:
             return None
         injection = self._injections[index]
         u = injection.map.coordinates(z)
-        gates = self._on(injection.map.device)
-        return injection.map.added(out, u, injection.gate(gates))
+        gate = injection.gate(self._on(injection.map.device))
+        # What all rows share, such as the embedding of a position, has a single row of u.
+        if gate.numel() not in (1, len(u), len(out)):
+            require_gates_of_rows(gate.numel(), len(out))
+        return injection.map.added(out, u, gate)
 
     def _on(self, device: torch.device) -> Tensor:
         """The gates, copied once to each other device, where an edit would not be seen."""

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.core.adapter.peft_read import PREFIX
-from lens_lora.errors import ArgumentError, ModelStateError, SiteError, first_few
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError, first_few, setting
 from lens_lora.families import NORM_KINDS
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
@@ -175,6 +175,10 @@ def chosen_sites(sites: Sequence[Site], names: str | Sequence[str] | None) -> tu
     """The indices of the sites that these names or globs match, in order; of all sites for None."""
     if names is None:
         return tuple(range(len(sites)))
+    if not isinstance(names, Iterable):
+        raise SiteError(
+            f"{setting('sites', names)}: expected site names or globs, or None for all."
+        )
     patterns = [names] if isinstance(names, str) else list(names)
     if not patterns:
         raise SiteError("sites=[] chooses nothing; give site names or globs, or None for all.")
