@@ -7,45 +7,37 @@ A candidate is the same model
 - with another adapter: a stale or swapped one; DoRA without its magnitudes; q and k in another
   order of rows;
 - after other tokens: with a BOS or without one; a conversation in another template;
-- on another base: rounded to 8 or 4 bit.
+- over a base that is rounded to 8 or 4 bit, merged and then rounded, or computed in 16 bit.
 
-Each is run, and compared with what the server told.
-
-Cost: one forward pass of all texts for each candidate: about as many as the model has layers, and
-forty more.
+Which of them are run, and on which texts, is the business of `served_comparison`. There are about
+as many as the model has layers, and forty more.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lens_lora.core import Adapter, LoRAFactors, LoraLens, ModuleUpdate, Site
 from lens_lora.errors import LensLoraError
 from lens_lora.ship.completions import Messages
 from lens_lora.ship.served_measure import ServedTokens
+from lens_lora.ship.served_rows import ServedRow
+from lens_lora.ship.stored_weights import in_4_bit, in_8_bit, in_dtype, in_nf4, stored_as
 
 _ATTENTION = "attn"
 _MLP = "mlp"
 # Strengths that a mistake gives, and others that frame them.
 _STRENGTHS = {0.5: "half its strength", 2.0: "twice its strength (applied twice, or α doubled)"}
 _OTHER_STRENGTHS = (0.1, 0.25, 0.75, 1.5, 3.0, 4.0)
-# Blocks of weights that share a scale.
-_BLOCK = 32
-_NF4_BLOCK = 64
-# The values of a 4-bit normal float, as QLoRA defines them: quantiles of a normal distribution.
-_NF4 = (
-    *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
-    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
-)
 
 
 class Candidate(NamedTuple):
@@ -53,15 +45,15 @@ class Candidate(NamedTuple):
 
     Attributes:
         words: what it is, as the end of 'the server answers as …'.
-        log_p: computes its log p of every told token.
+        log_p: computes its log p of every token of these, by one forward pass.
     """
 
     words: str
-    log_p: Callable[[], Float[Tensor, " token"]]
+    log_p: Callable[[ServedTokens], Float[Tensor, " token"]]
 
 
 def candidates(tokens: ServedTokens, others: Sequence[Adapter]) -> Iterator[Candidate]:
-    """All candidates but those with a rounded base, the simplest first.
+    """All candidates but those of `rounded`, the likeliest first.
 
     Args:
         tokens: what the server told, over the lens of the adapter that it is to serve.
@@ -69,32 +61,47 @@ def candidates(tokens: ServedTokens, others: Sequence[Adapter]) -> Iterator[Cand
     """
     lens = tokens.lens
     seen = [lens.gates(1.0)]
-    for words, gates in _other_gates(lens):
-        if any(torch.equal(gates, known) for known in seen):
-            continue
-        seen.append(gates)
-        yield Candidate(words, _at(tokens, gates))
+
+    def new(
+        gates_of: Iterable[tuple[str, Float[Tensor, " site"]]],
+    ) -> Iterator[Candidate]:
+        """Those whose gates were no candidate's before."""
+        for words, gates in gates_of:
+            if any(torch.equal(gates, known) for known in seen):
+                continue
+            seen.append(gates)
+            yield Candidate(words, functools.partial(_at, gates))
+
+    yield from new(_likely_gates(lens))
     for words, adapter in _other_adapters(lens, others):
         yield from _with_adapter(tokens, words, adapter)
     yield from _other_beginnings(tokens)
     yield from _other_templates(tokens)
+    yield from new(_rarer_gates(lens))
 
 
-def _at(tokens: ServedTokens, gates: Float[Tensor, " site"]) -> Callable[[], Tensor]:
-    return lambda: tokens.at(gates)
+def _at(gates: Float[Tensor, " site"], tokens: ServedTokens) -> Float[Tensor, " token"]:
+    return tokens.at(gates)
 
 
 # --- Other gates
 
 
-def _other_gates(lens: LoraLens) -> Iterator[tuple[str, Float[Tensor, " site"]]]:
+def _likely_gates(lens: LoraLens) -> Iterator[tuple[str, Float[Tensor, " site"]]]:
+    """The base, a part of the model lost, and another strength."""
     yield "the base, without the adapter", lens.gates(0.0)
-    for words, lost in _lost_parts(lens.sites):
+    for words, lost in _lost_parts(lens.sites).items():
         yield f"the adapter without {words}", _without(lens, lost)
     for words, strengths in _misread_scales(lens):
         yield words, strengths
     for strength, words in _STRENGTHS.items():
         yield f"the adapter at {words}", lens.gates(strength)
+
+
+def _rarer_gates(lens: LoraLens) -> Iterator[tuple[str, Float[Tensor, " site"]]]:
+    """One kind of modules, one layer or all layers behind one lost; strengths that frame others."""
+    for words, lost in _lost_kinds_and_layers(lens.sites):
+        yield f"the adapter without {words}", _without(lens, lost)
     for strength in _OTHER_STRENGTHS:
         yield f"the adapter at {strength:g} of its strength", lens.gates(strength)
 
@@ -105,17 +112,22 @@ def _without(lens: LoraLens, lost: Sequence[int]) -> Float[Tensor, " site"]:
     return gates
 
 
-def _lost_parts(sites: Sequence[Site]) -> Iterator[tuple[str, list[int]]]:
-    """Sites that may be lost together: parts of the model, kinds, layers, and all behind one."""
+def _lost_parts(sites: Sequence[Site]) -> dict[str, list[int]]:
+    """The sites of each part of a model."""
     parts: dict[str, list[int]] = defaultdict(list)
+    for index, site in enumerate(sites):
+        parts[_part_of(site)].append(index)
+    return parts
+
+
+def _lost_kinds_and_layers(sites: Sequence[Site]) -> Iterator[tuple[str, list[int]]]:
+    """Sites that may be lost together: those of a kind, of a layer, and of all behind a layer."""
     kinds: dict[str, list[int]] = defaultdict(list)
     layers: dict[int, list[int]] = defaultdict(list)
     for index, site in enumerate(sites):
-        parts[_part_of(site)].append(index)
         kinds[site.kind].append(index)
         if site.name.startswith("blocks."):
             layers[site.layer].append(index)
-    yield from parts.items()
     for kind, indices in kinds.items():
         yield f"its {kind} modules", indices
     for layer, indices in layers.items():
@@ -212,7 +224,7 @@ def _with_adapter(
         other = tokens.lens.with_adapter(adapter, check=False)
     except LensLoraError:
         return
-    yield Candidate(words, lambda: tokens.of(other, other.gates(1.0)))
+    yield _in(other, words)
 
 
 # --- Other beginnings
@@ -223,15 +235,20 @@ def _other_beginnings(tokens: ServedTokens) -> Iterator[Candidate]:
     bos = getattr(getattr(tokens.lens.model, "tokenizer", None), "bos_token_id", None)
     if bos is None:
         return
-    rows = [row.ids for row in tokens.rows]
-    has_bos = all(row[0] == bos for row in rows)
-    longer = [[bos, *row] for row in rows]
+    has_bos = all(row.ids[0] == bos for row in tokens.rows)
     words = "the adapter after a second BOS" if has_bos else "the adapter after a BOS"
-    yield Candidate(words, lambda: tokens.behind(longer))
-    if has_bos:
-        shorter = [row[1:] for row in rows]
-        if all(shorter):
-            yield Candidate("the adapter without a BOS", lambda: tokens.behind(shorter))
+    yield Candidate(words, functools.partial(_behind, lambda row: [bos, *row.ids]))
+    if has_bos and all(len(row.ids) > 1 for row in tokens.rows):
+        yield Candidate(
+            "the adapter without a BOS", functools.partial(_behind, lambda row: row.ids[1:])
+        )
+
+
+def _behind(
+    ids_of: Callable[[ServedRow], list[int]], tokens: ServedTokens
+) -> Float[Tensor, " token"]:
+    """The log p of each token in rows that begin otherwise."""
+    return tokens.behind([ids_of(row) for row in tokens.rows])
 
 
 _CHATML = (
@@ -246,17 +263,19 @@ def _other_templates(tokens: ServedTokens) -> Iterator[Candidate]:
     if tokenizer is None or any(row.messages is None for row in tokens.rows):
         return
     readings: dict[str, Callable[[Messages], list[int]]] = {
-        "the adapter without a chat template": lambda messages: _plain_ids(tokenizer, messages),
-        "the adapter in the template without the assistant's turn": lambda messages: _template_ids(
-            tokenizer, messages, None
+        "the adapter without a chat template": functools.partial(_plain_ids, tokenizer),
+        "the adapter in the template without the assistant's turn": functools.partial(
+            _template_ids, tokenizer, None
         ),
-        "the adapter in the template ChatML": lambda messages: _template_ids(
-            tokenizer, messages, _CHATML
-        ),
+        "the adapter in the template ChatML": functools.partial(_template_ids, tokenizer, _CHATML),
     }
     for words, ids_of in readings.items():
-        rows = [[*ids_of(row.messages or ()), *row.generated] for row in tokens.rows]
-        yield Candidate(words, functools.partial(tokens.behind, rows))
+        row_of = functools.partial(_row_in_template, ids_of)
+        yield Candidate(words, functools.partial(_behind, row_of))
+
+
+def _row_in_template(ids_of: Callable[[Messages], list[int]], row: ServedRow) -> list[int]:
+    return [*ids_of(row.messages or ()), *row.generated]
 
 
 def _plain_ids(tokenizer: Any, messages: Messages) -> list[int]:
@@ -264,71 +283,62 @@ def _plain_ids(tokenizer: Any, messages: Messages) -> list[int]:
     return list(tokenizer(text)["input_ids"])
 
 
-def _template_ids(tokenizer: Any, messages: Messages, template: str | None) -> list[int]:
+def _template_ids(tokenizer: Any, template: str | None, messages: Messages) -> list[int]:
     ids = tokenizer.apply_chat_template(
         list(messages), chat_template=template, tokenize=True, return_dict=False
     )
     return list(ids)
 
 
-# --- Another base
+# --- Another base, and another precision
 
 
-def rounded_bases(tokens: ServedTokens) -> Iterator[Candidate]:
-    """The adapter over a base whose linear weights are rounded to 8 or 4 bit.
+def log_p_in(tokens: ServedTokens, dtype: str) -> Float[Tensor, " token"] | None:
+    """The adapted model's log p if it computes in 16 bit. One forward pass of a copy of the model.
 
-    A copy of the model is made for each.
+    How a server in that dtype rounds is another draw: its log p are as far from the exact ones,
+    and not the same.
+
+    Args:
+        tokens: as for `candidates`.
+        dtype: a key of IN_16_BIT.
+
+    Returns:
+        None if the model cannot be run so, or computes so as it is.
+    """
+    if IN_16_BIT[dtype] == tokens.lens.dtype:
+        return None
+    with contextlib.suppress(LensLoraError, RuntimeError, TypeError):
+        lens = in_dtype(tokens.lens, IN_16_BIT[dtype])
+        return tokens.of(lens, lens.gates(1.0))
+    return None
+
+
+def rounded(tokens: ServedTokens) -> Iterator[Candidate]:
+    """The adapter over a base in 8 or 4 bit, and merged and then rounded so.
+
+    Each is a dense change, laid over the base's weights.
 
     Args:
         tokens: as for `candidates`.
     """
-    kinds: dict[str, Callable[[Tensor], Tensor]] = {
-        "8 bit": _in_8_bit,
-        "4 bit (NF4)": _in_nf4,
-        "4 bit (blocks of 32)": _in_4_bit,
-    }
-    for words, rounding in kinds.items():
-        try:
-            lens = _over_rounded_base(tokens.lens, rounding)
-        except (LensLoraError, RuntimeError, TypeError):
-            return
-        yield Candidate(f"the adapter over a base in {words}", _adapted_by(tokens, lens))
+    for merged, how in ((False, _OVER), (True, _MERGED)):
+        for name, rounding in _ROUNDED.items():
+            with contextlib.suppress(LensLoraError):
+                adapter = stored_as(tokens.lens, rounding, merged=merged)
+                yield from _with_adapter(tokens, f"{how} {name}", adapter)
 
 
-def _adapted_by(tokens: ServedTokens, lens: LoraLens) -> Callable[[], Tensor]:
-    return lambda: tokens.of(lens, lens.gates(1.0))
+# From the finer to the coarser.
+IN_16_BIT = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_OVER = "the adapter over a base in"
+_MERGED = "the adapter merged, and then rounded to"
+_ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "8 bit": in_8_bit,
+    "4 bit (NF4)": in_nf4,
+    "4 bit (blocks of 32)": in_4_bit,
+}
 
 
-def _over_rounded_base(lens: LoraLens, rounding: Callable[[Tensor], Tensor]) -> LoraLens:
-    model: nn.Module = copy.deepcopy(lens.model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_linear = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-            if is_linear or (parameter.ndim == 3 and ".attn." in name):
-                parameter.copy_(rounding(parameter))
-    hf_model = None if lens.hf_model is None else copy.deepcopy(lens.hf_model)
-    # Without the check that would warn of a base that is not the adapter's: it is not.
-    return LoraLens(model, lens.adapter, hf_model, check=None, prepend_bos=lens.prepend_bos)
-
-
-def _in_8_bit(weight: Tensor) -> Tensor:
-    return _in_blocks(weight, _BLOCK, lambda block: (127 * block).round() / 127)
-
-
-def _in_4_bit(weight: Tensor) -> Tensor:
-    return _in_blocks(weight, _BLOCK, lambda block: (7 * block).round() / 7)
-
-
-def _in_nf4(weight: Tensor) -> Tensor:
-    levels = torch.tensor(_NF4).to(weight)
-    edges = (levels[1:] + levels[:-1]) / 2
-    return _in_blocks(weight, _NF4_BLOCK, lambda block: levels[torch.bucketize(block, edges)])
-
-
-def _in_blocks(weight: Tensor, size: int, rounding: Callable[[Tensor], Tensor]) -> Tensor:
-    """Round blocks of entries, each divided by its largest magnitude."""
-    flat = weight.flatten()
-    padded = nn.functional.pad(flat, (0, -len(flat) % size)).reshape(-1, size)
-    scale = padded.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    rounded = rounding(padded / scale) * scale
-    return rounded.flatten()[: len(flat)].reshape(weight.shape)
+def _in(lens: LoraLens, words: str) -> Candidate:
+    return Candidate(words, lambda tokens: tokens.of(lens, lens.gates(1.0)))

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.core import HookFn, LoraLens, Prompts, rounding_hooks
@@ -47,6 +47,24 @@ class ServedTokens:
         self._told = _padded([row.log_p for row in rows], math.nan).double()
         self._is_told = self._told.isfinite()
         self.served: Float[Tensor, " token"] = self._told[self._is_told]
+
+    def of_rows(self, rows: Sequence[int]) -> ServedTokens:
+        """The tokens of some rows alone.
+
+        Args:
+            rows: their numbers, in ascending order.
+        """
+        return ServedTokens(self.lens, [self.rows[row] for row in rows])
+
+    def in_rows(self, rows: Sequence[int]) -> Bool[Tensor, " token"]:
+        """Which of all tokens stand in these rows.
+
+        Args:
+            rows: their numbers.
+        """
+        of_row = torch.zeros(len(self.rows), 1, dtype=torch.bool)
+        of_row[list(rows)] = True
+        return of_row.expand_as(self._is_told)[self._is_told]
 
     def at(self, gates: Float[Tensor, " site"]) -> Float[Tensor, " token"]:
         """The log p of each token at these gates. One forward pass.

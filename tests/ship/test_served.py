@@ -31,6 +31,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import lens_lora as ll
 from lens_lora.errors import ArgumentError, ServerError
 from lens_lora.ship import served as served_module
+from lens_lora.ship import served_measure
+from lens_lora.ship.served_comparison import Comparison, ServedInstead
 from lens_lora.ship.server import Refused, Server
 
 QUIET = {"progress": False}
@@ -237,6 +239,18 @@ def over_rounded_base(bits: int) -> Callable[[Path], Engine]:
     return engine
 
 
+def merged_and_rounded(out: Path) -> Engine:
+    """PEFT's merge in blocks of 32 that share a scale, 4 bit."""
+    merged = adapted(out).merge_and_unload()
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            if "proj" in name:
+                blocks = parameter.reshape(-1, 32)
+                scale = blocks.abs().amax(1, keepdim=True) / 7
+                parameter.copy_(((blocks / scale).round() * scale).reshape(parameter.shape))
+    return Engine(merged, models.tokenizer())
+
+
 def rows_not_permuted(out: Path) -> Engine:
     """B of q and k as it is, over a base whose rows lie as in llama.cpp."""
     model = adapted(out)
@@ -285,9 +299,13 @@ FAULTS = {
     "a BOS in front": Fault("after a BOS", bos_in_front),
     "q and k not permuted": Fault("rows of q and k", rows_not_permuted),
     "4 bit base": Fault("base in 4 bit", over_rounded_base(4)),
+    "merged, then 4 bit": Fault("merged, and then rounded to 4 bit", merged_and_rounded),
     "8 bit base": Fault("base in 8 bit", over_rounded_base(8)),
 }
-QUICK = ("base", "q lost", "last layer lost", "α lost", "a BOS in front", "4 bit base")
+QUICK = (
+    *("base", "q lost", "last layer lost", "α lost", "a BOS in front", "4 bit base"),
+    "merged, then 4 bit",
+)
 
 
 def found(name: str, shipment, **options):
@@ -309,6 +327,16 @@ def test_every_fault_is_found_and_named(name: str, shipment):
     result = found(name, shipment)
     assert result.outcome == "failed", result.checks
     assert FAULTS[name].says in result.explanations[0].words, result.to_frame()
+
+
+def test_another_dtype_than_was_said(shipment):
+    """bfloat16 where float32 was said: its rounding is as large, so nothing is decided."""
+    out = shipment(family="llama")
+    engine = Engine(adapted(out, torch.bfloat16), models.tokenizer())
+    result = verified(lens_of(out), engine, dtype="float32")
+    check = of(result, "served as trained")
+    assert result.outcome == "undecided" and "bfloat16 rounds as much" in check.where
+    assert verified(lens_of(out), engine, dtype="bfloat16").outcome == "passed"
 
 
 def test_a_stale_adapter_is_named(shipment, tmp_path):
@@ -599,14 +627,36 @@ def test_a_url_that_is_none(url: str):
     assert "secret" not in str(raised.value)
 
 
+def test_passes_end_where_one_candidate_leaves_nothing(shipment, monkeypatch):
+    """The base is the first candidate: on 4 of 16 texts, and then on all, after three passes."""
+    passes: list[int] = []
+    of_rows = served_measure._log_probs
+
+    def counted(lens, gates, rows, hooks=()):
+        passes.append(len(rows))
+        return of_rows(lens, gates, rows, hooks)
+
+    monkeypatch.setattr(served_measure, "_log_probs", counted)
+    assert found("base", shipment).outcome == "failed"
+    assert passes == [16, 16, 16, 4, 16]
+
+
+def test_a_part_of_the_effect_is_no_pass_where_rounding_is_large():
+    """c of 0.6 is no rounding over 206 tokens, though the residual alone would be."""
+    near = ServedInstead("the adapter without its layer 4", 0.35)
+    for c, outcome in ((1.0, "passed"), (0.93, "passed"), (0.6, "undecided"), (1.4, "undecided")):
+        comparison = Comparison(c, 0.45, 0.18, 0.7, 206, 0.04, (near,), along_nearest=0.3)
+        assert served_module._served_check(comparison, "bfloat16").outcome == outcome
+
+
 def test_rounding_is_not_explained_by_a_candidate():
     """A candidate that takes a little of the rounding away is no explanation of it."""
-    near = served_module.ServedInstead("the adapter without its layer 4", 0.18)
+    near = ServedInstead("the adapter without its layer 4", 0.18)
     for residual, along, is_explained in (
         (0.21, 1.0, False),
         (0.40, 1.0, True),
         (0.40, 0.3, False),
         (0.90, 1.1, True),
     ):
-        comparison = served_module._Comparison(1.0, residual, 0.2, 0.7, 206, (near,), along)
+        comparison = Comparison(1.0, residual, 0.2, 0.7, 206, 0.0, (near,), along)
         assert comparison.is_explained == is_explained

@@ -1,0 +1,253 @@
+"""The adapted model whose linear weights are stored in another form, as an adapter over the base.
+
+With Q what storing makes of a weight, a linear map of the base becomes
+
+    Q(W) + ΔW        the adapter over a stored base
+    Q(W + ΔW)        merged, and then stored
+
+Either is W plus a dense change, so that it is laid over the base like any other adapter: the base's
+weights are not touched, and no copy of the model is made. Embeddings, head, norms and biases stay
+as the adapter has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lens_lora.core import (
+    Adapter,
+    Host,
+    LoRAFactors,
+    LoraLens,
+    ModuleUpdate,
+    NormUpdate,
+    dense_factors,
+    outside_layer,
+)
+from lens_lora.errors import LensLoraError, UnsupportedAdapterError
+
+Rounding = Callable[[Tensor], Tensor]
+
+# Kinds that stand outside the blocks, and are not rounded.
+_OUTSIDE = ("embed", "pos_embed", "unembed")
+# Blocks of weights that share a scale.
+_BLOCK = 32
+NF4_BLOCK = 64
+# The values of a 4-bit normal float, as QLoRA defines them: quantiles of a normal distribution.
+_NF4 = (
+    *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
+)
+
+
+class LinearWeight(NamedTuple):
+    """A linear map of a block.
+
+    Attributes:
+        W: the base's weight, as Hugging Face has it.
+        change: ΔW; None if the adapter does not change it.
+        bias_change: Δb; None if there is none.
+    """
+
+    W: Float[Tensor, "out in"]
+    change: Float[Tensor, "out in"] | None
+    bias_change: Float[Tensor, " out"] | None
+
+    def stored(self, rounding: Rounding, *, merged: bool) -> Float[Tensor, "out in"]:
+        """What the weight is after it was stored, less W; in float64.
+
+        Args:
+            rounding: what is stored of a weight; it is given float32, as converters compute in it.
+            merged: whether ΔW is added before.
+        """
+        W = self.W.detach().cpu().double()
+        change = torch.zeros_like(W) if self.change is None else self.change
+        if merged:
+            return rounding((W + change).float()).double() - W
+        return rounding(W.float()).double() + change - W
+
+
+def stored_as(lens: LoraLens, rounding: Rounding, *, merged: bool) -> Adapter:
+    """The adapter that makes of the base what is stored. No forward pass.
+
+    It holds a dense change of every linear map of the blocks: 4 bytes a weight.
+
+    Args:
+        lens: the adapter over its base.
+        rounding: what is stored of a weight [out, in].
+        merged: whether ΔW is added before a weight is stored, and not beside it.
+
+    Raises:
+        UnsupportedAdapterError: a model with stacks of experts.
+        ModelStateError: the base's own weights are quantised, or were processed and no base is at
+            hand.
+    """
+    weights = linear_weights(lens)
+    dtype = torch.promote_types(lens.dtype, torch.float32)
+    modules: dict[str, ModuleUpdate] = {}
+    for key, update in lens.adapter.modules.items():
+        if key.partition("@")[0] not in weights:
+            modules[key] = update
+    for path, linear in weights.items():
+        change = linear.stored(rounding, merged=merged).to(dtype)
+        bias_change = None if linear.bias_change is None else linear.bias_change.to(dtype)
+        modules[path] = dataclasses.replace(dense_factors(change), lora_bias=bias_change)
+    return Adapter(modules, name=lens.adapter.name, base_model=lens.adapter.base_model)
+
+
+def linear_weights(lens: LoraLens) -> dict[str, LinearWeight]:
+    """Every linear map of the blocks, by its path in the Hugging Face model. No forward pass.
+
+    Args:
+        lens: the adapter over its base.
+
+    Raises:
+        UnsupportedAdapterError, ModelStateError: as for `stored_as`.
+    """
+    stand_in = Adapter(dict(_stand_ins(lens.host)), name="weights")
+    changes = _changes(lens)
+    rows_of: dict[str, list[tuple[Tensor | None, LinearWeight]]] = defaultdict(list)
+    for every in lens.with_adapter(stand_in, check=False).updates:
+        site = every.site
+        W = lens.host.base_weight(site, "a form of its weights")
+        change = changes.get(site.name)
+        weight = None if change is None else change.weight
+        bias = None if change is None else change.bias
+        rows_of[site.path].append((site.rows, LinearWeight(W, weight, bias)))
+    return {path: _joined(parts) for path, parts in rows_of.items()}
+
+
+def _stand_ins(host: Host) -> Iterator[tuple[str, ModuleUpdate]]:
+    """An update that adds nothing for every linear map of the blocks."""
+    for path in host.family.linear_paths(host.n_layers):
+        place = host.family.place(path)
+        if place is None or any(kind in _OUTSIDE for kind in place.kinds):
+            continue
+        layer = place.layer
+        if layer is None:
+            layer = outside_layer(place.kinds[0], host.n_layers)
+        try:
+            shapes = [host.shape(layer, kind) for kind in place.kinds if host.ports(layer, kind)]
+            experts = host.experts(layer, place.kinds[0])
+        except LensLoraError:
+            # A module that this size of the family does not have.
+            continue
+        if experts:
+            raise UnsupportedAdapterError(
+                f"{path}: the weights of experts are stored in forms that are not made here",
+                remedy="compare exports of such a model by `lens-lora verify`.",
+            )
+        height = sum(out for out, _ in shapes)
+        width = shapes[0][1]
+        yield path, LoRAFactors(torch.zeros(1, width), torch.zeros(height, 1))
+
+
+class _Change(NamedTuple):
+    """ΔW and Δb of a site, in the Hugging Face basis."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None
+
+
+def _changes(lens: LoraLens) -> dict[str, _Change]:
+    """What the adapter changes at each site; the changes of several adapters are summed."""
+    changes: dict[str, _Change] = {}
+    for every in lens.updates:
+        update = every.update
+        if isinstance(update, NormUpdate) or update.experts:
+            continue
+        weight = update.scale * update.B.double().cpu() @ update.A.double().cpu()
+        bias = None if update.bias is None else update.bias.double().cpu()
+        name = every.site.name.partition("@")[0]
+        earlier = changes.get(name)
+        if earlier is not None:
+            weight = weight + earlier.weight
+            biases = [each for each in (earlier.bias, bias) if each is not None]
+            bias = torch.stack(biases).sum(0) if biases else None
+        changes[name] = _Change(weight, bias)
+    return changes
+
+
+def _joined(parts: Sequence[tuple[Tensor | None, LinearWeight]]) -> LinearWeight:
+    """The parts of a fused map as one, each with its own rows."""
+    if len(parts) == 1 and parts[0][0] is None:
+        return parts[0][1]
+    height = sum(len(part.W) for _, part in parts)
+    first = parts[0][1].W
+    W = first.new_zeros(height, first.shape[1])
+    change = torch.zeros(W.shape, dtype=torch.float64)
+    bias = torch.zeros(height, dtype=torch.float64)
+    for rows, part in parts:
+        assert rows is not None
+        W[rows] = part.W
+        if part.change is not None:
+            change[rows] = part.change
+        if part.bias_change is not None:
+            bias[rows] = part.bias_change
+    is_changed = any(part.change is not None for _, part in parts)
+    has_bias = any(part.bias_change is not None for _, part in parts)
+    return LinearWeight(W, change if is_changed else None, bias if has_bias else None)
+
+
+# --- Another precision
+
+
+def in_dtype(lens: LoraLens, dtype: torch.dtype) -> LoraLens:
+    """The adapter over a copy of the model that computes in another dtype.
+
+    Args:
+        lens: the adapter over its base.
+        dtype: of weights and activations.
+    """
+    # A hooked model would print that its dtype changes.
+    with contextlib.redirect_stdout(io.StringIO()):
+        model: nn.Module = copy.deepcopy(lens.model).to(dtype)
+    hf_model = lens.hf_model
+    if hf_model is not None:
+        hf_model = copy.deepcopy(hf_model).to(dtype)
+    # Without the check that would warn of a base that is not the adapter's: it is rounded.
+    return LoraLens(model, lens.adapter, hf_model, check=None, prepend_bos=lens.prepend_bos)
+
+
+# --- What storing makes of a weight
+
+
+def in_8_bit(weight: Tensor) -> Tensor:
+    """Blocks of 32 entries that share a scale, each entry in 8 bits, as Q8_0 of llama.cpp."""
+    return _in_blocks(weight, _BLOCK, lambda block: (127 * block).round() / 127)
+
+
+def in_4_bit(weight: Tensor) -> Tensor:
+    """Blocks of 32 entries that share a scale, each entry in 4 bits."""
+    return _in_blocks(weight, _BLOCK, lambda block: (7 * block).round() / 7)
+
+
+def in_nf4(weight: Tensor) -> Tensor:
+    """Blocks of 64 entries that share a scale, each entry a 4-bit normal float, as QLoRA has it."""
+    levels = torch.tensor(_NF4).to(weight)
+    edges = (levels[1:] + levels[:-1]) / 2
+    return _in_blocks(weight, NF4_BLOCK, lambda block: levels[torch.bucketize(block, edges)])
+
+
+def in_bfloat16(weight: Tensor) -> Tensor:
+    """Each entry in bfloat16."""
+    return weight.bfloat16().to(weight)
+
+
+def _in_blocks(weight: Tensor, size: int, rounding: Rounding) -> Tensor:
+    """Round blocks of entries, each divided by its largest magnitude."""
+    flat = weight.flatten()
+    padded = nn.functional.pad(flat, (0, -len(flat) % size)).reshape(-1, size)
+    scale = padded.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    rounded = rounding(padded / scale) * scale
+    return rounded.flatten()[: len(flat)].reshape(weight.shape)
