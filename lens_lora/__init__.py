@@ -43,6 +43,11 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     """The public name, imported from its module at its first use (PEP 562)."""
     if name not in (*__all__, *_MODULES):
+        from lens_lora.guesses import OF_PACKAGE
+
+        if name in OF_PACKAGE:
+            remedy = OF_PACKAGE[name]
+            raise AttributeError(f"module 'lens_lora' has no attribute {name!r}: {remedy}.")
         nearest = difflib.get_close_matches(name, __all__)
         remedy = f"the nearest are {', '.join(nearest)}" if nearest else "see dir(lens_lora)"
         # Who has a lens has this module; to import it here would be a circle within the package.

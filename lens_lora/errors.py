@@ -219,6 +219,10 @@ class ArgumentError(LensLoraError, ValueError):
     """An invalid value for an argument."""
 
 
+class CallError(LensLoraError, TypeError):
+    """Arguments that a function does not take, or one that is missing."""
+
+
 class AdapterError(LensLoraError, ValueError):
     """The adapter's files or factors are not what they claim to be."""
 

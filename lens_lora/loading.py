@@ -32,6 +32,7 @@ from lens_lora.families import listed_family
 from lens_lora.formats.folders import CONFIG
 from lens_lora.formats.live_layers import base_within
 from lens_lora.formats.tokenizers import OwnTokenizer, own_tokenizer, rows_brought
+from lens_lora.guesses import fitting
 from lens_lora.hosts.build import Kind, hooked_model
 from lens_lora.hosts.placement import Attention, DeviceMap, Placement
 from lens_lora.hosts.probe import Probe
@@ -170,6 +171,7 @@ def _options(how: Placement) -> dict[str, Any]:
 # --- A lens by name
 
 
+@fitting
 def load(
     model: str | Path | PreTrainedModel | PeftModel | None,
     adapter: str | Path | Adapter | None = None,

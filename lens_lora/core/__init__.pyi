@@ -80,6 +80,7 @@ from .results.base import Described as Described
 from .results.base import Drawn as Drawn
 from .results.base import Entries as Entries
 from .results.base import Measured as Measured
+from .results.base import OfMeasured as OfMeasured
 from .results.base import OfSites as OfSites
 from .results.base import Paged as Paged
 from .results.base import Pictured as Pictured

@@ -25,8 +25,8 @@ from torch import Tensor
 from lens_lora.core import (
     SIGMAS,
     Attribution,
-    Drawn,
     Evaluations,
+    OfMeasured,
     RemainderCurve,
     analysis,
     drawing,
@@ -40,7 +40,7 @@ from lens_lora.errors import ArgumentError
 
 
 @final
-class SecondOrder(Drawn):
+class SecondOrder(OfMeasured):
     """Second order at ε = 0 beside first order and the exact shift, in the readout's units.
 
     Attributes:
@@ -58,9 +58,9 @@ class SecondOrder(Drawn):
     curvature_noise: Float[Tensor, " batch"]
 
     @property
-    def shift(self) -> Float[Tensor, " batch"]:
-        """The exact shift, g(1) − g(0)."""
-        return self.first_order.shift
+    def measured(self) -> Attribution:
+        """First order, with the exact ends."""
+        return self.first_order
 
     @property
     def curvature(self) -> Float[Tensor, " batch"]:

@@ -48,6 +48,7 @@ from lens_lora.core import (
 )
 from lens_lora.edge_attribution.edges import Edges
 from lens_lora.errors import ArgumentError, warn
+from lens_lora.guesses import fitting
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -135,6 +136,7 @@ class Comparison(Read, Drawn):
         return pd.DataFrame(rows, index=index, columns=pd.Index(["mean", "low", "high"]))
 
 
+@fitting
 def compare(
     attribution: Attribution | Effects | Edges,
     effects: Attribution | Effects,

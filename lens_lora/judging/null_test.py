@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.core import Adapter, Attribution, Drawn, Function, analysis, flat, null_adapters
+from lens_lora.core import Adapter, Attribution, Function, OfMeasured, analysis, flat, null_adapters
 from lens_lora.judging.verdict import NullVerdict, null_verdict
 
 
 @final
-class NullTest(Drawn):
+class NullTest(OfMeasured):
     """An attribution beside those of adapters of the same sizes in random directions.
 
     `plot` is |a_l| of every site over the band of the draws, in the order of the forward pass.
@@ -54,6 +54,11 @@ class NullTest(Drawn):
     null_shift: Float[Tensor, "draw batch"]
     seed: int
     noise_floor: Float[Tensor, " batch"]
+
+    @property
+    def measured(self) -> Attribution:
+        """The attribution, with its exact ends."""
+        return self.observed
 
     @property
     def readout(self) -> str:

@@ -38,10 +38,10 @@ from lens_lora.compat import in_float64
 from lens_lora.core import (
     SIGMAS,
     Attribution,
-    Drawn,
     Effects,
     Function,
     How,
+    OfMeasured,
     analysis,
     flat,
     indicator,
@@ -62,7 +62,7 @@ _EffectsOf = Callable[[Bool[Tensor, " site"]], Float[Tensor, "batch some"]]
 
 
 @final
-class Reliability(Drawn):
+class Reliability(OfMeasured):
     """Each site's first-order number with what it misses, in the readout's units.
 
     `plot` is a_l against a_l + correction of a prompt's sites, the flagged ones apart.
@@ -85,6 +85,11 @@ class Reliability(Drawn):
     threshold: float
     material: Float[Tensor, " batch"]
     passes: Mapping[str, int]
+
+    @property
+    def measured(self) -> Attribution:
+        """The attribution, with its exact ends."""
+        return self.attribution
 
     @property
     def readout(self) -> str:

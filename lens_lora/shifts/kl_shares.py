@@ -38,12 +38,12 @@ from torch import Tensor
 from lens_lora.arguments import numbers_of, word
 from lens_lora.core import (
     Attribution,
-    Drawn,
     Evaluations,
     Function,
     Gauge,
     Groups,
     LoraLens,
+    OfMeasured,
     Prompts,
     PromptsLike,
     Shown,
@@ -93,7 +93,7 @@ class SharesVerdict:
 
 
 @final
-class KLShares(Drawn):
+class KLShares(OfMeasured):
     """The share of each site in the divergence of both distributions, to second order in ε.
 
     Attributes:
@@ -113,6 +113,11 @@ class KLShares(Drawn):
     midpoint: Float[Tensor, "batch site"]
     gram: Float[Tensor, "batch group group"] | None = None
     groups: Annotated[Groups, "group?"] = dataclasses.field(default_factory=dict)
+
+    @property
+    def measured(self) -> Attribution:
+        """The attribution, with its exact ends."""
+        return self.attribution
 
     @property
     def quadratic(self) -> Float[Tensor, " batch"]:

@@ -77,6 +77,16 @@ class TokenShifts(Described, Drawn):
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
 
     @property
+    def base(self) -> Float[Tensor, "batch token"]:
+        """The log p of each token at the first setting of the gates."""
+        return self.log_p[0]
+
+    @property
+    def adapted(self) -> Float[Tensor, "batch token"]:
+        """The log p of each token at the second setting of the gates."""
+        return self.log_p[1]
+
+    @property
     def shift(self) -> Float[Tensor, "batch token"]:
         """The shift of log p of each token, ℓ_t at the second setting minus ℓ_t at the first."""
         return self.log_p[1] - self.log_p[0]

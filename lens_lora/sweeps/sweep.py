@@ -31,6 +31,7 @@ from lens_lora.core import (
     require_readout,
 )
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
+from lens_lora.guesses import fitting
 from lens_lora.responses.answers import KL
 from lens_lora.runs.fingerprint import fingerprint, fingerprint_without_model, strings_of
 from lens_lora.runs.processes import Processes, launched
@@ -203,6 +204,7 @@ def sweep(
     readout: Readout | Make | None = None,
     **options: Unpack[_Options],
 ) -> SweepResult: ...
+@fitting
 def sweep(
     lens: LoraLens,
     records: RecordsLike,

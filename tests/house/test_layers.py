@@ -17,7 +17,7 @@ QUESTIONS = {
     *("two_adapters", "judging", "interaction", "banks", "sweeps", "ship"),
 }
 LAYERS = [
-    {"errors", "_version", "families", "registered"},
+    {"errors", "_version", "families", "registered", "guesses"},
     {"compat"},
     {"arguments"},
     {"core"},

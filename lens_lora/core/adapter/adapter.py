@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lens_lora import guesses
 from lens_lora.arguments import number, whole, word
 from lens_lora.core.adapter import extensions, peft_read
 from lens_lora.core.adapter.constants import constant_factors
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class Adapter(metaclass=guesses.OfAdapterClass):
     """Updates by Hugging Face module path, for example 'model.layers.0.self_attn.q_proj'.
 
     A sum of adapters holds 'path@name' for each part, so that their sites stay separate.
@@ -438,6 +439,12 @@ class Adapter:
             fact = f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter"
             raise ArgumentError(f"{fact} (from a folder: ll.load_adapter(path)).")
         return require_one_base([self, other], "two bases do not combine")
+
+    if not TYPE_CHECKING:  # A type checker would take every name for one of the adapter.
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuse a name that an adapter lacks, with what may be meant."""
+            return guesses.missing_attribute(self, name, guesses.OF_ADAPTER)
 
     def __len__(self) -> int:
         return len(self.modules)

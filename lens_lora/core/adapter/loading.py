@@ -16,11 +16,13 @@ from torch import nn
 from lens_lora.core.adapter import extensions, formats, peft_files, peft_read, peft_variants
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.errors import AdapterError, ArgumentError, located, setting
+from lens_lora.guesses import fitting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@fitting
 def load_adapter(
     path: str | Path,
     *,

@@ -32,11 +32,11 @@ from lens_lora.core.readout.prompts import PromptsLike
 from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.base import SIGMAS, Drawn, Reported, changes_sign, per_prompt
+from lens_lora.core.results.base import SIGMAS, OfMeasured, Reported, changes_sign, per_prompt
 
 
 @final
-class FactMargin(Drawn, Reported):
+class FactMargin(OfMeasured, Reported):
     """Does the document's fact overtake the pretrained one, where on the way, because of what?
 
     `plot` is the margin along ε, its first-order line, and the flip.
@@ -54,6 +54,11 @@ class FactMargin(Drawn, Reported):
     flip_scale: Float[Tensor, " batch"]
     doc: Annotated[tuple[str, ...], "batch"]
     pre: Annotated[tuple[str, ...], "batch"]
+
+    @property
+    def measured(self) -> Attribution:
+        """First order of the margin: `base` is m₀, and `adapted` is m."""
+        return self.attribution
 
     @property
     def m0(self) -> Float[Tensor, " batch"]:

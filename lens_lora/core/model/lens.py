@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora import errors
+from lens_lora import errors, guesses
 from lens_lora._version import versions
 from lens_lora.arguments import number, word
 from lens_lora.compat import (
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from lens_lora.core import Function
 
 
-class LoraLens:
+class LoraLens(metaclass=guesses.OfLensClass):
     """A LoRA adapter over a hooked model, exact up to the model's own rounding.
 
     The model is not changed: hooks are added at the start of a call and removed at its end.
@@ -306,6 +306,16 @@ class LoraLens:
     def hf_model(self) -> nn.Module | None:
         """The unprocessed Hugging Face base; None where the lens was made without it."""
         return self._hf_model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The hooked model's tokenizer; None of a model without one."""
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def cfg(self) -> Any:
+        """The hooked model's configuration, as TransformerLens has it."""
+        return self.model.cfg
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -762,6 +772,20 @@ class LoraLens:
                 raise self.not_finite(lambda: self.run(ready))
         return logits
 
+    def __call__(
+        self, prompts: PromptsLike, scale: Scale = 1.0
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """The logits of the adapted model, or of other gates: the same as `logits`.
+
+        Args:
+            prompts: as for `prompts`.
+            scale: as for `gates`; 0 for the base, 1 for the adapted model.
+
+        Raises:
+            NumericsError: non-finite logits.
+        """
+        return self.logits(prompts, scale)
+
     def not_finite(self, run: Callable[[], object]) -> errors.NumericsError:
         """The error of a pass whose logits are not finite. One forward pass.
 
@@ -912,6 +936,12 @@ class LoraLens:
         }
         given = {name: text for name, text in where_there.items() if text}
         return {**always, **given, **versions()}
+
+    if not TYPE_CHECKING:  # A type checker would take every name for one of the lens.
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuse a name that a lens lacks, with what may be meant."""
+            return guesses.missing_attribute(self, name, guesses.OF_LENS)
 
     def __repr__(self) -> str:
         layers = errors.many(len({site.layer for site in self.sites}), "layer")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from traceback import clear_frames
 from typing import Any, ParamSpec, TypeVar
 
@@ -37,6 +37,7 @@ from lens_lora.errors import (
     OutOfMemoryError,
     named,
 )
+from lens_lora.guesses import require_fitting
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -45,13 +46,15 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorate a function whose first argument is a lens, or a method of a lens."""
-    first_parameter = next(iter(inspect.signature(call).parameters))
+    signature = inspect.signature(call)
+    first_parameter = next(iter(signature.parameters))
 
     @functools.wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         lens: Any = kwargs.get("lens", args[0] if args else None)
         if first_parameter == "lens" and (args or "lens" in kwargs):
-            _require_lens(lens)
+            _require_lens(lens, args, call.__name__)
+        require_fitting(call.__name__, signature, args, kwargs)
         others = open_spans()
         span = Temporary(functools.partial(_prepare, lens))
         # Twice, as an interrupt may come while the first one closes what the call has opened.
@@ -81,12 +84,14 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-def _require_lens(lens: object) -> None:
+def _require_lens(lens: object, args: Sequence[object], name: str) -> None:
     """Refuse what is no lens, such as an adapter or the model, before anything is asked of it."""
-    if not hasattr(lens, "plan"):
-        raise ArgumentError(
-            f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
-        )
+    if hasattr(lens, "plan"):
+        return
+    fact = f"the lens is a {type(lens).__name__}"
+    if any(hasattr(other, "plan") for other in args[1:]):
+        raise ArgumentError(fact, remedy=f"it comes first: {name}(lens, …).")
+    raise ArgumentError(fact, remedy="make one: ll.LoraLens(model, adapter).")
 
 
 def require_own_hooks(laid_by: object | None, adapter: str) -> None:

@@ -225,13 +225,37 @@ def require_readout(value: object) -> Readout:
     """
     if isinstance(value, Readout):
         return value
+    raise ArgumentError(f"{_shown(value)} is not a readout: {_meant_readout(value)}.")
+
+
+def _shown(value: object) -> str:
+    """A value as an error names it: of a function or a class its name."""
+    name = getattr(value, "__name__", None)
+    return repr(value) if name is None else str(name)
+
+
+def _meant_readout(value: object) -> str:
+    """The readout that may be meant by something else, as one writes it."""
+    if isinstance(value, type) and issubclass(value, Readout):
+        return f"it is the class; make one, ll.{value.__name__}(…)"
     if callable(value):
-        remedy = "a function goes in ll.Readout.of(fn)."
-    elif isinstance(value, str | int):
-        remedy = f"for a token's logit, ll.Logit({value!r})."
-    else:
-        remedy = "use ll.Logit, ll.Margin, ll.LogProb, or ll.Readout.of(fn)."
-    raise ArgumentError(f"{value!r} is not a readout: {remedy}")
+        return "a function of the logits goes in ll.Readout.of(fn)"
+    if _is_token(value):
+        return (
+            f"ll.LogProb({value!r}) reads the log-probability of this answer, and "
+            f"ll.Logit({value!r}) its logit; ll.Margin compares two answers, and "
+            "ll.Readout.of(fn) is whatever you compute"
+        )
+    if isinstance(value, list | tuple) and value and all(map(_is_token, value)):
+        if len(value) == 2:
+            pair = ", ".join(map(repr, value))
+            return f"ll.Margin({pair}) reads the one answer's logit minus the other's"
+        return f"a list of readouts is [ll.LogProb({value[0]!r}), …]"
+    return "use ll.LogProb, ll.Margin, ll.Logit, or ll.Readout.of(fn)"
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, str) or arguments.is_whole(value)
 
 
 def listed_readouts(readouts: object) -> list[Readout]:
@@ -245,11 +269,12 @@ def listed_readouts(readouts: object) -> list[Readout]:
     """
     if isinstance(readouts, Readout):
         return [readouts]
-    if isinstance(readouts, str) or not isinstance(readouts, Sequence) or not readouts:
-        raise ArgumentError(
-            f"readout={readouts!r}: expected a readout, such as ll.Logit(' Paris'), or a list of "
-            "at least one."
-        )
+    if isinstance(readouts, str) or not isinstance(readouts, Sequence):
+        return [require_readout(readouts)]
+    if not readouts:
+        raise ArgumentError(f"readout={readouts!r}: expected a readout, or a list of at least one.")
+    if all(map(_is_token, readouts)):
+        return [require_readout(readouts)]
     return [require_readout(each) for each in readouts]
 
 

@@ -28,6 +28,7 @@ from lens_lora.core.results.base import Entries, Evaluated, Ranked, Reported
 from lens_lora.core.results.drawing import TokenView
 from lens_lora.core.results.storage import stored
 from lens_lora.errors import ArgumentError
+from lens_lora.guesses import fitting
 
 Axis = Literal["position", "head", "expert", "rank", "token"]
 # What a picture shows: the parts along an axis, or whole sites.
@@ -183,6 +184,7 @@ class Attribution(Ranked, Reported):
         """|g(1) − g(0) − Σ_l c_l|: zero for an exact path integral."""
         return self.remainder.abs()
 
+    @fitting
     def sum(self, group: Literal["site", "layer", "kind"]) -> pd.DataFrame:
         """The values summed by site, layer or kind of module: a row a group, a column a prompt.
 

@@ -21,10 +21,20 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import difflib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    cast,
+    runtime_checkable,
+)
 
 import numpy as np
 import pandas as pd
@@ -33,14 +43,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from lens_lora.arguments import whole
+from lens_lora import guesses
+from lens_lora.arguments import is_whole, whole
 from lens_lora.core.model.lens import LoraLens
 from lens_lora.core.model.sites import Groups, Site
 from lens_lora.core.readout.responses import Generated
 from lens_lora.core.results import drawing
 from lens_lora.core.results.axes import Axes
 from lens_lora.core.results.storage import read_result, save_result, stored
-from lens_lora.errors import ArgumentError, LensLoraError
+from lens_lora.errors import ArgumentError, LensLoraError, SiteError
 
 # A difference of at most so many noise floors cannot be told from rounding.
 SIGMAS = 3.0
@@ -92,6 +103,56 @@ class Result(abc.ABC):
             fact = f"holds {name}, expected {cls.__name__}"
             raise LensLoraError(f"{path}: {fact}; load it with {name}.load, or ll.load_result.")
         return result
+
+    def __len__(self) -> int:
+        """The rows of the table."""
+        return len(self.to_frame())
+
+    def __bool__(self) -> bool:
+        """True, also where the table has no row."""
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rows of the table, each {column: entry}.
+
+        So `list(result)` lists them, and `pd.DataFrame(result)` is `result.to_frame()`.
+        """
+        return iter(rows_of(self.to_frame()))
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        """A part of the table: `result[0]`, `result["value"]`, `result["blocks.3.mlp.down"]`.
+
+        Args:
+            key: the number of a row, or a slice of them; the name of a column; or a label (of a
+                site, a module, a group …), for the rows that have it.
+
+        Raises:
+            IndexError: no such row.
+            SiteError: neither a column nor a label; names the nearest.
+            ArgumentError: anything else.
+        """
+        return part_of_table(self.to_frame(), key)
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """The values, in float64, as `np.asarray(result)` reads them."""
+        values = vars(self).get("values")
+        if not isinstance(values, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} is no single array; take result.to_frame().to_numpy(), or "
+                "one of its tensors."
+            )
+        array = np.ascontiguousarray(values.detach().cpu().double().numpy())
+        data = array.data.cast("B")
+        return {"version": 3, "typestr": array.dtype.str, "shape": array.shape, "data": data}
+
+    if not TYPE_CHECKING:  # A type checker would take every name for one of the result.
+
+        def __getattr__(self, name: str) -> Any:
+            """Another spelling of a method, or a refusal with what may be meant."""
+            if name in guesses.SPELLINGS:
+                return getattr(self, guesses.SPELLINGS[name])
+            return guesses.missing_attribute(self, name, guesses.OF_RESULT)
 
     def __repr__(self) -> str:
         return drawing.text(self)
@@ -235,6 +296,30 @@ class Measured(Read, kw_only=True):
             values: numbers in the readout's units.
         """
         return values / self.shift.view(-1, *[1] * (values.ndim - 1))
+
+
+class OfMeasured(Drawn):
+    """A result that is made from a measured one, whose exact ends are its own."""
+
+    @property
+    @abc.abstractmethod
+    def measured(self) -> Measured:
+        """The measured result that it is made from."""
+
+    @property
+    def base(self) -> Float[Tensor, " batch"]:
+        """The readout of the base model, g(0), exact."""
+        return self.measured.base
+
+    @property
+    def adapted(self) -> Float[Tensor, " batch"]:
+        """The readout of the adapted model, g(1), exact."""
+        return self.measured.adapted
+
+    @property
+    def shift(self) -> Float[Tensor, " batch"]:
+        """g(1) − g(0), exact."""
+        return self.measured.shift
 
 
 class Entries(NamedTuple):
@@ -385,6 +470,47 @@ def largest(values: Tensor, k: int) -> list[int]:
 
 
 # --- Columns of tables.
+
+
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, each {column: entry}."""
+    return cast("list[dict[str, Any]]", frame.to_dict("records"))
+
+
+def part_of_table(frame: pd.DataFrame, key: object) -> Any:
+    """A row, a column, or the rows that have a label.
+
+    Args:
+        frame: the table.
+        key: the number of a row, or a slice; a column's name; or a label.
+
+    Raises:
+        IndexError: no such row.
+        SiteError: neither a column nor a label.
+        ArgumentError: anything else.
+    """
+    if isinstance(key, slice):
+        return rows_of(cast(pd.DataFrame, frame[key]))
+    if is_whole(key):
+        if not -len(frame) <= key < len(frame):
+            raise IndexError(f"row {key}: the table has rows 0 to {len(frame) - 1}.")
+        return rows_of(frame)[key]
+    if not isinstance(key, str):
+        raise ArgumentError(
+            f"a result is indexed by the number of a row, a column or a label, not by {key!r}."
+        )
+    if key in frame:
+        return frame[key]
+    labels: set[str] = set()
+    for name in frame:
+        column = frame[name]
+        has_label = column == key
+        if has_label.any():
+            return frame[has_label].reset_index(drop=True)
+        labels.update(label for label in column if isinstance(label, str))
+    nearest = difflib.get_close_matches(key, [*labels, *map(str, frame)])
+    known = f"the nearest are {', '.join(nearest)}" if nearest else f"columns: {', '.join(frame)}"
+    raise SiteError(f"{key!r} is neither a column nor a label of this result; {known}.")
 
 
 def long_table(

@@ -1,0 +1,378 @@
+"""First guesses: names and keywords that one tries before reading, and the call that was meant.
+
+A researcher comes from TransformerLens, PEFT, Captum or pandas, and types the name that a thing has
+there. Where the natural guess can mean one thing alone, it works. For the rest the tables below
+hold what to call instead, and the error says it:
+
+    AttributeError: Attribution has no attribute 'heatmap': result.plot() draws it.
+
+1. `missing_attribute` answers for a name that an object lacks. `__getattr__` calls it, which Python
+   also asks where a property that exists raised an AttributeError inside: that error is raised
+   again as it was.
+2. `fitting` decorates a function so that arguments which it does not take are named, with those
+   that were meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from lens_lora.errors import CallError
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# --- What is meant by a name, by who was asked for it
+
+
+def _alike(*entries: tuple[str, str]) -> dict[str, str]:
+    """A table in which several names, separated by spaces, have one remedy."""
+    return {name: remedy for names, remedy in entries for name in names.split()}
+
+
+OF_PACKAGE: Mapping[str, str] = _alike(
+    (
+        "ablate ablation knockout leave_one_out",
+        'll.patch_sites(lens, prompts, readout, how="leave_one_out") runs the model without each '
+        "module, exactly",
+    ),
+    (
+        "activation_patching path_patching",
+        "ll.patch_activations(lens, prompts, readout, names) patches hook points, ll.patch_edges "
+        "edges, and ll.patch_sites modules",
+    ),
+    (
+        "attribute attribution attributions",
+        "ll.patch_sites(lens, prompts, readout) measures what each module does, and "
+        "ll.first_order(lens, prompts, readout) estimates it",
+    ),
+    (
+        "diff audit",
+        "the command `lens-lora diff ADAPTER` asks what an adapter was taught; in Python, "
+        "ll.counted_speech(lens) and ll.what_changed(lens) do",
+    ),
+    (
+        "from_pretrained load_lora load_model Lens",
+        "ll.load(base, adapter) makes a lens, and ll.load_adapter(folder) reads an adapter alone",
+    ),
+    (
+        "integrated_gradients ig IG",
+        "ll.path_attribution(lens, prompts, readout) integrates the slopes from the base to the "
+        "adapted model",
+    ),
+    (
+        "kl kl_divergence KLDivergence",
+        "ll.KL() is the readout, and ll.token_shifts(lens, prompts, response) has the divergence "
+        "at every output token",
+    ),
+    (
+        "LogitDiff LogitDifference logit_diff logit_difference",
+        "ll.Margin(doc, pre) reads the logit of one answer minus that of another",
+    ),
+    (
+        "logit_lens",
+        "ll.patchscope(lens, vector, name) reads a vector as tokens; the results of ll.contrast "
+        "and ll.activation_shift have a method logit_lens",
+    ),
+    (
+        "merge merge_and_unload",
+        "merge with PEFT, and check the result with `lens-lora verify`; adapter.save(folder) "
+        "writes an adapter alone",
+    ),
+    ("patch", "ll.patch_sites patches modules, and ll.patch_activations hook points"),
+    ("plot heatmap show", "every result draws itself: result.plot()"),
+    ("save", "every result has save(path), and ll.load_result(path) reads the file"),
+    (
+        "steer steering steering_vector",
+        "ll.contrast finds a direction, and ll.Adapter.constant({module: vector}) adds one as an "
+        "adapter",
+    ),
+)
+
+_RUN_ADAPTED = "`with lens.applied() as model:` opens the adapted model, then model."
+
+OF_LENS: Mapping[str, str] = _alike(
+    (
+        "base base_model",
+        "lens.model is the base model, which the lens never changes; lens.logits(prompts, "
+        "scale=0.0) are its logits",
+    ),
+    ("run_with_cache", f"{_RUN_ADAPTED}run_with_cache(tokens)"),
+    ("run_with_hooks", f"{_RUN_ADAPTED}run_with_hooks(tokens, fwd_hooks=[…])"),
+    ("forward", "lens(prompts) and lens.logits(prompts, scale=1.0) are the logits"),
+    (
+        "to to_tokens_on cuda cpu half float double",
+        "device and dtype are chosen where the model is loaded: ll.load(base, adapter, "
+        'device="cuda", dtype="bfloat16")',
+    ),
+    ("to_tokens tokenize", "lens.prompts(prompts).tokens are the ids that an analysis reads"),
+    (
+        "disable_adapter disable enable_adapter set_adapter adapted_model",
+        "the adapter is on only within `with lens.applied():`; scale=0.0 is the base",
+    ),
+    (
+        "merge_and_unload merge unload",
+        "lens.model is never changed; merge with PEFT, and check the result with `lens-lora "
+        "verify`",
+    ),
+    ("adapters adapter_name peft_config config", "lens.adapter is the adapter, and its name"),
+    ("eval train", "a lens runs its model as the model is; lens.model.eval() is the model's own"),
+    ("layers modules named_modules n_layers", "lens.sites are the adapted modules, with .layer"),
+    ("from_pretrained load", "ll.load(base, adapter) makes a lens"),
+    (
+        "first_order patch_sites fact_margin remainder explain path_attribution token_shifts "
+        "attribute",
+        "analyses are functions of the package: ll.first_order(lens, prompts, readout)",
+    ),
+    ("hooks add_hook", "lens.fwd_hooks() lists the hooks, and `with lens.applied():` lays them"),
+    ("predict", "lens.generate(prompts) says what the model answers"),
+)
+
+OF_ADAPTER: Mapping[str, str] = _alike(
+    (
+        "target_modules layers keys named_modules paths",
+        "adapter.modules has the update of each adapted module, by its path",
+    ),
+    ("from_pretrained load from_folder", "ll.load_adapter(folder) reads an adapter"),
+    (
+        "state_dict weights A B lora_A lora_B",
+        "adapter.modules[path] holds A, B and the scale of a module",
+    ),
+    ("rank r alpha lora_alpha", "adapter.modules[path] has the rank and the scale of a module"),
+    ("merge merge_and_unload", "merge with PEFT, and check the result with `lens-lora verify`"),
+    ("save_pretrained", "adapter.save(folder) writes PEFT's files"),
+    ("scale", "adapter.scaled(factor) is the adapter times a number"),
+)
+
+OF_RESULT: Mapping[str, str] = _alike(
+    ("top_k topk largest head", "result.top(k) has the largest entries, where there are some"),
+    ("heatmap show bar draw figure", "result.plot() draws it"),
+    (
+        "groupby by_layer per_layer layers",
+        'result.sum("layer") sums an attribution by layer; result.to_frame().groupby("layer") '
+        "does so of any table with layers",
+    ),
+    ("df frame table dataframe", "result.to_frame() is the table"),
+    ("to_csv to_parquet to_latex", "result.to_frame() is a pandas table, which has to_csv"),
+    ("to_html html to_page", "result.save_report(path) writes the page of a result that has one"),
+    (
+        "scores attributions attribution effects effect score",
+        "the numbers are result.values, with labels in result.to_frame()",
+    ),
+    ("numpy array", "result.values.numpy() are the numbers alone"),
+    ("names labels columns", "the labels are columns of result.to_frame()"),
+    ("summary describe", "print(result) sums it up"),
+    ("prompts tokens", "result.str_tokens has each prompt's tokens, where it is of prompts"),
+    ("to_json to_dict", "result.to_frame().to_dict() is a dictionary; result.save(path) a file"),
+)
+
+# Guesses that can mean one method alone, and work as it.
+SPELLINGS: Mapping[str, str] = {
+    "to_dataframe": "to_frame",
+    "to_pandas": "to_frame",
+    "to_df": "to_frame",
+    "as_frame": "to_frame",
+}
+
+_ANSWER = (
+    'the readout names the answer: ll.LogProb(" Lyon"), or ll.Margin(" Lyon", " Paris") of two'
+)
+
+# What is meant by a keyword, where the function has no parameter of those in `_SAME`.
+_KEYWORDS: Mapping[str, str] = _alike(
+    ("target answer answers token label doc pre correct wrong metric", _ANSWER),
+    (
+        "layers layer modules sites targets",
+        "all sites are computed together: choose among the rows of result.to_frame(), or sum them "
+        'with group="layer" where it is taken',
+    ),
+    ("device dtype", "device and dtype are chosen where the model is loaded: ll.load(…)"),
+    ("batch_size", "lens.within(max_memory=…) bounds how much is run at a time"),
+    ("verbose", "progress=False shows no bar"),
+)
+# Parameters that a guessed keyword may mean, the likeliest first.
+_SAME: Mapping[str, Sequence[str]] = {
+    "prompt": ("prompts",),
+    "text": ("prompts", "texts"),
+    "texts": ("prompts",),
+    "input": ("prompts",),
+    "inputs": ("prompts",),
+    "tokens": ("prompts",),
+    "model": ("lens", "model"),
+    "metric": ("readout",),
+    "target": ("readout",),
+    "by": ("group", "of", "by"),
+    "groupby": ("group", "by"),
+    "layers": ("sites",),
+    "layer": ("sites",),
+    "modules": ("sites",),
+    "names": ("sites",),
+    "method": ("how", "mode"),
+    "mode": ("how",),
+    "ablation": ("replace",),
+    "baseline": ("replace",),
+    "n": ("k",),
+    "top_k": ("k",),
+    "output": ("out",),
+    "path": ("out",),
+    "epsilon": ("at", "scale", "scales"),
+    "eps": ("at", "scale", "scales"),
+    "alpha": ("scale", "at"),
+    "max_tokens": ("max_new_tokens",),
+    "max_length": ("max_new_tokens",),
+    "steps": ("nodes", "tol"),
+    "verbose": ("progress",),
+    "answer": ("response", "doc"),
+    "base": ("model",),
+    "base_model": ("model",),
+    "peft": ("adapter",),
+    "lora": ("adapter",),
+}
+
+
+# --- Attributes
+
+
+def missing_attribute(owner: Any, name: str, remedies: Mapping[str, str]) -> Any:
+    """Raise the AttributeError of a name that an object lacks, which says what was meant.
+
+    Args:
+        owner: the object.
+        name: what was asked for.
+        remedies: what is meant by a name.
+
+    Raises:
+        AttributeError: always; of a property that exists, the one that was raised inside it.
+    """
+    kind = type(owner)
+    if name.startswith("_") or _has(kind, name):
+        return object.__getattribute__(owner, name)
+    raise AttributeError(
+        f"{kind.__name__} has no attribute {name!r}{_meant(name, remedies, dir(owner))}",
+        name=name,
+        obj=owner,
+    )
+
+
+def missing_of_class(owner: type, name: str, remedies: Mapping[str, str]) -> AttributeError:
+    """The AttributeError of a name that a class lacks, which says what was meant.
+
+    Args:
+        owner: the class.
+        name: what was asked for.
+        remedies: what is meant by a name.
+    """
+    says = f"the class {owner.__name__} has no attribute {name!r}"
+    return AttributeError(f"{says}{_meant(name, remedies, dir(owner))}", name=name, obj=owner)
+
+
+class OfLensClass(type):
+    """The class of `LoraLens`: a name that it lacks is answered, as from_pretrained."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(cls, name: str) -> Any:
+            raise missing_of_class(cls, name, OF_LENS)
+
+
+class OfAdapterClass(type):
+    """The class of `Adapter`: a name that it lacks is answered, as from_pretrained."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(cls, name: str) -> Any:
+            raise missing_of_class(cls, name, OF_ADAPTER)
+
+
+def _has(kind: type, name: str) -> bool:
+    """Whether instances of this class have the name from their class."""
+    return any(name in vars(parent) for parent in kind.__mro__)
+
+
+def _meant(name: str, remedies: Mapping[str, str], known: Iterable[str]) -> str:
+    """What is meant, or else the names that are spelt alike, or nothing."""
+    if name in remedies:
+        return f": {remedies[name]}."
+    public = [each for each in known if not each.startswith("_")]
+    nearest = difflib.get_close_matches(name, public)
+    if nearest:
+        return f"; the nearest are {', '.join(nearest)}."
+    return f"; it has {', '.join(public)}."
+
+
+# --- Arguments of a call
+
+
+def fitting(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function so that a wrong argument is named, with the one that is meant."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        require_fitting(call.__name__, signature, args, kwargs)
+        return call(*args, **kwargs)
+
+    return run
+
+
+def require_fitting(
+    name: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Check that arguments fit a function.
+
+    Args:
+        name: the function's.
+        signature: its parameters.
+        args: the arguments by position.
+        kwargs: the arguments by keyword.
+
+    Raises:
+        CallError: a keyword that it does not take, with the one that is meant; a missing argument,
+            with an example; or too many.
+    """
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as cause:
+        parameters = list(signature.parameters)
+        unknown = [key for key in kwargs if key not in parameters]
+        remedy = ""
+        if unknown:
+            fact = f"{name} takes no {unknown[0]}="
+            remedy = _meant_keyword(unknown[0], [key for key in parameters if key not in kwargs])
+        else:
+            fact = f"{name}: {cause}"
+            if "'readout'" in fact:
+                remedy = f"{_ANSWER[0].upper()}{_ANSWER[1:]}. "
+        takes = f"The call is {name}{_shown(signature)}."
+        raise CallError(f"{fact}.", remedy=f"{remedy}{takes}") from None
+
+
+def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
+    """A sentence with the parameter, or the call, that a keyword means; '' where none is known."""
+    for meant in _SAME.get(keyword, ()):
+        if meant == "readout" and meant in parameters:
+            return f"It is {meant}=: {_ANSWER}. "
+        if meant in parameters:
+            return f"It is {meant}=. "
+    if keyword in _KEYWORDS:
+        remedy = _KEYWORDS[keyword]
+        return f"{remedy[0].upper()}{remedy[1:]}. "
+    nearest = difflib.get_close_matches(keyword, parameters, n=1)
+    return f"The nearest is {nearest[0]}=. " if nearest else ""
+
+
+def _shown(signature: inspect.Signature) -> str:
+    """The parameters in the order of a call, those with a default by their names alone."""
+    shown: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.name in ("self", "cls"):
+            continue
+        has_default = parameter.default is not parameter.empty
+        shown.append(f"{parameter.name}=…" if has_default else parameter.name)
+    return f"({', '.join(shown)})"

@@ -1,0 +1,232 @@
+"""First guesses, typed before reading anything, work, or their error names the call that is meant.
+
+The table was written before the code that answers it, by what a researcher knows from
+TransformerLens, PEFT, Captum, numpy and pandas. `NAMED` has words of the remedy, not of the fact.
+"""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import models
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from every_result import every_result
+
+import lens_lora as ll
+from lens_lora import guesses
+from lens_lora.results import Explanations
+
+PROMPT = "w5 w6 w7"
+MARGIN = ll.Margin("w8", "w9")
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def t():
+    base = models.hf_model("llama", dtype=torch.float32)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    model = next(iter(models.MAKERS.values()))(base)
+    lens = ll.LoraLens(model, adapter)
+    found = ll.first_order(lens, PROMPT, MARGIN, **QUIET)
+    return SimpleNamespace(
+        lens=lens,
+        adapter=adapter,
+        att=found,
+        effects=ll.patch_sites(lens, PROMPT, MARGIN, how="add_one", **QUIET),
+        margin=ll.fact_margin(lens, PROMPT, "w8", "w9", **QUIET),
+        site=lens.sites[3].name,
+    )
+
+
+# Each works, and is equal to what a reader of the documents would have written.
+WORKS = {
+    "lens.tokenizer": (lambda t: t.lens.tokenizer is t.lens.model.tokenizer, True),
+    "lens(prompt)": (lambda t: torch.equal(t.lens(PROMPT), t.lens.logits(PROMPT)), True),
+    "lens(prompt, 0)": (lambda t: torch.equal(t.lens(PROMPT, 0), t.lens.logits(PROMPT, 0)), True),
+    "lens.cfg.n_layers": (lambda t: t.lens.cfg.n_layers == t.lens.model.cfg.n_layers, True),
+    "att[site]": (lambda t: t.att[t.site].value.item(), lambda t: t.att.values[0, 3].item()),
+    "att[0]": (lambda t: t.att[0]["value"], lambda t: t.att.values[0, 0].item()),
+    "att[-1]": (lambda t: t.att[-1]["site"], lambda t: t.lens.sites[-1].name),
+    "att[:2]": (lambda t: [row["site"] for row in t.att[:2]],
+        lambda t: [site.name for site in t.lens.sites[:2]]),
+    "att['value']": (lambda t: t.att["value"].tolist(), lambda t: t.att.values[0].tolist()),
+    "len(att)": (lambda t: len(t.att), lambda t: len(t.lens.sites)),
+    "list(att)": (lambda t: [row["value"] for row in t.att], lambda t: t.att.values[0].tolist()),
+    "DataFrame(att)": (lambda t: pd.DataFrame(t.att).equals(t.att.to_frame()), True),
+    "np.asarray(att)": (lambda t: np.asarray(t.att)[0].tolist(),
+        lambda t: t.att.values[0].tolist()),
+    "att.to_dataframe()": (lambda t: t.att.to_dataframe().equals(t.att.to_frame()), True),
+    "att.to_pandas()": (lambda t: t.att.to_pandas().equals(t.att.to_frame()), True),
+    "att.total": (lambda t: t.att.total.item(), lambda t: t.att.values.sum().item()),
+    "margin.shift": (lambda t: t.margin.shift.item(), lambda t: (t.margin.m - t.margin.m0).item()),
+    "margin.base": (lambda t: t.margin.base.item(), lambda t: t.margin.m0.item()),
+    "margin.adapted": (lambda t: t.margin.adapted.item(), lambda t: t.margin.m.item()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("guess, expected", WORKS.values(), ids=WORKS)
+def test_a_natural_guess_works(t, guess, expected):
+    right = expected(t) if callable(expected) else expected
+    assert guess(t) == pytest.approx(right)
+
+
+READOUT = r"ll\.LogProb\(.*ll\.Margin\("
+# Each is refused, and the message has these words.
+NAMED = {
+    "lens.base": (lambda t: t.lens.base, r"lens\.model .*lens\.logits\(prompts, scale=0\.0\)"),
+    "lens.run_with_cache": (lambda t: t.lens.run_with_cache(PROMPT),
+        r"with lens\.applied\(\) as model.*model\.run_with_cache"),
+    "lens.run_with_hooks": (lambda t: t.lens.run_with_hooks(PROMPT), r"with lens\.applied\(\)"),
+    "lens.to": (lambda t: t.lens.to("cpu"), r"ll\.load\(base, adapter, device="),
+    "lens.to_tokens": (lambda t: t.lens.to_tokens(PROMPT), r"lens\.prompts\(prompts\)\.tokens"),
+    "lens.eval": (lambda t: t.lens.eval(), r"lens\.model\.eval"),
+    "lens.disable_adapter": (lambda t: t.lens.disable_adapter(), r"scale=0\.0 is the base"),
+    "lens.merge_and_unload": (lambda t: t.lens.merge_and_unload(), "merge with PEFT"),
+    "lens.adapters": (lambda t: t.lens.adapters, r"lens\.adapter "),
+    "lens.layers": (lambda t: t.lens.layers, r"lens\.sites"),
+    "lens.first_order": (lambda t: t.lens.first_order(PROMPT), r"ll\.first_order\(lens"),
+    "LoraLens.from_pretrained": (lambda t: ll.LoraLens.from_pretrained("a", "b"), r"ll\.load\("),
+    "Adapter.from_pretrained": (lambda t: ll.Adapter.from_pretrained("a"), r"ll\.load_adapter"),
+    "adapter.target_modules": (lambda t: t.adapter.target_modules, r"adapter\.modules"),
+    "adapter.r": (lambda t: t.adapter.r, r"adapter\.modules\[path\]"),
+    "att.top_k": (lambda t: t.att.top_k(5), r"result\.top\(k\)"),
+    "att.heatmap": (lambda t: t.att.heatmap(), r"result\.plot\(\)"),
+    "att.show": (lambda t: t.att.show(), r"result\.plot\(\)"),
+    "att.df": (lambda t: t.att.df, r"result\.to_frame\(\)"),
+    "att.scores": (lambda t: t.att.scores, r"result\.values"),
+    "effects.effect": (lambda t: t.effects.effect, r"result\.values"),
+    "att.groupby": (lambda t: t.att.groupby("layer"), r'result\.sum\("layer"\)'),
+    "att.by_layer": (lambda t: t.att.by_layer(), r'result\.sum\("layer"\)'),
+    "att.to_csv": (lambda t: t.att.to_csv("a.csv"), r"result\.to_frame\(\).*to_csv"),
+    "att.to_html": (lambda t: t.att.to_html(), r"save_report"),
+    "att.completness_error": (lambda t: t.att.completness_error,
+        "nearest are completeness_error"),
+    "att['no site']": (lambda t: t.att["blocks.0.attn.w"], r"nearest are .*blocks\.0\.attn\."),
+    "att.sum(by=)": (lambda t: t.att.sum(by="layer"), "It is group="),
+    "first_order(target=)": (lambda t: ll.first_order(t.lens, PROMPT, target="w8"), READOUT),
+    "first_order(doc=, pre=)": (lambda t: ll.first_order(t.lens, PROMPT, doc="w8", pre="w9"),
+        READOUT),
+    "first_order(layers=)": (lambda t: ll.first_order(t.lens, PROMPT, MARGIN, layers=[1]),
+        r'result\.to_frame\(\).*group="layer"'),
+    "first_order(prompt=)": (lambda t: ll.first_order(t.lens, prompt=PROMPT, readout=MARGIN),
+        "It is prompts="),
+    "patch_sites(by=)": (lambda t: ll.patch_sites(t.lens, PROMPT, MARGIN, by="layer"),
+        "It is group="),
+    "patch_sites(layers=)": (lambda t: ll.patch_sites(t.lens, PROMPT, MARGIN, layers=[1]),
+        "It is sites="),
+    "first_order without readout": (lambda t: ll.first_order(t.lens, PROMPT), READOUT),
+    "first_order(prompt, lens, …)": (lambda t: ll.first_order(PROMPT, t.lens, MARGIN),
+        r"comes first: first_order\(lens, …\)"),
+    "a string for a readout": (lambda t: ll.first_order(t.lens, PROMPT, "w8"),
+        r"ll\.LogProb\('w8'\).*ll\.Margin.*ll\.Readout\.of"),
+    "a pair for a readout": (lambda t: ll.first_order(t.lens, PROMPT, ("w8", "w9")),
+        r"ll\.Margin\('w8', 'w9'\)"),
+    "a function for a readout": (lambda t: ll.first_order(t.lens, PROMPT, lambda f: f[:, 0]),
+        r"ll\.Readout\.of\(fn\)"),
+    "a class for a readout": (lambda t: ll.first_order(t.lens, PROMPT, ll.KL), r"ll\.KL\(…\)"),
+    "load(base=, lora=)": (lambda t: ll.load("a", lora="b"), "It is adapter="),
+    "ll.ablate": (lambda t: ll.ablate, r"ll\.patch_sites.*leave_one_out"),
+    "ll.activation_patching": (lambda t: ll.activation_patching, r"ll\.patch_activations"),
+    "ll.attribute": (lambda t: ll.attribute, r"ll\.patch_sites.*ll\.first_order"),
+    "ll.integrated_gradients": (lambda t: ll.integrated_gradients, r"ll\.path_attribution"),
+    "ll.kl_divergence": (lambda t: ll.kl_divergence, r"ll\.KL\(\)"),
+    "ll.LogitDiff": (lambda t: ll.LogitDiff, r"ll\.Margin\(doc, pre\)"),
+    "ll.logit_diff": (lambda t: ll.logit_diff, r"ll\.Margin\(doc, pre\)"),
+    "ll.plot": (lambda t: ll.plot, r"result\.plot\(\)"),
+    "ll.steering_vector": (lambda t: ll.steering_vector, r"ll\.contrast.*ll\.Adapter\.constant"),
+}  # fmt: skip
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("guess, words", NAMED.values(), ids=NAMED)
+def test_a_guess_that_fails_names_what_is_meant(t, guess, words):
+    with pytest.raises((AttributeError, ll.errors.LensLoraError), match=words):
+        guess(t)
+
+
+# --- nothing is hidden
+
+
+class Broken(ll.results.Labelled):
+    values: torch.Tensor
+
+    def __post_init__(self) -> None:
+        """Nothing is checked."""
+
+    @property
+    def share(self):
+        return self.base.no_such_thing
+
+
+def test_an_error_within_a_property_stays_as_it_was(t):
+    """`__getattr__` is asked for `share` as well, and must not say that there is no such name."""
+    header = {
+        name: vars(t.att)[name]
+        for name in ("sites", "base", "adapted", "str_tokens", "readout", "units", "meta")
+    }
+    broken = Broken(values=t.att.values, **header)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        print(broken.share)
+
+
+def test_absent_names_are_absent(t):
+    """So that hasattr, copy and pickle work as for any other object."""
+    for thing in (t.lens, t.adapter, t.att):
+        assert not hasattr(thing, "no_such_name")
+        assert not hasattr(thing, "__no_such_name__")
+        assert getattr(thing, "_no_such_name", None) is None
+
+
+def test_wrong_arguments_are_a_type_error():
+    assert issubclass(ll.errors.CallError, TypeError)
+
+
+# --- a result reads as its table
+
+
+def test_every_result_reads_as_its_table():
+    seen = 0
+    for result in every_result():
+        if isinstance(result, Explanations):  # a sequence of explanations
+            continue
+        frame = result.to_frame()
+        again = pd.DataFrame(result)
+        assert len(result) == len(frame)
+        assert bool(result)
+        assert list(again) == list(frame)
+        # Where nothing stands, a column of the table has None, and of the rows NaN.
+        assert again.astype(object).fillna("").equals(frame.astype(object).fillna(""))
+        seen += 1
+    assert seen > 40
+
+
+# --- what the tables name is there
+
+
+def _named_calls() -> set[str]:
+    tables = (guesses.OF_PACKAGE, guesses.OF_LENS, guesses.OF_ADAPTER, guesses.OF_RESULT)
+    text = " ".join(remedy for table in tables for remedy in table.values())
+    return set(re.findall(r"\b(?:ll|lens|adapter|result)\.\w+", text))
+
+
+def test_what_a_remedy_names_is_there(t):
+    of = {"ll": [ll], "lens": [t.lens], "adapter": [t.adapter]}
+    of["result"] = [*every_result(), t.att]
+    calls = _named_calls()
+    assert len(calls) > 30
+    for call in calls:
+        owner, name = call.split(".")
+        assert any(name in dir(each) for each in of[owner]), call
+
+
+def test_no_remedy_is_for_a_name_that_is_there(t):
+    for name in guesses.OF_PACKAGE:
+        assert name not in ll.__all__
+    for name in guesses.OF_LENS:
+        assert name not in dir(t.lens), name
+    for name in guesses.OF_ADAPTER:
+        assert name not in dir(t.adapter), name
