@@ -60,7 +60,7 @@ ROWS: dict[str, Run] = {
         lens, prompts, MARGIN, by="expert"
     ),
     "path_attribution": lambda lens, prompts: ll.path_attribution(
-        lens, prompts, MARGIN, tol=1e9, max_nodes=4, progress=False
+        lens, prompts, MARGIN, tol=1e9, max_nodes=5, progress=False
     ),
     "remainder": lambda lens, prompts: ll.remainder(lens, prompts, MARGIN, progress=False),
 }

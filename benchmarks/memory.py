@@ -63,7 +63,7 @@ WORKS: dict[str, Run] = {
         lens.model, prompts, MARGIN, max_memory=lens.max_memory, **QUIET
     ),
     "path_attribution": lambda lens, prompts: ll.path_attribution(
-        lens, prompts, MARGIN, tol=1e9, max_nodes=4, **QUIET
+        lens, prompts, MARGIN, tol=1e9, max_nodes=5, **QUIET
     ),
     "kl_shares": lambda lens, prompts: ll.kl_shares(lens, prompts, **QUIET),
     "fact_margin": lambda lens, prompts: ll.fact_margin(lens, prompts, " Lyon", " Paris", **QUIET),

@@ -106,7 +106,7 @@ def _random(g: Evaluations) -> Tensor:
 
 def _path(g: Evaluations) -> Tensor:
     """The path integral to 1 %, or of 16 nodes, [prompt, site]."""
-    return path_attribution.of(g, tol=1e-2, max_nodes=16).per_site
+    return path_attribution.of(g, tol=1e-2, max_nodes=17).per_site
 
 
 RELP_KEY = f"first_order/{RELP_LIVE.key}@0"

@@ -171,6 +171,8 @@ from .function.forward import require_finite as require_finite
 from .function.memory import Pass as Pass
 from .function.modes import Mode as Mode
 from .function.own_passes import OwnPasses as OwnPasses
+from .function.quadrature import nested_counts as nested_counts
+from .function.quadrature import new_nodes as new_nodes
 from .function.recording import Recording as Recording
 from .function.reverse import Slopes as Slopes
 from .function.reverse import Visit as Visit

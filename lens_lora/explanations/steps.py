@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 # The path integral of an explanation: 1 % of the shift is enough for a ranking.
 PATH_TOLERANCE = 1e-2
-PATH_NODES = 16
+PATH_NODES = 17
 # How many tokens both models say in answer.
 _ANSWER_TOKENS = 48
 _ANSWER_TOKENS_FAST = 12

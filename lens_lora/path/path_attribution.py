@@ -2,33 +2,46 @@
 
     c_l = ∫₀¹ ∂g/∂ε_l(ε·1) dε,      Σ_l c_l = g(1) − g(0), for dg(ε·1)/dε = Σ_l ∂g/∂ε_l
 
-1. A Gauss–Legendre rule of K nodes takes each integral: c_l ≈ Σ_k w_k ∂g/∂ε_l(ε_k·1). The nodes
-   ride in rows of the batch, and their weighted slopes are summed as they come.
-2. What Σ c_l leaves of the exact shift is the completeness error. K = 2, 4, 8, … until it is at
+1. A Clenshaw–Curtis rule of K nodes takes each integral: c_l ≈ Σ_k w_k ∂g/∂ε_l(ε_k·1). Rules of 3,
+   5, 9, 17, … nodes are nested (`core/function/quadrature.py`), so the last one costs K slopes. The
+   nodes ride in rows of the batch, and their weighted slopes are summed as they come.
+2. The first and last node are the base and the adapted model. Their passes give the exact shift. A
+   `KL` has its minimum at the base, where all slopes are zero, so that node is not run.
+3. What Σ c_l leaves of the exact shift is the completeness error. Nodes are added until it is at
    most `tol` of every prompt's shift, or within the rounding of that shift.
-3. Errors of single sites can cancel in that sum. So at least two rules are taken, and the largest
+4. Errors of single sites can cancel in that sum. So at least two rules are taken, and the largest
    change of any site's value from one rule to the next stands beside the completeness error. When
-   neither of the two has improved over two doublings, more nodes do not help.
+   neither of the two has improved over two further rules, more nodes do not help.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import number, whole
-from lens_lora.core import SIGMAS, Attribution, Function, Quadrature, analysis, by_axes
+from lens_lora.core import (
+    SIGMAS,
+    Attribution,
+    Function,
+    Quadrature,
+    analysis,
+    by_axes,
+    nested_counts,
+    new_nodes,
+)
 from lens_lora.errors import ArgumentError
 
-_FIRST_NODES = 2
-# For a smooth g a doubling of the nodes divides the error by more than this.
+# The fewest nodes of a last rule: two rules show how far single sites still move.
+_FEWEST_NODES = 5
+# For a smooth g each further rule divides the error by more than this.
 _SMOOTH = 4.0
 
 _ByPrompt = Float[Tensor, " batch"]
@@ -36,15 +49,16 @@ _ByPrompt = Float[Tensor, " batch"]
 
 @analysis
 def path_attribution(
-    g: Function, *, tol: float = 1e-3, by: tuple[str, ...] | str = (), max_nodes: int = 64
+    g: Function, *, tol: float = 1e-3, by: tuple[str, ...] | str = (), max_nodes: int = 65
 ) -> Attribution:
     """The integral c_l of every site, split as asked; over all sites it sums to the shift.
 
     Where the tolerance cannot be met (rounding, kinks of ReLU models, experts that switch) the
     values are those of the last rule, and `quadrature` says what was reached and probably why.
 
-    Cost: one forward and one backward per node, 2K − 2 nodes in all for a last rule of K; twelve
-    forward passes for the exact shift and its noise floor. Memory does not grow with K.
+    Cost: one forward and one backward pass per node of the last rule, both ends among them, whose
+    passes give the exact shift; eight forward passes for its noise floor. At most six results are
+    held, however many nodes there are.
 
     Args:
         lens: the adapter over the model.
@@ -52,7 +66,8 @@ def path_attribution(
         readout: u_y, what is read of the logits.
         tol: the completeness error allowed to every prompt, as a share of its shift.
         by: any of 'position', 'head', 'expert', 'rank'.
-        max_nodes: most nodes of a rule; the last rule has 4, 8, 16, … of them.
+        max_nodes: most nodes of a rule, at least 5; the last rule has 5, 9, 17, 33 or 65 of them,
+            and so on.
         progress: show a bar.
 
     Returns:
@@ -65,54 +80,86 @@ def path_attribution(
         NumericsError: non-finite derivatives, naming the site.
     """
     tol = number("tol", tol)
-    max_nodes = whole("max_nodes", max_nodes, 2 * _FIRST_NODES)
+    max_nodes = whole("max_nodes", max_nodes, _FEWEST_NODES)
     if tol <= 0:
         raise ArgumentError(f"tol={tol}: expected a positive share of the shift, such as 1e-3.")
     axes = by_axes(by)
     rules = _Rules(g, tol)
-    nodes = _FIRST_NODES
-    with tqdm(desc="path integral", unit="node", leave=False, disable=not g.progress) as bar:
-        while True:
-            bar.reset(total=nodes)
-            values = _integral(g, nodes, axes)
-            rules.add(values)
-            bar.update(nodes)
-            if rules.is_final or 2 * nodes > max_nodes:
-                break
-            nodes *= 2
+    values, nodes = _integral(g, rules, axes, max_nodes)
     quadrature = rules.quadrature(nodes)
     return Attribution.of(g, values, axes, method="path", at=math.nan, quadrature=quadrature)
 
 
-def _integral(g: Function, nodes: int, axes: tuple[str, ...]) -> Float[Tensor, "batch site *by"]:
-    """Σ_k w_k ∂g/∂ε_l(ε_k·1), by the rule with this many nodes on [0, 1]."""
-    points, weights = _gauss_legendre(nodes)
+def _integral(
+    g: Function, rules: _Rules, axes: tuple[str, ...], max_nodes: int
+) -> tuple[Float[Tensor, "batch site *by"], int]:
+    """Σ_k w_k ∂g/∂ε_l(ε_k·1), by one rule after the other; and how many nodes the last one has."""
+    counts = nested_counts(max_nodes)
+    sums: Tensor = g.lens.gates(0.0).new_zeros(())
+    nodes = 0
+    with tqdm(desc="path integral", unit="node", leave=False, disable=not g.progress) as bar:
+        for rule, nodes in enumerate(counts):
+            added = _added(g, counts, rule, axes)
+            # One sum for this rule, and one for each of those after it.
+            sums = added if rule == 0 else sums[1:] + added
+            rules.add(sums[0])
+            bar.total = nodes
+            bar.update(nodes - bar.n)
+            if rules.is_final:
+                break
+    return sums[0], nodes
+
+
+def _added(
+    g: Function, counts: Sequence[int], rule: int, axes: tuple[str, ...]
+) -> Float[Tensor, "sum batch site *by"]:
+    """What the new nodes of a rule add to its own sum, and to the sum of each rule after it."""
+    points, weights = new_nodes(counts, rule)
+    if rule == 0 and _is_flat_at_base(g):
+        points = points[1:]
+        weights = weights[:, 1:]
     adapted = g.lens.gates(1.0)
     strengths = adapted.new_tensor(points)
     return g.slopes(strengths[:, None] * adapted, axes, weights=adapted.new_tensor(weights))
 
 
-def _gauss_legendre(nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Points and weights on [0, 1]: exact for polynomials up to degree 2·nodes − 1."""
-    points, weights = np.polynomial.legendre.leggauss(nodes)
-    return (points + 1) / 2, weights / 2
+def _is_flat_at_base(g: Function) -> bool:
+    """Whether every slope at the base is zero, as that of a divergence from the base is."""
+    return g.readout is not None and bool(g.readout.no_slope_at_base)
 
 
 class _Rules:
     """The errors of one rule after the other, and whether a further rule is worth its cost."""
 
     def __init__(self, g: Function, tol: float) -> None:
-        self._floor: _ByPrompt = (SIGMAS * g.floor).cpu().double()
-        self._shift: _ByPrompt = g.shift
-        self._size: _ByPrompt = self._shift.abs().cpu().double()
+        self._g = g
         self._tol = tol
-        self._allowed: _ByPrompt = tol * self._size
         self._dtype: str = g.lens.describe()["dtype"]
         self._errors: list[_ByPrompt] = []
         self._sites: list[Float[Tensor, "batch site"]] = []
 
+    # Both are asked for after the first rule, whose passes give g at both ends.
+
+    @functools.cached_property
+    def _shift(self) -> _ByPrompt:
+        """g(1) − g(0), exact."""
+        return self._g.shift
+
+    @functools.cached_property
+    def _floor(self) -> _ByPrompt:
+        """What rounding alone makes of the shift, at most."""
+        return (SIGMAS * self._g.floor).cpu().double()
+
+    @property
+    def _size(self) -> _ByPrompt:
+        return self._shift.abs().cpu().double()
+
+    @property
+    def _allowed(self) -> _ByPrompt:
+        return self._tol * self._size
+
     def add(self, values: Float[Tensor, "batch site *by"]) -> None:
-        """Take the values of the next rule, which has twice the nodes."""
+        """Take the values of the next rule."""
         of_sites = values if values.ndim == 2 else values.flatten(2).sum(2)
         missing = self._shift - of_sites.sum(1)
         self._errors.append(missing.abs().cpu().double())
@@ -173,8 +220,8 @@ class _Rules:
         i = int(torch.where(self._is_open, share, -1.0).argmax())
         missing = f"{share[i]:.2g} of the shift of prompt {i} is missing at {nodes} nodes"
         last_rules = [float(errors[i]) for errors in self._errors[-3:]]
-        doublings = len(last_rules) - 1
-        if last_rules[-1] * _SMOOTH**doublings < last_rules[0]:
+        further_rules = len(last_rules) - 1
+        if last_rules[-1] * _SMOOTH**further_rules < last_rules[0]:
             return f"{missing}, and falling fast: raise max_nodes"
         return (
             f"{missing}, and hardly falls as they double: g is probably not smooth along the path "

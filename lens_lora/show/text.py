@@ -308,7 +308,7 @@ def quadrature_text(quadrature: Quadrature) -> str:
     reached = (
         f"{quadrature.nodes} nodes: complete to {percent(quadrature.error)} of the shift "
         f"({verdict} {percent(quadrature.tol)}), sites moved "
-        f"by {percent(quadrature.site_change)} of it at the last doubling"
+        f"by {percent(quadrature.site_change)} of it at the last rule"
     )
     return f"{reached}; {quadrature.note}" if quadrature.note else reached
 

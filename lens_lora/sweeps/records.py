@@ -56,7 +56,7 @@ ANALYSES: dict[str, Analysis] = {
     "first_order_at_1": Analysis(at=1.0),
     # ∫₀¹ ∂g/∂ε_l(ε·1) dε: complete, its sum is the shift
     "path": Analysis(
-        at=float("nan"), alone=True, many=True, options={"tol": 1e-3, "max_nodes": 64}
+        at=float("nan"), alone=True, many=True, options={"tol": 1e-3, "max_nodes": 65}
     ),
     # g(e_l) − g(0), exact
     "add_one": Analysis(many=True, options={"how": "add_one"}),

@@ -131,7 +131,7 @@ def test_what_warns_is_measured_on_the_first_prompt_of_each_kind(folder: Path, t
     }
     pairs["shares"] = (
         ll.kl_shares(lens, prompt, scales=(), **quiet).attribution.values,
-        ll.path_attribution(lens, prompt, ll.KL(), tol=1e-9, max_nodes=8, **quiet).values,
+        ll.path_attribution(lens, prompt, ll.KL(), tol=1e-9, max_nodes=9, **quiet).values,
     )
     for key, (estimate, truth) in pairs.items():
         expected = stats.spearmanr(estimate[0], truth[0]).statistic

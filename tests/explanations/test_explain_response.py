@@ -45,7 +45,7 @@ def test_parts_are_the_functions_own(tiny):
     kl = ll.KL(RESPONSE)
     same(found.shifts.kl, ll.token_shifts(lens, PROMPT, RESPONSE).kl)
     same(found.modules.values, ll.first_order(lens, PROMPT, kl, at=1.0).values)
-    path = ll.path_attribution(lens, PROMPT, kl, tol=1e-2, max_nodes=16, progress=False)
+    path = ll.path_attribution(lens, PROMPT, kl, tol=1e-2, max_nodes=17, progress=False)
     same(found.path.values, path.values)
     log_p = ll.AnswerLogProb(RESPONSE)
     every = ll.first_order(lens, PROMPT, log_p, at=1.0, by="token", progress=False).values[0]

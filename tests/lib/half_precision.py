@@ -134,7 +134,7 @@ def _features(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
 def _path(name: str, of: str) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
     def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
         readout = asked.margin if of == "margin" else ll.KL()
-        found = ll.path_attribution(lens, asked.prompts, readout, max_nodes=16, **QUIET)
+        found = ll.path_attribution(lens, asked.prompts, readout, max_nodes=17, **QUIET)
         reached = found.quadrature
         return {name: Found(found.values, says=f"met={reached is not None and reached.met}")}
 

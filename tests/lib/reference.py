@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -60,6 +61,17 @@ def peft_readout(peft: PeftModel, tokens: Tensor, read: Read, factors: dict[str,
     """g at these gates, [batch]."""
     with torch.no_grad(), peft_scales(peft, factors):
         return read(peft(tokens).logits[:, -1])
+
+
+def rule_at_cosines(nodes: int) -> tuple[list[float], list[float]]:
+    """Points (1 − cos(πj/n))/2 on [0, 1], and the weights that integrate every power up to n.
+
+    The weights solve for the integrals of the Legendre polynomials, which are zero but the first.
+    """
+    points = (1 - np.cos(np.pi * np.arange(nodes) / (nodes - 1))) / 2
+    powers = np.polynomial.legendre.legvander(2 * points - 1, nodes - 1)
+    integrals = np.eye(nodes)[0]
+    return points.tolist(), np.linalg.solve(powers.T, integrals).tolist()
 
 
 def central_difference(f: Callable[[float], Tensor], step: float) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from lens_lora.core.function import forward, memory, reverse, rounding
 from lens_lora.core.function.corners import Points, strengths
 from lens_lora.core.function.function import Function, function_of
+from lens_lora.core.function.slopes import weighted_slopes
 from lens_lora.core.model import LoraLens, by_axes
 from lens_lora.core.model.sites import AXES
 from lens_lora.core.readout import PromptsLike, Readout
@@ -201,6 +202,23 @@ class Evaluations(Function):
         if remember:
             self._remember_slopes(at, slopes)
         return slopes[None]
+
+    def _weighted_slopes(
+        self,
+        points: Points,
+        weights: Float[Tensor, "*sum point"],
+        axes: tuple[str, ...],
+        lens: LoraLens,
+    ) -> Float[Tensor, "*sum batch site *by"]:
+        """At points with one strength for all sites g is seen on the way, and remembered."""
+        sums, values = weighted_slopes(
+            lens, self.reading, points, weights, axes, progress=self.progress
+        )
+        smallest, largest = torch.stack(points.aminmax(dim=1)).tolist()
+        for at, most, value in zip(smallest, largest, values, strict=True):
+            if at == most and at not in self._memory.values:
+                self.know(at, value)
+        return sums
 
     def _riding_ends(self, at: float) -> list[float]:
         """The ends that are not known yet and cost less in the pass of the slopes than alone."""

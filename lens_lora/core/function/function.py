@@ -305,9 +305,9 @@ class Function:
         by: tuple[str, ...] | str = (),
         *,
         gauge: Gauge = "trained",
-        weights: Float[Tensor, " point"] | None = None,
+        weights: Float[Tensor, "*sum point"] | None = None,
         under: AbstractContextManager[object] | None = None,
-    ) -> Float[Tensor, "*point batch site *by"]:
+    ) -> Float[Tensor, "*point_or_sum batch site *by"]:
         """∂g/∂ε_l of every site (note, Prop. 1), by reverse mode, in the readout's units.
 
         At 0 it predicts what adding a module to the base does, at 1 what taking it away from the
@@ -324,7 +324,8 @@ class Function:
             gauge: of parts by rank: 'trained', the factors' own ranks, or 'svd', those of the SVD
                 of ΔW, which are unique.
             weights: one for each of several points: then the weighted sum over them, [batch, site,
-                *by], as for an integral along a path. The slopes of one batch alone are held.
+                *by], as for an integral along a path. Of [*sum, point] several sums, [*sum, batch,
+                site, *by]. The slopes of one batch alone are held.
             under: a context that holds while these slopes are computed and no longer, such as rules
                 that take attention patterns for constants. It may change derivatives, not values.
 
@@ -340,11 +341,9 @@ class Function:
         lens = self.lens.in_gauge(gauge)
         with under or contextlib.nullcontext():
             if weights is not None:
-                total = weighted_slopes(
-                    lens, self.reading, points, weights, axes, progress=self.progress
-                )
-                reverse.require_finite_slopes(lens, total)
-                return total
+                sums = self._weighted_slopes(points, weights, axes, lens)
+                reverse.require_finite_slopes(lens, sums.reshape(-1, *sums.shape[weights.ndim :]))
+                return sums
             values = self._slopes(points, axes, lens, remember=under is None)
         reverse.require_finite_slopes(lens, values.flatten(0, 1))
         return values.view(*shape, *values.shape[1:])
@@ -883,6 +882,17 @@ class Function:
         if "token" in axes:
             self.require_one_response()
         return slopes_at_points(lens, self.reading, points, axes, progress=self.progress)
+
+    def _weighted_slopes(
+        self,
+        points: Points,
+        weights: Float[Tensor, "*sum point"],
+        axes: tuple[str, ...],
+        lens: LoraLens,
+    ) -> Float[Tensor, "*sum batch site *by"]:
+        """Weighted sums of ∂g/∂ε_l over the points; `lens` is that of the gauge."""
+        sums, _ = weighted_slopes(lens, self.reading, points, weights, axes, progress=self.progress)
+        return sums
 
     def _draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
         (base,) = self._draws([0.0])

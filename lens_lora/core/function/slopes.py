@@ -5,7 +5,7 @@
 2. Prompts that are too many for one graph go in groups.
 3. By output token, ∂ℓ_t/∂ε_l comes from a covector for each token (`gate_graph.py`).
 4. A weighted sum over points, Σ_k w_k ∂g/∂ε_l at ε_k, is what an integral along a path needs. Only
-   the slopes of one batch are held.
+   the slopes of one batch are held, and g at the points comes with them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def slopes_at_points(
     groups: list[Tensor] = []
     for group in memory.graph_groups(lens, reading):
         points_at_once = memory.slopes_at_once(lens, group)
-        chunks = [_in_one_batch(lens, group, some, axes) for some in points.split(points_at_once)]
+        chunks: list[Tensor] = []
+        for some_points in points.split(points_at_once):
+            slopes, _ = _in_one_batch(lens, group, some_points, axes)
+            chunks.append(slopes)
         groups.append(torch.cat(chunks, 1))
     return reverse.join_groups(groups).movedim(1, 0)
 
@@ -43,12 +46,14 @@ def weighted_slopes(
     lens: LoraLens,
     reading: Reading,
     points: Points,
-    weights: Float[Tensor, " point"],
+    weights: Float[Tensor, "*sum point"],
     axes: tuple[str, ...],
     *,
     progress: bool,
-) -> Float[Tensor, "batch site *by"]:
-    """Σ_k w_k ∂g/∂ε_l at the points ε_k, summed up one batch after another.
+) -> tuple[Float[Tensor, "*sum batch site *by"], Float[Tensor, "point batch"]]:
+    """Σ_k w_k ∂g/∂ε_l at the points ε_k, summed up one batch after another; and g at the points.
+
+    With several rows of weights there is a sum for each.
 
     Raises:
         ArgumentError: another number of weights than of points, or slopes by token.
@@ -57,36 +62,43 @@ def weighted_slopes(
         raise ArgumentError(
             f"weights are a {type(weights).__name__}", remedy="give a tensor, one for each point."
         )
-    if weights.shape != points.shape[:1] or "token" in axes:
+    if weights.shape[-1:] != points.shape[:1] or "token" in axes:
         raise ArgumentError(
             f"{tuple(weights.shape)} weights of {len(points)} points, by={axes!r}",
             remedy="give each point of at a weight, and no by='token'.",
         )
-    weights = weights.to(points)
+    weights_of_sums = weights.to(points).reshape(-1, len(points))
     groups = memory.graph_groups(lens, reading)
-    sums: list[Tensor] = []
+    sums_of_groups: list[Tensor] = []
+    values_of_groups: list[Tensor] = []
     with many_gates.bar_of(len(points) * len(groups), progress, "slopes") as bar:
         for group in groups:
             step = memory.slopes_at_once(lens, group)
-            total = weights.new_zeros(())
-            batches = zip(points.split(step), weights.split(step), strict=True)
+            sums = weights_of_sums.new_zeros(())
+            values: list[Tensor] = []
+            batches = zip(points.split(step), weights_of_sums.split(step, 1), strict=True)
             for some_points, their_weights in batches:
-                slopes = _in_one_batch(lens, group, some_points, axes)
-                total = total + torch.einsum("bk...,k->b...", slopes, their_weights)
+                slopes, some_values = _in_one_batch(lens, group, some_points, axes)
+                sums = sums + torch.einsum("bk...,sk->bs...", slopes, their_weights)
+                values.append(some_values)
                 bar.update(len(some_points))
-            sums.append(total)
-    return reverse.join_groups(sums)
+            sums_of_groups.append(sums)
+            values_of_groups.append(torch.cat(values, 1))
+    by_sum = reverse.join_groups(sums_of_groups).movedim(1, 0)
+    by_point = torch.cat(values_of_groups).T
+    return by_sum.reshape(*weights.shape[:-1], *by_sum.shape[1:]), by_point
 
 
 def _in_one_batch(
     lens: LoraLens, reading: Reading, points: Points, axes: tuple[str, ...]
-) -> Float[Tensor, "batch point site *by"]:
-    """Run every row once for each point, in one forward and one backward pass."""
+) -> tuple[Float[Tensor, "batch point site *by"], Float[Tensor, "batch point"]]:
+    """Run every row once for each point, in one forward and one backward pass; slopes, and g."""
     many = reading
     gates = points[0]
     if len(points) > 1:
         many = reading.repeat(len(points))
         gates = points.repeat(len(reading.owner), 1)  # Those of each row.
     slopes = reverse.Slopes(lens, many.prompts, axes)
-    reverse.site_gradients(lens, many, gates, slopes.visit)
-    return slopes.by_prompt(many).unflatten(0, (reading.batch, len(points)))
+    values = reverse.site_gradients(lens, many, gates, slopes.visit)
+    by_point = (reading.batch, len(points))
+    return slopes.by_prompt(many).unflatten(0, by_point), values.unflatten(0, by_point)

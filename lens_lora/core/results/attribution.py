@@ -51,11 +51,11 @@ class Quadrature:
     """How a path integral was taken, and whether it met what was asked.
 
     Attributes:
-        nodes: Gauss–Legendre nodes of the last rule.
+        nodes: Clenshaw–Curtis nodes of the last rule, those of the rules before it among them.
         tol: the completeness asked for, as a share of the shift.
         error: the largest completeness error reached over prompts, as a share of its shift.
-        site_change: the largest change of any site's value from the rule of half the nodes to the
-            last, as a share of its prompt's shift: completeness does not bound a site's error.
+        site_change: the largest change of any site's value from the rule before to the last, as a
+            share of its prompt's shift: completeness does not bound a site's error.
         met: whether error ≤ tol, and rounding is small enough to tell.
         note: the obstacle to reaching tol, where there is one.
     """

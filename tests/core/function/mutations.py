@@ -534,10 +534,10 @@ HOOKS = [
 ]
 PATH = [
     Mutation(
-        "nodes and weights change places",
-        "path/path_attribution.py",
-        "return (points + 1) / 2, weights / 2",
-        "return (points + 1) / 2, weights[::-1] ** 2",
+        "the weights of the nodes are another rule's",
+        "core/function/quadrature.py",
+        "return (1 - np.cos(angles)) / 2, weights / (2 * n)",
+        "return (1 - np.cos(angles)) / 2, weights**2 / (2 * n)",
         INTEGRAL,
     ),
 ]

@@ -39,7 +39,7 @@ VERBS: dict[str, tuple[Call, Callable[[int], int]]] = {
     "first_order": (quiet(ll.first_order), lambda S: 3),
     "null_test": (quiet(ll.null_test, draws=2), lambda S: 3 + 10 + 2 * 2),
     "patch_sites": (quiet(ll.patch_sites), lambda S: 2 + S + 5),
-    "path_attribution": (quiet(ll.path_attribution, max_nodes=4), lambda S: 2 + 10 + 2 + 4),
+    "path_attribution": (quiet(ll.path_attribution, max_nodes=5), lambda S: 5 + 8),
     "reliability": (quiet(ll.reliability, how="leave_one_out"), lambda S: 3 + 10 + S),
     "remainder": (quiet(ll.remainder), lambda S: 5 + 10 + 3),
     "remainder_curve": (quiet(ll.remainder_curve), lambda S: 5 + 10 + 22),
@@ -97,7 +97,7 @@ def test_explain_asks_once_and_runs_nothing_that_it_has(cls: str, monkeypatch):
     assert (counts.tokenised, counts.bound) == (1, 1)
     roots = 30 if found.margin.flips[0] else 0
     margin, tokens, ends = 1 + 2 + 9 + 23 + roots, 2 * (1 + 8 + 2), 1 + 1
-    nodes = 2 + 4 + 8 + 16
+    nodes = 17
     curves = 2 * 5 * (3 + 3) * 5 + 1
     assert counts.rows <= margin + tokens + ends + 2 * S + layers + nodes + curves
     with counting(lens, monkeypatch) as again:

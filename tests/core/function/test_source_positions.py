@@ -67,7 +67,7 @@ def test_path_margin_and_padding_have_them_too(cls: str):
     texts = ["w5 w7 w8", "w9 w10 w11 w12 w13", "w20"]
 
     def paths(lens: ll.LoraLens) -> tuple[Tensor, Tensor]:
-        path = ll.path_attribution(lens, texts, MARGIN, by="position", max_nodes=4, progress=False)
+        path = ll.path_attribution(lens, texts, MARGIN, by="position", max_nodes=5, progress=False)
         margin = ll.fact_margin(lens, texts, 5, 9, by="position", progress=False)
         return path.values, margin.attribution.values
 
