@@ -222,8 +222,8 @@ def sweep(
     Under `accelerate launch` (or torchrun, mpirun) every process calls this with its own lens and
     takes its share; several machines need one shared folder.
 
-    Cost: two forward passes per prompt, and what each analysis costs; a record's numbers do not
-    depend on its batch beyond rounding.
+    Cost: what each analysis costs, and a forward pass per prompt for the base or the adapted model
+    where no analysis runs it; a record's numbers do not depend on its batch beyond rounding.
 
     Args:
         lens: the adapter over the model.

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import sweep_runs
 import torch
+from passes import passes
 from sweep_runs import GOOD, run, same, write_csv, write_jsonl
 
 import lens_lora as ll
@@ -79,6 +80,31 @@ def test_rows_equal_direct_calls(lens, tmp_path):
         )
         assert row["flips"] == (row["base"] * row["adapted"] < 0)
         assert row["tokens"] == int(lens.prompts(record["prompt"]).lengths)
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (["first_order"], 16),
+        (["first_order_at_1"], 16),
+        (["first_order", "first_order_at_1"], 16),
+        (["add_one"], 8 * (2 + 14 + 4)),  # four draws for its noise floor
+    ],
+)
+def test_each_end_is_run_once(names: list[str], rows: int, a_lens, tmp_path):
+    """Eight prompts: the base's and the adapted model's rows, once each, slopes among them."""
+    records = [
+        {"id": i, "prompt": f"w{i} w7 w8 w9 w10 w11 w12 w13", "doc": " w5", "pre": " w9"}
+        for i in range(20, 28)
+    ]
+    with passes(a_lens) as seen:
+        result = run(a_lens, records, tmp_path, *names)
+    assert sum(batch for _, batch, _ in seen) <= rows
+    assert len(result.prompts()) == 8
+    margin = ll.Margin(" w5", " w9")
+    g = a_lens.function([record["prompt"] for record in records], margin, progress=False)
+    ends = result.prompts()[["base", "adapted"]].to_numpy().T
+    np.testing.assert_allclose(ends, g.ends.numpy(), rtol=1e-12)
 
 
 def test_prompts_are_drawn_by_one_of_their_numbers(lens, tmp_path):
