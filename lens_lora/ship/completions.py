@@ -65,6 +65,16 @@ class Told(NamedTuple):
     ids: list[int] | None
     pieces: list[str] | None
 
+    def without_last(self, count: int) -> Told:
+        """All but the last tokens.
+
+        Args:
+            count: how many are left out.
+        """
+        ids = None if self.ids is None else self.ids[:-count]
+        pieces = None if self.pieces is None else self.pieces[:-count]
+        return Told(self.log_p[:-count], ids, pieces)
+
 
 class Way(abc.ABC):
     """One way to ask a server for log-probabilities.
@@ -118,9 +128,7 @@ class PromptLogProbs(_OfTokens):
     def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
         """Ask with `prompt_logprobs`, and one token to generate, as vLLM asks for at least one."""
         choice = self._choice(server, name, asked, 1, prompt_logprobs=0)
-        entries = choice.get("prompt_logprobs")
-        if not isinstance(entries, list) or not entries:
-            raise Unsupported("no prompt_logprobs in the answer")
+        entries = _list_in(choice, "prompt_logprobs", "no prompt_logprobs in the answer")
         log_p: list[float | None] = []
         ids: list[int] = []
         for position, entry in enumerate(entries):
@@ -132,7 +140,7 @@ class PromptLogProbs(_OfTokens):
             chosen = _chosen_token(entry, asked.ids, position, len(entries))
             ids.append(chosen)
             log_p.append(_number(entry[str(chosen)]))
-        return _of_prompt(log_p, ids, None)
+        return _of_prompt(Told(log_p, ids, None))
 
 
 def _chosen_token(entry: Any, ids: Sequence[int], position: int, length: int) -> int:
@@ -161,11 +169,7 @@ class Echo(_OfTokens):
         generated = 1
         if len(told.log_p) <= generated or told.log_p[0] is not None:
             raise Unsupported("the prompt is not repeated")
-        return _of_prompt(
-            told.log_p[:-generated],
-            None if told.ids is None else told.ids[:-generated],
-            None if told.pieces is None else told.pieces[:-generated],
-        )
+        return _of_prompt(told.without_last(generated))
 
 
 @final
@@ -190,14 +194,11 @@ class Prefill(Way):
         answer = server.post(_GENERATE, {"inputs": asked.text, "parameters": parameters})
         answer = answer[0] if isinstance(answer, list) and answer else answer
         details = answer.get("details") if isinstance(answer, dict) else None
-        entries = details.get("prefill") if isinstance(details, dict) else None
-        if not isinstance(entries, list) or not entries:
-            raise Unsupported("no details of the prompt's tokens in the answer")
-        if not all(isinstance(entry, dict) and _is_id(entry.get("id")) for entry in entries):
+        missing = "no details of the prompt's tokens in the answer"
+        told = _of_objects(_list_in(details, "prefill", missing), "text")
+        if told.ids is None:
             raise Unsupported(_OTHER_FORM)
-        log_p = [_number_or_none(entry.get("logprob")) for entry in entries]
-        pieces = [str(entry.get("text", "")) for entry in entries]
-        return _of_prompt(log_p, [entry["id"] for entry in entries], pieces)
+        return _of_prompt(told)
 
 
 @final
@@ -241,13 +242,11 @@ def served_names(server: Server) -> list[str]:
         Unsupported: the server lists none.
         ServerError: it cannot be asked at all.
     """
-    answer = server.get("/v1/models")
-    entries = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(entries, list):
-        entries = []
+    missing = "it lists no models"
+    entries = _list_in(server.get("/v1/models"), "data", missing)
     names = [str(entry["id"]) for entry in entries if isinstance(entry, dict) and "id" in entry]
     if not names:
-        raise Unsupported("it lists no models")
+        raise Unsupported(missing)
     return names
 
 
@@ -259,12 +258,21 @@ def _greedy(new_tokens: int) -> dict[str, Any]:
 # --- Reading answers
 
 
+def _list_in(holder: Any, field: str, missing: str) -> list[Any]:
+    """The list under a field of a part of an answer; Unsupported if there is none."""
+    entries = holder.get(field) if isinstance(holder, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise Unsupported(missing)
+    return entries
+
+
 def _first_choice(answer: Any) -> dict[str, Any]:
     """The first choice of an answer of the completions or the chat API."""
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise Unsupported("an answer without choices")
-    return choices[0]
+    missing = "an answer without choices"
+    first = _list_in(answer, "choices", missing)[0]
+    if not isinstance(first, dict):
+        raise Unsupported(missing)
+    return first
 
 
 def _of_completions(choice: Mapping[str, Any]) -> Told:
@@ -273,7 +281,8 @@ def _of_completions(choice: Mapping[str, Any]) -> Told:
     if not isinstance(log_probs, dict):
         raise Unsupported("no logprobs in the answer")
     if isinstance(log_probs.get("content"), list):
-        return _of_content(log_probs["content"])
+        # llama.cpp answers so in its completions API, too.
+        return _of_objects(log_probs["content"], "token")
     values = log_probs.get("token_logprobs")
     pieces = log_probs.get("tokens")
     if not isinstance(values, list) or not isinstance(pieces, list) or len(values) != len(pieces):
@@ -282,15 +291,17 @@ def _of_completions(choice: Mapping[str, Any]) -> Told:
     return _with_ids(log_p, [str(piece) for piece in pieces])
 
 
-def _of_content(entries: Sequence[Any]) -> Told:
-    """The form of the chat API: one object per token, which llama.cpp gives the token's id as well.
+def _of_objects(entries: Sequence[Any], piece: str) -> Told:
+    """One object per token, as in the chat API; some servers give its id as well.
 
-    llama.cpp uses it in its completions API, too.
+    Args:
+        entries: the objects.
+        piece: the field of the token as a string.
     """
     if not all(isinstance(entry, dict) and "logprob" in entry for entry in entries):
         raise Unsupported(_OTHER_FORM)
     log_p = [_number_or_none(entry["logprob"]) for entry in entries]
-    pieces = [str(entry.get("token", "")) for entry in entries]
+    pieces = [str(entry.get(piece, "")) for entry in entries]
     ids = [entry.get("id") for entry in entries]
     if all(_is_id(number) for number in ids):
         return Told(log_p, ids, pieces)
@@ -306,11 +317,12 @@ def _with_ids(log_p: list[float | None], pieces: list[str]) -> Told:
     return Told(log_p, None, pieces)
 
 
-def _of_prompt(log_p: list[float | None], ids: list[int] | None, pieces: list[str] | None) -> Told:
+def _of_prompt(told: Told) -> Told:
     """What was told of a prompt, of which the first token alone has no log-probability."""
-    if None in log_p[1:]:
-        raise ServerError(f"the server tells no log-probability of token {log_p.index(None, 1)}.")
-    return Told(log_p, ids, pieces)
+    if None in told.log_p[1:]:
+        place = told.log_p.index(None, 1)
+        raise ServerError(f"the server tells no log-probability of token {place}.")
+    return told
 
 
 def _all_told(told: Told) -> Told:

@@ -6,6 +6,7 @@ order of rows that llama.cpp has.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,34 @@ def _nothing(*args: object) -> None:
     pass
 
 
+def quantised(values: np.ndarray, kind: str) -> np.ndarray:
+    """The data of a tensor [row, in] in a type of GGUF, by llama.cpp's own quantiser.
+
+    Types of fewer than three bits are given the mean square of each column as its importance.
+    """
+    gguf = pytest.importorskip("gguf")
+    package = pytest.importorskip("llama_cpp_py_sync")
+    (library,) = Path(package.__file__).parent.glob("libggml-base.*")
+    lib = ctypes.CDLL(str(library))
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    number, size = ctypes.c_int, ctypes.c_int64
+    pointer = ctypes.c_void_p
+    lib.ggml_quantize_chunk.argtypes = [number, pointer, pointer, size, size, size, pointer]
+    of_gguf = gguf.GGMLQuantizationType[kind]
+    lib.ggml_quantize_init(int(of_gguf))
+    entries, bytes_of_block = gguf.GGML_QUANT_SIZES[of_gguf]
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    rows, width = values.shape
+    data = np.zeros((rows, width // entries * bytes_of_block), dtype=np.uint8)
+    importance = np.ascontiguousarray((values**2).mean(0))
+    weigh = importance.ctypes.data if kind.startswith(("IQ1", "IQ2", "IQ3_XXS")) else None
+    written = lib.ggml_quantize_chunk(
+        int(of_gguf), values.ctypes.data, data.ctypes.data, 0, rows, width, weigh
+    )
+    assert written == data.nbytes
+    return data
+
+
 def write_base(model, path: Path, kind: str = "F32", permuted: bool = True) -> Path:
     """A Llama of Hugging Face as a GGUF file, linear maps in one type of GGUF."""
     gguf = pytest.importorskip("gguf")
@@ -108,7 +137,11 @@ def write_base(model, path: Path, kind: str = "F32", permuted: bool = True) -> P
                 tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
         module = name.removesuffix(".weight")
         type_of = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 else "F32"]
-        data = gguf.quants.quantize(tensor.contiguous().numpy(), type_of)
+        values = tensor.contiguous().numpy()
+        try:
+            data = gguf.quants.quantize(values, type_of)
+        except NotImplementedError:
+            data = quantised(values, type_of.name)
         writer.add_tensor(f"{names.get_name(module)}.weight", data, raw_dtype=type_of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -11,7 +11,7 @@ import models
 import no_ops
 import pytest
 import torch
-from llama_engine import LlamaCpp, write_base
+from llama_engine import LlamaCpp, quantised, write_base
 from loopback import llama_cpp, served
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lens_lora as ll
 from lens_lora.errors import ArgumentError, ModelStateError, UnsupportedAdapterError
 from lens_lora.formats.gguf_layout import rounding_to
+from lens_lora.ship import gguf_checks
 from lens_lora.ship.gguf_checks import lora_checks, merged_gguf_checks
 from lens_lora.ship.verify import verify
 
@@ -281,6 +282,61 @@ def test_a_type_whose_rounding_is_not_known_never_passes(wide, tmp_path, monkeyp
         (check, _), _ = merged_gguf_checks(wrong, adapter, base)
         assert check.outcome == "failed" and "no ΔW (nothing was merged)" in check.measured
     assert rounding_to("Q4_K", torch.ones(2, 256)) is None
+
+
+@pytest.fixture(scope="module")
+def in_superblocks(tmp_path_factory):
+    """A Llama of one layer whose rows are as wide as a block of K-quants."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**{**models._ROTARY, **sizes})).eval()
+    peft = models.peft_model("llama", copy.deepcopy(base), targets=LINEAR)
+    models.with_random_factors(peft, base, size=0.3)
+    adapter = ll.Adapter.from_peft(peft)
+    return base, adapter, peft.merge_and_unload()
+
+
+NOT_ROUNDED_HERE = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+    # llama.cpp looks for these in tables, for seconds.
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("IQ3_S", "IQ2_XXS")),
+)
+
+
+@pytest.mark.parametrize("kind", NOT_ROUNDED_HERE)
+def test_types_that_llama_cpp_alone_quantises_to(kind: str, in_superblocks, tmp_path):
+    """By its own quantiser: a right merge never fails, and the base in its place does."""
+    base, adapter, merged = in_superblocks
+    file = write_base(merged, tmp_path / "x.gguf", kind)
+    (check, _), tensors = merged_gguf_checks(file, adapter, base)
+    assert check.outcome == "undecided", [t for t in tensors if t.outcome == "failed"]
+    (check, _), _ = merged_gguf_checks(write_base(base, tmp_path / "b.gguf", kind), adapter, base)
+    assert check.outcome == "failed" and "no ΔW (nothing was merged)" in check.measured
+
+
+SHAPES = {
+    "normal": lambda normal: normal,
+    "cubed": lambda normal: normal**3,
+    "an outlying column": lambda normal: normal * torch.where(torch.arange(512) == 7, 50.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_llama_cpp_rounds_is_within_the_bound(shape: str):
+    """Half of it at most, in every type that has one; where both round, gguf rounds as much."""
+    weight = SHAPES[shape](torch.randn(64, 512, generator=models.seeded(0)))
+    for kind, bound in gguf_checks._COARSEST.items():
+        assert rounding_to(kind, weight) is None
+        assert off_by(quantised(weight.numpy(), kind), kind, weight) <= bound / 2
+    for kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+        measured = off_by(quantised(weight.numpy(), kind), kind, weight)
+        assert measured == pytest.approx(rounding_to(kind, weight), rel=0.01)
+
+
+def off_by(data, kind: str, weight: torch.Tensor) -> float:
+    """‖dequantised − weight‖ / ‖weight‖."""
+    stored = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    return float((torch.from_numpy(stored.copy()) - weight).norm() / weight.norm())
 
 
 def test_a_file_of_another_architecture(wide, shipped, tmp_path):
