@@ -31,7 +31,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -61,6 +61,8 @@ _CONFIRMED_TOKENS = 256
 _DRAFT = 256
 # A wrong cache parts from the confirmation within so many tokens of a draft, rounding later.
 _TRUSTED_AFTER = 8
+# A draw sorts so many tokens, and the whole vocabulary only where it falls beyond them.
+_LIKELIEST = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +102,42 @@ class Sampling:
         """The token at each place."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        tempered = (in_float64(logits) / self.temperature).softmax(-1)
-        p, ids = tempered.sort(-1, descending=True)
+        p = (in_float64(logits) / self.temperature).softmax(-1)
+        u = noise.to(p)
+        likeliest, ids = p.topk(min(_LIKELIEST, p.shape[-1]))
+        tokens, is_among_them = self._drawn(likeliest, ids, u)
+        rest = (~is_among_them).nonzero()[:, 0]
+        if len(rest):
+            sorted_p, sorted_ids = p[rest].sort(-1, descending=True)
+            tokens[rest], _ = self._drawn(sorted_p, sorted_ids, u[rest])
+        return tokens.to(logits.device)
+
+    def _drawn(
+        self,
+        p: Float[Tensor, "place some"],
+        ids: Int[Tensor, "place some"],
+        u: Float[Tensor, " place"],
+    ) -> tuple[Int[Tensor, " place"], Bool[Tensor, " place"]]:
+        """The token at which the cumulated probability passes u; and whether it is among these.
+
+        Args:
+            p: the largest probabilities of each place, in decreasing order.
+            ids: of which token each of them is.
+            u: the noise of each place.
+        """
         before = p.cumsum(-1) - p
         # Half a unit of rounding: tokens that reach top_p exactly are enough.
-        is_kept = before < self.top_p - torch.finfo(p.dtype).eps / 2
+        most = self.top_p - torch.finfo(p.dtype).eps / 2
+        is_kept = before < most
         cumulated = torch.where(is_kept, p, 0.0).cumsum(-1)
-        reached = (noise.to(cumulated)[:, None] * cumulated[:, -1:]).contiguous()
-        rank = torch.searchsorted(cumulated, reached, right=True).clamp_max(p.shape[-1] - 1)
-        return ids.gather(-1, rank)[:, 0].to(logits.device)
+        has_all_kept = cumulated[:, -1] >= most
+        # Where tokens beyond these may be kept as well, all that are kept sum to 1 if top_p is 1.
+        mass = cumulated[:, -1] if self.top_p < 1 else torch.ones_like(u)
+        reached = (u * mass)[:, None].contiguous()
+        rank = torch.searchsorted(cumulated, reached, right=True)
+        is_among_them = has_all_kept | ((rank[:, 0] < p.shape[-1]) & (self.top_p == 1))
+        rank = rank.clamp_max(p.shape[-1] - 1)
+        return ids.gather(-1, rank)[:, 0], is_among_them
 
 
 @dataclasses.dataclass(eq=False)

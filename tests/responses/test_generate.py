@@ -135,6 +135,34 @@ def test_a_draw_has_hugging_face_s_probabilities(top_p: float):
     assert (found - warped.softmax(-1)[0]).abs().max() < 3e-5
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.2])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 20.0], ids=["flat", "usual", "peaked"])
+def test_a_draw_sorts_few_tokens_and_is_that_of_all_of_them(top_p: float, spread: float):
+    """The token at which the sorted probabilities that are kept pass u; most draws sort few."""
+    logits = spread * torch.randn(60, 5000, generator=models.seeded(0))
+    u = torch.rand(60, generator=models.seeded(1), dtype=torch.float64)
+    expected: list[int] = []
+    for row, share in zip(logits.double().softmax(-1), u, strict=True):
+        order = row.argsort(descending=True)
+        sums = row[order].cumsum(0)
+        kept = int((sums < top_p - 1e-12).sum()) + 1
+        drawn = int((sums[:kept] <= share * sums[:kept][-1]).sum())
+        expected.append(int(order[min(drawn, kept - 1)]))
+    sorts: list[int] = []
+    plain = torch.Tensor.sort
+
+    def counted(values: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sorts.append(len(values))
+        return plain(values, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "sort", counted)
+        drawn = Sampling(1.0, top_p).choose(logits, u)
+    assert drawn.tolist() == expected
+    if spread > 1:
+        assert sum(sorts) <= 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_gates_of_any_form(cls: str):
