@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from lens_lora.arguments import whole, word
 from lens_lora.banks import scan
-from lens_lora.banks.base_half import RecordedBase
 from lens_lora.banks.held import HeldBank, HeldReadout, slopes_by_readout
 from lens_lora.banks.plain_factors import SharedPlan
+from lens_lora.banks.readouts import Reach, RecordedReadouts
 from lens_lora.banks.record import Half, TensorPool, record
 from lens_lora.banks.targets import stand_ins
 from lens_lora.compat import uncompiled
@@ -79,10 +79,7 @@ class Bank:
         self._held = held
         self._functions = functions  # g of each readout; none of a bank from a file
         self._base_names = tuple(bases)
-        halves: list[Half] = []
-        for readout in held.readouts:
-            halves += readout.halves
-        self._base = RecordedBase(lens, halves, held.stacks)
+        self._recorded = RecordedReadouts(lens, held)
         self._settings = settings(lens.model)
 
     def __repr__(self) -> str:
@@ -136,7 +133,24 @@ class Bank:
                 remedy="make it with ll.bank(…, by_token=True).",
             )
         adapter = _given(adapter)
-        plan = self._base.plan_of(adapter)
+        by_number: dict[int, Attribution] = {}
+        for reach in self._recorded.reaches:
+            by_number |= self._of_reach(reach, adapter, axes, gauge, exact=exact)
+        attributions = tuple(by_number[number] for number in sorted(by_number))
+        return attributions if self.several else attributions[0]
+
+    def _of_reach(
+        self,
+        reach: Reach,
+        adapter: Adapter,
+        axes: tuple[str, ...],
+        gauge: Gauge,
+        *,
+        exact: bool,
+    ) -> dict[int, Attribution]:
+        """The results of the readouts that the same modules move, by the place of each readout."""
+        adapter = reach.base.within_reach(adapter)
+        plan = reach.base.plan_of(adapter)
         # A split needs a lens of the adapter itself, and so does a pass.
         is_plan_enough = not axes and not exact and gauge == "trained"
         if isinstance(plan, SharedPlan) and is_plan_enough:
@@ -149,10 +163,10 @@ class Bank:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
             lens = lens.in_gauge(gauge)
             require_gauge(gauge, axes)
-            by_half = self._base.split(lens, axes)
+            by_half = reach.base.split(lens, axes)
             relative_norm = lens.plan.relative_norm
 
-        # What the results of all readouts share.
+        # What the results of these readouts share.
         fields = {
             "sites": lens.sites,
             "by": axes,
@@ -164,11 +178,12 @@ class Bank:
             "relative_norm": relative_norm,
             "meta": self._meta(lens, adapter),
         }
-        attributions: list[Attribution] = []
-        for number, values in enumerate(slopes_by_readout(self._held.readouts, lens, by_half)):
+        by_number: dict[int, Attribution] = {}
+        by_readout = slopes_by_readout(reach.readouts, lens, by_half)
+        for number, values in zip(reach.numbers, by_readout, strict=True):
             adapted = self._functions[number].over(lens)(1.0) if exact else None
-            attributions.append(self._attribution(number, values, adapted, fields))
-        return tuple(attributions) if self.several else attributions[0]
+            by_number[number] = self._attribution(number, values, adapted, fields)
+        return by_number
 
     def _attribution(
         self,
@@ -224,13 +239,17 @@ class Bank:
         draws = whole("draws", draws, 1)
         seed = whole("seed", seed, 0)
         self._require_same_model(entries=True)
-        drawn = null_adapters(self._lens.with_adapter(_given(adapter)), seed, draws)
-        by_draw: list[list[Tensor]] = []
-        with tqdm(drawn, "null adapters", draws, leave=False, disable=not progress) as bar:
-            for null in bar:
-                lens, by_half = self._base.slopes(null)
-                by_draw.append(slopes_by_readout(self._held.readouts, lens, by_half))
-        by_readout = tuple(torch.stack(values) for values in zip(*by_draw, strict=True))
+        adapter = _given(adapter)
+        draws_of_readout: dict[int, list[Tensor]] = {}
+        for reach in self._recorded.reaches:
+            lens = self._lens.with_adapter(reach.base.within_reach(adapter))
+            drawn = null_adapters(lens, seed, draws)
+            with tqdm(drawn, "null adapters", draws, leave=False, disable=not progress) as bar:
+                for null in bar:
+                    by_number = reach.by_number(reach.base.slopes(null))
+                    for number, (_, values) in by_number.items():
+                        draws_of_readout.setdefault(number, []).append(values)
+        by_readout = tuple(torch.stack(of_one) for _, of_one in sorted(draws_of_readout.items()))
         return by_readout if self.several else by_readout[0]
 
     @alone
@@ -278,7 +297,7 @@ class Bank:
         sources = scan.named_sources(adapters, revision, subfolder)
         names = self._base_names or scan.first_base(sources)
         bases = scan.BasesOfScan(names, takes_any=any_base)
-        rows = scan.Scan(self._base, self._held.readouts, group, bases)
+        rows = scan.Scan(self._recorded, self._held.readouts, group, bases)
         if out is None:
             return rows.in_memory(sources, progress=progress)
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
@@ -352,7 +371,8 @@ def bank(
         model: a lens, of whatever adapter; or its HookedTransformer or TransformerBridge, raw or
             processed. Without other hooks.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: a readout of the logits, or a list of several.
+        readout: a readout, or a list of several. What a `Projection` reads is moved by the modules
+            before its point alone: of an adapter these are the sites, as of `ll.first_order`.
         hf_model: the unprocessed Hugging Face base, needed where LoraLens needs it. A lens has it,
             if it was needed, and has verified the modules of its own adapter.
         modules: globs of Hugging Face module paths that adapters may target; by default all linear
@@ -380,7 +400,6 @@ def bank(
         all_readouts = [readout] if isinstance(readout, Readout) else listed_readouts(readout)
         functions = [Evaluations.of(f.about(each)) for each in all_readouts]
         for g in functions:
-            g.require_logits("a bank")
             g.require_slope_at_base()
 
         pool = TensorPool()
@@ -406,13 +425,30 @@ def _recorded(
 ) -> HeldReadout:
     """The base's half for one readout, and g(0)."""
     response = g.response_tokens() if by_token else ()
+    moving = _that_move(g, lenses)
     halves: list[Half] = []
     for group in g.groups(graph=True):
-        halves.append(record(group, lenses, pool, by_token=by_token))
+        halves.append(record(group, moving, pool, by_token=by_token))
     (base,) = g.along((0.0,))
     labels = g.labels()
     kept = {name: labels[name] for name in ("readout", "units", "str_tokens")}
-    return HeldReadout(tuple(halves), response, {**kept, "base": base})
+    behind = tuple(path for path in lenses[0].adapter.modules if path not in g.lens.adapter.modules)
+    return HeldReadout(tuple(halves), response, {**kept, "base": base}, behind)
+
+
+def _that_move(g: Evaluations, lenses: Sequence[LoraLens]) -> list[LoraLens]:
+    """The lenses of stand-ins, each of the modules alone that can move what is read.
+
+    Only a readout inside the model leaves modules out: those that write behind its point.
+    """
+    moving = [g.lens]
+    for lens in lenses[1:]:
+        kept = [path for path in lens.adapter.modules if path in g.lens.adapter.modules]
+        if len(kept) == len(lens.adapter.modules):
+            moving.append(lens)
+        elif kept:
+            moving.append(lens.with_adapter(lens.adapter.only(*kept), check=False))
+    return moving
 
 
 def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None) -> Bank:

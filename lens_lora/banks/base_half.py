@@ -9,22 +9,38 @@ At ε = 0 z and G are those of the base model, whatever the adapter. So they are
    (`banks/plain_factors.py`).
 2. Any other adapter is laid over the model, and its lens is shown the recorded tensors in place of
    a backward pass (`Half.slopes`).
+3. A readout inside the model is moved by the modules before its point alone, so the others are
+   taken out of an adapter first (`RecordedBase.within_reach`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.banks.plain_factors import Shapes, SharedPlan, can_share_plan, shapes_of
+from lens_lora.banks.plain_factors import (
+    Shapes,
+    SharedPlan,
+    StackedFactors,
+    can_share_plan,
+    shapes_of,
+)
 from lens_lora.banks.record import Half, Stacks, TensorPool, record
-from lens_lora.core import Adapter, Function, LoraLens, Site, require_finite_slopes
+from lens_lora.core import (
+    Adapter,
+    Function,
+    LoraLens,
+    ModuleUpdate,
+    Site,
+    require_finite_slopes,
+)
 from lens_lora.core.model import extensions
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import LensLoraError, ModelStateError
 
 # How many plans are kept, each with the first adapter of its modules and shapes.
 _PLANS = 16
@@ -38,18 +54,54 @@ SlopesOfAdapter = tuple[LoraLens, Sequence[Float[Tensor, "prompt site"]]]
 class RecordedBase:
     """The base's half over some rows, contracted with any adapter.
 
+    Args:
+        lens: over the model, of any adapter.
+        halves: what was recorded of the rows.
+        stacks: the tensors that were recorded.
+        behind: the paths of modules that cannot move what is read, as they write behind it.
+
     Attributes:
         plans: what adapters of the same shapes share, the latest last.
     """
 
-    def __init__(self, lens: LoraLens, halves: Sequence[Half], stacks: Stacks) -> None:
+    def __init__(
+        self,
+        lens: LoraLens,
+        halves: Sequence[Half],
+        stacks: Stacks,
+        behind: Sequence[str] = (),
+    ) -> None:
         self._lens = lens
         self._halves = halves
         self._stacks = stacks
+        self._behind = frozenset(behind)
         self.plans: dict[Shapes, SharedPlan] = {}
+
+    def within_reach(self, adapter: Adapter) -> Adapter:
+        """The adapter without the modules that cannot move what is read; often it itself.
+
+        Raises:
+            ModelStateError: none of its modules can.
+        """
+        kept: dict[str, ModuleUpdate] = {}
+        for key, update in adapter.modules.items():
+            if _path(key) not in self._behind:
+                kept[key] = update
+        if not kept:
+            raise ModelStateError(
+                f"{adapter.name}: every module that it adapts writes after the hook point that is "
+                "read, so the adapter does not move it",
+                remedy="make a bank of a later point.",
+            )
+        if len(kept) == len(adapter.modules):
+            return adapter
+        return dataclasses.replace(adapter, modules=kept)
 
     def plan_of(self, adapter: Adapter) -> SharedPlan | LoraLens:
         """Products that all adapters of its shapes share, or a lens of it where none are enough.
+
+        Args:
+            adapter: one that is within reach of what is read.
 
         Raises:
             LensLoraError: the adapter does not fit the model.
@@ -76,10 +128,11 @@ class RecordedBase:
         Raises:
             LensLoraError: the adapter does not fit the model, or what was recorded of it.
         """
-        plan = self.plan_of(adapter)
+        within_reach = self.within_reach(adapter)
+        plan = self.plan_of(within_reach)
         if isinstance(plan, LoraLens):
             return plan, self.split(plan)
-        (slopes,) = plan.slopes([plan.factors_of(adapter)])
+        (slopes,) = plan.slopes([plan.factors_of(within_reach)])
         return plan.lens, slopes
 
     def slopes_of_plain(self, adapters: Sequence[Adapter]) -> dict[int, SlopesOfAdapter]:
@@ -89,18 +142,21 @@ class RecordedBase:
         asked for alone, by `slopes`, which says what is wrong with it.
         """
         by_plan: dict[SharedPlan, list[Adapter]] = {}
+        factors_by_plan: dict[SharedPlan, list[list[StackedFactors]]] = {}
         for adapter in adapters:
-            if not shapes_of(adapter):
-                continue
             with contextlib.suppress(LensLoraError):
-                plan = self.plan_of(adapter)
+                within_reach = self.within_reach(adapter)
+                if not shapes_of(within_reach):
+                    continue
+                plan = self.plan_of(within_reach)
                 if isinstance(plan, SharedPlan):
                     by_plan.setdefault(plan, []).append(adapter)
+                    factors_by_plan.setdefault(plan, []).append(plan.factors_of(within_reach))
 
         by_id: dict[int, SlopesOfAdapter] = {}
         for plan, alike in by_plan.items():
-            factors = [plan.factors_of(adapter) for adapter in alike]
-            for adapter, slopes in zip(alike, plan.slopes(factors), strict=True):
+            slopes_of_each = plan.slopes(factors_by_plan[plan])
+            for adapter, slopes in zip(alike, slopes_of_each, strict=True):
                 by_id[id(adapter)] = (plan.lens, slopes)
         return by_id
 
@@ -124,6 +180,11 @@ def bytes_of(adapter: Adapter) -> int:
     return total
 
 
+def _path(key: str) -> str:
+    """The path of a module; in a sum of adapters a key is it, '@' and the adapter's name."""
+    return key.partition("@")[0]
+
+
 @extensions.slopes_of_adapters.provide
 def slopes_of_adapters(
     g: Function,
@@ -132,13 +193,15 @@ def slopes_of_adapters(
     like: Sequence[Adapter],
 ) -> Float[Tensor, "adapter batch site"]:
     """∂g/∂ε_l at 0 of many adapters: see `Function.slopes_of_adapters`."""
+    asked = {_path(site.module) for site in sites}
+    other_modules = {_path(key) for adapter in like for key in adapter.modules} - asked
     by_group: list[Tensor] = []
     for group in g.groups(graph=True):
         pool = TensorPool()
         # One at a time, as there may be many.
         lenses = (g.lens.with_adapter(adapter) for adapter in like)
         half = record(group, lenses, pool, by_token=False)
-        base = RecordedBase(g.lens, [half], pool.stacks())
+        base = RecordedBase(g.lens, [half], pool.stacks(), sorted(other_modules))
         rows: list[Tensor] = []
         for adapter in adapters():
             lens, (slopes,) = base.slopes(adapter)

@@ -26,11 +26,14 @@ class HeldReadout:
         halves: of one group of prompts after another.
         response: the tokens of each prompt's response, in a bank by token; else empty.
         labels: base, str_tokens, readout and units, as in `Attribution`.
+        behind: the paths of the modules that write behind the point that is read inside the model,
+            and so cannot move it; empty for a readout of the logits.
     """
 
     halves: tuple[Half, ...]
     response: tuple[tuple[str, ...], ...]
     labels: dict[str, Any]
+    behind: tuple[str, ...] = ()
 
 
 @stored

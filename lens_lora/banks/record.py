@@ -162,6 +162,11 @@ def _run(g: Function, pool: TensorPool, by_token: bool) -> list[Addresses]:
         g.passes.visit_tokens(visitor_of, require_all=False)
     else:
         g.passes.visit(visitor_of(0), require_all=False)
+    # Of a site that runs before the point that is read and cannot move it, there is nothing to sum.
+    for injection in g.lens.injections:
+        if g.lens.sites[injection.site].name in g.reading.unmoved:
+            for column in columns:
+                column.setdefault(place_of(g.lens, injection), ())
     return columns
 
 

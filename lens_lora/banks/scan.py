@@ -23,8 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.banks.base_half import LARGE, RecordedBase, SlopesOfAdapter, bytes_of
-from lens_lora.banks.held import HeldReadout, slopes_by_readout
+from lens_lora.banks.base_half import LARGE, SlopesOfAdapter, bytes_of
+from lens_lora.banks.held import HeldReadout
+from lens_lora.banks.readouts import Reach, RecordedReadouts, SlopesOfReadout
 from lens_lora.core import Adapter, Site, group_sites, indicator, load_adapter
 from lens_lora.errors import AdapterError, ArgumentError, LensLoraError, warn
 from lens_lora.formats.folders import (
@@ -70,6 +71,8 @@ class Loaded(NamedTuple):
     adapter: Adapter
 
 
+# The slopes of the adapters that were contracted together, of readouts that the same modules move.
+SlopesTogether = Sequence[tuple[Reach, Mapping[int, SlopesOfAdapter]]]
 # What became of one adapter: its rows, if they are known already; the adapter; or what is wrong.
 Outcome = pa.Table | Loaded | Exception
 
@@ -116,7 +119,7 @@ class Scan:
     """The rows of many adapters, a few adapters at a time.
 
     Args:
-        base: contracts an adapter with what was recorded.
+        recorded: contracts an adapter with what was recorded of each readout.
         readouts: those of the bank.
         group: over what values are summed.
         bases: which base an adapter may name.
@@ -124,12 +127,12 @@ class Scan:
 
     def __init__(
         self,
-        base: RecordedBase,
+        recorded: RecordedReadouts,
         readouts: Sequence[HeldReadout],
         group: GroupName,
         bases: BasesOfScan,
     ) -> None:
-        self._base = base
+        self._recorded = recorded
         self._readouts = readouts
         self._group: GroupName = group
         self._bases = bases
@@ -194,7 +197,7 @@ class Scan:
         """
         while outcomes := list(self._next_few(adapters, known)):
             loaded = [outcome for _, outcome in outcomes if isinstance(outcome, Loaded)]
-            slopes = self._base.slopes_of_plain([each.adapter for each in loaded])
+            slopes = self._recorded.slopes_of_plain([each.adapter for each in loaded])
             yield [self._table(name, outcome, slopes) for name, outcome in outcomes]
             # Let go of these adapters before the next ones are read.
             outcomes.clear()
@@ -238,9 +241,7 @@ class Scan:
         adapter = place if isinstance(place, Adapter) else load_adapter(place)
         return Loaded(weights, adapter)
 
-    def _table(
-        self, name: str, outcome: Outcome, slopes: Mapping[int, SlopesOfAdapter]
-    ) -> pa.Table:
+    def _table(self, name: str, outcome: Outcome, slopes: SlopesTogether) -> pa.Table:
         """The rows of one adapter, or the only row of one that cannot be used."""
         if isinstance(outcome, pa.Table):
             return outcome
@@ -252,19 +253,12 @@ class Scan:
             rows = [_error_row(name, error)]
         return self._table_of(rows)
 
-    def _rows(
-        self, name: str, loaded: Loaded, slopes: Mapping[int, SlopesOfAdapter]
-    ) -> list[tuple[Any, ...]]:
+    def _rows(self, name: str, loaded: Loaded, slopes: SlopesTogether) -> list[tuple[Any, ...]]:
         """One row per readout, prompt and group."""
-        of_adapter = slopes.get(id(loaded.adapter))
-        if of_adapter is None:
-            of_adapter = self._base.slopes(loaded.adapter)
-        lens, by_half = of_adapter
-        groups, members = _grouping(lens.sites, self._group)
-        by_readout = slopes_by_readout(self._readouts, lens, by_half)
-
         rows: list[tuple[Any, ...]] = []
-        for readout, values in zip(self._readouts, by_readout, strict=True):
+        by_readout = _slopes_of(loaded.adapter, slopes)
+        for readout, (lens, values) in zip(self._readouts, by_readout, strict=True):
+            groups, members = _grouping(lens.sites, self._group)
             label = readout.labels["readout"]
             sums = (values.cpu().double() @ members).tolist()
             for prompt, by_group in enumerate(sums):
@@ -280,6 +274,23 @@ class Scan:
         for column, kind in zip(zip(*rows, strict=True), _TYPES, strict=True):
             columns.append(pa.array(column, kind))
         return pa.table(columns, names)
+
+
+def _slopes_of(adapter: Adapter, together: SlopesTogether) -> list[SlopesOfReadout]:
+    """The slopes of one adapter for each readout, in the order of the bank.
+
+    Those that are not among `together` are computed here, or what is wrong with the adapter raised.
+
+    Raises:
+        LensLoraError: the adapter does not fit the model, or what was recorded of it.
+    """
+    by_number: dict[int, SlopesOfReadout] = {}
+    for reach, by_id in together:
+        of_adapter = by_id.get(id(adapter))
+        if of_adapter is None:
+            of_adapter = reach.base.slopes(adapter)
+        by_number |= reach.by_number(of_adapter)
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _error_row(name: str, error: Exception) -> tuple[Any, ...]:

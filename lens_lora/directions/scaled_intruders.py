@@ -28,13 +28,14 @@ from torch import Tensor
 
 from lens_lora.arguments import numbers_of
 from lens_lora.core import (
-    Evaluations,
     LoraLens,
     Pictured,
     Prompts,
     PromptsLike,
     Read,
-    analysis,
+    Readout,
+    alone,
+    evaluations,
     long_table,
 )
 from lens_lora.directions.intruders import intruders
@@ -139,15 +140,18 @@ def _interpolated(path: Sequence[tuple[float, float]], share: float) -> float:
     return math.nan
 
 
-@analysis
+@alone
 def scale_intruders(
-    g: Evaluations,
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
     scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     *,
     k: int = 10,
     threshold: float = 0.5,
     sites: str | Sequence[str] | None = None,
     texts: PromptsLike | None = None,
+    progress: bool = True,
 ) -> ScaledIntruders:
     """Scale an adapter's intruders, and measure the taught behaviour and ordinary text.
 
@@ -159,7 +163,7 @@ def scale_intruders(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`, that ask for the taught behaviour.
-        readout: what the adapter moves there.
+        readout: what the adapter moves there, in the logits or inside the model.
         scales: the factors, of which 0 takes intruders out and 1 leaves them.
         k, threshold, sites: which directions are intruders, as for `ll.intruders`.
         texts: texts about other things, of two tokens at least; None for an eighth of the package's
@@ -167,25 +171,31 @@ def scale_intruders(
         progress: show a bar.
 
     Raises:
-        ArgumentError: no scales, or one below 0; a readout inside the model; a sum of adapters.
+        ArgumentError: no scales, or one below 0; a sum of adapters.
         AdapterError: a module with intruders whose update is no product of factors.
         SiteError: a name that matches no site, or no site with a weight.
         ModelStateError: a processed or quantised model without `hf_model`.
         TokenError, PromptError: a readout, prompt or text that does not fit the model.
         NumericsError: a logit that is not finite.
     """
-    g.require_logits("scale_intruders")
     factors = _factors(scales)
-    rows = g.lens.function(texts_or_neutral(g.lens, texts)).prompts
+    g = evaluations(lens, prompts, readout, progress=progress)
+    rows = lens.function(texts_or_neutral(lens, texts)).prompts
     require_second_token(rows, "the loss")
-    found = intruders(g.lens, k, threshold, sites=sites, progress=g.progress)
-    lenses = [g.lens.with_adapter(found.adapter(factor)) for factor in factors]
-    with_intruders_scaled = torch.stack([g.over(lens)(1.0) for lens in lenses])
+    found = intruders(lens, k, threshold, sites=sites, progress=progress)
+    adapters = [found.adapter(factor) for factor in factors]
+    # Of a readout inside the model these are the modules before its point.
+    moving = list(g.lens.adapter.modules)
+    with_intruders_scaled: list[Tensor] = []
+    for adapter in adapters:
+        of_readout = lens.with_adapter(adapter.only(*moving))
+        with_intruders_scaled.append(g.over(of_readout)(1.0))
     with_whole_scaled = g.along(factors)
     base, adapted = g.ends
-    models: list[Gated] = [(lens, lens.gates(1.0)) for lens in lenses]
-    models += [(g.lens, g.lens.gates(factor)) for factor in factors]
-    base_loss, loss, kl = _on_texts(g.lens, models, rows, progress=g.progress)
+    lenses = [lens.with_adapter(adapter) for adapter in adapters]
+    models: list[Gated] = [(scaled, scaled.gates(1.0)) for scaled in lenses]
+    models += [(lens, lens.gates(factor)) for factor in factors]
+    base_loss, loss, kl = _on_texts(lens, models, rows, progress=progress)
     tokens = (rows.lengths - 1).cpu()
     shape = len(SCALED), len(factors)
     return ScaledIntruders(
@@ -193,7 +203,7 @@ def scale_intruders(
         count=int(found.counts.sum()),
         base=base,
         adapted=adapted,
-        values=torch.stack([with_intruders_scaled, with_whole_scaled]),
+        values=torch.stack([torch.stack(with_intruders_scaled), with_whole_scaled]),
         base_loss=base_loss / tokens,
         loss=(loss / tokens).unflatten(0, shape),
         kl=(kl / tokens).unflatten(0, shape),

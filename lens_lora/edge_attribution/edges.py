@@ -291,7 +291,7 @@ def edges(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives.
     """
-    _require_stream(g)
+    require_stream(g)
     word("readers", readers, get_args(Readers))
     at = number("at", at)
     axes = by_axes(by, ("position",))
@@ -314,7 +314,7 @@ def edges(
     )
 
 
-def _require_stream(g: Function) -> None:
+def require_stream(g: Function) -> None:
     """Refuse a readout inside the model that does not read the residual stream of a block."""
     point = point_of(g)
     if point is None:

@@ -24,9 +24,16 @@ from lens_lora.core import (
     group_sites,
     is_hooked,
 )
-from lens_lora.edge_attribution.edges import ARROW
+from lens_lora.edge_attribution.by_reader import point_of
+from lens_lora.edge_attribution.edges import ARROW, require_stream
 from lens_lora.edge_attribution.path_patching import EdgePath, patched_edges
-from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer, stream_readers
+from lens_lora.edge_attribution.readers import (
+    LOGITS,
+    head_readers,
+    is_end,
+    reader_layer,
+    stream_readers,
+)
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 
 
@@ -55,7 +62,8 @@ def patch_edges(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
+        readout: u_y, what is read of the logits; or a `Projection` at a point of the residual
+            stream, whose last reader is that point in place of 'logits'.
         pairs: (writer, reader) by name, such as ('blocks.3.attn.o', 'blocks.5.mlp'), a reader
             'blocks.5.attn.3.q', or 'logits'. The writer is a site, a glob for all sites that it
             matches, or the name of a group; `edges(…).top(20)[["writer", "reader"]].values` gives
@@ -78,9 +86,9 @@ def patch_edges(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a non-finite readout.
     """
-    g.require_logits("patch_edges")
+    require_stream(g)
     word("how", how, get_args(How))
-    paths = _paths(g.lens, pairs, group_sites(g.lens.sites, group))
+    paths = _paths(g.lens, pairs, group_sites(g.lens.sites, group), point_of(g))
     at = 0.0 if how == "add_one" else 1.0
     moved = patched_edges(g, paths, at)
     return Effects(
@@ -93,8 +101,17 @@ def patch_edges(
     )
 
 
-def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> list[EdgePath]:
-    """The different pairs as paths, after their names and directions were checked."""
+def _paths(
+    lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups, point: str | None
+) -> list[EdgePath]:
+    """The different pairs as paths, after their names and directions were checked.
+
+    Args:
+        lens: the adapter over the model.
+        pairs: writers and readers by name.
+        groups: the writers that may be named beside sites and globs.
+        point: the hook point that a readout inside the model reads; None for one of the logits.
+    """
     try:
         names = [(writer, reader) for writer, reader in pairs]
     except (TypeError, ValueError):
@@ -104,7 +121,7 @@ def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> li
         raise ArgumentError(
             f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
         )
-    readers = _reader_names(lens)
+    readers = _reader_names(lens, point)
     paths: list[EdgePath] = []
     for writer, reader in dict.fromkeys(names):
         if reader not in readers:
@@ -118,17 +135,18 @@ def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> li
     return paths
 
 
-def _reader_names(lens: LoraLens) -> list[str]:
-    """Every reader of the model, blocks first, then heads."""
+def _reader_names(lens: LoraLens, point: str | None) -> list[str]:
+    """Every reader of the model, or every one up to a point: blocks first, then heads."""
     host = lens.host
+    last = LOGITS if point is None else point
     blocks: list[str] = []
-    for layer in range(host.n_layers):
+    for layer in range(reader_layer(lens, last)):
         readers, _ = stream_readers(host, layer)
         blocks += readers
     heads: list[str] = []
     for name in blocks:
         heads += [head for head in head_readers(lens, name) if head != name]
-    return [*blocks, LOGITS, *heads]
+    return [*blocks, last, *heads]
 
 
 def _writer_sites(lens: LoraLens, writer: str, groups: Groups) -> tuple[int, ...]:
@@ -166,7 +184,7 @@ def _require_no_hook_behind(lens: LoraLens, path: EdgePath) -> None:
     host = lens.host
     layer = reader_layer(lens, path.reader)
     blocks = {lens.sites[site].layer for site in path.sites}
-    if path.reader == LOGITS or layer not in blocks:
+    if is_end(path.reader) or layer not in blocks:
         return
     behind = (
         f"blocks.{layer}.hook_resid_post",

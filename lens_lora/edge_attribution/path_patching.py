@@ -7,7 +7,9 @@ it the gates of the writer's sites are switched, as far as their writes reach th
    makes of the block's branches. It is taken off the stream there, so that the next block reads the
    plain stream.
 2. These deltas, summed over the writer's blocks, are added to what the one reader reads.
-3. A reader in the block of a site may come before or after the site. A difference of rows does not
+3. The last reader is the final norm before the logits, or the point of the stream that a readout
+   inside the model reads.
+4. A reader in the block of a site may come before or after the site. A difference of rows does not
    tell which, as rows of a batch differ by rounding anyway. So a pass with tangents is run first.
 
 Cost: a forward pass for each path, batched, and one with tangents if a path is within a block.
@@ -27,11 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.core import Function, HookFn, LoraLens, ScaleInject, attached
-from lens_lora.edge_attribution.by_reader import Pass, held_bytes
+from lens_lora.edge_attribution.by_reader import Pass, held_bytes, point_of
 from lens_lora.edge_attribution.readers import (
-    LOGITS,
     block_reader,
     head_hooks,
+    is_block_input,
+    is_end,
     reader_layer,
     readers_shown,
     unknown_heads,
@@ -130,7 +133,7 @@ def _has_site_in_block_of_reader(lens: LoraLens, path: EdgePath) -> bool:
 
 
 def _is_in_own_block(lens: LoraLens, site: int, reader: str) -> bool:
-    return reader != LOGITS and lens.sites[site].layer == reader_layer(lens, reader)
+    return not is_end(reader) and lens.sites[site].layer == reader_layer(lens, reader)
 
 
 class _Run:
@@ -175,13 +178,16 @@ class _Run:
             for layer in range(host.n_layers)
         ]
         scaled = ScaleInject(lens.plan, self._gates.repeat(len(self._g.reading.owner), 1))
-        hooks_of_heads: list[tuple[str, HookFn]] = []
+        hooks: list[tuple[str, HookFn]] = []
+        point = point_of(self._g)
+        if point is not None:
+            hooks.append((point, functools.partial(self._read_at_point, point)))
         if self._rows_of_heads():
-            hooks_of_heads = head_hooks(lens, self._only_head)
+            hooks += head_hooks(lens, self._only_head)
         with (
             lens.injected(scaled, before=block_inputs),
             readers_shown(lens, self._read),
-            attached(lens.model, hooks_of_heads),
+            attached(lens.model, hooks),
         ):
             yield
 
@@ -206,15 +212,21 @@ class _Run:
                 delta = self._deltas.setdefault((row, block), x[:, row] - x[:, 0])
                 x[:, row] -= delta
 
+    def _read_at_point(self, name: str, stream: Tensor, hook: Any) -> Tensor:
+        """Show a readout inside the model, the last reader, the stream at its hook point."""
+        del hook
+        return self._read(name, stream)
+
     def _read(self, name: str, stream: Tensor) -> Tensor:
         """Show a reader the plain stream, and in its own rows what the switch made as well."""
         layer = reader_layer(self._lens, name)
         x = self._by_row(stream)
-        if name == LOGITS:
+        # At a block's input the deltas of the block before are taken off already.
+        if is_end(name) and not is_block_input(name):
             self._take_off(layer - 1, x)
         for row, reader in self._readers.items():
             is_its_own = block_reader(reader) == name
-            is_within_block = name != LOGITS and layer in self._blocks[row]
+            is_within_block = not is_end(name) and layer in self._blocks[row]
             if is_within_block and is_its_own:
                 self._deltas[row, layer] = x[:, row] - x[:, 0]
             elif is_within_block:

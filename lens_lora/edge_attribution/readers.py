@@ -26,8 +26,11 @@ from lens_lora.core import (
     unwrapped,
 )
 from lens_lora.errors import ModelStateError
+from lens_lora.formats.directions import is_stream
 
 LOGITS = "logits"
+# The hook points of the stream at which a block begins.
+_BLOCK_INPUTS = ("hook_resid_pre", "hook_in")
 QKV = ("q", "k", "v")
 
 # The last runs of a block's norms, each as (output, norm, x).
@@ -205,9 +208,24 @@ def block_reader(name: str) -> str:
     return ".".join(name.split(".")[:3])
 
 
+def is_end(name: str) -> bool:
+    """Whether a reader is the last of a pass: the logits, or a point of the stream."""
+    return name == LOGITS or is_stream(name)
+
+
 def reader_layer(lens: LoraLens, name: str) -> int:
-    """The block that a reader is in; the number of blocks for the logits."""
-    return lens.host.n_layers if name == LOGITS else int(name.split(".")[1])
+    """The block that a reader is in; of the last reader, the first block that it does not read."""
+    if name == LOGITS:
+        return lens.host.n_layers
+    layer = int(name.split(".")[1])
+    if is_end(name) and not is_block_input(name):
+        return layer + 1
+    return layer
+
+
+def is_block_input(name: str) -> bool:
+    """Whether a reader is the point of the stream at which a block begins."""
+    return name.endswith(_BLOCK_INPUTS)
 
 
 def head_readers(lens: LoraLens, name: str) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import overload
 
 from lens_lora.arguments import whole
-from lens_lora.core import LoraLens, PromptsLike, alone
+from lens_lora.core import LoraLens, PromptsLike, Readout, alone
 from lens_lora.errors import ArgumentError, PromptError, named, setting
 from lens_lora.explanations.explanation import Explanation, Explanations, ResponseExplanation
 from lens_lora.explanations.margins import explained_margins
@@ -92,6 +92,12 @@ def explain(
     if whole("null", null, 0) == 1:
         expected = "expected 0 for none, or at least 2 null adapters"
         raise ArgumentError(f"{setting('null', null)}; {expected}.")
+    if isinstance(doc, Readout):
+        raise ArgumentError(
+            f"explain takes two answers, or a response, and {doc.label} is a readout",
+            remedy="write ll.first_order(lens, prompts, readout).save_report(path) for a page of "
+            "it.",
+        )
     if doc is None or pre is None:
         _require_response_only(doc, pre, null, batch)
         is_generated = response is None or isinstance(response, Generated)

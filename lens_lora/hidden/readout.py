@@ -7,7 +7,8 @@ autoencoder's encoder. It is a readout like any other, so every analysis that ta
 answers "which module moved this?" of a persona, a refusal, a probe or a feature.
 
 1. Sites that write after the point cannot move it. One pass of a few tokens finds the sites that
-   write before it, and the function is over these alone.
+   write before it, and a pass for each of those in its own block whether the point depends on them:
+   attention and MLP may stand side by side. The function is over the modules that can move it.
 2. A pass ends at the point: nothing behind it is run (`core/function/forward.py`).
 3. A feature of an autoencoder is read as its pre-activation, which is linear in h. With
    `activated=True` it is read by the autoencoder's own `encode`, its threshold included. Where a
@@ -107,7 +108,7 @@ class Projection(Readout):
         return directions_of(self.direction, self.name)
 
     def reaching(self, f: LogitFunction) -> LogitFunction:
-        """The function f over those sites alone that write before the point.
+        """The function f over those modules alone that can move the point.
 
         Raises:
             SiteError: no such hook point.
@@ -118,8 +119,8 @@ class Projection(Readout):
         before = modules_before(lens, f.prompts, self.name)
         if not before:
             raise ModelStateError(
-                f"{self.name}: every adapted module writes after this hook point, so the adapter "
-                "does not move it",
+                f"{self.name}: every adapted module writes after this hook point, or beside it, so "
+                "the adapter does not move it",
                 remedy="name a later point.",
             )
         if len(before) == len(lens.adapter.modules):
@@ -129,8 +130,21 @@ class Projection(Readout):
     def reading(self, model: Any, prompts: Prompts) -> Reading:
         """The rows of the prompts, each read at the point."""
         del model
+        return self._reading(prompts, frozenset())
+
+    def reading_beside(self, f: LogitFunction) -> Reading:
+        """The same rows, with the names of the sites of f that cannot move the point.
+
+        These are parts of a fused module, another part of which can.
+        """
+        lens: LoraLens = f.lens
+        moving = set(sites_that_move(lens, f.prompts, self.name))
+        unmoved = [site.name for index, site in enumerate(lens.sites) if index not in moving]
+        return self._reading(f.prompts, frozenset(unmoved))
+
+    def _reading(self, prompts: Prompts, unmoved: frozenset[str]) -> Reading:
         counted = positions_counted(prompts, self.positions)
-        return Reading.one_row_each(prompts, AtPoint(self.name, self._value(), counted))
+        return Reading.one_row_each(prompts, AtPoint(self.name, self._value(), counted, unmoved))
 
     def _value(self) -> Callable[[Float[Tensor, "row pos d"]], Float[Tensor, "row pos"]]:
         """The number of each token."""
@@ -208,9 +222,28 @@ def _require_own_activation(found: Directions, offset: float) -> None:
 
 
 def modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
-    """The adapter's modules that have a site which writes before the point.
+    """The adapter's modules that have a site which can move the point.
 
-    Cost: one pass of a few tokens.
+    Cost and errors: as of `sites_that_move`.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: the rows, of which the beginning of the first is run.
+        name: the hook point.
+    """
+    moving = sites_that_move(lens, prompts, name)
+    keys = {lens.updates[site].site.key for site in moving}
+    return [key for key in lens.adapter.modules if key in keys]
+
+
+def sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
+    """The sites that can move the activation at a hook point.
+
+    They write before it, and it depends on what they write: in the point's own block a site may
+    write before it into another branch, such as k before q, or attention beside a parallel MLP. A
+    site of an earlier block reaches every later point through the residual stream.
+
+    Cost: one pass of a few tokens, and one for each site that writes before the point in its block.
 
     Args:
         lens: the adapter over the model.
@@ -220,30 +253,68 @@ def modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
     Raises:
         ModelStateError: nothing passes the point, or several tensors do in one pass.
     """
-    injections = lens.injections
-    written: list[int] = []
-    before: list[int] = []
-    fired: list[int] = []
-
-    def watch(index: int, out: Tensor, z: Tensor) -> None:
-        del out, z
-        written.append(injections[index].site)
-
-    def reach(activation: Any, hook: Any) -> None:
-        del hook
-        fired.append(activation.ndim if isinstance(activation, Tensor) else 0)
-        before.extend(written)
-
     first = prompts.row(0)
     length = min(_TRIED_TOKENS, first.tokens.shape[1])
     few = Prompts(first.tokens[:, :length], first.lengths.clamp(max=length))
+    plain, before = _activation_and_sites_before(lens, few, name)
+
+    own_block = name.split(".")[1] if name.startswith("blocks.") else ""
+    moving: list[int] = []
+    for site in before:
+        if str(lens.sites[site].layer) != own_block:
+            moving.append(site)
+            continue
+        moved, _ = _activation_and_sites_before(lens, few, name, turned=site)
+        if not torch.equal(moved, plain):
+            moving.append(site)
+    return moving
+
+
+def _activation_and_sites_before(
+    lens: LoraLens, few: Prompts, name: str, turned: int | None = None
+) -> tuple[Tensor, list[int]]:
+    """The base's activation at the point, and the sites that write before it, in order. One pass.
+
+    Args:
+        lens: the adapter over the model.
+        few: the rows.
+        name: the hook point.
+        turned: a site to whose output noise of its own size is added.
+
+    Raises:
+        ModelStateError: nothing passes the point, or several tensors do in one pass.
+    """
+    injections = lens.injections
+    written: list[int] = []
+    before: list[int] = []
+    fired: list[Any] = []
+
+    def watch(index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        del z
+        site = injections[index].site
+        written.append(site)
+        return _with_noise(out) if site == turned else None
+
+    def reach(activation: Any, hook: Any) -> None:
+        del hook
+        fired.append(activation)
+        before.extend(written)
+
     with torch.no_grad(), lens.injected(watch), attached(lens.model, [(name, reach)]):
         lens.run(few)
-    if len(fired) != 1 or fired[0] < 3:
+    is_by_token = len(fired) == 1 and isinstance(fired[0], Tensor) and fired[0].ndim >= 3
+    if not is_by_token:
         found = "no activation passes it" if not fired else f"it fires {len(fired)} times a pass"
         raise ModelStateError(
             f"{name}: {found}, and a projection reads one activation of every token",
             remedy="name another hook point, such as 'blocks.0.hook_resid_post'.",
         )
-    keys = {lens.updates[site].site.key for site in before}
-    return [key for key in lens.adapter.modules if key in keys]
+    return fired[0].clone(), list(dict.fromkeys(before))
+
+
+def _with_noise(out: Tensor) -> Tensor:
+    """The tensor and normal noise of its own size, different at every token and every entry."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(out.shape, generator=generator, dtype=torch.float32, device="cpu")
+    size = out.detach().float().square().mean().sqrt() + 1
+    return out + (noise.to(out.device) * size).to(out.dtype)

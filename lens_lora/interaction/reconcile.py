@@ -164,11 +164,15 @@ class _Behaviour(NamedTuple):
     """A behaviour that an adapter was trained for, as a function g.
 
     Attributes:
-        g: the readout on the behaviour's prompts, as a function of all adapters' gates.
+        g: the readout on the behaviour's prompts, as a function of the gates of all sites that can
+            move it.
+        sites: which of all adapters' sites these are: all of them, but of a readout inside the
+            model.
         own: [batch], g with this adapter alone less g of the base.
     """
 
     g: Evaluations
+    sites: list[int]
     own: Float[Tensor, " batch"]
 
     @property
@@ -213,17 +217,17 @@ def _behaviour(
         )
     prompts, readout = question
     g = evaluations(lens, prompts, readout, progress=progress)
-    g.require_logits("reconcile")
     base, _ = g.ends
-    of_adapter = tuple(i for i, site in enumerate(lens.sites) if site.adapter == name)
-    own = g(lens.gates(indicator({name: of_adapter}, len(lens.sites))[0])) - base
+    of_adapter = tuple(i for i, site in enumerate(g.lens.sites) if site.adapter == name)
+    own = g(g.lens.gates(indicator({name: of_adapter}, len(g.lens.sites))[0])) - base
     if bool((own.abs() <= SIGMAS * g.floor).all()):
         raise ArgumentError(
             f"{argument}: {name} alone moves {readout.label} by rounding, so there is no behaviour "
             "to hold",
             remedy="give prompts and a readout that this adapter was trained for.",
         )
-    return _Behaviour(g, own)
+    index_of = {site.name: index for index, site in enumerate(lens.sites)}
+    return _Behaviour(g, [index_of[site.name] for site in g.lens.sites], own)
 
 
 def _held(
@@ -233,7 +237,10 @@ def _held(
 
     Cost: a forward pass for each point and prompt.
     """
-    held = [behaviour.held(behaviour.g(points)) for behaviour in behaviours.values()]
+    held: list[Tensor] = []
+    for behaviour in behaviours.values():
+        values = behaviour.g(points[:, behaviour.sites])
+        held.append(behaviour.held(values))
     return torch.stack(held, 1)
 
 

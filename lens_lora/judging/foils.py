@@ -68,7 +68,7 @@ def foils(
     generator = torch.Generator(device="cpu").manual_seed(whole("seed", seed, 0))
     noise = torch.rand(signs.shape, generator=generator, dtype=torch.float64)
     scores = {
-        SIGNED_WEIGHT_NORM: signs * weight_norms(lens).to(signs),
+        SIGNED_WEIGHT_NORM: signs * weight_norms(g.lens).to(signs),
         NORM_PRODUCT: towards * delta * gradient,
         SIGNED_RANDOM: signs * noise.to(signs),
     }

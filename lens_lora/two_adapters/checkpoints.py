@@ -246,7 +246,8 @@ def checkpoints(
         adapters: the checkpoints in the order of training, or the folder or hub id of a run,
             whose `checkpoint-<step>` folders are found and sorted by step.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: what is read of the logits; a margin, for flips that mean something.
+        readout: what is read; a margin, for flips that mean something. Of a `Projection` the sites
+            are those before its point, and so are all norms and angles.
         steps: of the checkpoints, increasing; without it 1, 2, …, or the folders' own.
         revision: branch, tag or commit of the run's hub repository.
         subfolder: the run's folder within its folder or repository.
@@ -264,8 +265,10 @@ def checkpoints(
     _require_one_training(run)
 
     g = evaluations(lens.with_adapter(run[0]), prompts, readout, progress=False)
-    g.require_logits("checkpoints")
     g.require_slope_at_base()
+    # Of a readout inside the model these are the modules before its point, and no others.
+    moving = list(g.lens.adapter.modules)
+    run = tuple(adapter.only(*moving) for adapter in run)
     base_noise = g.noise((1.0,), at=0.0)
     (base,) = g.along((0.0,))
 

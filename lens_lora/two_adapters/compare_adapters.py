@@ -249,7 +249,6 @@ def _on_prompts(
     """The fields of `AdapterComparison` that need prompts."""
     g = None if readout is None else f.about(readout)
     if g is not None:
-        g.require_logits("compare_adapters")
         g.require_slope_at_base()
 
     at_each_token = f.of_rows(f.prompts.at_each_token())
@@ -274,5 +273,10 @@ def _on_prompts(
         yield from given
         yield from null_adapters(second, seed, draws)
 
-    effects = g.slopes_of_adapters(given_and_nulls, shared, like=given).cpu().double()
+    # A readout inside the model is moved by the sites before its point, and by no other.
+    names_that_move = {site.name for site in g.lens.sites}
+    moving = [index for index, site in enumerate(shared) if site.name in names_that_move]
+    slopes = g.slopes_of_adapters(given_and_nulls, [shared[index] for index in moving], like=given)
+    effects = torch.zeros(*slopes.shape[:2], len(shared), dtype=torch.float64)
+    effects[:, :, moving] = slopes.cpu().double()
     return fields | {"effects": effects[:2], "null_effects": effects[2:]}

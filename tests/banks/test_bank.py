@@ -475,7 +475,8 @@ def test_plain_factors_are_contracted_by_kind():
     lens = cases.case("llama", BRIDGE, "raw").lens
     bank = bank_of(lens)
     bank.scan([lens.adapter], progress=False)
-    (plan,) = bank._base.plans.values()
+    (reach,) = bank._recorded.reaches
+    (plan,) = reach.base.plans.values()
     assert len(plan._groups) == 7 and sum(len(group.sites) for group in plan._groups) == 14
     kept = {stack.untyped_storage().data_ptr() for stack in bank._held.stacks.values()}
     views = [tensor for group in plan._groups for pair in group._columns for tensor in pair]

@@ -270,7 +270,8 @@ def test_files_beside_one_another(tmp_path: Path, dtype):
         saved(tmp_path, adapter, "f_huge", 5, lambda t: (t * 1e25).to(dtype))
         bad.append("f_huge")
     frame = bank.scan(tmp_path, group="site", progress=False)
-    assert len(bank._base.plans) == 1
+    (reach,) = bank._recorded.reaches
+    assert len(reach.base.plans) == 1
     for name in "abc":
         lens = ll.LoraLens(model, ll.load_adapter(tmp_path / name))
         expected = ll.first_order(lens, ["w5 w7 w8", "w9 w10"], MARGIN).values

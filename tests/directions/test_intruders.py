@@ -191,6 +191,3 @@ def test_what_has_no_scaled_adapter_is_refused():
     for scales in ((), (-1.0,)):
         with pytest.raises(ll.errors.ArgumentError, match="factors of at least 0"):
             ll.scale_intruders(lens, models.tokens(), MARGIN, scales, **QUIET)
-    inside = ll.Projection(torch.ones(16), "blocks.0.hook_resid_post")
-    with pytest.raises(ll.errors.ArgumentError, match="scale_intruders"):
-        ll.scale_intruders(lens, models.tokens(), inside, texts=models.tokens(), **QUIET)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,25 +341,6 @@ def test_a_sweep_has_the_sites_before_the_point(tmp_path: Path):
     assert (found.values - direct.values).abs().max() < EXACT
 
 
-OF_THE_LOGITS: dict[str, Callable[..., Any]] = {
-    "patch_edges": lambda *q: ll.patch_edges(*q, [("blocks.0.attn.q", "blocks.0.mlp")]),
-    "bank": lambda *q: ll.bank(*q),
-    "checkpoints": lambda lens, *q: ll.checkpoints(lens, [lens.adapter, lens.adapter], *q),
-    "compare_adapters": lambda lens, *q: ll.compare_adapters(lens, lens.adapter, *q),
-    "reconcile": lambda lens, *q: ll.reconcile(
-        lens, {"a": lens.adapter, "b": lens.adapter}, {"a": q, "b": q}, "b"
-    ),
-}
-
-
-@pytest.mark.parametrize("ask", OF_THE_LOGITS.values(), ids=OF_THE_LOGITS)
-def test_what_is_of_the_logits_is_refused(ask: Callable[..., Any]):
-    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
-    readout = ll.Projection(direction(width_of(case)), POINT)
-    with pytest.raises(ArgumentError, match="read inside the model"):
-        ask(case.lens, TOKENS, readout)
-
-
 def test_the_bias_of_an_autoencoder_with_one_feature():
     """Given without an index."""
     case = cases.case("llama", next(iter(models.MAKERS)), "raw")
@@ -412,3 +393,5 @@ def test_what_is_no_projection_is_refused():
         ask(ll.Projection(d, POINT, 99))
     with pytest.raises(ArgumentError, match="reverse"):
         ask(ll.Projection(d, POINT), mode="forward")
+    with pytest.raises(ArgumentError, match="is a readout"):
+        ll.explain(case.lens, TOKENS[:1], ll.Projection(d, POINT))

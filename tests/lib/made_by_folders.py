@@ -18,7 +18,8 @@ from lens_lora.responses.generate import end_tokens
 
 def has_a_shared_plan(bank: ll.AdapterBank, adapter: ll.Adapter) -> bool:
     """Whether the bank keeps one plan for all adapters of these shapes."""
-    return isinstance(bank._base.plan_of(adapter), SharedPlan)
+    (reach,) = bank._recorded.reaches
+    return isinstance(reach.base.plan_of(adapter), SharedPlan)
 
 
 def is_stacked(adapter: ll.Adapter) -> bool:

@@ -815,22 +815,6 @@ class Function:
         """
         self._named_readout().require_slope_at_base()
 
-    def require_logits(self, who: str) -> None:
-        """Refuse a readout inside the model, where the way from the logits back is what is asked.
-
-        Args:
-            who: the analysis, for the error.
-
-        Raises:
-            ArgumentError: naming what takes such a readout.
-        """
-        if not self.reading.reads_logits:
-            raise ArgumentError(
-                f"{who} is of what is read from the logits, and {self._named_readout().label} is "
-                "read inside the model",
-                remedy="ask first_order, patch_sites, path_attribution or remainder of it.",
-            )
-
     def require_one_response(self) -> LogProbs:
         """The reading of one response for each prompt, token by token.
 

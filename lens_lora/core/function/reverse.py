@@ -372,6 +372,8 @@ def tapped(
 
     write = inject or ScaleInject(lens.plan, gates)
     taps = Taps(lens, gates, write, leaves, primal or _as_it_is)
+    if isinstance(run, Reading):
+        taps.unmoved = run.unmoved
     runs_again = memory.must_rerun(lens, run)
     rerun = blocks_rerun(lens) if runs_again else contextlib.nullcontext()
     first_block = min(site.layer for site in lens.sites)
@@ -386,6 +388,7 @@ class Taps:
 
     Attributes:
         visit: to whom it is shown; may be replaced between two ways back.
+        unmoved: the names of sites that no gradient reaches, as they cannot move what is read.
     """
 
     def __init__(
@@ -403,6 +406,7 @@ class Taps:
         self._primal = primal
         self._seen: set[int] = set()
         self.visit: Visit = lambda *_: None
+        self.unmoved: frozenset[str] = frozenset()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
         """Write what the inject writes, with a hook that shows its gradient to `visit`."""
@@ -442,7 +446,10 @@ class Taps:
         Raises:
             ModelStateError: naming the first such site.
         """
-        missed = [site.name for i, site in enumerate(self._lens.sites) if i not in self._seen]
+        missed: list[str] = []
+        for index, site in enumerate(self._lens.sites):
+            if index not in self._seen and site.name not in self.unmoved:
+                missed.append(site.name)
         if missed:
             raise ModelStateError(
                 f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does "

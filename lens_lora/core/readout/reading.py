@@ -100,6 +100,11 @@ class Reading:
         return not isinstance(self.read, AtPoint)
 
     @property
+    def unmoved(self) -> frozenset[str]:
+        """The names of sites that cannot move g, so that no gradient reaches them."""
+        return self.read.unmoved if isinstance(self.read, AtPoint) else frozenset()
+
+    @property
     def held_bytes(self) -> int:
         """The memory of the logits that the reading holds; 0 where it holds none."""
         return self.read.held_bytes if isinstance(self.read, _Holding) else 0
@@ -217,11 +222,14 @@ class AtPoint:
         name: the hook point whose activation h is read.
         value: the number of each token, [row, pos, d] → [row, pos]; differentiable.
         counted: which tokens of each row the mean is over.
+        unmoved: the names of sites on which h does not depend, though their modules run before it:
+            their slopes are zero, and no gradient reaches them.
     """
 
     name: str
     value: Callable[[Float[Tensor, "row pos d"]], Float[Tensor, "row pos"]]
     counted: Bool[Tensor, "row pos"]
+    unmoved: frozenset[str] = frozenset()
 
     def __call__(self, activation: Float[Tensor, "row pos *d"]) -> Float[Tensor, " row"]:
         """Read g of each row from the activation at the point."""

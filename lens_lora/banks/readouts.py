@@ -1,0 +1,79 @@
+"""First order of each readout of a bank, from what was recorded.
+
+A readout inside the model is moved by the modules before its point alone (`HeldReadout.behind`), so
+the readouts of one bank may have different sites. Readouts that the same modules move share a
+`RecordedBase`, which contracts an adapter with all of them at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.banks.base_half import RecordedBase, SlopesOfAdapter
+from lens_lora.banks.held import HeldBank, HeldReadout, slopes_by_readout
+from lens_lora.banks.record import Half
+from lens_lora.core import Adapter, LoraLens
+
+# A lens whose sites are those of the slopes, and ∂g/∂ε_l of one readout.
+SlopesOfReadout = tuple[LoraLens, Float[Tensor, "batch site"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reach:
+    """The readouts of a bank that the same modules move.
+
+    Attributes:
+        base: contracts an adapter with what was recorded of these readouts.
+        numbers: the place of each among the readouts of the bank.
+        readouts: the readouts themselves.
+    """
+
+    base: RecordedBase
+    numbers: tuple[int, ...]
+    readouts: tuple[HeldReadout, ...]
+
+    def by_number(self, slopes: SlopesOfAdapter) -> dict[int, SlopesOfReadout]:
+        """The slopes of each of these readouts, by its place in the bank.
+
+        Raises:
+            NumericsError: a derivative that is not finite, naming the site.
+        """
+        lens, by_half = slopes
+        by_readout = slopes_by_readout(self.readouts, lens, by_half)
+        numbered = zip(self.numbers, by_readout, strict=True)
+        return {number: (lens, values) for number, values in numbered}
+
+
+class RecordedReadouts:
+    """All readouts of a bank.
+
+    Attributes:
+        reaches: the readouts, those that the same modules move together.
+    """
+
+    def __init__(self, lens: LoraLens, held: HeldBank) -> None:
+        by_behind: dict[tuple[str, ...], list[int]] = {}
+        for number, readout in enumerate(held.readouts):
+            by_behind.setdefault(readout.behind, []).append(number)
+
+        self.reaches: list[Reach] = []
+        for behind, numbers in by_behind.items():
+            readouts = tuple(held.readouts[number] for number in numbers)
+            halves: list[Half] = []
+            for readout in readouts:
+                halves += readout.halves
+            base = RecordedBase(lens, halves, held.stacks, behind)
+            self.reaches.append(Reach(base, tuple(numbers), readouts))
+
+    def slopes_of_plain(
+        self, adapters: Sequence[Adapter]
+    ) -> list[tuple[Reach, dict[int, SlopesOfAdapter]]]:
+        """The slopes of those adapters that are products alone, by the adapter's `id`.
+
+        Readouts that the same modules move have a table each. See `RecordedBase.slopes_of_plain`.
+        """
+        return [(reach, reach.base.slopes_of_plain(adapters)) for reach in self.reaches]
