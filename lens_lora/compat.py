@@ -522,6 +522,14 @@ def is_compiled_in_place(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def samples_experts(module: nn.Module) -> bool:
+    """Whether it draws experts by chance in training, whatever its settings are.
+
+    Phi-3.5-MoE does (`sparsemixer`): in transformers 5 in its router, in 4 in the block of experts.
+    """
+    return type(module).__name__ in ("PhimoeTopKRouter", "PhimoeSparseMoeBlock")
+
+
 def compile_no_more(model: nn.Module) -> None:
     """Let the modules of a model compute what they did before `compile()`, for good."""
     for module in model.modules():

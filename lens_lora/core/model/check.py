@@ -1,6 +1,6 @@
 """Whether a hooked model is in a state in which an adapter can be laid over it, exactly.
 
-`refuse_unusable` asks for a decoder with a head, no active dropout, no adapter in the model
+`refuse_unusable` asks for a decoder with a head, no random numbers, no adapter in the model
 already, no code that was compiled in place, and every weight within reach. Weights that are split
 over processes or quantised are judged by `extensions.refuse_unusable_weights`.
 """
@@ -26,12 +26,13 @@ def refuse_unusable(model: nn.Module) -> None:
     """Refuse a model over which no lens can be laid exactly.
 
     Raises:
-        ModelStateError: an encoder, active dropout, an adapter within the model, compiled code, or
-            weights that are out of reach, split over processes or quantised by another library.
+        ModelStateError: an encoder, random numbers in training, an adapter within the model,
+            compiled code, or weights that are out of reach, split over processes or quantised by
+            another library.
     """
     _refuse_other_tasks(model)
     modules = modules_of(model)
-    refuse_dropout(model, modules)
+    refuse_random_numbers(model, modules)
     compat.refuse_out_of_reach(model)
     for module, name in modules.items():
         if type(module).__module__.startswith("peft."):
@@ -87,25 +88,59 @@ def modules_of(model: nn.Module) -> dict[nn.Module, str]:
     return names
 
 
-def refuse_dropout(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
-    """Refuse active dropout: in modules, and in a Hugging Face config where one is in training."""
+def refuse_random_numbers(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
+    """Refuse a model in training that draws random numbers, so that no two runs agree.
+
+    They are dropout's, the noise by which a router's input is multiplied, and experts or slopes
+    that are drawn. A rate may stand in a module of its own, in the module that draws, or in the
+    configuration alone.
+
+    Raises:
+        ModelStateError: naming the module or the setting.
+    """
     # A bridge stays in evaluation mode when `train` is called on a part, or on what it wraps.
-    if not any(module.training for module in modules):
+    in_training = {module: name for module, name in modules.items() if module.training}
+    if not in_training:
         return
-    rates: list[tuple[str, object]] = []
-    for module, name in modules.items():
-        if isinstance(module, nn.Dropout) and module.training:
-            rates.append((f"{name}: dropout ", module.p))
+    for module, name in in_training.items():
+        # A module without a name is the model itself.
+        place = f"{name}: " if name else ""
+        if compat.samples_experts(module):
+            raise _not_repeatable(f"{place}the choice of experts by chance")
+        if isinstance(module, nn.RReLU):
+            raise _not_repeatable(f"{place}a slope by chance")
+        if isinstance(module, _DROPOUTS):
+            rates = {"dropout ": module.p}
+        else:
+            rates = {f"{field}=": value for field, value in vars(module).items()}
+        _refuse_rates(place, rates)
     config = getattr(getattr(model, "original_model", None), "config", None)
     if config is not None:
-        for name, value in config.to_dict().items():
-            if "drop" in name:
-                rates.append((f"{name}=", value))
-    for where, rate in rates:
-        if isinstance(rate, float) and rate > 0:
-            raise ModelStateError(
-                f"{where}{rate} is active, so no two runs agree; call model.eval()."
-            )
+        _refuse_rates("", {f"{field}=": value for field, value in config.to_dict().items()})
+
+
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+# The names of rates: dropout, attn_pdrop, layerdrop, router_jitter_noise, moe_jitter_eps, …
+_OF_RATES = ("drop", "jitter")
+
+
+def _refuse_rates(place: str, settings: Mapping[str, object]) -> None:
+    """Refuse a rate above zero among these settings."""
+    for name, value in settings.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value > 0 and any(part in name for part in _OF_RATES):
+            raise _not_repeatable(f"{place}{name}{value}")
+
+
+def _not_repeatable(what: str) -> ModelStateError:
+    return ModelStateError(f"{what} is active, so no two runs agree; call model.eval().")
 
 
 def refuse_checkpointing(modules: Iterable[nn.Module], *, once: bool) -> None:

@@ -31,7 +31,7 @@ from lens_lora.core.model.check import (
     modules_of,
     refuse_checkpointing,
     refuse_compiled,
-    refuse_dropout,
+    refuse_random_numbers,
 )
 from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.hooked_host import HookedHost
@@ -190,7 +190,7 @@ class Plan:
         self.check_flags()
         model = self.host.model
         modules = self.host.known("modules", make=lambda: modules_of(model))
-        refuse_dropout(model, modules)
+        refuse_random_numbers(model, modules)
         refuse_compiled(modules)
         for watch in self.watched:
             watch.require_same(entries=entries)
