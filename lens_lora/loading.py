@@ -198,7 +198,8 @@ def load(
         model: a hub id, a folder, or a loaded Hugging Face model, which the lens takes over: it is
             wrapped, so do not run or change it afterwards, nor make a second lens of it, but
             `copy.deepcopy` it before. A PeftModel stays as it is: its base is wrapped as modules of
-            their own on the same weights. None for the base that the adapter names.
+            their own on the same weights. None for the base that the adapter names. Alone, a hub id
+            or folder is the adapter's: `ll.load("path/to/adapter")`.
         adapter: a hub id ('owner/repo', or 'owner/repo/sub/folder'), a folder, or an `Adapter`;
             left out, the active one of a PeftModel. The ΔW of a method other than LoRA is measured
             over the base first (`load_adapter`).
@@ -233,6 +234,8 @@ def load(
     """
     model = uncompiled(model)
     is_peft = isinstance(getattr(model, "peft_config", None), dict)
+    if adapter is None and isinstance(model, str | Path):
+        adapter, model = model, None
     if adapter is None:
         adapter = _active_adapter(model, is_peft)
     if is_peft:

@@ -43,7 +43,15 @@ from torch import Tensor, nn
 from lens_lora.compat import in_float64
 from lens_lora.core import LoRAFactors, LoraLens
 from lens_lora.core.adapter import name_of
-from lens_lora.core.model import OUTSIDE_KINDS, SKIP, Plan, SiteFactors, extensions, is_same
+from lens_lora.core.model import (
+    OUTSIDE_KINDS,
+    PUBLIC_NAMES,
+    SKIP,
+    Plan,
+    SiteFactors,
+    extensions,
+    is_same,
+)
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
 
@@ -170,9 +178,6 @@ def note_of_names(named: str | None, names: Sequence[str]) -> str:
 
 
 # --- Names
-
-# What the hub calls the models whose folders this package makes, by the folder's name.
-PUBLIC_NAMES: dict[str, str] = {}
 
 
 def short_name(name: str) -> str:

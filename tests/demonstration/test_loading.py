@@ -57,6 +57,18 @@ def test_base_that_the_adapter_names_as_the_class_that_is_asked_for(tiny, kind: 
     require_adapted(lens, peft)
 
 
+def test_an_adapter_alone_is_loaded_over_the_base_that_it_names(tiny):
+    _, peft, folder = tiny
+    for place in (folder / "lora", str(folder / "lora")):
+        require_adapted(ll.load(place), peft)
+
+
+def test_a_base_alone_is_no_adapter(tiny):
+    _, _, folder = tiny
+    with pytest.raises(ll.errors.AdapterError, match="no adapter_config.json"):
+        ll.load(folder / "base")
+
+
 def test_loaded_model_and_adapter(tiny):
     base, peft, folder = tiny
     adapter = ll.load_adapter(folder / "lora")

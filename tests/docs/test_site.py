@@ -212,14 +212,14 @@ def test_the_gallery_shows_six_notebooks_and_lists_the_others():
 
 
 def test_the_figure_below_readme_s_cell_is_what_it_draws():
-    """The stored output of the same two calls on docs/first_adapter.md."""
+    """The stored output of the same call on docs/first_adapter.md."""
     text = README.read_text()
     cell, shown = re.search(
         r'```python\n(.*?)```\n\n<img [^>]*src="docs/outputs/(.+?)"', text, re.S
     ).groups()
     drawn = {output["picture"]: output["source"] for output in json.loads(stored("first_adapter"))}
     assert len(cell.splitlines()) <= 6
-    assert cell.splitlines()[-1] == drawn[shown].strip() == "margin.attribution.plot()"
+    assert cell.splitlines()[-1] == drawn[shown].strip() == "modules.plot()"
 
 
 def test_badges_lead_to_the_repository_that_is_named():

@@ -135,6 +135,22 @@ def test_short_names(monkeypatch):
     assert short_name("/cache/base-1.2") == "base"
 
 
+def test_a_model_is_shown_by_its_own_name(monkeypatch):
+    """And not by that of a folder of this package's cache, or of a commit in the hub's."""
+    base = wide_base()
+    model = MAKERS[0](base)
+    lens = ll.LoraLens(model, random_adapter(), check=None)
+    monkeypatch.setitem(PUBLIC_NAMES, "base-1.2", "lab/Base")
+    model.cfg.model_name = "base-1.2"
+    assert lens.describe()["model"] == "Base"
+    model.cfg.model_name = "0123456789abcdef"
+    assert lens.describe()["model"] == "0123456789abcdef"
+    held = getattr(model, "original_model", None) or base
+    held.config._name_or_path = "/c/hub/models--lab--Other/snapshots/0123456789abcdef"
+    model.cfg.tokenizer_name = held.config._name_or_path
+    assert lens.describe()["model"] == "Other"
+
+
 def test_another_adapter_of_another_base_has_its_own_note():
     base = wide_base()
     model = MAKERS[0](base)

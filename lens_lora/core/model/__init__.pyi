@@ -3,6 +3,7 @@
 from . import extensions as extensions
 from .adapted_modules import SiteFactors as SiteFactors
 from .adapted_modules import fused_rows as fused_rows
+from .bases import PUBLIC_NAMES as PUBLIC_NAMES
 from .bases import BaseWeights as BaseWeights
 from .bases import Processing as Processing
 from .bases import chunks_of as chunks_of

@@ -13,6 +13,7 @@ Comparisons are in float64, some rows at a time: a large head is never copied wh
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.compat import in_float64
+from lens_lora.core.adapter.peft_files import name_of
 from lens_lora.errors import ModelStateError
 from lens_lora.families import HEADS, Family
 
@@ -187,3 +189,24 @@ def names_of(model: Any, hf_model: Any) -> list[str]:
         if named:
             return list(dict.fromkeys(named))
     return []
+
+
+# What the hub calls the models whose folders this package makes, by the folder's name.
+PUBLIC_NAMES: dict[str, str] = {}
+
+
+def shown_name(model: Any, hf_model: Any) -> str:
+    """The model's name as people know it, and not that of a folder of some cache.
+
+    Args:
+        model: the hooked model.
+        hf_model: the Hugging Face base beside it; None for none.
+    """
+    name = str(getattr(model.cfg, "model_name", "") or "unnamed")
+    if name in PUBLIC_NAMES:
+        return PUBLIC_NAMES[name].rpartition("/")[2]
+    # A folder of the hub's cache is named by a commit, and the folder above it by the model.
+    for place in map(Path, names_of(model, hf_model)):
+        if place.name == name and name_of(place) != name:
+            return name_of(place)
+    return name

@@ -34,7 +34,7 @@ from lens_lora.compat import (
 )
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model import extensions, precision, running
-from lens_lora.core.model.bases import names_of
+from lens_lora.core.model.bases import names_of, shown_name
 from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.model.check import require_kinds
 from lens_lora.core.model.gates import Scale, gates_of
@@ -920,7 +920,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
                 follow them.
         """
         always = {
-            "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
+            "model": shown_name(self.model, self._hf_model),
             "model_class": self.class_name,
             "dtype": str(self.dtype).removeprefix("torch.") + self._plan.quantisation,
             "adapter": self.adapter.name,
