@@ -33,6 +33,7 @@ from lens_lora.formats.folders import CONFIG
 from lens_lora.formats.live_layers import base_within
 from lens_lora.formats.tokenizers import OwnTokenizer, own_tokenizer, rows_brought
 from lens_lora.guesses import fitting
+from lens_lora.hosts.as_before import as_before_on_error
 from lens_lora.hosts.build import Kind, hooked_model
 from lens_lora.hosts.placement import Attention, DeviceMap, Placement
 from lens_lora.hosts.probe import Probe
@@ -259,7 +260,7 @@ def load(
         own = tokenizer_beside(adapter, base, base_tokenizer)
     else:
         own = OwnTokenizer(tokenizer)
-    with _remedy_for_a_wrapped_base(base):
+    with _remedy_for_a_wrapped_base(base), as_before_on_error(base):
         # A family that is not listed is compared with the base, module by module.
         probe: Probe | bool = check
         if check and listed_family(base) is None:

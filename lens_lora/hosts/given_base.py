@@ -349,14 +349,23 @@ def _stored(files: Mapping[str, Path], site: SiteFactors, weight: Tensor) -> Ten
     best: Tensor | None = None
     smallest = float("inf")
     for turned in (stored, stored.T):
-        part = turned if site.rows is None else turned[site.rows]
-        if part.shape != weight.shape:
+        part = _rows_of(turned, site.rows)
+        if part is None or part.shape != weight.shape:
             continue
         distance = float((in_float64(part).cpu() - expected).norm())
         if best is None or distance < smallest:
             best = part
             smallest = distance
     return best
+
+
+def _rows_of(stored: Tensor, rows: Tensor | None) -> Tensor | None:
+    """The rows of one part of a fused module; None where the tensor has fewer rows."""
+    if rows is None:
+        return stored
+    if int(rows.max()) >= len(stored):
+        return None
+    return stored[rows]
 
 
 def _key_in(files: Mapping[str, Path], key: str) -> str | None:

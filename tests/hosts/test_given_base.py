@@ -184,6 +184,22 @@ def test_other_weights_are_named(folders):
     assert re.fullmatch(expected, note)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "neox", "phi3"])
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_named_base_with_fused_projections_is_read(make, family: str, tmp_path):
+    """Rows of one file's tensor are q, k and v, interleaved by head; GPT-2 stores [in, out]."""
+    base = models.hf_model(family, dtype=torch.float32)
+    folder = tmp_path / "base"
+    base.save_pretrained(folder)
+    adapter = naming(ll.Adapter.from_peft(models.peft_model(family, base)), folder)
+    assert notes_of(lambda: ll.LoraLens(make(copy.deepcopy(base)), adapter)) == []
+    other = models.hf_model(family, 1, dtype=torch.float32)
+    (note,) = notes_of(lambda: ll.LoraLens(make(other), adapter))
+    assert f"are not those of {folder}, which the adapter names" in note
+    with pytest.raises(ModelStateError, match=f"{MERGED}: its weights are those of"):
+        ll.LoraLens(make(merged(adapter, base=copy.deepcopy(base))), adapter)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_merged_base_is_refused(folders, make, dtype):

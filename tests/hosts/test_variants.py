@@ -108,9 +108,11 @@ def test_a_second_lens_of_one_base_names_the_copy(name: str):
     adapter = ll.Adapter.from_peft(peft)
     options: Any = {"kind": "TransformerBridge", "tokenizer": models.tokenizer()}
     copied = copy.deepcopy(base)
-    ll.load(base, adapter, **options)
+    first = ll.load(base, adapter, **options)
+    logits = first.logits(models.tokens())
     with pytest.raises(ll.errors.LensLoraError) as error:
         ll.load(base, adapter, **options)
+    assert torch.equal(first.logits(models.tokens()), logits), "the first one goes on working"
     for remedy in ("ll.load(copy.deepcopy(base), adapter)", "lens.with_adapter(adapter)"):
         assert remedy in str(error.value)
     lens = ll.load(copy.deepcopy(copied), adapter, **options)
@@ -119,6 +121,29 @@ def test_a_second_lens_of_one_base_names_the_copy(name: str):
         expected = peft(models.tokens()).logits
     for made in (lens, again):
         torch.testing.assert_close(made.logits(models.tokens()), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["OPT, norms after", "CodeGen"])
+def test_a_base_that_no_lens_could_be_made_of_is_as_it_was(name: str):
+    """After a refused adapter: modules, hooks and settings, and the right adapter goes over it."""
+    base, peft = base_and_peft(name)
+    adapter = ll.Adapter.from_peft(peft)
+    wrong = ll.Adapter.from_factors(
+        {path: ll.LoRAFactors(f.A[:, 1:], f.B, 1.0) for path, f in adapter.modules.items()}
+    )
+    modules = list(base.modules())
+    hooks = [len(module._forward_hooks) for module in modules]
+    attention = base.config._attn_implementation
+    options: Any = {"kind": "TransformerBridge", "tokenizer": models.tokenizer()}
+    with pytest.raises(ll.errors.AdapterError):
+        ll.load(base, wrong, **options)
+    assert list(base.modules()) == modules
+    assert [len(module._forward_hooks) for module in modules] == hooks
+    assert base.config._attn_implementation == attention
+    with torch.no_grad():
+        expected = peft(models.tokens()).logits
+    found = ll.load(base, adapter, **options).logits(models.tokens())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
 def test_an_error_over_a_fresh_base_says_nothing_of_a_copy():

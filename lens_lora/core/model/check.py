@@ -134,8 +134,9 @@ _OF_RATES = ("drop", "jitter")
 def _refuse_rates(place: str, settings: Mapping[str, object]) -> None:
     """Refuse a rate above zero among these settings."""
     for name, value in settings.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and value > 0 and any(part in name for part in _OF_RATES):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if value > 0 and any(part in name for part in _OF_RATES):
             raise _not_repeatable(f"{place}{name}{value}")
 
 
