@@ -14,6 +14,13 @@ The fields are those of `circuit_tracer/frontend/graph_models.py` (github.com/sa
 circuit-tracer) and of the graph schema of Neuronpedia (github.com/hijohnnylin/neuronpedia), which
 both draw nodes by layer and token. `influence` is the cumulative share of Σ|link| over nodes, the
 strongest first, by which both hide weak nodes.
+
+Both read more out of the fields than their schemas say:
+
+- The label of the node of feature type 'logit' has to end in '(p=' and a number, or they fail. A
+  readout has no probability, so it is 0, as `token_prob` is.
+- From schema version 1 on, `feature` is the Cantor pair of layer and index, which they take apart.
+- Neuronpedia draws no graph all of whose writers and readers are in block 0.
 """
 
 from __future__ import annotations
@@ -32,6 +39,8 @@ from lens_lora.arguments import whole
 _SHOWN_SHARE = 0.8
 # How many nodes are pinned, so that the viewer's subgraph is not empty.
 _PINNED = 10
+# The viewers' name of the layer of embeddings.
+_EMBEDDINGS = "E"
 _GENERATOR = {"name": "lens_lora", "version": __version__}
 
 
@@ -67,20 +76,28 @@ class _Node(NamedTuple):
         name: of the writer or reader.
         is_writer: whether it writes.
         layer: as the viewers count layers.
-        feature: a number of its own among all writers and readers.
+        index: a number of its own among all writers and readers.
         position: the token at which it stands.
     """
 
     name: str
     is_writer: bool
     layer: str
-    feature: int
+    index: int
     position: int
 
     @property
     def node_id(self) -> str:
-        """The node's name in links: layer, feature and token."""
-        return f"{self.layer}_{self.feature}_{self.position}"
+        """The node's name in links: layer, index and token."""
+        return f"{self.layer}_{self.index}_{self.position}"
+
+    @property
+    def feature(self) -> int:
+        """One number of layer and index, their Cantor pair; of an embedding the index alone."""
+        if self.layer == _EMBEDDINGS:
+            return self.index
+        layer = int(self.layer)
+        return (layer + self.index) * (layer + self.index + 1) // 2 + self.index
 
 
 class _Link(NamedTuple):
@@ -161,8 +178,7 @@ def _writer_node(edges: EdgesOfPrompt, row: int, n_layers: int, position: int) -
     """The node of a writer, in the layer of its first site."""
     name, layer = list(edges.writers.items())[row]
     if layer < 0:
-        # The viewers call the layer of embeddings so.
-        return _Node(name, True, "E", row, position)
+        return _Node(name, True, _EMBEDDINGS, row, position)
     return _Node(name, True, str(min(layer, n_layers)), row, position)
 
 
@@ -222,6 +238,12 @@ def _influence(links: Sequence[_Link]) -> dict[str, float]:
 def _node_fields(node: _Node, readout: _Node, influence: Mapping[str, float]) -> dict[str, Any]:
     is_readout = node is readout
     kind = "lora writer" if node.is_writer else "reader"
+    label = node.name
+    if is_readout:
+        quoted = node.name.replace('"', "'")
+        label = f'Output "{quoted}" (p=0.000)'
+    elif not node.is_writer:
+        label = f"{node.name} reads"
     return {
         "node_id": node.node_id,
         "feature": node.feature,
@@ -232,8 +254,8 @@ def _node_fields(node: _Node, readout: _Node, influence: Mapping[str, float]) ->
         "is_target_logit": is_readout,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
-        "jsNodeId": f"{node.layer}_{node.feature}-{node.position}",
-        "clerp": node.name if is_readout or node.is_writer else f"{node.name} reads",
+        "jsNodeId": f"{node.layer}_{node.index}-{node.position}",
+        "clerp": label,
         "influence": influence.get(node.node_id),
         "activation": None,
     }

@@ -121,7 +121,7 @@ def test_links_add_up_to_first_order(readers: str, by: tuple[str, ...], tmp_path
     kinds = {node["node_id"]: node["feature_type"] for node in graph["nodes"]}
     first_order = ll.first_order(lens, PROMPT, MARGIN, progress=False)
     (target,) = [node["node_id"] for node in graph["nodes"] if node["is_target_logit"]]
-    assert kinds[target] == "logit" and names[target] == edges.readout
+    assert kinds[target] == "logit" and edges.readout in names[target]
     reached = sum(link["weight"] for link in graph["links"] if link["target"] == target)
     assert abs(reached - float(first_order.values.sum())) < TINY
     of_writer: Counter[str] = Counter()
@@ -149,6 +149,28 @@ def test_layers_are_those_of_the_viewers(tmp_path: Path):
     shares = [node["influence"] for node in graph["nodes"] if node["influence"] is not None]
     assert max(shares) == pytest.approx(1)
     assert min(shares) > 0
+
+
+def test_what_the_viewers_compute_of_a_node(tmp_path: Path):
+    """As their code does it: the probability in the readout's label, layer and index of a feature.
+
+    circuit-tracer's `util-cg.js` and Neuronpedia's `utils.ts` split the label of a logit at '(p='.
+    """
+    lens = lens_of("gpt2")
+    edges = ll.edges(lens, PROMPT, ll.LogProb(5), "head", progress=False)
+    graph = read(edges, tmp_path / "g.json")
+    of_kind = Counter(node["feature_type"] for node in graph["nodes"])
+    assert of_kind["logit"] == 1 and of_kind["reader"] and of_kind["lora writer"]
+    for node in graph["nodes"]:
+        if node["feature_type"] == "logit":
+            probability = float(node["clerp"].split("(p=")[1].split(")")[0])
+            assert probability == node["token_prob"] == 0
+            assert node["clerp"].split('"')[1] == edges.readout
+        if node["layer"] == "E":
+            continue
+        diagonal = int(((8 * node["feature"] + 1) ** 0.5 - 1) / 2)
+        index = node["feature"] - diagonal * (diagonal + 1) // 2
+        assert [str(diagonal - index), str(index)] == node["node_id"].split("_")[:2]
 
 
 @pytest.mark.bad_input
