@@ -185,10 +185,10 @@ class BaseModel(ModelOptions):
 # --- The adapter
 
 
-_ADAPTER = "A hub id (owner/repo, owner/repo/folder), a folder, or a run's for its last checkpoint."
-AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=_ADAPTER)]
+ADAPTER = "A hub id (owner/repo, owner/repo/folder), a folder, or a run's for its last checkpoint."
+AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=ADAPTER)]
 AdapterIfOther = Annotated[
-    str | None, typer.Argument(metavar="ADAPTER", help=f"{_ADAPTER} Default: the demo's.")
+    str | None, typer.Argument(metavar="ADAPTER", help=f"{ADAPTER} Default: the demo's.")
 ]
 
 

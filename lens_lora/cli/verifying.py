@@ -5,25 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lens_lora.cli import files, options, running
+from lens_lora.cli.beside_base import LensMade, read_given, training_tokenizer
 from lens_lora.cli.expecting import prompts_of, read_expectations
 from lens_lora.errors import (
-    AdapterError,
     LensLoraError,
-    LensLoraWarning,
-    ModelStateError,
     heard_by,
 )
-from lens_lora.formats.folders import stated_base
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from lens_lora.cli.running import Loaded
     from lens_lora.core import Adapter, LoraLens
     from lens_lora.ship.checks import Check
     from lens_lora.ship.served import ServedVerification
@@ -33,6 +27,7 @@ _to_write = functools.partial(typer.Option, dir_okay=False)
 
 _EXPECT = "A .jsonl file: prompt (or messages), doc, pre, and flips or margin_at_least."
 _SERVED = "A server that is to answer as the adapter does. Its log-probabilities are asked for."
+_CARD = "A README.md with a card, or its JSON (lens-lora card): each of its lines is to hold."
 _TEXTS = "Texts to ask the server for: one a line, or .jsonl with prompt or messages."
 ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
 # Adapters beside this one that a server may have in its place.
@@ -43,8 +38,14 @@ _LABELS = {"--json": "JSON", "--junit": "JUnit", "--report": "Report"}
 
 @options.with_options
 def verify(
-    adapter: options.AdapterArgument,
+    adapter: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="ADAPTER", help=f"{options.ADAPTER} Default with --card: the card's folder."
+        ),
+    ] = None,
     *,
+    card: Annotated[Path | None, options.input_file(_CARD)] = None,
     merged: Annotated[
         Path | None,
         typer.Option(exists=True, help="A folder or a .gguf file, to be base plus adapter."),
@@ -74,12 +75,18 @@ def verify(
     lens-lora verify path/to/adapter --merged path/to/merged --expect facts.jsonl
 
     lens-lora verify path/to/adapter --served http://127.0.0.1:8000 --name my-adapter
+
+    lens-lora verify --card path/to/adapter/README.md
     """
+    if adapter is None:
+        if card is None:
+            raise typer.BadParameter("name one, or a --card.", param_hint="ADAPTER")
+        adapter = str(card.parent)
     outputs = files.writable({"--json": json_file, "--junit": junit, "--report": report})
     expectations = [] if expect is None else read_expectations(expect)
     own_texts = [] if texts is None else prompts_of(texts)
     folder = files.folder_of(adapter, within, quiet=quiet)
-    read = [expect, texts, lora, *_files_of(merged)]
+    read = [card, expect, texts, lora, *_files_of(merged)]
     files.require_apart(outputs, base, [folder], *read)
 
     with running.at_work(base, quiet=quiet) as progress:
@@ -88,7 +95,19 @@ def verify(
         from lens_lora.ship.verify import verify as verification_of
 
         base = base.placed("cpu")
-        given = _read(folder, base, progress)
+        given = read_given(folder, base, progress)
+        written = None
+        if card is not None:
+            from lens_lora.cli.written_card import WrittenCard
+
+            written = WrittenCard.of(card, folder)
+            merged = written.path_of("merged", merged)
+            lora = written.path_of("lora", lora)
+            expect_of_card = written.path_of("expect", expect)
+            if expect_of_card is not None:
+                expectations = read_expectations(expect_of_card)
+            max_kl = written.bound_of_kl(max_kl)
+        lens_over = LensMade(base, given, progress)
         question = None
         if served is not None:
             question = _Question(
@@ -98,22 +117,22 @@ def verify(
             verification = verification_of(
                 given.adapter,
                 given.why_no_base if given.loaded is None else given.loaded[0],
-                lambda: running.announced(
-                    running.lens_for(base, given.adapter, progress, loaded=given.loaded)
-                ),
+                lens_over,
                 merged=merged,
                 lora=lora,
-                tokenizer=_training_tokenizer(given),
+                tokenizer=training_tokenizer(given),
                 expectations=[Expectation(*row) for row in expectations],
                 max_kl=max_kl,
                 notes=given.notes,
                 ask_server=question,
                 progress=not quiet,
             )
+        if written is not None:
+            verification = written.checked(verification, given, lens_over.lens, base)
         answered = None if question is None else question.answered
         _write(verification, answered, outputs)
         console = running.tell(verification.story())
-        console.print(verification_table(verification))
+        console.print(verification_table(verification if written is None else written.brief))
         if answered is not None:
             console.print(explanations_table(answered))
         for option, path in outputs.items():
@@ -121,60 +140,11 @@ def verify(
     raise typer.Exit(verification.exit_code)
 
 
-class _Given(NamedTuple):
-    """The adapter that is verified, and the base that it names.
-
-    Attributes:
-        adapter: as it was read.
-        notes: what reading it warned of.
-        loaded: the base and its tokenizer; None if there is none.
-        why_no_base: the reason if there is none.
-    """
-
-    adapter: Adapter
-    notes: list[str]
-    loaded: Loaded | None
-    why_no_base: str
-
-
 def _files_of(merged: Path | None) -> list[Path]:
     """The files of a merged folder, or the one file."""
     if merged is None:
         return []
     return [merged] if merged.is_file() else list(merged.iterdir())
-
-
-def _read(folder: Path, base: options.ModelOptions, progress: Console) -> _Given:
-    """Read the adapter, over its base if there is one; only a base that was asked for must load."""
-    from lens_lora.core import load_adapter
-
-    named = stated_base(folder)
-    loaded = None
-    why_no_base = "the adapter names none; name it with --model"
-    try:
-        if named or base.model:
-            loaded = running.load_model_of(named, progress, base)
-    except ModelStateError as error:
-        if base.model is not None:
-            raise
-        why_no_base = str(error)
-
-    notes: list[LensLoraWarning] = []
-    with heard_by(notes.append):
-        adapter = load_adapter(folder, base=None if loaded is None else loaded[0])
-    return _Given(adapter, [str(note) for note in notes], loaded, why_no_base)
-
-
-def _training_tokenizer(given: _Given) -> Any:
-    """The tokenizer that the adapter was trained with; None if it is not at hand."""
-    from lens_lora.loading import tokenizer_beside
-
-    if given.loaded is None:
-        return None
-    # Where it does not fit the base, the check that makes the lens says so.
-    with contextlib.suppress(AdapterError, ModelStateError):
-        return tokenizer_beside(given.adapter, *given.loaded).tokenizer
-    return None
 
 
 class _Question:

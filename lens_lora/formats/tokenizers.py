@@ -87,6 +87,11 @@ def rows_brought(modules: Mapping[str, ModuleUpdate], embedding: str | None) -> 
     return len(update.weight) if update.tokens is None else 0
 
 
+def own_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer, or of the chat template alone, that lie beside an adapter."""
+    return own_tokenizer_files(folder)
+
+
 def has_own_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer, or a chat template alone, was saved beside the adapter."""
     return bool(own_tokenizer_files(folder))

@@ -63,7 +63,7 @@ PARAMETERS = {c.name: parameters_of(c) for c in cli.app.registered_commands}
 # Of `inspect` a base is optional, of `verify` a page; a sweep's records have more columns.
 ANOTHER = [
     *(("inspect", "model"), ("sweep", "prompts"), ("verify", "report")),
-    *((command, "adapter") for command in ("inspect", "diff", "verify")),
+    *((command, "adapter") for command in ("inspect", "diff", "verify", "card")),
 ]
 
 
@@ -75,7 +75,7 @@ def test_an_option_means_the_same_on_every_command():
             if name in shared and (command, name) not in ANOTHER:
                 said[name][command] = str(parameter)
     assert {name: by for name, by in said.items() if len(set(by.values())) > 1} == {}
-    assert len(said["quiet"]) == 9, "control: every command was looked at"
+    assert len(said["quiet"]) == 10, "control: every command was looked at"
 
 
 @pytest.mark.parametrize("command", PARAMETERS)
@@ -211,6 +211,7 @@ COMMANDS = {
     for module, names in {
         "adapters": ("inspect", "diff", "repair", "checkpoints"),
         "verifying": ("verify",),
+        "carding": ("card",),
         "explaining": ("explain", "demo"),
         "sweeping": ("sweep", "scan"),
     }.items()

@@ -1,0 +1,193 @@
+"""`lens-lora card`: what an adapter is and what was verified, for its model card."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lens_lora.cli import files, options, running
+from lens_lora.cli.beside_base import LensMade, read_given, training_tokenizer
+from lens_lora.cli.expecting import read_expectations
+from lens_lora.cli.written_card import is_hub_id, subject_of
+from lens_lora.errors import LensLoraError, warn
+from lens_lora.formats.folders import stated_base, stated_fields
+
+if TYPE_CHECKING:
+    from lens_lora.ship.card import Card
+
+_to_write = functools.partial(typer.Option, dir_okay=False)
+
+_README = "README.md"
+# Where the block is printed in place of being written into a file.
+_STDOUT = "-"
+_BRIEF = "A .json of lens-lora diff --json, whose first claim is measured anew and quoted."
+_OUT = "The README.md into which the block goes, or '-' to print it. Default: the adapter's own."
+
+
+@options.with_options
+def card(
+    adapter: options.AdapterArgument,
+    *,
+    merged: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="A folder or a .gguf file, to be base plus adapter."),
+    ] = None,
+    lora: Annotated[Path | None, options.input_file("A .gguf file, to be the adapter.")] = None,
+    expect: Annotated[
+        Path | None, options.input_file("A .jsonl file of margins, as lens-lora verify takes it.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, options.least(0, "Nats per token allowed on neutral texts.")
+    ] = None,
+    brief: Annotated[Path | None, options.input_file(_BRIEF)] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help=_OUT)] = None,
+    json_file: Annotated[Path | None, _to_write("--json", help="The card as JSON.")] = None,
+    quiet: options.QuietOption = False,
+    within: options.Within,
+    base: options.BaseModel,
+) -> None:
+    """A block for the model card: what this adapter is, what it changes, what was verified.
+
+    lens-lora card path/to/adapter --merged path/to/merged --expect facts.jsonl
+
+    The exit code is that of lens-lora verify.
+    """
+    folder = files.folder_of(adapter, within, quiet=quiet)
+    readme = _readme_of(out, folder, is_local=Path(adapter).exists())
+    wanted = {"--out": readme, "--json": json_file}
+    outputs = files.writable(wanted)
+    expectations = [] if expect is None else read_expectations(expect)
+    given_paths = {"merged": merged, "lora": lora, "expect": expect}
+    paths = {name: path.absolute() for name, path in given_paths.items() if path is not None}
+    files.require_apart(outputs, base, [folder], brief, *paths.values())
+    inputs = _inputs(folder, paths, max_kl, brief, base)
+
+    with running.at_work(base, quiet=quiet) as progress:
+        from lens_lora.ship.card_lines import card_of
+        from lens_lora.ship.card_readme import with_card
+        from lens_lora.ship.expectations import Expectation
+        from lens_lora.ship.verify import verify as verification_of
+
+        base = base.placed("cpu")
+        given = read_given(folder, base, progress)
+        lens_over = LensMade(base, given, progress, is_announced=readme is not None)
+        with running.quiet_libraries():
+            verification = verification_of(
+                given.adapter,
+                given.why_no_base if given.loaded is None else given.loaded[0],
+                lens_over,
+                merged=merged,
+                lora=lora,
+                tokenizer=training_tokenizer(given),
+                expectations=[Expectation(*row) for row in expectations],
+                max_kl=max_kl,
+                notes=given.notes,
+                progress=not quiet,
+            )
+            made = card_of(
+                subject_of(folder, given, lens_over.lens, verification, base, inputs, paths)
+            )
+        written = with_card(readme, made, _metadata(folder, base))
+        _warn_of_base(written.card, readme)
+        if json_file is not None:
+            json_file.write_text(f"{written.card.to_json()}\n", encoding="utf-8")
+        if readme is None:
+            typer.echo(written.text, nl=False)
+        else:
+            _replace(readme, written.text)
+            running.tell(verification.story())
+            running.say(f"Card: {readme.absolute()}, {len(made.lines)} lines")
+    raise typer.Exit(verification.exit_code)
+
+
+def _readme_of(out: str | None, folder: Path, *, is_local: bool) -> Path | None:
+    """The file into which the block goes; None if it is printed."""
+    if out == _STDOUT:
+        return None
+    if out is not None:
+        return Path(out)
+    if not is_local:
+        raise typer.BadParameter(
+            "the adapter is on the hub; name a README.md, or '-' to print the block.",
+            param_hint="--out",
+        )
+    return folder / _README
+
+
+def _inputs(
+    folder: Path,
+    paths: Mapping[str, Path],
+    max_kl: float | None,
+    brief: Path | None,
+    base: options.ModelOptions,
+) -> dict[str, str]:
+    """What was given beside the adapter, with paths from its folder."""
+    inputs = {name: _from(folder, path) for name, path in paths.items()}
+    if max_kl is not None:
+        inputs["max_kl"] = f"{max_kl:g}"
+    if base.model is not None:
+        is_folder = Path(base.model).is_dir()
+        inputs["model"] = _from(folder, Path(base.model)) if is_folder else base.model
+    if brief is not None:
+        inputs |= _first_claim(brief)
+    return inputs
+
+
+def _from(folder: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _first_claim(brief: Path) -> dict[str, str]:
+    """The context and the words of the first claim of a brief; nothing if it makes none."""
+    try:
+        claims = json.loads(brief.read_text(encoding="utf-8"))["claims"]
+        return {name: str(claims[0][name]) for name in ("context", "says")} if claims else {}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        fact = f"{brief}: no brief of lens-lora diff --json ({error!r})"
+        raise LensLoraError(fact) from error
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all, without changing the ends of its lines."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(text.encode("utf-8"))
+        if file.exists():
+            beside.chmod(file.stat().st_mode)
+        os.replace(beside, file.resolve())
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+
+
+# --- What the Hub is told
+
+
+def _metadata(folder: Path, base: options.ModelOptions) -> dict[str, str]:
+    """The fields by which the Hub shows an adapter beside its base."""
+    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
+
+    asked = EMBEDDED_HUB_ID if base.model == running.EMBEDDED else base.model
+    hub_ids = [name for name in (asked, stated_base(folder)) if is_hub_id(name)]
+    fields: dict[str, str] = {}
+    if hub_ids:
+        fields["base_model"] = str(hub_ids[0])
+        fields["base_model_relation"] = "adapter"
+    if stated_fields(folder):
+        fields["library_name"] = "peft"
+    return fields
+
+
+def _warn_of_base(written: Card, readme: Path | None) -> None:
+    """Warn of a base that the Hub would refuse, as PEFT writes it for a local model."""
+    stated = written.metadata.get("base_model")
+    if stated is not None and not is_hub_id(stated):
+        fact = f"{readme}: base_model is {stated!r}, which is no id of the Hub: it refuses that."
+        warn(fact, remedy="Write the base's id there.")

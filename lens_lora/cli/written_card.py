@@ -1,0 +1,197 @@
+"""What a card is made of, and a card that was written before and is to hold today."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lens_lora.cli import options, running
+from lens_lora.cli.beside_base import Given
+from lens_lora.errors import LensLoraError
+from lens_lora.formats.folders import stated_base
+
+if TYPE_CHECKING:
+    from lens_lora.core import LoraLens
+    from lens_lora.directions.spectra import AdapterSummary
+    from lens_lora.ship.card import Card
+    from lens_lora.ship.card_lines import CardBase, CardSubject
+    from lens_lora.ship.checks import Check
+    from lens_lora.ship.verify import Verification
+
+# How a folder is written that is no hub id.
+_PATH_BEGINS = (".", "/", "~")
+
+
+# --- What a card is made of
+
+
+def subject_of(
+    folder: Path,
+    given: Given,
+    lens: LoraLens | None,
+    verification: Verification,
+    base: options.ModelOptions,
+    inputs: Mapping[str, str],
+    paths: Mapping[str, Path],
+) -> CardSubject:
+    """What a card is made of.
+
+    Args:
+        folder: of the adapter.
+        given: the adapter and its base.
+        lens: the adapter over its base; None if there is none.
+        verification: what was verified.
+        base: the options of the base.
+        inputs: what was given beside the adapter, as the card states it.
+        paths: where the files among the inputs lie today.
+    """
+    from lens_lora.ship.card_lines import CardSubject
+
+    summary = _summary_of(given, lens)
+    found = base_of(given, folder, base)
+    return CardSubject(folder, summary, found, lens, verification, inputs, paths)
+
+
+def _summary_of(given: Given, lens: LoraLens | None) -> AdapterSummary:
+    """The sizes of the updates, beside the base's weights if these can be read."""
+    from lens_lora.directions.spectra import summarise
+
+    if lens is None:
+        return summarise(given.adapter)
+    try:
+        return summarise(given.adapter, lens)
+    except LensLoraError:
+        return summarise(given.adapter)
+
+
+def base_of(given: Given, folder: Path, base: options.ModelOptions) -> CardBase:
+    """The base that was loaded: its name, its files, and its commit on the hub."""
+    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, embedded_model_folder
+    from lens_lora.ship.card_lines import CardBase
+
+    named = base.model or stated_base(folder)
+    if given.loaded is None:
+        shown = None if named is None else Path(named).name if _is_path(named) else named
+        return CardBase(shown)
+    if named in (None, running.EMBEDDED, EMBEDDED_HUB_ID):
+        return CardBase(EMBEDDED_HUB_ID, embedded_model_folder(quiet=True))
+    assert named is not None  # it is one of the three above
+    if Path(named).is_dir():
+        return CardBase(Path(named).resolve().name, Path(named))
+    snapshot = _snapshot_of(named)
+    return CardBase(named, snapshot, None if snapshot is None else snapshot.name)
+
+
+def _snapshot_of(hub_id: str) -> Path | None:
+    """The folder of a model's files in the hub's cache, from which it was loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(_PATH_BEGINS) or Path(name).exists()
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether the Hub takes this as the id of a model."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if name is None or _is_path(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+# --- A card that was written before
+
+
+class WrittenCard:
+    """A card that is verified, and where its inputs lie today.
+
+    Attributes:
+        brief: the verification with the card's passed lines as one, for a table.
+    """
+
+    brief: Verification
+
+    def __init__(self, card: Card, checks: list[Check], folder: Path) -> None:
+        self._card = card
+        self._checks = checks
+        self._folder = folder
+        self._paths: dict[str, Path] = {}
+        self._absent: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, file: Path, folder: Path) -> WrittenCard:
+        """Read a card.
+
+        Args:
+            file: a README.md, or JSON.
+            folder: of the adapter.
+        """
+        from lens_lora.ship.card_readme import read_card
+
+        read = read_card(file)
+        return cls(read.card, read.checks, folder)
+
+    def path_of(self, option: str, given: Path | None) -> Path | None:
+        """Where an input lies: as given today, or where the card has it; None if it has none."""
+        stated = self._card.inputs.get(option)
+        if stated is None:
+            return given
+        path = self._folder / stated if given is None else given
+        if not path.exists():
+            self._absent[option] = f"{stated} is not at hand; name it with --{option}"
+            return None
+        self._paths[option] = path.absolute()
+        return path
+
+    def bound_of_kl(self, given: float | None) -> float | None:
+        """The bound on KL: the card's own, if it has one."""
+        stated = self._card.inputs.get("max_kl")
+        if stated is None:
+            return given
+        try:
+            return float(stated)
+        except ValueError as error:
+            raise LensLoraError(f"the card's max_kl is {stated!r}, which is no number.") from error
+
+    def checked(
+        self,
+        verification: Verification,
+        given: Given,
+        lens: LoraLens | None,
+        base: options.ModelOptions,
+    ) -> Verification:
+        """The verification, with a check for each line of the card."""
+        from lens_lora.ship.card import card_checks
+        from lens_lora.ship.card_lines import card_of, lines_without
+
+        inputs = self._card.inputs
+        with running.quiet_libraries():
+            today = card_of(
+                subject_of(self._folder, given, lens, verification, base, inputs, self._paths)
+            )
+        missing = lines_without(self._card, self._absent, has_base=given.loaded is not None)
+        lines = card_checks(self._card, today, missing)
+        checks = [*verification.checks, *self._checks, *lines]
+        passed = [check for check in lines if check.outcome == "passed"]
+        others = [check for check in checks if not any(check is line for line in passed)]
+        held = _held(passed)
+        self.brief = dataclasses.replace(verification, checks=(*others, held))
+        return dataclasses.replace(verification, checks=tuple(checks))
+
+
+def _held(passed: Sequence[Check]) -> Check:
+    from lens_lora.ship.card import CARD
+    from lens_lora.ship.checks import Check
+
+    return Check(f"{CARD}, its lines", "passed", f"{len(passed)} hold, each by its command")

@@ -1,0 +1,98 @@
+"""docs/shipping.md: its commands, its workflow and its test are run on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import warnings
+from pathlib import Path
+
+import models
+import no_ops
+import pytest
+import yaml
+from loopback import Engine, served
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from lens_lora import cli
+
+PAGE = Path(__file__).parents[2] / "docs" / "shipping.md"
+SNIPPETS = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def snippets(language: str) -> str:
+    return "\n".join(text for kind, text in SNIPPETS if kind == language)
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> Path:
+    """The two folders of the page, by its names."""
+    out = no_ops.ship(tmp_path_factory.mktemp("shipped"))
+    (out / "adapter").rename(out / "my-adapter")
+    (out / "merged").rename(out / "my-merged-model")
+    return out
+
+
+def exit_code(command: str) -> int:
+    program, *arguments = shlex.split(command)
+    assert program == "lens-lora"
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code is not None, result.output
+    return result.exit_code
+
+
+def test_the_commands_pass(shipped, monkeypatch):
+    """Each line of a shell, in the page's order; the server is one of ours."""
+    monkeypatch.chdir(shipped)
+    commands = snippets("bash").strip().splitlines()
+    assert [line.split()[1] for line in commands if line] == ["verify", "verify", "card", "verify"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(no_ops.base_of(shipped), "my-adapter").eval()
+    with served(Engine(model, models.tokenizer())) as (url, _):
+        for command in filter(None, commands):
+            asked = command.replace("http://127.0.0.1:8000", url)
+            assert exit_code(f"{asked} --quiet") == 0, command
+
+
+def test_the_steps_of_the_workflow_pass(shipped, monkeypatch):
+    """Those that run lens-lora, after a card was written; another merge stops it."""
+    monkeypatch.chdir(shipped)
+    assert exit_code("lens-lora card my-adapter --merged my-merged-model --quiet") == 0
+    (job,) = yaml.safe_load(snippets("yaml"))["jobs"].values()
+    runs = [step["run"] for step in job["steps"] if "run" in step]
+    commands = [run for run in runs if run.startswith("lens-lora")]
+    assert len(commands) == 2
+    assert [exit_code(command) for command in commands] == [0, 0]
+    assert (shipped / "checks.xml").is_file()
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_the_test_of_the_page(code: int, shipped, monkeypatch):
+    """It passes on 0 alone."""
+    called = []
+
+    def call(command):
+        called.append(command)
+        return code
+
+    names: dict = {}
+    exec(snippets("python"), names)
+    monkeypatch.setattr(subprocess, "call", call)
+    if code:
+        with pytest.raises(AssertionError):
+            names["test_the_merge_is_what_was_trained"]()
+    else:
+        names["test_the_merge_is_what_was_trained"]()
+        monkeypatch.chdir(shipped)
+        assert exit_code(f"{shlex.join(called[0])} --quiet") == 0
+
+
+def test_the_exit_codes_of_the_page():
+    """Those that the command's own help states."""
+    codes = re.findall(r"^\| (\d) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert codes == ["0", "1", "2", "3"]
+    help_text = CliRunner().invoke(cli.app, ["verify", "--help"]).output
+    assert "Exit 0 passed, 1 failed, 2 unreadable, 3 undecided" in " ".join(help_text.split())
