@@ -58,6 +58,7 @@ from .ship.served import ServedVerification as ServedVerification
 from .ship.verify import Verification as Verification
 from .sweeps.activations_file import ActivationsFile as ActivationsFile
 from .sweeps.sweep import SweepResult as SweepResult
-from .two_adapters.checkpoints import Checkpoints as Checkpoints
 from .two_adapters.comparison import AdapterComparison as AdapterComparison
 from .two_adapters.repair import Repair as Repair
+from .two_adapters.training import Checkpoints as Checkpoints
+from .two_adapters.training import Trainings as Trainings

@@ -462,6 +462,13 @@ def group_ticks(grouped: Grouped) -> dict[str, Any]:
     return ticks((name for _, name in shown), texts)
 
 
+def largest_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a heatmap, in their order; of too many to be read those of largest numbers."""
+    sizes = table.abs().max(axis=1)
+    shown = sizes.nlargest(_MOST_NAMES).index
+    return table.loc[table.index.isin(shown)]
+
+
 def cut_colours(values: Any) -> dict[str, Any]:
     """`reach` and `note` of a heatmap; in a large one a few outliers do not take all colours."""
     sizes = values.abs().flatten()

@@ -18,215 +18,42 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, final, get_args
+from typing import NamedTuple, overload
 
 import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.arguments import numbers_of, word
+from lens_lora.arguments import numbers_of
 from lens_lora.core import (
     SIGMAS,
     Adapter,
     Evaluations,
     LoraLens,
-    Paged,
-    Pictured,
     PromptsLike,
-    Read,
     Readout,
     Site,
     alone,
-    changes_sign,
-    drawing,
     evaluations,
     flip_scales,
-    group_sites,
-    hides_sign,
-    indicator,
     load_adapter,
-    long_table,
     require_one_base,
 )
 from lens_lora.errors import ArgumentError, many
 from lens_lora.formats.folders import checkpoint_folders
 from lens_lora.two_adapters.overlap import Overlap, ThinSVD, overlap_of, svd_of_sites
+from lens_lora.two_adapters.training import Checkpoints, Trainings
 
-What = Literal["moved", "effect", "norm", "read", "write"]
-GroupName = Literal["site", "layer", "kind"]
-
-
-@final
-class Checkpoints(Read, Paged, Pictured):
-    """A readout, its first order and the weights at each checkpoint of a training.
-
-    `plot` is the readout of each prompt over the steps, its first order, flips and phase changes.
-    The base model is step 0 of every series, before the first checkpoint.
-
-    Attributes:
-        steps: the checkpoints' steps, increasing.
-        names: their adapters' names.
-        sites: that every checkpoint adapts.
-        base: [batch], g(0): the readout of the base model.
-        adapted: [step, batch], g(1) of each checkpoint, exact.
-        effects: [step, batch, site], first order at ε = 0.
-        flip_scale: [step, batch], the first ε at which the readout changes sign at that checkpoint;
-            NaN where it does not.
-        norms: [step, site], ‖ΔW‖_F.
-        moved: [step, site], ‖ΔW_k − ΔW_{k−1}‖_F since the checkpoint before, or since zero.
-        to_final: [step, site], cosine of ΔW to that of the last checkpoint. Of a rank-1 site it is
-            the product of the cosine of what is read and of what is written: it mixes both.
-        read_angle, write_angle: [step, site], in degrees, between what ΔW reads (its row space), or
-            writes (its column space), and what it did at the checkpoint before: acos √(mean cos²)
-            of the principal angles. NaN at the first checkpoint, and of a norm.
-        angle: [step], between ΔW of all sites and the last checkpoint's, in degrees.
-        phases: series → the spans of steps in which it changes at once; 'prompt 0', … for the
-            readout, 'angle' for the direction. A series of fewer than four intervals is not judged,
-            and not there.
-        noise: [1 + step, batch], σ of the readout from rounding: of the base, then of each
-            checkpoint.
-        str_tokens, readout, units, meta: as in `Read`.
-    """
-
-    steps: Annotated[tuple[float, ...], "step"]
-    names: Annotated[tuple[str, ...], "step"]
-    sites: Annotated[tuple[Site, ...], "site"]
-    base: Float[Tensor, " batch"]
-    adapted: Float[Tensor, "step batch"]
-    effects: Float[Tensor, "step batch site"]
-    flip_scale: Float[Tensor, "step batch"]
-    norms: Float[Tensor, "step site"]
-    moved: Float[Tensor, "step site"]
-    to_final: Float[Tensor, "step site"]
-    read_angle: Float[Tensor, "step site"]
-    write_angle: Float[Tensor, "step site"]
-    angle: Float[Tensor, " step"]
-    phases: dict[str, tuple[tuple[float, float], ...]]
-    noise: Float[Tensor, "step+1 batch"]
-
-    @property
-    def shift(self) -> Float[Tensor, "step batch"]:
-        """The exact shift g(1) − g(0) at each checkpoint."""
-        return self.adapted - self.base
-
-    @property
-    def noise_floor(self) -> Float[Tensor, "step batch"]:
-        """The noise floor of each checkpoint's shift: its σ from rounding alone."""
-        return (self.noise[:1].square() + self.noise[1:].square()).sqrt()
-
-    @property
-    def first_order(self) -> Float[Tensor, "step batch"]:
-        """The sum of first order over the sites, Σ_l a_l, at each checkpoint."""
-        return self.effects.sum(2)
-
-    @property
-    def remainder(self) -> Float[Tensor, "step batch"]:
-        """The exact shift of each checkpoint minus first order."""
-        return self.shift - self.first_order
-
-    @property
-    def flips(self) -> Float[Tensor, "step batch"]:
-        """Whether the readout has another sign than at the base: 1 where it has, else 0.
-
-        It is 0 where either is within three noise floors of zero, so that rounding hides its sign.
-        """
-        base = self.base.expand_as(self.adapted)
-        return changes_sign(base, self.adapted, self.noise[:1], self.noise[1:]).double()
-
-    @property
-    def hidden(self) -> Bool[Tensor, "step batch"]:
-        """Whether rounding hides a sign, of the base or of the checkpoint."""
-        at_base = hides_sign(self.base, self.noise[0])
-        return at_base | hides_sign(self.adapted, self.noise[1:])
-
-    @property
-    def flip_step(self) -> Float[Tensor, " batch"]:
-        """The step at which the readout first changes sign, linear between checkpoints.
-
-        It is NaN where the readout never changes sign, or rounding hides it.
-        """
-        steps = torch.tensor([0.0, *self.steps], dtype=torch.float64)
-        values = torch.cat([self.base[None], self.adapted]).cpu().double()
-        flips = self.flips.cpu().int()
-        before = flips.argmax(0)  # in `values`, the row before the first flip
-        prompts = torch.arange(values.shape[1])
-        value_before = values[before, prompts]
-        value_after = values[before + 1, prompts]
-        # The value before may have crossed zero already, within rounding.
-        share = (value_before / (value_before - value_after)).clamp(0, 1)
-        crossing = steps[before] + (steps[before + 1] - steps[before]) * share
-        return torch.where(flips.any(0), crossing, torch.nan)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per checkpoint and prompt."""
-        numbers = {
-            "adapted": self.adapted,
-            "shift": self.shift,
-            "first_order": self.first_order,
-            "remainder": self.remainder,
-            "flips": self.flips,
-            "hidden": self.hidden,
-            "flip_scale": self.flip_scale,
-            "angle": self.angle[:, None].expand_as(self.adapted),
-            "norm": self.norms.square().sum(1).sqrt()[:, None].expand_as(self.adapted),
-        }
-        frame = long_table(numbers, {"step": self.steps}, {"prompt": range(len(self.base))})
-        return frame.astype({"flips": bool, "hidden": bool})
-
-    def by_group(self, what: What = "moved", group: GroupName = "layer") -> pd.DataFrame:
-        """Rows of groups, columns of steps.
-
-        Args:
-            what: 'moved' and 'norm', roots of sums of squares; 'effect', the sum of first order,
-                mean over prompts; 'read' and 'write', the mean angle to the checkpoint before.
-            group: 'site', 'layer' or 'kind'.
-
-        Raises:
-            ArgumentError: another `what` or `group`.
-        """
-        word("what", what, get_args(What))
-        groups = group_sites(self.sites, group)
-        members = indicator(groups, len(self.sites)).double().T
-
-        def sums(values: Float[Tensor, "step site"]) -> Float[Tensor, "step group"]:
-            return values.cpu().double() @ members
-
-        match what:
-            case "effect":
-                values = sums(self.effects.cpu().double().mean(1))
-            case "moved":
-                values = sums(self.moved.cpu().double().square()).sqrt()
-            case "norm":
-                values = sums(self.norms.cpu().double().square()).sqrt()
-            case "read" | "write":
-                angles = self.read_angle if what == "read" else self.write_angle
-                counts = sums((~angles.isnan()).double())
-                values = sums(angles.nan_to_num()) / counts
-        return pd.DataFrame(values.T.numpy(), index=list(groups), columns=list(self.steps))
-
-    def story(self) -> str:
-        """Where each prompt flips, and where anything changes at once, in plain words."""
-        return drawing.story(self)
-
-    def plot_modules(self, what: What = "moved", group: GroupName = "layer") -> drawing.Figure:
-        """A heatmap of groups by step, which shows which modules move when.
-
-        Args:
-            what, group: as for `by_group`.
-
-        Raises:
-            ArgumentError: another `what` or `group`.
-        """
-        return drawing.modules(self, what, group)
+# One training: its checkpoints in order, or the folder or hub id of its run.
+Training = Sequence[Adapter] | str | Path
 
 
-@alone
+@overload
 def checkpoints(
     lens: LoraLens,
-    adapters: Sequence[Adapter] | str | Path,
+    adapters: Training,
     prompts: PromptsLike,
     readout: Readout,
     *,
@@ -234,48 +61,144 @@ def checkpoints(
     revision: str | None = None,
     subfolder: str | None = None,
     progress: bool = True,
-) -> Checkpoints:
+) -> Checkpoints: ...
+@overload
+def checkpoints(
+    lens: LoraLens,
+    adapters: Mapping[str, Training],
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    steps: Sequence[float] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    progress: bool = True,
+) -> Trainings: ...
+@alone
+def checkpoints(
+    lens: LoraLens,
+    adapters: Training | Mapping[str, Training],
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    steps: Sequence[float] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    progress: bool = True,
+) -> Checkpoints | Trainings:
     """A readout, its first order, its flip and the weights at every checkpoint of a training.
 
     Cost per checkpoint: 14 forward passes, ten along the path and four for its noise floor, about
-    ten more where a prompt flips, and two thin products a module for its first order; once six
-    forward passes and one backward of the base.
+    ten more where a prompt flips, and two thin products a module for its first order; once for each
+    training six forward passes and one backward of the base.
 
     Args:
         lens: any adapter over the base model, such as the last checkpoint's.
         adapters: the checkpoints in the order of training, or the folder or hub id of a run,
-            whose `checkpoint-<step>` folders are found and sorted by step.
+            whose `checkpoint-<step>` folders are found and sorted by step. Several trainings, such
+            as one recipe from several seeds, by name: {'seed 0': 'runs/0', 'seed 1': 'runs/1'}.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: what is read; a margin, for flips that mean something. Of a `Projection` the sites
             are those before its point, and so are all norms and angles.
-        steps: of the checkpoints, increasing; without it 1, 2, …, or the folders' own.
+        steps: of the checkpoints, increasing, in each training; without it 1, 2, …, or the folders'
+            own.
         revision: branch, tag or commit of the run's hub repository.
         subfolder: the run's folder within its folder or repository.
         progress: show a bar.
 
+    Returns:
+        `Checkpoints`; of several trainings `Trainings`, which has the `Checkpoints` of each.
+
     Raises:
         AdapterError: a folder without checkpoints, one that cannot be read or does not fit the
             model, or two that name different bases.
-        ArgumentError: fewer than two checkpoints, other modules in one than in another, steps that
-            do not increase, or a readout without a derivative at the base.
+        ArgumentError: fewer than two checkpoints, other modules in one than in another of the same
+            training, steps that do not increase, no training at all, one that is not called by a
+            word, or a readout without a derivative at the base.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
-    run, run_steps = _in_order(adapters, steps, revision, subfolder)
-    _require_one_training(run)
+    asked = _Asked(lens, prompts, readout, progress)
+    if not isinstance(adapters, Mapping):
+        run = _in_order(adapters, steps, revision, subfolder)
+        return _one_training(asked, run, "checkpoints")
+    runs: dict[str, _Run] = {}
+    for name, of_run in adapters.items():
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"a training is called {name!r}", remedy="name it by a word.")
+        runs[name] = _in_order(of_run, steps, revision, subfolder)
+    return _several_trainings(asked, runs)
 
-    g = evaluations(lens.with_adapter(run[0]), prompts, readout, progress=False)
+
+class _Asked(NamedTuple):
+    """What is asked at every checkpoint."""
+
+    lens: LoraLens
+    prompts: PromptsLike
+    readout: Readout
+    progress: bool
+
+
+class _Run(NamedTuple):
+    """The checkpoints of one training.
+
+    Attributes:
+        adapters: in the order of training.
+        steps: of each.
+    """
+
+    adapters: tuple[Adapter, ...]
+    steps: tuple[float, ...]
+
+
+def _several_trainings(asked: _Asked, runs: Mapping[str, _Run]) -> Trainings:
+    """Each training by itself, one after another."""
+    if not runs:
+        raise ArgumentError(
+            "adapters={}: no training was given",
+            remedy="write {'seed 0': 'runs/0', 'seed 1': 'runs/1'}.",
+        )
+    last_of_each = [run.adapters[-1] for run in runs.values()]
+    require_one_base(last_of_each, "trainings that are compared have one base model")
+    each: list[Checkpoints] = []
+    for name, run in runs.items():
+        each.append(_one_training(asked, run, f"checkpoints of {name}"))
+    first = each[0]
+    names = ", ".join(training.meta["adapter"] for training in each)
+    return Trainings(
+        runs=tuple(runs),
+        each=tuple(each),
+        str_tokens=first.str_tokens,
+        readout=first.readout,
+        units=first.units,
+        meta={**first.meta, "adapter": names},
+    )
+
+
+def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
+    """The readout, its first order and the weights at every checkpoint of one training.
+
+    Args:
+        asked: what is asked.
+        run: the checkpoints.
+        shown_as: what the bar says.
+    """
+    lens, prompts, readout, progress = asked
+    adapters = run.adapters
+    _require_one_training(adapters)
+
+    g = evaluations(lens.with_adapter(adapters[0]), prompts, readout, progress=False)
     g.require_slope_at_base()
     # Of a readout inside the model these are the modules before its point, and no others.
     moving = list(g.lens.adapter.modules)
-    run = tuple(adapter.only(*moving) for adapter in run)
+    adapters = tuple(adapter.only(*moving) for adapter in adapters)
     base_noise = g.noise((1.0,), at=0.0)
     (base,) = g.along((0.0,))
 
     measurements: list[_Measured] = []
     updates: list[dict[str, ThinSVD]] = []
     sites: tuple[Site, ...] = ()
-    with tqdm(run, desc="checkpoints", leave=False, disable=not progress) as bar:
+    with tqdm(adapters, desc=shown_as, leave=False, disable=not progress) as bar:
         for adapter in bar:
             checkpoint = lens.with_adapter(adapter)
             sites = _same_sites(sites, checkpoint, adapter)
@@ -283,17 +206,17 @@ def checkpoints(
             g_of_checkpoint.know(0.0, base)
             measurements.append(_measured(g_of_checkpoint))
             updates.append(svd_of_sites(checkpoint))
-    effects = g.slopes_of_adapters(lambda: run, sites, like=run)
+    effects = g.slopes_of_adapters(lambda: adapters, sites, like=adapters)
     weights = _weights(updates)
 
     base = base.cpu().double()
     adapted = torch.stack([each.adapted for each in measurements])
     noise = torch.stack([base_noise.cpu().double(), *(each.noise for each in measurements)])
     labels = g.labels()
-    labels["meta"] = {**labels["meta"], "adapter": run[-1].name}
+    labels["meta"] = {**labels["meta"], "adapter": adapters[-1].name}
     return Checkpoints(
-        steps=run_steps,
-        names=tuple(adapter.name for adapter in run),
+        steps=run.steps,
+        names=tuple(adapter.name for adapter in adapters),
         sites=sites,
         base=base,
         adapted=adapted,
@@ -301,7 +224,7 @@ def checkpoints(
         flip_scale=torch.stack([each.flip_scale for each in measurements]),
         noise=noise,
         **weights,
-        phases=_phases(run_steps, torch.cat([base[None], adapted]), weights["angle"], noise),
+        phases=_phases(run.steps, torch.cat([base[None], adapted]), weights["angle"], noise),
         **labels,
     )
 
@@ -321,23 +244,23 @@ class _Measured(NamedTuple):
 
 
 def _in_order(
-    adapters: Sequence[Adapter] | str | Path,
+    adapters: Training,
     steps: Sequence[float] | None,
     revision: str | None,
     subfolder: str | None,
-) -> tuple[tuple[Adapter, ...], tuple[float, ...]]:
+) -> _Run:
     """The adapters in the order of training, and their steps."""
     if isinstance(adapters, str | Path):
         if steps is not None:
             raise ArgumentError("the steps of a run folder are those of its checkpoint-<step>.")
         folders = checkpoint_folders(adapters, revision, subfolder)
         run = [load_adapter(path).named(path.name) for path in folders.values()]
-        return tuple(run), tuple(float(step) for step in folders)
+        return _Run(tuple(run), tuple(float(step) for step in folders))
     is_list = isinstance(adapters, list | tuple)
     if not is_list or not all(isinstance(adapter, Adapter) for adapter in adapters):
         raise ArgumentError(
             f"the checkpoints are a {type(adapters).__name__}; expected a list of ll.Adapter, or "
-            "the folder of a run."
+            "the folder of a run, or several of them by name."
         )
     count = len(adapters)
     if count < 2:
@@ -352,7 +275,7 @@ def _in_order(
         raise ArgumentError(
             f"steps={numbers} for {count} checkpoints; expected one each, above 0 and increasing."
         )
-    return tuple(adapters), tuple(numbers)
+    return _Run(tuple(adapters), tuple(numbers))
 
 
 def _require_one_training(adapters: Sequence[Adapter]) -> None:

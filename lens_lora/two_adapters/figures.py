@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
-from lens_lora.core import drawing
-from lens_lora.errors import ArgumentError
+import pandas as pd
+
+from lens_lora.core import drawing, prompt_rows
+from lens_lora.errors import ArgumentError, many
 from lens_lora.show import figures, go
 from lens_lora.show.figures import (
     BELOW,
@@ -18,12 +21,20 @@ from lens_lora.show.figures import (
     finish,
     heatmap,
     kinds_by_layer,
+    largest_rows,
     names_axis,
+    whose,
 )
 from lens_lora.show.text import label, short_prompt
-from lens_lora.two_adapters.checkpoints import Checkpoints, GroupName, What
 from lens_lora.two_adapters.comparison import AdapterComparison
 from lens_lora.two_adapters.repair import Repair
+from lens_lora.two_adapters.training import (
+    Checkpoints,
+    GroupName,
+    Trainings,
+    What,
+    spread_over_runs,
+)
 from lens_lora.two_adapters.words import too_few
 
 
@@ -59,17 +70,60 @@ _AMOUNTS = {"moved": "‖change‖", "norm": "‖ΔW‖", "read": "degrees", "wr
 
 @drawing.modules.register(Checkpoints)
 def modules_heatmap(training: Checkpoints, what: What, group: GroupName) -> go.Figure:
-    """A heatmap of groups of modules by step."""
-    frame = training.by_group(what, group)
-    heading, below = _HEADINGS[what]
-    titles = (f"{heading}, by {group}", below)
+    """A heatmap of groups of modules by step; of many sites, those of largest numbers."""
+    whole = training.by_group(what, group)
+    frame = largest_rows(whole)
     hover = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
+    return _groups_by_step(frame, len(whole), what, group, training.units, _HEADINGS[what], hover)
+
+
+@drawing.modules.register(Trainings)
+def mean_modules_heatmap(trainings: Trainings, what: What, group: GroupName) -> go.Figure:
+    """A heatmap of groups of modules by step, the mean over runs."""
+    whole = trainings.by_group(what, group)
+    mean = largest_rows(whole)
+    spread = trainings.by_group(what, group, over="spread").loc[mean.index].to_numpy()
+
+    def hover(row: int, column: int, value: float | None) -> str:
+        place = f"<b>{label(str(mean.index[row]))}</b>, step {mean.columns[column]:g}"
+        if value is None or math.isnan(value):
+            return place
+        return f"{place}<br>{value:.3g}, spread over runs {spread[row, column]:.2g}"
+
+    heading, below = _HEADINGS[what]
+    below = f"{below}, mean of {many(len(trainings), 'run')}"
+    return _groups_by_step(mean, len(whole), what, group, trainings.units, (heading, below), hover)
+
+
+def _groups_by_step(
+    frame: pd.DataFrame,
+    of: int,
+    what: What,
+    group: GroupName,
+    units: str,
+    headings: figures.Pair,
+    hover: figures.Says,
+) -> go.Figure:
+    """A heatmap of a table whose rows are groups of modules and whose columns are steps.
+
+    Args:
+        frame: the rows that are drawn.
+        of: how many groups there are.
+        what, group: as for `Checkpoints.by_group`.
+        units: of the readout.
+        headings: the heading, and the smaller line below it.
+        hover: as for `heatmap`.
+    """
+    heading, below = headings
+    if len(frame) < of:
+        below = f"{below}; the {len(frame)} largest of {of}"
+    titles = (f"{heading}, by {group}", below)
     x = names_axis((f"{step:g}" for step in frame.columns), "step")
     y = names_axis(frame.index, autorange="reversed" if group == "kind" else None)
     values = frame.to_numpy().tolist()
     if what in _AMOUNTS:
         return heatmap(titles, values, hover, x, y, _AMOUNTS[what], "amount")
-    return heatmap(titles, values, hover, x, y, training.units)
+    return heatmap(titles, values, hover, x, y, units)
 
 
 @drawing.figure.register(Repair)
@@ -166,3 +220,87 @@ def _traces_of(training: Checkpoints, p: int) -> list[go.Scatter]:
         marks = figures.points([flip], [0], said, "flips", **look)
         traces.append(marks.update(showlegend=is_named_in_legend))
     return traces
+
+
+# --- Several trainings
+
+# Blue is the exact mean, and orange is first order; each run has one of the other colours.
+_RUN_COLOURS = [colour for colour in figures.PALETTE if colour not in (EXACT, LINEAR)]
+_BAND = "rgba(47,131,197,0.18)"
+
+
+@drawing.figure.register(Trainings)
+def trainings_figure(trainings: Trainings, prompt: int | None = None) -> go.Figure:
+    """The readout of each run over the steps, their mean, and one standard deviation around it."""
+    rows = prompt_rows(prompt, len(trainings.base))
+    lines = _lines_of_runs(trainings, rows)
+    if len(trainings) > 1 and trainings.steps:
+        # The runs are drawn above their mean, which is wide and would hide them.
+        lines = [_band_around_mean(trainings, rows), *_means_of_runs(trainings, rows), *lines]
+    figure = go.Figure(lines).add_hline(y=0, line={"color": INK, "width": 1.5})
+    titles = (
+        f"{trainings.readout} through {many(len(trainings), 'training')}",
+        whose(prompt, trainings.str_tokens),
+    )
+    axes = ("step", label(trainings.units))
+    last = max(training.steps[-1] for training in trainings.each)
+    ticks = {"dtick": 1 if last <= _FEW_STEPS else None}
+    return finish(figure, titles, axes, legend=BELOW, margin={"b": 120}, xaxis=ticks)
+
+
+def _lines_of_runs(trainings: Trainings, rows: slice) -> list[go.Scatter]:
+    """The exact readout of each run, at all steps that it has."""
+    base = float(trainings.base[rows].mean())
+    hover = f"step %{{x:g}}<br>%{{y:.4g}} {label(trainings.units)}"
+    lines: list[go.Scatter] = []
+    colours = itertools.cycle(_RUN_COLOURS)
+    for run, training, colour in zip(trainings.runs, trainings.each, colours, strict=False):
+        name = label(run)
+        steps = [0.0, *training.steps]
+        values = [base, *training.adapted[:, rows].mean(1).tolist()]
+        named = f"{hover}<extra>{name}</extra>"
+        lines.append(curve(steps, values, name, colour, named, width=1.5, marker={}))
+    return lines
+
+
+def _band_around_mean(trainings: Trainings, rows: slice) -> go.Scatter:
+    """The area within one standard deviation of the mean over runs."""
+    base = float(trainings.base[rows].mean())
+    of_runs = trainings.adapted[:, :, rows].mean(2)
+    mean = of_runs.mean(0)
+    spread = spread_over_runs(of_runs)
+    steps = [0.0, *trainings.steps]
+    upper = [base, *(mean + spread).tolist()]
+    lower = [base, *(mean - spread).tolist()]
+    return go.Scatter(
+        x=[*steps, *reversed(steps)],
+        y=[*upper, *reversed(lower)],
+        fill="toself",
+        fillcolor=_BAND,
+        line={"width": 0},
+        mode="lines",
+        name="mean ± standard deviation",
+        hoverinfo="skip",
+    )
+
+
+def _means_of_runs(trainings: Trainings, rows: slice) -> list[go.Scatter]:
+    """The means over runs, exact and to first order."""
+    base = float(trainings.base[rows].mean())
+    steps = [0.0, *trainings.steps]
+    exact = trainings.adapted[:, :, rows].mean(2).mean(0)
+    linear = base + trainings.first_order[:, :, rows].mean(2).mean(0)
+    hover = f"step %{{x:g}}<br>%{{y:.4g}} {label(trainings.units)}"
+    of_mean = "<extra>mean of runs</extra>"
+    mean = curve(
+        steps, [base, *exact.tolist()], "mean of runs", EXACT, hover + of_mean, width=6, opacity=0.5
+    )
+    first_order = curve(
+        steps,
+        [base, *linear.tolist()],
+        "base + first order, mean of runs",
+        LINEAR,
+        f"{hover}, first order{of_mean}",
+        dash="dash",
+    )
+    return [mean, first_order]

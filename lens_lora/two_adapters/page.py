@@ -11,8 +11,8 @@ from lens_lora.show import text
 from lens_lora.show.page import Part, Section, folded, made_by, page_html, warned
 from lens_lora.show.tables import Pairs, Row, Table, table_of
 from lens_lora.show.text import magnitude, percent, signed
-from lens_lora.two_adapters.checkpoints import Checkpoints
 from lens_lora.two_adapters.repair import Repair
+from lens_lora.two_adapters.training import Checkpoints
 from lens_lora.two_adapters.words import (
     checkpoints_story,
     fate,

@@ -7,10 +7,10 @@ import math
 from lens_lora.core import drawing
 from lens_lora.errors import many, named, worded
 from lens_lora.show import text
-from lens_lora.show.text import percent, reading_text
-from lens_lora.two_adapters.checkpoints import Checkpoints
+from lens_lora.show.text import magnitude, percent, reading_text, signed
 from lens_lora.two_adapters.comparison import AdapterComparison
 from lens_lora.two_adapters.repair import Repair
+from lens_lora.two_adapters.training import Checkpoints, Trainings
 
 
 def too_few(training: Checkpoints) -> str:
@@ -48,6 +48,44 @@ def phases_text(training: Checkpoints, series: str, subject: str) -> str:
     """Between which steps a series changes at once; nothing where it does not."""
     spans = [f"{a:g} and {b:g}" for a, b in training.phases.get(series, ())]
     return f"{subject} changes at once between steps {', and '.join(spans)}." if spans else ""
+
+
+@drawing.story.register(Trainings)
+def trainings_story(trainings: Trainings) -> str:
+    """In how many runs each prompt flips, at which steps, and where the runs end."""
+    lines: list[str] = []
+    for p, tokens in enumerate(trainings.str_tokens):
+        start = f"“{text.short_prompt(tokens)}”: {trainings.readout}"
+        lines.append(f"{start} {_flips_of_runs(trainings, p)}{_end_of_runs(trainings, p)}")
+    lines.append(reading_text(trainings.meta))
+    return "\n".join(filter(None, lines))
+
+
+def _flips_of_runs(trainings: Trainings, p: int) -> str:
+    """'changes sign in 2 of 3 runs (seed 0 at about step 14, seed 1 at about step 15).'."""
+    steps = trainings.flip_step[:, p].tolist()
+    flips: list[str] = []
+    for run, step in zip(trainings.runs, steps, strict=True):
+        if not math.isnan(step):
+            flips.append(f"{run} at about step {step:.3g}")
+    count = f"{len(flips)} of {many(len(trainings), 'run')}"
+    if not flips:
+        return f"changes sign in {count}."
+    return f"changes sign in {count} ({', '.join(flips)})."
+
+
+def _end_of_runs(trainings: Trainings, p: int) -> str:
+    """The mean at the last step that all runs have, and the spread; nothing of a single run."""
+    if len(trainings) < 2:
+        return ""
+    if not trainings.steps:
+        return " The runs have no step in common, so they have no mean."
+    last = trainings.adapted[:, -1, p]
+    return (
+        f" At step {trainings.steps[-1]:g} it is {signed(float(last.mean()))} "
+        f"{trainings.units} on average, with a standard deviation of "
+        f"{magnitude(float(last.std()))} over runs."
+    )
 
 
 @drawing.story.register(Repair)
@@ -100,6 +138,11 @@ def _checkpoints(training: Checkpoints) -> str:
     flips = ", ".join(f"{step:.3g}" for step in training.flip_step.tolist())
     steps = flips.replace("nan", "never")
     return f"flips at step {steps}\n{training.to_frame().to_string()}"
+
+
+@drawing.body.register(Trainings)
+def _trainings(trainings: Trainings) -> str:
+    return f"{trainings.story()}\n{trainings.summary().to_string()}"
 
 
 @drawing.body.register(Repair)

@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 
 import models
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -407,6 +408,37 @@ def test_a_callback_draws_nothing_and_changes_nothing():
     assert all(module.training for module in peft.modules())
 
 
+@pytest.mark.parametrize("by", ["site", "layer", "kind"])
+def test_a_callback_follows_modules(by: str):
+    """Step by step what `first_order` of that adapter says, summed by the names of sites."""
+    model, _ = made()
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft = get_peft_model(models.hf_model("llama", dtype=torch.float32), config)
+    seen: list[dict[str, float]] = []
+    callback = ll.ShiftCallback(bank_of(model), every=1, by=by)
+    expected: list[dict[str, float]] = []
+    for step in (1, 2):
+        with torch.no_grad():
+            for name, parameter in peft.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(step)
+        seen.append(callback.measure(step, peft))
+        lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+        table = ll.first_order(lens, ["w5 w7 w8", "w9 w10"], MARGIN).to_frame()
+        sums = table.groupby(by)["value"].sum() / 2
+        expected.append({f"{by}_{group}": value for group, value in sums.items()})
+    groups = callback.by_group(by)
+    assert list(groups.columns) == [1, 2]
+    for step, measured, sums in zip((1, 2), seen, expected, strict=True):
+        assert {name for name in measured if name.startswith(f"{by}_")} == set(sums)
+        for name, value in sums.items():
+            assert measured[name] == pytest.approx(value, rel=1e-4, abs=1e-7)
+        assert groups[step].sum() == pytest.approx(measured["first_order"], rel=1e-4)
+    drawn = callback.plot_modules(by).data[0]
+    assert np.allclose(np.array(drawn.z, dtype=float), groups.to_numpy())
+    assert list(drawn.y) == [str(group) for group in groups.index]
+
+
 @pytest.mark.slow
 def test_training_is_bit_for_bit_what_it_is_without(tmp_path: Path):
     """Under dropout, so that a random number more would show; and the log holds first order."""
@@ -461,6 +493,8 @@ def test_what_a_callback_refuses():
         (lambda: ll.ShiftCallback("bank.safetensors"), "one readout"),
         (lambda: ll.ShiftCallback(bank_of(bank.model, [MARGIN])), "one readout"),
         (lambda: ll.ShiftCallback(bank).plot(), "no step was measured"),
+        (lambda: ll.ShiftCallback(bank).plot_modules(), "no step was measured"),
+        (lambda: ll.ShiftCallback(bank, by="module"), "by='module'"),
     ):
         with pytest.raises(ll.errors.ArgumentError, match=words):
             call()

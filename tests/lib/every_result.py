@@ -378,6 +378,20 @@ def checkpoints() -> ll.results.Checkpoints:
     )
 
 
+def trainings() -> ll.results.Trainings:
+    """Two runs, of which the second ends higher."""
+    run = checkpoints()
+    higher = dataclasses.replace(run, adapted=run.adapted + 1)
+    return ll.results.Trainings(
+        runs=("seed 0", "<b>seed 1</b>"),
+        each=(run, higher),
+        str_tokens=TOKENS,
+        readout="y",
+        units="logits",
+        meta=META,
+    )
+
+
 def together() -> ll.results.Together:
     """Two adapters, whose interaction was split by two groups of modules."""
     return ll.results.Together(
@@ -626,6 +640,7 @@ def every_result() -> list[Result]:
         of_groups(),
         adapter_comparison(),
         checkpoints(),
+        trainings(),
         repair(),
         together(),
         reconciled(),
