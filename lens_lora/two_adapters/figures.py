@@ -91,7 +91,7 @@ def mean_modules_heatmap(trainings: Trainings, what: What, group: GroupName) -> 
         return f"{place}<br>{value:.3g}, spread over runs {spread[row, column]:.2g}"
 
     heading, below = _HEADINGS[what]
-    below = f"{below}, mean of {many(len(trainings), 'run')}"
+    below = f"{below}, mean of {many(len(trainings.runs), 'run')}"
     return _groups_by_step(mean, len(whole), what, group, trainings.units, (heading, below), hover)
 
 
@@ -234,12 +234,12 @@ def trainings_figure(trainings: Trainings, prompt: int | None = None) -> go.Figu
     """The readout of each run over the steps, their mean, and one standard deviation around it."""
     rows = prompt_rows(prompt, len(trainings.base))
     lines = _lines_of_runs(trainings, rows)
-    if len(trainings) > 1 and trainings.steps:
+    if len(trainings.runs) > 1 and trainings.steps:
         # The runs are drawn above their mean, which is wide and would hide them.
         lines = [_band_around_mean(trainings, rows), *_means_of_runs(trainings, rows), *lines]
     figure = go.Figure(lines).add_hline(y=0, line={"color": INK, "width": 1.5})
     titles = (
-        f"{trainings.readout} through {many(len(trainings), 'training')}",
+        f"{trainings.readout} through {many(len(trainings.runs), 'training')}",
         whose(prompt, trainings.str_tokens),
     )
     axes = ("step", label(trainings.units))

@@ -202,8 +202,8 @@ Over = Literal["mean", "spread"]
 class Trainings(Read, Drawn):
     """The same readout through several trainings, such as one recipe from several seeds.
 
-    `found["seed 0"]` is the training of that run, with everything that `Checkpoints` has. `plot` is
-    the readout of each run over the steps, and their mean within one standard deviation.
+    `found.of_run("seed 0")` is the training of that run, with everything that `Checkpoints` has.
+    `plot` is the readout of each run over the steps, and their mean within one standard deviation.
 
     Means and spreads over runs are taken at the steps that every run has. A spread is the sample
     standard deviation, NaN of a single run.
@@ -217,10 +217,15 @@ class Trainings(Read, Drawn):
     runs: Annotated[tuple[str, ...], "run"]
     each: Annotated[tuple[Checkpoints, ...], "run"]
 
-    def __len__(self) -> int:
-        return len(self.runs)
+    def of_run(self, run: str) -> Checkpoints:
+        """The training of one run.
 
-    def __getitem__(self, run: str) -> Checkpoints:
+        Args:
+            run: its name.
+
+        Raises:
+            ArgumentError: no such run, with the names that there are.
+        """
         word("run", run, self.runs)
         return self.each[self.runs.index(run)]
 
@@ -320,7 +325,7 @@ class Trainings(Read, Drawn):
                 raise ArgumentError(
                     f"{self.runs[0]} and {run} differ in {unshared[0]} "
                     f"({len(unshared)} such sites), so their modules have no mean",
-                    remedy=f"look at one run: found[{run!r}].",
+                    remedy=f"look at one run: found.of_run({run!r}).",
                 )
 
     def story(self) -> str:

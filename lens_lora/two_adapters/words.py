@@ -68,7 +68,7 @@ def _flips_of_runs(trainings: Trainings, p: int) -> str:
     for run, step in zip(trainings.runs, steps, strict=True):
         if not math.isnan(step):
             flips.append(f"{run} at about step {step:.3g}")
-    count = f"{len(flips)} of {many(len(trainings), 'run')}"
+    count = f"{len(flips)} of {many(len(trainings.runs), 'run')}"
     if not flips:
         return f"changes sign in {count}."
     return f"changes sign in {count} ({', '.join(flips)})."
@@ -76,7 +76,7 @@ def _flips_of_runs(trainings: Trainings, p: int) -> str:
 
 def _end_of_runs(trainings: Trainings, p: int) -> str:
     """The mean at the last step that all runs have, and the spread; nothing of a single run."""
-    if len(trainings) < 2:
+    if len(trainings.runs) < 2:
         return ""
     if not trainings.steps:
         return " The runs have no step in common, so they have no mean."

@@ -63,7 +63,7 @@ def test_a_run_is_the_training_by_itself(found):
         case.lens, run(case, STRENGTHS["seed 1"]), models.tokens(), READOUT, steps=STEPS,
         progress=False,
     )  # fmt: skip
-    same = result["seed 1"]
+    same = result.of_run("seed 1")
     assert torch.allclose(same.adapted, alone.adapted, atol=1e-12) and same.names == alone.names
     table = result.to_frame()
     of_run = table[table["run"] == "seed 1"].drop(columns="run").reset_index(drop=True)
@@ -74,7 +74,7 @@ def test_a_run_is_the_training_by_itself(found):
 @pytest.mark.parametrize("what", ["effect", "norm"])
 def test_means_and_spreads_of_modules(found, what: str):
     _, result = found
-    tables = np.array([result[run].by_group(what, "kind").to_numpy() for run in STRENGTHS])
+    tables = np.array([result.of_run(run).by_group(what, "kind").to_numpy() for run in STRENGTHS])
     assert np.allclose(result.by_group(what, "kind"), tables.mean(0))
     spread = result.by_group(what, "kind", over="spread")
     assert np.allclose(spread, tables.std(0, ddof=1))
@@ -100,7 +100,7 @@ def test_only_steps_that_every_run_has_are_averaged():
     case = cases.case("llama", HOST, "raw")
     runs = {"long": run(case, (0.2, 0.4, 0.6)), "short": run(case, (0.3, 0.5))}
     result = ll.checkpoints(case.lens, runs, models.tokens(), READOUT, progress=False)
-    assert result.steps == (1, 2) and len(result["long"].steps) == 3
+    assert result.steps == (1, 2) and len(result.of_run("long").steps) == 3
     expected = (g(case, 0.4) + g(case, 0.5)) / 2
     at_second = result.summary().query("step == 2")["adapted"]
     assert np.allclose(at_second, expected, atol=1e-9)
@@ -117,7 +117,7 @@ def test_runs_of_other_modules_have_a_readout_and_no_mean_by_module():
     assert np.isfinite(result.summary()["adapted_spread"]).all()
     with pytest.raises(ArgumentError, match="all and attention differ in blocks.*mlp"):
         result.by_group("effect")
-    assert len(result["attention"].by_group("effect", "site")) == 8
+    assert len(result.of_run("attention").by_group("effect", "site")) == 8
 
 
 def test_words_say_in_how_many_runs_it_flips():
@@ -149,4 +149,4 @@ def test_bad_input_is_refused(tmp_path):
     bases = [[ll.Adapter(a.modules, base_model=name) for a in good] for name in ("x/y", "x/z")]
     refuses(AdapterError, "x/y.*x/z", dict(zip("ab", bases, strict=True)))
     with pytest.raises(ArgumentError, match="run='seed 9'"):
-        trainings()["seed 9"]
+        trainings().of_run("seed 9")
