@@ -1,4 +1,4 @@
-"""What other libraries have no public name for, and changes of them for a span of time.
+"""Private names of other libraries, and changes of those libraries for a span of time.
 
 Every private name that the package touches stands here, in one function that says why; each has a
 test in `tests/house/test_compat.py` that fails when the name is gone.
@@ -248,7 +248,7 @@ def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
 
 
 class SharedForward:
-    """What a module computes until the last span ends that asked for it, in whatever order.
+    """The forward of a module until the last span ends that asked for it, in whatever order.
 
     Args:
         module: the module.
@@ -767,7 +767,7 @@ def cached_tokens(cache: Any) -> int:
 
 
 def cached_mask(cache: Any) -> Tensor | None:
-    """Which tokens in a cache of transformer-lens are no padding, [row, cached].
+    """Return which tokens in a cache of transformer-lens are no padding, [row, cached].
 
     None for another cache: transformers' classes hold no mask, and each pass brings the whole one.
     """
@@ -818,7 +818,7 @@ def calls(hook: Any, fn: object) -> bool:
 
 
 def _cells_of(fn: object) -> dict[str, object]:
-    """What a function closes over, by name, but for cells that are empty."""
+    """The variables that a function closes over, by name, but for cells that are empty."""
     cells: dict[str, object] = {}
     if not isinstance(fn, FunctionType):
         return cells
@@ -910,7 +910,7 @@ def can_norm_per_head(attention: Any) -> bool:
 
 
 def normed_per_head(attention: Any, copies: Tensor) -> Tensor:
-    """What a bridge's attention makes of its copies of the residual after their last hook point."""
+    """The copies of the residual in a bridge's attention, normed as after their last hook point."""
     if attention._captured_pre_ln_residual is None:
         return copies
     return attention._apply_ln1_per_head(copies)
@@ -971,7 +971,7 @@ def tokenizer_as_saved(tokenizer: Any) -> Any:
 
 
 def known_of_tokenizer(tokenizer: Any) -> Any:
-    """What was known of a hooked model's tokenizer when it was made; None for other tokenizers."""
+    """The note made of a hooked model's tokenizer when it was made; None for other tokenizers."""
     if tokenizer is None:
         return None
     return _kept_tokenizers.get(tokenizer)

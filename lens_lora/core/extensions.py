@@ -1,4 +1,4 @@
-"""What extends the core: lists of modules, by name, of which each registers something.
+"""Extensions of the core: lists of modules, by name, of which each registers something.
 
     extensions.DRAWERS["lens_lora.audit"] = ("lens_lora.audit.figures", "lens_lora.audit.words")
 

@@ -49,7 +49,7 @@ class Declared(Generic[_P, _R]):
         return function
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """What the provided function returns."""
+        """Call the provided function."""
         if self._function is None:
             extensions.import_each([extensions.PROVIDERS[self.name]])
         if self._function is None:

@@ -33,7 +33,7 @@ class SecondVerdict:
 
     @property
     def kind(self) -> Literal["no_shift", "neither", "farther", "nearer", "coincidence"]:
-        """Which of the two is nearer at ε = 1.
+        """Say which of the two is nearer at ε = 1.
 
         'no_shift' if the shift itself is within rounding; 'neither' if both leave the same, within
         rounding; 'farther' if second order leaves more; 'nearer' if it leaves less, all along the

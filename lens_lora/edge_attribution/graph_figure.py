@@ -124,7 +124,7 @@ def _hovers(
     values: Sequence[float],
     prompt: int | None,
 ) -> Iterator[str]:
-    """What is said at the line of each edge."""
+    """The text at the line of each edge."""
     _, base = edges.mean_over(prompt, edges.base)
     for writer, reader, value in zip(writers, readers, values, strict=True):
         said = figures.value_text(value, float(base), edges.units)

@@ -1,4 +1,4 @@
-"""What single architectures need before a TransformerBridge of them computes what they compute.
+"""Mends that single architectures need, so that a TransformerBridge computes what they compute.
 
 Each quirk is a function below, under `@quirk`. It is called with the Hugging Face model before the
 bridge is made of it, and may return a function, which is called with the bridge. `ll.load` asks all

@@ -243,7 +243,7 @@ def best_subset(
 def _kept_by_prompt(
     g: Function, values: Float[Tensor, "batch size"]
 ) -> Float[Tensor, "size batch"]:
-    """What each set keeps of each prompt's own shift; NaN for one within three noise floors."""
+    """The share that each set keeps of each prompt's own shift; NaN within three noise floors."""
     base, adapted = g.ends.cpu()
     shift = (adapted - base).double()
     clear = torch.where(shift.abs() > SIGMAS * g.floor.cpu(), shift, torch.nan)
@@ -435,7 +435,7 @@ def _candidates(
 
 
 def _top(score: Float[Tensor, " site"], count: int) -> Bool[Tensor, " site"]:
-    """Which sites are among the first so many by score."""
+    """Mark the sites that are among the first so many by score."""
     rank = by_score(score).argsort()
     return rank < count
 

@@ -1,4 +1,4 @@
-"""g of the base where the z of each head is moved towards that of the adapted model.
+"""Values of g of the base where the z of each head is moved towards that of the adapted model.
 
 With a mask m, every head's z becomes z + m_h (z(1) − z).
 
@@ -42,7 +42,7 @@ class HeadMasks:
         self.names: tuple[str, ...] = tuple(names)
 
     def values(self, masks: Float[Tensor, "point head"]) -> Float[Tensor, "batch point"]:
-        """g under each mask. At most a forward pass a mask, batched."""
+        """Evaluate g under each mask. At most a forward pass a mask, batched."""
         by_group: list[Tensor] = []
         for group, adapted in zip(self._groups, self._adapted, strict=True):
             rows = len(group.reading.owner)

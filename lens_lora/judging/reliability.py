@@ -274,7 +274,7 @@ def _first_order(g: Function, how: How) -> Attribution:
 
 
 def _effects(g: Function, how: How, sites: Bool[Tensor, " site"]) -> Float[Tensor, "batch some"]:
-    """What each of these sites does by itself, exactly."""
+    """The exact effect of each of these sites by itself."""
     indices = sites.nonzero()[:, 0].tolist()
     base, adapted = g.ends
     if not indices:

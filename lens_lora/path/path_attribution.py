@@ -113,7 +113,7 @@ def _integral(
 def _added(
     g: Function, counts: Sequence[int], rule: int, axes: tuple[str, ...]
 ) -> Float[Tensor, "sum batch site *by"]:
-    """What the new nodes of a rule add to its own sum, and to the sum of each rule after it."""
+    """Add up what the new nodes of a rule add to its own sum, and to that of each rule after it."""
     points, weights = new_nodes(counts, rule)
     if rule == 0 and _is_flat_at_base(g):
         points = points[1:]
@@ -142,12 +142,12 @@ class _Rules:
 
     @functools.cached_property
     def _shift(self) -> _ByPrompt:
-        """g(1) − g(0), exact."""
+        """The exact shift g(1) − g(0)."""
         return self._g.shift
 
     @functools.cached_property
     def _floor(self) -> _ByPrompt:
-        """What rounding alone makes of the shift, at most."""
+        """The most by which rounding alone moves the shift."""
         return (SIGMAS * self._g.floor).cpu().double()
 
     @property

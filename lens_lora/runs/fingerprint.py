@@ -183,7 +183,7 @@ def _plain(value: Any, own_code: list[object]) -> Any:
 
 
 def _items(value: Any) -> list[Any] | None:
-    """What a container holds, in order; None of anything else."""
+    """The entries of a container, in order; None of anything else."""
     if isinstance(value, np.ndarray):
         return ["array", value.dtype.str, value.tolist()]
     if isinstance(value, Mapping):

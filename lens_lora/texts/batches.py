@@ -166,5 +166,5 @@ def require_own_tokens(texts: Prompts) -> None:
 
 
 def _which_text(index: int, texts: Prompts) -> str:
-    """Which of the texts, in words."""
+    """Name one of the texts, in words."""
     return which_prompt(index, texts.batch).replace("prompt", "text")

@@ -1,4 +1,4 @@
-"""What a fine-tune added to each module: plain LoRA as PEFT writes it. Knows no model.
+"""The updates that a fine-tune added to modules: plain LoRA as PEFT writes it. Knows no model.
 
 `__init__.pyi` names what `formats/` uses of it.
 """

@@ -1,1 +1,1 @@
-"""What is asked of g first: its slopes, what they leave, the margin, and interventions."""
+"""The first analyses of g: its slopes, the remainder, the fact margin, and interventions."""

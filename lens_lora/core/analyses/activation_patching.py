@@ -46,7 +46,7 @@ _ROUNDINGS = 64
 
 @final
 class ActivationEffects(Ranked):
-    """What replacing one activation by the other model's does to a readout, in its units.
+    """The effect on a readout of replacing one activation by the other model's, in its units.
 
     `plot` is hook point × position, or layer × hook point, or layer × head.
 
@@ -166,7 +166,7 @@ def patch_activations(
     positions: Positions = None,
     heads: Literal["each"] | None = None,
 ) -> ActivationEffects:
-    """What one activation carries of the shift: replaced by the other model's, at each hook point.
+    """Replace one activation by the other model's, at each hook point: the shift that it carries.
 
     Cost: three forward passes, four for the noise floor, and one per name (and position, and head,
     with 'each'), batched; rows begin at the block in which they patch, where the model's batch may

@@ -157,7 +157,7 @@ def first_order(
     gauge: Gauge = "trained",
     rules: FrozenRules | None = None,
 ) -> Attribution | GroupAttribution:
-    """a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank as asked.
+    """First order a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank.
 
     Cost: one forward and one backward in reverse mode (what 'auto' takes), and one forward pass for
     the exact shift beside it, or two where `at` is neither 0 nor 1; none for a few tokens, where

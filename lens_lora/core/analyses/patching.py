@@ -61,7 +61,7 @@ def patch_sites(
     replace: Replace = "zero",
     texts: PromptsLike | None = None,
 ) -> Effects:
-    """What each site, group of sites or single rank does to the readout, exactly.
+    """The exact effect of each site, group of sites or single rank on the readout.
 
     Cost: two forward passes, four for the noise floor, and one per group, batched; about half of
     that where the model's batch may grow from block to block (all but Bloom and OPT on a Bridge).

@@ -57,7 +57,7 @@ _FEWEST_POINTS = 3
 
 @final
 class Remainder(Measured):
-    """What first order leaves, against the exact shift, in the readout's units.
+    """The remainder that first order leaves, beside the exact shift, in the readout's units.
 
     Attributes:
         first_order: [batch], Σ_l a_l.
@@ -205,7 +205,7 @@ def _chosen(
 
 @final
 class RemainderCurve(results_base.Read, Drawn):
-    """g, first order and remainder along ε from 0 to 1, in the readout's units.
+    """The readout, first order and remainder along ε from 0 to 1, in the readout's units.
 
     `plot` is the readout and its first-order line along ε, and the remainder's share of the shift.
 

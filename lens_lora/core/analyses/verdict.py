@@ -1,4 +1,4 @@
-"""What one prompt's numbers say, decided here and nowhere else; `show/words.py` words it.
+"""Verdicts on one prompt's numbers, decided here and nowhere else; `show/words.py` words them.
 
 A number counts where it stands out of three noise floors (`Noise`): σ from rounding alone, of a
 shift and of what first or second order leaves of it.

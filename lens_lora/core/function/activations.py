@@ -1,4 +1,4 @@
-"""g with δ_l = B_l u_l replaced at some sites: u_l ← u_l + P(ū_l − u_l), where u_l = A_l z_l.
+"""Runs with δ_l = B_l u_l replaced at some sites: u_l ← u_l + P(ū_l − u_l), where u_l = A_l z_l.
 
 1. `replaced_readout`: g with the δ of some sites replaced. A whole site: P = 1. A single rank j:
    P = e_j e_jᵀ, in the coordinates of the SVD of ΔW (`LoraLens.in_gauge`), so that σ_j v_jᵀx is
@@ -52,7 +52,7 @@ Coordinates = Float[Tensor, "_row _pos *_head _rank"]
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """What stands in for u at every injection, and where it does.
+    """The stand-in for u at every injection, and where it stands.
 
     Attributes:
         u: ū of each injection, [row, pos, …, rank], or [1, 1, …, rank] for all rows and tokens.
@@ -237,7 +237,7 @@ def replaced_readout(
     progress: bool,
     what: str,
 ) -> Float[Tensor, "batch point"]:
-    """g of every prompt in every run. At most a forward pass a point, batched.
+    """Evaluate g of every prompt in every run. At most a forward pass a point, batched.
 
     Args:
         lens: the adapter over the model; for ranks in the coordinates of the SVD.
@@ -283,7 +283,7 @@ class _ReplaceInject:
         return injection.map.added(out, u, gate)
 
     def _moved(self, index: int, injection: Injection, u: Tensor) -> Tensor:
-        """u + P(ū − u) in the rows that are about this site; P u where the rank is alone."""
+        """Return u + P(ū − u) in the rows that are about this site; P u where the rank is alone."""
         is_about = (self._points.states[:, injection.site] >= 2).to(u.device)
         if not bool(is_about.any()):
             return u
@@ -298,7 +298,7 @@ class _ReplaceInject:
     def _gap(
         self, index: int, injection: Injection, u: Tensor, is_about: Bool[Tensor, " row"]
     ) -> tuple[Tensor, Bool[Tensor, "row _pos"]]:
-        """ū − u, and at which tokens of each row it is added."""
+        """Return ū − u, and the tokens of each row at which it is added."""
         if self._stand_in is None:
             # Each of two partners adds half of what they add together: all of the rank's is out.
             gap = -u if injection.partner is None else -2 * u

@@ -1,4 +1,4 @@
-"""g(ε) with a memory: the cache of one public call.
+"""The function g(ε) with a memory: the cache of one public call.
 
 Several analyses ask the same of one g: both ends, g along the path, what rounding does. Within one
 public call the model and its hooks stay as they are, so what is asked for most is kept:
@@ -240,7 +240,7 @@ class Evaluations(Function):
     def _draw(
         self, scales: Sequence[float], beside: Sequence[float] = (), *, progress: bool = False
     ) -> list[Float[Tensor, "draw batch"]]:
-        """g and draws of it at these strengths; in the same batch g at the strengths `beside`."""
+        """Evaluate g and draws of it at these strengths, and in the same batch g at `beside`."""
         known = self._memory.draws
         if self.reading.holds_base and 0.0 in scales and 0.0 not in known:
             known[0.0] = self._draws_of_held_base()

@@ -109,7 +109,7 @@ def _products_by_head(
 def input_by_head(
     site: SiteMap, heads: int, z: Float[Tensor, "row pos in"]
 ) -> Float[Tensor, "row pos head rank"]:
-    """u of a site whose input has heads (o), kept apart by head; what belongs to none is last."""
+    """Keep u of a site whose input has heads (o) apart by head; what belongs to none comes last."""
     z_by_head = z.to(site.A.dtype).unflatten(-1, (heads, -1))
     A_by_head = site.A.unflatten(-1, (heads, -1))
     u = einsum(z_by_head, A_by_head, "b p h d, r h d -> b p h r")
@@ -139,7 +139,7 @@ def part_deltas(
     z: Float[Tensor, "_row pos *head in"] | Int[Tensor, "_row pos"],
     slots: Slots,
 ) -> Float[Tensor, "row pos out"]:
-    """δz of one site in each row, with everything but the row's own part set to zero.
+    """Return δz of one site in each row, with everything but the row's own part set to zero.
 
     z may have one row, which is then every row's.
     """
@@ -164,7 +164,7 @@ def part_deltas(
 def _coordinates_of_parts(
     site: SiteMap, kind: str, heads: int, z: Tensor, slots: Slots
 ) -> Float[Tensor, "row pos *head rank"]:
-    """u in each row, with everything but the row's own head (of o), expert and rank set to zero."""
+    """Keep of u, in each row, the row's own head (of o), expert and rank, and zeros elsewhere."""
     u = site.coordinates(z)
     if slots.head is not None and kind == "o":
         by_head = input_by_head(site, heads, z)

@@ -90,7 +90,7 @@ def _require_one(arguments: Mapping[str, object]) -> None:
 
 
 def _each_site(lens: LoraLens, which: str) -> Points:
-    """e_l for every site l, or 1 − e_l."""
+    """The corners e_l for every site l, or 1 − e_l."""
     word("which", which, ("add_one", "leave_one_out"))
     each_site = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
     if which == "leave_one_out":

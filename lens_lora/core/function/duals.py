@@ -258,7 +258,7 @@ def _rows_of_one_primal(x: Tensor, rows: int) -> Tensor:
 
 
 def _repeated_like(like: Tensor, value: Tensor) -> Tensor:
-    """What was computed of the first rows, repeated for as many rows as `like` has."""
+    """Repeat what was computed of the first rows for as many rows as `like` has."""
     if value.ndim == 0 or len(value) == len(like):
         return value
     return value.repeat(len(like) // len(value), *[1] * (value.ndim - 1))

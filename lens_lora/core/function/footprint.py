@@ -64,7 +64,7 @@ class Footprint(NamedTuple):
 
 
 def footprint_of(lens: LoraLens, run: Run, *, in_turn: bool = False) -> Footprint:
-    """What the rows of a run take; with `in_turn` all logits are made some tokens at a time."""
+    """The memory that a run's rows take; with `in_turn` logits are made some tokens at a time."""
     cfg = lens.model.cfg
     layers = lens.host.n_layers
     longest = prompts_of(run).tokens.shape[1]

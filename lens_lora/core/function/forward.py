@@ -1,4 +1,4 @@
-"""g(ε) = readout(f(ε)) of one forward pass: how f and g are read of the pass that is made.
+"""Reading f(ε) and g(ε) = readout(f(ε)) of the forward pass that is made.
 
 1. One forward pass under the hooks that are on the model gives f or g at each row's last token, or
    at all tokens of a response (`read_logits`, `read_value`, `read_tokens`). Only what is read is
@@ -68,7 +68,7 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vo
 def gated_logits(
     lens: LoraLens, prompts: Prompts, gates: Float[Tensor, "*row site"]
 ) -> Float[Tensor, "row *slot vocab"]:
-    """f(ε) at the read position; gates [site], or [row, site]. One forward pass."""
+    """Run f(ε) and read it at the read position; gates [site], or [row, site]. One forward pass."""
     with lens.injected(ScaleInject(lens.plan, gates)):
         return read_logits(lens, prompts)
 
@@ -109,7 +109,7 @@ def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"
 
 
 def read_for_slopes(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]:
-    """g as `read_value` reads it, with first derivatives only.
+    """Read g as `read_value` does, with first derivatives only.
 
     Each token of a long response is unembedded once, with its covector, where going back through
     `read_value` would compute its logits again.
@@ -165,7 +165,7 @@ def read_final(lens: LoraLens, prompts: Prompts) -> _Final:
 def value_of_final(
     lens: LoraLens, read: Picks | Columns, final: _Final, factor: Factor | None = None
 ) -> Float[Tensor, " batch"]:
-    """g from the final residual stream, if only W_U and b_U come after it. No forward pass."""
+    """Read g from the final residual stream, if only W_U and b_U come after it. No forward pass."""
     if isinstance(read, Picks):
         return read.of(terms_of_final(lens, read, final, factor))
     weight, bias = cast(_Unembedding, _plain_unembedding(lens))
@@ -221,7 +221,7 @@ def logits_of_final(lens: LoraLens, final: _Final, out: Float[Tensor, "row *slot
 def token_covectors(
     lens: LoraLens, reading: Reading, final: _Final
 ) -> tuple[_Final, Float[Tensor, " pick"]]:
-    """c_t = ∂ℓ_t/∂x_t, of the final residual stream x where it is read, and the ℓ_t themselves.
+    """Return c_t = ∂ℓ_t/∂x_t, with x the final residual stream where it is read, and the ℓ_t.
 
     Only of a model that `ends_plainly`. No forward pass.
     """

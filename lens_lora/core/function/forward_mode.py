@@ -196,7 +196,7 @@ class TokenTangents:
         return self._of_final(rows) if self.final else self._of_logits(rows)
 
     def _of_final(self, rows: Tensor) -> Tensor:
-        """c_t · ẋ_t; every part has the same x, and so has every pass."""
+        """Compute c_t · ẋ_t; every part has the same x, and so has every pass."""
         if self._covectors is None:
             x = fwad.unpack_dual(rows).primal[:, 0]
             self._covectors, log_probs = forward.token_covectors(self._lens, self._reading, x)

@@ -1,4 +1,4 @@
-"""g(ε) = readout(f(ε)) as an object: everything that is computed is a part of it.
+"""The function g(ε) = readout(f(ε)) as an object: everything that is computed is a part of it.
 
 Each adapted module, a site, has a gate ε_l and writes W_l z_l + ε_l ΔW_l z_l. With these gates
 
@@ -84,7 +84,7 @@ Direction = _Number | Real[Tensor, "*direction site"] | Mapping[str, _Number]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Function:
-    """g(ε): what a readout reads of the logits, as a function of the gates; from `lens.function`.
+    """A readout of the logits as a function of the gates, g(ε); from `lens.function`.
 
     Gates are a number for every site, a tensor [site], {site name or glob: number} with all other
     sites at 0, or a tensor [*point, site] of many points. The axes of the points come first in
@@ -145,7 +145,7 @@ class Function:
 
     @exclusive
     def __call__(self, gates: Gates) -> Float[Tensor, "*point batch"]:
-        """g at these gates, in the readout's units.
+        """Evaluate g at these gates, in the readout's units.
 
         Cost: at most a forward pass a point, batched; points that agree in the first blocks share
         the work there, where the model's batch may grow.
@@ -168,7 +168,7 @@ class Function:
     def along(
         self, scales: Sequence[float] | Float[Tensor, " point"]
     ) -> Float[Tensor, "point batch"]:
-        """g(ε·1), with the same strength ε at every site. A forward pass each, batched.
+        """Evaluate g(ε·1), with the same strength ε at every site. A forward pass each, batched.
 
         Args:
             scales: the strengths; 0 is the base model, 1 the adapted one.
@@ -185,12 +185,12 @@ class Function:
 
     @property
     def ends(self) -> Float[Tensor, "end=2 batch"]:
-        """g(0) and g(1): of the base model, and of the adapted one. Two forward passes."""
+        """The two ends g(0) and g(1), of the base and the adapted model. Two forward passes."""
         return self.along([0.0, 1.0])
 
     @property
     def shift(self) -> Float[Tensor, " batch"]:
-        """g(1) − g(0), exact. Two forward passes."""
+        """The exact shift g(1) − g(0). Two forward passes."""
         base, adapted = self.ends
         return adapted - base
 
@@ -202,7 +202,7 @@ class Function:
         on: SitesOfCorners | None = None,
         off: SitesOfCorners | None = None,
     ) -> Float[Tensor, "corner batch"]:
-        """g at corners of the cube: some sites as in the adapted model, the others as in the base.
+        """Evaluate g at corners: some sites as in the adapted model, the others as in the base.
 
             g.corners("leave_one_out")                # g(1 − e_l): each site off in turn
             g.corners(off=[("blocks.3.attn.q", "blocks.3.attn.k"), "blocks.4.*"])
@@ -227,7 +227,7 @@ class Function:
 
     @exclusive
     def each_prompt(self, gates: Float[Tensor, "point batch site"]) -> Float[Tensor, "point batch"]:
-        """g where each prompt has gates of its own. At most a forward pass a point, batched.
+        """Evaluate g where each prompt has its own gates. At most a forward pass a point, batched.
 
         Args:
             gates: those of each prompt, at every point.
@@ -252,7 +252,7 @@ class Function:
 
     @exclusive
     def logits(self, gates: Gates) -> Float[Tensor, "*point row *slot vocab"]:
-        """f at these gates, where it is read: the logits of the next token, or of a response's.
+        """The logits f at these gates, where they are read: of the next token, or of a response.
 
         A row is a prompt; of `AnswerMargin` there are two for each. With a response there is a slot
         for each of its tokens, from whose logits that token is drawn; a row with fewer tokens
@@ -272,7 +272,7 @@ class Function:
 
     @exclusive
     def token_values(self, gates: Gates) -> Float[Tensor, "*point batch token"]:
-        """ℓ_t = log p(y_t | x, y_<t) of each token t of a response, at these gates.
+        """The log-probability ℓ_t = log p(y_t | x, y_<t) of each token t of a response.
 
         Zero beyond a prompt's own tokens. Cost: as for g itself.
 
@@ -437,7 +437,7 @@ class Function:
     def pulled_back(
         self, covector: Covector, by: tuple[str, ...] | str = (), *, gauge: Gauge = "trained"
     ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "row *slot vocab"]]:
-        """wᵀ J δz_l at the base, with w made of the logits f(0) and their tangent v; and f(0).
+        """Compute wᵀ J δz_l at the base, with w made of f(0) and its tangent v; and f(0).
 
         v = Σ_l J δz_l is the first-order shift of the logits. With w = F v, where F is the Fisher
         information of the base's distribution, the values are the shares of vᵀF v.
@@ -535,7 +535,7 @@ class Function:
 
     @exclusive
     def graphed(self, gates: Gates) -> Float[Tensor, "*point batch"]:
-        """g with the graph of whatever needs a gradient: the gates, or tensors of your own hooks.
+        """Evaluate g with its graph, for whatever needs a gradient: gates, or your hooks' tensors.
 
         For derivatives by anything but the gates: add a tensor of zeros at a hook point, call this
         within `with model.hooks(…)`, and differentiate. One forward pass; its graph is kept whole.
@@ -565,7 +565,7 @@ class Function:
 
     @property
     def floor(self) -> Float[Tensor, " batch"]:
-        """σ of `shift` from rounding alone, in the readout's units. Ten forward passes, batched."""
+        """The noise floor σ of `shift` from rounding alone. Ten forward passes, batched."""
         base, adapted = self._draws_of_ends()
         return rounding.noise_of_ends(base, adapted)
 
@@ -573,7 +573,7 @@ class Function:
     def noise(
         self, coefficients: Sequence[float], at: float | Sequence[float] = 1.0
     ) -> Float[Tensor, " batch"]:
-        """σ of a sum of values of g, Σ_k c_k g(ε_k), from rounding alone: √(Σ_k c_k² σ(at_k)²).
+        """The noise σ of a sum Σ_k c_k g(ε_k), from rounding alone: √(Σ_k c_k² σ(at_k)²).
 
         A sum that is within three of it may be rounding and nothing else. An interaction of two
         modules, g(1) − g(1 − e_l) − g(1 − e_m) + g(1 − e_l − e_m), has noise((1, −1, −1, 1), at=1).
@@ -605,7 +605,7 @@ class Function:
 
     @exclusive
     def remainder_noise(self, slopes: Float[Tensor, "batch site"]) -> Noise:
-        """σ of g(ε) − g(0), and of what first order leaves of it, at any strength ε.
+        """The noise σ of g(ε) − g(0), and of what first order leaves of it, at any strength ε.
 
             rest = g.along(scales) - base - scales[:, None] * slopes.sum(1)
             floor = g.remainder_noise(slopes).of_remainder(scales)  # [batch, scale]
@@ -631,7 +631,7 @@ class Function:
     def curvature_noise(
         self, half_row_sums: Float[Tensor, "batch site"]
     ) -> Float[Tensor, " batch"]:
-        """σ of ½ 1ᵀH1 at the base, what second order adds to first order, from rounding alone.
+        """The noise σ of ½ 1ᵀH1 at the base, what second order adds to first order, from rounding.
 
         Cost: four forward and eight backward passes, batched.
 
@@ -753,7 +753,7 @@ class Function:
         return Function(lens, self.prompts, self.rows, self.readout, self._reading, self.progress)
 
     def of_rows(self, rows: Prompts) -> Function:
-        """f of other rows, such as the prompts with their answers, without a readout. No pass.
+        """Take other rows, such as the prompts with their answers, without a readout. No pass.
 
         Args:
             rows: what is run in place of the prompts.
@@ -852,7 +852,7 @@ class Function:
         self.lens.check_state()
 
     def _values(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
-        """g at these gates; a bar calls them `shown_as`."""
+        """Evaluate g at these gates; a bar calls them `shown_as`."""
         return self._run(points, shown_as, self.progress)
 
     def _along(self, scales: Sequence[float]) -> Float[Tensor, "point batch"]:
@@ -884,7 +884,7 @@ class Function:
         return base, adapted
 
     def _draws(self, scales: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
-        """g at each of these strengths, and then draws of it with noise at the embedding.
+        """Evaluate g at each of these strengths, and then draws of it with noise at the embedding.
 
         At the base of a readout that holds the base's logits: g(1), and draws in which these move.
         """
@@ -930,7 +930,7 @@ class Function:
         return values.unflatten(0, (reading.batch, len(points))).T
 
     def _draws_of_held_base(self) -> Float[Tensor, "draw batch"]:
-        """g(1), and then draws of it in which the held logits of the base are what moves."""
+        """Evaluate g(1), and then draws of it in which only the held logits of the base move."""
         (adapted_logits,) = self._logits(strengths(self.lens, [1.0]))
         turned = self.reading.redrawn(adapted_logits)
         _, (draws,) = rounding.draws_at(self.lens, turned, [0.0])

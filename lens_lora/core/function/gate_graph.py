@@ -1,4 +1,4 @@
-"""g with ε in the graph: the derivatives of many readouts at once, and second order.
+"""A graph that holds ε: the derivatives of many readouts at once, and second order.
 
     ∂f_y/∂ε_l    of k tokens y
     (H v)_l    = d/dt ∂g/∂ε_l (at + t v) at t = 0,   H_lm = ∂²g/∂ε_l ∂ε_m      (note, §6, item 4)

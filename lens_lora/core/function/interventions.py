@@ -1,4 +1,4 @@
-"""g(ε | h ← h'): runs in which an activation is replaced by another run's, another in each row.
+"""Runs g(ε | h ← h') in which an activation is replaced by another run's, another in each row.
 
 1. The donor runs once; what fires at the points is kept, for each time it fires (`recording.py`).
 2. Each row of the recipient's batch gets one of them, at one hook point: a `Patch`.
@@ -144,7 +144,7 @@ def patched_readout(
     scale: Scale,
     progress: bool,
 ) -> Float[Tensor, "batch patch"]:
-    """g of the model at `scale` under each patch. At most one forward pass a patch, batched.
+    """Evaluate g of the model at `scale` under each patch. At most a forward pass a patch, batched.
 
     Args:
         lens: the adapter over the model.

@@ -1,4 +1,4 @@
-"""f(ε): the logits where the rows are read, at many points.
+"""The logits f(ε) where the rows are read, at many points.
 
 All logits are kept, in one tensor that is made first. So the forward passes take as many rows at a
 time as the bound of the lens has room for beside it.
@@ -19,7 +19,7 @@ from lens_lora.core.readout import Prompts
 def logits_at_points(
     lens: LoraLens, rows: Prompts, points: Points, held_bytes: int
 ) -> Float[Tensor, "point row *slot vocab"]:
-    """f of every row at each point. One forward pass a point.
+    """Run f of every row at each point. One forward pass a point.
 
     Args:
         lens: the adapter over the model.

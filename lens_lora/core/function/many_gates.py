@@ -1,4 +1,4 @@
-"""g at many gate vectors: in rows of a batch, or as branches of one pass.
+"""Values of g at many gate vectors: in rows of a batch, or as branches of one pass.
 
 1. Gate vectors, the same for all prompts or each prompt's own, ride in rows of the batch, a bounded
    number at a time (`memory.py`); where all prompts together are too many, a group of these at a
@@ -47,7 +47,7 @@ def gated_readout(
     progress: bool = True,
     what: str = "forward passes",
 ) -> Float[Tensor, "batch point *out"]:
-    """g, or what else `read` reads, at many gate vectors: all prompts' or each prompt's own.
+    """Evaluate g, or what else `read` reads, at many gate vectors: all prompts' or each one's own.
 
     At most as many forward passes as points, batched. Points of all prompts that share their gates
     in the first layers share the work there, where the model's blocks allow it: adding, or leaving

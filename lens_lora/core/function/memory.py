@@ -77,7 +77,7 @@ DUAL_GRAPHS = 1.3
 
 
 class _CopySize(NamedTuple):
-    """What one more copy of all rows takes.
+    """The memory that one more copy of all rows takes.
 
     Attributes:
         of_row: bytes of each row.

@@ -1,4 +1,4 @@
-"""Which mode of differentiation takes less work: a tangent for each site, or a covector a readout.
+"""The cheaper mode of differentiation: a tangent for each site, or a covector for each readout.
 
 A tangent costs one product with each weight from its site's block on; a covector one with each
 weight on the way back to the first block. In passes through all blocks,

@@ -1,4 +1,4 @@
-"""σ of g(ε) − g(0), and of what first order leaves of it, from rounding alone, at any strength ε.
+"""The noise σ of g(ε) − g(0), and of what first order leaves of it, from rounding alone.
 
 σ(ε)²            = (1 − ε²) σ_base² + ε² σ_shift²     of g(ε) − g(0), for ε up to 1
 σ_remainder(ε)²  = σ(ε)² + (ε σ_a)² (+ (ε² σ_H)²)     of what first (second) order leaves
@@ -22,7 +22,7 @@ _Scale = float | Float[Tensor, " scale"]
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class Noise:
-    """σ of each number from rounding alone, per prompt, in the readout's units.
+    """The noise σ of each number from rounding alone, per prompt, in the readout's units.
 
     Attributes:
         shift: [batch], of g(1) − g(0).
@@ -35,7 +35,7 @@ class Noise:
     slope: Float[Tensor, " batch"]
 
     def of_shift(self, scale: _Scale) -> Float[Tensor, " batch *scale"]:
-        """σ of g(ε) − g(0): from `base` to `shift`, its square with ε²."""
+        """The noise σ of g(ε) − g(0): from `base` to `shift`, its square with ε²."""
         eps = self._as_tensor(scale)
         base = self._beside(eps, self.base)
         shift = self._beside(eps, self.shift)
@@ -45,7 +45,7 @@ class Noise:
     def of_remainder(
         self, scale: _Scale, curvature: Float[Tensor, " batch"] | None = None
     ) -> Float[Tensor, " batch *scale"]:
-        """σ of g(ε) − g(0) − ε Σ a, or of what second order leaves as well."""
+        """The noise σ of g(ε) − g(0) − ε Σ a, or of what second order leaves as well."""
         eps = self._as_tensor(scale)
         slope = self._beside(eps, self.slope)
         square = self.of_shift(scale).square() + (eps * slope).square()

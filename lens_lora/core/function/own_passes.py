@@ -41,7 +41,7 @@ Under = AbstractContextManager[object] | None
 
 @runtime_checkable
 class OfRows(OverALens, Protocol):
-    """What these passes need of a function: its rows, and how it is read from them.
+    """A function as these passes need it: its rows, and how it is read from them.
 
     A check at run time evaluates properties, so what a function may lack is a method.
     """
@@ -151,7 +151,7 @@ class OwnPasses:
 
     @exclusive
     def side_by_side(self, copies: int, *, under: Under = None) -> Float[Tensor, "batch copy"]:
-        """g where each row runs so many times, r0 r0 … r1 r1 …, in one forward pass.
+        """Evaluate g where each row runs so many times, r0 r0 … r1 r1 …, in one forward pass.
 
         Args:
             copies: how often; `copies_at_once` fit.
@@ -167,7 +167,7 @@ class OwnPasses:
 
     @exclusive
     def written(self, write: Inject) -> Float[Tensor, " batch"]:
-        """g where each site writes what `write` says in place of ε_l ΔW_l z_l. One forward pass.
+        """Evaluate g where each site writes what `write` says, not ε_l ΔW_l z_l. One forward pass.
 
         Where gradients are computed the graph is kept, and all prompts run together; otherwise as
         many of them at a time as the bound of the lens has room for.
@@ -361,7 +361,7 @@ class OwnPasses:
 
     @exclusive
     def with_graph(self, at: Scale, *, under: Under = None) -> Float[Tensor, " batch"]:
-        """g with its graph, for first derivatives by activations that your hooks keep.
+        """Evaluate g with its graph, for first derivatives by activations that your hooks keep.
 
         One forward pass. The graph is kept whole; your hooks need not be on the model any more when
         you go back through it. `Function.graphed` has second derivatives as well.

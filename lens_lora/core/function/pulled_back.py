@@ -1,4 +1,4 @@
-"""wᵀ J δz_l at ε = 0, with w made of the logits f and of their joint tangent v = Σ_l J δz_l.
+"""Products wᵀ J δz_l at ε = 0, with w made of the logits f and their tangent v = Σ_l J δz_l.
 
 One forward pass of dual numbers gives f and v, and keeps the graph of the values but none of the
 tangents. w goes back through that graph, whose sites are tapped (`reverse.py`). Where the graph is
@@ -33,7 +33,7 @@ Covector = Callable[[_RowLogits, _RowLogits, Prompts], _RowLogits]
 def pulled_back_in_groups(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...], covector: Covector
 ) -> tuple[Float[Tensor, "batch site *by"], _RowLogits]:
-    """wᵀ J δz_l and f(0), as many prompts at a time as the bound of the lens has room for."""
+    """Compute wᵀ J δz_l and f(0), as many prompts at a time as the lens's bound has room for."""
     values: list[Tensor] = []
     base_logits: list[Tensor] = []
     for group in memory.dual_graph_groups(lens, reading):
@@ -50,7 +50,7 @@ def pulled_back_in_groups(
 def pulled_back(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...], covector: Covector
 ) -> tuple[Float[Tensor, "batch site *by"], _RowLogits]:
-    """wᵀ J δz_l of every site and its parts, and f(0). One dual forward and one backward pass.
+    """Compute wᵀ J δz_l of every site and part, and f(0). One dual forward and one backward pass.
 
     Raises:
         ModelStateError: a gradient did not reach some site, a split does not exist, or the model
@@ -97,7 +97,7 @@ def _in_two_passes(
 
 
 def _read(lens: LoraLens, prompts: Prompts) -> tuple[_RowLogits, _RowLogits]:
-    """f(0) and v, from a pass of dual numbers."""
+    """Run a pass of dual numbers, for f(0) and v."""
     logits = forward.read_logits(lens, prompts)
     return fwad.unpack_dual(logits).primal, tangent_of(logits).detach()
 

@@ -1,4 +1,4 @@
-"""h: the activations of one run at hook points, kept for each time that a point fires.
+"""The activations h of one run at hook points, kept for each time that a point fires.
 
 1. One forward pass, or one for each group of rows that the bound of the lens has room for.
 2. A point may be kept only if its first axis is the batch (or has one entry, which all rows share).
@@ -202,7 +202,7 @@ def positioned(
 def head_parts(
     lens: LoraLens, recording: Recording, points: Iterable[str]
 ) -> dict[str, list[Bool[Tensor, "row 1 feature"]]]:
-    """Which features belong to each head, at each of these hook points of q, k, v or z.
+    """The features that belong to each head, at each of these hook points of q, k, v or z.
 
     Raises:
         ModelStateError: a point that does not hold all heads of q, k, v or z.

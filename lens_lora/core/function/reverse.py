@@ -206,7 +206,7 @@ class Slopes:
         gradient: Tensor,
         z: Tensor,
     ) -> Float[Tensor, " row *by"]:
-        """weight · ⟨G, δz⟩, kept apart along these axes."""
+        """Compute weight · ⟨G, δz⟩, kept apart along these axes."""
         kind = self._lens.sites[injection.site].kind
         values = parts(site_map, kind, self._lens.heads.of(kind), gradient, z, by)
         if weight is not None:

@@ -1,4 +1,4 @@
-"""σ: how far rounding alone moves g, Σ a and ½ 1ᵀH1, the noise floors of what is made of them.
+"""The noise σ by which rounding alone moves g, Σ a and ½ 1ᵀH1, and the floors made of it.
 
     shift                 g(1) − g(0)                            σ = √(σ₀² + σ₁²)
     after first order     g(ε) − g(0) − ε Σ a                    √(σ² + ε²σ_a²)
@@ -168,7 +168,7 @@ def draws_at(
     exact: Sequence[float] = (),
     progress: bool = False,
 ) -> tuple[Float[Tensor, "batch exact"], Float[Tensor, "scale draw batch"]]:
-    """g at some strengths as it is, and at some in four draws. A pass for each, batched.
+    """Evaluate g at some strengths as it is, and at some in four draws. A pass for each, batched.
 
     The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁸ for bfloat16, and 1/254 where a
     kernel rounds activations to 8 bit (`hosts/quantised.py`).
@@ -190,7 +190,7 @@ def exact_and_draws(
     *,
     progress: bool,
 ) -> tuple[Float[Tensor, "exact batch"], Float[Tensor, "drawn draw batch"]]:
-    """g as it is at some strengths, and draws of it at some; one batch if that is cheaper."""
+    """Evaluate g at some strengths, and draws of it at some; in one batch if that is cheaper."""
     copies = len(exact) + 2 * DRAWS
     share_one_pass = memory.shares_pass(lens, reading, copies)
     if not exact:
@@ -210,7 +210,7 @@ def exact_and_draws(
 def _values_of_copies(
     lens: LoraLens, reading: Reading, copies: Sequence[_Copy], progress: bool
 ) -> Float[Tensor, "some copy"]:
-    """g of each copy of these rows, as many copies at a time as go together."""
+    """Evaluate g of each copy of these rows, as many copies at a time as go together."""
     rows = reading.prompts.batch
     step = memory.rows_at_once(lens, reading)
     draws = _generator(_SEED_OF_VALUES)
@@ -233,7 +233,7 @@ def _values_of_copies(
 def _values_in_pass(
     lens: LoraLens, reading: Reading, is_drawn: Sequence[bool], generator: torch.Generator
 ) -> list[Float[Tensor, " some"]]:
-    """g of each copy of the rows in one pass; of those that are drawn the logits move, too."""
+    """Evaluate g of each copy of the rows in one pass; the logits of drawn copies move, too."""
     prompts = reading.prompts
     read = reading.read
     rows = prompts.batch
@@ -260,7 +260,7 @@ def _values_in_pass(
 
 
 class Draws(NamedTuple):
-    """What noise at the embedding makes of first order at the base.
+    """First order at the base as noise at the embedding moves it.
 
     Attributes:
         values: g(0).
@@ -272,7 +272,7 @@ class Draws(NamedTuple):
 
 
 def base_draws(lens: LoraLens, reading: Reading) -> Draws:
-    """g(0) and Σ a of each draw. Four forward and backward passes, batched."""
+    """Evaluate g(0) and Σ a of each draw. Four forward and backward passes, batched."""
     groups: list[Draws] = []
     for group in memory.graph_groups(lens, reading):
         draws: list[Draws] = []
@@ -315,7 +315,7 @@ def slopes_and_draws(
 
 
 def _draws_in_pass(lens: LoraLens, many: Reading, batch: int, also: Visit | None = None) -> Draws:
-    """g(0), and Σ a over sites, of so many copies of each prompt. One forward, one backward.
+    """Evaluate g(0) and Σ a of so many copies of each prompt. One forward, one backward pass.
 
     Args:
         lens: the adapter over the model.
@@ -341,7 +341,7 @@ def _draws_in_pass(lens: LoraLens, many: Reading, batch: int, also: Visit | None
 
 
 def noise_of_draws(values: Float[Tensor, "draw batch"]) -> _ByPrompt:
-    """σ of g at one strength, in the readout's units, from g without noise and then its draws.
+    """The noise σ of g at one strength, in the readout's units, from g without noise and its draws.
 
     The ends may differ: log p of a token that is as good as certain has no room to move.
     """
@@ -351,14 +351,14 @@ def noise_of_draws(values: Float[Tensor, "draw batch"]) -> _ByPrompt:
 def noise_of_ends(
     base: Float[Tensor, "draw batch"], adapted: Float[Tensor, "draw batch"]
 ) -> _ByPrompt:
-    """σ of g(1) − g(0), from g at both ends and its draws there."""
+    """The noise σ of g(1) − g(0), from g at both ends and its draws there."""
     return (noise_of_draws(base).square() + noise_of_draws(adapted).square()).sqrt()
 
 
 def first_order_noise(
     lens: LoraLens, draws: Draws, values: Float[Tensor, "draw batch"], slopes: _BySite
 ) -> tuple[_ByPrompt, _ByPrompt]:
-    """σ of g(ε) − g(0) near the base, and σ_a. No pass.
+    """The noise σ of g(ε) − g(0) near the base, and σ_a. No pass.
 
     Args:
         lens: the adapter over the model.
@@ -373,7 +373,7 @@ def first_order_noise(
 
 
 def curvature_noise(lens: LoraLens, reading: Reading, half_row_sums: _BySite) -> _ByPrompt:
-    """σ_H of ½ 1ᵀH1 at the base. Four forward and eight backward passes."""
+    """The noise σ_H of ½ 1ᵀH1 at the base. Four forward and eight backward passes."""
     base = lens.gates(0.0)
     ones = torch.ones_like(base)[None]
 
@@ -394,7 +394,7 @@ def curvature_noise(lens: LoraLens, reading: Reading, half_row_sums: _BySite) ->
 def _noise_of_sum(
     lens: LoraLens, drawn: Float[Tensor, "batch draw"], summands: _BySite
 ) -> _ByPrompt:
-    """σ of a sum over sites; never less than one rounding of its summands."""
+    """The noise σ of a sum over sites; never less than one rounding of its summands."""
     one_rounding = unit(lens) * summands.norm(dim=1)
     return _distance_of_draws(drawn, summands.sum(1), one_rounding)
 

@@ -317,7 +317,7 @@ class _Passes:
         return torch.stack(ends)
 
     def _widened(self, out: Float[Tensor, "part *own vocab"]) -> Float[Tensor, "part *slot vocab"]:
-        """With as many slots as the longest response of the batch; the last one is repeated."""
+        """Repeat the last slot up to as many slots as the longest response of the batch has."""
         if self.prompts.reads is None:
             return out
         slots = torch.arange(self.prompts.slots, device=out.device)

@@ -1,4 +1,4 @@
-"""g at many corners of the cube at once: gates that agree in the first blocks run those once.
+"""Many corners of the cube at once: gates that agree in the first blocks run those once.
 
 Gate vectors that agree on every site up to block L have the same residual stream there.
 
@@ -27,7 +27,7 @@ from lens_lora.core.model.hooks import HookFn
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Which rows run in each block, and which point each row of the last block is.
+    """The rows that run in each block, and the point of each row of the last block.
 
     Attributes:
         parents: per block, the row of the block before that each row continues.

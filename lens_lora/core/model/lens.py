@@ -730,7 +730,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         *,
         progress: bool = True,
     ) -> Function:
-        """g(ε) over these prompts: the function of which every analysis is a part, bound once.
+        """The function g(ε) over these prompts, bound once, of which every analysis is a part.
 
             >>> g = lens.function("The capital of France is", margin)  # doctest: +SKIP
             >>> g(0.5), g.shift, g.slopes(at=1.0), g.corners("leave_one_out")  # doctest: +SKIP
@@ -807,7 +807,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         eos_token_id: int | Sequence[int] | None = None,
         progress: bool = True,
     ) -> Generated:
-        """What the model says after each prompt, at the given gates.
+        """Let the model say something after each prompt, at the given gates.
 
         The likeliest token each time, as Hugging Face's greedy search with the adapter active takes
         it; what else a generation_config asks for (a repetition penalty, say) is left out.

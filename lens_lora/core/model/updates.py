@@ -277,7 +277,7 @@ def _linear_update(site: SiteFactors, host: HookedHost) -> Update | None:
 
 
 def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Update:
-    """s·BA, or DoRA's dense ΔW; with W₀ − W beside it where the file holds another W₀."""
+    """Make s·BA, or DoRA's dense ΔW; with W₀ − W beside it where the file holds another W₀."""
     is_dora = factors.needs_base_weight
     stored = _unlike_base(site, factors.base_weight, host)
     reads = factors.A
@@ -363,7 +363,7 @@ def _bias_change(site: SiteFactors, host: HookedHost) -> Float[Tensor, " out"] |
 def _trained_bias_change(
     site: SiteFactors, trained: Tensor | None, host: HookedHost
 ) -> Float[Tensor, " out"] | None:
-    """b' − b of a bias that was trained; None where it is the base's, or was not trained."""
+    """The change b' − b of a trained bias; None where it is the base's, or was not trained."""
     if trained is None:
         return None
     bias = host.base_bias(site)
@@ -414,7 +414,7 @@ def _unlike_base(site: SiteFactors, held: Tensor | None, host: HookedHost) -> Te
 
 
 def _difference(held: Tensor, base: Tensor) -> Tensor:
-    """held − base, where the base lies, in no less than float32."""
+    """Subtract the base from what is held, where the base lies, in no less than float32."""
     dtype = torch.promote_types(torch.promote_types(held.dtype, base.dtype), torch.float32)
     return held.to(base.device, dtype) - base.to(dtype)
 

@@ -66,7 +66,7 @@ def constant_of_v(
 
 
 def without_constant(site: SiteMap, constant: Constant) -> SiteMap:
-    """δ of v without its constant part."""
+    """Return δ of v without its constant part."""
     if site.a0 is None:
         return site
     return dataclasses.replace(site, a0=site.a0 - constant.u)

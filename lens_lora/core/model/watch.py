@@ -160,7 +160,7 @@ class Watch:
         return cls(tensors, places)
 
     def changed(self, *, entries: bool) -> str | None:
-        """What changed, as the beginning of a sentence; None where nothing did.
+        """Say what changed, as the beginning of a sentence; None where nothing did.
 
         Args:
             entries: whether entries are compared, too.

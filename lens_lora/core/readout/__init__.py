@@ -1,4 +1,4 @@
-"""What is asked of the logits: the names that other folders use together."""
+"""Readouts of the logits: the names that other folders use together."""
 
 import lazy_loader
 

@@ -83,7 +83,7 @@ def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str
 
 
 def names_of(conversations: Sequence[Conversation]) -> list[str]:
-    """What each conversation is called by: its user's last words, numbered where they are equal."""
+    """Call each conversation by its user's last words, numbered where they are equal."""
     last_words = [_last_words(messages) for messages in conversations]
     names: list[str] = []
     for i, words in enumerate(last_words):

@@ -1,4 +1,4 @@
-"""Which tokens of a text are meant: one spelling, wherever `positions` is an argument.
+"""Positions of a text: one spelling, wherever `positions` is an argument.
 
     None          every token; whoever takes a mean, or intervenes, leaves sinks out and says so
     "each"        every token, one by one

@@ -70,7 +70,7 @@ class Quadrature:
 
 @final
 class Attribution(Ranked, Reported):
-    """What each site contributes to a readout, in the readout's units.
+    """The contribution of each site to a readout, in the readout's units.
 
     Attributes:
         values: [batch, site, *by]. Slots that do not exist (padding, ranks beyond a site's own)
@@ -330,7 +330,7 @@ class Attribution(Ranked, Reported):
 
 @final
 class GroupAttribution(Ranked):
-    """What each group of sites contributes to a readout, or to each token of a response.
+    """The contribution of each group of sites to a readout, or to each token of a response.
 
     In the readout's units. `plot` is bars of groups; by token a heatmap group × token of one
     response.

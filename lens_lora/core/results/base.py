@@ -286,7 +286,7 @@ class Measured(Read, kw_only=True):
 
     @property
     def shift(self) -> Float[Tensor, " batch"]:
-        """g(1) − g(0), exact."""
+        """The exact shift g(1) − g(0)."""
         return self.adapted - self.base
 
     def share_of(self, values: Float[Tensor, " batch *rest"]) -> Float[Tensor, " batch *rest"]:
@@ -318,7 +318,7 @@ class OfMeasured(Drawn):
 
     @property
     def shift(self) -> Float[Tensor, " batch"]:
-        """g(1) − g(0), exact."""
+        """The exact shift g(1) − g(0)."""
         return self.measured.shift
 
 

@@ -21,7 +21,7 @@ from lens_lora.errors import ArgumentError, LensLoraError
 
 @final
 class Effects(Ranked):
-    """What intervening on each group of sites does to a readout, exactly, in its units.
+    """The exact effect on a readout of intervening on each group of sites, in its units.
 
     `plot` is a heatmap layer × kind of single sites, or bars of groups.
 
