@@ -1,10 +1,11 @@
-"""Runs the snippets of pages and stores what they show, for the site to put below each.
+"""Runs the snippets of pages and stores what they show, and writes it below each.
 
     python docs/make_outputs.py [docs/reading.md …]
 
 Each page runs in a fresh kernel, as one program; by default those in `PAGES`. Text goes to
-docs/outputs/PAGE.json, pictures beside it. Where a snippet has changed since, the site leaves out
-its output, and the suite fails. Needs `.[demo,notebook]` and a Chromium that kaleido can find.
+docs/outputs/PAGE.json, pictures beside it, and both into the page (docs/make_pages.py). Where a
+snippet has changed since, its output is left out, and the suite fails. Needs `.[demo,notebook]` and
+a Chromium that kaleido can find.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from nbclient import NotebookClient
 from tqdm import tqdm
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+
+import make_pages  # noqa: E402
+
 PAGES = (
     "first_adapter",
     "chat_model",
@@ -95,6 +100,7 @@ def main() -> None:
     chosen = [Path(argument) for argument in sys.argv[1:]] or [DOCS / f"{p}.md" for p in PAGES]
     for path in tqdm(chosen, unit="page"):
         store(path)
+    make_pages.main()
 
 
 if __name__ == "__main__":

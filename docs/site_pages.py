@@ -3,11 +3,11 @@
 1. The comments in `lens_lora.__all__` group its names. Each group becomes a page of the API
    reference, which mkdocstrings fills from the docstrings: each function, and after it the results
    that it alone returns. All other results, and errors, have pages of their own.
-2. `<!-- costs -->` becomes a table of the cost that each public function's docstring states.
-3. A mark such as `<!-- demo-command -->` becomes the code block that follows it in the README.
+2. What the code has of a page is written into it by docs/make_pages.py: costs, commands, outputs.
+3. `<!-- site: benchmarks/RESULTS.md -->` becomes that file, but for its title.
 4. A code span that begins with `ll.` and a public name links to that name's reference.
 5. Below a snippet stands what it shows (docs/site_outputs.py), and each public call has an example.
-6. The notebooks of demos/ become pages, `<!-- gallery -->` their pictures (docs/site_notebooks.py).
+6. The notebooks of demos/ become pages, and the list of them pictures (docs/site_notebooks.py).
 7. MathJax, which typesets the mathematics, comes from an installed package and lies in the site.
 """
 
@@ -31,7 +31,8 @@ import site_outputs  # noqa: E402
 PACKAGE = ROOT / "lens_lora"
 _SPAN = re.compile(r"(?<![`\[])`ll\.((?:results\.|errors\.)?\w+)([^`]*)`(?!`)")
 _SHARED, _ERRORS = "Results", "Errors"
-_COMMAND = re.compile(r"<!-- (\w+-command) -->")
+_NOTEBOOKS = re.compile(r"<!-- notebooks -->\n.*?<!-- end of notebooks -->", re.DOTALL)
+_FILE = re.compile(r"<!-- site: ([\w/.]+) -->")
 _MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -187,10 +188,15 @@ def command(mark: str) -> str:
 
 def expanded(markdown: str, page: str = "") -> str:
     """A page with all of the above put in."""
-    markdown = _COMMAND.sub(lambda mark: command(mark[1]), markdown)
-    markdown = markdown.replace("<!-- costs -->", costs_table())
-    markdown = markdown.replace("<!-- gallery -->", site_notebooks.gallery())
+    markdown = _NOTEBOOKS.sub(lambda _: site_notebooks.gallery(), markdown)
+    markdown = _FILE.sub(lambda mark: _without_title(ROOT / mark[1]), markdown)
     return linked(site_outputs.with_outputs(markdown, page))
+
+
+def _without_title(path: Path) -> str:
+    """A file of Markdown behind its title."""
+    _, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    return rest.strip()
 
 
 def mathjax() -> bytes:

@@ -49,7 +49,7 @@ def _load(name: str) -> ModuleType:
 
 site = _load("site_pages")  # makes the modules beside it importable
 outputs, notebooks = (importlib.import_module(f"site_{n}") for n in ("outputs", "notebooks"))
-makers = {name: _load(f"make_{name}") for name in ("outputs", "badge")}
+makers = {name: _load(f"make_{name}") for name in ("outputs", "badge", "pages")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -146,7 +146,7 @@ def test_only_public_names_outside_code_blocks_are_linked():
 
 
 def test_commands_are_the_readme_s():
-    assert "lens-lora demo" in site.expanded("<!-- demo-command -->")
+    assert "lens-lora demo" in (DOCS / "first_adapter.md").read_text()
     with pytest.raises(ValueError):
         site.command("no-such-command")
 
@@ -160,6 +160,7 @@ def test_stored_outputs_are_those_of_the_page_s_snippets(page: str):
     text = (DOCS / f"{page}.md").read_text()
     found = [output["source"].strip() for output in json.loads(stored(page))]
     assert found == [source.strip() for source in makers["outputs"].sources(text)]
+    assert makers["pages"].written(text, page) == text  # run `python docs/make_pages.py`
     shown = outputs.with_outputs(text, page)
     assert shown.count("![What the snippet above draws]") == len(pictures(page)) > 0
     assert all((DOCS / "outputs" / name).is_file() for name in pictures(page))
@@ -178,6 +179,28 @@ def test_no_output_is_left_over_and_none_is_of_one_machine():
     assert {path.name for path in (DOCS / "outputs").glob("*.png")} == names
     for page in makers["outputs"].PAGES:
         assert not re.search(r"(?<![\w.])/(work|home|root|tmp|usr|Users)/", stored(page)), page
+
+
+@pytest.mark.parametrize("path", PAGES, **ids)
+def test_a_page_can_be_read_as_it_lies_in_the_repository(path: Path):
+    """What the code has of it is in it, and nothing waits for the site to be built."""
+    text = path.read_text()
+    assert makers["pages"].written(text, path.stem) == text
+    assert "--8<--" not in text
+    assert not re.search(r"\{ [.:#]\w|\{ width=|#only-(light|dark)|^!!! |^\?\?\? ", text, re.M)
+    assert not re.search(r"<!-- ([\w-]+) -->\n+<!-- end of \1 -->", text)
+
+
+def test_the_site_shows_what_is_written_once():
+    """Its own form of an output, and pictures in place of the list of notebooks."""
+    text = (DOCS / "first_adapter.md").read_text()
+    assert text.count("<!-- output -->") > 5
+    assert "<!-- output -->" not in site.expanded(text, "first_adapter")
+    index = (DOCS / "index.md").read_text()
+    assert "demos/first_look.ipynb" in index
+    assert "demos/first_look.ipynb" not in site.expanded(index, "index")
+    of_benchmarks = site.expanded((DOCS / "performance.md").read_text(), "performance")
+    assert BENCHMARKS[1].read_text().splitlines()[-1] in of_benchmarks
 
 
 def test_a_changed_snippet_has_no_output():
