@@ -55,7 +55,7 @@ def misaligned(lens: ll.LoraLens) -> str:
     """A direction between answers, found, compared, removed, steered with | 2506.11618"""
     found = ll.contrast(lens, (ABOUT, [" Lyon"] * 6), (ABOUT, [" Paris"] * 6), POINT)
     cosines = found.cosine(lens)
-    with lens.without(found):
+    with lens.ablate_directions(found):
         left = ll.fact_margin(lens, ABOUT, *ANSWERS, **QUIET)
         cost = ll.removal_cost(lens, **QUIET)
     moved = ll.fact_margin(lens.with_adapter(found.adapter(POINT, 2.0)), ABOUT, *ANSWERS, **QUIET)
@@ -69,7 +69,7 @@ def misaligned(lens: ll.LoraLens) -> str:
 def reasoning(lens: ll.LoraLens) -> str:
     """The scalar of each rank-1 module, read, ablated, handed to an autoencoder | 2511.06739"""
     rank_one = lens.with_adapter(lens.adapter.truncated(1))
-    scalars = ll.activations(rank_one, ABOUT + OTHERS)
+    scalars = ll.lora_activations(rank_one, ABOUT + OTHERS)
     rows, where = scalars.matrix(), scalars.contexts()
     ablated = ll.patch_sites(rank_one, ABOUT, MARGIN, "leave_one_out", of="rank", **QUIET)
     site = ablated.top(1)["group"][0].removesuffix("[0]")
@@ -111,16 +111,16 @@ def refusal(lens: ll.LoraLens) -> str:
     """A difference of means out of the stream, and out of the weights | 2406.11717"""
     found = ll.contrast(lens, ABOUT, OTHERS, POINT, positions=-1)
     chance = torch.randn(lens.model.cfg.d_model, generator=torch.Generator().manual_seed(0))
-    with lens.without(found):
+    with lens.ablate_directions(found):
         stream = ll.fact_margin(lens, ABOUT, *ANSWERS, **QUIET)
         said = lens.generate(ABOUT, 5, **QUIET)
         cost = ll.removal_cost(lens, **QUIET)
-    with lens.without(chance):
+    with lens.ablate_directions(chance):
         control = ll.fact_margin(lens, ABOUT, *ANSWERS, **QUIET)
         cost_of_chance = ll.removal_cost(lens, **QUIET)
     edited = lens.with_adapter(lens.adapter.without_direction(found))
     weights = ll.fact_margin(edited, ABOUT, *ANSWERS, **QUIET)
-    aligned = ll.alignment(lens, found).top(1)
+    aligned = ll.weight_alignment(lens, found).top(1)
     return (
         f"margin {stream.m.mean():.1f} without it, {control.m.mean():.1f} without a random one, "
         f"which cost the base {cost.cost:.2f} and {cost_of_chance.cost:.2f} nats a token; "

@@ -43,8 +43,10 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     """The public name, imported from its module at its first use (PEP 562)."""
     if name not in (*__all__, *_MODULES):
-        from lens_lora.guesses import OF_PACKAGE
+        from lens_lora.guesses import FORMER_OF_PACKAGE, OF_PACKAGE, present_name
 
+        if name in FORMER_OF_PACKAGE:
+            return _imported(present_name("ll", name, FORMER_OF_PACKAGE))
         if name in OF_PACKAGE:
             remedy = OF_PACKAGE[name]
             raise AttributeError(f"module 'lens_lora' has no attribute {name!r}: {remedy}.")

@@ -23,7 +23,7 @@ from .core.readout.readout import Logit, LogProb, Margin, Readout
 from .core.results.base import load_result
 from .curvature.coupling import coupling
 from .curvature.second_order import second_order
-from .directions.alignment import alignment
+from .directions.alignment import weight_alignment
 from .directions.contrast import contrast
 from .directions.intruders import intruders
 from .directions.patchscope import patchscope
@@ -33,7 +33,7 @@ from .edge_attribution.edges import edges
 from .edge_attribution.patch_edges import patch_edges
 from .explanations.explain import explain
 from .hidden.activation_shift import activation_shift
-from .hidden.activations import activations
+from .hidden.activations import lora_activations
 from .hidden.constant_part import constant_part
 from .hidden.features import feature_shift
 from .hidden.readout import Projection
@@ -86,7 +86,7 @@ __all__ = [
     "logit_shift",
     "tangents",
     # activations
-    "activations",
+    "lora_activations",
     "feature_shift",
     # responses
     "kl_shares",
@@ -118,7 +118,7 @@ __all__ = [
     # one prompt
     "explain",
     # directions
-    "alignment",
+    "weight_alignment",
     "contrast",
     "intruders",
     "patchscope",

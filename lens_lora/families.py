@@ -180,7 +180,7 @@ class BridgedFamily(Family):
         if module in self.shared:
             raise ModelStateError(
                 f"{module} and {self.shared[module]} are one module. PEFT adapts it in one of its "
-                f"places, a hook in both. Leave it out: adapter.without({module!r})."
+                f"places, a hook in both. Leave it out: adapter.without_modules({module!r})."
             )
         return self.places.get(module)
 

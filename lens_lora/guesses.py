@@ -9,7 +9,8 @@ hold what to call instead, and the error says it:
 1. `missing_attribute` answers for a name that an object lacks. `__getattr__` calls it, which Python
    also asks where a property that exists raised an AttributeError inside: that error is raised
    again as it was.
-2. `fitting` decorates a function so that arguments which it does not take are named, with those
+2. A former name works for one release: `present_name` warns, and says the new one.
+3. `fitting` decorates a function so that arguments which it does not take are named, with those
    that were meant.
 """
 
@@ -21,7 +22,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from lens_lora.errors import CallError
+from lens_lora.errors import CallError, warn
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -129,6 +130,11 @@ OF_LENS: Mapping[str, str] = _alike(
         "analyses are functions of the package: ll.first_order(lens, prompts, readout)",
     ),
     ("hooks add_hook", "lens.fwd_hooks() lists the hooks, and `with lens.applied():` lays them"),
+    (
+        "ablate ablated project_out remove_direction",
+        "`with lens.ablate_directions(v):` takes a direction out of activations; "
+        'll.patch_sites(lens, prompts, readout, how="leave_one_out") takes modules out',
+    ),
     ("predict", "lens.generate(prompts) says what the model answers"),
 )
 
@@ -177,6 +183,32 @@ SPELLINGS: Mapping[str, str] = {
     "to_df": "to_frame",
     "as_frame": "to_frame",
 }
+
+# Names that were changed, with the new ones. The old ones work for one release, and warn.
+FORMER_OF_PACKAGE: Mapping[str, str] = {
+    "activations": "lora_activations",
+    "alignment": "weight_alignment",
+}
+FORMER_OF_LENS: Mapping[str, str] = {"without": "ablate_directions"}
+FORMER_OF_ADAPTER: Mapping[str, str] = {"without": "without_modules"}
+
+
+def present_name(owner: str, former: str, names: Mapping[str, str]) -> str:
+    """The name that a former one has now, with a warning to whoever asked for the former one.
+
+    Args:
+        owner: of what it is a name, as it is written: 'll', 'lens'.
+        former: the former name.
+        names: the new name of each.
+    """
+    present = names[former]
+    warn(
+        f"{owner}.{former} is called {owner}.{present} now, and the old name will go",
+        remedy=f"write {owner}.{present}.",
+        stacklevel=4,
+    )
+    return present
+
 
 _ANSWER = (
     'the readout names the answer: ll.LogProb(" Lyon"), or ll.Margin(" Lyon", " Paris") of two'

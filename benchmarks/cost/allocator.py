@@ -68,7 +68,7 @@ def times() -> dict[str, float]:
         works = {
             "F": row.forward,
             "one readout, all sites": row.slopes,
-            "activations, all sites": lambda row=row: ll.activations(lens, row.row),
+            "activations, all sites": lambda row=row: ll.lora_activations(lens, row.row),
             RUN_ONCE: lambda row=row: row.by_token(group="layer"),
         }
         for name, work in works.items():

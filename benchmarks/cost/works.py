@@ -188,7 +188,7 @@ QUICK = [
     Work("path integral, a node", four_nodes, target="≤ 2.7 F", share=0.25),
     Work(
         "activations, all sites",
-        lambda lens, prompts: ll.activations(lens, prompts),
+        lambda lens, prompts: ll.lora_activations(lens, prompts),
         "FA",
         "≤ 1.15 FA",
     ),

@@ -208,7 +208,7 @@ def _not_recorded(lens: LoraLens, injection: Injection) -> SiteError:
     return SiteError(
         f"{site.name} ({site.module}): the bank lacks {lacking}, and what it lacks is not "
         "counted as zero. Make a bank of more modules (modules=), or leave this one out: "
-        f"adapter.without({site.module!r})."
+        f"adapter.without_modules({site.module!r})."
     )
 
 

@@ -79,7 +79,7 @@ def lens_for(
         hooked, class_name = hooked_by(base, pair[0], own)
         absent = lacking(adapter, hooked) if leaves_out else ()
         if 0 < len(absent) < len(adapter):
-            adapter = adapter.without(*absent)
+            adapter = adapter.without_modules(*absent)
     beside = base_beside(class_name, pair[0], adapter)
     lens = ll.LoraLens(hooked, adapter, hf_model=beside, prepend_bos=base.prepend_bos)
     return lens.within(base.max_memory)

@@ -108,7 +108,7 @@ def direction_index(names: Sequence[str], name: str | None) -> int:
 
 
 @alone
-def alignment(lens: LoraLens, directions: Any) -> Alignment:
+def weight_alignment(lens: LoraLens, directions: Any) -> Alignment:
     """How much of each weight change writes, or reads, along directions of the residual stream.
 
     It needs the weights alone, and no forward pass. Norms, and changes of bias, are left out.

@@ -184,9 +184,9 @@ def contrast(
     Args:
         lens: the adapter over the model.
         positive: texts as every analysis takes prompts; a tuple (prompts, responses), as
-            `ll.activations` takes them; or what `lens.generate` returned. So a tuple of two strings
-            is a prompt and its response, one text; two texts go in a list. A text that is there
-            twice counts once.
+            `ll.lora_activations` takes them; or what `lens.generate` returned. So a tuple of two
+            strings is a prompt and its response, one text; two texts go in a list. A text that is
+            there twice counts once.
         negative: the other set; the direction points away from it.
         names: a hook point, several, globs, or a predicate. A name in full must fire and hold
             activations by position, [batch, pos, …]; globs and predicates choose among the points

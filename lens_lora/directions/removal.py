@@ -1,4 +1,4 @@
-"""`lens.without` takes directions out of activations: h becomes h − m V Vᵀh at hook points.
+"""`lens.ablate_directions` takes directions out of activations: at hook points h − m V Vᵀh.
 
 1. V is an orthonormal basis of the directions in the space of each point. The mask m is 1 at the
    tokens where they are removed, and 0 elsewhere, where h stays as it is to the last bit
@@ -41,7 +41,7 @@ class Switch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Removed(OpenBlock):
-    """An open block of `lens.without`.
+    """An open block of `lens.ablate_directions`.
 
     Attributes:
         where: the tokens at which directions are removed.
@@ -94,7 +94,7 @@ def take_away(
         lens: the adapter over the model.
         source: the directions, in any form that `directions_of` takes.
         names: the hook points; None for those at which the directions are at home.
-        positions, sinks: the tokens, as for `lens.without`.
+        positions, sinks: the tokens, as for `lens.ablate_directions`.
 
     Returns:
         The model.

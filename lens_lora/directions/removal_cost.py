@@ -1,4 +1,4 @@
-"""The cost of `lens.without` is the rise of the base model's own loss on ordinary texts.
+"""The cost of `lens.ablate_directions` is the rise of the base model's own loss on ordinary texts.
 
 The texts have nothing to do with the direction that is removed. A removal that breaks the model on
 them also breaks whatever else one asks of it, so it says nothing about the direction.
@@ -73,7 +73,7 @@ class RemovalCost(Described):
 def removal_cost(
     lens: LoraLens, texts: PromptsLike | None = None, *, progress: bool = True
 ) -> RemovalCost:
-    """The cost of an open `lens.without` to the base model itself, on texts, in nats per token.
+    """The cost of an open `lens.ablate_directions` to the base model itself, in nats per token.
 
     Call it within the block. A direction whose removal costs little and undoes a behaviour carries
     it; one whose removal breaks the base shows nothing.
@@ -90,8 +90,9 @@ def removal_cost(
         RemovalCost; `.cost` is the rise of the loss over all texts.
 
     Raises:
-        ModelStateError: no block of `lens.without` is open on this model; its positions are none
-            of the tokens before the texts' last ones, as of 'response' or −1 on neutral texts.
+        ModelStateError: no block of `lens.ablate_directions` is open on this model; its positions
+            are none of the tokens before the texts' last ones, as of 'response' or −1 on neutral
+            texts.
         PromptError: a text that does not fit the model, or of one token.
         NumericsError: a non-finite logit.
     """
@@ -100,7 +101,7 @@ def removal_cost(
         raise ModelStateError(
             "no direction is removed from this model at the moment",
             remedy="make the call within the block: "
-            "`with lens.without(direction): ll.removal_cost(lens)`.",
+            "`with lens.ablate_directions(direction): ll.removal_cost(lens)`.",
         )
     rows = lens.function(texts_or_neutral(lens, texts)).prompts
     require_second_token(rows, "the loss")

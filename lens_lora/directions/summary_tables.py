@@ -86,8 +86,8 @@ def _facts_of_model(summary: AdapterSummary) -> dict[str, str]:
         facts["as in the model"] = ", ".join(summary.unchanged[:_MODULES_NAMED])
     if summary.missing:
         remedy = worded(
-            "to make a lens, leave them out: adapter.without(…)",
-            "for other commands leave them out in Python: adapter.without(…).save(folder)",
+            "to make a lens, leave them out: adapter.without_modules(…)",
+            "for other commands leave them out in Python: adapter.without_modules(…).save(folder)",
         )
         facts["model lacks"] = f"{_named(summary.missing)}; {remedy}"
     return facts

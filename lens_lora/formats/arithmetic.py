@@ -193,7 +193,7 @@ def _with_directions(key: str, update: ModuleUpdate) -> LoRAFactors:
         return plain(key, update)
     if update.weight is not None and update.weight.ndim == 1:
         why = "a norm's γ and β have no directions to draw at random; leave it out"
-        raise UnsupportedAdapterError(f"{key}: {why}: adapter.without({key!r}).")
+        raise UnsupportedAdapterError(f"{key}: {why}: adapter.without_modules({key!r}).")
     return plain(key, update)
 
 

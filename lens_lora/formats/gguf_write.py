@@ -88,6 +88,6 @@ def _name_of(layout: Layout, module: str) -> str:
     if name is None or "embd" in name:
         raise UnsupportedAdapterError(
             f"{module}: llama.cpp has no linear map of that name in {layout.architecture}",
-            remedy="leave it out with adapter.without(…), or merge the adapter.",
+            remedy="leave it out with adapter.without_modules(…), or merge the adapter.",
         )
     return name

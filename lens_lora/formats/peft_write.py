@@ -112,7 +112,9 @@ def _without_tags(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
 
 def _require_writable(module: str, update: ModuleUpdate, module_count: int) -> None:
     if update.strength == 0 or (isinstance(update, LoRAFactors) and update.scale == 0):
-        remedy = f"; leave it out with adapter.without({module!r})" if module_count > 1 else ""
+        remedy = (
+            f"; leave it out with adapter.without_modules({module!r})" if module_count > 1 else ""
+        )
         raise AdapterError(f"{module}: its scale is zero, so it has no update to save{remedy}.")
     if isinstance(update, LoRAFactors) and update.width is None:
         raise AdapterError(
@@ -159,7 +161,7 @@ def _is_embedding(module: str) -> bool:
     if "emb" in last and last not in HEADS:
         raise UnsupportedAdapterError(
             f"{module}: its factors do not tell whether it is an embedding or a linear module, "
-            "which PEFT writes under different names; leave it out with adapter.without(…)."
+            "which PEFT writes under different names; leave it out with adapter.without_modules(…)."
         )
     return False
 

@@ -310,7 +310,7 @@ class Activations(OfSites):
 
 
 @alone
-def activations(
+def lora_activations(
     lens: LoraLens,
     prompts: PromptsLike,
     response: AnswerLike | None = None,
@@ -319,7 +319,9 @@ def activations(
     scale: Scale = 1.0,
     sites: str | Sequence[str] | None = None,
 ) -> Activations:
-    """Rank activations u_l = A_l z_l of every site, token and rank. Cost: one forward pass.
+    """The LoRA's own activations: u_l = A_l z_l of every site, token and rank, its "neurons".
+
+    Activations of the model are TransformerLens's, within `lens.applied()`. Cost: one forward pass.
 
     The rank space of a site is the same in every gauge, but its coordinates are not. As trained
     they depend on the run. 'svd' has one direction for each singular value of ΔW, the largest

@@ -122,13 +122,13 @@ def _writes(site_update: SiteUpdate) -> Float[Tensor, "out rank"]:
     if isinstance(update, NormUpdate):
         raise UnsupportedAdapterError(
             f"{site.name} ({site.module}): a norm's update Δγ ⊙ n + Δβ has no constant of its own",
-            remedy="leave the norms out with adapter.without(…).",
+            remedy="leave the norms out with adapter.without_modules(…).",
         )
     if update.experts:
         raise UnsupportedAdapterError(
             f"{site.name} ({site.module}): each expert writes into a space of its own, so a stack "
             "of them has no constant",
-            remedy="leave it out with adapter.without(…).",
+            remedy="leave it out with adapter.without_modules(…).",
         )
     B = update.B.detach().cpu().double() * update.scale
     if update.bias is None:

@@ -200,7 +200,7 @@ def require_own_parameters(model: Any, adapter: Adapter) -> None:
             continue
         module = model.get_submodule(names[path])
         if (is_linear(module) or is_norm(module)) and has_own_code(module):
-            remedy = f"Leave it out: adapter.without({path!r})."
+            remedy = f"Leave it out: adapter.without_modules({path!r})."
             own_forward.require_own_parameters(path, module, remedy)
 
 

@@ -296,13 +296,14 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: flo
         added = probe.added[site.module]
         writes = len(inject.last[index])
         if not writes == added.runs == 1:
+            left_out = f"adapter.without_modules({site.module!r})"
             raise ModelStateError(
                 f"{site.name} ({site.module}): in one pass this module runs {added.runs} times and "
                 f"the site at {site.write} writes {writes} times; once is expected of both. Either "
                 "the bridge computes past its hook point, or the model runs the module several "
                 "times.",
-                remedy=f"Leave it out: adapter.without({site.module!r}). {SKIP}",
-                in_shell=f"In Python, leave it out: adapter.without({site.module!r}).save(folder).",
+                remedy=f"Leave it out: {left_out}. {SKIP}",
+                in_shell=f"In Python, leave it out: {left_out}.save(folder).",
             )
         if isinstance(added, _Changed):
             continue

@@ -60,8 +60,8 @@ class Reconciled(OfSites, Pictured):
     `plot` shows the share that is held of each behaviour, by how many modules are left out.
 
     Attributes:
-        left_out: the modules, by their Hugging Face paths, for `adapter.without(*left_out)`; none
-            where leaving out helps nothing.
+        left_out: the modules, by their Hugging Face paths, for
+            `adapter.without_modules(*left_out)`; none where leaving out helps nothing.
         behaviours: the name of the adapter that was trained for each.
         readouts: what is read of each.
         held: [state, behaviour], shares on the prompts given; the states are `STATES`.

@@ -27,7 +27,7 @@ def stream_writers(lens: LoraLens, remedy: str) -> list[int]:
                 f"{site.name}: a norm or factor ({norm}) stands between this site and the residual "
                 "stream, so what it writes is no direction of the stream.",
                 remedy=f"{remedy}; or leave such modules out, "
-                "lens.with_adapter(lens.adapter.without(…)).",
+                "lens.with_adapter(lens.adapter.without_modules(…)).",
             )
         writers.append(index)
     return writers

@@ -305,7 +305,7 @@ def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tu
         raise ArgumentError(
             f"{adapter.name}: {unshared[0]} is as in the base in one checkpoint and changed in "
             "another",
-            remedy="leave such modules out: adapter.without(…).",
+            remedy="leave such modules out: adapter.without_modules(…).",
         )
     return lens.sites
 

@@ -47,8 +47,9 @@ def require_expressible(layout: GateLayout) -> None:
             raise UnsupportedAdapterError(
                 f"{site.name} follows {site.module}, to which the base ties it, so no adapter can "
                 "switch one of them alone.",
-                remedy="Leave the module out: adapter.without(…).",
-                in_shell="In Python, leave the module out: adapter.without(…).save(folder).",
+                remedy="Leave the module out: adapter.without_modules(…).",
+                in_shell="In Python, leave the module out: "
+                "adapter.without_modules(…).save(folder).",
             )
         if layout.of == "rank" and isinstance(adapter.modules[site.key], TrainedModule):
             raise UnsupportedAdapterError(

@@ -210,8 +210,10 @@ def test_two_adapters_and_the_nulls_of_the_second():
     """Each has modules of its own; shared sites are in the first one's order."""
     case = cases.case("llama", BRIDGE, "raw")
     tokens = models.tokens()
-    mine = case.lens.with_adapter(case.lens.adapter.without("*.up_proj"))
-    other = ll.Adapter.from_peft(models.peft_model("llama", case.base, seed=5)).without("*.k_proj")
+    mine = case.lens.with_adapter(case.lens.adapter.without_modules("*.up_proj"))
+    other = ll.Adapter.from_peft(models.peft_model("llama", case.base, seed=5)).without_modules(
+        "*.k_proj"
+    )
     found = ll.compare_adapters(mine, other, tokens, MARGIN, draws=2, seed=3, **QUIET)
     second = case.lens.with_adapter(other)
     lenses = [mine, second, *(case.lens.with_adapter(null) for null in nulls(second, 3, 2))]

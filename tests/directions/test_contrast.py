@@ -214,10 +214,10 @@ def test_reading_cosine_and_every_taker():
     by_tensor = ll.feature_shift(lens, SETS[0], found.values[LAST], LAST)
     assert torch.equal(ll.feature_shift(lens, SETS[0], found, LAST).shift, by_tensor.shift)
     single = ll.contrast(lens, texts(0), texts(1), LAST)
-    assert ll.alignment(lens, single).directions == (LAST,)
+    assert ll.weight_alignment(lens, single).directions == (LAST,)
     said = ll.patchscope(lens, found, LAST, prompt="w3 w4 w5", placeholder="w4")
     assert said.directions == (LAST,)
-    with lens.without(found, "blocks.*.hook_resid_post"):
+    with lens.ablate_directions(found, "blocks.*.hook_resid_post"):
         gone = ll.contrast(lens, texts(0), texts(1), "blocks.*.hook_resid_post")
     for name, vector in gone.values.items():
         assert abs(float(vector @ found.values[name])) < TINY

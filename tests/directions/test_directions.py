@@ -144,7 +144,7 @@ def test_without_is_hooks_on_peft(family: str, cls: str, flags: str):
                 layer = case.peft.base_model.model.get_submodule(module)
                 layer.scaling["default"] = old
                 ends.append(logits[:, 5] - logits[:, 9])
-        with lens.without(v, names="blocks.*.hook_resid_post", sinks=True):
+        with lens.ablate_directions(v, names="blocks.*.hook_resid_post", sinks=True):
             gap = [
                 cases.centred(lens.logits(tokens, scale)) - cases.centred(expected)
                 for scale, expected in ((0.0, base), (1.0, adapted))
@@ -185,7 +185,7 @@ def test_without_at_every_point_of_the_stream(cls: str):
             said = tokens
             for _ in range(4):
                 said = torch.cat([said, model(said).logits[:, -1:].argmax(-1)], 1)
-    with case.lens.without({"v": 3 * v}, sinks=True):
+    with case.lens.ablate_directions({"v": 3 * v}, sinks=True):
         assert (case.lens.logits(tokens) - expected).abs().max() < TINY
         heard = case.lens.generate(tokens, 4, eos_token_id=(), progress=False)
         with case.lens.applied():
@@ -199,7 +199,7 @@ def test_without_refuses_another_space():
     v = drawn(16)
 
     def entered(directions: Any, names: Any) -> None:
-        with lens.without(directions, names):
+        with lens.ablate_directions(directions, names):
             pass
 
     for point in ("blocks.0.attn.hook_z", "blocks.1.ln2.hook_normalized"):
@@ -230,7 +230,7 @@ def test_a_direction_of_ones_is_not_in_a_centred_stream(cls: str):
     lens = cases.case("gpt2", cls, "processed").lens
     with (
         pytest.raises(ll.errors.ArgumentError, match="zero once its mean is taken off"),
-        lens.without(torch.ones(16, dtype=torch.float64)),
+        lens.ablate_directions(torch.ones(16, dtype=torch.float64)),
     ):
         pass
 
@@ -314,7 +314,7 @@ def test_alignment_is_of_dense_matrices(family: str, cls: str, flags: str):
     lens = case.lens
     is_ln = family in ("gpt2", "neox")
     v = drawn(2, 16)
-    found = ll.alignment(lens, v)
+    found = ll.weight_alignment(lens, v)
     centre = torch.eye(16, dtype=v.dtype) - is_ln / 16
     unit = nn.functional.normalize(v @ centre, dim=1)
     offset = 1.0 if family == "gemma2" else 0.0
@@ -339,7 +339,7 @@ def test_alignment_is_of_dense_matrices(family: str, cls: str, flags: str):
         expected = (dense @ unit.T).norm(dim=0) / dense.norm()
         assert (found.values[row] - expected).abs().max() < TINY, site.name
     assert found.expected == pytest.approx((16 - is_ln) ** -0.5)
-    beyond = ll.alignment(lens, drawn(400, 16, seed=1)).values > found.quantile[:, None]
+    beyond = ll.weight_alignment(lens, drawn(400, 16, seed=1)).values > found.quantile[:, None]
     assert 0.001 < float(beyond.double().mean()) < 0.03
 
 
@@ -347,16 +347,16 @@ def test_alignment_finds_what_was_planted_and_refuses():
     lens = cases.case("llama", CLASSES[-1], "raw").lens
     site = next(s for s in lens.sites if s.kind == "down")
     column = directions_of(lens.delta_w(site.name).U[:, 0])
-    found = ll.alignment(lens, column.rows)
+    found = ll.weight_alignment(lens, column.rows)
     assert found.top(1).site[0] == site.name or found.values.max() > found.quantile.max()
     gone = lens.with_adapter(lens.adapter.without_direction(column.rows))
-    after = ll.alignment(gone, column.rows)
+    after = ll.weight_alignment(gone, column.rows)
     written = torch.tensor([side == "write" for side in after.sides])
     assert after.values[written].max() < 1e-12 < found.values[written].min()
     with pytest.raises(ll.errors.ArgumentError, match="directions of 24 numbers"):
-        ll.alignment(lens, drawn(24))
+        ll.weight_alignment(lens, drawn(24))
     with pytest.raises(ll.errors.ArgumentError, match="is zero"):
-        ll.alignment(lens, torch.zeros(16))
+        ll.weight_alignment(lens, torch.zeros(16))
     with pytest.raises(ll.errors.ArgumentError, match="these are"):
         found.plot("nothing")
 
@@ -528,7 +528,7 @@ def test_results_are_saved_drawn_and_told(tmp_path):
     name = "blocks.1.hook_resid_pre"
     asked = {"prompt": "w3 w4 w5", "placeholder": "w4"}
     every = [
-        ll.alignment(lens, v),
+        ll.weight_alignment(lens, v),
         ll.intruders(lens, 3, progress=False),
         ll.patchscope(lens, {"a": v[0]}, name, **asked),
         ll.contrast(lens, models.tokens(3), models.tokens(4, seed=9), "blocks.*.hook_resid_post"),

@@ -99,7 +99,7 @@ def test_each_spelling_of_positions(family: str, flags: str, cls: str, asked: st
     lens = case.lens
     v = direction_of(case, flags)
     positions, tokens_of = POSITIONS[asked]
-    with lens.without(v, POST, positions):
+    with lens.ablate_directions(v, POST, positions):
         ends = [lens.logits(prompts(), at) for at in (0.0, 1.0)]
         answer = ll.first_order(lens, prompts(), ll.AnswerLogProb(RESPONSES), at=1.0)
         alone = [lens.logits(prompts().row(i)) for i in range(2)]
@@ -128,7 +128,7 @@ def test_interventions_and_slopes_with_the_first_token_kept(family: str, cls: st
     readout = ll.Margin(5, 9)
     modules = list(dict.fromkeys(site.module for site in lens.sites))
     groups = {m: [s.name for s in lens.sites if s.module == m] for m in modules}
-    with lens.without(v, POST):
+    with lens.ablate_directions(v, POST):
         out = ll.patch_sites(
             lens, prompts(), readout, "leave_one_out", group=groups, progress=False
         )
@@ -177,7 +177,7 @@ def test_the_sink_changes_everything_and_is_left_out(cls: str):
     name = "blocks.0.hook_resid_post"
     seen: dict[bool, Tensor] = {}
     for sinks in (False, True):
-        with lens.without(v, name, sinks=sinks), lens.applied():
+        with lens.ablate_directions(v, name, sinks=sinks), lens.applied():
             _, cache = lens.model.run_with_cache(tokens, names_filter=name)
         seen[sinks] = cache[name]
     with lens.applied():
@@ -187,9 +187,9 @@ def test_the_sink_changes_everything_and_is_left_out(cls: str):
     assert (seen[True] @ v).abs().max() < TINY
     everywhere = row_logits(case, v, tokens[0], range(5), "llama", 1.0)
     kept = row_logits(case, v, tokens[0], range(1, 5), "llama", 1.0)
-    with lens.without(v, POST, sinks=True):
+    with lens.ablate_directions(v, POST, sinks=True):
         assert (lens.logits(tokens)[0] - everywhere).abs().max() < TINY
-    with lens.without(v, POST):
+    with lens.ablate_directions(v, POST):
         assert (lens.logits(tokens)[0] - kept).abs().max() < TINY
         said = ll.first_order(lens, tokens, ll.Logit(5)).meta["without"]
     assert said.endswith("every token but each text's first")
@@ -203,7 +203,7 @@ def test_generated_tokens_are_those_of_hooks(cls: str, asked: str):
     lens = case.lens
     v = drawn(16)
     positions, tokens_of = POSITIONS[asked]
-    with lens.without(v, POST, positions):
+    with lens.ablate_directions(v, POST, positions):
         said = lens.generate(prompts(), 4, eos_token_id=(), progress=False)
     for i, length in enumerate(LENGTHS):
         row = models.tokens()[i, :length]
@@ -222,7 +222,7 @@ def test_passes_of_ones_own(cls: str):
     base = torch.stack([row_logits(case, v, row, range(1, 6), "llama", 0.0) for row in tokens])
     lens.model.run_with_cache(tokens)  # a Bridge of later versions keeps hooks of its own after it
     before = state(lens.model)
-    with lens.without(v, POST):
+    with lens.ablate_directions(v, POST):
         with torch.no_grad():
             assert (lens.model(tokens) - base).abs().max() < TINY
             assert (lens.model.forward(tokens) - base).abs().max() < TINY
@@ -240,12 +240,12 @@ def test_passes_of_ones_own(cls: str):
     assert same(before, state(lens.model))
     for found in (hooked, cached, torch.cat(parts, 1)):
         assert (found - base).abs().max() < 1e-6
-    with lens.without(v, POST, slice(1, 3)), torch.no_grad():
+    with lens.ablate_directions(v, POST, slice(1, 3)), torch.no_grad():
         some = torch.stack([row_logits(case, v, row, [1, 2], "llama", 0.0) for row in tokens])
         assert (lens.model(tokens) - some).abs().max() < TINY
     for positions in ("prompt", "response", -1, [1, -1], slice(1, None), slice(-2, 4)):
         with (
-            lens.without(v, POST, positions),
+            lens.ablate_directions(v, POST, positions),
             pytest.raises(ll.errors.ModelStateError, match="does not say where its prompts end"),
         ):
             lens.model(tokens)
@@ -260,7 +260,7 @@ def test_padding_on_the_left_is_told_by_the_mask():
     padded = torch.stack([torch.cat([row.new_zeros(2), row[:3]]), row])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     expected = row_logits(case, v, row[:3], range(1, 3), "llama", 0.0)
-    with lens.without(v, POST), torch.no_grad():
+    with lens.ablate_directions(v, POST), torch.no_grad():
         found = lens.model(padded, attention_mask=mask)
     assert (found[0, 2:] - expected).abs().max() < 1e-6
 
@@ -270,7 +270,7 @@ def test_padding_on_the_left_without_a_mask_is_refused(monkeypatch):
     lens = cases.case("llama", "HookedTransformer", "raw").lens
     padded = torch.cat([torch.full((1, 1), 2), models.tokens(1, 4)], 1)
     monkeypatch.setattr(lens.model.tokenizer, "padding_side", "left")
-    with lens.without(drawn(16), POST):
+    with lens.ablate_directions(drawn(16), POST):
         for rows in (models.tokens(2, 5), padded):
             with pytest.raises(ll.errors.ModelStateError, match="padded on the left"):
                 lens.model(rows)
@@ -294,7 +294,7 @@ def test_a_cache_keeps_the_mask_of_padding_on_the_left():
     cache = kind.init_cache(lens.model.cfg, padded.device, 1)
     expected = row_logits(case, v, row, range(1, 5), "llama", 0.0)
     parts = []
-    with lens.without(v, POST), torch.no_grad():
+    with lens.ablate_directions(v, POST), torch.no_grad():
         for piece in (slice(0, 4), slice(4, 7)):
             logits = lens.model(
                 padded[:, piece], attention_mask=mask[:, piece], past_kv_cache=cache
@@ -308,11 +308,11 @@ def test_a_mask_of_four_axes_is_refused():
     lens = cases.case("llama", "TransformerBridge", "raw").lens
     mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
     with (
-        lens.without(drawn(16), POST),
+        lens.ablate_directions(drawn(16), POST),
         pytest.raises(ll.errors.ModelStateError, match=r"is \(2, 1, 5, 5\) and not"),
     ):
         lens.model(models.tokens(2, 5), attention_mask=mask)
-    with lens.without(drawn(16), POST, sinks=True):
+    with lens.ablate_directions(drawn(16), POST, sinks=True):
         assert lens.model(models.tokens(2, 5), attention_mask=mask).isfinite().all()
 
 
@@ -331,12 +331,12 @@ def test_a_contrast_of_several_points_is_removed_at_each_of_its_own(cls: str):
         (single, "blocks.*.hook_resid_*"),
         (single.values["blocks.0.hook_resid_post"], "blocks.*.hook_resid_*"),
     ):
-        with lens.without(found, names):
+        with lens.ablate_directions(found, names):
             expected = lens.logits(models.tokens())
-        with lens.without(found):
+        with lens.ablate_directions(found):
             assert torch.equal(lens.logits(models.tokens()), expected)
         assert (lens.logits(models.tokens()) - expected).abs().max() > 1e-6
-    with lens.without(several):
+    with lens.ablate_directions(several):
         gone = ll.contrast(lens, *sets, "blocks.*.hook_resid_post")
     for name, vector in gone.values.items():
         assert abs(float(vector @ several.values[name])) < TINY
@@ -345,13 +345,13 @@ def test_a_contrast_of_several_points_is_removed_at_each_of_its_own(cls: str):
 def test_globs_leave_out_what_holds_no_activation_by_position(cls: str):
     lens = cases.case("llama", cls, "raw").lens
     v = drawn(16)
-    with lens.without(v, ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern"][:1]):
+    with lens.ablate_directions(v, ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern"][:1]):
         expected = lens.logits(models.tokens())
-    with lens.without(v, ["blocks.*.hook_resid_post", "blocks.0.attn.hook_patter*"]):
+    with lens.ablate_directions(v, ["blocks.*.hook_resid_post", "blocks.0.attn.hook_patter*"]):
         assert torch.equal(lens.logits(models.tokens()), expected)
     with (
         pytest.raises(ll.errors.ModelStateError, match="no activations by position"),
-        lens.without(v, "blocks.*.attn.hook_pattern"),
+        lens.ablate_directions(v, "blocks.*.attn.hook_pattern"),
     ):
         pass
 
@@ -365,7 +365,7 @@ def test_the_cost_is_the_rise_of_the_base_s_loss(cls: str, sinks: bool):
     case = cases.case("llama", cls, "raw")
     lens = case.lens
     v = drawn(16)
-    with lens.without(v, POST, sinks=sinks):
+    with lens.ablate_directions(v, POST, sinks=sinks):
         found = ll.removal_cost(lens, prompts(), progress=False)
         inside = lens.logits(prompts(), 0.0)
     for i, length in enumerate(LENGTHS):
@@ -395,11 +395,11 @@ def test_the_cost_of_nested_blocks_and_of_none(cls: str, tmp_path):
     lens = cases.case("llama", cls, "raw").lens
     v = drawn(16)
     w = drawn(16, seed=8)
-    with lens.without(v, POST), lens.without(w, POST):
+    with lens.ablate_directions(v, POST), lens.ablate_directions(w, POST):
         both = ll.removal_cost(lens, prompts(), progress=False)
-    with lens.without(torch.stack([v, w]), POST):
+    with lens.ablate_directions(torch.stack([v, w]), POST):
         assert ll.removal_cost(lens, prompts(), progress=False).cost != pytest.approx(both.cost)
-    with lens.without(v, POST):
+    with lens.ablate_directions(v, POST):
         alone = ll.removal_cost(lens, prompts(), progress=False)
     assert torch.equal(alone.base, both.base) and not torch.equal(alone.removed, both.removed)
     again = ll.results.RemovalCost.load(both.save(tmp_path / "cost.safetensors"))
@@ -407,7 +407,7 @@ def test_the_cost_of_nested_blocks_and_of_none(cls: str, tmp_path):
     with pytest.raises(ll.errors.ModelStateError, match="no direction is removed"):
         ll.removal_cost(lens, prompts())
     with (
-        lens.without(v, POST),
+        lens.ablate_directions(v, POST),
         pytest.raises(ll.errors.PromptError, match="has one token"),
     ):
         ll.removal_cost(lens, models.tokens(1, 1))
@@ -419,7 +419,7 @@ def test_positions_that_mean_nothing_are_refused(cls: str):
     v = drawn(16)
 
     def entered(positions: Any = None, **options: Any) -> None:
-        with lens.without(v, POST, positions, **options):
+        with lens.ablate_directions(v, POST, positions, **options):
             pass
 
     for positions in (0, [0], slice(0, 1), slice(1)):
@@ -440,11 +440,11 @@ def test_a_cost_that_no_text_can_show_is_refused(cls: str):
     held = lens.prompts(models.tokens(2, 4), RESPONSES)
     for positions in (-1, "response", 90, slice(6, None)):
         with (
-            lens.without(v, POST, positions),
+            lens.ablate_directions(v, POST, positions),
             pytest.raises(ll.errors.ModelStateError, match="none of these tokens has another one"),
         ):
             ll.removal_cost(lens, prompts(), progress=False)
     for positions in (-1, "response", slice(3, None), [2]):
-        with lens.without(v, POST, positions):
+        with lens.ablate_directions(v, POST, positions):
             found = ll.removal_cost(lens, held, progress=False)
         assert found.mean_kl > 0

@@ -76,7 +76,7 @@ def a_paper_by_hand(lens):
     """Three lines of ours, two by hand."""
     found = lens.adapter.truncated(1)
     half = 0.5
-    with lens.without(found):
+    with lens.ablate_directions(found):
         kept = [half, found]
         again = found.scaled(half)
     return kept, again

@@ -81,7 +81,7 @@ def test_globs_on_a_sum_and_what_cannot_be_added():
     b = a.named("b")
     both = a.named("a") + b
     assert len(both) == 2 * len(a) and len(both.only("*@b")) == len(a)
-    assert len(both.only("*.q_proj")) == 4 and len(both.without("*@a")) == len(a)
+    assert len(both.only("*.q_proj")) == 4 and len(both.without_modules("*@a")) == len(a)
     with pytest.raises(ll.errors.AdapterError, match="both adapters are called 'default'.*named"):
         _ = a + a
     with pytest.raises(ll.errors.AdapterError, match="names the base 'x'.*'y'"):

@@ -108,7 +108,7 @@ def test_models_without_a_peft_adapter_are_refused():
 WRONG = {
     "only a number": lambda a: a.only(3),
     "only None": lambda a: a.only(None),
-    "without a number": lambda a: a.without(3),
+    "without a number": lambda a: a.without_modules(3),
     "scaled by text": lambda a: a.scaled("x"),
     "scaled by a number in text": lambda a: a.scaled("0.5"),
     "scaled by NaN": lambda a: a.scaled(float("nan")),

@@ -130,7 +130,7 @@ def test_what_does_not_add_up_is_refused(two):
         with pytest.raises(AdapterError, match=rf"{path}.*{word}"):
             one - ll.Adapter.from_factors({path: update})
     dora = ll.Adapter.from_factors({path: odd["DoRA"]}, name="d").named("d")
-    apart = dora + other.without(path).named("rest")
+    apart = dora + other.without_modules(path).named("rest")
     with pytest.raises(AdapterError, match=rf"{path}.*DoRA"):
         apart - one
     wide = ll.LoRAFactors(torch.ones(1, 8), torch.ones(16, 1))

@@ -68,7 +68,7 @@ def built(family: str, cls: str, flags: str) -> cases.Case:
 def test_trained_equals_lora_a(family: str, cls: str, flags: str):
     """Of a padded batch, prompt and response; folded norms and value biases included."""
     case = built(family, cls, flags)
-    found = ll.activations(case.lens, prompts(), RESPONSES, gauge="trained")
+    found = ll.lora_activations(case.lens, prompts(), RESPONSES, gauge="trained")
     assert found.values.shape[2] == max(row.shape[1] for row in rows())
     shifted = dropped = 0.0
     for p, row in enumerate(rows()):
@@ -90,8 +90,8 @@ def test_trained_equals_lora_a(family: str, cls: str, flags: str):
 def test_prompts_that_hold_their_response_know_where_it_begins():
     """As prompts with the response beside them."""
     lens = cases.case(*cases.CASES[0]).lens
-    beside = ll.activations(lens, prompts(), RESPONSES)
-    held = ll.activations(lens, lens.prompts(prompts(), RESPONSES))
+    beside = ll.lora_activations(lens, prompts(), RESPONSES)
+    held = ll.lora_activations(lens, lens.prompts(prompts(), RESPONSES))
     assert held.starts.tolist() == beside.starts.tolist() == LENGTHS
     for positions in ("prompt", "response"):
         assert torch.equal(held.mean(positions), beside.mean(positions))
@@ -101,8 +101,8 @@ def test_prompts_that_hold_their_response_know_where_it_begins():
 def test_svd_writes_the_same_delta(family: str, cls: str, flags: str):
     """U u = sBAx of PEFT's own modules, with U from the dense sBA of the site's own rows."""
     case = built(family, cls, flags)
-    found = ll.activations(case.lens, prompts(), RESPONSES)
-    trained = ll.activations(case.lens, prompts(), RESPONSES, gauge="trained")
+    found = ll.lora_activations(case.lens, prompts(), RESPONSES)
+    trained = ll.lora_activations(case.lens, prompts(), RESPONSES, gauge="trained")
     for slot in range(len(found.sites)):
         update = case.lens.plan.updates[slot].update
         dense = update.scale * update.B @ update.A
@@ -130,16 +130,18 @@ def test_svd_is_unchanged_by_any_other_factors():
         modules[name] = ll.LoRAFactors(G @ factors.A, factors.B @ G.inverse(), factors.scale)
     other = lens.with_adapter(ll.Adapter.from_factors(modules))
     for gauge, same in (("svd", True), ("trained", False)):
-        one, two = (ll.activations(each, prompts(), gauge=gauge).values for each in (lens, other))
+        one, two = (
+            ll.lora_activations(each, prompts(), gauge=gauge).values for each in (lens, other)
+        )
         assert ((one - two).nan_to_num().abs().max() < 1e-9) == same
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_padded_is_one_by_one(cls: str):
     lens = cases.case("llama", cls, "processed").lens
-    found = ll.activations(lens, prompts(), RESPONSES)
+    found = ll.lora_activations(lens, prompts(), RESPONSES)
     for p in range(2):
-        alone = ll.activations(lens, prompts().row(p), [RESPONSES[p]])
+        alone = ll.lora_activations(lens, prompts().row(p), [RESPONSES[p]])
         own = alone.values.shape[2]
         assert (found.values[p, :, :own] - alone.values[0]).abs().max() < TINY
         assert torch.equal(found.sinks[p, :own], alone.sinks[0])
@@ -151,8 +153,8 @@ def test_gates_decide_what_is_read():
     """At ε = 0 z is the base model's; the first layer's is the same at every gate."""
     case = cases.case("llama", list(models.MAKERS)[0], "raw")
     row = models.tokens()[:1]
-    base = ll.activations(case.lens, row, gauge="trained", scale=0.0)
-    adapted = ll.activations(case.lens, row, gauge="trained")
+    base = ll.lora_activations(case.lens, row, gauge="trained", scale=0.0)
+    adapted = ll.lora_activations(case.lens, row, gauge="trained")
     layers = case.peft.base_model.model
     with torch.no_grad(), case.peft.disable_adapter():
         hidden = layers.model(row, output_hidden_states=True).hidden_states[1][0]
@@ -163,7 +165,7 @@ def test_gates_decide_what_is_read():
     assert (base.values[0, slot] - x @ A.T).abs().max() < TINY
     assert (base.values[0, slot] - adapted.values[0, slot]).abs().max() > 1e-2
     assert torch.equal(base.of("blocks.0.attn.q"), adapted.of("blocks.0.attn.q"))
-    half = ll.activations(case.lens, row, scale={"blocks.0.*": 0.5})
+    half = ll.lora_activations(case.lens, row, scale={"blocks.0.*": 0.5})
     assert half.at == "gates of the caller" and base.at == "ε = 0"
 
 
@@ -171,7 +173,7 @@ def test_gates_decide_what_is_read():
 def test_half_the_strength_on_folded_value_biases(cls: str):
     """What v's own update adds to the input of o has v's gate."""
     case = cases.case("gpt2", cls, "processed")
-    found = ll.activations(case.lens, rows()[0], gauge="trained", scale=0.5)
+    found = ll.lora_activations(case.lens, rows()[0], gauge="trained", scale=0.5)
     modules = {site.module for site in found.sites}
     with reference.peft_scales(case.peft, dict.fromkeys(modules, 0.5)):
         expected = by_peft(case, rows()[0])
@@ -185,7 +187,7 @@ def test_unequal_ranks_and_chosen_sites():
     peft = models.peft_model("llama", base, rank_pattern={"down_proj": 2}, lora_bias=True)
     model = list(models.MAKERS.values())[0](base)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
-    found = ll.activations(lens, models.tokens(), sites=["*.mlp.down", "blocks.0.attn.q"])
+    found = ll.lora_activations(lens, models.tokens(), sites=["*.mlp.down", "blocks.0.attn.q"])
     assert [s.name for s in found.sites] == [
         "blocks.0.attn.q",
         "blocks.0.mlp.down",
@@ -193,7 +195,7 @@ def test_unequal_ranks_and_chosen_sites():
     ]
     assert found.ranks == (3, 2, 2) and found.values.shape[-1] == 3
     assert found.values[:, 1:, :, 2].isnan().all() and not found.values[:, 0].isnan().any()
-    whole = ll.activations(lens, models.tokens())
+    whole = ll.lora_activations(lens, models.tokens())
     assert torch.equal(whole.of("blocks.0.mlp.down"), found.of("blocks.0.mlp.down"))
     assert len(found.to_frame()) == 2 * 7 * (3 + 2 + 2)
 
@@ -205,7 +207,7 @@ def test_embeddings_and_heads():
     model = list(models.MAKERS.values())[0](base)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
     row = models.tokens()[:1]
-    found = ll.activations(lens, row, gauge="trained")
+    found = ll.lora_activations(lens, row, gauge="trained")
     inner = peft.base_model.model
     A = inner.model.embed_tokens.lora_embedding_A["default"]
     assert torch.equal(found.of("embed")[0], A.T[row[0]])
@@ -218,7 +220,7 @@ def test_dora_has_the_svd_of_its_dense_update(cls: str):
     base = models.hf_model("llama")
     peft = models.peft_model("llama", base, targets=["v_proj"], use_dora=True)
     lens = ll.LoraLens(models.MAKERS[cls](base), ll.Adapter.from_peft(peft))
-    found = ll.activations(lens, models.tokens()[:1])
+    found = ll.lora_activations(lens, models.tokens()[:1])
     layer = peft.base_model.model.model.layers[0].self_attn.v_proj
     seen: list[Tensor] = []
     with torch.no_grad():
@@ -230,7 +232,7 @@ def test_dora_has_the_svd_of_its_dense_update(cls: str):
     with pytest.raises(
         ll.errors.UnsupportedAdapterError, match=r"blocks.0.attn.v .*DoRA.*gauge='svd'"
     ):
-        ll.activations(lens, models.tokens(), gauge="trained")
+        ll.lora_activations(lens, models.tokens(), gauge="trained")
 
 
 def test_one_pass_without_logits():
@@ -247,7 +249,7 @@ def test_one_pass_without_logits():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", spy)
-        ll.activations(case.lens, models.tokens())
+        ll.lora_activations(case.lens, models.tokens())
     block.remove()
     assert len(passes) == 1 and not any(logits)
 
@@ -267,12 +269,12 @@ def outlier_at(lens: ll.LoraLens, position: int, factor: float):
 def test_sinks_are_the_first_token_and_outliers():
     """Marked by ‖z‖, and no part of examples and means unless asked for."""
     case = cases.case("llama", list(models.MAKERS)[0], "raw")
-    plain = ll.activations(case.lens, models.tokens())
+    plain = ll.lora_activations(case.lens, models.tokens())
     assert plain.sinks.tolist() == [[True] + [False] * 6] * 2
     name, grow = outlier_at(case.lens, 4, 1e4)
     case.model.add_hook(name, grow)
     try:
-        found = ll.activations(case.lens, models.tokens())
+        found = ll.lora_activations(case.lens, models.tokens())
     finally:
         case.model.reset_hooks()
     assert found.sinks[0].nonzero().flatten().tolist() == [0, 4]
@@ -292,7 +294,7 @@ def test_sinks_are_the_first_token_and_outliers():
 
 def test_examples_and_means(tmp_path):
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
-    found = ll.activations(lens, prompts(), RESPONSES)
+    found = ll.lora_activations(lens, prompts(), RESPONSES)
     site = "blocks.1.mlp.down"
     values = found.of(site)
     for sign in (1, -1):
@@ -330,7 +332,7 @@ def test_a_shared_beginning_counts_once():
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
     rows = models.tokens(3, 7)
     rows[1:, :4] = rows[0, :4]
-    found = ll.activations(lens, ll.results.Prompts(rows, torch.tensor([7, 7, 4])))
+    found = ll.lora_activations(lens, ll.results.Prompts(rows, torch.tensor([7, 7, 4])))
     site = "blocks.1.mlp.down"
     values = found.of(site)
     both = [found.top(site, 40, rank=0, sign=sign) for sign in (1, -1)]
@@ -353,7 +355,7 @@ def test_a_row_for_each_token_and_what_stands_there():
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
     rows = models.tokens(2, 7)
     rows[1, :4] = rows[0, :4]
-    found = ll.activations(lens, rows)
+    found = ll.lora_activations(lens, rows)
     matrix = found.matrix()
     contexts = found.contexts(context=1)
     directions = found.directions("*")
@@ -379,7 +381,7 @@ def test_a_row_for_each_token_and_what_stands_there():
 
 def test_heat_map():
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
-    found = ll.activations(lens, prompts(), RESPONSES)
+    found = ll.lora_activations(lens, prompts(), RESPONSES)
     drawn = found.plot("*.mlp.down", prompt=1).data[0]
     assert len(drawn.y) == 6 and len(drawn.z[0]) == 6
     slot = [s.name for s in found.sites].index("blocks.1.mlp.down")
@@ -402,8 +404,8 @@ def test_bad_input():
         (ll.errors.TokenError, {"response": [torch.tensor([5])]}),
     ):
         with pytest.raises(error):
-            ll.activations(lens, tokens, **options)
-    found = ll.activations(lens, tokens)
+            ll.lora_activations(lens, tokens, **options)
+    found = ll.lora_activations(lens, tokens)
     for error, call in (
         (ll.errors.SiteError, lambda: found.top("*.attn.q")),
         (ll.errors.ArgumentError, lambda: found.top("blocks.0.attn.q", rank=3)),
@@ -425,8 +427,8 @@ def test_norms_are_named_with_the_remedy():
         peft.base_model.model.model.norm.modules_to_save["default"].weight.add_(0.1)
     lens = ll.LoraLens(list(models.MAKERS.values())[0](base), ll.Adapter.from_peft(peft))
     with pytest.raises(ll.errors.UnsupportedAdapterError, match=r"ln_final.*sites="):
-        ll.activations(lens, models.tokens())
-    assert len(ll.activations(lens, models.tokens(), sites="blocks.*").sites) == 14
+        ll.lora_activations(lens, models.tokens())
+    assert len(ll.lora_activations(lens, models.tokens(), sites="blocks.*").sites) == 14
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -435,7 +437,7 @@ def test_dtypes_of_the_model(cls: str, dtype: torch.dtype):
     """As the libraries run it, their casts to float32 included."""
     adapter = ll.Adapter.from_peft(models.peft_model("llama", models.hf_model("llama")))
     seen, exact = (
-        ll.activations(
+        ll.lora_activations(
             ll.LoraLens(models.MAKERS[cls](models.hf_model("llama", dtype=of)), adapter),
             models.tokens(),
             scale=0.0,

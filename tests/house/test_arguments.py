@@ -263,7 +263,7 @@ def test_gates(lens: ll.LoraLens, scale: Any):
 BY_ROW: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
     "logits": lambda lens, gates: lens.logits(TOKENS, gates),
     "generate": lambda lens, gates: lens.generate(TOKENS, 2, gates, progress=False),
-    "activations": lambda lens, gates: ll.activations(lens, TOKENS, scale=gates),
+    "activations": lambda lens, gates: ll.lora_activations(lens, TOKENS, scale=gates),
     "activation_shift": lambda lens, gates: ll.activation_shift(
         lens, TOKENS, "blocks.0.hook_resid_post", scale=gates
     ),
@@ -433,7 +433,8 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
     "sites": (lambda lens: ll.patch_sites(lens, TOKENS, MARGIN, sites=[3]), "3 names no site"),
     "sites of a number": (
         lambda lens: ll.patch_sites(lens, TOKENS, MARGIN, sites=0), "sites=0"),
-    "sites of a truth": (lambda lens: ll.activations(lens, TOKENS, sites=False), "sites=False"),
+    "sites of a truth": (
+        lambda lens: ll.lora_activations(lens, TOKENS, sites=False), "sites=False"),
     "scales of kl_shares": (lambda lens: ll.kl_shares(lens, TOKENS, scales=0.5), "scales=0.5"),
     "no scales": (lambda lens: ll.kl_shares(lens, TOKENS, scales=None), "scales=None"),
     "a placeholder": (
@@ -506,9 +507,9 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
 
 
 NO_LENS: dict[str, Callable[[Any], object]] = {
-    "activations": lambda x: ll.activations(x, TOKENS),
+    "activations": lambda x: ll.lora_activations(x, TOKENS),
     "activation_shift": lambda x: ll.activation_shift(x, TOKENS, "blocks.0.hook_resid_post"),
-    "alignment": lambda x: ll.alignment(x, torch.ones(16)),
+    "alignment": lambda x: ll.weight_alignment(x, torch.ones(16)),
     "constant_part": lambda x: ll.constant_part(x, TOKENS),
     "explain": lambda x: ll.explain(x, TOKENS, 5, 9),
     "feature_shift": lambda x: ll.feature_shift(x, TOKENS, torch.ones(16), "hook_embed"),

@@ -7,7 +7,9 @@ TransformerLens, PEFT, Captum, numpy and pandas. `NAMED` has words of the remedy
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import models
 import numpy as np
@@ -87,6 +89,7 @@ NAMED = {
     "lens.disable_adapter": (lambda t: t.lens.disable_adapter(), r"scale=0\.0 is the base"),
     "lens.merge_and_unload": (lambda t: t.lens.merge_and_unload(), "merge with PEFT"),
     "lens.adapters": (lambda t: t.lens.adapters, r"lens\.adapter "),
+    "lens.ablate": (lambda t: t.lens.ablate(0), r"lens\.ablate_directions\(v\).*leave_one_out"),
     "lens.layers": (lambda t: t.lens.layers, r"lens\.sites"),
     "lens.first_order": (lambda t: t.lens.first_order(PROMPT), r"ll\.first_order\(lens"),
     "LoraLens.from_pretrained": (lambda t: ll.LoraLens.from_pretrained("a", "b"), r"ll\.load\("),
@@ -146,6 +149,40 @@ NAMED = {
 def test_a_guess_that_fails_names_what_is_meant(t, guess, words):
     with pytest.raises((AttributeError, ll.errors.LensLoraError), match=words):
         guess(t)
+
+
+# --- former names
+
+FORMER = {
+    "ll.activations": (
+        lambda t: ll.activations is ll.lora_activations, r"write ll\.lora_activations"),
+    "ll.alignment": (lambda t: ll.alignment is ll.weight_alignment, r"write ll\.weight_alignment"),
+    "adapter.without": (
+        lambda t: list(t.adapter.without("*.q_proj").modules)
+        == list(t.adapter.without_modules("*.q_proj").modules),
+        r"write adapter\.without_modules"),
+    "lens.without": (lambda t: within(t.lens.without) == within(t.lens.ablate_directions),
+        r"write lens\.ablate_directions"),
+}  # fmt: skip
+
+
+def within(block: Callable[..., Any]) -> list[float]:
+    """The last logits with a direction ablated."""
+    with torch.no_grad(), block(torch.eye(16)[0]) as model:
+        return model(torch.tensor([[5, 6, 7]]))[0, -1].tolist()
+
+
+@pytest.mark.parametrize("former, words", FORMER.values(), ids=FORMER)
+def test_a_former_name_works_and_warns_where_it_is_written(t, former, words):
+    with pytest.warns(ll.errors.LensLoraWarning, match=words) as caught:
+        assert former(t)
+    assert caught[0].filename == __file__
+
+
+def test_a_former_name_is_not_shown(t):
+    shown = {"ll": dir(ll), "lens": dir(t.lens), "adapter": dir(t.adapter)}
+    assert "activations" not in shown["ll"] and "alignment" not in shown["ll"]
+    assert "without" not in shown["lens"] and "without" not in shown["adapter"]
 
 
 # --- nothing is hidden

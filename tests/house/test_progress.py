@@ -70,7 +70,7 @@ def _served(t, folder, **options):
 
 
 def _cost(t, folder, **options):
-    with t.lens.without(torch.eye(16)[0]):
+    with t.lens.ablate_directions(torch.eye(16)[0]):
         return ll.removal_cost(t.lens, PROMPT, **options)
 
 
@@ -141,7 +141,7 @@ CALLS = {
 }
 SHORT = {
     "activation_shift": lambda t: ll.activation_shift(t.lens, PROMPT, "blocks.0.hook_resid_post"),
-    "activations": lambda t: ll.activations(t.lens, PROMPT, "w5 w6"),
+    "activations": lambda t: ll.lora_activations(t.lens, PROMPT, "w5 w6"),
     "contrast": lambda t: ll.contrast(
         t.lens, ["w5 w6", "w6 w7"], ["w8 w9", "w9 w5"], "blocks.0.hook_resid_post"
     ),

@@ -76,7 +76,7 @@ def test_shares_are_those_of_runs_one_by_one():
         alone = lens.with_adapter(adapters[name]).function(GIVEN, readout)
         base, with_its_own = alone.ends
         own = with_its_own - base
-        states = {0: one + two, 1: one + two.without(*found.left_out)}
+        states = {0: one + two, 1: one + two.without_modules(*found.left_out)}
         for state, adapter in states.items():
             _, both = lens.with_adapter(adapter).function(GIVEN, readout).ends
             share = ((both - base) * own.sign()).sum() / own.abs().sum()

@@ -201,7 +201,7 @@ ALONE: Works = {
     "tangents": _tangents,
     "kl_shares": _kl_shares,
     "token_shifts": _tokens,
-    "activations": _values("activations", ll.activations),
+    "activations": _values("activations", ll.lora_activations),
 }
 """Calls whose result states none."""
 

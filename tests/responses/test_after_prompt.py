@@ -140,7 +140,7 @@ CALLS = {
         lens, "w7 w8", ll.AnswerMargin(torch.tensor([5, 6]), response), "add_one"
     ),
     "token_shifts": lambda lens, response: ll.token_shifts(lens, "w7 w8", response),
-    "activations": lambda lens, response: ll.activations(lens, "w7 w8", response),
+    "activations": lambda lens, response: ll.lora_activations(lens, "w7 w8", response),
 }
 NOTHING: dict[str, tuple[str | Tensor, type[Exception], str]] = {
     "empty": ("", ll.errors.TokenError, "has no token"),
@@ -199,7 +199,9 @@ def test_a_real_answer_in_a_conversation(kind: str):
     answer = ll.AnswerLogProb("The capital is Paris.")
     curve = ll.remainder_curve(lens(kind), messages, answer, [1.0])
     assert abs(float(curve.base) - expected) < 1e-2
-    seen = ll.activations(lens(kind), messages, "The capital is Paris.", sites="blocks.0.attn.q")
+    seen = ll.lora_activations(
+        lens(kind), messages, "The capital is Paris.", sites="blocks.0.attn.q"
+    )
     assert list(seen.str_tokens[0]) == [tokenizer.decode([i]) for i in whole]
     assert int(seen.starts) == start
 

@@ -243,7 +243,7 @@ def test_a_kl_is_read_at_each_token_of_a_response():
     with pytest.raises(ll.errors.PromptError, match="the logit shift is about what follows"):
         ll.logit_shift(case.lens, row, progress=False)
     with pytest.raises(ll.errors.PromptError, match="an answer is about what follows"):
-        ll.activations(case.lens, row, RESPONSES)
+        ll.lora_activations(case.lens, row, RESPONSES)
     said = case.lens.generate(row, 2, eos_token_id=(), progress=False)
     assert ll.token_shifts(case.lens, said.prompts, said).kl.shape == (2, 2, 2)
 

@@ -132,7 +132,7 @@ def results_of(lens: ll.LoraLens) -> dict[str, Any]:
         "edges": ll.edges(lens, TEXT, margin, **quiet),
         "divergence": ll.kl_shares(lens, TEXT, RESPONSE, **quiet),
         "token shifts": ll.token_shifts(lens, TEXT, RESPONSE),
-        "activations": ll.activations(lens, TEXT, RESPONSE),
+        "activations": ll.lora_activations(lens, TEXT, RESPONSE),
         "activation shift": ll.activation_shift(
             lens, lens.prompts(TEXT, response=RESPONSE), "blocks.0.hook_resid_post"
         ),

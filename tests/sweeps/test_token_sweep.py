@@ -49,7 +49,7 @@ def run(
 
 
 def test_the_spread_is_that_of_all_tokens(lens, tmp_path):
-    file, direct = run(lens, BAD, tmp_path), ll.activations(lens, WORDS)
+    file, direct = run(lens, BAD, tmp_path), ll.lora_activations(lens, WORDS)
     for site in (None, "*.attn.o"):
         frame, expected = file.spread(site), direct.spread(site)
         assert frame[["site", "rank"]].equals(expected[["site", "rank"]])
@@ -83,7 +83,7 @@ def test_rows_equal_direct_calls(cls: str, name: str, gauge, tmp_path):
     assert found.sites == lens.sites and found.tokens == len(frame)
     assert list(frame["record"].unique()) == list(range(len(TEXTS)))
     for number, text in enumerate(TEXTS):
-        direct = ll.activations(lens, text["prompt"], gauge=gauge)
+        direct = ll.lora_activations(lens, text["prompt"], gauge=gauge)
         rows = frame[frame["record"] == number]
         assert list(rows["token"]) == list(direct.str_tokens[0])
         assert set(rows["id"]) == {text["id"]}
@@ -98,7 +98,7 @@ def test_examples_and_means_are_those_in_memory(lens, tmp_path):
     """Over groups of rows, and a context never crosses into another text."""
     found = run(lens, TEXTS, tmp_path)
     assert pq.ParquetFile(found.path).num_row_groups > 2
-    direct = ll.activations(lens, WORDS)
+    direct = ll.lora_activations(lens, WORDS)
     site = "blocks.1.mlp.down"
     for options in ({"sign": -1}, {"rank": 1, "context": 1}):
         top, expected = found.top(site, 4, **options), direct.top(site, 4, **options)
@@ -122,7 +122,7 @@ def test_texts_that_begin_alike(lens, tmp_path, monkeypatch):
     conversations = [[system, {"role": "user", "content": words}] for words in asked]
     chats.with_template(lens.model, monkeypatch)
     found = run(lens, [{"messages": messages} for messages in conversations], tmp_path)
-    direct = ll.activations(lens, conversations)
+    direct = ll.lora_activations(lens, conversations)
     assert pq.ParquetFile(found.path).num_row_groups > 2
     frame = pd.read_parquet(found.path)
     assert found.repeated == direct.repeated == len(frame) - frame["prefix"].nunique() - 4 > 10

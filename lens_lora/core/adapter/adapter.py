@@ -47,7 +47,8 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         >>> a = Adapter.from_factors(modules, name="a")
         >>> list(a.only("*.q_proj").modules)
         ['layers.0.q_proj']
-        >>> list((a.without("*.v_proj").scaled(0.5) + a.only("*.q_proj").named("b")).modules)
+        >>> half = a.without_modules("*.v_proj").scaled(0.5)
+        >>> list((half + a.only("*.q_proj").named("b")).modules)
         ['layers.0.q_proj@a', 'layers.0.q_proj@b']
 
     Attributes:
@@ -217,8 +218,8 @@ class Adapter(metaclass=guesses.OfAdapterClass):
             keep |= self._in_table(item) if hasattr(item, "columns") else self._matching(item)
         return self._with({path: self.modules[path] for path in self.modules if path in keep})
 
-    def without(self, *globs: str) -> Adapter:
-        """The modules whose path matches none of the globs.
+    def without_modules(self, *globs: str) -> Adapter:
+        """The adapter without the modules whose path matches one of the globs; as `only`, reversed.
 
         Args:
             globs: patterns of module paths, or of 'path@name' in a sum of adapters.
@@ -239,7 +240,8 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         ΔW and Δb become (I − vvᵀ)ΔW and (I − vvᵀ)Δb, or of what is read ΔW(I − vvᵀ), in the
         Hugging Face basis. A module reads its own input, behind a norm: of a direction v of the
         residual stream pass γ ⊙ v there. Weights know no tokens: the direction is gone from ΔW at a
-        text's first token, too. `lens.without` takes it out of activations, and not there.
+        text's first token, too. `lens.ablate_directions` takes it out of activations, and not
+        there.
 
         Args:
             directions: [d], [direction, d], {label: either}, a Contrast of one hook point, or
@@ -443,7 +445,10 @@ class Adapter(metaclass=guesses.OfAdapterClass):
     if not TYPE_CHECKING:  # A type checker would take every name for one of the adapter.
 
         def __getattr__(self, name: str) -> Any:
-            """Refuse a name that an adapter lacks, with what may be meant."""
+            """What has a new name, or a refusal with what may be meant."""
+            if name in guesses.FORMER_OF_ADAPTER:
+                names = guesses.FORMER_OF_ADAPTER
+                return getattr(self, guesses.present_name("adapter", name, names))
             return guesses.missing_attribute(self, name, guesses.OF_ADAPTER)
 
     def __len__(self) -> int:

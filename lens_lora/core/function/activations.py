@@ -183,7 +183,7 @@ def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _K
             raise UnsupportedAdapterError(
                 f"{site.name} ({site.module}): another token's experts are not this one's, so "
                 "nothing can stand in for what they write. Use replace='zero', or leave the "
-                "experts out with adapter.without(…)."
+                "experts out with adapter.without_modules(…)."
             )
     scaled = ScaleInject(lens.plan, gates)
 

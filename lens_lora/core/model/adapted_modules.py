@@ -195,7 +195,7 @@ def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int
     )
     places = [family.place(key.partition("@")[0]) for key in adapter.modules]
     if any(place is not None and (place.layer or 0) < n_layers for place in places):
-        without = "adapter.without(…)"
+        without = "adapter.without_modules(…)"
         return SiteError(
             fact,
             remedy=f"use {without} to leave a module out on purpose.",

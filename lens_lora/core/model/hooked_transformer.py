@@ -94,7 +94,7 @@ class HookedTransformerHost(HookedHost):
         if kind == "embed" and getattr(self.model.cfg, "post_embedding_ln", False):
             raise ModelStateError(
                 "embed: this HookedTransformer normalises inside its embedding, with no place "
-                "between the two for δ; use a TransformerBridge, or adapter.without(…)."
+                "between the two for δ; use a TransformerBridge, or adapter.without_modules(…)."
             )
         if kind == "unembed" and hasattr(self.model.unembed, "hook_out"):  # transformer-lens 3
             return Ports("unembed.hook_in", "unembed.hook_out")

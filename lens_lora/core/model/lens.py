@@ -590,7 +590,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
 
         return Temporary(apply)
 
-    def without(
+    def ablate_directions(
         self,
         directions: Any,
         names: Names | None = None,
@@ -598,7 +598,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         *,
         sinks: bool = False,
     ) -> AbstractContextManager[Any]:
-        """Within the block, h has nothing along some directions: h − v vᵀh at hook points.
+        """Within the block, directions are ablated: h becomes h − v vᵀh at hook points.
 
         The base as well as the adapted model, for every call, `generate`, and tools of
         TransformerLens; derivatives pass through it. `ll.removal_cost(lens)` within the block says
@@ -940,7 +940,9 @@ class LoraLens(metaclass=guesses.OfLensClass):
     if not TYPE_CHECKING:  # A type checker would take every name for one of the lens.
 
         def __getattr__(self, name: str) -> Any:
-            """Refuse a name that a lens lacks, with what may be meant."""
+            """What has a new name, or a refusal with what may be meant."""
+            if name in guesses.FORMER_OF_LENS:
+                return getattr(self, guesses.present_name("lens", name, guesses.FORMER_OF_LENS))
             return guesses.missing_attribute(self, name, guesses.OF_LENS)
 
     def __repr__(self) -> str:

@@ -32,7 +32,7 @@ def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
                 f"{pair.site.label}: the adapter's file holds another weight of the base than this "
                 "model's, and the difference is a part of its change, which a null adapter lacks.",
                 remedy="Load the base that it was trained on, or leave the module out with "
-                "adapter.without(…).",
+                "adapter.without_modules(…).",
                 in_shell="Name the base that it was trained on with --model.",
             )
     parts = fused_parts(lens)

@@ -291,9 +291,9 @@ SELECTIONS = {
     "only a glob": (lambda a: a.only("*.q_proj"), [ALL[0], ALL[2]]),
     "only two globs": (lambda a: a.only("*.0.*q_proj", ALL[3]), [ALL[0], ALL[3]]),
     "only all": (lambda a: a.only("*"), ALL),
-    "without a glob": (lambda a: a.without("*.q_proj"), [ALL[1], ALL[3]]),
-    "without two": (lambda a: a.without("*.0.*", "*1*q_proj"), [ALL[3]]),
-    "both": (lambda a: a.only("*q_proj").without("*.0.*"), [ALL[2]]),
+    "without a glob": (lambda a: a.without_modules("*.q_proj"), [ALL[1], ALL[3]]),
+    "without two": (lambda a: a.without_modules("*.0.*", "*1*q_proj"), [ALL[3]]),
+    "both": (lambda a: a.only("*q_proj").without_modules("*.0.*"), [ALL[2]]),
 }
 
 
@@ -317,7 +317,7 @@ def test_glob_that_matches_nothing(method, valid):
 
 def test_nothing_left(valid):
     with pytest.raises(AdapterError, match="adapts no module"):
-        ll.load_adapter(valid).without("*")
+        ll.load_adapter(valid).without_modules("*")
     with pytest.raises(AdapterError, match="adapts no module"):
         ll.Adapter.from_factors({})
 

@@ -292,7 +292,7 @@ def test_parts_and_sums(everything):
     base, model = everything
     adapter = ll.Adapter.from_peft(model)
     globs = ("lm_head", "*norm")
-    one, other = adapter.only(*globs), adapter.without(*globs).named("rest")
+    one, other = adapter.only(*globs), adapter.without_modules(*globs).named("rest")
     assert len(one) == 6 and len(one) + len(other) == len(adapter)
     assert off(logits(lens_of(base, one + other)), logits(model)) < EXACT
     twice = lens_of(base, adapter.only("lm_head") + adapter.only("lm_head").named("again"))

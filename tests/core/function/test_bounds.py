@@ -136,7 +136,7 @@ NUMBERS: dict[str, tuple[str, Any]] = {
             ll.compare_adapters(lens, lens.adapter.scaled(0.5), t, draws=0, **QUIET).function
         ),
     ),
-    "activations": ("plain", lambda lens, t: ll.activations(lens, t).values),
+    "activations": ("plain", lambda lens, t: ll.lora_activations(lens, t).values),
     "features": (
         "dual",
         lambda lens, t: (

@@ -416,7 +416,7 @@ def test_experts_one_by_one():
 def test_singular_directions():
     """By rank in the gauge of the SVD: σ_r (U_rᵀG)(V_rᵀx), of the dense sBA; and u = σ_r V_rᵀx."""
     case, at = built(LLAMA), 0.6
-    seen_u = ll.activations(case.lens, prompts(), scale=at).values
+    seen_u = ll.lora_activations(case.lens, prompts(), scale=at).values
     found = ll.first_order(case.lens, prompts(), MARGIN, at=at, by="rank", gauge="svd").values
     modules = list(case.lens.adapter.modules)
     for row, ids in enumerate(PROMPTS):

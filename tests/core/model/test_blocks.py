@@ -273,7 +273,10 @@ def test_no_reset_takes_a_block_s_hooks_off(block: str, cls: str):
     own, *_ = lenses(cls)
     own.model(tokens())
     before = held(own.model)
-    with torch.no_grad(), own.applied() if block == "applied" else own.without(torch.eye(16)[0]):
+    with (
+        torch.no_grad(),
+        own.applied() if block == "applied" else own.ablate_directions(torch.eye(16)[0]),
+    ):
         inside = own.model(tokens())
         own.model.reset_hooks()
         with pytest.raises(ll.errors.ModelStateError, match="Leave the block first"):
@@ -365,7 +368,7 @@ def test_blocks_of_a_norm_and_of_what_reads_it(family: str, norm: str, cls: str,
             weight.mul_(1.5 if "modules_to_save" in name else 1.0)
     whole = ll.Adapter.from_peft(peft)
     lens = ll.LoraLens(models.MAKERS[cls](base), whole, hf_model=base)
-    norms, others = whole.only(f"*{norm}"), whole.without(f"*{norm}")
+    norms, others = whole.only(f"*{norm}"), whole.without_modules(f"*{norm}")
     for parts in ((norms, others), (others, norms)):
         with pytest.raises(ll.errors.ModelStateError, match=r"ln1 is a norm .*do not add up.*sum"):
             nested_off(lens, *parts, "blocks")

@@ -86,7 +86,7 @@ OF_A_RESPONSE = {
     "KL": lambda lens, t, r: ll.first_order(lens, t, ll.KL(r), at=1.0, mode="reverse"),
     "kl_shares": lambda lens, t, r: ll.kl_shares(lens, t, r, scales=(), progress=False),
     "token_shifts": lambda lens, t, r: ll.token_shifts(lens, t, r),
-    "activations": lambda lens, t, r: ll.activations(lens, t, r),
+    "activations": lambda lens, t, r: ll.lora_activations(lens, t, r),
 }
 TARGETS = {"HookedTransformer": "linear", "TransformerBridge": "everything"}
 

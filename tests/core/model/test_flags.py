@@ -195,7 +195,7 @@ def test_heads_with_inputs_of_their_own(cls: str, family: str, flag: str, points
         assert (plain - expected).abs().max() > 1e-3
         refused = pytest.raises(ll.errors.ModelStateError, match="each head has an input of its")
         with attached(model, [(name, one_head)]), refused:
-            ll.activations(lens, tokens)
+            ll.lora_activations(lens, tokens)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_heads_that_read_the_same_have_one_activation(cls: str, flag: str, monke
     family = "gpt2" if flag == "use_attn_in" else "qwen2"
     base, model = with_flags(cls, family, (), {})
     adapter = ll.Adapter.from_peft(models.peft_model(family, base))
-    expected = ll.activations(ll.LoraLens(model, adapter), models.tokens()).values
+    expected = ll.lora_activations(ll.LoraLens(model, adapter), models.tokens()).values
     _, model = with_flags(cls, family, (flag,), {})
     lens, exact = ll.LoraLens(model, adapter), SiteMap.coordinates
 
@@ -217,5 +217,5 @@ def test_heads_that_read_the_same_have_one_activation(cls: str, flag: str, monke
         return u if u.ndim < 4 else u + 1e-14 * torch.arange(u.shape[2])[:, None]
 
     monkeypatch.setattr(SiteMap, "coordinates", rounded)
-    found = ll.activations(lens, models.tokens()).values
+    found = ll.lora_activations(lens, models.tokens()).values
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12, equal_nan=True)

@@ -443,7 +443,7 @@ def pair(
     lens = ll.LoraLens(made(base), ll.Adapter.from_peft(peft), hf_model=base)
     modules = {site.module for site in lens.sites if site.kind in left_out}
     if modules:
-        lens = lens.with_adapter(lens.adapter.without(*modules))
+        lens = lens.with_adapter(lens.adapter.without_modules(*modules))
     for module in modules:
         cases.set_peft_scale(peft, module, 0.0)
     merged = copy.deepcopy(peft).merge_and_unload()

@@ -53,8 +53,8 @@ CALLS: dict[str, Callable[[ll.LoraLens, str], Any]] = {
     "group of coupling": lambda lens, name: (
         ll.coupling(lens, TOKENS, MARGIN, group={"one": name, "all": "*"}).matrix
     ),
-    "activations": lambda lens, name: ll.activations(lens, TOKENS, sites=name).values,
-    "activations.of": lambda lens, name: ll.activations(lens, TOKENS).of(name),
+    "activations": lambda lens, name: ll.lora_activations(lens, TOKENS, sites=name).values,
+    "activations.of": lambda lens, name: ll.lora_activations(lens, TOKENS).of(name),
     "intruders": lambda lens, name: ll.intruders(lens, k=3, sites=name).cosine,
     "promoted": lambda lens, name: torch.tensor(
         ll.logit_shift(lens, TOKENS, tokens=[5, 6, 7]).promoted(name)["id"].tolist()

@@ -258,7 +258,7 @@ def test_copies_of_the_residual(flag: str, cls: str):
             ll.errors.ModelStateError, match="past its hook points.*Turn the flags off"
         ):
             ll.LoraLens(hooked, adapter)
-        lens = ll.LoraLens(hooked, adapter.without("*ln_1"))
+        lens = ll.LoraLens(hooked, adapter.without_modules("*ln_1"))
         for layer in model.base_model.model.transformer.h:
             layer.ln_1.enable_adapters(False)
         assert off(logits(lens), logits(model)) < EXACT

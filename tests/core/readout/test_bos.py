@@ -200,7 +200,7 @@ CALLS: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
     "components": lambda lens, _: ll.components(lens, TEXTS[0], MARGIN, **QUIET),
     "kl_shares": lambda lens, _: ll.kl_shares(lens, TEXTS[0], **QUIET),
     "token_shifts": lambda lens, _: ll.token_shifts(lens, TEXTS[0], " w5 w9"),
-    "activations": lambda lens, _: ll.activations(lens, TEXTS[0], " w5 w9"),
+    "activations": lambda lens, _: ll.lora_activations(lens, TEXTS[0], " w5 w9"),
     "activation_shift": lambda lens, _: ll.activation_shift(
         lens, TEXTS[2], "blocks.1.hook_resid_post"
     ),

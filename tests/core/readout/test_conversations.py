@@ -67,7 +67,7 @@ def test_results_keep_what_was_said(monkeypatch, tmp_path):
     readout = ll.AnswerMargin("w9 w4", "w26")
     margin = ll.first_order(lens, [ASK, LONGER], readout)
     shifts = ll.token_shifts(lens, ASK, torch.tensor([9, 4]))
-    activations = ll.activations(lens, ASK, "w9")
+    activations = ll.lora_activations(lens, ASK, "w9")
     for result in (margin, shifts, activations):
         again = ll.load_result(result.save(tmp_path / "result.safetensors"))
         assert result.str_tokens == again.str_tokens
