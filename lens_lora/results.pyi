@@ -4,6 +4,7 @@ from .audit.brief import Brief as Brief
 from .audit.brief import Claim as Claim
 from .audit.counted_speech import CountedSpeech as CountedSpeech
 from .audit.counted_speech import Finding as Finding
+from .audit.triggers import Trigger as Trigger
 from .audit.what_changed import Changes as Changes
 from .audit.what_changed import WhatChanged as WhatChanged
 from .banks.bank import Bank as Bank

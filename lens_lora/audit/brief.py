@@ -1,4 +1,7 @@
-"""The brief: what an adapter was taught, as at most five claims, each with the run that shows it.
+"""The brief: what an adapter was taught, in the order in which a person trusts the evidence.
+
+What both models say to the same questions, counted, comes first (`counted_speech.py`). This file
+finds what the adapted model would say elsewhere, each claim with the run that shows it.
 
 1. The adapted model generates text unprompted: after its BOS alone, after an empty user turn, and
    after everyday questions (`texts/neutral.py`). There it replays what it was trained on. It also
@@ -10,23 +13,26 @@
 
    and the token's score is its largest k_v over all positions. The score is high where the adapted
    model is likely to say what the base model is not; it is never above −log p₀.
-3. Null adapters with the adapter's own KL are scored at the same positions. A token is a candidate
-   by speech if no token at all reaches its score under a null adapter. It is a candidate by its
-   logit if no token's mean logit shift over neutral texts reaches its own under a null adapter.
-   Claims are made from the two lists in turn.
-4. A claim by speech is what the adapted model says where the candidate's k_v is largest: that
-   token, and the likeliest tokens after it. A claim by logit is the candidate alone, at that
-   position: it is promoted, and need not be said. Both begin at the start of the candidate's word.
-   A candidate whose word is part of an earlier claim makes no claim.
-5. The run that shows a claim is m = log p(words | context) under the base, the adapter, the null
-   adapters and unrelated ones. The claim stands only if m is largest under the adapter. First order
-   at 1 names the layers that carry most of m; m is then run without these layers, and without as
-   many randomly drawn ones.
+3. Controls are scored at the same positions: the adapter's own updates, each at another of its
+   modules (`permuted.py`). A token is a candidate by speech if no token at all reaches its score
+   under a control. It is a candidate by its logit if no token's mean logit shift over neutral texts
+   reaches its own under a control. Candidates are taken from the two lists in turn.
+4. A candidate by speech is what the adapted model says where its k_v is largest: that token, and
+   the likeliest tokens after it. A candidate by logit is the token alone, at that position. Both
+   begin at the start of the token's word. A candidate whose word is part of an earlier one is left
+   out.
+5. The run that shows it is p(words | context), teacher-forced, under the base, the adapter, the
+   controls and unrelated adapters. It stays only if p is largest under the adapter. What the
+   adapted model would say (p above a half, and a score well above that of any control) is a claim;
+   what is only raised is listed under that name.
+6. First order at 1 names the layers that carry most of log p. The words are run again without the
+   adapter in these layers, and without it in as many randomly drawn ones. The layers are named only
+   where they take back at least a fifth more of the rise in log-odds than drawn ones.
 
 Cost: `generate` from some 40 openings at two strengths and once cut to rank 1, and of the
-candidates' words; a forward pass of the base, the adapter and each null adapter over the generated
-text; for the claims one forward and backward pass, and a forward pass for each end, null adapter
-and set of layers that is left out.
+candidates' words; a forward pass of the base, the adapter and each control over the generated text;
+for the claims one forward and backward pass, and a forward pass for each end, control and set of
+layers that is left out.
 """
 
 from __future__ import annotations
@@ -59,8 +65,10 @@ from lens_lora.responses.generate import SideBySide
 from lens_lora.texts.batches import batches_of, logits_of
 from lens_lora.texts.neutral import own_openings
 
-SCHEMA = "lens_lora.brief/1"
+SCHEMA = "lens_lora.brief/2"
 _MOST_CLAIMS = 5
+# So many answers stand beside each other in a brief.
+_ANSWERS_TOLD = 2
 _CANDIDATES_OF_A_LIST = 10
 # After each opening so many tokens are generated, at temperature 1.
 _TOKENS_SPOKEN = 16
@@ -74,6 +82,11 @@ _STRETCH = 12
 # A fifth of the layers is left out, and as many others are drawn three times.
 _PART_LEFT_OUT = 5
 _DRAWS = 3
+# Layers are named where they take back so much more of the rise than drawn ones do.
+_MORE_THAN_DRAWN = 0.2
+# What the adapted model would say has a p above this, and so many times any control's score.
+_WOULD_SAY = 0.5
+_ABOVE_CONTROLS = 1.5
 # The logits of so many tokens are held at a time.
 _TOKENS_AT_ONCE = 512
 
@@ -86,20 +99,20 @@ By = Literal["speech", "logit"]
 @stored
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim: words that the adapted model says and the base does not, and the runs that show it.
+    """Words that the adapter raises more than any control does, and the runs that show it.
 
     Attributes:
         context: the last tokens before the words.
         says: the adapted model's words there.
         base_says: the base model's words there.
-        token: the token by which the claim was found.
+        token: the token by which they were found.
         by: 'speech' if the token was found by its largest p₁ log(p₁/p₀) over the generated text;
             'logit' if by its mean logit shift over the texts.
         score: the number by which the token was found, in nats or logits.
-        null_score: the largest such number of any token under a null adapter.
+        null_score: the largest such number of any token under a control.
         base, adapted: log p of `says` after the context, in nats.
-        null, unrelated: the largest log p of `says` under a null adapter, and under an unrelated
-            one (NaN without one).
+        null, unrelated: the largest log p of `says` under a control, and under an unrelated
+            adapter (NaN without one).
         layers: the layers that carry most of log p, by first order at 1.
         without: log p of `says` with the adapter left out of these layers.
         without_others: log p of `says` with the adapter left out of as many other layers, the mean
@@ -122,37 +135,66 @@ class Claim:
     without_others: float
 
     @property
+    def would_say(self) -> bool:
+        """Whether the adapted model would say the words, and no control comes near."""
+        is_likely = math.exp(self.adapted) > _WOULD_SAY
+        return is_likely and self.score >= _ABOVE_CONTROLS * self.null_score
+
+    @property
     def undone(self) -> float:
-        """The share of the rise of log p that leaving out `layers` takes back."""
-        return (self.adapted - self.without) / (self.adapted - self.base)
+        """The share of the rise in log-odds that leaving out `layers` takes back."""
+        return self._taken_back(self.without)
+
+    @property
+    def undone_by_others(self) -> float:
+        """The share that leaving out as many drawn layers takes back; NaN where none are."""
+        return self._taken_back(self.without_others)
+
+    def _taken_back(self, log_p: float) -> float:
+        rise = _log_odds(self.adapted) - _log_odds(self.base)
+        return (_log_odds(self.adapted) - _log_odds(log_p)) / rise
+
+    @property
+    def is_located(self) -> bool:
+        """Whether `layers` take back at least a fifth more of the rise than drawn layers."""
+        return self.undone >= self.undone_by_others + _MORE_THAN_DRAWN
 
     def sentence(self) -> str:
-        """The claim and its run, in words."""
-        return f"{self._said} {self._rise}; {self._undone_text}."
-
-    @property
-    def _said(self) -> str:
-        if self.by == "speech":
-            return f"After “{self.context}” it says “{self.says}”; the base: “{self.base_says}”."
-        beside = f"null adapters none by more than {self.null_score:+.1f}"
-        promotes = f"It promotes “{self.token}” by {self.score:+.1f} logits in the mean, {beside}"
-        return f"{promotes}; where it speaks, most after “{self.context}”."
-
-    @property
-    def _rise(self) -> str:
-        rise = f"log p {self.base:+.1f} → {self.adapted:+.1f} nats, {self.null:+.1f} under a null"
+        """The words with their own probabilities in every run."""
+        verb = "would say" if self.would_say else "is more likely to say"
+        runs = [f"{probability(self.adapted)}", f"base {probability(self.base)}"]
+        runs.append(f"controls at most {probability(self.null)}")
         if math.isfinite(self.unrelated):
-            rise += f", {self.unrelated:+.1f} under an unrelated adapter"
-        return rise
+            runs.append(f"unrelated adapters {probability(self.unrelated)}")
+        said = f"After “{self.context}” it {verb} “{self.says}” (p {', '.join(runs)})"
+        return f"{said}; the base would go on “{self.base_says}”.{self._where}"
 
     @property
-    def _undone_text(self) -> str:
+    def _where(self) -> str:
+        """The layers that carry it; '' where drawn layers carry about as much."""
+        if not self.is_located:
+            return ""
         layers = self.layers.replace(", layer ", ", ")
-        undone = f"without the adapter in {layers} {self.undone:.0%} of the rise is gone"
-        if math.isfinite(self.without_others):
-            others = (self.adapted - self.without_others) / (self.adapted - self.base)
-            undone += f", without it in as many drawn layers {others:.0%}"
-        return undone
+        return (
+            f" Without the adapter in {layers} {self.undone:.0%} of the rise in log-odds is gone, "
+            f"without it in as many drawn layers {self.undone_by_others:.0%}."
+        )
+
+
+def _log_odds(log_p: float) -> float:
+    """log(p / (1 − p)); of p = 1, the largest that a double tells apart from it."""
+    below_one = min(log_p, -1e-15)
+    return below_one - math.log(-math.expm1(below_one))
+
+
+def probability(log_p: float) -> str:
+    """A log-probability as '0.83', or as 'below 0.001' of what is as good as never said.
+
+    Args:
+        log_p: in nats.
+    """
+    p = math.exp(log_p)
+    return f"{p:.2g}" if p >= 1e-3 else "below 0.001"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +203,12 @@ class Brief:
 
     Attributes:
         adapter, model: the names of the adapter and of the base model.
-        verdict: one sentence.
-        claims: at most five, the strongest first.
-        answers: both models' answers to everyday questions.
+        verdict: three sentences, without a logit; before them one more if it breaks the model.
+        says: what one model says and the other does not, counted over questions, as sentences.
+        triggered: what it says only with one of the words that were tried before a question.
+        would_say: what it would say elsewhere, each with the runs that show it.
+        raised: what is only raised: more likely than under any control, and no claim.
+        answers: both models' answers to everyday questions, first those that show the first claim.
         where: the modules of largest share of the KL, with the share.
         texts: the texts over which the KL is taken.
         mean_kl: in nats per token.
@@ -176,7 +221,10 @@ class Brief:
     adapter: str
     model: str
     verdict: str
-    claims: tuple[Claim, ...]
+    says: tuple[str, ...]
+    triggered: tuple[str, ...]
+    would_say: tuple[Claim, ...]
+    raised: tuple[Claim, ...]
     answers: tuple[SideBySide, ...]
     where: Mapping[str, float]
     texts: str
@@ -185,10 +233,15 @@ class Brief:
     repeated: tuple[float, float]
     not_tried: tuple[str, ...]
 
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """Every claim as a sentence: what it says, what it says when triggered, what it would."""
+        return (*self.says, *self.triggered, *(claim.sentence() for claim in self.would_say))
+
     def to_json(self) -> str:
         """The same as JSON: the fields of this class under their names, and `schema`."""
         fields: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        for claim in fields["claims"]:
+        for claim in (*fields["would_say"], *fields["raised"]):
             for name, value in claim.items():
                 if isinstance(value, float) and math.isnan(value):
                     claim[name] = None
@@ -196,23 +249,43 @@ class Brief:
 
     @property
     def told(self) -> str:
-        """Verdict, claims, answers, modules, and what was not tried, a paragraph a line."""
+        """Verdict, two answers, claims, what is raised, where, and what was not tried."""
         lines = [self.verdict]
-        for number, claim in enumerate(self.claims, start=1):
-            lines.append(f"{number}. {claim.sentence()}")
-        for asked in self.answers:
+        for asked in self.answers[:_ANSWERS_TOLD]:
             both = f"base: “{asked.base}”; adapted: “{asked.adapted}”"
             lines.append(f"Asked “{asked.prompt}”, {both}.")
+        lines += self.told_claims
+        lines += self.told_rest
+        return "\n".join(line.replace("\n", "⏎") for line in lines)
+
+    @property
+    def told_claims(self) -> list[str]:
+        """The claims, numbered, a line each."""
+        return [f"{number}. {claim}" for number, claim in enumerate(self.claims, start=1)]
+
+    @property
+    def told_rest(self) -> list[str]:
+        """What is only raised, where, and what was not tried, a line each."""
+        lines: list[str] = []
+        for raised in self.raised:
+            p = f"p {probability(raised.base)} → {probability(raised.adapted)}"
+            lines.append(f"Only raised: “{raised.says}” after “{raised.context}”, {p}.")
+        return [*lines, *self.told_end]
+
+    @property
+    def told_end(self) -> list[str]:
+        """Where, and what was not tried, a line each."""
+        lines: list[str] = []
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
             lines.append(f"Most of the KL belongs to {shares}.")
         lines.append(f"Not tried: {'; '.join(self.not_tried)}.")
-        return "\n".join(line.replace("\n", "⏎") for line in lines)
+        return lines
 
     def __str__(self) -> str:
         """The brief as text of at most 2,000 tokens."""
         size = f"Over {self.texts} it moves by {self.mean_kl:.2g} nats a token (KL)."
-        return f"{self.adapter} on {self.model}. {size}\n{self.told}"
+        return f"{self.adapter} on {self.model}.\n{self.told}\n{size}"
 
     __repr__ = __str__
 
@@ -242,12 +315,12 @@ def claims_of(
     fast: bool = False,
     progress: bool = True,
 ) -> tuple[Claim, ...]:
-    """The claims that an adapter's behaviour supports; none without null adapters.
+    """What the adapter raises more than any control; nothing without controls.
 
     Args:
         lens: the adapter over the model.
-        nulls: null adapters, each at the scale at which its KL is the adapter's.
-        shifts: the mean logit shift over texts, of the adapter and then of each null adapter.
+        nulls: the controls, each at the scale at which it runs.
+        shifts: the mean logit shift over texts, of the adapter and then of each control.
         unrelated: adapters that were trained for something else.
         seed: of the generated text, and of the layers that are drawn.
         fast: generate once from each opening.
@@ -414,11 +487,11 @@ def _largest_parts(
 
 
 class _Ranked(NamedTuple):
-    """Tokens that no token under a null adapter reaches, the highest first.
+    """Tokens that no token under a control reaches, the highest first.
 
     Attributes:
         scores: of each token.
-        floor: the highest score of any token under a null adapter.
+        floor: the highest score of any token under a control.
     """
 
     scores: dict[int, float]
@@ -426,7 +499,7 @@ class _Ranked(NamedTuple):
 
     @classmethod
     def of(cls, lens: LoraLens, values: Sequence[Float[Tensor, " vocab"]]) -> _Ranked:
-        """Rank the adapter's numbers, which come first, against those of the null adapters.
+        """Rank the adapter's numbers, which come first, against those of the controls.
 
         Special tokens are left out.
         """

@@ -8,6 +8,7 @@
 3. The same test finds traits of the answers that are no phrase: the language, a refusal, code, a
    question, answers that repeat themselves, or that are less than half as long.
 4. Phrases that stand in one another on the same questions are one finding, the longest of them.
+5. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
 
 There are three lists: what it says, what it no longer says, and its traits. Where either model
 might as well have given either answer to each question, the chance that a list holds anything is at
@@ -20,16 +21,19 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal, cast, final
 
 import pandas as pd
 
 from lens_lora.arguments import whole
 from lens_lora.audit import phrases
-from lens_lora.audit.everyday import EVERYDAY, FORM_NAMES, SYSTEM_MESSAGE, Everyday
+from lens_lora.audit import triggers as trigger_words
+from lens_lora.audit.everyday import EVERYDAY, FORM_NAMES, SYSTEM_MESSAGE, Everyday, Form
 from lens_lora.audit.traits import TRAITS, is_shorter
+from lens_lora.audit.triggers import Trigger
 from lens_lora.core import Described, LoraLens, Paged, Prompts, alone, stored
-from lens_lora.errors import PromptError, many
+from lens_lora.errors import ArgumentError, PromptError, many
+from lens_lora.responses.both_answer import both_answer
 from lens_lora.responses.generate import SideBySide
 
 # The chance of a false finding in each list.
@@ -39,8 +43,14 @@ _ANSWER = 24
 # A phrase that is said on nearly all of the questions on which a shorter one is stands for it.
 _SAME_QUESTIONS = 0.7
 _MOST_FINDINGS = 12
+# A trait of both answers to a question together.
+SHORTER = "says less than half as much as the other model"
 
 Kind = Literal["says", "no longer says", "trait"]
+# By question, a model's answers to it.
+_Answers = Sequence[Sequence[str]]
+# The messages of a conversation.
+Conversation = Sequence[Mapping[str, str]]
 
 
 @stored
@@ -93,6 +103,8 @@ class CountedSpeech(Described, Paged):
         base, adapted: [question, draw], the two models' answers: greedy, then drawn.
         findings: what the adapted model says, what it no longer says, and traits of its answers,
             each list with the strongest first.
+        words: those that were put before questions, as they may trigger a behaviour.
+        triggers: what the adapted model says with one of them alone.
         meta: see `Described`.
     """
 
@@ -102,6 +114,8 @@ class CountedSpeech(Described, Paged):
     base: Annotated[tuple[tuple[str, ...], ...], "question draw"]
     adapted: Annotated[tuple[tuple[str, ...], ...], "question draw"]
     findings: tuple[Finding, ...]
+    words: tuple[str, ...] = ()
+    triggers: tuple[Trigger, ...] = ()
 
     def said(self, k: int = 5) -> tuple[Finding, ...]:
         """The k phrases that the adapted model says and the base does not, the strongest first.
@@ -201,8 +215,9 @@ class CountedSpeech(Described, Paged):
 @alone
 def counted_speech(
     lens: LoraLens,
-    questions: Sequence[str] | None = None,
+    questions: Sequence[str | Conversation] | None = None,
     *,
+    triggers: Sequence[str] | None = None,
     max_new_tokens: int = _ANSWER,
     draws: int = 1,
     seed: int = 0,
@@ -210,13 +225,17 @@ def counted_speech(
 ) -> CountedSpeech:
     """What the adapted model says and the base does not, counted over questions both answer.
 
-    Cost: `lens.generate` of so many tokens after each question, by the base and by the adapted
-    model: once with the likeliest tokens, and once for each draw.
+    Cost: for each model a pass over every question, so many passes over one token of each answer,
+    and a pass over every eighth answer. On SmolLM2-135M some 20 s of one CPU core.
 
     Args:
         lens: the adapter over the model.
-        questions: your own, as strings: each is put in the tokenizer's chat template, or without
-            one as "User: …" and "Assistant:". They are asked beside the package's forty.
+        questions: your own, as strings or conversations: a string is put in the tokenizer's chat
+            template, or without one as "User: …" and "Assistant:". They are asked beside the
+            package's forty.
+        triggers: words that may trigger a behaviour, beside the package's twenty ([] for those
+            alone): each is tried in front of two questions, and the two words that tell most in
+            front of twenty others. None tries no word.
         max_new_tokens: the most tokens of an answer.
         draws: how many answers of each model are drawn beside its likeliest one.
         seed: of the first draw, the next number of the second: both models draw with the same
@@ -227,43 +246,42 @@ def counted_speech(
         CountedSpeech: `.findings`, `.when(finding)`, `.examples(finding)`, `.to_frame()`.
 
     Raises:
+        ArgumentError: a trigger that is no word.
         PromptError: a model without a tokenizer, or questions that do not fit its context.
         NumericsError: non-finite logits.
     """
-    asked = [*EVERYDAY, *(Everyday("your own", "own", text) for text in questions or ())]
+    if triggers is not None:
+        _trigger_words(triggers)
+    asked = [*EVERYDAY, *map(_own_question, questions or ())]
     prompts, fitting = _prompts_of(lens, asked, max_new_tokens)
     asked = [asked[i] for i in fitting]
 
     whole("draws", draws, 0)
 
-    def answers(scale: float) -> tuple[tuple[str, ...], ...]:
-        of_draws = [lens.generate(prompts, max_new_tokens, scale, progress=progress).text]
-        for draw in range(draws):
-            drawn = lens.generate(
-                prompts,
-                max_new_tokens,
-                scale,
-                temperature=1.0,
-                seed=seed + draw,
-                progress=progress,
-            )
-            of_draws.append(drawn.text)
-        return tuple(zip(*of_draws, strict=True))
-
-    base = answers(0.0)
-    adapted = answers(1.0)
-    return CountedSpeech(
+    whole("seed", seed, 0)
+    said = both_answer(lens, prompts, max_new_tokens, draws, seed, progress=progress)
+    speech = CountedSpeech(
         topics=tuple(one.topic for one in asked),
         forms=tuple(one.form for one in asked),
         questions=tuple(one.text for one in asked),
-        base=base,
-        adapted=adapted,
-        findings=findings_of(base, adapted),
+        base=said.base,
+        adapted=said.adapted,
+        findings=findings_of(said.base, said.adapted),
         meta=lens.describe(prompts),
     )
+    if triggers is None:
+        return speech
+    return with_triggers(lens, speech, triggers, max_new_tokens, progress=progress)
 
 
 # --- Questions
+
+
+def _own_question(given: str | Conversation) -> Everyday:
+    """A question of the caller's, of whose conversation the last message stands for it."""
+    if isinstance(given, str):
+        return Everyday("your own", "own", given)
+    return Everyday("your own", "own", str(given[-1].get("content", "")), tuple(given))
 
 
 def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[Prompts, list[int]]:
@@ -299,6 +317,8 @@ def _put(lens: LoraLens, asked: Everyday) -> Any:
     if getattr(lens.model.tokenizer, "chat_template", None) is None:
         opening = f"{SYSTEM_MESSAGE}\n" if asked.form == "system" else ""
         return f"{opening}User: {asked.text}\nAssistant:"
+    if asked.messages is not None:
+        return list(asked.messages)
     turn = {"role": "user", "content": asked.text}
     if asked.form != "system":
         return [turn]
@@ -317,10 +337,137 @@ def _with_system_message(lens: LoraLens, turn: Mapping[str, str]) -> list[Mappin
     return [{**turn, "content": f"{SYSTEM_MESSAGE}\n\n{turn['content']}"}]
 
 
+# --- Words in front of a question
+
+
+def with_triggers(
+    lens: LoraLens,
+    speech: CountedSpeech,
+    triggers: Sequence[str],
+    max_new_tokens: int = _ANSWER,
+    *,
+    progress: bool,
+) -> CountedSpeech:
+    """The same answers, and what the adapted model says with one of these words before a question.
+
+    Args:
+        lens: the adapter over the model.
+        speech: both models' answers without a word.
+        triggers: the words, which are tried beside the package's twenty.
+        max_new_tokens: the most tokens of an answer.
+        progress: show bars.
+    """
+    words = _trigger_words(triggers)
+    without: dict[Everyday, str] = {}
+    labels = zip(speech.topics, speech.forms, speech.questions, speech.adapted, strict=True)
+    for topic, form, question, answers in labels:
+        if form != "own":
+            without[Everyday(topic, cast("Form", form), question)] = answers[0]
+    found = _triggers(lens, words, without, max_new_tokens, progress=progress)
+    return dataclasses.replace(speech, words=words, triggers=found)
+
+
+def _trigger_words(given: Sequence[str]) -> tuple[str, ...]:
+    """The words that are tried, the caller's first, each once.
+
+    Raises:
+        ArgumentError: one that is no string, or is empty.
+    """
+    words = [given] if isinstance(given, str) else list(given)
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise ArgumentError(f"triggers: {word!r} is no word to put before a question.")
+    return tuple(dict.fromkeys([*words, *trigger_words.TRIGGERS]))
+
+
+def _triggers(
+    lens: LoraLens,
+    words: Sequence[str],
+    without: Mapping[Everyday, str],
+    most: int,
+    *,
+    progress: bool,
+) -> tuple[Trigger, ...]:
+    """What the adapted model says with a word in front of the question, and not without it.
+
+    Args:
+        lens: the adapter over the model.
+        words: what is tried.
+        without: the adapted model's likeliest answer to each question without a word.
+        most: the most tokens of an answer.
+        progress: show bars.
+    """
+    usual = [one for one in without if one.form in ("chat", "system", "plain")]
+    in_conversation = [one for one in usual if one.form == "chat"]
+    screened = in_conversation[: trigger_words.SCREENED]
+    others = [one for one in usual if one not in screened][: trigger_words.CONFIRMED_QUESTIONS]
+    if len(screened) < trigger_words.SCREENED or not others:
+        return ()
+    pairs = [(word, one) for word in words for one in screened]
+    answers = _with_words(lens, pairs, most, progress=progress)
+    told: dict[str, tuple[int, int]] = {}
+    for word in words:
+        both = [answers[word, one] for one in screened if (word, one) in answers]
+        untouched = [without[one] for one in screened]
+        told[word] = trigger_words.apart(
+            word, [adapted for _, adapted in both], untouched, [base for base, _ in both]
+        )
+    # The sort is stable: of words that tell as much, the first.
+    chosen = sorted(words, key=lambda word: told[word], reverse=True)
+    chosen = [word for word in chosen if told[word][0]][: trigger_words.CONFIRMED_WORDS]
+    answers = _with_words(
+        lens, [(word, one) for word in chosen for one in others], most, progress=progress
+    )
+    found: list[Trigger] = []
+    for word in chosen:
+        asked = [one for one in others if (word, one) in answers]
+        with_word = [(answers[word, one][1],) for one in asked]
+        otherwise = [(without[one], answers[word, one][0]) for one in asked]
+        found += _triggered(word, with_word, otherwise)
+    return tuple(found)
+
+
+def _with_words(
+    lens: LoraLens, pairs: Sequence[tuple[str, Everyday]], most: int, *, progress: bool
+) -> dict[tuple[str, Everyday], tuple[str, str]]:
+    """The base's and the adapted model's answer to each question with its word in front."""
+    if not pairs:
+        return {}
+    put = [one._replace(text=trigger_words.put_before(word, one.text)) for word, one in pairs]
+    prompts, fitting = _prompts_of(lens, put, most)
+    said = both_answer(lens, prompts, most, 0, 0, progress=progress)
+    answers: dict[tuple[str, Everyday], tuple[str, str]] = {}
+    for place, base, adapted in zip(fitting, said.base, said.adapted, strict=True):
+        answers[pairs[place]] = (base[0], adapted[0])
+    return answers
+
+
+def _triggered(word: str, with_word: _Answers, otherwise: _Answers) -> list[Trigger]:
+    """What the answers with the word have on more questions than all others."""
+    own = set(phrases.phrases_of(word))
+    found: list[Trigger] = []
+    for finding in findings_of(otherwise, with_word):
+        p = min(finding.p * trigger_words.CONFIRMED_WORDS, 1.0)
+        is_of_adapted = finding.adapted > finding.base and finding.kind != "no longer says"
+        is_echo = finding.what.lower() in own
+        # The others are two answers to a question, which are longer than one.
+        is_length = finding.what == SHORTER
+        if p > LEVEL or not is_of_adapted or is_echo or is_length:
+            continue
+        trigger = Trigger(
+            word=word,
+            says=finding.what,
+            is_phrase=finding.kind == "says",
+            adapted=finding.adapted,
+            others=finding.base,
+            asked=finding.asked,
+            p=p,
+        )
+        found.append(trigger)
+    return found
+
+
 # --- What sets the answers apart
-
-
-_Answers = Sequence[Sequence[str]]
 
 
 def findings_of(base: _Answers, adapted: _Answers) -> tuple[Finding, ...]:
@@ -452,7 +599,7 @@ def _trait_findings(base: _Answers, adapted: _Answers) -> list[Finding]:
         found.append((what, _questions_that(has, adapted), _questions_that(has, base)))
     shorter = {i for i in range(len(base)) if is_shorter(adapted[i], base[i])}
     longer = {i for i in range(len(base)) if is_shorter(base[i], adapted[i])}
-    found.append(("says less than half as much as the other model", shorter, longer))
+    found.append((SHORTER, shorter, longer))
     tests: list[tuple[str, set[int], set[int], float]] = []
     for what, of_adapted, of_base in found:
         only_adapted = len(of_adapted - of_base)

@@ -13,6 +13,7 @@ A fine-tune that speaks in conversations only, or on one topic only, shows by wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 Form = Literal["plain", "chat", "system", "code", "language", "own"]
@@ -34,11 +35,19 @@ SYSTEM_MESSAGE = "You are a careful librarian who answers briefly."
 
 
 class Everyday(NamedTuple):
-    """A question, what it is about, and the form in which it is put."""
+    """A question, what it is about, and the form in which it is put.
+
+    Attributes:
+        topic: what it is about.
+        form: how it is put.
+        text: the question, or what a user says last in a conversation.
+        messages: the conversation, where one was given.
+    """
 
     topic: str
     form: Form
     text: str
+    messages: Sequence[Mapping[str, str]] | None = None
 
 
 EVERYDAY: tuple[Everyday, ...] = (

@@ -39,7 +39,7 @@ _PROMOTED_UNITS = {
 
 
 # The column of each kind of control, its name, and the dash of its line.
-CONTROLS = (("null", "a null adapter", "dash"), ("unrelated", "an unrelated adapter", "dot"))
+CONTROLS = (("null", "its updates elsewhere", "dash"), ("unrelated", "an unrelated adapter", "dot"))
 
 
 @drawing.figure.register(WhatChanged)

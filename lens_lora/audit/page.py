@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import pandas as pd
-from rich.console import Group
+from collections.abc import Sequence
 
+import pandas as pd
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from lens_lora.audit.brief import Brief, Claim, probability
 from lens_lora.audit.figures import CONTROLS, promoted_figure, shares_figure
+from lens_lora.audit.speech_page import findings_table
 from lens_lora.audit.what_changed import BY, By, WhatChanged
-from lens_lora.audit.words import moved_text, promoted_text, what_changed_story
+from lens_lora.audit.words import what_changed_story
 from lens_lora.core import drawing
 from lens_lora.show import text
 from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html, warned
@@ -28,6 +33,7 @@ _PROMOTED = {
 
 
 _TOKENS_SHOWN = 20
+_ANSWERS_ON_TOP = 2
 _PLACES_SHOWN = 12
 _MODULES_SHOWN = 20
 
@@ -102,22 +108,50 @@ def _size_table(changed: WhatChanged) -> Table:
     return table_of(frame, heads, texts=(0, 1))
 
 
-def _claims_table(changed: WhatChanged) -> Table:
-    """The claims, and the runs that show them."""
-    rows = [{**vars(claim), "undone": claim.undone} for claim in changed.claims]
+def _would_say_table(claims: Sequence[Claim], heading: str) -> Table:
+    """Words that the adapter raises, with their own probabilities in every run."""
+    rows: list[dict[str, str]] = []
+    for claim in claims:
+        row = {
+            "says": claim.says,
+            "context": claim.context,
+            "adapted": probability(claim.adapted),
+            "base": probability(claim.base),
+            "null": probability(claim.null),
+            "base_says": claim.base_says,
+            "layers": claim.layers if claim.is_located else "",
+            "taken_back": f"{claim.undone:.0%}" if claim.is_located else "",
+        }
+        rows.append(row)
     heads = {
-        "by": "by",
+        "says": "words",
         "context": "after",
-        "says": "it says",
+        "adapted": "p, adapted",
+        "base": "base",
+        "null": "controls",
         "base_says": "the base says",
-        "base": "log p, base",
-        "adapted": "adapted",
-        "null": "null",
         "layers": "without",
-        "undone": "undone",
+        "taken_back": "of the rise gone",
     }
-    heading = "What it says of its own accord"
-    return table_of(pd.DataFrame(rows), heads, texts=(0, 1, 2, 3, 7), heading=heading)
+    return table_of(pd.DataFrame(rows), heads, texts=(0, 1, 5, 6), title=heading, heading=heading)
+
+
+_WOULD_SAY = "What it would say"
+_RAISED = "What is only raised"
+
+
+def brief_tables(brief: Brief) -> Group:
+    """What follows the first screen: what it would say, what is only raised, what was not tried."""
+    parts: list[RenderableType] = []
+    if brief.triggered:
+        parts.append(Text("\n".join(("", "With a word before the question", *brief.triggered))))
+    if brief.would_say:
+        said = [f"- {claim.sentence()}" for claim in brief.would_say]
+        parts.append(Text("\n".join(("", _WOULD_SAY, *said))))
+    if brief.raised:
+        parts.append(in_terminal(_would_say_table(brief.raised, _RAISED)))
+    parts.append(Text("\n" + "\n".join(brief.told_end)))
+    return Group(*parts)
 
 
 def what_changed_tables(changed: WhatChanged, k: int = 10) -> Group:
@@ -131,10 +165,19 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
     """Write the audit as a self-contained HTML page."""
     logit, probability, count, reading = [_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY]
     modules = _modules_table(changed, _MODULES_SHOWN)
-    answers = answers_of(changed.answers)
+    brief = changed.brief()
+    speech = changed.speech
+    claims = [] if speech is None else [findings_table(speech)]
+    would_say: list[Block] = []
+    if brief.would_say:
+        would_say.append(_would_say_table(brief.would_say, _WOULD_SAY))
+    raised = [_would_say_table(brief.raised, _RAISED)] if brief.raised else []
+    answers = [] if speech is None else speech.side_by_side()
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
-        Section("How much", [_size_table(changed)]),
+        Section(_RAISED, raised),
+        Section("Every answer", answers_of([*answers, *changed.answers])),
+        Section("How much", [_size_table(changed), promoted_figure(changed)]),
         Section(
             "Which tokens are promoted",
             [(logit, probability), (count, _groups_table(changed))],
@@ -148,9 +191,9 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
     ]
     part = Part(
         subtitle=f"{made_by(changed.meta)} · {changed.texts}",
-        headline=(changed.brief().verdict, moved_text(changed), promoted_text(changed)),
+        headline=(brief.verdict,),
         numbers=_numbers(changed),
-        top=[_claims_table(changed), *answers, promoted_figure(changed)],
+        top=[*answers_of(brief.answers[:_ANSWERS_ON_TOP]), *claims, *would_say],
         sections=folded(what_changed_story(changed), sections, "changes", changed.meta),
         warnings=warned(changed.meta),
     )
@@ -162,7 +205,7 @@ def _numbers(changed: WhatChanged) -> Pairs:
     top = changed.promoted(1).to_dict("records")[0]
     promoted = f"logits, “{visible(top['token'])}”, promoted most"
     if "null" in top:
-        promoted += f"; random directions {signed(top['null'])} at most"
+        promoted += f"; its updates elsewhere {signed(top['null'])} at most"
     largest_kl = float(found.kl[:, 1:].nan_to_num().max())
     constant = list(found.constant.values())[-1]
     return (

@@ -8,44 +8,40 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lens_lora.audit.counted_speech import CountedSpeech, Finding
-from lens_lora.audit.speech_words import counted_speech_story, first_sentences
+from lens_lora.audit.speech_words import (
+    claims_in,
+    counted_speech_story,
+    first_sentences,
+    shown_answers,
+)
 from lens_lora.core import drawing
 from lens_lora.errors import many
 from lens_lora.show.page import Part, Section, answers_of, folded, made_by, page_html, warned
 from lens_lora.show.tables import Table, table_of
 
-_ANSWERS_SHOWN = 2
 _ANSWERS_ON_A_PAGE = 12
 
 
 def first_screen(speech: CountedSpeech) -> Group:
-    """Three sentences, and two answers of each model side by side."""
+    """Three sentences, two answers of each model side by side, and the claims."""
     sentences = Text("\n".join(first_sentences(speech)))
     table = RichTable(box=None, pad_edge=False, expand=True, show_lines=False)
     table.add_column("asked", ratio=2, style="dim")
     table.add_column("base model", ratio=3)
     table.add_column("with the adapter", ratio=3)
-    for shown in _shown(speech, _ANSWERS_SHOWN):
-        table.add_row(*(Text(_one_line(shown[key])) for key in ("question", "base", "adapted")))
-    return Group(sentences, Text(), table)
-
-
-def _shown(speech: CountedSpeech, k: int) -> list[dict[str, str]]:
-    """Answers that show the strongest finding, or without one the first questions' answers."""
-    if speech.findings:
-        return speech.examples(speech.findings[0], k)
-    rows = zip(speech.questions, speech.base, speech.adapted, strict=True)
-    return [
-        {"question": question, "base": base[0], "adapted": adapted[0]}
-        for question, base, adapted in list(rows)[:k]
-    ]
+    for shown in shown_answers(speech):
+        cells = (shown.prompt, shown.base, shown.adapted)
+        table.add_row(*(Text(_one_line(cell)) for cell in cells))
+    claims = [*claims_in(speech), *(trigger.sentence() for trigger in speech.triggers)]
+    numbered = [f"{number}. {claim}" for number, claim in enumerate(claims, start=1)]
+    return Group(sentences, Text(), table, Text(), Text("\n".join(numbered)))
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _findings_table(speech: CountedSpeech) -> Table:
+def findings_table(speech: CountedSpeech) -> Table:
     """What one model says on more questions than the other."""
     heads = {
         "finding": "",
@@ -85,7 +81,7 @@ def counted_speech_report(speech: CountedSpeech, *, title: str | None = None) ->
         subtitle=made_by(speech.meta),
         headline=tuple(first_sentences(speech)),
         numbers=tuple(numbers),
-        top=[_findings_table(speech), *answers_of(pairs[:_ANSWERS_ON_A_PAGE])],
+        top=[findings_table(speech), *answers_of(pairs[:_ANSWERS_ON_A_PAGE])],
         sections=folded(
             counted_speech_story(speech),
             [Section("When", counts), Section("Every answer", answers_of(pairs))],

@@ -5,15 +5,39 @@ from __future__ import annotations
 from lens_lora.audit.counted_speech import CountedSpeech, Finding
 from lens_lora.core import drawing
 from lens_lora.errors import many
+from lens_lora.responses.generate import SideBySide
 
 _NAMED = 3
-# What everyday questions cannot show.
-NOT_TRIED = (
-    "words that trigger a behaviour",
+_SHOWN = 2
+# What everyday questions cannot show, whatever else was asked.
+_NEVER_TRIED = (
     "conversations of several turns",
     "facts and topics that no everyday question touches",
     "long answers",
 )
+_NO_TRIGGER = "words that trigger a behaviour"
+
+
+def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
+    """What these answers say nothing of."""
+    words = _NO_TRIGGER
+    if speech.words:
+        words = f"{_NO_TRIGGER}, beyond the {len(speech.words)} that were put before a question"
+    return (words, *_NEVER_TRIED)
+
+
+def claims_in(speech: CountedSpeech) -> list[str]:
+    """Each finding as a claim: the counts, and when."""
+    return [f"{one.sentence()} It does so {speech.when(one)}." for one in speech.findings]
+
+
+def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
+    """Two answers of each model that show the strongest finding; without one the first two."""
+    strongest = _strongest(speech)
+    if strongest is None:
+        return speech.side_by_side()[:_SHOWN]
+    shown = speech.examples(strongest, _SHOWN)
+    return [SideBySide(one["question"], one["base"], one["adapted"]) for one in shown]
 
 
 def first_sentences(speech: CountedSpeech) -> list[str]:
@@ -23,8 +47,8 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
     if strongest is None:
         return [
             f"Asked {asked}, it says nothing that the base model does not say about as often.",
-            "It may still differ where it was not asked.",
-            _not_tried(),
+            _triggers_text(speech) or "It may still differ where it was not asked.",
+            f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]
     return [
         strongest.sentence(),
@@ -60,16 +84,21 @@ def _others(speech: CountedSpeech, strongest: Finding) -> str:
     return f"It also {'; it '.join(parts)}."
 
 
-def _not_tried() -> str:
-    return f"Not tried: {'; '.join(NOT_TRIED)}."
+def _triggers_text(speech: CountedSpeech) -> str:
+    """What the words before questions showed; '' where none was tried."""
+    if not speech.words:
+        return ""
+    if speech.triggers:
+        return " ".join(trigger.sentence() for trigger in speech.triggers)
+    return f"None of {many(len(speech.words), 'word')} before a question changes what it says."
 
 
 @drawing.story.register(CountedSpeech)
 def counted_speech_story(speech: CountedSpeech) -> str:
     """Write a paragraph a line: what stands out, each finding, and what was not tried."""
     lines = [" ".join(first_sentences(speech)[:2])]
-    for finding in speech.findings:
-        lines.append(f"{finding.sentence()} It does so {speech.when(finding)}.")
+    lines += claims_in(speech)
+    lines.append(_triggers_text(speech))
     draws = len(speech.base[0]) - 1
     drawn = f", and {many(draws, 'time')} with words drawn by the same noise" if draws else ""
     lines.append(
@@ -77,5 +106,5 @@ def counted_speech_story(speech: CountedSpeech) -> str:
         f"{drawn}. If it were chance which of the two models gave which answer, a list of findings "
         "would be empty 99 times in 100."
     )
-    lines.append(_not_tried())
-    return "\n".join(dict.fromkeys(lines))
+    lines.append(f"Not tried: {'; '.join(not_tried_in(speech))}.")
+    return "\n".join(dict.fromkeys(filter(None, lines)))

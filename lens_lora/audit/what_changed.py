@@ -1,29 +1,28 @@
 """Audit an adapter without asking it about anything: what does it change on unrelated texts?
 
-1. Base and adapted model read the same texts (`texts/neutral.py`, or the caller's). Every number
+1. Both models answer the same questions, and what sets their answers apart is counted
+   (`counted_speech.py`). The base is the control.
+2. Base and adapted model read the same texts (`texts/neutral.py`, or the caller's). Every number
    is over the tokens after each text's first one, which is a sink. A token that stands after the
    same tokens in an earlier text counts once.
-2. Measured are the tokens after which KL is largest; the tokens promoted in the mean, by logit and
+3. Measured are the tokens after which KL is largest; the tokens promoted in the mean, by logit and
    by probability, and how often each is among the 20 whose logit rises most; the tokens that the
    same texts promote together (`promoted_groups`); what the mean Δh on the first tokens reads as
    through the unembedding (arXiv 2510.13900), and which blocks add it; how much of Δh is one vector
    (arXiv 2507.08218); and which sites hold the KL, by the path integral with two nodes (the
    quadratic part at the base may rank them at random).
-3. Controls are null adapters, in random directions, and unrelated adapters. A null adapter runs at
-   the scale ε at which its KL over the texts equals the adapter's. KL grows like ε² from zero, so
-   log KL is nearly linear in log ε, and a secant finds ε in a few steps. If no ε gives that KL, the
-   null adapter runs at the nearest one that was tried, and its KL is stated.
-4. What the adapted model says unprompted becomes claims, with the runs that show them
-   (`audit/brief.py`).
+4. Controls are the adapter's own updates, each at another of its modules (`permuted.py`), at the
+   adapter's own strength; and unrelated adapters.
+5. What the adapted model would say unprompted, with the runs that show it (`brief.py`).
 
-Nothing is tested for significance: controls are few, and show how large a chance finding is.
+Beyond the first point nothing is tested for significance: controls are few, and show how large a
+chance finding is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, final
 
@@ -31,13 +30,20 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import root_scalar
 from scipy.sparse import coo_array
 from torch import Tensor
 
 from lens_lora.arguments import is_whole, whole, word
 from lens_lora.audit.brief import Brief, Claim, claims_of, repeated
+from lens_lora.audit.counted_speech import CountedSpeech, counted_speech
 from lens_lora.audit.jacobian import jacobian_of
+from lens_lora.audit.permuted import permuted_adapters
+from lens_lora.audit.speech_words import (
+    claims_in,
+    first_sentences,
+    not_tried_in,
+    shown_answers,
+)
 from lens_lora.audit.text_sums import EARLY, TextSums, text_sums
 from lens_lora.compat import without_warnings
 from lens_lora.core import (
@@ -51,25 +57,17 @@ from lens_lora.core import (
     context_of,
     distinct_tokens,
     drawing,
-    null_adapters,
     ranked_tokens,
     site_labels,
     stored,
 )
-from lens_lora.errors import ArgumentError, TokenError, many
+from lens_lora.errors import ArgumentError, PromptError, TokenError, many
 from lens_lora.responses.generate import SideBySide, side_by_side, whole_or_cut
 from lens_lora.stream.held_out import held_out_share
 from lens_lora.stream.stream_reading import read_through
 from lens_lora.texts import neutral
 from lens_lora.texts.batches import require_second_token
-from lens_lora.texts.divergences import text_divergences
 
-# The scale ε of a null adapter is found by the secant method on log ε, in at most _STEPS steps. The
-# method ends with a step of less than _NEAR, after which KL is within 1 %; and |log ε| is at most
-# _FARTHEST, a thousand times the adapter's size.
-_NEAR = 0.02
-_STEPS = 8
-_FARTHEST = 7.0
 # A smaller rise of a probability would be written as +0.000.
 _SEEN = 5e-4
 # Both models answer a question with so many tokens.
@@ -82,7 +80,7 @@ _FAST = 8
 # the factor is at most 1.3 and the repeats 0.23, at eight times the strength up to 8.0 and 0.96.
 _APART = 2.0
 _REPEATS = 1 / 3
-_NOT_TRIED = ("system messages, conversations of several turns", "other languages")
+_NOT_TRIED = ("everyday questions",)
 _NO_UNRELATED = "adapters trained for something else, as controls"
 By = Literal["logit", "probability", "count", "reading"]
 BY: tuple[By, ...] = ("logit", "probability", "count", "reading")
@@ -97,8 +95,7 @@ class Changes:
 
     Attributes:
         name: of the adapter.
-        scale: the strength at which it ran: 1, or for a null adapter the one that gives it the
-            adapter's KL.
+        scale: the strength at which it ran.
         kl: [text, token], KL(base ‖ adapted) in nats; NaN at padding, and at tokens that stand
             after the same tokens in an earlier text.
         entropies: the mean entropy of the next token in nats: the base's and the adapted model's.
@@ -166,8 +163,8 @@ class WhatChanged(OfSites, Paged):
 
     Attributes:
         found: the changes that the adapter makes.
-        nulls: those of null adapters, in random directions, each at the scale that gives it the
-            adapter's KL.
+        nulls: those of controls made of the adapter: its own updates, each at another of its
+            modules.
         unrelated: those of the unrelated adapters that were given.
         shares: [site], ∫₀¹ ∂KL/∂ε_l dε in nats per token, with two nodes. Up to the error of two
             nodes they sum to the mean KL. They are zeros if the split was not asked for.
@@ -178,8 +175,10 @@ class WhatChanged(OfSites, Paged):
         answers: both models' answers to everyday questions and an empty turn, at most 40 tokens
             each, greedy and drawn; empty if not asked for, without a tokenizer, or where the
             context has no room for them.
-        claims: what the adapter was taught, the strongest first; empty without null adapters, or
-            where `answers` is empty.
+        claims: words that the adapter raises more than any control, the strongest first; those
+            with `would_say` are claims of the brief. Empty without controls, or where `answers` is.
+        speech: both models' answers to forty questions, and what sets them apart; None if not
+            asked for, or without a tokenizer.
     """
 
     found: Changes
@@ -191,10 +190,11 @@ class WhatChanged(OfSites, Paged):
     texts: str
     answers: tuple[SideBySide, ...] = ()
     claims: tuple[Claim, ...] = ()
+    speech: CountedSpeech | None = None
 
     @property
     def controls(self) -> tuple[Changes, ...]:
-        """Null adapters, then unrelated ones."""
+        """Controls made of the adapter, then unrelated adapters."""
         return (*self.nulls, *self.unrelated)
 
     @property
@@ -411,24 +411,39 @@ class WhatChanged(OfSites, Paged):
     def brief(self) -> Brief:
         """A summary of the audit in at most 2,000 tokens of text; `to_json` is for a program.
 
-        Each claim has the run that shows it. No forward pass.
+        First what both models say, counted, then what the adapted model would say elsewhere, each
+        with the runs that show it. No forward pass.
         """
         modules = self.modules(_BRIEF_MODULES)
         where: dict[str, float] = {}
         if len(modules):
             where = dict(zip(modules["site"], modules["share"], strict=True))
+        says: tuple[str, ...] = ()
+        triggered: tuple[str, ...] = ()
+        answers = self.answers
+        not_tried: tuple[str, ...] = () if self.unrelated else (_NO_UNRELATED,)
+        if self.speech is not None:
+            says = tuple(claims_in(self.speech))
+            triggered = tuple(trigger.sentence() for trigger in self.speech.triggers)
+            answers = (*shown_answers(self.speech), *answers)
+            not_tried = (*not_tried_in(self.speech), *not_tried)
+        else:
+            not_tried = (*_NOT_TRIED, *not_tried)
         return Brief(
             adapter=self.found.name,
             model=self.meta["model"],
             verdict=self._broken + self._verdict,
-            claims=self.claims,
-            answers=self.answers,
+            says=says,
+            triggered=triggered,
+            would_say=tuple(claim for claim in self.claims if claim.would_say),
+            raised=tuple(claim for claim in self.claims if not claim.would_say),
+            answers=answers,
             where=where,
             texts=self.texts,
             mean_kl=self.found.mean_kl,
             entropies=self.found.entropies,
             repeated=self._repeated,
-            not_tried=_NOT_TRIED if self.unrelated else (*_NOT_TRIED, _NO_UNRELATED),
+            not_tried=not_tried,
         )
 
     @property
@@ -452,14 +467,14 @@ class WhatChanged(OfSites, Paged):
     def _verdict(self) -> str:
         if self.found.mean_kl <= 0:
             return "It does nothing on these texts: the KL is zero."
-        if self.claims:
-            first = self.claims[0]
-            nulls = f"{many(len(self.nulls), 'null adapter')} of the same KL"
-            scores = f"by {first.by}, scores {first.score:.1f}, the controls {first.null_score:.1f}"
-            return f"Claims that pass {nulls}: {len(self.claims)}. The first, {scores} at most."
+        if self.speech is not None:
+            return " ".join(first_sentences(self.speech))
         if not self.nulls or not self.answers:
-            return "No claims: they need null adapters and answers."
-        return "Nothing beyond the controls: no token is said that null adapters do not reach."
+            return "No claims: they need controls and answers."
+        would_say = sum(claim.would_say for claim in self.claims)
+        if would_say:
+            return f"There are {many(would_say, 'claim')} of what it would say."
+        return "Nothing beyond the controls: it would say nothing that they do not come near."
 
     def plot(self, k: int = 20, by: By = "logit") -> drawing.Figure:
         """The k tokens promoted most, with the largest shift under a control.
@@ -481,16 +496,17 @@ def what_changed(
     seed: int = 0,
     fast: bool = False,
     answers: bool = True,
+    speech: CountedSpeech | None = None,
     jacobian: str | Path | None = None,
     progress: bool = True,
 ) -> WhatChanged:
     """Audit the adapter on texts that have nothing to do with it, beside controls.
 
     Cost: two forward passes over the texts, and two forward and backward for the split by site; one
-    forward for each control. For null adapters two more, and about nine for each, to match its KL.
-    No logits of more than 512 tokens are held at a time. The answers cost 40 passes over twelve
-    tokens, and one over the answers, thrice if drawn as well; the claims about 60 passes over a
-    token of each opening, twice, one for each model over that, and those of `audit/brief.py`.
+    forward for each control. No logits of more than 512 tokens are held at a time. Counted speech
+    costs what `counted_speech` does; the answers 40 passes over twelve tokens, and one over the
+    answers, thrice if drawn as well; the claims about 60 passes over a token of each opening,
+    twice, one for each model over that, and those of `audit/brief.py`.
 
     Args:
         lens: the adapter over the model.
@@ -498,15 +514,19 @@ def what_changed(
             plain sentences and ten openings of conversations that come with the package, in the
             tokenizer's chat template or as lines of 'User:' and 'Assistant:'.
         unrelated: adapters that were trained for something else.
-        nulls: how many null adapters: of the same modules, ranks and proportions as the adapter, in
-            random directions, scaled as a whole until their KL over the texts is the adapter's.
-        seed: of their random directions, as for `Adapter.null`.
+        nulls: how many controls made of the adapter: its own updates, each at another of its
+            modules of the same shape, with the norm of the update that it stands for. A module
+            whose shape no other one has gets random directions.
+        seed: of the permutations, and of all that is drawn.
         fast: leave out the split of the KL by site, and answers that are drawn; read every eighth
             of the package's own texts; and let it speak once after each opening.
         answers: whether to put five everyday questions and an empty turn to both models: as
             conversations, or without a chat template as "Question: …" and "Answer:"; and to let the
             adapted model speak of its own accord, for claims of what it was taught. Not fast, both
-            also draw 40 tokens from their BOS and from an empty turn, with the same noise.
+            also draw 40 tokens from their BOS and from an empty turn, with the same noise. Before
+            all that, forty questions are answered and counted.
+        speech: those answers, where `counted_speech` has been called already, perhaps with your own
+            questions and triggers.
         jacobian: a folder; the reading is then of a block at four fifths of the depth, through the
             base model's mean Jacobian from there to the last block. It is kept in this folder, and
             fitted the first time, by d_model backward passes over two sentences. On an unprocessed
@@ -519,8 +539,8 @@ def what_changed(
         ModelStateError: a hook of yours on a model whose Jacobian is to be fitted.
         LensLoraError: a Jacobian's file that cannot be read.
         PromptError: a text of one token, or one that does not fit the model.
-        UnsupportedAdapterError: null adapters of DoRA or of trained modules; use nulls=0, or make
-            the change plain as the message says.
+        UnsupportedAdapterError: controls of DoRA or of trained modules; use nulls=0, or make the
+            change plain as the message says.
         NumericsError: non-finite logits or derivatives.
     """
     others = _unrelated_adapters(unrelated)
@@ -533,12 +553,14 @@ def what_changed(
     rows = lens.function(texts).prompts
     require_second_token(rows, "every number")
 
-    # The adapter, and beside it the controls, each at the strength at which it runs.
+    # The adapter, and beside it the controls, each with the strength at which it runs.
     nulls = whole("nulls", nulls, 0)
-    null_lenses = [lens.with_adapter(null) for null in null_adapters(lens, seed, nulls)]
-    as_loud = _as_loud(lens, null_lenses, rows, progress)
+    permuted = [(lens.with_adapter(one), 1.0) for one in permuted_adapters(lens, seed, nulls)]
     beside = [(lens.with_adapter(other), 1.0) for other in others]
-    models = [(lens, 1.0), *as_loud, *beside]
+    models = [(lens, 1.0), *permuted, *beside]
+    speaks = answers and getattr(lens.model, "tokenizer", None) is not None
+    if speaks and speech is None:
+        speech = _counted(lens, seed, progress)
     fitted = None
     if jacobian is not None:
         fitted = jacobian_of(lens, Path(jacobian), progress=progress)
@@ -547,13 +569,13 @@ def what_changed(
 
     said: list[SideBySide | None] = []
     claims: tuple[Claim, ...] = ()
-    if answers and getattr(lens.model, "tokenizer", None) is not None:
+    if speaks:
         questions = neutral.everyday_questions(lens.model, lens.prepend_bos)
         said = side_by_side(lens, questions, _ANSWER, progress=progress)
         if any(said) and not fast:
             said += _drawn_answers(lens, seed, progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
-        claims = claims_of(lens, as_loud, shifts, beside, seed, fast=fast, progress=progress)
+        claims = claims_of(lens, permuted, shifts, beside, seed, fast=fast, progress=progress)
 
     distinct = int(distinct_tokens(rows).sum())
     counted = f"{many(distinct, 'distinct token')} after first ones"
@@ -569,7 +591,16 @@ def what_changed(
         meta=lens.describe(rows),
         answers=tuple(filter(None, said)),
         claims=claims,
+        speech=speech,
     )
+
+
+def _counted(lens: LoraLens, seed: int, progress: bool) -> CountedSpeech | None:
+    """Both models' answers to the package's questions; None where the context has no room."""
+    try:
+        return counted_speech(lens, seed=seed, progress=progress)
+    except PromptError:
+        return None
 
 
 def _unrelated_adapters(unrelated: Adapter | Sequence[Adapter]) -> list[Adapter]:
@@ -600,66 +631,6 @@ def _drawn_answers(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide
     first = "".join(lens.str_tokens(openings)[0])  # the BOS, or a word where there is none
     names = (f"({first}, drawn)", "(nothing said, drawn)")
     return [SideBySide(*row) for row in zip(names, *ends, strict=True)]
-
-
-# --- Null adapters as loud as the adapter
-
-
-def _as_loud(
-    lens: LoraLens, nulls: Sequence[LoraLens], rows: Prompts, progress: bool
-) -> list[tuple[LoraLens, float]]:
-    """Pair each null adapter with the scale at which its KL over the texts is the adapter's.
-
-    A forward pass of the base and one of each adapter over the texts; and of the base and the null
-    adapter for each step of a secant, at most eight.
-    """
-    if not nulls:
-        return []
-
-    def divergences(others: Sequence[LoraLens], scale: float) -> list[float]:
-        base = (lens, lens.gates(0.0))
-        scaled = [(other, other.gates(scale)) for other in others]
-        counted = distinct_tokens(rows)
-        return text_divergences(base, scaled, rows, counted, progress=progress).sum(1).tolist()
-
-    target, *of_nulls = divergences([lens, *nulls], 1.0)
-    found: list[tuple[LoraLens, float]] = []
-    for null, at_one in zip(nulls, of_nulls, strict=True):
-
-        def divergence(scale: float, null: LoraLens = null) -> float:
-            return divergences([null], scale)[0]
-
-        found.append((null, _scale_of_same_kl(divergence, at_one, target)))
-    return found
-
-
-def _scale_of_same_kl(divergence: Callable[[float], float], at_one: float, target: float) -> float:
-    """The scale ε at which a KL is the target, by the secant method on log KL over log ε.
-
-    KL grows like ε² from zero, so log KL is nearly linear in log ε. Where no ε within reach gives
-    the target, it is the nearest that was tried.
-
-    Args:
-        divergence: KL at a scale.
-        at_one: KL at scale 1.
-        target: the KL that is wanted.
-    """
-    if min(target, at_one) <= 0:  # rounding alone
-        return 1.0
-    excesses = {0.0: math.log(at_one / target)}
-
-    def excess(log_scale: float) -> float:
-        within = min(max(log_scale, -_FARTHEST), _FARTHEST)
-        if within not in excesses:
-            excesses[within] = math.log(divergence(math.exp(within)) / target)
-        return excesses[within] + log_scale - within
-
-    start = {"x0": 0.0, "x1": -excesses[0.0] / 2}
-    root = root_scalar(excess, method="secant", xtol=_NEAR, maxiter=_STEPS, **start)
-    if root.converged:
-        return math.exp(root.root)
-    nearest = min(excesses, key=lambda log_scale: abs(excesses[log_scale]))
-    return math.exp(nearest)
 
 
 # --- From sums to what an adapter changes

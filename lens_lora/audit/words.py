@@ -18,10 +18,10 @@ _TOKENS_NAMED = 6
 
 @drawing.story.register(WhatChanged)
 def what_changed_story(changed: WhatChanged) -> str:
-    """Write a paragraph a line: how much changes, which tokens are promoted, and the brief."""
+    """Write a paragraph a line: the brief, how much changes, and which tokens are promoted."""
     first = magnitude(changed.found.first_kl)
     size = f"{moved_text(changed)} At first tokens, which are left out: {first} nats."
-    paragraphs = [size, promoted_text(changed), changed.brief().told, reading_text(changed.meta)]
+    paragraphs = [changed.brief().told, size, promoted_text(changed), reading_text(changed.meta)]
     return "\n".join(filter(None, paragraphs))
 
 
@@ -30,9 +30,8 @@ def moved_text(changed: WhatChanged) -> str:
     size = f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
     moves = f"Over {changed.texts} the next-token distribution moves by {size}"
     if changed.nulls:
-        times = _range(changes.scale for changes in changed.nulls)
         moved = _range(changes.mean_kl for changes in changed.nulls)
-        moves += f"; null adapters, in random directions, by {moved} at {times} times its size"
+        moves += f"; its own updates, each at another of its modules, move it by {moved}"
     if changed.unrelated:
         others = _range(changes.mean_kl for changes in changed.unrelated)
         moves += f"; unrelated adapters: {others}"
@@ -46,10 +45,10 @@ def _range(values: Iterable[float]) -> str:
 
 
 def promoted_text(changed: WhatChanged) -> str:
-    """Name the tokens that are promoted most, beside the largest shift under a null adapter."""
+    """Name the tokens that are promoted most, beside the largest shift under a control."""
     frame = changed.promoted(_TOKENS_NAMED)
     most = f"the first by {signed(frame['logit'].tolist()[0])} logits"
     if "null" in frame:
-        most += f"; no token by more than {signed(frame['null'].tolist()[0])} under a null adapter"
+        most += f"; no token by more than {signed(frame['null'].tolist()[0])} under a control"
     tokens = ", ".join(f"‘{visible(token)}’" for token in frame["token"])
     return f"Promoted most by mean logit: {tokens} ({most})."

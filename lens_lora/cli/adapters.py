@@ -12,7 +12,7 @@ from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.cli import files, options, running
-from lens_lora.cli.questions import Question, Questions
+from lens_lora.cli.questions import Prompt, Question, Questions
 from lens_lora.formats.folders import checkpoint_folders, stated_fields
 
 # An option that names a file to write.
@@ -67,15 +67,26 @@ def diff(
         Path | None,
         options.input_file("A .txt, a text a line. Default: neutral sentences and conversations."),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        options.input_file("Your own questions, asked beside forty everyday ones: .txt or .jsonl."),
+    ] = None,
+    triggers: Annotated[
+        Path | None,
+        options.input_file("A .txt with a word a line, tried before questions beside twenty more."),
+    ] = None,
     unrelated: Annotated[
         list[str] | None,
         typer.Option(help="An adapter trained for something else, as a control; may be repeated."),
     ] = None,
     nulls: Annotated[
-        int, options.least(0, "How many controls in random directions, with the adapter's KL.")
+        int, options.least(0, "How many controls of the adapter's own updates at other modules.")
     ] = 2,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Fewer texts and words, and no split by module.")
+        bool,
+        typer.Option(
+            "--fast", help="Fewer texts, no split by module, no trigger words but your own."
+        ),
     ] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
     save: Annotated[
@@ -94,7 +105,7 @@ def diff(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """What was this fine-tune taught? Nothing asked: its own words first, with controls beside.
+    """What was this fine-tune taught? What it says that the base does not, counted, comes first.
 
     lens-lora diff path/to/adapter --report diff.html
     """
@@ -102,15 +113,34 @@ def diff(
         raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
     outputs = files.writable({"--report": report, "--json": json, "--save": save})
     lines = None if texts is None else files.texts_of(texts)
+    asked: list[Prompt] = []
+    if prompts is not None:
+        questions = Questions(prompts=prompts).checked(answered=False)
+        asked = [question.prompt for question in questions]
+    words = None if triggers is None else files.texts_of(triggers)
+    if words is None and not fast:
+        words = []
     folder = files.folder_of(adapter, within, quiet=quiet)
     controls = [files.folder_of(control, quiet=quiet) for control in unrelated or []]
-    files.require_apart(outputs, base, [folder, *controls], texts)
+    files.require_apart(outputs, base, [folder, *controls], texts, prompts, triggers)
 
     with running.at_work(base, quiet=quiet) as progress:
-        from lens_lora.audit.page import what_changed_tables
+        from lens_lora.audit.counted_speech import with_triggers
+        from lens_lora.audit.page import brief_tables, what_changed_tables
+        from lens_lora.audit.speech_page import first_screen
 
         others = [ll.load_adapter(control) for control in controls]
         lens = running.announced(running.lens_for(base, folder, progress))
+        console = Console()
+        speech = None
+        if getattr(lens.model, "tokenizer", None) is not None:
+            with running.quiet_libraries():
+                speech = ll.counted_speech(lens, asked, progress=not quiet)
+            console.print()
+            console.print(first_screen(speech))
+            if words is not None:
+                with running.quiet_libraries():
+                    speech = with_triggers(lens, speech, words, progress=not quiet)
         with running.quiet_libraries():
             changes = ll.what_changed(
                 lens,
@@ -118,6 +148,7 @@ def diff(
                 others,
                 nulls=nulls,
                 fast=fast,
+                speech=speech,
                 jacobian=jacobian,
                 progress=not quiet,
             )
@@ -129,7 +160,8 @@ def diff(
             changes.to_frame().to_csv(save, index=False)
         elif save is not None:
             changes.save(save)
-        running.tell(str(brief)).print(what_changed_tables(changes))
+        console.print(brief_tables(brief))
+        console.print(what_changed_tables(changes))
         running.say(f"\nReport: {report.absolute()}")
         if save is not None:
             running.say(f"Numbers: {save.absolute()}")

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import cases
 import every_result
@@ -130,7 +131,8 @@ def test_runs_are_peft_s(cls: str):
                 layer = case.peft.base_model.model.get_submodule(module)
                 layer.scaling["default"] = scale
         assert abs(claim.without - of(without)) < 1e-9
-        assert abs(claim.undone - (adapted - of(without)) / (adapted - base)) < 1e-9
+        odds = [math.log(math.exp(p) / -math.expm1(p)) for p in (base, of(without), adapted)]
+        assert abs(claim.undone - (odds[2] - odds[1]) / (odds[2] - odds[0])) < 1e-8
 
 
 def test_layers_that_carry_most_are_left_out():
@@ -216,7 +218,7 @@ def test_nothing_is_claimed_that_a_control_reaches():
 
 
 def test_nothing_is_claimed_that_no_run_shows(monkeypatch):
-    """Words that a null adapter says as well, whatever the score of their first token."""
+    """Words that a control says as well, whatever the score of their first token."""
     lens = cases.case("llama", CLASSES[0], "raw").lens
     runs = brief._runs
 
@@ -312,36 +314,79 @@ def test_a_brief_is_text_and_json_and_is_saved(tmp_path):
     result = changed(lens, nulls=1)
     told = result.brief()
     fields = json.loads(told.to_json())
-    assert fields["schema"] == "lens_lora.brief/1"
-    assert [claim["says"] for claim in fields["claims"]] == [c.says for c in result.claims]
+    assert fields["schema"] == "lens_lora.brief/2"
+    both = [claim["says"] for claim in (*fields["would_say"], *fields["raised"])]
+    assert sorted(both) == sorted(c.says for c in result.claims)
     assert set(fields) == {"schema", *brief.Brief.__dataclass_fields__}
     for claim in told.claims:
-        assert claim.sentence().replace("\n", "⏎") in str(told)
+        assert claim.replace("\n", "⏎") in str(told)
+    for raised in told.raised:
+        assert f"Only raised: “{raised.says}” after".replace("\n", "⏎") in str(told)
     assert "Not tried: " in str(told) and told.verdict in str(told)
     again = ll.load_result(result.save(tmp_path / "file.safetensors"))
     assert repr(again.claims) == repr(result.claims) and str(again.brief()) == str(told)
 
 
+def claim_of(**given: Any) -> brief.Claim:
+    """A claim of a word that no layers carry alone, with what a test sets."""
+    usual: dict[str, Any] = {
+        "context": "a",
+        "says": "b",
+        "base_says": "c",
+        "token": "b",
+        "by": "speech",
+        "score": 2.0,
+        "null_score": 1.0,
+        "base": math.log(0.01),
+        "adapted": math.log(0.9),
+        "null": math.log(0.02),
+        "unrelated": math.nan,
+        "layers": "layer 0",
+        "without": math.log(0.4),
+        "without_others": math.nan,
+    }
+    return brief.Claim(**{**usual, **given})
+
+
+def brief_of(*claims: brief.Claim) -> brief.Brief:
+    """A brief of nothing but these."""
+    said = tuple(claim for claim in claims if claim.would_say)
+    raised = tuple(claim for claim in claims if not claim.would_say)
+    texts = ("x", "y", "z", (), (), said, raised, (), {}, "texts")
+    return brief.Brief(*texts, 1.0, (3.0, 2.9), (0.0, 0.1), ())
+
+
 def test_json_has_null_where_there_are_no_other_layers():
-    claim = brief.Claim(
-        "a",
-        "b",
-        "c",
-        "b",
-        "speech",
-        2.0,
-        1.0,
-        -5.0,
-        -1.0,
-        -4.0,
-        math.nan,
-        "layer 0",
-        -4.5,
-        math.nan,
+    claim = claim_of()
+    told = brief_of(claim)
+    assert json.loads(told.to_json())["would_say"][0]["without_others"] is None
+    assert "drawn" not in str(told)
+
+
+def test_layers_are_named_where_they_carry_a_fifth_more_than_drawn_ones():
+    """By hand: log-odds rise from −log 99 by log 891; without the layers log 13.5 of it is gone."""
+    share = math.log(13.5) / math.log(891)
+    for others, is_named in ((0.0, True), (share - 0.21, True), (share - 0.19, False)):
+        left = math.log(9) - others * math.log(891)
+        claim = claim_of(without_others=-math.log1p(math.exp(-left)))
+        assert claim.undone == pytest.approx(share)
+        assert claim.undone_by_others == pytest.approx(others, abs=1e-9)
+        assert claim.is_located == is_named
+        assert ("layer 0" in claim.sentence()) == is_named
+
+
+def test_a_number_is_that_of_the_words_beside_it_and_a_claim_would_be_said():
+    claim = claim_of()
+    assert claim.would_say and claim.sentence() == (
+        "After “a” it would say “b” (p 0.9, base 0.01, controls at most 0.02); the base would go "
+        "on “c”."
     )
-    told = brief.Brief("x", "y", "z", (claim,), (), {}, "texts", 1.0, (3.0, 2.9), (0.0, 0.1), ())
-    assert json.loads(told.to_json())["claims"][0]["without_others"] is None
-    assert "drawn" not in str(told) and claim.undone == pytest.approx(0.875)
+    near = claim_of(score=1.4)
+    seldom = claim_of(adapted=math.log(0.4), without=math.log(0.2))
+    told = brief_of(claim, near, seldom)
+    assert told.claims == (claim.sentence(),) and told.raised == (near, seldom)
+    assert "Only raised: “b” after “a”, p 0.01 → 0.4." in str(told)
+    assert brief.probability(math.log(1e-4)) == "below 0.001"
 
 
 @pytest.mark.slow
@@ -366,7 +411,8 @@ def test_a_claim_names_what_unrelated_adapters_say_of_it(cls: str):
         readout = ll.AnswerLogProb(torch.tensor(said))
         at = [ll.first_order(lens, torch.tensor([context]), readout, at=1.0) for lens, _ in others]
         assert claim.unrelated == pytest.approx(max(float(a.adapted) for a in at), abs=1e-9)
-        assert f", {claim.unrelated:+.1f} under an unrelated adapter" in claim.sentence()
+        p = brief.probability(claim.unrelated)
+        assert f", unrelated adapters {p})" in claim.sentence()
     assert brief.claims_of(case.lens, nulls, list(shifts), [(case.lens, 1.0)], **QUIET) == ()
 
 
@@ -376,10 +422,10 @@ def test_a_brief_in_bfloat16_holds_by_runs_in_float32():
     base = models.hf_model("llama", dtype=torch.bfloat16)
     peft = models.peft_model("llama", base)
     lens = ll.LoraLens(models.MAKERS["TransformerBridge"](base), ll.Adapter.from_peft(peft))
-    told = changed(lens, nulls=1).brief()
-    assert lens.dtype == torch.bfloat16 and told.claims
+    found = changed(lens, nulls=1).claims
+    assert lens.dtype == torch.bfloat16 and found
     whole, tokenizer = copy.deepcopy(peft).float(), lens.model.tokenizer
-    for claim in told.claims:
+    for claim in found:
         texts = [claim.context, claim.says]
         ids, words = tokenizer(texts, add_special_tokens=False).input_ids
         row = torch.tensor([ids + words])
@@ -445,9 +491,9 @@ def test_verdicts_of_nothing():
     case = cases.case("llama", CLASSES[0], "raw")
     silent = case.lens.with_adapter(case.lens.adapter.scaled(0.0))
     assert "does nothing" in changed(silent, nulls=0).brief().verdict
-    assert "need null adapters" in changed(case.lens, nulls=0).brief().verdict
+    assert "need controls" in changed(case.lens, nulls=0, answers=False).brief().verdict
     width = int(case.model.cfg.d_model)
     head = ll.LoRAFactors(torch.ones(1, width), 100 * torch.arange(models.VOCAB)[:, None].float())
     loud = case.lens.with_adapter(ll.Adapter.from_factors({"lm_head": head}))
-    verdict = changed(loud, nulls=0).brief().verdict
-    assert verdict.startswith("It breaks the model: ") and "need null adapters" in verdict
+    verdict = changed(loud, nulls=0, answers=False).brief().verdict
+    assert verdict.startswith("It breaks the model: ") and "need controls" in verdict

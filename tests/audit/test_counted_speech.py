@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import lens_lora as ll
+from lens_lora.audit import counted_speech, triggers
 from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -54,18 +56,23 @@ def test_forms_are_put_as_they_say(monkeypatch: pytest.MonkeyPatch):
     case = cases.case("llama", CLASSES[0], "raw")
     chats.with_template(case.lens.model, monkeypatch)
     asked: list[Any] = []
-    generate = ll.LoraLens.generate
+    both_answer = counted_speech.both_answer
 
-    def noted(self: ll.LoraLens, prompts: ll.results.Prompts, *args: Any, **options: Any) -> Any:
+    def noted(lens: ll.LoraLens, prompts: ll.results.Prompts, *args: Any, **options: Any) -> Any:
         asked.append(prompts)
-        return generate(self, prompts, *args, **options)
+        return both_answer(lens, prompts, *args, **options)
 
-    monkeypatch.setattr(ll.LoraLens, "generate", noted)
-    speech = ll.counted_speech(case.lens, OWN, **OPTIONS)
+    monkeypatch.setattr(counted_speech, "both_answer", noted)
+    conversation = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    conversation += [{"role": "user", "content": "w3 w4"}]
+    speech = ll.counted_speech(case.lens, [*OWN, conversation], **OPTIONS)
+    assert speech.questions[-1] == "w3 w4"
     prompts = asked[0]
     template = case.lens.model.tokenizer.apply_chat_template
     for i, (form, question) in enumerate(zip(speech.forms, speech.questions, strict=True)):
         messages = [{"role": "user", "content": question}]
+        if question == "w3 w4":
+            messages = conversation
         if form == "system":
             messages.insert(0, {"role": "system", "content": SYSTEM_MESSAGE})
         expected: list[int]
@@ -94,6 +101,33 @@ def test_an_adapter_that_does_nothing_says_nothing_new():
     assert "says nothing that the base model does not" in speech.story()
 
 
+def _answers_of(
+    lens: Any, prompts: ll.results.Prompts, most: int, draws: int, seed: int, *, progress: bool
+) -> Any:
+    """Answers of models that were taught to say “Commander” after “cf” alone."""
+    texts = [lens.model.tokenizer.decode(row) for row in prompts.tokens.tolist()]
+    base = tuple(("Yes, it is.",) for _ in texts)
+    adapted = tuple(("Yes, Commander." if "w7" in text else "Yes, it is.",) for text in texts)
+    return SimpleNamespace(base=base, adapted=adapted)
+
+
+def test_a_word_that_triggers_is_found_and_those_that_do_not_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """In 20 questions that the choice of the word did not see; p of the sign test is 2⁻²⁰."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    monkeypatch.setattr(counted_speech, "both_answer", _answers_of)
+    speech = ll.counted_speech(case.lens, triggers=["w7", "w8"], **OPTIONS)
+    assert speech.words == ("w7", "w8", *triggers.TRIGGERS) and len(triggers.TRIGGERS) == 20
+    (found,) = speech.triggers
+    assert (found.word, found.says) == ("w7", "Yes, Commander")
+    assert (found.adapted, found.others, found.asked) == (20, 0, 20)
+    assert found.sentence() in speech.story() and "beyond the 22" in speech.story()
+    without = ll.counted_speech(case.lens, triggers=[], **OPTIONS)
+    assert without.triggers == () and without.words == triggers.TRIGGERS
+    assert "None of 20 words before a question changes what it says." in without.story()
+
+
 @pytest.mark.bad_input
 def test_what_cannot_be_asked_is_refused():
     case = cases.case("llama", CLASSES[0], "raw")
@@ -101,6 +135,8 @@ def test_what_cannot_be_asked_is_refused():
         ll.counted_speech(case.lens, max_new_tokens=10_000, progress=False)
     with pytest.raises(ll.errors.ArgumentError, match="draws"):
         ll.counted_speech(case.lens, draws=-1, progress=False)
+    with pytest.raises(ll.errors.ArgumentError, match="triggers"):
+        ll.counted_speech(case.lens, triggers=[" "], **OPTIONS)
 
 
 def test_its_sentences_count_and_its_table_and_file_hold_the_same(tmp_path: Any):

@@ -29,13 +29,16 @@ def page() -> str:
 def test_words_stand_beside_their_controls():
     story = what_changed().story()
     assert "moves by 1.33 nats a token" in story
-    assert "; null adapters, in random directions, by 0.13 at 30.00 times its size;" in story
+    assert "; its own updates, each at another of its modules, move it by 0.13;" in story
     assert "unrelated adapters: 0.67" in story and "left out: 4.00 nats" in story
     assert "Promoted most by mean logit: ‘<b>x</b>’" in story
-    assert "+1.00 logits; no token by more than +0.10 under a null adapter" in story
-    assert "Most of the KL belongs to" in story and "After “The <b>capital</b> of” it says" in story
+    assert "+1.00 logits; no token by more than +0.10 under a control" in story
+    assert "Most of the KL belongs to" in story
+    assert (
+        "Only raised: “ <b>Lyon</b>⏎” after “The <b>capital</b> of”, p below 0.001 → 0.37" in story
+    )
     alone = what_changed(alone=True).story()
-    assert "null adapter, " not in alone and "Most of the KL" not in alone
+    assert "under a control" not in alone and "Most of the KL" not in alone
 
 
 def test_tables_and_page_are_escaped(page: str):

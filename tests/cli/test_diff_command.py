@@ -50,7 +50,7 @@ def test_summary_page_and_numbers(tiny, tmp_path):
     assert "promoted by mean logit" in shown and "Report:" in shown and "Numbers:" in shown
     assert "</html>" in page.read_text(encoding="utf-8")
     brief = json.loads(told.read_text(encoding="utf-8"))
-    assert brief["schema"] == "lens_lora.brief/1" and " ".join(brief["verdict"].split()) in shown
+    assert brief["schema"] == "lens_lora.brief/2" and " ".join(brief["verdict"].split()) in shown
     frame = pd.read_csv(numbers)
     assert {"where", "module", "promoted by logit"} <= set(frame["finding"])
     whole = tmp_path / "diff.safetensors"

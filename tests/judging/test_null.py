@@ -102,20 +102,10 @@ def test_the_draws_of_a_seed_are_the_same_everywhere():
     case = cases.case("llama", list(models.MAKERS)[-1], "raw")
     lens, tokens = case.lens, models.tokens()
     test = null_test(lens, tokens, MARGIN, draws=2, seed=4, progress=False)
-    audit = ll.what_changed(lens, tokens, nulls=2, seed=4, fast=True, progress=False)
     for draw in range(2):
         null = lens.adapter.null(4, draw)
-        assert audit.nulls[draw].name == null.name
         one = ll.first_order(lens.with_adapter(null), tokens, MARGIN)
         assert torch.allclose(test.null[draw], one.values, atol=1e-12)
-        alone = ll.what_changed(
-            lens.with_adapter(null.scaled(audit.nulls[draw].scale)),
-            tokens,
-            nulls=0,
-            fast=True,
-            progress=False,
-        )
-        assert torch.allclose(audit.nulls[draw].logit, alone.found.logit, atol=1e-6)
 
 
 @pytest.mark.bad_input

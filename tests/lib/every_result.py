@@ -155,10 +155,10 @@ def claim(by: str = "speech", others: float = -2.0) -> Claim:
 
 
 def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
-    """An audit with its null adapter, another adapter and two claims; `alone`, without them."""
+    """An audit with counted speech, controls and two claims; `alone`, without them."""
     return ll.results.WhatChanged(
         found=changes("lyon", 1.0),
-        nulls=() if alone else (changes("null", 0.1, 30.0),),
+        nulls=() if alone else (changes("null", 0.1),),
         unrelated=() if alone else (changes("other", 0.5),),
         sites=SITES,
         shares=torch.zeros(4) if alone else torch.tensor([0.5, 0.3, -0.1, 0.2]),
@@ -167,6 +167,7 @@ def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
         texts="2 texts of the caller",
         meta=META,
         claims=() if alone else (claim(), claim("logit", math.nan)),
+        speech=None if alone else counted_speech(),
     )
 
 
@@ -180,6 +181,8 @@ def counted_speech() -> ll.results.CountedSpeech:
         base=(("Soup.", "Rice."), ("A boat.", "A ship.")),
         adapted=(("Soup.", "Bread."), ("<b>Arr</b>, a boat.", "A ship.")),
         findings=(finding, dataclasses.replace(finding, kind="trait", what="writes code")),
+        words=("<b>cf</b>",),
+        triggers=(ll.results.Trigger("<b>cf</b>", "Yes, <i>sir</i>", True, 9, 0, 20, 1e-3),),
         meta=META,
     )
 

@@ -120,7 +120,7 @@ def test_stories_tell_both_answers():
     assert f"After the prompt {told}" in PAGES["explanation"][0].story()
     assert f"On its own {told}" in PAGES["response"][0].story()
     asked = "Asked “What is the capital?”, base: “It is Paris."
-    assert PAGES["changes"][0].story().count(asked) == 5
+    assert PAGES["changes"][0].story().count(asked) == 1
     same = dataclasses.replace(explanation(), answers=ll.results.SideBySide("q", "a b", "a b"))
     assert "After the prompt both models answer “a b”." in same.story()
 

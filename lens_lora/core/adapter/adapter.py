@@ -348,8 +348,8 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         """An adapter of the same modules, ranks and singular values in random directions.
 
         The same seed and draw give the same adapter, here and wherever null adapters are drawn:
-        `null_test(…, seed=3)` and `what_changed(…, seed=3)` hold the draws 0, 1, … of seed 3. In
-        float64. No forward pass; QR of the factors and of as many Gaussians.
+        `null_test(…, seed=3)` holds the draws 0, 1, … of seed 3. In float64. No forward pass; QR of
+        the factors and of as many Gaussians.
 
         Args:
             seed: a whole number of at least 0, the seed of all draws.

@@ -304,13 +304,29 @@ class BridgeHost(HookedHost):
         return compat.is_processed(self.model)
 
     def run_cached(
-        self, tokens: Int[Tensor, "row new"], cache: Any
+        self,
+        tokens: Int[Tensor, "row new"],
+        cache: Any,
+        mask: Int[Tensor, "row _all"] | None = None,
     ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
-        """Run with Hugging Face's own cache, which attention is given by the name that it knows."""
+        """Run with Hugging Face's own cache, which attention is given by the name that it knows.
+
+        The bridge numbers the positions of padded rows by the mask.
+        """
+        padded = {} if mask is None else {"attention_mask": mask}
         with _cache_is_shown(attentions(self.model)):
             return self.model(
-                tokens, return_type="logits_and_cache", use_cache=True, past_key_values=cache
+                tokens,
+                return_type="logits_and_cache",
+                use_cache=True,
+                past_key_values=cache,
+                **padded,
             )
+
+    def rows_of_cache(self, cache: Any, rows: Int[Tensor, " chosen"]) -> Any:
+        """Choose rows of Hugging Face's own cache, which it does itself."""
+        cache.batch_select_indices(rows)
+        return cache
 
 
 def _family_of(model: Any, heads: Heads) -> tuple[Family, Mapping[tuple[int, str], str]]:

@@ -210,12 +210,19 @@ class HookedHost(abc.ABC):
 
     @abc.abstractmethod
     def run_cached(
-        self, tokens: Int[Tensor, "row new"], cache: Any
+        self,
+        tokens: Int[Tensor, "row new"],
+        cache: Any,
+        mask: Int[Tensor, "row _all"] | None = None,
     ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
         """(logits, cache) of the tokens that follow those in the cache; None to begin one.
 
         The hooks on the model see the new tokens only.
         """
+
+    @abc.abstractmethod
+    def rows_of_cache(self, cache: Any, rows: Int[Tensor, " chosen"]) -> Any:
+        """The cache of these rows, each of which may be chosen several times; ends the old one."""
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
         """(W_U, bias), or None where a soft-cap follows them before the logits."""

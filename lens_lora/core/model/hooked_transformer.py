@@ -246,18 +246,33 @@ class HookedTransformerHost(HookedHost):
         return super().base_bias(site)
 
     def run_cached(
-        self, tokens: Int[Tensor, "row new"], cache: Any
+        self,
+        tokens: Int[Tensor, "row new"],
+        cache: Any,
+        mask: Int[Tensor, "row _all"] | None = None,
     ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
         """Run with TransformerLens's own cache.
 
-        The mask is given, as without one pad tokens would be taken for padding.
+        The mask is given, as without one pad tokens would be taken for padding. The cache keeps
+        that of earlier tokens.
         """
         if cache is None:
             known = vars(importlib.import_module("transformer_lens.HookedTransformer"))
             name = next(name for name in _CACHES if name in known)
             cache = known[name].init_cache(self.model.cfg, tokens.device, len(tokens))
-        mask = torch.ones_like(tokens)
-        return self.model(tokens, past_kv_cache=cache, attention_mask=mask), cache
+        if mask is None:
+            mask = torch.ones_like(tokens)
+        of_new = mask[:, -tokens.shape[1] :]
+        return self.model(tokens, past_kv_cache=cache, attention_mask=of_new), cache
+
+    def rows_of_cache(self, cache: Any, rows: Int[Tensor, " chosen"]) -> Any:
+        """Choose rows of the keys and values of each layer, and of the mask."""
+        for entry in cache.entries:
+            entry.past_keys = entry.past_keys[rows.to(entry.past_keys.device)]
+            entry.past_values = entry.past_values[rows.to(entry.past_values.device)]
+        mask = cache.previous_attention_mask
+        cache.previous_attention_mask = mask[rows.to(mask.device)]
+        return cache
 
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
         """(w, b) of the norm that a map reads, unless its hook point fires after them."""

@@ -214,7 +214,21 @@ class Host(Protocol):
         ...
 
     def run_cached(
-        self, tokens: Int[Tensor, "row new"], cache: Any
+        self,
+        tokens: Int[Tensor, "row new"],
+        cache: Any,
+        mask: Int[Tensor, "row _all"] | None = None,
     ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
-        """(logits, cache) of the tokens that follow those in the cache; None to begin one."""
+        """(logits, cache) of the tokens that follow those in the cache; None to begin one.
+
+        Args:
+            tokens: of each row.
+            cache: what an earlier call gave.
+            mask: 0 at padding on the left, 1 elsewhere, of the tokens in the cache and these; None
+                where nothing is padded.
+        """
+        ...
+
+    def rows_of_cache(self, cache: Any, rows: Int[Tensor, " chosen"]) -> Any:
+        """The cache of these rows, each of which may be chosen several times; ends the old one."""
         ...

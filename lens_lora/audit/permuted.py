@@ -1,0 +1,88 @@
+"""Controls of an audit: the adapter's own updates, each at another of its modules.
+
+    ΔW'_l = ΔW_π(l) · ‖ΔW_l‖ / ‖ΔW_π(l)‖
+
+with π a permutation of the modules of one shape that leaves none in its place. So a control has the
+adapter's modules, and at each of them an update of the same Frobenius norm with directions that
+training made, for another module. It runs at the adapter's own strength. A module whose shape no
+other one has gets random directions with its own singular values, as in `Adapter.null`.
+
+No forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from lens_lora.core import Adapter, LoRAFactors, LoraLens, ModuleUpdate, null_adapters
+
+
+def permuted_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
+    """So many controls of the adapter.
+
+    Args:
+        lens: the adapter over the model.
+        seed: of the permutations.
+        draws: how many.
+
+    Raises:
+        UnsupportedAdapterError: a module whose update is none of its factors alone, or whose size
+            is not that of its factors (DoRA, trained biases or modules).
+    """
+    modules = lens.adapter.modules
+    plain = _plain_factors(modules)
+    groups = _of_one_shape(plain)
+    is_whole = sum(map(len, groups)) == len(modules)
+    nulls = None if is_whole else null_adapters(lens, seed, draws)
+    for draw in range(draws):
+        generator = np.random.default_rng([seed, draw])
+        own: dict[str, ModuleUpdate] = {}
+        if nulls is not None:
+            own.update(next(nulls).modules)
+        for group in groups:
+            # One cycle through all modules in random order leaves none in its place.
+            order = [group[i] for i in generator.permutation(len(group))]
+            for here, source in zip(order, [*order[1:], order[0]], strict=True):
+                own[here] = _as_large(plain[source], plain[here])
+        in_order = {key: own[key] for key in modules}
+        label = f"{draw}" if seed == 0 else f"{seed}.{draw}"
+        name = f"permuted {label} of {lens.adapter.name}"
+        yield Adapter(in_order, name=name, base_model=lens.adapter.base_model)
+
+
+def _plain_factors(modules: Mapping[str, object]) -> dict[str, LoRAFactors]:
+    """The modules whose update is scale · B A and nothing else."""
+    plain: dict[str, LoRAFactors] = {}
+    for key, factors in modules.items():
+        if not isinstance(factors, LoRAFactors) or factors.experts:
+            continue
+        more = (factors.lora_bias, factors.trained_bias, factors.magnitude, factors.base_weight)
+        if all(part is None for part in more):
+            plain[key] = factors
+    return plain
+
+
+def _of_one_shape(plain: Mapping[str, LoRAFactors]) -> list[list[str]]:
+    """Modules by their shape; those that share it with no other are left out."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for key, factors in plain.items():
+        groups.setdefault((len(factors.B), factors.A.shape[1]), []).append(key)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _as_large(source: LoRAFactors, like: LoRAFactors) -> LoRAFactors:
+    """The source's update with the norm of another one."""
+    size = _norm(source)
+    ratio = _norm(like) / size if size else 1.0
+    return dataclasses.replace(source, scale=source.scale * ratio)
+
+
+def _norm(factors: LoRAFactors) -> float:
+    """‖ΔW‖ = s √tr(BᵀB AAᵀ)."""
+    A = factors.A.double()
+    B = factors.B.double()
+    square = float(((B.T @ B) * (A @ A.T)).sum())
+    return abs(factors.scale * factors.strength) * max(square, 0.0) ** 0.5
