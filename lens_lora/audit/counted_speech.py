@@ -90,7 +90,7 @@ class Finding:
             base = f"{self.base} of {self.asked} questions"
             still = f"to {self.adapted}" if self.adapted else "to none"
             return f"The base model says “{self.what}” in answer to {base}, it {still}."
-        return f"It {self.what} in answer to {adapted}, the base model to {base}."
+        return f"It {self.what} on {adapted}, the base model on {base}."
 
 
 @final

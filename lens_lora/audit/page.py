@@ -34,6 +34,8 @@ _PROMOTED = {
 
 _TOKENS_SHOWN = 20
 _ANSWERS_ON_TOP = 2
+# In characters.
+_CONTEXT_SHOWN = 48
 _PLACES_SHOWN = 12
 _MODULES_SHOWN = 20
 
@@ -114,26 +116,25 @@ def _would_say_table(claims: Sequence[Claim], heading: str) -> Table:
     for claim in claims:
         row = {
             "says": claim.says,
-            "context": claim.context,
             "adapted": probability(claim.adapted),
             "base": probability(claim.base),
             "null": probability(claim.null),
-            "base_says": claim.base_says,
-            "layers": claim.layers if claim.is_located else "",
-            "taken_back": f"{claim.undone:.0%}" if claim.is_located else "",
+            "context": _end_of(claim.context),
         }
         rows.append(row)
     heads = {
         "says": "words",
-        "context": "after",
         "adapted": "p, adapted",
         "base": "base",
         "null": "controls",
-        "base_says": "the base says",
-        "layers": "without",
-        "taken_back": "of the rise gone",
+        "context": "after",
     }
-    return table_of(pd.DataFrame(rows), heads, texts=(0, 1, 5, 6), title=heading, heading=heading)
+    return table_of(pd.DataFrame(rows), heads, texts=(0, 4), title=heading, heading=heading)
+
+
+def _end_of(context: str) -> str:
+    """The last words before a claim's."""
+    return context if len(context) <= _CONTEXT_SHOWN else f"…{context[-_CONTEXT_SHOWN:]}"
 
 
 _WOULD_SAY = "What it would say"
