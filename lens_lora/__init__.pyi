@@ -52,6 +52,7 @@ from .shifts.hook_points import gradients, tangents
 from .shifts.kl_shares import kl_shares
 from .shifts.logit_shift import logit_shift
 from .shifts.token_shifts import token_shifts
+from .ship.combined import verify_combined
 from .ship.served import verify_served
 from .show.compose import panel, table
 from .sweeps.sweep import sweep
@@ -130,6 +131,7 @@ __all__ = [
     "counted_speech",
     "what_changed",
     # shipping
+    "verify_combined",
     "verify_served",
     # sweeps
     "ShiftCallback",

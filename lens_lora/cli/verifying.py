@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,9 +21,13 @@ from lens_lora.errors import (
 if TYPE_CHECKING:
     from lens_lora.core import Adapter, LoraLens
     from lens_lora.ship.checks import Check
+    from lens_lora.ship.combined import CombinedVerification
     from lens_lora.ship.served import ServedVerification
     from lens_lora.ship.verify import Verification
 
+_COMBINED = "A combined adapter, to be the sum of ADAPTER and those behind it."
+_WEIGHTS = "Weights of the sum, one for each adapter: 0.7,0.3. Default: 1 each."
+_OTHERS = "More adapters, of which --combined was made."
 _to_write = functools.partial(typer.Option, dir_okay=False)
 
 _EXPECT = "A .jsonl file: prompt (or messages), doc, pre, and flips or margin_at_least."
@@ -44,8 +49,13 @@ def verify(
             metavar="ADAPTER", help=f"{options.ADAPTER} Default with --card: the card's folder."
         ),
     ] = None,
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER...]", help=_OTHERS)
+    ] = None,
     *,
     card: Annotated[Path | None, options.input_file(_CARD)] = None,
+    combined: Annotated[str | None, typer.Option(metavar="ADAPTER", help=_COMBINED)] = None,
+    weights: Annotated[str | None, typer.Option(metavar="W,W", help=_WEIGHTS)] = None,
     merged: Annotated[
         Path | None,
         typer.Option(exists=True, help="A folder or a .gguf file, to be base plus adapter."),
@@ -77,21 +87,29 @@ def verify(
     lens-lora verify path/to/adapter --served http://127.0.0.1:8000 --name my-adapter
 
     lens-lora verify --card path/to/adapter/README.md
+
+    lens-lora verify a b --combined path/to/a_and_b --weights 0.7,0.3
     """
     if adapter is None:
         if card is None:
             raise typer.BadParameter("name one, or a --card.", param_hint="ADAPTER")
         adapter = str(card.parent)
+    numbers = _weights_of(weights, others, combined)
     outputs = files.writable({"--json": json_file, "--junit": junit, "--report": report})
     expectations = [] if expect is None else read_expectations(expect)
     own_texts = [] if texts is None else prompts_of(texts)
-    folder = files.folder_of(adapter, within, quiet=quiet)
+    parts: list[Path] = []
+    if combined is None:
+        folder = files.folder_of(adapter, within, quiet=quiet)
+    else:
+        folder = files.folder_of(combined, quiet=quiet)
+        parts = [files.folder_of(part, within, quiet=quiet) for part in (adapter, *(others or ()))]
     read = [card, expect, texts, lora, *_files_of(merged)]
-    files.require_apart(outputs, base, [folder], *read)
+    files.require_apart(outputs, base, [folder, *parts], *read)
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.ship.expectations import Expectation
-        from lens_lora.ship.page import explanations_table, verification_table
+        from lens_lora.ship.page import explanations_table, sites_table, verification_table
         from lens_lora.ship.verify import verify as verification_of
 
         base = base.placed("cpu")
@@ -113,6 +131,9 @@ def verify(
             question = _Question(
                 served, name, own_texts, served_dtype, _others_beside(folder), quiet=quiet
             )
+        comparison = None
+        if parts:
+            comparison = _Comparison(parts, numbers, own_texts, progress=not quiet)
         with running.quiet_libraries():
             verification = verification_of(
                 given.adapter,
@@ -125,16 +146,20 @@ def verify(
                 max_kl=max_kl,
                 notes=given.notes,
                 ask_server=question,
+                compare_parts=comparison,
                 progress=not quiet,
             )
         if written is not None:
             verification = written.checked(verification, given, lens_over.lens, base)
         answered = None if question is None else question.answered
-        _write(verification, answered, outputs)
+        compared = None if comparison is None else comparison.compared
+        _write(verification, answered, compared, outputs)
         console = running.tell(verification.story())
         console.print(verification_table(verification if written is None else written.brief))
         if answered is not None:
             console.print(explanations_table(answered))
+        if compared is not None:
+            console.print(sites_table(compared))
         for option, path in outputs.items():
             running.say(f"{_LABELS[option]}: {path.absolute()}")
     raise typer.Exit(verification.exit_code)
@@ -182,6 +207,61 @@ class _Question:
         return self.answered.checks
 
 
+class _Comparison:
+    """Compares a combined adapter with the sum of its parts, over the lens that the checks made.
+
+    Attributes:
+        compared: what came of it; None before.
+    """
+
+    def __init__(
+        self, parts: list[Path], weights: list[float] | None, texts: list[Any], *, progress: bool
+    ) -> None:
+        self.compared: CombinedVerification | None = None
+        self._parts = parts
+        self._weights = weights
+        self._texts = texts
+        self._progress = progress
+
+    def __call__(self, lens: LoraLens) -> tuple[Check, ...]:
+        from lens_lora.core import load_adapter
+        from lens_lora.ship.combined import verify_combined
+
+        parts = [load_adapter(part) for part in self._parts]
+        self.compared = verify_combined(
+            lens, parts, self._weights, texts=self._texts, progress=self._progress
+        )
+        return self.compared.checks
+
+
+def _weights_of(
+    weights: str | None, others: list[str] | None, combined: str | None
+) -> list[float] | None:
+    """The numbers of --weights; None for 1 each."""
+    if combined is None:
+        if others:
+            raise typer.BadParameter(
+                f"{others[0]!r} is a second adapter; name what they were combined to.",
+                param_hint="--combined",
+            )
+        if weights is not None:
+            raise typer.BadParameter("they are those of --combined.", param_hint="--weights")
+        return None
+    if weights is None:
+        return None
+    try:
+        numbers = [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        numbers = []
+    count = 1 + len(others or ())
+    if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
+        raise typer.BadParameter(
+            f"{weights!r}; expected {count} numbers with commas between them, one per adapter.",
+            param_hint="--weights",
+        )
+    return numbers
+
+
 def _others_beside(folder: Path) -> list[Adapter]:
     """Other checkpoints of the same run, which a server may have in the adapter's place."""
     from lens_lora.core import load_adapter
@@ -197,12 +277,15 @@ def _others_beside(folder: Path) -> list[Adapter]:
 
 
 def _write(
-    verification: Verification, served: ServedVerification | None, outputs: dict[str, Path]
+    verification: Verification,
+    served: ServedVerification | None,
+    combined: CombinedVerification | None,
+    outputs: dict[str, Path],
 ) -> None:
     from lens_lora.ship.files import as_json, as_junit
 
     if "--json" in outputs:
-        outputs["--json"].write_text(as_json(verification, served), encoding="utf-8")
+        outputs["--json"].write_text(as_json(verification, served, combined), encoding="utf-8")
     if "--junit" in outputs:
         tree = as_junit(verification)
         tree.write(outputs["--junit"], encoding="utf-8", xml_declaration=True)

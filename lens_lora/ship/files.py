@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from lens_lora.ship.checks import Check, MergedTensor, Outcome
+from lens_lora.ship.combined import CombinedSite, CombinedVerification
 from lens_lora.ship.served import ServedInstead, ServedVerification
 from lens_lora.ship.verify import Verification
 
@@ -25,12 +26,17 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _REPLACEMENT = "\ufffd"
 
 
-def as_json(verification: Verification, served: ServedVerification | None = None) -> str:
+def as_json(
+    verification: Verification,
+    served: ServedVerification | None = None,
+    combined: CombinedVerification | None = None,
+) -> str:
     """The checks and tensors as JSON of `SCHEMA`; a missing number is null.
 
     Args:
         verification: what is written.
         served: what a server answered; None if none was asked.
+        combined: how it compares with the sum of its parts; None if it has none.
     """
     fields: dict[str, Any] = {
         "schema": SCHEMA,
@@ -48,10 +54,16 @@ def as_json(verification: Verification, served: ServedVerification | None = None
         }
         fields["served"]["requests"] = served.requests_sent
         fields["served"]["explanations"] = [_fields_of(e) for e in served.explanations]
+    if combined is not None:
+        fields["combined"] = {
+            name: _number_or_null(getattr(combined, name))
+            for name in ("parts", "weights", "c", "residual", "effect", "tokens")
+        }
+        fields["combined"]["sites"] = [_fields_of(site) for site in combined.sites]
     return json.dumps(fields, ensure_ascii=False, indent=1) + "\n"
 
 
-def _fields_of(part: Check | MergedTensor | ServedInstead) -> dict[str, Any]:
+def _fields_of(part: Check | MergedTensor | ServedInstead | CombinedSite) -> dict[str, Any]:
     """The fields of a dataclass, with None for numbers that JSON does not have."""
     fields = dataclasses.asdict(part)
     return {name: _number_or_null(value) for name, value in fields.items()}

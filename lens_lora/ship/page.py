@@ -7,6 +7,7 @@ from collections import Counter
 
 from lens_lora.core import drawing
 from lens_lora.ship.checks import Check, MergedTensor, Outcome
+from lens_lora.ship.combined import CombinedSite, CombinedVerification
 from lens_lora.ship.expectations import EXPECTATION
 from lens_lora.ship.served import ServedVerification
 from lens_lora.ship.verify import Verification
@@ -30,6 +31,8 @@ _TENSORS_SHOWN = 40
 _HEADLINES = 3
 # How many explanations of a server's answers are shown.
 _EXPLANATIONS = 5
+# How many sites of a combined adapter are shown.
+_SITES_SHOWN = 8
 # Characters of a cell, and of a headline.
 _CELL = 72
 _HEADLINE = 240
@@ -89,6 +92,34 @@ def _served_body(served: ServedVerification) -> str:
     lines += [
         f"  {each.residual:.3g}  {each.words}" for each in served.explanations[:_EXPLANATIONS]
     ]
+    return "\n".join(lines)
+
+
+def sites_table(combined: CombinedVerification) -> tables.Table:
+    """A table of the sites of a combined adapter, those furthest from the sum first.
+
+    Args:
+        combined: what was compared.
+    """
+    sites = sorted(combined.sites, key=_distance_from_the_sum, reverse=True)
+    rows = [
+        (site.site, site.outcome, site.looks, f"{site.c:.3f}", f"{site.residual:.2g}")
+        for site in sites[:_SITES_SHOWN]
+    ]
+    return tables.Table(("site", "outcome", "what it adds", "c", "residual"), rows, texts=(0, 1, 2))
+
+
+def _distance_from_the_sum(site: CombinedSite) -> tuple[bool, float]:
+    residual = math.inf if math.isnan(site.residual) else site.residual
+    return site.outcome == "failed", residual
+
+
+@drawing.body.register(CombinedVerification)
+def _combined_body(combined: CombinedVerification) -> str:
+    pairs = zip(combined.weights, combined.parts, strict=True)
+    parts = " + ".join(f"{weight:g} · {name}" for weight, name in pairs)
+    lines = [f"  {combined.name} beside {parts}"]
+    lines += [f"  {check.name}: {check.outcome}; {check.facts}" for check in combined.checks]
     return "\n".join(lines)
 
 

@@ -21,18 +21,15 @@ from lens_lora import arguments
 from lens_lora.core import Adapter, Described, LoraLens, alone
 from lens_lora.errors import ArgumentError, many
 from lens_lora.ship.checks import Check, Outcome, first_of, worst
-from lens_lora.ship.completions import WAYS, Asked, Messages
+from lens_lora.ship.completions import WAYS, Messages
 from lens_lora.ship.served_comparison import UNREAD, Comparison, ServedInstead, compared
 from lens_lora.ship.served_measure import ROUNDING, ServedTokens
-from lens_lora.ship.served_rows import ServedRows, ask_all, texts_to_ask
+from lens_lora.ship.served_rows import ServedRows, ask_all, neutral_and_own
 from lens_lora.ship.server import Server
-from lens_lora.texts.neutral import readable_texts
 
 SERVED = "served as trained"
 READING = "served tokens"
 
-# Every eighth neutral text is asked.
-_EIGHTH = 8
 # Requests beside one per text: the list of names, and a failed try of each way of asking.
 _REQUESTS_BESIDE = 1 + len(WAYS)
 # The most explanations that a result keeps.
@@ -134,7 +131,7 @@ def verify_served(
     arguments.whole("new_tokens", new_tokens, least=1)
     if arguments.number("timeout", timeout) <= 0:
         raise ArgumentError(f"timeout={timeout!r}; expected seconds.")
-    asked = _texts(lens, texts)
+    asked = neutral_and_own(lens, texts)
     server = Server(url, timeout, len(asked) + _REQUESTS_BESIDE)
     rows = ask_all(lens, server, name, asked, new_tokens, progress)
     reading = _reading_check(rows, len(asked))
@@ -145,29 +142,6 @@ def verify_served(
     comparison = compared(ServedTokens(lens, told), dtype, others, progress)
     checks = (reading, _served_check(comparison, dtype))
     return _result(lens, server, rows, comparison, checks)
-
-
-def _texts(lens: LoraLens, texts: Sequence[str] | Sequence[Messages]) -> list[Asked]:
-    """The neutral texts, and then the user's own."""
-    asked: list[Asked] = []
-    neutral = readable_texts(lens.model, lens.prepend_bos, _EIGHTH)
-    if neutral is not None:
-        asked += texts_to_ask(neutral, [_opening(source.said) for source in neutral.sources])
-    for text in texts:
-        messages = None if isinstance(text, str) else text
-        asked += texts_to_ask(lens.prompts(text), [messages])
-    readable = [text for text in asked if len(text.ids) > 1]
-    if not readable:
-        raise ArgumentError(
-            "the tokenizer reads no text of two tokens",
-            remedy="give texts of your own.",
-        )
-    return readable
-
-
-def _opening(said: str | None) -> Messages | None:
-    """The conversation of a neutral text that is one."""
-    return None if said is None else [{"role": "user", "content": said}]
 
 
 # --- The checks

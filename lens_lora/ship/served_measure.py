@@ -41,8 +41,11 @@ class ServedTokens:
         rows: the rows that hold the tokens.
     """
 
-    def __init__(self, lens: LoraLens, rows: Sequence[ServedRow]) -> None:
+    def __init__(
+        self, lens: LoraLens, rows: Sequence[ServedRow], *, progress: bool = False
+    ) -> None:
         self.lens = lens
+        self._progress = progress
         self.rows: list[ServedRow] = list(rows)
         self._told = _padded([row.log_p for row in rows], math.nan).double()
         self._is_told = self._told.isfinite()
@@ -81,7 +84,8 @@ class ServedTokens:
             lens: over a model with the same vocabulary.
             gates: of its sites.
         """
-        log_p = _log_probs(lens, gates, [row.ids for row in self.rows])
+        ids = [row.ids for row in self.rows]
+        log_p = token_log_probs(lens, gates, ids, progress=self._progress)
         return log_p[self._is_told]
 
     def behind(self, rows: Sequence[list[int]]) -> Float[Tensor, " token"]:
@@ -93,7 +97,7 @@ class ServedTokens:
             rows: the ids of each row, which end as the rows that were asked for.
         """
         gates = self.lens.gates(1.0)
-        found = _log_probs(self.lens, gates, rows)
+        found = token_log_probs(self.lens, gates, rows)
         aligned = torch.full(self._told.shape, math.nan, dtype=torch.float64)
         for index, (other, row) in enumerate(zip(rows, self.rows, strict=True)):
             kept = min(len(other), len(row.ids))
@@ -111,15 +115,16 @@ class ServedTokens:
         """
         noise = rounding_hooks(self.lens, relative=relative)
         ids = [row.ids for row in self.rows]
-        log_p = _log_probs(self.lens, self.lens.gates(1.0), ids, hooks=noise)
+        log_p = token_log_probs(self.lens, self.lens.gates(1.0), ids, noise, self._progress)
         return log_p[self._is_told]
 
 
-def _log_probs(
+def token_log_probs(
     lens: LoraLens,
     gates: Float[Tensor, " site"],
     rows: Sequence[list[int]],
     hooks: Sequence[tuple[str, HookFn]] = (),
+    progress: bool = False,
 ) -> Float[Tensor, "row pos"]:
     """The log p of each token given those before it; NaN for first tokens and padding.
 
@@ -128,6 +133,7 @@ def _log_probs(
         gates: of its sites.
         rows: the ids of each row.
         hooks: further hooks for these passes.
+        progress: show a bar.
     """
     tokens = _padded(rows, 0).long()
     lengths = torch.tensor([len(row) for row in rows])
@@ -142,7 +148,7 @@ def _log_probs(
             length = len(rows[row])
             log_p[row, 1:length] = values[: length - 1]
 
-    over_texts(lens, texts, TOKENS_AT_ONCE, visit, "log-probabilities", progress=False)
+    over_texts(lens, texts, TOKENS_AT_ONCE, visit, "log-probabilities", progress)
     return log_p
 
 

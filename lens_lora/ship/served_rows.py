@@ -20,6 +20,10 @@ from lens_lora.ship.completions import (
     served_names,
 )
 from lens_lora.ship.server import Refused, Server
+from lens_lora.texts.neutral import readable_texts
+
+# Every eighth neutral text is asked.
+_EIGHTH = 8
 
 
 class ServedRow(NamedTuple):
@@ -63,13 +67,40 @@ class ServedRows(NamedTuple):
     differing: list[str]
 
 
-def texts_to_ask(texts: Prompts, messages: Sequence[Messages | None]) -> list[Asked]:
-    """The texts as they may be sent: as ids, as strings, or as messages.
+def neutral_and_own(lens: LoraLens, texts: Sequence[str] | Sequence[Messages]) -> list[Asked]:
+    """Fifteen neutral texts, and then the user's own, each of two tokens at least.
 
     Args:
-        texts: as tokens.
-        messages: the conversation of each text; None for one that is none.
+        lens: whose tokenizer reads them.
+        texts: the user's own.
+
+    Raises:
+        ArgumentError: there is no text of two tokens.
+        PromptError: a text that the model cannot read.
     """
+    asked: list[Asked] = []
+    neutral = readable_texts(lens.model, lens.prepend_bos, _EIGHTH)
+    if neutral is not None:
+        asked += _to_ask(neutral, [_opening(source.said) for source in neutral.sources])
+    for text in texts:
+        messages = None if isinstance(text, str) else text
+        asked += _to_ask(lens.prompts(text), [messages])
+    readable = [text for text in asked if len(text.ids) > 1]
+    if not readable:
+        raise ArgumentError(
+            "the tokenizer reads no text of two tokens",
+            remedy="give texts of your own.",
+        )
+    return readable
+
+
+def _opening(said: str | None) -> Messages | None:
+    """The conversation of a neutral text that is one."""
+    return None if said is None else [{"role": "user", "content": said}]
+
+
+def _to_ask(texts: Prompts, messages: Sequence[Messages | None]) -> list[Asked]:
+    """The texts as they may be sent: as ids, as strings, or as messages."""
     asked: list[Asked] = []
     pairs = zip(texts.tokens.tolist(), texts.lengths.tolist(), strict=True)
     for index, (row, length) in enumerate(pairs):

@@ -8,6 +8,7 @@
 3. A GGUF file is the adapter, or base plus adapter (`gguf_checks`).
 4. Margins are as expected (`expectations`), and the mean KL is within a bound (`neutral_kl`).
 5. A server answers as the adapted model does (`served`).
+6. A combined adapter is the sum of its parts (`combined`).
 
 A check is undecided where rounding could hide a fault, or where something could not be asked.
 """
@@ -24,6 +25,7 @@ import pandas as pd
 from lens_lora.core import Adapter, LoraLens, ModuleUpdate, Paged, TrainedModule
 from lens_lora.errors import AdapterError, ModelStateError, SiteError, UnsupportedAdapterError
 from lens_lora.ship.checks import Check, MergedTensor, Outcome, first_of, worst
+from lens_lora.ship.combined import COMBINED
 from lens_lora.ship.expectations import EXPECTATION, Expectation, expectation_check
 from lens_lora.ship.gguf_checks import lora_checks, merged_gguf_checks
 from lens_lora.ship.merged_checks import MERGED, merged_checks
@@ -86,6 +88,7 @@ def verify(
     max_kl: float | None = None,
     notes: Sequence[str] = (),
     ask_server: Callable[[LoraLens], Sequence[Check]] | None = None,
+    compare_parts: Callable[[LoraLens], Sequence[Check]] | None = None,
     progress: bool = True,
 ) -> Verification:
     """Check an adapter, and the merged folder or the server that was made of it.
@@ -106,6 +109,8 @@ def verify(
         notes: what reading the adapter warned of.
         ask_server: asks a server that is to answer as the lens does, and returns the checks; None
             if there is none.
+        compare_parts: compares the adapter with the sum of those that it was made of, and returns
+            the checks; None if it is no combined one.
         progress: show bars.
 
     Raises:
@@ -118,12 +123,18 @@ def verify(
     loads, lens = _loaded(adapter, base, lens_over, notes)
     checks = [loads, _modules_check(adapter, lens)]
     if lens is None:
-        checks += _unloaded_checks(expectations, max_kl, is_served=ask_server is not None)
+        checks += _unloaded_checks(expectations, max_kl)
+        if ask_server is not None:
+            checks.append(_unloaded(SERVED))
+        if compare_parts is not None:
+            checks.append(_unloaded(COMBINED))
     else:
         checks += neutral_checks(lens, max_kl, progress)
         checks += [expectation_check(lens, expectation) for expectation in expectations]
         if ask_server is not None:
             checks += ask_server(lens)
+        if compare_parts is not None:
+            checks += compare_parts(lens)
     checks += file_checks
     if not expectations:
         checks.append(Check(EXPECTATION, "not asked", "no file given"))
@@ -184,17 +195,17 @@ def _lacks_modules(base: PreTrainedModel, adapter: Adapter) -> bool:
     return any(key not in modules and key not in parameters for key in adapter.modules)
 
 
-def _unloaded_checks(
-    expectations: Sequence[Expectation], max_kl: float | None, *, is_served: bool
-) -> list[Check]:
+def _unloaded_checks(expectations: Sequence[Expectation], max_kl: float | None) -> list[Check]:
     """The checks that need a lens, undecided as there is none."""
     names = [EFFECT]
     if max_kl is not None:
         names.append(KL)
     names += [f"{EXPECTATION}, {expectation.where}" for expectation in expectations]
-    if is_served:
-        names.append(SERVED)
-    return [Check(name, "undecided", "the adapter is not loaded") for name in names]
+    return [_unloaded(name) for name in names]
+
+
+def _unloaded(name: str) -> Check:
+    return Check(name, "undecided", "the adapter is not loaded")
 
 
 def _modules_check(adapter: Adapter, lens: LoraLens | None) -> Check:

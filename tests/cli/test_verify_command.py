@@ -240,3 +240,49 @@ def test_gguf_files(out):
     assert result.exit_code == 1 and "no ΔW (nothing was merged)" in said(result)
     (out / "none.gguf").write_bytes(b"x")
     assert verified(out, "--merged", str(out / "none.gguf")).exit_code == 2
+
+
+def combination(out, kind: str):
+    """PEFT's combination of the shipped adapter and a random one, in a folder."""
+    base = no_ops.base_of(out)
+    other = out / "other"
+    ll.load_adapter(out / "adapter").null().save(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(base, out / "adapter", adapter_name="a")
+        model.load_adapter(other, adapter_name="b")
+        model.add_weighted_adapter(["a", "b"], [0.7, 0.4], "both", combination_type=kind)
+        model.save_pretrained(out, selected_adapters=["both"])
+    return [str(other), "--combined", str(out / "both"), "--weights"]
+
+
+@pytest.mark.slow
+def test_a_combination(out, tmp_path):
+    """The sum passes, cross terms do not, and neither do other weights."""
+    file = tmp_path / "checks.json"
+    options = combination(out, "cat")
+    result = verified(out, *options, "0.7,0.4", "--json", str(file))
+    outcomes = {c["name"]: c["outcome"] for c in json.loads(file.read_text())["checks"]}
+    assert outcomes["the sum of its parts"] == outcomes["the sum of its parts on texts"] == "passed"
+    assert json.loads(file.read_text())["combined"]["weights"] == [0.7, 0.4]
+    assert result.exit_code == 0, result.output
+    wrong = verified(out, *options, "0.7,0.7")
+    assert wrong.exit_code == 1 and "the sum of its parts" in said(wrong)
+    crossed = verified(out, *combination(out, "linear"), "0.7,0.4")
+    assert crossed.exit_code == 1 and "cross terms" in said(crossed)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["b"], "'b' is a second adapter"),
+        (["--weights", "1"], "they are those of --combined"),
+        (["b", "--combined", "c", "--weights", "1"], "expected 2 numbers"),
+        (["b", "--combined", "c", "--weights", "1,nan"], "expected 2 numbers"),
+        (["b", "--combined", "c", "--weights", "1,x"], "expected 2 numbers"),
+    ],
+)
+def test_weights_that_are_none(options, says, out):
+    result = verified(out, *options)
+    assert result.exit_code == 2 and says in said(result)

@@ -199,6 +199,10 @@ CALLS: dict[str, Call] = {
             **QUIET,
         ).along
     ),
+    "verify_combined": lambda lens, t: torch.tensor(
+        [site.c for site in ll.verify_combined(lens, list(_halves(lens).values()), **QUIET).sites],
+        device="cpu",
+    ),
     "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
     "explain_all": lambda lens, t: (
         ll.explain(lens, torch.cat([t, t]), 5, 9, fast=True, **QUIET)[-1].margin

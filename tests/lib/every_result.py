@@ -19,6 +19,7 @@ from lens_lora.core import Measured, Noise, Result
 from lens_lora.directions.spectra import Spectrum
 from lens_lora.results import AdapterSummary, Claim
 from lens_lora.ship.checks import Check, MergedTensor
+from lens_lora.ship.combined import CombinedSite
 from lens_lora.ship.served import ServedInstead
 
 # What every result of `two_prompts` has in common.
@@ -514,6 +515,31 @@ def served() -> ll.results.ServedVerification:
     )
 
 
+def combined() -> ll.results.CombinedVerification:
+    """PEFT's 'linear' of two adapters, beside their sum."""
+    crossed = "cross terms B_i A_j, as of 'linear': they are 0.7 of ‖sum‖"
+    return ll.results.CombinedVerification(
+        name="both",
+        parts=("lyon", "rome"),
+        weights=(0.5, 0.5),
+        sites=(
+            CombinedSite("blocks.0.attn.q", "m.q_proj", 0, "q", "failed", crossed, 1.5, 0.7),
+            CombinedSite(
+                "blocks.1.mlp.down", "m.down_proj", 1, "down", "passed", "the sum", 1.0, 1e-7
+            ),
+        ),
+        c=1.2,
+        residual=0.4,
+        effect=1.5,
+        tokens=40,
+        checks=(
+            Check("the sum of its parts", "failed", crossed, "Σ w ΔW", "blocks.0.attn.q", 1.25),
+            Check("the sum of its parts on texts", "failed", "c = 1.2", "c = 1", value=1.2),
+        ),
+        meta=META,
+    )
+
+
 def contrast() -> ll.results.Contrast:
     """Two points of the residual stream."""
     names = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -650,6 +676,7 @@ def every_result() -> list[Result]:
         best_subset(),
         verification(),
         served(),
+        combined(),
         summary(),
         explained,
         explained.margin,

@@ -630,13 +630,13 @@ def test_a_url_that_is_none(url: str):
 def test_passes_end_where_one_candidate_leaves_nothing(shipment, monkeypatch):
     """The base is the first candidate: on 4 of 16 texts, and then on all, after three passes."""
     passes: list[int] = []
-    of_rows = served_measure._log_probs
+    of_rows = served_measure.token_log_probs
 
     def counted(lens, gates, rows, hooks=()):
         passes.append(len(rows))
         return of_rows(lens, gates, rows, hooks)
 
-    monkeypatch.setattr(served_measure, "_log_probs", counted)
+    monkeypatch.setattr(served_measure, "token_log_probs", counted)
     assert found("base", shipment).outcome == "failed"
     assert passes == [16, 16, 16, 4, 16]
 

@@ -1,0 +1,331 @@
+"""Is a combined adapter the weighted sum of the adapters that it was made of?
+
+With ΔW_i the update of part i and w_i its weight, each site of a combined adapter is to add
+
+    D = Σ_i w_i ΔW_i ,       Δb = Σ_i w_i Δb_i .
+
+What it adds is R, and compared are
+
+    c = ⟨R, D⟩ / ‖D‖²        and        residual = ‖R − D‖ / ‖D‖ ;
+
+c is 1, and the residual what the dtype of its factors rounds. What else R may be is tried in turn
+(`combined_explanations`). On texts, the same two numbers are computed of log p: with ℓ₀ the base's,
+ℓ₁ those of the sum and ℓ those of the combined adapter.
+
+DoRA and trained parameters depend on the base: their ΔW_i are computed over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import final
+
+import pandas as pd
+
+from lens_lora import arguments
+from lens_lora.core import Adapter, AdapterLike, Described, LoraLens, alone, given_adapter, stored
+from lens_lora.errors import AdapterError, ArgumentError, many
+from lens_lora.ship.checks import Check, Outcome, first_of, worst
+from lens_lora.ship.combined_explanations import SitePart, explanation, site_parts
+from lens_lora.ship.completions import Messages
+from lens_lora.ship.served_measure import ServedTokens, projection, token_log_probs
+from lens_lora.ship.served_rows import ServedRow, neutral_and_own
+
+COMBINED = "the sum of its parts"
+ON_TEXTS = "the sum of its parts on texts"
+
+# ‖computed − exact‖ / ‖exact‖ of programs that combine in float32, with a singular value
+# decomposition among their steps.
+_FLOAT32 = 1e-5
+# The residual on texts is that of the sites, larger by at most this.
+_GROWTH = 10.0
+# What a right site is.
+_SUM = "the sum"
+# How many kinds of wrong sites the line of the check names.
+_KINDS_NAMED = 2
+
+
+@stored
+@dataclasses.dataclass(frozen=True)
+class CombinedSite:
+    """How what a combined adapter adds at one site compares with the sum.
+
+    Attributes:
+        site: its name.
+        module: its path in the Hugging Face model.
+        layer: its number.
+        kind: such as 'q'.
+        outcome: 'passed' or 'failed'.
+        looks: what it is, in words.
+        c: ⟨R, D⟩ / ‖D‖²; NaN if the sum adds nothing here.
+        residual: ‖R − D‖ / ‖D‖; NaN likewise.
+    """
+
+    site: str
+    module: str
+    layer: int
+    kind: str
+    outcome: Outcome
+    looks: str
+    c: float = math.nan
+    residual: float = math.nan
+
+
+@final
+class CombinedVerification(Described):
+    """Whether a combined adapter is the weighted sum of its parts, by site and on texts.
+
+    Attributes:
+        name: the combined adapter's.
+        parts: the names of the adapters that it was made of.
+        weights: one for each.
+        sites: each with c and the residual of its weights.
+        c: ⟨ℓ − ℓ₀, ℓ₁ − ℓ₀⟩ / ‖ℓ₁ − ℓ₀‖² over the tokens of the texts; NaN if the sum cannot be
+            run.
+        residual: ‖ℓ − ℓ₁‖ / ‖ℓ₁ − ℓ₀‖, likewise.
+        effect: the root mean square of ℓ₁ − ℓ₀, in nats per token.
+        tokens: how many tokens the texts have, but for the first of each.
+        checks: each with its outcome.
+        meta: model, adapter, dtype and versions.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    weights: tuple[float, ...]
+    sites: tuple[CombinedSite, ...]
+    c: float
+    residual: float
+    effect: float
+    tokens: int
+    checks: tuple[Check, ...]
+
+    @property
+    def outcome(self) -> Outcome:
+        """'failed' if any check failed, else 'undecided' if any is, else 'passed'."""
+        return worst(self.checks)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per site."""
+        return pd.DataFrame([dataclasses.asdict(site) for site in self.sites])
+
+
+@alone
+def verify_combined(
+    lens: LoraLens,
+    parts: Sequence[AdapterLike],
+    weights: Sequence[float] | None = None,
+    *,
+    texts: Sequence[str] | Sequence[Messages] = (),
+    progress: bool = True,
+) -> CombinedVerification:
+    """Compare a combined adapter with the weighted sum of the adapters that it was made of.
+
+    PEFT's `add_weighted_adapter` makes such adapters. Its 'cat' is the sum; 'svd' is the sum cut to
+    a rank; 'linear' adds cross terms B_i A_j; 'ties', 'dare_linear' and the like prune. Whatever
+    its kind, an adapter of rsLoRA comes out √rank times too large, DoRA's magnitudes are
+    initialised anew, and biases are lost. Each is found and named.
+
+        >>> ll.verify_combined(lens, ["a", "b"], [0.5, 0.5])  # doctest: +SKIP
+
+    Args:
+        lens: the combined adapter over its base.
+        parts: the adapters that it was made of: folders, hub ids, adapters.
+        weights: one for each; None for 1 each.
+        texts: your own, on which the adapters show, beside 15 neutral ones.
+        progress: show bars.
+
+    Cost: four forward passes of the texts.
+
+    Raises:
+        ArgumentError: another number of weights than of parts, or a weight that is not finite.
+        AdapterError: a part does not fit the base.
+        SiteError: a part adapts a module that the base lacks.
+    """
+    adapters = _parts(parts)
+    weights = _weights(weights, len(adapters))
+    combined = site_parts(lens)
+    of_parts = [site_parts(lens.with_adapter(part, check=False)) for part in adapters]
+    names = [part.name for part in adapters]
+    sites = tuple(_compared_sites(combined, of_parts, weights, names))
+    check = _sites_check(sites)
+    measured = _on_texts(lens, adapters, weights, texts, sites, progress)
+    return CombinedVerification(
+        name=lens.adapter.name,
+        parts=tuple(names),
+        weights=tuple(weights),
+        sites=sites,
+        c=measured.c,
+        residual=measured.residual,
+        effect=measured.effect,
+        tokens=measured.tokens,
+        checks=(check, measured.check),
+        meta=lens.describe(),
+    )
+
+
+def _parts(parts: Sequence[AdapterLike]) -> list[Adapter]:
+    if isinstance(parts, str) or not parts:
+        raise ArgumentError("parts is no list of adapters", remedy='give parts=["a", "b"].')
+    return [given_adapter(part) for part in parts]
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise ArgumentError(
+            f"{many(len(weights), 'weight')} for {many(count, 'adapter')}",
+            remedy="give one for each, in the same order.",
+        )
+    return [arguments.number("weights", weight) for weight in weights]
+
+
+# --- Site by site
+
+
+def _compared_sites(
+    combined: dict[str, SitePart],
+    parts: Sequence[dict[str, SitePart]],
+    weights: Sequence[float],
+    names: Sequence[str],
+) -> Iterator[CombinedSite]:
+    every = dict.fromkeys(name for part in (*parts, combined) for name in part)
+    for site in every:
+        found = combined.get(site)
+        here = [
+            (weight, part[site], name)
+            for weight, part, name in zip(weights, parts, names, strict=True)
+            if site in part and weight != 0
+        ]
+        if found is None:
+            if here:
+                yield _judged(site, here[0][1], "not in the combined adapter", 0.0, 1.0)
+        elif not here:
+            if found.size > 0:
+                yield _judged(site, found, "none of the parts adapts it")
+        else:
+            yield _compared_site(site, found, here)
+
+
+def _judged(
+    site: str, part: SitePart, looks: str, c: float = math.nan, residual: float = math.nan
+) -> CombinedSite:
+    outcome: Outcome = "passed" if looks == _SUM else "failed"
+    place = part.place
+    return CombinedSite(site, place.module, place.layer, place.kind, outcome, looks, c, residual)
+
+
+def _compared_site(
+    site: str, found: SitePart, parts: Sequence[tuple[float, SitePart, str]]
+) -> CombinedSite:
+    D = SitePart.summed([(weight, part) for weight, part, _ in parts])
+    size = D.weight.norm
+    lengths = sum(abs(weight) * part.weight.norm for weight, part, _ in parts)
+    # Beside rounding, which is relative to the factors, terms of the sum may cancel.
+    rounds = found.rounding + _FLOAT32 * lengths
+    off = found.weight.distance(D.weight)
+    bias_off = found.bias_distance(D)
+    bias_rounds = (_FLOAT32 + found.eps) * max(found.bias_norm, D.bias_norm)
+    c = found.weight.inner(D.weight) / size**2 if size > 0 else math.nan
+    residual = off / size if size > 0 else math.nan
+    if off > rounds:
+        return _judged(site, found, explanation(found, parts, D), c, residual)
+    if bias_off > bias_rounds:
+        looks = "the sum, but its bias is lost" if not found.bias_norm else "the sum, another bias"
+        return _judged(site, found, looks, c, residual)
+    return _judged(site, found, _SUM, c, residual)
+
+
+def _sites_check(sites: Sequence[CombinedSite]) -> Check:
+    bad = [site for site in sites if site.outcome == "failed"]
+    cs = [site.c for site in sites if not math.isnan(site.c)]
+    mean_c = sum(cs) / len(cs) if cs else math.nan
+    if not sites:
+        return Check(COMBINED, "failed", "the parts add nothing, nor does the combined adapter")
+    if not bad:
+        largest = max((s.residual for s in sites if not math.isnan(s.residual)), default=0.0)
+        measured = f"the sum at {many(len(sites), 'site')}, residual at most {largest:.1g}"
+        return Check(COMBINED, "passed", measured, "Σ w ΔW, to rounding", value=mean_c)
+    kinds = Counter(site.looks for site in bad).most_common(_KINDS_NAMED)
+    measured = "; ".join(f"{count} of {len(sites)} sites: {looks}" for looks, count in kinds)
+    where = first_of([site.site for site in bad])
+    return Check(COMBINED, "failed", measured, "Σ w ΔW, to rounding", where, mean_c)
+
+
+# --- On texts
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnTexts:
+    """The numbers of `CombinedVerification` on texts, and their check."""
+
+    check: Check
+    c: float = math.nan
+    residual: float = math.nan
+    effect: float = math.nan
+    tokens: int = 0
+
+
+def _on_texts(
+    lens: LoraLens,
+    parts: Sequence[Adapter],
+    weights: Sequence[float],
+    texts: Sequence[str] | Sequence[Messages],
+    sites: Sequence[CombinedSite],
+    progress: bool,
+) -> _OnTexts:
+    """c and the residual of log p. Four forward passes."""
+    try:
+        summed = _summed(parts, weights)
+        lens_of_sum = lens.with_adapter(summed, check=False)
+    except AdapterError as error:
+        return _OnTexts(Check(ON_TEXTS, "undecided", f"the sum cannot be run: {error}"))
+    rows = [text.ids for text in neutral_and_own(lens, texts)]
+    ones = lens.gates(1.0)
+    found = token_log_probs(lens, ones, rows, progress=progress)
+    served = [
+        ServedRow(ids, log_p[: len(ids)].tolist(), len(ids))
+        for ids, log_p in zip(rows, found, strict=True)
+    ]
+    tokens = ServedTokens(lens_of_sum, served, progress=progress)
+    base = tokens.at(lens_of_sum.gates(0.0))
+    shift = tokens.at(lens_of_sum.gates(1.0)) - base
+    effect = float(shift.norm())
+    if effect == 0:
+        facts = "the sum of the parts changes none of the texts"
+        return _OnTexts(Check(ON_TEXTS, "undecided", facts))
+    c = projection(tokens.served - base, shift)
+    residual = float((tokens.served - base - shift).norm()) / effect
+    of_sites = max((site.residual for site in sites if site.outcome == "passed"), default=0.0)
+    floor = float((tokens.rounded(lens.eps) - base - shift).norm()) / effect
+    bound = _GROWTH * (of_sites + floor)
+    root_mean_square = float(shift.square().mean().sqrt())
+    measured = (
+        f"c = {c:.3g}, residual {residual:.2g} over {many(len(shift), 'token')}, "
+        f"whose log p the sum moves by {root_mean_square:.2g} nats"
+    )
+    outcome: Outcome = "passed" if residual <= bound else "failed"
+    check = Check(ON_TEXTS, outcome, measured, f"c = 1, residual at most {bound:.1g}", value=c)
+    return _OnTexts(check, c, residual, root_mean_square, len(shift))
+
+
+def _summed(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """The weighted sum, each part apart.
+
+    Raises:
+        AdapterError: DoRA on a module that another part adapts too.
+    """
+    scaled = [
+        part.scaled(weight).named(f"part{number}")
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
+        if weight != 0
+    ]
+    if not scaled:
+        raise AdapterError("every weight is 0")
+    total = scaled[0]
+    for part in scaled[1:]:
+        total = total + part
+    return total

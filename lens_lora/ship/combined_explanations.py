@@ -1,0 +1,264 @@
+"""What a combined adapter adds at a site, if it is not the sum of its parts.
+
+Matrices stay factored: with X = B A and Y = B' A', in float64,
+
+    ⟨X, Y⟩ = Σ (Bᵀ B') ∘ (A A'ᵀ) .
+
+Tried are, each also times √rank, by which rsLoRA is misread where α was set to the rank:
+
+- the sum itself, as a multiple;
+- one part alone, the sum without its weights, or without the parts' own s;
+- the product of sums of factors, Σ √(w_i s_i) B_i · Σ √(w_i s_i) A_i, of PEFT's 'linear';
+- the sum cut to the rank of what was found, of PEFT's 'svd'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.core import LoRAFactors, LoraLens, ModuleUpdate, NormUpdate, SiteFactors
+
+# A candidate is what was found if it is this close to it, relative to its size.
+_CLOSE = 1e-3
+# Factors of which a larger part of the entries is exactly zero were pruned.
+_PRUNED = 0.05
+
+_ZEROS = "entries of its factors are zero: pruned, as by TIES, DARE or magnitude_prune"
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix X = B A, factored, in float64."""
+
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
+
+    @property
+    def norm(self) -> float:
+        """‖X‖."""
+        return math.sqrt(max(self.inner(self), 0.0))
+
+    def inner(self, other: Product) -> float:
+        """⟨X, Y⟩.
+
+        Args:
+            other: Y.
+        """
+        return float(((self.B.T @ other.B) * (self.A @ other.A.T)).sum())
+
+    def times(self, factor: float) -> Product:
+        """The matrix times a number.
+
+        Args:
+            factor: the number.
+        """
+        return Product(self.A, factor * self.B)
+
+    def distance(self, other: Product) -> float:
+        """‖X − Y‖.
+
+        Args:
+            other: Y.
+        """
+        return Product.summed([self, other.times(-1.0)]).norm
+
+    def cut(self, rank: int) -> Product:
+        """The nearest matrix of a rank.
+
+        Args:
+            rank: the number of singular values that are kept.
+        """
+        left, R = torch.linalg.qr(self.B)
+        right, S = torch.linalg.qr(self.A.T)
+        U, sigma, Vh = torch.linalg.svd(R @ S.T)
+        kept = U[:, :rank] * sigma[:rank]
+        return Product(Vh[:rank] @ right.T, left @ kept)
+
+    @staticmethod
+    def summed(products: Sequence[Product]) -> Product:
+        """The sum, with the ranks of all.
+
+        Args:
+            products: of one shape.
+        """
+        A = torch.cat([product.A for product in products])
+        B = torch.cat([product.B for product in products], 1)
+        return Product(A, B)
+
+
+@dataclasses.dataclass(frozen=True)
+class SitePart:
+    """What an adapter adds at a site, in the Hugging Face basis.
+
+    Attributes:
+        weight: ΔW; of a norm Δγ as one column.
+        bias: Δb, or a norm's Δβ; None if there is none.
+        factors: the adapter's own, before they met the base.
+        eps: the relative rounding of their dtype.
+        place: the site.
+    """
+
+    weight: Product
+    bias: Float[Tensor, " out"] | None
+    factors: ModuleUpdate | None
+    eps: float
+    place: SiteFactors
+
+    @property
+    def bias_norm(self) -> float:
+        """‖Δb‖."""
+        return 0.0 if self.bias is None else float(self.bias.norm())
+
+    @property
+    def size(self) -> float:
+        """‖ΔW‖ and ‖Δb‖ together."""
+        return self.weight.norm + self.bias_norm
+
+    @property
+    def rounding(self) -> float:
+        """The most that rounding the factors to their dtype changes ΔW."""
+        return self.eps * float(self.weight.B.norm()) * float(self.weight.A.norm())
+
+    def bias_distance(self, other: SitePart) -> float:
+        """‖Δb − Δb'‖.
+
+        Args:
+            other: has Δb'.
+        """
+        zero = torch.zeros((), dtype=torch.float64)
+        ours = zero if self.bias is None else self.bias
+        theirs = zero if other.bias is None else other.bias
+        return float((ours - theirs).norm())
+
+    @staticmethod
+    def summed(parts: Sequence[tuple[float, SitePart]]) -> SitePart:
+        """The weighted sum at one site.
+
+        Args:
+            parts: weight and part.
+        """
+        weight = Product.summed([part.weight.times(factor) for factor, part in parts])
+        biases = [factor * part.bias for factor, part in parts if part.bias is not None]
+        bias = torch.stack(biases).sum(0) if biases else None
+        eps = max(part.eps for _, part in parts)
+        return SitePart(weight, bias, None, eps, parts[0][1].place)
+
+
+def site_parts(lens: LoraLens) -> dict[str, SitePart]:
+    """What the adapter of a lens adds at each site; the parts of a sum are summed.
+
+    Args:
+        lens: the adapter over its base.
+    """
+    found: dict[str, SitePart] = {}
+    for every in lens.updates:
+        update = every.update
+        eps = torch.finfo(_dtype_of(every.site.factors)).eps
+        if isinstance(update, NormUpdate):
+            weight = Product(torch.ones(1, 1, dtype=torch.float64), _exact(update.gamma)[:, None])
+            bias = update.beta
+        else:
+            weight = Product(_exact(update.A), update.scale * _exact(update.B))
+            bias = update.bias
+        bias = None if bias is None else _exact(bias)
+        part = SitePart(weight, bias, every.site.factors, eps, every.site)
+        name = every.site.name.partition("@")[0]
+        earlier = found.get(name)
+        found[name] = part if earlier is None else SitePart.summed([(1.0, earlier), (1.0, part)])
+    return found
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
+
+
+def _dtype_of(update: ModuleUpdate) -> torch.dtype:
+    if isinstance(update, LoRAFactors):
+        return torch.promote_types(update.A.dtype, update.B.dtype)
+    tensor = update.weight if update.weight is not None else update.bias
+    return torch.float32 if tensor is None else tensor.dtype
+
+
+# --- What else it may be
+
+
+def explanation(found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D: SitePart) -> str:
+    """What was found at a site, in words.
+
+    Args:
+        found: what the combined adapter adds.
+        parts: weight, what the part adds, and its name.
+        D: the sum of the parts.
+    """
+    R = found.weight
+    if R.norm <= _CLOSE * D.weight.norm:
+        return "nothing"
+    root = math.sqrt(R.A.shape[0])
+    for words, candidate in _candidates(found, parts, D.weight):
+        for factor, remark in ((1.0, ""), (root, f", times {root:.3g} = √rank (rsLoRA misread)")):
+            if R.distance(candidate.times(factor)) <= _CLOSE * R.norm:
+                return words + remark
+    if any(_has_magnitude(part.factors) for part in (found, *(part for _, part, _ in parts))):
+        return "DoRA: its magnitudes are not those of the sum"
+    c = R.inner(D.weight) / D.weight.norm**2
+    if R.distance(D.weight.times(c)) <= _CLOSE * R.norm:
+        return f"{c:.3g} times the sum"
+    if _share_of_zeros(found.factors) > _PRUNED:
+        return _ZEROS
+    return "no sum of the parts"
+
+
+def _candidates(
+    found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D: Product
+) -> Iterator[tuple[str, Product]]:
+    yield "the sum", D
+    if len(parts) > 1:
+        for weight, part, name in parts:
+            yield f"{name} alone", part.weight.times(weight)
+    yield "the sum without its weights", Product.summed([part.weight for _, part, _ in parts])
+    plain = [(weight, part.factors) for weight, part, _ in parts]
+    if all(isinstance(factors, LoRAFactors) for _, factors in plain):
+        yield from _of_factors(
+            [(weight, f) for weight, f in plain if isinstance(f, LoRAFactors)], D
+        )
+    rank = found.weight.A.shape[0]
+    if rank < D.A.shape[0]:
+        cut = D.cut(rank)
+        lost = D.distance(cut) / D.norm
+        yield f"the sum cut to rank {rank}, as by 'svd': it loses {lost:.2g} of ‖sum‖", cut
+
+
+def _of_factors(
+    parts: Sequence[tuple[float, LoRAFactors]], D: Product
+) -> Iterator[tuple[str, Product]]:
+    unscaled = [Product(_exact(f.A), weight * _exact(f.B)) for weight, f in parts]
+    yield "the sum without the parts' own s (α lost)", Product.summed(unscaled)
+    if len({factors.rank for _, factors in parts}) > 1 or len(parts) < 2:
+        return
+    sum_of_A = torch.zeros_like(unscaled[0].A)
+    sum_of_B = torch.zeros_like(unscaled[0].B)
+    for weight, factors in parts:
+        strength = weight * factors.scale * factors.strength
+        root = math.sqrt(abs(strength))
+        sum_of_A += math.copysign(root, strength) * _exact(factors.A)
+        sum_of_B += root * _exact(factors.B)
+    mixed = Product(sum_of_A, sum_of_B)
+    cross = mixed.distance(D) / D.norm
+    yield f"cross terms B_i A_j, as of 'linear': they are {cross:.2g} of ‖sum‖", mixed
+
+
+def _has_magnitude(factors: ModuleUpdate | None) -> bool:
+    return isinstance(factors, LoRAFactors) and factors.magnitude is not None
+
+
+def _share_of_zeros(factors: ModuleUpdate | None) -> float:
+    if not isinstance(factors, LoRAFactors):
+        return 0.0
+    entries = torch.cat([factors.A.flatten(), factors.B.flatten()])
+    return float((entries == 0).double().mean())
