@@ -632,9 +632,9 @@ def test_passes_end_where_one_candidate_leaves_nothing(shipment, monkeypatch):
     passes: list[int] = []
     of_rows = served_measure.token_log_probs
 
-    def counted(lens, gates, rows, hooks=()):
+    def counted(lens, gates, rows, *others, **options):
         passes.append(len(rows))
-        return of_rows(lens, gates, rows, hooks)
+        return of_rows(lens, gates, rows, *others, **options)
 
     monkeypatch.setattr(served_measure, "token_log_probs", counted)
     assert found("base", shipment).outcome == "failed"
