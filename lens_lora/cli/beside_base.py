@@ -51,7 +51,43 @@ def read_given(folder: Path, base: options.ModelOptions, progress: Console) -> G
     notes: list[LensLoraWarning] = []
     with heard_by(notes.append):
         adapter = load_adapter(folder, base=None if loaded is None else loaded[0])
+    if loaded is not None:
+        _resize(loaded, adapter)
     return Given(adapter, [str(note) for note in notes], loaded, why_no_base)
+
+
+def _resize(loaded: Loaded, adapter: Adapter) -> None:
+    """Give the base the rows of tokens that the adapter adds, as its training did.
+
+    Only where nothing of the new rows is left to chance: the adapter brings its own embedding and
+    head, and a tokenizer in which each token of the base has the id that it had.
+    """
+    from lens_lora.formats.tokenizers import rows_brought
+
+    base: Any = loaded[0]
+    paths = {id(module): name for name, module in base.named_modules()}
+    embedding = base.get_input_embeddings()
+    head = base.get_output_embeddings()
+    rows = rows_brought(adapter.modules, paths.get(id(embedding)))
+    known = len(embedding.weight)
+    is_tied = head is None or head.weight is embedding.weight
+    if rows <= known or not (is_tied or rows_brought(adapter.modules, paths[id(head)]) == rows):
+        return
+    if not _extends(adapter, loaded[1]):
+        return
+    with running.quiet_libraries():
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    running.say(f"Base:    resized from {known} to {rows} tokens, as the adapter brings them")
+
+
+def _extends(adapter: Adapter, tokenizer: Any) -> bool:
+    """Whether the adapter's own tokenizer has each token of the base's, with the same id."""
+    from lens_lora.ship.merged_tokenizer import read_tokenizer
+
+    own = None if adapter.tokenizer_folder is None else read_tokenizer(adapter.tokenizer_folder)
+    if own is None:
+        return False
+    return tokenizer.get_vocab().items() <= own.get_vocab().items()
 
 
 def training_tokenizer(given: Given) -> Any:

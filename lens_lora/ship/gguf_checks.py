@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lens_lora.core import SIGMAS, Adapter, LoRAFactors, ModuleUpdate
@@ -54,6 +55,7 @@ _ARCHITECTURE = "general.architecture"
 
 # ‖rounded − exact‖ / ‖exact‖ of float32, in which llama.cpp's converters compute.
 _FLOAT32 = 1e-6
+_HALF_PRECISIONS = {torch.bfloat16: "BF16", torch.float16: "F16"}
 # Two programs round to one type differently: by at most this factor, as one of them may weigh
 # entries by what goes through them.
 _OTHER_PROGRAM = 1.5
@@ -370,9 +372,10 @@ def _rounds(stored: StoredTensor, exact: Tensor) -> float | None:
     measured = rounding_to(stored.kind, exact)
     if measured is None:
         return None
-    if bool((stored.values == stored.values.bfloat16()).all()):
-        # A model that was merged in bfloat16 and then converted.
-        measured = max(measured, rounding_to("BF16", exact) or 0.0)
+    for dtype, kind in _HALF_PRECISIONS.items():
+        if bool((stored.values == stored.values.to(dtype)).all()):
+            # A model that was merged in half precision and then converted.
+            measured = max(measured, rounding_to(kind, exact) or 0.0)
     return _OTHER_PROGRAM * measured + _FLOAT32
 
 

@@ -7,7 +7,8 @@ With W of the base, E what PEFT's merge makes of it, M what is loaded, and D = E
 Entry by entry M is E to four roundings of the coarser dtype. That alone would pass the base in
 bfloat16, where ΔW may be less than one rounding; so c is compared with that of a merge in M's
 dtype, which is also the part of ΔW that it keeps. A tensor that the adapter does not change is W,
-bit by bit.
+bit by bit. A tensor that was merged in half precision and then stored in float32 is judged by the
+dtype of its numbers, if it is not right by that of the file.
 
 Four things can be wrong, and each has a generator of its own:
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 # PEFT's merge rounds W, ΔW, with DoRA its norm, and the sum.
 _ROUNDINGS = 4
 _FLOAT32 = torch.finfo(torch.float32).eps
+_HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 # c of a merge is 1 up to rounding, and the c of the nearest mistake is further away than this.
 _NEAR = 0.05
 # A mistake is named if c is this close to the c that it gives.
@@ -167,10 +169,24 @@ def _judged(name: str, W: Tensor, M: Tensor, expected: Expected | None) -> Merge
     """Compare M with the base's tensor, or with what the adapter makes of it."""
     if M.shape != W.shape:
         return MergedTensor(name, "failed", f"{tuple(M.shape)}, the base's is {tuple(W.shape)}")
-    coarser = max(W.dtype, M.dtype, key=_eps)
+    judged = _judged_in(max(W.dtype, M.dtype, key=_eps), name, W, M, expected)
+    if judged.outcome != "failed" or M.equal(W.to(M.dtype)):
+        return judged
+    for dtype in _HALF_PRECISIONS:
+        if _eps(dtype) > _eps(M.dtype) and M.to(dtype).to(M.dtype).equal(M):
+            in_half = _judged_in(max(W.dtype, dtype, key=_eps), name, W, M, expected)
+            if in_half.outcome != "failed":
+                return in_half
+    return judged
+
+
+def _judged_in(
+    coarser: torch.dtype, name: str, W: Tensor, M: Tensor, expected: Expected | None
+) -> MergedTensor:
+    """Compare two tensors of one shape, to the rounding of a dtype."""
     if expected is None:
         return _judged_unchanged(name, W, M, coarser)
-    wide = torch.float32 if coarser in (torch.bfloat16, torch.float16) else torch.float64
+    wide = torch.float32 if coarser in _HALF_PRECISIONS else torch.float64
     before = expected.turned(W.to(wide))
     E = expected.tensor(W.to(wide))
     if E is None:
@@ -269,7 +285,7 @@ class _Change:
 
 
 def mistakes(update: ModuleUpdate) -> Iterator[tuple[float, str]]:
-    """Known mistakes of a merge, each with the c that it gives.
+    """Known mistakes of a merge, each with the c that it gives; none of them gives 1.
 
     Args:
         update: of the module.
@@ -279,10 +295,17 @@ def mistakes(update: ModuleUpdate) -> Iterator[tuple[float, str]]:
     yield -1.0, "subtracted"
     yield 2.0, "merged twice, or α doubled"
     if isinstance(update, LoRAFactors) and update.magnitude is None:
-        root = (update.rank / max(update.experts, 1)) ** 0.5
-        yield 1 / update.scale, "α is lost, s = 1"
-        yield 1 / root, "rsLoRA read as LoRA, α/r for α/√r"
-        yield root, "LoRA read as rsLoRA, α/√r for α/r"
+        rank = update.rank / max(update.experts, 1)
+        root = rank**0.5
+        misread = {
+            "α is lost, s = 1": 1 / update.scale,
+            "α taken for s, which is α/r": rank,
+            "rsLoRA read as LoRA, α/r for α/√r": 1 / root,
+            "LoRA read as rsLoRA, α/√r for α/r": root,
+        }
+        for cause, ratio in misread.items():
+            if ratio != 1:
+                yield ratio, cause
 
 
 def _eps(dtype: torch.dtype) -> float:

@@ -16,7 +16,8 @@ from exports import BROKEN, GOOD
 from llama_engine import write_base
 from loopback import Engine, served
 from no_ops import NO_OPS
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 import lens_lora as ll
@@ -175,6 +176,48 @@ def test_what_cannot_be_read_is_2(out, tmp_path):
     assert "vocab_size" in json.loads(index.read_text())
     (out / "adapter" / no_ops.WEIGHTS).write_bytes(b"cut")
     assert verified(out).exit_code == 2
+
+
+# --- An adapter that brings tokens of its own
+
+
+def with_more_tokens(out, tokenizer) -> None:
+    """Train an adapter as PEFT does after two tokens were added, and merge it."""
+    tokenizer.add_tokens(["<tool>", "<think>"])
+    base = no_ops.base_of(out)
+    base.resize_token_embeddings(models.VOCAB + 2)
+    config = LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = models.with_random_factors(get_peft_model(base, config), base)
+    model.peft_config["default"].base_model_name_or_path = str(out / "base")
+    for place in ("adapter", "merged"):
+        shutil.rmtree(out / place)
+        if place == "merged":
+            model = model.merge_and_unload()
+        model.save_pretrained(out / place)
+        tokenizer.save_pretrained(out / place)
+
+
+def test_a_base_gets_the_tokens_that_an_adapter_brings(out):
+    """Where embedding and head were trained; a merge that lost them fails."""
+    with_more_tokens(out, models.tokenizer())
+    result = verified(out, "--merged", str(out / "merged"))
+    assert result.exit_code == 0, result.output
+    assert "resized from 61 to 63 tokens" in said(result)
+    no_ops.base_of(out).save_pretrained(out / "merged")
+    result = verified(out, "--merged", str(out / "merged"))
+    assert result.exit_code == 1 and "(61, 16), the base's is (63, 16)" in said(result)
+
+
+def test_a_base_of_another_tokenizer_gets_none(out):
+    """Where a token of the base has another id, the adapter is of another base."""
+    tokenizer = models.tokenizer()
+    fields = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = fields["model"]["vocab"]
+    vocab["w5"], vocab["w6"] = vocab["w6"], vocab["w5"]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(fields))
+    with_more_tokens(out, tokenizer)
+    result = verified(out, "--merged", str(out / "merged"))
+    assert result.exit_code == 1 and "resized" not in said(result)
 
 
 # --- A server

@@ -77,6 +77,17 @@ def _as(dtype: torch.dtype) -> Callable[[Path], object]:
     return lambda out: no_ops.merge(out, dtype)
 
 
+def _stored_whole(dtype: torch.dtype, times: int = 1) -> Callable[[Path], object]:
+    """Merged in half precision, and stored in float32."""
+
+    def make(out: Path) -> None:
+        no_ops.merge(out, dtype, times=times)
+        _tensors(out, lambda state: state.update({k: v.float() for k, v in state.items()}))
+        config(dtype="float32", torch_dtype="float32")(out)
+
+    return make
+
+
 def _in_shards(out: Path) -> None:
     no_ops.merge(out, max_shard_size="6KB")
 
@@ -184,6 +195,8 @@ GOOD = {
     "as PEFT merges it": Export(_nothing),
     "in bfloat16": Export(_as(torch.bfloat16)),
     "in float16": Export(_as(torch.float16)),
+    "in bfloat16, stored in float32": Export(_stored_whole(torch.bfloat16)),
+    "in float16, stored in float32": Export(_stored_whole(torch.float16)),
     "rounded when it is loaded": Export(config(dtype="bfloat16", torch_dtype="bfloat16")),
     "in shards": Export(_in_shards),
     "stale shards and index": Export(_stale_shards),
@@ -434,6 +447,9 @@ BROKEN = {
         _in_the_adapters_folder, says="transformers lays it over them", shows="loaders"
     ),
     "twice": Export(lambda out: no_ops.merge(out, times=2), says="base + 2.00 ΔW"),
+    "twice in bfloat16, stored in float32": Export(
+        _stored_whole(torch.bfloat16, times=2), says="base + 2.0"
+    ),
     "saved without merging": Export(no_ops.NO_OPS["unmerged"].make, says="the adapter's own"),
     "α lost": Export(no_ops.NO_OPS["α lost"].make, says="α is lost, s = 1"),
     "another adapter": Export(no_ops.NO_OPS["other adapter"].make, says="neither base nor base"),
@@ -570,6 +586,15 @@ def tokenizer_of(out: Path):
     return tokenizer
 
 
+def _is_half(model) -> bool:
+    """Whether its numbers are those of half precision, in whatever dtype they are stored."""
+    state = model.state_dict().values()
+    return any(
+        all(bool((t.to(dtype).to(t.dtype) == t).all()) for t in state)
+        for dtype in (torch.bfloat16, torch.float16)
+    )
+
+
 def shows_in_logits(out: Path) -> bool:
     """Whether transformers' model of the folder is not PEFT's of base and adapter."""
     with warnings.catch_warnings(), torch.no_grad():
@@ -582,7 +607,7 @@ def shows_in_logits(out: Path) -> bool:
         except (RuntimeError, ValueError, OSError):
             return True
         logits = loaded(IDS).logits.float()
-    room = 1e-4 if loaded.dtype == torch.float32 else 0.1
+    room = 0.1 if _is_half(loaded) else 1e-4
     return logits.shape != expected.shape or not bool(
         (logits - expected).abs().max() <= room * (expected.max() - expected.min())
     )
