@@ -307,7 +307,7 @@ def test_selection(select, left, valid):
     assert (chosen.name, chosen.base_model) == (adapter.name, adapter.base_model)
 
 
-@pytest.mark.parametrize("method", ["only", "without"])
+@pytest.mark.parametrize("method", ["only", "without_modules"])
 def test_glob_that_matches_nothing(method, valid):
     """A glob without a match is an error even beside one that matches."""
     with pytest.raises(SiteError, match=r"'\*\.k_proj' matches no module of .*q_proj") as caught:
