@@ -239,6 +239,19 @@ def test_an_autoencoder_s_features(cls: str):
     assert (by_position.activations[1][..., -1] - found.activations[1]).abs().max() < 1e-12
 
 
+def test_the_files_of_an_autoencoder_are_enough(cls: str):
+    """Weights, and the settings as cfg.json has them, with a mapping of metadata."""
+    case = cases.case("llama", cls, "raw")
+    whole = autoencoder(16, out(cls))
+    settings = {"normalize_activations": "none", "metadata": {"hook_name": out(cls)}}
+    weights = {name: getattr(whole, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    read = SimpleNamespace(**weights, cfg=SimpleNamespace(**settings))
+    found = ll.feature_shift(case.lens, models.tokens(), read)
+    expected = ll.feature_shift(case.lens, models.tokens(), whole)
+    assert found.name == out(cls) and torch.equal(found.shift, expected.shift)
+    assert found.activations is None
+
+
 POSITIONS = [
     (None, [[1, 2, 3, 4, 5, 6], [1, 2, 3]], "all"),
     (slice(1, 3), [[1, 2], [1, 2]], "1:3"),

@@ -198,10 +198,10 @@ def test_a_module_that_is_lost_and_one_too_many(combine):
     out, base, _ = combine(kind="cat")
     lens = lens_of(out, base)
     parts = [out / "a", out / "b"]
-    few = lens.with_adapter(lens.adapter.without("*q_proj"), check=False)
+    few = lens.with_adapter(lens.adapter.without_modules("*q_proj"), check=False)
     result = ll.verify_combined(few, parts, WEIGHTS)
     assert "2 of 6 sites: not in the combined adapter" in result.checks[0].measured
-    without = [ll.load_adapter(part).without("*q_proj") for part in parts]
+    without = [ll.load_adapter(part).without_modules("*q_proj") for part in parts]
     result = ll.verify_combined(lens, without, WEIGHTS)
     assert "2 of 6 sites: none of the parts adapts it" in result.checks[0].measured
 
