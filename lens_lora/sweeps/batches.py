@@ -173,7 +173,8 @@ def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> lis
     """The rows of a batch; where it fails, its jobs are run one by one.
 
     Cost: what the analyses cost, one batched forward pass for each of the two ends that none of
-    them runs, and eight more where rounding may hide the sign of a margin, as it may in half precision.
+    them runs, and eight more where rounding may hide the sign of a margin, as it may in half
+    precision.
     """
     try:
         return _measured(lens, jobs, analyses)
