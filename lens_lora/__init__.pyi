@@ -48,6 +48,7 @@ from .judging.reliability import reliability
 from .loading import demo, load
 from .path.path_attribution import path_attribution
 from .responses.answers import KL, AnswerLogProb, AnswerMargin
+from .runs.shards import gather
 from .shifts.hook_points import gradients, tangents
 from .shifts.kl_shares import kl_shares
 from .shifts.logit_shift import logit_shift
@@ -138,6 +139,7 @@ __all__ = [
     "bank",
     "load_bank",
     "sweep",
+    "gather",
     # results
     "load_result",
     "panel",

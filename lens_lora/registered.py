@@ -51,6 +51,12 @@ DRAWERS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# What joins the shards of each kind of run (`lens_lora/runs/shards.py`).
+GATHERED = {
+    "sweep": "lens_lora.sweeps.shards:gathered",
+    "scan": "lens_lora.banks.scan:gathered",
+}
+
 # Where a file finds the classes of results that it names.
 RESULTS = ["lens_lora.results"]
 

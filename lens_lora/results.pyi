@@ -59,7 +59,8 @@ from .ship.combined import CombinedVerification as CombinedVerification
 from .ship.served import ServedVerification as ServedVerification
 from .ship.verify import Verification as Verification
 from .sweeps.activations_file import ActivationsFile as ActivationsFile
-from .sweeps.sweep import SweepResult as SweepResult
+from .sweeps.result import SweepResult as SweepResult
+from .sweeps.shards import SweepShard as SweepShard
 from .two_adapters.comparison import AdapterComparison as AdapterComparison
 from .two_adapters.repair import Repair as Repair
 from .two_adapters.training import Checkpoints as Checkpoints

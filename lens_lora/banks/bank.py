@@ -60,6 +60,7 @@ from lens_lora.core import (
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many, warn
 from lens_lora.hosts.given_base import note_of_names
 from lens_lora.runs.fingerprint import differences, digest, fingerprint, settings
+from lens_lora.runs.shards import Shard, folder_of_shards
 from lens_lora.runs.store import Store
 
 
@@ -263,11 +264,13 @@ class Bank:
         revision: str | None = None,
         subfolder: str | None = None,
         any_base: bool = False,
+        shard: tuple[int, int] | None = None,
         progress: bool = True,
     ) -> pd.DataFrame:
         """First order of many adapters, of which at most eight are read at a time. No pass.
 
-        With `out`, every process of `accelerate launch` calls this and takes its share.
+        With `out`, every process of `accelerate launch` calls this and takes its share. With
+        `shard` as well it takes a share without a launcher, and `ll.gather(out)` joins them.
 
         Args:
             adapters: a folder or a hub id ('owner/repo', or 'owner/repo/sub/folder') with adapters
@@ -279,13 +282,14 @@ class Bank:
             subfolder: the folder within each folder or repository that is named.
             any_base: whether to take adapters that name another base than the bank's, such as the
                 same model under another name; a warning names them.
+            shard: (i, n) runs shard i of n, counted from 1, into a folder of its own.
             progress: show a bar.
 
         Returns:
             One row per adapter, readout, prompt and group: value, in the readout's units; total
             of all sites; rank by |total|; error, in an unusable adapter's only row. An adapter that
             names another base than the bank's is one; where the model has no name, than the first
-            adapter that names one.
+            adapter that names one. Of a shard its own adapters, ranked among one another.
 
         Raises:
             AdapterError, ArgumentError: no adapter at all; another group.
@@ -293,6 +297,12 @@ class Bank:
             ModelStateError: a model that has changed since the bank was made.
         """
         word("group", group, get_args(scan.GroupName))
+        part = Shard.of(shard)
+        if part is not None and out is None:
+            raise ArgumentError(
+                "shards are joined from their files, and there is no out",
+                remedy="give all shards the same out='scan.parquet'.",
+            )
         self._require_same_model(entries=True)
         sources = scan.named_sources(adapters, revision, subfolder)
         names = self._base_names or scan.first_base(sources)
@@ -301,6 +311,11 @@ class Bank:
         if out is None:
             return rows.in_memory(sources, progress=progress)
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
+        if part is not None:
+            store = Store(out, about, part.folder_in(folder_of_shards(Path(out))))
+            return rows.shard_written_to(
+                store, part, list(sources), resume=resume, progress=progress
+            )
         return rows.written_to(Store(out, about), sources, resume=resume, progress=progress)
 
     def save(self, path: str | Path) -> Path:

@@ -38,8 +38,9 @@ from lens_lora.formats.folders import (
 from lens_lora.formats.hub import Place
 from lens_lora.hosts.given_base import note_of_names
 from lens_lora.runs.fingerprint import digest
-from lens_lora.runs.processes import launched
-from lens_lora.runs.store import Store
+from lens_lora.runs.processes import Processes, launched
+from lens_lora.runs.shards import KIND, PLAN, PlannedShard, Shard, keep_plan, unfinished
+from lens_lora.runs.store import Store, fingerprint_of
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
@@ -169,22 +170,73 @@ class Scan:
             SweepError: another scan is there, or nothing can be written.
         """
         processes = launched()
-        finished: list[str] = []
         with store.writing(processes):
             known = tables_in(store) if resume else {}
             processes.by_main(lambda: store.begin(anew=not resume))
             share = itertools.islice(sources, processes.index, None, processes.count)
             is_silent = not (progress and processes.is_main)
             with tqdm(share, "scan", unit="adapter", disable=is_silent) as shown:
-                for few in self.tables(iter(shown), known):
-                    by_key = {key_of(table): table for table in few}
-                    new = [table for key, table in by_key.items() if table is not known.get(key)]
-                    if new:
-                        store.write(new, {})
-                    finished += by_key
+                finished = self._parts(store, iter(shown), known)
             every_key = list(itertools.chain.from_iterable(processes.gather(finished)))
             processes.by_main(lambda: merge(store, every_key))
         return pd.read_parquet(store.path).drop(columns="weights")
+
+    def shard_written_to(
+        self,
+        store: Store,
+        shard: Shard,
+        sources: Sequence[NamedSource],
+        *,
+        resume: bool,
+        progress: bool,
+    ) -> pd.DataFrame:
+        """The table of one shard's adapters, written part by part into its folder.
+
+        It takes every n-th eight adapters, which are contracted together as in one process.
+
+        Args:
+            store: the shard's own.
+            shard: which one it is.
+            sources: all adapters.
+            resume: go on with what is there, or start over.
+            progress: whether a bar is shown.
+
+        Raises:
+            ArgumentError: no adapter at all.
+            SweepError: another scan is there, or nothing can be written.
+        """
+        with store.writing(launched()):
+            known = tables_in(store) if resume else {}
+            store.begin(anew=not resume)
+            names = pa.table({"adapter": pa.array([name for name, _ in sources], _TEXT)})
+            keep_plan(store, names, {KIND: b"scan"})
+            mine = [number for number in range(len(sources)) if shard.takes(number // AT_ONCE)]
+            finished: list[str] = []
+            share = tqdm(mine, "scan", unit="adapter", disable=not progress)
+            with share as shown:
+                few_at_a_time = iter(shown)
+                while numbers := list(itertools.islice(few_at_a_time, AT_ONCE)):
+                    few = [sources[number] for number in numbers]
+                    finished += self._parts(store, iter(few), known)
+            keep_finished(store, mine, finished)
+            tables = tables_in(store)
+        rows = [tables[key] for key in dict.fromkeys(finished)]
+        if not rows:
+            return pd.DataFrame()
+        return ranked(rows).drop_columns("weights").to_pandas()
+
+    def _parts(
+        self, store: Store, sources: Iterator[NamedSource], known: Mapping[str, pa.Table]
+    ) -> list[str]:
+        """Write the rows of these adapters that are not known; the key of each adapter."""
+        finished: list[str] = []
+        for few in self.tables(sources, known):
+            by_key = {key_of(table): table for table in few}
+            new = [table for key, table in by_key.items() if table is not known.get(key)]
+            if new:
+                store.write(new, {})
+            finished += by_key
+        return finished
 
     def tables(
         self, adapters: Iterator[NamedSource], known: Mapping[str, pa.Table] | None = None
@@ -381,7 +433,7 @@ def _key(name: str, weights: str | None) -> str:
 def tables_in(store: Store) -> dict[str, pa.Table]:
     """The rows of each adapter that was written, by `key_of`; of several the last."""
     tables = [table for _, table in store.parts()]
-    if store.require_result(store.path):
+    if not store.is_shard and store.require_result(store.path):
         tables.insert(0, pq.read_table(store.path).drop_columns("rank"))
 
     by_key: dict[str, pa.Table] = {}
@@ -400,6 +452,55 @@ def merge(store: Store, keys: Sequence[str]) -> None:
     in_order = [tables[key] for key in dict.fromkeys(keys)]
     store.write([ranked(in_order)], {}, store.path)
     store.remove()
+
+
+# --- Shards
+
+
+# The keys of a shard's adapters, written once it is done.
+_FINISHED = "finished"
+
+
+def keep_finished(store: Store, numbers: Sequence[int], keys: Sequence[str]) -> None:
+    """Note that a shard is done.
+
+    Args:
+        store: the shard's own.
+        numbers: the places of its adapters among all adapters, in order.
+        keys: of these adapters, by `key_of`.
+    """
+    columns = {"number": pa.array(numbers, _INTEGER), "key": pa.array(keys, _TEXT)}
+    store.write([pa.table(columns)], {}, store.folder / _FINISHED)
+
+
+def gathered(out: Path, planned: Sequence[PlannedShard]) -> pd.DataFrame:
+    """Write the result from the parts of all shards of a scan.
+
+    Args:
+        out: the result.
+        planned: all shards, with the same plan.
+
+    Raises:
+        SweepError: a shard that is not finished.
+    """
+    fingerprint = fingerprint_of(planned[0].folder / PLAN)
+    tables: dict[str, pa.Table] = {}
+    key_at: dict[int, str] = {}
+    for each in planned:
+        of_shard = tables_in(Store(out, fingerprint, each.folder))
+        path = each.folder / _FINISHED
+        entries = pq.read_table(path).to_pylist() if path.exists() else None
+        if entries is None or any(entry["key"] not in of_shard for entry in entries):
+            raise unfinished([each.shard], out, "not finished")
+        tables |= of_shard
+        key_at |= {entry["number"]: entry["key"] for entry in entries}
+    store = Store(out, fingerprint)
+    with store.writing(Processes()):
+        store.begin(anew=False)
+        in_order = [tables[key_at[number]] for number in sorted(key_at)]
+        store.write([ranked(in_order)], {}, store.path)
+        store.remove()
+    return pd.read_parquet(store.path).drop(columns="weights")
 
 
 def ranked(tables: Sequence[pa.Table]) -> pa.Table:

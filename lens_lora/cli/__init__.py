@@ -1,7 +1,7 @@
 """The command line, `lens-lora`, with a function for each command.
 
 The commands are `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`, `verify`, `card`,
-`sweep` and `scan`.
+`sweep`, `scan` and `gather`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
@@ -22,7 +22,7 @@ from lens_lora.cli.adapters import checkpoints, diff, inspect, repair
 from lens_lora.cli.carding import card
 from lens_lora.cli.explaining import demo, explain
 from lens_lora.cli.running import one_line_errors
-from lens_lora.cli.sweeping import scan, sweep
+from lens_lora.cli.sweeping import gather, scan, sweep
 from lens_lora.cli.verifying import verify
 
 app: typer.Typer = typer.Typer(
@@ -49,7 +49,10 @@ def main(version: Annotated[bool | None, _VERSION] = False) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-_COMMANDS = (demo, explain, diff, inspect, checkpoints, repair, verify, card, sweep, scan)
+_COMMANDS = (
+    *(demo, explain, diff, inspect, checkpoints, repair, verify, card),
+    *(sweep, scan, gather),
+)
 for _command in _COMMANDS:
     app.command(_command.__name__)(one_line_errors(_command)(_command))
 

@@ -1,4 +1,4 @@
-"""Two commands that write Parquet: `lens-lora sweep` and `scan`.
+"""Commands that write Parquet: `lens-lora sweep`, `scan`, and `gather`, which joins their shards.
 
 `sweep` runs a file of prompts through chosen analyses, and `scan` a folder of adapters through one
 bank. A record or an adapter that cannot be used is listed and stops nothing; the exit code is 1 if
@@ -39,6 +39,23 @@ _Resume = Annotated[
 ]
 
 
+def _shard_of(given: str) -> tuple[int, int]:
+    """The shard that `--shard i/n` names."""
+    index, _, count = given.partition("/")
+    if not (index.isdecimal() and count.isdecimal()) or not 1 <= int(index) <= int(count):
+        raise typer.BadParameter(f"--shard {given}: expected i/n, shard i of n, counted from 1.")
+    return int(index), int(count)
+
+
+_Shard = Annotated[
+    str | None,
+    typer.Option(
+        help="i/n: only shard i of n, from 1, such as a task of a Slurm array. `lens-lora gather` "
+        "joins the shards."
+    ),
+]
+
+
 @options.with_options
 def sweep(
     adapter: options.AdapterIfOther = None,
@@ -70,6 +87,7 @@ def sweep(
         int | None, typer.Option(min=1, help="Only the first so many records.")
     ] = None,
     resume: _Resume = True,
+    shard: _Shard = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
@@ -82,6 +100,7 @@ def sweep(
     """
     if out.suffix != ".parquet":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
+    part = None if shard is None else _shard_of(shard)
     names = chosen(analysis or ["first_order"])
     rows = _records(prompts, names, limit, has_margin=readout == "margin")
     if rank() == 0:
@@ -96,7 +115,7 @@ def sweep(
         readouts = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}
         asked_readout = readouts[readout]
         require_slopes(names, asked_readout)
-        if resume:
+        if resume and part is None:
             require_resumable(out, loaded, names, asked_readout)
         processes = launched()
         if processes.count > 1 and base.device_map is not None:
@@ -123,8 +142,13 @@ def sweep(
                 readout=asked_readout,
                 batch_size=batch_size,
                 resume=resume,
+                shard=part,
                 progress=not progress.quiet,
             )
+        if isinstance(result, ll.results.SweepShard):
+            running.say(repr(result))
+            running.say(f"Once all shards are finished: lens-lora gather {out}")
+            return
         if processes.is_main:
             _print(result, processes.count)
     if not result.done:
@@ -156,6 +180,7 @@ def scan(
         typer.Option(help="What each adapter's values are summed over."),
     ] = "layer",
     resume: _Resume = True,
+    shard: _Shard = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
@@ -166,6 +191,7 @@ def scan(
     files.require_place(out, "--out")
     files.require_apart({"--out": out}, base, folders, asked.prompts)
     questions = asked.checked()
+    part = None if shard is None else _shard_of(shard)
     bases = [(str(path), stated_base(path)) for path in folders]
     remedy = "scan the adapters of each base apart, or name one base for all with --model."
     named = one_base(bases if base.model is None else bases[:1], remedy)
@@ -198,12 +224,31 @@ def scan(
                 out=out,
                 resume=resume,
                 any_base=base.model is not None,
+                shard=part,
                 progress=not quiet,
             )
+        if part is not None:
+            running.say(f"Shard {shard} is finished. Once all are: lens-lora gather {out}")
+            return
         if processes.is_main:
             _print_scan(table, out)
     if table["error"].notna().all():
         raise typer.Exit(1)
+
+
+def gather(
+    out: Annotated[Path, typer.Argument(help="What all shards had as --out.", dir_okay=False)],
+) -> None:
+    """Join the shards of a sweep, or of a scan, into one result. Loads no model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The bad records are listed below.
+        found = ll.gather(out)
+    if isinstance(found, ll.results.SweepResult):
+        _print(found, 1)
+        if not found.done:
+            raise typer.Exit(1)
+    else:
+        _print_scan(found, out)
 
 
 def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokenizer:

@@ -130,6 +130,23 @@ def _all_alive() -> Generator[None]:
         ) from error
 
 
+def require_one_process(processes: Processes) -> None:
+    """Refuse shards under a launcher: both divide the same work.
+
+    Args:
+        processes: those that were launched.
+
+    Raises:
+        SweepError: there are several.
+    """
+    if processes.count > 1:
+        raise SweepError(
+            f"a shard, and {processes.count} processes that were launched together: both divide "
+            "the prompts. Start each shard as a process of its own, without a launcher, or leave "
+            "the shard out."
+        )
+
+
 # --- One writer for each output
 
 

@@ -28,7 +28,12 @@ import pyarrow.parquet as pq
 
 from lens_lora.errors import SweepError, is_of_the_system, setting, warn
 from lens_lora.runs.fingerprint import Fingerprint, differences, short_hash
-from lens_lora.runs.processes import Processes, only_writer, write_errors_of
+from lens_lora.runs.processes import (
+    Processes,
+    only_writer,
+    require_one_process,
+    write_errors_of,
+)
 
 # Where the fingerprint stands in a file's metadata.
 _FINGERPRINT_KEY = b"lens_lora.sweep"
@@ -43,27 +48,44 @@ class Store:
 
     Attributes:
         path: the result.
-        folder: where the parts lie until they are merged.
-        results: every file that is written at the end.
+        folder: where the parts lie until they are merged; of a shard a folder of its own.
+        results: every file that is written at the end; none of a shard.
         fingerprint: everything but the records that decides a number, as JSON holds it.
         damaged: the parts that could not be read, and why.
     """
 
-    def __init__(self, out: str | Path, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self, out: str | Path, fingerprint: Fingerprint, folder: Path | None = None
+    ) -> None:
+        """Name the files.
+
+        Args:
+            out: the result.
+            fingerprint: everything but the records that decides a number.
+            folder: of a shard, where nobody else writes.
+        """
         self.path: Path = Path(out)
         if self.path.suffix != ".parquet":
             place = setting("out", str(out))
             raise SweepError(f"{place}: expected a name that ends in .parquet.")
         if self.path.is_dir():
             raise SweepError(f"{setting('out', str(out))} is a folder; name a file in it.")
-        self.folder: Path = self.path.with_suffix(".parts")
-        self.results: tuple[Path, ...] = (self.path,)
+        self.is_shard: bool = folder is not None
+        self.folder: Path = folder or self.path.with_suffix(".parts")
+        self.results: tuple[Path, ...] = () if self.is_shard else (self.path,)
         self.damaged: dict[Path, str] = {}
         self.fingerprint: Fingerprint = json.loads(_as_json(fingerprint))
 
     @contextlib.contextmanager
     def writing(self, processes: Processes) -> Generator[None]:
-        """Within the block no other run writes here, and every process runs this one."""
+        """Within the block no other run writes here, and every process runs this one.
+
+        A shard takes no lock, as its folder is its own.
+        """
+        if self.is_shard:
+            require_one_process(processes)
+            yield
+            return
         lock = only_writer(self.path) if processes.is_main else contextlib.nullcontext()
         with lock:
             of_first = processes.gather(self.fingerprint)[0]

@@ -12,7 +12,7 @@ from lens_lora.show.figures import bars
 from lens_lora.show.spread import spread_figure
 from lens_lora.show.text import beginning_of, label, signed
 from lens_lora.sweeps.activations_file import ActivationsFile
-from lens_lora.sweeps.sweep import SweepResult
+from lens_lora.sweeps.result import SweepResult
 
 _PROMPT_WIDTH = 60  # characters of a prompt beside its bar
 

@@ -163,10 +163,12 @@ class RowStore(Store):
         fingerprint: Fingerprint,
         sites: Sequence[Site],
         analyses: Sequence[str],
+        folder: Path | None = None,
     ) -> None:
-        super().__init__(out, fingerprint)
+        super().__init__(out, fingerprint, folder)
         self.prompts_path: Path = self.path.with_suffix(".prompts.parquet")
-        self.results: tuple[Path, ...] = (self.path, self.prompts_path)
+        if not self.is_shard:
+            self.results: tuple[Path, ...] = (self.path, self.prompts_path)
         self._sites = sites
         self._analyses = analyses
         self._schema = pa.schema(FIELDS | dict.fromkeys(analyses, pa.list_(_NUMBER)))
@@ -179,7 +181,9 @@ class RowStore(Store):
         Raises:
             SweepError: the files are of another sweep or of other records, or are damaged.
         """
-        found = [*self._in_results(), *self._in_parts()]
+        found = self.finished_rows()
+        if not self.is_shard:
+            found = [*self._in_results(), *found]
         self.require_version()
         contents = {content(record) for record in records}
         finished: dict[Content, Row] = {}
@@ -201,7 +205,7 @@ class RowStore(Store):
             # The parts hold every row until both results are written.
             self.add(list(before.values()))
         # Where a record ran several times, a row without an error goes before one with it.
-        good_last = sorted(self._in_parts(), key=lambda row: row["error"] is None)
+        good_last = sorted(self.finished_rows(), key=lambda row: row["error"] is None)
         known = {content(row): row for row in good_last}
         rows: list[Row] = []
         lost: list[Record] = []
@@ -214,10 +218,11 @@ class RowStore(Store):
                 lost.append(record)
         if lost:
             raise self.lacking(f"{len(lost)} of {len(records)} records, {lost[0].where} among them")
-        self._write(rows, [record.id for record in records])
+        self.write_results(rows, [record.id for record in records])
         self.remove()
 
-    def _in_parts(self) -> list[Row]:
+    def finished_rows(self) -> list[Row]:
+        """The rows of all parts that can be read, in the order of writing."""
         rows: list[Row] = []
         for _, table in self.parts():
             for row in table.to_pylist():
@@ -244,10 +249,12 @@ class RowStore(Store):
             raise _damaged(self.prompts_path, f"or {self.path}: their rows were changed")
         return rows
 
-    def _write(self, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
+    def write_results(self, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
         """Write both tables, with one hash of all rows in both files.
 
-        The ids are a column of integers where all are integers, else of strings.
+        Args:
+            rows: one for each record, in their order.
+            ids: of the records, a column of integers where all are integers, else of strings.
         """
         if all(isinstance(identity, int) for identity in ids):
             id_column = pa.array(ids, pa.int64())

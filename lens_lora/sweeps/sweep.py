@@ -10,24 +10,19 @@ An analysis by token takes the same steps as a stream (`stream.py`).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast, overload
+from typing import TypedDict, overload
 
-import pandas as pd
 import torch
 from tqdm import tqdm
 from typing_extensions import Unpack
 
 from lens_lora.core import (
     Adapter,
-    Attribution,
     LoraLens,
     Prompts,
     Readout,
-    Site,
-    drawing,
     require_readout,
 )
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
@@ -35,7 +30,8 @@ from lens_lora.guesses import fitting
 from lens_lora.responses.answers import KL
 from lens_lora.runs.fingerprint import fingerprint, fingerprint_without_model, strings_of
 from lens_lora.runs.processes import Processes, launched
-from lens_lora.runs.store import Store, Unchanged
+from lens_lora.runs.shards import Shard, folder_of_shards, keep_plan
+from lens_lora.runs.store import Store
 from lens_lora.sweeps import batches
 from lens_lora.sweeps.activations_file import ActivationsFile
 from lens_lora.sweeps.batches import Job, Make, prepare
@@ -49,136 +45,10 @@ from lens_lora.sweeps.records import (
     options_of,
     read_records,
 )
-from lens_lora.sweeps.rows import Content, Row, RowStore, content, read
+from lens_lora.sweeps.result import AskedReadout, SweepResult, result_of
+from lens_lora.sweeps.rows import Content, Row, RowStore, content
+from lens_lora.sweeps.shards import SweepShard, notes_of, plan_of
 from lens_lora.sweeps.stream import token_sweep
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SweepResult:
-    """The files of a sweep, and counts of what is in them.
-
-    Attributes:
-        path: one row per prompt and site: id, prompt, site, module, layer, kind, and a column per
-            analysis, in the units of the prompt's readout. Prompts with an error have no rows.
-        prompts_path: one row per record: id, prompt, chat (whether of messages), doc, pre, tokens,
-            readout, units, base g(0), adapted g(1), shift, flips (of margins), per analysis its sum
-            over sites and remainder (shift − sum; not of second order, which does not stand for
-            the shift), and error (null where there is none).
-        records: how many records there are.
-        resumed: how many of them earlier runs had finished.
-        flips: how many margins change sign, beyond three noise floors.
-        errors: (id, what is wrong, with its line) of each bad record.
-        damaged: files of finished prompts that could not be read, and why; their prompts ran again.
-        sites, analyses: the rows and the columns of the site table.
-        readout, units: of all prompts; 'margin(doc − pre)' if each prompt has its own, and every
-            unit that occurs (nats where an answer has several tokens).
-        meta: model, adapter, dtype and versions.
-    """
-
-    path: Path
-    prompts_path: Path
-    records: int
-    resumed: int
-    flips: int
-    errors: tuple[tuple[int | str, str], ...]
-    damaged: tuple[str, ...]
-    sites: tuple[Site, ...]
-    analyses: tuple[str, ...]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
-    _sites_file: Unchanged = dataclasses.field(init=False, repr=False)
-    _prompts_file: Unchanged = dataclasses.field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_sites_file", Unchanged(self.path))
-        object.__setattr__(self, "_prompts_file", Unchanged(self.prompts_path))
-
-    @property
-    def done(self) -> int:
-        """How many prompts have numbers."""
-        return self.records - len(self.errors)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per prompt and site: `pd.read_parquet(path)`."""
-        return pd.read_parquet(self._sites_file.path)
-
-    def prompts(self) -> pd.DataFrame:
-        """One row per record: `pd.read_parquet(prompts_path)`."""
-        return pd.read_parquet(self._prompts_file.path)
-
-    def plot_prompts(self, column: str = "shift", k: int = 40) -> drawing.Figure:
-        """A bar for each record: one column of `prompts`, the largest number on top.
-
-        Args:
-            column: a column of numbers, such as 'shift', 'base', 'adapted' or
-                'first_order_remainder'.
-            k: how many records are shown, those of largest magnitude.
-
-        Raises:
-            ArgumentError: no such column of numbers, or a k below 1.
-            SweepError: every record has an error.
-        """
-        return drawing.figure(self, column, k)
-
-    def attribution(self, analysis: str) -> Attribution:
-        """One analysis of all prompts without an error, with its tables, sums and figures.
-
-        Its values are in several units if `units` names several.
-
-        Args:
-            analysis: one of `analyses`.
-
-        Raises:
-            SweepError: the analysis was not run, or every prompt has an error.
-        """
-        if analysis not in self.analyses or not self.done:
-            raise SweepError(
-                f"{analysis!r} of {self.done} prompts: the sweep holds {', '.join(self.analyses)}."
-            )
-        column = pd.read_parquet(self._sites_file.path, columns=[analysis])[analysis]
-        values = torch.from_numpy(column.to_numpy(copy=True))
-        every = self.prompts()
-        good = every[every["error"].isna()]
-        return Attribution(
-            values=values.view(-1, len(self.sites)),
-            by=(),
-            sites=self.sites,
-            heads=(0,) * len(self.sites),
-            base=torch.tensor(good["base"].tolist(), dtype=torch.float64),
-            adapted=torch.tensor(good["adapted"].tolist(), dtype=torch.float64),
-            str_tokens=tuple((text,) for text in good["prompt"]),
-            readout=self.readout,
-            units=self.units,
-            method=analysis.removesuffix("_at_1"),
-            at=ANALYSES[analysis].at,
-            meta=self.meta,
-        )
-
-    def plot(self, analysis: str | None = None) -> drawing.Figure:
-        """Heatmap layer × kind of module of one analysis: its mean over prompts.
-
-        Args:
-            analysis: one of `analyses`; None for the first.
-        """
-        return self.attribution(analysis or self.analyses[0]).plot()
-
-    def __repr__(self) -> str:
-        prompts = f"prompts ({self.resumed} before this run)" if self.resumed else "prompts"
-        flips = f"{self.flips} flip, " if "margin" in self.readout else ""
-        model = f"{self.meta['adapter']} over {self.meta['model']} as {self.meta['model_class']}"
-        if self.meta.get("strings"):
-            model += f", prompts {self.meta['strings']}"
-        lines = [
-            f"SweepResult: {self.done} of {self.records} {prompts} × {len(self.sites)} sites",
-            f"  {', '.join(self.analyses)} of {self.readout} in {self.units or 'no units'}",
-            f"  {flips}{len(self.errors)} with errors",
-            f"  {model}",
-            f"One row per prompt and site: {self.path}",
-            f"One row per prompt: {self.prompts_path}",
-        ]
-        return "\n".join(lines)
-
 
 # --- The sweep
 
@@ -191,6 +61,16 @@ class _Options(TypedDict, total=False):
     progress: bool
 
 
+@overload
+def sweep(
+    lens: LoraLens,
+    records: RecordsLike,
+    analyses: str | Iterable[str] = ("first_order",),
+    *,
+    shard: tuple[int, int] | None,
+    readout: Readout | Make | None = None,
+    **options: Unpack[_Options],
+) -> SweepResult | SweepShard: ...
 @overload
 def sweep(  # pyright: ignore[reportOverlappingOverload]
     lens: LoraLens, records: RecordsLike, analyses: ByToken, **options: Unpack[_Options]
@@ -215,12 +95,14 @@ def sweep(
     batch_size: int = 8,
     resume: bool = True,
     version: str | None = None,
+    shard: tuple[int, int] | None = None,
     progress: bool = True,
-) -> SweepResult | ActivationsFile:
+) -> SweepResult | ActivationsFile | SweepShard:
     """Run analyses on hundreds of prompts; after an interruption, the same call resumes.
 
     Under `accelerate launch` (or torchrun, mpirun) every process calls this with its own lens and
-    takes its share; several machines need one shared folder.
+    takes its share; several machines need one shared folder. With `shard` it takes a share without
+    any launcher, such as a task of a Slurm array, and `ll.gather(out)` joins the shards.
 
     Cost: what each analysis costs, and a forward pass per prompt for the base or the adapted model
     where no analysis runs it; a record's numbers do not depend on its batch beyond rounding.
@@ -248,14 +130,18 @@ def sweep(
         version: a name for code of your own that takes part: a function in `Readout.of`, a readout
             class, a hook or a `forward` of yours. Code cannot be compared with that of an earlier
             run, so without a version such a sweep cannot be resumed; change it with the code.
+        shard: (i, n) runs shard i of n, counted from 1, into a folder of its own; give each shard
+            the same records and the same `batch_size`.
         progress: show a bar.
 
     Returns:
-        SweepResult, on every process. A bad record does not stop the sweep: it is named in a
-        warning, and its row in the prompts' table says what is wrong. So is a damaged part of an
-        earlier run, whose prompts run again. Of activations, `ActivationsFile`.
+        SweepResult, on every process; of a shard SweepShard, and its numbers are in its folder. A
+        bad record does not stop the sweep: it is named in a warning, and its row in the prompts'
+        table says what is wrong. So is a damaged part of an earlier run, whose prompts run again.
+        Of activations, `ActivationsFile`.
 
     Raises:
+        ArgumentError: a shard that is no (i, n).
         SweepError: there are no records, an analysis is unknown, a file is of another kind, an
             object can be no record, or `out` holds results of another lens, readout, choice of
             analyses or prompts, or of code of your own without a version, or is being written by
@@ -265,7 +151,13 @@ def sweep(
     """
     _require_batch_size(batch_size)
     names = chosen(analyses)
+    part = Shard.of(shard)
     if names[0] in BY_TOKEN:
+        if part is not None:
+            raise SweepError(
+                f"{names[0]!r} reads one record after another and has no shards; give each job a "
+                "file of records, and an out, of its own."
+            )
         if readout is not None:
             raise SweepError(f"{names[0]!r} has no readout; leave readout out.")
         return token_sweep(lens, records, names[0], out, batch_size, resume, version, progress)
@@ -279,24 +171,52 @@ def sweep(
 
     processes = launched()
     depends_on = fingerprint(lens, options_of(names), readout, version)
-    store = RowStore(out, depends_on, lens.sites, names)
+    folder = None if part is None else part.folder_in(folder_of_shards(Path(out)))
+    store = RowStore(out, depends_on, lens.sites, names, folder)
     is_shown = progress and processes.is_main
     with store.writing(processes):
         finished = store.done(rows) if resume else {}
-        checked, jobs = _prepared(lens, rows, readout, finished, is_shown)
+        checked, jobs = _prepared(lens, rows, readout, is_shown)
         processes.by_main(lambda: store.begin(anew=not resume))
 
         keeps_each_prompt = any(ANALYSES[name].many for name in names)
-        all_batches = batches.make_batches(jobs, 1 if keeps_each_prompt else batch_size)
-        share = all_batches[processes.index :: processes.count]
-        resumed = sum(record.error is None and content(record) in finished for record in checked)
-        with _bar(share, resumed, processes, is_shown) as bar:
-            for batch in share:
+        if keeps_each_prompt:
+            batch_size = 1
+        all_batches = batches.make_batches(jobs, batch_size)
+        meta = {**lens.describe(), "strings": strings_of(lens) or ""}
+        asked = _asked(readout)
+        if part is None:
+            share = all_batches[processes.index :: processes.count]
+            mine = checked
+        else:
+            share = all_batches[part.index - 1 :: part.count]
+            keep_plan(
+                store,
+                plan_of(checked, all_batches, part.count),
+                notes_of(lens.sites, names, meta, asked, batch_size),
+            )
+            mine = [job.record for batch in share for job in batch]
+        resumed = sum(record.error is None and content(record) in finished for record in mine)
+        unfinished = _without(share, finished)
+        with _bar(unfinished, resumed, processes, is_shown) as bar:
+            for batch in unfinished:
                 store.add(batches.measure(lens, batch, names))
                 bar.update(len(batch))
 
+        if part is not None:
+            bad = [(record.id, record.error) for record in checked if record.error is not None]
+            shard_of_sweep = SweepShard(
+                out=store.path,
+                shard=(part.index, part.count),
+                prompts=len(mine),
+                resumed=resumed,
+                errors=tuple(bad),
+            )
+            store.warn_of_bad_records(bad, len(bad), len(rows), level=2)
+            store.warn_of_damaged_parts(level=2)
+            return shard_of_sweep
         processes.by_main(lambda: store.merge(checked, finished))
-        result = _result(lens, store, names, resumed, readout)
+        result = result_of(store, lens.sites, meta, names, resumed, asked)
     if processes.is_main:
         store.warn_of_bad_records(result.errors, len(result.errors), len(rows), level=2)
         store.warn_of_damaged_parts(level=2)
@@ -320,25 +240,42 @@ def _prepared(
     lens: LoraLens,
     records: Sequence[Record],
     readout: Readout | Make | None,
-    finished: Mapping[Content, Row],
     is_shown: bool,
 ) -> tuple[list[Record], list[Job]]:
-    """All records, with what is wrong with each, and a job for each good one not yet finished."""
+    """All records, with what is wrong with each; and a job for each good one.
+
+    Records that differ in their ids alone are one job.
+    """
     checked: list[Record] = []
-    jobs: list[Job] = []
+    jobs: dict[Content, Job] = {}
     shown = tqdm(records, "reading records", leave=False, disable=not is_shown, unit="record")
     with shown as bar:
         for record in bar:
-            if content(record) in finished:
-                checked.append(record)
-                continue
             prepared = prepare(lens, record, readout)
             if isinstance(prepared, Job):
-                jobs.append(prepared)
+                jobs.setdefault(content(record), prepared)
                 checked.append(prepared.record)
             else:
                 checked.append(prepared)
-    return checked, jobs
+    return checked, list(jobs.values())
+
+
+def _without(share: Sequence[Sequence[Job]], finished: Mapping[Content, Row]) -> list[list[Job]]:
+    """The batches that are left to run.
+
+    Batches are made of all records, whatever is finished, so that a prompt is run beside the same
+    others after an interruption, and its numbers are the same to the last bit.
+    """
+    left = [[job for job in batch if content(job.record) not in finished] for batch in share]
+    return [batch for batch in left if batch]
+
+
+def _asked(readout: Readout | Make | None) -> AskedReadout:
+    """The name and units of the readout that was asked for, if one was."""
+    if readout is None:
+        return AskedReadout(None, None)
+    read = readout(["", ""]) if batches.is_make(readout) else require_readout(readout)
+    return AskedReadout(read.label, read.units)
 
 
 def _bar(
@@ -430,50 +367,3 @@ def _sites_that_matter(lens: LoraLens, records: Sequence[Record], readout: Reado
             f = lens.function(batches.tokenised(lens, record), progress=False)
             return readout.reaching(f).lens
     return lens
-
-
-# --- What is returned
-
-
-def _result(
-    lens: LoraLens,
-    store: RowStore,
-    analyses: tuple[str, ...],
-    resumed: int,
-    readout: Readout | Make | None,
-) -> SweepResult:
-    rows = read(store.prompts_path).to_pylist()
-    good = [row for row in rows if row["error"] is None]
-    label, units = _label_and_units(good, readout)
-    return SweepResult(
-        path=store.path,
-        prompts_path=store.prompts_path,
-        records=len(rows),
-        resumed=resumed,
-        flips=sum(row["flips"] is True for row in good),
-        errors=tuple((row["id"], row["error"]) for row in rows if row["error"] is not None),
-        damaged=tuple(f"{path}: {reason}" for path, reason in store.damaged.items()),
-        sites=lens.sites,
-        analyses=analyses,
-        readout=label,
-        units=units,
-        meta={**lens.describe(), "strings": strings_of(lens) or ""},
-    )
-
-
-def _label_and_units(
-    good: Sequence[Mapping[str, Any]], readout: Readout | Make | None
-) -> tuple[str, str]:
-    """The label and the units of what was read of all good prompts.
-
-    A readout that was asked for has its name and units also where no prompt could be read.
-    """
-    labels = {row["readout"] for row in good}
-    units = {row["units"] for row in good}
-    asked = readout(["", ""]) if batches.is_make(readout) else cast(Readout | None, readout)
-    if asked is not None and not units:
-        units = {asked.units}
-    all_units = " and ".join(sorted(units))
-    if len(labels) == 1:
-        return labels.pop(), all_units
-    return "margin(doc − pre)" if asked is None else asked.label, all_units

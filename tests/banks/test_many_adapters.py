@@ -343,6 +343,32 @@ def test_a_scan_of_another_bank_is_not_mixed_in(scene, tmp_path: Path):
         bank.scan(tmp_path / "none", progress=False)
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_shards_of_a_scan_are_gathered(scene, tmp_path: Path, monkeypatch, at_once: int):
+    """The file of one process, byte for byte; a shard that was stopped goes on."""
+    bank, folder, _ = scene
+    monkeypatch.setattr(scan_module, "AT_ONCE", at_once)
+    whole = bank.scan(folder, out=tmp_path / "whole.parquet", progress=False)
+    out = tmp_path / "scan.parquet"
+    options = {"out": out, "progress": False}
+    first = bank.scan(folder, shard=(2, 2), **options)
+    mine = {name for i, name in enumerate(NAMES) if i // at_once % 2 == 1}
+    assert set(first["adapter"]) == mine
+    with pytest.raises(ll.errors.SweepError, match="shard 1 of 2 of .* not begun"):
+        ll.gather(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(scan_module, "keep_finished", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bank.scan(folder, shard=(1, 2), **options)
+    with pytest.raises(ll.errors.SweepError, match="shard 1 of 2 of .* not finished"):
+        ll.gather(out)
+    bank.scan(folder, shard=(1, 2), **options)
+    pd.testing.assert_frame_equal(ll.gather(out), whole)
+    assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    with pytest.raises(ll.errors.ArgumentError, match="there is no out"):
+        bank.scan(folder, shard=(1, 2), progress=False)
+
+
 def test_processes_share_a_scan(scene, tmp_path: Path, monkeypatch):
     """Each takes every second adapter; the first one merges what both have written."""
     bank, folder, _ = scene

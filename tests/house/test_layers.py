@@ -37,7 +37,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Where names that are computed are imported: those of `results.pyi`, and those that are registered.
-IMPORTERS = {"lens_lora.results", "lens_lora.core.extensions"}
+IMPORTERS = {"lens_lora.results", "lens_lora.core.extensions", "lens_lora.runs.shards"}
 # What still points upward, from a module to a folder. It gets shorter; nothing is added to it.
 UPWARD: set[tuple[str, str]] = set()
 

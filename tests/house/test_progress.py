@@ -173,8 +173,8 @@ DEEP = {
     "remainder",
 }
 NO_PASS = {
-    *("adapter_format", "alignment", "analysis", "compare", "demo", "load", "load_adapter"),
-    *("load_bank", "load_result", "panel", "readout", "table"),
+    *("adapter_format", "alignment", "analysis", "compare", "demo", "gather", "load"),
+    *("load_adapter", "load_bank", "load_result", "panel", "readout", "table"),
 }
 
 

@@ -1,0 +1,160 @@
+"""A sweep as several jobs: what a shard's plan holds, and how the shards become one result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import pyarrow as pa
+
+from lens_lora.core import Site
+from lens_lora.errors import many
+from lens_lora.runs.processes import Processes
+from lens_lora.runs.shards import KIND, PlannedShard, Shard, unfinished
+from lens_lora.runs.store import fingerprint_of
+from lens_lora.sweeps.batches import Job
+from lens_lora.sweeps.records import Record
+from lens_lora.sweeps.result import AskedReadout, SweepResult, result_of
+from lens_lora.sweeps.rows import CONTENT, FIELDS, Content, RowStore, content
+
+# Where a plan's metadata hold what the results say beside their rows.
+_ABOUT = b"lens_lora.about"
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class SweepShard:
+    """One finished shard of a sweep. `ll.gather(out)` makes the result, once all are finished.
+
+    Attributes:
+        out: the result that all shards are of.
+        shard: (i, n), shard i of n, counted from 1.
+        prompts: how many prompts this shard has finished.
+        resumed: how many of them earlier runs had finished.
+        errors: (id, what is wrong, with its line) of each bad record of the whole sweep.
+    """
+
+    out: Path
+    shard: tuple[int, int]
+    prompts: int
+    resumed: int
+    errors: tuple[tuple[int | str, str], ...]
+
+    def __repr__(self) -> str:
+        index, count = self.shard
+        before = f" ({self.resumed} before this run)" if self.resumed else ""
+        return (
+            f"SweepShard: {index} of {count} of {self.out}, {many(self.prompts, 'prompt')}{before}"
+        )
+
+
+# --- The plan
+
+
+def plan_of(records: Sequence[Record], batches: Sequence[Sequence[Job]], shards: int) -> pa.Table:
+    """All records in order, and the shard of each; a bad record has none.
+
+    Args:
+        records: all records, with what is wrong with each.
+        batches: of the whole sweep.
+        shards: how many of them there are.
+    """
+    shard_of: dict[Content, int] = {}
+    for number, batch in enumerate(batches):
+        for job in batch:
+            shard_of[content(job.record)] = number % shards + 1
+    columns: dict[str, pa.Array] = {
+        "id": pa.array([str(record.id) for record in records], pa.string()),
+        "is_number": pa.array([isinstance(record.id, int) for record in records], pa.bool_()),
+    }
+    for name in (*CONTENT, "error"):
+        values = [getattr(record, name) for record in records]
+        columns[name] = pa.array(values, FIELDS[name])
+    shard = [None if record.error else shard_of[content(record)] for record in records]
+    columns["shard"] = pa.array(shard, pa.int64())
+    return pa.table(columns)
+
+
+def notes_of(
+    sites: Sequence[Site],
+    analyses: Sequence[str],
+    meta: Mapping[str, str],
+    asked: AskedReadout,
+    batch_size: int,
+) -> dict[bytes, bytes]:
+    """What a plan says beside its records.
+
+    Args:
+        sites: of the lens.
+        analyses: that are run.
+        meta: model, adapter, dtype and versions.
+        asked: the readout that was asked for.
+        batch_size: by which the records were divided into batches.
+    """
+    about = {
+        "sites": [dataclasses.asdict(site) for site in sites],
+        "analyses": list(analyses),
+        "meta": dict(meta),
+        "label": asked.label,
+        "units": asked.units,
+        "batch_size": batch_size,
+    }
+    return {KIND: b"sweep", _ABOUT: json.dumps(about, sort_keys=True).encode()}
+
+
+# --- What joins the shards
+
+
+def gathered(out: Path, planned: Sequence[PlannedShard]) -> SweepResult:
+    """Write both results from the parts of all shards.
+
+    Args:
+        out: the result.
+        planned: all shards, with the same plan.
+
+    Raises:
+        SweepError: a shard that is not finished.
+    """
+    plan = planned[0].plan
+    about: dict[str, Any] = json.loads((plan.schema.metadata or {})[_ABOUT])
+    sites = tuple(Site(**fields) for fields in about["sites"])
+    fingerprint = fingerprint_of(planned[0].folder / "plan")
+    analyses: tuple[str, ...] = tuple(about["analyses"])
+    known: dict[Content, dict[str, Any]] = {}
+    damaged: dict[Path, str] = {}
+    for each in planned:
+        of_shard = RowStore(out, fingerprint, sites, analyses, each.folder)
+        for row in sorted(of_shard.finished_rows(), key=lambda row: row["error"] is None):
+            known[content(row)] = row
+        damaged |= of_shard.damaged
+
+    rows: list[dict[str, Any]] = []
+    ids: list[int | str] = []
+    lacking: Counter[int] = Counter()
+    for entry in plan.to_pylist():
+        ids.append(int(entry["id"]) if entry["is_number"] else entry["id"])
+        if entry["shard"] is None:
+            rows.append({name: entry[name] for name in ("id", *CONTENT, "error")})
+        elif content(entry) in known:
+            rows.append(known[content(entry)])
+        else:
+            lacking[entry["shard"]] += 1
+    if lacking:
+        shards = [Shard(index, len(planned)) for index in sorted(lacking)]
+        fact = f"not finished: {many(lacking.total(), 'prompt')} without numbers"
+        raise unfinished(shards, out, fact)
+
+    store = RowStore(out, fingerprint, sites, analyses)
+    store.damaged |= damaged
+    with store.writing(Processes()):
+        store.begin(anew=False)
+        store.write_results(rows, ids)
+        store.remove()
+        asked = AskedReadout(about["label"], about["units"])
+        result = result_of(store, sites, about["meta"], analyses, 0, asked)
+    store.warn_of_bad_records(result.errors, len(result.errors), len(rows), level=3)
+    return result
