@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import Function, Injection, LoraLens, Prompts, Reading, Slopes, Visit
+from lens_lora.core import Function, Injection, LoraLens, Prompts, Reading, SlopeSums, Visit
 from lens_lora.errors import SiteError
 
 # Tensors of one shape, by the name that `TensorPool` gives the shape.
@@ -87,7 +87,7 @@ class Half:
         axes_within_column = tuple(axis for axis in axes if axis != "token")
         by_column: list[Tensor] = []
         for column in self.columns:
-            slopes = Slopes(lens, self.prompts, axes_within_column)
+            slopes = SlopeSums(lens, self.prompts, axes_within_column)
             for injection in lens.injections:
                 if injection.partner is None:  # what waits for a partner's gate is 0
                     for gradient, z in _recorded(lens, injection, column, stacks):

@@ -174,7 +174,7 @@ from .function.own_passes import OwnPasses as OwnPasses
 from .function.quadrature import nested_counts as nested_counts
 from .function.quadrature import new_nodes as new_nodes
 from .function.recording import Recording as Recording
-from .function.reverse import Slopes as Slopes
+from .function.reverse import SlopeSums as SlopeSums
 from .function.reverse import Visit as Visit
 from .function.reverse import join_groups as join_groups
 from .function.reverse import require_finite_slopes as require_finite_slopes

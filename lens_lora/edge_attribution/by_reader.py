@@ -42,7 +42,7 @@ from lens_lora.core import (
     Injection,
     LoraLens,
     ScaleInject,
-    Slopes,
+    SlopeSums,
     attached,
     dual_level,
     join_groups,
@@ -202,7 +202,7 @@ class Pass:
         self._shape = g.rows.tokens.shape
         self.readers: dict[str, _Stream] = {}
         self.heads: dict[str, _Stream] = {}
-        self.slopes: Slopes = Slopes(g.lens, g.rows, axes)
+        self.slopes: SlopeSums = SlopeSums(g.lens, g.rows, axes)
         self._written: list[_Written] = []
         # By reader, the stream that it saw each time that it ran.
         self._seen: dict[str, list[Tensor]] = {}

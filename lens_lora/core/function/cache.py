@@ -24,7 +24,7 @@ from torch import Tensor
 from lens_lora.core.function import forward, memory, reverse, rounding
 from lens_lora.core.function.corners import Points, strengths
 from lens_lora.core.function.function import Function, function_of
-from lens_lora.core.function.slopes import weighted_slopes
+from lens_lora.core.function.slopes_at_points import weighted_slopes
 from lens_lora.core.model import LoraLens, by_axes
 from lens_lora.core.model.sites import AXES
 from lens_lora.core.readout import PromptsLike, Readout

@@ -21,9 +21,9 @@ Each adapted module, a site, has a gate ε_l and writes W_l z_l + ε_l ΔW_l z_l
 4. A `Function` keeps no number, so what is asked for twice is run twice. `Evaluations` (`cache.py`)
    is the same function with a memory: it overrides the methods of the last section.
 5. What each value is made of stands in a file of its own: g in `forward.py`, f in `logits.py`,
-   points and corners in `corners.py`, Prop. 1 in `slopes.py` and `reverse.py`, forward mode in
-   `tangents.py`, second order in `gate_graph.py`, noise in `rounding.py`, and passes under hooks of
-   your own in `own_passes.py`.
+   points and corners in `corners.py`, Prop. 1 in `slopes_at_points.py` and `reverse.py`, forward
+   mode in `tangents.py`, second order in `gate_graph.py`, noise in `rounding.py`, and passes under
+   hooks of your own in `own_passes.py`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from lens_lora.core.function.logits import logits_at_points
 from lens_lora.core.function.noise import Noise
 from lens_lora.core.function.own_passes import OwnPasses
 from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
-from lens_lora.core.function.slopes import slopes_at_points, weighted_slopes
+from lens_lora.core.function.slopes_at_points import slopes_at_points, weighted_slopes
 from lens_lora.core.model import Gauge, LoraLens, ScaleInject, by_axes, extensions
 from lens_lora.core.model.sites import AXES, Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, PromptTokens, Reading, Readout

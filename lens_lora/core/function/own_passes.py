@@ -284,7 +284,7 @@ class OwnPasses:
         """Show each site on the way back; returns g. One forward and one backward pass.
 
         The slope of a site is the sum of weight · ⟨G, δ(z)⟩ over the places where it writes;
-        `Slopes(g.lens, g.rows, axes).visit` is a visitor that adds them up.
+        `SlopeSums(g.lens, g.rows, axes).visit` is a visitor that adds them up.
 
         Args:
             visitor: called with (the place, an `Injection`; its weight, or None for 1; G = ∂g/∂(its

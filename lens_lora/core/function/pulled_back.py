@@ -56,7 +56,7 @@ def pulled_back(
         ModelStateError: a gradient did not reach some site, a split does not exist, or the model
             has an operation without a forward-mode derivative.
     """
-    slopes = reverse.Slopes(lens, reading.prompts, axes)
+    slopes = reverse.SlopeSums(lens, reading.prompts, axes)
     if memory.must_rerun(lens, reading, duals=True):
         base, taps = _in_two_passes(lens, reading, slopes, covector)
     else:
@@ -66,7 +66,7 @@ def pulled_back(
 
 
 def _in_one_pass(
-    lens: LoraLens, reading: Reading, slopes: reverse.Slopes, covector: Covector
+    lens: LoraLens, reading: Reading, slopes: reverse.SlopeSums, covector: Covector
 ) -> tuple[_RowLogits, reverse.Taps]:
     """Go back through the graph of the dual pass itself."""
     prompts = reading.prompts
@@ -83,7 +83,7 @@ def _in_one_pass(
 
 
 def _in_two_passes(
-    lens: LoraLens, reading: Reading, slopes: reverse.Slopes, covector: Covector
+    lens: LoraLens, reading: Reading, slopes: reverse.SlopeSums, covector: Covector
 ) -> tuple[_RowLogits, reverse.Taps]:
     """Take f and v from a dual pass without a graph, and go back through another pass."""
     prompts = reading.prompts

@@ -7,7 +7,7 @@ Reverse mode (note, Prop. 1):
    leaf of its own). The gradient that reaches the leaf is discarded; parameters never receive one.
 2. Taps: each site's output gets a gradient hook. On the way back it hands G = ∂g/∂(output) and z to
    a visitor, and keeps nothing.
-3. The visitor `Slopes` contracts ⟨G, δz⟩ into its parts, without ever building δz
+3. The visitor `SlopeSums` contracts ⟨G, δz⟩ into its parts, without ever building δz
    (`contraction.py`). Over positions v's constant part is split at v, though it is added at o.
 4. Where the graph is too large for `max_memory`, blocks run twice (`rerun.py`).
 
@@ -66,7 +66,7 @@ def slopes_of_first(
     if copies == 1:
         slopes, values = _slopes_and_values(lens, reading, gates[0], axes)
         return slopes, values[:, None]
-    at_first = Slopes(lens, reading.prompts, axes)
+    at_first = SlopeSums(lens, reading.prompts, axes)
 
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         if weight is not None:
@@ -95,7 +95,7 @@ def _slopes_and_values(
     slopes_of_groups: list[Tensor] = []
     values: list[Tensor] = []
     for group in groups:
-        slopes = Slopes(lens, group.prompts, axes)
+        slopes = SlopeSums(lens, group.prompts, axes)
         values.append(site_gradients(lens, group, gates, slopes.visit))
         slopes_of_groups.append(slopes.by_prompt(group))
     return join_groups(slopes_of_groups), torch.cat(values)
@@ -137,12 +137,12 @@ def slopes_by_value(
     gates: Float[Tensor, " site"],
     read: Callable[[], Float[Tensor, "row value"]],
     axes: tuple[str, ...] = (),
-) -> list[Slopes]:
+) -> list[SlopeSums]:
     """The slopes of each value that is read of a row. One forward and a backward pass a value."""
-    by_value: list[Slopes] = []
+    by_value: list[SlopeSums] = []
 
     def visit_of(column: int) -> Visit:
-        by_value.append(Slopes(lens, prompts_of(run), axes))
+        by_value.append(SlopeSums(lens, prompts_of(run), axes))
         return by_value[column].visit
 
     _, taps = go_back(lens, run, gates, read, visit_of)
@@ -150,7 +150,7 @@ def slopes_by_value(
     return by_value
 
 
-class Slopes:
+class SlopeSums:
     """A visitor that sums up ∂g/∂ε_l and its parts while the gradients come by.
 
     Attributes:

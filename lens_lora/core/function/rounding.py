@@ -35,7 +35,7 @@ from torch import Tensor
 from lens_lora.core.function import forward, many_gates, memory, tree
 from lens_lora.core.function.corners import strengths
 from lens_lora.core.function.gate_graph import hessian_products, in_groups
-from lens_lora.core.function.reverse import Slopes, Visit, site_gradients, slopes_of_first
+from lens_lora.core.function.reverse import SlopeSums, Visit, site_gradients, slopes_of_first
 from lens_lora.core.model import HookFn, Injection, LoraLens, ScaleInject, attached
 from lens_lora.core.readout.reading import AtPoint, Columns, Picks, Reading
 
@@ -300,7 +300,7 @@ def slopes_and_draws(
         slopes, values = slopes_of_first(lens, reading, at_base, axes)
         return slopes, values[:, 0], base_draws(lens, reading)
     # The first copy of each row is exact, and each other one is a draw.
-    exact = Slopes(lens, reading.prompts, axes)
+    exact = SlopeSums(lens, reading.prompts, axes)
     many = reading.repeat(copies)
     is_drawn = torch.arange(len(many.owner), device="cpu") % copies > 0
 
@@ -323,7 +323,7 @@ def _draws_in_pass(lens: LoraLens, many: Reading, batch: int, also: Visit | None
         batch: the number of prompts.
         also: another visitor of the same way back.
     """
-    slopes = Slopes(lens, many.prompts)
+    slopes = SlopeSums(lens, many.prompts)
 
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         if also is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core import ScaleInject, Slopes, attached, join_groups, tangent_of
+from lens_lora.core import ScaleInject, SlopeSums, attached, join_groups, tangent_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -42,10 +42,10 @@ def test_tokens_of_a_response(lens: ll.LoraLens):
     assert_same(values.sum(-1), g(1.0))
     by_token = g.slopes(1.0, "token")
     assert_same(g.slopes_of_tokens([0, 2], 1.0), by_token[..., [0, 2]].movedim(-1, 0))
-    visitors: list[Slopes] = []
+    visitors: list[SlopeSums] = []
 
     def visitor_of(token: int):
-        visitors.append(Slopes(lens, g.rows))
+        visitors.append(SlopeSums(lens, g.rows))
         return visitors[token].visit
 
     g.passes.visit_tokens(visitor_of, 1.0)
