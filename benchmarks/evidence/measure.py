@@ -138,7 +138,7 @@ def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) 
         g.ends  # noqa: B018
         g.floor  # noqa: B018
     parts = {kind: run.parts(kind, g) for kind, g in questions.items()}
-    plain = plain_seconds(run.lens, trained.reading.prompts)
+    plain = plain_seconds(run.lens, trained.reading.rows)
     scores = {kind: methods_of(of_kind) for kind, of_kind in parts.items()}
     nulls = null_scores(run, every)
     sets: dict[str, Tensor] = {}
@@ -156,7 +156,7 @@ def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) 
     curvature_costs: dict[str, dict[str, float]] = {}
     if not takes_one:
         curvature_costs = curvature_rows(run)
-    rows = trained.reading.prompts.tokens.shape[0]
+    rows = trained.reading.rows.tokens.shape[0]
     return {
         **case.described,
         "sites": len(run.lens.sites),
@@ -253,8 +253,8 @@ def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
     g.ends  # noqa: B018
     effects = {how: PARTS[how](g).cpu().double() for how in EFFECTS}
     scores = {key: PARTS[key](g).cpu().double() for key in ("first_order@0", "first_order@1")}
-    plain = plain_seconds(run.lens, g.reading.prompts)
-    rows = g.reading.prompts.tokens.shape[0]
+    plain = plain_seconds(run.lens, g.reading.rows)
+    rows = g.reading.rows.tokens.shape[0]
     costs: dict[str, dict[str, float]] = {}
     for at, hows in CURVATURE:
         found = run.timed(f"curvature@{at:g}", functools.partial(curvature, at, hows, g))

@@ -94,7 +94,7 @@ def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Evaluations:
 def is_long(case: Case, lens: ll.LoraLens) -> bool:
     """Whether the trained wording, with its response, is a row of many tokens."""
     trained = question(lens, case.task["prompts"]["trained"])
-    return trained.reading.prompts.tokens.shape[1] > LONG
+    return trained.reading.rows.tokens.shape[1] > LONG
 
 
 def lean(case: Case, tokenizer: Any) -> Case:

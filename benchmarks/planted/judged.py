@@ -100,7 +100,7 @@ def _size_of_change(g: Evaluations) -> Tensor:
 
 def _random(g: Evaluations) -> Tensor:
     """Random scores, the chance level of every ranking, [prompt, site]."""
-    generator = torch.Generator().manual_seed(len(g.reading.prompts.tokens[0]))
+    generator = torch.Generator().manual_seed(len(g.reading.rows.tokens[0]))
     return torch.rand(g.reading.batch, len(g.lens.sites), generator=generator)
 
 

@@ -273,7 +273,7 @@ class KL(Readout):
             f: the logits of the prompts.
         """
         reading = self.reading(f.lens.model, f.prompts)
-        return held(self, reading, f.of_rows(reading.prompts).logits(0.0))
+        return held(self, reading, f.of_rows(reading.rows).logits(0.0))
 
     def reading(self, model: Any, prompts: Prompts) -> Reading:
         """The prompts with their responses, one row each; p₀ is held later (`held`).
@@ -342,7 +342,7 @@ class _Unheld:
 
 def held(kl: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Reading:
     """The reading of a KL, with the base distribution that it compares with."""
-    prompts = reading.prompts
+    prompts = reading.rows
     rows, slots = prompts.read_mask.nonzero(as_tuple=True)
     rows = rows.cpu()
     divergence = Divergence(

@@ -191,10 +191,10 @@ def test_a_few_tokens_at_a_time(lens: ll.LoraLens, name: str, monkeypatch):
 def test_a_row_for_each_prompt(lens: ll.LoraLens):
     """However long the response: one row, read from the prompt's last token on."""
     reading = READOUTS["log_prob"].reading(lens.model, prompts())
-    assert reading.prompts.lengths.tolist() == [7 + 5, 4 + 1]
-    assert reading.prompts.read_positions[0].tolist() == [6, 7, 8, 9, 10, 11]
-    assert reading.prompts.read_positions[1].tolist() == [3, 4, 4, 4, 4, 4]
-    assert reading.prompts.read_mask.sum(1).tolist() == [6, 2]
+    assert reading.rows.lengths.tolist() == [7 + 5, 4 + 1]
+    assert reading.rows.read_positions[0].tolist() == [6, 7, 8, 9, 10, 11]
+    assert reading.rows.read_positions[1].tolist() == [3, 4, 4, 4, 4, 4]
+    assert reading.rows.read_mask.sum(1).tolist() == [6, 2]
 
 
 @pytest.mark.bad_input

@@ -213,12 +213,10 @@ def patch_activations(
     masks = _masks(chosen, g.prompts, reading)
 
     named = lens.points(names).computed()
-    donor = recording.record(lens, reading.prompts, donor_scale, named.wanted, named.in_full)
+    donor = recording.record(lens, reading.rows, donor_scale, named.wanted, named.in_full)
     points = named.fired(donor.firings)
     if chosen.which is not None:
-        points = recording.positioned(
-            lens, reading.prompts, donor, points, named.in_full, donor_scale
-        )
+        points = recording.positioned(lens, reading.rows, donor, points, named.in_full, donor_scale)
     places = [_Place(name, name, None) for name in points]
     if by_head:
         places = _places_of_heads(recording.head_parts(lens, donor, points))
@@ -235,7 +233,7 @@ def patch_activations(
     values = adapted - patched if direction == "base_to_adapted" else patched - base
     _require_heard(g, scale, [place.point for place in places], values)
     if is_each_position:
-        is_real = reading.prompts.real.float()
+        is_real = reading.rows.real.float()
         some_row_has_it = reading.by_prompt(is_real).to(values.device) > 0
         values = values.masked_fill(~some_row_has_it[:, None], float("nan"))
     return ActivationEffects(
@@ -335,7 +333,7 @@ def _masks(
     """
     if positions.which is None:
         return [None]
-    real = reading.prompts.real.cpu()
+    real = reading.rows.real.cpu()
     if positions.which == "each":
         slots = torch.arange(real.shape[1])
         return [(real & (slots == slot))[..., None] for slot in slots]
@@ -344,7 +342,7 @@ def _masks(
     # Indices count within the prompt; 'response' names what comes after it in the row.
     is_by_name = isinstance(positions.which, str)
     of_prompts = prompts.lengths.tolist()
-    of_rows = reading.prompts.lengths.tolist()
+    of_rows = reading.rows.lengths.tolist()
     for row, prompt in enumerate(reading.owner.tolist()):
         length = of_rows[row] if is_by_name else of_prompts[prompt]
         _require_within(positions, length, starts[prompt], prompt)

@@ -157,8 +157,8 @@ class _SquaredNorms:
 
     def __init__(self, lens: LoraLens, reading: Reading) -> None:
         self._lens = lens
-        self._real = reading.prompts.real[..., None]
-        self._read = reading.prompts.read_mask[..., None]
+        self._real = reading.rows.real[..., None]
+        self._read = reading.rows.read_mask[..., None]
         shape = (len(reading.owner), len(lens.sites))
         self._squares = {
             name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)

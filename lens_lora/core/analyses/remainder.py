@@ -165,7 +165,7 @@ def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
         return {}
     counts: dict[str, list[Tensor]] = {f"layer {layer}": [] for layer in stacks}
     for group in pass_groups(lens, g.reading):
-        rows = group.prompts
+        rows = group.rows
         real = rows.real.to(lens.device)
         base = _chosen(lens, rows, 0.0, stacks)
         adapted = _chosen(lens, rows, 1.0, stacks)

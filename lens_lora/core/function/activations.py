@@ -92,7 +92,7 @@ def mean_over(
         _run(lens, batch, gates, add)
     count = int(counted.sum())
     means = [sums[index][None, None] / count for index in range(len(lens.injections))]
-    return _over_rows(tuple(means), reading.prompts)
+    return _over_rows(tuple(means), reading.rows)
 
 
 def resampled(
@@ -104,7 +104,7 @@ def resampled(
         PromptError: a text with fewer tokens than a row that it stands in for, or with the same
             ones; a row of one token.
     """
-    rows = reading.prompts
+    rows = reading.rows
     text_of = (reading.owner % texts.batch).to(texts.tokens.device)
     _require_room(rows, texts, text_of)
     used, index_of = torch.unique(text_of, return_inverse=True)

@@ -36,7 +36,7 @@ _DUAL_ROW = 44
 
 def prompts_of(run: Run) -> Prompts:
     """The prompts of what is run."""
-    return run.prompts if isinstance(run, Reading) else run
+    return run.rows if isinstance(run, Reading) else run
 
 
 class Footprint(NamedTuple):

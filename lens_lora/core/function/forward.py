@@ -89,10 +89,10 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]:
     """
     read = reading.read
     if isinstance(read, AtPoint):
-        return read(read_activation(lens, reading.prompts, read.name))
+        return read(read_activation(lens, reading.rows, read.name))
     if _plain_unembedding(lens) is None or not isinstance(read, Picks | Columns):
-        return read(read_logits(lens, reading.prompts))
-    return value_of_final(lens, read, read_final(lens, reading.prompts))
+        return read(read_logits(lens, reading.rows))
+    return value_of_final(lens, read, read_final(lens, reading.rows))
 
 
 def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
@@ -102,9 +102,9 @@ def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"
     """
     read = cast(LogProbs, reading.read)
     if _plain_unembedding(lens) is None:
-        terms = read.terms_in(read_logits(lens, reading.prompts))
+        terms = read.terms_in(read_logits(lens, reading.rows))
     else:
-        terms = terms_of_final(lens, read, read_final(lens, reading.prompts))
+        terms = terms_of_final(lens, read, read_final(lens, reading.rows))
     return read.by_token(terms)
 
 
@@ -117,7 +117,7 @@ def read_for_slopes(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]
     read = reading.read
     if not isinstance(read, Picks) or len(read.rows) <= PICKS or not ends_plainly(lens):
         return read_value(lens, reading)
-    final = read_final(lens, reading.prompts)
+    final = read_final(lens, reading.rows)
     covectors, terms = token_covectors(lens, reading, final)
     # Zero, with the derivatives of g.
     change = covectors * (final - final.detach()).to(covectors)
@@ -131,7 +131,7 @@ def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "ba
     """
     if not ends_plainly(lens):
         return read_tokens(lens, reading)
-    final = read_final(lens, reading.prompts)
+    final = read_final(lens, reading.rows)
     covectors, _ = token_covectors(lens, reading, final)
     return (covectors * final.to(covectors)).sum(-1)
 

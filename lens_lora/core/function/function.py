@@ -703,7 +703,7 @@ class Function:
 
     def _of(self, prompts: Sequence[int], reading: Reading) -> Function:
         chosen = self.prompts.chosen(prompts)
-        return Function(self.lens, chosen, reading.prompts, self.readout, reading, self.progress)
+        return Function(self.lens, chosen, reading.rows, self.readout, reading, self.progress)
 
     @exclusive
     def about(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
@@ -734,7 +734,7 @@ class Function:
             readout: its label and units.
             reading: the rows that are run, and how g is read from their logits.
         """
-        return Function(self.lens, self.prompts, reading.prompts, readout, reading, self.progress)
+        return Function(self.lens, self.prompts, reading.rows, readout, reading, self.progress)
 
     def with_progress(self, shown: bool) -> Function:
         """The same function, with or without bars.

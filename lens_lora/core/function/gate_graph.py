@@ -138,7 +138,7 @@ def token_slopes(
     well, or the graph does not fit beside covectors, each token has a backward pass of its own.
     """
     has_own_passes = bool(axes) or memory.must_rerun(lens, reading)
-    if has_own_passes or not memory.fits_with_covectors(lens, reading.prompts):
+    if has_own_passes or not memory.fits_with_covectors(lens, reading.rows):
         by_group: list[Tensor] = []
         for group in memory.graph_groups(lens, reading):
             by_group.append(reverse.token_slopes(lens, group, at, axes))
@@ -190,9 +190,9 @@ def hessian_products(
     Cost: one forward and one backward, and a backward through both for each direction, batched.
     """
     directions = directions.to(at)
-    step = memory.directions_at_once(reading.prompts)
+    step = memory.directions_at_once(reading.rows)
     is_silent = not progress or len(directions) <= step
-    graph = gate_graph(lens, reading.prompts, at, lambda: forward.read_value(lens, reading))
+    graph = gate_graph(lens, reading.rows, at, lambda: forward.read_value(lens, reading))
     slopes = graph.slopes()
     with tqdm(total=len(directions), desc=what, leave=False, disable=is_silent) as bar:
         for chunk in directions.split(step):

@@ -203,12 +203,12 @@ class _Runs:
         values: list[Tensor] = []
         first = 0
         for group in groups:
-            rows = slice(first, first + group.prompts.batch)
+            rows = slice(first, first + group.rows.batch)
             first = rows.stop
             donor = self.donor
             if len(groups) > 1:
-                donor = record(self.lens, group.prompts, self.donor_scale, points)
-            patches_here = [patch.cut(rows, group.prompts.tokens.shape[1]) for patch in patches]
+                donor = record(self.lens, group.rows, self.donor_scale, points)
+            patches_here = [patch.cut(rows, group.rows.tokens.shape[1]) for patch in patches]
             run = functools.partial(self._whole_rows, group, donor)
             chunks = _chunks(patches_here, memory.rows_at_once(self.lens, group))
             values.append(many_gates.in_chunks(chunks, run, bar))
@@ -218,7 +218,7 @@ class _Runs:
         self, reading: Reading, donor: Recording, patches: Sequence[Patch]
     ) -> Float[Tensor, "batch patch"]:
         """Run every row of the reading once for each patch."""
-        hooks = swaps(donor, patches, reading.prompts.batch)
+        hooks = swaps(donor, patches, reading.rows.batch)
         with self.lens.adapted(self.scale), attached(self.lens.model, hooks):
             values = forward.read_value(self.lens, reading.repeat(len(patches)))
         return values.view(reading.batch, -1)
@@ -230,7 +230,7 @@ class _Runs:
         """
         lens = self.lens
         points = sorted({patch.name for patch in patches})
-        rows = [self.reading.prompts.row(index) for index in range(self.reading.prompts.batch)]
+        rows = [self.reading.rows.row(index) for index in range(self.reading.rows.batch)]
         donors = [record(lens, row, self.donor_scale, points) for row in rows]
 
         def branched(chunk: Sequence[Patch]) -> Float[Tensor, "batch patch"]:

@@ -170,7 +170,7 @@ def row_by_row(
     if alone is None:
         logits: list[Tensor] = []
         for index in range(len(reading.owner)):
-            row = reading.prompts.row(index)
+            row = reading.rows.row(index)
             logits.append(run(index, functools.partial(read_logits, lens, row)))
         of_all = reading.repeat(points).read(torch.cat(logits))
         return of_all.unflatten(0, (reading.batch, -1))

@@ -278,7 +278,7 @@ def dual_graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
     Raises:
         ArgumentError: as for `graph_groups`.
     """
-    limits = (rows_of_graph(lens, reading), rows_of_duals(lens, reading.prompts))
+    limits = (rows_of_graph(lens, reading), rows_of_duals(lens, reading.rows))
     fitting = [rows for rows in limits if rows is not None]
     return _groups(lens, reading, min(fitting, default=None))
 
@@ -296,7 +296,7 @@ def _groups(
     lens: LoraLens, reading: Reading, rows: int | None, tokens: int | None = None
 ) -> list[Reading]:
     """Groups of at most so many rows, and of so many tokens; all at once where neither is given."""
-    longest = reading.prompts.tokens.shape[1]
+    longest = reading.rows.tokens.shape[1]
     limits: list[int] = []
     if rows:
         limits.append(rows * longest)

@@ -41,7 +41,7 @@ def pulled_back_in_groups(
         values.append(of_group)
         if base.ndim == 3:
             # Slots that no row of the group has.
-            missing_slots = reading.prompts.slots - group.prompts.slots
+            missing_slots = reading.rows.slots - group.rows.slots
             base = functional.pad(base, (0, 0, 0, missing_slots))
         base_logits.append(base)
     return reverse.join_groups(values), torch.cat(base_logits)
@@ -56,7 +56,7 @@ def pulled_back(
         ModelStateError: a gradient did not reach some site, a split does not exist, or the model
             has an operation without a forward-mode derivative.
     """
-    slopes = reverse.SlopeSums(lens, reading.prompts, axes)
+    slopes = reverse.SlopeSums(lens, reading.rows, axes)
     if memory.must_rerun(lens, reading, duals=True):
         base, taps = _in_two_passes(lens, reading, slopes, covector)
     else:
@@ -69,7 +69,7 @@ def _in_one_pass(
     lens: LoraLens, reading: Reading, slopes: reverse.SlopeSums, covector: Covector
 ) -> tuple[_RowLogits, reverse.Taps]:
     """Go back through the graph of the dual pass itself."""
-    prompts = reading.prompts
+    prompts = reading.rows
     # Where a block is run again on the way back, the tangents would be lost.
     lens.check_backward(once=False)
     add_to_tangent = _adding_to_tangents(lens.plan)
@@ -86,7 +86,7 @@ def _in_two_passes(
     lens: LoraLens, reading: Reading, slopes: reverse.SlopeSums, covector: Covector
 ) -> tuple[_RowLogits, reverse.Taps]:
     """Take f and v from a dual pass without a graph, and go back through another pass."""
-    prompts = reading.prompts
+    prompts = reading.rows
     with torch.no_grad(), dual_forward(), lens.injected(_adding_to_tangents(lens.plan)):
         base, v = _read(lens, prompts)
     with reverse.tapped(lens, reading, lens.gates(0.0)) as (taps, leaves):

@@ -66,7 +66,7 @@ def slopes_of_first(
     if copies == 1:
         slopes, values = _slopes_and_values(lens, reading, gates[0], axes)
         return slopes, values[:, None]
-    at_first = SlopeSums(lens, reading.prompts, axes)
+    at_first = SlopeSums(lens, reading.rows, axes)
 
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         if weight is not None:
@@ -95,7 +95,7 @@ def _slopes_and_values(
     slopes_of_groups: list[Tensor] = []
     values: list[Tensor] = []
     for group in groups:
-        slopes = SlopeSums(lens, group.prompts, axes)
+        slopes = SlopeSums(lens, group.rows, axes)
         values.append(site_gradients(lens, group, gates, slopes.visit))
         slopes_of_groups.append(slopes.by_prompt(group))
     return join_groups(slopes_of_groups), torch.cat(values)

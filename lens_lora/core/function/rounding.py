@@ -211,7 +211,7 @@ def _values_of_copies(
     lens: LoraLens, reading: Reading, copies: Sequence[_Copy], progress: bool
 ) -> Float[Tensor, "some copy"]:
     """Evaluate g of each copy of these rows, as many copies at a time as go together."""
-    rows = reading.prompts.batch
+    rows = reading.rows.batch
     step = memory.rows_at_once(lens, reading)
     draws = _generator(_SEED_OF_VALUES)
     draws_of_logits = _generator(_SEED_OF_LOGITS)
@@ -234,7 +234,7 @@ def _values_in_pass(
     lens: LoraLens, reading: Reading, is_drawn: Sequence[bool], generator: torch.Generator
 ) -> list[Float[Tensor, " some"]]:
     """Evaluate g of each copy of the rows in one pass; the logits of drawn copies move, too."""
-    prompts = reading.prompts
+    prompts = reading.rows
     read = reading.read
     rows = prompts.batch
     many = prompts.tiled(len(is_drawn))
@@ -300,7 +300,7 @@ def slopes_and_draws(
         slopes, values = slopes_of_first(lens, reading, at_base, axes)
         return slopes, values[:, 0], base_draws(lens, reading)
     # The first copy of each row is exact, and each other one is a draw.
-    exact = SlopeSums(lens, reading.prompts, axes)
+    exact = SlopeSums(lens, reading.rows, axes)
     many = reading.repeat(copies)
     is_drawn = torch.arange(len(many.owner), device="cpu") % copies > 0
 
@@ -323,7 +323,7 @@ def _draws_in_pass(lens: LoraLens, many: Reading, batch: int, also: Visit | None
         batch: the number of prompts.
         also: another visitor of the same way back.
     """
-    slopes = SlopeSums(lens, many.prompts)
+    slopes = SlopeSums(lens, many.rows)
 
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         if also is not None:

@@ -98,7 +98,7 @@ def _in_one_batch(
     if len(points) > 1:
         many = reading.repeat(len(points))
         gates = points.repeat(len(reading.owner), 1)  # Those of each row.
-    slopes = reverse.SlopeSums(lens, many.prompts, axes)
+    slopes = reverse.SlopeSums(lens, many.rows, axes)
     values = reverse.site_gradients(lens, many, gates, slopes.visit)
     by_point = (reading.batch, len(points))
     return slopes.by_prompt(many).unflatten(0, by_point), values.unflatten(0, by_point)

@@ -69,13 +69,13 @@ class Reading:
     """A readout over some prompts: the rows that are run, and what is read from them.
 
     Attributes:
-        prompts: the rows.
+        rows: the sequences of tokens that are run.
         read: maps the logits at each row's last token, [row, vocab], or at its slots,
             [row, slot, vocab], to g of each prompt, [batch].
         owner: the index of each row's prompt; rows of one prompt stand together.
     """
 
-    prompts: Prompts
+    rows: Prompts
     read: OfLogits
     owner: Int[Tensor, " row"]
 
@@ -137,7 +137,7 @@ class Reading:
         A user's function may rely on the order of the prompts, so it gets one copy of all prompts
         at a time.
         """
-        prompts = self.prompts.repeat(times)
+        prompts = self.rows.repeat(times)
         owner = _copies(self.owner, times)
         if isinstance(self.read, _ByRow):
             return Reading(prompts, self.read.repeat(times), owner)
@@ -159,7 +159,7 @@ class Reading:
             raise RuntimeError("the rows of a prompt do not stand together: group before copying")
         rows_of_each = torch.bincount(self.owner)
         ends = rows_of_each.cumsum(0).tolist()
-        tokens_of_largest = int(rows_of_each.max()) * self.prompts.tokens.shape[1]
+        tokens_of_largest = int(rows_of_each.max()) * self.rows.tokens.shape[1]
         prompts_at_once = max(1, tokens // tokens_of_largest)
         edges = sorted({0, *ends[prompts_at_once - 1 :: prompts_at_once], ends[-1]})
         return [
@@ -185,12 +185,12 @@ class Reading:
     def grown(self, rows: int) -> Reading:
         """The reading of a single row in so many copies, which the forward pass itself adds."""
         read = self.read.repeat(rows) if isinstance(self.read, _ByRow) else self.read
-        return Reading(self.prompts, read, torch.arange(rows, device="cpu"))
+        return Reading(self.rows, read, torch.arange(rows, device="cpu"))
 
     def _only(self, rows: Int[Tensor, " some"]) -> Reading:
         read = self.read.only(rows) if isinstance(self.read, _ByRow) else self.read
         _, owner = self.owner[rows].unique(return_inverse=True)
-        return Reading(self.prompts.chosen(rows.tolist()), read, owner)
+        return Reading(self.rows.chosen(rows.tolist()), read, owner)
 
     def tokens_of(self, rows: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
         """Each prompt's tokens, merged from its rows; 'a|b' where rows have different tokens."""

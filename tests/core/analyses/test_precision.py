@@ -249,11 +249,11 @@ def test_logits_that_are_read_are_not_rounded(name: str, dtype: torch.dtype):
     finals: list[torch.Tensor] = []
     handle = lens.model.unembed.register_forward_pre_hook(lambda _, given: finals.append(given[0]))
     with torch.no_grad():
-        lens.model(g.reading.prompts.tokens)
+        lens.model(g.reading.rows.tokens)
     handle.remove()
     weight = lens.plan.host.unembedding()[0].double()
-    logits = g.reading.prompts.at_slots(finals[0].double()) @ weight.T
-    logits = logits[:, 0] if g.reading.prompts.reads is None else logits
+    logits = g.reading.rows.at_slots(finals[0].double()) @ weight.T
+    logits = logits[:, 0] if g.reading.rows.reads is None else logits
     expected = g.reading.read(logits)
     assert (g.ends[0].double() - expected).abs().max() < 1e-5
     rounded = g.reading.read(logits.to(dtype).float())

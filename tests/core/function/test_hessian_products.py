@@ -87,7 +87,7 @@ def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
     readout = ll.AnswerMargin(torch.tensor([5, 9, 12]), torch.tensor([5, 7]))
     reading, at = readout.reading(lens.model, prompts), lens.gates(0.3)
     directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
-    limit = 2 * reading.prompts.tokens.numel()
+    limit = 2 * reading.rows.tokens.numel()
     monkeypatch.setattr(batching, "GRAPH_TOKENS", limit)
     chunks = list(gate_graph.hessian_products(lens, reading, at, directions, progress=False))
     assert [chunk.shape[1] for chunk in chunks] == [2, 2, 1]

@@ -205,7 +205,7 @@ def test_a_graph_that_is_not_kept_is_not_there(cls: str, runs_again: list[str]):
 
         reading = MARGIN.reading(lens.model, lens.prompts(tokens))
         with (
-            reverse.tapped(one, reading.prompts, lens.gates(0.0)),
+            reverse.tapped(one, reading.rows, lens.gates(0.0)),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             function.read_for_slopes(one, reading)

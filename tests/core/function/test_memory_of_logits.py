@@ -26,10 +26,10 @@ def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.Monke
     size = lens.gate_dtype.itemsize * int(lens.model.cfg.d_vocab_out)
     held = 8 * len(models.tokens())
     for reading, picks, base in zip(readings, (0, 3, 3), (0, 0, held), strict=True):
-        need, every = footprint_of(lens, reading), footprint_of(lens, reading.prompts)
+        need, every = footprint_of(lens, reading), footprint_of(lens, reading.rows)
         found = need.picked, need.graphed, need.always
         assert found == (3 * 2 * picks * size, 8 * picks * size, base * size)
-        slots = reading.prompts.slots
+        slots = reading.rows.slots
         assert every.in_pass - need.in_pass == 3 * slots * size
         assert every.of_graph - need.of_graph == every.of_rerun - need.of_rerun == 8 * slots * size
     adapted = cases.case("llama", cls, "raw", ("lm_head",)).lens

@@ -24,9 +24,9 @@ def test_equals_two_passes(family: str, cls: str, flags: str):
     lens = lens_of(family, cls, flags)
     reading = lens.function(PROMPTS, ll.AnswerLogProb(torch.tensor([5, 9, 4]))).reading
     none = lens.gates(0.0)
-    v = joint_tangent(lens, reading.prompts, none, torch.ones_like(none))
+    v = joint_tangent(lens, reading.rows, none, torch.ones_like(none))
     with torch.no_grad():
-        base = gated_logits(lens, reading.prompts, none)
+        base = gated_logits(lens, reading.rows, none)
     covectors = base.softmax(-1) * v
     read = dataclasses.replace(reading, read=lambda f: (covectors * f).flatten(1).sum(1))
     axes = ("position", "head", "rank")

@@ -26,7 +26,7 @@ def both(lens: ll.LoraLens, readout: ll.Readout) -> tuple[torch.Tensor, torch.Te
     with torch.no_grad(), lens.injected(ScaleInject(lens.plan, lens.gates(0.7))):
         found = read_value(lens, reading)
         assert "forward" not in vars(lens.model.unembed)
-        return found, reading.read(read_logits(lens, reading.prompts))
+        return found, reading.read(read_logits(lens, reading.rows))
 
 
 @pytest.mark.sample(4)
@@ -45,7 +45,7 @@ def test_repeated_rows_keep_their_tokens(cls: str):
     reading = ll.Margin([5, 7], [9, 11]).reading(lens.model, lens.prompts(PROMPTS))
     many = reading.repeat(3)
     with torch.no_grad():
-        logits = read_logits(lens, many.prompts)
+        logits = read_logits(lens, many.rows)
         alone = reading.read(logits[::3]).repeat_interleave(3)
         assert torch.allclose(many.read(logits), alone, rtol=1e-12)
         assert torch.allclose(read_value(lens, many), many.read(logits), rtol=1e-12)

@@ -56,9 +56,9 @@ def frozen_readout(
     rows = gates.repeat(len(reading.owner) // len(gates), 1)
     with torch.no_grad():
         with attached(lens.model, [(name, record(name)) for name in cached]):
-            gated_logits(lens, reading.prompts, lens.gates(at))
+            gated_logits(lens, reading.rows, lens.gates(at))
         with attached(lens.model, [(name, replace(name)) for name in cached]):
-            logits = gated_logits(lens, reading.prompts, rows)
+            logits = gated_logits(lens, reading.rows, rows)
     assert cached and not any(cached.values())
     return reading.read(logits).view(-1, len(gates))
 

@@ -32,7 +32,7 @@ READOUTS = [
 
 def random_logits(lens: ll.LoraLens, reading: Reading, *copies: int) -> torch.Tensor:
     """[row, *copies, vocab], or [row, *copies, slot, vocab] of a response."""
-    slots = () if reading.prompts.reads is None else (reading.prompts.slots,)
+    slots = () if reading.rows.reads is None else (reading.rows.slots,)
     return torch.randn(len(reading.owner), *copies, *slots, int(lens.model.cfg.d_vocab))
 
 
@@ -81,8 +81,8 @@ def test_groups_of_prompts_read_what_all_read(readout: ll.Readout, tokens: int):
     assert torch.allclose(found, reading.read(logits), rtol=1e-12)
     assert len(found.unique()) == len(MANY) == sum(group.batch for group in groups)
     for group in groups:
-        fits = group.prompts.tokens.numel() <= tokens or group.batch == 1
-        assert fits and int(group.prompts.lengths.max()) == group.prompts.tokens.shape[1]
+        fits = group.rows.tokens.numel() <= tokens or group.batch == 1
+        assert fits and int(group.rows.lengths.max()) == group.rows.tokens.shape[1]
     assert (len(groups) == 1) == (tokens == 1000) and (tokens > 1 or len(groups) == len(MANY))
 
 
@@ -94,7 +94,7 @@ def test_some_prompts_read_what_they_read_among_all(readout: ll.Readout, chosen:
     some, logits = reading.only(torch.tensor(chosen)), random_logits(lens, reading)
     kept = torch.tensor([owner in chosen for owner in reading.owner.tolist()])
     assert torch.allclose(some.read(logits[kept]), reading.read(logits)[chosen], rtol=1e-12)
-    assert torch.equal(some.prompts.lengths, reading.prompts.lengths[kept])
+    assert torch.equal(some.rows.lengths, reading.rows.lengths[kept])
     assert some.batch == len(chosen)
 
 
