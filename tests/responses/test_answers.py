@@ -78,9 +78,9 @@ def test_a_row_for_each_answer_or_one_for_both(lens: ll.LoraLens):
     """' 5 7' is read in the row of ' 5 9 12', which begins with 5; ' 8 7' has its own."""
     prompts = lens.prompts(models.tokens()[:1])
     one = ll.AnswerMargin(DOC, PRE).reading(lens.model, prompts)
-    assert [int(n) - 7 for n in one.prompts.lengths] == [2]
+    assert [int(n) - 7 for n in one.rows.lengths] == [2]
     two = ll.AnswerMargin(DOC, torch.tensor([8, 7])).reading(lens.model, prompts)
-    assert [int(n) - 7 for n in two.prompts.lengths] == [2, 1]
+    assert [int(n) - 7 for n in two.rows.lengths] == [2, 1]
     assert two.tokens_of([["a", "b"], ["a", "c", "d"]]) == (("a", "b|c", "d"),)
 
 

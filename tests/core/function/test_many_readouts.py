@@ -55,7 +55,7 @@ def test_what_is_no_readout_is_refused():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     with pytest.raises(ll.errors.ArgumentError, match="or a list of at least one"):
         ll.first_order(lens, PROMPTS, [])
-    with pytest.raises(ll.errors.ArgumentError, match="ll.Logit"):
+    with pytest.raises(ll.errors.ArgumentError, match="a list of readouts is"):
         ll.first_order(lens, PROMPTS, ["w7"])
 
 

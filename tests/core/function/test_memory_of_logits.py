@@ -51,7 +51,7 @@ def test_a_divergence_beyond_the_bound_is_refused(cls: str, monkeypatch: pytest.
         assert torch.allclose(found, ll.first_order(lens, tokens, log_prob).values, rtol=1e-10)
         with pytest.raises(ll.errors.ArgumentError, match=r"max_memory=.*20 of them read"):
             ll.first_order(few, tokens, ll.KL(response), at=1.0)
-        whole = footprint_of(lens, readings[1].prompts)
+        whole = footprint_of(lens, readings[1].rows)
         few = lens.within(0.9 * min(whole.of_graph, whole.of_rerun))
         with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
             ll.kl_shares(few, tokens, response=response, progress=False)
