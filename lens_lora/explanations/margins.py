@@ -109,9 +109,9 @@ def _require_answers_that_fit(f: Function, doc: AnswerLike, pre: AnswerLike) -> 
 
 def _margin(f: Function, indices: Sequence[int], doc: AnswerLike, pre: AnswerLike) -> Evaluations:
     """The margin between the answers of some prompts, as a function of the gates."""
-    chosen = f.lens.function(f.prompts.chosen(indices), progress=f.progress)
-    margin = margin_between(f.lens.model, doc, pre, chosen.prompts)
-    return Evaluations.of(chosen.about(margin))
+    f_of_some = f.lens.function(f.prompts.chosen(indices), progress=f.progress)
+    margin = margin_between(f.lens.model, doc, pre, f_of_some.prompts)
+    return Evaluations(f_of_some.about(margin))
 
 
 def _label(g: Function) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lens_lora.core.analyses.remainder import USUAL_SCALES, RemainderCurve, curve_beside
 from lens_lora.core.analyses.verdict import FlipVerdict, Verdict, points_at_end, verdict_of
 from lens_lora.core.function.cache import Evaluations
-from lens_lora.core.function.function import Function, function_of
+from lens_lora.core.function.function import Function
 from lens_lora.core.function.many_gates import gated_readout
 from lens_lora.core.model import LoraLens, alone, by_axes
 from lens_lora.core.readout import extensions
@@ -182,9 +182,10 @@ def fact_margin(
         TokenError: an answer that is no token of the model, a word that lost its leading space,
             or doc equal to pre.
     """
-    f = function_of(lens, prompts, progress=progress)
+    f = lens.function(prompts, progress=progress)
     margin = extensions.margin_between(lens.model, doc, pre, f.prompts)
-    return margin_of(Evaluations(f.about(margin)), doc, pre, by)
+    g = Evaluations(f.about(margin))
+    return margin_of(g, doc, pre, by)
 
 
 def margin_of(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
 
 from lens_lora.core.function.cache import Evaluations
-from lens_lora.core.function.function import Function, function_of
+from lens_lora.core.function.function import Function
 from lens_lora.core.model import LoraLens, alone
 from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.readout.readout import listed_readouts, require_readout
@@ -135,12 +135,11 @@ def analysis(
         progress: bool = True,
         **kwargs: Any,
     ) -> Any:
-        bounded = lens
         if takes_max_memory:
             max_memory = kwargs.pop("max_memory", None)
-            if isinstance(lens, LoraLens) and max_memory is not None:
-                bounded = lens.within(max_memory)
-        f = function_of(bounded, prompts, progress=progress)
+            if max_memory is not None:
+                lens = lens.within(max_memory)
+        f = lens.function(prompts, progress=progress)
         if of_several is None or isinstance(readout, Readout):
             g = Evaluations(f.about(require_readout(readout)))
             return verb(g, *args, **kwargs)

@@ -10,6 +10,11 @@ These are a few numbers for each prompt and site. Everything else is run each ti
 for: corners, points with a gate of each site's own, and slopes by position, head, expert, rank or
 token, which may be large. What is not known yet goes in one batch: the ends ride along with the
 first corners, or with the first slopes.
+
+A public call makes g in two lines, whatever its arguments are (`@analysis` writes them for most):
+
+    f = lens.function(prompts)  # tokenises the prompts, and checks the model
+    g = Evaluations(f.about(readout))  # looks up the readout's tokens, and begins with no number
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from torch import Tensor
 
 from lens_lora.core.function import forward, memory, reverse, rounding
 from lens_lora.core.function.corners import Points, strengths
-from lens_lora.core.function.function import Function, function_of
+from lens_lora.core.function.function import Function
 from lens_lora.core.function.slopes_at_points import weighted_slopes
 from lens_lora.core.model import LoraLens, by_axes
 from lens_lora.core.model.sites import AXES
@@ -293,5 +298,5 @@ def evaluations(
         ModelStateError: the model is not as it was when the lens was made.
     """
     bounded = lens if max_memory is None else lens.within(max_memory)
-    f = function_of(bounded, prompts, progress=progress)
+    f = bounded.function(prompts, progress=progress)
     return Evaluations(f.about(require_readout(readout)))
