@@ -1,7 +1,7 @@
 """The command line, `lens-lora`, with a function for each command.
 
-The commands are `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`, `verify`, `card`,
-`sweep`, `scan` and `gather`.
+The commands are `demo`, `explain`, `diff`, `inspect`, `compare`, `checkpoints`, `repair`,
+`verify`, `card`, `sweep`, `scan` and `gather`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from lens_lora._version import versions
-from lens_lora.cli.adapters import checkpoints, diff, inspect, repair
+from lens_lora.cli.adapters import checkpoints, compare, diff, inspect, repair
 from lens_lora.cli.carding import card
 from lens_lora.cli.explaining import demo, explain
 from lens_lora.cli.running import one_line_errors
@@ -50,7 +50,7 @@ def main(version: Annotated[bool | None, _VERSION] = False) -> None:
 
 
 _COMMANDS = (
-    *(demo, explain, diff, inspect, checkpoints, repair, verify, card),
+    *(demo, explain, diff, inspect, compare, checkpoints, repair, verify, card),
     *(sweep, scan, gather),
 )
 for _command in _COMMANDS:

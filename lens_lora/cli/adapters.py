@@ -1,4 +1,4 @@
-"""Commands about an adapter as a whole: `inspect`, `diff`, `checkpoints` and `repair`."""
+"""Commands about adapters as a whole: `inspect`, `diff`, `compare`, `checkpoints`, `repair`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 import lens_lora as ll
 from lens_lora.cli import files, options, running
 from lens_lora.cli.questions import Prompt, Question, Questions
+from lens_lora.errors import many
 from lens_lora.formats.folders import checkpoint_folders, stated_fields
 
 # An option that names a file to write.
@@ -36,14 +37,17 @@ class ModelBeside(options.ModelOptions):
 def inspect(
     adapter: options.AdapterArgument,
     *,
-    top: Annotated[int, typer.Option(min=1, help="How many of the largest to list.")] = 10,
-    every: Annotated[bool, typer.Option("--all", help="List every one.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="How many of the largest modules to list.")] = 10,
+    every: Annotated[bool, typer.Option("--all", help="List every module.")] = False,
+    json: options.JsonOption = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: ModelBeside,
 ) -> None:
     """What an adapter is: its targets, ranks and scales, and the spectrum of each update."""
+    outputs = files.writable({"--json": json})
     folder = files.folder_of(adapter, within, quiet=quiet)
+    files.require_apart(outputs, base, [folder])
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.directions.spectra import summarise
         from lens_lora.directions.summary_tables import adapter_table, spectra_table
@@ -53,6 +57,8 @@ def inspect(
         if base.model is not None:
             lens = running.lens_for(base, loaded, progress, leaves_out=True)
         summary = summarise(loaded, lens)
+        if json is not None:
+            files.write_json(json, [summary])
     console = Console()
     console.print(adapter_table(summary, stated_fields(folder)))
     console.print()
@@ -61,8 +67,9 @@ def inspect(
 
 @options.with_options
 def diff(
-    adapter: options.AdapterArgument,
+    adapter: options.AdapterIfOther = None,
     *,
+    tuned: options.TunedModel,
     texts: Annotated[
         Path | None,
         options.input_file("A .txt, a text a line. Default: neutral sentences and conversations."),
@@ -108,7 +115,13 @@ def diff(
     """What was this fine-tune taught? What it says that the base does not, counted, comes first.
 
     lens-lora diff path/to/adapter --report diff.html
+
+    lens-lora diff --tuned path/to/model --model path/to/base
     """
+    if adapter is None and tuned.tuned is None:
+        raise typer.BadParameter(
+            "name one, or a fine-tuned model with --tuned.", param_hint="ADAPTER"
+        )
     if save is not None and save.suffix not in (".csv", ".safetensors"):
         raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
     outputs = files.writable({"--report": report, "--json": json, "--save": save})
@@ -120,7 +133,7 @@ def diff(
     words = None if triggers is None else files.texts_of(triggers)
     if words is None and not fast:
         words = []
-    folder = files.folder_of(adapter, within, quiet=quiet)
+    folder = files.folder_or_tuned(adapter, within, tuned, base, quiet=quiet)
     controls = [files.folder_of(control, quiet=quiet) for control in unrelated or []]
     files.require_apart(outputs, base, [folder, *controls], texts, prompts, triggers)
 
@@ -130,7 +143,7 @@ def diff(
         from lens_lora.audit.speech_page import first_screen
 
         others = [ll.load_adapter(control) for control in controls]
-        lens = running.announced(running.lens_for(base, folder, progress))
+        lens = running.announced(running.lens_of(base, folder, tuned, progress))
         console = Console()
         speech = None
         if getattr(lens.model, "tokenizer", None) is not None:
@@ -170,6 +183,60 @@ def diff(
 
 
 @options.with_options
+def compare(
+    adapter: options.AdapterArgument,
+    other: Annotated[
+        str, typer.Argument(metavar="OTHER", help="The other adapter, of the same base.")
+    ],
+    *,
+    texts: Annotated[
+        Path | None,
+        options.input_file("A .txt, a text a line, on which both are run. Default: none."),
+    ] = None,
+    nulls: Annotated[
+        int, options.least(0, "How many adapters in random directions to compare with.")
+    ] = 10,
+    json: options.JsonOption = None,
+    quiet: options.QuietOption = False,
+    within: options.Within,
+    base: options.BaseModel,
+) -> None:
+    """Are two adapters the same change? Their weights site by site, and on prompts what both do.
+
+    lens-lora compare path/to/one path/to/other
+    """
+    outputs = files.writable({"--json": json})
+    lines = None if texts is None else files.texts_of(texts)
+    folders = [
+        files.folder_of(adapter, within, quiet=quiet),
+        files.folder_of(other, quiet=quiet),
+    ]
+    files.require_apart(outputs, base, folders, texts)
+
+    with running.at_work(base, quiet=quiet) as progress:
+        from lens_lora.two_adapters.page import comparison_table
+
+        lens = running.announced(running.lens_for(base, folders[0], progress))
+        with running.quiet_libraries():
+            comparison = ll.compare_adapters(
+                lens, folders[1], lines, draws=nulls, progress=not quiet
+            )
+        if json is not None:
+            files.write_json(json, [comparison])
+        one, two = comparison.names
+        shared = many(len(comparison.sites), "site")
+        story = [f"{one} and {two} both change {shared}."]
+        for sites, name in zip(comparison.only, comparison.names, strict=True):
+            if sites:
+                story.append(f"{name} alone changes {len(sites)} more.")
+        if comparison.note:
+            story.append(comparison.note)
+        running.tell(" ".join(story)).print(comparison_table(comparison))
+        if json is not None:
+            running.say(f"\nJSON: {json.absolute()}")
+
+
+@options.with_options
 def checkpoints(
     run_folder: Annotated[
         str,
@@ -178,6 +245,7 @@ def checkpoints(
     *,
     asked: Questions,
     report: options.ReportOption = Path("lens_lora_checkpoints.html"),
+    json: options.JsonOption = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
@@ -186,8 +254,8 @@ def checkpoints(
     found = checkpoint_folders(run_folder, within.revision, within.subfolder)
     folders = list(found.values())
     last = folders[-1]
-    files.require_writable(report, "--report")
-    files.require_apart({"--report": report}, base, folders, asked.prompts)
+    outputs = files.writable({"--report": report, "--json": json})
+    files.require_apart(outputs, base, folders, asked.prompts)
     questions = asked.checked()
 
     with running.at_work(base, quiet=quiet) as progress:
@@ -199,6 +267,8 @@ def checkpoints(
         with running.quiet_libraries():
             training = ll.checkpoints(lens, last.parent, prompts, readout, progress=not quiet)
         training.save_report(report)
+        if json is not None:
+            files.write_json(json, [training])
         Console().print(checkpoints_table(training))
         running.say(f"\nReport: {report.absolute()}")
 
@@ -229,6 +299,7 @@ def repair(
     ] = "rank",
     steps: Annotated[int, options.least(1, "Number of optimiser steps.")] = 40,
     report: options.ReportOption = Path("lens_lora_repair.html"),
+    json: options.JsonOption = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
@@ -240,14 +311,14 @@ def repair(
         held_out = dataclasses.replace(asked, prompt=test_prompt, prompts=test_prompts, chat=None)
         tests = held_out.checked()
     files.require_place(out / "adapter_config.json", "--out")
-    files.require_writable(report, "--report")
+    written = files.writable({"--report": report, "--json": json})
     texts = files.texts_of(drop)
     test_texts = files.texts_of(test_drop) if test_drop else []
     if bool(tests) != bool(test_texts):
         why = "a repair is judged on both kinds"
         raise typer.BadParameter(f"--test-prompt(s) and --test-drop go together: {why}.")
     folder = files.folder_of(adapter, within, quiet=quiet)
-    outputs = {"--out": out, "--report": report}
+    outputs = {"--out": out, **written}
     files.require_apart(outputs, base, [folder], drop, test_drop, asked.prompts, test_prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
@@ -273,6 +344,8 @@ def repair(
             )
         repaired.adapter.save(out)
         repaired.save_report(report)
+        if json is not None:
+            files.write_json(json, [repaired])
         running.tell(repaired.story()).print(repair_table(repaired))
         kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
         running.say(f"\nAdapter: {out.absolute()}, {kept_gates}")

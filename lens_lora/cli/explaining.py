@@ -35,13 +35,13 @@ class _Settings(NamedTuple):
 
     Attributes:
         fast: whether runs of single modules, coupling and curves are left out.
-        null: how many random adapters are run beside.
+        nulls: how many random adapters are run beside.
         max_new_tokens: the most tokens of a response that the adapted model is to give itself.
         progress: whether bars are shown.
     """
 
     fast: bool
-    null: int
+    nulls: int
     max_new_tokens: int
     progress: bool
 
@@ -50,6 +50,7 @@ class _Settings(NamedTuple):
 def explain(
     adapter: options.AdapterIfOther = None,
     *,
+    tuned: options.TunedModel,
     asked: Questions,
     response: Annotated[
         str | None,
@@ -64,9 +65,10 @@ def explain(
         bool,
         typer.Option("--fast", help="Leave out the runs of single modules, coupling and curves."),
     ] = False,
-    null: Annotated[
-        int, options.least(0, "Compare with so many random adapters of the same sizes.")
+    nulls: Annotated[
+        int, options.least(0, "How many random adapters of the same sizes to compare with.")
     ] = 0,
+    json: options.JsonOption = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
@@ -79,25 +81,32 @@ def explain(
 
     lens-lora explain --prompt 'The capital of France is'
     """
-    files.require_writable(report, "--report")
-    if null == 1:
-        raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
+    outputs = files.writable({"--report": report, "--json": json})
+    if nulls == 1:
+        raise typer.BadParameter("--nulls: at least 2 random adapters, for a spread.")
     questions = asked.checked(response, answered=False)
     if len(questions) > _LARGEST_PAGE:
         fact = f"{len(questions)} prompts are too many for one page, {_LARGEST_PAGE} at most"
         raise typer.BadParameter(f"{fact}; `lens-lora sweep` runs hundreds and writes a table.")
-    if null and not all(question.doc for question in questions):
-        raise typer.BadParameter("--null: random adapters are compared on a margin (--doc, --pre).")
-    folder = files.folder_of(adapter, within, quiet=quiet)
-    files.require_apart({"--report": report}, base, [folder], asked.prompts)
+    if nulls and not all(question.doc for question in questions):
+        raise typer.BadParameter(
+            "--nulls: random adapters are compared on a margin (--doc, --pre)."
+        )
+    folder = files.folder_or_tuned(adapter, within, tuned, base, quiet=quiet)
+    files.require_apart(outputs, base, [folder], asked.prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
         running.warn_of_spaces(questions)
-        lens = running.announced(running.lens_for(base, folder, progress))
+        lens = running.announced(running.lens_of(base, folder, tuned, progress))
         _require_fit(lens, questions, max_new_tokens)
-        settings = _Settings(fast, null, max_new_tokens, progress=not quiet)
-        _print(_explain_each(lens, questions, report, progress, settings))
+        settings = _Settings(fast, nulls, max_new_tokens, progress=not quiet)
+        explanations = _explain_each(lens, questions, report, progress, settings)
+        if json is not None:
+            files.write_json(json, explanations)
+        _print(explanations)
         running.say(f"\nReport: {report.absolute()}")
+        if json is not None:
+            running.say(f"JSON: {json.absolute()}")
 
 
 def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int) -> None:
@@ -212,7 +221,7 @@ def _explained_answers(
         docs,
         pres,
         fast=settings.fast,
-        null=settings.null,
+        null=settings.nulls,
         progress=settings.progress,
     )
     return list(explained) if isinstance(explained, ll.results.Explanations) else [explained]
@@ -267,6 +276,7 @@ def demo(
     train_out: Annotated[
         Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
     ] = Path("lens_lora_adapter"),
+    json: options.JsonOption = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
@@ -280,10 +290,10 @@ def demo(
     if train and base.is_quantised:
         raise typer.BadParameter("--train needs weights that are not quantised.")
     question = _fact_of_demo(asked)
-    files.require_writable(report, "--report")
+    outputs = files.writable({"--report": report, "--json": json})
     folder = files.folder_of(adapter, within, quiet=quiet)
     trained = {"--train-out": train_out} if train else {}
-    files.require_apart({"--report": report, **trained}, base, [folder], asked.prompts)
+    files.require_apart({**outputs, **trained}, base, [folder], asked.prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
         loaded = None
@@ -292,11 +302,15 @@ def demo(
             _train(loaded, base.model, train_out, quiet)
             folder = train_out
         lens = running.announced(running.lens_for(base, folder, progress, loaded=loaded))
-        settings = _Settings(fast=True, null=0, max_new_tokens=0, progress=not quiet)
+        settings = _Settings(fast=True, nulls=0, max_new_tokens=0, progress=not quiet)
         explanations = _explained(lens, [question], settings)
         explanations[0].save_report(report)
+        if json is not None:
+            files.write_json(json, explanations)
         _print(explanations)
         running.say(f"\nReport: {report.absolute()}")
+        if json is not None:
+            running.say(f"JSON: {json.absolute()}")
 
 
 def _fact_of_demo(asked: Questions) -> Question:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from lens_lora.cli.options import ModelOptions, Within
+from lens_lora.cli.options import ModelOptions, TunedModel, Within
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import LensLoraError
 from lens_lora.formats.folders import adapter_folder, files_in, last_checkpoint, stated_base
 from lens_lora.sweeps.records import is_utf16
+
+if TYPE_CHECKING:
+    from lens_lora.core import Result
 
 # --- What is read
 
@@ -37,6 +42,24 @@ def folder_of(adapter: str | None, within: Within | None = None, *, quiet: bool)
     line = Text(f"{run} is a run; its last checkpoint is taken, {checkpoint.name}.")
     Console(stderr=True, quiet=quiet).print(line, soft_wrap=True)
     return adapter_folder(checkpoint, within.revision)
+
+
+def folder_or_tuned(
+    adapter: str | None, within: Within, tuned: TunedModel, base: ModelOptions, *, quiet: bool
+) -> Path:
+    """The folder of the adapter, or of the model that was fine-tuned whole.
+
+    Raises:
+        typer.BadParameter: both, or a fine-tuned model without the base that it is compared with.
+    """
+    if tuned.tuned is None:
+        return folder_of(adapter, within, quiet=quiet)
+    if adapter is not None:
+        raise typer.BadParameter("it stands in place of ADAPTER; give one.", param_hint="--tuned")
+    if base.model is None:
+        fact = "it is compared with its base; name that with --model."
+        raise typer.BadParameter(fact, param_hint="--tuned")
+    return tuned.tuned
 
 
 def _require_adapter(option: str, value: str | None) -> None:
@@ -81,13 +104,12 @@ def texts_of(file: Path) -> list[str]:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Check that a file can be written.
+    """Check that a file can be written; its folder is made if it does not exist.
 
     Raises:
         typer.BadParameter: it cannot, with the reason.
     """
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}.", param_hint=option)
+    _make_folder(path.absolute().parent, option)
     is_new = not path.exists()
     try:
         path.open("ab").close()
@@ -107,11 +129,23 @@ def require_place(path: Path, option: str) -> None:
     folder = path.absolute().parent
     if folder.is_dir():
         require_writable(path, option)
-        return
+    else:
+        _require_room_for(folder, option)
+
+
+def _require_room_for(folder: Path, option: str) -> None:
+    """Check that a folder can be made."""
     above = next(place for place in (folder, *folder.parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         fact = f"the folder {folder} cannot be made in {above}; give another."
         raise typer.BadParameter(fact, param_hint=option)
+
+
+def _make_folder(folder: Path, option: str) -> None:
+    """Make a folder where there is none."""
+    if not folder.is_dir():
+        _require_room_for(folder, option)
+        folder.mkdir(parents=True)
 
 
 def writable(wanted: Mapping[str, Path | None]) -> dict[str, Path]:
@@ -120,6 +154,27 @@ def writable(wanted: Mapping[str, Path | None]) -> dict[str, Path]:
     for option, path in outputs.items():
         require_writable(path, option)
     return outputs
+
+
+def write_json(path: Path, results: Sequence[Result]) -> None:
+    """Write results for a program: of each its class, what it says in words, and its table.
+
+    Args:
+        path: the file to write.
+        results: one for each prompt, or one alone.
+    """
+    written: list[dict[str, object]] = []
+    for result in results:
+        story = getattr(result, "story", None)
+        written.append(
+            {
+                "result": type(result).__name__,
+                "story": story() if callable(story) else "",
+                "rows": json.loads(str(result.to_frame().to_json(orient="records"))),
+            }
+        )
+    text = json.dumps(written, ensure_ascii=False, indent=1)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def require_apart(

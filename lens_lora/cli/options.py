@@ -115,17 +115,27 @@ class ModelOptions(Placement):
 
     model: Annotated[
         str | None,
-        typer.Option(help="A hub id or folder. Default: the base that the adapter names."),
+        typer.Option(
+            help="The base model, a hub id or folder, or 'embedded' for SmolLM2-135M-Instruct. "
+            "Default: the base that the adapter names."
+        ),
     ] = None
     model_class: Annotated[
         ModelClass | None,
         typer.Option(
-            "--class", help="Class of hooked model. Default: HookedTransformer, if installed."
+            "--class",
+            metavar="CLASS",
+            help="Class of hooked model, HookedTransformer or TransformerBridge. Default: the "
+            "first, if installed.",
         ),
     ] = None
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Default: float32 on a CPU, elsewhere auto, the checkpoint's own."),
+        typer.Option(
+            metavar="DTYPE",
+            help="auto (the checkpoint's own), float32, bfloat16, float16 or float64. Default: "
+            "float32 on a CPU, elsewhere auto.",
+        ),
     ] = None
     device: Annotated[
         str | None,
@@ -142,7 +152,11 @@ class ModelOptions(Placement):
         bool, typer.Option("--load-in-8bit", help="Linear modules in 8 bit, by bitsandbytes.")
     ] = False
     attn: Annotated[
-        Attention, typer.Option(help="sdpa takes less memory, and shows no attention patterns.")
+        Attention,
+        typer.Option(
+            help="How attention is computed: eager shows attention patterns, sdpa takes less "
+            "memory and shows none."
+        ),
     ] = "eager"
     max_memory: Annotated[
         float | None,
@@ -218,8 +232,28 @@ def input_file(text: str) -> Any:
     return typer.Option(exists=True, dir_okay=False, help=text)
 
 
+@dataclasses.dataclass(frozen=True)
+class TunedModel:
+    """A model that was fine-tuned whole, in place of an adapter."""
+
+    tuned: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Folder of a model that was fine-tuned whole, in place of ADAPTER: what is "
+            "explained is its difference from --model.",
+        ),
+    ] = None
+
+
 ReportOption = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", dir_okay=False, help="Also write the result for a program, as JSON."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress on stderr.")]
 PromptsFile = Annotated[

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 import lens_lora as ll
-from lens_lora.cli.options import ModelOptions, options_of
+from lens_lora.cli.options import ModelOptions, TunedModel, options_of
 from lens_lora.cli.questions import Question, answers_of, prompts_of
 from lens_lora.errors import LensLoraError, LensLoraWarning, heard_by, many, warn, within_command
 from lens_lora.runs.processes import rank
@@ -83,6 +83,28 @@ def lens_for(
     beside = base_beside(class_name, pair[0], adapter)
     lens = ll.LoraLens(hooked, adapter, hf_model=beside, prepend_bos=base.prepend_bos)
     return lens.within(base.max_memory)
+
+
+def lens_of(base: ModelOptions, folder: Path, tuned: TunedModel, progress: Console) -> ll.LoraLens:
+    """The lens over an adapter's folder, or over a model that was fine-tuned whole.
+
+    Args:
+        base: the base model, and how it is loaded.
+        folder: the adapter's, or the fine-tuned model's.
+        tuned: whether it is the latter.
+        progress: the console of progress.
+    """
+    if tuned.tuned is None:
+        return lens_for(base, folder, progress)
+    from lens_lora.loading import load_base
+
+    base = base.placed("cpu")
+    loaded = load_model_of(None, progress, base)
+    with step(f"Loading {folder}", progress):
+        after, _ = load_base(str(folder), base)
+    with step("Comparing the weights of both", progress):
+        change = ll.Adapter.between(loaded[0], after, name=folder.name, progress=False)
+    return lens_for(base, change, progress, loaded=loaded)
 
 
 def hooked_by(
@@ -324,7 +346,7 @@ def _one_line_errors() -> Generator[None]:
         if torch is None or not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         fact = str(error).split(". ")[0]
-        remedy = "Use shorter prompts, a smaller --batch-size (sweep), or --device cpu."
+        remedy = "Use --max-memory, shorter prompts, or --device cpu."
         _print_error(f"{fact}. {remedy}")
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:

@@ -273,7 +273,17 @@ def _no_config(folder: Path) -> AdapterError:
         for file in sorted(folder.glob("*.safetensors"))[:8]:
             _refuse_result(file)
         found = sorted(path.name for path in folder.iterdir())[:8]
-    return AdapterError(f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {found}).")
+    fact = f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {found})."
+    if (folder / "config.json").is_file():
+        return AdapterError(
+            fact,
+            remedy="It holds a whole model. Of one that was fine-tuned whole, the change is "
+            "ll.Adapter.between(base, tuned); a base stands before its adapter: "
+            "ll.load(base, adapter).",
+            in_shell="It holds a whole model. One that was fine-tuned whole is given as --tuned, "
+            "beside its base, --model (explain, diff).",
+        )
+    return AdapterError(fact)
 
 
 def _refuse_result(file: Path) -> None:

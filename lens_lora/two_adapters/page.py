@@ -11,6 +11,7 @@ from lens_lora.show import text
 from lens_lora.show.page import Part, Section, folded, made_by, page_html, warned
 from lens_lora.show.tables import Pairs, Row, Table, table_of
 from lens_lora.show.text import magnitude, percent, signed
+from lens_lora.two_adapters.comparison import AdapterComparison
 from lens_lora.two_adapters.repair import Repair
 from lens_lora.two_adapters.training import Checkpoints
 from lens_lora.two_adapters.words import (
@@ -96,6 +97,14 @@ def _training_numbers(training: Checkpoints) -> Pairs:
         (f"{step:.3g}" if math.isfinite(step) else "never", "step of the first change of sign"),
         (f"ε = {scale:.2g}" if math.isfinite(scale) else "—", "where the last checkpoint flips"),
     )
+
+
+def comparison_table(comparison: AdapterComparison) -> Table:
+    """One row for each number of two adapters, beside its quantiles with random directions."""
+    summary = comparison.summary().reset_index()
+    heads = {str(name): str(name) for name in summary}
+    title = "alike from −1 to 1; null: with the second adapter in random directions"
+    return table_of(summary, heads, title=title)
 
 
 def repair_table(repair: Repair) -> Table:

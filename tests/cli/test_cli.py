@@ -63,8 +63,8 @@ def parameters_of(command):
 PARAMETERS = {c.name: parameters_of(c) for c in cli.app.registered_commands if c.name != "gather"}
 # Of `inspect` a base is optional, of `verify` a page; a sweep's records have more columns.
 ANOTHER = [
-    *(("inspect", "model"), ("sweep", "prompts"), ("verify", "report")),
-    *((command, "adapter") for command in ("inspect", "diff", "verify", "card")),
+    *(("inspect", "model"), ("sweep", "prompts"), ("diff", "prompts"), ("verify", "report")),
+    *((command, "adapter") for command in ("inspect", "compare", "verify", "card")),
 ]
 
 
@@ -76,7 +76,7 @@ def test_an_option_means_the_same_on_every_command():
             if name in shared and (command, name) not in ANOTHER:
                 said[name][command] = str(parameter)
     assert {name: by for name, by in said.items() if len(set(by.values())) > 1} == {}
-    assert len(said["quiet"]) == 10, "control: every command was looked at"
+    assert len(said["quiet"]) == 11, "control: every command was looked at"
 
 
 @pytest.mark.parametrize("command", PARAMETERS)
@@ -173,7 +173,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
     ("options", "message"),
     [
         (["--train", "x"], "leave ADAPTER out"),
-        (["--report", "no/such/folder/page.html"], "there is no folder no/such/folder"),
+        (["--report", "/dev/null/page.html"], "cannot be made in /dev/null"),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options, message):
@@ -210,7 +210,7 @@ def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
 COMMANDS = {
     name: getattr(importlib.import_module(f"lens_lora.cli.{module}"), name)
     for module, names in {
-        "adapters": ("inspect", "diff", "repair", "checkpoints"),
+        "adapters": ("inspect", "diff", "compare", "repair", "checkpoints"),
         "verifying": ("verify",),
         "carding": ("card",),
         "explaining": ("explain", "demo"),

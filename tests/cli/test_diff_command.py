@@ -66,8 +66,8 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch):
     empty.write_text("\n")
     for options, message in (
         (["no/such/adapter"], "no/such/adapter"),
-        (["x", "--report", "no/such/x.html"], "there is no folder no/such"),
-        (["x", "--json", "no/such/x.json"], "there is no folder no/such"),
+        (["x", "--report", "/dev/null/x.html"], "cannot be made in /dev/null"),
+        (["x", "--json", "/dev/null/x.json"], "cannot be made in /dev/null"),
         (["x", "--save", "x.txt"], "a .csv or .safetensors file"),
         (["x", "--texts", str(empty)], "holds no text"),
         (["x", "--nulls", "-1"], "for '--nulls'"),

@@ -49,12 +49,15 @@ SPACES = "Warning: the answers 'w9' and 'w26' do not both begin with a space; is
         ([], "Give --prompts FILE, or --prompt 'The"),
         (["--prompt", "a", "--doc", "b"], "needs both answers: --doc ' Lyon' --pre ' Paris'"),
         (["--prompt", "a", "--response", "b", "--doc", "c"], "give a response, or two answers"),
-        (["--prompt", "a", "--null", "2"], "random adapters are compared on a margin"),
+        (["--prompt", "a", "--nulls", "2"], "random adapters are compared on a margin"),
         (["--prompt", "a", "--max-new-tokens", "0"], "for '--max-new-tokens'"),
         (["--chat", " "], "--chat: it is empty: the user says nothing"),
         (["--prompt", "a", "--system", "b", *ANSWERS], "--system: it stands before a --chat"),
-        (["--prompt", "a", *ANSWERS, "--null", "1"], "at least 2 random adapters"),
-        (["--prompt", "a", *ANSWERS, "--report", "no/such/x.html"], "there is no folder no/such"),
+        (["--prompt", "a", *ANSWERS, "--nulls", "1"], "at least 2 random adapters"),
+        (
+            ["--prompt", "a", *ANSWERS, "--report", "/dev/null/x.html"],
+            "cannot be made in /dev/null",
+        ),
         (["--prompt", "a"] * 17 + ANSWERS, "17 prompts are too many for one page, 16 at most"),
     ],
 )
@@ -126,7 +129,7 @@ def tiny_command(tmp_path_factory):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_command_explains_two_prompts_on_either_class(tiny_command, monkeypatch, kind):
     prompts = ["--prompt", "w13 w14", "--prompt", "w5 w6 w7"]
-    result, page = tiny_command(monkeypatch, *prompts, *ANSWERS, "--class", kind, "--null", "2")
+    result, page = tiny_command(monkeypatch, *prompts, *ANSWERS, "--class", kind, "--nulls", "2")
     assert result.exit_code == 0, result.output
     text = plain(result.stdout)
     assert f"as {kind} of transformer-lens" in text and "14 modules of rank" in text

@@ -235,7 +235,7 @@ REFUSED = {
     "no file of prompts": ("explain", ["--prompts", "no.txt"], "'no.txt' does not exist"),
     "other file of prompts": ("explain", ["--prompts", "{files}/base/config.json"],
         r"config.json: expected a file that ends in \.txt, \.jsonl or \.csv"),
-    "page in a file": ("explain", ["--report", "{files}/r.jsonl/page.html"], "there is no folder"),
+    "page in a file": ("explain", ["--report", "{files}/r.jsonl/page.html"], "cannot be made in"),
     "page that is a folder": ("demo", ["--report", "{files}"], "is a directory"),
     "half a device": ("explain", ["--device", "cpu", "--device-map", "auto"],
         "--device cpu and --device-map auto exclude each other"),

@@ -1,0 +1,167 @@
+"""Help holds its words at any width; `--tuned`, `compare`, `--json`, and folders that are made."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import typing
+
+import models
+import pytest
+import torch
+import typer
+from terminal_tables import faults, shown
+from typer.testing import CliRunner
+
+import lens_lora as ll
+from lens_lora import cli
+
+RUN = CliRunner()
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)
+
+
+def words_of_help(name: str) -> set[str]:
+    """The words of a command's help that a column of help could hold."""
+    command = typer.main.get_command(cli.app).commands[name]
+    texts = [parameter.help or "" for parameter in command.params]
+    words = {word for text in texts for word in text.split()}
+    return {word for word in words if len(word) <= 20}
+
+
+@pytest.mark.parametrize("width", ["80", "100"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_breaks_in_no_word(name: str, width: str):
+    shown_help = RUN.invoke(cli.app, [name, "--help"], env={"COLUMNS": width}).stdout
+    lines = [line.strip("│ ") for line in shown_help.splitlines()]
+    printed = set(" ".join(lines).replace("│", " ").split())
+    assert words_of_help(name) - printed == set()
+
+
+def choices_in(annotation) -> list[str]:
+    """The words of a Literal, wherever in an annotation it stands."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(typing.get_args(annotation))
+    return [choice for part in typing.get_args(annotation) for choice in choices_in(part)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_choice_is_not_broken_either(name: str):
+    """At 100 columns; an option with long choices names them in its help instead."""
+    shown_help = RUN.invoke(cli.app, [name, "--help"], env={"COLUMNS": "100"}).stdout
+    for parameter in inspect.signature(getattr(cli, name)).parameters.values():
+        for choice in choices_in(parameter.annotation):
+            assert choice in shown_help, (parameter.name, choice)
+
+
+def test_options_alike_have_one_name():
+    """A number of random adapters is --nulls wherever it is asked for, and JSON is --json."""
+    names: set[str] = set()
+    for name in COMMANDS:
+        command = typer.main.get_command(cli.app).commands[name]
+        names.update(option for parameter in command.params for option in parameter.opts)
+    assert "--nulls" in names
+    assert not names & {"--null", "--draws", "--json-file", "--output"}
+    for name in set(COMMANDS) - {"sweep", "scan", "gather"}:  # which write Parquet
+        command = typer.main.get_command(cli.app).commands[name]
+        assert any("--json" in parameter.opts for parameter in command.params), name
+
+
+# --- a tiny base, an adapter, another, and a model that was fine-tuned whole
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    base = models.hf_model("llama", dtype=torch.float32)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    adapter = ll.Adapter(adapter.modules, base_model=str(folder / "base"))
+    adapter.save(folder / "one")
+    adapter.null(3).save(folder / "two")
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "q_proj" in name:
+                weight += 0.1 * torch.randn(
+                    weight.shape, generator=torch.Generator().manual_seed(0)
+                )
+    for name, model in (("base", base), ("tuned", tuned)):
+        model.save_pretrained(folder / name)
+        models.tokenizer().save_pretrained(folder / name)
+    return folder, base, tuned
+
+
+ASKED = ["--prompt", "w5 w6", "--doc", "w8", "--pre", "w9", "--quiet"]
+
+
+def test_a_model_that_was_fine_tuned_whole_is_explained(tiny, tmp_path):
+    """The oracle is its own margin, of the Hugging Face model. Folders are made."""
+    folder, base, tuned = tiny
+    page = tmp_path / "no" / "such" / "page.html"
+    numbers = tmp_path / "nor" / "this" / "one.json"
+    places = ["--report", str(page), "--json", str(numbers)]
+    models_named = ["--tuned", str(folder / "tuned"), "--model", str(folder / "base")]
+    result = RUN.invoke(cli.app, ["explain", *models_named, *ASKED, "--fast", *places])
+    assert result.exit_code == 0, result.output
+    assert page.is_file()
+    (written,) = json.loads(numbers.read_text())
+    assert written["result"] == "Explanation"
+    assert len(written["rows"]) == 2  # two layers' q
+    tokenizer = models.tokenizer()
+    ids = torch.tensor([tokenizer("w5 w6").input_ids])
+    doc, pre = (tokenizer(word, add_special_tokens=False).input_ids[-1] for word in ("w8", "w9"))
+    with torch.no_grad():
+        ends = [model(ids).logits[0, -1] for model in (base, tuned)]
+    margins = [float(logits[doc] - logits[pre]) for logits in ends]
+    shift = sum(row["path"] for row in written["rows"]) if "path" in written["rows"][0] else None
+    assert shift is None or shift == pytest.approx(margins[1] - margins[0], abs=1e-4)
+    assert f"{abs(margins[0]):.2g}" in written["story"]
+
+
+REFUSED = {
+    "both": (["explain", "{f}/one", "--tuned", "{f}/tuned", *ASKED], "in place of ADAPTER"),
+    "no base": (["explain", "--tuned", "{f}/tuned", *ASKED], "name that with --model"),
+    "neither": (["diff", "--quiet"], "name one, or a fine-tuned model with --tuned"),
+    "a whole model": (["explain", "{f}/tuned", *ASKED], "It holds a whole model.*--tuned"),
+}
+
+
+@pytest.mark.parametrize("given, words", REFUSED.values(), ids=REFUSED)
+def test_what_is_no_adapter_is_named(tiny, given, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = RUN.invoke(cli.app, [part.format(f=tiny[0]) for part in given])
+    assert result.exit_code == 2
+    printed = " ".join(result.output.replace("│", " ").split())
+    assert all(part in printed for part in words.split(".*"))
+
+
+def test_python_names_the_change_of_a_whole_model(tiny):
+    with pytest.raises(ll.errors.AdapterError, match=r"ll\.Adapter\.between\(base, tuned\)"):
+        ll.load_adapter(tiny[0] / "tuned")
+
+
+def test_two_adapters_are_compared(tiny, tmp_path):
+    """The numbers are those of `ll.compare_adapters`, whose own tests have the oracle."""
+    folder, _, _ = tiny
+    numbers = tmp_path / "alike.json"
+    both = [str(folder / "one"), str(folder / "two")]
+    result = RUN.invoke(cli.app, ["compare", *both, "--quiet", "--json", str(numbers)])
+    assert result.exit_code == 0, result.output
+    lens = ll.load(folder / "one")
+    expected = ll.compare_adapters(lens, folder / "two", progress=False)
+    (written,) = json.loads(numbers.read_text())
+    cosines = [row["cosine"] for row in written["rows"]]
+    assert cosines == pytest.approx(expected.cosines.tolist(), abs=1e-6)
+    assert "both change 14 sites" in result.stdout
+    same = RUN.invoke(cli.app, ["compare", both[0], both[0], "--quiet", "--nulls", "0"])
+    assert "cosine of ΔW" in same.stdout and "+1.00" in same.stdout
+
+
+def test_the_table_of_two_adapters_holds_its_columns(tiny):
+    from lens_lora.two_adapters.page import comparison_table
+
+    folder, _, _ = tiny
+    comparison = ll.compare_adapters(ll.load(folder / "one"), folder / "two", progress=False)
+    table = comparison_table(comparison)
+    for width in (80, 100):
+        assert faults(table, shown(table, width), width) == []
