@@ -66,7 +66,7 @@ def prompts_of(file: Path) -> list[str | Sequence[Mapping[str, str]]]:
     if file.suffix.lower() != ".jsonl":
         return list(texts_of(file))
     prompts: list[str | Sequence[Mapping[str, str]]] = []
-    for record in read_records(file):
+    for record in read_records(file, with_answers=False):
         if record.error is not None:
             raise LensLoraError(f"{file}, {record.error}")
         prompt = record.prompt if record.messages is None else record.messages

@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
+from lens_lora.cli.expecting import prompts_of
+from lens_lora.errors import LensLoraError
 
 run = CliRunner().invoke
 
@@ -232,6 +234,17 @@ def test_a_server_that_answers_as_trained(out):
     comparison = json.loads(file.read_text())["served"]
     assert comparison["c"] == pytest.approx(1, abs=1e-3) and comparison["url"] == url
     assert comparison["requests"] == 19
+
+
+def test_texts_of_a_server_need_no_answers(tmp_path):
+    """A prompt or a conversation a line is enough."""
+    talk = [{"role": "user", "content": "w5"}]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(map(json.dumps, ({"prompt": "w5 w6"}, {"messages": talk}))))
+    assert prompts_of(file) == ["w5 w6", talk]
+    file.write_text(json.dumps({"doc": "w5"}))
+    with pytest.raises(LensLoraError, match="line 1"):
+        prompts_of(file)
 
 
 def test_a_server_that_answers_as_the_base(out):
