@@ -30,6 +30,7 @@ DRAWERS: dict[str, tuple[str, ...]] = {
     "lens_lora.edge_attribution": (
         "lens_lora.edge_attribution.figures",
         "lens_lora.edge_attribution.graph_figure",
+        "lens_lora.edge_attribution.page",
     ),
     "lens_lora.explanations": (
         "lens_lora.explanations.figures",

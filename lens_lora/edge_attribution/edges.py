@@ -40,6 +40,7 @@ from lens_lora.core import (
     Groups,
     Measured,
     Ranked,
+    Reported,
     analysis,
     by_axes,
     drawing,
@@ -64,7 +65,7 @@ _DRAWN = 30
 
 
 @final
-class Edges(Ranked):
+class Edges(Ranked, Reported):
     """First order of each site, or group of sites, split by the reader that sees its write.
 
     Values are in the readout's units. `plot` is a heatmap of writer × reader in the order of a

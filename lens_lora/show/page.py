@@ -27,7 +27,9 @@ from lens_lora.show.text import Answered, readable, short_prompt
 
 # --- The blocks of a section
 
-Kind = Literal["margin", "attribution", "response", "changes", "training", "repair", "verification"]
+Kind = Literal[
+    "margin", "attribution", "response", "changes", "training", "repair", "verification", "edges"
+]
 # A token, its shade from 0 to 1, and a note on it, line by line.
 Noted = tuple[str, float, Sequence[str]]
 

@@ -9,6 +9,7 @@ import pytest
 from browser import browser, drawn
 from every_result import (
     checkpoints,
+    edges,
     rank_activations,
     repair,
     response_explanation,
@@ -32,6 +33,14 @@ from lens_lora.show.text import context_text
 ASKED = ll.results.SideBySide(
     "What is the capital?", "It is Paris.\n\nA big city …", f"It is Lyon.\n\nA city {EVIL}"
 )
+
+
+def edges_of_one_prompt() -> ll.results.Edges:
+    both = edges(by_position=False)
+    first = {name: getattr(both, name)[:1] for name in ("values", "base", "adapted", "str_tokens")}
+    return dataclasses.replace(both, **first)
+
+
 PAGES: dict[str, tuple[Reported, int]] = {
     "explanation": (dataclasses.replace(explanation(), answers=ASKED), 1),
     "response": (dataclasses.replace(response_explanation(), answers=ASKED), 0),
@@ -41,6 +50,7 @@ PAGES: dict[str, tuple[Reported, int]] = {
     "verification": (verification(), 0),
     "margin": (explanation().margin, 1),
     "attribution": (explanation().margin.attribution, 1),
+    "edges": (edges_of_one_prompt(), 1),
 }
 KINDS = pytest.mark.parametrize("kind", PAGES)
 

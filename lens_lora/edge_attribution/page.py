@@ -1,0 +1,85 @@
+"""The page of edges: for each prompt the graph of the largest edges, the heatmap and a table.
+
+A reader points at a line or a cell for its number, and goes from prompt to prompt by the contents.
+"""
+
+from __future__ import annotations
+
+from lens_lora.core import drawing
+from lens_lora.edge_attribution.edges import Edges
+from lens_lora.edge_attribution.figures import edges_heatmap
+from lens_lora.edge_attribution.graph_figure import edges_graph, short_name
+from lens_lora.show import text
+from lens_lora.show.page import Block, Part, Section, folded, made_by, page_html, warned
+from lens_lora.show.tables import table_of
+from lens_lora.show.text import percent, short_prompt, signed
+
+# How many edges a graph and a table show.
+_IN_GRAPH = 30
+_IN_TABLE = 100
+_IN_HEADLINE = 3
+# A page has a part for each of so many prompts.
+_MOST_PROMPTS = 20
+_HEADS = {
+    "writer": "writer",
+    "reader": "reader",
+    "value": "value",
+    "share": "share",
+}
+
+
+@drawing.report.register(Edges)
+def edges_report(edges: Edges, *, title: str | None = None) -> str:
+    """Write edges as a page, with a part for each prompt."""
+    count = min(len(edges.base), _MOST_PROMPTS)
+    name = f"{edges.readout}: {text.key_text(edges.key)}"
+    overview: list[Block] = []
+    if count > 1:
+        overview = [edges_graph(edges, _IN_GRAPH), edges_heatmap(edges)]
+    return page_html(title or name, [_part(edges, prompt) for prompt in range(count)], overview)
+
+
+def _part(edges: Edges, prompt: int) -> Part:
+    """One prompt's part of the page."""
+    units = edges.units
+    shift = float(edges.shift[prompt])
+    total = float(edges.per_edge[prompt].double().sum())
+    strongest = edges.top(_IN_TABLE, prompt)
+    largest: list[str] = []
+    for row in strongest.head(_IN_HEADLINE).to_dict("records"):
+        ends = f"{short_name(row['writer'])} → {short_name(row['reader'])}"
+        largest.append(f"{ends} {signed(row['value'])}")
+    share = percent(total / shift) if shift else "—"
+    method = text.key_text(edges.key)
+    sentences = (
+        f"The adapter moves {edges.readout} by {signed(shift)} {units}.",
+        f"The edges, {method}, sum to {signed(total)} {units}, {share} of the shift.",
+        f"The largest are {', '.join(largest)}.",
+    )
+    sections = [
+        Section(
+            "Every writer and reader",
+            [edges_heatmap(edges, prompt)],
+            "In the order of a forward pass; grey where the reader is not downstream.",
+        ),
+        Section(
+            f"The {len(strongest)} largest edges",
+            [table_of(strongest, _HEADS, texts=(0, 1))],
+            f"In {units}, by size, with the share of the shift.",
+        ),
+    ]
+    shown = text.shortened(text.prompt_text(edges.str_tokens[prompt]))
+    return Part(
+        name=short_prompt(edges.str_tokens[prompt]),
+        subtitle=" · ".join(filter(None, (method, f"“{shown}”", made_by(edges.meta)))),
+        headline=sentences,
+        numbers=(
+            (signed(float(edges.base[prompt])), f"{units}, the base model"),
+            (signed(float(edges.adapted[prompt])), f"{units}, the adapted model"),
+            (signed(total), f"{units}, the sum of all edges"),
+            (signed(shift - total), f"{units}, what the sum leaves of the shift"),
+        ),
+        top=[edges_graph(edges, _IN_GRAPH, prompt)],
+        sections=folded("\n".join(sentences), sections, "edges", edges.meta),
+        warnings=warned(edges.meta),
+    )
