@@ -1,4 +1,4 @@
-"""Write docs/faithfulness.md and its pictures from stored results.
+"""Write docs/faithfulness_data.md and its pictures from stored results.
 
     python benchmarks/evidence/page.py --results FOLDER   # add measure.py's files, resample, render
     python benchmarks/evidence/page.py                    # render from docs/faithfulness.json
@@ -102,7 +102,7 @@ def counted_bases(numbers: Numbers) -> str:
 
 
 def page(numbers: Numbers) -> str:
-    """Render the text of docs/faithfulness.md from the numbers of docs/faithfulness.json."""
+    """Render the text of docs/faithfulness_data.md from the numbers of docs/faithfulness.json."""
     scores = scores_of(numbers)
     costs = costs_of(numbers)
     bases = bases_of(numbers)

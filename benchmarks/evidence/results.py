@@ -25,7 +25,7 @@ import lens_lora as ll
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS = DOCS / "faithfulness.json"
-PAGE = DOCS / "faithfulness.md"
+PAGE = DOCS / "faithfulness_data.md"
 KEPT_FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps", "dora", "rslora", "sites")
 CEILING = {"trained": "best_subset", "paraphrase": "best_subset/paraphrase"}
 RULES = ("path/2", "path/4", "path/8")

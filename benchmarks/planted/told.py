@@ -1,4 +1,4 @@
-"""Render the section on planted causes of docs/faithfulness.md from stored numbers.
+"""Render the section on planted causes of docs/faithfulness_data.md from stored numbers.
 
 The numbers are those of docs/planted.json (`judged.py`) and docs/planted_fresh.json (`fresh.py`),
 the text is `planted.md.jinja`. `benchmarks/evidence/page.py` puts the section into the page.

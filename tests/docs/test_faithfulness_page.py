@@ -1,8 +1,9 @@
-"""docs/faithfulness.md is what the numbers render to."""
+"""docs/faithfulness_data.md is what the numbers render to."""
 
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -24,6 +25,26 @@ def numbers():
 def test_the_page_is_what_the_numbers_render_to(numbers):
     """Written by benchmarks/evidence/page.py, never by hand."""
     assert results.PAGE.read_text() == page.page(numbers)
+
+
+FRONT = results.PAGE.with_name("faithfulness.md")
+
+
+def test_the_front_is_short_and_its_numbers_are_those_of_the_evidence():
+    """Medians with worst tasks, and how many adapters were right on each model, row by row."""
+    text = FRONT.read_text()
+    assert len(text.split()) <= 800
+    evidence_text = results.PAGE.read_text()
+    (table,) = re.findall(r"(?:^\| (?:What would|How is|Which).*\n)+", text, re.M)[:1]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    by_number = re.findall(r"^\| [1-5]\. .*$", evidence_text, re.M)
+    assert len(rows) == len(by_number) == 5
+    for (_, _, median, first, second), line in zip(rows, by_number, strict=True):
+        assert f"| {median} |" in line
+        right = line.split("|")[4]
+        assert [first, second] == [
+            each.strip() for each in right.split(",")
+        ] or right.strip() == "—"
 
 
 def test_adapters_differ_as_the_page_says(numbers):

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "planted"))
 alarms, decoys, fresh, gated, judged, kinds, plants, told = map(
     load, ("alarms", "decoys", "fresh", "gated", "judged", "kinds", "plants", "told")
 )
-PAGE = told.NUMBERS.with_name("faithfulness.md")
+PAGE = told.NUMBERS.with_name("faithfulness_data.md")
 
 
 def row_of(table: str, words: str) -> list[str]:

@@ -73,7 +73,7 @@ def cells(numbers: dict[str, Any], method: str) -> list[str]:
 def row_of(method: str) -> list[str]:
     name, given = method.rsplit(", ", 1)
     start = f"| {WORDS[name]} | {'—' if given == '0' else given} | "
-    lines = (DOCS / "faithfulness.md").read_text().splitlines()
+    lines = (DOCS / "faithfulness_data.md").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith(start) and "[" in line]
     return [cell.strip() for cell in line.strip("|").split("|")][2:]
 
