@@ -33,7 +33,8 @@ FRONT = results.PAGE.with_name("faithfulness.md")
 def test_the_front_is_short_and_its_numbers_are_those_of_the_evidence():
     """Medians with worst tasks, and how many adapters were right on each model, row by row."""
     text = FRONT.read_text()
-    assert len(text.split()) <= 800
+    words = [word for word in text.split() if any(map(str.isalnum, word))]
+    assert len(words) <= 800
     evidence_text = results.PAGE.read_text()
     (table,) = re.findall(r"(?:^\| (?:What would|How is|Which).*\n)+", text, re.M)[:1]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
@@ -41,10 +42,8 @@ def test_the_front_is_short_and_its_numbers_are_those_of_the_evidence():
     assert len(rows) == len(by_number) == 5
     for (_, _, median, first, second), line in zip(rows, by_number, strict=True):
         assert f"| {median} |" in line
-        right = line.split("|")[4]
-        assert [first, second] == [
-            each.strip() for each in right.split(",")
-        ] or right.strip() == "—"
+        right = [each.strip() for each in line.split("|")[4].split(",")]
+        assert [first, second] == (right if len(right) == 2 else ["—", "—"])
 
 
 def test_adapters_differ_as_the_page_says(numbers):
