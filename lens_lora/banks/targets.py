@@ -16,6 +16,9 @@ from lens_lora.core import Adapter, Host, LoRAFactors, ModuleUpdate, TrainedModu
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS
 
+# With what the names of modules begin in PEFT's files.
+_PEFT_PREFIX = "base_model.model."
+
 
 def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
     """Adapters that add nothing at gates 0: one of every module, and one of all but the norms.
@@ -32,7 +35,7 @@ def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
     paths = _paths(host)
     updates: dict[str, ModuleUpdate] = {}
     for path in paths:
-        if not any(fnmatch.fnmatch(path, glob) for glob in globs):
+        if not any(_matches(path, glob) for glob in globs):
             continue
         # A module that can be no exact site is left out: a lens refuses adapters of it.
         with contextlib.suppress(LensLoraError):
@@ -47,6 +50,11 @@ def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
     if linear:
         adapters.append(Adapter(linear, name="bank"))
     return adapters
+
+
+def _matches(path: str, glob: str) -> bool:
+    """Whether a glob matches a module's path; it may begin as the names in PEFT's files do."""
+    return fnmatch.fnmatch(path, glob.removeprefix(_PEFT_PREFIX))
 
 
 def _paths(host: Host) -> list[str]:

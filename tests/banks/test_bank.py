@@ -59,6 +59,16 @@ def test_equals_first_order(family: str, cls: str, flags: str):
     assert off(bank.first_order(lens.adapter, **svd).values, expected.values) < ROUND_OFF
 
 
+def test_modules_are_named_as_peft_writes_them():
+    """A path with the beginning of the names in PEFT's files, or without it."""
+    lens = lens_of("llama", BRIDGE, "raw")
+    path = "model.layers.0.self_attn.o_proj"
+    adapter = lens.adapter.only(path)
+    expected = bank_of(lens, modules=path).first_order(adapter).values
+    found = bank_of(lens, modules=f"base_model.model.{path}").first_order(adapter).values
+    assert torch.equal(found, expected)
+
+
 def test_an_adapter_is_given_as_itself_a_folder_or_a_lens(tmp_path):
     """The same first order and null adapters of each; a model in its place is refused."""
     lens = lens_of("llama", BRIDGE, "raw")
