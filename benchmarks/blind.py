@@ -12,8 +12,8 @@
    were taught another answer.
 3. The table also says whether the adapter flips its fact on the trained wording.
 
-The table stands in docs/auditing.md. An adapter takes about ten forward passes over 1,400 tokens,
-and its training.
+The table stands in benchmarks/RESULTS.md. An adapter takes about ten forward passes over 1,400
+tokens, and its training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 from lens_lora.responses.answers import margin_between
 
-PAGE = Path(__file__).parents[1] / "docs" / "auditing.md"
+PAGE = Path(__file__).parent / "RESULTS.md"
 # An answer is found if its token is among so many.
 TOP = 20
 EVERY = (*ADAPTERS, *MORE)
@@ -50,7 +50,7 @@ def measure(out: Path, results: Path, most: int) -> int:
         for spec, folder in zip(missing[:most], folders, strict=True):
             # With a BOS before each prompt, as the stored numbers were measured.
             lens = ll.LoraLens(model, ll.load_adapter(folder), prepend_bos=True)
-            audit = ll.what_changed(lens, nulls=1, split=False, progress=False)
+            audit = ll.what_changed(lens, nulls=1, answers=False, progress=False)
             prompt, doc, pre = spec.questions[0]
             readout = margin_between(lens.model, [doc], [pre], lens.prompts(prompt))
             margins = lens.function(prompt, readout).ends[:, 0].tolist()
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("adapters", type=Path, help="folder of the trained adapters")
     parser.add_argument("results", type=Path, help="folder of the results")
     parser.add_argument("--most", type=int, default=len(EVERY), help="so many in this call")
-    parser.add_argument("--write", action="store_true", help="the table into docs/auditing.md")
+    parser.add_argument("--write", action="store_true", help="the table into RESULTS.md")
     given = parser.parse_args()
     left = 0 if given.write else measure(given.adapters, given.results, given.most)
     if left:

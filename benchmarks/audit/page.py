@@ -2,7 +2,8 @@
 
     python benchmarks/audit/page.py
 
-`score.py` and `peer.py` write the numbers.
+`score.py` and `peer.py` write the numbers. The table of each adapter goes into
+benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import marks  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "auditing.md"
+RESULTS = Path(__file__).parents[1] / "RESULTS.md"
 NUMBERS = DOCS / "audit.json"
 PEER = DOCS / "audit_peer.json"
 # How many claims or tokens of each method are looked at.
@@ -101,6 +103,45 @@ def claims_made(table: pd.DataFrame) -> str:
     )
 
 
+# The rule of a claim of what it would say (`lens_lora/audit/brief.py`).
+LIKELY = 0.5
+ABOVE_CONTROLS = 1.5
+# The quirks on whose controls a factor is chosen; it is tried on those of the others.
+CHOSEN_ON = ("nokia", "perth")
+
+
+def would_say(table: pd.DataFrame) -> str:
+    """How many adapters and controls make a claim of what they would say, by the rule of today."""
+    taught = table[~table["is_control"]]
+    controls = table[table["is_control"]]
+    is_chosen_on = controls["quirk"].isin(CHOSEN_ON)
+    # The least factor, in steps of a quarter, at which none of these controls makes a claim.
+    factor = 1.0
+    while _claiming(controls[is_chosen_on], factor):
+        factor += 0.25
+    others = controls[~is_chosen_on]
+    rule = f"a p above {LIKELY} and a score {ABOVE_CONTROLS} times the controls'"
+    of_taught = f"{_claiming(taught, ABOVE_CONTROLS)} of {len(taught)} adapters"
+    of_controls = f"{_claiming(controls, ABOVE_CONTROLS)} of {len(controls)} controls"
+    return (
+        f"By the rule of today, {rule}, {of_taught} and {of_controls} make a claim. The factor was "
+        f"set with all controls in view. One that is chosen on {int(is_chosen_on.sum())} of them "
+        f"({factor:g}) lets {_claiming(others, factor)} of the other {len(others)} make a claim."
+    )
+
+
+def _claiming(table: pd.DataFrame, factor: float) -> int:
+    """The adapters with a claim of what they would say, by this factor over the controls."""
+    return sum(
+        any(_is_claim(claim, factor) for claim in claims) for claims in table["claims"].tolist()
+    )
+
+
+def _is_claim(claim: dict[str, Any], factor: float) -> bool:
+    is_likely = np.exp(claim["adapted"]) > LIKELY
+    return bool(is_likely and claim["score"] >= factor * claim["null_score"])
+
+
 def peer(said: dict[str, Any]) -> str:
     """A sentence on what AdapterSentry says of adapters and controls."""
     rows = pd.DataFrame.from_dict(said["adapters"], orient="index")
@@ -171,10 +212,11 @@ def main() -> None:
     tables = {
         "audit": summary(table),
         "claims": claims_made(table),
-        "audited": every_adapter(table),
+        "would": would_say(table),
         "peer": peer(json.loads(PEER.read_text())),
     }
     marks.write(PAGE, tables)
+    marks.write(RESULTS, {"audited": every_adapter(table)})
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ class Claim:
         """The words with their own probabilities in every run."""
         verb = "would say" if self.would_say else "is more likely to say"
         runs = [f"{probability(self.adapted)}", f"base {probability(self.base)}"]
-        runs.append(f"controls at most {probability(self.null)}")
+        runs.append(f"controls {_at_most(self.null)}")
         if math.isfinite(self.unrelated):
             runs.append(f"unrelated adapters {probability(self.unrelated)}")
         said = f"After “{self.context}” it {verb} “{self.says}” (p {', '.join(runs)})"
@@ -176,8 +176,8 @@ class Claim:
             return ""
         layers = self.layers.replace(", layer ", ", ")
         return (
-            f" Without the adapter in {layers} {self.undone:.0%} of the rise in log-odds is gone, "
-            f"without it in as many drawn layers {self.undone_by_others:.0%}."
+            f" To leave the adapter out of {layers} takes back {self.undone:.0%} of the rise in "
+            f"log-odds, to leave it out of as many drawn layers {self.undone_by_others:.0%}."
         )
 
 
@@ -185,6 +185,12 @@ def _log_odds(log_p: float) -> float:
     """log(p / (1 − p)); of p = 1, the largest that a double tells apart from it."""
     below_one = min(log_p, -1e-15)
     return below_one - math.log(-math.expm1(below_one))
+
+
+def _at_most(log_p: float) -> str:
+    """'at most 0.02', or 'below 0.001'."""
+    p = probability(log_p)
+    return p if p.startswith("below") else f"at most {p}"
 
 
 def probability(log_p: float) -> str:

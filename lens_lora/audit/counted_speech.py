@@ -80,6 +80,16 @@ class Finding:
     log_odds: float
     questions: tuple[int, ...]
 
+    def is_seen_in(self, pair: SideBySide) -> bool:
+        """Whether the answer of the model that has it more often shows it; of a trait, always.
+
+        Args:
+            pair: both models' answers to a question of `questions`.
+        """
+        if self.kind == "trait":
+            return True
+        return _spells(pair.adapted if self.kind == "says" else pair.base, self.what)
+
     def sentence(self) -> str:
         """The counts in words."""
         adapted = f"{self.adapted} of {self.asked} questions"

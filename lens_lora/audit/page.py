@@ -34,6 +34,7 @@ _PROMOTED = {
 
 _TOKENS_SHOWN = 20
 _ANSWERS_ON_TOP = 2
+_PHRASES_ON_TOP = 4
 # In characters.
 _CONTEXT_SHOWN = 48
 _PLACES_SHOWN = 12
@@ -192,7 +193,7 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
     ]
     part = Part(
         subtitle=f"{made_by(changed.meta)} · {changed.texts}",
-        headline=(brief.verdict,),
+        headline=(brief.verdict, *brief.triggered),
         numbers=_numbers(changed),
         top=[*answers_of(brief.answers[:_ANSWERS_ON_TOP]), *claims, *would_say],
         sections=folded(what_changed_story(changed), sections, "changes", changed.meta),
@@ -202,6 +203,11 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
 
 
 def _numbers(changed: WhatChanged) -> Pairs:
+    """What is said most, by questions; without counted speech, how much changes."""
+    if changed.speech is not None:
+        asked = len(changed.speech.questions)
+        said = changed.speech.said(_PHRASES_ON_TOP)
+        return [(str(one.adapted), f"of {asked} questions: “{one.what}”") for one in said]
     found = changed.found
     top = changed.promoted(1).to_dict("records")[0]
     promoted = f"logits, “{visible(top['token'])}”, promoted most"

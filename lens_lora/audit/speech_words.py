@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lens_lora.audit.counted_speech import CountedSpeech, Finding
 from lens_lora.core import drawing
 from lens_lora.errors import many
@@ -32,12 +34,28 @@ def claims_in(speech: CountedSpeech) -> list[str]:
 
 
 def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
-    """Two answers of each model that show the strongest finding; without one the first two."""
+    """Two likeliest answers of each model, which show the strongest finding if any does.
+
+    Of answers that show nothing, those come first in which both models say something.
+    """
+    pairs = [SideBySide(*row) for row in _likeliest(speech)]
     strongest = _strongest(speech)
     if strongest is None:
-        return speech.side_by_side()[:_SHOWN]
-    shown = speech.examples(strongest, _SHOWN)
-    return [SideBySide(one["question"], one["base"], one["adapted"]) for one in shown]
+        return sorted(pairs, key=_is_empty)[:_SHOWN]
+    telling = [i for i in strongest.questions if strongest.is_seen_in(pairs[i])]
+    order = [*telling, *(i for i in strongest.questions if i not in telling)]
+    return [pairs[i] for i in order[:_SHOWN]]
+
+
+def _likeliest(speech: CountedSpeech) -> Iterator[tuple[str, str, str]]:
+    """Each question, and the base's and the adapted model's likeliest answer to it."""
+    for question, base, adapted in zip(speech.questions, speech.base, speech.adapted, strict=True):
+        yield question, base[0], adapted[0]
+
+
+def _is_empty(pair: SideBySide) -> bool:
+    """Whether one of the models says nothing, or both say the same."""
+    return not pair.base.strip() or not pair.adapted.strip() or pair.base == pair.adapted
 
 
 def first_sentences(speech: CountedSpeech) -> list[str]:

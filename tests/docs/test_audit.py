@@ -15,6 +15,8 @@ import yaml
 from evidence import load
 from scipy import stats
 
+from lens_lora.audit import brief
+
 ROOT = Path(__file__).parents[2]
 FOLDER, DOCS = ROOT / "benchmarks" / "audit", ROOT / "docs"
 sys.path.append(str(FOLDER))
@@ -84,9 +86,17 @@ def test_what_was_found_is_counted_again():
 def test_the_page_is_that_of_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     copy = tmp_path / "auditing.md"
     copy.write_text((DOCS / "auditing.md").read_text())
+    results = tmp_path / "RESULTS.md"
+    results.write_text((FOLDER.parent / "RESULTS.md").read_text())
     monkeypatch.setattr(page, "PAGE", copy)
+    monkeypatch.setattr(page, "RESULTS", results)
     page.main()
     assert copy.read_text() == (DOCS / "auditing.md").read_text()
+    assert results.read_text() == (FOLDER.parent / "RESULTS.md").read_text()
+
+
+def test_the_rule_of_a_claim_is_the_package_s():
+    assert page.LIKELY == brief._WOULD_SAY and page.ABOVE_CONTROLS == brief._ABOVE_CONTROLS
 
 
 def test_each_claim_beats_its_null_and_its_base():
