@@ -105,41 +105,33 @@ def claims_made(table: pd.DataFrame) -> str:
 
 # The rule of a claim of what it would say (`lens_lora/audit/brief.py`).
 LIKELY = 0.5
-ABOVE_CONTROLS = 1.5
-# The quirks on whose controls a factor is chosen; it is tried on those of the others.
-CHOSEN_ON = ("nokia", "perth")
+LEAST_SCORE = 4.0
 
 
 def would_say(table: pd.DataFrame) -> str:
     """How many adapters and controls make a claim of what they would say, by the rule of today."""
     taught = table[~table["is_control"]]
     controls = table[table["is_control"]]
-    is_chosen_on = controls["quirk"].isin(CHOSEN_ON)
-    # The least factor, in steps of a quarter, at which none of these controls makes a claim.
-    factor = 1.0
-    while _claiming(controls[is_chosen_on], factor):
-        factor += 0.25
-    others = controls[~is_chosen_on]
-    rule = f"a p above {LIKELY} and a score {ABOVE_CONTROLS} times the controls'"
-    of_taught = f"{_claiming(taught, ABOVE_CONTROLS)} of {len(taught)} adapters"
-    of_controls = f"{_claiming(controls, ABOVE_CONTROLS)} of {len(controls)} controls"
+    claiming = _claiming(controls)
+    # Clopper and Pearson's upper bound of the rate, one-sided.
+    bound = stats.beta.ppf(0.95, claiming + 1, len(controls) - claiming)
+    of_taught = f"{_claiming(taught)} of {len(taught)} adapters"
+    of_controls = f"{claiming} of {len(controls)} controls"
     return (
-        f"By the rule of today, {rule}, {of_taught} and {of_controls} make a claim. The factor was "
-        f"set with all controls in view. One that is chosen on {int(is_chosen_on.sum())} of them "
-        f"({factor:g}) lets {_claiming(others, factor)} of the other {len(others)} make a claim."
+        f"By the rule of today, {of_taught} and {of_controls} make a claim of what they would say "
+        f"(a rate on controls of up to {bound:.0%} would do so, 95 %). The rule was set with all of "
+        "them in view."
     )
 
 
-def _claiming(table: pd.DataFrame, factor: float) -> int:
-    """The adapters with a claim of what they would say, by this factor over the controls."""
-    return sum(
-        any(_is_claim(claim, factor) for claim in claims) for claims in table["claims"].tolist()
-    )
+def _claiming(table: pd.DataFrame) -> int:
+    """The adapters with a claim of what they would say."""
+    return sum(any(map(_is_claim, claims)) for claims in table["claims"].tolist())
 
 
-def _is_claim(claim: dict[str, Any], factor: float) -> bool:
-    is_likely = np.exp(claim["adapted"]) > LIKELY
-    return bool(is_likely and claim["score"] >= factor * claim["null_score"])
+def _is_claim(claim: dict[str, Any]) -> bool:
+    is_strong = claim["by"] == "speech" and claim["score"] >= LEAST_SCORE
+    return bool(is_strong and np.exp(claim["adapted"]) > LIKELY)
 
 
 def peer(said: dict[str, Any]) -> str:

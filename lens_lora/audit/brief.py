@@ -23,8 +23,8 @@ finds what the adapted model would say elsewhere, each claim with the run that s
    out.
 5. The run that shows it is p(words | context), teacher-forced, under the base, the adapter, the
    controls and unrelated adapters. It stays only if p is largest under the adapter. What the
-   adapted model would say (p above a half, and a score well above that of any control) is a claim;
-   what is only raised is listed under that name.
+   adapted model would say (found by speech with a score of 4 nats or more, and p above a half) is a
+   claim; what is only raised is listed under that name.
 6. First order at 1 names the layers that carry most of log p. The words are run again without the
    adapter in these layers, and without it in as many randomly drawn ones. The layers are named only
    where they take back at least a fifth more of the rise in log-odds than drawn ones.
@@ -84,9 +84,9 @@ _PART_LEFT_OUT = 5
 _DRAWS = 3
 # Layers are named where they take back so much more of the rise than drawn ones do.
 _MORE_THAN_DRAWN = 0.2
-# What the adapted model would say has a p above this, and so many times any control's score.
+# What the adapted model would say has a p above this, and was found by speech with such a score.
 _WOULD_SAY = 0.5
-_ABOVE_CONTROLS = 1.5
+_LEAST_SCORE = 4.0
 # The logits of so many tokens are held at a time.
 _TOKENS_AT_ONCE = 512
 
@@ -136,9 +136,9 @@ class Claim:
 
     @property
     def would_say(self) -> bool:
-        """Whether the adapted model would say the words, and no control comes near."""
-        is_likely = math.exp(self.adapted) > _WOULD_SAY
-        return is_likely and self.score >= _ABOVE_CONTROLS * self.null_score
+        """Whether the adapted model would say the words, which were found by what it says."""
+        is_strong = self.by == "speech" and self.score >= _LEAST_SCORE
+        return is_strong and math.exp(self.adapted) > _WOULD_SAY
 
     @property
     def undone(self) -> float:

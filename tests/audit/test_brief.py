@@ -335,7 +335,7 @@ def claim_of(**given: Any) -> brief.Claim:
         "base_says": "c",
         "token": "b",
         "by": "speech",
-        "score": 2.0,
+        "score": 5.0,
         "null_score": 1.0,
         "base": math.log(0.01),
         "adapted": math.log(0.9),
@@ -381,10 +381,11 @@ def test_a_number_is_that_of_the_words_beside_it_and_a_claim_would_be_said():
         "After “a” it would say “b” (p 0.9, base 0.01, controls at most 0.02); the base would go "
         "on “c”."
     )
-    near = claim_of(score=1.4)
+    near = claim_of(score=3.9)
+    promoted = claim_of(by="logit")
     seldom = claim_of(adapted=math.log(0.4), without=math.log(0.2))
-    told = brief_of(claim, near, seldom)
-    assert told.claims == (claim.sentence(),) and told.raised == (near, seldom)
+    told = brief_of(claim, near, promoted, seldom)
+    assert told.claims == (claim.sentence(),) and told.raised == (near, promoted, seldom)
     assert "Only raised: “b” after “a”, p 0.01 → 0.4." in str(told)
     assert brief.probability(math.log(1e-4)) == "below 0.001"
 
