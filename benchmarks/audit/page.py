@@ -119,8 +119,8 @@ def would_say(table: pd.DataFrame) -> str:
     of_controls = f"{claiming} of {len(controls)} controls"
     return (
         f"By the rule of today, {of_taught} and {of_controls} make a claim of what they would say "
-        f"(a rate on controls of up to {bound:.0%} would do so, 95 %). The rule was set with all of "
-        "them in view."
+        f"(a rate on controls of up to {bound:.0%} would do so, 95 %). The rule was set with all "
+        "of them in view."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 from evidence import load
 from scipy import stats
 
-from lens_lora.audit import brief
+import lens_lora as ll
 
 ROOT = Path(__file__).parents[2]
 FOLDER, DOCS = ROOT / "benchmarks" / "audit", ROOT / "docs"
@@ -96,7 +97,13 @@ def test_the_page_is_that_of_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_the_rule_of_a_claim_is_the_package_s():
-    assert page.LIKELY == brief._WOULD_SAY and page.LEAST_SCORE == brief._LEAST_SCORE
+    """On every stored claim, and beside its bounds."""
+    stored = [claim for run in RUNS.values() for claim in run["claims"]]
+    stored += [{**stored[0], "by": "speech", "adapted": p, "score": 4.0} for p in (-0.69, -0.7)]
+    stored += [{**stored[0], "by": "speech", "adapted": -0.1, "score": 3.9}]
+    for claim in stored:
+        own = ll.results.Claim(**{"unrelated": math.nan, **claim})
+        assert own.would_say == page._is_claim(claim)
 
 
 def test_each_claim_beats_its_null_and_its_base():
