@@ -109,6 +109,16 @@ def _zero(out: Path, part: str) -> list[str]:
     return []
 
 
+def _zero_factors(out: Path) -> list[str]:
+    """Both factors of one module, as mergekit-extract-lora writes a module that did not change."""
+
+    def edit(state):
+        return {k: v * 0 if "1.mlp.down" in k else v for k, v in state.items()}
+
+    _edited(out, edit)
+    return []
+
+
 def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if part not in name}
 
@@ -269,6 +279,9 @@ NO_OPS = {
     "zero B": NoOp("B is zero everywhere", lambda out: _zero(out, ""), 1, "0 of 14 do"),
     "zero B of one": NoOp(
         "B is zero in one module", lambda out: _zero(out, "1.mlp.down"), 1, "1.mlp.down_proj",
+    ),
+    "zero A and B": NoOp(
+        "A and B are zero in one module", _zero_factors, 3, "as an extraction leaves them",
     ),
     "zero α": NoOp("α is zero", _zero_alpha, 2, "lora_alpha is 0"),
     "other size": NoOp("another size of the same family", _other_size, 1, "16→16, the model 32→"),
