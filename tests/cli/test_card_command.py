@@ -193,6 +193,7 @@ def test_a_block_on_standard_output_is_all_that_stands_there(out):
     assert (out / "adapter" / "README.md").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_hub_is_told_of_a_base_by_its_id(out):
     """Not by a path, which it refuses; a path that PEFT wrote is left, with a warning."""
     no_ops.set_config(out / "adapter", base_model_name_or_path="some/base")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 from lens_lora import cli
 
 PAGE = Path(__file__).parents[2] / "docs" / "shipping.md"
+SCRIPT = PAGE.parents[1] / "benchmarks" / "exports.py"
 SNIPPETS = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -43,6 +46,7 @@ def exit_code(command: str) -> int:
     return result.exit_code
 
 
+@pytest.mark.slow
 def test_the_commands_pass(shipped, monkeypatch):
     """Each line of a shell, in the page's order; the server is one of ours."""
     monkeypatch.chdir(shipped)
@@ -57,6 +61,7 @@ def test_the_commands_pass(shipped, monkeypatch):
             assert exit_code(f"{asked} --quiet") == 0, command
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_workflow_pass(shipped, monkeypatch):
     """Those that run lens-lora, after a card was written; another merge stops it."""
     monkeypatch.chdir(shipped)
@@ -96,3 +101,45 @@ def test_the_exit_codes_of_the_page():
     assert codes == ["0", "1", "2", "3"]
     help_text = CliRunner().invoke(cli.app, ["verify", "--help"]).output
     assert "Exit 0 passed, 1 failed, 2 unreadable, 3 undecided" in " ".join(help_text.split())
+
+
+# --- what it was tried on
+
+
+def test_no_broken_export_passes_and_no_right_one_fails():
+    """In the table that benchmarks/exports.py has measured, and in its sentence."""
+    page = PAGE.read_text(encoding="utf-8")
+    table = page.partition("<!-- exports -->")[2].partition("<!-- end of exports -->")[0]
+    rows = [row.split(" | ") for row in table.strip().splitlines()[2:]]
+    broken = [row for row in rows if row[3] == "no"]
+    right = [row for row in rows if row[3] == "yes"]
+    assert len(broken) + len(right) == len(rows)
+    assert len(broken) >= 20 and len(right) >= 20
+    assert [row for row in broken if row[4] == "0"] == []
+    assert [row for row in right if row[4] == "1"] == []
+    assert f"Of {len(broken)} broken ones 0 pass; of {len(right)} right ones 0 fail" in page
+
+
+OF_PEFT = [
+    "PiSSA, converted",
+    "LoKr by `save_as_lora`",
+    "`add_weighted_adapter`, cat",
+    "merged in float16, saved in float32",
+    "another checkpoint as base",
+    "saved beside an adapter called `mlp`",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("name", OF_PEFT)
+def test_exports_of_peft_again(name: str):
+    """Some of the table's rows that need no other library, made and verified anew."""
+    spec = importlib.util.spec_from_file_location("foreign_exports", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    (export,) = (export for export in script.EXPORTS if export.what == name)
+    result = script.tried(export)
+    assert result.code == int(script.is_broken(result)), result.says

@@ -63,7 +63,8 @@ def ship(
     models.with_random_factors(peft, base, size=size)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
-            if "modules_to_save" in name or "trainable_tokens_delta" in name:
+            is_trained_bias = config.get("bias") == "lora_only" and name.endswith("base_layer.bias")
+            if "modules_to_save" in name or "trainable_tokens_delta" in name or is_trained_bias:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=models.seeded(7))
     peft.peft_config["default"].base_model_name_or_path = str(out / "base")
     with warnings.catch_warnings():
@@ -215,12 +216,12 @@ def _lost_head(out: Path) -> list[str]:
     """A trained copy of a tied head, and a config that ties it again."""
     shutil.rmtree(out)
     ship(out, tied=True, modules_to_save=["lm_head"])
-    _set_merged(out, tie_word_embeddings=True)
+    set_merged(out, tie_word_embeddings=True)
     return _merged(out)
 
 
 def _other_field(out: Path) -> list[str]:
-    _set_merged(out, rms_norm_eps=1e-5)
+    set_merged(out, rms_norm_eps=1e-5)
     return _merged(out)
 
 
@@ -228,11 +229,11 @@ def _lost_tie(out: Path) -> list[str]:
     """The base is tied, and config.json leaves out that it is."""
     shutil.rmtree(out)
     ship(out, tied=True)
-    _set_merged(out, tie_word_embeddings=None)
+    set_merged(out, tie_word_embeddings=None)
     return _merged(out)
 
 
-def _set_merged(out: Path, **fields) -> None:
+def set_merged(out: Path, **fields) -> None:
     """Fields of the merged folder's config.json, replaced; those that are None, removed."""
     file = out / "merged" / "config.json"
     stated = {**json.loads(file.read_text()), **fields}

@@ -270,6 +270,17 @@ def test_a_merge_in_bfloat16_that_was_converted(kind: str, wide, tmp_path):
     assert check.outcome == "passed", [t for t in tensors if t.outcome != "passed"]
 
 
+def test_a_merge_in_float16_that_was_converted(wide, tmp_path):
+    """The same, of the other half precision, in float32."""
+    base, adapter, merged = wide
+    file = write_base(copy.deepcopy(merged).half().float(), tmp_path / "x.gguf")
+    (check, _), tensors = merged_gguf_checks(file, adapter, base)
+    assert check.outcome == "passed", [t for t in tensors if t.outcome != "passed"]
+    file = write_base(copy.deepcopy(base).half().float(), tmp_path / "b.gguf")
+    (check, _), _ = merged_gguf_checks(file, adapter, base)
+    assert check.outcome == "failed"
+
+
 def test_a_type_whose_rounding_is_not_known_never_passes(wide, tmp_path, monkeypatch):
     """As K-quants, to which the gguf package does not round; the base in its place still fails."""
     base, adapter, merged = wide

@@ -134,6 +134,39 @@ def test_a_bfloat16_checkpoint_loaded_in_any_dtype(tmp_path):
             assert {t.outcome for t in merged_tensors.compared(folder, adapter, base)} == {"passed"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_merge_in_half_precision_stored_in_float32(dtype: torch.dtype, tmp_path):
+    """It is judged by its numbers' own dtype; the base so stored, and a merge done twice, fail."""
+    out = no_ops.ship(tmp_path, merged=False)
+    for times, outcomes in ((0, {"passed", "failed"}), (1, {"passed"}), (2, {"passed", "failed"})):
+        file = no_ops.merge(out, dtype, times=times) / "model.safetensors"
+        state = {name: tensor.float() for name, tensor in load_file(file).items()}
+        save_file(state, file, metadata={"format": "pt"})
+        no_ops.set_merged(out, dtype="float32")
+        tensors = compared(out)
+        assert {tensor.outcome for tensor in tensors} == outcomes
+        failed = [tensor.name for tensor in tensors if tensor.outcome == "failed"]
+        assert len(failed) == (0 if times == 1 else 14)
+
+
+def test_factors_that_are_both_zero_are_undecided(tmp_path):
+    """Training begins with a random A: a zero B alone is a fault, and so are zeros everywhere."""
+    out = no_ops.ship(tmp_path)
+    adapter = ll.load_adapter(out / "adapter")
+    base = no_ops.base_of(out)
+    first, *others = adapter.modules
+    outcomes: list[str] = []
+    for parts, keys in ((("A", "B"), [first]), (("B",), [first]), (("A", "B"), [first, *others])):
+        modules = dict(adapter.modules)
+        for key in keys:
+            zeros = {part: 0 * getattr(modules[key], part) for part in parts}
+            modules[key] = dataclasses.replace(modules[key], **zeros)
+        silenced = dataclasses.replace(adapter, modules=modules)
+        checks = verified(out, base, silenced)
+        outcomes.append(check_of(checks, MODULES).outcome)
+    assert outcomes == ["undecided", "failed", "failed"]
+
+
 def test_noise_is_no_effect(tmp_path):
     """In float32 KL of 1e-12 is an effect, and of 1e-14 rounding; in bfloat16 that of 3e-4, too."""
     out = no_ops.ship(tmp_path)
