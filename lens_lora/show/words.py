@@ -240,19 +240,20 @@ def first_order_text(a: Account) -> str:
     margin = f"a margin of {signed(a.m0 + a.first_order)}{_flip_predicted(a)}"
     shift = f"a shift of {signed(a.first_order)} {a.units}"
     predicted = f"First order at ε = 0 predicts {shift}, to {margin}."
-    at_one = below if is_noise else share_text(a.verdict.share)
-    left = f"It leaves {signed(a.remainder)} at ε = 1, {at_one}{_left_on_the_way(a.verdict)}."
-    return f"{predicted} {left} {conclusion_text(a)}"
+    missed = f"It misses {share_text(a.verdict.share)} at full strength ({signed(a.remainder)})"
+    if is_noise:
+        missed = f"At full strength it is off by {signed(a.remainder)}, {below}"
+    return f"{predicted} {missed}{_missed_on_the_way(a.verdict)}. {conclusion_text(a)}"
 
 
-def _left_on_the_way(v: Verdict) -> str:
-    """What first order leaves below ε = 1, to follow what it leaves at ε = 1."""
-    steps = "at a quarter, half and three quarters of the strength"
+def _missed_on_the_way(v: Verdict) -> str:
+    """What first order misses below ε = 1, to follow what it misses at ε = 1."""
     if v.worst is None:
-        return f"; {steps} no share of it stands out of the noise"
+        return ", and on the way nothing that stands out of the noise"
+    where = f"on the way (at ε = {v.worst_scale:.3g})"
     if v.kind == "coincidence":
-        return f", but at ε = {v.worst_scale:.3g} it leaves {share_text(v.worst)} so far"
-    return f", and {steps} at most {share_text(v.worst)} so far (at ε = {v.worst_scale:.3g})"
+        return f", but {percent(v.worst)} {where}"
+    return f", and at most {percent(v.worst)} {where}"
 
 
 def _flip_predicted(a: Account) -> str:

@@ -385,8 +385,8 @@ def test_story_of_a_flip():
     assert "With the adapter it prefers “Lyon”, by 4.00: a shift of 8.00 towards “Lyon”" in story
     assert "flips at ε = 0.49" in story
     assert "predicts a shift of +4.00 logits, to a margin of 0.00" in story
-    assert "leaves +4.00 at ε = 1, 50% of the shift" in story
-    assert "at most 51% of the shift so far (at ε = 0.5)" in story
+    assert "It misses 50% of the shift at full strength (+4.00)" in story
+    assert "at most 51% on the way (at ε = 0.5)" in story
     assert "do not add up" in story
     assert "blocks.0.mlp.down +2.00 (25%), blocks.2.mlp.up +1.50 (19%)" in story
     assert story.count("\n") == 2
@@ -434,10 +434,8 @@ def test_story_of_a_base_margin_below_the_noise_prefers_neither():
 
 def test_story_of_a_remainder_below_the_noise():
     story = margin_story(fact(-4.0, [0.25] * 4, [-4.0 + s for s in SCALES], noise=1e-4))
-    assert re.search(r"leaves \S+ at ε = 1, below 3 noise floors \(0.0003\)", story)
-    assert (
-        "at a quarter, half and three quarters of the strength no share of it stands out" in story
-    )
+    assert re.search(r"At full strength it is off by \S+, below 3 noise floors \(0.0003\)", story)
+    assert "on the way nothing that stands out of the noise" in story
 
 
 def test_story_of_a_flip_and_a_flip_back():
@@ -455,7 +453,7 @@ def test_story_of_several_crossings():
 def test_story_calls_agreement_at_one_point_a_coincidence():
     margins = [-4.0 + 8.0 * s for s in (0.005, 0.06, 0.14, 0.3, 0.6, 1.0)]
     story = margin_story(fact(-4.0, [2.0, 2.0, 2.0, 1.9], margins, flip=0.67))
-    assert "1.2% of the shift, but at ε = 0.25 it leaves 76% of the shift so far" in story
+    assert "but 76% on the way (at ε = 0.25)" in story
     assert "a coincidence" in story
     assert "describes the whole path" not in story
 
