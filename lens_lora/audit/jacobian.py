@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lens_lora.compat import Temporary
 from lens_lora.core import (
     LoraLens,
     is_hooked,
     reads_with_bos,
 )
 from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.spans import Temporary
 from lens_lora.texts.neutral import neutral_sentences
 
 # More sentences change J little.

@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from lens_lora.compat import Temporary, computing_attribute
+from lens_lora.compat import computing_attribute
 from lens_lora.core import ForwardPass, HookFn, LoraLens, Names, OpenBlock, attached
 from lens_lora.core.model import extensions
 from lens_lora.directions.passes import Watched
 from lens_lora.directions.where import Where
 from lens_lora.errors import ArgumentError, ModelStateError, first_few
 from lens_lora.formats.directions import Directions, directions_of, home_points, is_residual
+from lens_lora.spans import Temporary
 
 # Every point of the residual stream.
 STREAM_POINTS = "blocks.*.hook_resid_*"

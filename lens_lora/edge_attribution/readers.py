@@ -15,7 +15,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.compat import Temporary, temporary
 from lens_lora.core import (
     HookFn,
     Host,
@@ -27,6 +26,7 @@ from lens_lora.core import (
 )
 from lens_lora.errors import ModelStateError
 from lens_lora.formats.directions import is_stream
+from lens_lora.spans import Temporary, temporary
 
 LOGITS = "logits"
 # The hook points of the stream at which a block begins.

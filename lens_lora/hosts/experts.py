@@ -30,10 +30,11 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from lens_lora import compat
-from lens_lora.compat import Temporary, in_float64
+from lens_lora.compat import in_float64
 from lens_lora.core import SiteMap, Update
 from lens_lora.core.model import Input, extensions, norm_of_product
 from lens_lora.errors import ModelStateError
+from lens_lora.spans import Temporary
 
 # The number of an expert stands beside x as two digits of this base, up to which float types are
 # exact.

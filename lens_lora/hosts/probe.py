@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lens_lora.compat import Temporary, home_of, is_offloaded, replace_forward, temporary
+from lens_lora.compat import home_of, is_offloaded, replace_forward
 from lens_lora.core import Adapter, HookFn, LoRAFactors, ScaleInject, TrainedModule, attached
 from lens_lora.core.adapter import module_path
 from lens_lora.core.model import (
@@ -53,6 +53,7 @@ from lens_lora.families import Family
 from lens_lora.formats.measured import lora_output
 from lens_lora.hosts.experts import each_shape, is_experts, is_router
 from lens_lora.hosts.quantised import quantised_name
+from lens_lora.spans import Temporary, temporary
 
 # ‖ΔW‖ / ‖W‖ of the random updates.
 _SIZE = 0.3

@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 
 from lens_lora import compat
 from lens_lora.core.model import extensions
+from lens_lora.spans import Temporary, temporary
 
 # The classes of bitsandbytes, as people call them.
 _NAMES = {"Linear4bit": "4 bit", "Linear8bitLt": "8 bit"}
@@ -54,8 +55,8 @@ def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Float[Te
 
 
 @extensions.differentiable_products.provide
-@compat.temporary
-def differentiable_products(span: compat.Temporary, modules: tuple[nn.Module, ...]) -> None:
+@temporary
+def differentiable_products(span: Temporary, modules: tuple[nn.Module, ...]) -> None:
     """Within the block these modules have derivatives of every order, and values as above."""
     for module in modules:
         product = _Product if quantised_name(module) == "4 bit" else _StraightThrough

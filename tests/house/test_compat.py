@@ -28,9 +28,9 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from lens_lora import compat
-from lens_lora.compat import Temporary
 from lens_lora.errors import ModelStateError
 from lens_lora.hosts.experts import _FLAGS
+from lens_lora.spans import Temporary
 
 PACKAGE = Path(inspect.getfile(compat)).parent
 
@@ -649,10 +649,11 @@ def test_what_is_ours_is_not_seen():
     assert foreign(source, ours(), known()) == []
 
 
-def test_compat_imports_nothing_of_ours_but_errors():
+def test_compat_imports_nothing_of_ours_but_errors_and_spans():
     imports = [node for node in ast.walk(COMPAT) if isinstance(node, ast.Import | ast.ImportFrom)]
     ours = {str(getattr(node, "module", None)) for node in imports}
-    assert {name for name in ours if name.startswith("lens_lora")} == {"lens_lora.errors"}
+    of_ours = {name for name in ours if name.startswith("lens_lora")}
+    assert of_ours == {"lens_lora.errors", "lens_lora.spans"}
     assert "lens_lora" not in {alias.name for node in imports for alias in node.names}
 
 

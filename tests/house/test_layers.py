@@ -18,6 +18,7 @@ QUESTIONS = {
 }
 LAYERS = [
     {"errors", "_version", "families", "registered", "guesses"},
+    {"spans"},
     {"compat"},
     {"arguments"},
     {"core"},

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.arguments import numbers_of
-from lens_lora.compat import Temporary, in_float64
+from lens_lora.compat import in_float64
 from lens_lora.core.analyses import verdict as verdicts
 from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.analyses.verdict import CHECKPOINTS, points_of
@@ -42,6 +42,7 @@ from lens_lora.core.readout import Prompts
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results.base import Drawn, Measured, long_table, per_prompt
 from lens_lora.errors import ArgumentError
+from lens_lora.spans import Temporary
 
 # Small strengths show the order of the remainder: 0.0001 … 0.08.
 _SMALL_SCALES: list[float] = np.geomspace(1e-4, 8e-2, 10).tolist()

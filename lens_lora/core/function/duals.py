@@ -38,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 from lens_lora import compat
 from lens_lora.core.model.locks import ONE_IN_A_PROCESS, hold
 from lens_lora.errors import ModelStateError
+from lens_lora.spans import Temporary
 
 # --- Rules for products and attention
 
@@ -301,7 +302,7 @@ def dual_forward() -> AbstractContextManager[OneProduct]:
         ModelStateError: a dual level is open outside; the model uses an operation without a
             forward-mode derivative.
     """
-    return compat.Temporary(_begin_dual)
+    return Temporary(_begin_dual)
 
 
 def dual_level() -> AbstractContextManager[None]:
@@ -309,10 +310,10 @@ def dual_level() -> AbstractContextManager[None]:
 
     Attention is whatever is in force. For the rules of this file take `dual_forward`.
     """
-    return compat.Temporary(_begin_level)
+    return Temporary(_begin_level)
 
 
-def _begin_dual(span: compat.Temporary) -> OneProduct:
+def _begin_dual(span: Temporary) -> OneProduct:
     products = OneProduct()
     _begin_level(span)
     attention_from_formula(span)
@@ -320,7 +321,7 @@ def _begin_dual(span: compat.Temporary) -> OneProduct:
     return products
 
 
-def _begin_level(span: compat.Temporary) -> None:
+def _begin_level(span: Temporary) -> None:
     hold(span, ONE_IN_A_PROCESS)
     if _is_dual_level_open():
         raise ModelStateError(
@@ -336,7 +337,7 @@ def _begin_level(span: compat.Temporary) -> None:
     fwad.enter_dual_level()
 
 
-def attention_from_formula(span: compat.Temporary) -> None:
+def attention_from_formula(span: Temporary) -> None:
     """Scaled-dot-product attention from its formula until the span ends, by no fused kernel.
 
     A fused kernel has neither forward-mode nor second derivatives.

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lens_lora.compat import Temporary, hooks_of, own_forward, replace_forward
+from lens_lora.compat import hooks_of, own_forward, replace_forward
 from lens_lora.core.model import LoraLens, ScaleInject, attached
 from lens_lora.core.model.unembedding import unembed, unembedded_only, unrounded
 from lens_lora.core.readout.prompts import Prompts
@@ -38,6 +38,7 @@ from lens_lora.core.readout.reading import (
     at_some,
 )
 from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.spans import Temporary
 
 # What logits are multiplied by, at these places or, without places, all of them.
 Factor = Callable[[Tensor, tuple[Tensor, ...]], Tensor]

@@ -41,7 +41,6 @@ from jaxtyping import Float, Real
 from torch import Tensor
 
 from lens_lora.arguments import number, numbers_of, whole
-from lens_lora.compat import Temporary
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.function import (
     forward,
@@ -76,6 +75,7 @@ from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, PromptTokens,
 from lens_lora.core.readout.readout import require_readout
 from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.errors import ArgumentError
+from lens_lora.spans import Temporary
 
 # A direction is given as gates are, or several of them: then their axes come first.
 _Number = float | Real[Tensor, ""]

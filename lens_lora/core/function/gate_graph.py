@@ -27,13 +27,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.compat import Temporary, without_warnings
+from lens_lora.compat import without_warnings
 from lens_lora.core.function import forward, memory, reverse
 from lens_lora.core.function.duals import attention_from_formula
 from lens_lora.core.function.footprint import Run, prompts_of
 from lens_lora.core.model import LoraLens
 from lens_lora.core.model.injections import ScaleInject
 from lens_lora.core.readout import Prompts, Reading
+from lens_lora.spans import Temporary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lens_lora.compat import Temporary, replace_forward
+from lens_lora.compat import replace_forward
 from lens_lora.core.model import LoraLens
 from lens_lora.core.model.passes import ForwardPass
 from lens_lora.errors import ModelStateError, named
+from lens_lora.spans import Temporary
 
 # A second run would append to a key-value cache, so there is none.
 _CACHES = ("cache", "layer_past", "past_key_value", "past_key_values", "past_kv_cache_entry")

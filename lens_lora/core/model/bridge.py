@@ -22,7 +22,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.compat import Temporary
 from lens_lora.core.model import extensions
 from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.bases import stored_weight
@@ -33,6 +32,7 @@ from lens_lora.core.model.modules import HOOK_IN, module_at, normalised, unwrapp
 from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, USUAL_KINDS, Heads, site_name
 from lens_lora.errors import ModelStateError, setting
 from lens_lora.families import BridgedFamily, Family, Place, find_family, listed_family
+from lens_lora.spans import Temporary, temporary
 
 _R = TypeVar("_R")
 
@@ -374,7 +374,7 @@ def _usual_name(layer: int, kind: str) -> str:
     return site_name(layer, kind) if name is None else f"blocks.{layer}.mlp.{name}"
 
 
-@compat.temporary
+@temporary
 def _cache_is_shown(span: Temporary, attentions: Iterable[Any]) -> None:
     """Within the block, each attention is given the cache by the name that it looks for."""
     span.enter_context(compat.without_warnings(".past_key_values. is deprecated"))

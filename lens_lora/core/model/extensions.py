@@ -25,8 +25,8 @@ from lens_lora.core.readout.responses import AnswerLike, Generated
 from lens_lora.families import BridgedFamily
 
 if TYPE_CHECKING:
-    from lens_lora.compat import Temporary
     from lens_lora.core import Function, LoraLens, Scale
+    from lens_lora.spans import Temporary
 
 
 # From (what the map read, as arguments of a call, and what it made): another output, or None.

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.compat import Temporary, float32_products, in_float64, wraps_nothing
+from lens_lora.compat import float32_products, in_float64, wraps_nothing
 from lens_lora.core.model import extensions
 from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.bases import BaseWeights, Processing, is_centred
@@ -39,6 +39,7 @@ from lens_lora.core.model.sites import WRITER_KINDS, Heads
 from lens_lora.core.provided import declared
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS, Family
+from lens_lora.spans import Temporary
 
 _Fact = TypeVar("_Fact")
 # A map that reads each norm which processing may fold.

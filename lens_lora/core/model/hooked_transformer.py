@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.compat import Temporary, in_float64, parameters_in, refuse_reading
+from lens_lora.compat import in_float64, parameters_in, refuse_reading
 from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
 from lens_lora.core.model.hooks import computes, of_the_base
@@ -28,6 +28,7 @@ from lens_lora.core.model.modules import module_at
 from lens_lora.core.model.sites import NORM_READ_BY, OUTSIDE_KINDS, Heads, site_name
 from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
+from lens_lora.spans import Temporary
 
 # The class of key-value caches, in transformer-lens 3 and in 2.
 _CACHES = ("TransformerLensKeyValueCache", "HookedTransformerKeyValueCache")

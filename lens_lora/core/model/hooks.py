@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.compat import Temporary, hooks_of, temporary
+from lens_lora.compat import hooks_of
 from lens_lora.core.model import extensions
 from lens_lora.core.model.locks import hold, lock_of
 from lens_lora.core.model.modules import is_weight
 from lens_lora.errors import ModelStateError
+from lens_lora.spans import Temporary, temporary
 
 HookFn = Callable[..., Tensor | None]
 

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lens_lora.compat import RotaryRule, Temporary, replace_forward, rotary_rules, rotary_state
+from lens_lora.compat import RotaryRule, replace_forward, rotary_rules, rotary_state
+from lens_lora.spans import Temporary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -26,12 +26,7 @@ from torch import Tensor, nn
 from lens_lora import errors, guesses
 from lens_lora._version import versions
 from lens_lora.arguments import number, word
-from lens_lora.compat import (
-    Temporary,
-    home_of,
-    open_spans,
-    uncompiled,
-)
+from lens_lora.compat import home_of, uncompiled
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model import extensions, precision, running
 from lens_lora.core.model.bases import names_of, shown_name
@@ -63,6 +58,7 @@ from lens_lora.core.readout.readout import Readout
 from lens_lora.core.readout.responses import AnswerLike, Generated
 from lens_lora.core.readout.texts import reading_of_texts
 from lens_lora.core.readout.tokenising import tokenise
+from lens_lora.spans import Temporary, open_spans
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix

@@ -7,8 +7,8 @@ import weakref
 
 from torch import nn
 
-from lens_lora.compat import Temporary
 from lens_lora.errors import warn
+from lens_lora.spans import Temporary
 
 # Seconds until a thread that waits for another one says so.
 _PATIENCE = 60.0

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lens_lora.compat import open_spans
 from lens_lora.core.readout.prompts import Prompts
+from lens_lora.spans import open_spans
 
 
 class _Passes(threading.local):

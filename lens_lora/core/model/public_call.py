@@ -26,7 +26,6 @@ import torch
 from torch import nn
 
 from lens_lora import compat
-from lens_lora.compat import Temporary, close_but, open_spans
 from lens_lora.core.model import extensions
 from lens_lora.core.model.hooks import CURRENT_CALL, LaidHooks, open_block
 from lens_lora.core.model.locks import hold, lock_of
@@ -38,6 +37,7 @@ from lens_lora.errors import (
     named,
 )
 from lens_lora.guesses import require_fitting
+from lens_lora.spans import Temporary, close_but, open_spans
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -41,10 +41,11 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.compat import Temporary, is_offloaded, temporary, without_warnings
+from lens_lora.compat import is_offloaded, without_warnings
 from lens_lora.core.model.hooks import Arranger, HookFn, add_pre_hook, attached
 from lens_lora.core.model.host import Host
 from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.spans import Temporary, temporary
 
 _PATTERN = "hook_pattern"
 _SCALE = "hook_scale"

@@ -17,10 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.compat import (
-    Temporary,
-    home_of,
-)
+from lens_lora.compat import home_of
 from lens_lora.core.model import extensions
 from lens_lora.core.model.hooks import attached
 from lens_lora.errors import (
@@ -28,6 +25,7 @@ from lens_lora.errors import (
     ModelStateError,
     is_of_the_system,
 )
+from lens_lora.spans import Temporary
 
 # The tokens on which logits are compared.
 TOKENS = torch.arange(1, 9)[None]

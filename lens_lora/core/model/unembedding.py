@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lens_lora.compat import Temporary, temporary
 from lens_lora.core.model.hooks import add_pre_hook
 from lens_lora.errors import (
     ModelStateError,
 )
+from lens_lora.spans import Temporary, temporary
 
 # Rows of W_U that are cast at a time, so that no copy of all of it is held.
 _CAST_ROWS = 4096

@@ -24,10 +24,10 @@ from every_call import CALLS, MARGIN, OWN
 from shapes import share
 
 import lens_lora as ll
-from lens_lora import compat
-from lens_lora.compat import Temporary
+from lens_lora import compat, spans
 from lens_lora.core.function import duals, memory, rerun
 from lens_lora.core.model import public_call
+from lens_lora.spans import Temporary
 
 pytestmark = pytest.mark.usefixtures("float64", "swallowed")
 ALL = os.environ.get("LENS_LORA_INTERRUPTS") == "all"
@@ -185,6 +185,6 @@ def test_a_way_back_that_is_registered_once_shows(cls: str, monkeypatch, repaire
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_call_that_closes_no_span_shows(cls: str, monkeypatch, repaired):
-    for module in (public_call, compat):
+    for module in (public_call, spans):
         monkeypatch.setattr(module, "close_but", lambda others: None)
     assert leaks_of("logits", cls)

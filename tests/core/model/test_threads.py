@@ -17,10 +17,11 @@ from every_call import CALLS, same
 from interrupts import held
 
 import lens_lora as ll
-from lens_lora.compat import Temporary, without_warnings
+from lens_lora.compat import without_warnings
 from lens_lora.core.model import hooks as model_hooks
 from lens_lora.core.model import lens as lens_module
 from lens_lora.core.model import locks, public_call
+from lens_lora.spans import Temporary
 
 NAMES = ("logits", "first_order", "forward", "frozen", "tangents", "second_order", "patch_sites")
 LONG = 60
