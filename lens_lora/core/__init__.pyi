@@ -56,6 +56,7 @@ from .analyses.margin import flip_scales as flip_scales
 from .analyses.margin import margin_of as margin_of
 from .analyses.patching import How as How
 from .analyses.patching import patch_sites as patch_sites
+from .analyses.path_integral import path_integral as path_integral
 from .analyses.remainder import Remainder as Remainder
 from .analyses.remainder import RemainderCurve as RemainderCurve
 from .analyses.remainder import orders as orders
@@ -171,8 +172,6 @@ from .function.forward import require_finite as require_finite
 from .function.memory import Pass as Pass
 from .function.modes import Mode as Mode
 from .function.own_passes import OwnPasses as OwnPasses
-from .function.quadrature import nested_counts as nested_counts
-from .function.quadrature import new_nodes as new_nodes
 from .function.recording import Recording as Recording
 from .function.reverse import SlopeSums as SlopeSums
 from .function.reverse import Visit as Visit

@@ -8,7 +8,8 @@ edge ⟨δ_l, G_m⟩ is the part of first order that goes from site l straight t
 any way. The last reader is the final norm, 'logits', or the point of a readout inside the model.
 
 1. `edges` gives all of them at one gate value, from one pass forward with tangents for δ, and back
-   for G (`edge_attribution/by_reader.py`). They sum to first order, which each call checks.
+   for G (`edge_attribution/by_reader.py`). They sum to first order, which each call checks. Along
+   the path they sum to the exact shift (`edge_attribution/along_path.py`).
 2. By head, attention is split into what each head's q, k and v reads. By position, an edge is split
    over the tokens at which it is read.
 3. The exact intervention is `patch_edges` (`edge_attribution/patch_edges.py`).
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, final, get_args
@@ -39,6 +41,7 @@ from lens_lora.core import (
     Group,
     Groups,
     Measured,
+    Quadrature,
     Ranked,
     Reported,
     analysis,
@@ -52,6 +55,7 @@ from lens_lora.core import (
     require_finite,
     tokens_at,
 )
+from lens_lora.edge_attribution.along_path import edges_along_path
 from lens_lora.edge_attribution.by_reader import edge_values, point_of
 from lens_lora.edge_attribution.graph_file import EdgesOfPrompt, graph_of
 from lens_lora.errors import ArgumentError
@@ -79,8 +83,9 @@ class Edges(Ranked, Reported):
             `Projection`; by head 'blocks.5.attn.3.q', where k and v count the heads of keys and
             values.
         exists: [group, reader], whether the reader is downstream of a site of the group.
-        at: the gate value at which first order is split.
+        at: the gate value at which first order is split; NaN along the path.
         by: () or ('position',), where the reader reads it.
+        quadrature: how edges along the path were integrated; None at one gate value.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
 
@@ -90,11 +95,12 @@ class Edges(Ranked, Reported):
     exists: Bool[Tensor, "group reader"]
     at: float
     by: tuple[str, ...] = ()
+    quadrature: Quadrature | None = None
 
     @property
     def key(self) -> str:
-        """The result's stable name, such as 'edges@0'."""
-        return f"edges@{self.at:g}"
+        """The result's stable name: 'edges@0', or 'edges/path'."""
+        return "edges/path" if self.quadrature is not None else f"edges@{self.at:g}"
 
     @property
     def per_edge(self) -> Float[Tensor, "batch group reader"]:
@@ -103,7 +109,7 @@ class Edges(Ranked, Reported):
 
     @property
     def first_order(self) -> Float[Tensor, "batch group"]:
-        """First order of each group, Σ_m ⟨δ_l, G_m⟩."""
+        """First order of each group, Σ_m ⟨δ_l, G_m⟩; along the path its integral c_l."""
         return self.per_edge.sum(2)
 
     def entries(self, prompt: int | None = None) -> Entries:
@@ -257,14 +263,18 @@ def edges(
     readers: Readers = "block",
     *,
     at: float = 0.0,
+    path: bool = False,
+    tol: float = 1e-3,
     by: tuple[str, ...] | str = (),
     group: Group = "site",
+    max_nodes: int = 65,
 ) -> Edges:
-    """First order of each site, split by who reads what it writes.
+    """First order of each site, split by who reads what it writes; or the whole shift.
 
     Cost: one forward and one backward pass and, for all edges together, one or two forward passes
     more; by head up to five. The exact shift beside it takes one forward pass, or two where `at` is
-    neither 0 nor 1.
+    neither 0 nor 1. Along the path that much at each node, usually 5 or 9 of them, and eight
+    forward passes for the noise floor of the shift, which the nodes at both ends give.
 
     Args:
         lens: the adapter over the model.
@@ -275,17 +285,23 @@ def edges(
         readers: 'block' for attention and MLP of each block, or 'head', where attention is split
             into each head's q, k and v.
         at: the gate value at which first order is taken: 0 base, 1 adapted.
+        path: integrates every edge along the path from the base to the adapted model, as
+            `path_attribution` does whole sites: the edges then sum to the exact shift.
+        tol: along the path, the completeness error allowed to every prompt, as a share of its
+            shift.
         by: 'position', the token at which it is read.
         group: sums over 'layer', 'kind' or {name: site names or globs} of writers.
+        max_nodes: along the path, the most nodes of a rule, at least 5.
         progress: show a bar over groups of prompts.
 
     Returns:
         Edges with values [batch, site, reader], in the readout's units; their sum over readers is
-        first order.
+        first order; along the path c_l, and `quadrature` says how completely they sum.
 
     Raises:
-        ArgumentError: other readers, another axis or group, a KL at 0, too little memory, a
-            `Projection` elsewhere than in the residual stream.
+        ArgumentError: other readers, another axis or group, a KL at 0, an `at` beside `path`, a
+            tol or max_nodes out of range, too little memory, a `Projection` elsewhere than in the
+            residual stream.
         SiteError: a glob of a group that matches no site.
         ModelStateError: a model whose edges do not sum to first order, naming the site; heads that
             are not known; an operation without a forward-mode derivative.
@@ -296,12 +312,25 @@ def edges(
     word("readers", readers, get_args(Readers))
     at = number("at", at)
     axes = by_axes(by, ("position",))
-    if at == 0:
+    if path and at:
+        raise ArgumentError(
+            f"at={at:g} is one point, and path=True asks for all of them",
+            remedy="leave one of the two out.",
+        )
+    if at == 0 and not path:
         g.require_slope_at_base()
     groups = group_sites(g.lens.sites, group)
-    split = edge_values(g, at, by_head=readers == "head", by_position=bool(axes))
-    require_finite(split.values, "an edge")
-    g.know(at, split.value)
+    by_head = readers == "head"
+    by_position = bool(axes)
+    quadrature = None
+    if path:
+        split, quadrature = edges_along_path(
+            g, by_head=by_head, by_position=by_position, tol=tol, max_nodes=max_nodes
+        )
+    else:
+        split = edge_values(g, at, by_head=by_head, by_position=by_position)
+        require_finite(split.values, "an edge")
+        g.know(at, split.value)
     members = indicator(groups, len(g.lens.sites)).to(split.values)
     exists = members.cpu() @ split.exists.to(members.dtype)
     return Edges(
@@ -309,8 +338,9 @@ def edges(
         groups=groups,
         readers=split.readers,
         exists=exists > 0,
-        at=at,
+        at=math.nan if path else at,
         by=axes,
+        quadrature=quadrature,
         **g.header(),
     )
 

@@ -26,6 +26,7 @@ Both read more out of the fields than their schemas say:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -189,6 +190,9 @@ def _reader_node(edges: EdgesOfPrompt, column: int, position: int) -> _Node:
 
 
 def _metadata(edges: EdgesOfPrompt, slug: str) -> dict[str, Any]:
+    is_path = math.isnan(edges.at)
+    of_what = "path attribution" if is_path else "first order"
+    where = "along the path to the adapted model" if is_path else f"at ε = {edges.at:g}"
     return {
         "slug": slug,
         "scan": edges.model,
@@ -198,15 +202,15 @@ def _metadata(edges: EdgesOfPrompt, slug: str) -> dict[str, Any]:
         "node_threshold": _SHOWN_SHARE,
         "schema_version": 1,
         "info": {
-            "description": f"Edges of the adapter {edges.adapter} by first order: "
-            f"{edges.readout}, in {edges.units}, at ε = {edges.at:g}.",
+            "description": f"Edges of the adapter {edges.adapter} by {of_what}: "
+            f"{edges.readout}, in {edges.units}, {where}.",
             "generator": _GENERATOR,
         },
         "generation_settings": {
             "adapter": edges.adapter,
             "readout": edges.readout,
             "units": edges.units,
-            "at": edges.at,
+            "at": "path" if is_path else edges.at,
         },
     }
 

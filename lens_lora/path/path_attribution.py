@@ -2,49 +2,19 @@
 
     c_l = ∫₀¹ ∂g/∂ε_l(ε·1) dε,      Σ_l c_l = g(1) − g(0), for dg(ε·1)/dε = Σ_l ∂g/∂ε_l
 
-1. A Clenshaw–Curtis rule of K nodes takes each integral: c_l ≈ Σ_k w_k ∂g/∂ε_l(ε_k·1). Rules of 3,
-   5, 9, 17, … nodes are nested (`core/function/quadrature.py`), so the last one costs K slopes. The
-   nodes ride in rows of the batch, and their weighted slopes are summed as they come.
-2. The first and last node are the base and the adapted model. Their passes give the exact shift. A
-   `KL` has its minimum at the base, where all slopes are zero, so that node is not run.
-3. What Σ c_l leaves of the exact shift is the completeness error. Nodes are added until it is at
-   most `tol` of every prompt's shift, or within the rounding of that shift.
-4. Errors of single sites can cancel in that sum. So at least two rules are taken, and the largest
-   change of any site's value from one rule to the next stands beside the completeness error. When
-   neither of the two has improved over two further rules, more nodes do not help.
+Nested Clenshaw–Curtis rules take each integral, c_l ≈ Σ_k w_k ∂g/∂ε_l(ε_k·1), with as many nodes
+as the tolerance needs (`core/analyses/path_integral.py`). The nodes ride in rows of the batch, and
+their weighted slopes are summed as they come. The passes at both ends give the exact shift as well.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections.abc import Sequence
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from lens_lora.arguments import number, whole
-from lens_lora.core import (
-    SIGMAS,
-    Attribution,
-    Function,
-    Quadrature,
-    analysis,
-    by_axes,
-    nested_counts,
-    new_nodes,
-)
-from lens_lora.errors import ArgumentError
-
-# The fewest nodes of a last rule: two rules show how far single sites still move.
-_FEWEST_NODES = 5
-# For a smooth g each further rule divides the error by more than this.
-_SMOOTH = 4.0
-
-_ByPrompt = Float[Tensor, " batch"]
+from lens_lora.core import Attribution, Function, analysis, by_axes, path_integral
 
 
 @analysis
@@ -79,164 +49,13 @@ def path_attribution(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    tol = number("tol", tol)
-    max_nodes = whole("max_nodes", max_nodes, _FEWEST_NODES)
-    if tol <= 0:
-        raise ArgumentError(f"tol={tol}: expected a positive share of the shift, such as 1e-3.")
     axes = by_axes(by)
-    rules = _Rules(g, tol)
-    values, nodes = _integral(g, rules, axes, max_nodes)
-    quadrature = rules.quadrature(nodes)
-    return Attribution.of(g, values, axes, method="path", at=math.nan, quadrature=quadrature)
-
-
-def _integral(
-    g: Function, rules: _Rules, axes: tuple[str, ...], max_nodes: int
-) -> tuple[Float[Tensor, "batch site *by"], int]:
-    """Σ_k w_k ∂g/∂ε_l(ε_k·1), by one rule after the other; and how many nodes the last one has."""
-    counts = nested_counts(max_nodes)
-    sums: Tensor = g.lens.gates(0.0).new_zeros(())
-    nodes = 0
-    with tqdm(desc="path integral", unit="node", leave=False, disable=not g.progress) as bar:
-        for rule, nodes in enumerate(counts):
-            added = _added(g, counts, rule, axes)
-            # One sum for this rule, and one for each of those after it.
-            sums = added if rule == 0 else sums[1:] + added
-            rules.add(sums[0])
-            bar.total = nodes
-            bar.update(nodes - bar.n)
-            if rules.is_final:
-                break
-    return sums[0], nodes
-
-
-def _added(
-    g: Function, counts: Sequence[int], rule: int, axes: tuple[str, ...]
-) -> Float[Tensor, "sum batch site *by"]:
-    """Add up what the new nodes of a rule add to its own sum, and to that of each rule after it."""
-    points, weights = new_nodes(counts, rule)
-    if rule == 0 and _is_flat_at_base(g):
-        points = points[1:]
-        weights = weights[:, 1:]
     adapted = g.lens.gates(1.0)
-    strengths = adapted.new_tensor(points)
-    return g.slopes(strengths[:, None] * adapted, axes, weights=adapted.new_tensor(weights))
 
+    def added(
+        strengths: Float[Tensor, " node"], weights: Float[Tensor, "sum node"]
+    ) -> Float[Tensor, "sum batch site *by"]:
+        return g.slopes(strengths[:, None] * adapted, axes, weights=weights)
 
-def _is_flat_at_base(g: Function) -> bool:
-    """Whether every slope at the base is zero, as that of a divergence from the base is."""
-    return g.readout is not None and bool(g.readout.no_slope_at_base)
-
-
-class _Rules:
-    """The errors of one rule after the other, and whether a further rule is worth its cost."""
-
-    def __init__(self, g: Function, tol: float) -> None:
-        self._g = g
-        self._tol = tol
-        self._dtype: str = g.lens.describe()["dtype"]
-        self._errors: list[_ByPrompt] = []
-        self._sites: list[Float[Tensor, "batch site"]] = []
-
-    # Both are asked for after the first rule, whose passes give g at both ends.
-
-    @functools.cached_property
-    def _shift(self) -> _ByPrompt:
-        """The exact shift g(1) − g(0)."""
-        return self._g.shift
-
-    @functools.cached_property
-    def _floor(self) -> _ByPrompt:
-        """The most by which rounding alone moves the shift."""
-        return (SIGMAS * self._g.floor).cpu().double()
-
-    @property
-    def _size(self) -> _ByPrompt:
-        return self._shift.abs().cpu().double()
-
-    @property
-    def _allowed(self) -> _ByPrompt:
-        return self._tol * self._size
-
-    def add(self, values: Float[Tensor, "batch site *by"]) -> None:
-        """Take the values of the next rule."""
-        of_sites = values if values.ndim == 2 else values.flatten(2).sum(2)
-        missing = self._shift - of_sites.sum(1)
-        self._errors.append(missing.abs().cpu().double())
-        self._sites.append(of_sites)
-
-    @property
-    def _changes(self) -> list[_ByPrompt]:
-        """The largest change of any site's value from each rule to the next."""
-        changes = [after - before for before, after in itertools.pairwise(self._sites)]
-        return [change.abs().amax(1).cpu().double() for change in changes]
-
-    @property
-    def is_final(self) -> bool:
-        """Whether a further rule would help no prompt; never before the second rule."""
-        if len(self._errors) < 2:
-            return False
-        is_stuck = _is_stuck(self._errors) & _is_stuck(self._changes)
-        return bool((is_stuck | ~self._is_open).all())
-
-    @property
-    def _is_open(self) -> Bool[Tensor, " batch"]:
-        """Whether the error is neither within the tolerance nor within rounding."""
-        return self._errors[-1] > torch.maximum(self._allowed, self._floor)
-
-    def quadrature(self, nodes: int) -> Quadrature:
-        """How the integral was taken, and how far it was reached, by the last rule.
-
-        Args:
-            nodes: how many nodes that rule has.
-        """
-        obstacles = [self._rounding_text(), self._shape_text(nodes)]
-        known_error = torch.maximum(self._errors[-1], self._floor)
-        return Quadrature(
-            nodes=nodes,
-            tol=self._tol,
-            error=float(_share(self._errors[-1], self._size).max()),
-            site_change=float(_share(self._changes[-1], self._size).max()),
-            met=bool((known_error <= self._allowed).all()),
-            note="; ".join(filter(None, obstacles)),
-        )
-
-    def _rounding_text(self) -> str:
-        """A note where the exact shift is itself not known to the tolerance; else nothing."""
-        if not (self._floor > self._allowed).any():
-            return ""
-        i = int(_share(self._floor, self._size).argmax())
-        return (
-            f"rounding in {self._dtype}: the shift of prompt {i}, {self._size[i]:.2g} in size, is "
-            f"known to ±{self._floor[i]:.1g} (three noise floors), which is more than the "
-            "tolerance, so completeness cannot be measured to it"
-        )
-
-    def _shape_text(self, nodes: int) -> str:
-        """A note on the shape of g, where the error is above rounding and tolerance."""
-        if not self._is_open.any():
-            return ""
-        share = _share(self._errors[-1], self._size)
-        i = int(torch.where(self._is_open, share, -1.0).argmax())
-        missing = f"{share[i]:.2g} of the shift of prompt {i} is missing at {nodes} nodes"
-        last_rules = [float(errors[i]) for errors in self._errors[-3:]]
-        further_rules = len(last_rules) - 1
-        if last_rules[-1] * _SMOOTH**further_rules < last_rules[0]:
-            return f"{missing}, and falling fast: raise max_nodes"
-        return (
-            f"{missing}, and hardly falls as they double: g is probably not smooth along the path "
-            "(kinks of ReLU, experts that switch) or bends sharply; more nodes help slowly"
-        )
-
-
-def _share(size: _ByPrompt, whole: _ByPrompt) -> _ByPrompt:
-    """The size over the whole; zero where the size is, infinite where only the whole is zero."""
-    return torch.where(size == 0, 0.0, size / whole)
-
-
-def _is_stuck(by_rule: list[_ByPrompt]) -> Bool[Tensor, " *batch"]:
-    """Whether the last two rules have no smaller number than the best rule before them."""
-    if len(by_rule) < 3:
-        return torch.tensor(False)
-    numbers = torch.stack(by_rule)
-    return numbers[-2:].amin(0) >= numbers[:-2].amin(0)
+    values, quadrature = path_integral(g, added, tol=tol, max_nodes=max_nodes)
+    return Attribution.of(g, values, axes, method="path", at=math.nan, quadrature=quadrature)

@@ -10,6 +10,7 @@ import torch
 
 import lens_lora as ll
 from lens_lora.core.adapter import peft_variants
+from lens_lora.core.analyses import path_integral
 from lens_lora.core.function import forward, many_gates, memory, rounding
 from lens_lora.core.function.footprint import dual_pass_bytes
 from lens_lora.core.function.gate_graph import GateGraph
@@ -46,6 +47,18 @@ def covectors_at_once(patch: pytest.MonkeyPatch) -> list[int]:
 
     patch.setattr(GateGraph, "pulled_back", counted)
     return sizes
+
+
+def nodes_of_a_path(
+    patch: pytest.MonkeyPatch, change: Callable[[Any, int, Any, Any], tuple[Any, Any]]
+) -> None:
+    """Plant other points and weights of the new nodes of a rule, made of the right ones."""
+    right = path_integral.new_nodes
+
+    def wrong(counts: Any, rule: int) -> tuple[Any, Any]:
+        return change(counts, rule, *right(counts, rule))
+
+    patch.setattr(path_integral, "new_nodes", wrong)
 
 
 def picks_at_once(patch: pytest.MonkeyPatch, number: int) -> None:

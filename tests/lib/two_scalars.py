@@ -82,7 +82,8 @@ class _TwoScalarsHost(HookedHost):
         raise NotImplementedError
 
     ports = norm_ports = embedding_scale = bias = norm_parameters = _not_asked
-    reads_folded_norm = is_tied = needs_base = run_cached = refuse_reading = _not_asked
+    reads_folded_norm = is_tied = needs_base = refuse_reading = _not_asked
+    run_cached = rows_of_cache = _not_asked
 
 
 def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
@@ -99,6 +100,7 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     lens._eps = torch.finfo(torch.float64).eps
     lens.prepend_bos = None
     lens.base_note = ""
+    lens._hf_model = None
     one = torch.ones(1, 1)
     lens.adapter = ll.Adapter.from_factors({"w1": ll.LoRAFactors(one, one)})
     ports = (Ports("in1", "out1"), Ports("in2", "out2"))

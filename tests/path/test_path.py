@@ -17,7 +17,6 @@ from targets import hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.path import path_attribution as path
 from lens_lora.path.path_attribution import path_attribution
 
 float64 = pytest.mark.usefixtures("float64")
@@ -304,10 +303,8 @@ def test_bad_arguments_are_refused(options: dict, words: str):
 @pytest.mark.parametrize("bug", ["weights", "interval", "Riemann", "no nesting"])
 def test_a_wrong_rule_is_not_complete(bug: str, monkeypatch):
     """Negative control: equal weights, [−1, 1] for [0, 1], a left Riemann sum, old weights kept."""
-    right = path.new_nodes
 
-    def wrong(counts: list[int], rule: int):
-        points, weights = right(counts, rule)
+    def wrong(counts: list[int], rule: int, points: np.ndarray, weights: np.ndarray):
         nodes = np.array(counts[rule:])[:, None]
         equal = np.ones_like(weights) / nodes
         rules = {
@@ -318,7 +315,7 @@ def test_a_wrong_rule_is_not_complete(bug: str, monkeypatch):
         }
         return rules[bug]
 
-    monkeypatch.setattr(path, "new_nodes", wrong)
+    limits.nodes_of_a_path(monkeypatch, wrong)
     reached = integral(scalar_lens(lambda y: y**4), X, Y).quadrature
     assert reached is not None and not reached.met and reached.error > 1e-3
 
