@@ -98,27 +98,27 @@ class Card:
             fields = json.loads(text)
             if fields.pop("schema") != SCHEMA:
                 raise ValueError("another schema")
+            _require_text(fields)
             lines = tuple(CardLine(**line) for line in fields.pop("lines"))
             card = cls(lines=lines, **fields)
-            _require_text(card)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             fact = f"{place}: no card of the schema {SCHEMA!r} ({error})"
             raise ModelStateError(fact, remedy="Write it anew with lens-lora card.") from error
         return card
 
 
-def _require_text(card: Card) -> None:
-    """Raise ValueError unless every field is text of the kind that `Card` declares."""
-    texts: list[Any] = [card.adapter]
-    for line in card.lines:
-        if line.part not in get_args(Part):
-            raise ValueError(f"{line.part!r} is no part of a card")
-        texts += [line.name, line.says, line.command]
-    for mapping in (card.inputs, card.metadata, card.made_with):
-        texts += [*mapping.keys(), *mapping.values()]
+def _require_text(fields: dict[str, Any]) -> None:
+    """Raise ValueError unless each field of a card, as JSON holds it, is text of its kind."""
+    texts: list[Any] = [fields["adapter"]]
+    for line in fields["lines"]:
+        if line["part"] not in get_args(Part):
+            raise ValueError(f"{line['part']!r} is no part of a card")
+        texts += line.values()
+    for name in ("inputs", "metadata", "made_with"):
+        texts += fields[name].values()
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a field that is no text")
-    names = [line.name for line in card.lines]
+    names = [line["name"] for line in fields["lines"]]
     if len(set(names)) < len(names):
         raise ValueError("two lines of one name")
 
