@@ -54,6 +54,7 @@ from .shifts.kl_shares import kl_shares
 from .shifts.logit_shift import logit_shift
 from .shifts.token_shifts import token_shifts
 from .ship.combined import verify_combined
+from .ship.forms import forms
 from .ship.served import verify_served
 from .show.compose import panel, table
 from .sweeps.sweep import sweep
@@ -132,6 +133,7 @@ __all__ = [
     "counted_speech",
     "what_changed",
     # shipping
+    "forms",
     "verify_combined",
     "verify_served",
     # sweeps

@@ -43,7 +43,11 @@ DRAWERS: dict[str, tuple[str, ...]] = {
     "lens_lora.interaction": ("lens_lora.interaction.figures", "lens_lora.interaction.words"),
     "lens_lora.judging": ("lens_lora.judging.figures", "lens_lora.judging.words"),
     "lens_lora.shifts": ("lens_lora.shifts.figures", "lens_lora.shifts.words"),
-    "lens_lora.ship": ("lens_lora.ship.page",),
+    "lens_lora.ship": (
+        "lens_lora.ship.page",
+        "lens_lora.ship.figures",
+        "lens_lora.ship.words",
+    ),
     "lens_lora.sweeps": ("lens_lora.sweeps.figures",),
     "lens_lora.two_adapters": (
         "lens_lora.two_adapters.figures",

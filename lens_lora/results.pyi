@@ -56,6 +56,7 @@ from .shifts.kl_shares import KLShares as KLShares
 from .shifts.logit_shift import LogitShift as LogitShift
 from .shifts.token_shifts import TokenShifts as TokenShifts
 from .ship.combined import CombinedVerification as CombinedVerification
+from .ship.forms import Forms as Forms
 from .ship.served import ServedVerification as ServedVerification
 from .ship.verify import Verification as Verification
 from .sweeps.activations_file import ActivationsFile as ActivationsFile

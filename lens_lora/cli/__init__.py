@@ -21,6 +21,7 @@ from lens_lora._version import versions
 from lens_lora.cli.adapters import checkpoints, compare, diff, inspect, repair
 from lens_lora.cli.carding import card
 from lens_lora.cli.explaining import demo, explain
+from lens_lora.cli.forming import forms
 from lens_lora.cli.running import one_line_errors
 from lens_lora.cli.sweeping import gather, scan, sweep
 from lens_lora.cli.verifying import verify
@@ -50,7 +51,7 @@ def main(version: Annotated[bool | None, _VERSION] = False) -> None:
 
 
 _COMMANDS = (
-    *(demo, explain, diff, inspect, compare, checkpoints, repair, verify, card),
+    *(demo, explain, diff, inspect, compare, checkpoints, repair, verify, forms, card),
     *(sweep, scan, gather),
 )
 for _command in _COMMANDS:

@@ -238,6 +238,34 @@ class GGUFFile:
         return StoredTensor(torch.from_numpy(values.copy()).float().reshape(shape), kind)
 
 
+# (entries, bytes) of a block of the types to which `rounded_to` rounds.
+BYTES_OF_BLOCK = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
+
+
+def rounded_to(kind: str, exact: Tensor) -> Tensor:
+    """A tensor as it is read from a file of GGUF that stores it in this type; float32.
+
+    Args:
+        kind: the name of the type, such as Q4_1.
+        exact: [..., in].
+
+    Raises:
+        ModelStateError: the gguf package is not installed or does not round to this type, as to
+            Q4_K, or rows that are no multiple of the type's blocks.
+    """
+    gguf = require_gguf()
+    stored_as = gguf.GGMLQuantizationType[kind]
+    values = exact.detach().cpu().to(torch.float32).contiguous()
+    try:
+        data = gguf.quants.quantize(values.numpy(), stored_as)
+    except (NotImplementedError, ValueError, gguf.quants.QuantError) as error:
+        shape = tuple(exact.shape)
+        raise ModelStateError(
+            f"a weight {shape} is not rounded to {kind} by the gguf package ({error})."
+        ) from error
+    return torch.from_numpy(gguf.quants.dequantize(data, stored_as).copy()).reshape(values.shape)
+
+
 def rounding_to(kind: str, exact: Tensor) -> float | None:
     """‖rounded − exact‖ / ‖exact‖ of a tensor that is rounded to a type of GGUF.
 
@@ -247,14 +275,15 @@ def rounding_to(kind: str, exact: Tensor) -> float | None:
 
     Returns:
         None for a type to which the gguf package does not round, such as Q4_K.
+
+    Raises:
+        ModelStateError: the gguf package is not installed.
     """
-    gguf = require_gguf()
-    stored_as = gguf.GGMLQuantizationType[kind]
-    values = exact.detach().cpu().to(torch.float32).contiguous()
+    require_gguf()
     try:
-        data = gguf.quants.quantize(values.numpy(), stored_as)
-    except (NotImplementedError, ValueError):
+        rounded = rounded_to(kind, exact)
+    except ModelStateError:
         return None
-    rounded = torch.from_numpy(gguf.quants.dequantize(data, stored_as).copy()).reshape(values.shape)
-    difference = float((rounded.double() - values.double()).norm())
-    return difference / max(float(values.double().norm()), 1e-300)
+    values = exact.detach().cpu().to(torch.float32).double()
+    difference = float((rounded.double() - values).norm())
+    return difference / max(float(values.norm()), 1e-300)

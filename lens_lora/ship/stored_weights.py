@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,7 +77,13 @@ class LinearWeight(NamedTuple):
         return rounding(W.float()).double() + change - W
 
 
-def stored_as(lens: LoraLens, rounding: Rounding, *, merged: bool) -> Adapter:
+def stored_as(
+    lens: LoraLens,
+    rounding: Rounding,
+    *,
+    merged: bool,
+    weights: Mapping[str, LinearWeight] | None = None,
+) -> Adapter:
     """The adapter that makes of the base what is stored. No forward pass.
 
     It holds a dense change of every linear map of the blocks: 4 bytes a weight.
@@ -86,13 +92,15 @@ def stored_as(lens: LoraLens, rounding: Rounding, *, merged: bool) -> Adapter:
         lens: the adapter over its base.
         rounding: what is stored of a weight [out, in].
         merged: whether ΔW is added before a weight is stored, and not beside it.
+        weights: those of `linear_weights`, if they are at hand.
 
     Raises:
         UnsupportedAdapterError: a model with stacks of experts.
         ModelStateError: the base's own weights are quantised, or were processed and no base is at
             hand.
     """
-    weights = linear_weights(lens)
+    if weights is None:
+        weights = linear_weights(lens)
     dtype = torch.promote_types(lens.dtype, torch.float32)
     modules: dict[str, ModuleUpdate] = {}
     for key, update in lens.adapter.modules.items():

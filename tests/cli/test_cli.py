@@ -213,6 +213,7 @@ COMMANDS = {
         "adapters": ("inspect", "diff", "compare", "repair", "checkpoints"),
         "verifying": ("verify",),
         "carding": ("card",),
+        "forming": ("forms",),
         "explaining": ("explain", "demo"),
         "sweeping": ("sweep", "scan"),
     }.items()

@@ -159,6 +159,7 @@ ASKED = ["--prompt", "a", "--doc", " X", "--pre", " Y"]
 WORKING = {
     "demo": [],
     "explain": ["--prompt", "a"],
+    "forms": ["--prompt", "a"],
     "diff": ["{adapter}"],
     "inspect": ["{adapter}"],
     "sweep": ["--prompts", "{files}/good.jsonl", "--out", "{files}/r.parquet"],

@@ -56,12 +56,13 @@ COMMANDS = {
     "sweep": ["--prompts", "{files}/r.jsonl", *ADAPTER, "--out", "{out}/r.parquet"],
     "inspect": ["{files}/run/checkpoint-2", "--model", "{files}/base"],
     "verify": ["{files}/run/checkpoint-2", "--report", "{out}/page.html"],
+    "forms": ["--prompt", "w5 w6 w7", *ADAPTER, "--form", "merged NF4", "--csv", "{out}/t.csv"],
 }  # fmt: skip
 WRITTEN = {
     "diff": ["page.html", "numbers.csv"],
     "repair": ["fixed/adapter_model.safetensors", "page.html"],
 }
-WRITTEN |= {"sweep": ["r.parquet", "r.prompts.parquet"], "inspect": []}
+WRITTEN |= {"forms": ["t.csv"], "sweep": ["r.parquet", "r.prompts.parquet"], "inspect": []}
 
 
 def arguments_of(command: str, files: Path, out: Path) -> list[str]:

@@ -137,6 +137,7 @@ CALLS = {
         t.lens, [LONG] * 10, R, self_curvature=True, **o
     ),
     "sweep": _sweep,
+    "forms": lambda t, folder, **o: ll.forms(t.lens, PROMPT, ["merged NF4"], **o),
     "verify_combined": lambda t, folder, **o: ll.verify_combined(t.lens, [t.lens.adapter], **o),
     "verify_served": _served,
 }

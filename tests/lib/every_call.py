@@ -199,6 +199,7 @@ CALLS: dict[str, Call] = {
             **QUIET,
         ).along
     ),
+    "forms": lambda lens, t: ll.forms(lens, t, ["merged NF4", "merged bfloat16"], **QUIET).values,
     "verify_combined": lambda lens, t: torch.tensor(
         [site.c for site in ll.verify_combined(lens, list(_halves(lens).values()), **QUIET).sites],
         device="cpu",

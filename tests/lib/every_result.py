@@ -540,6 +540,21 @@ def combined() -> ll.results.CombinedVerification:
     )
 
 
+def forms() -> ll.results.Forms:
+    """Two forms on two prompts: one that keeps both answers, one that changes the second."""
+    return ll.results.Forms(
+        values=torch.tensor([[0.001, 0.5], [0.002, 1.5]]),
+        names=("merged bfloat16", "merged NF4"),
+        sizes=(269_128_320, 116_511_360),
+        answers=((" Lyon", " Lyon"), (" <b>", " Rome")),
+        adapted_answers=(" Lyon", " <b>"),
+        base_kl=torch.tensor([3.0, 2.0]),
+        floor=torch.tensor([1e-9, 2e-9]),
+        str_tokens=TOKENS,
+        meta=META,
+    )
+
+
 def contrast() -> ll.results.Contrast:
     """Two points of the residual stream."""
     names = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -677,6 +692,7 @@ def every_result() -> list[Result]:
         verification(),
         served(),
         combined(),
+        forms(),
         summary(),
         explained,
         explained.margin,

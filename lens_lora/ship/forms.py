@@ -1,0 +1,282 @@
+"""What each form in which an adapter may be shipped does to the answers, and what it takes on disk.
+
+The reference is the adapted model as the lens runs it, in float32. A form stores its linear weights
+otherwise, merged or beside the adapter (`stored_weights`):
+
+    Q(W) + ΔW        a stored base with the adapter
+    Q(W + ΔW)        merged, and then stored
+
+1. For each prompt: log p₁ of the next token in the adapted model, and log p of it in each form.
+2. KL(p₁ ‖ p) in nats, and whether the likeliest token is another one.
+3. The floor is SIGMAS² times the KL that the rounding of the lens itself makes; beside it stands
+   KL(p₁ ‖ p₀), which forgetting the whole adapter would cost.
+
+Weights are rounded and activations are not, but for 'bfloat16 + adapter', which a copy of the model
+runs in bfloat16. Embeddings, head, norms and biases are left as they are, and counted in 16 bit.
+The gguf package rounds to no K-quant, so that Q4_K is not among the forms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, NamedTuple, final
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora import arguments
+from lens_lora.core import (
+    SIGMAS,
+    Described,
+    HookFn,
+    LoRAFactors,
+    LoraLens,
+    Pictured,
+    Prompts,
+    PromptsLike,
+    alone,
+    rounding_hooks,
+)
+from lens_lora.errors import ArgumentError
+from lens_lora.formats.gguf_layout import BYTES_OF_BLOCK, rounded_to
+from lens_lora.ship.form_names import FORMS, Form
+from lens_lora.ship.stored_weights import (
+    NF4_BLOCK,
+    LinearWeight,
+    in_bfloat16,
+    in_dtype,
+    in_nf4,
+    linear_weights,
+    stored_as,
+)
+from lens_lora.texts.batches import TOKENS_AT_ONCE, batches_of, logits_of
+
+_MERGED = "merged "
+_BESIDE = " + adapter"
+_IN_BFLOAT16: Form = "bfloat16 + adapter"
+
+# What storing makes of a weight [out, in], and the bytes that a weight takes.
+_ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "float32": lambda weight: weight,
+    "bfloat16": in_bfloat16,
+    "NF4": in_nf4,
+}
+_BYTES: dict[str, float] = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    # Half a byte, and a float32 for each block.
+    "NF4": 0.5 + 4 / NF4_BLOCK,
+}
+# Of embeddings, head, norms and biases, where the linear weights are rounded.
+_BYTES_OF_REST = 2.0
+
+
+@final
+class Forms(Described, Pictured):
+    """What each form of an adapted model does to the next token, and what it takes on disk.
+
+    `plot` draws the mean KL of each form.
+
+    Attributes:
+        values: [batch, form], KL(adapted ‖ form) of the next token, in nats.
+        names: the forms.
+        sizes: bytes on disk of each, by the number of weights.
+        answers: [batch, form], the likeliest next token.
+        adapted_answers: [batch], that of the adapted model in float32.
+        base_kl: [batch], KL(adapted ‖ base): what losing the whole adapter costs.
+        floor: [batch], the KL below which nothing can be told from rounding in the computation.
+        str_tokens: each prompt's tokens.
+        meta: model, adapter, dtype and versions.
+    """
+
+    values: Float[Tensor, "batch form"]
+    names: Annotated[tuple[str, ...], "form"]
+    sizes: Annotated[tuple[int, ...], "form"]
+    answers: Annotated[tuple[tuple[str, ...], ...], "batch form"]
+    adapted_answers: Annotated[tuple[str, ...], "batch"]
+    base_kl: Float[Tensor, " batch"]
+    floor: Float[Tensor, " batch"]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch position"]
+
+    @property
+    def flipped(self) -> Bool[Tensor, "batch form"]:
+        """Whether the likeliest next token is another one than the adapted model's."""
+        rows = [
+            [answer != adapted for answer in answers]
+            for answers, adapted in zip(self.answers, self.adapted_answers, strict=True)
+        ]
+        return torch.tensor(rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per form: its mean and largest KL, how many answers it changes, and its size."""
+        columns = {
+            "form": self.names,
+            "kl": self.values.mean(0).tolist(),
+            "kl_largest": self.values.amax(0).tolist(),
+            "flipped": self.flipped.sum(0).tolist(),
+            "prompts": len(self.values),
+            "bytes": self.sizes,
+        }
+        return pd.DataFrame(columns)
+
+
+@alone
+def forms(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    which: Sequence[Form] = FORMS,
+    *,
+    progress: bool = True,
+) -> Forms:
+    """Compare the forms in which an adapted model may be shipped with what was trained.
+
+    Each form is run as an adapter over the base: no weight of the model is touched, and a second
+    model is made for 'bfloat16 + adapter' alone.
+
+        >>> ll.forms(lens, "The capital of France is")  # doctest: +SKIP
+
+    Args:
+        lens: the adapter over its base in float32.
+        prompts: texts, conversations or ids; the next token after each is compared.
+        which: the forms. '… + adapter' stores the base's linear weights and adds the adapter,
+            'merged …' adds it first. Q8_0, Q4_0 and Q4_1 are types of llama.cpp, NF4 that of QLoRA.
+        progress: show a bar.
+
+    Cost: a forward pass for each form, and three more; memory for a second set of linear weights.
+
+    Raises:
+        ArgumentError: a form that is none, no form at all, or a lens in 16 bit.
+        UnsupportedAdapterError: a model with stacks of experts.
+        ModelStateError: the base's own weights are quantised, or were processed and no base is at
+            hand; or a type of llama.cpp, and the package gguf is not installed.
+        PromptError: a prompt that the model cannot read.
+    """
+    names = _names(which)
+    if torch.finfo(lens.dtype).bits < 32:
+        raise ArgumentError(
+            f"the lens computes in {lens.dtype}, and forms are compared with float32",
+            remedy='load the base in it: ll.load(base, adapter, dtype="float32").',
+        )
+    asked = lens.prompts(prompts)
+    ones = lens.gates(1.0)
+    adapted = _next_log_probs(lens, ones, asked)
+    base = _next_log_probs(lens, lens.gates(0.0), asked)
+    noisy = _next_log_probs(lens, ones, asked, rounding_hooks(lens))
+    weights = linear_weights(lens)
+
+    divergences: list[Tensor] = []
+    answers: list[list[str]] = []
+    for name in tqdm(names, desc="forms", leave=False, disable=not progress):
+        lens_of_form = _lens_of(lens, weights, name)
+        found = _next_log_probs(lens_of_form, lens_of_form.gates(1.0), asked)
+        divergences.append(_divergence(adapted, found))
+        answers.append(_answers(lens, found))
+    return Forms(
+        values=torch.stack(divergences, 1),
+        names=tuple(names),
+        sizes=tuple(_size(lens, weights, name) for name in names),
+        answers=tuple(zip(*answers, strict=True)),
+        adapted_answers=tuple(_answers(lens, adapted)),
+        base_kl=_divergence(adapted, base),
+        floor=SIGMAS**2 * _divergence(adapted, noisy),
+        str_tokens=lens.str_tokens(asked),
+        meta=lens.describe(asked),
+    )
+
+
+def _names(which: Sequence[Form]) -> list[Form]:
+    named: Sequence[str] = [which] if isinstance(which, str) else which
+    if not named:
+        raise ArgumentError("no form is named", remedy=f"take some of {', '.join(FORMS)}.")
+    for name in named:
+        arguments.word("which", name, FORMS)
+    return [form for form in FORMS if form in named]
+
+
+class _Stored(NamedTuple):
+    """How a form stores the linear weights.
+
+    Attributes:
+        kind: such as NF4.
+        merged: whether the adapter is merged into them.
+    """
+
+    kind: str
+    merged: bool
+
+    @staticmethod
+    def of(name: Form) -> _Stored:
+        merged = name.startswith(_MERGED)
+        return _Stored(name.removeprefix(_MERGED).removesuffix(_BESIDE), merged)
+
+
+def _lens_of(lens: LoraLens, weights: Mapping[str, LinearWeight], name: Form) -> LoraLens:
+    """The lens that runs a form."""
+    if name == _IN_BFLOAT16:
+        return in_dtype(lens, torch.bfloat16)
+    kind, merged = _Stored.of(name)
+    rounding = _ROUNDINGS.get(kind) or functools.partial(rounded_to, kind)
+    adapter = stored_as(lens, rounding, merged=merged, weights=weights)
+    return lens.with_adapter(adapter, check=False)
+
+
+def _next_log_probs(
+    lens: LoraLens,
+    gates: Float[Tensor, " site"],
+    prompts: Prompts,
+    hooks: Sequence[tuple[str, HookFn]] = (),
+) -> Float[Tensor, "batch vocab"]:
+    """log p of the token after each prompt, in float64. One forward pass."""
+    rows: dict[int, Tensor] = {}
+    for index, batch in batches_of(lens, prompts, TOKENS_AT_ONCE):
+        logits = logits_of((lens, gates), batch, hooks)
+        for row, scores in zip(index, logits, strict=True):
+            rows[row] = scores.detach().cpu().double().log_softmax(-1)
+    return torch.stack([rows[row] for row in range(prompts.batch)])
+
+
+def _divergence(
+    log_p: Float[Tensor, "batch vocab"], log_q: Float[Tensor, "batch vocab"]
+) -> Float[Tensor, " batch"]:
+    """KL(p ‖ q), in nats; not below zero by rounding."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+
+
+def _answers(lens: LoraLens, log_p: Float[Tensor, "batch vocab"]) -> list[str]:
+    return lens.decode(log_p.argmax(-1).tolist())
+
+
+# --- Sizes on disk
+
+
+def _size(lens: LoraLens, weights: Mapping[str, LinearWeight], name: Form) -> int:
+    """Bytes of the weights of a form, and of the adapter where it lies beside them."""
+    kind, merged = _Stored.of(name)
+    linear = sum(weight.W.numel() for weight in weights.values())
+    rest = max(_parameters(lens) - linear, 0)
+    by_weight = _BYTES.get(kind)
+    if by_weight is None:
+        entries, size = BYTES_OF_BLOCK[kind]
+        by_weight = size / entries
+    by_other_weight = by_weight if kind == "float32" else _BYTES_OF_REST
+    total = by_weight * linear + by_other_weight * rest
+    return round(total) + (0 if merged else _bytes_of_adapter(lens))
+
+
+def _parameters(lens: LoraLens) -> int:
+    """The number of weights of the base, each once."""
+    model = lens.model if lens.hf_model is None else lens.hf_model
+    sizes = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
+    return sum(sizes.values())
+
+
+def _bytes_of_adapter(lens: LoraLens) -> int:
+    total = 0
+    for update in lens.adapter.modules.values():
+        tensors = (update.A, update.B) if isinstance(update, LoRAFactors) else (update.weight,)
+        total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return total

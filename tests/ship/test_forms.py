@@ -1,0 +1,199 @@
+"""`forms`: the oracle is the Hugging Face model whose weights PEFT, bitsandbytes and gguf made."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import models
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import lens_lora as ll
+from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
+from lens_lora.ship.form_names import FORMS
+from lens_lora.ship.stored_weights import in_nf4
+
+IDS = torch.tensor([[5, 9, 33, 17, 4], [60, 21, 8, 12, 30]])
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+}
+
+
+def made_of(family: str, **config):
+    """A base whose rows are as wide as blocks of quantised types, and PEFT's adapter over it."""
+    torch.manual_seed(0)
+    if family == "llama":
+        sizes = {"hidden_size": 64, "intermediate_size": 128}
+        base = LlamaForCausalLM(LlamaConfig(**{**models._ROTARY, **sizes})).eval()
+    else:
+        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=models.VOCAB, **sizes)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = models.peft_model(family, base, targets=TARGETS[family], **config)
+    models.with_random_factors(peft, base, size=0.3)
+    return base, peft
+
+
+@pytest.fixture(scope="module")
+def made():
+    return {family: made_of(family) for family in TARGETS}
+
+
+def lens_of(base, peft) -> ll.LoraLens:
+    options = {"tokenizer": models.tokenizer(), "check": False}
+    return ll.load(copy.deepcopy(base), ll.Adapter.from_peft(peft), **options)
+
+
+def stored(kind: str, weight: torch.Tensor) -> torch.Tensor:
+    """What bitsandbytes and gguf make of a weight [out, in]."""
+    if kind == "float32":
+        return weight
+    if kind == "bfloat16":
+        return weight.bfloat16().float()
+    if kind == "NF4":
+        functional = pytest.importorskip("bitsandbytes.functional")
+        packed, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4")
+        return functional.dequantize_4bit(packed, state).float().reshape(weight.shape)
+    gguf = pytest.importorskip("gguf")
+    type_of = gguf.GGMLQuantizationType[kind]
+    data = gguf.quants.quantize(weight.contiguous().numpy(), type_of)
+    return torch.from_numpy(gguf.quants.dequantize(data, type_of).copy())
+
+
+def is_linear_map(module: torch.nn.Module, name: str) -> bool:
+    return isinstance(module, torch.nn.Linear | Conv1D) and "lm_head" not in name
+
+
+def with_stored(model, kind: str):
+    """The linear maps of the blocks, stored; those of PEFT's adapters are left."""
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if not is_linear_map(module, name) or "lora_" in name:
+                continue
+            is_turned = isinstance(module, Conv1D)
+            weight = module.weight.T if is_turned else module.weight
+            rounded = stored(kind, weight)
+            module.weight.copy_(rounded.T if is_turned else rounded)
+    return model
+
+
+def oracle(base, peft, form: str):
+    """The Hugging Face model of a form."""
+    kind = form.removeprefix("merged ").removesuffix(" + adapter")
+    peft = copy.deepcopy(peft)
+    if form.startswith("merged "):
+        return with_stored(peft.merge_and_unload(), kind)
+    return with_stored(peft, kind)
+
+
+def log_p(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits[:, -1].double().log_softmax(-1)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_each_form_is_that_of_the_libraries(family: str, made):
+    """KL and answers of the model that PEFT merged, and bitsandbytes and gguf rounded."""
+    base, peft = made[family]
+    names = [name for name in FORMS if name != "bfloat16 + adapter"]
+    found = ll.forms(lens_of(base, peft), IDS, names, progress=False)
+    assert found.names == tuple(names)
+    adapted = log_p(peft)
+    assert found.base_kl.numpy() == pytest.approx(kl(adapted, log_p(base)).numpy(), rel=1e-4)
+    for index, name in enumerate(names):
+        expected = log_p(oracle(base, peft, name))
+        divergence = kl(adapted, expected)
+        floor = found.floor.numpy() + 1e-9
+        close = pytest.approx(divergence.numpy(), rel=2e-3, abs=10 * float(floor.max()))
+        assert found.values[:, index].numpy() == close, name
+        changed = (expected.argmax(-1) != adapted.argmax(-1)).tolist()
+        assert found.flipped[:, index].tolist() == changed, name
+    assert float(found.values[:, names.index("merged Q4_0")].max()) > 1e-4, "control"
+
+
+def test_in_bfloat16_a_copy_is_run(made):
+    """As PEFT in bfloat16, whose rounding is of the same size."""
+    base, peft = made["llama"]
+    found = ll.forms(lens_of(base, peft), IDS, ["bfloat16 + adapter"], progress=False)
+    expected = kl(log_p(peft), log_p(copy.deepcopy(peft).bfloat16())).mean()
+    assert 0.1 * expected < float(found.values.mean()) < 10 * expected
+
+
+def test_a_bias_of_b_is_kept():
+    """PEFT merges none where the base has no bias: its active adapter is the oracle."""
+    base, peft = made_of("llama", lora_bias=True)
+    found = ll.forms(lens_of(base, peft), IDS, ["merged float32"], progress=False)
+    assert float(found.values.max()) < 1e-9 < float(found.base_kl.min())
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"use_rslora": True}])
+def test_what_is_merged_is_peft_s(config):
+    """DoRA's magnitudes and rsLoRA's scale are merged before a weight is stored."""
+    base, peft = made_of("llama", **config)
+    found = ll.forms(lens_of(base, peft), IDS, ["merged float32", "merged Q8_0"], progress=False)
+    assert float(found.values[:, 0].max()) < 1e-9
+    expected = kl(log_p(peft), log_p(oracle(base, peft, "merged Q8_0")))
+    assert found.values[:, 1].numpy() == pytest.approx(expected.numpy(), rel=5e-3, abs=1e-8)
+
+
+def test_nf4_is_that_of_bitsandbytes():
+    weight = torch.randn(64, 128, generator=models.seeded(0))
+    assert torch.allclose(in_nf4(weight), stored("NF4", weight), atol=1e-6)
+
+
+def test_sizes_are_those_of_files(made, tmp_path):
+    """What safetensors writes of the merged model, in float32 and bfloat16, but for headers."""
+    base, peft = made["llama"]
+    found = ll.forms(
+        lens_of(base, peft), IDS, ["merged float32", "merged bfloat16"], progress=False
+    )
+    for size, dtype in zip(found.sizes, (torch.float32, torch.bfloat16), strict=True):
+        folder = tmp_path / str(dtype)
+        copy.deepcopy(peft).merge_and_unload().to(dtype).save_pretrained(folder)
+        written = (folder / "model.safetensors").stat().st_size
+        assert 0 <= written - size < 4096
+
+
+def test_no_weight_is_touched(made):
+    base, peft = made["llama"]
+    lens = lens_of(base, peft)
+    before = {name: tensor.clone() for name, tensor in lens.model.state_dict().items()}
+    expected = lens.logits(IDS)
+    ll.forms(lens, IDS, ["bfloat16 + adapter", "merged NF4"], progress=False)
+    after = lens.model.state_dict()
+    assert all(after[name].equal(tensor) for name, tensor in before.items())
+    assert lens.logits(IDS).equal(expected)
+
+
+@pytest.mark.bad_input
+def test_what_has_no_forms_is_refused(made):
+    base, peft = made["llama"]
+    lens = lens_of(base, peft)
+    with pytest.raises(ArgumentError, match="merged Q4_1"):
+        ll.forms(lens, IDS, ["merged Q4_K"])
+    with pytest.raises(ArgumentError, match="no form is named"):
+        ll.forms(lens, IDS, [])
+    narrow = models.hf_model("llama", dtype=torch.float32)
+    small = lens_of(narrow, models.peft_model("llama", narrow))
+    with pytest.raises(ModelStateError, match="is not rounded to Q8_0"):
+        ll.forms(small, IDS, ["merged Q8_0"])
+    half = copy.deepcopy(base).bfloat16()
+    in_half = ll.load(half, ll.Adapter.from_peft(peft), tokenizer=models.tokenizer(), check=False)
+    with pytest.raises(ArgumentError, match="compared with float32"):
+        ll.forms(in_half, IDS)
+
+
+def test_experts_are_refused():
+    base = models.hf_model("mixtral", dtype=torch.float32)
+    lens = lens_of(base, models.peft_model("mixtral", base))
+    with pytest.raises(LensLoraError, match="the weights of experts"):
+        ll.forms(lens, IDS, ["merged NF4"])
