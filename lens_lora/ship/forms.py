@@ -53,7 +53,7 @@ from lens_lora.ship.stored_weights import (
     linear_weights,
     stored_as,
 )
-from lens_lora.texts.batches import TOKENS_AT_ONCE, batches_of, logits_of
+from lens_lora.texts.batches import TOKENS_AT_ONCE, logits_of, over_texts
 
 _MERGED = "merged "
 _BESIDE = " + adapter"
@@ -232,10 +232,13 @@ def _next_log_probs(
 ) -> Float[Tensor, "batch vocab"]:
     """log p of the token after each prompt, in float64. One forward pass."""
     rows: dict[int, Tensor] = {}
-    for index, batch in batches_of(lens, prompts, TOKENS_AT_ONCE):
+
+    def visit(index: list[int], batch: Prompts) -> None:
         logits = logits_of((lens, gates), batch, hooks)
-        for row, scores in zip(index, logits, strict=True):
-            rows[row] = scores.detach().cpu().double().log_softmax(-1)
+        for row, scores, length in zip(index, logits, batch.lengths.tolist(), strict=True):
+            rows[row] = scores[length - 1].detach().cpu().double().log_softmax(-1)
+
+    over_texts(lens, prompts, TOKENS_AT_ONCE, visit, "prompts", progress=False)
     return torch.stack([rows[row] for row in range(prompts.batch)])
 
 
