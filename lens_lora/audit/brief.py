@@ -42,6 +42,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -62,6 +63,7 @@ from lens_lora.core import (
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb
 from lens_lora.responses.generate import SideBySide
+from lens_lora.show.text import layers_text
 from lens_lora.texts.batches import batches_of, logits_of
 from lens_lora.texts.neutral import own_openings
 
@@ -174,7 +176,8 @@ class Claim:
         """The layers that carry it; '' where drawn layers carry about as much."""
         if not self.is_located:
             return ""
-        layers = self.layers.replace(", layer ", ", ")
+        numbers = re.findall(r"\d+", self.layers)
+        layers = layers_text([int(number) for number in numbers])
         return (
             f" To leave the adapter out of {layers} takes back {self.undone:.0%} of the rise in "
             f"log-odds, to leave it out of as many drawn layers {self.undone_by_others:.0%}."

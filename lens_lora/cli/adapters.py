@@ -266,7 +266,10 @@ def checkpoints(
         prompts, readout = running.margin_of(lens.model, questions, lens.prepend_bos)
         with running.quiet_libraries():
             training = ll.checkpoints(lens, last.parent, prompts, readout, progress=not quiet)
-        training.save_report(report)
+        first, *_, end = training.steps
+        steps = f"{len(folders)} checkpoints, steps {first:g} to {end:g}"
+        name = f"{last.parent.name}: {steps}"
+        report.write_text(training.report(title=name), encoding="utf-8")
         if json is not None:
             files.write_json(json, [training])
         Console().print(checkpoints_table(training))

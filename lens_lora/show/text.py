@@ -49,6 +49,26 @@ def first_of(names: Sequence[str], k: int) -> str:
     return ", ".join([*names[:k], *more])
 
 
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers in one line, runs of them by their ends: 'layers 20, 24 and 26–29'."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    shown: list[str] = []
+    for run in runs:
+        if len(run) < 3:
+            shown += [str(layer) for layer in run]
+        else:
+            shown.append(f"{run[0]}–{run[-1]}")
+    if len(layers) == 1:
+        return f"layer {shown[0]}"
+    *others, last = shown
+    return f"layers {', '.join(others)} and {last}" if others else f"layers {last}"
+
+
 def percent(share: float) -> str:
     """A share as a percentage, '—' where there is none to speak of (a shift of zero)."""
     if not math.isfinite(share):

@@ -52,8 +52,10 @@ def checkpoints_report(training: Checkpoints, *, title: str | None = None) -> st
         Section("The numbers", [checkpoints_table(training)]),
     ]
     prompts = "; ".join(f"“{text.short_prompt(tokens)}”" for tokens in training.str_tokens)
+    model = training.meta.get("model", "")
+    over = f" · over {model}" if model else ""
     part = Part(
-        subtitle=f"{training.readout} · {prompts}",
+        subtitle=f"{training.readout} · {prompts}{over}",
         headline=_training_headline(training),
         numbers=_training_numbers(training),
         top=[training.plot()],

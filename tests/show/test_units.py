@@ -13,6 +13,7 @@ from every_result import every_result
 
 import lens_lora as ll
 from lens_lora.core import Drawn, Paged, Pictured, Result
+from lens_lora.show import text
 
 UNITS = "furlongs"
 BRIDGE = list(models.MAKERS)[-1]
@@ -99,3 +100,15 @@ def test_units_of_a_function_of_one_s_own(float64: None):
 def test_units_that_are_no_words_are_refused(units: Any):
     with pytest.raises(ll.errors.ArgumentError, match="units=.*such as 'nats'"):
         ll.Readout.of(entropy, units=units)
+
+
+def test_layers_are_one_line():
+    """Runs of three and more by their ends, in the order of the model, each once."""
+    written = {
+        (20, 24, 26, 27, 28, 29): "layers 20, 24 and 26–29",
+        (3,): "layer 3",
+        (4, 5): "layers 4 and 5",
+        (5, 3, 4): "layers 3–5",
+        (0, 1, 2, 9): "layers 0–2 and 9",
+    }
+    assert {layers: text.layers_text(layers) for layers in written} == written
