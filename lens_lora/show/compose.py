@@ -459,11 +459,19 @@ def _share_ranges(whole: go.Figure) -> None:
 
 
 def _name_once(whole: go.Figure) -> None:
-    """Show each name once in the legend."""
+    """Show each name once in the legend, and no trace that has none.
+
+    A figure of one trace has no legend. In a panel plotly would call such a trace "trace 1".
+    """
     seen: set[str] = set()
     traces: Any = whole.data
     for trace in traces:
-        if not trace.name or trace.showlegend is False:
+        if not trace.name:
+            # Heatmaps are never in a legend, and some have no such property.
+            if "showlegend" in trace:
+                trace.showlegend = False
+            continue
+        if trace.showlegend is False:
             continue
         if trace.name in seen:
             trace.showlegend = False

@@ -113,6 +113,15 @@ def test_the_parts_are_integrals_of_mixed_differences(cls: str):
     assert (found.parts[:, 0, kinds[0], kinds[1]] - expected).abs().max() < 1e-7
 
 
+@pytest.mark.slow
+def test_the_parts_sum_to_round_off_where_the_nodes_reach_it():
+    _, lens, adapters = asked("gpt2", list(models.MAKERS)[-1])
+    twentieth = {name: adapter.scaled(0.05) for name, adapter in adapters.items()}
+    found = ll.together(lens, twentieth, TOKENS, MARGIN, group="kind", tol=1e-12, **QUIET)
+    assert bool(found.is_complete.all()) and found.interaction.abs().min() > 1e-4
+    assert found.completeness_error.max() < 1e-14
+
+
 def _sum(adapters: Mapping[str, ll.Adapter]) -> ll.Adapter:
     return adapters["one"].named("one") + adapters["two"].named("two")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from every_result import every_result
+from every_result import checkpoints, every_result, of_groups
 from results_by_hand import explanation, two_prompts
 
 import lens_lora as ll
@@ -196,3 +196,12 @@ def test_every_picture_has_a_cell():
 def test_bad_arguments(call, message: str):
     with pytest.raises(ArgumentError, match=message):
         call()
+
+
+def test_a_legend_has_no_trace_without_a_name():
+    """Bars beside curves: their figure alone has no legend, and plotly would make up a name."""
+    bars = of_groups().plot(0)
+    assert not bars.data[0].name, "bars have no name"
+    shown = ll.panel(bars, checkpoints()).data
+    assert shown[0].showlegend is False
+    assert any(trace.name and trace.showlegend is not False for trace in shown)
