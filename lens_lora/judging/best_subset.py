@@ -419,18 +419,19 @@ def _candidates(
     search: _Search, count: int, scores: Mapping[str, Float[Tensor, " site"]]
 ) -> list[_Best]:
     """The best few of the tops of all scores, and of the gates on their way."""
-    tops = [_top(score, count) for score in scores.values()]
-    on_the_way = _climbed(search, count)
-    starts = [*scores, *["gates"] * len(on_the_way)]
-    sets, set_of_candidate = torch.unique(
-        torch.stack([*tops, *on_the_way]), dim=0, return_inverse=True
-    )
+    candidates = [_top(score, count) for score in scores.values()]
+    found_by = list(scores)
+    for on_the_way in _climbed(search, count):
+        candidates.append(on_the_way)
+        found_by.append("gates")
+    # Several candidates may be the same set, which is run once and named by the first of them.
+    sets, set_of_candidate = torch.unique(torch.stack(candidates), dim=0, return_inverse=True)
     kept = search.kept(sets.double())
-    owners = set_of_candidate.tolist()
+    best_first = kept.argsort(descending=True)[:_STARTS].tolist()
     best: list[_Best] = []
-    for i in kept.argsort(descending=True)[:_STARTS].tolist():
-        first_candidate = owners.index(i)
-        best.append(_Best(sets[i], float(kept[i]), starts[first_candidate]))
+    for index in best_first:
+        first_candidate = set_of_candidate.tolist().index(index)
+        best.append(_Best(sets[index], float(kept[index]), found_by[first_candidate]))
     return best
 
 

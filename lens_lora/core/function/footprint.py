@@ -35,7 +35,7 @@ _DUAL_ROW = 44
 
 
 def prompts_of(run: Run) -> Prompts:
-    """The prompts of what is run."""
+    """The rows of what is run, which are `Prompts` as well."""
     return run.rows if isinstance(run, Reading) else run
 
 

@@ -686,9 +686,10 @@ class Function:
         Raises:
             ArgumentError: no index, one twice or out of order, or one of no prompt.
         """
-        prompts = self._increasing_prompts(prompts)
-        reading = self.reading.only(torch.tensor(prompts))
-        return self if reading is self.reading else self._of(prompts, reading)
+        indices = self._increasing_prompts(prompts)
+        reading = self.reading.only(torch.tensor(indices))
+        reads_all_together = reading is self.reading
+        return self if reads_all_together else self._of(indices, reading)
 
     def _increasing_prompts(self, prompts: Sequence[int]) -> list[int]:
         """The indices of some prompts, checked: rows and prompts would be mispaired otherwise."""

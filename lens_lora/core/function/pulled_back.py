@@ -69,15 +69,15 @@ def _in_one_pass(
     lens: LoraLens, reading: Reading, slopes: reverse.SlopeSums, covector: Covector
 ) -> tuple[_RowLogits, reverse.Taps]:
     """Go back through the graph of the dual pass itself."""
-    prompts = reading.rows
+    rows = reading.rows
     # Where a block is run again on the way back, the tangents would be lost.
     lens.check_backward(once=False)
     add_to_tangent = _adding_to_tangents(lens.plan)
     tapped = reverse.tapped(lens, reading, lens.gates(0.0), add_to_tangent)
     with dual_forward(), tapped as (taps, leaves):
-        base, v = _read(lens, prompts)
+        base, v = _read(lens, rows)
     taps.visit = slopes.visit
-    w = covector(base.detach(), v, prompts)
+    w = covector(base.detach(), v, rows)
     torch.autograd.grad(base, leaves, w)
     return base, taps
 
@@ -86,19 +86,19 @@ def _in_two_passes(
     lens: LoraLens, reading: Reading, slopes: reverse.SlopeSums, covector: Covector
 ) -> tuple[_RowLogits, reverse.Taps]:
     """Take f and v from a dual pass without a graph, and go back through another pass."""
-    prompts = reading.rows
+    rows = reading.rows
     with torch.no_grad(), dual_forward(), lens.injected(_adding_to_tangents(lens.plan)):
-        base, v = _read(lens, prompts)
+        base, v = _read(lens, rows)
     with reverse.tapped(lens, reading, lens.gates(0.0)) as (taps, leaves):
         taps.visit = slopes.visit
-        logits = forward.read_logits(lens, prompts)
-        torch.autograd.grad(logits, leaves, covector(base, v, prompts))
+        logits = forward.read_logits(lens, rows)
+        torch.autograd.grad(logits, leaves, covector(base, v, rows))
     return base, taps
 
 
-def _read(lens: LoraLens, prompts: Prompts) -> tuple[_RowLogits, _RowLogits]:
+def _read(lens: LoraLens, rows: Prompts) -> tuple[_RowLogits, _RowLogits]:
     """Run a pass of dual numbers, for f(0) and v."""
-    logits = forward.read_logits(lens, prompts)
+    logits = forward.read_logits(lens, rows)
     return fwad.unpack_dual(logits).primal, tangent_of(logits).detach()
 
 

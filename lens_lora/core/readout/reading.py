@@ -137,16 +137,16 @@ class Reading:
         A user's function may rely on the order of the prompts, so it gets one copy of all prompts
         at a time.
         """
-        prompts = self.rows.repeat(times)
+        copied_rows = self.rows.repeat(times)
         owner = _copies(self.owner, times)
         if isinstance(self.read, _ByRow):
-            return Reading(prompts, self.read.repeat(times), owner)
+            return Reading(copied_rows, self.read.repeat(times), owner)
 
         def read(rows: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " batch"]:
             copies = rows.unflatten(0, (-1, times))
             return torch.stack([self.read(copies[:, j]) for j in range(times)], 1).flatten()
 
-        return Reading(prompts, read, owner)
+        return Reading(copied_rows, read, owner)
 
     def groups(self, tokens: int) -> list[Reading]:
         """The prompts in groups of limited size; a group has at least one prompt.
