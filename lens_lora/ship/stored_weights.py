@@ -122,6 +122,8 @@ def linear_weights(lens: LoraLens) -> dict[str, LinearWeight]:
     Raises:
         UnsupportedAdapterError, ModelStateError: as for `stored_as`.
     """
+    if getattr(lens.model.cfg, "num_experts", None):
+        raise _no_forms("this model's experts")
     stand_in = Adapter(dict(_stand_ins(lens.host)), name="weights")
     changes = _changes(lens)
     rows_of: dict[str, list[tuple[Tensor | None, LinearWeight]]] = defaultdict(list)
@@ -151,13 +153,17 @@ def _stand_ins(host: Host) -> Iterator[tuple[str, ModuleUpdate]]:
             # A module that this size of the family does not have.
             continue
         if experts:
-            raise UnsupportedAdapterError(
-                f"{path}: the weights of experts are stored in forms that are not made here",
-                remedy="compare exports of such a model by `lens-lora verify`.",
-            )
+            raise _no_forms(path)
         height = sum(out for out, _ in shapes)
         width = shapes[0][1]
         yield path, LoRAFactors(torch.zeros(1, width), torch.zeros(height, 1))
+
+
+def _no_forms(experts: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        f"{experts}: the weights of experts are stored in forms that are not made here",
+        remedy="compare exports of such a model by `lens-lora verify`.",
+    )
 
 
 class _Change(NamedTuple):
