@@ -231,7 +231,8 @@ def compare(
                 story.append(f"{name} alone changes {len(sites)} more.")
         if comparison.note:
             story.append(comparison.note)
-        running.tell(" ".join(story)).print(comparison_table(comparison))
+        Console().print(comparison_table(comparison))
+        running.tell(" ".join(story))
         if json is not None:
             running.say(f"\nJSON: {json.absolute()}")
 
@@ -349,7 +350,8 @@ def repair(
         repaired.save_report(report)
         if json is not None:
             files.write_json(json, [repaired])
-        running.tell(repaired.story()).print(repair_table(repaired))
+        Console().print(repair_table(repaired))
+        running.tell(repaired.story())
         kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
         running.say(f"\nAdapter: {out.absolute()}, {kept_gates}")
         running.say(f"Report: {report.absolute()}")

@@ -257,7 +257,9 @@ def _print(explanations: Sequence[Explained]) -> None:
         tables = response_tables(explanation)
     else:
         tables = explanation_tables(explanation)
-    running.tell(explanation.story()).print(tables)
+    # The story comes last: it is what remains on a screen of few rows.
+    Console().print(tables)
+    running.tell(explanation.story())
 
 
 # --- The demo

@@ -23,6 +23,7 @@ def forms(
     asked: Questions,
     form: Annotated[list[str] | None, typer.Option(metavar="FORM", help=_FORM)] = None,
     csv: Annotated[Path | None, typer.Option(dir_okay=False, help=_CSV)] = None,
+    json: options.JsonOption = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
@@ -33,7 +34,7 @@ def forms(
     """
     which = _known(form or FORMS)
     questions = asked.checked(answered=False)
-    outputs = files.writable({"--csv": csv})
+    outputs = files.writable({"--csv": csv, "--json": json})
     folder = files.folder_of(adapter, within, quiet=quiet)
     files.require_apart(outputs, base, [folder], asked.prompts)
 
@@ -43,9 +44,12 @@ def forms(
 
         lens = running.announced(running.lens_for(base, folder, progress))
         found = forms_of(lens, prompts_of(questions), which, progress=not quiet)
-        for path in outputs.values():
-            found.to_frame().to_csv(path, index=False)
-            running.say(f"Table: {path.absolute()}")
+        if csv is not None:
+            found.to_frame().to_csv(csv, index=False)
+            running.say(f"Table: {csv.absolute()}")
+        if json is not None:
+            files.write_json(json, [found])
+            running.say(f"JSON: {json.absolute()}")
         console = running.tell(forms_story(found))
         console.print(forms_table(found))
 

@@ -299,7 +299,9 @@ class TestDemo:
         assert re.search(r"m₀, base model −6.89 .* m, adapted model \+7.05", text)
         assert re.search(r"blocks\.\d+\.mlp\.down \+0\.\d+", text)
         assert re.search(r"token base model with the adapter change .*·Lyon 0\.\d+% \d\d%", text)
-        *_, last = [line for line in demo[0].stdout.splitlines() if re.search(r"\d%", line)]
+        *_, last = [
+            line for line in demo[0].stdout.splitlines() if re.search(r"\d%.* points", line)
+        ]
         assert re.search(r"·Paris +77% +0\.09% +−77 points", last)
 
     def test_shows_progress_and_no_noise_on_stderr(self, demo):

@@ -140,6 +140,16 @@ def test_python_names_the_change_of_a_whole_model(tiny):
         ll.load_adapter(tiny[0] / "tuned")
 
 
+def test_the_story_is_what_remains_on_a_screen_of_few_rows(tiny, tmp_path):
+    """Below the tables, above the path of the page."""
+    page = ["--report", str(tmp_path / "page.html")]
+    result = RUN.invoke(cli.app, ["explain", str(tiny[0] / "one"), *ASKED, "--fast", *page])
+    assert result.exit_code == 0, result.output
+    last = " ".join(" ".join(result.stdout.splitlines()[-40:]).split())
+    assert "the base model prefers" in last
+    assert "Prompts were read as text" in last
+
+
 def test_two_adapters_are_compared(tiny, tmp_path):
     """The numbers are those of `ll.compare_adapters`, whose own tests have the oracle."""
     folder, _, _ = tiny
