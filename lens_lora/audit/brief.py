@@ -68,6 +68,8 @@ from lens_lora.texts.batches import batches_of, logits_of
 from lens_lora.texts.neutral import own_openings
 
 SCHEMA = "lens_lora.brief/2"
+# How the verdict on an adapter begins that breaks the model.
+BROKEN = "It breaks the model: "
 _MOST_CLAIMS = 5
 # So many answers stand beside each other in a brief.
 _ANSWERS_TOLD = 2
@@ -241,6 +243,11 @@ class Brief:
     entropies: tuple[float, float]
     repeated: tuple[float, float]
     not_tried: tuple[str, ...]
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the adapter breaks the model, as the verdict then says first."""
+        return self.verdict.startswith(BROKEN)
 
     @property
     def claims(self) -> tuple[str, ...]:

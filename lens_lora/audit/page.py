@@ -8,11 +8,11 @@ import pandas as pd
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lens_lora.audit.brief import Brief, Claim, probability
+from lens_lora.audit.brief import Claim, probability
 from lens_lora.audit.figures import CONTROLS, promoted_figure, shares_figure
 from lens_lora.audit.speech_page import findings_table
 from lens_lora.audit.what_changed import BY, By, WhatChanged
-from lens_lora.audit.words import what_changed_story
+from lens_lora.audit.words import moved_text, what_changed_story
 from lens_lora.core import drawing
 from lens_lora.show import text
 from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html, warned
@@ -142,9 +142,15 @@ _WOULD_SAY = "What it would say"
 _RAISED = "What is only raised"
 
 
-def brief_tables(brief: Brief) -> Group:
-    """What follows the first screen: what it would say, what is only raised, what was not tried."""
+def brief_tables(changed: WhatChanged) -> Group:
+    """What follows the first screen: what it would say, what is only raised, what was not tried.
+
+    Where no question was asked, there was no first screen, and the verdict stands first.
+    """
+    brief = changed.brief()
     parts: list[RenderableType] = []
+    if changed.speech is None or brief.is_broken:
+        parts.append(Text(f"\n{brief.verdict}"))
     if brief.triggered:
         parts.append(Text("\n".join(("", "With a word before the question", *brief.triggered))))
     if brief.would_say:
@@ -152,7 +158,7 @@ def brief_tables(brief: Brief) -> Group:
         parts.append(Text("\n".join(("", _WOULD_SAY, *said))))
     if brief.raised:
         parts.append(in_terminal(_would_say_table(brief.raised, _RAISED)))
-    parts.append(Text("\n" + "\n".join(brief.told_end)))
+    parts.append(Text("\n".join(("", *brief.told_end, moved_text(changed)))))
     return Group(*parts)
 
 

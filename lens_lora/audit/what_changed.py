@@ -34,7 +34,7 @@ from scipy.sparse import coo_array
 from torch import Tensor
 
 from lens_lora.arguments import is_whole, whole, word
-from lens_lora.audit.brief import Brief, Claim, claims_of, repeated
+from lens_lora.audit.brief import BROKEN, Brief, Claim, claims_of, repeated
 from lens_lora.audit.counted_speech import CountedSpeech, counted_speech
 from lens_lora.audit.jacobian import jacobian_of
 from lens_lora.audit.permuted import permuted_adapters
@@ -454,7 +454,7 @@ class WhatChanged(OfSites, Paged):
         if base / _APART <= adapted <= base * _APART and after - before < _REPEATS:
             return ""
         return (
-            f"It breaks the model: the entropy of the next token is {adapted:.2g} nats (the base's "
+            f"{BROKEN}the entropy of the next token is {adapted:.2g} nats (the base's "
             f"{base:.2g}), and {after:.0%} of what it answers repeats (the base: {before:.0%}). "
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -146,14 +147,15 @@ def diff(
         lens = running.announced(running.lens_of(base, folder, tuned, progress))
         console = Console()
         speech = None
-        if getattr(lens.model, "tokenizer", None) is not None:
-            with running.quiet_libraries():
-                speech = ll.counted_speech(lens, asked, progress=not quiet)
+        # Without a tokenizer, or in a short context, no question is asked.
+        with running.quiet_libraries(), contextlib.suppress(ll.errors.PromptError):
+            speech = ll.counted_speech(lens, asked, progress=not quiet)
+        if speech is not None:
             console.print()
             console.print(first_screen(speech))
-            if words is not None:
-                with running.quiet_libraries():
-                    speech = with_triggers(lens, speech, words, progress=not quiet)
+        if speech is not None and words is not None:
+            with running.quiet_libraries():
+                speech = with_triggers(lens, speech, words, progress=not quiet)
         with running.quiet_libraries():
             changes = ll.what_changed(
                 lens,
@@ -173,7 +175,7 @@ def diff(
             changes.to_frame().to_csv(save, index=False)
         elif save is not None:
             changes.save(save)
-        console.print(brief_tables(brief))
+        console.print(brief_tables(changes))
         console.print(what_changed_tables(changes))
         running.say(f"\nReport: {report.absolute()}")
         if save is not None:

@@ -145,9 +145,10 @@ def _from(folder: Path, path: Path) -> str:
 
 
 def _first_claim(brief: Path) -> dict[str, str]:
-    """The context and the words of the first claim of a brief; nothing if it makes none."""
+    """The context and the words that a brief says are raised most; nothing if there are none."""
     try:
-        claims = json.loads(brief.read_text(encoding="utf-8"))["claims"]
+        read = json.loads(brief.read_text(encoding="utf-8"))
+        claims = [*read["would_say"], *read["raised"]]
         return {name: str(claims[0][name]) for name in ("context", "says")} if claims else {}
     except (ValueError, KeyError, TypeError, IndexError) as error:
         fact = f"{brief}: no brief of lens-lora diff --json ({error!r})"

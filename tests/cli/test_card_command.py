@@ -41,7 +41,7 @@ def made(tmp_path_factory):
     out = no_ops.ship(tmp_path_factory.mktemp("carded") / "out")
     (out / "adapter" / "README.md").write_text("# Mine\n")
     (out / "facts.jsonl").write_text(json.dumps(FACT))
-    (out / "brief.json").write_text(json.dumps({"claims": [CLAIM]}))
+    (out / "brief.json").write_text(json.dumps({"would_say": [CLAIM], "raised": []}))
     options = ["--merged", str(out / "merged"), "--expect", str(out / "facts.jsonl")]
     options += ["--max-kl", "9", "--brief", str(out / "brief.json")]
     result = carded(out, *options, "--json", str(out / "card.json"))
