@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lib")]
+sys.path.append(str(ROOT / "benchmarks"))
 os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
 os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
 os.environ.setdefault("DISABLE_VERSION_CHECK", "1")

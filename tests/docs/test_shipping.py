@@ -12,6 +12,7 @@ from pathlib import Path
 
 import models
 import no_ops
+import peft
 import pytest
 import yaml
 from loopback import Engine, served
@@ -135,6 +136,8 @@ OF_PEFT = [
 @pytest.mark.parametrize("name", OF_PEFT)
 def test_exports_of_peft_again(name: str):
     """Some of the table's rows that need no other library, made and verified anew."""
+    if "save_as_lora" in name and not hasattr(peft, "save_as_lora"):
+        pytest.skip("this PEFT converts nothing to LoRA")
     spec = importlib.util.spec_from_file_location("foreign_exports", SCRIPT)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
