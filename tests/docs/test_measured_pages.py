@@ -62,11 +62,14 @@ def test_costs_are_what_their_commands_printed():
     assert costs.performance(short, changed) != short
 
 
-@pytest.mark.parametrize("name", ["repair", "compare_adapters", "edges", "seven_papers"])
+@pytest.mark.parametrize(
+    "name", ["repair", "compare_adapters", "edges", "seven_papers", "together"]
+)
 def test_tables_are_what_the_numbers_render_to(name: str):
     of, text = _load(name), _load(name).PAGE.read_text()
     numbers = json.loads(of.NUMBERS.read_text())
-    tables = of.tables(numbers) if name == "edges" else {of.TABLE: of.table(numbers)}
+    has_several = name in ("edges", "together")
+    tables = of.tables(numbers) if has_several else {of.TABLE: of.table(numbers)}
     assert marks.put_in(text, tables) == text
     for table, body in tables.items():
         assert marks.put_in(text, {table: f"{body} by hand"}) != text
