@@ -53,7 +53,7 @@ def gates_of(
     return gates
 
 
-def gates_of_rows(gates: Float[Tensor, "*row site"], rows: int) -> Float[Tensor, "*row site"]:
+def gates_of_rows(gates: Float[Tensor, "*given site"], rows: int) -> Float[Tensor, "*row site"]:
     """The gates of all rows, [site], or of each of so many rows, [row, site].
 
     Args:
