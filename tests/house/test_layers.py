@@ -123,7 +123,7 @@ KNOW_ALL = {"lib", "house"}
 # What a folder of tests is the folder of, where that is more than the package's of its name.
 OWN = {"cli": ("lens_lora.cli", "lens_lora.__main__")}
 # Public modules whose every name is public.
-WHOLE = ("lens_lora.errors", "lens_lora.compat", "lens_lora.families")
+WHOLE = ("lens_lora.errors", "lens_lora.spans", "lens_lora.compat", "lens_lora.families")
 # Public modules whose names their stub lists.
 STUBS = {
     "lens_lora": "__init__.pyi",
