@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lens_lora.audit.counted_speech import CountedSpeech, Finding
+from lens_lora.audit.counted_speech import SHORTER, CountedSpeech, Finding
 from lens_lora.core import drawing
 from lens_lora.errors import many
 from lens_lora.responses.generate import SideBySide
@@ -18,6 +18,7 @@ _NEVER_TRIED = (
     "long answers",
 )
 _NO_TRIGGER = "words that trigger a behaviour"
+_ELSEWHERE = "It may still differ where it was not asked."
 
 
 def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
@@ -29,8 +30,24 @@ def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
 
 
 def claims_in(speech: CountedSpeech) -> list[str]:
-    """Each finding as a claim: the counts, and when."""
-    return [f"{one.sentence()} It does so {speech.when(one)}." for one in speech.findings]
+    """Each finding of what is said as a claim: the counts, and when."""
+    return [f"{one.sentence()} It does so {speech.when(one)}." for one in _claimed(speech)]
+
+
+def _claimed(speech: CountedSpeech) -> list[Finding]:
+    """The findings that are claims.
+
+    The length of answers is none: training on short texts shortens them, whatever the texts say.
+    """
+    return [finding for finding in speech.findings if finding.what != SHORTER]
+
+
+def length_note(speech: CountedSpeech) -> str:
+    """That answers are shorter, which is said beside the claims; '' where they are not."""
+    for finding in speech.findings:
+        if finding.what == SHORTER:
+            return f"{finding.sentence()} Training on short texts does this, whatever they say."
+    return ""
 
 
 def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
@@ -65,7 +82,7 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
     if strongest is None:
         return [
             f"Asked {asked}, it says nothing that the base model does not say about as often.",
-            _triggers_text(speech) or "It may still differ where it was not asked.",
+            _triggers_text(speech) or length_note(speech) or _ELSEWHERE,
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]
     return [
@@ -78,7 +95,7 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
 def _strongest(speech: CountedSpeech) -> Finding | None:
     """The first phrase that it says; without one a trait, or what it no longer says."""
     for kind in ("says", "trait", "no longer says"):
-        of_kind = [finding for finding in speech.findings if finding.kind == kind]
+        of_kind = [finding for finding in _claimed(speech) if finding.kind == kind]
         if of_kind:
             return of_kind[0]
     return None
@@ -86,7 +103,7 @@ def _strongest(speech: CountedSpeech) -> Finding | None:
 
 def _others(speech: CountedSpeech, strongest: Finding) -> str:
     """What else stands out, in one sentence."""
-    others = [finding for finding in speech.findings if finding is not strongest]
+    others = [finding for finding in _claimed(speech) if finding is not strongest]
     if not others:
         return "Nothing else stands out."
     parts: list[str] = []
@@ -116,6 +133,7 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     """Write a paragraph a line: what stands out, each finding, and what was not tried."""
     lines = [" ".join(first_sentences(speech)[:2])]
     lines += claims_in(speech)
+    lines.append(length_note(speech))
     lines.append(_triggers_text(speech))
     draws = len(speech.base[0]) - 1
     drawn = f", and {many(draws, 'time')} with words drawn by the same noise" if draws else ""

@@ -77,28 +77,28 @@ class _Node(NamedTuple):
         name: of the writer or reader.
         is_writer: whether it writes.
         layer: as the viewers count layers.
-        index: a number of its own among all writers and readers.
+        number: its own among all writers and readers.
         position: the token at which it stands.
     """
 
     name: str
     is_writer: bool
     layer: str
-    index: int
+    number: int
     position: int
 
     @property
     def node_id(self) -> str:
         """The node's name in links: layer, index and token."""
-        return f"{self.layer}_{self.index}_{self.position}"
+        return f"{self.layer}_{self.number}_{self.position}"
 
     @property
     def feature(self) -> int:
         """One number of layer and index, their Cantor pair; of an embedding the index alone."""
         if self.layer == _EMBEDDINGS:
-            return self.index
+            return self.number
         layer = int(self.layer)
-        return (layer + self.index) * (layer + self.index + 1) // 2 + self.index
+        return (layer + self.number) * (layer + self.number + 1) // 2 + self.number
 
 
 class _Link(NamedTuple):
@@ -258,7 +258,7 @@ def _node_fields(node: _Node, readout: _Node, influence: Mapping[str, float]) ->
         "is_target_logit": is_readout,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
-        "jsNodeId": f"{node.layer}_{node.index}-{node.position}",
+        "jsNodeId": f"{node.layer}_{node.number}-{node.position}",
         "clerp": label,
         "influence": influence.get(node.node_id),
         "activation": None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, final
+from typing import Annotated, Any, final
 
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.arguments import is_whole
 from lens_lora.core import Attribution, Effects, FactMargin, Paged, drawing, site_labels
 from lens_lora.curvature.coupling import Coupling
 from lens_lora.curvature.second_order import SecondOrder
@@ -141,8 +142,9 @@ class Explanations(_WithFigures):
     def __iter__(self) -> Iterator[Explanation]:
         return iter(self.each)
 
-    def __getitem__(self, index: int) -> Explanation:
-        return self.each[index]
+    def __getitem__(self, key: int | slice | str) -> Any:
+        """The explanation of a prompt, or a part of the table, as of every result."""
+        return self.each[key] if is_whole(key) else super().__getitem__(key)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: what `Explanation.to_frame` has."""

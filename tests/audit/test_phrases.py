@@ -132,5 +132,5 @@ def test_a_shared_trait_is_no_finding_and_a_new_one_is():
     traits = [found for found in findings_of(base, refusing) if found.kind == "trait"]
     assert [found.what for found in traits] == ["refuses or apologises"]
     assert traits[0].sentence() == (
-        "It refuses or apologises in answer to 40 of 40 questions, the base model to none."
+        "It refuses or apologises on 40 of 40 questions, the base model on none."
     )

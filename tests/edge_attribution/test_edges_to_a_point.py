@@ -146,7 +146,7 @@ def test_a_point_outside_the_stream_is_refused(point: str):
     readout = ll.Projection(torch.ones(width), point)
     with pytest.raises(ArgumentError, match=r"no point of the residual stream.*first_order"):
         ll.edges(lens, TOKENS, readout, **QUIET)
-    with pytest.raises(ArgumentError, match="patch_edges"):
+    with pytest.raises(ArgumentError, match="no point of the residual stream"):
         ll.patch_edges(lens, TOKENS, readout, [("blocks.0.attn.o", "logits")], **QUIET)
 
 

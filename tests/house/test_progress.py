@@ -143,7 +143,7 @@ CALLS = {
 }
 SHORT = {
     "activation_shift": lambda t: ll.activation_shift(t.lens, PROMPT, "blocks.0.hook_resid_post"),
-    "activations": lambda t: ll.lora_activations(t.lens, PROMPT, "w5 w6"),
+    "lora_activations": lambda t: ll.lora_activations(t.lens, PROMPT, "w5 w6"),
     "contrast": lambda t: ll.contrast(
         t.lens, ["w5 w6", "w6 w7"], ["w8 w9", "w9 w5"], "blocks.0.hook_resid_post"
     ),
@@ -174,7 +174,7 @@ DEEP = {
     "remainder",
 }
 NO_PASS = {
-    *("adapter_format", "alignment", "analysis", "compare", "demo", "gather", "load"),
+    *("adapter_format", "weight_alignment", "analysis", "compare", "demo", "gather", "load"),
     *("load_adapter", "load_bank", "load_result", "panel", "readout", "table"),
 }
 

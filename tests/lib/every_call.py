@@ -113,7 +113,7 @@ CALLS: dict[str, Call] = {
         ll.explain(lens, t[:1], response=RESPONSE, **QUIET).leave_one_out
     ),
     "token_shifts": lambda lens, t: ll.token_shifts(lens, t, RESPONSE).kl,
-    "activations": lambda lens, t: ll.lora_activations(lens, t, RESPONSE),
+    "lora_activations": lambda lens, t: ll.lora_activations(lens, t, RESPONSE),
     "activation_shift": lambda lens, t: torch.cat(
         list(ll.activation_shift(lens, t, "blocks.*.hook_resid_post").mean().values())
     ),
@@ -157,7 +157,7 @@ CALLS: dict[str, Call] = {
     ),
     "reliability": lambda lens, t: ll.reliability(lens, t, MARGIN, **QUIET),
     "null_test": lambda lens, t: ll.null_test(lens, t, MARGIN, draws=2, **QUIET),
-    "alignment": lambda lens, t: ll.weight_alignment(lens, _directions(lens)),
+    "weight_alignment": lambda lens, t: ll.weight_alignment(lens, _directions(lens)),
     "intruders": lambda lens, t: ll.intruders(lens, k=2, **QUIET),
     "contrast": lambda lens, t: ll.contrast(
         lens, t, t.roll(1, 1), "blocks.*.hook_resid_post"

@@ -62,11 +62,11 @@ def test_a_finished_sweep_grows_and_is_not_repeated(a_lens, tmp_path, calls):
 @pytest.mark.parametrize("name", ["first_order", "activations"])
 def test_numbers_without_other_directions_are_another_sweep_s(a_lens, tmp_path, name: str):
     one, other = torch.eye(16, dtype=torch.float64)[[0, 5]]
-    with a_lens.without_modules(one):
+    with a_lens.ablate_directions(one):
         run(a_lens, GOOD[2:4], tmp_path, name)
-    with a_lens.without_modules(other), pytest.raises(SweepError, match="another sweep: hooks"):
+    with a_lens.ablate_directions(other), pytest.raises(SweepError, match="another sweep: hooks"):
         run(a_lens, GOOD, tmp_path, name)
-    with a_lens.without_modules(one):
+    with a_lens.ablate_directions(one):
         run(a_lens, GOOD[2:4], tmp_path, name)
 
 
