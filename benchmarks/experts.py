@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/experts.py                 # a few minutes, 12 GB
     OMP_NUM_THREADS=1 python benchmarks/experts.py --hidden 256    # a smaller model
 
-It prints the numbers that docs/performance.md quotes. Weights and adapter are random, in bfloat16:
-only sizes matter here. F is a plain forward pass of 64 tokens, FB adds a backward pass to the
-embeddings. Each work takes turns with F, and the median of the ratios is printed; the path has four
-nodes. Memory is the peak that a call adds to the model, measured in a forked process, which is why
-only one thread may run.
+It prints the numbers that docs/performance_data.md quotes. Weights and adapter are random, in
+bfloat16: only sizes matter here. F is a plain forward pass of 64 tokens, FB adds a backward pass to
+the embeddings. Each work takes turns with F, and the median of the ratios is printed; the path has
+four nodes. Memory is the peak that a call adds to the model, measured in a forked process, which is
+why only one thread may run.
 """
 
 from __future__ import annotations

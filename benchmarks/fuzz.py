@@ -8,8 +8,8 @@ within 10 seconds and 1 GB, with sockets, processes and unpickling trapped. What
 with PEFT and Hugging Face in float64.
 
 The cases themselves are in tests/house/fuzz, and a few hundred of them run in the test suite; the
-nightly job runs new numbers. `--write` puts the table into docs/precision.md. The exit code is 1 if
-there is a fault.
+nightly job runs new numbers. `--write` puts the table into docs/precision_data.md. The exit code is
+1 if there is a fault.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "precision.md"
+PAGE = ROOT / "docs" / "precision_data.md"
 BEGIN = "<!-- fuzz: begin -->"
 END = "<!-- fuzz: end -->"
 
@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--shown", type=int, default=20, help="faults that are shown in full")
-    parser.add_argument("--write", action="store_true", help="into docs/precision.md")
+    parser.add_argument("--write", action="store_true", help="into docs/precision_data.md")
     return parser.parse_args()
 
 

@@ -8,8 +8,8 @@
    its peak.
 2. Every analysis runs without a bound and within `--bound` bytes. A cell says so if the analysis
    needs more than `--limit` bytes of address space, or if the package refuses it.
-3. With --write each cell goes into docs/memory.json, and the tables of docs/performance.md are made
-   from it.
+3. With --write each cell goes into docs/memory.json, and the tables of docs/performance_data.md are
+   made from it.
 
 This runs on Linux only.
 """
@@ -39,7 +39,7 @@ from lens_lora.demonstration.embedded import embedded_model_folder
 
 DOCS = Path(__file__).parents[1] / "docs"
 CELLS = DOCS / "memory.json"
-PAGE = DOCS / "performance.md"
+PAGE = DOCS / "performance_data.md"
 MARK = "<!-- memory -->"
 END = "<!-- end of memory -->"
 # Plain passes: no analysis that could keep within a bound.

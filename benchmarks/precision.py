@@ -10,7 +10,7 @@
    the call states.
 3. With --floors only shifts are measured, of many readouts and prompts, in units of their floors.
 4. With --write the numbers go into docs/precision.json (of --floors into docs/floors.json), and the
-   tables of docs/precision.md are made from them.
+   tables of docs/precision_data.md are made from them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lens_lora.hosts.build import bridge_if_there, hooked_model  # noqa: E402
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "precision.json"
 FLOORS = DOCS / "floors.json"
-PAGE = DOCS / "precision.md"
+PAGE = DOCS / "precision_data.md"
 # What makes two rows the same.
 KEY = ("model", "dtype", "analysis")
 REAL = "SmolLM2-135M"
@@ -159,7 +159,7 @@ def main() -> None:
     options.add_argument("--works", nargs="+", choices=list(WORKS), default=list(WORKS))
     options.add_argument("--only", choices=["real", "tiny"])
     options.add_argument("--floors", action="store_true", help="how many floors a shift is off")
-    options.add_argument("--write", action="store_true", help="into docs/*.json and precision.md")
+    options.add_argument("--write", action="store_true", help="into docs/*.json and the page")
     asked = options.parse_args()
     path = FLOORS if asked.floors else RESULTS
     for row in measured(asked):

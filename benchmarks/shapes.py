@@ -9,8 +9,8 @@
 2. Each work runs once, between two plain forward passes (F) of the same tokens. Its time is divided
    by their mean: processor time on the CPU, the clock's on a GPU. Its peak is memory beyond the
    model, the adapter and the lens: resident memory on the CPU, what torch allocates on a GPU.
-3. With --write the cells go into docs/shapes.json, and the tables of docs/performance.md are made
-   from it.
+3. With --write the cells go into docs/shapes.json, and the tables of docs/performance_data.md are
+   made from it.
 4. With --sizes the memory of weights and factors is counted, without making them.
 """
 
@@ -45,7 +45,7 @@ from lens_lora.hosts.build import hooked_model
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "shapes.json"
-PAGE = DOCS / "performance.md"
+PAGE = DOCS / "performance_data.md"
 # What makes two rows the same.
 KEY = ("machine", "dtype", "shape", "rank")
 Row = dict[str, Any]

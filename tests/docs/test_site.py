@@ -199,7 +199,7 @@ def test_the_site_shows_what_is_written_once():
     index = (DOCS / "index.md").read_text()
     assert "demos/first_look.ipynb" in index
     assert "demos/first_look.ipynb" not in site.expanded(index, "index")
-    of_benchmarks = site.expanded((DOCS / "performance.md").read_text(), "performance")
+    of_benchmarks = site.expanded((DOCS / "performance_data.md").read_text(), "performance_data")
     assert BENCHMARKS[1].read_text().splitlines()[-1] in of_benchmarks
 
 

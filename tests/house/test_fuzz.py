@@ -80,7 +80,7 @@ def zip_first(items, count):
 
 def test_the_page_s_table_is_of_these_targets():
     """Written by the command, of thousands of cases, and without a fault."""
-    page = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "precision_data.md").read_text(encoding="utf-8")
     text = page.partition("<!-- fuzz: begin -->")[2].partition("<!-- fuzz: end -->")[0]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     _, _, *lines, total = [[cell.strip() for cell in row] for row in rows]
@@ -89,6 +89,8 @@ def test_the_page_s_table_is_of_these_targets():
     assert all(n == right + refused and not faults for n, right, refused, faults in numbers)
     assert sum(row[0] for row in numbers) == int(total[-4].replace(",", "")) >= 5000
     assert f"{total[-4]} cases" in text
+    front = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")
+    assert f"{total[-3]}\ngave the answer" in front and f"{total[-2]} were refused" in front
 
 
 # --- negative controls: what is not right and not refused is seen
