@@ -340,6 +340,6 @@ def of_the_base(site: str) -> ModelStateError:
     return ModelStateError(
         f"{site}: within lens.applied() the model's weights and biases are still the base's, and "
         "what reads them here would be without the adapter. Give the tool a hooked model of "
-        "peft_model.merge_and_unload() (docs/your_model.md). The change itself is "
+        "peft_model.merge_and_unload() (docs/host_tools.md). The change itself is "
         f"lens.delta_w({site!r}); the base's weight can be read outside of the block."
     )

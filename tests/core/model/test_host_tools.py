@@ -1,6 +1,6 @@
 """TransformerLens's own tools within `lens.applied()`, beside the same tool on merged weights.
 
-Each tool is a row of the table in `docs/your_model.md`: equal to 1e-6, or refused. One that reads
+Each tool is a row of the table in `docs/host_tools.md`: equal to 1e-6, or refused. One that reads
 weights is refused where the adapter changes them, and equal without.
 """
 
@@ -39,7 +39,7 @@ EVERY = (PROCESSED, LLAMA, GEMMA)
 WITH_GATED = (*EVERY, ("llama", "processed"))  # whose MLP's own passes read its weights
 EDGE_FLAGS = ("use_split_qkv_input", "use_attn_result", "use_hook_mlp_in")
 UTILITIES = f"transformer_lens.{'utilities' if models.is_newest() else 'utils'}"
-PAGE = Path(__file__).parents[3] / "docs" / "your_model.md"
+PAGE = Path(__file__).parents[3] / "docs" / "host_tools.md"
 ANALYSIS: Any = None
 with contextlib.suppress(ImportError):  # from transformer-lens 3 on
     ANALYSIS = importlib.import_module("transformer_lens.tools.analysis")
