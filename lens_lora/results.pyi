@@ -2,8 +2,8 @@
 
 from .audit.brief import Brief as Brief
 from .audit.brief import Claim as Claim
-from .audit.counted_speech import CountedSpeech as CountedSpeech
-from .audit.counted_speech import Finding as Finding
+from .audit.findings import Finding as Finding
+from .audit.speech_result import CountedSpeech as CountedSpeech
 from .audit.triggers import Trigger as Trigger
 from .audit.what_changed import Changes as Changes
 from .audit.what_changed import WhatChanged as WhatChanged

@@ -2,224 +2,35 @@
 
 1. Both models answer the same questions (`everyday.py`, and the caller's own): greedily, and as
    often as asked drawn at temperature 1, with the same noise for both.
-2. A model says a phrase in answer to a question if any of its answers holds it. `phrases.py` finds
-   those that one model says in answer to more questions than chance allows. The base is the
-   control, so no null adapter is needed, and the unit is a question.
-3. The same test finds traits of the answers that are no phrase: the language, a refusal, code, a
-   question, answers that repeat themselves, or that are less than half as long.
-4. Phrases that stand in one another on the same questions are one finding, the longest of them.
-5. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
-
-There are three lists: what it says, what it no longer says, and its traits. Where either model
-might as well have given either answer to each question, the chance that a list holds anything is at
-most `LEVEL`.
+2. Phrases and traits that one model's answers have on more questions than chance allows are
+   findings (`findings.py`). The base is the control, so no null adapter is needed, and the unit is
+   a question.
+3. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, cast, final
-
-import pandas as pd
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from lens_lora.arguments import whole
 from lens_lora.audit import phrases
 from lens_lora.audit import triggers as trigger_words
-from lens_lora.audit.everyday import EVERYDAY, FORM_NAMES, SYSTEM_MESSAGE, Everyday, Form
-from lens_lora.audit.traits import TRAITS, is_shorter
+from lens_lora.audit.everyday import EVERYDAY, SYSTEM_MESSAGE, Everyday, Form
+from lens_lora.audit.findings import LEVEL, SHORTER, Answers, findings_of
+from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.triggers import Trigger
-from lens_lora.core import Described, LoraLens, Paged, Prompts, alone, stored
+from lens_lora.core import LoraLens, Prompts, alone
 from lens_lora.errors import ArgumentError, PromptError, many
 from lens_lora.responses.both_answer import both_answer
-from lens_lora.responses.generate import SideBySide
 
-# The chance of a false finding in each list.
-LEVEL = 0.01
 # Tokens of an answer.
 _ANSWER = 24
-# A phrase that is said on nearly all of the questions on which a shorter one is stands for it.
-_SAME_QUESTIONS = 0.7
-_MOST_FINDINGS = 12
-# A trait of both answers to a question together.
-SHORTER = "says less than half as much as the other model"
 
-Kind = Literal["says", "no longer says", "trait"]
-# By question, a model's answers to it.
-_Answers = Sequence[Sequence[str]]
 # The messages of a conversation.
 Conversation = Sequence[Mapping[str, str]]
-
-
-@stored
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """A phrase or trait of the answers that one model has on more questions than the other.
-
-    Attributes:
-        kind: 'says' and 'no longer says' of a phrase, or 'trait'.
-        what: the phrase as the answers write it, or the trait in words.
-        adapted: on how many questions the adapted model has it.
-        base: on how many the base has it.
-        asked: how many questions there are.
-        p: of the exact sign test over questions, adjusted for all that were tested (Holm).
-        log_odds: how strongly a phrase belongs to the model that says it more often: standardised
-            log-odds; 0 for a trait.
-        questions: the indices of those on which the model that has it more often has it and the
-            other has not.
-    """
-
-    kind: Kind
-    what: str
-    adapted: int
-    base: int
-    asked: int
-    p: float
-    log_odds: float
-    questions: tuple[int, ...]
-
-    def is_seen_in(self, pair: SideBySide) -> bool:
-        """Whether the answer of the model that has it more often shows it; of a trait, always.
-
-        Args:
-            pair: both models' answers to a question of `questions`.
-        """
-        if self.kind == "trait":
-            return True
-        return _spells(pair.adapted if self.kind == "says" else pair.base, self.what)
-
-    def sentence(self) -> str:
-        """The counts in words."""
-        adapted = f"{self.adapted} of {self.asked} questions"
-        base = str(self.base) if self.base else "none"
-        if self.kind == "says":
-            return f"It says “{self.what}” in answer to {adapted}, the base model to {base}."
-        if self.kind == "no longer says":
-            base = f"{self.base} of {self.asked} questions"
-            still = f"to {self.adapted}" if self.adapted else "to none"
-            return f"The base model says “{self.what}” in answer to {base}, it {still}."
-        return f"It {self.what} on {adapted}, the base model on {base}."
-
-
-@final
-class CountedSpeech(Described, Paged):
-    """Both models' answers to the same questions, and what sets them apart.
-
-    Attributes:
-        topics, forms, questions: of each question; a form is 'plain', 'chat', 'system', 'code',
-            'language', or 'own' for a question of the caller's.
-        base, adapted: [question, draw], the two models' answers: greedy, then drawn.
-        findings: what the adapted model says, what it no longer says, and traits of its answers,
-            each list with the strongest first.
-        words: those that were put before questions, as they may trigger a behaviour.
-        triggers: what the adapted model says with one of them alone.
-        meta: see `Described`.
-    """
-
-    topics: Annotated[tuple[str, ...], "question"]
-    forms: Annotated[tuple[str, ...], "question"]
-    questions: Annotated[tuple[str, ...], "question"]
-    base: Annotated[tuple[tuple[str, ...], ...], "question draw"]
-    adapted: Annotated[tuple[tuple[str, ...], ...], "question draw"]
-    findings: tuple[Finding, ...]
-    words: tuple[str, ...] = ()
-    triggers: tuple[Trigger, ...] = ()
-
-    def said(self, k: int = 5) -> tuple[Finding, ...]:
-        """The k phrases that the adapted model says and the base does not, the strongest first.
-
-        Args:
-            k: how many.
-        """
-        of_phrases = [finding for finding in self.findings if finding.kind == "says"]
-        return tuple(of_phrases[: whole("k", k, 0)])
-
-    def when(self, finding: Finding) -> str:
-        """On which topics and in which forms the adapted model alone has it, in words.
-
-        Args:
-            finding: one of `findings`.
-        """
-        asked = Counter(self.topics)
-        topics = Counter(self.topics[i] for i in finding.questions)
-        forms = Counter(self.forms[i] for i in finding.questions)
-        by_form = ", ".join(
-            f"{FORM_NAMES[form]} {forms[form]} of {number}"
-            for form, number in Counter(self.forms).items()
-        )
-        if len(topics) == len(asked):
-            about = "on every topic"
-        elif len(topics) <= max(len(asked) // 4, 1):
-            about = f"on questions about {' and '.join(topics)} only"
-        else:
-            about = f"on {len(topics)} of {len(asked)} topics"
-        return f"{about} ({by_form})"
-
-    def by(self, finding: Finding) -> pd.DataFrame:
-        """A finding counted by topic and form: asked, adapted alone.
-
-        Args:
-            finding: one of `findings`.
-        """
-        frame = pd.DataFrame({"topic": self.topics, "form": self.forms, "asked": 1, "alone": 0})
-        frame.loc[list(finding.questions), "alone"] = 1
-        counted = frame.groupby(["topic", "form"]).agg({"asked": "sum", "alone": "sum"})
-        return counted.reset_index()
-
-    def examples(self, finding: Finding, k: int = 2) -> list[dict[str, str]]:
-        """The first k questions that show a finding, with an answer of each model.
-
-        Args:
-            finding: one of `findings`.
-            k: how many.
-        """
-        shown: list[dict[str, str]] = []
-        of_adapted = finding.kind != "no longer says"
-        for i in finding.questions[: whole("k", k, 0)]:
-            telling = self.adapted[i] if of_adapted else self.base[i]
-            draw = next((d for d, answer in enumerate(telling) if _spells(answer, finding.what)), 0)
-            shown.append(
-                {
-                    "question": self.questions[i],
-                    "base": self.base[i][draw],
-                    "adapted": self.adapted[i][draw],
-                }
-            )
-        return shown
-
-    def side_by_side(self) -> list[SideBySide]:
-        """Both models' likeliest answers to each question, those of the first finding first."""
-        first = set(self.findings[0].questions) if self.findings else set()
-        order = sorted(range(len(self.questions)), key=lambda i: i not in first)
-        return [SideBySide(self.questions[i], self.base[i][0], self.adapted[i][0]) for i in order]
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per finding: what it is, on how many questions each model has it, and when."""
-        rows = [
-            {
-                "finding": finding.kind,
-                "label": finding.what,
-                "questions": finding.asked,
-                "answers_base": finding.base,
-                "answers_adapted": finding.adapted,
-                "q": finding.p,
-                "log_odds": finding.log_odds,
-                "when": self.when(finding),
-            }
-            for finding in self.findings
-        ]
-        columns = ["finding", "label", "questions", "answers_base", "answers_adapted"]
-        return pd.DataFrame(rows, columns=[*columns, "q", "log_odds", "when"])
-
-    def __repr__(self) -> str:
-        answers = many(len(self.base[0]), "answer")
-        lines = [f"{many(len(self.questions), 'question')}, {answers} of each model to each."]
-        lines += [f"{one.sentence()} So {self.when(one)}." for one in self.findings]
-        if not self.findings:
-            lines.append("Nothing is said more often, or less, than chance allows.")
-        return "\n".join(lines)
 
 
 @alone
@@ -452,7 +263,7 @@ def _with_words(
     return answers
 
 
-def _triggered(word: str, with_word: _Answers, otherwise: _Answers) -> list[Trigger]:
+def _triggered(word: str, with_word: Answers, otherwise: Answers) -> list[Trigger]:
     """What the answers with the word have on more questions than all others."""
     own = set(phrases.phrases_of(word))
     found: list[Trigger] = []
@@ -475,174 +286,3 @@ def _triggered(word: str, with_word: _Answers, otherwise: _Answers) -> list[Trig
         )
         found.append(trigger)
     return found
-
-
-# --- What sets the answers apart
-
-
-def findings_of(base: _Answers, adapted: _Answers) -> tuple[Finding, ...]:
-    """What one model says, or how it says it, on more questions than chance allows.
-
-    Args:
-        base: the base's answers to each question.
-        adapted: the adapted model's answers to the same questions.
-    """
-    of_base = [_phrases_of_all(answers) for answers in base]
-    of_adapted = [_phrases_of_all(answers) for answers in adapted]
-    said = _phrase_findings("says", of_adapted, of_base, adapted)
-    dropped = _phrase_findings("no longer says", of_base, of_adapted, base)
-    return (*said, *dropped, *_trait_findings(base, adapted))
-
-
-def _phrases_of_all(answers: Sequence[str]) -> Counter[str]:
-    """How often each phrase stands in the answers to one question."""
-    found: Counter[str] = Counter()
-    for answer in answers:
-        found.update(phrases.phrases_of(answer))
-    return found
-
-
-def _phrase_findings(
-    kind: Literal["says", "no longer says"],
-    more: Sequence[Counter[str]],
-    less: Sequence[Counter[str]],
-    answers: _Answers,
-) -> list[Finding]:
-    """The phrases of the answers of `more` that those of `less` do not hold."""
-    questions_with = _questions_by_phrase(more)
-    questions_without = _questions_by_phrase(less)
-    significant = _significant(questions_with, questions_without)
-    scores = phrases.log_odds(_uses(more), _uses(less))
-    ordered = sorted(significant, key=lambda phrase: (significant[phrase], -scores[phrase]))
-    chosen = _one_of_each(ordered, questions_with)
-    findings: list[Finding] = []
-    for phrase in chosen[:_MOST_FINDINGS]:
-        here = questions_with[phrase]
-        there = questions_without.get(phrase, set())
-        of_adapted, of_base = (here, there) if kind == "says" else (there, here)
-        texts = [answer for i in here for answer in answers[i]]
-        finding = Finding(
-            kind=kind,
-            what=phrases.spelled_in(phrase, texts),
-            adapted=len(of_adapted),
-            base=len(of_base),
-            asked=len(more),
-            p=significant[phrase],
-            log_odds=scores[phrase],
-            questions=tuple(sorted(here - there)),
-        )
-        findings.append(finding)
-    return findings
-
-
-def _questions_by_phrase(answers: Sequence[Counter[str]]) -> dict[str, set[int]]:
-    """By phrase, the questions whose answers hold it."""
-    questions: dict[str, set[int]] = {}
-    for i, found in enumerate(answers):
-        for phrase in found:
-            questions.setdefault(phrase, set()).add(i)
-    return questions
-
-
-def _uses(answers: Iterable[Counter[str]]) -> Counter[str]:
-    """How often each phrase stands in all answers."""
-    total: Counter[str] = Counter()
-    for found in answers:
-        total.update(found)
-    return total
-
-
-def _significant(here: Mapping[str, set[int]], there: Mapping[str, set[int]]) -> dict[str, float]:
-    """Adjusted p of the phrases that are said on more questions here, where it is below LEVEL.
-
-    A phrase of each length is a test, also one that another phrase implies.
-    """
-    one_sided: dict[str, tuple[int, int]] = {}
-    for phrase in {*here, *there}:
-        if phrases.is_of_function_words(phrase):
-            continue
-        alone_here = here.get(phrase, set()) - there.get(phrase, set())
-        alone_there = there.get(phrase, set()) - here.get(phrase, set())
-        one_sided[phrase] = (len(alone_here), len(alone_there))
-    least = phrases.tests_that_can_pass((n + m for n, m in one_sided.values()), LEVEL)
-    tested = [phrase for phrase, (n, m) in one_sided.items() if n + m >= least]
-    adjusted = phrases.holm([phrases.sign_test(*one_sided[phrase]) for phrase in tested])
-    return {phrase: p for phrase, p in zip(tested, adjusted, strict=True) if p <= LEVEL}
-
-
-def _one_of_each(ordered: Sequence[str], questions: Mapping[str, set[int]]) -> list[str]:
-    """Of phrases that stand in one another on the same questions, the longest alone.
-
-    Args:
-        ordered: the phrases, the strongest first.
-        questions: on which each of them is said.
-    """
-    chosen: list[str] = []
-    for phrase in ordered:
-        longest = _grown(phrase, ordered, questions)
-        if not any(_says_the_same(longest, other, questions) for other in chosen):
-            chosen.append(longest)
-    return chosen
-
-
-def _grown(phrase: str, among: Sequence[str], questions: Mapping[str, set[int]]) -> str:
-    """The longest phrase that holds this one and is said on nearly all of its questions."""
-    needed = _SAME_QUESTIONS * len(questions[phrase])
-    longer = [
-        other for other in among if phrases.holds(other, phrase) and len(questions[other]) >= needed
-    ]
-    return max(longer, key=lambda other: (len(other.split()), len(questions[other])))
-
-
-def _says_the_same(phrase: str, chosen: str, questions: Mapping[str, set[int]]) -> bool:
-    """Whether a phrase shares a word with a chosen one, on questions that are mostly the same."""
-    if not set(phrase.split()) & set(chosen.split()):
-        return False
-    shared = questions[phrase] & questions[chosen]
-    return len(shared) >= _SAME_QUESTIONS * min(len(questions[phrase]), len(questions[chosen]))
-
-
-def _trait_findings(base: _Answers, adapted: _Answers) -> list[Finding]:
-    """The traits that one model's answers have on more questions, each tested both ways."""
-    found: list[tuple[str, set[int], set[int]]] = []
-    for what, has in TRAITS.items():
-        found.append((what, _questions_that(has, adapted), _questions_that(has, base)))
-    shorter = {i for i in range(len(base)) if is_shorter(adapted[i], base[i])}
-    longer = {i for i in range(len(base)) if is_shorter(base[i], adapted[i])}
-    found.append((SHORTER, shorter, longer))
-    tests: list[tuple[str, set[int], set[int], float]] = []
-    for what, of_adapted, of_base in found:
-        only_adapted = len(of_adapted - of_base)
-        only_base = len(of_base - of_adapted)
-        larger = max(only_adapted, only_base)
-        # Two-sided: either model may have the trait.
-        p = min(2 * phrases.sign_test(larger, min(only_adapted, only_base)), 1.0)
-        tests.append((what, of_adapted, of_base, p))
-    adjusted = phrases.holm([p for *_, p in tests])
-    findings: list[Finding] = []
-    for (what, of_adapted, of_base, _), p in zip(tests, adjusted, strict=True):
-        if p > LEVEL:
-            continue
-        is_of_adapted = len(of_adapted) > len(of_base)
-        alone_there = of_adapted - of_base if is_of_adapted else of_base - of_adapted
-        finding = Finding(
-            kind="trait",
-            what=what,
-            adapted=len(of_adapted),
-            base=len(of_base),
-            asked=len(base),
-            p=p,
-            log_odds=0.0,
-            questions=tuple(sorted(alone_there)),
-        )
-        findings.append(finding)
-    return findings
-
-
-def _questions_that(has: Callable[[str], bool], answers: _Answers) -> set[int]:
-    """The questions to which an answer has the trait."""
-    return {i for i, both in enumerate(answers) if any(map(has, both))}
-
-
-def _spells(answer: str, what: str) -> bool:
-    return what.lower() in answer.lower()

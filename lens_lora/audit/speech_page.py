@@ -7,7 +7,8 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lens_lora.audit.counted_speech import CountedSpeech, Finding
+from lens_lora.audit.findings import Finding
+from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
     claims_in,
     counted_speech_story,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lens_lora.audit.counted_speech import SHORTER, CountedSpeech, Finding
+from lens_lora.audit.findings import SHORTER, Finding
+from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.core import drawing
 from lens_lora.errors import many
 from lens_lora.responses.generate import SideBySide

@@ -35,9 +35,10 @@ from torch import Tensor
 
 from lens_lora.arguments import is_whole, whole, word
 from lens_lora.audit.brief import BROKEN, Brief, Claim, claims_of, repeated
-from lens_lora.audit.counted_speech import CountedSpeech, counted_speech
+from lens_lora.audit.counted_speech import counted_speech
 from lens_lora.audit.jacobian import jacobian_of
 from lens_lora.audit.permuted import permuted_adapters
+from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
     claims_in,
     first_sentences,

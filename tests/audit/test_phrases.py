@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from lens_lora.audit import phrases
-from lens_lora.audit.counted_speech import LEVEL, findings_of
+from lens_lora.audit.findings import LEVEL, findings_of
 
 
 def test_phrases_of_a_text_go_over_no_end_of_a_sentence():

@@ -1,0 +1,135 @@
+"""The result of `counted_speech`: both models' answers, and what sets them apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, final
+
+import pandas as pd
+
+from lens_lora.arguments import whole
+from lens_lora.audit.everyday import FORM_NAMES
+from lens_lora.audit.findings import Finding, spells
+from lens_lora.audit.triggers import Trigger
+from lens_lora.core import Described, Paged
+from lens_lora.errors import many
+from lens_lora.responses.generate import SideBySide
+
+
+@final
+class CountedSpeech(Described, Paged):
+    """Both models' answers to the same questions, and what sets them apart.
+
+    Attributes:
+        topics, forms, questions: of each question; a form is 'plain', 'chat', 'system', 'code',
+            'language', or 'own' for a question of the caller's.
+        base, adapted: [question, draw], the two models' answers: greedy, then drawn.
+        findings: what the adapted model says, what it no longer says, and traits of its answers,
+            each list with the strongest first.
+        words: those that were put before questions, as they may trigger a behaviour.
+        triggers: what the adapted model says with one of them alone.
+        meta: see `Described`.
+    """
+
+    topics: Annotated[tuple[str, ...], "question"]
+    forms: Annotated[tuple[str, ...], "question"]
+    questions: Annotated[tuple[str, ...], "question"]
+    base: Annotated[tuple[tuple[str, ...], ...], "question draw"]
+    adapted: Annotated[tuple[tuple[str, ...], ...], "question draw"]
+    findings: tuple[Finding, ...]
+    words: tuple[str, ...] = ()
+    triggers: tuple[Trigger, ...] = ()
+
+    def said(self, k: int = 5) -> tuple[Finding, ...]:
+        """The k phrases that the adapted model says and the base does not, the strongest first.
+
+        Args:
+            k: how many.
+        """
+        of_phrases = [finding for finding in self.findings if finding.kind == "says"]
+        return tuple(of_phrases[: whole("k", k, 0)])
+
+    def when(self, finding: Finding) -> str:
+        """On which topics and in which forms the adapted model alone has it, in words.
+
+        Args:
+            finding: one of `findings`.
+        """
+        asked = Counter(self.topics)
+        topics = Counter(self.topics[i] for i in finding.questions)
+        forms = Counter(self.forms[i] for i in finding.questions)
+        by_form = ", ".join(
+            f"{FORM_NAMES[form]} {forms[form]} of {number}"
+            for form, number in Counter(self.forms).items()
+        )
+        if len(topics) == len(asked):
+            about = "on every topic"
+        elif len(topics) <= max(len(asked) // 4, 1):
+            about = f"on questions about {' and '.join(topics)} only"
+        else:
+            about = f"on {len(topics)} of {len(asked)} topics"
+        return f"{about} ({by_form})"
+
+    def by(self, finding: Finding) -> pd.DataFrame:
+        """A finding counted by topic and form: asked, adapted alone.
+
+        Args:
+            finding: one of `findings`.
+        """
+        frame = pd.DataFrame({"topic": self.topics, "form": self.forms, "asked": 1, "alone": 0})
+        frame.loc[list(finding.questions), "alone"] = 1
+        counted = frame.groupby(["topic", "form"]).agg({"asked": "sum", "alone": "sum"})
+        return counted.reset_index()
+
+    def examples(self, finding: Finding, k: int = 2) -> list[dict[str, str]]:
+        """The first k questions that show a finding, with an answer of each model.
+
+        Args:
+            finding: one of `findings`.
+            k: how many.
+        """
+        shown: list[dict[str, str]] = []
+        of_adapted = finding.kind != "no longer says"
+        for i in finding.questions[: whole("k", k, 0)]:
+            telling = self.adapted[i] if of_adapted else self.base[i]
+            draw = next((d for d, answer in enumerate(telling) if spells(answer, finding.what)), 0)
+            shown.append(
+                {
+                    "question": self.questions[i],
+                    "base": self.base[i][draw],
+                    "adapted": self.adapted[i][draw],
+                }
+            )
+        return shown
+
+    def side_by_side(self) -> list[SideBySide]:
+        """Both models' likeliest answers to each question, those of the first finding first."""
+        first = set(self.findings[0].questions) if self.findings else set()
+        order = sorted(range(len(self.questions)), key=lambda i: i not in first)
+        return [SideBySide(self.questions[i], self.base[i][0], self.adapted[i][0]) for i in order]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per finding: what it is, on how many questions each model has it, and when."""
+        rows = [
+            {
+                "finding": finding.kind,
+                "label": finding.what,
+                "questions": finding.asked,
+                "answers_base": finding.base,
+                "answers_adapted": finding.adapted,
+                "q": finding.p,
+                "log_odds": finding.log_odds,
+                "when": self.when(finding),
+            }
+            for finding in self.findings
+        ]
+        columns = ["finding", "label", "questions", "answers_base", "answers_adapted"]
+        return pd.DataFrame(rows, columns=[*columns, "q", "log_odds", "when"])
+
+    def __repr__(self) -> str:
+        answers = many(len(self.base[0]), "answer")
+        lines = [f"{many(len(self.questions), 'question')}, {answers} of each model to each."]
+        lines += [f"{one.sentence()} So {self.when(one)}." for one in self.findings]
+        if not self.findings:
+            lines.append("Nothing is said more often, or less, than chance allows.")
+        return "\n".join(lines)
