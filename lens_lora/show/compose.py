@@ -1,7 +1,7 @@
 """Several results as one table, and as one figure.
 
 `table` puts their tables below one another. This works because a column has the same name in all of
-them (`docs/reading.md` lists the names).
+them (`docs/columns.md` lists the names).
 
 `panel` puts their figures beside one another:
 

@@ -1,4 +1,4 @@
-"""One name for one thing: the columns of every result's table are those of docs/reading.md."""
+"""One name for one thing: the columns of every result's table are those of docs/columns.md."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from every_result import activations, every_result, features
 import lens_lora as ll
 from lens_lora.core import Ranked, Result
 
-PAGE = Path(__file__).parents[2] / "docs" / "reading.md"
-SECTION = "## Columns of the tables"
+PAGE = Path(__file__).parents[2] / "docs" / "columns.md"
+SECTION = "## What each column holds"
 # Columns of results that are not made by hand in `every_result`, or of an axis that none there has.
 ELSEWHERE = {
     *("result", "head", "expert", "rerouted", "asked", "tokens", "ended", "fixed"),
