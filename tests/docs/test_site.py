@@ -364,8 +364,8 @@ def test_what_does_not_exist_is_seen():
     page = DOCS / "index.md"
     assert unknown_names("`ll.second_ordre`") == {"second_ordre"}
     assert missing_files("`calculus/nothing.py`") == ["calculus/nothing.py"]
-    wrong = "[a](nowhere.md) [b](faq.md#no-such) [c](faq.md#tokens-and-prompts)"
-    assert broken_links(page, wrong) == ["nowhere.md", "faq.md#no-such"]
+    wrong = "[a](nowhere.md) [b](errors.md#no-such) [c](errors.md#tokens-and-prompts)"
+    assert broken_links(page, wrong) == ["nowhere.md", "errors.md#no-such"]
     assert broken_links(page, '<img alt="a" src="images/no.png">') == ["images/no.png"]
     unserved = "[a](../README.md) [b](costs.json) [c](site_pages.py) [d](faithfulness.json)"
     assert broken_links(page, unserved) == ["../README.md", "costs.json", "site_pages.py"]
@@ -374,8 +374,8 @@ def test_what_does_not_exist_is_seen():
         "docs/no_page.md",
         "demos/none.ipynb",
     ]
-    named = "see docs/no_page.md, docs/faq.md#no-such and docs/faq.md#tokens-and-prompts"
-    assert dead_references(named) == ["no_page.md", "faq.md"]
+    named = "see docs/no_page.md, docs/errors.md#no-such and docs/errors.md#tokens-and-prompts"
+    assert dead_references(named) == ["no_page.md", "errors.md"]
 
 
 def test_nothing_is_installed_by_a_name_that_no_index_has():
@@ -420,7 +420,7 @@ def is_raised(quoted: str) -> bool:
     return known and all(any(part in literal for literal in literals()) for part in parts)
 
 
-MESSAGES = re.findall(r"^### `(.+)`$", (DOCS / "faq.md").read_text(), re.M)
+MESSAGES = re.findall(r"^### `(.+)`$", (DOCS / "errors.md").read_text(), re.M)
 
 
 def test_quoted_errors_are_the_code_s():
