@@ -45,6 +45,33 @@ def test_the_pages_are_what_the_numbers_render_to():
     assert shapes.render(shapes.PAGE.read_text(), sizes) != shapes.PAGE.read_text()
 
 
+def test_the_front_on_precision_says_what_was_measured():
+    """Its numbers are written by hand, and rounded."""
+    front = (precision.DOCS / "precision.md").read_text()
+    rows = [row for row in precision.read() if row["model"] == precision.REAL]
+    assert f"has {len({row['analysis'] for row in rows})} analyses" in front
+    errors = {(row["dtype"], row["analysis"]): 100 * row["error"] for row in rows}
+    for analysis, name in (("shift", "the shift of the whole adapter"), ("remainder",) * 2):
+        line = next(line for line in front.splitlines() if name in line and "off by" in line)
+        said = [float(number) for number in re.findall(r"off by ([\d.]+) %", line)]
+        measured = [errors["bfloat16", analysis], errors["float16", analysis]]
+        assert said == pytest.approx(measured, abs=0.06)
+    floors = json.loads(precision.FLOORS.read_text())
+    assert f"In {sum(row['shifts'] for row in floors):,} shifts" in front
+    assert f"beyond three floors in {sum(row['beyond'] for row in floors)}," in front
+
+
+def test_the_front_on_performance_says_what_was_measured():
+    front = (memory.DOCS / "performance.md").read_text()
+    cells = {
+        (cell["tokens"], cell["attn"], cell["work"]): cell["found"]
+        for cell in memory.read()
+        if cell["bound"] is None
+    }
+    for work in ("F", "first_order", "second_order"):
+        assert cells[512, "eager", work] in front
+
+
 def test_the_tables_of_memory_are_what_the_cells_render_to():
     body = memory.render(memory.read())
     assert f"{memory.MARK}\n\n{body}\n{memory.END}" in memory.PAGE.read_text()
