@@ -133,7 +133,7 @@ def test_the_cheaper_mode_is_taken(lens: ll.LoraLens):
 def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
     """Split further: prompts go one by one; what one row takes is named where it is too much."""
     by = ("position", "head", "token")
-    longest = RESPONSE.reading(lens.model, prompts()).prompts
+    longest = RESPONSE.reading(lens.model, prompts()).rows
     row = footprint_of(lens, longest)
     one = min(row.of_graph, row.of_rerun)
     whole, bounded = of(lens, by=by), of(lens, by=by, max_memory=1.5 * one)

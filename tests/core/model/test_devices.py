@@ -22,7 +22,7 @@ devices = pytest.importorskip("devices", reason="this torch has no backends writ
 NAMES = (
     *("logits", "first_order", "forward", "frozen", "by token and layer", "generate"),
     *("kl_shares", "path of a KL", "patch_sites, a KL"),
-    *("token_shifts", "activations", "components", "logit_shift", "tangents", "remainder"),
+    *("token_shifts", "lora_activations", "components", "logit_shift", "tangents", "remainder"),
     *("second_order", "coupling", "patch_sites", "ranks, to the mean", "patch_activations"),
     *("feature_shift", "feature_shift by site"),
 )
@@ -86,7 +86,7 @@ OF_A_RESPONSE = {
     "KL": lambda lens, t, r: ll.first_order(lens, t, ll.KL(r), at=1.0, mode="reverse"),
     "kl_shares": lambda lens, t, r: ll.kl_shares(lens, t, r, scales=(), progress=False),
     "token_shifts": lambda lens, t, r: ll.token_shifts(lens, t, r),
-    "activations": lambda lens, t, r: ll.lora_activations(lens, t, r),
+    "lora_activations": lambda lens, t, r: ll.lora_activations(lens, t, r),
 }
 TARGETS = {"HookedTransformer": "linear", "TransformerBridge": "everything"}
 
