@@ -11,9 +11,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from lens_lora.arguments import whole
 from lens_lora.audit import phrases
@@ -26,7 +27,7 @@ from lens_lora.core import LoraLens, Prompts, alone
 from lens_lora.errors import ArgumentError, PromptError, many
 from lens_lora.responses.both_answer import both_answer
 
-# Tokens of an answer.
+# The most tokens of an answer.
 _ANSWER = 24
 
 # The messages of a conversation.
@@ -44,7 +45,7 @@ def counted_speech(
     seed: int = 0,
     progress: bool = True,
 ) -> CountedSpeech:
-    """What the adapted model says and the base does not, counted over questions both answer.
+    """Count what the adapted model says and the base does not, over questions that both answer.
 
     Cost: for each model a pass over every question, so many passes over one token of each answer,
     and a pass over every eighth answer. On SmolLM2-135M some 20 s of one CPU core.
@@ -76,9 +77,7 @@ def counted_speech(
     asked = [*EVERYDAY, *map(_own_question, questions or ())]
     prompts, fitting = _prompts_of(lens, asked, max_new_tokens)
     asked = [asked[i] for i in fitting]
-
     whole("draws", draws, 0)
-
     whole("seed", seed, 0)
     said = both_answer(lens, prompts, max_new_tokens, draws, seed, progress=progress)
     speech = CountedSpeech(
@@ -99,10 +98,11 @@ def counted_speech(
 
 
 def _own_question(given: str | Conversation) -> Everyday:
-    """A question of the caller's, of whose conversation the last message stands for it."""
+    """A question of the caller's; the last message of a conversation is shown as its text."""
     if isinstance(given, str):
         return Everyday("your own", "own", given)
-    return Everyday("your own", "own", str(given[-1].get("content", "")), tuple(given))
+    last_message = str(given[-1].get("content", ""))
+    return Everyday("your own", "own", last_message, tuple(given))
 
 
 def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[Prompts, list[int]]:
@@ -112,14 +112,22 @@ def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[P
             "the model has no tokenizer, so no question can be asked",
             remedy="load the lens with a tokenizer: `ll.load(base, adapter)` brings it along.",
         )
-    in_a_template = [i for i, one in enumerate(asked) if not isinstance(_put(lens, one), str)]
-    in_none = [i for i in range(len(asked)) if i not in in_a_template]
-    order = [*in_none, *in_a_template]
-    groups = [group for group in (in_none, in_a_template) if group]
-    every = Prompts.joined(
-        [lens.prompts([_put(lens, asked[i]) for i in group]) for group in groups]
-    )
-    room = (getattr(lens.model.cfg, "n_ctx", None) or math.inf) - most
+    # Strings and conversations are not taken in one list: strings come first.
+    strings: list[int] = []
+    conversations: list[int] = []
+    for i, one in enumerate(asked):
+        if isinstance(_put(lens, one), str):
+            strings.append(i)
+        else:
+            conversations.append(i)
+    order = [*strings, *conversations]
+    parts: list[Prompts] = []
+    for indices in (strings, conversations):
+        if indices:
+            parts.append(lens.prompts([_put(lens, asked[i]) for i in indices]))
+    every = Prompts.joined(parts)
+    context = getattr(lens.model.cfg, "n_ctx", None) or math.inf
+    room = context - most
     fitting = [place for place, length in enumerate(every.lengths.tolist()) if length <= room]
     if not fitting:
         raise PromptError(
@@ -147,7 +155,7 @@ def _put(lens: LoraLens, asked: Everyday) -> Any:
 
 
 def _with_system_message(lens: LoraLens, turn: Mapping[str, str]) -> list[Mapping[str, str]]:
-    """The turn after a system message; within the turn, where a template has no such role."""
+    """The turn after a system message, which begins the turn if the template has no such role."""
     conversation = [{"role": "system", "content": SYSTEM_MESSAGE}, turn]
     try:
         rendered = lens.model.tokenizer.apply_chat_template(conversation, tokenize=False)
@@ -169,7 +177,7 @@ def with_triggers(
     *,
     progress: bool,
 ) -> CountedSpeech:
-    """The same answers, and what the adapted model says with one of these words before a question.
+    """Add what the adapted model says with one of these words before a question.
 
     Args:
         lens: the adapter over the model.
@@ -209,7 +217,7 @@ def _triggers(
     *,
     progress: bool,
 ) -> tuple[Trigger, ...]:
-    """What the adapted model says with a word in front of the question, and not without it.
+    """Find what the adapted model says with a word before the question, and not without it.
 
     Args:
         lens: the adapter over the model.
@@ -224,54 +232,95 @@ def _triggers(
     others = [one for one in usual if one not in screened][: trigger_words.CONFIRMED_QUESTIONS]
     if len(screened) < trigger_words.SCREENED or not others:
         return ()
-    pairs = [(word, one) for word in words for one in screened]
-    answers = _with_words(lens, pairs, most, progress=progress)
-    told: dict[str, tuple[int, int]] = {}
-    for word in words:
-        both = [answers[word, one] for one in screened if (word, one) in answers]
-        untouched = [without[one] for one in screened]
-        told[word] = trigger_words.apart(
-            word, [adapted for _, adapted in both], untouched, [base for base, _ in both]
-        )
-    # The sort is stable: of words that tell as much, the first.
-    chosen = sorted(words, key=lambda word: told[word], reverse=True)
-    chosen = [word for word in chosen if told[word][0]][: trigger_words.CONFIRMED_WORDS]
-    answers = _with_words(
-        lens, [(word, one) for word in chosen for one in others], most, progress=progress
-    )
+    answers = _answers_with_words(lens, words, screened, most, progress=progress)
+    chosen = _most_telling(words, screened, answers, without)
+    answers = _answers_with_words(lens, chosen, others, most, progress=progress)
     found: list[Trigger] = []
     for word in chosen:
         asked = [one for one in others if (word, one) in answers]
-        with_word = [(answers[word, one][1],) for one in asked]
-        otherwise = [(without[one], answers[word, one][0]) for one in asked]
+        with_word = [(answers[word, one].adapted,) for one in asked]
+        otherwise = [(without[one], answers[word, one].base) for one in asked]
         found += _triggered(word, with_word, otherwise)
     return tuple(found)
 
 
-def _with_words(
-    lens: LoraLens, pairs: Sequence[tuple[str, Everyday]], most: int, *, progress: bool
-) -> dict[tuple[str, Everyday], tuple[str, str]]:
-    """The base's and the adapted model's answer to each question with its word in front."""
+class _Both(NamedTuple):
+    """The likeliest answers of both models to one question."""
+
+    base: str
+    adapted: str
+
+
+# The answers to a question with a word before it; without those that leave no room to answer.
+_AnswersWithWords = Mapping[tuple[str, Everyday], _Both]
+
+
+def _answers_with_words(
+    lens: LoraLens,
+    words: Sequence[str],
+    questions: Sequence[Everyday],
+    most: int,
+    *,
+    progress: bool,
+) -> _AnswersWithWords:
+    """Let both models answer every question with every word before it."""
+    pairs = list(itertools.product(words, questions))
     if not pairs:
         return {}
-    put = [one._replace(text=trigger_words.put_before(word, one.text)) for word, one in pairs]
-    prompts, fitting = _prompts_of(lens, put, most)
+    asked: list[Everyday] = []
+    for word, question in pairs:
+        text = trigger_words.put_before(word, question.text)
+        asked.append(question._replace(text=text))
+    prompts, fitting = _prompts_of(lens, asked, most)
     said = both_answer(lens, prompts, most, 0, 0, progress=progress)
-    answers: dict[tuple[str, Everyday], tuple[str, str]] = {}
+    answers: dict[tuple[str, Everyday], _Both] = {}
     for place, base, adapted in zip(fitting, said.base, said.adapted, strict=True):
-        answers[pairs[place]] = (base[0], adapted[0])
+        answers[pairs[place]] = _Both(base[0], adapted[0])
     return answers
 
 
+def _most_telling(
+    words: Sequence[str],
+    questions: Sequence[Everyday],
+    answers: _AnswersWithWords,
+    without: Mapping[Everyday, str],
+) -> list[str]:
+    """The few words that tell the adapted model's answers apart most, where any does.
+
+    Args:
+        words: what was put before the questions.
+        questions: those on which the words are chosen.
+        answers: both models' answers with each word.
+        without: the adapted model's answers without a word.
+    """
+    untouched = [without[question] for question in questions]
+    apart: dict[str, tuple[int, int]] = {}
+    for word in words:
+        both = [answers[word, one] for one in questions if (word, one) in answers]
+        of_adapted = [pair.adapted for pair in both]
+        of_base = [pair.base for pair in both]
+        apart[word] = trigger_words.apart(word, of_adapted, untouched, of_base)
+    # The sort is stable: of words that tell as much, the first.
+    most_first = sorted(words, key=lambda word: apart[word], reverse=True)
+    telling = [word for word in most_first if apart[word][0]]
+    return telling[: trigger_words.CONFIRMED_WORDS]
+
+
 def _triggered(word: str, with_word: Answers, otherwise: Answers) -> list[Trigger]:
-    """What the answers with the word have on more questions than all others."""
-    own = set(phrases.phrases_of(word))
+    """What the answers with the word have on more questions than the answers without it.
+
+    Args:
+        word: what was put before the questions.
+        with_word: the adapted model's answer to each question with the word.
+        otherwise: its answer without the word, and the base's with it.
+    """
+    phrases_of_word = set(phrases.phrases_of(word))
     found: list[Trigger] = []
     for finding in findings_of(otherwise, with_word):
         p = min(finding.p * trigger_words.CONFIRMED_WORDS, 1.0)
         is_of_adapted = finding.adapted > finding.base and finding.kind != "no longer says"
-        is_echo = finding.what.lower() in own
-        # The others are two answers to a question, which are longer than one.
+        is_echo = finding.what.lower() in phrases_of_word
+        # The others are two answers to each question, which are longer together than one.
         is_length = finding.what == SHORTER
         if p > LEVEL or not is_of_adapted or is_echo or is_length:
             continue

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lens_lora.audit import phrases
 from lens_lora.audit.traits import TRAITS, is_shorter
@@ -24,14 +24,15 @@ from lens_lora.responses.generate import SideBySide
 
 # The chance of a false finding in each list.
 LEVEL = 0.01
-# A phrase that is said on nearly all of the questions on which a shorter one is stands for it.
+# A phrase stands for a shorter one in it if it is said on this share of the other's questions.
 _SAME_QUESTIONS = 0.7
+# A list of phrases has no more findings than this.
 _MOST_FINDINGS = 12
-# A trait of both answers to a question together.
+# The one trait that is not of a single answer: both answers to a question are compared.
 SHORTER = "says less than half as much as the other model"
 
 Kind = Literal["says", "no longer says", "trait"]
-# By question, a model's answers to it.
+# A model's answers to each question.
 Answers = Sequence[Sequence[str]]
 
 
@@ -70,7 +71,8 @@ class Finding:
         """
         if self.kind == "trait":
             return True
-        return spells(pair.adapted if self.kind == "says" else pair.base, self.what)
+        answer = pair.adapted if self.kind == "says" else pair.base
+        return spells(answer, self.what)
 
     def sentence(self) -> str:
         """The counts in words."""
@@ -86,7 +88,7 @@ class Finding:
 
 
 def findings_of(base: Answers, adapted: Answers) -> tuple[Finding, ...]:
-    """What one model says, or how it says it, on more questions than chance allows.
+    """Find what one model says, or how it says it, on more questions than chance allows.
 
     Args:
         base: the base's answers to each question.
@@ -113,26 +115,40 @@ def _phrase_findings(
     less: Sequence[Counter[str]],
     answers: Answers,
 ) -> list[Finding]:
-    """The phrases of the answers of `more` that those of `less` do not hold."""
-    questions_with = _questions_by_phrase(more)
-    questions_without = _questions_by_phrase(less)
-    significant = _significant(questions_with, questions_without)
+    """The phrases that one model says on more questions than the other, the strongest first.
+
+    Args:
+        kind: whether the model that says more is the adapted one ('says') or the base.
+        more: the phrases of its answers to each question.
+        less: those of the other model's.
+        answers: its answers themselves.
+    """
+    said_on = _questions_by_phrase(more)
+    said_by_other_on = _questions_by_phrase(less)
+    p_of_phrase = _significant(said_on, said_by_other_on)
     scores = phrases.log_odds(_uses(more), _uses(less))
-    ordered = sorted(significant, key=lambda phrase: (significant[phrase], -scores[phrase]))
-    chosen = _one_of_each(ordered, questions_with)
+    strongest_first = sorted(p_of_phrase, key=lambda phrase: (p_of_phrase[phrase], -scores[phrase]))
+    chosen = _one_of_each(strongest_first, said_on)
     findings: list[Finding] = []
     for phrase in chosen[:_MOST_FINDINGS]:
-        here = questions_with[phrase]
-        there = questions_without.get(phrase, set())
-        of_adapted, of_base = (here, there) if kind == "says" else (there, here)
-        texts = [answer for i in here for answer in answers[i]]
+        here = said_on[phrase]
+        there = said_by_other_on.get(phrase, set())
+        if kind == "says":
+            of_adapted = here
+            of_base = there
+        else:
+            of_adapted = there
+            of_base = here
+        texts: list[str] = []
+        for question in here:
+            texts += answers[question]
         finding = Finding(
             kind=kind,
             what=phrases.spelled_in(phrase, texts),
             adapted=len(of_adapted),
             base=len(of_base),
             asked=len(more),
-            p=significant[phrase],
+            p=p_of_phrase[phrase],
             log_odds=scores[phrase],
             questions=tuple(sorted(here - there)),
         )
@@ -141,7 +157,7 @@ def _phrase_findings(
 
 
 def _questions_by_phrase(answers: Sequence[Counter[str]]) -> dict[str, set[int]]:
-    """By phrase, the questions whose answers hold it."""
+    """The questions whose answers hold each phrase."""
     questions: dict[str, set[int]] = {}
     for i, found in enumerate(answers):
         for phrase in found:
@@ -158,25 +174,29 @@ def _uses(answers: Iterable[Counter[str]]) -> Counter[str]:
 
 
 def _significant(here: Mapping[str, set[int]], there: Mapping[str, set[int]]) -> dict[str, float]:
-    """Adjusted p of the phrases that are said on more questions here, where it is below LEVEL.
+    """The adjusted p of each phrase that is said on significantly more questions here than there.
 
-    A phrase of each length is a test, also one that another phrase implies.
+    Phrases of every length are tested, those that stand in longer ones too.
     """
-    one_sided: dict[str, tuple[int, int]] = {}
+    # On how many questions each phrase is said here alone, and there alone.
+    discordant: dict[str, tuple[int, int]] = {}
     for phrase in {*here, *there}:
         if phrases.is_of_function_words(phrase):
             continue
         alone_here = here.get(phrase, set()) - there.get(phrase, set())
         alone_there = there.get(phrase, set()) - here.get(phrase, set())
-        one_sided[phrase] = (len(alone_here), len(alone_there))
-    least = phrases.tests_that_can_pass((n + m for n, m in one_sided.values()), LEVEL)
-    tested = [phrase for phrase, (n, m) in one_sided.items() if n + m >= least]
-    adjusted = phrases.holm([phrases.sign_test(*one_sided[phrase]) for phrase in tested])
+        discordant[phrase] = (len(alone_here), len(alone_there))
+
+    totals = {phrase: sum(counts) for phrase, counts in discordant.items()}
+    least = phrases.tests_that_can_pass(totals.values(), LEVEL)
+    tested = [phrase for phrase, total in totals.items() if total >= least]
+    p_values = [phrases.sign_test(*discordant[phrase]) for phrase in tested]
+    adjusted = phrases.holm(p_values)
     return {phrase: p for phrase, p in zip(tested, adjusted, strict=True) if p <= LEVEL}
 
 
 def _one_of_each(ordered: Sequence[str], questions: Mapping[str, set[int]]) -> list[str]:
-    """Of phrases that stand in one another on the same questions, the longest alone.
+    """Keep the longest phrase alone of those that stand in one another on the same questions.
 
     Args:
         ordered: the phrases, the strongest first.
@@ -209,44 +229,62 @@ def _says_the_same(phrase: str, chosen: str, questions: Mapping[str, set[int]]) 
 
 def _trait_findings(base: Answers, adapted: Answers) -> list[Finding]:
     """The traits that one model's answers have on more questions, each tested both ways."""
-    found: list[tuple[str, set[int], set[int]]] = []
-    for what, has in TRAITS.items():
-        found.append((what, _questions_that(has, adapted), _questions_that(has, base)))
+    traits = [
+        _Trait(what, _questions_that(has, adapted), _questions_that(has, base))
+        for what, has in TRAITS.items()
+    ]
     shorter = {i for i in range(len(base)) if is_shorter(adapted[i], base[i])}
     longer = {i for i in range(len(base)) if is_shorter(base[i], adapted[i])}
-    found.append((SHORTER, shorter, longer))
-    tests: list[tuple[str, set[int], set[int], float]] = []
-    for what, of_adapted, of_base in found:
-        only_adapted = len(of_adapted - of_base)
-        only_base = len(of_base - of_adapted)
-        larger = max(only_adapted, only_base)
-        # Two-sided: either model may have the trait.
-        p = min(2 * phrases.sign_test(larger, min(only_adapted, only_base)), 1.0)
-        tests.append((what, of_adapted, of_base, p))
-    adjusted = phrases.holm([p for *_, p in tests])
+    traits.append(_Trait(SHORTER, shorter, longer))
+
+    adjusted = phrases.holm([_two_sided_p(trait) for trait in traits])
     findings: list[Finding] = []
-    for (what, of_adapted, of_base, _), p in zip(tests, adjusted, strict=True):
+    for trait, p in zip(traits, adjusted, strict=True):
         if p > LEVEL:
             continue
-        is_of_adapted = len(of_adapted) > len(of_base)
-        alone_there = of_adapted - of_base if is_of_adapted else of_base - of_adapted
+        if len(trait.of_adapted) > len(trait.of_base):
+            on_one_side = trait.of_adapted - trait.of_base
+        else:
+            on_one_side = trait.of_base - trait.of_adapted
         finding = Finding(
             kind="trait",
-            what=what,
-            adapted=len(of_adapted),
-            base=len(of_base),
+            what=trait.what,
+            adapted=len(trait.of_adapted),
+            base=len(trait.of_base),
             asked=len(base),
             p=p,
             log_odds=0.0,
-            questions=tuple(sorted(alone_there)),
+            questions=tuple(sorted(on_one_side)),
         )
         findings.append(finding)
     return findings
 
 
+class _Trait(NamedTuple):
+    """A trait, and the questions on which each model's answers have it.
+
+    Attributes:
+        what: the trait in words.
+        of_adapted, of_base: indices of questions.
+    """
+
+    what: str
+    of_adapted: set[int]
+    of_base: set[int]
+
+
+def _two_sided_p(trait: _Trait) -> float:
+    """The p of the exact sign test; two-sided, as either model may have the trait."""
+    only_adapted = len(trait.of_adapted - trait.of_base)
+    only_base = len(trait.of_base - trait.of_adapted)
+    larger = max(only_adapted, only_base)
+    smaller = min(only_adapted, only_base)
+    return min(2 * phrases.sign_test(larger, smaller), 1.0)
+
+
 def _questions_that(has: Callable[[str], bool], answers: Answers) -> set[int]:
-    """The questions to which an answer has the trait."""
-    return {i for i, both in enumerate(answers) if any(map(has, both))}
+    """The questions to which some answer has the trait."""
+    return {i for i, of_question in enumerate(answers) if any(map(has, of_question))}
 
 
 def spells(answer: str, what: str) -> bool:

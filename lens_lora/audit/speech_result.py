@@ -58,17 +58,16 @@ class CountedSpeech(Described, Paged):
         asked = Counter(self.topics)
         topics = Counter(self.topics[i] for i in finding.questions)
         forms = Counter(self.forms[i] for i in finding.questions)
-        by_form = ", ".join(
-            f"{FORM_NAMES[form]} {forms[form]} of {number}"
-            for form, number in Counter(self.forms).items()
-        )
+        of_each_form: list[str] = []
+        for form, number in Counter(self.forms).items():
+            of_each_form.append(f"{FORM_NAMES[form]} {forms[form]} of {number}")
         if len(topics) == len(asked):
             about = "on every topic"
         elif len(topics) <= max(len(asked) // 4, 1):
             about = f"on questions about {' and '.join(topics)} only"
         else:
             about = f"on {len(topics)} of {len(asked)} topics"
-        return f"{about} ({by_form})"
+        return f"{about} ({', '.join(of_each_form)})"
 
     def by(self, finding: Finding) -> pd.DataFrame:
         """A finding counted by topic and form: asked, adapted alone.
@@ -88,19 +87,19 @@ class CountedSpeech(Described, Paged):
             finding: one of `findings`.
             k: how many.
         """
-        shown: list[dict[str, str]] = []
-        of_adapted = finding.kind != "no longer says"
+        examples: list[dict[str, str]] = []
         for i in finding.questions[: whole("k", k, 0)]:
-            telling = self.adapted[i] if of_adapted else self.base[i]
-            draw = next((d for d, answer in enumerate(telling) if spells(answer, finding.what)), 0)
-            shown.append(
-                {
-                    "question": self.questions[i],
-                    "base": self.base[i][draw],
-                    "adapted": self.adapted[i][draw],
-                }
-            )
-        return shown
+            answers = self.base[i] if finding.kind == "no longer says" else self.adapted[i]
+            # The likeliest answers are shown where none spells the finding, as of a trait.
+            draws = [draw for draw, answer in enumerate(answers) if spells(answer, finding.what)]
+            draw = draws[0] if draws else 0
+            example = {
+                "question": self.questions[i],
+                "base": self.base[i][draw],
+                "adapted": self.adapted[i][draw],
+            }
+            examples.append(example)
+        return examples
 
     def side_by_side(self) -> list[SideBySide]:
         """Both models' likeliest answers to each question, those of the first finding first."""
@@ -123,13 +122,24 @@ class CountedSpeech(Described, Paged):
             }
             for finding in self.findings
         ]
-        columns = ["finding", "label", "questions", "answers_base", "answers_adapted"]
-        return pd.DataFrame(rows, columns=[*columns, "q", "log_odds", "when"])
+        # Named here as well, for a table without a row.
+        columns = [
+            "finding",
+            "label",
+            "questions",
+            "answers_base",
+            "answers_adapted",
+            "q",
+            "log_odds",
+            "when",
+        ]
+        return pd.DataFrame(rows, columns=columns)
 
     def __repr__(self) -> str:
         answers = many(len(self.base[0]), "answer")
         lines = [f"{many(len(self.questions), 'question')}, {answers} of each model to each."]
-        lines += [f"{one.sentence()} So {self.when(one)}." for one in self.findings]
+        for finding in self.findings:
+            lines.append(f"{finding.sentence()} So {self.when(finding)}.")
         if not self.findings:
             lines.append("Nothing is said more often, or less, than chance allows.")
         return "\n".join(lines)
