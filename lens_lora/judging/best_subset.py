@@ -48,16 +48,16 @@ from lens_lora.judging.rankings import Scores, by_score, named, scores_towards
 Over = Literal["sites", "heads"]
 Sets = Bool[Tensor, "set site"]
 
-# The strengths at which the tops of the slopes are candidates.
-_AT = (0.0, 0.5, 1.0)
+# The strengths at which the sites of the largest slopes are candidates.
+_SCALES_OF_SLOPES = (0.0, 0.5, 1.0)
 # How far a gate moves in a step of Adam.
-_RATE = 0.1
-# Swaps start from so many candidates.
+_STEP_SIZE = 0.1
+# How many candidates swaps start from.
 _STARTS = 3
-# So many sites within the set, and outside it, are exchanged in pairs.
+# How many sites of the set, and how many outside it, are exchanged in pairs.
 _OUTS = 4
 _INS = 4
-# Up to so many exchanges of one pair are all run.
+# All exchanges of one pair are run where there are at most this many of them.
 _FEW_PAIRS = 64
 # The most rounds of swaps.
 _ROUNDS = 40
@@ -218,7 +218,7 @@ def best_subset(
     with tqdm(total=total, desc="best subset", leave=False, disable=not g.progress) as bar:
         search = _Search(g, over, search_on, steps, bar)
         tops: dict[str, Float[Tensor, " site"]] = {}
-        for at in _AT:
+        for at in _SCALES_OF_SLOPES:
             everywhere = torch.full((search.sites,), at, dtype=torch.float64)
             tops[f"first_order@{at:g}"] = search.gradient(everywhere)
         for name, score in scores.items():
@@ -246,9 +246,10 @@ def _kept_by_prompt(
     """The share that each set keeps of each prompt's own shift; NaN within three noise floors."""
     base, adapted = g.ends.cpu()
     shift = (adapted - base).double()
-    clear = torch.where(shift.abs() > SIGMAS * g.floor.cpu(), shift, torch.nan)
+    is_clear = shift.abs() > SIGMAS * g.floor.cpu()
+    clear_shift = torch.where(is_clear, shift, torch.nan)
     moved = values.double().cpu() - base.double()[:, None]
-    return (moved / clear[:, None]).T.contiguous()
+    return (moved / clear_shift[:, None]).T.contiguous()
 
 
 def _require_shift(g: Function, prompts: list[int]) -> None:
@@ -300,6 +301,7 @@ def _fractions(size: Any) -> list[float]:
 
 
 def _is_several(value: object) -> bool:
+    """Whether this is a list of numbers; a number, or a tensor of one, is none."""
     return not isinstance(one_entry(value), int | float)
 
 
@@ -418,19 +420,20 @@ def _best_set(search: _Search, count: int, scores: Mapping[str, Float[Tensor, " 
 def _candidates(
     search: _Search, count: int, scores: Mapping[str, Float[Tensor, " site"]]
 ) -> list[_Best]:
-    """The best few of the tops of all scores, and of the gates on their way."""
+    """The best few sets among the top of every score and the largest gates after each step."""
     candidates = [_top(score, count) for score in scores.values()]
     found_by = list(scores)
-    for on_the_way in _climbed(search, count):
-        candidates.append(on_the_way)
+    for largest_gates in _climbed(search, count):
+        candidates.append(largest_gates)
         found_by.append("gates")
     # Several candidates may be the same set, which is run once and named by the first of them.
-    sets, set_of_candidate = torch.unique(torch.stack(candidates), dim=0, return_inverse=True)
+    sets, inverse = torch.unique(torch.stack(candidates), dim=0, return_inverse=True)
+    set_of_candidate = inverse.tolist()
     kept = search.kept(sets.double())
     best_first = kept.argsort(descending=True)[:_STARTS].tolist()
     best: list[_Best] = []
     for index in best_first:
-        first_candidate = set_of_candidate.tolist().index(index)
+        first_candidate = set_of_candidate.index(index)
         best.append(_Best(sets[index], float(kept[index]), found_by[first_candidate]))
     return best
 
@@ -444,7 +447,7 @@ def _top(score: Float[Tensor, " site"], count: int) -> Bool[Tensor, " site"]:
 def _climbed(search: _Search, count: int) -> list[Bool[Tensor, " site"]]:
     """The sets of the k largest gates, after each step along the gradient."""
     gates = torch.full((search.sites,), count / search.sites, dtype=torch.float64)
-    adam = torch.optim.Adam([gates], lr=_RATE, maximize=True)
+    adam = torch.optim.Adam([gates], lr=_STEP_SIZE, maximize=True)
     tops: list[Tensor] = []
     for _ in range(search.steps):
         gates.grad = search.gradient(gates)
@@ -513,8 +516,11 @@ def _exchanges(members: Bool[Tensor, " site"], slopes: Float[Tensor, " site"]) -
 
 
 def _pairs(members: Tensor, outs: Int[Tensor, "out 1"], ins: Int[Tensor, "in 1"]) -> Sets:
-    """The sets after exchanging each site of `outs` for each of `ins`."""
-    return torch.cat([_exchanged(members, out, into) for out, into in itertools.product(outs, ins)])
+    """The sets after exchanging each site of `outs` for each of `ins`, one pair at a time."""
+    sets: list[Tensor] = []
+    for out, into in itertools.product(outs, ins):
+        sets.append(_exchanged(members, out, into))
+    return torch.cat(sets)
 
 
 def _exchanged(members: Tensor, outs: Int[Tensor, " out"], ins: Int[Tensor, " out"]) -> Sets:

@@ -63,18 +63,23 @@ def scored(g: Function, signed: Orders, by_magnitude: Orders) -> Scored:
     counts = [int(share * sites) for share in MIB_SIZES]
     inner = sorted({count for count in counts if 0 < count < sites})
     moved = _mean_moved(g, torch.cat([signed, by_magnitude]), inner)
-    nothing = moved.new_zeros(len(moved), 1)
-    known = torch.cat([nothing, moved / size, nothing + 1], 1)
-    known_counts = [0, *inner, sites]
-    shares = known[:, [known_counts.index(count) for count in counts]]
+
+    # f is 0 for no site and 1 for all of them; several of MIB's sizes may be the same count.
+    zeros = moved.new_zeros(len(moved), 1)
+    ones = moved.new_ones(len(moved), 1)
+    f_at_counts = torch.cat([zeros, moved / size, ones], 1)
+    distinct_counts = [0, *inner, sites]
+    columns = [distinct_counts.index(count) for count in counts]
+    f = f_at_counts[:, columns]
     if size <= SIGMAS * noise:
-        shares = torch.full_like(shares, torch.nan)
-    kept, matched = shares.split([len(signed), len(by_magnitude)])
+        f = torch.full_like(f, torch.nan)
+
+    f_signed, f_by_magnitude = f.split([len(signed), len(by_magnitude)])
     sizes = torch.tensor(MIB_SIZES, dtype=torch.float64)
     return Scored(
-        cpr=torch.trapezoid(kept, sizes),
-        cmd=torch.trapezoid((1 - matched).abs(), sizes),
-        kept=kept,
+        cpr=torch.trapezoid(f_signed, sizes),
+        cmd=torch.trapezoid((1 - f_by_magnitude).abs(), sizes),
+        kept=f_signed,
     )
 
 

@@ -279,37 +279,46 @@ def _require_finite(key: str, values: Grouped, labels: list[str]) -> None:
 def _require_same(
     one: Attribution | Effects, other: Attribution | Effects, across_prompts: bool
 ) -> None:
-    """Check that two results can be held against each other."""
+    """Check that the two results can be compared: that they are of the same sites, prompts, ….
+
+    Raises:
+        ArgumentError: naming the fact that differs, with what each result has.
+    """
     for result in (one, other):
         if not isinstance(result, Attribution | Effects):
             kind = type(result).__name__
             raise ArgumentError(f"compare takes attributions and effects, and this is a {kind}.")
-    mine = _facts(one)
-    theirs = _facts(other)
+    facts_of_one = _facts(one)
+    facts_of_other = _facts(other)
     if across_prompts:
-        compared = ["sites", "units"]
+        required = ["sites", "units"]
+        remedy = "compute both with the same lens, prompts and readout."
     else:
-        # A file of an earlier version does not say where in its rows the prompts end. The label of
-        # a readout need not name all that is said after a prompt.
-        prompts = [] if mine["responses"] == theirs["responses"] else ["prompts"]
-        compared = ["sites", *prompts, "readouts", "responses"]
+        required = ["sites"]
+        # A file of an earlier version does not say where in its rows the prompts end.
+        if facts_of_one["responses"] != facts_of_other["responses"]:
+            required.append("prompts")
+        # The label of a readout need not name all that is said after a prompt.
+        required += ["readouts", "responses"]
+        remedy = (
+            "compute both with the same lens, prompts and readout, or compare results of different "
+            "prompts: across_prompts=True."
+        )
     if isinstance(one, Effects) and isinstance(other, Effects):
-        compared.append("groups")
-    otherwise = ", or compare results of different prompts: across_prompts=True"
-    if across_prompts:
-        otherwise = ""
-    for fact in compared:
-        if mine[fact] != theirs[fact]:
+        required.append("groups")
+    for fact in required:
+        of_one = facts_of_one[fact]
+        of_other = facts_of_other[fact]
+        if of_one != of_other:
             raise ArgumentError(
                 f"the two results are of different {fact}: {one.key} has "
-                f"{_shown(mine[fact], theirs[fact])}, {other.key} has "
-                f"{_shown(theirs[fact], mine[fact])}",
-                remedy=f"compute both with the same lens, prompts and readout{otherwise}.",
+                f"{_shown(of_one, of_other)}, {other.key} has {_shown(of_other, of_one)}",
+                remedy=remedy,
             )
 
 
 def _facts(result: Attribution | Effects) -> dict[str, list[str]]:
-    """The words for everything that two results may have to have in common."""
+    """The words for each fact that two compared results may need to share."""
     facts = {
         "sites": [site.name for site in result.sites],
         "prompts": ["|".join(asked_of(tokens)) for tokens in result.str_tokens],
@@ -350,12 +359,15 @@ def _statistics_of(
     a: Vector, e: Vector, clear: NDArray[np.bool_], k: int, eps: float
 ) -> dict[str, float]:
     """Every statistic of one prompt; NaN where it does not exist."""
-    has_same_sign = (np.sign(a) == np.sign(e))[clear]
+    has_same_sign = np.sign(a) == np.sign(e)
+    sign_agreement = np.nan
+    if clear.any():
+        sign_agreement = float(has_same_sign[clear].mean())
     return {
         "pearson": correlation(a, e, eps=eps),
         "spearman": correlation(a, e, ranked=True, eps=eps),
         "slope": _slope(a, e, eps),
-        "sign_agreement": float(has_same_sign.mean()) if len(has_same_sign) else np.nan,
+        "sign_agreement": sign_agreement,
         "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,
         "relative_error": _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
         "sum_ratio": _ratio(float(a.sum()), float(e.sum())),

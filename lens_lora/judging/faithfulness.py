@@ -54,9 +54,9 @@ _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MOST_GREEDY = 40
 # The mean of so many random orders is a curve as smooth as the others.
 RANDOM_DRAWS = 5
-# A summary has the share of the shift that this fraction of the sites keeps,
+# A summary shows the share of the shift that this fraction of the sites keeps.
 _SHOWN = 0.2
-# and the smallest fraction of the sites that carries this share of the shift.
+# It also shows the smallest fraction of the sites that carries this share of the shift.
 _CARRIED = 0.9
 
 # How many sites are kept or dropped, in increasing order.
@@ -247,13 +247,15 @@ def faithfulness(
         return _curves(g, orders, counts, random_draws, seed)
     curves = _curves(held_out, orders, counts, random_draws, seed)
     by_magnitude = {name: rankings.by_score(score.abs()) for name, score in scores.items()}
-    signed = _with_random(orders, random_draws, seed)
-    sized = _with_random(by_magnitude, random_draws, seed)
-    marks = scored(held_out, signed, sized)
+    scores_of_orders = scored(
+        held_out,
+        signed=_with_random(orders, random_draws, seed),
+        by_magnitude=_with_random(by_magnitude, random_draws, seed),
+    )
     return dataclasses.replace(
         curves,
-        cpr=mean_of_draws(marks.cpr, len(orders)),
-        cmd=mean_of_draws(marks.cmd, len(orders)),
+        cpr=mean_of_draws(scores_of_orders.cpr, len(orders)),
+        cmd=mean_of_draws(scores_of_orders.cmd, len(orders)),
         ranked_on=g.str_tokens,
     )
 
@@ -272,9 +274,10 @@ def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: in
     floor = g.floor.cpu().double()
     shift = adapted - base
     # A share of a shift that is within rounding means nothing.
-    clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.nan)
+    is_clear = shift.abs() > SIGMAS * floor
+    clear_shift = torch.where(is_clear, shift, torch.nan)
     moved = _moved(g, _with_random(orders, draws, seed), counts)
-    keep, drop = moved / clear[:, None]
+    keep, drop = moved / clear_shift[:, None]
     names = [*orders, rankings.RANDOM] if draws else list(orders)
     labels: dict[str, Any] = g.header()
     labels["base"] = base

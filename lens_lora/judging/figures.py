@@ -205,7 +205,11 @@ def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.
 
 def _looks_of_kinds(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A colour and a symbol for each kind of module, groups of several kinds first."""
-    ordered = sorted(set(kinds), key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
+
+    def place(kind: str) -> int:
+        return KINDS.index(kind) if kind in KINDS else -1
+
+    ordered = sorted(set(kinds), key=place)
     marks = itertools.product(_SYMBOLS, figures.PALETTE)
     looks: dict[str, dict[str, Any]] = {}
     for kind, (symbol, colour) in zip(ordered, marks, strict=False):
@@ -231,8 +235,9 @@ def _agreement(comparison: Comparison, prompt: int | None) -> str:
             value = float(comparison.per_prompt[name][prompt])
         text = f"{value:.3f}" if math.isfinite(value) else "—"
         shown.append(f"{name.title()} {text}")
+    statistics = ", ".join(shown)
     is_mean = prompt is None and len(comparison.pearson) > 1
-    return ", ".join(shown) + (", each the mean over prompts" if is_mean else "")
+    return f"{statistics}, each the mean over prompts" if is_mean else statistics
 
 
 _FLAGGED = "flagged"

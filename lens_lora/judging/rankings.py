@@ -83,7 +83,8 @@ def _values_of(name: str, score: Scores, g: Function) -> BySite:
         score = score.per_site
     batch = g.reading.batch
     sites = len(g.lens.sites)
-    if score.shape not in ((sites,), (batch, sites)):
+    is_of_sites = score.shape in ((sites,), (batch, sites))
+    if not is_of_sites:
         raise ArgumentError(
             f"{name}: scores {tuple(score.shape)}; expected [{sites}], or [{batch}, {sites}], one "
             "per site in the order of lens.sites."
@@ -95,19 +96,19 @@ def _values_of(name: str, score: Scores, g: Function) -> BySite:
 
 def _require_of(name: str, score: Attribution, g: Function) -> None:
     """Check that an attribution is of the sites, prompts and readout that are run."""
+    their_sites = [site.name for site in score.sites]
+    our_sites = [site.name for site in g.lens.sites]
     their_rows = _joined(score.str_tokens)
     our_rows = _joined(g.str_tokens)
-    their_prompts = _joined([asked_of(tokens) for tokens in score.str_tokens])
-    our_prompts = _joined([asked_of(tokens) for tokens in g.str_tokens])
+    facts: dict[str, tuple[str | list[str], str | list[str]]] = {"sites": (their_sites, our_sites)}
     # A file of an earlier version does not say where in its rows the prompts end.
-    are_same_rows = their_rows == our_rows
-    facts = {
-        "sites": ([site.name for site in score.sites], [site.name for site in g.lens.sites]),
-        "prompts": (their_rows, our_rows) if are_same_rows else (their_prompts, our_prompts),
-        "readout": (score.readout, g.labels()["readout"]),
-        # The label of a readout need not name all that is said after a prompt.
-        "responses": (their_rows, our_rows),
-    }
+    if their_rows != our_rows:
+        their_prompts = _joined([asked_of(tokens) for tokens in score.str_tokens])
+        our_prompts = _joined([asked_of(tokens) for tokens in g.str_tokens])
+        facts["prompts"] = (their_prompts, our_prompts)
+    facts["readout"] = (score.readout, g.labels()["readout"])
+    # The label of a readout need not name all that is said after a prompt.
+    facts["responses"] = (their_rows, our_rows)
     for fact, (of_score, of_g) in facts.items():
         if of_score != of_g:
             raise ArgumentError(

@@ -222,7 +222,10 @@ def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float
     """
     effect = a + missed
     ratio = torch.minimum(a / effect, effect / a).clamp(min=0)
-    score = torch.where((a == 0) | (effect == 0), (a == effect).to(ratio), ratio)
+    # Where one of them is zero the score is 1 if both are, and 0 otherwise.
+    has_zero = (a == 0) | (effect == 0)
+    are_equal = (a == effect).to(ratio)
+    score = torch.where(has_zero, are_equal, ratio)
     return score.masked_fill(effect.isnan(), torch.nan)
 
 

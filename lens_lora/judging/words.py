@@ -22,11 +22,14 @@ def null_text(v: NullVerdict) -> str:
     least = "at least " if v.is_least else ""
     times = f"{least}{ratio} times what random directions of the same size give"
     if v.kind == "as_random":
-        shift = f"no more than random directions: the shift is {times} (p = {v.p:.2g})"
+        of_shift = f"no more than random directions: the shift is {times} (p = {v.p:.2g})"
     else:
-        shift = f"the adapter's shift is {times}"
-    chance = f"{v.chance:.1%} would by chance"
-    return f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({chance})"
+        of_shift = f"the adapter's shift is {times}"
+    of_sites = (
+        f"{v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws "
+        f"({v.chance:.1%} would by chance)"
+    )
+    return f"{of_shift}; {of_sites}"
 
 
 @drawing.body.register(NullTest)
