@@ -119,7 +119,7 @@ def resampled(
 
     for group in row_groups(lens, once, ROW_TOKENS):
         _run(lens, once.chosen(group), gates, keep)
-    # How many places later the text's token stands, counted from both ends.
+    # Row and text are aligned at their ends: token p of the row takes u of token p + later.
     later = (texts.lengths[text_of] - rows.lengths.to(text_of.device))[:, None]
     places = torch.arange(rows.tokens.shape[1], device=text_of.device)
     everywhere = (places + later).clamp(max=width - 1)
@@ -190,7 +190,9 @@ def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _K
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
         injection = lens.injections[index]
         u = injection.map.coordinates(z)
-        keep(index, u if injection.partner is None else u * gates[injection.partner].to(u))
+        if injection.partner is not None:
+            u = u * gates[injection.partner].to(u)
+        keep(index, u)
         return scaled(index, out, z)
 
     with torch.no_grad(), lens.injected(inject):

@@ -60,7 +60,7 @@ class _Memory:
 
 
 class Evaluations(Function):
-    """The same function, which keeps g and whole slopes at strengths ε·1. It lives within one call.
+    """The function g with a memory of its values and whole slopes at strengths ε·1, for one call.
 
     Corners and split slopes are not kept, and are run again when they are asked for again.
 
@@ -86,7 +86,7 @@ class Evaluations(Function):
 
     @classmethod
     def of(cls, g: Function) -> Evaluations:
-        """The function with a memory that is empty yet; one that has a memory as it is.
+        """The function with an empty memory; or itself, if it has a memory already.
 
         Args:
             g: a function with a readout.
@@ -112,7 +112,7 @@ class Evaluations(Function):
     def slopes_with_noise(
         self, along: Sequence[float] = (), by: tuple[str, ...] | str = ()
     ) -> Float[Tensor, "batch site *by"]:
-        """∂g/∂ε_l at the base; in the same passes what `noise` and `remainder_noise` rest on.
+        """∂g/∂ε_l at the base; the same passes give the draws for `noise` and `remainder_noise`.
 
         Five forward and backward passes, and ten forward ones, batched; and one for each strength.
         Where the slopes of whole sites are known and asked for, they are not run again.
@@ -166,9 +166,9 @@ class Evaluations(Function):
         return torch.stack([value.to(values[-1]) for value in values])
 
     def _values(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
-        """Points with the same gate at every site are strengths, which are remembered.
+        """Evaluate g at points; those with the same gate at every site are strengths, remembered.
 
-        Both ends ride along with others, where they are not known yet.
+        Ends that are not known yet are evaluated in the same batch as the other points.
         """
         is_uniform = (points == points[:, :1]).all(1)
         if bool(is_uniform.all()):

@@ -125,7 +125,8 @@ def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
     """
     operands = rows_and_weight(func, args, named)
     if operands is None:
-        return None if named or func not in MATMULS else _batched_product(rows, *args)
+        is_of_batches = func in MATMULS and not named
+        return _batched_product(rows, *args) if is_of_batches else None
     x, weight, bias = operands
     primal, tangent = _parts_of(x)
     if tangent is None or _has_tangent(weight) or _has_tangent(bias):
@@ -155,11 +156,20 @@ def rows_and_weight(func: Any, args: _Args, named: _Named) -> _Args | None:
     """
     first, second, third = cast("tuple[Any, Any, Any]", (*args, None, None)[:3])
     if func is torch.addmm:
-        bias, x, weight = first, second, third
+        # addmm(b, x, W)
+        bias = first
+        x = second
+        weight = third
     elif func is functional.linear:
-        x, weight, bias = first, second.transpose(0, -1), third
+        # linear(x, Wᵀ, b)
+        x = first
+        weight = second.transpose(0, -1)
+        bias = third
     else:
-        x, weight, bias = first, second, third
+        # matmul(x, W)
+        x = first
+        weight = second
+        bias = third
     if named or x.ndim < 2 or weight.ndim != 2:
         return None
     if bias is not None and bias.ndim != 1:
@@ -214,7 +224,9 @@ def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
     if not isinstance(value, Tensor):
         return value, None
     primal, tangent = fwad.unpack_dual(value)
-    return primal, None if tangent is None else _detached(tangent)
+    if tangent is None:
+        return primal, None
+    return primal, _detached(tangent)
 
 
 def _has_tangent(value: Any) -> bool:
@@ -225,7 +237,10 @@ def _has_tangent(value: Any) -> bool:
 def _value_and_tangent_apart(
     func: Callable[..., Any], args: _Args, named: _Named, kernels: list[SDPBackend]
 ) -> Tensor | None:
-    """The value with its graph, and the tangent without; None where no dual number has a graph."""
+    """Run a function twice: once for the value, with its graph, and once for the tangent, without.
+
+    None where no operand is a dual number whose value has a graph.
+    """
     operands = [_parts_of(arg) for arg in (*args, *named.values())]
     is_graphed = [tangent is not None and value.requires_grad for value, tangent in operands]
     if not any(is_graphed):

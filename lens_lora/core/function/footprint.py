@@ -65,44 +65,66 @@ class Footprint(NamedTuple):
 
 def footprint_of(lens: LoraLens, run: Run, *, in_turn: bool = False) -> Footprint:
     """The memory that a run's rows take; with `in_turn` logits are made some tokens at a time."""
+    # The names are those of the formulas above.
     cfg = lens.model.cfg
     layers = lens.host.n_layers
-    longest = prompts_of(run).tokens.shape[1]
-    width = int(cfg.d_model)
-    wide = width + int(getattr(cfg, "d_mlp", None) or 4 * width)
-    heads_by_key = int(cfg.n_heads) * longest
-    pattern = heads_by_key if lens.host.keeps_patterns else 0
-    patterns_kept = 1 if lens.dtype.itemsize >= 4 else 3
-    of_logits = lens.gate_dtype.itemsize * int(cfg.d_vocab_out)
-    logits_of_row, picks = _logits_held(lens, run, in_turn)
-    row_logits_in_graph = LOGITS_OF_GRAPH * logits_of_row * of_logits
-    of_token = lens.dtype.itemsize * longest
-    of_dual_token = lens.gate_dtype.itemsize * longest
+    T = prompts_of(run).tokens.shape[1]
+    d_model = int(cfg.d_model)
+    d_mlp = int(getattr(cfg, "d_mlp", None) or 4 * d_model)
+    m = d_model + d_mlp
+    hT = int(cfg.n_heads) * T
+    hT_kept = hT if lens.host.keeps_patterns else 0
+    c = 1 if lens.dtype.itemsize >= 4 else 3
+
+    in_pass = T * (3 * m + 4 * hT_kept)
+    of_graph = T * layers * (8 * m + c * hT_kept)
+    of_rerun = T * (layers * d_model + 8 * m + 7 * hT_kept)
+    of_duals = T * _DUAL_ROW * (m + hT)
+
+    number = lens.dtype.itemsize
+    fine_number = lens.gate_dtype.itemsize
+    tokens_of_row, tokens_in_turn = _logits_held(lens, run, in_turn)
+    logits_of_token = fine_number * int(cfg.d_vocab_out)
+    logits_of_row = tokens_of_row * logits_of_token
     return Footprint(
-        in_pass=of_token * (3 * wide + 4 * pattern) + LOGITS * logits_of_row * of_logits,
-        of_graph=of_token * layers * (8 * wide + patterns_kept * pattern) + row_logits_in_graph,
-        of_rerun=of_token * (layers * width + 8 * wide + 7 * pattern) + row_logits_in_graph,
-        of_duals=of_dual_token * _DUAL_ROW * (wide + heads_by_key),
+        in_pass=number * in_pass + LOGITS * logits_of_row,
+        of_graph=number * of_graph + LOGITS_OF_GRAPH * logits_of_row,
+        of_rerun=number * of_rerun + LOGITS_OF_GRAPH * logits_of_row,
+        of_duals=fine_number * of_duals,
         always=run.held_bytes if isinstance(run, Reading) else 0,
-        picks=picks,
-        picked=LOGITS * of_logits * min(picks, 2 * PICKS),
-        graphed=LOGITS_OF_GRAPH * of_logits * min(picks, PICKS),
+        picks=tokens_in_turn,
+        picked=LOGITS * logits_of_token * min(tokens_in_turn, 2 * PICKS),
+        graphed=LOGITS_OF_GRAPH * logits_of_token * min(tokens_in_turn, PICKS),
     )
 
 
-def _logits_held(lens: LoraLens, run: Run, in_turn: bool = False) -> tuple[int, int]:
-    """How many tokens of each row have their logits held, and of how many they are made in turn."""
+class _LogitsHeld(NamedTuple):
+    """Of how many tokens a run holds the logits.
+
+    Attributes:
+        of_row: tokens of each row, whose logits are held together.
+        in_turn: tokens of all rows, whose logits are made a few at a time.
+    """
+
+    of_row: int
+    in_turn: int
+
+
+def _logits_held(lens: LoraLens, run: Run, in_turn: bool = False) -> _LogitsHeld:
+    """Of how many tokens the logits are held; of `Prompts`, in turn only if asked for."""
     slots = prompts_of(run).slots
+    of_all_slots = _LogitsHeld(of_row=slots, in_turn=0)
     is_adapted = any(site.kind == "unembed" for site in lens.sites)
     if is_adapted or lens.host.unembedding() is None:
-        return slots, 0
+        return of_all_slots
     if isinstance(run, Prompts):
-        return (0, len(run.tokens) * slots) if in_turn else (slots, 0)
+        every_slot = len(run.tokens) * slots
+        return _LogitsHeld(of_row=0, in_turn=every_slot) if in_turn else of_all_slots
     if isinstance(run.read, Picks):
-        return 0, len(run.read.rows)
+        return _LogitsHeld(of_row=0, in_turn=len(run.read.rows))
     if isinstance(run.read, Columns):
-        return 0, 0
-    return slots, 0
+        return _LogitsHeld(of_row=0, in_turn=0)
+    return of_all_slots
 
 
 def dual_copy_bytes(lens: LoraLens, run: Prompts, read: int) -> float:

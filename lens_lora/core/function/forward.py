@@ -40,7 +40,7 @@ from lens_lora.core.readout.reading import (
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.spans import Temporary
 
-# What logits are multiplied by, at these places or, without places, all of them.
+# From logits and their places (no places for all logits) to the factor of each logit.
 Factor = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 _Unembedding = tuple[Tensor, Tensor | None]
 _Final = Float[Tensor, "row *slot d"]
@@ -75,8 +75,9 @@ def gated_logits(
 
 
 def logits_dtype(lens: LoraLens) -> torch.dtype:
-    """The dtype of the logits that are read: float32 or better, but where they pass a hook."""
-    return lens.dtype if _plain_unembedding(lens) is None else lens.gate_dtype
+    """The dtype in which logits are made: float32 or better, unless the model itself makes them."""
+    is_made_by_model = _plain_unembedding(lens) is None
+    return lens.dtype if is_made_by_model else lens.gate_dtype
 
 
 def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]:
@@ -120,13 +121,15 @@ def read_for_slopes(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]
         return read_value(lens, reading)
     final = read_final(lens, reading.rows)
     covectors, terms = token_covectors(lens, reading, final)
-    # Zero, with the derivatives of g.
-    change = covectors * (final - final.detach()).to(covectors)
-    return read.of(terms) + reading.by_prompt(change.flatten(1).sum(1))
+    value = read.of(terms)
+    # Σ c_t · (x_t − x_t) is zero, and has the derivatives of g.
+    zero = (final - final.detach()).to(covectors)
+    change = (covectors * zero).flatten(1).sum(1)
+    return value + reading.by_prompt(change)
 
 
 def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
-    """Numbers with the derivatives of each token's log p, which are all that they are for.
+    """Numbers whose derivatives are those of each token's log p; their values mean nothing.
 
     One forward pass; what goes back from one number is not unembedded.
     """

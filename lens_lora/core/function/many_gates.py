@@ -47,7 +47,7 @@ def gated_readout(
     progress: bool = True,
     what: str = "forward passes",
 ) -> Float[Tensor, "batch point *out"]:
-    """Evaluate g, or what else `read` reads, at many gate vectors: all prompts' or each one's own.
+    """Evaluate g, or what else `read` reads, at many gate vectors, common or each prompt's own.
 
     At most as many forward passes as points, batched. Points of all prompts that share their gates
     in the first layers share the work there, where the model's blocks allow it: adding, or leaving
@@ -93,7 +93,7 @@ class _Passes:
     def in_batches(
         self, gates: Float[Tensor, "*batch point site"]
     ) -> Float[Tensor, "batch point *out"]:
-        """Some prompts at a time, where all of them are too many."""
+        """Evaluate all points in rows of a batch, in groups of prompts where these are too many."""
         owner = self.reading.owner.to(gates.device)
         gates_of_rows = gates[owner] if gates.ndim == 3 else gates.expand(len(owner), -1, -1)
         groups: list[Tensor] = []
@@ -108,7 +108,7 @@ class _Passes:
     def _group(
         self, reading: Reading, rows: Int[Tensor, " row"], gates: Float[Tensor, "row point site"]
     ) -> Float[Tensor, "batch point *out"]:
-        """Rows r0 r0 … r1 r1 …, one of each row for every point."""
+        """Evaluate all points of some prompts, in a batch r0 r0 … r1 r1 …, a row for each point."""
 
         def run(chunk: Float[Tensor, "row chunk site"]) -> Float[Tensor, "batch chunk *out"]:
             points = chunk.shape[1]
@@ -195,7 +195,7 @@ _Chunk = TypeVar("_Chunk")
 def in_chunks(
     chunks: Iterable[_Chunk], run: Callable[[_Chunk], Float[Tensor, "batch chunk *out"]], bar: Any
 ) -> Float[Tensor, "batch point *out"]:
-    """Some points after others, as many at a time as are in a chunk."""
+    """Run one chunk of points after another, and join their values."""
     columns: list[Tensor] = []
     for chunk in chunks:
         values = run(chunk)

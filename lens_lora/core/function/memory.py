@@ -295,7 +295,7 @@ def second_order_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
 def _groups(
     lens: LoraLens, reading: Reading, rows: int | None, tokens: int | None = None
 ) -> list[Reading]:
-    """Groups of at most so many rows, and of so many tokens; all at once where neither is given."""
+    """Groups of at most this many rows and tokens; a single group where neither is limited."""
     longest = reading.rows.tokens.shape[1]
     limits: list[int] = []
     if rows:
@@ -364,7 +364,7 @@ def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
 
 
 def rows_of_logits(lens: LoraLens, prompts: Prompts, held: float) -> int | None:
-    """How many rows go forward at once where the logits of all of them stay: so many bytes."""
+    """How many rows go forward at once beside `held` bytes of logits; None without a bound."""
     if lens.max_memory is None:
         return None
     footprint = footprint_of(lens, prompts, in_turn=True)
@@ -381,7 +381,17 @@ def rows_of_logits(lens: LoraLens, prompts: Prompts, held: float) -> int | None:
 def rows_of_graph(
     lens: LoraLens, run: Run, beside: float = 0.0, what: str = "a forward and a backward pass"
 ) -> int | None:
-    """How many rows, with so many bytes beside the graph of each, go forward and back at once."""
+    """How many rows go forward and back at once; None without a bound.
+
+    Args:
+        lens: the adapter over the model.
+        run: the rows.
+        beside: bytes that each row takes beside its graph.
+        what: the pass, as an error names it.
+
+    Raises:
+        ArgumentError: a bound without room for one row.
+    """
     if lens.max_memory is None:
         return None
     footprint = footprint_of(lens, run)

@@ -168,11 +168,10 @@ def positioned(
     def is_positioned(name: str) -> bool:
         if name not in short:
             return False
-        firings = zip(recording.firings[name], short[name], strict=False)
-        return all(
-            of_rows.shape[1] == positions and of_token.shape[1] == 1
-            for of_rows, of_token in firings
-        )
+        for of_rows, of_token in zip(recording.firings[name], short[name], strict=False):
+            if of_rows.shape[1] != positions or of_token.shape[1] != 1:
+                return False
+        return True
 
     def has_rows(name: str) -> bool:
         return all(len(of_token) == len(one_token) for of_token in short[name])

@@ -39,7 +39,7 @@ from lens_lora.errors import ModelStateError, NumericsError
 
 # Called on the way back with the place, its partner's gate (None for 1), G and z.
 Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
-# From a tensor in which an inject lets something ride along to the value alone.
+# From a tensor in which an inject carries something beside its value, to the value alone.
 Primal = Callable[[Tensor], Tensor]
 
 
@@ -183,15 +183,16 @@ class SlopeSums:
         self, injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor
     ) -> None:
         """Add what one injection contributes."""
-        split = injection.map
+        site_map = injection.map
         if "position" in self._axes:
-            split = injection.map_by_position
-        if split is not injection.map:
+            site_map = injection.map_by_position
+        # v's constant part is added at o, but is split over positions at v.
+        if site_map is not injection.map:
             whole = self._contracted(injection, injection.map, (), weight, gradient, z)
             self._totals[:, injection.site] += whole
-        if split is None:
+        if site_map is None:
             return
-        values = self._contracted(injection, split, self._axes, weight, gradient, z)
+        values = self._contracted(injection, site_map, self._axes, weight, gradient, z)
         is_unembedding = self._lens.sites[injection.site].kind == "unembed"
         if is_unembedding and "position" in self._axes:
             values = _at_read_positions(self._prompts, values)
@@ -341,10 +342,11 @@ def go_back(
         values = value_of(read())
         for column in range(values.shape[1]):
             taps.visit = visit_of(column)
-            only = torch.zeros_like(values)
-            only[:, column] = 1
+            covector = torch.zeros_like(values)
+            covector[:, column] = 1
             is_last = column + 1 == values.shape[1]
-            torch.autograd.grad(values, leaves, only, retain_graph=not is_last)
+            # The gradients of the leaves are discarded: the taps have seen what is asked for.
+            torch.autograd.grad(values, leaves, covector, retain_graph=not is_last)
     return values.detach(), taps
 
 

@@ -293,7 +293,7 @@ def _joined(draws: Sequence[Draws], dim: int) -> Draws:
 def slopes_and_draws(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...]
 ) -> tuple[Float[Tensor, "batch site *by"], _ByPrompt, Draws]:
-    """∂g/∂ε_l at the base, split, g there, and `base_draws`; in one pass where they are few."""
+    """∂g/∂ε_l and g at the base, and `base_draws`: in one pass where all rows go together."""
     copies = 1 + DRAWS
     if lens.plan.activation_rounding or copies > memory.slopes_at_once(lens, reading):
         at_base = lens.gates(0.0)[None]
@@ -328,7 +328,7 @@ def _draws_in_pass(lens: LoraLens, many: Reading, batch: int, also: Visit | None
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         if also is not None:
             also(injection, weight, gradient, z)
-        # What waits for a partner's gate is nothing at the base model.
+        # What waits for a partner's gate adds nothing at the base model, where that gate is zero.
         if weight is None:
             slopes.visit(injection, weight, gradient, z)
 

@@ -41,6 +41,8 @@ from lens_lora.errors import ArgumentError
 
 _Logits = Float[Tensor, "batch part *slot vocab"]
 Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
+# The slot of a position at which nothing is read: no slot is equal to it.
+_NO_SLOT = -2
 
 
 # --- Along directions of the gates
@@ -286,7 +288,7 @@ class _Passes:
                 yield _OnePass(branching[start : start + parts_at_once], self.branching)
 
     def in_rows(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
-        """Every part of every prompt in a row of one batch, from the embeddings on."""
+        """Run one batch in which every part of every prompt has a row, from the embeddings on."""
         del products  # Rows have different primals from the start.
         rows: list[tuple[int, Part]] = []
         for prompt in range(self.prompts.batch):
@@ -299,7 +301,7 @@ class _Passes:
         return ends.unflatten(0, (self.prompts.batch, len(parts)))
 
     def branching(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
-        """One prompt at a time, without its padding; each part's row begins at its block."""
+        """Run each prompt alone, without its padding; the row of each part begins at its block."""
         rows = list(enumerate(parts, start=1))
         grow = self._growing(parts, products)
         ends: list[Tensor] = []
@@ -371,9 +373,10 @@ class _PartsInject:
         parts = [part for _, part in moved]
         position = _slot_of_each([part.position for part in parts], device)
         if position is not None and self._lens.sites[site].kind == "unembed":
-            # The unembedding runs at the positions that are read only.
-            same = read_positions.to(device)[rows] == position[:, None]
-            slot = torch.where(same.any(1), same.int().argmax(1), -2)
+            # The unembedding runs at the positions that are read only, so positions become slots.
+            is_slot = read_positions.to(device)[rows] == position[:, None]
+            is_read = is_slot.any(1)
+            slot = torch.where(is_read, is_slot.int().argmax(1), _NO_SLOT)
             position = torch.where(position == -1, -1, slot)
         slots = Slots(
             position=position,
@@ -387,16 +390,20 @@ class _PartsInject:
         """Write what the gates write, and the tangents of the parts of this site."""
         written = self._scaled(index, out, z)
         injection = self._lens.plan.injections[index]
-        weight = 1.0 if injection.partner is None else self._at[injection.partner]
-        if injection.site not in self._rows or not weight:
+        weight = 1.0
+        if injection.partner is not None:
+            weight = self._at[injection.partner]
+        if injection.site not in self._rows or weight == 0:
             return written
         rows, slots = self._rows[injection.site]
-        split = injection.map if slots.position is None else injection.map_by_position
-        if split is None:
+        site_map = injection.map
+        if slots.position is not None:
+            site_map = injection.map_by_position
+        if site_map is None:
             return written
         kind = self._lens.sites[injection.site].kind
         z_of_rows = fwad.unpack_dual(z).primal[rows]
-        delta = part_deltas(split, kind, self._lens.heads.of(kind), z_of_rows, slots)
+        delta = part_deltas(site_map, kind, self._lens.heads.of(kind), z_of_rows, slots)
         tangent = out.new_zeros(*out.shape[:2], delta.shape[-1])
         tangent[rows] = (weight * delta).to(out.dtype)
         if written is None:

@@ -43,7 +43,7 @@ class Tree:
     def of(cls, lens: LoraLens, gates: Float[Tensor, "point site"]) -> Tree:
         """The smallest tree of these points, which must agree on the embeddings."""
         points = torch.arange(len(gates), device=gates.device)
-        # Of each point, the row of the last block that it shares with others of the same gates.
+        # The row in which each point runs in the block before; points of the same gates share it.
         history = torch.zeros(len(gates), dtype=torch.long, device=gates.device)
         parents: list[Tensor] = []
         rows: list[Tensor] = []
@@ -82,11 +82,15 @@ class Tree:
                 grow.append((lens.host.block_input(layer), _continued(parent)))
         before_blocks = inject(self.gates[0][:1])
         by_block = [inject(rows) for rows in self.gates]
+        last_block = len(by_block) - 1
         writers: list[Inject] = []
         for injection in lens.injections:
             layer = lens.sites[injection.site].layer
-            last = len(by_block) - 1
-            writers.append(before_blocks if layer < 0 else by_block[min(layer, last)])
+            if layer < 0:
+                writers.append(before_blocks)
+            else:
+                # What comes after the blocks has the rows of the last one.
+                writers.append(by_block[min(layer, last_block)])
 
         def write(index: int, out: Tensor, z: Tensor) -> Tensor | None:
             return writers[index](index, out, z)

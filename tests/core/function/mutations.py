@@ -232,15 +232,15 @@ REVERSE = [
     Mutation(
         "v's constant part stays at o when it is split by position",
         "core/function/reverse.py",
-        "split = injection.map_by_position",
-        "split = injection.map",
+        "site_map = injection.map_by_position",
+        "site_map = injection.map",
         EVERY_PART,
     ),
     Mutation(
         "each token of a response has the gradient of all",
         "core/function/reverse.py",
-        "only[:, column] = 1",
-        "only[:] = 1",
+        "covector[:, column] = 1",
+        "covector[:] = 1",
         TOKENS,
     ),
 ]
@@ -248,7 +248,7 @@ DERIVATIVES = [
     Mutation(
         "a partner's gate is dropped from tangents",
         "core/function/tangents.py",
-        "weight = 1.0 if injection.partner is None else self._at[injection.partner]",
+        "weight = self._at[injection.partner]",
         "weight = 1.0",
         EVERY_PART,
     ),
@@ -262,8 +262,8 @@ DERIVATIVES = [
     Mutation(
         "a read position is looked up in the wrong place",
         "core/function/tangents.py",
-        "slot = torch.where(same.any(1), same.int().argmax(1), -2)",
-        "slot = torch.where(same.any(1), same.int().argmax(1), 0)",
+        "slot = torch.where(is_read, is_slot.int().argmax(1), _NO_SLOT)",
+        "slot = torch.where(is_read, is_slot.int().argmax(1), 0)",
         EMBEDDINGS,
     ),
     Mutation(
