@@ -32,7 +32,11 @@ _R = TypeVar("_R")
 
 def _alike(*entries: tuple[str, str]) -> dict[str, str]:
     """A table in which several names, separated by spaces, have one remedy."""
-    return {name: remedy for names, remedy in entries for name in names.split()}
+    remedies: dict[str, str] = {}
+    for names, remedy in entries:
+        for name in names.split():
+            remedies[name] = remedy
+    return remedies
 
 
 OF_PACKAGE: Mapping[str, str] = _alike(
@@ -374,11 +378,12 @@ def require_fitting(
         remedy = ""
         if unknown:
             fact = f"{name} takes no {unknown[0]}="
-            remedy = _meant_keyword(unknown[0], [key for key in parameters if key not in kwargs])
+            not_given = [key for key in parameters if key not in kwargs]
+            remedy = _meant_keyword(unknown[0], not_given)
         else:
             fact = f"{name}: {cause}"
             if "'readout'" in fact:
-                remedy = f"{_ANSWER[0].upper()}{_ANSWER[1:]}. "
+                remedy = _as_sentence(_ANSWER)
         takes = f"The call is {name}{_shown(signature)}."
         raise CallError(f"{fact}.", remedy=f"{remedy}{takes}") from None
 
@@ -391,10 +396,14 @@ def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
         if meant in parameters:
             return f"It is {meant}=. "
     if keyword in _KEYWORDS:
-        remedy = _KEYWORDS[keyword]
-        return f"{remedy[0].upper()}{remedy[1:]}. "
+        return _as_sentence(_KEYWORDS[keyword])
     nearest = difflib.get_close_matches(keyword, parameters, n=1)
     return f"The nearest is {nearest[0]}=. " if nearest else ""
+
+
+def _as_sentence(remedy: str) -> str:
+    """The remedy with a capital letter and a full stop, and a space for what follows."""
+    return f"{remedy[0].upper()}{remedy[1:]}. "
 
 
 def _shown(signature: inspect.Signature) -> str:

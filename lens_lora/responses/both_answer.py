@@ -31,10 +31,11 @@ from lens_lora.responses.generate import Sampling, end_tokens
 
 # The tokens of all rows that share a cache, which bounds its memory.
 _CACHED_TOKENS = 12288
-# Every so many rows are confirmed, so many tokens in a pass.
+# One row of this many is confirmed.
 _CONFIRMED = 8
+# A pass that confirms has at most so many answered tokens.
 _CONFIRMED_TOKENS = 512
-# The share of their tokens that may be others, by rounding.
+# The share of the confirmed tokens that may be others, by rounding.
 _OTHERS = 1 / 20
 # The base, and the adapted model.
 _STRENGTHS = (0.0, 1.0)
@@ -70,11 +71,13 @@ def both_answer(
     samplings = [Sampling()]
     samplings += [Sampling(temperature=1.0, seed=seed + draw) for draw in range(draws)]
     asked = _Asked(lens, prompts, most, samplings)
-    said = None if lens.rotary else asked.said_with_a_cache(progress=progress)
-    is_confirmed = said is None
-    if said is None:
-        said = asked.said_and_confirmed(progress=progress)
-    texts = [text_of(lens.model, ids, skip_special_tokens=True) for ids in said]
+    answers = None
+    if not lens.rotary:
+        answers = asked.answers_with_a_cache(progress=progress)
+    is_confirmed = answers is None
+    if answers is None:
+        answers = asked.confirmed_answers(progress=progress)
+    texts = [text_of(lens.model, ids, skip_special_tokens=True) for ids in answers]
     by_model: list[tuple[tuple[str, ...], ...]] = []
     for model in range(len(_STRENGTHS)):
         by_prompt: list[tuple[str, ...]] = []
@@ -109,9 +112,9 @@ class _Asked:
         """The number of a row."""
         return (draw * len(_STRENGTHS) + model) * self.prompts.batch + prompt
 
-    def said_and_confirmed(self, *, progress: bool) -> list[list[int]]:
-        """What each row says, each token of it confirmed."""
-        said: list[list[int]] = []
+    def confirmed_answers(self, *, progress: bool) -> list[list[int]]:
+        """The ids that each row answers, every one of them confirmed."""
+        answers: list[list[int]] = []
         for sampling in self.samplings:
             for strength in _STRENGTHS:
                 generated = self.lens.generate(
@@ -122,25 +125,28 @@ class _Asked:
                     seed=sampling.seed,
                     progress=progress,
                 )
-                said += [ids.tolist() for ids in generated.ids]
-        return said
+                answers += [ids.tolist() for ids in generated.ids]
+        return answers
 
-    def said_with_a_cache(self, *, progress: bool) -> list[list[int]] | None:
-        """What each row says; None where what the cache gave is not confirmed."""
+    def answers_with_a_cache(self, *, progress: bool) -> list[list[int]] | None:
+        """The ids that each row answers; None where a pass without a cache chooses others."""
         rows = len(self.samplings) * len(_STRENGTHS) * self.prompts.batch
-        said: list[list[int]] = [[] for _ in range(rows)]
+        answers: list[list[int]] = [[] for _ in range(rows)]
         groups = list(self._sharing_a_cache())
         bar = tqdm(
             total=len(groups) * self.most, desc="both answer", leave=False, disable=not progress
         )
         with torch.no_grad(), bar:
             for group in groups:
-                if not self._say(group, said, bar):
+                if not self._answer(group, answers, bar):
                     return None
-            chosen = self._to_confirm(rows)
-            agreed = [self._agreed(some, said) for some in self._confirmed_together(chosen)]
-        others = 1.0 - sum(count for count, _ in agreed) / sum(tokens for _, tokens in agreed)
-        return said if others <= _OTHERS else None
+            agreed = 0
+            confirmed = 0
+            for some in self._confirmed_together(self._to_confirm(rows)):
+                agreed += self._count_agreed(some, answers)
+                confirmed += sum(len(answers[row]) for row in some)
+        others = 1.0 - agreed / confirmed
+        return answers if others <= _OTHERS else None
 
     def _sharing_a_cache(self) -> Iterator[list[int]]:
         """Prompts of like length, and no more of them than a cache has room for."""
@@ -151,21 +157,32 @@ class _Asked:
         for first in range(0, len(shortest_first), at_once):
             yield shortest_first[first : first + at_once]
 
-    def _say(self, group: list[int], said: list[list[int]], bar: tqdm) -> bool:
-        """Let both models answer these prompts; whether all logits are finite."""
+    def _answer(self, group: list[int], answers: list[list[int]], bar: tqdm) -> bool:
+        """Let both models answer these prompts; returns whether all logits are finite.
+
+        Args:
+            group: indices of prompts that share a cache.
+            answers: the ids that each row has answered so far, which are added to.
+            bar: the progress, one for each token.
+        """
         device = home_of(self.lens.model)
         lengths = torch.tensor([len(self._ids[i]) for i in group]).repeat(len(_STRENGTHS))
         width = int(lengths.max())
-        padded = [[0] * (width - len(self._ids[i])) + self._ids[i] for i in group]
+        padded: list[list[int]] = []
+        for i in group:
+            padding = [0] * (width - len(self._ids[i]))
+            padded.append(padding + self._ids[i])
         tokens = torch.tensor(padded, device=device).repeat(len(_STRENGTHS), 1)
         mask = (torch.arange(width) >= width - lengths[:, None]).long().to(device)
         gates = self._gates.repeat_interleave(len(group), 0)
         logits, cache = self._pass(tokens, None, mask, gates, lengths)
 
-        # From here on each row once for every sampling.
+        # From here on there is a copy of each row for every sampling.
         copies = torch.arange(len(tokens)).repeat(len(self.samplings)).to(device)
         cache = self.lens.host.rows_of_cache(cache, copies)
-        logits, mask, gates = logits[copies], mask[copies], gates[copies.to(gates.device)]
+        logits = logits[copies]
+        mask = mask[copies]
+        gates = gates[copies.to(gates.device)]
         lengths = lengths.repeat(len(self.samplings))
         rows: list[int] = []
         for draw in range(len(self.samplings)):
@@ -177,10 +194,11 @@ class _Asked:
                 return False
             tokens = self._chosen(logits, rows, step)
             for row, token in zip(rows, tokens.tolist(), strict=True):
-                if not self._has_ended(said[row]):
-                    said[row].append(token)
+                if not self._has_ended(answers[row]):
+                    answers[row].append(token)
             bar.update(1)
-            if step + 1 == self.most or all(self._has_ended(said[row]) for row in rows):
+            have_all_ended = all(self._has_ended(answers[row]) for row in rows)
+            if have_all_ended or step + 1 == self.most:
                 return True
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             logits, cache = self._pass(tokens[:, None].to(device), cache, mask, gates, lengths)
@@ -215,8 +233,8 @@ class _Asked:
             chosen.append(sampling.choose(logits[own], self._noise[draw][prompts, step]))
         return torch.cat(chosen)
 
-    def _has_ended(self, said: Sequence[int]) -> bool:
-        return bool(said) and said[-1] in self._ends
+    def _has_ended(self, answer: Sequence[int]) -> bool:
+        return bool(answer) and answer[-1] in self._ends
 
     # --- Confirmed
 
@@ -230,15 +248,17 @@ class _Asked:
         for first in range(0, len(rows), at_once):
             yield rows[first : first + at_once]
 
-    def _agreed(self, rows: Sequence[int], said: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """How many tokens of these rows a pass over the whole chooses too, of how many."""
+    def _count_agreed(self, rows: Sequence[int], answers: Sequence[Sequence[int]]) -> int:
+        """How many tokens of these rows' answers are also chosen by a pass over the whole row."""
         batch = self.prompts.batch
         asked = [self._ids[row % batch] for row in rows]
-        # The last token that was said is not run.
-        whole = [ids + list(said[row][:-1]) for ids, row in zip(asked, rows, strict=True)]
-        lengths = torch.tensor([len(ids) for ids in whole])
-        reads = torch.tensor([len(said[row]) for row in rows])
-        texts = [torch.tensor(ids) for ids in whole]
+        texts: list[Tensor] = []
+        for ids, row in zip(asked, rows, strict=True):
+            # Nothing is read at the last token of an answer, so it is not run.
+            run_of_answer = list(answers[row][:-1])
+            texts.append(torch.tensor(ids + run_of_answer))
+        lengths = torch.tensor([len(text) for text in texts])
+        reads = torch.tensor([len(answers[row]) for row in rows])
         tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         sources = tuple(Source(length=len(ids)) for ids in asked)
         prompts = Prompts(tokens.to(home_of(self.lens.model)), lengths, reads, sources)
@@ -247,11 +267,13 @@ class _Asked:
             logits = self.lens.run(prompts)
         agreed = 0
         for place, row in enumerate(rows):
-            count = len(said[row])
+            answer = answers[row]
             draw = row // (batch * len(_STRENGTHS))
             # A prompt that is read at fewer places than others repeats its last one.
-            of_row = logits[place, :count]
-            noise = self._noise[draw][row % batch, :count]
+            of_row = logits[place, : len(answer)]
+            noise = self._noise[draw][row % batch, : len(answer)]
             chosen = self.samplings[draw].choose(of_row, noise).tolist()
-            agreed += sum(a == b for a, b in zip(chosen, said[row], strict=True))
-        return agreed, int(reads.sum())
+            for token, answered in zip(chosen, answer, strict=True):
+                if token == answered:
+                    agreed += 1
+        return agreed

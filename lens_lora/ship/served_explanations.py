@@ -134,7 +134,10 @@ def _lost_kinds_and_layers(sites: Sequence[Site]) -> Iterator[tuple[str, list[in
         yield f"its layer {layer}", indices
     last = max(layers, default=0)
     for layer in sorted({last // 4, last // 2, 3 * last // 4}):
-        behind = [index for other, found in layers.items() if other > layer for index in found]
+        behind: list[int] = []
+        for other, indices in layers.items():
+            if other > layer:
+                behind += indices
         yield f"its layers behind {layer}", behind
 
 
@@ -236,12 +239,17 @@ def _other_beginnings(tokens: ServedTokens) -> Iterator[Candidate]:
     if bos is None:
         return
     has_bos = all(row.ids[0] == bos for row in tokens.rows)
+
+    def with_bos(row: ServedRow) -> list[int]:
+        return [bos, *row.ids]
+
+    def without_first(row: ServedRow) -> list[int]:
+        return row.ids[1:]
+
     words = "the adapter after a second BOS" if has_bos else "the adapter after a BOS"
-    yield Candidate(words, functools.partial(_behind, lambda row: [bos, *row.ids]))
+    yield Candidate(words, functools.partial(_behind, with_bos))
     if has_bos and all(len(row.ids) > 1 for row in tokens.rows):
-        yield Candidate(
-            "the adapter without a BOS", functools.partial(_behind, lambda row: row.ids[1:])
-        )
+        yield Candidate("the adapter without a BOS", functools.partial(_behind, without_first))
 
 
 def _behind(

@@ -179,7 +179,8 @@ def _loaded(
     except (ModelStateError, UnsupportedAdapterError) as error:
         return Check(LOADS, "undecided", str(error)), None
     except SiteError as error:
-        return Check(LOADS, "failed" if is_lacking else "undecided", str(error)), None
+        outcome: Outcome = "failed" if is_lacking else "undecided"
+        return Check(LOADS, outcome, str(error)), None
     except AdapterError as error:
         return Check(LOADS, "failed", str(error)), None
     sites = f"{len(lens.adapter)} modules, {len(lens.sites)} sites"
@@ -219,20 +220,22 @@ def _modules_check(adapter: Adapter, lens: LoraLens | None) -> Check:
     if not silent:
         return Check(MODULES, "passed", measured)
     bound = "B and A are not zero"
-    # Training begins with a random A. Both are zero where an adapter was extracted from a model
-    # that does not differ there, and where a tensor was lost.
-    half = [key for key in silent if not _has_no_factors(adapter.modules[key])]
-    if half or changing == 0:
-        return Check(MODULES, "failed", measured, bound, first_of(half or silent))
+    # Training begins with a random A and B = 0, so one zero factor is a module without training.
+    # Both are zero where an adapter was extracted from a model that does not differ there, and
+    # where a tensor was lost.
+    with_one_zero = [key for key in silent if not _are_both_zero(adapter.modules[key])]
+    if with_one_zero or changing == 0:
+        return Check(MODULES, "failed", measured, bound, first_of(with_one_zero or silent))
     measured += "; in the others both are zero, as an extraction leaves them, or a loss of tensors"
     return Check(MODULES, "undecided", measured, bound, first_of(silent))
 
 
-def _has_no_factors(update: ModuleUpdate) -> bool:
+def _are_both_zero(update: ModuleUpdate) -> bool:
     """Whether both A and B are zero."""
     if isinstance(update, TrainedModule):
         return False
-    return not (bool(update.A.any()) or bool(update.B.any()))
+    has_nonzero = bool(update.A.any()) or bool(update.B.any())
+    return not has_nonzero
 
 
 def _is_zero(update: ModuleUpdate) -> bool:
@@ -244,4 +247,5 @@ def _is_zero(update: ModuleUpdate) -> bool:
         return False
     if update.lora_bias is not None and bool(update.lora_bias.any()):
         return False
-    return not (bool(update.A.any()) and bool(update.B.any()))
+    has_product = bool(update.A.any()) and bool(update.B.any())
+    return not has_product

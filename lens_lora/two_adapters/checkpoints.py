@@ -211,7 +211,10 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
 
     base = base.cpu().double()
     adapted = torch.stack([each.adapted for each in measurements])
-    noise = torch.stack([base_noise.cpu().double(), *(each.noise for each in measurements)])
+    noise_of_adapted = torch.stack([each.noise for each in measurements])
+    # Phase changes are looked for from the base model on.
+    values = torch.cat([base[None], adapted])
+    noise = torch.cat([base_noise.cpu().double()[None], noise_of_adapted])
     labels = g.labels()
     labels["meta"] = {**labels["meta"], "adapter": adapters[-1].name}
     return Checkpoints(
@@ -224,7 +227,7 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
         flip_scale=torch.stack([each.flip_scale for each in measurements]),
         noise=noise,
         **weights,
-        phases=_phases(run.steps, torch.cat([base[None], adapted]), weights["angle"], noise),
+        phases=_phases(run.steps, values, weights["angle"], noise),
         **labels,
     )
 
@@ -269,7 +272,9 @@ def _in_order(
             remedy="of one adapter use ll.fact_margin or ll.remainder.",
             in_shell="of one adapter use `lens-lora explain`.",
         )
-    numbers = numbers_of("steps", range(1, count + 1) if steps is None else steps)
+    if steps is None:
+        steps = range(1, count + 1)
+    numbers = numbers_of("steps", steps)
     is_increasing = all(a < b for a, b in itertools.pairwise([0.0, *numbers]))
     if len(numbers) != count or not is_increasing:
         raise ArgumentError(
@@ -407,11 +412,12 @@ def _phases(
 ) -> dict[str, tuple[Span, ...]]:
     """The phase changes of each prompt's readout, from the base on, and of the direction of ΔW."""
     from_base = (0.0, *steps)
-    judged: dict[str, tuple[Span, ...] | None] = {}
-    for p, (series, floors) in enumerate(zip(values.T.tolist(), noise.T.tolist(), strict=True)):
-        judged[f"prompt {p}"] = phase_changes(from_base, series, floors)
-    judged["angle"] = phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))
-    return {name: spans for name, spans in judged.items() if spans is not None}
+    by_series: dict[str, tuple[Span, ...] | None] = {}
+    by_prompt = zip(values.T.tolist(), noise.T.tolist(), strict=True)
+    for prompt, (series, floors) in enumerate(by_prompt):
+        by_series[f"prompt {prompt}"] = phase_changes(from_base, series, floors)
+    by_series["angle"] = phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))
+    return {name: spans for name, spans in by_series.items() if spans is not None}
 
 
 def phase_changes(

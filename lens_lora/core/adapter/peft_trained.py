@@ -39,14 +39,17 @@ def trained_modules(config: Any, modules: Mapping[str, Roles]) -> dict[str, Trai
     rows = {path: roles["token_rows"] for path, roles in modules.items() if "token_rows" in roles}
     _require_rows(ids, rows)
     updates: dict[str, TrainedModule] = {}
+    names_of_copies = config.modules_to_save or ()
     for path, roles in modules.items():
         with located(f"module {path}"):
             if path not in rows:
-                is_copy = any(covers(name, path) for name in config.modules_to_save or ())
+                is_copy = any(covers(name, path) for name in names_of_copies)
                 updates[path] = trained_module(roles, None, tied=not is_copy)
-            elif not _is_stored_twice(ids, path, rows):
-                tied = head_follows(path, ids)
-                updates[path] = trained_module(roles, _ids_of(path, ids), tied=tied)
+                continue
+            if _is_stored_twice(ids, path, rows):
+                continue
+            is_followed = head_follows(path, ids)
+            updates[path] = trained_module(roles, _ids_of(path, ids), tied=is_followed)
     return updates
 
 
@@ -121,17 +124,19 @@ def _lacking(
     name: str, paths: Collection[str], copied: set[str], families: list[Family]
 ) -> list[str]:
     """The modules that the name covers and the file has not, by the family that lacks fewest."""
-    covered_by_family = [
-        {path for path in _paths_of(family, paths) if covers(name, path)} for family in families
-    ]
-    lacking = [sorted(covered - copied) for covered in covered_by_family if covered]
-    if lacking:
-        return min(lacking, key=len)
+    lacking_by_family: list[list[str]] = []
+    for family in families:
+        covered = {path for path in _paths_of(family, paths) if covers(name, path)}
+        if covered:
+            lacking_by_family.append(sorted(covered - copied))
+    if lacking_by_family:
+        return min(lacking_by_family, key=len)
     # The name may stand for a module of other families alone; of an unknown model, the file tells.
     known: Iterable[str] = copied
     if families:
         known = [path for family in FAMILIES for path in family.every_path()]
-    return [] if any(covers(name, path) for path in known) else [f"a module {name}"]
+    is_known = any(covers(name, path) for path in known)
+    return [] if is_known else [f"a module {name}"]
 
 
 def _paths_of(family: Family, paths: Iterable[str]) -> list[str]:
@@ -184,7 +189,8 @@ def _is_stored_twice(ids: _IdsByModule, path: str, rows: Roles) -> bool:
 
 def _ids_of(path: str, ids: _IdsByModule) -> Int[Tensor, " row"]:
     """The ids of a module's rows, as the config has them."""
-    tokens = next((tokens for name, tokens in ids.items() if path.endswith(name)), None)
+    of_path = [tokens for name, tokens in ids.items() if path.endswith(name)]
+    tokens = of_path[0] if of_path else None
     is_list = isinstance(tokens, list | tuple)
     if not is_list or not all(type(token) is int and abs(token) < 2**63 for token in tokens):
         stated = f"the config's trainable_token_indices gives {tokens!r} for them"
