@@ -238,8 +238,15 @@ class GGUFFile:
         return StoredTensor(torch.from_numpy(values.copy()).float().reshape(shape), kind)
 
 
-# (entries, bytes) of a block of the types to which `rounded_to` rounds.
-BYTES_OF_BLOCK = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
+# (entries, bytes) of a block.
+BYTES_OF_BLOCK = {
+    "F16": (1, 2),
+    "Q8_0": (32, 34),
+    "Q5_0": (32, 22),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q4_K": (256, 144),
+}
 
 
 def rounded_to(kind: str, exact: Tensor) -> Tensor:

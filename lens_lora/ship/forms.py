@@ -13,13 +13,16 @@ otherwise, merged or beside the adapter (`stored_weights`):
 
 Weights are rounded and activations are not, but for 'bfloat16 + adapter', which a copy of the model
 runs in bfloat16. Embeddings, head, norms and biases are left as they are, and counted in 16 bit.
-The gguf package rounds to no K-quant, so that Q4_K is not among the forms.
+Q4_K is that of llama.cpp's own library (`gguf_quantised`), of every linear weight: its mixtures,
+such as Q4_K_M, give some weights more bits. Where the library is not installed, these forms are
+left out, and the result says so.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple, final
 
 import pandas as pd
@@ -41,8 +44,15 @@ from lens_lora.core import (
     alone,
     rounding_hooks,
 )
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.gguf_layout import BYTES_OF_BLOCK, rounded_to
+from lens_lora.formats.gguf_quantised import (
+    PACKAGE,
+    Q4_K,
+    can_quantise,
+    rounded_to_q4_k,
+    type_of_rows,
+)
 from lens_lora.ship.form_names import FORMS, Form
 from lens_lora.ship.stored_weights import (
     NF4_BLOCK,
@@ -64,6 +74,7 @@ _ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "float32": lambda weight: weight,
     "bfloat16": in_bfloat16,
     "NF4": in_nf4,
+    Q4_K: rounded_to_q4_k,
 }
 _BYTES: dict[str, float] = {
     "float32": 4.0,
@@ -89,6 +100,7 @@ class Forms(Described, Pictured):
         adapted_answers: [batch], that of the adapted model in float32.
         base_kl: [batch], KL(adapted ‖ base): what losing the whole adapter costs.
         floor: [batch], the KL below which nothing can be told from rounding in the computation.
+        notes: sentences on forms that were left out, or in which a weight is stored otherwise.
         str_tokens: each prompt's tokens.
         meta: model, adapter, dtype and versions.
     """
@@ -100,6 +112,7 @@ class Forms(Described, Pictured):
     adapted_answers: Annotated[tuple[str, ...], "batch"]
     base_kl: Float[Tensor, " batch"]
     floor: Float[Tensor, " batch"]
+    notes: Annotated[tuple[str, ...], "note"]
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch position"]
 
     @property
@@ -143,7 +156,9 @@ def forms(
         lens: the adapter over its base in float32.
         prompts: texts, conversations or ids; the next token after each is compared.
         which: the forms. '… + adapter' stores the base's linear weights and adds the adapter,
-            'merged …' adds it first. Q8_0, Q4_0 and Q4_1 are types of llama.cpp, NF4 that of QLoRA.
+            'merged …' adds it first. Q8_0, Q4_0, Q4_1 and Q4_K are types of llama.cpp, NF4 that of
+            QLoRA. Q4_K is left out where the package llama-cpp-py-sync is not installed; a weight
+            whose rows are no multiple of 256 is Q5_0 there, as in llama.cpp.
         progress: show a bar.
 
     Cost: a forward pass for each form, and three more; memory for a second set of linear weights.
@@ -152,10 +167,12 @@ def forms(
         ArgumentError: a form that is none, no form at all, or a lens in 16 bit.
         UnsupportedAdapterError: a model with stacks of experts.
         ModelStateError: the base's own weights are quantised, or were processed and no base is at
-            hand; or a type of llama.cpp, and the package gguf is not installed.
+            hand; or a type of llama.cpp, and the package gguf is not installed; or Q4_K alone, and
+            llama-cpp-py-sync is not.
         PromptError: a prompt that the model cannot read.
     """
-    names = _names(which)
+    asked_for = _names(which)
+    names = _measurable(asked_for)
     if torch.finfo(lens.dtype).bits < 32:
         raise ArgumentError(
             f"the lens computes in {lens.dtype}, and forms are compared with float32",
@@ -183,6 +200,7 @@ def forms(
         adapted_answers=tuple(_answers(lens, adapted)),
         base_kl=_divergence(adapted, base),
         floor=SIGMAS**2 * _divergence(adapted, noisy),
+        notes=tuple(_notes(asked_for, names, weights)),
         str_tokens=lens.str_tokens(asked),
         meta=lens.describe(asked),
     )
@@ -195,6 +213,39 @@ def _names(which: Sequence[Form]) -> list[Form]:
     for name in named:
         arguments.word("which", name, FORMS)
     return [form for form in FORMS if form in named]
+
+
+def _measurable(names: list[Form]) -> list[Form]:
+    """The forms that can be measured with what is installed."""
+    if can_quantise():
+        return names
+    left: list[Form] = [name for name in names if _Stored.of(name).kind != Q4_K]
+    if not left:
+        raise ModelStateError(
+            f"{' and '.join(names)}: llama.cpp's library, which rounds to Q4_K, is not installed",
+            remedy=f"pip install {PACKAGE}.",
+        )
+    return left
+
+
+def _notes(
+    asked_for: Sequence[Form], names: Sequence[Form], weights: Mapping[str, LinearWeight]
+) -> Iterator[str]:
+    left_out = [name for name in asked_for if name not in names]
+    if left_out:
+        yield (
+            f"{' and '.join(left_out)}: not measured, as llama.cpp's library is not installed "
+            f"(pip install {PACKAGE})."
+        )
+    if not any(_Stored.of(name).kind == Q4_K for name in names):
+        return
+    types = Counter(type_of_rows(weight.W.shape[-1]) for weight in weights.values())
+    others = [f"{count} {kind}" for kind, count in types.items() if kind != Q4_K]
+    if others:
+        yield (
+            f"Of {len(weights)} linear weights in Q4_K, {' and '.join(others)} instead, as in "
+            "llama.cpp: their rows are no multiple of 256."
+        )
 
 
 class _Stored(NamedTuple):
@@ -261,13 +312,19 @@ def _size(lens: LoraLens, weights: Mapping[str, LinearWeight], name: Form) -> in
     kind, merged = _Stored.of(name)
     linear = sum(weight.W.numel() for weight in weights.values())
     rest = max(_parameters(lens) - linear, 0)
-    by_weight = _BYTES.get(kind)
-    if by_weight is None:
-        entries, size = BYTES_OF_BLOCK[kind]
-        by_weight = size / entries
-    by_other_weight = by_weight if kind == "float32" else _BYTES_OF_REST
-    total = by_weight * linear + by_other_weight * rest
+    stored = sum(_bytes_of(weight.W, kind) for weight in weights.values())
+    by_other_weight = _BYTES[kind] if kind == "float32" else _BYTES_OF_REST
+    total = stored + by_other_weight * rest
     return round(total) + (0 if merged else _bytes_of_adapter(lens))
+
+
+def _bytes_of(W: Float[Tensor, "out in"], kind: str) -> float:
+    """Bytes of a linear weight in a kind of storing."""
+    if kind in _BYTES:
+        return _BYTES[kind] * W.numel()
+    stored_as = type_of_rows(W.shape[-1]) if kind == Q4_K else kind
+    entries, size = BYTES_OF_BLOCK[stored_as]
+    return W.numel() / entries * size
 
 
 def _parameters(lens: LoraLens) -> int:

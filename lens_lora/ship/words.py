@@ -60,6 +60,7 @@ def forms_story(forms: Forms) -> str:
         f"{float(forms.base_kl.mean()):.2g} nats; rounding in the computation explains "
         f"{float(forms.floor.mean()):.1g}."
     )
+    sentences += forms.notes
     return " ".join(sentences)
 
 

@@ -509,6 +509,18 @@ def test_targets_of_peft():
     assert [compat.peft_adapts(config, path) for path in paths] == [True, False, False]
 
 
+def test_quantiser_of_ggml():
+    """Q8_0 of ggml is that of the gguf package; without the library there are no data."""
+    package = pytest.importorskip("llama_cpp_py_sync")
+    gguf = pytest.importorskip("gguf")
+    file = compat.ggml_library()
+    assert file is not None, f"no library of ggml beside {package.__file__}"
+    values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).numpy()
+    kind = gguf.GGMLQuantizationType.Q8_0
+    data = compat.quantised_by_ggml(values, int(kind), 2 * 34)
+    assert (data == gguf.quants.quantize(values, kind)).all()
+
+
 # --- No private name of another library outside compat.py
 
 

@@ -550,6 +550,7 @@ def forms() -> ll.results.Forms:
         adapted_answers=(" Lyon", " <b>"),
         base_kl=torch.tensor([3.0, 2.0]),
         floor=torch.tensor([1e-9, 2e-9]),
+        notes=("merged Q4_K: not measured.",),
         str_tokens=TOKENS,
         meta=META,
     )

@@ -159,6 +159,11 @@ def gguf_rounds_to_floats_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gguf.quants, "quantize", quantize)
 
 
+def ggml_is_not_installed(patch: pytest.MonkeyPatch) -> None:
+    """As where llama-cpp-py-sync is not installed."""
+    patch.setattr("lens_lora.compat.ggml_library", lambda: None)
+
+
 def rows_of_gguf_stay(patch: pytest.MonkeyPatch) -> None:
     """A planted error: rows of q and k are written to a GGUF in the order of Hugging Face."""
     patch.setattr("lens_lora.formats.gguf_layout._KEY", ".no")

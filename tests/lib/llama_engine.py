@@ -110,6 +110,26 @@ def quantised(values: np.ndarray, kind: str) -> np.ndarray:
     return data
 
 
+# llama.cpp's number of the mixture Q4_K_S, which `pure` makes Q4_K throughout.
+_Q4_K_S = 14
+
+
+def quantised_file(file: Path, out: Path) -> Path:
+    """A GGUF file in Q4_K throughout, made of one in float32 as `llama-quantize --pure` does.
+
+    Its own rule says what becomes of rows that are no multiple of 256.
+    """
+    bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
+    lib, ffi = bindings.get_lib(), bindings.get_ffi()
+    options = ffi.new("struct llama_model_quantize_params *")
+    options[0] = lib.llama_model_quantize_default_params()
+    options.nthread = 1
+    options.ftype = _Q4_K_S
+    options.pure = True
+    assert lib.llama_model_quantize(str(file).encode(), str(out).encode(), options) == 0
+    return out
+
+
 def write_base(model, path: Path, kind: str = "F32", permuted: bool = True) -> Path:
     """A Llama of Hugging Face as a GGUF file, linear maps in one type of GGUF."""
     gguf = pytest.importorskip("gguf")

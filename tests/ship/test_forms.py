@@ -5,29 +5,33 @@ from __future__ import annotations
 import copy
 import warnings
 
+import limits
 import models
 import pytest
 import torch
+from llama_engine import quantised, quantised_file, write_base
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lens_lora as ll
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
+from lens_lora.formats.gguf_quantised import rounded_to_q4_k, type_of_rows
 from lens_lora.ship.form_names import FORMS
 from lens_lora.ship.stored_weights import in_nf4
 
 IDS = torch.tensor([[5, 9, 33, 17, 4], [60, 21, 8, 12, 30]])
+IN_Q4_K = ("Q4_K + adapter", "merged Q4_K")
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
     "gpt2": ["c_attn", "mlp.c_proj"],
 }
 
 
-def made_of(family: str, **config):
+def made_of(family: str, width: int = 64, inner: int = 128, **config):
     """A base whose rows are as wide as blocks of quantised types, and PEFT's adapter over it."""
     torch.manual_seed(0)
     if family == "llama":
-        sizes = {"hidden_size": 64, "intermediate_size": 128}
+        sizes = {"hidden_size": width, "intermediate_size": inner}
         base = LlamaForCausalLM(LlamaConfig(**{**models._ROTARY, **sizes})).eval()
     else:
         sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}
@@ -61,7 +65,9 @@ def stored(kind: str, weight: torch.Tensor) -> torch.Tensor:
         return functional.dequantize_4bit(packed, state).float().reshape(weight.shape)
     gguf = pytest.importorskip("gguf")
     type_of = gguf.GGMLQuantizationType[kind]
-    data = gguf.quants.quantize(weight.contiguous().numpy(), type_of)
+    values = weight.contiguous().numpy()
+    is_of_llama_cpp = kind == "Q4_K"
+    data = quantised(values, kind) if is_of_llama_cpp else gguf.quants.quantize(values, type_of)
     return torch.from_numpy(gguf.quants.dequantize(data, type_of).copy())
 
 
@@ -104,7 +110,7 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def test_each_form_is_that_of_the_libraries(family: str, made):
     """KL and answers of the model that PEFT merged, and bitsandbytes and gguf rounded."""
     base, peft = made[family]
-    names = [name for name in FORMS if name != "bfloat16 + adapter"]
+    names = [name for name in FORMS if name not in ("bfloat16 + adapter", *IN_Q4_K)]
     found = ll.forms(lens_of(base, peft), IDS, names, progress=False)
     assert found.names == tuple(names)
     adapted = log_p(peft)
@@ -118,6 +124,65 @@ def test_each_form_is_that_of_the_libraries(family: str, made):
         changed = (expected.argmax(-1) != adapted.argmax(-1)).tolist()
         assert found.flipped[:, index].tolist() == changed, name
     assert float(found.values[:, names.index("merged Q4_0")].max()) > 1e-4, "control"
+
+
+@pytest.mark.slow
+def test_q4_k_is_that_of_llama_cpp():
+    """As its library rounds each linear weight, merged and not.
+
+    PEFT merges in float64 here: which of two scales of a block is best may hang on a last digit.
+    """
+    pytest.importorskip("llama_cpp_py_sync")
+    base, peft = made_of("llama", width=256, inner=256)
+    found = ll.forms(lens_of(base, peft), IDS, IN_Q4_K, progress=False)
+    assert found.names == IN_Q4_K and found.notes == ()
+    for index, name in enumerate(IN_Q4_K):
+        exact = copy.deepcopy(peft).double()
+        model = exact.merge_and_unload() if name.startswith("merged ") else exact
+        expected = kl(log_p(peft), log_p(with_stored(model.float(), "Q4_K")))
+        assert found.values[:, index].numpy() == pytest.approx(expected.numpy(), rel=2e-3), name
+
+
+def test_rows_that_fill_no_block_are_as_in_llama_cpp(tmp_path):
+    """Type and values of each weight of a file that its own quantiser made, and the size."""
+    pytest.importorskip("llama_cpp_py_sync")
+    gguf = pytest.importorskip("gguf")
+    base, peft = made_of("llama", width=64, inner=272)
+    made = quantised_file(write_base(base, tmp_path / "base.gguf"), tmp_path / "q4_k.gguf")
+    types = set()
+    for stored_as in gguf.GGUFReader(made).tensors:
+        if "_norm" in stored_as.name or not stored_as.name.startswith("blk."):
+            continue
+        exact = next(
+            torch.from_numpy(tensor.data.copy())
+            for tensor in gguf.GGUFReader(tmp_path / "base.gguf").tensors
+            if tensor.name == stored_as.name
+        )
+        kind = stored_as.tensor_type.name
+        types.add(kind)
+        assert type_of_rows(exact.shape[-1]) == kind, stored_as.name
+        values = torch.from_numpy(gguf.quants.dequantize(stored_as.data, stored_as.tensor_type))
+        assert rounded_to_q4_k(exact).equal(values.float()), stored_as.name
+    assert types == {"Q5_0", "F16"}
+    found = ll.forms(lens_of(base, peft), IDS, ["merged Q4_K"], progress=False)
+    assert found.notes == (
+        "Of 14 linear weights in Q4_K, 12 Q5_0 and 2 F16 instead, as in llama.cpp: their rows are "
+        "no multiple of 256.",
+    )
+
+
+def test_without_the_library_q4_k_is_left_out_by_name(made, monkeypatch):
+    """The other forms are measured, and the words name what would add it."""
+    base, peft = made["llama"]
+    lens = lens_of(base, peft)
+    limits.ggml_is_not_installed(monkeypatch)
+    found = ll.forms(lens, IDS, ["merged Q4_1", *IN_Q4_K], progress=False)
+    assert found.names == ("merged Q4_1",)
+    (note,) = found.notes
+    assert note.startswith("Q4_K + adapter and merged Q4_K: not measured")
+    assert "pip install llama-cpp-py-sync" in note and note in repr(found)
+    with pytest.raises(ModelStateError, match=r"pip install llama-cpp-py-sync"):
+        ll.forms(lens, IDS, ["merged Q4_K"])
 
 
 def test_in_bfloat16_a_copy_is_run(made):
@@ -180,7 +245,7 @@ def test_what_has_no_forms_is_refused(made):
     base, peft = made["llama"]
     lens = lens_of(base, peft)
     with pytest.raises(ArgumentError, match="merged Q4_1"):
-        ll.forms(lens, IDS, ["merged Q4_K"])
+        ll.forms(lens, IDS, ["merged Q6_K"])
     with pytest.raises(ArgumentError, match="no form is named"):
         ll.forms(lens, IDS, [])
     narrow = models.hf_model("llama", dtype=torch.float32)
