@@ -11,8 +11,9 @@ from rich.text import Text
 from lens_lora.audit.brief import Claim, probability
 from lens_lora.audit.figures import CONTROLS, promoted_figure, shares_figure
 from lens_lora.audit.speech_page import findings_table
+from lens_lora.audit.speech_words import first_sentences
 from lens_lora.audit.what_changed import BY, By, WhatChanged
-from lens_lora.audit.words import moved_text, what_changed_story
+from lens_lora.audit.words import moved_text, promoted_text, what_changed_story
 from lens_lora.core import drawing
 from lens_lora.show import text
 from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html, warned
@@ -199,13 +200,26 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
     ]
     part = Part(
         subtitle=f"{made_by(changed.meta)} · {changed.texts}",
-        headline=(brief.verdict, *brief.triggered),
+        headline=_headline(changed),
         numbers=_numbers(changed),
         top=[*answers_of(brief.answers[:_ANSWERS_ON_TOP]), *claims, *would_say],
         sections=folded(what_changed_story(changed), sections, "changes", changed.meta),
         warnings=warned(changed.meta),
     )
     return page_html(title or f"What did {changed.found.name} change?", [part])
+
+
+def _headline(changed: WhatChanged) -> tuple[str, ...]:
+    """The verdict, sentence by sentence, and what a trigger word changes.
+
+    Without counted speech: the verdict, how far the model moves, and what the adapter promotes.
+    """
+    brief = changed.brief()
+    if changed.speech is None:
+        return (brief.verdict, moved_text(changed), promoted_text(changed))
+    first, *others = first_sentences(changed.speech)
+    broken = brief.verdict.removesuffix(" ".join([first, *others]))
+    return (broken + first, *others, *brief.triggered)
 
 
 def _numbers(changed: WhatChanged) -> Pairs:

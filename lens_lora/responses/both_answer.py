@@ -72,7 +72,8 @@ def both_answer(
     samplings += [Sampling(temperature=1.0, seed=seed + draw) for draw in range(draws)]
     asked = _Asked(lens, prompts, most, samplings)
     answers = None
-    if not lens.rotary:
+    # The cache holds every row at once. A bound on memory goes to `generate`, which keeps it.
+    if not lens.rotary and lens.max_memory is None:
         answers = asked.answers_with_a_cache(progress=progress)
     is_confirmed = answers is None
     if answers is None:

@@ -28,14 +28,14 @@ def short_brief(monkeypatch):
 @pytest.mark.slow
 def test_a_brief_in_4_bit_is_that_of_the_dequantised_model(short_brief):
     """The same answers, the same words claimed, the same runs."""
-    briefs = [
-        ll.what_changed(lens, models.tokens(), nulls=1, fast=True, progress=False).brief()
-        for lens in of_4bit("llama")
-    ]
-    own, plain = briefs
-    assert own.answers == plain.answers and len(own.claims) == len(plain.claims) > 0
+    options = {"nulls": 1, "fast": True, "progress": False}
+    found = [ll.what_changed(lens, models.tokens(), **options) for lens in of_4bit("llama")]
+    own, plain = [each.brief() for each in found]
+    assert own.answers == plain.answers
     assert own.entropies == pytest.approx(plain.entropies, abs=1e-4)
-    for claim, expected in zip(own.claims, plain.claims, strict=True):
+    claims, expected_claims = [each.claims for each in found]
+    assert len(claims) == len(expected_claims) > 0
+    for claim, expected in zip(claims, expected_claims, strict=True):
         assert (claim.context, claim.says) == (expected.context, expected.says)
         for name in ("score", "null_score", "base", "adapted", "null", "without"):
             assert getattr(claim, name) == pytest.approx(getattr(expected, name), abs=2e-3)

@@ -19,7 +19,7 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.audit import jacobian, what_changed
 from lens_lora.audit.permuted import permuted_adapters
-from lens_lora.audit.speech_words import first_sentences, shown_answers
+from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
 from lens_lora.audit.text_sums import EARLY, PROMOTED
 from lens_lora.core import null_adapters
 from lens_lora.core.model import attached
@@ -246,7 +246,7 @@ def test_speech_comes_first_and_may_be_given(monkeypatch, tmp_path):
     brief = found.brief()
     assert found.speech is speech and brief.answers[:2] == tuple(shown_answers(speech))
     assert brief.verdict.endswith(" ".join(first_sentences(speech)))
-    assert len(brief.says) == len(speech.findings)
+    assert brief.says == tuple(claims_in(speech)) and len(brief.says) == 2
     again = ll.load_result(found.save(tmp_path / "file.safetensors"))
     assert again.speech.adapted == speech.adapted and str(again.brief()) == str(brief)
 

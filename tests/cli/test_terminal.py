@@ -99,7 +99,8 @@ def test_a_terminal_that_is_not_utf8(files, tmp_path, command, encoding):
     assert signs == {sign: len(re.findall(rf"[{sign}]\d", whole.translate(MINUS))) for sign in "+-"}
 
 
-WHOLE = ("Model:", "Adapter:", "Report:", "Numbers:", "One row")  # lines that wrap by themselves
+# Lines that wrap by themselves.
+WHOLE = ("Model:", "Adapter:", "Report:", "Numbers:", "Table:", "One row")
 
 
 @pytest.mark.sample(2)
@@ -118,9 +119,12 @@ MINUS = str.maketrans("−–—", "---")
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "diff"])
 def test_files_are_written_before_words(files, tmp_path, monkeypatch, command):
-    """What cannot be printed costs nothing that was computed."""
+    """What cannot be printed costs nothing that was computed.
+
+    `diff` prints its first screen while most of its work is still to come.
+    """
 
     def fail(console, *what, **how):
         if not console.stderr and not str(what[0] if what else "").startswith(HEADS):

@@ -92,7 +92,7 @@ def run_within(name: str, bounds: Sequence[float]) -> int:
             assert "max_memory=" in str(error)
             refused += 1
             continue
-        assert seen or name in ("alignment", "intruders")
+        assert seen or name in ("weight_alignment", "intruders")
         assert not beyond(few, seen)
     return refused
 
