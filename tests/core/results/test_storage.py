@@ -223,6 +223,7 @@ ALONE = re.compile(
     r"|(ActivationEffects|BestSubset|Together)\.sites|Reconciled\.(sites|left_out)"
     r"|(Coupling|Edges|Effects|GroupAttribution)\.sites longer"
     r"|Intruders\.(read|written)\[.+\] axis 1"
+    r"|Forms\.notes"
 )
 
 
