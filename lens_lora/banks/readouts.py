@@ -18,7 +18,8 @@ from lens_lora.banks.held import HeldBank, HeldReadout, slopes_by_readout
 from lens_lora.banks.record import Half
 from lens_lora.core import Adapter, LoraLens
 
-# A lens whose sites are those of the slopes, and ∂g/∂ε_l of one readout. Each readout of a bank may have sites of its own.
+# A lens whose sites are those of the slopes, and ∂g/∂ε_l of one readout. Each readout of a bank may
+# have sites of its own.
 SlopesOfReadout = tuple[LoraLens, Float[Tensor, "batch _"]]
 
 
