@@ -74,8 +74,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--by-class",
-        action="store_true",
-        help="of tests not of models, leave out those of no class",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="of a folder's tests not of models, leave out those of no class",
     )
 
 
@@ -125,7 +127,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = _left_to_others(items) - left_out
         left_out |= not_run.counted(config, others, "run on the other class of hooked model")
     if config.option.by_class:
-        others = (item for item in items if not selection.is_of_models(item))
+        folders = tuple(f"{folder}/" for folder in config.option.by_class)
+        there = (item for item in items if item.nodeid.startswith(folders))
+        others = (item for item in there if not selection.is_of_models(item))
         left_out |= {item for item in others if not _named_without_class(item)[1]}
     # Samples are drawn of the items that this line of transformer-lens runs.
     here = [item for item in items if item not in left_out]
