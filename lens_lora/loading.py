@@ -91,7 +91,8 @@ def _require_decoder(name: str, *, of_adapter: bool) -> None:
             remedy="Pass the folder or the hub id of the base alone.",
             in_shell="Name the base alone with --model.",
         )
-    remedy, in_shell = "", ""
+    remedy = ""
+    in_shell = ""
     if of_adapter:
         remedy = "The adapter names it as its base; pass another as the first argument."
         in_shell = "The adapter names it as its base; name another with --model."
@@ -236,7 +237,8 @@ def load(
     model = uncompiled(model)
     is_peft = isinstance(getattr(model, "peft_config", None), dict)
     if adapter is None and isinstance(model, str | Path):
-        adapter, model = model, None
+        adapter = model
+        model = None
     if adapter is None:
         adapter = _active_adapter(model, is_peft)
     if is_peft:

@@ -373,7 +373,8 @@ class _Numbering:
 
     def axis(self, name: str) -> str:
         """'x2' as it is called in the whole figure."""
-        letter, number = name[0], int(name[1:] or 1)
+        letter = name[0]
+        number = int(name[1:] or 1)
         moved = self.first + number
         return letter if moved == 1 else f"{letter}{moved}"
 

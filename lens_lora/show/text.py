@@ -51,8 +51,9 @@ def first_of(names: Sequence[str], k: int) -> str:
 
 def layers_text(layers: Sequence[int]) -> str:
     """Layers in one line, runs of them by their ends: 'layers 20, 24 and 26–29'."""
+    distinct = sorted(set(layers))
     runs: list[list[int]] = []
-    for layer in sorted(set(layers)):
+    for layer in distinct:
         if runs and layer == runs[-1][-1] + 1:
             runs[-1].append(layer)
         else:
@@ -63,7 +64,7 @@ def layers_text(layers: Sequence[int]) -> str:
             shown += [str(layer) for layer in run]
         else:
             shown.append(f"{run[0]}–{run[-1]}")
-    if len(layers) == 1:
+    if len(distinct) == 1:
         return f"layer {shown[0]}"
     *others, last = shown
     return f"layers {', '.join(others)} and {last}" if others else f"layers {last}"

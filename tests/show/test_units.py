@@ -107,6 +107,7 @@ def test_layers_are_one_line():
     written = {
         (20, 24, 26, 27, 28, 29): "layers 20, 24 and 26–29",
         (3,): "layer 3",
+        (3, 3): "layer 3",
         (4, 5): "layers 4 and 5",
         (5, 3, 4): "layers 3–5",
         (0, 1, 2, 9): "layers 0–2 and 9",
