@@ -75,7 +75,7 @@ def test_the_steps_of_the_workflow_pass(shipped, monkeypatch):
     assert (shipped / "checks.xml").is_file()
 
 
-@pytest.mark.parametrize("code", [0, 1, 3])
+@pytest.mark.parametrize("code", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
 def test_the_test_of_the_page(code: int, shipped, monkeypatch):
     """It passes on 0 alone."""
     called = []

@@ -75,7 +75,10 @@ def test_every_protocol_can_be_checked():
     found: dict[str, bool] = {}
     for path in sorted(LENS_LORA.rglob("*.py")):
         place = path.relative_to(LENS_LORA).as_posix()
-        for name, is_checkable in protocols(path.read_text(encoding="utf-8")).items():
+        source = path.read_text(encoding="utf-8")
+        if "Protocol" not in source:  # parsing every file takes seconds
+            continue
+        for name, is_checkable in protocols(source).items():
             found[f"{place} {name}"] = is_checkable
     assert len(found) > 10
     assert [protocol for protocol, is_checkable in found.items() if not is_checkable] == []
