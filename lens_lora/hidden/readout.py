@@ -247,15 +247,13 @@ def sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
 
     Args:
         lens: the adapter over the model.
-        prompts: the rows, of which the beginning of the first is run.
+        prompts: the rows, of which the beginning of the first is run, lengthened if it is short.
         name: the hook point.
 
     Raises:
         ModelStateError: nothing passes the point, or several tensors do in one pass.
     """
-    first = prompts.row(0)
-    length = min(_TRIED_TOKENS, first.tokens.shape[1])
-    few = Prompts(first.tokens[:, :length], first.lengths.clamp(max=length))
+    few = _few_tokens(lens, prompts)
     plain, before = _activation_and_sites_before(lens, few, name)
 
     own_block = name.split(".")[1] if name.startswith("blocks.") else ""
@@ -268,6 +266,20 @@ def sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
         if not torch.equal(moved, plain):
             moving.append(site)
     return moving
+
+
+def _few_tokens(lens: LoraLens, prompts: Prompts) -> Prompts:
+    """The beginning of the first prompt; a short one is lengthened by tokens of other ids.
+
+    A single token attends to itself whatever its scores, and equal tokens have equal values, so on
+    them q and k may move nothing that they do move on the other prompts.
+    """
+    beginning = prompts.row(0).tokens[:, :_TRIED_TOKENS]
+    missing = _TRIED_TOKENS - beginning.shape[1]
+    steps = torch.arange(1, missing + 1, device=beginning.device)
+    following = (beginning[:, -1:] + steps) % int(lens.model.cfg.d_vocab)
+    tokens = torch.cat([beginning, following], 1)
+    return Prompts(tokens, torch.full_like(prompts.lengths[:1], _TRIED_TOKENS))
 
 
 def _activation_and_sites_before(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.core import Prompts
 from lens_lora.errors import (
     ArgumentError,
     ModelStateError,
@@ -118,6 +119,23 @@ def test_sites_behind_the_point_do_not_move_it(cls: str):
     assert torch.equal(of_peft(case, "llama", behind, d), base)
     g = case.lens.function(TOKENS, ll.Projection(d, POINT))
     assert not modules & {site.module for site in g.lens.sites}
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_first_prompt_of_one_token_leaves_no_site_out(cls: str):
+    """A single token attends to itself, so on it q and k of the point's own block move nothing."""
+    case = cases.case("llama", cls, "raw")
+    d = direction(width_of(case))
+    short_and_long = torch.stack([TOKENS[0], TOKENS[1]])
+    prompts = Prompts(short_and_long, torch.tensor([1, TOKENS.shape[1]]))
+    readout = ll.Projection(d, POINT, positions=-1)
+    block = case.peft.base_model.model.get_submodule(BLOCKS["llama"])
+    with kept(block) as seen:
+        case.peft(TOKENS)
+    expected = torch.stack([seen[-1][0, 0] @ d, seen[-1][1, -1] @ d])
+    g = case.lens.function(prompts, readout)
+    assert (g(1.0) - expected).abs().max() < EXACT
+    assert g.lens.sites == case.lens.function(TOKENS, readout).lens.sites
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
