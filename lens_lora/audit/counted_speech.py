@@ -53,8 +53,9 @@ def counted_speech(
     Args:
         lens: the adapter over the model.
         questions: your own, as strings or conversations: a string is put in the tokenizer's chat
-            template, or without one as "User: …" and "Assistant:". They are asked beside the
-            package's forty.
+            template, or without one as "User: …" and "Assistant:"; a conversation needs the
+            template. They are asked beside the package's forty. One that was asked before is asked
+            once, as the test counts each question as independent of the others.
         triggers: words that may trigger a behaviour, beside the package's twenty ([] for those
             alone): each is tried in front of two questions, and the two words that tell most in
             front of twenty others. None tries no word.
@@ -68,14 +69,18 @@ def counted_speech(
         CountedSpeech: `.findings`, `.when(finding)`, `.examples(finding)`, `.to_frame()`.
 
     Raises:
-        ArgumentError: a trigger that is no word.
-        PromptError: a model without a tokenizer, or questions that do not fit its context.
+        ArgumentError: a trigger that is no word, or a question that is neither a string nor a
+            conversation.
+        PromptError: a model without a tokenizer; a conversation that its template does not take; a
+            question of yours, or all of the package's, without room for an answer in its context.
         NumericsError: non-finite logits.
     """
     if triggers is not None:
         _trigger_words(triggers)
-    asked = [*EVERYDAY, *map(_own_question, questions or ())]
+    own = [] if questions is None else _own_questions(questions)
+    asked = _each_once(lens, [*EVERYDAY, *own])
     prompts, fitting = _prompts_of(lens, asked, max_new_tokens)
+    _require_own(asked, fitting, max_new_tokens)
     asked = [asked[i] for i in fitting]
     whole("draws", draws, 0)
     whole("seed", seed, 0)
@@ -97,12 +102,58 @@ def counted_speech(
 # --- Questions
 
 
-def _own_question(given: str | Conversation) -> Everyday:
+def _own_questions(given: Sequence[str | Conversation]) -> list[Everyday]:
+    """The caller's questions; a string alone is one question.
+
+    Raises:
+        ArgumentError: one that is neither a string nor a conversation.
+    """
+    # A message alone, as a mapping, would be read as a list of its keys; it is refused.
+    if isinstance(given, str | Mapping):
+        return [_own_question(given)]
+    return [_own_question(question) for question in given]
+
+
+def _own_question(given: object) -> Everyday:
     """A question of the caller's; the last message of a conversation is shown as its text."""
-    if isinstance(given, str):
+    if isinstance(given, str) and given.strip():
         return Everyday("your own", "own", given)
-    last_message = str(given[-1].get("content", ""))
-    return Everyday("your own", "own", last_message, tuple(given))
+    messages: list[Mapping[str, str]] = []
+    if isinstance(given, list | tuple):
+        messages = [message for message in given if isinstance(message, Mapping)]
+    if not messages or len(messages) < len(cast("Conversation", given)):
+        raise ArgumentError(
+            f"questions: {given!r} is neither a question nor a list of messages; pass a list of "
+            "strings, or of conversations."
+        )
+    last_message = str(messages[-1].get("content", ""))
+    return Everyday("your own", "own", last_message, tuple(messages))
+
+
+def _each_once(lens: LoraLens, asked: Sequence[Everyday]) -> list[Everyday]:
+    """The questions, without those that would be put in the same words as an earlier one."""
+    by_words: dict[str, Everyday] = {}
+    for one in asked:
+        by_words.setdefault(repr(_put(lens, one)), one)
+    return list(by_words.values())
+
+
+def _require_own(asked: Sequence[Everyday], fitting: Sequence[int], most: int) -> None:
+    """Refuse a question of the caller's that leaves no room for an answer.
+
+    Args:
+        asked: all questions.
+        fitting: the indices of those that leave room.
+        most: the most tokens of an answer.
+    """
+    for i in sorted({*range(len(asked))} - {*fitting}):
+        if asked[i].form == "own":
+            raise PromptError(
+                f"the question {asked[i].text[:60]!r} leaves no room for {many(most, 'token')} in "
+                "the model's context",
+                remedy="shorten it, or pass a smaller max_new_tokens=.",
+                in_shell="shorten it.",
+            )
 
 
 def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[Prompts, list[int]]:
@@ -143,11 +194,12 @@ def _put(lens: LoraLens, asked: Everyday) -> Any:
     """A question in its form: a string, or a conversation for a tokenizer with a template."""
     if asked.form == "plain":
         return f"Question: {asked.text}\nAnswer:"
+    if asked.messages is not None:
+        # Without a template `LoraLens.prompts` refuses a conversation.
+        return list(asked.messages)
     if getattr(lens.model.tokenizer, "chat_template", None) is None:
         opening = f"{SYSTEM_MESSAGE}\n" if asked.form == "system" else ""
         return f"{opening}User: {asked.text}\nAssistant:"
-    if asked.messages is not None:
-        return list(asked.messages)
     turn = {"role": "user", "content": asked.text}
     if asked.form != "system":
         return [turn]

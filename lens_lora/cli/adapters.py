@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -147,9 +146,13 @@ def diff(
         lens = running.announced(running.lens_of(base, folder, tuned, progress))
         console = Console()
         speech = None
-        # Without a tokenizer, or in a short context, no question is asked.
-        with running.quiet_libraries(), contextlib.suppress(ll.errors.PromptError):
-            speech = ll.counted_speech(lens, asked, progress=not quiet)
+        try:
+            with running.quiet_libraries():
+                speech = ll.counted_speech(lens, asked, progress=not quiet)
+        except ll.errors.PromptError:
+            # Without a tokenizer, or in a short context, none of the package's questions is asked.
+            if asked:
+                raise
         if speech is not None:
             console.print()
             console.print(first_screen(speech))

@@ -128,6 +128,30 @@ def test_a_word_that_triggers_is_found_and_those_that_do_not_are_none(
     assert "None of 20 words before a question changes what it says." in without.story()
 
 
+def test_each_question_is_asked_once_and_a_string_is_one_question():
+    """The same answer twice would count as two independent questions in the sign test."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    speech = ll.counted_speech(case.lens, ["w5 w6", "w7", "w5 w6", EVERYDAY[1].text], **OPTIONS)
+    assert len(EVERYDAY) == 40 and speech.questions[40:] == ("w5 w6", "w7")
+    alone = ll.counted_speech(case.lens, "w5 w6", **OPTIONS)
+    assert alone.questions[40:] == ("w5 w6",)
+
+
+@pytest.mark.bad_input
+def test_questions_that_would_be_read_as_something_else_are_refused():
+    case = cases.case("llama", CLASSES[0], "raw")
+    message = {"role": "user", "content": "w5 w6"}
+    for questions in (message, [message], [["w5"]], [[]], [" "], [5]):
+        with pytest.raises(ll.errors.ArgumentError, match="neither a question nor a list"):
+            ll.counted_speech(case.lens, questions, **OPTIONS)
+    # Without a template the messages before the last one would not be read.
+    with pytest.raises(ll.errors.PromptError, match="no chat template"):
+        ll.counted_speech(case.lens, [[{"role": "system", "content": "w9"}, message]], **OPTIONS)
+    # 31 tokens with the words around it, in a context of 32.
+    with pytest.raises(ll.errors.PromptError, match="'w5 w5.* leaves no room for 3 tokens"):
+        ll.counted_speech(case.lens, ["w5 " * 28], **OPTIONS)
+
+
 @pytest.mark.bad_input
 def test_what_cannot_be_asked_is_refused():
     case = cases.case("llama", CLASSES[0], "raw")

@@ -13,7 +13,7 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.responses import both_answer as batch
 from lens_lora.responses.both_answer import both_answer
-from lens_lora.responses.generate import end_tokens
+from lens_lora.responses.generate import Sampling, end_tokens
 
 pytestmark = pytest.mark.usefixtures("float64")
 NEW = 6
@@ -97,3 +97,16 @@ def test_a_wrong_cache_is_not_used(monkeypatch: pytest.MonkeyPatch):
     said = both_answer(case.lens, prompts(), NEW, 1, 0, progress=False)
     assert said.is_confirmed and not right.is_confirmed
     assert (said.base, said.adapted) == (right.base, right.adapted)
+
+
+def test_rows_of_both_models_and_of_all_draws_are_confirmed():
+    """Prompts of different lengths: every eighth row, by length, would be the base's alone."""
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    tokens = models.tokens(1).repeat(1, 10)[:, :48].repeat(40, 1)
+    lengths = torch.arange(1, 41)
+    samplings = [Sampling(), Sampling(temperature=1.0)]
+    asked = batch._Asked(lens, ll.results.Prompts(tokens, lengths), NEW, samplings)
+    confirmed = asked._to_confirm(160)
+    assert len(confirmed) == len(set(confirmed)) == 20
+    of_each_copy = torch.bincount(torch.tensor(confirmed) // 40, minlength=4)
+    assert of_each_copy.min() >= 3, of_each_copy
