@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import lens_lora as ll
-from lens_lora.cli import files, options, running
+from lens_lora.cli import files, finished, options, running
 from lens_lora.cli.questions import Questions
 from lens_lora.errors import ArgumentError, many, warn
 from lens_lora.formats.folders import (
@@ -24,7 +24,7 @@ from lens_lora.formats.folders import (
     one_base,
     stated_base,
 )
-from lens_lora.runs.processes import launched, rank
+from lens_lora.runs.processes import Processes, launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, Record, chosen, each_record, read_records
 
 if TYPE_CHECKING:
@@ -115,9 +115,19 @@ def sweep(
         readouts = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}
         asked_readout = readouts[readout]
         require_slopes(names, asked_readout)
+        processes = launched()
+        command: str | None = None
+        if part is None and names[0] not in BY_TOKEN:
+            with running.step("Reading the files of model and adapter", progress):
+                asked = {"analyses": list(names), "readout": readout}
+                command = finished.command_digest(base, loaded, folder, asked)
         if resume and part is None:
             require_resumable(out, loaded, names, asked_readout)
-        processes = launched()
+        if resume and command is not None:
+            before = finished.finished_sweep(out, command, list(rows), names)
+            if before is not None:
+                _end(before, processes)
+                return
         if processes.count > 1 and base.device_map is not None:
             raise ArgumentError(
                 f"--device-map and {processes.count} processes: each would place a model of its "
@@ -149,8 +159,16 @@ def sweep(
             running.say(repr(result))
             running.say(f"Once all shards are finished: lens-lora gather {out}")
             return
-        if processes.is_main:
-            _print(result, processes.count)
+        is_of_rows = isinstance(result, ll.results.SweepResult)
+        if is_of_rows and command is not None and processes.is_main:
+            finished.remember(result, command)
+        _end(result, processes)
+
+
+def _end(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: Processes) -> None:
+    """Print what was found, and exit with 1 if no record has numbers."""
+    if processes.is_main:
+        _print(result, processes.count)
     if not result.done:
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import models
 import pandas as pd
@@ -220,3 +221,56 @@ def test_command_on_the_embedded_model(tmp_path):
     assert prompts["flips"].tolist()[0] and prompts["units"].tolist() == ["logits", "nats"]
     assert prompts["base"][0] < -3 and prompts["adapted"][0] > 3
     assert len(pd.read_parquet(tmp_path / "r.parquet")) == 2 * 210
+
+
+@pytest.mark.bad_input
+def test_a_finished_sweep_loads_no_model(tiny, tmp_path, monkeypatch):
+    """The same command prints what it has; any other reason to run one loads the model."""
+    base = shutil.copytree(tiny / "base", tmp_path / "base")
+    records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
+    out = tmp_path / "r.parquet"
+    arguments = ["--model", base, tiny / "lora", "--prompts", records, "--out", out, "--quiet"]
+    first = command(*arguments)
+    assert first.exit_code == 0, first.output
+    rows = out.read_bytes()
+    loads = []
+
+    def load(*_, **__):
+        loads.append(1)
+        raise ll.errors.ArgumentError("the model is loaded.")
+
+    monkeypatch.setattr(sweep_command.running, "lens_for", load)
+    again = command(*arguments)
+    assert again.exit_code == 0 and not loads, again.output
+    expected = first.stdout.replace("6 of 7 prompts", "6 of 7 prompts (6 before this run)")
+    assert again.stdout == expected
+    assert out.read_bytes() == rows
+
+    others = [["--dtype", "float64"], ["--no-resume"], ["--limit", 2]]
+    for options in others:
+        assert command(*arguments, *options).exit_code == 2
+    more = {**GOOD[0], "id": "new", "prompt": "w9 w9"}
+    renamed = {**GOOD[0], "id": "renamed"}
+    for changed in ([*WITH_A_BAD_ONE, more], [renamed, *WITH_A_BAD_ONE[1:]]):
+        write_jsonl(records, changed)
+        assert command(*arguments).exit_code == 2
+    write_jsonl(records, WITH_A_BAD_ONE)
+    assert command(*arguments).exit_code == 0
+    settings = base / "config.json"
+    kept = settings.read_text()
+    settings.write_text(kept.replace('"rms_norm_eps": 1e-', '"rms_norm_eps": 2e-'))
+    assert settings.read_text() != kept
+    assert command(*arguments).exit_code == 2
+    assert len(loads) == len(others) + 3
+
+
+def test_results_of_another_run_are_not_taken_for_the_finished_ones(tiny, tmp_path):
+    """A run in Python has put other numbers in the place of those that the command wrote."""
+    records = write_jsonl(tmp_path / "r.jsonl", GOOD[:2])
+    out = tmp_path / "r.parquet"
+    arguments = [tiny / "lora", "--model", tiny / "base", "--prompts", records, "--out", out]
+    assert command(*arguments, "--quiet").exit_code == 0
+    half = ll.load(str(tiny / "base"), ll.load_adapter(tiny / "lora").scaled(0.5))
+    ll.sweep(half, GOOD[:2], out=out, resume=False, progress=False)
+    found = command(*arguments, "--quiet")
+    assert found.exit_code == 2 and "holds another sweep" in found.stderr

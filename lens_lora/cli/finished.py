@@ -1,0 +1,199 @@
+"""A sweep that is finished is told from its files, so that the same command loads no model again.
+
+1. When a sweep ends, `results.command.json` is written beside its results. It holds the hash of
+   everything that decides the numbers but the records: the options, the versions of the libraries,
+   and every byte of the files from which the base, its tokenizer and the adapter are read.
+2. The same command hashes these files again, which takes about a second for a gigabyte. If nothing
+   has changed and the results hold every record, what they say is printed.
+3. In every other case the sweep goes its usual way, which compares the weights themselves: a file
+   that is missing, or more records, or conversations (whose template may print today's date).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lens_lora._version import versions
+from lens_lora.cli.options import ModelOptions
+from lens_lora.errors import LensLoraError
+from lens_lora.sweeps.records import Record
+
+if TYPE_CHECKING:
+    from lens_lora.core import Adapter
+    from lens_lora.results import SweepResult
+
+# Options that change how much is run at a time, and no number but by rounding.
+_NO_NUMBERS = ("max_memory",)
+
+
+# --- The command as a hash
+
+
+def command_digest(
+    base: ModelOptions, adapter: Adapter, folder: Path, asked: Mapping[str, object]
+) -> str | None:
+    """The hash of all that decides a sweep's numbers but its records; None where files are not had.
+
+    Args:
+        base: the base model, and how it is loaded.
+        adapter: the adapter, which may name its base.
+        folder: where the adapter lies.
+        asked: what else was asked for, as JSON holds it.
+    """
+    model_folder = _model_folder(base, adapter)
+    if model_folder is None:
+        return None
+    options = dataclasses.asdict(base)
+    for name in _NO_NUMBERS:
+        options.pop(name)
+    about = {
+        "options": options,
+        "prepend_bos": base.prepend_bos,
+        "asked": asked,
+        "versions": dict(versions()),
+        "model": _digests(model_folder),
+        "adapter": _digests(folder),
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _model_folder(base: ModelOptions, adapter: Adapter) -> Path | None:
+    """The folder from which the base model is read; None if it is not on this machine."""
+    from lens_lora.cli.running import EMBEDDED
+    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, embedded_model_folder
+
+    name = base.model or adapter.base_model
+    is_embedded = name in (None, EMBEDDED) or (base.model is None and name == EMBEDDED_HUB_ID)
+    if name is None or is_embedded:
+        return embedded_model_folder(quiet=True)
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub
+
+    try:
+        # The folder of the newest commit, from which transformers would read the model as well.
+        return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
+    except (OSError, ValueError):
+        return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """{name: hash of its bytes} of every file in a folder; folders within are not read."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_file_digest, files)
+        return {path.name: digest for path, digest in zip(files, digests, strict=True)}
+
+
+def _file_digest(path: Path) -> str:
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+# --- The file beside the results
+
+
+def _command_file(out: Path) -> Path:
+    """Where the command of a finished sweep is kept."""
+    return out.with_suffix(".command.json")
+
+
+def remember(result: SweepResult, digest: str) -> None:
+    """Write down beside its results by which command a sweep was finished.
+
+    Args:
+        result: of the sweep.
+        digest: of the command.
+    """
+    about = {
+        "command": digest,
+        "results": _results_digest(result.prompts_path),
+        "sites": [dataclasses.asdict(site) for site in result.sites],
+        "meta": dict(result.meta),
+        "readout": result.readout,
+        "units": result.units,
+    }
+    path = _command_file(result.path)
+    path.write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _results_digest(prompts_path: Path) -> str:
+    """The hash of what a result says of itself: its run's fingerprint, and the hash of its rows."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_schema(prompts_path).metadata
+    return hashlib.sha256(repr(sorted(metadata.items())).encode()).hexdigest()
+
+
+def has_command(out: Path) -> bool:
+    """Whether a finished sweep at this place says by which command."""
+    return _command_file(out).exists() and out.exists()
+
+
+def finished_sweep(
+    out: Path, digest: str, records: Sequence[Record], analyses: tuple[str, ...]
+) -> SweepResult | None:
+    """The result of a sweep that this command has finished; None if there is something to do.
+
+    Args:
+        out: the result.
+        digest: of the command.
+        records: all records.
+        analyses: the names of the analyses.
+    """
+    from lens_lora.core import Site
+    from lens_lora.runs.store import fingerprint_of
+    from lens_lora.sweeps.result import AskedReadout, result_of
+    from lens_lora.sweeps.rows import RowStore
+
+    if not has_command(out):
+        return None
+    try:
+        about: dict[str, Any] = json.loads(_command_file(out).read_text(encoding="utf-8"))
+        if about["command"] != digest:
+            return None
+        sites = [Site(**fields) for fields in about["sites"]]
+        store = RowStore(out, fingerprint_of(out), sites, analyses)
+        if about["results"] != _results_digest(store.prompts_path):
+            # Another sweep, which was not this command's, has its results here.
+            return None
+        if store.folder.exists() or not _holds_all(store, records):
+            return None
+        good = sum(record.error is None for record in records)
+        asked = AskedReadout(about["readout"], about["units"])
+        return result_of(store, sites, about["meta"], analyses, good, asked)
+    except (LensLoraError, OSError, ValueError, KeyError, TypeError):
+        # Whatever is wrong with these files is said where the sweep goes its usual way.
+        return None
+
+
+def _holds_all(store: Any, records: Sequence[Record]) -> bool:
+    """Whether the results hold these records, in this order, each with numbers or with its error.
+
+    The numbers are those that were written: their hash is compared.
+    """
+    from lens_lora.sweeps.rows import content, read
+
+    if any(record.chat for record in records):
+        return False
+    finished = store.done(records)
+    rows = read(store.prompts_path).to_pylist()
+    if len(rows) != len(records):
+        return False
+    for row, record in zip(rows, records, strict=True):
+        if str(row["id"]) != str(record.id) or content(row) != content(record):
+            return False
+        if record.error is not None and row["error"] != record.error:
+            return False
+        if row["error"] is None and content(record) not in finished:
+            return False
+    return True
