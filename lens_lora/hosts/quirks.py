@@ -14,7 +14,7 @@ of them; one that has nothing to do with a model leaves it alone. To teach anoth
                return None
            return lambda bridge: …
 
-2. Names that a library keeps to itself are read in `compat.py`, by a function with a test in
+2. Names that a library keeps to itself are read in `compat/`, by a function with a test in
    `tests/house/test_compat.py`.
 3. Add the architecture to `tests/lib/architectures.py`: then `tests/hosts/` compares lenses over it
    with PEFT, in float64, and the logits of the bridge with those of the model. A row there is a

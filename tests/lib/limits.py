@@ -161,7 +161,8 @@ def gguf_rounds_to_floats_alone(patch: pytest.MonkeyPatch) -> None:
 
 def ggml_is_not_installed(patch: pytest.MonkeyPatch) -> None:
     """As where llama-cpp-py-sync is not installed."""
-    patch.setattr("lens_lora.compat.ggml_library", lambda: None)
+    for place in ("lens_lora.compat", "lens_lora.compat.ggml"):
+        patch.setattr(f"{place}.ggml_library", lambda: None)
 
 
 def rows_of_gguf_stay(patch: pytest.MonkeyPatch) -> None:

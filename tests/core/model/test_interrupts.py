@@ -123,9 +123,8 @@ def test_blocks_that_run_again(cls: str, monkeypatch: pytest.MonkeyPatch):
     def call() -> None:
         ll.first_order(lens, tokens, MARGIN)
 
-    points = points_in(
-        call, rerun.blocks_rerun, rerun._run_twice, compat.replace_forward, compat._put_back
-    )
+    put_back = compat.torch_modules._put_back
+    points = points_in(call, rerun.blocks_rerun, rerun._run_twice, compat.replace_forward, put_back)
     assert len(points) > 20
     assert leaks(call, lens.model, points.items()) == {}
 

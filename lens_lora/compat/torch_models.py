@@ -1,0 +1,55 @@
+"""Models of torch that are compiled, or whose weights are spread over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lens_lora.compat.torch_modules import modules_in
+
+# What modules that wrap others during training call the wrapped one, which stands in the keys of
+# files that were saved from them: of torch.compile, FSDP and checkpointing.
+WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def uncompiled(model: Any) -> Any:
+    """The model that `torch.compile` has wrapped; any other model itself.
+
+    The wrapper is of a private class, and runs code that does not look for hooks added later.
+    """
+    if type(model).__name__ == "OptimizedModule":
+        return modules_in(model)["_orig_mod"]
+    return model
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called; nothing public tells it, or takes it back."""
+    return module._compiled_call_impl is not None
+
+
+def samples_experts(module: nn.Module) -> bool:
+    """Whether it draws experts by chance in training, whatever its settings are.
+
+    Phi-3.5-MoE does (`sparsemixer`): in transformers 5 in its router, in 4 in the block of experts.
+    """
+    return type(module).__name__ in ("PhimoeTopKRouter", "PhimoeSparseMoeBlock")
+
+
+def compile_no_more(model: nn.Module) -> None:
+    """Let the modules of a model compute what they did before `compile()`, for good."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether it is a DTensor, of which a process may hold a part only.
+
+    Asked for by name, as to import the class takes as long as to import torch.
+    """
+    return "DTensor" in [cls.__name__ for cls in type(parameter.data).__mro__]
+
+
+def gathers_weights(module: nn.Module) -> bool:
+    """Whether FSDP2 puts the module's weights together whenever it runs; asked for by name too."""
+    return "FSDPModule" in [cls.__name__ for cls in type(module).__mro__]

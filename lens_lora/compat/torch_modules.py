@@ -1,0 +1,216 @@
+"""Modules of torch: their hooks, their parameters, and what they compute as their forward."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import nn
+
+from lens_lora.spans import Temporary
+
+
+class Hooks(NamedTuple):
+    """A module's own dictionaries of hooks by key, in the order in which they run.
+
+    Attributes:
+        forward: forward hooks; an OrderedDict, although torch annotates a dict.
+        before: forward pre-hooks, likewise.
+        backward: backward hooks.
+        before_backward: backward pre-hooks.
+        takes_kwargs: which of the forward pre-hooks take keyword arguments.
+    """
+
+    forward: Any
+    before: Any
+    backward: dict[int, Any]
+    before_backward: dict[int, Any]
+    takes_kwargs: dict[int, bool]
+
+
+def hooks_of(module: nn.Module) -> Hooks:
+    """All hooks on a module: torch has functions that add one, and none that lists or orders."""
+    return Hooks(
+        forward=module._forward_hooks,
+        before=module._forward_pre_hooks,
+        backward=module._backward_hooks,
+        before_backward=module._backward_pre_hooks,
+        takes_kwargs=module._forward_pre_hooks_with_kwargs,
+    )
+
+
+def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own dictionary of parameters; a look into it costs less than `getattr`."""
+    return module._parameters
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module itself has, by name."""
+    return {name: held for name, held in parameters_in(module).items() if held is not None}
+
+
+def modules_in(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own dictionary of modules; a look into it costs less than `getattr`."""
+    return module._modules
+
+
+def replace_forward(span: Temporary, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let the module compute `forward` until the span ends.
+
+    A hook cannot keep a module from computing. The change is made in the module's own dictionary,
+    as a bridge's component passes attributes on to the module that it wraps.
+    """
+    attributes = vars(module)
+    span.way_back(functools.partial(_put_back, attributes, "forward", attributes.get("forward")))
+    attributes["forward"] = forward
+
+
+def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
+    """Set an attribute as it was before; None where there was none."""
+    if before is None:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = before
+
+
+class SharedForward:
+    """The forward of a module until the last span ends that asked for it, in whatever order.
+
+    Args:
+        module: the module.
+        name: the attribute that computes, 'forward' in most modules.
+
+    Attributes:
+        module: see above.
+        before: what it computed before.
+        asked: an entry for each span.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module: nn.Module = module
+        self._name = name
+        self._own = vars(module).get(name)
+        of_class = functools.partial(type(module).forward, module)
+        self.before: Callable[..., Any] = self._own or of_class
+        self.asked: list[Any] = []
+
+    @classmethod
+    def until(cls, span: Temporary, module: nn.Module, entry: object, name: str = "forward") -> Any:
+        """Let the module compute this, with `entry` in `asked`, until the span ends.
+
+        Where one of this class stands there already, it is shared.
+        """
+        shared = vars(module).get(name)
+        if not isinstance(shared, cls):
+            shared = cls(module, name)
+        span.way_back(functools.partial(shared._leave, entry))
+        shared.asked.append(entry)
+        vars(module)[name] = shared
+        return shared
+
+    def _leave(self, entry: object) -> None:
+        self.asked[:] = [other for other in self.asked if other is not entry]
+        if not self.asked:
+            _put_back(vars(self.module), self._name, self._own)
+
+
+class _Guard(NamedTuple):
+    """Attributes of a module that may not be read.
+
+    Attributes:
+        names: those of the attributes.
+        why: makes the error.
+        unless: whether they may be read at this moment.
+    """
+
+    names: frozenset[str]
+    why: Callable[[], Exception]
+    unless: Callable[[], bool]
+
+
+# For each module that has guards, its own class and the guards.
+_Guarded: TypeAlias = weakref.WeakKeyDictionary[nn.Module, tuple[type, list[_Guard]]]
+
+_GUARDED: _Guarded = weakref.WeakKeyDictionary()
+
+
+def refuse_reading(
+    span: Temporary,
+    module: nn.Module,
+    names: Sequence[str],
+    why: Callable[[], Exception],
+    unless: Callable[[], bool] = lambda: False,
+) -> None:
+    """Let attributes of these names raise an error where they are read, until the span ends.
+
+    No hook sees that a weight is read. A module's class is made another one for a while, as a
+    property stands in a class; a bridge's component hands attributes on to what it wraps.
+    """
+    known = _GUARDED.get(module)
+    if known is None or not known[1]:
+        known = type(module), []
+        _GUARDED[module] = known
+    kind, guards = known
+    guard = _Guard(frozenset(names), why, unless)
+
+    def guard_by(others: list[_Guard]) -> None:  # spans may end in any order
+        guards[:] = [other for other in guards if other is not guard] + others
+        every = frozenset[str]().union(*(other.names for other in guards))
+        object.__setattr__(module, "__class__", _guarded(kind, every) if guards else kind)
+
+    span.way_back(functools.partial(guard_by, []))
+    guard_by([guard])
+
+
+@functools.cache  # a class made anew for each span would keep the garbage collector busy
+def _guarded(kind: type, names: frozenset[str]) -> type:
+    def guard(name: str) -> property:
+        def read(component: nn.Module) -> Any:
+            for guarded, why, unless in _GUARDED.get(component, (kind, []))[1]:  # none of a copy
+                if name in guarded and not unless():
+                    raise why()
+            of_class = getattr(kind, name, None)  # K and V of grouped heads are properties
+            return of_class.__get__(component) if of_class else component.__getattr__(name)
+
+        return property(read)
+
+    return type(kind.__name__, (kind,), {name: guard(name) for name in names})
+
+
+def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let the module compute `forward` for good."""
+    vars(module)["forward"] = forward
+
+
+# The beginnings of the names of modules whose code is known to compute W z + b in the dtype of W.
+_KNOWN_CODE = ("torch.", "transformers.", "peft.", "bitsandbytes.", "transformer_lens.")
+
+
+def is_forward_replaced(module: Any) -> bool:
+    """Whether somebody has given a module another forward than its class's; accelerate has not."""
+    if not isinstance(module, nn.Module):
+        return False
+    forward = vars(module).get(computing_attribute(module))
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def has_own_code(module: nn.Module) -> bool:
+    """Whether the forward of a module is neither torch's nor one of the known libraries'."""
+    is_replaced = "forward" in vars(module)
+    code = type(module).forward.__module__
+    return is_replaced or bool(hooks_of(module).forward) or not code.startswith(_KNOWN_CODE)
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The function that a module computes in place of its class's `forward`; None without one."""
+    return vars(module).get("forward")
+
+
+def computing_attribute(module: nn.Module) -> str:
+    """'forward', or where accelerate keeps that of a module that it has hooked.
+
+    Its hooks read a module's computation there, and no setter is public.
+    """
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"

@@ -1,0 +1,148 @@
+"""Tensors of torch: memory, rounding, derivatives, kernels of attention, and float64.
+
+Maps are built, and statistics taken, in float64, whatever the model's dtype. MPS has no such
+dtype, so there they are on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import get_interpreter_stack, is_functorch_wrapped_tensor
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel
+from torch.overrides import TorchFunctionMode, _pop_mode
+
+from lens_lora.spans import Temporary
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return any(word in text for word in words)
+
+
+def float32_products() -> tuple[str, ...]:
+    """How torch lets backends round float32 products, in its own words.
+
+    The one public question, `torch.get_float32_matmul_precision`, raises an error from torch 2.9 on
+    where a program has set a single backend. 'none' says that nothing was set for the product, its
+    backend or torch as a whole: products are then rounded as with 'ieee', which torch's default
+    writes there once it is set by name.
+    """
+    backends: Any = torch.backends.cuda, torch.backends.mkldnn
+    products: list[Any] = [getattr(backend, "matmul", None) for backend in backends]
+    if all(hasattr(product, "fp32_precision") for product in products):
+        settings = [product.fp32_precision for product in products]
+        return tuple("ieee" if setting == "none" else setting for setting in settings)
+    return (torch.get_float32_matmul_precision(),)
+
+
+# Environment variables by which oneDNN is told to round factors of float32 products on the CPU.
+_ROUND_ON_CPU = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+
+
+def may_round_on_cpu() -> bool:
+    """Whether the factors of float32 products may be rounded to fewer bits on the CPU.
+
+    They are not, unless torch, or oneDNN beneath it, is told to.
+    """
+    is_told_by_torch = any(setting not in ("ieee", "highest") for setting in float32_products())
+    modes = [os.environ.get(name, "") for name in _ROUND_ON_CPU]
+    is_told_by_name = any(mode.upper() not in ("", "STRICT") for mode in modes)
+    return is_told_by_torch or is_told_by_name
+
+
+def activation_checkpointing(modules: Iterable[nn.Module]) -> str | None:
+    """How transformers runs blocks again on the way back: 'reentrant', 'not reentrant', or None.
+
+    A module does so only while it is in training mode. Where nothing says how, torch's default,
+    reentrant, holds. No public name tells.
+    """
+    for module in modules:
+        if module.training and getattr(module, "gradient_checkpointing", False) is True:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            keywords = getattr(function, "keywords", {})
+            return "reentrant" if keywords.get("use_reentrant", True) else "not reentrant"
+    return None
+
+
+def edits_of(tensor: Tensor) -> int:
+    """How often a tensor was edited in place: torch counts, and does not say so publicly."""
+    return tensor._version
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether it is a part, or another shape, of a tensor that torch knows."""
+    return tensor._is_view()
+
+
+def is_within_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, …) is under way; only torch's C++ knows."""
+    return bool(get_interpreter_stack())
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func hides the tensor's values; only torch's C++ knows."""
+    return is_functorch_wrapped_tensor(tensor)
+
+
+def allow_forward_mode(span: Temporary) -> None:
+    """Compute forward-mode derivatives until the span ends, also where they were turned off.
+
+    The public switches of grad mode leave it as it is, and inference mode turns it off.
+    """
+    is_allowed = torch._C._is_fwd_grad_enabled()
+    span.way_back(functools.partial(torch._C._set_fwd_grad_enabled, is_allowed))
+    torch._C._set_fwd_grad_enabled(True)
+
+
+def enter_mode(span: Temporary, mode: TorchFunctionMode) -> None:
+    """Put a mode of torch functions in force until the span ends.
+
+    Its own `__exit__` pops whatever mode is the innermost, so an interrupt before `__enter__` would
+    pop someone else's; the depth of torch's stack has no public name.
+    """
+    depth = torch._C._len_torch_function_stack()
+
+    def pop() -> None:
+        while torch._C._len_torch_function_stack() > depth:
+            _pop_mode()
+
+    span.way_back(pop)
+    mode.__enter__()
+
+
+def attention_kernels() -> list[SDPBackend]:
+    """The kernels that attention may use now; the public `sdpa_kernel` sets them and tells none."""
+    return _cur_sdpa_kernel_backends()
+
+
+def use_attention_kernels(span: Temporary, kernels: Sequence[SDPBackend]) -> None:
+    """Let attention use one of these kernels until the span ends.
+
+    The public `sdpa_kernel` would suspend a generator.
+    """
+    span.way_back(functools.partial(_sdpa_kernel, attention_kernels()))
+    _sdpa_kernel(kernels)
+
+
+# The types of devices that have no float64.
+_WITHOUT = {"mps"}
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64."""
+    return torch.device("cpu") if device.type in _WITHOUT else device
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on its own device if that has it, else on the CPU."""
+    return tensor.to(float64_device(tensor.device)).double()
