@@ -4,7 +4,7 @@ A card says which files the adapter is, which base it is for, what it changes, a
 verified. It is compared with one that is made anew, line by line:
 
 1. A line holds if its words are the same and its numbers are close: integers and hashes exactly,
-   other numbers within 5 %, or one unit of the last digit that is written.
+   other numbers within 5 %, or one unit of the last decimal place of the longer one.
 2. A line that could not be repeated, as the base or a file is not at hand, is undecided.
 3. Any other line fails, with both texts.
 
@@ -180,12 +180,13 @@ def _is_close(text: str, other: str) -> bool:
     if text.isdigit() and other.isdigit():
         return False
     a, b = (Decimal(number.replace("−", "-")) for number in (text, other))
-    unit = max(_last_digit(a), _last_digit(b))
+    # The finer of the two, as 1.00 is written as 1: it is not 0.05.
+    unit = min(_last_place(a), _last_place(b))
     return abs(a - b) <= max(unit, _CLOSE * max(abs(a), abs(b)))
 
 
-def _last_digit(number: Decimal) -> Decimal:
-    """One unit of the last digit that is written: 0.01 of 1.25."""
+def _last_place(number: Decimal) -> Decimal:
+    """One unit of the last decimal place that is written: 0.01 of 1.25; 0 of a whole number."""
     exponent = number.as_tuple().exponent
     assert isinstance(exponent, int)  # the pattern matches no NaN and no infinity
-    return Decimal(1).scaleb(exponent)
+    return Decimal(1).scaleb(exponent) if exponent < 0 else Decimal(0)

@@ -213,6 +213,11 @@ def test_no_card(name: str, tmp_path):
         ("KL 3e-05", "KL 4e-05", True),
         ("margin −6.89 → +7.05", "margin −6.94 → +7.32", True),
         ("margin −6.89 → +7.05", "margin +6.89 → +7.05", False),
+        ("‖ΔW‖ is 1 % of ‖W‖", "‖ΔW‖ is 0.05 % of ‖W‖", False),
+        ("‖ΔW‖ is 1 % of ‖W‖", "‖ΔW‖ is 0.97 % of ‖W‖", True),
+        ("‖ΔW‖ is 1e+03 in all", "‖ΔW‖ is 2e+03 in all", False),
+        ("margin −6.89 → +1", "margin −6.89 → +2", False),
+        ("KL 0", "KL 0.9", False),
         ("14 modules", "13 modules", False),
         ("passed: x", "failed: x", False),
         ("0e12" * 16, "0e13" * 16, False),
@@ -221,7 +226,7 @@ def test_no_card(name: str, tmp_path):
     ],
 )
 def test_what_counts_as_the_same(text: str, other: str, is_same: bool):
-    """Words exactly, numbers within 5 % or one unit of the last digit, counts exactly."""
+    """Words exactly, numbers within 5 % or one unit of the last decimal place, counts exactly."""
     assert says_the_same(text, other) == is_same == says_the_same(other, text)
 
 
