@@ -155,14 +155,20 @@ class WrittenCard:
         return path
 
     def bound_of_kl(self, given: float | None) -> float | None:
-        """The bound on KL: the card's own, if it has one."""
+        """The bound on KL: the card's own, if it has one; another one is refused."""
         stated = self._card.inputs.get("max_kl")
         if stated is None:
             return given
         try:
-            return float(stated)
+            bound = float(stated)
         except ValueError as error:
             raise LensLoraError(f"the card's max_kl is {stated!r}, which is no number.") from error
+        if given is not None and f"{given:g}" != f"{bound:g}":
+            raise LensLoraError(
+                f"the card states --max-kl {bound:g}, and --max-kl {given:g} is given",
+                remedy="leave it out, or verify the adapter without its card.",
+            )
+        return bound
 
     def checked(
         self,

@@ -243,22 +243,28 @@ def _compared_tensors(
         yield MergedTensor(name, "failed", "a bias that the base's map does not have")
     read: set[str] = set()
     for name, W in expected.state.items():
-        module, _, part = name.rpartition(".")
-        place = layout.name_of(module)
-        stored_name = f"{place}.{part}"
-        read.add(stored_name)
-        if place is None:
+        stored_name = _stored_name(name, layout)
+        if stored_name is None:
             yield MergedTensor(name, "undecided", "a tensor that llama.cpp does not know")
-        elif stored_name in file.names:
+            continue
+        read.add(stored_name)
+        if stored_name in file.names:
             stored = file.tensor(stored_name)
             yield _compared_tensor(name, W.detach().cpu(), stored, expected, layout)
-        elif not expected.tied[name]:
+        elif not any(_stored_name(other, layout) in file.names for other in expected.tied[name]):
             yield MergedTensor(name, "failed", "not in the file")
         elif name in expected.changed and not _is_changed_alike(name, expected):
             yield MergedTensor(name, "failed", "not in the file, and what it is tied to differs")
     for name in file.names:
         if name not in read and name not in _COMPUTED:
             yield MergedTensor(name, "failed", "in the file, and the base has no such tensor")
+
+
+def _stored_name(name: str, layout: Layout) -> str | None:
+    """The name of a parameter in the file; None if llama.cpp has none for its module."""
+    module, _, part = name.rpartition(".")
+    place = layout.name_of(module)
+    return None if place is None else f"{place}.{part}"
 
 
 def _is_changed_alike(name: str, expected: ExpectedTensors) -> bool:

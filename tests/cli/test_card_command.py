@@ -215,6 +215,10 @@ def test_the_hub_is_told_of_a_base_by_its_id(out):
         (["card", "{out}/adapter", "--out", "{out}/adapter/adapter_config.json"], "what this"),
         (["card", "{out}/adapter", "--brief", "{out}/card.json"], "no brief of lens-lora diff"),
         (["verify", "--card", "{out}/facts.jsonl", "{out}/adapter"], "no card in it"),
+        (
+            ["verify", "--card", "{out}/card.json", "{out}/adapter", "--max-kl", "0.1"],
+            "the card states --max-kl 9, and --max-kl 0.1 is given",
+        ),
     ],
 )
 def test_what_is_refused(options, says, out):

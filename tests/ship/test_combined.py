@@ -245,6 +245,17 @@ def test_in_bfloat16_the_sum_is_the_sum(combine):
     assert result.outcome == "failed"
 
 
+def test_an_effect_below_rounding_is_undecided(combine):
+    """Its log p says nothing of the sum; with no adapter at all it would agree as well."""
+    out, base, _ = combine(kind="cat")
+    lens = lens_of(out, base)
+    faint = lens.with_adapter(lens.adapter.scaled(1e-6), check=False)
+    parts = [out / "a", out / "b"]
+    result = ll.verify_combined(faint, parts, [1e-6 * weight for weight in WEIGHTS])
+    assert [check.outcome for check in result.checks] == ["passed", "undecided"]
+    assert "rounding hides it" in result.checks[1].measured
+
+
 @pytest.mark.bad_input
 def test_what_cannot_be_compared_is_refused(combine):
     out, base, _ = combine(kind="cat")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import limits
 import models
@@ -224,6 +225,27 @@ def test_a_merged_gguf_whose_rows_are_not_permuted(wide, tmp_path):
     _, tensors = merged_gguf_checks(file, adapter, base)
     failed = [tensor for tensor in tensors if tensor.outcome == "failed"]
     assert len(failed) == 4 and all("not permuted" in tensor.looks for tensor in failed)
+
+
+def test_tied_weights_lie_in_the_file_once(tmp_path):
+    """Under either name; a file that has neither of the two is not the model."""
+    config = LlamaConfig(**{**models._ROTARY, "tie_word_embeddings": True})
+    base = LlamaForCausalLM(config).eval()
+    peft = models.peft_model("llama", copy.deepcopy(base), targets=["q_proj"])
+    models.with_random_factors(peft, base)
+    adapter = ll.Adapter.from_peft(peft)
+    merged = peft.merge_and_unload()
+    tied = ["model.embed_tokens.weight", "lm_head.weight"]
+
+    def failed_without(*names: str) -> list[str]:
+        state = {name: t for name, t in merged.state_dict().items() if name not in names}
+        stored = SimpleNamespace(config=config, state_dict=lambda: state)
+        file = write_base(stored, tmp_path / f"{len(names)}.gguf")
+        _, tensors = merged_gguf_checks(file, adapter, base)
+        return [tensor.name for tensor in tensors if tensor.outcome == "failed"]
+
+    assert failed_without("lm_head.weight") == []
+    assert failed_without(*tied) == tied
 
 
 def test_a_right_merged_gguf_is_no_full_pass(wide, tmp_path):
