@@ -193,6 +193,7 @@ class GGUFFile:
     Attributes:
         path: the file.
         names: its tensors' names.
+        fields: the names of its fields.
 
     Raises:
         ModelStateError: it is no GGUF file, or damaged.
@@ -207,6 +208,7 @@ class GGUFFile:
             raise ModelStateError(f"{path}: no GGUF file, or damaged ({error}).") from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.names: list[str] = list(self._tensors)
+        self.fields: list[str] = list(self._reader.fields)
 
     def field(self, name: str) -> Any:
         """The value of a field; None if the file has none of this name.

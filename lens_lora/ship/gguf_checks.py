@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ from lens_lora.formats.gguf_layout import (
 from lens_lora.formats.gguf_write import A_SUFFIX, ALPHA, B_SUFFIX
 from lens_lora.ship.checks import Check, MergedTensor, Outcome, first_of, worst
 from lens_lora.ship.expected_tensors import Expected, ExpectedTensors
+from lens_lora.ship.gguf_settings import settings_findings
+from lens_lora.ship.gguf_tokenizer import tokenizer_findings
+from lens_lora.ship.merged_settings import ends_of
 from lens_lora.ship.merged_tensors import mistakes
 
 if TYPE_CHECKING:
@@ -120,27 +123,21 @@ def lora_checks(
 
 
 def merged_gguf_checks(
-    path: Path, adapter: Adapter, base: PreTrainedModel | str
+    path: Path, adapter: Adapter, base: PreTrainedModel | str, tokenizer: Any = None
 ) -> tuple[list[Check], tuple[MergedTensor, ...]]:
-    """Check that a GGUF file holds base + ΔW, tensor by tensor.
-
-    Its tokenizer and its settings are not compared, which a check of their own says: it is
-    undecided, so that such a file never passes as a whole.
+    """Check that a GGUF file holds base + ΔW, tensor by tensor, and its tokenizer and settings.
 
     Args:
         path: the file.
         adapter: what is to be merged in it.
         base: the model, before it is hooked; or why there is none.
+        tokenizer: the one that the adapter was trained with; None if it is not at hand.
 
     Raises:
         ModelStateError: no GGUF file, a damaged one, or the package gguf is not installed.
     """
-    rest = Check(
-        GGUF_REST,
-        "undecided",
-        "the tokenizer, the chat template and the model's settings in the file are not compared",
-        "those of the adapter's training",
-    )
+    bound = "those of the adapter's training"
+    rest = Check(GGUF_REST, "undecided", "the settings in the file are not compared", bound)
     if isinstance(base, str):
         return [Check(MERGED_GGUF, "undecided", "no base at hand"), rest], ()
     file = GGUFFile(path)
@@ -154,8 +151,28 @@ def merged_gguf_checks(
         wrong = Check(MERGED_GGUF, "failed", found, repr(layout.architecture), path.name)
         return [wrong, rest], ()
     tensors = tuple(_compared_tensors(file, adapter, base, layout))
-    bound = "base + ΔW, to the rounding of each type"
-    return [_summary(MERGED_GGUF, tensors, bound), rest], tensors
+    bound_of_tensors = "base + ΔW, to the rounding of each type"
+    rest = _rest_check(file, base, layout, tokenizer, bound)
+    return [_summary(MERGED_GGUF, tensors, bound_of_tensors), rest], tensors
+
+
+def _rest_check(
+    file: GGUFFile, base: PreTrainedModel, layout: Layout, tokenizer: Any, bound: str
+) -> Check:
+    """One check of the tokenizer, the chat template and the settings, which names what is wrong."""
+    ends = ends_of(getattr(base, "generation_config", None), base.config)
+    findings = [
+        *tokenizer_findings(file, tokenizer, ends),
+        *settings_findings(file, base.config, layout),
+    ]
+    for outcome in ("failed", "undecided"):
+        words = [finding.words for finding in findings if finding.outcome == outcome]
+        if words:
+            return Check(GGUF_REST, outcome, "; ".join(words), bound)
+    count = many(len(tokenizer.get_vocab()), "token")
+    return Check(
+        GGUF_REST, "passed", f"{count}, what joins them, template and settings are the same"
+    )
 
 
 def _summary(name: str, tensors: tuple[MergedTensor, ...], bound: str) -> Check:

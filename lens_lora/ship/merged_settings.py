@@ -62,8 +62,8 @@ def _other_class(folder: MergedFolder, base: PreTrainedModel) -> Iterator[str]:
 
 def _other_end(folder: MergedFolder, base: PreTrainedModel, tokenizer: Any) -> Iterator[str]:
     """The tokens that end an answer, where they are neither the base's nor the adapter's own."""
-    ours = _ends(_generation_of(folder), folder.config)
-    theirs = _ends(getattr(base, "generation_config", None), base.config)
+    ours = ends_of(_generation_of(folder), folder.config)
+    theirs = ends_of(getattr(base, "generation_config", None), base.config)
     own_end = getattr(tokenizer, "eos_token_id", None)
     if ours != theirs and own_end not in ours:
         yield f"eos_token_id is {sorted(ours)}, the base's {sorted(theirs)}"
@@ -81,8 +81,13 @@ def _generation_of(folder: MergedFolder) -> Any:
         raise ModelStateError(f"{file}: damaged ({error}).") from error
 
 
-def _ends(generation: Any, config: Any) -> set[int]:
-    """The ids that end an answer: generation_config.json's, or config.json's without that file."""
+def ends_of(generation: Any, config: Any) -> set[int]:
+    """The ids that end an answer: generation_config.json's, or config.json's without that file.
+
+    Args:
+        generation: the settings of generation; None if there are none.
+        config: the model's configuration.
+    """
     source = config if generation is None else generation
     ends = getattr(source, "eos_token_id", None)
     if ends is None:

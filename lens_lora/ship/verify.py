@@ -102,8 +102,8 @@ def verify(
         lens_over: makes the lens over the adapter and the base, which it may take over.
         merged: a folder, or a GGUF file, that is to be base plus adapter.
         lora: a GGUF file that is to be the adapter, as llama.cpp loads it.
-        tokenizer: the one that the adapter was trained with, which a merged folder is to hold; None
-            if it is not at hand.
+        tokenizer: the one that the adapter was trained with, which a merged folder or GGUF file is
+            to hold; None if it is not at hand.
         expectations: margins that are to hold.
         max_kl: the largest mean KL on neutral texts, in nats per token; None if there is no bound.
         notes: what reading the adapter warned of.
@@ -154,7 +154,7 @@ def _file_checks(
         checks = [Check(MERGED, "not asked", "no folder given")]
         tensors: tuple[MergedTensor, ...] = ()
     elif merged.is_file():
-        checks, tensors = merged_gguf_checks(merged, adapter, base)
+        checks, tensors = merged_gguf_checks(merged, adapter, base, tokenizer)
     else:
         checks, tensors = merged_checks(merged, adapter, base, tokenizer)
     if lora is not None:

@@ -7,7 +7,9 @@ order of rows that llama.cpp has.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +76,14 @@ class LlamaCpp(Engine):
         lib.llama_batch_free(batch)
         return torch.from_numpy(logits).reshape(len(ids), self.vocabulary)
 
+    def ids_of(self, text: str) -> list[int]:
+        """The ids of a text, special tokens cut out of it and added as the file says."""
+        found = self.ffi.new("llama_token[]", 512)
+        data = text.encode()
+        vocabulary = self.lib.llama_model_get_vocab(self.llama)
+        count = self.lib.llama_tokenize(vocabulary, data, len(data), found, 512, True, True)
+        return list(found[0:count])
+
     def log_p(self, ids: list[int]) -> torch.Tensor:
         return self.logits(ids).log_softmax(-1)
 
@@ -130,8 +140,22 @@ def quantised_file(file: Path, out: Path) -> Path:
     return out
 
 
-def write_base(model, path: Path, kind: str = "F32", permuted: bool = True) -> Path:
-    """A Llama of Hugging Face as a GGUF file, linear maps in one type of GGUF."""
+def write_base(
+    model,
+    path: Path,
+    kind: str = "F32",
+    permuted: bool = True,
+    add_tokenizer: Callable[[Any], None] | None = None,
+) -> Path:
+    """A Llama of Hugging Face as a GGUF file, linear maps in one type of GGUF.
+
+    Args:
+        model: of Hugging Face.
+        path: the file.
+        kind: the type of its matrices.
+        permuted: whether the rows of q and k lie as llama.cpp has them.
+        add_tokenizer: adds the fields of a tokenizer to the writer; None for none.
+    """
     gguf = pytest.importorskip("gguf")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -146,7 +170,10 @@ def write_base(model, path: Path, kind: str = "F32", permuted: bool = True) -> P
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if add_tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        add_tokenizer(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, parameter in model.state_dict().items():

@@ -1,0 +1,102 @@
+"""Are the settings in a merged GGUF file those of the base model?
+
+llama.cpp computes with sizes, counts of heads, the rotary base and the norm's ε of the file. Each
+is compared with the base's configuration; a field that is not known here is undecided, by its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from lens_lora.formats.gguf_layout import GGUFFile, Layout
+from lens_lora.ship.gguf_tokenizer import Finding
+
+# ε and the rotary base are stored in float32.
+_FLOAT32 = 1e-6
+_CONTEXT = "context_length"
+# A field of each architecture that says nothing else than the tensors' shapes.
+_SAID_BY_SHAPES = ("vocab_size",)
+_DEFAULT_ROTARY_BASE = 10000.0
+
+
+def settings_findings(file: GGUFFile, config: Any, layout: Layout) -> Iterator[Finding]:
+    """Yield each setting that is not the base's, or cannot be compared.
+
+    Args:
+        file: a merged model's.
+        config: the base's configuration.
+        layout: the base's, in GGUF.
+    """
+    before = f"{layout.architecture}."
+    expected = _expected(config)
+    for name, value in expected.items():
+        found = file.field(before + name)
+        if found is None:
+            found = _without_field(name, expected)
+        if found is None:
+            yield Finding("failed", f"the field {before}{name} is missing, the base's is {value!r}")
+        elif not isinstance(found, int | float):
+            yield Finding("undecided", f"the field {before}{name}, which is a list")
+        elif not math.isclose(found, value, rel_tol=_FLOAT32):
+            is_harmless = name == _CONTEXT
+            words = f"{before}{name} is {found!r}, the base's {value!r}"
+            yield Finding("undecided" if is_harmless else "failed", words)
+    rotary = _rotary_kind(config)
+    if rotary != "default":
+        yield Finding("undecided", f"the rotary scaling {rotary!r}")
+    for name in file.fields:
+        short = name.removeprefix(before)
+        if name.startswith(before) and short not in expected and short not in _SAID_BY_SHAPES:
+            yield Finding("undecided", f"the field {name}")
+
+
+def _expected(config: Any) -> dict[str, float]:
+    """The settings of a decoder that is laid out as Llama is, as GGUF names them."""
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return {
+        "block_count": int(config.num_hidden_layers),
+        _CONTEXT: int(config.max_position_embeddings),
+        "embedding_length": int(config.hidden_size),
+        "feed_forward_length": int(config.intermediate_size),
+        "attention.head_count": heads,
+        "attention.head_count_kv": int(getattr(config, "num_key_value_heads", None) or heads),
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": width,
+        "rope.freq_base": _rotary_base(config),
+    }
+
+
+def _without_field(name: str, expected: dict[str, float]) -> float | None:
+    """What llama.cpp takes where the file has no such field; None where it needs one."""
+    heads = expected["attention.head_count"]
+    if name == "rope.freq_base":
+        return _DEFAULT_ROTARY_BASE
+    if name == "attention.head_count_kv":
+        return heads
+    if name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        return expected["embedding_length"] // heads
+    return None
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    """The settings of the rotary embedding: one dictionary, under the name of either version."""
+    for name in ("rope_parameters", "rope_scaling"):
+        found = getattr(config, name, None)
+        if found:
+            return dict(found)
+    return {}
+
+
+def _rotary_kind(config: Any) -> str:
+    settings = _rotary(config)
+    return str(settings.get("rope_type") or settings.get("type") or "default")
+
+
+def _rotary_base(config: Any) -> float:
+    stated = getattr(config, "rope_theta", None) or _rotary(config).get("rope_theta")
+    return float(stated or _DEFAULT_ROTARY_BASE)

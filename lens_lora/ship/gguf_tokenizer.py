@@ -1,0 +1,386 @@
+"""Does the tokenizer in a GGUF file read texts as the adapter's training read them?
+
+A GGUF file holds a tokenizer's parts, and llama.cpp's code does the rest. Compared one by one:
+every token by its id, and whether it is cut out of a text as a special one; the merges, or of a
+SentencePiece model the scores, which are to order the tokens as the merges do; BOS, EOS and the
+unknown token, and whether BOS and EOS are added; the rule that splits a text before merging, which
+a file has by name alone; the chat template.
+
+What llama.cpp does otherwise than Hugging Face whatever is in the file, or what is not known here,
+is undecided, and said by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lens_lora.errors import many
+from lens_lora.formats.gguf_layout import GGUFFile
+from lens_lora.ship.checks import Outcome
+
+_FIELDS = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+
+# Types of tokens in a GGUF file.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_TYPE_NAMES = ("undefined", "normal", "unknown", "control", "user-defined", "unused", "byte")
+
+# llama.cpp's names of a BPE over bytes, and of SentencePiece with a fallback to bytes.
+_BYTES = "gpt2"
+_PIECES = "llama"
+_SPACE = "▁"
+
+# What llama.cpp takes where the file has no such field.
+_ID_WITHOUT_FIELD = {
+    _BYTES: {"bos": 11, "eos": 11, "unknown": None},
+    _PIECES: {"bos": 1, "eos": 2, "unknown": 0},
+}
+# Names of splitting rules with which llama.cpp adds BOS where the file does not say.
+_ADDING_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")
+# Fields that change no id of a text: padding, ends of turns, and tokens to fill in a middle.
+_NO_IDS = (
+    *("padding_token_id", "seperator_token_id", "cls_token_id", "mask_token_id"),
+    *("eot_token_id", "eom_token_id", "token_type_count", "add_sep_token"),
+)
+_NO_IDS_BEGIN = ("fim_", "prefix_", "suffix_", "middle_")
+_COMPARED = (
+    *("model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token"),
+    *("add_eos_token", "add_space_prefix", "bos_token_id", "eos_token_id", "unknown_token_id"),
+)
+
+# The regular expression of Llama 3, and Qwen 2's, which differs in how many digits stay together.
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+class Finding(NamedTuple):
+    """Something in a GGUF file that is not as it was, or cannot be compared.
+
+    Attributes:
+        outcome: 'failed' or 'undecided'.
+        words: which, in words.
+    """
+
+    outcome: Outcome
+    words: str
+
+
+def tokenizer_findings(file: GGUFFile, expected: Any, ends: set[int]) -> Iterator[Finding]:
+    """Yield each difference of the tokenizer in a file, one cause at a time.
+
+    Args:
+        file: a merged model's.
+        expected: the tokenizer that the adapter was trained with; None if it is not at hand.
+        ends: the ids that end an answer, by the base's settings.
+    """
+    model = file.field(f"{_FIELDS}model")
+    if model is None or model == "no_vocab":
+        yield Finding("undecided", "no tokenizer in the file: whoever runs it brings one")
+        return
+    if expected is None:
+        yield Finding("undecided", "the file's tokenizer: there is none to compare it with")
+        return
+    backend = getattr(expected, "backend_tokenizer", None)
+    parts: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
+    kind = _kind_of(parts)
+    if kind is None or model not in (_BYTES, _PIECES):
+        yield Finding(
+            "undecided", f"a tokenizer of llama.cpp's kind {model!r} is not compared here"
+        )
+        return
+    if kind != model:
+        yield Finding("failed", f"the tokenizer is of the kind {model!r}, was {kind!r}")
+        return
+    tokens = list(file.field(f"{_FIELDS}tokens") or ())
+    yield from _other_tokens(file, tokens, expected)
+    if kind == _BYTES:
+        yield from _other_merges(file, parts["model"])
+        yield from _other_splitting(file, parts)
+    else:
+        yield from _other_scores(file, tokens, parts["model"])
+        yield from _other_spaces(file, expected, parts)
+    yield from _other_special_ids(file, kind, expected, ends)
+    yield from _other_template(file, expected)
+    yield from _unknown_fields(file)
+
+
+def _kind_of(parts: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name of a fast tokenizer's kind; None for one that is not compared here."""
+    model: Mapping[str, Any] = parts.get("model", {})
+    if model.get("type") != "BPE":
+        return None
+    return _PIECES if model.get("byte_fallback") else _BYTES
+
+
+# --- Tokens
+
+
+def _other_tokens(file: GGUFFile, tokens: Sequence[str], expected: Any) -> Iterator[Finding]:
+    """Tokens of another id, and those that are special in one tokenizer alone."""
+    by_id = {number: token for token, number in expected.get_vocab().items()}
+    added: Mapping[int, Any] = expected.added_tokens_decoder
+    types: Sequence[int] = list(file.field(f"{_FIELDS}token_type") or ())
+    lacking = [by_id[number] for number in sorted(by_id) if number >= len(tokens)]
+    if lacking:
+        yield Finding("failed", f"{many(len(lacking), 'token')} missing: {lacking[0]!r}")
+    moved: list[str] = []
+    other_types: list[str] = []
+    for number, token in enumerate(tokens):
+        kind = types[number] if number < len(types) else _NORMAL
+        was = by_id.get(number)
+        if was is None:
+            if kind != _UNUSED:
+                moved.append(f"{number} is {token!r}, was none")
+        elif token != was and token not in _as_converted(expected, number, was, added):
+            moved.append(f"{number} is {token!r}, was {was!r}")
+        elif kind not in _types_of(number, was, expected, added):
+            name = _TYPE_NAMES[kind] if 0 <= kind < len(_TYPE_NAMES) else str(kind)
+            other_types.append(f"{token!r} is {name}")
+    if moved:
+        yield Finding("failed", f"{many(len(moved), 'token')} of another id: {moved[0]}")
+    if other_types:
+        count = many(len(other_types), "token")
+        yield Finding("failed", f"{count} of another type: {other_types[0]}")
+    trimming = [
+        token.content
+        for token in added.values()
+        if token.single_word or token.lstrip or token.rstrip
+    ]
+    if trimming:
+        words = f"spaces beside {trimming[0]!r}, which the adapter's tokenizer treats specially"
+        yield Finding("undecided", words)
+
+
+def _as_converted(expected: Any, number: int, token: str, added: Mapping[int, Any]) -> set[str]:
+    """How a converter may write an added token: as it is decoded, its space as a space."""
+    if number not in added:
+        return set()
+    decoded: str = expected.decode([number])
+    return {token.replace(_SPACE, " "), decoded, decoded.replace(_SPACE, " ")}
+
+
+def _types_of(number: int, token: str, expected: Any, added: Mapping[int, Any]) -> set[int]:
+    """The types by which llama.cpp treats a token as Hugging Face does."""
+    if number in added:
+        return {_CONTROL, _UNKNOWN} if added[number].special else {_CONTROL, _USER_DEFINED}
+    types = {_NORMAL, _UNUSED}
+    if token.startswith("<0x"):
+        types.add(_BYTE)
+    if number in expected.all_special_ids:
+        types |= {_CONTROL, _UNKNOWN}
+    return types
+
+
+# --- What is merged first
+
+
+def _other_merges(file: GGUFFile, model: Mapping[str, Any]) -> Iterator[Finding]:
+    found = list(file.field(f"{_FIELDS}merges") or ())
+    expected = [_merge_as_written(merge) for merge in model["merges"]]
+    if found == expected:
+        return
+    if len(found) != len(expected):
+        words = f"{len(found)} merges, were {len(expected)}"
+    else:
+        differing = [pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1]]
+        ours, theirs = differing[0]
+        words = f"{many(len(differing), 'merge')} differ: {ours!r}, was {theirs!r}"
+    yield Finding("failed", words)
+
+
+def _merge_as_written(merge: str | Sequence[str]) -> str:
+    """A merge as GGUF has it: two parts and a space, the spaces in them as those of bytes."""
+    if isinstance(merge, str):
+        return merge
+    return " ".join(part.replace(" ", chr(ord(" ") + 256)) for part in merge)
+
+
+def _other_scores(
+    file: GGUFFile, tokens: Sequence[str], model: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Scores are to fall along the merges: llama.cpp merges what gives the best token."""
+    scores = dict(zip(tokens, file.field(f"{_FIELDS}scores") or (), strict=False))
+    pairs = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+        for merge in model["merges"]
+    ]
+    made = list(dict.fromkeys("".join(pair) for pair in pairs))
+    if not all(token in scores for token in made):
+        yield Finding("failed", "tokens without a score")
+        return
+    of_merges = [scores["".join(pair)] for pair in pairs]
+    if any(later > earlier for earlier, later in zip(of_merges, of_merges[1:], strict=False)):
+        yield Finding("failed", "the scores order the tokens otherwise than the merges did")
+    elif len({scores[token] for token in made}) < len(made):
+        yield Finding("undecided", "the scores, as several tokens have the same one")
+    if _pairs_that_join(model["vocab"]) != set(pairs):
+        words = "llama.cpp merges any two tokens that make one, and the merges do not hold them all"
+        yield Finding("undecided", words)
+
+
+def _pairs_that_join(vocab: Mapping[str, int]) -> set[tuple[str, ...]]:
+    """Every two tokens that are one token when they are joined."""
+    found: set[tuple[str, ...]] = set()
+    for token in vocab:
+        for end in range(1, len(token)):
+            pair = (token[:end], token[end:])
+            if pair[0] in vocab and pair[1] in vocab:
+                found.add(pair)
+    return found
+
+
+# --- What is done before
+
+
+def _other_splitting(file: GGUFFile, parts: Mapping[str, Any]) -> Iterator[Finding]:
+    """The rule that splits a text before merging, which a file has by name."""
+    name = file.field(f"{_FIELDS}pre")
+    if parts.get("normalizer") is not None:
+        words = f"the normalizer {parts['normalizer']['type']}, which llama.cpp does not apply"
+        yield Finding("undecided", words)
+    known = _RULES.get(str(name))
+    if known is None:
+        yield Finding("undecided", f"the rule {name!r}, by which texts are split before merging")
+    elif known != _rule_of(parts):
+        yield Finding("failed", f"texts are split by the rule {name!r}, and were by another one")
+
+
+class _Rule(NamedTuple):
+    """How a text is split before its bytes are merged.
+
+    Attributes:
+        steps: the settings of each splitter that decide something.
+        ignores_merges: whether a whole word that is a token is taken as it is.
+    """
+
+    steps: tuple[tuple[Any, ...], ...]
+    ignores_merges: bool
+
+
+_RULES = {
+    "gpt-2": _Rule((("ByteLevel", False, True),), ignores_merges=False),
+    "smollm": _Rule((("Digits", True), ("ByteLevel", False, True)), ignores_merges=False),
+    "llama-bpe": _Rule(
+        (("Split", _LLAMA_3, "Isolated", False), ("ByteLevel", False, False)), ignores_merges=True
+    ),
+    "qwen2": _Rule(
+        (("Split", _QWEN_2, "Isolated", False), ("ByteLevel", False, False)), ignores_merges=False
+    ),
+}
+
+
+def _rule_of(parts: Mapping[str, Any]) -> _Rule:
+    """The rule of a fast tokenizer."""
+    outer: Mapping[str, Any] = parts.get("pre_tokenizer") or {"type": "Sequence"}
+    inner = outer.get("pretokenizers", []) if outer["type"] == "Sequence" else [outer]
+    steps: list[tuple[Any, ...]] = []
+    for step in inner:
+        kind = step["type"]
+        if kind == "ByteLevel":
+            steps.append((kind, step["add_prefix_space"], step.get("use_regex", True)))
+        elif kind == "Digits":
+            steps.append((kind, step["individual_digits"]))
+        elif kind == "Split":
+            pattern = step["pattern"].get("Regex")
+            steps.append((kind, pattern, step["behavior"], step["invert"]))
+        else:
+            steps.append((kind,))
+    return _Rule(tuple(steps), bool(parts["model"].get("ignore_merges")))
+
+
+def _other_spaces(file: GGUFFile, expected: Any, parts: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether a space is put before a text, and what else is done to spaces."""
+    adds = _stated(file, "add_space_prefix", default=True)
+    tokens = expected.convert_ids_to_tokens(expected("a", add_special_tokens=False)["input_ids"])
+    added = bool(tokens) and tokens[0].startswith(_SPACE)
+    if adds != added:
+        words = "a space is put before a text" if adds else "no space is put before a text"
+        yield Finding("failed", f"{words}, otherwise than in training")
+    splitter: Mapping[str, Any] = parts.get("pre_tokenizer") or {}
+    if splitter.get("type") == "Metaspace":
+        words = (
+            "llama.cpp puts a space before a text that begins with one, and after each special "
+            "token; the adapter's tokenizer may put none there"
+        )
+        yield Finding("undecided", words)
+    elif splitter or not _is_of_pieces(parts):
+        yield Finding("undecided", "the normalizer, which is not one of SentencePiece's known here")
+
+
+def _is_of_pieces(parts: Mapping[str, Any]) -> bool:
+    """Whether a space is put before each text and becomes ▁ as all others, and nothing else."""
+    normalizer: Mapping[str, Any] = parts.get("normalizer") or {"type": "Sequence"}
+    inner = normalizer.get("normalizers", []) if normalizer["type"] == "Sequence" else [normalizer]
+    return [step["type"] for step in inner] in (["Prepend", "Replace"], ["Replace"])
+
+
+# --- Special tokens and the template
+
+
+def _stated(file: GGUFFile, name: str, *, default: bool) -> bool:
+    found = file.field(f"{_FIELDS}{name}")
+    return default if found is None else bool(found)
+
+
+def _other_special_ids(
+    file: GGUFFile, kind: str, expected: Any, ends: set[int]
+) -> Iterator[Finding]:
+    """BOS, EOS and the unknown token, and whether the first two are added to a text."""
+    ids: dict[str, int | None] = {}
+    for name, without in _ID_WITHOUT_FIELD[kind].items():
+        found = file.field(f"{_FIELDS}{name}_token_id")
+        ids[name] = without if found is None else int(found)
+    text = list(expected("a")["input_ids"])
+    plain = list(expected("a", add_special_tokens=False)["input_ids"])
+    before = text[: text.index(plain[0])] if plain and plain[0] in text else []
+    after = text[len(before) + len(plain) :]
+    rule = file.field(f"{_FIELDS}pre")
+    adds_bos = _stated(file, "add_bos_token", default=kind == _PIECES or rule in _ADDING_BOS)
+    adds_eos = _stated(file, "add_eos_token", default=False)
+    for side, adds, was, name in (
+        ("begins", adds_bos, before, "bos"),
+        ("ends", adds_eos, after, "eos"),
+    ):
+        ours = [ids[name]] if adds else []
+        if ours != was:
+            yield Finding("failed", f"a text {side} with {ours or 'no token'}, was {was or 'none'}")
+    bos = expected.bos_token_id
+    if bos is not None and ids["bos"] != bos:
+        yield Finding("failed", f"BOS is {ids['bos']}, was {bos}")
+    known_ends = {*ends, expected.eos_token_id} - {None}
+    if known_ends and ids["eos"] not in known_ends:
+        yield Finding("failed", f"EOS is {ids['eos']}, was {sorted(known_ends)}")
+    unknown = expected.unk_token_id
+    stated = file.field(f"{_FIELDS}unknown_token_id")
+    if None not in (unknown, stated) and stated != unknown:
+        yield Finding("failed", f"the unknown token is {stated}, was {unknown}")
+
+
+def _other_template(file: GGUFFile, expected: Any) -> Iterator[Finding]:
+    found: str | None = file.field(_TEMPLATE)
+    template: Any = expected.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if found is None and template is None:
+        return
+    if found is None:
+        yield Finding("undecided", "no chat template in the file: whoever runs it brings one")
+    elif template is None:
+        yield Finding("failed", "a chat template, and there was none")
+    # Jinja leaves out one line break at the end.
+    elif found.removesuffix("\n") != template.removesuffix("\n"):
+        yield Finding("failed", "another chat template")
+
+
+def _unknown_fields(file: GGUFFile) -> Iterator[Finding]:
+    names = [name for name in file.fields if name.startswith("tokenizer.") and name != _TEMPLATE]
+    for name in names:
+        short = name.removeprefix(_FIELDS)
+        if short in (*_COMPARED, *_NO_IDS) or short.startswith(_NO_IDS_BEGIN):
+            continue
+        yield Finding("undecided", f"the field {name}")
