@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lens_lora.cli import options, running
+from lens_lora.cli.expecting import ExpectedMargin
 from lens_lora.errors import AdapterError, LensLoraWarning, ModelStateError, heard_by
 from lens_lora.formats.folders import stated_base
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
     from lens_lora.cli.running import Loaded
     from lens_lora.core import Adapter, LoraLens
+    from lens_lora.ship.checks import Check
+    from lens_lora.ship.verify import Verification
 
 
 class Given(NamedTuple):
@@ -31,6 +35,22 @@ class Given(NamedTuple):
     notes: list[str]
     loaded: Loaded | None
     why_no_base: str
+
+
+class Inputs(NamedTuple):
+    """What is verified beside the adapter itself.
+
+    Attributes:
+        merged: a folder or a .gguf file that is to be base plus adapter; None if none was given.
+        lora: a .gguf file that is to be the adapter; None if none was given.
+        expectations: margins that are to hold.
+        max_kl: the largest mean KL on neutral texts, in nats per token; None if there is no bound.
+    """
+
+    merged: Path | None
+    lora: Path | None
+    expectations: Sequence[ExpectedMargin]
+    max_kl: float | None
 
 
 def read_given(folder: Path, base: options.ModelOptions, progress: Console) -> Given:
@@ -129,3 +149,47 @@ class LensMade:
         lens = running.lens_for(self._base, self._given.adapter, self._progress, loaded=loaded)
         self.lens = running.announced(lens) if self._is_announced else lens
         return self.lens
+
+
+# --- The checks
+
+
+def verification_of(
+    given: Given,
+    lens_over: LensMade,
+    inputs: Inputs,
+    *,
+    ask_server: Callable[[LoraLens], Sequence[Check]] | None = None,
+    compare_parts: Callable[[LoraLens], Sequence[Check]] | None = None,
+    progress: bool,
+) -> Verification:
+    """Verify the adapter, and what was given beside it.
+
+    Args:
+        given: the adapter and its base.
+        lens_over: makes the lens over both.
+        inputs: what is verified beside the adapter.
+        ask_server: asks a server that is to answer as the lens does; None if there is none.
+        compare_parts: compares the adapter with what it was combined of; None if it is no
+            combination.
+        progress: show bars.
+    """
+    from lens_lora.ship.expectations import Expectation
+    from lens_lora.ship.verify import verify
+
+    base = given.why_no_base if given.loaded is None else given.loaded[0]
+    with running.quiet_libraries():
+        return verify(
+            given.adapter,
+            base,
+            lens_over,
+            merged=inputs.merged,
+            lora=inputs.lora,
+            tokenizer=training_tokenizer(given),
+            expectations=[Expectation(*row) for row in inputs.expectations],
+            max_kl=inputs.max_kl,
+            notes=given.notes,
+            ask_server=ask_server,
+            compare_parts=compare_parts,
+            progress=progress,
+        )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lens_lora.cli import files, options, running
-from lens_lora.cli.beside_base import LensMade, read_given, training_tokenizer
+from lens_lora.cli.beside_base import Inputs, LensMade, read_given, verification_of
 from lens_lora.cli.expecting import read_expectations
 from lens_lora.cli.written_card import is_hub_id, subject_of
 from lens_lora.errors import LensLoraError, warn
@@ -67,33 +67,20 @@ def card(
     given_paths = {"merged": merged, "lora": lora, "expect": expect}
     paths = {name: path.absolute() for name, path in given_paths.items() if path is not None}
     files.require_apart(outputs, base, [folder], brief, *paths.values())
-    inputs = _inputs(folder, paths, max_kl, brief, base)
+    stated = _stated(folder, paths, max_kl, brief, base)
+    inputs = Inputs(merged, lora, expectations, max_kl)
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.ship.card_lines import card_of
         from lens_lora.ship.card_readme import with_card
-        from lens_lora.ship.expectations import Expectation
-        from lens_lora.ship.verify import verify as verification_of
 
         base = base.placed("cpu")
         given = read_given(folder, base, progress)
         lens_over = LensMade(base, given, progress, is_announced=readme is not None)
+        verification = verification_of(given, lens_over, inputs, progress=not quiet)
+        subject = subject_of(folder, given, lens_over.lens, verification, base, stated, paths)
         with running.quiet_libraries():
-            verification = verification_of(
-                given.adapter,
-                given.why_no_base if given.loaded is None else given.loaded[0],
-                lens_over,
-                merged=merged,
-                lora=lora,
-                tokenizer=training_tokenizer(given),
-                expectations=[Expectation(*row) for row in expectations],
-                max_kl=max_kl,
-                notes=given.notes,
-                progress=not quiet,
-            )
-            made = card_of(
-                subject_of(folder, given, lens_over.lens, verification, base, inputs, paths)
-            )
+            made = card_of(subject)
         written = with_card(readme, made, _metadata(folder, base))
         _warn_of_base(written.card, readme)
         if json_file is not None:
@@ -121,23 +108,23 @@ def _readme_of(out: str | None, folder: Path, *, is_local: bool) -> Path | None:
     return folder / _README
 
 
-def _inputs(
+def _stated(
     folder: Path,
     paths: Mapping[str, Path],
     max_kl: float | None,
     brief: Path | None,
     base: options.ModelOptions,
 ) -> dict[str, str]:
-    """What was given beside the adapter, with paths from its folder."""
-    inputs = {name: _from(folder, path) for name, path in paths.items()}
+    """What was given beside the adapter, as the card states it: with paths from its folder."""
+    stated = {name: _from(folder, path) for name, path in paths.items()}
     if max_kl is not None:
-        inputs["max_kl"] = f"{max_kl:g}"
+        stated["max_kl"] = f"{max_kl:g}"
     if base.model is not None:
         is_folder = Path(base.model).is_dir()
-        inputs["model"] = _from(folder, Path(base.model)) if is_folder else base.model
+        stated["model"] = _from(folder, Path(base.model)) if is_folder else base.model
     if brief is not None:
-        inputs |= _first_claim(brief)
-    return inputs
+        stated |= _first_claim(brief)
+    return stated
 
 
 def _from(folder: Path, path: Path) -> str:

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lens_lora.cli import files, options, running
-from lens_lora.cli.beside_base import LensMade, read_given, training_tokenizer
+from lens_lora.cli.beside_base import Inputs, LensMade, read_given, verification_of
 from lens_lora.cli.expecting import prompts_of, read_expectations
-from lens_lora.errors import (
-    LensLoraError,
-    heard_by,
-)
+from lens_lora.errors import LensLoraError, heard_by
 
 if TYPE_CHECKING:
+    from lens_lora.cli.written_card import WrittenCard
     from lens_lora.core import Adapter, LoraLens
     from lens_lora.ship.checks import Check
     from lens_lora.ship.combined import CombinedVerification
@@ -90,79 +88,68 @@ def verify(
 
     lens-lora verify a b --combined path/to/a_and_b --weights 0.7,0.3
     """
-    if adapter is None:
-        if card is None:
-            raise typer.BadParameter("name one, or a --card.", param_hint="ADAPTER")
-        adapter = str(card.parent)
+    named = _adapter_or_folder_of(card, adapter)
     numbers = _weights_of(weights, others, combined)
     outputs = files.writable({"--json": json_file, "--junit": junit, "--report": report})
     expectations = [] if expect is None else read_expectations(expect)
+    inputs = Inputs(merged, lora, expectations, max_kl)
     own_texts = [] if texts is None else prompts_of(texts)
     parts: list[Path] = []
     if combined is None:
-        folder = files.folder_of(adapter, within, quiet=quiet)
+        folder = files.folder_of(named, within, quiet=quiet)
     else:
         folder = files.folder_of(combined, quiet=quiet)
-        parts = [files.folder_of(part, within, quiet=quiet) for part in (adapter, *(others or ()))]
+        parts = [files.folder_of(part, within, quiet=quiet) for part in (named, *(others or ()))]
     read = [card, expect, texts, lora, *_files_of(merged)]
     files.require_apart(outputs, base, [folder, *parts], *read)
 
     with running.at_work(base, quiet=quiet) as progress:
-        from lens_lora.ship.expectations import Expectation
-        from lens_lora.ship.page import explanations_table, sites_table, verification_table
-        from lens_lora.ship.verify import verify as verification_of
-
+        written = None if card is None else _read_card(card, folder)
+        if written is not None:
+            inputs = written.inputs(inputs, expect)
         base = base.placed("cpu")
         given = read_given(folder, base, progress)
-        written = None
-        if card is not None:
-            from lens_lora.cli.written_card import WrittenCard
-
-            written = WrittenCard.of(card, folder)
-            merged = written.path_of("merged", merged)
-            lora = written.path_of("lora", lora)
-            expect_of_card = written.path_of("expect", expect)
-            if expect_of_card is not None:
-                expectations = read_expectations(expect_of_card)
-            max_kl = written.bound_of_kl(max_kl)
         lens_over = LensMade(base, given, progress)
         question = None
         if served is not None:
-            question = _Question(
-                served, name, own_texts, served_dtype, _others_beside(folder), quiet=quiet
-            )
+            beside = _others_beside(folder)
+            question = _Question(served, name, own_texts, served_dtype, beside, quiet=quiet)
         comparison = None
         if parts:
             comparison = _Comparison(parts, numbers, own_texts, progress=not quiet)
-        with running.quiet_libraries():
-            verification = verification_of(
-                given.adapter,
-                given.why_no_base if given.loaded is None else given.loaded[0],
-                lens_over,
-                merged=merged,
-                lora=lora,
-                tokenizer=training_tokenizer(given),
-                expectations=[Expectation(*row) for row in expectations],
-                max_kl=max_kl,
-                notes=given.notes,
-                ask_server=question,
-                compare_parts=comparison,
-                progress=not quiet,
-            )
+        verification = verification_of(
+            given,
+            lens_over,
+            inputs,
+            ask_server=question,
+            compare_parts=comparison,
+            progress=not quiet,
+        )
+        table_of = verification
         if written is not None:
             verification = written.checked(verification, given, lens_over.lens, base)
-        answered = None if question is None else question.answered
-        compared = None if comparison is None else comparison.compared
-        _write(verification, answered, compared, outputs)
-        console = running.tell(verification.story())
-        console.print(verification_table(verification if written is None else written.brief))
-        if answered is not None:
-            console.print(explanations_table(answered))
-        if compared is not None:
-            console.print(sites_table(compared))
+            table_of = written.brief
+        results = _Results(verification, table_of, question, comparison)
+        results.write(outputs)
+        results.tell()
         for option, path in outputs.items():
             running.say(f"{_LABELS[option]}: {path.absolute()}")
     raise typer.Exit(verification.exit_code)
+
+
+def _adapter_or_folder_of(card: Path | None, adapter: str | None) -> str:
+    """The adapter that is named, or the folder in which its card lies."""
+    if adapter is not None:
+        return adapter
+    if card is None:
+        raise typer.BadParameter("name one, or a --card.", param_hint="ADAPTER")
+    return str(card.parent)
+
+
+def _read_card(card: Path, folder: Path) -> WrittenCard:
+    from lens_lora.cli.written_card import WrittenCard
+
+    return WrittenCard.of(card, folder)
 
 
 def _files_of(merged: Path | None) -> list[Path]:
@@ -276,18 +263,48 @@ def _others_beside(folder: Path) -> list[Adapter]:
     return others[-_MOST_OTHERS:]
 
 
-def _write(
-    verification: Verification,
-    served: ServedVerification | None,
-    combined: CombinedVerification | None,
-    outputs: dict[str, Path],
-) -> None:
-    from lens_lora.ship.files import as_json, as_junit
+class _Results:
+    """What came of the checks, written into files and told in the shell.
 
-    if "--json" in outputs:
-        outputs["--json"].write_text(as_json(verification, served, combined), encoding="utf-8")
-    if "--junit" in outputs:
-        tree = as_junit(verification)
-        tree.write(outputs["--junit"], encoding="utf-8", xml_declaration=True)
-    if "--report" in outputs:
-        verification.save_report(outputs["--report"])
+    Args:
+        verification: the checks.
+        table_of: the same for a table, where the lines of a card that hold are one.
+        question: what asked the server; None if there is none.
+        comparison: what compared a combined adapter with its parts; None if it is none.
+    """
+
+    def __init__(
+        self,
+        verification: Verification,
+        table_of: Verification,
+        question: _Question | None,
+        comparison: _Comparison | None,
+    ) -> None:
+        self._verification = verification
+        self._table_of = table_of
+        self._answered = None if question is None else question.answered
+        self._compared = None if comparison is None else comparison.compared
+
+    def write(self, outputs: dict[str, Path]) -> None:
+        """Write the files that were asked for, each by its option."""
+        from lens_lora.ship.files import as_json, as_junit
+
+        if "--json" in outputs:
+            text = as_json(self._verification, self._answered, self._compared)
+            outputs["--json"].write_text(text, encoding="utf-8")
+        if "--junit" in outputs:
+            tree = as_junit(self._verification)
+            tree.write(outputs["--junit"], encoding="utf-8", xml_declaration=True)
+        if "--report" in outputs:
+            self._verification.save_report(outputs["--report"])
+
+    def tell(self) -> None:
+        """Print the outcome in words, and the tables."""
+        from lens_lora.ship.page import explanations_table, sites_table, verification_table
+
+        console = running.tell(self._verification.story())
+        console.print(verification_table(self._table_of))
+        if self._answered is not None:
+            console.print(explanations_table(self._answered))
+        if self._compared is not None:
+            console.print(sites_table(self._compared))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lens_lora.cli import options, running
-from lens_lora.cli.beside_base import Given
+from lens_lora.cli.beside_base import Given, Inputs
+from lens_lora.cli.expecting import read_expectations
 from lens_lora.errors import LensLoraError
 from lens_lora.formats.folders import stated_base
 
@@ -142,7 +143,22 @@ class WrittenCard:
         read = read_card(file)
         return cls(read.card, read.checks, folder)
 
-    def path_of(self, option: str, given: Path | None) -> Path | None:
+    def inputs(self, given: Inputs, expect: Path | None) -> Inputs:
+        """What is verified beside the adapter: what the card has, where it lies today.
+
+        Args:
+            given: what was given today, which stands for what the card has.
+            expect: the file of margins that was given today.
+        """
+        margins = self._path_of("expect", expect)
+        return Inputs(
+            merged=self._path_of("merged", given.merged),
+            lora=self._path_of("lora", given.lora),
+            expectations=[] if margins is None else read_expectations(margins),
+            max_kl=self._bound_of_kl(given.max_kl),
+        )
+
+    def _path_of(self, option: str, given: Path | None) -> Path | None:
         """Where an input lies: as given today, or where the card has it; None if it has none."""
         stated = self._card.inputs.get(option)
         if stated is None:
@@ -154,7 +170,7 @@ class WrittenCard:
         self._paths[option] = path.absolute()
         return path
 
-    def bound_of_kl(self, given: float | None) -> float | None:
+    def _bound_of_kl(self, given: float | None) -> float | None:
         """The bound on KL: the card's own, if it has one; another one is refused."""
         stated = self._card.inputs.get("max_kl")
         if stated is None:

@@ -196,55 +196,104 @@ def _compared_modules(file: GGUFFile, adapter: Adapter, layout: Layout) -> Itera
         if name is None:
             yield MergedTensor(module, "undecided", "a module that llama.cpp does not know")
             continue
-        held = {name + A_SUFFIX, name + B_SUFFIX}
-        known |= held
+        names_of_factors = {name + A_SUFFIX, name + B_SUFFIX}
+        known |= names_of_factors
         if not isinstance(update, LoRAFactors) or not update.is_plain:
             yield MergedTensor(module, "failed", "no s·B·A, which is all that such a file can hold")
-        elif not held <= set(file.names):
+            continue
+        if not names_of_factors <= set(file.names):
             yield MergedTensor(module, "failed", "not in the file")
+            continue
+        a = file.tensor(name + A_SUFFIX)
+        b = file.tensor(name + B_SUFFIX)
+        if _have_shapes_of(update, a, b):
+            yield _compared_module(_Factors(module, update, a, b, alpha, layout))
         else:
-            yield _compared_module(file, name, module, update, layout, alpha)
+            yield MergedTensor(module, "failed", "of other shapes than the adapter's")
     for name in file.names:
         if name not in known:
             yield MergedTensor(name, "failed", "in the file, and the adapter has no such module")
 
 
-def _compared_module(
-    file: GGUFFile, name: str, module: str, update: LoRAFactors, layout: Layout, alpha: float
-) -> MergedTensor:
-    a = file.tensor(name + A_SUFFIX)
-    b = file.tensor(name + B_SUFFIX)
-    fits = (len(b.values), a.values.shape[-1]) == (len(update.B), update.A.shape[1])
-    if not fits or b.values.shape[-1] != len(a.values):
-        return MergedTensor(module, "failed", "of other shapes than the adapter's")
-    rank = len(a.values)
-    scale = alpha / rank if alpha else 1.0
-    as_stored = scale * b.values.double() @ a.values.double()
-    added = layout.rows_back(module, as_stored)
-    D = update.materialise().double()
+class _Factors:
+    """What a file adds to one module, α/r · B A, beside D, which the trained adapter adds.
+
+    Attributes:
+        module: its path in the base.
+        update: of the trained adapter.
+        kind: the type of A in the file.
+        D: [out, in], float64.
+        added: what the file adds, rows in Hugging Face's order.
+        is_permuted: whether the rows lie otherwise in llama.cpp.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        update: LoRAFactors,
+        a: StoredTensor,
+        b: StoredTensor,
+        alpha: float,
+        layout: Layout,
+    ) -> None:
+        self.module = module
+        self.update = update
+        self.kind: str = a.kind
+        self.D: Tensor = update.materialise().double()
+        # llama.cpp takes 1 for the factor where a file has no α.
+        factor = alpha / len(a.values) if alpha else 1.0
+        self._as_stored: Tensor = factor * b.values.double() @ a.values.double()
+        self.added: Tensor = layout.rows_back(module, self._as_stored)
+        self.is_permuted: bool = layout.is_permuted(module)
+        self._kinds = (a.kind, b.kind)
+        # A and B of the file may be scaled otherwise than the adapter's; relative rounding is the
+        # same.
+        self._rounds_of_factors = (_rounds(a, update.A.double()), _rounds(b, update.B.double()))
+
+    @property
+    def has_known_rounding(self) -> bool:
+        """Whether the gguf package rounds to the types of A and B."""
+        return None not in self._rounds_of_factors
+
+    @property
+    def rounds(self) -> float:
+        """The most that ‖added − D‖ / ‖D‖ of a right module is."""
+        if self.has_known_rounding:
+            return sum(rounds or 0.0 for rounds in self._rounds_of_factors)
+        return max(_COARSEST.get(kind, _WITHOUT_BOUND) for kind in self._kinds)
+
+    @property
+    def is_not_permuted(self) -> bool:
+        """Whether the file has the rows of q or k in Hugging Face's order."""
+        if not self.is_permuted:
+            return False
+        return float((self._as_stored - self.D).norm()) <= self.rounds * float(self.D.norm())
+
+
+def _have_shapes_of(update: LoRAFactors, a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether B A of a file is as large as the adapter's; its rank may be another one."""
+    is_of_module = (len(b.values), a.values.shape[-1]) == (len(update.B), update.A.shape[1])
+    return is_of_module and b.values.shape[-1] == len(a.values)
+
+
+def _compared_module(factors: _Factors) -> MergedTensor:
+    module = factors.module
+    D = factors.D
     size = float(D.square().sum())
     if size == 0:
-        is_zero = not bool(added.any())
+        is_zero = not bool(factors.added.any())
         looks = "ΔW, which is zero" if is_zero else "not zero, and the adapter adds nothing there"
         return MergedTensor(module, "passed" if is_zero else "failed", looks)
-    c = float((added * D).sum()) / size
-    off = float((added - D).norm()) / math.sqrt(size)
-    # A and B of the file may be scaled otherwise than the adapter's; relative rounding is the same.
-    rounds_a = _rounds(a, update.A.double())
-    rounds_b = _rounds(b, update.B.double())
-    outcome: Outcome = "passed"
-    looks = f"ΔW in {a.kind}"
-    if rounds_a is None or rounds_b is None:
-        outcome = "undecided"
-        looks += _UNKNOWN
-        rounds = max(_COARSEST.get(kind, _WITHOUT_BOUND) for kind in (a.kind, b.kind))
-    else:
-        rounds = rounds_a + rounds_b
-    if off <= rounds and abs(c - 1) <= _NEAR:
-        return MergedTensor(module, outcome, looks, c, 1.0)
-    if layout.is_permuted(module) and float((as_stored - D).norm()) <= rounds * math.sqrt(size):
+    c = float((factors.added * D).sum()) / size
+    off = float((factors.added - D).norm()) / math.sqrt(size)
+    if off <= factors.rounds and abs(c - 1) <= _NEAR:
+        looks = f"ΔW in {factors.kind}"
+        if factors.has_known_rounding:
+            return MergedTensor(module, "passed", looks, c, 1.0)
+        return MergedTensor(module, "undecided", looks + _UNKNOWN, c, 1.0)
+    if factors.is_not_permuted:
         return MergedTensor(module, "failed", _NOT_PERMUTED, c, 1.0)
-    return MergedTensor(module, "failed", _looks(added, D, c, 0.0, update), c, 1.0)
+    return MergedTensor(module, "failed", _looks(factors.added, D, c, 0.0, factors.update), c, 1.0)
 
 
 # --- A merged model's file
