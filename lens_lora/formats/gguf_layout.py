@@ -35,6 +35,8 @@ _QUERY = ".q_proj"
 _KEY = ".k_proj"
 # Gemma's converter adds the one that Hugging Face adds to a norm's weight.
 _NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3_text")
+# Tensors that llama.cpp computes from the configuration, and a Hugging Face model does not hold.
+COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def require_gguf() -> Any:

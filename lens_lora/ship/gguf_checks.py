@@ -30,6 +30,7 @@ from torch import Tensor
 from lens_lora.core import SIGMAS, Adapter, LoRAFactors, ModuleUpdate
 from lens_lora.errors import LensLoraError, many
 from lens_lora.formats.gguf_layout import (
+    COMPUTED,
     GGUFFile,
     Layout,
     StoredTensor,
@@ -81,6 +82,8 @@ _WITHOUT_BOUND = 1.0
 _UNKNOWN = ", as far as can be seen: how much this type rounds is not known here"
 _NOT_PERMUTED = "its rows are in Hugging Face's order: q and k are not permuted"
 _CHANGED = "changed, and the adapter adds nothing there"
+# What llama.cpp takes for the head where a file has none.
+_EMBEDDING = "token_embd.weight"
 # c of a right file is 1 but for rounding, and the next mistake is further from it.
 _NEAR = 0.05
 # A mistake is named if c is this close to its own.
@@ -89,8 +92,6 @@ _CLOSE = 0.02
 _STRAIGHT = 0.05
 # Beyond this uncertainty of c, a merge and the base are hard to tell apart.
 _UNCERTAIN = 0.25
-# Tensors that llama.cpp computes from the configuration, and a Hugging Face model does not hold.
-_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def lora_checks(
@@ -317,13 +318,19 @@ def _compared_tensors(
         if stored_name in file.names:
             stored = file.tensor(stored_name)
             yield _compared_tensor(name, W.detach().cpu(), stored, expected, layout)
-        elif not any(_stored_name(other, layout) in file.names for other in expected.tied[name]):
+        elif not _is_tied_head(name, expected, file, layout):
             yield MergedTensor(name, "failed", "not in the file")
         elif name in expected.changed and not _is_changed_alike(name, expected):
             yield MergedTensor(name, "failed", "not in the file, and what it is tied to differs")
     for name in file.names:
-        if name not in read and name not in _COMPUTED:
+        if name not in read and name not in COMPUTED:
             yield MergedTensor(name, "failed", "in the file, and the base has no such tensor")
+
+
+def _is_tied_head(name: str, expected: ExpectedTensors, file: GGUFFile, layout: Layout) -> bool:
+    """Whether llama.cpp takes the embedding, which is in the file, for this tensor."""
+    stored_names = {_stored_name(other, layout) for other in expected.tied[name]}
+    return _EMBEDDING in stored_names & set(file.names)
 
 
 def _stored_name(name: str, layout: Layout) -> str | None:

@@ -2,6 +2,10 @@
 
 llama.cpp computes with sizes, counts of heads, the rotary base and the norm's ε of the file. Each
 is compared with the base's configuration; a field that is not known here is undecided, by its name.
+
+The rest is the architecture's own, whatever the base's configuration says: the activation, and
+attention to the whole text. A base that has it otherwise is undecided, and so is an architecture
+with settings of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from lens_lora.formats.gguf_layout import GGUFFile, Layout
+from lens_lora.formats.gguf_layout import COMPUTED, GGUFFile, Layout
 from lens_lora.ship.gguf_tokenizer import Finding
 
 # ε and the rotary base are stored in float32.
@@ -19,6 +23,14 @@ _CONTEXT = "context_length"
 # A field of each architecture that says nothing else than the tensors' shapes.
 _SAID_BY_SHAPES = ("vocab_size",)
 _DEFAULT_ROTARY_BASE = 10000.0
+# What llama.cpp computes between up and down, by architecture. Others have settings of their own:
+# windows and caps of logits in gemma2 and gemma3, a part of each head that is turned in phi3.
+_ACTIVATIONS = {
+    "llama": ("silu",),
+    "qwen2": ("silu",),
+    "qwen3": ("silu",),
+    "gemma": ("gelu", "gelu_pytorch_tanh"),
+}
 
 
 def settings_findings(file: GGUFFile, config: Any, layout: Layout) -> Iterator[Finding]:
@@ -43,9 +55,8 @@ def settings_findings(file: GGUFFile, config: Any, layout: Layout) -> Iterator[F
             is_harmless = name == _CONTEXT
             words = f"{before}{name} is {found!r}, the base's {value!r}"
             yield Finding("undecided" if is_harmless else "failed", words)
-    rotary = _rotary_kind(config)
-    if rotary != "default":
-        yield Finding("undecided", f"the rotary scaling {rotary!r}")
+    yield from _other_rotation(file, config)
+    yield from _of_the_architecture(config, layout)
     for name in file.fields:
         short = name.removeprefix(before)
         if name.startswith(before) and short not in expected and short not in _SAID_BY_SHAPES:
@@ -81,6 +92,31 @@ def _without_field(name: str, expected: dict[str, float]) -> float | None:
     if name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         return expected["embedding_length"] // heads
     return None
+
+
+def _other_rotation(file: GGUFFile, config: Any) -> Iterator[Finding]:
+    """Frequencies of the rotary embedding that are not those of its base alone."""
+    kind = _rotary_kind(config)
+    if kind != "default":
+        yield Finding("undecided", f"the rotary scaling {kind!r}")
+        return
+    for name in COMPUTED:
+        if name in file.names and not bool((file.tensor(name).values == 1).all()):
+            yield Finding("failed", f"{name} scales the rotary frequencies, and the base does not")
+
+
+def _of_the_architecture(config: Any, layout: Layout) -> Iterator[Finding]:
+    """What llama.cpp computes by the architecture's name, if the base has it otherwise."""
+    known = _ACTIVATIONS.get(layout.architecture)
+    if known is None:
+        yield Finding("undecided", f"settings that only the architecture {layout.architecture} has")
+        return
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in known:
+        yield Finding("undecided", f"the base's activation {activation!r}")
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        yield Finding("undecided", f"the base's attention to the last {window} tokens alone")
 
 
 def _rotary(config: Any) -> dict[str, Any]:

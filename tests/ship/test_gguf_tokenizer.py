@@ -310,3 +310,30 @@ def test_another_rotary_base(made, tmp_path):
     file = written(made["gpt-2"], "gpt-2", tmp_path / "x.gguf")
     (_, rest), _ = merged_gguf_checks(file, adapter, other, tokenizer)
     assert rest.outcome == "failed" and "llama.rope.freq_base is 10000.0" in rest.measured
+
+
+def test_scaled_rotary_frequencies_of_the_file_alone(made, tmp_path):
+    """As a file has them of a base with Llama 3's scaling. llama.cpp computes with them."""
+    tokenizer, base, adapter, merged = made["gpt-2"]
+    with_frequencies = copy.deepcopy(merged)
+    width = merged.config.hidden_size // merged.config.num_attention_heads
+    for factor, outcome in ((1.0, "passed"), (2.0, "failed")):
+        frequencies = torch.full([width // 2], factor)
+        with_frequencies.register_buffer("rope_freqs", frequencies)
+        file = written((tokenizer, base, adapter, with_frequencies), "gpt-2", tmp_path / "x.gguf")
+        rest = rest_of(made["gpt-2"], file)
+        assert rest.outcome == outcome, rest.facts
+    assert "rope_freqs.weight scales the rotary frequencies" in rest.measured
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [("hidden_act", "gelu", "activation 'gelu'"), ("sliding_window", 7, "the last 7 tokens")],
+)
+def test_a_base_that_llama_cpp_computes_otherwise(field: str, value, says: str, made, tmp_path):
+    tokenizer, base, adapter, _ = made["gpt-2"]
+    other = copy.deepcopy(base)
+    setattr(other.config, field, value)
+    file = written(made["gpt-2"], "gpt-2", tmp_path / "x.gguf")
+    (_, rest), _ = merged_gguf_checks(file, adapter, other, tokenizer)
+    assert rest.outcome == "undecided" and says in rest.measured, rest.facts
