@@ -51,15 +51,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import (
-    LoraLens,
-    Prompts,
-    evaluations,
-    group_sites,
-    indicator,
-    stored,
-    text_of,
-)
+from lens_lora.core import LoraLens, Prompts, evaluations, stored, text_of
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb
 from lens_lora.responses.generate import SideBySide
@@ -632,8 +624,8 @@ def _runs(
     One forward and one backward pass, and a forward pass for each end, control and set of layers.
     """
     g = evaluations(lens, contexts, AnswerLogProb(list(words)), progress=False)
-    layers = group_sites(lens.sites, "layer")
-    members = indicator(layers, len(lens.sites))
+    layers = lens.sites.grouped("layer")
+    members = lens.sites.indicator(layers)
     by_layer = g.slopes(1.0).cpu().double() @ members.T
     count = math.ceil(len(layers) / _PART_LEFT_OUT)
     largest = by_layer.argsort(1, descending=True)[:, :count]

@@ -54,12 +54,12 @@ from lens_lora.core import (
     Paged,
     Prompts,
     PromptsLike,
+    Sites,
     alone,
     context_of,
     distinct_tokens,
     drawing,
     ranked_tokens,
-    site_labels,
     stored,
 )
 from lens_lora.errors import ArgumentError, PromptError, TokenError, many
@@ -321,7 +321,7 @@ class WhatChanged(OfSites, Paged):
         """
         k = whole("k", k, 0) if bool(self.shares.any()) else 0
         order = self.shares.argsort(descending=True)[:k].tolist()
-        columns = site_labels([self.sites[i] for i in order])
+        columns = Sites(self.sites[i] for i in order).columns()
         columns["nats"] = self.shares[order].tolist()
         columns["share"] = (self.shares / self.shares.sum())[order].tolist()
         return pd.DataFrame(columns)

@@ -35,7 +35,6 @@ from lens_lora.banks.record import Half, TensorPool, record
 from lens_lora.banks.targets import stand_ins
 from lens_lora.compat import uncompiled
 from lens_lora.core import (
-    AXES,
     Adapter,
     AdapterLike,
     Attribution,
@@ -121,7 +120,7 @@ class Bank:
             NumericsError: non-finite derivatives.
         """
         self._require_same_model()
-        axes = by_axes(by, (*AXES, "token"))
+        axes = by_axes(by, with_token=True)
         if exact and not self._functions:
             raise ArgumentError(
                 "exact=True: this bank was read from a file, which does not hold the readout "

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lens_lora.banks.record import Address, Addresses, Half, Stacks, place_of
 from lens_lora.compat import in_float64
-from lens_lora.core import OUTSIDE_KINDS, Adapter, Injection, LoRAFactors, LoraLens, SiteMap
+from lens_lora.core import Adapter, Injection, LoRAFactors, LoraLens, SiteMap
 
 # The paths of an adapter's modules, and the shapes and dtypes of their factors.
 Shapes = tuple[object, ...]
@@ -50,7 +50,7 @@ def can_share_plan(lens: LoraLens, halves: Sequence[Half], stacks: Stacks) -> bo
             return False
         if injection.ports.read is None or injection.partner is not None:
             return False
-        if lens.sites[injection.site].kind in OUTSIDE_KINDS:
+        if lens.sites[injection.site].is_outside:
             return False
         place = place_of(lens, injection)
         for column in _columns(halves):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lens_lora.banks.base_half import LARGE, SlopesOfAdapter, bytes_of
 from lens_lora.banks.held import HeldReadout
 from lens_lora.banks.readouts import Reach, RecordedReadouts, SlopesOfReadout
-from lens_lora.core import Adapter, Site, group_sites, indicator, load_adapter
+from lens_lora.core import Adapter, Site, Sites, load_adapter
 from lens_lora.errors import AdapterError, ArgumentError, LensLoraError, warn
 from lens_lora.formats.folders import (
     adapter_folder,
@@ -354,8 +354,8 @@ def _grouping(
     sites: tuple[Site, ...], group: GroupName
 ) -> tuple[list[str], Float[Tensor, "site group"]]:
     """The groups' names, and 1 where a site is in a group."""
-    groups = group_sites(sites, group)
-    return list(groups), indicator(groups, len(sites)).T
+    groups = Sites(sites).grouped(group)
+    return list(groups), Sites(sites).indicator(groups).T
 
 
 # --- Which adapters

@@ -28,6 +28,7 @@ from .model.gates import Scale as Scale
 from .model.lens import LoraLens as LoraLens
 from .model.public_call import alone as alone
 from .model.sites import Site as Site
+from .model.sites import Sites as Sites
 from .readout.declared import DeclaredReadout as DeclaredReadout
 from .readout.declared import declared_readout as declared_readout
 from .readout.positions import Positions as Positions
@@ -91,14 +92,12 @@ from .results.base import Reported as Reported
 from .results.base import Result as Result
 from .results.base import changes_sign as changes_sign
 from .results.base import flat as flat
-from .results.base import group_labels as group_labels
 from .results.base import hides_sign as hides_sign
 from .results.base import largest as largest
 from .results.base import long_table as long_table
 from .results.base import only_prompt as only_prompt
 from .results.base import per_prompt as per_prompt
 from .results.base import prompt_rows as prompt_rows
-from .results.base import site_labels as site_labels
 from .results.base import tokens_at as tokens_at
 from .results.correlation import correlation as correlation
 from .results.correlation import is_constant as is_constant
@@ -116,17 +115,11 @@ from .results.tokens import ranked_tokens as ranked_tokens
 # --- Sites, their groups and hook points.
 from .model.gates import gates_of_rows as gates_of_rows
 from .model.gates import name_of_scale as name_of_scale
-from .model.sites import AXES as AXES
-from .model.sites import OUTSIDE_KINDS as OUTSIDE_KINDS
 from .model.sites import Group as Group
 from .model.sites import Groups as Groups
 from .model.sites import Names as Names
 from .model.sites import by_axes as by_axes
-from .model.sites import chosen_sites as chosen_sites
-from .model.sites import group_sites as group_sites
-from .model.sites import indicator as indicator
 from .model.sites import layer_order as layer_order
-from .model.sites import one_site as one_site
 from .model.sites import outside_layer as outside_layer
 
 # isort: split

@@ -27,9 +27,8 @@ from lens_lora.core import (
     Group,
     Groups,
     Ranked,
+    Sites,
     analysis,
-    group_sites,
-    indicator,
     long_table,
     per_prompt,
 )
@@ -169,8 +168,8 @@ def coupling(g: Function, *, group: Group = "site", at: float = 0.0) -> Coupling
     """
     at = number("at", at)
     sites = g.lens.sites
-    groups = group_sites(sites, group)
-    members = g.lens.gates(indicator(groups, len(sites)))
+    groups = Sites(sites).grouped(group)
+    members = g.lens.gates(Sites(sites).indicator(groups))
     products = g.curvature(members, at)
     matrix = torch.einsum("mbs,gs->bgm", products, members)
     return Coupling(matrix=matrix, groups=groups, at=at, **g.header())

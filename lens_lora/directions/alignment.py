@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.core import LoraLens, OfSites, Update, alone, drawing, long_table, site_labels
+from lens_lora.core import LoraLens, OfSites, Sites, Update, alone, drawing, long_table
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.formats.directions import STREAM, directions_of
 
@@ -61,7 +61,7 @@ class Alignment(OfSites):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site and direction: value, and random directions' 1/√d and quantile."""
-        by_site = site_labels(self.sites)
+        by_site = Sites(self.sites).columns()
         by_site["side"] = list(self.sides)
         by_site["quantile"] = self.quantile.tolist()
         table = long_table({"value": self.values}, by_site, {"direction": self.directions})

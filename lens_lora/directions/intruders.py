@@ -30,15 +30,13 @@ from lens_lora.core import (
     LoRAFactors,
     LoraLens,
     OfSites,
+    Sites,
     SiteUpdate,
     TrainedModule,
     Update,
     alone,
-    chosen_sites,
     drawing,
     long_table,
-    one_site,
-    site_labels,
     stored,
 )
 from lens_lora.errors import ArgumentError, SiteError
@@ -84,7 +82,7 @@ class Intruders(OfSites):
         """One row per site and direction."""
         numbers = {"sigma": self.sigma, "cosine": self.cosine}
         directions = {"direction": range(self.sigma.shape[1])}
-        table = long_table(numbers, site_labels(self.sites), directions)
+        table = long_table(numbers, Sites(self.sites).columns(), directions)
         table = table.assign(
             nearest=self.nearest.flatten().tolist(), intruder=table["cosine"] < self.threshold
         )
@@ -167,7 +165,7 @@ class Intruders(OfSites):
         return drawing.figure(self, index)
 
     def _index(self, site: str) -> int:
-        return one_site(self.sites, site)
+        return Sites(self.sites).one(site)
 
 
 @alone
@@ -202,7 +200,7 @@ def intruders(
     below = number("threshold", threshold)
     if not 0 < below <= 1:
         raise ArgumentError(f"threshold={below}: expected a cosine above 0, at most 1.")
-    chosen = [i for i in chosen_sites(lens.sites, sites) if _is_weight(lens.updates[i])]
+    chosen = [i for i in lens.sites.chosen(sites) if _is_weight(lens.updates[i])]
     if not chosen:
         raise SiteError("norms and experts alone were chosen, and no weight of a module.")
     found: list[_Leading] = []

@@ -44,12 +44,10 @@ from lens_lora.core import (
     Quadrature,
     Ranked,
     Reported,
+    Sites,
     analysis,
     by_axes,
     drawing,
-    group_labels,
-    group_sites,
-    indicator,
     long_table,
     only_prompt,
     require_finite,
@@ -145,7 +143,7 @@ class Edges(Ranked, Reported):
     @property
     def _writer_labels(self) -> dict[str, list[Any]]:
         """The writer of each group; of a single site with its module, layer and kind."""
-        labels = group_labels(self.groups, self.sites)
+        labels = Sites(self.sites).columns_of_groups(self.groups)
         if "site" not in labels:
             return {"writer": list(self.groups)}
         return {"writer": list(self.groups), **labels}
@@ -319,7 +317,7 @@ def edges(
         )
     if at == 0 and not path:
         g.require_slope_at_base()
-    groups = group_sites(g.lens.sites, group)
+    groups = g.lens.sites.grouped(group)
     by_head = readers == "head"
     by_position = bool(axes)
     quadrature = None
@@ -331,7 +329,7 @@ def edges(
         split = edge_values(g, at, by_head=by_head, by_position=by_position)
         require_finite(split.values, "an edge")
         g.know(at, split.value)
-    members = indicator(groups, len(g.lens.sites)).to(split.values)
+    members = g.lens.sites.indicator(groups).to(split.values)
     exists = members.cpu() @ split.exists.to(members.dtype)
     return Edges(
         values=torch.einsum("gs,bs...->bg...", members, split.values),

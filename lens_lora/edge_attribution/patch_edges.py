@@ -12,18 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import get_args
 
 from lens_lora.arguments import word
-from lens_lora.core import (
-    Effects,
-    Function,
-    Group,
-    Groups,
-    How,
-    LoraLens,
-    analysis,
-    chosen_sites,
-    group_sites,
-    is_hooked,
-)
+from lens_lora.core import Effects, Function, Group, Groups, How, LoraLens, analysis, is_hooked
 from lens_lora.edge_attribution.by_reader import point_of
 from lens_lora.edge_attribution.edges import ARROW, require_stream
 from lens_lora.edge_attribution.path_patching import EdgePath, patched_edges
@@ -88,7 +77,7 @@ def patch_edges(
     """
     require_stream(g)
     word("how", how, get_args(How))
-    paths = _paths(g.lens, pairs, group_sites(g.lens.sites, group), point_of(g))
+    paths = _paths(g.lens, pairs, g.lens.sites.grouped(group), point_of(g))
     at = 0.0 if how == "add_one" else 1.0
     moved = patched_edges(g, paths, at)
     return Effects(
@@ -154,7 +143,7 @@ def _writer_sites(lens: LoraLens, writer: str, groups: Groups) -> tuple[int, ...
     if writer in groups:
         return tuple(groups[writer])
     try:
-        return chosen_sites(lens.sites, [writer])
+        return lens.sites.chosen([writer])
     except SiteError as error:
         names = list(groups)
         if names == [site.name for site in lens.sites]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import is_whole
-from lens_lora.core import Attribution, Effects, FactMargin, Paged, drawing, site_labels
+from lens_lora.core import Attribution, Effects, FactMargin, Paged, Sites, drawing
 from lens_lora.curvature.coupling import Coupling
 from lens_lora.curvature.second_order import SecondOrder
 from lens_lora.judging.compare import Comparison, compare
@@ -116,7 +116,7 @@ class Explanation(_WithFigures):
         if self.path is not None:
             numbers["path"] = self.path.per_site
 
-        frame = pd.DataFrame(site_labels(self.first_order.sites))
+        frame = pd.DataFrame(Sites(self.first_order.sites).columns())
         for name, values in numbers.items():
             frame[name] = values[0].cpu().double().tolist()
         for question, reliability in self.reliability.items():

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.core import Evaluations, Function, first_order, group_sites, indicator
+from lens_lora.core import Evaluations, Function, first_order
 from lens_lora.explanations.explanation import ResponseExplanation
 from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_tokens, step
 from lens_lora.path.path_attribution import path_attribution
@@ -72,8 +72,8 @@ def _in_full(
     """The same explanation with what takes many passes: the path integral, and interventions."""
     with step(bar, "path integral"):
         path = path_attribution.of(kl, tol=PATH_TOLERANCE, max_nodes=PATH_NODES)
-    groups = group_sites(log_p.lens.sites, "layer")
-    add_one, leave_one_out = _layers_by_token(log_p, indicator(groups, len(log_p.lens.sites)))
+    groups = log_p.lens.sites.grouped("layer")
+    add_one, leave_one_out = _layers_by_token(log_p, log_p.lens.sites.indicator(groups))
     bar.update()
     return dataclasses.replace(
         quick,

@@ -36,17 +36,15 @@ from lens_lora.core import (
     Positions,
     PromptsLike,
     Scale,
+    Sites,
     alone,
     beginnings,
-    chosen_sites,
     context_of,
     drawing,
     first_of_each,
     long_table,
     name_of_scale,
-    one_site,
     only_prompt,
-    site_labels,
     tokens_at,
 )
 from lens_lora.stream.examples import (
@@ -108,7 +106,7 @@ class Activations(OfSites):
         Raises:
             SiteError: no such site, or several.
         """
-        index = one_site(self.sites, site)
+        index = Sites(self.sites).one(site)
         return self.values[:, index, :, : self.ranks[index]]
 
     def directions(self, site: str | None = None) -> list[tuple[int, int]]:
@@ -123,7 +121,7 @@ class Activations(OfSites):
         if site is None:
             return [(index, 0) for index in range(len(self.sites))]
         directions: list[tuple[int, int]] = []
-        for index in chosen_sites(self.sites, site):
+        for index in Sites(self.sites).chosen(site):
             directions += [(index, rank) for rank in range(self.ranks[index])]
         return directions
 
@@ -133,7 +131,7 @@ class Activations(OfSites):
         frame = long_table(
             {"value": self.values},
             {"prompt": range(prompts)},
-            site_labels(self.sites),
+            Sites(self.sites).columns(),
             {"position": range(positions)},
             {"rank": range(ranks)},
         )
@@ -345,7 +343,7 @@ def lora_activations(
         NumericsError: non-finite activations.
     """
     f = lens.function(prompts)
-    chosen = chosen_sites(lens.sites, sites)
+    chosen = lens.sites.chosen(sites)
     in_gauge = lens.in_gauge(gauge)
     ranks = activation_ranks(lens, chosen, gauge)
     rows = lens.prompts(f.prompts, response)

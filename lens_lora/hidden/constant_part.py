@@ -43,12 +43,12 @@ from lens_lora.core import (
     Prompts,
     PromptsLike,
     Readout,
+    Sites,
     Update,
     alone,
     beginnings,
     distinct_tokens,
     evaluations,
-    site_labels,
 )
 from lens_lora.errors import PromptError
 from lens_lora.hidden.update_sums import UpdateSums, update_sums
@@ -129,7 +129,7 @@ class ConstantPart(OfSites, Pictured):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site: the share, and the sizes of δ, of its mean, and at first tokens."""
-        columns = site_labels(self.sites)
+        columns = Sites(self.sites).columns()
         columns["constant_share"] = self.share.double().tolist()
         columns["size"] = self.size.double().tolist()
         columns["mean_size"] = self.mean_size.double().tolist()

@@ -26,13 +26,12 @@ from lens_lora.core import (
     Positions,
     Prompts,
     ScaleInject,
-    chosen_sites,
+    Sites,
     drawing,
     largest,
     long_table,
     prompt_rows,
     require_finite,
-    site_labels,
 )
 from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
@@ -84,11 +83,11 @@ class FeatureWrites(OfSites):
             SiteError: no site that writes has this name.
             ArgumentError: no such prompt.
         """
-        chosen = list(chosen_sites(self.sites, site))
+        chosen = list(Sites(self.sites).chosen(site))
         values = self.of_prompt(prompt)[chosen]
         order = largest(values, k)
         width = values.shape[1]
-        columns = site_labels([self.sites[chosen[index // width]] for index in order])
+        columns = Sites(self.sites[chosen[index // width]] for index in order).columns()
         columns["feature"] = [index % width for index in order]
         columns["value"] = values.flatten()[order].tolist()
         return pd.DataFrame(columns)
@@ -99,7 +98,7 @@ class FeatureWrites(OfSites):
         return long_table(
             {"value": self.values},
             {"prompt": range(batch)},
-            site_labels(self.sites),
+            Sites(self.sites).columns(),
             {"feature": range(features)},
         )
 

@@ -40,7 +40,6 @@ from lens_lora.core import (
     Readout,
     alone,
     evaluations,
-    indicator,
     long_table,
 )
 from lens_lora.errors import ArgumentError
@@ -219,7 +218,7 @@ def _behaviour(
     g = evaluations(lens, prompts, readout, progress=progress)
     base, _ = g.ends
     of_adapter = tuple(i for i, site in enumerate(g.lens.sites) if site.adapter == name)
-    own = g(g.lens.gates(indicator({name: of_adapter}, len(g.lens.sites))[0])) - base
+    own = g(g.lens.gates(g.lens.sites.indicator({name: of_adapter})[0])) - base
     if bool((own.abs() <= SIGMAS * g.floor).all()):
         raise ArgumentError(
             f"{argument}: {name} alone moves {readout.label} by rounding, so there is no behaviour "
@@ -282,7 +281,7 @@ def _sizes(count: int) -> list[int]:
 def _without(lens: LoraLens, modules: _Modules, paths: Sequence[str]) -> Float[Tensor, " site"]:
     """Gates that are 0 at the sites of these modules, and 1 elsewhere."""
     sites = tuple(index for path in paths for index in modules[path])
-    off = lens.gates(indicator({"left out": sites}, len(lens.sites))[0])
+    off = lens.gates(lens.sites.indicator({"left out": sites})[0])
     return 1 - off
 
 

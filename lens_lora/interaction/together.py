@@ -46,10 +46,9 @@ from lens_lora.core import (
     Ranked,
     Readout,
     Site,
+    Sites,
     alone,
     analysis,
-    group_sites,
-    indicator,
     load_adapter,
     long_table,
 )
@@ -299,7 +298,7 @@ def _members(sites: Sequence[Site], names: Sequence[str]) -> Float[Tensor, "adap
     of_adapter: Groups = {}
     for name in names:
         of_adapter[name] = tuple(i for i, site in enumerate(sites) if site.adapter == name)
-    return indicator(of_adapter, len(sites))
+    return Sites(sites).indicator(of_adapter)
 
 
 # --- By pairs of modules
@@ -311,7 +310,7 @@ def _groups_of_each(sites: Sequence[Site], names: Sequence[str], group: Group) -
     The names and globs of a group are compared with names of sites without '@' and the adapter.
     """
     bare = [dataclasses.replace(site, name=site.name.rpartition("@")[0]) for site in sites]
-    of_all = group_sites(bare, group)
+    of_all = Sites(bare).grouped(group)
     held = [index for indices in of_all.values() for index in indices]
     if sorted(held) != list(range(len(sites))):
         raise ArgumentError(
@@ -368,8 +367,8 @@ def _parts(
 ) -> Float[Tensor, "batch group group"]:
     """∫₀¹ ∫₀¹ Σ_{l∈G, m∈M} H_lm(s, t) ds dt, with G of the first adapter and M of the second."""
     lens = g.lens
-    first = lens.gates(indicator(of_first, len(lens.sites)))
-    second = lens.gates(indicator(of_second, len(lens.sites)))
+    first = lens.gates(lens.sites.indicator(of_first))
+    second = lens.gates(lens.sites.indicator(of_second))
     # A group in which the second adapter has no module takes no product.
     is_there = second.any(1)
     points, weights = _gauss_legendre(nodes)

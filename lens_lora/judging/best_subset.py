@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
-from lens_lora.core import SIGMAS, Evaluations, Function, Measured, analysis, drawing, site_labels
+from lens_lora.core import SIGMAS, Evaluations, Function, Measured, Sites, analysis, drawing
 from lens_lora.errors import ArgumentError
 from lens_lora.judging.head_masks import HeadMasks
 from lens_lora.judging.rankings import Scores, by_score, named, scores_towards
@@ -124,7 +124,7 @@ class BestSubset(Measured):
         members = self.members[self.row(count)].nonzero()[:, 0].tolist()
         if self.over == "heads":
             return pd.DataFrame({"point": [self.names[i] for i in members]})
-        return pd.DataFrame(site_labels([self.sites[i] for i in members]))
+        return pd.DataFrame(Sites(self.sites[i] for i in members).columns())
 
     def row(self, count: int | None = None) -> int:
         """The index of the set that has so many sites or heads.

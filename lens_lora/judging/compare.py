@@ -40,9 +40,9 @@ from lens_lora.core import (
     Effects,
     Read,
     Site,
+    Sites,
     asked_of,
     correlation,
-    group_sites,
     hides_sign,
     is_constant,
 )
@@ -178,7 +178,7 @@ def compare(
     _require_same(attribution, effects, across_prompts)
 
     grouped = _grouped_one(attribution, effects)
-    groups = group_sites(effects.sites) if grouped is None else grouped.groups
+    groups = Sites(effects.sites).grouped() if grouped is None else grouped.groups
     a = _over_groups(attribution, grouped)
     e = _over_groups(effects, grouped)
     floor_of_a = _floor(attribution)

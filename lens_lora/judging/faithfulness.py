@@ -39,11 +39,11 @@ from lens_lora.core import (
     Measured,
     PromptsLike,
     Readout,
+    Sites,
     analysis,
     evaluations,
     long_table,
     only_prompt,
-    site_labels,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.judging import rankings
@@ -151,7 +151,7 @@ class Faithfulness(Measured, Drawn):
         index = only_prompt(prompt, len(self.base), "rankings")
         count = self.counts[self._nearest(fraction)]
         top = [self.sites[i] for i in self.orders[name][index, :count].tolist()]
-        return pd.DataFrame(site_labels(top), columns=["site", "module"])
+        return pd.DataFrame(Sites(top).columns(), columns=["site", "module"])
 
     def to_frame(self) -> pd.DataFrame:
         """One row per ranking, prompt and fraction: count, shares kept and left."""

@@ -44,7 +44,6 @@ from lens_lora.core import (
     OfMeasured,
     analysis,
     flat,
-    indicator,
     only_prompt,
 )
 from lens_lora.errors import ArgumentError
@@ -283,7 +282,7 @@ def _effects(g: Function, how: How, sites: Bool[Tensor, " site"]) -> Float[Tenso
     if not indices:
         return base.new_zeros(len(base), 0)
     each = {str(index): (index,) for index in indices}
-    members = indicator(each, len(g.lens.sites))
+    members = g.lens.sites.indicator(each)
     if how == "add_one":
         return (g.corners(members) - base).T
     return (adapted - g.corners(1 - members)).T

@@ -47,12 +47,11 @@ from lens_lora.core import (
     Prompts,
     PromptsLike,
     Shown,
+    Sites,
     alone,
     by_axes,
     correlation,
     drawing,
-    group_sites,
-    indicator,
     long_table,
     prompt_rows,
     require_gauge,
@@ -183,7 +182,7 @@ class KLShares(OfMeasured):
                 "this result holds no kernel, which takes a tangent for each site or group",
                 remedy=f"ask for it: ll.kl_shares(…, kernel={group!r}).",
             )
-        wanted = group_sites(self.attribution.sites, group)
+        wanted = Sites(self.attribution.sites).grouped(group)
         members = self._members(wanted).to(self.gram)
         if not bool((members.sum(0) == 1).all()):
             raise ArgumentError(
@@ -286,7 +285,7 @@ def kl_shares(
         raise ArgumentError(f"scales={scales!r}: expected strengths between 0 and 1.")
     if kernel is not None:
         word("kernel", kernel, get_args(_Kernel))
-    groups = {} if kernel is None else group_sites(lens.sites, kernel)
+    groups = {} if kernel is None else lens.sites.grouped(kernel)
     if max_memory is not None:
         lens = lens.within(max_memory)
     f = lens.function(prompts, progress=progress)
@@ -345,7 +344,7 @@ def _gram(
         """√p₀ ∘ (v − p₀ᵀv), whose products are those of F."""
         return root * _centred(p[:, None], tangents)
 
-    members = indicator(groups, len(g.lens.sites))
+    members = g.lens.sites.indicator(groups)
     w = g.tangent(members, read=weighted).movedim(0, 1).flatten(2)
     return w @ w.transpose(1, 2)
 

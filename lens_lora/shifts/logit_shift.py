@@ -25,14 +25,13 @@ from lens_lora.core import (
     Prompts,
     PromptsLike,
     Site,
+    Sites,
     alone,
     drawing,
     long_table,
-    one_site,
     prompt_rows,
     ranked_tokens,
     require_finite,
-    site_labels,
     token_ids,
 )
 from lens_lora.errors import ArgumentError, SiteError, TokenError
@@ -117,7 +116,7 @@ class LogitShift(Described):
         tokens = {"token": self.strings, "id": self.tokens}
         if not self.sites:
             return long_table({"value": self.values}, prompts, tokens)
-        return long_table({"value": self.values}, prompts, site_labels(self.sites), tokens)
+        return long_table({"value": self.values}, prompts, Sites(self.sites).columns(), tokens)
 
     def _ranked(
         self, site: str | None, k: int, prompt: int | None, *, largest: bool
@@ -138,7 +137,7 @@ class LogitShift(Described):
             raise SiteError(
                 "this shift was computed for all sites together", remedy="use by_site=True."
             )
-        index = one_site(self.sites, site)
+        index = Sites(self.sites).one(site)
         return self.values[rows, index].mean(0)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkabl
 
 import pandas as pd
 
-from lens_lora.core import Groups, Site, group_sites
+from lens_lora.core import Groups, Site, Sites
 from lens_lora.show import go
 from lens_lora.show.go import DIVERGING, LOOK, SEQUENTIAL
 from lens_lora.show.go import INK as INK
@@ -173,7 +173,7 @@ def layers_axis(sites: Sequence[Any]) -> Axis:
     layers = range(min(0, *adapted), 1 + max(adapted))
     step = math.ceil(len(layers) / _FEW_TICKS)
     names = {layer: str(layer) for layer in layers if layer % step == 0}
-    for name, members in group_sites(sites, "layer").items():
+    for name, members in Sites(sites).grouped("layer").items():
         if not name.startswith("layer "):
             names[sites[members[0]].layer] = name
     return Axis(layers, "layer", ticks(names, names.values()))

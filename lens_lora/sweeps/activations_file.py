@@ -29,11 +29,10 @@ from lens_lora.core import (
     ChosenPositions,
     Positions,
     Site,
-    chosen_sites,
+    Sites,
     context_of,
     drawing,
     first_of_each,
-    one_site,
 )
 from lens_lora.errors import SweepError
 from lens_lora.runs.store import Unchanged, fingerprint_of
@@ -207,7 +206,7 @@ class ActivationsFile:
         k = whole("k", k, 0)
         context = whole("context", context, 0)
         towards = require_sign(sign)
-        index = one_site(self.sites, site)
+        index = Sites(self.sites).one(site)
         ranks = require_ranks(rank, self.ranks[index])
         texts = pq.read_table(self._file.path, columns=["record", "id", "token"]).combine_chunks()
         counted = self._counted(None, sinks)
@@ -253,7 +252,7 @@ class ActivationsFile:
         """
         once = require_some(None, self._counted(None, sinks=False))
         rows: list[dict[str, Any]] = []
-        for index in chosen_sites(self.sites, site or "*"):
+        for index in Sites(self.sites).chosen(site or "*"):
             name = self.sites[index].name
             values = self._numbers(name)[once]
             shown = 1 if site is None else self.ranks[index]

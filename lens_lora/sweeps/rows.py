@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lens_lora.core import Site, site_labels
+from lens_lora.core import Site, Sites
 from lens_lora.errors import SweepError, is_of_the_system
 from lens_lora.runs.fingerprint import Fingerprint
 from lens_lora.runs.store import Store, other_sweep
@@ -101,7 +101,7 @@ def _sites_table(
         "id": ids.take(by_prompt),
         "prompt": pa.array([row["prompt"] for row in rows], _TEXT).take(by_prompt),
     }
-    for name, labels in site_labels(sites).items():
+    for name, labels in Sites(sites).columns().items():
         columns[name] = pa.array(labels).take(by_site)
     for name in analyses:
         values = [rows[i][name] for i in good]

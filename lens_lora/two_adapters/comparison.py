@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import OfSites, Pictured, Site, correlation, one_site, site_labels
+from lens_lora.core import OfSites, Pictured, Site, Sites, correlation
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.two_adapters.shift_products import cosine_of
 
@@ -125,7 +125,7 @@ class AdapterComparison(OfSites, Pictured):
             ArgumentError: no shared site of this name.
         """
         try:
-            index = one_site(self.sites, site)
+            index = Sites(self.sites).one(site)
         except SiteError as error:
             raise ArgumentError(
                 f"{site!r} is no site that both adapters adapt; see .sites."
@@ -226,4 +226,4 @@ class AdapterComparison(OfSites, Pictured):
 
 def _labelled(sites: Sequence[Site], name: str) -> pd.DataFrame:
     """The names, layers and kinds of the sites, and whose they are."""
-    return pd.DataFrame({**site_labels(sites), "adapters": [name] * len(sites)})
+    return pd.DataFrame({**Sites(sites).columns(), "adapters": [name] * len(sites)})

@@ -17,11 +17,10 @@ from lens_lora.core import (
     Pictured,
     Read,
     Site,
+    Sites,
     changes_sign,
     drawing,
-    group_sites,
     hides_sign,
-    indicator,
     long_table,
 )
 from lens_lora.errors import ArgumentError
@@ -159,8 +158,8 @@ class Checkpoints(Read, Paged, Pictured):
             ArgumentError: another `what` or `group`.
         """
         word("what", what, get_args(What))
-        groups = group_sites(self.sites, group)
-        members = indicator(groups, len(self.sites)).double().T
+        groups = Sites(self.sites).grouped(group)
+        members = Sites(self.sites).indicator(groups).double().T
 
         def sums(values: Float[Tensor, "step site"]) -> Float[Tensor, "step group"]:
             return values.cpu().double() @ members

@@ -13,7 +13,7 @@ from torch import Tensor
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core import group_sites, indicator
+from lens_lora.core import Sites
 from lens_lora.curvature import second_order as curvature
 from lens_lora.curvature.coupling import Coupling, coupling
 from lens_lora.curvature.second_order import SecondOrder
@@ -155,10 +155,10 @@ def test_rows_sum_to_second_order_and_groups_to_sites(lens: ll.LoraLens):
     assert error(sites.coupling.sum(2), second.coupling) < 1e-10
     overlapping = {"attn": "*.attn.*", "q": "*.attn.q", "first": "blocks.0.*"}
     for group in ("layer", "kind", KINDS, overlapping):
-        rows = indicator(group_sites(lens.sites, group), len(lens.sites))
+        rows = lens.sites.indicator(lens.sites.grouped(group))
         found = matrix_of(lens, group=group)
         assert error(found.matrix, rows @ sites.matrix @ rows.T) < 1e-10
-        assert list(found.groups) == list(group_sites(lens.sites, group))
+        assert list(found.groups) == list(lens.sites.grouped(group))
         if group is overlapping:
             continue
         assert error(found.total, sites.total) < 1e-10
@@ -315,7 +315,7 @@ def test_many_groups_are_labelled_by_layer():
     )
     zero = torch.zeros(1)
     matrix = torch.zeros(1, 210, 210)
-    groups = group_sites(sites, "site")
+    groups = Sites(sites).grouped("site")
     matrix[0, :30] = torch.randn(30, 210, generator=models.seeded(3))
     matrix[0, 5, 6] = 1000
     large = Coupling(

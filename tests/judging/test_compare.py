@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core import Effects, group_sites
+from lens_lora.core import Effects, Sites
 from lens_lora.judging.compare import Comparison, compare
 
 KINDS = ("q", "k", "v", "o", "gate", "down")
@@ -48,7 +48,7 @@ def effects(values: Tensor, group="site", how: str = "leave_one_out") -> Effects
     whole = attribution(torch.zeros(len(values), COUNT, dtype=values.dtype))
     return Effects(
         values=values,
-        groups=group_sites(SITES, group),
+        groups=Sites(SITES).grouped(group),
         how=how,
         **{
             f: getattr(whole, f)
@@ -125,7 +125,7 @@ def test_a_permuted_site_is_seen(pair):
 @pytest.mark.parametrize("group", ["layer", "kind", {"attention": "*.[qkvo]", "rest": "*.down"}])
 def test_an_attribution_is_summed_over_the_groups(pair, group):
     a, _ = pair
-    groups = group_sites(SITES, group)
+    groups = Sites(SITES).grouped(group)
     sums = torch.stack([a[:, list(indices)].sum(1) for indices in groups.values()], 1)
     for found in (
         compare(attribution(a), effects(sums, group)),

@@ -15,7 +15,7 @@ from torch import Tensor
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core import Effects, group_sites
+from lens_lora.core import Effects
 from lens_lora.judging import rankings
 from lens_lora.judging.circuit_scores import random_orders
 from lens_lora.judging.faithfulness import Faithfulness, faithfulness
@@ -235,7 +235,7 @@ def test_attributions_effects_and_tensors_rank_alike(one_lens: ll.LoraLens):
     att = first(one_lens)
     effects = Effects(
         values=att.per_site,
-        groups=group_sites(one_lens.sites),
+        groups=one_lens.sites.grouped(),
         how="leave_one_out",
         **{
             f: getattr(att, f)

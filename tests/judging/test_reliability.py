@@ -15,7 +15,7 @@ from reference import plain_readout
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core import Effects, How, group_sites
+from lens_lora.core import Effects, How
 from lens_lora.judging import reliability as module
 from lens_lora.judging.reliability import Reliability, reliability, score_of
 
@@ -176,7 +176,7 @@ def as_effects(lens: ll.LoraLens, found: Reliability, values: torch.Tensor, how:
     one = found.attribution
     return Effects(
         values=values,
-        groups=group_sites(lens.sites),
+        groups=lens.sites.grouped(),
         sites=lens.sites,
         base=one.base,
         adapted=one.adapted,

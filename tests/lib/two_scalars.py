@@ -23,7 +23,7 @@ from lens_lora.core import Injection, SiteMap
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.plan import Plan
-from lens_lora.core.model.sites import Heads
+from lens_lora.core.model.sites import Heads, Sites
 from lens_lora.families import find_family
 
 W1 = 1.0
@@ -105,5 +105,5 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     lens.adapter = ll.Adapter.from_factors({"w1": ll.LoRAFactors(one, one)})
     ports = (Ports("in1", "out1"), Ports("in2", "out2"))
     injections = tuple(Injection(i, ports[i], maps[i]) for i in range(2))
-    lens._plan = Plan(host, tuple(sites), tuple(maps), injections, ())
+    lens._plan = Plan(host, Sites(sites), tuple(maps), injections, ())
     return lens

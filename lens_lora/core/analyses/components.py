@@ -24,9 +24,10 @@ from lens_lora.core.function.function import Function
 from lens_lora.core.function.memory import graph_groups
 from lens_lora.core.function.reverse import site_gradients
 from lens_lora.core.model import Injection, LoraLens
+from lens_lora.core.model.sites import Sites
 from lens_lora.core.readout import Reading
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import OfSites, long_table, site_labels
+from lens_lora.core.results.base import OfSites, long_table
 
 Component = Literal["z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order"]
 
@@ -59,7 +60,7 @@ class Components(OfSites):
         """One row per prompt and site."""
         numbers = {name: getattr(self, name) for name in get_args(Component)}
         prompts = {"prompt": range(len(self.z_norm))}
-        return long_table(numbers, prompts, site_labels(self.sites))
+        return long_table(numbers, prompts, Sites(self.sites).columns())
 
     def plot(self, of: Component = "first_order", prompt: int | None = None) -> drawing.Figure:
         """One of the numbers, layer × kind of module; the hover of a site has all of them.

@@ -40,7 +40,7 @@ from lens_lora.core.function.modes import Mode, chosen_mode
 from lens_lora.core.function.reverse import require_finite_slopes
 from lens_lora.core.model import Gauge, LoraLens
 from lens_lora.core.model.rules import FrozenRules, held_fixed, require_held
-from lens_lora.core.model.sites import AXES, Group, Groups, by_axes, group_sites, indicator
+from lens_lora.core.model.sites import Group, Groups, by_axes
 from lens_lora.core.readout import Prompts, PromptsLike, Readout
 from lens_lora.core.results.attribution import Attribution, GroupAttribution, within_response
 from lens_lora.errors import ArgumentError
@@ -79,7 +79,7 @@ def _of_several(
     if at == 0:
         for g in questions:
             g.require_slope_at_base()
-    is_by_site = by_axes(by, (*AXES, "token")) == ()
+    is_by_site = by_axes(by, with_token=True) == ()
     is_plain = mode == "auto" and gauge == "trained" and rules is None
     shared: list[Evaluations] = []
     if is_by_site and is_plain:
@@ -203,7 +203,7 @@ def first_order(
     at = number("at", at)
     if at == 0:
         g.require_slope_at_base()
-    axes = by_axes(by, (*AXES, "token"))
+    axes = by_axes(by, with_token=True)
     if group is not None:
         if axes not in ((), ("token",)) or gauge != "trained":
             raise ArgumentError(
@@ -211,7 +211,7 @@ def first_order(
                 f"gauge={gauge!r}; sum the parts of single sites yourself: leave group= out, and "
                 "use .to_frame() of the result."
             )
-        return _of_groups(g, group_sites(g.lens.sites, group), axes, at, mode, rules)
+        return _of_groups(g, g.lens.sites.grouped(group), axes, at, mode, rules)
     require_gauge(gauge, axes)
     under = held(rules, g)
     used_mode = _chosen_mode(g, mode, axes)
@@ -317,7 +317,7 @@ def _of_groups(
         values = forward_mode.group_slopes(g, groups, at, by_token=bool(axes), under=under)
     else:
         slopes = g.slopes(at, axes, under=under)
-        members = indicator(groups, len(g.lens.sites)).to(slopes)
+        members = g.lens.sites.indicator(groups).to(slopes)
         values = torch.einsum("gs,bs...->bg...", members, slopes)
     require_finite(values, "the first-order shift")
     response = g.response_tokens() if axes else ()

@@ -32,14 +32,7 @@ from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.function import activations
 from lens_lora.core.function.activations import mean_over, replaced_readout
 from lens_lora.core.function.function import Function
-from lens_lora.core.model import (
-    Group,
-    Groups,
-    LoraLens,
-    chosen_sites,
-    group_sites,
-    indicator,
-)
+from lens_lora.core.model import Group, Groups, LoraLens
 from lens_lora.core.readout import Prompts, PromptsLike, Reading
 from lens_lora.core.readout.beginnings import distinct_tokens
 from lens_lora.core.results.effects import Effects
@@ -126,7 +119,7 @@ def patch_sites(
 
 def _switched(g: Function, groups: Groups, how: How) -> Float[Tensor, "batch group"]:
     """Effects of gates of zero or one on groups of sites: corners of the cube against an end."""
-    members = indicator(groups, len(g.lens.sites))
+    members = g.lens.sites.indicator(groups)
     if how == "add_one":
         added = g.corners(members)
         base, _ = g.ends
@@ -151,10 +144,10 @@ def _require_texts(replace: str, texts: Prompts | None) -> None:
 
 def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> Groups:
     """The groups, of the chosen sites alone."""
-    groups = group_sites(lens.sites, group)
+    groups = lens.sites.grouped(group)
     if sites is None:
         return groups
-    chosen = chosen_sites(lens.sites, sites)
+    chosen = lens.sites.chosen(sites)
     kept: Groups = {}
     for name, members in groups.items():
         chosen_members = tuple(index for index in members if index in chosen)
@@ -218,7 +211,7 @@ def _replaced(
     def run(points: activations.Points, what: str) -> Float[Tensor, "batch group"]:
         return replaced_readout(lens, g.reading, points, stand_in, progress=g.progress, what=what)
 
-    members = indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
+    members = lens.sites.indicator(groups).to(lens.device, lens.gate_dtype)
     # The state of a site that a run is about is 2, or 2 + j where it is about the rank j.
     state_of_members = 2.0 + torch.tensor(rank_of_group or [0] * len(groups))[:, None]
     state_of_others = 0.0 if adds else 1.0

@@ -31,7 +31,6 @@ from lens_lora.core.function.corners import Points, strengths
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.slopes_at_points import weighted_slopes
 from lens_lora.core.model import LoraLens, by_axes
-from lens_lora.core.model.sites import AXES
 from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.readout.readout import require_readout
 
@@ -124,7 +123,7 @@ class Evaluations(Function):
         Raises:
             NumericsError: a derivative that is not finite, naming the site.
         """
-        axes = by_axes(by, AXES)
+        axes = by_axes(by)
         if not axes and 0.0 in self._memory.slopes:
             return self._memory.slopes[0.0]
         slopes, base, draws = rounding.slopes_and_draws(self.lens, self.reading, axes)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import word
-from lens_lora.core.model import LoraLens, Scale, chosen_sites, indicator
+from lens_lora.core.model import LoraLens, Scale
 from lens_lora.errors import ArgumentError
 
 Gates = Scale
@@ -106,6 +106,6 @@ def _ones_at(lens: LoraLens, name: str, corners: SitesOfCorners) -> Points:
             remedy=f"write {name}=['*.attn.*', ('blocks.0.attn.q', 'blocks.0.attn.k')], say.",
         )
     listed = corners.values() if isinstance(corners, Mapping) else corners
-    groups = {str(i): chosen_sites(lens.sites, names) for i, names in enumerate(listed)}
-    ones = indicator(groups, len(lens.sites))
+    groups = {str(i): lens.sites.chosen(names) for i, names in enumerate(listed)}
+    ones = lens.sites.indicator(groups)
     return lens.gates(ones.to(lens.gate_dtype))

@@ -70,7 +70,7 @@ from lens_lora.core.function.own_passes import OwnPasses
 from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
 from lens_lora.core.function.slopes_at_points import slopes_at_points, weighted_slopes
 from lens_lora.core.model import Gauge, LoraLens, ScaleInject, by_axes, extensions
-from lens_lora.core.model.sites import AXES, Site
+from lens_lora.core.model.sites import Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, PromptTokens, Reading, Readout
 from lens_lora.core.readout.readout import require_readout
 from lens_lora.core.readout.responses import AnswerLike
@@ -335,7 +335,7 @@ class Function:
             ModelStateError: a gradient did not reach some site.
             NumericsError: a derivative that is not finite, naming the site.
         """
-        axes = by_axes(by, (*AXES, "token"))
+        axes = by_axes(by, with_token=True)
         points, shape = points_of(self.lens, at)
         self._require_slope_at(points, is_single=not shape)
         lens = self.lens.in_gauge(gauge)

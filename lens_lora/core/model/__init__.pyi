@@ -73,7 +73,6 @@ from .running import plain_logits as plain_logits
 from .running import require_running as require_running
 from .running import require_same_logits as require_same_logits
 from .sites import ATTENTION_KINDS as ATTENTION_KINDS
-from .sites import AXES as AXES
 from .sites import EMBEDDING_KINDS as EMBEDDING_KINDS
 from .sites import OUTSIDE_KINDS as OUTSIDE_KINDS
 from .sites import Group as Group
@@ -81,9 +80,7 @@ from .sites import Groups as Groups
 from .sites import Heads as Heads
 from .sites import Names as Names
 from .sites import Site as Site
+from .sites import Sites as Sites
 from .sites import by_axes as by_axes
-from .sites import chosen_sites as chosen_sites
-from .sites import group_sites as group_sites
-from .sites import indicator as indicator
 from .sites import outside_layer as outside_layer
 from .updates import SiteUpdate as SiteUpdate

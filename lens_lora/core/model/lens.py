@@ -43,7 +43,7 @@ from lens_lora.core.model.passes import OpenBlock, Rows
 from lens_lora.core.model.plan import Injection, Plan, make_plan, require_sum
 from lens_lora.core.model.points import HookPoints, known_point
 from lens_lora.core.model.public_call import alone
-from lens_lora.core.model.sites import Heads, Names, Site, one_site
+from lens_lora.core.model.sites import Heads, Names, Site, Sites
 from lens_lora.core.model.tokenizers import note_other_tokenizer, tokenizer_origin
 from lens_lora.core.model.unembedding import unembedded_only
 from lens_lora.core.model.updates import SiteUpdate
@@ -314,7 +314,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         return self.model.cfg
 
     @property
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self) -> Sites:
         """The adapted linear maps, in the order in which a forward pass meets them."""
         return self._plan.sites
 
@@ -413,7 +413,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         Raises:
             SiteError: no such site, or a glob that matches several.
         """
-        return one_site(self.sites, name)
+        return self.sites.one(name)
 
     def delta_w(self, site: str | Site) -> FactoredMatrix:
         """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.

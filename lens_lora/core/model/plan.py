@@ -36,7 +36,7 @@ from lens_lora.core.model.check import (
 from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.host import Ports
-from lens_lora.core.model.sites import Site, points_between
+from lens_lora.core.model.sites import Site, Sites, points_between
 from lens_lora.core.model.updates import SiteUpdate, site_updates
 from lens_lora.core.model.watch import Watch
 from lens_lora.errors import ModelStateError
@@ -101,7 +101,7 @@ class Plan:
     """
 
     host: HookedHost
-    sites: tuple[Site, ...]
+    sites: Sites
     maps: tuple[SiteMap, ...]
     injections: tuple[Injection, ...]
     state: tuple[tuple[str, Any], ...]
@@ -303,7 +303,7 @@ def make_plan(
         injections += [Injection(index, other, delta) for other in places[1:]]
     return Plan(
         host=host,
-        sites=tuple(sites),
+        sites=Sites(sites),
         maps=maps,
         injections=(*injections, *at_o),
         state=host.state(),

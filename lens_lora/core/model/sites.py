@@ -1,8 +1,8 @@
 """Sites: the adapted linear maps and norms, named as the model's hook points.
 
-Sites are chosen by their own name, by their module's path as Hugging Face or PEFT writes it, or by
-a glob of either (`chosen_sites`). They are grouped by layer, by kind of module or in named subsets
-(`group_sites`). A site's number may be split along `AXES` (`by_axes`).
+`Sites` holds those of a lens, in order. They are chosen by their own name, by their module's path
+as Hugging Face or PEFT writes it, or by a glob of either. They are grouped by layer, by kind of
+module or in named subsets. A site's number may be split along `AXES` (`by_axes`).
 """
 
 from __future__ import annotations
@@ -74,6 +74,112 @@ class Site:
     def writes_to_stream(self) -> bool:
         """Whether its output is added to the residual stream, as that of o, down and embeddings."""
         return self.kind in WRITER_KINDS
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is outside the blocks: an embedding, the final norm or the unembedding."""
+        return self.kind in OUTSIDE_KINDS
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of a lens or a result, in the order in which a forward pass meets them."""
+
+    def chosen(self, names: str | Sequence[str] | None) -> tuple[int, ...]:
+        """The indices of the sites that these names match, in order.
+
+        Args:
+            names: names of sites, paths of their modules, or globs of either; None for all.
+
+        Raises:
+            SiteError: a name that matches no site, with the nearest names; or no name at all.
+        """
+        if names is None:
+            return tuple(range(len(self)))
+        if not isinstance(names, Iterable):
+            raise SiteError(
+                f"{setting('sites', names)}: expected site names or globs, or None for all."
+            )
+        patterns = [names] if isinstance(names, str) else list(names)
+        if not patterns:
+            raise SiteError("sites=[] chooses nothing; give site names or globs, or None for all.")
+        matched = match_sites(self, dict.fromkeys(patterns, True))
+        return tuple(sorted(matched))
+
+    def one(self, name: str) -> int:
+        """The index of the only site that a name, a module's path or a glob matches.
+
+        Args:
+            name: the name, the path, or a glob of either.
+
+        Raises:
+            SiteError: no such site, or a glob that matches several.
+        """
+        matched = list(match_sites(self, {name: True}))
+        if len(matched) > 1:
+            found = first_few([self[index].name for index in matched])
+            raise SiteError(f"{name!r} matches {len(matched)} sites; name one of {found}.")
+        return matched[0]
+
+    def grouped(self, group: Group = "site") -> Groups:
+        """The indices of the sites of each group, by its name and in the order of the sites.
+
+        Args:
+            group: 'site', 'layer', 'kind', or {name: globs of its sites}.
+
+        Raises:
+            ArgumentError: another word, or no group.
+            SiteError: a glob that matches no site.
+        """
+        if isinstance(group, Mapping):
+            if not group:
+                raise ArgumentError("group={} holds no group; name at least one.")
+            return {name: self.chosen(_globs(globs)) for name, globs in group.items()}
+        if not isinstance(group, str) or group not in _LABELS:
+            raise ArgumentError(
+                f"group {group!r}: expected 'site', 'layer', 'kind', or {{name: globs of sites}}."
+            )
+        label = _LABELS[group]
+        groups: dict[str, list[int]] = {}
+        for index, site in enumerate(self):
+            groups.setdefault(label(site), []).append(index)
+        return {name: tuple(indices) for name, indices in groups.items()}
+
+    def indicator(self, groups: Groups) -> Float[Tensor, "group site"]:
+        """Whether each site is in each group, as 1 or 0: the gates with one group on.
+
+        Args:
+            groups: of these sites, as from `grouped`.
+        """
+        rows = torch.zeros(len(groups), len(self), dtype=torch.float64)
+        for row, indices in zip(rows, groups.values(), strict=True):
+            row[list(indices)] = 1
+        return rows
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The columns site, module, layer and kind of a table with these sites as rows."""
+        return {
+            "site": [site.name for site in self],
+            "module": [site.module for site in self],
+            "layer": [site.layer for site in self],
+            "kind": [site.kind for site in self],
+        }
+
+    def columns_of_groups(self, groups: Groups, *, sizes: bool = True) -> dict[str, list[Any]]:
+        """The columns of a table with groups as rows: of single sites their own labels.
+
+        Of other groups the name, and how many sites each has. A group of one site under another
+        name (a rank of it, say) has both its name and the site.
+
+        Args:
+            groups: of these sites.
+            sizes: whether the number of sites is a column.
+        """
+        names = list(groups)
+        if any(len(members) != 1 for members in groups.values()):
+            counts = [len(members) for members in groups.values()]
+            return {"group": names, "sites": counts} if sizes else {"group": names}
+        of_site = Sites(self[members[0]] for members in groups.values()).columns()
+        return of_site if of_site["site"] == names else {"group": names, **of_site}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,55 +277,6 @@ def _sites_named(sites: Sequence[Site], glob: str) -> list[int]:
     raise SiteError(f"{glob!r} matches no site; the nearest are {near or names[:3]}.")
 
 
-def chosen_sites(sites: Sequence[Site], names: str | Sequence[str] | None) -> tuple[int, ...]:
-    """The indices of the sites that these names or globs match, in order; of all sites for None."""
-    if names is None:
-        return tuple(range(len(sites)))
-    if not isinstance(names, Iterable):
-        raise SiteError(
-            f"{setting('sites', names)}: expected site names or globs, or None for all."
-        )
-    patterns = [names] if isinstance(names, str) else list(names)
-    if not patterns:
-        raise SiteError("sites=[] chooses nothing; give site names or globs, or None for all.")
-    matched = match_sites(sites, dict.fromkeys(patterns, True))
-    return tuple(sorted(matched))
-
-
-def one_site(sites: Sequence[Site], name: str) -> int:
-    """The index of the only site that a name, a module's path, or a glob matches."""
-    matched = list(match_sites(sites, {name: True}))
-    if len(matched) > 1:
-        found = first_few([sites[index].name for index in matched])
-        raise SiteError(f"{name!r} matches {len(matched)} sites; name one of {found}.")
-    return matched[0]
-
-
-def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
-    """The indices of the sites of each group, by its name and in the order of the sites."""
-    if isinstance(group, Mapping):
-        if not group:
-            raise ArgumentError("group={} holds no group; name at least one.")
-        return {name: chosen_sites(sites, _globs(globs)) for name, globs in group.items()}
-    if not isinstance(group, str) or group not in _LABELS:
-        raise ArgumentError(
-            f"group {group!r}: expected 'site', 'layer', 'kind', or {{name: globs of sites}}."
-        )
-    label = _LABELS[group]
-    groups: dict[str, list[int]] = {}
-    for index, site in enumerate(sites):
-        groups.setdefault(label(site), []).append(index)
-    return {name: tuple(indices) for name, indices in groups.items()}
-
-
-def indicator(groups: Groups, sites: int) -> Float[Tensor, "group site"]:
-    """Whether each site is in each group, as 1 or 0."""
-    rows = torch.zeros(len(groups), sites, dtype=torch.float64)
-    for row, indices in zip(rows, groups.values(), strict=True):
-        row[list(indices)] = 1
-    return rows
-
-
 def _globs(globs: str | Sequence[str]) -> list[str]:
     if not globs or not isinstance(globs, Sequence):
         raise SiteError(f"a group of {globs!r}: give it a site name, a glob, or a list of them.")
@@ -254,16 +311,21 @@ def layer_order(names: Sequence[str]) -> list[int]:
     return [next(by_layer) if index in layers else index for index in range(len(names))]
 
 
-def by_axes(by: tuple[str, ...] | str, axes: tuple[str, ...] = AXES) -> tuple[str, ...]:
+def by_axes(
+    by: tuple[str, ...] | str, axes: tuple[str, ...] = AXES, *, with_token: bool = False
+) -> tuple[str, ...]:
     """The axes along which a site's number is split, in the order in which results have them.
 
     Args:
         by: an axis, or several.
         axes: those that there are.
+        with_token: whether the tokens of a response are one, too, behind the others.
 
     Raises:
         ArgumentError: another axis, or 'expert' beside 'rank'.
     """
+    if with_token:
+        axes = (*axes, "token")
     is_one = isinstance(by, str) or not isinstance(by, Iterable)
     wanted = {by} if is_one else {*by}
     if not wanted <= {*axes}:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.arguments import word
-from lens_lora.core.model.sites import Groups
+from lens_lora.core.model.sites import Groups, Sites
 from lens_lora.core.results import base, drawing
 from lens_lora.core.results.base import Entries, Evaluated, Ranked, Reported
 from lens_lora.core.results.drawing import TokenView
@@ -194,7 +194,7 @@ class Attribution(Ranked, Reported):
         Raises:
             ArgumentError: another group.
         """
-        labels = base.site_labels(self.sites)[word("group", group, ("site", "layer", "kind"))]
+        labels = Sites(self.sites).columns()[word("group", group, ("site", "layer", "kind"))]
         frame = pd.DataFrame(self.per_site.T.cpu().double().numpy(), index=labels)
         summed = cast(pd.DataFrame, frame.groupby(level=0, sort=False).sum())
         return summed.rename_axis(index=group, columns="prompt")
@@ -202,7 +202,7 @@ class Attribution(Ranked, Reported):
     def entries(self, prompt: int | None = None) -> Entries:
         """Each site's value, summed over the other axes."""
         values, shift = self.mean_over(prompt, self.per_site)
-        return Entries(base.site_labels(self.sites), values, shift, "value")
+        return Entries(Sites(self.sites).columns(), values, shift, "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part: labels, token, value, share of the shift.
@@ -212,7 +212,7 @@ class Attribution(Ranked, Reported):
         index = self.exists.nonzero()
         prompts = index[:, 0].tolist()
         sites = [self.sites[site] for site in index[:, 1].tolist()]
-        columns: dict[str, Any] = {"prompt": prompts, **base.site_labels(sites)}
+        columns: dict[str, Any] = {"prompt": prompts, **Sites(sites).columns()}
         for axis, name in enumerate(self.by, start=2):
             slots = index[:, axis].tolist()
             if name in _WITH_NONE:
@@ -380,7 +380,7 @@ class GroupAttribution(Ranked):
         """One row per prompt and group (and token): its value and share of the shift."""
         numbers = {"value": self.values, "share": self.share_of(self.values)}
         prompts = {"prompt": range(len(self.values))}
-        groups = base.group_labels(self.groups, self.sites)
+        groups = Sites(self.sites).columns_of_groups(self.groups)
         if not self.by:
             return base.long_table(numbers, prompts, groups)
         slots = torch.arange(self.values.shape[2])
@@ -395,7 +395,7 @@ class GroupAttribution(Ranked):
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's value, summed over tokens."""
         values, shift = self.mean_over(prompt, self.per_group)
-        labels = base.group_labels(self.groups, self.sites, sizes=False)
+        labels = Sites(self.sites).columns_of_groups(self.groups, sizes=False)
         return Entries(labels, values, shift, "value")
 
 

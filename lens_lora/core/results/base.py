@@ -528,31 +528,6 @@ def long_table(
     return frame.assign(**flat(numbers))
 
 
-def site_labels(sites: Sequence[Site]) -> dict[str, list[Any]]:
-    """The columns site, module, layer and kind of a table with these sites as rows."""
-    return {
-        "site": [site.name for site in sites],
-        "module": [site.module for site in sites],
-        "layer": [site.layer for site in sites],
-        "kind": [site.kind for site in sites],
-    }
-
-
-def group_labels(
-    groups: Groups, sites: Sequence[Site], *, sizes: bool = True
-) -> dict[str, list[Any]]:
-    """The labels of groups of sites: of single sites their own, of others name and size.
-
-    A group of one site under another name (a rank of it, say) has both its name and the site.
-    """
-    names = list(groups)
-    if any(len(members) != 1 for members in groups.values()):
-        counts = [len(members) for members in groups.values()]
-        return {"group": names, "sites": counts} if sizes else {"group": names}
-    of_site = site_labels([sites[members[0]] for members in groups.values()])
-    return of_site if of_site["site"] == names else {"group": names, **of_site}
-
-
 def tokens_at(
     rows: Sequence[Sequence[str]], prompts: Iterable[Any], positions: Iterable[Any]
 ) -> list[str]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lens_lora.core.model.sites import Groups, indicator
+from lens_lora.core.model.sites import Groups, Sites
 from lens_lora.core.results import base
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.core.results.base import Entries, Evaluated, Measured, Ranked
@@ -120,7 +120,8 @@ class Effects(Ranked):
         if [site.name for site in attribution.sites] != names:
             counts = f"{len(attribution.sites)} sites, the effects of {len(names)}"
             raise ArgumentError(f"the attribution is of {counts}; compute both with the same lens.")
-        return attribution.per_site @ indicator(self.groups, len(names)).to(attribution.per_site).T
+        members = Sites(self.sites).indicator(self.groups).to(attribution.per_site)
+        return attribution.per_site @ members.T
 
     def attribution(self) -> Attribution:
         """The effects of single sites, all or some, as an attribution: heatmap, table and file.
@@ -162,13 +163,13 @@ class Effects(Ranked):
         """
         numbers = {"value": self.values, "share": self.share}
         prompts = {"prompt": range(len(self.values))}
-        groups = base.group_labels(self.groups, self.sites)
+        groups = Sites(self.sites).columns_of_groups(self.groups)
         return base.long_table(numbers, prompts, groups)
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's effect."""
         values, shift = self.mean_over(prompt, self.values)
-        labels = base.group_labels(self.groups, self.sites, sizes=False)
+        labels = Sites(self.sites).columns_of_groups(self.groups, sizes=False)
         return Entries(labels, values, shift, "value")
 
     def to_patching_result(self) -> Any:

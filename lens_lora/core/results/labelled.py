@@ -26,8 +26,9 @@ import torch
 from jaxtyping import AbstractArray, Float
 from torch import Tensor
 
+from lens_lora.core.model.sites import Sites
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt, site_labels
+from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt
 from lens_lora.errors import ArgumentError
 
 
@@ -139,7 +140,7 @@ class Labelled(Ranked, kw_only=True):
             axis: one of `entry_axes`.
         """
         if axis == "site":
-            return site_labels(self.sites)
+            return Sites(self.sites).columns()
         columns: dict[str, list[object]] = {}
         for name, hint in _hints(type(self)).items():
             if name != "str_tokens" and _labelled_axis(hint) == axis:

@@ -14,7 +14,7 @@ from targets import EXACT, HOST_ERROR, hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core.analyses import patching
+from lens_lora.core import Sites
 from lens_lora.core.analyses.patching import patch_sites
 from lens_lora.core.results.effects import Effects
 
@@ -65,8 +65,8 @@ def test_every_family_against_peft(family: str, cls: str, flags: str):
 def test_the_wrong_corner_is_seen(monkeypatch):
     """Negative control: the gates of the neighbour are not within the tolerance."""
     lens = cases.case("llama", NEWEST, "raw").lens
-    right = patching.indicator
-    monkeypatch.setattr(patching, "indicator", lambda *args: right(*args).roll(1, 0))
+    right = Sites.indicator
+    monkeypatch.setattr(Sites, "indicator", lambda *args: right(*args).roll(1, 0))
     for how in HOWS:
         assert off_from_peft(lens, "llama", how) > 1e-3
 

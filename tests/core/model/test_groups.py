@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.core.model.sites import group_sites, indicator
+from lens_lora.core import Sites
 
 SITES = tuple(
     ll.results.Site(name, f"module of {name}", layer, kind, "read", "write", 2)
@@ -23,14 +23,14 @@ SITES = tuple(
 
 def test_words():
     """Each site; layers with what lies outside them by name; kinds."""
-    assert group_sites(SITES) == {site.name: (i,) for i, site in enumerate(SITES)}
-    assert group_sites(SITES, "layer") == {
+    assert Sites(SITES).grouped() == {site.name: (i,) for i, site in enumerate(SITES)}
+    assert Sites(SITES).grouped("layer") == {
         "embed": (0,),
         "layer 0": (1, 2),
         "layer 1": (3, 4),
         "unembed": (5,),
     }
-    assert group_sites(SITES, "kind") == {
+    assert Sites(SITES).grouped("kind") == {
         "embed": (0,),
         "q": (1, 3, 4),
         "down": (2,),
@@ -39,23 +39,23 @@ def test_words():
 
 
 def test_globs_may_overlap_and_leave_sites_out():
-    found = group_sites(SITES, {"queries": "*.attn.q*", "first": ["blocks.0.*", "embed"]})
+    found = Sites(SITES).grouped({"queries": "*.attn.q*", "first": ["blocks.0.*", "embed"]})
     assert found == {"queries": (1, 3, 4), "first": (0, 1, 2)}
-    assert group_sites(SITES, {"second": "*@second"}) == {"second": (4,)}
+    assert Sites(SITES).grouped({"second": "*@second"}) == {"second": (4,)}
 
 
 @pytest.mark.parametrize("group", [{"none": "blocks.7.*"}, {"empty": []}, {"empty": ""}])
 def test_a_group_without_a_site_is_refused(group: dict):
     with pytest.raises(ll.errors.SiteError):
-        group_sites(SITES, group)
+        Sites(SITES).grouped(group)
 
 
 @pytest.mark.bad_input
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match="'site', 'layer', 'kind'"):
-        group_sites(SITES, "head")  # type: ignore[arg-type]
+        Sites(SITES).grouped("head")  # type: ignore[arg-type]
 
 
 def test_indicator():
-    rows = indicator({"a": (0, 2), "b": (1,)}, 4)
+    rows = Sites(SITES[:4]).indicator({"a": (0, 2), "b": (1,)})
     assert torch.equal(rows, torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]]).double())
