@@ -65,14 +65,32 @@ OF_PACKAGE: Mapping[str, str] = _alike(
         "ll.load(base, adapter) makes a lens, and ll.load_adapter(folder) reads an adapter alone",
     ),
     (
-        "integrated_gradients ig IG",
+        "IntegratedGradients LayerIntegratedGradients integrated_gradients ig IG",
         "ll.path_attribution(lens, prompts, readout) integrates the slopes from the base to the "
         "adapted model",
+    ),
+    (
+        "InputXGradient LayerGradientXActivation Saliency gradient grad",
+        "ll.first_order(lens, prompts, readout) is the gradient by each module's strength",
+    ),
+    (
+        "Shapley shapley shap ShapleyValues ShapleyValueSampling LayerConductance",
+        "ll.path_attribution(lens, prompts, readout) divides the whole change among the modules, "
+        "and ll.patch_sites measures each of them alone",
+    ),
+    (
+        "direct_logit_attribution dla logit_attribution logit_attrs",
+        "ll.logit_shift(lens, prompts) says what each module does to every token's logit",
     ),
     (
         "kl kl_divergence KLDivergence",
         "ll.KL() is the readout, and ll.token_shifts(lens, prompts, response) has the divergence "
         "at every output token",
+    ),
+    (
+        "Prob TokenProb Probability prob probability log_prob LogProbability",
+        "ll.LogProb(token) reads the log-probability of a token, and ll.Readout.of(fn) any "
+        "function of the logits",
     ),
     (
         "LogitDiff LogitDifference logit_diff logit_difference",
@@ -82,6 +100,21 @@ OF_PACKAGE: Mapping[str, str] = _alike(
         "logit_lens",
         "ll.patchscope(lens, vector, name) reads a vector as tokens; the results of ll.contrast "
         "and ll.activation_shift have a method logit_lens",
+    ),
+    (
+        "PeftModel PeftConfig get_peft_model",
+        "ll.load(peft_model) takes a PeftModel in memory, and ll.load_adapter(folder) reads what "
+        "PEFT saved",
+    ),
+    (
+        "HookedTransformer TransformerBridge LanguageModel",
+        "ll.load(base, adapter) makes the hooked model, and ll.LoraLens(model, adapter) takes one "
+        "of yours",
+    ),
+    (
+        "generate logits run_with_cache",
+        "the lens has them: lens.generate(prompts), lens.logits(prompts), and `with "
+        "lens.applied() as model:` opens the model",
     ),
     (
         "merge merge_and_unload",
@@ -124,9 +157,23 @@ OF_LENS: Mapping[str, str] = _alike(
         "lens.model is never changed; merge with PEFT, and check the result with `lens-lora "
         "verify`",
     ),
-    ("adapters adapter_name peft_config config", "lens.adapter is the adapter, and its name"),
+    (
+        "adapters adapter_name active_adapter peft_config config",
+        "lens.adapter is the adapter, and its name",
+    ),
     ("eval train", "a lens runs its model as the model is; lens.model.eval() is the model's own"),
-    ("layers modules named_modules n_layers", "lens.sites are the adapted modules, with .layer"),
+    ("layers modules named_modules", "lens.sites are the adapted modules, with .layer"),
+    ("n_layers n_heads d_model d_vocab", "lens.cfg has the model's sizes"),
+    (
+        "trace session scan",
+        "`with lens.applied() as model:` opens the adapted model, then "
+        "model.run_with_cache(tokens) keeps what is inside",
+    ),
+    (
+        "print_trainable_parameters parameters num_parameters summary",
+        "lens.describe() says what model and adapter are; `lens-lora inspect ADAPTER` prints its "
+        "ranks and sizes",
+    ),
     ("from_pretrained load", "ll.load(base, adapter) makes a lens"),
     (
         "first_order patch_sites fact_margin remainder explain path_attribution token_shifts "
@@ -153,6 +200,11 @@ OF_ADAPTER: Mapping[str, str] = _alike(
         "adapter.modules[path] holds A, B and the scale of a module",
     ),
     ("rank r alpha lora_alpha", "adapter.modules[path] has the rank and the scale of a module"),
+    (
+        "peft_config config lora_config",
+        "adapter.base_model is the base that it names, and adapter.modules[path] has the rank and "
+        "the scale of a module; `lens-lora inspect ADAPTER` prints them",
+    ),
     ("merge merge_and_unload", "merge with PEFT, and check the result with `lens-lora verify`"),
     ("save_pretrained", "adapter.save(folder) writes PEFT's files"),
     ("scale", "adapter.scaled(factor) is the adapter times a number"),
@@ -160,7 +212,16 @@ OF_ADAPTER: Mapping[str, str] = _alike(
 
 OF_RESULT: Mapping[str, str] = _alike(
     ("top_k topk largest head", "result.top(k) has the largest entries, where there are some"),
-    ("heatmap show bar draw figure", "result.plot() draws it"),
+    (
+        "heatmap show bar draw figure",
+        "result.plot() draws it; an explanation has result.figures() and result.save_report(path)",
+    ),
+    (
+        "convergence_delta delta",
+        "result.completeness_error is what a path integral misses of the shift, and "
+        "result.remainder what first order misses",
+    ),
+    ("nlargest nsmallest sort_values argsort", "result.top(k) has the largest entries, sorted"),
     (
         "groupby by_layer per_layer layers",
         'result.sum("layer") sums an attribution by layer; result.to_frame().groupby("layer") '
@@ -227,8 +288,13 @@ _KEYWORDS: Mapping[str, str] = _alike(
         'with group="layer" where it is taken',
     ),
     ("device dtype", "device and dtype are chosen where the model is loaded: ll.load(…)"),
-    ("batch_size", "lens.within(max_memory=…) bounds how much is run at a time"),
-    ("verbose", "progress=False shows no bar"),
+    ("batch_size", "how much is run at a time is bounded by lens.within(max_memory=…)"),
+    (
+        "baseline baselines reference",
+        "the baseline is the base model: first order at=0.0 is taken there, and every result has "
+        "result.base",
+    ),
+    ("verbose", "the bar is not shown with progress=False"),
 )
 # Parameters that a guessed keyword may mean, the likeliest first.
 _SAME: Mapping[str, Sequence[str]] = {
@@ -260,7 +326,9 @@ _SAME: Mapping[str, Sequence[str]] = {
     "alpha": ("scale", "at"),
     "max_tokens": ("max_new_tokens",),
     "max_length": ("max_new_tokens",),
-    "steps": ("nodes", "tol"),
+    "steps": ("nodes", "max_nodes", "tol"),
+    "n_steps": ("nodes", "max_nodes", "tol"),
+    "torch_dtype": ("dtype",),
     "verbose": ("progress",),
     "answer": ("response", "doc"),
     "base": ("model",),
@@ -273,13 +341,20 @@ _SAME: Mapping[str, Sequence[str]] = {
 # --- Attributes
 
 
-def missing_attribute(owner: Any, name: str, remedies: Mapping[str, str]) -> Any:
+def missing_attribute(
+    owner: Any,
+    name: str,
+    remedies: Mapping[str, str],
+    parts: Mapping[str, type] | None = None,
+) -> Any:
     """Raise the AttributeError of a name that an object lacks, which says what was meant.
 
     Args:
         owner: the object.
         name: what was asked for.
         remedies: what is meant by a name.
+        parts: the classes of its parts that may have the name, by how each part is written:
+            {'lens.model': HookedTransformer}.
 
     Raises:
         AttributeError: always; of a property that exists, the one that was raised inside it.
@@ -287,8 +362,11 @@ def missing_attribute(owner: Any, name: str, remedies: Mapping[str, str]) -> Any
     kind = type(owner)
     if name.startswith("_") or _has(kind, name):
         return object.__getattribute__(owner, name)
+    meant = _of_a_part(name, parts or {}) if name not in remedies else None
+    if meant is None:
+        meant = _meant(name, remedies, dir(owner))
     raise AttributeError(
-        f"{kind.__name__} has no attribute {name!r}{_meant(name, remedies, dir(owner))}",
+        f"{kind.__name__} has no attribute {name!r}{meant}",
         name=name,
         obj=owner,
     )
@@ -327,6 +405,12 @@ class OfAdapterClass(type):
 def _has(kind: type, name: str) -> bool:
     """Whether instances of this class have the name from their class."""
     return any(name in vars(parent) for parent in kind.__mro__)
+
+
+def _of_a_part(name: str, parts: Mapping[str, type]) -> str | None:
+    """How the name is written of the parts that have it; None if none has."""
+    written = [f"{part}.{name}" for part, kind in parts.items() if _has(kind, name)]
+    return f": it is {' or '.join(written)}." if written else None
 
 
 def _meant(name: str, remedies: Mapping[str, str], known: Iterable[str]) -> str:

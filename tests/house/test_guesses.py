@@ -142,6 +142,32 @@ NAMED = {
     "ll.logit_diff": (lambda t: ll.logit_diff, r"ll\.Margin\(doc, pre\)"),
     "ll.plot": (lambda t: ll.plot, r"result\.plot\(\)"),
     "ll.steering_vector": (lambda t: ll.steering_vector, r"ll\.contrast.*ll\.Adapter\.constant"),
+    "lens.to_single_token": (lambda t: t.lens.to_single_token("w5"),
+        r"it is lens\.model\.to_single_token"),
+    "lens.W_U": (lambda t: t.lens.W_U, r"it is lens\.model\.W_U"),
+    "lens.n_layers": (lambda t: t.lens.n_layers, r"lens\.cfg"),
+    "lens.trace": (lambda t: t.lens.trace(PROMPT), r"with lens\.applied\(\) as model"),
+    "lens.print_trainable_parameters": (lambda t: t.lens.print_trainable_parameters(),
+        r"lens\.describe\(\)"),
+    "adapter.peft_config": (lambda t: t.adapter.peft_config, r"adapter\.base_model"),
+    "att.nlargest": (lambda t: t.att.nlargest(5), r"result\.top\(k\)"),
+    "att.sort_values": (lambda t: t.att.sort_values("value"), r"result\.top\(k\)"),
+    "att.iloc": (lambda t: t.att.iloc[0], r"it is result\.to_frame\(\)\.iloc"),
+    "att.abs": (lambda t: t.att.abs(), r"result\.to_frame\(\)\.abs or result\.values\.abs"),
+    "att.detach": (lambda t: t.att.detach(), r"it is result\.values\.detach"),
+    "att.convergence_delta": (lambda t: t.att.convergence_delta, r"completeness_error"),
+    "path(n_steps=)": (
+        lambda t: ll.path_attribution(t.lens, PROMPT, MARGIN, n_steps=50), "It is max_nodes="),
+    "first_order(baseline=)": (
+        lambda t: ll.first_order(t.lens, PROMPT, MARGIN, baseline=0), "is the base model"),
+    "first_order(batch_size=)": (
+        lambda t: ll.first_order(t.lens, PROMPT, MARGIN, batch_size=8), r"lens\.within\("),
+    "a folder for a lens": (lambda t: ll.first_order("folder", PROMPT, MARGIN), r"ll\.load\("),
+    "ll.PeftModel": (lambda t: ll.PeftModel, r"ll\.load\(peft_model\)"),
+    "ll.shapley": (lambda t: ll.shapley, r"ll\.path_attribution.*ll\.patch_sites"),
+    "ll.IntegratedGradients": (lambda t: ll.IntegratedGradients, r"ll\.path_attribution"),
+    "ll.direct_logit_attribution": (lambda t: ll.direct_logit_attribution, r"ll\.logit_shift"),
+    "ll.Prob": (lambda t: ll.Prob, r"ll\.LogProb"),
 }  # fmt: skip
 
 

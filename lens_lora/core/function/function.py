@@ -950,7 +950,7 @@ def function_of(
     """Bind g to these prompts, once; see `LoraLens.function`."""
     if not isinstance(lens, LoraLens):
         raise ArgumentError(
-            f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
+            f"the lens is a {type(lens).__name__}; make one: ll.load(base, adapter)."
         )
     lens.check_state()
     ready = lens.prompts(prompts)

@@ -939,7 +939,8 @@ class LoraLens(metaclass=guesses.OfLensClass):
             """What has a new name, or a refusal with what may be meant."""
             if name in guesses.FORMER_OF_LENS:
                 return getattr(self, guesses.present_name("lens", name, guesses.FORMER_OF_LENS))
-            return guesses.missing_attribute(self, name, guesses.OF_LENS)
+            parts = {"lens.model": type(vars(self).get("model"))}
+            return guesses.missing_attribute(self, name, guesses.OF_LENS, parts)
 
     def __repr__(self) -> str:
         layers = errors.many(len({site.layer for site in self.sites}), "layer")

@@ -91,7 +91,7 @@ def _require_lens(lens: object, args: Sequence[object], name: str) -> None:
     fact = f"the lens is a {type(lens).__name__}"
     if any(hasattr(other, "plan") for other in args[1:]):
         raise ArgumentError(fact, remedy=f"it comes first: {name}(lens, …).")
-    raise ArgumentError(fact, remedy="make one: ll.LoraLens(model, adapter).")
+    raise ArgumentError(fact, remedy="make one: ll.load(base, adapter).")
 
 
 def require_own_hooks(laid_by: object | None, adapter: str) -> None:

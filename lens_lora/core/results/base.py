@@ -152,7 +152,8 @@ class Result(abc.ABC):
             """Another spelling of a method, or a refusal with what may be meant."""
             if name in guesses.SPELLINGS:
                 return getattr(self, guesses.SPELLINGS[name])
-            return guesses.missing_attribute(self, name, guesses.OF_RESULT)
+            parts = {"result.to_frame()": pd.DataFrame, "result.values": Tensor}
+            return guesses.missing_attribute(self, name, guesses.OF_RESULT, parts)
 
     def __repr__(self) -> str:
         return drawing.text(self)
