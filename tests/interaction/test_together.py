@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import limits
 import models
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core import Evaluations, Function
+from lens_lora.core import Evaluations
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.interaction import together as together_module
 
@@ -239,14 +240,7 @@ def test_what_the_nodes_cannot_reach_is_said():
 def test_two_adapters_take_four_corners(monkeypatch: pytest.MonkeyPatch):
     """Corners that are the same one run once."""
     _, lens, adapters = asked("llama", next(iter(models.MAKERS)))
-    points: list[Tensor] = []
-    run = Function._run
-
-    def counted(self: Any, gates: Tensor, *how: Any) -> Tensor:
-        points.append(gates)
-        return run(self, gates, *how)
-
-    monkeypatch.setattr(Function, "_run", counted)
+    points = limits.gates_evaluated(monkeypatch)
     ll.together(lens, adapters, TOKENS, MARGIN, **QUIET)
     assert len(torch.cat(points)) == 4
 

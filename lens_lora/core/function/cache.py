@@ -19,43 +19,16 @@ A public call makes g in two lines, whatever its arguments are (`@analysis` writ
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function import forward, memory, reverse, rounding
-from lens_lora.core.function.corners import Points, strengths
 from lens_lora.core.function.function import Function
-from lens_lora.core.function.slopes_at_points import weighted_slopes
+from lens_lora.core.function.remembering import ByPrompt, Known, Remembering
 from lens_lora.core.model import LoraLens, by_axes
 from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.readout.readout import require_readout
-
-# The base model and the adapted one.
-_ENDS = (0.0, 1.0)
-_ByPrompt = Float[Tensor, " batch"]
-
-
-@dataclasses.dataclass
-class _Memory:
-    """The numbers of one g that were evaluated already.
-
-    Attributes:
-        values: g at strengths ε.
-        slopes: ∂g/∂ε_l of whole sites at strengths; their parts, which may be large, are not kept.
-        draws: at strengths, g and then draws of it with noise at the embedding.
-        slope_draws: draws of first order at the base, once there are any.
-        str_tokens: each prompt's tokens, once they were looked up.
-    """
-
-    values: dict[float, _ByPrompt] = dataclasses.field(default_factory=dict)
-    slopes: dict[float, Float[Tensor, "batch site"]] = dataclasses.field(default_factory=dict)
-    draws: dict[float, Float[Tensor, "draw batch"]] = dataclasses.field(default_factory=dict)
-    slope_draws: rounding.Draws | None = None
-    str_tokens: tuple[tuple[str, ...], ...] | None = None
 
 
 class Evaluations(Function):
@@ -78,7 +51,7 @@ class Evaluations(Function):
             g: a function with a readout, of a model that is as it was when the lens was made.
         """
         super().__init__(g.lens, g.prompts, g.rows, g.readout, g.reading, g.progress)
-        self._memory = _Memory()
+        self._known = Known()
         base = self._named_readout().base_value
         if base is not None:
             self.know(0.0, g.lens.gates(0.0).new_full((g.reading.batch,), base))
@@ -95,7 +68,7 @@ class Evaluations(Function):
         g.require_same_model()
         return cls(g)
 
-    def know(self, at: float, value: _ByPrompt) -> None:
+    def know(self, at: float, value: ByPrompt) -> None:
         """Take g(ε·1) at a strength ε from a pass that was run anyway.
 
         Args:
@@ -105,8 +78,7 @@ class Evaluations(Function):
         Raises:
             NumericsError: a value that is not finite.
         """
-        forward.require_finite(value, "the readout")
-        self._memory.values[at] = value
+        self._evaluator.know(at, value)
 
     def slopes_with_noise(
         self, along: Sequence[float] = (), by: tuple[str, ...] | str = ()
@@ -124,22 +96,16 @@ class Evaluations(Function):
             NumericsError: a derivative that is not finite, naming the site.
         """
         axes = by_axes(by)
-        if not axes and 0.0 in self._memory.slopes:
-            return self._memory.slopes[0.0]
-        slopes, base, draws = rounding.slopes_and_draws(self.lens, self.reading, axes)
-        self._memory.slope_draws = draws
-        self.know(0.0, base)
-        self._draw(_ENDS, beside=along, progress=self.progress)
-        reverse.require_finite_slopes(self.lens, slopes)
-        self._remember_slopes(0.0, slopes)
-        return slopes
+        if not axes and 0.0 in self._known.slopes:
+            return self._known.slopes[0.0]
+        return self._evaluator.slopes_with_draws(along, axes)
 
     @property
     def str_tokens(self) -> tuple[tuple[str, ...], ...]:
         """See `Function.str_tokens`."""
-        if self._memory.str_tokens is None:
-            self._memory.str_tokens = super().str_tokens
-        return self._memory.str_tokens
+        if self._known.str_tokens is None:
+            self._known.str_tokens = super().str_tokens
+        return self._known.str_tokens
 
     def with_progress(self, shown: bool) -> Evaluations:
         """The same function and memory, with or without bars.
@@ -148,130 +114,15 @@ class Evaluations(Function):
             shown: whether long calls show a bar.
         """
         other = Evaluations(super().with_progress(shown))
-        other._memory = self._memory
+        other._known = self._known
         return other
-
-    # --- What `Function` evaluates anew, from memory
 
     def require_same_model(self) -> None:
         """Nothing: the model was checked when this was made, and stays as it is within the call."""
 
-    def _along(self, scales: Sequence[float]) -> Float[Tensor, "point batch"]:
-        unknown = self._unknown(dict.fromkeys(scales))
-        if unknown:
-            values = self._run(strengths(self.lens, unknown), "along the path", self.progress)
-            self._know_all(unknown, values)
-        values = [self._memory.values[scale] for scale in scales]
-        return torch.stack([value.to(values[-1]) for value in values])
-
-    def _values(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
-        """Evaluate g at points; those with the same gate at every site are strengths, remembered.
-
-        Ends that are not known yet are evaluated in the same batch as the other points.
-        """
-        is_uniform = (points == points[:, :1]).all(1)
-        if bool(is_uniform.all()):
-            return self._along(points[:, 0].tolist())
-        is_end = torch.stack([(points == scale).all(1) for scale in _ENDS])
-        is_other = ~is_end.any(0)
-        to_run = points[is_other]  # At least one, or all were strengths.
-        unknown_ends = self._unknown(_ENDS)
-        if unknown_ends:
-            to_run = torch.cat([strengths(self.lens, unknown_ends).to(to_run), to_run])
-        values = self._run(to_run, shown_as, self.progress)
-        self._know_all(unknown_ends, values[: len(unknown_ends)])
-        at_points = values.new_empty(len(points), values.shape[1])
-        at_points[is_other] = values[len(unknown_ends) :]
-        for scale, points_there in zip(_ENDS, is_end, strict=True):
-            at_points[points_there] = self._memory.values[scale].to(at_points)
-        return at_points
-
-    def _slopes(
-        self, points: Points, axes: tuple[str, ...], lens: LoraLens, *, remember: bool = True
-    ) -> Float[Tensor, "point batch site *by"]:
-        """At one strength g is seen on the way, and both ends ride along where that is cheaper."""
-        if len(points) > 1 or "token" in axes:
-            return super()._slopes(points, axes, lens)
-        # One read of what may lie on a device: the smallest and the largest gate.
-        at, largest = torch.stack(points[0].aminmax()).tolist()
-        if at != largest:
-            return super()._slopes(points, axes, lens)
-        if remember and not axes and at in self._memory.slopes:
-            return self._memory.slopes[at][None]
-        scales = [at, *self._riding_ends(at)]
-        slopes, values = reverse.slopes_of_first(
-            lens, self.reading, strengths(self.lens, scales), axes
-        )
-        self._know_all(scales, values.T)
-        if remember:
-            self._remember_slopes(at, slopes)
-        return slopes[None]
-
-    def _weighted_slopes(
-        self,
-        points: Points,
-        weights: Float[Tensor, "*sum point"],
-        axes: tuple[str, ...],
-        lens: LoraLens,
-    ) -> Float[Tensor, "*sum batch site *by"]:
-        """At points with one strength for all sites g is seen on the way, and remembered."""
-        sums, values = weighted_slopes(
-            lens, self.reading, points, weights, axes, progress=self.progress
-        )
-        smallest, largest = torch.stack(points.aminmax(dim=1)).tolist()
-        for at, most, value in zip(smallest, largest, values, strict=True):
-            if at == most and at not in self._memory.values:
-                self.know(at, value)
-        return sums
-
-    def _riding_ends(self, at: float) -> list[float]:
-        """The ends that are not known yet and cost less in the pass of the slopes than alone."""
-        ends = [scale for scale in self._unknown(_ENDS) if scale != at]
-        rides = memory.rides_along(self.lens, self.reading, 1 + len(ends))
-        return ends if rides else []
-
-    def _remember_slopes(self, at: float, slopes: Float[Tensor, "batch site *by"]) -> None:
-        of_sites = slopes if slopes.ndim == 2 else slopes.flatten(2).sum(2)
-        self._memory.slopes[at] = of_sites
-
-    def _draws(self, scales: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
-        return self._draw(scales)
-
-    def _draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
-        base, adapted = self._draw(_ENDS)
-        return base, adapted
-
-    def _draw(
-        self, scales: Sequence[float], beside: Sequence[float] = (), *, progress: bool = False
-    ) -> list[Float[Tensor, "draw batch"]]:
-        """Evaluate g and draws of it at these strengths, and in the same batch g at `beside`."""
-        known = self._memory.draws
-        if self.reading.holds_base and 0.0 in scales and 0.0 not in known:
-            known[0.0] = self._draws_of_held_base()
-        new = [scale for scale in scales if scale not in known]
-        if new:
-            exact = self._unknown(dict.fromkeys([*new, *beside]))
-            values, draws = rounding.exact_and_draws(
-                self.lens, self.reading, exact, new, progress=progress
-            )
-            self._know_all(exact, values)
-            for scale, drawn in zip(new, draws, strict=True):
-                value = self._memory.values[scale].to(drawn)
-                known[scale] = torch.cat([value[None], drawn])
-        return [known[scale] for scale in scales]
-
-    def _slope_draws(self) -> rounding.Draws:
-        if self._memory.slope_draws is None:
-            self._memory.slope_draws = super()._slope_draws()
-        return self._memory.slope_draws
-
-    def _unknown(self, scales: Iterable[float]) -> list[float]:
-        """The strengths at which g is not known yet."""
-        return [scale for scale in scales if scale not in self._memory.values]
-
-    def _know_all(self, scales: Sequence[float], values: Float[Tensor, "point batch"]) -> None:
-        forward.require_finite(values, "the readout")  # All of them in one read of a device.
-        self._memory.values.update(zip(scales, values, strict=True))
+    @property
+    def _evaluator(self) -> Remembering:
+        return Remembering(self.lens, self.reading, self.progress, self._known)
 
 
 def evaluations(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,6 +44,12 @@ def one_point(lens: LoraLens, at: Gates) -> Float[Tensor, " site"]:
             remedy="give one, and make a call for each.",
         )
     return gates
+
+
+def is_differentiated(gates: Tensor) -> bool:
+    """Whether a derivative is to pass through these gates, in either mode."""
+    is_in_graph = gates.requires_grad and torch.is_grad_enabled()
+    return is_in_graph or fwad.unpack_dual(gates).tangent is not None
 
 
 def strengths(lens: LoraLens, scales: Sequence[float]) -> Points:

@@ -18,12 +18,13 @@ Each adapted module, a site, has a gate ε_l and writes W_l z_l + ε_l ΔW_l z_l
 3. Every call runs the model under the hooks that are on it at that moment, a user's own among them.
    How many rows go at once, and whether points that share their first blocks are run together, is
    decided below this file (`memory.py`) and changes no number but by rounding.
-4. A `Function` keeps no number, so what is asked for twice is run twice. `Evaluations` (`cache.py`)
-   is the same function with a memory: it overrides the methods of the last section.
+4. A `Function` checks what it is given and shapes what it returns; `Evaluator` runs the passes. It
+   keeps no number, so what is asked for twice is run twice. `Evaluations` (`cache.py`) is the same
+   function with a memory.
 5. What each value is made of stands in a file of its own: g in `forward.py`, f in `logits.py`,
    points and corners in `corners.py`, Prop. 1 in `slopes_at_points.py` and `reverse.py`, forward
    mode in `tangents.py`, second order in `gate_graph.py`, noise in `rounding.py`, and passes under
-   hooks of your own in `own_passes.py`.
+   hooks of your own in `own_passes.py`. `lens.function` makes a function in `binding.py`.
 """
 
 from __future__ import annotations
@@ -36,11 +37,10 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 import torch
-import torch.autograd.forward_ad as fwad
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from lens_lora.arguments import number, numbers_of, whole
+from lens_lora.arguments import numbers_of, whole
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.function import (
     forward,
@@ -58,24 +58,21 @@ from lens_lora.core.function.corners import (
     Points,
     SitesOfCorners,
     corner_gates,
+    is_differentiated,
     one_point,
     points_of,
-    strengths,
 )
-from lens_lora.core.function.duals import attention_from_formula
+from lens_lora.core.function.evaluator import Evaluator
 from lens_lora.core.function.exclusive import exclusive
 from lens_lora.core.function.logits import logits_at_points
-from lens_lora.core.function.noise import Noise
+from lens_lora.core.function.noise import Noise, scale_of_each
 from lens_lora.core.function.own_passes import OwnPasses
 from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
-from lens_lora.core.function.slopes_at_points import slopes_at_points, weighted_slopes
-from lens_lora.core.model import Gauge, LoraLens, ScaleInject, by_axes, extensions
+from lens_lora.core.model import Gauge, LoraLens, by_axes, extensions
 from lens_lora.core.model.sites import Site
-from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, PromptTokens, Reading, Readout
+from lens_lora.core.readout import LogProbs, Prompts, PromptTokens, Reading, Readout
 from lens_lora.core.readout.readout import require_readout
-from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.errors import ArgumentError
-from lens_lora.spans import Temporary
 
 # A direction is given as gates are, or several of them: then their axes come first.
 _Number = float | Real[Tensor, ""]
@@ -160,9 +157,9 @@ class Function:
             NumericsError: a readout that is not finite.
         """
         points, shape = points_of(self.lens, gates)
-        if _is_differentiated(points):
-            return self._with_graph(points).view(*shape, -1)
-        return self._values(points, "values of g").reshape(*shape, -1)
+        if is_differentiated(points):
+            return self._evaluator.with_graph(points).view(*shape, -1)
+        return self._evaluator.values(points, "values of g").reshape(*shape, -1)
 
     @exclusive
     def along(
@@ -181,7 +178,7 @@ class Function:
             raise ArgumentError(
                 "scales=[] asks for nothing", remedy="give at least one strength ε."
             )
-        return self._along(given)
+        return self._evaluator.along(given)
 
     @property
     def ends(self) -> Float[Tensor, "end=2 batch"]:
@@ -223,7 +220,7 @@ class Function:
         """
         points = corner_gates(self.lens, which, on, off)
         shown_as = which.replace("_", " ") if isinstance(which, str) else "corners"
-        return self._values(points, shown_as)
+        return self._evaluator.values(points, shown_as)
 
     @exclusive
     def each_prompt(self, gates: Float[Tensor, "point batch site"]) -> Float[Tensor, "point batch"]:
@@ -266,7 +263,8 @@ class Function:
             NumericsError: logits that are not finite.
         """
         points, shape = points_of(self.lens, gates)
-        values = self._logits(points)
+        held_bytes = 0 if self._reading is None else self._reading.held_bytes
+        values = logits_at_points(self.lens, self.rows, points, held_bytes)
         forward.require_finite(values, "the model's output")
         return values.view(*shape, *values.shape[1:])
 
@@ -341,10 +339,12 @@ class Function:
         lens = self.lens.in_gauge(gauge)
         with under or contextlib.nullcontext():
             if weights is not None:
-                sums = self._weighted_slopes(points, weights, axes, lens)
+                sums = self._evaluator.weighted_slopes(points, weights, axes, lens)
                 reverse.require_finite_slopes(lens, sums.reshape(-1, *sums.shape[weights.ndim :]))
                 return sums
-            values = self._slopes(points, axes, lens, remember=under is None)
+            if "token" in axes:
+                self.require_one_response()
+            values = self._evaluator.slopes(points, axes, lens, remember=under is None)
         reverse.require_finite_slopes(lens, values.flatten(0, 1))
         return values.view(*shape, *values.shape[1:])
 
@@ -547,7 +547,7 @@ class Function:
             ArgumentError: a graph beyond the bound of the lens.
         """
         points, shape = points_of(self.lens, gates)
-        return self._with_graph(points).view(*shape, -1)
+        return self._evaluator.with_graph(points).view(*shape, -1)
 
     def chosen_mode(self, mode: modes.Mode, readouts: int) -> Literal["forward", "reverse"]:
         """The mode of differentiation: as given, or for 'auto' the one that takes less work.
@@ -566,7 +566,7 @@ class Function:
     @property
     def floor(self) -> Float[Tensor, " batch"]:
         """The noise floor σ of `shift` from rounding alone. Ten forward passes, batched."""
-        base, adapted = self._draws_of_ends()
+        base, adapted = self._evaluator.draws_of_ends()
         return rounding.noise_of_ends(base, adapted)
 
     @exclusive
@@ -593,10 +593,10 @@ class Function:
             ArgumentError: no coefficients, or another number of strengths.
         """
         factors = numbers_of("coefficients", coefficients)
-        scales = _scale_of_each(at, len(factors))
+        scales = scale_of_each(at, len(factors))
         sigma: dict[float, Tensor] = {}
         for scale in dict.fromkeys(scales):
-            (draws,) = self._draws([scale])
+            (draws,) = self._evaluator.draws([scale])
             sigma[scale] = rounding.noise_of_draws(draws)
         squares = [
             (factor * sigma[scale]).square() for factor, scale in zip(factors, scales, strict=True)
@@ -617,13 +617,13 @@ class Function:
         Args:
             slopes: ∂g/∂ε_l at the base, `slopes()`.
         """
-        base, adapted = self._draws_of_ends()
+        base, adapted = self._evaluator.draws_of_ends()
         of_shift = rounding.noise_of_ends(base, adapted)
         if self.reading.holds_base:
             # Where ε is small what counts is how far D(0) itself moves, which slopes' draws show.
-            base = self._along([0.0])
+            base = self._evaluator.along([0.0])
         near_base, of_slopes = rounding.first_order_noise(
-            self.lens, self._slope_draws(), base, slopes
+            self.lens, self._evaluator.slope_draws(), base, slopes
         )
         return Noise(of_shift, near_base, of_slopes)
 
@@ -842,7 +842,7 @@ class Function:
         if self._named_readout().no_slope_at_base and is_single and not bool(points.any()):
             self.require_slope_at_base()
 
-    # --- How it is evaluated; `Evaluations` answers these from what it remembers, where it can
+    # --- How it is evaluated; `Evaluations` overrides these two
 
     def require_same_model(self) -> None:
         """Check that the model is as it was when the lens was made.
@@ -852,138 +852,6 @@ class Function:
         """
         self.lens.check_state()
 
-    def _values(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
-        """Evaluate g at these gates; a bar calls them `shown_as`."""
-        return self._run(points, shown_as, self.progress)
-
-    def _along(self, scales: Sequence[float]) -> Float[Tensor, "point batch"]:
-        return self._run(strengths(self.lens, scales), "along the path", self.progress)
-
-    def _slopes(
-        self, points: Points, axes: tuple[str, ...], lens: LoraLens, *, remember: bool = True
-    ) -> Float[Tensor, "point batch site *by"]:
-        """∂g/∂ε_l at each point; `lens` is that of the gauge."""
-        del remember  # A function has no memory.
-        if "token" in axes:
-            self.require_one_response()
-        return slopes_at_points(lens, self.reading, points, axes, progress=self.progress)
-
-    def _weighted_slopes(
-        self,
-        points: Points,
-        weights: Float[Tensor, "*sum point"],
-        axes: tuple[str, ...],
-        lens: LoraLens,
-    ) -> Float[Tensor, "*sum batch site *by"]:
-        """Weighted sums of ∂g/∂ε_l over the points; `lens` is that of the gauge."""
-        sums, _ = weighted_slopes(lens, self.reading, points, weights, axes, progress=self.progress)
-        return sums
-
-    def _draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
-        (base,) = self._draws([0.0])
-        (adapted,) = self._draws([1.0])
-        return base, adapted
-
-    def _draws(self, scales: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
-        """Evaluate g at each of these strengths, and then draws of it with noise at the embedding.
-
-        At the base of a readout that holds the base's logits: g(1), and draws in which these move.
-        """
-        drawn: dict[float, Tensor] = {}
-        if self.reading.holds_base and 0.0 in scales:
-            drawn[0.0] = self._draws_of_held_base()
-        others = [scale for scale in scales if scale not in drawn]
-        if others:
-            exact, draws = rounding.exact_and_draws(
-                self.lens, self.reading, others, others, progress=False
-            )
-            for scale, value, of_scale in zip(others, exact, draws, strict=True):
-                drawn[scale] = torch.cat([value.to(of_scale)[None], of_scale])
-        return [drawn[scale] for scale in scales]
-
-    def _slope_draws(self) -> rounding.Draws:
-        """Draws of g(0) and Σ a. Four forward and backward passes."""
-        return rounding.base_draws(self.lens, self.reading)
-
-    # --- Passes that nothing remembers
-
-    def _run(self, points: Points, shown_as: str, progress: bool) -> Float[Tensor, "point batch"]:
-        values = many_gates.gated_readout(
-            self.lens, self.reading, points, progress=progress, what=shown_as
-        )
-        return values.T
-
-    def _logits(self, points: Points) -> Float[Tensor, "point row *slot vocab"]:
-        held_bytes = 0 if self._reading is None else self._reading.held_bytes
-        return logits_at_points(self.lens, self.rows, points, held_bytes)
-
-    def _with_graph(self, points: Points) -> Float[Tensor, "point batch"]:
-        """Every row once for each point. Attention from its formula, which has all derivatives."""
-        reading = self.reading
-        copies = reading.repeat(len(points))
-        memory.require_graph(self.lens, copies)
-        self.lens.check_backward(once=False)
-        gates_of_rows = points.repeat(len(reading.owner), 1)
-        write = ScaleInject(self.lens.plan, gates_of_rows)
-        formula = Temporary(attention_from_formula)
-        with torch.enable_grad(), self.lens.injected(write), formula:
-            values = forward.read_value(self.lens, copies)
-        return values.unflatten(0, (reading.batch, len(points))).T
-
-    def _draws_of_held_base(self) -> Float[Tensor, "draw batch"]:
-        """Evaluate g(1), and then draws of it in which only the held logits of the base move."""
-        (adapted_logits,) = self._logits(strengths(self.lens, [1.0]))
-        turned = self.reading.redrawn(adapted_logits)
-        _, (draws,) = rounding.draws_at(self.lens, turned, [0.0])
-        return torch.cat([self._along([1.0]).to(draws), draws])
-
-
-@extensions.function_of.provide
-def function_of(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout | None = None,
-    response: AnswerLike | None = None,
-    *,
-    progress: bool = True,
-) -> Function:
-    """Bind g to these prompts, once; see `LoraLens.function`."""
-    if not isinstance(lens, LoraLens):
-        raise ArgumentError(
-            f"the lens is a {type(lens).__name__}; make one: ll.load(base, adapter)."
-        )
-    lens.check_state()
-    ready = lens.prompts(prompts)
-    if response is None:
-        f = Function(lens, ready, ready, None, None, progress)
-        return f if readout is None else f.about(readout)
-    with_response = lens.prompts(ready, response)
-    if readout is None:
-        # Each token of the response is drawn from the logits of the token before it.
-        return Function(lens, ready, with_response.one_token_earlier(), None, None, progress)
-    return Function(lens, with_response, with_response, None, None, progress).about(readout)
-
-
-def _is_differentiated(gates: Tensor) -> bool:
-    """Whether a derivative is to pass through these gates, in either mode."""
-    is_in_graph = gates.requires_grad and torch.is_grad_enabled()
-    return is_in_graph or fwad.unpack_dual(gates).tangent is not None
-
-
-def _scale_of_each(at: float | Sequence[float], count: int) -> list[float]:
-    """The strength of each value: one for all, or a list with one for each.
-
-    Raises:
-        ArgumentError: no values, or another number of strengths.
-    """
-    if isinstance(at, Sequence) or (isinstance(at, Tensor) and at.ndim):
-        scales = list(numbers_of("at", at))
-    else:
-        scales = [number("at", at)] * count
-    if not count or len(scales) != count:
-        raise ArgumentError(
-            f"{count} coefficients and {len(scales)} strengths",
-            remedy="give each value of g its coefficient, and one strength for all or one for "
-            "each.",
-        )
-    return scales
+    @property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self.lens, self.reading, self.progress)

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.arguments import number, numbers_of
 from lens_lora.core.results.storage import stored
+from lens_lora.errors import ArgumentError
 
 _Scale = float | Float[Tensor, " scale"]
 
@@ -60,3 +63,22 @@ class Noise:
     def _beside(eps: Tensor, numbers: Float[Tensor, " batch"]) -> Tensor:
         """The numbers of each prompt, with an axis for the strengths where there are several."""
         return numbers[:, None] if eps.ndim else numbers
+
+
+def scale_of_each(at: float | Sequence[float], count: int) -> list[float]:
+    """The strength of each value: one for all, or a list with one for each.
+
+    Raises:
+        ArgumentError: no values, or another number of strengths.
+    """
+    if isinstance(at, Sequence) or (isinstance(at, Tensor) and at.ndim):
+        scales = list(numbers_of("at", at))
+    else:
+        scales = [number("at", at)] * count
+    if not count or len(scales) != count:
+        raise ArgumentError(
+            f"{count} coefficients and {len(scales)} strengths",
+            remedy="give each value of g its coefficient, and one strength for all or one for "
+            "each.",
+        )
+    return scales

@@ -13,8 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
 from lens_lora.core import evaluations
-from lens_lora.core.function import function as functions
-from lens_lora.core.function import rounding
+from lens_lora.core.function import evaluator, rounding
 from lens_lora.core.model.unembedding import unembed
 from lens_lora.core.results.base import SIGMAS
 
@@ -99,8 +98,8 @@ def test_few_divergences_are_beyond_three_floors(
     every = divergences(dtype)
     assert (every > SIGMAS).double().mean() <= 0.01
     assert 1 / FACTOR < every.square().mean().sqrt() < 1.2
-    still = functools.partialmethod(lambda self: self.ends[1].expand(5, -1))
-    monkeypatch.setattr(functions.Function, "_draws_of_held_base", still)
+    still = functools.partialmethod(lambda self: self.along([1.0]).expand(5, -1))
+    monkeypatch.setattr(evaluator.Evaluator, "draws_of_held_base", still)
     without = divergences(dtype)
     assert (without > SIGMAS).double().mean() > 0.03
     assert without.square().mean().sqrt() > 1.5
@@ -110,8 +109,8 @@ def test_the_floor_of_a_divergence_has_the_rounding_of_the_base(monkeypatch: pyt
     """Of p₀, which is held while p is read: without it the floor is far too low."""
     lens, _ = lenses("llama", torch.bfloat16)
     floor = evaluations(lens, ASKED.prompts, ll.KL()).floor
-    still = functools.partialmethod(lambda self: self.ends[1].expand(5, -1))
-    monkeypatch.setattr(functions.Function, "_draws_of_held_base", still)
+    still = functools.partialmethod(lambda self: self.along([1.0]).expand(5, -1))
+    monkeypatch.setattr(evaluator.Evaluator, "draws_of_held_base", still)
     without = evaluations(lens, ASKED.prompts, ll.KL()).floor
     assert (floor / without).median() > 1.2
 

@@ -1,0 +1,35 @@
+"""Making the function g(ε) of prompts and a readout: what `lens.function` does."""
+
+from __future__ import annotations
+
+from lens_lora.core.function.function import Function
+from lens_lora.core.model import LoraLens, extensions
+from lens_lora.core.readout import PromptsLike, Readout
+from lens_lora.core.readout.responses import AnswerLike
+from lens_lora.errors import ArgumentError
+
+
+@extensions.function_of.provide
+def function_of(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout | None = None,
+    response: AnswerLike | None = None,
+    *,
+    progress: bool = True,
+) -> Function:
+    """Bind g to these prompts, once; see `LoraLens.function`."""
+    if not isinstance(lens, LoraLens):
+        raise ArgumentError(
+            f"the lens is a {type(lens).__name__}; make one: ll.load(base, adapter)."
+        )
+    lens.check_state()
+    ready = lens.prompts(prompts)
+    if response is None:
+        f = Function(lens, ready, ready, None, None, progress)
+        return f if readout is None else f.about(readout)
+    with_response = lens.prompts(ready, response)
+    if readout is None:
+        # Each token of the response is drawn from the logits of the token before it.
+        return Function(lens, ready, with_response.one_token_earlier(), None, None, progress)
+    return Function(lens, with_response, with_response, None, None, progress).about(readout)

@@ -1,0 +1,205 @@
+"""The evaluator of g with a memory: what it has run already is not run again.
+
+1. g at strengths ε·1 is kept, and ∂g/∂ε_l of whole sites there: a few numbers for each prompt.
+2. What is not known yet goes in one batch: the ends ride along with the first corners, or with the
+   first slopes where that costs less than a pass of their own.
+3. Points with a gate of each site's own, and slopes by position, head, expert, rank or token, which
+   may be large, are run each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.core.function import forward, memory, reverse, rounding
+from lens_lora.core.function.corners import Points, strengths
+from lens_lora.core.function.evaluator import Evaluator
+from lens_lora.core.function.slopes_at_points import weighted_slopes
+from lens_lora.core.model import LoraLens
+
+# The base model and the adapted one.
+ENDS = (0.0, 1.0)
+ByPrompt = Float[Tensor, " batch"]
+
+
+@dataclasses.dataclass
+class Known:
+    """The numbers of one g that were evaluated already.
+
+    Attributes:
+        values: g at strengths ε.
+        slopes: ∂g/∂ε_l of whole sites at strengths; their parts, which may be large, are not kept.
+        draws: at strengths, g and then draws of it with noise at the embedding.
+        slope_draws: draws of first order at the base, once there are any.
+        str_tokens: each prompt's tokens, once they were looked up.
+    """
+
+    values: dict[float, ByPrompt] = dataclasses.field(default_factory=dict)
+    slopes: dict[float, Float[Tensor, "batch site"]] = dataclasses.field(default_factory=dict)
+    draws: dict[float, Float[Tensor, "draw batch"]] = dataclasses.field(default_factory=dict)
+    slope_draws: rounding.Draws | None = None
+    str_tokens: tuple[tuple[str, ...], ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Remembering(Evaluator):
+    """Evaluates g(ε) as `Evaluator` does, and remembers its values and whole slopes at strengths.
+
+    Attributes:
+        lens, reading, progress: see `Evaluator`.
+        known: the numbers that were evaluated already.
+    """
+
+    known: Known
+
+    # --- Values
+
+    def along(self, scales: Sequence[float]) -> Float[Tensor, "point batch"]:
+        """Evaluate g(ε·1) at the strengths at which it is not known yet."""
+        unknown = self._unknown(dict.fromkeys(scales))
+        if unknown:
+            values = self.run(strengths(self.lens, unknown), "along the path")
+            self._know_all(unknown, values)
+        values = [self.known.values[scale] for scale in scales]
+        return torch.stack([value.to(values[-1]) for value in values])
+
+    def values(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
+        """Evaluate g at points; those with the same gate at every site are strengths, remembered.
+
+        Ends that are not known yet are evaluated in the same batch as the other points.
+        """
+        is_uniform = (points == points[:, :1]).all(1)
+        if bool(is_uniform.all()):
+            return self.along(points[:, 0].tolist())
+        is_end = torch.stack([(points == scale).all(1) for scale in ENDS])
+        is_other = ~is_end.any(0)
+        to_run = points[is_other]  # At least one, or all were strengths.
+        unknown_ends = self._unknown(ENDS)
+        if unknown_ends:
+            to_run = torch.cat([strengths(self.lens, unknown_ends).to(to_run), to_run])
+        values = self.run(to_run, shown_as)
+        self._know_all(unknown_ends, values[: len(unknown_ends)])
+        at_points = values.new_empty(len(points), values.shape[1])
+        at_points[is_other] = values[len(unknown_ends) :]
+        for scale, points_there in zip(ENDS, is_end, strict=True):
+            at_points[points_there] = self.known.values[scale].to(at_points)
+        return at_points
+
+    # --- Slopes
+
+    def slopes(
+        self, points: Points, axes: tuple[str, ...], lens: LoraLens, *, remember: bool = True
+    ) -> Float[Tensor, "point batch site *by"]:
+        """At one strength g is seen on the way, and both ends ride along where that is cheaper."""
+        if len(points) > 1 or "token" in axes:
+            return super().slopes(points, axes, lens)
+        # One read of what may lie on a device: the smallest and the largest gate.
+        at, largest = torch.stack(points[0].aminmax()).tolist()
+        if at != largest:
+            return super().slopes(points, axes, lens)
+        if remember and not axes and at in self.known.slopes:
+            return self.known.slopes[at][None]
+        scales = [at, *self._riding_ends(at)]
+        slopes, values = reverse.slopes_of_first(
+            lens, self.reading, strengths(self.lens, scales), axes
+        )
+        self._know_all(scales, values.T)
+        if remember:
+            self._remember_slopes(at, slopes)
+        return slopes[None]
+
+    def weighted_slopes(
+        self,
+        points: Points,
+        weights: Float[Tensor, "*sum point"],
+        axes: tuple[str, ...],
+        lens: LoraLens,
+    ) -> Float[Tensor, "*sum batch site *by"]:
+        """At points with one strength for all sites g is seen on the way, and remembered."""
+        sums, values = weighted_slopes(
+            lens, self.reading, points, weights, axes, progress=self.progress
+        )
+        smallest, largest = torch.stack(points.aminmax(dim=1)).tolist()
+        for at, most, value in zip(smallest, largest, values, strict=True):
+            if at == most and at not in self.known.values:
+                self.know(at, value)
+        return sums
+
+    def _riding_ends(self, at: float) -> list[float]:
+        """The ends that are not known yet and cost less in the pass of the slopes than alone."""
+        ends = [scale for scale in self._unknown(ENDS) if scale != at]
+        rides = memory.rides_along(self.lens, self.reading, 1 + len(ends))
+        return ends if rides else []
+
+    def _remember_slopes(self, at: float, slopes: Float[Tensor, "batch site *by"]) -> None:
+        is_split = slopes.ndim > 2
+        of_sites = slopes.flatten(2).sum(2) if is_split else slopes
+        self.known.slopes[at] = of_sites
+
+    # --- Draws
+
+    def draws(self, scales: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
+        """See `Evaluator.draws`."""
+        return self.draw(scales)
+
+    def draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
+        """See `Evaluator.draws_of_ends`. What is not known of both goes in one batch."""
+        base, adapted = self.draw(ENDS)
+        return base, adapted
+
+    def draw(
+        self, scales: Sequence[float], beside: Sequence[float] = (), *, progress: bool = False
+    ) -> list[Float[Tensor, "draw batch"]]:
+        """Evaluate g and draws of it at these strengths, and in the same batch g at `beside`."""
+        draws_at = self.known.draws
+        if self.reading.holds_base and 0.0 in scales and 0.0 not in draws_at:
+            draws_at[0.0] = self.draws_of_held_base()
+        new = [scale for scale in scales if scale not in draws_at]
+        if new:
+            exact = self._unknown(dict.fromkeys([*new, *beside]))
+            values, draws = rounding.exact_and_draws(
+                self.lens, self.reading, exact, new, progress=progress
+            )
+            self._know_all(exact, values)
+            for scale, drawn in zip(new, draws, strict=True):
+                value = self.known.values[scale].to(drawn)
+                draws_at[scale] = torch.cat([value[None], drawn])
+        return [draws_at[scale] for scale in scales]
+
+    def slope_draws(self) -> rounding.Draws:
+        """Draws of g(0) and Σ a, run once."""
+        if self.known.slope_draws is None:
+            self.known.slope_draws = super().slope_draws()
+        return self.known.slope_draws
+
+    def slopes_with_draws(
+        self, along: Sequence[float], axes: tuple[str, ...]
+    ) -> Float[Tensor, "batch site *by"]:
+        """∂g/∂ε_l at the base, of passes that give draws of Σ a and of both ends as well."""
+        slopes, base, draws = rounding.slopes_and_draws(self.lens, self.reading, axes)
+        self.known.slope_draws = draws
+        self.know(0.0, base)
+        self.draw(ENDS, beside=along, progress=self.progress)
+        reverse.require_finite_slopes(self.lens, slopes)
+        self._remember_slopes(0.0, slopes)
+        return slopes
+
+    # --- What is known
+
+    def know(self, at: float, value: ByPrompt) -> None:
+        """Take g(ε·1) at a strength ε from a pass that was run anyway."""
+        forward.require_finite(value, "the readout")
+        self.known.values[at] = value
+
+    def _unknown(self, scales: Iterable[float]) -> list[float]:
+        """The strengths at which g is not known yet."""
+        return [scale for scale in scales if scale not in self.known.values]
+
+    def _know_all(self, scales: Sequence[float], values: Float[Tensor, "point batch"]) -> None:
+        forward.require_finite(values, "the readout")  # All of them in one read of a device.
+        self.known.values.update(zip(scales, values, strict=True))
