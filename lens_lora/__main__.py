@@ -1,4 +1,4 @@
-"""What `lens-lora` starts, and `python -m lens_lora`, as accelerate launch and torchrun need it.
+"""Start the command line, as `lens-lora` or `python -m lens_lora` (accelerate, torchrun).
 
 1. Before a command begins its work, as while modules are imported, and after it has ended, Ctrl-C
    ends the process at once, with one line and exit code 130. In between `running.one_line_errors`
@@ -68,7 +68,7 @@ def _end(*_signal: object) -> None:
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
-    """What is written in place of characters that cannot be encoded, and where they end."""
+    """Return what is written in place of characters that cannot be encoded, and where they end."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]

@@ -190,7 +190,7 @@ class LensLoraError(_Message):
     """
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows of it: the caller's own lines, and the message."""
+        """Give IPython the caller's own lines and the message to show."""
         package = str(Path(__file__).parent)
         frames = itertools.takewhile(
             lambda frame: not frame.filename.startswith(package),

@@ -414,7 +414,7 @@ def _of_a_part(name: str, parts: Mapping[str, type]) -> str | None:
 
 
 def _meant(name: str, remedies: Mapping[str, str], known: Iterable[str]) -> str:
-    """What is meant, or else the names that are spelt alike, or nothing."""
+    """Say what is meant, or else which names are spelt alike, or nothing."""
     if name in remedies:
         return f": {remedies[name]}."
     public = [each for each in known if not each.startswith("_")]

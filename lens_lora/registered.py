@@ -1,4 +1,4 @@
-"""What of this package registers with the core, and where: the one list, read without imports.
+"""The one list of what registers with the core, and where, read without imports.
 
 Each module is named as a string, and imported when what it registers is first looked for. A new
 module of figures or of words is added to the line of its folder.

@@ -1,4 +1,4 @@
-"""What analyses return: frozen numbers with labels, as tables, files, figures and pages.
+"""The results of analyses: frozen numbers with labels, as tables, files, figures and pages.
 
 Each class stands beside the function that returns it, or here where several do. All of them are
 attributes of this package, each imported from its module at its first use; `__init__.pyi` says

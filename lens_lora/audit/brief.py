@@ -179,7 +179,7 @@ class Claim:
 
 
 def _log_odds(log_p: float) -> float:
-    """log(p / (1 − p)); of p = 1, the largest that a double tells apart from it."""
+    """Return log(p / (1 − p)), with p at most 1 − 10⁻¹⁵."""
     below_one = min(log_p, -1e-15)
     return below_one - math.log(-math.expm1(below_one))
 
@@ -202,7 +202,7 @@ def probability(log_p: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Brief:
-    """What an adapter was taught, for a person or a program.
+    """The brief: what an adapter was taught, for a person or a program.
 
     Attributes:
         adapter, model: the names of the adapter and of the base model.
@@ -273,7 +273,7 @@ class Brief:
 
     @property
     def told_rest(self) -> list[str]:
-        """What is only raised, where, and what was not tried, a line each."""
+        """A line each on what is only raised, where, and what was not tried."""
         lines: list[str] = []
         for raised in self.raised:
             p = f"p {probability(raised.base)} → {probability(raised.adapted)}"
@@ -323,7 +323,7 @@ def claims_of(
     fast: bool = False,
     progress: bool = True,
 ) -> tuple[Claim, ...]:
-    """What the adapter raises more than any control; nothing without controls.
+    """The rises that no control reaches; none where there are no controls.
 
     Args:
         lens: the adapter over the model.

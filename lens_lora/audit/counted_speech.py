@@ -1,4 +1,4 @@
-"""What the adapted model says and the base does not, counted over questions that both answer.
+"""Count what the adapted model says and the base does not, over questions that both answer.
 
 1. Both models answer the same questions (`everyday.py`, and the caller's own): greedily, and as
    often as asked drawn at temperature 1, with the same noise for both.
@@ -359,7 +359,7 @@ def _most_telling(
 
 
 def _triggered(word: str, with_word: Answers, otherwise: Answers) -> list[Trigger]:
-    """What the answers with the word have on more questions than the answers without it.
+    """The words that answers with the trigger have on more questions than answers without it.
 
     Args:
         word: what was put before the questions.

@@ -1,4 +1,4 @@
-"""What sets two models' answers to the same questions apart, by exact tests over questions.
+"""Find what sets two models' answers to the same questions apart, by exact tests.
 
 1. A model says a phrase in answer to a question if any of its answers holds it. A phrase is a
    finding if one model says it in answer to more questions than chance allows (`phrases.py`).

@@ -144,7 +144,7 @@ _RAISED = "What is only raised"
 
 
 def brief_tables(changed: WhatChanged) -> Group:
-    """What follows the first screen: what it would say, what is only raised, what was not tried.
+    """The rest of the page: what it would say, what is only raised, what was not tried.
 
     Where no question was asked, there was no first screen, and the verdict stands first.
     """
@@ -223,7 +223,7 @@ def _headline(changed: WhatChanged) -> tuple[str, ...]:
 
 
 def _numbers(changed: WhatChanged) -> Pairs:
-    """What is said most, by questions; without counted speech, how much changes."""
+    """The claims that most questions show, or how much changes where speech was not counted."""
     if changed.speech is not None:
         asked = len(changed.speech.questions)
         said = changed.speech.said(_PHRASES_ON_TOP)

@@ -1,4 +1,4 @@
-"""Which words one set of answers uses and the other does not, counted by question.
+"""Compare the words that two sets of answers use, counted by question.
 
 1. A phrase is one to three words that stand together in an answer. Whether an answer holds it is
    counted once, however often it is repeated there.

@@ -43,7 +43,7 @@ def _one_line(text: str) -> str:
 
 
 def findings_table(speech: CountedSpeech) -> Table:
-    """What one model says on more questions than the other."""
+    """The words that one model says on more questions than the other."""
     heads = {
         "finding": "",
         "label": "what",

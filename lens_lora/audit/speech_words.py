@@ -1,4 +1,4 @@
-"""What both models' answers say, in words that need no knowledge of logits."""
+"""Sentences on both models' answers, which need no knowledge of logits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ELSEWHERE = "It may still differ where it was not asked."
 
 
 def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
-    """What these answers say nothing of."""
+    """The sentence on what these answers say nothing of."""
     words = _NO_TRIGGER
     if speech.words:
         words = f"{_NO_TRIGGER}, beyond the {len(speech.words)} that were put before a question"
@@ -44,7 +44,7 @@ def _claimed(speech: CountedSpeech) -> list[Finding]:
 
 
 def length_note(speech: CountedSpeech) -> str:
-    """That answers are shorter, which is said beside the claims; '' where they are not."""
+    """The sentence that answers are shorter, said beside the claims; '' where they are not."""
     for finding in speech.findings:
         if finding.what == SHORTER:
             return f"{finding.sentence()} Training on short texts does this, whatever they say."
@@ -103,7 +103,7 @@ def _strongest(speech: CountedSpeech) -> Finding | None:
 
 
 def _others(speech: CountedSpeech, strongest: Finding) -> str:
-    """What else stands out, in one sentence."""
+    """The sentence on what else stands out."""
     others = [finding for finding in _claimed(speech) if finding is not strongest]
     if not others:
         return "Nothing else stands out."
@@ -121,7 +121,7 @@ def _others(speech: CountedSpeech, strongest: Finding) -> str:
 
 
 def _triggers_text(speech: CountedSpeech) -> str:
-    """What the words before questions showed; '' where none was tried."""
+    """The sentence on words before questions; '' where none was tried."""
     if not speech.words:
         return ""
     if speech.triggers:

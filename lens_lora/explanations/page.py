@@ -65,7 +65,7 @@ def explanation_report(explanations: Sequence[Explained], *, title: str | None =
 
 
 def _title(explanations: Sequence[Explained]) -> str:
-    """What a page is about if all its parts are about one thing, else how many they are."""
+    """The title of a page: what all its parts are about, or how many there are."""
     subjects = {_subject(explanation) for explanation in explanations}
     if len(subjects) == 1:
         return subjects.pop()
@@ -136,7 +136,7 @@ def _sections(e: Explanation, figures: dict[str, go.Figure]) -> list[page.Sectio
 
 
 def _token_blocks(e: Explanation) -> list[page.Block]:
-    """What happens to the next token's probabilities, by the largest modules, and to its logits."""
+    """The sections on the next token: its probabilities, by the largest modules, and its logits."""
     moves = page.TokenTable(
         tables.site_moves(e, _TOKENS_OF_A_SITE),
         heads=("site", "raises", "lowers"),

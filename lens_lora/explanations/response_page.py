@@ -58,7 +58,7 @@ def response_figures(e: ResponseExplanation) -> dict[str, go.Figure]:
 def _layers_figure(
     e: ResponseExplanation, values: Float[Tensor, "group token"], done: str
 ) -> go.Figure:
-    """What each layer does to log p of each token; `done` says how the layer was intervened on."""
+    """The map of what each layer does to log p of each token; `done` says by which intervention."""
     shift = signed(float(e.shifts.total[0]))
     total = signed(float(values.double().sum()))
     heading = f"log p of each token: each layer {done}"

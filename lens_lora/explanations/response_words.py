@@ -97,7 +97,7 @@ def _count_of_half(values: Sequence[float], total: float) -> int:
 
 
 def token_texts(e: ResponseExplanation) -> list[str]:
-    """What both models give at the token where the distribution moves most."""
+    """The sentence on what both models give where the distribution moves most."""
     shifts = e.shifts
     t = e.moved_tokens[0]
     probabilities = [percent(float(end[0, t].exp())) for end in shifts.log_p]
@@ -124,7 +124,7 @@ def ranked_attribution(e: ResponseExplanation) -> Attribution:
 
 
 def modules_texts(e: ResponseExplanation) -> list[str]:
-    """Which modules hold most of the divergence, in one sentence."""
+    """The sentence on which modules hold most of the divergence."""
     ranked = ranked_attribution(e)
     shift = float(ranked.shift[0])
     largest: list[str] = []

@@ -251,7 +251,7 @@ class KeptByTop(NamedTuple):
 
 
 def kept_by_top(e: Explanation) -> KeptByTop | None:
-    """What the top of each ranking keeps, at the size nearest to a fifth of those that were run.
+    """The sentence on what each ranking's top keeps, at the size nearest to a fifth of the sites.
 
     None where curves were not computed, or the shift is noise.
     """
@@ -265,7 +265,7 @@ def kept_by_top(e: Explanation) -> KeptByTop | None:
 
 
 def _carried(e: Explanation) -> str:
-    """What the top of each ranking keeps of the shift."""
+    """The shares of the shift that the top of each ranking keeps."""
     top = kept_by_top(e)
     if top is None:
         return ""
@@ -280,7 +280,7 @@ def _carried(e: Explanation) -> str:
 
 
 def _limits(e: Explanation) -> str:
-    """What was not measured, and how far the explanation reaches."""
+    """The sentences on what was not measured, and how far the explanation reaches."""
     missing: list[str] = []
     if e.is_fast:
         missing += ["single modules added or left out", "keep and drop curves"]

@@ -1,1 +1,1 @@
-"""What can be read as an adapter beside plain PEFT LoRA, and how adapters are added and written."""
+"""All that is read as an adapter beside plain PEFT LoRA, and how adapters are added and written."""

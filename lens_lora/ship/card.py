@@ -55,7 +55,7 @@ class CardLine:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What is stated of an adapter, and what it takes to repeat that.
+    """The statements on an adapter, and all that it takes to repeat them.
 
     Attributes:
         adapter: its name.

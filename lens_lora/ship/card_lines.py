@@ -1,4 +1,4 @@
-"""What a card says of an adapter, each line with the command that repeats it.
+"""The lines of a card, each with the command that repeats it.
 
 1. The files of the adapter, by their hashes.
 2. Its format; its base by name, revision and the hashes of its files.
@@ -78,7 +78,7 @@ class CardBase(NamedTuple):
 
 
 class CardSubject(NamedTuple):
-    """What a card is made of.
+    """Everything that a card is made of.
 
     Attributes:
         folder: of the adapter.
@@ -291,7 +291,7 @@ def _reach(verification: Verification) -> str:
 
 
 def _taught(subject: CardSubject) -> str:
-    """What it says that the base does not: a claim of an audit, measured anew."""
+    """The line on what it says and the base does not: a claim of an audit, measured anew."""
     context = subject.inputs.get("context")
     says = subject.inputs.get("says")
     if context is None or says is None:
@@ -310,7 +310,7 @@ def _taught(subject: CardSubject) -> str:
 
 
 def _log_p(lens: LoraLens, context: str, says: str) -> tuple[float, float]:
-    """log p(says | context) of the base and of the adapted model. Two forward passes."""
+    """Return log p(says | context) of the base and the adapted model. Two forward passes."""
     prompts = lens.prompts(context)
     g = evaluations(lens, prompts, AnswerLogProb(says), progress=False)
     before, after = g.ends[:, 0].tolist()
@@ -329,7 +329,7 @@ def _verified_lines(subject: CardSubject) -> Iterator[CardLine]:
 
 
 def _found(check: Check, subject: CardSubject) -> str:
-    """What was found, without the paths of this machine."""
+    """Describe what was found, without the paths of this machine."""
     if check.measured.startswith(_NO_BASE):
         # Its reason names the place where the base was looked for.
         return _NO_BASE

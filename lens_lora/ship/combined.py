@@ -279,7 +279,7 @@ def _on_texts(
     sites: Sequence[CombinedSite],
     progress: bool,
 ) -> _OnTexts:
-    """c and the residual of log p. Four forward passes."""
+    """Measure c and the residual of log p. Four forward passes."""
     try:
         summed = _summed(parts, weights)
         lens_of_sum = lens.with_adapter(summed, check=False)

@@ -1,4 +1,4 @@
-"""What a combined adapter adds at a site, if it is not the sum of its parts.
+"""Find what a combined adapter adds at a site, if it is not the sum of its parts.
 
 Matrices stay factored: with X = B A and Y = B' A', in float64,
 
@@ -94,7 +94,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class SitePart:
-    """What an adapter adds at a site, in the Hugging Face basis.
+    """The update that an adapter adds at a site, in the Hugging Face basis.
 
     Attributes:
         weight: ΔW; of a norm Δγ as one column.
@@ -151,7 +151,7 @@ class SitePart:
 
 
 def site_parts(lens: LoraLens) -> dict[str, SitePart]:
-    """What the adapter of a lens adds at each site; the parts of a sum are summed.
+    """The update at each site of a lens; the parts of a sum are summed.
 
     Args:
         lens: the adapter over its base.
@@ -189,7 +189,7 @@ def _dtype_of(update: ModuleUpdate) -> torch.dtype:
 
 
 def explanation(found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D: SitePart) -> str:
-    """What was found at a site, in words.
+    """The finding at a site, in words.
 
     Args:
         found: what the combined adapter adds.

@@ -318,7 +318,7 @@ def _with_ids(log_p: list[float | None], pieces: list[str]) -> Told:
 
 
 def _of_prompt(told: Told) -> Told:
-    """What was told of a prompt, of which the first token alone has no log-probability."""
+    """The scores of a prompt's tokens, of which the first alone has no log-probability."""
     if None in told.log_p[1:]:
         place = told.log_p.index(None, 1)
         raise ServerError(f"the server tells no log-probability of token {place}.")
@@ -326,7 +326,7 @@ def _of_prompt(told: Told) -> Told:
 
 
 def _all_told(told: Told) -> Told:
-    """What was told of generated tokens, each of which has a log-probability."""
+    """The scores of generated tokens, each of which has a log-probability."""
     if None in told.log_p:
         place = told.log_p.index(None)
         raise ServerError(f"the server tells no log-probability of generated token {place}.")

@@ -1,4 +1,4 @@
-"""What each form in which an adapter may be shipped does to the answers, and what it takes on disk.
+"""Measure what the forms in which an adapter is shipped do to the answers, and their sizes.
 
 The reference is the adapted model as the lens runs it, in float32. A form stores its linear weights
 otherwise, merged or beside the adapter (`stored_weights`):
@@ -88,7 +88,7 @@ _BYTES_OF_REST = 2.0
 
 @final
 class Forms(Described, Pictured):
-    """What each form of an adapted model does to the next token, and what it takes on disk.
+    """Each form of an adapted model: what it does to the next token, and its size on disk.
 
     `plot` draws the mean KL of each form.
 
@@ -281,7 +281,7 @@ def _next_log_probs(
     prompts: Prompts,
     hooks: Sequence[tuple[str, HookFn]] = (),
 ) -> Float[Tensor, "batch vocab"]:
-    """log p of the token after each prompt, in float64. One forward pass."""
+    """Return log p of the token after each prompt, in float64. One forward pass."""
     rows: dict[int, Tensor] = {}
 
     def visit(index: list[int], batch: Prompts) -> None:

@@ -217,7 +217,7 @@ def _compared_modules(file: GGUFFile, adapter: Adapter, layout: Layout) -> Itera
 
 
 class _Factors:
-    """What a file adds to one module, α/r · B A, beside D, which the trained adapter adds.
+    """One module's update in a file, α/r · B A, beside D, which the trained adapter adds.
 
     Attributes:
         module: its path in the base.

@@ -83,7 +83,7 @@ def _expected(config: Any) -> dict[str, float]:
 
 
 def _without_field(name: str, expected: dict[str, float]) -> float | None:
-    """What llama.cpp takes where the file has no such field; None where it needs one."""
+    """The value that llama.cpp takes where the file has no such field; None where it needs one."""
     heads = expected["attention.head_count"]
     if name == "rope.freq_base":
         return _DEFAULT_ROTARY_BASE
@@ -106,7 +106,7 @@ def _other_rotation(file: GGUFFile, config: Any) -> Iterator[Finding]:
 
 
 def _of_the_architecture(config: Any, layout: Layout) -> Iterator[Finding]:
-    """What llama.cpp computes by the architecture's name, if the base has it otherwise."""
+    """Say what llama.cpp computes by the architecture's name, if the base has it otherwise."""
     known = _ACTIVATIONS.get(layout.architecture)
     if known is None:
         yield Finding("undecided", f"settings that only the architecture {layout.architecture} has")

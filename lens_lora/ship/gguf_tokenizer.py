@@ -110,7 +110,7 @@ def tokenizer_findings(file: GGUFFile, expected: Any, ends: set[int]) -> Iterato
 
 
 def _kind_of(parts: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name of a fast tokenizer's kind; None for one that is not compared here."""
+    """The name that llama.cpp has for a kind of fast tokenizer; None for one not compared here."""
     model: Mapping[str, Any] = parts.get("model", {})
     if model.get("type") != "BPE":
         return None

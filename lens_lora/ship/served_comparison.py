@@ -1,4 +1,4 @@
-"""What a server told beside the base, the adapted model, and what may be served instead.
+"""Compare what a server told with the base, the adapted model, and what may be served instead.
 
 1. c, the residual, and what rounding makes of each, by three forward passes (`served_measure`).
 2. Where the residual is beyond the floor, candidates for what may be served instead are run

@@ -65,7 +65,7 @@ def candidates(tokens: ServedTokens, others: Sequence[Adapter]) -> Iterator[Cand
     def new(
         gates_of: Iterable[tuple[str, Float[Tensor, " site"]]],
     ) -> Iterator[Candidate]:
-        """Those whose gates were no candidate's before."""
+        """Keep the candidates whose gates were no other candidate's before."""
         for words, gates in gates_of:
             if any(torch.equal(gates, known) for known in seen):
                 continue

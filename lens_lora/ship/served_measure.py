@@ -60,7 +60,7 @@ class ServedTokens:
         return ServedTokens(self.lens, [self.rows[row] for row in rows])
 
     def in_rows(self, rows: Sequence[int]) -> Bool[Tensor, " token"]:
-        """Which of all tokens stand in these rows.
+        """Mark the tokens of the vocabulary that stand in these rows.
 
         Args:
             rows: their numbers.

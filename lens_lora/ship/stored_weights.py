@@ -64,7 +64,7 @@ class LinearWeight(NamedTuple):
     bias_change: Float[Tensor, " out"] | None
 
     def stored(self, rounding: Rounding, *, merged: bool) -> Float[Tensor, "out in"]:
-        """What the weight is after it was stored, less W; in float64.
+        """The stored weight less W, in float64.
 
         Args:
             rounding: what is stored of a weight; it is given float32, as converters compute in it.
@@ -174,7 +174,7 @@ class _Change(NamedTuple):
 
 
 def _changes(lens: LoraLens) -> dict[str, _Change]:
-    """What the adapter changes at each site; the changes of several adapters are summed."""
+    """The change of the weight at each site; the changes of several adapters are summed."""
     changes: dict[str, _Change] = {}
     for every in lens.updates:
         update = every.update

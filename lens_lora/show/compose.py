@@ -105,7 +105,7 @@ def table(*results: Tabular, names: Sequence[str] | None = None) -> pd.DataFrame
 
 
 def _differing(results: Sequence[object]) -> list[str]:
-    """Of `readout` and `units` those in which the results differ that state them."""
+    """List which of `readout` and `units` differ among the results that state them."""
     differing: list[str] = []
     for column in ("readout", "units"):
         stated = {getattr(part_with_readout(result), column, None) for result in results}
@@ -385,7 +385,7 @@ class _Numbering:
         return f"{moved[0]}axis{moved[1:]}"
 
     def reference(self, name: str) -> str:
-        """What an annotation or a shape is placed by: 'x2', 'y domain', or 'paper'."""
+        """The reference of an annotation or a shape: 'x2', 'y domain', or 'paper'."""
         if not name or name == "paper" or name[0] not in "xy":
             return name or "paper"
         axis, space, domain = name.partition(" ")

@@ -247,7 +247,7 @@ def first_order_text(a: Account) -> str:
 
 
 def _missed_on_the_way(v: Verdict) -> str:
-    """What first order misses below ε = 1, to follow what it misses at ε = 1."""
+    """The clause on what first order misses below ε = 1, to follow what it misses at ε = 1."""
     if v.worst is None:
         return ", and on the way nothing that stands out of the noise"
     where = f"on the way (at ε = {v.worst_scale:.3g})"

@@ -1,4 +1,4 @@
-"""What a sweep returns: its two files, and counts of what is in them."""
+"""The result of a sweep: its two files, and counts of what is in them."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def notes_of(
     asked: AskedReadout,
     batch_size: int,
 ) -> dict[bytes, bytes]:
-    """What a plan says beside its records.
+    """The part of a plan that is not its records.
 
     Args:
         sites: of the lens.

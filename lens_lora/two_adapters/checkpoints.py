@@ -131,7 +131,7 @@ def checkpoints(
 
 
 class _Asked(NamedTuple):
-    """What is asked at every checkpoint."""
+    """The questions that are asked at every checkpoint."""
 
     lens: LoraLens
     prompts: PromptsLike

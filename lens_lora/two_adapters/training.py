@@ -1,4 +1,4 @@
-"""What `checkpoints` returns: one training, or several trainings side by side."""
+"""The results of `checkpoints`: one training, or several trainings side by side."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def phases_text(training: Checkpoints, series: str, subject: str) -> str:
 
 @drawing.story.register(Trainings)
 def trainings_story(trainings: Trainings) -> str:
-    """In how many runs each prompt flips, at which steps, and where the runs end."""
+    """Say in how many runs each prompt flips, at which steps, and where the runs end."""
     lines: list[str] = []
     for p, tokens in enumerate(trainings.str_tokens):
         start = f"“{text.short_prompt(tokens)}”: {trainings.readout}"

@@ -445,7 +445,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
     if not TYPE_CHECKING:  # A type checker would take every name for one of the adapter.
 
         def __getattr__(self, name: str) -> Any:
-            """What has a new name, or a refusal with what may be meant."""
+            """Return what has a new name, or refuse with what may be meant."""
             if name in guesses.FORMER_OF_ADAPTER:
                 names = guesses.FORMER_OF_ADAPTER
                 return getattr(self, guesses.present_name("adapter", name, names))

@@ -1,4 +1,4 @@
-"""What a `Function` runs: g, its slopes and its draws at points of the gates, anew each time.
+"""Running g, its slopes and its draws at points of the gates, anew each time.
 
 `Function` checks what its caller gives, and shapes what it returns; the passes stand here. What is
 asked for twice is run twice. `Remembering` (`cache.py`) is the same with a memory.

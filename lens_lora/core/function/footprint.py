@@ -99,7 +99,7 @@ def footprint_of(lens: LoraLens, run: Run, *, in_turn: bool = False) -> Footprin
 
 
 class _LogitsHeld(NamedTuple):
-    """Of how many tokens a run holds the logits.
+    """The number of tokens whose logits a run holds.
 
     Attributes:
         of_row: tokens of each row, whose logits are held together.
@@ -111,7 +111,7 @@ class _LogitsHeld(NamedTuple):
 
 
 def _logits_held(lens: LoraLens, run: Run, in_turn: bool = False) -> _LogitsHeld:
-    """Of how many tokens the logits are held; of `Prompts`, in turn only if asked for."""
+    """The number of tokens whose logits are held; of `Prompts`, in turn only if asked for."""
     slots = prompts_of(run).slots
     of_all_slots = _LogitsHeld(of_row=slots, in_turn=0)
     is_adapted = any(site.kind == "unembed" for site in lens.sites)

@@ -936,7 +936,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
     if not TYPE_CHECKING:  # A type checker would take every name for one of the lens.
 
         def __getattr__(self, name: str) -> Any:
-            """What has a new name, or a refusal with what may be meant."""
+            """Return what has a new name, or refuse with what may be meant."""
             if name in guesses.FORMER_OF_LENS:
                 return getattr(self, guesses.present_name("lens", name, guesses.FORMER_OF_LENS))
             parts = {"lens.model": type(vars(self).get("model"))}
