@@ -153,13 +153,7 @@ def sweep(
     names = chosen(analyses)
     part = Shard.of(shard)
     if names[0] in BY_TOKEN:
-        if part is not None:
-            raise SweepError(
-                f"{names[0]!r} reads one record after another and has no shards; give each job a "
-                "file of records, and an out, of its own."
-            )
-        if readout is not None:
-            raise SweepError(f"{names[0]!r} has no readout; leave readout out.")
+        _require_neither(names[0], part, readout)
         return token_sweep(lens, records, names[0], out, batch_size, resume, version, progress)
 
     rows = _read(lens, records, readout)
@@ -174,53 +168,85 @@ def sweep(
     folder = None if part is None else part.folder_in(folder_of_shards(Path(out)))
     store = RowStore(out, depends_on, lens.sites, names, folder)
     is_shown = progress and processes.is_main
+    batch_size = _prompts_at_once(names, batch_size)
+    meta = {**lens.describe(), "strings": strings_of(lens) or ""}
+    asked = _asked(readout)
     with store.writing(processes):
         finished = store.done(rows) if resume else {}
         checked, jobs = _prepared(lens, rows, readout, is_shown)
         processes.by_main(lambda: store.begin(anew=not resume))
 
-        keeps_each_prompt = any(ANALYSES[name].many for name in names)
-        if keeps_each_prompt:
-            batch_size = 1
         all_batches = batches.make_batches(jobs, batch_size)
-        meta = {**lens.describe(), "strings": strings_of(lens) or ""}
-        asked = _asked(readout)
-        if part is None:
-            share = all_batches[processes.index :: processes.count]
-            mine = checked
-        else:
-            share = all_batches[part.index - 1 :: part.count]
-            keep_plan(
-                store,
-                plan_of(checked, all_batches, part.count),
-                notes_of(lens.sites, names, meta, asked, batch_size),
-            )
+        share = _share(all_batches, part, processes)
+        mine = checked
+        if part is not None:
+            plan = plan_of(checked, all_batches, part.count)
+            keep_plan(store, plan, notes_of(lens.sites, names, meta, asked, batch_size))
             mine = [job.record for batch in share for job in batch]
-        resumed = sum(record.error is None and content(record) in finished for record in mine)
+        resumed = sum(_is_finished(record, finished) for record in mine)
         unfinished = _without(share, finished)
         with _bar(unfinished, resumed, processes, is_shown) as bar:
             for batch in unfinished:
                 store.add(batches.measure(lens, batch, names))
                 bar.update(len(batch))
 
-        if part is not None:
-            bad = [(record.id, record.error) for record in checked if record.error is not None]
-            shard_of_sweep = SweepShard(
-                out=store.path,
-                shard=(part.index, part.count),
-                prompts=len(mine),
-                resumed=resumed,
-                errors=tuple(bad),
-            )
-            store.warn_of_bad_records(bad, len(bad), len(rows), level=2)
-            store.warn_of_damaged_parts(level=2)
-            return shard_of_sweep
-        processes.by_main(lambda: store.merge(checked, finished))
-        result = result_of(store, lens.sites, meta, names, resumed, asked)
-    if processes.is_main:
+        if part is None:
+            processes.by_main(lambda: store.merge(checked, finished))
+            result = result_of(store, lens.sites, meta, names, resumed, asked)
+        else:
+            result = _finished_shard(store, part, mine, resumed, checked)
+    if part is not None or processes.is_main:
         store.warn_of_bad_records(result.errors, len(result.errors), len(rows), level=2)
         store.warn_of_damaged_parts(level=2)
     return result
+
+
+def _require_neither(analysis: str, part: Shard | None, readout: object) -> None:
+    """Refuse a shard or a readout for an analysis by token.
+
+    Raises:
+        SweepError: naming the one that was given.
+    """
+    if part is not None:
+        raise SweepError(
+            f"{analysis!r} reads one record after another and has no shards; give each job a "
+            "file of records, and an out, of its own."
+        )
+    if readout is not None:
+        raise SweepError(f"{analysis!r} has no readout; leave readout out.")
+
+
+def _prompts_at_once(names: Sequence[str], batch_size: int) -> int:
+    """The prompts of a batch: one where an analysis takes many passes for each."""
+    takes_many_passes = any(ANALYSES[name].many for name in names)
+    return 1 if takes_many_passes else batch_size
+
+
+def _share(
+    all_batches: Sequence[Sequence[Job]], part: Shard | None, processes: Processes
+) -> Sequence[Sequence[Job]]:
+    """Every n-th batch: those of this shard, or of this process."""
+    if part is None:
+        return all_batches[processes.index :: processes.count]
+    return all_batches[part.index - 1 :: part.count]
+
+
+def _is_finished(record: Record, finished: Mapping[Content, Row]) -> bool:
+    return record.error is None and content(record) in finished
+
+
+def _finished_shard(
+    store: RowStore, part: Shard, mine: Sequence[Record], resumed: int, checked: Sequence[Record]
+) -> SweepShard:
+    """The result of a shard, with the bad records of the whole sweep."""
+    errors = [(record.id, record.error) for record in checked if record.error is not None]
+    return SweepShard(
+        out=store.path,
+        shard=(part.index, part.count),
+        prompts=len(mine),
+        resumed=resumed,
+        errors=tuple(errors),
+    )
 
 
 def _require_batch_size(batch_size: object) -> None:
