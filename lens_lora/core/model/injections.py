@@ -287,6 +287,28 @@ def site_hooks(
     return placed
 
 
+def listed_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
+    """[(hook name, function)] for one or more passes, at hook points alone.
+
+    Raises:
+        ModelStateError: a site without a hook point at its output.
+    """
+    model = plan.host.model
+    points = model.hook_dict
+    for site in plan.sites:
+        if site.write not in points:
+            raise ModelStateError(
+                f"{site.name}: no hook point of this model shows its output, so a list of "
+                "hooks cannot hold its δ; use `with lens.applied():`."
+            )
+    listed = site_hooks(plan, inject, points)
+    if getattr(model.cfg, "use_attn_result", False):
+        return listed
+    # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
+    silent = plan.points_without_update
+    return [(name, fn) for name, fn in listed if name not in silent]
+
+
 def _new_readers(
     ports: Ports, readers: dict[str, _Reader], points: Mapping[str, Any]
 ) -> list[tuple[str, HookFn]]:

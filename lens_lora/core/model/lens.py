@@ -28,7 +28,7 @@ from lens_lora._version import versions
 from lens_lora.arguments import number, word
 from lens_lora.compat import home_of, uncompiled
 from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.model import extensions, precision, running
+from lens_lora.core.model import description, extensions, precision, running
 from lens_lora.core.model.bases import names_of, shown_name
 from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.model.check import require_kinds
@@ -36,12 +36,12 @@ from lens_lora.core.model.gates import Scale, gates_of
 from lens_lora.core.model.gauge import Gauge
 from lens_lora.core.model.hooks import HookFn, attached
 from lens_lora.core.model.host import Host
-from lens_lora.core.model.injections import Inject, ScaleInject, site_hooks
+from lens_lora.core.model.injections import Inject, ScaleInject, listed_hooks, site_hooks
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.locks import hold, lock_of
-from lens_lora.core.model.passes import OpenBlock, Rows
 from lens_lora.core.model.plan import Injection, Plan, make_plan, require_sum
-from lens_lora.core.model.points import HookPoints, known_point
+from lens_lora.core.model.points import HookPoints, head_points, known_point
+from lens_lora.core.model.prompt_pass import logits_of_prompts
 from lens_lora.core.model.public_call import alone
 from lens_lora.core.model.sites import Heads, Names, Site, Sites
 from lens_lora.core.model.tokenizers import note_other_tokenizer, tokenizer_origin
@@ -52,7 +52,6 @@ from lens_lora.core.readout.prompts import (
     Prompts,
     PromptsLike,
     PromptTokens,
-    responses_among,
 )
 from lens_lora.core.readout.readout import Readout
 from lens_lora.core.readout.responses import AnswerLike, Generated
@@ -147,62 +146,14 @@ class LoraLens(metaclass=guesses.OfLensClass):
             self.base_note = extensions.note_on_base(self, is_refused=check is not False)
             self._warn_of_base(stacklevel=4)
 
-    def _require_running(self) -> None:
-        """Check that the model runs, unless it was seen to run as it is now."""
-        if self._eps is not None and running.has_run(self.model):
-            return
-        running.require_running(
-            self._run_once,
-            f"this {self.class_name} of {running.kind_of(self.model)}",
-            "Let ll.load make the hooked model, which mends what it knows of; or use another "
-            "version of TransformerLens.",
-        )
-
-    def _require_same_logits(self, hf_model: nn.Module) -> None:
-        """Check that without the adapter the model computes the logits of its unprocessed base."""
-        running.require_same_logits(
-            running.base_logits(hf_model, self.dtype),
-            lambda tokens: self.logits(tokens.to(self.device), 0.0),
-            f"without the adapter this {self.class_name} computes other logits than hf_model",
-            running.OF_A_GIVEN_BASE,
-            lambda: self.eps,
-        )
-
-    def _probed_with(
-        self, adapter: Adapter, done: frozenset[str], probe: extensions.Probe | None = None
-    ) -> frozenset[str]:
-        """`done` and the modules of this adapter, once they are seen to be exact on the model."""
-        return extensions.probed(
-            self.model, self._hf_model, adapter, done, eps=lambda: self.eps, probe=probe
-        )
-
-    def _warn_of_base(self, stacklevel: int) -> None:
-        if self.base_note:
-            errors.warn(self.base_note, stacklevel=stacklevel)
-
-    def _run_once(self) -> None:
-        """Run the model on eight tokens, and measure its precision unless that is known.
-
-        Within another lens's block the model cannot be run; its precision is measured later.
-        """
-        with contextlib.suppress(errors.ModelStateError):
-            if self._eps is None:
-                self._eps = self._measured_eps()
-            else:
-                with extensions.differentiable_products(self._plan.quantised):
-                    running.run_once(self.model)
-            running.note_that_it_ran(self.model)
-
-    def _measured_eps(self) -> float:
-        with extensions.differentiable_products(self._plan.quantised):
-            return precision.eps_of(self.model, self.embedding_output)
-
     @property
     def eps(self) -> float:
         """The relative precision in which the model computes; by one short pass where measured."""
         if self._eps is None:
             self._eps = self._measured_eps()
         return self._eps
+
+    # --- Another adapter, bound or gauge over the same model
 
     @alone
     def with_adapter(self, adapter: Adapter, *, check: bool = True) -> LoraLens:
@@ -298,6 +249,8 @@ class LoraLens(metaclass=guesses.OfLensClass):
             "a result's save(…) write files."
         )
 
+    # --- The model and its sites
+
     @property
     def hf_model(self) -> nn.Module | None:
         """The unprocessed Hugging Face base; None where the lens was made without it."""
@@ -389,20 +342,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         Args:
             kinds: 'q', 'k', 'v', and 'o', which reads z.
         """
-        known = self.model.hook_dict
-        points: dict[str, str] = {}
-        for layer in range(self.host.n_layers):
-            for kind in kinds:
-                ports = self.host.ports(layer, kind)
-                point = ports.read if kind == "o" else ports.write
-                if point is None or point not in known:
-                    continue
-                shown = "z" if kind == "o" else kind
-                usual = f"blocks.{layer}.attn.hook_{shown}"
-                if known.get(usual) is known[point]:
-                    point = usual
-                points[point] = kind
-        return points
+        return head_points(self.host, kinds)
 
     def site_index(self, name: str) -> int:
         """The index of a site in `sites`.
@@ -436,6 +376,8 @@ class LoraLens(metaclass=guesses.OfLensClass):
         B, A = self.maps[self.site_index(name)].of_weight()
         return FactoredMatrix(B.clone(), A.clone())
 
+    # --- Gates, and hooks that put the adapter on the model
+
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
         """The gates ε on the model's device; derivatives pass through them to a tensor `scale`.
 
@@ -463,20 +405,10 @@ class LoraLens(metaclass=guesses.OfLensClass):
                 embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
         """
         self._check_blocks()
-        points = self.model.hook_dict
-        for site in self.sites:
-            if site.write not in points:
-                raise errors.ModelStateError(
-                    f"{site.name}: no hook point of this model shows its output, so a list of "
-                    "hooks cannot hold its δ; use `with lens.applied():`."
-                )
         inject = ScaleInject(self._plan, self.gates(scale), scale)
-        hooks = site_hooks(self._plan, inject, points)
-        if getattr(self.model.cfg, "use_attn_result", False):
-            return hooks
-        # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
-        silent = self._plan.points_without_update
-        return [(name, fn) for name, fn in hooks if name not in silent]
+        return listed_hooks(self._plan, inject)
+
+    # --- Hook points
 
     def known_point(self, name: str) -> str:
         """The name, if the model has such a hook point.
@@ -511,6 +443,8 @@ class LoraLens(metaclass=guesses.OfLensClass):
         """
         self._plan.require_update(points)
 
+    # --- The state of the model
+
     def check_state(self, *, entries: bool = True) -> None:
         """Check that the model and the adapter are as they were when the lens was made. No pass.
 
@@ -539,6 +473,8 @@ class LoraLens(metaclass=guesses.OfLensClass):
         self._plan.check_state()
         plans = [span.about for span in open_spans() if isinstance(span.about, Plan)]
         require_sum(self._plan, [plan for plan in plans if plan.host.model is self.model])
+
+    # --- Blocks within which the model is another one
 
     def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.
@@ -681,6 +617,8 @@ class LoraLens(metaclass=guesses.OfLensClass):
         """
         return unembedded_only(self.model, select)
 
+    # --- Prompts, and the function g of them
+
     def prompts(
         self,
         prompts: PromptsLike,
@@ -747,6 +685,8 @@ class LoraLens(metaclass=guesses.OfLensClass):
             ModelStateError: the model is not as it was when the lens was made.
         """
         return extensions.function_of(self, prompts, readout, response, progress=progress)
+
+    # --- Passes over prompts
 
     @alone
     def logits(
@@ -854,21 +794,9 @@ class LoraLens(metaclass=guesses.OfLensClass):
         Args:
             prompts: as tokens.
         """
-        tokenizer = getattr(self.model, "tokenizer", None)
-        mask: dict[str, Tensor] = {}
-        if getattr(tokenizer, "padding_side", None) == "left":
-            # Without one, TransformerLens would take tokens on the left for padding.
-            mask["attention_mask"] = torch.ones_like(prompts.tokens)
-        tables = contextlib.nullcontext()
-        if self.rotary:
-            tables = self.rotary.by_row(prompts.lengths.tolist())
-        # An open block that removes something asks which token is which, and nothing else does:
-        # without one, lengths on a GPU are not waited for.
-        rows = contextlib.nullcontext()
-        if OpenBlock.open_on(self.model):
-            rows = Rows.of(prompts).told(self.model)
-        with tables, rows:
-            return self.model(prompts.tokens, return_type="logits", **mask)
+        return logits_of_prompts(self.model, self.rotary, prompts)
+
+    # --- Names for people and files
 
     def str_tokens(self, prompts: Prompts) -> tuple[PromptTokens, ...]:
         """Each prompt's tokens as strings, without padding; ids where there is no tokenizer.
@@ -876,11 +804,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         Args:
             prompts: as tokens.
         """
-        shown: list[PromptTokens] = []
-        for index, source in enumerate(prompts.sources):
-            ids = prompts.row(index).tokens[0].tolist()
-            shown.append(PromptTokens(self.decode(ids), source.said, source.length))
-        return tuple(shown)
+        return description.tokens_of_prompts(self.tokenizer, prompts)
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """Token ids as strings, one by one.
@@ -888,10 +812,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         Args:
             ids: of any tokens.
         """
-        tokenizer = getattr(self.model, "tokenizer", None)
-        if tokenizer is None:
-            return [str(token) for token in ids]
-        return [tokenizer.decode([token]) for token in ids]
+        return description.decoded(self.tokenizer, ids)
 
     @functools.cached_property
     def vocabulary(self) -> tuple[str, ...]:
@@ -922,12 +843,12 @@ class LoraLens(metaclass=guesses.OfLensClass):
             "adapter": self.adapter.name,
             "base_of_adapter": self.adapter.base_model or "",
         }
-        origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
+        read = description.how_read(self.model, prompts)
         where_there = {
-            "prompts": "; ".join(origins),
-            "responses": responses_among(prompts),
+            "prompts": read["prompts"],
+            "responses": read["responses"],
             "tokenizer": self.tokenizer_origin,
-            "without": "; ".join(block.says for block in OpenBlock.open_on(self.model)),
+            "without": read["without"],
             "warning": self.base_note,
         }
         given = {name: text for name, text in where_there.items() if text}
@@ -951,3 +872,55 @@ class LoraLens(metaclass=guesses.OfLensClass):
         if self.tokenizer_origin:
             parts.append(f"tokenizer: {self.tokenizer_origin}")
         return f"LoraLens({self.adapter!r} over {self.class_name}: {'; '.join(parts)})"
+
+    # --- What is checked when a lens is made
+
+    def _require_running(self) -> None:
+        """Check that the model runs, unless it was seen to run as it is now."""
+        if self._eps is not None and running.has_run(self.model):
+            return
+        running.require_running(
+            self._run_once,
+            f"this {self.class_name} of {running.kind_of(self.model)}",
+            "Let ll.load make the hooked model, which mends what it knows of; or use another "
+            "version of TransformerLens.",
+        )
+
+    def _require_same_logits(self, hf_model: nn.Module) -> None:
+        """Check that without the adapter the model computes the logits of its unprocessed base."""
+        running.require_same_logits(
+            running.base_logits(hf_model, self.dtype),
+            lambda tokens: self.logits(tokens.to(self.device), 0.0),
+            f"without the adapter this {self.class_name} computes other logits than hf_model",
+            running.OF_A_GIVEN_BASE,
+            lambda: self.eps,
+        )
+
+    def _probed_with(
+        self, adapter: Adapter, done: frozenset[str], probe: extensions.Probe | None = None
+    ) -> frozenset[str]:
+        """`done` and the modules of this adapter, once they are seen to be exact on the model."""
+        return extensions.probed(
+            self.model, self._hf_model, adapter, done, eps=lambda: self.eps, probe=probe
+        )
+
+    def _warn_of_base(self, stacklevel: int) -> None:
+        if self.base_note:
+            errors.warn(self.base_note, stacklevel=stacklevel)
+
+    def _run_once(self) -> None:
+        """Run the model on eight tokens, and measure its precision unless that is known.
+
+        Within another lens's block the model cannot be run; its precision is measured later.
+        """
+        with contextlib.suppress(errors.ModelStateError):
+            if self._eps is None:
+                self._eps = self._measured_eps()
+            else:
+                with extensions.differentiable_products(self._plan.quantised):
+                    running.run_once(self.model)
+            running.note_that_it_ran(self.model)
+
+    def _measured_eps(self) -> float:
+        with extensions.differentiable_products(self._plan.quantised):
+            return precision.eps_of(self.model, self.embedding_output)

@@ -20,6 +20,7 @@ import fnmatch
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
+from lens_lora.core.model.host import Host
 from lens_lora.core.model.plan import Plan
 from lens_lora.core.model.sites import Names, layer_order
 from lens_lora.errors import ModelStateError, SiteError, first_few, setting
@@ -131,3 +132,23 @@ def _that_satisfy(predicate: Callable[[str], bool], known: Sequence[str]) -> tup
     if not wanted:
         raise SiteError(f"the predicate is true of none of the model's {len(known)} points.")
     return wanted
+
+
+def head_points(host: Host, kinds: Iterable[str]) -> dict[str, str]:
+    """The hook points of q, k, v and z, each with the kind of module that it belongs to.
+
+    Where a point has the name that TransformerLens gives it, `blocks.3.attn.hook_q`, that one.
+    """
+    known = host.model.hook_dict
+    points: dict[str, str] = {}
+    for layer in range(host.n_layers):
+        for kind in kinds:
+            ports = host.ports(layer, kind)
+            point = ports.read if kind == "o" else ports.write
+            if point is None or point not in known:
+                continue
+            shown = "z" if kind == "o" else kind
+            usual = f"blocks.{layer}.attn.hook_{shown}"
+            is_the_same = known.get(usual) is known[point]
+            points[usual if is_the_same else point] = kind
+    return points
