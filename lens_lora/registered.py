@@ -37,6 +37,8 @@ DRAWERS: dict[str, tuple[str, ...]] = {
         "lens_lora.explanations.words",
         "lens_lora.explanations.response_words",
         "lens_lora.explanations.response_page",
+        "lens_lora.explanations.readout_words",
+        "lens_lora.explanations.readout_page",
         "lens_lora.explanations.page",
     ),
     "lens_lora.hidden": ("lens_lora.hidden.figures", "lens_lora.hidden.words"),

@@ -35,6 +35,7 @@ from .directions.spectra import AdapterSummary as AdapterSummary
 from .edge_attribution.edges import Edges as Edges
 from .explanations.explanation import Explanation as Explanation
 from .explanations.explanation import Explanations as Explanations
+from .explanations.explanation import ReadoutExplanation as ReadoutExplanation
 from .explanations.explanation import ResponseExplanation as ResponseExplanation
 from .hidden.activation_shift import ActivationShift as ActivationShift
 from .hidden.activations import Activations as Activations

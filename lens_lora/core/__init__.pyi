@@ -66,6 +66,8 @@ from .analyses.remainder import remainder_curve as remainder_curve
 from .analyses.verdict import FlipVerdict as FlipVerdict
 from .analyses.verdict import Point as Point
 from .analyses.verdict import Verdict as Verdict
+from .analyses.verdict import points_at_end as points_at_end
+from .analyses.verdict import verdict_of as verdict_of
 
 # isort: split
 # --- Results: what they share, and what their tables and figures are made of.

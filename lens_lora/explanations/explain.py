@@ -1,7 +1,7 @@
 """`explain`: all that this package can say of prompts, in one call.
 
-A margin between two answers is explained by `margins.py`, of one prompt or several; a whole
-response, given or generated, by `responses.py`, of one prompt.
+A margin between two answers is explained by `margins.py`, and any other readout by `readouts.py`,
+of one prompt or several; a whole response, given or generated, by `responses.py`, of one prompt.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from typing import overload
 from lens_lora.arguments import whole
 from lens_lora.core import LoraLens, PromptsLike, Readout, alone
 from lens_lora.errors import ArgumentError, PromptError, named, setting
-from lens_lora.explanations.explanation import Explanation, Explanations, ResponseExplanation
+from lens_lora.explanations.explanation import (
+    Explanation,
+    Explanations,
+    ReadoutExplanation,
+    ResponseExplanation,
+)
 from lens_lora.explanations.margins import explained_margins
+from lens_lora.explanations.readouts import explained_readout
 from lens_lora.explanations.responses import explained_response
 from lens_lora.responses.answers import AnswerLike, Generated
 
@@ -33,6 +39,16 @@ def explain(
     lens: LoraLens,
     prompts: PromptsLike,
     *,
+    readout: Readout,
+    fast: bool = ...,
+    null: int = ...,
+    progress: bool = ...,
+) -> ReadoutExplanation: ...
+@overload
+def explain(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    *,
     response: AnswerLike | None = ...,
     fast: bool = ...,
     progress: bool = ...,
@@ -45,15 +61,17 @@ def explain(
     pre: AnswerLike | None = None,
     *,
     response: AnswerLike | None = None,
+    readout: Readout | None = None,
     fast: bool = False,
     null: int = 0,
     progress: bool = True,
-) -> Explanation | Explanations | ResponseExplanation:
-    """All that this package can say of prompts: of two answers' margin, or of a whole response.
+) -> Explanation | Explanations | ReadoutExplanation | ResponseExplanation:
+    """All that this package can say of prompts: of a margin, of a readout, of a whole response.
 
-    With `doc` and `pre`: what the adapter did to the margin between the two. With `response`, or
-    with neither, in which case the adapted model says up to 64 tokens: which tokens of it changed,
-    and which modules changed them.
+    With `doc` and `pre`: what the adapter did to the margin between the two. With `readout`: what
+    it did to that number, such as the `Projection` of a hook point on a persona's direction. With
+    `response`, or with none of them, in which case the adapted model says up to 64 tokens: which
+    tokens of it changed, and which modules changed them.
 
     Cost of a margin, with S sites in N layers: fast, about 70 forward passes and ten backward; in
     full, 2S forward passes for the interventions (about half where the model's blocks branch), 100
@@ -62,6 +80,8 @@ def explain(
     backward. Of a response: about six forward and two backward passes, and a backward pass for each
     of the eight tokens that changed most; in full also 2N forward passes, and the path integral.
     The two answers cost a pass over two tokens for each of theirs, and three over the prompt.
+    Of a readout, for all prompts together: what a margin costs, without the passes for answers and
+    for the tokens promoted.
 
     Args:
         lens: the adapter over the model.
@@ -69,6 +89,7 @@ def explain(
         doc, pre: a string each (with its leading space), a token id or ids, or a list of them, one
             per prompt; of several tokens in nats, else in logits.
         response: what is said after the prompt: a string, ids, or what `lens.generate` returned.
+        readout: any readout that has a slope at the base model, of the logits or inside the model.
         fast: skip interventions on single sites, coupling, path integral and curves; for a
             response, skip leaving out layers and the path integral.
         null: how many null adapters to compare with; 0 for none, else at least 2.
@@ -76,15 +97,17 @@ def explain(
 
     Returns:
         With doc and pre an `Explanation` of one prompt, also where it came in a list of one, and
-        `Explanations` of several, in their order. Of a response a `ResponseExplanation`.
+        `Explanations` of several, in their order. Of a readout a `ReadoutExplanation` of all
+        prompts, in its units. Of a response a `ResponseExplanation`.
 
     Raises:
         PromptError: several prompts and a response, or a prompt that does not fit the model.
         TokenError: an answer that is no token of the model, a word that lost its leading space,
             or doc equal to pre; a response that does not fit the model.
         ModelStateError: the model has an operation without a forward-mode derivative.
-        ArgumentError: null of 1, below 0, or of a response; one answer without the other, or
-            answers beside a response.
+        ArgumentError: null of 1, below 0, or of a response; one answer without the other; more
+            than one of two answers, a response and a readout; a readout without a slope at the
+            base model.
         NumericsError: a logit or a derivative that is not finite; names the site where it can.
     """
     f = lens.function(prompts, progress=progress)
@@ -94,10 +117,12 @@ def explain(
         raise ArgumentError(f"{setting('null', null)}; {expected}.")
     if isinstance(doc, Readout):
         raise ArgumentError(
-            f"explain takes two answers, or a response, and {doc.label} is a readout",
-            remedy="write ll.first_order(lens, prompts, readout).save_report(path) for a page of "
-            "it.",
+            f"doc is an answer, and {doc.label} is a readout",
+            remedy="pass it by name: explain(lens, prompts, readout=…).",
         )
+    if readout is not None:
+        _require_readout_only(doc, pre, response)
+        return explained_readout(f, readout, fast=fast, null=null)
     if doc is None or pre is None:
         _require_response_only(doc, pre, null, batch)
         is_generated = response is None or isinstance(response, Generated)
@@ -108,6 +133,18 @@ def explain(
         raise ArgumentError("doc and pre, and a response: explain takes two answers or a response.")
     explanations = explained_margins(f, doc, pre, fast=fast, null=null)
     return explanations[0] if batch == 1 else Explanations(explanations)
+
+
+def _require_readout_only(doc: object, pre: object, response: object) -> None:
+    """Refuse answers or a response beside a readout."""
+    asked = {"doc": doc, "pre": pre, "response": response}
+    given = [named(name) for name, value in asked.items() if value is not None]
+    if given:
+        raise ArgumentError(
+            f"{' and '.join(given)} beside {named('readout')}: explain takes two answers, a "
+            "response, or a readout",
+            remedy="call it for each.",
+        )
 
 
 def _require_response_only(doc: object, pre: object, null: int, batch: int) -> None:

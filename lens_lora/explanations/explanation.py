@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, final
 
@@ -10,9 +11,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import is_whole
-from lens_lora.core import Attribution, Effects, FactMargin, Paged, Sites, drawing
+from lens_lora.core import (
+    Attribution,
+    Effects,
+    FactMargin,
+    Paged,
+    RemainderCurve,
+    Sites,
+    drawing,
+    only_prompt,
+)
 from lens_lora.curvature.coupling import Coupling
 from lens_lora.curvature.second_order import SecondOrder
+from lens_lora.explanations.one_prompt import one_prompt
 from lens_lora.judging.compare import Comparison, compare
 from lens_lora.judging.faithfulness import Faithfulness
 from lens_lora.judging.null_test import NullTest
@@ -94,34 +105,152 @@ class Explanation(_WithFigures):
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
         """First order at 0 against adding and leaving out, and at 1 against leaving out."""
-        if self.add_one is None or self.leave_one_out is None:
-            return ()
-        return (
-            compare(self.first_order, self.add_one),
-            compare(self.first_order, self.leave_one_out),
-            compare(self.adapted_end, self.leave_one_out),
-        )
+        return _comparisons(self)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site: every number that was computed of it, in the readout's units."""
-        numbers = {
-            "first_order": self.first_order.per_site,
-            "first_order_at_1": self.adapted_end.per_site,
-            "half_row_sum": self.second_order.half_row_sums,
-        }
-        if self.add_one is not None:
-            numbers["add_one"] = self.add_one.values
-        if self.leave_one_out is not None:
-            numbers["leave_one_out"] = self.leave_one_out.values
-        if self.path is not None:
-            numbers["path"] = self.path.per_site
+        return _sites_frame(self, 0)
 
-        frame = pd.DataFrame(Sites(self.first_order.sites).columns())
-        for name, values in numbers.items():
-            frame[name] = values[0].cpu().double().tolist()
-        for question, reliability in self.reliability.items():
-            frame[f"flagged_{question}"] = reliability.flagged[0].tolist()
-        return frame
+
+@final
+class ReadoutExplanation(_WithFigures):
+    """A readout that needs no two answers, explained; every part is of one prompt or of several.
+
+    `figures` has `"sites"`, `"heads"`, `"ranks"`, `"remainder"`, `"add_one"`, …: of the only
+    prompt, or of the mean over prompts. What has no mean is drawn by the parts themselves, as
+    `first_order.plot_positions(0)`.
+
+    Attributes:
+        first_order: first order at ε = 0, by site and position.
+        by_head, by_rank: the same, by site and head, and by site and rank.
+        adapted_end: first order at ε = 1.
+        second_order: ½(H·1)_l at ε = 0, and what remains after it; with the remainder along ε.
+        reliability: flags on first order at each question's own end, by question ('add_one',
+            'leave_one_out'); empty if fast.
+        coupling: the coupling between layers; None if fast, and so are the four that follow.
+        add_one, leave_one_out: the measured effects of every site.
+        path: the path integral.
+        faithfulness: keep and drop curves.
+        null: the comparison with null adapters; None unless it was asked for.
+    """
+
+    first_order: Attribution
+    by_head: Attribution
+    by_rank: Attribution
+    adapted_end: Attribution
+    second_order: SecondOrder
+    reliability: Mapping[str, Reliability]
+    coupling: Coupling | None = None
+    add_one: Effects | None = None
+    leave_one_out: Effects | None = None
+    path: Attribution | None = None
+    faithfulness: Faithfulness | None = None
+    null: NullTest | None = None
+
+    @property
+    def readout(self) -> str:
+        """The number that was read, in words."""
+        return self.first_order.readout
+
+    @property
+    def units(self) -> str:
+        """The unit of all numbers."""
+        return self.first_order.units
+
+    @property
+    def prompts(self) -> tuple[tuple[str, ...], ...]:
+        """Each prompt's tokens."""
+        return self.first_order.str_tokens
+
+    @property
+    def base(self) -> Float[Tensor, " batch"]:
+        """The readout in the base model, g(0), exact."""
+        return self.first_order.base
+
+    @property
+    def adapted(self) -> Float[Tensor, " batch"]:
+        """The readout in the adapted model, g(1), exact."""
+        return self.first_order.adapted
+
+    @property
+    def shift(self) -> Float[Tensor, " batch"]:
+        """The exact shift g(1) − g(0)."""
+        return self.first_order.shift
+
+    @property
+    def curve(self) -> RemainderCurve:
+        """The readout, first order and the remainder along ε."""
+        return self.second_order.curve
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether single sites were not intervened on."""
+        return self.add_one is None
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """First order at 0 against adding and leaving out, and at 1 against leaving out."""
+        return _comparisons(self)
+
+    def of_prompt(self, prompt: int) -> ReadoutExplanation:
+        """The explanation of one of the prompts: the same parts with a batch of one.
+
+        Args:
+            prompt: its index.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        index = only_prompt(prompt, len(self.prompts), "explanations")
+        flags = {name: one_prompt(part, index) for name, part in self.reliability.items()}
+        return dataclasses.replace(one_prompt(self, index), reliability=flags)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site: every number that was computed, in the readout's units."""
+        frames = [_sites_frame(self, prompt) for prompt in range(len(self.prompts))]
+        return _joined(frames)
+
+
+# What is explained site by site, and not token by token.
+BySite = Explanation | ReadoutExplanation
+
+
+def _comparisons(e: BySite) -> tuple[Comparison, ...]:
+    if e.add_one is None or e.leave_one_out is None:
+        return ()
+    return (
+        compare(e.first_order, e.add_one),
+        compare(e.first_order, e.leave_one_out),
+        compare(e.adapted_end, e.leave_one_out),
+    )
+
+
+def _sites_frame(e: BySite, prompt: int) -> pd.DataFrame:
+    """One row per site: every number that was computed of it on one prompt."""
+    numbers = {
+        "first_order": e.first_order.per_site,
+        "first_order_at_1": e.adapted_end.per_site,
+        "half_row_sum": e.second_order.half_row_sums,
+    }
+    if e.add_one is not None:
+        numbers["add_one"] = e.add_one.values
+    if e.leave_one_out is not None:
+        numbers["leave_one_out"] = e.leave_one_out.values
+    if e.path is not None:
+        numbers["path"] = e.path.per_site
+
+    frame = pd.DataFrame(Sites(e.first_order.sites).columns())
+    for name, values in numbers.items():
+        frame[name] = values[prompt].cpu().double().tolist()
+    for question, reliability in e.reliability.items():
+        frame[f"flagged_{question}"] = reliability.flagged[prompt].tolist()
+    return frame
+
+
+def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of several prompts, with the prompt's index as the first column."""
+    table = pd.concat(frames, keys=range(len(frames)), names=["prompt", None])
+    return table.reset_index(0).reset_index(drop=True)
 
 
 @final
@@ -148,9 +277,7 @@ class Explanations(_WithFigures):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: what `Explanation.to_frame` has."""
-        frames = [explanation.to_frame() for explanation in self.each]
-        table = pd.concat(frames, keys=range(len(frames)), names=["prompt", None])
-        return table.reset_index(0).reset_index(drop=True)
+        return _joined([explanation.to_frame() for explanation in self.each])
 
 
 @final

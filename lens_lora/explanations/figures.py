@@ -6,11 +6,16 @@ from collections.abc import Sequence
 
 from lens_lora.core import drawing
 from lens_lora.explanations import words
-from lens_lora.explanations.explanation import Explanation, Explanations
+from lens_lora.explanations.explanation import (
+    BySite,
+    Explanation,
+    Explanations,
+    ReadoutExplanation,
+)
 from lens_lora.show import figures, go
 from lens_lora.show.figures import EXACT, INK, NOISE, curve, finish, heatmap, names_axis, value_text
 from lens_lora.show.text import label, numbered, short_prompt, signed
-from lens_lora.show.words import Account
+from lens_lora.show.words import Account, ReadoutAccount
 
 # The headings of comparisons on a page, by name, in the order of `Explanation.comparisons`.
 COMPARED = {
@@ -23,11 +28,31 @@ COMPARED = {
 @drawing.figures.register(Explanation)
 def explanation_figures(e: Explanation) -> dict[str, go.Figure]:
     """The figures by name; effects that are all within rounding are not compared."""
-    account = words.explained_account(e)
+    drawn = {"path": e.margin.plot(), "remainder": e.margin.curve.plot()}
+    return drawn | _by_site_figures(e, words.explained_account(e))
+
+
+@drawing.figures.register(ReadoutExplanation)
+def readout_figures(e: ReadoutExplanation) -> dict[str, go.Figure]:
+    """The figures by name: of the only prompt, or those that have a mean over prompts."""
+    drawn = {"remainder": e.curve.plot()}
+    if any(e.by_head.heads):
+        drawn["heads"] = e.by_head.plot(by="head")
+    drawn["ranks"] = e.by_rank.plot(by="rank")
+    if len(e.prompts) == 1:
+        return drawn | _by_site_figures(e, words.readout_account(e))
+    drawn["sites"] = e.first_order.plot(by="site")
+    for name, comparison in zip(COMPARED, e.comparisons, strict=False):
+        drawn[name] = comparison.plot()
+    if e.faithfulness is not None and not bool(e.faithfulness.keep.isnan().all()):
+        drawn["faithfulness"] = e.faithfulness.plot()
+    return drawn
+
+
+def _by_site_figures(e: BySite, account: ReadoutAccount) -> dict[str, go.Figure]:
+    """The figures of one prompt that need no two answers."""
     first = e.first_order
     drawn = {
-        "path": e.margin.plot(),
-        "remainder": e.margin.curve.plot(),
         "second_order": e.second_order.plot_path(),
         "sites": first.plot(by="site"),
         "positions": first.plot_positions(),

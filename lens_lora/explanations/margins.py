@@ -28,17 +28,13 @@ from lens_lora.core import (
     Function,
     first_order,
     margin_of,
-    patch_sites,
 )
-from lens_lora.curvature.coupling import coupling
 from lens_lora.curvature.second_order import second_order
 from lens_lora.explanations.explanation import Explanation, Said
+from lens_lora.explanations.in_full import SLOW_STEPS, in_full
 from lens_lora.explanations.one_prompt import one_prompt
-from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_tokens, step
-from lens_lora.judging.faithfulness import faithfulness
+from lens_lora.explanations.steps import answer_tokens, step
 from lens_lora.judging.null_test import NullTest, null_test
-from lens_lora.judging.reliability import judged
-from lens_lora.path.path_attribution import path_attribution
 from lens_lora.responses.answers import AnswerLike, items_of, margin_between
 from lens_lora.responses.generate import side_by_side
 from lens_lora.shifts.logit_shift import LogitShift, logit_shift
@@ -48,13 +44,10 @@ from lens_lora.texts.batches import by_length
 _MODULES = 8
 # How many of the likeliest next tokens are kept.
 _NEXT_TOKENS = 5
-# The shares of the sites that are kept and dropped.
-_FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 # How many tokens, with their padding, prompts have together that share their passes.
 _TOKENS_AT_ONCE = 2048
-# The steps of the bar: of each group of prompts, and of each prompt unless fast.
+# The steps of the bar for each group of prompts.
 _QUICK_STEPS = 5
-_SLOW_STEPS = 5
 
 
 def explained_margins(
@@ -76,7 +69,7 @@ def explained_margins(
     margins = [_margin(f, [i], docs[i], pres[i]) for i in range(batch)]
     groups = list(_together(f, margins))
     quick_steps = _QUICK_STEPS + (1 if null else 0)
-    slow_steps = 0 if fast else _SLOW_STEPS
+    slow_steps = 0 if fast else SLOW_STEPS
     steps = quick_steps * len(groups) + slow_steps * batch
     explanations: dict[int, Explanation] = {}
     with tqdm(total=steps, desc="explain", leave=False, disable=not f.progress) as bar:
@@ -91,7 +84,7 @@ def explained_margins(
             explanations |= zip(indices, quick, strict=True)
             if not fast:
                 for i in indices:
-                    explanations[i] = _in_full(margins[i], explanations[i], bar)
+                    explanations[i] = in_full(margins[i], explanations[i], bar)
     return tuple(explanations[i] for i in range(batch))
 
 
@@ -220,36 +213,3 @@ def _next_tokens(g: Function, probabilities: Float[Tensor, "end vocab"]) -> Said
         tokens = g.lens.decode(likeliest.indices[end].tolist())
         said[model] = tuple(zip(tokens, likeliest.values[end].tolist(), strict=True))
     return said
-
-
-# --- What takes many passes: real interventions, coupling, the path integral
-
-
-def _in_full(g: Evaluations, quick: Explanation, bar: tqdm) -> Explanation:
-    """The same explanation of one prompt, with what takes many passes."""
-    with step(bar, "each site added"):
-        add_one = patch_sites.of(g, "add_one")
-    with step(bar, "each site left out"):
-        leave_one_out = patch_sites.of(g, "leave_one_out")
-    first = quick.second_order.first_order
-    end = quick.adapted_end
-    reliability = {
-        "add_one": judged(g, first, "add_one", lambda s: add_one.values[:, s]),
-        "leave_one_out": judged(g, end, "leave_one_out", lambda s: leave_one_out.values[:, s]),
-    }
-    with step(bar, "coupling of layers"):
-        layers = coupling.of(g, group="layer")
-    with step(bar, "path integral"):
-        path = path_attribution.of(g, tol=PATH_TOLERANCE, max_nodes=PATH_NODES)
-    with step(bar, "keep and drop curves"):
-        scores = {score.key: score for score in (quick.first_order, path, leave_one_out)}
-        curves = faithfulness.of(g, scores, fractions=_FRACTIONS)
-    return dataclasses.replace(
-        quick,
-        reliability=reliability,
-        coupling=layers,
-        add_one=add_one,
-        leave_one_out=leave_one_out,
-        path=path,
-        faithfulness=curves,
-    )

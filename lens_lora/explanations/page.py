@@ -13,7 +13,12 @@ import pandas as pd
 from lens_lora.core import drawing
 from lens_lora.errors import ArgumentError
 from lens_lora.explanations import tables, words
-from lens_lora.explanations.explanation import Explanation, Explanations, ResponseExplanation
+from lens_lora.explanations.explanation import (
+    BySite,
+    Explanation,
+    Explanations,
+    ResponseExplanation,
+)
 from lens_lora.explanations.figures import (
     COMPARED,
     explanation_figures,
@@ -24,7 +29,7 @@ from lens_lora.explanations.response_page import response_part, responses_table
 from lens_lora.show import go, page, text
 from lens_lora.show.tables import margin_table
 from lens_lora.show.text import magnitude, short_prompt
-from lens_lora.show.words import Account
+from lens_lora.show.words import ReadoutAccount
 
 Explained = Explanation | ResponseExplanation
 
@@ -103,7 +108,28 @@ def _part(e: Explained, number: int) -> page.Part:
 
 def _sections(e: Explanation, figures: dict[str, go.Figure]) -> list[page.Section]:
     """The sections in the order in which one reads them; an empty one is left out of the page."""
-    account = words.explained_account(e)
+    side_by_side = (margin_table(words.explained_account(e)), tables.said_table(e))
+    promoted = page.Section("Tokens promoted and suppressed", _token_blocks(e))
+    return [
+        page.Section("The margin in numbers", [side_by_side]),
+        *by_site_sections(e, figures, words.explained_account(e), [promoted]),
+    ]
+
+
+def by_site_sections(
+    e: BySite,
+    figures: dict[str, go.Figure],
+    account: ReadoutAccount,
+    after_modules: Sequence[page.Section],
+) -> list[page.Section]:
+    """The sections that need no two answers; an empty one is left out of the page.
+
+    Args:
+        e: of one prompt.
+        figures: its figures by name.
+        account: its numbers.
+        after_modules: sections that follow the largest modules.
+    """
 
     def plots_of(*names: str) -> list[page.Plot]:
         """The figures of these names, and those whose names begin with one of them and '/'."""
@@ -113,19 +139,17 @@ def _sections(e: Explanation, figures: dict[str, go.Figure]) -> list[page.Sectio
                 plots.append(page.plot(figure, heading=COMPARED.get(name, "")))
         return plots
 
-    side_by_side = (margin_table(account), tables.said_table(e))
     remainder = [*plots_of("remainder"), tables.remainder_table(e)]
     largest = [tables.sites_table(e, _MODULES)]
     coupling = [*plots_of("coupling"), tables.pairs_table(e)]
     flags = [tables.flags_table(e), *plots_of("reliability")]
     kept = [*plots_of("faithfulness"), tables.curves_table(e)]
     return [
-        page.Section("The margin in numbers", [side_by_side]),
         page.Section("The remainder and its parts", remainder),
         page.Section("Second order", plots_of("second_order")),
         page.Section("Where first order finds the shift", plots_of("sites")),
         page.Section("Largest modules", largest, _modules_lead(e)),
-        page.Section("Tokens promoted and suppressed", _token_blocks(e)),
+        *after_modules,
         page.Section("Where in the prompt", plots_of("positions"), _positions_lead(e)),
         page.Section("Coupling between layers", coupling),
         _measured(e, account, plots_of(*COMPARED)),
@@ -152,19 +176,19 @@ def _token_blocks(e: Explanation) -> list[page.Block]:
     return [tables.moved_table(e, _TOKENS), moves, logits]
 
 
-def _positions_lead(e: Explanation) -> str:
+def _positions_lead(e: BySite) -> str:
     lead = "First order at ε = 0, by the token at which a module writes, summed over each layer."
-    if len(e.first_order.str_tokens[0]) > len(e.prompt):
+    if isinstance(e, Explanation) and len(e.first_order.str_tokens[0]) > len(e.prompt):
         lead += " After the prompt come the answers' tokens; a|b is where the two differ."
     return lead
 
 
-def _null_lead(e: Explanation) -> str:
+def _null_lead(e: BySite) -> str:
     verdict = "" if e.null is None else str(e.null.verdict[0])
     return f"Adapters of the same sizes in random directions: {verdict}."
 
 
-def _modules_lead(e: Explanation) -> str:
+def _modules_lead(e: BySite) -> str:
     lead = f"In {e.units}, by size of first order at ε = 0 (a)."
     if not e.is_fast:
         lead += " Each module was also added to the base model and left out of the adapted one."
@@ -173,13 +197,13 @@ def _modules_lead(e: Explanation) -> str:
     return f"{lead} A flag names the question for which a at ε = 0 is not to be trusted."
 
 
-def _measured(e: Explanation, account: Account, plots: Sequence[page.Plot]) -> page.Section:
+def _measured(e: BySite, account: ReadoutAccount, plots: Sequence[page.Plot]) -> page.Section:
     """First order beside the measured effects of single modules."""
     heading = "First order against measurements"
     table = tables.agreement_table(e)
     if not table.rows and not e.is_fast:
         floor = magnitude(account.floor)
-        none = f"No single module moves the margin by more than rounding ({floor})."
+        none = f"No single module moves the {words.named(e)} by more than rounding ({floor})."
         return page.Section(heading, [none])
     lead = (
         "Each point is a module: the prediction on the horizontal axis, the measured effect on the "

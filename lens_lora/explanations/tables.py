@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_lora.core import SIGMAS
 from lens_lora.explanations import words
-from lens_lora.explanations.explanation import Explanation
+from lens_lora.explanations.explanation import BySite, Explanation
 from lens_lora.shifts.logit_shift import LogitShift
 from lens_lora.show import text
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, margin_table, roundings, table_of
@@ -127,9 +127,9 @@ def _most_moved(e: Explanation, change: Sequence[float], k: int) -> tuple[list[i
     return up, down
 
 
-def remainder_table(e: Explanation) -> Table:
+def remainder_table(e: BySite) -> Table:
     """The remainder at ε = 1 and its parts: of single modules, of curvature, and of rounding."""
-    a = words.explained_account(e)
+    a = words.account_by_site(e)
     second = e.second_order
     floor_after = SIGMAS * float(second.remainder_floor[0])
     floor_of_curvature = SIGMAS * float(second.curvature_noise[0])
@@ -162,7 +162,7 @@ def remainder_table(e: Explanation) -> Table:
     return Table(("part", f"value, {e.units}", "share of the shift"), rows, title="the remainder")
 
 
-def sites_table(e: Explanation, k: int) -> Table:
+def sites_table(e: BySite, k: int) -> Table:
     """The sites of largest |first order at ε = 0|, with every number computed of them."""
     frame = e.to_frame()
     order = frame["first_order"].abs().sort_values(ascending=False, kind="stable").index[:k]
@@ -177,9 +177,9 @@ def sites_table(e: Explanation, k: int) -> Table:
     return table_of(frame.loc[order], heads, texts=(0, last_column), title=title)
 
 
-def agreement_table(e: Explanation) -> Table:
+def agreement_table(e: BySite) -> Table:
     """Each attribution against each kind of effect; no row where the effects are all noise."""
-    a = words.explained_account(e)
+    a = words.account_by_site(e)
     rows: list[Row] = []
     for comparison in e.comparisons:
         if not words.is_comparable(comparison, a):
@@ -197,7 +197,7 @@ def agreement_table(e: Explanation) -> Table:
     return Table(heads, rows, texts=(0, 1), title="agreement with measurements")
 
 
-def flags_table(e: Explanation, k: int = 5) -> Table:
+def flags_table(e: BySite, k: int = 5) -> Table:
     """The modules whose first order is flagged, as the answer to each question."""
     rows: list[Row] = []
     for question, flags in e.reliability.items():
@@ -208,11 +208,11 @@ def flags_table(e: Explanation, k: int = 5) -> Table:
     return Table(heads, rows, texts=(0, 2), title="first order not to be trusted")
 
 
-def pairs_table(e: Explanation, k: int = 5) -> Table:
+def pairs_table(e: BySite, k: int = 5) -> Table:
     """The pairs of layers of strongest coupling; no row where coupling was not computed."""
     if e.coupling is None:
         return Table((), ())
-    a = words.explained_account(e)
+    a = words.account_by_site(e)
     pairs = e.coupling.top(k, 0)
     pairs["clear share"] = [a.share(value, a.floor) for value in pairs["value"]]
     heads = {
@@ -224,7 +224,7 @@ def pairs_table(e: Explanation, k: int = 5) -> Table:
     return table_of(pairs, heads, texts=(0, 1))
 
 
-def curves_table(e: Explanation) -> Table:
+def curves_table(e: BySite) -> Table:
     """The share of the shift that each ranking keeps and drops; no row where the shift is noise."""
     top = words.kept_by_top(e)
     curves = e.faithfulness

@@ -12,8 +12,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lens_lora.core import drawing
-from lens_lora.explanations.explanation import Explanation, Explanations
+from lens_lora.core import drawing, points_at_end, verdict_of
+from lens_lora.explanations.explanation import (
+    BySite,
+    Explanation,
+    Explanations,
+    ReadoutExplanation,
+)
 from lens_lora.judging.compare import Comparison
 from lens_lora.judging.rankings import RANDOM
 from lens_lora.show import text
@@ -21,6 +26,7 @@ from lens_lora.show.text import caution_text, percent, signed, visible
 from lens_lora.show.words import (
     MODULES_NAMED,
     Account,
+    ReadoutAccount,
     account_of,
     adapted_text,
     base_text,
@@ -32,7 +38,7 @@ from lens_lora.show.words import (
 )
 
 # How many modules the headline names.
-_MODULES_IN_HEADLINE = 3
+MODULES_IN_HEADLINE = 3
 # An attribution is called a good guide to measured effects if it orders them at least so closely,
 # and the slope between the two is within these bounds.
 PEARSON = 0.95
@@ -56,6 +62,33 @@ def explained_account(explanation: Explanation) -> Account:
     return dataclasses.replace(account, prompt=text.prompt_text(explanation.prompt))
 
 
+def readout_account(e: ReadoutExplanation) -> ReadoutAccount:
+    """The account of a readout that is no margin, on one prompt."""
+    first = e.first_order
+    curve = e.curve
+    (end,) = points_at_end(first.remainder, first.shift, curve.noise)
+    return ReadoutAccount(
+        prompt=text.prompt_text(e.prompts[0]),
+        units=e.units,
+        m0=float(first.base[0]),
+        first_order=float(first.total[0]),
+        remainder=float(first.remainder[0]),
+        m=float(first.adapted[0]),
+        verdict=verdict_of(end, curve.way_of(0)),
+        steps=curve.points[0],
+    )
+
+
+def account_by_site(e: BySite) -> ReadoutAccount:
+    """The account of a margin, or of another readout, on one prompt."""
+    return explained_account(e) if isinstance(e, Explanation) else readout_account(e)
+
+
+def named(e: BySite) -> str:
+    """What is read: 'margin', or 'readout'."""
+    return "margin" if isinstance(e, Explanation) else "readout"
+
+
 @drawing.story.register(Explanation)
 def explanation_story(explanation: Explanation) -> str:
     """A paragraph a line: what happened, first order, what it leaves, where, trust, limits."""
@@ -65,14 +98,27 @@ def explanation_story(explanation: Explanation) -> str:
     if e.answers is not None:
         paragraphs.append(f"After the prompt {text.answers_text(e.answers)}")
     paragraphs.append(first_order_text(a))
-    where = largest_text(e.first_order, a, MODULES_NAMED)
-    if a.has_shift:
-        trust = joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
-        paragraphs += [_parts(e, a), where, trust, _carried(e)]
-    else:
-        paragraphs += [where, _NO_SHARES]
-    paragraphs += [_limits(e), text.reading_text(e.first_order.meta)]
+    paragraphs += where_and_trust(e, a)
+    reach = (
+        "All this is one prompt and one pair of answers; it says how much the modules move this "
+        "margin, not by what mechanism."
+    )
+    paragraphs += [limits(e, reach), text.reading_text(e.first_order.meta)]
     return "\n".join(filter(None, paragraphs))
+
+
+def where_and_trust(e: BySite, a: ReadoutAccount) -> list[str]:
+    """Paragraphs: the parts of the remainder, the largest modules, trust, what few modules keep.
+
+    Args:
+        e: of one prompt.
+        a: its account.
+    """
+    where = largest_text(e.first_order, a, MODULES_NAMED)
+    if not a.has_shift:
+        return [where, _NO_SHARES]
+    trust = joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
+    return [_parts(e, a), where, trust, _carried(e)]
 
 
 _NO_SHARES = (
@@ -88,7 +134,7 @@ def headline(e: Explanation) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
     sentences = (
         f"{base_text(a)} {adapted_text(a)}",
         conclusion_text(a),
-        joined(largest_text(e.first_order, a, _MODULES_IN_HEADLINE), caution_text(e.first_order)),
+        joined(largest_text(e.first_order, a, MODULES_IN_HEADLINE), caution_text(e.first_order)),
     )
     numbers = (
         (signed(a.m0), f"{a.units}, margin {a.doc} − {a.pre} in the base model"),
@@ -135,7 +181,7 @@ def _begins_an_answer(token: str, e: Explanation) -> bool:
     return bool(token) and any(answer.startswith(token) for answer in answers)
 
 
-def interactions(e: Explanation) -> tuple[float, float] | None:
+def interactions(e: BySite) -> tuple[float, float] | None:
     """The remainder in two parts: what first order misses of single modules, and what is left.
 
     The second is what modules do together. None where single modules were not measured.
@@ -147,12 +193,12 @@ def interactions(e: Explanation) -> tuple[float, float] | None:
     return single, together
 
 
-def is_rounding(total: float, e: Explanation, a: Account) -> bool:
+def is_rounding(total: float, e: BySite, a: ReadoutAccount) -> bool:
     """Whether a sum of one measured difference per site could be rounding alone."""
     return abs(total) <= a.floor * len(e.first_order.sites)
 
 
-def _parts(e: Explanation, a: Account) -> str:
+def _parts(e: BySite, a: ReadoutAccount) -> str:
     """The parts of the remainder: exactly, by single modules, and to second order."""
     second = e.second_order
     measured = ""
@@ -176,12 +222,12 @@ def _parts(e: Explanation, a: Account) -> str:
     return joined(measured, bend, shares)
 
 
-def is_comparable(comparison: Comparison, account: Account) -> bool:
+def is_comparable(comparison: Comparison, account: ReadoutAccount) -> bool:
     """Whether at least one effect stands out of the noise."""
     return not account.is_noise(float(comparison.effects.abs().max()))
 
 
-def _agreement(e: Explanation, a: Account) -> str:
+def _agreement(e: BySite, a: ReadoutAccount) -> str:
     comparisons = [c for c in e.comparisons if is_comparable(c, a)]
     if len(comparisons) < 3:
         return ""
@@ -206,7 +252,7 @@ def _judged(c: Comparison) -> str:
     return f"{agreement}: {'a good guide here' if is_sized else 'right in order, not in size'}"
 
 
-def _redundancy(e: Explanation, a: Account) -> str:
+def _redundancy(e: BySite, a: ReadoutAccount) -> str:
     """How little leaving out one module at a time takes, where it is little in all."""
     if e.leave_one_out is None:
         return ""
@@ -216,11 +262,11 @@ def _redundancy(e: Explanation, a: Account) -> str:
         return ""
     return (
         f"Left out one at a time, all modules together account for {percent(share)} of the shift: "
-        "they stand in for one another, or the margin saturates."
+        f"they stand in for one another, or the {named(e)} saturates."
     )
 
 
-def _flags(e: Explanation) -> str:
+def _flags(e: BySite) -> str:
     """How many first-order numbers are flagged, as the answer to which question."""
     if not e.reliability:
         return ""
@@ -250,8 +296,8 @@ class KeptByTop(NamedTuple):
     kept: dict[str, float]
 
 
-def kept_by_top(e: Explanation) -> KeptByTop | None:
-    """The sentence on what each ranking's top keeps, at the size nearest to a fifth of the sites.
+def kept_by_top(e: BySite) -> KeptByTop | None:
+    """What each ranking's top keeps, at the size nearest to a fifth of the sites.
 
     None where curves were not computed, or the shift is noise.
     """
@@ -264,7 +310,7 @@ def kept_by_top(e: Explanation) -> KeptByTop | None:
     return KeptByTop(share, curves.counts[index], kept)
 
 
-def _carried(e: Explanation) -> str:
+def _carried(e: BySite) -> str:
     """The shares of the shift that the top of each ranking keeps."""
     top = kept_by_top(e)
     if top is None:
@@ -279,8 +325,13 @@ def _carried(e: Explanation) -> str:
     )
 
 
-def _limits(e: Explanation) -> str:
-    """The sentences on what was not measured, and how far the explanation reaches."""
+def limits(e: BySite, reach: str) -> str:
+    """The sentences on what was not measured, and how far the explanation reaches.
+
+    Args:
+        e: of one prompt.
+        reach: how far, in a sentence.
+    """
     missing: list[str] = []
     if e.is_fast:
         missing += ["single modules added or left out", "keep and drop curves"]
@@ -289,6 +340,5 @@ def _limits(e: Explanation) -> str:
     return joined(
         "" if e.null is None else f"Against random directions: {e.null.verdict[0]}.",
         f"Not measured: {', '.join(missing)}." if missing else "",
-        "All this is one prompt and one pair of answers; it says how much the modules move this "
-        "margin, not by what mechanism.",
+        reach,
     )

@@ -265,13 +265,7 @@ def modules_table(result: Attribution, k: int = 10, prompt: int | None = None) -
 
 def margin_table(a: words.Account) -> Table:
     """Write, row by row, what lies between the base model's margin m₀ and the adapted model's m."""
-    rows: list[Row] = [
-        ("m₀, base model", text.signed(a.m0), ""),
-        ("first order at ε = 0", text.signed(a.first_order), a.share(a.first_order)),
-    ]
-    for step in _steps_near_quarters(a):
-        share = "noise" if step.share is None else text.percent(step.share)
-        rows.append((f"remainder at ε = {step.scale:.3g}", text.signed(step.remainder), share))
+    rows: list[Row] = [("m₀, base model", text.signed(a.m0), ""), *_first_order_rows(a)]
     flip = "none" if a.flip_scale is None else f"ε = {a.flip_scale:.3g}"
     rows.append(("m, adapted model", text.signed(a.m), ""))
     rows.append(("flip scale", flip, ""))
@@ -281,7 +275,34 @@ def margin_table(a: words.Account) -> Table:
     return Table(heads, rows, title=f"margin {a.doc} − {a.pre}, a difference of {terms}")
 
 
-def _steps_near_quarters(a: words.Account) -> list[Point]:
+def readout_table(a: words.ReadoutAccount, readout: str) -> Table:
+    """Write, row by row, what lies between the base model's value and the adapted model's.
+
+    Args:
+        a: the account.
+        readout: its label.
+    """
+    rows: list[Row] = [
+        ("base model", text.signed(a.m0), ""),
+        *_first_order_rows(a),
+        ("adapted model", text.signed(a.m), ""),
+        ("shift", text.signed(a.shift), ""),
+        *roundings(a),
+    ]
+    heads = ("", f"value, {a.units}", "share of the shift")
+    return Table(heads, rows, title=readout)
+
+
+def _first_order_rows(a: words.ReadoutAccount) -> list[Row]:
+    """First order, and what it leaves on the way and at ε = 1."""
+    rows: list[Row] = [("first order at ε = 0", text.signed(a.first_order), a.share(a.first_order))]
+    for step in _steps_near_quarters(a):
+        share = "noise" if step.share is None else text.percent(step.share)
+        rows.append((f"remainder at ε = {step.scale:.3g}", text.signed(step.remainder), share))
+    return rows
+
+
+def _steps_near_quarters(a: words.ReadoutAccount) -> list[Point]:
     """The strengths that were run nearest to ¼, ½, ¾ and 1, each once."""
     steps: list[Point] = []
     for quarter in (0.25, 0.5, 0.75, 1.0):
@@ -291,7 +312,7 @@ def _steps_near_quarters(a: words.Account) -> list[Point]:
     return steps
 
 
-def roundings(a: words.Account) -> tuple[Row, Row]:
+def roundings(a: words.ReadoutAccount) -> tuple[Row, Row]:
     """Two rows: how much of a shift, and of a remainder, rounding alone can make."""
     of_shift = ("what rounding can make of a shift (3σ)", text.magnitude(a.floor), "")
     of_remainder = ("  of a remainder", text.magnitude(a.remainder_floor), "")

@@ -33,34 +33,24 @@ from lens_lora.show.text import caution_text, magnitude, percent, share_text, si
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
-    """The numbers of one prompt's margin, in the units of the readout.
+class ReadoutAccount:
+    """The numbers of one prompt's readout, in its units.
 
     Attributes:
         prompt: the prompt as one line.
-        doc, pre: the two facts by name.
         units: the unit of all numbers.
-        m0, first_order, remainder, m: base margin, Σ a_l, R_m, adapted margin.
-        flip_scale: the first ε of a sign change, or None.
-        flips, flip_predicted: whether the preferred fact changes, and whether first order says so.
+        m0, first_order, remainder, m: base value, Σ a_l, R, adapted value.
         verdict: how good first order is.
-        crossings: sign changes at the scales that were run, leaving out margins in the noise.
         steps: the curve, by rising ε.
     """
 
     prompt: str
-    doc: str
-    pre: str
     units: str
     m0: float
     first_order: float
     remainder: float
     m: float
-    flip_scale: float | None
-    flips: bool
-    flip_predicted: bool
     verdict: Verdict
-    crossings: int
     steps: Sequence[Point]
 
     @property
@@ -84,13 +74,33 @@ class Account:
         return not self.is_noise(self.shift)
 
     def is_noise(self, value: float) -> bool:
-        """Whether a difference of two margins could be rounding alone."""
+        """Whether a difference of two readouts could be rounding alone."""
         return abs(value) <= self.floor
 
     def share(self, value: float, floor: float | None = None) -> str:
         """A value as a share of the shift; 'noise' if the shift or the value is within rounding."""
         is_clear = self.has_shift and (floor is None or abs(value) > floor)
         return percent(value / self.shift) if is_clear else "noise"
+
+
+@dataclasses.dataclass(frozen=True)
+class Account(ReadoutAccount):
+    """The numbers of one prompt's margin: the readout is the first fact less the second.
+
+    Attributes:
+        doc, pre: the two facts by name.
+        flip_scale: the first ε of a sign change, or None.
+        flips, flip_predicted: whether the preferred fact changes, and whether first order says so.
+        crossings: sign changes at the scales that were run, leaving out margins in the noise.
+        prompt, units, m0, first_order, remainder, m, verdict, steps: see `ReadoutAccount`.
+    """
+
+    doc: str
+    pre: str
+    flip_scale: float | None
+    flips: bool
+    flip_predicted: bool
+    crossings: int
 
 
 def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
@@ -167,7 +177,7 @@ def joined(*sentences: str) -> str:
     return " ".join(filter(None, sentences))
 
 
-def _below_noise(floor: float) -> str:
+def below_noise(floor: float) -> str:
     """'below 3 noise floors (0.02)'."""
     return f"below {SIGMAS:g} noise floors ({magnitude(floor)})"
 
@@ -175,7 +185,7 @@ def _below_noise(floor: float) -> str:
 def base_text(a: Account, begin: str = "The") -> str:
     """State which of the two facts the base model prefers."""
     if a.is_noise(a.m0):
-        margin = f"its margin of {signed(a.m0)} {a.units} is {_below_noise(a.floor)}"
+        margin = f"its margin of {signed(a.m0)} {a.units} is {below_noise(a.floor)}"
         return f"{begin} base model prefers neither {a.doc} nor {a.pre}: {margin}."
     answers = f"{a.doc} to {a.pre}" if a.m0 > 0 else f"{a.pre} to {a.doc}"
     return f"{begin} base model prefers {answers} by {magnitude(a.m0)} {a.units}."
@@ -186,13 +196,13 @@ def adapted_text(a: Account) -> str:
     if not a.has_shift:
         return (
             f"The adapter moves this margin by {signed(a.shift)} {a.units}, "
-            f"{_below_noise(a.floor)}: that cannot be told from rounding, so this run shows no "
+            f"{below_noise(a.floor)}: that cannot be told from rounding, so this run shows no "
             "effect of the adapter."
         )
     towards = a.doc if a.shift > 0 else a.pre
     moved = f"a shift of {magnitude(a.shift)} towards {towards}"
     if a.is_noise(a.m):
-        margin = f"its margin of {signed(a.m)} is {_below_noise(a.floor)}"
+        margin = f"its margin of {signed(a.m)} is {below_noise(a.floor)}"
         return f"With the adapter it prefers neither: {margin}, {moved}."
     prefers = "prefers"
     if a.m * a.m0 > 0 and not a.is_noise(a.m0):
@@ -232,14 +242,24 @@ def _located_flip(a: Account) -> str:
 
 def first_order_text(a: Account) -> str:
     """State what first order predicts, what it leaves at ε = 1 and on the way, and conclude."""
+    margin = f"a margin of {signed(a.m0 + a.first_order)}{_flip_predicted(a)}"
+    return predicted_text(a, margin)
+
+
+def predicted_text(a: ReadoutAccount, value: str) -> str:
+    """State what first order predicts and leaves, and conclude, of any readout.
+
+    Args:
+        a: the account.
+        value: in words, the value that first order predicts at ε = 1.
+    """
     is_noise = abs(a.remainder) <= a.remainder_floor
-    below = _below_noise(a.remainder_floor)
+    below = below_noise(a.remainder_floor)
     if not a.has_shift:
         size = f"{below} as well" if is_noise else "more than rounding"
         return f"{conclusion_text(a)} What it leaves, {signed(a.remainder)}, is {size}."
-    margin = f"a margin of {signed(a.m0 + a.first_order)}{_flip_predicted(a)}"
     shift = f"a shift of {signed(a.first_order)} {a.units}"
-    predicted = f"First order at ε = 0 predicts {shift}, to {margin}."
+    predicted = f"First order at ε = 0 predicts {shift}, to {value}."
     missed = f"It misses {share_text(a.verdict.share)} at full strength ({signed(a.remainder)})"
     if is_noise:
         missed = f"At full strength it is off by {signed(a.remainder)}, {below}"
@@ -276,7 +296,7 @@ _CONCLUSIONS = {
 }
 
 
-def conclusion_text(a: Account) -> str:
+def conclusion_text(a: ReadoutAccount) -> str:
     """State how much of the shift first order gives, and how far that can be trusted."""
     if not a.has_shift:
         gives = f"{signed(a.first_order)} {a.units}{_unconfirmed(a, a.first_order)}"
@@ -286,14 +306,14 @@ def conclusion_text(a: Account) -> str:
     return f"The modules' first-order parts sum to {share} of the shift{means}."
 
 
-def _unconfirmed(a: Account, value: float) -> str:
+def _unconfirmed(a: ReadoutAccount, value: float) -> str:
     """A remark on a number within rounding; '' on any other."""
     if not a.is_noise(value):
         return ""
     return ", too small for a run at this precision to confirm"
 
 
-def largest_text(attribution: Attribution, a: Account, k: int, prompt: int = 0) -> str:
+def largest_text(attribution: Attribution, a: ReadoutAccount, k: int, prompt: int = 0) -> str:
     """Name the k modules whose first-order parts are largest."""
     modules = many(len(attribution.sites), "module")
     rows = text.top_rows(attribution, k, prompt)

@@ -112,6 +112,9 @@ CALLS: dict[str, Call] = {
     "explain a response": lambda lens, t: (
         ll.explain(lens, t[:1], response=RESPONSE, **QUIET).leave_one_out
     ),
+    "explain a readout": lambda lens, t: (
+        ll.explain(lens, t, readout=ll.Logit(3), **QUIET).faithfulness
+    ),
     "token_shifts": lambda lens, t: ll.token_shifts(lens, t, RESPONSE).kl,
     "lora_activations": lambda lens, t: ll.lora_activations(lens, t, RESPONSE),
     "activation_shift": lambda lens, t: torch.cat(

@@ -320,6 +320,37 @@ def response_explanation(
     return ll.results.ResponseExplanation(False, shifts, modules, moved, (1, 0), **interventions)
 
 
+def readout_explanation(
+    explained: ll.results.Explanation | None = None,
+) -> ll.results.ReadoutExplanation:
+    """Of one prompt: the parts of an explained margin, and first order by head and by rank."""
+    e = explanation() if explained is None else explained
+    whole = e.first_order.per_site
+    by_head = dataclasses.replace(
+        e.first_order,
+        values=torch.stack([whole, torch.zeros_like(whole)], -1),
+        by=("head",),
+        heads=(1, 0, 0, 0),
+    )
+    by_rank = dataclasses.replace(
+        e.first_order, values=torch.stack([whole / 4, whole * 3 / 4], -1), by=("rank",)
+    )
+    return ll.results.ReadoutExplanation(
+        first_order=e.first_order,
+        by_head=by_head,
+        by_rank=by_rank,
+        adapted_end=e.adapted_end,
+        second_order=e.second_order,
+        reliability=e.reliability,
+        coupling=e.coupling,
+        add_one=e.add_one,
+        leave_one_out=e.leave_one_out,
+        path=e.path,
+        faithfulness=e.faithfulness,
+        null=e.null,
+    )
+
+
 def kl_shares() -> ll.results.KLShares:
     """Two prompts, at two strengths."""
     scales = torch.tensor([0.1, 1.0])
@@ -679,6 +710,7 @@ def every_result() -> list[Result]:
         remainder(),
         token_shifts(),
         response_explanation(),
+        readout_explanation(explained),
         kl_shares(),
         ll.results.Explanations((explained, explanation(fast=True))),
         by_group(),

@@ -1,0 +1,87 @@
+"""The page of an explained readout: a part for each prompt, and before several an overview."""
+
+from __future__ import annotations
+
+from lens_lora.core import drawing
+from lens_lora.explanations.explanation import ReadoutExplanation
+from lens_lora.explanations.figures import readout_figures
+from lens_lora.explanations.page import by_site_sections
+from lens_lora.explanations.readout_words import MOST_PROMPTS, readout_headline, readout_story
+from lens_lora.explanations.words import readout_account
+from lens_lora.show import page, text
+from lens_lora.show.tables import Table, modules_table, readout_table
+
+# How many modules the table of the mean over prompts has.
+_MODULES = 20
+
+
+@drawing.report.register(ReadoutExplanation)
+def readout_report(e: ReadoutExplanation, *, title: str | None = None) -> str:
+    """The page, with a part for each of the first prompts."""
+    count = min(len(e.prompts), MOST_PROMPTS)
+    parts = [_part(e.of_prompt(index), index + 1) for index in range(count)]
+    overview: list[page.Block] = []
+    if len(e.prompts) > 1:
+        numbers_file = page.Download("prompts.csv", _numbers(e))
+        modules = modules_table(e.first_order, _MODULES)
+        overview = [*readout_figures(e).values(), modules, _prompts_table(e, count), numbers_file]
+    return page.page_html(title or e.readout, parts, overview)
+
+
+def _part(e: ReadoutExplanation, number: int) -> page.Part:
+    """One prompt's share of the page."""
+    account = readout_account(e)
+    figures = readout_figures(e)
+    meta = e.first_order.meta
+    prompt = text.shortened(account.prompt)
+    sentences, numbers = readout_headline(e)
+    parts_of_sites: list[page.Block] = [
+        figures[name] for name in ("heads", "ranks") if name in figures
+    ]
+    by_part = page.Section(
+        "By head and by rank",
+        parts_of_sites,
+        "First order at ε = 0 of the sites with the largest parts.",
+    )
+    sections = [
+        page.Section("The readout in numbers", [readout_table(account, e.readout)]),
+        *by_site_sections(e, figures, account, [by_part]),
+    ]
+    return page.Part(
+        name=prompt,
+        subtitle=" · ".join(filter(None, (e.readout, f"“{prompt}”", page.made_by(meta)))),
+        headline=sentences,
+        numbers=numbers,
+        top=[
+            figures["sites"],
+            page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False)),
+        ],
+        sections=page.folded(readout_story(e), sections, "attribution", meta),
+        warnings=page.warned(meta),
+    )
+
+
+def _prompts_table(e: ReadoutExplanation, count: int) -> Table:
+    """A row for each prompt that has a part, which leads to it."""
+    rows: list[tuple[str, ...]] = []
+    for index in range(count):
+        of_prompt = e.of_prompt(index)
+        a = readout_account(of_prompt)
+        ((site, _, value, _),) = text.top_rows(of_prompt.first_order, 1)
+        row = (
+            f"{index + 1}. {text.short_prompt(e.prompts[index])}",
+            text.signed(a.m0),
+            text.signed(a.m),
+            text.signed(a.shift),
+            a.share(a.first_order),
+            f"{site} {value}",
+        )
+        rows.append(row)
+    heads = ("prompt", "base", "adapted", "shift", "of it first order", "largest first-order part")
+    links = [f"#prompt-{number}" for number in range(1, count + 1)]
+    return Table(heads, rows, texts=(0, 5), links=links)
+
+
+def _numbers(e: ReadoutExplanation) -> str:
+    """The account of every prompt, as a table to save."""
+    return e.second_order.to_frame().to_csv(index=False)

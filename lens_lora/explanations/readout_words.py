@@ -1,0 +1,117 @@
+"""An explained readout in plain words, of one prompt or of several.
+
+The sentences on first order, trust and limits are those of a margin (`words.py`, `show/words.py`).
+What is said of two answers has no place here: nothing is preferred, and nothing flips.
+"""
+
+from __future__ import annotations
+
+from lens_lora.core import drawing
+from lens_lora.errors import many
+from lens_lora.explanations.explanation import ReadoutExplanation
+from lens_lora.explanations.words import (
+    MODULES_IN_HEADLINE,
+    limits,
+    readout_account,
+    where_and_trust,
+)
+from lens_lora.show import text
+from lens_lora.show.tables import Pairs
+from lens_lora.show.text import caution_text, percent, short_prompt, signed
+from lens_lora.show.words import (
+    ReadoutAccount,
+    below_noise,
+    conclusion_text,
+    joined,
+    largest_text,
+    predicted_text,
+)
+
+# How many prompts a story names one by one.
+MOST_PROMPTS = 20
+_REACH = (
+    "All this is of this readout alone; it says how much the modules move it, not by what "
+    "mechanism, and not what the model will say."
+)
+
+
+@drawing.story.register(ReadoutExplanation)
+def readout_story(e: ReadoutExplanation) -> str:
+    """A paragraph a line. Of several prompts: the mean over them, then each with its headline."""
+    count = len(e.prompts)
+    if count == 1:
+        return _one_story(e)
+    lines = [" ".join(mean_texts(e))]
+    for index in range(min(count, MOST_PROMPTS)):
+        sentences, _ = readout_headline(e.of_prompt(index))
+        lines.append(f"{index + 1}. “{short_prompt(e.prompts[index])}”: {' '.join(sentences)}")
+    if count > MOST_PROMPTS:
+        lines.append(f"… and {many(count - MOST_PROMPTS, 'more prompt')}")
+    return "\n".join(lines)
+
+
+def _one_story(e: ReadoutExplanation) -> str:
+    """What happened, first order, what it leaves, where, trust, limits."""
+    a = readout_account(e)
+    predicted = f"a value of {signed(a.m0 + a.first_order)}"
+    paragraphs = [
+        moved_text(e.readout, a, f"On the prompt “{a.prompt}” the"),
+        predicted_text(a, predicted),
+        *where_and_trust(e, a),
+        limits(e, f"{_REACH} It is of one prompt."),
+        text.reading_text(e.first_order.meta),
+    ]
+    return "\n".join(filter(None, paragraphs))
+
+
+def moved_text(readout: str, a: ReadoutAccount, begin: str = "The") -> str:
+    """How far the adapter moves the readout, from which value to which.
+
+    Args:
+        readout: its label.
+        a: its account.
+        begin: how the sentence begins, before 'adapter'.
+    """
+    moved = f"{begin} adapter moves {readout} by {signed(a.shift)} {a.units}"
+    if not a.has_shift:
+        return (
+            f"{moved}, {below_noise(a.floor)}: that cannot be told from rounding, so this run "
+            "shows no effect of the adapter."
+        )
+    return f"{moved}, from {signed(a.m0)} in the base model to {signed(a.m)}."
+
+
+def mean_texts(e: ReadoutExplanation) -> list[str]:
+    """What the adapter does in the mean over several prompts, and which modules do most of it."""
+    first = e.first_order
+    base, adapted, shift, total = (
+        float(values.double().mean()) for values in (e.base, e.adapted, e.shift, first.total)
+    )
+    sentences = [
+        f"In the mean over {many(len(e.prompts), 'prompt')} the adapter moves {e.readout} by "
+        f"{signed(shift)} {e.units}, from {signed(base)} in the base model to {signed(adapted)}.",
+        f"The modules' first-order parts sum to {signed(total)}.",
+    ]
+    rows = text.top_rows(first, MODULES_IN_HEADLINE)
+    largest = ", ".join(f"{site} {value}" for site, _, value, _ in rows)
+    sentences.append(f"The largest of {many(len(first.sites), 'module')} are {largest}.")
+    return sentences
+
+
+def readout_headline(e: ReadoutExplanation) -> tuple[list[str], Pairs]:
+    """Three sentences of one prompt's story and four numbers, for a reader in a hurry."""
+    a = readout_account(e)
+    where = largest_text(e.first_order, a, MODULES_IN_HEADLINE)
+    sentences = [
+        moved_text(e.readout, a),
+        conclusion_text(a),
+        joined(where, caution_text(e.first_order)),
+    ]
+    left = percent(a.verdict.share) if a.has_shift else "noise"
+    numbers = (
+        (signed(a.m0), f"{a.units}, {e.readout} in the base model"),
+        (signed(a.m), f"{a.units}, with the adapter"),
+        (a.share(a.first_order), "of the shift is in the first-order parts"),
+        (left, "of the shift is missed by first order at ε = 1"),
+    )
+    return sentences, numbers
