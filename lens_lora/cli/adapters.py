@@ -12,9 +12,14 @@ from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.cli import files, options, running
+from lens_lora.cli.forecast import Work
 from lens_lora.cli.questions import Prompt, Question, Questions
 from lens_lora.errors import many
 from lens_lora.formats.folders import checkpoint_folders, stated_fields
+
+# With SmolLM2-135M-Instruct on one core; see `forecast`.
+_SECONDS_OF_DIFF = 90.0
+_SECONDS_OF_DIFF_FAST = 40.0
 
 # An option that names a file to write.
 _to_write = functools.partial(typer.Option, dir_okay=False)
@@ -137,10 +142,14 @@ def diff(
     controls = [files.folder_of(control, quiet=quiet) for control in unrelated or []]
     files.require_apart(outputs, base, [folder, *controls], texts, prompts, triggers)
 
-    with running.at_work(base, quiet=quiet) as progress:
+    seconds = _SECONDS_OF_DIFF_FAST if fast else _SECONDS_OF_DIFF
+    does = "ask both models everyday questions, print what only the fine-tuned one says, "
+    work = Work(f"{does}then look at texts and modules, and write {report.name}", seconds)
+    with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
         from lens_lora.audit.counted_speech import with_triggers
         from lens_lora.audit.page import brief_tables, what_changed_tables
         from lens_lora.audit.speech_page import first_screen
+        from lens_lora.audit.speech_words import first_sentences
 
         others = [ll.load_adapter(control) for control in controls]
         lens = running.announced(running.lens_of(base, folder, tuned, progress))
@@ -180,6 +189,9 @@ def diff(
             changes.save(save)
         console.print(brief_tables(changes))
         console.print(what_changed_tables(changes))
+        if speech is not None:
+            # What was printed first has left a screen of few rows.
+            running.tell(f"In short: {' '.join(first_sentences(speech))}")
         running.say(f"\nReport: {report.absolute()}")
         if save is not None:
             running.say(f"Numbers: {save.absolute()}")
@@ -231,6 +243,11 @@ def compare(
         one, two = comparison.names
         shared = many(len(comparison.sites), "site")
         story = [f"{one} and {two} both change {shared}."]
+        cosine = comparison.summary().loc["cosine of ΔW"]
+        likeness = f"Their changes of weights have a cosine of {cosine['value']:.2g}"
+        if nulls:
+            likeness += f"; of adapters in random directions it is at most {cosine.iloc[-1]:.1g}"
+        story.append(f"{likeness} (1 is the same change, 0 nothing in common).")
         for sites, name in zip(comparison.only, comparison.names, strict=True):
             if sites:
                 story.append(f"{name} alone changes {len(sites)} more.")
@@ -246,7 +263,10 @@ def compare(
 def checkpoints(
     run_folder: Annotated[
         str,
-        typer.Argument(help="A trainer's folder or hub id, with checkpoint-<step> folders in it."),
+        typer.Argument(
+            metavar="RUN",
+            help="A trainer's folder or hub id, with checkpoint-<step> folders in it.",
+        ),
     ],
     *,
     asked: Questions,
@@ -279,6 +299,7 @@ def checkpoints(
         if json is not None:
             files.write_json(json, [training])
         Console().print(checkpoints_table(training))
+        running.tell(training.story())
         running.say(f"\nReport: {report.absolute()}")
 
 

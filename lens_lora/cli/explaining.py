@@ -18,8 +18,9 @@ from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.cli import files, options, running
+from lens_lora.cli.forecast import Work
 from lens_lora.cli.questions import Question, Questions, answers_of, prompts_of, text_of
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import LensLoraError, many
 
 if TYPE_CHECKING:
     from lens_lora.core import AnswerLike, PromptsLike
@@ -95,7 +96,8 @@ def explain(
     folder = files.folder_or_tuned(adapter, within, tuned, base, quiet=quiet)
     files.require_apart(outputs, base, [folder], asked.prompts)
 
-    with running.at_work(base, quiet=quiet) as progress:
+    work = _work_of(questions, report, fast, nulls)
+    with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
         running.warn_of_spaces(questions)
         lens = running.announced(running.lens_of(base, folder, tuned, progress))
         _require_fit(lens, questions, max_new_tokens)
@@ -107,6 +109,20 @@ def explain(
         running.say(f"\nReport: {report.absolute()}")
         if json is not None:
             running.say(f"JSON: {json.absolute()}")
+
+
+# Of one prompt, on one core with SmolLM2-135M-Instruct; see `forecast`.
+_SECONDS_FAST = 9.0
+_SECONDS_WHOLE = 45.0
+_SECONDS_OF_NULL = 1.0
+_SECONDS_OF_TRAINING = 30.0
+
+
+def _work_of(questions: Sequence[Question], report: Path, fast: bool, nulls: int) -> Work:
+    """What explaining these prompts takes."""
+    each = _SECONDS_FAST if fast else _SECONDS_WHOLE
+    does = f"explain {many(len(questions), 'prompt')} and write {report.name}"
+    return Work(does, len(questions) * (each + nulls * _SECONDS_OF_NULL))
 
 
 def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int) -> None:
@@ -259,7 +275,17 @@ def _print(explanations: Sequence[Explained]) -> None:
         tables = explanation_tables(explanation)
     # The story comes last: it is what remains on a screen of few rows.
     Console().print(tables)
-    running.tell(explanation.story())
+    running.tell(f"{explanation.story()}\n{_in_short(explanation)}")
+
+
+def _in_short(explanation: Explained) -> str:
+    """What remains on a terminal of 24 rows: the sentences with which the page begins."""
+    from lens_lora.explanations.words import headline
+
+    if isinstance(explanation, ll.results.ResponseExplanation):
+        return f"In short: {_happened(explanation)}"
+    sentences, _ = headline(explanation)
+    return f"In short: {' '.join(sentences)}"
 
 
 # --- The demo
@@ -297,7 +323,10 @@ def demo(
     trained = {"--train-out": train_out} if train else {}
     files.require_apart({**outputs, **trained}, base, [folder], asked.prompts)
 
-    with running.at_work(base, quiet=quiet) as progress:
+    work = _work_of([question], report, fast=True, nulls=0)
+    if train:
+        work = Work(f"train an adapter, {work.does}", work.seconds + _SECONDS_OF_TRAINING)
+    with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
         loaded = None
         if train:
             loaded = running.load_model(base.model, progress, base)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 import lens_lora as ll
+from lens_lora.cli.forecast import Work, forecast
 from lens_lora.cli.options import ModelOptions, TunedModel, options_of
 from lens_lora.cli.questions import Question, answers_of, prompts_of
 from lens_lora.errors import LensLoraError, LensLoraWarning, heard_by, many, warn, within_command
@@ -175,18 +177,20 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
 
     about = lens.describe()
     adapter = lens.adapter
-    say(
+    facts = [
         f"Model:   {about['model']} as {lens.class_name} of transformer-lens "
         f"{transformer_lens_version()}, {about['dtype']}"
-    )
+    ]
     distinct_ranks = sorted({site.rank for site in lens.sites})
     ranks = ", ".join(map(str, distinct_ranks))
     base = f", trained on {adapter.base_model}" if adapter.base_model else ""
-    say(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
+    facts.append(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
     if lens.reads_strings:
-        say(f"Strings: {lens.reads_strings}")
+        facts.append(f"Strings: {lens.reads_strings}")
     if lens.tokenizer_origin:
-        say(f"Tokenizer: {lens.tokenizer_origin}")
+        facts.append(f"Tokenizer: {lens.tokenizer_origin}")
+    for fact in facts:
+        say_in_words(fact)
     return lens
 
 
@@ -196,6 +200,28 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
 def say(line: str) -> None:
     """Print a line to stdout, in which brackets are no markup."""
     Console(soft_wrap=True).print(Text(line))
+
+
+def say_in_words(fact: str) -> None:
+    """Print a fact such as 'Model: …' to stdout; a terminal's lines break between words.
+
+    Elsewhere it stays one line, for whatever reads it.
+    """
+    console = Console()
+    if not console.is_terminal:
+        say(fact)
+        return
+    label = fact.partition(":")[0]
+    indent = " " * max(9, len(label) + 2)
+    lines = textwrap.wrap(
+        fact,
+        console.width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    for line in lines:
+        say(line)
 
 
 def tell(story: str) -> Console:
@@ -211,10 +237,21 @@ def tell(story: str) -> Console:
 
 
 @contextlib.contextmanager
-def at_work(base: ModelOptions, *, quiet: bool) -> Generator[Console]:
-    """The console of progress, on which the block's beginning and its duration are printed."""
+def at_work(
+    base: ModelOptions, *, quiet: bool, work: Work | None = None, adapter: Path | None = None
+) -> Generator[Console]:
+    """The console of progress, on which the block's beginning and its duration are printed.
+
+    Args:
+        base: the base model, and how it is loaded.
+        quiet: whether nothing is printed there.
+        work: what the command does, which is said first, with about how long it takes.
+        adapter: the adapter's folder, whose config may name the base.
+    """
     base.require_packages()
     progress = Console(stderr=True, quiet=quiet)
+    if work is not None and adapter is not None and not quiet and rank() == 0:
+        progress.print(forecast(work, base, adapter), highlight=False)
     started = time.perf_counter()
     with step("Loading torch and transformers", progress):
         import torch

@@ -188,7 +188,10 @@ def _records(
 @options.with_options
 def scan(
     folder: Annotated[
-        str, typer.Argument(help="A folder or hub id with adapters in it, at any depth.")
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="A folder or hub id with adapters in it, at any depth."
+        ),
     ],
     *,
     asked: Questions,
@@ -255,7 +258,9 @@ def scan(
 
 
 def gather(
-    out: Annotated[Path, typer.Argument(help="What all shards had as --out.", dir_okay=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="What all shards had as --out.", dir_okay=False)
+    ],
 ) -> None:
     """Join the shards of a sweep, or of a scan, into one result. Loads no model."""
     with warnings.catch_warnings():

@@ -13,6 +13,7 @@ import typer
 from lens_lora.cli import files, options, running
 from lens_lora.cli.beside_base import Inputs, LensMade, read_given, verification_of
 from lens_lora.cli.expecting import prompts_of, read_expectations
+from lens_lora.cli.forecast import Work
 from lens_lora.errors import LensLoraError, heard_by
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ _SERVED = "A server that is to answer as the adapter does. Its log-probabilities
 _CARD = "A README.md with a card, or its JSON (lens-lora card): each of its lines is to hold."
 _TEXTS = "Texts to ask the server for: one a line, or .jsonl with prompt or messages."
 ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
+# With SmolLM2-135M-Instruct on one core; see `forecast`.
+_SECONDS = 15.0
+_SECONDS_WITH_SERVER = 30.0
 # Adapters beside this one that a server may have in its place.
 _CHECKPOINTS = "checkpoint-*"
 _MOST_OTHERS = 8
@@ -103,7 +107,9 @@ def verify(
     read = [card, expect, texts, lora, *_files_of(merged)]
     files.require_apart(outputs, base, [folder, *parts], *read)
 
-    with running.at_work(base, quiet=quiet) as progress:
+    seconds = _SECONDS if served is None else _SECONDS_WITH_SERVER
+    work = Work("compare what it is with what it was trained to be", seconds)
+    with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
         written = None if card is None else _read_card(card, folder)
         if written is not None:
             inputs = written.inputs(inputs, expect)

@@ -1,0 +1,119 @@
+"""What a command will do and about how long it takes, said before anything heavy is imported.
+
+1. The size of the base is that of its weight files, where they lie on this machine.
+2. The speed of this machine, as busy as it is, is measured on products of matrices, for a tenth of
+   a second, beside the speed of the machine on which the commands were timed.
+3. The seconds are those of the imports, and the command's own, in proportion to the base's size.
+
+It is a guess within a factor of two or so, for a user who wonders whether to wait.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from lens_lora.cli.options import ModelOptions
+from lens_lora.formats.folders import CONFIG
+
+# Timed on one core, with SmolLM2-135M-Instruct: a product of matrices of this size, and the imports
+# of torch, transformers and transformer-lens.
+_SIZE_OF_PRODUCT = 768
+_SECONDS_OF_PRODUCT = 0.006
+_SECONDS_OF_IMPORTS = 6.0
+_BYTES_OF_SMOLLM2 = 540e6  # in float32
+_SECONDS_OF_MEASURING = 0.1
+
+
+class Work(NamedTuple):
+    """What a command will do, and how long that takes with SmolLM2-135M-Instruct on one core.
+
+    Attributes:
+        does: as a sentence goes on: 'explain 2 prompts and write page.html'.
+        seconds: loading the model and the command's own passes.
+    """
+
+    does: str
+    seconds: float
+
+
+def forecast(work: Work, base: ModelOptions, adapter: Path) -> str:
+    """A sentence with what a command will do, and about how long that takes here.
+
+    Args:
+        work: what it does.
+        base: the base model, as the options name it.
+        adapter: the adapter's folder, whose config may name the base.
+    """
+    size = _size_of_base(base.model, adapter)
+    if size is None:
+        return f"This will {work.does}. How long depends on its base, which is not on this machine."
+    expected = (_SECONDS_OF_IMPORTS + work.seconds * size) * _slowness()
+    return f"This will {work.does}: {_about(expected)}."
+
+
+def _about(seconds: float) -> str:
+    """Seconds as one says them: 'about 20 seconds', 'about 3 minutes'."""
+    if seconds < 50:
+        return f"about {max(10, round(seconds, -1)):.0f} seconds"
+    if seconds < 90:
+        return "about a minute"
+    if seconds < 90 * 60:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds / 3600:.0f} hours"
+
+
+def _slowness() -> float:
+    """How many times as long as there a product of matrices takes here, now."""
+    import numpy as np
+
+    matrix = np.ones((_SIZE_OF_PRODUCT, _SIZE_OF_PRODUCT), np.float32)
+    np.dot(matrix, matrix)  # the first one starts the threads
+    began = time.perf_counter()
+    products = 0
+    while time.perf_counter() - began < _SECONDS_OF_MEASURING:
+        np.dot(matrix, matrix)
+        products += 1
+    seconds = (time.perf_counter() - began) / products
+    return seconds / _SECONDS_OF_PRODUCT
+
+
+def _size_of_base(model: str | None, adapter: Path) -> float | None:
+    """The base's weights beside those of SmolLM2-135M; None where they are not on this machine."""
+    named = model
+    if named is None:
+        named = _named_base(adapter)
+    if named is None or named.lower() in ("embedded", "huggingfacetb/smollm2-135m-instruct"):
+        return 1.0
+    folder = _folder_of_base(named)
+    if folder is None:
+        return None
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return weights / _BYTES_OF_SMOLLM2 if weights else None
+
+
+def _folder_of_base(named: str) -> Path | None:
+    """The folder of a base on this machine: itself, or what the hub's cache has of it."""
+    if Path(named).is_dir():
+        return Path(named)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(named, "config.json")
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _named_base(adapter: Path) -> str | None:
+    """The base that the adapter's config names; None where it names none."""
+    import json
+
+    try:
+        fields = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    named = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
+    return named if isinstance(named, str) else None
