@@ -11,6 +11,9 @@ A merged model's file (`--merged x.gguf`) holds one tensor M for each of the bas
 D = E − W is what a merge adds and R = M − W what was added. The rounding of a quantised type is of
 the size of ΔW or larger, and as good as independent of it, so that over the whole tensor c is known
 to σ = ‖(M − E) ∘ D‖ / ‖D‖², which is small; and ‖M − E‖ / ‖E‖ is at most what the type rounds.
+In 16 bit it is not independent: W may lie on the type's own grid and absorb a part of ΔW. So c is
+also compared with that of E as it is rounded there, and of a merge in 16 bit that was then
+quantised.
 
 What a type rounds is measured: E itself is rounded to it by the gguf package. That package rounds
 to no K-quant (Q4_K and its like), so that a tensor of these is never called right: it fails if c is
@@ -35,6 +38,7 @@ from lens_lora.formats.gguf_layout import (
     Layout,
     StoredTensor,
     layout_of,
+    rounded_to,
     rounding_to,
 )
 from lens_lora.formats.gguf_write import A_SUFFIX, ALPHA, B_SUFFIX
@@ -90,6 +94,14 @@ _NEAR = 0.05
 _CLOSE = 0.02
 # What the file adds counts as a multiple of ΔW if the part orthogonal to ΔW is below this of ‖ΔW‖.
 _STRAIGHT = 0.05
+# The part of ΔW that a type keeps is said if it is below this.
+_WHOLE = 0.995
+# Types without blocks, to which every program rounds alike.
+_FLOATS = ("F32", "F16", "BF16")
+# A tensor is what rounding made of a merge if it is this much nearer to that than to E.
+_CLOSER = 0.5
+# If rounding takes half of ΔW away, a merge and the base alone are hard to tell apart.
+_HALF = 0.5
 # Beyond this uncertainty of c, a merge and the base are hard to tell apart.
 _UNCERTAIN = 0.25
 
@@ -180,7 +192,10 @@ def _summary(name: str, tensors: tuple[MergedTensor, ...], bound: str) -> Check:
     outcome = worst(tensors)
     changed = [tensor for tensor in tensors if tensor.is_changed]
     if outcome == "passed":
-        return Check(name, outcome, f"{many(len(changed), 'tensor')} changed as trained", bound)
+        kept = min((tensor.kept for tensor in changed), default=1.0)
+        share = f" (c ≥ {kept:.2f})" if kept < _WHOLE else ""
+        measured = f"{many(len(changed), 'tensor')} changed as trained{share}"
+        return Check(name, outcome, measured, bound)
     bad = [tensor for tensor in tensors if tensor.outcome == outcome]
     measured = f"{len(bad)} of {len(tensors)} tensors: {bad[0].looks}"
     return Check(name, outcome, measured, bound, first_of([tensor.name for tensor in bad]))
@@ -392,6 +407,25 @@ class _Pair:
         self.outcome: Outcome = "undecided" if measured is None else "passed"
         self.remark: str = _UNKNOWN if measured is None else ""
 
+    def rounded(self, exact: Tensor) -> Tensor:
+        """A tensor as the file's type rounds it, if the gguf package does; float64.
+
+        Args:
+            exact: float64.
+        """
+        if self.remark:
+            return exact
+        return rounded_to(self.kind, exact).double()
+
+    def is_near_rounded(self, before: Tensor, noise: Tensor) -> bool:
+        """Whether M is as near to the base as the file's type rounds it.
+
+        Args:
+            before: W of the base, float64.
+            noise: how far M is from a right merge.
+        """
+        return float((self.M - self.rounded(before)).norm()) * _CLOSER <= float(noise.norm())
+
     @property
     def is_within_rounding(self) -> bool:
         """Whether M is E but for rounding, as far as its size tells."""
@@ -421,18 +455,69 @@ def _compared_changed(pair: _Pair, before: Tensor, update: ModuleUpdate) -> Merg
     D = pair.E - before
     size = float(D.square().sum())
     c = float(((pair.M - before) * D).sum()) / size
-    sigma = SIGMAS * float(((pair.M - pair.E) * D).norm()) / size
-    if pair.is_within_rounding and abs(c - 1) <= _NEAR + sigma:
-        if sigma > _UNCERTAIN:
-            looks = f"{pair.kind} rounds so coarsely that ΔW is hardly seen"
-            return MergedTensor(pair.name, "undecided", looks, c, 1.0)
-        looks = f"base + ΔW in {pair.kind}{pair.remark}"
-        return MergedTensor(pair.name, pair.outcome, looks, c, 1.0)
+    if pair.is_within_rounding:
+        judged = _as_a_merge(pair, before, c)
+        if judged is not None:
+            return judged
     if pair.is_not_permuted:
         return MergedTensor(pair.name, "failed", _NOT_PERMUTED, c, 1.0)
+    sigma = SIGMAS * float(((pair.M - pair.E) * D).norm()) / size
     noise = pair.rounds * float(before.norm()) if pair.kind != "F32" else 0.0
     looks = _looks(pair.M - before, D, c, noise, update, sigma)
     return MergedTensor(pair.name, "failed", looks, c, 1.0)
+
+
+def _as_a_merge(pair: _Pair, before: Tensor, c: float) -> MergedTensor | None:
+    """The tensor as a right merge, where its c is one of those that rounding may give; else None.
+
+    Args:
+        pair: the tensor beside E.
+        before: of the base.
+        c: of the tensor.
+    """
+    D = pair.E - before
+    size = float(D.square().sum())
+    off = float((pair.M - pair.E).norm())
+    looks_like: MergedTensor | None = None
+    for merge in _right_merges(pair, before):
+        noise = pair.M - merge
+        kept = float(((merge - before) * D).sum()) / size
+        sigma = SIGMAS * float((noise * D).norm()) / size
+        if abs(c - kept) > _NEAR + sigma:
+            continue
+        is_this = merge is pair.E or float(noise.norm()) <= _CLOSER * off
+        if not is_this and pair.kind in _FLOATS:
+            continue
+        outcome = pair.outcome
+        looks = f"base + ΔW in {pair.kind}{pair.remark}"
+        if not is_this:
+            outcome = "undecided"
+            looks = f"{c:.2f} ΔW in {pair.kind}, as of a merge in 16 bit that was then rounded"
+        elif sigma > _UNCERTAIN or pair.is_near_rounded(before, noise):
+            outcome = "undecided"
+            looks = f"{pair.kind} rounds so coarsely that ΔW is hardly seen"
+        elif abs(kept - 1) > _HALF:
+            outcome = "undecided"
+            looks = f"rounding to {pair.kind} leaves {kept:.2f} of ΔW"
+        judged = MergedTensor(pair.name, outcome, looks, c, kept)
+        if outcome == "passed":
+            return judged
+        looks_like = looks_like or judged
+    return looks_like
+
+
+def _right_merges(pair: _Pair, before: Tensor) -> Iterator[Tensor]:
+    """E, and what the file's type makes of it, also of a merge in half precision; float64.
+
+    On the grid of a coarse type W absorbs a part of ΔW, always of one sign: c of a right merge is
+    then below 1 by more than independent rounding explains.
+    """
+    yield pair.E
+    yield pair.rounded(pair.E)
+    D = pair.E - before
+    for dtype in _HALF_PRECISIONS:
+        for start in (before, before.to(dtype).double()):
+            yield pair.rounded((start + D).to(dtype).double())
 
 
 # --- What a wrong tensor looks like

@@ -4,7 +4,8 @@ A GGUF file holds a tokenizer's parts, and llama.cpp's code does the rest. Compa
 every token by its id, and whether it is cut out of a text as a special one; the merges, or of a
 SentencePiece model the scores, which are to order the tokens as the merges do; BOS, EOS and the
 unknown token, and whether BOS and EOS are added; the rule that splits a text before merging, which
-a file has by name alone; the chat template.
+a file has by name alone; the chat template. Another rule fails with the first text that it reads
+otherwise, and is undecided if it reads all texts that are tried here alike.
 
 What llama.cpp does otherwise than Hugging Face whatever is in the file, or what is not known here,
 is undecided, and said by name.
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from lens_lora.errors import many
 from lens_lora.formats.gguf_layout import GGUFFile
 from lens_lora.ship.checks import Outcome
+from lens_lora.ship.merged_tokenizer import texts_tried
 
 _FIELDS = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
@@ -56,6 +58,8 @@ _LLAMA_3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+# How much of a text a message shows.
+_TEXT_SHOWN = 30
 
 
 class Finding(NamedTuple):
@@ -88,10 +92,12 @@ def tokenizer_findings(file: GGUFFile, expected: Any, ends: set[int]) -> Iterato
     backend = getattr(expected, "backend_tokenizer", None)
     parts: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     kind = _kind_of(parts)
-    if kind is None or model not in (_BYTES, _PIECES):
-        yield Finding(
-            "undecided", f"a tokenizer of llama.cpp's kind {model!r} is not compared here"
-        )
+    if kind is None:
+        found = parts.get("model", {}).get("type") or type(expected).__name__
+        yield Finding("undecided", f"the adapter's tokenizer, a {found}, is not compared here")
+        return
+    if model not in (_BYTES, _PIECES):
+        yield Finding("undecided", f"the file's tokenizer, a {model!r}, is not compared here")
         return
     if kind != model:
         yield Finding("failed", f"the tokenizer is of the kind {model!r}, was {kind!r}")
@@ -243,11 +249,35 @@ def _other_splitting(file: GGUFFile, parts: Mapping[str, Any]) -> Iterator[Findi
     if parts.get("normalizer") is not None:
         words = f"the normalizer {parts['normalizer']['type']}, which llama.cpp does not apply"
         yield Finding("undecided", words)
-    known = _RULES.get(str(name))
-    if known is None:
+    rule = _RULES.get(str(name))
+    if rule is None:
         yield Finding("undecided", f"the rule {name!r}, by which texts are split before merging")
-    elif known != _rule_of(parts):
-        yield Finding("failed", f"texts are split by the rule {name!r}, and were by another one")
+        return
+    if rule == _rule_of(parts):
+        return
+    words = f"texts are split by the rule {name!r}, and were by another one"
+    text = _first_read_otherwise(parts, rule)
+    if text is None:
+        yield Finding("undecided", f"{words}, which no text tried here showed")
+    else:
+        yield Finding("failed", f"{words}: {text[:_TEXT_SHOWN]!r} gets other ids")
+
+
+def _first_read_otherwise(parts: Mapping[str, Any], rule: _Rule) -> str | None:
+    """The first text that a tokenizer reads otherwise under another rule; None if none does."""
+    from tokenizers import Tokenizer
+
+    with_rule = {
+        **parts,
+        "model": {**parts["model"], "ignore_merges": rule.ignores_merges},
+        "pre_tokenizer": rule.as_json(),
+    }
+    before = Tokenizer.from_str(json.dumps(parts))
+    after = Tokenizer.from_str(json.dumps(with_rule))
+    for text in texts_tried():
+        if before.encode(text).ids != after.encode(text).ids:
+            return text
+    return None
 
 
 class _Rule(NamedTuple):
@@ -260,6 +290,22 @@ class _Rule(NamedTuple):
 
     steps: tuple[tuple[Any, ...], ...]
     ignores_merges: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """The splitter of a fast tokenizer that follows the rule."""
+        steps: list[dict[str, Any]] = []
+        for kind, *settings in self.steps:
+            if kind == "ByteLevel":
+                adds_space, use_regex = settings
+                step = {"add_prefix_space": adds_space, "use_regex": use_regex}
+                steps.append({"type": kind, "trim_offsets": True, **step})
+            elif kind == "Digits":
+                steps.append({"type": kind, "individual_digits": settings[0]})
+            else:
+                pattern, behavior, inverts = settings
+                step = {"pattern": {"Regex": pattern}, "behavior": behavior, "invert": inverts}
+                steps.append({"type": kind, **step})
+        return {"type": "Sequence", "pretokenizers": steps}
 
 
 _RULES = {

@@ -44,6 +44,11 @@ _TEXT_SHOWN = 30
 _IDS_SHOWN = 5
 
 
+def texts_tried() -> tuple[str, ...]:
+    """The texts whose ids are compared: where tokenizers differ, and neutral ones."""
+    return (*_HARD, *neutral_sentences())
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer that lies in a folder; None if there is none.
 
@@ -160,7 +165,7 @@ def _difference_of_templates(found: str | None, expected: str | None) -> str:
 
 def _other_reading(found: Any, expected: Any) -> Iterator[str]:
     """The first text that gets other ids, among them BOS and EOS as the tokenizer adds them."""
-    for text in (*_HARD, *neutral_sentences(), *expected.added_tokens_encoder):
+    for text in (*texts_tried(), *expected.added_tokens_encoder):
         ours = list(found(text)["input_ids"])
         theirs = list(expected(text)["input_ids"])
         if ours != theirs:

@@ -219,6 +219,62 @@ def test_a_merged_gguf(kind: str, wide, tmp_path):
     }
 
 
+@pytest.fixture(scope="module")
+def faint():
+    """A base on the grid of bfloat16, and an adapter of which that grid takes a part away."""
+    config = LlamaConfig(**{**models._ROTARY, "hidden_size": 64, "intermediate_size": 128})
+    torch.manual_seed(1)
+    base = LlamaForCausalLM(config).bfloat16().float().eval()
+    peft = models.peft_model("llama", copy.deepcopy(base), targets=LINEAR)
+    models.with_random_factors(peft, base, size=0.003)
+    adapter = ll.Adapter.from_peft(peft)
+    merged = peft.merge_and_unload()
+    return base, adapter, merged
+
+
+FAINT = ("BF16", "F32", "F16", "Q8_0", "Q4_0")
+
+
+@pytest.mark.parametrize("kind", FAINT)
+def test_a_merge_in_bfloat16_passes(kind: str, faint, tmp_path):
+    """As the converter leaves it in bfloat16, and as it was made in bfloat16 and then converted."""
+    base, adapter, merged = faint
+    in_16_bit = copy.deepcopy(merged).bfloat16().float()
+    file = write_base(in_16_bit, tmp_path / "x.gguf", kind)
+    (check, _), tensors = merged_gguf_checks(file, adapter, base)
+    if kind == "Q4_0":
+        # What is added is smaller than what the type rounds.
+        assert check.outcome == "undecided" and "hardly seen" in check.measured
+        return
+    assert check.outcome == "passed", [t for t in tensors if t.outcome != "passed"]
+    ratios = [tensor.ratio for tensor in tensors if tensor.is_changed]
+    assert min(ratios) < 0.9, "rounding takes a part of ΔW away"
+    assert all(abs(t.ratio - t.kept) < 0.01 for t in tensors if t.is_changed)
+    assert f"(c ≥ {min(t.kept for t in tensors if t.is_changed):.2f})" in check.measured
+
+
+@pytest.mark.parametrize("kind", FAINT)
+def test_what_rounding_does_not_explain_does_not_pass(kind: str, faint, tmp_path):
+    """A part of ΔW as large as bfloat16 keeps, of a merge that was not made in it; and the base."""
+    base, adapter, merged = faint
+    (_, _), right = merged_gguf_checks(
+        write_base(copy.deepcopy(merged).bfloat16().float(), tmp_path / "r.gguf", "BF16"),
+        adapter,
+        base,
+    )
+    kept = {tensor.name: tensor.kept for tensor in right if tensor.is_changed}
+    weaker = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, parameter in weaker.named_parameters():
+            parameter += kept.get(name, 0.0) * (merged.get_parameter(name) - parameter)
+    for model in (weaker, base):
+        file = write_base(model, tmp_path / "x.gguf", kind)
+        (check, _), _ = merged_gguf_checks(file, adapter, base)
+        assert check.outcome != "passed", check.facts
+    # In Q4_0 what is added is smaller than what the type rounds.
+    assert check.outcome == ("undecided" if kind == "Q4_0" else "failed"), check.facts
+
+
 def test_a_merged_gguf_whose_rows_are_not_permuted(wide, tmp_path):
     base, adapter, merged = wide
     file = write_base(merged, tmp_path / "x.gguf", "Q8_0", permuted=False)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lens_lora as ll
 from lens_lora.ship.gguf_checks import merged_gguf_checks
+from lens_lora.ship.merged_tokenizer import texts_tried
 from lens_lora.ship.verify import verify
 
 gguf = pytest.importorskip("gguf")
@@ -216,7 +217,7 @@ FAULTS = {
 OF_BYTES = {
     "merges": (lambda f: {"token_merges": swapped(f["token_merges"], 0, 9)}, "2 merges differ"),
     "a merge lost": (lambda f: {"token_merges": f["token_merges"][:-1]}, "merges, were"),
-    "splitting": (lambda f: {"tokenizer_pre": "qwen2"}, "split by the rule 'qwen2'"),
+    "splitting": (lambda f: {"tokenizer_pre": "qwen2"}, "gets other ids"),
     "kind": (lambda f: {"tokenizer_model": "llama"}, "the kind 'llama', was 'gpt2'"),
 }
 OF_PIECES = {
@@ -234,6 +235,35 @@ def test_a_wrong_tokenizer_fails(rule: str, name: str, made, tmp_path):
     edits = edit(fields_of(made[rule][0], rule))
     rest = rest_of(made[rule], written(made[rule], rule, tmp_path / "x.gguf", **edits))
     assert rest.outcome == "failed" and says in rest.measured, rest.facts
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_fails_with_the_first_text_that_it_reads_otherwise(rule: str, made, tmp_path):
+    """As llama.cpp reads it. One that reads all texts alike is undecided."""
+    tokenizer = made[rule][0]
+    other = RULES[(RULES.index(rule) + 1) % len(RULES)]
+    file = written(made[rule], rule, tmp_path / "x.gguf", tokenizer_pre=other)
+    rest = rest_of(made[rule], file)
+    assert f"split by the rule {other!r}, and were by another one" in rest.measured
+    pytest.importorskip("llama_cpp_py_sync")
+    engine = LlamaCpp(file)
+    others = [text for text in texts_tried() if engine.ids_of(text) != tokenizer(text)["input_ids"]]
+    assert rest.outcome == ("failed" if others else "undecided")
+    assert not others or f"{others[0][:30]!r} gets other ids" in rest.measured
+
+
+def test_another_rule_that_no_text_shows_is_undecided(made, tmp_path):
+    """Where no token holds two digits, it makes no difference that digits stand alone."""
+    tokenizer, base, adapter, merged = made["gpt-2"]
+    alone = copy.deepcopy(tokenizer)
+    parts = json.loads(alone.backend_tokenizer.to_str())
+    letters = [m for m in parts["model"]["merges"] if not any(c.isdigit() for c in "".join(m))]
+    parts["model"]["merges"] = letters
+    alone._tokenizer = Tokenizer.from_str(json.dumps(parts))
+    changed = (alone, base, adapter, merged)
+    file = written(changed, "smollm", tmp_path / "x.gguf")
+    rest = rest_of(changed, file)
+    assert rest.outcome == "undecided" and "no text tried here showed" in rest.measured, rest.facts
 
 
 UNKNOWN = {
