@@ -291,11 +291,16 @@ def checkpoints(
         lens = running.announced(running.lens_for(base, ll.load_adapter(last), progress))
         prompts, readout = running.margin_of(lens.model, questions, lens.prepend_bos)
         with running.quiet_libraries():
-            training = ll.checkpoints(lens, last.parent, prompts, readout, progress=not quiet)
-        first, *_, end = training.steps
-        steps = f"{len(folders)} checkpoints, steps {first:g} to {end:g}"
-        name = f"{last.parent.name}: {steps}"
-        report.write_text(training.report(title=name), encoding="utf-8")
+            training = ll.checkpoints(
+                lens,
+                run_folder,
+                prompts,
+                readout,
+                revision=within.revision,
+                subfolder=within.subfolder,
+                progress=not quiet,
+            )
+        training.save_report(report)
         if json is not None:
             files.write_json(json, [training])
         Console().print(checkpoints_table(training))

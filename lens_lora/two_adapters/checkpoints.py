@@ -145,10 +145,12 @@ class _Run(NamedTuple):
     Attributes:
         adapters: in the order of training.
         steps: of each.
+        name: of its folder; '' of a list.
     """
 
     adapters: tuple[Adapter, ...]
     steps: tuple[float, ...]
+    name: str = ""
 
 
 def _several_trainings(asked: _Asked, runs: Mapping[str, _Run]) -> Trainings:
@@ -217,6 +219,8 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
     noise = torch.cat([base_noise.cpu().double()[None], noise_of_adapted])
     labels = g.labels()
     labels["meta"] = {**labels["meta"], "adapter": adapters[-1].name}
+    if run.name:
+        labels["meta"]["run"] = run.name
     return Checkpoints(
         steps=run.steps,
         names=tuple(adapter.name for adapter in adapters),
@@ -258,7 +262,9 @@ def _in_order(
             raise ArgumentError("the steps of a run folder are those of its checkpoint-<step>.")
         folders = checkpoint_folders(adapters, revision, subfolder)
         run = [load_adapter(path).named(path.name) for path in folders.values()]
-        return _Run(tuple(run), tuple(float(step) for step in folders))
+        place = Path(adapters)
+        name = place.resolve().name if place.is_dir() else str(adapters)
+        return _Run(tuple(run), tuple(float(step) for step in folders), name)
     is_list = isinstance(adapters, list | tuple)
     if not is_list or not all(isinstance(adapter, Adapter) for adapter in adapters):
         raise ArgumentError(

@@ -74,7 +74,9 @@ def modules_heatmap(training: Checkpoints, what: What, group: GroupName) -> go.F
     whole = training.by_group(what, group)
     frame = largest_rows(whole)
     hover = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
-    return _groups_by_step(frame, len(whole), what, group, training.units, _HEADINGS[what], hover)
+    heading, below = _HEADINGS[what]
+    headings = (heading, _of_run(training, below))
+    return _groups_by_step(frame, len(whole), what, group, training.units, headings, hover)
 
 
 @drawing.modules.register(Trainings)
@@ -179,10 +181,16 @@ def checkpoints_figure(training: Checkpoints) -> go.Figure:
     below = too_few(training) or "no phase change of the readout"
     if any(training.phases.get(f"prompt {p}") for p in range(len(training.base))):
         below = "shaded: a phase change"
-    titles = (f"{training.readout} through the training", below)
+    titles = (f"{training.readout} through the training", _of_run(training, below))
     axes = ("step", label(training.units))
     ticks = {"dtick": 1 if training.steps[-1] <= _FEW_STEPS else None}
     return finish(figure, titles, axes, legend=BELOW, margin={"b": 120}, xaxis=ticks)
+
+
+def _of_run(training: Checkpoints, below: str) -> str:
+    """The smaller line of a figure's title, with the run that it is of, where that has a name."""
+    run = training.meta.get("run")
+    return f"{label(run)} · {below}" if run else below
 
 
 def _colour_of(prompt: int) -> str:

@@ -64,6 +64,9 @@ def checkpoints_report(training: Checkpoints, *, title: str | None = None) -> st
     )
     first, *_, last = training.steps
     name = f"{len(training.steps)} checkpoints, steps {first:g} to {last:g}"
+    run = training.meta.get("run")
+    if run:
+        name = f"{run}: {name}"
     return page_html(title or name, [part])
 
 

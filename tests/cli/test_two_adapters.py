@@ -50,8 +50,9 @@ def test_checkpoints_prints_a_table_and_writes_a_page(folders, tmp_path):
     steps = re.findall(r"^\s*(0|20|60|100)\s+w20", result.output, re.M)
     assert steps == ["0", "20", "60", "100"]
     html = page.read_text()
-    assert "Which layers move when" in html and "3 checkpoints, steps 20 to 100" in html
-    assert "3 checkpoints are too few to tell a phase change" in html
+    assert "Which layers move when" in html and "run: 3 checkpoints, steps 20 to 100" in html
+    assert "run · 3 checkpoints are too few to tell a phase change" in html
+    assert "run · how far ΔW moved since the checkpoint before" in html
 
 
 # Each prompt's own answers; and one of them is a conversation.
