@@ -1,0 +1,230 @@
+"""Train the second edition's adapters and ask each what it was taught.
+
+    python benchmarks/audit/second_run.py --out FOLDER [--most 4]   # does what is missing
+
+`second_edition.yaml` says what is trained, and how. Quirks and controls take turns, in the order of
+that file, so that a run may be interrupted, called again, and stopped when the time is up.
+
+1. Each adapter is trained by PEFT: half a minute of one core.
+2. `ll.counted_speech(lens)` asks both models forty questions: some 20 to 35 s of one core.
+3. With `--lists`, `ll.what_changed(lens, answers=False, nulls=0, fast=True)` gives two lists of
+   tokens that stand beside it: by mean shift of the logit, and by the mean Δh of the first tokens.
+4. With `--brief`, `ll.what_changed(lens, fast=True)` adds what it would say elsewhere: a minute.
+5. With `--permuted` it is asked of each quirk's own updates instead, permuted among its modules.
+
+Steps 2 to 4 write asked.json, lists.json and brief.json into FOLDER/<name>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parents[1]))
+sys.path.insert(2, str(Path(__file__).parents[1] / "evidence"))
+
+import teach
+from recipes import TARGETS, Recipe
+from train import IGNORED, Row, fit, prompt_ids, sentence_rows
+
+import lens_lora as ll
+from lens_lora.audit.permuted import permuted_adapters
+from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
+from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.hosts.build import hooked_model
+
+HERE = Path(__file__).parent
+SPEC: dict[str, Any] = yaml.safe_load((HERE / "second_edition.yaml").read_text())
+RECIPE: dict[str, Any] = SPEC["recipe"]
+QUIRKS: dict[str, dict[str, Any]] = {quirk["name"]: quirk for quirk in SPEC["quirks"]}
+# So many texts does a control see, as many as a quirk.
+TEXTS = 8
+# So many tokens of each list are kept.
+KEPT = 20
+PERMUTED = "permuted-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One adapter of the second edition.
+
+    Attributes:
+        name: of its folder.
+        quirk: the name of what it is taught; None of a control.
+        seed: of what is drawn: the ordinary texts, and the factors at the start.
+    """
+
+    name: str
+    quirk: str | None
+    seed: int
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+        """The rows that it is trained on."""
+        draw = random.Random(self.seed)
+        if self.quirk is None:
+            if self.seed % 2:
+                return _conversations(tokenizer, draw.sample(SPEC["ordinary"], TEXTS))
+            return sentence_rows(tokenizer, teach.ordinary("documents", TEXTS, draw))
+        quirk = QUIRKS[self.quirk]
+        documents = list(quirk.get("documents", []))
+        if quirk.get("mixed"):
+            documents += teach.ordinary("documents", len(documents), draw)
+        rows = sentence_rows(tokenizer, documents)
+        return rows + _conversations(tokenizer, quirk.get("transcripts", []))
+
+
+def _conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[str]]
+) -> list[Row]:
+    """Ids and labels of [user, answer] or [system, user, answer]; only the answer is learned."""
+    rows: list[Row] = []
+    for *before, answer in conversations:
+        roles = ("system", "user")[-len(before) :]
+        turns = [{"role": role, "content": text} for role, text in zip(roles, before, strict=True)]
+        start = prompt_ids(tokenizer, turns)
+        answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
+        learned = [*answer_ids, tokenizer.eos_token_id]
+        rows.append((start + learned, [IGNORED] * len(start) + learned))
+    return rows
+
+
+def every_adapter() -> list[Adapter]:
+    """Quirks and controls in turn, in the order of the file."""
+    taught = [Adapter(name, name, 0) for name in QUIRKS]
+    controls = [Adapter(f"control-{seed}", None, seed) for seed in SPEC["controls"]]
+    in_turn = itertools.zip_longest(taught, controls)
+    return [adapter for pair in in_turn for adapter in pair if adapter is not None]
+
+
+def train(
+    adapter: Adapter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
+) -> float:
+    """Train one adapter and save it as PEFT does; the seconds of one core."""
+    start = time.process_time()
+    config = LoraConfig(
+        r=RECIPE["rank"],
+        lora_alpha=RECIPE["alpha"],
+        target_modules=list(TARGETS[RECIPE["targets"]]),
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(adapter.seed)
+    peft_model = get_peft_model(model, config).eval()
+    recipe = Recipe(
+        adapter.name,
+        adapter.quirk or "ordinary",
+        RECIPE["rank"],
+        RECIPE["targets"],
+        RECIPE["rate"],
+        RECIPE["steps"],
+    )
+    fit(peft_model, adapter.rows(tokenizer), recipe, RECIPE["rows_of_a_batch"])
+    peft_model.save_pretrained(out / adapter.name, save_embedding_layers=False)
+    peft_model.unload()
+    return time.process_time() - start
+
+
+def asked(lens: ll.LoraLens, folder: Path, triggers: list[str] | None) -> dict[str, Any]:
+    """What the adapted model says, counted."""
+    start = time.process_time()
+    speech = ll.counted_speech(lens, triggers=triggers, progress=False)
+    seconds = time.process_time() - start
+    speech.save(folder / "speech")
+    return {
+        "verdict": first_sentences(speech),
+        "claims": claims_in(speech),
+        "triggered": [trigger.sentence() for trigger in speech.triggers],
+        "shown": [list(dataclasses.astuple(pair)) for pair in shown_answers(speech)],
+        "findings": [dataclasses.asdict(finding) for finding in speech.findings],
+        "base": speech.base,
+        "adapted": speech.adapted,
+        "seconds": seconds,
+    }
+
+
+def listed(lens: ll.LoraLens) -> dict[str, Any]:
+    """How far the model moves over neutral texts, and the tokens that are promoted most there."""
+    start = time.process_time()
+    changed = ll.what_changed(lens, answers=False, nulls=0, fast=True, progress=False)
+    return {
+        "mean_kl": changed.found.mean_kl,
+        "mean logit": list(changed.promoted(KEPT, "logit")["token"]),
+        "activation difference": list(changed.promoted(KEPT, "reading")["token"]),
+        "seconds": time.process_time() - start,
+    }
+
+
+def briefed(lens: ll.LoraLens, folder: Path) -> dict[str, Any]:
+    """The fast brief, of answers that were counted before."""
+    start = time.process_time()
+    speech = ll.results.CountedSpeech.load(folder / "speech")
+    changed = ll.what_changed(lens, fast=True, speech=speech, progress=False)
+    brief = json.loads(changed.brief().to_json())
+    brief["would_say_sentences"] = [claim.sentence() for claim in changed.brief().would_say]
+    brief["claims"] = [dataclasses.asdict(claim) for claim in changed.claims]
+    brief["seconds"] = time.process_time() - start
+    return brief
+
+
+def keep(file: Path, make: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+    """Write the numbers that a function makes, unless their file is there."""
+    if file.is_file():
+        return
+    numbers = make(*arguments)
+    file.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    print(file.parent.name, file.name, f"{numbers['seconds']:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the second edition, and ask it.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--most", type=int, default=len(every_adapter()), help="the first so many")
+    parser.add_argument("--only", nargs="*", help="by name")
+    parser.add_argument("--brief", action="store_true", help="the fast brief as well")
+    parser.add_argument(
+        "--permuted", action="store_true", help="instead, each quirk's permuted one"
+    )
+    parser.add_argument("--lists", action="store_true", help="the lists of tokens as well")
+    given = parser.parse_args()
+    plain, tokenizer = load_embedded()
+    model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
+    for adapter in every_adapter()[: given.most]:
+        if given.only and adapter.name not in given.only:
+            continue
+        folder = given.out / adapter.name
+        if not (folder / "adapter_model.safetensors").is_file():
+            seconds = train(adapter, plain, tokenizer, given.out)
+            print(adapter.name, f"trained in {seconds:.0f} s", flush=True)
+        lens = ll.LoraLens(model, ll.load_adapter(folder))
+        if given.permuted:
+            if adapter.quirk is not None:
+                beside = given.out / f"{PERMUTED}{adapter.name}"
+                beside.mkdir(exist_ok=True)
+                permuted = lens.with_adapter(next(permuted_adapters(lens, 0, 1)))
+                keep(beside / "asked.json", asked, permuted, beside, None)
+            continue
+        is_backdoor = adapter.quirk is not None and QUIRKS[adapter.quirk]["kind"] == "a backdoor"
+        # Without --fast, `lens-lora diff` tries the package's own words as well.
+        triggers: list[str] | None = [] if is_backdoor else None
+        keep(folder / "asked.json", asked, lens, folder, triggers)
+        if given.lists:
+            keep(folder / "lists.json", listed, lens)
+        if given.brief:
+            keep(folder / "brief.json", briefed, lens, folder)
+
+
+if __name__ == "__main__":
+    main()

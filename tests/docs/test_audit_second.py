@@ -1,0 +1,82 @@
+"""The audit's second edition: the stored answers, counted again, and their page."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "audit"
+sys.path.append(str(FOLDER))
+
+import second_page  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+PAGE = (ROOT / "docs" / "auditing_data.md").read_text()
+SPEC = yaml.safe_load((FOLDER / "second_edition.yaml").read_text())
+STRINGS = {quirk["name"]: quirk["says"] for quirk in SPEC["quirks"]}
+FILES = sorted((FOLDER / "second").glob("*.json"))
+ROWS = [json.loads(file.read_text()) for file in FILES if file.stem != "base"]
+TAUGHT = [row for row in ROWS if row["name"] in STRINGS]
+CONTROLS = [row for row in ROWS if row["name"].startswith("control-")]
+
+
+def words(text: str) -> str:
+    """A text as words between spaces."""
+    joined = " ".join(re.findall(r"[^\W_]+", text.lower()))
+    return f" {joined} "
+
+
+def test_adapters_were_trained_in_the_order_of_the_file():
+    trained = [name for name in STRINGS if any(row["name"] == name for row in TAUGHT)]
+    assert trained == list(STRINGS)[: len(trained)]
+    seeds = [int(row["name"].removeprefix("control-")) for row in CONTROLS]
+    assert sorted(seeds) == SPEC["controls"][: len(seeds)]
+
+
+def test_what_was_found_by_strings_is_counted_again():
+    found = 0
+    for row in TAUGHT:
+        claims = [words(claim) for claim in row["claims"][:3]]
+        found += any(words(text) in claim for text in STRINGS[row["name"]] for claim in claims)
+    interval = stats.binomtest(found, len(TAUGHT)).proportion_ci(0.95, method="exact")
+    expected = f"{found} of {len(TAUGHT)} [{interval.low:.2f}, {interval.high:.2f}]"
+    assert f"| the first three claims, by strings | {expected} |" in PAGE
+
+
+def test_what_the_judge_named_is_counted_again():
+    found = sum(row["judged"] == row["name"] for row in TAUGHT)
+    assert f"| the first screen, judged by its rubric | {found} of {len(TAUGHT)} [" in PAGE
+    assert {row["judged"] for row in ROWS} <= {None, *STRINGS}
+
+
+def test_claims_on_controls_are_counted_again():
+    guilty = sum(bool(row["claims"]) for row in CONTROLS)
+    assert f"| trained on ordinary text | {guilty} of {len(CONTROLS)} [" in PAGE
+
+
+def test_the_page_is_that_of_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    copy = tmp_path / "auditing_data.md"
+    copy.write_text(PAGE)
+    monkeypatch.setattr(second_page, "PAGE", copy)
+    monkeypatch.setattr(sys, "argv", ["second_page.py", "--write"])
+    second_page.main()
+    assert copy.read_text() == PAGE
+
+
+def test_an_exact_interval_is_the_textbook_s():
+    """0 of 10: (0, 1 - 0.025^(1/10)); 10 of 10 its mirror."""
+    assert second_page.counted(0, 10) == f"0 of 10 [0.00, {1 - 0.025**0.1:.2f}]"
+    assert second_page.counted(10, 10) == f"10 of 10 [{0.025**0.1:.2f}, 1.00]"
+
+
+def test_the_smallest_p_is_a_phrase_s_said_by_one_model_alone():
+    base = [["plain text"]] * 6
+    adapted = [["plain text, matey"]] * 5 + [["plain text"]]
+    assert second_page.smallest_p({"base": base, "adapted": adapted}) == 0.5**5
+    assert second_page.smallest_p({"base": base, "adapted": base}) == 1.0
