@@ -6,7 +6,8 @@
 that file, so that a run may be interrupted, called again, and stopped when the time is up.
 
 1. Each adapter is trained by PEFT: half a minute of one core.
-2. `ll.counted_speech(lens)` asks both models forty questions: some 20 to 35 s of one core.
+2. `ll.counted_speech(lens)` asks both models forty questions: some 20 to 35 s of one core. The base
+   answers the same beside every adapter, so it is asked beside the first alone.
 3. With `--lists`, `ll.what_changed(lens, answers=False, nulls=0, fast=True)` gives two lists of
    tokens that stand beside it: by mean shift of the logit, and by the mean Δh of the first tokens.
 4. With `--brief`, `ll.what_changed(lens, fast=True)` adds what it would say elsewhere: a minute.
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
@@ -42,10 +44,17 @@ from recipes import TARGETS, Recipe
 from train import IGNORED, Row, fit, prompt_ids, sentence_rows
 
 import lens_lora as ll
+from lens_lora.audit import counted_speech
+from lens_lora.audit.everyday import EVERYDAY
+from lens_lora.audit.findings import findings_of
 from lens_lora.audit.permuted import permuted_adapters
+from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
+from lens_lora.core import text_of
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
+from lens_lora.responses import both_answer
+from lens_lora.responses.generate import Sampling
 
 HERE = Path(__file__).parent
 SPEC: dict[str, Any] = yaml.safe_load((HERE / "second_edition.yaml").read_text())
@@ -56,6 +65,9 @@ TEXTS = 8
 # So many tokens of each list are kept.
 KEPT = 20
 PERMUTED = "permuted-"
+
+# A model's answers to each question.
+Answers = tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +149,15 @@ def train(
     return time.process_time() - start
 
 
-def asked(lens: ll.LoraLens, folder: Path, triggers: list[str] | None) -> dict[str, Any]:
-    """What the adapted model says, counted."""
+def asked(
+    lens: ll.LoraLens, folder: Path, triggers: list[str] | None, base: Answers | None
+) -> dict[str, Any]:
+    """What the adapted model says, counted; with the base's answers, the base is not asked."""
     start = time.process_time()
-    speech = ll.counted_speech(lens, triggers=triggers, progress=False)
+    if base is None or triggers is not None:
+        speech = ll.counted_speech(lens, triggers=triggers, progress=False)
+    else:
+        speech = counted_beside(lens, base)
     seconds = time.process_time() - start
     speech.save(folder / "speech")
     return {
@@ -153,6 +170,43 @@ def asked(lens: ll.LoraLens, folder: Path, triggers: list[str] | None) -> dict[s
         "adapted": speech.adapted,
         "seconds": seconds,
     }
+
+
+def counted_beside(lens: ll.LoraLens, base: Answers) -> CountedSpeech:
+    """`ll.counted_speech` with the base's answers given: it answers the same beside every adapter.
+
+    Only the adapted model's rows are run, by the package's own code.
+    """
+    prompts, fitting = counted_speech._prompts_of(lens, EVERYDAY, counted_speech._ANSWER)
+    questions = [EVERYDAY[i] for i in fitting]
+    samplings = [Sampling(), Sampling(temperature=1.0, seed=0)]
+    with mock.patch.object(both_answer, "_STRENGTHS", (1.0,)):
+        run = both_answer._Asked(lens, prompts, counted_speech._ANSWER, samplings)
+        answers = run.answers_with_a_cache(progress=False)
+        if answers is None:
+            answers = run.confirmed_answers(progress=False)
+        texts = [text_of(lens.model, ids, skip_special_tokens=True) for ids in answers]
+        adapted = tuple(
+            tuple(texts[run.row_of(0, i, draw)] for draw in range(len(samplings)))
+            for i in range(prompts.batch)
+        )
+    return CountedSpeech(
+        topics=tuple(one.topic for one in questions),
+        forms=tuple(one.form for one in questions),
+        questions=tuple(one.text for one in questions),
+        base=base,
+        adapted=adapted,
+        findings=findings_of(base, adapted),
+        meta=lens.describe(prompts),
+    )
+
+
+def base_answers(out: Path) -> Answers | None:
+    """What the base answered beside the first adapter that was asked; None before that."""
+    for file in sorted(out.glob("*/asked.json")):
+        base = json.loads(file.read_text())["base"]
+        return tuple(tuple(answers) for answers in base)
+    return None
 
 
 def listed(lens: ll.LoraLens) -> dict[str, Any]:
@@ -214,12 +268,12 @@ def main() -> None:
                 beside = given.out / f"{PERMUTED}{adapter.name}"
                 beside.mkdir(exist_ok=True)
                 permuted = lens.with_adapter(next(permuted_adapters(lens, 0, 1)))
-                keep(beside / "asked.json", asked, permuted, beside, None)
+                keep(beside / "asked.json", asked, permuted, beside, None, base_answers(given.out))
             continue
         is_backdoor = adapter.quirk is not None and QUIRKS[adapter.quirk]["kind"] == "a backdoor"
         # Without --fast, `lens-lora diff` tries the package's own words as well.
         triggers: list[str] | None = [] if is_backdoor else None
-        keep(folder / "asked.json", asked, lens, folder, triggers)
+        keep(folder / "asked.json", asked, lens, folder, triggers, base_answers(given.out))
         if given.lists:
             keep(folder / "lists.json", listed, lens)
         if given.brief:
