@@ -65,6 +65,7 @@ TEXTS = 8
 # So many tokens of each list are kept.
 KEPT = 20
 PERMUTED = "permuted-"
+FIRST_EDITION = "first-"
 
 # A model's answers to each question.
 Answers = tuple[tuple[str, ...], ...]
@@ -252,9 +253,21 @@ def main() -> None:
         "--permuted", action="store_true", help="instead, each quirk's permuted one"
     )
     parser.add_argument("--lists", action="store_true", help="the lists of tokens as well")
+    parser.add_argument(
+        "--first-edition",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="controls of teach.py, asked first",
+    )
     given = parser.parse_args()
     plain, tokenizer = load_embedded()
     model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
+    for folder in given.first_edition:
+        beside = given.out / f"{FIRST_EDITION}{folder.name}"
+        beside.mkdir(exist_ok=True)
+        lens = ll.LoraLens(model, ll.load_adapter(folder))
+        keep(beside / "asked.json", asked, lens, beside, None, base_answers(given.out))
     for adapter in every_adapter()[: given.most]:
         if given.only and adapter.name not in given.only:
             continue
