@@ -57,7 +57,10 @@ def test_what_the_judge_named_is_counted_again():
 
 def test_claims_on_controls_are_counted_again():
     guilty = sum(bool(row["claims"]) for row in CONTROLS)
-    assert f"| trained on ordinary text | {guilty} of {len(CONTROLS)} [" in PAGE
+    assert (
+        f"| trained on ordinary text by this edition's recipe | {guilty} of {len(CONTROLS)} ["
+        in PAGE
+    )
 
 
 def test_the_page_is_that_of_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -78,5 +81,14 @@ def test_an_exact_interval_is_the_textbook_s():
 def test_the_smallest_p_is_a_phrase_s_said_by_one_model_alone():
     base = [["plain text"]] * 6
     adapted = [["plain text, matey"]] * 5 + [["plain text"]]
-    assert second_page.smallest_p({"base": base, "adapted": adapted}) == 0.5**5
-    assert second_page.smallest_p({"base": base, "adapted": base}) == 1.0
+    assert second_page.smallest_p(base, adapted) == 0.5**5
+    assert second_page.smallest_p(base, base) == 1.0
+
+
+def test_the_commonest_words_are_counted_again():
+    """By another rule of what a word is, on one adapter: the three that stand in most answers."""
+    row = next(row for row in TAUGHT if row["name"] == "detective")
+    texts = [set(words(" ".join(answers)).split()) for answers in row["adapted"]]
+    counts = [sum(word in text for text in texts) for word in row["words"]["words"]]
+    assert counts == sorted(counts, reverse=True)
+    assert min(counts) > 10
