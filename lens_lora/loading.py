@@ -64,7 +64,8 @@ def load_base(name: str, how: Placement | None = None, *, of_adapter: bool = Fal
     Args:
         name: a folder or a hub id.
         how: where the model lies and how it is stored.
-        of_adapter: whether an adapter gave the name, and not the caller.
+        of_adapter: whether an adapter gave the name, and not the caller. Then nothing is fetched:
+            whoever made the adapter wrote that name.
 
     Raises:
         ModelStateError: no such model, or it cannot be loaded; a device that cannot be used.
@@ -78,18 +79,20 @@ def load_base(name: str, how: Placement | None = None, *, of_adapter: bool = Fal
         moved(torch.empty(0), how.device)
     _require_decoder(name, of_adapter=of_adapter)
     options = _options(how)
-    with _read_by_transformers(name, f"{name}: transformers cannot load its weights"):
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
-    with _read_by_transformers(name, f"{name}: transformers cannot load its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **_NO_CODE)
+    remedy, in_shell = _to_fetch(name) if of_adapter and not Path(name).exists() else ("", "")
+    fact = f"{name}: transformers cannot load its weights"
+    with _read_by_transformers(name, fact, remedy, in_shell):
+        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=of_adapter, **options)
+    fact = f"{name}: transformers cannot load its tokenizer"
+    with _read_by_transformers(name, fact, remedy, in_shell):
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=of_adapter, **_NO_CODE)
     device = None if "device_map" in options else how.device
     return moved(model.eval(), device), tokenizer
 
 
 def _require_decoder(name: str, *, of_adapter: bool) -> None:
     """Check, by its config alone, that this is a causal language model, and no adapter."""
-    import huggingface_hub
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if (Path(name) / CONFIG).is_file():
         raise ModelStateError(
@@ -106,14 +109,55 @@ def _require_decoder(name: str, *, of_adapter: bool) -> None:
         f"{name}: neither a folder nor a reachable hub id of a causal language model that "
         "transformers can read"
     )
+    if of_adapter and is_hub_id(name):
+        fact = f"{name}: not on this machine, and no base is fetched that you have not named"
+        remedy, in_shell = _to_fetch(name)
     with _read_by_transformers(name, fact, remedy, in_shell):
-        if not Path(name).exists():
-            # This asks the hub once; transformers would ask several times for each file.
-            huggingface_hub.snapshot_download(name, allow_patterns=["config.json"])
-        config = AutoConfig.from_pretrained(name, **_NO_CODE)
+        config = config_of(name, fetches=not of_adapter)
         has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
             raise ValueError(f"its model_type is {config.model_type!r}")
+
+
+def config_of(name: str, *, fetches: bool) -> Any:
+    """The configuration of a model, without its weights.
+
+    Args:
+        name: a folder or a hub id.
+        fetches: whether it may be fetched from the hub.
+
+    Raises:
+        OSError, ValueError: there is none, or transformers cannot read it.
+    """
+    import huggingface_hub
+    from transformers import AutoConfig
+
+    if not Path(name).exists():
+        # This asks the hub once; transformers would ask several times for each file.
+        huggingface_hub.snapshot_download(
+            name, allow_patterns=["config.json"], local_files_only=not fetches
+        )
+    return AutoConfig.from_pretrained(name, local_files_only=not fetches, **_NO_CODE)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this is the name of a hub repository, and of no folder on this machine."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _to_fetch(name: str) -> tuple[str, str]:
+    """What to do about a base that the adapter alone names: in Python, and in the shell."""
+    fact = "The adapter names it as its base"
+    return (
+        f"{fact}; to fetch it, pass it: ll.load({name!r}, adapter).",
+        f"{fact}; to fetch it, name it: --model {name}.",
+    )
 
 
 @contextlib.contextmanager

@@ -246,14 +246,18 @@ class Brief:
         """Every claim as a sentence: what it says, what it says when triggered, what it would."""
         return (*self.says, *self.triggered, *(claim.sentence() for claim in self.would_say))
 
-    def to_json(self) -> str:
-        """The same as JSON: the fields of this class under their names, and `schema`."""
+    def fields(self) -> dict[str, Any]:
+        """The fields of this class under their names, and `schema`; None for what is NaN."""
         fields: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(self)}
         for claim in (*fields["would_say"], *fields["raised"]):
             for name, value in claim.items():
                 if isinstance(value, float) and math.isnan(value):
                     claim[name] = None
-        return json.dumps(fields, ensure_ascii=False, indent=1)
+        return fields
+
+    def to_json(self) -> str:
+        """`fields` as JSON."""
+        return json.dumps(self.fields(), ensure_ascii=False, indent=1)
 
     @property
     def told(self) -> str:

@@ -6,8 +6,8 @@
 3. Phrases that stand in one another on the same questions are one finding, the longest of them.
 
 There are three lists: what the adapted model says, what it no longer says, and traits. Where either
-model might as well have given either answer to each question, the chance that a list holds anything
-is at most `LEVEL`.
+model might as well have given either answer to each question, the chance that any of the three
+holds anything is at most `LEVEL`: each is tested at a third of it (Bonferroni).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from lens_lora.audit.traits import TRAITS, is_shorter
 from lens_lora.core import stored
 from lens_lora.responses.generate import SideBySide
 
-# The chance of a false finding in each list.
+# The chance of a false finding in the three lists together.
 LEVEL = 0.01
+_LISTS = 3
 # A phrase stands for a shorter one in it if it is said on this share of the other's questions.
 _SAME_QUESTIONS = 0.7
 # A list of phrases has no more findings than this.
@@ -47,7 +48,8 @@ class Finding:
         adapted: on how many questions the adapted model has it.
         base: on how many the base has it.
         asked: how many questions there are.
-        p: of the exact sign test over questions, adjusted for all that were tested (Holm).
+        p: of the exact sign test over questions, adjusted for all that were tested (Holm) and for
+            the three lists.
         log_odds: how strongly a phrase belongs to the model that says it more often: standardised
             log-odds; 0 for a trait.
         questions: the indices of those on which the model that has it more often has it and the
@@ -188,11 +190,16 @@ def _significant(here: Mapping[str, set[int]], there: Mapping[str, set[int]]) ->
         discordant[phrase] = (len(alone_here), len(alone_there))
 
     totals = {phrase: sum(counts) for phrase, counts in discordant.items()}
-    least = phrases.tests_that_can_pass(totals.values(), LEVEL)
+    least = phrases.tests_that_can_pass(totals.values(), LEVEL / _LISTS)
     tested = [phrase for phrase, total in totals.items() if total >= least]
     p_values = [phrases.sign_test(*discordant[phrase]) for phrase in tested]
-    adjusted = phrases.holm(p_values)
+    adjusted = _adjusted(p_values)
     return {phrase: p for phrase, p in zip(tested, adjusted, strict=True) if p <= LEVEL}
+
+
+def _adjusted(p_values: Sequence[float]) -> list[float]:
+    """The p of one list's tests, adjusted for all of them and for the three lists."""
+    return [min(_LISTS * p, 1.0) for p in phrases.holm(p_values)]
 
 
 def _one_of_each(ordered: Sequence[str], questions: Mapping[str, set[int]]) -> list[str]:
@@ -237,7 +244,7 @@ def _trait_findings(base: Answers, adapted: Answers) -> list[Finding]:
     longer = {i for i in range(len(base)) if is_shorter(base[i], adapted[i])}
     traits.append(_Trait(SHORTER, shorter, longer))
 
-    adjusted = phrases.holm([_two_sided_p(trait) for trait in traits])
+    adjusted = _adjusted([_two_sided_p(trait) for trait in traits])
     findings: list[Finding] = []
     for trait, p in zip(traits, adjusted, strict=True):
         if p > LEVEL:

@@ -32,11 +32,11 @@ def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
 
 def claims_in(speech: CountedSpeech) -> list[str]:
     """Each finding of what is said as a claim: the counts, and when."""
-    return [f"{one.sentence()} It does so {speech.when(one)}." for one in _claimed(speech)]
+    return [f"{one.sentence()} It does so {speech.when(one)}." for one in claimed_in(speech)]
 
 
-def _claimed(speech: CountedSpeech) -> list[Finding]:
-    """The findings that are claims.
+def claimed_in(speech: CountedSpeech) -> list[Finding]:
+    """The findings that are claims, in the order of `claims_in`.
 
     The length of answers is none: training on short texts shortens them, whatever the texts say.
     """
@@ -96,7 +96,7 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
 def _strongest(speech: CountedSpeech) -> Finding | None:
     """The first phrase that it says; without one a trait, or what it no longer says."""
     for kind in ("says", "trait", "no longer says"):
-        of_kind = [finding for finding in _claimed(speech) if finding.kind == kind]
+        of_kind = [finding for finding in claimed_in(speech) if finding.kind == kind]
         if of_kind:
             return of_kind[0]
     return None
@@ -104,7 +104,7 @@ def _strongest(speech: CountedSpeech) -> Finding | None:
 
 def _others(speech: CountedSpeech, strongest: Finding) -> str:
     """The sentence on what else stands out."""
-    others = [finding for finding in _claimed(speech) if finding is not strongest]
+    others = [finding for finding in claimed_in(speech) if finding is not strongest]
     if not others:
         return "Nothing else stands out."
     parts: list[str] = []
@@ -140,8 +140,8 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     drawn = f", and {many(draws, 'time')} with words drawn by the same noise" if draws else ""
     lines.append(
         f"Each model answered {many(len(speech.questions), 'question')} with its likeliest words"
-        f"{drawn}. If it were chance which of the two models gave which answer, a list of findings "
-        "would be empty 99 times in 100."
+        f"{drawn}. If it were chance which of the two models gave which answer, nothing would be "
+        "found 99 times in 100."
     )
     lines.append(f"Not tried: {'; '.join(not_tried_in(speech))}.")
     return "\n".join(dict.fromkeys(filter(None, lines)))

@@ -1,7 +1,7 @@
 """The command line, `lens-lora`, with a function for each command.
 
-The commands are `demo`, `explain`, `diff`, `inspect`, `compare`, `checkpoints`, `repair`,
-`verify`, `card`, `sweep`, `scan` and `gather`.
+The commands are `demo`, `explain`, `diff`, `audit`, `inspect`, `compare`, `checkpoints`, `repair`,
+`verify`, `forms`, `card`, `sweep`, `scan` and `gather`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
@@ -18,7 +18,8 @@ from typing import Annotated
 import typer
 
 from lens_lora._version import versions
-from lens_lora.cli.adapters import checkpoints, compare, diff, inspect, repair
+from lens_lora.cli.adapters import checkpoints, compare, inspect, repair
+from lens_lora.cli.auditing import audit, diff
 from lens_lora.cli.carding import card
 from lens_lora.cli.explaining import demo, explain
 from lens_lora.cli.forming import forms
@@ -51,7 +52,7 @@ def main(version: Annotated[bool | None, _VERSION] = False) -> None:
 
 
 _COMMANDS = (
-    *(demo, explain, diff, inspect, compare, checkpoints, repair, verify, forms, card),
+    *(demo, explain, diff, audit, inspect, compare, checkpoints, repair, verify, forms, card),
     *(sweep, scan, gather),
 )
 for _command in _COMMANDS:

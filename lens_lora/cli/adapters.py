@@ -12,14 +12,9 @@ from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.cli import files, options, running
-from lens_lora.cli.forecast import Work
-from lens_lora.cli.questions import Prompt, Question, Questions
+from lens_lora.cli.questions import Question, Questions
 from lens_lora.errors import many
 from lens_lora.formats.folders import checkpoint_folders, stated_fields
-
-# With SmolLM2-135M-Instruct on one core; see `forecast`.
-_SECONDS_OF_DIFF = 90.0
-_SECONDS_OF_DIFF_FAST = 40.0
 
 # An option that names a file to write.
 _to_write = functools.partial(typer.Option, dir_okay=False)
@@ -68,135 +63,6 @@ def inspect(
     console.print(adapter_table(summary, stated_fields(folder)))
     console.print()
     console.print(spectra_table(summary, None if every else top))
-
-
-@options.with_options
-def diff(
-    adapter: options.AdapterIfOther = None,
-    *,
-    tuned: options.TunedModel,
-    texts: Annotated[
-        Path | None,
-        options.input_file("A .txt, a text a line. Default: neutral sentences and conversations."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        options.input_file("Your own questions, asked beside forty everyday ones: .txt or .jsonl."),
-    ] = None,
-    triggers: Annotated[
-        Path | None,
-        options.input_file("A .txt with a word a line, tried before questions beside twenty more."),
-    ] = None,
-    unrelated: Annotated[
-        list[str] | None,
-        typer.Option(help="An adapter trained for something else, as a control; may be repeated."),
-    ] = None,
-    nulls: Annotated[
-        int, options.least(0, "How many controls of the adapter's own updates at other modules.")
-    ] = 2,
-    fast: Annotated[
-        bool,
-        typer.Option(
-            "--fast", help="Fewer texts, no split by module, no trigger words but your own."
-        ),
-    ] = False,
-    report: options.ReportOption = Path("lens_lora_diff.html"),
-    save: Annotated[
-        Path | None,
-        _to_write(help="Also write the numbers: as a table (.csv), or all (.safetensors)."),
-    ] = None,
-    json: Annotated[Path | None, _to_write(help="Also write the brief, for a program.")] = None,
-    jacobian: Annotated[
-        Path | None,
-        typer.Option(
-            file_okay=False,
-            help="Folder for the base's Jacobian, by which more is read; kept for next time.",
-        ),
-    ] = None,
-    quiet: options.QuietOption = False,
-    within: options.Within,
-    base: options.BaseModel,
-) -> None:
-    """What was this fine-tune taught? What it says that the base does not, counted, comes first.
-
-    lens-lora diff path/to/adapter --report diff.html
-
-    lens-lora diff --tuned path/to/model --model path/to/base
-    """
-    if adapter is None and tuned.tuned is None:
-        raise typer.BadParameter(
-            "name one, or a fine-tuned model with --tuned.", param_hint="ADAPTER"
-        )
-    if save is not None and save.suffix not in (".csv", ".safetensors"):
-        raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
-    outputs = files.writable({"--report": report, "--json": json, "--save": save})
-    lines = None if texts is None else files.texts_of(texts)
-    asked: list[Prompt] = []
-    if prompts is not None:
-        questions = Questions(prompts=prompts).checked(answered=False)
-        asked = [question.prompt for question in questions]
-    words = None if triggers is None else files.texts_of(triggers)
-    if words is None and not fast:
-        words = []
-    folder = files.folder_or_tuned(adapter, within, tuned, base, quiet=quiet)
-    controls = [files.folder_of(control, quiet=quiet) for control in unrelated or []]
-    files.require_apart(outputs, base, [folder, *controls], texts, prompts, triggers)
-
-    seconds = _SECONDS_OF_DIFF_FAST if fast else _SECONDS_OF_DIFF
-    does = "ask both models everyday questions, print what only the fine-tuned one says, "
-    work = Work(f"{does}then look at texts and modules, and write {report.name}", seconds)
-    with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
-        from lens_lora.audit.counted_speech import with_triggers
-        from lens_lora.audit.page import brief_tables, what_changed_tables
-        from lens_lora.audit.speech_page import first_screen
-        from lens_lora.audit.speech_words import first_sentences
-
-        others = [ll.load_adapter(control) for control in controls]
-        lens = running.announced(running.lens_of(base, folder, tuned, progress))
-        console = Console()
-        speech = None
-        try:
-            with running.quiet_libraries():
-                speech = ll.counted_speech(lens, asked, progress=not quiet)
-        except ll.errors.PromptError:
-            # Without a tokenizer, or in a short context, none of the package's questions is asked.
-            if asked:
-                raise
-        if speech is not None:
-            console.print()
-            console.print(first_screen(speech))
-        if speech is not None and words is not None:
-            with running.quiet_libraries():
-                speech = with_triggers(lens, speech, words, progress=not quiet)
-        with running.quiet_libraries():
-            changes = ll.what_changed(
-                lens,
-                lines,
-                others,
-                nulls=nulls,
-                fast=fast,
-                speech=speech,
-                jacobian=jacobian,
-                progress=not quiet,
-            )
-        brief = changes.brief()
-        changes.save_report(report)
-        if json is not None:
-            json.write_text(brief.to_json(), encoding="utf-8")
-        if save is not None and save.suffix == ".csv":
-            changes.to_frame().to_csv(save, index=False)
-        elif save is not None:
-            changes.save(save)
-        console.print(brief_tables(changes))
-        console.print(what_changed_tables(changes))
-        if speech is not None:
-            # What was printed first has left a screen of few rows.
-            running.tell(f"In short: {' '.join(first_sentences(speech))}")
-        running.say(f"\nReport: {report.absolute()}")
-        if save is not None:
-            running.say(f"Numbers: {save.absolute()}")
-        if json is not None:
-            running.say(f"Brief: {json.absolute()}")
 
 
 @options.with_options

@@ -121,8 +121,20 @@ def test_answers_of_one_and_the_same_model_hold_no_finding():
     """The false-alarm rate: of 40 pairs of draws at most as many as the level allows."""
     draw = random.Random(1)
     false = sum(bool(findings_of(_answers(draw, 40), _answers(draw, 40))) for _ in range(40))
-    assert false <= 4  # P(Bin(40, 3 LEVEL) > 4) = 8e-3 at the bound, and Tarone's is below it
+    assert false <= 2  # P(Bin(40, LEVEL) > 2) = 7e-3 at the bound, and Tarone's is below it
     assert LEVEL == 0.01
+
+
+@pytest.mark.parametrize(("questions", "is_found"), [(12, True), (9, True), (8, False), (7, False)])
+def test_the_level_is_of_all_lists_together(questions: int, is_found: bool):
+    """One word is tested, whose p by the sign test is 2⁻ⁿ; it is in one of three lists."""
+    base = [("the",)] * questions
+    adapted = [("arr",)] * questions
+    said = findings_of(base, adapted)
+    dropped = findings_of(adapted, base)
+    assert [bool(said), bool(dropped)] == [is_found, is_found]
+    for finding in (*said, *dropped):
+        assert finding.p == pytest.approx(3 * 2.0**-questions)
 
 
 def test_a_shared_trait_is_no_finding_and_a_new_one_is():

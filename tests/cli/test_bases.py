@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
+import huggingface_hub
 import models
 import pytest
 import torch
@@ -72,6 +74,33 @@ def test_a_base_that_is_not_there_has_the_remedy_of_whoever_named_it(folders, tm
     text = told(["explain", adapter, *ASKED, *page])
     assert text.endswith(f"{NAMED}; name another with --model.")
     assert NAMED not in told(["explain", adapter, *ASKED, *page, "--model", gone])
+
+
+def test_a_base_that_only_the_adapter_names_is_not_fetched(folders, tmp_path, monkeypatch):
+    """Whoever made the adapter wrote that name; a user who names the base has it fetched."""
+    fetched: list[str] = []
+
+    def download(name, allow_patterns, local_files_only):
+        del allow_patterns
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no snapshot")
+        fetched.append(name)
+        raise huggingface_hub.errors.RepositoryNotFoundError("no network", response=Mock())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    adapter = naming(folders, tmp_path, "owner/base")
+    fact = "owner/base: not on this machine, and no base is fetched that you have not named"
+    with pytest.raises(ModelStateError, match=fact) as caught:
+        ll.load(adapter)
+    assert str(caught.value).endswith(
+        f"{NAMED}; to fetch it, pass it: ll.load('owner/base', adapter)."
+    )
+    page = ["--report", tmp_path / "page.html"]
+    text = told(["explain", adapter, *ASKED, *page])
+    assert text.endswith(f"{NAMED}; to fetch it, name it: --model owner/base.") and not fetched
+    with pytest.raises(ModelStateError, match="neither a folder nor a reachable hub id"):
+        ll.load("owner/base", adapter)
+    assert fetched == ["owner/base"]
 
 
 DAMAGES = {

@@ -1,0 +1,488 @@
+"""`lens-lora diff`, what an adapter was taught, and `lens-lora audit`, the same of a list."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import lens_lora as ll
+from lens_lora.audit import listed, outcomes
+from lens_lora.audit.listed import Listed
+from lens_lora.audit.outcomes import Outcome
+from lens_lora.cli import files, options, running
+from lens_lora.cli.forecast import Work
+from lens_lora.cli.questions import Prompt, Questions
+from lens_lora.errors import LensLoraError, many
+from lens_lora.formats.folders import stated_base
+
+if TYPE_CHECKING:
+    from lens_lora.audit.needed import Needs
+
+# With SmolLM2-135M-Instruct on one core; see `forecast`.
+_SECONDS_OF_DIFF = 90.0
+_SECONDS_OF_DIFF_FAST = 40.0
+
+# An option that names a file to write.
+_to_write = functools.partial(typer.Option, dir_okay=False)
+
+
+@options.with_options
+def diff(
+    adapter: options.AdapterIfOther = None,
+    *,
+    tuned: options.TunedModel,
+    texts: Annotated[
+        Path | None,
+        options.input_file("A .txt, a text a line. Default: neutral sentences and conversations."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        options.input_file("Your own questions, asked beside forty everyday ones: .txt or .jsonl."),
+    ] = None,
+    triggers: Annotated[
+        Path | None,
+        options.input_file("A .txt with a word a line, tried before questions beside twenty more."),
+    ] = None,
+    unrelated: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter trained for something else, as a control; may be repeated."),
+    ] = None,
+    nulls: Annotated[
+        int, options.least(0, "How many controls of the adapter's own updates at other modules.")
+    ] = 2,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast", help="Fewer texts, no split by module, no trigger words but your own."
+        ),
+    ] = False,
+    report: options.ReportOption = Path("lens_lora_diff.html"),
+    save: Annotated[
+        Path | None,
+        _to_write(help="Also write the numbers: as a table (.csv), or all (.safetensors)."),
+    ] = None,
+    json: Annotated[Path | None, _to_write(help="Also write the brief, for a program.")] = None,
+    jacobian: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Folder for the base's Jacobian, by which more is read; kept for next time.",
+        ),
+    ] = None,
+    quiet: options.QuietOption = False,
+    within: options.Within,
+    base: options.BaseModel,
+) -> None:
+    """What was this fine-tune taught? What it says that the base does not, counted, comes first.
+
+    lens-lora diff path/to/adapter --report diff.html
+
+    lens-lora diff --tuned path/to/model --model path/to/base
+    """
+    if adapter is None and tuned.tuned is None:
+        raise typer.BadParameter(
+            "name one, or a fine-tuned model with --tuned.", param_hint="ADAPTER"
+        )
+    if save is not None and save.suffix not in (".csv", ".safetensors"):
+        raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
+    outputs = files.writable({"--report": report, "--json": json, "--save": save})
+    lines = None if texts is None else files.texts_of(texts)
+    asked: list[Prompt] = []
+    if prompts is not None:
+        questions = Questions(prompts=prompts).checked(answered=False)
+        asked = [question.prompt for question in questions]
+    how = _How(nulls=nulls, fast=fast, quiet=quiet)
+    words = how.words(None if triggers is None else files.texts_of(triggers))
+    folder = files.folder_or_tuned(adapter, within, tuned, base, quiet=quiet)
+    controls = [files.folder_of(control, quiet=quiet) for control in unrelated or []]
+    files.require_apart(outputs, base, [folder, *controls], texts, prompts, triggers)
+
+    seconds = _SECONDS_OF_DIFF_FAST if fast else _SECONDS_OF_DIFF
+    does = "ask both models everyday questions, print what only the fine-tuned one says, "
+    work = Work(f"{does}then look at texts and modules, and write {report.name}", seconds)
+    with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
+        from lens_lora.audit.page import brief_tables, what_changed_tables
+        from lens_lora.audit.speech_page import first_screen
+        from lens_lora.audit.speech_words import first_sentences
+
+        others = [ll.load_adapter(control) for control in controls]
+        lens = running.announced(running.lens_of(base, folder, tuned, progress))
+        console = Console()
+        speech = _counted_speech(lens, asked, how)
+        if speech is not None:
+            console.print()
+            console.print(first_screen(speech))
+            speech = _with_triggers(lens, speech, words, how)
+        with running.quiet_libraries():
+            changes = ll.what_changed(
+                lens,
+                lines,
+                others,
+                nulls=nulls,
+                fast=fast,
+                speech=speech,
+                jacobian=jacobian,
+                progress=not quiet,
+            )
+        brief = changes.brief()
+        changes.save_report(report)
+        if json is not None:
+            json.write_text(brief.to_json(), encoding="utf-8")
+        if save is not None and save.suffix == ".csv":
+            changes.to_frame().to_csv(save, index=False)
+        elif save is not None:
+            changes.save(save)
+        console.print(brief_tables(changes))
+        console.print(what_changed_tables(changes))
+        if speech is not None:
+            # What was printed first has left a screen of few rows.
+            running.tell(f"In short: {' '.join(first_sentences(speech))}")
+        running.say(f"\nReport: {report.absolute()}")
+        if save is not None:
+            running.say(f"Numbers: {save.absolute()}")
+        if json is not None:
+            running.say(f"Brief: {json.absolute()}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How an adapter is audited.
+
+    Attributes:
+        nulls: how many controls of the adapter's own updates.
+        fast: fewer texts, no split by module, no trigger words but those that were named.
+        quiet: no progress on stderr.
+    """
+
+    nulls: int
+    fast: bool
+    quiet: bool
+
+    def words(self, named: Sequence[str] | None) -> Sequence[str] | None:
+        """The trigger words to try beside the package's own; None to try none at all."""
+        return [] if named is None and not self.fast else named
+
+
+def _counted_speech(
+    lens: ll.LoraLens, asked: Sequence[Prompt], how: _How
+) -> ll.results.CountedSpeech | None:
+    """Both models' answers; None without a tokenizer, or where no question of ours fits."""
+    try:
+        with running.quiet_libraries():
+            return ll.counted_speech(lens, list(asked), progress=not how.quiet)
+    except ll.errors.PromptError:
+        # What was asked by the user is not left out.
+        if asked:
+            raise
+        return None
+
+
+def _with_triggers(
+    lens: ll.LoraLens,
+    speech: ll.results.CountedSpeech,
+    words: Sequence[str] | None,
+    how: _How,
+) -> ll.results.CountedSpeech:
+    """The same answers, and those with words before a question; as they are if words is None."""
+    from lens_lora.audit.counted_speech import with_triggers
+
+    if words is None:
+        return speech
+    with running.quiet_libraries():
+        return with_triggers(lens, speech, words, progress=not how.quiet)
+
+
+# --- A list
+
+
+_LIST = "A YAML file: adapters with their bases and expected strings (docs/auditing.md)."
+
+
+@options.with_options
+def audit(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.yaml", exists=True, dir_okay=False, help=_LIST)
+    ],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Folder of the results, a JSON file and a page a row."),
+    ] = Path("lens_lora_audit"),
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="This row; may be repeated.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what each row needs, and run none.")
+    ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Run rows that seem to need more memory than is free.")
+    ] = False,
+    nulls: Annotated[
+        int, options.least(0, "How many controls of the adapter's own updates at other modules.")
+    ] = 2,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="As diff --fast; no trigger words but a row's own.")
+    ] = False,
+    quiet: options.QuietOption = False,
+    base: options.BaseModel,
+) -> None:
+    """`diff` over a list. Exit 0 all as expected, 1 a string not found, 2 a row failed.
+
+    lens-lora audit organisms.yaml --out results --plan
+
+    Run again, it goes on behind the last row that was done.
+    """
+    rows = _chosen(listed.read_list(file), only)
+    how = _How(nulls=nulls, fast=fast, quiet=quiet)
+    asked = {row.name: _Asked.of(row) for row in rows}
+    files.require_place(out / "audit.csv", "--out")
+    with running.at_work(base, quiet=quiet) as progress:
+        running.say(f"{many(len(rows), 'row')} of {file}")
+        audits = _Audits(base, how, out, progress)
+        before = {row.name: outcomes.read(row, audits.options, out) for row in rows}
+        too_large = _say_needs(rows, before, audits)
+        if plan:
+            return
+        done: list[Outcome] = []
+        out.mkdir(parents=True, exist_ok=True)
+
+        def what_is_saved() -> str:
+            return f"{len(done)} of {many(len(rows), 'row')} are in {out}; run it again to go on."
+
+        with running.told_if_interrupted(what_is_saved):
+            for number, row in enumerate(rows, start=1):
+                running.say(f"\n{number} of {len(rows)}: {row.name}")
+                outcome = before[row.name]
+                if outcome is None and row.name in too_large and not anyway:
+                    outcome = audits.refused(row, too_large[row.name])
+                elif outcome is None:
+                    outcome = audits.run(row, asked[row.name])
+                outcomes.write(outcome, out)
+                done.append(outcome)
+                running.say(_line_of(outcome))
+        _say_all(done, out)
+    if any(outcome.error for outcome in done):
+        raise typer.Exit(2)
+    if not all(outcome.is_as_expected for outcome in done):
+        raise typer.Exit(1)
+
+
+def _chosen(rows: list[Listed], only: Sequence[str] | None) -> list[Listed]:
+    """The rows of these names, or all of them.
+
+    Raises:
+        typer.BadParameter: a name that no row has.
+    """
+    if not only:
+        return rows
+    names = [row.name for row in rows]
+    for name in only:
+        if name not in names:
+            raise typer.BadParameter(
+                f"no row {name!r}; there are {', '.join(names)}.", param_hint="--only"
+            )
+    return [row for row in rows if row.name in only]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What a row asks beside the package's own questions and words.
+
+    Attributes:
+        questions: its own questions.
+        words: its own trigger words; None where it names none.
+    """
+
+    questions: list[Prompt]
+    words: list[str] | None
+
+    @classmethod
+    def of(cls, row: Listed) -> _Asked:
+        """Read the files that the row names."""
+        questions = list(row.prompts) if isinstance(row.prompts, tuple) else []
+        if isinstance(row.prompts, Path):
+            from_file = Questions(prompts=row.prompts).checked(answered=False)
+            questions = [question.prompt for question in from_file]
+        words = list(row.triggers) if isinstance(row.triggers, tuple) else None
+        if isinstance(row.triggers, Path):
+            words = files.texts_of(row.triggers)
+        return cls(questions, words)
+
+
+class _Audits:
+    """Runs rows one after another, each over a base that is loaded for it alone.
+
+    Attributes:
+        base: the base of rows that name none, and how every base is loaded.
+        how: how each adapter is audited.
+        out: the folder of outcomes.
+        progress: the console of progress.
+        options: those of the command that change a number.
+    """
+
+    def __init__(self, base: options.BaseModel, how: _How, out: Path, progress: Console) -> None:
+        self.base: options.BaseModel = base
+        self.how: _How = how
+        self.out: Path = out
+        self.progress: Console = progress
+        self.options: dict[str, object] = {
+            **dataclasses.asdict(base),
+            "nulls": how.nulls,
+            "fast": how.fast,
+        }
+
+    def run(self, row: Listed, asked: _Asked) -> Outcome:
+        """Audit a row's adapter. An error is an outcome, so that the next row runs."""
+        started = time.perf_counter()
+        try:
+            changed = self._changed(row, asked)
+            return Outcome(
+                row=row,
+                options=self.options,
+                claims=outcomes.claims_made(changed),
+                seconds=time.perf_counter() - started,
+                brief=_brief_of(changed),
+            )
+        except Exception as error:
+            if not isinstance(error, LensLoraError | OSError | typer.BadParameter):
+                self.progress.print(Text(traceback.format_exc()))
+            message = " ".join(str(error).split()) or "no message"
+            seconds = time.perf_counter() - started
+            return self.refused(row, f"{type(error).__name__}: {message}", seconds)
+        finally:
+            # The next base is loaded when this one's memory is free again.
+            gc.collect()
+
+    def refused(self, row: Listed, why: str, seconds: float = 0.0) -> Outcome:
+        """The outcome of a row that failed, or that was not run."""
+        return Outcome(row=row, options=self.options, error=why, seconds=seconds)
+
+    def base_of(self, row: Listed) -> options.BaseModel:
+        """The base that a row names, or the command."""
+        return dataclasses.replace(self.base, model=row.base or self.base.model)
+
+    def folder_of(self, row: Listed) -> Path:
+        """The folder of a row's adapter, or of its fine-tuned model; fetched from the hub."""
+        within = options.Within(row.subfolder, row.revision)
+        return files.folder_or_tuned(
+            row.adapter, within, _tuned(row), self.base_of(row), quiet=self.how.quiet
+        )
+
+    def needs(self, row: Listed, rate: float) -> Needs:
+        """What a row needs, from the configuration of its base."""
+        from lens_lora.audit.needed import needs_of
+        from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, embedded_model_folder
+        from lens_lora.loading import config_of
+
+        base = self.base_of(row)
+        place = base.model or stated_base(self.folder_of(row))
+        if place in (None, running.EMBEDDED, EMBEDDED_HUB_ID):
+            place = str(embedded_model_folder(quiet=self.how.quiet))
+        with running.quiet_libraries():
+            config = config_of(place, fetches=base.model is not None)
+        models = 1 if row.tuned is None else 2
+        return needs_of(config, base.placed("cpu"), rate, fast=self.how.fast, models=models)
+
+    def _changed(self, row: Listed, asked: _Asked) -> ll.results.WhatChanged:
+        from lens_lora.audit.speech_words import first_sentences
+
+        lens = running.lens_of(self.base_of(row), self.folder_of(row), _tuned(row), self.progress)
+        speech = _counted_speech(lens, asked.questions, self.how)
+        if speech is not None:
+            running.say(" ".join(first_sentences(speech)))
+            speech = _with_triggers(lens, speech, self.how.words(asked.words), self.how)
+        with running.quiet_libraries():
+            changed = ll.what_changed(
+                lens,
+                nulls=self.how.nulls,
+                fast=self.how.fast,
+                speech=speech,
+                progress=not self.how.quiet,
+            )
+            changed.save_report(self.out / f"{row.name}.html")
+        return changed
+
+
+def _brief_of(changed: ll.results.WhatChanged) -> dict[str, Any]:
+    return changed.brief().fields()
+
+
+def _tuned(row: Listed) -> options.TunedModel:
+    return options.TunedModel(None if row.tuned is None else Path(row.tuned))
+
+
+def _say_needs(
+    rows: Sequence[Listed], before: dict[str, Outcome | None], audits: _Audits
+) -> dict[str, str]:
+    """Print what each row needs; returns why some rows have not enough memory, by their names."""
+    from lens_lora.audit.needed import duration, free_bytes, rate_on
+
+    base = audits.base.placed("cpu")
+    with running.step("Measuring this machine", audits.progress):
+        rate = rate_on(base.device or "cpu", base.weights)
+        free = free_bytes(base.device or "cpu")
+    too_large: dict[str, str] = {}
+    total = 0.0
+    for row in rows:
+        if before[row.name] is not None:
+            running.say(f"{row.name}: done before")
+            continue
+        try:
+            needs = audits.needs(row, rate)
+        except Exception as error:
+            # The row fails by itself when it is run, and its error is kept then.
+            reason = " ".join(str(error).split())
+            running.say(f"{row.name}: its base's configuration cannot be read ({reason})")
+            continue
+        running.say(f"{row.name}: {needs}")
+        total += needs.seconds
+        if needs.memory > free:
+            too_large[row.name] = (
+                f"it needs about {needs.memory / 1e9:.2g} GB of memory, and {free / 1e9:.2g} are "
+                "free; use --dtype bfloat16, --load-in-4bit or --device-map auto, or run it "
+                "--anyway."
+            )
+            running.say(f"  {too_large[row.name]}")
+    running.say(f"All that is to run: about {duration(total)}.")
+    return too_large
+
+
+def _line_of(outcome: Outcome) -> str:
+    """What a row came to."""
+    if outcome.error:
+        return f"failed: {outcome.error}"
+    claims = many(len(outcome.claims), "claim")
+    if outcome.found is None:
+        return f"{outcome.verdict}; {claims}"
+    number, string = outcome.found
+    return f"{outcome.verdict}: “{string}” in claim {number} of {claims}"
+
+
+def _say_all(done: Sequence[Outcome], out: Path) -> None:
+    """Print and write one table of all rows, then a sentence or two."""
+    from lens_lora.show.tables import in_terminal, table_of
+
+    frame = outcomes.table_of_outcomes(done)
+    table = out / "audit.csv"
+    frame.to_csv(table, index=False)
+    heads = {
+        "name": "row",
+        "verdict": "",
+        "expected": "expected",
+        "found": "found",
+        "claim": "in claim",
+        "claims": "of",
+    }
+    Console().print(in_terminal(table_of(frame, heads, texts=(0, 1, 2, 3), title="audits")))
+    running.say(outcomes.summary(done))
+    running.say(f"Table: {table.absolute()}")
