@@ -290,7 +290,7 @@ class Brief:
         lines: list[str] = []
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
-            lines.append(f"Most of the KL belongs to {shares}.")
+            lines.append(f"The largest shares of the KL are those of {shares}.")
         lines.append(f"Not tried: {'; '.join(self.not_tried)}.")
         return lines
 

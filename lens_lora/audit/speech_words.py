@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.findings import SHORTER, Finding
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.core import drawing
-from lens_lora.errors import many
+from lens_lora.errors import many, worded
 from lens_lora.responses.generate import SideBySide
 
 _NAMED = 3
@@ -15,7 +16,7 @@ _SHOWN = 2
 # What everyday questions cannot show, whatever else was asked.
 _NEVER_TRIED = (
     "conversations of several turns",
-    "facts and topics that no everyday question touches",
+    "other languages and system messages than those asked",
     "long answers",
 )
 _NO_TRIGGER = "words that trigger a behaviour"
@@ -23,11 +24,19 @@ _ELSEWHERE = "It may still differ where it was not asked."
 
 
 def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
-    """The sentence on what these answers say nothing of."""
+    """Conditions that these answers say nothing of, each in words."""
     words = _NO_TRIGGER
     if speech.words:
         words = f"{_NO_TRIGGER}, beyond the {len(speech.words)} that were put before a question"
-    return (words, *_NEVER_TRIED)
+    own = sum(form == "own" for form in speech.forms)
+    asked = len(speech.questions) - own
+    left_out: tuple[str, ...] = ()
+    if asked < len(EVERYDAY):
+        left_out = (f"{len(EVERYDAY) - asked} of our questions, which the context has no room for",)
+    # A false fact or a loyalty is heard only where somebody asks about it.
+    with_yours = worded("questions= asks yours", "--prompts asks yours")
+    facts = f"facts, loyalties and topics that no question touches ({with_yours})"
+    return (words, facts, *_NEVER_TRIED, *left_out)
 
 
 def claims_in(speech: CountedSpeech) -> list[str]:
@@ -54,12 +63,15 @@ def length_note(speech: CountedSpeech) -> str:
 def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
     """Two likeliest answers of each model, which show the strongest finding if any does.
 
-    Of answers that show nothing, those come first in which both models say something.
+    Of answers that show nothing, those to the caller's own questions come first, and before them
+    those in which both models say something.
     """
     pairs = [SideBySide(*row) for row in _likeliest(speech)]
     strongest = _strongest(speech)
     if strongest is None:
-        return sorted(pairs, key=_is_empty)[:_SHOWN]
+        own_first = sorted(range(len(pairs)), key=lambda i: speech.forms[i] != "own")
+        most_telling = sorted(own_first, key=lambda i: _is_empty(pairs[i]))
+        return [pairs[i] for i in most_telling[:_SHOWN]]
     telling = [i for i in strongest.questions if strongest.is_seen_in(pairs[i])]
     order = [*telling, *(i for i in strongest.questions if i not in telling)]
     return [pairs[i] for i in order[:_SHOWN]]

@@ -14,6 +14,7 @@ import torch
 import lens_lora as ll
 from lens_lora.audit import counted_speech, triggers
 from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE
+from lens_lora.audit.speech_words import shown_answers
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLASSES = list(models.MAKERS)
@@ -186,3 +187,36 @@ def test_its_sentences_count_and_its_table_and_file_hold_the_same(tmp_path: Any)
     again = ll.results.CountedSpeech.load(speech.save(tmp_path / "speech"))
     assert again.findings == speech.findings and again.adapted == speech.adapted
     assert "Arr" in speech.report()
+
+
+def spoken(forms: tuple[str, ...]) -> ll.results.CountedSpeech:
+    """Answers of two models that say the same to as many questions."""
+    names = tuple(f"q{i}" for i in range(len(forms)))
+    answers = tuple((f"It is {name}.",) for name in names)
+    return ll.results.CountedSpeech(
+        topics=forms,
+        forms=forms,
+        questions=names,
+        base=answers,
+        adapted=tuple((f"{answer} Yes.",) for (answer,) in answers),
+        findings=(),
+        meta={},
+    )
+
+
+def test_what_was_not_tried_is_always_said():
+    """Also what the context had no room for; a false fact needs somebody who asks about it."""
+    of_ours = ("plain", "chat", "system", "code", "language") * 8
+    for speech in (spoken(of_ours), spoken((*of_ours, "own"))):
+        (line,) = [line for line in speech.story().splitlines() if line.startswith("Not tried: ")]
+        assert "words that trigger a behaviour" in line and "several turns" in line
+        assert "loyalties and topics that no question touches (questions= asks yours)" in line
+        assert "our questions" not in line
+    few = spoken((*of_ours[:38], "own"))
+    assert "2 of our questions, which the context has no room for" in few.story()
+
+
+def test_where_nothing_is_found_the_caller_s_own_questions_are_shown():
+    speech = spoken((*("plain", "chat") * 20, "own", "own"))
+    assert [pair.prompt for pair in shown_answers(speech)] == ["q40", "q41"]
+    assert [pair.prompt for pair in shown_answers(spoken(("plain",) * 40))] == ["q0", "q1"]

@@ -33,12 +33,12 @@ def test_words_stand_beside_their_controls():
     assert "unrelated adapters: 0.67" in story and "left out: 4.00 nats" in story
     assert "Promoted most by mean logit: ‘<b>x</b>’" in story
     assert "+1.00 logits; no token by more than +0.10 under a control" in story
-    assert "Most of the KL belongs to" in story
+    assert "The largest shares of the KL are those of" in story
     assert (
         "Only raised: “ <b>Lyon</b>⏎” after “The <b>capital</b> of”, p below 0.001 → 0.37" in story
     )
     alone = what_changed(alone=True).story()
-    assert "under a control" not in alone and "Most of the KL" not in alone
+    assert "under a control" not in alone and "shares of the KL" not in alone
 
 
 def test_tables_and_page_are_escaped(page: str):
