@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -91,11 +91,26 @@ def both_answer(
     return BothAnswer(base, adapted, is_confirmed)
 
 
+class _Place(NamedTuple):
+    """The place of a row among all of them.
+
+    Attributes:
+        draw: which of the samplings answers.
+        model: 0 for the base, 1 for the adapted model.
+        prompt: which of the prompts is answered.
+    """
+
+    draw: int
+    model: int
+    prompt: int
+
+
 @dataclasses.dataclass(eq=False)
 class _Asked:
     """The prompts, each asked of both models as often as there are samplings.
 
-    A row is numbered by its draw, then its model, then its prompt.
+    Rows are numbered by draw, then model, then prompt: all prompts of the base's first draw come
+    first. `row_of` numbers a row, and `place_of` says what a number stands for.
     """
 
     lens: LoraLens
@@ -113,6 +128,12 @@ class _Asked:
     def row_of(self, model: int, prompt: int, draw: int) -> int:
         """The number of a row."""
         return (draw * len(_STRENGTHS) + model) * self.prompts.batch + prompt
+
+    def place_of(self, row: int) -> _Place:
+        """The draw, model and prompt of a row."""
+        draw_and_model, prompt = divmod(row, self.prompts.batch)
+        draw, model = divmod(draw_and_model, len(_STRENGTHS))
+        return _Place(draw, model, prompt)
 
     def confirmed_answers(self, *, progress: bool) -> list[list[int]]:
         """The ids that each row answers, every one of them confirmed."""
@@ -231,7 +252,7 @@ class _Asked:
         of_each = len(rows) // len(self.samplings)
         for draw, sampling in enumerate(self.samplings):
             own = slice(draw * of_each, (draw + 1) * of_each)
-            prompts = [row % self.prompts.batch for row in rows[own]]
+            prompts = [self.place_of(row).prompt for row in rows[own]]
             chosen.append(sampling.choose(logits[own], self._noise[draw][prompts, step]))
         return torch.cat(chosen)
 
@@ -246,7 +267,11 @@ class _Asked:
         It is drawn at random: the rows of a prompt stand together, so that every eighth one would
         often be of the same model.
         """
-        shortest_first = sorted(range(rows), key=lambda row: len(self._ids[row % len(self._ids)]))
+
+        def length(row: int) -> int:
+            return len(self._ids[self.place_of(row).prompt])
+
+        shortest_first = sorted(range(rows), key=length)
         alike = max(1, min(_CONFIRMED, rows // _CONFIRMED))
         generator = random.Random(0)
         chosen: list[int] = []
@@ -261,8 +286,8 @@ class _Asked:
 
     def _count_agreed(self, rows: Sequence[int], answers: Sequence[Sequence[int]]) -> int:
         """How many tokens of these rows' answers are also chosen by a pass over the whole row."""
-        batch = self.prompts.batch
-        asked = [self._ids[row % batch] for row in rows]
+        places = [self.place_of(row) for row in rows]
+        asked = [self._ids[place.prompt] for place in places]
         texts: list[Tensor] = []
         for ids, row in zip(asked, rows, strict=True):
             # Nothing is read at the last token of an answer, so it is not run.
@@ -273,17 +298,16 @@ class _Asked:
         tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         sources = tuple(Source(length=len(ids)) for ids in asked)
         prompts = Prompts(tokens.to(home_of(self.lens.model)), lengths, reads, sources)
-        models = [row // batch % len(_STRENGTHS) for row in rows]
+        models = [place.model for place in places]
         with self.lens.adapted(self._gates[models]), self.lens.unembedding_only(prompts.at_slots):
             logits = self.lens.run(prompts)
         agreed = 0
-        for place, row in enumerate(rows):
+        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
             answer = answers[row]
-            draw = row // (batch * len(_STRENGTHS))
-            # A prompt that is read at fewer places than others repeats its last one.
-            of_row = logits[place, : len(answer)]
-            noise = self._noise[draw][row % batch, : len(answer)]
-            chosen = self.samplings[draw].choose(of_row, noise).tolist()
+            # A row that is read at fewer positions than others repeats its last one.
+            of_row = logits[index, : len(answer)]
+            noise = self._noise[place.draw][place.prompt, : len(answer)]
+            chosen = self.samplings[place.draw].choose(of_row, noise).tolist()
             for token, answered in zip(chosen, answer, strict=True):
                 if token == answered:
                     agreed += 1

@@ -212,11 +212,11 @@ def _replaced(
         return replaced_readout(lens, g.reading, points, stand_in, progress=g.progress, what=what)
 
     members = lens.sites.indicator(groups).to(lens.device, lens.gate_dtype)
-    # The state of a site that a run is about is 2, or 2 + j where it is about the rank j.
-    state_of_members = 2.0 + torch.tensor(rank_of_group or [0] * len(groups))[:, None]
-    state_of_others = 0.0 if adds else 1.0
+    rank_of_run = torch.tensor(rank_of_group or [0] * len(groups)).to(members)
+    state_of_members = activations.ABOUT + rank_of_run[:, None]
+    state_of_others = activations.OFF if adds else activations.ON
     points = activations.Points(
-        states=torch.where(members > 0, state_of_members.to(members), state_of_others),
+        states=torch.where(members > 0, state_of_members, state_of_others),
         of_ranks=is_by_rank,
         alone=adds and is_by_rank,
         replaced=True,

@@ -202,13 +202,20 @@ def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _K
 # --- δ replaced
 
 
+# The state of a site in a run: it writes nothing, or its own δ, or the run is about it.
+# Where the run is about its rank j, the state is ABOUT + j.
+OFF = 0.0
+ON = 1.0
+ABOUT = 2.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Points:
     """The interventions: what each run does at every site.
 
     Attributes:
-        states: 0 where a site is off, 1 where it is on and the run is not about it, 2 where the run
-            is about it, or 2 + j where it is about its rank j.
+        states: `OFF` or `ON` of a site that the run is not about; `ABOUT` of one that it is about,
+            and of its rank j `ABOUT` + j.
         of_ranks: whether the runs are about single ranks.
         alone: whether only that rank of the site writes.
         replaced: whether the δ of the site or rank is replaced.
@@ -218,6 +225,20 @@ class Points:
     of_ranks: bool
     alone: bool
     replaced: bool
+
+    @property
+    def writes(self) -> Bool[Tensor, "point site"]:
+        """Whether a site writes anything."""
+        return self.states > OFF
+
+    @property
+    def ranks(self) -> Int[Tensor, " point"]:
+        """The rank that each run is about; 0 where it is about whole sites."""
+        return (self.states.amax(1) - ABOUT).long()
+
+    def are_about(self, site: int) -> Bool[Tensor, " point"]:
+        """Whether each run is about this site."""
+        return self.states[:, site] >= ABOUT
 
 
 def require_ranks(lens: LoraLens, sites: Sequence[int]) -> None:
@@ -272,8 +293,8 @@ class _ReplaceInject:
         self._points = points
         self._rows = rows
         self._stand_in = stand_in
-        self._gates = (points.states > 0).to(lens.gate_dtype)
-        self._ranks = (points.states.amax(1) - 2).long()
+        self._gates = points.writes.to(lens.gate_dtype)
+        self._ranks = points.ranks
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         """Write B u at one injection, with u moved in the rows that are about its site."""
@@ -286,7 +307,7 @@ class _ReplaceInject:
 
     def _moved(self, index: int, injection: Injection, u: Tensor) -> Tensor:
         """Return u + P(ū − u) in the rows that are about this site; P u where the rank is alone."""
-        is_about = (self._points.states[:, injection.site] >= 2).to(u.device)
+        is_about = self._points.are_about(injection.site).to(u.device)
         if not bool(is_about.any()):
             return u
         start = u

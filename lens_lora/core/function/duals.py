@@ -75,7 +75,7 @@ class OneProduct(TorchFunctionMode):
         result = None
         if rule is not None:
             result = rule(self.rows, *args, **kwargs)
-        if result is None and func in _SAVING:
+        if result is None and func in _OPERANDS_ARE_SAVED:
             result = _value_and_tangent_apart(func, args, kwargs, self._kernels)
         if result is None:
             result = func(*args, **kwargs)
@@ -280,16 +280,18 @@ def _repeated_like(like: Tensor, value: Tensor) -> Tensor:
     return value.repeat(len(like) // len(value), *[1] * (value.ndim - 1))
 
 
-# Functions whose operands torch saves for the way back.
-_SAVING = frozenset(
-    {
-        *(torch.mul, Tensor.mul, Tensor.__mul__, torch.div, Tensor.div, Tensor.__truediv__),
-        *(torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square),
-        *(torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt, torch.tanh, Tensor.tanh),
-        *(functional.silu, functional.gelu, functional.relu, functional.tanh),
-        *(functional.layer_norm, functional.scaled_dot_product_attention),
-        *(torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.gather, Tensor.gather),
-    }
+# Functions whose operands torch saves for the way back. Of a dual number whose value has a graph,
+# value and tangent are computed apart, so that the graph holds no tangent.
+_TIMES = (torch.mul, Tensor.mul, Tensor.__mul__)
+_OVER = (torch.div, Tensor.div, Tensor.__truediv__)
+_POWERS = (torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square)
+_ROOTS = (torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt)
+_ACTIVATIONS = (torch.tanh, Tensor.tanh, functional.tanh, functional.relu, functional.gelu)
+_BATCHED = (torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm)
+_LAYERS = (functional.silu, functional.layer_norm, functional.scaled_dot_product_attention)
+_SELECTIONS = (torch.gather, Tensor.gather)
+_OPERANDS_ARE_SAVED = frozenset(
+    (*_TIMES, *_OVER, *_POWERS, *_ROOTS, *_ACTIVATIONS, *_BATCHED, *_LAYERS, *_SELECTIONS)
 )
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _MULTIPLES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)

@@ -97,21 +97,45 @@ class _Swap:
 
 
 def swaps(donor: Recording, patches: Sequence[Patch], rows: int) -> list[tuple[str, _Swap]]:
-    """Hooks for a batch in which row r · patches + i is the donor's row r under patch i."""
-    by_point: dict[str, list[int]] = {}
+    """Hooks that patch each of the rows in turn by each patch, a hook for each point.
+
+    The batch holds every row once for each patch, and the copies of a row stand together: row r
+    under patch i is row r · n + i of the batch, with n patches.
+
+    Args:
+        donor: the activations that are put in.
+        patches: the interventions.
+        rows: how many rows there are, as in the donor's run.
+    """
+    patches_at: dict[str, list[int]] = {}
     for index, patch in enumerate(patches):
-        by_point.setdefault(patch.name, []).append(index)
+        patches_at.setdefault(patch.name, []).append(index)
     hooks: list[tuple[str, _Swap]] = []
-    for name, indices in by_point.items():
-        masks = [patches[index].where for index in indices]
-        given = [mask for mask in masks if mask is not None]
-        where = torch.stack(given, 1).flatten(0, 1) if given else None
+    for name, indices in patches_at.items():
+        # Every row with every patch at this point: (r0, i0), (r0, i1), …, (r1, i0), …
         donor_rows = torch.arange(rows).repeat_interleave(len(indices))
-        patched = donor_rows * len(patches) + torch.tensor(indices).repeat(rows)
-        batch = rows * len(patches)
-        swap = _Swap(name, donor.firings[name], batch, patched, donor_rows, where)
+        patch_of_each = torch.tensor(indices).repeat(rows)
+        swap = _Swap(
+            name,
+            donor=donor.firings[name],
+            rows=rows * len(patches),
+            patched=donor_rows * len(patches) + patch_of_each,
+            donor_rows=donor_rows,
+            where=_masks([patches[index] for index in indices]),
+        )
         hooks.append((name, swap))
     return hooks
+
+
+def _masks(patches: Sequence[Patch]) -> Bool[Tensor, "patch _pos _feature"] | None:
+    """The masks of patches at one point for every row, as `swaps` orders them; None for all of it.
+
+    The patches of one point all have a mask, or none has one.
+    """
+    masks = [patch.where for patch in patches if patch.where is not None]
+    if not masks:
+        return None
+    return torch.stack(masks, 1).flatten(0, 1)
 
 
 def _growing_swaps(
