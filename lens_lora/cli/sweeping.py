@@ -7,6 +7,7 @@ nothing has numbers. Results of another sweep at `--out` are refused before the 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -39,8 +40,10 @@ _Resume = Annotated[
 ]
 
 
-def _shard_of(given: str) -> tuple[int, int]:
-    """The shard that `--shard i/n` names."""
+def _shard_of(given: str | None) -> tuple[int, int] | None:
+    """The shard that `--shard i/n` names; None without it."""
+    if given is None:
+        return None
     index, _, count = given.partition("/")
     if not (index.isdecimal() and count.isdecimal()) or not 1 <= int(index) <= int(count):
         raise typer.BadParameter(f"--shard {given}: expected i/n, shard i of n, counted from 1.")
@@ -100,16 +103,18 @@ def sweep(
     """
     if out.suffix != ".parquet":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
-    part = None if shard is None else _shard_of(shard)
+    part = _shard_of(shard)
     names = chosen(analysis or ["first_order"])
     rows = _records(prompts, names, limit, has_margin=readout == "margin")
-    if rank() == 0:
+    is_first = rank() == 0
+    if is_first:
         files.require_place(out, "--out")
-    folder = files.folder_of(adapter, within, quiet=quiet or rank() > 0)
+    is_quiet = quiet or not is_first
+    folder = files.folder_of(adapter, within, quiet=is_quiet)
     files.require_apart({"--out": out}, base, [folder], prompts)
 
-    with running.at_work(base, quiet=quiet or rank() > 0) as progress:
-        from lens_lora.sweeps.sweep import is_begun, require_resumable, require_slopes
+    with running.at_work(base, quiet=is_quiet) as progress:
+        from lens_lora.sweeps.sweep import require_resumable, require_slopes
 
         loaded = ll.load_adapter(folder)
         readouts = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}
@@ -117,31 +122,23 @@ def sweep(
         require_slopes(names, asked_readout)
         processes = launched()
         command: str | None = None
-        if part is None and names[0] not in BY_TOKEN:
+        writes_rows = part is None and names[0] not in BY_TOKEN
+        if writes_rows:
             with running.step("Reading the files of model and adapter", progress):
                 asked = {"analyses": list(names), "readout": readout}
                 command = finished.command_digest(base, loaded, folder, asked)
         if resume and part is None:
             require_resumable(out, loaded, names, asked_readout)
+        before = None
         if resume and command is not None:
             before = finished.finished_sweep(out, command, list(rows), names)
-            if before is not None:
-                _end(before, processes)
-                return
-        if processes.count > 1 and base.device_map is not None:
-            raise ArgumentError(
-                f"--device-map and {processes.count} processes: each would place a model of its "
-                "own on the same devices. Launch one process for a model over several devices, or "
-                "leave --device-map out: each process then takes the device of its number."
-            )
+        if before is not None:
+            _end(before, processes)
+            return
+        _require_devices_apart(base, processes)
         lens = running.lens_for(base.placed(processes.device), loaded, progress)
 
-        def kept() -> str:
-            if not is_begun(out):
-                return "No prompt was finished."
-            return f"Finished prompts are kept beside {out}; run the same command again to resume."
-
-        with warnings.catch_warnings(), running.told_if_interrupted(kept):
+        with warnings.catch_warnings(), running.told_if_interrupted(functools.partial(_kept, out)):
             # The bad records of which a sweep warns are listed below.
             warnings.simplefilter("ignore")
             result = ll.sweep(
@@ -159,10 +156,40 @@ def sweep(
             running.say(repr(result))
             running.say(f"Once all shards are finished: lens-lora gather {out}")
             return
-        is_of_rows = isinstance(result, ll.results.SweepResult)
-        if is_of_rows and command is not None and processes.is_main:
-            finished.remember(result, command)
+        if processes.is_main:
+            _remember(result, command)
         _end(result, processes)
+
+
+def _require_devices_apart(base: options.BaseModel, processes: Processes) -> None:
+    """Refuse a device map for several processes.
+
+    Raises:
+        ArgumentError: each process would place a model on the same devices.
+    """
+    if processes.count > 1 and base.device_map is not None:
+        raise ArgumentError(
+            f"--device-map and {processes.count} processes: each would place a model of its "
+            "own on the same devices. Launch one process for a model over several devices, or "
+            "leave --device-map out: each process then takes the device of its number."
+        )
+
+
+def _kept(out: Path) -> str:
+    """What an interrupted sweep says of the prompts that it has finished."""
+    from lens_lora.sweeps.sweep import is_begun
+
+    if not is_begun(out):
+        return "No prompt was finished."
+    return f"Finished prompts are kept beside {out}; run the same command again to resume."
+
+
+def _remember(
+    result: ll.results.SweepResult | ll.results.ActivationsFile, command: str | None
+) -> None:
+    """Write down by which command a sweep of rows was finished."""
+    if isinstance(result, ll.results.SweepResult) and command is not None:
+        finished.remember(result, command)
 
 
 def _end(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: Processes) -> None:
@@ -212,7 +239,7 @@ def scan(
     files.require_place(out, "--out")
     files.require_apart({"--out": out}, base, folders, asked.prompts)
     questions = asked.checked()
-    part = None if shard is None else _shard_of(shard)
+    part = _shard_of(shard)
     bases = [(str(path), stated_base(path)) for path in folders]
     remedy = "scan the adapters of each base apart, or name one base for all with --model."
     named = one_base(bases if base.model is None else bases[:1], remedy)

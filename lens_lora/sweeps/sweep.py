@@ -157,10 +157,7 @@ def sweep(
         return token_sweep(lens, records, names[0], out, batch_size, resume, version, progress)
 
     rows = _read(lens, records, readout)
-    if readout is not None and not batches.is_make(readout):
-        one_for_all = require_readout(readout)
-        _require_fits_some_prompt(lens, rows, one_for_all)
-        lens = _sites_that_matter(lens, rows, one_for_all)
+    lens = _lens_for(lens, rows, readout)
     require_slopes(names, readout)
 
     processes = launched()
@@ -186,9 +183,7 @@ def sweep(
         resumed = sum(_is_finished(record, finished) for record in mine)
         unfinished = _without(share, finished)
         with _bar(unfinished, resumed, processes, is_shown) as bar:
-            for batch in unfinished:
-                store.add(batches.measure(lens, batch, names))
-                bar.update(len(batch))
+            _run(lens, unfinished, names, store, bar)
 
         if part is None:
             processes.by_main(lambda: store.merge(checked, finished))
@@ -229,6 +224,19 @@ def _share(
     if part is None:
         return all_batches[processes.index :: processes.count]
     return all_batches[part.index - 1 :: part.count]
+
+
+def _run(
+    lens: LoraLens,
+    unfinished: Sequence[Sequence[Job]],
+    names: Sequence[str],
+    store: RowStore,
+    bar: tqdm,
+) -> None:
+    """Run the batches one after another; each is on the disk before the next begins."""
+    for batch in unfinished:
+        store.add(batches.measure(lens, batch, names))
+        bar.update(len(batch))
 
 
 def _is_finished(record: Record, finished: Mapping[Content, Row]) -> bool:
@@ -354,6 +362,21 @@ def is_begun(out: str | Path) -> bool:
     """Whether some prompt of a sweep is finished: in its parts, or in the result."""
     store = Store(out, {})
     return store.path.exists() or any(store.folder.glob("*.parquet"))
+
+
+def _lens_for(
+    lens: LoraLens, records: Sequence[Record], readout: Readout | Make | None
+) -> LoraLens:
+    """The lens of the sites that a readout for all prompts can be moved by; else the lens itself.
+
+    Raises:
+        TokenError: the readout fits no record's prompt.
+    """
+    if readout is None or batches.is_make(readout):
+        return lens
+    one_for_all = require_readout(readout)
+    _require_fits_some_prompt(lens, records, one_for_all)
+    return _sites_that_matter(lens, records, one_for_all)
 
 
 def _require_fits_some_prompt(lens: LoraLens, records: Sequence[Record], readout: Readout) -> None:
