@@ -55,6 +55,7 @@ def forms(
 
 
 def _known(names: Sequence[str]) -> list[Form]:
+    """The forms of these names, in the order in which all forms are listed."""
     for name in names:
         if name not in FORMS:
             raise typer.BadParameter(

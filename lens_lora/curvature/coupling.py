@@ -27,7 +27,6 @@ from lens_lora.core import (
     Group,
     Groups,
     Ranked,
-    Sites,
     analysis,
     long_table,
     per_prompt,
@@ -168,8 +167,8 @@ def coupling(g: Function, *, group: Group = "site", at: float = 0.0) -> Coupling
     """
     at = number("at", at)
     sites = g.lens.sites
-    groups = Sites(sites).grouped(group)
-    members = g.lens.gates(Sites(sites).indicator(groups))
+    groups = sites.grouped(group)
+    members = g.lens.gates(sites.indicator(groups))
     products = g.curvature(members, at)
     matrix = torch.einsum("mbs,gs->bgm", products, members)
     return Coupling(matrix=matrix, groups=groups, at=at, **g.header())

@@ -274,6 +274,9 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Split | None) -> T
     added = adapted - of_all_but_each
     both = of_pair - base
     interaction = torch.stack([both[row] - alone[a] - alone[b] for row, (a, b) in enumerate(pairs)])
+    # The values of an interaction, in the order of its formula; at one adapter alone the noise is
+    # taken to be that of all adapters.
+    noise_floor = g.noise((1, -1, -1, 1), at=(1.0, 1.0, 1.0, 0.0))
     found = Together(
         adapters=names,
         alone=alone.T,
@@ -281,7 +284,7 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Split | None) -> T
         first=tuple(names[a] for a, _ in pairs),
         second=tuple(names[b] for _, b in pairs),
         interaction=interaction.T,
-        noise_floor=g.noise((1, -1, -1, 1), at=(1.0, 1.0, 1.0, 0.0)),
+        noise_floor=noise_floor,
         **g.header(),
     )
     if split is None:

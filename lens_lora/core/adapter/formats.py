@@ -85,12 +85,7 @@ def adapter_format(
         ArgumentError: no names of files; PEFT's own two; what is no function; a name that another
             module has registered.
     """
-    names = tuple(files) if isinstance(files, Sequence) and not isinstance(files, str) else ()
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise ArgumentError(
-            f"files={files!r} names no files of a folder",
-            remedy="give names such as files=('delta.safetensors',).",
-        )
+    names = _file_names(files)
     if set(names) <= set(PEFT_FILES):
         raise ArgumentError(
             f"files={files!r} are those of PEFT's own format", remedy="name another file, too."
@@ -111,6 +106,23 @@ def adapter_format(
         return read
 
     return register
+
+
+def _file_names(files: object) -> tuple[str, ...]:
+    """The names of files that a format is known by, checked.
+
+    Raises:
+        ArgumentError: a single string, no name, or a path in place of a name.
+    """
+    is_list = isinstance(files, Sequence) and not isinstance(files, str)
+    names = tuple(files) if is_list else ()
+    are_names = [isinstance(name, str) and Path(name).name == name for name in names]
+    if not names or not all(are_names):
+        raise ArgumentError(
+            f"files={files!r} names no files of a folder",
+            remedy="give names such as files=('delta.safetensors',).",
+        )
+    return names
 
 
 def _names_no_base(folder: Path) -> None:
@@ -143,7 +155,7 @@ def registered() -> list[AdapterFormat]:
 
 @functools.cache
 def _import_listed() -> None:
-    """The formats of this package, and those of installed packages."""
+    """Import the modules that register formats, once: this package's, and installed packages'."""
     extensions.import_each(extensions.FORMATS)
     for entry in entry_points(group=GROUP):
         entry.load()

@@ -58,10 +58,11 @@ def constant_of_v(
         u[:of_beta] = 0
     if not bool(u.any()):
         return None
-    by_kv = site.sB.unflatten(0, (heads.n_kv, -1))
+    # Rep: [kv, head] is 1 where a query head reads a head of keys and values.
     queries_of_each = heads.n_heads // heads.n_kv
-    reads_kv = torch.eye(heads.n_kv).repeat_interleave(queries_of_each, 1)
-    spread = reads_kv.to(by_kv)[:, :, None, None] * by_kv[:, None]
+    reads = torch.eye(heads.n_kv).repeat_interleave(queries_of_each, 1)
+    B_by_kv = site.sB.unflatten(0, (heads.n_kv, -1))
+    spread = reads.to(B_by_kv)[:, :, None, None] * B_by_kv[:, None]
     return Constant(u, spread.flatten(1, 2))
 
 
@@ -81,16 +82,18 @@ def through_update_of_o(constant: Constant, o: SiteMap, heads: Heads) -> tuple[S
     """The map that adds s_o B_o A_o Rep(c_v), once in v's rank space and once in o's."""
     of_v = _constant_map(o.sB @ (o.A @ constant.spread), constant.u, heads)
     shift = constant.spread.sum(0) @ constant.u
-    by_head = (o.A * shift).unflatten(-1, (heads.n_heads, -1)).sum(-1).T
+    by_head = (o.A * shift).unflatten(-1, (heads.n_heads, -1)).sum(-1).T  # [head, rank]
     if o.a0_by_head is not None:
         slots_behind_heads = len(o.a0_by_head) - len(by_head)
         by_head = torch.nn.functional.pad(by_head, (0, 0, 0, slots_behind_heads))
-    nothing = o.A.new_zeros(o.A.shape[0], heads.n_heads)
-    return of_v, SiteMap(nothing, o.sB, o.A @ shift, by_head.contiguous())
+    reads_nothing = o.A.new_zeros(o.A.shape[0], heads.n_heads)
+    of_o = SiteMap(reads_nothing, o.sB, o.A @ shift, by_head.contiguous())
+    return of_v, of_o
 
 
 def _constant_map(
-    by_head: Float[Tensor, "kv d_model rank"], u: Float[Tensor, " rank"], heads: Heads
+    by_kv: Float[Tensor, "kv d_model rank"], u: Float[Tensor, " rank"], heads: Heads
 ) -> SiteMap:
-    nothing = u.new_zeros(len(u), heads.n_heads)
-    return SiteMap(nothing, by_head.sum(0), u, sB_by_head=by_head)
+    """The map that adds B u whatever it reads, with B the sum over heads of keys and values."""
+    reads_nothing = u.new_zeros(len(u), heads.n_heads)
+    return SiteMap(reads_nothing, by_kv.sum(0), u, sB_by_head=by_kv)

@@ -74,9 +74,9 @@ class ChosenPositions:
             length: how many tokens the text has.
             start: where its response begins; its length where it has none.
         """
-        places = np.arange(length)
         if self.which is None or self.which == "each":
-            return places >= 0
+            return np.ones(length, bool)
+        places = np.arange(length)
         if self.which == "prompt":
             return places < start
         if self.which == "response":
@@ -85,7 +85,8 @@ class ChosenPositions:
         if isinstance(self.which, slice):
             mask[self.which] = True
         else:
-            mask[[index for index in self.which if -length <= index < length]] = True
+            within = [index for index in self.which if -length <= index < length]
+            mask[within] = True
         return mask
 
     def __str__(self) -> str:
