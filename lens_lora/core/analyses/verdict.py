@@ -73,12 +73,18 @@ def points_of(
         curvature_noise: σ of the curvature from rounding alone, where R is what second order
             leaves; None where it is what first order leaves.
     """
-    floors = noise.of_remainder(scales, curvature_noise)
-    fields = (remainder, shift, floors, noise.of_shift(scales))
     strengths = scales.cpu().double().tolist()
+    columns = (
+        remainder,
+        shift,
+        noise.of_remainder(scales, curvature_noise),
+        noise.of_shift(scales),
+    )
+    columns_by_prompt = [column.cpu().double().tolist() for column in columns]
     points: list[list[Point]] = []
-    for of_prompt in zip(*(values.cpu().double().tolist() for values in fields), strict=True):
-        points.append([Point(*point) for point in zip(strengths, *of_prompt, strict=True)])
+    for columns_of_prompt in zip(*columns_by_prompt, strict=True):
+        rows = zip(strengths, *columns_of_prompt, strict=True)
+        points.append([Point(*row) for row in rows])
     return points
 
 
@@ -129,10 +135,14 @@ class Verdict(_Worded):
 
     @property
     def kind(self) -> Literal["no_shift", "coincidence", "noise", "small", "large", "uneven"]:
-        """'no_shift', the shift itself is within rounding; 'coincidence', at most a tenth of the
-        shift is missed at ε = 1, but more than a fifth on the way; 'noise', the remainder at ε = 1
-        is within rounding; 'small', at most a tenth is missed throughout; 'large', more than a
-        tenth at ε = 1; 'uneven', at most a tenth at ε = 1, and up to a fifth on the way.
+        """The verdict in a word.
+
+        'no_shift': the shift itself is within rounding.
+        'coincidence': at most a tenth of it is missed at ε = 1, but more than a fifth on the way.
+        'noise': the remainder at ε = 1 is within rounding.
+        'small': at most a tenth is missed throughout.
+        'large': more than a tenth is missed at ε = 1.
+        'uneven': at most a tenth is missed at ε = 1, and up to a fifth on the way.
         """
         worst = self.worst or 0.0
         if abs(self.shift) <= self.floor:
@@ -186,8 +196,11 @@ class FlipVerdict(_Worded):
 
     @property
     def kind(self) -> Literal["hidden", "flips", "keeps"]:
-        """'hidden', a margin is within rounding of zero, so that its sign is unknown; 'flips';
-        'keeps', both have the same sign.
+        """The verdict in a word.
+
+        'hidden': a margin is within rounding of zero, so that its sign is unknown.
+        'flips': the margins have different signs.
+        'keeps': both have the same sign.
         """
         if min(abs(self.m0), abs(self.m)) <= self.floor:
             return "hidden"

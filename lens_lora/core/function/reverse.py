@@ -286,7 +286,8 @@ def require_finite_slopes(lens: LoraLens, values: Float[Tensor, "batch site *by"
         site = lens.sites[int(broken[0])]
         raise NumericsError(
             f"the derivative at {site.name} ({site.write}) is not finite; lens.logits(prompts) "
-            "names the first hook point with non-finite activations, if the model has one."
+            "names the first hook point with non-finite activations, if the model has one. If it "
+            "has none, the readout has no derivative there, as a root or a norm has none at zero."
         )
     require_finite(values, "the first-order shift")
 

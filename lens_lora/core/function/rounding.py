@@ -345,7 +345,8 @@ def noise_of_draws(values: Float[Tensor, "draw batch"]) -> _ByPrompt:
 
     The ends may differ: log p of a token that is as good as certain has no room to move.
     """
-    return (values[1:] - values[0]).square().mean(0).sqrt() / _TWO_RUNS
+    distance = (values[1:] - values[0]).square().mean(0).sqrt()
+    return _infinite_if_unknown(distance) / _TWO_RUNS
 
 
 def noise_of_ends(
@@ -408,4 +409,12 @@ def _distance_of_draws(
     error of its own. Both are rounded, so this is on the large side, as verdicts need it.
     """
     distance = (drawn - computed.to(drawn)[:, None]).square().mean(1).sqrt()
-    return torch.maximum(distance, least.to(distance))
+    return torch.maximum(_infinite_if_unknown(distance), least.to(distance))
+
+
+def _infinite_if_unknown(noise: _ByPrompt) -> _ByPrompt:
+    """The noise σ, and infinity where a draw is NaN: there rounding may do anything.
+
+    A readout with a root or a norm of zero at the base has such derivatives.
+    """
+    return noise.nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -286,3 +286,22 @@ def test_the_precision_of_a_toy_is_measured():
     for dtype in (torch.float64, torch.float32):
         model = HookedTransformer(HookedTransformerConfig(**sizes, **like, dtype=dtype, seed=0))
         assert ll.LoraLens(model, adapter).eps == torch.finfo(dtype).eps
+
+
+def test_a_draw_without_a_value_makes_the_floor_infinite():
+    """Beside the draws of the first prompt, which differ by one from what was computed."""
+    drawn = torch.tensor([[1.0, 3.0], [1.0, torch.nan]])
+    computed = torch.tensor([2.0, 2.0])
+    floor = engine_noise._distance_of_draws(drawn, computed, torch.zeros(2))
+    assert floor.tolist() == [1.0, torch.inf]
+    values = torch.tensor([[2.0, 2.0], [2.0, torch.nan]])
+    of_values = engine_noise.noise_of_draws(values)
+    assert of_values.tolist() == [0.0, torch.inf]
+
+
+def test_a_readout_without_a_derivative_is_named_as_the_cause():
+    """√x has none at x = 0, where g itself is finite."""
+    lens, _ = lenses("llama", next(iter(models.MAKERS)))
+    root = ll.Readout.of(lambda logits: (logits[:, 3] * 0).sqrt())
+    with pytest.raises(ll.errors.NumericsError, match="the readout has no derivative there"):
+        ll.first_order(lens, TOKENS, root, progress=False)
