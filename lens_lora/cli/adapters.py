@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -127,11 +128,12 @@ def compare(
 
 @options.with_options
 def checkpoints(
-    run_folder: Annotated[
-        str,
+    run_folders: Annotated[
+        list[str],
         typer.Argument(
-            metavar="RUN",
-            help="A trainer's folder or hub id, with checkpoint-<step> folders in it.",
+            metavar="RUN...",
+            help="A trainer's folder or hub id, with checkpoint-<step> folders in it; several, "
+            "such as one recipe from several seeds, are shown beside one another.",
         ),
     ],
     *,
@@ -143,35 +145,72 @@ def checkpoints(
     base: options.BaseModel,
 ) -> None:
     """A margin, its first order and flip at every checkpoint, and which modules move when."""
-    found = checkpoint_folders(run_folder, within.revision, within.subfolder)
-    folders = list(found.values())
+    found = [checkpoint_folders(run, within.revision, within.subfolder) for run in run_folders]
+    runs = _runs_by_name(run_folders, found)
+    folders = [folder for of_run in runs.values() for folder in of_run.values()]
     last = folders[-1]
     outputs = files.writable({"--report": report, "--json": json})
     files.require_apart(outputs, base, folders, asked.prompts)
     questions = asked.checked()
 
     with running.at_work(base, quiet=quiet) as progress:
-        from lens_lora.two_adapters.page import checkpoints_table
+        from lens_lora.two_adapters.page import checkpoints_table, trainings_table
 
         running.warn_of_spaces(questions)
         lens = running.announced(running.lens_for(base, ll.load_adapter(last), progress))
         prompts, readout = running.margin_of(lens.model, questions, lens.prepend_bos)
+        training: ll.results.Checkpoints | ll.results.Trainings
         with running.quiet_libraries():
-            training = ll.checkpoints(
-                lens,
-                run_folder,
-                prompts,
-                readout,
-                revision=within.revision,
-                subfolder=within.subfolder,
-                progress=not quiet,
-            )
+            if len(runs) == 1:
+                training = ll.checkpoints(
+                    lens,
+                    run_folders[0],
+                    prompts,
+                    readout,
+                    revision=within.revision,
+                    subfolder=within.subfolder,
+                    progress=not quiet,
+                )
+            else:
+                places = {name: _run_folder(of_run) for name, of_run in runs.items()}
+                training = ll.checkpoints(lens, places, prompts, readout, progress=not quiet)
         training.save_report(report)
         if json is not None:
             files.write_json(json, [training])
-        Console().print(checkpoints_table(training))
+        if isinstance(training, ll.results.Trainings):
+            Console().print(trainings_table(training))
+        else:
+            Console().print(checkpoints_table(training))
         running.tell(training.story())
         running.say(f"\nReport: {report.absolute()}")
+
+
+# The folder of each checkpoint of a run, by its step, increasing.
+_Run = Mapping[int, Path]
+
+
+def _runs_by_name(given: Sequence[str], found: Sequence[_Run]) -> dict[str, _Run]:
+    """Each run under its folder's name, or as it was given where two folders share a name.
+
+    Args:
+        given: the runs, as they were written.
+        found: the checkpoints of each.
+
+    Raises:
+        typer.BadParameter: a run that was given twice.
+    """
+    names = [_run_folder(of_run).name for of_run in found]
+    if len(set(names)) < len(names):
+        names = list(given)
+    if len(set(names)) < len(names):
+        raise typer.BadParameter("a run is named twice; name each once.")
+    return dict(zip(names, found, strict=True))
+
+
+def _run_folder(of_run: _Run) -> Path:
+    """The folder that holds the checkpoints of a run."""
+    first, *_ = of_run.values()
+    return first.parent
 
 
 @options.with_options

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from lens_lora.core import drawing
 from lens_lora.show import text
-from lens_lora.show.page import Part, Section, folded, made_by, page_html, warned
+from lens_lora.show.page import Block, Part, Section, folded, made_by, page_html, warned
 from lens_lora.show.tables import Pairs, Row, Table, table_of
 from lens_lora.show.text import magnitude, percent, signed
 from lens_lora.two_adapters.comparison import AdapterComparison
 from lens_lora.two_adapters.repair import Repair
-from lens_lora.two_adapters.training import Checkpoints
+from lens_lora.two_adapters.training import Checkpoints, Trainings
 from lens_lora.two_adapters.words import (
     checkpoints_story,
     fate,
@@ -21,6 +22,7 @@ from lens_lora.two_adapters.words import (
     phases_text,
     repair_story,
     too_few,
+    trainings_story,
 )
 
 
@@ -45,6 +47,16 @@ def checkpoints_table(training: Checkpoints) -> Table:
 @drawing.report.register(Checkpoints)
 def checkpoints_report(training: Checkpoints, *, title: str | None = None) -> str:
     """The page of a training, as a string."""
+    first, *_, last = training.steps
+    name = f"{len(training.steps)} checkpoints, steps {first:g} to {last:g}"
+    run = training.meta.get("run")
+    if run:
+        name = f"{run}: {name}"
+    return page_html(title or name, [_training_part(training)])
+
+
+def _training_part(training: Checkpoints) -> Part:
+    """All that the page of a training has below its title."""
     sections = [
         Section("Which layers move when", [training.plot_modules("moved", "layer")]),
         Section("Which kinds of module move when", [training.plot_modules("moved", "kind")]),
@@ -54,7 +66,7 @@ def checkpoints_report(training: Checkpoints, *, title: str | None = None) -> st
     prompts = "; ".join(f"“{text.short_prompt(tokens)}”" for tokens in training.str_tokens)
     model = training.meta.get("model", "")
     over = f" · over {model}" if model else ""
-    part = Part(
+    return Part(
         subtitle=f"{training.readout} · {prompts}{over}",
         headline=_training_headline(training),
         numbers=_training_numbers(training),
@@ -62,12 +74,39 @@ def checkpoints_report(training: Checkpoints, *, title: str | None = None) -> st
         sections=folded(checkpoints_story(training), sections, "training", training.meta),
         warnings=warned(training.meta),
     )
-    first, *_, last = training.steps
-    name = f"{len(training.steps)} checkpoints, steps {first:g} to {last:g}"
-    run = training.meta.get("run")
-    if run:
-        name = f"{run}: {name}"
-    return page_html(title or name, [part])
+
+
+def trainings_table(trainings: Trainings) -> Table:
+    """The mean over runs and its standard deviation, at the steps that every run has."""
+    prompts = [text.short_prompt(tokens) for tokens in trainings.str_tokens]
+    runs = len(trainings.runs)
+    rows: list[Row] = []
+    for prompt, base in zip(prompts, trainings.base.tolist(), strict=True):
+        rows.append(("0", prompt, signed(base), "", "", ""))
+    summary: Any = trainings.summary()
+    for row in summary.itertuples():
+        spread = "—" if math.isnan(row.adapted_spread) else magnitude(row.adapted_spread)
+        numbers = (signed(row.adapted), spread, signed(row.first_order))
+        rows.append((f"{row.step:g}", prompts[row.prompt], *numbers, f"{row.flips} of {runs}"))
+    value = f"value, {trainings.units}"
+    heads = ("step", "prompt", value, "standard deviation", "first order", "runs that flip")
+    return Table(heads, rows, texts=(1,), title=f"{trainings.readout}, mean over {runs} runs")
+
+
+@drawing.report.register(Trainings)
+def trainings_report(trainings: Trainings, *, title: str | None = None) -> str:
+    """The page of several trainings, as a string: their mean, then each run's own page."""
+    parts: list[Part] = []
+    for run, training in zip(trainings.runs, trainings.each, strict=True):
+        parts.append(dataclasses.replace(_training_part(training), name=run))
+    overview: list[Block] = [*trainings_story(trainings).splitlines(), trainings.plot()]
+    if trainings.steps:
+        overview.append(trainings_table(trainings))
+        if trainings.has_same_sites:
+            overview += [trainings.plot_modules("moved"), trainings.plot_modules("effect")]
+    return page_html(
+        title or f"{trainings.readout} through {len(parts)} trainings", parts, overview
+    )
 
 
 def _training_headline(training: Checkpoints) -> Sequence[str]:

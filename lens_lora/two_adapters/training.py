@@ -198,7 +198,7 @@ Over = Literal["mean", "spread"]
 
 
 @final
-class Trainings(Read, Drawn):
+class Trainings(Read, Paged, Drawn):
     """The same readout through several trainings, such as one recipe from several seeds.
 
     `found.of_run("seed 0")` is the training of that run, with everything that `Checkpoints` has.
@@ -326,6 +326,12 @@ class Trainings(Read, Drawn):
                     f"({len(unshared)} such sites), so their modules have no mean",
                     remedy=f"look at one run: found.of_run({run!r}).",
                 )
+
+    @property
+    def has_same_sites(self) -> bool:
+        """Whether all runs adapt the same modules, so that these have means over runs."""
+        first = {site.name for site in self.each[0].sites}
+        return all({site.name for site in training.sites} == first for training in self.each)
 
     def story(self) -> str:
         """Where each prompt flips in each run, and where the runs end, in plain words."""

@@ -82,7 +82,7 @@ def test_an_option_means_the_same_on_every_command():
 @pytest.mark.parametrize("command", PARAMETERS)
 def test_the_adapter_comes_first_on_every_command(command):
     first, *_ = parameters = PARAMETERS[command]
-    assert first == {"checkpoints": "run_folder", "scan": "folder"}.get(command, "adapter")
+    assert first == {"checkpoints": "run_folders", "scan": "folder"}.get(command, "adapter")
     shared = {"model", "dtype", "device", "load_in_4bit", "max_memory", "quiet"}
     if command in ("explain", "repair", "checkpoints", "demo", "scan"):
         shared |= {"prompt", "prompts", "chat", "system", "doc", "pre"}

@@ -55,6 +55,32 @@ def test_checkpoints_prints_a_table_and_writes_a_page(folders, tmp_path):
     assert "run · how far ΔW moved since the checkpoint before" in html
 
 
+def test_several_runs_are_shown_beside_one_another(folders, tmp_path):
+    """The mean and the runs are those of Python; two folders of one name are told by their path."""
+    again = tmp_path / "again" / "run"
+    for step, strength in ((20, 0.5), (60, 0.7)):
+        adapter = ll.load_adapter(folders / "run" / "checkpoint-100")
+        adapter.scaled(strength).save(again / f"checkpoint-{step}")
+    page = tmp_path / "page.html"
+    both = [str(folders / "run"), str(again)]
+    result = run(cli.app, ["checkpoints", *both, *ASKED, "--report", str(page), "--quiet"])
+    assert result.exit_code == 0, result.output
+    lens = ll.load(str(folders / "base"), folders / "run" / "checkpoint-100")
+    readout = ll.AnswerMargin("w8", "w9")
+    runs = dict(zip("ab", both, strict=True))
+    expected = ll.checkpoints(lens, runs, ["w20 w21"], readout, progress=False)
+    summary = expected.summary()
+    printed = re.findall(r"^\s*(20|60)\s+w20\s*w21\s+(\S+)", result.output, re.M)
+    values = [f"{value:+.2f}".replace("-", "−") for value in summary["adapted"]]
+    assert printed == [("20", values[0]), ("60", values[1])]
+    assert "of 2 runs" in said(result)
+    html = page.read_text()
+    assert f"1. {both[0]}" in html and f"2. {both[1]}" in html
+    assert html.count("Which layers move when") == 2 and "runs that flip" in html
+    twice = run(cli.app, ["checkpoints", both[0], both[0], *ASKED])
+    assert twice.exit_code == 2 and "a run is named twice" in said(twice)
+
+
 # Each prompt's own answers; and one of them is a conversation.
 EACH = [
     {"prompt": "w20 w21", "doc": "w8", "pre": "w9"},
