@@ -47,7 +47,7 @@ from lens_lora.core import (
     alone,
     name_of_scale,
 )
-from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.errors import ArgumentError, SiteError, warn
 from lens_lora.stream.cosines import cosine_table
 from lens_lora.stream.point_activations import (
     TextsLike,
@@ -193,7 +193,7 @@ def contrast(
             that do.
         positions: what a text's mean is over: 'response', the tokens of the response, or of a text
             without one every token; 'prompt', those before it; None or 'each' for every token; an
-            index, a slice or indices, negative ones from the text's end. 'last' is the same as −1.
+            index, a slice or indices, negative ones from the text's end.
         scale: the gates of the model, as for `LoraLens.gates`: 0 for the base, 1 for the adapted.
         sinks: count sinks, too: each text's first token, and at each hook point tokens whose ‖h‖
             there is an outlier.
@@ -208,6 +208,7 @@ def contrast(
         NumericsError: non-finite activations.
     """
     if isinstance(positions, str) and positions == "last":
+        warn("contrast: positions='last' is called -1 now, and the old name will go")
         positions = -1
     texts = {"positive": _distinct(lens, positive), "negative": _distinct(lens, negative)}
     _require_apart(texts)

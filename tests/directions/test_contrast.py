@@ -59,7 +59,7 @@ def means(case: cases.Case, flags: str, family: str, which: int, at: float, take
 def test_means_errors_and_held_out_pairs_by_hand(family: str, cls: str, flags: str):
     case = built(family, cls, flags)
     some = slice(1, 3)
-    takes = [("response", slice(1, None), 1.0), ("last", slice(-1, None), 0.0), (some, some, 1.0)]
+    takes = [("response", slice(1, None), 1.0), (-1, slice(-1, None), 0.0), (some, some, 1.0)]
     for positions, take, at in takes:
         found = ll.contrast(case.lens, texts(0), texts(1), LAST, positions, scale=at)
         plus, minus = (means(case, flags, family, i, at, take) for i in (0, 1))
@@ -188,7 +188,10 @@ def test_planted_difference_is_told_and_none_is_not():
     marked = half.clone()
     marked[:20, -1], marked[20:, -1] = 5, 9
     first = "blocks.0.hook_resid_pre"
-    told = ll.contrast(case.lens, marked[:20], marked[20:], first, "last")
+    told = ll.contrast(case.lens, marked[:20], marked[20:], first, -1)
+    with pytest.warns(UserWarning, match="called -1 now"):
+        former = ll.contrast(case.lens, marked[:20], marked[20:], first, "last")
+    assert torch.equal(former.values[first], told.values[first])
     assert told.auc[first] == 1 > told.chance[first]
     table = told.to_frame()
     assert float(table["size"][0]) > 3 * float(table["standard_error"][0])
