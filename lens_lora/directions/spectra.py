@@ -68,6 +68,7 @@ class Spectrum:
             it depends on the base model, and there is no lens.
         weight_norm: ‖W‖_F of the base, or ‖γ‖; NaN without a lens.
         bias_norm: ‖Δb‖, which is no part of ΔW; NaN for a trained bias without a lens.
+        layer, kind: of the site; None where there is none.
     """
 
     module: str
@@ -79,6 +80,8 @@ class Spectrum:
     singular_values: Float[Tensor, " direction"]
     weight_norm: float
     bias_norm: float
+    layer: int | None = None
+    kind: str | None = None
 
     @property
     def has_factors(self) -> bool:
@@ -239,8 +242,10 @@ class AdapterSummary(Result):
         return pd.DataFrame(
             [
                 {
-                    "module": row.module,
                     "site": row.site,
+                    "module": row.module,
+                    "layer": row.layer,
+                    "kind": row.kind,
                     "target": row.target,
                     "rank": row.rank,
                     "scale": row.scale,
@@ -331,6 +336,8 @@ def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
         row = dataclasses.replace(
             _module_spectrum(site.key, lens.adapter.modules[site.key]),
             site=site.name,
+            layer=site.layer,
+            kind=site.kind,
             singular_values=sigma,
             weight_norm=_size_of(weight),
             bias_norm=_size_of(bias),

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from every_result import activations, every_result, features
 
-import lens_lora as ll
 from lens_lora.core import Ranked, Result
 
 PAGE = Path(__file__).parents[2] / "docs" / "columns.md"
@@ -19,8 +18,6 @@ ELSEWHERE = {
     *("result", "head", "expert", "rerouted", "asked", "tokens", "ended", "fixed"),
     *("group_a", "group_b"),
 }
-# Tables of an adapter's file, which knows the names of modules and no model.
-WITHOUT_MODEL = (ll.results.AdapterSummary,)
 # One column for each group of an explained response: 'add_one, layer 3'.
 BY_GROUP = re.compile(r"(add_one|leave_one_out), .+")
 
@@ -61,8 +58,6 @@ def test_every_column_is_in_the_vocabulary(result):
 @pytest.mark.parametrize("result", each())
 def test_a_row_of_a_site_says_where_it_is(result):
     """With `site` come its module, layer and kind, in the table and in the largest entries."""
-    if isinstance(result, WITHOUT_MODEL):
-        return
     frames = [result.to_frame()]
     if isinstance(result, Ranked):
         frames.append(result.top(3, 0))
