@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.core import Attribution, context_of, drawing
-from lens_lora.errors import many
+from lens_lora.errors import many, worded
 from lens_lora.explanations.explanation import ResponseExplanation
 from lens_lora.shifts.token_shifts import TokenShifts
 from lens_lora.show import text
@@ -181,7 +181,8 @@ def _limits(e: ResponseExplanation) -> str:
         "prompt, may change elsewhere."
     )
     if e.is_fast:
-        limits += " No layer was added or left out; run it without `fast` for that."
+        how = worded("`fast`", "--fast")
+        limits += f" No layer was added or left out; run it without {how} for that."
     return limits
 
 
