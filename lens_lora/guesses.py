@@ -112,9 +112,8 @@ OF_PACKAGE: Mapping[str, str] = _alike(
         "of yours",
     ),
     (
-        "generate logits run_with_cache",
-        "the lens has them: lens.generate(prompts), lens.logits(prompts), and `with "
-        "lens.applied() as model:` opens the model",
+        "run_with_cache run_with_hooks",
+        "`with lens.applied() as model:` opens the adapted model, which has them",
     ),
     (
         "merge merge_and_unload",

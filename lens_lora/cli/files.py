@@ -20,6 +20,8 @@ from lens_lora.formats.folders import adapter_folder, files_in, last_checkpoint,
 from lens_lora.sweeps.records import is_utf16
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lens_lora.core import Result
 
 # --- What is read
@@ -173,6 +175,22 @@ def write_json(path: Path, results: Sequence[Result]) -> None:
                 "rows": json.loads(str(result.to_frame().to_json(orient="records"))),
             }
         )
+    _write_json(path, written)
+
+
+def write_rows(path: Path, kind: str, frame: pd.DataFrame) -> None:
+    """Write a table for a program, in the form of `write_json`.
+
+    Args:
+        path: the file to write.
+        kind: what the table is of, such as 'SweepResult'.
+        frame: its rows.
+    """
+    rows = json.loads(str(frame.to_json(orient="records")))
+    _write_json(path, [{"result": kind, "story": "", "rows": rows}])
+
+
+def _write_json(path: Path, written: list[dict[str, object]]) -> None:
     text = json.dumps(written, ensure_ascii=False, indent=1)
     path.write_text(f"{text}\n", encoding="utf-8")
 

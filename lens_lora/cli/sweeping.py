@@ -91,6 +91,7 @@ def sweep(
     ] = None,
     resume: _Resume = True,
     shard: _Shard = None,
+    json: options.JsonOption = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
@@ -105,13 +106,17 @@ def sweep(
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
     part = _shard_of(shard)
     names = chosen(analysis or ["first_order"])
+    if json is not None and names[0] in BY_TOKEN:
+        raise typer.BadParameter(f"--json: {names[0]} has a row for each token; read --out.")
+    _require_whole(json, shard)
     rows = _records(prompts, names, limit, has_margin=readout == "margin")
     is_first = rank() == 0
     if is_first:
         files.require_place(out, "--out")
     is_quiet = quiet or not is_first
+    written = files.writable({"--json": json})
     folder = files.folder_of(adapter, within, quiet=is_quiet)
-    files.require_apart({"--out": out}, base, [folder], prompts)
+    files.require_apart({"--out": out, **written}, base, [folder], prompts)
 
     with running.at_work(base, quiet=is_quiet) as progress:
         from lens_lora.sweeps.sweep import require_resumable, require_slopes
@@ -133,7 +138,7 @@ def sweep(
         if resume and command is not None:
             before = finished.finished_sweep(out, command, list(rows), names)
         if before is not None:
-            _end(before, processes)
+            _end(before, processes, json)
             return
         _require_devices_apart(base, processes)
         lens = running.lens_for(base.placed(processes.device), loaded, progress)
@@ -158,7 +163,7 @@ def sweep(
             return
         if processes.is_main:
             _remember(result, command)
-        _end(result, processes)
+        _end(result, processes, json)
 
 
 def _require_devices_apart(base: options.BaseModel, processes: Processes) -> None:
@@ -192,10 +197,23 @@ def _remember(
         finished.remember(result, command)
 
 
-def _end(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: Processes) -> None:
+def _require_whole(json: Path | None, shard: str | None) -> None:
+    """Refuse the JSON of a shard, which has no result of its own."""
+    if json is not None and shard is not None:
+        raise typer.BadParameter("--json: a shard is no result yet; give it to gather.")
+
+
+def _end(
+    result: ll.results.SweepResult | ll.results.ActivationsFile,
+    processes: Processes,
+    json: Path | None,
+) -> None:
     """Print what was found, and exit with 1 if no record has numbers."""
     if processes.is_main:
         _print(result, processes.count)
+        if json is not None and isinstance(result, ll.results.SweepResult):
+            files.write_rows(json, "SweepResult", result.prompts())
+            running.say(f"JSON: {json.absolute()}")
     if not result.done:
         raise typer.Exit(1)
 
@@ -229,6 +247,7 @@ def scan(
     ] = "layer",
     resume: _Resume = True,
     shard: _Shard = None,
+    json: options.JsonOption = None,
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
@@ -236,8 +255,10 @@ def scan(
     """First order of every adapter in a folder, from one pass over the base for all of them."""
     found = folders_in(folder, revision=within.revision, subfolder=within.subfolder)
     folders = list(found.values())
+    _require_whole(json, shard)
     files.require_place(out, "--out")
-    files.require_apart({"--out": out}, base, folders, asked.prompts)
+    written = files.writable({"--json": json})
+    files.require_apart({"--out": out, **written}, base, folders, asked.prompts)
     questions = asked.checked()
     part = _shard_of(shard)
     bases = [(str(path), stated_base(path)) for path in folders]
@@ -279,7 +300,7 @@ def scan(
             running.say(f"Shard {shard} is finished. Once all are: lens-lora gather {out}")
             return
         if processes.is_main:
-            _print_scan(table, out)
+            _print_scan(table, out, json)
     if table["error"].notna().all():
         raise typer.Exit(1)
 
@@ -288,17 +309,17 @@ def gather(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="What all shards had as --out.", dir_okay=False)
     ],
+    json: options.JsonOption = None,
 ) -> None:
     """Join the shards of a sweep, or of a scan, into one result. Loads no model."""
+    files.writable({"--json": json})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The bad records are listed below.
         found = ll.gather(out)
     if isinstance(found, ll.results.SweepResult):
-        _print(found, 1)
-        if not found.done:
-            raise typer.Exit(1)
+        _end(found, launched(), json)
     else:
-        _print_scan(found, out)
+        _print_scan(found, out, json)
 
 
 def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokenizer:
@@ -341,7 +362,7 @@ def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokeni
 _LISTED = 10
 
 
-def _print_scan(table: pd.DataFrame, out: Path) -> None:
+def _print_scan(table: pd.DataFrame, out: Path, json: Path | None) -> None:
     """Print the adapters of largest Σ a, those that cannot be used, and where all numbers are."""
     means: Any = table.dropna(subset="total").groupby("adapter")["total"].mean()
     running.say(f"Σ a, mean over prompts, of {many(len(means), 'adapter')}; the largest:")
@@ -350,7 +371,12 @@ def _print_scan(table: pd.DataFrame, out: Path) -> None:
     bad = table.dropna(subset="error")
     for name, error in zip(bad["adapter"][:_LISTED], bad["error"], strict=False):
         running.say(f"  {name}: {error}")
-    running.say(f"{many(len(bad), 'adapter')} cannot be used. All numbers: {out.absolute()}")
+    if len(bad):
+        running.say(f"{many(len(bad), 'adapter')} cannot be used.")
+    running.say(f"All numbers: {out.absolute()}")
+    if json is not None:
+        files.write_rows(json, "scan", table)
+        running.say(f"JSON: {json.absolute()}")
 
 
 def _print(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: int) -> None:

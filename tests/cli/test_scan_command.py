@@ -48,7 +48,7 @@ def test_command_on_a_folder(tiny, tmp_path, cls: str):
     """The table is the one of Python; the largest come first, and what is bad says why."""
     out = tmp_path / "new" / "scan.parquet"
     how = ["--model", tiny / "base", "--class", cls, *ASKED, "--out", out, "--group", "kind"]
-    done = command(tiny / "adapters", *how)
+    done = command(tiny / "adapters", *how, "--json", tmp_path / "scan.json")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert "of 2 adapters" in lines[0]
@@ -56,6 +56,9 @@ def test_command_on_a_folder(tiny, tmp_path, cls: str):
     assert "headless: AdapterError" in done.stdout and "no adapter_config.json" in done.stdout
     assert "bad: AdapterError" in done.stdout and "2 adapters cannot be used" in done.stdout
     table = pd.read_parquet(out)
+    (written,) = json.loads((tmp_path / "scan.json").read_text())
+    totals = pd.Series([row["total"] for row in written["rows"]], dtype=float)
+    assert totals.tolist() == pytest.approx(table["total"].tolist(), nan_ok=True)
     lens = ll.load(str(tiny / "base"), str(tiny / "adapters" / "a2"), kind=cls)
     expected = ll.first_order(lens, ["w5 w6 w7", "w9 w10"], ll.Margin("w5", "w9"))
     rows = table[table["adapter"] == "a2"].pivot(index="kind", columns="prompt", values="value")

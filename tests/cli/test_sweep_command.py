@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -78,8 +79,12 @@ def test_command_on_a_folder(tiny, tmp_path):
     few = command(*arguments, "--limit", 2, "--quiet")
     assert few.exit_code == 0, few.output
     assert few.stderr == "" and "2 of 2" in few.stdout
-    done = command(*arguments, "--batch-size", 2)
+    done = command(*arguments, "--batch-size", 2, "--json", tmp_path / "r.json")
     assert done.exit_code == 0, done.output
+    (written,) = json.loads((tmp_path / "r.json").read_text())
+    shifts = pd.read_parquet(out.with_suffix(".prompts.parquet"))["shift"]
+    in_json = pd.Series([row["shift"] for row in written["rows"]], dtype=float)
+    assert in_json.tolist() == pytest.approx(shifts.tolist(), nan_ok=True)
     text = re.sub(r"[│\s]+", " ", done.stdout)
     assert "6 of 7 prompts (2 before this run)" in text and "1 with errors" in text
     assert "bad: line 4: no prompt." in text and f"as {cls}" in text and str(out) in text
