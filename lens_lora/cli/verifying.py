@@ -35,8 +35,8 @@ _CARD = "A README.md with a card, or its JSON (lens-lora card): each of its line
 _TEXTS = "Texts to ask the server for: one a line, or .jsonl with prompt or messages."
 ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
 # With SmolLM2-135M-Instruct on one core; see `forecast`.
-_SECONDS = 15.0
-_SECONDS_WITH_SERVER = 30.0
+_SECONDS = 6.0
+_SECONDS_WITH_SERVER = 20.0
 # Adapters beside this one that a server may have in its place.
 _CHECKPOINTS = "checkpoint-*"
 _MOST_OTHERS = 8
