@@ -97,9 +97,6 @@ from .results.base import flat as flat
 from .results.base import hides_sign as hides_sign
 from .results.base import largest as largest
 from .results.base import long_table as long_table
-from .results.base import only_prompt as only_prompt
-from .results.base import per_prompt as per_prompt
-from .results.base import prompt_rows as prompt_rows
 from .results.base import tokens_at as tokens_at
 from .results.correlation import correlation as correlation
 from .results.correlation import is_constant as is_constant

@@ -28,8 +28,8 @@ from lens_lora.core import (
     Groups,
     Ranked,
     analysis,
+    flat,
     long_table,
-    per_prompt,
 )
 from lens_lora.errors import ArgumentError
 
@@ -119,7 +119,7 @@ class Coupling(Ranked):
             "shift": self.shift,
             "asymmetry": self.asymmetry,
         }
-        return pd.DataFrame(per_prompt(numbers)).rename_axis(index="prompt")
+        return pd.DataFrame(flat(numbers)).rename_axis(index="prompt")
 
     def entries(self, prompt: int | None = None) -> Entries:
         """½(H_GM + H_MG) of each pair of different groups: the pair's part of the shift."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lens_lora.core import drawing, only_prompt, prompt_rows
+from lens_lora.core import drawing
 from lens_lora.curvature.coupling import Coupling
 from lens_lora.curvature.second_order import SecondOrder
 from lens_lora.show import figures, go
@@ -26,7 +26,7 @@ from lens_lora.show.text import label
 @drawing.path.register(SecondOrder)
 def second_order_figure(second: SecondOrder, prompt: int | None = None) -> go.Figure:
     """The exact shift along ε, first order's line and second order's parabola."""
-    index = only_prompt(prompt, len(second.shift), "curves along ε")
+    index = second.only_prompt(prompt, "curves along ε")
     path = second.curve
     scales = [0.0, *path.scales.cpu().double().tolist()]
     units = label(path.units)
@@ -52,7 +52,7 @@ def coupling_heatmap(coupling: Coupling, prompt: int | None = None) -> go.Figure
     In a large matrix colours are cut at the 99.5th percentile of the sizes, so that a few strong
     pairs do not leave the rest blank; the hover gives every value.
     """
-    rows = prompt_rows(prompt, len(coupling.matrix))
+    rows = coupling.prompt_rows(prompt)
     half = coupling.matrix[rows].cpu().double().mean(0) / 2
     axis = names_axis(coupling.groups, **group_ticks(coupling))
     heading = f"{coupling.readout}, ½H at ε = {coupling.at:g}"

@@ -30,8 +30,8 @@ from lens_lora.core import (
     RemainderCurve,
     analysis,
     drawing,
+    flat,
     orders,
-    per_prompt,
     remainder_curve,
 )
 from lens_lora.curvature.coupling import coupling
@@ -189,7 +189,7 @@ class SecondOrder(OfMeasured):
         }
         kinds = [verdict.kind for verdict in self.verdict]
         prompts = {"prompt": range(len(kinds))}
-        return pd.DataFrame({**prompts, **per_prompt(columns), "verdict": kinds})
+        return pd.DataFrame({**prompts, **flat(columns), "verdict": kinds})
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
         """Heatmap of ½(H1)_l, layer × kind of module."""

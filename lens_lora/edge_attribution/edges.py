@@ -49,7 +49,6 @@ from lens_lora.core import (
     by_axes,
     drawing,
     long_table,
-    only_prompt,
     require_finite,
     tokens_at,
 )
@@ -233,7 +232,7 @@ class Edges(Ranked, Reported):
             ArgumentError: several prompts and none named, no such prompt, a k below 1.
         """
         path = Path(path)
-        index = only_prompt(prompt, len(self.base), "graphs")
+        index = self.only_prompt(prompt, "graphs")
         most = None if k is None else whole("k", k, 1)
         graph = graph_of(self._of_prompt(index), path.stem, most)
         path.write_text(json.dumps(graph, ensure_ascii=False, allow_nan=False), encoding="utf-8")

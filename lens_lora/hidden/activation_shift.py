@@ -34,8 +34,6 @@ from lens_lora.core import (
     drawing,
     first_of_each,
     name_of_scale,
-    only_prompt,
-    prompt_rows,
     ranked_tokens,
     tokens_at,
 )
@@ -146,7 +144,7 @@ class ActivationShift(Readable, Drawn):
         Raises:
             ArgumentError: no such text, or one without a counted token.
         """
-        rows = prompt_rows(prompt, len(self.counted))
+        rows = self.prompt_rows(prompt)
         is_counted = self.distinct if prompt is None else self.counted
         counted = is_counted[rows]
         if not bool(counted.any()):
@@ -278,7 +276,7 @@ class ActivationShift(Readable, Drawn):
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
         """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are grey."""
-        return drawing.figure(self, only_prompt(prompt, len(self.str_tokens), "positions"))
+        return drawing.figure(self, self.only_prompt(prompt, "positions"))
 
 
 @alone

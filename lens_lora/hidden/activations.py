@@ -44,7 +44,6 @@ from lens_lora.core import (
     first_of_each,
     long_table,
     name_of_scale,
-    only_prompt,
     tokens_at,
 )
 from lens_lora.stream.examples import (
@@ -178,7 +177,7 @@ class Activations(OfSites):
         require_sign(sign)
         counted = self._chosen(None, sinks)
         if prompt is not None:
-            is_other = np.arange(len(values)) != only_prompt(prompt, len(values))
+            is_other = np.arange(len(values)) != self.only_prompt(prompt)
             counted[is_other] = False
         counted = first_of_each(self.beginnings.numpy(), counted)
         values = np.where(counted[..., None], values, np.nan)

@@ -30,7 +30,6 @@ from lens_lora.core import (
     drawing,
     largest,
     long_table,
-    prompt_rows,
     require_finite,
 )
 from lens_lora.errors import SiteError
@@ -123,7 +122,7 @@ class FeatureWrites(OfSites):
         Raises:
             ArgumentError: no such prompt.
         """
-        return self.values[prompt_rows(prompt, len(self.values))].cpu().double().mean(0)
+        return self.values[self.prompt_rows(prompt)].cpu().double().mean(0)
 
 
 def feature_writes(

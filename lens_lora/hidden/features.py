@@ -36,8 +36,6 @@ from lens_lora.core import (
     alone,
     drawing,
     largest,
-    only_prompt,
-    prompt_rows,
     tokens_at,
 )
 from lens_lora.errors import ArgumentError
@@ -120,10 +118,9 @@ class FeatureShift(Described):
         Raises:
             ArgumentError: no such prompt; by position, several prompts and none named.
         """
-        batch = len(self.base)
         if self.by_position:
-            prompt = only_prompt(prompt, batch, "positions")
-        rows = prompt_rows(prompt, batch)
+            prompt = self.only_prompt(prompt, "positions")
+        rows = self.prompt_rows(prompt)
         return {name: values[rows].mean(0) for name, values in self.columns().items()}
 
     def top(self, k: int = 10, prompt: int | None = None, *, sinks: bool = False) -> pd.DataFrame:
@@ -147,7 +144,7 @@ class FeatureShift(Described):
             ranked[:, 0] = torch.nan
         order = largest(ranked, k)
         if self.by_position:
-            labels = self._places(order, only_prompt(prompt, len(self.base)))
+            labels = self._places(order, self.only_prompt(prompt))
         else:
             labels = {"feature": order}
         numbers = {name: column.flatten()[order].tolist() for name, column in values.items()}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lens_lora.arguments import whole
-from lens_lora.core import asked_of, drawing, layer_order, only_prompt, prompt_rows
+from lens_lora.core import asked_of, drawing, layer_order
 from lens_lora.hidden.activation_shift import ActivationShift
 from lens_lora.hidden.activations import Activations
 from lens_lora.hidden.constant_part import ConstantPart
@@ -35,7 +35,7 @@ def activations_figure(
     count = len(activations.str_tokens)
     if prompt is None and count > 1:
         return spread_figure(activations.spread(site), f"{count} prompts", site, activations.gauge)
-    index = only_prompt(prompt, count, "activations")
+    index = activations.only_prompt(prompt, "activations")
     tokens = activations.str_tokens[index]
     is_sink = activations.sinks[index, : len(tokens)].cpu()
     values = activations.values[index, :, : len(tokens)].cpu().double()
@@ -145,7 +145,7 @@ def feature_figure(shift: FeatureShift, k: int = 20, prompt: int | None = None) 
     Position 0 sees no other token, and its activations are often hundreds of times those after it:
     where there are others, features and colours are chosen by them, and the title says so.
     """
-    prompt_rows(prompt, len(shift.base))
+    shift.prompt_rows(prompt)
     place = "by position" if shift.positions == "each" else text.position_text(shift.positions)
     if shift.by_position and shift.base.shape[2] > 1:
         place += "; features and colours chosen without position 0"
@@ -182,7 +182,7 @@ def _features_by_position(
 ) -> go.Figure:
     """Feature × position of the k features of largest shift after position 0."""
     values = shift.of_prompt(prompt)["shift"]
-    tokens = shift.str_tokens[only_prompt(prompt, len(shift.base))]
+    tokens = shift.str_tokens[shift.only_prompt(prompt)]
     # A prompt of one token has no other position to choose by.
     first = min(1, len(tokens) - 1)
     sizes = values[:, first : len(tokens)].abs().nan_to_num(0.0).amax(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lens_lora.core import SIGMAS, drawing, only_prompt
+from lens_lora.core import SIGMAS, drawing
 from lens_lora.interaction.together import Together
 from lens_lora.show.text import signed
 
@@ -10,7 +10,7 @@ from lens_lora.show.text import signed
 @drawing.story.register(Together)
 def together_story(result: Together, prompt: int | None = None) -> str:
     """Tell what each adapter does alone, what they do together, and where the two meet."""
-    index = only_prompt(prompt, len(result.base), "stories")
+    index = result.only_prompt(prompt, "stories")
     alone: list[str] = []
     for name, value in zip(result.adapters, result.alone[index].tolist(), strict=True):
         alone.append(f"{name} {signed(value)}")

@@ -43,7 +43,6 @@ from lens_lora.core import (
     analysis,
     evaluations,
     long_table,
-    only_prompt,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.judging import rankings
@@ -148,7 +147,7 @@ class Faithfulness(Measured, Drawn):
         """
         if self._index(name) == len(self.orders):
             raise ArgumentError(f"{name!r} is the mean of {self.draws} orders; it has no top.")
-        index = only_prompt(prompt, len(self.base), "rankings")
+        index = self.only_prompt(prompt, "rankings")
         count = self.counts[self._nearest(fraction)]
         top = [self.sites[i] for i in self.orders[name][index, :count].tolist()]
         return pd.DataFrame(Sites(top).columns(), columns=["site", "module"])

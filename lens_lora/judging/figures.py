@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import Site, drawing, only_prompt, prompt_rows
+from lens_lora.core import Site, drawing
 from lens_lora.judging.best_subset import BestSubset
 from lens_lora.judging.compare import Comparison
 from lens_lora.judging.faithfulness import Faithfulness
@@ -66,7 +66,7 @@ def _kept_or_dropped(
     prompt: int | None,
 ) -> Iterator[go.Scatter]:
     """A curve for each ranking, of one prompt or the mean over prompts."""
-    rows = prompt_rows(prompt, len(curves.base))
+    rows = curves.prompt_rows(prompt)
     percents = [100 * fraction for fraction in curves.fractions.tolist()]
     counts = [f"{count} of {len(curves.sites)} sites" for count in curves.counts]
     colours = iter(figures.PALETTE * len(curves.names))
@@ -176,7 +176,7 @@ _BEYOND_FLAGS = 0.08
 @drawing.figure.register(Comparison)
 def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.Figure:
     """Effect (y) against attribution (x); hover names each site or group."""
-    rows = prompt_rows(prompt, len(comparison.pearson))
+    rows = comparison.prompt_rows(prompt)
     units = label(comparison.units)
     x = comparison.attribution[rows].mean(0).tolist()
     y = comparison.effects[rows].mean(0).tolist()
@@ -252,7 +252,7 @@ def reliability_figure(flags: Reliability, prompt: int | None = None) -> go.Figu
     In the band a + correction is from threshold · a to a / threshold. Flagged are the material
     sites off it.
     """
-    index = only_prompt(prompt, len(flags.flagged), "flags")
+    index = flags.only_prompt(prompt, "flags")
     units = label(flags.units)
     x = flags.attribution.per_site[index].cpu().double().tolist()
     y = flags.corrected[index].cpu().double().tolist()
@@ -310,7 +310,7 @@ def _flag_text(flags: Reliability, prompt: int, site: int, a: float, corrected: 
 @drawing.figure.register(NullTest)
 def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
     """|a_l| of every site against the largest |a′_l| of the draws, on a logarithmic scale."""
-    index = only_prompt(prompt, len(test.noise_floor), "null tests")
+    index = test.only_prompt(prompt, "null tests")
     sites = test.observed.sites
     units = label(test.units)
     values = test.observed.per_site[index].cpu().double().tolist()

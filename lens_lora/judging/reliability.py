@@ -35,17 +35,7 @@ from torch import Tensor
 
 from lens_lora.arguments import number, word
 from lens_lora.compat import in_float64
-from lens_lora.core import (
-    SIGMAS,
-    Attribution,
-    Effects,
-    Function,
-    How,
-    OfMeasured,
-    analysis,
-    flat,
-    only_prompt,
-)
+from lens_lora.core import SIGMAS, Attribution, Effects, Function, How, OfMeasured, analysis, flat
 from lens_lora.errors import ArgumentError
 
 # A score under this is flagged: the number is off by more than a factor of two.
@@ -136,7 +126,7 @@ class Reliability(OfMeasured):
         Raises:
             ArgumentError: no such prompt, or several and none named.
         """
-        row = only_prompt(prompt, len(self.correction), "flags")
+        row = self.only_prompt(prompt, "flags")
         sizes = self.correction[row].abs().nan_to_num()
         order = sizes.argsort(descending=True).tolist()
         flagged = self.flagged[row]

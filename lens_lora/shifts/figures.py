@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.cells import cell_len
 
 from lens_lora.arguments import whole
-from lens_lora.core import TokenView, drawing, only_prompt
+from lens_lora.core import TokenView, drawing
 from lens_lora.shifts.logit_shift import LogitShift
 from lens_lora.shifts.token_shifts import TokenShifts
 from lens_lora.show import go, page, text
@@ -19,7 +19,7 @@ from lens_lora.show.text import magnitude, short_prompt, signed, visible
 @drawing.figure.register(TokenShifts)
 def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
     """Above, KL from the first setting to the second; below, the shift of log p of each token."""
-    index = only_prompt(prompt, len(shifts.response), "responses")
+    index = shifts.only_prompt(prompt, "responses")
     tokens = shifts.response[index]
     kl = shifts.kl[0, index, : len(tokens)].tolist()
     moved = shifts.shift[index, : len(tokens)].tolist()
@@ -70,7 +70,7 @@ def logit_shift_figure(
 @drawing.tokens.register(TokenShifts)
 def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> TokenView:
     """The response as text: the larger a token's KL, the darker its background (`noted_tokens`)."""
-    index = only_prompt(prompt, len(shifts.response), "responses")
+    index = shifts.only_prompt(prompt, "responses")
     tokens = shifts.response[index]
     noted, most = noted_tokens(shifts, index)
     values = shifts.kl[0, index, : len(tokens)].tolist()
@@ -149,7 +149,7 @@ _FONT = {"family": "DejaVu Sans Mono, Menlo, Consolas, monospace", "size": 14, "
 @drawing.still.register(TokenShifts)
 def still_text(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
     """The shaded text as a figure, which can be written as an image; a rectangle behind a token."""
-    index = only_prompt(prompt, len(shifts.response), "responses")
+    index = shifts.only_prompt(prompt, "responses")
     hover = _hovers(shifts, index)
     noted, most = noted_tokens(shifts, index)
     pieces = laid_out(shifts.response[index], _COLUMNS)

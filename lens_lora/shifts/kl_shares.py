@@ -53,7 +53,6 @@ from lens_lora.core import (
     correlation,
     drawing,
     long_table,
-    prompt_rows,
     require_gauge,
 )
 from lens_lora.errors import ArgumentError
@@ -191,7 +190,7 @@ class KLShares(OfMeasured):
                 remedy=f"ask for it: ll.kl_shares(…, kernel={group!r}).",
             )
         between = members @ self.gram @ members.T
-        rows = prompt_rows(prompt, len(self.gram))
+        rows = self.prompt_rows(prompt)
         kernel = between[rows].cpu().double().mean(0)
         names = list(wanted)
         return pd.DataFrame(kernel.numpy(), index=names, columns=names)

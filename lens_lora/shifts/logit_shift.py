@@ -29,7 +29,6 @@ from lens_lora.core import (
     alone,
     drawing,
     long_table,
-    prompt_rows,
     ranked_tokens,
     require_finite,
     token_ids,
@@ -130,7 +129,7 @@ class LogitShift(Described):
 
     def _shift_of(self, site: str | None, prompt: int | None) -> Float[Tensor, " vocab"]:
         """The shift by one site or by all together, of one prompt or in the mean over prompts."""
-        rows = prompt_rows(prompt, len(self.values))
+        rows = self.prompt_rows(prompt)
         if site is None:
             return self.joint[rows].mean(0)
         if not self.sites:

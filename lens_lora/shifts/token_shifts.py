@@ -34,7 +34,6 @@ from lens_lora.core import (
     alone,
     drawing,
     name_of_scale,
-    only_prompt,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import AnswerLogProb
@@ -142,7 +141,7 @@ class TokenShifts(Described, Drawn):
         count = whole("k", k, 0)
         frame = self.to_frame()
         if prompt is not None:
-            frame = frame[frame["prompt"] == only_prompt(prompt, len(self.response))]
+            frame = frame[frame["prompt"] == self.only_prompt(prompt)]
         largest_first = frame["kl_base_to_adapted"].argsort()[::-1]
         order = largest_first[:count]
         return frame.iloc[order].reset_index(drop=True)

@@ -6,15 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from lens_lora.core import (
-    SIGMAS,
-    FactMargin,
-    Point,
-    RemainderCurve,
-    drawing,
-    only_prompt,
-    prompt_rows,
-)
+from lens_lora.core import SIGMAS, FactMargin, Point, RemainderCurve, drawing
 from lens_lora.show import go
 from lens_lora.show.figures import (
     EPSILON,
@@ -74,7 +66,7 @@ def _points_of(path: RemainderCurve, prompt: int | None) -> list[Point]:
     """
     count = len(path.base)
     if prompt is not None or count == 1:
-        return path.points[only_prompt(prompt, count)]
+        return path.points[path.only_prompt(prompt)]
     means: list[Point] = []
     for of_prompts in zip(*path.points, strict=True):
         remainder_floors = [point.remainder_floor for point in of_prompts]
@@ -140,7 +132,7 @@ def _exact_and_line(path: RemainderCurve, prompt: int | None) -> list[go.Scatter
 
     They are those of one prompt, or the means over prompts.
     """
-    rows = prompt_rows(prompt, len(path.base))
+    rows = path.prompt_rows(prompt)
     base = float(path.base[rows].cpu().double().mean())
     slope = float(path.slope[rows].cpu().double().mean())
     units = label(path.units)
@@ -190,7 +182,7 @@ def margin_figure(fact_margin: FactMargin, prompt: int | None = None) -> go.Figu
     figure.add_traces(_exact_and_line(path, prompt))
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
     if not is_mean:
-        index = only_prompt(prompt, len(path.base))
+        index = path.only_prompt(prompt)
         flip = float(fact_margin.flip_scale[index])
         if math.isfinite(flip):
             _mark_flip(figure, flip, is_base_negative=float(path.base[index]) < 0)

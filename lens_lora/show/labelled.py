@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lens_lora.core import SIGMAS, Labelled, drawing, largest, only_prompt
+from lens_lora.core import SIGMAS, Labelled, drawing, largest
 from lens_lora.errors import many
 from lens_lora.show import figures, go
 from lens_lora.show.figures import names_axis, value_text, whose
@@ -22,7 +22,7 @@ def entries_figure(result: Labelled, prompt: int | None = None) -> go.Figure:
     """Draw sites by layer and kind of module, two axes as a heatmap, and the rest as bars."""
     axes = result.entry_axes
     if "position" in axes:
-        prompt = only_prompt(prompt, len(result.base), "positions")
+        prompt = result.only_prompt(prompt, "positions")
     if axes == ("site",):
         return _of_sites(result, prompt)
     if len(axes) == 2:

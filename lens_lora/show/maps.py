@@ -20,7 +20,6 @@ from lens_lora.core import (
     Shown,
     drawing,
     layer_order,
-    only_prompt,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.show import figures, go
@@ -88,7 +87,7 @@ def position_heatmap(
 ) -> go.Figure:
     """Draw layer × token position of one prompt, summed over the layer's sites."""
     require_positions(attribution)
-    index = only_prompt(prompt, len(attribution.base), "positions")
+    index = attribution.only_prompt(prompt, "positions")
     tokens = attribution.str_tokens[index]
     count = len(tokens)
     if most is not None:
@@ -98,7 +97,7 @@ def position_heatmap(
 
 def token_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figure:
     """Draw layer × token of one prompt's response, summed over the layer's sites."""
-    index = only_prompt(prompt, len(attribution.base), "tokens of responses")
+    index = attribution.only_prompt(prompt, "tokens of responses")
     tokens = attribution.response[index]
     return _layers_by_token(attribution, index, "token", tokens, len(tokens))
 
@@ -226,7 +225,7 @@ def components_figure(
     rows = slice(None)
     whose_numbers = f"mean of {count} prompts"
     if prompt is not None or count == 1:
-        index = only_prompt(prompt, count)
+        index = components.only_prompt(prompt)
         rows = slice(index, index + 1)
         whose_numbers = f"prompt {index} of {count}"
     by_component = {
@@ -265,7 +264,7 @@ def grouped_figure(grouped: GroupAttribution, prompt: int | None = None) -> go.F
     """Draw a bar for each group; or by token, group × token of one response."""
     if not grouped.by:
         return _bars_of_groups(grouped, prompt)
-    index = only_prompt(prompt, len(grouped.base), "tokens")
+    index = grouped.only_prompt(prompt, "tokens")
     tokens = grouped.response[index]
     shift = float(grouped.shift[index])
     units = grouped.units
@@ -357,7 +356,7 @@ def activation_figure(effects: ActivationEffects, prompt: int | None = None) -> 
         return f"<b>{label(name)}</b><br>{said}"
 
     if effects.by_position:
-        index = only_prompt(prompt, len(effects.base))
+        index = effects.only_prompt(prompt)
         return _points_by_position(effects, titles, values.tolist(), index, hover)
     layers = {layer for layer, _ in effects.places}
     if len(layers) == 1:

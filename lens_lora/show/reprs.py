@@ -29,7 +29,6 @@ from lens_lora.core import (
     Result,
     TokenView,
     drawing,
-    only_prompt,
 )
 from lens_lora.errors import LensLoraError, many
 from lens_lora.show import maps, page
@@ -55,7 +54,7 @@ def token_view(attribution: Attribution, prompt: int | None = None) -> TokenView
     of the page, and nothing is fetched.
     """
     maps.require_positions(attribution)
-    index = only_prompt(prompt, len(attribution.base), "positions")
+    index = attribution.only_prompt(prompt, "positions")
     tokens = attribution.str_tokens[index]
     other_axes = [axis for axis, name in enumerate(attribution.by, start=1) if name != "position"]
     by_position = attribution.values[index].cpu().double().nansum([0, *other_axes])

@@ -15,16 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from lens_lora.core import (
-    SIGMAS,
-    Attribution,
-    FactMargin,
-    FlipVerdict,
-    Point,
-    Verdict,
-    drawing,
-    only_prompt,
-)
+from lens_lora.core import SIGMAS, Attribution, FactMargin, FlipVerdict, Point, Verdict, drawing
 from lens_lora.errors import many
 from lens_lora.show import text
 from lens_lora.show.text import caution_text, magnitude, percent, share_text, signed
@@ -107,7 +98,7 @@ def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
     """The account of one prompt of a fact margin."""
     attribution = fact_margin.attribution
     curve = fact_margin.curve
-    index = only_prompt(prompt, len(attribution.base), "accounts")
+    index = attribution.only_prompt(prompt, "accounts")
     doc, pre = _fact_names(fact_margin.doc[index], fact_margin.pre[index])
     verdict = fact_margin.verdict[index]
     row = fact_margin.to_frame().to_dict("records")[index]
@@ -153,7 +144,7 @@ def margin_story(fact_margin: FactMargin, prompt: int | None = None) -> str:
     """Write one prompt's story: what happened, what first order says of it, and which modules."""
     attribution = fact_margin.attribution
     account = account_of(fact_margin, prompt)
-    index = only_prompt(prompt, len(attribution.base), "accounts")
+    index = attribution.only_prompt(prompt, "accounts")
     paragraphs = [
         happened_text(account),
         joined(first_order_text(account), caution_text(attribution)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from lens_lora.core import drawing, prompt_rows
+from lens_lora.core import drawing
 from lens_lora.errors import ArgumentError, many
 from lens_lora.show import figures, go
 from lens_lora.show.figures import (
@@ -240,7 +240,7 @@ _BAND = "rgba(47,131,197,0.18)"
 @drawing.figure.register(Trainings)
 def trainings_figure(trainings: Trainings, prompt: int | None = None) -> go.Figure:
     """The readout of each run over the steps, their mean, and one standard deviation around it."""
-    rows = prompt_rows(prompt, len(trainings.base))
+    rows = trainings.prompt_rows(prompt)
     lines = _lines_of_runs(trainings, rows)
     if len(trainings.runs) > 1 and trainings.steps:
         # The runs are drawn above their mean, which is wide and would hide them.

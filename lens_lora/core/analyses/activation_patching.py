@@ -30,7 +30,7 @@ from lens_lora.core.function.function import Function
 from lens_lora.core.model import Names
 from lens_lora.core.readout import Prompts, Reading
 from lens_lora.core.readout.positions import ChosenPositions, Positions
-from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt, tokens_at
+from lens_lora.core.results.base import Entries, Ranked, long_table, tokens_at
 from lens_lora.core.results.effects import patching_result
 from lens_lora.errors import ArgumentError, ModelStateError, first_few
 
@@ -113,7 +113,7 @@ class ActivationEffects(Ranked):
         if not self.by_position:
             return Entries({"point": self.names}, values, shift, "value")
         count, width = values.shape
-        tokens = self.str_tokens[only_prompt(prompt, len(self.base))]
+        tokens = self.str_tokens[self.only_prompt(prompt)]
         labels = {
             "point": [name for name in self.names for _ in range(width)],
             "position": [*range(width)] * count,
@@ -133,7 +133,7 @@ class ActivationEffects(Ranked):
             ArgumentError: no such prompt; by position, several prompts and none named.
         """
         if self.by_position:
-            prompt = only_prompt(prompt, len(self.base), "positions")
+            prompt = self.only_prompt(prompt, "positions")
         return self.mean_over(prompt, self.values)
 
     def to_patching_result(self) -> Any:

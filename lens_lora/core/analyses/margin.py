@@ -32,7 +32,7 @@ from lens_lora.core.readout.prompts import PromptsLike
 from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.base import SIGMAS, OfMeasured, Reported, changes_sign, per_prompt
+from lens_lora.core.results.base import SIGMAS, OfMeasured, Reported, changes_sign, flat
 
 
 @final
@@ -135,7 +135,7 @@ class FactMargin(OfMeasured, Reported):
             "remainder_floor": self.remainder_floor,
             "flip_scale": self.flip_scale,
         }
-        columns = {"prompt": range(len(self.m)), **per_prompt(numbers)}
+        columns = {"prompt": range(len(self.m)), **flat(numbers)}
         return pd.DataFrame(columns).assign(
             flips=self.flips,
             flip_predicted=self.flip_predicted,

@@ -40,7 +40,7 @@ from lens_lora.core.model import LoraLens, ScaleInject, extensions
 from lens_lora.core.model.hooks import add_pre_hook
 from lens_lora.core.readout import Prompts
 from lens_lora.core.results import base as results_base
-from lens_lora.core.results.base import Drawn, Measured, long_table, per_prompt
+from lens_lora.core.results.base import Drawn, Measured, flat, long_table
 from lens_lora.errors import ArgumentError
 from lens_lora.spans import Temporary
 
@@ -110,7 +110,7 @@ class Remainder(Measured):
         With experts also `rerouted`: the tokens that go to other experts, counted in each layer.
         """
         names = ("shift", "first_order", "remainder", "noise_floor", "remainder_floor")
-        columns = per_prompt({name: getattr(self, name) for name in names})
+        columns = flat({name: getattr(self, name) for name in names})
         frame = pd.DataFrame({"prompt": range(len(self.shift)), **columns})
         if self.rerouted:
             by_layer = torch.stack(list(self.rerouted.values()))

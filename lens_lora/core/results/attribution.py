@@ -272,7 +272,7 @@ class Attribution(Ranked, Reported):
         if axis not in self.by:
             fact = f"the attribution is split by {self.by or 'nothing'}, not by {axis!r}"
             raise ArgumentError(f"{fact}; compute it with by={axis!r}.")
-        rows = base.prompt_rows(prompt, len(self.base))
+        rows = self.prompt_rows(prompt)
         values = self.values[rows].cpu().double().mean(0)
         exists = self.exists[rows].any(0)
         others = [dim for dim, name in enumerate(self.by, start=1) if name != axis]

@@ -146,6 +146,47 @@ class Result(abc.ABC):
         data = array.data.cast("B")
         return {"version": 3, "typestr": array.dtype.str, "shape": array.shape, "data": data}
 
+    @property
+    def n_prompts(self) -> int:
+        """The number of prompts."""
+        size, _ = vars(self)["axes"]["batch"]
+        return size
+
+    def prompt_rows(self, prompt: int | None) -> slice:
+        """The rows of one prompt, or those of all prompts, to be averaged.
+
+        Args:
+            prompt: an index; None for all.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        if prompt is None:
+            return slice(None)
+        index = self.only_prompt(prompt)
+        return slice(index, index + 1)
+
+    def only_prompt(self, prompt: int | None, what: str = "values") -> int:
+        """The index of the prompt that is named, or of the only one.
+
+        Args:
+            prompt: an index; None for the only prompt.
+            what: has no mean over prompts, for the error.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        batch = self.n_prompts
+        if prompt is None:
+            if batch == 1:
+                return 0
+            choice = f"choose one with prompt=…, from 0 to {batch - 1}"
+            raise ArgumentError(f"{what} of {batch} prompts have no mean; {choice}.")
+        index = whole("prompt", prompt)
+        if not 0 <= index < batch:
+            raise ArgumentError(f"prompt {index}: the result has prompts 0 to {batch - 1}.")
+        return index
+
     if not TYPE_CHECKING:  # A type checker would take every name for one of the result.
 
         def __getattr__(self, name: str) -> Any:
@@ -354,7 +395,7 @@ class Ranked(Measured, Drawn, kw_only=True):
         Raises:
             ArgumentError: no such prompt.
         """
-        rows = prompt_rows(prompt, len(self.base))
+        rows = self.prompt_rows(prompt)
         mean = values[rows].cpu().double().mean(0)
         shift = self.shift[rows].cpu().double().mean(0)
         return mean, shift
@@ -421,41 +462,7 @@ class Evaluated(Protocol):
         ...
 
 
-# --- Which prompt a table or picture shows, and which entries are the largest.
-
-
-def prompt_rows(prompt: int | None, batch: int) -> slice:
-    """The rows of one prompt, or those of all prompts, to be averaged.
-
-    Raises:
-        ArgumentError: no such prompt.
-    """
-    if prompt is None:
-        return slice(None)
-    index = only_prompt(prompt, batch)
-    return slice(index, index + 1)
-
-
-def only_prompt(prompt: int | None, batch: int, what: str = "values") -> int:
-    """The index of the prompt that is named, or of the only one.
-
-    Args:
-        prompt: an index; None for the only prompt.
-        batch: how many prompts there are.
-        what: has no mean over prompts, for the error.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
-    if prompt is None:
-        if batch == 1:
-            return 0
-        choice = f"choose one with prompt=…, from 0 to {batch - 1}"
-        raise ArgumentError(f"{what} of {batch} prompts have no mean; {choice}.")
-    index = whole("prompt", prompt)
-    if not 0 <= index < batch:
-        raise ArgumentError(f"prompt {index}: the result has prompts 0 to {batch - 1}.")
-    return index
+# --- Which entries are the largest.
 
 
 def largest(values: Tensor, k: int) -> list[int]:
@@ -545,14 +552,9 @@ def tokens_at(
     ]
 
 
-def per_prompt(numbers: Mapping[str, Float[Tensor, " batch"]]) -> dict[str, NDArray[np.float64]]:
-    """The numbers as columns of a table with one row per prompt."""
-    return {name: values.detach().cpu().double().numpy() for name, values in numbers.items()}
-
-
 def flat(numbers: Mapping[str, Float[Tensor, "*rows"]]) -> dict[str, NDArray[np.float64]]:
     """The numbers as columns of a table with a row for each entry, in the order of the axes."""
-    return per_prompt({name: values.flatten() for name, values in numbers.items()})
+    return {name: x.detach().cpu().double().flatten().numpy() for name, x in numbers.items()}
 
 
 # --- Groups of sites.

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lens_lora.core.model.sites import Sites
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt
+from lens_lora.core.results.base import Entries, Ranked, long_table
 from lens_lora.errors import ArgumentError
 
 
@@ -82,7 +82,7 @@ class Labelled(Ranked, kw_only=True):
             ArgumentError: no such prompt; by position, several prompts and none named.
         """
         if "position" in self.entry_axes:
-            prompt = only_prompt(prompt, len(self.base), "positions")
+            prompt = self.only_prompt(prompt, "positions")
         values, shift = self.mean_over(prompt, self._values)
         labels = [self.labels_of(axis) for axis in self.entry_axes]
         if not labels:

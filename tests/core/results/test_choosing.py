@@ -20,7 +20,7 @@ from shapes import share
 import lens_lora as ll
 from lens_lora.core import largest
 from lens_lora.core.analyses.verdict import Noise
-from lens_lora.core.results.base import Ranked, only_prompt, prompt_rows
+from lens_lora.core.results.base import Ranked
 
 GROUPS = {"layer 0": (0, 1), "layer 2": (2, 3)}
 
@@ -118,8 +118,9 @@ def test_ranked_tokens_are_of_the_mean_over_prompts():
 
 
 def test_the_only_prompt_needs_no_name():
-    assert only_prompt(None, 1) == 0 and prompt_rows(None, 1) == slice(None)
-    assert explanation().margin.story() == explanation().margin.story(0)
+    margin = explanation().margin
+    assert margin.only_prompt(None) == 0 and margin.prompt_rows(None) == slice(None)
+    assert margin.story() == margin.story(0)
 
 
 @settings(max_examples=share(100), deadline=None)
