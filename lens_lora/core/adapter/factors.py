@@ -373,7 +373,11 @@ def natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
     path, _ = item
     parts: list[tuple[int, int, str]] = []
     for part in path.split("."):
-        parts.append((0, len(part), part) if part.isdigit() else (1, 0, part))
+        # Numbers come before names; of two numbers the one with fewer digits is smaller.
+        if part.isdigit():
+            parts.append((0, len(part), part))
+        else:
+            parts.append((1, 0, part))
     return parts
 
 

@@ -41,11 +41,10 @@ ROW_KEYS = {
     "bias": ".bias",
     "base_weight": ".token_adapter.base_layer.weight",
 }
-_ROLES = {
-    suffix: role
-    for keys in (LORA_KEYS, EMBEDDING_KEYS, COPY_KEYS, ROW_KEYS)
-    for role, suffix in keys.items()
-}
+_ROLES: dict[str, str] = {}
+for _keys in (LORA_KEYS, EMBEDDING_KEYS, COPY_KEYS, ROW_KEYS):
+    for _role, _suffix in _keys.items():
+        _ROLES[_suffix] = _role
 FACTORS = frozenset({"A", "B"})
 _TRAINED = {"weight", "bias", "token_rows"}
 # A key of factors or rows, perhaps with the adapter's name behind the parameter's.

@@ -242,7 +242,9 @@ def _values_in_pass(
         activations = forward.read_activation(lens, many, read.name)
         return [read(of_copy) for of_copy in activations.unflatten(0, (-1, rows))]
     shape = (rows,) if prompts.reads is None else (rows, prompts.slots)
-    factors = [noise_of_logits(lens, shape, generator) if drawn else None for drawn in is_drawn]
+    factors: list[forward.Factor | None] = []
+    for drawn in is_drawn:
+        factors.append(noise_of_logits(lens, shape, generator) if drawn else None)
     values: list[Tensor] = []
     if isinstance(read, Picks | Columns) and forward.ends_plainly(lens):
         finals = forward.read_final(lens, many).unflatten(0, (-1, rows))

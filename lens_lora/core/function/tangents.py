@@ -192,8 +192,9 @@ def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[P
             "expert": range(site.experts) if site.experts else [None],
             "rank": range(site.rank),
         }
-        options = [of_axis if axis in axes else [None] for axis, of_axis in slots.items()]
-        for position, head, expert, rank in itertools.product(*options):
+        # Where nothing is split by an axis, one part has all of its slots.
+        slots_of_parts = {axis: slots[axis] if axis in axes else [None] for axis in slots}
+        for position, head, expert, rank in itertools.product(*slots_of_parts.values()):
             parts.append(Part(index, position, head, expert, rank))
     return parts
 

@@ -233,12 +233,15 @@ def site_map(update: Update, basis: Basis) -> SiteMap:
     def rounded(exact: Tensor) -> Tensor:
         return exact.to(basis.dtype).to(basis.device)
 
+    def rounded_if_there(exact: Tensor | None) -> Tensor | None:
+        return None if exact is None else rounded(exact)
+
     return SiteMap(
         A=rounded(reads),
         sB=rounded(writes),
-        a0=None if a0 is None else rounded(a0),
-        a0_by_head=None if a0_by_head is None else rounded(a0_by_head),
-        A_behind_gamma=None if reads_behind_gamma is None else rounded(reads_behind_gamma),
+        a0=rounded_if_there(a0),
+        a0_by_head=rounded_if_there(a0_by_head),
+        A_behind_gamma=rounded_if_there(reads_behind_gamma),
     )
 
 

@@ -307,8 +307,12 @@ def layer_order(names: Sequence[str]) -> list[int]:
         match = _BLOCK.match(name)
         if match:
             layers[index] = int(match[1])
-    by_layer = iter(sorted(layers, key=layers.__getitem__))
-    return [next(by_layer) if index in layers else index for index in range(len(names))]
+    order = list(range(len(names)))
+    # Python's sort is stable: names of the same layer stay as they are.
+    in_layers = sorted(layers, key=layers.__getitem__)
+    for place, index in zip(layers, in_layers, strict=True):
+        order[place] = index
+    return order
 
 
 def by_axes(

@@ -152,10 +152,10 @@ class Prompts:
     @property
     def asked_lengths(self) -> list[int]:
         """How many tokens of each row were asked, without a response that follows them there."""
-        return [
-            length if source.length is None else source.length
-            for source, length in zip(self.sources, self.lengths.tolist(), strict=True)
-        ]
+        asked: list[int] = []
+        for source, length in zip(self.sources, self.lengths.tolist(), strict=True):
+            asked.append(length if source.length is None else source.length)
+        return asked
 
     @property
     def holds_responses(self) -> bool:
