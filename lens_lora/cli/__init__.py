@@ -23,6 +23,7 @@ from lens_lora.cli.auditing import audit, diff
 from lens_lora.cli.carding import card
 from lens_lora.cli.explaining import demo, explain
 from lens_lora.cli.forming import forms
+from lens_lora.cli.planning import plan
 from lens_lora.cli.running import one_line_errors
 from lens_lora.cli.sweeping import gather, scan, sweep
 from lens_lora.cli.verifying import verify
@@ -53,7 +54,7 @@ def main(version: Annotated[bool | None, _VERSION] = False) -> None:
 
 _COMMANDS = (
     *(demo, explain, diff, audit, inspect, compare, checkpoints, repair, verify, forms, card),
-    *(sweep, scan, gather),
+    *(sweep, scan, gather, plan),
 )
 for _command in _COMMANDS:
     app.command(_command.__name__)(one_line_errors(_command)(_command))

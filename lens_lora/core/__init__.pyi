@@ -24,6 +24,8 @@ from .function.cache import evaluations as evaluations
 from .function.function import Function as Function
 from .function.function import Gates as Gates
 from .function.noise import Noise as Noise
+from .function.planned import ModelSizes as ModelSizes
+from .function.planned import planned_analyses as planned_analyses
 from .model.gates import Scale as Scale
 from .model.lens import LoraLens as LoraLens
 from .model.public_call import alone as alone

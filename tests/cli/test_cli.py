@@ -59,8 +59,10 @@ def parameters_of(command):
     return {p.name: (p.annotation.__origin__, vars(*p.annotation.__metadata__)) for p in parameters}
 
 
-# `gather` has no model, no adapter and no prompts.
-PARAMETERS = {c.name: parameters_of(c) for c in cli.app.registered_commands if c.name != "gather"}
+# These have no adapter and no prompts, and run no model.
+RUN_NOTHING = ("gather", "plan")
+RUNNING = [c for c in cli.app.registered_commands if c.name not in RUN_NOTHING]
+PARAMETERS = {c.name: parameters_of(c) for c in RUNNING}
 # Of `inspect` a base is optional, of `verify` a page; a sweep's records have more columns.
 ANOTHER = [
     *(("inspect", "model"), ("sweep", "prompts"), ("diff", "prompts"), ("verify", "report")),
@@ -226,7 +228,7 @@ def test_every_command_knows_both_options():
         assert options_of(command)["subfolder"] == "--subfolder"
         assert options_of(command)["revision"] == "--revision"
     registered = {c.name for c in cli.app.registered_commands}
-    assert registered == {*COMMANDS, "gather"}, "no other takes an adapter"
+    assert registered == {*COMMANDS, *RUN_NOTHING}, "no other takes an adapter"
 
 
 # --- models

@@ -62,7 +62,11 @@ WRITTEN = {
     "diff": ["page.html", "numbers.csv"],
     "repair": ["fixed/adapter_model.safetensors", "page.html"],
 }
-WRITTEN |= {"forms": ["t.csv"], "sweep": ["r.parquet", "r.prompts.parquet"], "inspect": []}
+WRITTEN |= {
+    "forms": ["t.csv"],
+    "sweep": ["r.parquet", "r.prompts.parquet", "r.command.json"],
+    "inspect": [],
+}
 
 
 def arguments_of(command: str, files: Path, out: Path) -> list[str]:

@@ -1,12 +1,13 @@
 """How many bytes a pass takes, from the numbers that a row of T tokens holds.
 
-Fitted to peaks of a model of 135M parameters in float32 (`benchmarks/memory.py` and
-`benchmarks/cost` print such peaks). With h heads, and m = d_model + d_mlp, a row of T tokens holds
+Fitted to peaks of models of 5M, 30M and 135M parameters in float32 (`benchmarks/planned.py`). With
+h heads, d = d_model and m = d_model + d_mlp, a row of T tokens holds
 
     in a pass without a graph         T (3 m + 4 h T)     numbers: one block at a time
     in a pass of dual numbers         T (44 m + 44 h T)   and a share of the size of W_U
-    in a graph                        T (8 m + c h T)     of every block; c = 1, in half precision 3
-    in a graph whose blocks run again T (8 m + 7 h T)     of one block, and T d_model of every block
+    in a graph                        T (8 d + 4 d_mlp + c h T)  of every block; c = 2, in half
+                                                          precision 4
+    in a graph whose blocks run again T (8 m + 7 h T)     of one block, and T d of every block
 
 1. Without attention patterns (a fused kernel, never of dual numbers) the terms with h T fall away.
 2. To each row come the logits of the tokens that are read: 3 times their number in a pass, 8 times
@@ -74,10 +75,10 @@ def footprint_of(lens: LoraLens, run: Run, *, in_turn: bool = False) -> Footprin
     m = d_model + d_mlp
     hT = int(cfg.n_heads) * T
     hT_kept = hT if lens.host.keeps_patterns else 0
-    c = 1 if lens.dtype.itemsize >= 4 else 3
+    c = 2 if lens.dtype.itemsize >= 4 else 4
 
     in_pass = T * (3 * m + 4 * hT_kept)
-    of_graph = T * layers * (8 * m + c * hT_kept)
+    of_graph = T * layers * (8 * d_model + 4 * d_mlp + c * hT_kept)
     of_rerun = T * (layers * d_model + 8 * m + 7 * hT_kept)
     of_duals = T * _DUAL_ROW * (m + hT)
 

@@ -68,9 +68,10 @@ DERIVATIVE_LOGITS = 2**26
 # A graph, and the tangents of a branch beside it.
 EDGE_TOKENS = 1024
 
-# The graph of a second derivative, and that of dual numbers, in graphs of a first derivative.
-SECOND_ORDER_GRAPHS = 2.5
-DUAL_GRAPHS = 1.3
+# The graph of a second derivative, in graphs of a first derivative.
+SECOND_ORDER_GRAPHS = 3.4
+# The tangents that are held beside a graph of the values, in rows of dual numbers.
+TANGENTS_BESIDE_GRAPH = 0.6
 
 
 # --- How many copies of all rows at once
@@ -465,17 +466,11 @@ def _rows_within(
 
 
 def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
-    """Whether the graph of these rows is beyond the bound, so that blocks run twice.
-
-    The graph of dual numbers is that of their values, whose tangents are held as well.
-    """
+    """Whether the graph of these rows is beyond the bound, so that blocks run twice."""
     if lens.max_memory is None:
         return False
-    footprint = footprint_of(lens, run)
-    of_rows = len(prompts_of(run).tokens) * footprint.of_graph + footprint.graphed
-    if duals:
-        of_rows = DUAL_GRAPHS * of_rows
-    return of_rows + footprint.always > lens.max_memory
+    needed = dual_graph_bytes(lens, run) if duals else graph_bytes(lens, run)
+    return needed > lens.max_memory
 
 
 def fits_with_covectors(lens: LoraLens, run: Prompts) -> bool:
@@ -488,10 +483,18 @@ def fits_with_covectors(lens: LoraLens, run: Prompts) -> bool:
     return dual_pass_bytes(lens) + 2 * dual_copy_bytes(lens, run, run.batch) <= lens.max_memory
 
 
-def graph_bytes(lens: LoraLens, reading: Reading) -> float:
+def graph_bytes(lens: LoraLens, run: Run) -> float:
     """About how many bytes a graph of all rows takes, with what the reading holds."""
-    footprint = footprint_of(lens, reading)
-    return len(reading.owner) * footprint.of_graph + footprint.graphed + footprint.always
+    footprint = footprint_of(lens, run)
+    rows = len(prompts_of(run).tokens)
+    return rows * footprint.of_graph + footprint.graphed + footprint.always
+
+
+def dual_graph_bytes(lens: LoraLens, run: Run) -> float:
+    """About how many bytes dual numbers take where their values have a graph."""
+    rows = len(prompts_of(run).tokens)
+    of_tangents = rows * TANGENTS_BESIDE_GRAPH * footprint_of(lens, run).of_duals
+    return graph_bytes(lens, run) + of_tangents
 
 
 def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
