@@ -78,13 +78,14 @@ def test_an_option_means_the_same_on_every_command():
             if name in shared and (command, name) not in ANOTHER:
                 said[name][command] = str(parameter)
     assert {name: by for name, by in said.items() if len(set(by.values())) > 1} == {}
-    assert len(said["quiet"]) == 12, "control: every command was looked at"
+    assert len(said["quiet"]) == 13, "control: every command was looked at"
 
 
 @pytest.mark.parametrize("command", PARAMETERS)
 def test_the_adapter_comes_first_on_every_command(command):
     first, *_ = parameters = PARAMETERS[command]
-    assert first == {"checkpoints": "run_folders", "scan": "folder"}.get(command, "adapter")
+    names = {"checkpoints": "run_folders", "scan": "folder", "audit": "file"}
+    assert first == names.get(command, "adapter")
     shared = {"model", "dtype", "device", "load_in_4bit", "max_memory", "quiet"}
     if command in ("explain", "repair", "checkpoints", "demo", "scan"):
         shared |= {"prompt", "prompts", "chat", "system", "doc", "pre"}
@@ -212,7 +213,8 @@ def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
 COMMANDS = {
     name: getattr(importlib.import_module(f"lens_lora.cli.{module}"), name)
     for module, names in {
-        "adapters": ("inspect", "diff", "compare", "repair", "checkpoints"),
+        "adapters": ("inspect", "compare", "repair", "checkpoints"),
+        "auditing": ("diff",),
         "verifying": ("verify",),
         "carding": ("card",),
         "forming": ("forms",),
@@ -228,7 +230,7 @@ def test_every_command_knows_both_options():
         assert options_of(command)["subfolder"] == "--subfolder"
         assert options_of(command)["revision"] == "--revision"
     registered = {c.name for c in cli.app.registered_commands}
-    assert registered == {*COMMANDS, *RUN_NOTHING}, "no other takes an adapter"
+    assert registered == {*COMMANDS, *RUN_NOTHING, "audit"}, "no other takes an adapter"
 
 
 # --- models
