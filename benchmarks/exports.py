@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -311,6 +312,31 @@ def initialised(method: str, *, convert: bool) -> Callable[[Path], list[str]]:
     return make
 
 
+def eva(out: Path) -> list[str]:
+    """EVA: A from activations, and the ranks distributed over the modules."""
+    from peft import EvaConfig, initialize_lora_eva_weights
+
+    shutil.rmtree(out / "adapter")
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=models.LINEARS["llama"],
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=2.0),
+    )
+    base = no_ops.base_of(out)
+    model = get_peft_model(base, config, low_cpu_mem_usage=True)
+    batch = {"input_ids": ROWS, "attention_mask": torch.ones_like(ROWS)}
+    initialize_lora_eva_weights(model, [batch] * 8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=models.seeded(len(name)))
+    model.peft_config["default"].base_model_name_or_path = str(out / "base")
+    model.save_pretrained(out / "adapter")
+    return saved(model.merge_and_unload(), out)
+
+
 def converted_from(config_class: str, **options) -> Callable[[Path], list[str]]:
     """Another method of PEFT, which PEFT itself converts to a LoRA."""
 
@@ -345,6 +371,53 @@ def lost_by_name(out: Path) -> list[str]:
 
 
 # --- transformers
+
+
+def trained_by_trainer(out: Path, *, merges: str = "checkpoint-4") -> list[str]:
+    """Trained by transformers' Trainer, which saves a checkpoint every two steps."""
+    from transformers import Trainer, TrainingArguments
+
+    model = models.peft_model("llama", no_ops.base_of(out))
+    arguments = TrainingArguments(str(out / "run"), **TRAINING, remove_unused_columns=False)
+    Trainer(model, arguments, train_dataset=[{"input_ids": r, "labels": r} for r in ROWS]).train()
+    return merged_from_run(out, merges)
+
+
+def trained_by_trl(out: Path, *, merges: str = "checkpoint-4") -> list[str]:
+    """Trained by TRL's SFTTrainer on texts."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=models.LINEARS["llama"])
+    rows = Dataset.from_dict({"input_ids": ROWS.tolist()})
+    tokenizer = models.tokenizer()
+    arguments = SFTConfig(str(out / "run"), **TRAINING, max_length=16)
+    SFTTrainer(
+        no_ops.base_of(out),
+        arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=config,
+    ).train()
+    return merged_from_run(out, merges)
+
+
+TRAINING = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "learning_rate": 0.3,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def merged_from_run(out: Path, merges: str) -> list[str]:
+    """The last checkpoint is the adapter; one of the run's is merged."""
+    shutil.rmtree(out / "adapter")
+    shutil.copytree(out / "run" / "checkpoint-4", out / "adapter")
+    no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
+    return saved(loaded(out, adapter=out / "run" / merges).merge_and_unload(), out)
 
 
 def by_transformers(out: Path):
@@ -389,6 +462,29 @@ def in_4_bit(out: Path) -> list[str]:
     base = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=config)
     model = loaded(out, base).merge_and_unload()
     return saved(model.dequantize(), out)
+
+
+def torchao_merge(*, keeps: bool) -> Callable[[Path], list[str]]:
+    """Merged into a base that torchao keeps in 8 bit; saved so, or dequantised."""
+
+    def make(out: Path) -> list[str]:
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        base = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=config)
+        model = loaded(out, base).merge_and_unload()
+        if keeps:
+            return saved(model, out)
+        plain = no_ops.base_of(out)
+        state = {
+            name: tensor.dequantize() if hasattr(tensor, "dequantize") else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        plain.load_state_dict(state)
+        return saved(plain, out)
+
+    return make
 
 
 def kept_in_4_bit(out: Path) -> list[str]:
@@ -693,6 +789,7 @@ EXPORTS = [
     Export("peft", "`add_weighted_adapter`, ties", weighted("ties", density=0.5)),
     Export("peft", "PiSSA, converted", initialised("pissa", convert=True)),
     Export("peft", "OLoRA, converted", initialised("olora", convert=True)),
+    Export("peft", "EVA", eva),
     Export("peft", "LoKr by `save_as_lora`", converted_from("LoKrConfig", r=2)),
     Export("peft", "LoHa by `save_as_lora`", converted_from("LoHaConfig", r=2)),
     Export("peft", "DoRA in bfloat16", peft_in(torch.bfloat16), {"use_dora": True}),
@@ -738,6 +835,14 @@ EXPORTS = [
     Export("peft", "saved beside an adapter called `mlp`", lost_by_name),
     Export("transformers", "`load_adapter`, `save_pretrained`", adapter_by_transformers),
     Export("transformers", "the same, taken for a merge", saved_by_transformers),
+    Export("transformers", "Trainer, its last checkpoint", trained_by_trainer),
+    Export("transformers", "Trainer, an older checkpoint merged",
+           functools.partial(trained_by_trainer, merges="checkpoint-2")),
+    Export("trl", "SFTTrainer, its last checkpoint", trained_by_trl),
+    Export("trl", "SFTTrainer, an older checkpoint merged",
+           functools.partial(trained_by_trl, merges="checkpoint-2")),
+    Export("torchao", "merged in 8 bit, saved so", torchao_merge(keeps=True)),
+    Export("torchao", "merged in 8 bit, dequantised", torchao_merge(keeps=False)),
     Export("transformers", "`resize_token_embeddings` of the merge", resized),
     Export("transformers", "saved with a tie that the base lacks", tied_by_config),
     Export("bitsandbytes", "merged in 4 bit, dequantised", in_4_bit),

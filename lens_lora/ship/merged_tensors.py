@@ -46,6 +46,10 @@ _NEAR = 0.05
 _CLOSE = 0.01
 # M − W counts as a multiple of ΔW if the part orthogonal to ΔW is below 2 % of ‖ΔW‖.
 _STRAIGHT = 0.02
+# The entries of a weight that was in 8 bit are whole numbers of steps, but for rounding to float32.
+_WHOLE_STEP = 0.005
+# Rounded twice, before the merge and after it, an entry is off by less than so many steps.
+_STEPS_OF_8_BIT = 1.5
 # Below half of ΔW kept by rounding, a merge and the base alone are hard to tell apart.
 _HALF = 0.5
 
@@ -177,7 +181,7 @@ def _judged(name: str, W: Tensor, M: Tensor, expected: Expected | None) -> Merge
             in_half = _judged_in(max(W.dtype, dtype, key=_eps), name, W, M, expected)
             if in_half.outcome != "failed":
                 return in_half
-    return judged
+    return _judged_in_8_bit(name, W, M, expected) or judged
 
 
 def _judged_in(
@@ -196,6 +200,52 @@ def _judged_in(
     found = expected.turned(M.to(wide))
     change = _Change(before, E - before, found - before, coarser)
     return change.judged(name, expected.update)
+
+
+def _judged_in_8_bit(
+    name: str, W: Tensor, M: Tensor, expected: Expected | None
+) -> MergedTensor | None:
+    """A right merge that was kept in 8 bit and then written in floating point; None for others.
+
+    It is undecided: what else was rounded, and whether that is meant, is not known here.
+    """
+    step = _step_of_8_bit(M)
+    if step is None:
+        return None
+    before = W.double() if expected is None else expected.turned(W.double())
+    E = before if expected is None else expected.tensor(W.double())
+    found = M.double() if expected is None else expected.turned(M.double())
+    steps = step if expected is None else expected.turned(step.expand(M.shape))
+    # The base may have been rounded before the merge, and the merge again.
+    if E is None or not bool(((found - E).abs() <= _STEPS_OF_8_BIT * steps).all()):
+        return None
+    D = E - before
+    size = float(D.square().sum())
+    if size == 0:
+        return MergedTensor(name, "undecided", "the base's, rounded to 8 bit")
+    c = float(((found - before) * D).sum()) / size
+    spread = SIGMAS * float(((found - E) * D).norm()) / size
+    if abs(c - 1) > _NEAR + spread or spread > _HALF:
+        return None
+    return MergedTensor(name, "undecided", "base + ΔW, rounded to 8 bit", c, 1.0)
+
+
+def _step_of_8_bit(M: Tensor) -> Tensor | None:
+    """Each row's step, [out, 1], if every entry is a whole number of steps; else None."""
+    if M.ndim != 2:
+        return None
+    values = M.double()
+    largest = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    is_whole = torch.zeros(len(M), 1, dtype=torch.bool)
+    step = torch.zeros_like(largest)
+    # The largest entry of a row is one of these multiples of its step.
+    for multiple in (127, 128):
+        candidate = largest / multiple
+        count = values / candidate
+        whole = ((count - count.round()).abs() <= _WHOLE_STEP).all(1, keepdim=True)
+        step = torch.where(whole & ~is_whole, candidate, step)
+        is_whole |= whole
+    return step if bool(is_whole.all()) else None
 
 
 def _judged_unchanged(name: str, W: Tensor, M: Tensor, coarser: torch.dtype) -> MergedTensor:

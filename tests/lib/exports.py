@@ -88,6 +88,27 @@ def _stored_whole(dtype: torch.dtype, times: int = 1) -> Callable[[Path], object
     return make
 
 
+def in_8_bit(matrix: torch.Tensor) -> torch.Tensor:
+    """Each row as whole multiples of a step of its own, as int8 weights have it."""
+    step = matrix.abs().amax(1, keepdim=True) / 127
+    return (matrix / step).round() * step
+
+
+def _in_8_bit(of: str) -> Callable[[Path], object]:
+    """The linear weights of the merge, or of the base, as int8 leaves them, in float32."""
+
+    def make(out: Path) -> None:
+        source = load_file(out / of / WEIGHTS)
+        _tensors(
+            out,
+            lambda state: state.update(
+                {k: in_8_bit(source[k].float()) for k in state if "proj" in k}
+            ),
+        )
+
+    return make
+
+
 def _in_shards(out: Path) -> None:
     no_ops.merge(out, max_shard_size="6KB")
 
@@ -434,6 +455,7 @@ def _base_template(out: Path) -> None:
 _TIED = {"tied": True}
 _NO_TIE = "config.json has no tie_word_embeddings, which is LlamaConfig's default of false"
 BROKEN = {
+    "the base in 8 bit": Export(_in_8_bit("base"), says="14 of 14 tensors: the base"),
     "the base": Export(_base_alone, says="14 of 14 tensors: the base (nothing was merged)"),
     "an unmerged file is loaded": Export(
         _unmerged_is_loaded, says="loaded: model.safetensors, and not model-00001-of-00005"
@@ -566,6 +588,9 @@ UNDECIDED = {
         config(new_scale=2.0), says="new_scale: no field of LlamaConfig in this version"
     ),
     "rounded away": Export(no_ops.NO_OPS["rounded away"].make, says="rounding to bfloat16 leaves"),
+    "in 8 bit, and written in float32": Export(
+        _in_8_bit("merged"), says="14 of 14 tensors: base + ΔW, rounded to 8 bit"
+    ),
     "quantised": Export(config(quantization_config={}), says="quantised weights are no W + ΔW"),
 }
 
