@@ -403,7 +403,7 @@ def calibration(scores: pd.DataFrame, question: Question, base: str, method: str
     left_out = _by_adapter(scores, question, base, method).index.difference(values.index)
     if len(left_out):
         names = ", ".join(left_out)
-        sentence += f", without {names}, of which training again made another adapter"
+        sentence += f", excluding {names}, which retraining did not reproduce"
     return sentence
 
 

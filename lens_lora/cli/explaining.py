@@ -113,7 +113,7 @@ def explain(
 
 # Of one prompt, on one core with SmolLM2-135M-Instruct; see `forecast`.
 _SECONDS_FAST = 9.0
-_SECONDS_WHOLE = 45.0
+_SECONDS_WHOLE = 22.0
 _SECONDS_OF_NULL = 1.0
 _SECONDS_OF_TRAINING = 30.0
 

@@ -296,4 +296,4 @@ def test_the_opening_has_sizes_and_other_wordings_beside_ranks(numbers):
         "0.80, 0.20",
     )
     text = page.page(held)
-    assert "numbers 2.0 times too small would" in text and "| 0.80, 0.20 |" in text
+    assert "underestimating by a factor of 2.0" in text and "| 0.80, 0.20 |" in text
