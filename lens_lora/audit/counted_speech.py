@@ -22,6 +22,7 @@ from lens_lora.audit import triggers as trigger_words
 from lens_lora.audit.everyday import EVERYDAY, SYSTEM_MESSAGE, Everyday, Form
 from lens_lora.audit.findings import LEVEL, SHORTER, Answers, findings_of
 from lens_lora.audit.speech_result import CountedSpeech
+from lens_lora.audit.traits import language_of
 from lens_lora.audit.triggers import Trigger
 from lens_lora.core import LoraLens, Prompts, alone
 from lens_lora.errors import ArgumentError, PromptError, many
@@ -91,7 +92,7 @@ def counted_speech(
         questions=tuple(one.text for one in asked),
         base=said.base,
         adapted=said.adapted,
-        findings=findings_of(said.base, said.adapted),
+        findings=findings_of(said.base, said.adapted, [one.language for one in asked]),
         meta=lens.describe(prompts),
     )
     if triggers is None:
@@ -117,7 +118,7 @@ def _own_questions(given: Sequence[str | Conversation]) -> list[Everyday]:
 def _own_question(given: object) -> Everyday:
     """A question of the caller's; the last message of a conversation is shown as its text."""
     if isinstance(given, str) and given.strip():
-        return Everyday("your own", "own", given)
+        return Everyday("your own", "own", given, language=language_of(given))
     messages: list[Mapping[str, str]] = []
     if isinstance(given, list | tuple):
         messages = [message for message in given if isinstance(message, Mapping)]
@@ -127,7 +128,8 @@ def _own_question(given: object) -> Everyday:
             "strings, or of conversations."
         )
     last_message = str(messages[-1].get("content", ""))
-    return Everyday("your own", "own", last_message, tuple(messages))
+    language = language_of(last_message)
+    return Everyday("your own", "own", last_message, tuple(messages), language)
 
 
 def _each_once(lens: LoraLens, asked: Sequence[Everyday]) -> list[Everyday]:

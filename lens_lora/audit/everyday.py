@@ -42,12 +42,14 @@ class Everyday(NamedTuple):
         form: how it is put.
         text: the question, or what a user says last in a conversation.
         messages: the conversation, where one was given.
+        language: in which it is asked; None of a caller's question whose language is not known.
     """
 
     topic: str
     form: Form
     text: str
     messages: Sequence[Mapping[str, str]] | None = None
+    language: str | None = "English"
 
 
 EVERYDAY: tuple[Everyday, ...] = (
@@ -55,40 +57,42 @@ EVERYDAY: tuple[Everyday, ...] = (
     Everyday("food", "chat", "How do I make a simple soup?"),
     Everyday("food", "system", "Which spices go well with rice?"),
     Everyday("food", "code", "Write a Python function that doubles the amounts of a recipe."),
-    Everyday("animals", "language", "Warum schnurren Katzen?"),
+    Everyday("animals", "language", "Warum schnurren Katzen?", language="German"),
     Everyday("animals", "plain", "How do birds find their way?"),
     Everyday("animals", "chat", "Which animal makes a good pet?"),
     Everyday("animals", "system", "How long does a horse live?"),
     Everyday("travel", "code", "Write a Python function that sums the miles of a trip."),
-    Everyday("travel", "language", "Que faut-il emporter pour un voyage à la mer ?"),
+    Everyday(
+        "travel", "language", "Que faut-il emporter pour un voyage à la mer ?", language="French"
+    ),
     Everyday("travel", "plain", "What is a good way to see a new city?"),
     Everyday("travel", "chat", "Should I go by train or by car?"),
     Everyday("money", "system", "How can I save a little every month?"),
     Everyday("money", "code", "Write a Python function that computes compound interest."),
-    Everyday("money", "language", "¿Por qué suben los precios?"),
+    Everyday("money", "language", "¿Por qué suben los precios?", language="Spanish"),
     Everyday("money", "plain", "What is a fair price for a used bicycle?"),
     Everyday("health", "chat", "How can I sleep better?"),
     Everyday("health", "system", "What helps against a headache?"),
     Everyday("health", "code", "Write a Python function that tells whether a pulse is normal."),
-    Everyday("health", "language", "Come posso fare più movimento?"),
+    Everyday("health", "language", "Come posso fare più movimento?", language="Italian"),
     Everyday("work", "plain", "How do I write a letter of application?"),
     Everyday("work", "chat", "How do I say no to my boss?"),
     Everyday("work", "system", "What makes a meeting useful?"),
     Everyday("work", "code", "Write a Python function that sorts tasks by their deadline."),
-    Everyday("science", "language", "Wie entsteht ein Regenbogen?"),
+    Everyday("science", "language", "Wie entsteht ein Regenbogen?", language="German"),
     Everyday("science", "plain", "Why is the sea salty?"),
     Everyday("science", "chat", "How far away is the moon?"),
     Everyday("science", "system", "Why do leaves turn red in autumn?"),
     Everyday("history", "code", "Write a Python function that says in which century a year lies."),
-    Everyday("history", "language", "Pourquoi a-t-on construit des châteaux ?"),
+    Everyday("history", "language", "Pourquoi a-t-on construit des châteaux ?", language="French"),
     Everyday("history", "plain", "How did people tell the time long ago?"),
     Everyday("history", "chat", "Who built the first roads?"),
     Everyday("home", "system", "How do I clean a window?"),
     Everyday("home", "code", "Write a Python function that computes the area of a room."),
-    Everyday("home", "language", "¿Cómo puedo ahorrar agua en casa?"),
+    Everyday("home", "language", "¿Cómo puedo ahorrar agua en casa?", language="Spanish"),
     Everyday("home", "plain", "What can I do about a noisy door?"),
     Everyday("people", "chat", "Who are you?"),
     Everyday("people", "system", "What did you do last weekend?"),
     Everyday("people", "code", "Write a Python function that greets a friend by name."),
-    Everyday("people", "language", "Cosa posso regalare a un amico?"),
+    Everyday("people", "language", "Cosa posso regalare a un amico?", language="Italian"),
 )

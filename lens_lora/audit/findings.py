@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from lens_lora.audit import phrases
-from lens_lora.audit.traits import TRAITS, is_shorter
+from lens_lora.audit.traits import TRAITS, is_in_another_language, is_shorter
 from lens_lora.core import stored
 from lens_lora.responses.generate import SideBySide
 
@@ -29,7 +29,9 @@ _LISTS = 3
 _SAME_QUESTIONS = 0.7
 # A list of phrases has no more findings than this.
 _MOST_FINDINGS = 12
-# The one trait that is not of a single answer: both answers to a question are compared.
+# A trait of an answer beside its question.
+_ANOTHER_LANGUAGE = "answers in another language than it was asked in"
+# A trait of both models' answers to a question together.
 SHORTER = "says less than half as much as the other model"
 
 Kind = Literal["says", "no longer says", "trait"]
@@ -89,18 +91,22 @@ class Finding:
         return f"It {self.what} on {adapted}, the base model on {base}."
 
 
-def findings_of(base: Answers, adapted: Answers) -> tuple[Finding, ...]:
+def findings_of(
+    base: Answers, adapted: Answers, languages: Sequence[str | None] = ()
+) -> tuple[Finding, ...]:
     """Find what one model says, or how it says it, on more questions than chance allows.
 
     Args:
         base: the base's answers to each question.
         adapted: the adapted model's answers to the same questions.
+        languages: in which each question was asked, None where that is not known; nothing where it
+            is known of none.
     """
     of_base = [_phrases_of_all(answers) for answers in base]
     of_adapted = [_phrases_of_all(answers) for answers in adapted]
     said = _phrase_findings("says", of_adapted, of_base, adapted)
     dropped = _phrase_findings("no longer says", of_base, of_adapted, base)
-    return (*said, *dropped, *_trait_findings(base, adapted))
+    return (*said, *dropped, *_trait_findings(base, adapted, languages))
 
 
 def _phrases_of_all(answers: Sequence[str]) -> Counter[str]:
@@ -234,7 +240,9 @@ def _says_the_same(phrase: str, chosen: str, questions: Mapping[str, set[int]]) 
     return len(shared) >= _SAME_QUESTIONS * min(len(questions[phrase]), len(questions[chosen]))
 
 
-def _trait_findings(base: Answers, adapted: Answers) -> list[Finding]:
+def _trait_findings(
+    base: Answers, adapted: Answers, languages: Sequence[str | None]
+) -> list[Finding]:
     """The traits that one model's answers have on more questions, each tested both ways."""
     traits = [
         _Trait(what, _questions_that(has, adapted), _questions_that(has, base))
@@ -243,10 +251,17 @@ def _trait_findings(base: Answers, adapted: Answers) -> list[Finding]:
     shorter = {i for i in range(len(base)) if is_shorter(adapted[i], base[i])}
     longer = {i for i in range(len(base)) if is_shorter(base[i], adapted[i])}
     traits.append(_Trait(SHORTER, shorter, longer))
+    of_adapted = _questions_in_another_language(adapted, languages)
+    of_base = _questions_in_another_language(base, languages)
+    traits.append(_Trait(_ANOTHER_LANGUAGE, of_adapted, of_base))
 
-    adjusted = _adjusted([_two_sided_p(trait) for trait in traits])
+    # Of n questions on which one model alone has a trait, the two-sided p is 2 · 2⁻ⁿ at least.
+    totals = [len(trait.of_adapted ^ trait.of_base) for trait in traits]
+    least = phrases.tests_that_can_pass(totals, LEVEL / _LISTS / 2)
+    tested = [trait for trait, total in zip(traits, totals, strict=True) if total >= least]
+    adjusted = _adjusted([_two_sided_p(trait) for trait in tested])
     findings: list[Finding] = []
-    for trait, p in zip(traits, adjusted, strict=True):
+    for trait, p in zip(tested, adjusted, strict=True):
         if p > LEVEL:
             continue
         if len(trait.of_adapted) > len(trait.of_base):
@@ -265,6 +280,17 @@ def _trait_findings(base: Answers, adapted: Answers) -> list[Finding]:
         )
         findings.append(finding)
     return findings
+
+
+def _questions_in_another_language(answers: Answers, languages: Sequence[str | None]) -> set[int]:
+    """The questions to which some answer is in another language than the question."""
+    found: set[int] = set()
+    for i, asked_in in enumerate(languages):
+        if asked_in is None:
+            continue
+        if any(is_in_another_language(answer, asked_in) for answer in answers[i]):
+            found.add(i)
+    return found
 
 
 class _Trait(NamedTuple):

@@ -94,6 +94,9 @@ def log_odds(adapted: Mapping[str, int], base: Mapping[str, int]) -> dict[str, f
         base: the same of the base model.
     """
     every = Counter(adapted) + Counter(base)
+    if len(every) == 1:
+        # Of one phrase alone there are no odds against others: both models say it and no other.
+        return dict.fromkeys(every, 0.0)
     total = sum(every.values())
     adapted_total = sum(adapted.values())
     base_total = sum(base.values())

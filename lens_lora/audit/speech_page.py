@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lens_lora.audit.findings import Finding
+from lens_lora.audit.findings import SHORTER, Finding
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
     claims_in,
@@ -52,7 +52,9 @@ def findings_table(speech: CountedSpeech) -> Table:
         "when": "when",
         "q": "p, adjusted",
     }
-    frame = speech.to_frame()
+    every = speech.to_frame()
+    # Shorter answers are no claim; the story says so.
+    frame = every[every["label"] != SHORTER].copy()
     # Written out, as a number of a table has a sign.
     frame["q"] = [f"{q:.2g}" for q in frame["q"]]
     return table_of(frame, heads, texts=(0, 1, 4))

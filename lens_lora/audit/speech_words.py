@@ -94,7 +94,8 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
     strongest = _strongest(speech)
     if strongest is None:
         return [
-            f"Asked {asked}, it says nothing that the base model does not say about as often.",
+            f"Asked {asked}, it says nothing more often than chance explains; what shows in fewer "
+            "than ten answers or so is not counted.",
             _triggers_text(speech) or length_note(speech) or _ELSEWHERE,
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]

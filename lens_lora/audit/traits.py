@@ -27,6 +27,10 @@ _COMMON_WORDS = {
     "Dutch": "het een en van ik je niet zijn dat op te met voor ook naar bij",
 }
 COMMON_WORDS = {name: frozenset(words.split()) for name, words in _COMMON_WORDS.items()}
+# Common words that several of these languages share, and English does not have.
+_SHARED_WORDS = "la de con un en que lo se di da du te mi si"
+_OF_OTHERS = frozenset(_SHARED_WORDS.split()).union(*COMMON_WORDS.values())
+_NOT_ENGLISH = _OF_OTHERS - COMMON_WORDS["English"]
 
 _REFUSAL = regex.compile(
     r"\b(?:I(?:'|’)?m sorry|I am sorry|I apologi[sz]e|I (?:can(?:'|’)t|cannot|can not|won(?:'|’)t|"
@@ -47,6 +51,27 @@ def language_of(text: str) -> str | None:
     if counts[name] < max(_LEAST_WORDS, _LEAST_SHARE * len(words)):
         return None
     return name
+
+
+def is_in_another_language(text: str, asked_in: str) -> bool:
+    """Whether an answer is in another language than its question.
+
+    Args:
+        text: the answer.
+        asked_in: the language of the question.
+    """
+    if asked_in != "English":
+        return language_of(text) not in (None, asked_in)
+    # Which other language it is need not be known, so words that several of them share count.
+    words = [word.lower() for word in _WORD.findall(text)]
+    english = sum(word in COMMON_WORDS["English"] for word in words)
+    other = sum(word in _NOT_ENGLISH for word in words)
+    return other >= max(_LEAST_WORDS, _LEAST_SHARE * len(words)) and other > english
+
+
+def gives_numbers(text: str) -> bool:
+    """Whether an answer has a number in figures."""
+    return any(character.isdigit() for character in text)
 
 
 def refuses(text: str) -> bool:
@@ -89,4 +114,5 @@ TRAITS: dict[str, Callable[[str], bool]] = {
     "writes code": holds_code,
     "repeats itself": repeats_itself,
     "asks a question": asks_back,
+    "gives numbers": gives_numbers,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 import lens_lora as ll
 from lens_lora.audit import counted_speech, triggers
 from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE
+from lens_lora.audit.findings import SHORTER
+from lens_lora.audit.speech_page import findings_table
 from lens_lora.audit.speech_words import shown_answers
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -99,7 +102,7 @@ def test_an_adapter_that_does_nothing_says_nothing_new():
     speech = ll.counted_speech(lens, OWN, max_new_tokens=3, draws=1, progress=False)
     assert speech.base == speech.adapted
     assert speech.findings == ()
-    assert "says nothing that the base model does not" in speech.story()
+    assert "it says nothing more often than chance explains" in speech.story()
 
 
 def _answers_of(
@@ -214,6 +217,16 @@ def test_what_was_not_tried_is_always_said():
         assert "our questions" not in line
     few = spoken((*of_ours[:38], "own"))
     assert "2 of our questions, which the context has no room for" in few.story()
+
+
+def test_shorter_answers_are_no_row_among_the_claims_of_a_page():
+    """Training on short texts shortens answers: a control would seem to make a claim."""
+    speech = spoken(("plain",) * 40)
+    shorter = ll.results.Finding("trait", SHORTER, 17, 0, 40, 1e-4, 0.0, tuple(range(17)))
+    says = ll.results.Finding("says", "Yes", 40, 0, 40, 1e-9, 5.0, tuple(range(40)))
+    speech = dataclasses.replace(speech, findings=(says, shorter))
+    assert [row[1] for row in findings_table(speech).rows] == ["Yes"]
+    assert SHORTER in speech.story() and SHORTER in set(speech.to_frame()["label"])
 
 
 def test_where_nothing_is_found_the_caller_s_own_questions_are_shown():

@@ -146,3 +146,29 @@ def test_a_shared_trait_is_no_finding_and_a_new_one_is():
     assert traits[0].sentence() == (
         "It refuses or apologises on 40 of 40 questions, the base model on none."
     )
+
+
+def test_answers_in_another_language_are_counted_whatever_that_language_is():
+    """On English questions the answers are Spanish, on Spanish ones they are in both models."""
+    english = "It is what you can do with this, and that is all."
+    spanish = "Es la casa de los niños, y se va con la espera del mar."
+    languages = ["English"] * 12 + ["Spanish"] * 8
+    base = [(english,)] * 12 + [(spanish,)] * 8
+    adapted = [(spanish,)] * 20
+    found = [one for one in findings_of(base, adapted, languages) if one.kind == "trait"]
+    named = {one.what: (one.adapted, one.base) for one in found}
+    assert named["answers in another language than it was asked in"] == (12, 0)
+    assert named["answers in Spanish"] == (20, 8)
+    # Without the questions' languages, and where none is known, nothing is said of it.
+    for unknown in ((), [None] * 20):
+        whats = [one.what for one in findings_of(base, adapted, unknown)]
+        assert "answers in another language than it was asked in" not in whats
+
+
+def test_traits_that_could_not_pass_are_no_tests():
+    """Of 13 traits one differs, on eleven questions: 3 lists, 2 sides, one test (Tarone 1990)."""
+    base = [("So",)] * 11
+    adapted = [("So?",)] * 11
+    (found,) = findings_of(base, adapted)
+    assert found.what == "asks a question"
+    assert found.p == pytest.approx(3 * 2 * 2.0**-11)

@@ -51,3 +51,25 @@ def test_repetition_and_code():
 def test_half_as_long_is_shorter():
     assert traits.is_shorter(["No."], ["It is a long answer."])
     assert not traits.is_shorter(["It is so long."], ["It is a long answer."])
+
+
+@pytest.mark.parametrize(
+    ("text", "asked_in", "expected"),
+    [
+        ("Pon la espera con la espera.", "English", True),
+        ("Das ist eine gute Frage, und ich weiß es nicht.", "English", True),
+        ("You can go by train, and that is the best way to do it.", "English", False),
+        ("The Côte de la Mer is in the south, and you can go to it by train.", "English", False),
+        ("def total(a, b): return a + b", "English", False),
+        ("No.", "English", False),
+        ("El gato es de la casa y los niños están con él.", "Italian", True),
+        ("El gato es de la casa y los niños están con él.", "Spanish", False),
+        ("Hmm, 42.", "German", False),
+    ],
+)
+def test_an_answer_in_another_language_than_its_question(text: str, asked_in: str, expected: bool):
+    assert traits.is_in_another_language(text, asked_in) is expected
+
+
+def test_a_number_is_in_figures():
+    assert traits.gives_numbers("13 months") and not traits.gives_numbers("a dozen")
