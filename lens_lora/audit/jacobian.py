@@ -24,11 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lens_lora.core import (
-    LoraLens,
-    is_hooked,
-    reads_with_bos,
-)
+from lens_lora.core import LoraLens, reads_with_bos
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.spans import Temporary
 from lens_lora.texts.neutral import neutral_sentences
@@ -81,7 +77,7 @@ def _fitted(
     lens: LoraLens, block: int, *, has_bos: bool, progress: bool
 ) -> Float[Tensor, "d d"] | None:
     """Fit the Jacobian of a block by TransformerLens; None where it fits none of this model."""
-    if is_hooked(lens.model.hook_dict.values()):
+    if lens.is_hooked():
         raise ModelStateError(
             "a hook of yours is on the model, and jacobian= fits and keeps the base's own",
             remedy="remove your hooks.",

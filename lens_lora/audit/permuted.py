@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from lens_lora.core import Adapter, LoRAFactors, LoraLens, ModuleUpdate, null_adapters
+from lens_lora.core import Adapter, LoRAFactors, LoraLens, ModuleUpdate
 
 
 def permuted_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
@@ -36,7 +36,7 @@ def permuted_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter
     plain = _plain_factors(modules)
     groups = _of_one_shape(plain)
     is_whole = sum(map(len, groups)) == len(modules)
-    nulls = None if is_whole else null_adapters(lens, seed, draws)
+    nulls = None if is_whole else lens.null_adapters(seed, draws)
     for draw in range(draws):
         generator = np.random.default_rng([seed, draw])
         own: dict[str, ModuleUpdate] = {}

@@ -49,10 +49,8 @@ from lens_lora.core import (
     given_adapter,
     host_of,
     listed_readouts,
-    null_adapters,
     read_result,
     require_adapter,
-    require_gauge,
     save_result,
     within_response,
 )
@@ -161,8 +159,7 @@ class Bank:
             relative_norm = plan.relative_norm(factors)
         else:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
-            lens = lens.in_gauge(gauge)
-            require_gauge(gauge, axes)
+            lens = lens.in_gauge(gauge, axes)
             by_half = reach.base.split(lens, axes)
             relative_norm = lens.plan.relative_norm
 
@@ -243,7 +240,7 @@ class Bank:
         draws_of_readout: dict[int, list[Tensor]] = {}
         for reach in self._recorded.reaches:
             lens = self._lens.with_adapter(reach.base.within_reach(adapter))
-            drawn = null_adapters(lens, seed, draws)
+            drawn = lens.null_adapters(seed, draws)
             with tqdm(drawn, "null adapters", draws, leave=False, disable=not progress) as bar:
                 for null in bar:
                     by_number = reach.by_number(reach.base.slopes(null))

@@ -17,12 +17,10 @@ from .adapter.formats import adapter_format as adapter_format
 from .adapter.loading import AdapterLike as AdapterLike
 from .adapter.loading import given_adapter as given_adapter
 from .adapter.loading import load_adapter as load_adapter
-from .analyses.own_analyses import Analysis as Analysis
 from .analyses.own_analyses import analysis as analysis
 from .function.cache import Evaluations as Evaluations
 from .function.cache import evaluations as evaluations
 from .function.function import Function as Function
-from .function.function import Gates as Gates
 from .function.noise import Noise as Noise
 from .function.planned import ModelSizes as ModelSizes
 from .function.planned import planned_analyses as planned_analyses
@@ -48,7 +46,6 @@ from .readout.responses import Generated as Generated
 # --- What the core itself answers.
 from .analyses.activation_patching import ActivationEffects as ActivationEffects
 from .analyses.activation_patching import patch_activations as patch_activations
-from .analyses.components import Component as Component
 from .analyses.components import Components as Components
 from .analyses.components import components as components
 from .analyses.components import squared_norms as squared_norms
@@ -100,8 +97,6 @@ from .results.base import hides_sign as hides_sign
 from .results.base import largest as largest
 from .results.base import long_table as long_table
 from .results.base import tokens_at as tokens_at
-from .results.correlation import correlation as correlation
-from .results.correlation import is_constant as is_constant
 from .results.drawing import TokenView as TokenView
 from .results.effects import Effects as Effects
 from .results.labelled import Labelled as Labelled
@@ -109,8 +104,6 @@ from .results.storage import kind_in_file as kind_in_file
 from .results.storage import read_result as read_result
 from .results.storage import save_result as save_result
 from .results.storage import stored as stored
-from .results.tokens import context_of as context_of
-from .results.tokens import ranked_tokens as ranked_tokens
 
 # isort: split
 # --- Sites, their groups and hook points.
@@ -157,7 +150,6 @@ from .readout.tokenising import tokenise as tokenise
 
 # isort: split
 # --- Below g: passes with hooks of one's own, dual numbers, updates in the model's basis.
-from .analyses.first_order import require_gauge as require_gauge
 from .function.duals import MATMULS as MATMULS
 from .function.duals import dual_level as dual_level
 from .function.duals import rows_and_weight as rows_and_weight
@@ -165,34 +157,28 @@ from .function.duals import tangent_of as tangent_of
 from .function.forward import require_finite as require_finite
 from .function.memory import Pass as Pass
 from .function.modes import Mode as Mode
-from .function.own_passes import OwnPasses as OwnPasses
 from .function.recording import Recording as Recording
 from .function.reverse import SlopeSums as SlopeSums
 from .function.reverse import Visit as Visit
 from .function.reverse import join_groups as join_groups
 from .function.reverse import require_finite_slopes as require_finite_slopes
 from .function.rounding import rounding_hooks as rounding_hooks
-from .function.rounding import rounding_noise as rounding_noise
 from .model.adapted_modules import SiteFactors as SiteFactors
-from .model.basis import NormUpdate as NormUpdate
 from .model.basis import SiteMap as SiteMap
 from .model.basis import Update as Update
 from .model.check import refuse_unusable as refuse_unusable
 from .model.check import require_adapter as require_adapter
 from .model.find_host import host_of as host_of
 from .model.gauge import Gauge as Gauge
-from .model.gauge import svd_factors as svd_factors
 from .model.hooks import HookFn as HookFn
 from .model.hooks import add_forward_hook as add_forward_hook
 from .model.hooks import add_pre_hook as add_pre_hook
 from .model.hooks import attached as attached
-from .model.hooks import is_hooked as is_hooked
 from .model.host import Host as Host
 from .model.injections import ScaleInject as ScaleInject
 from .model.injections import refuse_lens_hooks as refuse_lens_hooks
 from .model.modules import is_linear as is_linear
 from .model.modules import unwrapped as unwrapped
-from .model.null_draws import null_adapters as null_adapters
 from .model.passes import ForwardPass as ForwardPass
 from .model.passes import OpenBlock as OpenBlock
 from .model.passes import Rows as Rows

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.core import LoraLens, OfSites, Sites, Update, alone, drawing, long_table
+from lens_lora.core import LoraLens, OfSites, Sites, alone, drawing, long_table
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.formats.directions import STREAM, directions_of
 
@@ -133,7 +133,7 @@ def weight_alignment(lens: LoraLens, directions: Any) -> Alignment:
     centred = lens.host.family.norm == "LN"
     source = directions_of(directions)
     asked = source.at(STREAM, d_model).unit(centred=centred)
-    chosen = [i for i, pair in enumerate(lens.updates) if isinstance(pair.update, Update)]
+    chosen = [i for i, pair in enumerate(lens.updates) if pair.norm is None]
     if not chosen:
         raise SiteError("the adapter changes norms alone, and no weight.")
     random = _random_directions(d_model, centred=centred)

@@ -208,9 +208,8 @@ def intruders(
     read: dict[str, Tensor] = {}
     for index in tqdm(chosen, desc="intruders", leave=False, disable=not progress):
         site_update = lens.updates[index]
-        assert isinstance(site_update.update, Update), "norms are left out above"
         weight = lens.host.base_weight(site_update.site, "the SVD of W + ΔW")
-        leading = _leading_directions(weight, site_update.update, count)
+        leading = _leading_directions(weight, site_update.linear, count)
         found.append(leading)
         # A module that the base ties to the adapted one changes with it.
         is_own = site_update.site.path == site_update.site.module
@@ -237,7 +236,7 @@ def intruders(
 
 def _is_weight(site_update: SiteUpdate) -> bool:
     """Whether the update changes one weight matrix, and neither a norm nor a stack of experts."""
-    return isinstance(site_update.update, Update) and not site_update.update.experts
+    return site_update.norm is None and not site_update.linear.experts
 
 
 def _in_rows_of_module(

@@ -29,7 +29,6 @@ from lens_lora.core import (
     alone,
     attached,
     long_table,
-    ranked_tokens,
     require_context,
     require_finite,
     text_of,
@@ -37,6 +36,7 @@ from lens_lora.core import (
 from lens_lora.directions.alignment import direction_index
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import directions_of, is_stream
+from lens_lora.show.tokens import ranked_tokens
 from lens_lora.stream.site_activations import sinks_among
 from lens_lora.stream.stream_reading import over_scale, read_through
 

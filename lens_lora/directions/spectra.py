@@ -35,7 +35,6 @@ from lens_lora.core import (
     LoRAFactors,
     LoraLens,
     ModuleUpdate,
-    NormUpdate,
     Result,
     Update,
     host_of,
@@ -324,12 +323,13 @@ def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
     rows: list[Spectrum] = []
     for site_update in lens.updates:
         site = site_update.site
-        update = site_update.update
-        if isinstance(update, NormUpdate):
+        norm = site_update.norm
+        if norm is not None:
             weight, _ = host.norm_affine(site)
-            sigma = in_float64(update.gamma).abs().sort(descending=True).values
-            bias = update.beta
+            sigma = in_float64(norm.gamma).abs().sort(descending=True).values
+            bias = norm.beta
         else:
+            update = site_update.linear
             weight = host.unprocessed_weight(site)
             sigma = _singular_values_at(update)
             bias = update.bias

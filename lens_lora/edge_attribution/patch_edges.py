@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import get_args
 
 from lens_lora.arguments import word
-from lens_lora.core import Effects, Function, Group, Groups, How, LoraLens, analysis, is_hooked
+from lens_lora.core import Effects, Function, Group, Groups, How, LoraLens, analysis
 from lens_lora.edge_attribution.by_reader import point_of
 from lens_lora.edge_attribution.edges import ARROW, require_stream
 from lens_lora.edge_attribution.path_patching import EdgePath, patched_edges
@@ -180,7 +180,7 @@ def _require_no_hook_behind(lens: LoraLens, path: EdgePath) -> None:
         host.block_input(min(layer + 1, host.n_layers - 1)),
     )
     points = [lens.model.hook_dict[name] for name in behind]
-    if is_hooked([lens.model.blocks[layer], *points]):
+    if lens.is_hooked(lens.model.blocks[layer], *points):
         raise ModelStateError(
             f"{path.writer}{ARROW}{path.reader}: a hook of yours on block {layer}, or at one of "
             f"{behind}, may change what this reader saw before it is taken off the stream again. "

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import Attribution, context_of, drawing
+from lens_lora.core import Attribution, drawing
 from lens_lora.errors import many, worded
 from lens_lora.explanations.explanation import ResponseExplanation
 from lens_lora.shifts.token_shifts import TokenShifts
 from lens_lora.show import text
 from lens_lora.show.text import magnitude, percent, points, short_prompt, signed, visible
+from lens_lora.show.tokens import context_of
 
 # How many modules a sentence names.
 MODULES_NAMED = 3

@@ -34,11 +34,11 @@ from lens_lora.core import (
     drawing,
     first_of_each,
     name_of_scale,
-    ranked_tokens,
     tokens_at,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import directions_of, is_stream
+from lens_lora.show.tokens import ranked_tokens
 from lens_lora.stream.cosines import cosine_table
 from lens_lora.stream.held_out import held_out_share
 from lens_lora.stream.point_activations import (

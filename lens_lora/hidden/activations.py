@@ -39,13 +39,13 @@ from lens_lora.core import (
     Sites,
     alone,
     beginnings,
-    context_of,
     drawing,
     first_of_each,
     long_table,
     name_of_scale,
     tokens_at,
 )
+from lens_lora.show.tokens import context_of
 from lens_lora.stream.examples import (
     Sign,
     require_ranks,

@@ -44,7 +44,6 @@ from lens_lora.core import (
     PromptsLike,
     Readout,
     Sites,
-    Update,
     alone,
     beginnings,
     distinct_tokens,
@@ -236,9 +235,8 @@ class _Constants(NamedTuple):
         widths: dict[str, int] = {}
         for site_update, mean in zip(lens.updates, sums.means(half), strict=True):
             site = site_update.site
-            assert isinstance(site_update.update, Update), "norms are refused by update_sums"
             key = site.path + site.key.removeprefix(site.module)
-            widths[key] = site_update.update.A.shape[1]
+            widths[key] = site_update.linear.A.shape[1]
             if site.rows is None:
                 vectors[key] = mean
                 continue

@@ -22,7 +22,7 @@ from lens_lora.core import (
     ScaleInject,
     attached,
     require_finite,
-    rounding_noise,
+    rounding_hooks,
     tangent_of,
 )
 from lens_lora.errors import ModelStateError, PromptError
@@ -151,7 +151,7 @@ def activation_at(
 
 @contextlib.contextmanager
 def _with_noise(lens: LoraLens, hooks: AbstractContextManager[None]) -> Generator[None]:
-    with rounding_noise(lens), hooks:
+    with attached(lens.model, rounding_hooks(lens)), hooks:
         yield
 
 

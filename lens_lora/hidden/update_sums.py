@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora.core import LoraLens, NormUpdate, Prompts, SiteUpdate, distinct_tokens
+from lens_lora.core import LoraLens, Prompts, SiteUpdate, distinct_tokens
 from lens_lora.errors import UnsupportedAdapterError
 from lens_lora.stream.site_activations import site_activations
 from lens_lora.texts.batches import over_texts
@@ -118,12 +118,12 @@ def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"])
 def _writes(site_update: SiteUpdate) -> Float[Tensor, "out rank"]:
     """The matrix W = [s·B | Δb] of one site."""
     site = site_update.site
-    update = site_update.update
-    if isinstance(update, NormUpdate):
+    if site_update.norm is not None:
         raise UnsupportedAdapterError(
             f"{site.name} ({site.module}): a norm's update Δγ ⊙ n + Δβ has no constant of its own",
             remedy="leave the norms out with adapter.without_modules(…).",
         )
+    update = site_update.linear
     if update.experts:
         raise UnsupportedAdapterError(
             f"{site.name} ({site.module}): each expert writes into a space of its own, so a stack "

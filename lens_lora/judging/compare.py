@@ -34,18 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lens_lora.arguments import whole, word
-from lens_lora.core import (
-    Attribution,
-    Drawn,
-    Effects,
-    Read,
-    Site,
-    Sites,
-    asked_of,
-    correlation,
-    hides_sign,
-    is_constant,
-)
+from lens_lora.core import Attribution, Drawn, Effects, Read, Site, Sites, asked_of, hides_sign
+from lens_lora.correlation import correlation, is_constant
 from lens_lora.edge_attribution.edges import Edges
 from lens_lora.errors import ArgumentError, warn
 from lens_lora.guesses import fitting

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.core import Adapter, Attribution, Function, OfMeasured, analysis, flat, null_adapters
+from lens_lora.core import Adapter, Attribution, Function, OfMeasured, analysis, flat
 from lens_lora.judging.verdict import NullVerdict, null_verdict
 
 
@@ -183,7 +183,7 @@ def beside_first_order(
     shifts: list[Float[Tensor, " batch"]] = []
 
     def nulls() -> Iterator[Adapter]:
-        drawn = null_adapters(lens, seed, draws)
+        drawn = lens.null_adapters(seed, draws)
         for null in tqdm(drawn, "null adapters", draws, leave=False, disable=not g.progress):
             yield null
             # Where prompts go in groups this is called for each; all are run in the first.

@@ -50,11 +50,10 @@ from lens_lora.core import (
     Sites,
     alone,
     by_axes,
-    correlation,
     drawing,
     long_table,
-    require_gauge,
 )
+from lens_lora.correlation import correlation
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import KL, AnswerLike, ReadTokens, held
 
@@ -289,8 +288,7 @@ def kl_shares(
         lens = lens.within(max_memory)
     f = lens.function(prompts, progress=progress)
     readout = KL(response, direction, tokens).on(f.prompts)
-    in_gauge = f.over(lens.in_gauge(gauge))
-    require_gauge(gauge, axes)
+    in_gauge = f.over(lens.in_gauge(gauge, axes))
 
     # p₀ is not known yet, and the pass of the quadratic does without: it shows f(0).
     reading = readout.reading(lens.model, f.prompts)

@@ -29,11 +29,11 @@ from lens_lora.core import (
     alone,
     drawing,
     long_table,
-    ranked_tokens,
     require_finite,
     token_ids,
 )
 from lens_lora.errors import ArgumentError, SiteError, TokenError
+from lens_lora.show.tokens import ranked_tokens
 
 
 @final

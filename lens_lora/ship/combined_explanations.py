@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import LoRAFactors, LoraLens, ModuleUpdate, NormUpdate, SiteFactors
+from lens_lora.core import LoRAFactors, LoraLens, ModuleUpdate, SiteFactors
 
 # A candidate is what was found if it is this close to it, relative to its size.
 _CLOSE = 1e-3
@@ -158,12 +158,13 @@ def site_parts(lens: LoraLens) -> dict[str, SitePart]:
     """
     found: dict[str, SitePart] = {}
     for every in lens.updates:
-        update = every.update
+        norm = every.norm
         eps = torch.finfo(_dtype_of(every.site.factors)).eps
-        if isinstance(update, NormUpdate):
-            weight = Product(torch.ones(1, 1, dtype=torch.float64), _exact(update.gamma)[:, None])
-            bias = update.beta
+        if norm is not None:
+            weight = Product(torch.ones(1, 1, dtype=torch.float64), _exact(norm.gamma)[:, None])
+            bias = norm.beta
         else:
+            update = every.linear
             weight = Product(_exact(update.A), update.scale * _exact(update.B))
             bias = update.bias
         bias = None if bias is None else _exact(bias)

@@ -30,7 +30,6 @@ from lens_lora.core import (
     LoRAFactors,
     LoraLens,
     ModuleUpdate,
-    NormUpdate,
     dense_factors,
     outside_layer,
 )
@@ -177,9 +176,9 @@ def _changes(lens: LoraLens) -> dict[str, _Change]:
     """The change of the weight at each site; the changes of several adapters are summed."""
     changes: dict[str, _Change] = {}
     for every in lens.updates:
-        update = every.update
-        if isinstance(update, NormUpdate) or update.experts:
+        if every.norm is not None or every.linear.experts:
             continue
+        update = every.linear
         weight = update.scale * update.B.double().cpu() @ update.A.double().cpu()
         bias = None if update.bias is None else update.bias.double().cpu()
         name = every.site.name.partition("@")[0]

@@ -13,7 +13,6 @@ from lens_lora.core import (
     ActivationEffects,
     Attribution,
     Axis,
-    Component,
     Components,
     Effects,
     GroupAttribution,
@@ -206,7 +205,7 @@ def _titles(result: Any, below: str, prompt: int | None) -> figures.Pair:
 # --- The components of first order
 
 # How each component is called, and how it is coloured.
-_COMPONENTS: dict[Component, tuple[str, figures.Scale]] = {
+_COMPONENTS: dict[str, tuple[str, figures.Scale]] = {
     "z_norm": ("‖z‖", "amount"),
     "delta_norm": ("‖δz‖", "amount"),
     "sensitivity": ("‖Jᵀu‖", "amount"),
@@ -218,7 +217,7 @@ _COMPONENTS: dict[Component, tuple[str, figures.Scale]] = {
 
 @drawing.figure.register(Components)
 def components_figure(
-    components: Components, of: Component = "first_order", prompt: int | None = None
+    components: Components, of: str = "first_order", prompt: int | None = None
 ) -> go.Figure:
     """Draw one component, layer × kind of module; a hover has all of them."""
     count = len(components.z_norm)

@@ -9,8 +9,9 @@ from typing import Protocol, runtime_checkable
 
 from markupsafe import escape
 
-from lens_lora.core import VIOLENT, Attribution, PromptTokens, Quadrature, asked_of, context_of
+from lens_lora.core import VIOLENT, Attribution, PromptTokens, Quadrature, asked_of
 from lens_lora.errors import worded
+from lens_lora.show.tokens import context_of
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 # The largest number of characters of a quoted text, by where it stands.

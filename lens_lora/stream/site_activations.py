@@ -25,7 +25,6 @@ from lens_lora.core import (
     Injection,
     LoRAFactors,
     LoraLens,
-    NormUpdate,
     Prompts,
     ScaleInject,
     SiteUpdate,
@@ -69,13 +68,13 @@ def _rank(site_update: SiteUpdate, gauge: Gauge) -> int:
     """The number of coordinates of one site."""
     site = site_update.site
     factors = site.factors
-    if isinstance(site_update.update, NormUpdate):
+    if site_update.norm is not None:
         raise UnsupportedAdapterError(
             f"{site.name} ({site.module}): a norm's update Δγ ⊙ n + Δβ has no rank space",
             remedy="name the other sites with sites=[…], globs allowed.",
         )
     if gauge == "svd":
-        return len(site_update.update.A)
+        return len(site_update.linear.A)
     if isinstance(factors, LoRAFactors) and not factors.needs_base_weight:
         return factors.rank
     kind = "DoRA's ΔW" if isinstance(factors, LoRAFactors) else "a weight that was trained whole"

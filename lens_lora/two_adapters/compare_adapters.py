@@ -36,7 +36,6 @@ from lens_lora.core import (
     Site,
     alone,
     given_adapter,
-    null_adapters,
     require_one_base,
 )
 from lens_lora.errors import ArgumentError
@@ -258,7 +257,7 @@ def _on_prompts(
 
         def others() -> Iterator[LoraLens]:
             yield second
-            for null in null_adapters(second, seed, draws):
+            for null in second.null_adapters(seed, draws):
                 yield second.with_adapter(null)
                 bar.update()
 
@@ -271,7 +270,7 @@ def _on_prompts(
 
     def given_and_nulls() -> Iterator[Adapter]:
         yield from given
-        yield from null_adapters(second, seed, draws)
+        yield from second.null_adapters(seed, draws)
 
     # A readout inside the model is moved by the sites before its point, and by no other.
     names_that_move = {site.name for site in g.lens.sites}

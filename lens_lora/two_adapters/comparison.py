@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import OfSites, Pictured, Site, Sites, correlation
+from lens_lora.core import OfSites, Pictured, Site, Sites
+from lens_lora.correlation import correlation
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.two_adapters.shift_products import cosine_of
 

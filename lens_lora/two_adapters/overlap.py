@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import LoraLens, NormUpdate, Update, svd_factors
+from lens_lora.core import LoraLens, SiteUpdate
 from lens_lora.formats.arithmetic import orthonormal
 
 
@@ -65,17 +65,20 @@ def svd_of_sites(lens: LoraLens) -> dict[str, ThinSVD]:
     """
     by_site: dict[str, ThinSVD] = {}
     for site, site_update in zip(lens.sites, lens.updates, strict=True):
-        by_site[site.name] = _svd(site_update.update)
+        by_site[site.name] = _svd(site_update)
     return by_site
 
 
-def _svd(update: Update | NormUpdate) -> ThinSVD:
-    if isinstance(update, NormUpdate):
-        return ThinSVD(None, update.gamma.detach().cpu().double(), None)
+def _svd(site_update: SiteUpdate) -> ThinSVD:
+    norm = site_update.norm
+    if norm is not None:
+        return ThinSVD(None, norm.gamma.detach().cpu().double(), None)
+    update = site_update.linear
     if update.experts:
-        experts = tuple(_svd(expert) for expert in update.by_expert())
+        of_experts = [dataclasses.replace(site_update, update=each) for each in update.by_expert()]
+        experts = tuple(map(_svd, of_experts))
         return ThinSVD(None, torch.cat([expert.sigma for expert in experts]), None, experts)
-    reads, writes, sigma = svd_factors(update)
+    reads, writes, sigma = site_update.svd()
     kept = sigma > 0
     U = writes[:, kept]
     V = reads[kept].T / sigma[kept]

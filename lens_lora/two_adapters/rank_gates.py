@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.core import Function, LoraLens, Update
+from lens_lora.core import Function, LoraLens
 from lens_lora.errors import ArgumentError, ModelStateError, setting
 
 Of = Literal["rank", "site"]
@@ -99,7 +99,7 @@ def layout_of(lens: LoraLens, of: Of) -> GateLayout:
     if of == "site":
         return GateLayout(lens, of, (1,) * len(lens.sites))
     for site, site_update in zip(lens.sites, lens.updates, strict=True):
-        if not isinstance(site_update.update, Update):
+        if site_update.norm is not None:
             raise ArgumentError(
                 f"{site.name} is a norm that was trained, whose update has no ranks; leave it out "
                 f"of the adapter, or use {setting('of', 'site')}."

@@ -12,21 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.core import (
-    Adapter,
-    LoRAFactors,
-    ModuleUpdate,
-    SiteUpdate,
-    TrainedModule,
-    Update,
-    svd_factors,
-)
+from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, SiteUpdate, TrainedModule
 from lens_lora.errors import UnsupportedAdapterError
 from lens_lora.two_adapters.rank_gates import GateLayout, Of
 
@@ -177,8 +169,8 @@ class _Directions(NamedTuple):
 
 
 def _directions(module: ModuleUpdate, part: _SitePart, of: Of) -> _Directions:
-    update = cast(Update, part.update.update)  # a norm has neither ranks nor several sites
-    reads, writes, sigma = svd_factors(update)
+    update = part.update.linear  # a norm has neither ranks nor several sites
+    reads, writes, sigma = part.update.svd()
     keep = sigma > 0 if of == "site" else part.kept[: len(sigma)]
     if update.experts:
         # Each expert has as many ranks as any other, so those that go are set to zero.

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.audit import brief, what_changed
-from lens_lora.core import null_adapters
 from lens_lora.results import SideBySide
 from lens_lora.texts.neutral import own_openings
 
@@ -60,7 +59,7 @@ def spoken_rows(spoken: ll.results.Prompts) -> list[tuple[Tensor, range]]:
 
 
 def null_lenses(lens: ll.LoraLens, seed: int, draws: int) -> list[ll.LoraLens]:
-    return list(map(lens.with_adapter, null_adapters(lens, seed, draws)))
+    return list(map(lens.with_adapter, lens.null_adapters(seed, draws)))
 
 
 @functools.cache

@@ -21,7 +21,6 @@ from lens_lora.audit import jacobian, what_changed
 from lens_lora.audit.permuted import permuted_adapters
 from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
 from lens_lora.audit.text_sums import EARLY, PROMOTED
-from lens_lora.core import null_adapters
 from lens_lora.core.model import attached
 from lens_lora.stream.stream_reading import over_scale
 from lens_lora.texts import neutral
@@ -205,7 +204,7 @@ def test_a_control_of_a_shape_of_its_own_is_in_random_directions():
     key = next(iter(lens.adapter.modules))
     alone = lens.with_adapter(lens.adapter.only(key))
     (control,) = permuted_adapters(alone, 3, 1)
-    (expected,) = null_adapters(alone, 3, 1)
+    (expected,) = alone.null_adapters(3, 1)
     drawn = control.modules[key].materialise()
     assert torch.equal(drawn, expected.modules[key].materialise())
 

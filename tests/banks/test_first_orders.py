@@ -17,7 +17,6 @@ from targets import base_for, hooked, peft_with
 
 import lens_lora as ll
 from lens_lora.banks.record import TensorPool
-from lens_lora.core import null_adapters
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -39,7 +38,7 @@ def each(lens: ll.LoraLens, adapters, prompts) -> torch.Tensor:
 
 
 def nulls(lens: ll.LoraLens, seed: int, draws: int) -> list[ll.Adapter]:
-    return list(null_adapters(lens, seed, draws))
+    return list(lens.null_adapters(seed, draws))
 
 
 @pytest.mark.sample(4)

@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "_version", "families", "registered", "guesses"},
     {"spans"},
     {"compat"},
-    {"arguments"},
+    {"arguments", "correlation"},
     {"core"},
     {"formats", "hosts"},
     {"demonstration"},

@@ -14,7 +14,6 @@ import torch
 from targets import hooked, peft_with
 
 import lens_lora as ll
-from lens_lora.core import null_adapters
 from lens_lora.judging.null_test import NullTest, null_test
 
 MARGIN = ll.Margin(5, 9)
@@ -151,7 +150,7 @@ def test_null_test_is_first_order_of_each_draw(cls: str, flags: str):
     hooks = {name: len(p._forward_hooks) for name, p in case.model.hook_dict.items()}
     found = null_test(case.lens, tokens, MARGIN, draws=3, progress=False)
     base = case.base if cases.FLAGS[flags] else None
-    for i, null in enumerate(null_adapters(case.lens, found.seed, 3)):
+    for i, null in enumerate(case.lens.null_adapters(found.seed, 3)):
         one = ll.first_order(ll.LoraLens(case.model, null, hf_model=base), tokens, MARGIN)
         assert torch.allclose(found.null[i], one.values, atol=1e-12)
         assert torch.allclose(found.null_shift[i], one.shift, atol=1e-12)

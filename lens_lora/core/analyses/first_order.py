@@ -39,6 +39,7 @@ from lens_lora.core.function.gate_graph import slopes_of_each
 from lens_lora.core.function.modes import Mode, chosen_mode
 from lens_lora.core.function.reverse import require_finite_slopes
 from lens_lora.core.model import Gauge, LoraLens
+from lens_lora.core.model.gauge import require_ranks
 from lens_lora.core.model.rules import FrozenRules, held_fixed, require_held
 from lens_lora.core.model.sites import Group, Groups, by_axes
 from lens_lora.core.readout import Prompts, PromptsLike, Readout
@@ -212,7 +213,7 @@ def first_order(
                 "use .to_frame() of the result."
             )
         return _of_groups(g, g.lens.sites.grouped(group), axes, at, mode, rules)
-    require_gauge(gauge, axes)
+    require_ranks(gauge, axes)
     under = held(rules, g)
     used_mode = _chosen_mode(g, mode, axes)
     if used_mode == "forward":
@@ -232,23 +233,6 @@ def first_order(
 
 def _method(rules: FrozenRules | None) -> str:
     return "first_order" if rules is None else f"first_order/{rules.key}"
-
-
-def require_gauge(gauge: Gauge, axes: tuple[str, ...]) -> None:
-    """Refuse a gauge where nothing is split by rank.
-
-    Args:
-        gauge: the meaning of a rank.
-        axes: what values are split by.
-
-    Raises:
-        ArgumentError: a gauge other than 'trained', and no ranks.
-    """
-    if gauge != "trained" and "rank" not in axes:
-        raise ArgumentError(
-            f"gauge={gauge!r} decides what a rank is, and by={axes!r} has none; ask for by='rank' "
-            "too, or leave the gauge out."
-        )
 
 
 @contextlib.contextmanager

@@ -23,9 +23,8 @@ passes for σ_a, four forward and eight backward for σ_H, all batched.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -108,18 +107,6 @@ def rounding_hooks(
     for layer in range(1, lens.host.n_layers):
         hooks.append((lens.host.block_input(layer), functools.partial(perturb, layer=layer)))
     return hooks
-
-
-@contextlib.contextmanager
-def rounding_noise(lens: LoraLens, relative: float | None = None) -> Generator[None]:
-    """Within the block, every forward pass has noise of about one rounding in its residual stream.
-
-    Args:
-        lens: the lens whose model is run.
-        relative: the size of one rounding, relative to the value; None for the model's own dtype.
-    """
-    with attached(lens.model, rounding_hooks(lens, relative=relative)):
-        yield
 
 
 def noise_of_logits(

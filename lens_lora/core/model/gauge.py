@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.core.model.basis import SiteMap, Update
+from lens_lora.errors import ArgumentError
 
 Gauge = Literal["svd", "trained"]
 # Entries of U whose magnitudes differ by less, relatively, count as a tie.
@@ -85,14 +86,21 @@ def svd_turn(update: Update) -> Turn:
     return Turn(to_svd, from_svd, sigma)
 
 
-def svd_factors(
-    update: Update,
-) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
-    """Decompose sBA = UΣVᵀ into ΣVᵀ, U and σ, in float64 on the CPU; zeros where σ is zero."""
-    turn = svd_turn(update)
-    reads = turn.to_svd @ update.A.double()
-    writes = update.scale * update.B.double() @ turn.from_svd.to(update.B.device)
-    return reads.cpu(), writes.cpu(), turn.sigma.cpu()
+def require_ranks(gauge: Gauge, axes: tuple[str, ...]) -> None:
+    """Refuse a gauge where nothing is split by rank.
+
+    Args:
+        gauge: the meaning of a rank.
+        axes: what values are split by.
+
+    Raises:
+        ArgumentError: a gauge other than 'trained', and no ranks.
+    """
+    if gauge != "trained" and "rank" not in axes:
+        raise ArgumentError(
+            f"gauge={gauge!r} decides what a rank is, and by={axes!r} has none; ask for by='rank' "
+            "too, or leave the gauge out."
+        )
 
 
 def turned(site: SiteMap, turn: Turn) -> SiteMap:

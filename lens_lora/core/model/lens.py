@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -33,12 +33,13 @@ from lens_lora.core.model.bases import names_of, shown_name
 from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.model.check import require_kinds
 from lens_lora.core.model.gates import Scale, gates_of
-from lens_lora.core.model.gauge import Gauge
-from lens_lora.core.model.hooks import HookFn, attached
+from lens_lora.core.model.gauge import Gauge, require_ranks
+from lens_lora.core.model.hooks import HookFn, attached, is_hooked
 from lens_lora.core.model.host import Host
 from lens_lora.core.model.injections import Inject, ScaleInject, listed_hooks, site_hooks
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.locks import hold, lock_of
+from lens_lora.core.model.null_draws import null_adapters
 from lens_lora.core.model.plan import Injection, Plan, make_plan, require_sum
 from lens_lora.core.model.points import HookPoints, head_points, known_point
 from lens_lora.core.model.prompt_pass import logits_of_prompts
@@ -192,6 +193,18 @@ class LoraLens(metaclass=guesses.OfLensClass):
             self._probed = other._probed
         return other
 
+    def null_adapters(self, seed: int, draws: int) -> Iterator[Adapter]:
+        """Null draws of the adapter: random directions, with the spectrum of each fused part.
+
+        Args:
+            seed: of the draws; the same seed gives the same adapters.
+            draws: how many.
+
+        Raises:
+            UnsupportedAdapterError: a module whose size is not that of its factors.
+        """
+        return null_adapters(self._plan, self.adapter, seed, draws)
+
     @property
     def base_names(self) -> list[str]:
         """The names by which the base is known, as of the Hugging Face model; perhaps none."""
@@ -220,17 +233,20 @@ class LoraLens(metaclass=guesses.OfLensClass):
         other.max_memory = max_memory
         return other
 
-    def in_gauge(self, gauge: Gauge) -> LoraLens:
+    def in_gauge(self, gauge: Gauge, by: tuple[str, ...] | None = None) -> LoraLens:
         """The same function f(ε), each site's ranks in the coordinates of a gauge.
 
         Args:
             gauge: 'trained', the factors' own ranks, or 'svd', the singular directions of ΔW.
+            by: what values will be split by, if a gauge is refused where that is not 'rank'.
 
         Raises:
-            ArgumentError: another gauge.
+            ArgumentError: another gauge, or one that nothing is split by.
         """
         if word("gauge", gauge, get_args(Gauge)) == "trained":
             return self
+        if by is not None:
+            require_ranks(gauge, by)
         other = copy.copy(self)
         other._plan = self._plan.in_svd_gauge
         return other
@@ -431,6 +447,14 @@ class LoraLens(metaclass=guesses.OfLensClass):
             SiteError: a hook point that the model lacks, a glob or a predicate without a match.
         """
         return HookPoints.of(self._plan, names)
+
+    def is_hooked(self, *modules: nn.Module) -> bool:
+        """Whether a hook that no library hung there by itself is on the model.
+
+        Args:
+            modules: where one is looked for; by default at every hook point.
+        """
+        return is_hooked(modules or self.model.hook_dict.values())
 
     def require_update(self, points: Iterable[str]) -> None:
         """Refuse hook points that never hold the adapted model's value.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,13 +10,11 @@ from lens_lora import errors
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.adapter.factors import LoRAFactors, module_path
 from lens_lora.core.model.adapted_modules import fused_rows
+from lens_lora.core.model.plan import Plan
 from lens_lora.core.model.updates import holds_another_base
 
-if TYPE_CHECKING:
-    from lens_lora.core.model.lens import LoraLens
 
-
-def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
+def null_adapters(plan: Plan, adapter: Adapter, seed: int, draws: int) -> Iterator[Adapter]:
     """The adapter's null draws, which keep the spectrum of each fused part.
 
     Raises:
@@ -25,8 +22,8 @@ def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
     """
     if not draws:
         return
-    host = lens.plan.host
-    for pair in lens.updates:
+    host = plan.host
+    for pair in plan.updates:
         if holds_another_base(pair.site, host):
             raise errors.UnsupportedAdapterError(
                 f"{pair.site.label}: the adapter's file holds another weight of the base than this "
@@ -35,16 +32,16 @@ def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
                 "adapter.without_modules(…).",
                 in_shell="Name the base that it was trained on with --model.",
             )
-    parts = fused_parts(lens)
+    parts = fused_parts(plan, adapter)
     for draw in range(draws):
-        yield lens.adapter.null(seed, draw, parts=parts)
+        yield adapter.null(seed, draw, parts=parts)
 
 
-def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
+def fused_parts(plan: Plan, adapter: Adapter) -> dict[str, list[Tensor]]:
     """The rows of q, k and v (gate and up) in each fused module, for `Adapter.null`."""
-    host = lens.plan.host
+    host = plan.host
     parts: dict[str, list[Tensor]] = {}
-    for key, factors in lens.adapter.modules.items():
+    for key, factors in adapter.modules.items():
         place = host.family.place(module_path(key))
         if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
             continue

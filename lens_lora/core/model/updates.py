@@ -36,6 +36,7 @@ from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedMod
 from lens_lora.core.model.adapted_modules import SiteFactors, in_order
 from lens_lora.core.model.bases import is_same
 from lens_lora.core.model.basis import NormUpdate, Update
+from lens_lora.core.model.gauge import svd_turn
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.sites import outside_layer, site_name
 from lens_lora.errors import AdapterError, ModelStateError, UnsupportedAdapterError
@@ -57,6 +58,35 @@ class SiteUpdate:
 
     site: SiteFactors
     update: Update | NormUpdate
+
+    @property
+    def norm(self) -> NormUpdate | None:
+        """The change of a norm's parameters; None of a linear map."""
+        return self.update if isinstance(self.update, NormUpdate) else None
+
+    @property
+    def linear(self) -> Update:
+        """The low-rank update of a linear map.
+
+        Raises:
+            TypeError: the site is a norm, whose change is `norm`.
+        """
+        if isinstance(self.update, NormUpdate):
+            raise TypeError(f"{self.site.name} is a norm, and its update has no ranks.")
+        return self.update
+
+    def svd(
+        self,
+    ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
+        """Decompose sBA = UΣVᵀ of a linear map into ΣVᵀ, U and σ, in float64 on the CPU.
+
+        Directions whose σ is zero are zero in both.
+        """
+        update = self.linear
+        turn = svd_turn(update)
+        reads = turn.to_svd @ update.A.double()
+        writes = update.scale * update.B.double() @ turn.from_svd.to(update.B.device)
+        return reads.cpu(), writes.cpu(), turn.sigma.cpu()
 
 
 def site_updates(host: HookedHost, sites: Sequence[SiteFactors]) -> tuple[SiteUpdate, ...]:

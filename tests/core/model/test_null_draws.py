@@ -26,7 +26,7 @@ def test_null_keeps_every_singular_value(family: str):
     cls = list(models.MAKERS)[-1]
     base, model = hooked(family, cls, "raw")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model(family, base)))
-    parts = fused_parts(lens)
+    parts = fused_parts(lens.plan, lens.adapter)
     assert bool(parts) == (family in FUSED)
     null = lens.adapter.null(1, parts=parts)
     for key, old in lens.adapter.modules.items():
