@@ -12,14 +12,14 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lens_lora.errors import ArgumentError, LensLoraError, setting
+from lens_lora.errors import ArgumentError, LensLoraError, TokenError, setting
 
 _BOOLEAN = bool | np.bool_
 
@@ -176,3 +176,25 @@ def _are_messages(value: object) -> bool:
     if isinstance(value, Mapping):
         return {"role", "content"} <= value.keys() or _are_messages(value.get("messages"))
     return isinstance(value, list | tuple) and bool(value) and all(map(_are_messages, value))
+
+
+def one_per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
+    """The items of a list, one per prompt, or a single one for every prompt.
+
+    Args:
+        noun: 'token' or 'answer', for the error.
+        items: as a caller gives them.
+        batch: how many prompts there are.
+        expected: of each item, for the error.
+
+    Raises:
+        TokenError: something else, or another number of items.
+    """
+    if isinstance(items, str) or is_whole(items):
+        return [items] * batch
+    if isinstance(items, bytes) or not isinstance(items, Sequence):
+        items_expected = f"{expected}, an id, or a list with one of them per prompt"
+        raise TokenError(f"the {noun} is {items!r}; expected {items_expected}.")
+    if len(items) != batch:
+        raise TokenError(f"{len(items)} {noun}s for {batch} prompts; pass one, or one per prompt.")
+    return list(items)

@@ -51,7 +51,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts, evaluations, stored, text_of
+from lens_lora.core import LoraLens, Prompts, Tokens, evaluations, stored
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb
 from lens_lora.responses.generate import SideBySide
@@ -688,4 +688,4 @@ def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
 
 
 def _text(lens: LoraLens, ids: _Ids) -> str:
-    return text_of(lens.model, ids.tolist())
+    return Tokens(lens.model).text(ids.tolist())

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lens_lora.core import LoraLens, reads_with_bos
+from lens_lora.core import LoraLens
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.spans import Temporary
 from lens_lora.texts.neutral import neutral_sentences
@@ -57,7 +57,7 @@ def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | N
     """
     block = int(_DEPTH * (lens.host.n_layers - 1))
     point = f"blocks.{block}.hook_resid_post"
-    has_bos = reads_with_bos(lens.model, lens.prepend_bos)
+    has_bos = lens.reads_with_bos
     file = folder / f"jacobian-{_hash(lens.model, has_bos=has_bos)}.safetensors"
     if not file.is_file():
         fitted = _fitted(lens, block, has_bos=has_bos, progress=progress)

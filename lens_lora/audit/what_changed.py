@@ -62,8 +62,9 @@ from lens_lora.core import (
 )
 from lens_lora.errors import ArgumentError, PromptError, TokenError, many
 from lens_lora.responses.generate import SideBySide, side_by_side, whole_or_cut
-from lens_lora.show.tokens import context_of, ranked_tokens
+from lens_lora.show.text import context_of
 from lens_lora.stream.held_out import held_out_share
+from lens_lora.stream.ranked_tokens import ranked_tokens
 from lens_lora.stream.stream_reading import read_through
 from lens_lora.texts import neutral
 from lens_lora.texts.batches import require_second_token

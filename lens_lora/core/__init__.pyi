@@ -130,23 +130,11 @@ from .readout.prompts import which_prompt as which_prompt
 from .readout.reading import AtPoint as AtPoint
 from .readout.reading import LogProbs as LogProbs
 from .readout.reading import Picks as Picks
-from .readout.readout import Before as Before
 from .readout.readout import LogitFunction as LogitFunction
-from .readout.readout import TokenLike as TokenLike
-from .readout.readout import in_vocabulary as in_vocabulary
 from .readout.readout import listed_readouts as listed_readouts
-from .readout.readout import name_of_token as name_of_token
-from .readout.readout import one_per_prompt as one_per_prompt
 from .readout.readout import require_readout as require_readout
-from .readout.readout import same_answers as same_answers
-from .readout.readout import string_ids as string_ids
-from .readout.readout import token_ids as token_ids
-from .readout.texts import ids_after as ids_after
-from .readout.texts import reads_with_bos as reads_with_bos
-from .readout.texts import require_context as require_context
-from .readout.texts import special_id as special_id
-from .readout.texts import text_of as text_of
 from .readout.tokenising import tokenise as tokenise
+from .readout.tokens import Tokens as Tokens
 
 # isort: split
 # --- Below g: passes with hooks of one's own, dual numbers, updates in the model's basis.

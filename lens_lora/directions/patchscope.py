@@ -26,17 +26,16 @@ from lens_lora.core import (
     Function,
     LoraLens,
     Prompts,
+    Tokens,
     alone,
     attached,
     long_table,
-    require_context,
     require_finite,
-    text_of,
 )
 from lens_lora.directions.alignment import direction_index
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import directions_of, is_stream
-from lens_lora.show.tokens import ranked_tokens
+from lens_lora.stream.ranked_tokens import ranked_tokens
 from lens_lora.stream.site_activations import sinks_among
 from lens_lora.stream.stream_reading import over_scale, read_through
 
@@ -187,7 +186,9 @@ def patchscope(
     row = _prompt_of(lens, prompt)
     str_tokens = lens.str_tokens(row)[0]
     place = _place(str_tokens, placeholder)
-    require_context(lens.model, len(str_tokens) + length - 1, "the prompt with its continuation")
+    Tokens(lens.model).require_context(
+        len(str_tokens) + length - 1, "the prompt with its continuation"
+    )
     f = lens.function(row)
     size = _mean_size(f, gates, name, place)
     by_size = unit[:, None] * torch.tensor(sizes, dtype=unit.dtype)[:, None] * size
@@ -298,5 +299,5 @@ def _texts_of(
     """The continuations as text, by direction and scale."""
     by_direction: list[tuple[str, ...]] = []
     for by_scale in tokens.tolist():
-        by_direction.append(tuple(text_of(lens.model, ids) for ids in by_scale))
+        by_direction.append(tuple(Tokens(lens.model).text(ids) for ids in by_scale))
     return tuple(by_direction)

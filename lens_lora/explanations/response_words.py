@@ -17,8 +17,15 @@ from lens_lora.errors import many, worded
 from lens_lora.explanations.explanation import ResponseExplanation
 from lens_lora.shifts.token_shifts import TokenShifts
 from lens_lora.show import text
-from lens_lora.show.text import magnitude, percent, points, short_prompt, signed, visible
-from lens_lora.show.tokens import context_of
+from lens_lora.show.text import (
+    context_of,
+    magnitude,
+    percent,
+    points,
+    short_prompt,
+    signed,
+    visible,
+)
 
 # How many modules a sentence names.
 MODULES_NAMED = 3

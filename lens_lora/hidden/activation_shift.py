@@ -38,7 +38,6 @@ from lens_lora.core import (
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import directions_of, is_stream
-from lens_lora.show.tokens import ranked_tokens
 from lens_lora.stream.cosines import cosine_table
 from lens_lora.stream.held_out import held_out_share
 from lens_lora.stream.point_activations import (
@@ -47,6 +46,7 @@ from lens_lora.stream.point_activations import (
     positions_in,
     text_rows,
 )
+from lens_lora.stream.ranked_tokens import ranked_tokens
 from lens_lora.stream.readable import Readable, readable
 from lens_lora.stream.site_activations import sinks_among
 from lens_lora.stream.stream_reading import over_scale, read_through

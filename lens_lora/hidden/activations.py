@@ -45,7 +45,7 @@ from lens_lora.core import (
     name_of_scale,
     tokens_at,
 )
-from lens_lora.show.tokens import context_of
+from lens_lora.show.text import context_of
 from lens_lora.stream.examples import (
     Sign,
     require_ranks,

@@ -37,7 +37,6 @@ from torch import Tensor
 from lens_lora import arguments
 from lens_lora.core import (
     AnswerLike,
-    Before,
     Generated,
     LogitFunction,
     LogProbs,
@@ -45,14 +44,7 @@ from lens_lora.core import (
     Prompts,
     Reading,
     Readout,
-    TokenLike,
-    ids_after,
-    in_vocabulary,
-    name_of_token,
-    one_per_prompt,
-    require_context,
-    same_answers,
-    string_ids,
+    Tokens,
     which_prompt,
 )
 from lens_lora.core.model import extensions
@@ -74,7 +66,9 @@ _OF_TOKENS: dict[ReadTokens, str] = {
 
 
 @readouts.answer_ids.provide
-def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
+def answer_ids(
+    model: Any, answer: AnswerLike, batch: int, before: Sequence[str | None] = ()
+) -> list[Ids]:
     """The token ids of each prompt's answer."""
     pairs = zip(items_of(answer, batch), before or (None,) * batch, strict=True)
     return [_ids(model, item, text) for item, text in pairs]
@@ -85,12 +79,12 @@ def items_of(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
     items = answer.ids if isinstance(answer, Generated) else answer
     if isinstance(items, Tensor):
         return [items] * batch
-    return one_per_prompt("answer", items, batch, "a string with its leading space")
+    return arguments.one_per_prompt("answer", items, batch, "a string with its leading space")
 
 
 def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
     if isinstance(answer, str):
-        ids = string_ids(model, "answer", answer, before)
+        ids = Tokens(model).of_string("answer", answer, before)
     elif arguments.is_whole(answer):
         ids = [int(answer)]
     elif isinstance(answer, Tensor):
@@ -99,7 +93,7 @@ def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
         raise TokenError(f"{answer!r} is neither a string nor token ids.")
     if not ids:
         raise TokenError(f"the answer {answer!r} has no token; give it at least one.")
-    return tuple(in_vocabulary(model, i, f"token id {i} of the answer {answer!r}") for i in ids)
+    return tuple(Tokens(model).known(i, f"token id {i} of the answer {answer!r}") for i in ids)
 
 
 def _ids_in(answer: Tensor) -> list[int]:
@@ -194,7 +188,7 @@ class AnswerMargin(Readout):
         docs = response_ids(model, self.doc, prompts)
         pres = response_ids(model, self.pre, prompts)
         if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
-            raise same_answers("tokens", self.doc, self.pre)
+            raise Margin.same_answers("tokens", self.doc, self.pre)
         pairs = [[(doc, 1.0), (pre, -1.0)] for doc, pre in zip(docs, pres, strict=True)]
         return _reading(model, prompts, pairs)
 
@@ -409,7 +403,7 @@ def _padded(
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])
     longest = int(lengths.argmax())
     name = which_prompt(owner[longest], prompts.batch)
-    require_context(model, int(lengths[longest]), f"{name} with its answer")
+    Tokens(model).require_context(int(lengths[longest]), f"{name} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     asked = prompts.lengths.tolist()
     sources = [dataclasses.replace(prompts.sources[i], length=asked[i]) for i in owner]
@@ -446,14 +440,14 @@ def _require_no_lost_space(model: Any, answer: str, ids: Ids, prompt: Prompts) -
     if answer.startswith(" ") or is_after_space or last in tokenizer.all_special_ids:
         return
     spaced = f" {answer}"
-    if len(ids_after(tokenizer, spaced, prompt.texts[0])) == 1:
+    if len(Tokens(model).after(spaced, prompt.texts[0])) == 1:
         raise TokenError(
             f"{answer!r} is {len(ids)} tokens {pieces(model, ids)}, and {spaced!r} is one token.",
             remedy="After a word an answer begins with a space; for one without it pass its ids.",
         )
 
 
-def _token(answer: AnswerLike) -> TokenLike:
+def _token(answer: AnswerLike) -> str | int | list[str | int]:
     """An answer of one token after each prompt, as `Margin` takes it."""
     if isinstance(answer, str | int):
         return answer
@@ -542,4 +536,4 @@ def _name(answer: AnswerLike) -> str:
     """The answer as labels show it: its string or ids, or the text of what was generated."""
     if isinstance(answer, Generated):
         answer = answer.texts[0] if len(answer.texts) == 1 else answer.texts
-    return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else name_of_token(answer)
+    return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else Tokens.label(answer)

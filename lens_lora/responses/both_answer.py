@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.compat import home_of
-from lens_lora.core import LoraLens, Prompts, Rows, Source, text_of
+from lens_lora.core import LoraLens, Prompts, Rows, Source, Tokens
 from lens_lora.responses.generate import Sampling, end_tokens
 
 # The tokens of all rows that share a cache, which bounds its memory.
@@ -79,7 +79,7 @@ def both_answer(
     is_confirmed = answers is None
     if answers is None:
         answers = asked.confirmed_answers(progress=progress)
-    texts = [text_of(lens.model, ids, skip_special_tokens=True) for ids in answers]
+    texts = [Tokens(lens.model).text(ids, skip_special_tokens=True) for ids in answers]
     by_model: list[tuple[tuple[str, ...], ...]] = []
     for model in range(len(_STRENGTHS)):
         by_prompt: list[tuple[str, ...]] = []

@@ -45,9 +45,8 @@ from lens_lora.core import (
     Rows,
     Scale,
     Source,
-    special_id,
+    Tokens,
     stored,
-    text_of,
     which_prompt,
 )
 from lens_lora.core.model import extensions
@@ -190,7 +189,7 @@ class Speaker:
             for rows in self._sharing_a_cache():
                 self._say_after(rows, bar)
         responses = [self.said(i) for i in range(count)]
-        texts = [text_of(self.lens.model, ids, skip_special_tokens=True) for ids in responses]
+        texts = [Tokens(self.lens.model).text(ids, skip_special_tokens=True) for ids in responses]
         return Generated(
             ids=tuple(self.prompts.tokens.new_tensor(ids) for ids in responses),
             texts=tuple(texts),
@@ -481,7 +480,7 @@ def _ends_of_files(model: Any, hf_model: Any) -> Any:
         ends = getattr(getattr(base, name, None), "eos_token_id", None)
         if ends is not None:
             return ends
-    eos = special_id(model, "eos")
+    eos = Tokens(model).special("eos")
     return () if eos is None else eos
 
 

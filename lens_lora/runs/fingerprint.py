@@ -37,14 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.core import (
-    Adapter,
-    DeclaredReadout,
-    LoraLens,
-    Readout,
-    reads_with_bos,
-    refuse_lens_hooks,
-)
+from lens_lora.core import Adapter, DeclaredReadout, LoraLens, Readout, refuse_lens_hooks
 
 Fingerprint = Mapping[str, Any]
 # The analyses of a run, each with the options that it is called with.
@@ -127,7 +120,7 @@ def strings_of(lens: LoraLens) -> str | None:
     """Whether strings get a BOS; None where the model has no tokenizer."""
     if getattr(lens.model, "tokenizer", None) is None:
         return None
-    return "with BOS" if reads_with_bos(lens.model, lens.prepend_bos) else "without BOS"
+    return "with BOS" if lens.reads_with_bos else "without BOS"
 
 
 # --- Hashes of values

@@ -26,14 +26,14 @@ from lens_lora.core import (
     PromptsLike,
     Site,
     Sites,
+    Tokens,
     alone,
     drawing,
     long_table,
     require_finite,
-    token_ids,
 )
 from lens_lora.errors import ArgumentError, SiteError, TokenError
-from lens_lora.show.tokens import ranked_tokens
+from lens_lora.stream.ranked_tokens import ranked_tokens
 
 
 @final
@@ -245,7 +245,7 @@ def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -
 
 def _id_after_all(lens: LoraLens, token: str | int, prompts: Prompts) -> int:
     """The id of the token that follows every prompt, as readouts look it up."""
-    first, *others = token_ids(lens.model, token, prompts.batch, prompts.texts).tolist()
+    first, *others = Tokens(lens.model).one_each(token, prompts.batch, prompts.texts).tolist()
     for prompt, other in enumerate(others, start=1):
         if other != first:
             raise TokenError(

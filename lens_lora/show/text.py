@@ -11,7 +11,6 @@ from markupsafe import escape
 
 from lens_lora.core import VIOLENT, Attribution, PromptTokens, Quadrature, asked_of
 from lens_lora.errors import worded
-from lens_lora.show.tokens import context_of
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 # The largest number of characters of a quoted text, by where it stands.
@@ -164,6 +163,19 @@ def short_prompt(tokens: Sequence[str]) -> str:
 def _is_special(token: str) -> bool:
     """Whether a token looks like a special one: '<s>', '[CLS]'."""
     return _SPECIAL_TOKEN.fullmatch(token) is not None
+
+
+def context_of(tokens: Sequence[str], at: int, width: int) -> str:
+    """The token at this position in ⟦ ⟧, with `width` tokens on either side.
+
+    Args:
+        tokens: of a text.
+        at: the position.
+        width: how many tokens are shown on either side.
+    """
+    before = "".join(tokens[max(at - width, 0) : at])
+    after = "".join(tokens[at + 1 : at + 1 + width])
+    return f"{before}⟦{tokens[at]}⟧{after}"
 
 
 def context_text(tokens: Sequence[str], at: int, width: int = 8) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lens_lora.core import Described, LoraLens, Prompts
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import is_stream
-from lens_lora.show.tokens import ranked_tokens
+from lens_lora.stream.ranked_tokens import ranked_tokens
 from lens_lora.stream.stream_reading import over_scale, read_through
 
 

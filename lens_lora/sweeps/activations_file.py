@@ -28,7 +28,7 @@ from lens_lora.arguments import whole
 from lens_lora.core import ChosenPositions, Positions, Site, Sites, drawing, first_of_each
 from lens_lora.errors import SweepError
 from lens_lora.runs.store import Unchanged, fingerprint_of
-from lens_lora.show.tokens import context_of
+from lens_lora.show.text import context_of
 from lens_lora.stream.examples import (
     Sign,
     require_ranks,

@@ -23,12 +23,7 @@ from typing import Any
 
 import torch
 
-from lens_lora.core import (
-    Prompts,
-    reads_with_bos,
-    special_id,
-    tokenise,
-)
+from lens_lora.core import Prompts, Tokens, tokenise
 
 # Messages with which a user may begin a conversation.
 OPENINGS = (
@@ -144,8 +139,9 @@ def everyday_questions(model: Any, prepend_bos: bool | None) -> Prompts:
 
 def own_openings(model: Any, prepend_bos: bool | None) -> Prompts:
     """Prompts after which the model shows what it says by itself: nothing, and questions."""
-    bos = special_id(model, "bos")
-    if bos is not None and reads_with_bos(model, prepend_bos):
+    bos = Tokens(model).special("bos")
+    begins_with = int(tokenise(model, FIRST_WORDS[0], rule=prepend_bos).tokens[0, 0])
+    if bos is not None and begins_with == bos:
         firsts = tokenise(model, torch.full((len(FIRST_WORDS), 1), bos))
     else:
         firsts = tokenise(model, list(FIRST_WORDS), rule=prepend_bos)

@@ -8,6 +8,7 @@ import itertools
 
 import architectures
 import cases
+import limits
 import models
 import pytest
 import reference
@@ -17,7 +18,7 @@ from reference import Stream
 from streams import DIFFERENCES, STREAMS, by_module, relative
 
 import lens_lora as ll
-from lens_lora.core import OwnPasses, attached
+from lens_lora.core import attached
 from lens_lora.edge_attribution import by_reader as engine
 from lens_lora.edge_attribution import patch_edges, path_patching, readers
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of
@@ -354,7 +355,7 @@ def test_all_patches_at_once_or_one_by_one(monkeypatch):
     edges = ll.edges(lens, TEXTS, MARGIN, "head", progress=False)
     pairs = edges.top(12)[["writer", "reader"]].values.tolist()
     together = ll.patch_edges(lens, TEXTS, MARGIN, pairs, progress=False)
-    monkeypatch.setattr(OwnPasses, "copies_at_once", property(lambda _: 2))
+    limits.copies_at_once(monkeypatch, 2)
     each = ll.patch_edges(lens, TEXTS, MARGIN, pairs, progress=False)
     assert relative(each.values, together.values) < ROUND_OFF
 

@@ -22,7 +22,7 @@ from every_result import every_result
 from results_by_hand import two_prompts
 
 import lens_lora as ll
-from lens_lora.core import token_ids
+from lens_lora.core import Tokens
 from lens_lora.responses.answers import answer_ids
 
 pytestmark = pytest.mark.bad_input
@@ -78,7 +78,7 @@ NO_IDS = {
 
 @pytest.mark.parametrize("token, ids", IDS.values(), ids=IDS)
 def test_ids_of_any_integer(token: Any, ids: list[int]):
-    assert token_ids(WORDS, token, 2).tolist() == ids
+    assert Tokens(WORDS).one_each(token, 2).tolist() == ids
     if not isinstance(token, range | np.ndarray) and not torch.is_tensor(token):
         assert answer_ids(WORDS, token, 2) == [(i,) for i in ids]
 

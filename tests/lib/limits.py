@@ -14,6 +14,7 @@ from lens_lora.core.analyses import path_integral
 from lens_lora.core.function import forward, many_gates, memory, rounding
 from lens_lora.core.function.footprint import dual_pass_bytes
 from lens_lora.core.function.gate_graph import GateGraph
+from lens_lora.core.function.own_passes import OwnPasses
 from lens_lora.core.model import injections
 from lens_lora.core.readout import reading
 from lens_lora.explanations import steps
@@ -24,6 +25,11 @@ def tokens_at_once(patch: pytest.MonkeyPatch, **tokens: int) -> None:
     """Set how many tokens a pass of some kind has at most: `SLOPE_TOKENS=1`."""
     for name, number in tokens.items():
         patch.setattr(memory, name, number)
+
+
+def copies_at_once(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Set how many copies of the rows a pass with hooks of one's own takes at most."""
+    patch.setattr(OwnPasses, "copies_at_once", property(lambda _: count))
 
 
 def every_block_runs_again(patch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ from lens_lora.core.readout.prompts import (
 )
 from lens_lora.core.readout.readout import Readout
 from lens_lora.core.readout.responses import AnswerLike, Generated
-from lens_lora.core.readout.texts import reading_of_texts
+from lens_lora.core.readout.texts import reading_of_texts, reads_with_bos
 from lens_lora.core.readout.tokenising import tokenise
 from lens_lora.spans import Temporary, open_spans
 
@@ -847,6 +847,11 @@ class LoraLens(metaclass=guesses.OfLensClass):
     def reads_strings(self) -> str:
         """How a string becomes ids: 'text without BOS'; '' of a model without a tokenizer."""
         return reading_of_texts(self.model, self.prepend_bos)
+
+    @property
+    def reads_with_bos(self) -> bool:
+        """Whether a string that has no BOS of its own gets one."""
+        return reads_with_bos(self.model, self.prepend_bos)
 
     @property
     def tokenizer_origin(self) -> str:

@@ -12,7 +12,6 @@ a single `Logit`, but no margin and no log-probability. So on a model with a cen
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -25,7 +24,7 @@ from torch import Tensor
 from lens_lora import arguments
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import Columns, LogProbs, OfLogits, Reading
-from lens_lora.core.readout.texts import ids_after
+from lens_lora.core.readout.tokens import Tokens
 from lens_lora.errors import ArgumentError, TokenError, warn
 
 # The text of each prompt, which a token follows; None where only its ids are known.
@@ -341,12 +340,12 @@ class Logit(LastToken):
 
     def of_logits(self, model: Any, batch: int, before: Before = ()) -> OfLogits:
         """The token's column of the logits, [row, vocab] → [row]."""
-        return Columns(token_ids(model, self.token, batch, before)[:, None], (1.0,))
+        return Columns(Tokens(model).one_each(self.token, batch, before)[:, None], (1.0,))
 
     @property
     def label(self) -> str:
         """`logit(' Lyon')`, or `logit([' Lyon', ' Rome', …])` of several prompts."""
-        return f"logit({name_of_token(self.token)})"
+        return f"logit({Tokens.label(self.token)})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -365,16 +364,29 @@ class Margin(LastToken):
         Raises:
             TokenError: a token string that is not one token, or doc equal to pre.
         """
-        doc = token_ids(model, self.doc, batch, before)
-        pre = token_ids(model, self.pre, batch, before)
+        doc = Tokens(model).one_each(self.doc, batch, before)
+        pre = Tokens(model).one_each(self.pre, batch, before)
         if bool((doc == pre).any()):
-            raise same_answers("token", self.doc, self.pre)
+            raise Margin.same_answers("token", self.doc, self.pre)
         return Columns(torch.stack([doc, pre], 1), (1.0, -1.0))
+
+    @staticmethod
+    def same_answers(noun: str, doc: object, pre: object) -> TokenError:
+        """The error for two answers that are one.
+
+        Args:
+            noun: 'token' or 'tokens'.
+            doc, pre: the answers, as a caller gives them.
+        """
+        return TokenError(
+            f"doc and pre are the same {noun} ({Tokens.label(doc)} and {Tokens.label(pre)}), so "
+            "their margin is zero whatever the model does."
+        )
 
     @property
     def label(self) -> str:
         """`margin(' Lyon' − ' Paris')`, or the first two in place of several tokens."""
-        return f"margin({name_of_token(self.doc)} − {name_of_token(self.pre)})"
+        return f"margin({Tokens.label(self.doc)} − {Tokens.label(self.pre)})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -392,13 +404,13 @@ class LogProb(LastToken):
             owner=rows,
             weights=torch.ones(batch, device="cpu"),
             batch=batch,
-            tokens=token_ids(model, self.token, batch, before),
+            tokens=Tokens(model).one_each(self.token, batch, before),
         )
 
     @property
     def label(self) -> str:
         """`log p(' Lyon')`, or `log p([' Lyon', ' Rome', …])` of several prompts."""
-        return f"log p({name_of_token(self.token)})"
+        return f"log p({Tokens.label(self.token)})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -426,142 +438,3 @@ class _Callable(LastToken):
     @property
     def label(self) -> str:
         return self.name
-
-
-# --- The tokens of a readout: their ids, and their names in labels
-
-
-def same_answers(noun: str, doc: object, pre: object) -> TokenError:
-    """The error for two answers that are one."""
-    return TokenError(
-        f"doc and pre are the same {noun} ({name_of_token(doc)} and {name_of_token(pre)}), so "
-        "their margin is zero whatever the model does."
-    )
-
-
-def token_ids(
-    model: Any, token: TokenLike, batch: int, before: Before = ()
-) -> Int[Tensor, " batch"]:
-    """A token id for each prompt: of the one token with which the string follows its text.
-
-    Args:
-        model: the hooked model, whose tokenizer looks strings up.
-        token: a string, an id, or a list with one of either per prompt.
-        batch: how many prompts there are.
-        before: their texts; without them a string is tokenised alone.
-
-    Raises:
-        TokenError: a string that is not one token, or an id outside the vocabulary.
-    """
-    plain: Any = arguments.one_entry(token)
-    if isinstance(plain, Tensor):
-        plain = arguments.integers("token ids", plain, TokenError).tolist()
-    items = one_per_prompt("token", plain, batch, "a string of one token")
-    texts = before or (None,) * batch
-    ids = [
-        _token_id(model, arguments.one_entry(item), text)
-        for item, text in zip(items, texts, strict=True)
-    ]
-    return torch.tensor(ids, device="cpu")
-
-
-def string_ids(model: Any, noun: str, string: str, before: str | None) -> list[int]:
-    """The ids with which a token or an answer follows the text of its prompt."""
-    arguments.text(f"the {noun}", string, TokenError)
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise TokenError(f"the model has no tokenizer to look up {string!r}; pass ids.")
-    return ids_after(tokenizer, string, before)
-
-
-def one_per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
-    """The items of a list, one per prompt, or a single one for every prompt."""
-    if isinstance(items, str) or arguments.is_whole(items):
-        return [items] * batch
-    if isinstance(items, bytes) or not isinstance(items, Sequence):
-        items_expected = f"{expected}, an id, or a list with one of them per prompt"
-        raise TokenError(f"the {noun} is {items!r}; expected {items_expected}.")
-    if len(items) != batch:
-        raise TokenError(f"{len(items)} {noun}s for {batch} prompts; pass one, or one per prompt.")
-    return list(items)
-
-
-def _token_id(model: Any, token: object, before: str | None) -> int:
-    if arguments.is_whole(token):
-        return in_vocabulary(model, int(token), f"token id {int(token)}")
-    if not isinstance(token, str):
-        raise TokenError(f"{token!r} is neither a token string nor an id.")
-    ids = string_ids(model, "token", token, before)
-    tokenizer = model.tokenizer
-    if not ids:
-        raise TokenError(f"{token!r} holds no token, and this readout reads one.")
-    if len(ids) > 1:
-        strings = [tokenizer.decode([token_id]) for token_id in ids]
-        after = "" if before is None else f" after {before[-20:]!r}"
-        raise TokenError(
-            f"{token!r} is {len(ids)} tokens {strings}{after}, and this readout reads one."
-            f"{_hint_of_space(tokenizer, token, before)} Of several read AnswerLogProb or "
-            "AnswerMargin."
-        )
-    if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
-        read = f"the tokenizer reads it as {tokenizer.unk_token!r}"
-        raise TokenError(f"{token!r} is not in the vocabulary: {read}. Is it misspelt?")
-    return in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
-
-
-def _hint_of_space(tokenizer: Any, token: str, before: str | None) -> str:
-    """' … is one token.' for the token with a leading space, if that is one; else nothing."""
-    spaced = " " + token.lstrip()
-    with contextlib.suppress(TokenError):
-        if len(ids_after(tokenizer, spaced, before)) == 1:
-            return f" {spaced!r} is one token."
-    return ""
-
-
-def in_vocabulary(model: Any, token_id: int, what: str) -> int:
-    """The id, if the model's vocabulary has it.
-
-    Args:
-        model: the hooked model.
-        token_id: the id.
-        what: has it, for the error: 'token id 5'.
-
-    Raises:
-        TokenError: the vocabulary lacks it.
-    """
-    if not 0 <= token_id < model.cfg.d_vocab:
-        raise TokenError(f"{what} is outside the vocabulary of {model.cfg.d_vocab} tokens.")
-    return token_id
-
-
-_NAMED = 2  # tokens that a label names
-_LONGEST = 20  # characters of each that it shows
-
-
-def name_of_token(token: Any) -> str:
-    """A token as labels write it: `' Lyon'`, `5`, or `[' Lyon', ' Rome', …]` of several prompts."""
-    plain = arguments.one_entry(token)
-    if arguments.is_whole(plain):
-        return str(int(plain))
-    if isinstance(plain, str):
-        return repr(str(plain))
-    items: Sequence[Any] = list(plain) if isinstance(plain, Sequence | Tensor) else ()
-    names = [_short_name(item) for item in items]
-    if not names or None in names:
-        return "per prompt"
-    if len(set(names)) == 1:
-        return str(names[0])
-    shown = [str(name) for name in names[:_NAMED]]
-    if len(names) > _NAMED:
-        shown.append("…")
-    return f"[{', '.join(shown)}]"
-
-
-def _short_name(item: Any) -> str | None:
-    """A token among several, cut short; None where it is a list of ids."""
-    plain = arguments.one_entry(item)
-    if arguments.is_whole(plain):
-        return str(int(plain))
-    if not isinstance(plain, str):
-        return None
-    return repr(plain if len(plain) <= _LONGEST else f"{plain[:_LONGEST]}…")

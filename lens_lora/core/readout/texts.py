@@ -6,14 +6,13 @@
    tokenizer adds none, which is warned of once. `prepend_bos` overrides both.
 2. A string that already begins with the BOS token, as a chat template writes it, gets no second
    one. Nor does one whose tokenizer has no special tokens: what TransformerLens gives it, no model
-   was trained with (`special_id`).
+   was trained with (`Tokens.special`).
 3. An EOS that a tokenizer appends is left out, as the text is to go on.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any, cast
 
 from lens_lora.compat import tokenizer_as_saved
@@ -26,115 +25,12 @@ from lens_lora.core.readout.prompts import (
     WITHOUT_EOS,
     Source,
 )
-from lens_lora.errors import PromptError, TokenError, warn
+from lens_lora.core.readout.tokens import Tokens
+from lens_lora.errors import warn
 
-# TransformerLens gives it, under a new id, to a tokenizer that has no special tokens.
-_GIVEN_TOKEN = "<|endoftext|>"
 _A_TEXT = "a"
 # Models of which was said that strings are read otherwise than by their tokenizer.
 _warned_of: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-# --- The tokenizer
-
-
-def tokenizer_of(model: Any) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        PromptError: it has none.
-    """
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise PromptError("the model has no tokenizer, so strings cannot be read; pass token ids.")
-    return tokenizer
-
-
-def special_id(model: Any, name: str) -> int | None:
-    """The id of the tokenizer's 'bos', 'eos', 'unk' or 'pad' token.
-
-    None where there is no tokenizer or no such token, where the model's vocabulary lacks it, and
-    where TransformerLens has given it to a tokenizer that has no special tokens of its own.
-
-    Args:
-        model: the hooked model.
-        name: of the special token.
-    """
-    tokenizer = getattr(model, "tokenizer", None)
-    token = getattr(tokenizer, f"{name}_token", None)
-    token_id = getattr(tokenizer, f"{name}_token_id", None)
-    if tokenizer is None or token_id is None or token_id >= model.cfg.d_vocab:
-        return None
-    is_unknown = token_id == tokenizer.unk_token_id and token != tokenizer.unk_token
-    has_own = any(tokenizer.init_kwargs.get(f"{kind}_token") for kind in ("bos", "eos"))
-    is_given = token == _GIVEN_TOKEN and token_id >= tokenizer.vocab_size and not has_own
-    return None if is_unknown or is_given else token_id
-
-
-def text_of(model: Any, ids: Sequence[int], **options: bool) -> str:
-    """The tokens as one text; their ids where the model has no tokenizer.
-
-    Args:
-        model: the hooked model.
-        ids: of the tokens.
-        options: of the tokenizer's `decode`.
-    """
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        return " ".join(map(str, ids))
-    return tokenizer.decode(ids, **options)
-
-
-def require_context(model: Any, tokens: int, what: str) -> None:
-    """Check that the model's context holds so many tokens.
-
-    Args:
-        model: the hooked model.
-        tokens: how many there are.
-        what: they are, for the error.
-
-    Raises:
-        PromptError: more than the context holds.
-    """
-    context = getattr(model.cfg, "n_ctx", None)
-    if context and tokens > context:
-        raise PromptError(
-            f"{what} has {tokens} tokens, and the context of this {type(model).__name__} holds "
-            f"{context} (cfg.n_ctx); shorten it."
-        )
-
-
-# --- What follows a text
-
-
-def ids_after(tokenizer: Any, answer: str, before: str | None) -> list[int]:
-    """The ids with which an answer follows a text: ids(before + answer) beyond ids(before).
-
-    Args:
-        tokenizer: the model's.
-        answer: what follows.
-        before: the text; None where only the ids of the prompt are known, so that the answer is
-            tokenised alone.
-
-    Raises:
-        TokenError: an answer that changes the last tokens of the text.
-    """
-    if before is None:
-        return _own_ids(tokenizer, answer)
-    prompt = _own_ids(tokenizer, before)
-    whole = _own_ids(tokenizer, before + answer)
-    if whole[: len(prompt)] != prompt:
-        raise TokenError(
-            f"{answer!r} cannot follow a prompt that ends in {before[-20:]!r}: together they are "
-            "tokenised so that the prompt's own tokens change. After a word an answer needs a "
-            "leading space, and the prompt no space at its end; or pass token ids."
-        )
-    return whole[len(prompt) :]
-
-
-def _own_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text alone, without the BOS or EOS that a tokenizer may add."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 # --- A text as a prompt
@@ -151,9 +47,10 @@ def read_text(model: Any, text: str, prepend_bos: bool | None) -> tuple[list[int
     Raises:
         PromptError: the model has no tokenizer.
     """
-    tokenizer = tokenizer_of(model)
-    bos = special_id(model, "bos")
-    plain = _own_ids(tokenizer, text)
+    tokens = Tokens(model)
+    tokenizer = tokens.tokenizer
+    bos = tokens.special("bos")
+    plain = tokens.own_ids(text)
     if plain[:1] == [bos] and text.lstrip().startswith(tokenizer.bos_token):
         return plain, Source(text, ITS_OWN_BOS)
 
@@ -168,7 +65,7 @@ def read_text(model: Any, text: str, prepend_bos: bool | None) -> tuple[list[int
     how = WITHOUT_BOS
     if ids[:1] == [bos]:
         how = _bos_added_by(model, prepend_bos)
-    eos = special_id(model, "eos")
+    eos = Tokens(model).special("eos")
     if eos is not None and by_tokenizer[-1:] == [eos] and plain[-1:] != [eos]:
         how += WITHOUT_EOS
         if ids[-1:] == [eos]:
@@ -201,10 +98,10 @@ def adds_bos(model: Any) -> bool | None:
     None where that cannot be told: TransformerLens reads a tokenizer's files again so that it adds
     one, and those files are no longer there.
     """
-    saved = tokenizer_as_saved(tokenizer_of(model))
+    saved = tokenizer_as_saved(Tokens(model).tokenizer)
     if saved is None:
         return None
-    bos = special_id(model, "bos")
+    bos = Tokens(model).special("bos")
     return bos is not None and saved(_A_TEXT)["input_ids"][:1] == [bos]
 
 
@@ -216,7 +113,7 @@ def reads_with_bos(model: Any, prepend_bos: bool | None) -> bool:
         prepend_bos: what the caller asked for; None for what the host does.
     """
     ids, _ = read_text(model, _A_TEXT, prepend_bos)
-    bos = special_id(model, "bos")
+    bos = Tokens(model).special("bos")
     return bos is not None and ids[:1] == [bos]
 
 
@@ -238,7 +135,7 @@ def warn_of_other_reading(model: Any) -> None:
     if own is None or own == has_bos or model in _warned_of:
         return
     _warned_of.add(model)
-    bos = tokenizer_of(model).bos_token
+    bos = Tokens(model).tokenizer.bos_token
     if has_bos:
         fact = (
             f"puts the BOS {bos!r} in front of a string, and this model's own tokenizer adds none"

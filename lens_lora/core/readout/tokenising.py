@@ -26,13 +26,8 @@ from lens_lora.core.readout.conversations import (
     of_template,
 )
 from lens_lora.core.readout.prompts import ITS_OWN_BOS, Prompts, PromptsLike, Source, which_prompt
-from lens_lora.core.readout.texts import (
-    read_text,
-    require_context,
-    special_id,
-    tokenizer_of,
-    warn_of_other_reading,
-)
+from lens_lora.core.readout.texts import read_text, warn_of_other_reading
+from lens_lora.core.readout.tokens import Tokens
 from lens_lora.errors import PromptError
 
 # A prompt's ids, and what they were made of.
@@ -66,7 +61,7 @@ def tokenise(
             "conversation begins as its chat template says. Leave prepend_bos out."
         )
     longest = which_prompt(int(ready.lengths.argmax()), ready.batch)
-    require_context(model, ready.tokens.shape[1], longest)
+    Tokens(model).require_context(ready.tokens.shape[1], longest)
     low = int(ready.tokens.min())
     high = int(ready.tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
@@ -94,7 +89,7 @@ def _tokenised(model: Any, prompts: PromptsLike, prepend_bos: bool | None) -> Pr
 
 
 def _of_conversations(model: Any, conversations: Sequence[Conversation]) -> Prompts:
-    tokenizer = tokenizer_of(model)
+    tokenizer = Tokens(model).tokenizer
     count = len(conversations)
     rendered = [
         of_template(tokenizer, messages, which_prompt(i, count))
@@ -107,7 +102,7 @@ def _of_conversations(model: Any, conversations: Sequence[Conversation]) -> Prom
 
 
 def _of_texts(model: Any, texts: Sequence[str], prepend_bos: bool | None) -> Prompts:
-    if prepend_bos and special_id(model, "bos") is None:
+    if prepend_bos and Tokens(model).special("bos") is None:
         raise PromptError(
             "a BOS is to stand before each text, and the tokenizer has no BOS that this model "
             "reads.",
@@ -172,11 +167,11 @@ def _is_padded(model: Any, tokens: Tensor) -> bool:
     Where the pad token is also the end-of-text token, a single one at the end finishes a response,
     and where it has any other meaning, a single one may begin a text.
     """
-    pad = special_id(model, "pad")
+    pad = Tokens(model).special("pad")
     if pad is None or not tokens.numel():
         return False
-    eos = special_id(model, "eos")
-    may_begin = pad in (special_id(model, "bos"), eos, special_id(model, "unk"))
+    eos = Tokens(model).special("eos")
+    may_begin = pad in (Tokens(model).special("bos"), eos, Tokens(model).special("unk"))
     is_pad = tokens == pad
     if tokens.shape[1] == 1:
         return not may_begin and bool(is_pad.any())

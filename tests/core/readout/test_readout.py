@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.core import token_ids
+from lens_lora.core import Tokens
 from lens_lora.errors import TokenError
 
 BATCH = 3
@@ -61,7 +61,7 @@ def test_values(token, ids, logits):
     torch.testing.assert_close(
         ll.LogProb(token).of_logits(WORDS, BATCH)(logits), logp, rtol=1e-12, atol=1e-12
     )
-    assert token_ids(WORDS, token, BATCH).tolist() == ids
+    assert Tokens(WORDS).one_each(token, BATCH).tolist() == ids
 
 
 @pytest.mark.parametrize("readout", [ll.Logit(7), ll.Margin(7, 8), ll.LogProb(7)])
@@ -147,7 +147,7 @@ def test_byte_pair_tokens():
     """The tokenizer of these tests behaves as told: a leading space makes one token."""
     assert [len(BPE_TOKENIZER(t)["input_ids"]) for t in (" Paris", "Paris", " London")] == [1, 2, 6]
     (paris,) = BPE_TOKENIZER(" Paris")["input_ids"]
-    assert token_ids(PIECES, [" Paris", paris], 2).tolist() == [paris, paris]
+    assert Tokens(PIECES).one_each([" Paris", paris], 2).tolist() == [paris, paris]
 
 
 SEVERAL = {
@@ -205,15 +205,15 @@ def test_refused(make, model, token, message):
 def test_tokenizer_larger_than_the_model():
     """A word of the tokenizer that the model's vocabulary lacks is named with its id."""
     small = SimpleNamespace(cfg=SimpleNamespace(d_vocab=50), tokenizer=WORDS.tokenizer)
-    assert token_ids(small, "w49", 1).tolist() == [49]
+    assert Tokens(small).one_each("w49", 1).tolist() == [49]
     with pytest.raises(
         TokenError, match="'w50' is token id 50, which is outside the vocabulary of 50"
     ):
-        token_ids(small, "w50", 1)
+        Tokens(small).one_each("w50", 1)
 
 
 def test_ids_need_no_tokenizer():
-    assert token_ids(BARE, [5, 6], 2).tolist() == [5, 6]
+    assert Tokens(BARE).one_each([5, 6], 2).tolist() == [5, 6]
 
 
 @pytest.mark.parametrize("doc, pre", [("w5", "w5"), ("w5", 5), (["w4", "w5", "w6"], [7, 5, 8])])

@@ -1,4 +1,4 @@
-"""Tokens of a text, and tokens of the vocabulary ranked by one number each."""
+"""Tokens of the vocabulary ranked by one number each."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ import pandas as pd
 from torch import Tensor
 
 from lens_lora.arguments import whole
-
-
-def context_of(tokens: Sequence[str], at: int, width: int) -> str:
-    """The token at this position in ⟦ ⟧, with `width` tokens on either side.
-
-    Args:
-        tokens: of a text.
-        at: the position.
-        width: how many tokens are shown on either side.
-    """
-    before = "".join(tokens[max(at - width, 0) : at])
-    after = "".join(tokens[at + 1 : at + 1 + width])
-    return f"{before}⟦{tokens[at]}⟧{after}"
 
 
 def ranked_tokens(
