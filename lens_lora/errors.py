@@ -52,6 +52,11 @@ def many(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
+def which_prompt(index: int, count: int) -> str:
+    """How messages name a prompt: 'the prompt', or 'prompt 1 of 3 (from 0)'."""
+    return "the prompt" if count == 1 else f"prompt {index} of {count} (from 0)"
+
+
 # How many names a message lists before it counts the others.
 _NAMED = 5
 

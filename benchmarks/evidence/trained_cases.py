@@ -13,7 +13,7 @@ from bases import is_embedded, load_base
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core import Evaluations, evaluations
+from lens_lora.core import Evaluations
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.hosts.build import bridge_if_there, hooked_model
 from lens_lora.responses.answers import margin_between
@@ -84,10 +84,10 @@ def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Evaluations:
         docs = [one["doc"] for one in asked]
         pres = [one["pre"] for one in asked]
         margin = margin_between(lens.model, docs, pres, prompts)
-        return evaluations(lens, prompts, margin, progress=False)
+        return Evaluations.bound(lens, prompts, margin, progress=False)
     if all("response" in one for one in asked):
         response = ll.AnswerLogProb([one["response"] for one in asked])
-        return evaluations(lens, prompts, response, progress=False)
+        return Evaluations.bound(lens, prompts, response, progress=False)
     raise ValueError(f"prompts of two kinds in one set: {[sorted(one) for one in asked]}")
 
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from trained_cases import Case, cases_in, chosen, lens_of, question
 
 import lens_lora as ll
-from lens_lora.core import Evaluations, evaluations
+from lens_lora.core import Evaluations
 from lens_lora.core.analyses.first_order import first_order
 from lens_lora.core.analyses.patching import How
 from lens_lora.core.function.many_gates import gated_readout
@@ -90,7 +90,7 @@ def kl_agreement(
 
     The keys: `shares` and each split beside the path's; "shares, <split>": the shares beside it.
     """
-    g = evaluations(lens, prompts, ll.KL(response), progress=False)
+    g = Evaluations.bound(lens, prompts, ll.KL(response), progress=False)
     found = ll.kl_shares(lens, prompts, response, scales=(), progress=False)
     shares = found.attribution.per_site.cpu().double()
     splits = {key: PARTS[key](g).cpu().double() for key in SPLITS}

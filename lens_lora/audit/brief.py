@@ -51,7 +51,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts, Tokens, evaluations, stored
+from lens_lora.core import Evaluations, LoraLens, Prompts, Tokens, stored
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb
 from lens_lora.responses.generate import SideBySide
@@ -627,7 +627,7 @@ def _runs(
 
     One forward and one backward pass, and a forward pass for each end, control and set of layers.
     """
-    g = evaluations(lens, contexts, AnswerLogProb(list(words)), progress=False)
+    g = Evaluations.bound(lens, contexts, AnswerLogProb(list(words)), progress=False)
     layers = lens.sites.grouped("layer")
     members = lens.sites.indicator(layers)
     by_layer = g.slopes(1.0).cpu().double() @ members.T

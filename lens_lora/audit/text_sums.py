@@ -24,12 +24,7 @@ from torch import Tensor
 
 from lens_lora.audit.jacobian import Jacobian
 from lens_lora.compat import float64_device, in_float64
-from lens_lora.core import (
-    HookFn,
-    LoraLens,
-    Prompts,
-    distinct_tokens,
-)
+from lens_lora.core import HookFn, LoraLens, Prompts
 from lens_lora.stream.stream_reading import over_scale
 from lens_lora.texts.batches import (
     TOKENS_AT_ONCE,
@@ -309,7 +304,7 @@ def text_sums(
         progress: show a bar.
     """
     first, _ = scaled[0]
-    distinct = distinct_tokens(texts)
+    distinct = texts.distinct()
     points = Points.of(first, jacobian)
     models = [TextSums(lens, scale, texts, points) for lens, scale in scaled]
     shares = _zeros(first, len(first.sites))

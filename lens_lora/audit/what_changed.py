@@ -56,7 +56,6 @@ from lens_lora.core import (
     PromptsLike,
     Sites,
     alone,
-    distinct_tokens,
     drawing,
     stored,
 )
@@ -578,7 +577,7 @@ def what_changed(
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
         claims = claims_of(lens, permuted, shifts, beside, seed, fast=fast, progress=progress)
 
-    distinct = int(distinct_tokens(rows).sum())
+    distinct = int(rows.distinct().sum())
     counted = f"{many(distinct, 'distinct token')} after first ones"
     return WhatChanged(
         found=found,
@@ -638,7 +637,7 @@ def _drawn_answers(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide
 
 
 def _changes(sums: TextSums, rows: Prompts) -> Changes:
-    counted = distinct_tokens(rows)
+    counted = rows.distinct()
     by_text = counted.sum(1)
     tokens = int(by_text.sum())
     early_tokens = int(counted[:, 1 : 1 + EARLY].sum())

@@ -48,11 +48,9 @@ from lens_lora.core import (
     by_axes,
     given_adapter,
     host_of,
-    listed_readouts,
     read_result,
     require_adapter,
     save_result,
-    within_response,
 )
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many, warn
 from lens_lora.hosts.given_base import note_of_names
@@ -195,7 +193,7 @@ class Bank:
         response = ()
         if "token" in fields["by"]:
             response = readout.response
-            values = within_response(values, response)
+            values = Attribution.within_response(values, response)
         if adapted is None:
             adapted = torch.full_like(base, torch.nan)
         labels = {**readout.labels, "base": base}
@@ -408,7 +406,7 @@ def bank(
     @alone
     def recorded(lens: LoraLens) -> Bank:
         f = lens.function(prompts, progress=False)
-        all_readouts = [readout] if isinstance(readout, Readout) else listed_readouts(readout)
+        all_readouts = [readout] if isinstance(readout, Readout) else Readout.listed(readout)
         functions = [Evaluations.of(f.about(each)) for each in all_readouts]
         for g in functions:
             g.require_slope_at_base()

@@ -7,11 +7,9 @@ host or a picture, or who run passes of their own.
 # isort: split
 # --- An adapter over a model, prompts, a readout, and g.
 from .adapter.adapter import Adapter as Adapter
-from .adapter.adapter import require_one_base as require_one_base
 from .adapter.factors import LoRAFactors as LoRAFactors
 from .adapter.factors import ModuleUpdate as ModuleUpdate
 from .adapter.factors import TrainedModule as TrainedModule
-from .adapter.factors import dense_factors as dense_factors
 from .adapter.formats import PEFT_FILES as PEFT_FILES
 from .adapter.formats import adapter_format as adapter_format
 from .adapter.loading import AdapterLike as AdapterLike
@@ -19,7 +17,6 @@ from .adapter.loading import given_adapter as given_adapter
 from .adapter.loading import load_adapter as load_adapter
 from .analyses.own_analyses import analysis as analysis
 from .function.cache import Evaluations as Evaluations
-from .function.cache import evaluations as evaluations
 from .function.function import Function as Function
 from .function.noise import Noise as Noise
 from .function.planned import ModelSizes as ModelSizes
@@ -53,13 +50,11 @@ from .analyses.first_order import first_order as first_order
 from .analyses.margin import FactMargin as FactMargin
 from .analyses.margin import fact_margin as fact_margin
 from .analyses.margin import flip_scales as flip_scales
-from .analyses.margin import margin_of as margin_of
 from .analyses.patching import How as How
 from .analyses.patching import patch_sites as patch_sites
 from .analyses.path_integral import path_integral as path_integral
 from .analyses.remainder import Remainder as Remainder
 from .analyses.remainder import RemainderCurve as RemainderCurve
-from .analyses.remainder import orders as orders
 from .analyses.remainder import remainder as remainder
 from .analyses.remainder import remainder_curve as remainder_curve
 from .analyses.verdict import FlipVerdict as FlipVerdict
@@ -77,7 +72,6 @@ from .results.attribution import Axis as Axis
 from .results.attribution import GroupAttribution as GroupAttribution
 from .results.attribution import Quadrature as Quadrature
 from .results.attribution import Shown as Shown
-from .results.attribution import within_response as within_response
 from .results.base import SIGMAS as SIGMAS
 from .results.base import Described as Described
 from .results.base import Drawn as Drawn
@@ -97,7 +91,6 @@ from .results.base import hides_sign as hides_sign
 from .results.base import largest as largest
 from .results.base import long_table as long_table
 from .results.base import tokens_at as tokens_at
-from .results.drawing import TokenView as TokenView
 from .results.effects import Effects as Effects
 from .results.labelled import Labelled as Labelled
 from .results.storage import kind_in_file as kind_in_file
@@ -107,8 +100,6 @@ from .results.storage import stored as stored
 
 # isort: split
 # --- Sites, their groups and hook points.
-from .model.gates import gates_of_rows as gates_of_rows
-from .model.gates import name_of_scale as name_of_scale
 from .model.sites import Group as Group
 from .model.sites import Groups as Groups
 from .model.sites import Names as Names
@@ -118,21 +109,15 @@ from .model.sites import outside_layer as outside_layer
 
 # isort: split
 # --- For a readout or a prompt of another kind.
-from .readout.beginnings import beginnings as beginnings
-from .readout.beginnings import distinct_tokens as distinct_tokens
 from .readout.beginnings import first_of_each as first_of_each
 from .readout.beginnings import marks_of as marks_of
 from .readout.positions import ChosenPositions as ChosenPositions
 from .readout.prompts import PromptTokens as PromptTokens
 from .readout.prompts import Source as Source
-from .readout.prompts import asked_of as asked_of
-from .readout.prompts import which_prompt as which_prompt
 from .readout.reading import AtPoint as AtPoint
 from .readout.reading import LogProbs as LogProbs
 from .readout.reading import Picks as Picks
 from .readout.readout import LogitFunction as LogitFunction
-from .readout.readout import listed_readouts as listed_readouts
-from .readout.readout import require_readout as require_readout
 from .readout.tokenising import tokenise as tokenise
 from .readout.tokens import Tokens as Tokens
 
@@ -143,8 +128,6 @@ from .function.duals import dual_level as dual_level
 from .function.duals import rows_and_weight as rows_and_weight
 from .function.duals import tangent_of as tangent_of
 from .function.forward import require_finite as require_finite
-from .function.memory import Pass as Pass
-from .function.modes import Mode as Mode
 from .function.recording import Recording as Recording
 from .function.reverse import SlopeSums as SlopeSums
 from .function.reverse import Visit as Visit

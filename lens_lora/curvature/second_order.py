@@ -31,7 +31,6 @@ from lens_lora.core import (
     analysis,
     drawing,
     flat,
-    orders,
     remainder_curve,
 )
 from lens_lora.curvature.coupling import coupling
@@ -137,7 +136,7 @@ class SecondOrder(OfMeasured):
 
         NaN where fewer than three points stand out of the noise.
         """
-        return orders(self.curve.scales, self.path_remainder, self._path_floor)
+        return self.curve.orders_of(self.path_remainder, self._path_floor)
 
     @property
     def helps_up_to(self) -> Float[Tensor, " batch"]:

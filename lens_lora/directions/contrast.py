@@ -45,7 +45,6 @@ from lens_lora.core import (
     Prompts,
     Scale,
     alone,
-    name_of_scale,
 )
 from lens_lora.errors import ArgumentError, SiteError, warn
 from lens_lora.stream.cosines import cosine_table
@@ -228,7 +227,7 @@ def contrast(
         widths=dict(modules.values()),
         counts=(sides[0].rows.batch, sides[1].rows.batch),
         positions=_positions_text(positions, sinks=sinks),
-        at=name_of_scale(scale),
+        at=lens.scale_in_words(scale),
         **readable(lens, list(texts.values()), shifts),
     )
 

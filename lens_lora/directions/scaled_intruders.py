@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lens_lora.arguments import numbers_of
 from lens_lora.core import (
+    Evaluations,
     LoraLens,
     Pictured,
     Prompts,
@@ -35,7 +36,6 @@ from lens_lora.core import (
     Read,
     Readout,
     alone,
-    evaluations,
     long_table,
 )
 from lens_lora.directions.intruders import intruders
@@ -179,7 +179,7 @@ def scale_intruders(
         NumericsError: a logit that is not finite.
     """
     factors = _factors(scales)
-    g = evaluations(lens, prompts, readout, progress=progress)
+    g = Evaluations.bound(lens, prompts, readout, progress=progress)
     rows = lens.function(texts_or_neutral(lens, texts)).prompts
     require_second_token(rows, "the loss")
     found = intruders(lens, k, threshold, sites=sites, progress=progress)

@@ -23,12 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.compat import in_float64
-from lens_lora.core import (
-    Evaluations,
-    Function,
-    first_order,
-    margin_of,
-)
+from lens_lora.core import Evaluations, FactMargin, Function, first_order
 from lens_lora.curvature.second_order import second_order
 from lens_lora.explanations.explanation import Explanation, Said
 from lens_lora.explanations.in_full import SLOW_STEPS, in_full
@@ -144,7 +139,7 @@ def _quick(
     lens = g.lens
     silent = g.with_progress(False)
     with step(bar, "the margin along the path"):
-        margin = margin_of(silent, list(docs), list(pres), by="position")
+        margin = FactMargin.of(silent, list(docs), list(pres), by="position")
     with step(bar, "tokens promoted and suppressed"):
         shift = logit_shift(lens, g.prompts, by_site=False, progress=False)
         module_shifts = _shifts_of_the_largest(g, shift, margin.attribution.per_site)

@@ -33,15 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.core import LoRAFactors, ModuleUpdate
-from lens_lora.core.adapter import (
-    Parts,
-    Updates,
-    dense_factors,
-    expert_factors,
-    extensions,
-    module_path,
-    plain,
-)
+from lens_lora.core.adapter import Parts, Updates, expert_factors, extensions, module_path, plain
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
 
@@ -114,7 +106,7 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
     bias = _summed_bias(parts, dtype)
     if all(part.is_dense for part in parts):
         change = torch.stack([part.materialise().to(dtype) for part in parts]).sum(0)
-        return dataclasses.replace(dense_factors(change), lora_bias=bias)
+        return dataclasses.replace(LoRAFactors.dense(change), lora_bias=bias)
     A = torch.cat([part.A.to(dtype) for part in parts])
     B = torch.cat([part.scale * part.strength * part.B.to(dtype) for part in parts], 1)
     return LoRAFactors(A, B, lora_bias=bias, experts=max(experts))

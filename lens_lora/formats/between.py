@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import dense_factors, extensions
+from lens_lora.core.adapter import extensions
 from lens_lora.errors import AdapterError, ArgumentError
 from lens_lora.families import FAMILIES, NORM_KINDS
 from lens_lora.formats.configurations import differing_fields
@@ -161,7 +161,7 @@ def _linear_change(path: str, before: nn.Module, after: nn.Module | None) -> LoR
     delta = new.double() - old.double()
     bias = _bias_change(path, before, after)
     if delta.any():
-        factors = dense_factors(delta.to(torch.promote_types(new.dtype, torch.float32)))
+        factors = LoRAFactors.dense(delta.to(torch.promote_types(new.dtype, torch.float32)))
     elif bias is not None:
         out, inputs = delta.shape
         factors = LoRAFactors(delta.new_zeros(1, inputs), delta.new_zeros(out, 1))

@@ -29,13 +29,7 @@ from torch import Tensor, nn
 
 from lens_lora.compat import float64_device, is_memory_short
 from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import (
-    MERGED,
-    MERGED_FOLDER,
-    converted,
-    dense_factors,
-    refuse_without_delta,
-)
+from lens_lora.core.adapter import MERGED, MERGED_FOLDER, converted, refuse_without_delta
 from lens_lora.errors import UnsupportedAdapterError, located
 from lens_lora.formats.live_layers import (
     base_within,
@@ -317,7 +311,7 @@ def _factors(delta: Float[Tensor, "out in"], rounding: float, dtype: torch.dtype
     drawn = torch.randn(delta.shape[1], count, generator=generator, dtype=torch.float64)
     span, _ = torch.linalg.qr(delta @ drawn.to(delta.device))
     if not count or float((delta - span @ (span.T @ delta)).norm()) > rounding:
-        return dense_factors(delta.to(dtype))
+        return LoRAFactors.dense(delta.to(dtype))
     left, sizes, right = torch.linalg.svd(span.T @ delta, full_matrices=False)
     rank = max(int((sizes > rounding).sum()), 1)
     B = span @ (left[:, :rank] * sizes[:rank])

@@ -30,10 +30,8 @@ from lens_lora.core import (
     Prompts,
     Scale,
     alone,
-    beginnings,
     drawing,
     first_of_each,
-    name_of_scale,
     tokens_at,
 )
 from lens_lora.errors import ArgumentError
@@ -335,7 +333,7 @@ def activation_shift(
             "size), and sinks are left out of means",
             remedy="ask for other positions, or with sinks=True.",
         )
-    distinct = torch.from_numpy(first_of_each(beginnings(rows).numpy(), counted.numpy()))
+    distinct = torch.from_numpy(first_of_each(rows.marks().numpy(), counted.numpy()))
     shown = {name: h.masked_fill(~asked[..., None], torch.nan) for name, h in shifts.items()}
     token_readings: dict[str, Tensor] = {}
     if by is not None:
@@ -349,7 +347,7 @@ def activation_shift(
         counted=counted,
         distinct=distinct,
         token_readings=token_readings,
-        at=name_of_scale(scale),
+        at=lens.scale_in_words(scale),
         str_tokens=lens.str_tokens(rows),
         **readable(lens, [rows], counted_shifts),
     )

@@ -38,11 +38,9 @@ from lens_lora.core import (
     Scale,
     Sites,
     alone,
-    beginnings,
     drawing,
     first_of_each,
     long_table,
-    name_of_scale,
     tokens_at,
 )
 from lens_lora.show.text import context_of
@@ -353,10 +351,10 @@ def lora_activations(
         sites=tuple(lens.sites[i] for i in chosen),
         ranks=ranks,
         sinks=seen.sinks,
-        beginnings=beginnings(rows),
+        beginnings=rows.marks(),
         starts=rows.lengths.new_tensor(rows.asked_lengths),
         gauge=gauge,
-        at=name_of_scale(scale),
+        at=lens.scale_in_words(scale),
         str_tokens=lens.str_tokens(rows),
         meta=lens.describe(rows),
     )

@@ -36,6 +36,7 @@ from torch import Tensor
 from lens_lora.arguments import whole
 from lens_lora.core import (
     Adapter,
+    Evaluations,
     Function,
     LoraLens,
     OfSites,
@@ -45,9 +46,6 @@ from lens_lora.core import (
     Readout,
     Sites,
     alone,
-    beginnings,
-    distinct_tokens,
-    evaluations,
 )
 from lens_lora.errors import PromptError
 from lens_lora.hidden.update_sums import UpdateSums, update_sums
@@ -172,7 +170,7 @@ def constant_part(
     if rows.batch < 2:
         raise PromptError("constants are judged on other texts than their own; give two or more.")
     require_own_tokens(rows)
-    g = None if readout is None else evaluations(lens, rows, readout, progress=progress)
+    g = None if readout is None else Evaluations.bound(lens, rows, readout, progress=progress)
     sums = update_sums(lens, rows, _apart(rows))
     constants = _Constants.of(lens, sums)
     # For each half, the constants of the other half.
@@ -205,8 +203,8 @@ def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
     first, second = (rows.chosen(range(rows.batch)[half]) for half in _HALVES)
     apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
     for half, texts, others in ((_HALVES[0], first, second), (_HALVES[1], second, first)):
-        is_shared = torch.isin(beginnings(texts), beginnings(others))
-        kept = distinct_tokens(texts) & ~is_shared
+        is_shared = torch.isin(texts.marks(), others.marks())
+        kept = texts.distinct() & ~is_shared
         apart[half, : kept.shape[1]] = kept
     return apart
 
@@ -288,7 +286,7 @@ def _by_kl(lens: LoraLens, rows: Prompts, held_out: Sequence[LoraLens], progress
     """Sum KL(adapted ‖ ·) over each text's tokens, for the base, the constants, and itself (0)."""
     base_kl = torch.zeros(rows.batch, dtype=torch.float64)
     constant_kl = torch.zeros(rows.batch, dtype=torch.float64)
-    counted = distinct_tokens(rows)
+    counted = rows.distinct()
     adapted = lens, lens.gates(1.0)
     base = lens, lens.gates(0.0)
     for half, constants in zip(_HALVES, held_out, strict=True):

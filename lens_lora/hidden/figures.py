@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lens_lora.arguments import whole
-from lens_lora.core import asked_of, drawing, layer_order
+from lens_lora.core import PromptTokens, drawing, layer_order
 from lens_lora.hidden.activation_shift import ActivationShift
 from lens_lora.hidden.activations import Activations
 from lens_lora.hidden.constant_part import ConstantPart
@@ -54,7 +54,7 @@ def activations_figure(
         return f"{name} rank {rank}<br>{token} {label(visible(tokens[token]))}<br>{value}"
 
     heading = f"Activations over “{short_prompt(tokens)}”"
-    if len(asked_of(tokens)) < len(tokens):
+    if len(PromptTokens.of(tokens).asked) < len(tokens):
         heading += " and what is said after it"
     described = directions_text(site, len(shown), len(directions))
     below = f"{described}; sinks are grey; z read at {activations.at}"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts, SiteUpdate, distinct_tokens
+from lens_lora.core import LoraLens, Prompts, SiteUpdate
 from lens_lora.errors import UnsupportedAdapterError
 from lens_lora.stream.site_activations import site_activations
 from lens_lora.texts.batches import over_texts
@@ -21,7 +21,7 @@ from lens_lora.texts.batches import over_texts
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UpdateSums:
-    """Sums of every site's update over each text's `distinct_tokens`.
+    """Sums of every site's update over the tokens that are `distinct`.
 
     Attributes:
         writes: W of each site, [out, rank].
@@ -80,7 +80,7 @@ def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"])
     roots = tuple(torch.linalg.qr(W, mode="r").R for W in writes)
     ranks = [W.shape[1] for W in writes]
     sites = range(len(writes))
-    distinct = distinct_tokens(texts)
+    distinct = texts.distinct()
     by_rank = texts.batch, len(writes), max(ranks)
     sums = torch.zeros(by_rank, dtype=torch.float64)
     apart_sums = torch.zeros(by_rank, dtype=torch.float64)

@@ -39,7 +39,6 @@ from lens_lora.core import (
     PromptsLike,
     Readout,
     alone,
-    evaluations,
     long_table,
 )
 from lens_lora.errors import ArgumentError
@@ -215,7 +214,7 @@ def _behaviour(
             remedy="write (prompts, ll.Margin(' Lyon', ' Paris')), say.",
         )
     prompts, readout = question
-    g = evaluations(lens, prompts, readout, progress=progress)
+    g = Evaluations.bound(lens, prompts, readout, progress=progress)
     base, _ = g.ends
     of_adapter = tuple(i for i, site in enumerate(g.lens.sites) if site.adapter == name)
     own = g(g.lens.gates(g.lens.sites.indicator({name: of_adapter})[0])) - base

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lens_lora.arguments import whole, word
-from lens_lora.core import Attribution, Drawn, Effects, Read, Site, Sites, asked_of, hides_sign
+from lens_lora.core import Attribution, Drawn, Effects, PromptTokens, Read, Site, Sites, hides_sign
 from lens_lora.correlation import correlation, is_constant
 from lens_lora.edge_attribution.edges import Edges
 from lens_lora.errors import ArgumentError, warn
@@ -311,7 +311,7 @@ def _facts(result: Attribution | Effects) -> dict[str, list[str]]:
     """The words for each fact that two compared results may need to share."""
     facts = {
         "sites": [site.name for site in result.sites],
-        "prompts": ["|".join(asked_of(tokens)) for tokens in result.str_tokens],
+        "prompts": ["|".join(PromptTokens.of(tokens).asked) for tokens in result.str_tokens],
         "readouts": [f"{result.readout} in {result.units}"],
         "units": [result.units],
         "responses": ["|".join(tokens) for tokens in result.str_tokens],

@@ -41,7 +41,6 @@ from lens_lora.core import (
     Readout,
     Sites,
     analysis,
-    evaluations,
     long_table,
 )
 from lens_lora.errors import ArgumentError
@@ -264,7 +263,7 @@ def _held_out(g: Function, test: object) -> Evaluations:
     if not isinstance(test, tuple) or len(test) != 2:
         raise ArgumentError("test: expected (prompts, readout), the pair that is held out.")
     prompts, readout = test
-    return evaluations(g.lens, prompts, readout, progress=g.progress)
+    return Evaluations.bound(g.lens, prompts, readout, progress=g.progress)
 
 
 def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: int) -> Faithfulness:

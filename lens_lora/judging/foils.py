@@ -18,11 +18,11 @@ import torch
 from lens_lora.arguments import whole
 from lens_lora.core import (
     Attribution,
+    Evaluations,
     LoraLens,
     PromptsLike,
     Readout,
     alone,
-    evaluations,
     squared_norms,
 )
 from lens_lora.judging.rankings import weight_norms
@@ -57,7 +57,7 @@ def foils(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    g = evaluations(lens, prompts, readout)
+    g = Evaluations.bound(lens, prompts, readout)
     slopes = g.slopes(0.0)
     first = Attribution.of(g, slopes, method="first_order", at=0.0)
     squares = squared_norms(g)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.compat import float64_device, in_float64
-from lens_lora.core import Attribution, Effects, Function, LoraLens, asked_of
+from lens_lora.core import Attribution, Effects, Function, LoraLens, PromptTokens
 from lens_lora.errors import ArgumentError
 
 # The keys of the baselines.
@@ -103,8 +103,8 @@ def _require_of(name: str, score: Attribution, g: Function) -> None:
     facts: dict[str, tuple[str | list[str], str | list[str]]] = {"sites": (their_sites, our_sites)}
     # A file of an earlier version does not say where in its rows the prompts end.
     if their_rows != our_rows:
-        their_prompts = _joined([asked_of(tokens) for tokens in score.str_tokens])
-        our_prompts = _joined([asked_of(tokens) for tokens in g.str_tokens])
+        their_prompts = _joined([PromptTokens.of(tokens).asked for tokens in score.str_tokens])
+        our_prompts = _joined([PromptTokens.of(tokens).asked for tokens in g.str_tokens])
         facts["prompts"] = (their_prompts, our_prompts)
     facts["readout"] = (score.readout, g.labels()["readout"])
     # The label of a readout need not name all that is said after a prompt.

@@ -45,11 +45,10 @@ from lens_lora.core import (
     Reading,
     Readout,
     Tokens,
-    which_prompt,
 )
 from lens_lora.core.model import extensions
 from lens_lora.core.readout import extensions as readouts
-from lens_lora.errors import ArgumentError, PromptError, TokenError
+from lens_lora.errors import ArgumentError, PromptError, TokenError, which_prompt
 from lens_lora.responses.held_base import Divergence
 
 Ids = tuple[int, ...]

@@ -47,10 +47,9 @@ from lens_lora.core import (
     Source,
     Tokens,
     stored,
-    which_prompt,
 )
 from lens_lora.core.model import extensions
-from lens_lora.errors import ArgumentError, PromptError, SiteError, setting
+from lens_lora.errors import ArgumentError, PromptError, SiteError, setting, which_prompt
 
 # The tokens of all rows that share a cache, which bounds its memory.
 _CACHED_TOKENS = 8192

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.cells import cell_len
 
 from lens_lora.arguments import whole
-from lens_lora.core import TokenView, drawing
+from lens_lora.core import drawing
 from lens_lora.shifts.logit_shift import LogitShift
 from lens_lora.shifts.token_shifts import TokenShifts
 from lens_lora.show import go, page, text
@@ -68,7 +68,7 @@ def logit_shift_figure(
 
 
 @drawing.tokens.register(TokenShifts)
-def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> TokenView:
+def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> drawing.TokenView:
     """The response as text: the larger a token's KL, the darker its background (`noted_tokens`)."""
     index = shifts.only_prompt(prompt, "responses")
     tokens = shifts.response[index]
@@ -76,7 +76,9 @@ def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> TokenView
     values = shifts.kl[0, index, : len(tokens)].tolist()
     darkest = f"Darkest: {magnitude(most)} nats; by the square root"
     heading = f"{_heading(shifts, index)}. {_below(shifts, index)}. {darkest}."
-    return TokenView(tokens, tuple(values), page.rendered("shaded", heading=heading, tokens=noted))
+    return drawing.TokenView(
+        tokens, tuple(values), page.rendered("shaded", heading=heading, tokens=noted)
+    )
 
 
 def noted_tokens(shifts: TokenShifts, index: int) -> tuple[list[page.Noted], float]:

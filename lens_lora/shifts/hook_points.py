@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lens_lora.arguments import number
 from lens_lora.core import (
+    Evaluations,
     Function,
     HookFn,
     LoraLens,
@@ -25,7 +26,6 @@ from lens_lora.core import (
     Scale,
     alone,
     attached,
-    evaluations,
     require_finite,
     tangent_of,
 )
@@ -121,7 +121,7 @@ def gradients(
         NumericsError: a gradient that is not finite.
     """
     strength = number("at", at)
-    g = evaluations(lens, prompts, readout, max_memory=max_memory)
+    g = Evaluations.bound(lens, prompts, readout, max_memory=max_memory)
     if strength == 0:
         g.require_slope_at_base()
     _require_one_row_each(g)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, final
+from typing import Annotated, Literal, final
 
 import pandas as pd
 import torch
@@ -21,7 +21,6 @@ from lens_lora.core import (
     Described,
     Function,
     LoraLens,
-    Mode,
     Prompts,
     PromptsLike,
     Site,
@@ -148,7 +147,7 @@ def logit_shift(
     by_site: bool = True,
     tokens: Sequence[str | int] | None = None,
     at: float = 0.0,
-    mode: Mode = "auto",
+    mode: Literal["auto", "forward", "reverse"] = "auto",
     max_memory: float | None = None,
     progress: bool = True,
 ) -> LogitShift:

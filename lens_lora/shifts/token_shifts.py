@@ -30,10 +30,8 @@ from lens_lora.core import (
     LoraLens,
     PromptsLike,
     Scale,
-    TokenView,
     alone,
     drawing,
-    name_of_scale,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import AnswerLogProb
@@ -157,7 +155,7 @@ class TokenShifts(Described, Drawn):
         """
         return drawing.still(self, prompt)
 
-    def token_view(self, prompt: int | None = None) -> TokenView:
+    def token_view(self, prompt: int | None = None) -> drawing.TokenView:
         """The response as text, each token shaded by its KL; hover for the numbers.
 
         Args:
@@ -223,7 +221,7 @@ def token_shifts(
         promoted_ids=numbers["promoted_ids"],
         suppressed_ids=numbers["suppressed_ids"],
         strings=_strings_of(lens, changed),
-        between=(name_of_scale(between[0]), name_of_scale(between[1])),
+        between=(lens.scale_in_words(between[0]), lens.scale_in_words(between[1])),
         str_tokens=lens.str_tokens(g.prompts),
         meta=lens.describe(g.prompts),
     )

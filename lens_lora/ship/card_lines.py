@@ -23,7 +23,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from lens_lora._version import versions
-from lens_lora.core import LoraLens, evaluations
+from lens_lora.core import Evaluations, LoraLens
 from lens_lora.directions.spectra import AdapterSummary
 from lens_lora.errors import LensLoraError, many
 from lens_lora.formats.folders import files_in, stated_fields
@@ -312,7 +312,7 @@ def _taught(subject: CardSubject) -> str:
 def _log_p(lens: LoraLens, context: str, says: str) -> tuple[float, float]:
     """Return log p(says | context) of the base and the adapted model. Two forward passes."""
     prompts = lens.prompts(context)
-    g = evaluations(lens, prompts, AnswerLogProb(says), progress=False)
+    g = Evaluations.bound(lens, prompts, AnswerLogProb(says), progress=False)
     before, after = g.ends[:, 0].tolist()
     return before, after
 

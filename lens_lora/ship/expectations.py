@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lens_lora.core import SIGMAS, LoraLens, alone, evaluations
+from lens_lora.core import SIGMAS, Evaluations, LoraLens, alone
 from lens_lora.errors import LensLoraError, PromptError
 from lens_lora.responses.answers import margin_between
 from lens_lora.ship.checks import Check, Outcome
@@ -97,7 +97,7 @@ def _measured(lens: LoraLens, expectation: Expectation) -> _Margins:
     try:
         prompts = lens.prompts(expectation.prompt)
         margin = margin_between(lens.model, expectation.doc, expectation.pre, prompts)
-        g = evaluations(lens, prompts, margin, progress=False)
+        g = Evaluations.bound(lens, prompts, margin, progress=False)
     except LensLoraError as error:
         raise PromptError(f"{expectation.where}: {error}") from error
     before, after = g.ends[:, 0].tolist()

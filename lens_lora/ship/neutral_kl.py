@@ -18,7 +18,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import SIGMAS, LoraLens, Prompts, alone, distinct_tokens, rounding_hooks
+from lens_lora.core import SIGMAS, LoraLens, Prompts, alone, rounding_hooks
 from lens_lora.errors import many
 from lens_lora.ship.checks import Check, Outcome
 from lens_lora.texts.divergences import text_divergences
@@ -109,7 +109,7 @@ def _kl(lens: LoraLens, texts: Prompts, progress: bool) -> _NeutralKL:
     """KL(base ‖ adapted). Two forward passes."""
     base = (lens, lens.gates(0.0))
     adapted = (lens, lens.gates(1.0))
-    counted = distinct_tokens(texts)
+    counted = texts.distinct()
     (sums,) = text_divergences(base, [adapted], texts, counted, progress=progress)
     return _per_token(sums, counted.sum(1))
 
@@ -120,7 +120,7 @@ def _kl_of_rounding(lens: LoraLens, texts: Prompts, progress: bool) -> _NeutralK
     Two forward passes.
     """
     base = (lens, lens.gates(0.0))
-    counted = distinct_tokens(texts)
+    counted = texts.distinct()
     noise = rounding_hooks(lens)
     (sums,) = text_divergences(base, [base], texts, counted, hooks=noise, progress=progress)
     return _per_token(SIGMAS**2 * sums, counted.sum(1))

@@ -24,15 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.core import (
-    Adapter,
-    Host,
-    LoRAFactors,
-    LoraLens,
-    ModuleUpdate,
-    dense_factors,
-    outside_layer,
-)
+from lens_lora.core import Adapter, Host, LoRAFactors, LoraLens, ModuleUpdate, outside_layer
 from lens_lora.errors import LensLoraError, UnsupportedAdapterError
 
 Rounding = Callable[[Tensor], Tensor]
@@ -108,7 +100,7 @@ def stored_as(
     for path, linear in weights.items():
         change = linear.stored(rounding, merged=merged).to(dtype)
         bias_change = None if linear.bias_change is None else linear.bias_change.to(dtype)
-        modules[path] = dataclasses.replace(dense_factors(change), lora_bias=bias_change)
+        modules[path] = dataclasses.replace(LoRAFactors.dense(change), lora_bias=bias_change)
     return Adapter(modules, name=lens.adapter.name, base_model=lens.adapter.base_model)
 
 

@@ -27,7 +27,6 @@ from lens_lora.core import (
     Remainder,
     RemainderCurve,
     Result,
-    TokenView,
     drawing,
 )
 from lens_lora.errors import LensLoraError, many
@@ -47,7 +46,7 @@ def attribution_html(attribution: Attribution) -> str:
 
 
 @drawing.tokens.register(Attribution)
-def token_view(attribution: Attribution, prompt: int | None = None) -> TokenView:
+def token_view(attribution: Attribution, prompt: int | None = None) -> drawing.TokenView:
     """Colour each token of a prompt by what it contributes through all sites: blue up, red down.
 
     circuitsvis writes tokens into the page as HTML, so they are escaped first. Its script is part
@@ -65,7 +64,7 @@ def token_view(attribution: Attribution, prompt: int | None = None) -> TokenView
     )
     picture = Markup(_coloured_tokens(tokens, values))
     html = page.rendered("captioned", caption=caption, picture=picture)
-    return TokenView(tokens, tuple(values), html)
+    return drawing.TokenView(tokens, tuple(values), html)
 
 
 def _coloured_tokens(tokens: Sequence[str], values: list[float]) -> str:

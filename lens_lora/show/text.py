@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from markupsafe import escape
 
-from lens_lora.core import VIOLENT, Attribution, PromptTokens, Quadrature, asked_of
+from lens_lora.core import VIOLENT, Attribution, PromptTokens, Quadrature
 from lens_lora.errors import worded
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
@@ -143,18 +143,20 @@ def prompt_text(tokens: Sequence[str]) -> str:
     An answer that follows the prompt in the same row is left out. Of a conversation this is the
     user's last message, without the template.
     """
-    if isinstance(tokens, PromptTokens) and tokens.said is not None:
-        return readable(tokens.said)
-    asked = asked_of(tokens)
+    prompt = PromptTokens.of(tokens)
+    if prompt.said is not None:
+        return readable(prompt.said)
+    asked = prompt.asked
     shown = asked[1:] if len(asked) > 1 and _SPECIAL_TOKEN.fullmatch(asked[0]) else asked
     return readable("".join(shown))
 
 
 def short_prompt(tokens: Sequence[str]) -> str:
     """The end of a prompt, or of a user's message, as one line for a heading."""
-    said = tokens.said if isinstance(tokens, PromptTokens) else None
+    prompt = PromptTokens.of(tokens)
+    said = prompt.said
     if said is None:
-        said = "".join(" " if _is_special(token) else token for token in asked_of(tokens))
+        said = "".join(" " if _is_special(token) else token for token in prompt.asked)
     printable = "".join(c if c.isprintable() else " " for c in said)
     one_line = " ".join(printable.split())
     return _end_of(one_line, _IN_A_HEADING, "… ")
@@ -184,8 +186,9 @@ def context_text(tokens: Sequence[str], at: int, width: int = 8) -> str:
     In a conversation the neighbours are mostly the template's, so the user's message is quoted in
     their place.
     """
-    if isinstance(tokens, PromptTokens) and tokens.said is not None:
-        message = _end_of(tokens.said, _IN_A_HEADING)
+    said = PromptTokens.of(tokens).said
+    if said is not None:
+        message = _end_of(said, _IN_A_HEADING)
         return readable(f"to “{message}”: {context_of(tokens, at, 1)}")
     plain = ["" if _is_special(token) else token for token in tokens]
     plain[at] = tokens[at]

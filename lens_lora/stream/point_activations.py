@@ -19,7 +19,6 @@ from lens_lora.core import (
     PromptsLike,
     Recording,
     Scale,
-    gates_of_rows,
     require_finite,
 )
 from lens_lora.texts.batches import by_length
@@ -94,7 +93,7 @@ def activations_at(
     named = lens.points(names).computed()
     in_full = named.in_full
     points = named.wanted
-    gates_of_runs = [gates_of_rows(lens.gates(scale), rows.batch) for scale in scales]
+    gates_of_runs = [lens.gates_of_rows(scale, rows.batch) for scale in scales]
     is_first = True
     for index, batch in by_length(rows, f.passes.tokens_at_once()):
         passes = f.of_rows(batch).passes

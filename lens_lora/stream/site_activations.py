@@ -28,7 +28,6 @@ from lens_lora.core import (
     Prompts,
     ScaleInject,
     SiteUpdate,
-    gates_of_rows,
     require_finite,
 )
 from lens_lora.errors import ModelStateError, UnsupportedAdapterError
@@ -106,7 +105,7 @@ def site_activations(
         NumericsError: non-finite activations.
         SiteError: gates of another number of rows.
     """
-    gates = gates_of_rows(gates, f.rows.batch)
+    gates = f.lens.gates_of_rows(gates, f.rows.batch)
     step = f.passes.rows_at_once(logits=False)
     seen: list[Seen] = []
     for first in range(0, f.rows.batch, step):

@@ -18,13 +18,7 @@ import torch
 from tqdm import tqdm
 from typing_extensions import Unpack
 
-from lens_lora.core import (
-    Adapter,
-    LoraLens,
-    Prompts,
-    Readout,
-    require_readout,
-)
+from lens_lora.core import Adapter, LoraLens, Prompts, Readout
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
 from lens_lora.guesses import fitting
 from lens_lora.responses.answers import KL
@@ -308,7 +302,7 @@ def _asked(readout: Readout | Make | None) -> AskedReadout:
     """The name and units of the readout that was asked for, if one was."""
     if readout is None:
         return AskedReadout(None, None)
-    read = readout(["", ""]) if batches.is_make(readout) else require_readout(readout)
+    read = readout(["", ""]) if batches.is_make(readout) else Readout.required(readout)
     return AskedReadout(read.label, read.units)
 
 
@@ -374,7 +368,7 @@ def _lens_for(
     """
     if readout is None or batches.is_make(readout):
         return lens
-    one_for_all = require_readout(readout)
+    one_for_all = Readout.required(readout)
     _require_fits_some_prompt(lens, records, one_for_all)
     return _sites_that_matter(lens, records, one_for_all)
 

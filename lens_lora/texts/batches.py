@@ -5,23 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.core import (
-    HookFn,
-    LoraLens,
-    Pass,
-    Prompts,
-    ScaleInject,
-    attached,
-    beginnings,
-    require_finite,
-    which_prompt,
-)
-from lens_lora.errors import PromptError
+from lens_lora.core import HookFn, LoraLens, Prompts, ScaleInject, attached, require_finite
+from lens_lora.errors import PromptError, which_prompt
 
 # The most tokens of a batch whose logits are held for two models at once.
 TOKENS_AT_ONCE = 512
@@ -53,7 +44,7 @@ def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
 
 
 def batches_of(
-    lens: LoraLens, texts: Prompts, most: int, kind: Pass = "plain"
+    lens: LoraLens, texts: Prompts, most: int, kind: Literal["plain", "graph"] = "plain"
 ) -> Iterator[tuple[list[int], Prompts]]:
     """Batches of texts of like length with their indices, within the lens' bound of memory.
 
@@ -74,7 +65,7 @@ def over_texts(
     visit: Visit,
     what: str,
     progress: bool,
-    kind: Pass = "plain",
+    kind: Literal["plain", "graph"] = "plain",
 ) -> None:
     """Visit every batch of texts of like length, read at each of their tokens.
 
@@ -152,7 +143,7 @@ def require_own_tokens(texts: Prompts) -> None:
         PromptError: a text that equals another one, or with which another one begins.
     """
     # A mark is of a token with all tokens before it, so the last one is that of the whole text.
-    marks = beginnings(texts)
+    marks = texts.marks()
     whole = marks.gather(1, texts.lengths.cpu()[:, None] - 1)
     begins_another = (marks[None] == whole[:, None]).any(2).fill_diagonal_(False)
     pairs = begins_another.nonzero().tolist()

@@ -36,10 +36,8 @@ from lens_lora.core import (
     Readout,
     Site,
     alone,
-    evaluations,
     flip_scales,
     load_adapter,
-    require_one_base,
 )
 from lens_lora.errors import ArgumentError, many
 from lens_lora.formats.folders import checkpoint_folders
@@ -161,7 +159,7 @@ def _several_trainings(asked: _Asked, runs: Mapping[str, _Run]) -> Trainings:
             remedy="write {'seed 0': 'runs/0', 'seed 1': 'runs/1'}.",
         )
     last_of_each = [run.adapters[-1] for run in runs.values()]
-    require_one_base(last_of_each, "trainings that are compared have one base model")
+    Adapter.require_one_base(last_of_each, "trainings that are compared have one base model")
     each: list[Checkpoints] = []
     for name, run in runs.items():
         each.append(_one_training(asked, run, f"checkpoints of {name}"))
@@ -189,7 +187,7 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
     adapters = run.adapters
     _require_one_training(adapters)
 
-    g = evaluations(lens.with_adapter(adapters[0]), prompts, readout, progress=False)
+    g = Evaluations.bound(lens.with_adapter(adapters[0]), prompts, readout, progress=False)
     g.require_slope_at_base()
     # Of a readout inside the model these are the modules before its point, and no others.
     moving = list(g.lens.adapter.modules)
@@ -304,7 +302,7 @@ def _require_one_training(adapters: Sequence[Adapter]) -> None:
             "checkpoints of one training adapt the same modules.",
             remedy="Two trainings are compared by ll.compare_adapters.",
         )
-    require_one_base(adapters, "checkpoints of one training have one base model")
+    Adapter.require_one_base(adapters, "checkpoints of one training have one base model")
 
 
 def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tuple[Site, ...]:

@@ -36,7 +36,6 @@ from lens_lora.core import (
     Site,
     alone,
     given_adapter,
-    require_one_base,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.arithmetic import draw_seeds
@@ -93,7 +92,7 @@ def compare_adapters(
     seed = whole("seed", seed, 0)
     second_adapter = _adapter_of(other, revision, subfolder)
     bases = [lens.adapter, second_adapter]
-    require_one_base(bases, "changes of different models cannot be compared")
+    Adapter.require_one_base(bases, "changes of different models cannot be compared")
     if readout is not None and prompts is None:
         raise ArgumentError(
             "a readout is read on prompts, and there are none", remedy="pass prompts=…"

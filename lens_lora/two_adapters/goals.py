@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import SIGMAS, Evaluations, Prompts, PromptsLike, Readout, evaluations
+from lens_lora.core import SIGMAS, Evaluations, Prompts, PromptsLike, Readout
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import KL
 from lens_lora.two_adapters.rank_gates import GateLayout
@@ -129,7 +129,7 @@ def _function_of(layout: GateLayout, question: Any, label: str) -> Evaluations:
     readout = question[1]
     if isinstance(readout, KL) and readout.response is None:
         readout = _of_whole_texts(readout, prompts)
-    return evaluations(layout.lens, prompts, readout, progress=False)
+    return Evaluations.bound(layout.lens, prompts, readout, progress=False)
 
 
 def _of_whole_texts(kl: KL, prompts: Prompts) -> KL:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora.core import Function, LoraLens, beginnings, first_of_each, require_finite
+from lens_lora.core import Function, LoraLens, first_of_each, require_finite
 
 # How many tokens are read at once: each holds its logits and four shifts.
 _TOKENS = 512
@@ -50,7 +50,7 @@ def shift_products(
         NumericsError: a shift that is not finite.
     """
     rows = f.rows
-    marks = beginnings(rows).gather(1, rows.read_positions.cpu())
+    marks = rows.marks().gather(1, rows.read_positions.cpu())
     is_first = first_of_each(marks.numpy(), rows.read_mask.cpu().numpy())
     counted = torch.from_numpy(is_first)
     groups: list[Tensor] = []

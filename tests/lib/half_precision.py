@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core import evaluations
+from lens_lora.core import Evaluations
 
 __all__ = ["ALONE", "STATED", "Asked", "Compared", "Found", "compared", "errors_in_floors"]
 
@@ -228,10 +228,10 @@ def errors_in_floors(
     """[readout × prompt], how far a shift in half precision is off float64's, in noise floors."""
     ratios: list[Tensor] = []
     for readout in readouts:
-        g = evaluations(low, prompts, readout)
+        g = Evaluations.bound(low, prompts, readout)
         floor = g.floor.double()
         with models.lifted():
-            exact = evaluations(high, prompts, readout).shift
+            exact = Evaluations.bound(high, prompts, readout).shift
         rounded = g.ends[1].double() - g.ends[0].double()
         error = rounded - exact
         ratios.append(error.abs() / floor)

@@ -14,7 +14,7 @@ import pytest
 from every_result import every_result
 
 import lens_lora as ll
-from lens_lora.core import Paged, PromptTokens, Ranked, Result, asked_of
+from lens_lora.core import Paged, PromptTokens, Ranked, Result
 from lens_lora.show.text import prompt_text, short_prompt
 
 ANSWER = "«what is said»"
@@ -97,8 +97,8 @@ def test_a_page_quotes_no_answer_as_asked():
 def test_what_is_asked_is_cut_from_the_row():
     row = PromptTokens(("<bos>", "The", " capital", " is", " Paris"), None, 4)
     assert (prompt_text(row), short_prompt(row)) == ("The capital is", "The capital is")
-    assert asked_of(row) == ("<bos>", "The", " capital", " is")
-    assert asked_of(("a", "b")) == ("a", "b") and PromptTokens(("a", "b")).length == 2
+    assert PromptTokens.of(row).asked == ("<bos>", "The", " capital", " is")
+    assert PromptTokens.of(("a", "b")).asked == ("a", "b") and PromptTokens(("a", "b")).length == 2
 
 
 # --- Of a model

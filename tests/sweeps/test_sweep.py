@@ -17,7 +17,7 @@ from passes import passes
 from sweep_runs import GOOD, run, same, write_csv, write_jsonl
 
 import lens_lora as ll
-from lens_lora.core import Evaluations, evaluations, patch_sites
+from lens_lora.core import Evaluations, patch_sites
 from lens_lora.curvature.second_order import second_order
 from lens_lora.errors import SweepError
 from lens_lora.path.path_attribution import path_attribution
@@ -154,13 +154,14 @@ def test_a_margin_within_rounding_does_not_flip(dtype: torch.dtype, monkeypatch)
     base = models.hf_model("llama", dtype=dtype)
     adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
     lens = ll.LoraLens(list(models.MAKERS.values())[-1](base), adapter)
-    g = evaluations(lens, models.tokens(batch=3), ll.Margin(5, 9), progress=False)
+    g = Evaluations.bound(lens, models.tokens(batch=3), ll.Margin(5, 9), progress=False)
     floor = g.floor.double().numpy()
     near, far = 2 * floor, 5 * floor
     assert batches._flips(g, -far, far) == [True] * 3
     assert batches._flips(g, -far, near) == batches._flips(g, -near, far) == [False] * 3
     assert (
-        batches._flips(evaluations(lens, models.tokens(), ll.LogProb(5)), -far, far) == [None] * 3
+        batches._flips(Evaluations.bound(lens, models.tokens(), ll.LogProb(5)), -far, far)
+        == [None] * 3
     )
     measured = []
     monkeypatch.setattr(Evaluations, "floor", property(lambda self: measured.append(1)))

@@ -9,7 +9,6 @@ from .factors import ModuleUpdate as ModuleUpdate
 from .factors import Parts as Parts
 from .factors import TrainedModule as TrainedModule
 from .factors import Updates as Updates
-from .factors import dense_factors as dense_factors
 from .factors import expert_factors as expert_factors
 from .factors import module_path as module_path
 from .factors import plain as plain

@@ -440,7 +440,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         if not isinstance(other, Adapter):
             fact = f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter"
             raise ArgumentError(f"{fact} (from a folder: ll.load_adapter(path)).")
-        return require_one_base([self, other], "two bases do not combine")
+        return Adapter.require_one_base([self, other], "two bases do not combine")
 
     if not TYPE_CHECKING:  # A type checker would take every name for one of the adapter.
 
@@ -454,6 +454,30 @@ class Adapter(metaclass=guesses.OfAdapterClass):
     def __len__(self) -> int:
         return len(self.modules)
 
+    @staticmethod
+    def require_one_base(adapters: Iterable[Adapter], why: str) -> str | None:
+        """The one base that these adapters name; None where none of them names any.
+
+        Args:
+            adapters: those that are combined or compared.
+            why: the reason that they need one base, for the error.
+
+        Raises:
+            AdapterError: two name different bases.
+        """
+        stated = [adapter for adapter in adapters if adapter.base_model]
+        if not stated:
+            return None
+        first = stated[0]
+        for other in stated:
+            if other.base_model != first.base_model:
+                raise AdapterError(
+                    f"{first.name} names the base {first.base_model!r}, {other.name} "
+                    f"{other.base_model!r}; {why}; if it is one model, give both one name: "
+                    "dataclasses.replace(adapter, base_model=…)."
+                )
+        return first.base_model
+
     def __repr__(self) -> str:
         updates = self.modules.values()
         ranks = {update.rank for update in updates if isinstance(update, LoRAFactors)}
@@ -466,27 +490,3 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         if self.base_model:
             parts.append(f"base {self.base_model!r}")
         return f"Adapter({self.name!r}: {', '.join(parts)})"
-
-
-def require_one_base(adapters: Iterable[Adapter], why: str) -> str | None:
-    """The one base that these adapters name; None where none of them names any.
-
-    Args:
-        adapters: those that are combined or compared.
-        why: the reason that they need one base, for the error.
-
-    Raises:
-        AdapterError: two name different bases.
-    """
-    stated = [adapter for adapter in adapters if adapter.base_model]
-    if not stated:
-        return None
-    first = stated[0]
-    for other in stated:
-        if other.base_model != first.base_model:
-            raise AdapterError(
-                f"{first.name} names the base {first.base_model!r}, {other.name} "
-                f"{other.base_model!r}; {why}; if it is one model, give both one name: "
-                "dataclasses.replace(adapter, base_model=…)."
-            )
-    return first.base_model

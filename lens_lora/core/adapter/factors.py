@@ -75,6 +75,20 @@ class LoRAFactors:
     strength: float = 1.0
     experts: int = 0
 
+    @classmethod
+    def dense(cls, delta: Float[Tensor, "out in"]) -> LoRAFactors:
+        """Any ΔW as factors, without loss.
+
+        One of them is the identity in reverse, which takes no memory (`core/adapter/dense.py`).
+
+        Args:
+            delta: ΔW.
+        """
+        out, inputs = delta.shape
+        if out <= inputs:
+            return cls(delta.flip(0), reversal(out, delta.dtype, delta.device))
+        return cls(reversal(inputs, delta.dtype, delta.device), delta.flip(1))
+
     def __post_init__(self) -> None:
         for name in ("A", "B"):
             if isinstance(getattr(self, name), Tensor):
@@ -178,7 +192,7 @@ class LoRAFactors:
         """
         cut = {name: tensor[rows] for name, tensor in _tensors(self, ("B", *_VECTORS)).items()}
         if not self.experts and is_reversal(self.B):
-            part = dense_factors(self.A.flip(0)[rows])
+            part = LoRAFactors.dense(self.A.flip(0)[rows])
             cut |= {"A": part.A, "B": part.B}
         return dataclasses.replace(self, **cut, base_weight=None)
 
@@ -394,18 +408,6 @@ def plain(path: str, update: ModuleUpdate) -> LoRAFactors:
         f"{path}: the adapter holds {part or 'a weight of the base'}, so its ΔW depends on the "
         "base model. Make it plain first: Adapter.between(base, peft_model.merge_and_unload())."
     )
-
-
-def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
-    """Any ΔW as factors, without loss; one is the identity in reverse (`core/adapter/dense.py`).
-
-    Args:
-        delta: ΔW.
-    """
-    out, inputs = delta.shape
-    if out <= inputs:
-        return LoRAFactors(delta.flip(0), reversal(out, delta.dtype, delta.device))
-    return LoRAFactors(reversal(inputs, delta.dtype, delta.device), delta.flip(1))
 
 
 def expert_factors(parts: Sequence[LoRAFactors]) -> LoRAFactors:

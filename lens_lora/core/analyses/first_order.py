@@ -43,7 +43,7 @@ from lens_lora.core.model.gauge import require_ranks
 from lens_lora.core.model.rules import FrozenRules, held_fixed, require_held
 from lens_lora.core.model.sites import Group, Groups, by_axes
 from lens_lora.core.readout import Prompts, PromptsLike, Readout
-from lens_lora.core.results.attribution import Attribution, GroupAttribution, within_response
+from lens_lora.core.results.attribution import Attribution, GroupAttribution
 from lens_lora.errors import ArgumentError
 
 # A pass of so few tokens shows whether the model's hooks keep the rules.
@@ -306,7 +306,7 @@ def _of_groups(
     require_finite(values, "the first-order shift")
     response = g.response_tokens() if axes else ()
     return GroupAttribution(
-        values=within_response(values, response) if axes else values,
+        values=Attribution.within_response(values, response) if axes else values,
         groups=groups,
         by=axes,
         method=_method(rules),

@@ -55,6 +55,37 @@ class FactMargin(OfMeasured, Reported):
     doc: Annotated[tuple[str, ...], "batch"]
     pre: Annotated[tuple[str, ...], "batch"]
 
+    @classmethod
+    def of(
+        cls, g: Evaluations, doc: AnswerLike, pre: AnswerLike, by: tuple[str, ...] | str = ()
+    ) -> FactMargin:
+        """`fact_margin` of the margin at hand between these answers.
+
+        Args:
+            g: the margin, as a function of the gates.
+            doc, pre: the answers that it is between.
+            by: also split the attribution by 'position', 'head', 'expert', 'rank'.
+        """
+        axes = by_axes(by)
+        slopes = g.slopes_with_noise(along=USUAL_SCALES, by=axes)
+        attribution = Attribution.of(
+            g,
+            slopes,
+            axes,
+            method="first_order",
+            at=0.0,
+            mode="reverse",
+            gauge="trained" if "rank" in axes else "",
+        )
+        curve = curve_beside(g, attribution.per_site)
+        return cls(
+            attribution=attribution,
+            curve=curve,
+            flip_scale=flip_scales(g, curve.base, curve.scales, curve.values),
+            doc=_texts(g, doc),
+            pre=_texts(g, pre),
+        )
+
     @property
     def measured(self) -> Attribution:
         """First order of the margin: `base` is m₀, and `adapted` is m."""
@@ -185,38 +216,7 @@ def fact_margin(
     f = lens.function(prompts, progress=progress)
     margin = extensions.margin_between(lens.model, doc, pre, f.prompts)
     g = Evaluations(f.about(margin))
-    return margin_of(g, doc, pre, by)
-
-
-def margin_of(
-    g: Evaluations, doc: AnswerLike, pre: AnswerLike, by: tuple[str, ...] | str = ()
-) -> FactMargin:
-    """`fact_margin` of the margin at hand between these answers.
-
-    Args:
-        g: the margin, as a function of the gates.
-        doc, pre: the answers that it is between.
-        by: also split the attribution by 'position', 'head', 'expert', 'rank'.
-    """
-    axes = by_axes(by)
-    slopes = g.slopes_with_noise(along=USUAL_SCALES, by=axes)
-    attribution = Attribution.of(
-        g,
-        slopes,
-        axes,
-        method="first_order",
-        at=0.0,
-        mode="reverse",
-        gauge="trained" if "rank" in axes else "",
-    )
-    curve = curve_beside(g, attribution.per_site)
-    return FactMargin(
-        attribution=attribution,
-        curve=curve,
-        flip_scale=flip_scales(g, curve.base, curve.scales, curve.values),
-        doc=_texts(g, doc),
-        pre=_texts(g, pre),
-    )
+    return FactMargin.of(g, doc, pre, by)
 
 
 def _texts(g: Function, answer: AnswerLike) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.function import Function
 from lens_lora.core.model import LoraLens, alone
 from lens_lora.core.readout import PromptsLike, Readout
-from lens_lora.core.readout.readout import listed_readouts, require_readout
 from lens_lora.errors import ArgumentError
 
 _P = ParamSpec("_P")
@@ -141,9 +140,9 @@ def analysis(
                 lens = lens.within(max_memory)
         f = lens.function(prompts, progress=progress)
         if of_several is None or isinstance(readout, Readout):
-            g = Evaluations(f.about(require_readout(readout)))
+            g = Evaluations(f.about(Readout.required(readout)))
             return verb(g, *args, **kwargs)
-        questions = [Evaluations(f.about(each)) for each in listed_readouts(readout)]
+        questions = [Evaluations(f.about(each)) for each in Readout.listed(readout)]
         # Whatever the verb would refuse for one readout is refused for several as well.
         bound = inspect.signature(verb).bind(questions, *args, **kwargs)
         bound.apply_defaults()

@@ -34,7 +34,6 @@ from lens_lora.core.function.activations import mean_over, replaced_readout
 from lens_lora.core.function.function import Function
 from lens_lora.core.model import Group, Groups, LoraLens
 from lens_lora.core.readout import Prompts, PromptsLike, Reading
-from lens_lora.core.readout.beginnings import distinct_tokens
 from lens_lora.core.results.effects import Effects
 from lens_lora.errors import ArgumentError, SiteError
 
@@ -183,7 +182,7 @@ def _stand_in(
     """The stand-in for δ, from the texts, run on the model that the intervention is made on."""
     gates = lens.gates(float(how == "leave_one_out"))
     if replace == "mean":
-        return mean_over(lens, texts, distinct_tokens(texts), gates, reading)
+        return mean_over(lens, texts, texts.distinct(), gates, reading)
     return activations.resampled(lens, texts, gates, reading)
 
 

@@ -261,6 +261,17 @@ class RemainderCurve(results_base.Read, Drawn):
         frame = long_table(numbers, {"prompt": range(len(self.values))}, {"scale": scales})
         return frame.assign(share=frame["remainder"].abs() / frame["shift"].abs())
 
+    def orders_of(
+        self, rest: Float[Tensor, "batch scale"], floor: Float[Tensor, "batch scale"]
+    ) -> Float[Tensor, " batch"]:
+        """The order of what is left of the shift along ε, fitted as `order` is.
+
+        Args:
+            rest: what is left at each of `scales`.
+            floor: σ of it from rounding alone.
+        """
+        return orders(self.scales, rest, floor)
+
     @property
     def points(self) -> list[list[verdicts.Point]]:
         """Each prompt's R(ε) and shift at every ε, with their floors."""

@@ -36,12 +36,13 @@ from lens_lora.core.model import LoraLens
 from lens_lora.core.model.basis import NormUpdate
 from lens_lora.core.model.injections import Inject, ScaleInject
 from lens_lora.core.model.plan import Injection
-from lens_lora.core.readout import Prompts, Reading, which_prompt
+from lens_lora.core.readout import Prompts, Reading
 from lens_lora.errors import (
     ArgumentError,
     PromptError,
     UnsupportedAdapterError,
     setting,
+    which_prompt,
 )
 
 # --- What stands in for δ

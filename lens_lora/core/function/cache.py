@@ -28,7 +28,6 @@ from lens_lora.core.function.function import Function
 from lens_lora.core.function.remembering import ByPrompt, Known, Remembering
 from lens_lora.core.model import LoraLens, by_axes
 from lens_lora.core.readout import PromptsLike, Readout
-from lens_lora.core.readout.readout import require_readout
 
 
 class Evaluations(Function):
@@ -43,6 +42,34 @@ class Evaluations(Function):
     Attributes:
         lens, prompts, rows, readout, progress: see `Function`.
     """
+
+    @classmethod
+    def bound(
+        cls,
+        lens: LoraLens,
+        prompts: PromptsLike,
+        readout: Readout,
+        *,
+        max_memory: float | None = None,
+        progress: bool = True,
+    ) -> Evaluations:
+        """Bind g to these prompts, with a memory for one public call.
+
+        Args:
+            lens: the adapter over the model.
+            prompts: strings, conversations, ids, or `Prompts`.
+            readout: what is read of the logits.
+            max_memory: bytes beside the model, in place of the bound of the lens.
+            progress: whether long calls show a bar.
+
+        Raises:
+            ArgumentError: something that is no lens, or no readout.
+            TokenError, PromptError: a readout or prompt that does not fit the model.
+            ModelStateError: the model is not as it was when the lens was made.
+        """
+        bounded = lens if max_memory is None else lens.within(max_memory)
+        f = bounded.function(prompts, progress=progress)
+        return cls(f.about(Readout.required(readout)))
 
     def __init__(self, g: Function) -> None:
         """Remember what is evaluated of g from now on.
@@ -123,30 +150,3 @@ class Evaluations(Function):
     @property
     def _evaluator(self) -> Remembering:
         return Remembering(self.lens, self.reading, self.progress, self._known)
-
-
-def evaluations(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    *,
-    max_memory: float | None = None,
-    progress: bool = True,
-) -> Evaluations:
-    """Bind g to these prompts, with a memory for one public call.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: strings, conversations, ids, or `Prompts`.
-        readout: what is read of the logits.
-        max_memory: bytes beside the model, in place of the bound of the lens.
-        progress: whether long calls show a bar.
-
-    Raises:
-        ArgumentError: something that is no lens, or no readout.
-        TokenError, PromptError: a readout or prompt that does not fit the model.
-        ModelStateError: the model is not as it was when the lens was made.
-    """
-    bounded = lens if max_memory is None else lens.within(max_memory)
-    f = bounded.function(prompts, progress=progress)
-    return Evaluations(f.about(require_readout(readout)))

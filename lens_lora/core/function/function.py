@@ -71,7 +71,6 @@ from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
 from lens_lora.core.model import Gauge, LoraLens, by_axes, extensions
 from lens_lora.core.model.sites import Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptTokens, Reading, Readout
-from lens_lora.core.readout.readout import require_readout
 from lens_lora.errors import ArgumentError
 
 # A direction is given as gates are, or several of them: then their axes come first.
@@ -724,7 +723,7 @@ class Function:
             read = named.of_logits(self.lens.model, self.rows.batch)
             reading = Reading.one_row_each(self.rows, read)
             return self.read_by(named, reading)
-        of_prompts = require_readout(readout).on(self.prompts)
+        of_prompts = Readout.required(readout).on(self.prompts)
         f = cast("Function", of_prompts.reaching(self.of_rows(self.prompts)))
         return f.read_by(of_prompts, of_prompts.reading_beside(f))
 

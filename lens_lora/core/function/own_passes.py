@@ -33,7 +33,6 @@ from lens_lora.core.function.exclusive import OverALens, exclusive
 from lens_lora.core.function.rerun import blocks_rerun
 from lens_lora.core.function.tangents import JointInject
 from lens_lora.core.model import Inject, LoraLens, Scale, ScaleInject
-from lens_lora.core.model.gates import gates_of_rows
 from lens_lora.core.readout import Prompts, Reading
 
 Under = AbstractContextManager[object] | None
@@ -219,8 +218,8 @@ class OwnPasses:
             SiteError: gates or directions of another number of rows.
             ModelStateError: the model has an operation without a forward-mode derivative.
         """
-        gates = gates_of_rows(self.lens.gates(at), self.rows.batch)
-        direction_of_gates = gates_of_rows(self.lens.gates(direction), self.rows.batch)
+        gates = self.lens.gates_of_rows(at, self.rows.batch)
+        direction_of_gates = self.lens.gates_of_rows(direction, self.rows.batch)
         with dual_forward():
             dual = JointInject(self.lens, gates, direction_of_gates)
             with self.lens.injected(dual), _entered(under):

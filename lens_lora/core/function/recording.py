@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lens_lora.core.function import forward, memory
 from lens_lora.core.model import HookFn, LoraLens, Scale, attached
-from lens_lora.core.model.gates import gates_of_rows
 from lens_lora.core.readout import Prompts
 from lens_lora.errors import ModelStateError
 
@@ -59,7 +58,7 @@ def record(
     """
     points = list(names)
     required = set(points if in_full is None else in_full)
-    gates = gates_of_rows(lens.gates(scale), prompts.batch)
+    gates = lens.gates_of_rows(scale, prompts.batch)
     step = memory.rows_of_pass(lens, prompts) or prompts.batch
     if step >= prompts.batch:
         return _recorded_in_pass(lens, prompts, gates, points, required)

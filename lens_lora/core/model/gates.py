@@ -106,8 +106,3 @@ def _real(gates: Tensor) -> Tensor:
     if gates.is_complex() or gates.dtype == torch.bool:
         raise ArgumentError(f"gates of {gates.dtype}: expected real numbers.")
     return gates
-
-
-def name_of_scale(scale: Scale) -> str:
-    """Gates as results state them: 'ε = 0.5', or that they are the caller's own."""
-    return f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller"

@@ -32,7 +32,7 @@ from lens_lora.core.model import description, extensions, precision, running
 from lens_lora.core.model.bases import names_of, shown_name
 from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.model.check import require_kinds
-from lens_lora.core.model.gates import Scale, gates_of
+from lens_lora.core.model.gates import Scale, gates_of, gates_of_rows
 from lens_lora.core.model.gauge import Gauge, require_ranks
 from lens_lora.core.model.hooks import HookFn, attached, is_hooked
 from lens_lora.core.model.host import Host
@@ -405,6 +405,27 @@ class LoraLens(metaclass=guesses.OfLensClass):
             ArgumentError: what is no number, tensor or mapping.
         """
         return gates_of(scale, self.sites, self.gate_dtype).to(self.device)
+
+    def gates_of_rows(self, scale: Scale, rows: int) -> Float[Tensor, "*row site"]:
+        """The gates of all rows, [site], or of each of so many rows, [row, site].
+
+        Args:
+            scale: as for `gates`.
+            rows: how many rows there are.
+
+        Raises:
+            SiteError: gates of another number of rows.
+        """
+        return gates_of_rows(self.gates(scale), rows)
+
+    @staticmethod
+    def scale_in_words(scale: Scale) -> str:
+        """Gates as results state them: 'ε = 0.5', or that they are the caller's own.
+
+        Args:
+            scale: as for `gates`.
+        """
+        return f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller"
 
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
         """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.

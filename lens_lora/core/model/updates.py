@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lens_lora import errors
 from lens_lora.compat import float64_device, in_float64
-from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
+from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.core.model.adapted_modules import SiteFactors, in_order
 from lens_lora.core.model.bases import is_same
 from lens_lora.core.model.basis import NormUpdate, Update
@@ -450,7 +450,7 @@ def _difference(held: Tensor, base: Tensor) -> Tensor:
 
 
 def _dense(delta: Float[Tensor, "out in"]) -> Update:
-    factors = dense_factors(delta)
+    factors = LoRAFactors.dense(delta)
     return Update(factors.A, factors.B, 1.0)
 
 

@@ -13,32 +13,14 @@ import hashlib
 from collections.abc import Iterable
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int
 from numpy.typing import NDArray
-from torch import Tensor
-
-from lens_lora.core.readout.prompts import Prompts
-
-
-def distinct_tokens(texts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """The tokens after each text's first, where those with the same tokens before them count once.
-
-    The first token of a text is an attention sink, and is left out.
-
-    Args:
-        texts: any prompts, with their responses where they hold them.
-    """
-    marks = beginnings(texts).numpy()
-    after_first = texts.after_first.cpu().numpy()
-    return torch.from_numpy(first_of_each(marks, after_first))
 
 
 def first_of_each(marks: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The first chosen token of each mark, text by text.
 
     Args:
-        marks: [batch, pos], as from `beginnings`.
+        marks: [batch, pos], as from `Prompts.marks`.
         chosen: [batch, pos], the tokens that may count.
     """
     places = np.flatnonzero(chosen)
@@ -62,18 +44,4 @@ def marks_of(ids: Iterable[int]) -> list[int]:
     for token in ids:
         hashed.update(token.to_bytes(8, "little"))
         marks.append(int.from_bytes(hashed.digest(), "little", signed=True))
-    return marks
-
-
-def beginnings(texts: Prompts) -> Int[Tensor, "batch pos"]:
-    """The marks of each text's tokens, 0 at padding.
-
-    Args:
-        texts: any prompts.
-    """
-    marks = torch.zeros(texts.tokens.shape, dtype=torch.int64)
-    lengths = texts.lengths.tolist()
-    for text, row in enumerate(texts.tokens.tolist()):
-        length = lengths[text]
-        marks[text, :length] = torch.tensor(marks_of(row[:length]))
     return marks

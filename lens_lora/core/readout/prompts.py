@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora import arguments
+from lens_lora.core.readout.beginnings import first_of_each, marks_of
 from lens_lora.core.readout.conversations import Conversation
 from lens_lora.errors import PromptError
 
@@ -67,10 +68,19 @@ class PromptTokens(tuple[str, ...]):
         prompt.length = len(prompt) if length is None else min(length, len(prompt))
         return prompt
 
+    @classmethod
+    def of(cls, tokens: Sequence[str]) -> PromptTokens:
+        """The tokens of a row; all of them were asked where they do not say so.
 
-def asked_of(tokens: Sequence[str]) -> Sequence[str]:
-    """The tokens of a prompt's row that were asked, without an answer after them."""
-    return tokens[: tokens.length] if isinstance(tokens, PromptTokens) else tokens
+        Args:
+            tokens: as a result holds them.
+        """
+        return tokens if isinstance(tokens, PromptTokens) else cls(tokens)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The tokens that were asked, without an answer after them."""
+        return self[: self.length]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +220,26 @@ class Prompts:
         real[:, 0] = False
         return real
 
+    def marks(self) -> Int[Tensor, "batch pos"]:
+        """A mark of each token: a number of it and all tokens before it; 0 at padding.
+
+        By causality, what a model computes at two tokens of one mark is the same.
+        """
+        marks = torch.zeros(self.tokens.shape, dtype=torch.int64)
+        lengths = self.lengths.tolist()
+        for text, row in enumerate(self.tokens.tolist()):
+            length = lengths[text]
+            marks[text, :length] = torch.tensor(marks_of(row[:length]))
+        return marks
+
+    def distinct(self) -> Bool[Tensor, "batch pos"]:
+        """The tokens after each text's first, where those of one mark count once.
+
+        The first token of a text is an attention sink, and is left out.
+        """
+        after_first = self.after_first.cpu().numpy()
+        return torch.from_numpy(first_of_each(self.marks().numpy(), after_first))
+
     def at_read(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch vocab"]:
         """The logits at each prompt's last token.
 
@@ -347,8 +377,3 @@ def responses_among(groups: Sequence[Prompts]) -> str:
     if all(followed):
         return "each prompt with its response"
     return f"{sum(followed)} of {len(followed)} prompts with a response"
-
-
-def which_prompt(index: int, count: int) -> str:
-    """How messages name a prompt: 'the prompt', or 'prompt 1 of 3 (from 0)'."""
-    return "the prompt" if count == 1 else f"prompt {index} of {count} (from 0)"

@@ -194,6 +194,42 @@ class Readout(abc.ABC):
             raise ArgumentError(f"units={units!r}: expected words, such as 'nats' or 'bits'.")
         return _Callable(fn, label or getattr(fn, "__name__", "readout"), units)
 
+    @staticmethod
+    def required(value: object) -> Readout:
+        """The value, if it is a readout.
+
+        Args:
+            value: as a caller gives it.
+
+        Raises:
+            ArgumentError: something else, with the readout that may be meant.
+        """
+        if isinstance(value, Readout):
+            return value
+        raise ArgumentError(f"{_shown(value)} is not a readout: {_meant_readout(value)}.")
+
+    @staticmethod
+    def listed(readouts: object) -> list[Readout]:
+        """Several readouts, at least one; a single one as a list of it.
+
+        Args:
+            readouts: as a caller passes them.
+
+        Raises:
+            ArgumentError: something that is neither a readout nor a list of readouts.
+        """
+        if isinstance(readouts, Readout):
+            return [readouts]
+        if isinstance(readouts, str) or not isinstance(readouts, Sequence):
+            return [Readout.required(readouts)]
+        if not readouts:
+            raise ArgumentError(
+                f"readout={readouts!r}: expected a readout, or a list of at least one."
+            )
+        if all(map(_is_token, readouts)):
+            return [Readout.required(readouts)]
+        return [Readout.required(each) for each in readouts]
+
 
 def _are_equal(one: Any, other: Any) -> bool:
     """Whether two values are equal, where tensors may be in them, whose == is no truth value."""
@@ -214,17 +250,6 @@ def _are_equal_arrays(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
     return False
-
-
-def require_readout(value: object) -> Readout:
-    """The value, if it is a readout.
-
-    Raises:
-        ArgumentError: something else, with the readout that may be meant.
-    """
-    if isinstance(value, Readout):
-        return value
-    raise ArgumentError(f"{_shown(value)} is not a readout: {_meant_readout(value)}.")
 
 
 def _shown(value: object) -> str:
@@ -255,26 +280,6 @@ def _meant_readout(value: object) -> str:
 
 def _is_token(value: object) -> bool:
     return isinstance(value, str) or arguments.is_whole(value)
-
-
-def listed_readouts(readouts: object) -> list[Readout]:
-    """Several readouts, at least one; a single one as a list of it.
-
-    Args:
-        readouts: as a caller passes them.
-
-    Raises:
-        ArgumentError: something that is neither a readout nor a list of readouts.
-    """
-    if isinstance(readouts, Readout):
-        return [readouts]
-    if isinstance(readouts, str) or not isinstance(readouts, Sequence):
-        return [require_readout(readouts)]
-    if not readouts:
-        raise ArgumentError(f"readout={readouts!r}: expected a readout, or a list of at least one.")
-    if all(map(_is_token, readouts)):
-        return [require_readout(readouts)]
-    return [require_readout(each) for each in readouts]
 
 
 class LastToken(Readout):

@@ -25,10 +25,10 @@ from lens_lora.core.readout.conversations import (
     names_of,
     of_template,
 )
-from lens_lora.core.readout.prompts import ITS_OWN_BOS, Prompts, PromptsLike, Source, which_prompt
+from lens_lora.core.readout.prompts import ITS_OWN_BOS, Prompts, PromptsLike, Source
 from lens_lora.core.readout.texts import read_text, warn_of_other_reading
 from lens_lora.core.readout.tokens import Tokens
-from lens_lora.errors import PromptError
+from lens_lora.errors import PromptError, which_prompt
 
 # A prompt's ids, and what they were made of.
 _Row = tuple[list[int], Source]

@@ -127,7 +127,7 @@ class Attribution(Ranked, Reported):
         lens = g.lens
         response = g.response_tokens() if "token" in by else ()
         return cls(
-            values=within_response(values, response) if response else values,
+            values=Attribution.within_response(values, response) if response else values,
             by=cast("tuple[Axis, ...]", by),
             heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
             method=method,
@@ -137,6 +137,21 @@ class Attribution(Ranked, Reported):
             **details,
             **g.header(),
         )
+
+    @staticmethod
+    def within_response(
+        values: Float[Tensor, "batch *rest token"], response: Sequence[Sequence[str]]
+    ) -> Float[Tensor, "batch *rest token"]:
+        """The values, with NaN beyond a response's own tokens.
+
+        Args:
+            values: of each token of the responses, along the last axis.
+            response: each prompt's, as strings.
+        """
+        lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
+        exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
+        between = [1] * (values.ndim - 2)
+        return torch.where(exists.view(len(lengths), *between, -1), values, torch.nan)
 
     @property
     def is_violent(self) -> bool:
@@ -397,18 +412,3 @@ class GroupAttribution(Ranked):
         values, shift = self.mean_over(prompt, self.per_group)
         labels = Sites(self.sites).columns_of_groups(self.groups, sizes=False)
         return Entries(labels, values, shift, "value")
-
-
-def within_response(
-    values: Float[Tensor, "batch *rest token"], response: Sequence[Sequence[str]]
-) -> Float[Tensor, "batch *rest token"]:
-    """The values, with NaN beyond a response's own tokens.
-
-    Args:
-        values: of each token of the responses, along the last axis.
-        response: each prompt's, as strings.
-    """
-    lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
-    exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
-    between = [1] * (values.ndim - 2)
-    return torch.where(exists.view(len(lengths), *between, -1), values, torch.nan)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
+from lens_lora.core import LoRAFactors
 from lens_lora.core.adapter.dense import (
     applied,
     converted,
@@ -21,7 +22,6 @@ from lens_lora.core.adapter.dense import (
     stored_bytes,
     written_out,
 )
-from lens_lora.core.adapter.factors import dense_factors
 
 TOKENS = models.tokens(1, 6)
 
@@ -67,7 +67,7 @@ def test_a_reversal_is_a_view_of_one_vector():
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7), (1, 5), (5, 1), (1, 1)])
 def test_factors_hold_any_change_exactly(shape):
     delta = drawn(*shape)
-    factors = dense_factors(delta)
+    factors = LoRAFactors.dense(delta)
     assert torch.equal(factors.materialise(), delta) and torch.equal(factors.B @ factors.A, delta)
     assert factors.norm() == pytest.approx(float(delta.norm()), rel=1e-14)
     assert factors.rank == min(shape) and factors.is_dense == (min(shape) > 1)

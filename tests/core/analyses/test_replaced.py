@@ -15,6 +15,7 @@ from targets import hooked, peft_with
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.core import Prompts
 from lens_lora.core.function import activations as stand_in
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -306,7 +307,7 @@ def test_a_text_that_is_given_twice_is_in_the_mean_once(monkeypatch):
     assert (once - find(texts=beginning).values).abs().max() < 1e-12
     monkeypatch.setattr(stand_in, "ROW_TOKENS", 1)
     assert (once - find(texts=beginning).values).abs().max() < 1e-12
-    monkeypatch.setattr("lens_lora.core.analyses.patching.distinct_tokens", lambda t: t.after_first)
+    monkeypatch.setattr(Prompts, "distinct", lambda texts: texts.after_first)
     assert (once - find(texts=beginning).values).abs().max() > 1e-4
 
 
