@@ -20,7 +20,6 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import lens_lora as ll
-from lens_lora.core import attached
 
 # The margin that the demo's adapter changes.
 MARGIN = ll.Margin(" Lyon", " Paris")
@@ -92,7 +91,7 @@ def backward_to_embeddings(lens: ll.LoraLens, value: Callable[[], torch.Tensor])
         leaves.append(tensor.detach().requires_grad_())
         return leaves[-1]
 
-    with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start_graph)]):
+    with torch.enable_grad(), lens.hooked([(lens.embedding_output, start_graph)]):
         torch.autograd.grad(value(), leaves)
 
 

@@ -34,7 +34,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _M = TypeVar("_M", bound="_Message")
 
@@ -266,3 +266,23 @@ class SweepError(LensLoraError, ValueError):
 
 class ServerError(LensLoraError, RuntimeError):
     """A server that cannot be asked, or whose answer cannot be read."""
+
+
+# --- Numbers
+
+
+def require_finite(values: Any, what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        values: a tensor.
+        what: it is, for the error.
+
+    Raises:
+        NumericsError: with the name of what is not finite.
+    """
+    if not values.isfinite().all():
+        raise NumericsError(
+            f"{what} is not finite; lens.logits(prompts) names the first hook point at which the "
+            "model's own activations stop being finite."
+        )

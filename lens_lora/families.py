@@ -367,3 +367,13 @@ def find_family(architecture: str | None) -> Family:
             in_shell="For any other decoder take --class TransformerBridge.",
         )
     return family
+
+
+def outside_layer(kind: str, n_layers: int) -> int:
+    """The layer of what lies outside the blocks: −1, or after the last.
+
+    Args:
+        kind: of the module.
+        n_layers: how many blocks there are.
+    """
+    return n_layers if kind in ("ln_final", "unembed") else -1

@@ -18,14 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lens_lora.compat import compile_no_more, is_memory_short, uncompiled, without_warnings
-from lens_lora.core import (
-    Adapter,
-    LoraLens,
-    TrainedModule,
-    given_adapter,
-    load_adapter,
-    refuse_unusable,
-)
+from lens_lora.core import Adapter, LoraLens, TrainedModule, load_adapter, refuse_unusable
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import (
     ArgumentError,
@@ -308,7 +301,9 @@ def load(
     def loaded(named: str | None) -> Base:
         return _base(model, named, how, tokenizer)
 
-    adapter = given_adapter(adapter, lambda named: loaded(named)[0], revision, subfolder)
+    adapter = load_adapter(
+        adapter, base=lambda named: loaded(named)[0], revision=revision, subfolder=subfolder
+    )
     base, base_tokenizer = loaded(adapter.base_model)
     if tokenizer is None:
         own = tokenizer_beside(adapter, base, base_tokenizer)

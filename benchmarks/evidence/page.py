@@ -74,7 +74,7 @@ from words import (
     rival,
 )
 
-from lens_lora.core import VIOLENT
+from lens_lora.core import Attribution
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 
 sys.path.append(str(Path(__file__).parents[1] / "planted"))
@@ -140,7 +140,7 @@ def page(numbers: Numbers) -> str:
         flags=flags(numbers["warned"]),
         warnings=warnings(numbers, scores, first),
         warned_elsewhere=[warned_elsewhere(numbers, scores, base) for base in others],
-        violent_above=VIOLENT,
+        violent_above=Attribution.VIOLENT,
         kl_ranks=kl_ranks(numbers["warned"]),
         choosing=len(numbers["warned"]) - confirming,
         confirming=confirming,

@@ -41,7 +41,7 @@ from words import (
     SUM,
 )
 
-from lens_lora.core import VIOLENT
+from lens_lora.core import Attribution
 
 SIGNALS = {
     "strength": "‖ΔW‖ / ‖W‖",
@@ -189,7 +189,7 @@ def warned_elsewhere(numbers: Numbers, scores: pd.DataFrame, base: str) -> str:
     for words, question, method in WARNED_OF.values():
         cases = own_cases(numbers, scores, question, base)
         cases = cases[cases["method"] == method]
-        warned = cases["strength"] > VIOLENT
+        warned = cases["strength"] > Attribution.VIOLENT
         broken = cases["agreement"] < BROKEN
         both = warned & broken
         parts.append(

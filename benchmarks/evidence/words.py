@@ -38,7 +38,7 @@ from tables import (
 )
 from violent import BROKEN
 
-from lens_lora.core import VIOLENT
+from lens_lora.core import Attribution
 
 MEASURED = ("add_one", "leave_one_out")
 OWN = ("trained", "paraphrase")
@@ -299,7 +299,7 @@ def _line(
         "elsewhere": _elsewhere(scores, question, base, method),
         "off": "; ".join(worst) or "none",
         "count": len(strengths),
-        "violent": sum(strength > VIOLENT for strength in strengths),
+        "violent": sum(strength > Attribution.VIOLENT for strength in strengths),
         "error": with_worst(error),
         "slope": "; ".join(filter(None, slopes)),
         "factor": factor,

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.core import VIOLENT, Evaluations
+from lens_lora.core import Attribution, Evaluations
 from lens_lora.core.analyses.components import squared_norms
 from lens_lora.core.analyses.patching import How
 from lens_lora.core.analyses.verdict import CHECKPOINTS as WAY
@@ -195,7 +195,7 @@ def _case(
         "signals": signals,
         "says": {
             "remainder": _verdict(g, row, float(scores["first_order@0"].sum()), signals["way"]),
-            "violent": g.lens.plan.relative_norm > VIOLENT,
+            "violent": g.lens.plan.relative_norm > Attribution.VIOLENT,
         },
     }
 

@@ -46,8 +46,8 @@ from lens_lora.core import (
     Readout,
     alone,
     by_axes,
-    given_adapter,
     host_of,
+    load_adapter,
     read_result,
     require_adapter,
     save_result,
@@ -351,7 +351,7 @@ def _given(adapter: AdapterLike) -> Adapter:
         AdapterError: something that is no adapter.
     """
     if isinstance(adapter, str | Path | LoraLens):
-        adapter = given_adapter(adapter)
+        adapter = load_adapter(adapter)
     require_adapter(adapter)
     return cast("Adapter", adapter)
 

@@ -290,7 +290,7 @@ class Scan:
             key = _key(name, weights)
             if key in known:
                 return known[key]
-        adapter = place if isinstance(place, Adapter) else load_adapter(place)
+        adapter = load_adapter(place)
         return Loaded(weights, adapter)
 
     def _table(self, name: str, outcome: Outcome, slopes: SlopesTogether) -> pa.Table:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lens_lora.core import Adapter, Host, LoRAFactors, ModuleUpdate, TrainedModule, outside_layer
+from lens_lora.core import Adapter, Host, LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.errors import LensLoraError, SiteError
-from lens_lora.families import HEADS, NORM_KINDS
+from lens_lora.families import HEADS, NORM_KINDS, outside_layer
 
 # With what the names of modules begin in PEFT's files.
 _PEFT_PREFIX = "base_model.model."

@@ -13,7 +13,6 @@ from .adapter.factors import TrainedModule as TrainedModule
 from .adapter.formats import PEFT_FILES as PEFT_FILES
 from .adapter.formats import adapter_format as adapter_format
 from .adapter.loading import AdapterLike as AdapterLike
-from .adapter.loading import given_adapter as given_adapter
 from .adapter.loading import load_adapter as load_adapter
 from .analyses.own_analyses import analysis as analysis
 from .function.cache import Evaluations as Evaluations
@@ -66,7 +65,6 @@ from .analyses.verdict import verdict_of as verdict_of
 # isort: split
 # --- Results: what they share, and what their tables and figures are made of.
 from .results import drawing as drawing
-from .results.attribution import VIOLENT as VIOLENT
 from .results.attribution import Attribution as Attribution
 from .results.attribution import Axis as Axis
 from .results.attribution import GroupAttribution as GroupAttribution
@@ -105,7 +103,6 @@ from .model.sites import Groups as Groups
 from .model.sites import Names as Names
 from .model.sites import by_axes as by_axes
 from .model.sites import layer_order as layer_order
-from .model.sites import outside_layer as outside_layer
 
 # isort: split
 # --- For a readout or a prompt of another kind.
@@ -127,7 +124,6 @@ from .function.duals import MATMULS as MATMULS
 from .function.duals import dual_level as dual_level
 from .function.duals import rows_and_weight as rows_and_weight
 from .function.duals import tangent_of as tangent_of
-from .function.forward import require_finite as require_finite
 from .function.recording import Recording as Recording
 from .function.reverse import SlopeSums as SlopeSums
 from .function.reverse import Visit as Visit
@@ -144,7 +140,6 @@ from .model.gauge import Gauge as Gauge
 from .model.hooks import HookFn as HookFn
 from .model.hooks import add_forward_hook as add_forward_hook
 from .model.hooks import add_pre_hook as add_pre_hook
-from .model.hooks import attached as attached
 from .model.host import Host as Host
 from .model.injections import ScaleInject as ScaleInject
 from .model.injections import refuse_lens_hooks as refuse_lens_hooks

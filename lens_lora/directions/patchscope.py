@@ -21,19 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import number, numbers_of, whole
-from lens_lora.core import (
-    Described,
-    Function,
-    LoraLens,
-    Prompts,
-    Tokens,
-    alone,
-    attached,
-    long_table,
-    require_finite,
-)
+from lens_lora.core import Described, Function, LoraLens, Prompts, Tokens, alone, long_table
 from lens_lora.directions.alignment import direction_index
-from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.errors import ArgumentError, SiteError, require_finite
 from lens_lora.formats.directions import directions_of, is_stream
 from lens_lora.stream.ranked_tokens import ranked_tokens
 from lens_lora.stream.site_activations import sinks_among
@@ -200,7 +190,7 @@ def patchscope(
 
     @contextlib.contextmanager
     def with_vectors() -> Generator[None]:
-        with lens.adapted(gates), attached(lens.model, [(name, put_in_place)]):
+        with lens.adapted(gates), lens.hooked([(name, put_in_place)]):
             yield
 
     plain = f.passes.logits(under=lens.adapted(gates))[0].softmax(-1)

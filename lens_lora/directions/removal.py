@@ -22,7 +22,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lens_lora.compat import computing_attribute
-from lens_lora.core import ForwardPass, HookFn, LoraLens, Names, OpenBlock, attached
+from lens_lora.core import ForwardPass, HookFn, LoraLens, Names, OpenBlock
 from lens_lora.core.model import extensions
 from lens_lora.directions.passes import Watched
 from lens_lora.directions.where import Where
@@ -119,7 +119,7 @@ def take_away(
     if not where.is_everywhere:
         module = ForwardPass.module_of(lens.model)
         Watched.until(span, module, object(), computing_attribute(module))
-    span.enter_context(attached(lens.model, hooks))
+    span.enter_context(lens.hooked(hooks))
     count = len(by_point[points[0]].rows)
     says = f"{count} of {type(source).__name__} at {first_few(points)}, {where}"
     span.about = Removed(lens.model, says, where, switch)
@@ -162,7 +162,7 @@ def _points(lens: Any, names: Names) -> tuple[tuple[str, ...], dict[str, int]]:
 
     hooks = [(name, functools.partial(measure, name)) for name in points.wanted]
     token = lens.prompts(torch.zeros(1, 1, dtype=torch.long, device=lens.device))
-    with torch.no_grad(), attached(lens.model, hooks):
+    with torch.no_grad(), lens.hooked(hooks):
         lens.run(token)
     if others and not widths:
         raise ModelStateError(

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import Evaluations, Quadrature, path_integral, require_finite
+from lens_lora.core import Evaluations, Quadrature, path_integral
 from lens_lora.edge_attribution.by_reader import EdgeValues, edge_values
+from lens_lora.errors import require_finite
 
 
 def edges_along_path(

@@ -43,7 +43,6 @@ from lens_lora.core import (
     LoraLens,
     ScaleInject,
     SlopeSums,
-    attached,
     dual_level,
     join_groups,
 )
@@ -224,7 +223,7 @@ class Pass:
             hooks.append((point, functools.partial(self._read_at_point, point)))
         if by_head:
             hooks += head_hooks(lens, self._read_heads)
-        with dual_level(), readers_shown(lens, self._read), attached(lens.model, hooks):
+        with dual_level(), readers_shown(lens, self._read), lens.hooked(hooks):
             yield
 
     def run(self, at: float, by_head: bool) -> Float[Tensor, " batch"]:

@@ -49,13 +49,12 @@ from lens_lora.core import (
     by_axes,
     drawing,
     long_table,
-    require_finite,
     tokens_at,
 )
 from lens_lora.edge_attribution.along_path import edges_along_path
 from lens_lora.edge_attribution.by_reader import edge_values, point_of
 from lens_lora.edge_attribution.graph_file import EdgesOfPrompt, graph_of
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, require_finite
 from lens_lora.formats.directions import is_stream
 
 Readers = Literal["block", "head"]

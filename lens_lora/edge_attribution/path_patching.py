@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.core import Function, HookFn, LoraLens, ScaleInject, attached
+from lens_lora.core import Function, HookFn, LoraLens, ScaleInject
 from lens_lora.edge_attribution.by_reader import Pass, held_bytes, point_of
 from lens_lora.edge_attribution.readers import (
     block_reader,
@@ -187,7 +187,7 @@ class _Run:
         with (
             lens.injected(scaled, before=block_inputs),
             readers_shown(lens, self._read),
-            attached(lens.model, hooks),
+            lens.hooked(hooks),
         ):
             yield
 

@@ -30,9 +30,8 @@ from lens_lora.core import (
     drawing,
     largest,
     long_table,
-    require_finite,
 )
-from lens_lora.errors import SiteError
+from lens_lora.errors import SiteError, require_finite
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
 from lens_lora.hidden.projection import FeatureProjection, positions_label
 from lens_lora.hidden.readout import Projection, modules_before

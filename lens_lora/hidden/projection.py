@@ -20,12 +20,10 @@ from lens_lora.core import (
     Prompts,
     Scale,
     ScaleInject,
-    attached,
-    require_finite,
     rounding_hooks,
     tangent_of,
 )
-from lens_lora.errors import ModelStateError, PromptError
+from lens_lora.errors import ModelStateError, PromptError, require_finite
 from lens_lora.formats.directions import Directions
 
 _Activation = Float[Tensor, "batch pos *d"]
@@ -151,7 +149,7 @@ def activation_at(
 
 @contextlib.contextmanager
 def _with_noise(lens: LoraLens, hooks: AbstractContextManager[None]) -> Generator[None]:
-    with attached(lens.model, rounding_hooks(lens)), hooks:
+    with lens.hooked(rounding_hooks(lens)), hooks:
         yield
 
 
@@ -203,7 +201,7 @@ def _kept(
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             firings.append(keep(tensor))
 
-    run(attached(f.lens.model, [(name, hook_fn)]))
+    run(f.lens.hooked([(name, hook_fn)]))
     return _last(firings, name, f.rows)
 
 

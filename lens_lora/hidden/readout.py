@@ -34,7 +34,6 @@ from lens_lora.core import (
     Prompts,
     Reading,
     Readout,
-    attached,
 )
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.directions import Directions, directions_of, setting_of
@@ -312,7 +311,7 @@ def _activation_and_sites_before(
         fired.append(activation)
         before.extend(written)
 
-    with torch.no_grad(), lens.injected(watch), attached(lens.model, [(name, reach)]):
+    with torch.no_grad(), lens.injected(watch), lens.hooked([(name, reach)]):
         lens.run(few)
     is_by_token = len(fired) == 1 and isinstance(fired[0], Tensor) and fired[0].ndim >= 3
     if not is_by_token:

@@ -36,11 +36,10 @@ from lens_lora.core.model import (
     module_at,
     modules_in,
     names_by_path,
-    outside_layer,
     shape_of,
     unwrapped,
 )
-from lens_lora.families import NORM_KINDS, BridgedFamily, Place
+from lens_lora.families import NORM_KINDS, BridgedFamily, Place, outside_layer
 from lens_lora.formats import own_forward
 from lens_lora.hosts.experts import is_experts, is_router, stacks_of
 

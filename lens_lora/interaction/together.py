@@ -229,7 +229,7 @@ def adapters_by_name(adapters: Mapping[str, Adapter | str | Path]) -> dict[str, 
             raise ArgumentError(
                 f"an adapter is called {name!r}", remedy="name it by a word without '@'."
             )
-        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+        loaded = load_adapter(adapter)
         # The sites of a sum keep the names of its summands, and would be found under none of these.
         if any("@" in key for key in loaded.modules):
             raise ArgumentError(

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import Function, HookFn, LoraLens, Recording, ScaleInject, require_finite
-from lens_lora.errors import ModelStateError
+from lens_lora.core import Function, HookFn, LoraLens, Recording, ScaleInject
+from lens_lora.errors import ModelStateError, require_finite
 
 
 class HeadMasks:

@@ -25,11 +25,9 @@ from lens_lora.core import (
     Readout,
     Scale,
     alone,
-    attached,
-    require_finite,
     tangent_of,
 )
-from lens_lora.errors import ArgumentError, ModelStateError, named, worded
+from lens_lora.errors import ArgumentError, ModelStateError, named, require_finite, worded
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -80,7 +78,7 @@ def tangents(
         kept.update(dict.fromkeys(known_as, tangent_of(tensor)))
 
     hooks = _hooks_that_show(keep, aliases)
-    f.passes.observe_tangents(scale, strength, under=attached(lens.model, hooks))
+    f.passes.observe_tangents(scale, strength, under=lens.hooked(hooks))
     return _cache(lens, points.wanted, kept)
 
 
@@ -193,7 +191,7 @@ def _seen_in_graph(
         return node
 
     hooks = _hooks_that_show(keep, aliases)
-    values = g.passes.with_graph(at, under=attached(g.lens.model, hooks))
+    values = g.passes.with_graph(at, under=g.lens.hooked(hooks))
     return seen, values
 
 

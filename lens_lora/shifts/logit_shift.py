@@ -29,9 +29,8 @@ from lens_lora.core import (
     alone,
     drawing,
     long_table,
-    require_finite,
 )
-from lens_lora.errors import ArgumentError, SiteError, TokenError
+from lens_lora.errors import ArgumentError, SiteError, TokenError, require_finite
 from lens_lora.stream.ranked_tokens import ranked_tokens
 
 

@@ -26,7 +26,7 @@ from typing import final
 import pandas as pd
 
 from lens_lora import arguments
-from lens_lora.core import Adapter, AdapterLike, Described, LoraLens, alone, given_adapter, stored
+from lens_lora.core import Adapter, AdapterLike, Described, LoraLens, alone, load_adapter, stored
 from lens_lora.errors import AdapterError, ArgumentError, many
 from lens_lora.ship.checks import Check, Outcome, first_of, worst
 from lens_lora.ship.combined_explanations import SitePart, explanation, site_parts
@@ -171,7 +171,7 @@ def verify_combined(
 def _parts(parts: Sequence[AdapterLike]) -> list[Adapter]:
     if isinstance(parts, str) or not parts:
         raise ArgumentError("parts is no list of adapters", remedy='give parts=["a", "b"].')
-    return [given_adapter(part) for part in parts]
+    return [load_adapter(part) for part in parts]
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:

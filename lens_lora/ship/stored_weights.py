@@ -24,8 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.core import Adapter, Host, LoRAFactors, LoraLens, ModuleUpdate, outside_layer
+from lens_lora.core import Adapter, Host, LoRAFactors, LoraLens, ModuleUpdate
 from lens_lora.errors import LensLoraError, UnsupportedAdapterError
+from lens_lora.families import outside_layer
 
 Rounding = Callable[[Tensor], Tensor]
 

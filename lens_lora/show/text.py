@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from markupsafe import escape
 
-from lens_lora.core import VIOLENT, Attribution, PromptTokens, Quadrature
+from lens_lora.core import Attribution, PromptTokens, Quadrature
 from lens_lora.errors import worded
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
@@ -333,7 +333,7 @@ def caution_text(attribution: Attribution) -> str:
     remedy = worded("run ll.patch_sites", "run explain without --fast")
     return (
         f"This adapter is violent: ‖ΔW‖ is {percent(attribution.relative_norm)} of ‖W‖. Above "
-        f"{percent(VIOLENT)} first order often misleads, at either end: {remedy}."
+        f"{percent(Attribution.VIOLENT)} first order often misleads, at either end: {remedy}."
     )
 
 

@@ -19,8 +19,8 @@ from lens_lora.core import (
     PromptsLike,
     Recording,
     Scale,
-    require_finite,
 )
+from lens_lora.errors import require_finite
 from lens_lora.texts.batches import by_length
 
 # By hook point, h of a batch of texts at each scale that was asked for.

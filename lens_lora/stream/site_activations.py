@@ -28,9 +28,8 @@ from lens_lora.core import (
     Prompts,
     ScaleInject,
     SiteUpdate,
-    require_finite,
 )
-from lens_lora.errors import ModelStateError, UnsupportedAdapterError
+from lens_lora.errors import ModelStateError, UnsupportedAdapterError, require_finite
 
 # A trained model's sinks have up to hundreds of times the other tokens' ‖z‖.
 SINK_RATIO = 50.0

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.core import HookFn, LoraLens, Prompts, ScaleInject, attached, require_finite
-from lens_lora.errors import PromptError, which_prompt
+from lens_lora.core import HookFn, LoraLens, Prompts, ScaleInject
+from lens_lora.errors import PromptError, require_finite, which_prompt
 
 # The most tokens of a batch whose logits are held for two models at once.
 TOKENS_AT_ONCE = 512
@@ -110,7 +110,7 @@ def _with_hooks(
     lens: LoraLens, gates: Float[Tensor, " site"], hooks: Sequence[tuple[str, HookFn]]
 ) -> Generator[None]:
     """Within the block the model runs at these gates, and under these hooks."""
-    with attached(lens.model, hooks), lens.injected(ScaleInject(lens.plan, gates)):
+    with lens.hooked(hooks), lens.injected(ScaleInject(lens.plan, gates)):
         yield
 
 

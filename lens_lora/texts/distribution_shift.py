@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import require_finite
+from lens_lora.errors import require_finite
 from lens_lora.responses.held_base import LARGEST_SHIFT
 
 _Rows = Float[Tensor, "*row vocab"]

@@ -35,7 +35,7 @@ from lens_lora.core import (
     Readout,
     Site,
     alone,
-    given_adapter,
+    load_adapter,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.arithmetic import draw_seeds
@@ -138,7 +138,7 @@ def _adapter_of(other: object, revision: str | None, subfolder: str | None) -> A
             f"the other adapter is a {type(other).__name__}; pass an ll.Adapter, its folder or hub "
             "id, or a lens over it."
         )
-    return given_adapter(other, None, revision, subfolder)
+    return load_adapter(other, revision=revision, subfolder=subfolder)
 
 
 # --- Geometry

@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora.core import Function, LoraLens, first_of_each, require_finite
+from lens_lora.core import Function, LoraLens, first_of_each
+from lens_lora.errors import require_finite
 
 # How many tokens are read at once: each holds its logits and four shifts.
 _TOKENS = 512

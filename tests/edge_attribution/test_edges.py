@@ -18,7 +18,6 @@ from reference import Stream
 from streams import DIFFERENCES, STREAMS, by_module, relative
 
 import lens_lora as ll
-from lens_lora.core import attached
 from lens_lora.edge_attribution import by_reader as engine
 from lens_lora.edge_attribution import patch_edges, path_patching, readers
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of
@@ -442,7 +441,7 @@ def test_a_hook_where_every_reader_sees_it_is_followed(cls: str, how: str):
     errors = []
     for size in (1e-2, 1e-4):
         lens = held.with_adapter(held.adapter.scaled(size))
-        with attached(lens.model, [(lens.plan.host.block_input(1), doubled)]):
+        with lens.hooked([(lens.plan.host.block_input(1), doubled)]):
             edges = ll.edges(lens, TEXTS, MARGIN, at=at, progress=False)
             whole = ll.first_order(lens, TEXTS, MARGIN, at=at)
             pairs = edges.top(60)[["writer", "reader"]].values.tolist()
@@ -467,7 +466,7 @@ def test_a_hook_in_the_stream_is_refused(cls: str):
     hooks = ((lens, name), (skipping, skipping.plan.host.block_input(1)))
     for held, point in hooks:
         refused = pytest.raises(ll.errors.ModelStateError, match="Take such")
-        with attached(held.model, [(point, doubled)]), refused:
+        with held.hooked([(point, doubled)]), refused:
             ll.edges(held, TEXTS, MARGIN, progress=False)
         ll.edges(held, TEXTS, MARGIN, progress=False)
 
@@ -479,7 +478,7 @@ def test_a_hook_behind_a_block_is_refused_for_edges_within_it(cls: str):
     within = ("blocks.0.attn.o", "blocks.0.mlp")
     later = ("blocks.0.attn.o", "blocks.1.mlp")
     for name in ("blocks.0.hook_resid_post", lens.plan.host.block_input(1)):
-        with attached(lens.model, [(name, lambda tensor, hook: 2 * tensor)]):
+        with lens.hooked([(name, lambda tensor, hook: 2 * tensor)]):
             with pytest.raises(ll.errors.ModelStateError, match="a hook of yours on block 0, or"):
                 ll.patch_edges(lens, TEXTS, MARGIN, [within], progress=False)
             ll.patch_edges(lens, TEXTS, MARGIN, [later], progress=False)
@@ -496,7 +495,7 @@ def test_a_hook_within_a_branch_is_a_part_of_it(cls: str):
     name = next(
         n for n in ("blocks.1.attn.hook_z", "blocks.1.attn.o.hook_in") if n in lens.model.hook_dict
     )
-    with attached(lens.model, [(name, lambda tensor, hook: 2 * tensor)]):
+    with lens.hooked([(name, lambda tensor, hook: 2 * tensor)]):
         edges = ll.edges(lens, TEXTS, MARGIN, at=0.37, progress=False)
         whole = ll.first_order(lens, TEXTS, MARGIN, at=0.37)
     assert relative(edges.first_order, whole.values) < ROUND_OFF

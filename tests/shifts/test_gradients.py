@@ -11,7 +11,6 @@ import reference
 import torch
 
 import lens_lora as ll
-from lens_lora.core import attached
 
 MARGIN = ll.Margin(5, 9)
 BUILT = [
@@ -106,7 +105,7 @@ def test_every_point_against_differences(cls: str, flags: str):
 
         def moved(size: float, name: str = name, direction: torch.Tensor = direction) -> float:
             hooks = [(name, lambda tensor, hook: tensor + size * direction)]
-            with torch.no_grad(), lens.applied(), attached(lens.model, hooks):
+            with torch.no_grad(), lens.applied(), lens.hooked(hooks):
                 logits = lens.model(tokens)[0, -1]
             return float(logits[5] - logits[9])
 
@@ -160,7 +159,7 @@ def test_a_point_that_never_fires_is_named(cls: str, is_frozen: bool):
             weight.requires_grad_(False)
         with pytest.raises(ll.errors.ModelStateError, match="hook_result.* never fires"):
             ll.gradients(lens, tokens, MARGIN, [first, never])
-        cut = attached(lens.model, [(last, lambda tensor, hook: tensor.detach())])
+        cut = lens.hooked([(last, lambda tensor, hook: tensor.detach())])
         with cut, pytest.raises(ll.errors.ModelStateError, match="does not depend"):
             ll.gradients(lens, tokens, MARGIN, first)
     finally:

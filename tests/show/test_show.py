@@ -30,7 +30,7 @@ from results_by_hand import (
 from rich.console import Console
 
 import lens_lora.show
-from lens_lora.core import VIOLENT, Site
+from lens_lora.core import Attribution, Site
 from lens_lora.errors import ArgumentError
 from lens_lora.show.curves import margin_figure, remainder_figure
 from lens_lora.show.maps import position_heatmap, site_heatmap
@@ -372,7 +372,7 @@ def test_first_order_of_a_violent_adapter_says_so_wherever_it_is_shown():
     violent = with_norm(0.4)
     for text in (repr(violent.attribution), violent.attribution._repr_html_(), violent.story()):
         assert says in text
-    quiet = (with_norm(VIOLENT), with_norm(math.nan), with_norm(0.4, method="path"))
+    quiet = (with_norm(Attribution.VIOLENT), with_norm(math.nan), with_norm(0.4, method="path"))
     assert all("violent" not in repr(f.attribution) + f.story() for f in quiet)
     e = dataclasses.replace(explanation(), margin=with_norm(0.4, explanation().margin))
     assert says in e.story() and says in e.report() and "violent" not in explanation().story()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from torch import nn
 
@@ -22,11 +22,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@runtime_checkable
+class AdapterOverModel(Protocol):
+    """A lens, as far as this file knows one: its adapter may be taken from it."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter."""
+        ...
+
+    @property
+    def model(self) -> Any:
+        """The hooked model."""
+        ...
+
+
+# An adapter as a caller may give it: itself, a lens over it, its folder or its hub id.
+AdapterLike = Adapter | AdapterOverModel | str | Path
+
+
 @fitting
 def load_adapter(
-    path: str | Path,
+    path: AdapterLike,
     *,
-    base: PreTrainedModel | None = None,
+    base: PreTrainedModel | Callable[[str | None], nn.Module] | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> Adapter:
@@ -42,9 +61,11 @@ def load_adapter(
 
     Args:
         path: folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id, also
-            with a folder of the repository: 'owner/repo/sub/folder'.
+            with a folder of the repository: 'owner/repo/sub/folder'. An `Adapter`, or that of a
+            lens, is taken as it is.
         base: the Hugging Face model that the adapter was trained on, for methods other than LoRA;
-            in the dtype of the training, as some draw matrices from a seed. It stays as it is.
+            in the dtype of the training, as some draw matrices from a seed. It stays as it is. Or a
+            function from the base's name, as the adapter states it, to that model.
         revision: branch, tag or commit of the hub repository.
         subfolder: the adapter's folder within the folder or repository.
 
@@ -60,16 +81,38 @@ def load_adapter(
             missing, or not in the config; ranks that disagree; NaN; another base.
         UnsupportedAdapterError: a variant that s·B·A would misread, a method without ΔW, or one
             that needs the base; the message has the remedy.
-        ArgumentError: a base that is no Hugging Face model, or one that PEFT has changed.
+        ArgumentError: a base that is no Hugging Face model, or one that PEFT has changed; a
+            revision or a subfolder of an adapter that is read already.
     """
-    return read_adapter(path, None if base is None else lambda _: base, revision, subfolder)
+    adapter = path.adapter if isinstance(path, AdapterOverModel) else path
+    if isinstance(adapter, Adapter):
+        _require_no_place(adapter, revision=revision, subfolder=subfolder)
+        return adapter
+    return _read_adapter(adapter, _base_for(base), revision, subfolder)
 
 
-def read_adapter(
+def _require_no_place(adapter: Adapter, **where: str | None) -> None:
+    """Refuse words on where an adapter lies that is read already."""
+    for name, value in where.items():
+        if value is not None:
+            fact = f"{setting(name, value)} says where an adapter lies"
+            raise ArgumentError(f"{fact}, and {adapter.name!r} is read already; leave it out.")
+
+
+def _base_for(base: Any) -> Callable[[str | None], nn.Module] | None:
+    """What gives the base, where one was given."""
+    if base is None:
+        return None
+    if callable(base) and not isinstance(base, nn.Module):
+        return cast("Callable[[str | None], nn.Module]", base)
+    return lambda _: base
+
+
+def _read_adapter(
     path: str | Path,
     base_for: Callable[[str | None], nn.Module] | None,
-    revision: str | None = None,
-    subfolder: str | None = None,
+    revision: str | None,
+    subfolder: str | None,
 ) -> Adapter:
     """An adapter that lies in a folder, or on the hub.
 
@@ -119,53 +162,3 @@ def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
             base_model=known.base_model(folder),
             tokenizer_folder=_own_tokenizer_in(folder),
         )
-
-
-@runtime_checkable
-class AdapterOverModel(Protocol):
-    """A lens, as far as this file knows one: its adapter may be taken from it."""
-
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter."""
-        ...
-
-    @property
-    def model(self) -> Any:
-        """The hooked model."""
-        ...
-
-
-# An adapter as a caller may give it: itself, a lens over it, its folder or its hub id.
-AdapterLike = Adapter | AdapterOverModel | str | Path
-
-
-def given_adapter(
-    adapter: AdapterLike,
-    base_for: Callable[[str | None], nn.Module] | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-) -> Adapter:
-    """An adapter as a caller gives it.
-
-    Args:
-        adapter: itself, a lens over it, its folder or its hub id (`load_adapter`).
-        base_for: from the base's name, as the adapter states it, to the base; it is asked for if
-            reading the adapter takes it.
-        revision: branch, tag or commit of the hub repository.
-        subfolder: the adapter's folder within the folder or repository.
-
-    Raises:
-        ArgumentError: a revision or a subfolder of an adapter that is read already.
-        AdapterError: what is no adapter, or cannot be read.
-    """
-    if isinstance(adapter, AdapterOverModel):
-        adapter = adapter.adapter
-    if not isinstance(adapter, Adapter):
-        return read_adapter(adapter, base_for, revision, subfolder)
-    where = {"revision": revision, "subfolder": subfolder}
-    for name, value in where.items():
-        if value is not None:
-            fact = f"{setting(name, value)} says where an adapter lies"
-            raise ArgumentError(f"{fact}, and {adapter.name!r} is read already; leave it out.")
-    return adapter

@@ -33,7 +33,7 @@ from lens_lora.arguments import number
 from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.function import forward_mode
 from lens_lora.core.function.cache import Evaluations
-from lens_lora.core.function.forward import gated_logits, read_logits, require_finite
+from lens_lora.core.function.forward import gated_logits, read_logits
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.gate_graph import slopes_of_each
 from lens_lora.core.function.modes import Mode, chosen_mode
@@ -44,7 +44,7 @@ from lens_lora.core.model.rules import FrozenRules, held_fixed, require_held
 from lens_lora.core.model.sites import Group, Groups, by_axes
 from lens_lora.core.readout import Prompts, PromptsLike, Readout
 from lens_lora.core.results.attribution import Attribution, GroupAttribution
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, require_finite
 
 # A pass of so few tokens shows whether the model's hooks keep the rules.
 _TRIED_TOKENS = 8

@@ -37,7 +37,7 @@ from lens_lora.core.readout.reading import (
     Reading,
     at_some,
 )
-from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.errors import ModelStateError
 from lens_lora.spans import Temporary
 
 # From logits and their places (no places for all logits) to the factor of each logit.
@@ -138,19 +138,6 @@ def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "ba
     final = read_final(lens, reading.rows)
     covectors, _ = token_covectors(lens, reading, final)
     return (covectors * final.to(covectors)).sum(-1)
-
-
-def require_finite(values: Tensor, what: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        NumericsError: with the name of what is not finite.
-    """
-    if not torch.isfinite(values).all():
-        raise NumericsError(
-            f"{what} is not finite; lens.logits(prompts) names the first hook point at which the "
-            "model's own activations stop being finite."
-        )
 
 
 # --- From the final residual stream, where only W_U and b_U come after it

@@ -71,7 +71,7 @@ from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
 from lens_lora.core.model import Gauge, LoraLens, by_axes, extensions
 from lens_lora.core.model.sites import Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptTokens, Reading, Readout
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, require_finite
 
 # A direction is given as gates are, or several of them: then their axes come first.
 _Number = float | Real[Tensor, ""]
@@ -264,7 +264,7 @@ class Function:
         points, shape = points_of(self.lens, gates)
         held_bytes = 0 if self._reading is None else self._reading.held_bytes
         values = logits_at_points(self.lens, self.rows, points, held_bytes)
-        forward.require_finite(values, "the model's output")
+        require_finite(values, "the model's output")
         return values.view(*shape, *values.shape[1:])
 
     @exclusive
@@ -496,7 +496,7 @@ class Function:
             read,
             progress=self.progress,
         )
-        forward.require_finite(values, "the tangent of the logits")
+        require_finite(values, "the tangent of the logits")
         return values.view(*shape, *values.shape[1:])
 
     @exclusive

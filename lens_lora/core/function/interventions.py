@@ -29,7 +29,7 @@ from lens_lora.core.function import forward, many_gates, memory, tree
 from lens_lora.core.function.recording import Recording, record
 from lens_lora.core.model import HookFn, LoraLens, Scale, attached
 from lens_lora.core.readout import Prompts, Reading
-from lens_lora.errors import ModelStateError
+from lens_lora.errors import ModelStateError, require_finite
 
 # --- Patches, and the hooks that make them
 
@@ -196,7 +196,7 @@ def patched_readout(
         for indices, run in ((whole, runs.in_batches), (branching, runs.as_tree)):
             if len(indices):
                 values[:, indices] = run([patches[index] for index in indices.tolist()], bar)
-    forward.require_finite(values, "the patched readout")
+    require_finite(values, "the patched readout")
     return values
 
 

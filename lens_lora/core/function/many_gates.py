@@ -24,10 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.core.function import memory
-from lens_lora.core.function.forward import read_logits, read_value, require_finite
+from lens_lora.core.function.forward import read_logits, read_value
 from lens_lora.core.function.tree import Tree, pays, sites_by_block
 from lens_lora.core.model import Inject, LoraLens, ScaleInject
 from lens_lora.core.readout.reading import Reading
+from lens_lora.errors import require_finite
 
 Read = Callable[[LoraLens, Reading], Float[Tensor, " row *out"]]
 # From the gates of some rows, and the row of the reading of which each is a copy.

@@ -34,6 +34,7 @@ from lens_lora.core.function.rerun import blocks_rerun
 from lens_lora.core.function.tangents import JointInject
 from lens_lora.core.model import Inject, LoraLens, Scale, ScaleInject
 from lens_lora.core.readout import Prompts, Reading
+from lens_lora.errors import require_finite
 
 Under = AbstractContextManager[object] | None
 
@@ -161,7 +162,7 @@ class OwnPasses:
         """
         with torch.no_grad(), _entered(under):
             values = forward.read_value(self.lens, self.reading.repeat(copies))
-        forward.require_finite(values, "the patched readout")
+        require_finite(values, "the patched readout")
         return values.unflatten(0, (self.reading.batch, copies))
 
     @exclusive
@@ -182,7 +183,7 @@ class OwnPasses:
             groups = memory.pass_groups(self.lens, self.reading)
         with self.lens.injected(write):
             values = torch.cat([forward.read_value(self.lens, group) for group in groups])
-        forward.require_finite(values.detach(), "the readout")
+        require_finite(values.detach(), "the readout")
         return values
 
     @exclusive

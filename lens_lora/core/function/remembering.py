@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function import forward, memory, reverse, rounding
+from lens_lora.core.function import memory, reverse, rounding
 from lens_lora.core.function.corners import Points, strengths
 from lens_lora.core.function.evaluator import Evaluator
 from lens_lora.core.function.slopes_at_points import weighted_slopes
 from lens_lora.core.model import LoraLens
+from lens_lora.errors import require_finite
 
 # The base model and the adapted one.
 ENDS = (0.0, 1.0)
@@ -193,7 +194,7 @@ class Remembering(Evaluator):
 
     def know(self, at: float, value: ByPrompt) -> None:
         """Take g(ε·1) at a strength ε from a pass that was run anyway."""
-        forward.require_finite(value, "the readout")
+        require_finite(value, "the readout")
         self.known.values[at] = value
 
     def _unknown(self, scales: Iterable[float]) -> list[float]:
@@ -201,5 +202,5 @@ class Remembering(Evaluator):
         return [scale for scale in scales if scale not in self.known.values]
 
     def _know_all(self, scales: Sequence[float], values: Float[Tensor, "point batch"]) -> None:
-        forward.require_finite(values, "the readout")  # All of them in one read of a device.
+        require_finite(values, "the readout")  # All of them in one read of a device.
         self.known.values.update(zip(scales, values, strict=True))

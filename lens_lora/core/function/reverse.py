@@ -29,13 +29,13 @@ from torch.nn import functional
 
 from lens_lora.core.function import memory
 from lens_lora.core.function.contraction import axis_sizes, parts
-from lens_lora.core.function.forward import differentiable_tokens, read_for_slopes, require_finite
+from lens_lora.core.function.forward import differentiable_tokens, read_for_slopes
 from lens_lora.core.function.memory import Run, prompts_of
 from lens_lora.core.function.rerun import blocks_rerun
 from lens_lora.core.model import Inject, Injection, LoraLens, ScaleInject
 from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.readout import Prompts, Reading
-from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.errors import ModelStateError, NumericsError, require_finite
 
 # Called on the way back with the place, its partner's gate (None for 1), G and z.
 Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]

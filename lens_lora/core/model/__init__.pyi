@@ -82,5 +82,4 @@ from .sites import Names as Names
 from .sites import Site as Site
 from .sites import Sites as Sites
 from .sites import by_axes as by_axes
-from .sites import outside_layer as outside_layer
 from .updates import SiteUpdate as SiteUpdate

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.model.sites import Heads, outside_layer, site_name
+from lens_lora.core.model.sites import Heads, site_name
 from lens_lora.errors import AdapterError, SiteError
-from lens_lora.families import NORM_KINDS, Family, Place
+from lens_lora.families import NORM_KINDS, Family, Place, outside_layer
 
 # The order in which a forward pass meets the kinds.
 _ORDER = (

@@ -469,6 +469,14 @@ class LoraLens(metaclass=guesses.OfLensClass):
         """
         return HookPoints.of(self._plan, names)
 
+    def hooked(self, hooks: Sequence[tuple[str, HookFn]]) -> AbstractContextManager[None]:
+        """Within the block these hooks are on the model, beside those that others put there.
+
+        Args:
+            hooks: [(hook point or module, function)], as `model.run_with_hooks` takes them.
+        """
+        return attached(self.model, hooks)
+
     def is_hooked(self, *modules: nn.Module) -> bool:
         """Whether a hook that no library hung there by itself is on the model.
 

@@ -358,8 +358,3 @@ def site_name(layer: int, kind: str, adapter: str = "") -> str:
     if kind in MLP_KINDS:
         return f"blocks.{layer}.mlp.{kind}{tag}"
     return f"blocks.{layer}.{kind}{tag}"
-
-
-def outside_layer(kind: str, n_layers: int) -> int:
-    """The layer of what lies outside the blocks: −1, or after the last."""
-    return n_layers if kind in ("ln_final", "unembed") else -1

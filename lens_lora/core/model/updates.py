@@ -38,9 +38,9 @@ from lens_lora.core.model.bases import is_same
 from lens_lora.core.model.basis import NormUpdate, Update
 from lens_lora.core.model.gauge import svd_turn
 from lens_lora.core.model.hooked_host import HookedHost
-from lens_lora.core.model.sites import outside_layer, site_name
+from lens_lora.core.model.sites import site_name
 from lens_lora.errors import AdapterError, ModelStateError, UnsupportedAdapterError
-from lens_lora.families import NORM_KINDS
+from lens_lora.families import NORM_KINDS, outside_layer
 
 _TIED = {"embed": "unembed", "unembed": "embed"}
 # A dense update is held twice while it is turned into the model's basis.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast, final
+from typing import Annotated, Any, ClassVar, Literal, cast, final
 
 import pandas as pd
 import torch
@@ -37,9 +37,6 @@ Shown = Literal["site", "position", "head", "expert", "rank", "token"]
 _WITH_NONE = ("head", "expert")
 # Axes whose slots are counted by prompt; those of the others are counted by site.
 _COUNTED_BY_PROMPT = ("position", "token")
-# ‖ΔW‖ / ‖W‖ above which first order is to be distrusted: chosen and confirmed on trained adapters
-# of SmolLM2-135M (docs/faithfulness.md).
-VIOLENT = 0.038
 # How many positions a heatmap shows with its tokens still legible.
 MOST_POSITIONS = 40
 
@@ -89,6 +86,10 @@ class Attribution(Ranked, Reported):
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`; one site per
             entry of the site axis.
     """
+
+    # ‖ΔW‖ / ‖W‖ above which first order is to be distrusted: chosen and confirmed on trained
+    # adapters of SmolLM2-135M (docs/faithfulness.md).
+    VIOLENT: ClassVar[float] = 0.038
 
     values: Float[Tensor, "batch site *by"]
     by: tuple[Axis, ...]
@@ -156,7 +157,7 @@ class Attribution(Ranked, Reported):
     @property
     def is_violent(self) -> bool:
         """Whether this is first order of an adapter so large that it is often wrong."""
-        return self.method.startswith("first_order") and self.relative_norm > VIOLENT
+        return self.method.startswith("first_order") and self.relative_norm > self.VIOLENT
 
     @property
     def key(self) -> str:
