@@ -19,7 +19,6 @@ from lens_lora.core import (
     RemainderCurve,
     Sites,
     drawing,
-    only_prompt,
 )
 from lens_lora.curvature.coupling import Coupling
 from lens_lora.curvature.second_order import SecondOrder
@@ -201,7 +200,7 @@ class ReadoutExplanation(_WithFigures):
         Raises:
             ArgumentError: no such prompt.
         """
-        index = only_prompt(prompt, len(self.prompts), "explanations")
+        index = self.first_order.only_prompt(prompt, "explanations")
         flags = {name: one_prompt(part, index) for name, part in self.reliability.items()}
         return dataclasses.replace(one_prompt(self, index), reliability=flags)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lens_lora.compat import home_of, is_offloaded, replace_forward
-from lens_lora.core import Adapter, HookFn, LoRAFactors, ScaleInject, TrainedModule, attached
+from lens_lora.core import Adapter, HookFn, LoRAFactors, ScaleInject, TrainedModule
 from lens_lora.core.adapter import module_path
 from lens_lora.core.model import (
     AGREEMENT,
@@ -37,6 +37,7 @@ from lens_lora.core.model import (
     TOKENS,
     Plan,
     Shell,
+    attached,
     extensions,
     host_of,
     is_linear,

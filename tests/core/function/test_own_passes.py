@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core import ScaleInject, SlopeSums, attached, join_groups, tangent_of
+from lens_lora.core import ScaleInject, SlopeSums, join_groups, tangent_of
+from lens_lora.core.model import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
