@@ -17,7 +17,6 @@ from .formats import adapter_format as adapter_format
 from .formats import every_file_name as every_file_name
 from .formats import format_in as format_in
 from .formats import registered as registered
-from .loading import given_adapter as given_adapter
 from .loading import load_adapter as load_adapter
 from .module_paths import renamed as renamed
 from .peft_files import CONFIG as CONFIG

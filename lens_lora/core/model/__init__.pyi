@@ -23,9 +23,7 @@ from .check import require_adapter as require_adapter
 from .find_host import host_of as host_of
 from .find_host import register_host as register_host
 from .gates import Scale as Scale
-from .gates import name_of_scale as name_of_scale
 from .gauge import Gauge as Gauge
-from .gauge import svd_factors as svd_factors
 from .hooked_host import HookedHost as HookedHost
 from .hooked_host import folded_value_bias as folded_value_bias
 from .hooked_host import processing_of as processing_of
