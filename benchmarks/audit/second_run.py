@@ -50,7 +50,7 @@ from lens_lora.audit.findings import findings_of
 from lens_lora.audit.permuted import permuted_adapters
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
-from lens_lora.core import text_of
+from lens_lora.core import Tokens
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 from lens_lora.responses import both_answer
@@ -186,7 +186,7 @@ def counted_beside(lens: ll.LoraLens, base: Answers) -> CountedSpeech:
         answers = run.answers_with_a_cache(progress=False)
         if answers is None:
             answers = run.confirmed_answers(progress=False)
-        texts = [text_of(lens.model, ids, skip_special_tokens=True) for ids in answers]
+        texts = [Tokens(lens.model).text(ids, skip_special_tokens=True) for ids in answers]
         adapted = tuple(
             tuple(texts[run.row_of(0, i, draw)] for draw in range(len(samplings)))
             for i in range(prompts.batch)
