@@ -70,7 +70,7 @@ Row = dict[str, Any]
 
 
 def stored(adapters: Path, judged: Sequence[Path]) -> None:
-    """Write a file for each adapter that was asked and judged.
+    """Write a file for each adapter that was asked.
 
     The base's answers are the same beside every adapter, so they are stored once.
     """
@@ -83,8 +83,6 @@ def stored(adapters: Path, judged: Sequence[Path]) -> None:
     for folder in sorted(file.parent for file in adapters.glob("*/asked.json")):
         asked = read(folder, "asked.json")
         assert asked is not None
-        if folder.name not in verdicts:
-            continue
         if not BASE.is_file():
             BASE.write_text(json.dumps(asked["base"], ensure_ascii=False) + "\n")
         if json.loads(BASE.read_text()) != asked["base"]:
@@ -96,7 +94,8 @@ def stored(adapters: Path, judged: Sequence[Path]) -> None:
             "verdict": asked["verdict"],
             "claims": claims_of(asked, brief),
             "was_briefed": brief is not None,
-            "judged": verdicts[folder.name],
+            "was_judged": folder.name in verdicts,
+            "judged": verdicts.get(folder.name),
             "tokens": {name: lists[name][:FIRST] for name in LISTS} if lists else {},
             "words": {
                 "words": commonest_words(asked["adapted"]),
@@ -229,7 +228,9 @@ def summary(every: Sequence[Row]) -> str:
 
 
 def _was_run(row: Row, way: str) -> bool:
-    """Whether there is an answer: lists of tokens were not made of every adapter."""
+    """Whether there is an answer: not every adapter was judged, or has lists of tokens."""
+    if way == "rubric":
+        return row["was_judged"]
     return way not in LISTS or way in row["tokens"]
 
 
