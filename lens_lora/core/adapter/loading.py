@@ -88,7 +88,7 @@ def load_adapter(
     if isinstance(adapter, Adapter):
         _require_no_place(adapter, revision=revision, subfolder=subfolder)
         return adapter
-    return _read_adapter(adapter, _base_for(base), revision, subfolder)
+    return read_adapter(adapter, _base_for(base), revision, subfolder)
 
 
 def _require_no_place(adapter: Adapter, **where: str | None) -> None:
@@ -108,7 +108,7 @@ def _base_for(base: Any) -> Callable[[str | None], nn.Module] | None:
     return lambda _: base
 
 
-def _read_adapter(
+def read_adapter(
     path: str | Path,
     base_for: Callable[[str | None], nn.Module] | None,
     revision: str | None,
