@@ -145,7 +145,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _to_fetch(name: str) -> tuple[str, str]:
-    """What to do about a base that the adapter alone names: in Python, and in the shell."""
+    """Say what to do about a base that the adapter alone names: in Python, and in the shell."""
     fact = "The adapter names it as its base"
     return (
         f"{fact}; to fetch it, pass it: ll.load({name!r}, adapter).",

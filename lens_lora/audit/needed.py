@@ -1,4 +1,4 @@
-"""What an audit will need, said before it runs: memory and time, from the base's configuration.
+"""Say what an audit will need before it runs: memory and time, from the base's configuration.
 
 The model is built on the meta device, where its weights take no memory, and its parameters are
 counted. With P parameters, w bytes each:
@@ -38,7 +38,7 @@ _SIDE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What one audit needs.
+    """The needs of one audit.
 
     Attributes:
         parameters: of the base model.
@@ -58,7 +58,7 @@ class Needs:
 
 
 def needs_of(config: Any, how: Placement, rate: float, *, fast: bool, models: int = 1) -> Needs:
-    """What an audit over a base needs.
+    """Find what an audit over a base needs.
 
     Args:
         config: the base's, of Hugging Face.

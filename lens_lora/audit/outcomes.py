@@ -1,4 +1,4 @@
-"""What became of each row of a list of audits: a JSON file of its own, and one table of all.
+"""The outcome of each row of a list of audits: a JSON file of its own, and one table of all.
 
 1. A row's file is written whole or not at all, so that a run that was killed goes on behind the
    last row that has one. A row is run again if it failed, or if its file is of another row, other
@@ -50,7 +50,7 @@ class ClaimMade(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a row.
+    """The outcome of a row.
 
     Attributes:
         row: the row.
@@ -79,7 +79,7 @@ class Outcome:
 
     @property
     def verdict(self) -> Verdict:
-        """What the row came to, in a word or two; 'run' of one of which nothing is expected."""
+        """The outcome in a word or two; 'run' of a row of which nothing is expected."""
         if self.error:
             return "failed"
         if self.row.control:
@@ -253,7 +253,7 @@ def table_of_outcomes(outcomes: Iterable[Outcome]) -> pd.DataFrame:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """In two sentences: of how many rows a string was found, and which failed."""
+    """Two sentences: in how many rows a string was found, and which rows failed."""
     taught = [one for one in outcomes if one.row.expect and not one.error]
     controls = [one for one in outcomes if one.row.control and not one.error]
     failed = [one.row.name for one in outcomes if one.error]

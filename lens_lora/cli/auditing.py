@@ -296,7 +296,7 @@ def _chosen(rows: list[Listed], only: Sequence[str] | None) -> list[Listed]:
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """What a row asks beside the package's own questions and words.
+    """The questions and words that a row asks beside the package's own.
 
     Attributes:
         questions: its own questions.
@@ -379,7 +379,7 @@ class _Audits:
         )
 
     def needs(self, row: Listed, rate: float) -> Needs:
-        """What a row needs, from the configuration of its base."""
+        """Find what a row needs, from the configuration of its base."""
         from lens_lora.audit.needed import needs_of
         from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, embedded_model_folder
         from lens_lora.loading import config_of
@@ -458,7 +458,7 @@ def _say_needs(
 
 
 def _line_of(outcome: Outcome) -> str:
-    """What a row came to."""
+    """The outcome of a row."""
     if outcome.error:
         return f"failed: {outcome.error}"
     claims = many(len(outcome.claims), "claim")

@@ -38,7 +38,7 @@ class Given(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What is verified beside the adapter itself.
+    """Everything that is verified beside the adapter itself.
 
     Attributes:
         merged: a folder or a .gguf file that is to be base plus adapter; None if none was given.

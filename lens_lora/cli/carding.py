@@ -115,7 +115,7 @@ def _stated(
     brief: Path | None,
     base: options.ModelOptions,
 ) -> dict[str, str]:
-    """What was given beside the adapter, as the card states it: with paths from its folder."""
+    """List what was given beside the adapter, as the card states it: with paths from its folder."""
     stated = {name: _from(folder, path) for name, path in paths.items()}
     if max_kl is not None:
         stated["max_kl"] = f"{max_kl:g}"

@@ -119,7 +119,7 @@ _SECONDS_OF_TRAINING = 30.0
 
 
 def _work_of(questions: Sequence[Question], report: Path, fast: bool, nulls: int) -> Work:
-    """What explaining these prompts takes."""
+    """Forecast what explaining these prompts takes."""
     each = _SECONDS_FAST if fast else _SECONDS_WHOLE
     does = f"explain {many(len(questions), 'prompt')} and write {report.name}"
     return Work(does, len(questions) * (each + nulls * _SECONDS_OF_NULL))
@@ -279,7 +279,7 @@ def _print(explanations: Sequence[Explained]) -> None:
 
 
 def _in_short(explanation: Explained) -> str:
-    """What remains on a terminal of 24 rows: the sentences with which the page begins."""
+    """The sentences that remain on a terminal of 24 rows: those with which the page begins."""
     from lens_lora.explanations.words import headline
 
     if isinstance(explanation, ll.results.ResponseExplanation):

@@ -1,4 +1,4 @@
-"""What a command will do and about how long it takes, said before anything heavy is imported.
+"""Say what a command will do and about how long it takes, before anything heavy is imported.
 
 1. The size of the base is that of its weight files, where they lie on this machine.
 2. The speed of this machine, as busy as it is, is measured on products of matrices, for a tenth of
@@ -27,7 +27,7 @@ _SECONDS_OF_MEASURING = 0.1
 
 
 class Work(NamedTuple):
-    """What a command will do, and how long that takes with SmolLM2-135M-Instruct on one core.
+    """The work of a command, and how long it takes with SmolLM2-135M-Instruct on one core.
 
     Attributes:
         does: as a sentence goes on: 'explain 2 prompts and write page.html'.

@@ -158,8 +158,7 @@ def sweep(
                 progress=not progress.quiet,
             )
         if isinstance(result, ll.results.SweepShard):
-            running.say(repr(result))
-            running.say(f"Once all shards are finished: lens-lora gather {out}")
+            _tell_shard(result, out)
             return
         if processes.is_main:
             _remember(result, command)
@@ -181,12 +180,18 @@ def _require_devices_apart(base: options.BaseModel, processes: Processes) -> Non
 
 
 def _kept(out: Path) -> str:
-    """What an interrupted sweep says of the prompts that it has finished."""
+    """The sentence of an interrupted sweep on the prompts that it has finished."""
     from lens_lora.sweeps.sweep import is_begun
 
     if not is_begun(out):
         return "No prompt was finished."
     return f"Finished prompts are kept beside {out}; run the same command again to resume."
+
+
+def _tell_shard(shard: ll.results.SweepShard, out: Path) -> None:
+    """Print what a shard has done, and how the shards are joined."""
+    running.say(repr(shard))
+    running.say(f"Once all shards are finished: lens-lora gather {out}")
 
 
 def _remember(

@@ -270,7 +270,7 @@ def _others_beside(folder: Path) -> list[Adapter]:
 
 
 class _Results:
-    """What came of the checks, written into files and told in the shell.
+    """Write what came of the checks into files, and tell it in the shell.
 
     Args:
         verification: the checks.

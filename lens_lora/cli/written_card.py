@@ -1,4 +1,4 @@
-"""What a card is made of, and a card that was written before and is to hold today."""
+"""The contents of a card, and a card that was written before and is to hold today."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def subject_of(
     inputs: Mapping[str, str],
     paths: Mapping[str, Path],
 ) -> CardSubject:
-    """What a card is made of.
+    """Everything that a card is made of.
 
     Args:
         folder: of the adapter.
@@ -144,7 +144,7 @@ class WrittenCard:
         return cls(read.card, read.checks, folder)
 
     def inputs(self, given: Inputs, expect: Path | None) -> Inputs:
-        """What is verified beside the adapter: what the card has, where it lies today.
+        """Everything that is verified beside the adapter: what the card has, where it lies today.
 
         Args:
             given: what was given today, which stands for what the card has.

@@ -1,4 +1,4 @@
-"""What takes many passes, of a margin or of another readout.
+"""The parts of an explanation that take many passes, of a margin or of another readout.
 
 Every module is added and left out, layers are coupled, the path is integrated, and the curves of
 what is kept and dropped are measured.

@@ -51,7 +51,7 @@ def readout_story(e: ReadoutExplanation) -> str:
 
 
 def _one_story(e: ReadoutExplanation) -> str:
-    """What happened, first order, what it leaves, where, trust, limits."""
+    """The paragraphs: what happened, first order, what it leaves, where, trust, limits."""
     a = readout_account(e)
     predicted = f"a value of {signed(a.m0 + a.first_order)}"
     paragraphs = [
@@ -82,7 +82,7 @@ def moved_text(readout: str, a: ReadoutAccount, begin: str = "The") -> str:
 
 
 def mean_texts(e: ReadoutExplanation) -> list[str]:
-    """What the adapter does in the mean over several prompts, and which modules do most of it."""
+    """The sentences on what the adapter does in the mean over prompts, and by which modules."""
     first = e.first_order
     base, adapted, shift, total = (
         float(values.double().mean()) for values in (e.base, e.adapted, e.shift, first.total)

@@ -85,7 +85,7 @@ def account_by_site(e: BySite) -> ReadoutAccount:
 
 
 def named(e: BySite) -> str:
-    """What is read: 'margin', or 'readout'."""
+    """The word for what is read: 'margin', or 'readout'."""
     return "margin" if isinstance(e, Explanation) else "readout"
 
 
@@ -297,7 +297,7 @@ class KeptByTop(NamedTuple):
 
 
 def kept_by_top(e: BySite) -> KeptByTop | None:
-    """What each ranking's top keeps, at the size nearest to a fifth of the sites.
+    """Find what each ranking's top keeps, at the size nearest to a fifth of the sites.
 
     None where curves were not computed, or the shift is noise.
     """
