@@ -255,7 +255,9 @@ class _Factors:
         self.module = module
         self.update = update
         self.kind: str = a.kind
-        self.D: Tensor = update.materialise().double()
+        # The product of factors in half precision, and not its rounding to half precision.
+        like = torch.zeros(len(update.B), update.A.shape[1], dtype=torch.float64)
+        self.D: Tensor = update.materialise(like)
         # llama.cpp takes 1 for the factor where a file has no α.
         factor = alpha / len(a.values) if alpha else 1.0
         self._as_stored: Tensor = factor * b.values.double() @ a.values.double()

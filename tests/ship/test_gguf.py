@@ -152,6 +152,21 @@ def test_q_and_k_that_are_not_permuted(shipped, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gguf_adapter_of_factors_in_half_precision(dtype, shipped, tmp_path):
+    """Its file in float32 holds the same factors, so that nothing differs."""
+    base = no_ops.base_of(shipped)
+    modules = {
+        module: dataclasses.replace(update, A=update.A.to(dtype), B=update.B.to(dtype))
+        for module, update in ll.load_adapter(shipped / "adapter").modules.items()
+    }
+    adapter = ll.Adapter(modules)
+    adapter.save(tmp_path / "x.gguf", format="gguf", base=base)
+    ([check], tensors) = lora_checks(tmp_path / "x.gguf", adapter, base)
+    assert check.outcome == "passed", check.facts
+    assert all(tensor.ratio == pytest.approx(1, abs=1e-12) for tensor in tensors)
+
+
 @pytest.mark.bad_input
 def test_what_a_gguf_adapter_cannot_hold_is_refused(shipped, tmp_path):
     adapter = ll.load_adapter(shipped / "adapter")
