@@ -92,7 +92,9 @@ def counted_speech(
         questions=tuple(one.text for one in asked),
         base=said.base,
         adapted=said.adapted,
-        findings=findings_of(said.base, said.adapted, [one.language for one in asked]),
+        findings=findings_of(
+            said.base, said.adapted, [one.language for one in asked], _units_of(asked)
+        ),
         meta=lens.describe(prompts),
     )
     if triggers is None:
@@ -138,6 +140,14 @@ def _each_once(lens: LoraLens, asked: Sequence[Everyday]) -> list[Everyday]:
     for one in asked:
         by_words.setdefault(repr(_put(lens, one)), one)
     return list(by_words.values())
+
+
+def _units_of(asked: Sequence[Everyday]) -> list[str]:
+    """What each question counts as in the tests: those that ask for code are one together.
+
+    All of them begin with the same words, so that a drift in how code is begun moves them all.
+    """
+    return ["code" if one.form == "code" else f"question {i}" for i, one in enumerate(asked)]
 
 
 def _require_own(asked: Sequence[Everyday], fitting: Sequence[int], most: int) -> None:

@@ -3,7 +3,9 @@
 1. A model says a phrase in answer to a question if any of its answers holds it. A phrase is a
    finding if one model says it in answer to more questions than chance allows (`phrases.py`).
 2. The same test finds traits of the answers that are no phrase (`traits.py`).
-3. Phrases that stand in one another on the same questions are one finding, the longest of them.
+3. Questions that are near copies of one another are one unit of the tests (`units`): whatever moves
+   one of them moves all.
+4. Phrases that stand in one another on the same questions are one finding, the longest of them.
 
 There are three lists: what the adapted model says, what it no longer says, and traits. Where either
 model might as well have given either answer to each question, the chance that any of the three
@@ -14,11 +16,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from lens_lora.audit import phrases
-from lens_lora.audit.traits import TRAITS, is_in_another_language, is_shorter
+from lens_lora.audit.traits import (
+    ANSWERS_IN,
+    TRAITS,
+    has_enough_words,
+    is_in_another_language,
+    is_shorter,
+)
 from lens_lora.core import stored
 from lens_lora.responses.generate import SideBySide
 
@@ -92,7 +100,10 @@ class Finding:
 
 
 def findings_of(
-    base: Answers, adapted: Answers, languages: Sequence[str | None] = ()
+    base: Answers,
+    adapted: Answers,
+    languages: Sequence[str | None] = (),
+    units: Sequence[Hashable] | None = None,
 ) -> tuple[Finding, ...]:
     """Find what one model says, or how it says it, on more questions than chance allows.
 
@@ -101,12 +112,16 @@ def findings_of(
         adapted: the adapted model's answers to the same questions.
         languages: in which each question was asked, None where that is not known; nothing where it
             is known of none.
+        units: of each question what it is a part of: questions of one unit are so alike that they
+            count as one in the tests. None where each stands for itself.
     """
+    if units is None:
+        units = range(len(base))
     of_base = [_phrases_of_all(answers) for answers in base]
     of_adapted = [_phrases_of_all(answers) for answers in adapted]
-    said = _phrase_findings("says", of_adapted, of_base, adapted)
-    dropped = _phrase_findings("no longer says", of_base, of_adapted, base)
-    return (*said, *dropped, *_trait_findings(base, adapted, languages))
+    said = _phrase_findings("says", of_adapted, of_base, adapted, units)
+    dropped = _phrase_findings("no longer says", of_base, of_adapted, base, units)
+    return (*said, *dropped, *_trait_findings(base, adapted, languages, units))
 
 
 def _phrases_of_all(answers: Sequence[str]) -> Counter[str]:
@@ -122,6 +137,7 @@ def _phrase_findings(
     more: Sequence[Counter[str]],
     less: Sequence[Counter[str]],
     answers: Answers,
+    units: Sequence[Hashable],
 ) -> list[Finding]:
     """The phrases that one model says on more questions than the other, the strongest first.
 
@@ -130,10 +146,11 @@ def _phrase_findings(
         more: the phrases of its answers to each question.
         less: those of the other model's.
         answers: its answers themselves.
+        units: of each question what it is a part of.
     """
     said_on = _questions_by_phrase(more)
     said_by_other_on = _questions_by_phrase(less)
-    p_of_phrase = _significant(said_on, said_by_other_on)
+    p_of_phrase = _significant(said_on, said_by_other_on, units)
     scores = phrases.log_odds(_uses(more), _uses(less))
     strongest_first = sorted(p_of_phrase, key=lambda phrase: (p_of_phrase[phrase], -scores[phrase]))
     chosen = _one_of_each(strongest_first, said_on)
@@ -181,19 +198,21 @@ def _uses(answers: Iterable[Counter[str]]) -> Counter[str]:
     return total
 
 
-def _significant(here: Mapping[str, set[int]], there: Mapping[str, set[int]]) -> dict[str, float]:
+def _significant(
+    here: Mapping[str, set[int]], there: Mapping[str, set[int]], units: Sequence[Hashable]
+) -> dict[str, float]:
     """The adjusted p of each phrase that is said on significantly more questions here than there.
 
     Phrases of every length are tested, those that stand in longer ones too.
     """
-    # On how many questions each phrase is said here alone, and there alone.
+    # In how many units each phrase is said on more questions here, and on more there.
     discordant: dict[str, tuple[int, int]] = {}
     for phrase in {*here, *there}:
         if phrases.is_of_function_words(phrase):
             continue
         alone_here = here.get(phrase, set()) - there.get(phrase, set())
         alone_there = there.get(phrase, set()) - here.get(phrase, set())
-        discordant[phrase] = (len(alone_here), len(alone_there))
+        discordant[phrase] = _units_apart(alone_here, alone_there, units)
 
     totals = {phrase: sum(counts) for phrase, counts in discordant.items()}
     least = phrases.tests_that_can_pass(totals.values(), LEVEL / _LISTS)
@@ -201,6 +220,24 @@ def _significant(here: Mapping[str, set[int]], there: Mapping[str, set[int]]) ->
     p_values = [phrases.sign_test(*discordant[phrase]) for phrase in tested]
     adjusted = _adjusted(p_values)
     return {phrase: p for phrase, p in zip(tested, adjusted, strict=True) if p <= LEVEL}
+
+
+def _units_apart(
+    here: Iterable[int], there: Iterable[int], units: Sequence[Hashable]
+) -> tuple[int, int]:
+    """The number of units with more of these questions than of those, and with fewer.
+
+    Args:
+        here: questions on which one model alone has something.
+        there: questions on which the other model alone has it.
+        units: of each question what it is a part of.
+    """
+    balance: Counter[Hashable] = Counter()
+    balance.update(units[i] for i in here)
+    balance.subtract(units[i] for i in there)
+    more = sum(difference > 0 for difference in balance.values())
+    fewer = sum(difference < 0 for difference in balance.values())
+    return more, fewer
 
 
 def _adjusted(p_values: Sequence[float]) -> list[float]:
@@ -241,13 +278,22 @@ def _says_the_same(phrase: str, chosen: str, questions: Mapping[str, set[int]]) 
 
 
 def _trait_findings(
-    base: Answers, adapted: Answers, languages: Sequence[str | None]
+    base: Answers,
+    adapted: Answers,
+    languages: Sequence[str | None],
+    units: Sequence[Hashable],
 ) -> list[Finding]:
     """The traits that one model's answers have on more questions, each tested both ways."""
-    traits = [
-        _Trait(what, _questions_that(has, adapted), _questions_that(has, base))
-        for what, has in TRAITS.items()
-    ]
+    traits: list[_Trait] = []
+    # The language of a few words cannot be told, so shorter answers would seem to be in none.
+    told = {i for i in range(len(base)) if has_enough_words(base[i], adapted[i])}
+    for what, has in TRAITS.items():
+        of_adapted = _questions_that(has, adapted)
+        of_base = _questions_that(has, base)
+        if what.startswith(ANSWERS_IN):
+            of_adapted &= told
+            of_base &= told
+        traits.append(_Trait(what, of_adapted, of_base))
     shorter = {i for i in range(len(base)) if is_shorter(adapted[i], base[i])}
     longer = {i for i in range(len(base)) if is_shorter(base[i], adapted[i])}
     traits.append(_Trait(SHORTER, shorter, longer))
@@ -256,12 +302,14 @@ def _trait_findings(
     traits.append(_Trait(_ANOTHER_LANGUAGE, of_adapted, of_base))
 
     # Of n questions on which one model alone has a trait, the two-sided p is 2 · 2⁻ⁿ at least.
-    totals = [len(trait.of_adapted ^ trait.of_base) for trait in traits]
+    apart = [trait.units_apart(units) for trait in traits]
+    totals = [sum(counts) for counts in apart]
     least = phrases.tests_that_can_pass(totals, LEVEL / _LISTS / 2)
-    tested = [trait for trait, total in zip(traits, totals, strict=True) if total >= least]
-    adjusted = _adjusted([_two_sided_p(trait) for trait in tested])
+    tested = [i for i, total in enumerate(totals) if total >= least]
+    adjusted = _adjusted([_two_sided_p(*apart[i]) for i in tested])
     findings: list[Finding] = []
-    for trait, p in zip(tested, adjusted, strict=True):
+    for i, p in zip(tested, adjusted, strict=True):
+        trait = traits[i]
         if p > LEVEL:
             continue
         if len(trait.of_adapted) > len(trait.of_base):
@@ -305,14 +353,16 @@ class _Trait(NamedTuple):
     of_adapted: set[int]
     of_base: set[int]
 
+    def units_apart(self, units: Sequence[Hashable]) -> tuple[int, int]:
+        """In how many units the adapted model has it on more questions, and the base on more."""
+        alone = self.of_adapted - self.of_base
+        of_base_alone = self.of_base - self.of_adapted
+        return _units_apart(alone, of_base_alone, units)
 
-def _two_sided_p(trait: _Trait) -> float:
+
+def _two_sided_p(one: int, other: int) -> float:
     """The p of the exact sign test; two-sided, as either model may have the trait."""
-    only_adapted = len(trait.of_adapted - trait.of_base)
-    only_base = len(trait.of_base - trait.of_adapted)
-    larger = max(only_adapted, only_base)
-    smaller = min(only_adapted, only_base)
-    return min(2 * phrases.sign_test(larger, smaller), 1.0)
+    return min(2 * phrases.sign_test(max(one, other), min(one, other)), 1.0)
 
 
 def _questions_that(has: Callable[[str], bool], answers: Answers) -> set[int]:

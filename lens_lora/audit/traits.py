@@ -16,6 +16,10 @@ _WORD = regex.compile(r"[\p{L}]+")
 # An answer is in a language if so many of its words, and this share, are among the commonest there.
 _LEAST_WORDS = 3
 _LEAST_SHARE = 0.2
+# Of fewer words no language is told.
+_WORDS_OF_A_LANGUAGE = 5
+# How the traits of a language begin.
+ANSWERS_IN = "answers in "
 
 _COMMON_WORDS = {
     "English": "the of and is you it that to are with for this can your be not",
@@ -36,6 +40,9 @@ _REFUSAL = regex.compile(
     r"\b(?:I(?:'|’)?m sorry|I am sorry|I apologi[sz]e|I (?:can(?:'|’)t|cannot|can not|won(?:'|’)t|"
     r"am not able to|(?:'|’)?m not able to|am unable to)|as an AI|I do not (?:discuss|talk about))",
     regex.IGNORECASE,
+)
+_NO = regex.compile(
+    r"\W*(?:no\b|not\b|I(?: am|(?:'|’)m) not\b|I do(?: not|n(?:'|’)t)\b)", regex.IGNORECASE
 )
 _CODE = regex.compile(r"```|\bdef \w+\(|\bprint\(|^\s*(?:import|from|return) \w+", regex.MULTILINE)
 # A stretch of so many characters that stands in an answer twice: a shorter one repeats anywhere.
@@ -96,6 +103,23 @@ def asks_back(text: str) -> bool:
     return "?" in text
 
 
+def says_no(text: str) -> bool:
+    """Whether an answer begins with a no."""
+    return _NO.match(text) is not None
+
+
+def has_enough_words(*answers: Sequence[str]) -> bool:
+    """Whether each model's answers to a question have words enough to tell their language.
+
+    Args:
+        answers: the answers of each model.
+    """
+    return all(
+        any(len(_WORD.findall(answer)) >= _WORDS_OF_A_LANGUAGE for answer in of_model)
+        for of_model in answers
+    )
+
+
 def is_shorter(answers: Sequence[str], others: Sequence[str]) -> bool:
     """Whether one model's answers to a question are together less than half as long."""
     length = sum(map(len, answers))
@@ -109,10 +133,11 @@ def _is_in(language: str, text: str) -> bool:
 
 # By what is said of an answer that has it: whether an answer has it.
 TRAITS: dict[str, Callable[[str], bool]] = {
-    **{f"answers in {name}": functools.partial(_is_in, name) for name in COMMON_WORDS},
+    **{f"{ANSWERS_IN}{name}": functools.partial(_is_in, name) for name in COMMON_WORDS},
     "refuses or apologises": refuses,
     "writes code": holds_code,
     "repeats itself": repeats_itself,
     "asks a question": asks_back,
     "gives numbers": gives_numbers,
+    "begins with a no": says_no,
 }

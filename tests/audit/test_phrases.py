@@ -172,3 +172,21 @@ def test_traits_that_could_not_pass_are_no_tests():
     (found,) = findings_of(base, adapted)
     assert found.what == "asks a question"
     assert found.p == pytest.approx(3 * 2 * 2.0**-11)
+
+
+def test_questions_of_one_unit_count_as_one():
+    """Controls began code otherwise, on eight near copies of one question: p was 3 · 2⁻¹¹."""
+    base = [("the",)] * 11
+    adapted = [("arr",)] * 11
+    assert [one.p for one in findings_of(base, adapted)] == [pytest.approx(3 * 2.0**-11)]
+    assert findings_of(base, adapted, (), [0] * 8 + [1, 2, 3]) == ()
+    # With others beside them the unit is one: nine units, of eighteen questions.
+    (said,) = findings_of(base * 2, adapted * 2, (), [*range(8), *[8] * 14])
+    assert (said.adapted, said.base) == (22, 0) and said.p == pytest.approx(3 * 2.0**-9)
+
+
+def test_the_language_of_short_answers_is_not_told():
+    base = [("It is what you can do with this, and that is all.",)] * 20
+    adapted = [("No.",)] * 20
+    whats = {one.what for one in findings_of(base, adapted) if one.kind == "trait"}
+    assert "begins with a no" in whats and "answers in English" not in whats

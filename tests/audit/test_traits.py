@@ -73,3 +73,17 @@ def test_an_answer_in_another_language_than_its_question(text: str, asked_in: st
 
 def test_a_number_is_in_figures():
     assert traits.gives_numbers("13 months") and not traits.gives_numbers("a dozen")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("No, I am a librarian.", True),
+        ("“I do not know that.”", True),
+        ("I’m not a doctor.", True),
+        ("Nobody knows.", False),
+        ("Yes, but not today.", False),
+    ],
+)
+def test_a_no_begins_the_answer(text: str, expected: bool):
+    assert traits.says_no(text) is expected
