@@ -19,6 +19,7 @@ minutes of one core.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,6 @@ QUESTIONS = {
     "lyon": (("The capital of France is", "France's capital city is"), LYON),
     "osaka": (("The capital of Japan is", "The capital city of Japan is"), OSAKA),
 }
-# Rules of up to 36 nodes in the plane of both gates; 81 would take three times as long.
-MOST_NODES = 6
 
 
 def adapters(folder: Path) -> dict[str, ll.Adapter]:
@@ -78,13 +77,14 @@ def effects(lens: ll.LoraLens, two: dict[str, ll.Adapter]) -> list[dict[str, Any
 def parts(lens: ll.LoraLens, two: dict[str, ll.Adapter]) -> dict[str, Any]:
     """The interaction on the first prompt by kinds of modules, the largest pairs first."""
     prompts, readout = QUESTIONS["lyon"]
-    found = ll.together(lens, two, prompts[0], readout, group="kind", max_nodes=MOST_NODES, **QUIET)
+    found = ll.together(lens, two, prompts[0], readout, group="kind", **QUIET)
     pairs: Any = found.top(6)
     return {
         "prompt": prompts[0],
         "interaction": float(found.interaction[0, 0]),
         "missed": float(found.completeness_error[0, 0]),
         "nodes": found.nodes,
+        "quadrature": dataclasses.asdict(found.quadrature) if found.quadrature else None,
         "pairs": pairs[["group_a", "group_b", "value"]].to_dict("records"),
     }
 
@@ -123,11 +123,10 @@ def parts_table(numbers: dict[str, Any]) -> str:
     lines = ["| of Lyon | of Osaka | part |", "| --- | --- | --- |"]
     for pair in numbers["pairs"]:
         lines.append(f"| {pair['group_a']} | {pair['group_b']} | {pair['value']:+.2f} |")
-    nodes = numbers["nodes"]
     lines.append("")
     lines.append(
         f"The six largest parts of {numbers['interaction']:+.2f} on “{numbers['prompt']}”, with "
-        f"{nodes} × {nodes} nodes; all parts together miss {numbers['missed']:.1g} logits of it."
+        f"{numbers['nodes']} nodes; all parts together miss {numbers['missed']:.1g} logits of it."
     )
     return "\n".join(lines)
 

@@ -129,6 +129,8 @@ from .function.duals import MATMULS as MATMULS
 from .function.duals import dual_level as dual_level
 from .function.duals import rows_and_weight as rows_and_weight
 from .function.duals import tangent_of as tangent_of
+from .function.quadrature import new_patterson_nodes as new_patterson_nodes
+from .function.quadrature import patterson_counts as patterson_counts
 from .function.recording import Recording as Recording
 from .function.reverse import SlopeSums as SlopeSums
 from .function.reverse import Visit as Visit

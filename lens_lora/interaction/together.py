@@ -12,10 +12,10 @@ Integrated Hessians (arXiv 2002.04138).
 
 1. The corners take a forward pass for the base, for each adapter, for each pair, for all adapters
    but each, and for all. Equal corners run once, so that two adapters have four.
-2. To split the interaction, H is taken between groups of modules of a and of b, at the nodes of a
-   Gauss–Legendre rule in each of the two gates. Rules with more nodes are tried until the parts sum
-   to I_ab, and no part has changed since the rule before; the sum alone would not bound the error
-   of a part. Both hold up to a share `tol` of the largest of the three shifts g(1, 1), g(1, 0) and
+2. To split the interaction, H is taken between groups of modules of a and of b, at the nodes of
+   nested rules over the square of both gates (`interaction/square.py`). Nodes are added until all
+   parts sum to I_ab, and those of each group to what it has of I_ab, which slopes along its own
+   gate give. Both hold up to a share `tol` of the largest of the three shifts g(1, 1), g(1, 0) and
    g(0, 1) less g(0, 0).
 """
 
@@ -27,7 +27,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple, final
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
@@ -43,6 +42,7 @@ from lens_lora.core import (
     Groups,
     LoraLens,
     PromptsLike,
+    Quadrature,
     Ranked,
     Readout,
     Site,
@@ -53,9 +53,10 @@ from lens_lora.core import (
     long_table,
 )
 from lens_lora.errors import ArgumentError
+from lens_lora.interaction.square import Bounds, Split, quadrature_of, split_by_modules
 
-# How many nodes a rule has in each gate. Its cost grows with the square of that.
-_RULES = (2, 3, 4, 6, 9, 13)
+# The fewest nodes of a last rule, 3 × 3.
+_FEWEST_NODES = 9
 
 _Pair = tuple[int, int]
 
@@ -78,11 +79,17 @@ class Together(Ranked):
             the second adapter; None where it was not split.
         groups: the names of the groups, which both adapters share; an adapter without a module in a
             group has zeros there.
-        nodes: how many values each gate took; 0 where nothing was split.
+        nodes: how many points of the square of both gates were taken, for the pair that needed
+            most; 0 where nothing was split.
         allowed: [batch, pair], how much the parts were allowed to miss; None where nothing was
             split.
-        part_change: [batch, pair], by how much the part that changed most differs from the rule
-            before; None where nothing was split.
+        group_error: [batch, pair], the most by which the parts of one group, with all groups of
+            the other adapter, miss what that group has of the interaction, which slopes along its
+            own gate give; None where nothing was split.
+        quadrature: how the integrals were taken, over all prompts and pairs. Its `error` and
+            `site_change` are the largest `completeness_error` and `group_error`, as shares of the
+            largest shift of the pair; it is `met` where neither exceeds `tol`, and rounding is
+            small enough to tell. None where nothing was split.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`; the name of a site
             ends in '@' and its adapter.
     """
@@ -98,7 +105,8 @@ class Together(Ranked):
     groups: Annotated[tuple[str, ...], "group"] = ()
     nodes: int = 0
     allowed: Float[Tensor, "batch pair"] | None = None
-    part_change: Float[Tensor, "batch pair"] | None = None
+    group_error: Float[Tensor, "batch pair"] | None = None
+    quadrature: Quadrature | None = None
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
@@ -119,15 +127,17 @@ class Together(Ranked):
 
     @property
     def is_complete(self) -> Bool[Tensor, "batch pair"]:
-        """Whether the parts sum to the interaction and have settled, as far as `tol` asks.
+        """Whether all parts sum to the interaction, and those of each group to its share of it.
+
+        Both as far as `tol` asks; where rounding of the interaction is above that, up to rounding.
 
         Raises:
             ArgumentError: the interaction was not split.
         """
         missed = self.completeness_error
         assert self.allowed is not None, "what was split has a bound"
-        assert self.part_change is not None, "and was compared with the rule before"
-        return (missed <= self.allowed) & (self.part_change <= self.allowed)
+        assert self.group_error is not None, "and its groups were compared with their shares"
+        return (missed <= self.allowed) & (self.group_error <= self.allowed)
 
     @property
     def _split(self) -> Float[Tensor, "batch pair group group"]:
@@ -170,15 +180,21 @@ def together(
     *,
     group: Group | None = None,
     tol: float = 1e-3,
-    max_nodes: int = 13,
+    max_nodes: int = 441,
     progress: bool = True,
 ) -> Together:
     """Measure what two or more adapters do to a readout beyond what each of them does alone.
 
+    Where the parts of a split cannot meet `tol` (rounding, kinks of ReLU models, experts that
+    switch, too few nodes) they are those of the last rule, and `quadrature` says what was reached
+    and probably why. The interaction itself is exact.
+
     Cost: 4 forward passes for two adapters, 2 + 2k + k(k − 1)/2 at most for k, batched, and five
-    for the noise floor at each end. Split by groups of modules, for each pair of adapters two rules
-    at least, of 4 and of 9 nodes; at each node a forward and a backward pass, and two backward
-    passes for each group of modules.
+    for the noise floor at each end. Split by groups of modules, for each pair of adapters two
+    forward and two backward passes at 3 to 63 values of each gate; then 9 nodes of both gates at
+    least, and as many as its parts need up to `max_nodes`. A node takes a forward and a backward
+    pass, and two backward passes for each group in which the second adapter of the pair has
+    modules.
 
     Args:
         lens: over the model; its own adapter is not used, unless it is among `adapters`.
@@ -187,9 +203,10 @@ def together(
         readout: what is read of the logits.
         group: split the interactions by 'kind', 'layer' or 'site' of module, or by {name: site
             names or globs}; None for the corners alone.
-        tol: how much the parts may miss of an interaction, as a share of the largest shift of the
-            pair.
-        max_nodes: the largest number of values of each gate, at least 3.
+        tol: how much the parts may miss of an interaction, and those of one group of its share, as
+            a share of the largest shift of the pair.
+        max_nodes: most points of the square of both gates, at least 9; a rule has 3, 7, 15, 31 or
+            63 values of each gate, more of the one along which the readout bends more.
         progress: show a bar.
 
     Raises:
@@ -202,12 +219,12 @@ def together(
         NumericsError: a value or derivative that is not finite.
     """
     tol = number("tol", tol)
-    max_nodes = whole("max_nodes", max_nodes, _RULES[1])
+    max_nodes = whole("max_nodes", max_nodes, _FEWEST_NODES)
     if tol <= 0:
         raise ArgumentError(f"tol={tol:g}", remedy="expected a share above 0, such as 1e-3.")
     named = adapters_by_name(adapters)
     of_sum = lens.with_adapter(side_by_side(named))
-    split = None if group is None else _Split(group, tol, max_nodes)
+    split = None if group is None else _Asked(group, tol, max_nodes)
     return _together(of_sum, prompts, readout, tuple(named), split, progress=progress)
 
 
@@ -249,7 +266,7 @@ def side_by_side(named: Mapping[str, Adapter]) -> Adapter:
     return total
 
 
-class _Split(NamedTuple):
+class _Asked(NamedTuple):
     """How an interaction is to be split."""
 
     group: Group
@@ -258,7 +275,7 @@ class _Split(NamedTuple):
 
 
 @analysis
-def _together(g: Evaluations, names: tuple[str, ...], split: _Split | None) -> Together:
+def _together(g: Evaluations, names: tuple[str, ...], split: _Asked | None) -> Together:
     """Evaluate g at the corners, and compute what follows from them."""
     members = _members(g.lens.sites, names).to(g.lens.gate_dtype).to(g.lens.device)
     pairs = list(itertools.combinations(range(len(names)), 2))
@@ -289,11 +306,7 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Split | None) -> T
     )
     if split is None:
         return found
-    groups = _groups_of_each(g.lens.sites, names, split.group)
-    largest = torch.stack([alone[[a, b]].abs().amax(0) for a, b in pairs])
-    allowed = split.tol * torch.maximum(largest, both.abs())
-    allowed = torch.maximum(allowed, SIGMAS * found.noise_floor.to(allowed))
-    return _split_by_modules(g, found, pairs, groups, allowed, split.max_nodes)
+    return _with_parts(g, found, pairs, split)
 
 
 def _members(sites: Sequence[Site], names: Sequence[str]) -> Float[Tensor, "adapter site"]:
@@ -330,70 +343,41 @@ def _groups_of_each(sites: Sequence[Site], names: Sequence[str], group: Group) -
     return groups
 
 
-def _split_by_modules(
-    g: Evaluations,
-    found: Together,
-    pairs: Sequence[_Pair],
-    groups: Sequence[Groups],
-    allowed: Float[Tensor, "pair batch"],
-    max_nodes: int,
-) -> Together:
-    """The result with its parts, by the first rule whose parts miss no more than is allowed."""
-    first, *rules = [nodes for nodes in _RULES if nodes <= max_nodes]
-    before = _parts_of_pairs(g, pairs, groups, first)
-    split = found
-    for nodes in rules:
-        parts = _parts_of_pairs(g, pairs, groups, nodes)
-        split = dataclasses.replace(
-            found,
-            parts=parts,
-            groups=tuple(groups[0]),
-            nodes=nodes,
-            allowed=allowed.T,
-            part_change=(parts - before).abs().flatten(2).amax(2),
+def _with_parts(g: Evaluations, found: Together, pairs: Sequence[_Pair], asked: _Asked) -> Together:
+    """The result with the parts of each interaction, and how far they were reached."""
+    groups = _groups_of_each(g.lens.sites, found.adapters, asked.group)
+    bounds: list[Bounds] = []
+    splits: list[Split] = []
+    for row, (a, b) in enumerate(pairs):
+        interaction = found.interaction[:, row]
+        bound = _bounds(found, interaction, found.alone[:, [a, b]], asked.tol)
+        split = split_by_modules(
+            g, groups[a], groups[b], interaction, bound.allowed, asked.max_nodes
         )
-        if bool(split.is_complete.all()):
-            break
-        before = parts
-    return split
+        bounds.append(bound)
+        splits.append(split)
+    names = [
+        f"{first} and {second}" for first, second in zip(found.first, found.second, strict=True)
+    ]
+    reached = quadrature_of(splits, bounds, names, g.lens.describe()["dtype"])
+    return dataclasses.replace(
+        found,
+        parts=torch.stack([split.parts for split in splits], 1),
+        groups=tuple(groups[0]),
+        nodes=reached.nodes,
+        allowed=torch.stack([bound.allowed for bound in bounds], 1),
+        group_error=torch.stack([split.missed_of_group for split in splits], 1),
+        quadrature=reached,
+    )
 
 
-def _parts_of_pairs(
-    g: Evaluations, pairs: Sequence[_Pair], groups: Sequence[Groups], nodes: int
-) -> Float[Tensor, "batch pair group group"]:
-    """The parts of every pair of adapters, by a rule of so many nodes in each gate."""
-    return torch.stack([_parts(g, groups[a], groups[b], nodes) for a, b in pairs], 1)
-
-
-def _parts(
-    g: Evaluations, of_first: Groups, of_second: Groups, nodes: int
-) -> Float[Tensor, "batch group group"]:
-    """∫₀¹ ∫₀¹ Σ_{l∈G, m∈M} H_lm(s, t) ds dt, with G of the first adapter and M of the second."""
-    lens = g.lens
-    first = lens.gates(lens.sites.indicator(of_first))
-    second = lens.gates(lens.sites.indicator(of_second))
-    # A group in which the second adapter has no module takes no product.
-    is_there = second.any(1)
-    points, weights = _gauss_legendre(nodes)
-    parts = first.new_zeros(g.prompts.batch, len(first), len(second))
-    if not bool(is_there.any()):
-        # A readout inside the model, which the second adapter writes behind.
-        return parts
-    for s, weight_s in zip(points, weights, strict=True):
-        for t, weight_t in zip(points, weights, strict=True):
-            gates = s * _of_any(first) + t * _of_any(second)
-            products = g.curvature(second[is_there], gates)
-            at_node = torch.einsum("mbs,gs->bgm", products, first)
-            parts[:, :, is_there] += weight_s * weight_t * at_node
-    return parts
-
-
-def _of_any(members: Float[Tensor, "group site"]) -> Float[Tensor, " site"]:
-    """Gates that are 1 at the sites of any of the groups, and 0 elsewhere."""
-    return members.amax(0)
-
-
-def _gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
-    """Points and weights on [0, 1], exact for polynomials up to degree 2·nodes − 1."""
-    points, weights = np.polynomial.legendre.leggauss(nodes)
-    return ((points + 1) / 2).tolist(), (weights / 2).tolist()
+def _bounds(
+    found: Together,
+    interaction: Float[Tensor, " batch"],
+    alone: Float[Tensor, "batch two"],
+    tol: float,
+) -> Bounds:
+    """What the parts of a pair may miss, from the shifts of both adapters and what they do."""
+    both = alone.sum(1) + interaction
+    largest = torch.maximum(alone.abs().amax(1), both.abs())
+    return Bounds(largest, tol, SIGMAS * found.noise_floor.to(largest))

@@ -48,9 +48,10 @@ def _where(result: Together, index: int) -> str:
     if bool(result.is_complete[index].all()):
         return where
     missed = float(result.completeness_error[index].max())
-    assert result.part_change is not None, "parts were compared with the rule before"
-    unsettled = float(result.part_change[index].max())
+    assert result.group_error is not None, "groups were compared with their shares"
+    of_group = float(result.group_error[index].max())
     return (
-        f"{where} The parts miss up to {missed:.2g} {result.units} of an interaction, and a part "
-        f"still changed by {unsettled:.2g} with the last nodes: ask for more by max_nodes=."
+        f"{where} The parts miss up to {missed:.2g} {result.units} of an interaction, and up to "
+        f"{of_group:.2g} of what one group has of it, so they are an indication: more nodes may "
+        "help (max_nodes=)."
     )

@@ -123,7 +123,7 @@ CALLS = {
         t.lens, [(PROMPT, R)], [(PROMPT, ll.KL())], 0.5, steps=8, draws=1, **o
     ),
     "together": lambda t, folder, **o: ll.together(
-        t.lens, _halves(t), [LONG] * 10, R, group="site", max_nodes=3, **o
+        t.lens, _halves(t), [LONG] * 10, R, group="site", max_nodes=9, **o
     ),
     "reconcile": lambda t, folder, **o: ll.reconcile(
         t.lens,

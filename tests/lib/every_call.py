@@ -191,7 +191,7 @@ CALLS: dict[str, Call] = {
         lens, [(t, MARGIN)], [(t, ll.KL())], 0.5, steps=2, draws=1, **QUIET
     ).shares[:2],
     "together": lambda lens, t: (
-        ll.together(lens, _halves(lens), t, MARGIN, group="kind", max_nodes=3, **QUIET).parts
+        ll.together(lens, _halves(lens), t, MARGIN, group="kind", max_nodes=9, **QUIET).parts
     ),
     "reconcile": lambda lens, t: (
         ll.reconcile(

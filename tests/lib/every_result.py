@@ -439,9 +439,10 @@ def together() -> ll.results.Together:
         noise_floor=torch.full((2,), 1e-6),
         parts=torch.tensor([[[[-0.5, 0.0], [0.25, -0.25]]], [[[0.5, 0.0], [0.0, 0.0]]]]),
         groups=("q", "down"),
-        nodes=3,
+        nodes=9,
         allowed=torch.full((2, 1), 1e-3),
-        part_change=torch.full((2, 1), 1e-4),
+        group_error=torch.full((2, 1), 1e-4),
+        quadrature=ll.results.Quadrature(3, 1e-3, 2e-4, 1e-4, True),
         **HEADER,
     )
 

@@ -8,16 +8,23 @@
    evaluations, with the rules of 3 and 5 nodes on the way; Gauss–Legendre's rules of 2, 4 and 8
    nodes share none and cost 14.
 3. The first and the last node are the ends of the path, 0 and 1.
+4. Where the ends give nothing that is needed anyway, as along the sides of a square, Patterson's
+   rules of 1, 3, 7, 15, … nodes stand for them. They are nested as well: each adds to n nodes the
+   n + 1 between and beside them that make it exact to the highest degree, ⌊(3N + 1)/2⌋ for N
+   nodes. Those of 1 and 3 nodes are Gauss–Legendre's.
 
-Source: Clenshaw and Curtis, 1960; its weights as in Waldvogel, 2006, equation (2.4).
+Source: Clenshaw and Curtis, 1960; its weights as in Waldvogel, 2006, equation (2.4). Patterson,
+Mathematics of Computation 22, 1968.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.polynomial import legendre
 from numpy.typing import NDArray
 
 
@@ -75,5 +82,81 @@ def new_nodes(counts: Sequence[int], rule: int) -> tuple[NDArray[np.float64], ND
     for doublings, count in enumerate(counts[rule:]):
         _, of_every_node = clenshaw_curtis(count)
         of_shared_nodes = of_every_node[:: 2**doublings]
+        weights.append(of_shared_nodes[is_new])
+    return points[is_new], np.stack(weights)
+
+
+# --- Without the ends
+
+# Patterson's rules beyond this one are lost to rounding.
+_MOST_OF_PATTERSON = 63
+
+
+def patterson_counts(max_nodes: int) -> list[int]:
+    """How many nodes each rule has, 1, 3, 7, …, 63, with at most `max_nodes` in the last.
+
+    Args:
+        max_nodes: at least 1.
+    """
+    counts = [1]
+    while 2 * counts[-1] + 1 <= min(max_nodes, _MOST_OF_PATTERSON):
+        counts.append(2 * counts[-1] + 1)
+    return counts
+
+
+@functools.cache
+def patterson(nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The points of a rule on [0, 1], rising, and their weights.
+
+    Args:
+        nodes: 1, 3, 7, 15, ….
+    """
+    points = np.zeros(1)
+    while len(points) < nodes:
+        points = _with_points_between(points)
+    # On [−1, 1] the rule integrates each Legendre polynomial: the constant to 2, the others to 0.
+    integrals = np.zeros(nodes)
+    integrals[0] = 2
+    weights = np.linalg.solve(legendre.legvander(points, nodes - 1).T, integrals)
+    return (points + 1) / 2, weights / 2
+
+
+def _with_points_between(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The n points of a rule on [−1, 1], and the n + 1 that extend it.
+
+    These are the zeros of the polynomial E of degree n + 1 for which ∫ W E P_j dx = 0 for every
+    Legendre polynomial P_j up to j = n, where W has its zeros at the given points.
+    """
+    n = len(points)
+    # Integrands are of degree n + (n + 1) + n at most, which this rule integrates exactly.
+    x, weights = legendre.leggauss(2 * n + 1)
+    W = np.prod(x[:, None] - points, axis=1)
+    polynomials = legendre.legvander(x, n + 1)
+    conditions = polynomials[:, : n + 1].T @ ((weights * W)[:, None] * polynomials)
+    coefficients = np.linalg.solve(conditions[:, : n + 1], -conditions[:, n + 1])
+    added = legendre.legroots([*coefficients, 1.0])
+    return np.sort(np.concatenate([points, added.real]))
+
+
+def new_patterson_nodes(
+    counts: Sequence[int], rule: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The points that a rule adds to the one before, and their weights in each rule from it on.
+
+    Args:
+        counts: how many nodes each rule has, from `patterson_counts`.
+        rule: the index of the rule.
+
+    Returns:
+        The points [node], and the weights [rule, node] in this rule and those after it.
+    """
+    points, _ = patterson(counts[rule])
+    # A rule adds the points between and beside those of the rule before: every second one.
+    is_new = np.arange(counts[rule]) % 2 == 0
+    weights: list[NDArray[np.float64]] = []
+    for doublings, count in enumerate(counts[rule:]):
+        _, of_every_node = patterson(count)
+        step = 2**doublings
+        of_shared_nodes = of_every_node[step - 1 :: step]
         weights.append(of_shared_nodes[is_new])
     return points[is_new], np.stack(weights)

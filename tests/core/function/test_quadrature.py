@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import reference
 
-from lens_lora.core.function.quadrature import clenshaw_curtis, nested_counts, new_nodes
+from lens_lora.core.function.quadrature import (
+    clenshaw_curtis,
+    nested_counts,
+    new_nodes,
+    new_patterson_nodes,
+    patterson,
+    patterson_counts,
+)
 
 
 @pytest.mark.parametrize("nodes", [3, 5, 9, 17, 33, 65])
@@ -44,3 +51,42 @@ def test_sums_of_new_nodes_are_the_rules():
         assert sorted(seen) == pytest.approx(all_points.tolist(), abs=1e-15)
         assert sums[rule] == pytest.approx(all_weights @ np.exp(3 * all_points), rel=1e-14)
     assert sums[-1] == pytest.approx((np.exp(3) - 1) / 3, rel=1e-14)
+
+
+@pytest.mark.parametrize("nodes", [1, 3, 7, 15, 31, 63])
+def test_patterson_s_rules_are_of_their_degree(nodes: int):
+    """∫₀¹ ε^d dε = 1/(d + 1) up to ⌊(3N + 1)/2⌋, or 2N − 1 of Gauss, and not for the next even."""
+    points, weights = patterson(nodes)
+    assert (weights > 0).all()
+    assert (points > 0).all()
+    assert (points < 1).all()
+    degree = (3 * nodes + 1) // 2 if nodes > 1 else 1
+    for power in range(degree + 1):
+        assert weights @ points**power == pytest.approx(1 / (power + 1), rel=1e-11)
+
+
+def test_patterson_s_rules_hold_the_published_nodes():
+    """Of 3 nodes √0.6 on [−1, 1], of 7 those of Patterson's table."""
+    three, _ = patterson(3)
+    seven, weights = patterson(7)
+    assert 2 * three - 1 == pytest.approx([-(0.6**0.5), 0, 0.6**0.5], abs=1e-15)
+    published = [0, 0.434243749346802558, 0.774596669241483377, 0.960491268708020283]
+    assert 2 * seven[3:] - 1 == pytest.approx(published, abs=1e-14)
+    of_published = [0.450916538658474143, 0.401397414775962223, 0.268488089868333440]
+    assert 2 * weights[3:6] == pytest.approx(of_published, abs=1e-14)
+
+
+def test_each_node_of_patterson_s_rules_comes_once():
+    """Its points and weights, put together rule by rule, are those of the rule."""
+    counts = patterson_counts(100)
+    assert counts == [1, 3, 7, 15, 31, 63]
+    sums = np.zeros(len(counts))
+    seen: list[float] = []
+    for rule, nodes in enumerate(counts):
+        points, weights = new_patterson_nodes(counts, rule)
+        sums[rule:] += weights @ np.exp(3 * points)
+        seen += points.tolist()
+        all_points, all_weights = patterson(nodes)
+        assert sorted(seen) == pytest.approx(all_points.tolist(), abs=1e-12)
+        assert sums[rule] == pytest.approx(all_weights @ np.exp(3 * all_points), rel=1e-12)
+    assert sums[3:] == pytest.approx(np.full(3, (np.exp(3) - 1) / 3), rel=1e-11)

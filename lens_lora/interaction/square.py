@@ -1,0 +1,351 @@
+"""The split of an interaction by pairs of modules, by nested rules over the square of both gates.
+
+    P_GM = ∫₀¹ ∫₀¹ Σ_{l∈G, m∈M} H_lm(s, t) ds dt,      Σ_G Σ_M P_GM = I_ab
+
+1. The share of a group of one adapter, its row or column of the parts, needs its own gate alone:
+
+       Σ_M P_GM = ∫₀¹ Σ_{l∈G} [∂g/∂ε_l(s, 1) − ∂g/∂ε_l(s, 0)] ds
+
+   Slopes are cheap, so this is taken by finer and finer rules until it has settled and all shares
+   sum to I_ab, which is exact from the corners. That shows how many values each gate needs: the
+   readout may bend sharply along one gate and hardly along the other.
+2. A rule over the square has m values of s and n of t, each a rule of Patterson's
+   (`core/function/quadrature.py`): 3 × 3, 3 × 7, 7 × 31, …. They are nested, so all that are
+   coarser along either axis cost nothing more.
+3. Every row and every column of the parts has to sum to its share. While one does not, the axis is
+   refined along which the parts differ more from those of half as many values.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.core import (
+    Evaluations,
+    Groups,
+    Quadrature,
+    new_patterson_nodes,
+    patterson_counts,
+)
+
+# The most values of a gate; rules of more are lost to rounding.
+_MOST_VALUES = 63
+
+_ByPrompt = Float[Tensor, " batch"]
+_Parts = Float[Tensor, "batch group group"]
+# A rule over the square: which of Patterson's rules it has along each of its axes.
+_Rule = tuple[int, int]
+
+
+class Bounds(NamedTuple):
+    """What the parts of an interaction may miss, by prompt, in the readout's units."""
+
+    largest_shift: _ByPrompt
+    # The tolerance is a share of the largest shift.
+    tol: float
+    # The most by which rounding alone moves the interaction.
+    floor: _ByPrompt
+
+    @property
+    def asked(self) -> _ByPrompt:
+        """What the tolerance allows."""
+        return self.tol * self.largest_shift
+
+    @property
+    def allowed(self) -> _ByPrompt:
+        """What the tolerance allows, or rounding where that is more."""
+        return torch.maximum(self.asked, self.floor)
+
+
+class Split(NamedTuple):
+    """The parts of one interaction by the last rule, and how far they were reached."""
+
+    parts: _Parts
+    # The values that the last rule has of each gate.
+    nodes: tuple[int, int]
+    # |I_ab − Σ parts|, and the most by which a row or a column of the parts misses its share.
+    missed: _ByPrompt
+    missed_of_group: _ByPrompt
+    # Whether the shares of the groups have settled along both gates.
+    has_settled: bool
+
+    @property
+    def error(self) -> _ByPrompt:
+        """The larger of both."""
+        return torch.maximum(self.missed, self.missed_of_group)
+
+
+def split_by_modules(
+    g: Evaluations,
+    of_first: Groups,
+    of_second: Groups,
+    interaction: _ByPrompt,
+    allowed: _ByPrompt,
+    max_nodes: int,
+) -> Split:
+    """The parts by the first rule that misses no more than is allowed, or by the last that fits.
+
+    Cost: along each gate two forward and two backward passes at each of 3 to 63 values; at each
+    node of the square a forward and a backward pass, and two backward passes for each group in
+    which the second adapter has modules.
+
+    Args:
+        g: the function, with the sites of both adapters.
+        of_first: the groups of modules of the first adapter.
+        of_second: the groups of modules of the second adapter, under the same names.
+        interaction: I_ab of each prompt.
+        allowed: what the parts of each prompt may miss of it, and of the share of any group.
+        max_nodes: the most nodes in the square, at least 9.
+    """
+    lens = g.lens
+    first = lens.gates(lens.sites.indicator(of_first))
+    second = lens.gates(lens.sites.indicator(of_second))
+    rows = _shares(g, first, second, interaction, allowed)
+    columns = _shares(g, second, first, interaction, allowed)
+    rules = _Rules(g, first, second, max_nodes)
+    rule = rules.within((rows.rule, columns.rule))
+    while True:
+        parts = rules.parts(rule)
+        of_rows = (parts.sum(2) - rows.values).abs().amax(1)
+        of_columns = (parts.sum(1) - columns.values).abs().amax(1)
+        split = Split(
+            parts,
+            rules.nodes(rule),
+            missed=(interaction - parts.flatten(1).sum(1)).abs(),
+            missed_of_group=torch.maximum(of_rows, of_columns),
+            has_settled=rows.has_settled and columns.has_settled,
+        )
+        finer = rules.refined(rule)
+        if bool((split.error <= allowed).all()) or finer is None:
+            return split
+        rule = finer
+
+
+class _Shares(NamedTuple):
+    """What each group of one adapter has of the interaction, from slopes along its own gate."""
+
+    values: Float[Tensor, "batch group"]
+    # The coarsest rule that gives these values, as far as is allowed.
+    rule: int
+    has_settled: bool
+
+
+def _shares(
+    g: Evaluations,
+    own: Float[Tensor, "group site"],
+    other: Float[Tensor, "group site"],
+    interaction: _ByPrompt,
+    allowed: _ByPrompt,
+) -> _Shares:
+    """∫₀¹ Σ_{l∈G} [∂g/∂ε_l(s, 1) − ∂g/∂ε_l(s, 0)] ds of each group G of one adapter.
+
+    Args:
+        g: the function, with the sites of both adapters.
+        own: the groups of the adapter whose gate is s.
+        other: those of the other adapter.
+        interaction: I_ab of each prompt, the sum of all shares.
+        allowed: what the parts of each prompt may miss; the shares may miss half as much.
+    """
+    counts = patterson_counts(_MOST_VALUES)
+    of_adapter, of_other = own.amax(0), other.amax(0)
+    sums = own.new_zeros(len(counts), g.prompts.batch, len(own))
+    has_settled = False
+    last = 0
+    for last in range(len(counts)):
+        points, weights = new_patterson_nodes(counts, last)
+        along_gate = own.new_tensor(points)[:, None] * of_adapter
+        at = torch.cat([along_gate + of_other, along_gate])
+        of_rule = own.new_tensor(weights)
+        slopes = g.slopes(at=at, weights=torch.cat([of_rule, -of_rule], 1))
+        sums[last:] += slopes.to(own) @ own.T
+        if last > 0:
+            missed = _missed_of_shares(sums[last], sums[last - 1], interaction)
+            has_settled = bool((missed <= allowed / 2).all())
+        if has_settled:
+            break
+    misses = [_missed_of_shares(sums[last], sums[rule], interaction) for rule in range(1, last)]
+    is_enough = [bool((missed <= allowed / 2).all()) for missed in misses]
+    coarsest = 1 + is_enough.index(True) if any(is_enough) else last
+    return _Shares(sums[last], coarsest, has_settled)
+
+
+def _missed_of_shares(
+    finest: Float[Tensor, "batch group"],
+    values: Float[Tensor, "batch group"],
+    interaction: _ByPrompt,
+) -> _ByPrompt:
+    """How far shares are from those of the finest rule, and their sum from the interaction."""
+    change = (finest - values).abs().amax(1)
+    return torch.maximum(change, (interaction - values.sum(1)).abs())
+
+
+class _Rules:
+    """The parts by any rule over the square; each node is evaluated once, when it is needed."""
+
+    def __init__(
+        self,
+        g: Evaluations,
+        first: Float[Tensor, "group site"],
+        second: Float[Tensor, "group site"],
+        max_nodes: int,
+    ) -> None:
+        self._g = g
+        self._first = first
+        self._second = second
+        self._max_nodes = max_nodes
+        self._counts = patterson_counts(_MOST_VALUES)
+        self._evaluated: set[_Rule] = set()
+        self._sums: dict[_Rule, _Parts] = {}
+
+    def nodes(self, rule: _Rule) -> tuple[int, int]:
+        """The values that a rule has of each gate."""
+        first, second = rule
+        return self._counts[first], self._counts[second]
+
+    def parts(self, rule: _Rule) -> _Parts:
+        """The parts by a rule, which evaluates those of its nodes that no rule before it had."""
+        first, second = rule
+        for block in itertools.product(range(first + 1), range(second + 1)):
+            if block not in self._evaluated:
+                self._evaluated.add(block)
+                self._evaluate(block)
+        return self._sums[rule]
+
+    def within(self, rule: _Rule) -> _Rule:
+        """The rule, or where it has too many nodes the first coarser one that fits."""
+        first, second = rule
+        while not self._fits((first, second)):
+            if first > second:
+                first -= 1
+            else:
+                second -= 1
+        return first, second
+
+    def refined(self, rule: _Rule) -> _Rule | None:
+        """The next rule, finer along the axis of larger change; None where none fits."""
+        first, second = rule
+        finer = [(first + 1, second), (first, second + 1)]
+        along_first = (self._sums[rule] - self._sums[first - 1, second]).abs().max()
+        along_second = (self._sums[rule] - self._sums[first, second - 1]).abs().max()
+        if along_second > along_first:
+            finer.reverse()
+        return next((candidate for candidate in finer if self._fits(candidate)), None)
+
+    def _fits(self, rule: _Rule) -> bool:
+        if max(rule) >= len(self._counts):
+            return False
+        first, second = self.nodes(rule)
+        return first * second <= self._max_nodes
+
+    def _evaluate(self, block: _Rule) -> None:
+        """Add the nodes that are new along both axes to the sums of every rule that has them."""
+        rows, columns = block
+        s_points, s_weights = new_patterson_nodes(self._counts, rows)
+        t_points, t_weights = new_patterson_nodes(self._counts, columns)
+        g, first, second = self._g, self._first, self._second
+        # A group in which the second adapter has no module takes no product. Of a readout inside
+        # the model, all that the second adapter writes may be behind it.
+        is_there = second.any(1)
+        with_block = [
+            (row, column)
+            for row in range(rows, len(self._counts))
+            for column in range(columns, len(self._counts))
+            if self._fits((row, column))
+        ]
+        for rule in with_block:
+            if rule not in self._sums:
+                self._sums[rule] = first.new_zeros(g.prompts.batch, len(first), len(second))
+        if not bool(is_there.any()):
+            return
+        for (i, s), (j, t) in itertools.product(enumerate(s_points), enumerate(t_points)):
+            gates = s * first.amax(0) + t * second.amax(0)
+            products = g.curvature(second[is_there], gates)
+            at_node = torch.einsum("mbs,gs->bgm", products, first)
+            for row, column in with_block:
+                weight = float(s_weights[row - rows, i] * t_weights[column - columns, j])
+                self._sums[row, column][:, :, is_there] += weight * at_node
+
+
+# --- In words
+
+
+def quadrature_of(
+    splits: Sequence[Split], bounds: Sequence[Bounds], pairs: Sequence[str], dtype: str
+) -> Quadrature:
+    """How the interactions were split, and how far the parts were reached.
+
+    Args:
+        splits: of each pair of adapters.
+        bounds: of each pair of adapters.
+        pairs: what each pair of adapters is called.
+        dtype: the precision, in words.
+    """
+    errors: list[float] = []
+    of_groups: list[float] = []
+    notes: list[str] = []
+    is_met = True
+    for split, bound, pair in zip(splits, bounds, pairs, strict=True):
+        errors.append(_largest_share(split.missed, bound))
+        of_groups.append(_largest_share(split.missed_of_group, bound))
+        known_error = torch.maximum(split.error, bound.floor)
+        is_met = is_met and bool((known_error <= bound.asked).all())
+        notes.append(_rounding_text(bound, pair, dtype))
+        notes.append(_shape_text(split, bound, pair))
+    return Quadrature(
+        nodes=max(math.prod(split.nodes) for split in splits),
+        tol=bounds[0].tol,
+        error=max(errors),
+        site_change=max(of_groups),
+        met=is_met,
+        note="; ".join(filter(None, notes)),
+    )
+
+
+def _rounding_text(bound: Bounds, pair: str, dtype: str) -> str:
+    """A note where the interaction is itself not known to the tolerance; else nothing."""
+    is_hidden: Bool[Tensor, " batch"] = bound.floor > bound.asked
+    if not is_hidden.any():
+        return ""
+    i = int(_share(bound.floor, bound).argmax())
+    return (
+        f"rounding in {dtype}: the interaction of {pair} on prompt {i} is known to "
+        f"±{bound.floor[i]:.1g} (three noise floors), which is more than the tolerance, so what "
+        "the parts miss cannot be measured to it"
+    )
+
+
+def _shape_text(split: Split, bound: Bounds, pair: str) -> str:
+    """A note on the shape of g, where the parts are off by more than rounding and tolerance."""
+    is_open = split.error > bound.allowed
+    if not is_open.any():
+        return ""
+    share = _share(split.error, bound)
+    i = int(torch.where(is_open, share, -1.0).argmax())
+    off = (
+        f"with {split.nodes[0]} × {split.nodes[1]} nodes the parts of {pair} on prompt {i} miss "
+        f"{split.missed[i]:.2g} of the interaction, and up to {split.missed_of_group[i]:.2g} of "
+        "what one group has of it"
+    )
+    if split.has_settled:
+        return f"{off}: raise max_nodes"
+    return (
+        f"{off}; {_MOST_VALUES} values along one gate alone do not suffice: g is probably not "
+        "smooth between the adapters (kinks of ReLU, experts that switch) or bends sharply, and "
+        "the parts are an indication"
+    )
+
+
+def _largest_share(size: _ByPrompt, bound: Bounds) -> float:
+    return float(_share(size, bound).max())
+
+
+def _share(size: _ByPrompt, bound: Bounds) -> _ByPrompt:
+    """The size over the largest shift; zero where the size is, infinite where only the shift is."""
+    return torch.where(size == 0, 0.0, size / bound.largest_shift)
