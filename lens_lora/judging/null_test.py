@@ -16,7 +16,7 @@ every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import numpy as np
@@ -29,7 +29,16 @@ from tqdm import tqdm
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.core import Adapter, Attribution, Function, OfMeasured, analysis, flat
+from lens_lora.core import (
+    Adapter,
+    Attribution,
+    Function,
+    LoraLens,
+    OfMeasured,
+    ScaleInject,
+    analysis,
+    flat,
+)
 from lens_lora.judging.verdict import NullVerdict, null_verdict
 
 
@@ -143,7 +152,8 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
     it was trained on few tokens.
 
     Cost per draw: drawing it and two thin products a module (`Bank`), no pass; for each in `exact`
-    a forward pass and laying it over the model; and once twelve forward passes and two backward.
+    a forward pass, of up to eight draws in one batch, and laying it over the model; and once twelve
+    forward passes and two backward.
 
     Args:
         lens: the adapter over the model.
@@ -180,19 +190,24 @@ def beside_first_order(
         seed: the seed of the draws.
     """
     lens = g.lens
-    shifts: list[Float[Tensor, " batch"]] = []
+    adapted: list[Float[Tensor, " batch"]] = []
+    # Laid over the model, and not run yet.
+    waiting: list[LoraLens] = []
 
     def nulls() -> Iterator[Adapter]:
         drawn = lens.null_adapters(seed, draws)
         for null in tqdm(drawn, "null adapters", draws, leave=False, disable=not g.progress):
             yield null
             # Where prompts go in groups this is called for each; all are run in the first.
-            if len(shifts) < run:
-                adapted = g.over(lens.with_adapter(null)).with_progress(False)(1.0)
-                shifts.append(adapted - first.base)
+            if len(adapted) + len(waiting) < run:
+                waiting.append(lens.with_adapter(null))
+            is_last = len(adapted) + len(waiting) == run
+            if waiting and (is_last or len(waiting) == _LENSES_AT_ONCE):
+                adapted.extend(_adapted_values(g, waiting))
+                waiting.clear()
 
     slopes = g.slopes_of_adapters(nulls, lens.sites, like=[lens.adapter])
-    of_run = torch.stack(shifts)
+    of_run = torch.stack(adapted) - first.base
     of_others = of_run.new_full((draws - len(of_run), of_run.shape[1]), torch.nan)
     return NullTest(
         observed=first,
@@ -201,6 +216,64 @@ def beside_first_order(
         seed=seed,
         noise_floor=g.floor,
     )
+
+
+# So many adapters of the model's size are held at a time.
+_LENSES_AT_ONCE = 8
+
+
+def _adapted_values(g: Function, lenses: Sequence[LoraLens]) -> list[Float[Tensor, " batch"]]:
+    """g(1) of each adapter: a copy of all rows for each, in as few forward passes as have room.
+
+    Args:
+        g: the function of another adapter over the same model.
+        lenses: the adapters over that model.
+    """
+    values: list[Float[Tensor, " batch"]] = []
+    at_once = g.passes.copies_at_once
+    if g.lens.plan.activation_rounding:
+        at_once = 1  # A kernel that rounds to 8 bit looks at all rows of a batch together.
+    for start in range(0, len(lenses), at_once):
+        together = lenses[start : start + at_once]
+        try:
+            if len(together) > 1:
+                values += _in_one_pass(g, together).unbind(1)
+                continue
+        except _NotByRowError:
+            pass
+        for lens in together:
+            values.append(g.over(lens).with_progress(False)(1.0))
+    return values
+
+
+class _NotByRowError(Exception):
+    """A module whose output is not by row, as an expert's, which has the tokens sent to it."""
+
+
+def _in_one_pass(g: Function, lenses: Sequence[LoraLens]) -> Float[Tensor, "batch lens"]:
+    """g(1) of each adapter, where each row of a batch has its own: r0 r0 … r1 r1 …
+
+    Raises:
+        _NotByRowError: the model has a module whose output is not by row.
+    """
+    copies = len(lenses)
+    rows = len(g.rows.tokens)
+    injects = [ScaleInject(lens.plan, lens.gates(1.0)) for lens in lenses]
+
+    def write(index: int, out: Tensor, z: Tensor) -> Tensor:
+        if out.ndim < 3 or not {len(out), len(z)} <= {1, rows * copies}:
+            raise _NotByRowError
+        parts: list[Tensor] = []
+        for copy, inject in enumerate(injects):
+            # What all rows share, such as the embedding of a position, is a single row.
+            out_of_copy = out if len(out) == 1 else out[copy::copies]
+            z_of_copy = z if len(z) == 1 else z[copy::copies]
+            written = inject(index, out_of_copy, z_of_copy)
+            part = out_of_copy if written is None else written
+            parts.append(part.expand(rows, *part.shape[1:]))
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    return g.passes.side_by_side(copies, under=g.lens.injected(write))
 
 
 def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:

@@ -121,6 +121,16 @@ def test_ranks_are_those_of_one_expert_after_another(case):
         assert float((folded - parts[:, index, :EXPERTS]).abs().max()) < 1e-15
 
 
+@pytest.mark.slow
+def test_null_adapters_of_experts_are_run_one_by_one(case):
+    """An expert has the tokens that are sent to it, so draws are no rows of one batch."""
+    lens = case.lens
+    found = ll.null_test(lens, models.tokens(), MARGIN, draws=2, progress=False)
+    for shift, null in zip(found.null_shift, lens.null_adapters(found.seed, 2), strict=True):
+        one = lens.with_adapter(null).function(models.tokens(), MARGIN)
+        assert torch.allclose(shift, one.shift, atol=1e-12)
+
+
 def test_the_table_and_the_plot_name_experts(case):
     attribution = ll.first_order(case.lens, models.tokens(), MARGIN, by="expert")
     frame = attribution.to_frame()

@@ -11,6 +11,7 @@ import cases
 import models
 import pytest
 import torch
+from passes import passes
 from targets import hooked, peft_with
 
 import lens_lora as ll
@@ -160,6 +161,23 @@ def test_null_test_is_first_order_of_each_draw(cls: str, flags: str):
 
 
 @pytest.mark.slow
+@models.NEEDS_BRIDGE
+def test_the_adapted_models_of_many_draws_share_passes():
+    """Eight draws are rows of one batch, and the rest of the next; of answers each has two rows."""
+    lens = cases.case("llama", "TransformerBridge", "raw").lens
+    margin = ll.AnswerMargin("w8 w10", "w8 w11 w4")
+    with passes(lens) as seen:
+        found = ll.null_test(lens, models.tokens(), margin, draws=10, progress=False)
+    rows_of_prompt = 2
+    rows = [rows for kind, rows, _ in seen if kind == "plain"]
+    batch = rows_of_prompt * len(models.tokens())
+    assert 8 * batch in rows and 2 * batch in rows
+    drawn = lens.null_adapters(found.seed, 10)
+    for shift, null in zip(found.null_shift, drawn, strict=True):
+        one = lens.with_adapter(null).function(models.tokens(), margin)
+        assert torch.allclose(shift, one.shift, atol=1e-12)
+
+
 def test_null_spread_against_the_gradient_of_the_weights():
     """std a′ = ‖ΔW‖ ‖∂g/∂W‖ / √(out·in), with ∂g/∂W of the Hugging Face model by autograd."""
     case = cases.case("llama", list(models.MAKERS)[-1], "raw")
@@ -228,6 +246,9 @@ def test_every_target(target: str, cls: str):
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
     found = null_test(lens, models.tokens(), MARGIN, draws=2, progress=False)
     assert found.null.shape == (2, 2, len(lens.sites)) and (found.null != 0).any(0).all()
+    for shift, null in zip(found.null_shift, lens.null_adapters(found.seed, 2), strict=True):
+        one = lens.with_adapter(null).function(models.tokens(), MARGIN)
+        assert torch.allclose(shift, one.shift, atol=1e-12)
     for key, old in lens.adapter.modules.items():
         new = lens.adapter.null(0).modules[key]
         assert torch.allclose(spectrum(new), spectrum(old), atol=1e-12)
