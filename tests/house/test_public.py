@@ -136,6 +136,8 @@ FETCHED = {
     "formats/hub.py": {"list_repo_files", "snapshot_download"},
     "loading.py": {"snapshot_download"},
     "hosts/given_base.py": {"snapshot_download"},  # of what is on this machine already
+    "hosts/unloaded.py": {"trust_remote_code"},  # as False
+    "cli/finished.py": {"hf_hub_download"},  # the base's configuration, for its newest commit
     "ship/merged_tokenizer.py": {"trust_remote_code"},  # as False
     "formats/gguf_layout.py": {"trust_remote_code"},  # as False
     "ship/server.py": {"http", "urllib"},  # of the server that the user names

@@ -57,7 +57,8 @@ class Tokens:
         """
         tokenizer = getattr(self.model, "tokenizer", None)
         token = getattr(tokenizer, f"{name}_token", None)
-        token_id = getattr(tokenizer, f"{name}_token_id", None)
+        field = f"{name}_token_id"
+        token_id = getattr(tokenizer, field, None)
         if tokenizer is None or token_id is None or token_id >= self.model.cfg.d_vocab:
             return None
         is_unknown = token_id == tokenizer.unk_token_id and token != tokenizer.unk_token
