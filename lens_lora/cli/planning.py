@@ -22,10 +22,14 @@ def plan(
         str, typer.Option(help="A folder or a config.json; or a hub id, whose config is read.")
     ],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
-    rank: Annotated[int, typer.Option(min=1, help="Of a LoRA on every linear module.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of a LoRA on every linear module.")] = 16,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
-        typer.Option(help="Of the weights; auto is what the configuration says."),
+        typer.Option(
+            metavar="DTYPE",
+            help="Of the weights: float32, bfloat16, float16, float64, or auto, which is what the "
+            "configuration says.",
+        ),
     ] = "float32",
     attn: Annotated[
         Literal["eager", "sdpa"], typer.Option(help="sdpa keeps no attention patterns.")
