@@ -114,8 +114,9 @@ def _file_names(files: object) -> tuple[str, ...]:
     Raises:
         ArgumentError: a single string, no name, or a path in place of a name.
     """
-    is_list = isinstance(files, Sequence) and not isinstance(files, str)
-    names = tuple(files) if is_list else ()
+    names: tuple[Any, ...] = ()
+    if isinstance(files, Sequence) and not isinstance(files, str):
+        names = tuple(files)
     are_names = [isinstance(name, str) and Path(name).name == name for name in names]
     if not names or not all(are_names):
         raise ArgumentError(
