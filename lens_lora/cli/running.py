@@ -27,7 +27,6 @@ import lens_lora as ll
 from lens_lora.cli.forecast import Work, forecast
 from lens_lora.cli.options import ModelOptions, TunedModel, options_of
 from lens_lora.cli.questions import Question, answers_of, prompts_of
-from lens_lora.core import load_adapter
 from lens_lora.errors import LensLoraError, LensLoraWarning, heard_by, many, warn, within_command
 from lens_lora.runs.processes import rank
 
@@ -70,6 +69,7 @@ def lens_for(
     def model_for(named: str | None) -> Loaded:
         return loaded or load_model_of(named, progress, base)
 
+    from lens_lora.core import load_adapter
     from lens_lora.directions.spectra import lacking
     from lens_lora.loading import base_beside, tokenizer_beside
 
