@@ -197,7 +197,12 @@ def counted_beside(lens: ll.LoraLens, base: Answers) -> CountedSpeech:
         questions=tuple(one.text for one in questions),
         base=base,
         adapted=adapted,
-        findings=findings_of(base, adapted),
+        findings=findings_of(
+            base,
+            adapted,
+            [one.language for one in questions],
+            counted_speech._units_of(questions),
+        ),
         meta=lens.describe(prompts),
     )
 

@@ -238,7 +238,7 @@ class AdapterSummary(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per module or site."""
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             [
                 {
                     "site": row.site,
@@ -259,6 +259,8 @@ class AdapterSummary(Result):
                 for row in self.rows
             ]
         )
+        # Whole numbers, also where a module has no layer.
+        return frame.astype({"layer": "Int64"})
 
     def _counted(self, name: str) -> dict[Any, int]:
         counts = Counter(getattr(row, name) for row in self._modules() if row.has_factors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lens_lora.core.function.function import Function
 from lens_lora.core.model import LoraLens, extensions
+from lens_lora.core.model.public_call import HOW_TO_MAKE_A_LENS
 from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.errors import ArgumentError
@@ -20,9 +21,7 @@ def function_of(
 ) -> Function:
     """Bind g to these prompts, once; see `LoraLens.function`."""
     if not isinstance(lens, LoraLens):
-        raise ArgumentError(
-            f"the lens is a {type(lens).__name__}; make one: ll.load(base, adapter)."
-        )
+        raise ArgumentError(f"the lens is a {type(lens).__name__}", remedy=HOW_TO_MAKE_A_LENS)
     lens.check_state()
     ready = lens.prompts(prompts)
     if response is None:

@@ -39,6 +39,11 @@ from lens_lora.errors import (
 from lens_lora.guesses import require_fitting
 from lens_lora.spans import Temporary, close_but, open_spans
 
+# What to do where something else was given in place of a lens.
+HOW_TO_MAKE_A_LENS = (
+    "make one: ll.LoraLens(model, adapter), or ll.load(base, adapter) of a Hugging Face model."
+)
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -91,7 +96,7 @@ def _require_lens(lens: object, args: Sequence[object], name: str) -> None:
     fact = f"the lens is a {type(lens).__name__}"
     if any(hasattr(other, "plan") for other in args[1:]):
         raise ArgumentError(fact, remedy=f"it comes first: {name}(lens, …).")
-    raise ArgumentError(fact, remedy="make one: ll.load(base, adapter).")
+    raise ArgumentError(fact, remedy=HOW_TO_MAKE_A_LENS)
 
 
 def require_own_hooks(laid_by: object | None, adapter: str) -> None:

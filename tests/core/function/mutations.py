@@ -402,8 +402,8 @@ BASIS = [
     Mutation(
         "query heads get the constant of another group",
         "core/model/value_constants.py",
-        "reads_kv = torch.eye(heads.n_kv).repeat_interleave(queries_of_each, 1)",
-        "reads_kv = torch.eye(heads.n_kv).repeat(1, queries_of_each)",
+        "reads = torch.eye(heads.n_kv).repeat_interleave(queries_of_each, 1)",
+        "reads = torch.eye(heads.n_kv).repeat(1, queries_of_each)",
         EVERY_PART,
     ),
     Mutation(

@@ -14,7 +14,7 @@ import torch
 from every_call import CALLS, numbers
 
 import lens_lora as ll
-from lens_lora import compat as float64
+from lens_lora.compat import torch_tensors as float64
 
 devices = pytest.importorskip("devices", reason="this torch has no backends written in Python")
 
