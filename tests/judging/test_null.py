@@ -165,7 +165,7 @@ def test_null_test_is_first_order_of_each_draw(cls: str, flags: str):
 def test_the_adapted_models_of_many_draws_share_passes():
     """Eight draws are rows of one batch, and the rest of the next; of answers each has two rows."""
     lens = cases.case("llama", "TransformerBridge", "raw").lens
-    margin = ll.AnswerMargin("w8 w10", "w8 w11 w4")
+    margin = ll.AnswerMargin("w8 w10", "w9 w11 w4")
     with passes(lens) as seen:
         found = ll.null_test(lens, models.tokens(), margin, draws=10, progress=False)
     rows_of_prompt = 2

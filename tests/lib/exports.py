@@ -21,8 +21,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lens_lora.core import Tokens
-
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}w4"
@@ -643,7 +641,7 @@ def shows_in_logits(out: Path) -> bool:
 def shows_in_ids(out: Path) -> bool:
     """Whether strings, conversations or their end are read otherwise."""
     found = AutoTokenizer.from_pretrained(out / "merged")
-    expected = Tokens(out).tokenizer
+    expected = tokenizer_of(out)
     texts = ("w5 w6 w7w8", "The kettle <tool> w7", "<bos>w9<eos>")
     talk = [{"role": "user", "content": "w5"}]
     is_same = (
