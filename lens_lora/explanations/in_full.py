@@ -7,7 +7,7 @@ what is kept and dropped are measured.
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ SLOW_STEPS = 5
 _BySite = TypeVar("_BySite", Explanation, ReadoutExplanation)
 
 
-def in_full(g: Evaluations, quick: _BySite, bar: tqdm) -> _BySite:
+def in_full(g: Evaluations, quick: _BySite, bar: tqdm[Any]) -> _BySite:
     """The same explanation with what takes many passes.
 
     Args:

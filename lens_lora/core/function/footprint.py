@@ -18,9 +18,13 @@ h heads, d = d_model and m = d_model + d_mlp, a row of T tokens holds
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from lens_lora.core.model import LoraLens
+import torch
+
+from lens_lora.core.model.host import Host
+from lens_lora.core.model.plan import Plan
+from lens_lora.core.model.sites import Site
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import PICKS, Columns, Picks, Reading
 
@@ -33,6 +37,46 @@ LOGITS_OF_GRAPH = 8
 
 # What a row of dual numbers holds, in units of T (m + h T).
 _DUAL_ROW = 44
+
+
+@runtime_checkable
+class SizedLens(Protocol):
+    """What the planner asks of a lens, or of a configuration that stands for one (`planned.py`)."""
+
+    @property
+    def model(self) -> Any:
+        """The hooked model, of which the sizes in `cfg` are read."""
+        ...
+
+    @property
+    def host(self) -> Host:
+        """What says how many layers there are, and whether attention patterns are kept."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """What says whether a kernel rounds activations to 8 bit."""
+        ...
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The adapted modules."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type of activations."""
+        ...
+
+    @property
+    def gate_dtype(self) -> torch.dtype:
+        """The number type of gates, and of what is read."""
+        ...
+
+    @property
+    def max_memory(self) -> float | None:
+        """The bound in bytes; None for no bound."""
+        ...
 
 
 def prompts_of(run: Run) -> Prompts:
@@ -64,7 +108,7 @@ class Footprint(NamedTuple):
     graphed: float
 
 
-def footprint_of(lens: LoraLens, run: Run, *, in_turn: bool = False) -> Footprint:
+def footprint_of(lens: SizedLens, run: Run, *, in_turn: bool = False) -> Footprint:
     """The memory that a run's rows take; with `in_turn` logits are made some tokens at a time."""
     # The names are those of the formulas above.
     cfg = lens.model.cfg
@@ -111,7 +155,7 @@ class _LogitsHeld(NamedTuple):
     in_turn: int
 
 
-def _logits_held(lens: LoraLens, run: Run, in_turn: bool = False) -> _LogitsHeld:
+def _logits_held(lens: SizedLens, run: Run, in_turn: bool = False) -> _LogitsHeld:
     """The number of tokens whose logits are held; of `Prompts`, in turn only if asked for."""
     slots = prompts_of(run).slots
     of_all_slots = _LogitsHeld(of_row=slots, in_turn=0)
@@ -128,7 +172,7 @@ def _logits_held(lens: LoraLens, run: Run, in_turn: bool = False) -> _LogitsHeld
     return of_all_slots
 
 
-def dual_copy_bytes(lens: LoraLens, run: Prompts, read: int) -> float:
+def dual_copy_bytes(lens: SizedLens, run: Prompts, read: int) -> float:
     """About the most that one copy of all rows holds at a time, as dual numbers.
 
     Args:
@@ -141,7 +185,7 @@ def dual_copy_bytes(lens: LoraLens, run: Prompts, read: int) -> float:
     return len(run.tokens) * footprint_of(lens, run).of_duals + of_logits
 
 
-def dual_pass_bytes(lens: LoraLens) -> int:
+def dual_pass_bytes(lens: SizedLens) -> int:
     """About what a pass of dual numbers takes whatever its rows."""
     cfg = lens.model.cfg
     of_unembedding = int(cfg.d_model) * int(cfg.d_vocab_out) * lens.dtype.itemsize

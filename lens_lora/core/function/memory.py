@@ -25,12 +25,12 @@ from lens_lora.core.function.footprint import (
     LOGITS_OF_GRAPH,
     Footprint,
     Run,
+    SizedLens,
     dual_copy_bytes,
     dual_pass_bytes,
     footprint_of,
     prompts_of,
 )
-from lens_lora.core.model import LoraLens
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import PICKS, Reading
 from lens_lora.errors import ArgumentError, many, named, worded
@@ -91,7 +91,7 @@ class _CopySize(NamedTuple):
     picks: int
 
 
-def rows_at_once(lens: LoraLens, run: Run) -> int:
+def rows_at_once(lens: SizedLens, run: Run) -> int:
     """How many copies of the prompts make one batch of a forward pass."""
     rows_of_pass(lens, run)  # This refuses what is beyond the bound by itself.
 
@@ -101,7 +101,7 @@ def rows_at_once(lens: LoraLens, run: Run) -> int:
     return _copies_at_once(ROW_TOKENS, lens, run, size_of_copy)
 
 
-def slopes_at_once(lens: LoraLens, run: Run) -> int:
+def slopes_at_once(lens: SizedLens, run: Run) -> int:
     """How many copies of the prompts make one batch of a forward and a backward pass."""
     rows_of_graph(lens, run)
 
@@ -112,7 +112,7 @@ def slopes_at_once(lens: LoraLens, run: Run) -> int:
     return _copies_at_once(SLOPE_TOKENS, lens, run, size_of_copy)
 
 
-def second_orders_at_once(lens: LoraLens, reading: Reading) -> int:
+def second_orders_at_once(lens: SizedLens, reading: Reading) -> int:
     """How many copies of the prompts have one graph of a second derivative."""
     rows_of_second_order(lens, reading)
 
@@ -124,7 +124,7 @@ def second_orders_at_once(lens: LoraLens, reading: Reading) -> int:
 
 
 def _copies_at_once(
-    tokens: int, lens: LoraLens, run: Run, size_of_copy: Callable[[Footprint], _CopySize]
+    tokens: int, lens: SizedLens, run: Run, size_of_copy: Callable[[Footprint], _CopySize]
 ) -> int:
     """How many copies of the prompts make one pass: in tokens, and within the bound of the lens.
 
@@ -148,7 +148,7 @@ def _copies_at_once(
     return max(1, min(most, int(fitting)))
 
 
-def branches_at_once(lens: LoraLens, run: Run) -> int:
+def branches_at_once(lens: SizedLens, run: Run) -> int:
     """How many points one branching pass has: in tokens of a row, and in logits of all rows."""
     prompts = prompts_of(run)
     rows, longest = prompts.tokens.shape
@@ -163,12 +163,12 @@ def directions_at_once(prompts: Prompts) -> int:
     return _count_within(GRAPH_TOKENS, prompts.tokens.numel())
 
 
-def tangents_at_once(lens: LoraLens, run: Prompts, *, read: int) -> int:
+def tangents_at_once(lens: SizedLens, run: Prompts, *, read: int) -> int:
     """How many tangents of what is run make one pass, with the logits of `read` prompts or none."""
     return derivatives_at_once(TANGENT_TOKENS if read else FINAL_TOKENS, lens, run, read)
 
 
-def derivatives_at_once(tokens: int, lens: LoraLens, run: Prompts, read: int) -> int:
+def derivatives_at_once(tokens: int, lens: SizedLens, run: Prompts, read: int) -> int:
     """How many tangents make one pass, or how many covectors one way back.
 
     Args:
@@ -200,7 +200,7 @@ def derivatives_at_once(tokens: int, lens: LoraLens, run: Prompts, read: int) ->
     return min(most, fitting)
 
 
-def rides_along(lens: LoraLens, run: Run, copies: int) -> bool:
+def rides_along(lens: SizedLens, run: Run, copies: int) -> bool:
     """Whether points of which no derivative is taken cost less in such a pass than in their own.
 
     Beyond a few tokens the way back, which goes through their rows as well, costs more than the
@@ -213,7 +213,7 @@ def rides_along(lens: LoraLens, run: Run, copies: int) -> bool:
     return copies <= slopes_at_once(lens, run)
 
 
-def shares_pass(lens: LoraLens, run: Run, copies: int) -> bool:
+def shares_pass(lens: SizedLens, run: Run, copies: int) -> bool:
     """Whether so many copies of the prompts cost less in one forward pass than in two.
 
     Not where a kernel that rounds to 8 bit would let them change one another (`rides_along`).
@@ -230,7 +230,7 @@ def _count_within(bound: int, size: int) -> int:
 # --- The prompts in groups
 
 
-def graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
+def graph_groups(lens: SizedLens, reading: Reading) -> list[Reading]:
     """The prompts in groups whose forward and backward pass is within the bound of the lens.
 
     Raises:
@@ -240,7 +240,7 @@ def graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
     return _groups(lens, reading, rows_of_graph(lens, reading))
 
 
-def pass_groups(lens: LoraLens, reading: Reading, copies: int = 1) -> list[Reading]:
+def pass_groups(lens: SizedLens, reading: Reading, copies: int = 1) -> list[Reading]:
     """The prompts in groups, so many copies of which go forward within the bound of the lens.
 
     Raises:
@@ -257,7 +257,7 @@ def pass_groups(lens: LoraLens, reading: Reading, copies: int = 1) -> list[Readi
     return _groups(lens, reading, fitting // copies)
 
 
-def groups_beside(lens: LoraLens, reading: Reading, beside: int) -> list[Reading]:
+def groups_beside(lens: SizedLens, reading: Reading, beside: int) -> list[Reading]:
     """The prompts in groups whose graph, with tangents beside the values, is within the bound.
 
     Args:
@@ -273,7 +273,7 @@ def groups_beside(lens: LoraLens, reading: Reading, beside: int) -> list[Reading
     return _groups(lens, reading, fitting, EDGE_TOKENS)
 
 
-def dual_graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
+def dual_graph_groups(lens: SizedLens, reading: Reading) -> list[Reading]:
     """The prompts in groups that have a pass of dual numbers and a way back within the bound.
 
     Raises:
@@ -284,7 +284,7 @@ def dual_graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
     return _groups(lens, reading, min(fitting, default=None))
 
 
-def second_order_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
+def second_order_groups(lens: SizedLens, reading: Reading) -> list[Reading]:
     """The prompts in groups whose second derivative is within the bound.
 
     Raises:
@@ -294,7 +294,7 @@ def second_order_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
 
 
 def _groups(
-    lens: LoraLens, reading: Reading, rows: int | None, tokens: int | None = None
+    lens: SizedLens, reading: Reading, rows: int | None, tokens: int | None = None
 ) -> list[Reading]:
     """Groups of at most this many rows and tokens; a single group where neither is limited."""
     longest = reading.rows.tokens.shape[1]
@@ -313,7 +313,7 @@ def _groups(
 
 
 def _refuse_group(
-    lens: LoraLens, reading: Reading, rows: int, largest: int, *, is_one: bool
+    lens: SizedLens, reading: Reading, rows: int, largest: int, *, is_one: bool
 ) -> None:
     why = "they are of one prompt"
     remedy = "shorter"
@@ -332,7 +332,7 @@ def _refuse_group(
 Pass = Literal["plain", "graph", "dual"]
 
 
-def tokens_at_once(lens: LoraLens, prompts: Prompts, most: int, kind: Pass = "plain") -> int:
+def tokens_at_once(lens: SizedLens, prompts: Prompts, most: int, kind: Pass = "plain") -> int:
     """How many tokens of these prompts make one pass: at most so many, and within the bound."""
     rows_of = {"plain": rows_of_pass, "graph": rows_of_graph, "dual": rows_of_duals}[kind]
     rows = rows_of(lens, prompts)
@@ -340,7 +340,7 @@ def tokens_at_once(lens: LoraLens, prompts: Prompts, most: int, kind: Pass = "pl
 
 
 def row_groups(
-    lens: LoraLens, prompts: Prompts, most: int, kind: Pass = "plain"
+    lens: SizedLens, prompts: Prompts, most: int, kind: Pass = "plain"
 ) -> list[list[int]]:
     """The prompts, by index, in groups of at most so many tokens, and within the bound."""
     tokens = tokens_at_once(lens, prompts, most, kind)
@@ -349,7 +349,7 @@ def row_groups(
     return [group.tolist() for group in rows.split(rows_at_once)]
 
 
-def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
+def rows_of_pass(lens: SizedLens, run: Run) -> int | None:
     """How many rows of a pass without a graph are within the bound; None where there is none."""
     if lens.max_memory is None:
         return None
@@ -364,7 +364,7 @@ def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
     )
 
 
-def rows_of_logits(lens: LoraLens, prompts: Prompts, held: float) -> int | None:
+def rows_of_logits(lens: SizedLens, prompts: Prompts, held: float) -> int | None:
     """How many rows go forward at once beside `held` bytes of logits; None without a bound."""
     if lens.max_memory is None:
         return None
@@ -380,7 +380,7 @@ def rows_of_logits(lens: LoraLens, prompts: Prompts, held: float) -> int | None:
 
 
 def rows_of_graph(
-    lens: LoraLens, run: Run, beside: float = 0.0, what: str = "a forward and a backward pass"
+    lens: SizedLens, run: Run, beside: float = 0.0, what: str = "a forward and a backward pass"
 ) -> int | None:
     """How many rows go forward and back at once; None without a bound.
 
@@ -406,7 +406,7 @@ def rows_of_graph(
     )
 
 
-def rows_of_second_order(lens: LoraLens, run: Run) -> int | None:
+def rows_of_second_order(lens: SizedLens, run: Run) -> int | None:
     """How many rows a graph of a second derivative, which is kept whole, may have."""
     if lens.max_memory is None:
         return None
@@ -421,7 +421,7 @@ def rows_of_second_order(lens: LoraLens, run: Run) -> int | None:
     )
 
 
-def rows_of_duals(lens: LoraLens, prompts: Prompts) -> int | None:
+def rows_of_duals(lens: SizedLens, prompts: Prompts) -> int | None:
     """How many rows of dual numbers, each of which is read, make one pass within the bound."""
     if lens.max_memory is None:
         return None
@@ -438,7 +438,7 @@ def rows_of_duals(lens: LoraLens, prompts: Prompts) -> int | None:
 
 def _rows_within(
     bound: float,
-    lens: LoraLens,
+    lens: SizedLens,
     run: Run,
     *,
     of_row: float,
@@ -465,7 +465,7 @@ def _rows_within(
 # --- Whether all rows fit
 
 
-def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
+def must_rerun(lens: SizedLens, run: Run, *, duals: bool = False) -> bool:
     """Whether the graph of these rows is beyond the bound, so that blocks run twice."""
     if lens.max_memory is None:
         return False
@@ -473,7 +473,7 @@ def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
     return needed > lens.max_memory
 
 
-def fits_with_covectors(lens: LoraLens, run: Prompts) -> bool:
+def fits_with_covectors(lens: SizedLens, run: Prompts) -> bool:
     """Whether one graph of all prompts fits beside a covector for each, which is as large a row.
 
     Where it does not, prompts go a few at a time, each group with a graph of its own.
@@ -483,21 +483,21 @@ def fits_with_covectors(lens: LoraLens, run: Prompts) -> bool:
     return dual_pass_bytes(lens) + 2 * dual_copy_bytes(lens, run, run.batch) <= lens.max_memory
 
 
-def graph_bytes(lens: LoraLens, run: Run) -> float:
+def graph_bytes(lens: SizedLens, run: Run) -> float:
     """About how many bytes a graph of all rows takes, with what the reading holds."""
     footprint = footprint_of(lens, run)
     rows = len(prompts_of(run).tokens)
     return rows * footprint.of_graph + footprint.graphed + footprint.always
 
 
-def dual_graph_bytes(lens: LoraLens, run: Run) -> float:
+def dual_graph_bytes(lens: SizedLens, run: Run) -> float:
     """About how many bytes dual numbers take where their values have a graph."""
     rows = len(prompts_of(run).tokens)
     of_tangents = rows * TANGENTS_BESIDE_GRAPH * footprint_of(lens, run).of_duals
     return graph_bytes(lens, run) + of_tangents
 
 
-def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
+def require_rows_of_graph(lens: SizedLens, run: Run) -> None:
     """Check that all rows go forward and back at once within the bound."""
     fitting = rows_of_graph(lens, run)
     rows = len(prompts_of(run).tokens)
@@ -508,7 +508,7 @@ def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
         )
 
 
-def require_graph(lens: LoraLens, run: Run) -> None:
+def require_graph(lens: SizedLens, run: Run) -> None:
     """Check that a graph of all rows, whose blocks do not run again, is within the bound."""
     require_rows_of_graph(lens, run)
     if must_rerun(lens, run):
@@ -518,6 +518,6 @@ def require_graph(lens: LoraLens, run: Run) -> None:
         )
 
 
-def _bound(lens: LoraLens) -> str:
+def _bound(lens: SizedLens) -> str:
     """The bound of a lens as its user wrote it, for messages."""
     return f"{named('max_memory')}{worded('=', ' ')}{lens.max_memory:.3g} bytes"

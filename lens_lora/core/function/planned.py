@@ -26,11 +26,11 @@ import torch
 
 from lens_lora.core.function import memory
 from lens_lora.core.function.footprint import (
+    SizedLens,
     dual_copy_bytes,
     dual_pass_bytes,
     footprint_of,
 )
-from lens_lora.core.model import LoraLens
 from lens_lora.core.model.bridge import BridgeHost
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import Columns, Reading
@@ -58,7 +58,7 @@ class ModelSizes:
     keeps_patterns: bool = True
     max_memory: float | None = None
 
-    def as_lens(self) -> LoraLens:
+    def as_lens(self) -> SizedLens:
         """What answers the planner's questions as a lens over such a model does."""
         cfg = SimpleNamespace(
             d_model=self.d_model, d_mlp=self.d_mlp, n_heads=self.n_heads, d_vocab_out=self.d_vocab
@@ -78,7 +78,7 @@ class ModelSizes:
             gate_dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
             max_memory=self.max_memory,
         )
-        return cast(LoraLens, stand_in)
+        return cast(SizedLens, stand_in)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class PlannedAnalysis:
     least: float
 
 
-Bytes = Callable[[LoraLens, Reading], float]
+Bytes = Callable[[SizedLens, Reading], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _works(sites: int) -> list[_Work]:
 def _passes(copies: int) -> Bytes:
     """So many copies of the prompt in forward passes."""
 
-    def peak(lens: LoraLens, run: Reading) -> float:
+    def peak(lens: SizedLens, run: Reading) -> float:
         footprint = footprint_of(lens, run)
         at_once = min(copies, memory.rows_at_once(lens, run))
         return at_once * footprint.in_pass + footprint.always + footprint.picked
@@ -175,7 +175,7 @@ def _passes(copies: int) -> Bytes:
 def _branches(sites: int) -> Bytes:
     """One point for each site, which share their first blocks with one row more."""
 
-    def peak(lens: LoraLens, run: Reading) -> float:
+    def peak(lens: SizedLens, run: Reading) -> float:
         footprint = footprint_of(lens, run)
         points = min(sites, memory.branches_at_once(lens, run))
         return (1 + points) * footprint.in_pass + footprint.always + footprint.picked
@@ -186,7 +186,7 @@ def _branches(sites: int) -> Bytes:
 def _slopes(copies: int) -> Bytes:
     """So many copies of the prompt in forward and backward passes."""
 
-    def peak(lens: LoraLens, run: Reading) -> float:
+    def peak(lens: SizedLens, run: Reading) -> float:
         at_once = min(copies, memory.slopes_at_once(lens, run))
         if memory.must_rerun(lens, run.repeat(at_once)):
             footprint = footprint_of(lens, run)
@@ -196,25 +196,25 @@ def _slopes(copies: int) -> Bytes:
     return peak
 
 
-def _rerun(lens: LoraLens, run: Reading) -> float:
+def _rerun(lens: SizedLens, run: Reading) -> float:
     """One copy of the prompt in a forward and a backward pass whose blocks run again."""
     footprint = footprint_of(lens, run)
     return footprint.of_rerun + footprint.graphed + footprint.always
 
 
-def _dual_graph(lens: LoraLens, run: Reading) -> float:
+def _dual_graph(lens: SizedLens, run: Reading) -> float:
     """A pass of dual numbers, and the way back through the graph of its values."""
     if memory.must_rerun(lens, run, duals=True):
         return max(_dual(lens, run), _rerun(lens, run))
     return memory.dual_graph_bytes(lens, run)
 
 
-def _dual(lens: LoraLens, run: Reading) -> float:
+def _dual(lens: SizedLens, run: Reading) -> float:
     """A pass of dual numbers."""
     return dual_pass_bytes(lens) + dual_copy_bytes(lens, run.rows, read=1)
 
 
-def _second(lens: LoraLens, run: Reading) -> float:
+def _second(lens: SizedLens, run: Reading) -> float:
     """A graph of a second derivative, which is kept whole."""
     return memory.SECOND_ORDER_GRAPHS * memory.graph_bytes(lens, run)
 
@@ -222,7 +222,7 @@ def _second(lens: LoraLens, run: Reading) -> float:
 def _largest(*parts: Bytes) -> Bytes:
     """The largest of passes that run one after another."""
 
-    def peak(lens: LoraLens, run: Reading) -> float:
+    def peak(lens: SizedLens, run: Reading) -> float:
         return max(part(lens, run) for part in parts)
 
     return peak
