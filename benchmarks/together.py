@@ -126,9 +126,15 @@ def parts_table(numbers: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"The six largest parts of {numbers['interaction']:+.2f} on “{numbers['prompt']}”, with "
-        f"{numbers['nodes']} nodes; all parts together miss {numbers['missed']:.1g} logits of it."
+        f"{numbers['nodes']} nodes; all parts together miss {decimal(numbers['missed'])} logits of "
+        "it."
     )
     return "\n".join(lines)
+
+
+def decimal(number: float) -> str:
+    """A small number with one digit and without an exponent: 0.00004."""
+    return f"{float(f'{number:.0e}'):.12f}".rstrip("0")
 
 
 def mended_table(numbers: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ from typing_extensions import dataclass_transform
 
 from lens_lora import guesses
 from lens_lora.arguments import is_whole, whole
+from lens_lora.core.adapter.peft_read import PREFIX
 from lens_lora.core.model.lens import LoraLens
 from lens_lora.core.model.sites import Groups, Site
 from lens_lora.core.readout.responses import Generated
@@ -124,7 +125,8 @@ class Result(abc.ABC):
 
         Args:
             key: the number of a row, or a slice of them; the name of a column; or a label (of a
-                site, a module, a group …), for the rows that have it.
+                site, a group, or a module, whose path may be as PEFT writes it), for the rows that
+                have it.
 
         Raises:
             IndexError: no such row.
@@ -509,10 +511,12 @@ def part_of_table(frame: pd.DataFrame, key: object) -> Any:
         )
     if key in frame:
         return frame[key]
+    # A module's path may begin as PEFT's own names do: 'base_model.model.model.layers.3.…'.
+    path = key.removeprefix(PREFIX)
     labels: set[str] = set()
     for name in frame:
         column = frame[name]
-        has_label = column == key
+        has_label = (column == key) | (column == path)
         if has_label.any():
             return frame[has_label].reset_index(drop=True)
         labels.update(label for label in column if isinstance(label, str))

@@ -47,6 +47,9 @@ CALLS: dict[str, Callable[[ll.LoraLens, str], Any]] = {
     "delta_w": lambda lens, name: lens.delta_w(name).AB,
     "corners": lambda lens, name: lens.function(TOKENS, MARGIN).corners(off=[name]),
     "patch_sites": lambda lens, name: ll.patch_sites(lens, TOKENS, MARGIN, sites=[name]).values,
+    "a row of a result": lambda lens, name: torch.tensor(
+        ll.first_order(lens, TOKENS, MARGIN)[name]["value"].tolist()
+    ),
     "group of patch_sites": lambda lens, name: (
         ll.patch_sites(lens, TOKENS, MARGIN, group={"one": name}).values
     ),
