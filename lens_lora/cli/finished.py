@@ -76,9 +76,12 @@ def _model_folder(base: ModelOptions, adapter: Adapter) -> Path | None:
         return Path(name)
     import huggingface_hub
 
+    # A base that only the adapter names is not fetched, and so not asked for (`load_base`).
+    is_local = base.model is None
     try:
         # The folder of the newest commit, from which transformers would read the model as well.
-        return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
+        config = huggingface_hub.hf_hub_download(name, "config.json", local_files_only=is_local)
+        return Path(config).parent
     except (OSError, ValueError):
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import models
 import pandas as pd
@@ -15,7 +16,9 @@ from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, two_processes, write_
 from typer.testing import CliRunner
 
 import lens_lora as ll
+from lens_lora.cli import finished
 from lens_lora.cli import sweeping as sweep_command
+from lens_lora.cli.options import ModelOptions
 from lens_lora.cli.running import one_line_errors
 from lens_lora.cli.sweeping import sweep
 from lens_lora.runs.processes import Processes
@@ -267,6 +270,21 @@ def test_a_finished_sweep_loads_no_model(tiny, tmp_path, monkeypatch):
     assert settings.read_text() != kept
     assert command(*arguments).exit_code == 2
     assert len(loads) == len(others) + 3
+
+
+def test_a_base_that_only_the_adapter_names_is_not_asked_for(tmp_path, monkeypatch):
+    """Its files are looked for on this machine; a hub id that the user named is asked for."""
+    asked = []
+
+    def download(name, file, *, local_files_only):
+        asked.append((name, local_files_only))
+        raise OSError("not here")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    adapter = SimpleNamespace(base_model="owner/theirs")
+    for base in (ModelOptions(), ModelOptions(model="owner/mine")):
+        assert finished.command_digest(base, adapter, tmp_path, {}) is None
+    assert asked == [("owner/theirs", True), ("owner/mine", False)]
 
 
 def test_results_of_another_run_are_not_taken_for_the_finished_ones(tiny, tmp_path):

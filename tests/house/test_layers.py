@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,12 @@ def interfaces(package: Package) -> set[str]:
     return found
 
 
+@functools.cache
+def free_to_import() -> frozenset[str]:
+    """What is no folder's internal: public names, and what one folder imports from another."""
+    return frozenset(public_names() | interfaces(LENS_LORA))
+
+
 def is_within(name: str, *modules: str) -> bool:
     """Whether a dotted name is one of these modules, or is found in one."""
     return any(f"{name}.".startswith(f"{module}.") for module in modules)
@@ -176,7 +183,7 @@ def patched_in(source: str) -> set[str]:
     return found
 
 
-def internals(folder: str, source: str, allowed: set[str]) -> list[str]:
+def internals(folder: str, source: str, allowed: frozenset[str]) -> list[str]:
     """What a test in this folder of tests imports, or patches, of another folder's internals."""
     own = OWN.get(folder, (f"lens_lora.{folder}",))
     every_name = named_in(source, "tests") | patched_in(source)
@@ -186,7 +193,7 @@ def internals(folder: str, source: str, allowed: set[str]) -> list[str]:
 
 def test_a_test_imports_public_names_or_internals_of_its_own_folder():
     """And names that one folder of the package imports from another, which are no internals."""
-    allowed = public_names() | interfaces(LENS_LORA)
+    allowed = free_to_import()
     found: dict[str, list[str]] = {}
     for path in sorted(TESTS.rglob("*.py")):
         place = path.relative_to(TESTS)
@@ -213,7 +220,7 @@ def test_a_test_imports_public_names_or_internals_of_its_own_folder():
 )
 def test_a_planted_import_of_another_folder_s_internals_is_seen(source: str):
     """Negative control, in each form; the folder's own test may have it."""
-    allowed = public_names() | interfaces(LENS_LORA)
+    allowed = free_to_import()
     owner = "core" if "core" in source else "path"
     assert len(internals("curvature", source, allowed)) == 1
     assert internals(owner, source, allowed) == []
