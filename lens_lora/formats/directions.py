@@ -153,7 +153,7 @@ def directions_of(source: Any, name: str | None = None) -> Directions:
             whose pre-activations are not linear in h.
     """
     if isinstance(source, Tensor):
-        return _of_tensors({"given": source})
+        return _of_tensors({"the direction": source})
     if isinstance(source, Mapping):
         return _of_tensors(source)
     by_point = getattr(source, "by_point", None)

@@ -95,7 +95,7 @@ class Projection(Readout):
 
     @property
     def label(self) -> str:
-        """The direction, the point and the tokens, as 'given at blocks.12.hook_resid_post'."""
+        """The direction, the point and the tokens: 'the direction at blocks.12.hook_resid_post'."""
         (name,) = self._directions.names
         tokens = ""
         if self.positions is not None:

@@ -110,7 +110,7 @@ def test_one_rule_takes_every_form():
             directions_of(wrong)
     with pytest.raises(ll.errors.ArgumentError, match="NaN"):
         directions_of(v * torch.nan)
-    with pytest.raises(ll.errors.ArgumentError, match="'given' is zero"):
+    with pytest.raises(ll.errors.ArgumentError, match="'the direction' is zero"):
         directions_of(torch.zeros(16)).basis()
 
 

@@ -216,7 +216,9 @@ def test_the_page_of_several_prompts_begins_with_all_of_them(explained: Explaine
     page = html.unescape(without_plotly(found.save_report(tmp_path / "a.html").read_text()))
     assert readout.label in page and page.count("The readout in numbers") == 2
     story = found.story()
-    assert story.startswith("In the mean over 2 prompts the adapter moves given at blocks.0")
+    assert story.startswith(
+        "In the mean over 2 prompts the adapter moves the direction at blocks.0"
+    )
     assert f"{float(found.shift.mean()):+.2f}".replace("-", "−") in story
 
 
