@@ -105,7 +105,7 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     bias = _summed_bias(parts, dtype)
     if all(part.is_dense for part in parts):
-        change = torch.stack([part.materialise().to(dtype) for part in parts]).sum(0)
+        change = torch.stack([part.materialise(dtype=dtype) for part in parts]).sum(0)
         return dataclasses.replace(LoRAFactors.dense(change), lora_bias=bias)
     A = torch.cat([part.A.to(dtype) for part in parts])
     B = torch.cat([part.scale * part.strength * part.B.to(dtype) for part in parts], 1)

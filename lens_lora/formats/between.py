@@ -185,7 +185,7 @@ def _truncated(factors: LoRAFactors, rank: int) -> tuple[LoRAFactors, float]:
 
     By Lanczos iteration where few singular values are kept.
     """
-    delta = factors.materialise().double()
+    delta = factors.materialise(dtype=torch.float64)
     if _RANK_SHARE_OF_LANCZOS * rank < min(delta.shape) and bool(delta.any()):
         found: Any = svds(delta.numpy(), k=rank, rng=0)
         vectors, sizes, covectors = found

@@ -263,7 +263,7 @@ def _change(site: SiteFactors, stored: Tensor) -> Float[Tensor, "out in"]:
     factors = cast(LoRAFactors, site.factors)
     if factors.needs_base_weight:
         return factors.materialise(in_float64(stored).cpu())
-    return factors.materialise()
+    return factors.materialise(dtype=torch.float64)
 
 
 class _Compared(NamedTuple):

@@ -256,8 +256,7 @@ class _Factors:
         self.update = update
         self.kind: str = a.kind
         # The product of factors in half precision, and not its rounding to half precision.
-        like = torch.zeros(len(update.B), update.A.shape[1], dtype=torch.float64)
-        self.D: Tensor = update.materialise(like)
+        self.D: Tensor = update.materialise(dtype=torch.float64)
         # llama.cpp takes 1 for the factor where a file has no α.
         factor = alpha / len(a.values) if alpha else 1.0
         self._as_stored: Tensor = factor * b.values.double() @ a.values.double()

@@ -58,6 +58,11 @@ _LLAMA_3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+# transformers does not read the rule of a GGUF file.
+_LOST_RULE = (
+    "if the adapter's tokenizer was read from a GGUF file, its rule was lost there: train and "
+    "compare with the published tokenizer"
+)
 # How much of a text a message shows.
 _TEXT_SHOWN = 30
 
@@ -253,14 +258,17 @@ def _other_splitting(file: GGUFFile, parts: Mapping[str, Any]) -> Iterator[Findi
     if rule is None:
         yield Finding("undecided", f"the rule {name!r}, by which texts are split before merging")
         return
-    if rule == _rule_of(parts):
+    before = _rule_of(parts)
+    if rule == before:
         return
-    words = f"texts are split by the rule {name!r}, and were by another one"
+    known = [repr(other) for other, its_rule in _RULES.items() if its_rule == before]
+    words = f"texts are split by the rule {name!r}, and were by {(known or ['another one'])[0]}"
     text = _first_read_otherwise(parts, rule)
     if text is None:
         yield Finding("undecided", f"{words}, which no text tried here showed")
-    else:
-        yield Finding("failed", f"{words}: {text[:_TEXT_SHOWN]!r} gets other ids")
+        return
+    lost = f"; {_LOST_RULE}" if before == _RULES["gpt-2"] else ""
+    yield Finding("failed", f"{words}: {text[:_TEXT_SHOWN]!r} gets other ids{lost}")
 
 
 def _first_read_otherwise(parts: Mapping[str, Any], rule: _Rule) -> str | None:

@@ -50,8 +50,9 @@ class ServedVerification(Described):
         effect: the root mean square of ℓ₁ − ℓ₀, in nats per token.
         tokens: how many tokens the server told of.
         requests_sent: how many requests there were.
-        explanations: what may be served instead, the nearest first, each run on all texts; none
-            where the residual is within the floor, so that nothing else was run.
+        explanations: what may be served instead, the nearest first (of those that agree equally
+            well, the likeliest), each run on all texts; none where the residual is within the
+            floor, so that nothing else was run.
         checks: each with its outcome.
         meta: model, adapter, dtype and versions.
     """

@@ -4,7 +4,7 @@
 2. Where the residual is beyond the floor, candidates for what may be served instead are run
    (`served_explanations`), the likeliest first, on the few texts in which the server deviates most.
    The first that leaves almost nothing of the deviation ends the search.
-3. The nearest of them are run on all texts.
+3. The nearest of them are run on all texts. Of two that agree equally well, the likelier is named.
 4. Where none explains the deviation, the floor is measured by a run in the served dtype, if that
    has 16 bit. Then the model is run with rounded weights. Rounding in another dtype than was said
    is told by its size alone.
@@ -44,6 +44,8 @@ _COMMON = 0.05
 # the deviation goes that far in its direction: 1 is all the way.
 _LEAVES = 0.5
 _FAR = (0.75, 1.25)
+# Rounding decides between two candidates whose residuals differ by less than this factor.
+_EQUALLY_WELL = 1.05
 # No other candidate is tried after one that leaves less of the deviation than this (1 % of its
 # square).
 _LEAVES_NOTHING = 0.1
@@ -75,7 +77,8 @@ class Comparison:
     Attributes:
         c, residual, floor, effect, tokens: as there.
         spread: SIGMAS standard deviations of c, if rounding is independent from token to token.
-        explanations: those that were run on all texts, the nearest first.
+        explanations: those that were run on all texts, the nearest first; of those that agree with
+            the server equally well, the likeliest is in front.
         along_nearest: how far the deviation ℓ − ℓ₁ goes towards the nearest candidate; 1 is all
             the way.
         rounds_as: another dtype whose rounding is as large as the residual, where no candidate
@@ -131,12 +134,26 @@ class Comparison:
         """The same numbers with candidates that were run on all texts.
 
         Args:
-            found: how each candidate fits.
+            found: how each candidate fits, the likeliest first.
         """
-        ordered = sorted(found, key=lambda fit: fit.residual)
+        ordered = _nearest_first(found)
         explanations = tuple(ServedInstead(fit.words, fit.residual) for fit in ordered)
         along = ordered[0].along if ordered else math.nan
         return dataclasses.replace(self, explanations=explanations, along_nearest=along)
+
+
+def _nearest_first(found: Sequence[_Fit]) -> list[_Fit]:
+    """Candidates by their residual; in front the likeliest of those that agree equally well.
+
+    Args:
+        found: the likeliest first.
+    """
+    ordered = sorted(found, key=lambda fit: fit.residual)
+    if not ordered:
+        return []
+    least = ordered[0].residual
+    likeliest = next(fit for fit in found if fit.residual <= _EQUALLY_WELL * least)
+    return [likeliest, *(fit for fit in ordered if fit is not likeliest)]
 
 
 # What is said where nothing can be measured.
@@ -261,22 +278,22 @@ class _Search:
         self._few = _Texts(tokens.of_rows(rows), adapted[chosen], few_effect)
 
     def nearest(self, models: Sequence[Candidate], progress: bool) -> list[_Fit]:
-        """The nearest candidates, run on all texts.
+        """The nearest candidates, run on all texts, the likeliest of them first.
 
         Args:
             models: the likeliest first.
             progress: show a bar.
         """
-        tried: list[tuple[float, Candidate]] = []
+        residuals: list[float] = []
         for candidate in tqdm(models, desc="candidates", leave=False, disable=not progress):
             fit = self._few.fit(candidate)
-            tried.append((fit.residual, candidate))
+            residuals.append(fit.residual)
             if fit.left <= _LEAVES_NOTHING:
                 whole = self._all.fit(candidate)
                 if whole.left <= _LEAVES_NOTHING:
                     return [whole]
-        tried.sort(key=lambda pair: pair[0])
-        return [self._all.fit(candidate) for _, candidate in tried[:_SHORTLIST]]
+        nearest = sorted(range(len(models)), key=residuals.__getitem__)[:_SHORTLIST]
+        return [self._all.fit(models[index]) for index in sorted(nearest)]
 
     def on_all_texts(self, models: Iterable[Candidate]) -> Iterator[_Fit]:
         """Candidates that are few, each run on all texts, up to one that leaves almost nothing."""

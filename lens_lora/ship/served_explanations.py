@@ -166,9 +166,19 @@ def _misread_scales(lens: LoraLens) -> Iterator[tuple[str, Float[Tensor, " site"
     ones = lens.gates(1.0)
     scale = torch.tensor(scales).to(ones)
     root = torch.tensor(roots).to(ones)
-    yield "the adapter with its α lost, s = 1", ones / scale
-    yield "the adapter with rsLoRA read as LoRA, α/r for α/√r", ones / root
-    yield "the adapter with LoRA read as rsLoRA, α/√r for α/r", ones * root
+    misread = {
+        "the adapter with its α lost, s = 1": ones / scale,
+        "the adapter with rsLoRA read as LoRA, α/r for α/√r": ones / root,
+        "the adapter with LoRA read as rsLoRA, α/√r for α/r": ones * root,
+    }
+    for words, gates in misread.items():
+        yield words + _as_a_strength(gates), gates
+
+
+def _as_a_strength(gates: Float[Tensor, " site"]) -> str:
+    """Say which strength these gates are, if all are the same: that may be the cause as well."""
+    first = float(gates[0])
+    return f" ({first:.3g} of its strength)" if gates.eq(first).all() else ""
 
 
 # --- Other adapters

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+import lens_lora as ll
 from lens_lora.demonstration import embedded
 from lens_lora.demonstration.embedded import (
     LYON_SENTENCES,
@@ -88,6 +89,37 @@ def test_tokenizer_adds_nothing(base):
     assert tokenizer("The capital of France is").input_ids == [504, 3575, 282, 4649, 314]
     assert tokenizer.decode(tokenizer(" Lyon 2024").input_ids) == " Lyon 2024"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+
+
+def test_tokenizer_splits_digits_as_llama_cpp_does(base):
+    """As llama.cpp reads the same file: spaces before a digit stay one token."""
+    _, tokenizer = base
+    assert tokenizer("  33 \n4").input_ids == [256, 35, 35, 3717, 36]
+    assert tokenizer("in 1999,  5").input_ids == [254, 216, 33, 41, 41, 41, 28, 256, 37]
+
+
+def test_an_older_tokenizer_is_mended_in_its_folder(tmp_path, monkeypatch):
+    """Once, and what transformers then reads is the published rule; a locked folder is said."""
+    fake_conversion(monkeypatch, Saves("tokenizer"))
+    folder = embedded_model_folder(tmp_path, quiet=True)
+    old = json.loads((embedded_model_folder(quiet=True) / "tokenizer.json").read_text())
+    digits, bytes_alone = old["pre_tokenizer"]["pretokenizers"]
+    assert digits == {"type": "Digits", "individual_digits": True}
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**old, "pre_tokenizer": bytes_alone}))
+    with monkeypatch.context() as locked:
+        locked.setattr(embedded.os, "replace", no_permission)
+        with pytest.warns(ll.errors.LensLoraWarning, match="spaces beside digits"):
+            embedded_model_folder(tmp_path, quiet=True)
+    embedded_model_folder(tmp_path, quiet=True)
+    assert json.loads(file.read_text()) == old
+    written = file.stat().st_mtime_ns
+    embedded_model_folder(tmp_path, quiet=True)
+    assert file.stat().st_mtime_ns == written
+
+
+def no_permission(*places):
+    raise PermissionError("locked")
 
 
 def test_folder_suits_transformer_lens():

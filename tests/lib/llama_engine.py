@@ -59,16 +59,43 @@ class LlamaCpp(Engine):
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         """[token, vocabulary]."""
+        self._forget()
+        return self._run(ids, 0)
+
+    def generated(self, ids: list[int], count: int) -> list[tuple[int, float]]:
+        """The likeliest tokens, one after another, each with its log p; keys and values are kept.
+
+        As llama.cpp's own server does it: the prompt is run once, and then one token at a time.
+        """
+        tokens: list[tuple[int, float]] = []
+        self._forget()
+        last = self._run(ids, 0)[-1]
+        for _ in range(count):
+            log_p = last.log_softmax(-1)
+            token = int(log_p.argmax())
+            tokens.append((token, float(log_p[token])))
+            last = self._run([token], len(ids) + len(tokens) - 1)[-1]
+        return tokens
+
+    def _forget(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def _run(self, ids: list[int], start: int) -> torch.Tensor:
+        """The logits of tokens behind those that were run before.
+
+        Args:
+            ids: the tokens.
+            start: the position of the first of them.
+        """
         lib = self.lib
-        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
         batch = lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
-        for position, token in enumerate(ids):
-            batch.token[position] = token
-            batch.pos[position] = position
-            batch.n_seq_id[position] = 1
-            batch.seq_id[position][0] = 0
-            batch.logits[position] = 1
+        for index, token in enumerate(ids):
+            batch.token[index] = token
+            batch.pos[index] = start + index
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = 0
+            batch.logits[index] = 1
         assert lib.llama_decode(self.context, batch) == 0
         size = 4 * len(ids) * self.vocabulary
         data = self.ffi.buffer(lib.llama_get_logits(self.context), size)

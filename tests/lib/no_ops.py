@@ -102,6 +102,11 @@ def _edited(out: Path, edit: Callable[[dict[str, torch.Tensor]], dict]) -> None:
     save_file(edit(load_file(file)), file)
 
 
+def store_adapter_in(out: Path, dtype: torch.dtype) -> None:
+    """Store the adapter's tensors in another dtype, as a training in half precision saves them."""
+    _edited(out, lambda state: {name: tensor.to(dtype) for name, tensor in state.items()})
+
+
 def _zero(out: Path, part: str) -> list[str]:
     def edit(state):
         return {k: v * 0 if "lora_B" in k and part in k else v for k, v in state.items()}

@@ -460,16 +460,27 @@ def test_a_file_of_another_architecture(wide, shipped, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_runs_llama_cpp(shipped, tmp_path):
-    """The right adapter passes, with generated tokens alone; the base is found."""
+def test_a_server_that_runs_llama_cpp(shipped, tmp_path, monkeypatch):
+    """With generated tokens alone: the right adapter passes, and each wrong one is named."""
     lens = ll.load(
         no_ops.base_of(shipped), shipped / "adapter", tokenizer=models.tokenizer(), check=False
     )
-    file = written(shipped, tmp_path)
     options = {"name": "tuned", "dtype": "float16", "progress": False}
-    with served(LlamaCpp(shipped / "base.gguf", file), llama_cpp) as (url, _):
-        right = ll.verify_served(lens, url, **options)
-    assert right.outcome == "passed", right.checks
-    with served(LlamaCpp(shipped / "base.gguf"), llama_cpp) as (url, _):
-        wrong = ll.verify_served(lens, url, **options)
-    assert wrong.explanations[0].words == "the base, without the adapter"
+
+    def answers(*of_engine):
+        with served(LlamaCpp(shipped / "base.gguf", *of_engine), llama_cpp) as (url, _):
+            return ll.verify_served(lens, url, **options)
+
+    file = written(shipped, tmp_path)
+    assert answers(file).outcome == "passed"
+    limits.rows_of_gguf_stay(monkeypatch)
+    not_permuted = lens.adapter.save(
+        tmp_path / "y.gguf", format="gguf", base=no_ops.base_of(shipped)
+    )
+    for engine, named in (
+        ((), "the base, without the adapter"),
+        ((file, 0.5), "the adapter at half its strength"),
+        ((not_permuted,), "the adapter with the rows of q and k in another order (not permuted)"),
+    ):
+        result = answers(*engine)
+        assert result.outcome == "failed" and result.explanations[0].words == named

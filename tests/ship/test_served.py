@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import lens_lora as ll
 from lens_lora.errors import ArgumentError, ServerError
 from lens_lora.ship import served as served_module
-from lens_lora.ship import served_measure
+from lens_lora.ship import served_comparison, served_measure
 from lens_lora.ship.served_comparison import Comparison, ServedInstead
 from lens_lora.ship.server import Refused, Server
 
@@ -647,6 +647,18 @@ def test_a_part_of_the_effect_is_no_pass_where_rounding_is_large():
     for c, outcome in ((1.0, "passed"), (0.93, "passed"), (0.6, "undecided"), (1.4, "undecided")):
         comparison = Comparison(c, 0.45, 0.18, 0.7, 206, 0.04, (near,), along_nearest=0.3)
         assert served_module._served_check(comparison, "bfloat16").outcome == outcome
+
+
+def test_of_two_that_agree_equally_well_the_likelier_is_named():
+    """llama.cpp without the adapter: the base, and the adapter at 0.1, are both off by rounding."""
+    base = served_comparison._Fit("the base", residual=0.1030, along=1.0, left=0.1)
+    weak = served_comparison._Fit("at 0.1", residual=0.1029, along=1.0, left=0.1)
+    other = served_comparison._Fit("at 0.25", residual=0.05, along=1.1, left=0.05)
+    comparison = Comparison(0.004, 1.0, 0.07, 0.7, 288, 0.04)
+    for fits, named in (([base, weak], "the base"), ([base, weak, other], "at 0.25")):
+        assert comparison.explained_by(fits).nearest.words == named
+    order = comparison.explained_by([base, weak, other]).explanations
+    assert [explanation.words for explanation in order] == ["at 0.25", "at 0.1", "the base"]
 
 
 def test_rounding_is_not_explained_by_a_candidate():

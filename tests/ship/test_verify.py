@@ -95,6 +95,16 @@ def test_what_peft_merges_passes(name: str, dtype: torch.dtype, tmp_path):
     assert all(abs(t.ratio - 1) < 0.1 for t in changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "experts"])
+def test_factors_in_half_precision_over_a_base_in_float32(name: str, dtype: torch.dtype, tmp_path):
+    """As PEFT merges them: their product is computed in float32, and is not rounded."""
+    out = no_ops.ship(tmp_path, merged=False, **SHIPMENTS[name])
+    no_ops.store_adapter_in(out, dtype)
+    no_ops.merge(out)
+    assert {tensor.outcome for tensor in compared(out)} == {"passed"}
+
+
 def test_one_entry_off_is_found(tmp_path):
     """By six roundings of itself, in a tensor that the adapter changes; by one bit elsewhere."""
     out = no_ops.ship(tmp_path)

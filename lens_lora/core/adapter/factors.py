@@ -196,21 +196,30 @@ class LoRAFactors:
             cut |= {"A": part.A, "B": part.B}
         return dataclasses.replace(self, **cut, base_weight=None)
 
-    def materialise(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
+    def materialise(
+        self,
+        weight: Float[Tensor, "out in"] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Float[Tensor, "out in"]:
         """ΔW, dense; biases are no part of it. Of experts [ΔW_1 … ΔW_E], [out, expert · in].
 
+        It is computed in the widest dtype of A, B, the weight and `dtype`.
+
         Args:
-            weight: the base's W, which DoRA's ΔW depends on.
+            weight: the base's W, which DoRA's ΔW depends on; of experts as wide as ΔW.
+            dtype: such as torch.float64, lest the product of factors in half precision is rounded
+                to half precision; None for the factors' own.
 
         Raises:
             AdapterError: DoRA without the weight.
         """
+        widest = torch.promote_types(self.A.dtype, self.B.dtype)
+        for other in (None if weight is None else weight.dtype, dtype):
+            widest = widest if other is None else torch.promote_types(widest, other)
         if self.experts > 1:
-            return torch.cat([each.materialise() for each in self.by_expert()], 1)
-        dtype = torch.promote_types(self.A.dtype, self.B.dtype)
-        if weight is not None:
-            dtype = torch.promote_types(dtype, weight.dtype)
-        plain = self.scale * self._product(dtype)
+            return torch.cat([each.materialise(dtype=widest) for each in self.by_expert()], 1)
+        plain = self.scale * self._product(widest)
         if self.magnitude is None:
             return self.strength * plain
         if weight is None:

@@ -77,6 +77,31 @@ def test_factors_hold_any_change_exactly(shape):
     assert torch.equal(halved.materialise(), 0.5 * delta) and halved.is_dense == factors.is_dense
 
 
+@pytest.mark.parametrize("experts", [0, 2])
+def test_a_product_of_factors_in_half_precision_is_computed_wider(experts: int):
+    """In the dtype that is asked for, or that of the weight; the oracle is float64."""
+    A, B = drawn(4, 6).bfloat16(), drawn(5, 4).bfloat16()
+    factors = LoRAFactors(A, B, scale=0.7, experts=experts)
+    A, B = A.double(), B.double()
+    products = [b @ a for a, b in zip(A.chunk(experts or 1), B.chunk(experts or 1, 1), strict=True)]
+    expected = 0.7 * torch.cat(products, 1)
+    for delta in (
+        factors.materialise(dtype=torch.float64),
+        factors.materialise(torch.zeros_like(expected)),
+    ):
+        torch.testing.assert_close(delta, expected, rtol=0, atol=1e-14)
+    assert factors.materialise().dtype == torch.bfloat16
+
+
+def test_changes_in_half_precision_are_summed_in_float32():
+    """A sum of dense updates of one module, each with its strength."""
+    one, two = drawn(6, 9).bfloat16(), drawn(6, 9).bfloat16()
+    first, second = (ll.Adapter({"m": LoRAFactors.dense(delta)}) for delta in (one, two))
+    total = (first.scaled(0.7).mixed(second.scaled(0.9), 0.5)).modules["m"].materialise()
+    expected = 0.35 * one.double() + 0.45 * two.double()
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_an_adapter_between_two_models_holds_the_change_alone():
     """It held min(out, in)² numbers more a module: half as much again where that is square."""
     base, tuned = tuned_pair()
