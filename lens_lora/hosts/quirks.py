@@ -20,10 +20,13 @@ of them; one that has nothing to do with a model leaves it alone. To teach anoth
    with PEFT, in float64, and the logits of the bridge with those of the model. A row there is a
    class of transformers; one that transformers lacks, such as a model's own code, has no row.
 4. Test the mend alone in `tests/hosts/test_variants.py`, with the bridge as it is without it as the
-   negative control. The tests of a class that transformers lacks are all there.
+   negative control. A class that transformers lacks is written in its test, as both classes of
+   `tests/hosts/test_quirks.py` are: one needs a quirk, which stands there whole, and one does not.
 
 A mend of what attention writes, such as a factor, acts behind `o.hook_out`. The site of o writes
-there, and what an adapter adds, ΔW z, must go through the mend as W z does.
+there, and what an adapter adds, ΔW z, must go through the mend as W z does. One that is right for
+the base model alone is refused: `hosts/probe.py` compares random updates with the Hugging Face
+model's own.
 
 Other things that an architecture may need have their place elsewhere:
 
