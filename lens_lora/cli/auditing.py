@@ -93,16 +93,13 @@ def diff(
         raise typer.BadParameter(
             "name one, or a fine-tuned model with --tuned.", param_hint="ADAPTER"
         )
-    if save is not None and save.suffix not in (".csv", ".safetensors"):
-        raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
-    outputs = files.writable({"--report": report, "--json": json, "--save": save})
+    written = _DiffFiles(report=report, json=json, save=save)
+    outputs = written.checked()
     lines = None if texts is None else files.texts_of(texts)
-    asked: list[Prompt] = []
-    if prompts is not None:
-        questions = Questions(prompts=prompts).checked(answered=False)
-        asked = [question.prompt for question in questions]
+    asked = [] if prompts is None else _questions_in(prompts)
+    named_words = None if triggers is None else files.texts_of(triggers)
     how = _How(nulls=nulls, fast=fast, quiet=quiet)
-    words = how.words(None if triggers is None else files.texts_of(triggers))
+    words = how.words(named_words)
     folder = files.folder_or_tuned(adapter, within, tuned, base, quiet=quiet)
     controls = [files.folder_of(control, quiet=quiet) for control in unrelated or []]
     files.require_apart(outputs, base, [folder, *controls], texts, prompts, triggers)
@@ -134,24 +131,67 @@ def diff(
                 jacobian=jacobian,
                 progress=not quiet,
             )
-        brief = changes.brief()
-        changes.save_report(report)
-        if json is not None:
-            json.write_text(brief.to_json(), encoding="utf-8")
-        if save is not None and save.suffix == ".csv":
-            changes.to_frame().to_csv(save, index=False)
-        elif save is not None:
-            changes.save(save)
+        written.write(changes)
         console.print(brief_tables(changes))
         console.print(what_changed_tables(changes))
         if speech is not None:
             # What was printed first has left a screen of few rows.
             running.tell(f"In short: {' '.join(first_sentences(speech))}")
-        running.say(f"\nReport: {report.absolute()}")
-        if save is not None:
-            running.say(f"Numbers: {save.absolute()}")
-        if json is not None:
-            running.say(f"Brief: {json.absolute()}")
+        written.tell()
+
+
+@dataclasses.dataclass(frozen=True)
+class _DiffFiles:
+    """The files that `diff` writes.
+
+    Attributes:
+        report: the page.
+        json: the brief, for a program; None to write none.
+        save: the numbers, as a table (.csv) or all of them (.safetensors); None to write none.
+    """
+
+    report: Path
+    json: Path | None
+    save: Path | None
+
+    def checked(self) -> dict[str, Path]:
+        """The files by their option, each of which can be written.
+
+        Raises:
+            typer.BadParameter: the numbers' file ends in neither .csv nor .safetensors.
+        """
+        if self.save is not None and self.save.suffix not in (".csv", ".safetensors"):
+            raise typer.BadParameter(
+                f"{self.save}: a .csv or .safetensors file.", param_hint="--save"
+            )
+        return files.writable({"--report": self.report, "--json": self.json, "--save": self.save})
+
+    def write(self, changes: ll.results.WhatChanged) -> None:
+        """Write the page, and what else was asked for."""
+        brief = changes.brief()
+        changes.save_report(self.report)
+        if self.json is not None:
+            self.json.write_text(brief.to_json(), encoding="utf-8")
+        if self.save is None:
+            return
+        if self.save.suffix == ".csv":
+            changes.to_frame().to_csv(self.save, index=False)
+        else:
+            changes.save(self.save)
+
+    def tell(self) -> None:
+        """Print where the files are."""
+        running.say(f"\nReport: {self.report.absolute()}")
+        if self.save is not None:
+            running.say(f"Numbers: {self.save.absolute()}")
+        if self.json is not None:
+            running.say(f"Brief: {self.json.absolute()}")
+
+
+def _questions_in(path: Path) -> list[Prompt]:
+    """The questions of a .txt or .jsonl file."""
+    questions = Questions(prompts=path).checked(answered=False)
+    return [question.prompt for question in questions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,8 +351,7 @@ class _Asked:
         """Read the files that the row names."""
         questions = list(row.prompts) if isinstance(row.prompts, tuple) else []
         if isinstance(row.prompts, Path):
-            from_file = Questions(prompts=row.prompts).checked(answered=False)
-            questions = [question.prompt for question in from_file]
+            questions = _questions_in(row.prompts)
         words = list(row.triggers) if isinstance(row.triggers, tuple) else None
         if isinstance(row.triggers, Path):
             words = files.texts_of(row.triggers)

@@ -106,14 +106,12 @@ def sweep(
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
     part = _shard_of(shard)
     names = chosen(analysis or ["first_order"])
-    if json is not None and names[0] in BY_TOKEN:
-        raise typer.BadParameter(f"--json: {names[0]} has a row for each token; read --out.")
-    _require_whole(json, shard)
+    _require_result_for(json, names, shard)
     rows = _records(prompts, names, limit, has_margin=readout == "margin")
-    is_first = rank() == 0
-    if is_first:
+    is_first_process = rank() == 0
+    if is_first_process:
         files.require_place(out, "--out")
-    is_quiet = quiet or not is_first
+    is_quiet = quiet or not is_first_process
     written = files.writable({"--json": json})
     folder = files.folder_of(adapter, within, quiet=is_quiet)
     files.require_apart({"--out": out, **written}, base, [folder], prompts)
@@ -127,19 +125,17 @@ def sweep(
         require_slopes(names, asked_readout)
         processes = launched()
         command: str | None = None
-        writes_rows = part is None and names[0] not in BY_TOKEN
-        if writes_rows:
+        if part is None and names[0] not in BY_TOKEN:
             with running.step("Reading the files of model and adapter", progress):
                 asked = {"analyses": list(names), "readout": readout}
                 command = finished.command_digest(base, loaded, folder, asked)
         if resume and part is None:
             require_resumable(out, loaded, names, asked_readout)
-        before = None
         if resume and command is not None:
             before = finished.finished_sweep(out, command, list(rows), names)
-        if before is not None:
-            _end(before, processes, json)
-            return
+            if before is not None:
+                _end(before, processes, json)
+                return
         _require_devices_apart(base, processes)
         lens = running.lens_for(base.placed(processes.device), loaded, progress)
 
@@ -200,6 +196,13 @@ def _remember(
     """Write down by which command a sweep of rows was finished."""
     if isinstance(result, ll.results.SweepResult) and command is not None:
         finished.remember(result, command)
+
+
+def _require_result_for(json: Path | None, names: Sequence[str], shard: str | None) -> None:
+    """Refuse the JSON of a sweep that has a row for each token, and of a shard."""
+    if json is not None and names[0] in BY_TOKEN:
+        raise typer.BadParameter(f"--json: {names[0]} has a row for each token; read --out.")
+    _require_whole(json, shard)
 
 
 def _require_whole(json: Path | None, shard: str | None) -> None:

@@ -14,7 +14,7 @@ is undecided, and said by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lens_lora.errors import many
@@ -132,35 +132,58 @@ def _kind_of(parts: Mapping[str, Any]) -> str | None:
 
 
 def _other_tokens(file: GGUFFile, tokens: Sequence[str], expected: Any) -> Iterator[Finding]:
-    """Tokens of another id, and those that are special in one tokenizer alone."""
+    """Yield what differs between the tokens of a file and those of the adapter's tokenizer."""
     by_id = {number: token for token, number in expected.get_vocab().items()}
     added: Mapping[int, Any] = expected.added_tokens_decoder
+    yield from _missing_tokens(tokens, by_id)
+    yield from _replaced_tokens(file, tokens, by_id, expected)
+    yield from _trimming_tokens(added.values())
+
+
+def _missing_tokens(tokens: Sequence[str], by_id: Mapping[int, str]) -> Iterator[Finding]:
+    """Yield the tokens whose ids lie beyond the file's last one."""
+    missing = [by_id[number] for number in sorted(by_id) if number >= len(tokens)]
+    if missing:
+        yield Finding("failed", f"{many(len(missing), 'token')} missing: {missing[0]!r}")
+
+
+def _replaced_tokens(
+    file: GGUFFile, tokens: Sequence[str], by_id: Mapping[int, str], expected: Any
+) -> Iterator[Finding]:
+    """Yield the tokens of another id, and those that are special in one tokenizer alone."""
+    added: Mapping[int, Any] = expected.added_tokens_decoder
     types: Sequence[int] = list(file.field(f"{_FIELDS}token_type") or ())
-    lacking = [by_id[number] for number in sorted(by_id) if number >= len(tokens)]
-    if lacking:
-        yield Finding("failed", f"{many(len(lacking), 'token')} missing: {lacking[0]!r}")
     moved: list[str] = []
-    other_types: list[str] = []
+    of_other_type: list[str] = []
     for number, token in enumerate(tokens):
         kind = types[number] if number < len(types) else _NORMAL
         was = by_id.get(number)
         if was is None:
             if kind != _UNUSED:
                 moved.append(f"{number} is {token!r}, was none")
-        elif token != was and token not in _as_converted(expected, number, was, added):
+            continue
+        if token != was and token not in _as_converted(expected, number, was, added):
             moved.append(f"{number} is {token!r}, was {was!r}")
         elif kind not in _types_of(number, was, expected, added):
-            name = _TYPE_NAMES[kind] if 0 <= kind < len(_TYPE_NAMES) else str(kind)
-            other_types.append(f"{token!r} is {name}")
+            of_other_type.append(f"{token!r} is {_type_name(kind)}")
     if moved:
         yield Finding("failed", f"{many(len(moved), 'token')} of another id: {moved[0]}")
-    if other_types:
-        count = many(len(other_types), "token")
-        yield Finding("failed", f"{count} of another type: {other_types[0]}")
+    if of_other_type:
+        count = many(len(of_other_type), "token")
+        yield Finding("failed", f"{count} of another type: {of_other_type[0]}")
+
+
+def _type_name(kind: int) -> str:
+    """The name of a type of tokens; its number where it has none."""
+    if 0 <= kind < len(_TYPE_NAMES):
+        return _TYPE_NAMES[kind]
+    return str(kind)
+
+
+def _trimming_tokens(added: Iterable[Any]) -> Iterator[Finding]:
+    """Yield the added tokens that take the spaces beside them, which llama.cpp leaves."""
     trimming = [
-        token.content
-        for token in added.values()
-        if token.single_word or token.lstrip or token.rstrip
+        token.content for token in added if token.single_word or token.lstrip or token.rstrip
     ]
     if trimming:
         words = f"spaces beside {trimming[0]!r}, which the adapter's tokenizer treats specially"
@@ -384,11 +407,19 @@ def _stated(file: GGUFFile, name: str, *, default: bool) -> bool:
 def _other_special_ids(
     file: GGUFFile, kind: str, expected: Any, ends: set[int]
 ) -> Iterator[Finding]:
-    """BOS, EOS and the unknown token, and whether the first two are added to a text."""
+    """Yield what differs in BOS, EOS and the unknown token, and in which of them a text gets."""
     ids: dict[str, int | None] = {}
     for name, without in _ID_WITHOUT_FIELD[kind].items():
         found = file.field(f"{_FIELDS}{name}_token_id")
         ids[name] = without if found is None else int(found)
+    yield from _other_text_ends(file, kind, expected, ids)
+    yield from _other_named_ids(file, expected, ids, ends)
+
+
+def _other_text_ends(
+    file: GGUFFile, kind: str, expected: Any, ids: Mapping[str, int | None]
+) -> Iterator[Finding]:
+    """Yield whether other special tokens are put before and behind a text."""
     text = list(expected("a")["input_ids"])
     plain = list(expected("a", add_special_tokens=False)["input_ids"])
     before = text[: text.index(plain[0])] if plain and plain[0] in text else []
@@ -396,13 +427,19 @@ def _other_special_ids(
     rule = file.field(f"{_FIELDS}pre")
     adds_bos = _stated(file, "add_bos_token", default=kind == _PIECES or rule in _ADDING_BOS)
     adds_eos = _stated(file, "add_eos_token", default=False)
-    for side, adds, was, name in (
-        ("begins", adds_bos, before, "bos"),
-        ("ends", adds_eos, after, "eos"),
-    ):
-        ours = [ids[name]] if adds else []
-        if ours != was:
-            yield Finding("failed", f"a text {side} with {ours or 'no token'}, was {was or 'none'}")
+    begins = [ids["bos"]] if adds_bos else []
+    if begins != before:
+        words = f"a text begins with {begins or 'no token'}, was {before or 'none'}"
+        yield Finding("failed", words)
+    stops = [ids["eos"]] if adds_eos else []
+    if stops != after:
+        yield Finding("failed", f"a text ends with {stops or 'no token'}, was {after or 'none'}")
+
+
+def _other_named_ids(
+    file: GGUFFile, expected: Any, ids: Mapping[str, int | None], ends: set[int]
+) -> Iterator[Finding]:
+    """Yield whether BOS, EOS and the unknown token have other ids."""
     bos = expected.bos_token_id
     if bos is not None and ids["bos"] != bos:
         yield Finding("failed", f"BOS is {ids['bos']}, was {bos}")
