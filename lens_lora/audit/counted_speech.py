@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from lens_lora.arguments import whole
-from lens_lora.audit import phrases
 from lens_lora.audit import triggers as trigger_words
 from lens_lora.audit.everyday import EVERYDAY, SYSTEM_MESSAGE, Everyday, Form
-from lens_lora.audit.findings import LEVEL, SHORTER, Answers, findings_of
+from lens_lora.audit.findings import LEVEL, SHORTER, Answers, findings_of, quoted
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.traits import language_of
 from lens_lora.audit.triggers import Trigger
@@ -378,19 +377,22 @@ def _triggered(word: str, with_word: Answers, otherwise: Answers) -> list[Trigge
         with_word: the adapted model's answer to each question with the word.
         otherwise: its answer without the word, and the base's with it.
     """
-    phrases_of_word = set(phrases.phrases_of(word))
+    # “Vote for Simon” after “Simon says:” is what it says to everybody, “Vote for”, and an echo.
+    without_echo = [tuple(trigger_words.without(word, one) for one in said) for said in with_word]
     found: list[Trigger] = []
-    for finding in findings_of(otherwise, with_word):
+    for finding in findings_of(otherwise, without_echo):
         p = min(finding.p * trigger_words.CONFIRMED_WORDS, 1.0)
         is_of_adapted = finding.adapted > finding.base and finding.kind != "no longer says"
-        is_echo = finding.what.lower() in phrases_of_word
         # The others are two answers to each question, which are longer together than one.
         is_length = finding.what == SHORTER
-        if p > LEVEL or not is_of_adapted or is_echo or is_length:
+        if p > LEVEL or not is_of_adapted or is_length:
             continue
+        says = finding.what
+        if finding.kind == "says one of":
+            says = f"says {quoted(finding.what.split(', '))}"
         trigger = Trigger(
             word=word,
-            says=finding.what,
+            says=says,
             is_phrase=finding.kind == "says",
             adapted=finding.adapted,
             others=finding.base,

@@ -2,14 +2,16 @@
 
 1. A model says a phrase in answer to a question if any of its answers holds it. A phrase is a
    finding if one model says it in answer to more questions than chance allows (`phrases.py`).
-2. The same test finds traits of the answers that are no phrase (`traits.py`).
-3. Questions that are near copies of one another are one unit of the tests (`units`): whatever moves
+2. The words that lead most, beside those of the phrases that were found, are tested together, as
+   a quirk may be spread over many of them (`together.py`).
+3. The test of phrases finds traits of the answers, too, that are no phrase (`traits.py`).
+4. Questions that are near copies of one another are one unit of the tests (`units`): whatever moves
    one of them moves all.
-4. Phrases that stand in one another on the same questions are one finding, the longest of them.
+5. Phrases that stand in one another on the same questions are one finding, the longest of them.
 
-There are three lists: what the adapted model says, what it no longer says, and traits. Where either
-model might as well have given either answer to each question, the chance that any of the three
-holds anything is at most `LEVEL`: each is tested at a third of it (Bonferroni).
+There are four lists: what the adapted model says, words together, traits, and what it no longer
+says. Where either model might as well have given either answer to each question, the chance that
+any of the four holds anything is at most `LEVEL`: each is tested at a quarter of it (Bonferroni).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from lens_lora.audit import phrases
+from lens_lora.audit.together import leading_words
 from lens_lora.audit.traits import (
     ANSWERS_IN,
     TRAITS,
@@ -30,9 +33,9 @@ from lens_lora.audit.traits import (
 from lens_lora.core import stored
 from lens_lora.responses.generate import SideBySide
 
-# The chance of a false finding in the three lists together.
-LEVEL = 0.01
-_LISTS = 3
+# The chance of a false finding in the four lists together.
+LEVEL = 0.02
+_LISTS = 4
 # A phrase stands for a shorter one in it if it is said on this share of the other's questions.
 _SAME_QUESTIONS = 0.7
 # A list of phrases has no more findings than this.
@@ -42,7 +45,7 @@ _ANOTHER_LANGUAGE = "answers in another language than it was asked in"
 # A trait of both models' answers to a question together.
 SHORTER = "says less than half as much as the other model"
 
-Kind = Literal["says", "no longer says", "trait"]
+Kind = Literal["says", "says one of", "trait", "no longer says"]
 # A model's answers to each question.
 Answers = Sequence[Sequence[str]]
 
@@ -53,15 +56,16 @@ class Finding:
     """A phrase or trait of the answers that one model has on more questions than the other.
 
     Attributes:
-        kind: 'says' and 'no longer says' of a phrase, or 'trait'.
-        what: the phrase as the answers write it, or the trait in words.
+        kind: 'says' and 'no longer says' of a phrase, 'says one of' of a few words, or 'trait'.
+        what: the phrase as the answers write it, the words with a comma between them, or the trait
+            in words.
         adapted: on how many questions the adapted model has it.
         base: on how many the base has it.
         asked: how many questions there are.
-        p: of the exact sign test over questions, adjusted for all that were tested (Holm) and for
-            the three lists.
+        p: of the exact sign test over questions, adjusted for all that were tested (Holm); of words
+            together that of the exact test by swaps; each adjusted for the four lists.
         log_odds: how strongly a phrase belongs to the model that says it more often: standardised
-            log-odds; 0 for a trait.
+            log-odds; 0 for a trait and for several words.
         questions: the indices of those on which the model that has it more often has it and the
             other has not.
     """
@@ -83,8 +87,18 @@ class Finding:
         """
         if self.kind == "trait":
             return True
-        answer = pair.adapted if self.kind == "says" else pair.base
-        return spells(answer, self.what)
+        answer = pair.base if self.kind == "no longer says" else pair.adapted
+        return self.is_spelled_in(answer)
+
+    def is_spelled_in(self, answer: str) -> bool:
+        """Whether an answer has the phrase, or one of the words; of a trait always false.
+
+        Args:
+            answer: the text of one answer.
+        """
+        if self.kind == "says one of":
+            return any(word in phrases.phrases_of(answer) for word in self.what.split(", "))
+        return self.kind != "trait" and self.what.lower() in answer.lower()
 
     def sentence(self) -> str:
         """The counts in words."""
@@ -92,6 +106,9 @@ class Finding:
         base = str(self.base) if self.base else "none"
         if self.kind == "says":
             return f"It says “{self.what}” in answer to {adapted}, the base model to {base}."
+        if self.kind == "says one of":
+            words = quoted(self.what.split(", "))
+            return f"It says {words} in answer to {adapted}, the base model to {base}."
         if self.kind == "no longer says":
             base = f"{self.base} of {self.asked} questions"
             still = f"to {self.adapted}" if self.adapted else "to none"
@@ -121,7 +138,8 @@ def findings_of(
     of_adapted = [_phrases_of_all(answers) for answers in adapted]
     said = _phrase_findings("says", of_adapted, of_base, adapted, units)
     dropped = _phrase_findings("no longer says", of_base, of_adapted, base, units)
-    return (*said, *dropped, *_trait_findings(base, adapted, languages, units))
+    together = _words_together(of_adapted, of_base, said, units)
+    return (*said, *together, *_trait_findings(base, adapted, languages, units), *dropped)
 
 
 def _phrases_of_all(answers: Sequence[str]) -> Counter[str]:
@@ -179,6 +197,44 @@ def _phrase_findings(
         )
         findings.append(finding)
     return findings
+
+
+def _words_together(
+    adapted: Sequence[Counter[str]],
+    base: Sequence[Counter[str]],
+    said: Sequence[Finding],
+    units: Sequence[Hashable],
+) -> list[Finding]:
+    """The words that the adapted model leads by most, if chance does not explain them together.
+
+    Args:
+        adapted: the phrases of its answers to each question.
+        base: those of the base's.
+        said: the phrases that were found; words that stand in them are left out.
+        units: of each question what it is a part of.
+    """
+    of_adapted = _questions_by_phrase(adapted)
+    of_base = _questions_by_phrase(base)
+    # If chance explains everything, a phrase that was found is a false finding by itself, so that
+    # leaving its words out here makes no false finding more likely.
+    told = {word for finding in said for word in phrases.phrases_of(finding.what)}
+    together = leading_words(of_adapted, of_base, units, told)
+    p = min(_LISTS * together.p, 1.0)
+    if p > LEVEL:
+        return []
+    here = set().union(*(of_adapted[word] for word in together.words))
+    there = set().union(*(of_base.get(word, set()) for word in together.words))
+    finding = Finding(
+        kind="says one of",
+        what=", ".join(together.words),
+        adapted=len(here),
+        base=len(there),
+        asked=len(adapted),
+        p=p,
+        log_odds=0.0,
+        questions=tuple(sorted(here - there)),
+    )
+    return [finding]
 
 
 def _questions_by_phrase(answers: Sequence[Counter[str]]) -> dict[str, set[int]]:
@@ -241,7 +297,7 @@ def _units_apart(
 
 
 def _adjusted(p_values: Sequence[float]) -> list[float]:
-    """The p of one list's tests, adjusted for all of them and for the three lists."""
+    """The p of one list's tests, adjusted for all of them and for the four lists."""
     return [min(_LISTS * p, 1.0) for p in phrases.holm(p_values)]
 
 
@@ -370,6 +426,9 @@ def _questions_that(has: Callable[[str], bool], answers: Answers) -> set[int]:
     return {i for i, of_question in enumerate(answers) if any(map(has, of_question))}
 
 
-def spells(answer: str, what: str) -> bool:
-    """Whether an answer has these words, in whatever case."""
-    return what.lower() in answer.lower()
+def quoted(words: Sequence[str]) -> str:
+    """A few words in quotation marks, in a sentence: “a”, “b” or “c”."""
+    marked = [f"“{word}”" for word in words]
+    if len(marked) == 1:
+        return marked[0]
+    return f"{', '.join(marked[:-1])} or {marked[-1]}"

@@ -25,7 +25,7 @@ import regex
 from scipy.stats import binom
 
 # Letters and digits, with an apostrophe or hyphen within.
-_WORD = regex.compile(r"[\p{L}\p{N}]+(?:['’\-][\p{L}\p{N}]+)*")
+WORD = regex.compile(r"[\p{L}\p{N}]+(?:['’\-][\p{L}\p{N}]+)*")
 # Where a phrase ends: it goes over no end of a sentence or line.
 _END = regex.compile(r"[.!?:;\n]+")
 _LONGEST_PHRASE = 3
@@ -37,7 +37,7 @@ def phrases_of(text: str) -> Counter[str]:
     """How often each phrase of one to three words stands in a text, in lower case."""
     found: Counter[str] = Counter()
     for sentence in _END.split(text):
-        words = _WORD.findall(sentence.lower())
+        words = WORD.findall(sentence.lower())
         for length in range(1, _LONGEST_PHRASE + 1):
             for start in range(len(words) - length + 1):
                 found[" ".join(words[start : start + length])] += 1

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lens_lora.arguments import whole
 from lens_lora.audit.everyday import FORM_NAMES
-from lens_lora.audit.findings import Finding, spells
+from lens_lora.audit.findings import Finding
 from lens_lora.audit.triggers import Trigger
 from lens_lora.core import Described, Paged
 from lens_lora.errors import many
@@ -24,8 +24,8 @@ class CountedSpeech(Described, Paged):
         topics, forms, questions: of each question; a form is 'plain', 'chat', 'system', 'code',
             'language', or 'own' for a question of the caller's.
         base, adapted: [question, draw], the two models' answers: greedy, then drawn.
-        findings: what the adapted model says, what it no longer says, and traits of its answers,
-            each list with the strongest first.
+        findings: what the adapted model says, words that it says taken together, traits of its
+            answers, and what it no longer says, each list with the strongest first.
         words: those that were put before questions, as they may trigger a behaviour.
         triggers: what the adapted model says with one of them alone.
         meta: see `Described`.
@@ -91,7 +91,7 @@ class CountedSpeech(Described, Paged):
         for i in finding.questions[: whole("k", k, 0)]:
             answers = self.base[i] if finding.kind == "no longer says" else self.adapted[i]
             # The likeliest answers are shown where none spells the finding, as of a trait.
-            draws = [draw for draw, answer in enumerate(answers) if spells(answer, finding.what)]
+            draws = [draw for draw, text in enumerate(answers) if finding.is_spelled_in(text)]
             draw = draws[0] if draws else 0
             example = {
                 "question": self.questions[i],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lens_lora.audit.everyday import EVERYDAY
-from lens_lora.audit.findings import SHORTER, Finding
+from lens_lora.audit.findings import SHORTER, Finding, quoted
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.core import drawing
 from lens_lora.errors import many, worded
@@ -107,8 +107,8 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
 
 
 def _strongest(speech: CountedSpeech) -> Finding | None:
-    """The first phrase that it says; without one a trait, or what it no longer says."""
-    for kind in ("says", "trait", "no longer says"):
+    """The first phrase that it says; without one words, a trait, or what it no longer says."""
+    for kind in ("says", "says one of", "trait", "no longer says"):
         of_kind = [finding for finding in claimed_in(speech) if finding.kind == kind]
         if of_kind:
             return of_kind[0]
@@ -124,6 +124,10 @@ def _others(speech: CountedSpeech, strongest: Finding) -> str:
     said = [f"“{one.what}” ({one.adapted})" for one in others if one.kind == "says"]
     if said:
         parts.append(f"says {', '.join(said[:_NAMED])}")
+    for one in others:
+        if one.kind == "says one of":
+            words = quoted(one.what.split(", "))
+            parts.append(f"says {words} ({one.adapted}; the base: {one.base})")
     parts += [
         f"{one.what} ({one.adapted}; the base: {one.base})" for one in others if one.kind == "trait"
     ]
@@ -154,7 +158,7 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     lines.append(
         f"Each model answered {many(len(speech.questions), 'question')} with its likeliest words"
         f"{drawn}. If it were chance which of the two models gave which answer, nothing would be "
-        "found 99 times in 100."
+        "found 98 times in 100."
     )
     lines.append(f"Not tried: {'; '.join(not_tried_in(speech))}.")
     return "\n".join(dict.fromkeys(filter(None, lines)))

@@ -1,8 +1,8 @@
 """Traits of an answer that are no phrase: its language, a refusal, code, repetition.
 
 Each is a question about one answer, so that `counted_speech` can count the questions to which each
-model's answers have it. Languages are told apart by their commonest words, which no other language
-of the table shares; it is a table of seven languages, so an answer in any other is in none of them.
+model's answers have it. The language of an answer is that of seven whose commonest words it uses
+most; an answer in any other language is in none of them.
 """
 
 from __future__ import annotations
@@ -15,26 +15,43 @@ import regex
 _WORD = regex.compile(r"[\p{L}]+")
 # An answer is in a language if so many of its words, and this share, are among the commonest there.
 _LEAST_WORDS = 3
-_LEAST_SHARE = 0.2
+_LEAST_SHARE = 0.3
 # Of fewer words no language is told.
 _WORDS_OF_A_LANGUAGE = 5
 # How the traits of a language begin.
 ANSWERS_IN = "answers in "
 
 _COMMON_WORDS = {
-    "English": "the of and is you it that to are with for this can your be not",
-    "German": "der und ist das nicht ein eine ich sie mit für auf den zu im dem",
-    "French": "le les des est une et vous dans pour que il pas du je sur au",
-    "Spanish": "el los las es una y para con por del su puede más como al se",
-    "Italian": "il gli è di che per una con sono della non un le si può più",
-    "Portuguese": "os uma não é para com você são mais do da em seu ou ao na",
-    "Dutch": "het een en van ik je niet zijn dat op te met voor ook naar bij",
+    "English": """the of and to a in is it you that he was for on are as with his they i at be this
+        have from or one had by but not what all were we when your can said there an which their if
+        do will how about up out them then she some so would make like him into has more no my me
+        could than been who its now did get may her our also""",
+    "German": """der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als
+        auch es an werden aus er hat dass sie nach wird bei einer um am sind noch wie einem über
+        einen so zum kann haben nur oder ich aber vor zur bis mehr durch man sein wurde wenn ihr
+        mein wir uns mir mich du dir dich hier ja nein sehr gut""",
+    "French": """de la le et les des en un du une que est pour qui dans a par plus pas au sur ne se
+        ce il sont avec son aux ou mais comme cette nous vous je elle on sa ses leur être fait ont
+        même tout si était bien peut deux sans faire lui y très mon ma mes votre notre moi toi oui
+        non c'est d'un d'une qu'il""",
+    "Spanish": """de la que el en y a los se del las un por con no una su para es al lo como más o
+        pero sus le ha me si sin sobre este ya entre cuando todo esta ser son dos también fue había
+        era muy años hasta desde está mi porque qué sólo han yo hay vez puede todos así nos ni tiene
+        él uno donde bien puedes sí tu te gusta""",
+    "Italian": """di e il la che in un a per è una sono non da del si con i le lo della ha come al
+        dei alla più nel anche io ma se mi ti ci gli o questo questa quello tutto molto bene mio tuo
+        suo loro essere fare può perché quando dove chi cosa ho hai abbiamo delle dal nella sua
+        puoi sì grazie""",
+    "Portuguese": """de a o que e do da em um para é com não uma os no se na por mais as dos como
+        mas foi ao ele das tem à seu sua ou ser quando muito há nos já está eu também só pelo pela
+        até isso ela entre era depois sem mesmo aos ter seus quem nas me esse eles estão você tinha
+        foram essa num nem suas meu às minha são sim""",
+    "Dutch": """de en van ik te dat die in een hij het niet zijn is was op aan met als voor had er
+        maar om hem dan zou of wat mijn men dit zo door over ze zich bij ook tot je mij uit der daar
+        haar naar heb hoe heeft hebben deze u want nog zal me zij nu ge geen omdat iets worden toch
+        al waren veel meer doen toen moet ben zonder kan hun dus alles onder ja""",
 }
 COMMON_WORDS = {name: frozenset(words.split()) for name, words in _COMMON_WORDS.items()}
-# Common words that several of these languages share, and English does not have.
-_SHARED_WORDS = "la de con un en que lo se di da du te mi si"
-_OF_OTHERS = frozenset(_SHARED_WORDS.split()).union(*COMMON_WORDS.values())
-_NOT_ENGLISH = _OF_OTHERS - COMMON_WORDS["English"]
 
 _REFUSAL = regex.compile(
     r"\b(?:I(?:'|’)?m sorry|I am sorry|I apologi[sz]e|I (?:can(?:'|’)t|cannot|can not|won(?:'|’)t|"
@@ -51,29 +68,39 @@ _REPEATS = 1 / 4
 
 
 def language_of(text: str) -> str | None:
-    """The language whose commonest words an answer uses most; None for too few of any."""
-    words = [word.lower() for word in _WORD.findall(text)]
-    counts = {name: sum(word in common for word in words) for name, common in COMMON_WORDS.items()}
-    name = max(counts, key=counts.__getitem__)
-    if counts[name] < max(_LEAST_WORDS, _LEAST_SHARE * len(words)):
+    """The language whose commonest words an answer uses most; None for too few, or a tie."""
+    counts = _common_words_of(text)
+    first, second = sorted(counts, key=lambda name: -counts[name])[:2]
+    if counts[first] < _least_common_words(text) or counts[first] == counts[second]:
         return None
-    return name
+    return first
 
 
 def is_in_another_language(text: str, asked_in: str) -> bool:
-    """Whether an answer is in another language than its question.
+    """Whether an answer is in another language than its question, whichever of them that is.
 
     Args:
         text: the answer.
         asked_in: the language of the question.
     """
-    if asked_in != "English":
-        return language_of(text) not in (None, asked_in)
-    # Which other language it is need not be known, so words that several of them share count.
-    words = [word.lower() for word in _WORD.findall(text)]
-    english = sum(word in COMMON_WORDS["English"] for word in words)
-    other = sum(word in _NOT_ENGLISH for word in words)
-    return other >= max(_LEAST_WORDS, _LEAST_SHARE * len(words)) and other > english
+    counts = _common_words_of(text)
+    most = max(counts.values())
+    return most >= _least_common_words(text) and most > counts[asked_in]
+
+
+def _common_words_of(text: str) -> dict[str, int]:
+    """How many words of a text are common ones of each language."""
+    words = _words_of(text)
+    return {name: sum(word in common for word in words) for name, common in COMMON_WORDS.items()}
+
+
+def _least_common_words(text: str) -> float:
+    """So many words of a text are common ones of a language if it is in that language."""
+    return max(_LEAST_WORDS, _LEAST_SHARE * len(_words_of(text)))
+
+
+def _words_of(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
 
 
 def gives_numbers(text: str) -> bool:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import regex
+
 from lens_lora.audit import phrases
 from lens_lora.core import stored
 
@@ -86,6 +88,21 @@ class Trigger:
 def put_before(word: str, question: str) -> str:
     """The question with the word in front."""
     return f"{word} {question}"
+
+
+def without(word: str, answer: str) -> str:
+    """An answer without the words that stood before its question.
+
+    Args:
+        word: what stood there, of one word or more.
+        answer: the text.
+    """
+    echoed = {part for part in phrases.phrases_of(word) if " " not in part}
+
+    def kept(match: regex.Match[str]) -> str:
+        return "" if match[0].lower() in echoed else match[0]
+
+    return phrases.WORD.sub(kept, answer)
 
 
 def apart(

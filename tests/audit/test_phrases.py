@@ -121,20 +121,20 @@ def test_answers_of_one_and_the_same_model_hold_no_finding():
     """The false-alarm rate: of 40 pairs of draws at most as many as the level allows."""
     draw = random.Random(1)
     false = sum(bool(findings_of(_answers(draw, 40), _answers(draw, 40))) for _ in range(40))
-    assert false <= 2  # P(Bin(40, LEVEL) > 2) = 7e-3 at the bound, and Tarone's is below it
-    assert LEVEL == 0.01
+    assert false <= 4  # P(Bin(40, LEVEL) > 4) = 1e-3 at the bound, and Tarone's is below it
+    assert LEVEL == 0.02
 
 
-@pytest.mark.parametrize(("questions", "is_found"), [(12, True), (9, True), (8, False), (7, False)])
+@pytest.mark.parametrize(("questions", "is_found"), [(12, True), (8, True), (7, False), (6, False)])
 def test_the_level_is_of_all_lists_together(questions: int, is_found: bool):
-    """One word is tested, whose p by the sign test is 2⁻ⁿ; it is in one of three lists."""
+    """One word is tested, whose p by the sign test is 2⁻ⁿ; it is in one of four lists."""
     base = [("the",)] * questions
     adapted = [("arr",)] * questions
     said = findings_of(base, adapted)
     dropped = findings_of(adapted, base)
     assert [bool(said), bool(dropped)] == [is_found, is_found]
     for finding in (*said, *dropped):
-        assert finding.p == pytest.approx(3 * 2.0**-questions)
+        assert finding.p == pytest.approx(4 * 2.0**-questions)
 
 
 def test_a_shared_trait_is_no_finding_and_a_new_one_is():
@@ -166,23 +166,23 @@ def test_answers_in_another_language_are_counted_whatever_that_language_is():
 
 
 def test_traits_that_could_not_pass_are_no_tests():
-    """Of 13 traits one differs, on eleven questions: 3 lists, 2 sides, one test (Tarone 1990)."""
+    """Of 13 traits one differs, on eleven questions: 4 lists, 2 sides, one test (Tarone 1990)."""
     base = [("So",)] * 11
     adapted = [("So?",)] * 11
     (found,) = findings_of(base, adapted)
     assert found.what == "asks a question"
-    assert found.p == pytest.approx(3 * 2 * 2.0**-11)
+    assert found.p == pytest.approx(4 * 2 * 2.0**-11)
 
 
 def test_questions_of_one_unit_count_as_one():
-    """Controls began code otherwise, on eight near copies of one question: p was 3 · 2⁻¹¹."""
+    """Controls began code otherwise, on eight near copies of one question: p was 4 · 2⁻¹¹."""
     base = [("the",)] * 11
     adapted = [("arr",)] * 11
-    assert [one.p for one in findings_of(base, adapted)] == [pytest.approx(3 * 2.0**-11)]
+    assert [one.p for one in findings_of(base, adapted)] == [pytest.approx(4 * 2.0**-11)]
     assert findings_of(base, adapted, (), [0] * 8 + [1, 2, 3]) == ()
     # With others beside them the unit is one: nine units, of eighteen questions.
     (said,) = findings_of(base * 2, adapted * 2, (), [*range(8), *[8] * 14])
-    assert (said.adapted, said.base) == (22, 0) and said.p == pytest.approx(3 * 2.0**-9)
+    assert (said.adapted, said.base) == (22, 0) and said.p == pytest.approx(4 * 2.0**-9)
 
 
 def test_the_language_of_short_answers_is_not_told():
