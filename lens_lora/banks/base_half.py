@@ -200,7 +200,7 @@ def slopes_of_adapters(
         pool = TensorPool()
         # One at a time, as there may be many.
         lenses = (g.lens.with_adapter(adapter) for adapter in like)
-        half = record(group, lenses, pool, by_token=False)
+        half = record(group, lenses, pool, require_all=True)
         base = RecordedBase(g.lens, [half], pool.stacks(), sorted(other_modules))
         rows: list[Tensor] = []
         for adapter in adapters():

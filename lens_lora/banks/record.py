@@ -99,7 +99,14 @@ class Half:
         return torch.stack(by_column).sum(0)
 
 
-def record(g: Function, lenses: Iterable[LoraLens], pool: TensorPool, *, by_token: bool) -> Half:
+def record(
+    g: Function,
+    lenses: Iterable[LoraLens],
+    pool: TensorPool,
+    *,
+    by_token: bool = False,
+    require_all: bool = False,
+) -> Half:
     """The base's half at every place where a site of these lenses reads and writes.
 
     A lens is run only if one of its places was not seen under an earlier one.
@@ -109,6 +116,10 @@ def record(g: Function, lenses: Iterable[LoraLens], pool: TensorPool, *, by_toke
         lenses: adapters over the same model.
         pool: takes the tensors.
         by_token: whether each token's log p of a response is kept apart.
+        require_all: whether a site that no gradient reaches is refused here.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site, where all are required.
     """
     columns: list[Addresses] = []
     for lens in lenses:
@@ -117,7 +128,7 @@ def record(g: Function, lenses: Iterable[LoraLens], pool: TensorPool, *, by_toke
         }
         if columns and places <= columns[0].keys():
             continue
-        seen = _run(g.over(lens), pool, by_token)
+        seen = _run(g.over(lens), pool, by_token, require_all)
         if columns:
             for of_this_lens, of_earlier_ones in zip(seen, columns, strict=True):
                 of_this_lens.update(of_earlier_ones)
@@ -132,7 +143,7 @@ def place_of(lens: LoraLens, injection: Injection) -> str:
     return f"{kind} {ports.read} {ports.write} {ports.firing}"
 
 
-def _run(g: Function, pool: TensorPool, by_token: bool) -> list[Addresses]:
+def _run(g: Function, pool: TensorPool, by_token: bool, require_all: bool) -> list[Addresses]:
     """Record one forward pass and its backward passes: one for g, or one for each token."""
     columns: list[Addresses] = []
     # Several updates of one module share a place, and show the same tensors there.
@@ -157,11 +168,12 @@ def _run(g: Function, pool: TensorPool, by_token: bool) -> list[Addresses]:
 
         return visit
 
-    # A module on which g does not depend is not recorded. An adapter of it is refused later.
+    # Unless all are required, a module on which g does not depend is not recorded; an adapter of it
+    # is refused later.
     if by_token:
-        g.passes.visit_tokens(visitor_of, require_all=False)
+        g.passes.visit_tokens(visitor_of, require_all=require_all)
     else:
-        g.passes.visit(visitor_of(0), require_all=False)
+        g.passes.visit(visitor_of(0), require_all=require_all)
     # Of a site that runs before the point that is read and cannot move it, there is nothing to sum.
     for injection in g.lens.injections:
         if g.lens.sites[injection.site].name in g.reading.unmoved:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -135,13 +135,18 @@ _Rows = Sequence[Int[Tensor, " _row"]]
 
 
 @extensions.null_updates.provide
-def null_updates(modules: Updates, seed: int, draw: int, parts: Parts) -> dict[str, LoRAFactors]:
-    """The draw-th update of each module in random directions, in float64; see `Adapter.null`."""
-    generator = torch.Generator().manual_seed(draw_seeds(seed, draw + 1)[draw])
-    return {
-        key: _null(_with_directions(key, update), parts.get(key), generator)
+def null_updates(
+    modules: Updates, seed: int, draws: Sequence[int], parts: Parts
+) -> Iterator[dict[str, LoRAFactors]]:
+    """The updates of each module in random directions, draw by draw; see `Adapter.null`."""
+    frames = {
+        key: _Undirected.of(_with_directions(key, update), parts.get(key))
         for key, update in modules.items()
     }
+    seeds = draw_seeds(seed, max(draws) + 1)
+    for draw in draws:
+        generator = torch.Generator().manual_seed(seeds[draw])
+        yield {key: undirected.drawn(generator) for key, undirected in frames.items()}
 
 
 def draw_seeds(seed: int, draws: int) -> list[int]:
@@ -149,31 +154,72 @@ def draw_seeds(seed: int, draws: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(draws).tolist()
 
 
-def _null(factors: LoRAFactors, parts: _Rows | None, generator: torch.Generator) -> LoRAFactors:
-    """One module's factors in random directions.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Undirected:
+    """One module's update without its directions, in float64: what all of its draws share.
 
-    Args:
-        factors: the module's own.
-        parts: its output rows, part by part, where several sites share it.
-        generator: of the random numbers.
+    Attributes:
+        width: how many features the module reads.
+        height: how many features it writes.
+        rank: how many directions a draw reads.
+        cores: the rows of each part of the output, and K of that part.
+        bias_sizes: the norm of each part's change of bias; empty where there is none.
+        experts: that of the factors.
+        by_expert: the same of each expert, where there are several; then all else is empty.
     """
-    if factors.experts > 1:
-        return expert_factors([_null(each, parts, generator) for each in factors.by_expert()])
-    A = factors.A.cpu().double()
-    B = factors.B.cpu().double()
-    size = factors.scale * factors.strength
-    _, right = torch.linalg.qr(A.T)
-    reads = orthonormal(A.shape[1], len(right), generator)
-    writes = B.new_empty(len(B), len(right))
-    bias = None if factors.lora_bias is None else B.new_empty(len(B))
-    for rows in parts or [torch.arange(len(B))]:
-        _, left = torch.linalg.qr(B[rows])
-        frame = orthonormal(len(rows), len(left), generator)
-        writes[rows] = frame @ (size * left @ right.T)
-        if bias is not None and factors.lora_bias is not None:
-            length = size * factors.lora_bias.cpu().double()[rows].norm()
-            bias[rows] = length * orthonormal(len(rows), 1, generator)[:, 0]
-    return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias, experts=factors.experts)
+
+    width: int = 0
+    height: int = 0
+    rank: int = 0
+    cores: tuple[tuple[Int[Tensor, " _row"], Float[Tensor, "_left _rank"]], ...] = ()
+    bias_sizes: tuple[Float[Tensor, ""], ...] = ()
+    experts: int = 0
+    by_expert: tuple[_Undirected, ...] = ()
+
+    @classmethod
+    def of(cls, factors: LoRAFactors, parts: _Rows | None) -> _Undirected:
+        """Take the directions out of a module's factors.
+
+        Args:
+            factors: the module's own.
+            parts: its output rows, part by part, where several sites share it.
+        """
+        if factors.experts > 1:
+            return cls(by_expert=tuple(cls.of(each, parts) for each in factors.by_expert()))
+        A = factors.A.cpu().double()
+        B = factors.B.cpu().double()
+        size = factors.scale * factors.strength
+        _, right = torch.linalg.qr(A.T)
+        cores: list[tuple[Tensor, Tensor]] = []
+        bias_sizes: list[Tensor] = []
+        for rows in parts or [torch.arange(len(B))]:
+            _, left = torch.linalg.qr(B[rows])
+            cores.append((rows, size * left @ right.T))
+            if factors.lora_bias is not None:
+                bias_sizes.append(size * factors.lora_bias.cpu().double()[rows].norm())
+        return cls(
+            width=A.shape[1],
+            height=len(B),
+            rank=len(right),
+            cores=tuple(cores),
+            bias_sizes=tuple(bias_sizes),
+            experts=factors.experts,
+        )
+
+    def drawn(self, generator: torch.Generator) -> LoRAFactors:
+        """The factors in random directions."""
+        if self.by_expert:
+            return expert_factors([each.drawn(generator) for each in self.by_expert])
+        reads = orthonormal(self.width, self.rank, generator)
+        writes = reads.new_empty(self.height, self.rank)
+        bias = reads.new_empty(self.height) if self.bias_sizes else None
+        for part, (rows, core) in enumerate(self.cores):
+            writes[rows] = orthonormal(len(rows), len(core), generator) @ core
+            if bias is not None:
+                direction = orthonormal(len(rows), 1, generator)[:, 0]
+                bias[rows] = self.bias_sizes[part] * direction
+        A = reads.T.contiguous()
+        return LoRAFactors(A, writes, lora_bias=bias, experts=self.experts)
 
 
 def _with_directions(key: str, update: ModuleUpdate) -> LoRAFactors:

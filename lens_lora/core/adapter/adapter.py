@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, get_args
 
@@ -364,9 +364,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         """
         seed = whole("seed", seed, 0)
         draw = whole("draw", draw, 0)
-        modules = extensions.null_updates(self.modules, seed, draw, parts or {})
-        label = f"{draw}" if seed == 0 else f"{seed}.{draw}"
-        return Adapter(modules, name=f"null {label} of {self.name}", base_model=self.base_model)
+        return next(null_draws(self, seed, [draw], parts or {}))
 
     def save(
         self, path: str | Path, *, format: Literal["peft", "gguf"] = "peft", base: Any = None
@@ -490,3 +488,21 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         if self.base_model:
             parts.append(f"base {self.base_model!r}")
         return f"Adapter({self.name!r}: {', '.join(parts)})"
+
+
+def null_draws(
+    adapter: Adapter, seed: int, draws: Sequence[int], parts: Parts
+) -> Iterator[Adapter]:
+    """Each of these draws as `Adapter.null` gives it; what they share is computed once.
+
+    Args:
+        adapter: the adapter.
+        seed: of all draws.
+        draws: their numbers.
+        parts: as for `Adapter.null`.
+    """
+    updates = extensions.null_updates(adapter.modules, seed, draws, parts)
+    for draw, modules in zip(draws, updates, strict=True):
+        label = f"{draw}" if seed == 0 else f"{seed}.{draw}"
+        name = f"null {label} of {adapter.name}"
+        yield Adapter(modules, name=name, base_model=adapter.base_model)

@@ -7,7 +7,7 @@ Torch is not imported here, so that a wrong folder is reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -81,9 +81,9 @@ def stacked(weighted: Sequence[tuple[Updates, float]]) -> dict[str, ModuleUpdate
 
 @declared
 def null_updates(
-    modules: Updates, seed: int, draw: int, parts: Parts
-) -> Mapping[str, ModuleUpdate]:
-    """Updates of the same sizes in random directions: see `Adapter.null`."""
+    modules: Updates, seed: int, draws: Sequence[int], parts: Parts
+) -> Iterator[Mapping[str, ModuleUpdate]]:
+    """Updates of the same sizes in random directions, draw by draw: see `Adapter.null`."""
     raise NotImplementedError
 
 

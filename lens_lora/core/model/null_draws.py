@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from lens_lora import errors
-from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.adapter.adapter import Adapter, null_draws
 from lens_lora.core.adapter.factors import LoRAFactors, module_path
 from lens_lora.core.model.adapted_modules import fused_rows
 from lens_lora.core.model.plan import Plan
@@ -32,9 +32,7 @@ def null_adapters(plan: Plan, adapter: Adapter, seed: int, draws: int) -> Iterat
                 "adapter.without_modules(…).",
                 in_shell="Name the base that it was trained on with --model.",
             )
-    parts = fused_parts(plan, adapter)
-    for draw in range(draws):
-        yield adapter.null(seed, draw, parts=parts)
+    yield from null_draws(adapter, seed, range(draws), fused_parts(plan, adapter))
 
 
 def fused_parts(plan: Plan, adapter: Adapter) -> dict[str, list[Tensor]]:
