@@ -54,7 +54,13 @@ from lens_lora.core import (
 )
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many, warn
 from lens_lora.hosts.given_base import note_of_names
-from lens_lora.runs.fingerprint import differences, digest, fingerprint, settings
+from lens_lora.runs.fingerprint import (
+    differences,
+    digest,
+    fingerprint,
+    hooks_in_words,
+    settings,
+)
 from lens_lora.runs.shards import Shard, folder_of_shards
 from lens_lora.runs.store import Store
 
@@ -373,8 +379,9 @@ def bank(
 ) -> Bank:
     """The base's half of first order, for any number of adapters of this model.
 
-    Cost: two forward passes and one backward for each readout (more where norms can change), by
-    token a backward pass for each. It holds what all modules read, and gradients.
+    Cost: one forward and one backward pass for each readout (more where norms can change); by token
+    a backward pass for each, and one more forward pass. It holds what all modules read, and
+    gradients.
 
     Args:
         model: a lens, of whatever adapter; or its HookedTransformer or TransformerBridge, raw or
@@ -436,8 +443,14 @@ def _recorded(
     response = g.response_tokens() if by_token else ()
     moving = _that_move(g, lenses)
     halves: list[Half] = []
+    base_of_groups: list[Tensor] = []
     for group in g.groups(graph=True):
-        halves.append(record(group, moving, pool, by_token=by_token))
+        half, base_of_group = record(group, moving, pool, by_token=by_token)
+        halves.append(half)
+        if base_of_group is not None:
+            base_of_groups.append(base_of_group)
+    if base_of_groups:
+        g.know(0.0, torch.cat(base_of_groups))
     (base,) = g.along((0.0,))
     labels = g.labels()
     kept = {name: labels[name] for name in ("readout", "units", "str_tokens")}
@@ -520,20 +533,20 @@ def _lenses(
     else:
         hooked_model = given_lens.model
         host = given_lens.host
-    hooks = settings(hooked_model)["hooks"]
+    hooks = hooks_in_words(hooked_model)
     if hooks:
         raise ModelStateError(
             f"hooks of your own are on the model ({', '.join(hooks[:3])}), and a bank holds what "
             "the model alone computes: take them off (model.reset_hooks()), or use ll.first_order."
         )
 
-    lenses: list[LoraLens] = []
-    for adapter in stand_ins(host, globs):
-        if given_lens is None:
-            lens = LoraLens(model, adapter, hf_model, check=None, prepend_bos=prepend_bos)
-        else:
-            lens = given_lens.with_adapter(adapter, check=False)
-            lens.prepend_bos = given_lens.prepend_bos if prepend_bos is None else prepend_bos
-            lens.base_note = ""  # is of the given lens's adapter, and a bank has none
-        lenses.append(lens if max_memory is None else lens.within(max_memory))
-    return lenses
+    of_every_module, *of_fewer = stand_ins(host, globs)
+    if given_lens is None:
+        first = LoraLens(model, of_every_module, hf_model, check=None, prepend_bos=prepend_bos)
+    else:
+        first = given_lens.with_adapter(of_every_module, check=False)
+        first.prepend_bos = given_lens.prepend_bos if prepend_bos is None else prepend_bos
+        first.base_note = ""  # is of the given lens's adapter, and a bank has none
+    if max_memory is not None:
+        first = first.within(max_memory)
+    return [first, *[first.with_adapter(adapter, check=False) for adapter in of_fewer]]

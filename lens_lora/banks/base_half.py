@@ -200,7 +200,8 @@ def slopes_of_adapters(
         pool = TensorPool()
         # One at a time, as there may be many.
         lenses = (g.lens.with_adapter(adapter) for adapter in like)
-        half = record(group, lenses, pool, require_all=True)
+        # Where only some of the modules are asked for, the others may be out of reach.
+        half, _ = record(group, lenses, pool, require_all=not other_modules)
         base = RecordedBase(g.lens, [half], pool.stacks(), sorted(other_modules))
         rows: list[Tensor] = []
         for adapter in adapters():

@@ -52,8 +52,15 @@ class TensorPool:
         return name, index
 
     def stacks(self) -> dict[str, Tensor]:
-        """[tensor, row, pos, …] of each shape."""
-        return {name: torch.stack(kept) for name, kept in self._by_shape.items()}
+        """[tensor, row, pos, …] of each shape; the pool is empty afterwards.
+
+        One shape's tensors at a time are held twice.
+        """
+        stacks: dict[str, Tensor] = {}
+        self._with_sum.clear()
+        for name in [*self._by_shape]:
+            stacks[name] = torch.stack(self._by_shape.pop(name))
+        return stacks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,8 +113,8 @@ def record(
     *,
     by_token: bool = False,
     require_all: bool = False,
-) -> Half:
-    """The base's half at every place where a site of these lenses reads and writes.
+) -> tuple[Half, Float[Tensor, " batch"] | None]:
+    """The base's half at every place where a site of these lenses reads and writes, and g(0).
 
     A lens is run only if one of its places was not seen under an earlier one.
 
@@ -118,9 +125,13 @@ def record(
         by_token: whether each token's log p of a response is kept apart.
         require_all: whether a site that no gradient reaches is refused here.
 
+    Returns:
+        The half, and g(0), which is None by token.
+
     Raises:
         ModelStateError: a gradient did not reach some site, where all are required.
     """
+    base: Tensor | None = None
     columns: list[Addresses] = []
     for lens in lenses:
         places = {
@@ -128,12 +139,12 @@ def record(
         }
         if columns and places <= columns[0].keys():
             continue
-        seen = _run(g.over(lens), pool, by_token, require_all)
+        seen, base = _run(g.over(lens), pool, by_token, require_all)
         if columns:
             for of_this_lens, of_earlier_ones in zip(seen, columns, strict=True):
                 of_this_lens.update(of_earlier_ones)
         columns = seen
-    return Half(g.rows, g.reading.owner, tuple(columns))
+    return Half(g.rows, g.reading.owner, tuple(columns)), base
 
 
 def place_of(lens: LoraLens, injection: Injection) -> str:
@@ -170,16 +181,17 @@ def _run(g: Function, pool: TensorPool, by_token: bool, require_all: bool) -> li
 
     # Unless all are required, a module on which g does not depend is not recorded; an adapter of it
     # is refused later.
+    base: Tensor | None = None
     if by_token:
         g.passes.visit_tokens(visitor_of, require_all=require_all)
     else:
-        g.passes.visit(visitor_of(0), require_all=require_all)
+        base = g.passes.visit(visitor_of(0), require_all=require_all)
     # Of a site that runs before the point that is read and cannot move it, there is nothing to sum.
     for injection in g.lens.injections:
         if g.lens.sites[injection.site].name in g.reading.unmoved:
             for column in columns:
                 column.setdefault(place_of(g.lens, injection), ())
-    return columns
+    return columns, base
 
 
 def _recorded(

@@ -48,9 +48,10 @@ _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expe
 
 def is_experts(module: object) -> bool:
     """Whether it holds a stack of experts, in the form that transformers has for all families."""
-    if not isinstance(module, nn.Module) or not all(hasattr(module, flag) for flag in _FLAGS):
+    # Few modules have such a parameter, and flags are slow to look up where they are missing.
+    if not isinstance(module, nn.Module) or "down_proj" not in compat.own_parameters(module):
         return False
-    return "down_proj" in dict(module.named_parameters(recurse=False))
+    return all(hasattr(module, flag) for flag in _FLAGS)
 
 
 def is_router(module: object) -> bool:
@@ -217,8 +218,10 @@ def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
     """The stack of experts of each layer; a layer's number is the first in the module's name."""
     stacks: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
+        if not is_experts(module):
+            continue
         number = re.search(r"\.(\d+)\.", name)
-        if number and is_experts(module):
+        if number:
             stacks[int(number[1])] = module
     return stacks
 

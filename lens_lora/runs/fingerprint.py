@@ -264,10 +264,19 @@ def settings(model: Any) -> dict[str, Any]:
     Raises:
         ModelStateError: a lens has its hooks on the model.
     """
+    hooks = hooks_in_words(model)
+    return {**_configuration(model), **_attributes(model), "hooks": hooks}
+
+
+def hooks_in_words(model: nn.Module) -> list[str]:
+    """The place and the function of each hook on a model.
+
+    Raises:
+        ModelStateError: a lens has its hooks on the model.
+    """
     hooks = _hooks(model)
     refuse_lens_hooks(hook for _, hook in hooks)
-    hooks_in_words = [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in hooks]
-    return {**_configuration(model), **_attributes(model), "hooks": hooks_in_words}
+    return [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in hooks]
 
 
 def _configuration(model: Any) -> dict[str, Any]:
