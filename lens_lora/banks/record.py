@@ -154,8 +154,14 @@ def place_of(lens: LoraLens, injection: Injection) -> str:
     return f"{kind} {ports.read} {ports.write} {ports.firing}"
 
 
-def _run(g: Function, pool: TensorPool, by_token: bool, require_all: bool) -> list[Addresses]:
-    """Record one forward pass and its backward passes: one for g, or one for each token."""
+def _run(
+    g: Function, pool: TensorPool, by_token: bool, require_all: bool
+) -> tuple[list[Addresses], Float[Tensor, " batch"] | None]:
+    """Record one forward pass and its backward passes: one for g, or one for each token.
+
+    Returns:
+        What was seen, and g(0), which is None by token.
+    """
     columns: list[Addresses] = []
     # Several updates of one module share a place, and show the same tensors there.
     shown_by: dict[str, Injection] = {}

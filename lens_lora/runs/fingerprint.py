@@ -268,7 +268,7 @@ def settings(model: Any) -> dict[str, Any]:
     return {**_configuration(model), **_attributes(model), "hooks": hooks}
 
 
-def hooks_in_words(model: nn.Module) -> list[str]:
+def hooks_in_words(model: Any) -> list[str]:
     """The place and the function of each hook on a model.
 
     Raises:
