@@ -311,7 +311,7 @@ def load(
         own = OwnTokenizer(tokenizer)
     with _remedy_for_a_wrapped_base(base), as_before_on_error(base):
         # A family that is not listed is compared with the base, module by module.
-        probe: Probe | bool = check
+        probe = None
         if check and listed_family(base) is None:
             probe = Probe(base, on_stacks(adapter, base))
         hooked, host = hooked_model(
@@ -325,8 +325,9 @@ def load(
             hooked,
             adapter,
             hf_model=base_beside(host, base, adapter),
-            check=probe,
+            check=check,
             prepend_bos=prepend_bos,
+            probe=probe,
         )
 
 

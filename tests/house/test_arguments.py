@@ -169,6 +169,19 @@ def test_no_lengths(tokens: Any, lengths: Any):
         ll.results.Prompts(tokens, lengths)
 
 
+# --- truth values
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("check", [0, "no", np.False_])
+def test_check_is_true_false_or_none(lens: ll.LoraLens, check: Any):
+    """0 was True to a new lens, and False to one of with_adapter."""
+    with pytest.raises(ll.errors.ArgumentError, match="expected True, False or None"):
+        ll.LoraLens(lens.model, lens.adapter, check=check)
+    with pytest.raises(ll.errors.ArgumentError, match="expected True, False or None"):
+        lens.with_adapter(lens.adapter, check=check)
+
+
 # --- numbers
 
 HALVES = {

@@ -17,7 +17,7 @@ from lens_lora import compat
 from lens_lora.compat import activation_checkpointing
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model import extensions
-from lens_lora.errors import AdapterError, ModelStateError
+from lens_lora.errors import AdapterError, ArgumentError, ModelStateError
 
 SKIP = "Pass check=False to go on without this check, at your own risk."
 
@@ -180,6 +180,16 @@ def require_kinds(adapter: object, hf_model: object) -> None:
             f"hf_model is a {type(hf_model).__name__}; pass the loaded base model: "
             "AutoModelForCausalLM.from_pretrained(base)."
         )
+
+
+def require_check(check: object) -> None:
+    """Refuse what is not True, False or None, such as 0, which is not read as False.
+
+    Raises:
+        ArgumentError: naming what was given.
+    """
+    if check is not None and not isinstance(check, bool):
+        raise ArgumentError(f"check is {check!r}; expected True, False or None.")
 
 
 def require_adapter(adapter: object) -> None:

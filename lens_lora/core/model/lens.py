@@ -31,7 +31,7 @@ from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model import description, extensions, precision, running
 from lens_lora.core.model.bases import names_of, shown_name
 from lens_lora.core.model.basis import SiteMap
-from lens_lora.core.model.check import require_kinds
+from lens_lora.core.model.check import require_check, require_kinds
 from lens_lora.core.model.gates import Scale, gates_of, gates_of_rows
 from lens_lora.core.model.gauge import Gauge, require_ranks
 from lens_lora.core.model.hooks import HookFn, attached, is_hooked
@@ -78,14 +78,18 @@ class LoraLens(metaclass=guesses.OfLensClass):
         hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
             folded, and by a HookedTransformer for trained biases. The model's weights are compared
             with it, in float32 also logits of 8 tokens.
-        check: of a family without an entry in the table of `docs/exactness.md`, whether random
-            updates at the adapter's modules are compared with the Hugging Face model under forward
-            hooks: two passes over eight tokens. None for those of `with_adapter` alone. And, but
-            for False, whether a module that was trained whole computes what its weight says, where
-            its code is its own, and whether a base is refused that holds the adapter already.
+        check: whether the adapter is verified on this model, beyond its shapes. True: (1) in a
+            family without an entry in the table of `docs/exactness.md`, random updates at its
+            modules are compared with the Hugging Face model under forward hooks, in two passes
+            over eight tokens; (2) a module that was trained whole must compute what its weight
+            says; (3) a base that holds the adapter already is refused. False: none of the three,
+            and of (3) is warned. None, for an adapter that only stands in for those of
+            `with_adapter`: (2) alone, and (1) is left to them.
         prepend_bos: whether a string that does not begin with a BOS gets one, in every analysis;
             None for what the model does itself (`model.to_tokens`), of which is warned once where
             its tokenizer does otherwise. `ll.load` reads strings as the tokenizer does.
+        probe: random updates and their logits that were made before the base was wrapped, as
+            `ll.load` makes them; None to make them of hf_model, or of the base within the model.
 
     Attributes:
         prepend_bos: see above.
@@ -117,19 +121,23 @@ class LoraLens(metaclass=guesses.OfLensClass):
         adapter: Adapter,
         hf_model: nn.Module | None = None,
         *,
-        check: bool | extensions.Probe | None = True,
+        check: bool | None = True,
         prepend_bos: bool | None = None,
+        probe: extensions.Probe | None = None,
     ) -> None:
         model = uncompiled(model)
         hf_model = uncompiled(hf_model)
         require_kinds(adapter, hf_model)
+        require_check(check)
+        is_checked = check is not False
+        is_stand_in = check is None
         adapter = extensions.named_as_model(adapter, model)
         self.model = model
         self.prepend_bos: bool | None = prepend_bos
         self.adapter = adapter
         self._hf_model = hf_model
         self._plan = make_plan(model, adapter, hf_model)
-        if check is not False:
+        if is_checked:
             extensions.require_own_parameters(model, adapter)
         self._eps: float | None = precision.known_eps(model)
         self._require_running()
@@ -137,14 +145,13 @@ class LoraLens(metaclass=guesses.OfLensClass):
             self._require_same_logits(hf_model)
         # The modules that were probed; None for a model of which none are.
         self._probed: frozenset[str] | None = None
-        if check is not False and self.host.family.is_probed:
+        if is_checked and self.host.family.is_probed:
             self._probed = frozenset()
-            if check is not None:
-                probe = None if isinstance(check, bool) else check
+            if not is_stand_in:
                 self._probed = self._probed_with(adapter, self._probed, probe)
         self.base_note: str = ""
-        if check is not None:
-            self.base_note = extensions.note_on_base(self, is_refused=check is not False)
+        if not is_stand_in:
+            self.base_note = extensions.note_on_base(self, is_refused=is_checked)
             self._warn_of_base(stacklevel=4)
 
     @property
@@ -157,16 +164,15 @@ class LoraLens(metaclass=guesses.OfLensClass):
     # --- Another adapter, bound or gauge over the same model
 
     @alone
-    def with_adapter(self, adapter: Adapter, *, check: bool = True) -> LoraLens:
+    def with_adapter(self, adapter: Adapter, *, check: bool | None = True) -> LoraLens:
         """A lens of another adapter over the same model and hf_model.
 
         No forward pass: weights of the adapted modules are compared with hf_model, logits not.
-        Modules that `check` has not seen are checked as by a new lens.
 
         Args:
             adapter: the other adapter.
-            check: False leaves unseen modules to the next adapter that has them, for an adapter
-                whose update is zero, say.
+            check: as of a new lens, for modules that no check has seen. False and None leave those
+                to the next adapter that has them: for an adapter whose update is zero, say.
 
         Warns:
             LensLoraWarning: it names another base than this lens's adapter and than the model.
@@ -176,6 +182,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
                 changed since this one was made.
         """
         require_kinds(adapter, None)
+        require_check(check)
         self._plan.check_state()
         if self._plan.base is not None:
             self._plan.base.require_same(entries=True)
@@ -183,7 +190,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         other = copy.copy(self)
         other.adapter = adapter
         other._plan = make_plan(self.model, adapter, self._hf_model, self._plan)
-        if check:
+        if check is not False:
             extensions.require_own_parameters(self.model, adapter)
         if adapter.base_model not in (None, self.adapter.base_model):
             other.base_note = extensions.note_on_names(adapter.base_model, self.base_names)

@@ -137,10 +137,17 @@ class Result(abc.ABC):
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """The values, in float64, as `np.asarray(result)` reads them."""
+        """The values, in float64, as `np.asarray(result)` reads them.
+
+        A result without `values` lacks this attribute, so numpy reads it as it reads a list: an
+        array of the rows of its table.
+
+        Raises:
+            AttributeError: the result has no `values`.
+        """
         values = vars(self).get("values")
         if not isinstance(values, Tensor):
-            raise TypeError(
+            raise AttributeError(
                 f"{type(self).__name__} is no single array; take result.to_frame().to_numpy(), or "
                 "one of its tensors."
             )
@@ -150,8 +157,15 @@ class Result(abc.ABC):
 
     @property
     def n_prompts(self) -> int:
-        """The number of prompts."""
-        size, _ = vars(self)["axes"]["batch"]
+        """The number of prompts.
+
+        Raises:
+            AttributeError: the result is not of prompts.
+        """
+        axes = vars(self)["axes"]
+        if "batch" not in axes:
+            raise AttributeError(f"{type(self).__name__} is not of prompts, so it has no number.")
+        size, _ = axes["batch"]
         return size
 
     def prompt_rows(self, prompt: int | None) -> slice:

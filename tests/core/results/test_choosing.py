@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
-from every_result import HEADER, activations, features
+from every_result import HEADER, activations, every_result, features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_by_hand import (
@@ -121,6 +122,16 @@ def test_the_only_prompt_needs_no_name():
     margin = explanation().margin
     assert margin.only_prompt(None) == 0 and margin.prompt_rows(None) == slice(None)
     assert margin.story() == margin.story(0)
+
+
+def test_what_a_result_lacks_is_no_attribute():
+    """`hasattr` answers of every result, and numpy reads one without values as the table's rows."""
+    for result in every_result():
+        is_array = isinstance(getattr(result, "values", None), torch.Tensor)
+        assert hasattr(result, "__array_interface__") == is_array
+        assert hasattr(result, "n_prompts") == ("batch" in vars(result)["axes"])
+    margin = explanation().margin
+    assert np.asarray(margin).tolist() == list(margin)
 
 
 @settings(max_examples=share(100), deadline=None)
