@@ -75,6 +75,9 @@ def verify(
     served_dtype: Annotated[
         ServedDtype, typer.Option(help="The dtype in which the server computes.")
     ] = "bfloat16",
+    timeout: Annotated[
+        float, options.least(1, "Seconds in which the server has to answer a request.")
+    ] = 60.0,
     json_file: Annotated[Path | None, _to_write("--json", help="The checks as JSON.")] = None,
     junit: Annotated[Path | None, _to_write(help="The checks as JUnit's XML.")] = None,
     report: Annotated[Path | None, _to_write(help="HTML page to write.")] = None,
@@ -119,7 +122,9 @@ def verify(
         question = None
         if served is not None:
             beside = _others_beside(folder)
-            question = _Question(served, name, own_texts, served_dtype, beside, quiet=quiet)
+            question = _Question(
+                served, name, own_texts, served_dtype, timeout, beside, quiet=quiet
+            )
         comparison = None
         if parts:
             comparison = _Comparison(parts, numbers, own_texts, progress=not quiet)
@@ -178,6 +183,7 @@ class _Question:
         name: str | None,
         texts: list[Any],
         dtype: ServedDtype,
+        timeout: float,
         others: list[Adapter],
         *,
         quiet: bool,
@@ -188,6 +194,7 @@ class _Question:
             "name": name,
             "texts": texts,
             "dtype": dtype,
+            "timeout": timeout,
             "others": others,
             "progress": not quiet,
         }

@@ -31,6 +31,8 @@ _CHAT = "/v1/chat/completions"
 _GENERATE = "/generate"
 # vLLM writes a token as this and its id, where it is asked to.
 _ID_PREFIX = "token_id:"
+# Rounding leaves the log-probability of a sure token below this.
+_POSITIVE = 0.01
 _OTHER_FORM = "log-probabilities of another form"
 
 
@@ -340,10 +342,13 @@ def _is_id(value: object) -> bool:
 def _number(entry: Any) -> float:
     value = entry.get("logprob") if isinstance(entry, dict) else entry
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Unsupported(f"a log-probability is {value!r}")
+        # The value itself may be whatever the server likes, such as the key that it was sent.
+        raise Unsupported(f"a log-probability is no number, but a {type(value).__name__}")
     if not math.isfinite(value):
         # Left out, it would hide that the served model computes with numbers that are none.
         raise ServerError(f"the server tells {value} as the log-probability of a token.")
+    if value > _POSITIVE:
+        raise ServerError(f"the server tells {value}, which is above 0, as a log-probability.")
     return float(value)
 
 

@@ -114,7 +114,7 @@ def verify_served(
             engine that rounds activations to 8 bit, as llama.cpp does for quantised weights.
         others: adapters that may be served in place of this one, such as older checkpoints.
         new_tokens: how many tokens are generated for a text, where the server tells of these alone.
-        timeout: seconds to wait for an answer.
+        timeout: seconds in which each request has to be answered, to the last byte.
         progress: show bars.
 
     Cost: three forward passes of the texts. Where the residual is beyond the floor, a quarter of

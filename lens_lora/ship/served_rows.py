@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lens_lora.core import LoraLens, Prompts
-from lens_lora.errors import ArgumentError, ServerError, named
+from lens_lora.errors import ArgumentError, ServerError, first_few, named
 from lens_lora.ship.completions import (
     WAYS,
     Asked,
@@ -155,13 +155,14 @@ def ask_all(
 
 def _only_name(server: Server) -> str:
     try:
-        names = served_names(server)
+        # A server that repeats the key as a name is not to have it printed.
+        names = [server.without_key(name) for name in served_names(server)]
     except (Unsupported, Refused):
         return ""
     if len(names) == 1:
         return names[0]
     raise ArgumentError(
-        f"{server.url} serves {', '.join(map(repr, names))}",
+        f"{server.url} serves {first_few([repr(name) for name in names])}",
         remedy=f"say which of them the adapter is, with {named('name')}.",
         in_shell="say which of them the adapter is, with --name.",
     )
@@ -186,10 +187,12 @@ def _first_answer(
         try:
             return way, text, way.told(server, name, text, new_tokens)
         except (Unsupported, Refused) as error:
-            refusals.append(f"{way.words}: {error}")
+            said = error.fact.removeprefix(f"{server.url}: ").removesuffix(".")
+            refusals.append(f"{way.words}: {said}")
+    whose = repr(name) if name else "its model"
+    tried = server.without_key("; ".join(refusals))
     raise ServerError(
-        f"{server.url} tells no log-probabilities of {name or 'its model'!r}: "
-        f"{'; '.join(refusals)}",
+        f"{server.url} tells no log-probabilities of {whose}. Asked by {tried}.",
         remedy="Start it with log-probabilities (vLLM and SGLang have them), and check the name.",
     )
 
@@ -222,9 +225,14 @@ def _difference(lens: LoraLens, text: Asked, told: Told) -> str | None:
     theirs = told.ids[len(told.ids) - len(ours) :] if ours else []
     for our_id, their_id in zip(ours, theirs, strict=True):
         if our_id != their_id:
-            there, here = lens.decode([their_id, our_id])
-            return f"{_shown(text)} has the token {there!r} there, and {here!r} here"
+            there = _in_words(lens, their_id)
+            return f"{_shown(text)} has the token {there} there, and {_in_words(lens, our_id)} here"
     return None
+
+
+def _in_words(lens: LoraLens, token: int) -> str:
+    """A token as a string; by its id where the adapter's vocabulary has none such."""
+    return repr(lens.vocabulary[token]) if 0 <= token < len(lens.vocabulary) else str(token)
 
 
 def _shown(text: Asked) -> str:
@@ -235,6 +243,10 @@ def _shown(text: Asked) -> str:
 def _with_generated(lens: LoraLens, way: Way, text: Asked, told: Told) -> ServedRow:
     """The prompt with the tokens that the server generated, as far as their ids are known."""
     ids = told.ids if told.ids is not None else _ids_of(lens, told.pieces or [])
+    strange = [token for token in ids if not 0 <= token < len(lens.vocabulary)]
+    if strange:
+        fact = f"the server generated the token {strange[0]}, and the adapter's vocabulary has"
+        raise ServerError(f"{fact} {len(lens.vocabulary)} tokens: it runs another model.")
     log_p = [math.nan if value is None else value for value in told.log_p[: len(ids)]]
     unknown = [math.nan] * len(text.ids)
     messages = None if way.sends_ids else text.messages

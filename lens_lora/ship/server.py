@@ -2,7 +2,8 @@
 
 - A request is sent once: nothing is tried again, as each may be charged.
 - No redirect is followed, as it could lead to another host.
-- An answer is waited for no longer than a time-out, and read up to a bound of bytes.
+- A request ends at a time-out, in whatever small pieces its answer may come, and an answer is read
+  up to a bound of bytes.
 - A key is taken from the environment alone (`LENS_LORA_API_KEY`). It is sent to this host only, and
   taken out of every message.
 - Proxies of the environment are not used.
@@ -10,9 +11,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import socket
+import threading
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -43,7 +47,7 @@ class Server:
 
     Args:
         url: such as http://127.0.0.1:8000; a final /v1 is left out.
-        timeout: seconds until an answer has to begin, and between its parts.
+        timeout: seconds in which a request has to be answered, to the last byte.
         most_requests: how many requests are sent at most.
 
     Attributes:
@@ -97,15 +101,21 @@ class Server:
         self.requests += 1
         kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self._timeout)
+        limit = _Limit(self._timeout)
         try:
+            connection.connect()
+            limit.start(connection.sock)
             connection.request(method, self._path + path, body, self._headers(body))
             answer = connection.getresponse()
             content = answer.read(_MOST_BYTES + 1)
+            limit.require_not_reached()
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             # UnicodeError: a host name that no name server could know.
-            reason = str(error) or type(error).__name__
+            is_late = limit.is_reached or isinstance(error, TimeoutError)
+            reason = f"within {self._timeout:g} seconds" if is_late else _reason_of(error)
             raise self._error(f"no answer to {method} {path} ({reason})") from error
         finally:
+            limit.cancel()
             connection.close()
         self._require_success(answer, path, content)
         try:
@@ -132,22 +142,79 @@ class Server:
             place = (answer.getheader("Location") or "nowhere").partition("?")[0]
             raise self._error(f"{path} redirects to {place}, which is not followed")
         if status in (401, 403):
-            remedy = f"put its key into the environment, as {KEY}."
+            remedy = f"Put its key into the environment, as {KEY}."
+            if self._key:
+                remedy = f"The key that {KEY} has in the environment is not taken there."
             raise self._error(f"it refuses access to {path} ({status})", remedy)
         # The key is taken out first, lest a part of it stays where the message is cut.
-        whole_message = self._without_key(content.decode("utf-8", "replace"))
+        whole_message = self.without_key(content.decode("utf-8", "replace"))
         message = " ".join(whole_message.split())[:_MESSAGE]
         fact = f"{path} is answered with {status}: {message}"
         if 400 <= status < 500:
-            raise Refused(self._without_key(f"{self.url}: {fact}."), status=status)
+            raise Refused(self.without_key(f"{self.url}: {fact}."), status=status)
         raise self._error(fact)
 
-    def _error(self, fact: str, remedy: str = "") -> ServerError:
-        return ServerError(self._without_key(f"{self.url}: {fact}."), remedy=remedy)
+    def without_key(self, text: str) -> str:
+        """The text, which may quote what the server said, without the secret that was sent.
 
-    def _without_key(self, text: str) -> str:
-        """The text, which may quote what the server said, without the secret that was sent."""
+        Args:
+            text: of a message, or of a result.
+        """
         return text.replace(self._key, "(key)") if self._key else text
+
+    def _error(self, fact: str, remedy: str = "") -> ServerError:
+        return ServerError(self.without_key(f"{self.url}: {fact}."), remedy=remedy)
+
+
+class _Limit:
+    """Ends a request after some seconds: the time-out of a socket begins anew with each byte.
+
+    Args:
+        seconds: from the call of `start`.
+
+    Attributes:
+        is_reached: whether the request was ended.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.is_reached: bool = False
+        # A thread can wait no longer than TIMEOUT_MAX, which is centuries.
+        self._seconds = min(seconds, threading.TIMEOUT_MAX)
+        self._timer: threading.Timer | None = None
+
+    def start(self, connected: socket.socket) -> None:
+        """Begin to count.
+
+        Args:
+            connected: is shut down at the end; whoever waits for it sees its end.
+        """
+        self._timer = threading.Timer(self._seconds, self._end, [connected])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """Count no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def require_not_reached(self) -> None:
+        """Refuse an answer that was cut off: without a length, it looks whole.
+
+        Raises:
+            TimeoutError: it came too late.
+        """
+        if self.is_reached:
+            raise TimeoutError
+
+    def _end(self, connected: socket.socket) -> None:
+        self.is_reached = True
+        with contextlib.suppress(OSError):
+            # Of a secure socket, too, this ends the connection below it, and no more.
+            socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+
+def _reason_of(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _parts_of(url: str) -> SplitResult:

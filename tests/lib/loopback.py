@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -188,6 +190,25 @@ def serving(answer: Callable[[str, dict[str, Any]], Any]) -> Iterator[tuple[str,
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def dripping(start: bytes) -> Iterator[str]:
+    """The URL of a server that answers with this, and then a byte every tenth of a second."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            # The client that has waited long enough is gone.
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(start)
+                for _ in range(100):
+                    connection.sendall(b"x")
+                    time.sleep(0.1)
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 from loopback import (
     Engine,
     chat,
+    dripping,
     echo,
     llama_cpp,
     plain_completions,
@@ -422,6 +423,29 @@ def test_texts_that_a_way_cannot_send_are_counted(shipment):
     assert left_out[1] - left_out[0] == 3
 
 
+@pytest.mark.parametrize("token", [10**15, -5, 61])
+def test_a_token_beyond_the_vocabulary(token: int, shipment):
+    """Of another model: read otherwise in a prompt, and refused where it was generated."""
+    out = shipment(family="llama")
+    lens = lens_of(out)
+    engine = Engine(adapted(out), models.tokenizer())
+
+    def with_token(answer) -> None:
+        (choice,) = answer["choices"]
+        if "prompt_logprobs" in choice:
+            choice["prompt_logprobs"][2] = {str(token): {"logprob": -1.0}}
+        else:
+            choice["logprobs"]["content"][1]["id"] = token
+
+    options = {"name": "tuned", "texts": TEXTS[:1]}
+    with pytest.raises(ServerError, match=f"generated the token {token}.*another model"):
+        verified(lens, engine, replaced(llama_cpp, with_token), **options)
+    if token > 0:
+        result = verified(lens, engine, replaced(vllm, with_token), **options)
+        check = of(result, "served tokens")
+        assert check.outcome == "failed" and f"has the token {token} there" in check.where
+
+
 def test_another_tokenizer_of_the_server(shipment):
     """Two words in each other's place: the check of tokens names both readings."""
     out = shipment(family="llama")
@@ -477,7 +501,7 @@ def test_nothing_is_tried_again(shipment, monkeypatch):
     monkeypatch.setenv("LENS_LORA_API_KEY", "secret")
     out = shipment(family="llama")
     assert refused(out, lambda path, body: (500, {}), "answered with 500") == 1
-    assert refused(out, lambda path, body: (401, {}), "LENS_LORA_API_KEY") == 1
+    assert refused(out, lambda path, body: (401, {}), "LENS_LORA_API_KEY has .* not taken") == 1
     assert refused(out, lambda path, body: b"<html>", "no JSON") == 1
 
 
@@ -521,7 +545,7 @@ def without_a_number(value):
     return edit
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("-inf")])
+@pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), 3.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_without_a_number_is_not_left_out(kind: str, value, shipment):
     """A served model that computes NaN: no verdict from the tokens that remain."""
@@ -562,6 +586,10 @@ def test_a_key_that_the_server_repeats_is_not_printed(shipment, monkeypatch):
     with serving(answer) as (url, _), pytest.raises(ServerError) as raised:
         ll.verify_served(lens_of(out), url, **QUIET)
     assert "secret" not in str(raised.value)
+    in_numbers = {"choices": [{"logprobs": {"tokens": ["a"], "token_logprobs": ["secret"]}}]}
+    with serving(lambda path, body: in_numbers) as (url, _), pytest.raises(ServerError) as raised:
+        ll.verify_served(lens_of(out), url, name="tuned", **QUIET)
+    assert "no number, but a str" in str(raised.value) and "secret" not in str(raised.value)
 
 
 def test_a_key_is_not_printed_in_part(monkeypatch):
@@ -602,8 +630,32 @@ def test_a_server_that_does_not_answer(shipment):
     assert refused(out, slow, "no answer", timeout=0.1) == 1
 
 
-def test_several_names_are_listed(shipment):
+DRIPS = {
+    "its body": b"HTTP/1.0 200 OK\r\n\r\n",
+    "a body of known length": b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n",
+    "its headers": b"HTTP/1.1 200 OK\r\nX: ",
+}
+
+
+@pytest.mark.parametrize("name", DRIPS)
+def test_a_server_that_drips_is_ended_in_time(name: str):
+    """One byte every tenth of a second: no socket times out, and the request ends all the same."""
+    with dripping(DRIPS[name]) as url:
+        began = time.monotonic()
+        with pytest.raises(ServerError, match="no answer to GET /v1/models .within 0.3 seconds"):
+            Server(url, 0.3, 1).get("/v1/models")
+        assert time.monotonic() - began < 2
+
+
+def test_several_names_are_listed(shipment, monkeypatch):
+    monkeypatch.setenv("LENS_LORA_API_KEY", "secret")
     out = shipment(family="llama")
+    many_names = {"data": [{"id": f"m{i}"} for i in range(300)]}
+    words = "'m4' and 295 more"
+    assert refused(out, lambda path, body: many_names, words, ArgumentError, name=None) == 1
+    repeated = {"data": [{"id": "base"}, {"id": "secret"}]}
+    words = "serves 'base', '.key.'"
+    assert refused(out, lambda path, body: repeated, words, ArgumentError, name=None) == 1
     listed = {"data": [{"id": "base"}, {"id": "tuned"}]}
     words = "serves 'base', 'tuned'"
     assert refused(out, lambda path, body: listed, words, ArgumentError, name=None) == 1
