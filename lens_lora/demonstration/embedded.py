@@ -63,7 +63,6 @@ from lens_lora.compat import without_gguf_bar
 from lens_lora.core import PEFT_FILES
 from lens_lora.errors import LensLoraError, NumericsError, warn
 from lens_lora.hosts.build import MISREAD_NAMES
-from lens_lora.hosts.given_base import PUBLIC_NAMES
 
 # --- The embedded model
 
@@ -98,7 +97,6 @@ def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> 
         raise EmbeddedModelError(f"{fact}. Reinstall it with: {REMEDY}")
     home = Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/lens_lora")
     folder = home.expanduser().absolute() / _folder_name()
-    PUBLIC_NAMES[folder.name] = EMBEDDED_HUB_ID
     _refuse_misleading(folder)
     if not folder.is_dir():
         _require("gguf")

@@ -45,12 +45,12 @@ from lens_lora.core import LoRAFactors, LoraLens
 from lens_lora.core.adapter import name_of
 from lens_lora.core.model import (
     OUTSIDE_KINDS,
-    PUBLIC_NAMES,
     SKIP,
     Plan,
     SiteFactors,
     extensions,
     is_same,
+    public_name,
 )
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
@@ -162,7 +162,7 @@ def judged(plan: Plan, named: str | None, names: Sequence[str]) -> Verdict:
 
 def _is_own_copy(named: str, names: Sequence[str]) -> bool:
     """Whether the base is a copy that this package made of the named one, with other roundings."""
-    is_made_here = any(name_of(Path(name)) in PUBLIC_NAMES for name in names)
+    is_made_here = any(public_name(name_of(Path(name))) for name in names)
     return is_made_here and short_name(named) in map(short_name, names)
 
 
@@ -183,7 +183,7 @@ def note_of_names(named: str | None, names: Sequence[str]) -> str:
 def short_name(name: str) -> str:
     """The last part of a hub id or a folder, by which two names are compared."""
     last = name_of(Path(name))
-    return PUBLIC_NAMES.get(last, last).rpartition("/")[2].lower()
+    return (public_name(last) or last).rpartition("/")[2].lower()
 
 
 def stated_origin(name: str) -> str | None:

@@ -22,7 +22,6 @@ from lens_lora import cli
 from lens_lora.errors import LensLoraWarning, ModelStateError
 from lens_lora.hosts import given_base
 from lens_lora.hosts.given_base import (
-    PUBLIC_NAMES,
     Evidence,
     files_at_hand,
     short_name,
@@ -128,21 +127,24 @@ def test_a_base_without_a_name_is_not_judged_by_it():
     assert notes_of(make) == []
 
 
-def test_short_names(monkeypatch):
+def test_short_names():
     cache = "/c/hub/models--lab--Base/snapshots/0123456789abcdef"
     assert [short_name(n) for n in ("lab/Base", "a/b/base", cache)] == ["base"] * 3
-    monkeypatch.setitem(PUBLIC_NAMES, "base-1.2", "lab/Base")
-    assert short_name("/cache/base-1.2") == "base"
+    copy_of_ours = "/cache/SmolLM2-135M-Instruct-0.1.2-transformers5"
+    assert short_name(copy_of_ours) == "smollm2-135m-instruct"
+    assert short_name("lab/SmolLM2-135M-Instruct-sft") == "smollm2-135m-instruct-sft"
 
 
-def test_a_model_is_shown_by_its_own_name(monkeypatch):
-    """And not by that of a folder of this package's cache, or of a commit in the hub's."""
+def test_a_model_is_shown_by_its_own_name():
+    """And not by that of a folder of this package's cache, or of a commit in the hub's.
+
+    The folder is known by its name: where an adapter's file names it, nothing was converted before.
+    """
     base = wide_base()
     model = MAKERS[0](base)
     lens = ll.LoraLens(model, random_adapter(), check=None)
-    monkeypatch.setitem(PUBLIC_NAMES, "base-1.2", "lab/Base")
-    model.cfg.model_name = "base-1.2"
-    assert lens.describe()["model"] == "Base"
+    model.cfg.model_name = "SmolLM2-135M-Instruct-0.1.2-transformers5"
+    assert lens.describe()["model"] == "SmolLM2-135M-Instruct"
     model.cfg.model_name = "0123456789abcdef"
     assert lens.describe()["model"] == "0123456789abcdef"
     held = getattr(model, "original_model", None) or base

@@ -3,13 +3,13 @@
 from . import extensions as extensions
 from .adapted_modules import SiteFactors as SiteFactors
 from .adapted_modules import fused_rows as fused_rows
-from .bases import PUBLIC_NAMES as PUBLIC_NAMES
 from .bases import BaseWeights as BaseWeights
 from .bases import Processing as Processing
 from .bases import chunks_of as chunks_of
 from .bases import is_same as is_same
 from .bases import largest_entry as largest_entry
 from .bases import mean_row as mean_row
+from .bases import public_name as public_name
 from .basis import Input as Input
 from .basis import NormUpdate as NormUpdate
 from .basis import SiteMap as SiteMap

@@ -12,6 +12,7 @@ Comparisons are in float64, some rows at a time: a large head is never copied wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -198,8 +199,21 @@ def names_of(model: Any, hf_model: Any) -> list[str]:
     return []
 
 
-# What the hub calls the models whose folders this package makes, by the folder's name.
-PUBLIC_NAMES: dict[str, str] = {}
+# Models of which this package makes folders of its own, by what the hub calls them.
+COPIED = ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+
+
+def public_name(folder: str) -> str | None:
+    """What the hub calls a model that this package made a folder of; None of another folder.
+
+    Args:
+        folder: its last part, such as "SmolLM2-135M-Instruct-0.1.2-transformers5".
+    """
+    for hub_id in COPIED:
+        model = re.escape(hub_id.rpartition("/")[2])
+        if re.fullmatch(rf"{model}-[\w.]+-transformers\d+", folder):
+            return hub_id
+    return None
 
 
 def shown_name(model: Any, hf_model: Any) -> str:
@@ -210,8 +224,9 @@ def shown_name(model: Any, hf_model: Any) -> str:
         hf_model: the Hugging Face base beside it; None for none.
     """
     name = str(getattr(model.cfg, "model_name", "") or "unnamed")
-    if name in PUBLIC_NAMES:
-        return PUBLIC_NAMES[name].rpartition("/")[2]
+    hub_id = public_name(name)
+    if hub_id is not None:
+        return hub_id.rpartition("/")[2]
     # A folder of the hub's cache is named by a commit, and the folder above it by the model.
     for place in map(Path, names_of(model, hf_model)):
         if place.name == name and name_of(place) != name:
