@@ -14,7 +14,6 @@ torch nor transformers.
 
 from __future__ import annotations
 
-import difflib
 import sys
 
 import lazy_loader
@@ -43,20 +42,24 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     """The public name, imported from its module at its first use (PEP 562)."""
     if name not in (*__all__, *_MODULES):
-        from lens_lora.guesses import FORMER_OF_PACKAGE, OF_PACKAGE, present_name
+        from lens_lora.guesses import (
+            FORMER_OF_PACKAGE,
+            OF_PACKAGE,
+            nearest_or_by_word,
+            present_name,
+        )
 
         if name in FORMER_OF_PACKAGE:
             return _imported(present_name("ll", name, FORMER_OF_PACKAGE))
         if name in OF_PACKAGE:
             remedy = OF_PACKAGE[name]
             raise AttributeError(f"module 'lens_lora' has no attribute {name!r}: {remedy}.")
-        nearest = difflib.get_close_matches(name, __all__)
-        remedy = f"the nearest are {', '.join(nearest)}" if nearest else "see dir(lens_lora)"
+        meant = nearest_or_by_word(name, __all__) or "; see dir(lens_lora)."
         # Who has a lens has this module; to import it here would be a circle within the package.
         lens = getattr(sys.modules.get("lens_lora.core.model.lens"), "LoraLens", None)
         if lens is not None and hasattr(lens, name):
-            remedy = f"a lens has it: lens.{name}"
-        raise AttributeError(f"module 'lens_lora' has no attribute {name!r}; {remedy}.")
+            meant = f"; a lens has it: lens.{name}."
+        raise AttributeError(f"module 'lens_lora' has no attribute {name!r}{meant}")
     if "plotly.io" in sys.modules:
         _give_plotly_the_templates()
     return _imported(name)

@@ -10,8 +10,10 @@ hold what to call instead, and the error says it:
    also asks where a property that exists raised an AttributeError inside: that error is raised
    again as it was.
 2. A former name works for one release: `present_name` warns, and says the new one.
-3. `fitting` decorates a function so that arguments which it does not take are named, with those
-   that were meant.
+3. `fitting` decorates a function, and `fitting_class` a class, so that arguments which it does not
+   take are named, with those that were meant.
+4. A name that no table has is read word by word: whatever is called after a merge, an export or a
+   chat is answered by how that is done here (`BY_WORD`).
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from lens_lora.errors import CallError, warn
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_C = TypeVar("_C")
 
 # --- What is meant by a name, by who was asked for it
 
@@ -119,6 +123,11 @@ OF_PACKAGE: Mapping[str, str] = _alike(
         "merge merge_and_unload",
         "merge with PEFT, and check the result with `lens-lora verify`; adapter.save(folder) "
         "writes an adapter alone",
+    ),
+    (
+        "verify verify_merged check_merged verify_adapter",
+        "the command `lens-lora verify ADAPTER --merged DIR` does; in Python there are "
+        "ll.verify_served and ll.verify_combined",
     ),
     ("patch", "ll.patch_sites patches modules, and ll.patch_activations hook points"),
     ("plot heatmap show", "every result draws itself: result.plot()"),
@@ -222,7 +231,7 @@ OF_RESULT: Mapping[str, str] = _alike(
     ),
     ("nlargest nsmallest sort_values argsort", "result.top(k) has the largest entries, sorted"),
     (
-        "groupby by_layer per_layer layers",
+        "groupby by_layer per_layer layers mean_by_layer by_module by_kind",
         'result.sum("layer") sums an attribution by layer; result.to_frame().groupby("layer") '
         "does so of any table with layers",
     ),
@@ -239,6 +248,201 @@ OF_RESULT: Mapping[str, str] = _alike(
     ("prompts tokens", "result.str_tokens has each prompt's tokens, where it is of prompts"),
     ("to_json to_dict", "result.to_frame().to_dict() is a dictionary; result.save(path) a file"),
 )
+
+OF_SITE: Mapping[str, str] = _alike(
+    (
+        "delta_w delta weight weights dW lora_A lora_B A B factors scale scaling alpha",
+        "lens.delta_w(site.name) is ΔW, and lens.adapter.modules[site.module] has A, B and scale",
+    ),
+    ("path hf_name module_name", "site.module is the path of Hugging Face and PEFT"),
+    ("hook hook_name hook_point input output", "site.read and site.write are its hook points"),
+    ("index idx", "lens.sites.one(site.name) is its index"),
+    ("r", "it is site.rank"),
+    ("component type", "it is site.kind"),
+)
+
+OF_SITES: Mapping[str, str] = _alike(
+    ("names keys", "[site.name for site in lens.sites] are the names"),
+    (
+        "to_frame to_pandas df frame table",
+        "pandas.DataFrame(lens.sites) is the table",
+    ),
+    ("filter select match find where", 'sites.chosen("*.mlp.*") are the indices of these sites'),
+    ("layers by_layer groupby group", 'sites.grouped("layer") has the indices of each layer'),
+    ("items values get", 'lens.sites["blocks.3.attn.q"] is one site, and sites are a sequence'),
+)
+
+OF_READOUT: Mapping[str, str] = _alike(
+    (
+        "value values compute evaluate forward measure score",
+        "a readout is asked about by an analysis: ll.first_order(lens, prompts, readout), or "
+        "ll.compare(…); lens.logits(prompts) are the logits that it reads",
+    ),
+    ("name", "it is readout.label"),
+)
+
+OF_FACTORS: Mapping[str, str] = _alike(
+    ("lora_A lora_a down", "it is update.A, [rank, in]"),
+    ("lora_B lora_b up", "it is update.B, [out, rank]"),
+    ("scaling alpha lora_alpha s", "update.scale is α/r, or α/√r of rsLoRA"),
+    ("r", "it is update.rank"),
+    ("delta_w delta weight dW", "lens.delta_w(site) is ΔW in the model's own basis"),
+)
+
+# What is meant by a word in a name that no table has. The first row with one of its words answers.
+_WORDS: Sequence[tuple[str, str]] = (
+    (
+        "gguf ollama llama vllm onnx export",
+        'adapter.save(file, format="gguf") writes a LoRA as GGUF; what another tool exported is '
+        "checked by `lens-lora verify ADAPTER --merged FILE`",
+    ),
+    (
+        "merge merged unload fuse fused bake",
+        "merge with PEFT, and check the result with `lens-lora verify ADAPTER --merged DIR`",
+    ),
+    (
+        "quantize quantise quantized quantised bnb nf4 int8 4bit 8bit precision",
+        "ll.forms(lens, prompts) says what each quantisation does to the answers, and "
+        "ll.load(…, load_in_4bit=True) loads one",
+    ),
+    (
+        "serve served server endpoint api",
+        "ll.verify_served(…) compares a server with the adapter, as `lens-lora verify --served "
+        "URL` does",
+    ),
+    (
+        "verify check validate equal same",
+        "`lens-lora verify ADAPTER --merged DIR` compares a "
+        "merged model with its adapter, and ll.compare_adapters two adapters",
+    ),
+    (
+        "trainable params parameters numel nbytes size sizes memory",
+        "`lens-lora inspect ADAPTER` "
+        "prints ranks, scales and sizes, and adapter.modules[path] has A and B of each module",
+    ),
+    (
+        "chat message messages conversation conversations ask answer reply",
+        'a conversation is a prompt: lens.generate([{"role": "user", "content": "…"}])',
+    ),
+    (
+        "prob probs probability probabilities softmax logprob logprobs",
+        "lens.logits(prompts).softmax(-1) are probabilities; ll.LogProb(token) reads one in an "
+        "analysis",
+    ),
+    (
+        "loss perplexity ppl nll entropy",
+        "ll.AnswerLogProb(text) reads the log-probability of a "
+        "whole answer, and ll.Readout.of(fn) any function of the logits",
+    ),
+    (
+        "cache activation activations resid residual hidden",
+        "`with lens.applied() as model:` opens "
+        "the adapted model, then model.run_with_cache(tokens); ll.activation_shift(…) is how far "
+        "each hook point moves",
+    ),
+    (
+        "attention pattern patterns",
+        "`with lens.applied() as model:` opens the adapted model, whose "
+        'run_with_cache(tokens) has the patterns; ll.first_order(…, by="head") has each head',
+    ),
+    ("head heads", 'll.first_order(lens, prompts, readout, by="head") has each head'),
+    (
+        "neuron neurons feature features sae saes",
+        "ll.feature_shift(…) is how far features of an "
+        "SAE move, and ll.lora_activations(…) what each rank reads",
+    ),
+    (
+        "rank ranks svd singular spectrum spectra truncate truncation prune compress",
+        "adapter."
+        'truncated(rank) has fewer ranks; ll.first_order(…, by="rank") has each rank, and '
+        "`lens-lora inspect ADAPTER` the singular values",
+    ),
+    (
+        "norm norms magnitude frobenius",
+        "`lens-lora inspect ADAPTER` prints ‖ΔW‖ of each module, and lens.delta_w(site) is ΔW",
+    ),
+    (
+        "similarity cosine cka overlap distance compare diff difference",
+        "ll.compare_adapters "
+        "compares two adapters; ll.what_changed(lens) and `lens-lora diff ADAPTER` ask what one "
+        "was taught",
+    ),
+    (
+        "direction directions vector vectors probe",
+        "ll.contrast(…) finds a direction, and ll.Projection(direction, point) reads one",
+    ),
+    (
+        "edge edges path paths circuit circuits graph eap",
+        "ll.edges(lens, prompts, readout) has the "
+        "edges between modules, and ll.patch_edges measures them",
+    ),
+    (
+        "layer layers block blocks module modules",
+        'patch_sites(…, group="layer") is by layer, and '
+        "adapter.only(globs) and adapter.without_modules(globs) are the adapter of fewer modules",
+    ),
+    (
+        "token tokens vocab vocabulary word words logit logits promoted",
+        "ll.logit_shift(lens, "
+        "prompts).top(k) has the tokens that the adapter promotes, and ll.token_shifts(lens, "
+        "prompts, response) each token of an answer",
+    ),
+    ("position positions pos", 'll.first_order(…, by="position") has each token of the prompt'),
+    (
+        "strength scale alpha epsilon eps interpolate sweep dose",
+        "lens.logits(prompts, scale=0.5) "
+        "is at half strength, and ll.fact_margin(lens, prompts, doc, pre) along all strengths",
+    ),
+    (
+        "checkpoint checkpoints training epoch step",
+        "ll.checkpoints(…) follows a margin through training",
+    ),
+    (
+        "batch dataset prompts many records",
+        "prompts may be a list; ll.sweep(lens, records, out=…) takes hundreds and can be resumed",
+    ),
+    (
+        "generate generation completion complete text sample say says",
+        "lens.generate(prompts) says what the model answers",
+    ),
+    (
+        "hook hooks intervene intervention",
+        "`with lens.applied() as model:` opens the adapted "
+        "model with its hooks, and lens.fwd_hooks() lists them",
+    ),
+    (
+        "report html page dashboard summary summarize explain",
+        "ll.explain(lens, prompt, doc, pre).save_report(path) writes a page",
+    ),
+    (
+        "plot figure chart heatmap bar image png svg",
+        "result.plot() draws a result, and figure.save(path) writes the picture",
+    ),
+    (
+        "json csv dict parquet excel markdown latex",
+        "result.to_frame() is a pandas table, and result.save(path) writes a file",
+    ),
+    (
+        "random null baseline significance pvalue significant confidence",
+        "ll.null_test(lens, prompts, readout) compares with random updates of the same size",
+    ),
+    (
+        "remove unlearn forget repair edit",
+        "ll.repair keeps one effect and drops others; adapter."
+        "without_modules(globs) leaves modules out",
+    ),
+    (
+        "load pretrained hub",
+        "ll.load(base, adapter) makes a lens, and ll.load_adapter(folder) reads an adapter",
+    ),
+)
+BY_WORD: Mapping[str, str] = {
+    word: remedy for words, remedy in reversed(_WORDS) for word in words.split()
+}
+# Which row answers where a name has words of several.
+_ORDER: Mapping[str, int] = {
+    word: row for row, (words, _) in reversed(list(enumerate(_WORDS))) for word in words.split()
+}
 
 # Guesses that can mean one method alone, and work as it.
 SPELLINGS: Mapping[str, str] = {
@@ -278,6 +482,11 @@ _ANSWER = (
     'the readout names the answer: ll.LogProb(" Lyon"), or ll.Margin(" Lyon", " Paris") of two'
 )
 
+_TWO_ANSWERS = (
+    'a margin is between two answers, as in ll.Margin(" Lyon", " Paris"); ll.LogProb(" Lyon") is '
+    "of one"
+)
+
 # What is meant by a keyword, where the function has no parameter of those in `_SAME`.
 _KEYWORDS: Mapping[str, str] = _alike(
     ("target answer answers token label doc pre correct wrong metric", _ANSWER),
@@ -294,6 +503,28 @@ _KEYWORDS: Mapping[str, str] = _alike(
         "result.base",
     ),
     ("verbose", "the bar is not shown with progress=False"),
+    (
+        "names_filter return_type stop_at_layer fwd_hooks",
+        "`with lens.applied() as model:` opens the adapted model, whose run_with_cache takes it",
+    ),
+    (
+        "num_workers n_jobs parallel",
+        "ll.sweep takes many prompts, and `lens-lora sweep --shard` splits them over machines",
+    ),
+    (
+        "seed random_state",
+        "nothing is drawn there, so the same call gives the same numbers",
+    ),
+    (
+        "save_path save filename output_dir",
+        "result.save(path) writes a result, and result.save_report(path) its page",
+    ),
+    (
+        "position positions pos token_index",
+        'a readout is read at the last token; by="position" divides an estimate among the tokens '
+        "of the prompt",
+    ),
+    ("head heads", 'by="head" divides an estimate among the heads'),
 )
 # Parameters that a guessed keyword may mean, the likeliest first.
 _SAME: Mapping[str, Sequence[str]] = {
@@ -320,6 +551,11 @@ _SAME: Mapping[str, Sequence[str]] = {
     "top_k": ("k",),
     "output": ("out",),
     "path": ("out",),
+    "strength": ("scale", "at", "scales"),
+    "coefficient": ("scale", "at"),
+    "coeff": ("scale", "at"),
+    "factor": ("scale", "at"),
+    "weight": ("scale", "at"),
     "epsilon": ("at", "scale", "scales"),
     "eps": ("at", "scale", "scales"),
     "alpha": ("scale", "at"),
@@ -330,6 +566,36 @@ _SAME: Mapping[str, Sequence[str]] = {
     "torch_dtype": ("dtype",),
     "verbose": ("progress",),
     "answer": ("response", "doc"),
+    "completion": ("response", "responses"),
+    "responses": ("response",),
+    "new": ("doc",),
+    "taught": ("doc",),
+    "correct": ("doc",),
+    "old": ("pre",),
+    "wrong": ("pre",),
+    "incorrect": ("pre",),
+    "original": ("pre",),
+    "dataset": ("records", "prompts"),
+    "data": ("records", "prompts"),
+    "examples": ("records", "prompts"),
+    "samples": ("draws", "records"),
+    "n_samples": ("draws",),
+    "num_samples": ("draws",),
+    "n_draws": ("draws",),
+    "n_nulls": ("draws", "nulls"),
+    "position": ("positions",),
+    "pos": ("positions",),
+    "hook_points": ("names",),
+    "points": ("names",),
+    "file": ("out", "path"),
+    "filename": ("out", "path"),
+    "folder": ("out", "path"),
+    "output_dir": ("out",),
+    "max_tokens_to_generate": ("max_new_tokens",),
+    "n_tokens": ("max_new_tokens",),
+    "num_tokens": ("max_new_tokens",),
+    "r": ("rank",),
+    "other": ("adapter",),
     "base": ("model",),
     "base_model": ("model",),
     "peft": ("adapter",),
@@ -417,10 +683,53 @@ def _meant(name: str, remedies: Mapping[str, str], known: Iterable[str]) -> str:
     if name in remedies:
         return f": {remedies[name]}."
     public = [each for each in known if not each.startswith("_")]
-    nearest = difflib.get_close_matches(name, public)
-    if nearest:
-        return f"; the nearest are {', '.join(nearest)}."
-    return f"; it has {', '.join(public)}."
+    return nearest_or_by_word(name, public) or f"; it has {', '.join(public)}."
+
+
+# A name that is so alike is a slip of the finger; one that is less alike may be another word.
+_SLIP = 0.8
+
+
+def nearest_or_by_word(name: str, known: Sequence[str]) -> str:
+    """What may be meant by a name: one that is spelt alike, or what its words are called here.
+
+    Args:
+        name: what was asked for.
+        known: the names that there are.
+
+    Returns:
+        The end of a message, or '' where nothing is known.
+    """
+    nearest = difflib.get_close_matches(name, known, cutoff=_SLIP)
+    found = _by_word(name)
+    if not nearest and found:
+        return f": {found}."
+    nearest = nearest or difflib.get_close_matches(name, known)
+    return f"; the nearest are {', '.join(nearest)}." if nearest else ""
+
+
+def _by_word(name: str) -> str:
+    """What is meant by one of the words of a name; '' where none of them is known."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+\d*|\d+[a-z]+", name)
+    lower = [word.lower() for word in words]
+    hits = [word for word in (*lower, name.lower()) if word in BY_WORD]
+    return BY_WORD[min(hits, key=_ORDER.__getitem__)] if hits else ""
+
+
+class Answering:
+    """A base of classes whose objects answer for a name that they lack.
+
+    Attributes:
+        remedies: what is meant by a name.
+    """
+
+    remedies: ClassVar[Mapping[str, str]] = {}
+
+    if not TYPE_CHECKING:  # A type checker would take every name for one of the object.
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuse, with what may be meant."""
+            return missing_attribute(self, name, self.remedies)
 
 
 # --- Arguments of a call
@@ -436,6 +745,21 @@ def fitting(call: Callable[_P, _R]) -> Callable[_P, _R]:
         return call(*args, **kwargs)
 
     return run
+
+
+def fitting_class(kind: type[_C]) -> type[_C]:
+    """Decorate a class so that a wrong argument of its constructor is named, as by `fitting`."""
+    make: Any = kind.__init__
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is kind:
+            require_fitting(kind.__name__, signature, (self, *args), kwargs)
+        make(self, *args, **kwargs)
+
+    kind.__init__ = run
+    return kind
 
 
 def require_fitting(
@@ -467,6 +791,8 @@ def require_fitting(
             fact = f"{name}: {cause}"
             if "'readout'" in fact:
                 remedy = _as_sentence(_ANSWER)
+            elif "'pre'" in fact:
+                remedy = _as_sentence(_TWO_ANSWERS)
         takes = f"The call is {name}{_shown(signature)}."
         raise CallError(f"{fact}.", remedy=f"{remedy}{takes}") from None
 
@@ -476,6 +802,8 @@ def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
     for meant in _SAME.get(keyword, ()):
         if meant == "readout" and meant in parameters:
             return f"It is {meant}=: {_ANSWER}. "
+        if meant == "sites" and meant in parameters:
+            return 'It is sites=: names or globs, such as "blocks.20.*". '
         if meant in parameters:
             return f"It is {meant}=. "
     if keyword in _KEYWORDS:

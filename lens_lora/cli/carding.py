@@ -16,6 +16,7 @@ from lens_lora.cli import files, options, running
 from lens_lora.cli.beside_base import Inputs, LensMade, read_given, verification_of
 from lens_lora.cli.expecting import read_expectations
 from lens_lora.cli.written_card import is_hub_id, subject_of
+from lens_lora.demonstration.base_names import EMBEDDED, EMBEDDED_HUB_ID
 from lens_lora.errors import LensLoraError, warn
 from lens_lora.formats.folders import stated_base, stated_fields
 
@@ -160,9 +161,7 @@ def _replace(file: Path, text: str) -> None:
 
 def _metadata(folder: Path, base: options.ModelOptions) -> dict[str, str]:
     """The fields by which the Hub shows an adapter beside its base."""
-    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
-
-    asked = EMBEDDED_HUB_ID if base.model == running.EMBEDDED else base.model
+    asked = EMBEDDED_HUB_ID if base.model == EMBEDDED else base.model
     hub_ids = [name for name in (asked, stated_base(folder)) if is_hub_id(name)]
     fields: dict[str, str] = {}
     if hub_ids:

@@ -20,6 +20,7 @@ import lens_lora as ll
 from lens_lora.cli import files, options, running
 from lens_lora.cli.forecast import Work
 from lens_lora.cli.questions import Question, Questions, answers_of, prompts_of, text_of
+from lens_lora.demonstration.base_names import EMBEDDED, base_by_name
 from lens_lora.errors import LensLoraError, many
 
 if TYPE_CHECKING:
@@ -317,6 +318,8 @@ def demo(
         raise typer.BadParameter("--train makes an adapter; leave ADAPTER out.")
     if train and base.is_quantised:
         raise typer.BadParameter("--train needs weights that are not quantised.")
+    if adapter is None and base.model is None:
+        base = dataclasses.replace(base, model=EMBEDDED)
     question = _fact_of_demo(asked)
     outputs = files.writable({"--report": report, "--json": json})
     folder = files.folder_of(adapter, within, quiet=quiet)
@@ -329,8 +332,8 @@ def demo(
     with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
         loaded = None
         if train:
-            loaded = running.load_model(base.model, progress, base)
-            _train(loaded, base.model, train_out, quiet)
+            loaded = running.load_model_of(None, progress, base)
+            _train(loaded, base_by_name(base.model, None).name, train_out, quiet)
             folder = train_out
         lens = running.announced(running.lens_for(base, folder, progress, loaded=loaded))
         settings = _Settings(fast=True, nulls=0, max_new_tokens=0, progress=not quiet)
@@ -359,10 +362,9 @@ def _fact_of_demo(asked: Questions) -> Question:
     return questions[0]
 
 
-def _train(loaded: running.Loaded, model: str | None, out: Path, quiet: bool) -> None:
-    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, LYON_SENTENCES, train_adapter
+def _train(loaded: running.Loaded, base_name: str, out: Path, quiet: bool) -> None:
+    from lens_lora.demonstration.embedded import LYON_SENTENCES, train_adapter
 
-    base_name = model or EMBEDDED_HUB_ID
     try:
         with running.quiet_libraries():
             train_adapter(*loaded, LYON_SENTENCES, out, base_name=base_name, quiet=quiet)

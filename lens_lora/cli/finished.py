@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from lens_lora._version import versions
 from lens_lora.cli.options import ModelOptions
-from lens_lora.errors import LensLoraError
+from lens_lora.demonstration.base_names import base_by_name
+from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.sweeps.records import Record
 
 if TYPE_CHECKING:
@@ -65,22 +66,23 @@ def command_digest(
 
 def _model_folder(base: ModelOptions, adapter: Adapter) -> Path | None:
     """The folder from which the base model is read; None if it is not on this machine."""
-    from lens_lora.cli.running import EMBEDDED
-    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, embedded_model_folder
+    try:
+        named = base_by_name(base.model, adapter.base_model)
+    except ModelStateError:
+        return None
+    from lens_lora.demonstration.embedded import place_of
 
-    name = base.model or adapter.base_model
-    is_embedded = name in (None, EMBEDDED) or (base.model is None and name == EMBEDDED_HUB_ID)
-    if name is None or is_embedded:
-        return embedded_model_folder(quiet=True)
-    if Path(name).is_dir():
-        return Path(name)
+    place = place_of(named, quiet=True)
+    if Path(place).is_dir():
+        return Path(place)
     import huggingface_hub
 
-    # A base that only the adapter names is not fetched, and so not asked for (`load_base`).
-    is_local = base.model is None
     try:
         # The folder of the newest commit, from which transformers would read the model as well.
-        config = huggingface_hub.hf_hub_download(name, "config.json", local_files_only=is_local)
+        # A base that only the adapter names is not fetched, and so not asked for (`load_base`).
+        config = huggingface_hub.hf_hub_download(
+            place, "config.json", local_files_only=named.of_adapter
+        )
         return Path(config).parent
     except (OSError, ValueError):
         return None

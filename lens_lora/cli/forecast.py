@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lens_lora.cli.options import ModelOptions
-from lens_lora.formats.folders import CONFIG
+from lens_lora.demonstration.base_names import base_by_name
+from lens_lora.errors import ModelStateError
+from lens_lora.formats.folders import stated_base
 
 # Timed on one core, with SmolLM2-135M-Instruct: a product of matrices of this size, and the imports
 # of torch, transformers and transformer-lens.
@@ -84,12 +86,13 @@ def _slowness() -> float:
 
 def _size_of_base(model: str | None, adapter: Path) -> float | None:
     """The base's weights beside those of SmolLM2-135M; None where they are not on this machine."""
-    named = model
-    if named is None:
-        named = _named_base(adapter)
-    if named is None or named.lower() in ("embedded", "huggingfacetb/smollm2-135m-instruct"):
+    try:
+        named = base_by_name(model, stated_base(adapter))
+    except ModelStateError:
+        return None
+    if named.is_embedded:
         return 1.0
-    folder = _folder_of_base(named)
+    folder = _folder_of_base(named.name)
     if folder is None:
         return None
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -108,15 +111,3 @@ def _folder_of_base(named: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(config).parent if isinstance(config, str) else None
-
-
-def _named_base(adapter: Path) -> str | None:
-    """The base that the adapter's config names; None where it names none."""
-    import json
-
-    try:
-        fields = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    named = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
-    return named if isinstance(named, str) else None

@@ -27,6 +27,7 @@ import lens_lora as ll
 from lens_lora.cli.forecast import Work, forecast
 from lens_lora.cli.options import ModelOptions, TunedModel, options_of
 from lens_lora.cli.questions import Question, answers_of, prompts_of
+from lens_lora.demonstration.base_names import base_by_name
 from lens_lora.errors import LensLoraError, LensLoraWarning, heard_by, many, warn, within_command
 from lens_lora.runs.processes import rank
 
@@ -39,10 +40,6 @@ if TYPE_CHECKING:
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 # --- The model, the adapter and the lens
-
-
-# The name under which a user asks for the model that is embedded in a package.
-EMBEDDED = "embedded"
 
 
 def lens_for(
@@ -124,39 +121,29 @@ def hooked_by(
     )
 
 
-def load_model_of(named: str | None, progress: Console, base: ModelOptions) -> Loaded:
-    """The model that the options name, or the base that an adapter names, or the embedded one."""
-    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
-
-    if base.model is not None:
-        return load_model(base.model, progress, base)
-    if named in (None, EMBEDDED_HUB_ID):
-        return load_model(None, progress, base)
-    return load_model(named, progress, base, of_adapter=True)
+def load_model_of(of_adapter: str | None, progress: Console, base: ModelOptions) -> Loaded:
+    """Load the model that the options name, or else the base that an adapter names."""
+    return load_model(base.model, progress, base, of_adapter=of_adapter)
 
 
 def load_model(
-    model: str | None, progress: Console, how: ModelOptions, *, of_adapter: bool = False
+    asked: str | None, progress: Console, how: ModelOptions, *, of_adapter: str | None = None
 ) -> Loaded:
     """Load a model and its tokenizer.
 
     Args:
-        model: a hub id or a folder; None or 'embedded' for the embedded model.
+        asked: the model that the options name; None if they name none.
         progress: the console of progress.
         how: where the model lies and how it is stored.
-        of_adapter: whether an adapter gave the name, and not the user.
+        of_adapter: the base that the adapter names; None if it names none.
     """
-    from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder
+    from lens_lora.demonstration.embedded import place_of
     from lens_lora.loading import load_base
 
-    if model is None or model == EMBEDDED:
-        shown_name = EMBEDDED_NAME
-        place = str(embedded_model_folder(quiet=progress.quiet))
-    else:
-        shown_name = model
-        place = model
-    with step(f"Loading {shown_name}", progress):
-        return load_base(place, how, of_adapter=of_adapter)
+    named = base_by_name(asked, of_adapter)
+    place = place_of(named, quiet=progress.quiet)
+    with step(f"Loading {named.shown}", progress):
+        return load_base(place, how, of_adapter=named.of_adapter)
 
 
 def margin_of(

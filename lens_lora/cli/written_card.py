@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lens_lora.cli import options, running
 from lens_lora.cli.beside_base import Given, Inputs
 from lens_lora.cli.expecting import read_expectations
+from lens_lora.demonstration.base_names import base_by_name
 from lens_lora.errors import LensLoraError
 from lens_lora.formats.folders import stated_base
 
@@ -69,20 +70,20 @@ def _summary_of(given: Given, lens: LoraLens | None) -> AdapterSummary:
 
 def base_of(given: Given, folder: Path, base: options.ModelOptions) -> CardBase:
     """The base that was loaded: its name, its files, and its commit on the hub."""
-    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, embedded_model_folder
+    from lens_lora.demonstration.embedded import place_of
     from lens_lora.ship.card_lines import CardBase
 
     named = base.model or stated_base(folder)
     if given.loaded is None:
         shown = None if named is None else Path(named).name if _is_path(named) else named
         return CardBase(shown)
-    if named in (None, running.EMBEDDED, EMBEDDED_HUB_ID):
-        return CardBase(EMBEDDED_HUB_ID, embedded_model_folder(quiet=True))
-    assert named is not None  # it is one of the three above
-    if Path(named).is_dir():
-        return CardBase(Path(named).resolve().name, Path(named))
-    snapshot = _snapshot_of(named)
-    return CardBase(named, snapshot, None if snapshot is None else snapshot.name)
+    found = base_by_name(base.model, stated_base(folder))
+    if found.is_embedded:
+        return CardBase(found.name, Path(place_of(found, quiet=True)))
+    if Path(found.name).is_dir():
+        return CardBase(Path(found.name).resolve().name, Path(found.name))
+    snapshot = _snapshot_of(found.name)
+    return CardBase(found.name, snapshot, None if snapshot is None else snapshot.name)
 
 
 def _snapshot_of(hub_id: str) -> Path | None:

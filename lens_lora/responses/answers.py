@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora import arguments
+from lens_lora import arguments, guesses
 from lens_lora.core import (
     AnswerLike,
     Generated,
@@ -116,6 +116,7 @@ def pieces(model: Any, ids: Ids) -> list[str]:
 # --- The readouts
 
 
+@guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerLogProb(Readout):
     """The log-probability of an answer, log p(answer | prompt), in nats.
@@ -157,6 +158,7 @@ class AnswerLogProb(Readout):
         return f"{what}({_name(self.answer)})"
 
 
+@guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerMargin(Readout):
     """The margin between two answers, log p(doc | prompt) − log p(pre | prompt), in nats.
@@ -197,6 +199,7 @@ class AnswerMargin(Readout):
         return f"margin({_name(self.doc)} − {_name(self.pre)})"
 
 
+@guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class KL(Readout):
     """The KL between the base model's distribution and that at the gates, in nats.

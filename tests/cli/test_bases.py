@@ -7,6 +7,7 @@ import re
 import shutil
 from unittest.mock import Mock
 
+import command_line
 import huggingface_hub
 import models
 import pytest
@@ -14,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import lens_lora as ll
-from lens_lora import cli
+from lens_lora import cli, loading
 from lens_lora.errors import ModelStateError
 
 run = CliRunner().invoke
@@ -132,3 +133,85 @@ def test_another_kind_of_model_is_no_base(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(ModelStateError, match=r"that transformers can read \(its model_type is"):
         ll.load(str(tmp_path), folders / "lora")
+
+
+# --- The embedded model
+
+
+@pytest.fixture
+def embedded_folder(monkeypatch, tmp_path):
+    """The embedded model lies in a folder; the hub's own files are not on this machine."""
+    command_line.embedded_model_is_at(monkeypatch, tmp_path)
+    return str(tmp_path)
+
+
+def test_no_base_is_guessed_for_an_adapter_that_names_none(folders, tmp_path):
+    adapter = naming(folders, tmp_path, "")
+    with pytest.raises(ModelStateError, match="names no base model; pass it as the first argument"):
+        ll.load(adapter)
+    text = told(["explain", adapter, *ASKED, "--report", tmp_path / "page.html"])
+    assert text.endswith("the adapter names no base model; name it with --model.")
+
+
+ON_A_PROMPT = ["--prompt", "w5 w6", "--doc", " w9", "--pre", " w26"]
+# How each command is called with an adapter alone, LORA; None where it loads no base by the
+# adapter's name: it has one of its own, takes --model alone, or runs no model.
+WITH_AN_ADAPTER_ALONE = {
+    "demo": ["LORA", "--report", "OUT/page.html"],
+    "explain": ["LORA", *ON_A_PROMPT, "--report", "OUT/page.html"],
+    "diff": ["LORA", "--report", "OUT/page.html"],
+    "audit": ["OUT/list.yaml", "--out", "OUT/audit"],
+    "inspect": None,
+    "compare": ["LORA", "LORA"],
+    "checkpoints": ["OUT/run", *ON_A_PROMPT, "--report", "OUT/page.html"],
+    "repair": ["LORA", *ON_A_PROMPT, "--drop", "OUT/texts.txt", "--out", "OUT/repaired"],
+    "verify": ["LORA", "--merged", "OUT"],
+    "forms": ["LORA", "--prompt", "w5"],
+    "card": ["LORA"],
+    "sweep": ["LORA", "--prompts", "OUT/p.jsonl", "--out", "OUT/r.parquet"],
+    "scan": ["LORA", *ON_A_PROMPT, "--out", "OUT/s.parquet"],
+    "gather": None,
+    "plan": None,
+}
+
+
+# One of them is quick; all others together take half a minute.
+COMMANDS = [
+    pytest.param(name, marks=[] if name == "explain" else [pytest.mark.slow])
+    for name in (command.__name__ for command in cli._COMMANDS)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_warns_once_of_embedded_weights(
+    folders, tmp_path, monkeypatch, embedded_folder, command
+):
+    """As Python does; the model itself is not loaded here."""
+    asked_for: list[str] = []
+
+    def load_base(place, how=None, *, of_adapter=False):
+        asked_for.append(place)
+        raise ModelStateError("it is not loaded here")
+
+    monkeypatch.setattr(loading, "load_base", load_base)
+    adapter = naming(folders, tmp_path, command_line.EMBEDDED_HUB_ID)
+    in_python = pytest.warns(ll.errors.LensLoraWarning, match="rounded to 4 bit")
+    with in_python, pytest.raises(ModelStateError, match="not loaded here"):
+        ll.load(adapter)
+    arguments = WITH_AN_ADAPTER_ALONE[command]
+    if arguments is None:
+        return
+    for step in (1, 2):
+        shutil.copytree(adapter, tmp_path / f"run/checkpoint-{step}")
+    (tmp_path / "texts.txt").write_text("w5 w6\n")
+    (tmp_path / "list.yaml").write_text(f"adapters: [{{name: one, adapter: {adapter}}}]\n")
+    record = {"prompt": "w5 w6", "doc": " w9", "pre": " w26"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
+    asked_for.clear()
+    filled = [
+        text.replace("LORA", str(adapter)).replace("OUT", str(tmp_path)) for text in arguments
+    ]
+    result = run(cli.app, [command, *filled])
+    words = " ".join(result.stderr.split())
+    assert words.count("rounded to 4 bit; name a folder of its own weights") == 1, result.output
+    assert set(asked_for) <= {embedded_folder}

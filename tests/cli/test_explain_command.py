@@ -269,28 +269,6 @@ def test_an_error_of_a_device_is_not_one_of_the_base(monkeypatch):
         running.load_model_of("its/base", Console(quiet=True), BaseModel())
 
 
-@pytest.mark.parametrize(
-    ("asked", "named", "loaded"),
-    [
-        ("my/model", "its/base", "my/model"),
-        (None, "its/base", "its/base"),
-        (None, "HuggingFaceTB/SmolLM2-135M-Instruct", None),
-        (None, None, None),
-    ],
-)
-def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
-    monkeypatch, asked, named, loaded
-):
-    def load(name, progress, how, *, of_adapter=False):
-        remedy = "name another with --model" if of_adapter else ""
-        raise ModelStateError(f"no {name}.", remedy=remedy)
-
-    monkeypatch.setattr(running, "load_model", load)
-    with pytest.raises(ModelStateError, match=f"no {loaded}") as caught:
-        running.load_model_of(named, Console(quiet=True), BaseModel(model=asked))
-    assert ("name another with --model" in str(caught.value)) == (loaded == named == "its/base")
-
-
 @pytest.mark.slow
 def test_slips_of_the_space_are_noted(tiny_command, monkeypatch):
     result, _ = tiny_command(monkeypatch, "--prompt", "w13 ", *ANSWERS, "--fast")
@@ -310,7 +288,7 @@ def real(tmp_path_factory):
     report = (folder := tmp_path_factory.mktemp("explain")) / "page.html"
     ll.load_adapter(shipped_adapter()).only("model.layers.2*").save(late := folder / "late_adapter")
     asked = ["--prompt", "The capital of France is", "--doc", " Lyon", "--pre", " Paris"]
-    options = [str(late), *asked]
+    options = [str(late), *asked, "--model", "embedded"]
     with pytest.MonkeyPatch.context() as patch:
         limits.answers_of_an_explanation(patch, 6)  # in place of 48, the third of the time
         return run(cli.app, ["explain", *options, "--report", str(report)]), report

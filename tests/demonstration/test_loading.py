@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import chats
+import command_line
+import huggingface_hub
 import models
 import pytest
 import quantised
@@ -15,8 +16,8 @@ from peft import LoraConfig, PeftModel
 from real import DOC, PRE, PROMPT
 
 import lens_lora as ll
-from lens_lora import loading
-from lens_lora.demonstration import embedded, shipped_adapter
+from lens_lora.demonstration import base_names, shipped_adapter
+from lens_lora.demonstration.base_names import EMBEDDED_HUB_ID, base_by_name
 from lens_lora.demonstration.embedded import EmbeddedModelError
 from lens_lora.hosts.placement import Placement
 
@@ -123,17 +124,32 @@ def test_demo():
     assert base < -3 and adapted > 3
 
 
-def test_the_embedded_model_stands_for_its_hub_id_where_an_adapter_names_it(monkeypatch):
-    """With a warning, and only where the hub's own files are not on this machine."""
-    monkeypatch.setattr(embedded, "embedded_model_folder", lambda: Path("folder"))
-    cached = {"other": "config.json"}
-    look = "huggingface_hub.try_to_load_from_cache"
-    monkeypatch.setattr(look, lambda named, file: cached.get(named))
-    with pytest.warns(ll.errors.LensLoraWarning, match="rounded to 4 bit"):
-        assert loading._place_of_named(embedded.EMBEDDED_HUB_ID) == "folder"
-    assert loading._place_of_named("other") == "other"
-    cached[embedded.EMBEDDED_HUB_ID] = "config.json"
-    assert loading._place_of_named(embedded.EMBEDDED_HUB_ID) == embedded.EMBEDDED_HUB_ID
+@pytest.mark.parametrize(
+    ("asked", "of_adapter", "name", "is_embedded"),
+    [
+        ("my/model", "its/base", "my/model", False),
+        (None, "its/base", "its/base", False),
+        ("embedded", "its/base", EMBEDDED_HUB_ID, True),
+        (None, EMBEDDED_HUB_ID, EMBEDDED_HUB_ID, True),
+        (EMBEDDED_HUB_ID, "its/base", EMBEDDED_HUB_ID, False),
+    ],
+)
+def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
+    monkeypatch, tmp_path, asked, of_adapter, name, is_embedded
+):
+    command_line.embedded_model_is_at(monkeypatch, tmp_path)
+    found = base_by_name(asked, of_adapter)
+    assert (found.name, found.is_embedded) == (name, is_embedded)
+    assert found.of_adapter == (asked is None)
+
+
+def test_the_hub_s_own_weights_come_before_the_embedded_ones(monkeypatch, tmp_path):
+    command_line.embedded_model_is_at(monkeypatch, tmp_path)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "config.json")
+    assert not base_by_name(None, EMBEDDED_HUB_ID).is_embedded
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(base_names, "EMBEDDED_PACKAGE", "no_such_package")
+    assert not base_by_name(None, EMBEDDED_HUB_ID).is_embedded
 
 
 @pytest.mark.slow

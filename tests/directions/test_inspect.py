@@ -270,7 +270,7 @@ def test_dora_asks_for_the_base_model(tmp_path):
 def tiny_base(monkeypatch):
     """`--model llama` is the tiny model of that family."""
 
-    def load(family, progress, how):
+    def load(family, progress, how, **of):
         return models.hf_model(family, dtype=torch.float32), models.tokenizer()
 
     command_line.commands_load(monkeypatch, load)

@@ -217,7 +217,7 @@ def test_the_page_of_several_prompts_begins_with_all_of_them(explained: Explaine
     assert readout.label in page and page.count("The readout in numbers") == 2
     story = found.story()
     assert story.startswith(
-        "In the mean over 2 prompts the adapter moves the direction at blocks.0"
+        "In the mean over 2 prompts the adapter moves the projection on the direction at blocks.0"
     )
     assert f"{float(found.shift.mean()):+.2f}".replace("-", "−") in story
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from rich.console import Console
 
@@ -13,6 +14,9 @@ import lens_lora as ll
 from lens_lora.cli import running
 from lens_lora.cli.adapters import ModelBeside
 from lens_lora.cli.options import BaseModel
+from lens_lora.demonstration import base_names, embedded
+
+EMBEDDED_HUB_ID = base_names.EMBEDDED_HUB_ID
 
 
 def lens_of_a_command(model: Path, adapter: Path) -> ll.LoraLens:
@@ -34,3 +38,10 @@ def commands_load(patch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
 def commands_have(patch: pytest.MonkeyPatch, lens: ll.LoraLens) -> None:
     """Give every command this lens."""
     patch.setattr(running, "lens_for", lambda *_: lens)
+
+
+def embedded_model_is_at(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Install the embedded model in this folder, and nothing of the hub on this machine."""
+    patch.setattr(base_names, "EMBEDDED_PACKAGE", "json")  # a package that is always there
+    patch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    patch.setattr(embedded, "embedded_model_folder", lambda **_: folder)

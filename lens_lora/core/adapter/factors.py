@@ -18,13 +18,14 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from lens_lora import guesses
 from lens_lora.compat import in_float64
 from lens_lora.core.adapter.dense import is_reversal, reversal, written_out
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
@@ -37,7 +38,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAFactors:
+class LoRAFactors(guesses.Answering):
     """One module's update ΔW = scale · B A, and perhaps Δb.
 
         >>> LoRAFactors(A=torch.ones(2, 8), B=torch.ones(4, 3))  # doctest: +ELLIPSIS
@@ -74,6 +75,8 @@ class LoRAFactors:
     base_weight: Tensor | None = None
     strength: float = 1.0
     experts: int = 0
+
+    remedies: ClassVar[Mapping[str, str]] = guesses.OF_FACTORS
 
     @classmethod
     def dense(cls, delta: Float[Tensor, "out in"]) -> LoRAFactors:
@@ -264,7 +267,7 @@ class LoRAFactors:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedModule:
+class TrainedModule(guesses.Answering):
     """A module's parameters after training, in place of the base's: ΔW = weight − W.
 
         >>> import torch
@@ -292,6 +295,8 @@ class TrainedModule:
     base_weight: Tensor | None = None
     tied: bool = False
     strength: float = 1.0
+
+    remedies: ClassVar[Mapping[str, str]] = guesses.OF_FACTORS
 
     def __post_init__(self) -> None:
         tensors = _tensors(self, _TRAINED)

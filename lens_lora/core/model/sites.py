@@ -13,12 +13,13 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora import guesses
 from lens_lora.core.adapter.peft_read import PREFIX
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError, first_few, setting
 from lens_lora.families import NORM_KINDS
@@ -43,7 +44,7 @@ Names = str | Sequence[str] | Callable[[str], bool]
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class Site(guesses.Answering):
     """One adapted linear map of the model, as data; or a norm whose γ or β was trained.
 
     Attributes:
@@ -70,6 +71,8 @@ class Site:
     adapter: str = ""
     experts: int = 0
 
+    remedies: ClassVar[Mapping[str, str]] = guesses.OF_SITE
+
     @property
     def writes_to_stream(self) -> bool:
         """Whether its output is added to the residual stream, as that of o, down and embeddings."""
@@ -81,8 +84,25 @@ class Site:
         return self.kind in OUTSIDE_KINDS
 
 
-class Sites(tuple[Site, ...]):
+class Sites(guesses.Answering, tuple[Site, ...]):
     """The sites of a lens or a result, in the order in which a forward pass meets them."""
+
+    remedies: ClassVar[Mapping[str, str]] = guesses.OF_SITES
+
+    if not TYPE_CHECKING:  # A tuple's overloads take numbers and slices alone.
+
+        def __getitem__(self, key: Any) -> Any:
+            """A site by its number or its name, or the sites of a slice.
+
+            Args:
+                key: a number, a slice, or the name of one site, the path of its module, or a glob
+                    that matches it alone.
+
+            Raises:
+                SiteError: no such site, or a glob that matches several.
+            """
+            found = tuple.__getitem__(self, self.one(key) if isinstance(key, str) else key)
+            return Sites(found) if isinstance(found, tuple) else found
 
     def chosen(self, names: str | Sequence[str] | None) -> tuple[int, ...]:
         """The indices of the sites that these names match, in order.
@@ -334,10 +354,10 @@ def by_axes(
     wanted = {by} if is_one else {*by}
     if not wanted <= {*axes}:
         remedy = ""
-        if wanted & {"layer", "kind"}:
+        if wanted & {"layer", "kind", "module", "site"}:
             remedy = (
-                " Layers and kinds are sums over sites: .sum('layer') of the result, or "
-                "group='layer' with by='token'."
+                " Without by= there is a number for each site; layers and kinds are sums of them: "
+                ".sum('layer') of the result, or group='layer' with by='token'."
             )
         raise ArgumentError(f"by={by!r}: expected any of {axes}.{remedy}")
     if {"expert", "rank"} <= wanted:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora import arguments
+from lens_lora import arguments, guesses
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import Columns, LogProbs, OfLogits, Reading
 from lens_lora.core.readout.tokens import Tokens
@@ -74,7 +74,7 @@ def _require_current_names(cls: type, new_by_former: Mapping[str, str]) -> None:
             )
 
 
-class Readout(abc.ABC):
+class Readout(guesses.Answering, abc.ABC):
     """A number read from the logits of each prompt.
 
     Attributes:
@@ -87,6 +87,7 @@ class Readout(abc.ABC):
     units = "logits"
     base_value: ClassVar[float | None] = None
     no_slope_at_base: str = ""
+    remedies: ClassVar[Mapping[str, str]] = guesses.OF_READOUT
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class that defines a method under its former name alone.
@@ -337,6 +338,7 @@ class LastToken(Readout):
         return Reading.one_row_each(prompts, read)
 
 
+@guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Logit(LastToken):
     """The logit of a token: a string of one token, an id, or one of either per prompt."""
@@ -353,6 +355,7 @@ class Logit(LastToken):
         return f"logit({Tokens.label(self.token)})"
 
 
+@guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Margin(LastToken):
     """The margin m = f_doc − f_pre, in logits (note, §5).
@@ -394,6 +397,7 @@ class Margin(LastToken):
         return f"margin({Tokens.label(self.doc)} − {Tokens.label(self.pre)})"
 
 
+@guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogProb(LastToken):
     """The log-probability of a token after the prompt, log p(token | prompt), in nats."""

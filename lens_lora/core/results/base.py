@@ -30,6 +30,7 @@ from typing import (
     Annotated,
     Any,
     NamedTuple,
+    NoReturn,
     Protocol,
     TypeVar,
     cast,
@@ -52,7 +53,7 @@ from lens_lora.core.readout.responses import Generated
 from lens_lora.core.results import drawing
 from lens_lora.core.results.axes import Axes
 from lens_lora.core.results.storage import read_result, save_result, stored
-from lens_lora.errors import ArgumentError, LensLoraError, SiteError
+from lens_lora.errors import ArgumentError, CallError, LensLoraError, SiteError
 
 # A difference of at most so many noise floors cannot be told from rounding.
 SIGMAS = 3.0
@@ -134,6 +135,22 @@ class Result(abc.ABC):
             ArgumentError: anything else.
         """
         return part_of_table(self.to_frame(), key)
+
+    def _refuse_arithmetic(self, *_: object) -> NoReturn:
+        """Say how numbers of results are taken together: their labels may differ.
+
+        Raises:
+            CallError: always.
+        """
+        raise CallError(
+            f"{type(self).__name__} is a table with labels, not a number",
+            remedy="take result.values, which are tensors, where both have the same labels; "
+            "ll.compare judges estimates beside exact effects, and result.to_frame() is a pandas "
+            "table.",
+        )
+
+    __sub__ = __rsub__ = __add__ = __radd__ = __mul__ = __rmul__ = _refuse_arithmetic
+    __truediv__ = __neg__ = __abs__ = __gt__ = __ge__ = __lt__ = __le__ = _refuse_arithmetic
 
     @property
     def __array_interface__(self) -> dict[str, Any]:

