@@ -264,11 +264,15 @@ class _Rules:
                 self._sums[rule] = first.new_zeros(g.prompts.batch, len(first), len(second))
         if not bool(is_there.any()):
             return
-        for (i, s), (j, t) in itertools.product(enumerate(s_points), enumerate(t_points)):
-            gates = s * first.amax(0) + t * second.amax(0)
-            products = g.curvature(second[is_there], gates)
-            at_node = torch.einsum("mbs,gs->bgm", products, first)
-            for row, column in with_block:
+        nodes = [*itertools.product(range(len(s_points)), range(len(t_points)))]
+        gates = [
+            float(s_points[i]) * first.amax(0) + float(t_points[j]) * second.amax(0)
+            for i, j in nodes
+        ]
+        products = g.curvature(second[is_there], torch.stack(gates))
+        at_nodes = torch.einsum("nmbs,gs->nbgm", products, first)
+        for row, column in with_block:
+            for (i, j), at_node in zip(nodes, at_nodes, strict=True):
                 weight = float(s_weights[row - rows, i] * t_weights[column - columns, j])
                 self._sums[row, column][:, :, is_there] += weight * at_node
 

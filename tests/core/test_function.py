@@ -139,6 +139,9 @@ def test_shapes_put_the_axes_of_the_points_first(cls: str):
     assert worst(g.slopes(points)[2, 1], g.slopes(points[2, 1])) < EXACT
     assert g.tangent(points).shape == (3, 2, 2, vocab)
     assert g.curvature(points).shape == (3, 2, 2, sites)
+    assert g.curvature(points[0], points).shape == (3, 2, 2, 2, sites)
+    one_node = g.curvature(points[0, 1], points[2, 1])
+    assert worst(g.curvature(points[0], points)[2, 1, 1], one_node) < EXACT
     assert g.corners("add_one").shape == (sites, 2) and g.corners(points[0]).shape == (2, 2)
     assert g.ends.shape == (2, 2) and g.shift.shape == g.floor.shape == (2,)
     assert "margin(5 − 9)" in repr(g) and f"{sites} gates" in repr(g)
@@ -522,7 +525,7 @@ def test_the_noise_of_a_sum_is_what_planted_rounding_does(
         (lambda g, f: g.slopes(by="token"), "ArgumentError", "AnswerLogProb"),
         (lambda g, f: g.about(ll.KL()).slopes(), "ArgumentError", "least at ε = 0"),
         (lambda g, f: g.tangent(1.0, torch.ones(2, 14)), "ArgumentError", "several points"),
-        (lambda g, f: g.curvature(1.0, torch.ones(2, 14)), "ArgumentError", "several points"),
+        (lambda g, f: g.curvature(1.0, torch.ones(0, 14)), "ArgumentError", "gates of no point"),
         (lambda g, f: g.noise([]), "ArgumentError", "0 coefficients"),
         (lambda g, f: g.noise([1, -1], at=[1]), "ArgumentError", "2 coefficients and 1 strengths"),
         (lambda g, f: g.only([1, 0]), "ArgumentError", "in increasing order, each once, of 2"),

@@ -289,7 +289,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     curvature = Function.curvature
 
     def kept(self: Any, direction: Tensor, at: Tensor) -> Tensor:
-        taken.append(at)
+        taken.extend(at)
         return curvature(self, direction, at)
 
     monkeypatch.setattr(Function, "curvature", kept)

@@ -502,35 +502,34 @@ class Function:
     @exclusive
     def curvature(
         self, direction: Direction, at: Gates = 0.0
-    ) -> Float[Tensor, "*direction batch site"]:
+    ) -> Float[Tensor, "*point_and_direction batch site"]:
         """(H v)_l = Σ_m ∂²g/∂ε_l∂ε_m v_m (note, §6, item 4), in the readout's units.
 
         Its inner product with a second direction w is wᵀHv: with the indicators of two groups of
         sites, their coupling.
 
-        Cost: one forward and one backward pass, and two backward passes for each direction,
-        batched. The graph of a few prompts is kept whole.
+        Cost: one forward and one backward pass a point, and two backward passes for each direction
+        there, batched. The graph of a few prompts is kept whole.
 
         Args:
             direction: v, as gates are given; [*direction, site] for several.
-            at: the gates at which the derivative is taken, one point.
+            at: the gates at which the derivative is taken, [*point, site] for several points.
 
         Raises:
-            ArgumentError: several points in `at`; a graph beyond the bound of the lens.
+            ArgumentError: a graph beyond the bound of the lens.
             NumericsError: a derivative that is not finite, naming the site.
         """
-        directions, shape = points_of(self.lens, direction)
-        gates = one_point(self.lens, at)
+        directions, shape_of_directions = points_of(self.lens, direction)
+        points, shape_of_points = points_of(self.lens, at)
 
-        def products(group: Reading) -> Float[Tensor, "some direction site"]:
-            chunks = gate_graph.hessian_products(
-                self.lens, group, gates, directions, progress=self.progress
+        def products(group: Reading) -> Float[Tensor, "some point direction site"]:
+            return gate_graph.products_at_points(
+                self.lens, group, points, directions, progress=self.progress
             )
-            return torch.cat(list(chunks), 1)
 
         by_prompt = gate_graph.in_groups(self.lens, self.reading, products)
-        values = by_prompt.movedim(1, 0)
-        return values.reshape(*shape, *values.shape[1:])
+        values = by_prompt.movedim(0, 2)
+        return values.reshape(*shape_of_points, *shape_of_directions, *values.shape[2:])
 
     @exclusive
     def graphed(self, gates: Gates) -> Float[Tensor, "*point batch"]:

@@ -177,16 +177,42 @@ def in_groups(
     return torch.cat([work(group) for group in memory.second_order_groups(lens, reading)])
 
 
+def products_at_points(
+    lens: LoraLens,
+    reading: Reading,
+    points: Float[Tensor, "point site"],
+    directions: Float[Tensor, "direction site"],
+    *,
+    progress: bool,
+) -> Float[Tensor, "batch point direction site"]:
+    """H v of every direction at every point, where a row runs once for each of some points."""
+    points_at_once = memory.second_orders_at_once(lens, reading, memory.CURVATURE_TOKENS)
+    chunks: list[Tensor] = []
+    for some_points in points.split(points_at_once):
+        many = reading
+        gates = some_points[0]
+        if len(some_points) > 1:
+            many = reading.repeat(len(some_points))
+            gates = some_points.repeat(len(reading.owner), 1)  # Those of each row.
+        products = torch.cat(
+            [*hessian_products(lens, many, gates, directions, progress=progress)], 1
+        )
+        chunks.append(products.unflatten(0, (reading.batch, len(some_points))))
+    return torch.cat(chunks, 1)
+
+
 def hessian_products(
     lens: LoraLens,
     reading: Reading,
-    at: Float[Tensor, " site"],
+    at: Float[Tensor, "*row site"],
     directions: Float[Tensor, "direction site"],
     *,
     progress: bool = True,
     what: str = "Hessian products",
 ) -> Iterator[Float[Tensor, "batch chunk site"]]:
     """Yield H v of many directions, a chunk of them at a time, in their order.
+
+    The gates are the same for all rows, or each row's own.
 
     Cost: one forward and one backward, and a backward through both for each direction, batched.
     """

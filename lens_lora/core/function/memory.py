@@ -59,6 +59,9 @@ SHARED_TOKENS = 512
 # A graph that is kept, and the directions that go back through it.
 GRAPH_TOKENS = 512
 
+# A graph of second derivatives at several points; more of them cost as much each.
+CURVATURE_TOKENS = 64
+
 # Tangents, tangents of which nothing is unembedded, and covectors; and the logits of either.
 TANGENT_TOKENS = 2048
 FINAL_TOKENS = 8192
@@ -112,15 +115,15 @@ def slopes_at_once(lens: SizedLens, run: Run) -> int:
     return _copies_at_once(SLOPE_TOKENS, lens, run, size_of_copy)
 
 
-def second_orders_at_once(lens: SizedLens, reading: Reading) -> int:
-    """How many copies of the prompts have one graph of a second derivative."""
+def second_orders_at_once(lens: SizedLens, reading: Reading, tokens: int = GRAPH_TOKENS) -> int:
+    """How many copies of the prompts have one graph of a second derivative: in so many tokens."""
     rows_of_second_order(lens, reading)
 
     def size_of_copy(footprint: Footprint) -> _CopySize:
         of_row = SECOND_ORDER_GRAPHS * footprint.of_graph
         return _CopySize(of_row, SECOND_ORDER_GRAPHS * LOGITS_OF_GRAPH, PICKS)
 
-    return _copies_at_once(GRAPH_TOKENS, lens, reading, size_of_copy)
+    return _copies_at_once(tokens, lens, reading, size_of_copy)
 
 
 def _copies_at_once(
