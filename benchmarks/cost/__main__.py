@@ -9,9 +9,10 @@
     python benchmarks/cost --allocator           # with freed memory given back, and kept
 
 Everything but `--growth` runs on the embedded model and its adapter (210 sites, rank 8). Works take
-turns in one process, and the numbers are medians of processor time. Run it on one thread. With
-`--write`, what is printed goes into benchmarks/RESULTS.md and docs/performance.md (`page.py`). The
-first line says whether glibc kept freed memory (`allocator.py`).
+turns in one process, and the numbers are medians of processor time, without the collection of
+garbage that other code left (`measuring.median_seconds`). Run it on one thread. With `--write`,
+what is printed goes into benchmarks/RESULTS.md and docs/performance.md (`page.py`). The first line
+says whether glibc kept freed memory (`allocator.py`).
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ QUICK = [
         "FB",
         "≤ 1.45 FB",
     ),
-    Work("a bank of it", banked, target="≤ 5 F"),
+    Work("a bank of it", banked, target="≤ 4.5 F"),
     Work("… in a scan, an adapter", scan, target="≤ 0.07 F at 8 × 64", share=1 / ADAPTERS),
     Work("… an adapter, as an attribution", from_bank()),
     Work("… by position and rank", from_bank("position", "rank")),

@@ -56,6 +56,10 @@ _NO_NUMBERS = frozenset(
         "max_seq_len_cached",  # how far a pass made a rotary table grow (`core/model/lengths.py`)
     }
 )  # fmt: skip
+# The types of values that an attribute is compared by.
+_PLAIN = (bool, int, float, str)
+# What is no attribute of a module, but another module, or a class.
+_NO_ATTRIBUTE = (nn.Module, type)
 # Attributes of a tokenizer that change the ids of a string.
 _TOKENIZER_SETTINGS = ("padding_side", "add_prefix_space", "legacy")
 # Code from anywhere else is the caller's own. Their versions are compared (`LoraLens.describe`).
@@ -295,14 +299,15 @@ def _configuration(model: Any) -> dict[str, Any]:
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
     """The plain attributes of all modules and the names of their functions, by class and name."""
-    by_name: dict[str, list[Any]] = defaultdict(list)
+    by_place: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for module in model.modules():
+        of_class = type(module).__name__
         for attribute, value in _public_attributes(module).items():
-            name = f"modules {type(module).__name__}.{attribute}"
-            if callable(value):
-                by_name[name].append(json.dumps(_plain(value, [])))
-            elif value is None or isinstance(value, bool | int | float | str):
-                by_name[name].append(value)
+            if value is None or isinstance(value, _PLAIN):
+                by_place[of_class, attribute].append(value)
+            elif callable(value):
+                by_place[of_class, attribute].append(json.dumps(_plain(value, [])))
+    by_name = {f"modules {place[0]}.{place[1]}": values for place, values in by_place.items()}
     return {name: _summary(values) for name, values in sorted(by_name.items())}
 
 
@@ -313,8 +318,9 @@ def _public_attributes(module: nn.Module) -> dict[str, Any]:
     """
     attributes: dict[str, Any] = {}
     for name, value in vars(module).items():
-        is_note = name.startswith("_") or name in _NO_NUMBERS
-        if not is_note and not isinstance(value, nn.Module | type):
+        # There are tens of thousands of them, most with an underscore: a look at it is quickest.
+        is_note = name[:1] == "_" or name in _NO_NUMBERS
+        if not is_note and not isinstance(value, _NO_ATTRIBUTE):
             attributes[name] = value
     return attributes
 

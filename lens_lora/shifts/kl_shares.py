@@ -298,8 +298,9 @@ def kl_shares(
     # D(0) = 0 by definition.
     g.know(0.0, torch.zeros(reading.batch, dtype=lens.gate_dtype, device=lens.device))
     strengths = [*sorted(given_scales), 1.0]
-    divergence = g.along(strengths).T
+    # The pass of these slopes shows D(0.5), which may be one of the strengths.
     midpoint = g.slopes(0.5)
+    divergence = g.along(strengths).T
     gram = _gram(g, base.softmax(-1), groups) if groups else None
     return KLShares(
         attribution=Attribution.of(

@@ -256,9 +256,11 @@ def _value_and_tangent_apart(
         duals.append(alone if tangent is None else fwad.make_dual(alone, tangent))
     with torch.no_grad():
         moved = fwad.unpack_dual(run(duals)).tangent
+    values = [value for value, _ in operands]
+    if func is not functional.scaled_dot_product_attention:
+        return fwad.make_dual(run(values), moved)
     with sdpa_kernel(kernels):
-        value = run([value for value, _ in operands])
-    return fwad.make_dual(value, moved)
+        return fwad.make_dual(run(values), moved)
 
 
 def _detached(value: Any) -> Any:

@@ -717,6 +717,17 @@ class Function:
         Raises:
             TokenError, ArgumentError: a readout that does not fit the model, or the prompts.
         """
+        return self.bound_to(readout)
+
+    def bound_to(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
+        """The same as `about` within a public call, which has checked the model already.
+
+        Args:
+            readout: as for `about`.
+
+        Raises:
+            TokenError, ArgumentError: as for `about`.
+        """
         if callable(readout) and not isinstance(readout, Readout):
             named = Readout.of(readout)
             read = named.of_logits(self.lens.model, self.rows.batch)
