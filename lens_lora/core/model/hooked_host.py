@@ -239,8 +239,12 @@ class HookedHost(abc.ABC):
     @property
     def working_dtype(self) -> torch.dtype:
         """The dtype of δ: the model's, never below float32."""
-        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        return torch.promote_types(dtype, torch.float32)
+
+        def promoted() -> torch.dtype:
+            dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+            return torch.promote_types(dtype, torch.float32)
+
+        return self.known("working dtype", make=promoted)
 
     def norm_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
         """(γ, β) of the model's own norm.

@@ -138,7 +138,7 @@ class Watch:
             module: the module.
             owner: what its places are called in errors, such as "the model's ".
         """
-        places = [place._replace(name=f"{owner}{place.name}") for place in _places_of(module)]
+        places = [*_places_of(module, owner)]
         # A tensor that stands in several places is named by the first of them.
         tensors: dict[int, _Named] = {}
         for place in places:
@@ -206,28 +206,35 @@ def _is_watched(tensor: Tensor) -> bool:
     return is_plain and tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
 
 
-def _places_of(module: nn.Module) -> Iterator[_Place]:
-    """Where every weight stands in its module, and every module with weights in the one above."""
+def _places_of(module: nn.Module, owned_by: str) -> Iterator[_Place]:
+    """Where every weight stands in its module, and every module with weights in the one above.
+
+    Args:
+        module: the module.
+        owned_by: what the names of its places begin with.
+    """
     modules = dict(module.named_modules())
     passed: set[str] = set()
     for path, owner in modules.items():
         parameters = parameters_in(owner)
         held = {key: tensor for key, tensor in parameters.items() if tensor is not None}
-        yield from _tensors_in(parameters, held, path)
-        yield from _tensors_in(vars(owner), compat.processed_tensors(owner), path)
+        yield from _tensors_in(parameters, held, path, owned_by)
+        yield from _tensors_in(vars(owner), compat.processed_tensors(owner), path, owned_by)
         while held and path and path not in passed:
             passed.add(path)
             above, _, key = path.rpartition(".")
-            yield _Place(compat.modules_in(modules[above]), key, modules[path], path)
+            holder = compat.modules_in(modules[above])
+            yield _Place(holder, key, modules[path], f"{owned_by}{path}")
             path = above
 
 
 def _tensors_in(
-    holder: Mapping[str, Any], held: Mapping[str, Tensor], path: str
+    holder: Mapping[str, Any], held: Mapping[str, Tensor], path: str, owned_by: str
 ) -> Iterator[_Place]:
     for key, tensor in held.items():
         if _is_watched(tensor):
-            yield _Place(holder, key, tensor, f"{path}.{key}".lstrip("."))
+            name = f"{path}.{key}".lstrip(".")
+            yield _Place(holder, key, tensor, f"{owned_by}{name}")
 
 
 def _spacing(tensor: Tensor) -> _Spacing:
