@@ -109,7 +109,7 @@ class RecordedBase:
         shapes = shapes_of(adapter)
         if shapes in self.plans:
             return self.plans[shapes]
-        lens = self._lens.with_adapter(adapter)
+        lens = _lens_of(adapter, self._lens)
         is_plain = bool(shapes) and lens.adapter is adapter
         if not is_plain or not can_share_plan(lens, self._halves, self._stacks):
             return lens
@@ -169,6 +169,11 @@ class RecordedBase:
         return [half.slopes(lens, self._stacks, axes) for half in self._halves]
 
 
+def _lens_of(adapter: Adapter, known: LoraLens) -> LoraLens:
+    """The adapter over the model of a known lens, which may be its own."""
+    return known if known.adapter is adapter else known.with_adapter(adapter)
+
+
 def bytes_of(adapter: Adapter) -> int:
     """The memory of all tensors: factors, magnitudes, and modules that were trained whole."""
     total = 0
@@ -199,7 +204,7 @@ def slopes_of_adapters(
     for group in g.groups(graph=True):
         pool = TensorPool()
         # One at a time, as there may be many.
-        lenses = (g.lens.with_adapter(adapter) for adapter in like)
+        lenses = (_lens_of(adapter, g.lens) for adapter in like)
         # Where only some of the modules are asked for, the others may be out of reach.
         half, _ = record(group, lenses, pool, require_all=not other_modules)
         base = RecordedBase(g.lens, [half], pool.stacks(), sorted(other_modules))
