@@ -79,6 +79,25 @@ def worst(parts: Sequence[Check | MergedTensor]) -> Outcome:
     return "passed"
 
 
+def kinds_of(findings: Sequence[str], most: int) -> list[tuple[str, int]]:
+    """The most frequent findings, each with how often it was made.
+
+    Findings of one kind may differ in the number behind their colon: the first stands for all.
+
+    Args:
+        findings: in words.
+        most: how many kinds are kept.
+    """
+    of_kind: dict[str, list[str]] = {}
+    for finding in findings:
+        of_kind.setdefault(finding.partition(": ")[0], []).append(finding)
+    kinds: list[tuple[str, int]] = []
+    for alike in of_kind.values():
+        remark = " in the first" if len(set(alike)) > 1 else ""
+        kinds.append((alike[0] + remark, len(alike)))
+    return sorted(kinds, key=lambda kind: -kind[1])[:most]
+
+
 def first_of(names: Sequence[str]) -> str:
     """The first name, and how many more there are."""
     if not names:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import final
 
@@ -28,7 +27,7 @@ import pandas as pd
 from lens_lora import arguments
 from lens_lora.core import Adapter, AdapterLike, Described, LoraLens, alone, load_adapter, stored
 from lens_lora.errors import AdapterError, ArgumentError, many
-from lens_lora.ship.checks import Check, Outcome, first_of, worst
+from lens_lora.ship.checks import Check, Outcome, first_of, kinds_of, worst
 from lens_lora.ship.combined_explanations import SitePart, explanation, site_parts
 from lens_lora.ship.completions import Messages
 from lens_lora.ship.served_measure import ServedTokens, projection, token_log_probs
@@ -251,7 +250,7 @@ def _sites_check(sites: Sequence[CombinedSite]) -> Check:
         largest = max((s.residual for s in sites if not math.isnan(s.residual)), default=0.0)
         measured = f"the sum at {many(len(sites), 'site')}, residual at most {largest:.1g}"
         return Check(COMBINED, "passed", measured, "Σ w ΔW, to rounding", value=mean_c)
-    kinds = Counter(site.looks for site in bad).most_common(_KINDS_NAMED)
+    kinds = kinds_of([site.looks for site in bad], _KINDS_NAMED)
     measured = "; ".join(f"{count} of {len(sites)} sites: {looks}" for looks, count in kinds)
     where = first_of([site.site for site in bad])
     return Check(COMBINED, "failed", measured, "Σ w ΔW, to rounding", where, mean_c)

@@ -6,7 +6,7 @@ Matrices stay factored: with X = B A and Y = B' A', in float64,
 
 Tried are, each also times √rank, by which rsLoRA is misread where α was set to the rank:
 
-- the sum itself, as a multiple;
+- the sum itself, as a multiple or with other weights;
 - one part alone, the sum without its weights, or without the parts' own s;
 - the product of sums of factors, Σ √(w_i s_i) B_i · Σ √(w_i s_i) A_i, of PEFT's 'linear';
 - the sum cut to the rank of what was found, of PEFT's 'svd'.
@@ -210,9 +210,23 @@ def explanation(found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D
     c = R.inner(D.weight) / D.weight.norm**2
     if R.distance(D.weight.times(c)) <= _CLOSE * R.norm:
         return f"{c:.3g} times the sum"
+    weights = _weights_of(R, [part.weight for _, part, _ in parts])
+    if weights is not None:
+        return f"the sum with other weights: {', '.join(f'{weight:.3g}' for weight in weights)}"
     if _share_of_zeros(found.factors) > _PRUNED:
         return _ZEROS
     return "no sum of the parts"
+
+
+def _weights_of(R: Product, parts: Sequence[Product]) -> list[float] | None:
+    """The weights with which R is a sum of these, by least squares; None if it is none."""
+    if len(parts) < 2:
+        return None
+    inner = [[one.inner(other) for other in (*parts, R)] for one in parts]
+    equations = torch.tensor(inner, dtype=torch.float64)
+    weights = (torch.linalg.pinv(equations[:, :-1]) @ equations[:, -1]).tolist()
+    sums = [part.times(weight) for part, weight in zip(parts, weights, strict=True)]
+    return weights if R.distance(Product.summed(sums)) <= _CLOSE * R.norm else None
 
 
 def _candidates(

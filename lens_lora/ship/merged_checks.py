@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_lora.core import Adapter
 from lens_lora.errors import many
-from lens_lora.ship.checks import Check, MergedTensor, first_of, worst
+from lens_lora.ship.checks import Check, MergedTensor, first_of, kinds_of, worst
 from lens_lora.ship.merged_folder import MergedFolder
 from lens_lora.ship.merged_settings import CONFIG, config_check
 from lens_lora.ship.merged_tensors import compared
@@ -75,12 +74,13 @@ def _passing_facts(tensors: Sequence[MergedTensor], kept: float) -> str:
 def _wrong_facts(bad: Sequence[MergedTensor], tensors: Sequence[MergedTensor]) -> str:
     """The most frequent kinds of wrong tensors, each with its count."""
     changed = sum(tensor.is_changed for tensor in tensors)
-    kinds = Counter((tensor.looks, tensor.is_changed) for tensor in bad)
-    facts: list[str] = []
-    for (looks, is_changed), count in kinds.most_common(_KINDS_NAMED):
-        total = changed if is_changed else len(tensors)
-        facts.append(f"{count} of {total} tensors: {looks}")
-    return "; ".join(facts)
+    facts: list[tuple[int, str]] = []
+    for is_changed, total in ((True, changed), (False, len(tensors))):
+        findings = [tensor.looks for tensor in bad if tensor.is_changed == is_changed]
+        for looks, count in kinds_of(findings, _KINDS_NAMED):
+            facts.append((count, f"{count} of {total} tensors: {looks}"))
+    facts.sort(key=lambda fact: -fact[0])
+    return "; ".join(words for _, words in facts[:_KINDS_NAMED])
 
 
 def _ignored_files(folder: MergedFolder) -> str:

@@ -194,6 +194,20 @@ def test_a_part_that_is_lost_and_weights_that_are(combine):
     assert "the sum without its weights" in result.checks[0].measured
 
 
+def test_other_weights_are_named(combine):
+    """Those with which the combined adapter is a sum, also where they were swapped."""
+    for weights in ((0.7, 0.7), (-0.4, 0.7)):
+        (sites, _) = verified(combine(kind="cat"), weights).checks
+        assert "6 of 6 sites: the sum with other weights: 0.7, -0.4" in sites.measured
+
+
+def test_sites_with_one_cause_are_counted_together(combine):
+    """However large it is at each of them."""
+    (sites, _) = verified(combine(kind="linear")).checks
+    assert sites.measured.startswith("6 of 6 sites: cross terms B_i A_j, as of 'linear': they are")
+    assert sites.measured.endswith("‖sum‖ in the first")
+
+
 def test_a_module_that_is_lost_and_one_too_many(combine):
     out, base, _ = combine(kind="cat")
     lens = lens_of(out, base)
