@@ -29,7 +29,7 @@ from lens_lora.errors import CallError, warn
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_C = TypeVar("_C")
+_Result = TypeVar("_Result")
 
 # --- What is meant by a name, by who was asked for it
 
@@ -747,7 +747,7 @@ def fitting(call: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-def fitting_class(kind: type[_C]) -> type[_C]:
+def fitting_class(kind: type[_Result]) -> type[_Result]:
     """Decorate a class so that a wrong argument of its constructor is named, as by `fitting`."""
     make: Any = kind.__init__
     signature = inspect.signature(make)
