@@ -44,7 +44,6 @@ from .readout.tokens import Tokens as Tokens
 # --- The function g(ε), `lens.function(prompts, readout)`. `@analysis` makes a public call of a
 # function of g, an `Evaluations` there; a call that takes something else is `@alone`.
 from .analyses.own_analyses import analysis as analysis
-from .analyses.path_integral import path_integral as path_integral
 from .function.cache import Evaluations as Evaluations
 from .function.function import Function as Function
 from .function.noise import Noise as Noise
@@ -129,8 +128,6 @@ from .function.duals import MATMULS as MATMULS
 from .function.duals import dual_level as dual_level
 from .function.duals import rows_and_weight as rows_and_weight
 from .function.duals import tangent_of as tangent_of
-from .function.quadrature import new_patterson_nodes as new_patterson_nodes
-from .function.quadrature import patterson_counts as patterson_counts
 from .function.recording import Recording as Recording
 from .function.reverse import SlopeSums as SlopeSums
 from .function.reverse import Visit as Visit

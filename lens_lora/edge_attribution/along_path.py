@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import Evaluations, Quadrature, path_integral
+from lens_lora.core import Evaluations, Quadrature
 from lens_lora.edge_attribution.by_reader import EdgeValues, edge_values
 from lens_lora.errors import require_finite
+from lens_lora.integrals.path_integral import path_integral
 
 
 def edges_along_path(

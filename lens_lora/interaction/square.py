@@ -10,7 +10,7 @@
    sum to I_ab, which is exact from the corners. That shows how many values each gate needs: the
    readout may bend sharply along one gate and hardly along the other.
 2. A rule over the square has m values of s and n of t, each a rule of Patterson's
-   (`core/function/quadrature.py`): 3 × 3, 3 × 7, 7 × 31, …. They are nested, so all that are
+   (`integrals/nested_rules.py`): 3 × 3, 3 × 7, 7 × 31, …. They are nested, so all that are
    coarser along either axis cost nothing more.
 3. Every row and every column of the parts has to sum to its share. While one does not, the axis is
    refined along which the parts differ more from those of half as many values.
@@ -27,13 +27,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.core import (
-    Evaluations,
-    Groups,
-    Quadrature,
-    new_patterson_nodes,
-    patterson_counts,
-)
+from lens_lora.core import Evaluations, Groups, Quadrature
+from lens_lora.integrals.nested_rules import new_patterson_nodes, patterson_counts
 
 # The most values of a gate; rules of more are lost to rounding.
 _MOST_VALUES = 63

@@ -3,7 +3,7 @@
     c_l = ∫₀¹ ∂g/∂ε_l(ε·1) dε,      Σ_l c_l = g(1) − g(0), for dg(ε·1)/dε = Σ_l ∂g/∂ε_l
 
 Nested Clenshaw–Curtis rules take each integral, c_l ≈ Σ_k w_k ∂g/∂ε_l(ε_k·1), with as many nodes
-as the tolerance needs (`core/analyses/path_integral.py`). The nodes ride in rows of the batch, and
+as the tolerance needs (`integrals/path_integral.py`). The nodes ride in rows of the batch, and
 their weighted slopes are summed as they come. The passes at both ends give the exact shift as well.
 """
 
@@ -14,7 +14,8 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import Attribution, Function, analysis, by_axes, path_integral
+from lens_lora.core import Attribution, Function, analysis, by_axes
+from lens_lora.integrals.path_integral import path_integral
 
 
 @analysis

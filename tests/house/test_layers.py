@@ -27,7 +27,7 @@ LAYERS = [
     {"demonstration"},
     {"loading"},
     {"show", "runs"},
-    {"responses"},
+    {"responses", "integrals"},
     {"texts"},
     {"stream"},
     QUESTIONS,

@@ -10,7 +10,6 @@ import torch
 
 import lens_lora as ll
 from lens_lora.core.adapter import peft_variants
-from lens_lora.core.analyses import path_integral
 from lens_lora.core.function import forward, many_gates, memory, rounding
 from lens_lora.core.function.footprint import dual_pass_bytes
 from lens_lora.core.function.gate_graph import GateGraph
@@ -18,6 +17,7 @@ from lens_lora.core.function.own_passes import OwnPasses
 from lens_lora.core.model import injections
 from lens_lora.core.readout import reading
 from lens_lora.explanations import steps
+from lens_lora.integrals import path_integral
 from lens_lora.responses import generate
 
 

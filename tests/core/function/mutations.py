@@ -535,7 +535,7 @@ HOOKS = [
 PATH = [
     Mutation(
         "the weights of the nodes are another rule's",
-        "core/function/quadrature.py",
+        "integrals/nested_rules.py",
         "return (1 - np.cos(angles)) / 2, weights / (2 * n)",
         "return (1 - np.cos(angles)) / 2, weights**2 / (2 * n)",
         INTEGRAL,

@@ -2,7 +2,7 @@
 
     ∫₀¹ h(ε) dε, where the values of h sum over sites to dg(ε·1)/dε, so that they sum to the shift
 
-1. Rules of 3, 5, 9, 17, … nodes are nested (`core/function/quadrature.py`), so the last one costs
+1. Rules of 3, 5, 9, 17, … nodes are nested (`nested_rules.py`), so the last one costs
    as many evaluations of h as it has nodes. Its first and last node are the base and the adapted
    model; where h gives g as well, they give the exact shift.
 2. What the sum leaves of the exact shift is the completeness error. Nodes are added until it is at
@@ -25,11 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import number, whole
-from lens_lora.core.function.function import Function
-from lens_lora.core.function.quadrature import nested_counts, new_nodes
-from lens_lora.core.results.attribution import Quadrature
-from lens_lora.core.results.base import SIGMAS
+from lens_lora.core import SIGMAS, Function, Quadrature
 from lens_lora.errors import ArgumentError
+from lens_lora.integrals.nested_rules import nested_counts, new_nodes
 
 # The fewest nodes of a last rule: two rules show how far single sites still move.
 _FEWEST_NODES = 5

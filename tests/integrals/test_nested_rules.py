@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from lens_lora.core.function.quadrature import (
+from lens_lora.integrals.nested_rules import (
     clenshaw_curtis,
     nested_counts,
     new_nodes,
