@@ -29,13 +29,13 @@ So v's own output gets v'_k alone (`without_constant`), and the last two lines a
 at every position. Then every named activation, z' and v' included, is that of a model made
 from the merged weights, as folding those would move ε_v c_v to b_O, too.
 
-In rank space. v's map is δ = sB u_k with u_k = A(γ ⊙ x_k) + a₀ and a₀ = Aβ, with a last coordinate 1
-for Δb_V. Hence c_v = sB u with u = a₀ (`constant_of_v`). Where only the bias was folded and not the
-norm, the hook shows n_k itself: Aβ is no constant then, and u is the coordinate of Δb_V alone.
+In rank space. v's map is δ = sB u_k with u_k = A(γ ⊙ x_k) + a₀ and a₀ = Aβ, with a last coordinate
+1 for Δb_V. Hence c_v = sB u with u = a₀ (`constant_of_v`). Where only the bias was folded and not
+the norm, the hook shows n_k itself: Aβ is no constant then, and u is the coordinate of Δb_V alone.
 
-The term ε_o ε_v belongs to both gates. It is written as two maps of the same output, one in v's rank
-space and one in o's, each of which adds half of it; the slope by ε_v is read from the first, with the
-weight ε_o, and the slope by ε_o from the second, with the weight ε_v.
+The term ε_o ε_v belongs to both gates. It is written as two maps of the same output, one in v's
+rank space and one in o's, each of which adds half of it. The slope by ε_v is read from the first,
+with the weight ε_o, and the slope by ε_o from the second, with the weight ε_v.
 
 Over positions the constant is split at v, not at o. What it adds at position q comes from all
 positions k of v by A_qk, and the part of k is, with G = Jᵀu_y at each output,
