@@ -14,7 +14,6 @@ from .core.analyses.components import Components as Components
 from .core.analyses.margin import FactMargin as FactMargin
 from .core.analyses.remainder import Remainder as Remainder
 from .core.analyses.remainder import RemainderCurve as RemainderCurve
-from .core.model.rules import FrozenRules as FrozenRules
 from .core.model.sites import Site as Site
 from .core.readout.prompts import Prompts as Prompts
 from .core.results.attribution import Attribution as Attribution
@@ -51,6 +50,7 @@ from .judging.faithfulness import Faithfulness as Faithfulness
 from .judging.foils import foils as foils
 from .judging.null_test import NullTest as NullTest
 from .judging.reliability import Reliability as Reliability
+from .relevance.frozen_rules import FrozenRules as FrozenRules
 from .responses.answers import Generated as Generated
 from .responses.generate import SideBySide as SideBySide
 from .shifts.kl_shares import KLShares as KLShares

@@ -134,6 +134,7 @@ from .function.reverse import Visit as Visit
 from .function.reverse import join_groups as join_groups
 from .function.reverse import require_finite_slopes as require_finite_slopes
 from .function.rounding import rounding_hooks as rounding_hooks
+from .model.hooks import Arranger as Arranger
 from .model.hooks import HookFn as HookFn
 from .model.hooks import add_forward_hook as add_forward_hook
 from .model.hooks import add_pre_hook as add_pre_hook

@@ -14,8 +14,8 @@ from imports import COMPUTED, Package, named_in
 TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
 QUESTIONS = {
-    *("path", "curvature", "shifts", "hidden", "edge_attribution", "directions", "audit"),
-    *("two_adapters", "judging", "interaction", "banks", "sweeps", "ship"),
+    *("path", "relevance", "curvature", "shifts", "hidden", "edge_attribution", "directions"),
+    *("audit", "two_adapters", "judging", "interaction", "banks", "sweeps", "ship"),
 }
 LAYERS = [
     {"errors", "_version", "families", "registered", "guesses"},

@@ -93,6 +93,11 @@ def no_branch_pays(patch: pytest.MonkeyPatch) -> list[bool]:
     return asked
 
 
+def gated_logits(lens: ll.LoraLens, rows: ll.results.Prompts, gates: torch.Tensor) -> torch.Tensor:
+    """The logits where rows are read, at gates of all of them or of each, with their graph."""
+    return forward.gated_logits(lens, rows, gates)
+
+
 def bytes_of_a_dual_pass(lens: ll.LoraLens) -> float:
     """The memory that a forward pass of dual numbers takes beside its rows."""
     return dual_pass_bytes(lens)

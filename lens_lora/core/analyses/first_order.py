@@ -6,8 +6,8 @@ from the adapted model does.
 1. Reverse mode gives every site and part for one readout, in one forward and one backward pass
    (`Function.slopes`). Forward mode gives the same numbers by the other route, a tangent for each
    site or part (`function/forward_mode.py`), and is its check.
-2. With `rules`, attention patterns or norm denominators are constants at their values there
-   (`model/rules.py`), in both modes.
+2. With `rules` it is the derivative of another function, in both modes: what they hold fixed, such
+   as attention patterns, is a constant (`Rules`; `lens_lora/relevance` has those of LRP).
 3. The exact shift g(1) − g(0) stands beside the values. At 0 and at 1 one of the two ends is in the
    pass that is run anyway, and of a few tokens both are; each other end is a forward pass.
 4. By output token, A_lt = ∂ℓ_t/∂ε_l with ℓ_t = log p(y_t | x, y_<t): by position says where a
@@ -21,7 +21,8 @@ from the adapted model does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, TypedDict, overload, runtime_checkable
 
 import torch
@@ -40,14 +41,31 @@ from lens_lora.core.function.modes import Mode, chosen_mode
 from lens_lora.core.function.reverse import require_finite_slopes
 from lens_lora.core.model import Gauge, LoraLens
 from lens_lora.core.model.gauge import require_ranks
-from lens_lora.core.model.rules import FrozenRules, held_fixed, require_held
 from lens_lora.core.model.sites import Group, Groups, by_axes
-from lens_lora.core.readout import Prompts, PromptsLike, Readout
+from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.results.attribution import Attribution, GroupAttribution
 from lens_lora.errors import ArgumentError, require_finite
 
-# A pass of so few tokens shows whether the model's hooks keep the rules.
-_TRIED_TOKENS = 8
+
+@runtime_checkable
+class Rules(Protocol):
+    """What derivatives take for constants, in place of the derivative of g itself."""
+
+    @property
+    def key(self) -> str:
+        """What the result's `method` names them by."""
+        ...
+
+    def held(self, g: Function) -> AbstractContextManager[None]:
+        """A context in which derivatives of g follow the rules, and no value changes.
+
+        Args:
+            g: the function.
+
+        Raises:
+            ModelStateError: this model cannot keep them.
+        """
+        ...
 
 
 def _of_several(
@@ -58,7 +76,7 @@ def _of_several(
     by: tuple[str, ...] | str,
     group: Group | None,
     gauge: Gauge,
-    rules: FrozenRules | None,
+    rules: Rules | None,
 ) -> GroupAttribution | tuple[Attribution, ...]:
     """First order of each readout of the same prompts.
 
@@ -103,7 +121,7 @@ class _Options(TypedDict, total=False):
     mode: Mode
     by: tuple[str, ...] | str
     gauge: Gauge
-    rules: FrozenRules | None
+    rules: Rules | None
 
 
 class _CallOptions(_Options, total=False):
@@ -156,7 +174,7 @@ def first_order(
     by: tuple[str, ...] | str = (),
     group: Group | None = None,
     gauge: Gauge = "trained",
-    rules: FrozenRules | None = None,
+    rules: Rules | None = None,
 ) -> Attribution | GroupAttribution:
     """First order a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank.
 
@@ -214,7 +232,7 @@ def first_order(
             )
         return _of_groups(g, g.lens.sites.grouped(group), axes, at, mode, rules)
     require_ranks(gauge, axes)
-    under = held(rules, g)
+    under = _held(rules, g)
     used_mode = _chosen_mode(g, mode, axes)
     if used_mode == "forward":
         values = forward_mode.slopes(g, at, axes, gauge=gauge, under=under)
@@ -231,35 +249,21 @@ def first_order(
     )
 
 
-def _method(rules: FrozenRules | None) -> str:
+def _method(rules: Rules | None) -> str:
     return "first_order" if rules is None else f"first_order/{rules.key}"
 
 
-@contextlib.contextmanager
-def held(rules: FrozenRules | None, g: Function) -> Generator[None]:
-    """Within the block, derivatives take what the rules name for constants.
-
-    The rules are tried on a few tokens first.
-
-    Args:
-        rules: None for none.
-        g: the function.
+def _held(rules: Rules | None, g: Function) -> AbstractContextManager[None]:
+    """A context in which derivatives of g follow the rules.
 
     Raises:
         ArgumentError: something that is no rules.
-        ModelStateError: rules that this model's hooks cannot keep.
     """
     if rules is None:
-        yield
-        return
-    if not isinstance(rules, FrozenRules):
+        return contextlib.nullcontext()
+    if not isinstance(rules, Rules):
         raise ArgumentError(f"rules={rules!r}: expected FrozenRules(…), or None.")
-    lens = g.lens
-    first = g.rows.row(0)
-    few_tokens = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
-    require_held(lens.host, rules, lambda: lens.run(few_tokens), lens.eps)
-    with held_fixed(lens.host, rules):
-        yield
+    return rules.held(g)
 
 
 def _chosen_mode(
@@ -283,7 +287,7 @@ def _of_groups(
     axes: tuple[str, ...],
     at: float,
     mode: Mode,
-    rules: FrozenRules | None,
+    rules: Rules | None,
 ) -> GroupAttribution:
     """Σ_{l in G} a_l of every group G, of the whole readout or by token.
 
@@ -295,7 +299,7 @@ def _of_groups(
         mode: as for `first_order`.
         rules: as for `first_order`.
     """
-    under = held(rules, g)
+    under = _held(rules, g)
     used_mode = _chosen_mode(g, mode, axes, groups)
     if used_mode == "forward":
         values = forward_mode.group_slopes(g, groups, at, by_token=bool(axes), under=under)

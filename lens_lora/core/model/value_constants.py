@@ -42,7 +42,8 @@ positions k of v by A_qk, and the part of k is, with G = Jᵀu_y at each output,
 
     Σ_q A_qk ⟨G_q at o, (W_O + ε_o ΔW_O) Rep(c_v)⟩  =  ⟨G_k at v, c_v⟩
 
-as ∂out_q/∂v_k = A_qk (W_O + ε_o ΔW_O) Rep. Under a hook that edits the pattern or z there is no such split.
+as ∂out_q/∂v_k = A_qk (W_O + ε_o ΔW_O) Rep. Under a hook that edits the pattern or z there is no
+such split.
 """
 
 from __future__ import annotations

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-
 import cases
+import limits
 import models
 import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.core.analyses.first_order import first_order
-from lens_lora.core.function import memory
-from lens_lora.core.function.forward import gated_logits
-from lens_lora.core.function.reverse import site_slopes
-from lens_lora.core.model import rules as frozen
-from lens_lora.core.model.hooks import attached
-from lens_lora.core.model.rules import FrozenRules
+from lens_lora import first_order
+from lens_lora.relevance import frozen_rules as frozen
+from lens_lora.relevance.frozen_rules import FrozenRules
 from lens_lora.show.text import key_text
 
-first_order_module = sys.modules[first_order.__module__]
 pytestmark = pytest.mark.usefixtures("float64")
 ROUND_OFF, MARGIN = 1e-10, ll.Margin(5, 9)
 TEXTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
@@ -55,10 +49,10 @@ def frozen_readout(
 
     rows = gates.repeat(len(reading.owner) // len(gates), 1)
     with torch.no_grad():
-        with attached(lens.model, [(name, record(name)) for name in cached]):
-            gated_logits(lens, reading.rows, lens.gates(at))
-        with attached(lens.model, [(name, replace(name)) for name in cached]):
-            logits = gated_logits(lens, reading.rows, rows)
+        with lens.hooked([(name, record(name)) for name in cached]):
+            limits.gated_logits(lens, reading.rows, lens.gates(at))
+        with lens.hooked([(name, replace(name)) for name in cached]):
+            logits = limits.gated_logits(lens, reading.rows, rows)
     assert cached and not any(cached.values())
     return reading.read(logits).view(-1, len(gates))
 
@@ -131,10 +125,10 @@ def test_the_last_parallel_block_is_linear_once_frozen(cls: str):
 @CLASSES
 def test_without_rules_nothing_changes(cls: str, monkeypatch):
     """Bit for bit, also after a call with rules; and no hook stays on the model."""
-    monkeypatch.setattr(memory, "RIDING_TOKENS", 0)  # rows of the ends would change the rounding
+    # Rows of the ends, which ride along in the same pass, would change the rounding.
+    limits.tokens_at_once(monkeypatch, RIDING_TOKENS=0)
     lens = cases.case("gpt2", cls, "raw").lens
-    reading = MARGIN.reading(lens.model, lens.prompts(TEXTS))
-    expected = site_slopes(lens, reading, lens.gates(0.0))
+    expected = lens.function(TEXTS, MARGIN).slopes(0.0)
     before = hooks_on(lens.model)
     first_order(lens, TEXTS, MARGIN, rules=BOTH)
     assert torch.equal(first_order(lens, TEXTS, MARGIN, rules=None).values, expected)
@@ -171,7 +165,7 @@ def test_answers_embeddings_and_users_hooks(cls: str):
     assert relative(found, differences(lens, TEXTS, answer, BOTH, 0.0)) < 1e-6
     plain = first_order(lens, TEXTS, MARGIN, rules=BOTH).values
     halved = [("blocks.0.attn.hook_pattern", lambda pattern, hook: pattern / 2)]
-    with attached(lens.model, halved):
+    with lens.hooked(halved):
         found = first_order(lens, TEXTS, MARGIN, rules=BOTH).values
         assert relative(found, differences(lens, TEXTS, MARGIN, BOTH, 0.0)) < 1e-6
     assert relative(found, plain) > 1e-3
@@ -248,7 +242,7 @@ def test_a_forgotten_hook_shows(cls: str, monkeypatch):
     lens = cases.case("llama", cls, "processed").lens
     oracle = differences(lens, TEXTS, MARGIN, BOTH, 0.0)
     assert relative(first_order(lens, TEXTS, MARGIN, rules=BOTH).values, oracle) < 1e-6
-    monkeypatch.setattr(first_order_module, "require_held", lambda *args: None)
+    monkeypatch.setattr(frozen, "require_held", lambda *args: None)
     true = frozen.frozen_points
     monkeypatch.setattr(
         frozen, "frozen_points", lambda *args: [n for n in true(*args) if "ln_final" not in n]

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import cases
+import limits
 import models
 import pytest
 import torch
 from torch import nn
 
 import lens_lora as ll
-from lens_lora.core.analyses.first_order import first_order
-from lens_lora.core.function.forward import gated_logits
-from lens_lora.core.model import rules as mlp_rules
-from lens_lora.core.model.hooks import attached
-from lens_lora.core.model.rules import FrozenRules, held_fixed
+from lens_lora import first_order
+from lens_lora.relevance import frozen_rules as mlp_rules
+from lens_lora.relevance.frozen_rules import FrozenRules, held_fixed
 from lens_lora.show.text import key_text
 
-first_order_module = sys.modules[first_order.__module__]
 pytestmark = pytest.mark.usefixtures("float64")
 ROUND_OFF, MARGIN = 1e-10, ll.Margin(5, 9)
 TEXTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
@@ -35,7 +32,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def relevance(lens: ll.LoraLens, rules: FrozenRules, gate: float) -> list[float]:
     """Σ x ∂g/∂x at every block's input and before the final norm, then g itself."""
-    host = lens.plan.host
+    host = lens.host
     names = [host.block_input(layer) for layer in range(host.n_layers)]
     names.append(f"blocks.{host.n_layers - 1}.hook_out" if names[0].endswith("hook_in") else "")
     names[-1] = names[-1] or f"blocks.{host.n_layers - 1}.hook_resid_post"
@@ -52,10 +49,10 @@ def relevance(lens: ll.LoraLens, rules: FrozenRules, gate: float) -> list[float]
 
     with (
         torch.enable_grad(),
-        held_fixed(host, rules),
-        attached(lens.model, [(name, keep(name)) for name in names]),
+        held_fixed(lens, rules),
+        lens.hooked([(name, keep(name)) for name in names]),
     ):
-        logits = gated_logits(lens, lens.prompts(models.tokens(1)), lens.gates(gate))
+        logits = limits.gated_logits(lens, lens.prompts(models.tokens(1)), lens.gates(gate))
         g = logits[0, 5] - logits[0, 9]
         slopes = torch.autograd.grad(g, [kept[name] for name in names])
     found = [float((kept[n] * s).detach().sum()) for n, s in zip(names, slopes, strict=True)]
@@ -91,9 +88,9 @@ def test_values_do_not_change(family: str, cls: str):
     lens = cases.case(family, cls, "processed").lens
     prompts, gates = lens.prompts(TEXTS), lens.gates(1.0)
     with torch.no_grad():
-        bare = gated_logits(lens, prompts, gates)
-        with held_fixed(lens.plan.host, MLP_ONLY):
-            ruled = gated_logits(lens, prompts, gates)
+        bare = limits.gated_logits(lens, prompts, gates)
+        with held_fixed(lens, MLP_ONLY):
+            ruled = limits.gated_logits(lens, prompts, gates)
     assert torch.equal(bare, ruled)
     post = torch.tensor([-0.0, 0.0, 1.5, -2.5])
     inputs = [torch.tensor([0.0, 3.0, 2.0, -1.0]), torch.tensor([1.0, 0.0, 4.0, 1.0])]
@@ -184,7 +181,7 @@ def test_modes_agree_and_parts_sum(family: str, cls: str, rules: FrozenRules):
 def test_in_little_memory_blocks_run_again_under_the_rules(cls: str, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     whole = first_order(lens, TEXTS, MARGIN, rules=RELP).values
-    monkeypatch.setattr("lens_lora.core.function.memory.must_rerun", lambda *args: True)
+    limits.every_block_runs_again(monkeypatch)
     assert relative(first_order(lens, TEXTS, MARGIN, rules=RELP).values, whole) < ROUND_OFF
 
 
@@ -192,14 +189,14 @@ def test_in_little_memory_blocks_run_again_under_the_rules(cls: str, monkeypatch
 def test_a_user_s_edit_of_the_product(cls: str):
     """Neurons that a hook switches off pass nothing on; p that is no product is refused."""
     lens = cases.case("llama", cls, "raw").lens
-    point = lens.plan.host.ports(1, "down").read
+    point = lens.host.ports(1, "down").read
     into = [i for i, s in enumerate(lens.sites) if s.layer == 1 and s.kind in ("gate", "up")]
     assert first_order(lens, TEXTS, MARGIN, rules=RELP).values[:, into].all()
-    with attached(lens.model, [(point, lambda tensor, hook: tensor * 0.0)]):
+    with lens.hooked([(point, lambda tensor, hook: tensor * 0.0)]):
         assert not first_order(lens, TEXTS, MARGIN, rules=RELP).values[:, into].any()
     shifted = [(point, lambda tensor, hook: tensor + 1.0)]
     with (
-        attached(lens.model, shifted),
+        lens.hooked(shifted),
         pytest.raises(ll.errors.ModelStateError, match=r"is not act\("),
     ):
         first_order(lens, TEXTS, MARGIN, rules=RELP)
@@ -229,7 +226,7 @@ def test_a_host_that_ignores_a_hook_is_refused(cls: str, monkeypatch: pytest.Mon
     lens = cases.case("llama", cls, "raw").lens
     first_order(lens, TEXTS, MARGIN, rules=RELP)
     true = mlp_rules._mlps
-    first, second = true(lens.plan.host)
+    first, second = true(lens.host)
     wrong = mlp_rules.dataclasses.replace(first, inputs=(second.inputs[0], *first.inputs[1:]))
     monkeypatch.setattr(mlp_rules, "_mlps", lambda host: [wrong, second])
     with pytest.raises(

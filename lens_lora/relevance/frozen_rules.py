@@ -31,9 +31,10 @@ Source: Jafari et al., "RelP" (arXiv 2508.21258); the rules are those of LRP for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -42,8 +43,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.compat import is_offloaded, without_warnings
-from lens_lora.core.model.hooks import Arranger, HookFn, add_pre_hook, attached
-from lens_lora.core.model.host import Host
+from lens_lora.core import Arranger, Function, HookFn, Host, LoraLens, Prompts, add_pre_hook
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.spans import Temporary, temporary
 
@@ -52,6 +52,8 @@ _SCALE = "hook_scale"
 # How TransformerBridge warns of what `require_held` checks.
 _EDITED = "A forward hook edited hook_scale"
 _REFUSED = "So identity_rule and half_rule cannot be kept here; leave them out."
+# A pass of so few tokens shows whether the model's hooks keep the rules.
+_TRIED_TOKENS = 8
 _Run = Callable[[], Float[Tensor, "row pos vocab"]]
 
 
@@ -132,6 +134,25 @@ class FrozenRules:
             said.insert(0, f"{' and '.join(fixed)} fixed")
         return ", ".join(said)
 
+    @contextlib.contextmanager
+    def held(self, g: Function) -> Generator[None]:
+        """Within the block derivatives of g follow the rules, once a few tokens show that they can.
+
+        Cost: two forward passes and one backward, of eight tokens.
+
+        Args:
+            g: the function.
+
+        Raises:
+            ModelStateError: rules that this model's hooks cannot keep, naming the hook point.
+        """
+        first = g.rows.row(0)
+        tokens = first.tokens[:, :_TRIED_TOKENS]
+        few_tokens = Prompts(tokens, first.lengths.clamp(max=_TRIED_TOKENS))
+        require_held(g.lens, self, lambda: g.lens.run(few_tokens))
+        with held_fixed(g.lens, self):
+            yield
+
 
 def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
     """The hook points that these rules hold fixed, each under one name."""
@@ -144,8 +165,9 @@ def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
 
 
 @temporary
-def held_fixed(span: Temporary, host: Host, rules: FrozenRules) -> None:
+def held_fixed(span: Temporary, lens: LoraLens, rules: FrozenRules) -> None:
     """Within the block derivatives of both modes follow the rules; no value changes."""
+    host = lens.host
     hooks: list[tuple[str, HookFn]] = []
     for name in frozen_points(host.model, rules):
         hooks.append((name, _without_derivative))
@@ -153,7 +175,7 @@ def held_fixed(span: Temporary, host: Host, rules: FrozenRules) -> None:
         for mlp in _mlps(host):
             if mlp.is_gated or rules.identity_rule:
                 hooks += _mlp_hooks(host, mlp, rules)
-    span.enter_context(attached(host.model, hooks))
+    span.enter_context(lens.hooked(hooks))
     span.enter_context(without_warnings(_EDITED))
 
 
@@ -276,26 +298,26 @@ def _primal(tensor: Tensor) -> Tensor:
 # --- Whether the model computes with what the hooks return
 
 
-def require_held(host: Host, rules: FrozenRules, run: _Run, eps: float) -> None:
+def require_held(lens: LoraLens, rules: FrozenRules, run: _Run) -> None:
     """Check that the model computes with what a hook returns at every point of the rules.
 
     Args:
-        host: the hooked model.
+        lens: the adapter over the model.
         rules: the rules.
         run: runs the model on a few tokens.
-        eps: the precision in which it computes.
 
     Raises:
         ModelStateError: it does not, naming the point.
     """
+    host = lens.host
     if rules.of_mlps:
-        _require_mlps(host, run)
+        _require_mlps(lens, run)
     names = frozen_points(host.model, rules)
     _require_points(host, rules, names)
     with torch.no_grad():
         bare = run()
     with _norms_without_hooks(host.model) as past:
-        logits, passed = _probed(host, names, run)
+        logits, passed = _probed(lens, names, run)
     _require_used(host, logits, passed)
     if rules.norm_scales and past:
         raise ModelStateError(
@@ -305,7 +327,7 @@ def require_held(host: Host, rules: FrozenRules, run: _Run, eps: float) -> None:
         )
     error = float((logits.detach() - bare).abs().max())
     span = float(bare.max() - bare.min())
-    if not error <= eps**0.5 * span:
+    if not error <= lens.eps**0.5 * span:
         raise ModelStateError(
             f"this {host.class_name} computes other logits ({error:.2g} off, of a range of "
             f"{span:.2g}) when hooks return patterns and scales unchanged, so they cannot be held "
@@ -313,14 +335,16 @@ def require_held(host: Host, rules: FrozenRules, run: _Run, eps: float) -> None:
         )
 
 
-def _probed(host: Host, names: Iterable[str], run: _Run) -> tuple[Tensor, dict[str, list[Tensor]]]:
+def _probed(
+    lens: LoraLens, names: Iterable[str], run: _Run
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """The logits with zeros added at these points, and what each firing then returned.
 
     A gradient with respect to that comes back only if the model computes with it.
     """
     passed: dict[str, list[Tensor]] = {name: [] for name in names}
     hooks = [(name, functools.partial(_add_zeros, firings)) for name, firings in passed.items()]
-    with torch.enable_grad(), attached(host.model, hooks), without_warnings(_EDITED):
+    with torch.enable_grad(), lens.hooked(hooks), without_warnings(_EDITED):
         return run(), passed
 
 
@@ -340,13 +364,14 @@ def _slopes(value: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
     return list(torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True))
 
 
-def _require_mlps(host: Host, run: _Run) -> None:
+def _require_mlps(lens: LoraLens, run: _Run) -> None:
     """Check that each MLP's p is act(g), or act(g) · u, of what hooks return at g and u."""
+    host = lens.host
     mlps = _mlps(host)
     names: list[str] = []
     for mlp in mlps:
         names += [*mlp.inputs, mlp.post]
-    _, passed = _probed(host, names, run)
+    _, passed = _probed(lens, names, run)
     for name, firings in passed.items():
         if len(firings) != 1:
             raise ModelStateError(
