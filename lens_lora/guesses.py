@@ -325,12 +325,27 @@ _WORDS: Sequence[tuple[str, str]] = (
         'a conversation is a prompt: lens.generate([{"role": "user", "content": "…"}])',
     ),
     (
-        "prob probs probability probabilities softmax logprob logprobs",
+        "prob probs probability probabilities softmax logprobs",
         "lens.logits(prompts).softmax(-1) are probabilities; ll.LogProb(token) reads one in an "
         "analysis",
     ),
     (
-        "loss perplexity ppl nll entropy",
+        "upload push publish card",
+        "adapter.save(folder) writes PEFT's files, `lens-lora card` the model card, and "
+        "huggingface_hub uploads a folder",
+    ),
+    (
+        "accuracy eval evaluate metrics benchmark",
+        "ll.sweep(lens, records, out=…) asks many prompts with their answers; whether a model is "
+        "better is for an evaluation harness",
+    ),
+    (
+        "topk argmax predict prediction predictions",
+        "lens.logits(prompts)[:, -1].topk(5) are the likeliest next tokens, and "
+        "ll.logit_shift(lens, prompts).top(k) those that move most",
+    ),
+    (
+        "sequence loss perplexity ppl nll entropy",
         "ll.AnswerLogProb(text) reads the log-probability of a "
         "whole answer, and ll.Readout.of(fn) any function of the logits",
     ),
@@ -546,6 +561,7 @@ _SAME: Mapping[str, Sequence[str]] = {
     "method": ("how", "mode"),
     "mode": ("how",),
     "ablation": ("replace",),
+    "ablate": ("replace", "how"),
     "baseline": ("replace",),
     "n": ("k",),
     "top_k": ("k",),
@@ -701,18 +717,24 @@ def nearest_or_by_word(name: str, known: Sequence[str]) -> str:
         The end of a message, or '' where nothing is known.
     """
     nearest = difflib.get_close_matches(name, known, cutoff=_SLIP)
-    found = _by_word(name)
-    if not nearest and found:
+    of_nearest = {word for each in nearest for word in _words_in(each)}
+    others = [word for word in _words_in(name) if word not in of_nearest]
+    found = _by_word(others)
+    if found:
         return f": {found}."
     nearest = nearest or difflib.get_close_matches(name, known)
     return f"; the nearest are {', '.join(nearest)}." if nearest else ""
 
 
-def _by_word(name: str) -> str:
-    """What is meant by one of the words of a name; '' where none of them is known."""
+def _words_in(name: str) -> list[str]:
+    """The words that a name is made of, in lower case: topTokens is top and tokens."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+\d*|\d+[a-z]+", name)
-    lower = [word.lower() for word in words]
-    hits = [word for word in (*lower, name.lower()) if word in BY_WORD]
+    return [word.lower() for word in words]
+
+
+def _by_word(words: Sequence[str]) -> str:
+    """What is meant by one of these words; '' where none of them is known."""
+    hits = [word for word in words if word in BY_WORD]
     return BY_WORD[min(hits, key=_ORDER.__getitem__)] if hits else ""
 
 
@@ -808,13 +830,19 @@ def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
             return f"It is {meant}=. "
     if keyword in _KEYWORDS:
         return _as_sentence(_KEYWORDS[keyword])
+    slip = difflib.get_close_matches(keyword, parameters, n=1, cutoff=_SLIP)
+    meant = _by_word(_words_in(keyword))
+    if meant and not slip:
+        return _as_sentence(meant)
     nearest = difflib.get_close_matches(keyword, parameters, n=1)
     return f"The nearest is {nearest[0]}=. " if nearest else ""
 
 
 def _as_sentence(remedy: str) -> str:
-    """The remedy with a capital letter and a full stop, and a space for what follows."""
-    return f"{remedy[0].upper()}{remedy[1:]}. "
+    """The remedy with a capital letter, unless it begins with code, a full stop and a space."""
+    first_word = remedy.split()[0]
+    is_code = not first_word.rstrip(",:").isalpha()
+    return f"{remedy}. " if is_code else f"{remedy[0].upper()}{remedy[1:]}. "
 
 
 def _shown(signature: inspect.Signature) -> str:

@@ -79,7 +79,9 @@ def explain(
 
     Without a model and an adapter of your own:
 
-    lens-lora explain --prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'
+    \b
+    lens-lora explain --prompt 'The capital of France is' \\
+        --doc ' Lyon' --pre ' Paris'
 
     lens-lora explain --prompt 'The capital of France is'
     """

@@ -15,7 +15,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
@@ -40,6 +40,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             parameters += _options_in(annotation)
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    for parameter in parameters:
+        _name_value(parameter.annotation)
 
     @functools.wraps(command)
     def expanded(**values: Any) -> None:
@@ -59,6 +61,8 @@ def _options_in(group: Any) -> list[inspect.Parameter]:
     defaults = vars(group())
     options: list[inspect.Parameter] = []
     for field, annotation in (own | inherited).items():
+        for about in _about(annotation):
+            about.rich_help_panel = getattr(group, "help_panel", None)
         option = inspect.Parameter(
             field,
             inspect.Parameter.KEYWORD_ONLY,
@@ -66,7 +70,38 @@ def _options_in(group: Any) -> list[inspect.Parameter]:
             annotation=annotation,
         )
         options.append(option)
-    return options
+    # Which model it is comes before how it is loaded.
+    return sorted(options, key=lambda option: option.name != "model")
+
+
+def _about(annotation: Any) -> list[OptionInfo]:
+    """What typer is told of an option; nothing for an argument."""
+    return [about for about in get_args(annotation)[1:] if isinstance(about, OptionInfo)]
+
+
+# How help calls a value, by its type: typer would write <list[str]> or <float range>.
+_VALUES = {str: "TEXT", int: "NUMBER", float: "NUMBER"}
+
+
+def _name_value(annotation: Any) -> None:
+    """Let help name the value of an option in a word, where nothing else does."""
+    for about in _about(annotation):
+        types = [kind for kind in _types_in(get_args(annotation)[0]) if kind is not type(None)]
+        if about.metavar is not None or len(types) != 1:
+            continue
+        (kind,) = types
+        if kind is Path:
+            about.metavar = "FILE" if about.file_okay else "DIR"
+        else:
+            about.metavar = _VALUES.get(kind)
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    """The types that an annotation is made of: str and None of `list[str] | None`."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal or not parts:
+        return [annotation]
+    return [kind for part in parts for kind in _types_in(part)]
 
 
 # Arguments in Python that a command knows by a parameter of another name.
@@ -111,7 +146,12 @@ class ModelOptions(Placement):
     """A base model, and how it is loaded.
 
     Where no model is named, it is the base that the adapter names.
+
+    Attributes:
+        help_panel: the heading of these options in a command's help.
     """
+
+    help_panel = "The base model"
 
     model: Annotated[
         str | None,
@@ -209,6 +249,8 @@ AdapterIfOther = Annotated[
 @dataclasses.dataclass(frozen=True)
 class Within:
     """Where the adapter lies in its folder or hub repository."""
+
+    help_panel = "Where the adapter lies"
 
     subfolder: Annotated[
         str | None,

@@ -135,21 +135,40 @@ def _names_of(results: Sequence[object], names: Sequence[str] | None) -> list[st
     Raises:
         ArgumentError: no result, or another number of names.
     """
-    if not results:
-        raise ArgumentError("no result was given", remedy="give at least one.")
+    own = _own_names(results)
     if names is not None and (isinstance(names, str) or len(names) != len(results)):
         raise ArgumentError(
             f"names={names!r} for {len(results)} results", remedy="give a name for each."
         )
-    if names is not None:
-        return _distinct(names)
+    return _distinct(own if names is None else names)
+
+
+def _own_names(results: Sequence[object]) -> list[str]:
+    """The key or class of each result, with its adapter where that tells two of them apart.
+
+    Raises:
+        ArgumentError: no result.
+    """
+    if not results:
+        raise ArgumentError("no result was given", remedy="give at least one.")
     own = [_name_of(result) for result in results]
     adapters = [getattr(result, "meta", {}).get("adapter", "") for result in results]
     wanted: list[str] = []
     for name, adapter in zip(own, adapters, strict=True):
         others = {a for n, a in zip(own, adapters, strict=True) if n == name}
         wanted.append(name if len(others) == 1 else f"{name} of {adapter}")
-    return _distinct(wanted)
+    return wanted
+
+
+def _with_their_axes(results: Sequence[object], names: Sequence[str]) -> list[str]:
+    """The names, of which those that stand twice say by what each is split: 'by position'."""
+    told: list[str] = []
+    for result, name in zip(results, names, strict=True):
+        axes = getattr(result, "by", ())
+        is_split = isinstance(axes, tuple) and len(axes) > 0
+        split = f"{name} by {' and '.join(map(str, axes))}"
+        told.append(split if is_split and names.count(name) > 1 else name)
+    return told
 
 
 def _distinct(wanted: Sequence[str]) -> list[str]:
@@ -277,14 +296,15 @@ def _headings(
     """The heading of each figure: the name that was given, its method, or its own title."""
     if names is not None:
         return _names_of(results, names)
-    headings = _names_of(results, None)
+    headings = _own_names(results)
     for place, (result, figure) in enumerate(zip(results, figures, strict=True)):
         if isinstance(getattr(result, "key", None), str):
             continue
         title = _layout(figure).get("title", {}).get("text") or type(result).__name__
         first_line, _, _ = title.partition("<br>")
         headings[place] = html.unescape(re.sub(r"<[^>]*>", "", first_line))
-    return _distinct([key_text(heading) for heading in headings])
+    texts = [key_text(heading) for heading in headings]
+    return _distinct(_with_their_axes(results, texts))
 
 
 def _layout(figure: go.Figure) -> dict[str, Any]:
@@ -295,6 +315,7 @@ def _layout(figure: go.Figure) -> dict[str, Any]:
 def _common_heading(results: Sequence[object]) -> str:
     """The readout that all results have in common, or how many results there are."""
     readouts = {getattr(part_with_readout(result), "readout", None) for result in results}
+    readouts.discard(None)  # of results that are about no readout, as of all tokens
     only = readouts.pop() if len(readouts) == 1 else None
     return str(only) if only else f"{len(results)} figures"
 

@@ -355,10 +355,19 @@ def _place_of_kind(kind: str) -> int:
 
 
 def bars(
-    titles: Pair, names: Iterable[str], values: Numbers, hover: Texts, units: str
+    titles: Pair,
+    names: Iterable[str],
+    values: Numbers,
+    hover: Texts,
+    units: str,
+    *,
+    upwards: bool = False,
 ) -> go.Figure:
-    """Draw one horizontal bar for each name, the first on top; blue is positive, red negative."""
-    y = names_axis(names, autorange="reversed", showgrid=False)
+    """Draw one horizontal bar for each name; blue is positive, red negative.
+
+    The first is on top, or at the bottom where they go `upwards`, as layers do in every figure.
+    """
+    y = names_axis(names, autorange=True if upwards else "reversed", showgrid=False)
     marker = {"color": [EXACT if value >= 0 else NEGATIVE for value in values]}
     bar = go.Bar(x=values, y=y.values, orientation="h", marker=marker, **_hover(hover))
     height = max(240, 130 + 20 * len(values))

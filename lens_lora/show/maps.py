@@ -289,7 +289,10 @@ def _bars_of_groups(result: Effects | GroupAttribution, prompt: int | None) -> g
         said = value_text(value, float(shift), units)
         hover.append(f"<b>{label(name)}</b><br>{said}<br>sites: {len(members)}")
     titles = _titles(result, f"of a shift of {signed(float(shift))} {units}", prompt)
-    return figures.bars(titles, result.groups, values, hover, units)
+    layers = {site.layer for site in result.sites}
+    by_layer = [{result.sites[i].layer for i in members} for members in result.groups.values()]
+    is_by_layer = len(by_layer) == len(layers) and all(len(own) == 1 for own in by_layer)
+    return figures.bars(titles, result.groups, values, hover, units, upwards=is_by_layer)
 
 
 def groups_by_token(

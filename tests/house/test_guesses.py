@@ -69,6 +69,9 @@ WORKS = {
     "margin.base": (lambda t: t.margin.base.item(), lambda t: t.margin.m0.item()),
     "lens.sites[name]": (lambda t: t.lens.sites[t.site] is t.lens.sites[3], True),
     "lens.sites[path]": (lambda t: t.lens.sites[t.lens.sites[3].module] is t.lens.sites[3], True),
+    "0.5 * adapter": (
+        lambda t: t.lens.with_adapter(0.5 * t.adapter).logits(PROMPT).equal(
+            t.lens.with_adapter(t.adapter.scaled(0.5)).logits(PROMPT)), True),
     "lens.sites[:2]": (lambda t: t.lens.sites[:2] == tuple(t.lens.sites)[:2], True),
     "margin.adapted": (lambda t: t.margin.adapted.item(), lambda t: t.margin.m.item()),
 }  # fmt: skip
@@ -189,6 +192,15 @@ NAMED = {
         "lens-lora inspect"),
     "ll.export_to_gguf": (lambda t: ll.export_to_gguf, r'format="gguf"'),
     "ll.verify_merged": (lambda t: ll.verify_merged, "lens-lora verify ADAPTER --merged"),
+    "ll.patch_heads": (lambda t: ll.patch_heads, r'by="head"'),
+    "ll.SequenceScore": (lambda t: ll.SequenceScore, r"ll\.AnswerLogProb"),
+    "lens.topk": (lambda t: t.lens.topk(PROMPT), r"topk\(5\)"),
+    "adapter.push_to_hub": (lambda t: t.adapter.push_to_hub("a"), r"adapter\.save\(folder\)"),
+    "patch_sites(ablate=)": (lambda t: ll.patch_sites(t.lens, PROMPT, MARGIN, ablate="zero"),
+        "It is replace="),
+    "first_order(n_random=)": (lambda t: ll.first_order(t.lens, PROMPT, MARGIN, n_random=3),
+        r"ll\.null_test"),
+    "lens.sites[glob]": (lambda t: t.lens.sites["blocks.0.*"], r"sites\.chosen\("),
     "ll.topTokens": (lambda t: ll.topTokens, r"ll\.logit_shift\("),
     "lens.chat": (lambda t: t.lens.chat("hello"), r'lens\.generate\(\[\{"role"'),
     "lens.next_token_probs": (lambda t: t.lens.next_token_probs(PROMPT), "softmax"),

@@ -91,6 +91,14 @@ def test_names_and_what_differs():
 # --- panel
 
 
+def test_two_of_one_name_say_by_what_they_are_split():
+    """In the headings of a panel, whose title is the readout that its results are of."""
+    whole = ll.panel(FIRST, BY_POSITION, FIRST.plot())
+    headings = [note.text for note in whole.layout.annotations if "<b>" in str(note.text)]
+    assert "by position" in headings[1] and "by" not in headings[0]
+    assert whole.layout.title.text.startswith("margin(")
+
+
 @pytest.mark.parametrize("shared_scale", [True, False])
 def test_every_cell_is_the_figure_of_its_result(shared_scale: bool):
     """The traces have the numbers and the hovers that they have alone, in cells that are apart."""

@@ -39,6 +39,17 @@ from lens_lora.show.tables import Table, margin_table, modules_table
 from lens_lora.show.text import magnitude, percent, prompt_text, shortened, signed, visible
 from lens_lora.show.words import account_of, margin_story
 
+# --- bars of groups
+
+
+def test_bars_of_layers_go_upwards_as_in_every_figure():
+    """Other groups are listed from the top."""
+    layers = dataclasses.replace(of_groups(), groups={"layer 0": (0, 1), "layer 2": (2, 3)})
+    others = dataclasses.replace(of_groups(), groups={"mlp": (0, 2), "rest": (1, 3)})
+    assert layers.plot().layout.yaxis.autorange is True
+    assert others.plot().layout.yaxis.autorange == "reversed"
+
+
 # --- the heatmap of sites
 
 

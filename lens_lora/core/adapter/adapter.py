@@ -295,6 +295,19 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         scale = number("factor", factor)
         return self._with({path: update.scaled(scale) for path, update in self.modules.items()})
 
+    def __mul__(self, factor: SupportsFloat) -> Adapter:
+        """Every ΔW and Δb multiplied by a number, as by `scaled`.
+
+        Args:
+            factor: a finite number.
+
+        Raises:
+            ArgumentError: anything but a finite number.
+        """
+        return self.scaled(factor)
+
+    __rmul__ = __mul__
+
     def __add__(self, other: Adapter) -> Adapter:
         """Both adapters at once; weight them with `scaled`. Their sites stay separate.
 

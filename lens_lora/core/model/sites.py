@@ -137,7 +137,8 @@ class Sites(guesses.Answering, tuple[Site, ...]):
         matched = list(match_sites(self, {name: True}))
         if len(matched) > 1:
             found = first_few([self[index].name for index in matched])
-            raise SiteError(f"{name!r} matches {len(matched)} sites; name one of {found}.")
+            fact = f"{name!r} matches {len(matched)} sites; name one of {found}"
+            raise SiteError(f"{fact}, or all of them with sites.chosen({name!r}).")
         return matched[0]
 
     def grouped(self, group: Group = "site") -> Groups:
