@@ -133,6 +133,25 @@ def test_draws_cost_no_pass():
     assert more == [0, 0, 0, 1, 1]
 
 
+def test_a_bank_runs_the_base_once(monkeypatch: pytest.MonkeyPatch):
+    """The way back shows g(0) as well, so the base is not run for it again."""
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    run = ll.LoraLens.run
+    passes: list[ll.results.Prompts] = []
+
+    def counted(self: ll.LoraLens, prompts: ll.results.Prompts) -> torch.Tensor:
+        passes.append(prompts)
+        return run(self, prompts)
+
+    expected = ll.first_order(lens, models.tokens(), MARGIN)
+    monkeypatch.setattr(ll.LoraLens, "run", counted)
+    found = ll.bank(lens, models.tokens(), MARGIN, **QUIET).first_order(lens.adapter)
+    assert len(passes) == 1
+    assert isinstance(found, ll.results.Attribution)
+    assert off(found.base, expected.base) < ROUND_OFF
+    assert off(found.values, expected.values) < ROUND_OFF
+
+
 def test_a_planted_error_is_seen(monkeypatch):
     """Negative control: one recorded gradient of fourteen, a thousandth too large."""
     lens = cases.case("llama", BRIDGE, "raw").lens

@@ -227,6 +227,17 @@ class _Widest(TorchDispatchMode):
         return out
 
 
+def test_one_column_that_is_not_centred_is_seen_wherever_it_stands():
+    """The first columns are looked at first, and settle nothing where they are centred."""
+    weight = torch.randn(64, 24, generator=models.seeded(0), dtype=torch.float64)
+    centred = weight - weight.mean(0, keepdim=True)
+    assert bases.is_centred(centred)
+    for column in (0, 23):
+        off_centre = centred.clone()
+        off_centre[:, column] += 1e-6
+        assert not bases.is_centred(off_centre)
+
+
 def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch):
     generator = models.seeded(0)
     base, gamma = torch.randn(64, 8, generator=generator), torch.rand(8, generator=generator) + 0.5
