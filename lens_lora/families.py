@@ -8,6 +8,7 @@ their output rows hold and the order of those rows: in blocks (q|k|v) or interle
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,8 +120,11 @@ class Family:
 
     def linear_paths(self, n_layers: int) -> list[str]:
         """The path of every linear module of so many layers."""
-        layers = [self.layer.format(l=layer) for layer in range(n_layers)]
-        return [*(f"{layer}.{name}" for layer in layers for name in self.linears), *self.stacks]
+        paths: list[str] = []
+        for index in range(n_layers):
+            layer = self.layer.format(l=index)
+            paths += [f"{layer}.{name}" for name in self.linears]
+        return [*paths, *self.stacks]
 
     def path(self, layer: int, kind: str) -> str:
         """The path of the module that holds the rows of a kind of attention or MLP."""
@@ -358,10 +362,10 @@ def find_family(architecture: str | None) -> Family:
     """The same, for a hooked model that needs the entry."""
     family = known_family(architecture)
     if family is None:
-        known = ", ".join(name for family in FAMILIES for name in family.architectures)
+        known = itertools.chain.from_iterable(family.architectures for family in FAMILIES)
         raise ModelStateError(
             f"the model's architecture is {architecture!r}; on a HookedTransformer, and on weights "
-            f"that TransformerLens processed, adapters are exact for {known}.",
+            f"that TransformerLens processed, adapters are exact for {', '.join(known)}.",
             remedy="For any other decoder, pass a TransformerBridge as boot_transformers makes it, "
             "before enable_compatibility_mode(), or let ll.load make one.",
             in_shell="For any other decoder take --class TransformerBridge.",

@@ -203,12 +203,13 @@ def _options(how: Placement) -> dict[str, Any]:
     if how.is_quantised:
         from transformers import BitsAndBytesConfig
 
+        computes_in = torch.float32 if dtype == "auto" else options["dtype"]
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=how.load_in_4bit,
             load_in_8bit=how.load_in_8bit,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32 if dtype == "auto" else options["dtype"],
+            bnb_4bit_compute_dtype=computes_in,
         )
     return options
 
@@ -288,9 +289,11 @@ def load(
         adapter = _active_adapter(model, is_peft)
     if is_peft:
         model = cast("PreTrainedModel", base_within(model))
+    dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
+    device_name = None if device is None else str(device)
     how = Placement(
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        device=None if device is None else str(device),
+        dtype=dtype_name,
+        device=device_name,
         device_map=device_map,
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,

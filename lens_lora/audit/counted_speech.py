@@ -142,11 +142,14 @@ def _each_once(lens: LoraLens, asked: Sequence[Everyday]) -> list[Everyday]:
 
 
 def _units_of(asked: Sequence[Everyday]) -> list[str]:
-    """What each question counts as in the tests: those that ask for code are one together.
+    """The unit of each question in the tests: those that ask for code are one unit together.
 
     All of them begin with the same words, so that a drift in how code is begun moves them all.
     """
-    return ["code" if one.form == "code" else f"question {i}" for i, one in enumerate(asked)]
+    units: list[str] = []
+    for index, question in enumerate(asked):
+        units.append("code" if question.form == "code" else f"question {index}")
+    return units
 
 
 def _require_own(asked: Sequence[Everyday], fitting: Sequence[int], most: int) -> None:

@@ -72,9 +72,12 @@ class Points:
         layers = lens.host.n_layers
         blocks = sorted({(layers - 1) // 2, layers - 1})
         stream = [f"blocks.{i}.hook_resid_post" for i in blocks]
-        outputs = [f"blocks.{i}.hook_{part}_out" for i in range(layers) for part in ("attn", "mlp")]
         known = lens.model.hook_dict
-        return cls(tuple(stream), tuple(name for name in outputs if name in known), jacobian)
+        outputs: list[str] = []
+        for i in range(layers):
+            of_layer = (f"blocks.{i}.hook_attn_out", f"blocks.{i}.hook_mlp_out")
+            outputs += [name for name in of_layer if name in known]
+        return cls(tuple(stream), tuple(outputs), jacobian)
 
     @property
     def transported(self) -> tuple[str, ...]:

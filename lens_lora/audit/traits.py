@@ -8,7 +8,7 @@ most; an answer in any other language is in none of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import regex
 
@@ -141,10 +141,12 @@ def has_enough_words(*answers: Sequence[str]) -> bool:
     Args:
         answers: the answers of each model.
     """
-    return all(
-        any(len(_WORD.findall(answer)) >= _WORDS_OF_A_LANGUAGE for answer in of_model)
-        for of_model in answers
-    )
+    return all(map(_has_a_long_answer, answers))
+
+
+def _has_a_long_answer(answers: Iterable[str]) -> bool:
+    """Whether one of a model's answers has as many words as tell a language."""
+    return any(len(_WORD.findall(answer)) >= _WORDS_OF_A_LANGUAGE for answer in answers)
 
 
 def is_shorter(answers: Sequence[str], others: Sequence[str]) -> bool:

@@ -199,7 +199,10 @@ def slopes_of_adapters(
 ) -> Float[Tensor, "adapter batch site"]:
     """∂g/∂ε_l at 0 of many adapters: see `Function.slopes_of_adapters`."""
     asked = {_path(site.module) for site in sites}
-    other_modules = {_path(key) for adapter in like for key in adapter.modules} - asked
+    other_modules: set[str] = set()
+    for adapter in like:
+        other_modules.update(map(_path, adapter.modules))
+    other_modules -= asked
     by_group: list[Tensor] = []
     for group in g.groups(graph=True):
         pool = TensorPool()

@@ -203,8 +203,9 @@ class _MapGroup:
         scales: list[float] = []
         for site in self._factors:
             update = cast(LoRAFactors, adapter.modules[site.key])
+            B = update.B if site.rows is None else update.B[site.rows]
             reads.append(update.A)
-            writes.append(update.B if site.rows is None else update.B[site.rows])
+            writes.append(B)
             scales.append(update.scale * update.strength)
 
         A = torch.stack(reads).to(basis.device, basis.dtype)

@@ -147,7 +147,9 @@ def checkpoints(
     """A margin, its first order and flip at every checkpoint, and which modules move when."""
     found = [checkpoint_folders(run, within.revision, within.subfolder) for run in run_folders]
     runs = _runs_by_name(run_folders, found)
-    folders = [folder for of_run in runs.values() for folder in of_run.values()]
+    folders: list[Path] = []
+    for of_run in runs.values():
+        folders += of_run.values()
     last = folders[-1]
     outputs = files.writable({"--report": report, "--json": json})
     files.require_apart(outputs, base, folders, asked.prompts)

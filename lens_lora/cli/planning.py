@@ -51,9 +51,10 @@ def plan(
         from lens_lora.core import planned_analyses
         from lens_lora.hosts.unloaded import unloaded
 
+        stated_dtype = None if dtype == "auto" else getattr(torch, dtype)
         found = unloaded(
             model,
-            None if dtype == "auto" else getattr(torch, dtype),
+            stated_dtype,
             keeps_patterns=attn == "eager",
             max_memory=max_memory,
         )
@@ -74,16 +75,17 @@ def plan(
     Console().print(table)
     running.say("Within --max-memory, batches are smaller, down to the last column.")
     if "--json" in outputs:
-        rows = [
-            {
+        rows: list[dict[str, object]] = []
+        for analysis in analyses:
+            is_refused = math.isnan(analysis.peak)
+            row: dict[str, object] = {
                 "analysis": analysis.name,
                 "forward_passes": analysis.forward,
                 "backward_passes": analysis.backward,
-                "peak_bytes": None if math.isnan(analysis.peak) else round(analysis.peak),
+                "peak_bytes": None if is_refused else round(analysis.peak),
                 "least_bytes": round(analysis.least),
             }
-            for analysis in analyses
-        ]
+            rows.append(row)
         about = {
             "model": model,
             "dtype": name,

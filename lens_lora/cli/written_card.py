@@ -75,8 +75,9 @@ def base_of(given: Given, folder: Path, base: options.ModelOptions) -> CardBase:
 
     named = base.model or stated_base(folder)
     if given.loaded is None:
-        shown = None if named is None else Path(named).name if _is_path(named) else named
-        return CardBase(shown)
+        if named is not None and _is_path(named):
+            return CardBase(Path(named).name)
+        return CardBase(named)
     found = base_by_name(base.model, stated_base(folder))
     if found.is_embedded:
         return CardBase(found.name, Path(place_of(found, quiet=True)))
@@ -152,10 +153,11 @@ class WrittenCard:
             expect: the file of margins that was given today.
         """
         margins = self._path_of("expect", expect)
+        expectations = [] if margins is None else read_expectations(margins)
         return Inputs(
             merged=self._path_of("merged", given.merged),
             lora=self._path_of("lora", given.lora),
-            expectations=[] if margins is None else read_expectations(margins),
+            expectations=expectations,
             max_kl=self._bound_of_kl(given.max_kl),
         )
 

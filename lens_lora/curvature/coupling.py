@@ -12,6 +12,7 @@ one group's presence does to another's effect.
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, final
 
 import pandas as pd
@@ -64,7 +65,7 @@ class Coupling(Ranked):
     @property
     def is_partition(self) -> bool:
         """Whether every site is in exactly one group."""
-        members = [site for group in self.groups.values() for site in group]
+        members = itertools.chain.from_iterable(self.groups.values())
         return sorted(members) == list(range(len(self.sites)))
 
     @property

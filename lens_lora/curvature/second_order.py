@@ -230,10 +230,11 @@ def second_order(g: Evaluations, *, self_curvature: bool = False) -> SecondOrder
     curve = remainder_curve.of(g)
     slopes = g.slopes_with_noise()  # known from the curve
     half_row_sums = g.curvature(1.0) / 2
+    own_curvature = coupling.of(g).self_curvature if self_curvature else None
     return SecondOrder(
         first_order=Attribution.of(g, slopes, method="first_order", at=0.0, mode="reverse"),
         half_row_sums=half_row_sums,
-        self_curvature=coupling.of(g).self_curvature if self_curvature else None,
+        self_curvature=own_curvature,
         curve=curve,
         curvature_noise=g.curvature_noise(half_row_sums),
     )

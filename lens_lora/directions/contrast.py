@@ -24,6 +24,7 @@ Cost: one forward pass.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -463,7 +464,7 @@ def _module_at(lens: LoraLens, name: str) -> tuple[str, int] | None:
         point = "resid_post"
     if not 0 <= layer < host.n_layers or family.is_probed or family.post_norm:
         return None
-    kinds_of_family = [kind for kinds in family.linears.values() for kind in kinds]
+    kinds_of_family = set(itertools.chain.from_iterable(family.linears.values()))
     for kind in _KINDS_BEHIND.get(point, ()):
         if kind in kinds_of_family:
             return family.path(layer, kind), host.shape(layer, kind)[1]

@@ -95,7 +95,10 @@ def _facts_of_model(summary: AdapterSummary) -> dict[str, str]:
 
 def _total_norm(summary: AdapterSummary) -> str:
     """The norm ‖ΔW‖ over all modules, or which parts of it need the base model."""
-    unknown = {part for row in summary.rows if math.isnan(row.norm) for part in row.parts}
+    unknown: set[str] = set()
+    for row in summary.rows:
+        if math.isnan(row.norm):
+            unknown.update(row.parts)
     unknown -= {"lora_bias", "trained bias"}
     if unknown:
         return f"needs the base model ({', '.join(sorted(unknown))}): --model"

@@ -337,8 +337,9 @@ def limits(e: BySite, reach: str) -> str:
         missing += ["single modules added or left out", "keep and drop curves"]
     if e.null is None:
         missing.append("whether random directions of the same size do as much")
-    return joined(
-        "" if e.null is None else f"Against random directions: {e.null.verdict[0]}.",
-        f"Not measured: {', '.join(missing)}." if missing else "",
-        reach,
-    )
+    sentences: list[str] = []
+    if e.null is not None:
+        sentences.append(f"Against random directions: {e.null.verdict[0]}.")
+    if missing:
+        sentences.append(f"Not measured: {', '.join(missing)}.")
+    return joined(*sentences, reach)

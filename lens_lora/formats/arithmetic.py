@@ -58,7 +58,11 @@ def side_by_side(named: Sequence[tuple[str, Updates]]) -> dict[str, ModuleUpdate
 
 def _tagged(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
     """The modules under 'path@name', those of a sum under the names they have."""
-    return {key if "@" in key else f"{key}@{name}": update for key, update in modules.items()}
+    tagged: dict[str, ModuleUpdate] = {}
+    for key, update in modules.items():
+        own_name = key if "@" in key else f"{key}@{name}"
+        tagged[own_name] = update
+    return tagged
 
 
 def _refuse_dora_twice(modules: Updates) -> None:
@@ -101,7 +105,7 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
         of_each = zip(*(part.by_expert() for part in parts), strict=True)
         return expert_factors([_stack(path, expert) for expert in of_each])
     _require_same_shapes(path, parts)
-    dtypes = [tensor.dtype for part in parts for tensor in (part.A, part.B)]
+    dtypes = [*(part.A.dtype for part in parts), *(part.B.dtype for part in parts)]
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     bias = _summed_bias(parts, dtype)
     if all(part.is_dense for part in parts):

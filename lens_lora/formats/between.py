@@ -283,12 +283,13 @@ def _require_same_logits(
         for path in changed:
             module = model.get_submodule(path)
             call = calls.get(path)
+            # Both models ran with the tuned parameters; a module that these tokens do not reach
+            # has not run, and is called with its own.
+            holder = module if call is None else tuned.get_submodule(path)
             require_own_parameters(
                 path,
                 module,
                 f"To leave it out on purpose, pass ignore={path!r}.",
-                # Both models ran with the tuned parameters; a module that these tokens do not
-                # reach has not run, and is called with its own.
-                holder=module if call is None else tuned.get_submodule(path),
+                holder=holder,
                 call=call,
             )

@@ -135,7 +135,9 @@ def folders_in(
     names = _file_names()
     in_folders = [f"*/{name}" for name in names]
     root = _at_hand(Place(folder, revision, subfolder), [*names, *in_folders])
-    paths = {path.parent for name in PEFT_FILES for path in root.rglob(name)}
+    paths: set[Path] = set()
+    for name in PEFT_FILES:
+        paths |= {path.parent for path in root.rglob(name)}
     for known in registered():
         first = root.rglob(known.files[0])
         paths |= {path.parent for path in first if known.is_in(path.parent)}

@@ -117,9 +117,10 @@ def _laid_over(folder: Path, config: PeftConfig, base: Any) -> Any:
             raise
         # Modules that are not there, and shapes that differ.
         is_misfit = isinstance(error, ValueError | RuntimeError)
+        remedy = "is that the base it was trained on?" if is_misfit else ""
         raise AdapterError(
             f"PEFT cannot lay it over this {type(base).__name__} ({type(error).__name__}: {error})",
-            remedy="is that the base it was trained on?" if is_misfit else "",
+            remedy=remedy,
         ) from error
     missing = _not_loaded(model, keys.missing_keys)
     unknown = keys.unexpected_keys

@@ -19,6 +19,7 @@ behaviour is as strong as with its own adapter alone, and 0 where nothing is lef
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, final
@@ -279,7 +280,7 @@ def _sizes(count: int) -> list[int]:
 
 def _without(lens: LoraLens, modules: _Modules, paths: Sequence[str]) -> Float[Tensor, " site"]:
     """Gates that are 0 at the sites of these modules, and 1 elsewhere."""
-    sites = tuple(index for path in paths for index in modules[path])
+    sites = tuple(itertools.chain.from_iterable(modules[path] for path in paths))
     off = lens.gates(lens.sites.indicator({"left out": sites})[0])
     return 1 - off
 

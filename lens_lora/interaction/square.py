@@ -40,22 +40,26 @@ _Rule = tuple[int, int]
 
 
 class Bounds(NamedTuple):
-    """What the parts of an interaction may miss, by prompt, in the readout's units."""
+    """The bounds on what the parts of an interaction may miss, by prompt, in the readout's units.
+
+    Attributes:
+        largest_shift: the largest of |shift| of either adapter alone and of both together.
+        tol: the tolerance, a share of the largest shift.
+        floor: the most by which rounding alone moves the interaction.
+    """
 
     largest_shift: _ByPrompt
-    # The tolerance is a share of the largest shift.
     tol: float
-    # The most by which rounding alone moves the interaction.
     floor: _ByPrompt
 
     @property
     def asked(self) -> _ByPrompt:
-        """What the tolerance allows."""
+        """The bound by the tolerance."""
         return self.tol * self.largest_shift
 
     @property
     def allowed(self) -> _ByPrompt:
-        """What the tolerance allows, or rounding where that is more."""
+        """The bound by the tolerance, or by rounding where that is more."""
         return torch.maximum(self.asked, self.floor)
 
 
@@ -124,7 +128,7 @@ def split_by_modules(
 
 
 class _Shares(NamedTuple):
-    """What each group of one adapter has of the interaction, from slopes along its own gate."""
+    """The share of each group of one adapter in the interaction, from slopes along its own gate."""
 
     values: Float[Tensor, "batch group"]
     # The coarsest rule that gives these values, as far as is allowed.
@@ -149,7 +153,8 @@ def _shares(
         allowed: what the parts of each prompt may miss; the shares may miss half as much.
     """
     counts = patterson_counts(_MOST_VALUES)
-    of_adapter, of_other = own.amax(0), other.amax(0)
+    of_adapter = own.amax(0)
+    of_other = other.amax(0)
     sums = own.new_zeros(len(counts), g.prompts.batch, len(own))
     has_settled = False
     last = 0
@@ -239,32 +244,36 @@ class _Rules:
         first, second = self.nodes(rule)
         return first * second <= self._max_nodes
 
+    def _rules_with(self, block: _Rule) -> list[_Rule]:
+        """The rules that have the nodes of a block: those as fine along both axes, or finer."""
+        rows, columns = block
+        finest = len(self._counts)
+        finer = itertools.product(range(rows, finest), range(columns, finest))
+        return list(filter(self._fits, finer))
+
     def _evaluate(self, block: _Rule) -> None:
         """Add the nodes that are new along both axes to the sums of every rule that has them."""
         rows, columns = block
         s_points, s_weights = new_patterson_nodes(self._counts, rows)
         t_points, t_weights = new_patterson_nodes(self._counts, columns)
-        g, first, second = self._g, self._first, self._second
+        first = self._first
+        second = self._second
         # A group in which the second adapter has no module takes no product. Of a readout inside
         # the model, all that the second adapter writes may be behind it.
         is_there = second.any(1)
-        with_block = [
-            (row, column)
-            for row in range(rows, len(self._counts))
-            for column in range(columns, len(self._counts))
-            if self._fits((row, column))
-        ]
+        with_block = self._rules_with(block)
         for rule in with_block:
             if rule not in self._sums:
-                self._sums[rule] = first.new_zeros(g.prompts.batch, len(first), len(second))
+                self._sums[rule] = first.new_zeros(self._g.prompts.batch, len(first), len(second))
         if not bool(is_there.any()):
             return
-        nodes = [*itertools.product(range(len(s_points)), range(len(t_points)))]
-        gates = [
-            float(s_points[i]) * first.amax(0) + float(t_points[j]) * second.amax(0)
-            for i, j in nodes
-        ]
-        products = g.curvature(second[is_there], torch.stack(gates))
+        nodes = list(itertools.product(range(len(s_points)), range(len(t_points))))
+        gates: list[Tensor] = []
+        for i, j in nodes:
+            of_first = float(s_points[i]) * first.amax(0)
+            of_second = float(t_points[j]) * second.amax(0)
+            gates.append(of_first + of_second)
+        products = self._g.curvature(second[is_there], torch.stack(gates))
         at_nodes = torch.einsum("nmbs,gs->nbgm", products, first)
         for row, column in with_block:
             for (i, j), at_node in zip(nodes, at_nodes, strict=True):

@@ -327,11 +327,11 @@ def _groups_of_each(sites: Sequence[Site], names: Sequence[str], group: Group) -
     """
     bare = [dataclasses.replace(site, name=site.name.rpartition("@")[0]) for site in sites]
     of_all = Sites(bare).grouped(group)
-    held = [index for indices in of_all.values() for index in indices]
-    if sorted(held) != list(range(len(sites))):
+    members = list(itertools.chain.from_iterable(of_all.values()))
+    if sorted(members) != list(range(len(sites))):
         raise ArgumentError(
-            f"group={group!r} holds {len(held)} modules of {len(sites)}, some twice or not at all, "
-            "so that the parts of an interaction would not add up to it",
+            f"group={group!r} holds {len(members)} modules of {len(sites)}, some twice or not at "
+            "all, so that the parts of an interaction would not add up to it",
             remedy="use 'kind', 'layer' or 'site', or name every module once.",
         )
     groups: list[Groups] = []
@@ -377,7 +377,7 @@ def _bounds(
     alone: Float[Tensor, "batch two"],
     tol: float,
 ) -> Bounds:
-    """What the parts of a pair may miss, from the shifts of both adapters and what they do."""
+    """The bounds of a pair, from its interaction and the shift of each adapter alone."""
     both = alone.sum(1) + interaction
     largest = torch.maximum(alone.abs().amax(1), both.abs())
     return Bounds(largest, tol, SIGMAS * found.noise_floor.to(largest))

@@ -193,7 +193,10 @@ def compare(
         beyond_noise = clear.double().mean(1)
     k = min(k, len(groups))
     statistics = _statistics(a, e, clear, k, eps)
-    kinds = [_kind_of([effects.sites[i] for i in members]) for members in groups.values()]
+    kinds: list[str] = []
+    for members in groups.values():
+        kinds.append(_kind_of([effects.sites[index] for index in members]))
+    made_on = attribution.str_tokens if across_prompts else ()
     return Comparison(
         labels=tuple(groups),
         kinds=tuple(kinds),
@@ -209,7 +212,7 @@ def compare(
         readout=effects.readout,
         units=effects.units,
         meta=attribution.meta,
-        made_on=attribution.str_tokens if across_prompts else (),
+        made_on=made_on,
     )
 
 

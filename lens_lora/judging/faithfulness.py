@@ -228,7 +228,8 @@ def faithfulness(
     """
     sites = len(g.lens.sites)
     held_out = None if test is None else _held_out(g, test)
-    counts = _counts_of(_FRACTIONS if fractions is None else fractions, sites)
+    wanted_fractions = _FRACTIONS if fractions is None else fractions
+    counts = _counts_of(wanted_fractions, sites)
     random_draws = whole("draws", draws, 1) if baselines else 0
     seed = whole("seed", seed, 0)
     given = rankings.named(attribution)

@@ -212,7 +212,7 @@ _LENSES_AT_ONCE = 10
 
 
 def _adapted_values(g: Function, lenses: Sequence[LoraLens]) -> list[Float[Tensor, " batch"]]:
-    """g(1) of each adapter: a copy of all rows for each, in as few forward passes as have room.
+    """The value g(1) of each adapter, with a copy of all rows for each, in as few passes as fit.
 
     Args:
         g: the function of another adapter over the same model.
@@ -224,15 +224,19 @@ def _adapted_values(g: Function, lenses: Sequence[LoraLens]) -> list[Float[Tenso
         at_once = 1  # A kernel that rounds to 8 bit looks at all rows of a batch together.
     for start in range(0, len(lenses), at_once):
         together = lenses[start : start + at_once]
+        if len(together) == 1:
+            values += _one_by_one(g, together)
+            continue
         try:
-            if len(together) > 1:
-                values += _in_one_pass(g, together).unbind(1)
-                continue
+            values += _in_one_pass(g, together).unbind(1)
         except _NotByRowError:
-            pass
-        for lens in together:
-            values.append(g.over(lens).with_progress(False)(1.0))
+            values += _one_by_one(g, together)
     return values
+
+
+def _one_by_one(g: Function, lenses: Sequence[LoraLens]) -> list[Float[Tensor, " batch"]]:
+    """The value g(1) of each adapter, each in passes of its own."""
+    return [g.over(lens).with_progress(False)(1.0) for lens in lenses]
 
 
 class _NotByRowError(Exception):
@@ -240,7 +244,7 @@ class _NotByRowError(Exception):
 
 
 def _in_one_pass(g: Function, lenses: Sequence[LoraLens]) -> Float[Tensor, "batch lens"]:
-    """g(1) of each adapter, where each row of a batch has its own: r0 r0 … r1 r1 …
+    """The value g(1) of each adapter, where each row of a batch has its own: r0 r0 … r1 r1 …
 
     Raises:
         _NotByRowError: the model has a module whose output is not by row.

@@ -341,9 +341,10 @@ def held(kl: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Re
     prompts = reading.rows
     rows, slots = prompts.read_mask.nonzero(as_tuple=True)
     rows = rows.cpu()
+    own_slots = None if prompts.reads is None else slots.cpu()
     divergence = Divergence(
         rows=rows,
-        slots=None if prompts.reads is None else slots.cpu(),
+        slots=own_slots,
         owner=rows,
         weights=torch.ones(len(rows), device="cpu"),
         batch=len(base),

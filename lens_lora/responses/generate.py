@@ -315,7 +315,8 @@ class Speaker:
         return agreed
 
     def _gated(self, rows: list[int]) -> AbstractContextManager[Any]:
-        return self.lens.adapted(self.gates if self.gates.ndim == 1 else self.gates[rows])
+        gates = self.gates if self.gates.ndim == 1 else self.gates[rows]
+        return self.lens.adapted(gates)
 
     def _tensor(self, rows: list[list[int]]) -> Int[Tensor, "row pos"]:
         return torch.tensor(rows, device=home_of(self.lens.model))

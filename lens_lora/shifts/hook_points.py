@@ -127,7 +127,10 @@ def gradients(
     aliases = _aliases(lens, points.wanted)
     _require_room(g, [known_as[0] for known_as in aliases])
     seen, values = _seen_in_graph(g, strength, aliases)
-    points.fired([name for known_as, _ in seen for name in known_as])
+    fired: list[str] = []
+    for known_as, _ in seen:
+        fired += known_as
+    points.fired(fired)
     kept = _gradients_at(seen, values)
     for name in points.in_full:
         if name not in kept:

@@ -95,7 +95,9 @@ class TokenShifts(Described, Drawn):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and token of the response; the first setting is called base."""
-        places = [(p, t) for p, tokens in enumerate(self.response) for t in range(len(tokens))]
+        places: list[tuple[int, int]] = []
+        for p, tokens in enumerate(self.response):
+            places += [(p, t) for t in range(len(tokens))]
         frame = pd.DataFrame(places, columns=["prompt", "t"])
         frame["y_t"] = [self.response[p][t] for p, t in places]
         where = tuple(torch.tensor(places).T)

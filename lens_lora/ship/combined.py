@@ -18,6 +18,7 @@ DoRA and trained parameters depend on the base: their ΔW_i are computed over it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import final
@@ -193,14 +194,13 @@ def _compared_sites(
     weights: Sequence[float],
     names: Sequence[str],
 ) -> Iterator[CombinedSite]:
-    every = dict.fromkeys(name for part in (*parts, combined) for name in part)
+    every = dict.fromkeys(itertools.chain(*parts, combined))
     for site in every:
         found = combined.get(site)
-        here = [
-            (weight, part[site], name)
-            for weight, part, name in zip(weights, parts, names, strict=True)
-            if site in part and weight != 0
-        ]
+        here: list[tuple[float, SitePart, str]] = []
+        for weight, part, name in zip(weights, parts, names, strict=True):
+            if site in part and weight != 0:
+                here.append((weight, part[site], name))
         if found is None:
             if here:
                 yield _judged(site, here[0][1], "not in the combined adapter", 0.0, 1.0)

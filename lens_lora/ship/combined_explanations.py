@@ -202,10 +202,12 @@ def explanation(found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D
         return "nothing"
     root = math.sqrt(R.A.shape[0])
     for words, candidate in _candidates(found, parts, D.weight):
-        for factor, remark in ((1.0, ""), (root, f", times {root:.3g} = √rank (rsLoRA misread)")):
-            if R.distance(candidate.times(factor)) <= _CLOSE * R.norm:
-                return words + remark
-    if any(_has_magnitude(part.factors) for part in (found, *(part for _, part, _ in parts))):
+        if R.distance(candidate) <= _CLOSE * R.norm:
+            return words
+        if R.distance(candidate.times(root)) <= _CLOSE * R.norm:
+            return f"{words}, times {root:.3g} = √rank (rsLoRA misread)"
+    every = [found, *(part for _, part, _ in parts)]
+    if any(_has_magnitude(part.factors) for part in every):
         return "DoRA: its magnitudes are not those of the sum"
     c = R.inner(D.weight) / D.weight.norm**2
     if R.distance(D.weight.times(c)) <= _CLOSE * R.norm:

@@ -97,7 +97,8 @@ class ExpectedTensors:
     def _add(self, key: str, update: ModuleUpdate, modules: Mapping[str, nn.Module]) -> None:
         is_parameter = key in self.state
         name = key if is_parameter else f"{key}.weight"
-        owner = modules.get(key.rpartition(".")[0] if is_parameter else key)
+        path = key.rpartition(".")[0] if is_parameter else key
+        owner = modules.get(path)
         if owner is None or name not in self.state:
             self.unknown.append(key)
             return

@@ -118,10 +118,9 @@ class Forms(Described, Pictured):
     @property
     def flipped(self) -> Bool[Tensor, "batch form"]:
         """Whether the likeliest next token is another one than the adapted model's."""
-        rows = [
-            [answer != adapted for answer in answers]
-            for answers, adapted in zip(self.answers, self.adapted_answers, strict=True)
-        ]
+        rows: list[list[bool]] = []
+        for answers, adapted in zip(self.answers, self.adapted_answers, strict=True):
+            rows.append([answer != adapted for answer in answers])
         return torch.tensor(rows)
 
     def to_frame(self) -> pd.DataFrame:

@@ -239,10 +239,7 @@ def _other_scores(
 ) -> Iterator[Finding]:
     """Scores are to fall along the merges: llama.cpp merges what gives the best token."""
     scores = dict(zip(tokens, file.field(f"{_FIELDS}scores") or (), strict=False))
-    pairs = [
-        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-        for merge in model["merges"]
-    ]
+    pairs = [_merged_pair(merge) for merge in model["merges"]]
     made = list(dict.fromkeys("".join(pair) for pair in pairs))
     if not all(token in scores for token in made):
         yield Finding("failed", "tokens without a score")
@@ -255,6 +252,12 @@ def _other_scores(
     if _pairs_that_join(model["vocab"]) != set(pairs):
         words = "llama.cpp merges any two tokens that make one, and the merges do not hold them all"
         yield Finding("undecided", words)
+
+
+def _merged_pair(merge: str | Sequence[str]) -> tuple[str, ...]:
+    """The two parts of a merge, which older files have as one string."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    return tuple(parts)
 
 
 def _pairs_that_join(vocab: Mapping[str, int]) -> set[tuple[str, ...]]:

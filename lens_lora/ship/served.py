@@ -24,7 +24,7 @@ from lens_lora.ship.checks import Check, Outcome, first_of, worst
 from lens_lora.ship.completions import WAYS, Messages
 from lens_lora.ship.served_comparison import UNREAD, Comparison, ServedInstead, compared
 from lens_lora.ship.served_measure import ROUNDING, ServedTokens
-from lens_lora.ship.served_rows import ServedRows, ask_all, neutral_and_own
+from lens_lora.ship.served_rows import ServedRow, ServedRows, ask_all, neutral_and_own
 from lens_lora.ship.server import Server
 
 SERVED = "served as trained"
@@ -136,13 +136,18 @@ def verify_served(
     server = Server(url, timeout, len(asked) + _REQUESTS_BESIDE)
     rows = ask_all(lens, server, name, asked, new_tokens, progress)
     reading = _reading_check(rows, len(asked))
-    told = [row for row in rows.rows if not all(math.isnan(value) for value in row.log_p)]
+    told = [row for row in rows.rows if _has_log_p(row)]
     if not told:
         unread = Check(SERVED, "undecided", "no text was read as the adapter's tokenizer reads it")
         return _result(lens, server, rows, UNREAD, (reading, unread))
     comparison = compared(ServedTokens(lens, told), dtype, others, progress)
     checks = (reading, _served_check(comparison, dtype))
     return _result(lens, server, rows, comparison, checks)
+
+
+def _has_log_p(row: ServedRow) -> bool:
+    """Whether the server told a log-probability of some token of a row."""
+    return not all(math.isnan(value) for value in row.log_p)
 
 
 # --- The checks

@@ -24,6 +24,8 @@ from lens_lora.texts.neutral import readable_texts
 
 # Every eighth neutral text is asked.
 _EIGHTH = 8
+# How much of a text a message shows.
+_SHOWN_CHARACTERS = 40
 
 
 class ServedRow(NamedTuple):
@@ -237,7 +239,9 @@ def _in_words(lens: LoraLens, token: int) -> str:
 
 def _shown(text: Asked) -> str:
     words = text.text if text.text is not None else f"a text of {len(text.ids)} ids"
-    return repr(words if len(words) <= 40 else f"{words[:39]}…")
+    if len(words) > _SHOWN_CHARACTERS:
+        words = f"{words[: _SHOWN_CHARACTERS - 1]}…"
+    return repr(words)
 
 
 def _with_generated(lens: LoraLens, way: Way, text: Asked, told: Told) -> ServedRow:

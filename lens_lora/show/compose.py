@@ -155,8 +155,9 @@ def _own_names(results: Sequence[object]) -> list[str]:
     adapters = [getattr(result, "meta", {}).get("adapter", "") for result in results]
     wanted: list[str] = []
     for name, adapter in zip(own, adapters, strict=True):
-        others = {a for n, a in zip(own, adapters, strict=True) if n == name}
-        wanted.append(name if len(others) == 1 else f"{name} of {adapter}")
+        adapters_of_name = {a for n, a in zip(own, adapters, strict=True) if n == name}
+        is_of_one_adapter = len(adapters_of_name) == 1
+        wanted.append(name if is_of_one_adapter else f"{name} of {adapter}")
     return wanted
 
 

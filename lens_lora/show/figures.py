@@ -216,8 +216,9 @@ def heatmap(
         note: stands above the colour bar.
         row_height: in pixels.
     """
-    values = [[_finite_or_none(value) for value in row] for row in z]
-    present = [value for row in values for value in row if value is not None]
+    values = [list(map(_finite_or_none, row)) for row in z]
+    in_one_row = itertools.chain.from_iterable(values)
+    present = [value for value in in_one_row if value is not None]
     if reach is None:
         reach = max(map(abs, present), default=0.0)
     places: dict[str, Any] = {
@@ -235,7 +236,7 @@ def heatmap(
         **_colours(scale, reach or 1.0),
     )
     if len(present) < sum(map(len, values)):
-        absent = [[_one_if_absent(value) for value in row] for row in values]
+        absent = [list(map(_one_if_absent, row)) for row in values]
         grey = [[0, _BLANK], [1, _BLANK]]
         figure.add_heatmap(**places, z=absent, colorscale=grey, showscale=False, hoverinfo="skip")
     height = max(300, 150 + row_height * len(values))
@@ -467,7 +468,9 @@ def group_ticks(grouped: Grouped) -> dict[str, Any]:
     for name, members in grouped.groups.items():
         first.setdefault(grouped.sites[members[0]].layer, label(name))
     shown = every_few(sorted(first.items()), _MOST_LAYERS)
-    texts = (f"layer {layer}" if layer >= 0 else "embed" for layer, _ in shown)
+    texts: list[str] = []
+    for layer, _ in shown:
+        texts.append(f"layer {layer}" if layer >= 0 else "embed")
     return ticks((name for _, name in shown), texts)
 
 

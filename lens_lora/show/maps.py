@@ -398,14 +398,20 @@ def _points_by_layer(
 ) -> go.Figure:
     """Draw layer × hook point; points outside the blocks have a row of their own, below."""
     outside = -1
-    places = [(outside if layer is None else layer, kind) for layer, kind in effects.places]
+    places: list[tuple[int, str]] = []
+    for layer, kind in effects.places:
+        places.append((outside if layer is None else layer, kind))
     layers = sorted({layer for layer, _ in places})
     kinds = list(dict.fromkeys(kind for _, kind in places))
     value_at = dict(zip(places, values, strict=True))
     name_at = dict(zip(places, effects.names, strict=True))
-    cells = [[value_at.get((layer, kind)) for kind in kinds] for layer in layers]
+    cells: list[list[float | None]] = []
+    rows: list[str | int] = []
+    for layer in layers:
+        cells.append([value_at.get((layer, kind)) for kind in kinds])
+        rows.append("outside" if layer == outside else layer)
     x = names_axis(kinds)
-    y = names_axis(("outside" if layer == outside else layer for layer in layers), "layer")
+    y = names_axis(rows, "layer")
 
     def cell_hover(i: int, j: int, value: float | None) -> str:
         return hover(name_at.get((layers[i], kinds[j]), ""), value)

@@ -285,7 +285,8 @@ def _drawn(blocks: Sequence[Block]) -> list[Block]:
     """The blocks that are shown, with figures as plots."""
     drawn: list[Block] = []
     for block in filter(_is_shown, blocks):
-        drawn.append(plot(block) if isinstance(block, go.Figure) else block)
+        shown = plot(block) if isinstance(block, go.Figure) else block
+        drawn.append(shown)
     return drawn
 
 

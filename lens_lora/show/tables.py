@@ -6,6 +6,7 @@ Those of an attribution and of a fact margin are here; a question's own are in i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -73,7 +74,9 @@ class Table:
         is left goes to headings in three lines, then to whole words, to whole cells, and to
         headings in one line, each time to the narrowest column first.
         """
-        columns = [[row[i] for row in self.rows] for i in range(len(self.heads))]
+        columns: list[list[str]] = []
+        for i in range(len(self.heads)):
+            columns.append([row[i] for row in self.rows])
         cells = [_longest(column) for column in columns]
         words = [_longest_word(column) for column in columns]
         heads = [cell_len(head) for head in self.heads]
@@ -108,7 +111,8 @@ def _longest(texts: Iterable[str]) -> int:
 
 
 def _longest_word(cells: Iterable[str]) -> int:
-    return _longest(word for cell in cells for word in cell.split())
+    words = itertools.chain.from_iterable(cell.split() for cell in cells)
+    return _longest(words)
 
 
 def _fitted(cell: str, width: int) -> str:

@@ -74,8 +74,10 @@ def plan_of(records: Sequence[Record], batches: Sequence[Sequence[Job]], shards:
     for name in (*CONTENT, "error"):
         values = [getattr(record, name) for record in records]
         columns[name] = pa.array(values, FIELDS[name])
-    shard = [None if record.error else shard_of[content(record)] for record in records]
-    columns["shard"] = pa.array(shard, pa.int64())
+    shard_of_each: list[int | None] = []
+    for record in records:
+        shard_of_each.append(None if record.error else shard_of[content(record)])
+    columns["shard"] = pa.array(shard_of_each, pa.int64())
     return pa.table(columns)
 
 
@@ -136,7 +138,8 @@ def gathered(out: Path, planned: Sequence[PlannedShard]) -> SweepResult:
     ids: list[int | str] = []
     lacking: Counter[int] = Counter()
     for entry in plan.to_pylist():
-        ids.append(int(entry["id"]) if entry["is_number"] else entry["id"])
+        own_id = entry["id"]
+        ids.append(int(own_id) if entry["is_number"] else own_id)
         if entry["shard"] is None:
             rows.append({name: entry[name] for name in ("id", *CONTENT, "error")})
         elif content(entry) in known:

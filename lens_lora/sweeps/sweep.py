@@ -10,6 +10,7 @@ An analysis by token takes the same steps as a stream (`stream.py`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, overload
@@ -173,7 +174,7 @@ def sweep(
         if part is not None:
             plan = plan_of(checked, all_batches, part.count)
             keep_plan(store, plan, notes_of(lens.sites, names, meta, asked, batch_size))
-            mine = [job.record for batch in share for job in batch]
+            mine = [job.record for job in itertools.chain.from_iterable(share)]
         resumed = sum(_is_finished(record, finished) for record in mine)
         unfinished = _without(share, finished)
         with _bar(unfinished, resumed, processes, is_shown) as bar:
@@ -294,8 +295,12 @@ def _without(share: Sequence[Sequence[Job]], finished: Mapping[Content, Row]) ->
     Batches are made of all records, whatever is finished, so that a prompt is run beside the same
     others after an interruption, and its numbers are the same to the last bit.
     """
-    left = [[job for job in batch if content(job.record) not in finished] for batch in share]
-    return [batch for batch in left if batch]
+    left: list[list[Job]] = []
+    for batch in share:
+        unfinished = [job for job in batch if content(job.record) not in finished]
+        if unfinished:
+            left.append(unfinished)
+    return left
 
 
 def _asked(readout: Readout | Make | None) -> AskedReadout:

@@ -351,8 +351,11 @@ def _weights(updates: Sequence[Mapping[str, ThinSVD]]) -> dict[str, Tensor]:
     inner_with_last = _inner([_overlaps(of_step, updates[-1]) for of_step in updates])
     sizes = squares.sum(1).sqrt()
     cosines = (inner_with_last.sum(1) / (sizes * sizes[-1])).clamp(-1, 1)
-    read = [[overlap.read for overlap in of_step] for of_step in with_previous]
-    write = [[overlap.write for overlap in of_step] for of_step in with_previous]
+    read: list[list[Tensor]] = []
+    write: list[list[Tensor]] = []
+    for of_step in with_previous:
+        read.append([overlap.read for overlap in of_step])
+        write.append([overlap.write for overlap in of_step])
     return {
         "norms": norms,
         "moved": moved,
@@ -373,7 +376,9 @@ def _overlaps(mine: Mapping[str, ThinSVD], theirs: Mapping[str, ThinSVD]) -> lis
 
 def _inner(overlaps: Sequence[Sequence[Overlap]]) -> Float[Tensor, "step site"]:
     """⟨ΔW, ΔW′⟩ of each pair of updates."""
-    rows = [[overlap.inner for overlap in of_step] for of_step in overlaps]
+    rows: list[list[float]] = []
+    for of_step in overlaps:
+        rows.append([overlap.inner for overlap in of_step])
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -137,10 +137,11 @@ def _reduced(update: ModuleUpdate, parts: Sequence[_SitePart], of: Of) -> LoRAFa
         writes = writes.new_zeros(len(writes), 1)
 
     dtype = _dtype_of(update)
+    has_bias = bool(bias.any())
     return LoRAFactors(
         reads.to(dtype).contiguous(),
         writes.to(dtype),
-        lora_bias=bias.to(dtype) if bool(bias.any()) else None,
+        lora_bias=bias.to(dtype) if has_bias else None,
         experts=update.experts if isinstance(update, LoRAFactors) else 0,
     )
 
