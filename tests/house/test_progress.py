@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from types import SimpleNamespace
 
+import by_folder
 import models
 import pytest
 import torch
@@ -51,11 +52,6 @@ def _faithful(t, folder, **options):
 def _points(t, folder, **options):
     names = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
     return ll.patch_activations(t.lens, PROMPT, R, names, **options)
-
-
-def _halves(t) -> dict[str, ll.Adapter]:
-    adapter = t.lens.adapter
-    return {"attention": adapter.only("*attn*"), "MLPs": adapter.only("*mlp*")}
 
 
 def _served(t, folder, **options):
@@ -122,17 +118,6 @@ CALLS = {
     "repair": lambda t, folder, **o: ll.repair(
         t.lens, [(PROMPT, R)], [(PROMPT, ll.KL())], 0.5, steps=8, draws=1, **o
     ),
-    "together": lambda t, folder, **o: ll.together(
-        t.lens, _halves(t), [LONG] * 10, R, group="site", max_nodes=9, **o
-    ),
-    "reconcile": lambda t, folder, **o: ll.reconcile(
-        t.lens,
-        _halves(t),
-        {"attention": (PROMPT, R), "MLPs": (PROMPT, ll.Logit(3))},
-        "MLPs",
-        draws=20,
-        **o,
-    ),
     "second_order": lambda t, folder, **o: ll.second_order(
         t.lens, [LONG] * 10, R, self_curvature=True, **o
     ),
@@ -140,6 +125,7 @@ CALLS = {
     "forms": lambda t, folder, **o: ll.forms(t.lens, PROMPT, ["merged NF4"], **o),
     "verify_combined": lambda t, folder, **o: ll.verify_combined(t.lens, [t.lens.adapter], **o),
     "verify_served": _served,
+    **by_folder.named("WITH_BAR"),
 }
 SHORT = {
     "activation_shift": lambda t: ll.activation_shift(t.lens, PROMPT, "blocks.0.hook_resid_post"),
@@ -164,6 +150,7 @@ SHORT = {
     ),
     "tangents": lambda t: ll.tangents(t.lens, PROMPT),
     "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
+    **by_folder.named("WITHOUT_BAR"),
 }
 DEEP = {
     "LoraLens.function",

@@ -1,4 +1,7 @@
-"""Every public call that runs a model under a lens, and the numbers that come back."""
+"""Every public call that runs a model under a lens, and the numbers that come back.
+
+Those of a question may stand in its own folder of tests (`by_folder.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import by_folder
 import torch
 from torch import Tensor
 
@@ -190,18 +194,6 @@ CALLS: dict[str, Call] = {
     "repair": lambda lens, t: ll.repair(
         lens, [(t, MARGIN)], [(t, ll.KL())], 0.5, steps=2, draws=1, **QUIET
     ).shares[:2],
-    "together": lambda lens, t: (
-        ll.together(lens, _halves(lens), t, MARGIN, group="kind", max_nodes=9, **QUIET).parts
-    ),
-    "reconcile": lambda lens, t: (
-        ll.reconcile(
-            lens,
-            _halves(lens),
-            {"first": (t, MARGIN), "second": (t, ll.Logit(3))},
-            "second",
-            **QUIET,
-        ).along
-    ),
     "forms": lambda lens, t: ll.forms(lens, t, ["merged NF4", "merged bfloat16"], **QUIET).values,
     "verify_combined": lambda lens, t: torch.tensor(
         [site.c for site in ll.verify_combined(lens, list(_halves(lens).values()), **QUIET).sites],
@@ -217,6 +209,7 @@ CALLS: dict[str, Call] = {
         _banked(lens, t).scan([lens.adapter], **QUIET)["value"].to_numpy(), device="cpu"
     ),
 }
+CALLS |= by_folder.named("CALLS")
 # A person's own run of the model: settings around it are theirs.
 OWN: dict[str, Call] = {"applied": _applied, "fwd_hooks": _listed, "without": _without}
 

@@ -1,4 +1,7 @@
-"""One of every final class of results, made by hand: of chosen numbers, and no model."""
+"""One of every final class of results, made by hand: of chosen numbers, and no model.
+
+Those of a question may stand in its own folder of tests (`by_folder.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import dataclasses
 import math
 from typing import Any
 
+import by_folder
 import torch
 from results_by_hand import (
+    HEADER,
     META,
     SITES,
     explanation,
@@ -15,15 +20,13 @@ from results_by_hand import (
 )
 
 import lens_lora as ll
-from lens_lora.core import Measured, Noise, Result
+from lens_lora.core import Noise, Result
 from lens_lora.directions.spectra import Spectrum
 from lens_lora.results import AdapterSummary, Claim
 from lens_lora.ship.checks import Check, MergedTensor
 from lens_lora.ship.combined import CombinedSite
 from lens_lora.ship.served import ServedInstead
 
-# What every result of `two_prompts` has in common.
-HEADER = {field.name: getattr(two_prompts(), field.name) for field in dataclasses.fields(Measured)}
 TOKENS = HEADER["str_tokens"]
 
 
@@ -427,43 +430,6 @@ def trainings() -> ll.results.Trainings:
     )
 
 
-def together() -> ll.results.Together:
-    """Two adapters, whose interaction was split by two groups of modules."""
-    return ll.results.Together(
-        adapters=("lyon", "<b>osaka</b>"),
-        alone=torch.tensor([[1.0, 2.0], [0.5, -1.0]]),
-        added=torch.tensor([[0.5, 1.5], [1.0, -0.5]]),
-        first=("lyon",),
-        second=("<b>osaka</b>",),
-        interaction=torch.tensor([[-0.5], [0.5]]),
-        noise_floor=torch.full((2,), 1e-6),
-        parts=torch.tensor([[[[-0.5, 0.0], [0.25, -0.25]]], [[[0.5, 0.0], [0.0, 0.0]]]]),
-        groups=("q", "down"),
-        nodes=9,
-        allowed=torch.full((2, 1), 1e-3),
-        group_error=torch.full((2, 1), 1e-4),
-        quadrature=ll.results.Quadrature(3, 1e-3, 2e-4, 1e-4, True),
-        **HEADER,
-    )
-
-
-def reconciled() -> ll.results.Reconciled:
-    """Two behaviours, of which the first holds once a module is left out."""
-    held = torch.tensor([[0.2, 0.9], [0.9, 0.8], [0.5, 0.5], [0.3, 0.7]])
-    return ll.results.Reconciled(
-        left_out=("model.layers.0.mlp.down_proj",),
-        behaviours=("lyon", "<b>osaka</b>"),
-        readouts=("margin(' Lyon' − ' Paris')", "margin(' Osaka' − ' Tokyo')"),
-        held=held,
-        held_out=held / 2,
-        sizes=(0, 1, 2),
-        along=torch.tensor([[0.2, 0.9], [0.9, 0.8], [1.0, 0.3]]),
-        strength=0.5,
-        sites=SITES,
-        meta=META,
-    )
-
-
 def repair() -> ll.results.Repair:
     """Two sites of two ranks, one of which is dropped; judged on what it was made on."""
     factors = ll.LoRAFactors(torch.ones(1, 4), torch.ones(3, 1))
@@ -720,8 +686,6 @@ def every_result() -> list[Result]:
         checkpoints(),
         trainings(),
         repair(),
-        together(),
-        reconciled(),
         best_subset(),
         verification(),
         served(),
@@ -739,6 +703,7 @@ def every_result() -> list[Result]:
         explained.faithfulness,
         explained.null,
         explained.comparisons[0],
+        *by_folder.results(),
     ]
     assert all(isinstance(result, Result) for result in found)
     return found  # type: ignore[return-value]

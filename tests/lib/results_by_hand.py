@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import lens_lora as ll
-from lens_lora.core import Attribution, FactMargin, Noise, RemainderCurve, Site
+from lens_lora.core import Attribution, FactMargin, Measured, Noise, RemainderCurve, Site
 
 READOUT = "margin(' Lyon' − ' Paris')"
 SCALES = (0.01, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -81,6 +81,10 @@ def two_prompts():
     return attribution(
         [[1.0, -2.0, 0.5, 0.25], [3.0, 0.0, -0.5, 0.75]], base=[-1.0, 0.0], adapted=[1.0, 6.0]
     )
+
+
+# What every result of `two_prompts` has in common.
+HEADER = {field.name: getattr(two_prompts(), field.name) for field in dataclasses.fields(Measured)}
 
 
 # --- An explanation

@@ -11,6 +11,7 @@ import functools
 import json
 from pathlib import Path
 
+import by_folder
 import limits
 import models
 import numpy as np
@@ -427,6 +428,7 @@ EVERY_KIND = {
     "KL": ll.KL,
     "Projection": lambda: ll.Projection(torch.ones(16), "blocks.0.hook_resid_post"),
     "Readout.of": lambda: ll.Readout.of(torch.logsumexp),
+    **by_folder.named("READOUTS"),
 }
 
 

@@ -1,0 +1,61 @@
+"""What each folder of tests declares for the tests that are of every result or every call.
+
+A folder's `for_every_test.py` holds, of what its question makes public:
+
+    RESULTS      functions, each of which makes one result by hand: of four sites and two prompts
+    CALLS        calls by name, of a lens and tokens: see `every_call.py`
+    WITH_BAR     calls by public name, if they take `progress`: see `house/test_progress.py`
+    WITHOUT_BAR  calls by public name, if they do not
+    READOUTS     functions by name, each of which makes a readout: see `runs/test_fingerprint.py`
+
+Whatever it has no use for is left out. `tests/interaction/for_every_test.py` is an example. Such a
+file imports neither `every_call` nor `every_result`, which import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+FILE = "for_every_test.py"
+
+
+def results() -> list[Any]:
+    """The results by hand of all folders."""
+    made: list[Any] = []
+    for module in _modules():
+        made += [make() for make in getattr(module, "RESULTS", ())]
+    return made
+
+
+def named(what: str) -> dict[str, Callable[..., Any]]:
+    """The calls or readouts of all folders, by name.
+
+    Args:
+        what: 'CALLS', 'WITH_BAR', 'WITHOUT_BAR' or 'READOUTS'.
+    """
+    found: dict[str, Callable[..., Any]] = {}
+    for module in _modules():
+        of_folder: dict[str, Callable[..., Any]] = getattr(module, what, {})
+        twice = found.keys() & of_folder.keys()
+        assert not twice, f"{module.__file__}: {what} has {sorted(twice)} of another folder"
+        found |= of_folder
+    return found
+
+
+@functools.cache
+def _modules() -> list[ModuleType]:
+    """The files of all folders, each as a module of a name of its own."""
+    modules: list[ModuleType] = []
+    for path in sorted(TESTS.glob(f"*/{FILE}")):
+        spec = importlib.util.spec_from_file_location(f"for_every_test_{path.parent.name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        modules.append(module)
+    return modules
