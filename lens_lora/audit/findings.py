@@ -410,7 +410,7 @@ class _Trait(NamedTuple):
     of_base: set[int]
 
     def units_apart(self, units: Sequence[Hashable]) -> tuple[int, int]:
-        """In how many units the adapted model has it on more questions, and the base on more."""
+        """Count the units that have it on more questions: of the adapted model, and of the base."""
         alone = self.of_adapted - self.of_base
         of_base_alone = self.of_base - self.of_adapted
         return _units_apart(alone, of_base_alone, units)

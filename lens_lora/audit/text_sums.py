@@ -236,7 +236,8 @@ class TextSums:
         early = batch.counted[:, _FIRST]
         last = batch.base.activations[self.points.stream[-1]][:, _FIRST]
         moved = shift[early] @ self.points.jacobian.matrix.to(shift).T
-        self.read[name] += in_float64(over_scale(self.lens, moved, last[early].to(moved))).sum(0)
+        read = over_scale(self.lens, moved, last[early].to(moved))
+        self.read[name] += in_float64(read).sum(0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ training is bit for bit what it is without.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
@@ -108,7 +109,7 @@ class ShiftCallback(TrainerCallback):
             numbers[f"{self._by}_{group}"] = float(value)
         self._rows.append({"step": step, **numbers})
         self._attributions[step] = attribution
-        return {name: value for name, value in numbers.items() if value == value}  # no NaN
+        return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure at every k-th step.
@@ -158,11 +159,11 @@ class ShiftCallback(TrainerCallback):
         Raises:
             ArgumentError: another `group`, or no step was measured yet.
         """
-        whole = self.by_group(group)
-        frame = largest_rows(whole)
+        every_group = self.by_group(group)
+        frame = largest_rows(every_group)
         below = "first order, mean over prompts"
-        if len(frame) < len(whole):
-            below += f"; the {len(frame)} largest of {len(whole)}"
+        if len(frame) < len(every_group):
+            below += f"; the {len(frame)} largest of {len(every_group)}"
         titles = (f"{self._readout} while training, by {group}", below)
         hover = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
         x = names_axis(map(str, frame.columns), "step")

@@ -68,7 +68,7 @@ def _about(seconds: float) -> str:
 
 
 def _slowness() -> float:
-    """How many times as long as there a product of matrices takes here, now."""
+    """The time of a product of matrices here and now, over its time when commands were timed."""
     import numpy as np
 
     matrix = np.ones((_SIZE_OF_PRODUCT, _SIZE_OF_PRODUCT), np.float32)

@@ -156,9 +156,9 @@ def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
     unit = "site" if summary.model else "module"
     columns = [_spectrum(row, summary) for row in top]
     heads = tuple(columns[0]) if columns else ()
-    rows = [
-        (row.site or row.module, *cells.values()) for row, cells in zip(top, columns, strict=True)
-    ]
+    rows: list[tuple[str, ...]] = []
+    for row, cells in zip(top, columns, strict=True):
+        rows.append((row.site or row.module, *cells.values()))
     title = f"{len(top)} of {len(summary.rows)} {unit}s, by ‖ΔW‖_F"
     return Table((unit, *heads), rows, title=title)
 

@@ -35,12 +35,12 @@ def _part(e: ReadoutExplanation, number: int) -> page.Part:
     meta = e.first_order.meta
     prompt = text.shortened(account.prompt)
     sentences, numbers = readout_headline(e)
-    parts_of_sites: list[page.Block] = [
+    split_sites: list[page.Block] = [
         figures[name] for name in ("heads", "ranks") if name in figures
     ]
     by_part = page.Section(
         "By head and by rank",
-        parts_of_sites,
+        split_sites,
         "First order at ε = 0 of the sites with the largest parts.",
     )
     sections = [

@@ -84,9 +84,10 @@ def moved_text(readout: str, a: ReadoutAccount, begin: str = "The") -> str:
 def mean_texts(e: ReadoutExplanation) -> list[str]:
     """The sentences on what the adapter does in the mean over prompts, and by which modules."""
     first = e.first_order
-    base, adapted, shift, total = (
-        float(values.double().mean()) for values in (e.base, e.adapted, e.shift, first.total)
-    )
+    base = float(e.base.double().mean())
+    adapted = float(e.adapted.double().mean())
+    shift = float(e.shift.double().mean())
+    total = float(first.total.double().mean())
     sentences = [
         f"In the mean over {many(len(e.prompts), 'prompt')} the adapter moves {e.readout} by "
         f"{signed(shift)} {e.units}, from {signed(base)} in the base model to {signed(adapted)}.",

@@ -99,9 +99,11 @@ def _changes_table(e: ResponseExplanation, k: int) -> page.TokenTable:
     shifts = e.shifts
 
     def largest_changes(ids: Tensor, changes: Tensor, t: int) -> Pairs:
+        tokens = ids[0, t].tolist()
+        sizes = changes[0, t].tolist()
         pairs: list[tuple[str, str]] = []
-        for i, change in zip(ids[0, t].tolist(), changes[0, t].tolist(), strict=True):
-            pairs.append((visible(shifts.strings[str(i)]), signed(change)))
+        for token, size in zip(tokens, sizes, strict=True):
+            pairs.append((visible(shifts.strings[str(token)]), signed(size)))
         return pairs[:_CHANGES]
 
     rows: list[tuple[str, Pairs, Pairs]] = []

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -135,6 +135,13 @@ def _is_norm(path: str) -> bool:
     return any(place is not None and place.kinds[0] in NORM_KINDS for place in places)
 
 
+def _changed_in(
+    names: Iterable[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> list[str]:
+    """The names of the parameters whose values are others afterwards."""
+    return [name for name in names if not torch.equal(before[name].cpu(), after[name].cpu())]
+
+
 def _norm_change(path: str, before: nn.Module, after: nn.Module | None) -> TrainedModule | None:
     """The norm's γ and β after training; None where they are those of the base."""
     old = dict(before.named_parameters())
@@ -142,7 +149,7 @@ def _norm_change(path: str, before: nn.Module, after: nn.Module | None) -> Train
     shapes = {name: parameter.shape for name, parameter in old.items()}
     if shapes != {name: parameter.shape for name, parameter in new.items()}:
         raise AdapterError(f"{path}: the two models have different norms there.")
-    if all(torch.equal(parameter.cpu(), new[name].cpu()) for name, parameter in old.items()):
+    if not _changed_in(old, old, new):
         return None
     trained = {name: parameter.detach().clone().cpu() for name, parameter in new.items()}
     return TrainedModule(weight=trained.get("weight"), bias=trained.get("bias"))
@@ -214,7 +221,7 @@ def _refuse_other_changes(
         names = ", ".join(unpaired[:3])
         raise AdapterError(f"both must have one architecture, and have other parameters: {names}.")
     others = [name for name in before if name not in compared and not _matches(name, globs)]
-    changed = [name for name in others if not torch.equal(before[name].cpu(), after[name].cpu())]
+    changed = _changed_in(others, before, after)
     if changed:
         raise AdapterError(
             f"{len(changed)} parameters changed that belong to no linear module, embedding or "

@@ -242,7 +242,11 @@ def _measured_change(
     added = functools.partial(_added_by, layer, base)
 
     identity = torch.arange(width) if is_embedding else torch.eye(width, dtype=torch.float64)
-    rows = torch.cat([added(part.to(weight.device)[None])[0] for part in identity.split(_INPUTS)])
+    by_part: list[Tensor] = []
+    for part in identity.split(_INPUTS):
+        as_batch = part.to(weight.device)[None]
+        by_part.append(added(as_batch)[0])
+    rows = torch.cat(by_part)
     bias = torch.zeros_like(rows[0])
     if not is_embedding:
         bias = added(weight.new_zeros(1, 1, width))[0, 0]

@@ -113,8 +113,10 @@ def _truncated(path: str, update: ModuleUpdate, rank: int) -> tuple[LoRAFactors,
     U, sizes, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     rows = ((Q_A @ Vt.T[:, :rank]) * sizes[:rank]).T
     columns = Q_B @ U[:, :rank]
-    cut = dataclasses.replace(factors, A=rows.to(factors.A).contiguous(), B=columns.to(factors.B))
-    return cut, float(sizes[rank:].norm()) / (float(sizes.norm()) or 1.0)
+    A = rows.to(factors.A).contiguous()
+    B = columns.to(factors.B)
+    lost = float(sizes[rank:].norm()) / (float(sizes.norm()) or 1.0)
+    return dataclasses.replace(factors, A=A, B=B), lost
 
 
 def _truncated_experts(path: str, factors: LoRAFactors, rank: int) -> tuple[LoRAFactors, float]:

@@ -200,9 +200,9 @@ def constant_part(
 
 def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
     """Whether no text of the other half has each token after the same tokens."""
-    first, second = (rows.chosen(range(rows.batch)[half]) for half in _HALVES)
+    halves = [rows.chosen(range(rows.batch)[half]) for half in _HALVES]
     apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
-    for half, texts, others in ((_HALVES[0], first, second), (_HALVES[1], second, first)):
+    for half, texts, others in zip(_HALVES, halves, reversed(halves), strict=True):
         is_shared = torch.isin(texts.marks(), others.marks())
         kept = texts.distinct() & ~is_shared
         apart[half, : kept.shape[1]] = kept

@@ -164,9 +164,10 @@ class FeatureShift(Described):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, feature and existing position."""
         where = (~self.shift.isnan()).cpu().nonzero(as_tuple=True)
-        labels: dict[str, Any] = {"prompt": where[0].tolist(), "feature": where[1].tolist()}
+        prompts, features, *positions = where
+        labels: dict[str, Any] = {"prompt": prompts.tolist(), "feature": features.tolist()}
         if self.by_position:
-            labels["position"] = where[2].tolist()
+            labels["position"] = positions[0].tolist()
             labels["token"] = tokens_at(self.str_tokens, labels["prompt"], labels["position"])
         numbers = {name: values[where].tolist() for name, values in self.columns().items()}
         return pd.DataFrame(labels | numbers)

@@ -39,7 +39,7 @@ def unloaded(
     keeps_patterns: bool = True,
     max_memory: float | None = None,
 ) -> UnloadedModel:
-    """What a configuration says of a model.
+    """Read what the planner asks of a model from its configuration alone.
 
     Args:
         name: a folder, a config.json, or a hub id.

@@ -218,7 +218,8 @@ def _behaviour(
     g = Evaluations.bound(lens, prompts, readout, progress=progress)
     base, _ = g.ends
     of_adapter = tuple(i for i, site in enumerate(g.lens.sites) if site.adapter == name)
-    own = g(g.lens.gates(g.lens.sites.indicator({name: of_adapter})[0])) - base
+    (on,) = g.lens.sites.indicator({name: of_adapter})
+    own = g(g.lens.gates(on)) - base
     if bool((own.abs() <= SIGMAS * g.floor).all()):
         raise ArgumentError(
             f"{argument}: {name} alone moves {readout.label} by rounding, so there is no behaviour "

@@ -290,7 +290,8 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Asked | None) -> T
     alone = of_each - base
     added = adapted - of_all_but_each
     both = of_pair - base
-    interaction = torch.stack([both[row] - alone[a] - alone[b] for row, (a, b) in enumerate(pairs)])
+    beyond_each = [both[row] - alone[a] - alone[b] for row, (a, b) in enumerate(pairs)]
+    interaction = torch.stack(beyond_each)
     # The values of an interaction, in the order of its formula; at one adapter alone the noise is
     # taken to be that of all adapters.
     noise_floor = g.noise((1, -1, -1, 1), at=(1.0, 1.0, 1.0, 0.0))

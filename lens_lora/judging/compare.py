@@ -254,7 +254,8 @@ def _clear(values: Grouped, floor: Tensor | None) -> Bool[Tensor, "batch group"]
 
 def _towards(values: Grouped, shift: Float[Tensor, " batch"]) -> Grouped:
     """Each prompt's values in the direction of its shift."""
-    return values.detach().cpu().double() * shift.cpu().double().sign()[:, None]
+    direction = shift.cpu().double().sign()
+    return values.detach().cpu().double() * direction[:, None]
 
 
 def _require_finite(key: str, values: Grouped, labels: list[str]) -> None:

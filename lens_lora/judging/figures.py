@@ -315,8 +315,9 @@ def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
     units = label(test.units)
     values = test.observed.per_site[index].cpu().double().tolist()
     largest = test.null[:, index].abs().amax(0).cpu().double().tolist()
+    z_of_sites = test.z[index].tolist()
     hover: list[str] = []
-    for site, value, most, z in zip(sites, values, largest, test.z[index].tolist(), strict=True):
+    for site, value, most, z in zip(sites, values, largest, z_of_sites, strict=True):
         lines = [
             f"<b>{label(site.name)}</b>",
             f"{signed(value)} {units}",

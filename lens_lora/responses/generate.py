@@ -165,7 +165,8 @@ class Speaker:
         self.gates = self.gates.detach()
         if self.gates.ndim > 1 and len(self.gates) != batch:
             raise SiteError(f"gates of {len(self.gates)} prompts, and there are {batch}.")
-        self.texts: list[list[int]] = [self.prompts.row(i).tokens[0].tolist() for i in range(batch)]
+        rows = [self.prompts.row(i) for i in range(batch)]
+        self.texts: list[list[int]] = [row.tokens[0].tolist() for row in rows]
         self.starts: list[int] = [len(text) for text in self.texts]
         self._noise = self.sampling.noise(batch, self.most)
 

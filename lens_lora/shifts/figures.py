@@ -90,7 +90,8 @@ def noted_tokens(shifts: TokenShifts, index: int) -> tuple[list[page.Noted], flo
     tokens = shifts.response[index]
     kl = shifts.kl[0, index, : len(tokens)].double().nan_to_num(0.0, 0.0)
     most = float(kl.max()) or 1.0
-    shades = [round(shade, 3) for shade in (kl / most).clamp(0, 1).sqrt().tolist()]
+    roots = (kl / most).clamp(0, 1).sqrt().tolist()
+    shades = [round(root, 3) for root in roots]
     return list(zip(tokens, shades, _notes(shifts, index), strict=True)), most
 
 

@@ -284,13 +284,16 @@ class _Factors:
         """Whether the file has the rows of q or k in Hugging Face's order."""
         if not self.is_permuted:
             return False
-        return float((self._as_stored - self.D).norm()) <= self.rounds * float(self.D.norm())
+        off = float((self._as_stored - self.D).norm())
+        return off <= self.rounds * float(self.D.norm())
 
 
 def _have_shapes_of(update: LoRAFactors, a: StoredTensor, b: StoredTensor) -> bool:
     """Whether B A of a file is as large as the adapter's; its rank may be another one."""
-    is_of_module = (len(b.values), a.values.shape[-1]) == (len(update.B), update.A.shape[1])
-    return is_of_module and b.values.shape[-1] == len(a.values)
+    has_outputs = len(b.values) == len(update.B)
+    has_inputs = a.values.shape[-1] == update.A.shape[1]
+    has_one_rank = b.values.shape[-1] == len(a.values)
+    return has_outputs and has_inputs and has_one_rank
 
 
 def _compared_module(factors: _Factors) -> MergedTensor:

@@ -320,6 +320,9 @@ class _Search:
 def _most_deviating(tokens: ServedTokens, adapted: Float[Tensor, " token"]) -> list[int]:
     """The rows of which the server told something else than the adapted model, the most first."""
     squares = (tokens.served - adapted).square()
-    deviations = [float(squares[tokens.in_rows([row])].sum()) for row in range(len(tokens.rows))]
+    deviations: list[float] = []
+    for row in range(len(tokens.rows)):
+        of_row = squares[tokens.in_rows([row])]
+        deviations.append(float(of_row.sum()))
     ordered = sorted(range(len(tokens.rows)), key=lambda row: -deviations[row])
     return sorted(ordered[: max(len(ordered) // _ONE_OF, _FEWEST)])

@@ -155,7 +155,10 @@ def token_log_probs(
 def _padded(rows: Sequence[Sequence[float]], padding: float) -> Tensor:
     """Rows of unequal length as one tensor, padded on the right."""
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+    padded: list[list[float]] = []
+    for row in rows:
+        padded.append([*row, *[padding] * (width - len(row))])
+    return torch.tensor(padded)
 
 
 def projection(vector: Float[Tensor, " token"], onto: Float[Tensor, " token"]) -> float:

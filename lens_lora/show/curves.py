@@ -47,11 +47,10 @@ def remainder_figure(path: RemainderCurve, prompt: int | None = None) -> go.Figu
     finish(figure, titles, ("", label(path.units)), 520)
 
     # The axis reaches to the largest share that stands out of rounding.
-    clear = [
-        share
-        for share, is_small in zip(shares, is_noise, strict=True)
-        if share is not None and not is_small
-    ]
+    clear: list[float] = []
+    for share, is_small in zip(shares, is_noise, strict=True):
+        if share is not None and not is_small:
+            clear.append(share)
     largest = max(clear, default=1.0)
     cut = ", cut" if largest > _HIGHEST_SHARE else ""
     top = max(min(1.12 * largest, _HIGHEST_SHARE), 1.0)

@@ -161,7 +161,8 @@ def tokens_axis(
     most = _MOST_TICKS if len(columns) <= _MOST_TICKS else _FEW_TICKS
     places = every_few(range(len(columns)), most)
     texts = [f"{columns[i] + first} {label(visible(tokens[columns[i]]))}" for i in places]
-    return Axis(range(len(columns)), title, {**ticks(places, texts), "tickfont": {"size": 11}})
+    layout = {**ticks(places, texts), "tickfont": {"size": 11}}
+    return Axis(range(len(columns)), title, layout)
 
 
 def layers_axis(sites: Sequence[Any]) -> Axis:

@@ -61,7 +61,9 @@ class DistributionShift:
         """
         rest = self.rest.flatten()
         by_row = weights / (1 + rest)
-        return by_row @ self.grown.flatten(0, -2) - (by_row * rest) @ self.p.flatten(0, -2)
+        p = self.p.flatten(0, -2)
+        grown = self.grown.flatten(0, -2)
+        return by_row @ grown - (by_row * rest) @ p
 
 
 def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift:
@@ -91,4 +93,5 @@ def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift
 
 def _mean(p: _Rows, shift: _Rows) -> Float[Tensor, "*row"]:
     """Σ_v p(v) d(v) of each row."""
-    return torch.linalg.vecdot(p.flatten(0, -2), shift.flatten(0, -2)).view(p.shape[:-1])
+    by_row = torch.linalg.vecdot(p.flatten(0, -2), shift.flatten(0, -2))
+    return by_row.view(p.shape[:-1])

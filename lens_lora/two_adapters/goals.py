@@ -165,4 +165,5 @@ def _rounding(g: Evaluations, keep: bool) -> float:
     """
     if keep:
         return float(g.floor.double().sum())
-    return torch.finfo(g.ends.dtype).eps * float((1 + g.ends.double().abs()).sum())
+    sizes = 1 + g.ends.double().abs()
+    return torch.finfo(g.ends.dtype).eps * float(sizes.sum())

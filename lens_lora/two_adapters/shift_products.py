@@ -97,7 +97,10 @@ def _inner_products(
     v: Float[Tensor, "batch entry"], w: Float[Tensor, "batch entry"]
 ) -> Float[Tensor, "pair batch"]:
     """⟨v, w⟩, ⟨v, v⟩ and ⟨w, w⟩ of each prompt."""
-    return torch.stack([(v * w).sum(1), (v * v).sum(1), (w * w).sum(1)])
+    both = (v * w).sum(1)
+    mine = (v * v).sum(1)
+    theirs = (w * w).sum(1)
+    return torch.stack([both, mine, theirs])
 
 
 def cosine_of(
