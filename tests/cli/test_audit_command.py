@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from printed import plain
 from typer.testing import CliRunner
 
 import lens_lora as ll
@@ -20,10 +20,6 @@ from lens_lora import cli
 from lens_lora.cli import auditing
 
 run = CliRunner().invoke
-
-
-def plain(text: str) -> str:
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
 @pytest.fixture(scope="module")

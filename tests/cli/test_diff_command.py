@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 
 import models
 import pandas as pd
 import pytest
 import torch
+from printed import plain
 from typer.testing import CliRunner
 
 import lens_lora as ll
@@ -16,10 +16,6 @@ from lens_lora import cli
 from lens_lora.cli import running
 
 run = CliRunner().invoke
-
-
-def plain(text: str) -> str:
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
 @pytest.fixture(scope="module")

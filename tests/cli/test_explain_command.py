@@ -15,6 +15,7 @@ import models
 import pytest
 import torch
 from browser import browser, drawn
+from printed import plain
 from results_by_hand import without_plotly
 from rich.console import Console
 from typer.testing import CliRunner
@@ -32,10 +33,6 @@ run = CliRunner().invoke
 CLASSES = list(models.MAKERS)
 
 # --- the command
-
-
-def plain(text):
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
 ANSWERS = ["--doc", "w9", "--pre", "w26"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from printed import plain
 from rich.cells import cell_len
 from rich.console import Console
 from sweep_runs import GOOD, write_jsonl
@@ -72,10 +73,6 @@ WRITTEN |= {
 def arguments_of(command: str, files: Path, out: Path) -> list[str]:
     name = "explain" if command == "response" else command
     return [name, *(part.format(files=files, out=out) for part in COMMANDS[command]), "--quiet"]
-
-
-def plain(text: str) -> str:
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
 # --- encodings

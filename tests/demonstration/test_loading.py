@@ -19,7 +19,6 @@ import lens_lora as ll
 from lens_lora.demonstration import base_names, shipped_adapter
 from lens_lora.demonstration.base_names import EMBEDDED_HUB_ID, base_by_name
 from lens_lora.demonstration.embedded import EmbeddedModelError
-from lens_lora.hosts.placement import Placement
 
 NEWEST = list(models.MAKERS)[-1]
 
@@ -175,9 +174,6 @@ def test_the_checkpoints_own_dtype_but_on_the_cpu_only_where_asked_for(tiny, tmp
     models.tokenizer().save_pretrained(tmp_path)
     assert ll.load(str(tmp_path), folder / "lora").dtype == torch.float32
     assert ll.load(str(tmp_path), folder / "lora", dtype="auto").dtype == torch.bfloat16
-    assert Placement(device="cuda").weights == "auto" == Placement(load_in_8bit=True).weights
-    assert Placement(device="cpu").weights == "float32"
-    assert Placement(device="cuda", dtype="float32").weights == "float32"
 
 
 @models.NEEDS_BRIDGE

@@ -18,6 +18,7 @@ import lens_lora as ll
 from lens_lora import cli
 from lens_lora.core.adapter import CONFIG, name_of
 from lens_lora.errors import AdapterError, ArgumentError
+from lens_lora.formats.folders import last_checkpoint
 
 run = CliRunner().invoke
 READOUT = ll.Margin("w8", "w9")
@@ -208,3 +209,14 @@ def test_a_place_without_an_adapter_is_refused(options):
     result = run(cli.app, ["demo", "--subfolder", "x", *options["demo"]])
     said = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", result.stderr)
     assert result.exit_code == 2 and "it is of an ADAPTER; name one" in " ".join(said.split())
+
+
+def test_the_last_checkpoint_of_a_run_has_the_largest_number(files, tmp_path):
+    """A folder with an adapter of its own is that adapter, whatever lies beneath it."""
+    of_nine = tmp_path / "run" / "checkpoint-9"
+    for step in (9, 10):
+        shutil.copytree(files / "zoo" / "runs" / "a", of_nine.with_name(f"checkpoint-{step}"))
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-10"
+    shutil.copytree(of_nine, tmp_path / "run", dirs_exist_ok=True)
+    assert last_checkpoint(tmp_path / "run") is None
+    assert last_checkpoint(tmp_path / "nowhere") is None

@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 from peft import PeftModel
+from printed import plain
 from sweep_runs import GOOD, two_processes, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -193,10 +194,6 @@ def call(command, files, out, *options):
     has_adapter = command == "inspect" or (options and not str(options[0]).startswith("-"))
     adapter = [] if has_adapter else [files / "lora"]
     return run(cli.app, [command, *map(str, [*own, *adapter, *options])])
-
-
-def plain(text):
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
 COMMANDS = ("explain", "demo", "sweep", "inspect")

@@ -18,9 +18,7 @@ from sweep_runs import GOOD, run, same, write_csv, write_jsonl
 
 import lens_lora as ll
 from lens_lora.core import Evaluations, patch_sites
-from lens_lora.curvature.second_order import second_order
 from lens_lora.errors import SweepError
-from lens_lora.path.path_attribution import path_attribution
 from lens_lora.responses.answers import margin_between
 from lens_lora.sweeps import batches
 from lens_lora.sweeps.batches import VALUES
@@ -43,7 +41,7 @@ def a_lens(float64) -> ll.LoraLens:
 DIRECT = {
     "first_order": lambda *a: ll.first_order(*a),
     "first_order_at_1": lambda *a: ll.first_order(*a, at=1.0),
-    "path": lambda *a: path_attribution(*a, progress=False),
+    "path": lambda *a: ll.path_attribution(*a, progress=False),
     "add_one": lambda *a: patch_sites(*a, "add_one", progress=False),
     "leave_one_out": lambda *a: patch_sites(*a, "leave_one_out", progress=False),
 }
@@ -130,7 +128,7 @@ def test_second_order_is_half_the_row_sums(lens, tmp_path):
         readout = margin_between(
             lens.model, record["doc"], record["pre"], lens.prompts(record["prompt"])
         )
-        direct = second_order(lens, record["prompt"], readout, progress=False)
+        direct = ll.second_order(lens, record["prompt"], readout, progress=False)
         np.testing.assert_allclose(
             result.attribution("second_order").values[i], direct.half_row_sums[0], rtol=1e-9
         )
@@ -441,7 +439,7 @@ SAID = [
     {"id": "short", "prompt": "w9 w5 w7", "response": " w4"},
 ]
 MAKERS = {
-    "KL": (ll.KL, "path", path_attribution),
+    "KL": (ll.KL, "path", ll.path_attribution),
     "log p": (ll.AnswerLogProb, "first_order", ll.first_order),
     "function": (
         functools.partial(ll.KL, direction="adapted_to_base"),
