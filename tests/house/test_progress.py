@@ -10,7 +10,6 @@ import models
 import pytest
 import torch
 import transformers as hf
-from loopback import serving
 from sweep_runs import GOOD
 from tqdm import tqdm
 
@@ -52,17 +51,6 @@ def _faithful(t, folder, **options):
 def _points(t, folder, **options):
     names = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
     return ll.patch_activations(t.lens, PROMPT, R, names, **options)
-
-
-def _served(t, folder, **options):
-    """A server on loopback that knows no better than 0 for each token."""
-
-    def answer(path, body):
-        entries = [None, *({str(token): {"logprob": 0.0}} for token in body["prompt"][1:])]
-        return {"choices": [{"prompt_logprobs": entries}]}
-
-    with serving(answer) as (url, _):
-        return ll.verify_served(t.lens, url, name="tuned", **options)
 
 
 def _cost(t, folder, **options):
@@ -122,9 +110,6 @@ CALLS = {
         t.lens, [LONG] * 10, R, self_curvature=True, **o
     ),
     "sweep": _sweep,
-    "forms": lambda t, folder, **o: ll.forms(t.lens, PROMPT, ["merged NF4"], **o),
-    "verify_combined": lambda t, folder, **o: ll.verify_combined(t.lens, [t.lens.adapter], **o),
-    "verify_served": _served,
     **by_folder.named("WITH_BAR"),
 }
 SHORT = {

@@ -22,16 +22,6 @@ RESPONSE = torch.tensor([5, 9], device="cpu")
 Call = Callable[[ll.LoraLens, Tensor], Any]
 
 
-def _halves(lens: ll.LoraLens) -> dict[str, ll.Adapter]:
-    """The adapter's first modules as one adapter, and the others as another."""
-    paths = list(lens.adapter.modules)
-    half = len(paths) // 2
-    return {
-        "first": lens.adapter.only(*paths[:half]),
-        "second": lens.adapter.only(*paths[half:]),
-    }
-
-
 def _applied(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
     with torch.no_grad(), lens.applied() as model:
         return model(tokens)
@@ -194,11 +184,6 @@ CALLS: dict[str, Call] = {
     "repair": lambda lens, t: ll.repair(
         lens, [(t, MARGIN)], [(t, ll.KL())], 0.5, steps=2, draws=1, **QUIET
     ).shares[:2],
-    "forms": lambda lens, t: ll.forms(lens, t, ["merged NF4", "merged bfloat16"], **QUIET).values,
-    "verify_combined": lambda lens, t: torch.tensor(
-        [site.c for site in ll.verify_combined(lens, list(_halves(lens).values()), **QUIET).sites],
-        device="cpu",
-    ),
     "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
     "explain_all": lambda lens, t: (
         ll.explain(lens, torch.cat([t, t]), 5, 9, fast=True, **QUIET)[-1].margin

@@ -21,11 +21,7 @@ from results_by_hand import (
 
 import lens_lora as ll
 from lens_lora.core import Noise, Result
-from lens_lora.directions.spectra import Spectrum
-from lens_lora.results import AdapterSummary, Claim
-from lens_lora.ship.checks import Check, MergedTensor
-from lens_lora.ship.combined import CombinedSite
-from lens_lora.ship.served import ServedInstead
+from lens_lora.results import Claim
 
 TOKENS = HEADER["str_tokens"]
 
@@ -474,186 +470,6 @@ def best_subset() -> ll.results.BestSubset:
     )
 
 
-def verification() -> ll.results.Verification:
-    """A check that failed beside others, and a merged tensor that is twice what it should be."""
-    checks = (
-        Check("loads on the base", "passed", "2 modules, 2 sites"),
-        Check("KL on neutral texts", "not asked", "0.1 nats per token", value=0.1),
-        Check("merged folder", "failed", "1 of 2 tensors: base + 2.00 ΔW", "base + ΔW", "m.q_proj"),
-    )
-    tensors = (
-        MergedTensor("m.q_proj.weight", "failed", "base + 2.00 ΔW", 2.0, 1.0),
-        MergedTensor("m.norm.weight", "passed", "the base's"),
-    )
-    return ll.results.Verification("lyon", checks, tensors, META)
-
-
-def served() -> ll.results.ServedVerification:
-    """A server that answers as the base."""
-    checks = (
-        Check("served tokens", "passed", "2 texts read alike"),
-        Check("served as trained", "failed", "c = 0", "c = 1", "the server answers as the base"),
-    )
-    return ll.results.ServedVerification(
-        name="lyon",
-        url="http://127.0.0.1:8000",
-        way="prompt_logprobs of the completions API",
-        c=0.0,
-        residual=1.0,
-        floor=0.02,
-        effect=1.5,
-        tokens=40,
-        requests_sent=4,
-        explanations=(
-            ServedInstead("the base, without the adapter", 0.01),
-            ServedInstead("the adapter without its layer 1", 0.5),
-        ),
-        checks=checks,
-        meta=META,
-    )
-
-
-def combined() -> ll.results.CombinedVerification:
-    """PEFT's 'linear' of two adapters, beside their sum."""
-    crossed = "cross terms B_i A_j, as of 'linear': they are 0.7 of ‖sum‖"
-    return ll.results.CombinedVerification(
-        name="both",
-        parts=("lyon", "rome"),
-        weights=(0.5, 0.5),
-        sites=(
-            CombinedSite("blocks.0.attn.q", "m.q_proj", 0, "q", "failed", crossed, 1.5, 0.7),
-            CombinedSite(
-                "blocks.1.mlp.down", "m.down_proj", 1, "down", "passed", "the sum", 1.0, 1e-7
-            ),
-        ),
-        c=1.2,
-        residual=0.4,
-        effect=1.5,
-        tokens=40,
-        checks=(
-            Check("the sum of its parts", "failed", crossed, "Σ w ΔW", "blocks.0.attn.q", 1.25),
-            Check("the sum of its parts on texts", "failed", "c = 1.2", "c = 1", value=1.2),
-        ),
-        meta=META,
-    )
-
-
-def forms() -> ll.results.Forms:
-    """Two forms on two prompts: one that keeps both answers, one that changes the second."""
-    return ll.results.Forms(
-        values=torch.tensor([[0.001, 0.5], [0.002, 1.5]]),
-        names=("merged bfloat16", "merged NF4"),
-        sizes=(269_128_320, 116_511_360),
-        answers=((" Lyon", " Lyon"), (" <b>", " Rome")),
-        adapted_answers=(" Lyon", " <b>"),
-        base_kl=torch.tensor([3.0, 2.0]),
-        floor=torch.tensor([1e-9, 2e-9]),
-        notes=("merged Q4_K: not measured.",),
-        str_tokens=TOKENS,
-        meta=META,
-    )
-
-
-def contrast() -> ll.results.Contrast:
-    """Two points of the residual stream."""
-    names = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
-    numbers = dict.fromkeys(names, 0.75)
-    return ll.results.Contrast(
-        values={name: torch.tensor([1.0, -2.0]) for name in names},
-        errors={name: torch.tensor([0.5, 0.25]) for name in names},
-        sizes=numbers,
-        auc=numbers,
-        chance=numbers,
-        readings={name: torch.tensor([0.5, -1.0]) for name in names},
-        strings=("a", "<b>"),
-        modules={names[0]: "m.down_proj"},
-        widths={"m.down_proj": 4},
-        counts=(3, 4),
-        positions="response",
-        at="ε = 1",
-        meta=META,
-    )
-
-
-def of_directions() -> list[Result]:
-    """Results of two directions, one of which has a name that a page must escape."""
-    names = ("a", "<b>")
-    count = len(SITES)
-    leading = torch.tensor([[0.9, 0.1]] * count)
-    return [
-        ll.results.Alignment(
-            values=torch.full((count, 2), 0.25),
-            sides=("write", *["read"] * (count - 1)),
-            directions=names,
-            expected=0.1,
-            quantile=torch.full((count,), 0.2),
-            sites=SITES,
-            meta=META,
-        ),
-        ll.results.Intruders(
-            sigma=leading,
-            cosine=leading,
-            nearest=torch.zeros(count, 2, dtype=torch.int64),
-            overlap=torch.full((count, 2, 2), 0.5),
-            threshold=0.5,
-            written={"m.q_proj": torch.ones(1, 2)},
-            read={"m.q_proj": torch.ones(1, 3)},
-            original=ll.Adapter.from_factors(
-                {"m.q_proj": ll.LoRAFactors(A=torch.ones(1, 3), B=torch.ones(2, 1), scale=0.5)}
-            ),
-            sites=SITES,
-            meta=META,
-        ),
-        ll.results.ScaledIntruders(
-            scales=(0.0, 1.0),
-            count=3,
-            base=torch.tensor([-1.0, 0.5]),
-            adapted=torch.tensor([1.0, 2.5]),
-            values=torch.tensor([[[0.5, 2.0], [1.0, 2.5]], [[-1.0, 0.5], [1.0, 2.5]]]),
-            base_loss=torch.tensor([3.0, 2.5]),
-            loss=torch.tensor([[[3.1, 2.7], [3.2, 2.9]], [[3.0, 2.5], [3.2, 2.9]]]),
-            kl=torch.tensor([[[0.1, 0.2], [0.2, 0.3]], [[0.0, 0.0], [0.2, 0.3]]]),
-            tokens=torch.tensor([7, 3]),
-            readout="logit",
-            units="logits",
-            str_tokens=TOKENS,
-            meta=META,
-        ),
-        ll.results.RemovalCost(
-            base=torch.tensor([3.0, 2.5]),
-            removed=torch.tensor([3.1, 2.7]),
-            kl=torch.tensor([0.1, 0.2]),
-            counts=torch.tensor([7, 3]),
-            what="1 of Tensor",
-            meta=META,
-        ),
-        ll.results.Patchscope(
-            ids=torch.tensor([[[0, 1]], [[1, 0]]]),
-            probabilities=torch.full((2, 1, 2), 0.5),
-            plain=torch.tensor([0.75, 0.25]),
-            readings=torch.tensor([[0.5, -1.0]] * 2),
-            continuations=(("a a",), ("<b>",)),
-            strings=names,
-            directions=names,
-            scales=(1.0,),
-            size=3.0,
-            name="blocks.0.hook_resid_post",
-            prompt=("a", "<b>"),
-            position=1,
-            at=0.0,
-            meta=META,
-        ),
-    ]
-
-
-def summary() -> AdapterSummary:
-    spectrum = Spectrum(
-        "m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan, 0.0
-    )
-    known = dataclasses.replace(spectrum, singular_values=torch.tensor([2.0, 1.0]), parts=())
-    return AdapterSummary("lyon", None, None, 2, (spectrum, known), ("m.q_proj",))
-
-
 def every_result() -> list[Result]:
     """One of each class."""
     explained = explanation()
@@ -671,8 +487,6 @@ def every_result() -> list[Result]:
         edges(),
         features(by_position=True),
         writes,
-        contrast(),
-        *of_directions(),
         components(),
         remainder(),
         token_shifts(),
@@ -687,11 +501,6 @@ def every_result() -> list[Result]:
         trainings(),
         repair(),
         best_subset(),
-        verification(),
-        served(),
-        combined(),
-        forms(),
-        summary(),
         explained,
         explained.margin,
         explained.margin.curve,
