@@ -37,7 +37,6 @@ from lens_lora.core import (
     LoraLens,
     ModuleUpdate,
     Site,
-    require_finite_slopes,
 )
 from lens_lora.core.model import extensions
 from lens_lora.errors import LensLoraError, ModelStateError
@@ -214,7 +213,7 @@ def slopes_of_adapters(
         rows: list[Tensor] = []
         for adapter in adapters():
             lens, (slopes,) = base.slopes(adapter)
-            require_finite_slopes(lens, slopes)
+            lens.sites.require_finite(slopes)
             index = {site.name: i for i, site in enumerate(lens.sites)}
             rows.append(slopes[:, [index[site.name] for site in sites]])
         by_group.append(torch.stack(rows))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.banks.record import Half
-from lens_lora.core import LoraLens, Prompts, join_groups, require_finite_slopes, stored
+from lens_lora.core import Function, LoraLens, Prompts, stored
 
 stored(Half)
 stored(Prompts)
@@ -77,7 +77,7 @@ def slopes_by_readout(
     values: list[Tensor] = []
     for readout in readouts:
         groups = list(itertools.islice(halves, len(readout.halves)))
-        slopes = join_groups(groups)
-        require_finite_slopes(lens, slopes)
+        slopes = Function.joined(groups)
+        lens.sites.require_finite(slopes)
         values.append(slopes)
     return values

@@ -12,7 +12,6 @@ from .adapter.adapter import Adapter as Adapter
 from .adapter.factors import LoRAFactors as LoRAFactors
 from .adapter.factors import ModuleUpdate as ModuleUpdate
 from .adapter.factors import TrainedModule as TrainedModule
-from .adapter.formats import PEFT_FILES as PEFT_FILES
 from .adapter.formats import adapter_format as adapter_format
 from .adapter.loading import AdapterLike as AdapterLike
 from .adapter.loading import load_adapter as load_adapter
@@ -105,8 +104,6 @@ from .analyses.remainder import remainder_curve as remainder_curve
 from .analyses.verdict import FlipVerdict as FlipVerdict
 from .analyses.verdict import Point as Point
 from .analyses.verdict import Verdict as Verdict
-from .analyses.verdict import points_at_end as points_at_end
-from .analyses.verdict import verdict_of as verdict_of
 
 # isort: split
 # --- From here on: for what is not a function of g alone. ---
@@ -131,8 +128,6 @@ from .function.duals import tangent_of as tangent_of
 from .function.recording import Recording as Recording
 from .function.reverse import SlopeSums as SlopeSums
 from .function.reverse import Visit as Visit
-from .function.reverse import join_groups as join_groups
-from .function.reverse import require_finite_slopes as require_finite_slopes
 from .function.rounding import rounding_hooks as rounding_hooks
 from .model.hooks import Arranger as Arranger
 from .model.hooks import HookFn as HookFn

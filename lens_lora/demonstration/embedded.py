@@ -60,7 +60,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from lens_lora.compat import without_gguf_bar
-from lens_lora.core import PEFT_FILES
+from lens_lora.core.adapter import PEFT_FILES
 from lens_lora.demonstration.base_names import EMBEDDED_HUB_ID, EMBEDDED_PACKAGE, NamedBase
 from lens_lora.errors import LensLoraError, NumericsError, warn
 from lens_lora.hosts.build import MISREAD_NAMES

@@ -44,7 +44,6 @@ from lens_lora.core import (
     ScaleInject,
     SlopeSums,
     dual_level,
-    join_groups,
 )
 from lens_lora.edge_attribution.readers import (
     QKV,
@@ -100,7 +99,7 @@ def edge_values(
         parts.append(_edges_of_group(group, at, by_head, by_position))
     return EdgeValues(
         readers=parts[0].readers,
-        values=join_groups([part.values for part in parts]),
+        values=Function.joined([part.values for part in parts]),
         exists=parts[0].exists,
         value=torch.cat([part.value for part in parts]),
     )

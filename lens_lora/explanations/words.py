@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lens_lora.core import drawing, points_at_end, verdict_of
+from lens_lora.core import drawing
 from lens_lora.explanations.explanation import (
     BySite,
     Explanation,
@@ -66,7 +66,7 @@ def readout_account(e: ReadoutExplanation) -> ReadoutAccount:
     """The account of a readout that is no margin, on one prompt."""
     first = e.first_order
     curve = e.curve
-    (end,) = points_at_end(first.remainder, first.shift, curve.noise)
+    (verdict,) = curve.verdicts_on(first)
     return ReadoutAccount(
         prompt=text.prompt_text(e.prompts[0]),
         units=e.units,
@@ -74,7 +74,7 @@ def readout_account(e: ReadoutExplanation) -> ReadoutAccount:
         first_order=float(first.total[0]),
         remainder=float(first.remainder[0]),
         m=float(first.adapted[0]),
-        verdict=verdict_of(end, curve.way_of(0)),
+        verdict=verdict,
         steps=curve.points[0],
     )
 

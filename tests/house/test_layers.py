@@ -85,6 +85,8 @@ def test_imports_point_downward():
 DOORS: dict[str, set[str]] = {
     "formats": {"core.adapter", "core.adapter.extensions", "core.model.extensions"},
     "hosts": {"core.adapter", "core.model", "core.model.extensions"},
+    # It writes the files of an adapter.
+    "demonstration": {"core.adapter"},
     # They provide functions that the core declares.
     "banks": {"core.model.extensions"},
     "directions": {"core.model.extensions"},

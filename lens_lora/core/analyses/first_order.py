@@ -38,7 +38,6 @@ from lens_lora.core.function.forward import gated_logits, read_logits
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.gate_graph import slopes_of_each
 from lens_lora.core.function.modes import Mode, chosen_mode
-from lens_lora.core.function.reverse import require_finite_slopes
 from lens_lora.core.model import Gauge, LoraLens
 from lens_lora.core.model.gauge import require_ranks
 from lens_lora.core.model.sites import Group, Groups, by_axes
@@ -353,5 +352,5 @@ def _slopes_of_several(
     for i, g in enumerate(questions):
         for strength, values in values_at.items():
             g.know(strength, values[i])
-        require_finite_slopes(lens, slopes[i])
+        lens.sites.require_finite(slopes[i])
     return slopes

@@ -22,7 +22,7 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 
 from lens_lora.core.analyses.remainder import USUAL_SCALES, RemainderCurve, curve_beside
-from lens_lora.core.analyses.verdict import FlipVerdict, Verdict, points_at_end, verdict_of
+from lens_lora.core.analyses.verdict import FlipVerdict, Verdict
 from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.many_gates import gated_readout
@@ -149,8 +149,7 @@ class FactMargin(OfMeasured, Reported):
     @property
     def verdict(self) -> tuple[Verdict, ...]:
         """For each prompt, how good first order is at ε = 1 and on the way."""
-        ends = points_at_end(self.remainder, self.attribution.shift, self.curve.noise)
-        return tuple(verdict_of(end, self.curve.way_of(i)) for i, end in enumerate(ends))
+        return self.curve.verdicts_on(self.attribution)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: the margin's whole account; `hidden` where rounding hides a sign.

@@ -40,6 +40,7 @@ from lens_lora.core.model import LoraLens, ScaleInject, extensions
 from lens_lora.core.model.hooks import add_pre_hook
 from lens_lora.core.readout import Prompts
 from lens_lora.core.results import base as results_base
+from lens_lora.core.results.attribution import Attribution
 from lens_lora.core.results.base import Drawn, Measured, flat, long_table
 from lens_lora.errors import ArgumentError
 from lens_lora.spans import Temporary
@@ -276,6 +277,15 @@ class RemainderCurve(results_base.Read, Drawn):
     def points(self) -> list[list[verdicts.Point]]:
         """Each prompt's R(ε) and shift at every ε, with their floors."""
         return points_of(self.scales, self.remainder, self.shift, self.noise)
+
+    def verdicts_on(self, first: Attribution) -> tuple[verdicts.Verdict, ...]:
+        """For each prompt, how good first order is at ε = 1, and on the way of this curve.
+
+        Args:
+            first: first order at 0 of the same prompts and readout.
+        """
+        ends = verdicts.points_at_end(first.remainder, first.shift, self.noise)
+        return tuple(verdicts.verdict_of(end, self.way_of(i)) for i, end in enumerate(ends))
 
     def way_of(self, prompt: int) -> list[verdicts.Point]:
         """The points between the ends nearest to ε = ¼, ½ and ¾.

@@ -86,7 +86,7 @@ def slopes(
             _require_split(lens, values, tangents(whole), by_token=tokens is not None)
     if tokens is not None:
         _know_base(g, at, tokens)
-    reverse.require_finite_slopes(lens, values)
+    lens.sites.require_finite(values)
     return values
 
 

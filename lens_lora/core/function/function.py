@@ -339,12 +339,12 @@ class Function:
         with under or contextlib.nullcontext():
             if weights is not None:
                 sums = self._evaluator.weighted_slopes(points, weights, axes, lens)
-                reverse.require_finite_slopes(lens, sums.reshape(-1, *sums.shape[weights.ndim :]))
+                lens.sites.require_finite(sums.reshape(-1, *sums.shape[weights.ndim :]))
                 return sums
             if "token" in axes:
                 self.require_one_response()
             values = self._evaluator.slopes(points, axes, lens, remember=under is None)
-        reverse.require_finite_slopes(lens, values.flatten(0, 1))
+        lens.sites.require_finite(values.flatten(0, 1))
         return values.view(*shape, *values.shape[1:])
 
     @exclusive
@@ -405,7 +405,7 @@ class Function:
     ) -> Float[Tensor, "value row site"]:
         gates = one_point(self.lens, at)
         of_each = gate_graph.slopes_of_each(self.lens, run, gates, values, progress=self.progress)
-        reverse.require_finite_slopes(self.lens, of_each.flatten(0, 1))
+        self.lens.sites.require_finite(of_each.flatten(0, 1))
         return of_each
 
     def slopes_of_adapters(
@@ -455,7 +455,7 @@ class Function:
         """
         lens = self.lens.in_gauge(gauge)
         values, base_logits = pulled_back_in_groups(lens, self.reading, by_axes(by), covector)
-        reverse.require_finite_slopes(lens, values)
+        lens.sites.require_finite(values)
         return values, base_logits
 
     # --- Tangents, curvature, and g with its graph
@@ -672,6 +672,17 @@ class Function:
             groups.append(self._of(range(first, end), reading))
             first = end
         return groups
+
+    @staticmethod
+    def joined(
+        of_groups: Sequence[Float[Tensor, "_some site ..."]],
+    ) -> Float[Tensor, "batch site ..."]:
+        """The slopes of `groups` in one tensor, with zeros where one has fewer positions.
+
+        Args:
+            of_groups: the slopes of each group.
+        """
+        return reverse.join_groups(of_groups)
 
     def only(self, prompts: Sequence[int]) -> Function:
         """The same function of some of the prompts.

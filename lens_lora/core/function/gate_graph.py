@@ -226,6 +226,6 @@ def hessian_products(
             covectors = chunk[:, None].expand(-1, *graph.gates.shape)
             by_row = graph.pulled_back(slopes, covectors).transpose(0, 1)
             products = reading.by_prompt(by_row)
-            reverse.require_finite_slopes(lens, products.transpose(1, 2))
+            lens.sites.require_finite(products.transpose(1, 2))
             yield products
             bar.update(len(chunk))

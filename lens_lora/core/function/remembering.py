@@ -186,7 +186,7 @@ class Remembering(Evaluator):
         self.known.slope_draws = draws
         self.know(0.0, base)
         self.draw(ENDS, beside=along, progress=self.progress)
-        reverse.require_finite_slopes(self.lens, slopes)
+        self.lens.sites.require_finite(slopes)
         self._remember_slopes(0.0, slopes)
         return slopes
 

@@ -35,7 +35,7 @@ from lens_lora.core.function.rerun import blocks_rerun
 from lens_lora.core.model import Inject, Injection, LoraLens, ScaleInject
 from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.readout import Prompts, Reading
-from lens_lora.errors import ModelStateError, NumericsError, require_finite
+from lens_lora.errors import ModelStateError
 
 # Called on the way back with the place, its partner's gate (None for 1), G and z.
 Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
@@ -271,25 +271,6 @@ def require_split(
             "to the bias comes from no position. Take the hook off, leave 'position' out of by, or "
             "load the model unprocessed."
         )
-
-
-def require_finite_slopes(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:
-    """Refuse NaN and infinity, naming the first such site.
-
-    Raises:
-        NumericsError: some derivative is not finite.
-    """
-    by_part = values.flatten(2) if values.ndim > 2 else values[..., None]
-    is_finite = torch.isfinite(by_part).all(-1).all(0)
-    broken = (~is_finite).nonzero()
-    if len(broken):
-        site = lens.sites[int(broken[0])]
-        raise NumericsError(
-            f"the derivative at {site.name} ({site.write}) is not finite; lens.logits(prompts) "
-            "names the first hook point with non-finite activations, if the model has one. If it "
-            "has none, the readout has no derivative there, as a root or a norm has none at zero."
-        )
-    require_finite(values, "the first-order shift")
 
 
 # --- A backward pass that shows G and z of each site to a visitor

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from lens_lora import guesses
 from lens_lora.core.adapter.peft_read import PREFIX
-from lens_lora.errors import ArgumentError, ModelStateError, SiteError, first_few, setting
+from lens_lora.errors import (
+    ArgumentError,
+    ModelStateError,
+    NumericsError,
+    SiteError,
+    first_few,
+    setting,
+)
 from lens_lora.families import NORM_KINDS
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
@@ -140,6 +147,27 @@ class Sites(guesses.Answering, tuple[Site, ...]):
             fact = f"{name!r} matches {len(matched)} sites; name one of {found}"
             raise SiteError(f"{fact}, or all of them with sites.chosen({name!r}).")
         return matched[0]
+
+    def require_finite(self, slopes: Float[Tensor, "batch site *by"]) -> None:
+        """Refuse slopes that are NaN or infinite, naming the first such site.
+
+        Args:
+            slopes: ∂g/∂ε_l, or parts of it.
+
+        Raises:
+            NumericsError: some derivative is not finite.
+        """
+        by_part = slopes.flatten(2) if slopes.ndim > 2 else slopes[..., None]
+        is_finite = torch.isfinite(by_part).all(-1).all(0)
+        broken = (~is_finite).nonzero()
+        if len(broken):
+            site = self[int(broken[0])]
+            raise NumericsError(
+                f"the derivative at {site.name} ({site.write}) is not finite; lens.logits(prompts) "
+                "names the first hook point with non-finite activations, if the model has one. If "
+                "it has none, the readout has no derivative there, as a root or a norm has none at "
+                "zero."
+            )
 
     def grouped(self, group: Group = "site") -> Groups:
         """The indices of the sites of each group, by its name and in the order of the sites.

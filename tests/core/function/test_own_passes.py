@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core import ScaleInject, SlopeSums, join_groups, tangent_of
+from lens_lora.core import ScaleInject, SlopeSums, tangent_of
 from lens_lora.core.model import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -147,4 +147,4 @@ def test_the_bound_of_the_lens_divides_the_rows(lens: ll.LoraLens):
     assert bounded.passes.tokens_at_once(10**6, "graph") < f.passes.tokens_at_once(10**6)
     parts = [group.slopes() for group in bounded.groups(graph=True)]
     assert len(parts) > 1
-    assert_same(join_groups(parts), f.slopes())
+    assert_same(f.joined(parts), f.slopes())
