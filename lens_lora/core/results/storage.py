@@ -75,7 +75,6 @@ def _names_of_package() -> set[str]:
 
 for _part in (Site, Source, Prompts, Generated):
     stored(_part)
-stored(Source)
 
 
 def save_result(result: object, path: str | Path) -> Path:
