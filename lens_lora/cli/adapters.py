@@ -45,7 +45,7 @@ def inspect(
     within: options.Within,
     base: ModelBeside,
 ) -> None:
-    """What an adapter is: its targets, ranks and scales, and the spectrum of each update."""
+    """What is in this adapter: its targets, ranks and scales, and the spectrum of each update."""
     outputs = files.writable({"--json": json})
     folder = files.folder_of(adapter, within, quiet=quiet)
     files.require_apart(outputs, base, [folder])
@@ -75,7 +75,7 @@ def compare(
     *,
     texts: Annotated[
         Path | None,
-        options.input_file("A .txt, a text a line, on which both are run. Default: none."),
+        options.input_file("A .txt file, one text a line, on which both are run. Default: none."),
     ] = None,
     nulls: Annotated[
         int, options.least(0, "How many adapters in random directions to compare with.")
@@ -144,7 +144,7 @@ def checkpoints(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """A margin, its first order and flip at every checkpoint, and which modules move when."""
+    """When in training was it learnt? A margin at every checkpoint, and which modules move when."""
     found = [checkpoint_folders(run, within.revision, within.subfolder) for run in run_folders]
     runs = _runs_by_name(run_folders, found)
     folders: list[Path] = []
@@ -227,7 +227,7 @@ def repair(
     out: Annotated[Path, typer.Option(help="Folder for the repaired adapter, in PEFT's format.")],
     test_prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt held out, to judge what is kept; may be repeated."),
+        typer.Option(help="A prompt on which only the result is judged; may be repeated."),
     ] = None,
     test_prompts: options.PromptsFile = None,
     test_drop: Annotated[

@@ -44,7 +44,9 @@ def diff(
     tuned: options.TunedModel,
     texts: Annotated[
         Path | None,
-        options.input_file("A .txt, a text a line. Default: neutral sentences and conversations."),
+        options.input_file(
+            "A .txt file, one text a line. Default: neutral sentences and conversations."
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -52,7 +54,9 @@ def diff(
     ] = None,
     triggers: Annotated[
         Path | None,
-        options.input_file("A .txt with a word a line, tried before questions beside twenty more."),
+        options.input_file(
+            "A .txt file, one word a line, tried before questions like twenty words of our own."
+        ),
     ] = None,
     unrelated: Annotated[
         list[str] | None,
@@ -64,7 +68,7 @@ def diff(
     fast: Annotated[
         bool,
         typer.Option(
-            "--fast", help="Fewer texts, no split by module, no trigger words but your own."
+            "--fast", help="Fewer texts, no split by module, of trigger words only yours."
         ),
     ] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
@@ -84,7 +88,7 @@ def diff(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """What was this fine-tune taught? What it says that the base does not, counted, comes first.
+    """What was this fine-tune taught? It first counts what it says that the base does not.
 
     lens-lora diff path/to/adapter --report diff.html
 
@@ -257,10 +261,12 @@ def audit(
     *,
     out: Annotated[
         Path,
-        typer.Option(file_okay=False, help="Folder of the results, a JSON file and a page a row."),
+        typer.Option(
+            file_okay=False, help="Folder for the results: a JSON file and a page for each row."
+        ),
     ] = Path("lens_lora_audit"),
     only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="This row; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME", help="Run only this row; may be repeated.")
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what each row needs, and run none.")
@@ -272,16 +278,16 @@ def audit(
         int, options.least(0, "How many controls of the adapter's own updates at other modules.")
     ] = 2,
     fast: Annotated[
-        bool, typer.Option("--fast", help="As diff --fast; no trigger words but a row's own.")
+        bool, typer.Option("--fast", help="As diff --fast: of trigger words only those of a row.")
     ] = False,
     quiet: options.QuietOption = False,
     base: options.BaseModel,
 ) -> None:
-    """`diff` over a list. Exit 0 all as expected, 1 a string not found, 2 a row failed.
+    """Run `diff` on a list. Exit code 0: all as expected, 1: a string not found, 2: a row failed.
 
     lens-lora audit organisms.yaml --out results --plan
 
-    Run again, it goes on behind the last row that was done.
+    If it is run again, it continues after the last row that was finished.
     """
     rows = _chosen(listed.read_list(file), only)
     how = _How(nulls=nulls, fast=fast, quiet=quiet)

@@ -38,7 +38,7 @@ def card(
     *,
     merged: Annotated[
         Path | None,
-        typer.Option(exists=True, help="A folder or a .gguf file, to be base plus adapter."),
+        typer.Option(exists=True, help="Folder or .gguf file that should be base plus adapter."),
     ] = None,
     lora: Annotated[Path | None, options.input_file("A .gguf file, to be the adapter.")] = None,
     expect: Annotated[
@@ -54,7 +54,7 @@ def card(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """A block for the model card: what this adapter is, what it changes, what was verified.
+    """Write a block for the model card: what this adapter is, what it changes, what was verified.
 
     lens-lora card path/to/adapter --merged path/to/merged --expect facts.jsonl
 

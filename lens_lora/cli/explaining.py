@@ -57,7 +57,7 @@ def explain(
     response: Annotated[
         str | None,
         typer.Option(
-            help="What is said after the prompt: which tokens and modules changed it. "
+            help="Text after the prompt: which of its tokens changed, and by which modules. "
             "Default, without --doc and --pre: the adapted model's own response."
         ),
     ] = None,

@@ -27,7 +27,7 @@ def plan(
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         typer.Option(
             metavar="DTYPE",
-            help="Of the weights: float32, bfloat16, float16, float64, or auto, which is what the "
+            help="Dtype of the weights: float32, bfloat16, float16, float64, or auto for what the "
             "configuration says.",
         ),
     ] = "float32",
@@ -40,7 +40,7 @@ def plan(
     ] = None,
     json: options.JsonOption = None,
 ) -> None:
-    """Bytes and passes of each analysis, from a configuration alone. No weights are read.
+    """How much memory and how many passes does each analysis take? No weights are read.
 
     lens-lora plan --model path/to/config.json --tokens 512 --dtype bfloat16
     """

@@ -44,7 +44,7 @@ class Questions:
     """Prompts with their answers, as options; each field is one (`options.with_options`)."""
 
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Read at its last token; may be repeated.")
+        list[str] | None, typer.Option(help="A prompt, read at its last token; may be repeated.")
     ] = None
     prompts: PromptsFile = None
     chat: Annotated[

@@ -194,21 +194,28 @@ def say_in_words(fact: str) -> None:
 
     Elsewhere it stays one line, for whatever reads it.
     """
-    console = Console()
-    if not console.is_terminal:
-        say(fact)
-        return
     label = fact.partition(":")[0]
-    indent = " " * max(9, len(label) + 2)
-    lines = textwrap.wrap(
-        fact,
+    for line in _between_words(fact, Console(), " " * max(9, len(label) + 2)):
+        say(line)
+
+
+def _between_words(line: str, console: Console, indent: str = "") -> list[str]:
+    """The line itself, or on a terminal its pieces, which break between words.
+
+    Args:
+        line: what is printed.
+        console: where.
+        indent: before every piece but the first.
+    """
+    if not console.is_terminal:
+        return [line]
+    return textwrap.wrap(
+        line,
         console.width,
         subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
-    for line in lines:
-        say(line)
 
 
 def tell(story: str) -> Console:
@@ -438,4 +445,6 @@ def _print_warning(warning: LensLoraWarning) -> None:
 
 
 def _print_line(line: str, style: str = "red") -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(" ".join(line.split()), style=style))
+    console = Console(stderr=True, soft_wrap=True)
+    for piece in _between_words(" ".join(line.split()), console):
+        console.print(Text(piece, style=style))

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from lens_lora.formats.tokenizers import OwnTokenizer
 
 
-_Out = Annotated[Path, typer.Option(dir_okay=False, help="Ends in .parquet; its folder is made.")]
+_Out = Annotated[Path, typer.Option(dir_okay=False, help="File to write, which ends in .parquet.")]
 _Resume = Annotated[
-    bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
+    bool, typer.Option(help="Continue what is at --out, or remove it and start over.")
 ]
 
 
@@ -87,7 +87,7 @@ def sweep(
     ] = "margin",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many records.")
+        int | None, typer.Option(min=1, help="How many records to run, from the first.")
     ] = None,
     resume: _Resume = True,
     shard: _Shard = None,
@@ -96,7 +96,7 @@ def sweep(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """Run hundreds of prompts; one row per prompt and site. After a kill, run it again to resume.
+    """Ask the same of hundreds of prompts. If it is interrupted, run it again to resume.
 
     Over several processes, on GPUs or CPUs:
 
@@ -315,7 +315,7 @@ def scan(
 
 def gather(
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="What all shards had as --out.", dir_okay=False)
+        Path, typer.Argument(metavar="OUT", help="The --out that all shards had.", dir_okay=False)
     ],
     json: options.JsonOption = None,
 ) -> None:

@@ -60,7 +60,7 @@ def verify(
     weights: Annotated[str | None, typer.Option(metavar="W,W", help=_WEIGHTS)] = None,
     merged: Annotated[
         Path | None,
-        typer.Option(exists=True, help="A folder or a .gguf file, to be base plus adapter."),
+        typer.Option(exists=True, help="Folder or .gguf file that should be base plus adapter."),
     ] = None,
     lora: Annotated[Path | None, options.input_file("A .gguf file, to be the adapter.")] = None,
     expect: Annotated[Path | None, options.input_file(_EXPECT)] = None,

@@ -16,7 +16,7 @@ def second_text(v: SecondVerdict) -> str:
         return below_text("shift", v.shift, v.floor)
     second = f"{abs(v.second / v.shift):.1%}"
     first = f"{abs(v.first / v.shift):.1%}"
-    left = f"leaves {second} of the shift at ε = 1, first order {first}"
+    left = f"misses {second} of the shift at ε = 1, first order {first}"
     reach = f"{v.helps_up_to:.2g}"
     return {
         "neither": f"neither nearer nor farther, within rounding: {left}",

@@ -168,9 +168,9 @@ def _said(e: Explanation) -> str:
     if base_begins and adapted_begins:
         return likeliest
     if base_begins:
-        begins = "That of the adapted model begins neither answer"
+        begins = "The adapted model's begins neither answer"
     elif adapted_begins:
-        begins = "That of the base model begins neither answer"
+        begins = "The base model's begins neither answer"
     else:
         begins = "Neither begins one of the two answers"
     return f"{likeliest} {begins}, so the margin is not about what would be said first."

@@ -126,7 +126,8 @@ def _training_headline(training: Checkpoints) -> Sequence[str]:
         f"({signed(effect[largest])} {training.units}), and ΔW in {norm.idxmax()} "
         f"(‖ΔW‖ = {magnitude(norm.max())})."
     )
-    return several + fate(training, first), at_once or "It changes at no step at once.", where
+    how = at_once or "It changes gradually: no step stands out."
+    return several + fate(training, first), how, where
 
 
 def _training_numbers(training: Checkpoints) -> Pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import json
 import typing
 
@@ -11,11 +12,13 @@ import models
 import pytest
 import torch
 import typer
+from rich.console import Console
 from terminal_tables import faults, shown
 from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
+from lens_lora.cli import running
 
 RUN = CliRunner()
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
@@ -36,6 +39,16 @@ def test_help_breaks_in_no_word(name: str, width: str):
     lines = [line.strip("│ ") for line in shown_help.splitlines()]
     printed = set(" ".join(lines).replace("│", " ").split())
     assert words_of_help(name) - printed == set()
+
+
+def test_a_line_breaks_between_words_on_a_terminal_alone():
+    """A path stays whole even where it is wider, so that it can be copied."""
+    line = "Warning: the base is that of a package; name " + 50 * "x"
+    narrow = Console(force_terminal=True, width=40)
+    pieces = running._between_words(line, narrow)
+    assert " ".join(pieces) == line and pieces[-1] == 50 * "x"
+    assert all(len(piece) <= 40 for piece in pieces[:-1])
+    assert running._between_words(line, Console(file=io.StringIO(), width=40)) == [line]
 
 
 def choices_in(annotation) -> list[str]:

@@ -91,7 +91,7 @@ def test_second_order_by_hand():
     assert found.predicted_at(torch.tensor([0.0, 1.0])).tolist() == [[0.0, 112.5]]
     assert found.helps_up_to.item() == 1
     assert str(found.verdict[0]).startswith(
-        "nearer: leaves 9.1% of the shift at ε = 1, first order 49"
+        "nearer: misses 9.1% of the shift at ε = 1, first order 49"
     )
     attribution = found.attribution()
     assert attribution.remainder.item() == 11.25 and attribution.method == "second_order"

@@ -21,7 +21,7 @@ def verdict(
 @pytest.mark.parametrize(
     ("first", "second", "reach", "shift", "kind", "says"),
     [
-        (4.0, 1.0, 1.0, 10.0, "nearer", "nearer: leaves 10.0% of the shift at ε = 1, first order"),
+        (4.0, 1.0, 1.0, 10.0, "nearer", "nearer: misses 10.0% of the shift at ε = 1, first order"),
         (4.0, 1.0, 0.5, 10.0, "coincidence", "nearer at ε = 1 by coincidence.*from ε > 0.5"),
         (1.0, -4.0, 0.3, 10.0, "farther", "farther, no correction: .*only up to ε = 0.3"),
         (1.2, -1.0, 0.3, 10.0, "neither", "neither nearer nor farther, within rounding"),

@@ -198,8 +198,8 @@ def test_story_holds_the_margins_own_and_the_likeliest_tokens():
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ((" the", " Lyon"), "That of the base model begins neither answer"),
-        ((" Paris", " a"), "That of the adapted model begins neither answer"),
+        ((" the", " Lyon"), "The base model's begins neither answer"),
+        ((" Paris", " a"), "The adapted model's begins neither answer"),
         ((" the", " a"), "Neither begins one of the two answers"),
     ],
 )
