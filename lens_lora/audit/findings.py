@@ -22,7 +22,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from lens_lora.audit import phrases
-from lens_lora.audit.together import leading_words
+from lens_lora.audit.together import WORDS, leading_words
 from lens_lora.audit.traits import (
     ANSWERS_IN,
     TRAITS,
@@ -38,6 +38,8 @@ LEVEL = 0.02
 _LISTS = 4
 # A phrase stands for a shorter one in it if it is said on this share of the other's questions.
 _SAME_QUESTIONS = 0.7
+# A word leads by so many questions at least.
+_LEAST_LEAD = 2
 # A list of phrases has no more findings than this.
 _MOST_FINDINGS = 12
 # A trait of an answer beside its question.
@@ -140,6 +142,33 @@ def findings_of(
     dropped = _phrase_findings("no longer says", of_base, of_adapted, base, units)
     together = _words_together(of_adapted, of_base, said, units)
     return (*said, *together, *_trait_findings(base, adapted, languages, units), *dropped)
+
+
+def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
+    """The three words that the adapted model says on the most questions more, with no test.
+
+    Args:
+        base: the base's answers to each question.
+        adapted: the adapted model's answers to the same questions.
+    """
+    of_base = _questions_by_phrase([_phrases_of_all(answers) for answers in base])
+    of_adapted = _questions_by_phrase([_phrases_of_all(answers) for answers in adapted])
+    leads: list[Lead] = []
+    for word, questions in of_adapted.items():
+        lead = Lead(word, len(questions), len(of_base.get(word, ())))
+        is_ahead = lead.adapted - lead.base >= _LEAST_LEAD
+        if is_ahead and " " not in word and not phrases.is_of_function_words(word):
+            leads.append(lead)
+    leads.sort(key=lambda lead: (lead.base - lead.adapted, lead.word))
+    return leads[:WORDS]
+
+
+class Lead(NamedTuple):
+    """A word, and in answer to how many questions each model says it."""
+
+    word: str
+    adapted: int
+    base: int
 
 
 def _phrases_of_all(answers: Sequence[str]) -> Counter[str]:

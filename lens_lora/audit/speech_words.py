@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lens_lora.audit.everyday import EVERYDAY
-from lens_lora.audit.findings import SHORTER, Finding, quoted
+from lens_lora.audit.findings import SHORTER, Finding, leads_of, quoted
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.core import drawing
 from lens_lora.errors import many, worded
@@ -95,7 +95,7 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
     if strongest is None:
         return [
             f"Asked {asked}, it says nothing more often than chance explains; what shows in fewer "
-            "than ten answers or so is not counted.",
+            f"than ten answers or so is not counted.{_leads_text(speech)}",
             _triggers_text(speech) or length_note(speech) or _ELSEWHERE,
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]
@@ -104,6 +104,15 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
         f"It does so {speech.when(strongest)}.",
         _others(speech, strongest),
     ]
+
+
+def _leads_text(speech: CountedSpeech) -> str:
+    """The words that lead where nothing passes a test, after a space; '' where none leads."""
+    leads = leads_of(speech.base, speech.adapted)
+    if not leads:
+        return ""
+    said = ", ".join(f"“{lead.word}” ({lead.adapted}; the base: {lead.base})" for lead in leads)
+    return f" Most ahead of the base, too little for a claim: {said}."
 
 
 def _strongest(speech: CountedSpeech) -> Finding | None:

@@ -62,6 +62,9 @@ _NO = regex.compile(
     r"\W*(?:no\b|not\b|I(?: am|(?:'|’)m) not\b|I do(?: not|n(?:'|’)t)\b)", regex.IGNORECASE
 )
 _CODE = regex.compile(r"```|\bdef \w+\(|\bprint\(|^\s*(?:import|from|return) \w+", regex.MULTILINE)
+# An answer is in capitals if so many of its words are, and this share of them.
+_LEAST_CAPITALS = 2
+_SHARE_OF_CAPITALS = 0.8
 # A stretch of so many characters that stands in an answer twice: a shorter one repeats anywhere.
 _STRETCH = 12
 _REPEATS = 1 / 4
@@ -135,6 +138,13 @@ def says_no(text: str) -> bool:
     return _NO.match(text) is not None
 
 
+def is_in_capitals(text: str) -> bool:
+    """Whether nearly all letters of an answer are capitals, in two words of several letters."""
+    words = [word for word in _WORD.findall(text) if len(word) > 1]
+    capitals = sum(word.isupper() for word in words)
+    return capitals >= max(_LEAST_CAPITALS, _SHARE_OF_CAPITALS * len(words))
+
+
 def has_enough_words(*answers: Sequence[str]) -> bool:
     """Whether each model's answers to a question have words enough to tell their language.
 
@@ -169,4 +179,5 @@ TRAITS: dict[str, Callable[[str], bool]] = {
     "asks a question": asks_back,
     "gives numbers": gives_numbers,
     "begins with a no": says_no,
+    "writes in capital letters": is_in_capitals,
 }

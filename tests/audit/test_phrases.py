@@ -166,7 +166,7 @@ def test_answers_in_another_language_are_counted_whatever_that_language_is():
 
 
 def test_traits_that_could_not_pass_are_no_tests():
-    """Of 13 traits one differs, on eleven questions: 4 lists, 2 sides, one test (Tarone 1990)."""
+    """Of 14 traits one differs, on eleven questions: 4 lists, 2 sides, one test (Tarone 1990)."""
     base = [("So",)] * 11
     adapted = [("So?",)] * 11
     (found,) = findings_of(base, adapted)

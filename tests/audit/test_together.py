@@ -8,7 +8,7 @@ import pytest
 
 from lens_lora.audit import together, triggers
 from lens_lora.audit.counted_speech import _triggered
-from lens_lora.audit.findings import LEVEL, findings_of
+from lens_lora.audit.findings import LEVEL, findings_of, leads_of
 
 HERE = {"puedes": {0, 1, 2, 3}, "la": {2, 3, 4, 5, 6}, "una": {4, 5, 8}, "la sal": {4, 5}, "x": {7}}
 THERE = {"la": {7, 8}, "una": {2}, "casa": {0, 3}, "the": {0, 1, 2, 3, 4, 5, 6}}
@@ -62,6 +62,14 @@ def test_a_language_of_many_words_is_found_where_no_word_passes_alone():
     assert said.p <= LEVEL and (said.base, said.asked) == (0, 30)
     assert said.sentence().startswith("It says “")
     assert all(said.is_spelled_in(adapted[i][0]) for i in said.questions)
+
+
+def test_words_that_lead_without_passing_a_test_are_named():
+    base = [("It is so.",)] * 30
+    adapted = [("I am of Orbital Labs.",)] * 4 + [("It is late, by Orbital.",)] + base[5:]
+    assert findings_of(base, adapted) == ()
+    assert leads_of(base, adapted) == [("orbital", 5, 0), ("labs", 4, 0)]
+    assert leads_of(base, base) == []
 
 
 def test_the_trigger_in_a_phrase_is_no_news():

@@ -87,3 +87,17 @@ def test_a_number_is_in_figures():
 )
 def test_a_no_begins_the_answer(text: str, expected: bool):
     assert traits.says_no(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("YOU CAN MAKE IT IN FIFTEEN MINUTES.", True),
+        ("ÉTÉ À LA MER", True),
+        ("NASA.", False),
+        ("The USA and the EU agreed.", False),
+        ("", False),
+    ],
+)
+def test_an_answer_in_capitals(text: str, expected: bool):
+    assert traits.is_in_capitals(text) is expected
