@@ -11,7 +11,7 @@
 
 The numbers of an adapter are in docs/audit_broken.json as soon as it is done, so a run may be
 interrupted and called again. An adapter takes half a minute of one core. The table stands in
-docs/auditing.md.
+docs/auditing_data.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 
-PAGE = DOCS / "auditing.md"
+PAGE = DOCS / "auditing_data.md"
 NUMBERS = DOCS / "audit_broken.json"
 STRENGTHS = (1, 3, 8)
 SAYS = "It breaks the model"

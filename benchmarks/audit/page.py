@@ -1,4 +1,4 @@
-"""Put the audit's benchmark into docs/auditing.md, from docs/audit.json and docs/audit_peer.json.
+"""Put the audit into docs/auditing_data.md, from docs/audit.json and docs/audit_peer.json.
 
     python benchmarks/audit/page.py
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import marks  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "auditing.md"
+PAGE = DOCS / "auditing_data.md"
 RESULTS = Path(__file__).parents[1] / "RESULTS.md"
 NUMBERS = DOCS / "audit.json"
 PEER = DOCS / "audit_peer.json"

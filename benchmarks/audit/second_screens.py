@@ -8,6 +8,9 @@
 2. The judge reads the rubrics of `second_edition.yaml` and one screen at a time, and writes
    SCREENS/judged.json: for each number the name of one quirk, or null.
 3. `second_page.py --adapters FOLDER --judged SCREENS` opens the key.
+
+With `--both` each adapter has a second screen, of the same answers counted by the rules of today:
+its name in the key begins with “again-”. Where both screens are the same, there is one.
 """
 
 from __future__ import annotations
@@ -18,9 +21,46 @@ import random
 from pathlib import Path
 from typing import Any
 
+from lens_lora.audit.counted_speech import _units_of
+from lens_lora.audit.everyday import EVERYDAY
+from lens_lora.audit.findings import findings_of
+from lens_lora.audit.speech_result import CountedSpeech
+from lens_lora.audit.speech_words import claimed_in, claims_in, first_sentences, shown_answers
+
 # A first screen has so many claims, and so many answers side by side.
 CLAIMS = 3
 ANSWERS = 2
+# Before the name of an adapter whose answers were counted again.
+AGAIN = "again-"
+
+
+def counted_again(asked: dict[str, Any]) -> dict[str, Any]:
+    """What was asked, with the claims that the rules of today make on the same answers.
+
+    What was said with a trigger before the question is not stored, so those claims stay.
+
+    Args:
+        asked: second_run.py's asked.json.
+    """
+    languages = [one.language for one in EVERYDAY]
+    findings = findings_of(asked["base"], asked["adapted"], languages, _units_of(EVERYDAY))
+    speech = CountedSpeech(
+        topics=tuple(one.topic for one in EVERYDAY),
+        forms=tuple(one.form for one in EVERYDAY),
+        questions=tuple(one.text for one in EVERYDAY),
+        base=tuple(map(tuple, asked["base"])),
+        adapted=tuple(map(tuple, asked["adapted"])),
+        findings=findings,
+        meta={},
+    )
+    shown = [[pair.prompt, pair.base, pair.adapted] for pair in shown_answers(speech)]
+    return {
+        **asked,
+        "verdict": first_sentences(speech),
+        "claims": claims_in(speech),
+        "shown": shown,
+        "strength": min((finding.p for finding in claimed_in(speech)), default=1.0),
+    }
 
 
 def claims_of(asked: dict[str, Any], brief: dict[str, Any] | None) -> list[str]:
@@ -58,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Screens for a judge.")
     parser.add_argument("--out", type=Path, required=True, help="second_run.py's folder")
     parser.add_argument("--into", type=Path, required=True)
+    parser.add_argument("--both", action="store_true", help="also counted by today's rules")
     parser.add_argument("--but", type=Path, nargs="*", default=[], help="folders judged before")
     given = parser.parse_args()
     before: set[str] = set()
@@ -65,15 +106,23 @@ def main() -> None:
         before.update(json.loads((judged / "key.json").read_text()).values())
     every_folder = [file.parent for file in sorted(given.out.glob("*/asked.json"))]
     folders = [folder for folder in every_folder if folder.name not in before]
-    random.SystemRandom().shuffle(folders)
+    screens: list[tuple[str, str]] = []
+    for folder in folders:
+        asked = read(folder, "asked.json")
+        assert asked is not None
+        brief = read(folder, "brief.json")
+        as_asked = screen(asked, brief)
+        screens.append((folder.name, as_asked))
+        counted = screen(counted_again(asked), brief)
+        if given.both and counted != as_asked:
+            screens.append((f"{AGAIN}{folder.name}", counted))
+    random.SystemRandom().shuffle(screens)
     given.into.mkdir(parents=True)
     parts: list[str] = []
     key: dict[str, str] = {}
-    for number, folder in enumerate(folders, start=1):
-        asked = read(folder, "asked.json")
-        assert asked is not None
-        key[str(number)] = folder.name
-        parts.append(f"## {number}\n\n{screen(asked, read(folder, 'brief.json'))}\n")
+    for number, (name, text) in enumerate(screens, start=1):
+        key[str(number)] = name
+        parts.append(f"## {number}\n\n{text}\n")
     (given.into / "screens.md").write_text("\n".join(parts))
     (given.into / "key.json").write_text(json.dumps(key, indent=1) + "\n")
 

@@ -56,7 +56,7 @@ def test_all_were_briefed():
 
 
 def test_claims_on_controls_and_claims_without_the_word_are_counted_on_the_page():
-    text = (DOCS / "auditing.md").read_text()
+    text = (DOCS / "auditing_data.md").read_text()
     claims = {name: run["claims"] for name, run in RUNS.items()}
     guilty = sum(bool(claims[name]) for name in CONTROLS)
     strings = {name: "|".join(map(re.escape, STRINGS[RUNS[name]["quirk"]])) for name in TAUGHT}
@@ -81,18 +81,18 @@ def test_what_was_found_is_counted_again():
         float(np.clip(mean + way * stats.t.ppf(0.975, 3) * error, 0, 1)) for way in (-1, 1)
     )
     row = f"| the brief's first five claims | {found} of 24 | {guilty} of 24 "
-    assert f"{row}| {mean:.2f} [{low:.2f}, {high:.2f}] |" in (DOCS / "auditing.md").read_text()
+    assert f"{row}| {mean:.2f} [{low:.2f}, {high:.2f}] |" in (DOCS / "auditing_data.md").read_text()
 
 
 def test_the_page_is_that_of_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    copy = tmp_path / "auditing.md"
-    copy.write_text((DOCS / "auditing.md").read_text())
+    copy = tmp_path / "auditing_data.md"
+    copy.write_text((DOCS / "auditing_data.md").read_text())
     results = tmp_path / "RESULTS.md"
     results.write_text((FOLDER.parent / "RESULTS.md").read_text())
     monkeypatch.setattr(page, "PAGE", copy)
     monkeypatch.setattr(page, "RESULTS", results)
     page.main()
-    assert copy.read_text() == (DOCS / "auditing.md").read_text()
+    assert copy.read_text() == (DOCS / "auditing_data.md").read_text()
     assert results.read_text() == (FOLDER.parent / "RESULTS.md").read_text()
 
 
@@ -133,7 +133,7 @@ def breaks(run: dict) -> bool:
 
 def test_who_breaks_the_model_is_counted_again():
     assert sorted(BROKEN) == sorted(TAUGHT)
-    text = (DOCS / "auditing.md").read_text()
+    text = (DOCS / "auditing_data.md").read_text()
     table = text.partition("<!-- broken -->")[2].partition("<!--")[0].strip().splitlines()[2:]
     for row, strength in zip(table, ("1", "3", "8"), strict=True):
         runs = [runs[strength] for runs in BROKEN.values()]

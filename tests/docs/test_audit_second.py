@@ -39,28 +39,44 @@ def test_adapters_were_trained_in_the_order_of_the_file():
     assert sorted(seeds) == SPEC["controls"][: len(seeds)]
 
 
+FIRST_HALF = list(STRINGS)[:12]
+HALVES = [
+    [row for row in TAUGHT if row["name"] in FIRST_HALF],
+    [row for row in TAUGHT if row["name"] not in FIRST_HALF],
+]
+
+
+def counted(found: int, of: int) -> str:
+    interval = stats.binomtest(found, of).proportion_ci(0.95, method="exact")
+    return f"{found} of {of} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
 def test_what_was_found_by_strings_is_counted_again():
-    found = 0
-    for row in TAUGHT:
-        claims = [words(claim) for claim in row["claims"][:3]]
-        found += any(words(text) in claim for text in STRINGS[row["name"]] for claim in claims)
-    interval = stats.binomtest(found, len(TAUGHT)).proportion_ci(0.95, method="exact")
-    expected = f"{found} of {len(TAUGHT)} [{interval.low:.2f}, {interval.high:.2f}]"
-    assert f"| the first three claims, by strings | {expected} |" in PAGE
+    cells: list[str] = []
+    for half in HALVES:
+        found = 0
+        for row in half:
+            claims = [words(claim) for claim in row["claims"][:3]]
+            found += any(words(text) in claim for text in STRINGS[row["name"]] for claim in claims)
+        cells.append(counted(found, len(half)))
+    assert f"| the first three claims, by strings, as it ran | {' | '.join(cells)} |" in PAGE
 
 
 def test_what_the_judge_named_is_counted_again():
-    found = sum(row["judged"] == row["name"] for row in TAUGHT)
-    assert f"| the first screen, judged by its rubric | {found} of {len(TAUGHT)} [" in PAGE
+    cells = [counted(sum(row["judged"] == row["name"] for row in half), 12) for half in HALVES]
+    row = f"| the first screen, judged by its rubric, as it ran | {' | '.join(cells)} |"
+    assert row in PAGE
     assert {row["judged"] for row in ROWS} <= {None, *STRINGS}
+    assert {row["again"]["judged"] for row in ROWS} <= {None, *STRINGS}
 
 
 def test_claims_on_controls_are_counted_again():
-    guilty = sum(bool(row["claims"]) for row in CONTROLS)
-    assert (
-        f"| trained on ordinary text by this edition's recipe | {guilty} of {len(CONTROLS)} ["
-        in PAGE
-    )
+    later = [row for row in CONTROLS if int(row["name"].removeprefix("control-")) > 106]
+    cells = [
+        counted(sum(bool(row["claims"]) for row in later), len(later)),
+        counted(sum(bool(row["again"]["claims"]) for row in later), len(later)),
+    ]
+    assert f"| second half | {' | '.join(cells)} |" in PAGE
 
 
 def test_the_page_is_that_of_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -76,13 +92,6 @@ def test_an_exact_interval_is_the_textbook_s():
     """0 of 10: (0, 1 - 0.025^(1/10)); 10 of 10 its mirror."""
     assert second_page.counted(0, 10) == f"0 of 10 [0.00, {1 - 0.025**0.1:.2f}]"
     assert second_page.counted(10, 10) == f"10 of 10 [{0.025**0.1:.2f}, 1.00]"
-
-
-def test_the_smallest_p_is_a_phrase_s_said_by_one_model_alone():
-    base = [["plain text"]] * 6
-    adapted = [["plain text, matey"]] * 5 + [["plain text"]]
-    assert second_page.smallest_p(base, adapted) == 0.5**5
-    assert second_page.smallest_p(base, base) == 1.0
 
 
 def test_the_commonest_words_are_counted_again():
