@@ -1,6 +1,6 @@
 """What each folder of tests declares for the tests that are of every result or every call.
 
-A folder's `for_every_test.py` holds, of what its question makes public:
+A folder's `made_public.py` holds, of what its question makes public:
 
     RESULTS      functions, each of which makes one result by hand: of four sites and two prompts
     CALLS        calls by name, of a lens and tokens: see `every_call.py`
@@ -8,7 +8,7 @@ A folder's `for_every_test.py` holds, of what its question makes public:
     WITHOUT_BAR  calls by public name, if they do not
     READOUTS     functions by name, each of which makes a readout: see `runs/test_fingerprint.py`
 
-Whatever it has no use for is left out. `tests/interaction/for_every_test.py` is an example. Such a
+Whatever it has no use for is left out. `tests/interaction/made_public.py` is an example. Such a
 file imports neither `every_call` nor `every_result`, which import it.
 """
 
@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
-FILE = "for_every_test.py"
+FILE = "made_public.py"
 
 
 def results() -> list[Any]:
@@ -31,6 +31,11 @@ def results() -> list[Any]:
     for module in _modules():
         made += [make() for make in getattr(module, "RESULTS", ())]
     return made
+
+
+def result_of(kind: type[Any]) -> Any:
+    """The first result by hand that is of this class."""
+    return next(result for result in results() if type(result) is kind)
 
 
 def named(what: str) -> dict[str, Callable[..., Any]]:
@@ -53,7 +58,7 @@ def _modules() -> list[ModuleType]:
     """The files of all folders, each as a module of a name of its own."""
     modules: list[ModuleType] = []
     for path in sorted(TESTS.glob(f"*/{FILE}")):
-        spec = importlib.util.spec_from_file_location(f"for_every_test_{path.parent.name}", path)
+        spec = importlib.util.spec_from_file_location(f"made_public_{path.parent.name}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

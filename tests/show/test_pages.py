@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import by_folder
 import pytest
 from browser import browser, drawn
 from every_result import (
@@ -14,7 +15,6 @@ from every_result import (
     repair,
     response_explanation,
     token_shifts,
-    verification,
     what_changed,
 )
 from results_by_hand import (
@@ -47,7 +47,7 @@ PAGES: dict[str, tuple[Reported, int]] = {
     "changes": (dataclasses.replace(what_changed(), answers=(ASKED,) * 5), 0),
     "training": (checkpoints(), 1),
     "repair": (repair(), 1),
-    "verification": (verification(), 0),
+    "verification": (by_folder.result_of(ll.results.Verification), 0),
     "margin": (explanation().margin, 1),
     "attribution": (explanation().margin.attribution, 1),
     "edges": (edges_of_one_prompt(), 1),
