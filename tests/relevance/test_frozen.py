@@ -255,6 +255,29 @@ def test_a_forgotten_hook_shows(cls: str, monkeypatch):
     assert torch.equal(blind, first_order(lens, TEXTS, MARGIN).values)
 
 
+class DoubledAtTheLastBlock:
+    """Rules of one's own: what reaches the last block's input counts twice."""
+
+    key = "doubled"
+
+    def held(self, g: ll.Function):
+        point = g.lens.host.block_input(g.lens.host.n_layers - 1)
+        return g.lens.hooked([(point, lambda x, hook: 2 * x - x.detach())])
+
+
+@CLASSES
+def test_rules_of_one_s_own_hold_for_slopes_alone(cls: str):
+    """Sites before that block get twice their slope, those in it their own; no hook stays."""
+    lens = cases.case("llama", cls, "raw").lens
+    plain = first_order(lens, TEXTS, MARGIN)
+    before = hooks_on(lens.model)
+    found = first_order(lens, TEXTS, MARGIN, rules=DoubledAtTheLastBlock())
+    factors = torch.tensor([1.0 if site.layer == 1 else 2.0 for site in lens.sites])
+    assert relative(found.values, plain.values * factors) < ROUND_OFF
+    assert found.method == "first_order/doubled"
+    assert hooks_on(lens.model) == before
+
+
 def test_the_result_says_which_rules(tmp_path):
     """In its method, in words, and after saving and loading."""
     (cls, *_) = models.MAKERS

@@ -199,6 +199,7 @@ def first_order(
             BG⁻¹) of the same ΔW would change, or 'svd', the singular directions of ΔW.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
+            `FrozenRules`, or an object of your own with a `key` and a context `held(g)`.
         max_memory: bytes beside the model and the result, as for `lens.within`, whose bound it
             replaces.
         progress: show a bar.
