@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lens_lora.compat.torch_models import is_sharded
 from lens_lora.compat.torch_modules import own_parameters
 from lens_lora.errors import ModelStateError
 
@@ -68,10 +69,15 @@ def refuse_out_of_reach(model: nn.Module) -> None:
 def drop_new_biases(bridge: Any) -> None:
     """Take away the bias of zeros that a bridge gives a head without one.
 
-    Accelerate's hooks, put on before, know no such parameter, and fail when they bring it in.
+    Accelerate's hooks, put on before, know no such parameter, and fail when they bring it in. In a
+    head that is split over processes it would be no part of what a process computes.
     """
     head = bridge.unembed.original_component
-    if is_offloaded(head) and head.bias is not None and not _knows(head, "bias"):
+    if head.bias is None:
+        return
+    is_unknown = is_offloaded(head) and not _knows(head, "bias")
+    is_whole_beside_part = is_sharded(head.weight) and not is_sharded(head.bias)
+    if is_unknown or is_whole_beside_part:
         head.bias = None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lens_lora.compat.torch_modules import modules_in
 
@@ -53,3 +54,58 @@ def is_sharded(parameter: Any) -> bool:
 def gathers_weights(module: nn.Module) -> bool:
     """Whether FSDP2 puts the module's weights together whenever it runs; asked for by name too."""
     return "FSDPModule" in [cls.__name__ for cls in type(module).__mro__]
+
+
+def gathered_modules(model: Any) -> set[nn.Module]:
+    """The modules whose weights FSDP2 puts together, also those within a bridge's own model."""
+    gathered: set[nn.Module] = set()
+    for root in (model, getattr(model, "original_model", model)):
+        for module in root.modules():
+            if gathers_weights(module):
+                gathered.update(module.modules())
+    return gathered
+
+
+def is_over_ranks(model: Any) -> bool:
+    """Whether processes hold parts of the model's weights, and send one another what they lack."""
+    return bool(gathered_modules(model)) or any(map(is_sharded, model.parameters()))
+
+
+class Split(NamedTuple):
+    """How a weight is split over processes along one of its axes.
+
+    Attributes:
+        group: the processes.
+        axis: which axis is split.
+        first, size: which of its entries this process holds.
+    """
+
+    group: Any
+    axis: int
+    first: int
+    size: int
+
+
+def split_of(weight: Any) -> Split | None:
+    """How a DTensor is split along one axis in parts that follow one another; None if otherwise."""
+    placements = weight.placements
+    is_in_order = len(placements) == 1 and type(placements[0]).__name__ == "Shard"
+    if not is_in_order:
+        return None
+    mesh = weight.device_mesh
+    axis = placements[0].dim % weight.ndim
+    # As torch.chunk divides, which DTensor follows.
+    sizes = [len(part) for part in torch.arange(weight.shape[axis]).chunk(mesh.size())]
+    sizes += [0] * (mesh.size() - len(sizes))
+    rank = mesh.get_local_rank()
+    return Split(mesh.get_group(), axis, sum(sizes[:rank]), sizes[rank])
+
+
+def part_here(weight: Any) -> Tensor:
+    """The part of a DTensor that this process holds."""
+    return weight.to_local()
+
+
+def in_whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is; a DTensor gathered from all processes, each of which must call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]

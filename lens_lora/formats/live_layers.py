@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lens_lora.compat import in_whole
 from lens_lora.core import ModuleUpdate
 from lens_lora.core.adapter import (
     PREFIX,
@@ -249,4 +250,4 @@ def _biases(base: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().cpu()
+    return in_whole(tensor.detach()).clone().cpu()

@@ -52,6 +52,7 @@ from lens_lora.compat import (
     wraps_nothing,
 )
 from lens_lora.hosts.attention import drop_unused_caps
+from lens_lora.hosts.over_ranks import is_split, make_maps_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +89,19 @@ def caps_that_are_not_computed(hf_model: PreTrainedModel) -> None:
 def biases_that_are_not_offloaded(hf_model: PreTrainedModel) -> Mend:
     """A bridge gives a head without a bias one of zeros, which accelerate cannot bring in."""
     del hf_model
+    return drop_new_biases
+
+
+@quirk
+def maps_that_are_split_over_ranks(hf_model: PreTrainedModel) -> Mend | None:
+    """A model that transformers has split (`tp_plan=`) shows parts of what its maps write.
+
+    A bridge gives its head a bias of zeros besides, of the whole vocabulary, which does not go with
+    the part of the logits that a process computes.
+    """
+    if not is_split(hf_model):
+        return None
+    make_maps_whole(hf_model)
     return drop_new_biases
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from lens_lora import compat
 from lens_lora.core.model import extensions
 from lens_lora.errors import ModelStateError, named
+from lens_lora.hosts import over_ranks
 from lens_lora.hosts.attention import refuse_unused_caps
 from lens_lora.hosts.experts import refuse_without_float64
 from lens_lora.hosts.quantised import quantised_name
@@ -37,33 +38,25 @@ def refuse_unusable_bridge(model: Any) -> None:
 
 
 def _refuse_sharded(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
-    """Refuse modules that compute with a part of a weight; under FSDP2 they gather the whole."""
-    ranks = getattr(getattr(model, "original_model", model), "tp_size", None)
-    if ranks is not None and ranks > 1:
-        raise _tensor_parallel(f"the model was loaded for {ranks} processes by tp_plan=")
-    gathered: set[nn.Module] = set()
-    for module in modules:
-        if compat.gathers_weights(module):
-            gathered.update(module.modules())
+    """Refuse modules that compute with a part of a weight.
+
+    Under FSDP2 they gather the whole, and those that `make_maps_whole` has changed write the whole.
+    """
+    hf_model = getattr(model, "original_model", model)
+    is_split = over_ranks.is_split(hf_model)
+    if is_split and hf_model is model:
+        over_ranks.split_maps(model)  # They are made whole once a bridge is made.
+        return
+    gathered = compat.gathered_modules(model)
     for module, path in modules.items():
         for name, parameter in compat.own_parameters(module).items():
             if not compat.is_sharded(parameter):
                 continue
             mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
             is_gathered = module in gathered and mesh.ndim == 1
-            if not is_gathered:
-                raise _tensor_parallel(f"{_within(path, name)} is a DTensor")
-
-
-def _tensor_parallel(fact: str) -> ModelStateError:
-    """The error of a model whose weights are split over processes."""
-    return ModelStateError(
-        f"{fact}: tensor parallelism (tp_plan=, parallelize_module) splits the model's weights "
-        "over processes, and a lens adds to the whole output of a map.",
-        remedy="Load the model without tp_plan: on one device, or over several by "
-        "ll.load(name, adapter, device_map='balanced').",
-        in_shell="Load the model on one device, or over several by --device-map balanced.",
-    )
+            is_whole = is_split and over_ranks.computes_whole(module)
+            if not is_gathered and not is_whole:
+                raise over_ranks.split_otherwise(f"{_within(path, name)} is a DTensor")
 
 
 def _refuse_unknown_quantisation(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:

@@ -147,6 +147,25 @@ def require_one_process(processes: Processes) -> None:
         )
 
 
+def require_whole_model(processes: Processes, *, is_over_ranks: bool) -> None:
+    """Refuse to divide prompts where each process holds a part of the model.
+
+    Args:
+        processes: those that were launched.
+        is_over_ranks: whether the model's weights are split over processes.
+
+    Raises:
+        SweepError: there are several, and it is.
+    """
+    if processes.count > 1 and is_over_ranks:
+        raise SweepError(
+            f"the model's weights are split over processes (tp_plan= or FSDP2), and "
+            f"{processes.count} processes would divide the prompts: each needs the others' "
+            "weights for every prompt. Call the analyses themselves, with the same prompts on "
+            "every process, or load the whole model in each."
+        )
+
+
 # --- One writer for each output
 
 

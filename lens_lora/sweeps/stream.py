@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lens_lora.compat import is_over_ranks
 from lens_lora.core import (
     LoraLens,
     Prompts,
@@ -39,7 +40,7 @@ from lens_lora.core import (
 )
 from lens_lora.errors import NumericsError, PromptError
 from lens_lora.runs.fingerprint import Fingerprint, fingerprint
-from lens_lora.runs.processes import Processes, launched, write_errors_of
+from lens_lora.runs.processes import Processes, launched, require_whole_model, write_errors_of
 from lens_lora.runs.store import Store, other_sweep
 from lens_lora.stream.site_activations import activation_ranks, site_activations
 from lens_lora.sweeps.activations_file import (
@@ -76,6 +77,7 @@ def token_sweep(
     gauge = BY_TOKEN[name].options["gauge"]
     ranks = activation_ranks(lens, range(len(lens.sites)), gauge)
     processes = launched()
+    require_whole_model(processes, is_over_ranks=is_over_ranks(lens.model))
     store = TokenStore(out, fingerprint(lens, options_of([name]), None, version), lens.sites, ranks)
     shown = progress and processes.is_main
     with store.writing(processes):

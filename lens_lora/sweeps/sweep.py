@@ -19,12 +19,13 @@ import torch
 from tqdm import tqdm
 from typing_extensions import Unpack
 
+from lens_lora.compat import is_over_ranks
 from lens_lora.core import Adapter, LoraLens, Prompts, Readout
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
 from lens_lora.guesses import fitting
 from lens_lora.responses.answers import KL
 from lens_lora.runs.fingerprint import fingerprint, fingerprint_without_model, strings_of
-from lens_lora.runs.processes import Processes, launched
+from lens_lora.runs.processes import Processes, launched, require_whole_model
 from lens_lora.runs.shards import Shard, folder_of_shards, keep_plan
 from lens_lora.runs.store import Store
 from lens_lora.sweeps import batches
@@ -156,6 +157,7 @@ def sweep(
     require_slopes(names, readout)
 
     processes = launched()
+    require_whole_model(processes, is_over_ranks=is_over_ranks(lens.model))
     depends_on = fingerprint(lens, options_of(names), readout, version)
     folder = None if part is None else part.folder_in(folder_of_shards(Path(out)))
     store = RowStore(out, depends_on, lens.sites, names, folder)

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cases
 import models
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import lens_lora as ll
+from lens_lora.hosts.over_ranks import SplitLinear
 
+ROOT = Path(__file__).parents[2]
+SPLITS = importlib.util.find_spec("transformers.distributed.parallel_utils") is not None
 MARGIN = ll.Margin(5, 9)
 TOKENS = models.tokens()
 COMPILED: dict[str, Any] = {"backend": "eager"}  # Dynamo's own part, without a compiler of C++
@@ -125,8 +137,40 @@ def test_fsdp2_in_one_process(mesh: DeviceMesh, place: str):
     require_peft_s(lens, peft)
 
 
+@models.NEEDS_BRIDGE
+def test_fsdp2_after_a_backward_pass(mesh: DeviceMesh):
+    """It puts the weights of its last group away then, which is no change of the model."""
+    base, _, adapter = llama()
+    fully_shard(base, mesh=mesh, reshard_after_forward=False)
+    lens = ll.load(base, adapter, tokenizer=models.tokenizer())
+    first = ll.first_order(lens, TOKENS, MARGIN).values
+    torch.testing.assert_close(ll.first_order(lens, TOKENS, MARGIN).values, first)
+    with pytest.raises(ll.errors.ModelStateError, match="FSDP2"):
+        ll.second_order(lens, TOKENS, MARGIN, progress=False)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_split_map_computes_and_differentiates_the_whole(mesh: DeviceMesh, axis: int):
+    """Beside F.linear on the whole weight: values, slopes, tangents, and tangents of slopes."""
+    whole = torch.nn.Linear(6, 4, dtype=torch.float64)
+    part = copy.deepcopy(whole)
+    part.weight = torch.nn.Parameter(distribute_tensor(whole.weight, mesh, [Shard(axis)]))
+    split = SplitLinear(part)
+    x = torch.randn(3, 6, dtype=torch.float64)
+
+    def derivatives(linear: Any) -> list[torch.Tensor]:
+        z = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(linear(z).pow(3).sum(), z, create_graph=True)
+        (second,) = torch.autograd.grad(slope.pow(2).sum(), z)
+        with fwad.dual_level():
+            tangent = fwad.unpack_dual(linear(fwad.make_dual(x, x.flip(0)))).tangent
+        return [linear(x), slope, second, tangent]
+
+    torch.testing.assert_close(derivatives(split), derivatives(whole))
+
+
 def test_tensor_parallelism_is_refused_by_name(mesh: DeviceMesh):
-    """As tp_plan= leaves a model: its maps hold DTensors that nothing puts together."""
+    """As parallelize_module leaves a model: its maps hold DTensors that nothing puts together."""
     base, _, adapter = llama()
     plan = {"model.layers.*.self_attn.q_proj": ColwiseParallel()}
     parallelize_module(base, mesh, plan)
@@ -141,5 +185,53 @@ def test_a_model_loaded_for_several_processes_is_refused_by_name():
     """Whatever sort of tensors its parts are; `tp_size` is what from_pretrained was given."""
     base, _, adapter = llama()
     base._tp_size = 2
-    with pytest.raises(ll.errors.ModelStateError, match="loaded for 2 processes by tp_plan="):
+    with pytest.raises(
+        ll.errors.ModelStateError, match=r"self_attn\.q_proj is split as .*no DTensor"
+    ):
         ll.load(base, adapter, tokenizer=models.tokenizer())
+
+
+def test_an_unknown_way_of_splitting_is_refused_by_name():
+    """Such as experts, of which each process computes some."""
+    base, _, adapter = llama()
+    base._tp_size = 2
+    base._tp_plan = {"model.layers.*.mlp.experts": "moe_tp_experts"}
+    with pytest.raises(ll.errors.ModelStateError, match=r"mlp\.experts is split .*moe_tp_experts"):
+        ll.load(base, adapter, tokenizer=models.tokenizer())
+
+
+# --- over two processes
+
+
+@models.NEEDS_BRIDGE
+@pytest.mark.slow
+@pytest.mark.skipif(not SPLITS, reason="transformers splits models into DTensors since 5.17")
+@pytest.mark.parametrize(
+    ("way", "kinds"), [("tp", ("llama", "qwen2", "gemma2", "qwen3")), ("fsdp", ("llama",))]
+)
+def test_on_two_processes_as_on_one(tmp_path: Path, way: str, kinds: tuple[str, ...]):
+    """Beside PEFT, and the lens over the whole model, in float64."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("two_ranks.py")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "lib")])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = []
+    for rank in "01":
+        env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": path}
+        command = [sys.executable, str(script), str(tmp_path), way, *kinds]
+        both.append(
+            subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    for process in both:
+        out, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-3000:]
+        found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        assert [kind for of_kind in found for kind in of_kind] == list(kinds)
+        for of_kind in found:
+            for kind, apart in of_kind.items():
+                assert len(apart) >= 8, kind
+                assert max(apart.values()) < 1e-12, (kind, apart)

@@ -44,10 +44,13 @@ class GateGraph:
     Attributes:
         gates: [row, site], the leaf.
         out: g of each prompt, or many such numbers.
+        by_turns: whether derivatives of several numbers are taken one after another: torch has no
+            batches of what processes send one another.
     """
 
     gates: Float[Tensor, "row site"]
     out: Float[Tensor, "*out"]
+    by_turns: bool = False
 
     def slopes(self) -> Float[Tensor, "row site"]:
         """The derivative of Σ out, itself in the graph."""
@@ -64,6 +67,9 @@ class GateGraph:
         zeros = self.gates.new_zeros(len(covectors), *self.gates.shape)
         if not values.requires_grad:
             return zeros
+        if self.by_turns:
+            each = [self._pulled_back(values, covector) for covector in covectors.to(values)]
+            return torch.stack(each)
         with without_warnings(".*batching rule"):
             (slopes,) = torch.autograd.grad(
                 values,
@@ -74,6 +80,15 @@ class GateGraph:
                 allow_unused=True,
             )
         return zeros if cast("Tensor | None", slopes) is None else slopes
+
+    def _pulled_back(
+        self, values: Float[Tensor, "*n"], covector: Float[Tensor, "*n"]
+    ) -> Float[Tensor, "row site"]:
+        """The derivative of Σ covector · values."""
+        (slopes,) = torch.autograd.grad(
+            values, self.gates, covector, retain_graph=True, materialize_grads=True
+        )
+        return slopes
 
 
 def gate_graph(
@@ -87,10 +102,11 @@ def gate_graph(
     Attention is computed from its formula, as fused kernels have no second derivative.
     """
     lens.check_backward(once=False)
+    lens.plan.refuse_gathered()
     gates = at.detach().expand(len(prompts.tokens), -1).clone().requires_grad_()
     inject = ScaleInject(lens.plan, gates)
     with torch.enable_grad(), lens.injected(inject), Temporary(attention_from_formula):
-        return GateGraph(gates, read())
+        return GateGraph(gates, read(), by_turns=lens.plan.is_over_ranks)
 
 
 def slopes_of_each(

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.compat import in_float64
+from lens_lora.compat import in_float64, in_whole
 from lens_lora.core.adapter.peft_files import name_of
 from lens_lora.errors import ModelStateError
 from lens_lora.families import HEADS, Family
@@ -77,7 +77,7 @@ class BaseWeights:
     def bias(self, path: str, rows: Tensor | None = None) -> Float[Tensor, " out"] | None:
         """The bias b of a linear map; None where it has none."""
         bias = getattr(self._module(path), "bias", None)
-        return None if bias is None else _rows(bias.detach(), rows)
+        return None if bias is None else _rows(in_whole(bias.detach()), rows)
 
     @property
     def head(self) -> str:
@@ -97,13 +97,13 @@ class BaseWeights:
         if weight is None:
             gamma = torch.ones(cast("tuple[int, ...]", norm.normalized_shape))
         else:
-            gamma = weight.detach() + self._family.gamma_offset
-        return gamma, None if bias is None else bias.detach()
+            gamma = in_whole(weight.detach()) + self._family.gamma_offset
+        return gamma, None if bias is None else in_whole(bias.detach())
 
 
 def stored_weight(linear: nn.Module) -> Float[Tensor, "out in"]:
     """The weight of a linear, a Conv1D or an embedding, turned."""
-    weight = cast(Tensor, linear.weight).detach()
+    weight = in_whole(cast(Tensor, linear.weight).detach())
     is_transposed = type(linear).__name__ == "Conv1D" or isinstance(linear, nn.Embedding)
     return weight.T if is_transposed else weight
 

@@ -260,7 +260,7 @@ class BridgeHost(HookedHost):
         linear = self._wrapped(layer, kind)
         with compat.brought_in(linear):
             bias = getattr(linear, "bias", None)
-            return None if bias is None else bias.detach().flatten()
+            return None if bias is None else compat.in_whole(bias.detach()).flatten()
 
     def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
         """(γ, β) of the wrapped norm; None also where its class has a γ and it has none."""
@@ -268,13 +268,13 @@ class BridgeHost(HookedHost):
         if getattr(norm, "weight", None) is None:
             return None
         with compat.brought_in(norm):
-            gamma = norm.weight.detach()
+            gamma = compat.in_whole(norm.weight.detach())
             beta = getattr(norm, "bias", None)
         if self.family.gamma_offset:
             has_float64 = compat.float64_device(gamma.device) == gamma.device
             wide = gamma.double() if has_float64 else gamma.float()
             gamma = wide + self.family.gamma_offset
-        return gamma, None if beta is None else beta.detach()
+        return gamma, None if beta is None else compat.in_whole(beta.detach())
 
     def reads_folded_norm(self, layer: int, kind: str) -> bool:
         """True where weights were processed and the norm has weight 1 and bias 0."""

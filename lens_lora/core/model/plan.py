@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lens_lora import compat
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model import extensions, gauge, hooks, value_constants
 from lens_lora.core.model.adapted_modules import SiteFactors, resolve_sites
@@ -180,6 +181,26 @@ class Plan:
         """Half a step of an 8-bit kernel, relative to a row's largest entry; 0 without one."""
         is_in_8bit = "8 bit" in self.quantisation
         return 1 / 254 if is_in_8bit else 0.0
+
+    @functools.cached_property
+    def is_over_ranks(self) -> bool:
+        """Whether processes hold parts of the weights, so that all of them run the same rows."""
+        return compat.is_over_ranks(self.host.model)
+
+    def refuse_gathered(self) -> None:
+        """Refuse weights that FSDP2 gathers for one backward pass of a graph, and frees after it.
+
+        Raises:
+            ModelStateError: there are such weights.
+        """
+        if self.is_over_ranks and compat.gathered_modules(self.host.model):
+            raise ModelStateError(
+                "this takes several backward passes through one graph, and FSDP2 (fully_shard) "
+                "frees its weights after the first",
+                remedy="load the model whole, over several devices by device_map='balanced', or "
+                "by transformers' tp_plan='auto'.",
+                in_shell="load the model whole, over several devices by --device-map balanced.",
+            )
 
     def check_state(self, *, entries: bool = True) -> None:
         """Check that flags, mode and weights are as they were when the plan was made.

@@ -1,0 +1,213 @@
+"""A model whose linear maps transformers has split over processes (`tp_plan="auto"`).
+
+As it is loaded, a map that is split by rows writes this process's part of its output, and one that
+is split by columns reads a part of its input. A lens reads the whole input of a map, and adds to
+the whole of its output. So here every split map reads and writes whole rows, on every process:
+
+    by rows (colwise):     y = joined(W_part · x)        joined puts the parts of all side by side
+    by columns (rowwise):  y = summed(W_part · part(x))  summed adds what all processes computed
+
+1. Only the weights stay split. Activations are whole, and equal, on every process, so that all else
+   is computed as it is on one; attention runs over all heads on each.
+2. Both have their derivatives of both modes, of any order: the adjoint of a sum over processes is a
+   copy, and of a copy a sum.
+3. All processes must make the same calls on the same prompts, in the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from lens_lora import compat
+from lens_lora.errors import ModelStateError
+
+# How transformers splits modules that can be made whole here, by the names of its plans.
+# Embeddings and the norms of heads compute what they do on one process.
+_MADE_WHOLE = {
+    "colwise",
+    "colwise_rep",
+    "colwise_gather_output",
+    "rowwise",
+    "rowwise_rep",
+    "rowwise_split_input",
+    "embedding_rowwise",
+    "replicated_with_grad_allreduce",
+    "replicate",
+}
+
+# The number of a layer within a path, for which a plan has a star.
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+def make_maps_whole(hf_model: Any) -> None:
+    """Let every linear map that transformers has split read and write whole rows, for good.
+
+    Args:
+        hf_model: of any kind; one that is not split stays as it is.
+
+    Raises:
+        ModelStateError: a module is split in a way that is not known here.
+    """
+    if not is_split(hf_model):
+        return
+    for module in split_maps(hf_model):
+        module.forward = SplitLinear(module)
+
+
+def split_maps(hf_model: Any) -> list[Any]:
+    """The linear maps of which each process holds a part.
+
+    Args:
+        hf_model: one that is split.
+
+    Raises:
+        ModelStateError: a module is split in a way that is not known here.
+    """
+    for name, style in hf_model.tp_plan.items():
+        if style not in _MADE_WHOLE:
+            raise split_otherwise(f"{name} is split over processes as {style!r}")
+    maps: list[Any] = []
+    for path, module in hf_model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        planned = hf_model.tp_plan.get(_NUMBER.sub(".*", path), "")
+        if compat.is_sharded(module.weight):
+            if compat.split_of(module.weight) is None:
+                placements = module.weight.placements
+                raise split_otherwise(f"{path}.weight is a DTensor of {placements}")
+            maps.append(module)
+        elif planned.startswith(("colwise", "rowwise")):
+            raise split_otherwise(f"{path} is split as {planned!r}, and its weight is no DTensor")
+    if not maps:
+        raise split_otherwise(
+            f"the model was loaded for {hf_model.tp_size} processes by tp_plan=, and none of its "
+            "weights is a DTensor"
+        )
+    return maps
+
+
+def is_split(hf_model: Any) -> bool:
+    """Whether transformers has loaded the model for several processes, with parts of weights."""
+    return (getattr(hf_model, "tp_size", None) or 1) > 1
+
+
+def computes_whole(module: nn.Module) -> bool:
+    """Whether a module of a split model reads and writes what it would on one process."""
+    return isinstance(module, nn.Embedding) or isinstance(vars(module).get("forward"), SplitLinear)
+
+
+def split_otherwise(fact: str) -> ModelStateError:
+    """The error of a model whose weights are split in a way that is not known here."""
+    return ModelStateError(
+        f"{fact}: a lens adds to the whole output of a map, and knows how to join maps that "
+        "transformers (5.17 or later) has split by rows or by columns.",
+        remedy="Load the model without tp_plan: on one device, or over several by "
+        "ll.load(name, adapter, device_map='balanced').",
+        in_shell="Load the model on one device, or over several by --device-map balanced.",
+    )
+
+
+class SplitLinear:
+    """The forward of a linear map of which this process holds some rows or some columns.
+
+    Args:
+        module: the map; its weight is a DTensor.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        split = compat.split_of(module.weight)
+        self._group = split.group
+        self._by_rows = split.axis == 0
+        self._first = split.first
+        self._size = split.size
+
+    def __call__(self, x: Float[Tensor, "*row in"]) -> Float[Tensor, "*row out"]:
+        """The whole output of the whole input, on every process."""
+        part = compat.part_here(self._module.weight)
+        x = _copied(x, self._group)
+        if self._by_rows:
+            rows = linear(x, part)
+            after = self._module.out_features - self._first - self._size
+            padded = pad(rows, (self._first, after))
+        else:
+            padded = linear(x.narrow(-1, self._first, self._size), part)
+        y = _summed(padded, self._group)
+        bias = self._module.bias
+        return y if bias is None else y + compat.in_whole(bias)
+
+
+def _summed(x: Tensor, group: Any) -> Tensor:
+    """The sum over processes, seen by tensors that carry tangents of their own."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(_summed, (x,), x, group)
+    return _Summed.apply(x, group)
+
+
+def _copied(x: Tensor, group: Any) -> Tensor:
+    """What every process has, seen by tensors that carry tangents of their own."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(_copied, (x,), x, group)
+    return _Copied.apply(x, group)
+
+
+class _Summed(torch.autograd.Function):
+    """The sum of what all processes have, which each of them gets. Its adjoint is `_Copied`."""
+
+    @staticmethod
+    def forward(x: Tensor, group: Any) -> Tensor:
+        summed = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed, group=group)
+        return summed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        del output
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Copied.apply(grad, ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Summed.apply(tangent, ctx.group)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, group: Any) -> tuple[Tensor, int]:
+        del info
+        return _Summed.apply(x, group), in_dims[0]
+
+
+class _Copied(torch.autograd.Function):
+    """What every process has already; the gradients of all are summed. Its adjoint is `_Summed`."""
+
+    @staticmethod
+    def forward(x: Tensor, group: Any) -> Tensor:
+        del group
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        del output
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Summed.apply(grad, ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Copied.apply(tangent, ctx.group)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, group: Any) -> tuple[Tensor, int]:
+        del info
+        return _Copied.apply(x, group), in_dims[0]
