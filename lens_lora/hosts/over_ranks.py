@@ -78,10 +78,10 @@ def split_maps(hf_model: Any) -> list[Any]:
         if not isinstance(module, nn.Linear):
             continue
         planned = hf_model.tp_plan.get(_NUMBER.sub(".*", path), "")
-        if compat.is_sharded(module.weight):
-            if compat.split_of(module.weight) is None:
-                placements = module.weight.placements
-                raise split_otherwise(f"{path}.weight is a DTensor of {placements}")
+        weight: Any = module.weight
+        if compat.is_sharded(weight):
+            if compat.split_of(weight) is None:
+                raise split_otherwise(f"{path}.weight is a DTensor of {weight.placements}")
             maps.append(module)
         elif planned.startswith(("colwise", "rowwise")):
             raise split_otherwise(f"{path} is split as {planned!r}, and its weight is no DTensor")
@@ -119,11 +119,16 @@ class SplitLinear:
 
     Args:
         module: the map; its weight is a DTensor.
+
+    Raises:
+        ModelStateError: the weight is split in a way that is not known here.
     """
 
     def __init__(self, module: Any) -> None:
         self._module = module
         split = compat.split_of(module.weight)
+        if split is None:
+            raise split_otherwise(f"a weight is a DTensor of {module.weight.placements}")
         self._group = split.group
         self._by_rows = split.axis == 0
         self._first = split.first
@@ -173,16 +178,17 @@ class _Summed(torch.autograd.Function):
         ctx.group = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Copied.apply(grad, ctx.group), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Copied.apply(gradients[0], ctx.group), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Summed.apply(tangent, ctx.group)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Summed.apply(tangents[0], ctx.group)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, group: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         del info
+        x, group = args
         return _Summed.apply(x, group), in_dims[0]
 
 
@@ -200,14 +206,15 @@ class _Copied(torch.autograd.Function):
         ctx.group = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Summed.apply(grad, ctx.group), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Summed.apply(gradients[0], ctx.group), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Copied.apply(tangent, ctx.group)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Copied.apply(tangents[0], ctx.group)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, group: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         del info
+        x, group = args
         return _Copied.apply(x, group), in_dims[0]

@@ -153,7 +153,7 @@ def _works(sites: int) -> list[_Work]:
         # to six passes for a flip.
         _Work("fact_margin", 41, 5, _largest(_slopes(5), _passes(30)), _rerun),
         _Work("patch_sites", sites + 10, 0, _branches(sites), _passes(2)),
-        _Work("kl_shares", 9, 2, _dual_graph, _dual),
+        _Work("kl_shares", 8, 2, _dual_graph, _dual),
         _Work("second_order", 40, 15, _second, _second),
     ]
 
