@@ -5,6 +5,8 @@
    decides.
 2. A character that the terminal's encoding lacks is replaced by one that looks like it, as a minus
    sign by '-'.
+3. An error that nobody foresaw prints its traceback and ends with exit code 70: 1 says that a check
+   failed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 
 from lens_lora.runs.processes import rank
 
@@ -35,6 +38,8 @@ _ASCII = {
 }
 # Clears the line of a spinner, and shows the cursor that it hides.
 _CLEAR = b"\r\x1b[K\x1b[?25h"
+# EX_SOFTWARE of sysexits.h: an error within the program.
+_NOT_FORESEEN = 70
 
 
 def main() -> None:
@@ -48,7 +53,11 @@ def main() -> None:
 
     from lens_lora.cli import app
 
-    app(prog_name="lens-lora")
+    try:
+        app(prog_name="lens-lora")
+    except Exception:  # Whatever it is, it is no answer of a check.
+        traceback.print_exc()
+        sys.exit(_NOT_FORESEEN)
 
 
 def print_in_any_encoding() -> None:

@@ -4,7 +4,8 @@ The commands are `demo`, `explain`, `diff`, `audit`, `inspect`, `compare`, `chec
 `verify`, `forms`, `card`, `sweep`, `scan` and `gather`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
-one red line and exit code 2; Ctrl-C is one line and exit code 130.
+one red line and exit code 2; Ctrl-C is one line and exit code 130; an error that nobody foresaw is
+its traceback and exit code 70.
 
 Each command checks its options without torch, and imports what does the work once they are good.
 """

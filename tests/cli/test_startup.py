@@ -245,3 +245,23 @@ def test_a_module_may_be_imported_first():
 def test_what_is_loaded_would_be_seen():
     """Control: a name that is used loads its module, and torch with it."""
     assert "torch" in answer(code=USE)[1]
+
+
+BROKEN = """
+import lens_lora.cli
+from lens_lora import __main__
+
+def broken(**named):
+    raise ValueError("a defect")
+
+lens_lora.cli.app = broken
+__main__.main()
+"""
+
+
+def test_an_error_that_nobody_foresaw_is_no_failed_check():
+    """Its traceback, and a code that no check has."""
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
+    assert done.returncode == 70
+    assert "ValueError: a defect" in done.stderr
+    assert "Traceback" in done.stderr
