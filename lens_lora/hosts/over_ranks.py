@@ -58,7 +58,7 @@ def make_maps_whole(hf_model: Any) -> None:
     if not is_split(hf_model):
         return
     for module in split_maps(hf_model):
-        module.forward = SplitLinear(module)
+        compat.set_forward(module, SplitLinear(module))
 
 
 def split_maps(hf_model: Any) -> list[Any]:
@@ -100,7 +100,7 @@ def is_split(hf_model: Any) -> bool:
 
 def computes_whole(module: nn.Module) -> bool:
     """Whether a module of a split model reads and writes what it would on one process."""
-    return isinstance(module, nn.Embedding) or isinstance(vars(module).get("forward"), SplitLinear)
+    return isinstance(module, nn.Embedding) or isinstance(compat.own_forward(module), SplitLinear)
 
 
 def split_otherwise(fact: str) -> ModelStateError:

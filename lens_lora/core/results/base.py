@@ -149,8 +149,9 @@ class Result(abc.ABC):
             "table.",
         )
 
-    __sub__ = __rsub__ = __add__ = __radd__ = __mul__ = __rmul__ = _refuse_arithmetic
-    __truediv__ = __neg__ = __abs__ = __gt__ = __ge__ = __lt__ = __le__ = _refuse_arithmetic
+    if not TYPE_CHECKING:  # A type checker refuses arithmetic by itself where there is none.
+        __sub__ = __rsub__ = __add__ = __radd__ = __mul__ = __rmul__ = _refuse_arithmetic
+        __truediv__ = __neg__ = __abs__ = __gt__ = __ge__ = __lt__ = __le__ = _refuse_arithmetic
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
