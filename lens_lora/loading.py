@@ -34,7 +34,7 @@ from lens_lora.formats.tokenizers import OwnTokenizer, own_tokenizer, rows_broug
 from lens_lora.guesses import fitting
 from lens_lora.hosts.as_before import as_before_on_error
 from lens_lora.hosts.build import Kind, hooked_model
-from lens_lora.hosts.over_ranks import make_maps_whole
+from lens_lora.hosts.over_ranks import make_maps_whole, refuse_modules_trained_whole
 from lens_lora.hosts.placement import Attention, DeviceMap, Placement
 from lens_lora.hosts.probe import Probe
 from lens_lora.hosts.single_experts import on_stacks
@@ -315,6 +315,7 @@ def load(
         own = OwnTokenizer(tokenizer)
     with _remedy_for_a_wrapped_base(base), as_before_on_error(base):
         make_maps_whole(base)
+        refuse_modules_trained_whole(base, adapter)
         # A family that is not listed is compared with the base, module by module.
         probe = None
         if check and listed_family(base) is None:

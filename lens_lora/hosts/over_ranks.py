@@ -26,7 +26,9 @@ from torch.nn.functional import linear, pad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from lens_lora import compat
-from lens_lora.errors import ModelStateError
+from lens_lora.core import Adapter, TrainedModule
+from lens_lora.core.adapter import module_path
+from lens_lora.errors import AdapterError, ModelStateError
 
 # How transformers splits modules that can be made whole here, by the names of its plans.
 # Embeddings and the norms of heads compute what they do on one process.
@@ -112,6 +114,28 @@ def split_otherwise(fact: str) -> ModelStateError:
         "ll.load(name, adapter, device_map='balanced').",
         in_shell="Load the model on one device, or over several by --device-map balanced.",
     )
+
+
+def refuse_modules_trained_whole(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse new weights of whole modules where processes hold parts of the base's.
+
+    Args:
+        model: the base, or the hooked model.
+        adapter: what is laid over it.
+
+    Raises:
+        AdapterError: there are such modules, naming the first.
+    """
+    trained = [key for key, update in adapter.modules.items() if isinstance(update, TrainedModule)]
+    if trained and compat.is_over_ranks(model):
+        path = module_path(trained[0])
+        raise AdapterError(
+            f"{path} was trained whole (modules_to_save, or a norm), and the base's weights are "
+            "split over processes (tp_plan= or FSDP2): W' − W is not made from their parts",
+            remedy=f"load the model whole on every process, or leave the module out: "
+            f"adapter.without_modules({path!r}).",
+            in_shell="load the model whole on every process.",
+        )
 
 
 class SplitLinear:

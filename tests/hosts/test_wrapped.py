@@ -26,6 +26,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import lens_lora as ll
+from lens_lora.core import TrainedModule
 from lens_lora.hosts.over_ranks import SplitLinear
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +190,17 @@ def test_a_model_loaded_for_several_processes_is_refused_by_name():
         ll.errors.ModelStateError, match=r"self_attn\.q_proj is split as .*no DTensor"
     ):
         ll.load(base, adapter, tokenizer=models.tokenizer())
+
+
+@models.NEEDS_BRIDGE
+def test_modules_trained_whole_over_ranks_are_refused_by_name(mesh: DeviceMesh):
+    """Their change is W' − W, of which each process has a part."""
+    base, _, adapter = llama()
+    norm = TrainedModule(base.model.norm.weight.detach() + 1)
+    whole = ll.Adapter({**adapter.modules, "model.norm": norm})
+    fully_shard(base, mesh=mesh)
+    with pytest.raises(ll.errors.AdapterError, match=r"model\.norm was trained whole .*FSDP2"):
+        ll.load(base, whole, tokenizer=models.tokenizer())
 
 
 def test_an_unknown_way_of_splitting_is_refused_by_name():
