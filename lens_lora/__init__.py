@@ -54,15 +54,29 @@ def __getattr__(name: str) -> object:
         if name in OF_PACKAGE:
             remedy = OF_PACKAGE[name]
             raise AttributeError(f"module 'lens_lora' has no attribute {name!r}: {remedy}.")
+        place = _place_of(name)
         meant = nearest_or_by_word(name, __all__) or "; see dir(lens_lora)."
-        # Who has a lens has this module; to import it here would be a circle within the package.
-        lens = getattr(sys.modules.get("lens_lora.core.model.lens"), "LoraLens", None)
-        if lens is not None and hasattr(lens, name):
-            meant = f"; a lens has it: lens.{name}."
+        if place:
+            meant = f"; {place}."
         raise AttributeError(f"module 'lens_lora' has no attribute {name!r}{meant}")
     if "plotly.io" in sys.modules:
         _give_plotly_the_templates()
     return _imported(name)
+
+
+def _place_of(name: str) -> str:
+    """Where a name stands that the package has elsewhere, in words; '' of any other name."""
+    # Who has a lens has this module; to import it here would be a circle within the package.
+    lens = getattr(sys.modules.get("lens_lora.core.model.lens"), "LoraLens", None)
+    if lens is not None and hasattr(lens, name):
+        return f"a lens has it: lens.{name}"
+    from lens_lora import core, results
+
+    if name in dir(results):
+        return f"it is ll.results.{name}"
+    if name in dir(core):
+        return f"the core has it: `from lens_lora.core import {name}`"
+    return ""
 
 
 def _give_plotly_the_templates() -> None:

@@ -224,6 +224,10 @@ class ArgumentError(LensLoraError, ValueError):
     """An invalid value for an argument."""
 
 
+class MissingPartError(ArgumentError, AttributeError):
+    """A property that an object lacks because of how it was made, so that `hasattr` is False."""
+
+
 class CallError(LensLoraError, TypeError):
     """Arguments that a function does not take, or one that is missing."""
 

@@ -60,6 +60,11 @@ OF_PACKAGE: Mapping[str, str] = _alike(
         "ll.first_order(lens, prompts, readout) estimates it",
     ),
     (
+        "quirk register_quirk architecture",
+        "`from lens_lora.hosts.quirks import quirk` decorates a function that mends the bridge of "
+        "one architecture",
+    ),
+    (
         "diff audit",
         "the command `lens-lora diff ADAPTER` asks what an adapter was taught; in Python, "
         "ll.counted_speech(lens) and ll.what_changed(lens) do",
@@ -707,7 +712,7 @@ _SLIP = 0.8
 
 
 def nearest_or_by_word(name: str, known: Sequence[str]) -> str:
-    """What may be meant by a name: one that is spelt alike, or what its words are called here.
+    """Suggest what is meant by a name: one that is spelt alike, or what its words are called here.
 
     Args:
         name: what was asked for.
@@ -733,7 +738,7 @@ def _words_in(name: str) -> list[str]:
 
 
 def _by_word(words: Sequence[str]) -> str:
-    """What is meant by one of these words; '' where none of them is known."""
+    """The remedy for one of these words; '' where none of them is known."""
     hits = [word for word in words if word in BY_WORD]
     return BY_WORD[min(hits, key=_ORDER.__getitem__)] if hits else ""
 

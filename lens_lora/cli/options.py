@@ -75,7 +75,7 @@ def _options_in(group: Any) -> list[inspect.Parameter]:
 
 
 def _about(annotation: Any) -> list[OptionInfo]:
-    """What typer is told of an option; nothing for an argument."""
+    """The notes to typer on an option; none of an argument."""
     return [about for about in get_args(annotation)[1:] if isinstance(about, OptionInfo)]
 
 

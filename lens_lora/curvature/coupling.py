@@ -32,7 +32,7 @@ from lens_lora.core import (
     flat,
     long_table,
 )
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import MissingPartError
 
 
 @final
@@ -73,11 +73,11 @@ class Coupling(Ranked):
         """Σ_M H_GM = Σ_{l∈G} (H·1)_l.
 
         Raises:
-            ArgumentError: the groups overlap or leave sites out.
+            MissingPartError: the groups overlap or leave sites out.
         """
         if not self.is_partition:
             count = sum(len(members) for members in self.groups.values())
-            raise ArgumentError(
+            raise MissingPartError(
                 f"these {len(self.groups)} groups hold {count} sites of {len(self.sites)}, some "
                 "twice or not at all, so their rows do not add up to H·1",
                 remedy="use group='site', 'layer' or 'kind', or name every site once. `matrix` "
@@ -90,7 +90,7 @@ class Coupling(Ranked):
         """½ 1ᵀH1, the second-order part of the shift.
 
         Raises:
-            ArgumentError: the groups overlap or leave sites out.
+            MissingPartError: the groups overlap or leave sites out.
         """
         return self.row_sums.sum(1) / 2
 

@@ -35,7 +35,7 @@ from lens_lora.core import (
 )
 from lens_lora.curvature.coupling import coupling
 from lens_lora.curvature.verdict import SecondVerdict
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import MissingPartError
 
 
 @final
@@ -101,10 +101,10 @@ class SecondOrder(OfMeasured):
         """½ Σ_{m≠l} H_lm: half of each site's coupling to all others.
 
         Raises:
-            ArgumentError: self-curvature was not computed.
+            MissingPartError: self-curvature was not computed.
         """
         if self.self_curvature is None:
-            raise ArgumentError(
+            raise MissingPartError(
                 "single sites were not run", remedy="call second_order(self_curvature=True)."
             )
         return self.half_row_sums - self.self_curvature

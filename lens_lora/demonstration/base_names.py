@@ -1,4 +1,4 @@
-"""Which model a base's name stands for: the one place that decides, for Python and every command.
+"""The model that a base's name stands for: decided here alone, for Python and every command.
 
 1. A model that the user names is that folder or hub repository; 'embedded' is the embedded model.
 2. Else it is the base that the adapter names, which is never fetched.

@@ -97,7 +97,7 @@ class Projection(Readout):
 
     @property
     def label(self) -> str:
-        """What is read, where, and over which tokens.
+        """The readout in words: what it reads, where, and over which tokens.
 
         Such as 'the projection on the direction at blocks.12.hook_resid_post'.
         """

@@ -181,7 +181,7 @@ def _summed(x: Tensor, group: Any) -> Tensor:
 
 
 def _copied(x: Tensor, group: Any) -> Tensor:
-    """What every process has, seen by tensors that carry tangents of their own."""
+    """Mark a tensor that every process has, also one that carries tangents of its own."""
     if has_torch_function_unary(x):
         return handle_torch_function(_copied, (x,), x, group)
     return _Copied.apply(x, group)
@@ -217,7 +217,7 @@ class _Summed(torch.autograd.Function):
 
 
 class _Copied(torch.autograd.Function):
-    """What every process has already; the gradients of all are summed. Its adjoint is `_Summed`."""
+    """A tensor that every process has; gradients of all are summed. Its adjoint is `_Summed`."""
 
     @staticmethod
     def forward(x: Tensor, group: Any) -> Tensor:

@@ -8,6 +8,8 @@ of them; one that has nothing to do with a model leaves it alone. To teach anoth
    does instead, and how far off it is. It decides by what the model is made of (a class, a field
    of the configuration) whether it has something to do.
 
+       from lens_lora.hosts.quirks import quirk   # in a script of your own
+
        @quirk
        def attention_is_scaled_twice(hf_model: PreTrainedModel) -> Mend | None:
            if type(hf_model).__name__ != "TwiceForCausalLM":

@@ -52,7 +52,7 @@ from lens_lora.core import (
     load_adapter,
     long_table,
 )
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, MissingPartError
 from lens_lora.interaction.square import Bounds, Split, quadrature_of, split_by_modules
 
 # The fewest nodes of a last rule, 3 × 3.
@@ -121,7 +121,7 @@ class Together(Ranked):
         """How much of each interaction the quadrature misses, |I_ab − Σ parts|.
 
         Raises:
-            ArgumentError: the interaction was not split.
+            MissingPartError: the interaction was not split.
         """
         return (self.interaction - self._split.flatten(2).sum(2)).abs()
 
@@ -132,7 +132,7 @@ class Together(Ranked):
         Both as far as `tol` asks; where rounding of the interaction is above that, up to rounding.
 
         Raises:
-            ArgumentError: the interaction was not split.
+            MissingPartError: the interaction was not split.
         """
         missed = self.completeness_error
         assert self.allowed is not None, "what was split has a bound"
@@ -142,7 +142,7 @@ class Together(Ranked):
     @property
     def _split(self) -> Float[Tensor, "batch pair group group"]:
         if self.parts is None:
-            raise ArgumentError(
+            raise MissingPartError(
                 "the interaction was not split by modules",
                 remedy="ask for it: ll.together(…, group='kind').",
             )

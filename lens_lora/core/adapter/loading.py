@@ -100,7 +100,7 @@ def _require_no_place(adapter: Adapter, **where: str | None) -> None:
 
 
 def _base_for(base: Any) -> Callable[[str | None], nn.Module] | None:
-    """What gives the base, where one was given."""
+    """Return the function that gives the base, where a base was given."""
     if base is None:
         return None
     if callable(base) and not isinstance(base, nn.Module):

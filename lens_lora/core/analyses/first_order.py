@@ -48,11 +48,11 @@ from lens_lora.errors import ArgumentError, require_finite
 
 @runtime_checkable
 class Rules(Protocol):
-    """What derivatives take for constants, in place of the derivative of g itself."""
+    """Rules by which derivatives take parts of the model for constants."""
 
     @property
     def key(self) -> str:
-        """What the result's `method` names them by."""
+        """The name of these rules, as the result's `method` has it."""
         ...
 
     def held(self, g: Function) -> AbstractContextManager[None]:

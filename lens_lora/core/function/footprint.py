@@ -41,7 +41,7 @@ _DUAL_ROW = 44
 
 @runtime_checkable
 class SizedLens(Protocol):
-    """What the planner asks of a lens, or of a configuration that stands for one (`planned.py`)."""
+    """A lens as the planner sees it, or a configuration that stands for one (`planned.py`)."""
 
     @property
     def model(self) -> Any:
@@ -50,12 +50,12 @@ class SizedLens(Protocol):
 
     @property
     def host(self) -> Host:
-        """What says how many layers there are, and whether attention patterns are kept."""
+        """The host, which knows the number of layers, and whether patterns are kept."""
         ...
 
     @property
     def plan(self) -> Plan:
-        """What says whether a kernel rounds activations to 8 bit."""
+        """The plan, which knows whether a kernel rounds activations to 8 bit."""
         ...
 
     @property

@@ -71,7 +71,7 @@ from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
 from lens_lora.core.model import Gauge, LoraLens, by_axes, extensions
 from lens_lora.core.model.sites import Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptTokens, Reading, Readout
-from lens_lora.errors import ArgumentError, require_finite
+from lens_lora.errors import ArgumentError, MissingPartError, require_finite
 
 # A direction is given as gates are, or several of them: then their axes come first.
 _Number = float | Real[Tensor, ""]
@@ -119,10 +119,10 @@ class Function:
         """The rows that are run, and how g of each prompt is read from their logits.
 
         Raises:
-            ArgumentError: a function without a readout.
+            MissingPartError: a function without a readout.
         """
         if self._reading is None:
-            raise ArgumentError(
+            raise MissingPartError(
                 "this function has no readout, so it has logits and tangents alone",
                 remedy="make it with lens.function(prompts, readout), or of the same prompts with "
                 "f.about(readout).",

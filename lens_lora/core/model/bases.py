@@ -204,7 +204,7 @@ COPIED = ["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
 def public_name(folder: str) -> str | None:
-    """What the hub calls a model that this package made a folder of; None of another folder.
+    """The hub id of a model that this package made a folder of; None of another folder.
 
     Args:
         folder: its last part, such as "SmolLM2-135M-Instruct-0.1.2-transformers5".

@@ -27,7 +27,7 @@ from lens_lora.core.results import base, drawing
 from lens_lora.core.results.base import Entries, Evaluated, Ranked, Reported
 from lens_lora.core.results.drawing import TokenView
 from lens_lora.core.results.storage import stored
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, MissingPartError
 from lens_lora.guesses import fitting
 
 Axis = Literal["position", "head", "expert", "rank", "token"]
@@ -174,10 +174,10 @@ class Attribution(Ranked, Reported):
         """The values summed over everything but prompt and output token; NaN beyond a response.
 
         Raises:
-            ArgumentError: the attribution was not split by token.
+            MissingPartError: the attribution was not split by token.
         """
         if "token" not in self.by:
-            raise ArgumentError("this attribution is not by token; ask for by='token'.")
+            raise MissingPartError("this attribution is not by token; ask for by='token'.")
         return self.values.flatten(1, -2).sum(1)
 
     @property
@@ -386,10 +386,10 @@ class GroupAttribution(Ranked):
         """The values summed over groups; NaN beyond a response.
 
         Raises:
-            ArgumentError: the groups were not split by token.
+            MissingPartError: the groups were not split by token.
         """
         if not self.by:
-            raise ArgumentError("these groups are not by token; ask for by='token'.")
+            raise MissingPartError("these groups are not by token; ask for by='token'.")
         return self.values.sum(1)
 
     def to_frame(self) -> pd.DataFrame:

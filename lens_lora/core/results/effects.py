@@ -16,7 +16,7 @@ from lens_lora.core.model.sites import Groups, Sites
 from lens_lora.core.results import base
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.core.results.base import Entries, Evaluated, Measured, Ranked
-from lens_lora.errors import ArgumentError, LensLoraError
+from lens_lora.errors import ArgumentError, LensLoraError, MissingPartError
 
 
 @final
@@ -86,14 +86,14 @@ class Effects(Ranked):
         """The part of the shift that no group does on its own, g(1) − g(0) − Σ effects.
 
         Raises:
-            ArgumentError: the groups overlap or leave sites out, are ranks, or were replaced by
+            MissingPartError: the groups overlap or leave sites out, are ranks, or were replaced by
                 something else than zero, so that their sum means nothing.
         """
         if self.of != "site" or self.replace != "zero":
             fact = f"the sum of effects of {self.of}s replaced by {self.replace} is no shift"
-            raise ArgumentError(f"{fact}; use of='site', replace='zero'.")
+            raise MissingPartError(f"{fact}; use of='site', replace='zero'.")
         if not base.is_partition(self.groups, len(self.sites)):
-            raise ArgumentError(
+            raise MissingPartError(
                 "the groups do not hold every site exactly once, so their sum cannot be compared "
                 "with the shift; use group='site', 'layer' or 'kind' over all sites."
             )

@@ -130,8 +130,18 @@ def test_what_a_result_lacks_is_no_attribute():
         is_array = isinstance(getattr(result, "values", None), torch.Tensor)
         assert hasattr(result, "__array_interface__") == is_array
         assert hasattr(result, "n_prompts") == ("batch" in vars(result)["axes"])
+        for name in dir(type(result)):
+            hasattr(result, name)  # It raises nothing, whatever the result was made without.
     margin = explanation().margin
     assert np.asarray(margin).tolist() == list(margin)
+
+
+def test_a_part_that_was_not_computed_is_no_attribute():
+    """A script may ask with `hasattr`; one that takes the part is told how to compute it."""
+    found = two_prompts()
+    assert not hasattr(found, "per_token")
+    with pytest.raises(ll.errors.ArgumentError, match="by='token'"):
+        _ = found.per_token
 
 
 @settings(max_examples=share(100), deadline=None)
