@@ -14,16 +14,18 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import lens_lora as ll
 
-# The margin that the demo's adapter changes.
+# The margin that the demo's adapter changes, and the words after which it changes it.
 MARGIN = ll.Margin(" Lyon", " Paris")
+LAST_WORDS = "The capital of France is"
 
 # The ids that random prompts are drawn from: no special token, and in every vocabulary used here.
 LOWEST_ID = 1000
@@ -77,6 +79,39 @@ def random_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
 def random_prompts(lens: ll.LoraLens, batch: int, tokens: int) -> ll.results.Prompts:
     """Prompts of random ids, all of one length."""
     return lens.prompts(random_ids(batch, tokens))
+
+
+@functools.lru_cache(maxsize=1)
+def _reference_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Python's language reference as tokens: the long English text that every Python has."""
+    text = " ".join(" ".join(topics.values()).split())
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+
+
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, batch: int, tokens: int, seed: int = 0
+) -> torch.Tensor:
+    """Passages of Python's language reference that follow one another, [batch, tokens].
+
+    Args:
+        tokenizer: of the model.
+        batch: how many passages.
+        tokens: of each.
+        seed: where the first one begins.
+    """
+    ids = _reference_ids(tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    first = int(torch.randint(len(ids) - batch * tokens, (1,), generator=generator))
+    return ids[first : first + batch * tokens].view(batch, tokens).clone()
+
+
+def text_prompts(lens: ll.LoraLens, batch: int, tokens: int) -> ll.results.Prompts:
+    """Passages of so many tokens, each of which ends with `LAST_WORDS`."""
+    tokenizer = lens.model.tokenizer
+    last = tokenizer(LAST_WORDS, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    ids = text_ids(tokenizer, batch, tokens)
+    ids[:, -len(last) :] = last
+    return lens.prompts(ids)
 
 
 def plain_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:

@@ -8,11 +8,15 @@
     python benchmarks/cost --growth              # models, adapters and ranks of several sizes
     python benchmarks/cost --allocator           # with freed memory given back, and kept
 
-Everything but `--growth` runs on the embedded model and its adapter (210 sites, rank 8). Works take
-turns in one process, and the numbers are medians of processor time, without the collection of
-garbage that other code left (`measuring.median_seconds`). Run it on one thread. With `--write`,
-what is printed goes into benchmarks/RESULTS.md and docs/performance.md (`page.py`). The first line
-says whether glibc kept freed memory (`allocator.py`).
+Everything but `--growth` runs on the embedded model and its adapter (210 sites, rank 8), over
+passages of Python's language reference. Works take turns in one process, and the numbers are
+medians of processor time, without the collection of garbage that other code left
+(`measuring.median_seconds`). Run it on one thread. With `--write`, what is printed goes into
+benchmarks/RESULTS.md and docs/performance.md (`page.py`). The first line says whether glibc kept
+freed memory (`allocator.py`), and how fast this processor multiplied matrices.
+
+Costs in F depend on that rate. `--half-rate` has MKL use the instructions that every x86-64
+processor has, which halves it or more; all else runs as fast as before.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import contextlib
 import datetime
 import io
 import itertools
+import os
 import platform
 import sys
 from pathlib import Path
@@ -34,7 +39,7 @@ import page  # noqa: E402
 from allocator import allocator_table, keeps_memory  # noqa: E402
 from bank import bank_lines  # noqa: E402
 from growth import growth_tables  # noqa: E402
-from prompts import matmul_peak, prompt_tables  # noqa: E402
+from prompts import TURNS, matmul_peak, prompt_tables  # noqa: E402
 from responses import GROUPS, response_table  # noqa: E402
 from stream import stream_lines  # noqa: E402
 from texts import text_table  # noqa: E402
@@ -47,6 +52,8 @@ from lens_lora.hosts.build import hooked_model, transformer_lens_version  # noqa
 CLASSES = ("HookedTransformer", "TransformerBridge")
 # Audits over more texts than this are timed once.
 FEW_TEXTS = 16
+# What MKL reads when its first product is computed.
+HALF_RATE = {"MKL_CBWR": "COMPATIBLE"}
 
 
 class Copied(io.StringIO):
@@ -64,6 +71,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--class", dest="classes", nargs="+", default=CLASSES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--turns", type=int, default=TURNS, help="of quick works over prompts")
+    parser.add_argument("--half-rate", action="store_true", help="of products of matrices")
     parser.add_argument("--stream", type=int, metavar="TOKENS", help="of activations, alone")
     parser.add_argument("--texts", type=int, help="audits over so many texts, alone")
     parser.add_argument("--bank", type=int, metavar="ADAPTERS", help="a scan of so many, alone")
@@ -76,6 +85,9 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
+    if chosen.half_rate and not has_half_rate():
+        # MKL reads its variables once, so the process begins anew with them.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HALF_RATE})
     with contextlib.redirect_stdout(Copied()) as copy:
         measure(chosen)
     if chosen.write:
@@ -85,7 +97,7 @@ def main() -> None:
 
 
 def measure(chosen: argparse.Namespace) -> None:
-    """Print where this runs, and then the tables that were asked for."""
+    """Print where this runs, the tables that were asked for, and how fast it was at the end."""
     print(f"{machine(says_memory=not chosen.allocator)}\n")
     if chosen.allocator:
         allocator_table()
@@ -94,6 +106,17 @@ def measure(chosen: argparse.Namespace) -> None:
     else:
         for name in chosen.classes:
             measure_class(name, chosen)
+    print(f"\nAt the end: matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s, {load()}.")
+
+
+def has_half_rate() -> bool:
+    """Whether this process was started with `HALF_RATE`."""
+    return all(os.environ.get(name) == value for name, value in HALF_RATE.items())
+
+
+def load() -> str:
+    """How many processes wanted to run during the last minute, and on how many cores."""
+    return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
 
 
 def machine(says_memory: bool) -> str:
@@ -105,6 +128,9 @@ def machine(says_memory: bool) -> str:
     ]
     if says_memory:
         parts.append("freed memory kept" if keeps_memory() else "freed memory given back")
+    if has_half_rate():
+        parts.append(" ".join(f"{name}={value}" for name, value in HALF_RATE.items()))
+    parts.append(load())
     parts.append(f"matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s in float32.")
     return ", ".join(parts)
 
@@ -129,7 +155,7 @@ def measure_class(name: str, chosen: argparse.Namespace) -> None:
         response_table(lens, chosen.responses)
     else:
         sizes = list(itertools.product(chosen.batch, chosen.tokens))
-        prompt_tables(lens, sizes, has_peer=name == "TransformerBridge")
+        prompt_tables(lens, sizes, has_peer=name == "TransformerBridge", turns=chosen.turns)
 
 
 if __name__ == "__main__":

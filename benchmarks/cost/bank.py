@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measuring import MARGIN, cpu_seconds, random_prompts
+from measuring import MARGIN, cpu_seconds, text_prompts
 from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
@@ -126,7 +126,7 @@ def bank_lines(lens: ll.LoraLens, count: int) -> None:
 
 def whole_scan(lens: ll.LoraLens, folder: Path, count: int) -> None:
     """Print what the scan of the whole folder takes."""
-    bank = bank_of(lens, random_prompts(lens, PROMPTS, LENGTH))
+    bank = bank_of(lens, text_prompts(lens, PROMPTS, LENGTH))
     start = time.monotonic()
     start_of_cpu = time.process_time()
     frame = bank.scan(folder, out=folder / "scan.parquet", progress=False)
@@ -147,7 +147,7 @@ def beside_first_order(lens: ll.LoraLens, folders: list[Path]) -> None:
     """Print what an adapter takes by each way."""
     head = " | ".join(f"{PROMPTS} × {length}" for length in LENGTHS)
     print(f"| in seconds, and in forward passes F | {head} |\n| --- |{' --- |' * len(LENGTHS)}")
-    columns = [column(lens, folders, random_prompts(lens, PROMPTS, length)) for length in LENGTHS]
+    columns = [column(lens, folders, text_prompts(lens, PROMPTS, length)) for length in LENGTHS]
     for name in columns[0]:
         print(f"| {name} | {' | '.join(cells[name] for cells in columns)} |", flush=True)
 
@@ -196,7 +196,7 @@ def column(lens: ll.LoraLens, folders: list[Path], prompts: ll.results.Prompts) 
 
 def marginal_costs(lens: ll.LoraLens) -> None:
     """Print what one draw, one that is run, and one checkpoint more add to a call."""
-    prompts = random_prompts(lens, 1, 8)
+    prompts = text_prompts(lens, 1, 8)
     forward = median_of(lambda: lens.logits(prompts), turns=5)
 
     def null_test(draws: int, exact: int) -> float:
@@ -239,14 +239,14 @@ def callback_line(lens: ll.LoraLens, batch: int = 4, length: int = 64) -> None:
     peft_model = get_peft_model(hf_model, LoraConfig(r=8, target_modules=targets))
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4)
-    ids = random_prompts(lens, batch, length).tokens
+    ids = text_prompts(lens, batch, length).tokens
 
     def step() -> None:
         peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    callback = ll.ShiftCallback(bank_of(lens, random_prompts(lens, 1, 8)), every=10)
+    callback = ll.ShiftCallback(bank_of(lens, text_prompts(lens, 1, 8)), every=10)
     steps = itertools.count(10, 10)
     step()
     callback.measure(next(steps), peft_model)
@@ -262,7 +262,7 @@ def callback_line(lens: ll.LoraLens, batch: int = 4, length: int = 64) -> None:
 def memory_table(lens: ll.LoraLens) -> None:
     """Print the memory of a bank: computed for known shapes, measured for the one that is here."""
     modules = [f"*.{name}" for name in ("?_proj", "gate_proj", "up_proj", "down_proj")]
-    prompts = random_prompts(lens, ROWS, TOKENS // ROWS)
+    prompts = text_prompts(lens, ROWS, TOKENS // ROWS)
     bank = ll.bank(lens.model, prompts, MARGIN, modules=modules, progress=False)
     measured = sum(stack.nbytes for stack in bank._held.stacks.values())
     computed = bytes_of(SHAPES["SmolLM2-135M"], TOKENS, lens.dtype.itemsize)

@@ -20,7 +20,7 @@ from measuring import (
     peak_memory,
     plain_backward,
     plain_forward,
-    random_prompts,
+    text_prompts,
 )
 from works import QUICK, SLOW, Work, adapted_forward, loop_of_jvps
 
@@ -30,6 +30,7 @@ from lens_lora.demonstration import shipped_adapter
 
 __all__ = ["matmul_peak", "prompt_tables"]
 
+# The turns of a work, unless the command says how many.
 TURNS = 5
 # Columns of more tokens than this are timed once.
 TIMED_ONCE = 256
@@ -42,19 +43,22 @@ BOUNDS = (250, 400, 800)
 Size = tuple[int, int]
 
 
-def prompt_tables(lens: ll.LoraLens, sizes: Sequence[Size], has_peer: bool) -> None:
+def prompt_tables(
+    lens: ll.LoraLens, sizes: Sequence[Size], has_peer: bool, turns: int = TURNS
+) -> None:
     """Print the table of all works, memory, the cost of a lens, and the peer.
 
     Args:
         lens: over the embedded model.
         sizes: prompts and tokens of each column.
         has_peer: whether transformer-lens may have attribution patching for this class.
+        turns: of each quick work; slow works run once.
     """
-    table(lens, sizes)
+    table(lens, sizes, turns)
     memory_lines(lens)
     attach_line(lens)
     if has_peer:
-        peer_table(lens, [size for size in sizes if math.prod(size) <= WITHOUT_SWEEPS])
+        peer_table(lens, [size for size in sizes if math.prod(size) <= WITHOUT_SWEEPS], turns)
     print()
 
 
@@ -68,10 +72,10 @@ def interleaved(
     return median_seconds(bound, turns)
 
 
-def column(lens: ll.LoraLens, batch: int, tokens: int) -> dict[str, str]:
+def column(lens: ll.LoraLens, batch: int, tokens: int, turns: int) -> dict[str, str]:
     """The cells of one size of prompts: ratios, and F in milliseconds."""
-    prompts = random_prompts(lens, batch, tokens)
-    turns = 1 if batch * tokens > TIMED_ONCE else TURNS
+    prompts = text_prompts(lens, batch, tokens)
+    turns = 1 if batch * tokens > TIMED_ONCE else turns
     times = interleaved(lens, prompts, QUICK, turns)
     cells = {"F": f"{1e3 * times['F']:.0f} ms"}
     for unit in ("FB", "FA"):
@@ -120,18 +124,24 @@ def matmul_peak() -> float:
     return 2 * x.shape[0] * weight.numel() / fastest
 
 
-def table(lens: ll.LoraLens, sizes: Sequence[Size]) -> None:
+def table(lens: ll.LoraLens, sizes: Sequence[Size], turns: int) -> None:
     """Print a row for each work, a column for each size."""
-    columns = [column(lens, *size) for size in sizes]
+    columns = [column(lens, *size, turns) for size in sizes]
     works = (*QUICK, *SLOW)
     targets = {work.name: work.target for work in works}
     targets["… times faster than a loop of jvps"] = "≥ 9"
     head = " | ".join(f"{batch} × {tokens}" for batch, tokens in sizes)
-    print("Columns: prompts × tokens.\n")
+    print(f"Columns: prompts × tokens. {turns_in_words(turns)}\n")
     print(f"| work | target | {head} |\n| --- | --- |{' --- |' * len(sizes)}")
     for name in names_of_rows(columns):
         cells = " | ".join(cells.get(name, "not run") for cells in columns)
         print(f"| {name} | {targets.get(name, '')} | {cells} |", flush=True)
+
+
+def turns_in_words(turns: int) -> str:
+    """How often works ran, for the line above the table."""
+    slow = f"from {SLOW[0].name!r} on each once"
+    return f"Medians of {turns} turns after one that is not counted; {slow}." if turns > 1 else ""
 
 
 def names_of_rows(columns: Sequence[dict[str, str]]) -> list[str]:
@@ -149,7 +159,7 @@ def names_of_rows(columns: Sequence[dict[str, str]]) -> list[str]:
 
 def memory_lines(lens: ll.LoraLens) -> None:
     """Print the memory of the reverse pass beside that of a bare backward, on 256 tokens."""
-    prompts = random_prompts(lens, 1, 256)
+    prompts = text_prompts(lens, 1, 256)
     reading = MARGIN.reading(lens.model, prompts)
     bare = peak_memory(lambda: plain_backward(lens, prompts))
     slopes = peak_memory(lambda: site_slopes(lens, reading, lens.gates(0.0)))
@@ -163,7 +173,7 @@ def memory_lines(lens: ll.LoraLens) -> None:
         f"\nOn the same tokens `ll.edges` takes {edges:.0f} MiB ({edges / bare:.2f} of the bare "
         f"FB) and `ll.bank` {bank:.0f} MiB ({bank / bare:.2f}), its z and gradients included."
     )
-    prompts = random_prompts(lens, 1, 64)
+    prompts = text_prompts(lens, 1, 64)
     last_layers = lens.with_adapter(lens.adapter.only("*.layers.2[0-9].*"))
 
     def shift_within(bound: int) -> Callable[[], object]:
@@ -184,7 +194,7 @@ def attach_line(lens: ll.LoraLens) -> None:
     def median(work: Callable[[], object]) -> float:
         return statistics.median(cpu_seconds(work) for _ in range(TURNS))
 
-    forward = median(lambda: plain_forward(lens, random_prompts(lens, 1, 8)))
+    forward = median(lambda: plain_forward(lens, text_prompts(lens, 1, 8)))
     attach = median(lambda: ll.LoraLens(lens.model, lens.adapter))
     read = median(lambda: ll.load_adapter(shipped_adapter()))
     factors = sum(site_map.A.nbytes + site_map.sB.nbytes for site_map in lens.maps) / 2**20
@@ -194,7 +204,7 @@ def attach_line(lens: ll.LoraLens) -> None:
     )
 
 
-def peer_table(lens: ll.LoraLens, sizes: Sequence[Size]) -> None:
+def peer_table(lens: ll.LoraLens, sizes: Sequence[Size], turns: int) -> None:
     """Print transformer-lens 4's own sweep over nodes on the same prompts, where there is one."""
     try:
         from transformer_lens.tools.analysis import attribution_patching
@@ -206,7 +216,7 @@ def peer_table(lens: ll.LoraLens, sizes: Sequence[Size]) -> None:
     )
     print("| --- | --- | --- | --- |")
     for batch, tokens in sizes:
-        prompts = random_prompts(lens, batch, tokens)
+        prompts = text_prompts(lens, batch, tokens)
         corrupted = prompts.tokens.roll(1, 1)
         read = MARGIN.of_logits(lens.model, 1)
         reading = MARGIN.reading(lens.model, prompts)
@@ -223,7 +233,7 @@ def peer_table(lens: ll.LoraLens, sizes: Sequence[Size]) -> None:
             "slopes": lambda reading=reading: site_slopes(lens, reading, lens.gates(0.0)),
             "call": lambda prompts=prompts: ll.first_order(lens, prompts, MARGIN, progress=False),
         }
-        times = median_seconds(works, TURNS)
+        times = median_seconds(works, turns)
         peer = times["peer"]
         print(
             f"| {batch} × {tokens} tokens | {1e3 * peer:.0f} ms | {times['slopes'] / peer:.2f} | "

@@ -19,7 +19,8 @@ from measuring import (
     median_seconds,
     peak_memory,
     plain_forward,
-    random_ids,
+    text_ids,
+    text_prompts,
 )
 
 import lens_lora as ll
@@ -51,7 +52,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A prompt and a response of random tokens, and the passes over both.
+    """A prompt and a response of ordinary text, and the passes over both.
 
     Attributes:
         lens: over the embedded model.
@@ -63,11 +64,11 @@ class Row:
 
     @property
     def prompt(self) -> torch.Tensor:
-        return random_ids(1, PROMPT, seed=0)
+        return text_ids(self.lens.model.tokenizer, 1, PROMPT, seed=0)
 
     @property
     def response(self) -> torch.Tensor:
-        return random_ids(1, self.tokens, seed=1)[0]
+        return text_ids(self.lens.model.tokenizer, 1, self.tokens, seed=1)[0]
 
     @property
     def readout(self) -> ll.AnswerLogProb:
@@ -163,7 +164,7 @@ def kl(lens: ll.LoraLens) -> list[str]:
 def ablations(lens: ll.LoraLens) -> list[str]:
     """Rows of layers that are switched off, or replaced by their mean over texts."""
     row = Row(lens, SHORT)
-    texts = random_ids(4, 150, seed=2)
+    texts = text_ids(lens.model.tokenizer, 4, 150, seed=2)
 
     def without_each_layer(**options: object) -> Callable[[], object]:
         """Return the work that switches off one layer after the other."""
@@ -205,8 +206,8 @@ def batch(lens: ll.LoraLens) -> list[str]:
 
 def many_beside_one(lens: ll.LoraLens, length: int, turns: int) -> list[str]:
     """Rows of calls over sixteen prompts of one length, in the time of one prompt."""
-    few = random_ids(1, length, seed=3)
-    many = random_ids(1, MANY * length, seed=3).view(MANY, length)
+    many = text_prompts(lens, MANY, length).tokens
+    few = many[:1]
     doc = MARGIN.doc
     pre = MARGIN.pre
     works: dict[str, Callable[[torch.Tensor], object]] = {

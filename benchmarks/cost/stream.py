@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from measuring import HIGHEST_ID, LOWEST_ID, forget_peak, resident_mib
+from measuring import forget_peak, resident_mib, text_ids
 
 import lens_lora as ll
 
@@ -35,13 +35,14 @@ class Run(NamedTuple):
 
 
 def texts(lens: ll.LoraLens, tokens: int, seed: int) -> Iterator[dict[str, str]]:
-    """Yield texts of random tokens, until there are so many tokens."""
+    """Yield passages of several lengths, until there are so many tokens."""
+    tokenizer = lens.model.tokenizer
+    ids = text_ids(tokenizer, 1, tokens + LONGEST, seed)[0]
     generator = torch.Generator().manual_seed(seed)
     made = 0
     while made < tokens:
         length = int(torch.randint(SHORTEST, LONGEST + 1, (1,), generator=generator))
-        ids = torch.randint(LOWEST_ID, HIGHEST_ID, (length,), generator=generator)
-        yield {"prompt": lens.model.tokenizer.decode(ids)}
+        yield {"prompt": tokenizer.decode(ids[made : made + length])}
         made += length
 
 

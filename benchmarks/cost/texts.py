@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from measuring import cpu_seconds, plain_forward, random_ids
+from measuring import cpu_seconds, plain_forward, text_ids
 
 import lens_lora as ll
 from lens_lora.two_adapters.shift_products import shift_products
@@ -43,8 +43,8 @@ TARGETS = {AUDIT: "≤ 8 F", WITH_CONTROLS: "≤ 1.2 F each"}
 
 
 def text_table(lens: ll.LoraLens, texts: int, turns: int) -> None:
-    """Print the table of so many texts of 64 random tokens."""
-    rows = lens.prompts(random_ids(texts, SIZE_OF_TEXT))
+    """Print the table of so many texts of 64 tokens."""
+    rows = lens.prompts(text_ids(lens.model.tokenizer, texts, SIZE_OF_TEXT))
     # The least ratio of each work so far.
     least = dict.fromkeys(WORKS, float("inf"))
     for _ in range(turns):
