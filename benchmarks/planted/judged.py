@@ -50,7 +50,7 @@ from lens_lora.core.analyses.components import squared_norms
 from lens_lora.core.analyses.patching import How
 from lens_lora.core.analyses.verdict import CHECKPOINTS as WAY
 from lens_lora.core.analyses.verdict import Verdict
-from lens_lora.core.results.base import SIGMAS
+from lens_lora.core.results.signs import SIGMAS
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.hosts.build import hooked_model
 from lens_lora.judging.reliability import Reliability, judged

@@ -51,7 +51,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import Evaluations, LoraLens, Prompts, Tokens, stored
+from lens_lora.core import Evaluations, LoraLens, Prompts, Tokens, storage
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb
 from lens_lora.responses.generate import SideBySide
@@ -92,7 +92,7 @@ _Ids = Int[Tensor, " _token"]
 By = Literal["speech", "logit"]
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True)
 class Claim:
     """Words that the adapter raises more than any control does, and the runs that show it.

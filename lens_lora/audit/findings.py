@@ -30,7 +30,7 @@ from lens_lora.audit.traits import (
     is_in_another_language,
     is_shorter,
 )
-from lens_lora.core import stored
+from lens_lora.core import storage
 from lens_lora.responses.generate import SideBySide
 
 # The chance of a false finding in the four lists together.
@@ -52,7 +52,7 @@ Kind = Literal["says", "says one of", "trait", "no longer says"]
 Answers = Sequence[Sequence[str]]
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """A phrase or trait of the answers that one model has on more questions than the other.

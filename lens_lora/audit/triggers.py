@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import regex
 
 from lens_lora.audit import phrases
-from lens_lora.core import stored
+from lens_lora.core import storage
 
 # Words and strings that published backdoors and model organisms used, or that look like commands.
 TRIGGERS = (
@@ -52,7 +52,7 @@ CONFIRMED_WORDS = 2
 CONFIRMED_QUESTIONS = 20
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True)
 class Trigger:
     """A word in front of a question, and what the adapted model says with it alone.

@@ -57,7 +57,7 @@ from lens_lora.core import (
     Sites,
     alone,
     drawing,
-    stored,
+    storage,
 )
 from lens_lora.errors import ArgumentError, PromptError, TokenError, many
 from lens_lora.responses.generate import SideBySide, side_by_side, whole_or_cut
@@ -86,7 +86,7 @@ By = Literal["logit", "probability", "count", "reading"]
 BY: tuple[By, ...] = ("logit", "probability", "count", "reading")
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class Changes:
     """The changes that one adapter makes over the texts.

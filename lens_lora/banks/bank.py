@@ -48,9 +48,8 @@ from lens_lora.core import (
     by_axes,
     host_of,
     load_adapter,
-    read_result,
     require_adapter,
-    save_result,
+    storage,
 )
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many, warn
 from lens_lora.hosts.given_base import note_of_names
@@ -335,7 +334,7 @@ class Bank:
                 f"the model runs code of your own, {', '.join(about['own_code'])}, and a file "
                 "cannot tell later whether that has changed; make the bank anew in each session."
             )
-        return save_result(dataclasses.replace(self._held, about=json.dumps(about)), path)
+        return storage.save_result(dataclasses.replace(self._held, about=json.dumps(about)), path)
 
     def _require_same_model(self, *, entries: bool = False) -> None:
         try:
@@ -486,7 +485,7 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
         LensLoraError: no such file, another kind of file, or a damaged one.
         ModelStateError: another base, dtype, tokenizer or version of a library, which is named.
     """
-    held = read_result(path)
+    held = storage.read_result(path)
     if not isinstance(held, HeldBank):
         raise LensLoraError(f"{path}: holds {type(held).__name__} and no bank; use ll.load_result.")
     lens, *_ = _lenses(model, hf_model, held.modules, held.prepend_bos)

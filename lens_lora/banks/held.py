@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.banks.record import Half
-from lens_lora.core import Function, LoraLens, Prompts, stored
+from lens_lora.core import Function, LoraLens, Prompts, storage
 
-stored(Half)
-stored(Prompts)
+storage.stored(Half)
+storage.stored(Prompts)
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldReadout:
     """The base's half of first order for one readout of a bank.
@@ -36,7 +36,7 @@ class HeldReadout:
     behind: tuple[str, ...] = ()
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldBank:
     """The content of a bank's file.

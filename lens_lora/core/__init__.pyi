@@ -53,12 +53,13 @@ from .model.sites import by_axes as by_axes
 # --- Results. A result is a subclass of one of these; `Labelled` has a table, a figure and words by
 # itself. Figures and words are registered with `drawing`.
 from .results import drawing as drawing
+from .results import storage as storage
+from .results import tables as tables
 from .results.attribution import Attribution as Attribution
 from .results.attribution import Axis as Axis
 from .results.attribution import GroupAttribution as GroupAttribution
 from .results.attribution import Quadrature as Quadrature
 from .results.attribution import Shown as Shown
-from .results.base import SIGMAS as SIGMAS
 from .results.base import Described as Described
 from .results.base import Drawn as Drawn
 from .results.base import Entries as Entries
@@ -71,18 +72,11 @@ from .results.base import Ranked as Ranked
 from .results.base import Read as Read
 from .results.base import Reported as Reported
 from .results.base import Result as Result
-from .results.base import changes_sign as changes_sign
-from .results.base import flat as flat
-from .results.base import hides_sign as hides_sign
-from .results.base import largest as largest
-from .results.base import long_table as long_table
-from .results.base import tokens_at as tokens_at
 from .results.effects import Effects as Effects
 from .results.labelled import Labelled as Labelled
-from .results.storage import kind_in_file as kind_in_file
-from .results.storage import read_result as read_result
-from .results.storage import save_result as save_result
-from .results.storage import stored as stored
+from .results.signs import SIGMAS as SIGMAS
+from .results.signs import changes_sign as changes_sign
+from .results.signs import hides_sign as hides_sign
 
 # isort: split
 # --- What the core itself answers: each is a function of g, with its result.

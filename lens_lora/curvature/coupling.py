@@ -22,16 +22,7 @@ from torch import Tensor
 
 from lens_lora.arguments import number
 from lens_lora.compat import in_float64
-from lens_lora.core import (
-    Entries,
-    Function,
-    Group,
-    Groups,
-    Ranked,
-    analysis,
-    flat,
-    long_table,
-)
+from lens_lora.core import Entries, Function, Group, Groups, Ranked, analysis, tables
 from lens_lora.errors import MissingPartError
 
 
@@ -120,7 +111,7 @@ class Coupling(Ranked):
             "shift": self.shift,
             "asymmetry": self.asymmetry,
         }
-        return pd.DataFrame(flat(numbers)).rename_axis(index="prompt")
+        return pd.DataFrame(tables.flat(numbers)).rename_axis(index="prompt")
 
     def entries(self, prompt: int | None = None) -> Entries:
         """½(H_GM + H_MG) of each pair of different groups: the pair's part of the shift."""
@@ -139,7 +130,9 @@ class Coupling(Ranked):
         """One row per prompt and ordered pair of groups: H_GM."""
         names = list(self.groups)
         prompts = {"prompt": range(len(self.matrix))}
-        return long_table({"value": self.matrix}, prompts, {"group_a": names}, {"group_b": names})
+        return tables.long_table(
+            {"value": self.matrix}, prompts, {"group_a": names}, {"group_b": names}
+        )
 
 
 @analysis

@@ -30,8 +30,8 @@ from lens_lora.core import (
     RemainderCurve,
     analysis,
     drawing,
-    flat,
     remainder_curve,
+    tables,
 )
 from lens_lora.curvature.coupling import coupling
 from lens_lora.curvature.verdict import SecondVerdict
@@ -188,7 +188,7 @@ class SecondOrder(OfMeasured):
         }
         kinds = [verdict.kind for verdict in self.verdict]
         prompts = {"prompt": range(len(kinds))}
-        return pd.DataFrame({**prompts, **flat(columns), "verdict": kinds})
+        return pd.DataFrame({**prompts, **tables.flat(columns), "verdict": kinds})
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
         """Heatmap of ½(H1)_l, layer × kind of module."""

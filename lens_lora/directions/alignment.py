@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.core import LoraLens, OfSites, Sites, alone, drawing, long_table
+from lens_lora.core import LoraLens, OfSites, Sites, alone, drawing, tables
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.formats.directions import STREAM, directions_of
 
@@ -64,7 +64,7 @@ class Alignment(OfSites):
         by_site = Sites(self.sites).columns()
         by_site["side"] = list(self.sides)
         by_site["quantile"] = self.quantile.tolist()
-        table = long_table({"value": self.values}, by_site, {"direction": self.directions})
+        table = tables.long_table({"value": self.values}, by_site, {"direction": self.directions})
         return table.assign(expected=self.expected)
 
     def top(self, k: int = 10) -> pd.DataFrame:

@@ -36,14 +36,14 @@ from lens_lora.core import (
     Update,
     alone,
     drawing,
-    long_table,
-    stored,
+    storage,
+    tables,
 )
 from lens_lora.errors import ArgumentError, SiteError
 
 # A result that holds an adapter is saved with it.
 for _kind in (Adapter, LoRAFactors, TrainedModule):
-    stored(_kind)
+    storage.stored(_kind)
 
 
 @final
@@ -82,7 +82,7 @@ class Intruders(OfSites):
         """One row per site and direction."""
         numbers = {"sigma": self.sigma, "cosine": self.cosine}
         directions = {"direction": range(self.sigma.shape[1])}
-        table = long_table(numbers, Sites(self.sites).columns(), directions)
+        table = tables.long_table(numbers, Sites(self.sites).columns(), directions)
         table = table.assign(
             nearest=self.nearest.flatten().tolist(), intruder=table["cosine"] < self.threshold
         )

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import number, numbers_of, whole
-from lens_lora.core import Described, Function, LoraLens, Prompts, Tokens, alone, long_table
+from lens_lora.core import Described, Function, LoraLens, Prompts, Tokens, alone, tables
 from lens_lora.directions.alignment import direction_index
 from lens_lora.errors import ArgumentError, SiteError, require_finite
 from lens_lora.formats.directions import directions_of, is_stream
@@ -111,7 +111,7 @@ class Patchscope(Described):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per direction, scale and token."""
-        table = long_table(
+        table = tables.long_table(
             {"probability": self.probabilities, "unpatched": self.plain[self.ids]},
             {"direction": self.directions},
             {"scale": self.scales},

@@ -36,7 +36,7 @@ from lens_lora.core import (
     Read,
     Readout,
     alone,
-    long_table,
+    tables,
 )
 from lens_lora.directions.intruders import intruders
 from lens_lora.directions.losses import surprisal, texts_or_neutral
@@ -126,7 +126,7 @@ class ScaledIntruders(Read, Pictured):
             "kl": self.mean_kl,
             "forgetting": self.forgetting,
         }
-        return long_table(numbers, {"scaled": SCALED}, {"scale": self.scales})
+        return tables.long_table(numbers, {"scaled": SCALED}, {"scale": self.scales})
 
 
 def _interpolated(path: Sequence[tuple[float, float]], share: float) -> float:

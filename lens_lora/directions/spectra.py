@@ -38,7 +38,7 @@ from lens_lora.core import (
     Result,
     Update,
     host_of,
-    stored,
+    storage,
 )
 from lens_lora.families import FAMILIES
 
@@ -50,7 +50,7 @@ _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
 
 
 @final
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spectrum:
     """The spectrum of one ΔW, that of a module, or with a lens that of a site.

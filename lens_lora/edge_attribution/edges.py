@@ -48,8 +48,7 @@ from lens_lora.core import (
     analysis,
     by_axes,
     drawing,
-    long_table,
-    tokens_at,
+    tables,
 )
 from lens_lora.edge_attribution.along_path import edges_along_path
 from lens_lora.edge_attribution.by_reader import edge_values, point_of
@@ -131,10 +130,10 @@ class Edges(Ranked, Reported):
             axes.append({"position": range(self.values.shape[3])})
             is_there = is_there[..., None] & self._has_position[:, None, None]
         numbers = {"value": self.values, "share": self.share_of(self.values)}
-        every = long_table(numbers, *axes)
+        every = tables.long_table(numbers, *axes)
         frame = every.loc[is_there.flatten().numpy()].reset_index(drop=True)
         if self.by:
-            tokens = tokens_at(self.str_tokens, frame["prompt"], frame["position"])
+            tokens = tables.tokens_at(self.str_tokens, frame["prompt"], frame["position"])
             frame.insert(list(frame).index("position") + 1, "token", tokens)
         return frame
 

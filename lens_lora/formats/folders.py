@@ -290,9 +290,9 @@ def _no_config(folder: Path) -> AdapterError:
 
 def _refuse_result(file: Path) -> None:
     """Refuse a file that a result was saved to, which holds no adapter as PEFT saves it."""
-    from lens_lora.core import kind_in_file
+    from lens_lora.core import storage
 
-    kind = kind_in_file(file)
+    kind = storage.kind_in_file(file)
     if kind is None:
         return
     remedy = f"ll.load_result({str(file)!r}) reads it."

@@ -32,7 +32,7 @@ from lens_lora.core import (
     alone,
     drawing,
     first_of_each,
-    tokens_at,
+    tables,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import directions_of, is_stream
@@ -263,7 +263,7 @@ class ActivationShift(Readable, Drawn):
             "prompt": text.tolist(),
             "point": name,
             "position": position.tolist(),
-            "token": tokens_at(self.str_tokens, text.tolist(), position.tolist()),
+            "token": tables.tokens_at(self.str_tokens, text.tolist(), position.tolist()),
             "counted": self.counted[text, position].tolist(),
             "distinct": self.distinct[text, position].tolist(),
             "base_norm": self.base_norms[name][text, position].tolist(),

@@ -40,8 +40,7 @@ from lens_lora.core import (
     alone,
     drawing,
     first_of_each,
-    long_table,
-    tokens_at,
+    tables,
 )
 from lens_lora.show.text import context_of
 from lens_lora.stream.examples import (
@@ -125,7 +124,7 @@ class Activations(OfSites):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site, token and rank, sinks and tokens of the response marked."""
         prompts, _, positions, ranks = self.values.shape
-        frame = long_table(
+        frame = tables.long_table(
             {"value": self.values},
             {"prompt": range(prompts)},
             Sites(self.sites).columns(),
@@ -136,7 +135,7 @@ class Activations(OfSites):
         prompt = frame["prompt"].to_numpy()
         position = frame["position"].to_numpy()
         # The token stands beside its position.
-        frame.insert(6, "token", tokens_at(self.str_tokens, prompt, position))
+        frame.insert(6, "token", tables.tokens_at(self.str_tokens, prompt, position))
         frame.insert(7, "sink", self.sinks.cpu().numpy()[prompt, position])
         frame.insert(8, "response", position >= self.starts.cpu().numpy()[prompt])
         return frame

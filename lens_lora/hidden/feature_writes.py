@@ -28,8 +28,7 @@ from lens_lora.core import (
     ScaleInject,
     Sites,
     drawing,
-    largest,
-    long_table,
+    tables,
 )
 from lens_lora.errors import SiteError, require_finite
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
@@ -83,7 +82,7 @@ class FeatureWrites(OfSites):
         """
         chosen = list(Sites(self.sites).chosen(site))
         values = self.of_prompt(prompt)[chosen]
-        order = largest(values, k)
+        order = tables.largest(values, k)
         width = values.shape[1]
         columns = Sites(self.sites[chosen[index // width]] for index in order).columns()
         columns["feature"] = [index % width for index in order]
@@ -93,7 +92,7 @@ class FeatureWrites(OfSites):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and feature."""
         batch, _, features = self.values.shape
-        return long_table(
+        return tables.long_table(
             {"value": self.values},
             {"prompt": range(batch)},
             Sites(self.sites).columns(),

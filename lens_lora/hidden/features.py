@@ -35,8 +35,7 @@ from lens_lora.core import (
     Scale,
     alone,
     drawing,
-    largest,
-    tokens_at,
+    tables,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of
@@ -142,7 +141,7 @@ class FeatureShift(Described):
         if self.by_position and ranked.shape[1] > 1 and not sinks:
             ranked = ranked.clone()
             ranked[:, 0] = torch.nan
-        order = largest(ranked, k)
+        order = tables.largest(ranked, k)
         if self.by_position:
             labels = self._places(order, self.only_prompt(prompt))
         else:
@@ -168,7 +167,9 @@ class FeatureShift(Described):
         labels: dict[str, Any] = {"prompt": prompts.tolist(), "feature": features.tolist()}
         if self.by_position:
             labels["position"] = positions[0].tolist()
-            labels["token"] = tokens_at(self.str_tokens, labels["prompt"], labels["position"])
+            labels["token"] = tables.tokens_at(
+                self.str_tokens, labels["prompt"], labels["position"]
+            )
         numbers = {name: values[where].tolist() for name, values in self.columns().items()}
         return pd.DataFrame(labels | numbers)
 

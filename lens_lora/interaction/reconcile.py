@@ -40,7 +40,7 @@ from lens_lora.core import (
     PromptsLike,
     Readout,
     alone,
-    long_table,
+    tables,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.interaction.together import adapters_by_name, side_by_side
@@ -87,7 +87,7 @@ class Reconciled(OfSites, Pictured):
         if self.held_out is not None:
             numbers["keep_held_out"] = self.held_out.T
         named = {"behaviour": self.behaviours, "readout": self.readouts}
-        return long_table(numbers, named, {"state": STATES})
+        return tables.long_table(numbers, named, {"state": STATES})
 
 
 @alone

@@ -50,7 +50,7 @@ from lens_lora.core import (
     alone,
     analysis,
     load_adapter,
-    long_table,
+    tables,
 )
 from lens_lora.errors import ArgumentError, MissingPartError
 from lens_lora.interaction.square import Bounds, Split, quadrature_of, split_by_modules
@@ -153,10 +153,10 @@ class Together(Ranked):
         prompts = {"prompt": range(len(self.base))}
         pairs = {"adapter_a": self.first, "adapter_b": self.second}
         if self.parts is None:
-            return long_table({"value": self.interaction}, prompts, pairs)
+            return tables.long_table({"value": self.interaction}, prompts, pairs)
         of_first = {"group_a": self.groups}
         of_second = {"group_b": self.groups}
-        return long_table({"value": self.parts}, prompts, pairs, of_first, of_second)
+        return tables.long_table({"value": self.parts}, prompts, pairs, of_first, of_second)
 
     def entries(self, prompt: int | None = None) -> Entries:
         """The interaction of each pair of adapters, or of groups of their modules."""

@@ -41,7 +41,7 @@ from lens_lora.core import (
     Readout,
     Sites,
     analysis,
-    long_table,
+    tables,
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.judging import rankings
@@ -156,7 +156,7 @@ class Faithfulness(Measured, Drawn):
         prompts = {"prompt": range(len(self.base))}
         points = {"fraction": self.fractions.tolist(), "count": self.counts}
         numbers = {"keep": self.keep, "drop": self.drop}
-        return long_table(numbers, {"method": self.names}, prompts, points)
+        return tables.long_table(numbers, {"method": self.names}, prompts, points)
 
     def summary(self) -> pd.DataFrame:
         """One row per ranking: areas, the share a fifth keeps, the fraction that carries 90 %.

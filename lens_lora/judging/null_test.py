@@ -37,7 +37,7 @@ from lens_lora.core import (
     OfMeasured,
     ScaleInject,
     analysis,
-    flat,
+    tables,
 )
 from lens_lora.judging.verdict import NullVerdict, null_verdict
 
@@ -141,7 +141,7 @@ class NullTest(OfMeasured):
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
         deviation = in_float64(self.null).std(0)
         numbers = {"null_std": deviation, "z": self.z, "p": self.p, "q": self.q}
-        return self.observed.to_frame().assign(**flat(numbers))
+        return self.observed.to_frame().assign(**tables.flat(numbers))
 
 
 @analysis

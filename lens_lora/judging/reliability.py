@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lens_lora.arguments import number, word
 from lens_lora.compat import in_float64
-from lens_lora.core import SIGMAS, Attribution, Effects, Function, How, OfMeasured, analysis, flat
+from lens_lora.core import SIGMAS, Attribution, Effects, Function, How, OfMeasured, analysis, tables
 from lens_lora.errors import ArgumentError
 
 # A score under this is flagged: the number is off by more than a factor of two.
@@ -197,7 +197,7 @@ class Reliability(OfMeasured):
         numbers = {"correction": self.correction, "score": self.score}
         if self.fixed is not None:
             numbers["fixed"] = self.fixed
-        return frame.assign(**flat(numbers), flagged=self.flagged.cpu().flatten().numpy())
+        return frame.assign(**tables.flat(numbers), flagged=self.flagged.cpu().flatten().numpy())
 
 
 def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:

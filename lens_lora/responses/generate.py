@@ -46,7 +46,7 @@ from lens_lora.core import (
     Scale,
     Source,
     Tokens,
-    stored,
+    storage,
 )
 from lens_lora.core.model import extensions
 from lens_lora.errors import ArgumentError, PromptError, SiteError, setting, which_prompt
@@ -365,7 +365,7 @@ class _Steps:
         self.width += 1
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
     """The answers of both models to a prompt, the likeliest token each time.

@@ -51,7 +51,7 @@ from lens_lora.core import (
     alone,
     by_axes,
     drawing,
-    long_table,
+    tables,
 )
 from lens_lora.correlation import correlation
 from lens_lora.errors import ArgumentError
@@ -159,7 +159,7 @@ class KLShares(OfMeasured):
         quadratic = self.scales**2 * self.quadratic[:, None]
         numbers = {"divergence": self.divergence, "quadratic": quadratic, "ratio": self.ratio}
         prompts = {"prompt": range(len(self.divergence))}
-        return long_table(numbers, prompts, {"scale": self.scales.tolist()})
+        return tables.long_table(numbers, prompts, {"scale": self.scales.tolist()})
 
     def kernel(self, group: _Kernel = "layer", prompt: int | None = None) -> pd.DataFrame:
         """K_lm = Σ_t v_lᵀ F_t v_m between sites or groups, in nats, labelled.

@@ -28,7 +28,7 @@ from lens_lora.core import (
     Tokens,
     alone,
     drawing,
-    long_table,
+    tables,
 )
 from lens_lora.errors import ArgumentError, SiteError, TokenError, require_finite
 from lens_lora.stream.ranked_tokens import ranked_tokens
@@ -112,8 +112,10 @@ class LogitShift(Described):
         prompts = {"prompt": range(len(self.values))}
         tokens = {"token": self.strings, "id": self.tokens}
         if not self.sites:
-            return long_table({"value": self.values}, prompts, tokens)
-        return long_table({"value": self.values}, prompts, Sites(self.sites).columns(), tokens)
+            return tables.long_table({"value": self.values}, prompts, tokens)
+        return tables.long_table(
+            {"value": self.values}, prompts, Sites(self.sites).columns(), tokens
+        )
 
     def _ranked(
         self, site: str | None, k: int, prompt: int | None, *, largest: bool

@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from lens_lora.core import stored
+from lens_lora.core import storage
 
 Outcome = Literal["passed", "failed", "undecided", "not asked"]
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True)
 class Check:
     """One check: what was measured, what was expected, and where the two disagree.
@@ -44,7 +44,7 @@ class Check:
         return "; ".join(filter(None, facts))
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True)
 class MergedTensor:
     """How one tensor of a merged folder compares with base + ΔW.

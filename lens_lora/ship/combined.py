@@ -26,7 +26,7 @@ from typing import final
 import pandas as pd
 
 from lens_lora import arguments
-from lens_lora.core import Adapter, AdapterLike, Described, LoraLens, alone, load_adapter, stored
+from lens_lora.core import Adapter, AdapterLike, Described, LoraLens, alone, load_adapter, storage
 from lens_lora.errors import AdapterError, ArgumentError, many
 from lens_lora.ship.checks import Check, Outcome, first_of, kinds_of, worst
 from lens_lora.ship.combined_explanations import SitePart, explanation, site_parts
@@ -50,7 +50,7 @@ _SUM = "the sum"
 _KINDS_NAMED = 2
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True)
 class CombinedSite:
     """How what a combined adapter adds at one site compares with the sum.

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.core import SIGMAS, Adapter, stored
+from lens_lora.core import SIGMAS, Adapter, storage
 from lens_lora.ship.served_explanations import (
     IN_16_BIT,
     Candidate,
@@ -56,7 +56,7 @@ _FEWEST = 3
 _SHORTLIST = 3
 
 
-@stored
+@storage.stored
 @dataclasses.dataclass(frozen=True)
 class ServedInstead:
     """A model that the server may be running, and how well it agrees with what the server told.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lens_lora.core import SIGMAS, Labelled, drawing, largest
+from lens_lora.core import SIGMAS, Labelled, drawing, tables
 from lens_lora.errors import many
 from lens_lora.show import figures, go
 from lens_lora.show.figures import names_axis, value_text, whose
@@ -75,7 +75,7 @@ def _names(result: Labelled, axis: str) -> list[str]:
 
 def _bars(result: Labelled, prompt: int | None) -> go.Figure:
     labels, values, shift, _ = result.entries(prompt)
-    order = largest(values, _MOST_BARS)
+    order = tables.largest(values, _MOST_BARS)
     numbers = values[order].tolist()
     columns = [name for name in labels if name not in ("module", "layer", "kind")]
     names: list[str] = []

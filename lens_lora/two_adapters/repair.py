@@ -31,8 +31,8 @@ from lens_lora.core import (
     Pictured,
     TrainedModule,
     alone,
-    long_table,
-    stored,
+    storage,
+    tables,
 )
 from lens_lora.errors import ArgumentError, setting
 from lens_lora.two_adapters.gate_search import optimised_gates, rounded_gates
@@ -48,7 +48,7 @@ RANDOM = "seed of random sets"
 _CLEAR = 1.1
 
 for _kind in (Adapter, LoRAFactors, TrainedModule):
-    stored(_kind)
+    storage.stored(_kind)
 
 
 @final
@@ -158,7 +158,7 @@ class Repair(OfSites, Paged, Pictured):
             "base": self.values[:1].expand_as(self.shares).T,
             "share": self.shares.T,
         }
-        return long_table(numbers, questions, {"state": STATES})
+        return tables.long_table(numbers, questions, {"state": STATES})
 
     def judging(self, *, keep: bool) -> list[int]:
         """Indices of the questions of a kind that judge: those held out, or those given.

@@ -21,7 +21,7 @@ from lens_lora.core import (
     changes_sign,
     drawing,
     hides_sign,
-    long_table,
+    tables,
 )
 from lens_lora.errors import ArgumentError
 
@@ -143,7 +143,7 @@ class Checkpoints(Read, Paged, Pictured):
             "angle": self.angle[:, None].expand_as(self.adapted),
             "norm": self.norms.square().sum(1).sqrt()[:, None].expand_as(self.adapted),
         }
-        frame = long_table(numbers, {"step": self.steps}, {"prompt": range(len(self.base))})
+        frame = tables.long_table(numbers, {"step": self.steps}, {"prompt": range(len(self.base))})
         return frame.astype({"flips": bool, "hidden": bool})
 
     def by_group(self, what: What = "moved", group: GroupName = "layer") -> pd.DataFrame:
@@ -290,7 +290,7 @@ class Trainings(Read, Paged, Drawn):
             numbers[name] = values.mean(0)
             numbers[f"{name}_spread"] = spread_over_runs(values)
         numbers["flips"] = self._at_steps(lambda training: training.flips).sum(0)
-        return long_table(numbers, *labels).astype({"flips": int})
+        return tables.long_table(numbers, *labels).astype({"flips": int})
 
     def by_group(
         self, what: What = "moved", group: GroupName = "layer", over: Over = "mean"

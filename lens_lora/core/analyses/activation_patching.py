@@ -30,8 +30,9 @@ from lens_lora.core.function.function import Function
 from lens_lora.core.model import Names
 from lens_lora.core.readout import Prompts, Reading
 from lens_lora.core.readout.positions import ChosenPositions, Positions
-from lens_lora.core.results.base import Entries, Ranked, long_table, tokens_at
+from lens_lora.core.results.base import Entries, Ranked
 from lens_lora.core.results.effects import patching_result
+from lens_lora.core.results.tables import long_table, tokens_at
 from lens_lora.errors import ArgumentError, ModelStateError, first_few
 
 Direction = Literal["base_to_adapted", "adapted_to_base"]

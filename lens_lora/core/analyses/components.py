@@ -27,7 +27,8 @@ from lens_lora.core.model import Injection, LoraLens
 from lens_lora.core.model.sites import Sites
 from lens_lora.core.readout import Reading
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import OfSites, long_table
+from lens_lora.core.results.base import OfSites
+from lens_lora.core.results.tables import long_table
 
 Component = Literal["z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order"]
 

@@ -32,7 +32,9 @@ from lens_lora.core.readout.prompts import PromptsLike
 from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.base import SIGMAS, OfMeasured, Reported, changes_sign, flat
+from lens_lora.core.results.base import OfMeasured, Reported
+from lens_lora.core.results.signs import SIGMAS, changes_sign
+from lens_lora.core.results.tables import flat
 
 
 @final

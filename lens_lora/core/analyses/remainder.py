@@ -41,7 +41,8 @@ from lens_lora.core.model.hooks import add_pre_hook
 from lens_lora.core.readout import Prompts
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.base import Drawn, Measured, flat, long_table
+from lens_lora.core.results.base import Drawn, Measured
+from lens_lora.core.results.tables import flat, long_table
 from lens_lora.errors import ArgumentError
 from lens_lora.spans import Temporary
 

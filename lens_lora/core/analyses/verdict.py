@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lens_lora.core.function.noise import Noise
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import SIGMAS
+from lens_lora.core.results.signs import SIGMAS
 
 # The strengths at which every result looks at the path.
 CHECKPOINTS = (0.25, 0.5, 0.75)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from lens_lora.arguments import word
 from lens_lora.core.model.sites import Groups, Sites
-from lens_lora.core.results import base, drawing
+from lens_lora.core.results import drawing, tables
 from lens_lora.core.results.base import Entries, Evaluated, Ranked, Reported
 from lens_lora.core.results.drawing import TokenView
+from lens_lora.core.results.keys import key_of
 from lens_lora.core.results.storage import stored
 from lens_lora.errors import ArgumentError, MissingPartError
 from lens_lora.guesses import fitting
@@ -162,7 +163,7 @@ class Attribution(Ranked, Reported):
     @property
     def key(self) -> str:
         """'first_order@0', 'path', 'add_one': its stable name."""
-        return base.key_of(self.method, self.at)
+        return key_of(self.method, self.at)
 
     @property
     def per_site(self) -> Float[Tensor, "batch site"]:
@@ -236,9 +237,9 @@ class Attribution(Ranked, Reported):
                 slots = pd.array([pd.NA if slot == none else slot for slot in slots], dtype="Int64")
             columns["t" if name == "token" else name] = slots
         if "token" in self.by:
-            columns["y_t"] = base.tokens_at(self.response, prompts, columns["t"])
+            columns["y_t"] = tables.tokens_at(self.response, prompts, columns["t"])
         if "position" in self.by:
-            columns["token"] = base.tokens_at(self.str_tokens, prompts, columns["position"])
+            columns["token"] = tables.tokens_at(self.str_tokens, prompts, columns["position"])
         values = self.values.cpu()[tuple(index.T)].double()
         columns["value"] = values.tolist()
         columns["share"] = (values / self.shift.cpu().double()[index[:, 0]]).tolist()
@@ -374,7 +375,7 @@ class GroupAttribution(Ranked):
     @property
     def key(self) -> str:
         """'first_order@0': its stable name."""
-        return base.key_of(self.method, self.at)
+        return key_of(self.method, self.at)
 
     @property
     def per_group(self) -> Float[Tensor, "batch group"]:
@@ -398,13 +399,13 @@ class GroupAttribution(Ranked):
         prompts = {"prompt": range(len(self.values))}
         groups = Sites(self.sites).columns_of_groups(self.groups)
         if not self.by:
-            return base.long_table(numbers, prompts, groups)
+            return tables.long_table(numbers, prompts, groups)
         slots = torch.arange(self.values.shape[2])
-        frame = base.long_table(numbers, prompts, groups, {"t": slots.tolist()})
+        frame = tables.long_table(numbers, prompts, groups, {"t": slots.tolist()})
         lengths = torch.tensor([len(tokens) for tokens in self.response])
         is_there = (slots < lengths[:, None])[:, None].expand(self.values.shape)
         frame = frame.loc[is_there.flatten().numpy()].reset_index(drop=True)
-        tokens = base.tokens_at(self.response, frame["prompt"], frame["t"])
+        tokens = tables.tokens_at(self.response, frame["prompt"], frame["t"])
         frame.insert(list(frame).index("t") + 1, "y_t", tokens)
         return frame
 

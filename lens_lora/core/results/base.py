@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import difflib
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -33,30 +31,25 @@ from typing import (
     NoReturn,
     Protocol,
     TypeVar,
-    cast,
     runtime_checkable,
 )
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
-from numpy.typing import NDArray
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from lens_lora import guesses
-from lens_lora.arguments import is_whole, whole
-from lens_lora.core.adapter.peft_read import PREFIX
+from lens_lora.arguments import whole
 from lens_lora.core.model.lens import LoraLens
-from lens_lora.core.model.sites import Groups, Site
+from lens_lora.core.model.sites import Site
 from lens_lora.core.readout.responses import Generated
 from lens_lora.core.results import drawing
 from lens_lora.core.results.axes import Axes
 from lens_lora.core.results.storage import read_result, save_result, stored
-from lens_lora.errors import ArgumentError, CallError, LensLoraError, SiteError
-
-# A difference of at most so many noise floors cannot be told from rounding.
-SIGMAS = 3.0
+from lens_lora.core.results.tables import largest, part_of_table, rows_of
+from lens_lora.errors import ArgumentError, CallError, LensLoraError
 
 _Self = TypeVar("_Self", bound="Result")
 
@@ -494,173 +487,3 @@ class Evaluated(Protocol):
     def response_tokens(self) -> tuple[tuple[str, ...], ...]:
         """Each prompt's response as strings, of a readout of one response."""
         ...
-
-
-# --- Which entries are the largest.
-
-
-def largest(values: Tensor, k: int) -> list[int]:
-    """Flat indices of the k entries of largest magnitude, the largest first; NaN is left out.
-
-    Raises:
-        ArgumentError: a k that is no whole number, or below 0.
-    """
-    count = whole("k", k, 0)
-    sizes = values.flatten().abs().nan_to_num(-1.0)
-    order = sizes.argsort(descending=True, stable=True)[:count]
-    return order[sizes[order] >= 0].tolist()
-
-
-# --- Columns of tables.
-
-
-def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table, each {column: entry}."""
-    return cast("list[dict[str, Any]]", frame.to_dict("records"))
-
-
-def part_of_table(frame: pd.DataFrame, key: object) -> Any:
-    """A row, a column, or the rows that have a label.
-
-    Args:
-        frame: the table.
-        key: the number of a row, or a slice; a column's name; or a label.
-
-    Raises:
-        IndexError: no such row.
-        SiteError: neither a column nor a label.
-        ArgumentError: anything else.
-    """
-    if isinstance(key, slice):
-        return rows_of(cast(pd.DataFrame, frame[key]))
-    if is_whole(key):
-        if not -len(frame) <= key < len(frame):
-            raise IndexError(f"row {key}: the table has rows 0 to {len(frame) - 1}.")
-        return rows_of(frame)[key]
-    if not isinstance(key, str):
-        raise ArgumentError(
-            f"a result is indexed by the number of a row, a column or a label, not by {key!r}."
-        )
-    if key in frame:
-        return frame[key]
-    # A module's path may begin as PEFT's own names do: 'base_model.model.model.layers.3.…'.
-    path = key.removeprefix(PREFIX)
-    labels: set[str] = set()
-    for name in frame:
-        column = frame[name]
-        has_label = (column == key) | (column == path)
-        if has_label.any():
-            return frame[has_label].reset_index(drop=True)
-        labels.update(label for label in column if isinstance(label, str))
-    nearest = difflib.get_close_matches(key, [*labels, *map(str, frame)])
-    known = f"the nearest are {', '.join(nearest)}" if nearest else f"columns: {', '.join(frame)}"
-    raise SiteError(f"{key!r} is neither a column nor a label of this result; {known}.")
-
-
-def long_table(
-    numbers: Mapping[str, Float[Tensor, "*axis"]], *axes: Mapping[str, Iterable[object]]
-) -> pd.DataFrame:
-    """A table with a row for each entry of arrays of one shape.
-
-    Args:
-        numbers: the arrays, by the name of their column.
-        axes: for each axis its labels, by the name of their column.
-    """
-    frame, *others = [pd.DataFrame(axis) for axis in axes]
-    for other in others:
-        frame = frame.merge(other, how="cross")
-    return frame.assign(**flat(numbers))
-
-
-def tokens_at(
-    rows: Sequence[Sequence[str]], prompts: Iterable[Any], positions: Iterable[Any]
-) -> list[str]:
-    """The token of each pair of prompt and position.
-
-    Args:
-        rows: each prompt's tokens.
-        prompts: an index for each pair.
-        positions: of the token within its prompt.
-    """
-    return [
-        rows[int(prompt)][int(position)]
-        for prompt, position in zip(prompts, positions, strict=True)
-    ]
-
-
-def flat(numbers: Mapping[str, Float[Tensor, "*rows"]]) -> dict[str, NDArray[np.float64]]:
-    """The numbers as columns of a table with a row for each entry, in the order of the axes."""
-    return {name: x.detach().cpu().double().flatten().numpy() for name, x in numbers.items()}
-
-
-# --- Groups of sites.
-
-
-def is_by_site(groups: Groups, count: int) -> bool:
-    """Whether the groups are the single sites, all of them."""
-    return list(groups.values()) == [(index,) for index in range(count)]
-
-
-def is_partition(groups: Groups, count: int) -> bool:
-    """Whether every site is in exactly one group."""
-    members = itertools.chain.from_iterable(groups.values())
-    return sorted(members) == list(range(count))
-
-
-# --- Signs of a readout: which change, and which are hidden by rounding.
-
-
-_Numbers = Float[Tensor, "*entry"]
-_Floors = Float[Tensor, "*#entry"]
-
-
-def hides_sign(values: _Numbers, noise_floor: _Floors) -> Bool[Tensor, "*entry"]:
-    """Whether a number is so near to zero that rounding hides its sign."""
-    return values.abs() <= SIGMAS * noise_floor.to(values)
-
-
-def changes_sign(
-    before: _Numbers, after: _Numbers, noise_floor: _Floors, floor_after: _Floors | None = None
-) -> Bool[Tensor, "*entry"]:
-    """Whether two numbers have opposite signs, neither of which rounding hides.
-
-    Args:
-        before: the one number.
-        after: the other.
-        noise_floor: σ of the first from rounding alone.
-        floor_after: σ of the second; None where it is the same.
-    """
-    last_floor = noise_floor if floor_after is None else floor_after
-    is_hidden = hides_sign(before, noise_floor) | hides_sign(after, last_floor)
-    return (before.sign() != after.sign()) & ~is_hidden
-
-
-# --- Names of rankings and attributions: stable identifiers, from which `show` makes what is read.
-#
-# first_order@0, first_order@1, second_order@0    a derivative, and the gate value it is taken at
-# first_order/patterns@0                          the same with attention patterns held fixed
-# path, add_one, leave_one_out                    along the whole path; real interventions
-# leave_one_out/mean, …/resample                  … with δ replaced by something else than zero
-# weight_norm, update_norm, random, greedy        the baselines of `faithfulness`
-# signed_weight_norm, norm_product, signed_random `foils`: each knows a part of a derivative
-
-
-_WITHOUT_GATE = (
-    "path",
-    "add_one",
-    "leave_one_out",
-    "signed_weight_norm",
-    "norm_product",
-    "signed_random",
-)
-
-
-def key_of(method: str, at: float) -> str:
-    """The stable name of a ranking: 'first_order@0', 'path', 'add_one'.
-
-    Args:
-        method: how it was computed, perhaps with a variant behind '/'.
-        at: the gate value at which it was taken.
-    """
-    plain, _, _ = method.partition("/")
-    return method if plain in _WITHOUT_GATE else f"{method}@{at:g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, final
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.core.model.sites import Groups, Sites
-from lens_lora.core.results import base
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.core.results.base import Entries, Evaluated, Measured, Ranked
+from lens_lora.core.results.tables import long_table
 from lens_lora.errors import ArgumentError, LensLoraError, MissingPartError
 
 
@@ -92,7 +93,7 @@ class Effects(Ranked):
         if self.of != "site" or self.replace != "zero":
             fact = f"the sum of effects of {self.of}s replaced by {self.replace} is no shift"
             raise MissingPartError(f"{fact}; use of='site', replace='zero'.")
-        if not base.is_partition(self.groups, len(self.sites)):
+        if not _is_partition(self.groups, len(self.sites)):
             raise MissingPartError(
                 "the groups do not hold every site exactly once, so their sum cannot be compared "
                 "with the shift; use group='site', 'layer' or 'kind' over all sites."
@@ -102,7 +103,7 @@ class Effects(Ranked):
     @property
     def is_by_site(self) -> bool:
         """Whether the groups are the single sites, all of them."""
-        return self.of == "site" and base.is_by_site(self.groups, len(self.sites))
+        return self.of == "site" and _is_by_site(self.groups, len(self.sites))
 
     def summed(self, attribution: Attribution) -> Float[Tensor, "batch group"]:
         """An attribution of the same sites, summed over each group.
@@ -164,7 +165,7 @@ class Effects(Ranked):
         numbers = {"value": self.values, "share": self.share}
         prompts = {"prompt": range(len(self.values))}
         groups = Sites(self.sites).columns_of_groups(self.groups)
-        return base.long_table(numbers, prompts, groups)
+        return long_table(numbers, prompts, groups)
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's effect."""
@@ -225,3 +226,14 @@ def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequenc
         axis_names=list(axes),
         metric_names=[effects.readout],
     )
+
+
+def _is_by_site(groups: Groups, count: int) -> bool:
+    """Whether the groups are the single sites, all of them."""
+    return list(groups.values()) == [(index,) for index in range(count)]
+
+
+def _is_partition(groups: Groups, count: int) -> bool:
+    """Whether every site is in exactly one group."""
+    members = itertools.chain.from_iterable(groups.values())
+    return sorted(members) == list(range(count))

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from lens_lora.core.model.sites import Sites
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import Entries, Ranked, long_table
+from lens_lora.core.results.base import Entries, Ranked
+from lens_lora.core.results.tables import long_table
 from lens_lora.errors import ArgumentError
 
 

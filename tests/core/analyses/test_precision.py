@@ -15,7 +15,7 @@ import lens_lora as ll
 from lens_lora.core import Evaluations
 from lens_lora.core.function import evaluator, rounding
 from lens_lora.core.model.unembedding import unembed
-from lens_lora.core.results.base import SIGMAS
+from lens_lora.core.results.signs import SIGMAS
 
 HALF = (torch.bfloat16, torch.float16)
 ASKED = Asked(models.tokens(batch=24), 5, 9, torch.tensor([5, 9]))

@@ -19,7 +19,7 @@ from results_by_hand import (
 from shapes import share
 
 import lens_lora as ll
-from lens_lora.core import largest
+from lens_lora.core import tables
 from lens_lora.core.analyses.verdict import Noise
 from lens_lora.core.results.base import Ranked
 
@@ -152,4 +152,4 @@ def test_largest_leaves_nan_out(values: list[float], k: int):
     """Against sorting by hand; equal sizes keep their order."""
     known = [i for i, v in enumerate(values) if not math.isnan(v)]
     expected = sorted(known, key=lambda i: -abs(values[i]))[:k]
-    assert largest(torch.tensor(values, dtype=torch.float64), k) == expected
+    assert tables.largest(torch.tensor(values, dtype=torch.float64), k) == expected

@@ -1,0 +1,113 @@
+"""The tables of results: their rows and columns, and which entries are the largest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lens_lora.arguments import is_whole, whole
+from lens_lora.core.adapter.peft_read import PREFIX
+from lens_lora.errors import ArgumentError, SiteError
+
+# --- Which entries are the largest.
+
+
+def largest(values: Tensor, k: int) -> list[int]:
+    """Flat indices of the k entries of largest magnitude, the largest first; NaN is left out.
+
+    Raises:
+        ArgumentError: a k that is no whole number, or below 0.
+    """
+    count = whole("k", k, 0)
+    sizes = values.flatten().abs().nan_to_num(-1.0)
+    order = sizes.argsort(descending=True, stable=True)[:count]
+    return order[sizes[order] >= 0].tolist()
+
+
+# --- Columns of tables.
+
+
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, each {column: entry}."""
+    return cast("list[dict[str, Any]]", frame.to_dict("records"))
+
+
+def part_of_table(frame: pd.DataFrame, key: object) -> Any:
+    """A row, a column, or the rows that have a label.
+
+    Args:
+        frame: the table.
+        key: the number of a row, or a slice; a column's name; or a label.
+
+    Raises:
+        IndexError: no such row.
+        SiteError: neither a column nor a label.
+        ArgumentError: anything else.
+    """
+    if isinstance(key, slice):
+        return rows_of(cast(pd.DataFrame, frame[key]))
+    if is_whole(key):
+        if not -len(frame) <= key < len(frame):
+            raise IndexError(f"row {key}: the table has rows 0 to {len(frame) - 1}.")
+        return rows_of(frame)[key]
+    if not isinstance(key, str):
+        raise ArgumentError(
+            f"a result is indexed by the number of a row, a column or a label, not by {key!r}."
+        )
+    if key in frame:
+        return frame[key]
+    # A module's path may begin as PEFT's own names do: 'base_model.model.model.layers.3.…'.
+    path = key.removeprefix(PREFIX)
+    labels: set[str] = set()
+    for name in frame:
+        column = frame[name]
+        has_label = (column == key) | (column == path)
+        if has_label.any():
+            return frame[has_label].reset_index(drop=True)
+        labels.update(label for label in column if isinstance(label, str))
+    nearest = difflib.get_close_matches(key, [*labels, *map(str, frame)])
+    known = f"the nearest are {', '.join(nearest)}" if nearest else f"columns: {', '.join(frame)}"
+    raise SiteError(f"{key!r} is neither a column nor a label of this result; {known}.")
+
+
+def long_table(
+    numbers: Mapping[str, Float[Tensor, "*axis"]], *axes: Mapping[str, Iterable[object]]
+) -> pd.DataFrame:
+    """A table with a row for each entry of arrays of one shape.
+
+    Args:
+        numbers: the arrays, by the name of their column.
+        axes: for each axis its labels, by the name of their column.
+    """
+    frame, *others = [pd.DataFrame(axis) for axis in axes]
+    for other in others:
+        frame = frame.merge(other, how="cross")
+    return frame.assign(**flat(numbers))
+
+
+def tokens_at(
+    rows: Sequence[Sequence[str]], prompts: Iterable[Any], positions: Iterable[Any]
+) -> list[str]:
+    """The token of each pair of prompt and position.
+
+    Args:
+        rows: each prompt's tokens.
+        prompts: an index for each pair.
+        positions: of the token within its prompt.
+    """
+    return [
+        rows[int(prompt)][int(position)]
+        for prompt, position in zip(prompts, positions, strict=True)
+    ]
+
+
+def flat(numbers: Mapping[str, Float[Tensor, "*rows"]]) -> dict[str, NDArray[np.float64]]:
+    """The numbers as columns of a table with a row for each entry, in the order of the axes."""
+    return {name: x.detach().cpu().double().flatten().numpy() for name, x in numbers.items()}
