@@ -24,6 +24,7 @@ from lens_lora.compat.hooked_models import (
     processed_tensors,
     processed_weight,
     scale_at_hook_out,
+    unwrapped,
     uses_processed_weights,
     wraps_nothing,
 )
@@ -32,6 +33,8 @@ from lens_lora.compat.hugging_face import (
     experts_implementation,
     fields_of,
     gated,
+    is_conv1d,
+    is_linear,
     is_split_over_processes,
     peft_adapts,
     plain_bloom_gelu,
@@ -78,6 +81,8 @@ from lens_lora.compat.torch_models import (
 from lens_lora.compat.torch_modules import (
     Hooks,
     SharedForward,
+    add_forward_hook,
+    add_pre_hook,
     computing_attribute,
     has_own_code,
     hooks_of,
@@ -90,6 +95,7 @@ from lens_lora.compat.torch_modules import (
     replace_forward,
     set_forward,
 )
+from lens_lora.compat.torch_products import MATMULS, rows_and_weight
 from lens_lora.compat.torch_tensors import (
     activation_checkpointing,
     allow_forward_mode,
@@ -109,10 +115,13 @@ from lens_lora.compat.torch_tensors import (
 
 __all__ = [
     "Hooks",
+    "MATMULS",
     "RotaryRule",
     "SharedForward",
     "WRAPPED_NAMES",
     "activation_checkpointing",
+    "add_forward_hook",
+    "add_pre_hook",
     "added_tokens",
     "allow_forward_mode",
     "attention_kernels",
@@ -143,6 +152,8 @@ __all__ = [
     "hooks_of",
     "in_float64",
     "is_compiled_in_place",
+    "is_conv1d",
+    "is_linear",
     "is_forward_replaced",
     "is_memory_short",
     "is_offloaded",
@@ -175,6 +186,7 @@ __all__ = [
     "rotary_rules",
     "rotary_state",
     "samples_experts",
+    "rows_and_weight",
     "scale_at_hook_out",
     "set_forward",
     "supports_sdpa",
@@ -183,6 +195,7 @@ __all__ = [
     "uncompiled",
     "unpacked_4bit",
     "use_attention_kernels",
+    "unwrapped",
     "uses_processed_weights",
     "without_gguf_bar",
     "without_warnings",

@@ -88,6 +88,11 @@ def processed_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def unwrapped(module: Any) -> Any:
+    """The Hugging Face module that a component wraps, or the module itself."""
+    return getattr(module, "original_component", None) or module
+
+
 def wraps_nothing(module: Any) -> bool:
     """Whether it is a bridge's component for a module that the model does without."""
     is_component = type(module).__module__.startswith("transformer_lens")

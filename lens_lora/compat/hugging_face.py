@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from lens_lora.spans import Temporary
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear module or an embedding of Hugging Face's."""
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear module, which holds its weight as [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
 def gated(experts: Any, hidden: Tensor) -> Tensor:
     """Compute act(gate) · up of what the first stack makes, as each family does.
 

@@ -41,6 +41,38 @@ def hooks_of(module: nn.Module) -> Hooks:
     )
 
 
+def add_forward_hook(
+    span: Temporary, module: nn.Module, hook: Callable[..., Any], *, is_first: bool = False
+) -> None:
+    """Put a forward hook on a module until the span ends.
+
+    Args:
+        span: how long.
+        module: any module.
+        hook: takes the module, its arguments and its output.
+        is_first: whether it comes before the hooks that the module has.
+    """
+    span.way_back(functools.partial(_remove, hooks_of(module).forward, hook))
+    module.register_forward_hook(hook, prepend=is_first)
+
+
+def add_pre_hook(
+    span: Temporary, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False
+) -> None:
+    """Put a forward pre-hook on a module until the span ends."""
+    hooks = hooks_of(module)
+    span.way_back(functools.partial(_remove, hooks.before, hook, hooks.takes_kwargs))
+    module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+
+
+def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
+    """Remove a hook from a module's hooks, and its key from what else is kept by key."""
+    keys = [key for key, other in hooks.items() if other is hook]
+    for key in keys:
+        for table in (*also, hooks):
+            table.pop(key, None)
+
+
 def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """A module's own dictionary of parameters; a look into it costs less than `getattr`."""
     return module._parameters

@@ -115,9 +115,6 @@ from .readout.readout import LogitFunction as LogitFunction
 
 # isort: split
 # --- For passes with hooks of one's own: what is laid, what a site writes, what is recorded.
-from .function.duals import MATMULS as MATMULS
-from .function.duals import dual_level as dual_level
-from .function.duals import rows_and_weight as rows_and_weight
 from .function.duals import tangent_of as tangent_of
 from .function.recording import Recording as Recording
 from .function.reverse import SlopeSums as SlopeSums
@@ -125,11 +122,7 @@ from .function.reverse import Visit as Visit
 from .function.rounding import rounding_hooks as rounding_hooks
 from .model.hooks import Arranger as Arranger
 from .model.hooks import HookFn as HookFn
-from .model.hooks import add_forward_hook as add_forward_hook
-from .model.hooks import add_pre_hook as add_pre_hook
 from .model.injections import ScaleInject as ScaleInject
-from .model.modules import is_linear as is_linear
-from .model.modules import unwrapped as unwrapped
 from .model.passes import ForwardPass as ForwardPass
 from .model.passes import OpenBlock as OpenBlock
 from .model.passes import Rows as Rows

@@ -35,16 +35,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.core import (
-    AtPoint,
-    Function,
-    HookFn,
-    Injection,
-    LoraLens,
-    ScaleInject,
-    SlopeSums,
-    dual_level,
-)
+from lens_lora.core import AtPoint, Function, HookFn, Injection, LoraLens, ScaleInject, SlopeSums
 from lens_lora.edge_attribution.readers import (
     QKV,
     block_reader,
@@ -222,7 +213,8 @@ class Pass:
             hooks.append((point, functools.partial(self._read_at_point, point)))
         if by_head:
             hooks += head_hooks(lens, self._read_heads)
-        with dual_level(), readers_shown(lens, self._read), lens.hooked(hooks):
+        duals = self._g.passes.dual_level()
+        with duals, readers_shown(lens, self._read), lens.hooked(hooks):
             yield
 
     def run(self, at: float, by_head: bool) -> Float[Tensor, " batch"]:

@@ -15,15 +15,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.core import (
-    HookFn,
-    Host,
-    LoraLens,
-    add_forward_hook,
-    add_pre_hook,
-    is_linear,
-    unwrapped,
-)
+from lens_lora.compat import add_forward_hook, add_pre_hook, is_linear, unwrapped
+from lens_lora.core import HookFn, Host, LoraLens
 from lens_lora.errors import ModelStateError
 from lens_lora.formats.directions import is_stream
 from lens_lora.spans import Temporary, temporary
@@ -115,7 +108,7 @@ def readers_shown(span: Temporary, lens: LoraLens, read: _Read) -> None:
         of_one_reader = {norm for norm in norms if fed[norm] == 1}
         runs = _Runs(maxlen=_LAST_RUNS)
         for norm in set(norms) - of_one_reader:
-            add_forward_hook(span, norm, _KeepRun(norm, runs), is_first=False)
+            add_forward_hook(span, norm, functools.partial(_keep_run, runs))
         for name, module in readers.items():
             norm = read_through.get(name)
             if norm is not None and norm in of_one_reader:
@@ -192,15 +185,9 @@ def _before_norm(tensor: Any, runs: _Runs) -> tuple[nn.Module | None, Any]:
     return None, tensor
 
 
-class _KeepRun:
-    """A forward hook of a norm, which keeps what the norm read and made."""
-
-    def __init__(self, norm: nn.Module, runs: _Runs) -> None:
-        self._norm = norm
-        self._runs = runs
-
-    def at_module(self, args: tuple[Any, ...], output: Tensor) -> None:
-        self._runs.append((output, self._norm, args[0]))
+def _keep_run(runs: _Runs, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """Keep what a norm read and made; a forward hook of the norm."""
+    runs.append((output, norm, args[0]))
 
 
 def block_reader(name: str) -> str:

@@ -27,7 +27,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lens_lora import compat
-from lens_lora.core import MATMULS, rows_and_weight
 from lens_lora.errors import ModelStateError
 
 _Args = tuple[Any, ...]
@@ -282,7 +281,7 @@ def _replaced(factor: Moving, tangent: Tensor, x: Any) -> Any:
 
 def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
     """The tangents ẊW of all sites at once, of a product XW whose rows X alone have tangents."""
-    product = rows_and_weight(func, args, named)
+    product = compat.rows_and_weight(func, args, named)
     if product is None:
         return _of_other_product(func, args, named)
     x, *constants = product
@@ -295,7 +294,7 @@ def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
 
 def _of_other_product(func: Any, args: _Args, named: _Named) -> _Tangents:
     """The tangents of a product in which something else than the rows of X has tangents."""
-    rule = _by_factor if func in MATMULS else _by_torch
+    rule = _by_factor if func in compat.MATMULS else _by_torch
     return rule(func, args, named)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lens_lora.compat import has_own_code
+from lens_lora.compat import has_own_code, is_conv1d, is_linear, unwrapped
 from lens_lora.core import Adapter, TrainedModule
 from lens_lora.core.adapter import module_path
 from lens_lora.core.model import (
@@ -30,14 +30,11 @@ from lens_lora.core.model import (
     HOOK_IN,
     Heads,
     extensions,
-    is_conv1d,
-    is_linear,
     is_norm,
     module_at,
     modules_in,
     names_by_path,
     shape_of,
-    unwrapped,
 )
 from lens_lora.families import NORM_KINDS, BridgedFamily, Place, outside_layer
 from lens_lora.formats import own_forward

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lens_lora.compat import home_of, is_offloaded, replace_forward
+from lens_lora.compat import home_of, is_linear, is_offloaded, replace_forward
 from lens_lora.core import Adapter, HookFn, LoRAFactors, ScaleInject, TrainedModule
 from lens_lora.core.adapter import module_path
 from lens_lora.core.model import (
@@ -40,7 +40,6 @@ from lens_lora.core.model import (
     attached,
     extensions,
     host_of,
-    is_linear,
     is_norm,
     make_plan,
     names_by_path,

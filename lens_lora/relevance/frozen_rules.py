@@ -42,8 +42,8 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.compat import is_offloaded, without_warnings
-from lens_lora.core import Arranger, Function, HookFn, Host, LoraLens, Prompts, add_pre_hook
+from lens_lora.compat import add_pre_hook, is_offloaded, without_warnings
+from lens_lora.core import Arranger, Function, HookFn, Host, LoraLens, Prompts
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.spans import Temporary, temporary
 

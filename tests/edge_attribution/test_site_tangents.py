@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch.func import jvp
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lens_lora as ll
-from lens_lora.core import dual_level
 from lens_lora.edge_attribution import site_tangents
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of, value_of
+
+
+@contextlib.contextmanager
+def dual_level() -> Generator[None]:
+    """Within the block dual numbers can be made, and values keep no graph unless it is asked for."""
+    with torch.no_grad(), fwad.dual_level():
+        yield
 
 
 def draw(*shape: int, seed: int) -> Tensor:

@@ -222,6 +222,39 @@ def test_hooks_of_a_module():
     assert order == [1, 2], f"torch {version('torch')} runs hooks in another order than it lists"
 
 
+def test_hooks_of_a_span_come_off_with_it():
+    module = nn.Linear(2, 2)
+    order: list[str] = []
+
+    def put_on(span: Temporary) -> None:
+        compat.add_forward_hook(span, module, lambda *_: order.append("second"))
+        compat.add_forward_hook(span, module, lambda *_: order.append("first"), is_first=True)
+        compat.add_pre_hook(span, module, lambda *_: order.append("before"), with_kwargs=True)
+
+    with Temporary(put_on):
+        module(torch.zeros(1, 2))
+    module(torch.zeros(1, 2))
+    assert order == ["before", "first", "second"]
+    assert not any(compat.hooks_of(module))
+
+
+def test_operands_of_torch_s_products():
+    """Of each function that multiplies rows by a matrix, x, W and b of xW + b."""
+    x = torch.randn(3, 2)
+    weight = torch.randn(2, 4)
+    bias = torch.randn(4)
+    expected = x @ weight + bias
+    calls = {torch.addmm: (bias, x, weight), nn.functional.linear: (x, weight.T, bias)}
+    for func, args in calls.items():
+        found = compat.rows_and_weight(func, args, {})
+        assert found is not None
+        torch.testing.assert_close(found[0] @ found[1] + found[2], expected)
+    for func in compat.MATMULS:
+        found = compat.rows_and_weight(func, (x, weight), {})
+        assert found is not None and torch.equal(found[0] @ found[1], x @ weight)
+        assert compat.rows_and_weight(func, (x, torch.zeros(5, 2, 4)), {}) is None
+
+
 def test_dictionaries_of_a_module():
     module = nn.Sequential(nn.Linear(2, 2))
     require("torch", module, "_parameters", "_modules")

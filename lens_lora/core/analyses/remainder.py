@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.arguments import numbers_of
-from lens_lora.compat import in_float64
+from lens_lora.compat import add_pre_hook, in_float64
 from lens_lora.core.analyses import verdict as verdicts
 from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.analyses.verdict import CHECKPOINTS, points_of
@@ -37,7 +37,6 @@ from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.memory import pass_groups
 from lens_lora.core.model import LoraLens, ScaleInject, extensions
-from lens_lora.core.model.hooks import add_pre_hook
 from lens_lora.core.readout import Prompts
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results.attribution import Attribution

@@ -123,9 +123,9 @@ def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
 
     None where this is no dual number times a constant, or torch has to do it.
     """
-    operands = rows_and_weight(func, args, named)
+    operands = compat.rows_and_weight(func, args, named)
     if operands is None:
-        is_of_batches = func in MATMULS and not named
+        is_of_batches = func in compat.MATMULS and not named
         return _batched_product(rows, *args) if is_of_batches else None
     x, weight, bias = operands
     primal, tangent = _parts_of(x)
@@ -144,37 +144,6 @@ def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
     if bias is not None:
         value = value + bias
     return fwad.make_dual(_repeated_like(primal, value), moved)
-
-
-def rows_and_weight(func: Any, args: _Args, named: _Named) -> _Args | None:
-    """The operands x, W and b of a product xW + b of rows with a matrix; None of another product.
-
-    Args:
-        func: torch's function.
-        args: its arguments.
-        named: its named arguments.
-    """
-    first, second, third = cast("tuple[Any, Any, Any]", (*args, None, None)[:3])
-    if func is torch.addmm:
-        # addmm(b, x, W)
-        bias = first
-        x = second
-        weight = third
-    elif func is functional.linear:
-        # linear(x, Wᵀ, b)
-        x = first
-        weight = second.transpose(0, -1)
-        bias = third
-    else:
-        # matmul(x, W)
-        x = first
-        weight = second
-        bias = third
-    if named or x.ndim < 2 or weight.ndim != 2:
-        return None
-    if bias is not None and bias.ndim != 1:
-        return None
-    return x, weight, bias
 
 
 def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
@@ -297,8 +266,7 @@ _OPERANDS_ARE_SAVED = frozenset(
 )
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _MULTIPLES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-_PRODUCTS = (functional.linear, torch.addmm, *MATMULS)
+_PRODUCTS = (functional.linear, torch.addmm, *compat.MATMULS)
 _RULES: dict[Callable[..., Any], _Rule] = {
     **{func: functools.partial(_product, func) for func in _PRODUCTS},
     **dict.fromkeys((torch.softmax, Tensor.softmax, functional.softmax), _softmax),

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lens_lora.core.function import forward, memory, recording, reverse
 from lens_lora.core.function.corners import one_point
-from lens_lora.core.function.duals import dual_forward
+from lens_lora.core.function.duals import dual_forward, dual_level
 from lens_lora.core.function.exclusive import OverALens, exclusive
 from lens_lora.core.function.rerun import blocks_rerun
 from lens_lora.core.function.tangents import JointInject
@@ -225,6 +225,13 @@ class OwnPasses:
             dual = JointInject(self.lens, gates, direction_of_gates)
             with self.lens.injected(dual), _entered(under):
                 forward.run_without_logits(self.lens, self.rows)
+
+    def dual_level(self) -> AbstractContextManager[None]:
+        """Within the block your hooks may make dual numbers, which torch's own rules carry on.
+
+        `observe_tangents` is faster where the numbers are those of a direction of the gates.
+        """
+        return dual_level()
 
     @exclusive
     def record(

@@ -29,8 +29,6 @@ from .hooked_host import folded_value_bias as folded_value_bias
 from .hooked_host import processing_of as processing_of
 from .hooked_transformer import HookedTransformerHost as HookedTransformerHost
 from .hooks import HookFn as HookFn
-from .hooks import add_forward_hook as add_forward_hook
-from .hooks import add_pre_hook as add_pre_hook
 from .hooks import attached as attached
 from .hooks import is_hooked as is_hooked
 from .host import Host as Host
@@ -44,15 +42,12 @@ from .lengths import context_of_copy as context_of_copy
 from .lens import LoraLens as LoraLens
 from .modules import HOOK_IN as HOOK_IN
 from .modules import Shell as Shell
-from .modules import is_conv1d as is_conv1d
-from .modules import is_linear as is_linear
 from .modules import is_norm as is_norm
 from .modules import module_at as module_at
 from .modules import modules_in as modules_in
 from .modules import names_by_path as names_by_path
 from .modules import normalised as normalised
 from .modules import shape_of as shape_of
-from .modules import unwrapped as unwrapped
 from .null_draws import null_adapters as null_adapters
 from .passes import ForwardPass as ForwardPass
 from .passes import OpenBlock as OpenBlock

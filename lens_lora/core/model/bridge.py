@@ -22,13 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora import compat
+from lens_lora.compat import add_pre_hook, unwrapped
 from lens_lora.core.model import extensions
 from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.bases import stored_weight
 from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
-from lens_lora.core.model.hooks import add_pre_hook, computes, of_the_base
+from lens_lora.core.model.hooks import computes, of_the_base
 from lens_lora.core.model.host import Ports
-from lens_lora.core.model.modules import HOOK_IN, module_at, normalised, unwrapped
+from lens_lora.core.model.modules import HOOK_IN, module_at, normalised
 from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, USUAL_KINDS, Heads, site_name
 from lens_lora.errors import ModelStateError, setting
 from lens_lora.families import BridgedFamily, Family, Place, find_family, listed_family

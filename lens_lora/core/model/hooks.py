@@ -83,7 +83,7 @@ def attached(
     for name, fn in hooks:
         if name in known:
             if isinstance(fn, Arranger):
-                add_pre_hook(span, known[name], fn)
+                compat.add_pre_hook(span, known[name], fn)
             else:
                 _add_to_point(known[name], fn, at_points)
             continue
@@ -92,7 +92,7 @@ def attached(
             writer: Any = getattr(fn, "at_module", fn)
             extensions.write_at(span, model.get_submodule(owner), parameter, writer)
             continue
-        add_forward_hook(span, model.get_submodule(name), fn, is_first=name not in modules)
+        _add_to_module(span, model.get_submodule(name), fn, is_first=name not in modules)
         modules.add(name)
 
 
@@ -133,7 +133,7 @@ def _take_off(at_points: list[_AtPoint]) -> None:
         at_points.pop()
 
 
-def add_forward_hook(span: Temporary, module: nn.Module, fn: Any, *, is_first: bool) -> None:
+def _add_to_module(span: Temporary, module: nn.Module, fn: Any, *, is_first: bool) -> None:
     """Put a forward hook on a module until the span ends.
 
     Args:
@@ -150,17 +150,7 @@ def add_forward_hook(span: Temporary, module: nn.Module, fn: Any, *, is_first: b
             return fn(output, hook=module)
         return at_module(args, output)
 
-    span.way_back(functools.partial(_remove, hooks_of(module).forward, hook))
-    module.register_forward_hook(hook, prepend=is_first and at_module is not None)
-
-
-def add_pre_hook(
-    span: Temporary, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False
-) -> None:
-    """Put a forward pre-hook on a module until the span ends."""
-    hooks = hooks_of(module)
-    span.way_back(functools.partial(_remove, hooks.before, hook, hooks.takes_kwargs))
-    module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+    compat.add_forward_hook(span, module, hook, is_first=is_first and at_module is not None)
 
 
 class _Counted(compat.SharedForward):
@@ -180,14 +170,6 @@ def computes(span: Temporary, module: nn.Module) -> Callable[[], bool]:
     """Whether the module is within its own pass, to be asked until the span ends."""
     counted = _Counted.until(span, module, object())
     return lambda: counted.passes > 0
-
-
-def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
-    """Remove a hook from a module's hooks, and its key from what else is kept by key."""
-    keys = [key for key, other in hooks.items() if other is hook]
-    for key in keys:
-        for table in (*also, hooks):
-            table.pop(key, None)
 
 
 class Arranger:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lens_lora.compat import unwrapped
 from lens_lora.core.model.bases import stored_weight
 
 # The hook point at which a component of a bridge shows its input.
@@ -35,11 +36,6 @@ def modules_in(model: nn.Module, before: str = "") -> Iterator[tuple[str, nn.Mod
         yield from modules_in(module, f"{before}{name}.")
 
 
-def unwrapped(module: Any) -> Any:
-    """The Hugging Face module that a component wraps, or the module itself."""
-    return getattr(module, "original_component", None) or module
-
-
 def names_by_path(model: Any) -> dict[str, str]:
     """The name of every module in this model, which may be a bridge, by its Hugging Face path."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -49,11 +45,6 @@ def names_by_path(model: Any) -> dict[str, str]:
         if id(wrapped) in names:
             by_path[path] = names[id(wrapped)]
     return by_path
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear module or an embedding of Hugging Face's."""
-    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
@@ -101,11 +92,6 @@ class Shell(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, as it was when this was made."""
         return self._computes(*args, **kwargs)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear module, which holds its weight as [in, out]."""
-    return type(module).__name__ == "Conv1D"
 
 
 def is_weight(model: nn.Module, owner: str, name: str) -> bool:

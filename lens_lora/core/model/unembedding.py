@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lens_lora.core.model.hooks import add_pre_hook
+from lens_lora.compat import add_pre_hook
 from lens_lora.errors import (
     ModelStateError,
 )
