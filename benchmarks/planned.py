@@ -18,8 +18,9 @@ import transformers as hf
 from measuring import tokenizer_of_words
 
 import lens_lora as ll
-from lens_lora.core import ModelSizes, planned_analyses
+from lens_lora.core import ModelSizes
 from lens_lora.hosts.build import hooked_model
+from lens_lora.hosts.planned_analyses import planned_analyses
 
 SIZES = {
     "5M": (8192, 32, shapes._sizes(128, 512, 8, 4, 2)),

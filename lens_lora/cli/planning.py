@@ -48,7 +48,7 @@ def plan(
     with running.quiet_libraries():
         import torch
 
-        from lens_lora.core import planned_analyses
+        from lens_lora.hosts.planned_analyses import planned_analyses
         from lens_lora.hosts.unloaded import unloaded
 
         stated_dtype = None if dtype == "auto" else getattr(torch, dtype)

@@ -134,7 +134,6 @@ from .model.sites import layer_order as layer_order
 # --- For what asks about weights and sizes: the updates of the sites, the hooked model beneath
 # them, and what an analysis of a model of some size takes.
 from .function.planned import ModelSizes as ModelSizes
-from .function.planned import planned_analyses as planned_analyses
 from .model.adapted_modules import SiteFactors as SiteFactors
 from .model.basis import SiteMap as SiteMap
 from .model.basis import Update as Update

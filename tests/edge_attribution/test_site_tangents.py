@@ -20,7 +20,7 @@ from lens_lora.edge_attribution.site_tangents import moving, tangents_of, value_
 
 @contextlib.contextmanager
 def dual_level() -> Generator[None]:
-    """Within the block dual numbers can be made, and values keep no graph unless it is asked for."""
+    """Within the block dual numbers can be made, and values keep no graph by themselves."""
     with torch.no_grad(), fwad.dual_level():
         yield
 

@@ -1,15 +1,15 @@
-"""What analyses take of a model that is not loaded, from its sizes, by the planner's own rules.
+"""The sizes of a model that is not loaded, and what each kind of pass over it takes.
 
 The planner of passes (`memory.py`, `footprint.py`) asks a lens for few things: the sizes of its
 model, its number types, whether attention patterns are kept, and its bound. `ModelSizes` answers
 these from a configuration, so every number here is the one by which the passes of a lens over that
 model are divided. There is no second formula.
 
-    plain      rows of a forward pass          copies · in_pass
-    graph      a forward and a backward pass   copies · of_graph, or of_rerun within a bound
-    dual       a pass of dual numbers          dual_pass + dual_copy
-    second     a second derivative             SECOND_ORDER_GRAPHS · of_graph
-    quadratic  dual numbers, and a way back    dual_graph_bytes
+    forward      rows of a forward pass          copies · in_pass
+    slopes       a forward and a backward pass   copies · of_graph, or of_rerun within a bound
+    dual         a pass of dual numbers          dual_pass + dual_copy
+    dual_graph   dual numbers, and a way back    dual_graph_bytes
+    second       a second derivative             SECOND_ORDER_GRAPHS · of_graph
 
 No pass, and no weights.
 """
@@ -17,8 +17,6 @@ No pass, and no weights.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -40,6 +38,9 @@ from lens_lora.core.readout.reading import Columns, Reading
 class ModelSizes:
     """The sizes of a model and of how it is run, as the planner asks a lens for them.
 
+    Its methods say how many bytes each kind of pass takes beside weights and adapter, at its peak,
+    over one prompt of so many tokens of which a margin of two tokens is read.
+
     Attributes:
         n_layers, d_model, d_mlp, n_heads, d_vocab: of the model.
         sites: how many modules the adapter has.
@@ -59,7 +60,7 @@ class ModelSizes:
     max_memory: float | None = None
 
     def as_lens(self) -> SizedLens:
-        """What answers the planner's questions as a lens over such a model does."""
+        """A stand-in for a lens over such a model, which answers the planner's questions."""
         cfg = SimpleNamespace(
             d_model=self.d_model, d_mlp=self.d_mlp, n_heads=self.n_heads, d_vocab_out=self.d_vocab
         )
@@ -80,149 +81,91 @@ class ModelSizes:
         )
         return cast(SizedLens, stand_in)
 
+    # --- The bytes of each kind of pass, as the planner has them
 
-@dataclasses.dataclass(frozen=True)
-class PlannedAnalysis:
-    """What one analysis of one prompt will take.
+    def forward(self, tokens: int, copies: int = 1) -> float:
+        """The bytes of so many copies of the prompt in forward passes.
 
-    Attributes:
-        name: of the public call.
-        forward: forward passes, those of a graph or of dual numbers among them.
-        backward: backward passes.
-        peak: bytes beside weights and adapter, at the peak; NaN where the bound has no room.
-        least: the least bound in bytes within which it can run.
-    """
-
-    name: str
-    forward: int
-    backward: int
-    peak: float
-    least: float
-
-
-Bytes = Callable[[SizedLens, Reading], float]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """An analysis, its passes, and its bytes.
-
-    Attributes:
-        name: of the public call.
-        forward, backward: its passes over the prompt.
-        peak: its bytes, as the planner divides its passes.
-        least: its bytes where as little as possible is run at once.
-    """
-
-    name: str
-    forward: int
-    backward: int
-    peak: Bytes
-    least: Bytes
-
-
-def planned_analyses(sizes: ModelSizes, tokens: int) -> list[PlannedAnalysis]:
-    """What each analysis of the margin of two tokens will take, on one prompt of so many tokens.
-
-    Args:
-        sizes: of the model, and how it is run.
-        tokens: of the prompt.
-    """
-    prompts = Prompts(torch.zeros(1, tokens, dtype=torch.int64), torch.tensor([tokens]))
-    margin = Columns(torch.zeros(1, 2, dtype=torch.int64), (1.0, -1.0))
-    reading = Reading.one_row_each(prompts, margin)
-    lens = sizes.as_lens()
-    unbounded = dataclasses.replace(sizes, max_memory=None).as_lens()
-    found: list[PlannedAnalysis] = []
-    for work in _works(sizes.sites):
-        least = work.least(unbounded, reading)
-        has_room = sizes.max_memory is None or least <= sizes.max_memory
-        peak = work.peak(lens, reading) if has_room else math.nan
-        found.append(PlannedAnalysis(work.name, work.forward, work.backward, peak, least))
-    return found
-
-
-def _works(sites: int) -> list[_Work]:
-    """The analyses, with the passes that a test counts; those of noise floors are among them."""
-    return [
-        _Work("a forward pass", 1, 0, _passes(1), _passes(1)),
-        _Work("first_order", 2, 1, _slopes(1), _rerun),
-        # Nodes at 3, 5 and 9 strengths, each nested in the next; the last four go together.
-        _Work("path_attribution", 17, 9, _slopes(4), _rerun),
-        # Four draws of first order beside it, g along the path with its draws, and up
-        # to six passes for a flip.
-        _Work("fact_margin", 41, 5, _largest(_slopes(5), _passes(30)), _rerun),
-        _Work("patch_sites", sites + 10, 0, _branches(sites), _passes(2)),
-        _Work("kl_shares", 8, 2, _dual_graph, _dual),
-        _Work("second_order", 40, 15, _second, _second),
-    ]
-
-
-# --- The bytes of each kind of pass, as the planner has them
-
-
-def _passes(copies: int) -> Bytes:
-    """So many copies of the prompt in forward passes."""
-
-    def peak(lens: SizedLens, run: Reading) -> float:
+        Args:
+            tokens: of the prompt.
+            copies: how often the prompt is run.
+        """
+        lens = self.as_lens()
+        run = _margin_of(tokens)
         footprint = footprint_of(lens, run)
         at_once = min(copies, memory.rows_at_once(lens, run))
         return at_once * footprint.in_pass + footprint.always + footprint.picked
 
-    return peak
+    def branches(self, tokens: int, points: int) -> float:
+        """The bytes of forward passes at many points, which share their first blocks with one row.
 
-
-def _branches(sites: int) -> Bytes:
-    """One point for each site, which share their first blocks with one row more."""
-
-    def peak(lens: SizedLens, run: Reading) -> float:
+        Args:
+            tokens: of the prompt.
+            points: how many points there are.
+        """
+        lens = self.as_lens()
+        run = _margin_of(tokens)
         footprint = footprint_of(lens, run)
-        points = min(sites, memory.branches_at_once(lens, run))
-        return (1 + points) * footprint.in_pass + footprint.always + footprint.picked
+        at_once = min(points, memory.branches_at_once(lens, run))
+        return (1 + at_once) * footprint.in_pass + footprint.always + footprint.picked
 
-    return peak
+    def slopes(self, tokens: int, copies: int = 1) -> float:
+        """The bytes of so many copies of the prompt in forward and backward passes.
 
-
-def _slopes(copies: int) -> Bytes:
-    """So many copies of the prompt in forward and backward passes."""
-
-    def peak(lens: SizedLens, run: Reading) -> float:
+        Args:
+            tokens: of the prompt.
+            copies: how often the prompt is run.
+        """
+        lens = self.as_lens()
+        run = _margin_of(tokens)
         at_once = min(copies, memory.slopes_at_once(lens, run))
         if memory.must_rerun(lens, run.repeat(at_once)):
             footprint = footprint_of(lens, run)
             return at_once * footprint.of_rerun + footprint.graphed + footprint.always
         return memory.graph_bytes(lens, run.repeat(at_once))
 
-    return peak
+    def slopes_rerun(self, tokens: int) -> float:
+        """The bytes of a forward and a backward pass whose blocks run again.
+
+        Args:
+            tokens: of the prompt.
+        """
+        footprint = footprint_of(self.as_lens(), _margin_of(tokens))
+        return footprint.of_rerun + footprint.graphed + footprint.always
+
+    def dual(self, tokens: int) -> float:
+        """The bytes of a pass of dual numbers.
+
+        Args:
+            tokens: of the prompt.
+        """
+        lens = self.as_lens()
+        return dual_pass_bytes(lens) + dual_copy_bytes(lens, _margin_of(tokens).rows, read=1)
+
+    def dual_graph(self, tokens: int) -> float:
+        """The bytes of a pass of dual numbers, and of the way back through the graph of its values.
+
+        Args:
+            tokens: of the prompt.
+        """
+        lens = self.as_lens()
+        run = _margin_of(tokens)
+        if memory.must_rerun(lens, run, duals=True):
+            return max(self.dual(tokens), self.slopes_rerun(tokens))
+        return memory.dual_graph_bytes(lens, run)
+
+    def second(self, tokens: int) -> float:
+        """The bytes of the graph of a second derivative, which is kept whole.
+
+        Args:
+            tokens: of the prompt.
+        """
+        graph = memory.graph_bytes(self.as_lens(), _margin_of(tokens))
+        return memory.SECOND_ORDER_GRAPHS * graph
 
 
-def _rerun(lens: SizedLens, run: Reading) -> float:
-    """One copy of the prompt in a forward and a backward pass whose blocks run again."""
-    footprint = footprint_of(lens, run)
-    return footprint.of_rerun + footprint.graphed + footprint.always
-
-
-def _dual_graph(lens: SizedLens, run: Reading) -> float:
-    """A pass of dual numbers, and the way back through the graph of its values."""
-    if memory.must_rerun(lens, run, duals=True):
-        return max(_dual(lens, run), _rerun(lens, run))
-    return memory.dual_graph_bytes(lens, run)
-
-
-def _dual(lens: SizedLens, run: Reading) -> float:
-    """A pass of dual numbers."""
-    return dual_pass_bytes(lens) + dual_copy_bytes(lens, run.rows, read=1)
-
-
-def _second(lens: SizedLens, run: Reading) -> float:
-    """A graph of a second derivative, which is kept whole."""
-    return memory.SECOND_ORDER_GRAPHS * memory.graph_bytes(lens, run)
-
-
-def _largest(*parts: Bytes) -> Bytes:
-    """The largest of passes that run one after another."""
-
-    def peak(lens: SizedLens, run: Reading) -> float:
-        return max(part(lens, run) for part in parts)
-
-    return peak
+def _margin_of(tokens: int) -> Reading:
+    """The margin of two tokens after one prompt of so many tokens."""
+    prompts = Prompts(torch.zeros(1, tokens, dtype=torch.int64), torch.tensor([tokens]))
+    margin = Columns(torch.zeros(1, 2, dtype=torch.int64), (1.0, -1.0))
+    return Reading.one_row_each(prompts, margin)

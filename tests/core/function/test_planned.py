@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora.cli import app
-from lens_lora.core import planned_analyses
 from lens_lora.core.function.footprint import footprint_of
 from lens_lora.hosts.build import hooked_model
+from lens_lora.hosts.planned_analyses import planned_analyses
 from lens_lora.hosts.unloaded import unloaded
 
 MARGIN = ll.Margin(5, 9)

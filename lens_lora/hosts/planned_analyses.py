@@ -1,0 +1,107 @@
+"""The passes and the memory that analyses of a model will take, before it is loaded.
+
+Each row of `_works` is a public analysis of the margin of two tokens on one prompt: its passes,
+which a test counts, and the kinds of passes that decide its peak. Their bytes are the planner's own
+(`ModelSizes`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from lens_lora.core import ModelSizes
+
+# From the sizes of a model and the tokens of the prompt.
+_Bytes = Callable[[ModelSizes, int], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedAnalysis:
+    """The cost of one analysis of one prompt.
+
+    Attributes:
+        name: of the public call.
+        forward: forward passes, those of a graph or of dual numbers among them.
+        backward: backward passes.
+        peak: bytes beside weights and adapter, at the peak; NaN where the bound has no room.
+        least: the least bound in bytes within which it can run.
+    """
+
+    name: str
+    forward: int
+    backward: int
+    peak: float
+    least: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """An analysis, its passes, and its bytes.
+
+    Attributes:
+        name: of the public call.
+        forward, backward: its passes over the prompt.
+        peak: its bytes, as the planner divides its passes.
+        least: its bytes where as little as possible is run at once.
+    """
+
+    name: str
+    forward: int
+    backward: int
+    peak: _Bytes
+    least: _Bytes
+
+
+def planned_analyses(sizes: ModelSizes, tokens: int) -> list[PlannedAnalysis]:
+    """Plan each analysis of the margin of two tokens, on one prompt of so many tokens.
+
+    Args:
+        sizes: of the model, and how it is run.
+        tokens: of the prompt.
+    """
+    unbounded = dataclasses.replace(sizes, max_memory=None)
+    found: list[PlannedAnalysis] = []
+    for work in _works(sizes.sites):
+        least = work.least(unbounded, tokens)
+        has_room = sizes.max_memory is None or least <= sizes.max_memory
+        peak = work.peak(sizes, tokens) if has_room else math.nan
+        found.append(PlannedAnalysis(work.name, work.forward, work.backward, peak, least))
+    return found
+
+
+def _works(sites: int) -> list[_Work]:
+    """The analyses, with the passes that a test counts; those of noise floors are among them."""
+    return [
+        _Work("a forward pass", 1, 0, _forward(1), _forward(1)),
+        _Work("first_order", 2, 1, _slopes(1), ModelSizes.slopes_rerun),
+        # Nodes at 3, 5 and 9 strengths, each nested in the next; the last four go together.
+        _Work("path_attribution", 17, 9, _slopes(4), ModelSizes.slopes_rerun),
+        # Four draws of first order beside it, g along the path with its draws, and up
+        # to six passes for a flip.
+        _Work("fact_margin", 41, 5, _largest(_slopes(5), _forward(30)), ModelSizes.slopes_rerun),
+        _Work("patch_sites", sites + 10, 0, _branches(sites), _forward(2)),
+        _Work("kl_shares", 8, 2, ModelSizes.dual_graph, ModelSizes.dual),
+        _Work("second_order", 40, 15, ModelSizes.second, ModelSizes.second),
+    ]
+
+
+def _forward(copies: int) -> _Bytes:
+    """So many copies of the prompt in forward passes."""
+    return lambda sizes, tokens: sizes.forward(tokens, copies)
+
+
+def _branches(points: int) -> _Bytes:
+    """So many points, which share their first blocks."""
+    return lambda sizes, tokens: sizes.branches(tokens, points)
+
+
+def _slopes(copies: int) -> _Bytes:
+    """So many copies of the prompt in forward and backward passes."""
+    return lambda sizes, tokens: sizes.slopes(tokens, copies)
+
+
+def _largest(*parts: _Bytes) -> _Bytes:
+    """The largest of passes that run one after another."""
+    return lambda sizes, tokens: max(part(sizes, tokens) for part in parts)
