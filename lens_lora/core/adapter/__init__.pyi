@@ -2,6 +2,7 @@
 
 from . import extensions as extensions
 from .adapter import Adapter as Adapter
+from .adapter import null_draws as null_draws
 from .dense import converted as converted
 from .extensions import Side as Side
 from .factors import LoRAFactors as LoRAFactors

@@ -13,11 +13,9 @@ To read it, begin at the top:
     injections, hooks, locks        the hooks that do it
     gates, lens                     LoraLens: the function of the gates, f(ε)
     public_call, passes, points,    what a public call may rely on, and what it may be asked of
-      unembedding, tokenizers,
-      null_draws
+      unembedding, tokenizers
     check, watch, running,          whether the model can be trusted
       precision
-    rules                           the rules of LRP, for first order
     extensions                      what other folders register
 """
 

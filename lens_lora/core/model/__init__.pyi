@@ -48,7 +48,6 @@ from .modules import modules_in as modules_in
 from .modules import names_by_path as names_by_path
 from .modules import normalised as normalised
 from .modules import shape_of as shape_of
-from .null_draws import null_adapters as null_adapters
 from .passes import ForwardPass as ForwardPass
 from .passes import OpenBlock as OpenBlock
 from .passes import Rows as Rows
@@ -76,3 +75,4 @@ from .sites import Site as Site
 from .sites import Sites as Sites
 from .sites import by_axes as by_axes
 from .updates import SiteUpdate as SiteUpdate
+from .updates import holds_another_base as holds_another_base

@@ -6,7 +6,7 @@ text or comparing its base with the one that the adapter names, stands in a fold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -263,6 +263,12 @@ def function_of(
     progress: bool = True,
 ) -> Function:
     """Make g(ε) over these prompts: see `LoraLens.function`."""
+    raise NotImplementedError
+
+
+@declared
+def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
+    """The null draws of a lens's adapter: see `LoraLens.null_adapters`."""
     raise NotImplementedError
 
 

@@ -39,7 +39,6 @@ from lens_lora.core.model.host import Host
 from lens_lora.core.model.injections import Inject, ScaleInject, listed_hooks, site_hooks
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.locks import hold, lock_of
-from lens_lora.core.model.null_draws import null_adapters
 from lens_lora.core.model.plan import Injection, Plan, make_plan, require_sum
 from lens_lora.core.model.points import HookPoints, head_points, known_point
 from lens_lora.core.model.prompt_pass import logits_of_prompts
@@ -210,7 +209,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
         Raises:
             UnsupportedAdapterError: a module whose size is not that of its factors.
         """
-        return null_adapters(self._plan, self.adapter, seed, draws)
+        return extensions.null_adapters(self, seed, draws)
 
     @property
     def base_names(self) -> list[str]:

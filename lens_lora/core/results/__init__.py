@@ -1,3 +1,7 @@
-"""Frozen results that several analyses share: labels, tables, files."""
+"""Results: frozen dataclasses that know their labels, and so make tables, pictures and files."""
 
-from lens_lora.core.results import drawing as drawing
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submodules=["drawing", "storage", "tables"]
+)

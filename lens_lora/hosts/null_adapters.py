@@ -7,24 +7,27 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from lens_lora import errors
-from lens_lora.core.adapter.adapter import Adapter, null_draws
-from lens_lora.core.adapter.factors import LoRAFactors, module_path
-from lens_lora.core.model.adapted_modules import fused_rows
-from lens_lora.core.model.plan import Plan
-from lens_lora.core.model.updates import holds_another_base
+from lens_lora.core import Adapter, LoRAFactors, LoraLens
+from lens_lora.core.adapter import module_path, null_draws
+from lens_lora.core.model import Plan, extensions, fused_rows, holds_another_base
 
 
-def null_adapters(plan: Plan, adapter: Adapter, seed: int, draws: int) -> Iterator[Adapter]:
-    """The adapter's null draws, which keep the spectrum of each fused part.
+@extensions.null_adapters.provide
+def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
+    """The null draws of a lens's adapter, which keep the spectrum of each fused part.
+
+    Args:
+        lens: the adapter over a model.
+        seed: of all draws.
+        draws: how many.
 
     Raises:
         UnsupportedAdapterError: a module whose size is not that of its factors.
     """
     if not draws:
         return
-    host = plan.host
-    for pair in plan.updates:
-        if holds_another_base(pair.site, host):
+    for pair in lens.updates:
+        if holds_another_base(pair.site, lens.plan.host):
             raise errors.UnsupportedAdapterError(
                 f"{pair.site.label}: the adapter's file holds another weight of the base than this "
                 "model's, and the difference is a part of its change, which a null adapter lacks.",
@@ -32,7 +35,7 @@ def null_adapters(plan: Plan, adapter: Adapter, seed: int, draws: int) -> Iterat
                 "adapter.without_modules(…).",
                 in_shell="Name the base that it was trained on with --model.",
             )
-    yield from null_draws(adapter, seed, range(draws), fused_parts(plan, adapter))
+    yield from null_draws(lens.adapter, seed, range(draws), fused_parts(lens.plan, lens.adapter))
 
 
 def fused_parts(plan: Plan, adapter: Adapter) -> dict[str, list[Tensor]]:

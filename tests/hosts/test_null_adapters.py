@@ -8,7 +8,7 @@ import torch
 from targets import hooked
 
 import lens_lora as ll
-from lens_lora.core.model.null_draws import fused_parts
+from lens_lora.hosts.null_adapters import fused_parts
 
 pytestmark = pytest.mark.usefixtures("float64")
 FUSED = ("gpt2", "neox", "phi3")
