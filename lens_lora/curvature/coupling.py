@@ -12,7 +12,6 @@ one group's presence does to another's effect.
 
 from __future__ import annotations
 
-import itertools
 from typing import Annotated, final
 
 import pandas as pd
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from lens_lora.arguments import number
 from lens_lora.compat import in_float64
-from lens_lora.core import Entries, Function, Group, Groups, Ranked, analysis, tables
+from lens_lora.core import Entries, Function, Group, Groups, Ranked, Sites, analysis, tables
 from lens_lora.errors import MissingPartError
 
 
@@ -56,8 +55,7 @@ class Coupling(Ranked):
     @property
     def is_partition(self) -> bool:
         """Whether every site is in exactly one group."""
-        members = itertools.chain.from_iterable(self.groups.values())
-        return sorted(members) == list(range(len(self.sites)))
+        return Sites(self.sites).is_partition(self.groups)
 
     @property
     def row_sums(self) -> Float[Tensor, "batch group"]:

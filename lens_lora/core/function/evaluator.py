@@ -1,7 +1,7 @@
 """Running g, its slopes and its draws at points of the gates, anew each time.
 
 `Function` checks what its caller gives, and shapes what it returns; the passes stand here. What is
-asked for twice is run twice. `Remembering` (`cache.py`) is the same with a memory.
+asked for twice is run twice. `Remembering` (`remembering.py`) is the same with a memory.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -192,6 +193,15 @@ class Sites(guesses.Answering, tuple[Site, ...]):
         for index, site in enumerate(self):
             groups.setdefault(label(site), []).append(index)
         return {name: tuple(indices) for name, indices in groups.items()}
+
+    def is_partition(self, groups: Groups) -> bool:
+        """Whether every site is in exactly one of these groups.
+
+        Args:
+            groups: the sites of each, by index, as from `grouped`.
+        """
+        members = itertools.chain.from_iterable(groups.values())
+        return sorted(members) == list(range(len(self)))
 
     def indicator(self, groups: Groups) -> Float[Tensor, "group site"]:
         """Whether each site is in each group, as 1 or 0: the gates with one group on.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, final
 
@@ -93,7 +92,7 @@ class Effects(Ranked):
         if self.of != "site" or self.replace != "zero":
             fact = f"the sum of effects of {self.of}s replaced by {self.replace} is no shift"
             raise MissingPartError(f"{fact}; use of='site', replace='zero'.")
-        if not _is_partition(self.groups, len(self.sites)):
+        if not Sites(self.sites).is_partition(self.groups):
             raise MissingPartError(
                 "the groups do not hold every site exactly once, so their sum cannot be compared "
                 "with the shift; use group='site', 'layer' or 'kind' over all sites."
@@ -231,9 +230,3 @@ def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequenc
 def _is_by_site(groups: Groups, count: int) -> bool:
     """Whether the groups are the single sites, all of them."""
     return list(groups.values()) == [(index,) for index in range(count)]
-
-
-def _is_partition(groups: Groups, count: int) -> bool:
-    """Whether every site is in exactly one group."""
-    members = itertools.chain.from_iterable(groups.values())
-    return sorted(members) == list(range(count))
