@@ -132,8 +132,10 @@ def exact(config: Config, scale: float) -> Tensor:
 def test_both_ends(config: Config):
     """g(0) and g(1) themselves, and not their difference alone."""
     found = ll.first_order(built(config).lens, prompts(), MARGIN)
-    assert off(found.base, exact(config, 0.0)) < ROUND_OFF
-    assert off(found.adapted, exact(config, 1.0)) < ROUND_OFF
+    assert off(found.base, exact(config, 0.0)) < ROUND_OFF, "g(0) is not that of the base"
+    assert off(found.adapted, exact(config, 1.0)) < ROUND_OFF, (
+        "g(1) is not PEFT's: a factor of δz = s B A z is wrong (s, the map's basis, the hook)"
+    )
 
 
 @pytest.mark.sample(4)
