@@ -109,7 +109,7 @@ def components(g: Function) -> Components:
         return (square.view(*square.shape[:2], -1) * mask).sum(-1)
 
     each_site = torch.eye(len(lens.sites))
-    moved = by_prompt(g.tangent(each_site, read=centred_square).T).sqrt()
+    output_norm = by_prompt(g.tangent(each_site, read=centred_square).T).sqrt()
     product = delta * gradient
     return Components(
         sites=lens.sites,
@@ -117,7 +117,7 @@ def components(g: Function) -> Components:
         delta_norm=delta,
         sensitivity=gradient,
         cosine=torch.where(product > 0, squares["inner"] / product, torch.nan),
-        gain=torch.where(delta > 0, moved / delta, torch.nan),
+        gain=torch.where(delta > 0, output_norm / delta, torch.nan),
         meta=lens.describe(g.prompts),
     )
 

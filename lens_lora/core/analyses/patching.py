@@ -147,14 +147,14 @@ def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> 
     if sites is None:
         return groups
     chosen = lens.sites.chosen(sites)
-    kept: Groups = {}
+    of_chosen: Groups = {}
     for name, members in groups.items():
         chosen_members = tuple(index for index in members if index in chosen)
         if chosen_members:
-            kept[name] = chosen_members
+            of_chosen[name] = chosen_members
         elif isinstance(group, Mapping):
             raise SiteError(f"group {name!r} holds none of the sites chosen by {sites}.")
-    return kept
+    return of_chosen
 
 
 # --- δ replaced by something else than zero, and single ranks.

@@ -111,11 +111,11 @@ def _affine(func: Any, rows: int, *args: Any, **factors: Any) -> Tensor | None:
     else:
         return None
     # A sum has a tangent of its own: what is later done in place to it is not done to the summand.
-    moved = tangent.clone() if func in _SUMS else tangent * _detached(constant)
+    value_tangent = tangent.clone() if func in _SUMS else tangent * _detached(constant)
     value = func(a, b)
-    if value.shape != moved.shape or value.dtype != moved.dtype:
+    if value.shape != value_tangent.shape or value.dtype != value_tangent.dtype:
         return None
-    return fwad.make_dual(value, moved)
+    return fwad.make_dual(value, value_tangent)
 
 
 def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
@@ -134,16 +134,16 @@ def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
     first_rows = _rows_of_one_primal(primal, rows)
     if len(primal) > _MOST_ROWS_BESIDE * len(first_rows):
         value = first_rows @ weight
-        moved = tangent @ _detached(weight)
+        value_tangent = tangent @ _detached(weight)
     else:
         both = torch.cat([_detached(first_rows), tangent]) @ _detached(weight)
         value = both[: len(first_rows)]
-        moved = both[len(first_rows) :]
+        value_tangent = both[len(first_rows) :]
         if first_rows.requires_grad:
             value = cast("Tensor", _KnownProduct.apply(first_rows, _detached(weight), value))
     if bias is not None:
         value = value + bias
-    return fwad.make_dual(_repeated_like(primal, value), moved)
+    return fwad.make_dual(_repeated_like(primal, value), value_tangent)
 
 
 def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
@@ -161,9 +161,9 @@ def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
         return fwad.make_dual(value, a @ db)
     if db is None:
         return fwad.make_dual(value, da @ b)
-    moved = (da @ b).flatten(0, -3)
-    moved.baddbmm_(a.flatten(0, -3), db.flatten(0, -3))
-    return fwad.make_dual(value, moved.view(value.shape))
+    value_tangent = (da @ b).flatten(0, -3)
+    value_tangent.baddbmm_(a.flatten(0, -3), db.flatten(0, -3))
+    return fwad.make_dual(value, value_tangent.view(value.shape))
 
 
 def _softmax(
@@ -183,9 +183,9 @@ def _softmax(
     P_of_rows = _detached(P)
     if len(P) > 1:  # A single row broadcasts.
         P_of_rows = _repeated_like(x, P_of_rows)
-    moved = P_of_rows * dx.to(P.dtype)
-    moved.addcmul_(P_of_rows, moved.sum(dim, keepdim=True), value=-1)
-    return fwad.make_dual(_repeated_like(x, P), moved)
+    value_tangent = P_of_rows * dx.to(P.dtype)
+    value_tangent.addcmul_(P_of_rows, value_tangent.sum(dim, keepdim=True), value=-1)
+    return fwad.make_dual(_repeated_like(x, P), value_tangent)
 
 
 def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
@@ -224,12 +224,12 @@ def _value_and_tangent_apart(
         alone = _detached(value)
         duals.append(alone if tangent is None else fwad.make_dual(alone, tangent))
     with torch.no_grad():
-        moved = fwad.unpack_dual(run(duals)).tangent
+        value_tangent = fwad.unpack_dual(run(duals)).tangent
     values = [value for value, _ in operands]
     if func is not functional.scaled_dot_product_attention:
-        return fwad.make_dual(run(values), moved)
+        return fwad.make_dual(run(values), value_tangent)
     with sdpa_kernel(kernels):
-        return fwad.make_dual(run(values), moved)
+        return fwad.make_dual(run(values), value_tangent)
 
 
 def _detached(value: Any) -> Any:

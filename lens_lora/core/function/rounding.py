@@ -61,11 +61,6 @@ def _generator(seed: int) -> torch.Generator:
 # --- The rounding of a model, as noise
 
 
-def unit(lens: LoraLens) -> float:
-    """The relative size of one rounding of the model; see `LoraLens.unit_roundoff`."""
-    return lens.unit_roundoff
-
-
 def rounding_hooks(
     lens: LoraLens,
     rows: Bool[Tensor, " row"] | None = None,
@@ -85,23 +80,23 @@ def rounding_hooks(
         generator: of the draws.
         relative: the size of one rounding, relative to the value; None for the model's own.
     """
-    size = unit(lens) if relative is None else relative
+    size = lens.unit_roundoff if relative is None else relative
     draws = _generator(_SEED_OF_VALUES) if generator is None else generator
     noise_of_pass: list[Tensor] = []
 
     def perturb(tensor: Tensor, hook: Any, layer: int = 0) -> Tensor:
         del hook
         is_moved = torch.ones(len(tensor), dtype=torch.bool) if rows is None else rows
-        moved = is_moved.nonzero()[:, 0].to(tensor.device)
-        values = tensor.detach()[moved].to(lens.gate_dtype)
+        row_indices = is_moved.nonzero()[:, 0].to(tensor.device)
+        values = tensor.detach()[row_indices].to(lens.gate_dtype)
         if layer == 0:
             width = max(values.shape[-1], int(lens.model.cfg.d_model))
             shape = (*values.shape[:-1], width)
-            drawn = torch.randn(shape, generator=draws, dtype=torch.float64)
-            noise_of_pass[:] = [(size * drawn).to(values)]
+            noise = torch.randn(shape, generator=draws, dtype=torch.float64)
+            noise_of_pass[:] = [(size * noise).to(values)]
         of_layer = noise_of_pass[0].to(values).roll(layer, -1)
         shift = values * of_layer[..., : values.shape[-1]]
-        return tensor.index_add(0, moved, shift.to(tensor))
+        return tensor.index_add(0, row_indices, shift.to(tensor))
 
     hooks: list[tuple[str, HookFn]] = [(lens.embedding_output, perturb)]
     for layer in range(1, lens.host.n_layers):
@@ -240,8 +235,8 @@ def _values_in_pass(
         return values
     logits_of_copies = forward.read_logits(lens, many).unflatten(0, (-1, rows))
     for logits, factor in zip(logits_of_copies, factors, strict=True):
-        moved = logits if factor is None else logits * factor(logits, ())
-        values.append(read(moved))
+        rounded = logits if factor is None else logits * factor(logits, ())
+        values.append(read(rounded))
     return values
 
 
@@ -358,7 +353,7 @@ def first_order_noise(
     """
     base = values[0]
     all_draws = torch.cat([draws.values, values[1:].T], 1)
-    of_base = _distance_of_draws(all_draws, base, unit(lens) * base.abs())
+    of_base = _distance_of_draws(all_draws, base, lens.unit_roundoff * base.abs())
     return _TWO_RUNS * of_base, _noise_of_sum(lens, draws.sums, slopes)
 
 
@@ -377,15 +372,15 @@ def curvature_noise(lens: LoraLens, reading: Reading, half_row_sums: _BySite) ->
         return torch.cat(sums, 1) / 2
 
     with attached(lens.model, rounding_hooks(lens)):
-        drawn = in_groups(lens, reading, half_sums)
-    return _noise_of_sum(lens, drawn, half_row_sums) / _TWO_RUNS
+        draws_of_sum = in_groups(lens, reading, half_sums)
+    return _noise_of_sum(lens, draws_of_sum, half_row_sums) / _TWO_RUNS
 
 
 def _noise_of_sum(
     lens: LoraLens, drawn: Float[Tensor, "batch draw"], summands: _BySite
 ) -> _ByPrompt:
     """The noise σ of a sum over sites; never less than one rounding of its summands."""
-    one_rounding = unit(lens) * summands.norm(dim=1)
+    one_rounding = lens.unit_roundoff * summands.norm(dim=1)
     return _distance_of_draws(drawn, summands.sum(1), one_rounding)
 
 

@@ -251,10 +251,10 @@ class BridgeHost(HookedHost):
     def _processed_weight(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
         """The weight that a processed gated MLP holds itself (transformer-lens 3)."""
         name = _COMPONENTS.get(kind, kind)
-        held = compat.processed_weight(self.model.blocks[layer].mlp, name)
-        if held is None or not self._computes_gated_mlp(layer):
+        weight = compat.processed_weight(self.model.blocks[layer].mlp, name)
+        if weight is None or not self._computes_gated_mlp(layer):
             return None
-        return held.detach()
+        return weight.detach()
 
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
         """The wrapped module's bias, of any kind."""

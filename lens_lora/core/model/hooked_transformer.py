@@ -216,10 +216,10 @@ class HookedTransformerHost(HookedHost):
 
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
         """The parameter of this kind, turned to [out, in]; a grouped model's own heads only."""
-        held = _held(*self._parameter(layer, kind))
+        parameter = _held(*self._parameter(layer, kind))
         if kind in ("q", "k", "v"):
-            return held.transpose(1, 2).flatten(0, 1)
-        return held.flatten(0, -2).T
+            return parameter.transpose(1, 2).flatten(0, 1)
+        return parameter.flatten(0, -2).T
 
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
         """Refuse the reading of W_Q and b_Q of an attention, say, but by its own passes."""
@@ -331,9 +331,9 @@ def fires_after_affine(norm_type: type[nn.Module]) -> bool:
         n_layers=1, d_model=4, n_ctx=4, d_head=4, n_heads=1, d_vocab=4, act_fn="relu", device="cpu"
     )
     norm: Any = norm_type(cfg)
-    seen: list[Tensor] = []
-    norm.hook_normalized.add_hook(lambda tensor, hook: seen.append(tensor))
+    normalized: list[Tensor] = []
+    norm.hook_normalized.add_hook(lambda tensor, hook: normalized.append(tensor))
     with torch.no_grad():
         norm.w.fill_(2.0)
         out = norm(torch.tensor([[[1.0, -2.0, 3.0, 0.5]]]))
-    return bool(torch.allclose(out.double(), seen[0].double()))
+    return bool(torch.allclose(out.double(), normalized[0].double()))

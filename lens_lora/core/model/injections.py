@@ -60,9 +60,9 @@ class ScaleInject:
         # seen. Where the gates are the caller's own tensor and need a gradient, they may change
         # between passes, as an optimiser changes them.
         self._copied: list[tuple[Tensor, int]] = []
-        for held in scale.values() if isinstance(scale, Mapping) else (scale,):
-            if isinstance(held, Tensor) and not (held is gates and held.requires_grad):
-                self._note_copied(held)
+        for tensor in scale.values() if isinstance(scale, Mapping) else (scale,):
+            if isinstance(tensor, Tensor) and not (tensor is gates and tensor.requires_grad):
+                self._note_copied(tensor)
         self._active = [True] * gates.shape[-1]
         if not _is_differentiated(gates):
             self._active = (gates != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
@@ -350,8 +350,8 @@ def _in_order(
 
     Hooks of `before` at points that are written are arranged too, so that they stay first.
     """
-    written = {name for name, fn in of_block if not isinstance(fn, _Reader)}
-    first = [(name, fn) for name, fn in reversed(before) if name in written]
+    written_points = {name for name, fn in of_block if not isinstance(fn, _Reader)}
+    first = [(name, fn) for name, fn in reversed(before) if name in written_points]
     arranged: list[tuple[str, HookFn, bool]] = []
     for name, fn in (*of_block, *first):
         if name in points:

@@ -88,10 +88,10 @@ class HookPoints:
             ModelStateError: such a point was named in full, or all of them are such points.
         """
         never = self._plan.points_without_update
-        kept = tuple(name for name in self.wanted if name not in never)
-        required = self.in_full if kept else self.wanted
+        updated = tuple(name for name in self.wanted if name not in never)
+        required = self.in_full if updated else self.wanted
         self._plan.require_update(required)
-        return dataclasses.replace(self, wanted=kept)
+        return dataclasses.replace(self, wanted=updated)
 
     def fired(self, seen: Container[str], *, updated: bool = False) -> tuple[str, ...]:
         """The wanted points that fired in a pass.

@@ -16,9 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.compat import (
-    home_of,
-)
+from lens_lora.compat import home_of
 from lens_lora.core.model import extensions
 from lens_lora.core.model.hooks import attached
 from lens_lora.core.model.running import TOKENS

@@ -169,17 +169,17 @@ def require_same_logits(
 
 def first_non_finite(model: Any, run: Callable[[], object]) -> str:
     """A sentence that names the first hook point with a NaN or an infinity. One forward pass."""
-    seen: list[str] = []
+    non_finite: list[str] = []
 
     def check(name: str, tensor: Any, hook: Any) -> None:
         del hook
         is_float = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        if not seen and is_float and not torch.isfinite(tensor).all():
-            seen.append(name)
+        if not non_finite and is_float and not torch.isfinite(tensor).all():
+            non_finite.append(name)
 
     # Masked attention scores are −∞.
     names = [name for name in model.hook_dict if "attn_scores" not in name]
     with attached(model, [(name, functools.partial(check, name)) for name in names]):
         run()
-    where = seen[0] if seen else "the unembedding"
+    where = non_finite[0] if non_finite else "the unembedding"
     return f"non-finite activations first appear at {where}; check the model's dtype and weights."

@@ -546,16 +546,16 @@ def _holds(other: SiteFactors, site: SiteFactors, shared: TrainedModule) -> bool
     if isinstance(factors, LoRAFactors) and factors.base_weight is None:
         return False
     weight = cast(Tensor, shared.weight)
-    held = None
+    own_weight = None
     if shared.tokens is not None:
         if isinstance(factors, TrainedModule) and factors.tokens is not None:
             is_of_these = torch.equal(factors.tokens, shared.tokens)
-            held = factors.weight if is_of_these else None
+            own_weight = factors.weight if is_of_these else None
     elif isinstance(factors, TrainedModule) and factors.tokens is None and not factors.tied:
-        held = weight  # a copy of its own, of `modules_to_save`
+        own_weight = weight  # a copy of its own, of `modules_to_save`
     else:
-        held = _written_to_base(factors)
-    if held is None or not is_same(held, weight):
+        own_weight = _written_to_base(factors)
+    if own_weight is None or not is_same(own_weight, weight):
         raise UnsupportedAdapterError(
             f"{site.label} and {other.label}: the base ties the one to the other, and the adapter "
             "holds different parameters for the two, which PEFT cannot both use. It was trained on "

@@ -154,9 +154,9 @@ class Watch:
         tensors: list[_Named] = []
         for module, update in updates.items():
             places.append(_Place(updates, module, update, f"the adapter's update of {module}"))
-            for name, held in vars(update).items():
-                if isinstance(held, Tensor):
-                    tensors.append((f"the adapter's {name} of {module}", held))
+            for name, tensor in vars(update).items():
+                if isinstance(tensor, Tensor):
+                    tensors.append((f"the adapter's {name} of {module}", tensor))
         return cls(tensors, places)
 
     def changed(self, *, entries: bool) -> str | None:
@@ -215,16 +215,16 @@ def _places_of(module: nn.Module, owned_by: str) -> Iterator[_Place]:
     """
     modules = dict(module.named_modules())
     gathered = compat.gathered_modules(module)
-    passed: set[str] = set()
+    listed: set[str] = set()
     for path, owner in modules.items():
         if owner in gathered:
             continue
         parameters = parameters_in(owner)
-        held = {key: tensor for key, tensor in parameters.items() if tensor is not None}
-        yield from _tensors_in(parameters, held, path, owned_by)
+        weights = {key: tensor for key, tensor in parameters.items() if tensor is not None}
+        yield from _tensors_in(parameters, weights, path, owned_by)
         yield from _tensors_in(vars(owner), compat.processed_tensors(owner), path, owned_by)
-        while held and path and path not in passed:
-            passed.add(path)
+        while weights and path and path not in listed:
+            listed.add(path)
             above, _, key = path.rpartition(".")
             holder = compat.modules_in(modules[above])
             yield _Place(holder, key, modules[path], f"{owned_by}{path}")

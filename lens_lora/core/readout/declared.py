@@ -104,8 +104,8 @@ class OfEachRow:
 
     def require_as_declared(self, vocab: int) -> None:
         """Check the function on random logits: each row by itself, and with a derivative."""
-        drawn = torch.Generator(device="cpu").manual_seed(0)
-        logits = torch.randn(_ROWS, vocab, generator=drawn, dtype=torch.float64)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        logits = torch.randn(_ROWS, vocab, generator=generator, dtype=torch.float64)
         with torch.enable_grad():
             values = self(logits.requires_grad_())
         alone = torch.cat([self(row) for row in logits.detach().split(1)])

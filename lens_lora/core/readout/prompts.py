@@ -314,8 +314,8 @@ class Prompts:
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Prompts:
         reads = None if self.reads is None else change(self.reads)
-        kept = change(torch.arange(self.batch, device=self.lengths.device)).tolist()
-        sources = tuple(self.sources[i] for i in kept)
+        prompt_indices = change(torch.arange(self.batch, device=self.lengths.device)).tolist()
+        sources = tuple(self.sources[i] for i in prompt_indices)
         return Prompts(change(self.tokens), change(self.lengths), reads, sources)
 
     def to(self, device: torch.device) -> Prompts:

@@ -90,8 +90,8 @@ class Labelled(Ranked, kw_only=True):
             return Entries({}, values.view(1), shift, "value")
         frame = long_table({"value": values}, *labels)
         frame = self._with_tokens(frame, [prompt or 0] * len(frame))
-        kept = torch.tensor(frame.pop("value").to_numpy())
-        return Entries({name: frame[name].tolist() for name in frame}, kept, shift, "value")
+        entry_values = torch.tensor(frame.pop("value").to_numpy())
+        return Entries({name: frame[name].tolist() for name in frame}, entry_values, shift, "value")
 
     def picture(self, prompt: int | None = None) -> drawing.Figure:
         """The figure that `plot` draws: sites by layer and kind, two axes as a heatmap, else bars.
@@ -163,9 +163,9 @@ class Labelled(Ranked, kw_only=True):
             of_prompt = self.str_tokens[prompt]
             exists.append(position < len(of_prompt))
             tokens += of_prompt[position : position + 1]
-        kept = cast(pd.DataFrame, frame[exists]).reset_index(drop=True)
-        kept.insert(list(kept).index("position") + 1, "token", tokens)
-        return kept
+        with_tokens = cast(pd.DataFrame, frame[exists]).reset_index(drop=True)
+        with_tokens.insert(list(with_tokens).index("position") + 1, "token", tokens)
+        return with_tokens
 
 
 def _labelled_axis(hint: Any) -> str | None:
