@@ -67,6 +67,18 @@ def test_a_second_line_has_the_quick_suite_and_all_that_a_line_changes():
     assert found == run_by(config()) | {of_models, of_this_line}
 
 
+def test_a_second_line_has_every_second_item_of_a_product():
+    product = [Item(f"tests/hosts/test_b.py::test_of_all[{i}]", exhaustive=()) for i in range(41)]
+    few = [Item(f"tests/hosts/test_b.py::test_of_few[{i}]", exhaustive=()) for i in range(9)]
+    items = [*product, *few]
+    found = set(items) - selection.deselected(config(line=True), items)
+    assert set(few) <= found
+    places = sorted(product.index(item) for item in found - set(few))
+    assert len(places) == 21
+    gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
+    assert max(gaps) == 2
+
+
 def test_a_case_that_guards_a_defect_is_always_drawn(monkeypatch: pytest.MonkeyPatch):
     left_out = next(item for item in SAMPLED if item not in run_by(config()))
     monkeypatch.setattr(selection, "_text_of_defects", lambda: f"| wrong | `{left_out.nodeid}` |")
