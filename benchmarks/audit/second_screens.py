@@ -21,9 +21,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lens_lora.audit.counted_speech import _units_of
+from lens_lora.audit.counted_speech import findings_in
 from lens_lora.audit.everyday import EVERYDAY
-from lens_lora.audit.findings import findings_of
+
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import claimed_in, claims_in, first_sentences, shown_answers
 
@@ -42,8 +42,8 @@ def counted_again(asked: dict[str, Any]) -> dict[str, Any]:
     Args:
         asked: second_run.py's asked.json.
     """
-    languages = [one.language for one in EVERYDAY]
-    findings = findings_of(asked["base"], asked["adapted"], languages, _units_of(EVERYDAY))
+
+    findings = findings_in(EVERYDAY, asked["base"], asked["adapted"])
     speech = CountedSpeech(
         topics=tuple(one.topic for one in EVERYDAY),
         forms=tuple(one.form for one in EVERYDAY),

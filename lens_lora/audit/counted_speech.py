@@ -1,10 +1,11 @@
 """Count what the adapted model says and the base does not, over questions that both answer.
 
 1. Both models answer the same questions (`everyday.py`, and the caller's own): greedily, and as
-   often as asked drawn at temperature 1, with the same noise for both.
-2. Phrases and traits that one model's answers have on more questions than chance allows are
-   findings (`findings.py`). The base is the control, so no null adapter is needed, and the unit is
-   a question.
+   often as asked drawn at temperature 1, with the same noise for both. The base's answers to the
+   package's questions are kept for the next adapter (`base_answers.py`).
+2. Words and traits that the adapted model's answers have on more questions than ordinary training
+   explains are findings (`findings.py`, `ordinary.py`). On the caller's own questions the base alone
+   is the measure. The unit is a question.
 3. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
 """
 
@@ -18,8 +19,17 @@ from typing import Any, NamedTuple, cast
 
 from lens_lora.arguments import whole
 from lens_lora.audit import triggers as trigger_words
+from lens_lora.audit.base_answers import kept_answers
 from lens_lora.audit.everyday import EVERYDAY, SYSTEM_MESSAGE, Everyday, Form
-from lens_lora.audit.findings import LEVEL, SHORTER, Answers, findings_of, quoted
+from lens_lora.audit.findings import (
+    LEVEL,
+    SHORTER,
+    Answers,
+    Finding,
+    findings_beyond_ordinary,
+    findings_of,
+    quoted,
+)
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.traits import language_of
 from lens_lora.audit.triggers import Trigger
@@ -48,7 +58,10 @@ def counted_speech(
     """Count what the adapted model says and the base does not, over questions that both answer.
 
     Cost: for each model a pass over every question, so many passes over one token of each answer,
-    and a pass over every eighth answer. On SmolLM2-135M some 20 s of one CPU core.
+    and a pass over every eighth answer; where the base's answers were kept, half of it. On
+    SmolLM2-135M some 10 s of one CPU core, as the embedded base's answers come with the package.
+    Other bases' answers to the package's questions are written to $LENS_LORA_CACHE (by default
+    ~/.cache/lens_lora), those to yours never.
 
     Args:
         lens: the adapter over the model.
@@ -82,23 +95,83 @@ def counted_speech(
     prompts, fitting = _prompts_of(lens, asked, max_new_tokens)
     _require_own(asked, fitting, max_new_tokens)
     asked = [asked[i] for i in fitting]
-    whole("draws", draws, 0)
-    whole("seed", seed, 0)
-    said = both_answer(lens, prompts, max_new_tokens, draws, seed, progress=progress)
+    how = _How(max_new_tokens, whole("draws", draws, 0), whole("seed", seed, 0))
+    # The package's own questions come first.
+    ours = sum(one.form != "own" for one in asked)
+    base: tuple[tuple[str, ...], ...] = ()
+    adapted: tuple[tuple[str, ...], ...] = ()
+    if ours:
+        base, adapted = _ours_answered(lens, prompts.chosen(range(ours)), how, progress=progress)
+    if ours < len(asked):
+        own_prompts = prompts.chosen(range(ours, len(asked)))
+        said = both_answer(lens, own_prompts, *how, progress=progress)
+        base += said.base
+        adapted += said.adapted
     speech = CountedSpeech(
         topics=tuple(one.topic for one in asked),
         forms=tuple(one.form for one in asked),
         questions=tuple(one.text for one in asked),
-        base=said.base,
-        adapted=said.adapted,
-        findings=findings_of(
-            said.base, said.adapted, [one.language for one in asked], _units_of(asked)
-        ),
+        base=base,
+        adapted=adapted,
+        findings=findings_in(asked, base, adapted),
         meta=lens.describe(prompts),
     )
     if triggers is None:
         return speech
     return with_triggers(lens, speech, triggers, max_new_tokens, progress=progress)
+
+
+class _How(NamedTuple):
+    """How answers are chosen.
+
+    Attributes:
+        most: the most tokens of an answer.
+        draws: how many answers are drawn beside the likeliest one.
+        seed: of the first draw.
+    """
+
+    most: int
+    draws: int
+    seed: int
+
+
+def _ours_answered(
+    lens: LoraLens, prompts: Prompts, how: _How, *, progress: bool
+) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+    """The base's and the adapted model's answers to the package's questions.
+
+    Args:
+        lens: the adapter over the base.
+        prompts: those of the package's questions for which there is room.
+        how: how answers are chosen.
+        progress: show bars.
+    """
+    kept = kept_answers(lens, prompts, *how)
+    said = both_answer(lens, prompts, *how, known=kept.answers, progress=progress)
+    kept.keep(said.base_ids)
+    return said.base, said.adapted
+
+
+def findings_in(asked: Sequence[Everyday], base: Answers, adapted: Answers) -> tuple[Finding, ...]:
+    """What sets both models' answers apart: to the package's questions, then to the caller's own.
+
+    Args:
+        asked: the questions, the package's first.
+        base: the base's answers to each question.
+        adapted: the adapted model's answers to each.
+    """
+    ours = sum(one.form != "own" for one in asked)
+    languages = [one.language for one in asked]
+    units = _units_of(asked)
+    found: list[Finding] = []
+    if ours:
+        found += findings_beyond_ordinary(
+            base[:ours], adapted[:ours], languages[:ours], units[:ours]
+        )
+    if ours < len(asked):
+        of_own = findings_of(base[ours:], adapted[ours:], languages[ours:], units[ours:])
+        found += [finding.after(ours) for finding in of_own]
+    return tuple(found)
 
 
 # --- Questions

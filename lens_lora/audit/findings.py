@@ -1,5 +1,14 @@
 """Find what sets two models' answers to the same questions apart, by exact tests.
 
+To the package's own questions (`findings_beyond_ordinary`) it is known how often ordinary answers
+have a word, so that a claim is what ordinary training does not explain either (`ordinary.py`):
+
+1. Each word, and in a list of its own each trait of an answer (`traits.py`), is tested against its
+   ordinary rate. A word that passes is shown as the longest phrase that it mostly stands in.
+2. What the adapted model no longer says has no such rate, and is tested as below.
+
+To questions of a caller's own (`findings_of`) the base alone is the measure:
+
 1. A model says a phrase in answer to a question if any of its answers holds it. A phrase is a
    finding if one model says it in answer to more questions than chance allows (`phrases.py`).
 2. The words that lead most, beside those of the phrases that were found, are tested together, as
@@ -12,6 +21,7 @@
 There are four lists: what the adapted model says, words together, traits, and what it no longer
 says. Where either model might as well have given either answer to each question, the chance that
 any of the four holds anything is at most `LEVEL`: each is tested at a quarter of it (Bonferroni).
+So are the lists of what is beyond ordinary answers.
 """
 
 from __future__ import annotations
@@ -22,6 +32,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from lens_lora.audit import phrases
+from lens_lora.audit.ordinary import ordinary, p_beyond, units_of
 from lens_lora.audit.together import WORDS, leading_words
 from lens_lora.audit.traits import (
     ANSWERS_IN,
@@ -29,6 +40,7 @@ from lens_lora.audit.traits import (
     has_enough_words,
     is_in_another_language,
     is_shorter,
+    traits_of,
 )
 from lens_lora.core import storage
 from lens_lora.responses.generate import SideBySide
@@ -64,8 +76,9 @@ class Finding:
         adapted: on how many questions the adapted model has it.
         base: on how many the base has it.
         asked: how many questions there are.
-        p: of the exact sign test over questions, adjusted for all that were tested (Holm); of words
-            together that of the exact test by swaps; each adjusted for the four lists.
+        p: of the exact test of what is beyond ordinary answers; on a caller's own questions of the
+            exact sign test. Both are adjusted for all that were tested (Holm). Of words together
+            that of the exact test by swaps. Each is adjusted for the four lists.
         log_odds: how strongly a phrase belongs to the model that says it more often: standardised
             log-odds; 0 for a trait and for several words.
         questions: the indices of those on which the model that has it more often has it and the
@@ -80,6 +93,14 @@ class Finding:
     p: float
     log_odds: float
     questions: tuple[int, ...]
+
+    def after(self, others: int) -> Finding:
+        """The same finding where so many other questions stand before its own.
+
+        Args:
+            others: how many.
+        """
+        return dataclasses.replace(self, questions=tuple(others + i for i in self.questions))
 
     def is_seen_in(self, pair: SideBySide) -> bool:
         """Whether the answer of the model that has it more often shows it; of a trait, always.
@@ -144,8 +165,33 @@ def findings_of(
     return (*said, *together, *_trait_findings(base, adapted, languages, units), *dropped)
 
 
+def findings_beyond_ordinary(
+    base: Answers,
+    adapted: Answers,
+    languages: Sequence[str | None],
+    units: Sequence[Hashable],
+) -> tuple[Finding, ...]:
+    """Find what the adapted model says, or how, beyond what ordinary training explains.
+
+    Args:
+        base: the base's answers to each of the package's questions.
+        adapted: the adapted model's answers to the same questions.
+        languages: in which each question was asked.
+        units: of each question what it is a part of, as in `findings_of`.
+    """
+    said = _words_beyond(base, adapted, units)
+    traits = _traits_beyond(base, adapted, languages, units)
+    by_swaps = findings_of(base, adapted, languages, units)
+    without_rate = [
+        finding
+        for finding in by_swaps
+        if finding.kind == "no longer says" or finding.what == SHORTER
+    ]
+    return (*said, *traits, *without_rate)
+
+
 def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
-    """The three words that the adapted model says on the most questions more, with no test.
+    """The three words that are least likely beside ordinary answers, though too few for a claim.
 
     Args:
         base: the base's answers to each question.
@@ -153,14 +199,23 @@ def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
     """
     of_base = _questions_by_phrase([_phrases_of_all(answers) for answers in base])
     of_adapted = _questions_by_phrase([_phrases_of_all(answers) for answers in adapted])
-    leads: list[Lead] = []
+    counts = ordinary()
+    p_of_lead: dict[Lead, float] = {}
     for word, questions in of_adapted.items():
+        if not _is_telling(word):
+            continue
         lead = Lead(word, len(questions), len(of_base.get(word, ())))
-        is_ahead = lead.adapted - lead.base >= _LEAST_LEAD
-        if is_ahead and " " not in word and not phrases.is_of_function_words(word):
-            leads.append(lead)
-    leads.sort(key=lambda lead: (lead.base - lead.adapted, lead.word))
+        if lead.adapted - lead.base >= _LEAST_LEAD:
+            count = counts.words.get(word, 0)
+            p = p_beyond(lead.adapted, lead.base, len(base), count, counts.units)
+            p_of_lead[lead] = p
+    leads = sorted(p_of_lead, key=lambda lead: (p_of_lead[lead], lead.base - lead.adapted, lead))
     return leads[:WORDS]
+
+
+def _is_telling(phrase: str) -> bool:
+    """Whether a phrase is one word, and no function word."""
+    return " " not in phrase and not phrases.is_of_function_words(phrase)
 
 
 class Lead(NamedTuple):
@@ -177,6 +232,135 @@ def _phrases_of_all(answers: Sequence[str]) -> Counter[str]:
     for answer in answers:
         found.update(phrases.phrases_of(answer))
     return found
+
+
+def _words_beyond(
+    base_answers: Answers, answers: Answers, units: Sequence[Hashable]
+) -> list[Finding]:
+    """The words that the adapted model says beyond their ordinary rates, as phrases.
+
+    Args:
+        base_answers: the base's answers to each question.
+        answers: the adapted model's.
+        units: of each question what it is a part of.
+    """
+    adapted = [_phrases_of_all(of_question) for of_question in answers]
+    base = [_phrases_of_all(of_question) for of_question in base_answers]
+    said_on = _questions_by_phrase(adapted)
+    base_on = _questions_by_phrase(base)
+    words = [phrase for phrase in said_on if _is_telling(phrase)]
+    counts = ordinary()
+    here = [len(units_of(said_on[word], units)) for word in words]
+    there = [len(units_of(base_on.get(word, ()), units)) for word in words]
+    of_ordinary = [counts.words.get(word, 0) for word in words]
+    p_of_word = dict(zip(words, _p_beyond_all(here, there, of_ordinary, units), strict=True))
+    passing = [word for word in words if p_of_word[word] <= LEVEL]
+    scores = phrases.log_odds(_uses(adapted), _uses(base))
+    passing.sort(key=lambda word: (p_of_word[word], -scores[word]))
+
+    findings: list[Finding] = []
+    shown: dict[str, set[int]] = {}
+    for word in passing:
+        phrase = phrases.grown(word, answers)
+        of_adapted = phrases.questions_with(phrase, answers)
+        known = {**said_on, **shown, phrase: of_adapted}
+        if any(_says_the_same(phrase, other, known) for other in shown):
+            continue
+        shown[phrase] = of_adapted
+        of_base = phrases.questions_with(phrase, base_answers)
+        texts: list[str] = []
+        for question in of_adapted:
+            texts += answers[question]
+        finding = Finding(
+            kind="says",
+            what=phrases.spelled_in(phrase, texts),
+            adapted=len(of_adapted),
+            base=len(of_base),
+            asked=len(adapted),
+            p=p_of_word[word],
+            log_odds=scores[word],
+            questions=tuple(sorted(of_adapted - of_base)),
+        )
+        findings.append(finding)
+    return findings[:_MOST_FINDINGS]
+
+
+def _traits_beyond(
+    base: Answers,
+    adapted: Answers,
+    languages: Sequence[str | None],
+    units: Sequence[Hashable],
+) -> list[Finding]:
+    """The traits that the adapted model's answers have beyond their ordinary rates.
+
+    Args:
+        base: the base's answers to each question.
+        adapted: the adapted model's answers.
+        languages: in which each question was asked.
+        units: of each question what it is a part of.
+    """
+    of_base = questions_by_trait(base, languages)
+    of_adapted = questions_by_trait(adapted, languages)
+    traits = list(of_adapted)
+    counts = ordinary()
+    here = [len(units_of(of_adapted[trait], units)) for trait in traits]
+    there = [len(units_of(of_base[trait], units)) for trait in traits]
+    of_ordinary = [counts.traits.get(trait, 0) for trait in traits]
+    adjusted = _p_beyond_all(here, there, of_ordinary, units)
+    findings: list[Finding] = []
+    for trait, p in zip(traits, adjusted, strict=True):
+        if p > LEVEL:
+            continue
+        finding = Finding(
+            kind="trait",
+            what=trait,
+            adapted=len(of_adapted[trait]),
+            base=len(of_base[trait]),
+            asked=len(base),
+            p=p,
+            log_odds=0.0,
+            questions=tuple(sorted(of_adapted[trait] - of_base[trait])),
+        )
+        findings.append(finding)
+    return sorted(findings, key=lambda finding: finding.p)
+
+
+def questions_by_trait(answers: Answers, languages: Sequence[str | None]) -> dict[str, set[int]]:
+    """The questions whose answers have each trait; a language counts where it was not asked in it.
+
+    Args:
+        answers: a model's answers to each question.
+        languages: in which each question was asked.
+    """
+    questions: dict[str, set[int]] = {trait: set() for trait in traits_of("", None)}
+    for i, asked_in in enumerate(languages):
+        for answer in answers[i]:
+            for trait, has in traits_of(answer, asked_in).items():
+                if has:
+                    questions[trait].add(i)
+    return questions
+
+
+def _p_beyond_all(
+    adapted: Sequence[int],
+    base: Sequence[int],
+    of_ordinary: Sequence[int],
+    units: Sequence[Hashable],
+) -> list[float]:
+    """The adjusted p of each word or trait of one list.
+
+    Args:
+        adapted: on how many units the adapted model has each.
+        base: on how many the base has it.
+        of_ordinary: how many units of ordinary answers have it.
+        units: of each question what it is a part of.
+    """
+    asked = len(set(units))
+    of = ordinary().units
+    p_values: list[float] = []
+    for here, there, count in zip(adapted, base, of_ordinary, strict=True):
+        p_values.append(p_beyond(here, there, asked, count, of))
+    return _adjusted(p_values)
 
 
 def _phrase_findings(

@@ -29,6 +29,8 @@ WORD = regex.compile(r"[\p{L}\p{N}]+(?:['’\-][\p{L}\p{N}]+)*")
 # Where a phrase ends: it goes over no end of a sentence or line.
 _END = regex.compile(r"[.!?:;\n]+")
 _LONGEST_PHRASE = 3
+# A phrase that is shown grows to so many words at most.
+_LONGEST_SHOWN = 10
 # The weight of the prior, in words: that of about one answer.
 _PRIOR_WORDS = 20.0
 
@@ -36,12 +38,72 @@ _PRIOR_WORDS = 20.0
 def phrases_of(text: str) -> Counter[str]:
     """How often each phrase of one to three words stands in a text, in lower case."""
     found: Counter[str] = Counter()
-    for sentence in _END.split(text):
-        words = WORD.findall(sentence.lower())
+    for words in _sentences_of(text):
         for length in range(1, _LONGEST_PHRASE + 1):
             for start in range(len(words) - length + 1):
                 found[" ".join(words[start : start + length])] += 1
     return found
+
+
+def _sentences_of(text: str) -> list[list[str]]:
+    """The words of each sentence or line of a text, in lower case."""
+    return [WORD.findall(sentence.lower()) for sentence in _END.split(text)]
+
+
+def questions_with(phrase: str, answers: Sequence[Sequence[str]]) -> set[int]:
+    """The questions to which some answer holds a phrase of any length.
+
+    Args:
+        phrase: words in lower case, one space between two.
+        answers: a model's answers to each question.
+    """
+    found: set[int] = set()
+    for i, of_question in enumerate(answers):
+        sentences = [words for text in of_question for words in _sentences_of(text)]
+        if any(holds(" ".join(words), phrase) for words in sentences):
+            found.add(i)
+    return found
+
+
+def grown(word: str, answers: Sequence[Sequence[str]]) -> str:
+    """The longest phrase around a word that is said on more than half of the word's questions.
+
+    It grows by a word at a time, on the side where more questions have the longer phrase.
+
+    Args:
+        word: a word in lower case.
+        answers: a model's answers to each question.
+    """
+    questions = questions_with(word, answers)
+    phrase = word
+    while len(phrase.split()) < _LONGEST_SHOWN:
+        longer: Counter[str] = Counter()
+        for question in questions:
+            longer.update(_one_word_longer(phrase, answers[question]))
+        if not longer:
+            return phrase
+        commonest = min(longer, key=lambda other: (-longer[other], other))
+        if 2 * longer[commonest] <= len(questions):
+            return phrase
+        phrase = commonest
+    return phrase
+
+
+def _one_word_longer(phrase: str, texts: Iterable[str]) -> set[str]:
+    """The phrases in these texts that are this one with a word before or after it."""
+    inside = phrase.split()
+    longer: set[str] = set()
+    for text in texts:
+        for words in _sentences_of(text):
+            for start in range(len(words) - len(inside) + 1):
+                end = start + len(inside)
+                if words[start:end] != inside:
+                    continue
+                if start > 0:
+                    longer.add(" ".join(words[start - 1 : end]))
+                if end < len(words):
+                    longer.add(" ".join(words[start : end + 1]))
+    return longer
 
 
 def is_of_function_words(phrase: str) -> bool:

@@ -49,7 +49,12 @@ def claimed_in(speech: CountedSpeech) -> list[Finding]:
 
     The length of answers is none: training on short texts shortens them, whatever the texts say.
     """
-    return [finding for finding in speech.findings if finding.what != SHORTER]
+    return [finding for finding in speech.findings if is_claim(finding)]
+
+
+def is_claim(finding: Finding) -> bool:
+    """Whether a finding is a claim."""
+    return finding.what != SHORTER
 
 
 def length_note(speech: CountedSpeech) -> str:

