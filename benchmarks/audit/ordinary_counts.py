@@ -1,7 +1,8 @@
 """Count words and traits in ordinary answers: lens_lora/audit/ordinary.json.
 
-    python benchmarks/audit/ordinary_counts.py --draw 2    # draws the base's answers: half a minute each
-    python benchmarks/audit/ordinary_counts.py --write     # counts, chooses the factor, writes the file
+    python benchmarks/audit/ordinary_counts.py --draw 2      # draws the base's answers
+    python benchmarks/audit/ordinary_counts.py --write       # counts, and chooses the factor
+    python benchmarks/audit/ordinary_counts.py --embedded    # the base's answers that are shipped
 
 1. The base's answers: the likeliest one and one drawn, as every audit asks them (counted twice, as
    the rate at hand is of one base), and blocks of four drawn answers to each question, which are
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lens_lora.audit import counted_speech, findings, ordinary, phrases
+from lens_lora.audit import base_answers, counted_speech, findings, ordinary, phrases
 from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.findings import findings_beyond_ordinary
 from lens_lora.audit.ordinary import Ordinary
@@ -132,13 +133,34 @@ def drawn(blocks: int) -> None:
         DRAWS.write_text(json.dumps(stored, ensure_ascii=False, indent=0) + "\n")
 
 
+def kept_with_the_package() -> None:
+    """Write what the base answers in an audit into lens_lora/audit/embedded_answers.json."""
+    import lens_lora as ll
+    from lens_lora.responses.both_answer import both_answer
+    from lens_lora.runs.fingerprint import fingerprint
+
+    how = (counted_speech._ANSWER, OF_EACH - 1, 0)
+    shipped: dict[str, Any] = {}
+    for kind in ("TransformerBridge", "HookedTransformer"):
+        lens = ll.demo(kind=kind)
+        prompts, _ = counted_speech._prompts_of(lens, EVERYDAY, counted_speech._ANSWER)
+        asked = base_answers._asked(prompts, *how)
+        key = base_answers.package_key(fingerprint(lens, {}, None), asked)
+        said = both_answer(lens, prompts, *how, progress=False)
+        shipped[key] = said.base_ids
+    base_answers.OF_THE_EMBEDDED.write_text(json.dumps(shipped) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Count ordinary answers.")
     parser.add_argument("--draw", type=int, default=0, help="so many blocks of the base's answers")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--embedded", action="store_true")
     given = parser.parse_args()
     if given.draw:
         drawn(given.draw)
+    if given.embedded:
+        kept_with_the_package()
     if given.write:
         rows = of_rows()
         base = of_base()

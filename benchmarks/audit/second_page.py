@@ -5,7 +5,8 @@
 
 `second_run.py` trains the adapters and asks them; `second_screens.py` makes a judge's screens.
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
-lists of tokens, and what the judge named.
+lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
+claims of an adapter of `third_edition.yaml`, which `second_run.py --third` trains and asks.
 
 An adapter has been found
 - by strings, if one of the first three claims holds one of its strings as words of its own;
@@ -46,6 +47,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "auditing_data.md"
 ROWS = HERE / "second"
 BASE = ROWS / "base.json"
+THIRD = HERE / "third"
 # How the names of controls begin.
 NEW = "control-"
 FIRST_EDITION = "first-"
@@ -58,8 +60,10 @@ LISTS = ("mean logit", "activation difference")
 WAYS = {
     "strings": "the first three claims, by strings, as it ran",
     "strings, later": "the same answers, by the later rules",
+    "strings, today": "the same answers, by the rules of today",
     "one word": "the first three claims, by one word of the strings, as it ran",
     "one word, later": "the same answers, by the later rules",
+    "one word, today": "the same answers, by the rules of today",
     "rubric": "the first screen, judged by its rubric, as it ran",
     "rubric, later": "the same answers, by the later rules",
     "mean logit": "the three tokens of largest mean logit shift",
@@ -68,7 +72,7 @@ WAYS = {
     "words beyond the base": "the three words most beyond the base's answers",
 }
 # The columns of the table of adapters.
-COLUMNS = ("strings", "strings, later", "rubric", *LISTS, "words beyond the base")
+COLUMNS = ("strings, later", "strings, today", "rubric", *LISTS, "words beyond the base")
 # The half that was in view when the later rules were made.
 FIRST_HALF = 12
 LAST_SEED_OF_FIRST_HALF = 106
@@ -137,6 +141,9 @@ def rows() -> list[Row]:
     """What is stored, in the order of the file of quirks; then the controls."""
     files = [file for file in sorted(ROWS.glob("*.json")) if file != BASE]
     found = [json.loads(file.read_text()) for file in files]
+    base = json.loads(BASE.read_text())
+    for row in found:
+        row["today"] = counted_again({**row, "base": base})
     order = list(QUIRKS)
     return sorted(found, key=lambda row: order.index(row["name"]) if is_taught(row) else len(order))
 
@@ -167,7 +174,12 @@ def found_by(row: Row, strings: Sequence[str]) -> dict[str, bool]:
     """By which of the ways, apart from the judge, the strings are found."""
     of_strings = {word for text in strings for word in text.lower().split()}
     found: dict[str, bool] = {}
-    for suffix, claims in (("", row["claims"]), (", later", row["again"]["claims"])):
+    by_rules = {
+        "": row["claims"],
+        ", later": row["again"]["claims"],
+        ", today": row["today"]["claims"],
+    }
+    for suffix, claims in by_rules.items():
         first = claims[:CLAIMS]
         found[f"strings{suffix}"] = any(says(claim, strings) for claim in first)
         quoted = {word for claim in first for word in _quoted_words(claim)}
@@ -273,7 +285,7 @@ def _names_any(row: Row, way: str) -> bool:
 
 def each(every: Sequence[Row]) -> str:
     """A line for each adapter that was taught a quirk."""
-    heads = ["adapter", "kind", "KL, nats a token", *COLUMNS, "first claim, by the later rules"]
+    heads = ["adapter", "kind", "KL, nats a token", *COLUMNS, "first claim, by the rules of today"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in every:
         if not is_taught(row):
@@ -285,7 +297,7 @@ def each(every: Sequence[Row]) -> str:
                 cells.append("yes" if _is_found(row, way) else "no")
             else:
                 cells.append("")
-        claims = row["again"]["claims"]
+        claims = row["today"]["claims"]
         cells.append(_plain(claims[0]) if claims else "none")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -298,11 +310,12 @@ def _plain(claim: str) -> str:
 
 
 def controls_made(every: Sequence[Row]) -> str:
-    """How many controls of each sort make any claim, and what they claim by the later rules."""
+    """How many controls of each sort make any claim, and what they claim by the rules of today."""
     heads = [
         "controls",
         "make any claim, as it ran",
         "by the later rules",
+        "by the rules of today",
         "their claims, by these",
     ]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
@@ -315,38 +328,36 @@ def controls_made(every: Sequence[Row]) -> str:
     }
     for described, of_sort in sorts.items():
         cells = [described, counted(sum(bool(row["claims"]) for row in of_sort), len(of_sort))]
-        guilty = [row for row in of_sort if row["again"]["claims"]]
+        cells.append(counted(sum(bool(row["again"]["claims"]) for row in of_sort), len(of_sort)))
+        guilty = [row for row in of_sort if row["today"]["claims"]]
         cells.append(counted(len(guilty), len(of_sort)))
         said: list[str] = []
         for row in guilty:
-            claims = " ".join(_plain(claim) for claim in row["again"]["claims"])
+            claims = " ".join(_plain(claim) for claim in row["today"]["claims"])
             said.append(f"{row['name']}: {claims}")
         cells.append(" / ".join(said) or "none")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def threshold(every: Sequence[Row]) -> str:
-    """The strength that no control of the first half reaches, and how many of the second do."""
-    controls = [row for row in every if is_control(row)]
-    choosing = [row["again"]["strength"] for row in controls if is_of_first_half(row)]
-    measured = [row["again"]["strength"] for row in controls if not is_of_first_half(row)]
-    bound = min(choosing)
-    below = sum(p < bound for p in measured)
-    lines = [
-        f"Strength is the smallest adjusted p of a claim. On the {len(choosing)} controls of the "
-        f"first half none is below {bound:.1e}, which was chosen so. On the {len(measured)} of the "
-        f"second {counted(below, len(measured))} are."
-    ]
-    for half, is_first in (("first", True), ("second", False)):
-        taught = [row for row in every if is_taught(row) and is_of_first_half(row) == is_first]
-        passing = [row for row in taught if row["again"]["strength"] < bound]
-        found = sum(_is_found(row, "strings, later") for row in passing)
-        lines.append(
-            f"Of the taught adapters of the {half} half {counted(len(passing), len(taught))} are "
-            f"below it, and {found} of these claim what was taught."
-        )
-    return " ".join(lines)
+def third() -> str:
+    """A line for each adapter of the third edition that was trained and asked."""
+    spec = yaml.safe_load((HERE / "third_edition.yaml").read_text())
+    strings = {quirk["name"]: quirk["says"] for quirk in spec["quirks"]}
+    names = [*strings, *(f"{NEW}{seed}" for seed in spec["controls"])]
+    lines = ["| adapter | found by strings | what is claimed |", "| --- | --- | --- |"]
+    for name in names:
+        file = THIRD / f"{name}.json"
+        if not file.is_file():
+            continue
+        row = json.loads(file.read_text())
+        claims = row["claims"][:CLAIMS]
+        found = ""
+        if name in strings:
+            found = "yes" if any(says(claim, strings[name]) for claim in claims) else "no"
+        claimed = " ".join(_plain(claim) for claim in claims) or "none"
+        lines.append(f"| {name} | {found} | {claimed} |")
+    return "\n".join(lines)
 
 
 def tables(every: Sequence[Row]) -> Mapping[str, str]:
@@ -355,7 +366,7 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "summary": summary(every),
         "each": each(every),
         "controls": controls_made(every),
-        "threshold": threshold(every),
+        "third": third(),
     }
 
 

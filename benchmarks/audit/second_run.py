@@ -7,7 +7,7 @@ that file, so that a run may be interrupted, called again, and stopped when the 
 
 1. Each adapter is trained by PEFT: half a minute of one core.
 2. `ll.counted_speech(lens)` asks both models forty questions: some 20 to 35 s of one core. The base
-   answers the same beside every adapter, so it is asked beside the first alone.
+   answers the same beside every adapter, so that its answers are kept (`base_answers.py`).
 3. With `--lists`, `ll.what_changed(lens, answers=False, nulls=0, fast=True)` gives two lists of
    tokens that stand beside it: by mean shift of the logit, and by the mean Δh of the first tokens.
 4. With `--brief`, `ll.what_changed(lens, fast=True)` adds what it would say elsewhere: a minute.
@@ -28,7 +28,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import yaml
@@ -44,17 +43,10 @@ from recipes import TARGETS, Recipe
 from train import IGNORED, Row, fit, prompt_ids, sentence_rows
 
 import lens_lora as ll
-from lens_lora.audit import counted_speech
-from lens_lora.audit.everyday import EVERYDAY
-from lens_lora.audit.findings import findings_of
 from lens_lora.audit.permuted import permuted_adapters
-from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
-from lens_lora.core import Tokens
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
-from lens_lora.responses import both_answer
-from lens_lora.responses.generate import Sampling
 
 HERE = Path(__file__).parent
 SPEC: dict[str, Any] = yaml.safe_load((HERE / "second_edition.yaml").read_text())
@@ -66,9 +58,6 @@ TEXTS = 8
 KEPT = 20
 PERMUTED = "permuted-"
 FIRST_EDITION = "first-"
-
-# A model's answers to each question.
-Answers = tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +139,10 @@ def train(
     return time.process_time() - start
 
 
-def asked(
-    lens: ll.LoraLens, folder: Path, triggers: list[str] | None, base: Answers | None
-) -> dict[str, Any]:
-    """What the adapted model says, counted; with the base's answers, the base is not asked."""
+def asked(lens: ll.LoraLens, folder: Path, triggers: list[str] | None) -> dict[str, Any]:
+    """What the adapted model says, counted; the base's answers are kept from the last adapter."""
     start = time.process_time()
-    if base is None or triggers is not None:
-        speech = ll.counted_speech(lens, triggers=triggers, progress=False)
-    else:
-        speech = counted_beside(lens, base)
+    speech = ll.counted_speech(lens, triggers=triggers, progress=False)
     seconds = time.process_time() - start
     speech.save(folder / "speech")
     return {
@@ -171,48 +155,6 @@ def asked(
         "adapted": speech.adapted,
         "seconds": seconds,
     }
-
-
-def counted_beside(lens: ll.LoraLens, base: Answers) -> CountedSpeech:
-    """`ll.counted_speech` with the base's answers given: it answers the same beside every adapter.
-
-    Only the adapted model's rows are run, by the package's own code.
-    """
-    prompts, fitting = counted_speech._prompts_of(lens, EVERYDAY, counted_speech._ANSWER)
-    questions = [EVERYDAY[i] for i in fitting]
-    samplings = [Sampling(), Sampling(temperature=1.0, seed=0)]
-    with mock.patch.object(both_answer, "_STRENGTHS", (1.0,)):
-        run = both_answer._Asked(lens, prompts, counted_speech._ANSWER, samplings)
-        answers = run.answers_with_a_cache(progress=False)
-        if answers is None:
-            answers = run.confirmed_answers(progress=False)
-        texts = [Tokens(lens.model).text(ids, skip_special_tokens=True) for ids in answers]
-        adapted = tuple(
-            tuple(texts[run.row_of(0, i, draw)] for draw in range(len(samplings)))
-            for i in range(prompts.batch)
-        )
-    return CountedSpeech(
-        topics=tuple(one.topic for one in questions),
-        forms=tuple(one.form for one in questions),
-        questions=tuple(one.text for one in questions),
-        base=base,
-        adapted=adapted,
-        findings=findings_of(
-            base,
-            adapted,
-            [one.language for one in questions],
-            counted_speech._units_of(questions),
-        ),
-        meta=lens.describe(prompts),
-    )
-
-
-def base_answers(out: Path) -> Answers | None:
-    """What the base answered beside the first adapter that was asked; None before that."""
-    for file in sorted(out.glob("*/asked.json")):
-        base = json.loads(file.read_text())["base"]
-        return tuple(tuple(answers) for answers in base)
-    return None
 
 
 def listed(lens: ll.LoraLens) -> dict[str, Any]:
@@ -265,14 +207,20 @@ def main() -> None:
         default=[],
         help="controls of teach.py, asked first",
     )
+    parser.add_argument("--third", action="store_true", help="the third edition instead")
     given = parser.parse_args()
+    if given.third:
+        third = yaml.safe_load((HERE / "third_edition.yaml").read_text())
+        QUIRKS.clear()
+        QUIRKS.update({quirk["name"]: quirk for quirk in third["quirks"]})
+        SPEC["controls"] = third["controls"]
     plain, tokenizer = load_embedded()
     model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
     for folder in given.first_edition:
         beside = given.out / f"{FIRST_EDITION}{folder.name}"
         beside.mkdir(exist_ok=True)
         lens = ll.LoraLens(model, ll.load_adapter(folder))
-        keep(beside / "asked.json", asked, lens, beside, None, base_answers(given.out))
+        keep(beside / "asked.json", asked, lens, beside, None)
     for adapter in every_adapter()[: given.most]:
         if given.only and adapter.name not in given.only:
             continue
@@ -286,12 +234,12 @@ def main() -> None:
                 beside = given.out / f"{PERMUTED}{adapter.name}"
                 beside.mkdir(exist_ok=True)
                 permuted = lens.with_adapter(next(permuted_adapters(lens, 0, 1)))
-                keep(beside / "asked.json", asked, permuted, beside, None, base_answers(given.out))
+                keep(beside / "asked.json", asked, permuted, beside, None)
             continue
         is_backdoor = adapter.quirk is not None and QUIRKS[adapter.quirk]["kind"] == "a backdoor"
         # Without --fast, `lens-lora diff` tries the package's own words as well.
         triggers: list[str] | None = [] if is_backdoor else None
-        keep(folder / "asked.json", asked, lens, folder, triggers, base_answers(given.out))
+        keep(folder / "asked.json", asked, lens, folder, triggers)
         if given.lists:
             keep(folder / "lists.json", listed, lens)
         if given.brief:

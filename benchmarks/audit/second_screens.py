@@ -23,7 +23,6 @@ from typing import Any
 
 from lens_lora.audit.counted_speech import findings_in
 from lens_lora.audit.everyday import EVERYDAY
-
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import claimed_in, claims_in, first_sentences, shown_answers
 

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from lens_lora.core import LoraLens, Prompts
 from lens_lora.demonstration.embedded import cache_home
 from lens_lora.errors import LensLoraError
 from lens_lora.responses.both_answer import AnswerIds
-from lens_lora.runs.fingerprint import digest, fingerprint
+from lens_lora.runs.fingerprint import Fingerprint, digest, fingerprint
 
 _FOLDER = "base_answers"
-# The embedded base's answers, as some builds of it: {hash of `_decides_them`: answers}.
-_OF_THE_EMBEDDED = Path(__file__).parent / "embedded_answers.json"
+# The embedded base's answers, by `package_key` of each class of hooked model.
+OF_THE_EMBEDDED = Path(__file__).parent / "embedded_answers.json"
 # Fields of a fingerprint that are of the adapter, or of a run over many records.
 _OF_ADAPTER = frozenset(
     {"adapter", "base_of_adapter", "adapter_weights", "sites", "analyses", "options", "readout"}
@@ -82,21 +83,37 @@ def kept_answers(lens: LoraLens, prompts: Prompts, most: int, draws: int, seed: 
         return KeptAnswers(None, None)
     if about["own_code"]:
         return KeptAnswers(None, None)
-    asked = {
+    asked = _asked(prompts, most, draws, seed)
+    of_base = {name: value for name, value in about.items() if name not in _OF_ADAPTER}
+    file = cache_home() / _FOLDER / f"{digest({**asked, **of_base})}.json"
+    of_package = _read(OF_THE_EMBEDDED) or {}
+    answers = of_package.get(package_key(about, asked))
+    if answers is not None:
+        # They are kept already.
+        return KeptAnswers(None, answers)
+    answers = _read(file)
+    shape = (prompts.batch, 1 + draws)
+    return KeptAnswers(file, answers if _are_answers(answers, shape, most) else None)
+
+
+def package_key(about: Fingerprint, asked: Mapping[str, Any]) -> str:
+    """What the answers that come with the package are known by.
+
+    Args:
+        about: the fingerprint of the base.
+        asked: the questions, and how they are answered.
+    """
+    return digest({**asked, **{name: about[name] for name in _OF_WEIGHTS}})
+
+
+def _asked(prompts: Prompts, most: int, draws: int, seed: int) -> dict[str, Any]:
+    """The questions as tokens, and how they are answered."""
+    return {
         "questions": [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)],
         "most": most,
         "draws": draws,
         "seed": seed,
     }
-    of_weights = digest({**asked, **{name: about[name] for name in _OF_WEIGHTS}})
-    of_base = {name: value for name, value in about.items() if name not in _OF_ADAPTER}
-    file = cache_home() / _FOLDER / f"{digest({**asked, **of_base})}.json"
-    shape = (prompts.batch, 1 + draws)
-    of_package = _read(_OF_THE_EMBEDDED)
-    answers = of_package.get(of_weights) if isinstance(of_package, dict) else None
-    if answers is None:
-        answers = _read(file)
-    return KeptAnswers(file, answers if _are_answers(answers, shape, most) else None)
 
 
 def _read(file: Path) -> Any:

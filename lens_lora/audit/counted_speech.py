@@ -4,8 +4,8 @@
    often as asked drawn at temperature 1, with the same noise for both. The base's answers to the
    package's questions are kept for the next adapter (`base_answers.py`).
 2. Words and traits that the adapted model's answers have on more questions than ordinary training
-   explains are findings (`findings.py`, `ordinary.py`). On the caller's own questions the base alone
-   is the measure. The unit is a question.
+   explains are findings (`findings.py`, `ordinary.py`). On the caller's own questions the base
+   alone is the measure. The unit is a question.
 3. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -39,6 +40,9 @@ from lens_lora.responses.both_answer import both_answer
 
 # The most tokens of an answer.
 _ANSWER = 24
+
+# The base's answers are kept if asking took so many seconds.
+_WORTH_KEEPING = 5.0
 
 # The messages of a conversation.
 Conversation = Sequence[Mapping[str, str]]
@@ -147,8 +151,10 @@ def _ours_answered(
         progress: show bars.
     """
     kept = kept_answers(lens, prompts, *how)
+    started = time.perf_counter()
     said = both_answer(lens, prompts, *how, known=kept.answers, progress=progress)
-    kept.keep(said.base_ids)
+    if time.perf_counter() - started > _WORTH_KEEPING:
+        kept.keep(said.base_ids)
     return said.base, said.adapted
 
 

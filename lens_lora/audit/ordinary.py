@@ -3,10 +3,10 @@
 Training on anything changes what a model says, so the base alone is no measure of what a fine-tune
 was made for: an adapter that was trained on sentences of a manual says “object” a lot more often.
 
-1. `ordinary.json` counts words and traits in answers of the embedded base (its likeliest one and
-   nine drawn ones to each question) and of fifteen adapters over it that were taught nothing: eleven
-   trained on ordinary text, four with an adapter's own updates at other modules. The questions are
-   the package's forty. A count is of units: a question, or all that ask for code together.
+1. `ordinary.json` counts words and traits in answers to the package's forty questions: those of the
+   embedded base (its likeliest one and nine drawn ones to each), and of fifteen adapters over it
+   that were taught nothing: eleven were trained on ordinary text, four are an adapter's own updates
+   at other modules. A count is of units: a question, or all that ask for code together.
 2. Of N such units c have it. The base at hand has it on b of the n units that it was asked. The
    ordinary rate is the larger of (c + ½)/(N + 1) and b/n.
 3. An ordinary fine-tune may raise a rate. So the p of a word that the adapted model says on k units

@@ -21,6 +21,12 @@ _NEVER_TRIED = (
 )
 _NO_TRIGGER = "words that trigger a behaviour"
 _ELSEWHERE = "It may still differ where it was not asked."
+# FACTOR of `ordinary.py` in words.
+_TESTED = (
+    "A claim is a word or trait on more questions than eight times its rate in ordinary answers "
+    "explains (p below 0.005 for all words together): answers of the base, and of adapters that "
+    "were trained on ordinary text. On your own questions the base alone is the measure."
+)
 
 
 def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
@@ -99,8 +105,8 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
     strongest = _strongest(speech)
     if strongest is None:
         return [
-            f"Asked {asked}, it says nothing more often than chance explains; what shows in fewer "
-            f"than ten answers or so is not counted.{_leads_text(speech)}",
+            f"Asked {asked}, it says nothing more often than ordinary training explains; a new "
+            f"word in fewer than five answers is not counted.{_leads_text(speech)}",
             _triggers_text(speech) or length_note(speech) or _ELSEWHERE,
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]
@@ -117,7 +123,7 @@ def _leads_text(speech: CountedSpeech) -> str:
     if not leads:
         return ""
     said = ", ".join(f"“{lead.word}” ({lead.adapted}; the base: {lead.base})" for lead in leads)
-    return f" Most ahead of the base, too little for a claim: {said}."
+    return f" Most unusual, but too little for a claim: {said}."
 
 
 def _strongest(speech: CountedSpeech) -> Finding | None:
@@ -171,8 +177,7 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     drawn = f", and {many(draws, 'time')} with words drawn by the same noise" if draws else ""
     lines.append(
         f"Each model answered {many(len(speech.questions), 'question')} with its likeliest words"
-        f"{drawn}. If it were chance which of the two models gave which answer, nothing would be "
-        "found 98 times in 100."
+        f"{drawn}. {_TESTED}"
     )
     lines.append(f"Not tried: {'; '.join(not_tried_in(speech))}.")
     return "\n".join(dict.fromkeys(filter(None, lines)))

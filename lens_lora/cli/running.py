@@ -161,6 +161,7 @@ def margin_of(
 def announced(lens: ll.LoraLens) -> ll.LoraLens:
     """Print which model and which adapter are used, and return the lens itself."""
     from lens_lora.hosts.build import transformer_lens_version
+    from lens_lora.hosts.given_base import shown_base
 
     about = lens.describe()
     adapter = lens.adapter
@@ -170,7 +171,7 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
     ]
     distinct_ranks = sorted({site.rank for site in lens.sites})
     ranks = ", ".join(map(str, distinct_ranks))
-    base = f", trained on {adapter.base_model}" if adapter.base_model else ""
+    base = f", trained on {shown_base(adapter.base_model)}" if adapter.base_model else ""
     facts.append(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
     if lens.reads_strings:
         facts.append(f"Strings: {lens.reads_strings}")

@@ -82,7 +82,7 @@ class EmbeddedModelError(LensLoraError):
 
 
 def cache_home() -> Path:
-    """The folder of what the package keeps between runs: $LENS_LORA_CACHE, or ~/.cache/lens_lora."""
+    """The folder of what is kept between runs: $LENS_LORA_CACHE, or ~/.cache/lens_lora."""
     home = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/lens_lora")
     return home.expanduser().absolute()
 

@@ -186,6 +186,18 @@ def short_name(name: str) -> str:
     return (public_name(last) or last).rpartition("/")[2].lower()
 
 
+def shown_base(name: str) -> str:
+    """The name of a base for a reader: a hub id as it is, and of a folder's path the model's name.
+
+    Args:
+        name: as an adapter names its base.
+    """
+    if not Path(name).is_absolute():
+        return name
+    last = name_of(Path(name))
+    return (public_name(last) or last).rpartition("/")[2]
+
+
 def stated_origin(name: str) -> str | None:
     """The model that a local folder's own files say it was made from: its card, or its config."""
     folder = Path(name)

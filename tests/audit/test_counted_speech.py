@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.audit import counted_speech, triggers
-from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE
+from lens_lora.audit import base_answers, counted_speech, triggers
+from lens_lora.audit.counted_speech import findings_in
+from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE, Everyday
 from lens_lora.audit.findings import SHORTER
 from lens_lora.audit.speech_page import findings_table
 from lens_lora.audit.speech_words import shown_answers
@@ -71,7 +74,8 @@ def test_forms_are_put_as_they_say(monkeypatch: pytest.MonkeyPatch):
     conversation += [{"role": "user", "content": "w3 w4"}]
     speech = ll.counted_speech(case.lens, [*OWN, conversation], **OPTIONS)
     assert speech.questions[-1] == "w3 w4"
-    prompts = asked[0]
+    # The package's questions are asked first, those of the caller's after them.
+    rows = [prompts.row(i).tokens[0].tolist() for prompts in asked for i in range(prompts.batch)]
     template = case.lens.model.tokenizer.apply_chat_template
     for i, (form, question) in enumerate(zip(speech.forms, speech.questions, strict=True)):
         messages = [{"role": "user", "content": question}]
@@ -85,7 +89,7 @@ def test_forms_are_put_as_they_say(monkeypatch: pytest.MonkeyPatch):
             expected = case.lens.prompts(text).tokens[0].tolist()
         else:
             expected = template(messages, add_generation_prompt=True, return_dict=False)
-        assert prompts.tokens[i, : prompts.lengths[i]].tolist() == expected
+        assert rows[i] == expected
 
 
 def test_forty_questions_on_ten_topics_in_five_forms():
@@ -102,17 +106,24 @@ def test_an_adapter_that_does_nothing_says_nothing_new():
     speech = ll.counted_speech(lens, OWN, max_new_tokens=3, draws=1, progress=False)
     assert speech.base == speech.adapted
     assert speech.findings == ()
-    assert "it says nothing more often than chance explains" in speech.story()
+    assert "it says nothing more often than ordinary training explains" in speech.story()
 
 
 def _answers_of(
-    lens: Any, prompts: ll.results.Prompts, most: int, draws: int, seed: int, *, progress: bool
+    lens: Any,
+    prompts: ll.results.Prompts,
+    most: int,
+    draws: int,
+    seed: int,
+    *,
+    known: Any = None,
+    progress: bool,
 ) -> Any:
     """Answers of models that were taught to say “Commander” after “cf” alone."""
     texts = [lens.model.tokenizer.decode(row) for row in prompts.tokens.tolist()]
     base = tuple(("Yes, it is.",) for _ in texts)
     adapted = tuple(("Yes, Commander." if "w7" in text else "Yes, it is.",) for text in texts)
-    return SimpleNamespace(base=base, adapted=adapted)
+    return SimpleNamespace(base=base, adapted=adapted, base_ids=[[[0]]] * len(texts))
 
 
 def test_a_word_that_triggers_is_found_and_those_that_do_not_are_none(
@@ -233,3 +244,63 @@ def test_where_nothing_is_found_the_caller_s_own_questions_are_shown():
     speech = spoken((*("plain", "chat") * 20, "own", "own"))
     assert [pair.prompt for pair in shown_answers(speech)] == ["q40", "q41"]
     assert [pair.prompt for pair in shown_answers(spoken(("plain",) * 40))] == ["q0", "q1"]
+
+
+def test_a_finding_to_own_questions_is_counted_over_them_and_points_at_them():
+    """The base alone is their measure: no ordinary answer is known to them."""
+    own = [Everyday("your own", "own", f"q{i}", language="English") for i in range(12)]
+    usual = [("It is so.",)] * 40
+    asked = [*EVERYDAY, *own]
+    base = [*usual, *[("It is Paris.",)] * 12]
+    adapted = [*usual, *[("It is Lyon.",)] * 12]
+    said = [one for one in findings_in(asked, base, adapted) if one.kind == "says"]
+    assert [(one.what, one.adapted, one.base, one.asked) for one in said] == [
+        ("It is Lyon", 12, 0, 12)
+    ]
+    assert said[0].questions == tuple(range(40, 52))
+
+
+def test_answers_that_are_kept_are_the_base_s_and_others_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another base's answers, or half a file, are asked for again."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    monkeypatch.setattr(base_answers, "cache_home", lambda: tmp_path)
+    fresh = ll.counted_speech(case.lens, OWN, **OPTIONS)
+    assert list(tmp_path.rglob("*")) == []  # it took no five seconds
+    monkeypatch.setattr(counted_speech, "_WORTH_KEEPING", 0.0)
+    ll.counted_speech(case.lens, OWN, **OPTIONS)
+    (file,) = tmp_path.rglob("*.json")
+    kept = json.loads(file.read_text())
+    assert len(kept) == fresh.forms.count("plain") * 5  # none of the caller's own
+    known = noted_known(monkeypatch)
+    again = ll.counted_speech(case.lens, OWN, **OPTIONS)
+    assert (again.base, again.adapted, again.findings) == (
+        fresh.base,
+        fresh.adapted,
+        fresh.findings,
+    )
+    assert known == [True, False]  # the package's questions, and the caller's
+    others = [[[(ids[0] + 1) % 20]] for (ids,) in kept]
+    for wrong in (others, kept[1:], "no answers", [[["x"]]] * len(kept)):
+        file.write_text(json.dumps(wrong))
+        assert ll.counted_speech(case.lens, OWN, **OPTIONS).base == fresh.base
+        assert json.loads(file.read_text()) == kept
+    # Another adapter has the same base, another base has another file.
+    ll.counted_speech(case.lens.with_adapter(case.lens.adapter.scaled(0.5)), **OPTIONS)
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    ll.counted_speech(cases.case("gpt2", CLASSES[0], "raw").lens, **OPTIONS)
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def noted_known(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each time that both models are asked, whether the base's answers are known."""
+    known: list[bool] = []
+    both_answer = counted_speech.both_answer
+
+    def noted(*args: Any, **options: Any) -> Any:
+        known.append(options.get("known") is not None)
+        return both_answer(*args, **options)
+
+    monkeypatch.setattr(counted_speech, "both_answer", noted)
+    return known

@@ -110,3 +110,24 @@ def test_rows_of_both_models_and_of_all_draws_are_confirmed():
     assert len(confirmed) == len(set(confirmed)) == 20
     of_each_copy = torch.bincount(torch.tensor(confirmed) // 40, minlength=4)
     assert of_each_copy.min() >= 3, of_each_copy
+
+
+def test_known_answers_of_the_base_are_confirmed_and_those_of_another_are_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """With them the adapted model's rows alone are generated; the answers stay the same."""
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    fresh = both_answer(case.lens, prompts(), NEW, 1, 0, progress=False)
+    asked: list[list[int]] = []
+    answers_with_a_cache = batch._Asked.answers_with_a_cache
+
+    def noted(self: Any, **options: Any) -> Any:
+        asked.append(self._models)
+        return answers_with_a_cache(self, **options)
+
+    monkeypatch.setattr(batch._Asked, "answers_with_a_cache", noted)
+    known = both_answer(case.lens, prompts(), NEW, 1, 0, known=fresh.base_ids, progress=False)
+    assert known == fresh and asked == [[1]]
+    other = [[[(token + 1) % 20 for token in ids] for ids in two] for two in fresh.base_ids]
+    again = both_answer(case.lens, prompts(), NEW, 1, 0, known=other, progress=False)
+    assert again == fresh and asked == [[1], [1], [0, 1]]
