@@ -113,7 +113,6 @@ def diff(
     does = "ask both models everyday questions, print what only the fine-tuned one says, "
     work = Work(f"{does}then look at texts and modules, and write {report.name}", seconds)
     with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
-        from lens_lora.audit.page import brief_tables, what_changed_tables
         from lens_lora.audit.speech_page import first_screen
         from lens_lora.audit.speech_words import first_sentences
 
@@ -136,6 +135,9 @@ def diff(
                 jacobian=jacobian,
                 progress=not quiet,
             )
+        # Imported here, as nothing that takes seconds stands before the first screen.
+        from lens_lora.audit.page import brief_tables, what_changed_tables
+
         written.write(changes)
         console.print(brief_tables(changes))
         console.print(what_changed_tables(changes))

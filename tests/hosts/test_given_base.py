@@ -25,6 +25,7 @@ from lens_lora.hosts.given_base import (
     Evidence,
     files_at_hand,
     short_name,
+    shown_base,
     stated_origin,
 )
 
@@ -399,3 +400,19 @@ def test_the_warning_is_printed_and_stands_on_the_page(folders, tmp_path):
     words = "Warning: the adapter names the base some/base, and this model is"
     assert words in plain(result.stderr), "also with --quiet"
     assert f'<p class="warning">{words}' in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("named", "shown"),
+    [
+        (
+            "/home/a/.cache/lens_lora/SmolLM2-135M-Instruct-0.1.2-transformers5",
+            "SmolLM2-135M-Instruct",
+        ),
+        ("/models/my-base", "my-base"),
+        ("owner/model", "owner/model"),
+        ("my-base", "my-base"),
+    ],
+)
+def test_a_base_is_shown_by_its_name_and_not_by_a_path(named: str, shown: str):
+    assert shown_base(named) == shown
