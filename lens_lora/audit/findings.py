@@ -207,7 +207,7 @@ def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
         lead = Lead(word, len(questions), len(of_base.get(word, ())))
         if lead.adapted - lead.base >= _LEAST_LEAD:
             count = counts.words.get(word, 0)
-            p = p_beyond(lead.adapted, lead.base, len(base), count, counts.units)
+            p = p_beyond(lead.adapted, lead.base, len(base), count, counts.units, len(adapted[0]))
             p_of_lead[lead] = p
     leads = sorted(p_of_lead, key=lambda lead: (p_of_lead[lead], lead.base - lead.adapted, lead))
     return leads[:WORDS]
@@ -253,7 +253,8 @@ def _words_beyond(
     here = [len(units_of(said_on[word], units)) for word in words]
     there = [len(units_of(base_on.get(word, ()), units)) for word in words]
     of_ordinary = [counts.words.get(word, 0) for word in words]
-    p_of_word = dict(zip(words, _p_beyond_all(here, there, of_ordinary, units), strict=True))
+    adjusted = _p_beyond_all(here, there, of_ordinary, units, len(answers[0]))
+    p_of_word = dict(zip(words, adjusted, strict=True))
     passing = [word for word in words if p_of_word[word] <= LEVEL]
     scores = phrases.log_odds(_uses(adapted), _uses(base))
     passing.sort(key=lambda word: (p_of_word[word], -scores[word]))
@@ -306,7 +307,7 @@ def _traits_beyond(
     here = [len(units_of(of_adapted[trait], units)) for trait in traits]
     there = [len(units_of(of_base[trait], units)) for trait in traits]
     of_ordinary = [counts.traits.get(trait, 0) for trait in traits]
-    adjusted = _p_beyond_all(here, there, of_ordinary, units)
+    adjusted = _p_beyond_all(here, there, of_ordinary, units, len(adapted[0]))
     findings: list[Finding] = []
     for trait, p in zip(traits, adjusted, strict=True):
         if p > LEVEL:
@@ -346,6 +347,7 @@ def _p_beyond_all(
     base: Sequence[int],
     of_ordinary: Sequence[int],
     units: Sequence[Hashable],
+    answers: int,
 ) -> list[float]:
     """The adjusted p of each word or trait of one list.
 
@@ -354,12 +356,13 @@ def _p_beyond_all(
         base: on how many the base has it.
         of_ordinary: how many units of ordinary answers have it.
         units: of each question what it is a part of.
+        answers: how many answers of each model to a question there are.
     """
     asked = len(set(units))
     of = ordinary().units
     p_values: list[float] = []
     for here, there, count in zip(adapted, base, of_ordinary, strict=True):
-        p_values.append(p_beyond(here, there, asked, count, of))
+        p_values.append(p_beyond(here, there, asked, count, of, answers))
     return _adjusted(p_values)
 
 

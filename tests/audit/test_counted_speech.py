@@ -304,3 +304,12 @@ def noted_known(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(counted_speech, "both_answer", noted)
     return known
+
+
+def test_the_embedded_base_s_answers_come_with_the_package():
+    """Two answers of at most 24 tokens to each of the forty questions."""
+    shipped = json.loads(base_answers.OF_THE_EMBEDDED.read_text(encoding="utf-8"))
+    for answers in shipped.values():
+        assert base_answers._are_answers(answers, (len(EVERYDAY), 2), 24)
+        assert not base_answers._are_answers(answers[1:], (len(EVERYDAY), 2), 24)
+    assert len(shipped) >= 1

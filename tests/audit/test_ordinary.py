@@ -56,10 +56,18 @@ def found(base: list[tuple[str, str]], adapted: list[tuple[str, str]]) -> list[F
 def test_p_is_a_binomial_tail_at_eight_times_the_rate(adapted: int, base: int, count: int):
     rate = 8 * max((count + 0.5) / (693 + 1), base / 33)
     terms = [math.comb(33, k) * rate**k * (1 - rate) ** (33 - k) for k in range(adapted, 34)]
-    p = ordinary.p_beyond(adapted, base, 33, count, 693)
+    p = ordinary.p_beyond(adapted, base, 33, count, 693, 2)
     assert p == pytest.approx(sum(terms), rel=1e-9)
     # A rate that eight times exceeds one explains everything.
-    assert ordinary.p_beyond(33, 5, 33, count, 693) == 1.0
+    assert ordinary.p_beyond(33, 5, 33, count, 693, 2) == 1.0
+
+
+def test_of_more_answers_to_a_question_more_have_a_word_by_chance():
+    """The base's rate at hand is of as many answers, so it stays as it is."""
+    of_three_pairs = ordinary.p_beyond(5, 0, 33, 1, 693, 6)
+    assert of_three_pairs == pytest.approx(ordinary.p_beyond(5, 0, 33, 4, 693, 2), rel=1e-12)
+    assert ordinary.p_beyond(5, 0, 33, 1, 693, 1) == ordinary.p_beyond(5, 0, 33, 1, 693, 2)
+    assert ordinary.p_beyond(20, 2, 33, 0, 693, 6) == ordinary.p_beyond(20, 2, 33, 0, 693, 2)
 
 
 def test_the_counts_are_those_of_stored_answers():
