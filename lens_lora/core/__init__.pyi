@@ -137,9 +137,9 @@ from .analyses.components import Components as Components
 from .analyses.components import components as components
 from .analyses.components import squared_norms as squared_norms
 from .analyses.first_order import first_order as first_order
+from .analyses.flips import flip_scales as flip_scales
 from .analyses.margin import FactMargin as FactMargin
 from .analyses.margin import fact_margin as fact_margin
-from .analyses.margin import flip_scales as flip_scales
 from .analyses.patching import How as How
 from .analyses.patching import patch_sites as patch_sites
 from .analyses.remainder import Remainder as Remainder

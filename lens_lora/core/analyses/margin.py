@@ -2,30 +2,24 @@
 
 The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m.
 
-1. First order of the margin, and the margin itself along ε·Δ (`remainder.py`).
-2. Where the curve changes sign, the scale is found for all prompts together: g is run on either
-   side of the root of a polynomial through the nearest points, until the step is narrow.
+First order of the margin and the margin itself along ε·Δ are those of `remainder.py`; where on the
+way the margin changes its sign is found in `flips.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, final
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from numpy.typing import NDArray
-from scipy.interpolate import BarycentricInterpolator
-from scipy.optimize import root_scalar
+from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.core.analyses.flips import flip_scales
 from lens_lora.core.analyses.remainder import USUAL_SCALES, RemainderCurve, curve_beside
 from lens_lora.core.analyses.verdict import FlipVerdict, Verdict
 from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.function import Function
-from lens_lora.core.function.many_gates import gated_readout
 from lens_lora.core.model import LoraLens, alone, by_axes
 from lens_lora.core.readout import extensions
 from lens_lora.core.readout.prompts import PromptsLike
@@ -224,131 +218,3 @@ def _texts(g: Function, answer: AnswerLike) -> tuple[str, ...]:
     """Each prompt's answer as the model's tokens spell it."""
     ids_of_each = extensions.answer_ids(g.lens.model, answer, g.prompts.batch, g.prompts.texts)
     return tuple("".join(g.lens.decode(ids)) for ids in ids_of_each)
-
-
-def flip_scales(
-    g: Function,
-    base: Float[Tensor, " batch"],
-    scales: Float[Tensor, " scale"],
-    values: Float[Tensor, "batch scale"],
-) -> Float[Tensor, " batch"]:
-    """The first ε at which each prompt's g changes its sign; NaN where it does not.
-
-    All prompts are refined together, two points of each in a pass: mostly two forward passes.
-
-    Args:
-        g: the function.
-        base: g(0).
-        scales: the ε at which g is known, rising.
-        values: g(ε·1) there.
-    """
-    known_scales = torch.cat([scales.new_zeros(1), scales]).cpu().double()
-    known_values = torch.cat([base[:, None], values], 1).cpu().double()
-    before = known_values[:, :-1]
-    after = known_values[:, 1:]
-    crosses = (before != 0) & (before * after <= 0)
-    flipping = crosses.any(1).nonzero()[:, 0]
-    crossings: list[_Crossing] = []
-    for prompt in flipping.tolist():
-        low = int(crosses[prompt].int().argmax())
-        crossings.append(_Crossing(known_scales.numpy(), known_values[prompt].numpy(), low))
-
-    for _ in range(_MOST_PASSES):
-        wide = [i for i, crossing in enumerate(crossings) if not crossing.is_narrow]
-        if not wide:
-            break
-        probes = torch.tensor([crossings[i].probes for i in wide])
-        found = _values_at(g, flipping[wide], probes).numpy()
-        for i, between in zip(wide, found, strict=True):
-            crossings[i] = crossings[i].narrowed(between)
-
-    flips = torch.full((len(known_values),), float("nan"), dtype=torch.float64)
-    roots = [crossing.root for crossing in crossings]
-    flips[flipping] = torch.tensor(roots, dtype=torch.float64)
-    return flips
-
-
-# The precision of a flip: nearer to it, the rounding of float32 hides a margin's sign.
-_PRECISION = 1e-5
-# The nodes of the interpolant: with more of them rounding grows.
-_NODES = 6
-# A smooth margin takes two or three passes; one that jumps, where experts switch, takes many.
-_MOST_PASSES = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class _Crossing:
-    """Where g changes sign between two neighbours of the points ε at which it is known.
-
-    Attributes:
-        scales, values: ε of each point, rising, and g there.
-        low: the index of the point before the change.
-    """
-
-    scales: NDArray[np.float64]
-    values: NDArray[np.float64]
-    low: int
-
-    @property
-    def step(self) -> tuple[float, float]:
-        """The ε of the two neighbours."""
-        return float(self.scales[self.low]), float(self.scales[self.low + 1])
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether nothing is left to look for; also where g is exactly zero at a neighbour."""
-        low, high = self.step
-        return high - low <= _PRECISION or not self.values[self.low : self.low + 2].all()
-
-    @property
-    def root(self) -> float:
-        """The root of the polynomial through the nearest points, the two neighbours among them."""
-        low, high = self.step
-        nearest = np.abs(self.scales - (low + high) / 2).argsort()[:_NODES]
-        # Without `rng` it draws from numpy's global state.
-        through = BarycentricInterpolator(self.scales[nearest], self.values[nearest], rng=0)
-        return float(root_scalar(through, bracket=(low, high)).root)
-
-    @property
-    def probes(self) -> tuple[float, float]:
-        """Two ε on either side of that root, by about what it may be off.
-
-        They keep a gap from each other and from the two neighbours.
-        """
-        low, high = self.step
-        root = self.root
-        reach = max(0.4 * _PRECISION, (high - low) ** 2 / 8)
-        gap = min(reach, high - low) / 8
-        left = min(max(root - reach, low + gap), high - 2 * gap)
-        right = min(max(root + reach, left + gap), high - gap)
-        return left, right
-
-    def narrowed(self, between: NDArray[np.float64]) -> _Crossing:
-        """The part of the step with the first change, g being known at the probes as well."""
-        scales = np.insert(self.scales, self.low + 1, self.probes)
-        values = np.insert(self.values, self.low + 1, between)
-        # The old neighbours, with the two probes between them.
-        inner = values[self.low : self.low + 4]
-        changes = inner[:-1] * inner[1:] <= 0
-        return _Crossing(scales, values, self.low + int(changes.argmax()))
-
-
-def _values_at(
-    g: Function, chosen: Int[Tensor, " chosen"], scales: Float[Tensor, "chosen point"]
-) -> Float[Tensor, "chosen point"]:
-    """Run some prompts, each at its own ε: g(ε·1).
-
-    Args:
-        g: the function.
-        chosen: indices of prompts.
-        scales: the ε of each of them.
-    """
-    lens = g.lens
-    some = g.reading.only(chosen)
-    takes_all = some is g.reading  # a user's function reads all prompts together
-    if takes_all:
-        of_all = scales.new_zeros(some.batch, scales.shape[1])
-        scales = of_all.index_copy(0, chosen, scales)
-    gates = scales[..., None].expand(-1, -1, len(lens.sites))
-    values = gated_readout(lens, some, lens.gates(gates), progress=False).cpu().double()
-    return values[chosen] if takes_all else values

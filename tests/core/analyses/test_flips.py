@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.core.analyses import margin as module
+from lens_lora.core.analyses import flips as module
 from lens_lora.core.readout.reading import Reading
 
 pytestmark = pytest.mark.usefixtures("float64")
