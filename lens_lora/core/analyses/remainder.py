@@ -9,7 +9,8 @@
 3. At ε = 1 the two may agree by coincidence, so the verdict also looks at ε = 0.25, 0.5 and 0.75:
    at the same strengths for every result, so that no two can disagree on one remainder.
 4. Where a model routes tokens to experts, g jumps at strengths where a token changes them, which no
-   derivative shows. So the tokens whose experts differ between the two ends are counted, by layer.
+   derivative shows. So the tokens whose experts differ between the two ends are counted, by layer
+   (`hosts/rerouted.py`).
 5. The order is the slope of log|R| on log ε, over the first decade of strengths at which R stands
    out of the noise: 2 for a smooth model.
 """
@@ -17,33 +18,28 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, final
+from collections.abc import Sequence
+from typing import Annotated, final
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from lens_lora.arguments import numbers_of
-from lens_lora.compat import add_pre_hook, in_float64
+from lens_lora.compat import in_float64
 from lens_lora.core.analyses import verdict as verdicts
 from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.analyses.verdict import CHECKPOINTS, points_of
 from lens_lora.core.function.cache import Evaluations
-from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.function import Function
-from lens_lora.core.function.memory import pass_groups
-from lens_lora.core.model import LoraLens, ScaleInject, extensions
-from lens_lora.core.readout import Prompts
+from lens_lora.core.model import extensions
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.core.results.base import Drawn, Measured
 from lens_lora.core.results.tables import flat, long_table
 from lens_lora.errors import ArgumentError
-from lens_lora.spans import Temporary
 
 # Small strengths show the order of the remainder: 0.0001 … 0.08.
 _SMALL_SCALES: list[float] = np.geomspace(1e-4, 8e-2, 10).tolist()
@@ -148,61 +144,9 @@ def remainder(g: Evaluations, *, by_site: bool = False) -> Remainder:
         path_shift=(path - base).T,
         site_first_order=slopes,
         site_shift=(g.corners("add_one") - base).T if by_site else None,
-        rerouted=rerouted_tokens(g),
+        rerouted=extensions.rerouted_tokens(g),
         **g.header(),
     )
-
-
-def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
-    """How many tokens of each prompt have other experts at ε = 1 than at 0, by layer of experts.
-
-    Two forward passes; none where the model has no stacks of experts.
-
-    Args:
-        g: the function.
-    """
-    lens = g.lens
-    stacks = extensions.experts_by_layer(lens.model)
-    if not stacks:
-        return {}
-    counts: dict[str, list[Tensor]] = {f"layer {layer}": [] for layer in stacks}
-    for group in pass_groups(lens, g.reading):
-        rows = group.rows
-        real = rows.real.to(lens.device)
-        base = _chosen(lens, rows, 0.0, stacks)
-        adapted = _chosen(lens, rows, 1.0, stacks)
-        for layer in stacks:
-            is_other = (base[layer] != adapted[layer]).any(-1).view(real.shape)
-            by_row = (is_other & real).sum(1).double()
-            counts[f"layer {layer}"].append(group.by_prompt(by_row))
-    return {layer: torch.cat(by_group) for layer, by_group in counts.items()}
-
-
-def _chosen(
-    lens: LoraLens, rows: Prompts, scale: float, stacks: Mapping[int, nn.Module]
-) -> dict[int, Int[Tensor, "token slot"]]:
-    """The experts of every token at this strength, in order, by layer.
-
-    Args:
-        lens: the adapter over the model.
-        rows: the tokens that are run.
-        scale: the strength.
-        stacks: the modules that run experts, by layer.
-    """
-    chosen: dict[int, Tensor] = {}
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, layer: int) -> None:
-        index = args[1] if len(args) > 1 else kwargs["top_k_index"]
-        chosen[layer] = index.sort(-1).values
-
-    def record(span: Temporary) -> None:
-        for layer, module in stacks.items():
-            add_pre_hook(span, module, functools.partial(keep, layer=layer), with_kwargs=True)
-
-    inject = ScaleInject(lens.plan, lens.gates(scale))
-    with torch.no_grad(), Temporary(record), lens.injected(inject):
-        run_without_logits(lens, rows)
-    return chosen
 
 
 @final

@@ -267,6 +267,15 @@ def function_of(
 
 
 @declared
+def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
+    """How many tokens of each prompt have other experts at ε = 1 than at 0, by layer of experts.
+
+    Two forward passes; none where the model has no stacks of experts.
+    """
+    raise NotImplementedError
+
+
+@declared
 def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
     """The null draws of a lens's adapter: see `LoraLens.null_adapters`."""
     raise NotImplementedError
