@@ -2,7 +2,9 @@
 
 Every private name that the package touches stands in this folder, in one function that says why;
 each has a test in `tests/house/test_compat.py` that fails when the name is gone. Changes of other
-libraries are taken back at the end of a span (`spans.py`).
+libraries are taken back at the end of a span (`spans.py`). Beside these stands what is a fact of
+another library and of no model: which modules are linear, what a component wraps, and in which
+order a product takes its operands.
 """
 
 from lens_lora.compat.caches import (
