@@ -54,11 +54,11 @@ from lens_lora.core import (
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many, warn
 from lens_lora.hosts.given_base import note_of_names
 from lens_lora.runs.fingerprint import (
+    KeptSettings,
     differences,
     digest,
     fingerprint,
     hooks_in_words,
-    settings,
 )
 from lens_lora.runs.shards import Shard, folder_of_shards
 from lens_lora.runs.store import Store
@@ -81,7 +81,7 @@ class Bank:
         self._functions = functions  # g of each readout; none of a bank from a file
         self._base_names = tuple(bases)
         self._recorded = RecordedReadouts(lens, held)
-        self._settings = settings(lens.model)
+        self._settings = KeptSettings(lens.model)
 
     def __repr__(self) -> str:
         labels = [readout.labels for readout in self._held.readouts]
@@ -339,7 +339,7 @@ class Bank:
     def _require_same_model(self, *, entries: bool = False) -> None:
         try:
             self._lens.plan.check_state(entries=entries)
-            differ = differences(self._settings, settings(self._lens.model))
+            differ = self._settings.differences()
         except ModelStateError as error:
             differ = [error.fact]
         if differ:

@@ -166,7 +166,9 @@ def _kind(lens: LoraLens, injection: Injection, recorded: _RecordedMap) -> tuple
 
 
 def _side_by_side(factors: Sequence[StackedFactors]) -> StackedFactors:
-    """The factors of several adapters, in the axis of ranks."""
+    """The factors of several adapters, in the axis of ranks; of one they are not copied."""
+    if len(factors) == 1:
+        return factors[0]
     A = torch.cat([each.A for each in factors], 1)
     B = torch.cat([each.B for each in factors], 1)
     scales = torch.cat([each.scales for each in factors], 1)

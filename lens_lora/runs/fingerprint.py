@@ -25,7 +25,7 @@ import inspect
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FunctionType
@@ -268,8 +268,17 @@ def settings(model: Any) -> dict[str, Any]:
     Raises:
         ModelStateError: a lens has its hooks on the model.
     """
+    return {**_settings_of_modules(model), **_configuration(model)}
+
+
+def _settings_of_modules(model: nn.Module) -> dict[str, Any]:
+    """The settings beside the configuration: plain attributes of modules, and hooks.
+
+    Raises:
+        ModelStateError: a lens has its hooks on the model.
+    """
     hooks = hooks_in_words(model)
-    return {**_configuration(model), **_attributes(model), "hooks": hooks}
+    return {**_attributes(model), "hooks": hooks}
 
 
 def hooks_in_words(model: Any) -> list[str]:
@@ -325,6 +334,78 @@ def _public_attributes(module: nn.Module) -> dict[str, Any]:
     return attributes
 
 
+class KeptSettings:
+    """The settings of a model as they are now, to be compared with those of many later moments.
+
+    To put the settings of 2,000 modules into words takes as long as a bank takes for an adapter.
+    But the same objects have the same words, so the words are made anew only where a module holds
+    another object than before, or where someone's hook, or an object that may have changed within,
+    is part of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._configuration = _configuration(model)
+        self._of_modules = _settings_of_modules(model)
+        self._modules = [_ModuleThen(module) for module in model.modules()]
+
+    def differences(self) -> list[str]:
+        """Each setting that differs now, as `differences` says it; empty if none does.
+
+        Raises:
+            ModelStateError: a lens has its hooks on the model.
+        """
+        differing = differences(self._configuration, _configuration(self._model))
+        if not all(module.is_same() for module in self._modules):
+            differing += differences(self._of_modules, _settings_of_modules(self._model))
+        return differing
+
+
+class _ModuleThen:
+    """The objects of which the settings of one module are made, as they are when this is made."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._class = type(module)
+        self._children = list(compat.modules_in(module).items())
+        self._names = set(vars(module))
+        self._attributes = _public_attributes(module)
+        self._may_change_within = any(map(_may_change_within, self._attributes.values()))
+
+    def is_same(self) -> bool:
+        """Whether the module's settings are surely the same as then."""
+        module = self._module
+        attributes = vars(module)
+        if self._may_change_within or type(module) is not self._class or _has_own_hook(module):
+            return False
+        if list(compat.modules_in(module).items()) != self._children:
+            return False
+        if attributes.keys() != self._names:
+            return False
+        for name, then in self._attributes.items():
+            now = attributes[name]
+            if now is not then and (_is_setting(now) or _is_setting(then)):
+                return False
+        return True
+
+
+def _is_setting(value: object) -> bool:
+    """Whether an attribute of this value is among the settings."""
+    return value is None or isinstance(value, _PLAIN) or callable(value)
+
+
+def _may_change_within(value: object) -> bool:
+    """Whether the words of a setting may change while the object stays: not of numbers and code."""
+    is_constant = value is None or isinstance(value, _PLAIN)
+    return _is_setting(value) and not is_constant and not inspect.isroutine(value)
+
+
+def _has_own_hook(module: nn.Module) -> bool:
+    """Whether a hook is on the module that no library hung there by itself."""
+    has_any = any(compat.hooks_of(module)[:4])
+    return has_any and any(True for _ in _functions_of_hooks(module))
+
+
 def _summary(values: Sequence[Any]) -> Any:
     """The one value of all modules of a class; of several the first three, and a hash of all."""
     distinct = list(dict.fromkeys(map(repr, values)))
@@ -369,13 +450,18 @@ def _hooks(model: nn.Module) -> list[tuple[str, Any]]:
     """
     hooks: list[tuple[str, Any]] = []
     for place, module in model.named_modules():
-        # The fifth dictionary says which of the hooks take keywords.
-        for registered in compat.hooks_of(module)[:4]:
-            for hook in registered.values():
-                function = compat.hook_function(hook)
-                if function is not None:
-                    hooks.append((place, function))
+        hooks += [(place, function) for function in _functions_of_hooks(module)]
     return hooks
+
+
+def _functions_of_hooks(module: nn.Module) -> Iterator[Any]:
+    """The function of each hook on a module, but of those that a library hung there by itself."""
+    # The fifth dictionary says which of the hooks take keywords.
+    for registered in compat.hooks_of(module)[:4]:
+        for hook in registered.values():
+            function = compat.hook_function(hook)
+            if function is not None:
+                yield function
 
 
 def _tokenizer(tokenizer: Any) -> str | None:

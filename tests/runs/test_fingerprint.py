@@ -23,7 +23,15 @@ from tokenizers import Tokenizer
 
 import lens_lora as ll
 from lens_lora.errors import SweepError
-from lens_lora.runs.fingerprint import _weights, digest, fingerprint_without_model
+from lens_lora.runs import fingerprint as fingerprints
+from lens_lora.runs.fingerprint import (
+    KeptSettings,
+    _weights,
+    differences,
+    digest,
+    fingerprint_without_model,
+    settings,
+)
 
 PROMPTS = [{"prompt": "w5 w6 w7"}, {"prompt": "w9 w8"}]
 RECORDS = [{**record, "doc": "w8", "pre": "w9"} for record in PROMPTS]
@@ -452,3 +460,80 @@ def test_values_are_told_apart_and_equal_ones_are_not():
     digests = [digest(value) for value in different]
     assert len(set(digests)) == len(different)
     assert digests == [digest(copy.deepcopy(value)) for value in different]
+
+
+# --- Settings that are compared again and again
+
+
+def _set_attribute(module: torch.nn.Module) -> None:
+    module.scaling_of_test = 0.5
+
+
+def _replace_list_by_number(module: torch.nn.Module) -> None:
+    module.listed = 3.0
+
+
+def _change_within(module: torch.nn.Module) -> None:
+    module.of_test.keywords["other"] = 3.0
+
+
+def _replace_child(module: torch.nn.Module) -> None:
+    module.child = torch.nn.Dropout(0.25)
+
+
+def _change_grandchild(module: torch.nn.Module) -> None:
+    module.child[0].p = 0.25
+
+
+def _change_class(module: torch.nn.Module) -> None:
+    module.child[0].__class__ = torch.nn.Dropout2d
+
+
+def _put_hook_on(module: torch.nn.Module) -> None:
+    module.register_forward_hook(lambda *_: None)
+
+
+CHANGES = {
+    "an attribute more": _set_attribute,
+    "a number where a list was": _replace_list_by_number,
+    "within an object": _change_within,
+    "another child": _replace_child,
+    "a child of a child": _change_grandchild,
+    "another class": _change_class,
+    "a hook": _put_hook_on,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_kept_settings_differ_wherever_their_words_do(change):
+    model = a_lens().model
+    module = next(module for module in model.modules() if len(list(module.children())) > 1)
+    module.child = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    module.listed = [3.0]
+    if change is _change_within:
+        module.of_test = functools.partial(torch.mul, other=2.0)
+    kept = KeptSettings(model)
+    before = settings(model)
+    assert kept.differences() == []
+    change(module)
+    expected = differences(before, settings(model))
+    assert expected
+    assert sorted(kept.differences()) == sorted(expected)
+
+
+def test_kept_settings_have_the_configuration():
+    model = a_lens().model
+    kept = KeptSettings(model)
+    model.cfg.of_test = 1.0
+    assert kept.differences() == ["configuration of_test None there, 1.0 here"]
+    del model.cfg.of_test
+    assert kept.differences() == []
+
+
+def test_settings_of_the_same_objects_are_not_put_into_words_again(monkeypatch):
+    model = a_lens().model
+    kept = KeptSettings(model)
+    put_into_words: list[object] = []
+    monkeypatch.setattr(fingerprints, "_settings_of_modules", put_into_words.append)
+    assert kept.differences() == []
+    assert not put_into_words
