@@ -215,7 +215,12 @@ class Pass:
             hooks += head_hooks(lens, self._read_heads)
         duals = self._g.passes.dual_level()
         with duals, readers_shown(lens, self._read), lens.hooked(hooks):
-            yield
+            try:
+                yield
+            finally:
+                # Their graph holds hooks that hold this pass, in torch, where Python's collector
+                # sees no cycle: the whole graph would stay in memory for good.
+                self._seen.clear()
 
     def run(self, at: float, by_head: bool) -> Float[Tensor, " batch"]:
         """One forward and one backward pass; returns g."""

@@ -261,6 +261,34 @@ def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
     return dict(_by_site(func, args, named, linear_part))
 
 
+def _sum(func: Any, args: _Args, named: _Named) -> _Tangents:
+    """The tangents of x + y. Where x alone moves with a site, its tangent is that of the sum.
+
+    It is not copied then: every site's tangent passes several sums on its way through a block.
+    """
+    if named or len(args) != 2:
+        return _linear(func, args, named)
+    x, y = args
+    shape = torch.broadcast_shapes(_shape_of(x), _shape_of(y))
+    dtype = torch.result_type(value_of(x), value_of(y))
+    tangents: _Tangents = {}
+    for own, other in ((x, y), (y, x)):
+        alone = [site for site in tangents_of(own) if site not in tangents_of(other)]
+        for site in alone:
+            tangent = tangents_of(own)[site]
+            is_of_sum = tangent.shape == shape and tangent.dtype == dtype
+            tangents[site] = tangent if is_of_sum else tangent.to(dtype).expand(shape)
+    for site in tangents_of(x).keys() & tangents_of(y).keys():
+        tangents[site] = tangents_of(x)[site] + tangents_of(y)[site]
+    return tangents
+
+
+def _shape_of(operand: Any) -> tuple[int, ...]:
+    """The shape of a tensor; a number has none."""
+    value = value_of(operand)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
 def _by_factor(func: Any, args: _Args, named: _Named) -> _Tangents:
     """The product rule: the tangents of AB are ȦB + AḂ."""
     carriers = _carriers(args)
@@ -312,6 +340,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_OF_LAYOUT, _linear),
     **dict.fromkeys(_OF_PARTS, _linear),
     **dict.fromkeys(_INDEXED | _OF_NUMBERS, _linear),
+    **dict.fromkeys(("add", "radd"), _sum),
     **dict.fromkeys(("mul", "rmul", "bmm", "einsum"), _by_factor),
     **dict.fromkeys(("linear", "addmm", "matmul"), _weighed),
 }

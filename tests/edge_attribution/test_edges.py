@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import gc
 import itertools
+import weakref
 
 import architectures
 import cases
@@ -127,6 +129,18 @@ def test_a_batch_equals_its_prompts_one_by_one():
             count = alone.shape[-1]
             assert relative(batch.values[row, ..., :count], alone) < ROUND_OFF
             assert not batch.values[row, ..., count:].any()
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_nothing_of_a_pass_stays_in_memory(by_head: bool):
+    """Python's collector does not see a cycle through the hooks of torch's graph."""
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    both_ways = engine.Pass(lens.function(models.tokens(), MARGIN, progress=False))
+    both_ways.run(0.0, by_head)
+    stays = weakref.ref(both_ways)
+    del both_ways
+    gc.collect()
+    assert stays() is None
 
 
 @pytest.mark.sample(1)

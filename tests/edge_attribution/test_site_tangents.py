@@ -63,6 +63,8 @@ def on_a_view_alone(x: Tensor) -> Tensor:
 # Of x and y [2, 3, 4].
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sums": lambda x, y: (x + 2) + (3 - y) + (x - y) + W[:, 0] - torch.sub(1.0, x),
+    "sums of several shapes": lambda x, y: (x[0] + y) + (W[:, :3].mT + x[0]) + x.mean(),
+    "a sum that is written to": lambda x, y: (x + 2).mul_(y) + x + (x + W[:, 0]).add_(y),
     "scaled sums": lambda x, y: torch.add(x, y, alpha=3) - torch.sub(x, W[:, 0], alpha=2),
     "products": lambda x, y: x * y * 3 * W[:, 0] + 2 * x,
     "its own square": lambda x, y: x * x + x @ x.mT @ y,
