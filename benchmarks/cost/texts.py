@@ -23,9 +23,9 @@ Run = Callable[[ll.LoraLens, ll.results.Prompts], object]
 
 
 def audit(nulls: int, split: bool) -> Run:
-    """Return the audit with so many null adapters, with or without its split by site."""
+    """Return the audit of texts alone with so many controls, with or without its split by site."""
     return lambda lens, texts: ll.what_changed(
-        lens, texts, nulls=nulls, split=split, progress=False
+        lens, texts, nulls=nulls, fast=not split, answers=False, progress=False
     )
 
 

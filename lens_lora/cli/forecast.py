@@ -1,4 +1,4 @@
-"""Say what a command will do and about how long it takes, before anything heavy is imported.
+"""Say about how long a command takes, before anything heavy is imported.
 
 1. The size of the base is that of its weight files, where they lie on this machine.
 2. The speed of this machine, as busy as it is, is measured on products of matrices, for a tenth of
@@ -33,7 +33,7 @@ class Work(NamedTuple):
     """The work of a command, and how long it takes with SmolLM2-135M-Instruct on one core.
 
     Attributes:
-        does: as a sentence goes on: 'explain 2 prompts and write page.html'.
+        does: as a sentence goes on after 'This will': 'explain 2 prompts and write page.html'.
         seconds: loading the model and the command's own passes.
     """
 
@@ -42,7 +42,7 @@ class Work(NamedTuple):
 
 
 def forecast(work: Work, base: ModelOptions, adapter: Path) -> str:
-    """A sentence with what a command will do, and about how long that takes here.
+    """A sentence on how long a command takes here.
 
     Args:
         work: what it does.
@@ -51,9 +51,9 @@ def forecast(work: Work, base: ModelOptions, adapter: Path) -> str:
     """
     size = _size_of_base(base.model, adapter)
     if size is None:
-        return f"This will {work.does}. How long depends on its base, which is not on this machine."
+        return "How long it takes depends on its base, which is not on this machine."
     expected = (_SECONDS_OF_IMPORTS + work.seconds * size) * _slowness()
-    return f"This will {work.does}: {_about(expected)}."
+    return f"It takes {_about(expected)}."
 
 
 def _about(seconds: float) -> str:

@@ -246,6 +246,8 @@ def at_work(
     base.require_packages()
     progress = Console(stderr=True, quiet=quiet)
     if work is not None and adapter is not None and not quiet and rank() == 0:
+        # At once, as finding the base and measuring the machine take a moment.
+        progress.print(f"This will {work.does}.", highlight=False)
         progress.print(forecast(work, base, adapter), highlight=False)
     started = time.perf_counter()
     with step("Loading torch and transformers", progress):

@@ -18,6 +18,19 @@ from lens_lora.errors import ModelStateError
 
 
 @dataclasses.dataclass(frozen=True)
+class OnDevice:
+    """What of a model lies on one device.
+
+    Attributes:
+        blocks: how many blocks.
+        weights: bytes of all weights there, tied ones counted once.
+    """
+
+    blocks: int
+    weights: int
+
+
+@dataclasses.dataclass(frozen=True)
 class UnloadedModel:
     """A model as its configuration says it will be.
 
@@ -25,11 +38,13 @@ class UnloadedModel:
         sizes: as the planner of passes needs them.
         weights: bytes of all weights, tied ones counted once.
         factors: numbers in LoRA factors of rank 1 on every linear module of the blocks.
+        devices: what lies on each device.
     """
 
     sizes: ModelSizes
     weights: int
     factors: int
+    devices: tuple[OnDevice, ...]
 
 
 def unloaded(
@@ -38,6 +53,7 @@ def unloaded(
     *,
     keeps_patterns: bool = True,
     max_memory: float | None = None,
+    devices: int = 1,
 ) -> UnloadedModel:
     """Read what the planner asks of a model from its configuration alone.
 
@@ -46,6 +62,7 @@ def unloaded(
         dtype: of the weights; None for what the configuration says.
         keeps_patterns: whether attention patterns will be hook points (eager attention).
         max_memory: the bound in bytes that the lens will have.
+        devices: over how many equal devices the model is spread.
 
     Raises:
         ModelStateError: no configuration there, or one of no causal language model.
@@ -78,7 +95,45 @@ def unloaded(
     )
     weights = {id(weight): weight.nbytes for weight in model.parameters()}
     factors = sum(rows + columns for rows, columns in linears)
-    return UnloadedModel(sizes, sum(weights.values()), factors)
+    return UnloadedModel(
+        sizes, sum(weights.values()), factors, _spread(model, sizes.n_layers, devices)
+    )
+
+
+def _spread(model: PreTrainedModel, layers: int, devices: int) -> tuple[OnDevice, ...]:
+    """What lies on each of several equal devices, over which all bytes are divided evenly.
+
+    Embeddings come first, blocks follow one another, and the last norm and the head come last. A
+    block is never divided, as under device_map='balanced'; it lies on the device in whose part of
+    all bytes its middle is.
+
+    Args:
+        model: on torch's device 'meta'.
+        layers: how many blocks it has.
+        devices: how many there are.
+    """
+    # A list of as many modules as there are layers; a mixture's experts are within its blocks.
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    blocks = next(list(found) for found in lists if len(found) == layers)
+    # Tied weights are one parameter, which is listed where it is first used.
+    of_block = {
+        id(weight): place for place, block in enumerate(blocks, 1) for weight in block.parameters()
+    }
+    sizes = [0] * (layers + 2)
+    place = 0
+    for weight in model.parameters():
+        place = of_block.get(id(weight), 0 if place == 0 else layers + 1)
+        sizes[place] += weight.nbytes
+    found = [OnDevice(0, 0)] * devices
+    before = 0
+    for place, size in enumerate(sizes):
+        middle = (before + size / 2) / sum(sizes)
+        device = min(int(devices * middle), devices - 1)
+        so_far = found[device]
+        is_block = 1 <= place <= layers
+        found[device] = OnDevice(so_far.blocks + is_block, so_far.weights + size)
+        before += size
+    return tuple(found)
 
 
 def _linears_of_blocks(model: PreTrainedModel) -> list[tuple[int, int]]:

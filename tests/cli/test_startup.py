@@ -143,7 +143,7 @@ from lens_lora.cli import app
 
 said = []
 def listen(event, arguments):
-    if event == "import" and arguments[0] == "torch" and not said:
+    if event == "import" and arguments[0] in LATER and not said:
         said.append(sys.stderr.getvalue())
         raise KeyboardInterrupt
 
@@ -162,11 +162,15 @@ WORKING = {
     "explain": ["--prompt", "a"],
     "forms": ["--prompt", "a"],
     "diff": ["{adapter}"],
+    "verify": ["{adapter}"],
     "inspect": ["{adapter}"],
     "sweep": ["--prompts", "{files}/good.jsonl", "--out", "{files}/r.parquet"],
     "repair": [*ASKED, "--drop", "{files}/good.jsonl", "--out", "{files}/x"],
     "checkpoints": ["{files}/run", *ASKED],
 }
+
+
+SAY_HOW_LONG = ("demo", "explain", "diff", "verify")
 
 
 @pytest.mark.sample(2)
@@ -177,14 +181,30 @@ def test_a_command_speaks_before_torch_is_imported(forked, files, monkeypatch, c
         shutil.copytree(shipped_adapter(), files / "run" / f"checkpoint-{step}")
     places = {"files": files, "adapter": shipped_adapter()}
     arguments = [part.format(**places) for part in WORKING[command]]
-    _, said, *_ = forked(command, *arguments, code=FIRST_WORDS)
+    before_torch = f"LATER = ['torch']\n{FIRST_WORDS}"
+    _, said, *_ = forked(command, *arguments, code=before_torch)
     (first,) = said
     *foretold, loading = first.splitlines()
     assert loading == "Loading torch and transformers"
-    if command in ("demo", "explain", "diff"):
-        assert re.fullmatch(r"This will .+: about (a|\d+) (second|minute|hour)s?\.", *foretold)
+    if command in SAY_HOW_LONG:
+        does, takes = foretold
+        assert re.fullmatch(r"This will .+\.", does)
+        assert re.fullmatch(r"It takes about (a|\d+) (second|minute|hour)s?\.", takes)
     else:
         assert foretold == []
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("command", ["explain", "diff", "verify"])
+def test_a_command_says_what_it_will_do_before_it_finds_out_how_long(
+    forked, files, monkeypatch, command
+):
+    """Finding the base imports the hub's library, which takes as long as all that came before."""
+    monkeypatch.chdir(files)
+    arguments = [part.format(adapter=shipped_adapter()) for part in WORKING[command]]
+    before_the_hub = f"LATER = ['huggingface_hub', 'numpy', 'torch']\n{FIRST_WORDS}"
+    _, said, *_ = forked(command, *arguments, code=before_the_hub)
+    assert re.fullmatch(r"This will .+\.\n", *said)
 
 
 IMPORT = f"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import models
 import pytest
 import torch
@@ -49,6 +51,36 @@ def test_the_command_needs_a_configuration_alone(tmp_path):
     assert "refused" in little.stdout
     nothing = CliRunner().invoke(app, ["plan", "--model", str(tmp_path / "none")])
     assert nothing.exit_code == 2 and "no configuration" in nothing.stderr
+
+
+@models.NEEDS_BRIDGE
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_devices_share_blocks_weights_and_graphs(name: str, tmp_path):
+    _, whole = lens_and_plan(name, tmp_path)
+    spread = unloaded(str(tmp_path), torch.float32, devices=2)
+    assert sum(device.blocks for device in spread.devices) == whole.sizes.n_layers
+    assert sum(device.weights for device in spread.devices) == whole.weights
+    assert [device.weights for device in whole.devices] == [whole.weights]
+
+
+@models.NEEDS_BRIDGE
+@pytest.mark.bad_input
+def test_the_command_says_what_lies_on_each_device(tmp_path):
+    lens_and_plan("llama", tmp_path)
+    file = tmp_path / "plan.json"
+    arguments = ["plan", "--model", str(tmp_path), "--tokens", "64", "--devices", "2"]
+    found = CliRunner().invoke(app, [*arguments, "--json", str(file)])
+    assert found.exit_code == 0 and "device 1" in found.stdout
+    told = json.loads(file.read_text())
+    peaks = {row["analysis"]: row["peak_bytes"] for row in told["analyses"]}
+    for name in ("first_order", "second_order"):
+        here = [device["peak_bytes"][name] for device in told["devices"]]
+        # Half of a graph lies on each of two equal devices.
+        assert here[0] == here[1] and 1.9 < peaks[name] / here[0] < 2.1
+    for device in told["devices"]:
+        assert device["peak_bytes"]["a forward pass"] == peaks["a forward pass"]
+    bounded = CliRunner().invoke(app, [*arguments, "--max-memory", "8e9"])
+    assert bounded.exit_code == 2 and "all devices together" in bounded.stderr
 
 
 @models.NEEDS_BRIDGE
