@@ -6,6 +6,23 @@
     lens = ll.LoraLens(model, adapter)          # a HookedTransformer or a TransformerBridge
     ll.fact_margin(lens, "The capital of France is", " Lyon", " Paris")
 
+The call for each question, where (…) is (lens, prompts, readout):
+
+    ll.counted_speech(lens), ll.what_changed(lens)      What was it taught?
+    ll.explain(lens, prompt, new, old)                  All there is to know about a prompt
+    ll.patch_sites(…, how="leave_one_out")              What does each module do? Measured
+    ll.first_order(…), by="head", "position", "rank"    An estimate of it, in one pass
+    ll.path_attribution(…)                              How is the whole change divided?
+    ll.remainder(…), ll.reliability(…)                  Is the estimate right?
+    ll.null_test(…)                                     Would a random change do as much?
+    ll.fact_margin(lens, prompt, new, old)              At what strength does the answer change?
+    ll.patch_activations(…, names), ll.edges(…)         Through which activations, to whom?
+    ll.logit_shift(lens, prompt)                        Which tokens does each module promote?
+    ll.token_shifts(lens, prompt, response)             Which words of an answer did it change?
+    ll.compare_adapters(lens, other)                    Are two adapters the same change?
+    ll.sweep(lens, records, out=…)                      Does it hold on hundreds of prompts?
+    with lens.applied() as model:                       TransformerLens's own tools on it
+
 The theory is "Formalising the Logit Shift Induced by LoRA" (arXiv 2604.20313).
 
 A name is imported from its module when it is first used, so `import lens_lora` alone loads neither
@@ -42,41 +59,31 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     """The public name, imported from its module at its first use (PEP 562)."""
     if name not in (*__all__, *_MODULES):
-        from lens_lora.guesses import (
-            FORMER_OF_PACKAGE,
-            OF_PACKAGE,
-            nearest_or_by_word,
-            present_name,
-        )
+        from lens_lora.guesses import FORMER_OF_PACKAGE, present_name
 
         if name in FORMER_OF_PACKAGE:
             return _imported(present_name("ll", name, FORMER_OF_PACKAGE))
-        if name in OF_PACKAGE:
-            remedy = OF_PACKAGE[name]
-            raise AttributeError(f"module 'lens_lora' has no attribute {name!r}: {remedy}.")
-        place = _place_of(name)
-        meant = nearest_or_by_word(name, __all__) or "; see dir(lens_lora)."
-        if place:
-            meant = f"; {place}."
-        raise AttributeError(f"module 'lens_lora' has no attribute {name!r}{meant}")
+        raise AttributeError(f"module 'lens_lora' has no attribute {name!r}{_meant(name)}")
     if "plotly.io" in sys.modules:
         _give_plotly_the_templates()
     return _imported(name)
 
 
-def _place_of(name: str) -> str:
-    """Where a name stands that the package has elsewhere, in words; '' of any other name."""
-    # Who has a lens has this module; to import it here would be a circle within the package.
-    lens = getattr(sys.modules.get("lens_lora.core.model.lens"), "LoraLens", None)
-    if lens is not None and hasattr(lens, name):
-        return f"a lens has it: lens.{name}"
+def _meant(name: str) -> str:
+    """What may be meant by a name that the package lacks, as the end of a message."""
     from lens_lora import core, results
+    from lens_lora.guesses import nearest_or_meant
 
     if name in dir(results):
-        return f"it is ll.results.{name}"
+        return f"; it is ll.results.{name}."
     if name in dir(core):
-        return f"the core has it: `from lens_lora.core import {name}`"
-    return ""
+        return f"; the core has it: `from lens_lora.core import {name}`."
+    meant = nearest_or_meant(name, __all__)
+    # Who has a lens has this module; to import it here would be a circle within the package.
+    lens = getattr(sys.modules.get("lens_lora.core.model.lens"), "LoraLens", None)
+    if lens is not None and name in dir(lens) and not meant.startswith(": "):
+        return f"; a lens has it: lens.{name}."
+    return meant or "; help(lens_lora) has the call for each question."
 
 
 def _give_plotly_the_templates() -> None:

@@ -13,7 +13,7 @@ hold what to call instead, and the error says it:
 3. `fitting` decorates a function, and `fitting_class` a class, so that arguments which it does not
    take are named, with those that were meant.
 4. A name that no table has is read word by word: whatever is called after a merge, an export or a
-   chat is answered by how that is done here (`BY_WORD`).
+   chat is answered by how that is done here (`lens_lora.vocabulary`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from lens_lora.errors import CallError, warn
+from lens_lora.vocabulary import meaning, words_in
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -42,107 +42,6 @@ def _alike(*entries: tuple[str, str]) -> dict[str, str]:
             remedies[name] = remedy
     return remedies
 
-
-OF_PACKAGE: Mapping[str, str] = _alike(
-    (
-        "ablate ablation knockout leave_one_out",
-        'll.patch_sites(lens, prompts, readout, how="leave_one_out") runs the model without each '
-        "module, exactly",
-    ),
-    (
-        "activation_patching path_patching",
-        "ll.patch_activations(lens, prompts, readout, names) patches hook points, ll.patch_edges "
-        "edges, and ll.patch_sites modules",
-    ),
-    (
-        "attribute attribution attributions",
-        "ll.patch_sites(lens, prompts, readout) measures what each module does, and "
-        "ll.first_order(lens, prompts, readout) estimates it",
-    ),
-    (
-        "quirk register_quirk architecture",
-        "`from lens_lora.hosts.quirks import quirk` decorates a function that mends the bridge of "
-        "one architecture",
-    ),
-    (
-        "diff audit",
-        "the command `lens-lora diff ADAPTER` asks what an adapter was taught; in Python, "
-        "ll.counted_speech(lens) and ll.what_changed(lens) do",
-    ),
-    (
-        "from_pretrained load_lora load_model Lens",
-        "ll.load(base, adapter) makes a lens, and ll.load_adapter(folder) reads an adapter alone",
-    ),
-    (
-        "IntegratedGradients LayerIntegratedGradients integrated_gradients ig IG",
-        "ll.path_attribution(lens, prompts, readout) integrates the slopes from the base to the "
-        "adapted model",
-    ),
-    (
-        "InputXGradient LayerGradientXActivation Saliency gradient grad",
-        "ll.first_order(lens, prompts, readout) is the gradient by each module's strength",
-    ),
-    (
-        "Shapley shapley shap ShapleyValues ShapleyValueSampling LayerConductance",
-        "ll.path_attribution(lens, prompts, readout) divides the whole change among the modules, "
-        "and ll.patch_sites measures each of them alone",
-    ),
-    (
-        "direct_logit_attribution dla logit_attribution logit_attrs",
-        "ll.logit_shift(lens, prompts) says what each module does to every token's logit",
-    ),
-    (
-        "kl kl_divergence KLDivergence",
-        "ll.KL() is the readout, and ll.token_shifts(lens, prompts, response) has the divergence "
-        "at every output token",
-    ),
-    (
-        "Prob TokenProb Probability prob probability log_prob LogProbability",
-        "ll.LogProb(token) reads the log-probability of a token, and ll.Readout.of(fn) any "
-        "function of the logits",
-    ),
-    (
-        "LogitDiff LogitDifference logit_diff logit_difference",
-        "ll.Margin(doc, pre) reads the logit of one answer minus that of another",
-    ),
-    (
-        "logit_lens",
-        "ll.patchscope(lens, vector, name) reads a vector as tokens; the results of ll.contrast "
-        "and ll.activation_shift have a method logit_lens",
-    ),
-    (
-        "PeftModel PeftConfig get_peft_model",
-        "ll.load(peft_model) takes a PeftModel in memory, and ll.load_adapter(folder) reads what "
-        "PEFT saved",
-    ),
-    (
-        "HookedTransformer TransformerBridge LanguageModel",
-        "ll.load(base, adapter) makes the hooked model, and ll.LoraLens(model, adapter) takes one "
-        "of yours",
-    ),
-    (
-        "run_with_cache run_with_hooks",
-        "`with lens.applied() as model:` opens the adapted model, which has them",
-    ),
-    (
-        "merge merge_and_unload",
-        "merge with PEFT, and check the result with `lens-lora verify`; adapter.save(folder) "
-        "writes an adapter alone",
-    ),
-    (
-        "verify verify_merged check_merged verify_adapter",
-        "the command `lens-lora verify ADAPTER --merged DIR` does; in Python there are "
-        "ll.verify_served and ll.verify_combined",
-    ),
-    ("patch", "ll.patch_sites patches modules, and ll.patch_activations hook points"),
-    ("plot heatmap show", "every result draws itself: result.plot()"),
-    ("save", "every result has save(path), and ll.load_result(path) reads the file"),
-    (
-        "steer steering steering_vector",
-        "ll.contrast finds a direction, and ll.Adapter.constant({module: vector}) adds one as an "
-        "adapter",
-    ),
-)
 
 _RUN_ADAPTED = "`with lens.applied() as model:` opens the adapted model, then model."
 
@@ -171,12 +70,22 @@ OF_LENS: Mapping[str, str] = _alike(
         "verify`",
     ),
     (
-        "adapters adapter_name active_adapter peft_config config",
-        "lens.adapter is the adapter, and its name",
+        "adapters adapter_name active_adapter active_adapters",
+        "lens.adapter is the adapter, and lens.adapter.name its name",
+    ),
+    (
+        "peft_config config lora_config",
+        "lens.adapter is the adapter, whose modules[path] have rank and scale; `lens-lora inspect "
+        "ADAPTER` prints them",
     ),
     ("eval train", "a lens runs its model as the model is; lens.model.eval() is the model's own"),
     ("layers modules named_modules", "lens.sites are the adapted modules, with .layer"),
-    ("n_layers n_heads d_model d_vocab", "lens.cfg has the model's sizes"),
+    (
+        "n_layers n_heads d_model d_vocab num_layers num_heads num_hidden_layers hidden_size "
+        "vocab_size d_mlp d_head n_ctx",
+        "lens.cfg has the model's sizes, such as lens.cfg.n_layers",
+    ),
+    ("save_pretrained save_adapter save", "lens.adapter.save(folder) writes PEFT's files"),
     (
         "trace session scan",
         "`with lens.applied() as model:` opens the adapted model, then "
@@ -200,6 +109,16 @@ OF_LENS: Mapping[str, str] = _alike(
         'll.patch_sites(lens, prompts, readout, how="leave_one_out") takes modules out',
     ),
     ("predict", "lens.generate(prompts) says what the model answers"),
+    (
+        "readout metric measure value values margin logit_diff",
+        "g = lens.function(prompts, readout), then g(0.0) is its value in the base model and "
+        "g(1.0) in the adapted one",
+    ),
+    (
+        "state_dict named_parameters",
+        "lens.model.state_dict() are the base model's weights, and lens.adapter.modules[path] has "
+        "A, B and scale of the adapter",
+    ),
 )
 
 OF_ADAPTER: Mapping[str, str] = _alike(
@@ -224,7 +143,10 @@ OF_ADAPTER: Mapping[str, str] = _alike(
 )
 
 OF_RESULT: Mapping[str, str] = _alike(
-    ("top_k topk largest head", "result.top(k) has the largest entries, where there are some"),
+    (
+        "top_k topk largest head most_important important best strongest",
+        "result.top(k) has the largest entries, where there are some",
+    ),
     (
         "heatmap show bar draw figure",
         "result.plot() draws it; an explanation has result.figures() and result.save_report(path)",
@@ -280,10 +202,28 @@ OF_SITES: Mapping[str, str] = _alike(
 OF_READOUT: Mapping[str, str] = _alike(
     (
         "value values compute evaluate forward measure score",
-        "a readout is asked about by an analysis: ll.first_order(lens, prompts, readout), or "
-        "ll.compare(…); lens.logits(prompts) are the logits that it reads",
+        "a readout is asked about by an analysis, such as ll.first_order(lens, prompts, readout); "
+        "g = lens.function(prompts, readout) has its values, g(0.0) in the base model",
     ),
     ("name", "it is readout.label"),
+)
+
+OF_FIGURE: Mapping[str, str] = _alike(
+    (
+        "savefig save save_fig to_png export to_svg to_pdf saveas",
+        'figure.write_image("figure.svg") writes a picture, with `pip install "kaleido>=1"`, and '
+        'figure.write_html("figure.html") a page',
+    ),
+    ("axes gca ax get_axes", "it is a figure of Plotly: figure.update_xaxes(…), update_yaxes(…)"),
+    (
+        "set_size_inches figsize set_figwidth set_figheight",
+        "it is figure.update_layout(width=800, height=500)",
+    ),
+    (
+        "suptitle set_title title legend set_xlabel set_ylabel xlabel ylabel",
+        'it is a figure of Plotly: figure.update_layout(title="…", xaxis_title="…")',
+    ),
+    ("tight_layout", "a figure of Plotly needs none"),
 )
 
 OF_FACTORS: Mapping[str, str] = _alike(
@@ -293,176 +233,6 @@ OF_FACTORS: Mapping[str, str] = _alike(
     ("r", "it is update.rank"),
     ("delta_w delta weight dW", "lens.delta_w(site) is ΔW in the model's own basis"),
 )
-
-# What is meant by a word in a name that no table has. The first row with one of its words answers.
-_WORDS: Sequence[tuple[str, str]] = (
-    (
-        "gguf ollama llama vllm onnx export",
-        'adapter.save(file, format="gguf") writes a LoRA as GGUF; what another tool exported is '
-        "checked by `lens-lora verify ADAPTER --merged FILE`",
-    ),
-    (
-        "merge merged unload fuse fused bake",
-        "merge with PEFT, and check the result with `lens-lora verify ADAPTER --merged DIR`",
-    ),
-    (
-        "quantize quantise quantized quantised bnb nf4 int8 4bit 8bit precision",
-        "ll.forms(lens, prompts) says what each quantisation does to the answers, and "
-        "ll.load(…, load_in_4bit=True) loads one",
-    ),
-    (
-        "serve served server endpoint api",
-        "ll.verify_served(…) compares a server with the adapter, as `lens-lora verify --served "
-        "URL` does",
-    ),
-    (
-        "verify check validate equal same",
-        "`lens-lora verify ADAPTER --merged DIR` compares a "
-        "merged model with its adapter, and ll.compare_adapters two adapters",
-    ),
-    (
-        "trainable params parameters numel nbytes size sizes memory",
-        "`lens-lora inspect ADAPTER` "
-        "prints ranks, scales and sizes, and adapter.modules[path] has A and B of each module",
-    ),
-    (
-        "chat message messages conversation conversations ask answer reply",
-        'a conversation is a prompt: lens.generate([{"role": "user", "content": "…"}])',
-    ),
-    (
-        "prob probs probability probabilities softmax logprobs",
-        "lens.logits(prompts).softmax(-1) are probabilities; ll.LogProb(token) reads one in an "
-        "analysis",
-    ),
-    (
-        "upload push publish card",
-        "adapter.save(folder) writes PEFT's files, `lens-lora card` the model card, and "
-        "huggingface_hub uploads a folder",
-    ),
-    (
-        "accuracy eval evaluate metrics benchmark",
-        "ll.sweep(lens, records, out=…) asks many prompts with their answers; whether a model is "
-        "better is for an evaluation harness",
-    ),
-    (
-        "topk argmax predict prediction predictions",
-        "lens.logits(prompts)[:, -1].topk(5) are the likeliest next tokens, and "
-        "ll.logit_shift(lens, prompts).top(k) those that move most",
-    ),
-    (
-        "sequence loss perplexity ppl nll entropy",
-        "ll.AnswerLogProb(text) reads the log-probability of a "
-        "whole answer, and ll.Readout.of(fn) any function of the logits",
-    ),
-    (
-        "cache activation activations resid residual hidden",
-        "`with lens.applied() as model:` opens "
-        "the adapted model, then model.run_with_cache(tokens); ll.activation_shift(…) is how far "
-        "each hook point moves",
-    ),
-    (
-        "attention pattern patterns",
-        "`with lens.applied() as model:` opens the adapted model, whose "
-        'run_with_cache(tokens) has the patterns; ll.first_order(…, by="head") has each head',
-    ),
-    ("head heads", 'll.first_order(lens, prompts, readout, by="head") has each head'),
-    (
-        "neuron neurons feature features sae saes",
-        "ll.feature_shift(…) is how far features of an "
-        "SAE move, and ll.lora_activations(…) what each rank reads",
-    ),
-    (
-        "rank ranks svd singular spectrum spectra truncate truncation prune compress",
-        "adapter."
-        'truncated(rank) has fewer ranks; ll.first_order(…, by="rank") has each rank, and '
-        "`lens-lora inspect ADAPTER` the singular values",
-    ),
-    (
-        "norm norms magnitude frobenius",
-        "`lens-lora inspect ADAPTER` prints ‖ΔW‖ of each module, and lens.delta_w(site) is ΔW",
-    ),
-    (
-        "similarity cosine cka overlap distance compare diff difference",
-        "ll.compare_adapters "
-        "compares two adapters; ll.what_changed(lens) and `lens-lora diff ADAPTER` ask what one "
-        "was taught",
-    ),
-    (
-        "direction directions vector vectors probe",
-        "ll.contrast(…) finds a direction, and ll.Projection(direction, point) reads one",
-    ),
-    (
-        "edge edges path paths circuit circuits graph eap",
-        "ll.edges(lens, prompts, readout) has the "
-        "edges between modules, and ll.patch_edges measures them",
-    ),
-    (
-        "layer layers block blocks module modules",
-        'patch_sites(…, group="layer") is by layer, and '
-        "adapter.only(globs) and adapter.without_modules(globs) are the adapter of fewer modules",
-    ),
-    (
-        "token tokens vocab vocabulary word words logit logits promoted",
-        "ll.logit_shift(lens, "
-        "prompts).top(k) has the tokens that the adapter promotes, and ll.token_shifts(lens, "
-        "prompts, response) each token of an answer",
-    ),
-    ("position positions pos", 'll.first_order(…, by="position") has each token of the prompt'),
-    (
-        "strength scale alpha epsilon eps interpolate sweep dose",
-        "lens.logits(prompts, scale=0.5) "
-        "is at half strength, and ll.fact_margin(lens, prompts, doc, pre) along all strengths",
-    ),
-    (
-        "checkpoint checkpoints training epoch step",
-        "ll.checkpoints(…) follows a margin through training",
-    ),
-    (
-        "batch dataset prompts many records",
-        "prompts may be a list; ll.sweep(lens, records, out=…) takes hundreds and can be resumed",
-    ),
-    (
-        "generate generation completion complete text sample say says",
-        "lens.generate(prompts) says what the model answers",
-    ),
-    (
-        "hook hooks intervene intervention",
-        "`with lens.applied() as model:` opens the adapted "
-        "model with its hooks, and lens.fwd_hooks() lists them",
-    ),
-    (
-        "report html page dashboard summary summarize explain",
-        "ll.explain(lens, prompt, doc, pre).save_report(path) writes a page",
-    ),
-    (
-        "plot figure chart heatmap bar image png svg",
-        "result.plot() draws a result, and figure.save(path) writes the picture",
-    ),
-    (
-        "json csv dict parquet excel markdown latex",
-        "result.to_frame() is a pandas table, and result.save(path) writes a file",
-    ),
-    (
-        "random null baseline significance pvalue significant confidence",
-        "ll.null_test(lens, prompts, readout) compares with random updates of the same size",
-    ),
-    (
-        "remove unlearn forget repair edit",
-        "ll.repair keeps one effect and drops others; adapter."
-        "without_modules(globs) leaves modules out",
-    ),
-    (
-        "load pretrained hub",
-        "ll.load(base, adapter) makes a lens, and ll.load_adapter(folder) reads an adapter",
-    ),
-)
-BY_WORD: Mapping[str, str] = {
-    word: remedy for words, remedy in reversed(_WORDS) for word in words.split()
-}
-# Which row answers where a name has words of several.
-_ORDER: Mapping[str, int] = {
-    word: row for row, (words, _) in reversed(list(enumerate(_WORDS))) for word in words.split()
-}
 
 # Guesses that can mean one method alone, and work as it.
 SPELLINGS: Mapping[str, str] = {
@@ -532,7 +302,15 @@ _KEYWORDS: Mapping[str, str] = _alike(
         "ll.sweep takes many prompts, and `lens-lora sweep --shard` splits them over machines",
     ),
     (
-        "seed random_state",
+        "n_steps steps nodes",
+        "ll.path_attribution(lens, prompts, readout) integrates over steps; this takes none",
+    ),
+    (
+        "ax figsize fig show",
+        "a figure is Plotly's: figure = result.plot(), then figure.update_layout(width=…, title=…)",
+    ),
+    (
+        "seed random_state n_samples num_samples samples",
         "nothing is drawn there, so the same call gives the same numbers",
     ),
     (
@@ -544,7 +322,14 @@ _KEYWORDS: Mapping[str, str] = _alike(
         'a readout is read at the last token; by="position" divides an estimate among the tokens '
         "of the prompt",
     ),
-    ("head heads", 'by="head" divides an estimate among the heads'),
+    (
+        "head heads",
+        'll.first_order(lens, prompts, readout, by="head") divides its estimate among the heads',
+    ),
+    (
+        "normalize normalise relative",
+        "the table of a result has the column share, each value as a part of the whole shift",
+    ),
 )
 # Parameters that a guessed keyword may mean, the likeliest first.
 _SAME: Mapping[str, Sequence[str]] = {
@@ -556,11 +341,11 @@ _SAME: Mapping[str, Sequence[str]] = {
     "tokens": ("prompts",),
     "model": ("lens", "model"),
     "metric": ("readout",),
-    "target": ("readout",),
+    "target": ("readout", "doc"),
     "by": ("group", "of", "by"),
     "groupby": ("group", "by"),
-    "layers": ("sites",),
-    "layer": ("sites",),
+    "layers": ("sites", "names"),
+    "layer": ("sites", "names"),
     "modules": ("sites",),
     "names": ("sites",),
     "method": ("how", "mode"),
@@ -570,7 +355,7 @@ _SAME: Mapping[str, Sequence[str]] = {
     "baseline": ("replace",),
     "n": ("k",),
     "top_k": ("k",),
-    "output": ("out",),
+    "output": ("out", "report", "save"),
     "path": ("out",),
     "strength": ("scale", "at", "scales"),
     "coefficient": ("scale", "at"),
@@ -586,7 +371,7 @@ _SAME: Mapping[str, Sequence[str]] = {
     "n_steps": ("nodes", "max_nodes", "tol"),
     "torch_dtype": ("dtype",),
     "verbose": ("progress",),
-    "answer": ("response", "doc"),
+    "answer": ("doc", "response"),
     "completion": ("response", "responses"),
     "responses": ("response",),
     "new": ("doc",),
@@ -621,10 +406,46 @@ _SAME: Mapping[str, Sequence[str]] = {
     "base_model": ("model",),
     "peft": ("adapter",),
     "lora": ("adapter",),
+    "foil": ("pre",),
+    "false": ("pre",),
+    "gpu": ("device",),
+    "cuda": ("device",),
+    "cpu": ("device",),
+    "fp16": ("dtype",),
+    "bf16": ("dtype",),
+    "half": ("dtype",),
+    "precision": ("dtype",),
+    "quantize": ("load_in_4bit",),
+    "quantise": ("load_in_4bit",),
+    "4bit": ("load_in_4bit",),
+    "8bit": ("load_in_8bit",),
+    "html": ("report",),
+    "save": ("out", "report", "path"),
+    "limit": ("max_new_tokens", "k"),
+    "questions": ("prompts", "texts"),
+    "num_questions": ("prompts",),
+    "num_prompts": ("prompts",),
+    "n_prompts": ("prompts",),
+    "messages": ("chat", "prompts"),
+    "system_prompt": ("system",),
+    "checkpoint": ("adapter",),
+    "adapter_path": ("adapter",),
+    "model_name": ("model",),
+    "model_path": ("model",),
+    "base_path": ("model",),
+    "silent": ("quiet", "progress"),
+    "memory": ("max_memory",),
+    "format": ("json",),
+    "random": ("nulls", "draws"),
+    "num_draws": ("draws",),
+    "random_seed": ("seed",),
 }
 
 
 # --- Attributes
+
+# So many names are listed where nothing is known of a name.
+_LISTED = 15
 
 
 def missing_attribute(
@@ -704,15 +525,17 @@ def _meant(name: str, remedies: Mapping[str, str], known: Iterable[str]) -> str:
     if name in remedies:
         return f": {remedies[name]}."
     public = [each for each in known if not each.startswith("_")]
-    return nearest_or_by_word(name, public) or f"; it has {', '.join(public)}."
+    listed = f"; it has {', '.join(public)}." if len(public) <= _LISTED else ""
+    return nearest_or_meant(name, public) or listed or "; dir(…) of it has its names."
 
 
 # A name that is so alike is a slip of the finger; one that is less alike may be another word.
 _SLIP = 0.8
+_ALIKE = 0.7
 
 
-def nearest_or_by_word(name: str, known: Sequence[str]) -> str:
-    """Suggest what is meant by a name: one that is spelt alike, or what its words are called here.
+def nearest_or_meant(name: str, known: Sequence[str]) -> str:
+    """What may be meant by a name: one that is spelt alike, or what its words are called here.
 
     Args:
         name: what was asked for.
@@ -721,26 +544,22 @@ def nearest_or_by_word(name: str, known: Sequence[str]) -> str:
     Returns:
         The end of a message, or '' where nothing is known.
     """
-    nearest = difflib.get_close_matches(name, known, cutoff=_SLIP)
-    of_nearest = {word for each in nearest for word in _words_in(each)}
-    others = [word for word in _words_in(name) if word not in of_nearest]
-    found = _by_word(others)
-    if found:
-        return f": {found}."
-    nearest = nearest or difflib.get_close_matches(name, known)
+    slips = difflib.get_close_matches(name, known, cutoff=_SLIP)
+    if slips and not _says_more(name, slips):
+        return f"; the nearest are {', '.join(slips)}."
+    meant = meaning(name)
+    if meant is not None:
+        opening = ": " if meant.is_sure else "; perhaps this is meant: "
+        return f"{opening}{meant.in_python}."
+    nearest = slips or difflib.get_close_matches(name, known, cutoff=_ALIKE)
     return f"; the nearest are {', '.join(nearest)}." if nearest else ""
 
 
-def _words_in(name: str) -> list[str]:
-    """The words that a name is made of, in lower case: topTokens is top and tokens."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+\d*|\d+[a-z]+", name)
-    return [word.lower() for word in words]
-
-
-def _by_word(words: Sequence[str]) -> str:
-    """The remedy for one of these words; '' where none of them is known."""
-    hits = [word for word in words if word in BY_WORD]
-    return BY_WORD[min(hits, key=_ORDER.__getitem__)] if hits else ""
+def _says_more(name: str, slips: Sequence[str]) -> bool:
+    """Whether a name has a word of the field that those which are spelt alike do not have."""
+    of_slips = {word for each in slips for word in words_in(each)}
+    others = [word for word in words_in(name) if word not in of_slips]
+    return meaning("_".join(others)) is not None
 
 
 class Answering:
@@ -824,9 +643,18 @@ def require_fitting(
         raise CallError(f"{fact}.", remedy=f"{remedy}{takes}") from None
 
 
+def meant_parameters(keyword: str) -> Sequence[str]:
+    """The parameters that a guessed keyword may mean, the likeliest first.
+
+    Args:
+        keyword: as it was given.
+    """
+    return _SAME.get(keyword, ())
+
+
 def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
     """A sentence with the parameter, or the call, that a keyword means; '' where none is known."""
-    for meant in _SAME.get(keyword, ()):
+    for meant in meant_parameters(keyword):
         if meant == "readout" and meant in parameters:
             return f"It is {meant}=: {_ANSWER}. "
         if meant == "sites" and meant in parameters:
@@ -836,9 +664,9 @@ def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
     if keyword in _KEYWORDS:
         return _as_sentence(_KEYWORDS[keyword])
     slip = difflib.get_close_matches(keyword, parameters, n=1, cutoff=_SLIP)
-    meant = _by_word(_words_in(keyword))
-    if meant and not slip:
-        return _as_sentence(meant)
+    meant = meaning(keyword)
+    if meant is not None and not slip:
+        return _as_sentence(meant.in_python)
     nearest = difflib.get_close_matches(keyword, parameters, n=1)
     return f"The nearest is {nearest[0]}=. " if nearest else ""
 

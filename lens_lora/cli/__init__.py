@@ -1,7 +1,7 @@
 """The command line, `lens-lora`, with a function for each command.
 
 The commands are `demo`, `explain`, `diff`, `audit`, `inspect`, `compare`, `checkpoints`, `repair`,
-`verify`, `forms`, `card`, `sweep`, `scan` and `gather`.
+`verify`, `forms`, `card`, `sweep`, `scan`, `gather` and `plan`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130; an error that nobody foresaw is
@@ -27,10 +27,15 @@ from lens_lora.cli.forming import forms
 from lens_lora.cli.planning import plan
 from lens_lora.cli.running import one_line_errors
 from lens_lora.cli.sweeping import gather, scan, sweep
+from lens_lora.cli.unknown import GuessingCommand, GuessingGroup
 from lens_lora.cli.verifying import verify
 
 app: typer.Typer = typer.Typer(
-    name="lens-lora", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+    name="lens-lora",
+    cls=GuessingGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
 )
 
 
@@ -58,7 +63,8 @@ _COMMANDS = (
     *(sweep, scan, gather, plan),
 )
 for _command in _COMMANDS:
-    app.command(_command.__name__)(one_line_errors(_command)(_command))
+    _wrapped = one_line_errors(_command)(_command)
+    app.command(_command.__name__, cls=GuessingCommand)(_wrapped)
 
 if __name__ == "__main__":
     app()

@@ -281,7 +281,7 @@ def _figure_of(result: object) -> go.Figure:
     Raises:
         ArgumentError: something that has no picture.
     """
-    if isinstance(result, go.Figure):
+    if isinstance(result, go.AnyFigure):
         return result
     if not isinstance(result, Plottable):
         raise ArgumentError(

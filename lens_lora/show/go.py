@@ -4,7 +4,8 @@
 
     go.Figure(go.Scatter(x=x, y=y))
 
-1. The names are those of `plotly.graph_objects`, with `make_subplots` and `get_plotlyjs`.
+1. The names are those of `plotly.graph_objects`, with `make_subplots` and `get_plotlyjs`. `Figure`
+   answers for Matplotlib's names (`matplotlib_names`); `AnyFigure` is every figure of Plotly.
 2. With plotly come the templates of this package, by name, for figures of one's own as well: the
    look of this package's figures, which can be read on any background, and three with a paper.
    Where a program has imported plotly itself, they come with the next name of `lens_lora` it uses.
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from plotly.graph_objs.layout import Template
     from plotly.offline import get_plotlyjs as get_plotlyjs
     from plotly.subplots import make_subplots as make_subplots
+
+    AnyFigure = Figure
 
 INK = "#777777"
 CLEAR = "rgba(0,0,0,0)"
@@ -53,8 +56,15 @@ def __getattr__(name: str) -> Any:
     from plotly.offline import get_plotlyjs
     from plotly.subplots import make_subplots
 
+    from lens_lora.show.matplotlib_names import Figure
+
     register_templates()
-    others = {"get_plotlyjs": get_plotlyjs, "make_subplots": make_subplots}
+    others: dict[str, Any] = {
+        "AnyFigure": plotly.graph_objects.Figure,
+        "Figure": Figure,
+        "get_plotlyjs": get_plotlyjs,
+        "make_subplots": lambda **grid: make_subplots(**grid, figure=Figure()),
+    }
     found = others.get(name) or getattr(plotly.graph_objects, name)
     globals()[name] = found
     return found

@@ -285,7 +285,7 @@ def _drawn(blocks: Sequence[Block]) -> list[Block]:
     """The blocks that are shown, with figures as plots."""
     drawn: list[Block] = []
     for block in filter(_is_shown, blocks):
-        shown = plot(block) if isinstance(block, go.Figure) else block
+        shown = plot(block) if isinstance(block, go.AnyFigure) else block
         drawn.append(shown)
     return drawn
 

@@ -22,6 +22,7 @@ from every_result import every_result
 import lens_lora as ll
 from lens_lora import guesses
 from lens_lora.results import Explanations
+from lens_lora.vocabulary import VOCABULARY, meaning
 
 PROMPT = "w5 w6 w7"
 MARGIN = ll.Margin("w8", "w9")
@@ -73,6 +74,10 @@ WORKS = {
         lambda t: t.lens.with_adapter(0.5 * t.adapter).logits(PROMPT).equal(
             t.lens.with_adapter(t.adapter.scaled(0.5)).logits(PROMPT)), True),
     "lens.sites[:2]": (lambda t: t.lens.sites[:2] == tuple(t.lens.sites)[:2], True),
+    "torch.tensor(att)": (lambda t: torch.tensor(t.att)[0].tolist(),
+        lambda t: t.att.values[0].tolist()),
+    "torch.as_tensor(att)": (lambda t: torch.as_tensor(t.att)[0].tolist(),
+        lambda t: t.att.values[0].tolist()),
     "margin.adapted": (lambda t: t.margin.adapted.item(), lambda t: t.margin.m.item()),
 }  # fmt: skip
 
@@ -208,6 +213,31 @@ NAMED = {
     "lens.chat": (lambda t: t.lens.chat("hello"), r'lens\.generate\(\[\{"role"'),
     "lens.next_token_probs": (lambda t: t.lens.next_token_probs(PROMPT), "softmax"),
     "ll.Prob": (lambda t: ll.Prob, r"ll\.LogProb"),
+    "att.plot().savefig": (lambda t: t.att.plot().savefig("a.png"), r"figure\.write_image"),
+    "a subplot's savefig": (lambda t: t.margin.plot().savefig("a.png"), r"figure\.write_image"),
+    "ll.run": (lambda t: ll.run, r"ll\.explain\("),
+    "ll.model_diff": (lambda t: ll.model_diff, r"ll\.what_changed\(lens\)"),
+    "ll.attribution_patching": (lambda t: ll.attribution_patching, r"ll\.first_order\("),
+    "ll.zero_ablation": (lambda t: ll.zero_ablation, "leave_one_out"),
+    "ll.resample_ablation": (lambda t: ll.resample_ablation, "resample"),
+    "ll.ablate_heads": (lambda t: ll.ablate_heads, 'heads="each"'),
+    "ll.find_important_layers": (lambda t: ll.find_important_layers, r"ll\.patch_sites"),
+    "ll.circuit_discovery": (lambda t: ll.circuit_discovery, r"ll\.edges"),
+    "ll.Attribution": (lambda t: ll.Attribution, r"it is ll\.results\.Attribution"),
+    "ll.Sites": (lambda t: ll.Sites, "from lens_lora.core import Sites"),
+    "ll.no_such_thing": (lambda t: ll.no_such_thing, r"help\(lens_lora\)"),
+    "lens.readout": (lambda t: t.lens.readout(PROMPT, MARGIN), r"lens\.function\("),
+    "readout(lens, prompt)": (lambda t: MARGIN(t.lens, PROMPT), r"lens\.function\("),
+    "Readout.of(readout)": (lambda t: ll.Readout.of(MARGIN), "give it as it is"),
+    "lens.save_pretrained": (lambda t: t.lens.save_pretrained("a"), r"lens\.adapter\.save"),
+    "lens.num_layers": (lambda t: t.lens.num_layers, r"lens\.cfg\.n_layers"),
+    "lens.active_adapters": (lambda t: t.lens.active_adapters, r"lens\.adapter\.name"),
+    "att.normalize": (lambda t: t.att.normalize(), "column share"),
+    "att.most_important": (lambda t: t.att.most_important(3), r"result\.top\(k\)"),
+    "first_order(n_steps=)": (lambda t: ll.first_order(t.lens, PROMPT, MARGIN, n_steps=20),
+        r"ll\.path_attribution"),
+    "patch_activations(layer=)": (
+        lambda t: ll.patch_activations(t.lens, PROMPT, MARGIN, layer=0), "It is names="),
 }  # fmt: skip
 
 
@@ -216,6 +246,54 @@ NAMED = {
 def test_a_guess_that_fails_names_what_is_meant(t, guess, words):
     with pytest.raises((AttributeError, ll.errors.LensLoraError), match=words):
         guess(t)
+
+
+# --- the vocabulary
+
+# Names of the field with words of the call that each means. A "?" is a guess, and says so.
+MEANT = {
+    "attributionPatching": "ll.first_order(",
+    "get_module_contributions": "?ll.patch_sites(",
+    "rank_heads": 'heads="each"',
+    "IntegratedGradients": "ll.path_attribution(",
+    "EAP": "ll.edges(",
+    "EAPIG": "ll.path_attribution(",
+    "run_acdc": "?ll.edges(",
+    "mean_kl": "?ll.KL()",
+    "lora_similarity": "ll.compare_adapters(",
+    "steering_vectors": "ll.contrast",
+    "add_weighted_adapter": "0.5 * one",
+    "get_adapter_weights": "lens.delta_w(",
+    "compute_logprobs": "ll.LogProb(",
+    "influence_functions": "not done here",
+    "effective_rank": "adapter.truncated(",
+    "explain_prompt": "ll.explain(",
+}
+# What no row means is not answered.
+NOT_MEANT = ["composition_scores", "frobnicate", "odd_thing_layer", "adapter_names", "x", ""]
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_a_name_is_read_by_its_words(name):
+    found = meaning(name)
+    assert found is not None
+    expected = MEANT[name]
+    assert expected.lstrip("?") in found.in_python
+    assert found.is_sure == (not expected.startswith("?"))
+
+
+@pytest.mark.parametrize("name", NOT_MEANT)
+def test_a_name_of_other_words_is_not_answered(name):
+    assert meaning(name) is None
+
+
+def test_every_term_is_answered_by_its_own_row():
+    """A term that another row has as well would never be reached."""
+    for row, notion in enumerate(VOCABULARY):
+        for term in notion.terms.split(", "):
+            found = meaning(term.replace(" ", "_"))
+            assert found is not None, term
+            assert VOCABULARY.index(found.notion) == row, (term, found.notion.terms)
 
 
 # --- former names
@@ -314,8 +392,9 @@ def test_every_result_reads_as_its_table():
 
 
 def _named_calls() -> set[str]:
-    tables = (guesses.OF_PACKAGE, guesses.OF_LENS, guesses.OF_ADAPTER, guesses.OF_RESULT)
-    text = " ".join(remedy for table in tables for remedy in table.values())
+    tables = (guesses.OF_LENS, guesses.OF_ADAPTER, guesses.OF_RESULT)
+    remedies = [remedy for table in tables for remedy in table.values()]
+    text = " ".join([*remedies, *(notion.python for notion in VOCABULARY)])
     return set(re.findall(r"\b(?:ll|lens|adapter|result)\.\w+", text))
 
 
@@ -330,8 +409,6 @@ def test_what_a_remedy_names_is_there(t):
 
 
 def test_no_remedy_is_for_a_name_that_is_there(t):
-    for name in guesses.OF_PACKAGE:
-        assert name not in ll.__all__
     for name in guesses.OF_LENS:
         assert name not in dir(t.lens), name
     for name in guesses.OF_ADAPTER:

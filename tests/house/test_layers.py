@@ -18,7 +18,8 @@ QUESTIONS = {
     *("audit", "two_adapters", "judging", "interaction", "banks", "sweeps", "ship"),
 }
 LAYERS = [
-    {"errors", "_version", "families", "registered", "guesses"},
+    {"errors", "_version", "families", "registered", "vocabulary"},
+    {"guesses"},
     {"spans"},
     {"compat"},
     {"arguments", "correlation"},

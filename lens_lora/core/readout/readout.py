@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from lens_lora import arguments, guesses
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import Columns, LogProbs, OfLogits, Reading
 from lens_lora.core.readout.tokens import Tokens
-from lens_lora.errors import ArgumentError, TokenError, warn
+from lens_lora.errors import ArgumentError, CallError, TokenError, warn
 
 # The text of each prompt, which a token follows; None where only its ids are known.
 Before = Sequence[str | None]
@@ -100,6 +100,18 @@ class Readout(guesses.Answering, abc.ABC):
         """
         super().__init_subclass__(**kwargs)
         _require_current_names(cls, _FORMER_METHODS)
+
+    if not TYPE_CHECKING:  # A type checker refuses the call by itself where there is none.
+
+        def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+            """Refuse to be called, and say what has the readout's values."""
+            del args, kwargs
+            raise CallError(
+                "a readout is not called",
+                remedy="g = lens.function(prompts, readout), then g(0.0) is its value in the base "
+                "model and g(1.0) in the adapted one; every result has both as result.base and "
+                "result.adapted.",
+            )
 
     def on(self, prompts: Prompts) -> Readout:
         """The same readout, stating which tokens of these prompts it reads.
@@ -187,6 +199,8 @@ class Readout(guesses.Answering, abc.ABC):
             ArgumentError: something that cannot be called, a label that is no string, or units that
                 are no words.
         """
+        if isinstance(fn, Readout):
+            raise ArgumentError(f"{fn!r} is a readout already", remedy="give it as it is.")
         if not callable(fn):
             raise ArgumentError(f"{fn!r} cannot be called; give a function of the logits.")
         if label is not None and not isinstance(label, str):

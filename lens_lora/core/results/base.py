@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -165,6 +165,31 @@ class Result(abc.ABC):
         array = np.ascontiguousarray(values.detach().cpu().double().numpy())
         data = array.data.cast("B")
         return {"version": 3, "typestr": array.dtype.str, "shape": array.shape, "data": data}
+
+    @property
+    def __dlpack__(self) -> Callable[..., Any]:
+        """A copy of the values, as `torch.tensor(result)` and `torch.as_tensor(result)` read them.
+
+        A result without `values` lacks this attribute.
+
+        Raises:
+            AttributeError: the result has no `values`.
+        """
+        return self._copied_values().__dlpack__
+
+    @property
+    def __dlpack_device__(self) -> Callable[..., Any]:
+        """The device of the values, which `__dlpack__` goes with."""
+        return self._copied_values().__dlpack_device__
+
+    def _copied_values(self) -> Tensor:
+        values = vars(self).get("values")
+        if not isinstance(values, Tensor):
+            raise AttributeError(
+                f"{type(self).__name__} is no single tensor; take one of its own, or "
+                "result.to_frame()."
+            )
+        return values.detach().clone()
 
     @property
     def n_prompts(self) -> int:

@@ -1,0 +1,83 @@
+"""A command or an option that there is not: the error names the one that is meant.
+
+typer suggests what is spelt alike. Here a name is also read by its meaning: `lens-lora merge` is
+answered by `verify`, and `--answer` by `--doc`. `GuessingGroup` and `GuessingCommand` add that to
+the message of typer's own error, which is printed as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from lens_lora.guesses import meant_parameters
+from lens_lora.vocabulary import meaning
+
+# typer has click's errors under a name of its own in some versions; this is their base in all.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+# Short options and words of the shell alone, with the options that they mean.
+_IN_A_SHELL = {
+    "-o": ("out", "report", "save"),
+    "-m": ("model",),
+    "-p": ("prompt",),
+    "-q": ("quiet",),
+    "-v": ("quiet",),
+    "-d": ("device",),
+    "-n": ("limit", "max_new_tokens"),
+}
+
+
+class GuessingGroup(TyperGroup):
+    """The commands, of which one that is missing is answered by its meaning."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command of this name, as typer finds it; its error says what may be meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except _UsageError as error:
+            if "Did you mean" not in error.message:
+                error.message = f"No command {args[0]!r}{_command_meant(args[0])}"
+            raise
+
+
+class GuessingCommand(TyperCommand):
+    """A command, of which an option that is missing is answered by its meaning."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options, as typer does; its error says what may be meant."""
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            option = getattr(error, "option_name", None)
+            meant = self._option_meant(option) if option else ""
+            if meant:
+                error.message = f"No option {option}: {meant}"
+                error.possibilities = None
+            raise
+
+    def _option_meant(self, option: str) -> str:
+        """A sentence with the option that is meant; '' where none is known."""
+        written = {str(each.name): _written(each) for each in self.params}
+        keyword = option.lstrip("-").replace("-", "_")
+        others = _IN_A_SHELL.get(option) or meant_parameters(keyword)
+        meant = [written[name] for name in others if name in written]
+        if meant:
+            return f"it is {' or '.join(meant[:2])}."
+        meant_notion = meaning(keyword)
+        return f"{meant_notion.notion.shell}." if meant_notion and meant_notion.notion.shell else ""
+
+
+def _written(parameter: Any) -> str:
+    """How a parameter is written in a shell: '--doc', or 'ADAPTER'."""
+    longest = max(parameter.opts, key=len)
+    is_option = longest.startswith("-")
+    return longest if is_option else f"the argument {parameter.metavar or longest.upper()}"
+
+
+def _command_meant(name: str) -> str:
+    """The end of a message about a command that there is not."""
+    notion = meaning(name)
+    return f": {notion.in_shell}." if notion is not None else "; `lens-lora --help` lists them."

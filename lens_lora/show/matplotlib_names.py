@@ -1,0 +1,22 @@
+"""Plotly's figure, with an answer to the names that a figure of Matplotlib has.
+
+`lens_lora.show.go` imports this module at the first figure, as it imports Plotly.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects
+
+from lens_lora import guesses
+
+
+class Figure(plotly.graph_objects.Figure):
+    """A figure of Plotly; a name that it lacks is answered by Plotly's name for it."""
+
+    if not TYPE_CHECKING:  # A type checker would take every name for one of the figure.
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuse, with what may be meant."""
+            return guesses.missing_attribute(self, name, guesses.OF_FIGURE)
