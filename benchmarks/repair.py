@@ -13,7 +13,7 @@
 4. An adapter spills if the KL on the held-out texts is at least `SPILLS` nats per token.
 
 The numbers of an adapter are in docs/repair.json as soon as it is done; the table stands in
-docs/two_adapters.md. An adapter and seed take about two minutes of one core.
+docs/repair.md. An adapter and seed take about two minutes of one core.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lens_lora.responses.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS = DOCS / "repair.json"
-PAGE = DOCS / "two_adapters.md"
+PAGE = DOCS / "repair.md"
 TABLE = "repair table"
 # Nats per token on the held-out texts from which on an adapter spills.
 SPILLS = 0.02

@@ -12,7 +12,7 @@
 4. Look by `ll.reconcile` for modules of the Osaka adapter to leave out, on one wording of each
    fact, and judge on the other.
 
-The numbers go to docs/together.json, the tables into docs/two_adapters.md. It takes about five
+The numbers go to docs/together.json, the tables into docs/interference.md. It takes about five
 minutes of one core.
 """
 
@@ -33,7 +33,7 @@ from lens_lora.demonstration.embedded import load_embedded
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS = DOCS / "together.json"
-PAGE = DOCS / "two_adapters.md"
+PAGE = DOCS / "interference.md"
 QUIET: dict[str, Any] = {"progress": False}
 
 LYON = ll.AnswerMargin(" Lyon", " Paris")

@@ -35,6 +35,9 @@ PAGES = (
     "sweep",
     "auditing",
     "two_adapters",
+    "interference",
+    "checkpoints",
+    "repair",
     "edges",
     "write_your_own",
 )

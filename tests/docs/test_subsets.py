@@ -191,7 +191,7 @@ def repaired(name: str, key: str) -> list[float]:
 
 def told_of_repairs() -> tuple[dict[str, list[str]], str]:
     """The table's cells by adapter, and the sentences under it."""
-    text = (DOCS / "two_adapters.md").read_text()
+    text = (DOCS / "repair.md").read_text()
     _, _, rest = text.partition("<!-- repair table -->")
     body, _, _ = rest.partition("<!-- end of repair table -->")
     rows = [line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("| ")]
