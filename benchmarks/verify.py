@@ -1,7 +1,7 @@
 """Tabulate what `lens-lora verify` says of mistakes that other tools pass over in silence.
 
     python benchmarks/verify.py            # prints the table
-    python benchmarks/verify.py --write    # puts it into docs/verify.md
+    python benchmarks/verify.py --write    # puts it into docs/shipping_data.md
 
 Each mistake of tests/lib/no_ops.py is made on a tiny Llama, and the command verifies it. A sentence
 below the table says how much of the demo's adapter a correct merge in bfloat16 keeps.
@@ -32,7 +32,7 @@ from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
 from lens_lora.ship.merged_folder import MergedFolder  # noqa: E402
 from lens_lora.ship.merged_tensors import compared  # noqa: E402
 
-PAGE = ROOT / "docs" / "verify.md"
+PAGE = ROOT / "docs" / "shipping_data.md"
 # The most characters of a cell.
 LONGEST = 190
 
