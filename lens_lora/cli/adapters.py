@@ -111,9 +111,10 @@ def compare(
         shared = many(len(comparison.sites), "site")
         story = [f"{one} and {two} both change {shared}."]
         cosine = comparison.summary().loc["cosine of ΔW"]
-        likeness = f"Their changes of weights have a cosine of {cosine['value']:.2g}"
+        likeness = f"Their changes of weights have a cosine of {_cosine_text(cosine['value'])}"
         if nulls:
-            likeness += f"; of adapters in random directions it is at most {cosine.iloc[-1]:.1g}"
+            largest = _cosine_text(cosine.iloc[-1])
+            likeness += f"; of adapters in random directions it is at most {largest}"
         story.append(f"{likeness} (1 is the same change, 0 nothing in common).")
         for sites, name in zip(comparison.only, comparison.names, strict=True):
             if sites:
@@ -124,6 +125,12 @@ def compare(
         running.tell(" ".join(story))
         if json is not None:
             running.say(f"\nJSON: {json.absolute()}")
+
+
+def _cosine_text(cosine: float) -> str:
+    """A cosine with two decimals and a minus sign, and none before a zero."""
+    rounded = round(cosine, 2)
+    return ("−" if rounded < 0 else "") + f"{abs(rounded):.2f}"
 
 
 @options.with_options

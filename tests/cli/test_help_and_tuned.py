@@ -6,6 +6,8 @@ import copy
 import inspect
 import io
 import json
+import re
+import shutil
 import typing
 
 import models
@@ -178,6 +180,41 @@ def test_two_adapters_are_compared(tiny, tmp_path):
     assert "both change 14 sites" in result.stdout
     same = RUN.invoke(cli.app, ["compare", both[0], both[0], "--quiet", "--nulls", "0"])
     assert "cosine of ΔW" in same.stdout and "+1.00" in same.stdout
+    assert "a cosine of 1.00 (1 is" in " ".join(same.stdout.split())
+    said = " ".join(result.stdout.split())
+    assert re.search(r"have a cosine of −?\d\.\d\d; of adapters .* at most −?\d\.\d\d \(", said)
+
+
+def test_checkpoints_of_two_runs_have_different_names(tiny, tmp_path):
+    """Every trainer calls its folders checkpoint-40."""
+    folder, _, _ = tiny
+    names = []
+    for run in ("seed0", "seed1"):
+        shutil.copytree(folder / "one", tmp_path / run / "checkpoint-40")
+        names.append(ll.load_adapter(tmp_path / run / "checkpoint-40").name)
+    assert names == ["seed0/checkpoint-40", "seed1/checkpoint-40"]
+
+
+def test_an_option_that_there_is_not_is_answered_by_its_meaning():
+    """Also a command; a slip of the finger is answered by typer itself."""
+    expected = {
+        ("explain", "a", "--answer", "x"): "No option --answer: it is --doc",
+        ("explain", "a", "--foil", "x"): "No option --foil: it is --pre",
+        ("diff", "a", "--gpu"): "No option --gpu: it is --device",
+        ("diff", "a", "--lora", "b"): "it is the argument ADAPTER",
+        ("diff", "a", "-o", "b"): "No option -o: it is --report",
+        ("sweep", "a", "--workers", "4"): "--shard 1/4",
+        ("explain", "a", "--prmpt", "b"): "No such option: --prmpt",
+        ("explain", "a", "--frobnicate"): "No such option: --frobnicate",
+        ("merge", "a"): "No command 'merge': PEFT merges; `lens-lora verify",
+        ("evaluate", "a"): "`lens-lora sweep",
+        ("expalin", "a"): "Did you mean 'explain'",
+        ("frobnicate",): "No command 'frobnicate'; `lens-lora --help`",
+    }
+    for arguments, words in expected.items():
+        result = RUN.invoke(cli.app, list(arguments))
+        said = " ".join(result.output.replace("│", " ").split())
+        assert result.exit_code == 2 and words in said, (arguments, said)
 
 
 def test_the_table_of_two_adapters_holds_its_columns(tiny):

@@ -260,6 +260,10 @@ def test_badges_lead_to_the_repository_that_is_named():
     with pytest.raises(SystemExit, match="expected https"):
         badge.badge("github.com/a/b", "first_look.ipynb")
     assert (ROOT / ".binder").is_dir()
+    readme = badge.of_readme(badge.of_readme(once, "https://x.y/a/b"), "https://github.com/a/b.git")
+    assert readme.count("[![") == 4 and readme.endswith("\n\ntext\n")
+    (workflow,) = re.findall(r"github\.com/a/b/actions/workflows/(\S+)/badge", readme)
+    assert (ROOT / ".github" / "workflows" / workflow).is_file()
 
 
 def test_the_site_leaves_badges_out(monkeypatch):

@@ -9,6 +9,7 @@ Torch is not imported here, so that a wrong folder is reported at once.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+# The folders in which a trainer keeps the checkpoints of a run.
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Layer numbers that a module path may hold. A folder with a larger number is no layer's namesake.
 _LAYER_NUMBERS = 256
 
@@ -45,11 +48,15 @@ def name_of(folder: Path) -> str:
     """The name of an adapter that lies in this folder.
 
     The hub's cache keeps a repository as `models--owner--name/snapshots/commit`; an adapter at the
-    top of one has the repository's name.
+    top of one has the repository's name. Every run has a checkpoint-40, so the name of such a folder
+    begins with that of its run.
     """
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.rpartition("--")[2]
+    run = folder.absolute().parent.name
+    if run and _CHECKPOINT.fullmatch(folder.name):
+        return f"{run}/{folder.name}"
     return folder.name or str(folder)
 
 
