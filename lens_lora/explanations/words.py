@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lens_lora.core import drawing
+from lens_lora.curvature.verdict import SecondVerdict
 from lens_lora.explanations.explanation import (
     BySite,
     Explanation,
@@ -218,8 +219,31 @@ def _parts(e: BySite, a: ReadoutAccount) -> str:
         within = signed(float(row["self"]))
         between = signed(float(row["coupling"]))
         shares = f"Of those {curvature}, {within} are within layers and {between} between them."
-    bend = f"Second order adds {curvature} at ε = 1. Its verdict: {second.verdict[0]}."
-    return joined(measured, bend, shares)
+    return joined(measured, of_second_order(curvature, second.verdict[0]), shares)
+
+
+def of_second_order(curvature: str, verdict: SecondVerdict) -> str:
+    """A sentence on what second order adds, and whether it is nearer to the shift.
+
+    Args:
+        curvature: what it adds, as the sentence writes it.
+        verdict: on it.
+    """
+    adds = f"Second order adds {curvature} at ε = 1"
+    if verdict.kind == "no_shift":
+        return f"{adds}; the shift is within rounding, so nothing is said of the difference."
+    second = f"{abs(verdict.second / verdict.shift):.1%}"
+    first = f"{abs(verdict.first / verdict.shift):.1%}"
+    misses = f"it misses {second} of the shift, first order {first}"
+    reach = f"{verdict.helps_up_to:.2g}"
+    if verdict.kind == "neither":
+        return f"{adds}, which makes no difference beyond rounding: {misses}."
+    if verdict.kind == "farther":
+        return f"{adds}, which makes the estimate worse: {misses}. It helps only up to ε = {reach}."
+    if verdict.kind == "coincidence":
+        helps = f"On the way it helps only up to ε = {reach}, so this is a coincidence."
+        return f"{adds}, which brings the estimate nearer there: {misses}. {helps}"
+    return f"{adds}, which brings the estimate nearer: {misses}."
 
 
 def is_comparable(comparison: Comparison, account: ReadoutAccount) -> bool:

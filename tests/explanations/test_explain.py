@@ -20,7 +20,9 @@ from rich.console import Console
 from terminal_tables import faults, shown
 
 import lens_lora as ll
+from lens_lora.curvature.verdict import SecondVerdict
 from lens_lora.errors import PromptError, TokenError
+from lens_lora.explanations import words as words_of
 from lens_lora.explanations.tables import (
     explanation_tables,
     margins_table,
@@ -212,9 +214,29 @@ def test_story_of_the_remainders_parts():
     story = explanation(add=[1.5, 2.0, 1.5, 0.5]).story()
     assert "Of the remainder of +4.00, +1.50 is what first order misses of the modules" in story
     assert "+2.50 what they do together; both from runs of the model" in story
-    assert "Second order adds +1.50 at ε = 1. Its verdict: nearer" in story
+    assert "Second order adds +1.50 at ε = 1, which brings the estimate nearer: it misses" in story
     assert "+0.50 are within layers and +1.00 between them" in story
     assert "rounding alone could make" in explanation().story()
+
+
+@pytest.mark.parametrize(
+    "left, words",
+    [
+        ((1.0, 4.0, 0.3), "which makes the estimate worse: it misses 40.0% of the shift, first"),
+        ((4.0, 1.0, 0.5), "On the way it helps only up to ε = 0.5, so this is a coincidence."),
+        (
+            (4.0, 1.0, 1.0),
+            "brings the estimate nearer: it misses 10.0% of the shift, first order 40",
+        ),
+        ((1.2, 1.0, 0.3), "which makes no difference beyond rounding: it misses 10.0%"),
+    ],
+)
+def test_story_says_whether_second_order_helps(left, words):
+    first, second, reach = left
+    verdict = SecondVerdict(10.0, first, second, 0.5, 0.5, reach)
+    assert words in words_of.of_second_order("+1.00", verdict)
+    none = SecondVerdict(0.1, first, second, 0.5, 0.5, reach)
+    assert "the shift is within rounding" in words_of.of_second_order("+1.00", none)
 
 
 def test_story_says_which_question_first_order_answers():

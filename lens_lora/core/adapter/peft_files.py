@@ -48,8 +48,8 @@ def name_of(folder: Path) -> str:
     """The name of an adapter that lies in this folder.
 
     The hub's cache keeps a repository as `models--owner--name/snapshots/commit`; an adapter at the
-    top of one has the repository's name. Every run has a checkpoint-40, so the name of such a folder
-    begins with that of its run.
+    top of one has the repository's name. Every run has a checkpoint-40, so the name of such a
+    folder begins with that of its run.
     """
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
