@@ -417,7 +417,7 @@ VOCABULARY: Sequence[Notion] = (
         "model diff, model diffing, audit, auditing, behaviour, behavior, behaviour change, "
         "answer change, output change, compare output, trojan, elicit, jailbreak, watermark, "
         "behavioural diff, behavioral diff, diff model, compare model, model difference, "
-        "detect backdoor, backdoor, trigger, quirk, hidden objective, "
+        "detect backdoor, backdoor, trigger, hidden objective, "
         "what changed, diff base, compare base, model compare, finetuning diff, what learnt, "
         "what learned, taught, red team, sleeper, poison, inspect behaviour, discover",
         "the command `lens-lora diff ADAPTER` asks what an adapter was taught; in Python, "
