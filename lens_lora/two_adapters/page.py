@@ -158,10 +158,10 @@ def repair_table(repair: Repair) -> Table:
     frame.loc[frame["held_out"], "role"] += ", held out"
     heads = {
         "question": "question",
-        "role": "to keep or drop",
+        "role": "role",
         "state": "adapter",
         "value": "value",
-        "share": "kept or left",
+        "share": "share left",
     }
     return table_of(frame, heads, texts=(0, 1, 2), title="What stays of each")
 

@@ -96,7 +96,7 @@ def repair_story(repair: Repair) -> str:
 
 def judged_text(repair: Repair) -> tuple[str, str, str]:
     """Three sentences: what is kept and left, whether scaling does better, how to judge fairly."""
-    judged = "On held-out prompts" if repair.is_held_out else "On the prompts that it was made on"
+    judged = "On held-out prompts" if repair.is_held_out else "On the prompts that it was made on,"
     outcome = (
         f"{judged} the repaired adapter keeps {percent(repair.kept_share)} of what was to be kept "
         f"and leaves {percent(repair.left_share)} of what was to be dropped."
