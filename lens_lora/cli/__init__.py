@@ -47,7 +47,9 @@ def _print_versions(wanted: bool) -> None:
         raise typer.Exit
 
 
-_VERSION = typer.Option("--version", callback=_print_versions, is_eager=True, help="All versions.")
+_VERSION = typer.Option(
+    "--version", callback=_print_versions, is_eager=True, help="Print all versions."
+)
 
 
 @app.callback()

@@ -239,7 +239,10 @@ class BaseModel(ModelOptions):
 # --- The adapter
 
 
-ADAPTER = "A hub id (owner/repo, owner/repo/folder), a folder, or a run's for its last checkpoint."
+ADAPTER = (
+    "A folder, a hub id (owner/repo or owner/repo/folder), or the folder of a run, whose last "
+    "checkpoint is read."
+)
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=ADAPTER)]
 AdapterIfOther = Annotated[
     str | None, typer.Argument(metavar="ADAPTER", help=f"{ADAPTER} Default: the demo's.")
