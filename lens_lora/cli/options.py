@@ -79,8 +79,9 @@ def _about(annotation: Any) -> list[OptionInfo]:
     return [about for about in get_args(annotation)[1:] if isinstance(about, OptionInfo)]
 
 
-# How help calls a value, by its type: typer would write <list[str]> or <float range>.
-_VALUES = {str: "TEXT", int: "NUMBER", float: "NUMBER"}
+# How help calls a value, by its type: typer would write <list[str]> or <float range>, and <bool>
+# after an option that takes no value.
+_VALUES = {str: "TEXT", int: "NUMBER", float: "NUMBER", bool: ""}
 
 
 def _name_value(annotation: Any) -> None:

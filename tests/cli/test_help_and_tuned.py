@@ -43,6 +43,13 @@ def test_help_breaks_in_no_word(name: str, width: str):
     assert words_of_help(name) - printed == set()
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_no_value_after_an_option_that_takes_none(name: str):
+    shown_help = RUN.invoke(cli.app, [name, "--help"], env={"COLUMNS": "120"}).stdout
+    lines = [line for line in shown_help.splitlines() if "--help" not in line]
+    assert not [line for line in lines if "<bool>" in line]
+
+
 def test_a_line_breaks_between_words_on_a_terminal_alone():
     """A path stays whole even where it is wider, so that it can be copied."""
     line = "Warning: the base is that of a package; name " + 50 * "x"
