@@ -29,8 +29,10 @@ _BENDS = 24
 _GAP = 0.6
 # The space for the headings of the columns, above them.
 _ROOM_FOR_HEADINGS = 2.0
-# What names take on each side, beside lines which go from 0 to 1.
-_ROOM_FOR_NAMES = 0.42
+# Pixels of a name's character, and of the gap beside it. Names stand in the margins, so that a
+# phone shows those of both sides.
+_PIXELS_OF_CHARACTER = 7
+_PIXELS_BESIDE = 16
 _LONGEST_NAME = 28
 # How far a name is from its node.
 _BESIDE = 0.02
@@ -111,10 +113,18 @@ def edges_graph(edges: Edges, k: int, prompt: int | None = None) -> go.Figure:
     heading = f"{edges.readout}, {key_text(edges.key)}"
     below = f"the strongest {len(values)} edges by layer and module, {percent(shown)} of Σ|edge|"
     titles = heading, f"{below} · {whose(prompt, edges.str_tokens)}"
-    across = {"range": [-_ROOM_FOR_NAMES, 1 + _ROOM_FOR_NAMES], "visible": False}
+    across = {"range": [-_BESIDE, 1 + _BESIDE], "visible": False}
     upwards = {"range": [-top - _GAP, top + _ROOM_FOR_HEADINGS], "visible": False}
     height = max(_LEAST_HEIGHT, _HEIGHT_OF_REST + round(_HEIGHT_OF_EDGE * 2 * top))
-    return finish(figure, titles, ("", ""), height, xaxis=across, yaxis=upwards, legend=_LEGEND)
+    layout = {"xaxis": across, "yaxis": upwards, "legend": _LEGEND}
+    margin = {"l": _room_for(left.bars), "r": _room_for(right.bars)}
+    return finish(figure, titles, ("", ""), height, **layout).update_layout(margin=margin)
+
+
+def _room_for(names: Iterable[str]) -> int:
+    """The pixels that the longest of these names takes beside its bar."""
+    longest = max(len(short_name(name)) for name in names)
+    return _PIXELS_BESIDE + _PIXELS_OF_CHARACTER * longest
 
 
 def _hovers(
@@ -173,6 +183,7 @@ def _texts(
         mode="text",
         textposition=places,
         textfont={"size": 12},
+        cliponaxis=False,
         hoverinfo="skip",
         showlegend=False,
     )

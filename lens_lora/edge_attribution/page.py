@@ -53,7 +53,7 @@ def _part(edges: Edges, prompt: int) -> Part:
     method = text.key_text(edges.key)
     sentences = (
         f"The adapter moves {edges.readout} by {signed(shift)} {units}.",
-        f"The edges, {method}, sum to {signed(total)} {units}, {share} of the shift.",
+        f"The {method} sum to {signed(total)} {units}, {share} of the shift.",
         f"The largest are {', '.join(largest)}.",
     )
     sections = [

@@ -124,7 +124,9 @@ def _layers_by_token(
 
     below = f"by layer and {counted}{_summed_text(attribution, axis)}"
     if len(shown) < len(tokens):
-        below += f", the {len(shown)} of {len(tokens)} of largest |value| in a layer"
+        below += (
+            f", the {len(shown)} positions of {len(tokens)} with the largest |value| in a layer"
+        )
 
     def hover(i: int, j: int, value: float | None) -> str:
         place = shown[j]

@@ -174,7 +174,7 @@ def test_of_a_long_prompt_the_largest_positions_are_shown_and_it_says_so():
     figure = position_heatmap(att, most=3)
     assert list(figure.layout.xaxis.ticktext) == ["7 t7", "99 t99", "140 t140"]
     assert "position 140</b>: t140" in figure.data[0].hovertext[0][2]
-    assert "the 3 of 150 of largest |value|" in figure.layout.title.text
+    assert "the 3 positions of 150 with the largest |value|" in figure.layout.title.text
     with pytest.raises(ArgumentError, match="most"):
         position_heatmap(att, most=0)
 
