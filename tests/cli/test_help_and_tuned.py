@@ -200,6 +200,9 @@ def test_checkpoints_of_two_runs_have_different_names(tiny, tmp_path):
         shutil.copytree(folder / "one", tmp_path / run / "checkpoint-40")
         names.append(ll.load_adapter(tmp_path / run / "checkpoint-40").name)
     assert names == ["seed0/checkpoint-40", "seed1/checkpoint-40"]
+    of_hub = tmp_path / "models--lab--zoo" / "snapshots" / "0a1b" / "checkpoint-40"
+    shutil.copytree(folder / "one", of_hub)
+    assert ll.load_adapter(of_hub).name == "zoo/checkpoint-40"
 
 
 def test_an_option_that_there_is_not_is_answered_by_its_meaning():

@@ -66,7 +66,7 @@ def hub(files, tmp_path, monkeypatch):
 
 def assert_is(adapter: ll.Adapter, place: Path) -> None:
     expected = ll.load_adapter(place)
-    assert adapter.modules.keys() == expected.modules.keys() and adapter.name == place.name
+    assert adapter.modules.keys() == expected.modules.keys() and adapter.name == expected.name
     for path, update in adapter.modules.items():
         assert torch.equal(update.materialise(), expected.modules[path].materialise())
 

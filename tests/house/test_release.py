@@ -120,10 +120,10 @@ def test_public_class_is_pickled():
 
 
 def test_misspelt_name_is_answered_with_the_nearest():
-    with pytest.raises(AttributeError, match=r"no attribute 'generate'; .*lens\.generate\."):
+    with pytest.raises(AttributeError, match=r"no attribute 'generate': lens\.generate\("):
         ll.generate  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'explian'; the nearest are explain"):
         ll.explian  # noqa: B018
-    with pytest.raises(AttributeError, match=r"'zzzz'; see dir\(lens_lora\)"):
+    with pytest.raises(AttributeError, match=r"'zzzz'; help\(lens_lora\) has"):
         ll.zzzz  # noqa: B018
     assert not hasattr(ll, "__wrapped__")

@@ -54,9 +54,9 @@ def name_of(folder: Path) -> str:
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.rpartition("--")[2]
-    run = folder.absolute().parent.name
-    if run and _CHECKPOINT.fullmatch(folder.name):
-        return f"{run}/{folder.name}"
+    run = folder.absolute().parent
+    if run.name and _CHECKPOINT.fullmatch(folder.name):
+        return f"{name_of(run)}/{folder.name}"
     return folder.name or str(folder)
 
 
