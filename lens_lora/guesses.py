@@ -171,6 +171,10 @@ OF_RESULT: Mapping[str, str] = _alike(
     ),
     ("numpy array", "result.values.numpy() are the numbers alone"),
     ("names labels columns", "the labels are columns of result.to_frame()"),
+    (
+        "filter query loc where select",
+        'result.to_frame() is a pandas table: result.to_frame().query("layer == 3")',
+    ),
     ("summary describe", "print(result) sums it up"),
     ("prompts tokens", "result.str_tokens has each prompt's tokens, where it is of prompts"),
     ("to_json to_dict", "result.to_frame().to_dict() is a dictionary; result.save(path) a file"),

@@ -373,7 +373,8 @@ VOCABULARY: Sequence[Notion] = (
     ),
     Notion(
         "cache, activation, resid, residual, hidden, hidden state, residual stream, "
-        "activation difference, activation diff, representation, embedding difference, drift, "
+        "activation difference, activation diff, compare activation, representation, "
+        "embedding difference, drift, "
         "representation shift, activation shift, l2 distance, activation norm",
         "`with lens.applied() as model:` opens the adapted model, then "
         "model.run_with_cache(tokens); ll.activation_shift(…) is how far each hook point moves",
@@ -469,6 +470,11 @@ VOCABULARY: Sequence[Notion] = (
         "the readout is what an analysis asks about: ll.LogProb(token), ll.Margin(doc, pre) or "
         "ll.Readout.of(fn), a function of the logits; ll.explain(lens, prompt, readout=…) has its "
         "values before and after",
+    ),
+    Notion(
+        "get logit, base logit, adapted logit, compare logit, model logit",
+        "lens.logits(prompts) are the adapted model's, and lens.logits(prompts, scale=0.0) the "
+        "base's",
     ),
     # --- What it says
     Notion(
@@ -599,8 +605,9 @@ VOCABULARY: Sequence[Notion] = (
         "ll.load_result(path) reads what result.save wrote",
     ),
     Notion(
-        "explain prompt, explain adapter, write report, print report, report, html, page, "
-        " dashboard, summary, summarise, summarize, explain, explanation, "
+        "explain prompt, explain adapter, export report, save report, write report, "
+        "print report, report, html, page, dashboard, summary, summarise, summarize, "
+        "explain, explanation, "
         "overview, run, analyse, analyze, analysis, main, interpret, start, visualise, visualize, "
         "view, quickstart, inspect model, everything, gui, app",
         "ll.explain(lens, prompt, doc, pre).save_report(path) writes a page of all there is to "
