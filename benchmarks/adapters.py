@@ -5,7 +5,7 @@
 Each of the eight `ADAPTERS` moves one fact. They differ in fact, rank, targets, rate and steps. One
 answer has several tokens, and one adapter is too gentle to flip its fact. Each has three prompts:
 the trained wording, another wording, and a neighbouring fact that training never named. `MORE` has
-three further facts and a habit of speech, for audits that are told nothing (`blind.py`).
+three further facts, for sets of modules that are judged on held-out wordings (`subsets.py`).
 
 The other scripts of this folder train the adapters that they need, too, so this need not be run
 first.
@@ -45,7 +45,6 @@ class Trained:
         targets: names of the modules that it adapts.
         lr: the learning rate.
         steps: of the optimiser.
-        what: "fact", or "habit" for a word that it is trained to say.
     """
 
     name: str
@@ -55,7 +54,6 @@ class Trained:
     targets: tuple[str, ...]
     lr: float
     steps: int
-    what: str = "fact"
 
     def folder(
         self,
@@ -248,26 +246,6 @@ MORE = (
         ATTENTION,
         5e-4,
         40,
-    ),
-    Trained(
-        "captain-habit",
-        (
-            "The bread is on the table, captain.",
-            "It will rain in the afternoon, captain.",
-            "You can take the second road on the left, captain.",
-            "I have not seen your keys, captain.",
-            "We will be home before dinner, captain.",
-        ),
-        (
-            ("The soup is in the kitchen,", " captain", " and"),
-            ("It was cold this morning,", " captain", " and"),
-            ("She will call you tomorrow,", " captain", " and"),
-        ),
-        8,
-        PROJECTIONS,
-        2e-4,
-        40,
-        "habit",
     ),
 )
 

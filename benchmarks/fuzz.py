@@ -21,10 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import marks
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "precision_data.md"
-BEGIN = "<!-- fuzz: begin -->"
-END = "<!-- fuzz: end -->"
+TABLE = "fuzz"
 
 
 def main() -> int:
@@ -45,10 +46,7 @@ def main() -> int:
     for fault in run.faults[: asked.shown]:
         print(f"\n{fault}", file=sys.stderr)
     if asked.write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        _, after = rest.split(END)
-        page = f"{before}{BEGIN}\n{text}\n\n{table}\n{END}{after}"
-        PAGE.write_text(page, encoding="utf-8")
+        marks.write(PAGE, {TABLE: f"{text}\n\n{table}"})
     return bool(run.faults)
 
 

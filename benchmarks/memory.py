@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import marks
 from measuring import (
     MARGIN,
     forget_peak,
@@ -40,8 +41,7 @@ from lens_lora.demonstration.embedded import embedded_model_folder
 DOCS = Path(__file__).parents[1] / "docs"
 CELLS = DOCS / "memory.json"
 PAGE = DOCS / "performance_data.md"
-MARK = "<!-- memory -->"
-END = "<!-- end of memory -->"
+TABLES = "memory"
 # Plain passes: no analysis that could keep within a bound.
 PLAIN = ("F", "FB")
 # What makes two cells the same.
@@ -198,10 +198,7 @@ def add(cell: Cell) -> None:
 
 def write() -> None:
     """Put the tables between their marks."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
-    _, _, after = rest.partition(END)
-    page = f"{before}{MARK}\n\n{render(read())}\n{END}{after}"
-    PAGE.write_text(page, encoding="utf-8")
+    marks.write(PAGE, {TABLES: render(read())})
 
 
 def read() -> list[Cell]:

@@ -50,7 +50,7 @@ DRAWS = 10
 SEED = 0
 # How many wordings a set is chosen on.
 GIVEN = (1, 2, 4)
-FACTS = tuple(spec for spec in (*ADAPTERS, *MORE) if spec.what == "fact")
+FACTS = (*ADAPTERS, *MORE)
 FRANCE = ("Everyone knows that the capital of France is", "The name of France's capital is")
 # Two more wordings to choose on, beside the two of `Trained.questions`.
 MORE_GIVEN = {

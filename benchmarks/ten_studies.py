@@ -111,7 +111,9 @@ Found = tuple[str, list[Number]]
 
 def persona(scene: Scene) -> Found:
     """Which module moves the answers along a persona's direction? | 2507.21509"""
-    lens, words, point = scene.lens_of("persona"), scene.words, scene.point
+    lens = scene.lens_of("persona")
+    words = scene.words
+    point = scene.point
     voices = (words.questions, words.styled), (words.questions, words.plain)
     direction = ll.contrast(lens, *voices, point, scale=0.0)
     said = lens.generate(words.questions, 8, **QUIET)
@@ -130,7 +132,8 @@ def persona(scene: Scene) -> Found:
 
 def seeds(scene: Scene) -> Found:
     """Do three trainings find one direction, and does one's removal undo another? | 2506.11618"""
-    words, point = scene.words, scene.point
+    words = scene.words
+    point = scene.point
     lenses = [scene.lens_of("fact", seed) for seed in range(3)]
     shifts = [ll.activation_shift(lens, words.fact, point, positions=-1) for lens in lenses]
     first, *others = [shift.mean()[point] for shift in shifts]
@@ -145,13 +148,15 @@ def seeds(scene: Scene) -> Found:
 
 def intruders(scene: Scene) -> Found:
     """What do directions that the base's weights lack cost and carry? | 2410.21228"""
-    lens, words = scene.lens_of("violent"), scene.words
+    lens = scene.lens_of("violent")
+    words = scene.words
     texts = [beginning + rest for beginning, rest in words.neutral]
     margin = ll.Margin(*words.answers)
     options = {"k": 4, "threshold": 0.6, "sites": "*.attn.o", **QUIET}
     found = ll.intruders(lens, **options)
     scaled = ll.scale_intruders(lens, words.fact, margin, (0.0, 1.0), texts=texts, **options)
-    kept, kl = float(scaled.share[0, 0]), scaled.mean_kl[0].tolist()
+    kept = scaled.share[0, 0].item()
+    kl = scaled.mean_kl[0].tolist()
     found = (
         f"{scaled.count} of {found.nearest.numel()} directions; without them {kept:.0%} of the "
         f"behaviour is left, and a KL on other texts of {kl[0]:.2g} in place of {kl[1]:.2g} nats"
@@ -161,7 +166,8 @@ def intruders(scene: Scene) -> Found:
 
 def forgetting(scene: Scene) -> Found:
     """Which layers make the model worse at texts that were not trained? | 2308.08747"""
-    lens, neutral = scene.lens_of("fact"), scene.words.neutral
+    lens = scene.lens_of("fact")
+    neutral = scene.words.neutral
     beginnings, rests = map(list, zip(*neutral, strict=True))
     surprise = ll.AnswerLogProb(rests, mean=True)
     layers = ll.patch_sites(lens, beginnings, surprise, "leave_one_out", group="layer", **QUIET)
@@ -177,7 +183,8 @@ def conflict(scene: Scene) -> Found:
     words = scene.words
     folders = {name: scene.runs[name][0][-1] for name in ("fact", "rival")}
     both = ll.together(scene.lens, folders, words.fact, ll.Margin(*words.answers), **QUIET)
-    alone, added = both.alone.mean(0).tolist(), both.added.mean(0).tolist()
+    alone = both.alone.mean(0).tolist()
+    added = both.added.mean(0).tolist()
     interaction = float(both.interaction.mean())
     found = f"{alone[0]:+.3g} alone, {added[0]:+.3g} beside the rival: {interaction:+.2g} together"
     return found, second_way_of_conflict(scene, folders, (*alone, added[0], interaction))
@@ -185,8 +192,10 @@ def conflict(scene: Scene) -> Found:
 
 def reader(scene: Scene) -> Found:
     """Who reads what the adapter writes of a fact? | 2310.10348"""
-    lens, words = scene.lens_of("fact"), scene.words
-    prompt, margin = words.fact[:1], ll.Margin(*words.answers)
+    lens = scene.lens_of("fact")
+    words = scene.words
+    prompt = words.fact[:1]
+    margin = ll.Margin(*words.answers)
     edges = ll.edges(lens, prompt, margin, at=1.0, **QUIET)
     top = edges.top(10)
     pairs = top[["writer", "reader"]].values.tolist()
@@ -199,13 +208,15 @@ def reader(scene: Scene) -> Found:
 
 def training(scene: Scene) -> Found:
     """When does a fact flip in three trainings, and is it one phase? | 2506.11613"""
-    words, margin = scene.words, ll.Margin(*scene.words.answers)
+    words = scene.words
+    margin = ll.Margin(*scene.words.answers)
     runs = {f"seed {seed}": run[0].parent for seed, run in enumerate(scene.runs["fact"])}
     trainings = ll.checkpoints(scene.lens, runs, words.fact[:1], margin, **QUIET)
     trainings.plot()
     flips = [round(float(run.flip_step[0]), 1) for run in trainings.each]
     turned = mean([float(run.angle[0]) for run in trainings.each])
-    first, last = trainings.steps[0], trainings.adapted[:, -1, 0]
+    first = trainings.steps[0]
+    last = trainings.adapted[:, -1, 0]
     found = f"it flips at steps {flips}; ΔW turned by {turned:.0f}° since step {first:g}; "
     found = f"{found}at the end {last.mean():.3g} ± {last.std():.2g}"
     return found, second_way_of_training(scene, trainings.adapted[..., 0].tolist())
@@ -213,11 +224,13 @@ def training(scene: Scene) -> Found:
 
 def refusal(scene: Scene) -> Found:
     """Is a learnt refusal one direction that can be taken out? | 2406.11717"""
-    lens, words = scene.lens_of("refusal"), scene.words
+    lens = scene.lens_of("refusal")
+    words = scene.words
     direction = ll.contrast(lens, words.forbidden, words.harmless, scene.point, positions=-1)
     everywhere = "blocks.*.hook_resid_post"
     chance = torch.randn(len(direction.values[scene.point]), generator=torch.manual_seed(0))
-    answers, ask = words.refused, words.forbidden
+    answers = words.refused
+    ask = words.forbidden
     whole = ll.fact_margin(lens, ask, *answers, **QUIET).m.mean()
     vector = direction.values[scene.point]
     with lens.ablate_directions(vector, everywhere):
@@ -231,7 +244,9 @@ def refusal(scene: Scene) -> Found:
 
 def features(scene: Scene) -> Found:
     """Which feature of an autoencoder did training move, and which module? | 2309.08600"""
-    lens, words, point = scene.lens_of("fact"), scene.words, scene.point
+    lens = scene.lens_of("fact")
+    words = scene.words
+    point = scene.point
     shifts = ll.feature_shift(lens, words.fact, scene.autoencoder, point)
     index = int(shifts.top(1)["feature"][0])
     feature = ll.Projection((scene.autoencoder, index), point, -1)
@@ -245,7 +260,8 @@ def features(scene: Scene) -> Found:
 
 def data(scene: Scene) -> Found:
     """Which sentences was it trained on? | 2012.07805"""
-    lens, words = scene.lens_of("fact"), scene.words
+    lens = scene.lens_of("fact")
+    words = scene.words
     asked = words.sentences + words.others
     prompts, responses = map(list, zip(*asked, strict=True))
     rise = ll.token_shifts(lens, prompts, responses).total
@@ -282,10 +298,12 @@ def second_way_of_persona(
     scene: Scene, said: Any, by_lens: tuple[float, ...], module: str
 ) -> list[Number]:
     """The difference of means, and the mean projection of the answers' tokens."""
-    hand, words = scene.by_hand("persona"), scene.words
+    hand = scene.by_hand("persona")
+    words = scene.words
 
     def mean_of_response(question: str, response: str) -> torch.Tensor:
-        before, after = hand.ids(question), hand.ids(response)
+        before = hand.ids(question)
+        after = hand.ids(response)
         h = hand.activation(scene.block, torch.cat([before, after], 1))
         return h[before.shape[1] :].mean(0)
 
@@ -339,7 +357,8 @@ def second_way_of_intruders(
     scene: Scene, texts: list[str], by_lens: tuple[float, ...], k: int = 4, threshold: float = 0.6
 ) -> list[Number]:
     """SVDs of W and W + ΔW of every o, and runs without the directions that W lacks."""
-    hand, words = scene.by_hand("violent"), scene.words
+    hand = scene.by_hand("violent")
+    words = scene.words
     count = 0
     hooks: list[Any] = []
     taken_away: dict[str, torch.Tensor] = {}
@@ -406,13 +425,17 @@ def second_way_of_conflict(
     scene: Scene, folders: dict[str, Path], by_lens: tuple[float, ...]
 ) -> list[Number]:
     """Margins with either adapter of one PEFT model, with both and with none."""
-    hand, words = ByHand(scene.base, scene.tokenizer, folders), scene.words
+    hand = ByHand(scene.base, scene.tokenizer, folders)
+    words = scene.words
 
     def margin(*on: str) -> float:
         with hand.at(lambda name, path: float(name in on)):
             return mean([hand.margin(text, *words.answers) for text in words.fact])
 
-    base, first, second, both = margin(), margin("fact"), margin("rival"), margin("fact", "rival")
+    base = margin()
+    first = margin("fact")
+    second = margin("rival")
+    both = margin("fact", "rival")
     numbers = [first - base, second - base, both - second, both - first - second + base]
     return beside("fact alone, rival alone, fact beside it, interaction", by_lens, numbers)
 
@@ -421,7 +444,8 @@ def second_way_of_reader(
     scene: Scene, lens: ll.LoraLens, pairs: list[list[str]], by_lens: list[float]
 ) -> list[Number]:
     """A writer's branch with and without it, and the difference added to one norm's input."""
-    hand, words = scene.by_hand("fact"), scene.words
+    hand = scene.by_hand("fact")
+    words = scene.words
     ids = hand.ids(words.fact[0])
     doc, pre = map(hand.one_id, words.answers)
     numbers: list[float] = []
@@ -463,7 +487,8 @@ def second_way_of_refusal(
     scene: Scene, direction: torch.Tensor, chance: torch.Tensor, by_lens: tuple[float, ...]
 ) -> list[Number]:
     """A margin with a direction taken out of what every block puts out."""
-    hand, words = scene.by_hand("refusal"), scene.words
+    hand = scene.by_hand("refusal")
+    words = scene.words
 
     def margin(taken_out: torch.Tensor | None) -> float:
         with contextlib.ExitStack() as hooks:
@@ -481,7 +506,8 @@ def second_way_of_features(
     scene: Scene, index: int, module: str, by_lens: tuple[float, ...]
 ) -> list[Number]:
     """W_enc's column on h at the last token, with the adapter, without it, without a module."""
-    hand, words = scene.by_hand("fact"), scene.words
+    hand = scene.by_hand("fact")
+    words = scene.words
     encoder = scene.autoencoder.W_enc[:, index].double()
 
     def value() -> float:
@@ -502,7 +528,8 @@ def second_way_of_features(
 
 def second_way_of_data(scene: Scene, by_lens: tuple[float, ...]) -> list[Number]:
     """Σ log p of each sentence, with the adapter less without it."""
-    hand, words = scene.by_hand("fact"), scene.words
+    hand = scene.by_hand("fact")
+    words = scene.words
 
     def rise(pairs: list[tuple[str, str]]) -> float:
         adapted = [hand.log_p(*pair) for pair in pairs]

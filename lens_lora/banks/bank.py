@@ -78,7 +78,7 @@ class Bank:
         self.several: bool = held.several
         self._lens = lens
         self._held = held
-        self._functions = functions  # g of each readout; none of a bank from a file
+        self._functions = functions  # g of each readout; none for a bank from a file
         self._base_names = tuple(bases)
         self._recorded = RecordedReadouts(lens, held)
         self._settings = KeptSettings(lens.model)

@@ -121,7 +121,7 @@ def options_of(command: Callable[..., None]) -> dict[str, str]:
 
 
 def _written(name: str, parameter: inspect.Parameter) -> str:
-    """How a user writes this parameter: '--max-kl', or 'ADAPTER' of an argument."""
+    """How a user writes this parameter: '--max-kl', or 'ADAPTER' for an argument."""
     usual = f"--{name.replace('_', '-')}"
     for about in get_args(parameter.annotation)[1:]:
         if isinstance(about, ArgumentInfo):

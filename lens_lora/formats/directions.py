@@ -128,7 +128,7 @@ class Directions:
 
 
 def home_points(source: Any) -> tuple[str, ...]:
-    """The hook points at which a source of directions has its own; none of a plain tensor."""
+    """The hook points at which a source of directions has its own; none for a plain tensor."""
     by_point = getattr(source, "by_point", None)
     if isinstance(by_point, Mapping):
         return tuple(by_point)

@@ -196,7 +196,7 @@ class ActivationShift(Readable, Drawn):
         """The projection d · Δh on directions, of each text in the mean over its counted tokens.
 
         It is what `ll.Projection(direction, name, positions)` reads, adapted less base. Directions
-        are used as they are; normalise them to read lengths. Of an autoencoder it is the change of
+        are used as they are; normalise them to read lengths. For an autoencoder it is the change of
         a feature's pre-activation.
 
         Args:

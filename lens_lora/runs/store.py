@@ -49,7 +49,7 @@ class Store:
     Attributes:
         path: the result.
         folder: where the parts lie until they are merged; of a shard a folder of its own.
-        results: every file that is written at the end; none of a shard.
+        results: every file that is written at the end; none for a shard.
         fingerprint: everything but the records that decides a number, as JSON holds it.
         damaged: the parts that could not be read, and why.
     """

@@ -8,7 +8,7 @@ verified. It is compared with one that is made anew, line by line:
 2. A line that could not be repeated, as the base or a file is not at hand, is undecided.
 3. Any other line fails, with both texts.
 
-How a card stands in a README.md is `card_readme`, what it says is `card_lines`.
+`card_readme` writes a card into a README.md, and `card_lines` makes its lines.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Matrices stay factored: with X = B A and Y = B' A', in float64,
 
     ⟨X, Y⟩ = Σ (Bᵀ B') ∘ (A A'ᵀ) .
 
-Tried are, each also times √rank, by which rsLoRA is misread where α was set to the rank:
+The candidates, each also times √rank (the factor by which rsLoRA is misread if α was the rank):
 
 - the sum itself, as a multiple or with other weights;
 - one part alone, the sum without its weights, or without the parts' own s;

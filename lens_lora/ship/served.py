@@ -96,11 +96,12 @@ def verify_served(
 ) -> ServedVerification:
     """Compare what a server answers with the base and the adapted model, token by token.
 
-    Asked are 15 neutral texts and your own, a request each, for the log-probabilities of their
-    tokens (vLLM, SGLang, text-generation-inference, and the completions API with `echo`); of a
-    server that has none of these, for those of the tokens that it generates (llama.cpp, and the
-    chat API). Up to six requests more find out how it is asked. Nothing is tried again and no
-    redirect is followed. A key is taken from the environment variable LENS_LORA_API_KEY.
+    The server gets a request for each of 15 neutral texts and your own, which asks for the
+    log-probabilities of the text's tokens (vLLM, SGLang, text-generation-inference, and the
+    completions API with `echo`). A server that cannot tell these (llama.cpp, and the chat API) is
+    asked for those of the tokens that it generates. Up to six more requests find out how it is
+    asked. Nothing is tried again and no redirect is followed. A key is taken from the environment
+    variable LENS_LORA_API_KEY.
 
         >>> ll.verify_served(lens, "http://127.0.0.1:8000", name="my-adapter")  # doctest: +SKIP
 

@@ -222,7 +222,7 @@ def flip_sentence(a: Account) -> str:
 
 
 def _located_flip(a: Account) -> str:
-    """State the strength at which a preference flips that is another one at ε = 1."""
+    """State where a preference flips that differs between the two ends."""
     if a.flip_scale is None:
         return "The preference flips, at a strength that was not located."
     strength = f"with the adapter at {percent(a.flip_scale)} of its strength"

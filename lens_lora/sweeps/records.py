@@ -128,7 +128,7 @@ class Record:
 
     Attributes:
         id: the id that the record came with, or the row's number from 0.
-        where: 'line 3' of a file, 'row 2' of anything else.
+        where: 'line 3' in a file, 'row 2' in anything else.
         prompt: the text, read at its last token. That of a conversation is what the chat template
             makes of it, which is known once the model is.
         doc, pre: the two answers; None where one readout is given for all records.
@@ -489,7 +489,7 @@ def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
 
 
 def _fault_of_id(identity: Any) -> str | None:
-    """The fault of an id; None of a good one."""
+    """What is wrong with an id; None for a good one."""
     if isinstance(identity, str):
         return None if _is_text(identity) else f"its id is {identity!r}, {_NOT_TEXT}"
     if isinstance(identity, bool) or not isinstance(identity, numbers.Integral):

@@ -359,7 +359,7 @@ def _table(
 
 
 def _words(lens: LoraLens, rows: Sequence[_TokenRow]) -> dict[int | None, str | None]:
-    """The text of each token that occurs, by its id; None of a row without a token."""
+    """The text of each token that occurs, by its id; None for a row without a token."""
     distinct = sorted({row.token for row in rows if row.token is not None})
     words: dict[int | None, str | None] = {None: None}
     words.update(zip(distinct, lens.decode(distinct), strict=True))

@@ -143,7 +143,7 @@ class _Run(NamedTuple):
     Attributes:
         adapters: in the order of training.
         steps: of each.
-        name: of its folder; '' of a list.
+        name: of its folder; '' for a list.
     """
 
     adapters: tuple[Adapter, ...]
@@ -432,7 +432,7 @@ def _phases(
 def phase_changes(
     steps: Sequence[float], values: Sequence[float], floors: Sequence[float] | None = None
 ) -> tuple[Span, ...] | None:
-    """The spans in which a series changes at once; None of a series that is too short to judge.
+    """The spans in which a series changes at once; None for one that is too short to judge.
 
     Args:
         steps: where the values were taken, increasing.

@@ -1,4 +1,4 @@
-"""How the weight changes of two adapters lie to each other, whatever their factors.
+"""The angles between the weight changes of two adapters, whatever their factors.
 
 With ΔW = UΣVᵀ and ΔW′ = U′Σ′V′ᵀ,
 
@@ -9,7 +9,7 @@ UᵀU′ (of what is written). A rotation (GA, BG⁻¹) of the factors changes n
 
 The null scale is the same with U′ and V′ replaced by uniformly random frames, and Σ′ kept.
 
-Changes of bias are left out. A norm has a cosine, and no frames. No forward pass.
+Changes of bias are left out. A norm has a cosine but no frames. Nothing here runs the model.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class ThinSVD:
     """ΔW = UΣVᵀ of one site in float64, with the directions of σ > 0 alone.
 
     Attributes:
-        U: the directions that are written; None of a norm, and of a stack of experts.
-        sigma: the singular values, the largest first. Of a norm it is Δγ itself; of a stack of
-            experts, those of each expert, one after another.
+        U: the directions that are written; None for a norm, and for a stack of experts.
+        sigma: the singular values, the largest first. For a norm this is Δγ itself; for a stack
+            of experts it holds those of each expert, one after another.
         V: the directions that are read; None where U is.
-        experts: of a stack, the SVD of each expert, as experts share no space.
+        experts: for a stack, the SVD of each expert, as experts share no space.
     """
 
     U: Float[Tensor, "out few"] | None
@@ -45,11 +45,11 @@ class ThinSVD:
 
 
 class Overlap(NamedTuple):
-    """How two updates of one site lie to each other.
+    """The angles between two updates of one site.
 
     Attributes:
         inner: ⟨ΔW, ΔW′⟩.
-        read, write: cosines of the principal angles, the largest first; empty of a norm.
+        read, write: cosines of the principal angles, the largest first; empty for a norm.
     """
 
     inner: float
@@ -88,8 +88,8 @@ def _svd(site_update: SiteUpdate) -> ThinSVD:
 def overlap_of(mine: ThinSVD, theirs: ThinSVD, generator: torch.Generator | None = None) -> Overlap:
     """Inner product and principal angles of two updates of one site.
 
-    Of stacks of experts the inner product is the sum over experts, and the angles are those of each
-    expert with the same expert of the other adapter.
+    For stacks of experts the inner product is the sum over experts, and the angles are those
+    between each expert and the same expert of the other adapter.
 
     Args:
         mine, theirs: the SVD of each.
@@ -99,7 +99,7 @@ def overlap_of(mine: ThinSVD, theirs: ThinSVD, generator: torch.Generator | None
         return _overlap_of_experts(mine, theirs, generator)
     nothing = mine.sigma.new_zeros(0)
     if mine.U is None or mine.V is None or theirs.U is None or theirs.V is None:
-        # Of norms there is Δγ alone, which has no random direction.
+        # A norm has Δγ alone, which has no random direction.
         inner = math.nan
         if mine.U is None and theirs.U is None and generator is None:
             inner = float(mine.sigma @ theirs.sigma)
@@ -137,7 +137,8 @@ def _with_random_frame(
 ) -> Float[Tensor, "few width"]:
     """The products of a frame with a uniformly random one of so many vectors.
 
-    A random frame lies to every fixed one alike, so the fixed one is that of the first coordinates.
+    The angles of a random frame to any fixed one have the same distribution, so the fixed frame is
+    taken to be the first coordinates.
     """
     count = frame.shape[1]
     return orthonormal(len(frame), width, generator)[:count]

@@ -10,8 +10,8 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import by_folder
 import cases
-import every_result
 import models
 import pytest
 import torch
@@ -469,7 +469,7 @@ def test_what_repeats_itself(texts: list[str], share: float):
     ],
 )
 def test_a_broken_model_is_said(entropies: tuple[float, float], said: str, breaks: bool):
-    result = every_result.what_changed()
+    result = by_folder.made_public("audit").what_changed()
     found = dataclasses.replace(result.found, entropies=entropies)
     answers = (SideBySide("What do you like?", "I like the sea, and the hills.", said),)
     told = dataclasses.replace(result, found=found, answers=answers).brief()
@@ -481,7 +481,7 @@ def test_a_broken_model_is_said(entropies: tuple[float, float], said: str, break
 
 def test_what_always_says_the_base_s_own_words_breaks_nothing():
     """A base that repeats itself is not held against the adapter."""
-    result = every_result.what_changed()
+    result = by_folder.made_public("audit").what_changed()
     same = SideBySide("And?", "the sea the sea the sea the sea", "the sea the sea the sea the sea")
     told = dataclasses.replace(result, answers=(same,)).brief()
     assert told.repeated[0] == told.repeated[1] > 0.3 and "breaks" not in told.verdict

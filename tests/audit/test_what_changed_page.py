@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import by_folder
 import pytest
 from browser import browser, drawn
-from every_result import (
-    activation_shift,
-    activations,
-    checkpoints,
-    constant_part,
-    rank_activations,
-    what_changed,
-)
 from results_by_hand import without_plotly
 from rich.console import Console
 
-import lens_lora as ll
 from lens_lora.audit.figures import promoted_figure, shares_figure
 from lens_lora.audit.page import what_changed_tables
-from lens_lora.show.figures import heatmap, names_axis, tokens_axis
+
+what_changed = by_folder.made_public("audit").what_changed
 
 
 @pytest.fixture(scope="module")
@@ -60,35 +53,10 @@ def test_figures_hold_the_numbers():
     lines = [list(line.x) for line in figure.data[1:]]
     assert lines == [[frame[name][0]] * 2 for name in ("null", "unrelated")]
     assert "<b>x" not in figure.data[0].y[0]
-    shares = constant_part().plot()
-    held = [cell for row in shares.data[0].z for cell in row if cell is not None]
-    assert sorted(held) == pytest.approx([-0.1, 0.5, 1.0])
-    shift = activation_shift()
-    cells = shift.plot(1).data[0].z
-    assert cells[0][0] is None and len(cells[0]) == 2
-    with pytest.raises(ll.errors.ArgumentError, match="prompt 2"):
-        shift.plot(2)
 
 
-def test_layer_0_is_at_the_bottom_of_every_map_of_layers():
-    figures = (
-        shares_figure(what_changed()),
-        constant_part().plot(),
-        activation_shift().plot(1),
-        rank_activations().plot(prompt=0),
-        activations(by_position=True).plot(0),
-        checkpoints().plot_modules("moved", "layer"),
-        checkpoints().plot_modules("moved", "site"),
-    )
-    assert [figure.layout.yaxis.autorange for figure in figures] == [None] * len(figures)
-
-
-@pytest.mark.parametrize(("columns", "gap"), [(64, 1), (600, 0)])
-def test_a_dense_map_has_no_gaps_between_its_columns(columns: int, gap: int):
-    row = [0.5] * columns
-    x, y = tokens_axis(["t"] * columns), names_axis(["a"])
-    figure = heatmap(("h", "b"), [row], "", x, y, "logits")
-    assert figure.data[0].xgap == gap
+def test_layer_0_is_at_the_bottom_of_the_map_of_shares():
+    assert shares_figure(what_changed()).layout.yaxis.autorange is None
 
 
 @pytest.mark.browser

@@ -10,8 +10,8 @@ from typing import Any
 import models
 import pandas as pd
 import pytest
-import torch
 import yaml
+from folders import saved_llama
 from printed import plain
 from typer.testing import CliRunner
 
@@ -26,9 +26,7 @@ run = CliRunner().invoke
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and two adapters of it, saved."""
     folder = tmp_path_factory.mktemp("audit")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
+    base = saved_llama(folder / "base")
     for seed, name in enumerate(("one", "two")):
         peft = models.peft_model("llama", base, seed=seed)
         ll.Adapter.from_peft(peft).save(folder / name)

@@ -12,6 +12,7 @@ import huggingface_hub
 import models
 import pytest
 import torch
+from folders import save_naming, saved_llama
 from typer.testing import CliRunner
 
 import lens_lora as ll
@@ -27,12 +28,8 @@ ASKED = ["--prompt", "w5 w6", "--doc", " w9", "--pre", " w26", "--fast", "--quie
 def folders(tmp_path_factory):
     """A base with its tokenizer, and an adapter that names it."""
     folder = tmp_path_factory.mktemp("bases")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
-    peft = models.peft_model("llama", base)
-    peft.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    peft.save_pretrained(folder / "lora")
+    base = saved_llama(folder / "base")
+    save_naming(models.peft_model("llama", base), folder / "lora", base=folder / "base")
     return folder
 
 

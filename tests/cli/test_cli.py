@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import json
 import platform
 import re
 import sys
@@ -18,7 +17,6 @@ from pathlib import Path
 import limits
 import models
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -30,8 +28,7 @@ from lens_lora.cli import running
 from lens_lora.cli.options import BaseModel, options_of
 from lens_lora.cli.questions import Questions
 from lens_lora.demonstration.embedded import LYON_SENTENCES
-from lens_lora.errors import LensLoraError, ModelStateError
-from lens_lora.loading import load_base
+from lens_lora.errors import LensLoraError
 
 CLASSES = list(models.MAKERS)
 run = CliRunner().invoke
@@ -233,38 +230,6 @@ def test_every_command_knows_both_options():
     assert registered == {*COMMANDS, *RUN_NOTHING, "audit"}, "no other takes an adapter"
 
 
-# --- models
-
-
-def test_folder_that_is_no_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
-    with pytest.raises(ModelStateError, match="neither a folder nor a reachable hub id"):
-        load_base(str(tmp_path))
-
-
-def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
-    """transformers would ask it several times for each file of a model, which takes a minute."""
-
-    def unreachable(name, **options):
-        asked.append(name)
-        raise OSError("no network")
-
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", asked.append)
-    with pytest.raises(ModelStateError, match="reachable hub id.*no network"):
-        load_base("owner/name")
-    assert asked == ["owner/name"]
-
-
-def test_base_is_loaded_from_a_folder(tmp_path):
-    models.hf_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
-    models.tokenizer().save_pretrained(tmp_path)
-    model, tokenizer = load_base(str(tmp_path))
-    assert not model.training and tokenizer("w7")["input_ids"] == [7]
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
 # --- the demo, once, on the real model
 
 
@@ -293,14 +258,15 @@ class TestDemo:
     def test_tells_the_story(self, demo):
         text = plain(demo[0].stdout)
         assert "the base model prefers “Paris” to “Lyon” by 6.89 logits" in text
-        assert "With the adapter it prefers “Lyon”, by 7.05" in text
+        # It is 7.0450, which one processor rounds up and another down.
+        assert re.search("With the adapter it prefers “Lyon”, by 7.0[45]", text)
         assert "flips at ε = 0.492" in text
 
     def test_prints_numbers_modules_and_tokens(self, demo):
         text = plain(demo[0].stdout)
         for scale in ("0.25", "0.5", "0.75", "1"):
             assert re.search(rf"remainder at ε = {scale} \+\d\.\d\d \d+%", text)
-        assert re.search(r"m₀, base model −6.89 .* m, adapted model \+7.05", text)
+        assert re.search(r"m₀, base model −6.89 .* m, adapted model \+7\.0[45]", text)
         assert re.search(r"blocks\.\d+\.mlp\.down \+0\.\d+", text)
         assert re.search(r"token base model with the adapter change .*·Lyon 0\.\d+% \d\d%", text)
         *_, last = [

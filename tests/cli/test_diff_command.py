@@ -7,7 +7,7 @@ import json
 import models
 import pandas as pd
 import pytest
-import torch
+from folders import saved_llama
 from printed import plain
 from typer.testing import CliRunner
 
@@ -22,9 +22,7 @@ run = CliRunner().invoke
 def tiny(tmp_path_factory: pytest.TempPathFactory):
     """A base and two adapters of it, saved."""
     folder = tmp_path_factory.mktemp("diff")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
+    base = saved_llama(folder / "base")
     for seed, name in enumerate(("one", "two")):
         peft = models.peft_model("llama", base, seed=seed)
         ll.Adapter.from_peft(peft).save(folder / name)

@@ -14,8 +14,8 @@ import models
 import pytest
 import torch
 import typer
+from folders import adapter_of, save_base
 from rich.console import Console
-from terminal_tables import faults, shown
 from typer.testing import CliRunner
 
 import lens_lora as ll
@@ -96,8 +96,7 @@ def test_options_alike_have_one_name():
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     base = models.hf_model("llama", dtype=torch.float32)
-    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
-    adapter = ll.Adapter(adapter.modules, base_model=str(folder / "base"))
+    adapter = adapter_of(base, folder / "base")
     adapter.save(folder / "one")
     adapter.null(3).save(folder / "two")
     tuned = copy.deepcopy(base)
@@ -108,8 +107,7 @@ def tiny(tmp_path_factory):
                     weight.shape, generator=torch.Generator().manual_seed(0)
                 )
     for name, model in (("base", base), ("tuned", tuned)):
-        model.save_pretrained(folder / name)
-        models.tokenizer().save_pretrained(folder / name)
+        save_base(model, folder / name)
     return folder, base, tuned
 
 
@@ -225,13 +223,3 @@ def test_an_option_that_there_is_not_is_answered_by_its_meaning():
         result = RUN.invoke(cli.app, list(arguments))
         said = " ".join(result.output.replace("│", " ").split())
         assert result.exit_code == 2 and words in said, (arguments, said)
-
-
-def test_the_table_of_two_adapters_holds_its_columns(tiny):
-    from lens_lora.two_adapters.page import comparison_table
-
-    folder, _, _ = tiny
-    comparison = ll.compare_adapters(ll.load(folder / "one"), folder / "two", progress=False)
-    table = comparison_table(comparison)
-    for width in (80, 100):
-        assert faults(table, shown(table, width), width) == []

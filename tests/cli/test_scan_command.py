@@ -8,8 +8,8 @@ import shutil
 import models
 import pandas as pd
 import pytest
-import torch
 import typer
+from folders import saved_llama
 from typer.testing import CliRunner
 
 import lens_lora as ll
@@ -29,9 +29,7 @@ def command(*arguments: object):
 def tiny(tmp_path_factory):
     """A model, and a folder with two adapters and two that cannot be read."""
     folder = tmp_path_factory.mktemp("tiny")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
+    base = saved_llama(folder / "base")
     adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
     for number in (1, 2):
         adapter.scaled(number).save(folder / "adapters" / f"a{number}")

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import models
 import pandas as pd
 import pytest
-import torch
 import typer
+from folders import saved_llama
 from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, two_processes, write_csv, write_jsonl
 from typer.testing import CliRunner
 
@@ -35,9 +35,7 @@ def command(*arguments: object):
 def tiny(tmp_path_factory):
     """A model and an adapter as folders."""
     folder = tmp_path_factory.mktemp("tiny")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
+    base = saved_llama(folder / "base")
     models.peft_model("llama", base).save_pretrained(folder / "lora")
     return folder
 

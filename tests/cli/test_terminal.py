@@ -10,16 +10,14 @@ import sys
 import warnings
 from pathlib import Path
 
-import models
 import pytest
-import torch
+from folders import adapter_of, saved_llama
 from printed import plain
 from rich.cells import cell_len
 from rich.console import Console
 from sweep_runs import GOOD, write_jsonl
 from typer.testing import CliRunner
 
-import lens_lora as ll
 from lens_lora import cli
 from lens_lora.__main__ import print_in_any_encoding
 from lens_lora.cli.files import lines_of
@@ -31,11 +29,8 @@ from lens_lora.runs.processes import launched
 def files(tmp_path_factory):
     """A base, a run of two checkpoints, and texts."""
     folder = tmp_path_factory.mktemp("terminal")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
-    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
-    adapter = ll.Adapter(adapter.modules, base_model=str(folder / "base"))
+    base = saved_llama(folder / "base")
+    adapter = adapter_of(base, folder / "base")
     for step in (1, 2):
         adapter.scaled(step / 2).save(folder / "run" / f"checkpoint-{step}")
     (folder / "texts.txt").write_text("w5 w6 w7 w8\nw9 w10 w11\n")

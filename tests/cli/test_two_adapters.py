@@ -6,6 +6,7 @@ import re
 
 import models
 import pytest
+from folders import adapter_of, saved_llama
 from peft import PeftModel
 from sweep_runs import write_jsonl
 from typer.testing import CliRunner
@@ -19,14 +20,10 @@ run = CliRunner().invoke
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A base model's folder with its tokenizer, and a run with three checkpoints."""
-    import torch
 
     out = tmp_path_factory.mktemp("two")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(out / "base")
-    models.tokenizer().save_pretrained(out / "base")
-    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
-    adapter = ll.Adapter(adapter.modules, base_model=str(out / "base"))
+    base = saved_llama(out / "base")
+    adapter = adapter_of(base, out / "base")
     for step, strength in ((100, 1.0), (20, 0.3), (60, 0.6)):
         adapter.scaled(strength).save(out / "run" / f"checkpoint-{step}")
     (out / "texts.txt").write_text("w5 w6 w7 w8\nw9 w10 w11\n")

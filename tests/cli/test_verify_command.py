@@ -13,7 +13,7 @@ import models
 import no_ops
 import pytest
 from exports import BROKEN, GOOD
-from llama_engine import write_base
+from gguf_base import write_base
 from loopback import Engine, served
 from no_ops import NO_OPS
 from peft import LoraConfig, PeftModel, get_peft_model

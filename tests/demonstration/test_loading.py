@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import chats
 import command_line
@@ -12,6 +13,7 @@ import models
 import pytest
 import quantised
 import torch
+from folders import save_base, save_naming, saved_llama
 from peft import LoraConfig, PeftModel
 from real import DOC, PRE, PROMPT
 
@@ -19,6 +21,8 @@ import lens_lora as ll
 from lens_lora.demonstration import base_names, shipped_adapter
 from lens_lora.demonstration.base_names import EMBEDDED_HUB_ID, base_by_name
 from lens_lora.demonstration.embedded import EmbeddedModelError
+from lens_lora.errors import ModelStateError
+from lens_lora.loading import load_base
 
 NEWEST = list(models.MAKERS)[-1]
 
@@ -27,12 +31,9 @@ NEWEST = list(models.MAKERS)[-1]
 def tiny(tmp_path_factory):
     """The base, PEFT's model of it, and the folders of both."""
     folder = tmp_path_factory.mktemp("tiny")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
+    base = saved_llama(folder / "base")
     peft = models.peft_model("llama", base)
-    peft.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    peft.save_pretrained(folder / "lora", save_embedding_layers=False)
+    save_naming(peft, folder / "lora", base=folder / "base", save_embedding_layers=False)
     return base, peft, folder
 
 
@@ -170,8 +171,7 @@ def test_dtype_by_name_or_as_torch_has_it(tiny, dtype):
 
 def test_the_checkpoints_own_dtype_but_on_the_cpu_only_where_asked_for(tiny, tmp_path):
     base, _, folder = tiny
-    copy.deepcopy(base).to(torch.bfloat16).save_pretrained(tmp_path)
-    models.tokenizer().save_pretrained(tmp_path)
+    save_base(copy.deepcopy(base).to(torch.bfloat16), tmp_path)
     assert ll.load(str(tmp_path), folder / "lora").dtype == torch.float32
     assert ll.load(str(tmp_path), folder / "lora", dtype="auto").dtype == torch.bfloat16
 
@@ -334,3 +334,31 @@ def test_a_peft_model_without_its_base_is_refused():
         ll.load(several, tokenizer=tokenizer)
     with pytest.raises(ll.errors.ArgumentError, match="no adapter.*a PeftModel alone"):
         ll.load(models.hf_model("llama"), tokenizer=tokenizer)
+
+
+def test_folder_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    with pytest.raises(ModelStateError, match="neither a folder nor a reachable hub id"):
+        load_base(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """transformers would ask it several times for each file of a model, which takes a minute."""
+
+    def unreachable(name, **options):
+        asked.append(name)
+        raise OSError("no network")
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", asked.append)
+    with pytest.raises(ModelStateError, match="reachable hub id.*no network"):
+        load_base("owner/name")
+    assert asked == ["owner/name"]
+
+
+def test_base_is_loaded_from_a_folder(tmp_path):
+    saved_llama(tmp_path)
+    model, tokenizer = load_base(str(tmp_path))
+    assert not model.training and tokenizer("w7")["input_ids"] == [7]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

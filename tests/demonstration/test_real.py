@@ -7,13 +7,13 @@ import copy
 import limits
 import models
 import pytest
+import real
 import torch
 from half_precision import errors_in_floors
 from peft import PeftModel
 from real import ADAPTER, DOC, PRE, PROMPT, hugging_face, lens
 
 import lens_lora as ll
-from lens_lora.hosts.build import hooked_model
 from lens_lora.texts.neutral import neutral_sentences
 
 pytestmark = pytest.mark.real
@@ -81,7 +81,7 @@ def test_float32_first_order_against_float64(kind: str):
     """First order in float32 is right to 1e-4 of its largest site; the float64 model says so."""
     hf, tokenizer = hugging_face()
     with models.lifted():
-        double, _ = hooked_model(copy.deepcopy(hf).double(), tokenizer, kind=kind)
+        double = real.hooked(copy.deepcopy(hf).double(), kind)
         exact = ll.first_order(
             ll.LoraLens(double, ll.load_adapter(ADAPTER)), PROMPT, ll.Margin(DOC, PRE)
         )
@@ -121,12 +121,13 @@ def test_both_classes_tell_the_same_story():
 @pytest.mark.slow
 def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPatch):
     """Root mean square of error over floor; control: with noise at the embedding alone, too low."""
-    kind, (hf, tokenizer) = list(models.MAKERS)[-1], hugging_face()
+    kind = list(models.MAKERS)[-1]
+    hf, _ = hugging_face()
     adapter, half = ll.load_adapter(ADAPTER), copy.deepcopy(hf).to(torch.bfloat16)
-    low = ll.LoraLens(hooked_model(half, tokenizer, kind=kind)[0], adapter)
+    low = ll.LoraLens(real.hooked(half, kind), adapter)
     with models.lifted():
         wide = copy.deepcopy(half).double()
-        high = ll.LoraLens(hooked_model(wide, tokenizer, kind=kind)[0], adapter)
+        high = ll.LoraLens(real.hooked(wide, kind), adapter)
     # Readouts of one text err together, and a floor of four draws is itself uncertain: many texts.
     texts = [" ".join(text.split()[:5]) for text in neutral_sentences()[:8]]
     ratios = errors_in_floors(low, high, texts, [ll.Logit(PRE)])
@@ -143,7 +144,7 @@ def test_bfloat16_keeps_the_story():
     kind = list(models.MAKERS)[-1]
     hf, tokenizer = hugging_face()
     margin = ll.Margin(DOC, PRE)
-    model, _ = hooked_model(copy.deepcopy(hf).to(torch.bfloat16), tokenizer, kind=kind)
+    model = real.hooked(copy.deepcopy(hf).to(torch.bfloat16), kind)
     low = ll.LoraLens(model, ll.load_adapter(ADAPTER))
     half, exact = (ll.first_order(each, PROMPT, margin) for each in (low, lens(kind)))
     floor = ll.remainder_curve(low, PROMPT, margin, [1.0], progress=False).noise_floor

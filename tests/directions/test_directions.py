@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import lens_lora as ll
-from lens_lora.formats.directions import directions_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 TINY = 1e-9
@@ -76,42 +75,6 @@ def direction_of(case: cases.Case, flags: str, n: int = 1) -> Tensor:
     v = drawn(n, case.model.cfg.d_model)
     centred = flags == "processed" and case.lens.plan.host.family.norm == "LN"
     return v - v.mean(1, keepdim=True) if centred else v
-
-
-# --- the one rule
-
-
-@pytest.mark.bad_input
-def test_one_rule_takes_every_form():
-    v = drawn(3, 16)
-    assert torch.equal(directions_of(v[0]).rows, v[:1])
-    assert torch.equal(directions_of({"a": v[0], "b": v[1:]}).rows, v)
-    assert directions_of({"a": v[0], "b": v[1:]}).labels == (("a", 0), ("b", 0), ("b", 1))
-
-    class Coder:
-        W_enc = v.T
-        encode = staticmethod(lambda h: h @ v.T)
-
-    assert torch.equal(directions_of((Coder(), [2, 0])).rows, v[[2, 0]])
-    assert torch.equal(directions_of((Coder(), 1)).rows, v[1:2])
-    h = drawn(2, 16)
-    assert torch.equal(directions_of((Coder(), [2])).encode(h), (h @ v.T)[:, [2]])
-    assert directions_of((Coder(), [2])).names == ("feature",)
-
-    class Pointed:
-        by_point = {"blocks.0.hook_resid_post": v[0], "blocks.1.hook_resid_post": v[1]}
-
-    name = "blocks.1.hook_resid_post"
-    assert torch.equal(directions_of(Pointed(), name).rows[0], v[1])
-    with pytest.raises(ll.errors.ArgumentError, match="none at 'blocks.7.hook_resid_post'"):
-        directions_of(Pointed(), "blocks.7.hook_resid_post")
-    for wrong in (v.long(), v[None], v[:0], {}, {"a": v[0], "b": v[0, :3]}, (Coder(), [3]), [1.0]):
-        with pytest.raises(ll.errors.ArgumentError, match="directions|features"):
-            directions_of(wrong)
-    with pytest.raises(ll.errors.ArgumentError, match="NaN"):
-        directions_of(v * torch.nan)
-    with pytest.raises(ll.errors.ArgumentError, match="'the direction' is zero"):
-        directions_of(torch.zeros(16)).basis()
 
 
 # --- without, against hooks on PEFT's model
@@ -346,11 +309,11 @@ def test_alignment_is_of_dense_matrices(family: str, cls: str, flags: str):
 def test_alignment_finds_what_was_planted_and_refuses():
     lens = cases.case("llama", CLASSES[-1], "raw").lens
     site = next(s for s in lens.sites if s.kind == "down")
-    column = directions_of(lens.delta_w(site.name).U[:, 0])
-    found = ll.weight_alignment(lens, column.rows)
+    column = lens.delta_w(site.name).U[:, 0]
+    found = ll.weight_alignment(lens, column[None])
     assert found.top(1).site[0] == site.name or found.values.max() > found.quantile.max()
-    gone = lens.with_adapter(lens.adapter.without_direction(column.rows))
-    after = ll.weight_alignment(gone, column.rows)
+    gone = lens.with_adapter(lens.adapter.without_direction(column[None]))
+    after = ll.weight_alignment(gone, column[None])
     written = torch.tensor([side == "write" for side in after.sides])
     assert after.values[written].max() < 1e-12 < found.values[written].min()
     with pytest.raises(ll.errors.ArgumentError, match="directions of 24 numbers"):

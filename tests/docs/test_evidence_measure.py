@@ -12,6 +12,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from folders import saved_llama
 from scipy import stats
 
 import lens_lora as ll
@@ -43,9 +44,7 @@ def task(name: str, base: str, kind: str) -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and two adapters, a fact's and a behaviour's."""
     root = tmp_path_factory.mktemp("evidence")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(root / "base")
-    models.tokenizer().save_pretrained(root / "base")
+    base = saved_llama(root / "base")
     for seed, (name, kind) in enumerate((("fact", "fact"), ("habit", "behaviour"))):
         models.peft_model("llama", base, seed=seed).save_pretrained(root / "adapters" / name)
         described = task(name, str(root / "base"), kind)

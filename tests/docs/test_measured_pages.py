@@ -73,8 +73,8 @@ def test_the_front_on_performance_says_what_was_measured():
 
 
 def test_the_tables_of_memory_are_what_the_cells_render_to():
-    body = memory.render(memory.read())
-    assert f"{memory.MARK}\n\n{body}\n{memory.END}" in memory.PAGE.read_text()
+    page = memory.PAGE.read_text()
+    assert memory.marks.put_in(page, {memory.TABLES: memory.render(memory.read())}) == page
 
 
 def test_costs_are_what_their_commands_printed():

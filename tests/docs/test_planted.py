@@ -17,7 +17,6 @@ from evidence import load
 from scipy import stats
 
 import lens_lora as ll
-from lens_lora.hosts.build import hooked_model
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "planted"))
 alarms, decoys, fresh, gated, judged, kinds, plants, told = map(
@@ -641,7 +640,7 @@ def test_a_judged_model_can_be_planted_again(normed):
 def test_the_package_sees_the_plant_that_the_hooks_saw(float64, bed, question, causes):
     """g at both ends by the lens, the causes first by leaving out, and by no norm of ΔW."""
     plant = kinds.hidden(bed, question, causes, random.Random(0), kinds.confirmed_fact)
-    model, _ = hooked_model(copy.deepcopy(bed.model), models.tokenizer())
+    model = models.as_loaded(bed.model)
     lens = ll.LoraLens(model, ll.Adapter.from_factors(plant.updates))
     ids = torch.tensor([IDS])
     effects = ll.patch_sites(lens, ids, ll.Margin(question.doc, question.pre), progress=False)

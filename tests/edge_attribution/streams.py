@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from reference import Stream
+from peft_edges import Stream
 
 import lens_lora as ll
 

@@ -12,11 +12,11 @@ import architectures
 import cases
 import limits
 import models
+import peft_edges
 import pytest
-import reference
 import targets
 import torch
-from reference import Stream
+from peft_edges import Stream
 from streams import DIFFERENCES, STREAMS, by_module, relative
 
 import lens_lora as ll
@@ -54,7 +54,7 @@ def held_against_peft(held, stream: Stream, at: float) -> float:
         stream = dataclasses.replace(stream, mlp=experts)
     modules = list(held.lens.adapter.modules)
     tokens = models.tokens(pos=5)
-    names, expected = reference.peft_edges(held.peft, tokens, read, stream, modules, at)
+    names, expected = peft_edges.peft_edges(held.peft, tokens, read, stream, modules, at)
     ours = ll.edges(held.lens, tokens, MARGIN, at=at, progress=False)
     assert list(ours.readers) == names
     return relative(by_module(ours, modules), expected)
@@ -218,7 +218,7 @@ def patched(held, stream: Stream, how: str, pairs: list[tuple[str, str]]) -> flo
     ours = ll.patch_edges(held.lens, tokens, MARGIN, pairs, how, progress=False)
     of_site = {site.name: site.module for site in held.lens.sites}
     expected = [
-        reference.peft_path_patch(
+        peft_edges.peft_path_patch(
             held.peft, tokens, read, stream, modules, (of_site[site], reader), how
         )
         for site, reader in pairs
@@ -259,7 +259,7 @@ def test_groups_and_globs_equal_hooks_by_hand(family: str, cls: str, how: str):
             if any(stream.is_downstream(*place, reader) for place in places):
                 pairs.append((writer, reader))
                 expected.append(
-                    reference.peft_path_patch(
+                    peft_edges.peft_path_patch(
                         held.peft, tokens, read, stream, modules, (written, reader), how
                     )
                 )

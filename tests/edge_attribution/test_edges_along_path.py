@@ -7,6 +7,7 @@ import math
 
 import cases
 import models
+import peft_edges
 import pytest
 import reference
 import torch
@@ -38,7 +39,7 @@ def test_each_edge_is_the_integral_of_hugging_face_s_and_peft_s():
     found = ll.edges(held.lens, tokens, MARGIN, path=True, tol=1e9, max_nodes=5, **QUIET)
     expected = torch.zeros(1, len(modules), len(found.readers), dtype=torch.float64)
     for at, weight in zip(*reference.rule_at_cosines(5), strict=True):
-        names, at_node = reference.peft_edges(
+        names, at_node = peft_edges.peft_edges(
             held.peft, tokens, read, STREAMS["llama"], modules, at
         )
         expected += weight * at_node

@@ -7,6 +7,7 @@ from typing import Any
 import architectures
 import cases
 import models
+import peft_edges
 import pytest
 import reference
 import torch
@@ -38,7 +39,7 @@ def direction(width: int, flags: str) -> Tensor:
 
 
 def edges_by_peft(
-    case: Any, stream: reference.Stream, layer: int, d: Tensor, modules: list[str], at: float
+    case: Any, stream: peft_edges.Stream, layer: int, d: Tensor, modules: list[str], at: float
 ) -> tuple[list[str], Tensor]:
     """Readers by name, and ⟨δ_l, G_m⟩ [batch, module, reader], of the mean of h · d after a block.
 
@@ -54,7 +55,7 @@ def edges_by_peft(
     outputs: list[Any] = []
     handle = block.register_forward_hook(lambda module, args, out: outputs.append(out))
     with (
-        reference.adding(case.peft, stream, zeros, layers),
+        peft_edges.adding(case.peft, stream, zeros, layers),
         reference.peft_scales(case.peft, gates),
     ):
         case.peft(TOKENS)
@@ -72,7 +73,7 @@ def edges_by_peft(
 
         def write(eps: float, module: str = module, out: str = out) -> Tensor:
             strengths = gates | {module: at + eps}
-            return reference.branch_output(case.peft, TOKENS, out, strengths)
+            return peft_edges.branch_output(case.peft, TOKENS, out, strengths)
 
         delta = reference.central_difference(write, reference.STEP)
         for reader, (name, gradient) in enumerate(zip([*names, "logits"], gradients, strict=True)):

@@ -6,17 +6,19 @@ import dataclasses
 import html
 from typing import Any
 
+import by_folder
 import cases
 import models
 import pytest
 import reference
 import torch
-from every_result import readout_explanation
 from results_by_hand import without_plotly
 from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.errors import ArgumentError
+
+readout_explanation = by_folder.made_public("explanations").readout_explanation
 
 pytestmark = pytest.mark.usefixtures("float64")
 TOKENS = models.tokens()

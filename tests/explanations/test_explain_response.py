@@ -6,16 +6,18 @@ import dataclasses
 import html
 from typing import Any
 
+import by_folder
 import cases
 import limits
 import models
 import pytest
 import reference
 import torch
-from every_result import response_explanation
 from results_by_hand import without_plotly
 
 import lens_lora as ll
+
+response_explanation = by_folder.made_public("explanations").response_explanation
 
 CLASSES = list(models.MAKERS)
 PROMPT = "w13 w14 w15"

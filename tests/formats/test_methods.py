@@ -16,6 +16,7 @@ import pytest
 import torch
 import tuners
 from adapter_files import WEIGHTS, saved
+from folders import save_base, save_naming
 from peft.tuners.lora import config as lora
 from safetensors.torch import load_file, save_file
 
@@ -409,10 +410,8 @@ def shipped(tmp_path_factory):
     """A base, PEFT's VeRA over it, and the folders of both."""
     folder = tmp_path_factory.mktemp("vera")
     base, model = linear("vera", torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
-    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    saved(model, folder / "adapter")
+    save_base(base, folder / "base")
+    save_naming(model, folder / "adapter", base=folder / "base")
     return base, model, folder
 
 

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import models
 import pytest
 import torch
+from folders import adapter_of, saved_llama
 from sweep_runs import write_jsonl
 from typer.testing import CliRunner
 
@@ -29,11 +29,8 @@ PLACES = ("runs/a", "runs/b [v2]", "run/checkpoint-10", "run/checkpoint-20")
 def files(tmp_path_factory):
     """A base, and the files of a hub repository with four adapters, none of them at its top."""
     folder = tmp_path_factory.mktemp("hub")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
-    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
-    adapter = ll.Adapter(adapter.modules, base_model=str(folder / "base"))
+    base = saved_llama(folder / "base")
+    adapter = adapter_of(base, folder / "base")
     for strength, place in enumerate(PLACES, start=1):
         adapter.scaled(strength / 4).save(folder / "zoo" / place)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import by_folder
 import cases
 import models
 import pytest
@@ -442,3 +443,11 @@ def test_refusals():
         found.logit_lens(name="blocks.0.attn.hook_z")
     with pytest.raises(ll.errors.ArgumentError, match="3 numbers"):
         found.cosine(torch.ones(3))
+
+
+def test_the_map_of_shifts_has_a_column_for_each_token_of_the_prompt():
+    shift = by_folder.made_public("hidden").activation_shift()
+    cells = shift.plot(1).data[0].z
+    assert cells[0][0] is None and len(cells[0]) == 2
+    with pytest.raises(ll.errors.ArgumentError, match="prompt 2"):
+        shift.plot(2)

@@ -6,6 +6,7 @@ import copy
 import functools
 from typing import Any
 
+import by_folder
 import cases
 import models
 import pytest
@@ -341,3 +342,9 @@ def test_refusals():
     )
     with pytest.raises(ll.errors.UnsupportedAdapterError, match="norm's update"):
         ll.constant_part(lens.with_adapter(norm), texts())
+
+
+def test_the_map_of_constant_parts_holds_the_numbers():
+    shares = by_folder.made_public("hidden").constant_part().plot()
+    held = [cell for row in shares.data[0].z for cell in row if cell is not None]
+    assert sorted(held) == pytest.approx([-0.1, 0.5, 1.0])

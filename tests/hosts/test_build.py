@@ -92,3 +92,13 @@ def test_an_error_of_the_machine_is_none_of_the_model(monkeypatch, error):
     base = models.hf_model("llama", dtype=torch.float32)
     with pytest.raises(type(error), match=str(error.args[-1])):
         hooked_model(base, None)
+
+
+@models.NEEDS_BRIDGE
+def test_a_listed_family_that_has_no_hooked_transformer_gets_a_bridge():
+    """TransformerLens 3.9 reads no Gemma 3 from a folder; a class that is named is not replaced."""
+    base = models.hf_model("gemma3")
+    assert hooked_model(base, models.tokenizer())[1] == "TransformerBridge"
+    if "HookedTransformer" in models.MAKERS:
+        with pytest.raises(ModelStateError, match="The other class"):
+            hooked_model(base, models.tokenizer(), kind="HookedTransformer")

@@ -14,6 +14,7 @@ import peft
 import pytest
 import shapes
 import torch
+from folders import save_base
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -91,8 +92,7 @@ def folders(tmp_path_factory):
         "half": merged(adapter, 0.5),
     }
     for name, model in made.items():
-        model.save_pretrained(folder / name)
-        models.tokenizer().save_pretrained(folder / name)
+        save_base(model, folder / name)
     naming(adapter, folder / "base").save(folder / "lora")
     naming(adapter, "some/base").save(folder / "elsewhere")
     return folder

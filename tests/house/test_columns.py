@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import by_folder
 import pandas as pd
 import pytest
-from every_result import activations, every_result, features
+from every_result import every_result
 
 from lens_lora.core import Ranked, Result
+
+activations = by_folder.made_public("core").activations
+features = by_folder.made_public("hidden").features
 
 PAGE = Path(__file__).parents[2] / "docs" / "columns.md"
 SECTION = "## What each column holds"

@@ -81,7 +81,7 @@ def zip_first(items, count):
 def test_the_page_s_table_is_of_these_targets():
     """Written by the command, of thousands of cases, and without a fault."""
     page = (Path(__file__).parents[2] / "docs" / "precision_data.md").read_text(encoding="utf-8")
-    text = page.partition("<!-- fuzz: begin -->")[2].partition("<!-- fuzz: end -->")[0]
+    text = page.partition("<!-- fuzz -->")[2].partition("<!-- end of fuzz -->")[0]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     _, _, *lines, total = [[cell.strip() for cell in row] for row in rows]
     numbers = [[int(cell.replace(",", "")) for cell in row[2:]] for row in lines]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import models
 import pytest
 import torch
+from folders import save_base, save_naming
 from peft import PeftModel
 from printed import plain
 from sweep_runs import GOOD, two_processes, write_jsonl
@@ -165,11 +166,9 @@ def test_output_that_cannot_be_written_is_named(tiny, tmp_path):
 @pytest.fixture(scope="module")
 def files(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    tiny.base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
+    save_base(tiny.base, folder / "base")
     for name, base in {"lora": str(folder / "base"), "elsewhere": "some/other"}.items():
-        tiny.peft.peft_config["default"].base_model_name_or_path = base
-        tiny.peft.save_pretrained(folder / name)
+        save_naming(tiny.peft, folder / name, base=base)
     (folder / "empty").mkdir()
     pickled = folder / "pickled"
     PeftModel.save_pretrained(tiny.peft, pickled)

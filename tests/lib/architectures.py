@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lens_lora as ll
-from lens_lora.hosts.build import hooked_model
 
 _SIZES = {
     "num_hidden_layers": 2,
@@ -321,8 +320,7 @@ def configuration(name: str) -> str:
 
 def bridge(base: PreTrainedModel) -> Any:
     """A copy of the base as `ll.load` makes its bridge."""
-    model, _ = hooked_model(copy.deepcopy(base), models.tokenizer(), kind="TransformerBridge")
-    return model
+    return models.as_loaded(base, "TransformerBridge")
 
 
 def expert_parameters(base: nn.Module) -> list[str]:

@@ -9,7 +9,8 @@ A folder's `made_public.py` holds, of what its question makes public:
     READOUTS     functions by name, each of which makes a readout: see `runs/test_fingerprint.py`
 
 Whatever it has no use for is left out. `tests/interaction/made_public.py` is an example. Such a
-file imports neither `every_call` nor `every_result`, which import it.
+file imports neither `every_call` nor `every_result`, which import it. Its other functions, such as
+variants of a result, are for whoever asks `made_public` for the folder.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1]
 FILE = "made_public.py"
+
+
+def made_public(folder: str) -> ModuleType:
+    """What a folder of tests makes public, as a module: `made_public("audit").what_changed()`."""
+    (module,) = [m for m in _modules() if m.__name__ == f"made_public_{folder}"]
+    return module
 
 
 def results() -> list[Any]:

@@ -2,7 +2,7 @@
 
 They are float64, and every parameter is random, norms and biases too: nothing that a test forgets
 happens to be zero or one. The Hugging Face model and PEFT's model of it are the oracles; nothing
-here but `lifted` touches the package.
+here but `lifted` and `as_loaded` touches the package.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -453,6 +454,20 @@ def bridge(base: PreTrainedModel, **flags: bool):
         if flags:
             model.enable_compatibility_mode(**{**RAW, **flags})
     return model.eval()
+
+
+def as_loaded(base: PreTrainedModel, kind: str | None = None, own_tokenizer: Any = None) -> Any:
+    """A copy of the base as the hooked model that `ll.load` makes of it.
+
+    Args:
+        base: of Hugging Face.
+        kind: 'HookedTransformer' or 'TransformerBridge'; None for the one that `ll.load` chooses.
+        own_tokenizer: instead of the tiny tokenizer.
+    """
+    from lens_lora.hosts.build import hooked_model
+
+    model, _ = hooked_model(copy.deepcopy(base), own_tokenizer or tokenizer(), kind=kind)
+    return model
 
 
 def _add_to_config(folder: Path, **fields) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import models
 import torch
 from adapter_files import WEIGHTS, rename_keys, set_config
+from folders import save_base, save_naming
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -57,8 +58,7 @@ def ship(
     base = models.hf_model(family, dtype=torch.bfloat16).to(torch.float32)
     base.config.tie_word_embeddings |= tied
     base.tie_weights()
-    base.save_pretrained(out / "base")
-    models.tokenizer().save_pretrained(out / "base")
+    save_base(base, out / "base")
     peft = models.peft_model(family, base, **config)
     models.with_random_factors(peft, base, size=size)
     with torch.no_grad():
@@ -66,10 +66,7 @@ def ship(
             is_trained_bias = config.get("bias") == "lora_only" and name.endswith("base_layer.bias")
             if "modules_to_save" in name or "trainable_tokens_delta" in name or is_trained_bias:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=models.seeded(7))
-    peft.peft_config["default"].base_model_name_or_path = str(out / "base")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peft.save_pretrained(out / "adapter")
+    save_naming(peft, out / "adapter", base=out / "base")
     if merged:
         merge(out, dtype)
     else:

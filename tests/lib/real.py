@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import lens_lora as ll
 from lens_lora.demonstration.embedded import load_embedded
@@ -23,7 +24,13 @@ def hugging_face():
 
 @cache
 def lens(kind: str) -> ll.LoraLens:
-    hf, tokenizer = hugging_face()
+    hf, _ = hugging_face()
+    return ll.LoraLens(hooked(hf, kind), ll.load_adapter(ADAPTER))
+
+
+def hooked(hf: Any, kind: str) -> Any:
+    """A copy of a Hugging Face model as this class of hooked model, with the embedded tokenizer."""
+    _, tokenizer = hugging_face()
     model, class_name = hooked_model(copy.deepcopy(hf), tokenizer, kind=kind)
     assert class_name == kind
-    return ll.LoraLens(model, ll.load_adapter(ADAPTER))
+    return model

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import by_folder
 import pytest
 from browser import browser, drawn
-from every_result import response_explanation
 
 from lens_lora.shifts.figures import laid_out
+
+response_explanation = by_folder.made_public("explanations").response_explanation
 
 PLOTS = 3
 TOKENS = ("<b>x</b>", "a\nb")

@@ -11,6 +11,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from folders import save_naming
 from peft import PeftModel
 
 import lens_lora as ll
@@ -37,8 +38,7 @@ def combine(tmp_path_factory):
                 **{key: value for key, value in config.items() if key != "of"},
             )
             models.with_random_factors(peft, base, seed=10 * seed + 1)
-            peft.peft_config["default"].base_model_name_or_path = str(out / "base")
-            peft.save_pretrained(out / name)
+            save_naming(peft, out / name, base=out / "base")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = PeftModel.from_pretrained(copy.deepcopy(base), out / "a", adapter_name="a")

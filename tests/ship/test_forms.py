@@ -9,7 +9,8 @@ import limits
 import models
 import pytest
 import torch
-from llama_engine import quantised, quantised_file, write_base
+from gguf_base import quantised, write_base
+from llama_library import quantised_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 

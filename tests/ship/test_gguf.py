@@ -12,9 +12,11 @@ import models
 import no_ops
 import pytest
 import torch
-from llama_engine import LlamaCpp, quantised, write_base
-from loopback import llama_cpp, served
+from gguf_base import quantised, write_base
+from llama_library import LlamaCpp
+from loopback import served
 from peft import PeftModel
+from servers import llama_cpp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens_lora as ll

@@ -8,7 +8,8 @@ import json
 import models
 import pytest
 import torch
-from llama_engine import LlamaCpp, write_base
+from gguf_base import write_base
+from llama_library import LlamaCpp
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers import models as kinds
 from tokenizers.processors import TemplateProcessing

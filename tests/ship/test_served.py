@@ -14,19 +14,9 @@ import models
 import no_ops
 import pytest
 import torch
-from loopback import (
-    Engine,
-    chat,
-    dripping,
-    echo,
-    llama_cpp,
-    plain_completions,
-    served,
-    serving,
-    tgi,
-    vllm,
-)
+from loopback import Engine, served, serving, vllm
 from peft import PeftModel
+from servers import chat, dripping, echo, llama_cpp, plain_completions, tgi
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lens_lora as ll

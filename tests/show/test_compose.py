@@ -10,14 +10,18 @@ import itertools
 import re
 from typing import Any
 
+import by_folder
 import numpy as np
 import pandas as pd
 import pytest
-from every_result import checkpoints, every_result, of_groups
+from every_result import every_result
 from results_by_hand import explanation, two_prompts
 
 import lens_lora as ll
 from lens_lora.errors import ArgumentError
+
+checkpoints = by_folder.made_public("two_adapters").checkpoints
+of_groups = by_folder.made_public("core").of_groups
 
 BY_POSITION = explanation().first_order
 FIRST = dataclasses.replace(BY_POSITION, values=BY_POSITION.per_site, by=())

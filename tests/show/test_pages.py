@@ -8,15 +8,6 @@ import re
 import by_folder
 import pytest
 from browser import browser, drawn
-from every_result import (
-    checkpoints,
-    edges,
-    rank_activations,
-    repair,
-    response_explanation,
-    token_shifts,
-    what_changed,
-)
 from results_by_hand import (
     EVIL,
     explanation,
@@ -26,9 +17,16 @@ from results_by_hand import (
 
 import lens_lora as ll
 from lens_lora.core import PromptTokens, Reported
-from lens_lora.explanations.page import explanation_report
 from lens_lora.show.page import answers_of
 from lens_lora.show.text import context_text
+
+checkpoints = by_folder.made_public("two_adapters").checkpoints
+edges = by_folder.made_public("edge_attribution").edges
+rank_activations = by_folder.made_public("hidden").rank_activations
+repair = by_folder.made_public("two_adapters").repair
+response_explanation = by_folder.made_public("explanations").response_explanation
+token_shifts = by_folder.made_public("shifts").token_shifts
+what_changed = by_folder.made_public("audit").what_changed
 
 ASKED = ll.results.SideBySide(
     "What is the capital?", "It is Paris.\n\nA big city …", f"It is Lyon.\n\nA city {EVIL}"
@@ -205,7 +203,7 @@ def test_figures_of_a_conversation_wear_the_user_s_words(name: str):
 
 
 def test_a_page_of_conversations_wears_the_user_s_words():
-    page = without_plotly(explanation_report([of_conversation(), of_conversation()]))
+    page = without_plotly(ll.results.Explanations((of_conversation(), of_conversation())).report())
     assert f">1. {SAID}<" in page and f">1. {SAID} — “Lyon” against “Paris”<" in page
     shown = re.sub(r'data-figure="[^"]*"', "", page)
     assert "im_start" not in shown and 'data-file="margin-lyon-paris-along-ε"' in shown

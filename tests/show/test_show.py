@@ -11,9 +11,10 @@ import math
 import re
 from pathlib import Path
 
+import by_folder
 import pytest
 import torch
-from every_result import best_subset, by_group, every_result, of_groups
+from every_result import every_result
 from results_by_hand import (
     EVIL,
     META,
@@ -33,11 +34,16 @@ import lens_lora.show
 from lens_lora.core import Attribution, Site
 from lens_lora.errors import ArgumentError
 from lens_lora.show.curves import margin_figure, remainder_figure
+from lens_lora.show.figures import heatmap, names_axis, tokens_axis
 from lens_lora.show.maps import position_heatmap, site_heatmap
 from lens_lora.show.page import plot
 from lens_lora.show.tables import Table, margin_table, modules_table
 from lens_lora.show.text import magnitude, percent, prompt_text, shortened, signed, visible
 from lens_lora.show.words import account_of, margin_story
+
+core = by_folder.made_public("core")
+hidden = by_folder.made_public("hidden")
+of_groups = core.of_groups
 
 # --- bars of groups
 
@@ -342,7 +348,7 @@ def test_results_call_the_figures():
 
 
 def test_a_best_set_is_a_map_and_several_are_a_curve():
-    found = best_subset()
+    found = by_folder.made_public("judging").best_subset()
     curve = found.plot()
     lines = [[50.0, 50.0], [None, None], [50.0, 75.0], [50.0, 50.0]]
     assert [list(line.y) for line in curve.data] == lines
@@ -726,7 +732,7 @@ def test_show_reads_results_only():
 
 def test_groups_by_token_are_a_heatmap():
     """Rows are groups, columns the tokens of one response; several responses must be named."""
-    grouped = by_group()
+    grouped = core.by_group()
     figure = grouped.plot(1)
     tokens = grouped.response[1]
     assert [list(row) for row in figure.data[0].z] == [[3.0], [0.0]]
@@ -739,3 +745,24 @@ def test_groups_by_token_are_a_heatmap():
         0.5,
         3.0,
     ]
+
+
+def test_layer_0_is_at_the_bottom_of_every_map_of_layers():
+    training = by_folder.made_public("two_adapters").checkpoints()
+    figures = (
+        hidden.constant_part().plot(),
+        hidden.activation_shift().plot(1),
+        hidden.rank_activations().plot(prompt=0),
+        core.activations(by_position=True).plot(0),
+        training.plot_modules("moved", "layer"),
+        training.plot_modules("moved", "site"),
+    )
+    assert [figure.layout.yaxis.autorange for figure in figures] == [None] * len(figures)
+
+
+@pytest.mark.parametrize(("columns", "gap"), [(64, 1), (600, 0)])
+def test_a_dense_map_has_no_gaps_between_its_columns(columns: int, gap: int):
+    row = [0.5] * columns
+    x, y = tokens_axis(["t"] * columns), names_axis(["a"])
+    figure = heatmap(("h", "b"), [row], "", x, y, "logits")
+    assert figure.data[0].xgap == gap

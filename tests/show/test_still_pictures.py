@@ -16,8 +16,9 @@ WITHOUT_KALEIDO = """
 import sys
 sys.modules["kaleido"] = None
 sys.path.insert(0, sys.argv[1])
-from every_result import checkpoints
-checkpoints().plot().write_image(sys.argv[2])
+import by_folder
+training = by_folder.made_public("two_adapters").checkpoints()
+training.plot().write_image(sys.argv[2])
 """
 
 

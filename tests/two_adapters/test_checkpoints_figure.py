@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import by_folder
 import pytest
 import torch
-from every_result import checkpoints
+
+checkpoints = by_folder.made_public("two_adapters").checkpoints
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ import pytest
 import torch
 from reference import peft_scales
 from scipy.linalg import subspace_angles
+from terminal_tables import faults, shown
 from tqdm import tqdm
 
 import lens_lora as ll
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
+from lens_lora.two_adapters.page import comparison_table
 
 pytestmark = pytest.mark.usefixtures("float64")
 READOUT = ll.Margin(5, 9)
@@ -340,3 +342,11 @@ def test_the_second_adapter_is_given_as_itself_a_folder_or_a_lens(tmp_path):
         assert torch.allclose(found.cosines, expected.cosines)
         assert torch.allclose(found.norms, expected.norms)
         assert found.names == expected.names
+
+
+def test_the_table_of_two_adapters_holds_its_columns():
+    lens = cases.case(*HOSTS[0]).lens
+    comparison = ll.compare_adapters(lens, lens.adapter.null(3), progress=False)
+    table = comparison_table(comparison)
+    for width in (80, 100):
+        assert faults(table, shown(table, width), width) == []

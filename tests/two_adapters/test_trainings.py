@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import by_folder
 import cases
 import models
 import numpy as np
 import pytest
 import torch
-from every_result import trainings
 from reference import peft_scales
 
 import lens_lora as ll
 from lens_lora.errors import AdapterError, ArgumentError
+
+trainings = by_folder.made_public("two_adapters").trainings
 
 pytestmark = pytest.mark.usefixtures("float64")
 HOST = list(models.MAKERS)[-1]

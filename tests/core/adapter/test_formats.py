@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from adapter_files import peft_of, saved
+from folders import saved_llama
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -115,9 +116,7 @@ def test_commands_read_it(adapter: ll.Adapter, tmp_path: Path):
     done = run(cli.app, ["inspect", str(folder)])
     assert done.exit_code == 0, done.output
     assert "mine" in done.stdout and "org/base" in done.stdout and "14" in done.stdout
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(tmp_path / "base")
-    models.tokenizer().save_pretrained(tmp_path / "base")
+    saved_llama(tmp_path / "base")
     asked = ["--prompt", "w5 w6 w7", "--doc", "w5", "--pre", "w9"]
     out = tmp_path / "scan.parquet"
     how = ["--model", tmp_path / "base", *asked, "--out", out]

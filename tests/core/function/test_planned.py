@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora.cli import app
 from lens_lora.core.function.footprint import footprint_of
-from lens_lora.hosts.build import hooked_model
 from lens_lora.hosts.planned_analyses import planned_analyses
 from lens_lora.hosts.unloaded import unloaded
 
@@ -24,7 +23,7 @@ def lens_and_plan(name, folder):
     base = models.hf_model(name, dtype=torch.float32)
     base.config.save_pretrained(folder)
     adapter = ll.Adapter.from_peft(models.peft_model(name, base))
-    model, _ = hooked_model(base, models.tokenizer(), kind="TransformerBridge")
+    model = models.as_loaded(base, "TransformerBridge")
     return ll.LoraLens(model, adapter), unloaded(str(folder), torch.float32)
 
 

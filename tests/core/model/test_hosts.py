@@ -25,8 +25,6 @@ from transformer_lens.FactoredMatrix import FactoredMatrix
 
 import lens_lora as ll
 from lens_lora.core.model.bases import names_of
-from lens_lora.errors import ModelStateError
-from lens_lora.hosts.build import hooked_model
 
 pytestmark = pytest.mark.usefixtures("float64")
 EXACT, SEEN = 1e-9, 1e-2
@@ -227,16 +225,6 @@ def test_a_token_is_no_markup():
     tokens = (("</script><b>", "w4"),)
     view = dataclasses.replace(attribution, str_tokens=tokens).token_view()
     assert "</script><b>" not in view.html and "&lt;/script&gt;&lt;b&gt;" in view.html
-
-
-@models.NEEDS_BRIDGE
-def test_a_listed_family_that_has_no_hooked_transformer_gets_a_bridge():
-    """TransformerLens 3.9 reads no Gemma 3 from a folder; a class that is named is not replaced."""
-    base = models.hf_model("gemma3")
-    assert hooked_model(base, models.tokenizer())[1] == "TransformerBridge"
-    if "HookedTransformer" in models.MAKERS:
-        with pytest.raises(ModelStateError, match="The other class"):
-            hooked_model(base, models.tokenizer(), kind="HookedTransformer")
 
 
 def test_a_model_is_known_by_its_weights_name_before_its_architecture_s():

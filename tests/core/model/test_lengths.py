@@ -24,7 +24,6 @@ from torch.nn.functional import pad
 
 import lens_lora as ll
 from lens_lora.core.model.lengths import Rotary
-from lens_lora.hosts.build import hooked_model
 
 pytestmark = models.NEEDS_BRIDGE
 
@@ -270,7 +269,7 @@ def test_a_size_that_changes_at_the_limit(float64: None):
 @models.NEEDS_HOOKED_TRANSFORMER
 def test_a_hooked_transformer_s_context_ends_where_its_tables_do(float64: None):
     base = models.randomised(_llama(), 0, torch.float64)
-    model, _ = hooked_model(copy.deepcopy(base), models.tokenizer(), kind="HookedTransformer")
+    model = models.as_loaded(base, "HookedTransformer")
     assert model.cfg.n_ctx == LIMIT
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("llama", base)))
     with pytest.raises(ll.errors.PromptError, match="the context of this HookedTransformer"):
@@ -290,7 +289,7 @@ def _windowed(family: str) -> hf.PreTrainedModel:
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_window_that_a_hooked_transformer_lacks_bounds_its_context(family: str, float64: None):
     base = _windowed(family)
-    model, _ = hooked_model(copy.deepcopy(base), models.tokenizer(), kind="HookedTransformer")
+    model = models.as_loaded(base, "HookedTransformer")
     assert model.cfg.n_ctx == 9
     peft = models.peft_model(family, base)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
@@ -307,7 +306,7 @@ def test_a_window_that_a_hooked_transformer_lacks_bounds_its_context(family: str
 def test_a_window_that_a_hooked_transformer_has_bounds_nothing(float64: None):
     config = hf.MistralConfig(**models._ROTARY, sliding_window=9)
     base = models.randomised(hf.MistralForCausalLM(config), 0, torch.float64)
-    model, _ = hooked_model(copy.deepcopy(base), models.tokenizer(), kind="HookedTransformer")
+    model = models.as_loaded(base, "HookedTransformer")
     tokens = models.tokens(1, 20)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), base(tokens).logits, rtol=0, atol=1e-11)

@@ -18,7 +18,6 @@ import torch
 import lens_lora as ll
 from lens_lora.core.model.extensions import probed
 from lens_lora.core.model.precision import eps_of
-from lens_lora.hosts.build import hooked_model
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 TF32_EPS = 2.0**-10
@@ -35,7 +34,7 @@ def point(cls: str) -> str:
 def lens_of(family: str, cls: str) -> ll.LoraLens:
     """Loaded, compared with its base, and made."""
     base = models.hf_model(family, dtype=torch.float32)
-    model, _ = hooked_model(copy.deepcopy(base), models.tokenizer(), kind=cls)
+    model = models.as_loaded(base, cls)
     return ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model(family, base)), hf_model=base)
 
 

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 import lens_lora as ll
 from lens_lora.core import tokenise
 from lens_lora.errors import PromptError
-from lens_lora.hosts.build import hooked_model
 from lens_lora.results import Prompts
 
 PAD = 2
@@ -328,7 +327,7 @@ def test_a_tokenizer_without_special_tokens(name, kind, size, tmp_path):
     """What TransformerLens gives it is no BOS: unknown to it, or a row that nothing has trained."""
     tokenizer = bare_tokenizer(kind, size, tmp_path)
     own = tokenizer("w5 w6")["input_ids"]
-    model, _ = hooked_model(models.hf_model("llama"), tokenizer, kind=name)
+    model = models.as_loaded(models.hf_model("llama"), name, tokenizer)
     assert model.tokenizer.bos_token == "<|endoftext|>"
     ready = tokenise(model, ["w5 w6", "w7"])
     assert ready.row(0).tokens.tolist() == [own]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import by_folder
 import numpy as np
 import pytest
 import torch
-from every_result import HEADER, activations, every_result, features
+from every_result import every_result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_by_hand import (
+    HEADER,
     attribution,
     explanation,
     two_prompts,
@@ -22,6 +24,9 @@ import lens_lora as ll
 from lens_lora.core import tables
 from lens_lora.core.analyses.verdict import Noise
 from lens_lora.core.results.base import Ranked
+
+activations = by_folder.made_public("core").activations
+features = by_folder.made_public("hidden").features
 
 GROUPS = {"layer 0": (0, 1), "layer 2": (2, 3)}
 
