@@ -121,6 +121,17 @@ OF_LENS: Mapping[str, str] = _alike(
     ),
 )
 
+# What a lens keeps as it was made, and what is called for another.
+FIXED_IN_LENS: Mapping[str, str] = _alike(
+    ("adapter", "lens.with_adapter(adapter) is a lens of another adapter over the same model"),
+    ("model", "ll.LoraLens(model, lens.adapter) is a lens of another model"),
+    (
+        "scale strength epsilon gate gates alpha weight multiplier",
+        "the strength is an argument of each call, as in lens.logits(prompts, scale=0.5), and "
+        "lens.with_adapter(lens.adapter.scaled(0.5)) is a lens of half the adapter",
+    ),
+)
+
 OF_ADAPTER: Mapping[str, str] = _alike(
     (
         "target_modules layers keys named_modules paths",
@@ -481,6 +492,19 @@ def missing_attribute(
         name=name,
         obj=owner,
     )
+
+
+def not_set(owner: object, name: str, remedies: Mapping[str, str]) -> AttributeError:
+    """The AttributeError of an attribute that cannot be set, which says what to call instead.
+
+    Args:
+        owner: the object.
+        name: the attribute.
+        remedies: what is called instead, by name.
+    """
+    meant = f": {remedies[name]}." if name in remedies else "; nothing would read it."
+    kind = type(owner).__name__
+    return AttributeError(f"{kind}.{name} cannot be set{meant}", name=name, obj=owner)
 
 
 def missing_of_class(owner: type, name: str, remedies: Mapping[str, str]) -> AttributeError:

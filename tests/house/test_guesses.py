@@ -357,6 +357,23 @@ def test_an_error_within_a_property_stays_as_it_was(t):
         print(broken.share)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("scale", "lens.logits(prompts, scale=0.5)"),
+        ("adapter", "lens.with_adapter(adapter)"),
+        ("model", "ll.LoraLens(model, lens.adapter)"),
+        ("nonsense", "nothing would read it"),
+    ],
+)
+def test_what_no_call_would_heed_cannot_be_set_on_a_lens(t, name, words):
+    lens = t.lens
+    before = dict(vars(lens))
+    with pytest.raises(AttributeError, match=re.escape(words)):
+        setattr(lens, name, 0.5)
+    assert vars(lens) == before
+
+
 def test_absent_names_are_absent(t):
     """So that hasattr, copy and pickle work as for any other object."""
     for thing in (t.lens, t.adapter, t.att):

@@ -65,6 +65,10 @@ if TYPE_CHECKING:
     from lens_lora.core import Function
 
 
+# What a lens has beside its properties.
+_SET_WHEN_MADE = ("model", "adapter", "prepend_bos", "base_note")
+
+
 class LoraLens(metaclass=guesses.OfLensClass):
     """A LoRA adapter over a hooked model, exact up to the model's own rounding.
 
@@ -187,7 +191,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
             self._plan.base.require_same(entries=True)
         adapter = extensions.named_as_model(adapter, self.model)
         other = copy.copy(self)
-        other.adapter = adapter
+        vars(other)["adapter"] = adapter
         other._plan = make_plan(self.model, adapter, self._hf_model, self._plan)
         if check is not False:
             extensions.require_own_parameters(self.model, adapter)
@@ -926,6 +930,17 @@ class LoraLens(metaclass=guesses.OfLensClass):
                 return getattr(self, guesses.present_name("lens", name, guesses.FORMER_OF_LENS))
             parts = {"lens.model": type(vars(self).get("model"))}
             return guesses.missing_attribute(self, name, guesses.OF_LENS, parts)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Refuse what no call would heed: a setting of another name, another adapter or model.
+
+            The plan of hooks was made of the model and the adapter that the lens was given.
+            """
+            is_fixed = name in guesses.FIXED_IN_LENS and name in vars(self)
+            is_known = name.startswith("_") or name in _SET_WHEN_MADE or hasattr(type(self), name)
+            if is_fixed or not is_known:
+                raise guesses.not_set(self, name, guesses.FIXED_IN_LENS)
+            super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         layers = errors.many(len({site.layer for site in self.sites}), "layer")
