@@ -64,6 +64,10 @@ from lens_lora.runs.shards import Shard, folder_of_shards
 from lens_lora.runs.store import Store
 
 
+# Of what torch allocates on a CPU, in bytes.
+_ALIGNMENT = 64
+
+
 class Bank:
     """The base's half of first order at ε = 0, over one model: made by `ll.bank`."""
 
@@ -496,10 +500,19 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
             f"{path} is the bank of another model than this one: {'; '.join(differ)}. Load that "
             "model, or make a bank of this one: ll.bank(…)."
         )
-    stacks = {name: stack.to(lens.device) for name, stack in held.stacks.items()}
+    stacks = {name: _aligned(stack).to(lens.device) for name, stack in held.stacks.items()}
     for readout in held.readouts:
         readout.labels["base"] = readout.labels["base"].to(lens.device)
     return Bank(lens, dataclasses.replace(held, stacks=stacks), bases=_base_names(model, lens))
+
+
+def _aligned(stack: Tensor) -> Tensor:
+    """The tensor where torch would have put it.
+
+    A file's tensors begin where its header ends. On some processors a product's rounding depends on
+    where its factors begin, and a bank that was read would differ from the one that was saved.
+    """
+    return stack.clone() if stack.data_ptr() % _ALIGNMENT else stack
 
 
 def _base_names(given: Any, lens: LoraLens) -> list[str]:

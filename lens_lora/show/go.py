@@ -58,12 +58,16 @@ def __getattr__(name: str) -> Any:
 
     from lens_lora.show.matplotlib_names import Figure
 
+    def subplots(*rows_and_columns: int, **grid: Any) -> Figure:
+        """A grid of plots, in a figure that answers to Matplotlib's names."""
+        return make_subplots(*rows_and_columns, **grid, figure=Figure())
+
     register_templates()
     others: dict[str, Any] = {
         "AnyFigure": plotly.graph_objects.Figure,
         "Figure": Figure,
         "get_plotlyjs": get_plotlyjs,
-        "make_subplots": lambda **grid: make_subplots(**grid, figure=Figure()),
+        "make_subplots": subplots,
     }
     found = others.get(name) or getattr(plotly.graph_objects, name)
     globals()[name] = found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects
 
-from lens_lora import guesses
+from lens_lora.guesses import OF_FIGURE, missing_attribute
 
 
 class Figure(plotly.graph_objects.Figure):
@@ -19,4 +19,4 @@ class Figure(plotly.graph_objects.Figure):
 
         def __getattr__(self, name: str) -> Any:
             """Refuse, with what may be meant."""
-            return guesses.missing_attribute(self, name, guesses.OF_FIGURE)
+            return missing_attribute(self, name, OF_FIGURE)

@@ -117,12 +117,12 @@ def test_a_run_is_its_last_checkpoint(folders, tmp_path):
     result = run(cli.app, ["inspect", str(folders / "run"), "--top", "1"])
     assert result.exit_code == 0, result.output
     assert "is a run; its last checkpoint is taken, checkpoint-100." in said(result)
-    assert re.search(r"^adapter +checkpoint-100", result.stdout, re.M)
+    assert re.search(r"^adapter +run/checkpoint-100", result.stdout, re.M)
     texts = str(folders / "texts.txt")
     repaired = ["repair", str(folders / "run"), *ASKED, "--drop", texts, "--steps", "1"]
     repaired += ["--report", str(tmp_path / "page.html")]
     result = run(cli.app, [*repaired, "--out", str(tmp_path / "fixed")])
-    assert "Adapter: checkpoint-100, 14 modules" in said(result), result.output
+    assert "Adapter: run/checkpoint-100, 14 modules" in said(result), result.output
     assert "ask for a smaller --keep-share, or more steps" in said(result)
 
 

@@ -707,11 +707,11 @@ def test_a_heading_of_a_long_response_stays_within_the_picture():
 
 
 def test_show_reads_results_only():
-    """`show` takes from the package the core's door, messages, and itself; and it knows no tensor.
+    """`show` takes the core's door, messages, answers to guesses, and itself; it knows no tensor.
 
     What it takes through the door is no lens, and nothing that runs one.
     """
-    allowed = ("lens_lora.core", "lens_lora.errors", "lens_lora.arguments")
+    allowed = ("lens_lora.core", "lens_lora.errors", "lens_lora.arguments", "lens_lora.guesses")
     runs_a_model = {"LoraLens", "Function", "Evaluations"}
     folder = Path(lens_lora.show.__file__).parent
     for path in folder.rglob("*.py"):

@@ -135,7 +135,7 @@ def test_what_a_module_adds_to_a_divergence_has_a_floor(family: str, dtype: torc
 
 def test_a_floor_of_another_precision_is_seen(monkeypatch: pytest.MonkeyPatch):
     """Control: with the roundings of float32 the floors are too low by far."""
-    monkeypatch.setattr(rounding, "unit", lambda lens: 2.0**-24)
+    monkeypatch.setattr(ll.LoraLens, "unit_roundoff", 2.0**-24)
     found = ratios("remainder", "llama", torch.bfloat16)
     assert min(found.values()) > 10 * FACTOR
 
