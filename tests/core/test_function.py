@@ -451,7 +451,7 @@ PLANTED = 1e-3  # of each entry of the residual stream, and far above the roundi
 
 
 def test_the_noise_of_a_sum_is_that_of_its_terms(monkeypatch: pytest.MonkeyPatch):
-    """Of planted rounding: of float64's own, which processors do in different orders, less is left."""
+    """Of planted rounding, as processors differ in float64's own."""
     monkeypatch.setattr(ll.LoraLens, "unit_roundoff", PLANTED)
     (cls, *_) = models.MAKERS
     lens = cases.case("llama", cls, "raw").lens
