@@ -12,8 +12,8 @@ _MOST_BARS = 20
 
 
 @drawing.figure.register(Labelled)
-def figure(result: Labelled, prompt: int | None = None) -> go.Figure:
-    """Draw `picture`, which the class may write anew."""
+def figure(result: Labelled, prompt: int | None = None) -> go.AnyFigure:
+    """Draw `picture`, which the class may write anew, with Plotly alone."""
     return result.picture(prompt)
 
 
