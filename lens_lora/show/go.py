@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
 
     from lens_lora.show.matplotlib_names import Figure
 
-    def subplots(*rows_and_columns: int, **grid: Any) -> Figure:
+    def subplots(*rows_and_columns: Any, **grid: Any) -> Figure:
         """A grid of plots, in a figure that answers to Matplotlib's names."""
         return make_subplots(*rows_and_columns, **grid, figure=Figure())
 
