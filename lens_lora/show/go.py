@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from plotly.graph_objects import Bar as Bar
     from plotly.graph_objects import Box as Box
+    from plotly.graph_objects import Figure as AnyFigure  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from plotly.graph_objects import Figure as Figure
     from plotly.graph_objects import Scatter as Scatter
     from plotly.graph_objs.layout import Template
     from plotly.offline import get_plotlyjs as get_plotlyjs
     from plotly.subplots import make_subplots as make_subplots
 
-    AnyFigure = Figure
 
 INK = "#777777"
 CLEAR = "rgba(0,0,0,0)"

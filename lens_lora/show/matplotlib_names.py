@@ -11,11 +11,13 @@ import plotly.graph_objects
 
 from lens_lora.guesses import OF_FIGURE, missing_attribute
 
+if TYPE_CHECKING:
+    # A type checker would take every name for one of the figure.
+    from plotly.graph_objects import Figure as Figure
+else:
 
-class Figure(plotly.graph_objects.Figure):
-    """A figure of Plotly; a name that it lacks is answered by Plotly's name for it."""
-
-    if not TYPE_CHECKING:  # A type checker would take every name for one of the figure.
+    class Figure(plotly.graph_objects.Figure):
+        """A figure of Plotly; a name that it lacks is answered by Plotly's name for it."""
 
         def __getattr__(self, name: str) -> Any:
             """Refuse, with what may be meant."""
