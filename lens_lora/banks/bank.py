@@ -63,7 +63,7 @@ from lens_lora.runs.fingerprint import (
 from lens_lora.runs.shards import Shard, folder_of_shards
 from lens_lora.runs.store import Store
 
-# Of what torch allocates on a CPU, in bytes.
+# On a CPU torch begins each tensor at a multiple of so many bytes.
 _ALIGNMENT = 64
 
 

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from lens_lora.core import Function
 
 
-# What a lens has beside its properties.
+# The public attributes that `__init__` sets; all others are properties.
 _SET_WHEN_MADE = ("model", "adapter", "prepend_bos", "base_note")
 
 
