@@ -1,4 +1,4 @@
-"""The exactness table, docs/exactness.md: how far a lens is from PEFT, in float64.
+"""The exactness table, docs/exactness_data.md: how far a lens is from PEFT, in float64.
 
     python docs/make_exactness.py
     python docs/make_exactness.py --architectures   # only these, of the newest line
@@ -10,7 +10,7 @@
    docs/exactness/<transformer-lens>.json, errors rounded to one digit.
 2. On the newest line, measure every architecture of `architectures`, which has no entry in
    `lens_lora.families`, and every method of PEFT of `tuners`.
-3. Render docs/exactness.md from all files there.
+3. Render docs/exactness_data.md from all files there.
 
 Run in one environment per transformer-lens line; a few minutes each.
 """
@@ -41,7 +41,7 @@ import lens_lora as ll  # noqa: E402
 from lens_lora._version import versions  # noqa: E402
 from lens_lora.families import known_family  # noqa: E402
 
-RESULTS, PAGE = HERE / "exactness", HERE / "exactness.md"
+RESULTS, PAGE = HERE / "exactness", HERE / "exactness_data.md"
 BOUND, HOST_EXACT = 1e-9, 1e-11
 ERRORS = ("host", "adapted", "modes")
 Key = tuple[str, str, str, str]
@@ -65,11 +65,12 @@ NAMES = {
     "gemma3": "Gemma 3",
     "mixtral": "Mixtral",
 }
-INTRODUCTION = f"""# Exactness
+INTRODUCTION = f"""# The evidence on exactness
 
 How far is the adapted model of a `LoraLens` from PEFT's own? At most {BOUND:.0e} in every cell of
 these tables, except where the hooked model without any adapter is already further from the Hugging
 Face model than {HOST_EXACT:.0e}. There, that error of the host library stands in brackets.
+[Exactness](exactness.md) says what follows from it.
 
 Measured in float64 on tiny models of every family, with random weights, norms, biases and factors,
 and with the float32 casts of the host libraries lifted. Each cell was measured in three ways:

@@ -33,6 +33,7 @@ PAGES = (
     "reading",
     "examples",
     "sweep",
+    "many_adapters",
     "auditing",
     "two_adapters",
     "interference",

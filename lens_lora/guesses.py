@@ -183,10 +183,14 @@ OF_RESULT: Mapping[str, str] = _alike(
     ("numpy array", "result.values.numpy() are the numbers alone"),
     ("names labels columns", "the labels are columns of result.to_frame()"),
     (
-        "filter query loc where select",
+        "filter query loc where select layer at_layer",
         'result.to_frame() is a pandas table: result.to_frame().query("layer == 3")',
     ),
     ("summary describe", "print(result) sums it up"),
+    (
+        "crossing crossover flip flip_point flip_at threshold",
+        "result.flip_scale of ll.fact_margin is the strength at which the answer changes",
+    ),
     ("prompts tokens", "result.str_tokens has each prompt's tokens, where it is of prompts"),
     ("to_json to_dict", "result.to_frame().to_dict() is a dictionary; result.save(path) a file"),
 )
@@ -292,6 +296,11 @@ _TWO_ANSWERS = (
     "of one"
 )
 
+_GROUP = (
+    'group says by what, as in result.sum("layer"); result.total is the sum of all values of a '
+    "prompt"
+)
+
 # What is meant by a keyword, where the function has no parameter of those in `_SAME`.
 _KEYWORDS: Mapping[str, str] = _alike(
     ("target answer answers token label doc pre correct wrong metric", _ANSWER),
@@ -309,6 +318,11 @@ _KEYWORDS: Mapping[str, str] = _alike(
     ),
     ("verbose", "the bar is not shown with progress=False"),
     (
+        "adapter use_adapter with_adapter adapted adapters adapter_name",
+        "a lens is of one adapter, and lens.with_adapter(adapter) of another; where a call takes "
+        "scale=, 0.0 is the base model and 1.0 the adapted one",
+    ),
+    (
         "names_filter return_type stop_at_layer fwd_hooks",
         "`with lens.applied() as model:` opens the adapted model, whose run_with_cache takes it",
     ),
@@ -321,7 +335,8 @@ _KEYWORDS: Mapping[str, str] = _alike(
         "ll.path_attribution(lens, prompts, readout) integrates over steps; this takes none",
     ),
     (
-        "ax figsize fig show",
+        "ax figsize fig show cmap colormap colorscale color colors palette title width height vmin "
+        "vmax zmin zmax",
         "a figure is Plotly's: figure = result.plot(), then figure.update_layout(width=…, title=…)",
     ),
     (
@@ -667,6 +682,8 @@ def require_fitting(
                 remedy = _as_sentence(_ANSWER)
             elif "'pre'" in fact:
                 remedy = _as_sentence(_TWO_ANSWERS)
+            elif "'group'" in fact:
+                remedy = _as_sentence(_GROUP)
         takes = f"The call is {name}{_shown(signature)}."
         raise CallError(f"{fact}.", remedy=f"{remedy}{takes}") from None
 

@@ -238,17 +238,17 @@ def load(
 ) -> LoraLens:
     """The lens over a base model and an adapter, each by name or already loaded.
 
-    Two short forward passes verify the hooked model against the base, and two more the adapter's
-    modules in a family that the table of `docs/exactness.md` does not list.
+    Two short forward passes compare the hooked model with the base. In a family that the table of
+    `docs/exactness_data.md` does not list, two more compare what the adapter's modules add.
 
     Args:
-        model: a hub id, a folder, or a loaded Hugging Face model, which the lens takes over: it is
-            wrapped, so do not run or change it afterwards, nor make a second lens of it, but
-            `copy.deepcopy` it before. A PeftModel stays as it is: its base is wrapped as modules of
-            their own on the same weights. None for the base that the adapter names. Alone, a hub id
-            or folder is the adapter's: `ll.load("path/to/adapter")`. Where it names the demo's
-            model, and that is not in the hub's cache, the embedded weights are used, with a
-            warning. 'embedded' names these weights.
+        model: a hub id, a folder, or a loaded Hugging Face model. A loaded model is wrapped and
+            belongs to the lens afterwards: do not run or change it, and make a second lens from a
+            `copy.deepcopy` of it. A PeftModel stays as it is: the lens has modules of its own on
+            the same weights. None for the base that the adapter names. If `model` is all that you
+            pass, it is the adapter: `ll.load("path/to/adapter")`. 'embedded' is the demo's model,
+            from its package. It is also used, with a warning, if an adapter names that model and
+            the hub's cache does not have it.
         adapter: a hub id ('owner/repo', or 'owner/repo/sub/folder'), a folder, or an `Adapter`;
             left out, the active one of a PeftModel. The ΔW of a method other than LoRA is measured
             over the base first (`load_adapter`).
@@ -260,9 +260,10 @@ def load(
         device_map: 'auto', 'balanced', or {module: device}: over several devices, by accelerate.
         load_in_4bit: whether bitsandbytes quantises linear modules to NF4 (`docs/your_model.md`).
         load_in_8bit: whether it quantises them to 8 bit.
-        attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns: each
-            block's attention is then the model's own. A loaded model whose attention only its own
-            forward computes, and which was loaded with 'sdpa', is taken so, with a warning.
+        attn: 'eager', or 'sdpa', which needs less memory: the model's own code then computes
+            attention, no [head, query, key] is kept, and no patterns can be seen. A model that was
+            loaded with 'sdpa', and whose attention only its own code can compute, keeps it, with a
+            warning.
         revision: branch, tag or commit of the adapter's hub repository.
         subfolder: the adapter's folder within its folder or repository.
         tokenizer: by default the one saved with the adapter, where there is one, with its chat

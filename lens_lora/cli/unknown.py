@@ -1,12 +1,14 @@
 """A command or an option that there is not: the error names the one that is meant.
 
 typer suggests what is spelt alike. Here a name is also read by its meaning: `lens-lora merge` is
-answered by `verify`, and `--answer` by `--doc`. `GuessingGroup` and `GuessingCommand` add that to
-the message of typer's own error, which is printed as before.
+answered by `verify`, `--answer` by `--doc`, and a prompt without `--prompt` by that option.
+`GuessingGroup` and `GuessingCommand` add that to the message of typer's own error, which is printed
+as before.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -28,6 +30,12 @@ _IN_A_SHELL = {
     "-d": ("device",),
     "-n": ("limit", "max_new_tokens"),
 }
+
+
+# How typer begins its message about arguments that are too many.
+_TOO_MANY = "unexpected extra argument"
+# The endings of files that hold prompts or records.
+_OF_PROMPTS = (".txt", ".jsonl", ".json", ".csv")
 
 
 class GuessingGroup(TyperGroup):
@@ -56,13 +64,31 @@ class GuessingCommand(TyperCommand):
             if meant:
                 error.message = f"No option {option}: {meant}"
                 error.possibilities = None
+            elif _TOO_MANY in error.message:
+                error.message += self._option_of_extra(error.message)
             raise
+
+    def _option_of_extra(self, message: str) -> str:
+        """The end of a message about arguments that are too many: the option that takes a prompt.
+
+        Args:
+            message: it ends with the arguments, in brackets.
+        """
+        names = {str(each.name) for each in self.params}
+        extra = message.partition("(")[2].rstrip(").")
+        is_of_file = Path(extra).suffix in _OF_PROMPTS
+        if is_of_file and "prompts" in names:
+            return ". A file of prompts is given as --prompts FILE."
+        if "prompt" in names:
+            return '. A prompt is given as --prompt "…".'
+        return ""
 
     def _option_meant(self, option: str) -> str:
         """A sentence with the option that is meant; '' where none is known."""
         written = {str(each.name): _written(each) for each in self.params}
         keyword = option.lstrip("-").replace("-", "_")
-        others = _IN_A_SHELL.get(option) or meant_parameters(keyword)
+        # An argument's own name, as in --adapter, means that argument.
+        others = _IN_A_SHELL.get(option) or (keyword, *meant_parameters(keyword))
         meant = [written[name] for name in others if name in written]
         if meant:
             return f"it is {' or '.join(meant[:2])}."

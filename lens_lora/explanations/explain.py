@@ -66,22 +66,22 @@ def explain(
     null: int = 0,
     progress: bool = True,
 ) -> Explanation | Explanations | ReadoutExplanation | ResponseExplanation:
-    """All that this package can say of prompts: of a margin, of a readout, of a whole response.
+    """Everything that this package can say about prompts: a margin, a readout, a whole response.
 
     With `doc` and `pre`: what the adapter did to the margin between the two. With `readout`: what
     it did to that number, such as the `Projection` of a hook point on a persona's direction. With
-    `response`, or with none of them, in which case the adapted model says up to 64 tokens: which
-    tokens of it changed, and which modules changed them.
+    `response`: which of its tokens changed, and which modules changed them. With none of these, the
+    response is what the adapted model says, up to 64 tokens.
 
     Cost of a margin, with S sites in N layers: fast, about 70 forward passes and ten backward; in
     full, 2S forward passes for the interventions (about half where the model's blocks branch), 100
     for the keep and drop curves, N dual forward and backward passes for the coupling, and 14
-    forward and backward for the path integral. A null adapter takes two forward passes and a
-    backward. Of a response: about six forward and two backward passes, and a backward pass for each
-    of the eight tokens that changed most; in full also 2N forward passes, and the path integral.
-    The two answers cost a pass over two tokens for each of theirs, and three over the prompt.
-    Of a readout, for all prompts together: what a margin costs, without the passes for answers and
-    for the tokens promoted.
+    forward and backward for the path integral. Each null adapter adds two forward passes and a
+    backward. What both models answer takes three passes over the prompt, and one over two tokens
+    for each token that is said. A response costs about six forward and two backward passes, and a
+    backward pass for each of the eight tokens that changed most; in full also 2N forward passes,
+    and the path integral. A readout costs, for all prompts together, what a margin costs, without
+    the passes for answers and for the tokens that the adapter promotes.
 
     Args:
         lens: the adapter over the model.
@@ -91,7 +91,7 @@ def explain(
         response: what is said after the prompt: a string, ids, or what `lens.generate` returned.
         readout: any readout that has a slope at the base model, of the logits or inside the model.
         fast: skip interventions on single sites, coupling, path integral and curves; for a
-            response, skip leaving out layers and the path integral.
+            response, skip the runs without each layer, and the path integral.
         null: how many null adapters to compare with; 0 for none, else at least 2.
         progress: show a bar.
 

@@ -40,28 +40,42 @@ def forms_table(forms: Forms) -> tables.Table:
 @drawing.story.register(Forms)
 def forms_story(forms: Forms) -> str:
     """The smallest form that keeps every answer, and what the worst does."""
-    count = len(forms.values)
     means = forms.values.mean(0).tolist()
     flipped = forms.flipped.sum(0).tolist()
     keeping = [index for index, changed in enumerate(flipped) if changed == 0]
+    smallest = min(keeping, key=lambda index: forms.sizes[index]) if keeping else None
     worst = max(range(len(means)), key=lambda index: means[index])
-    sentences: list[str] = []
-    if keeping:
-        smallest = min(keeping, key=lambda index: forms.sizes[index])
-        sentences.append(
-            f"The smallest form that keeps {_all_of(count)} is {forms.names[smallest]}: "
-            f"{size_text(forms.sizes[smallest])}, KL {means[smallest]:.2g} nats."
-        )
-    else:
-        sentences.append(f"No form keeps {_all_of(count)}.")
+    sentences = [_smallest_sentence(forms, smallest)]
+    if worst != smallest:
+        sentences.append(_worst_sentence(forms, worst))
+    elif len(means) > 1:
+        sentences.append("No other form has a larger KL.")
     sentences.append(
-        f"{forms.names[worst]} changes most: KL {means[worst]:.2g} nats, and {flipped[worst]} of "
-        f"{many(count, 'answer')}. Without the adapter it would be "
-        f"{float(forms.base_kl.mean()):.2g} nats; rounding in the computation explains "
-        f"{float(forms.floor.mean()):.1g}."
+        f"Without the adapter the KL would be {float(forms.base_kl.mean()):.2g} nats; rounding in "
+        f"the computation explains {float(forms.floor.mean()):.1g}."
     )
     sentences += forms.notes
     return " ".join(sentences)
+
+
+def _smallest_sentence(forms: Forms, smallest: int | None) -> str:
+    """Which form to ship: the smallest of those that change no answer."""
+    answers = _all_of(len(forms.values))
+    if smallest is None:
+        return f"No form keeps {answers}."
+    kl = float(forms.values[:, smallest].mean())
+    return (
+        f"The smallest form that keeps {answers} is {forms.names[smallest]}: "
+        f"{size_text(forms.sizes[smallest])}, KL {kl:.2g} nats."
+    )
+
+
+def _worst_sentence(forms: Forms, worst: int) -> str:
+    """What the form with the largest mean KL changes."""
+    kl = float(forms.values[:, worst].mean())
+    changed = int(forms.flipped[:, worst].sum())
+    answers = many(len(forms.values), "answer")
+    return f"{forms.names[worst]} changes most: KL {kl:.2g} nats, and {changed} of {answers}."
 
 
 def _all_of(count: int) -> str:

@@ -1,4 +1,4 @@
-"""docs/exactness.md is what its measurements render to, and what it says holds here and now."""
+"""docs/exactness_data.md is what its measurements render to, and what it says holds here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import random
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,44 @@ CELLS = [
 def test_the_page_is_what_the_measurements_render_to():
     """Written by docs/make_exactness.py, never by hand."""
     assert exactness.PAGE.read_text() == exactness.render(RESULTS)
+
+
+def test_the_front_says_what_the_measurements_are():
+    """Its numbers are written by hand."""
+    front = (SCRIPT.parent / "exactness.md").read_text()
+    measured = [cell for *_, cell in CELLS if "adapted" in cell]
+    exact = [cell for cell in measured if cell["host"] <= HOST_EXACT]
+    off = [cell for cell in measured if cell["host"] > HOST_EXACT]
+    others = RESULTS["4.3"]["architectures"].values()
+    methods = RESULTS["4.3"]["methods"].values()
+    with_delta = [method for method in methods if not isinstance(method, str)]
+    by_place = [cell for method in with_delta for cell in method.values()]
+    read = max(cell[how] for cell in by_place for how in ("live", "folder"))
+    rows = [
+        (f"{len(exact):,}", _largest(exact, "adapted")),
+        (f"{len(off)}", _largest(off, "adapted")),
+        (f"{len(others)}", _largest(others, "adapted")),
+        (f"{len(with_delta)} of {len(methods)}", f"{read:.0e}"),
+    ]
+    for count, largest in rows:
+        assert re.search(rf"\| {count} \| {largest}\b", front), (count, largest)
+    assert f"at most {_largest(measured, 'modes')} of the largest site" in front
+    assert f"({_largest(others, 'slopes')}, which" in front
+    assert f"module off ({_largest(others, 'effects')})" in front
+    assert f"merged weights ({_largest(others, 'activations')})" in front
+    refusals = [cell["refusal"] for *_, cell in CELLS if "refusal" in cell]
+    of_norms = sum("this norm's γ or β" in refusal for refusal in refusals)
+    of_embeddings = sum("normalises inside its embedding" in refusal for refusal in refusals)
+    of_mixtral = len(refusals) - of_norms - of_embeddings
+    faults = sum("fault" in cell for *_, cell in CELLS)
+    for count in (of_norms, of_embeddings, of_mixtral, faults, len(off)):
+        assert f"| {count} cells |" in front, count
+    assert len(front.split()) <= 800
+
+
+def _largest(cells: Iterable[dict[str, Any]], error: str) -> str:
+    """The largest of these errors as the page prints it; where there is none, a word stands."""
+    return f"{max(cell[error] for cell in cells if not isinstance(cell[error], str)):.0e}"
 
 
 def test_every_transformer_lens_line_is_there_and_whole():

@@ -236,6 +236,15 @@ NAMED = {
     "att.most_important": (lambda t: t.att.most_important(3), r"result\.top\(k\)"),
     "first_order(n_steps=)": (lambda t: ll.first_order(t.lens, PROMPT, MARGIN, n_steps=20),
         r"ll\.path_attribution"),
+    "att.sum()": (lambda t: t.att.sum(), r'sum\("layer"\).*result\.total'),
+    "att.layer": (lambda t: t.att.layer(1), r'query\("layer'),
+    "att.plot(cmap=)": (lambda t: t.att.plot(cmap="viridis"), r"figure\.update_layout"),
+    "margin.plot(title=)": (lambda t: t.margin.plot(title="a"), r"figure\.update_layout"),
+    "att.top(n=)": (lambda t: t.att.top(n=3), "It is k="),
+    "margin.crossing": (lambda t: t.margin.crossing, r"result\.flip_scale"),
+    "logits(adapter=)": (lambda t: t.lens.logits(PROMPT, adapter=False), "0.0 is the base model"),
+    "by='token' of a margin": (
+        lambda t: ll.first_order(t.lens, PROMPT, MARGIN, by="token"), "by='position'"),
     "patch_activations(layer=)": (
         lambda t: ll.patch_activations(t.lens, PROMPT, MARGIN, layer=0), "It is names="),
 }  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import limits
 import models
 import pytest
 import torch
+from by_folder import made_public
 from gguf_base import quantised, write_base
 from llama_library import quantised_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -264,3 +266,20 @@ def test_experts_are_refused():
     lens = lens_of(base, models.peft_model("mixtral", base))
     with pytest.raises(LensLoraError, match="the weights of experts"):
         ll.forms(lens, IDS, ["merged NF4"])
+
+
+def test_what_is_printed_does_not_call_the_best_form_the_one_that_changes_most():
+    two = made_public("ship").forms()
+    assert "merged NF4 changes most: KL 1 nats, and 1 of 2 answers." in str(two)
+    with_equal_answers = dataclasses.replace(two, answers=((" Lyon", " Lyon"), (" <b>", " <b>")))
+    story = str(with_equal_answers)
+    assert "The smallest form that keeps all 2 answers is merged NF4" in story
+    assert "changes most" not in story and "No other form has a larger KL." in story
+    alone = dataclasses.replace(
+        two,
+        values=two.values[:, :1],
+        names=two.names[:1],
+        sizes=two.sizes[:1],
+        answers=((" Lyon",), (" <b>",)),
+    )
+    assert "changes most" not in str(alone) and "No other form" not in str(alone)

@@ -177,31 +177,32 @@ def first_order(
 ) -> Attribution | GroupAttribution:
     """First order a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank.
 
-    Cost: one forward and one backward in reverse mode (what 'auto' takes), and one forward pass for
-    the exact shift beside it, or two where `at` is neither 0 nor 1; none for a few tokens, where
-    both ends ride along. Forward mode takes one dual forward pass per site or part. Rules add two
-    forward passes and one backward on eight tokens, that try the model's hook points. By token it
-    takes the cheaper of a backward pass a token and a tangent a site, group or part.
+    Cost: one forward and one backward pass in reverse mode, and one forward pass for the exact
+    shift beside it, or two where `at` is neither 0 nor 1. Short prompts need none of these: both
+    ends are then part of the first pass. Forward mode takes one dual forward pass per site or part.
+    By token: a backward pass per token, or a tangent per site, group or part, whichever is cheaper.
+    Rules add two forward passes and one backward on eight tokens, which try the model's hook
+    points.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits; or several readouts, whose derivatives by site go
-            back through one graph, as one batch, where mode, by, gauge and rules are left out.
+        readout: u_y, what is read of the logits; or several readouts, which share one graph and one
+            batch if mode, by, gauge and rules are left out.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
-        mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse but for many
-            tokens. The result names it.
+        mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse unless
+            by='token' asks for many tokens. The result names it.
         by: any of 'position', 'head', 'expert' (of a stack of them) and 'rank'; with AnswerLogProb
             also 'token', which token of the response is moved.
-        group: sums over 'layer', 'kind' or {name: site names or globs} of sites, of the whole
-            readout or with by='token', which in forward mode take fewer tangents than single sites.
+        group: sum over the sites of each 'layer', 'kind' or {name: site names or globs}; alone or
+            with by='token', where forward mode then needs fewer tangents.
         gauge: the meaning of a rank: 'trained', the ranks of the file, whose parts another (GA,
             BG⁻¹) of the same ΔW would change, or 'svd', the singular directions of ΔW.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
             `FrozenRules`, or an object of your own with a `key` and a context `held(g)`.
-        max_memory: bytes beside the model and the result, as for `lens.within`, whose bound it
-            replaces.
+        max_memory: how many bytes may be used besides the model and the result; it replaces the
+            bound of `lens.within`.
         progress: show a bar.
 
     Returns:

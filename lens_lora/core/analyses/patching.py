@@ -55,10 +55,10 @@ def patch_sites(
 ) -> Effects:
     """The exact effect of each site, group of sites or single rank on the readout.
 
-    Cost: two forward passes, four for the noise floor, and one per group, batched; about half of
-    that where the model's batch may grow from block to block (all but Bloom and OPT on a Bridge).
-    Where δ is not replaced by zero, one forward pass of the texts too, and with 'add_one' two per
-    group, with its own δ and without.
+    Cost: two forward passes, four for the noise floor, and one per group, batched. A group's pass
+    may begin at its first block, except for Bloom and OPT on a Bridge: all of them then take about
+    half as long. Replacing δ by another value than zero adds a forward pass of the texts, and with
+    'add_one' a second pass per group.
 
     Args:
         lens: the adapter over the model.
@@ -70,10 +70,11 @@ def patch_sites(
         group: 'site', 'layer', 'kind', or {name: site names or globs}.
         of: 'rank' for each rank of each site, in the coordinates of the SVD of its ΔW, which are
             unique up to equal singular values; then `group` is 'site'.
-        replace: the stand-in for δ. 'mean', its mean over all tokens of `texts` but each text's
-            first, those with the same tokens before them once; 'resample', its value on another
-            text: text i mod N for prompt i, with both ends aligned (a row ends with its response).
-            The first token, a sink, keeps its own δ in both.
+        replace: what stands in for δ. 'zero', nothing. 'mean', its mean over the tokens of `texts`
+            without each text's first; a token that follows the same tokens in two texts counts
+            once. 'resample', its value on another text: on text i mod N for prompt i, both aligned
+            at their ends (a row ends with its response). In both, the first token, a sink, keeps
+            its own δ.
         texts: the texts of 'mean' and 'resample', in any form that prompts take. For 'resample'
             each must be as long as the rows that it stands in for.
         progress: show a bar.
@@ -86,8 +87,8 @@ def patch_sites(
         TokenError, PromptError: a readout or prompt that does not fit the model; texts that are too
             short, or the same as what they stand in for; a prompt of the first token only.
         NumericsError: a non-finite readout.
-        ArgumentError: another `how`, `group`, `of` or `replace`, texts where none are needed or
-            none where they are, or ranks of groups or of norms.
+        ArgumentError: another `how`, `group`, `of` or `replace`; texts that nothing reads, or none
+            where they are needed; ranks of groups or of norms.
     """
     word("how", how, get_args(How))
     word("of", of, get_args(Of))

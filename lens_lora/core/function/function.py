@@ -848,7 +848,8 @@ class Function:
         raise ArgumentError(
             "by='token' splits the log-probability of one response, and the readout is "
             f"{self._named_readout().label}",
-            remedy="use AnswerLogProb(response), for a margin once for each answer.",
+            remedy="for the tokens of the prompt use by='position'; for those of a response "
+            "AnswerLogProb(response), for a margin once for each answer.",
         )
 
     def _named_readout(self) -> Readout:

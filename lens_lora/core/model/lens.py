@@ -82,7 +82,7 @@ class LoraLens(metaclass=guesses.OfLensClass):
             folded, and by a HookedTransformer for trained biases. The model's weights are compared
             with it, in float32 also logits of 8 tokens.
         check: whether the adapter is verified on this model, beyond its shapes. True: (1) in a
-            family without an entry in the table of `docs/exactness.md`, random updates at its
+            family without an entry in the table of `docs/exactness_data.md`, random updates at its
             modules are compared with the Hugging Face model under forward hooks, in two passes
             over eight tokens; (2) a module that was trained whole must compute what its weight
             says; (3) a base that holds the adapter already is refused. False: none of the three,

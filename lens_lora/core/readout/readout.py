@@ -372,9 +372,14 @@ class Logit(LastToken):
 @guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Margin(LastToken):
-    """The margin m = f_doc − f_pre, in logits (note, §5).
+    """The margin m = f_doc − f_pre, in logits (note, §5): how far one answer leads the other.
 
     It is positive where the document's fact is preferred to the pretrained one.
+
+    Args:
+        doc: the answer that the adapter was taught: one token, as a string with its leading space
+            or as an id; or a list with one of these per prompt.
+        pre: the answer that the base model gives, likewise.
     """
 
     doc: TokenLike
@@ -414,7 +419,12 @@ class Margin(LastToken):
 @guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogProb(LastToken):
-    """The log-probability of a token after the prompt, log p(token | prompt), in nats."""
+    """The log-probability of a token after the prompt, log p(token | prompt), in nats.
+
+    Args:
+        token: a string of one token, with its leading space, or an id; or a list with one of these
+            per prompt.
+    """
 
     token: TokenLike
     units = "nats"

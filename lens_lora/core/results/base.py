@@ -53,6 +53,9 @@ from lens_lora.errors import ArgumentError, CallError, LensLoraError
 
 _Self = TypeVar("_Self", bound="Result")
 
+# The methods that are called most: an argument that they do not take is named, with what is meant.
+_NAME_WRONG_ARGUMENTS = ("plot", "top")
+
 
 @dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field,))
 class Result(abc.ABC):
@@ -60,6 +63,9 @@ class Result(abc.ABC):
 
     def __init_subclass__(cls, *, kw_only: bool = False) -> None:
         super().__init_subclass__()
+        for name in _NAME_WRONG_ARGUMENTS:
+            if name in vars(cls):
+                setattr(cls, name, guesses.fitting(vars(cls)[name]))
         dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=kw_only)(stored(cls))
 
     def __post_init__(self) -> None:
