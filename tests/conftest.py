@@ -11,6 +11,7 @@ everything.
 from __future__ import annotations
 
 import collections
+import gc
 import os
 import warnings
 import zlib
@@ -122,6 +123,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     They are the longest, and one worker has them in its run: it loads the model once, and others
     take the short tests from its end, so that all finish together.
     """
+    config.stash[selection.COLLECTED] = frozenset(item.nodeid for item in items)
     left_out = not_run.of_other_lines(config, items)
     if not config.option.each_class:
         others = _left_to_others(items) - left_out
@@ -144,6 +146,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             getattr(item, "turn", 0),
         )
     )
+
+
+# Each further generation is collected after 20 collections of the one before it.
+_OBJECTS_BEFORE_A_COLLECTION = 20_000
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector leaves out what was imported, and looks less often at the rest.
+
+    torch, transformers and the tests are a million objects that live to the end. To walk over them
+    again and again took a tenth of a run.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_BEFORE_A_COLLECTION, 20, 20)
 
 
 @pytest.fixture

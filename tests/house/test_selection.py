@@ -67,9 +67,10 @@ def test_a_second_line_has_the_quick_suite_and_all_that_a_line_changes():
     assert found == run_by(config()) | {of_models, of_this_line}
 
 
-def test_a_second_line_has_every_second_item_of_a_product():
-    product = [Item(f"tests/hosts/test_b.py::test_of_all[{i}]", exhaustive=()) for i in range(41)]
-    few = [Item(f"tests/hosts/test_b.py::test_of_few[{i}]", exhaustive=()) for i in range(9)]
+@pytest.mark.parametrize("marks", [{"exhaustive": ()}, {}], ids=["rest", "quick"])
+def test_a_second_line_has_every_second_item_of_a_product(marks: dict[str, tuple]):
+    product = [Item(f"tests/hosts/test_b.py::test_of_all[{i}]", **marks) for i in range(41)]
+    few = [Item(f"tests/hosts/test_b.py::test_of_few[{i}]", **marks) for i in range(9)]
     items = [*product, *few]
     found = set(items) - selection.deselected(config(line=True), items)
     assert set(few) <= found

@@ -14,7 +14,8 @@ they meet every member. The items that `tests/defects.md` names are always among
 transformer-lens: the quick suite, and everything that a line may change, which is what
 tests/core/model and tests/hosts say of models, and what only some lines can run. A test that is
 named on the command line by its `::` runs whatever its marks. Of a test of many items, such as one
-of every architecture, `--line` runs every second item; at night every line runs all of them.
+of every architecture, `--line` runs every second item, also of the quick suite, which has run them
+all on another line; at night every line runs all of them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from pathlib import Path
 import pytest
 
 LEFT_OUT = ("slow", "exhaustive", "browser")
-# A test of so many items beyond the quick suite's is a product (architectures, targets, settings),
-# of which a second line runs one item in two: that takes minutes off `.ci/run`.
+# A test of so many items is a product (architectures, targets, settings), of which a second line
+# runs one item in two: that takes minutes off `.ci/run`.
 MANY_ITEMS = 10
 SHARE_ON_A_LINE = 2
+# The node ids of everything that was collected, before any of it was left out.
+COLLECTED = pytest.StashKey[frozenset[str]]()
 DEFECTS = Path(__file__).parents[1] / "defects.md"
 
 
@@ -100,17 +103,17 @@ def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.It
     if config.option.rest:
         left_out = set(items) - left_out
     if config.option.line:
-        left_out -= _drawn_for_a_line([item for item in items if item in left_out])
+        of_the_line = [i for i in items if i not in left_out or _depends_on_the_line(i)]
+        left_out = set(items) - _drawn_for_a_line(of_the_line)
     named = tuple(argument for argument in config.args if "::" in argument)
     return {item for item in left_out if not _is_named(item, config.rootpath, named)}
 
 
-def _drawn_for_a_line(left_out: list[pytest.Item]) -> set[pytest.Item]:
-    """What a second line runs of what the quick suite leaves out."""
+def _drawn_for_a_line(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of a test of many items one in two, of every other test all."""
     items_of_test = defaultdict[str, list[pytest.Item]](list)
-    for item in left_out:
-        if _depends_on_the_line(item):
-            items_of_test[item.nodeid.partition("[")[0]].append(item)
+    for item in items:
+        items_of_test[item.nodeid.partition("[")[0]].append(item)
     drawn: set[pytest.Item] = set()
     for of_test in items_of_test.values():
         share = SHARE_ON_A_LINE if len(of_test) >= MANY_ITEMS else 1

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager as Manager
 from typing import Any
 
@@ -49,8 +49,8 @@ def tokens() -> torch.Tensor:
 
 
 @functools.cache
-def expected(cls: str) -> dict[str, Any]:
-    return {name: call(lens_of(cls), tokens()) for name, call in CALLS.items()}
+def expected(cls: str, name: str) -> Any:
+    return CALLS[name](lens_of(cls), tokens())
 
 
 def differing(
@@ -60,7 +60,7 @@ def differing(
     for name in names:
         with around():
             result = CALLS[name](lens, prompts)
-        if not same(result, expected(cls)[name], 1e-6):
+        if not same(result, expected(cls, name), 1e-6):
             found.append(name)
     return found
 
@@ -139,10 +139,19 @@ def test_ids_gates_lens_and_adapter_made_in_inference_mode(cls: str):
     with torch.inference_mode():
         ids, gates = tokens() + 0, torch.rand(len(lens.sites)) + 0
     assert ids.is_inference() and gates.is_inference()
-    assert differing(cls, lens, ids, torch.inference_mode) == []
-    assert differing(cls, lens, ids, contextlib.nullcontext, {*SOME}) == []
+    for around in (torch.inference_mode, contextlib.nullcontext):
+        assert differing(cls, lens, ids, around, {*SOME}) == []
     shifts = [ll.tangents(lens, ids, scale=g) for g in (gates, gates.clone())]
     assert same(*shifts, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_every_call_on_ids_and_a_lens_made_in_inference_mode(cls: str):
+    lens = make(cls, lens_inside=True)
+    with torch.inference_mode():
+        ids = tokens() + 0
+    assert differing(cls, lens, ids, torch.inference_mode) == []
 
 
 @pytest.mark.slow
@@ -152,7 +161,7 @@ def test_weights_made_in_inference_mode(cls: str):
     lens, refused = make(cls, model_inside=True), []
     for name, call in CALLS.items():
         try:
-            assert same(call(lens, tokens()), expected(cls)[name], 1e-6), name
+            assert same(call(lens, tokens()), expected(cls, name), 1e-6), name
         except ll.errors.ModelStateError as error:
             assert "the weight " in str(error) and "torch.no_grad()" in str(error)
             refused.append(name)
@@ -199,20 +208,33 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("cls", models.MAKERS)
-def test_within_a_dual_level(cls: str):
-    """Forward mode is refused, as torch has one level; all else is right."""
-    lens, wanted, refused = lens_of(cls), expected(cls), []
-    for name, call in CALLS.items():
+def refused_within_a_dual_level(cls: str, names: Iterable[str]) -> set[str]:
+    """Which of these calls are refused by name; the others are right."""
+    lens = lens_of(cls)
+    refused: set[str] = set()
+    for name in names:
+        wanted = expected(cls, name)
         with fwad.dual_level():
             try:
-                assert same(call(lens, tokens()), wanted[name], 1e-6), name
+                assert same(CALLS[name](lens, tokens()), wanted, 1e-6), name
             except ll.errors.ModelStateError as error:
                 assert "forward-mode derivatives" in str(error)
-                refused.append(name)
+                refused.add(name)
+    return refused
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_some_calls_within_a_dual_level(cls: str):
+    """Forward mode is refused, as torch has one level; all else is right."""
+    assert refused_within_a_dual_level(cls, SOME) == {"forward"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_every_call_within_a_dual_level(cls: str):
     forward = {"forward", "frozen, forward", "components", "logit_shift", "joint", "tangents"}
     forward |= {"explain_all", "tangent of f"}
-    assert {*refused} == forward | REFUSED
+    assert refused_within_a_dual_level(cls, CALLS) == forward | REFUSED
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -261,7 +283,7 @@ def test_settings_that_are_left_on_show(name: str, cls: str, monkeypatch):
         monkeypatch.setattr(module, "unrounded", lambda residual: residual)
     with AROUND[name]():
         found = CALLS["first_orders"](lens_of(cls), tokens())
-    assert not same(found, expected(cls)["first_orders"], 1e-3)
+    assert not same(found, expected(cls, "first_orders"), 1e-3)
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)

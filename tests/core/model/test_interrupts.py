@@ -31,7 +31,7 @@ from lens_lora.spans import Temporary
 
 pytestmark = pytest.mark.usefixtures("float64", "swallowed")
 ALL = os.environ.get("LENS_LORA_INTERRUPTS") == "all"
-FEW = share(5)
+FEW = share(3)
 SHORT = ("applied", "logits")
 TARGETS = ("q_proj", "down_proj")
 EVERY = {**OWN, **CALLS}
