@@ -35,6 +35,8 @@ _NOTEBOOKS = re.compile(r"<!-- notebooks -->\n.*?<!-- end of notebooks -->", re.
 _FILE = re.compile(r"<!-- site: ([\w/.]+) -->")
 _MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+# Classes whose base class is of no interest by itself, so that its methods are shown as theirs.
+_WITH_METHODS_OF_ITS_BASE = ("LoraLens",)
 
 
 @functools.cache
@@ -121,7 +123,10 @@ def reference_page(title: str) -> str:
 
 def _entry(name: str) -> str:
     """An object's reference; of a call, with its example."""
-    entry, example = f"::: lens_lora.{name}", site_outputs.examples().get(name)
+    entry = f"::: lens_lora.{name}"
+    if name in _WITH_METHODS_OF_ITS_BASE:
+        entry += "\n    options:\n      inherited_members: true"
+    example = site_outputs.examples().get(name)
     return f"{entry}\n\n**Example**\n\n{example}" if example else entry
 
 

@@ -24,7 +24,8 @@ names that other folders use stand in `__init__.pyi`, the door, in the same orde
        model/value_constants.py        the one term that is added elsewhere than at its own site
        model/plan.py                   the sites, maps and places of one lens
        model/injections.py             the hooks that add ε_l δz_l in a forward pass
-       model/lens.py                   `LoraLens`: all of this over one model
+       model/adapted_model.py          a hooked model with its sites: gates, and hooks at them
+       model/lens.py                   `LoraLens`: such a model, asked with prompts
        model/host.py                   what is asked of a hooked model; `bridge.py` and
                                        `hooked_transformer.py` are the two that answer
 

@@ -11,7 +11,8 @@ To read it, begin at the top:
       modules, lengths, find_host
     plan                            where each site reads and writes, and what
     injections, hooks, locks        the hooks that do it
-    gates, lens                     LoraLens: the function of the gates, f(ε)
+    gates, adapted_model            the model at any gates, and the blocks with hooks on
+    lens                            LoraLens: the same, asked with prompts: f(ε)
     public_call, passes, points,    what a public call may rely on, and what it may be asked of
       unembedding, tokenizers
     check, watch, running,          whether the model can be trusted

@@ -395,7 +395,7 @@ def test_blocks_of_a_norm_and_of_what_reads_it(family: str, norm: str, cls: str,
             blocks.enter_context(lens.applied(half))
         adapted = lens.model(tokens())
     assert torch.allclose(adapted, lens.logits(tokens()), atol=1e-4)
-    monkeypatch.setattr("lens_lora.core.model.lens.require_sum", lambda *_: None)
+    monkeypatch.setattr("lens_lora.core.model.adapted_model.require_sum", lambda *_: None)
     if (cls, family) == ("HookedTransformer", "llama"):  # whose q is read before γ
         assert nested_off(lens, norms, others, "blocks") > 1e-2
 
