@@ -1,12 +1,15 @@
-"""A hooked model with an adapter over it, at any gates ε.
+"""A hooked model with an adapter over it: each site l writes W_l z_l + ε_l ΔW_l z_l.
 
-The gates have one entry for each site; at 0 it is the base model, and at 1 the adapted one.
+With all gates ε_l at 0 it is the base model, and with all of them at 1 the adapted one. In order:
 
-1. A `Plan` says where each site reads and writes, and its map z → δ(z).
-2. `applied`, `fwd_hooks` and `injected` put the sites' hooks on the model (`injections`).
-3. Before they do, the model must be in the state in which the plan was made.
+    sites, maps, host, dtype            what there is: the sites, their maps z → δ(z), the model
+    gates, fwd_hooks                    a strength as one gate for each site, and hooks as a list
+    points, hooked                      hook points by name, and hooks of a caller
+    check_state, check_backward         refuse a model that has changed since the plan was made
+    applied, adapted, injected          blocks within which the sites' hooks are on the model
 
-`LoraLens` (`lens.py`) is such a model, and what is asked of it with prompts.
+A `Plan` (`plan.py`) knows where each site reads and writes; `injections.py` makes the hooks of it.
+No prompt is known here: `LoraLens` (`lens.py`) is such a model, asked with prompts.
 """
 
 from __future__ import annotations
@@ -41,27 +44,39 @@ if TYPE_CHECKING:
 
 
 class AdaptedModel(metaclass=guesses.OfLensClass):
-    """A hooked model with an adapter over it: its sites, their gates, and the hooks at them."""
+    """A hooked model with an adapter over it: its sites, their gates, and the hooks at them.
 
-    model: Any
-    _plan: Plan
-    _eps: float | None
+    Attributes:
+        model: the hooked model; it has no hooks of an adapter but within the blocks.
+    """
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        """Take the model as it is now; a later change of it is refused.
+
+        Args:
+            model: the hooked model.
+            plan: where each site reads and writes in it, and what.
+        """
+        self.model: Any = model
+        self._plan = plan
+        # The precision, if it is known without a pass; `eps` measures it otherwise.
+        self._eps: float | None = precision.known_eps(model)
 
     # --- The model and its sites
 
     @property
     def tokenizer(self) -> Any:
-        """The hooked model's tokenizer; None of a model without one."""
+        """The hooked model's tokenizer; None if it has none."""
         return getattr(self.model, "tokenizer", None)
 
     @property
     def cfg(self) -> Any:
-        """The hooked model's configuration, as TransformerLens has it."""
+        """The hooked model's TransformerLens configuration."""
         return self.model.cfg
 
     @property
     def sites(self) -> Sites:
-        """The adapted linear maps, in the order in which a forward pass meets them."""
+        """The adapted modules, in the order in which a forward pass meets them."""
         return self._plan.sites
 
     @property
@@ -76,12 +91,15 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
 
     @property
     def injections(self) -> tuple[Injection, ...]:
-        """The places at which hooks add something: first one for each site, as in `sites`."""
+        """The places where hooks add something: one for each site, as in `sites`, then the others.
+
+        A norm that runs twice, or a value bias that was folded, adds in a second place.
+        """
         return self._plan.injections
 
     @property
     def plan(self) -> Plan:
-        """Everything that the hooks need: for injections of your own (`injected`)."""
+        """Everything that the hooks need, for injections of your own (`injected`)."""
         return self._plan
 
     @property
@@ -91,7 +109,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
 
     @property
     def rotary(self) -> Rotary:
-        """The rotary tables that depend on how many positions a pass has."""
+        """The model's rotary tables, which may depend on how many positions a pass has."""
         return self._plan.host.rotary
 
     @property
@@ -111,7 +129,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's first parameter; where that is offloaded, where it runs."""
+        """The device of the model's first parameter; if that is offloaded, the one it runs on."""
         return home_of(self.model)
 
     @property
@@ -121,12 +139,12 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
 
     @property
     def gate_dtype(self) -> torch.dtype:
-        """The dtype of gates and updates: the model's, never below float32."""
+        """The dtype of gates and updates: that of the model, but float32 at least."""
         return self.maps[0].dtype
 
     @property
     def unit_roundoff(self) -> float:
-        """The relative size of one rounding: of the dtype, or of a kernel's 8-bit activations."""
+        """The relative size of one rounding, of the dtype or of a kernel's 8-bit activations."""
         return max(self.eps / 2, self._plan.activation_rounding)
 
     def head_points(self, kinds: Iterable[str] = "qkvo") -> dict[str, str]:
@@ -151,11 +169,12 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
     def delta_w(self, site: str | Site) -> FactoredMatrix:
         """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.
 
-        In the model's own basis: merged weights, processed as the model's were, minus the model's.
-        TransformerLens orients weights the other way (z @ W): take `.T`. The heads of q, k and v
-        follow one another in d_out, those of o in d_in. Of an embedding d_in is the vocabulary, and
-        ΔW has the factor by which a TransformerBridge scales it (Gemma: √d_model). What is added
-        whatever the input is not in it. Experts: [ΔW_1 … ΔW_E], [d_out, expert · d_in].
+        It is in the model's own basis: merged weights, processed as the model's were, minus the
+        model's. TransformerLens orients weights the other way (z @ W): take `.T`. The heads of q, k
+        and v follow one another in d_out, those of o in d_in. For an embedding d_in is the
+        vocabulary, and ΔW includes the factor by which a TransformerBridge scales embeddings
+        (Gemma: √d_model). A part of δ that does not depend on the input, such as a change of bias,
+        is left out. Experts stand side by side, [ΔW_1 … ΔW_E], [d_out, expert · d_in].
 
         Args:
             site: one of `sites`, or its name.
@@ -169,35 +188,36 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         B, A = self.maps[self.site_index(name)].of_weight()
         return FactoredMatrix(B.clone(), A.clone())
 
-    # --- Gates, and hooks that put the adapter on the model
+    # --- Gates, and the hooks of the sites as a list
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
-        """The gates ε on the model's device; derivatives pass through them to a tensor `scale`.
+        """The gates ε on the model's device. A tensor keeps its graph.
 
         Args:
-            scale: one number for all sites, a tensor, or {site name or glob: number}, others 0.
+            scale: one number for all sites; a tensor with one gate for each; or {site name or glob:
+                number}, with all other sites at 0.
 
         Raises:
             SiteError: a name that matches no site, or a tensor without one gate per site.
-            ArgumentError: what is no number, tensor or mapping.
+            ArgumentError: anything but a number, a tensor or a mapping.
         """
         return gates_of(scale, self.sites, self.gate_dtype).to(self.device)
 
     def gates_of_rows(self, scale: Scale, rows: int) -> Float[Tensor, "*row site"]:
-        """The gates of all rows, [site], or of each of so many rows, [row, site].
+        """One set of gates for all rows, [site], or one for each row, [row, site].
 
         Args:
             scale: as for `gates`.
             rows: how many rows there are.
 
         Raises:
-            SiteError: gates of another number of rows.
+            SiteError: gates for another number of rows.
         """
         return gates_of_rows(self.gates(scale), rows)
 
     @staticmethod
     def scale_in_words(scale: Scale) -> str:
-        """Gates as results state them: 'ε = 0.5', or that they are the caller's own.
+        """Gates as results state them: 'ε = 0.5', or 'gates of the caller'.
 
         Args:
             scale: as for `gates`.
@@ -205,9 +225,9 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         return f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller"
 
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
-        """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.
+        """The sites' hooks as a list, for `model.run_with_hooks(tokens, fwd_hooks=…)`.
 
-        Your own hooks in the same list see and change the adapted model, whatever the order:
+        Your own hooks in the same list see and change the adapted model, wherever they stand in it:
         δ is computed from the input that they return, and added before they see the output. While
         these hooks are on the model, calls of a lens are refused, as within `applied`.
 
@@ -215,8 +235,8 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
             scale: as for `gates`.
 
         Raises:
-            ModelStateError: a site without a hook point at its output (on HookedTransformer
-                embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
+            ModelStateError: a site has no hook point at its output (on HookedTransformer:
+                embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` instead.
         """
         self._check_blocks()
         inject = ScaleInject(self._plan, self.gates(scale), scale)
@@ -225,24 +245,24 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
     # --- Hook points
 
     def known_point(self, name: str) -> str:
-        """The name, if the model has such a hook point.
+        """Check that the model has a hook point of this name, and return the name.
 
         Args:
             name: the name in full.
 
         Raises:
-            SiteError: it has none, with the nearest names.
+            SiteError: there is none; the nearest names are given.
         """
         return known_point(self.model, name)
 
     def points(self, names: Names | None) -> HookPoints:
-        """The hook points that these names mean, in the order of layers. No forward pass.
+        """The hook points that some names stand for, in the order of layers. No forward pass.
 
         Args:
-            names: a hook point, several, globs, or a predicate; None for every one.
+            names: a hook point, several, globs, or a predicate; None for all of them.
 
         Raises:
-            SiteError: a hook point that the model lacks, a glob or a predicate without a match.
+            SiteError: a hook point that the model lacks, or a glob or predicate without a match.
         """
         return HookPoints.of(self._plan, names)
 
@@ -255,10 +275,10 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         return attached(self.model, hooks)
 
     def is_hooked(self, *modules: nn.Module) -> bool:
-        """Whether a hook that no library hung there by itself is on the model.
+        """Whether a hook is on the model, other than those that libraries put there themselves.
 
         Args:
-            modules: where one is looked for; by default at every hook point.
+            modules: where to look; by default at every hook point.
         """
         return is_hooked(modules or self.model.hook_dict.values())
 
@@ -269,7 +289,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
             points: the names of hook points.
 
         Raises:
-            ModelStateError: one lies between a site's input and the point at which δ is added.
+            ModelStateError: a point lies between a site's input and the place where δ is added.
         """
         self._plan.require_update(points)
 
@@ -279,8 +299,8 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         """Check that the model and the adapter are as they were when the lens was made. No pass.
 
         Args:
-            entries: whether entries of the weights are compared, too; they show edits through
-                `.data`, which nothing else does.
+            entries: whether some entries of the weights are compared as well, which is the only way
+                to see an edit through `.data`.
 
         Raises:
             ModelStateError: naming what changed.
@@ -288,10 +308,10 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         self._plan.check_state(entries=entries)
 
     def check_backward(self, *, once: bool = True) -> None:
-        """Check that the graph of a pass is that of one run of each block. No pass.
+        """Check that each block runs once in the graph of a pass. No pass.
 
         Args:
-            once: whether it is walked back once, for a first derivative, with hooks still on.
+            once: whether there is a single backward pass, with the hooks still on.
 
         Raises:
             ModelStateError: gradient checkpointing would run blocks again.
@@ -299,33 +319,34 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         self._plan.check_backward(once=once)
 
     def _check_blocks(self) -> None:
-        """Check the state, and that the open blocks of `applied` add up with another one."""
+        """Check the state, and that a further block may add to those of `applied` that are open."""
         self._plan.check_state()
         plans = [span.about for span in open_spans() if isinstance(span.about, Plan)]
         require_sum(self._plan, [plan for plan in plans if plan.host.model is self.model])
 
-    # --- Blocks within which the model is another one
+    # --- Blocks within which the sites' hooks are on the model
 
     def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.
 
-        After the block, also after an exception or an interrupt, the model has its own hooks and
+        After the block, even after an exception or an interrupt, the model has its own hooks and
         weights again. Other threads that use a lens on this model wait until then. A tensor `scale`
-        may be differentiated, in either mode and within torch.func transforms, and one that needs
-        a gradient, in the gates' dtype, edited between passes, as an optimiser does.
+        may be differentiated, in either mode and within torch.func transforms. If it needs a
+        gradient and has the gates' dtype, it may be edited between passes, as an optimiser does.
 
-        Blocks within one another add up, those of one lens too: two at scale 1 apply it twice.
-        Analyses, `logits` and `generate` of any lens on this model are refused within a block, as
-        they would take the adapted model for their base; they apply the adapter by themselves.
-        Weights stay the base's. Reading one that the adapter changes is refused within the block,
-        so that no tool takes it for the adapted model's.
+        Nested blocks add up, even those of one lens: two at scale 1 apply its adapter twice.
+        Analyses, `logits` and `generate` of any lens on this model are refused within a block: they
+        apply the adapter by themselves, and would take the adapted model for their base. The
+        weights stay those of the base. Reading a weight that the adapter changes is refused within
+        the block, so that no tool takes it for the adapted model's.
 
         Args:
             scale: as for `gates`.
 
         Raises:
-            ModelStateError: the model's state changed; or blocks that do not add up, where one
-                changes a norm, or v and o where value biases are folded. Make one lens of the sum.
+            ModelStateError: the model's state has changed; or the block does not add up with an
+                open one, because one of them changes a norm, or v and o where value biases are
+                folded. Make one lens of the sum.
         """
 
         def apply(span: Temporary) -> Any:
@@ -337,7 +358,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         return Temporary(apply)
 
     def adapted(self, scale: Scale) -> AbstractContextManager[Any]:
-        """Within the block the model is the adapted one, for code that reads none of its weights.
+        """Within the block the model is the adapted one, and its weights may be read: the base's.
 
         Args:
             scale: as for `gates`.
@@ -355,15 +376,15 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
     def injected(
         self, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
     ) -> AbstractContextManager[None]:
-        """The sites' hooks with any injection, for the length of the block.
+        """Within the block, each site writes what an injection of the caller's says.
 
         Args:
             inject: what is written at each site.
-            before: hooks that are added before those of the sites.
+            before: hooks that come before those of the sites.
 
         Raises:
-            ModelStateError: the model changed since the lens was made; or gradients are computed,
-                and reentrant gradient checkpointing would cut them off.
+            ModelStateError: the model has changed since the lens was made; or gradients are
+                computed, and reentrant gradient checkpointing would cut them off.
         """
 
         def put_on(span: Temporary) -> None:
@@ -376,20 +397,20 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
     def _put_on(
         self, span: Temporary, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
     ) -> None:
-        """Until the span ends, the sites' hooks are on the model."""
+        """Put the sites' hooks on the model, until the span ends."""
         self.hold(span)
         self._plan.check_state(entries=False)
         span.enter_context(extensions.differentiable_products(self._plan.quantised))
-        # A TransformerBridge puts its hook points together anew whenever they are asked for.
+        # A TransformerBridge collects its hook points anew each time, so they are read once.
         points = self.model.hook_dict
         hooks = site_hooks(self._plan, inject, points, before)
         span.enter_context(attached(self.model, hooks, points))
 
     def hold(self, span: Temporary) -> None:
-        """Until the span ends, other threads that use a lens on this model wait.
+        """Let other threads that use a lens on this model wait until the span ends.
 
         Args:
-            span: how long.
+            span: for how long.
         """
         hold(span, lock_of(self.model))
 
@@ -397,7 +418,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         """Within the block, only a part of the final residual stream is unembedded.
 
         Args:
-            select: takes the part of it, [row, pos, d_model], that the head is to read.
+            select: takes the part to be unembedded from the final residual stream, [row, pos, d].
         """
         return unembedded_only(self.model, select)
 
@@ -405,7 +426,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
 
     @property
     def eps(self) -> float:
-        """The relative precision in which the model computes; by one short pass where measured."""
+        """The relative precision in which the model computes; one short pass if it is measured."""
         if self._eps is None:
             self._eps = self._measured_eps()
         return self._eps

@@ -249,7 +249,7 @@ def take_away(
     positions: object,
     sinks: object,
 ) -> Any:
-    """Remove directions at hook points, until the span ends: see `LoraLens.without`."""
+    """Remove directions at hook points, until the span ends: see `LoraLens.ablate_directions`."""
     raise NotImplementedError
 
 

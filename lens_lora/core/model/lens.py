@@ -1,13 +1,14 @@
-"""`LoraLens` lays an adapter over a hooked model: the function f(ε) that every analysis evaluates.
+"""`LoraLens` lays an adapter over a hooked model, and is asked about prompts.
 
-The gates ε have one entry for each site; f(0) is the base model, and f(1) the adapted one.
+What needs no prompt is in its base class, `AdaptedModel` (`adapted_model.py`): sites, gates ε, and
+the hooks that let each site write W z + ε ΔW z. This file adds the rest, in this order:
 
-1. Making a lens makes its `Plan`: where each site reads and writes, and its map z → δ(z). Then it
-   checks that the model runs, that it computes what its base does, and that the base is the right
-   one (`running`, and what is registered in `extensions`).
-2. `applied`, `fwd_hooks` and `injected` put the sites' hooks on the model (`injections`).
-3. `run` is the one place in which the package runs the model over prompts.
-4. `function` is g(ε), of which every analysis is a part.
+    __init__, and its checks            the model runs, computes what its base does, and is exact
+    with_adapter, within, in_gauge      the same model with another adapter, bound or gauge
+    prompts, function                   prompts as tokens, and g(ε), which every analysis asks
+    logits, generate, run               f(ε): passes over prompts, all of which `run` makes
+    ablate_directions                   directions that are taken out of the model for a while
+    str_tokens, describe, repr          names for people and files
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lens_lora._version import versions
 from lens_lora.arguments import number, word
 from lens_lora.compat import uncompiled
 from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.model import description, extensions, precision, running
+from lens_lora.core.model import description, extensions, running
 from lens_lora.core.model.adapted_model import AdaptedModel
 from lens_lora.core.model.bases import names_of, shown_name
 from lens_lora.core.model.check import require_check, require_kinds
@@ -65,44 +66,44 @@ class LoraLens(AdaptedModel):
     The model is not changed: hooks are added at the start of a call and removed at its end.
 
     Args:
-        model: a HookedTransformer or a TransformerBridge of the adapter's base model. Of one that
-            `torch.compile` has wrapped, the model within.
+        model: a HookedTransformer or a TransformerBridge of the adapter's base model. If
+            `torch.compile` has wrapped it, the model inside is taken.
         adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
-        hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
-            folded, and by a HookedTransformer for trained biases. The model's weights are compared
-            with it, in float32 also logits of 8 tokens.
-        check: whether the adapter is verified on this model, beyond its shapes. True: (1) in a
-            family without an entry in the table of `docs/exactness_data.md`, random updates at its
-            modules are compared with the Hugging Face model under forward hooks, in two passes
-            over eight tokens; (2) a module that was trained whole must compute what its weight
-            says; (3) a base that holds the adapter already is refused. False: none of the three,
-            and of (3) is warned. None, for an adapter that only stands in for those of
-            `with_adapter`: (2) alone, and (1) is left to them.
-        prepend_bos: whether a string that does not begin with a BOS gets one, in every analysis;
-            None for what the model does itself (`model.to_tokens`), of which is warned once where
-            its tokenizer does otherwise. `ll.load` reads strings as the tokenizer does.
-        probe: random updates and their logits that were made before the base was wrapped, as
-            `ll.load` makes them; None to make them of hf_model, or of the base within the model.
+        hf_model: the unprocessed Hugging Face base. It is needed where norms or value biases were
+            folded, and for trained biases on a HookedTransformer. The model's weights are compared
+            with its weights and, in float32, the logits of 8 tokens as well.
+        check: what is verified of the adapter on this model, beyond its shapes. True makes three
+            checks. (1) In a family without an entry in the table of `docs/exactness.md`, random
+            updates at the adapter's modules are compared with the Hugging Face model under forward
+            hooks, in two passes over eight tokens. (2) A module that was trained whole must compute
+            what its weight says. (3) A base that holds the adapter already is refused. False makes
+            none of them, and only warns about (3). None is for an adapter that stands in for those
+            of `with_adapter`: it makes (2) alone, and leaves (1) to them.
+        prepend_bos: whether a string that does not begin with a BOS gets one, in every analysis.
+            None does what the model itself does (`model.to_tokens`), and warns once if the
+            tokenizer would do otherwise. `ll.load` reads strings as the tokenizer does.
+        probe: random updates and the logits that they give, computed before the base was wrapped,
+            as `ll.load` does. None computes them with hf_model, or with the base inside the model.
 
     Attributes:
         prepend_bos: see above.
-        eps: the precision in which the model computes: that of its dtype; of float32 if a float64
-            model rounds to it; of TF32 or bfloat16 if a device rounds the factors of a float32
-            model's products to it. It is measured by one short pass, unless the model is in half
-            precision, or in float32 on a CPU that was not told to round.
+        eps: the relative precision in which the model computes. It is that of the dtype, unless a
+            float64 model rounds to float32 on the way, or a device rounds the factors of a float32
+            model's products to TF32 or bfloat16. It is measured by one short pass, unless the model
+            is in half precision, or in float32 on a CPU that was not told to round.
         max_memory: bytes that an analysis may take beside the model and its result; None for no
             bound.
-        base_note: what was warned of the base, on every page of the lens's results; '' for
-            nothing.
+        base_note: the warning about the base, which every page of the lens's results repeats; ''
+            if there was none.
 
     Warns:
         LensLoraWarning: the base is not the one that the adapter names, by its name, or by its
             weights where the named base lies on this machine.
 
     Raises:
-        SiteError, AdapterError: a module that the model lacks; shapes that do not fit.
-        ModelStateError: a state in which the adapter cannot be applied exactly; names the remedy.
-        OutOfMemoryError: dense updates (DoRA, modules trained whole) that do not fit into memory.
+        SiteError, AdapterError: the model lacks a module, or shapes do not fit.
+        ModelStateError: the model is in a state in which the adapter cannot be applied exactly.
+        OutOfMemoryError: dense updates (DoRA, modules trained whole) do not fit into memory.
     """
 
     max_memory: float | None = None
@@ -125,18 +126,16 @@ class LoraLens(AdaptedModel):
         is_checked = check is not False
         is_stand_in = check is None
         adapter = extensions.named_as_model(adapter, model)
-        self.model = model
-        self.prepend_bos: bool | None = prepend_bos
+        super().__init__(model, make_plan(model, adapter, hf_model))
         self.adapter = adapter
+        self.prepend_bos: bool | None = prepend_bos
         self._hf_model = hf_model
-        self._plan = make_plan(model, adapter, hf_model)
         if is_checked:
             extensions.require_own_parameters(model, adapter)
-        self._eps: float | None = precision.known_eps(model)
         self._require_running()
         if hf_model is not None:
             self._require_same_logits(hf_model)
-        # The modules that were probed; None for a model of which none are.
+        # The modules that were probed; None if the model's family needs no probe.
         self._probed: frozenset[str] | None = None
         if is_checked and self.host.family.is_probed:
             self._probed = frozenset()
@@ -150,7 +149,7 @@ class LoraLens(AdaptedModel):
     # --- What is checked when a lens is made
 
     def _require_running(self) -> None:
-        """Check that the model runs, unless it was seen to run as it is now."""
+        """Check that the model runs, unless it has run in its present state before."""
         if self._eps is not None and running.has_run(self.model):
             return
         running.require_running(
@@ -173,7 +172,13 @@ class LoraLens(AdaptedModel):
     def _probed_with(
         self, adapter: Adapter, done: frozenset[str], probe: extensions.Probe | None = None
     ) -> frozenset[str]:
-        """`done` and the modules of this adapter, once they are seen to be exact on the model."""
+        """Check that this adapter's modules are exact on the model; returns all modules so checked.
+
+        Args:
+            adapter: the adapter.
+            done: the modules that were checked before.
+            probe: random updates with their logits, if they are computed already.
+        """
         return extensions.probed(
             self.model, self._hf_model, adapter, done, eps=lambda: self.eps, probe=probe
         )
@@ -183,9 +188,9 @@ class LoraLens(AdaptedModel):
             errors.warn(self.base_note, stacklevel=stacklevel)
 
     def _run_once(self) -> None:
-        """Run the model on eight tokens, and measure its precision unless that is known.
+        """Run the model on eight tokens, and measure its precision if it is not known.
 
-        Within another lens's block the model cannot be run; its precision is measured later.
+        Inside another lens's block the model cannot be run; its precision is then measured later.
         """
         with contextlib.suppress(errors.ModelStateError):
             if self._eps is None:
@@ -199,21 +204,24 @@ class LoraLens(AdaptedModel):
 
     @alone
     def with_adapter(self, adapter: Adapter, *, check: bool | None = True) -> LoraLens:
-        """A lens of another adapter over the same model and hf_model.
+        """A lens over the same model with another adapter.
 
-        No forward pass: weights of the adapted modules are compared with hf_model, logits not.
+        No forward pass: the weights of the adapted modules are compared with hf_model, but no
+        logits.
 
         Args:
             adapter: the other adapter.
-            check: as of a new lens, for modules that no check has seen. False and None leave those
-                to the next adapter that has them: for an adapter whose update is zero, say.
+            check: as for a new lens, for modules that have not been checked yet. False and None
+                leave such modules to the next adapter that has them, as an adapter whose update is
+                zero does.
 
         Warns:
-            LensLoraWarning: it names another base than this lens's adapter and than the model.
+            LensLoraWarning: the adapter names another base than this lens's adapter, and than the
+                model.
 
         Raises:
-            SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
-                changed since this one was made.
+            SiteError, AdapterError, ModelStateError: as for a new LoraLens; or the model's state
+                has changed since this lens was made.
         """
         require_kinds(adapter, None)
         require_check(check)
@@ -235,10 +243,12 @@ class LoraLens(AdaptedModel):
         return other
 
     def null_adapters(self, seed: int, draws: int) -> Iterator[Adapter]:
-        """Null draws of the adapter: random directions, with the spectrum of each fused part.
+        """Draw null adapters: random directions with the adapter's own singular values.
+
+        A fused module, such as one that holds q, k and v, keeps the singular values of each part.
 
         Args:
-            seed: of the draws; the same seed gives the same adapters.
+            seed: the seed of the draws; the same seed gives the same adapters.
             draws: how many.
 
         Raises:
@@ -247,19 +257,19 @@ class LoraLens(AdaptedModel):
         return extensions.null_adapters(self, seed, draws)
 
     def within(self, max_memory: float | None) -> LoraLens:
-        """The same lens, whose analyses take so much memory beside the model and their results.
+        """The same lens, with a bound on the memory that its analyses take.
 
-        Prompts, interventions, tangents and covectors go fewer at a time, and where the graph of a
-        backward pass is too large, blocks keep their inputs alone and run once more on the way
-        back: hooks of your own then fire twice there. Numbers stay the same but for rounding. The
-        bound is kept by an estimate. `logits` and `generate` run the model as they are called:
-        their batches are yours.
+        Fewer prompts, interventions, tangents and covectors then go into one pass. Where even one
+        backward pass is too large, blocks keep only their inputs and run once more on the way back,
+        so hooks of your own fire twice there. The numbers stay the same up to rounding. The memory
+        of a pass is estimated before it is run. `logits` and `generate` do not divide what they are
+        given.
 
         Args:
-            max_memory: bytes, such as 8e9; None for no bound.
+            max_memory: bytes beside the model and the result, such as 8e9; None for no bound.
 
         Raises:
-            ArgumentError: no positive number.
+            ArgumentError: anything but a positive number.
         """
         if max_memory is not None and number("max_memory", max_memory) <= 0:
             raise errors.ArgumentError(
@@ -270,14 +280,14 @@ class LoraLens(AdaptedModel):
         return other
 
     def in_gauge(self, gauge: Gauge, by: tuple[str, ...] | None = None) -> LoraLens:
-        """The same function f(ε), each site's ranks in the coordinates of a gauge.
+        """The same function f(ε), with each site's rank space in other coordinates.
 
         Args:
-            gauge: 'trained', the factors' own ranks, or 'svd', the singular directions of ΔW.
-            by: what values will be split by, if a gauge is refused where that is not 'rank'.
+            gauge: 'trained' for the factors' own ranks, or 'svd' for the singular directions of ΔW.
+            by: what values will be split by; then 'svd' is refused unless 'rank' is among them.
 
         Raises:
-            ArgumentError: another gauge, or one that nothing is split by.
+            ArgumentError: another gauge, or 'svd' where nothing is split by rank.
         """
         if word("gauge", gauge, get_args(Gauge)) == "trained":
             return self
@@ -305,12 +315,12 @@ class LoraLens(AdaptedModel):
 
     @property
     def hf_model(self) -> nn.Module | None:
-        """The unprocessed Hugging Face base; None where the lens was made without it."""
+        """The unprocessed Hugging Face base; None if the lens was made without it."""
         return self._hf_model
 
     @property
     def base_names(self) -> list[str]:
-        """The names by which the base is known, as of the Hugging Face model; perhaps none."""
+        """The names by which the base is known, such as that of the Hugging Face model, if any."""
         return names_of(self.model, self._hf_model)
 
     # --- Prompts, and the function g of them
@@ -322,26 +332,27 @@ class LoraLens(AdaptedModel):
         *,
         prepend_bos: bool | None = None,
     ) -> Prompts:
-        """Strings, conversations or ids as `Prompts`, which every analysis takes as they are.
+        """Turn strings, conversations or ids into `Prompts`, which every analysis takes unchanged.
 
-        A string gets a BOS, or none, by the lens's own `prepend_bos`; a conversation has the ids of
-        its chat template. The repr says what was done. No forward pass.
+        Whether a string gets a BOS is decided by the lens's own `prepend_bos`; a conversation has
+        the ids of its chat template. The repr says what was done. No forward pass.
 
             >>> lens.prompts("The capital of France is", prepend_bos=False)  # doctest: +SKIP
             Prompts(1 of 5 tokens; text without BOS)
 
         Args:
             prompts: strings, conversations, ids [batch, pos], ids with their mask, or `Prompts`.
-            response: what is said after each: a string, ids, or one of these per prompt. Both are
-                then one row, of which `KL()` and activations read each token of the response;
-                what is about the next token (a margin, an answer, the logit shift) refuses it.
-            prepend_bos: of strings alone: whether a BOS is put in front of each that does not begin
-                with one; None for the lens's own `prepend_bos`.
+            response: what is said after each prompt: a string, ids, or one of these per prompt. The
+                prompt and its response are then one row, and `KL()` and activations read each token
+                of the response. What is about the next token (a margin, an answer, the logit shift)
+                refuses such prompts.
+            prepend_bos: for strings only: whether each that does not begin with a BOS gets one;
+                None for the lens's own `prepend_bos`.
 
         Raises:
-            PromptError: empty, too long, outside the vocabulary, padded without lengths or mask, or
-                no input of the chat template; a `prepend_bos` of what is no string, or true where
-                the tokenizer has no BOS.
+            PromptError: prompts that are empty, too long, outside the vocabulary, padded without
+                lengths or mask, or refused by the chat template; `prepend_bos` for anything but
+                strings, or True where the tokenizer has no BOS.
             TokenError: a response that does not fit the model.
         """
         ready = tokenise(self.model, prompts, prepend_bos, rule=self.prepend_bos)
@@ -360,25 +371,25 @@ class LoraLens(AdaptedModel):
         *,
         progress: bool = True,
     ) -> Function:
-        """The function g(ε) over these prompts, bound once, of which every analysis is a part.
+        """The function g(ε) of these prompts, which every analysis asks.
 
             >>> g = lens.function("The capital of France is", margin)  # doctest: +SKIP
             >>> g(0.5), g.shift, g.slopes(at=1.0), g.corners("leave_one_out")  # doctest: +SKIP
 
-        `docs/write_your_own.md` shows how an analysis is written with it. No forward pass; one of a
-        `KL`, for the base's distribution, which is a part of the function from then on.
+        `docs/write_your_own.md` shows how an analysis is written with it. No forward pass, unless
+        the readout is a `KL`: it takes one, for the base's distribution, which the function keeps.
 
         Args:
             prompts: as for `prompts`.
-            readout: what is read of the logits; without it there is f alone: logits and tangents.
-            response: what is said after each prompt. Without a readout the logits are those from
-                which each of its tokens is drawn; with one it is passed on as for `prompts`.
+            readout: what is read from the logits. Without one there is only f: logits and tangents.
+            response: what is said after each prompt. Without a readout, `logits` are then those
+                from which each token of the response is drawn; with one, see `prompts`.
             progress: whether long calls show a bar.
 
         Raises:
-            ArgumentError: something that is no readout.
+            ArgumentError: something that is not a readout.
             TokenError, PromptError: a readout, prompt or response that does not fit the model.
-            ModelStateError: the model is not as it was when the lens was made.
+            ModelStateError: the model has changed since the lens was made.
         """
         return extensions.function_of(self, prompts, readout, response, progress=progress)
 
@@ -407,7 +418,7 @@ class LoraLens(AdaptedModel):
     def __call__(
         self, prompts: PromptsLike, scale: Scale = 1.0
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """The logits of the adapted model, or of other gates: the same as `logits`.
+        """The logits of the adapted model, or of the model at other gates; the same as `logits`.
 
         Args:
             prompts: as for `prompts`.
@@ -419,10 +430,12 @@ class LoraLens(AdaptedModel):
         return self.logits(prompts, scale)
 
     def not_finite(self, run: Callable[[], object]) -> errors.NumericsError:
-        """The error of a pass whose logits are not finite. One forward pass.
+        """The error for a pass whose logits are not finite. One forward pass.
+
+        It names the first hook point that holds NaN or infinity.
 
         Args:
-            run: the same pass once more; the error names the first hook point with NaN or infinity.
+            run: runs the same pass once more.
         """
         return errors.NumericsError(running.first_non_finite(self.model, run))
 
@@ -441,32 +454,33 @@ class LoraLens(AdaptedModel):
     ) -> Generated:
         """Let the model say something after each prompt, at the given gates.
 
-        The likeliest token each time, as Hugging Face's greedy search with the adapter active takes
-        it; what else a generation_config asks for (a repetition penalty, say) is left out.
+        By default each token is the likeliest one, as in Hugging Face's greedy search with the
+        adapter active. Other settings of a generation_config, such as a repetition penalty, are
+        ignored.
 
         Pass the result on as a response: `ll.token_shifts(lens, said.prompts, said)`. Its `.text`
         is a string for a single prompt, and a tuple of strings for a list of prompts.
 
-        Cost: a pass over the prompt, one over a single token for each new one, and one over the
-        whole, which confirms every token; prompts go together. Where the model's key-value cache
-        is wrong, a pass over the whole for each token.
+        Cost: one pass over the prompt, one over a single token for each new token, and one over the
+        whole text, which confirms every token; prompts are batched. If the model's key-value cache
+        turns out to be wrong, one pass over the whole text for each token.
 
         Args:
             prompts: strings, conversations, ids or `Prompts`.
-            max_new_tokens: the most that are said after each.
+            max_new_tokens: the largest number of tokens that are said after each prompt.
             scale: as for `gates`; 0 for the base, 1 for the adapted model.
-            temperature: 0 for the likeliest token; above, tokens are drawn.
+            temperature: 0 takes the likeliest token; above 0 tokens are drawn.
             top_p: draw from the fewest tokens whose probabilities sum to this.
-            seed: of the draws: the same prompts and seed give the same tokens.
-            eos_token_id: an id or several that end a response, () for none; by default those of
-                the base's generation_config, its config, or the tokenizer's.
+            seed: the seed of the draws; the same prompts and seed give the same tokens.
+            eos_token_id: one id or several that end a response, or () for none; by default those of
+                the base's generation_config, of its config, or of the tokenizer.
             progress: show a bar.
 
         Raises:
             PromptError: a prompt that leaves no room for so many tokens in the context.
             ArgumentError: max_new_tokens below 1; temperature below 0, or top_p outside (0, 1]; a
-                seed or an end that is no whole number; what `gates` refuses.
-            SiteError: as for `gates`; gates of another number of prompts.
+                seed or eos_token_id that is not a whole number; gates that `gates` refuses.
+            SiteError: as for `gates`; or gates for another number of prompts.
             NumericsError: non-finite logits.
         """
         return extensions.generated(
@@ -482,17 +496,17 @@ class LoraLens(AdaptedModel):
         )
 
     def run(self, prompts: Prompts) -> Float[Tensor, "batch pos d_vocab"]:
-        """The model's own forward pass, with the hooks that it has at the moment.
+        """Run the model's own forward pass, under the hooks that are on it at the moment.
 
-        Every pass over prompts of this package is made here. Each row is computed as it is alone,
-        also where a rotary table depends on how long the longest row is.
+        Every pass of this package over prompts is made here. A row's numbers do not depend on the
+        other rows, not even where a rotary table depends on the length of the longest row.
 
         Args:
-            prompts: as tokens.
+            prompts: the tokens.
         """
         return logits_of_prompts(self.model, self.rotary, prompts)
 
-    # --- Directions that are taken out of the model
+    # --- Directions that are taken out of the model for a while
 
     def ablate_directions(
         self,
@@ -504,33 +518,37 @@ class LoraLens(AdaptedModel):
     ) -> AbstractContextManager[Any]:
         """Within the block, directions are ablated: h becomes h − v vᵀh at hook points.
 
-        The base as well as the adapted model, for every call, `generate`, and tools of
-        TransformerLens; derivatives pass through it. `ll.removal_cost(lens)` within the block says
-        what the same removal costs the base. After the block, also after an exception or an
-        interrupt, the model is as before. Entering it runs one token. In the model's basis: where
-        processing centred the residual stream, directions of it are centred first. On a
-        TransformerBridge hook_resid_mid is what the MLP's norm reads, not the stream itself.
+        This holds for the base and for the adapted model, in every call, in `generate` and in tools
+        of TransformerLens, and derivatives pass through it. `ll.removal_cost(lens)` within the
+        block says what the same removal costs the base. After the block, even after an exception or
+        an interrupt, the model is as before. Entering the block runs one token.
 
-        Each text's first token stays as it is. It is a sink: its ‖h‖ is up to hundreds of times the
-        others', and every later token attends to it, so a direction removed there changes the model
-        everywhere, whatever the direction means.
+        Directions are in the model's basis: where processing centred the residual stream, its
+        directions are centred first. On a TransformerBridge, hook_resid_mid is what the MLP's norm
+        reads, not the stream itself.
+
+        Each text's first token stays as it is. It is a sink: its ‖h‖ is up to hundreds of times
+        that of other tokens, and every later token attends to it. So removing a direction there
+        changes the model everywhere, whatever the direction means.
 
         Args:
-            directions: [d], [direction, d], {label: either}, a Contrast (at each of its points its
-                own), or a sparse autoencoder, alone or as (autoencoder, indices); of any length.
-            names: hook points, globs or a predicate. None for all of the residual stream; of a
-                Contrast of several points, and of directions of another space, for their own.
-            positions: the tokens: None or 'each' for every one, 'prompt', 'response', an index, a
-                slice or indices, which count within each prompt, negative ones from its end. A row
-                without such a token stays as it is. A pass of your own has to begin at the row's
-                first token or continue a cache, and does not say where prompts end.
-            sinks: also remove them at each text's first token.
+            directions: [d], [direction, d], {label: either}, a Contrast (which has directions of
+                its own at each of its points), or a sparse autoencoder, alone or as (autoencoder,
+                indices). Their length does not matter.
+            names: hook points, globs or a predicate. By default the whole residual stream; for a
+                Contrast of several points, and for directions of another space, the points to which
+                they belong.
+            positions: at which tokens: None or 'each' for all of them, 'prompt', 'response', an
+                index, a slice or indices, which count within each prompt; negative ones count from
+                its end. A row without such a token stays as it is. A pass of your own has to begin
+                at the row's first token or continue a cache, and cannot say where prompts end.
+            sinks: also remove the directions at each text's first token.
 
         Raises:
             SiteError: a hook point that the model lacks, with the nearest names.
-            ModelStateError: a point named in full that never fires, or holds no activations by
-                position; one that lies between a site's input and output; within the block, a pass
-                of which it is not known which token is which.
+            ModelStateError: a point named in full that never fires, that holds no activations by
+                position, or that lies between a site's input and output; within the block, a pass
+                that does not tell which token is which.
             ArgumentError: directions of another width or space, a direction of zeros or NaN; no
                 positions, or each text's first token without `sinks`.
         """
@@ -543,10 +561,10 @@ class LoraLens(AdaptedModel):
     # --- Names for people and files
 
     def str_tokens(self, prompts: Prompts) -> tuple[PromptTokens, ...]:
-        """Each prompt's tokens as strings, without padding; ids where there is no tokenizer.
+        """Each prompt's tokens as strings, without padding; ids if there is no tokenizer.
 
         Args:
-            prompts: as tokens.
+            prompts: the tokens.
         """
         return description.tokens_of_prompts(self.tokenizer, prompts)
 
@@ -554,7 +572,7 @@ class LoraLens(AdaptedModel):
         """Token ids as strings, one by one.
 
         Args:
-            ids: of any tokens.
+            ids: the ids of any tokens.
         """
         return description.decoded(self.tokenizer, ids)
 
@@ -565,7 +583,7 @@ class LoraLens(AdaptedModel):
 
     @property
     def reads_strings(self) -> str:
-        """How a string becomes ids: 'text without BOS'; '' of a model without a tokenizer."""
+        """How a string becomes ids, as 'text without BOS'; '' if the model has no tokenizer."""
         return reading_of_texts(self.model, self.prepend_bos)
 
     @property
@@ -575,15 +593,15 @@ class LoraLens(AdaptedModel):
 
     @property
     def tokenizer_origin(self) -> str:
-        """Where the tokenizer is from, and how it differs from the base's; '' of the base's own."""
+        """Where the tokenizer is from, and how it differs from the base's; '' if it is the base's."""
         return tokenizer_origin(self.model)
 
     def describe(self, *prompts: Prompts) -> dict[str, str]:
-        """The names of model and adapter, and versions: saved with every result.
+        """The names of the model and the adapter, and versions, as saved with every result.
 
         Args:
-            prompts: what the result is of; how they were read is said, too, and whether responses
-                follow them.
+            prompts: those of the result; then it also says how they were read, and whether
+                responses follow them.
         """
         always = {
             "model": shown_name(self.model, self._hf_model),
@@ -606,16 +624,16 @@ class LoraLens(AdaptedModel):
     if not TYPE_CHECKING:  # A type checker would take every name for one of the lens.
 
         def __getattr__(self, name: str) -> Any:
-            """Return what has a new name, or refuse with what may be meant."""
+            """Answer a former name by the present one, or refuse and say what may be meant."""
             if name in guesses.FORMER_OF_LENS:
                 return getattr(self, guesses.present_name("lens", name, guesses.FORMER_OF_LENS))
             parts = {"lens.model": type(vars(self).get("model"))}
             return guesses.missing_attribute(self, name, guesses.OF_LENS, parts)
 
         def __setattr__(self, name: str, value: Any) -> None:
-            """Refuse what no call would heed: a setting of another name, another adapter or model.
+            """Refuse an assignment that would change nothing, as of another adapter or model.
 
-            The plan of hooks was made of the model and the adapter that the lens was given.
+            The plan of hooks was made from the model and the adapter that the lens was given.
             """
             is_fixed = name in guesses.FIXED_IN_LENS and name in vars(self)
             is_known = name.startswith("_") or name in _SET_WHEN_MADE or hasattr(type(self), name)
