@@ -1,30 +1,33 @@
-"""The function g(ε) = readout(f(ε)) as an object: everything that is computed is a part of it.
+"""The function g(ε) = readout(f(ε)) as an object, with every quantity of the note as a method.
 
-Each adapted module, a site, has a gate ε_l and writes W_l z_l + ε_l ΔW_l z_l. With these gates
+Each adapted module, a site, has a gate ε_l and writes W_l z_l + ε_l ΔW_l z_l. The methods stand in
+this order, and each of them asks the file that computes it:
 
-    f(ε)               are the logits where they are read,            `logits`
-    g(ε)               is the readout of them,                        `g(gates)`, `along`
-    g(0), g(1)         are the base and the adapted model,            `ends`, `shift`
-    g(e_l), g(1 − e_l) are the corners of the cube [0, 1]^S,          `corners`
-    ∂g/∂ε_l            are slopes, split by position, head or rank,   `slopes`
-    Σ_l v_l ∂f/∂ε_l    is a tangent of the logits,                    `tangent`
-    H v                is the curvature along a direction,            `curvature`
-    σ                  is what rounding alone makes of a number,      `noise`, `floor`
+    quantity             what it is                            method              computed in
+    g(ε)                 the readout at gates ε                g(gates), along     forward.py
+    g(0), g(1)           the base and the adapted model        ends, shift         forward.py
+    g(e_l), g(1 − e_l)   corners of the cube [0, 1]^S          corners             corners.py
+    f(ε)                 the logits where they are read        logits              logits.py
+    ∂g/∂ε_l              slopes (Prop. 1), also split by       slopes              reverse.py
+                         position, head, rank or token
+    Σ_l v_l ∂f/∂ε_l      a tangent of the logits               tangent             tangents.py
+    (H v)_l              curvature along a direction           curvature           gate_graph.py
+    σ                    what rounding alone makes of these    floor, noise        rounding.py
 
-1. `lens.function(prompts, readout)` tokenises the prompts and looks up the readout's tokens, once.
+After these come passes under hooks of your own (`passes`), the same function of other prompts, of
+another readout or adapter (`only`, `about`, `over`), what results say of it (`header`), and what is
+refused.
+
+1. `lens.function(prompts, readout)` tokenises the prompts and looks up the readout's tokens once
+   (`binding.py`).
 2. Gates are a number for every site, a tensor [site], or {site name or glob: number}. A tensor
-   [*point, site] is many points at once. The axes of the points come first in every result, then
-   the prompts.
-3. Every call runs the model under the hooks that are on it at that moment, a user's own among them.
-   How many rows go at once, and whether points that share their first blocks are run together, is
-   decided below this file (`memory.py`) and changes no number but by rounding.
-4. A `Function` checks what it is given and shapes what it returns; `Evaluator` runs the passes. It
-   keeps no number, so what is asked for twice is run twice. `Evaluations` (`cache.py`) is the same
+   [*point, site] is many points at once. Results have the axes of the points first, then prompts.
+3. Every call runs the model under the hooks that are on it at that moment, including a user's own.
+   How many rows go into one pass, and which points share their first blocks, is decided below this
+   file (`memory.py`) and changes the numbers by rounding only.
+4. A `Function` checks its arguments and shapes its results; an `Evaluator` runs the passes. Neither
+   keeps a number, so what is asked for twice is run twice. `Evaluations` (`cache.py`) is the same
    function with a memory.
-5. What each value is made of stands in a file of its own: g in `forward.py`, f in `logits.py`,
-   points and corners in `corners.py`, Prop. 1 in `slopes_at_points.py` and `reverse.py`, forward
-   mode in `tangents.py`, second order in `gate_graph.py`, noise in `rounding.py`, and passes under
-   hooks of your own in `own_passes.py`. `lens.function` makes a function in `binding.py`.
 """
 
 from __future__ import annotations
@@ -83,11 +86,11 @@ class Function:
     """A readout of the logits as a function of the gates, g(ε); from `lens.function`.
 
     Gates are a number for every site, a tensor [site], {site name or glob: number} with all other
-    sites at 0, or a tensor [*point, site] of many points. The axes of the points come first in
-    every result, then the prompts.
+    sites at 0, or a tensor [*point, site] of many points. Every result has the axes of the points
+    first, then the prompts.
 
     It keeps no number: what is asked for twice is run twice. Every call runs the model under the
-    hooks that are on it at that moment, yours among them.
+    hooks that are on it at that moment, including yours.
 
         >>> g = lens.function("The capital of France is", margin)  # doctest: +SKIP
         >>> base, adapted = g.ends  # doctest: +SKIP
@@ -95,9 +98,9 @@ class Function:
 
     Attributes:
         lens: the adapter over the model.
-        prompts: those asked about, as tokens.
-        rows: the tokens that are run: the prompts, with their answers where those are read.
-        readout: what is read of the logits; None where there is f alone.
+        prompts: the prompts that are asked about, as tokens.
+        rows: the tokens that are run: the prompts, followed by their answers if those are read.
+        readout: what is read from the logits; None for f alone.
         progress: whether long calls show a bar.
     """
 
@@ -130,7 +133,7 @@ class Function:
         return self._reading
 
     def require_reading(self) -> Reading:
-        """The same as `reading`, for those who ask whether there is one.
+        """Check that there is a readout; returns `reading`.
 
         Raises:
             ArgumentError: a function without a readout.
@@ -143,16 +146,16 @@ class Function:
     def __call__(self, gates: Gates) -> Float[Tensor, "*point batch"]:
         """Evaluate g at these gates, in the readout's units.
 
-        Cost: at most a forward pass a point, batched; points that agree in the first blocks share
-        the work there, where the model's batch may grow.
+        Cost: at most one forward pass a point, batched. Points that agree in the first blocks share
+        the work of those blocks, if the model's batch may grow on the way.
 
         Args:
-            gates: a number, [site], {site name or glob: number}, or [*point, site]. Where they need
-                a gradient (or carry a tangent), so does the result, and the graph of all points is
+            gates: a number, [site], {site name or glob: number}, or [*point, site]. If they need a
+                gradient (or carry a tangent), so does the result, and the graph of all points is
                 kept.
 
         Raises:
-            SiteError, ArgumentError: as for `LoraLens.gates`; no readout.
+            SiteError, ArgumentError: as for `LoraLens.gates`; or a function without a readout.
             NumericsError: a readout that is not finite.
         """
         points, shape = points_of(self.lens, gates)
@@ -181,7 +184,7 @@ class Function:
 
     @property
     def ends(self) -> Float[Tensor, "end=2 batch"]:
-        """The two ends g(0) and g(1), of the base and the adapted model. Two forward passes."""
+        """The two ends, g(0) of the base and g(1) of the adapted model. Two forward passes."""
         return self.along([0.0, 1.0])
 
     @property
@@ -204,18 +207,19 @@ class Function:
             g.corners(off=[("blocks.3.attn.q", "blocks.3.attn.k"), "blocks.4.*"])
             g.corners(on=["*.attn.*", "*.mlp.*"])     # the attention alone, the MLPs alone
 
-        Cost: a forward pass a corner, and about half of that for every site in turn, where the
-        model's batch may grow.
+        Cost: one forward pass a corner; for every site in turn about half of that, if the model's
+        batch may grow on the way.
 
         Args:
-            which: 'add_one', g(e_l), or 'leave_one_out', g(1 − e_l), for each site in the order of
-                `lens.sites`; or the gates of each corner, [corner, site].
-            on: for each corner a site name, a glob, or several; all other sites are off.
-            off: the same, and all other sites are on.
+            which: 'add_one' for g(e_l), or 'leave_one_out' for g(1 − e_l), of each site in the
+                order of `lens.sites`; or the gates of each corner, [corner, site].
+            on: for each corner the sites that are on, as a name, a glob, or several; the others are
+                off.
+            off: for each corner the sites that are off; the others are on.
 
         Raises:
-            ArgumentError: none of the three, or more than one of them.
-            SiteError: a name or a glob that matches no site, with the nearest names.
+            ArgumentError: not exactly one of which, on and off.
+            SiteError: a name or a glob that matches no site; the nearest names are given.
         """
         points = corner_gates(self.lens, which, on, off)
         shown_as = which.replace("_", " ") if isinstance(which, str) else "corners"
@@ -226,11 +230,11 @@ class Function:
         """Evaluate g where each prompt has its own gates. At most a forward pass a point, batched.
 
         Args:
-            gates: those of each prompt, at every point.
+            gates: the gates of each prompt at every point.
 
         Raises:
             ArgumentError: gates of another shape, NaN or infinite.
-            SiteError: another number of sites.
+            SiteError: gates for another number of sites.
             NumericsError: a readout that is not finite.
         """
         finite = self.lens.gates(gates)
@@ -250,13 +254,13 @@ class Function:
     def logits(self, gates: Gates) -> Float[Tensor, "*point row *slot vocab"]:
         """The logits f at these gates, where they are read: of the next token, or of a response.
 
-        A row is a prompt; of `AnswerMargin` there are two for each. With a response there is a slot
-        for each of its tokens, from whose logits that token is drawn; a row with fewer tokens
-        repeats its last one (`rows.read_mask` tells them). Float32 or better. One forward pass a
-        point.
+        A row is a prompt; `AnswerMargin` has two rows for each. With a response there is one slot
+        for each of its tokens, with the logits from which that token is drawn. A row with fewer
+        tokens repeats its last slot, and `rows.read_mask` says which slots are real. The dtype is
+        float32 or better. One forward pass a point.
 
         Args:
-            gates: as for the function itself.
+            gates: as for g itself.
 
         Raises:
             NumericsError: logits that are not finite.
@@ -271,13 +275,13 @@ class Function:
     def token_values(self, gates: Gates) -> Float[Tensor, "*point batch token"]:
         """The log-probability ℓ_t = log p(y_t | x, y_<t) of each token t of a response.
 
-        Zero beyond a prompt's own tokens. Cost: as for g itself.
+        It is zero beyond the end of a prompt's own response. Cost: as for g itself.
 
         Args:
-            gates: as for the function itself.
+            gates: as for g itself.
 
         Raises:
-            ArgumentError: a readout of something else than one response for each prompt.
+            ArgumentError: the readout is not of one response for each prompt.
             NumericsError: a value that is not finite.
         """
         self.require_one_response()
@@ -307,28 +311,29 @@ class Function:
     ) -> Float[Tensor, "*point_or_sum batch site *by"]:
         """∂g/∂ε_l of every site (note, Prop. 1), by reverse mode, in the readout's units.
 
-        At 0 it predicts what adding a module to the base does, at 1 what taking it away from the
+        At 0 it predicts what adding a module to the base does; at 1, what taking it away from the
         adapted model does.
 
-        Cost: one forward and one backward pass a point, whatever the sites and parts; by token a
-        backward pass for each token of the response, batched where nothing else is split.
+        Cost: one forward and one backward pass a point, whatever the number of sites and parts. By
+        token, one backward pass for each token of the response, batched if nothing else is split.
 
         Args:
-            at: the gates at which the derivative is taken, as for the function itself.
-            by: any of 'position', 'head', 'expert' and 'rank', each of which becomes an axis of
-                parts that sum to the site's slope, in this order; and 'token' of a response, which
-                `AnswerLogProb` reads, as the last axis.
-            gauge: of parts by rank: 'trained', the factors' own ranks, or 'svd', those of the SVD
-                of ΔW, which are unique.
-            weights: one for each of several points: then the weighted sum over them, [batch, site,
-                *by], as for an integral along a path. Of [*sum, point] several sums, [*sum, batch,
-                site, *by]. The slopes of one batch alone are held.
-            under: a context that holds while these slopes are computed and no longer, such as rules
-                that take attention patterns for constants. It may change derivatives, not values.
+            at: the gates at which the derivative is taken, as for g itself.
+            by: any of 'position', 'head', 'expert' and 'rank'. Each becomes an axis, in this order,
+                whose parts sum to the site's slope. 'token', for `AnswerLogProb`, is the last axis:
+                the tokens of the response.
+            gauge: what a rank is: 'trained' for the factors' own ranks, or 'svd' for the singular
+                directions of ΔW, which are unique.
+            weights: one weight for each of several points. The result is then the weighted sum over
+                the points, [batch, site, *by], as for an integral along a path. Weights [*sum,
+                point] give several sums, [*sum, batch, site, *by]. No more than the slopes of one
+                batch of points are held at a time.
+            under: a context that is entered while these slopes are computed, such as rules that
+                hold attention patterns constant. It may change derivatives, but no value.
 
         Raises:
-            ArgumentError: another axis or gauge; at 0 a readout without a slope there, as a `KL`;
-                weights of other points, or by token.
+            ArgumentError: another axis or gauge; a readout without a slope at 0, such as a `KL`,
+                where `at` is 0; weights for other points, or by token.
             ModelStateError: a gradient did not reach some site.
             NumericsError: a derivative that is not finite, naming the site.
         """
@@ -351,13 +356,13 @@ class Function:
     def slopes_of(
         self, read: Callable[[Tensor], Float[Tensor, "value row"]], at: Gates = 0.0
     ) -> Float[Tensor, "value row site"]:
-        """∂/∂ε_l of each of many values that are read of the logits of one pass.
+        """∂/∂ε_l of each of many values that are read from the logits of one pass.
 
-        Cost: one forward pass, and a backward pass for each value, batched; where the graph is
-        beyond the bound of the lens, one more forward pass for each.
+        Cost: one forward pass and a batched backward pass for each value. If the graph exceeds the
+        lens's bound on memory, one more forward pass for each value.
 
         Args:
-            read: from what `logits` returns, [row, *slot, vocab], to the values of each row.
+            read: maps what `logits` returns, [row, *slot, vocab], to the values of each row.
             at: the gates at which the derivative is taken, one point.
 
         Raises:
@@ -378,16 +383,16 @@ class Function:
         Cost: one forward pass, and a backward pass for each token, batched.
 
         Args:
-            tokens: their indices in the response.
+            tokens: the indices of these tokens in the response.
             at: the gates at which the derivative is taken, one point.
 
         Raises:
-            ArgumentError: a readout of something else than one response for each prompt; no token,
-                or one beyond the longest response.
+            ArgumentError: the readout is not of one response for each prompt; or no token, or one
+                beyond the longest response.
             NumericsError: a derivative that is not finite, naming the site.
         """
         response = self.require_one_response()
-        # Where responses differ in length, a token beyond one's own has slope 0 there.
+        # In a prompt with a shorter response, a token beyond its end has slope 0.
         longest = 1 if response.slots is None else int(response.slots.max()) + 1
         chosen = [whole("tokens", token, 0) for token in tokens]
         if not chosen or max(chosen) >= longest:
@@ -414,18 +419,18 @@ class Function:
         sites: Sequence[Site],
         like: Sequence[Adapter],
     ) -> Float[Tensor, "adapter batch site"]:
-        """∂g/∂ε_l at the base of many adapters, at the sites of these names.
+        """∂g/∂ε_l at the base for many adapters, at some of their sites.
 
-        What a site reads and its gradient are those of the base whatever the adapter, so they are
-        run once.
+        At the base, what a site reads and the gradient at its output do not depend on the adapter,
+        so the passes are run once for all adapters.
 
-        Cost: one forward and one backward pass, and one of each for every adapter of `like` that
-        reads or writes where no earlier one does.
+        Cost: one forward and one backward pass, and one more of each for every adapter of `like`
+        that reads or writes where no earlier one does.
 
         Args:
-            adapters: makes the adapters. Where the prompts go in groups it is called for each.
-            sites: which sites are returned, in this order; every adapter has them.
-            like: adapters that read and write wherever the others do.
+            adapters: makes the adapters. It is called again for each group of prompts.
+            sites: which sites are returned, in this order; every adapter has sites of these names.
+            like: adapters that together read and write wherever the others do.
 
         Raises:
             NumericsError: a derivative that is not finite, naming the site.
@@ -441,13 +446,13 @@ class Function:
         v = Σ_l J δz_l is the first-order shift of the logits. With w = F v, where F is the Fisher
         information of the base's distribution, the values are the shares of vᵀF v.
 
-        Cost: one dual forward and one backward pass; two forward passes more where the graph is
-        beyond the bound of the lens.
+        Cost: one dual forward pass and one backward pass; two more forward passes if the graph
+        exceeds the lens's bound on memory.
 
         Args:
-            covector: w from f(0) and v of some rows, and these rows.
+            covector: computes w from f(0) and v of some rows, and these rows.
             by: any of 'position', 'head', 'expert' and 'rank', as for `slopes`.
-            gauge: of parts by rank, as for `slopes`.
+            gauge: what a rank is, as for `slopes`.
 
         Raises:
             ModelStateError: the model has an operation without a forward-mode derivative.
@@ -470,17 +475,17 @@ class Function:
     ) -> Float[Tensor, "*direction row *slot_and_vocab"]:
         """Σ_l v_l ∂f/∂ε_l: how the logits begin to move along a direction of the gates.
 
-        With direction 1 it is the first-order logit shift of the whole adapter, with {name: 1} that
-        of one site. Shaped as `logits`, in logits.
+        Direction 1 gives the first-order logit shift of the whole adapter, {name: 1} that of one
+        site. The shape is that of `logits`, and so is the unit.
 
-        Cost: one dual forward pass a direction, about 2.5 forward passes; about half of that for
-        directions of ones and zeros, which begin at their first block.
+        Cost: one dual forward pass a direction, which takes about 2.5 forward passes; about half of
+        that for directions of ones and zeros, which begin at their first block.
 
         Args:
-            direction: v, as gates are given; [*direction, site] for several.
+            direction: v, given as gates are; [*direction, site] for several.
             at: the gates at which the derivative is taken, one point.
-            read: what is kept of the tangents, [row, direction, *slot, vocab] → [row, direction,
-                *out]: it sees those of some directions at a time, which are then never all held.
+            read: what to keep of the tangents, [row, direction, *slot, vocab] → [row, direction,
+                *out]. It is called with some directions at a time, so that all are never held.
 
         Raises:
             ArgumentError: several points in `at`.
@@ -505,18 +510,18 @@ class Function:
     ) -> Float[Tensor, "*point_and_direction batch site"]:
         """(H v)_l = Σ_m ∂²g/∂ε_l∂ε_m v_m (note, §6, item 4), in the readout's units.
 
-        Its inner product with a second direction w is wᵀHv: with the indicators of two groups of
-        sites, their coupling.
+        Its inner product with a second direction w is wᵀHv. If v and w are the indicators of two
+        groups of sites, that is the coupling of the groups.
 
-        Cost: one forward and one backward pass a point, and two backward passes for each direction
-        there, batched. The graph of a few prompts is kept whole.
+        Cost: one forward and one backward pass a point, and two backward passes for each direction,
+        batched. The whole graph of a few prompts is held.
 
         Args:
-            direction: v, as gates are given; [*direction, site] for several.
+            direction: v, given as gates are; [*direction, site] for several.
             at: the gates at which the derivative is taken, [*point, site] for several points.
 
         Raises:
-            ArgumentError: a graph beyond the bound of the lens.
+            ArgumentError: a graph that exceeds the lens's bound on memory.
             NumericsError: a derivative that is not finite, naming the site.
         """
         directions, shape_of_directions = points_of(self.lens, direction)
@@ -533,26 +538,27 @@ class Function:
 
     @exclusive
     def graphed(self, gates: Gates) -> Float[Tensor, "*point batch"]:
-        """Evaluate g with its graph, for whatever needs a gradient: gates, or your hooks' tensors.
+        """Evaluate g with its graph, to differentiate by gates or by tensors of your own hooks.
 
-        For derivatives by anything but the gates: add a tensor of zeros at a hook point, call this
-        within `with model.hooks(…)`, and differentiate. One forward pass; its graph is kept whole.
+        For a derivative by something other than gates, add a tensor of zeros at a hook point, call
+        this within `with model.hooks(…)`, and differentiate. One forward pass, whose whole graph is
+        held.
 
         Args:
-            gates: as for the function itself.
+            gates: as for g itself.
 
         Raises:
-            ArgumentError: a graph beyond the bound of the lens.
+            ArgumentError: a graph that exceeds the lens's bound on memory.
         """
         points, shape = points_of(self.lens, gates)
         return self._evaluator.with_graph(points).view(*shape, -1)
 
     def chosen_mode(self, mode: modes.Mode, readouts: int) -> Literal["forward", "reverse"]:
-        """The mode of differentiation: as given, or for 'auto' the one that takes less work.
+        """The mode of differentiation; for 'auto', the one that takes less work.
 
         Args:
             mode: 'auto', 'forward' or 'reverse'.
-            readouts: of how many numbers the derivative by every site is taken.
+            readouts: how many numbers are differentiated by every site.
 
         Raises:
             ArgumentError: another mode.
@@ -563,7 +569,7 @@ class Function:
 
     @property
     def floor(self) -> Float[Tensor, " batch"]:
-        """The noise floor σ of `shift` from rounding alone. Ten forward passes, batched."""
+        """The noise floor σ of `shift`: what rounding alone makes of it. Ten forward passes."""
         base, adapted = self._evaluator.draws_of_ends()
         return rounding.noise_of_ends(base, adapted)
 
@@ -573,13 +579,14 @@ class Function:
     ) -> Float[Tensor, " batch"]:
         """The noise σ of a sum Σ_k c_k g(ε_k), from rounding alone: √(Σ_k c_k² σ(at_k)²).
 
-        A sum that is within three of it may be rounding and nothing else. An interaction of two
-        modules, g(1) − g(1 − e_l) − g(1 − e_m) + g(1 − e_l − e_m), has noise((1, −1, −1, 1), at=1).
+        A sum below 3σ may be rounding and nothing else. An interaction of two modules, g(1) − g(1 −
+        e_l) − g(1 − e_m) + g(1 − e_l − e_m), has noise((1, −1, −1, 1), at=1).
 
-        σ of one value is measured, not assumed: relative noise of the size of the model's rounding
-        is added to the embedding and to what each block reads, four times. It is that of gates ε·1;
-        at gates far from them, where much of a violent adapter is off, it is another one. Of a `KL`
-        at 0 it is how far its value at 1 moves with the rounding of the base's distribution.
+        σ of one value is measured, not assumed: four times, relative noise of the size of the
+        model's rounding is added to the embedding and to what each block reads. It is measured at
+        gates ε·1, and may be different at gates far from these, where a large adapter is mostly
+        off. For a `KL`, σ at 0 is how far the value at 1 moves with the rounding of the base's
+        distribution.
 
         Cost: five forward passes for each different strength, batched.
 
@@ -608,7 +615,7 @@ class Function:
             rest = g.along(scales) - base - scales[:, None] * slopes.sum(1)
             floor = g.remainder_noise(slopes).of_remainder(scales)  # [batch, scale]
 
-        First order has rounding of its own, which on a violent adapter is most of it.
+        First order has rounding of its own, which is most of σ for an adapter with large updates.
 
         Cost: fourteen forward and four backward passes, batched.
 
@@ -618,7 +625,7 @@ class Function:
         base, adapted = self._evaluator.draws_of_ends()
         of_shift = rounding.noise_of_ends(base, adapted)
         if self.reading.holds_base:
-            # Where ε is small what counts is how far D(0) itself moves, which slopes' draws show.
+            # At small ε what counts is how far D(0) itself moves, which the slopes' draws show.
             base = self._evaluator.along([0.0])
         near_base, of_slopes = rounding.first_order_noise(
             self.lens, self._evaluator.slope_draws(), base, slopes
@@ -629,7 +636,7 @@ class Function:
     def curvature_noise(
         self, half_row_sums: Float[Tensor, "batch site"]
     ) -> Float[Tensor, " batch"]:
-        """The noise σ of ½ 1ᵀH1 at the base, what second order adds to first order, from rounding.
+        """The noise σ, from rounding alone, of ½ 1ᵀH1 at the base: what second order adds.
 
         Cost: four forward and eight backward passes, batched.
 
@@ -648,16 +655,16 @@ class Function:
     def groups(
         self, *, graph: bool = False, copies: int = 1, beside: int | None = None
     ) -> list[Function]:
-        """The prompts in groups, each of which one pass may take within the bound of the lens.
+        """The prompts in groups, each small enough for one pass within the lens's bound on memory.
 
         Args:
-            graph: whether the pass is walked back.
-            copies: how many copies of the rows go side by side.
-            beside: of a pass that is walked back, with tangents beside its values: how many bytes
-                of each row are held beside its graph.
+            graph: whether there is a backward pass.
+            copies: how many copies of the rows are in one pass.
+            beside: for a backward pass through values that carry tangents: how many bytes are held
+                for each row beside the graph.
 
         Raises:
-            ArgumentError: rows that cannot be run apart are more than the bound has room for.
+            ArgumentError: rows that have to run together exceed the bound.
         """
         if beside is not None:
             readings = memory.groups_beside(self.lens, self.reading, beside)
@@ -677,7 +684,7 @@ class Function:
     def joined(
         of_groups: Sequence[Float[Tensor, "_some site ..."]],
     ) -> Float[Tensor, "batch site ..."]:
-        """The slopes of `groups` in one tensor, with zeros where one has fewer positions.
+        """Join the slopes of `groups`, with zeros for the positions that a shorter group lacks.
 
         Args:
             of_groups: the slopes of each group.
@@ -687,13 +694,13 @@ class Function:
     def only(self, prompts: Sequence[int]) -> Function:
         """The same function of some of the prompts.
 
-        A readout of your own may read all prompts together; such a function keeps them all.
+        A readout of your own may read all prompts together; then all of them are kept.
 
         Args:
             prompts: their indices, each once and in increasing order.
 
         Raises:
-            ArgumentError: no index, one twice or out of order, or one of no prompt.
+            ArgumentError: indices that are missing, repeated, out of order or out of range.
         """
         indices = self._increasing_prompts(prompts)
         reading = self.reading.only(torch.tensor(indices))
@@ -717,13 +724,13 @@ class Function:
 
     @exclusive
     def about(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
-        """The same prompts with another readout. One forward pass of a `KL`, for its base.
+        """The same prompts with another readout. A `KL` takes one forward pass, of its base.
 
-        Nothing that is known of this one is taken over.
+        The new function begins without a memory.
 
         Args:
             readout: a readout; or a function of what `logits` returns, [row, *slot, vocab], that
-                gives one number a row.
+                gives one number for each row.
 
         Raises:
             TokenError, ArgumentError: a readout that does not fit the model, or the prompts.
@@ -731,7 +738,7 @@ class Function:
         return self.bound_to(readout)
 
     def bound_to(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
-        """The same as `about` within a public call, which has checked the model already.
+        """The same as `about`, within a public call that has checked the model already.
 
         Args:
             readout: as for `about`.
@@ -749,10 +756,10 @@ class Function:
         return f.read_by(of_prompts, of_prompts.reading_beside(f))
 
     def read_by(self, readout: Readout, reading: Reading) -> Function:
-        """The same prompts with a readout that is bound to them already. No pass.
+        """The same prompts with a readout whose reading of them is known. No pass.
 
         Args:
-            readout: its label and units.
+            readout: the readout, for its label and units.
             reading: the rows that are run, and how g is read from their logits.
         """
         return Function(self.lens, self.prompts, reading.rows, readout, reading, self.progress)
@@ -766,7 +773,7 @@ class Function:
         return Function(self.lens, self.prompts, self.rows, self.readout, self._reading, shown)
 
     def over(self, lens: LoraLens) -> Function:
-        """The same rows, and what a `KL` holds of the base, under another adapter. No pass.
+        """The same rows under another adapter; a `KL` keeps the base's logits. No pass.
 
         Args:
             lens: another adapter, or another gauge, over the same model.
@@ -774,7 +781,7 @@ class Function:
         return Function(lens, self.prompts, self.rows, self.readout, self._reading, self.progress)
 
     def of_rows(self, rows: Prompts) -> Function:
-        """Take other rows, such as the prompts with their answers, without a readout. No pass.
+        """The same prompts with other rows, such as with their answers, and no readout. No pass.
 
         Args:
             rows: what is run in place of the prompts.
@@ -786,7 +793,7 @@ class Function:
     def header(self) -> dict[str, Any]:
         """The fields that every measured result has: sites, both ends, and `labels`.
 
-        Two forward passes, for the ends.
+        The ends take two forward passes.
         """
         base, adapted = self.ends
         return {"sites": self.lens.sites, "base": base, "adapted": adapted, **self.labels()}
@@ -805,7 +812,7 @@ class Function:
     def str_tokens(self) -> tuple[tuple[str, ...], ...]:
         """Each prompt's tokens and those of its answer; 'a|b' where two answers differ.
 
-        They know how many of them are the prompt's, which titles and stories quote.
+        Each knows which of its tokens are the prompt's, so that titles and stories can quote those.
         """
         if self._reading is None or self.rows is self.prompts:
             return self.lens.str_tokens(self.prompts)
@@ -814,10 +821,10 @@ class Function:
         return tuple(map(PromptTokens, merged, texts, self.prompts.asked_lengths))
 
     def response_tokens(self) -> tuple[tuple[str, ...], ...]:
-        """Each prompt's response y_1 … y_T as strings, of a readout of one response.
+        """The tokens y_1 … y_T of each prompt's response, as strings.
 
         Raises:
-            ArgumentError: another readout.
+            ArgumentError: the readout is not of one response for each prompt.
         """
         response = self.require_one_response()
         strings: list[tuple[str, ...]] = []
@@ -829,15 +836,15 @@ class Function:
     # --- What is refused
 
     def require_slope_at_base(self) -> None:
-        """Refuse a readout that has no slope at ε = 0, as a `KL` has none. No pass.
+        """Refuse a readout whose slope at ε = 0 says nothing, such as a `KL`. No pass.
 
         Raises:
-            ArgumentError: naming what says something there.
+            ArgumentError: such a readout; it names what to use instead.
         """
         self._named_readout().require_slope_at_base()
 
     def require_one_response(self) -> LogProbs:
-        """The reading of one response for each prompt, token by token.
+        """Check that the readout is of one response for each prompt; returns how it is read.
 
         Raises:
             ArgumentError: another readout.
@@ -858,18 +865,18 @@ class Function:
         return self.readout
 
     def _require_slope_at(self, points: Points, *, is_single: bool) -> None:
-        """Refuse a readout without a slope at the base where that is the only point."""
-        # Only such a readout waits for a device to say whether the point is 0.
+        """Refuse a readout without a slope at the base if that is the only point."""
+        # Whether the point is 0 is read from the device only for such a readout.
         if self._named_readout().no_slope_at_base and is_single and not bool(points.any()):
             self.require_slope_at_base()
 
     # --- How it is evaluated; `Evaluations` overrides these two
 
     def require_same_model(self) -> None:
-        """Check that the model is as it was when the lens was made.
+        """Check that the model has not changed since the lens was made.
 
         Raises:
-            ModelStateError: naming what changed.
+            ModelStateError: it has; the error names what changed.
         """
         self.lens.check_state()
 

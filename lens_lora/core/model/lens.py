@@ -593,7 +593,7 @@ class LoraLens(AdaptedModel):
 
     @property
     def tokenizer_origin(self) -> str:
-        """Where the tokenizer is from, and how it differs from the base's; '' if it is the base's."""
+        """Where the tokenizer is from, and how it differs from the base's; '' if it is that."""
         return tokenizer_origin(self.model)
 
     def describe(self, *prompts: Prompts) -> dict[str, str]:

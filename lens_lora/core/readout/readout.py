@@ -1,12 +1,12 @@
 """Readouts u_y: the number that is read from the logits at the read position.
 
-A `Readout` is what a user writes, such as `Margin(" Lyon", " Paris")`. Of some prompts it makes a
-`Reading` (`readout/reading.py`): the rows that are run, and g of each prompt as a function of their
+A `Readout` is what a user writes, such as `Margin(" Lyon", " Paris")`. For some prompts it makes a
+`Reading` (`readout/reading.py`): the rows that are run, and how g of each prompt is read from their
 logits.
 
 Logits and margins are in logits, log-probabilities in nats. A constant added to all logits changes
-a single `Logit`, but no margin and no log-probability. So on a model with a centred unembedding a
-`Logit`, and its shift under the adapter, differ from Hugging Face's by that constant.
+a single `Logit`, but no margin and no log-probability. So on a model with a centred unembedding, a
+`Logit` and its shift under the adapter differ from Hugging Face's by such a constant.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lens_lora.core.readout.reading import Columns, LogProbs, OfLogits, Reading
 from lens_lora.core.readout.tokens import Tokens
 from lens_lora.errors import ArgumentError, CallError, TokenError, warn
 
-# The text of each prompt, which a token follows; None where only its ids are known.
+# The text of each prompt, after which the answer comes; None if only its ids are known.
 Before = Sequence[str | None]
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, " batch"]
 
 
 @runtime_checkable
 class LogitFunction(Protocol):
-    """The logits f as a readout may ask for them, such as those of the base at gates of 0."""
+    """The logits f, as a readout may ask for them: a KL asks for the base's, at gates 0."""
 
     @property
     def lens(self) -> Any:
@@ -43,11 +43,11 @@ class LogitFunction(Protocol):
 
     @property
     def prompts(self) -> Prompts:
-        """The prompts that are asked about."""
+        """The prompts whose g is asked for."""
         ...
 
     def of_rows(self, rows: Prompts) -> LogitFunction:
-        """The logits of other rows: the prompts with their answers."""
+        """The same function of other rows, such as the prompts with their answers."""
         ...
 
     def logits(self, gates: float) -> Tensor:
@@ -59,13 +59,13 @@ class LogitFunction(Protocol):
         ...
 
 
-# The methods of a readout that had another name once, by that name.
+# The present names of methods that were renamed, by their former names.
 _FORMER_METHODS = {"over": "reading"}
 _FORMER_METHODS_OF_LAST_TOKEN = {"bind": "of_logits"}
 
 
 def _require_current_names(cls: type, new_by_former: Mapping[str, str]) -> None:
-    """Refuse a class that defines a former name and not the new one; it may define both."""
+    """Refuse a class that defines a method under its former name only; it may define both."""
     for former, new in new_by_former.items():
         if former in vars(cls) and new not in vars(cls):
             raise ArgumentError(
@@ -78,10 +78,10 @@ class Readout(guesses.Answering, abc.ABC):
     """A number read from the logits of each prompt.
 
     Attributes:
-        units: of its numbers.
-        base_value: g(0), where it is the same whatever the model: a divergence from the base is 0.
-        no_slope_at_base: the remedy where g has no slope at ε = 0 that says anything; empty for
-            readouts that have one.
+        units: the units of its numbers.
+        base_value: g(0), if it is known without the model: a divergence from the base is 0 there.
+        no_slope_at_base: what to use instead of first order at ε = 0, if the slope there says
+            nothing; empty for readouts whose slope does.
     """
 
     units = "logits"
@@ -92,19 +92,19 @@ class Readout(guesses.Answering, abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class that defines a method under its former name alone.
 
-        Nothing calls the former name, so that a class derived from `Logit`, say, would be read as
-        `Logit` is.
+        Nothing calls the former name any more, so a class derived from `Logit`, say, would silently
+        be read as `Logit` is.
 
         Raises:
-            ArgumentError: naming the method that is called now.
+            ArgumentError: such a class; it names the present method.
         """
         super().__init_subclass__(**kwargs)
         _require_current_names(cls, _FORMER_METHODS)
 
-    if not TYPE_CHECKING:  # A type checker refuses the call by itself where there is none.
+    if not TYPE_CHECKING:  # A type checker refuses such a call by itself.
 
         def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-            """Refuse to be called, and say what has the readout's values."""
+            """Refuse to be called, and say where the readout's values are."""
             del args, kwargs
             raise CallError(
                 "a readout is not called",
@@ -114,16 +114,16 @@ class Readout(guesses.Answering, abc.ABC):
             )
 
     def on(self, prompts: Prompts) -> Readout:
-        """The same readout, stating which tokens of these prompts it reads.
+        """The same readout, with a label that says which tokens of these prompts it reads.
 
         Args:
-            prompts: those that it is asked about.
+            prompts: the prompts that are asked about.
         """
         del prompts
         return self
 
     def reaching(self, f: LogitFunction) -> LogitFunction:
-        """Take f, or f of those sites alone that can move what is read.
+        """Restrict f to the sites that can move what is read; by default to all of them.
 
         Args:
             f: the logits of the prompts, without a readout.
@@ -131,7 +131,7 @@ class Readout(guesses.Answering, abc.ABC):
         return f
 
     def reading_beside(self, f: LogitFunction) -> Reading:
-        """The reading of the prompts of f; a readout that compares runs f for it, and holds that.
+        """The reading of the prompts of f. A readout that compares runs f here and keeps its logits.
 
         Args:
             f: the logits of the prompts, without a readout.
@@ -139,10 +139,10 @@ class Readout(guesses.Answering, abc.ABC):
         return self.reading(f.lens.model, f.prompts)
 
     def require_slope_at_base(self) -> None:
-        """Refuse first order at ε = 0 where it says nothing.
+        """Refuse first order at ε = 0 if it says nothing there.
 
         Raises:
-            ArgumentError: naming what says something there.
+            ArgumentError: it says nothing; the error names what to use instead.
         """
         if self.no_slope_at_base:
             raise ArgumentError(
@@ -156,7 +156,7 @@ class Readout(guesses.Answering, abc.ABC):
 
         Args:
             model: the hooked model, whose tokenizer looks tokens up.
-            prompts: one value of g each.
+            prompts: the prompts, each of which has one value of g.
 
         Raises:
             TokenError: a token string that is not one token.
@@ -185,7 +185,7 @@ class Readout(guesses.Answering, abc.ABC):
         label: str | None = None,
         units: str = "units of the readout",
     ) -> LastToken:
-        """Any differentiable callable of the logits at the read position.
+        """Make a readout of any differentiable function of the logits at the read position.
 
             >>> Readout.of(lambda logits: logits.logsumexp(-1), "log Z", units="nats").label
             'log Z'
@@ -193,11 +193,11 @@ class Readout(guesses.Answering, abc.ABC):
         Args:
             fn: [batch, d_vocab] → [batch]; each row's number may depend on that row only.
             label: its name in tables and plots; by default the function's name.
-            units: what its values are in, which tables, figures and stories print beside them.
+            units: the units of its values, as tables, figures and stories print them.
 
         Raises:
-            ArgumentError: something that cannot be called, a label that is no string, or units that
-                are no words.
+            ArgumentError: something that cannot be called; a label that is not a string; or units
+                that are not words.
         """
         if isinstance(fn, Readout):
             raise ArgumentError(f"{fn!r} is a readout already", remedy="give it as it is.")
@@ -211,13 +211,13 @@ class Readout(guesses.Answering, abc.ABC):
 
     @staticmethod
     def required(value: object) -> Readout:
-        """The value, if it is a readout.
+        """Check that a value is a readout, and return it.
 
         Args:
-            value: as a caller gives it.
+            value: what a caller gives.
 
         Raises:
-            ArgumentError: something else, with the readout that may be meant.
+            ArgumentError: something else; the error names the readout that may be meant.
         """
         if isinstance(value, Readout):
             return value
@@ -225,10 +225,10 @@ class Readout(guesses.Answering, abc.ABC):
 
     @staticmethod
     def listed(readouts: object) -> list[Readout]:
-        """Several readouts, at least one; a single one as a list of it.
+        """Check one or several readouts, and return them as a list.
 
         Args:
-            readouts: as a caller passes them.
+            readouts: what a caller gives.
 
         Raises:
             ArgumentError: something that is neither a readout nor a list of readouts.
@@ -247,7 +247,7 @@ class Readout(guesses.Answering, abc.ABC):
 
 
 def _are_equal(one: Any, other: Any) -> bool:
-    """Whether two values are equal, where tensors may be in them, whose == is no truth value."""
+    """Whether two values are equal; they may contain tensors, whose == is no truth value."""
     if isinstance(one, Tensor | np.ndarray) or isinstance(other, Tensor | np.ndarray):
         return _are_equal_arrays(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -259,7 +259,7 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 
 def _are_equal_arrays(one: Any, other: Any) -> bool:
-    """Whether both are tensors, or both are arrays of NumPy, of one dtype with equal entries."""
+    """Whether both are tensors, or both NumPy arrays, with the same dtype and equal entries."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
@@ -268,13 +268,13 @@ def _are_equal_arrays(one: Any, other: Any) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value as an error names it: of a function or a class its name."""
+    """A value as an error shows it; a function or a class by its name."""
     name = getattr(value, "__name__", None)
     return repr(value) if name is None else str(name)
 
 
 def _meant_readout(value: object) -> str:
-    """The readout that may be meant by something else, as one writes it."""
+    """The readout that may be meant by something else, as it is written in Python."""
     if isinstance(value, type) and issubclass(value, Readout):
         return f"it is the class; make one, ll.{value.__name__}(…)"
     if callable(value):
@@ -300,15 +300,15 @@ def _is_token(value: object) -> bool:
 class LastToken(Readout):
     """A number read from the logits at each prompt's last token.
 
-    Two are equal if they are of one class and were given the same, entry by entry where that is a
-    tensor.
+    Two readouts are equal if they are of the same class and were given equal arguments; tensors are
+    compared entry by entry.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class that defines a method under its former name alone.
 
         Raises:
-            ArgumentError: naming the method that is called now.
+            ArgumentError: such a class; it names the present method.
         """
         super().__init_subclass__(**kwargs)
         _require_current_names(cls, _FORMER_METHODS_OF_LAST_TOKEN)
@@ -317,7 +317,7 @@ class LastToken(Readout):
         return type(other) is type(self) and _are_equal(vars(self), vars(other))
 
     def __hash__(self) -> int:
-        # A tensor's hash is that of the object, which equal tensors do not share.
+        # Equal tensors have different hashes, so only the names of the arguments are hashed.
         return hash((type(self), tuple(vars(self))))
 
     @abc.abstractmethod
@@ -327,7 +327,7 @@ class LastToken(Readout):
         Args:
             model: the hooked model, whose tokenizer looks tokens up.
             batch: how many prompts there are.
-            before: their texts, which a token given as a string follows.
+            before: the texts of the prompts, after which a token given as a string comes.
 
         Raises:
             TokenError: a token string that is not one token.
@@ -346,7 +346,7 @@ class LastToken(Readout):
         return self.of_logits(model, batch, before)
 
     def reading(self, model: Any, prompts: Prompts) -> Reading:
-        """The prompts themselves as rows, one each."""
+        """The reading in which each prompt is one row."""
         prompts.require_last_alone(self.label)
         read = self.of_logits(model, prompts.batch, prompts.texts)
         return Reading.one_row_each(prompts, read)
@@ -355,7 +355,7 @@ class LastToken(Readout):
 @guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Logit(LastToken):
-    """The logit of a token: a string of one token, an id, or one of either per prompt."""
+    """The logit of a token, given as a string of one token, as an id, or as one per prompt."""
 
     token: TokenLike
 
