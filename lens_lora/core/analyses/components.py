@@ -3,10 +3,11 @@
     a_l = ‖δz_l‖ · ‖Jᵀu_y‖ · cos(δz_l, Jᵀu_y),   and the gain ‖J δz_l‖ / ‖δz_l‖.
 
 1. One backward pass shows z, δz and Jᵀu_y of every site. Their squares and products are summed over
-   a prompt's real positions (of every row that the readout reads) and the site's features; for v on
-   a model with folded value biases, over both places where its update is added.
-2. The gain takes each site's whole-vocabulary tangent at the read position, less its mean, so that
-   it does not depend on the constant that a centred unembedding removes.
+   the real positions of a prompt's rows and over the site's features. For v, on a model with folded
+   value biases, they are summed over both places where its update is added.
+2. The gain takes each site's tangent of all logits at the read position. Its mean over the
+   vocabulary is subtracted, as a centred unembedding would do, so that the gain does not depend on
+   how the model was processed.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ Component = Literal["z_norm", "delta_norm", "sensitivity", "cosine", "gain", "fi
 
 @final
 class Components(OfSites):
-    """Per prompt and site, at the base model: what makes a first-order shift large or small.
+    """What makes each site's first-order shift large or small, at the base model.
 
     Attributes:
         z_norm, delta_norm: ‖z‖ and ‖δz‖.
-        sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
+        sensitivity: ‖Jᵀu_y‖, how strongly the readout depends on the site's output.
         cosine: cos(δz, Jᵀu_y); NaN where either is zero.
         gain: ‖J δz‖ / ‖δz‖ over the whole vocabulary; NaN where δz is zero.
         sites, meta: see `OfSites`.
@@ -64,7 +65,7 @@ class Components(OfSites):
         return long_table(numbers, prompts, Sites(self.sites).columns())
 
     def plot(self, of: Component = "first_order", prompt: int | None = None) -> drawing.Figure:
-        """One of the numbers, layer × kind of module; the hover of a site has all of them.
+        """A heatmap of one of the numbers, layer × kind of module; hovering shows all of them.
 
         Args:
             of: 'z_norm', 'delta_norm', 'sensitivity', 'cosine', 'gain' or 'first_order'.
@@ -80,14 +81,13 @@ class Components(OfSites):
 def components(g: Function) -> Components:
     """‖z‖, ‖δz‖, ‖Jᵀu_y‖, cosine and gain of every site, at the base model.
 
-    Cost: one forward and one backward, and for the gain one dual forward pass per site.
+    Cost: one forward and one backward pass, and for the gain one dual forward pass per site.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
-        max_memory: bytes beside the model and the result, as for `lens.within`, whose bound it
-            replaces.
+        max_memory: a bound in bytes, in place of that of `lens.within`.
         progress: show a bar.
 
     Raises:
@@ -139,11 +139,11 @@ def squared_norms(g: Function) -> dict[str, Float[Tensor, "row site"]]:
 
 
 class _Visited(NamedTuple):
-    """An injection as a pass shows it, with its input and the gradient at its output.
+    """An injection, with its input and the gradient at its output.
 
     Attributes:
         injection: where a site's update is added.
-        weight: the partner's gate that it waits for; None for none.
+        weight: the gate of the partner by which δ is multiplied; None without a partner.
         gradient: Jᵀu_y, [row, pos, out].
         z: the site's input.
     """
@@ -166,7 +166,7 @@ class _SquaredNorms:
             name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
             for name in ("z", "delta", "gradient", "inner")
         }
-        # Norms that the model runs several times, by site, with the sum of their gradients.
+        # The norms that the model runs several times, by site, with the sum of their gradients.
         self._repeated: dict[int, _Visited] = {}
 
     def visit(
@@ -177,7 +177,7 @@ class _SquaredNorms:
         if injection.ports.repeats == 1:
             self._add(visited)
             return
-        # A norm that is run several times adds the same δ each time.
+        # Such a norm adds the same δ each time, so its gradients are summed.
         earlier = self._repeated.get(injection.site)
         if earlier is not None:
             visited = visited._replace(gradient=gradient + earlier.gradient)
@@ -199,7 +199,7 @@ class _SquaredNorms:
         counted = (self._read if is_unembedding else self._real).to(delta.device)
         self._count("z", site, self._square_of_inputs(injection, z, counted, delta.dtype))
         if weight is not None:
-            return  # what waits for a partner's gate is nothing at the base model
+            return  # δ is multiplied by the partner's gate, which is zero at the base
         delta = delta * counted
         gradient = gradient.to(delta.dtype) * counted
         self._count("delta", site, delta.flatten(1).square().sum(1))

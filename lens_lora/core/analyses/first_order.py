@@ -4,18 +4,19 @@ At ε = 0 it predicts what adding one module to the base model does; at ε = 1 w
 from the adapted model does.
 
 1. Reverse mode gives every site and part for one readout, in one forward and one backward pass
-   (`Function.slopes`). Forward mode gives the same numbers by the other route, a tangent for each
-   site or part (`function/forward_mode.py`), and is its check.
-2. With `rules` it is the derivative of another function, in both modes: what they hold fixed, such
-   as attention patterns, is a constant (`Rules`; `lens_lora/relevance` has those of LRP).
-3. The exact shift g(1) − g(0) stands beside the values. At 0 and at 1 one of the two ends is in the
-   pass that is run anyway, and of a few tokens both are; each other end is a forward pass.
-4. By output token, A_lt = ∂ℓ_t/∂ε_l with ℓ_t = log p(y_t | x, y_<t): by position says where a
-   module wrote, by token what it changed, and Σ_t A_lt is the first order of the response's
-   log-probability. One row holds all ℓ_t. Reverse mode sends a covector for each token back through
-   one graph; forward mode takes a tangent for each site, group of sites or part, from its block on.
-5. Several readouts of the same rows take one forward pass with ε in its graph, from which a
-   covector for each goes back in one batch; they share the passes of their exact ends.
+   (`Function.slopes`). Forward mode gives the same numbers by another route, with one tangent for
+   each site or part (`function/forward_mode.py`), and so it checks reverse mode.
+2. With `rules`, parts of the model such as attention patterns are held constant, so that both modes
+   differentiate another function (`Rules`; `lens_lora/relevance` has those of LRP).
+3. The exact shift g(1) − g(0) stands beside the values. At 0 and at 1 one of the two ends comes
+   from the pass that is run anyway, and with few tokens both do; otherwise each end takes a forward
+   pass.
+4. By output token, A_lt = ∂ℓ_t/∂ε_l with ℓ_t = log p(y_t | x, y_<t). A position says where a module
+   wrote, a token what it changed; Σ_t A_lt is the first order of the response's log-probability.
+   One row holds all ℓ_t. Reverse mode sends one covector for each token back through one graph;
+   forward mode takes one tangent for each site, group of sites or part, from its block on.
+5. Several readouts of the same rows share one forward pass with ε in its graph; one covector for
+   each goes back, in one batch. They also share the passes of the exact ends.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ from lens_lora.errors import ArgumentError, require_finite
 
 @runtime_checkable
 class Rules(Protocol):
-    """Rules by which derivatives take parts of the model for constants."""
+    """Rules that hold parts of the model constant in derivatives."""
 
     @property
     def key(self) -> str:
-        """The name of these rules, as the result's `method` has it."""
+        """The name of these rules, which ends the result's `method`."""
         ...
 
     def held(self, g: Function) -> AbstractContextManager[None]:
@@ -77,10 +78,10 @@ def _of_several(
     gauge: Gauge,
     rules: Rules | None,
 ) -> GroupAttribution | tuple[Attribution, ...]:
-    """First order of each readout of the same prompts.
+    """First order of each of several readouts of the same prompts.
 
-    Readouts of the prompts' own rows share one graph, if whole sites are asked for in whatever mode
-    is cheapest, and nothing else needs a graph of its own.
+    Readouts that run the prompts themselves as rows share one graph, if whole sites are asked for
+    and mode, gauge and rules are left at their defaults. Any other readout has a graph of its own.
 
     Args:
         questions: g of each readout.
@@ -177,43 +178,42 @@ def first_order(
 ) -> Attribution | GroupAttribution:
     """First order a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank.
 
-    Cost: one forward and one backward pass in reverse mode, and one forward pass for the exact
-    shift beside it, or two where `at` is neither 0 nor 1. Short prompts need none of these: both
-    ends are then part of the first pass. Forward mode takes one dual forward pass per site or part.
-    By token: a backward pass per token, or a tangent per site, group or part, whichever is cheaper.
-    Rules add two forward passes and one backward on eight tokens, which try the model's hook
-    points.
+    Cost: one forward and one backward pass in reverse mode (what 'auto' takes), and one forward
+    pass for the exact shift, or two if `at` is neither 0 nor 1, or none for few tokens, where both
+    ends ride along. Forward mode takes one dual forward pass per site or part. Rules add two
+    forward passes and one backward pass on eight tokens, which try the model's hook points. By
+    token it takes the cheaper of one backward pass a token and one tangent a site, group or part.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits; or several readouts, which share one graph and one
-            batch if mode, by, gauge and rules are left out.
+        readout: u_y, what is read from the logits; or several readouts. The derivatives of several
+            go back through one graph in one batch if mode, by, gauge and rules are left out.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
-        mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse unless
-            by='token' asks for many tokens. The result names it.
-        by: any of 'position', 'head', 'expert' (of a stack of them) and 'rank'; with AnswerLogProb
-            also 'token', which token of the response is moved.
-        group: sum over the sites of each 'layer', 'kind' or {name: site names or globs}; alone or
-            with by='token', where forward mode then needs fewer tangents.
-        gauge: the meaning of a rank: 'trained', the ranks of the file, whose parts another (GA,
-            BG⁻¹) of the same ΔW would change, or 'svd', the singular directions of ΔW.
-        rules: attention patterns or norm denominators held fixed at their values at `at`: J is
-            then that of the model with constants in their place. The shift beside it is g's own.
+        mode: 'reverse', 'forward', or 'auto' for the cheaper of the two, which is reverse unless
+            there are many tokens. The result names it.
+        by: any of 'position', 'head', 'expert' (in a stack of experts) and 'rank'; with
+            AnswerLogProb also 'token', which says which token of the response is moved.
+        group: sum over the sites of each 'layer', each 'kind', or each name in {name: site names or
+            globs}; of the whole readout, or with by='token'. In forward mode groups take fewer
+            tangents than single sites.
+        gauge: what a rank is: 'trained' for the ranks of the file, which are not unique, as (GA,
+            BG⁻¹) has the same ΔW; or 'svd' for the singular directions of ΔW.
+        rules: attention patterns or norm denominators that are held at their values at `at`; J is
+            then that of a model with constants in their place. The shift beside it stays that of g.
             `FrozenRules`, or an object of your own with a `key` and a context `held(g)`.
-        max_memory: how many bytes may be used besides the model and the result; it replaces the
-            bound of `lens.within`.
+        max_memory: a bound in bytes, in place of that of `lens.within`.
         progress: show a bar.
 
     Returns:
-        Attribution with values [batch, site, *by] in the readout's units; its `method` names the
-        rules, as in 'first_order/patterns'. With `group`, GroupAttribution with values [batch,
-        group], or by token [batch, group, token]. Of several readouts, a tuple with an Attribution
+        An Attribution with values [batch, site, *by] in the readout's units; its `method` names the
+        rules, as in 'first_order/patterns'. With `group`, a GroupAttribution with values [batch,
+        group], or by token [batch, group, token]. For several readouts, a tuple with an Attribution
         for each.
 
     Raises:
-        ArgumentError: no readouts, another mode, axis, group or gauge, a gauge 'svd' without
-            'rank', a group split by anything but tokens, or less memory than one part takes.
+        ArgumentError: no readouts; another mode, axis, group or gauge; the gauge 'svd' without
+            'rank'; a group split by anything but tokens; or less memory than one part takes.
         SiteError: a glob of a group that matches no site.
         ModelStateError: rules that this model's hooks cannot keep, naming the hook point; in
             forward mode, an operation without a forward-mode derivative.
@@ -255,10 +255,10 @@ def _method(rules: Rules | None) -> str:
 
 
 def _held(rules: Rules | None, g: Function) -> AbstractContextManager[None]:
-    """A context in which derivatives of g follow the rules.
+    """A context in which derivatives of g follow the rules, if there are any.
 
     Raises:
-        ArgumentError: something that is no rules.
+        ArgumentError: something that is not rules.
     """
     if rules is None:
         return contextlib.nullcontext()
@@ -270,9 +270,9 @@ def _held(rules: Rules | None, g: Function) -> AbstractContextManager[None]:
 def _chosen_mode(
     g: Function, mode: Mode, axes: tuple[str, ...], groups: Groups | None = None
 ) -> str:
-    """The given mode, or of 'auto' the cheaper one.
+    """The mode that is asked for; for 'auto', the cheaper one.
 
-    By token, reverse mode takes a covector for each token, and forward mode a tangent for each
+    By token, reverse mode takes one covector for each token, and forward mode one tangent for each
     site, group or part, from its block on.
     """
     if "token" not in axes:
@@ -290,7 +290,7 @@ def _of_groups(
     mode: Mode,
     rules: Rules | None,
 ) -> GroupAttribution:
-    """Σ_{l in G} a_l of every group G, of the whole readout or by token.
+    """Σ_{l in G} a_l for every group G, of the whole readout or by token.
 
     Args:
         g: the function.
@@ -325,9 +325,9 @@ def _of_groups(
 def _slopes_of_several(
     questions: Sequence[Evaluations], at: float
 ) -> Float[Tensor, "readout batch site"]:
-    """∂g/∂ε_l of readouts of the same rows, which share one graph, and the passes of their ends.
+    """∂g/∂ε_l of readouts of the same rows, which share one graph and the passes of their ends.
 
-    Each g is told its ends, so that it need not run them again.
+    Each g is told its values at the ends, so that it does not run them again.
 
     Args:
         questions: g of each readout.

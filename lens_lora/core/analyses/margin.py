@@ -1,9 +1,10 @@
 """The fact margin (note, §5): m = m₀ + Σ_l (u_doc − u_pre)ᵀ J δz_l + R_m.
 
-The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m.
+The document's fact overtakes the pretrained one if and only if Σ_l a_l exceeds −m₀ − R_m.
 
-First order of the margin and the margin itself along ε·Δ are those of `remainder.py`; where on the
-way the margin changes its sign is found in `flips.py`.
+1. g is the margin of the two answers. Its slopes at the base give first order (Prop. 1).
+2. The exact margin along ε·Δ, beside its first-order line, is a `RemainderCurve` (`remainder.py`).
+3. The strength at which the margin changes its sign is found from that curve (`flips.py`).
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from lens_lora.core.results.tables import flat
 
 @final
 class FactMargin(OfMeasured, Reported):
-    """Does the document's fact overtake the pretrained one, where on the way, because of what?
+    """The margin of two answers: whether it changes sign, at which strength, and because of what.
 
-    `plot` is the margin along ε, its first-order line, and the flip.
+    `plot` shows the margin along ε, its first-order line, and the flip.
 
     Attributes:
         attribution: the first-order shift of the margin, by site (at ε = 0).
-        curve: the margin along ε from 0 to 1, exact, beside its first-order line.
-        flip_scale: [batch], the first ε in (0, 1] at which the margin changes sign; NaN where it
-            does not. Where rounding hides a sign it may be rounding too.
-        doc, pre: the two answers, per prompt.
+        curve: the exact margin along ε from 0 to 1, beside its first-order line.
+        flip_scale: [batch], the first ε in (0, 1] at which the margin changes sign; NaN if it does
+            not. If rounding hides a sign, this ε may be rounding as well.
+        doc, pre: the two answers for each prompt.
     """
 
     attribution: Attribution
@@ -55,11 +56,11 @@ class FactMargin(OfMeasured, Reported):
     def of(
         cls, g: Evaluations, doc: AnswerLike, pre: AnswerLike, by: tuple[str, ...] | str = ()
     ) -> FactMargin:
-        """`fact_margin` of the margin at hand between these answers.
+        """Explain the margin of two answers, given as a function of the gates.
 
         Args:
-            g: the margin, as a function of the gates.
-            doc, pre: the answers that it is between.
+            g: the margin of the two answers.
+            doc, pre: the answers.
             by: also split the attribution by 'position', 'head', 'expert', 'rank'.
         """
         axes = by_axes(by)
@@ -89,12 +90,12 @@ class FactMargin(OfMeasured, Reported):
 
     @property
     def m0(self) -> Float[Tensor, " batch"]:
-        """The base model's margin, in logits: negative where it prefers the pretrained fact."""
+        """The base model's margin, in logits: negative if the base prefers the pretrained fact."""
         return self.attribution.base
 
     @property
     def m(self) -> Float[Tensor, " batch"]:
-        """The adapted model's margin, exact."""
+        """The exact margin of the adapted model."""
         return self.attribution.adapted
 
     @property
@@ -119,17 +120,17 @@ class FactMargin(OfMeasured, Reported):
 
     @property
     def flips(self) -> tuple[bool, ...]:
-        """Whether the preferred fact changes between base and adapted model.
+        """Whether the preferred fact changes between the base and the adapted model.
 
-        False where rounding hides the sign of a margin; `flip_verdict` tells that from no flip.
+        False if rounding hides the sign of a margin; `flip_verdict` tells that apart from no flip.
         """
         return tuple(changes_sign(self.m0, self.m, self.noise_floor).tolist())
 
     @property
     def flip_predicted(self) -> tuple[bool, ...]:
-        """Whether the preferred fact changes by first order alone, from m₀ to m₀ + Σ a_l.
+        """Whether the preferred fact would change by first order alone, from m₀ to m₀ + Σ a_l.
 
-        False where rounding hides the sign of either.
+        False if rounding hides the sign of either.
         """
         predicted = self.m0 + self.first_order
         does_flip = changes_sign(self.m0, predicted, self.noise_floor, self.remainder_floor)
@@ -137,7 +138,7 @@ class FactMargin(OfMeasured, Reported):
 
     @property
     def flip_verdict(self) -> tuple[FlipVerdict, ...]:
-        """For each prompt, whether the margin flips, or rounding hides it."""
+        """For each prompt, whether the margin flips, or whether rounding hides that."""
         columns = torch.stack([self.m0, self.m, self.noise_floor.to(self.m)], 1)
         by_prompt = columns.cpu().double().tolist()
         return tuple(FlipVerdict(m0, m, SIGMAS * floor) for m0, m, floor in by_prompt)
@@ -148,9 +149,9 @@ class FactMargin(OfMeasured, Reported):
         return self.curve.verdicts_on(self.attribution)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt: the margin's whole account; `hidden` where rounding hides a sign.
+        """One row per prompt with all terms of m = m₀ + first order + R_m, and the flip.
 
-        `base` is m₀, and `adapted` is m.
+        `base` is m₀, `adapted` is m, and `hidden` says that rounding hides a sign.
         """
         numbers = {
             "base": self.m0,
@@ -169,13 +170,13 @@ class FactMargin(OfMeasured, Reported):
         )
 
     def story(self, prompt: int | None = None) -> str:
-        """The margin's account in plain words, claiming no more than the numbers.
+        """The result in plain words, which claim no more than the numbers do.
 
         Args:
             prompt: an index; without it, the only prompt.
 
         Raises:
-            ArgumentError: no such prompt, or several and none named.
+            ArgumentError: no such prompt; or there are several, and none is named.
         """
         return drawing.story(self, prompt)
 
@@ -215,6 +216,6 @@ def fact_margin(
 
 
 def _texts(g: Function, answer: AnswerLike) -> tuple[str, ...]:
-    """Each prompt's answer as the model's tokens spell it."""
+    """The answer to each prompt, as the model's tokens spell it."""
     ids_of_each = extensions.answer_ids(g.lens.model, answer, g.prompts.batch, g.prompts.texts)
     return tuple("".join(g.lens.decode(ids)) for ids in ids_of_each)

@@ -1,20 +1,20 @@
-"""Real interventions on sites: run, and not predicted.
+"""Real interventions on sites, which are run rather than predicted.
 
     add one           g(e_G) − g(0)         what group G does alone, on the base model
-    leave one out     g(1) − g(1 − e_G)     what is lost without it, in the adapted model
+    leave one out     g(1) − g(1 − e_G)     what the adapted model loses without it
 
 Interventions on activations are in `analyses/activation_patching.py`.
 
-1. Each group of sites G is a corner of the cube: gates e_G, or 1 − e_G. g is run at every corner,
-   and at both ends; corners that share their first layers share the work. The effects of all groups
-   do not sum to the shift in general: what sites do together is in neither.
-2. Zero is one thing to put in the place of δ_G; the mean of δ over texts, or another text's δ, keep
-   what does not depend on the input, or what a text in general brings. Then the effect is
+1. Each group of sites G is a corner of the cube: gates e_G, or 1 − e_G. g is run at every corner
+   and at both ends; corners that share their first layers share the work. In general the effects of
+   all groups do not sum to the shift, as neither kind of effect contains what sites do together.
+2. By default δ_G is replaced by zero. It may also be replaced by its mean over texts, which keeps
+   what does not depend on the input, or by its value on another text. Then the effect is
 
        g(δ_G its own) − g(δ_G replaced),   on the base with G on, or on the adapted model
 
-   with the texts run on the base, or on the adapted model (`function/activations.py`). The same for
-   one rank of a site, σ_j u_j v_jᵀx of the SVD of its ΔW (`model/gauge.py`).
+   where the texts are run on the same model (`function/activations.py`). A single rank of a site,
+   σ_j u_j v_jᵀx of the SVD of its ΔW, is replaced in the same way (`model/gauge.py`).
 """
 
 from __future__ import annotations
@@ -55,28 +55,28 @@ def patch_sites(
 ) -> Effects:
     """The exact effect of each site, group of sites or single rank on the readout.
 
-    Cost: two forward passes, four for the noise floor, and one per group, batched. A group's pass
-    may begin at its first block, except for Bloom and OPT on a Bridge: all of them then take about
-    half as long. Replacing δ by another value than zero adds a forward pass of the texts, and with
-    'add_one' a second pass per group.
+    Cost: two forward passes, four for the noise floor, and one per group, batched; about half of
+    that if the model's batch may grow from block to block (all but Bloom and OPT on a Bridge).
+    Where δ is not replaced by zero, one more forward pass of the texts, and with 'add_one' two per
+    group, with its own δ and without.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
-        how: 'add_one', on the base model, g(e_G) − g(0), or 'leave_one_out', in the adapted model,
-            g(1) − g(1 − e_G).
-        sites: names or globs; only these are switched. Without it, all.
-        group: 'site', 'layer', 'kind', or {name: site names or globs}.
+        how: 'add_one' switches sites on in the base model, g(e_G) − g(0); 'leave_one_out' switches
+            them off in the adapted model, g(1) − g(1 − e_G).
+        sites: the sites that are switched, as names or globs; by default all.
+        group: what is switched together: 'site', 'layer', 'kind', or {name: site names or globs}.
         of: 'rank' for each rank of each site, in the coordinates of the SVD of its ΔW, which are
             unique up to equal singular values; then `group` is 'site'.
-        replace: what stands in for δ. 'zero', nothing. 'mean', its mean over the tokens of `texts`
-            without each text's first; a token that follows the same tokens in two texts counts
-            once. 'resample', its value on another text: on text i mod N for prompt i, both aligned
-            at their ends (a row ends with its response). In both, the first token, a sink, keeps
-            its own δ.
+        replace: what δ is replaced by. 'zero', by default. 'mean': its mean over the tokens of
+            `texts`, without each text's first token, where tokens with the same tokens before them
+            count once. 'resample': its value on another text, text i mod N for prompt i, aligned at
+            the ends of both (a row ends with its response). In 'mean' and 'resample' the first
+            token, a sink, keeps its own δ.
         texts: the texts of 'mean' and 'resample', in any form that prompts take. For 'resample'
-            each must be as long as the rows that it stands in for.
+            each must be as long as the rows whose δ it replaces.
         progress: show a bar.
 
     Returns:
@@ -86,9 +86,9 @@ def patch_sites(
         SiteError: a name or glob that matches no site, or a named group without a chosen site.
         TokenError, PromptError: a readout or prompt that does not fit the model; texts that are too
             short, or the same as what they stand in for; a prompt of the first token only.
-        NumericsError: a non-finite readout.
-        ArgumentError: another `how`, `group`, `of` or `replace`; texts that nothing reads, or none
-            where they are needed; ranks of groups or of norms.
+        NumericsError: a readout that is not finite.
+        ArgumentError: another `how`, `group`, `of` or `replace`; texts where none are needed, or
+            none where they are; ranks of groups or of norms.
     """
     word("how", how, get_args(How))
     word("of", of, get_args(Of))
@@ -118,7 +118,7 @@ def patch_sites(
 
 
 def _switched(g: Function, groups: Groups, how: How) -> Float[Tensor, "batch group"]:
-    """Effects of gates of zero or one on groups of sites: corners of the cube against an end."""
+    """Effects of switching groups of sites: g at corners of the cube, less g at an end."""
     members = g.lens.sites.indicator(groups)
     if how == "add_one":
         added = g.corners(members)
@@ -143,7 +143,7 @@ def _require_texts(replace: str, texts: Prompts | None) -> None:
 
 
 def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> Groups:
-    """The groups, of the chosen sites alone."""
+    """The groups, restricted to the chosen sites."""
     groups = lens.sites.grouped(group)
     if sites is None:
         return groups
@@ -158,15 +158,15 @@ def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> 
     return of_chosen
 
 
-# --- δ replaced by something else than zero, and single ranks.
+# --- δ replaced by something other than zero, and single ranks
 
 
 def _each_rank(lens: LoraLens, groups: Groups) -> tuple[Groups, list[int]]:
-    """A group for each rank of each site, and which rank it is.
+    """Make a group for each rank of each site; also returns which rank each group is.
 
     Args:
         lens: the adapter over the model.
-        groups: of a single site each.
+        groups: groups of a single site each.
     """
     by_rank: Groups = {}
     ranks: list[int] = []
@@ -180,7 +180,7 @@ def _each_rank(lens: LoraLens, groups: Groups) -> tuple[Groups, list[int]]:
 def _stand_in(
     lens: LoraLens, reading: Reading, how: How, replace: Replace, texts: Prompts
 ) -> activations.StandIn:
-    """The stand-in for δ, from the texts, run on the model that the intervention is made on."""
+    """What δ is replaced by: it is taken from the texts, on the model that is intervened on."""
     gates = lens.gates(float(how == "leave_one_out"))
     if replace == "mean":
         return mean_over(lens, texts, texts.distinct(), gates, reading)
@@ -195,15 +195,15 @@ def _replaced(
     how: How,
     stand_in: activations.StandIn | None,
 ) -> Float[Tensor, "batch group"]:
-    """The effects: g with each group's own δ, less g with what stands in for it.
+    """The effects: g with each group's own δ, less g with δ replaced.
 
     Args:
         g: the function.
-        lens: that of g, with its rank spaces turned where single ranks are replaced.
+        lens: the lens of g; for single ranks, with rank spaces in the coordinates of the SVD.
         groups: indices of sites, by name.
-        rank_of_group: the rank that is replaced; None where whole sites are.
+        rank_of_group: the rank of each group that is replaced; None for whole sites.
         how: on the base, or in the adapted model.
-        stand_in: what stands in for δ; None for zero.
+        stand_in: what δ is replaced by; None for zero.
     """
     adds = how == "add_one"
     is_by_rank = rank_of_group is not None

@@ -1,18 +1,19 @@
-"""The remainder: the exact shift less first order, at full strength and along ε·1.
+"""The remainder: the exact shift minus first order, at full strength and along ε·1.
 
     single site   u_yᵀ r_l = g(e_l) − g(0) − a_l                          (note, §3)
     all sites     R_y = g(1) − g(0) − Σ_l a_l                             (note, §4)
     the path      R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l = O(ε²)              (note, Assumption 2)
 
-1. First order at ε = 0, the exact ends, and the exact g on the way; on request each site alone.
-2. Noise floors say what of the shift, and what of the remainder, is rounding.
-3. At ε = 1 the two may agree by coincidence, so the verdict also looks at ε = 0.25, 0.5 and 0.75:
-   at the same strengths for every result, so that no two can disagree on one remainder.
-4. Where a model routes tokens to experts, g jumps at strengths where a token changes them, which no
+1. First order at ε = 0 is computed beside the exact g at both ends and on the way; on request also
+   with each site alone.
+2. Noise floors say how much of the shift, and of the remainder, may be rounding.
+3. At ε = 1 first order and the shift may agree by coincidence, so the verdict also looks at ε =
+   0.25, 0.5 and 0.75. These are the same for every result, so no two can disagree on one remainder.
+4. If a model routes tokens to experts, g jumps where a token changes its expert, which no
    derivative shows. So the tokens whose experts differ between the two ends are counted, by layer
    (`hosts/rerouted.py`).
-5. The order is the slope of log|R| on log ε, over the first decade of strengths at which R stands
-   out of the noise: 2 for a smooth model.
+5. The order is the slope of log|R| over log ε, fitted over the first decade of strengths at which R
+   stands out of the noise. It is 2 for a smooth model.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from lens_lora.core.results.base import Drawn, Measured
 from lens_lora.core.results.tables import flat, long_table
 from lens_lora.errors import ArgumentError
 
-# Small strengths show the order of the remainder: 0.0001 … 0.08.
+# Small strengths, 0.0001 … 0.08, show the order of the remainder.
 _SMALL_SCALES: list[float] = np.geomspace(1e-4, 8e-2, 10).tolist()
-# Even ones show the path: 0.1, 0.2, 0.25, 0.3, … 1.
+# Evenly spaced strengths, 0.1, 0.2, … 1, show the path.
 _EVEN_SCALES: list[float] = np.linspace(0.1, 1.0, 10).round(3).tolist()
 USUAL_SCALES = (*_SMALL_SCALES, *sorted({*_EVEN_SCALES, *CHECKPOINTS}))
-# A remainder counts for its order if it stands out of so many noise floors, where rounding moves
-# its logarithm by a tenth.
+# A remainder is used for the fit if it exceeds ten noise floors: rounding then moves its logarithm
+# by a tenth.
 _CLEAR = 10
-# How many strengths, at least, the order is fitted to.
+# The smallest number of strengths to which the order is fitted.
 _FEWEST_POINTS = 3
 
 
@@ -59,13 +60,13 @@ class Remainder(Measured):
 
     Attributes:
         first_order: [batch], Σ_l a_l.
-        noise: σ of a shift and of the remainder from rounding alone.
+        noise: σ of a shift and of the remainder, from rounding alone.
         path_scales: the ε on the way at which g was run.
         path_shift: [batch, scale], g(ε) − g(0) at each of them.
         site_first_order: [batch, site], a_l.
         site_shift: [batch, site], g(e_l) − g(0); only with by_site.
-        rerouted: {'layer 3': [batch], the tokens that go to other experts at ε = 1 than at
-            0}; empty where the model has no stacks of experts.
+        rerouted: {'layer 3': [batch]}, how many tokens go to other experts at ε = 1 than at 0;
+            empty for a model without experts.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
 
@@ -104,7 +105,7 @@ class Remainder(Measured):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: shift, first order, remainder, both floors, the verdict's kind.
 
-        With experts also `rerouted`: the tokens that go to other experts, counted in each layer.
+        With experts also `rerouted`: the tokens that go to other experts, summed over layers.
         """
         names = ("shift", "first_order", "remainder", "noise_floor", "remainder_floor")
         columns = flat({name: getattr(self, name) for name in names})
@@ -120,7 +121,7 @@ def remainder(g: Evaluations, *, by_site: bool = False) -> Remainder:
     """R_y of all sites together and, with by_site, u_yᵀ r_l of each site alone.
 
     Cost: five forward and backward passes and 12 forward passes, batched, most of them for the
-    noise floors; and one per site with by_site. Two more forward passes of a model with experts.
+    noise floors; with by_site one more per site; with experts two more forward passes.
 
     Args:
         lens: the adapter over the model.
@@ -161,8 +162,8 @@ class RemainderCurve(results_base.Read, Drawn):
         base: [batch], g(0).
         slope: [batch], Σ_l a_l, the first-order shift per unit of ε.
         noise: σ of a shift and of the remainder from rounding alone.
-        order: [batch], fitted slope of log|R| on log ε at small ε above the noise: 2 for a smooth
-            model, NaN where fewer than three points stand out of the noise.
+        order: [batch], the slope of log|R| over log ε, fitted at small ε where R stands out of the
+            noise: 2 for a smooth model, NaN where fewer than three points stand out.
         str_tokens, readout, units, meta: see `Read`.
     """
 
@@ -209,11 +210,11 @@ class RemainderCurve(results_base.Read, Drawn):
     def orders_of(
         self, rest: Float[Tensor, "batch scale"], floor: Float[Tensor, "batch scale"]
     ) -> Float[Tensor, " batch"]:
-        """The order of what is left of the shift along ε, fitted as `order` is.
+        """Fit the order of another remainder, such as that of second order, as `order` is fitted.
 
         Args:
-            rest: what is left at each of `scales`.
-            floor: σ of it from rounding alone.
+            rest: the remainder at each of `scales`.
+            floor: its σ, from rounding alone.
         """
         return orders(self.scales, rest, floor)
 
@@ -223,7 +224,7 @@ class RemainderCurve(results_base.Read, Drawn):
         return points_of(self.scales, self.remainder, self.shift, self.noise)
 
     def verdicts_on(self, first: Attribution) -> tuple[verdicts.Verdict, ...]:
-        """For each prompt, how good first order is at ε = 1, and on the way of this curve.
+        """For each prompt, how good first order is at ε = 1 and on the way.
 
         Args:
             first: first order at 0 of the same prompts and readout.
@@ -232,18 +233,18 @@ class RemainderCurve(results_base.Read, Drawn):
         return tuple(verdicts.verdict_of(end, self.way_of(i)) for i, end in enumerate(ends))
 
     def way_of(self, prompt: int) -> list[verdicts.Point]:
-        """The points between the ends nearest to ε = ¼, ½ and ¾.
+        """The points between the ends that are nearest to ε = ¼, ½ and ¾.
 
         Args:
-            prompt: its index.
+            prompt: the index of the prompt.
         """
         inner = [point for point in self.points[prompt] if 0 < point.scale < 1]
         if not inner:
             return []
-        nearest = [
-            min(inner, key=lambda point: abs(point.scale - checkpoint))
-            for checkpoint in CHECKPOINTS
-        ]
+        nearest: list[verdicts.Point] = []
+        for checkpoint in CHECKPOINTS:
+            distances = [abs(point.scale - checkpoint) for point in inner]
+            nearest.append(inner[distances.index(min(distances))])
         return list(dict.fromkeys(nearest))
 
 
@@ -251,10 +252,10 @@ class RemainderCurve(results_base.Read, Drawn):
 def remainder_curve(
     g: Evaluations, scales: Sequence[float] | Float[Tensor, " scale"] | None = None
 ) -> RemainderCurve:
-    """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
+    """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from the base to the adapted model.
 
     Cost: five forward and backward passes and nine forward passes, most of them for the noise
-    floors, beside a forward pass per scale below 1 (21 by default), batched.
+    floors, and one forward pass per scale below 1 (21 by default), batched.
 
     Args:
         lens: the adapter over the model.
@@ -264,7 +265,7 @@ def remainder_curve(
         progress: show a bar.
 
     Raises:
-        ArgumentError: no scales, or something that is no number.
+        ArgumentError: no scales, or something that is not a number.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
@@ -280,10 +281,11 @@ def curve_beside(
     slopes: Float[Tensor, "batch site"],
     strengths: Sequence[float] = USUAL_SCALES,
 ) -> RemainderCurve:
-    """The curve at these ε, beside first order that is known already.
+    """The exact curve at these ε, beside first order that is known already.
 
-    A forward pass for each strength that g does not know, and fourteen forward and four backward
-    passes for the noise floors, unless g knows them (`Evaluations.slopes_with_noise`).
+    It takes one forward pass for each strength that g has not been evaluated at, and fourteen
+    forward and four backward passes for the noise floors, unless g has them
+    (`Evaluations.slopes_with_noise`).
 
     Args:
         g: the function.
@@ -313,29 +315,31 @@ def orders(
     rest: Float[Tensor, "batch scale"],
     floor: Float[Tensor, "batch scale"],
 ) -> Float[Tensor, " batch"]:
-    """The order of each prompt's remainder, as `fitted_order` fits it.
+    """Fit the order of each prompt's remainder.
 
     Args:
         scales: the strengths ε.
         rest: R(ε) of each prompt.
-        floor: σ of it from rounding alone.
+        floor: its σ, from rounding alone.
     """
-    by_prompt = zip(rest, floor, strict=True)
-    return torch.stack([fitted_order(scales, *of_prompt) for of_prompt in by_prompt])
+    orders_of_prompts: list[Tensor] = []
+    for rest_of_prompt, floor_of_prompt in zip(rest, floor, strict=True):
+        orders_of_prompts.append(fitted_order(scales, rest_of_prompt, floor_of_prompt))
+    return torch.stack(orders_of_prompts)
 
 
 def fitted_order(
     scales: Float[Tensor, " scale"], rest: Float[Tensor, " scale"], floor: Float[Tensor, " scale"]
 ) -> Float[Tensor, ""]:
-    """The slope of log|R| on log ε, 2 for a remainder of second order.
+    """The slope of log|R| over log ε, which is 2 for a remainder of second order.
 
-    It is fitted over the first decade of strengths at which R stands out of the noise, and at three
-    of them at least. NaN where fewer than three stand out.
+    It is fitted over the first decade of strengths at which R stands out of the noise, and to three
+    of them at least. NaN if fewer than three stand out.
 
     Args:
-        scales: the strengths ε, rising.
+        scales: the strengths ε, in increasing order.
         rest: R(ε).
-        floor: σ of it from rounding alone.
+        floor: its σ, from rounding alone.
     """
     is_clear = (scales > 0) & (rest.abs() > _CLEAR * floor)
     clear_scales = in_float64(scales[is_clear])

@@ -1,14 +1,15 @@
-"""Verdicts on one prompt's numbers, decided here and nowhere else; `show/words.py` words them.
+"""Verdicts on the numbers of one prompt: what they are is decided here, how to say it elsewhere.
 
-A number counts where it stands out of three noise floors (`Noise`): σ from rounding alone, of a
-shift and of what first or second order leaves of it.
+A number counts if it exceeds three noise floors σ (`Noise`), where σ is what rounding alone makes
+of it.
 
-1. First order (`Verdict`): the remainder against the shift, at ε = 1 and at a quarter, half and
-   three quarters of the strength. Each has its own noise floor: where an adapter moves much, the
-   remainder's is far above the shift's, as first order has rounding of its own.
-2. The sign of a margin at both ends (`FlipVerdict`): a sign within three noise floors is unknown.
+1. `Verdict` compares the remainder of first order with the shift, at ε = 1 and at a quarter, half
+   and three quarters of the strength. The two have noise floors of their own: for a large adapter
+   that of the remainder is far above that of the shift, as first order adds its own rounding.
+2. `FlipVerdict` compares the signs of a margin at both ends; a margin within three noise floors of
+   zero has no known sign.
 
-What other questions conclude stands with them: `curvature/verdict.py`, `judging/verdict.py`,
+The verdicts of other questions stand beside these: `curvature/verdict.py`, `judging/verdict.py`,
 `shifts/kl_shares.py`.
 """
 
@@ -25,11 +26,11 @@ from lens_lora.core.function.noise import Noise
 from lens_lora.core.results import drawing
 from lens_lora.core.results.signs import SIGMAS
 
-# The strengths at which every result looks at the path.
+# The strengths between the ends at which every result looks at the path.
 CHECKPOINTS = (0.25, 0.5, 0.75)
-# A remainder of at most a tenth of the shift is small,
+# A remainder of at most a tenth of the shift is small.
 _SMALL = 0.1
-# and one of more than a fifth on the way makes a small one at ε = 1 a coincidence.
+# If it exceeds a fifth of the shift on the way, a small one at ε = 1 is a coincidence.
 _LARGE = 0.2
 
 
@@ -37,9 +38,9 @@ class Point(NamedTuple):
     """One strength of one prompt, in the readout's units.
 
     Attributes:
-        scale: ε.
+        scale: the strength ε.
         remainder, shift: R(ε), and g(ε) − g(0).
-        remainder_floor, noise_floor: σ of the two from rounding alone.
+        remainder_floor, noise_floor: σ of each of these, from rounding alone.
     """
 
     scale: float
@@ -69,9 +70,9 @@ def points_of(
         scales: the strengths ε.
         remainder: R(ε) of each prompt.
         shift: g(ε) − g(0).
-        noise: of a shift and a remainder.
-        curvature_noise: σ of the curvature from rounding alone, where R is what second order
-            leaves; None where it is what first order leaves.
+        noise: σ of a shift and of a remainder.
+        curvature_noise: if R is what second order leaves, σ of the curvature from rounding alone;
+            None if R is what first order leaves.
     """
     strengths = scales.cpu().double().tolist()
     columns = (
@@ -114,11 +115,11 @@ class Verdict(_Worded):
 
     Attributes:
         shift, remainder: g(1) − g(0), and what first order leaves of it.
-        floor: three noise floors of the shift; a difference of readouts below it can be rounding.
-        remainder_floor: three of the remainder, whose first order has rounding of its own.
+        floor: three noise floors of the shift; a smaller difference may be rounding.
+        remainder_floor: three noise floors of the remainder.
         worst: the largest |R(ε)| / |g(ε) − g(0)| at a quarter, half and three quarters of the
-            strength; None where none of them stands out of the noise.
-        worst_scale: the ε of it.
+            strength; None if all of them are within the noise.
+        worst_scale: the ε at which it is found.
     """
 
     shift: float
@@ -138,11 +139,11 @@ class Verdict(_Worded):
         """The verdict in a word.
 
         'no_shift': the shift itself is within rounding.
-        'coincidence': at most a tenth of it is missed at ε = 1, but more than a fifth on the way.
+        'coincidence': at most a tenth is missed at ε = 1, but more than a fifth on the way.
         'noise': the remainder at ε = 1 is within rounding.
         'small': at most a tenth is missed throughout.
         'large': more than a tenth is missed at ε = 1.
-        'uneven': at most a tenth is missed at ε = 1, and up to a fifth on the way.
+        'uneven': at most a tenth is missed at ε = 1, but up to a fifth on the way.
         """
         worst = self.worst or 0.0
         if abs(self.shift) <= self.floor:
@@ -160,8 +161,8 @@ def verdict_of(end: Point, way: Sequence[Point]) -> Verdict:
     """The verdict on one prompt's remainder, at ε = 1 and on the way.
 
     Args:
-        end: its point at ε = 1.
-        way: its points before that.
+        end: the prompt's point at ε = 1.
+        way: its points on the way.
     """
     worst: float | None = None
     worst_scale: float | None = None
@@ -186,8 +187,8 @@ class FlipVerdict(_Worded):
     """Whether one prompt's margin changes sign between base and adapted model.
 
     Attributes:
-        m0, m: the base model's margin, and the adapted model's.
-        floor: three noise floors.
+        m0, m: the margins of the base and of the adapted model.
+        floor: three noise floors of a margin.
     """
 
     m0: float

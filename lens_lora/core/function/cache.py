@@ -1,15 +1,15 @@
 """The function g(ε) with a memory: the cache of one public call.
 
 Several analyses ask the same of one g: both ends, g along the path, what rounding does. Within one
-public call the model and its hooks stay as they are, so what is asked for most is kept:
+public call the model and its hooks do not change, so what is asked for most is kept:
 
-1. g at strengths, ε·1, the base and the adapted model among them, with draws of its rounding;
-2. ∂g/∂ε_l of whole sites at strengths, with draws of the sum.
+1. g at strengths ε·1, which include the base and the adapted model, with draws of its rounding;
+2. ∂g/∂ε_l of whole sites at strengths, with draws of their sum.
 
-These are a few numbers for each prompt and site. Everything else is run each time that it is asked
-for: corners, points with a gate of each site's own, and slopes by position, head, expert, rank or
-token, which may be large. What is not known yet goes in one batch: the ends ride along with the
-first corners, or with the first slopes.
+These are a few numbers for each prompt and site. Everything else is run again each time: corners,
+points at which sites have different gates, and slopes by position, head, expert, rank or token,
+which may be large. What is not known yet is run in one batch: the ends ride along with the first
+corners, or with the first slopes.
 
 A public call makes g in two lines, whatever its arguments are (`@analysis` writes them for most):
 
@@ -33,11 +33,11 @@ from lens_lora.core.readout import PromptsLike, Readout
 class Evaluations(Function):
     """The function g with a memory of its values and whole slopes at strengths ε·1, for one call.
 
-    Corners and split slopes are not kept, and are run again when they are asked for again.
+    Corners, split slopes, and slopes under a context of yours are not kept, and are run again when
+    they are asked for again.
 
-    Hooks that you put on the model, or take off it, in the meantime are not seen in what it has
-    run already. `lens_lora.analysis` makes one for each call; a `Function` of your own becomes one
-    by `Evaluations.of(g)`. Slopes under a context of yours are not remembered.
+    Its memory does not notice hooks that you put on the model, or take off it, after it was made.
+    `lens_lora.analysis` makes one for each call; `Evaluations.of(g)` makes one of a `Function`.
 
     Attributes:
         lens, prompts, rows, readout, progress: see `Function`.
@@ -59,23 +59,23 @@ class Evaluations(Function):
             lens: the adapter over the model.
             prompts: strings, conversations, ids, or `Prompts`.
             readout: what is read of the logits.
-            max_memory: bytes beside the model, in place of the bound of the lens.
+            max_memory: a bound in bytes, in place of that of the lens.
             progress: whether long calls show a bar.
 
         Raises:
-            ArgumentError: something that is no lens, or no readout.
+            ArgumentError: something that is not a lens, or not a readout.
             TokenError, PromptError: a readout or prompt that does not fit the model.
-            ModelStateError: the model is not as it was when the lens was made.
+            ModelStateError: the model has changed since the lens was made.
         """
         bounded = lens if max_memory is None else lens.within(max_memory)
         f = bounded.function(prompts, progress=progress)
         return cls(f.about(Readout.required(readout)))
 
     def __init__(self, g: Function) -> None:
-        """Remember what is evaluated of g from now on.
+        """Begin an empty memory of g.
 
         Args:
-            g: a function with a readout, of a model that is as it was when the lens was made.
+            g: a function with a readout, whose model has not changed since the lens was made.
         """
         super().__init__(g.lens, g.prompts, g.rows, g.readout, g.reading, g.progress)
         self._known = Known()
@@ -85,7 +85,7 @@ class Evaluations(Function):
 
     @classmethod
     def of(cls, g: Function) -> Evaluations:
-        """The function with an empty memory; or itself, if it has a memory already.
+        """The same function with a memory, which is empty unless g has one already.
 
         Args:
             g: a function with a readout.
@@ -96,10 +96,10 @@ class Evaluations(Function):
         return cls(g)
 
     def know(self, at: float, value: ByPrompt) -> None:
-        """Take g(ε·1) at a strength ε from a pass that was run anyway.
+        """Remember g(ε·1) from a pass that was run for something else.
 
         Args:
-            at: the strength.
+            at: the strength ε.
             value: g there.
 
         Raises:
@@ -112,11 +112,11 @@ class Evaluations(Function):
     ) -> Float[Tensor, "batch site *by"]:
         """∂g/∂ε_l at the base; the same passes give the draws for `noise` and `remainder_noise`.
 
-        Five forward and backward passes, and ten forward ones, batched; and one for each strength.
-        Where the slopes of whole sites are known and asked for, they are not run again.
+        It takes five forward and backward passes, ten forward passes, and one for each strength,
+        batched. Slopes of whole sites that are known already are not run again.
 
         Args:
-            along: strengths at which g is to be known as well.
+            along: strengths at which g is evaluated as well.
             by: any of 'position', 'head', 'expert' and 'rank', as in `slopes`.
 
         Raises:
@@ -145,7 +145,7 @@ class Evaluations(Function):
         return other
 
     def require_same_model(self) -> None:
-        """Nothing: the model was checked when this was made, and stays as it is within the call."""
+        """Check nothing: the model was checked when the call began and does not change in it."""
 
     @property
     def _evaluator(self) -> Remembering:

@@ -1,7 +1,7 @@
-"""Running g, its slopes and its draws at points of the gates, anew each time.
+"""`Evaluator` runs the passes that give g, its slopes and its draws at points of the gates.
 
-`Function` checks what its caller gives, and shapes what it returns; the passes stand here. What is
-asked for twice is run twice. `Remembering` (`remembering.py`) is the same with a memory.
+`Function` checks what its caller gives, and shapes what it returns. Here everything is run anew
+each time; `Remembering` (`remembering.py`) is an evaluator with a memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lens_lora.spans import Temporary
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Evaluator:
-    """Evaluates g(ε) at points, with its slopes and its draws; keeps no number.
+    """Evaluates g(ε), its slopes and its draws at points; it keeps no number.
 
     Attributes:
         lens: the adapter over the model.
@@ -40,7 +40,7 @@ class Evaluator:
     # --- Values
 
     def values(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
-        """Evaluate g at these gates; a bar calls them `shown_as`."""
+        """Evaluate g at these gates; `shown_as` names them in a progress bar."""
         return self.run(points, shown_as)
 
     def along(self, scales: Sequence[float]) -> Float[Tensor, "point batch"]:
@@ -55,7 +55,10 @@ class Evaluator:
         return values.T
 
     def with_graph(self, points: Points) -> Float[Tensor, "point batch"]:
-        """Every row once for each point. Attention from its formula, which has all derivatives."""
+        """Evaluate g at these gates with its graph, all points in one pass.
+
+        Attention is computed from its formula, which has derivatives of every order.
+        """
         reading = self.reading
         copies = reading.repeat(len(points))
         memory.require_graph(self.lens, copies)
@@ -72,7 +75,7 @@ class Evaluator:
     def slopes(
         self, points: Points, axes: tuple[str, ...], lens: LoraLens, *, remember: bool = True
     ) -> Float[Tensor, "point batch site *by"]:
-        """∂g/∂ε_l at each point; `lens` is that of the gauge."""
+        """∂g/∂ε_l at each point; `lens` has the gauge in which ranks are split."""
         del remember  # This class has no memory.
         return slopes_at_points(lens, self.reading, points, axes, progress=self.progress)
 
@@ -83,16 +86,17 @@ class Evaluator:
         axes: tuple[str, ...],
         lens: LoraLens,
     ) -> Float[Tensor, "*sum batch site *by"]:
-        """Weighted sums of ∂g/∂ε_l over the points; `lens` is that of the gauge."""
+        """Weighted sums of ∂g/∂ε_l over points; `lens` has the gauge in which ranks are split."""
         sums, _ = weighted_slopes(lens, self.reading, points, weights, axes, progress=self.progress)
         return sums
 
-    # --- Draws: the same number with noise of the size of the model's rounding
+    # --- Draws: the same numbers, with noise of the size of the model's rounding
 
     def draws(self, scales: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
-        """Evaluate g at each of these strengths, and then draws of it with noise at the embedding.
+        """At each strength g, followed by draws of g with noise at the embedding.
 
-        At the base of a readout that holds the base's logits: g(1), and draws in which these move.
+        For a readout that holds the base's logits, those at 0 are g(1), followed by draws of g(1)
+        in which only these logits move.
         """
         drawn: dict[float, Tensor] = {}
         if self.reading.holds_base and 0.0 in scales:
@@ -107,13 +111,13 @@ class Evaluator:
         return [drawn[scale] for scale in scales]
 
     def draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
-        """Evaluate g(0) and g(1), and draws of each."""
+        """The draws at 0 and those at 1."""
         (base,) = self.draws([0.0])
         (adapted,) = self.draws([1.0])
         return base, adapted
 
     def draws_of_held_base(self) -> Float[Tensor, "draw batch"]:
-        """Evaluate g(1), and then draws of it in which only the held logits of the base move."""
+        """Evaluate g(1), followed by draws of it in which only the base's held logits move."""
         (adapted_logits,) = logits_at_points(
             self.lens, self.reading.rows, strengths(self.lens, [1.0]), self.reading.held_bytes
         )

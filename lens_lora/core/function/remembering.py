@@ -1,10 +1,10 @@
 """The evaluator of g with a memory: what it has run already is not run again.
 
-1. g at strengths ε·1 is kept, and ∂g/∂ε_l of whole sites there: a few numbers for each prompt.
-2. What is not known yet goes in one batch: the ends ride along with the first corners, or with the
-   first slopes where that costs less than a pass of their own.
-3. Points with a gate of each site's own, and slopes by position, head, expert, rank or token, which
-   may be large, are run each time.
+1. g and ∂g/∂ε_l of whole sites are kept at strengths ε·1: a few numbers for each prompt.
+2. What is not known yet is run in one batch: the ends ride along with the first corners, or with
+   the first slopes if that costs less than passes of their own.
+3. Points at which sites have different gates are run each time, and so are slopes by position,
+   head, expert, rank or token, which may be large.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Known:
     """The numbers of one g that were evaluated already.
 
     Attributes:
-        values: g at strengths ε.
-        slopes: ∂g/∂ε_l of whole sites at strengths; their parts, which may be large, are not kept.
-        draws: at strengths, g and then draws of it with noise at the embedding.
-        slope_draws: draws of first order at the base, once there are any.
-        str_tokens: each prompt's tokens, once they were looked up.
+        values: g at each strength ε.
+        slopes: ∂g/∂ε_l of whole sites at each strength.
+        draws: at each strength g, followed by draws of g with noise at the embedding.
+        slope_draws: draws of first order at the base, once they were run.
+        str_tokens: the tokens of each prompt, once they were looked up.
     """
 
     values: dict[float, ByPrompt] = dataclasses.field(default_factory=dict)
@@ -70,7 +70,7 @@ class Remembering(Evaluator):
         return torch.stack([value.to(values[-1]) for value in values])
 
     def values(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
-        """Evaluate g at points; those with the same gate at every site are strengths, remembered.
+        """Evaluate g at points; those with the same gate at every site are strengths, and are kept.
 
         Ends that are not known yet are evaluated in the same batch as the other points.
         """
@@ -96,10 +96,13 @@ class Remembering(Evaluator):
     def slopes(
         self, points: Points, axes: tuple[str, ...], lens: LoraLens, *, remember: bool = True
     ) -> Float[Tensor, "point batch site *by"]:
-        """At one strength g is seen on the way, and both ends ride along where that is cheaper."""
+        """∂g/∂ε_l at each point; at a single strength, g there is remembered as well.
+
+        Ends that are not known yet ride along with a single strength where that is cheaper.
+        """
         if len(points) > 1 or "token" in axes:
             return super().slopes(points, axes, lens)
-        # One read of what may lie on a device: the smallest and the largest gate.
+        # The smallest and the largest gate, in one read from the device.
         at, largest = torch.stack(points[0].aminmax()).tolist()
         if at != largest:
             return super().slopes(points, axes, lens)
@@ -121,7 +124,7 @@ class Remembering(Evaluator):
         axes: tuple[str, ...],
         lens: LoraLens,
     ) -> Float[Tensor, "*sum batch site *by"]:
-        """At points with one strength for all sites g is seen on the way, and remembered."""
+        """Weighted sums of ∂g/∂ε_l over the points; g at those that are strengths is remembered."""
         sums, values = weighted_slopes(
             lens, self.reading, points, weights, axes, progress=self.progress
         )
@@ -149,14 +152,14 @@ class Remembering(Evaluator):
         return self.draw(scales)
 
     def draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
-        """See `Evaluator.draws_of_ends`. What is not known of both goes in one batch."""
+        """See `Evaluator.draws_of_ends`. What is not known of the two is run in one batch."""
         base, adapted = self.draw(ENDS)
         return base, adapted
 
     def draw(
         self, scales: Sequence[float], beside: Sequence[float] = (), *, progress: bool = False
     ) -> list[Float[Tensor, "draw batch"]]:
-        """Evaluate g and draws of it at these strengths, and in the same batch g at `beside`."""
+        """Evaluate g and draws of it at some strengths, and in the same batch g at `beside`."""
         draws_at = self.known.draws
         if self.reading.holds_base and 0.0 in scales and 0.0 not in draws_at:
             draws_at[0.0] = self.draws_of_held_base()
@@ -173,7 +176,7 @@ class Remembering(Evaluator):
         return [draws_at[scale] for scale in scales]
 
     def slope_draws(self) -> rounding.Draws:
-        """Draws of g(0) and Σ a, run once."""
+        """Draws of g(0) and Σ a, which are run at most once."""
         if self.known.slope_draws is None:
             self.known.slope_draws = super().slope_draws()
         return self.known.slope_draws
@@ -181,7 +184,7 @@ class Remembering(Evaluator):
     def slopes_with_draws(
         self, along: Sequence[float], axes: tuple[str, ...]
     ) -> Float[Tensor, "batch site *by"]:
-        """∂g/∂ε_l at the base, of passes that give draws of Σ a and of both ends as well."""
+        """∂g/∂ε_l at the base, from passes that also give draws of Σ a and of both ends."""
         slopes, base, draws = rounding.slopes_and_draws(self.lens, self.reading, axes)
         self.known.slope_draws = draws
         self.know(0.0, base)
@@ -193,7 +196,7 @@ class Remembering(Evaluator):
     # --- What is known
 
     def know(self, at: float, value: ByPrompt) -> None:
-        """Take g(ε·1) at a strength ε from a pass that was run anyway."""
+        """Remember g(ε·1) from a pass that was run for something else."""
         require_finite(value, "the readout")
         self.known.values[at] = value
 

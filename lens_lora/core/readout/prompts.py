@@ -31,15 +31,14 @@ WITHOUT_EOS = ", its tokenizer's EOS left out"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The origin of a prompt's ids.
+    """Where a prompt's ids came from.
 
     Attributes:
-        text: the string, or what the chat template made of the messages; None of ids.
+        text: the string, or what the chat template made of the messages; None if ids were given.
         how: 'text without BOS', 'text with its own BOS', 'text, BOS added by its tokenizer' (or by
             TransformerLens, or by prepend_bos=True), 'chat template', 'ids'.
-        said: the last words of a conversation's user, by which it is called; None of the others.
-        length: how many of the tokens were asked, where what is said after them follows in the same
-            row; None where all of them were.
+        said: the user's last message of a conversation, by which the prompt is named; else None.
+        length: the number of tokens before the response, if one follows in the same row; else None.
     """
 
     text: str | None = None
@@ -49,11 +48,12 @@ class Source:
 
 
 class PromptTokens(tuple[str, ...]):
-    """The tokens of a prompt's row as strings, and what the prompt is called by.
+    """The tokens of a prompt's row as strings, and a name for the prompt.
 
     Attributes:
-        said: that of its `Source`: what stands for tokens that are mostly a template's.
-        length: how many of them were asked; the others are an answer's, or a response's.
+        said: `Source.said`, which names a conversation whose tokens are mostly those of a template.
+        length: how many of the tokens are the prompt's; those after them are an answer's or a
+            response's.
     """
 
     said: str | None
@@ -62,7 +62,7 @@ class PromptTokens(tuple[str, ...]):
     def __new__(
         cls, tokens: Iterable[str], said: str | None = None, length: int | None = None
     ) -> PromptTokens:
-        """The same tokens with what was said, and how many were asked; by default all."""
+        """Make it from the tokens; by default all of them are the prompt's."""
         prompt = super().__new__(cls, tokens)
         prompt.said = said
         prompt.length = len(prompt) if length is None else min(length, len(prompt))
@@ -70,35 +70,35 @@ class PromptTokens(tuple[str, ...]):
 
     @classmethod
     def of(cls, tokens: Sequence[str]) -> PromptTokens:
-        """The tokens of a row; all of them were asked where they do not say so.
+        """The tokens of a row; plain strings are taken for the prompt's own.
 
         Args:
-            tokens: as a result holds them.
+            tokens: the tokens as a result holds them.
         """
         return tokens if isinstance(tokens, PromptTokens) else cls(tokens)
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The tokens that were asked, without an answer after them."""
+        """The tokens of the prompt, without an answer after them."""
         return self[: self.length]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Tokenised prompts. Each is read at its last token, `lengths − 1`, or at its last `reads`.
+    """Tokenised prompts. Each is read at its last token, or at its last `reads` tokens.
 
         >>> Prompts(torch.tensor([[5, 6, 7], [8, 9, 0]]), lengths=torch.tensor([3, 2])).batch
         2
 
     Args:
-        tokens: [batch, pos] ids of any integer dtype, kept as int64; padded on the right.
-        lengths: [batch], real tokens of each prompt.
-        reads: [batch], how many of its last tokens each prompt is read at, which has a slot for
-            each; None for the last one only.
-        sources: the origin of each prompt's ids; by default ids.
+        tokens: [batch, pos], ids of any integer dtype, kept as int64; padded on the right.
+        lengths: [batch], the number of real tokens of each prompt.
+        reads: [batch], at how many of its last tokens each prompt is read; each of them is a slot.
+            None for the last token only.
+        sources: where each prompt's ids came from; by default they were given as ids.
 
     Raises:
-        PromptError: other shapes or types, no token, or a length beyond the tokens.
+        PromptError: other shapes or types, a prompt without a token, or a length beyond the tokens.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -142,7 +142,7 @@ class Prompts:
 
     @classmethod
     def joined(cls, prompts: Sequence[Prompts]) -> Prompts:
-        """One batch of several, each prompt read at its last token alone.
+        """Join several batches into one; each prompt is then read at its last token.
 
         Args:
             prompts: at least one batch.
@@ -161,7 +161,7 @@ class Prompts:
 
     @property
     def asked_lengths(self) -> list[int]:
-        """How many tokens of each row were asked, without a response that follows them there."""
+        """The number of tokens of each prompt, without a response that follows it in its row."""
         asked: list[int] = []
         for source, length in zip(self.sources, self.lengths.tolist(), strict=True):
             asked.append(length if source.length is None else source.length)
@@ -169,14 +169,14 @@ class Prompts:
 
     @property
     def holds_responses(self) -> bool:
-        """Whether something that is said after a prompt follows it in its row."""
+        """Whether a response follows some prompt in its row."""
         return any(source.length is not None for source in self.sources)
 
     def require_last_alone(self, what: str) -> None:
         """Check that the prompts are read at their last token alone, and so hold no response.
 
         Args:
-            what: is about what follows a prompt, for the error.
+            what: what needs that, for the error, such as 'a margin'.
 
         Raises:
             PromptError: they hold a response.
@@ -190,7 +190,7 @@ class Prompts:
 
     @property
     def texts(self) -> tuple[str | None, ...]:
-        """The text that each prompt's ids were made of; None of ids."""
+        """The text of each prompt; None if ids were given."""
         return tuple(source.text for source in self.sources)
 
     def __repr__(self) -> str:
@@ -210,20 +210,20 @@ class Prompts:
 
     @property
     def real(self) -> Tensor:
-        """[batch, pos] bool: which positions hold the prompt rather than padding."""
+        """The mask of real tokens, [batch, pos]: True at the prompt's own, False at padding."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
     @property
     def after_first(self) -> Tensor:
-        """[batch, pos] bool: the real tokens but the first of each prompt, which is a sink."""
+        """The mask of real tokens without the first of each prompt, which is a sink."""
         real = self.real.clone()
         real[:, 0] = False
         return real
 
     def marks(self) -> Int[Tensor, "batch pos"]:
-        """A mark of each token: a number of it and all tokens before it; 0 at padding.
+        """A mark for each token: a number that stands for it and all tokens before it.
 
-        By causality, what a model computes at two tokens of one mark is the same.
+        By causality, a model computes the same at two tokens with the same mark. Padding has 0.
         """
         marks = torch.zeros(self.tokens.shape, dtype=torch.int64)
         lengths = self.lengths.tolist()
@@ -233,9 +233,9 @@ class Prompts:
         return marks
 
     def distinct(self) -> Bool[Tensor, "batch pos"]:
-        """The tokens after each text's first, where those of one mark count once.
+        """The mask of tokens to average over: tokens with the same mark count once.
 
-        The first token of a text is an attention sink, and is left out.
+        The first token of each text is an attention sink, and is left out.
         """
         after_first = self.after_first.cpu().numpy()
         return torch.from_numpy(first_of_each(self.marks().numpy(), after_first))
@@ -244,14 +244,14 @@ class Prompts:
         """The logits at each prompt's last token.
 
         Args:
-            logits: those of these prompts; of a single prompt, in any number of rows.
+            logits: the logits of these prompts; a single prompt may have any number of rows.
         """
         rows = torch.arange(len(logits), device=logits.device)
         return logits[rows, (self.lengths - 1).to(logits.device).expand(len(logits))]
 
     @property
     def slots(self) -> int:
-        """The most tokens that a prompt is read at."""
+        """The largest number of tokens at which a prompt is read."""
         return 1 if self.reads is None else int(self.reads.max())
 
     @property
@@ -260,12 +260,13 @@ class Prompts:
         last = self.lengths - 1
         if self.reads is None:
             return last[:, None]
+        first = self.lengths - self.reads
         slots = torch.arange(self.slots, device=last.device)
-        return torch.minimum(self.lengths[:, None] - self.reads[:, None] + slots, last[:, None])
+        return torch.minimum(first[:, None] + slots, last[:, None])
 
     @property
     def read_mask(self) -> Bool[Tensor, "batch slot"]:
-        """A mask of the slots that hold a position of their own."""
+        """The mask of slots that are real, [batch, slot]; the others repeat a prompt's last one."""
         reads = torch.ones_like(self.lengths) if self.reads is None else self.reads
         return torch.arange(self.slots, device=reads.device) < reads[:, None]
 
@@ -273,16 +274,16 @@ class Prompts:
         """The values at the positions that are read.
 
         Args:
-            values: those of these prompts; of a single prompt, in any number of rows.
+            values: the values of these prompts; a single prompt may have any number of rows.
         """
         positions = self.read_positions.to(values.device).expand(len(values), -1)
         return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
 
     def one_token_earlier(self) -> Prompts:
-        """Rows without their last token, read at as many: where each token that was read is drawn.
+        """The rows without their last token, read at as many tokens as before.
 
-        Of prompts with their responses: the logits at the slots are then those from which the
-        responses' tokens come.
+        In place of each token that was read, the token before it is read. For prompts with their
+        responses, the logits there are those from which the responses' tokens are drawn.
         """
         lengths = self.lengths - 1
         width = int(lengths.max())
@@ -291,13 +292,13 @@ class Prompts:
         return dataclasses.replace(self, tokens=tokens, lengths=lengths)
 
     def at_each_token(self) -> Prompts:
-        """Read at every token but the first, a sink; as they are where they say what is read."""
+        """The prompts, read at every token but the first, a sink, unless `reads` says otherwise."""
         if self.reads is not None:
             return self
         return dataclasses.replace(self, reads=(self.lengths - 1).clamp(min=1))
 
     def repeat(self, times: int) -> Prompts:
-        """Every prompt several times: p0 p0 … p1 p1 …
+        """Repeat each prompt: p0 p0 … p1 p1 …
 
         Args:
             times: how often.
@@ -305,7 +306,7 @@ class Prompts:
         return self._mapped(lambda values: values.repeat_interleave(times, 0))
 
     def tiled(self, times: int) -> Prompts:
-        """All prompts several times: p0 p1 … p0 p1 …
+        """Repeat the batch: p0 p1 … p0 p1 …
 
         Args:
             times: how often.
@@ -319,10 +320,10 @@ class Prompts:
         return Prompts(change(self.tokens), change(self.lengths), reads, sources)
 
     def to(self, device: torch.device) -> Prompts:
-        """The same prompts there.
+        """The same prompts on a device.
 
         Args:
-            device: where.
+            device: the device.
         """
         return self._mapped(lambda values: values.to(device))
 
@@ -335,11 +336,11 @@ class Prompts:
         return self.chosen([index])
 
     def cut(self, first: int, end: int) -> Prompts:
-        """Prompts first … end − 1, padded as they are here.
+        """The prompts from `first` to `end − 1`, padded as they are here.
 
         Args:
-            first: index of the first.
-            end: index after the last.
+            first: the index of the first.
+            end: the index after the last.
         """
         return self._mapped(lambda values: values[first:end])
 
@@ -347,7 +348,7 @@ class Prompts:
         """Some of the prompts, padded only to the longest of them.
 
         Args:
-            indices: the prompts, from 0.
+            indices: their indices, from 0.
         """
         chosen = self._mapped(lambda values: values[list(indices)])
         return dataclasses.replace(chosen, tokens=chosen.tokens[:, : int(chosen.lengths.max())])
@@ -358,7 +359,7 @@ PromptsLike = (
     | Sequence[str]
     | Conversation
     | Sequence[Conversation]
-    | Int[Tensor, " _pos"]  # _: other prompts of the same call have other sizes
+    | Int[Tensor, " _pos"]  # The underscore lets other prompts of the same call have other sizes.
     | Int[Tensor, "_batch _pos"]
     | Mapping[str, Tensor]
     | Prompts
@@ -366,7 +367,7 @@ PromptsLike = (
 
 
 def responses_among(groups: Sequence[Prompts]) -> str:
-    """How many of the prompts a response follows, in words; '' where none does.
+    """Say how many of the prompts are followed by a response; '' if none is.
 
     Args:
         groups: the prompts of one result.

@@ -131,7 +131,7 @@ class Readout(guesses.Answering, abc.ABC):
         return f
 
     def reading_beside(self, f: LogitFunction) -> Reading:
-        """The reading of the prompts of f. A readout that compares runs f here and keeps its logits.
+        """The reading of f's prompts. A readout that compares runs f here and keeps its logits.
 
         Args:
             f: the logits of the prompts, without a readout.

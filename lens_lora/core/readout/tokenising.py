@@ -1,11 +1,11 @@
-"""From what a caller passes to `Prompts`.
+"""`tokenise` turns what a caller passes into `Prompts`.
 
 A caller may pass strings, conversations, ids, or ids with their mask:
 
 1. A string gets the ids that the model's tokenizer gives it (`readout/texts.py`).
 2. A conversation has the chat template's own ids (`readout/conversations.py`).
-3. Ids are taken as they are, where it is certain which of them are padding; with an attention mask,
-   they are moved from either side to padding on the right.
+3. Ids are taken as they are, if it is certain that none of them is padding. With an attention mask
+   they may be padded on either side, and are moved so that padding is on the right.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lens_lora.core.readout.texts import read_text, warn_of_other_reading
 from lens_lora.core.readout.tokens import Tokens
 from lens_lora.errors import PromptError, which_prompt
 
-# A prompt's ids, and what they were made of.
+# A prompt's ids, and where they came from.
 _Row = tuple[list[int], Source]
 
 
@@ -41,17 +41,18 @@ def tokenise(
     *,
     rule: bool | None = None,
 ) -> Prompts:
-    """Prompts of any kind as token ids, which the model can read.
+    """Turn prompts of any kind into token ids that the model can read.
 
     Args:
         model: the hooked model.
         prompts: what a caller passes.
-        prepend_bos: what the caller says of these very prompts, which must then be strings.
-        rule: what holds for strings of which nothing is said; None for what the host does.
+        prepend_bos: whether these prompts, which must then be strings, get a BOS; None for `rule`.
+        rule: whether strings get a BOS in general; None for what the hooked model does.
 
     Raises:
-        PromptError: empty, too long, outside the vocabulary, padded without lengths or mask, or no
-            input of the chat template; a `prepend_bos` of what is no string.
+        PromptError: prompts that are empty, too long, outside the vocabulary, padded without
+            lengths or mask, or refused by the chat template; `prepend_bos` for anything but
+            strings.
     """
     ready = _tokenised(model, prompts, rule if prepend_bos is None else prepend_bos)
     is_as_given = isinstance(prompts, Prompts) or ready.sources[0].how in ("chat template", "ids")
@@ -67,7 +68,7 @@ def tokenise(
     if low < 0 or high >= model.cfg.d_vocab:
         fact = f"token ids run from {low} to {high}; the model's vocabulary has {model.cfg.d_vocab}"
         raise PromptError(f"{fact}. Use the tokenizer that the model was trained with.")
-    # A caller may edit the ids later; and of those of inference mode no graph can be made.
+    # A copy: a caller may edit the ids later, and ids from inference mode allow no graph.
     return dataclasses.replace(ready, tokens=ready.tokens.clone())
 
 
@@ -116,7 +117,7 @@ def _of_texts(model: Any, texts: Sequence[str], prepend_bos: bool | None) -> Pro
 
 
 def _strings(prompts: Any) -> list[str]:
-    """The strings of a caller, checked."""
+    """Check that a caller passed strings, and list them."""
     strings = _listed(prompts)
     if not all(isinstance(string, str) for string in strings):
         raise PromptError(
@@ -134,17 +135,19 @@ def _strings(prompts: Any) -> list[str]:
 
 
 def _listed(prompts: Any) -> list[Any]:
-    """The entries of what has an order, such as a list or a numpy array; anything else is one."""
-    is_one = isinstance(prompts, str | Mapping | Set) or not isinstance(prompts, Iterable)
-    has_no_axis = getattr(prompts, "ndim", 1) == 0  # a numpy array may have none
-    return [prompts] if is_one or has_no_axis else list(prompts)
+    """The entries of something with an order, such as a list or an array; else the thing itself."""
+    is_ordered = isinstance(prompts, Iterable) and not isinstance(prompts, str | Mapping | Set)
+    has_no_axis = getattr(prompts, "ndim", 1) == 0  # a 0-d array has __iter__, but no entries
+    if has_no_axis or not is_ordered:
+        return [prompts]
+    return list(prompts)
 
 
 # --- Ids
 
 
 def _of_ids(model: Any, tokens: Tensor) -> Prompts:
-    """Ids without a mask, none of which may be padding."""
+    """Take ids without a mask, none of which may be padding."""
     ids = arguments.integers("token ids", tokens, PromptError)
     if ids.ndim == 1:
         ids = ids[None]
@@ -162,10 +165,10 @@ def _of_ids(model: Any, tokens: Tensor) -> Prompts:
 
 
 def _is_padded(model: Any, tokens: Tensor) -> bool:
-    """Whether a row seems to begin or end with padding.
+    """Whether some row seems to begin or end with padding.
 
-    Where the pad token is also the end-of-text token, a single one at the end finishes a response,
-    and where it has any other meaning, a single one may begin a text.
+    If the pad token is also the end-of-text token, a single one may end a text. If it has any other
+    meaning, such as BOS, a single one may begin a text.
     """
     pad = Tokens(model).special("pad")
     if pad is None or not tokens.numel():
@@ -183,7 +186,7 @@ def _is_padded(model: Any, tokens: Tensor) -> bool:
 
 
 def _of_ids_with_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
-    """Ids with their attention mask, repacked: each row's own tokens, padded on the right."""
+    """Take ids with their attention mask: each row's own tokens, padded anew on the right."""
     device = home_of(model)
     if not all(isinstance(given.get(name), Tensor) for name in ("input_ids", "attention_mask")):
         expected = "tensors of input_ids and attention_mask: tokenizer(…, return_tensors='pt')"
@@ -204,7 +207,7 @@ def _of_ids_with_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
 
 
 def _padded(model: Any, rows: Sequence[_Row]) -> Prompts:
-    """One batch of the rows, padded on the right with the pad token where the model has one."""
+    """One batch of the rows, padded on the right: with the pad token if there is one, else 0."""
     device = home_of(model)
     ids = [torch.tensor(row, dtype=torch.long, device=device) for row, _ in rows]
     lengths = torch.tensor([len(row) for row in ids], device=device)
