@@ -2,12 +2,12 @@
 
     a = Σ_pos Σ_rank (G·sB)_rank · u_rank,     G = Jᵀu_y at the site's output,  u = A z + a₀
 
-1. `parts` keeps the sum apart by position, head, expert and rank, as asked. Heads are those of the
+1. `parts` splits the sum by position, head, expert and rank, as asked. Heads are those of the
    output for q, k and v (rows of B), and those of the input for o (columns of A).
-2. `part_deltas` is δz with everything but one part set to zero. Forward mode needs it, as a tangent
-   goes through the model once for each part.
-3. Heads have one slot more than the model has heads: what belongs to none of them, such as a change
-   of bias, is last.
+2. `part_deltas` is δz with everything but one part set to zero. Forward mode needs it, as each part
+   has a tangent of its own.
+3. The axis of heads has one slot more than the model has heads. The last one is for what belongs to
+   no head, such as a change of bias.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from lens_lora.core.readout import Prompts
 def axis_sizes(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:
     """The size of each axis of parts.
 
-    That is: positions of the longest row, heads (or experts) and 'none', ranks of the largest site.
+    Positions are those of the longest row, ranks those of the largest site; heads and experts have
+    a last slot for sites that have none.
 
     Raises:
-        ArgumentError: an axis of heads, and no site of attention.
+        ModelStateError: an axis of heads, for attention whose heads are not laid out as declared.
     """
     if "head" in axes:
         require_heads(lens.sites)
@@ -55,14 +56,14 @@ def parts(
     z: Float[Tensor, "batch pos *head in"] | Int[Tensor, "batch pos"],
     by: tuple[str, ...],
 ) -> Float[Tensor, " batch *by"]:
-    """⟨G, δz⟩ of one site, kept apart along the axes of `by`.
+    """⟨G, δz⟩ of one site, split along the axes of `by`.
 
     Args:
         site: the site's map z → δz.
         kind: its kind, such as 'q' or 'o'.
         heads: how many heads its input or output has; 0 outside attention.
         gradient: G, at the site's output.
-        z: what the site reads; with an axis of heads where each head reads something else.
+        z: what the site reads; it has an axis of heads if each head has an input of its own.
         by: any of 'position', 'head', 'expert' and 'rank', in this order.
     """
     gradient = gradient.to(site.dtype)
@@ -87,7 +88,7 @@ def parts(
 def _products_by_head(
     site: SiteMap, kind: str, heads: int, gradient: Tensor, z: Tensor
 ) -> Float[Tensor, "batch pos head rank"]:
-    """(G·sB)_rank · u_rank of each head."""
+    """The products (G·sB)_rank · u_rank, split by head."""
     own = site.own_by_head(gradient, z, heads)
     if own is not None:
         return own
@@ -109,7 +110,7 @@ def _products_by_head(
 def input_by_head(
     site: SiteMap, heads: int, z: Float[Tensor, "row pos in"]
 ) -> Float[Tensor, "row pos head rank"]:
-    """Keep u of a site whose input has heads (o) apart by head; what belongs to none comes last."""
+    """Split u by the heads of the site's input (o); a last slot is for what belongs to no head."""
     z_by_head = z.to(site.A.dtype).unflatten(-1, (heads, -1))
     A_by_head = site.A.unflatten(-1, (heads, -1))
     u = einsum(z_by_head, A_by_head, "b p h d, r h d -> b p h r")
@@ -124,7 +125,10 @@ def input_by_head(
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The slot of each axis that each row keeps: −1 for all slots, None for all in every row."""
+    """Which part each row keeps: for each axis one slot per row, with −1 for all slots.
+
+    None for an axis says that every row keeps all of its slots.
+    """
 
     position: Int[Tensor, " row"] | None = None
     head: Int[Tensor, " row"] | None = None
@@ -139,9 +143,9 @@ def part_deltas(
     z: Float[Tensor, "_row pos *head in"] | Int[Tensor, "_row pos"],
     slots: Slots,
 ) -> Float[Tensor, "row pos out"]:
-    """Return δz of one site in each row, with everything but the row's own part set to zero.
+    """Compute δz of one site in each row, with everything but the row's part set to zero.
 
-    z may have one row, which is then every row's.
+    If z has a single row, it is shared by all rows.
     """
     u = _coordinates_of_parts(site, kind, heads, z, slots)
     if slots.head is not None and site.sB_by_head is not None:
@@ -164,7 +168,7 @@ def part_deltas(
 def _coordinates_of_parts(
     site: SiteMap, kind: str, heads: int, z: Tensor, slots: Slots
 ) -> Float[Tensor, "row pos *head rank"]:
-    """Keep of u, in each row, the row's own head (of o), expert and rank, and zeros elsewhere."""
+    """Compute u, with everything but the row's head (of o), expert and rank set to zero."""
     u = site.coordinates(z)
     if slots.head is not None and kind == "o":
         by_head = input_by_head(site, heads, z)
@@ -182,7 +186,7 @@ def _coordinates_of_parts(
 
 
 def kept(slot: Int[Tensor, " row"], size: int, like: Tensor) -> Float[Tensor, "row size"]:
-    """1 where the row keeps the slot, else 0."""
+    """A mask that is 1 where a row keeps a slot, and 0 elsewhere."""
     slot = slot.to(like.device)[:, None]
     places = torch.arange(size, device=like.device)
     return ((slot == places) | (slot == -1)).to(like.dtype)

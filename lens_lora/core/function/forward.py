@@ -1,12 +1,13 @@
-"""Reading f(ε) and g(ε) = readout(f(ε)) of the forward pass that is made.
+"""Run one forward pass, and read f(ε) or g(ε) = readout(f(ε)) from it.
 
-1. One forward pass under the hooks that are on the model gives f or g at each row's last token, or
-   at all tokens of a response (`read_logits`, `read_value`, `read_tokens`). Only what is read is
-   unembedded, and of a readout of a few logits only their rows of W_U.
-2. Derivatives of each token's ℓ, log p or a divergence: with c_t = ∂ℓ_t/∂x_t of the final residual
-   stream x, once for all, the derivative along ẋ is c_t · ẋ_t, and c_t is what goes back from token
-   t. No tangent or covector is unembedded (`token_covectors`), unless the model does more than
-   unembed x.
+1. The pass runs under the hooks that are on the model, and is read at each row's last token, or at
+   all tokens of a response (`read_logits`, `read_value`, `read_tokens`). Only what is read is
+   unembedded; a readout of a few logits uses only their rows of W_U.
+2. For a long response, let ℓ_t be the term of token t, a log-probability or a divergence, and c_t =
+   ∂ℓ_t/∂x_t its gradient in the final residual stream x. The c_t are computed once
+   (`token_covectors`). The derivative of ℓ_t along ẋ is then c_t · ẋ_t, and a backward pass from
+   token t begins with c_t, so no tangent and no covector is unembedded. This holds only if the
+   model does nothing but unembed x (`ends_plainly`).
 
 Cost: one forward pass.
 """
@@ -40,7 +41,7 @@ from lens_lora.core.readout.reading import (
 from lens_lora.errors import ModelStateError
 from lens_lora.spans import Temporary
 
-# From logits and their places (no places for all logits) to the factor of each logit.
+# Maps logits and their places (no places: all of them) to a factor for each logit.
 Factor = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 _Unembedding = tuple[Tensor, Tensor | None]
 _Final = Float[Tensor, "row *slot d"]
@@ -50,10 +51,10 @@ _Final = Float[Tensor, "row *slot d"]
 
 
 def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vocab"]:
-    """One forward pass under the hooks now on the model: logits at each row's last token.
+    """Run one forward pass under the hooks on the model, and read the logits.
 
-    Rows that are read at several tokens have an axis of slots. Only what is read is unembedded. The
-    result is float32 or better, as readouts need it.
+    They are read at each row's last token, or with an axis of slots at several tokens. Only what is
+    read is unembedded. The result is float32 or better, as readouts need.
     """
     unembedding = _plain_unembedding(lens)
     if unembedding is not None and unembedding[0].dtype != lens.gate_dtype:
@@ -69,25 +70,24 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vo
 def gated_logits(
     lens: LoraLens, prompts: Prompts, gates: Float[Tensor, "*row site"]
 ) -> Float[Tensor, "row *slot vocab"]:
-    """Run f(ε) and read it at the read position; gates [site], or [row, site]. One forward pass."""
+    """Run one forward pass at these gates, [site] or [row, site], and read the logits."""
     with lens.injected(ScaleInject(lens.plan, gates)):
         return read_logits(lens, prompts)
 
 
 def logits_dtype(lens: LoraLens) -> torch.dtype:
-    """The dtype in which logits are made: float32 or better, unless the model itself makes them."""
+    """The dtype of logits as they are made: float32 or better, unless the model makes them."""
     is_made_by_model = _plain_unembedding(lens) is None
     return lens.dtype if is_made_by_model else lens.gate_dtype
 
 
 def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]:
-    """One forward pass under the hooks now on the model: g, read at each row's last token or slots.
+    """Run one forward pass under the hooks on the model, and read g.
 
-    A reading inside the model ends the pass at its hook point.
-
-    For a readout of a few logits only their rows of W_U are used, and a sum over a response is
-    computed a few tokens at a time, unless a hook is on the unembedding or the whole model, or
-    something (a soft-cap) changes the logits after it.
+    A readout of a few logits uses only their rows of W_U, and a sum over a response is computed a
+    few tokens at a time. All logits are computed if a hook is on the unembedding or on the whole
+    model, or if something else, such as a soft-cap, changes them. For a readout inside the model
+    the pass ends at its hook point.
     """
     read = reading.read
     if isinstance(read, AtPoint):
@@ -98,9 +98,9 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]:
 
 
 def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
-    """One forward pass under the hooks now on the model: log p of each token of a response.
+    """Run one forward pass under the hooks on the model, and read log p of each response token.
 
-    Zero beyond a prompt's own tokens. The reading must be of one response a prompt.
+    It is zero beyond the end of a shorter response. Each prompt must have one response.
     """
     read = cast(LogProbs, reading.read)
     if _plain_unembedding(lens) is None:
@@ -111,10 +111,10 @@ def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"
 
 
 def read_for_slopes(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]:
-    """Read g as `read_value` does, with first derivatives only.
+    """Read g as `read_value` does, but with first derivatives only.
 
-    Each token of a long response is unembedded once, with its covector, where going back through
-    `read_value` would compute its logits again.
+    Each token of a long response is unembedded once, together with its covector. A backward pass
+    through `read_value` would unembed it again.
     """
     read = reading.read
     if not isinstance(read, Picks) or len(read.rows) <= PICKS or not ends_plainly(lens):
@@ -122,16 +122,16 @@ def read_for_slopes(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]
     final = read_final(lens, reading.rows)
     covectors, terms = token_covectors(lens, reading, final)
     value = read.of(terms)
-    # Σ c_t · (x_t − x_t) is zero, and has the derivatives of g.
+    # Σ c_t · (x_t − constant x_t) is zero, and has the derivatives of g.
     zero = (final - final.detach()).to(covectors)
     change = (covectors * zero).flatten(1).sum(1)
     return value + reading.by_prompt(change)
 
 
 def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
-    """Numbers whose derivatives are those of each token's log p; their values mean nothing.
+    """Numbers with the derivatives of each token's log p; the values themselves mean nothing.
 
-    One forward pass; what goes back from one number is not unembedded.
+    It takes one forward pass. A backward pass from one of them does not pass the unembedding.
     """
     if not ends_plainly(lens):
         return read_tokens(lens, reading)
@@ -140,13 +140,13 @@ def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "ba
     return (covectors * final.to(covectors)).sum(-1)
 
 
-# --- From the final residual stream, where only W_U and b_U come after it
+# --- From the final residual stream to g, if only W_U and b_U come after it
 
 
 def read_final(lens: LoraLens, prompts: Prompts) -> _Final:
-    """One forward pass under the hooks now on the model: the unembedding's input where it is read.
+    """Run one forward pass under the hooks on the model, and read the unembedding's input.
 
-    That is each row's last token, or its slots.
+    It is read at each row's last token, or at its slots.
     """
     with _no_unembedding(lens):
         final = lens.run(prompts)
@@ -156,7 +156,7 @@ def read_final(lens: LoraLens, prompts: Prompts) -> _Final:
 def value_of_final(
     lens: LoraLens, read: Picks | Columns, final: _Final, factor: Factor | None = None
 ) -> Float[Tensor, " batch"]:
-    """Read g from the final residual stream, if only W_U and b_U come after it. No forward pass."""
+    """Compute g from the final residual stream. No forward pass."""
     if isinstance(read, Picks):
         return read.of(terms_of_final(lens, read, final, factor))
     weight, bias = cast(_Unembedding, _plain_unembedding(lens))
@@ -173,9 +173,9 @@ def value_of_final(
 def terms_of_final(
     lens: LoraLens, read: Picks, final: _Final, factor: Factor | None = None
 ) -> Float[Tensor, " pick"]:
-    """The term of each pick, of a few picks at a time; going back computes their logits again.
+    """Compute the term of each pick, of a few picks at a time. No forward pass.
 
-    Only where nothing but W_U and b_U comes after the final residual stream. No forward pass.
+    A backward pass computes the logits of the picks again, so that they are not all held.
     """
     weight, bias = cast(_Unembedding, _plain_unembedding(lens))
     places = read.places(final.device)
@@ -200,7 +200,7 @@ def terms_of_final(
 
 
 def logits_of_final(lens: LoraLens, final: _Final, out: Float[Tensor, "row *slot vocab"]) -> None:
-    """The logits of all that is read, made some at a time, if the model `ends_plainly`."""
+    """Write all logits that are read into `out`, a few at a time; the model must end plainly."""
     weight, bias = cast(_Unembedding, _plain_unembedding(lens))
     flat = final.flatten(0, -2)
     for chunk in torch.arange(len(flat), device="cpu").split(PICKS):
@@ -212,9 +212,9 @@ def logits_of_final(lens: LoraLens, final: _Final, out: Float[Tensor, "row *slot
 def token_covectors(
     lens: LoraLens, reading: Reading, final: _Final
 ) -> tuple[_Final, Float[Tensor, " pick"]]:
-    """Return c_t = ∂ℓ_t/∂x_t, with x the final residual stream where it is read, and the ℓ_t.
+    """Compute c_t = ∂ℓ_t/∂x_t in the final residual stream x, and the ℓ_t.
 
-    Only of a model that `ends_plainly`. No forward pass.
+    The model must end plainly (`ends_plainly`). No forward pass.
     """
     weight, bias = cast(_Unembedding, _plain_unembedding(lens))
     read = cast(Picks, reading.read)
@@ -242,18 +242,18 @@ def _picks(read: Picks) -> Int[Tensor, " pick"]:
 
 
 def ends_plainly(lens: LoraLens) -> bool:
-    """Whether the logits are x @ W_U + b_U of the final residual stream x and nothing else."""
+    """Whether logits = x @ W_U + b_U for the final residual stream x, with no update of W_U."""
     is_adapted = any(site.kind == "unembed" for site in lens.sites)
     return not is_adapted and _plain_unembedding(lens) is not None
 
 
 def _plain_unembedding(lens: LoraLens) -> _Unembedding | None:
-    """(W_U, b_U) where the logits are final @ W_U + b_U and nothing else; None otherwise."""
+    """(W_U, b_U) if logits = x @ W_U + b_U for what the unembedding reads; None otherwise."""
     return None if _changes_logits(lens) else lens.host.unembedding()
 
 
 def _changes_logits(lens: LoraLens) -> bool:
-    """Whether something on the unembedding, or a hook on the whole model, may change the logits."""
+    """Whether a hook on the unembedding or on the whole model may change the logits."""
     whole_model = (lens.model, getattr(lens.model, "original_model", lens.model))
     parts = list(lens.model.unembed.modules())
     if any(hooks_of(module).forward for module in (*whole_model, *parts)):
@@ -276,10 +276,10 @@ def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:
 
 
 def run_without_logits(lens: LoraLens, prompts: Prompts) -> None:
-    """One forward pass under the hooks now on the model, for what hooks see of it.
+    """Run one forward pass under the hooks on the model, for what the hooks see.
 
-    Nothing is unembedded, unless a hook (a site's own, too) is on the unembedding, or one on the
-    whole model.
+    Nothing is unembedded, unless a hook (such as that of an adapted unembedding) is on the
+    unembedding or on the whole model.
     """
     unembedding = _no_unembedding(lens)
     if _changes_logits(lens):
@@ -289,14 +289,14 @@ def run_without_logits(lens: LoraLens, prompts: Prompts) -> None:
 
 
 class _Reached(Exception):
-    """The pass has come to the hook point that is read, and need not go on."""
+    """Raised when the pass has reached the hook point that is read, and need not go on."""
 
 
 def read_activation(lens: LoraLens, prompts: Prompts, name: str) -> Float[Tensor, "row pos *d"]:
-    """The activation at a hook point that fires once, in float32 or better.
+    """Run a forward pass up to a hook point that fires once, and read the activation there.
 
-    The forward pass, under the hooks now on the model, ends there. It goes on to its end where
-    accelerate moves weights, as these are put back only after a module has run.
+    It is float32 or better. If accelerate moves weights, the pass goes on to its end, as weights
+    are put back only after their module has run.
 
     Raises:
         ModelStateError: nothing passes this point.
@@ -306,7 +306,7 @@ def read_activation(lens: LoraLens, prompts: Prompts, name: str) -> Float[Tensor
 
     def keep(activation: Tensor, hook: Any) -> None:
         del hook
-        # A block that runs again on the way back comes here once more, and is to go on.
+        # A block that runs again in a backward pass comes here once more, and then goes on.
         is_first = not seen
         seen.append(activation)
         if may_end and is_first:

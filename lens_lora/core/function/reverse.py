@@ -2,14 +2,14 @@
 
 Reverse mode (note, Prop. 1):
 
-1. What the first adapted block reads, or the embedding's output where that is adapted, becomes the
-   leaf of the graph; every site lies between it and g (a position embedding does not, so it has a
-   leaf of its own). The gradient that reaches the leaf is discarded; parameters never receive one.
-2. Taps: each site's output gets a gradient hook. On the way back it hands G = ∂g/∂(output) and z to
-   a visitor, and keeps nothing.
+1. The graph begins with a leaf: the input of the first adapted block, or the embedding's output if
+   an embedding is adapted. Every site lies between the leaf and g, except for a position embedding,
+   which has a leaf of its own. The leaf's gradient is discarded; parameters never receive one.
+2. Each site's output gets a gradient hook, a tap. In the backward pass it hands G = ∂g/∂(output)
+   and z to a visitor, and keeps nothing (`Taps`).
 3. The visitor `SlopeSums` contracts ⟨G, δz⟩ into its parts, without ever building δz
-   (`contraction.py`). Over positions v's constant part is split at v, though it is added at o.
-4. Where the graph is too large for `max_memory`, blocks run twice (`rerun.py`).
+   (`contraction.py`). By position, v's constant part is split at v, although it is added at o.
+4. If the graph exceeds `max_memory`, blocks run twice (`rerun.py`).
 
 Cost: one forward and one backward pass, whatever the sites and parts; one more forward pass where
 blocks run twice.
@@ -37,9 +37,9 @@ from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.readout import Prompts, Reading
 from lens_lora.errors import ModelStateError
 
-# Called on the way back with the place, its partner's gate (None for 1), G and z.
+# Called in the backward pass with the place, the gate of its partner (None for 1), G and z.
 Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
-# From a tensor in which an inject carries something beside its value, to the value alone.
+# Maps a tensor in which an inject carries something beside its value to the value alone.
 Primal = Callable[[Tensor], Tensor]
 
 
@@ -49,7 +49,7 @@ Primal = Callable[[Tensor], Tensor]
 def site_slopes(
     lens: LoraLens, reading: Reading, gates: Float[Tensor, "*row site"], axes: tuple[str, ...] = ()
 ) -> Float[Tensor, "batch site *by"]:
-    """∂g/∂ε_l at these gates, one for all rows or each row's own. One forward, one backward.
+    """∂g/∂ε_l at gates of all rows, or of each row. One forward and one backward pass.
 
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
@@ -61,7 +61,7 @@ def site_slopes(
 def slopes_of_first(
     lens: LoraLens, reading: Reading, gates: Float[Tensor, "point site"], axes: tuple[str, ...] = ()
 ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "batch point"]]:
-    """∂g/∂ε_l at the first of these points, and g at all of them. One forward, one backward."""
+    """∂g/∂ε_l at the first of some points, and g at all of them. One forward, one backward pass."""
     copies = len(gates)
     if copies == 1:
         slopes, values = _slopes_and_values(lens, reading, gates[0], axes)
@@ -82,10 +82,10 @@ def slopes_of_first(
 def _slopes_and_values(
     lens: LoraLens, reading: Reading, gates: Float[Tensor, "*row site"], axes: tuple[str, ...]
 ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, " batch"]]:
-    """Slopes, and g beside them; in groups of prompts, where all of them are too many.
+    """Slopes, and g, in groups of prompts if all of them do not fit into memory.
 
-    With gates of each row's own all rows go at once: who gives them has chosen how many rows there
-    are (`memory.slopes_at_once`).
+    If each row has gates of its own, all rows go at once: the caller has chosen how many there are
+    (`memory.slopes_at_once`).
     """
     groups = [reading]
     if gates.ndim > 1:
@@ -104,7 +104,7 @@ def _slopes_and_values(
 def join_groups(
     groups: Sequence[Float[Tensor, "_some site ..."]],
 ) -> Float[Tensor, "batch site ..."]:
-    """Join groups of prompts, with zeros where one has fewer positions than the longest."""
+    """Join the slopes of groups of prompts, with zeros for positions that a shorter group lacks."""
     shapes = [group.shape[2:] for group in groups]
     sizes = [max(axis) for axis in zip(*shapes, strict=True)]
     return torch.cat([_padded(group, sizes) for group in groups])
@@ -113,7 +113,7 @@ def join_groups(
 def _padded(values: Tensor, sizes: Sequence[int]) -> Tensor:
     """The values with zeros at the end of each axis after the second, up to these sizes."""
     edges: list[int] = []
-    # Torch takes the last axis first, and of each axis what is added before and after.
+    # `pad` takes the last axis first, and for each axis how much is added before and after.
     for size, own_size in reversed(list(zip(sizes, values.shape[2:], strict=True))):
         edges += [0, size - own_size]
     return functional.pad(values, edges)
@@ -122,7 +122,7 @@ def _padded(values: Tensor, sizes: Sequence[int]) -> Tensor:
 def token_slopes(
     lens: LoraLens, reading: Reading, gates: Float[Tensor, " site"], axes: tuple[str, ...]
 ) -> Float[Tensor, "batch site *by_and_token"]:
-    """∂ℓ_t/∂ε_l of each token t of a response, split. One forward and a backward pass a token."""
+    """∂ℓ_t/∂ε_l of each response token t, split. One forward pass, a backward pass a token."""
 
     def tokens() -> Float[Tensor, "row token"]:
         return differentiable_tokens(lens, reading)
@@ -138,7 +138,7 @@ def slopes_by_value(
     read: Callable[[], Float[Tensor, "row value"]],
     axes: tuple[str, ...] = (),
 ) -> list[SlopeSums]:
-    """The slopes of each value that is read of a row. One forward and a backward pass a value."""
+    """The slopes of several values of each row. One forward pass, and one backward pass a value."""
     by_value: list[SlopeSums] = []
 
     def visit_of(column: int) -> Visit:
@@ -151,7 +151,7 @@ def slopes_by_value(
 
 
 class SlopeSums:
-    """A visitor that sums up ∂g/∂ε_l and its parts while the gradients come by.
+    """A visitor that sums ∂g/∂ε_l and its parts as the gradients come by.
 
     Attributes:
         by_row: the sums so far, [row, site, *axes].
@@ -164,11 +164,11 @@ class SlopeSums:
         by_site = (len(prompts.tokens), len(lens.sites))
         shape = (*by_site, *axis_sizes(lens, prompts, axes))
         self.by_row: Tensor = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-        # The slopes of whole sites where v's constant part is added at o.
+        # The slopes of whole sites of v whose constant part is added at o, to check the split.
         self._totals = self.by_row.new_zeros(by_site)
 
     def by_prompt(self, reading: Reading) -> Float[Tensor, "batch site *by"]:
-        """The sums, over the rows of each prompt.
+        """The slopes of each prompt, summed over its rows.
 
         Raises:
             ModelStateError: parts by position that do not add up to their site.
@@ -207,7 +207,7 @@ class SlopeSums:
         gradient: Tensor,
         z: Tensor,
     ) -> Float[Tensor, " row *by"]:
-        """Compute weight · ⟨G, δz⟩, kept apart along these axes."""
+        """Compute weight · ⟨G, δz⟩, split along these axes."""
         kind = self._lens.sites[injection.site].kind
         values = parts(site_map, kind, self._lens.heads.of(kind), gradient, z, by)
         if weight is not None:
@@ -216,9 +216,9 @@ class SlopeSums:
         return values.to(self.by_row.device)
 
     def _slots(self, injection: Injection, sizes: Sequence[int]) -> tuple[int | slice, ...]:
-        """Where in `by_row` the parts of this injection are added.
+        """The indices of `by_row` to which the parts of this injection are added.
 
-        A site without heads or experts adds to the last slot of that axis, 'none'.
+        A site without heads or experts adds to the last slot of that axis, which stands for none.
         """
         kind = self._lens.sites[injection.site].kind
         is_whole = {
@@ -237,11 +237,11 @@ class SlopeSums:
 def _at_read_positions(
     prompts: Prompts, values: Float[Tensor, "row slot *by"]
 ) -> Float[Tensor, "row pos *by"]:
-    """The parts of the unembedding, which runs at the positions that are read only, by position."""
+    """Spread the parts of the unembedding, which runs only at the read positions, over all."""
     by_position = values.new_zeros(len(values), prompts.tokens.shape[1], *values.shape[2:])
     rows = torch.arange(len(values), device=values.device)[:, None]
     positions = prompts.read_positions.to(values.device)
-    # A prompt with fewer slots repeats its last one, from which no further gradient comes.
+    # A prompt with fewer slots repeats its last one; the gradient of the repetitions is zero.
     places = (rows.expand_as(positions), positions)
     return by_position.index_put(places, values, accumulate=True)
 
@@ -255,7 +255,8 @@ def require_split(
     """Check that v's parts by position, its constant included, add up to what v adds at o.
 
     Raises:
-        ModelStateError: a hook changes what attention passes on, so v's constant has no positions.
+        ModelStateError: a hook changes what attention passes on, so that the part which belongs to
+            v's constant comes from no position.
     """
     sites_of_v = lens.plan.with_constants
     parts_of_v = values[:, sites_of_v].flatten(2)
@@ -273,7 +274,7 @@ def require_split(
         )
 
 
-# --- A backward pass that shows G and z of each site to a visitor
+# --- A backward pass that hands G and z of each site to a visitor
 
 
 def site_gradients(
@@ -284,11 +285,11 @@ def site_gradients(
     inject: Inject | None = None,
     primal: Primal | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Visit every injection at these gates; returns g there. One forward and one backward.
+    """Visit every injection at these gates; returns g there. One forward and one backward pass.
 
-    The visitor gets (injection, its partner's gate or None, G = Jᵀu_y [row, pos, out], z): the
-    site's derivative is the sum of weight · ⟨G, δ(z)⟩ over its injections. The weight is a scalar,
-    or one per row as the gates are.
+    The visitor gets (injection, weight, G = Jᵀu_y [row, pos, out], z). The derivative of a site is
+    the sum of weight · ⟨G, δ(z)⟩ over its injections. The weight is the gate of the injection's
+    partner, one for all rows or one for each as the gates are, or None.
 
     Raises:
         ModelStateError: a gradient did not reach some site.
@@ -315,9 +316,9 @@ def go_back(
     inject: Inject | None = None,
     primal: Primal | None = None,
 ) -> tuple[Float[Tensor, "row value"], Taps]:
-    """Read some values of each row, and go back from each of them past a visitor of its own.
+    """Read some values of each row, and go back from each of them, with a visitor for each.
 
-    One forward pass, and a backward pass for each value.
+    One forward pass, and one backward pass for each value.
     """
     value_of = primal or _as_it_is
     with tapped(lens, run, gates, inject, value_of) as (taps, leaves):
@@ -327,7 +328,7 @@ def go_back(
             covector = torch.zeros_like(values)
             covector[:, column] = 1
             is_last = column + 1 == values.shape[1]
-            # The gradients of the leaves are discarded: the taps have seen what is asked for.
+            # The gradients of the leaves are discarded: the taps have seen what is needed.
             torch.autograd.grad(values, leaves, covector, retain_graph=not is_last)
     return values.detach(), taps
 
@@ -340,7 +341,7 @@ def tapped(
     inject: Inject | None = None,
     primal: Primal | None = None,
 ) -> Generator[tuple[Taps, list[Tensor]]]:
-    """Within the block passes have a graph and taps; yields these, and the leaves of the graph."""
+    """Within the block, passes have a graph with taps; yields the taps and the graph's leaves."""
     leaves: list[Tensor] = []
     has_begun = False
 
@@ -348,7 +349,7 @@ def tapped(
         del hook
         nonlocal has_begun
         leaf = tensor.detach().requires_grad_()
-        # A block that runs again begins the graph again, for nothing.
+        # A block that runs again makes a second leaf, which is not needed.
         if not has_begun:
             has_begun = True
             leaves.append(leaf)
@@ -368,11 +369,11 @@ def tapped(
 
 
 class Taps:
-    """An inject that adds what another one adds, and shows each injection on the way back.
+    """An inject that writes what another one writes, and later hands G and z to a visitor.
 
     Attributes:
-        visit: to whom it is shown; may be replaced between two ways back.
-        unmoved: the names of sites that no gradient reaches, as they cannot move what is read.
+        visit: the visitor; it may be replaced between two backward passes.
+        unmoved: the names of sites that cannot move what is read, so that no gradient reaches them.
     """
 
     def __init__(
@@ -393,7 +394,7 @@ class Taps:
         self.unmoved: frozenset[str] = frozenset()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
-        """Write what the inject writes, with a hook that shows its gradient to `visit`."""
+        """Write what the inject writes, with a gradient hook that calls `visit`."""
         written = self._inject(index, out, z)
         if written is None:
             written = out.view_as(out)
@@ -407,11 +408,11 @@ class Taps:
         beside: Any = _SavedBeside.apply(one, z_alone)
 
         def on_gradient(gradient: Tensor) -> None:
-            # Through the node: torch 2.6 clears what a node saved once its tensor is gone.
+            # It is read through the node: torch 2.6 clears it once the node's tensor is gone.
             (saved_z,) = beside.grad_fn.saved_tensors
             self._show(index, gradient, saved_z)
 
-        # Without a graph here the model computes it under no_grad: see `require_all_seen`.
+        # Without a gradient, the model computes this under no_grad: see `require_all_seen`.
         if written.requires_grad:
             written.register_hook(on_gradient)
         return written
@@ -425,10 +426,10 @@ class Taps:
         self.visit(injection, weight, gradient.flatten(2), z)
 
     def require_all_seen(self) -> None:
-        """Refuse a way back on which a gradient did not reach some site.
+        """Check that the backward pass has reached every site.
 
         Raises:
-            ModelStateError: naming the first such site.
+            ModelStateError: it has not; the error names the first such site.
         """
         missed: list[str] = []
         for index, site in enumerate(self._lens.sites):
@@ -446,7 +447,10 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 class _SavedBeside(torch.autograd.Function):
-    """A node beside the graph, which saves z as any node does: a second run restores it."""
+    """A node beside the graph that saves z, so that a block's second run restores it.
+
+    Torch's checkpointing drops what nodes save, and restores it as the block runs again.
+    """
 
     @staticmethod
     def forward(ctx: Any, one: Tensor, z: Tensor) -> Tensor:

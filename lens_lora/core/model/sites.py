@@ -56,17 +56,17 @@ class Site(guesses.Answering):
     """One adapted linear map of the model, as data; or a norm whose γ or β was trained.
 
     Attributes:
-        name: 'blocks.3.attn.q', 'blocks.3.ln1'.
-        module: Hugging Face path that the adapter names.
-        layer: 3; embeddings are in layer −1, the final norm and the unembedding after the last.
-        kind: 'q', 'ln1'.
-        read: the hook point, or module, at which z is read; a norm reads the normalised value.
-        write: the hook point, or module, at which s·B·A·z is added.
-        rank: the number of ranks of ΔW, and one more for a change of bias; of a norm the number of
-            its features.
-        adapter: the part of a sum of adapters; the name then ends in '@' and this.
-        experts: how many experts share the ranks, one after another; 0 where the weight is no
-            stack.
+        name: such as 'blocks.3.attn.q' or 'blocks.3.ln1'.
+        module: the Hugging Face path that the adapter names.
+        layer: the number of the block; −1 for embeddings, and the number of blocks for the final
+            norm and the unembedding.
+        kind: such as 'q' or 'ln1'.
+        read: the hook point or module at which z is read; a norm reads the normalised value.
+        write: the hook point or module at which s·B·A·z is added.
+        rank: the rank of the factors of ΔW, plus one for a change of bias; for a norm, the number
+            of its features, plus one for a change of β.
+        adapter: in a sum of adapters, the one that it belongs to; the name then ends in '@' and it.
+        experts: the number of experts whose ranks follow one another; 0 if the weight is no stack.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Site(guesses.Answering):
 
     @property
     def writes_to_stream(self) -> bool:
-        """Whether its output is added to the residual stream, as that of o, down and embeddings."""
+        """Whether its output is added to the residual stream, as for o, down and embeddings."""
         return self.kind in WRITER_KINDS
 
     @property
@@ -113,13 +113,13 @@ class Sites(guesses.Answering, tuple[Site, ...]):
             return Sites(found) if isinstance(found, tuple) else found
 
     def chosen(self, names: str | Sequence[str] | None) -> tuple[int, ...]:
-        """The indices of the sites that these names match, in order.
+        """The indices of the sites that some names match, in order.
 
         Args:
-            names: names of sites, paths of their modules, or globs of either; None for all.
+            names: names of sites, paths of their modules, or globs of either; None for all sites.
 
         Raises:
-            SiteError: a name that matches no site, with the nearest names; or no name at all.
+            SiteError: a name that matches no site (the nearest are given), or no name at all.
         """
         if names is None:
             return tuple(range(len(self)))
@@ -134,7 +134,7 @@ class Sites(guesses.Answering, tuple[Site, ...]):
         return tuple(sorted(matched))
 
     def one(self, name: str) -> int:
-        """The index of the only site that a name, a module's path or a glob matches.
+        """The index of the one site that a name, a module's path or a glob matches.
 
         Args:
             name: the name, the path, or a glob of either.
@@ -150,13 +150,13 @@ class Sites(guesses.Answering, tuple[Site, ...]):
         return matched[0]
 
     def require_finite(self, slopes: Float[Tensor, "batch site *by"]) -> None:
-        """Refuse slopes that are NaN or infinite, naming the first such site.
+        """Check that slopes are finite.
 
         Args:
             slopes: ∂g/∂ε_l, or parts of it.
 
         Raises:
-            NumericsError: some derivative is not finite.
+            NumericsError: some slope is not finite; the error names its site.
         """
         by_part = slopes.flatten(2) if slopes.ndim > 2 else slopes[..., None]
         is_finite = torch.isfinite(by_part).all(-1).all(0)
@@ -171,7 +171,7 @@ class Sites(guesses.Answering, tuple[Site, ...]):
             )
 
     def grouped(self, group: Group = "site") -> Groups:
-        """The indices of the sites of each group, by its name and in the order of the sites.
+        """The indices of the sites of each group, by the name of the group.
 
         Args:
             group: 'site', 'layer', 'kind', or {name: globs of its sites}.
@@ -198,16 +198,16 @@ class Sites(guesses.Answering, tuple[Site, ...]):
         """Whether every site is in exactly one of these groups.
 
         Args:
-            groups: the sites of each, by index, as from `grouped`.
+            groups: the indices of the sites of each group, as from `grouped`.
         """
         members = itertools.chain.from_iterable(groups.values())
         return sorted(members) == list(range(len(self)))
 
     def indicator(self, groups: Groups) -> Float[Tensor, "group site"]:
-        """Whether each site is in each group, as 1 or 0: the gates with one group on.
+        """The gates that switch on one group each: 1 for its sites, 0 for the others.
 
         Args:
-            groups: of these sites, as from `grouped`.
+            groups: groups of these sites, as from `grouped`.
         """
         rows = torch.zeros(len(groups), len(self), dtype=torch.float64)
         for row, indices in zip(rows, groups.values(), strict=True):
@@ -224,13 +224,14 @@ class Sites(guesses.Answering, tuple[Site, ...]):
         }
 
     def columns_of_groups(self, groups: Groups, *, sizes: bool = True) -> dict[str, list[Any]]:
-        """The columns of a table with groups as rows: of single sites their own labels.
+        """The columns of a table with groups as rows.
 
-        Of other groups the name, and how many sites each has. A group of one site under another
-        name (a rank of it, say) has both its name and the site.
+        If every group is a single site, these are the labels of the sites; a group that has another
+        name than its site, as a rank has, is named in a column of its own. Otherwise they are the
+        names of the groups, and the number of sites in each.
 
         Args:
-            groups: of these sites.
+            groups: groups of these sites.
             sizes: whether the number of sites is a column.
         """
         names = list(groups)
@@ -246,9 +247,9 @@ class Heads:
     """The model's attention heads.
 
     Attributes:
-        n_heads: how many of queries.
-        n_kv: how many of keys and values.
-        d_head: their width.
+        n_heads: the number of heads of queries.
+        n_kv: the number of heads of keys and values.
+        d_head: the width of a head.
     """
 
     n_heads: int
@@ -265,7 +266,11 @@ class Heads:
 
 
 def require_heads(sites: Iterable[Site]) -> None:
-    """Check that each site's features may be split over the model's heads, or are of no heads."""
+    """Check that every site of attention can be split by head.
+
+    Raises:
+        ModelStateError: attention whose heads are not laid out as the model says.
+    """
     for site in sites:
         if site.kind.partition(".")[0].endswith("attn"):
             raise ModelStateError(
@@ -292,15 +297,15 @@ def points_between(writers: Iterable[tuple[Site, str]]) -> tuple[str, ...]:
 
 
 def match_sites(sites: Sequence[Site], values: Mapping[str, Any]) -> dict[int, Any]:
-    """The value of each site, by its index.
+    """The value of each site that some name matches, by the site's index.
 
     Args:
         sites: all sites.
-        values: by a site's name or its module's path, or a glob of either; where several match a
-            site, the last one counts.
+        values: {name of a site, path of its module, or a glob of either: value}. If several keys
+            match a site, the last one counts.
 
     Raises:
-        SiteError: a key that matches no site, with the nearest names.
+        SiteError: a key that matches no site; the nearest names are given.
     """
     chosen: dict[int, Any] = {}
     for glob, value in values.items():
@@ -357,9 +362,9 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def layer_order(names: Sequence[str]) -> list[int]:
-    """Indices that put the blocks' names in the order of layers; others keep their places.
+    """Indices that sort the names of blocks by layer; all other names keep their places.
 
-    A TransformerBridge has its hook points in the order of the alphabet: 0, 1, 10, 11, …, 2.
+    A TransformerBridge lists its hook points in alphabetical order: 0, 1, 10, 11, …, 2.
     """
     layers: dict[int, int] = {}
     for index, name in enumerate(names):
@@ -377,12 +382,12 @@ def layer_order(names: Sequence[str]) -> list[int]:
 def by_axes(
     by: tuple[str, ...] | str, axes: tuple[str, ...] = AXES, *, with_token: bool = False
 ) -> tuple[str, ...]:
-    """The axes along which a site's number is split, in the order in which results have them.
+    """Check the axes along which a site's number is to be split, and return them in order.
 
     Args:
         by: an axis, or several.
-        axes: those that there are.
-        with_token: whether the tokens of a response are one, too, behind the others.
+        axes: the axes that exist.
+        with_token: whether 'token', the tokens of a response, is one as well; it comes last.
 
     Raises:
         ArgumentError: another axis, or 'expert' beside 'rank'.
@@ -408,7 +413,7 @@ def by_axes(
 
 
 def site_name(layer: int, kind: str, adapter: str = "") -> str:
-    """'blocks.3.attn.q', or the kind alone outside the blocks; then the part of a sum."""
+    """The name of a site, such as 'blocks.3.attn.q', 'unembed', or in a sum 'blocks.3.attn.q@a'."""
     tag = f"@{adapter}" if adapter else ""
     if kind in OUTSIDE_KINDS or layer < 0:
         return f"{kind}{tag}"
