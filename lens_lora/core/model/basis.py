@@ -2,17 +2,17 @@
 
 An adapter was trained on x, the input of the Hugging Face linear; a hook shows z. They differ by
 
-    x = γ ⊙ z + β        q, k, v, gate, up, fc_in where the norm's affine is folded or comes later
-    x = z + Rep(b̂_V)     o, where the value biases were folded into b_O
+    x = γ ⊙ z + β        for q, k, v, gate, up, fc_in, if the norm's affine is folded or comes later
+    x = z + Rep(b̂_V)     for o, if the value biases were folded into b_O
 
-and where writing weights are centred, what a module writes is multiplied by P = I − 11ᵀ/d. So a
-site adds
+If writing weights are centred, what a module writes is also multiplied by P = I − 11ᵀ/d. So a site
+adds
 
     δ(z) = s·B'(A'z + a₀),   A' = A diag(γ),   a₀ = Aβ,   B' = PB or B.
 
 A norm y = γ ⊙ n + β whose parameters were trained adds δ(n) = Δγ ⊙ n + Δβ. Its rank space is
-u = (n, 1), one coordinate a feature and one for Δβ, where there is one; its matrices A = I and
-B = diag(Δγ) are built only where they are asked for.
+u = (n, 1), with one coordinate for each feature, and a last one for Δβ if β changes. Its matrices
+A = I and B = diag(Δγ) are built only when they are asked for.
 
 No forward pass.
 """
@@ -41,12 +41,12 @@ class SiteMap:
 
     Attributes:
         A: reads z; it contains γ.
-        sB: writes δ. It contains s, and is centred where the model's writing weights are.
-        a0: the coordinates that β, folded value biases and a change of bias give for z = 0.
-        a0_by_head: a₀ split over the heads of an input that has them (o).
-        sB_by_head: sB split over heads that write to one output: the constant part of v, at o.
-        A_behind_gamma: A without γ, where the model itself applies γ after the hook point of z.
-        experts: how many maps share the rank space; 0 where this is one map.
+        sB: writes δ. It contains s, and is centred if the model's writing weights are.
+        a0: the coordinates u at z = 0, from β, folded value biases and a change of bias.
+        a0_by_head: a₀ split over the heads of the input, if it has heads (o).
+        sB_by_head: sB split over the heads that write to one output (the constant part of v, at o).
+        A_behind_gamma: A without γ, if the model itself applies γ after the hook point of z.
+        experts: the number of maps that share the rank space; 0 for a single map.
     """
 
     A: Float[Tensor, "rank in"]
@@ -78,13 +78,13 @@ class SiteMap:
         return self.A.device
 
     def norm(self) -> float:
-        """‖sBA‖_F, without what is constant."""
+        """‖sBA‖_F, without the constant part."""
         return float(norm_of_product(self.sB, self.A))
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """The factors (sB, A) of ΔW, the change that merging makes to the model's own weight.
 
-        A change of bias is left out. Where the model itself applies γ, A does not contain it.
+        A change of bias is left out. If the model itself applies γ, A does not contain it.
         """
         A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
         return self.sB[:, : len(A)], A
@@ -98,7 +98,7 @@ class SiteMap:
         return z
 
     def by_token(self, u: Float[Tensor, "*token rank"]) -> Float[Tensor, "*token rank"]:
-        """Sum u over the slots of a token, where a token has several."""
+        """Sum u over the slots of a token, if tokens have several, as with experts."""
         return u
 
     def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
@@ -112,11 +112,11 @@ class SiteMap:
         return self.write(self.coordinates(z))
 
     def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... rank"]:
-        """Compute Gᵀ·sB: the derivative by u, where G is the one by δ."""
+        """Compute Gᵀ·sB, the gradient by u, from G, the gradient by δ."""
         return applied(gradient, self.sB.T)
 
     def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
-        """Compute δ = sB·u; of u [batch, pos, head, rank], each head has its own rows of sB."""
+        """Compute δ = sB·u; with u [batch, pos, head, rank], each head has its own rows of sB."""
         if u.ndim < 4:
             return applied(u, self.sB)
         B = self.sB.unflatten(0, (u.shape[-2], -1))
@@ -125,9 +125,9 @@ class SiteMap:
     def own_by_head(
         self, gradient: Float[Tensor, "batch pos _out"], z: Input, heads: int
     ) -> Float[Tensor, "batch pos head rank"] | None:
-        """Split ⟨G, δ⟩ by head and coordinate, where the map itself says how.
+        """Split ⟨G, δ⟩ by head and coordinate, for maps that have a way of their own.
 
-        None for a linear map of attention, whose heads lie in its input or in its output.
+        None for a linear map of attention, whose heads are those of its input or output.
         """
         del gradient, z, heads
 
@@ -152,10 +152,10 @@ class Update:
     Attributes:
         A: reads x, the input of the Hugging Face linear.
         B: writes.
-        scale: s, times the adapter's strength and the model's own factor of an embedding.
-        bias: Δb, where the adapter changes the bias.
-        experts: how many experts share the ranks, each with as many, one after another; 0 where
-            the weight is no stack.
+        scale: s, times the adapter's strength, and for an embedding the model's own factor.
+        bias: Δb, if the adapter changes the bias.
+        experts: the number of experts whose ranks follow one another, the same number for each; 0
+            if the weight is no stack.
     """
 
     A: Float[Tensor, "rank in"]
@@ -165,7 +165,7 @@ class Update:
     experts: int = 0
 
     def by_expert(self) -> list[Update]:
-        """The update of each expert; this one alone where the weight is no stack."""
+        """The update of each expert; if the weight is no stack, this update alone."""
         if not self.experts:
             return [self]
         factors = zip(self.A.chunk(self.experts), self.B.chunk(self.experts, 1), strict=True)
@@ -179,12 +179,12 @@ class Basis:
     Attributes:
         dtype: the dtype of δ.
         device: where the model's weight lies.
-        gamma: γ with x = γ ⊙ z + β; None for 1.
+        gamma: γ in x = γ ⊙ z + β; None for 1.
         gamma_is_own: whether the model applies γ itself, after the hook point that shows z.
         beta: β, or Rep(b̂_V) at o; None for 0.
-        centre_read: whether z is centred, so that what A reads along 1 is dropped.
-        centre_write: whether writing weights are centred, so that B is centred, too.
-        n_heads: the number of heads into which the input is split (o); 0 where it is not split.
+        centre_read: whether z is centred, so that A loses its part along the vector of ones.
+        centre_write: whether writing weights are centred, so that B is centred as well.
+        n_heads: the number of heads into which the input is split (o); 0 if it is not split.
         kv_copies: how often the model repeats each head of k and v.
         d_head: the width of a head.
     """
@@ -246,10 +246,10 @@ def site_map(update: Update, basis: Basis) -> SiteMap:
 
 
 def _dense_map(update: Update, basis: Basis) -> SiteMap | None:
-    """The map of a dense ΔW where this basis leaves its factors as they are; None for any other.
+    """The map of a dense ΔW, if this basis leaves its factors as they are; None otherwise.
 
-    One of the two factors is a view, the reversal of the features (`dense`), so the map holds ΔW
-    alone, as the adapter does.
+    One of the factors of a dense ΔW is a view that only reverses features (`adapter/dense.py`). It
+    stays a view here, so that the map holds ΔW once, as the adapter does.
     """
     is_dense = is_reversal(update.A) or is_reversal(update.B)
     reads_x = basis.gamma is None and basis.beta is None and not basis.centre_read
@@ -267,7 +267,7 @@ def _dense_map(update: Update, basis: Basis) -> SiteMap | None:
 
 
 def _offset(reads: Tensor, basis: Basis) -> tuple[Tensor | None, Tensor | None]:
-    """Compute a₀ = Aβ, and its split over the heads of the input, where it has heads."""
+    """Compute a₀ = Aβ, and its split over the heads of the input, if it has heads."""
     if basis.beta is None or not bool((basis.beta != 0).any()):
         return None, None
     beta = in_float64(basis.beta).to(reads.device)
@@ -281,7 +281,7 @@ def _offset(reads: Tensor, basis: Basis) -> tuple[Tensor | None, Tensor | None]:
 def _with_bias_coordinate(
     reads: Tensor, a0: Tensor | None, a0_by_head: Tensor | None, n_heads: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A, a₀ and its split over heads with one more coordinate, which is 1 whatever z is."""
+    """Add to A, a₀ and its split over heads a coordinate that is 1 whatever z is."""
     if a0 is None:
         a0 = reads.new_zeros(len(reads))
     a0 = torch.cat([a0, reads.new_ones(1)])
@@ -312,7 +312,7 @@ class NormUpdate:
 
     Attributes:
         gamma: Δγ.
-        beta: Δβ; None where β stays.
+        beta: Δβ; None if β does not change.
     """
 
     gamma: Float[Tensor, " d"]
@@ -324,7 +324,7 @@ class NormMap(SiteMap):
 
     Args:
         gamma: Δγ.
-        beta: Δβ, where β changes.
+        beta: Δβ; None if β does not change.
     """
 
     def __init__(self, gamma: Float[Tensor, " d"], beta: Float[Tensor, " d"] | None = None) -> None:
@@ -346,7 +346,7 @@ class NormMap(SiteMap):
 
     @property
     def sB(self) -> Float[Tensor, "out rank"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The matrix diag(Δγ), with Δβ as a last column where there is one."""
+        """The matrix diag(Δγ), with Δβ as a last column if β changes."""
         diagonal = torch.diag(self.gamma)
         if self.beta is None:
             return diagonal
@@ -381,7 +381,7 @@ class NormMap(SiteMap):
         return torch.diag(self.gamma), torch.eye(self.width, dtype=self.dtype, device=self.device)
 
     def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
-        """Compute u = (n, 1), without the 1 where β stays."""
+        """Compute u = (n, 1), or u = n if β does not change."""
         u = z.to(self.dtype)
         if self.beta is None:
             return u

@@ -1,13 +1,13 @@
-"""The plan of a lens: where each site of an adapter reads and writes in a hooked model, and what.
+"""The plan of a lens: where each site of an adapter reads in a hooked model, and what it adds.
 
 1. Each adapted module becomes one site or several, with its update in the Hugging Face basis
    (`adapted_modules`, `updates`).
 2. The host says where a site reads and writes (`Ports`), and what its δ is in the model's basis.
-   A map that reads a norm which changes as well is read behind that norm.
-3. Where value biases were folded, the constant part of an update of v is added at o
+   If the norm before a map changes as well, the map is read behind that norm.
+3. If value biases were folded, the constant part of an update of v is added at o
    (`value_constants`).
 
-A plan also knows in which state the model was when it was made, and refuses another.
+A plan also remembers the state of the model when it was made, and refuses any other state.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ from lens_lora.families import NORM_KINDS
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """The addition of one site at one place: its gate times δ.
+    """What one site adds at one place: its gate times δ.
 
     Attributes:
         site: the index of the site.
         ports: where z is read and δ is added.
-        map: δ.
-        partner: the index of a second site by whose gate δ is multiplied, too. Both sites then have
-            this δ, each in its own rank space, and each adds half of it, so that each can be split.
-        whole: at v's own output, δ with its constant part, where that part is added at o.
-        is_constant_of_v: whether this is that constant part, at o.
+        map: the map z → δ(z).
+        partner: the index of a second site, by whose gate δ is multiplied as well. Both sites have
+            this δ, each in its own rank space, and each adds half of it, so that both can be split
+            by rank.
+        whole: at v's own output: the map with its constant part, if that part is added at o.
+        is_constant_of_v: whether this is the constant part of an update of v, added at o.
     """
 
     site: int
@@ -74,9 +75,9 @@ class Injection:
 
     @property
     def map_by_position(self) -> SiteMap | None:
-        """The map by which δ is split over positions; None where another injection does it.
+        """The map by which δ is split over positions; None if another injection is split instead.
 
-        Attention passes v's constant part on from the positions of v, so it is split there.
+        v's constant part is added at o, but it comes from the positions of v, so it is split at v.
         """
         if self.is_constant_of_v:
             return None
@@ -90,13 +91,13 @@ class Plan:
     Attributes:
         host: the hooked model.
         sites: the sites as data, in the order in which a forward pass meets them.
-        maps: each site's own δ.
-        injections: what is added: first one injection for each site, in the same order; a norm or v
-            may have more.
-        state: the state of the host when the plan was made.
-        updates: each site's own update in the Hugging Face basis.
-        watched: the weights of model and adapter when the plan was made.
-        base: the weights of `hf_model`, from which a further adapter's plan would be made.
+        maps: the map z → δ(z) of each site.
+        injections: what is added: one injection for each site, in the same order, and then further
+            ones of norms and of v.
+        state: the flags of the host when the plan was made.
+        updates: the update of each site in the Hugging Face basis.
+        watched: the weights of the model and of the adapter when the plan was made.
+        base: the weights of `hf_model` at that time, for the plan of another adapter.
         quantised: the quantised linear modules.
         adapter: the name of the adapter.
     """
@@ -121,7 +122,7 @@ class Plan:
     def relative_norm(self) -> float:
         """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the adapted linear maps, as the model has them.
 
-        NaN where norms alone change. No forward pass; every such W is read once.
+        NaN if only norms change. No forward pass; every such W is read once.
         """
         linear = [delta for delta in self.maps if not isinstance(delta, NormMap)]
         if not linear:
@@ -170,7 +171,7 @@ class Plan:
 
     @property
     def quantisation(self) -> str:
-        """', linear modules in 4 bit', for people; '' where none is quantised."""
+        """The words ', linear modules in 4 bit', for results; '' if none is quantised."""
         if not self.quantised:
             return ""
         bits = sorted({str(extensions.quantised_name(module)) for module in self.quantised})
@@ -178,20 +179,20 @@ class Plan:
 
     @property
     def activation_rounding(self) -> float:
-        """Half a step of an 8-bit kernel, relative to a row's largest entry; 0 without one."""
+        """Half a step of an 8-bit kernel, relative to a row's largest entry; 0 if there is none."""
         is_in_8bit = "8 bit" in self.quantisation
         return 1 / 254 if is_in_8bit else 0.0
 
     @functools.cached_property
     def is_over_ranks(self) -> bool:
-        """Whether processes hold parts of the weights, so that all of them run the same rows."""
+        """Whether several processes hold parts of the weights, and so run the same rows."""
         return compat.is_over_ranks(self.host.model)
 
     def refuse_gathered(self) -> None:
-        """Refuse weights that FSDP2 gathers for one backward pass of a graph, and frees after it.
+        """Refuse a second backward pass through a graph whose weights FSDP2 frees after the first.
 
         Raises:
-            ModelStateError: there are such weights.
+            ModelStateError: FSDP2 gathers weights of this model.
         """
         if self.is_over_ranks and compat.gathered_modules(self.host.model):
             raise ModelStateError(
@@ -203,10 +204,10 @@ class Plan:
             )
 
     def check_state(self, *, entries: bool = True) -> None:
-        """Check that flags, mode and weights are as they were when the plan was made.
+        """Check that flags, mode and weights have not changed since the plan was made.
 
         Raises:
-            ModelStateError: naming what changed.
+            ModelStateError: they have; the error names what changed.
         """
         self.check_flags()
         model = self.host.model
@@ -217,10 +218,10 @@ class Plan:
             watch.require_same(entries=entries)
 
     def check_flags(self) -> None:
-        """Check the flags alone, as each pass does: a tool may set flags by itself.
+        """Check only the flags. Each pass does this, as a tool may set flags on its own.
 
         Raises:
-            ModelStateError: naming the flag that changed.
+            ModelStateError: a flag has changed; the error names it.
         """
         for (name, then), (_, now) in zip(self.state, self.host.state(), strict=True):
             if then != now:
@@ -231,10 +232,10 @@ class Plan:
                 )
 
     def check_backward(self, *, once: bool = True) -> None:
-        """Check that the graph of a pass is that of one run of each block.
+        """Check that each block runs once in the graph of a pass.
 
         Args:
-            once: whether it is walked back once, for a first derivative, with hooks still on.
+            once: whether there is a single backward pass, with the hooks still on.
 
         Raises:
             ModelStateError: gradient checkpointing would run blocks again.
@@ -249,10 +250,9 @@ class Plan:
         return points_between((self.sites[i.site], i.ports.write) for i in self.injections)
 
     def changed_parameters(self) -> Iterator[tuple[SiteFactors, tuple[str, ...]]]:
-        """The parameters of linear sites that the adapter changes, by name.
+        """The parameters that the adapter changes, by name, for each linear site.
 
-        Where value biases are folded, the bias of o is among them, into which an update of v would
-        be folded.
+        If value biases are folded, an update of v also changes the bias of o.
         """
         for pair in self.updates:
             if not isinstance(pair.update, Update):
@@ -272,7 +272,7 @@ class Plan:
 
 
 def _root_of_squares(norms: Iterable[Float[Tensor, ""]]) -> float:
-    """Compute √Σ‖·‖². One number is read from each device."""
+    """Compute √Σ‖·‖², with one read from each device."""
     by_device: dict[torch.device, list[Tensor]] = collections.defaultdict(list)
     for norm in norms:
         by_device[norm.device].append(norm)
@@ -288,9 +288,9 @@ def make_plan(
     Args:
         model: the hooked model.
         adapter: the adapter, its modules named as the model names them.
-        hf_model: the unprocessed Hugging Face base, where it is given.
-        earlier: another adapter's plan of the same, unchanged model; what it knows of the model is
-            taken from there.
+        hf_model: the unprocessed Hugging Face base, if it is given.
+        earlier: the plan of another adapter over the same, unchanged model; what it knows about the
+            model is reused.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
@@ -341,8 +341,8 @@ def _placed(
 ) -> list[tuple[tuple[Ports, ...], SiteMap]]:
     """For each site, the places where it reads and writes, and its δ in the model's basis.
 
-    A norm that the model runs twice has two places. A map that reads a norm which changes is read
-    behind it, where the change of the norm is in z already.
+    A norm that the model runs twice has two places. If the norm before a map changes as well, the
+    map is read behind the norm, where z contains the change already.
     """
     changed_norms = {pair.site.path for pair in updates if pair.site.kind in NORM_KINDS}
     placed: list[tuple[tuple[Ports, ...], SiteMap]] = []
@@ -379,9 +379,9 @@ def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
 def _with_constants_at_o(
     host: HookedHost, updates: Sequence[SiteUpdate], deltas: Sequence[SiteMap]
 ) -> tuple[tuple[SiteMap, ...], list[Injection]]:
-    """Each site's own map, and the injections at o of the constant parts of updates of v.
+    """Each site's map, and injections at o for the constant parts of updates of v.
 
-    Where value biases are folded, v loses its constant part, which is added at o instead.
+    If value biases are folded, v's map loses its constant part, which is added at o instead.
     """
     heads = host.heads_at_hooks
     maps = list(deltas)
@@ -414,10 +414,10 @@ AS_ONE = "Make one lens of the sum of both adapters: lens.with_adapter(a + b)."
 
 
 def require_sum(plan: Plan, others: Sequence[Plan]) -> None:
-    """Check that a block of this plan adds up with the blocks that it lies within.
+    """Check that a block of this plan adds up with the blocks around it.
 
     Raises:
-        ModelStateError: a norm that changes in one of them; another one's z may be read before it.
+        ModelStateError: a norm changes in one of them, on which the δ of another one depends.
     """
     for other in others:
         if other is plan:
