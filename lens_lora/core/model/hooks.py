@@ -1,13 +1,14 @@
 """Hooks on a model for a span of time: put on, kept in order, and taken off whatever happens.
 
-1. One thread at a time has hooks on a model (`locks`).
-2. Each hook is found again by what it calls, so it can be taken off before its handle is known.
-3. Order matters among all hooks of a point, a user's own included. What reads must see its input as
-   the others left it, so it runs last; what writes must do so before the others see the output, so
-   it runs first. An `Arranger` at each block's input puts them in this order at every forward pass,
-   whenever they were registered.
-4. Hooks know by which public call they were laid (`call_under_way`): those of an open block would
-   make its adapted model the base of a call within it.
+1. Only one thread at a time has hooks on a model (`locks`).
+2. A hook is found by the function that it calls, so it can be taken off even if an interrupt came
+   before its handle was known.
+3. All hooks of a point are kept in order, including a user's own. A reader must see its input as
+   the other hooks left it, so it runs last. A writer must change the output before the other hooks
+   see it, so it runs first. An `Arranger` at each block's input restores this order in every
+   forward pass, whenever hooks were registered.
+4. A hook knows which public call has laid it (`call_under_way`). A call must not run under hooks of
+   an open block, as it would take the adapted model for its base.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ HookFn = Callable[..., Tensor | None]
 
 
 class _CurrentCall(threading.local):
-    """The innermost public call that is under way in this thread, as an object of its own."""
+    """The innermost public call of this thread; an object stands for each call."""
 
     token: object | None = None
 
@@ -42,16 +43,16 @@ CURRENT_CALL = _CurrentCall()
 
 
 def call_under_way() -> object | None:
-    """The public call that is under way in this thread, as an object; None outside of one."""
+    """The object that stands for this thread's public call; None outside a call."""
     return CURRENT_CALL.token
 
 
 class LaidHooks(NamedTuple):
-    """The model on which a span has hooks, and the call that has laid them.
+    """Hooks on a model for a span of time.
 
     Attributes:
         model: the hooked model.
-        call: the public call that has laid them; None outside of a call.
+        call: the public call that has laid the hooks; None outside a call.
     """
 
     model: nn.Module
@@ -65,14 +66,14 @@ def attached(
     hooks: Sequence[tuple[str, HookFn]],
     points: Mapping[str, Any] | None = None,
 ) -> None:
-    """The hooks on the model for the block's duration, also through `model.reset_hooks()`.
+    """Within the block these hooks are on the model, even after `model.reset_hooks()`.
 
-    At a module without hook points the method `at_module(args, output)` of a hook is called, where
-    it has one, in place of the hook itself: before the hooks that others put on the module, and
-    after those of this call that stand before it. At a parameter it is called with what the map of
-    that weight reads and makes (`extensions.write_at`).
+    A hook may be at a hook point, at another module, or at a parameter. At a module, its method
+    `at_module(args, output)` is called in place of the hook, if it has one: before all hooks that
+    others put on the module, and after those of `hooks` that are listed before it. At a parameter,
+    it is called with what the map of that weight reads and writes (`extensions.write_at`).
 
-    On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
+    When the block ends, in whatever way, no hook of ours is left, and those of others are.
     """
     hold(span, lock_of(model))
     span.about = LaidHooks(model, call_under_way())
@@ -97,7 +98,7 @@ def attached(
 
 
 class _AtPoint(NamedTuple):
-    """A hook of ours at a hook point, and the keys of the hooks that were there before it."""
+    """A hook of ours at a hook point, with the keys of the hooks that were there before it."""
 
     point: Any
     fn: HookFn
@@ -106,14 +107,14 @@ class _AtPoint(NamedTuple):
 
 def _add_to_point(point: Any, fn: HookFn, at_points: list[_AtPoint]) -> None:
     forward, before, *_ = hooks_of(point)
-    # Noted first: what is interrupted in between is taken off as well.
+    # It is noted first, so that it is taken off even if an interrupt comes in between.
     at_points.append(_AtPoint(point, fn, {*forward, *before}))
     point.add_hook(fn, is_permanent=True)
     point.fwd_hooks[-1].hook.remove = _refuse_removal
 
 
 def _refuse_removal() -> None:
-    """Stand in for `remove` of our handles, which `reset_hooks(including_permanent=True)` calls."""
+    """Replace `remove` of our handles, which `reset_hooks(including_permanent=True)` calls."""
     raise ModelStateError(
         "hooks of an open block or call of a lens are on the model, and without them it would run "
         "the base. Leave the block first; model.reset_hooks() takes off your own hooks alone."
@@ -121,7 +122,7 @@ def _refuse_removal() -> None:
 
 
 def _take_off(at_points: list[_AtPoint]) -> None:
-    """Take our hooks off; where that is interrupted, a second call does what is left."""
+    """Take our hooks off; if that is interrupted, a second call does the rest."""
     while at_points:
         point, fn, others = at_points[-1]
         forward, before, *_ = hooks_of(point)
@@ -137,10 +138,9 @@ def _add_to_module(span: Temporary, module: nn.Module, fn: Any, *, is_first: boo
     """Put a forward hook on a module until the span ends.
 
     Args:
-        span: how long.
-        module: one without hook points.
-        fn: a hook of a hook point; its method `at_module(args, output)` is called in its place,
-            where it has one.
+        span: for how long.
+        module: a module without hook points.
+        fn: a hook of a hook point; if it has a method `at_module(args, output)`, this is called.
         is_first: whether a hook with that method comes before all others of the module.
     """
     at_module = getattr(fn, "at_module", None)
@@ -154,7 +154,7 @@ def _add_to_module(span: Temporary, module: nn.Module, fn: Any, *, is_first: boo
 
 
 class _Counted(compat.SharedForward):
-    """A module's forward that counts how many of its passes are under way."""
+    """A forward of a module that counts how many passes are within it."""
 
     passes = 0
 
@@ -167,15 +167,15 @@ class _Counted(compat.SharedForward):
 
 
 def computes(span: Temporary, module: nn.Module) -> Callable[[], bool]:
-    """Whether the module is within its own pass, to be asked until the span ends."""
+    """A function that says whether the module is being run; it is valid until the span ends."""
     counted = _Counted.until(span, module, object())
     return lambda: counted.passes > 0
 
 
 class Arranger:
-    """A hook at a block's input that puts the hooks in order: what writes first, what reads last.
+    """A hook at a block's input that puts the block's hooks in order: writers first, readers last.
 
-    Where a user's own pre-hook stands at a point that is written, the writer becomes one too.
+    If a user's own pre-hook is at a point that is written, the writer becomes a pre-hook as well.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Arranger:
         self._hooks = [(points[name], fn, reads) for name, fn, reads in hooks]
 
     def __call__(self, tensor: object, hook: object) -> None:
-        """Arrange, as a hook of TransformerLens or torch's pre-hook; what passes stays as it is."""
+        """Put the hooks in order; the tensor that passes is left as it is."""
         del tensor
         self._begin()
         for point, fn, reads in self._hooks:
@@ -209,7 +209,7 @@ def _move_before_pre_hooks(point: Any, fn: HookFn) -> None:
     for key in _keys_of(forward, fn):
         for handle in point.fwd_hooks:
             if handle.hook.id == key:
-                # Whoever removes the hook then removes the pre-hook that stands for it.
+                # Removing the hook then also removes the pre-hook that takes its place.
                 handle.hook.extra_dict_ref = (*handle.hook.extra_dict_ref, weakref.ref(before))
         before[key] = _Early(forward.pop(key))
     for key in _keys_of(before, fn):
@@ -217,7 +217,7 @@ def _move_before_pre_hooks(point: Any, fn: HookFn) -> None:
 
 
 class _Early:
-    """The forward hook of a hook point, which returns its input, as a pre-hook."""
+    """A forward hook of a hook point as a pre-hook; a hook point returns its input unchanged."""
 
     def __init__(self, forward_hook: Callable[..., Any]) -> None:
         self.forward_hook = forward_hook
@@ -230,7 +230,7 @@ class _Early:
 
 
 def _keys_of(hooks: Mapping[int, Any], fn: HookFn) -> list[int]:
-    """The keys under which this function stands among a module's hooks."""
+    """The keys of those hooks of a module that call this function."""
     keys: list[int] = []
     for key, hook in list(hooks.items()):
         if compat.calls(_registered(hook), fn):
@@ -246,7 +246,7 @@ def functions_at(point: nn.Module) -> list[object]:
 
 
 def is_hooked(places: Iterable[nn.Module]) -> bool:
-    """Whether one of these modules has a hook that no library hung there by itself."""
+    """Whether one of these modules has a hook, other than those that libraries put there."""
     functions = itertools.chain.from_iterable(functions_at(place) for place in places)
     return any(function is not None for function in functions)
 
@@ -256,16 +256,16 @@ def _registered(hook: Any) -> Any:
     return hook.forward_hook if isinstance(hook, _Early) else hook
 
 
-# --- Hooks of others that would be shown a wrong number
+# --- Hooks of others that would see a wrong number
 
 _MERGED = "run the tool on a model of the merged weights (peft_model.merge_and_unload())"
 
 
 def refuse_backward_hooks(point: nn.Module | None, name: str, site: str) -> None:
-    """Refuse backward hooks where a site reads its input.
+    """Refuse a backward hook at a point where a site reads its input.
 
-    Torch wraps a module's output for them after all forward hooks: theirs would be the gradient of
-    what the model itself makes of it, without that of δ.
+    Torch wraps the output of the point for backward hooks after all forward hooks have run. So they
+    would see the gradient that comes through the model, but not the part that comes through δ.
     """
     if point is not None and _has_backward_hooks(point):
         raise ModelStateError(
@@ -282,7 +282,7 @@ def _has_backward_hooks(point: nn.Module) -> bool:
 
 
 def without_update(name: str, adapter: str) -> ModelStateError:
-    """The error of a hook point that never holds the adapted model's value."""
+    """The error for a hook point that never holds the adapted model's value."""
     return ModelStateError(
         f"{name}: lies between a site's input and the point at which the update of {adapter!r} is "
         "added, so it never holds the adapted model's value. Leave it out (names_filter=…), use "
@@ -307,7 +307,7 @@ class Unread:
 
 
 def open_block(adapter: str) -> ModelStateError:
-    """The error of a call on a model on which hooks of a lens are already."""
+    """The error for a call on a model that already has hooks of a lens."""
     return ModelStateError(
         f"the adapter {adapter!r} is on the model already: by `with lens.applied():`, by hooks of "
         "lens.fwd_hooks(), or by another call that has not ended. This call would take that "
@@ -318,7 +318,7 @@ def open_block(adapter: str) -> ModelStateError:
 
 
 def of_the_base(site: str) -> ModelStateError:
-    """The error of a tool that reads a parameter which the adapter on the model changes."""
+    """The error for a tool that reads a parameter which the adapter on the model changes."""
     return ModelStateError(
         f"{site}: within lens.applied() the model's weights and biases are still the base's, and "
         "what reads them here would be without the adapter. Give the tool a hooked model of "

@@ -2,11 +2,11 @@
 
 1. A reader at the site's input hook keeps z, and a writer at its output hook changes the output
    W z (`site_hooks`).
-2. What the writer does is an `Inject`: a function of the injection's index, the running output and
-   z that returns the new output. A run at given gates (`ScaleInject`), a tap of the reverse mode
-   and a tangent of the forward mode are three of them, through the same hooks.
-3. An `Arranger` at each block's input keeps the order: readers run after all other hooks of their
-   point, writers before them.
+2. The writer calls an `Inject`, which gets the index of the injection, the output and z, and
+   returns the new output. Three kinds of it use the same hooks: a run at given gates
+   (`ScaleInject`), the taps of reverse mode, and the tangents of forward mode.
+3. An `Arranger` at each block's input keeps the order: at a hook point readers run after all other
+   hooks, and writers before them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from lens_lora.families import NORM_KINDS
 
 @runtime_checkable
 class Inject(Protocol):
-    """A writer's function: (index of the injection, running output, z) → new output.
+    """What a writer calls: (index of the injection, output, z) → new output.
 
-    z is [batch, pos, in], or [batch, pos, head, in] where each head of q, k or v has an input of
-    its own; for a constant it is zero.
+    z is [batch, pos, in], or [batch, pos, head, in] if each head of q, k or v has an input of its
+    own. An injection that adds a constant gets zeros.
     """
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
@@ -48,20 +48,22 @@ class Inject(Protocol):
 class ScaleInject:
     """The injection of a run at gates ε, [site] or [batch, site]: out + ε_l ΔW_l z_l.
 
-    A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit.
-    One that is differentiated (in reverse mode, in forward mode, or within a torch.func transform)
-    adds its zero, as the zero has a derivative.
+    A gate that is exactly zero leaves the output as it is, bit for bit, unless the gates are
+    differentiated (in reverse mode, in forward mode, or within a torch.func transform). Then a zero
+    is added, because the zero has a derivative.
     """
 
     def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"], scale: Scale = 0.0) -> None:
         self._injections = plan.injections
         self._gates = {gates.device: gates}
-        # The caller's tensors whose values were copied, or read here: a later edit would not be
-        # seen. Where the gates are the caller's own tensor and need a gradient, they may change
-        # between passes, as an optimiser changes them.
+        # Tensors of the caller whose values were copied or read here, with their edit counters: a
+        # later edit would not be seen, so it is refused. If the gates are the caller's own tensor
+        # and need a gradient, they may change between passes, as an optimiser changes them.
         self._copied: list[tuple[Tensor, int]] = []
-        for tensor in scale.values() if isinstance(scale, Mapping) else (scale,):
-            if isinstance(tensor, Tensor) and not (tensor is gates and tensor.requires_grad):
+        given = scale.values() if isinstance(scale, Mapping) else (scale,)
+        for tensor in given:
+            is_read_anew = tensor is gates and gates.requires_grad
+            if isinstance(tensor, Tensor) and not is_read_anew:
                 self._note_copied(tensor)
         self._active = [True] * gates.shape[-1]
         if not _is_differentiated(gates):
@@ -72,7 +74,7 @@ class ScaleInject:
             self._copied.append((tensor, edits_of(tensor)))
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        """Compute out + ε_l ΔW_l z_l; None where the gate is switched off."""
+        """Compute out + ε_l ΔW_l z_l; None if the gate is off."""
         if any(edits_of(tensor) != edits for tensor, edits in self._copied):
             raise ModelStateError("the gates were edited in place; begin another block, or list.")
         if not self.is_active(index):
@@ -80,13 +82,13 @@ class ScaleInject:
         injection = self._injections[index]
         u = injection.map.coordinates(z)
         gate = injection.gate(self._on(injection.map.device))
-        # What all rows share, such as the embedding of a position, has a single row of u.
+        # What all rows share, such as a position embedding, has a single row of u.
         if gate.numel() not in (1, len(u), len(out)):
             require_gates_of_rows(gate.numel(), len(out))
         return injection.map.added(out, u, gate)
 
     def _on(self, device: torch.device) -> Tensor:
-        """The gates, copied once to each other device, where an edit would not be seen."""
+        """The gates on a device, copied there once; the copy would not see a later edit."""
         if device not in self._gates:
             gates = next(iter(self._gates.values()))
             self._gates[device] = gates.to(device)
@@ -108,11 +110,11 @@ def _is_differentiated(gates: Tensor) -> bool:
 
 
 class _Reader:
-    """Keeps the last firings of a read point until the next block begins.
+    """Keeps the last tensors of a read point until the next block begins.
 
     Attributes:
-        kept: the tensors that the point has shown.
-        site: the name of a site that reads here; '' where only the layout of rows is read.
+        kept: the tensors of its last firings.
+        site: the name of a site that reads here; '' if only the layout of rows is read.
     """
 
     def __init__(self, firings: int, name: str, point: nn.Module | None) -> None:
@@ -128,16 +130,16 @@ class _Reader:
         self.kept.append(tensor)
 
 
-# Without a repr: TransformerLens names a hook by it, and an injection's holds all its tensors.
+# Without a repr: TransformerLens names a hook by it, and that of an injection shows all tensors.
 @dataclasses.dataclass(eq=False, repr=False)
 class _AtSite:
-    """The common part of the writers of a site.
+    """What both kinds of writers have.
 
     Attributes:
-        index: that of the injection.
+        index: the index of the injection.
         inject: what is written.
-        like: reads how the host lays out rows, where the site's own points do not show it.
-        adapter: its name, for errors.
+        like: reads how the host lays out rows, if the site's own points do not show it.
+        adapter: the name of the adapter, for errors.
         laid_by: the public call that has laid the hook.
     """
 
@@ -148,7 +150,7 @@ class _AtSite:
     laid_by: object | None = dataclasses.field(default_factory=hooks.call_under_way, kw_only=True)
 
     def begun(self) -> Tensor | None:
-        """The tensor that shows how the host lays out rows; the hook must be this call's own."""
+        """Check that the hook is of this call; returns the tensor that shows the layout of rows."""
         require_own_hooks(self.laid_by, self.adapter)
         return None if self.like is None else self.like.kept[-1]
 
@@ -174,9 +176,10 @@ class _Writer(_AtSite):
         return ports.as_at_point(changed, tensor)
 
     def _require_own_update_of_o(self, point: nn.Module) -> None:
-        """Refuse the constant part of v beside an update of o of another plan.
+        """Refuse a constant part of v together with an update of o from another plan.
 
-        It passes through the update of o in its own plan, and through no other.
+        The constant passes through W_O and through the update of o in its own plan, but it would
+        miss that of the other plan.
         """
         for fn in hooks.functions_at(point):
             if not isinstance(fn, _Writer) or fn.inject is self.inject:
@@ -189,7 +192,7 @@ class _Writer(_AtSite):
                 )
 
     def _z(self, ports: Ports, out: Tensor, like: Tensor | None) -> Tensor:
-        """The input z of the site's map, with as many rows as the output."""
+        """The input z of the site's map, with the rows of the output."""
         if ports.read is None:
             return out.new_zeros(*out.shape[:2], self.injection.map.width)
         if self.reader is None:
@@ -231,7 +234,7 @@ class _ModuleWriter(_AtSite):
         like = self.begun()
         z = args[0].to(output.device)
         if self.kind == "pos_embed":
-            # Its input holds the tokens, and it reads their positions.
+            # Its input holds tokens, but it reads positions.
             offset = args[1] if len(args) > 1 else 0
             positions = torch.arange(output.shape[1], device=output.device)
             z = positions.expand(output.shape[:2]) + offset
@@ -248,18 +251,18 @@ class _ModuleWriter(_AtSite):
 def site_hooks(
     plan: Plan, inject: Inject, points: Mapping[str, Any], before: Sequence[tuple[str, HookFn]] = ()
 ) -> list[tuple[str, HookFn]]:
-    """[(hook name, function)] for one or more forward passes with this injection.
+    """The hooks of all sites as [(hook name, function)], for one forward pass or several.
 
-    At the input of each block an `Arranger` puts the hooks of the block in order.
+    An `Arranger` at the input of each block puts the hooks of the block in order.
 
     Args:
         plan: where the sites read and write.
         inject: what is written.
         points: the model's hook points by name.
-        before: hooks that come before all of these.
+        before: hooks that come before all others.
     """
     readers: dict[str, _Reader] = {}
-    # The hooks of each block, by the point at which it begins.
+    # The hooks of each block, by the hook point at which the block begins.
     by_block: dict[str | None, list[tuple[str, HookFn]]] = {}
     for index in _norms_first(plan):
         injection = plan.injections[index]
@@ -288,10 +291,10 @@ def site_hooks(
 
 
 def listed_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
-    """[(hook name, function)] for one or more passes, at hook points alone.
+    """The hooks of all sites as [(hook name, function)], if all of them are at hook points.
 
     Raises:
-        ModelStateError: a site without a hook point at its output.
+        ModelStateError: a site has no hook point at its output.
     """
     model = plan.host.model
     points = model.hook_dict
@@ -304,7 +307,7 @@ def listed_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
     listed = site_hooks(plan, inject, points)
     if getattr(model.cfg, "use_attn_result", False):
         return listed
-    # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
+    # TransformerLens refuses a hook at a point that a flag switches off, or warns about it.
     silent = plan.points_without_update
     return [(name, fn) for name, fn in listed if name not in silent]
 
@@ -312,7 +315,7 @@ def listed_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
 def _new_readers(
     ports: Ports, readers: dict[str, _Reader], points: Mapping[str, Any]
 ) -> list[tuple[str, HookFn]]:
-    """The readers that these ports need and no earlier ones had; they are added to `readers`."""
+    """Add the readers that these ports need and earlier ones did not; also to `readers`."""
     added: list[tuple[str, HookFn]] = []
     for name in (ports.like, ports.read):
         if name is not None and name != ports.write and name not in readers:
@@ -328,7 +331,7 @@ def _writer(
     readers: Mapping[str, _Reader],
     points: Mapping[str, Any],
 ) -> HookFn:
-    """The writer of an injection, for its hook point, or for a module that has none."""
+    """The writer of an injection, at its hook point, or at a module that has none."""
     injection = plan.injections[index]
     site = plan.sites[injection.site]
     ports = injection.ports
@@ -346,9 +349,9 @@ def _in_order(
     before: Sequence[tuple[str, HookFn]],
     points: Mapping[str, Any],
 ) -> list[tuple[str, HookFn, bool]]:
-    """The hooks of a block for its `Arranger`, each with whether it reads.
+    """The hooks of a block for its `Arranger`: each with its point, and whether it reads.
 
-    Hooks of `before` at points that are written are arranged too, so that they stay first.
+    Hooks of `before` at points that are written are among them, so that they stay first.
     """
     written_points = {name for name, fn in of_block if not isinstance(fn, _Reader)}
     first = [(name, fn) for name, fn in reversed(before) if name in written_points]
@@ -360,9 +363,9 @@ def _in_order(
 
 
 def _norms_first(plan: Plan) -> list[int]:
-    """The indices of the injections, those of norms first.
+    """The indices of the injections, with those of norms first.
 
-    What reads at a norm's module must see what was added there.
+    A map that reads at a norm's module must see what was added there.
     """
     kinds = [plan.sites[injection.site].kind for injection in plan.injections]
     return sorted(range(len(kinds)), key=lambda index: kinds[index] not in NORM_KINDS)
