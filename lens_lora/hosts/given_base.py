@@ -1,26 +1,27 @@
-"""Whether the base at hand is the one that the adapter was trained on, and without it.
+"""Is the base at hand the one that the adapter was trained on, and is the adapter not in it yet?
 
 Two mistakes show in no shape: another base of the same architecture, and a base into which the
 adapter was merged already (W = W₀ + ΔW), so that f(0) is the adapted model and f(1) has ΔW twice.
 
-1. Names. The last parts of both names are compared, as folders and hub ids share them. A base
-   without a name is not judged by it.
-2. The named base's own weights, where they lie on this machine (a folder, or the hub's cache;
-   nothing is fetched). W = W₀ settles that another name is no other base, and W − W₀ = ΔW that the
-   adapter is in it. A few modules are read.
-3. W alone. With ΔW = Σ_i σ_i u_i v_iᵀ let C_ij = u_iᵀ W v_j. If ΔW was merged,
+1. By names. The last parts of both names are compared, which folders and hub ids have in common. A
+   base without a name is not judged by it.
+2. By the weights of the named base, W₀, if they lie on this machine (in a folder, or in the hub's
+   cache; nothing is fetched). If W = W₀, it is the same base under another name. If W − W₀ = ΔW,
+   the adapter is in it. A few modules are read.
+3. By W alone. With ΔW = Σ_i σ_i u_i v_iᵀ let C_ij = u_iᵀ W v_j. If ΔW was merged,
 
        C_ij = C⁰_ij + σ_i δ_ij,
 
-   where C⁰ is of the base. How large C⁰ is along these directions, its variance v, is told by the
-   entries off the diagonal, which are C⁰'s whether ΔW was merged or not, and by the mean squares
-   of u_iᵀ W and W v_i; the largest of these is taken. "Merged" and "not merged" are the hypotheses
+   where C⁰ is that of the base. Its variance v along these directions is estimated from the
+   entries off the diagonal, which do not change when ΔW is merged, and from the mean squares of
+   u_iᵀ W and W v_i; the largest estimate is taken. "Merged" and "not merged" are the hypotheses
    c = 1 and c = 0 of C_ii = C⁰_ii + c σ_i, with
 
        log-likelihood ratio = Σ_i (C_ii² − (C_ii − σ_i)²) / 2v.
 
-   A base is refused only if c = 1 is far likelier, is the best c up to its error, and leaves
-   little of the diagonal. Else nothing is said: of a small ΔW it cannot be known.
+   A base is refused only if c = 1 is far likelier, agrees with the likeliest c within its error,
+   and explains nearly all of the diagonal. Otherwise nothing is said: for a small ΔW it cannot be
+   known.
 
 Cost: no forward pass; thin products of some modules, and a few tensors read from a file.
 """
@@ -55,31 +56,32 @@ from lens_lora.core.model import (
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
 
-# Modules of which W is looked at before a first verdict is taken, and after each round.
+# W alone is judged in rounds of so many modules.
 _ROUND = 6
-# Modules in one walk through the layers: all in as many walks as it takes while their entries are
-# so many, else one walk.
+# One walk through the layers takes about so many modules. There are as many walks as it takes to
+# reach all modules if these have at most `_ENTRIES` entries, and else a single one.
 _LOOKED_AT = 24
 _ENTRIES = 2**27
-# The log-likelihood ratio after a round below which no further one is looked at, as in Wald's
-# sequential test: a base that holds ΔW comes there at most once in e¹⁰ times, by these two
-# hypotheses.
+# If the log-likelihood ratio after a round is below this, no further round follows, as in Wald's
+# sequential test: under these hypotheses a base that holds ΔW gets there at most once in e¹⁰ times.
 _SETTLED = -10.0
 # How many modules are read from a file.
 _READ = 4
 # The singular vectors of a ΔW of higher rank would take too long.
 _LARGEST_RANK = 256
 
-# How far c may be from 1 to be called 1, and ‖W − W₀ − c ΔW‖ from 0 beside ‖W − W₀‖.
+# How far c may be from 1 to be called 1; and how large ‖W − W₀ − c ΔW‖ may be beside ‖W − W₀‖.
 _NEAR = 0.02
-# W − W₀ is more than rounding if it is so many roundings of an entry, along ΔW.
+# W − W₀ is more than rounding if its part along ΔW exceeds so many roundings of an entry.
 _SEEN = 5.0
-# By W alone the adapter is in it if the log-likelihood ratio is above this,
+# By W alone, the adapter is in the base if three things hold. First, the log-likelihood ratio is
+# above this.
 _LIKELIHOOD = 25.0
-# if the likeliest c is so near to 1, in itself or in its standard errors,
+# Second, the likeliest c is so near to 1, absolutely or in standard errors.
 _WHOLE = 0.15
 _ERRORS = 2.0
-# and if c = 1 leaves at most so many v an entry on the diagonal, or this share of what is there.
+# Third, what c = 1 leaves of an entry on the diagonal has at most so many times the variance v, or
+# it is at most this share of the diagonal.
 _MISFIT = 3.0
 _LEFT = 0.1
 
@@ -87,11 +89,11 @@ _LEFT = 0.1
 
 
 class Verdict(NamedTuple):
-    """The judgement of a base beside the one that its adapter names.
+    """What was found out about a base.
 
     Attributes:
-        note: what its user should be warned of; '' where there is nothing.
-        holds_adapter: why the adapter is in it already; '' where that is not so, or not known.
+        note: what its user should be warned about; '' if there is nothing.
+        holds_adapter: the evidence that the adapter is in it already; '' if there is none.
     """
 
     note: str = ""
@@ -104,7 +106,7 @@ def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
 
     Args:
         lens: the new lens.
-        is_refused: whether a base that holds the adapter already is refused, or else warned of.
+        is_refused: whether a base that holds the adapter already is refused; else it is noted.
 
     Raises:
         ModelStateError: the base holds the adapter already.
@@ -132,9 +134,9 @@ def judged(plan: Plan, named: str | None, names: Sequence[str]) -> Verdict:
     """Judge the base of a lens.
 
     Args:
-        plan: the lens's.
+        plan: the plan of the lens.
         named: the base that the adapter names.
-        names: those by which the base at hand is known (`names_of`).
+        names: the names by which the base at hand is known (`names_of`).
     """
     beside = None
     if named is not None and not _is_own_copy(named, names):
@@ -161,7 +163,7 @@ def judged(plan: Plan, named: str | None, names: Sequence[str]) -> Verdict:
 
 
 def _is_own_copy(named: str, names: Sequence[str]) -> bool:
-    """Whether the base is a copy that this package made of the named one, with other roundings."""
+    """Whether the base is this package's own copy of the named one, rounded differently."""
     is_made_here = any(public_name(name_of(Path(name))) for name in names)
     return is_made_here and short_name(named) in map(short_name, names)
 
@@ -187,10 +189,10 @@ def short_name(name: str) -> str:
 
 
 def shown_base(name: str) -> str:
-    """The name of a base for a reader: a hub id as it is, and of a folder's path the model's name.
+    """The name of a base as it is shown: a hub id as it is, a folder by the name of the model.
 
     Args:
-        name: as an adapter names its base.
+        name: the base as an adapter names it.
     """
     if not Path(name).is_absolute():
         return name
@@ -210,7 +212,7 @@ def stated_origin(name: str) -> str | None:
     if config.is_file():
         try:
             stated = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path")
-        except (ValueError, AttributeError):  # of another program: it says nothing
+        except (ValueError, AttributeError):  # another program's file, which says nothing
             return None
         return stated if isinstance(stated, str) and stated else None
     return None
@@ -227,11 +229,11 @@ _CARD = re.compile(
 
 
 class Beside(NamedTuple):
-    """A base's weights beside those of the base that its adapter names.
+    """How a base's weights W differ from those of the named base, W₀.
 
     Attributes:
-        is_same: whether they are the same, up to rounding.
-        strength: c, where W − W₀ = c ΔW; 0 where it is something else.
+        is_same: whether W = W₀ up to rounding.
+        strength: c, if W − W₀ = c ΔW; 0 if the difference is something else.
     """
 
     is_same: bool
@@ -239,7 +241,7 @@ class Beside(NamedTuple):
 
 
 def _beside(plan: Plan, named: str) -> Beside | None:
-    """None where the named base is not on this machine, or the two cannot be compared."""
+    """Compare W with W₀; None if the named base is not on this machine, or cannot be compared."""
     files = {} if plan.quantised else files_at_hand(named)
     if not files:
         return None
@@ -257,7 +259,7 @@ def _beside(plan: Plan, named: str) -> Beside | None:
 
 
 def _largest(plan: Plan) -> list[SiteFactors]:
-    """The sites of the largest ΔW of factors: a merge shows there first. DoRA's counts by s·B·A."""
+    """The sites whose factors have the largest ΔW, where a merge shows first; for DoRA by s·B·A."""
     sizes: list[tuple[float, SiteFactors]] = []
     for pair in plan.updates:
         factors = pair.site.factors
@@ -271,7 +273,7 @@ def _largest(plan: Plan) -> list[SiteFactors]:
 
 
 def _change(site: SiteFactors, stored: Tensor) -> Float[Tensor, "out in"]:
-    """ΔW over the named base's own weight, on which DoRA's depends."""
+    """ΔW of a site on the named base; DoRA's depends on its weight."""
     factors = cast(LoRAFactors, site.factors)
     if factors.needs_base_weight:
         return factors.materialise(in_float64(stored).cpu())
@@ -293,12 +295,12 @@ class _Compared(NamedTuple):
 
 
 def _summary(compared: Sequence[_Compared]) -> Beside:
-    """Whether W is W₀ in all modules, or W₀ + c ΔW with one c, in the sense of least squares."""
+    """Whether W = W₀ in all modules, or W = W₀ + c ΔW with one c, fitted by least squares."""
     if all(is_same(each.weight, each.stored) for each in compared):
         return Beside(is_same=True, strength=0.0)
     differences: list[Tensor] = []
     changes: list[Tensor] = []
-    # The entries of W and W₀ are rounded, each to its dtype.
+    # The entries of W and of W₀ are rounded to their dtypes: ‖rounding‖², and the largest step.
     rounding = 0.0
     largest_step = 0.0
     for each in compared:
@@ -323,7 +325,7 @@ def _summary(compared: Sequence[_Compared]) -> Beside:
 
 
 def files_at_hand(name: str) -> dict[str, Path]:
-    """The file of each tensor of a model that lies on this machine, by its key; {} of others."""
+    """The file of each tensor, by its key, of a model that lies on this machine; else {}."""
     folder = Path(name)
     if not folder.is_dir():
         import huggingface_hub
@@ -347,7 +349,7 @@ def files_at_hand(name: str) -> dict[str, Path]:
 
 
 def _stored(files: Mapping[str, Path], site: SiteFactors, weight: Tensor) -> Tensor | None:
-    """W₀ of a site, [out, in], from the named base's files; None where it is not found there."""
+    """W₀ of a site, [out, in], from the files of the named base; None if it is not there."""
     found = _key_in(files, f"{site.path}.weight")
     if found is None or not _is_readable(weight):
         return None
@@ -356,7 +358,7 @@ def _stored(files: Mapping[str, Path], site: SiteFactors, weight: Tensor) -> Ten
             stored = opened.get_tensor(found)
     except (OSError, SafetensorError):
         return None
-    # GPT-2 stores [in, out], which shows in no shape where the two are equal.
+    # GPT-2 stores [in, out], which the shape does not show if the two are equal.
     expected = in_float64(weight).cpu()
     best: Tensor | None = None
     smallest = float("inf")
@@ -372,7 +374,7 @@ def _stored(files: Mapping[str, Path], site: SiteFactors, weight: Tensor) -> Ten
 
 
 def _rows_of(stored: Tensor, rows: Tensor | None) -> Tensor | None:
-    """The rows of one part of a fused module; None where the tensor has fewer rows."""
+    """The rows of one part of a fused module; None if the tensor has too few rows."""
     if rows is None:
         return stored
     if int(rows.max()) >= len(stored):
@@ -381,9 +383,9 @@ def _rows_of(stored: Tensor, rows: Tensor | None) -> Tensor | None:
 
 
 def _key_in(files: Mapping[str, Path], key: str) -> str | None:
-    """The key of a tensor as the files have it; None where they lack it.
+    """The key of a tensor as the files have it; None if they lack it.
 
-    A model may be saved without its head, or with it: the first part of each key comes or goes.
+    If a model is saved without its head, the keys lack their first part.
     """
     if key in files:
         return key
@@ -400,11 +402,11 @@ class Evidence(NamedTuple):
     """The evidence in W alone of whether ΔW is in it.
 
     Attributes:
-        likelihood: log-likelihood ratio of c = 1 against c = 0.
+        likelihood: the log-likelihood ratio of c = 1 against c = 0.
         strength: the likeliest c.
         error: its standard error.
-        misfit: the mean of (C_ii − σ_i)² / v; about 1 where ΔW was merged.
-        left: the share of C_ii² / v that this is, summed; small where ΔW was merged.
+        misfit: the mean of (C_ii − σ_i)² / v; about 1 if ΔW was merged.
+        left: Σ (C_ii − σ_i)² / v as a share of Σ C_ii² / v; small if ΔW was merged.
     """
 
     likelihood: float = 0.0
@@ -415,12 +417,13 @@ class Evidence(NamedTuple):
 
     @classmethod
     def of(cls, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Evidence:
-        """The evidence of several modules, each as W [out, in], B [out, rank], A [rank, in].
+        """Collect the evidence of modules, each given as W [out, in], B [out, rank], A [rank, in].
 
-        It ends with the round that settles that ΔW was not merged, as almost every base does.
+        It stops after the round that settles that ΔW was not merged, as happens with almost every
+        base.
         """
         count = 0
-        # Sums over the directions of all modules, each divided by its v.
+        # Sums over the directions of all modules, where each module is divided by its own v.
         diagonals = 0.0
         leftovers = 0.0
         products = 0.0
@@ -461,7 +464,7 @@ class Along(NamedTuple):
 
     Attributes:
         diagonal: C_ii = u_iᵀ W v_i.
-        variance: v, how large these would be in a W that has nothing to do with ΔW.
+        variance: v, the mean square of such entries for a W that has nothing to do with ΔW.
     """
 
     diagonal: Float[Tensor, " rank"]
@@ -469,7 +472,7 @@ class Along(NamedTuple):
 
     @classmethod
     def of(cls, weight: Float[Tensor, "out in"], U: Float[Tensor, "out rank"], V: Tensor) -> Along:
-        """Measure W along U and V, with the two large products in float32 and where W lies."""
+        """Measure W along U and V; the two large products are in float32, on W's device."""
         wide = weight.detach().to(torch.float32)
         read = (wide @ V.to(wide)).cpu().double()
         written = (wide.T @ U.to(wide)).cpu().double()
@@ -511,7 +514,7 @@ def _parts(plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _spread(indices: Sequence[int]) -> list[int]:
-    """The same indices, so that each round has some of all layers."""
+    """Reorder the indices, so that each round has modules from all layers."""
     step = max(1, len(indices) // _ROUND)
     spread: list[int] = []
     for first in range(step):
@@ -520,7 +523,7 @@ def _spread(indices: Sequence[int]) -> list[int]:
 
 
 def _is_readable(weight: Tensor) -> bool:
-    """Whether the tensor holds the numbers of W, all of them: no packed, sharded or meta tensor."""
+    """Whether the tensor holds all numbers of W, so is not packed, sharded or on 'meta'."""
     is_whole = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
     return is_whole and weight.is_floating_point()
 

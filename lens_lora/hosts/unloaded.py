@@ -19,11 +19,11 @@ from lens_lora.errors import ModelStateError
 
 @dataclasses.dataclass(frozen=True)
 class OnDevice:
-    """What of a model lies on one device.
+    """The part of a model that lies on one device.
 
     Attributes:
-        blocks: how many blocks.
-        weights: bytes of all weights there, tied ones counted once.
+        blocks: the number of its blocks.
+        weights: the bytes of its weights, where tied weights count once.
     """
 
     blocks: int
@@ -32,12 +32,12 @@ class OnDevice:
 
 @dataclasses.dataclass(frozen=True)
 class UnloadedModel:
-    """A model as its configuration says it will be.
+    """A model that was not loaded, as its configuration describes it.
 
     Attributes:
-        sizes: as the planner of passes needs them.
-        weights: bytes of all weights, tied ones counted once.
-        factors: numbers in LoRA factors of rank 1 on every linear module of the blocks.
+        sizes: the sizes that the planner of passes needs.
+        weights: the bytes of all weights, where tied weights count once.
+        factors: the number of entries of LoRA factors of rank 1 on every linear module of blocks.
         devices: what lies on each device.
     """
 
@@ -55,17 +55,17 @@ def unloaded(
     max_memory: float | None = None,
     devices: int = 1,
 ) -> UnloadedModel:
-    """Read what the planner asks of a model from its configuration alone.
+    """Read from a configuration alone what the planner needs to know about a model.
 
     Args:
         name: a folder, a config.json, or a hub id.
-        dtype: of the weights; None for what the configuration says.
+        dtype: the dtype of the weights; None for the one that the configuration names.
         keeps_patterns: whether attention patterns will be hook points (eager attention).
         max_memory: the bound in bytes that the lens will have.
-        devices: over how many equal devices the model is spread.
+        devices: the number of equal devices over which the model is spread.
 
     Raises:
-        ModelStateError: no configuration there, or one of no causal language model.
+        ModelStateError: there is no configuration, or it is not of a causal language model.
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -101,29 +101,18 @@ def unloaded(
 
 
 def _spread(model: PreTrainedModel, layers: int, devices: int) -> tuple[OnDevice, ...]:
-    """What lies on each of several equal devices, over which all bytes are divided evenly.
+    """Divide a model evenly over equal devices, by the bytes of its weights.
 
-    Embeddings come first, blocks follow one another, and the last norm and the head come last. A
-    block is never divided, as under device_map='balanced'; it lies on the device in whose part of
-    all bytes its middle is.
+    The embeddings come first, then the blocks, and then the last norm and the head. As with
+    device_map='balanced', a block is never divided: it lies on the device in whose share of all
+    bytes its middle falls.
 
     Args:
-        model: on torch's device 'meta'.
-        layers: how many blocks it has.
-        devices: how many there are.
+        model: the model on torch's device 'meta'.
+        layers: the number of its blocks.
+        devices: the number of devices.
     """
-    # A list of as many modules as there are layers; a mixture's experts are within its blocks.
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    blocks = next(list(found) for found in lists if len(found) == layers)
-    # Tied weights are one parameter, which is listed where it is first used.
-    of_block = {
-        id(weight): place for place, block in enumerate(blocks, 1) for weight in block.parameters()
-    }
-    sizes = [0] * (layers + 2)
-    place = 0
-    for weight in model.parameters():
-        place = of_block.get(id(weight), 0 if place == 0 else layers + 1)
-        sizes[place] += weight.nbytes
+    sizes = _sizes_in_order(model, layers)
     found = [OnDevice(0, 0)] * devices
     before = 0
     for place, size in enumerate(sizes):
@@ -136,8 +125,35 @@ def _spread(model: PreTrainedModel, layers: int, devices: int) -> tuple[OnDevice
     return tuple(found)
 
 
+def _sizes_in_order(model: PreTrainedModel, layers: int) -> list[int]:
+    """The bytes of what comes before the blocks, of each block, and of what comes after them.
+
+    Tied weights are one parameter, which counts where it is used first.
+    """
+    # The blocks are the first list with as many modules as there are layers: a list of experts
+    # comes later, as it is within a block.
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = next(modules for modules in lists if len(modules) == layers)
+    place_of_weight: dict[int, int] = {}
+    for place, block in enumerate(blocks, start=1):
+        for weight in block.parameters():
+            place_of_weight[id(weight)] = place
+
+    behind_blocks = layers + 1
+    sizes = [0] * (layers + 2)
+    has_seen_a_block = False
+    for weight in model.parameters():
+        if id(weight) in place_of_weight:
+            has_seen_a_block = True
+            place = place_of_weight[id(weight)]
+        else:
+            place = behind_blocks if has_seen_a_block else 0
+        sizes[place] += weight.nbytes
+    return sizes
+
+
 def _linears_of_blocks(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """The shape of the weight of each linear module of the blocks, on which a LoRA may lie."""
+    """The shape of the weight of each linear module of the blocks, to which a LoRA may be added."""
     head = model.get_output_embeddings()
     shapes: list[tuple[int, int]] = []
     for module in model.modules():
