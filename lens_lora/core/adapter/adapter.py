@@ -1,7 +1,7 @@
-"""The adapter: what a fine-tune added to each module. Knows no model.
+"""An `Adapter` is what a fine-tune added to each module. It does not know the model.
 
-Its updates come from PEFT's files (`load_adapter`), a live PeftModel (`Adapter.from_peft`), tensors
-at hand (`from_factors`, `constant`), or the difference of two models (`between`).
+Its updates come from PEFT's files (`load_adapter`), from a live PeftModel (`Adapter.from_peft`),
+from tensors (`from_factors`, `constant`), or from the difference of two models (`between`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class Adapter(metaclass=guesses.OfAdapterClass):
     """Updates by Hugging Face module path, for example 'model.layers.0.self_attn.q_proj'.
 
-    A sum of adapters holds 'path@name' for each part, so that their sites stay separate.
+    The keys of a sum of adapters are 'path@name', so that the sites of its parts stay separate.
 
         >>> import torch
         >>> update = LoRAFactors(A=torch.ones(2, 8), B=torch.ones(8, 2), scale=0.5)
@@ -53,9 +53,9 @@ class Adapter(metaclass=guesses.OfAdapterClass):
 
     Attributes:
         modules: updates by module path: factors, or parameters that were trained whole.
-        name: tells the parts of a sum apart; the folder's name, if it was read from one.
+        name: tells the parts of a sum apart; by default the name of its folder.
         base_model: the base model that its files name.
-        truncation_error: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module, where `between` cut to a rank.
+        truncation_error: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F of each module that was cut to a rank.
         tokenizer_folder: its own folder, if a tokenizer or a chat template was saved in it.
     """
 
@@ -81,7 +81,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
 
     @classmethod
     def from_factors(cls, modules: Mapping[str, ModuleUpdate], *, name: str = "adapter") -> Adapter:
-        """An adapter from factors, or trained modules, at hand.
+        """Make an adapter from factors, or from trained modules.
 
         Args:
             modules: updates by Hugging Face module path.
@@ -103,18 +103,19 @@ class Adapter(metaclass=guesses.OfAdapterClass):
     ) -> Adapter:
         """Steering as an adapter: each module adds one vector, whatever its input.
 
-        At every token, the first one too, as a bias does; a text's first token is a sink, and what
-        is added there reaches all others.
+        Like a bias, the vector is added at every token. That includes a text's first token, a sink,
+        and what is added there reaches all other tokens.
 
         Args:
-            vectors: added to a module's output, by Hugging Face module path.
-            like: the Hugging Face base, an adapter of these modules, or the modules' input widths
-                by path, which `save` needs; without it, a lens takes them from its model.
+            vectors: what is added to a module's output, by Hugging Face module path.
+            like: where the modules' input widths are known from, which `save` needs: the Hugging
+                Face base, an adapter of these modules, or the widths by path. Without it, a lens
+                takes them from its model.
             name: the adapter's name.
 
         Raises:
             ArgumentError: no vectors by module path.
-            AdapterError: a value that is no vector, or a module that `like` lacks.
+            AdapterError: a value that is not a vector, or a module that `like` lacks.
         """
         if isinstance(like, Adapter):
             widths = {
@@ -127,11 +128,12 @@ class Adapter(metaclass=guesses.OfAdapterClass):
 
     @classmethod
     def from_peft(cls, peft_model: PeftModel, adapter_name: str = "default") -> Adapter:
-        """The named adapter of a live PeftModel, as its layers apply it now; copied.
+        """Copy an adapter of a live PeftModel, as its layers apply it now.
 
-        LoRA is read from its tensors. The ΔW of other methods is measured, each layer run in
-        float64 on every unit vector, and rounded once, to float32 or the base's dtype; what is a
-        function of the input, and no ΔW, is refused by name. The model stays as it is.
+        LoRA is read from its tensors. The ΔW of any other method is measured: each layer is run in
+        float64 on every unit vector, and the result is rounded once, to float32 or the base's
+        dtype. A method whose layers depend on the input in another way has no ΔW, and is refused by
+        name. The model stays as it is.
 
         Args:
             peft_model: a PeftModel, or a transformers model with adapters of its own.
@@ -142,8 +144,8 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         Raises:
             ArgumentError: a model without an adapter.
             AdapterError: no such adapter, or its tensors are inconsistent.
-            UnsupportedAdapterError: a variant of LoRA that s·B·A would misread, a method without
-                ΔW, one that is merged into the weights, or a PeftMixedModel.
+            UnsupportedAdapterError: a variant of LoRA that is not s·B·A, a method without ΔW, an
+                adapter that is merged into the weights, or a PeftMixedModel.
         """
         modules, base = extensions.live_updates(peft_model, adapter_name)
         return cls(modules, name=adapter_name, base_model=base)
@@ -159,17 +161,17 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         name: str = "fine-tune",
         progress: bool = True,
     ) -> Adapter:
-        """Any weight change as an adapter: of every linear module, embedding and norm that differs.
+        """Any weight change as an adapter, of every linear module, embedding and norm that differs.
 
-        For full fine-tunes, and for PiSSA, LoftQ and the like against the true base. Norms that
-        changed need an unprocessed hooked model.
+        It is meant for full fine-tunes, and for PiSSA, LoftQ and the like against the true base.
+        Norms that changed need an unprocessed hooked model.
 
         Args:
-            base: the Hugging Face model before.
-            tuned: the model after, of the same architecture and configuration.
-            rank: None for the exact difference; else the best approximation of this rank, its
-                relative error in `truncation_error`.
-            ignore: a glob or several ('*norm*', say), of modules and parameters whose change is
+            base: the Hugging Face model before training.
+            tuned: the model after training, of the same architecture and configuration.
+            rank: None for the exact difference; else the best approximation of this rank, whose
+                relative error is in `truncation_error`.
+            ignore: a glob or several, such as '*norm*', of modules and parameters whose change is
                 left out on purpose.
             name: the adapter's name.
             progress: whether to draw a progress bar.
@@ -177,10 +179,10 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         Cost: one forward pass of each model on 8 tokens; with `rank`, an SVD a module.
 
         Raises:
-            AdapterError: different architectures, models that are different functions whatever
-                their weights (`rope_theta`, the norm's ε, the activation function, …), no
-                difference, or changed parameters of no linear module, embedding or norm.
-            ArgumentError: anything but models, or an `ignore` that is no glob.
+            AdapterError: different architectures; configurations that make them different
+                functions (`rope_theta`, the norm's ε, the activation function, …); no difference;
+                or changed parameters outside linear modules, embeddings and norms.
+            ArgumentError: anything but models, or an `ignore` that is not a glob.
         """
         factors, errors = extensions.change_between(base, tuned, rank, ignore, progress)
         if not factors:
@@ -199,11 +201,11 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         return dataclasses.replace(self, name=name)
 
     def only(self, *which: str | DataFrame) -> Adapter:
-        """The modules whose path matches a glob ('*.q_proj'), or that a table of sites names.
+        """Keep the modules whose path matches a glob ('*.q_proj'), or that a table of sites names.
 
         `adapter.only(attribution.top(20))` prunes the adapter. A module is kept whole if one of its
-        sites is named: of a fused q, k, v projection all three stay, even if the table names only
-        one. In a sum of adapters, a site's '@name' picks the part.
+        sites is named: q, k and v of a fused projection all stay, even if the table names only one.
+        In a sum of adapters, a site's '@name' picks the part.
 
         Args:
             which: globs, or tables with a column 'module' (and 'site'), as `Attribution.top` and
@@ -219,7 +221,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         return self._with({path: self.modules[path] for path in self.modules if path in keep})
 
     def without_modules(self, *globs: str) -> Adapter:
-        """The adapter without the modules whose path matches one of the globs; as `only`, reversed.
+        """Leave out the modules whose path matches one of the globs: the opposite of `only`.
 
         Args:
             globs: patterns of module paths, or of 'path@name' in a sum of adapters.
@@ -227,7 +229,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         Raises:
             SiteError: a glob matches nothing.
             AdapterError: nothing is left.
-            ArgumentError: a glob that is no string.
+            ArgumentError: a glob that is not a string.
         """
         drop: set[str] = set().union(*map(self._matching, globs))
         return self._with({path: self.modules[path] for path in self.modules if path not in drop})
@@ -235,26 +237,25 @@ class Adapter(metaclass=guesses.OfAdapterClass):
     def without_direction(
         self, directions: Any, side: Side = "write", sites: str | Iterable[str] = "*"
     ) -> Adapter:
-        """The adapter that writes, or reads, nothing along a direction v of length 1.
+        """Project a direction v of length 1 out of what the adapter writes, or of what it reads.
 
-        ΔW and Δb become (I − vvᵀ)ΔW and (I − vvᵀ)Δb, or of what is read ΔW(I − vvᵀ), in the
-        Hugging Face basis. A module reads its own input, behind a norm: of a direction v of the
-        residual stream pass γ ⊙ v there. Weights know no tokens: the direction is gone from ΔW at a
-        text's first token, too. `lens.ablate_directions` takes it out of activations, and not
-        there.
+        ΔW and Δb become (I − vvᵀ)ΔW and (I − vvᵀ)Δb, or for what is read ΔW(I − vvᵀ), in the
+        Hugging Face basis. What a module reads is behind a norm, so for a direction v of the
+        residual stream pass γ ⊙ v there. The weights change for all tokens, including a text's
+        first token, where `lens.ablate_directions` leaves activations as they are.
 
         Args:
             directions: [d], [direction, d], {label: either}, a Contrast of one hook point, or
                 (autoencoder, indices).
             side: 'write' for outputs, 'read' for inputs.
-            sites: globs of module paths. Of '*' those that write to the residual stream (o, down,
-                an embedding), or those that read it (q, k, v, gate, up, the head).
+            sites: globs of module paths. '*' takes the modules that write to the residual stream
+                (o, down, an embedding), or those that read it (q, k, v, gate, up, the head).
 
         Raises:
-            SiteError: a glob matches nothing; '*' where no module is one of these, or a module is
+            SiteError: a glob matches nothing; or with '*' no module is one of these, or a module is
                 of no known family.
             AdapterError: directions of another width than a module writes or reads.
-            ArgumentError: another side, a direction of zeros, what is no direction.
+            ArgumentError: another side, a direction of zeros, or something that is not a direction.
             UnsupportedAdapterError: DoRA, trained modules or biases.
         """
         word("side", side, get_args(Side))
@@ -268,26 +269,26 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         return self._with({**self.modules, **changed})
 
     def truncated(self, rank: int) -> Adapter:
-        """Each ΔW cut to its best approximation of this rank; updates of a lower rank stay.
+        """Cut each ΔW to its best approximation of this rank; updates of a lower rank stay.
 
         Args:
-            rank: at least 1; of a stack of experts that of each.
+            rank: at least 1; for a stack of experts, the rank of each expert.
 
         Returns:
             The adapter, with the relative errors in `truncation_error`.
 
         Raises:
-            ArgumentError: a rank that is no whole number, or below 1.
+            ArgumentError: a rank that is not a whole number, or below 1.
             UnsupportedAdapterError: DoRA, trained modules or biases.
         """
         modules, errors = extensions.truncated(self.modules, whole("rank", rank, 1))
         return dataclasses.replace(self, modules=modules, truncation_error=errors)
 
     def scaled(self, factor: SupportsFloat) -> Adapter:
-        """Every ΔW and Δb multiplied by a number.
+        """Multiply every ΔW and Δb by a number.
 
         Args:
-            factor: a finite number; 0 and negative ones too.
+            factor: a finite number, which may be 0 or negative.
 
         Raises:
             ArgumentError: anything but a finite number.
@@ -296,7 +297,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         return self._with({path: update.scaled(scale) for path, update in self.modules.items()})
 
     def __mul__(self, factor: SupportsFloat) -> Adapter:
-        """Every ΔW and Δb multiplied by a number, as by `scaled`.
+        """Multiply every ΔW and Δb by a number, as `scaled` does.
 
         Args:
             factor: a finite number.
@@ -312,12 +313,12 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         """Both adapters at once; weight them with `scaled`. Their sites stay separate.
 
         Args:
-            other: an adapter of the same base model and another name.
+            other: an adapter of the same base model, with another name.
 
         Raises:
-            ArgumentError: `other` is no adapter.
-            AdapterError: the same name twice, different bases, or DoRA on a module of both (whose
-                ΔW is not additive).
+            ArgumentError: `other` is not an adapter.
+            AdapterError: the same name twice; different bases; or DoRA, whose ΔW is not additive,
+                on a module of both.
         """
         base = self._common_base(other, "+")
         parts = [(self.name, self.modules), (other.name, other.modules)]

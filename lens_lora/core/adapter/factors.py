@@ -1,15 +1,15 @@
-"""One module's update: factors, ΔW = s B A, or the module as training left it.
+"""The update of one module: factors with ΔW = s B A, or the parameters after training.
 
 PEFT also trains whole modules (`modules_to_save`), rows of an embedding or a head
-(`trainable_token_indices`) and biases (`bias="all"`), and stores embeddings whole
-(`save_embedding_layers`). All of them take the place of the base's parameters:
+(`trainable_token_indices`) and biases (`bias="all"`), and stores whole embeddings
+(`save_embedding_layers`). All of these replace parameters of the base:
 
     linear module, head    ΔW = W' − W     [out, in],      Δb = b' − b   [out]
     embedding              ΔW = (E' − E)ᵀ  [d, vocab]
     rows t of either       the same, and 0 outside these rows
     norm                   Δγ = γ' − γ,    Δβ = β' − β     [d]
 
-so each is an exact update where the base is at hand (core/model/updates.py).
+so each of them is an exact update, given the base (core/model/updates.py).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lens_lora.compat import in_float64
 from lens_lora.core.adapter.dense import is_reversal, reversal, written_out
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
-# The fields of `LoRAFactors` with a number for each output feature,
+# The fields of `LoRAFactors` with one number for each output feature.
 _VECTORS = ("lora_bias", "trained_bias", "magnitude")
-# and those of `TrainedModule` with a row for each.
+# The tensors of a `TrainedModule`.
 _TRAINED = ("weight", "bias", "base_weight")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,13 +53,12 @@ class LoRAFactors(guesses.Answering):
         lora_bias: [out], a bias of B's own: Δb = scale · lora_bias.
         trained_bias: [out], the module's bias after training: Δb = trained_bias − the base's.
         magnitude: [out], DoRA's m: ΔW = m/‖W + sBA‖_row ⊙ (W + sBA) − W, with W the base's.
-        base_weight: the base's weight as the adapter saw it, where the file holds it, stored as
-            Hugging Face does. Its difference from the base is a part of the update.
+        base_weight: the base's weight during training, if the file holds it, stored as Hugging Face
+            does. Its difference from the base at hand is a part of the update.
         strength: multiplies the whole update.
-        experts: how many experts a parameter holds that is one tensor of all of them
-            (`target_parameters`): ΔW_e = scale · B_e A_e, with the ranks of one expert after
-            another's. 1 for a parameter of a module that is no linear one (a router); 0 for a
-            linear module.
+        experts: for a parameter that holds all experts in one tensor (`target_parameters`), their
+            number: ΔW_e = scale · B_e A_e, where the ranks of the experts follow one another. 1 for
+            a parameter of a module that is not linear, such as a router; 0 for a linear module.
 
     Raises:
         AdapterError: A and B disagree on the rank, are not matrices, are not finite, or are so
@@ -80,9 +79,9 @@ class LoRAFactors(guesses.Answering):
 
     @classmethod
     def dense(cls, delta: Float[Tensor, "out in"]) -> LoRAFactors:
-        """Any ΔW as factors, without loss.
+        """Write any ΔW as factors, without loss.
 
-        One of them is the identity in reverse, which takes no memory (`core/adapter/dense.py`).
+        One factor is the identity in reverse, which takes no memory (`core/adapter/dense.py`).
 
         Args:
             delta: ΔW.
@@ -124,7 +123,7 @@ class LoRAFactors(guesses.Answering):
         return self.A.shape[0]
 
     def by_expert(self) -> list[LoRAFactors]:
-        """The factors of each expert; of any other map, these."""
+        """The factors of each expert; for any other module, these factors alone."""
         if self.experts < 2:
             return [self]
         rows_of_A = self.A.chunk(self.experts)
@@ -136,7 +135,7 @@ class LoRAFactors(guesses.Answering):
 
     @property
     def width(self) -> int | None:
-        """How many features A reads; None where a constant leaves it open (Adapter.constant)."""
+        """The number of features that A reads; None if it is left open (`Adapter.constant`)."""
         may_be_open = self.A.shape[1] == 1 and self.lora_bias is not None
         if may_be_open and not bool(self.A.any()):
             return None
@@ -144,7 +143,7 @@ class LoRAFactors(guesses.Answering):
 
     @property
     def is_plain(self) -> bool:
-        """Whether s·B·A of one linear map is all of it."""
+        """Whether the update is s·B·A of one linear map, and nothing else."""
         beside = (self.lora_bias, self.trained_bias, self.magnitude, self.base_weight)
         return not self.experts and all(tensor is None for tensor in beside)
 
@@ -160,28 +159,28 @@ class LoRAFactors(guesses.Answering):
 
     @property
     def base_part(self) -> str | None:
-        """The part of the update that is a change only beside the base's own parameters, in words.
+        """The part of the update that depends on the base's own parameters, in words.
 
-        None where the update is the same whatever the base is.
+        None if the update does not depend on the base.
         """
         if self.magnitude is not None:
             return "DoRA's magnitude"
         return None if self.trained_bias is None else "a trained bias"
 
     def output_count(self, inputs: int) -> int:
-        """How many features the whole module writes.
+        """The number of features that the whole module writes.
 
         Args:
-            inputs: how many features it reads.
+            inputs: the number of features that it reads.
         """
         del inputs
         return len(self.B)
 
     def scaled(self, factor: float) -> LoRAFactors:
-        """The whole update times a number.
+        """Multiply the whole update by a number.
 
         Args:
-            factor: the number that multiplies ΔW and Δb.
+            factor: multiplies ΔW and Δb.
         """
         if self.trained_bias is None and self.magnitude is None:
             return dataclasses.replace(self, scale=self.scale * factor)
@@ -205,14 +204,14 @@ class LoRAFactors(guesses.Answering):
         *,
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "out in"]:
-        """ΔW, dense; biases are no part of it. Of experts [ΔW_1 … ΔW_E], [out, expert · in].
+        """Compute the dense ΔW, without biases; for experts [ΔW_1 … ΔW_E], [out, expert · in].
 
         It is computed in the widest dtype of A, B, the weight and `dtype`.
 
         Args:
-            weight: the base's W, which DoRA's ΔW depends on; of experts as wide as ΔW.
-            dtype: such as torch.float64, lest the product of factors in half precision is rounded
-                to half precision; None for the factors' own.
+            weight: the base's W, on which DoRA's ΔW depends; for experts as wide as ΔW.
+            dtype: such as torch.float64, so that the product of factors in half precision is not
+                rounded to half precision; None for the dtype of the factors.
 
         Raises:
             AdapterError: DoRA without the weight.
@@ -232,7 +231,7 @@ class LoRAFactors(guesses.Answering):
         return self.strength * (self.magnitude[:, None] / size * turned - weight.to(plain))
 
     def _product(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """BA."""
+        """Compute BA; where one factor is the identity in reverse, by reversing the other."""
         if is_reversal(self.B):
             return self.A.to(dtype).flip(0)
         if is_reversal(self.A):
@@ -240,9 +239,9 @@ class LoRAFactors(guesses.Answering):
         return self.B.to(dtype) @ self.A.to(dtype)
 
     def norm(self) -> float:
-        """Frobenius norm of ΔW, without building it: ‖BA‖² = tr((BᵀB)(AAᵀ)).
+        """The Frobenius norm of ΔW, without building ΔW: ‖BA‖² = tr((BᵀB)(AAᵀ)).
 
-        What biases add, ‖Δb‖, is `bias_norm`.
+        The norm of a change of bias, ‖Δb‖, is `bias_norm`.
 
         Raises:
             AdapterError: DoRA, whose ΔW depends on the base model.
@@ -260,7 +259,7 @@ class LoRAFactors(guesses.Answering):
         return abs(self.scale * self.strength) * math.sqrt(max(squared, 0.0))
 
     def bias_norm(self) -> float:
-        """‖Δb‖, added whatever the input; NaN for a trained bias, as that needs the base's."""
+        """‖Δb‖; NaN for a trained bias, whose change depends on the base."""
         if self.trained_bias is not None:
             return math.nan
         return abs(self.scale * self.strength) * norm_of(self.lora_bias)
@@ -268,21 +267,22 @@ class LoRAFactors(guesses.Answering):
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModule(guesses.Answering):
-    """A module's parameters after training, in place of the base's: ΔW = weight − W.
+    """A module's parameters after training, which replace the base's: ΔW = weight − W.
 
         >>> import torch
         >>> TrainedModule(weight=torch.ones(4, 8)).rank
         4
 
     Args:
-        weight: as Hugging Face stores it: [out, in] of a linear module ([in, out] of GPT-2's
-            Conv1D), [vocab, d] of an embedding, [d] of a norm. None where only the bias changes.
+        weight: as Hugging Face stores it: [out, in] for a linear module ([in, out] for GPT-2's
+            Conv1D), [vocab, d] for an embedding, [d] for a norm. None if only the bias changes.
         bias: [out], or β of a norm.
-        tokens: [row], ids of the rows of an embedding or a head that `weight` holds; None for all.
-        base_weight: the base's whole weight as the adapter saw it, where the file holds it. PEFT
-            writes it into the base; beside a copy, only what is tied to the base sees it.
-        tied: whether a head that the base ties to this embedding changes with it, and the other
-            way round. A copy of its own (`modules_to_save`) does not.
+        tokens: [row], the ids of the rows of an embedding or a head that `weight` holds; None for
+            all rows.
+        base_weight: the base's whole weight during training, if the file holds it. PEFT writes it
+            into the base; if the module itself is a copy, it only changes what is tied to the base.
+        tied: whether a head that the base ties to this embedding changes with it, and vice versa. A
+            copy of its own (`modules_to_save`) does not.
         strength: multiplies the whole update.
 
     Raises:
