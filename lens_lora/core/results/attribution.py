@@ -1,12 +1,12 @@
-"""Attributions: what each site, or group of sites, contributes to a readout, frozen and labelled.
+"""Attributions: what each site, or group of sites, contributes to a readout.
 
     Attribution         one number per prompt and site (and position, head, rank, output token)
     GroupAttribution    one number per prompt, group of sites and output token
 
-Effects of real interventions are in `results/effects.py`.
+The effects of real interventions are in `results/effects.py`.
 
-A result carries its own check: the exact shift g(1) − g(0) stands beside the values, and what they
-leave of it is the property `remainder`.
+A result carries its own check: the exact shift g(1) − g(0) stands beside the values, and their
+difference from it is the property `remainder`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from lens_lora.guesses import fitting
 Axis = Literal["position", "head", "expert", "rank", "token"]
 # What a picture shows: the parts along an axis, or whole sites.
 Shown = Literal["site", "position", "head", "expert", "rank", "token"]
-# Axes whose last slot is for sites that have none.
+# On these axes the last slot is for sites without heads, or without experts.
 _WITH_NONE = ("head", "expert")
-# Axes whose slots are counted by prompt; those of the others are counted by site.
+# On these axes each prompt has its own number of slots; on the others each site has.
 _COUNTED_BY_PROMPT = ("position", "token")
-# How many positions a heatmap shows with its tokens still legible.
+# With more positions, the tokens of a heatmap are no longer legible.
 MOST_POSITIONS = 40
 
 
@@ -46,16 +46,16 @@ MOST_POSITIONS = 40
 @stored
 @dataclasses.dataclass(frozen=True)
 class Quadrature:
-    """How a path integral was taken, and whether it met what was asked.
+    """How a path integral was computed, and whether it is as complete as was asked.
 
     Attributes:
-        nodes: Clenshaw–Curtis nodes of the last rule, those of the rules before it among them.
-        tol: the completeness asked for, as a share of the shift.
-        error: the largest completeness error reached over prompts, as a share of its shift.
-        site_change: the largest change of any site's value from the rule before to the last, as a
-            share of its prompt's shift: completeness does not bound a site's error.
+        nodes: the number of Clenshaw–Curtis nodes of the last rule, which include the earlier ones.
+        tol: the completeness error that was allowed, as a share of the shift.
+        error: the largest completeness error over prompts, as a share of the prompt's shift.
+        site_change: the largest change of a site's value between the last two rules, as a share of
+            the prompt's shift, because completeness does not bound the error of a site.
         met: whether error ≤ tol, and rounding is small enough to tell.
-        note: the obstacle to reaching tol, where there is one.
+        note: why tol was not reached, if there is a reason.
     """
 
     nodes: int
@@ -71,25 +71,26 @@ class Attribution(Ranked, Reported):
     """The contribution of each site to a readout, in the readout's units.
 
     Attributes:
-        values: [batch, site, *by]. Slots that do not exist (padding, ranks beyond a site's own)
-            hold zero, tokens beyond a response's own NaN, and tables leave them out. On the head
-            axis the last slot is for sites outside attention, on that of experts for all others.
+        values: [batch, site, *by]. Slots that do not exist hold zero (padding, ranks beyond those
+            of a site) or NaN (tokens beyond the end of a response), and tables leave them out. On
+            the axis of heads the last slot is for sites outside attention; on that of experts, for
+            sites that are no stack of experts.
         by: the axes after site, in the order position, head, expert, rank, token.
-        heads: how many heads each site has (0 outside attention).
+        heads: the number of heads of each site; 0 outside attention.
         method: how it was computed: 'first_order', 'path', 'second_order', 'add_one', ….
-        at: the gate value at which it was taken; NaN along a path.
-        quadrature: how a path integral was taken; None for other methods.
-        response: each prompt's y_1 … y_T, where values are by token.
-        gauge: the meaning of a rank, where values are by rank: 'trained' or 'svd'.
-        mode: 'reverse' or 'forward', the mode in which a derivative was computed.
-        relative_norm: ‖ΔW‖ / ‖W‖ of the adapter, over the linear maps that it adapts; NaN where it
-            is not known.
+        at: the gate value at which it was computed; NaN along a path.
+        quadrature: how a path integral was computed; None for other methods.
+        response: the tokens y_1 … y_T of each prompt's response, if values are by token.
+        gauge: what a rank is, if values are by rank: 'trained' or 'svd'.
+        mode: the mode in which a derivative was computed: 'reverse' or 'forward'.
+        relative_norm: ‖ΔW‖ / ‖W‖ of the adapter, over the linear maps that it adapts; NaN if it is
+            not known.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`; one site per
             entry of the site axis.
     """
 
-    # ‖ΔW‖ / ‖W‖ above which first order is to be distrusted: chosen and confirmed on trained
-    # adapters of SmolLM2-135M (docs/faithfulness.md).
+    # Above this ‖ΔW‖ / ‖W‖, first order is not to be trusted. It was chosen, and then confirmed, on
+    # trained adapters of SmolLM2-135M (docs/faithfulness.md).
     VIOLENT: ClassVar[float] = 0.038
 
     values: Float[Tensor, "batch site *by"]
@@ -114,16 +115,16 @@ class Attribution(Ranked, Reported):
         at: float,
         **details: Any,
     ) -> Attribution:
-        """Values of every site with their labels, and the exact shift beside them.
+        """Put labels to values of every site, with the exact shift beside them.
 
         Cost: two forward passes for the exact ends, unless g knows them.
 
         Args:
-            g: the function of which they are values.
-            values: in the readout's units.
+            g: the function whose shift is attributed.
+            values: the values, in the readout's units.
             by: the axes after site.
-            method: how they were computed.
-            at: the gate value at which they were; NaN along a path.
+            method: how the values were computed.
+            at: the gate value at which they were computed; NaN along a path.
             details: `quadrature`, `gauge`, `mode`.
         """
         lens = g.lens
@@ -144,11 +145,11 @@ class Attribution(Ranked, Reported):
     def within_response(
         values: Float[Tensor, "batch *rest token"], response: Sequence[Sequence[str]]
     ) -> Float[Tensor, "batch *rest token"]:
-        """The values, with NaN beyond a response's own tokens.
+        """Set values beyond the end of a response to NaN.
 
         Args:
-            values: of each token of the responses, along the last axis.
-            response: each prompt's, as strings.
+            values: one value for each token of the responses, along the last axis.
+            response: the tokens of each prompt's response, as strings.
         """
         lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
         exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
@@ -162,17 +163,17 @@ class Attribution(Ranked, Reported):
 
     @property
     def key(self) -> str:
-        """'first_order@0', 'path', 'add_one': its stable name."""
+        """Its stable name, such as 'first_order@0', 'path' or 'add_one'."""
         return key_of(self.method, self.at)
 
     @property
     def per_site(self) -> Float[Tensor, "batch site"]:
-        """The values summed over everything but prompt and site."""
+        """The values of each site, summed over all other axes."""
         return self.values.flatten(2).nansum(2) if self.by else self.values
 
     @property
     def per_token(self) -> Float[Tensor, "batch token"]:
-        """The values summed over everything but prompt and output token; NaN beyond a response.
+        """The values of each output token, summed over all other axes; NaN beyond a response.
 
         Raises:
             MissingPartError: the attribution was not split by token.
@@ -193,17 +194,17 @@ class Attribution(Ranked, Reported):
 
     @property
     def nodes(self) -> int:
-        """Quadrature nodes of a path integral; 1 for a derivative at one point."""
+        """The number of nodes of a path integral; 1 for a derivative at one point."""
         return 1 if self.quadrature is None else self.quadrature.nodes
 
     @property
     def completeness_error(self) -> Float[Tensor, " batch"]:
-        """|g(1) − g(0) − Σ_l c_l|: zero for an exact path integral."""
+        """The completeness error |g(1) − g(0) − Σ_l c_l|, zero for an exact path integral."""
         return self.remainder.abs()
 
     @fitting
     def sum(self, group: Literal["site", "layer", "kind"]) -> pd.DataFrame:
-        """The values summed by site, layer or kind of module: a row a group, a column a prompt.
+        """Sum values by site, layer or kind of module: one row per group, one column per prompt.
 
         Args:
             group: 'site', 'layer' or 'kind'.
@@ -217,12 +218,12 @@ class Attribution(Ranked, Reported):
         return summed.rename_axis(index=group, columns="prompt")
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """Each site's value, summed over the other axes."""
+        """The value of each site, summed over all other axes."""
         values, shift = self.mean_over(prompt, self.per_site)
         return Entries(Sites(self.sites).columns(), values, shift, "value")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt, site and existing part: labels, token, value, share of the shift.
+        """One row per prompt, site and part that exists: labels, value, share of the shift.
 
         By token, `t` counts the tokens of the response from 0, and `y_t` is that token.
         """
@@ -247,23 +248,25 @@ class Attribution(Ranked, Reported):
 
     @property
     def exists(self) -> Bool[Tensor, "batch site *by"]:
-        """The slots that a prompt or site really has; others are padding."""
+        """The mask of slots that a prompt or a site really has; the others are padding."""
         exists = torch.ones(self.values.shape, dtype=torch.bool)
         for axis, name in enumerate(self.by, start=2):
             slots = torch.arange(self.values.shape[axis])
             count = torch.tensor(self._slot_counts(name))[:, None]
+            # [prompt or site, slot]
             existing = slots < count
             if name in _WITH_NONE:
                 existing |= (count == 0) & (slots == slots[-1])
+            owner_axis = 0 if name in _COUNTED_BY_PROMPT else 1
             shape = [1] * exists.ndim
-            shape[0 if name in _COUNTED_BY_PROMPT else 1] = len(existing)
+            shape[owner_axis] = len(existing)
             shape[axis] = len(slots)
             exists &= existing.view(shape)
         has_value = self.values.cpu().nan_to_num() != 0
         return exists | has_value
 
     def _slot_counts(self, axis: Axis) -> list[int]:
-        """How many parts each prompt, or each site, has along an axis."""
+        """The number of parts that each prompt, or each site, has along an axis."""
         if axis == "position":
             return [len(tokens) for tokens in self.str_tokens]
         if axis == "token":
@@ -277,7 +280,7 @@ class Attribution(Ranked, Reported):
     def along(
         self, axis: Axis, prompt: int | None = None
     ) -> tuple[Float[Tensor, "site part"], Bool[Tensor, "site part"]]:
-        """The values along one axis, the others summed, and which of them exist.
+        """The values along one axis, summed over the others, and which of them exist.
 
         Args:
             axis: one of `by`.
@@ -299,47 +302,46 @@ class Attribution(Ranked, Reported):
         return values, exists
 
     def plot(self, prompt: int | None = None, by: Shown | None = None) -> drawing.Figure:
-        """Heatmap of what was asked for: the parts along an axis, or layer × kind of module.
+        """A heatmap of the parts along an axis, or of whole sites, layer × kind of module.
 
         Args:
-            prompt: an index; without it, the mean over prompts, whose spread the hover gives. By
-                position and token, without it the only prompt.
-            by: 'position' and 'token' layer by layer, 'head', 'expert' and 'rank' of the 40 sites
-                with the largest part, or 'site', layer × kind of module, hover naming each site.
-                By default the first axis that the attribution was split by and some site has parts
-                along, else 'site'; the title says what is summed over.
+            prompt: an index; without it, the mean over prompts, whose spread is shown on hovering.
+                By position and by token there is no mean, and the only prompt is shown.
+            by: 'position' and 'token' show each layer; 'head', 'expert' and 'rank' the 40 sites
+                with the largest part; 'site' layer × kind of module. By default the first axis
+                along which some site has parts, else 'site'. The title says what is summed over.
 
         Raises:
-            ArgumentError: no such prompt, or several and none named; the attribution was not split
-                by that axis, or no site has parts along it.
+            ArgumentError: no such prompt; several prompts, and none is named; the attribution was
+                not split by that axis, or no site has parts along it.
         """
         return drawing.figure(self, prompt, by)
 
     def plot_positions(
         self, prompt: int | None = None, most: int | None = MOST_POSITIONS
     ) -> drawing.Figure:
-        """Heatmap layer × position over one prompt's tokens; needs by=('position', …).
+        """A heatmap layer × position over one prompt's tokens; needs by=('position', …).
 
         Args:
             prompt: an index; without it, the only prompt.
-            most: how many positions are shown, those of largest |value| in a layer, which the title
-                says; None for all of them.
+            most: how many positions are shown, namely those with the largest |value| in a layer, as
+                the title says; None for all of them.
 
         Raises:
-            ArgumentError: the attribution was not split by position; no such prompt, or several
-                and none named; a `most` below 1.
+            ArgumentError: the attribution was not split by position; no such prompt; several
+                prompts, and none is named; `most` below 1.
         """
         return drawing.positions(self, prompt, most)
 
     def token_view(self, prompt: int | None = None) -> TokenView:
-        """One prompt's tokens coloured by what each contributes, drawn by circuitsvis.
+        """The tokens of one prompt, coloured by what each contributes, drawn by circuitsvis.
 
         Args:
             prompt: an index; without it, the only prompt.
 
         Raises:
-            ArgumentError: the attribution was not split by position; no such prompt, or several
-                and none named.
+            ArgumentError: the attribution was not split by position; no such prompt; or several
+                prompts, and none is named.
             LensLoraError: circuitsvis is not installed.
         """
         return drawing.tokens(self, prompt)

@@ -77,13 +77,13 @@ class Result(abc.ABC):
         """The numbers as a table."""
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, labels and versions in its header; returns the path.
+        """Write one safetensors file, with labels and versions in its header; returns the path.
 
         Args:
             path: the file to write.
 
         Raises:
-            LensLoraError: a place where no file can be written.
+            LensLoraError: the file cannot be written there.
         """
         return save_result(self, path)
 
@@ -95,8 +95,8 @@ class Result(abc.ABC):
             path: the file to read.
 
         Raises:
-            LensLoraError: no such file, another kind of file or result, a damaged file, one whose
-                fields contradict each other, or one of another version.
+            LensLoraError: no such file; another kind of file or result; or a file that is damaged,
+                contradicts itself, or is of another version.
         """
         result = load_result(path)
         if not isinstance(result, cls):
@@ -106,15 +106,15 @@ class Result(abc.ABC):
         return result
 
     def __len__(self) -> int:
-        """The rows of the table."""
+        """The number of rows of the table."""
         return len(self.to_frame())
 
     def __bool__(self) -> bool:
-        """True, also where the table has no row."""
+        """True, even if the table has no row."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
-        """The rows of the table, each {column: entry}.
+        """The rows of the table, each as {column: entry}.
 
         So `list(result)` lists them, and `pd.DataFrame(result)` is `result.to_frame()`.
         """
@@ -124,19 +124,19 @@ class Result(abc.ABC):
         """A part of the table: `result[0]`, `result["value"]`, `result["blocks.3.mlp.down"]`.
 
         Args:
-            key: the number of a row, or a slice of them; the name of a column; or a label (of a
-                site, a group, or a module, whose path may be as PEFT writes it), for the rows that
-                have it.
+            key: the number of a row, or a slice of rows; the name of a column; or a label, for the
+                rows that have it: a site, a group, or a module, whose path may be as PEFT writes
+                it.
 
         Raises:
             IndexError: no such row.
-            SiteError: neither a column nor a label; names the nearest.
+            SiteError: neither a column nor a label; the nearest are given.
             ArgumentError: anything else.
         """
         return part_of_table(self.to_frame(), key)
 
     def _refuse_arithmetic(self, *_: object) -> NoReturn:
-        """Say how numbers of results are taken together: their labels may differ.
+        """Refuse arithmetic with results, whose labels may differ, and say what to do instead.
 
         Raises:
             CallError: always.
@@ -148,16 +148,16 @@ class Result(abc.ABC):
             "table.",
         )
 
-    if not TYPE_CHECKING:  # A type checker refuses arithmetic by itself where there is none.
+    if not TYPE_CHECKING:  # A type checker refuses such arithmetic by itself.
         __sub__ = __rsub__ = __add__ = __radd__ = __mul__ = __rmul__ = _refuse_arithmetic
         __truediv__ = __neg__ = __abs__ = __gt__ = __ge__ = __lt__ = __le__ = _refuse_arithmetic
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """The values, in float64, as `np.asarray(result)` reads them.
+        """The values in float64, for `np.asarray(result)`.
 
-        A result without `values` lacks this attribute, so numpy reads it as it reads a list: an
-        array of the rows of its table.
+        A result without `values` lacks this attribute. NumPy then reads it like a list, as an array
+        of the rows of its table.
 
         Raises:
             AttributeError: the result has no `values`.
@@ -174,7 +174,7 @@ class Result(abc.ABC):
 
     @property
     def __dlpack__(self) -> Callable[..., Any]:
-        """A copy of the values, as `torch.tensor(result)` and `torch.as_tensor(result)` read them.
+        """A copy of the values, for `torch.tensor(result)` and `torch.as_tensor(result)`.
 
         A result without `values` lacks this attribute.
 
@@ -185,7 +185,7 @@ class Result(abc.ABC):
 
     @property
     def __dlpack_device__(self) -> Callable[..., Any]:
-        """The device of the values, which `__dlpack__` goes with."""
+        """The device of the values, which torch asks for before `__dlpack__`."""
         return self._copied_values().__dlpack_device__
 
     def _copied_values(self) -> Tensor:
@@ -211,7 +211,7 @@ class Result(abc.ABC):
         return size
 
     def prompt_rows(self, prompt: int | None) -> slice:
-        """The rows of one prompt, or those of all prompts, to be averaged.
+        """The rows to average over: those of one prompt, or of all.
 
         Args:
             prompt: an index; None for all.
@@ -225,14 +225,14 @@ class Result(abc.ABC):
         return slice(index, index + 1)
 
     def only_prompt(self, prompt: int | None, what: str = "values") -> int:
-        """The index of the prompt that is named, or of the only one.
+        """The index of the prompt that is named, or of the only prompt.
 
         Args:
             prompt: an index; None for the only prompt.
-            what: has no mean over prompts, for the error.
+            what: what has no mean over prompts, for the error.
 
         Raises:
-            ArgumentError: no such prompt, or several and none named.
+            ArgumentError: no such prompt; or there are several, and none is named.
         """
         batch = self.n_prompts
         if prompt is None:
@@ -248,7 +248,7 @@ class Result(abc.ABC):
     if not TYPE_CHECKING:  # A type checker would take every name for one of the result.
 
         def __getattr__(self, name: str) -> Any:
-            """Another spelling of a method, or a refusal with what may be meant."""
+            """Answer another spelling of a method, or refuse and say what may be meant."""
             if name in guesses.SPELLINGS:
                 return getattr(self, guesses.SPELLINGS[name])
             parts = {"result.to_frame()": pd.DataFrame, "result.values": Tensor}
@@ -262,7 +262,7 @@ class Result(abc.ABC):
 
 
 def load_result(path: str | Path) -> Result | Generated:
-    """Any result that its `save` wrote, as its own class, which the file names.
+    """Read any result that `save` wrote, as an object of the class that the file names.
 
     Args:
         path: the file to read.
@@ -271,9 +271,8 @@ def load_result(path: str | Path) -> Result | Generated:
         FactMargin, Attribution, Generated, …: equal to what was saved, on the CPU.
 
     Raises:
-        LensLoraError: no such file, another kind of file, a class that this version of lens_lora
-            does not have, a damaged file, one whose fields contradict each other, or one of
-            another version.
+        LensLoraError: no such file; another kind of file; a class that this version of lens_lora
+            does not have; or a file that is damaged, contradicts itself, or is of another version.
     """
     result = read_result(path)
     if not isinstance(result, Result | Generated):
@@ -283,7 +282,7 @@ def load_result(path: str | Path) -> Result | Generated:
 
 
 class Pictured(Result):
-    """A result with one picture; the docstring of each class says of what."""
+    """A result with one picture; the docstring of each class says what it shows."""
 
     def plot(self) -> drawing.Figure:
         """The picture."""
@@ -291,17 +290,17 @@ class Pictured(Result):
 
 
 class Drawn(Result):
-    """A result with a picture of each prompt; the docstring of each class says of what."""
+    """A result with a picture of each prompt; the docstring of each class says what it shows."""
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
-        """The picture of one prompt, or of the mean over prompts where there is one.
+        """The picture of one prompt, or of the mean over prompts if that exists.
 
         Args:
-            prompt: an index; without it, the mean over prompts, or where they have none (by
-                position or token) the only prompt.
+            prompt: an index; without it, the mean over prompts. By position or token there is no
+                mean, and the only prompt is shown.
 
         Raises:
-            ArgumentError: no such prompt, or several where they have no mean and none was named.
+            ArgumentError: no such prompt; or there are several without a mean, and none is named.
         """
         return drawing.figure(self, prompt)
 
@@ -310,7 +309,7 @@ class Reported(Result):
     """A result that has a page of its own."""
 
     def report(self, title: str | None = None) -> str:
-        """A self-contained HTML page.
+        """The result as a self-contained HTML page.
 
         Args:
             title: the page's title; by default it names what the page is about.
@@ -337,20 +336,20 @@ class Paged(Reported):
 
 
 class Described(Result, kw_only=True):
-    """A result that says of what it is.
+    """A result that names the model and the adapter.
 
     Attributes:
-        meta: model, adapter, dtype and versions.
+        meta: the names of the model and the adapter, the dtype, and versions.
     """
 
     meta: Mapping[str, str]
 
 
 class OfSites(Described, kw_only=True):
-    """A result of some sites.
+    """A result with an axis of sites.
 
     Attributes:
-        sites: along the site axis.
+        sites: the sites along that axis.
         meta: see `Described`.
     """
 
@@ -361,8 +360,8 @@ class Read(Described, kw_only=True):
     """A result of one readout.
 
     Attributes:
-        str_tokens: each prompt's tokens.
-        readout, units: the number that was read, in words, and its unit.
+        str_tokens: the tokens of each prompt.
+        readout, units: the label of the readout, and its units.
         meta: see `Described`.
     """
 
@@ -372,11 +371,11 @@ class Read(Described, kw_only=True):
 
 
 class Measured(Read, kw_only=True):
-    """A result of one readout, with the exact ends beside it.
+    """A result of one readout, together with its exact values at both ends.
 
     Attributes:
         sites: the adapted sites.
-        base, adapted: [batch], the readout at g(0) and g(1), exact.
+        base, adapted: [batch], the exact ends g(0) and g(1).
         str_tokens, readout, units, meta: see `Read`.
     """
 
@@ -390,7 +389,7 @@ class Measured(Read, kw_only=True):
         return self.adapted - self.base
 
     def share_of(self, values: Float[Tensor, " batch *rest"]) -> Float[Tensor, " batch *rest"]:
-        """Values as shares of each prompt's shift.
+        """Divide values by each prompt's shift.
 
         Args:
             values: numbers in the readout's units.
@@ -399,21 +398,21 @@ class Measured(Read, kw_only=True):
 
 
 class OfMeasured(Drawn):
-    """A result that is made from a measured one, whose exact ends are its own."""
+    """A result that is made from a measured one, and has its exact ends."""
 
     @property
     @abc.abstractmethod
     def measured(self) -> Measured:
-        """The measured result that it is made from."""
+        """The measured result from which it is made."""
 
     @property
     def base(self) -> Float[Tensor, " batch"]:
-        """The readout of the base model, g(0), exact."""
+        """The exact readout g(0) of the base model."""
         return self.measured.base
 
     @property
     def adapted(self) -> Float[Tensor, " batch"]:
-        """The readout of the adapted model, g(1), exact."""
+        """The exact readout g(1) of the adapted model."""
         return self.measured.adapted
 
     @property
@@ -423,13 +422,13 @@ class OfMeasured(Drawn):
 
 
 class Entries(NamedTuple):
-    """One prompt's numbers, or their mean over prompts, with the labels of each.
+    """The numbers of one prompt, or their mean over prompts, with labels.
 
     Attributes:
-        labels: column → a label for each entry.
+        labels: {column: a label for each entry}.
         values: the numbers, in float64.
-        shift: the shift they are a share of.
-        name: the numbers' column.
+        shift: the shift, of which shares are taken.
+        name: the column of the numbers.
     """
 
     labels: Mapping[str, Sequence[object]]
@@ -439,16 +438,16 @@ class Entries(NamedTuple):
 
 
 class Ranked(Measured, Drawn, kw_only=True):
-    """A measured result of one number per prompt and entry, so that entries can be ranked."""
+    """A measured result with one number per prompt and entry, so that entries can be ranked."""
 
     def mean_over(
         self, prompt: int | None, values: Float[Tensor, " batch *entry"]
     ) -> tuple[Float[Tensor, "*entry"], Float[Tensor, ""]]:
-        """Numbers, and the shift, of one prompt or in the mean over prompts, in float64.
+        """Numbers and the shift of one prompt, or their means over prompts, in float64.
 
         Args:
             prompt: an index; without it, the mean over prompts.
-            values: each prompt's numbers.
+            values: the numbers of each prompt.
 
         Raises:
             ArgumentError: no such prompt.
@@ -463,11 +462,11 @@ class Ranked(Measured, Drawn, kw_only=True):
         """The labelled numbers of one prompt, or their mean over prompts.
 
         Args:
-            prompt: an index; without it the mean over prompts, or where values are by position
-                the only prompt.
+            prompt: an index; without it, the mean over prompts. By position there is no mean, and
+                the only prompt is taken.
 
         Raises:
-            ArgumentError: no such prompt, or several where they have no mean and none was named.
+            ArgumentError: no such prompt; or there are several without a mean, and none is named.
         """
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
@@ -475,11 +474,11 @@ class Ranked(Measured, Drawn, kw_only=True):
 
         Args:
             k: how many.
-            prompt: an index; without it the mean over prompts, or where values are by position
-                the only prompt.
+            prompt: an index; without it, the mean over prompts. By position there is no mean, and
+                the only prompt is taken.
 
         Raises:
-            ArgumentError: no such prompt, or several where they have no mean and none was named.
+            ArgumentError: no such prompt; or there are several without a mean, and none is named.
         """
         labels, values, shift, name = self.entries(prompt)
         order = largest(values, k)
@@ -493,9 +492,9 @@ class Ranked(Measured, Drawn, kw_only=True):
 
 @runtime_checkable
 class Evaluated(Protocol):
-    """The function g as a result sees it: the source of what stands beside the values.
+    """The function g as a result needs it, such as a `core.function.Function`.
 
-    `core.function.Function` is one.
+    From it come the fields that stand beside the values.
     """
 
     @property
@@ -504,7 +503,7 @@ class Evaluated(Protocol):
         ...
 
     def header(self) -> dict[str, Any]:
-        """The fields of `Measured`. Two forward passes, where the exact ends are not known yet."""
+        """The fields of `Measured`. Two forward passes, unless the exact ends are known."""
         ...
 
     def labels(self) -> dict[str, Any]:
@@ -516,5 +515,5 @@ class Evaluated(Protocol):
         ...
 
     def response_tokens(self) -> tuple[tuple[str, ...], ...]:
-        """Each prompt's response as strings, of a readout of one response."""
+        """The response to each prompt as strings, for a readout of one response."""
         ...
