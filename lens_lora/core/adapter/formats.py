@@ -164,4 +164,7 @@ def _import_listed() -> None:
 
 def every_file_name() -> list[str]:
     """The names of the files of all formats."""
-    return [*PEFT_FILES, *(name for known in registered() for name in known.files)]
+    names = [*PEFT_FILES]
+    for known in registered():
+        names += known.files
+    return names

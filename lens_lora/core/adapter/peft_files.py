@@ -188,7 +188,9 @@ def _neighbour_called_like_a_module(folder: Path, paths: Collection[str]) -> str
     own = folder.resolve()
     configs = [*folder.glob(f"*/{CONFIG}"), *own.parent.glob(f"*/{CONFIG}")]
     neighbours = {config.parent.name for config in configs} - {own.name}
-    present = {part for path in paths for part in path.split(".")}
+    present: set[str] = set()
+    for path in paths:
+        present.update(path.split("."))
     for name in sorted(neighbours & _parts_of_module_paths()):
         if name not in present:
             return name
@@ -209,6 +211,9 @@ def _targets_without_factors(config: Any, paths: Collection[str]) -> list[str]:
     targets = config.target_modules
     if not isinstance(targets, set | list):
         return []
-    return sorted(
-        target for target in targets if not any(f".{path}".endswith(f".{target}") for path in paths)
-    )
+    without: list[str] = []
+    for target in targets:
+        has_factors = any(f".{path}".endswith(f".{target}") for path in paths)
+        if not has_factors:
+            without.append(target)
+    return sorted(without)

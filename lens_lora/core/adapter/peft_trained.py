@@ -8,6 +8,7 @@ lets a tied head follow the embedding's rows, unless the config gives the head o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -103,7 +104,11 @@ def require_copies(config: Any, paths: Collection[str], copied: set[str]) -> Non
         raise AdapterError(f"modules_to_save is {names!r}; expected a list of module names.")
     if not names:
         return
-    families = [family for family in FAMILIES if all(family.place(path) for path in paths)]
+    families: list[Family] = []
+    for family in FAMILIES:
+        has_all = all(family.place(path) for path in paths)
+        if has_all:
+            families.append(family)
     for name in names:
         lacking = _lacking(name, paths, copied, families)
         if lacking:
@@ -134,7 +139,7 @@ def _lacking(
     # The name may stand for a module of other families alone; of an unknown model, the file tells.
     known: Iterable[str] = copied
     if families:
-        known = [path for family in FAMILIES for path in family.every_path()]
+        known = itertools.chain.from_iterable(family.every_path() for family in FAMILIES)
     is_known = any(covers(name, path) for path in known)
     return [] if is_known else [f"a module {name}"]
 

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, final
@@ -115,10 +116,11 @@ class ActivationEffects(Ranked):
             return Entries({"point": self.names}, values, shift, "value")
         count, width = values.shape
         tokens = self.str_tokens[self.only_prompt(prompt)]
+        padded_tokens = [*tokens, *[""] * (width - len(tokens))]
         labels = {
-            "point": [name for name in self.names for _ in range(width)],
+            "point": [name for name, _ in itertools.product(self.names, range(width))],
             "position": [*range(width)] * count,
-            "token": [*tokens, *[""] * (width - len(tokens))] * count,
+            "token": padded_tokens * count,
         }
         return Entries(labels, values.flatten(), shift, "value")
 
@@ -221,11 +223,9 @@ def patch_activations(
     places = [_Place(name, name, None) for name in points]
     if by_head:
         places = _places_of_heads(recording.head_parts(lens, donor, points))
-    patches = [
-        interventions.Patch(place.point, _both(place.features, mask))
-        for place in places
-        for mask in masks
-    ]
+    patches: list[interventions.Patch] = []
+    for place, mask in itertools.product(places, masks):
+        patches.append(interventions.Patch(place.point, _both(place.features, mask)))
     patched = interventions.patched_readout(
         lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=g.progress
     ).unflatten(1, (len(places), len(masks)))

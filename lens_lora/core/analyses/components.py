@@ -135,7 +135,10 @@ def squared_norms(g: Function) -> dict[str, Float[Tensor, "row site"]]:
         sums = _SquaredNorms(g.lens, group)
         site_gradients(g.lens, group, g.lens.gates(0.0), sums.visit)
         of_groups.append(sums.finished())
-    return {name: torch.cat([sums[name] for sums in of_groups]) for name in of_groups[0]}
+    joined: dict[str, Tensor] = {}
+    for name in of_groups[0]:
+        joined[name] = torch.cat([sums[name] for sums in of_groups])
+    return joined
 
 
 class _Visited(NamedTuple):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -125,7 +126,7 @@ class _Passes:
     def as_tree(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point *out"]:
         """One row of the reading at a time, as its own tree: aligned, without padding."""
         # Points that share their first blocks become neighbours.
-        columns = [site for block in sites_by_block(self.lens) for site in block]
+        columns = list(itertools.chain.from_iterable(sites_by_block(self.lens)))
         _, ranks = torch.unique(gates[:, columns], dim=0, return_inverse=True)
         order = ranks.argsort(stable=True)
         chunks = gates[order].split(memory.branches_at_once(self.lens, self.reading))

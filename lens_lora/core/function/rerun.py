@@ -51,7 +51,9 @@ def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
     """A block's forward, which runs again on the way back where there is a graph."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    kwargs = {key: None if key in _CACHES else value for key, value in kwargs.items()}
+    for cache in _CACHES:
+        if cache in kwargs:
+            kwargs[cache] = None
     first_residual: Tensor | None = None
     first_pass = ForwardPass.under_way()  # It is over when the block runs again.
 

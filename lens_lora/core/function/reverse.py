@@ -362,7 +362,9 @@ def tapped(
     runs_again = memory.must_rerun(lens, run)
     rerun = blocks_rerun(lens) if runs_again else contextlib.nullcontext()
     first_block = min(site.layer for site in lens.sites)
-    start = lens.embedding_output if first_block < 0 else lens.host.block_input(first_block)
+    start = lens.embedding_output
+    if first_block >= 0:
+        start = lens.host.block_input(first_block)
     hooks = lens.injected(taps, before=[(start, begin_graph)])
     with torch.enable_grad(), rerun, hooks:
         yield taps, leaves

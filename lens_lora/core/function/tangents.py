@@ -192,9 +192,10 @@ def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[P
             "expert": range(site.experts) if site.experts else [None],
             "rank": range(site.rank),
         }
-        # Where nothing is split by an axis, one part has all of its slots.
-        slots_of_parts = {axis: slots[axis] if axis in axes else [None] for axis in slots}
-        for position, head, expert, rank in itertools.product(*slots_of_parts.values()):
+        for axis in slots:
+            if axis not in axes:
+                slots[axis] = [None]  # One part has all slots of this axis.
+        for position, head, expert, rank in itertools.product(*slots.values()):
             parts.append(Part(index, position, head, expert, rank))
     return parts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ def how_read(model: Any, prompts: Sequence[Prompts]) -> dict[str, str]:
         model: the hooked model.
         prompts: the groups of prompts that a result is of.
     """
-    origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
+    sources = itertools.chain.from_iterable(group.sources for group in prompts)
+    origins = dict.fromkeys(source.how for source in sources)
     return {
         "prompts": "; ".join(origins),
         "responses": responses_among(prompts),

@@ -201,7 +201,9 @@ class HookedTransformerHost(HookedHost):
 
     def block_input(self, layer: int) -> str:
         """The block's `hook_resid_pre`, or the scale of the final norm."""
-        return f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else "ln_final.hook_scale"
+        if layer < self.n_layers:
+            return f"blocks.{layer}.hook_resid_pre"
+        return "ln_final.hook_scale"
 
     def embedding_scale(self, kind: str) -> float:
         """√d_model for Gemma's token embedding, as W_E contains that factor; else 1."""

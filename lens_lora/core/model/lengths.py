@@ -123,8 +123,10 @@ class _TablesByRow:
     def __init__(self, forward: Callable[..., Any], rotary: Rotary, lengths: Sequence[int]) -> None:
         self._forward = forward
         self._rotary = rotary
-        # What the tables of a row depend on: rows that agree in it have the same ones.
-        by_row = [tuple(rule.table(length) for _, rule in rotary.rules) for length in lengths]
+        # Which table each rule takes for a row; rows that agree in all of them go together.
+        by_row: list[tuple[int, ...]] = []
+        for length in lengths:
+            by_row.append(tuple(rule.table(length) for _, rule in rotary.rules))
         longest: dict[tuple[int, ...], int] = {}
         for table, length in zip(by_row, lengths, strict=True):
             longest[table] = max(length, longest.get(table, 0))

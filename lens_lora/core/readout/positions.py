@@ -99,5 +99,8 @@ class ChosenPositions:
             bounds = [self.which.start, self.which.stop]
             if self.which.step is not None:
                 bounds.append(self.which.step)
-            return ":".join("" if bound is None else str(bound) for bound in bounds)
+            written: list[str] = []
+            for bound in bounds:
+                written.append("" if bound is None else str(bound))
+            return ":".join(written)
         return ", ".join(map(str, self.which))

@@ -147,11 +147,15 @@ class Prompts:
         Args:
             prompts: at least one batch.
         """
-        rows = [row for group in prompts for row in group.tokens]
+        rows: list[Tensor] = []
+        sources: list[Source] = []
+        for group in prompts:
+            rows += group.tokens
+            sources += group.sources
         return cls(
             torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             torch.cat([group.lengths for group in prompts]),
-            sources=tuple(source for group in prompts for source in group.sources),
+            sources=tuple(sources),
         )
 
     @property
@@ -372,7 +376,9 @@ def responses_among(groups: Sequence[Prompts]) -> str:
     Args:
         groups: the prompts of one result.
     """
-    followed = [source.length is not None for group in groups for source in group.sources]
+    followed: list[bool] = []
+    for group in groups:
+        followed += [source.length is not None for source in group.sources]
     if not any(followed):
         return ""
     if all(followed):

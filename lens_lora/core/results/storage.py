@@ -69,8 +69,10 @@ def _is_of_package(module: str) -> bool:
 
 def _names_of_package() -> set[str]:
     """The public classes of results, imported or not."""
-    modules = extensions.import_each(extensions.RESULTS)
-    return {name for module in modules for name in dir(module)}
+    names: set[str] = set()
+    for module in extensions.import_each(extensions.RESULTS):
+        names.update(dir(module))
+    return names
 
 
 for _part in (Site, Source, Prompts, Generated):
@@ -174,7 +176,9 @@ def _refuse_adapter(path: Path) -> None:
     """Refuse a folder, or the weights of an adapter in one, in place of a result's file."""
     folder = path if path.is_dir() else path.parent
     holds_adapter = (folder / CONFIG).is_file()
-    remedy = f"ll.load_adapter({str(folder)!r}) reads the adapter." if holds_adapter else ""
+    remedy = ""
+    if holds_adapter:
+        remedy = f"ll.load_adapter({str(folder)!r}) reads the adapter."
     if path.is_dir():
         raise LensLoraError(f"{path}: a folder, and a result is one file", remedy=remedy)
     if holds_adapter and path.name == WEIGHTS:

@@ -73,7 +73,9 @@ def part_of_table(frame: pd.DataFrame, key: object) -> Any:
             return frame[has_label].reset_index(drop=True)
         labels.update(label for label in column if isinstance(label, str))
     nearest = difflib.get_close_matches(key, [*labels, *map(str, frame)])
-    known = f"the nearest are {', '.join(nearest)}" if nearest else f"columns: {', '.join(frame)}"
+    known = f"columns: {', '.join(frame)}"
+    if nearest:
+        known = f"the nearest are {', '.join(nearest)}"
     raise SiteError(f"{key!r} is neither a column nor a label of this result; {known}.")
 
 
