@@ -1,23 +1,23 @@
-"""Runs with δ_l = B_l u_l replaced at some sites: u_l ← u_l + P(ū_l − u_l), where u_l = A_l z_l.
+"""Interventions that replace δ_l = B_l u_l, u_l = A_l z_l, at some sites: u_l ← u_l + P(ū_l − u_l).
 
-1. `replaced_readout`: g with the δ of some sites replaced. A whole site: P = 1. A single rank j:
-   P = e_j e_jᵀ, in the coordinates of the SVD of ΔW (`LoraLens.in_gauge`), so that σ_j v_jᵀx is
-   replaced. All that follows is live: other sites read the changed residual stream.
-2. What stands in, ū:
+1. `replaced_readout` is g with the δ of some sites replaced. For a whole site P = 1. For a single
+   rank j, P = e_j e_jᵀ in the coordinates of the SVD of ΔW (`LoraLens.in_gauge`), so that σ_j v_jᵀx
+   is replaced. Everything after it is live: other sites read the changed residual stream.
+2. What replaces u, ū, is one of these:
 
        zero       ū = 0 at every token
-       mean       ū = mean of u over the tokens of the texts: without first ones, and once those
-                  with the same tokens before them
-       resample   ū at a row's token = u at the text's token that is as far from its end
+       mean       ū = the mean of u over the tokens of the texts, without each text's first token;
+                  tokens with the same tokens before them count once
+       resample   ū at a row's token = u at the token of a text that is as far from the text's end
 
-   The texts are run once, at the gates of the model that the intervention is made on. The first
-   token is a sink, its ‖z‖ up to hundreds of times the others' (and its δ the same whatever
-   follows): it is in no mean, gives nothing to another text, and keeps its own δ. Text i mod N
-   stands in for prompt i. It has at least as many tokens as the prompt's rows, so that a row's
+   The texts are run once, at the gates of the model that is intervened on. A text's first token is
+   a sink: its ‖z‖ is up to hundreds of times that of others, and its δ does not depend on what
+   follows. So it is in no mean, is not taken for another text, and keeps its own δ. Prompt i gets
+   text i mod N, which must have at least as many tokens as the prompt's rows, so that a row's
    second token never gets a text's first.
 
-Cost: one forward pass, of the prompts or of the texts, without the unembedding; a forward pass a
-point for interventions, about half of that where they branch.
+Cost: one forward pass of the prompts or of the texts, without the unembedding; one forward pass for
+each intervention, or about half of that where they branch.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ Coordinates = Float[Tensor, "_row _pos *_head _rank"]
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """The stand-in for u at every injection, and where it stands.
+    """What replaces u at every injection, and at which tokens.
 
     Attributes:
         u: ū of each injection, [row, pos, …, rank], or [1, 1, …, rank] for all rows and tokens.
         at: [row, pos], the tokens at which δ is replaced.
-        at_slots: [row, slot], the same at the positions that reach the unembedding.
+        at_slots: [row, slot], the same for the positions that reach the unembedding.
     """
 
     u: tuple[Coordinates, ...]
@@ -73,7 +73,7 @@ def mean_over(
     gates: Float[Tensor, " site"],
     reading: Reading,
 ) -> StandIn:
-    """The mean of each site's u over the texts' counted tokens, none of them a first one."""
+    """Replace each site's u by its mean over the counted tokens of the texts."""
     if not bool(counted.any()):
         raise PromptError(
             "texts: none has a token after its first, which is left out of the mean as a sink; "
@@ -99,11 +99,11 @@ def mean_over(
 def resampled(
     lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], reading: Reading
 ) -> StandIn:
-    """Another text's u for each row, the ends of both aligned.
+    """Replace u of each row by that of a text, where row and text are aligned at their ends.
 
     Raises:
-        PromptError: a text with fewer tokens than a row that it stands in for, or with the same
-            ones; a row of one token.
+        PromptError: a text with fewer tokens than its row, or with the same ones; a row of one
+            token.
     """
     rows = reading.rows
     text_of = (reading.owner % texts.batch).to(texts.tokens.device)
@@ -121,7 +121,8 @@ def resampled(
     for group in row_groups(lens, once, ROW_TOKENS):
         _run(lens, once.chosen(group), gates, keep)
     # Row and text are aligned at their ends: token p of the row takes u of token p + later.
-    later = (texts.lengths[text_of] - rows.lengths.to(text_of.device))[:, None]
+    row_lengths = rows.lengths.to(text_of.device)
+    later = (texts.lengths[text_of] - row_lengths)[:, None]
     places = torch.arange(rows.tokens.shape[1], device=text_of.device)
     everywhere = (places + later).clamp(max=width - 1)
     at_slots = rows.read_positions.to(text_of.device) + later
@@ -134,12 +135,12 @@ def resampled(
 
 
 def _picked(u: Tensor, text_of: Int[Tensor, " row"], places: Int[Tensor, "row pos"]) -> Coordinates:
-    """The text's u for each row, at these places of the text."""
+    """Take u of each row's text, at these places of the text."""
     return u[text_of.to(u.device)[:, None], places.to(u.device)]
 
 
 def _over_rows(u: tuple[Tensor, ...], rows: Prompts) -> StandIn:
-    """Let u stand in at every token of the rows but the first.
+    """Replace u at every token of the rows but the first.
 
     Raises:
         PromptError: a row of one token.
@@ -156,7 +157,7 @@ def _over_rows(u: tuple[Tensor, ...], rows: Prompts) -> StandIn:
 
 
 def _require_room(rows: Prompts, texts: Prompts, text_of: Int[Tensor, " row"]) -> None:
-    """Check that each row's text is at least as long as the row, and another text."""
+    """Check that the text of each row is at least as long as the row, and not the same."""
     for row, text in enumerate(text_of.tolist()):
         needed = int(rows.lengths[row])
         length = int(texts.lengths[text])
@@ -203,8 +204,8 @@ def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _K
 # --- δ replaced
 
 
-# The state of a site in a run: it writes nothing, or its own δ, or the run is about it.
-# Where the run is about its rank j, the state is ABOUT + j.
+# The state of a site in a run: it writes nothing, or it writes its own δ, or it is the site that
+# the run intervenes on. If the run intervenes on its rank j, the state is ABOUT + j.
 OFF = 0.0
 ON = 1.0
 ABOUT = 2.0
@@ -215,10 +216,10 @@ class Points:
     """The interventions: what each run does at every site.
 
     Attributes:
-        states: `OFF` or `ON` of a site that the run is not about; `ABOUT` of one that it is about,
-            and of its rank j `ABOUT` + j.
-        of_ranks: whether the runs are about single ranks.
-        alone: whether only that rank of the site writes.
+        states: `ABOUT` for the sites that a run intervenes on, or `ABOUT` + j for the rank j of
+            one; `OFF` or `ON` for all other sites.
+        of_ranks: whether the runs intervene on single ranks.
+        alone: whether that rank is the only one of its site that writes.
         replaced: whether the δ of the site or rank is replaced.
     """
 
@@ -234,11 +235,11 @@ class Points:
 
     @property
     def ranks(self) -> Int[Tensor, " point"]:
-        """The rank that each run is about; 0 where it is about whole sites."""
+        """The rank that each run intervenes on; 0 for whole sites."""
         return (self.states.amax(1) - ABOUT).long()
 
     def are_about(self, site: int) -> Bool[Tensor, " point"]:
-        """Whether each run is about this site."""
+        """Whether each run intervenes on this site."""
         return self.states[:, site] >= ABOUT
 
 
@@ -261,13 +262,13 @@ def replaced_readout(
     progress: bool,
     what: str,
 ) -> Float[Tensor, "batch point"]:
-    """Evaluate g of every prompt in every run. At most a forward pass a point, batched.
+    """Evaluate g of every prompt in every run. At most one forward pass a run, batched.
 
     Args:
-        lens: the adapter over the model; for ranks in the coordinates of the SVD.
+        lens: the adapter over the model; for ranks, in the coordinates of the SVD.
         reading: what is run and read.
         points: the interventions.
-        stand_in: what stands in for δ; None for zero.
+        stand_in: what δ is replaced by; None for zero.
         progress: show a bar.
         what: the title of the bar.
 
@@ -282,9 +283,9 @@ def replaced_readout(
 
 
 class _ReplaceInject:
-    """Writes δ as the point of each row says: as it is, one rank of it, or something else.
+    """Writes δ as the intervention of each row says: as it is, one rank of it, or replaced.
 
-    `rows` are the rows of the reading of which the rows of the batch are copies.
+    `rows` says of which row of the reading each row of the batch is a copy.
     """
 
     def __init__(
@@ -298,7 +299,7 @@ class _ReplaceInject:
         self._ranks = points.ranks
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        """Write B u at one injection, with u moved in the rows that are about its site."""
+        """Write B u at one injection, with u replaced in the rows that intervene on its site."""
         injection = self._lens.injections[index]
         gate = injection.gate(self._gates)
         if not bool((gate != 0).any()):
@@ -307,7 +308,7 @@ class _ReplaceInject:
         return injection.map.added(out, u, gate)
 
     def _moved(self, index: int, injection: Injection, u: Tensor) -> Tensor:
-        """Return u + P(ū − u) in the rows that are about this site; P u where the rank is alone."""
+        """Compute u + P(ū − u) in the rows that intervene on this site, or P u for a rank alone."""
         is_about = self._points.are_about(injection.site).to(u.device)
         if not bool(is_about.any()):
             return u
@@ -322,9 +323,9 @@ class _ReplaceInject:
     def _gap(
         self, index: int, injection: Injection, u: Tensor, is_about: Bool[Tensor, " row"]
     ) -> tuple[Tensor, Bool[Tensor, "row _pos"]]:
-        """Return ū − u, and the tokens of each row at which it is added."""
+        """Compute ū − u, and the tokens of each row at which it is added."""
         if self._stand_in is None:
-            # Each of two partners adds half of what they add together: all of the rank's is out.
+            # Two partners add half of their common δ each; without the rank both halves are gone.
             gap = -u if injection.partner is None else -2 * u
             return gap, is_about[:, None]
         other = self._stand_in.u[index]
@@ -336,7 +337,7 @@ class _ReplaceInject:
         return other - u, is_about[:, None] & of_rows
 
     def _part(self, u: Tensor) -> Tensor:
-        """P u, with each row's own rank."""
+        """Compute P u, with the rank of each row."""
         if not self._points.of_ranks:
             return u
         ranks = torch.arange(u.shape[-1], device=u.device)
@@ -345,5 +346,5 @@ class _ReplaceInject:
 
 
 def _as_wide_as(u: Tensor, values: Tensor) -> Tensor:
-    """Values of each row, or of each row and token, with axes of one entry for the others of u."""
+    """Values by row, or by row and token, with axes of size 1 up to the number of axes of u."""
     return values.view(*values.shape, *[1] * (u.ndim - values.ndim))

@@ -1,19 +1,18 @@
-"""A graph that holds ε: the derivatives of many readouts at once, and second order.
+"""A graph with ε as its leaf: the derivatives of many readouts at once, and second order.
 
     ∂f_y/∂ε_l    of k tokens y
     (H v)_l    = d/dt ∂g/∂ε_l (at + t v) at t = 0,   H_lm = ∂²g/∂ε_l ∂ε_m      (note, §6, item 4)
 
-1. One forward pass with ε as a leaf; each row of the batch has its own gates, so each prompt has
-   its own derivatives. Unlike in `reverse.py`, the whole graph is kept until it is
-   released.
-2. Many readouts: a covector for each goes back through the graph, as one batch.
-3. Second order: one backward pass that is itself in the graph gives the slopes ∂g/∂ε_l. For each
-   direction v a backward pass through both gives the derivative of Σ_l v_l ∂g/∂ε_l by every ε: H v,
-   for H is symmetric. Many directions go back as one batch.
+1. There is one forward pass with ε as a leaf. Each row of the batch has its own gates, so each
+   prompt has its own derivatives. Unlike in `reverse.py`, the whole graph is kept.
+2. For many readouts, a covector for each of them goes back through the graph, in one batch.
+3. For second order, one backward pass gives the slopes ∂g/∂ε_l, and is itself in the graph. For
+   each direction v, a backward pass through both passes gives the derivative of Σ_l v_l ∂g/∂ε_l by
+   every ε. That is H v, as H is symmetric. Many directions go back in one batch.
 4. Prompts are independent, so they are run in groups, each with a bounded number of tokens.
 
-Cost: one forward and k backward passes for k readouts; one forward, one backward and two backward
-passes a direction for H v.
+Cost: for k readouts one forward and k backward passes; for H v one forward and one backward pass,
+and two backward passes for each direction.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from lens_lora.spans import Temporary
 
 @dataclasses.dataclass(frozen=True)
 class GateGraph:
-    """The gates of a forward pass and what was read of it, with the graph between them.
+    """The gates of a forward pass and what was read from it, with the graph between them.
 
     Attributes:
-        gates: [row, site], the leaf.
+        gates: [row, site], the leaf of the graph.
         out: g of each prompt, or many such numbers.
-        by_turns: whether derivatives of several numbers are taken one after another: torch has no
-            batches of what processes send one another.
+        by_turns: whether derivatives of several numbers are taken one after another, because torch
+            cannot batch what processes send to one another.
     """
 
     gates: Float[Tensor, "row site"]
@@ -63,7 +62,7 @@ class GateGraph:
     def pulled_back(
         self, values: Float[Tensor, "*n"], covectors: Float[Tensor, " covector *n"]
     ) -> Float[Tensor, "covector row site"]:
-        """The derivative of Σ covector · values for each covector. A batch of backward passes."""
+        """The derivative of Σ covector · values for each covector, in one batched backward pass."""
         zeros = self.gates.new_zeros(len(covectors), *self.gates.shape)
         if not values.requires_grad:
             return zeros
@@ -97,7 +96,7 @@ def gate_graph(
     at: Float[Tensor, "*row site"],
     read: Callable[[], Float[Tensor, "*out"]],
 ) -> GateGraph:
-    """The graph of one forward pass at these gates, up to what `read` returns.
+    """Run one forward pass at these gates, and keep its graph up to what `read` returns.
 
     Attention is computed from its formula, as fused kernels have no second derivative.
     """
@@ -117,10 +116,10 @@ def slopes_of_each(
     *,
     progress: bool = True,
 ) -> Float[Tensor, "value row site"]:
-    """∂/∂ε_l of each of many values that one pass reads, as many at once as there is memory for.
+    """∂/∂ε_l of each of many values that are read from one pass, as many at a time as fit.
 
-    Cost: one forward pass, and a backward pass for each value; where blocks run twice, with one
-    more forward pass for each.
+    Cost: one forward pass and one backward pass for each value; if blocks run twice, one more
+    forward pass for each value.
     """
     prompts = prompts_of(run)
     if memory.must_rerun(lens, run):
@@ -133,7 +132,7 @@ def slopes_of_each(
     slopes: list[Tensor] = []
     with tqdm(total=len(values), desc="slopes", leave=False, disable=not progress) as bar:
         for chunk in torch.arange(len(values), device=values.device).split(step):
-            # A covector of each value of the chunk: 1 at that value, in every row.
+            # The covector of a value is 1 at that value, in every row.
             covectors = torch.zeros(len(chunk), *values.shape, device=values.device)
             covectors[torch.arange(len(chunk), device=values.device), chunk] = 1
             slopes.append(graph.pulled_back(values, covectors))
@@ -151,8 +150,8 @@ def token_slopes(
 ) -> Float[Tensor, "batch site *by_and_token"]:
     """∂ℓ_t/∂ε_l of each token t of a response, with ℓ_t = log p(y_t | x, y_<t), by reverse mode.
 
-    A covector for each token goes back through one graph, in batches; where sites are split as
-    well, or the graph does not fit beside covectors, each token has a backward pass of its own.
+    A covector for each token goes back through one graph, in batches. If sites are split as well,
+    or if the graph and the covectors do not fit together, each token has its own backward pass.
     """
     has_own_passes = bool(axes) or memory.must_rerun(lens, reading)
     if has_own_passes or not memory.fits_with_covectors(lens, reading.rows):
@@ -171,12 +170,12 @@ def token_slopes(
 def hessian_product(
     lens: LoraLens, reading: Reading, at: Float[Tensor, " site"], direction: Float[Tensor, " site"]
 ) -> Float[Tensor, "batch site"]:
-    """H v per prompt and site, in the readout's units.
+    """H v of each prompt and site, in the readout's units.
 
-    Cost: one forward and two backward passes, about 2 FB. Memory: the graph of a group of prompts.
+    Cost: one forward and two backward passes. The graph of a group of prompts is held.
 
     Raises:
-        ArgumentError: a bound of the lens that has no room for one prompt.
+        ArgumentError: the lens's bound on memory has no room for one prompt.
     """
 
     def product(group: Reading) -> Float[Tensor, "batch site"]:
@@ -189,7 +188,7 @@ def hessian_product(
 def in_groups(
     lens: LoraLens, reading: Reading, work: Callable[[Reading], Float[Tensor, " some *out"]]
 ) -> Float[Tensor, " batch *out"]:
-    """Run `work`, a second derivative, on one group of prompts after another; join the results."""
+    """Compute a second derivative of one group of prompts after another, and join the results."""
     return torch.cat([work(group) for group in memory.second_order_groups(lens, reading)])
 
 
@@ -201,7 +200,7 @@ def products_at_points(
     *,
     progress: bool,
 ) -> Float[Tensor, "batch point direction site"]:
-    """H v of every direction at every point, where a row runs once for each of some points."""
+    """H v of every direction at every point; a batch has each row once for each of some points."""
     points_at_once = memory.second_orders_at_once(lens, reading, memory.CURVATURE_TOKENS)
     chunks: list[Tensor] = []
     for some_points in points.split(points_at_once):
@@ -210,9 +209,8 @@ def products_at_points(
         if len(some_points) > 1:
             many = reading.repeat(len(some_points))
             gates = some_points.repeat(len(reading.owner), 1)  # Those of each row.
-        products = torch.cat(
-            [*hessian_products(lens, many, gates, directions, progress=progress)], 1
-        )
+        of_directions = list(hessian_products(lens, many, gates, directions, progress=progress))
+        products = torch.cat(of_directions, 1)
         chunks.append(products.unflatten(0, (reading.batch, len(some_points))))
     return torch.cat(chunks, 1)
 
@@ -226,11 +224,12 @@ def hessian_products(
     progress: bool = True,
     what: str = "Hessian products",
 ) -> Iterator[Float[Tensor, "batch chunk site"]]:
-    """Yield H v of many directions, a chunk of them at a time, in their order.
+    """Yield H v of many directions in their order, a chunk at a time.
 
-    The gates are the same for all rows, or each row's own.
+    The gates are shared by all rows, or each row has its own.
 
-    Cost: one forward and one backward, and a backward through both for each direction, batched.
+    Cost: one forward and one backward pass, and for each direction a backward pass through both,
+    batched.
     """
     directions = directions.to(at)
     step = memory.directions_at_once(reading.rows)

@@ -1,9 +1,9 @@
 """Values of g at many gate vectors: in rows of a batch, or as branches of one pass.
 
-1. Gate vectors, the same for all prompts or each prompt's own, ride in rows of the batch, a bounded
-   number at a time (`memory.py`); where all prompts together are too many, a group of these at a
-   time.
-2. Gate vectors that agree in the first blocks share the work there, where it pays (`tree.py`).
+1. Each gate vector has a row of the batch, whether it is shared by all prompts or belongs to one. A
+   bounded number of rows goes into one pass (`memory.py`); if all prompts together are too many,
+   they go in groups.
+2. Gate vectors that agree in the first blocks share the work there, if that is cheaper (`tree.py`).
 3. Each row writes ε_l ΔW_l z_l, or what another `inject` makes of the row's gates.
 
 Cost: at most one forward pass for each gate vector; for adding each site in turn, about half of
@@ -32,10 +32,10 @@ from lens_lora.core.readout.reading import Reading
 from lens_lora.errors import require_finite
 
 Read = Callable[[LoraLens, Reading], Float[Tensor, " row *out"]]
-# From the gates of some rows, and the row of the reading of which each is a copy.
+# Maps the gates of some rows, and the row of the reading of which each is a copy, to an inject.
 InjectOf = Callable[[Float[Tensor, "row site"], Int[Tensor, " row"]], Inject]
 
-# A bar is shown from so many points on.
+# With fewer points no bar is shown.
 _SLOW = 8
 
 
@@ -49,11 +49,11 @@ def gated_readout(
     progress: bool = True,
     what: str = "forward passes",
 ) -> Float[Tensor, "batch point *out"]:
-    """Evaluate g, or what else `read` reads, at many gate vectors, common or each prompt's own.
+    """Evaluate g, or whatever `read` reads, at many gate vectors.
 
-    At most as many forward passes as points, batched. Points of all prompts that share their gates
-    in the first layers share the work there, where the model's blocks allow it: adding, or leaving
-    out, every site in turn costs half.
+    It takes at most one forward pass a point, batched. Points that agree in the first blocks share
+    the work there, if all prompts have the same points and the model's blocks allow it: adding, or
+    leaving out, every site in turn costs half.
 
     Args:
         lens: the adapter over the model.
@@ -95,7 +95,7 @@ class _Passes:
     def in_batches(
         self, gates: Float[Tensor, "*batch point site"]
     ) -> Float[Tensor, "batch point *out"]:
-        """Evaluate all points in rows of a batch, in groups of prompts where these are too many."""
+        """Evaluate all points in rows of a batch, in groups of prompts if these are too many."""
         owner = self.reading.owner.to(gates.device)
         gates_of_rows = gates[owner] if gates.ndim == 3 else gates.expand(len(owner), -1, -1)
         groups: list[Tensor] = []
@@ -124,7 +124,7 @@ class _Passes:
             return in_chunks(gates.split(points_at_once, 1), run, bar)
 
     def as_tree(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point *out"]:
-        """One row of the reading at a time, as its own tree: aligned, without padding."""
+        """Evaluate all points of one row of the reading at a time, in a pass that branches."""
         # Points that share their first blocks become neighbours.
         columns = list(itertools.chain.from_iterable(sites_by_block(self.lens)))
         _, ranks = torch.unique(gates[:, columns], dim=0, return_inverse=True)
@@ -155,17 +155,16 @@ def row_by_row(
     run: Callable[[int, Callable[[], Tensor]], Float[Tensor, " point *out"]],
     read: Read = read_value,
 ) -> Float[Tensor, "batch point *out"]:
-    """Every point of one row of the reading in one pass, which grows to `width` rows.
+    """Run each row of the reading in a pass of its own, which grows to `width` rows.
 
-    A user's function, which may rely on the order of the prompts, is given the logits of all of
-    them.
+    A user's function may rely on the order of the prompts, so it gets the logits of all of them.
 
     Args:
         lens: the adapter over the model.
         reading: what is run and read.
-        points: how many there are.
-        width: how many rows the pass ends with.
-        run: gets the index of the row and a forward pass, and chooses the rows of the points.
+        points: the number of points.
+        width: the number of rows with which the pass ends.
+        run: gets the index of the row and a forward pass; returns what that gives for each point.
         read: what is read of a pass.
     """
     alone = reading.each_row()
@@ -187,7 +186,7 @@ def row_by_row(
 
 
 def bar_of(points: int, progress: bool, what: str) -> AbstractContextManager[Any]:
-    """A bar over so many points, silent where they are few."""
+    """A progress bar over so many points; it is hidden if they are few."""
     return tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW)
 
 

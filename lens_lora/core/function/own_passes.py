@@ -41,9 +41,9 @@ Under = AbstractContextManager[object] | None
 
 @runtime_checkable
 class OfRows(OverALens, Protocol):
-    """A function as these passes need it: its rows, and how it is read from them.
+    """A function as these passes need it: its rows, and how g is read from them.
 
-    A check at run time evaluates properties, so what a function may lack is a method.
+    A check of this protocol at run time evaluates properties, so whatever may raise is a method.
     """
 
     @property
@@ -60,7 +60,7 @@ class OfRows(OverALens, Protocol):
         ...
 
     def require_one_response(self) -> object:
-        """Refuse a readout of something else than one response for each prompt."""
+        """Check that the readout is of one response for each prompt."""
         ...
 
 
@@ -90,24 +90,24 @@ class OwnPasses:
         return self.g.require_reading()
 
     def require_same_model(self) -> None:
-        """Check that the model is as it was when the lens was made."""
+        """Check that the model has not changed since the lens was made."""
         self.g.require_same_model()
 
-    # --- How much goes at once
+    # --- How much fits into one pass
 
     def rows_at_once(
         self, kind: memory.Pass = "plain", *, tokens: int | None = None, logits: bool = True
     ) -> int:
-        """How many of the rows go through the model together within the bound of the lens.
+        """How many of the rows fit into one pass, within the lens's bound on memory.
 
         Args:
-            kind: 'plain' for a forward pass, 'graph' for one that is walked back, 'dual' for one of
-                dual numbers.
-            tokens: the most tokens that go together, whatever the bound.
+            kind: 'plain' for a forward pass, 'graph' for a forward and a backward pass, 'dual' for
+                a pass of dual numbers.
+            tokens: the largest number of tokens of one pass, whatever the bound.
             logits: whether anything is unembedded.
 
         Raises:
-            ArgumentError: a bound without room for one row.
+            ArgumentError: the bound has no room for one row.
         """
         rows = self.rows if logits else dataclasses.replace(self.rows, reads=None)
         longest = rows.tokens.shape[1]
@@ -116,45 +116,45 @@ class OwnPasses:
         return min(rows.batch, max(1, fitting // longest))
 
     def tokens_at_once(self, most: int = memory.ROW_TOKENS, kind: memory.Pass = "plain") -> int:
-        """How many tokens of these rows go through the model together, within the bound.
+        """How many tokens of these rows fit into one pass, within the lens's bound on memory.
 
         Args:
-            most: the most tokens, whatever the bound.
+            most: the largest number of tokens of one pass, whatever the bound.
             kind: as for `rows_at_once`.
 
         Raises:
-            ArgumentError: a bound without room for one row.
+            ArgumentError: the bound has no room for one row.
         """
         return memory.tokens_at_once(self.lens, self.rows, most, kind)
 
     @property
     def copies_at_once(self) -> int:
-        """How many copies of all rows make one forward pass within the bound of the lens."""
+        """How many copies of all rows fit into one forward pass, within the lens's bound."""
         return memory.rows_at_once(self.lens, self.reading)
 
     @property
     def graph_bytes(self) -> float:
-        """About how many bytes the graph of g takes, with what the readout holds."""
+        """About how many bytes the graph of g takes, including what the readout holds."""
         return memory.graph_bytes(self.lens, self.reading)
 
     # --- Forward
 
     @exclusive
     def logits(self, *, under: Under = None) -> Float[Tensor, "row *slot vocab"]:
-        """The logits where the rows are read, of one forward pass over all of them.
+        """The logits where the rows are read. One forward pass over all of them.
 
         Args:
-            under: what holds during the pass and no longer, such as gates and hooks.
+            under: a context that is entered for the pass alone, such as gates and hooks.
         """
         with torch.no_grad(), _entered(under):
             return forward.read_logits(self.lens, self.rows)
 
     @exclusive
     def side_by_side(self, copies: int, *, under: Under = None) -> Float[Tensor, "batch copy"]:
-        """Evaluate g where each row runs so many times, r0 r0 … r1 r1 …, in one forward pass.
+        """Evaluate g for several copies of each row, r0 r0 … r1 r1 …, in one forward pass.
 
         Args:
-            copies: how often; `copies_at_once` fit.
+            copies: the number of copies; `copies_at_once` of them fit.
             under: what makes the copies differ: gates and hooks.
 
         Raises:
@@ -169,8 +169,8 @@ class OwnPasses:
     def written(self, write: Inject) -> Float[Tensor, " batch"]:
         """Evaluate g where each site writes what `write` says, not ε_l ΔW_l z_l. One forward pass.
 
-        Where gradients are computed the graph is kept, and all prompts run together; otherwise as
-        many of them at a time as the bound of the lens has room for.
+        If gradients are computed, the graph is kept and all prompts run together. Otherwise they
+        run in groups that fit within the lens's bound on memory.
 
         Args:
             write: called at every place where a site writes; see `LoraLens.injected`.
@@ -188,13 +188,13 @@ class OwnPasses:
 
     @exclusive
     def observe(self, watch: Inject, *, under: Under = None, logits: bool = True) -> None:
-        """One forward pass, without a graph, for what `watch` sees of it.
+        """Run one forward pass without a graph, for what `watch` sees.
 
         Args:
             watch: called at every place where a site writes, with the index of the injection
                 (`lens.injections`), the output there and what the site reads. What it returns
-                takes the place of the output; None leaves it as in the base model.
-            under: what holds during the pass and no longer, such as hooks.
+                replaces the output; None leaves it as in the base model.
+            under: a context that is entered for the pass alone, such as hooks.
             logits: False unembeds nothing, unless a hook is on the unembedding.
         """
         with torch.no_grad(), _entered(under), self.lens.injected(watch):
@@ -205,18 +205,18 @@ class OwnPasses:
 
     @exclusive
     def observe_tangents(self, direction: Scale, at: Scale = 0.0, *, under: Under = None) -> None:
-        """One pass of dual numbers along a direction of the gates, for what hooks see of it.
+        """Run one pass of dual numbers along a direction of the gates, for what hooks see.
 
-        `tangent_of(activation)` is then the derivative Σ_l v_l ∂h/∂ε_l at a hook point. Nothing is
-        unembedded, unless a hook is on the unembedding.
+        In a hook, `tangent_of(activation)` is the derivative Σ_l v_l ∂h/∂ε_l at that hook point.
+        Nothing is unembedded, unless a hook is on the unembedding.
 
         Args:
-            direction: v, as gates are given; or [row, site], that of each row.
-            at: the gates at which the derivative is taken; or those of each row.
-            under: what holds during the pass and no longer: the hooks.
+            direction: v, given as gates are; or [row, site], one for each row.
+            at: the gates at which the derivative is taken; or [row, site], those of each row.
+            under: a context that is entered for the pass alone: the hooks.
 
         Raises:
-            SiteError: gates or directions of another number of rows.
+            SiteError: gates or directions for another number of rows.
             ModelStateError: the model has an operation without a forward-mode derivative.
         """
         gates = self.lens.gates_of_rows(at, self.rows.batch)
@@ -227,9 +227,9 @@ class OwnPasses:
                 forward.run_without_logits(self.lens, self.rows)
 
     def dual_level(self) -> AbstractContextManager[None]:
-        """Within the block your hooks may make dual numbers, which torch's own rules carry on.
+        """Within the block your hooks may make dual numbers, to which torch's own rules apply.
 
-        `observe_tangents` is faster where the numbers are those of a direction of the gates.
+        For derivatives along a direction of the gates, `observe_tangents` is faster.
         """
         return dual_level()
 
@@ -240,14 +240,14 @@ class OwnPasses:
         """The activations at hook points. One forward pass, in groups that fit within the bound.
 
         Args:
-            points: their names.
-            at: the gates of all rows, or [row, site], those of each.
-            in_full: those that must hold activations with the batch as first axis; others that
-                hold something else are left out. Without it, all must.
+            points: the names of the points.
+            at: the gates of all rows, or [row, site], those of each row.
+            in_full: the points that must hold activations with the batch as first axis; any other
+                point that does not is left out. By default all must.
 
         Raises:
-            ModelStateError: a point that must hold such activations, and does not.
-            SiteError: gates of another number of rows.
+            ModelStateError: a point that must hold such activations does not.
+            SiteError: gates for another number of rows.
         """
         return recording.record(self.lens, self.rows, at, points, in_full)
 
@@ -259,19 +259,19 @@ class OwnPasses:
         in_full: Sequence[str] = (),
         at: float = 0.0,
     ) -> tuple[str, ...]:
-        """The points that hold [row, pos, …], so that one token has one entry. A pass of one token.
+        """The points that hold [row, pos, …], with an entry for each token. A pass of one token.
 
-        In what all rows share, such as rotary angles, no prompt has an activation of its own.
+        A point whose tensor all rows share, such as rotary angles, is left out.
 
         Args:
             kept: what the points held in these rows.
-            points: those that fired.
-            in_full: those that were named in full, which must hold such activations.
+            points: the points that fired.
+            in_full: the points that were named in full, which must hold such activations.
             at: the gates of the recording.
 
         Raises:
-            ModelStateError: a point named in full that holds no activations by position, or no
-                point that does.
+            ModelStateError: a point named in full holds no activations by position, or no point
+                does.
         """
         return recording.positioned(self.lens, self.rows, kept, points, in_full, at)
 
@@ -288,18 +288,18 @@ class OwnPasses:
         under: Under = None,
         require_all: bool = True,
     ) -> Float[Tensor, " batch"]:
-        """Show each site on the way back; returns g. One forward and one backward pass.
+        """Visit each site in a backward pass; returns g. One forward and one backward pass.
 
         The slope of a site is the sum of weight · ⟨G, δ(z)⟩ over the places where it writes;
         `SlopeSums(g.lens, g.rows, axes).visit` is a visitor that adds them up.
 
         Args:
-            visitor: called with (the place, an `Injection`; its weight, or None for 1; G = ∂g/∂(its
-                output) [row, pos, out]; z, what the site reads [row, pos, in]).
+            visitor: called with the place (an `Injection`), its weight (None for 1), the gradient
+                G = ∂g/∂(output) [row, pos, out], and z, what the site reads [row, pos, in].
             at: the gates, one point.
             write: what each site writes in place of ε_l ΔW_l z_l; it should have the same value.
-            primal: the value of a tensor in which `write` lets something ride along.
-            under: what holds during the passes and no longer, such as hooks.
+            primal: takes the value out of a tensor in which `write` carries something beside it.
+            under: a context that is entered for the passes alone, such as hooks.
             require_all: whether a site that no gradient reaches is refused.
 
         Raises:
@@ -327,17 +327,17 @@ class OwnPasses:
         *,
         require_all: bool = True,
     ) -> None:
-        """Show each site on the way back from the log-probability of each token of a response.
+        """Visit each site in a backward pass from the log-probability of each response token.
 
-        One forward pass, and a backward pass for each token.
+        One forward pass, and one backward pass for each token.
 
         Args:
-            visitor_of: the visitor of a token's way back, from the token's index; see `visit`.
+            visitor_of: from the index of a token to the visitor of its backward pass; see `visit`.
             at: the gates, one point.
             require_all: whether a site that no gradient reaches is refused.
 
         Raises:
-            ArgumentError: a readout of something else than one response for each prompt.
+            ArgumentError: the readout is not of one response for each prompt.
             ModelStateError: a gradient did not reach some site.
         """
         self.g.require_one_response()
@@ -353,11 +353,11 @@ class OwnPasses:
 
     @exclusive
     def gradient(self, of: Tensor, *, under: Under = None) -> Tensor:
-        """∂(Σ g)/∂t of a tensor t that your hooks use. One forward and one backward pass.
+        """∂(Σ g)/∂t by a tensor t that your hooks use. One forward and one backward pass.
 
         Args:
             of: t, a leaf that needs a gradient.
-            under: what holds during the passes and no longer: gates, and the hooks that use t.
+            under: a context that is entered for the passes alone: gates, and the hooks that use t.
         """
         runs_again = memory.must_rerun(self.lens, self.reading)
         blocks = blocks_rerun(self.lens) if runs_again else contextlib.nullcontext()
@@ -370,15 +370,15 @@ class OwnPasses:
     def with_graph(self, at: Scale, *, under: Under = None) -> Float[Tensor, " batch"]:
         """Evaluate g with its graph, for first derivatives by activations that your hooks keep.
 
-        One forward pass. The graph is kept whole; your hooks need not be on the model any more when
-        you go back through it. `Function.graphed` has second derivatives as well.
+        One forward pass, whose whole graph is held. Your hooks need not be on the model any more
+        when you differentiate. `Function.graphed` has second derivatives as well.
 
         Args:
             at: the gates, one point.
-            under: what holds during the pass and no longer: the hooks.
+            under: a context that is entered for the pass alone: the hooks.
 
         Raises:
-            ArgumentError: a graph beyond the bound of the lens.
+            ArgumentError: a graph that exceeds the lens's bound on memory.
         """
         memory.require_graph(self.lens, self.reading)
         # A block that ran again on the way back would run without the hooks.

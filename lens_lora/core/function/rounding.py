@@ -4,21 +4,21 @@
     after first order     g(ε) − g(0) − ε Σ a                    √(σ² + ε²σ_a²)
     after second order    g(ε) − g(0) − ε Σ a − ½ε² 1ᵀH1         √(σ² + ε²σ_a² + ε⁴σ_H²)
 
-1. A small difference of float32 numbers may be rounding and nothing else. What rounding does is
-   measured: relative noise of the size of the model's rounding is added a few times to the token
-   embedding and to what each later block reads, and of the logits' own to them. σ is how far the
-   number moves, at each end. Of a sum over sites it is never less than one rounding of its
-   summands.
-2. A readout that holds the base's logits, as a KL does, has D(0) = 0, which hardly moves, but D(1)
-   does with p₀: its σ₀ is how far draws of p₀ move D(1).
-3. On a small adapter σ is nearly all of it. On a violent one g saturates, and a and H do not: their
-   own rounding, σ_a of Σ a and σ_H of ½ 1ᵀH1, is then thousands of times σ.
-4. Against 200 draws, four give σ to 30 % and less than a third of it in 2 of 100 cases; two draws
-   in 9 of 100, eight in none. The base has eight, because its error is in the shift at every
-   strength.
+1. A small difference of float32 numbers may be rounding and nothing else, so the effect of rounding
+   is measured. Relative noise of the size of the model's rounding is added, several times, to the
+   token embedding and to what each later block reads, and noise of the size of the logits' rounding
+   to the logits. σ is how far the number moves, at each end. For a sum over sites, σ is at least
+   one rounding of the summands.
+2. A readout that holds the base's logits, as a KL does, has D(0) = 0, which hardly moves. But D(1)
+   moves with p₀, so its σ₀ is how far draws of p₀ move D(1).
+3. For a small adapter, σ is nearly all of the noise. For a large one, g saturates while a and H do
+   not, and their own rounding, σ_a of Σ a and σ_H of ½ 1ᵀH1, is thousands of times σ.
+4. Compared with 200 draws, four give σ to 30 %, and less than a third of it in 2 of 100 cases (two
+   draws: in 9 of 100; eight draws: in none). The base has eight, because its error is in the shift
+   at every strength.
 
-Cost: ten forward passes for the noise of both ends, which they include; four forward and backward
-passes for σ_a, four forward and eight backward for σ_H, all batched.
+Cost: ten forward passes for the noise of both ends, including the ends; four forward and backward
+passes for σ_a; four forward and eight backward passes for σ_H; all batched.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from lens_lora.core.readout.reading import AtPoint, Columns, Picks, Reading
 _ByPrompt = Float[Tensor, " batch"]
 _BySite = Float[Tensor, "batch site"]
 
-# As few draws as tell the size of a floor; each costs a pass.
+# So few draws tell the size of a floor, and each of them costs a pass.
 DRAWS = 4
 
-# A draw and the run that it is compared with are both rounded.
+# A draw and the run with which it is compared are both rounded, so their distance is √2 σ.
 _TWO_RUNS = 2**0.5
 
-# Draws of g, draws of the logits' rounding, and draws of first order are drawn apart, so that those
-# of g and of first order together are twice as many.
+# Draws of g, of the logits' rounding, and of first order have seeds of their own. So the draws of g
+# and those of first order are independent, and together twice as many.
 _SEED_OF_VALUES = 0
 _SEED_OF_LOGITS = 1
 _SEED_OF_SLOPES = 2
@@ -69,15 +69,15 @@ def rounding_hooks(
 ) -> list[tuple[str, HookFn]]:
     """Hooks that move the embedding, and what each later block reads, by about one rounding.
 
-    With noise at the embedding alone, a large entry of the stream is rounded the same way in every
-    draw, and its error is in none of their differences. Blocks take the draw of the embedding, one
-    coordinate further each: the same one where a block is run again. Where the embedding is
-    narrower than the stream (OPT-350m), it takes the first coordinates of the draw.
+    With noise at the embedding alone, a large entry of the stream would be rounded in the same way
+    in every draw, and no difference between draws would show its error. Block L uses the draw of
+    the embedding, shifted by L coordinates, so a block that runs again gets the same noise. If the
+    embedding is narrower than the stream (OPT-350m), it takes the first coordinates of the draw.
 
     Args:
         lens: the adapter over the model.
         rows: which rows of the batch are moved; None for all.
-        generator: of the draws.
+        generator: makes the draws.
         relative: the size of one rounding, relative to the value; None for the model's own.
     """
     size = lens.unit_roundoff if relative is None else relative
@@ -107,11 +107,11 @@ def rounding_hooks(
 def noise_of_logits(
     lens: LoraLens, shape: tuple[int, ...], generator: torch.Generator
 ) -> forward.Factor:
-    """A factor that moves logits by about their last rounding, which runs may share and so hide.
+    """A factor that moves logits by about their last rounding, which different runs may share.
 
-    One draw for the vocabulary, with a sign of its own for each row and slot.
+    There is one draw for the vocabulary, and each row and slot has a sign of its own.
     """
-    # A device may round the products of float32 more coarsely than the dtype says.
+    # A device may round products of float32 more coarsely than the dtype says.
     is_float32 = lens.dtype == torch.float32
     eps = lens.eps if is_float32 else torch.finfo(forward.logits_dtype(lens)).eps
     vocabulary = int(lens.model.cfg.d_vocab_out)
@@ -131,11 +131,11 @@ def noise_of_logits(
 
 
 class _Copy(NamedTuple):
-    """One copy of all rows.
+    """A copy of all rows in a batch.
 
     Attributes:
         gates: the gates of its rows.
-        is_drawn: whether there is noise in it.
+        is_drawn: whether noise is added to it.
     """
 
     gates: Float[Tensor, " site"]
@@ -150,10 +150,11 @@ def draws_at(
     exact: Sequence[float] = (),
     progress: bool = False,
 ) -> tuple[Float[Tensor, "batch exact"], Float[Tensor, "scale draw batch"]]:
-    """Evaluate g at some strengths as it is, and at some in four draws. A pass for each, batched.
+    """Evaluate g without noise at the strengths `exact`, and four draws of it at `scales`.
 
-    The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁸ for bfloat16, and 1/254 where a
-    kernel rounds activations to 8 bit (`hosts/quantised.py`).
+    It takes one pass for each of these, batched. One rounding is 2⁻²⁴ for float32, 2⁻⁵³ for
+    float64, 2⁻⁸ for bfloat16, and 1/254 if a kernel rounds activations to 8 bit
+    (`hosts/quantised.py`).
     """
     copies = [_Copy(lens.gates(scale), is_drawn=False) for scale in exact]
     for scale in scales:
@@ -172,7 +173,7 @@ def exact_and_draws(
     *,
     progress: bool,
 ) -> tuple[Float[Tensor, "exact batch"], Float[Tensor, "drawn draw batch"]]:
-    """Evaluate g at some strengths, and draws of it at some; in one batch if that is cheaper."""
+    """Evaluate g at the strengths `exact`, and draws of it at `drawn`; in one batch if cheaper."""
     copies = len(exact) + 2 * DRAWS
     share_one_pass = memory.shares_pass(lens, reading, copies)
     if not exact:
@@ -192,7 +193,7 @@ def exact_and_draws(
 def _values_of_copies(
     lens: LoraLens, reading: Reading, copies: Sequence[_Copy], progress: bool
 ) -> Float[Tensor, "some copy"]:
-    """Evaluate g of each copy of these rows, as many copies at a time as go together."""
+    """Evaluate g of each copy of these rows, with as many copies in one pass as fit."""
     rows = reading.rows.batch
     step = memory.rows_at_once(lens, reading)
     draws = _generator(_SEED_OF_VALUES)
@@ -215,7 +216,7 @@ def _values_of_copies(
 def _values_in_pass(
     lens: LoraLens, reading: Reading, is_drawn: Sequence[bool], generator: torch.Generator
 ) -> list[Float[Tensor, " some"]]:
-    """Evaluate g of each copy of the rows in one pass; the logits of drawn copies move, too."""
+    """Evaluate g of each copy of the rows in one pass; drawn copies get noise at the logits too."""
     prompts = reading.rows
     read = reading.read
     rows = prompts.batch
@@ -244,11 +245,11 @@ def _values_in_pass(
 
 
 class Draws(NamedTuple):
-    """First order at the base as noise at the embedding moves it.
+    """Draws of first order at the base, with noise at the embedding.
 
     Attributes:
-        values: g(0).
-        sums: Σ_l a_l.
+        values: g(0) in each draw.
+        sums: Σ_l a_l in each draw.
     """
 
     values: Float[Tensor, "batch draw"]
@@ -277,13 +278,13 @@ def _joined(draws: Sequence[Draws], dim: int) -> Draws:
 def slopes_and_draws(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...]
 ) -> tuple[Float[Tensor, "batch site *by"], _ByPrompt, Draws]:
-    """∂g/∂ε_l and g at the base, and `base_draws`: in one pass where all rows go together."""
+    """∂g/∂ε_l and g at the base, and `base_draws`; in one pass if all rows fit."""
     copies = 1 + DRAWS
     if lens.plan.activation_rounding or copies > memory.slopes_at_once(lens, reading):
         at_base = lens.gates(0.0)[None]
         slopes, values = slopes_of_first(lens, reading, at_base, axes)
         return slopes, values[:, 0], base_draws(lens, reading)
-    # The first copy of each row is exact, and each other one is a draw.
+    # The first copy of each row is exact, and the others are draws.
     exact = SlopeSums(lens, reading.rows, axes)
     many = reading.repeat(copies)
     is_drawn = torch.arange(len(many.owner), device="cpu") % copies > 0
@@ -299,20 +300,20 @@ def slopes_and_draws(
 
 
 def _draws_in_pass(lens: LoraLens, many: Reading, batch: int, also: Visit | None = None) -> Draws:
-    """Evaluate g(0) and Σ a of so many copies of each prompt. One forward, one backward pass.
+    """Evaluate g(0) and Σ a of several copies of each prompt. One forward and one backward pass.
 
     Args:
         lens: the adapter over the model.
-        many: the copies, those of a prompt beside one another.
+        many: the copies, where those of a prompt follow one another.
         batch: the number of prompts.
-        also: another visitor of the same way back.
+        also: a second visitor of the same backward pass.
     """
     slopes = SlopeSums(lens, many.rows)
 
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         if also is not None:
             also(injection, weight, gradient, z)
-        # What waits for a partner's gate adds nothing at the base model, where that gate is zero.
+        # δ with a partner is multiplied by the partner's gate, which is zero at the base.
         if weight is None:
             slopes.visit(injection, weight, gradient, z)
 
@@ -325,9 +326,9 @@ def _draws_in_pass(lens: LoraLens, many: Reading, batch: int, also: Visit | None
 
 
 def noise_of_draws(values: Float[Tensor, "draw batch"]) -> _ByPrompt:
-    """The noise σ of g at one strength, in the readout's units, from g without noise and its draws.
+    """The noise σ of g at one strength, from g without noise and draws of it.
 
-    The ends may differ: log p of a token that is as good as certain has no room to move.
+    It may differ between the ends: log p of a token that is nearly certain has no room to move.
     """
     distance = (values[1:] - values[0]).square().mean(0).sqrt()
     return _infinite_if_unknown(distance) / _TWO_RUNS

@@ -1,14 +1,14 @@
-"""Many corners of the cube at once: gates that agree in the first blocks run those once.
+"""Branching: gate vectors that agree in the first blocks run these blocks once.
 
 Gate vectors that agree on every site up to block L have the same residual stream there.
 
-1. `pays` says whether branching is cheaper than a row for each gate vector in every block.
-2. The pass starts with one row of one prompt. At each block's input rows are added, one for each
-   distinct history of gates up to and including that block (`Tree.of`).
-3. A hook adds them, so no part of the model's own pass is rewritten. The other inputs of a block
+1. `pays` says whether branching is cheaper than one row for each gate vector in every block.
+2. The pass starts with one row, of one prompt. At the input of each block rows are added, so that
+   there is one for each distinct history of gates up to and including that block (`Tree.of`).
+3. A hook adds them, so the model's own pass is not rewritten. The other inputs of a block
    (positions, masks) have one row, which broadcasts.
 
-Cost: of the gate vectors that switch each site in turn, about half of the block passes.
+Cost: for gate vectors that switch each site in turn, about half of the block passes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lens_lora.core.model.hooks import HookFn
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """The rows that run in each block, and the point of each row of the last block.
+    """The rows that run in each block, and the row of the last block in which each point ends.
 
     Attributes:
-        parents: per block, the row of the block before that each row continues.
-        gates: per block, [row, site].
-        leaf: [point], the last block's row that is the point's.
+        parents: for each block, the row of the block before that each of its rows continues.
+        gates: for each block, the gates of its rows, [row, site].
+        leaf: [point], the row of the last block in which each point ends.
     """
 
     parents: tuple[Int[Tensor, " _row"], ...]
@@ -43,7 +43,7 @@ class Tree:
     def of(cls, lens: LoraLens, gates: Float[Tensor, "point site"]) -> Tree:
         """The smallest tree of these points, which must agree on the embeddings."""
         points = torch.arange(len(gates), device=gates.device)
-        # The row in which each point runs in the block before; points of the same gates share it.
+        # The row of each point in the block before; points whose gates agree so far share it.
         history = torch.zeros(len(gates), dtype=torch.long, device=gates.device)
         parents: list[Tensor] = []
         rows: list[Tensor] = []
@@ -65,7 +65,7 @@ class Tree:
 
     @property
     def cost(self) -> float:
-        """The number of block passes, as a share of what running each point alone takes."""
+        """The number of block passes, as a share of those with one row for each point."""
         rows_run = sum(len(of_block) for of_block in self.parents)
         return rows_run / (len(self.leaf) * len(self.parents))
 
@@ -75,7 +75,7 @@ class Tree:
         forward: Callable[[], Float[Tensor, " row *out"]],
         inject: Callable[[Float[Tensor, "row site"]], Inject],
     ) -> Float[Tensor, " point *out"]:
-        """The forward pass of one row, for every point."""
+        """Run the forward pass of one row, branching, and return what it gives for each point."""
         grow: list[tuple[str, HookFn]] = []
         for layer, parent in enumerate(self.parents):
             if len(parent) > 1:
@@ -100,7 +100,10 @@ class Tree:
 
 
 def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
-    """Whether branching is cheaper: points share blocks, and the batch may grow on the way."""
+    """Whether branching is cheaper: points share blocks, and the batch may grow on the way.
+
+    Points that differ at the embeddings share nothing.
+    """
     if len(gates) < 2 or not lens.host.grows:
         return False
     embeddings = [index for index, site in enumerate(lens.sites) if site.layer < 0]
@@ -111,7 +114,7 @@ def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
 
 
 def sites_by_block(lens: LoraLens) -> list[list[int]]:
-    """The sites of each block; those before the blocks go with the first, after them the last."""
+    """The sites of each block; those before the blocks are in the first, later ones in the last."""
     last = lens.host.n_layers - 1
     blocks: list[list[int]] = [[] for _ in range(last + 1)]
     for index, site in enumerate(lens.sites):
