@@ -1,13 +1,13 @@
-"""A family that no entry in `families` lists, read from the raw TransformerBridge itself.
+"""The sites of a model of an unlisted family, read from its raw TransformerBridge.
 
-1. Every linear module, embedding and norm of the wrapped model is a place, by its Hugging Face
-   path, except for norms of each head.
-2. It reads at `hook_in` and writes at `hook_out` of the component that wraps it; where none does,
-   at its own input and output. Its kind is the usual one of usual attention and MLPs, else the name
-   of the component, or its path, within the block.
-3. Where a component takes a fused projection apart, a weight that holds the index of each row goes
-   through the component's own split, and says which rows each part has.
-4. A stack of experts, and the weight of a router, is a place by the path of the parameter
+1. Every linear module, embedding and norm of the wrapped model is a place, named by its Hugging
+   Face path; norms of each head are not.
+2. A place reads at `hook_in` and writes at `hook_out` of the component that wraps the module, or at
+   the module's own input and output if no component does. Its kind is the usual one ('q', 'up') in
+   usual attention and MLPs. Otherwise it is the name of the component, or the path in the block.
+3. If a component takes a fused projection apart, its own split is run on a weight that holds the
+   index of each row. The result says which rows each part has.
+4. A stack of experts, or the weight of a router, is a place named by the path of the parameter
    (`experts`).
 
 `probe` compares the result with the Hugging Face model.
@@ -44,7 +44,7 @@ from lens_lora.hosts.experts import is_experts, is_router, stacks_of
 _ATTENTION = {f"attn.{kind}": kind for kind in ATTENTION_KINDS}
 _GATED = {"mlp.gate": "gate", "mlp.in": "up", "mlp.out": "down"}
 _UNGATED = {"mlp.in": "fc_in", "mlp.out": "fc_out"}
-# What takes a fused projection apart, and its parts in order.
+# The methods that take a fused projection apart, with its parts in order.
 _SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
 # Norms of whole rows; those of each head have other axes.
 _ROW_NORMS = set(NORM_KINDS) - {"q_norm", "k_norm"}
@@ -54,7 +54,7 @@ _Layouts = dict[tuple[str | int, ...], list[Tensor]]
 
 @extensions.family_of_bridge.provide
 def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
-    """The family of a model whose modules no entry lists. No forward pass."""
+    """Read the family of a model that no entry lists. No forward pass."""
     read = _Reader(model, heads)
     for path, module, parent in modules_in(model.original_model):
         read.module(path, module, parent)
@@ -96,8 +96,8 @@ class _Reader:
         self._points = model.hook_dict
         blocks = getattr(model.adapter.component_mapping.get("blocks"), "name", "")
         self._in_block = re.compile(rf"{re.escape(blocks)}\.(\d+)\.(.+)")
-        # By the identity of a module: its name in the bridge, the component that wraps it, and the
-        # first path at which it was met.
+        # For each module, by its identity: its name in the bridge, the component that wraps it, and
+        # the first path at which it was met.
         self._names = {id(module): name for name, module in model.named_modules()}
         self._components: dict[int, str] = {}
         self._first_paths: dict[int, str] = {}
@@ -108,12 +108,12 @@ class _Reader:
                 self._components.setdefault(id(unwrapped(module_at(model, name))), name)
 
     def module(self, path: str, module: nn.Module, parent: nn.Module) -> None:
-        """Read one module, or the component that stands in its place.
+        """Read one module, or the component that replaces it.
 
         Args:
             path: its Hugging Face path.
             module: the module or its component.
-            parent: what it is in.
+            parent: the module that contains it.
         """
         wrapped = unwrapped(module)
         match = self._in_block.match(path)
@@ -132,7 +132,7 @@ class _Reader:
             self.shared[first] = path
 
     def _read_parameters(self, path: str, layer: int, within: str, wrapped: Any) -> None:
-        """A stack of experts, or a router, whose maps are parameters of the module itself."""
+        """Read a stack of experts, or a router, whose maps are parameters of the module itself."""
         for kind, parameter in _parameters_of(wrapped, within).items():
             self.places[path.removesuffix(within) + kind] = Place(layer, (kind,), "whole")
             self.homes[layer, kind] = f"{self._names[id(wrapped)]}.{parameter}"
@@ -140,7 +140,7 @@ class _Reader:
     def _read_map(
         self, path: str, layer: int | None, within: str, module: nn.Module, parent: nn.Module
     ) -> None:
-        """A linear module, an embedding or a norm; or each part of a fused projection."""
+        """Read a linear module, an embedding or a norm, or each part of a fused projection."""
         wrapped = unwrapped(module)
         own_name = self._names.get(id(module)) or f"original_model.{path}"
         is_turned = is_conv1d(wrapped) or isinstance(wrapped, nn.Embedding)
@@ -170,7 +170,7 @@ def _parameters_of(module: Any, within: str) -> dict[str, str]:
     """The parameters of a module that are linear maps, by their kinds.
 
     Args:
-        module: perhaps a stack of experts, or a router.
+        module: a module, perhaps a stack of experts or a router.
         within: its path in the block.
     """
     if is_experts(module):
@@ -182,9 +182,9 @@ def _parameters_of(module: Any, within: str) -> dict[str, str]:
 
 @extensions.require_own_parameters.provide
 def require_own_parameters(model: Any, adapter: Adapter) -> None:
-    """Refuse modules that were trained whole and do not compute what their parameters say.
+    """Check that modules which were trained whole compute what their parameters say.
 
-    Only of those whose code is neither torch's nor transformers' is a call made, on eight tokens.
+    A module is run, on eight tokens, only if its code is neither torch's nor transformers'.
 
     Raises:
         AdapterError: a module with a forward of its own, such as 0.5 W z.
@@ -201,9 +201,9 @@ def require_own_parameters(model: Any, adapter: Adapter) -> None:
 
 
 def _kind(name: str, linear: Any, heads: Heads, points: Container[str], layer: int | None) -> str:
-    """The kind of a component of usual attention or a usual MLP; of any other its name.
+    """The kind of a component of usual attention or a usual MLP; for any other, its name.
 
-    One of attention whose width is another than the heads have keeps its name, so that it is not
+    A component of attention whose width is not that of the heads keeps its name, so that it is not
     split by head.
     """
     if name in _ATTENTION and is_linear(linear):
@@ -222,9 +222,9 @@ def _kind(name: str, linear: Any, heads: Heads, points: Container[str], layer: i
 def _parts_of(
     parent: Any, name: str, linear: nn.Module, layouts: _Layouts
 ) -> list[tuple[nn.Module, Tensor]]:
-    """(component, rows of the whole) of each part of a projection; none where it stays whole.
+    """The component and the rows of each part of a projection; empty if it is not taken apart.
 
-    `layouts` keeps the rows for the same projection of further layers.
+    `layouts` keeps the rows for the same projection in further layers.
     """
     if not is_linear(linear):
         return []
@@ -244,7 +244,7 @@ def _parts_of(
 
 
 class _Indexed:
-    """A module in which the weight of one linear module holds the index of each row.
+    """A stand-in for a module in which the weight of one linear module holds its row numbers.
 
     Attributes:
         is_read: whether that linear module was asked for.

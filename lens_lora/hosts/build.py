@@ -1,13 +1,13 @@
-"""A Hugging Face model as a hooked model.
+"""Make a hooked model of a Hugging Face model.
 
-1. HookedTransformer reads its configuration from a folder, so one is written for it; the weights
-   come from the model at hand, and nothing is fetched. TransformerBridge wraps the model itself.
+1. HookedTransformer reads its configuration from a folder, so one is written for it. Its weights
+   are copied from the given model, and nothing is fetched. TransformerBridge wraps the model.
 2. The tokenizer stays as it is, and strings are read as it reads them (`cfg.default_prepend_bos`),
-   unless the caller says otherwise. Left alone, TransformerLens puts a BOS in front of each string,
-   also where neither training nor serving had one.
-3. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
-4. The hooked model's logits on a few tokens must equal the Hugging Face model's
-   (`core/model/running.py`): TransformerLens 2 reads some configurations with a wrong rotary base,
+   unless the caller says otherwise. By itself, TransformerLens would put a BOS in front of each
+   string, even if neither training nor serving had one.
+3. No weight is folded or centred, so an adapter needs nothing but the hooked model.
+4. The logits of the hooked model on a few tokens must equal those of the Hugging Face model
+   (`core/model/running.py`): for some configurations TransformerLens 2 takes a wrong rotary base
    without a warning.
 
 Cost: two short forward passes, and one copy of the weights for HookedTransformer.
@@ -72,7 +72,7 @@ _CONTEXT = 2048
 
 
 def bridge_if_there() -> Kind:
-    """TransformerBridge where the installed TransformerLens has it, else HookedTransformer."""
+    """TransformerBridge if the installed TransformerLens has it, else HookedTransformer."""
     spec = importlib.util.find_spec("transformer_lens.model_bridge")
     return "HookedTransformer" if spec is None else "TransformerBridge"
 
@@ -85,19 +85,20 @@ def hooked_model(
     attn: str = "eager",
     prepend_bos: bool | None = None,
 ) -> tuple[Any, str]:
-    """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
+    """Make a hooked model, unprocessed and in evaluation mode; also returns its class's name.
 
     Args:
-        hf_model: the hooked model may use its own weights, so it must not be changed afterwards.
-        tokenizer: the hooked model has a copy of it, and knows where it is from.
-        kind: the class; None for a TransformerBridge where the installed TransformerLens has it.
-        attn: 'eager' for attention with hook points of its patterns, or 'sdpa'.
+        hf_model: the Hugging Face model. A bridge uses its weights, so it must not be changed
+            afterwards.
+        tokenizer: the tokenizer, of which the hooked model gets a copy that knows where it is from.
+        kind: the class; None for a TransformerBridge if the installed TransformerLens has it.
+        attn: 'eager' for attention with hook points at its patterns, or 'sdpa'.
         prepend_bos: whether strings get a BOS; None for what the tokenizer does.
 
     Raises:
-        ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
-            it builds computes other logits than the Hugging Face model; or an 'sdpa' that the
-            class or the family does not have; or a tokenizer that reads no text.
+        ModelStateError: the installed TransformerLens lacks the class, or builds a hooked model
+            with other logits than the Hugging Face model; the class or the family has no 'sdpa'; or
+            the tokenizer cannot read text.
     """
     chosen = kind or bridge_if_there()
     if not isinstance(tokenizer, OwnTokenizer):
@@ -125,13 +126,13 @@ def hooked_model(
         begins_text = _begins_text(own)
         model.cfg.tokenizer_prepends_bos = begins_text
         model.cfg.default_prepend_bos = begins_text if prepend_bos is None else prepend_bos
-    if expected is not None:  # then its logits were compared, so it has run
+    if expected is not None:  # The logits were compared, so the model has run.
         note_that_it_ran(model)
     return model, chosen
 
 
 def _usable(given: OwnTokenizer) -> tuple[Any, Callable[[], None]]:
-    """A copy of the tokenizer for the host, and what sets its fields back once the host has it."""
+    """A copy of the tokenizer for the host, and a function that restores the copy's fields."""
     tokenizer = given.tokenizer
     if tokenizer is None:
         return None, lambda: None
@@ -163,13 +164,13 @@ def _begins_text(tokenizer: Any) -> bool:
 
 
 def _require_right(kind: Kind, model: Any, expected: Tensor | None, attn: str) -> None:
-    """Check that a hooked model computes the logits of the Hugging Face model that it is made of.
+    """Check that a hooked model computes the logits of the Hugging Face model it was made of.
 
-    In half precision logits are not compared: there an attention whose forward was replaced is
-    looked for, past which a bridge computes.
+    In half precision logits are not compared. Instead, an attention whose forward was replaced is
+    looked for, as a bridge would not call that forward.
 
     Raises:
-        ModelStateError: it computes others, or none, as TransformerLens makes some that cannot run.
+        ModelStateError: its logits differ, or it cannot run at all.
     """
     made = f"the {kind} that TransformerLens {transformer_lens_version()} builds"
     if expected is None:
@@ -198,13 +199,13 @@ def _require_right(kind: Kind, model: Any, expected: Tensor | None, attn: str) -
 def _take_own_attention(
     model: Any, expected: Tensor | None, error: ModelStateError, loaded_with: str | None
 ) -> None:
-    """Let attention be the model's own where nothing else differs, if the model was loaded so.
+    """Use the model's own attention, if it was loaded so and only attention differs.
 
-    A bridge computes attention from the formula of its family, also where a model's attention has a
+    A bridge computes attention from the formula of its family, even if the model's attention has a
     forward of its own.
 
     Raises:
-        ModelStateError: the given one; with the remedy where the model's own attention is one.
+        ModelStateError: the given error; if the model's own attention would help, with that remedy.
     """
     try:
         fuse_attention(model)
@@ -230,7 +231,7 @@ def _take_own_attention(
 
 
 def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:
-    """Refuse what a HookedTransformer, which copies the weights, cannot be made from."""
+    """Refuse a model of which a HookedTransformer, which copies the weights, cannot be made."""
     if attn != "eager":
         raise ModelStateError(
             f"{setting('attn', attn)}: a HookedTransformer always computes attention patterns.",
@@ -262,7 +263,7 @@ def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         return make(hf_model, tokenizer).eval()
     except LensLoraError:
         raise
-    except Exception as error:  # a family that the host lacks, or builds wrongly, fails anyhow
+    except Exception as error:  # A family that the host lacks may fail in any way.
         if is_of_the_system(error) or is_memory_short(error):
             raise
         first_line = next(iter(str(error).splitlines()), "")[:200]
@@ -274,7 +275,7 @@ def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def transformer_lens_version() -> str:
-    """The installed version."""
+    """The installed version of TransformerLens."""
     return importlib.metadata.version("transformer-lens")
 
 
@@ -300,7 +301,7 @@ def _hooked_transformer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         cfg.n_ctx = min(cfg.n_ctx, _CONTEXT)
     cfg.n_ctx = int(min(cfg.n_ctx, context_of_copy(base, cfg)))
     model = HookedTransformer(cfg, None, move_to_device=False)
-    # At once: load_and_process_state_dict walks the whole model once per weight, most of the time.
+    # All weights at once: load_and_process_state_dict would walk the whole model for each weight.
     model.load_state_dict(model.fill_missing_keys(state), strict=False)
     if tokenizer is not None:
         model.set_tokenizer(tokenizer)
@@ -325,7 +326,7 @@ def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _rotary_base(hf_model: PreTrainedModel) -> float | None:
-    """The base of rotary embeddings; None where layers differ or none is named."""
+    """The base of rotary embeddings; None if layers differ, or if none is named."""
     config = hf_model.config.to_dict()
     # transformers 5 has a dictionary for it, and transformers 4 has it in the configuration.
     holder = config.get("rope_parameters") or config
@@ -338,7 +339,7 @@ def _name(hf_model: PreTrainedModel) -> str:
 
 
 def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
-    """Write config.json as TransformerLens reads it: GPT-2's context under its old name, too."""
+    """Write config.json as TransformerLens reads it, with the old name of GPT-2's context as well."""
     misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
     if misread:
         raise ModelStateError(

@@ -1,19 +1,19 @@
 """Stacks of experts and routers: the places in them at which an adapter writes.
 
-A layer of experts holds one tensor for all of them, W [expert, out, in], and the
-router sends each token to k of them. What expert e computes for a token in its slot j is W_e x, so
-an update is a site like any other, with
+A layer of experts holds one tensor for all of them, W [expert, out, in], and the router sends each
+token to k of them. In slot j of a token, its expert e computes W_e x. So an update is a site like
+any other, with
 
     z = (x, e)  [row, pos, slot, in + 2],     δ(z) = s·B_e A_e x  [row, pos, slot · out].
 
-transformers computes W_e x within one call that has no hook points. So for the span of a lens's
-hooks the module computes the same, W_e x for every token and slot at once, by the flags that its
-class states (`transformers.integrations.moe`): gated or not, transposed or not, with biases or
-without. That is exact in every dtype, with derivatives in both modes, whatever
+transformers computes W_e x inside one call that has no hook points. So while a lens's hooks are on,
+the module computes W_e x for all tokens and slots by the code of this file, which follows the flags
+that the module's class states (`transformers.integrations.moe`): gated or not, transposed or not,
+with biases or without. That is exact in every dtype, and has derivatives in both modes, whatever
 `experts_implementation` says.
 
-A router is one linear map, W [expert, in], within a module of its own. It is computed by the
-module's own code, in which what `F.linear` makes of W is the place to write.
+A router is one linear map, W [expert, in], in a module of its own. The module's own code computes
+it, and the site writes where `F.linear` has multiplied by W.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from lens_lora.core.model import Input, extensions, norm_of_product
 from lens_lora.errors import ModelStateError
 from lens_lora.spans import Temporary
 
-# The number of an expert stands beside x as two digits of this base, up to which float types are
-# exact.
+# The number of an expert stands beside x as two digits in this base: every float dtype holds the
+# whole numbers below it exactly.
 _DIGIT = 256
 ID_COLUMNS = 2
-# What a router may do to its weight before it is multiplied.
+# What a router may do to its weight before the product.
 _CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.type_as)
-# What transformers' modules of experts say of themselves.
+# The attributes by which transformers' modules of experts describe themselves.
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
 def is_experts(module: object) -> bool:
-    """Whether it holds a stack of experts, in the form that transformers has for all families."""
-    # Few modules have such a parameter, and flags are slow to look up where they are missing.
+    """Whether a module holds a stack of experts, in the form that transformers has for all."""
+    # Few modules have such a parameter, and missing attributes are slow to look up.
     if not isinstance(module, nn.Module) or "down_proj" not in compat.own_parameters(module):
         return False
     return all(hasattr(module, flag) for flag in _FLAGS)
 
 
 def is_router(module: object) -> bool:
-    """Whether it holds the weight of a linear map, and is no linear module."""
+    """Whether a module holds the weight of a linear map without being a linear module."""
     if not isinstance(module, nn.Module) or isinstance(module, nn.Linear | nn.Embedding):
         return False
     weight = getattr(module, "weight", None)
@@ -65,7 +65,7 @@ def is_router(module: object) -> bool:
 
 @extensions.refuse_without_float64.provide
 def refuse_without_float64(model: nn.Module) -> None:
-    """Refuse stacks of experts in float64 that are computed by a kernel which lacks it."""
+    """Refuse experts in float64 if their kernel has no float64."""
     for experts in filter(is_experts, model.modules()):
         kernel = compat.experts_implementation(experts)
         if kernel == "grouped_mm" and next(experts.parameters()).dtype == torch.float64:
@@ -79,7 +79,7 @@ def refuse_without_float64(model: nn.Module) -> None:
 
 
 def stacks_of(experts: Any) -> tuple[str, str]:
-    """The names of its stacks of weights, in the order of a forward pass."""
+    """The names of the stacks of weights, in the order of a forward pass."""
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
@@ -106,7 +106,7 @@ def each_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
 def with_expert(
     x: Float[Tensor, "*token slot in"], expert: Int[Tensor, "*token slot"]
 ) -> Float[Tensor, "*token slot in_and_expert"]:
-    """Put the number of the expert beside x: z = (x, e)."""
+    """Join x and the number of the expert: z = (x, e)."""
     digits = torch.stack([expert // _DIGIT, expert % _DIGIT], -1)
     return torch.cat([x, digits.to(x.dtype)], -1)
 
@@ -118,7 +118,7 @@ def expert_of(z: Float[Tensor, "... in_and_expert"]) -> Int[Tensor, "..."]:
 
 
 class _Written(compat.SharedForward):
-    """The forward of a module, with writers at its parameters."""
+    """The forward of a module that has writers at its parameters."""
 
     def written(self, name: str, z: Tensor, out: Tensor) -> Tensor:
         """The output of the map, after all writers at this parameter."""
@@ -147,28 +147,31 @@ class _Experts(_Written):
         return (outs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
     def _mapped(self, name: str, x: Tensor, index: Int[Tensor, "token slot"]) -> Tensor:
-        """W_e x of every token and slot, one product for each expert."""
+        """Compute W_e x for every token and slot, with one product for each expert."""
         experts: Any = self.module
         stack = getattr(experts, name)
         biases = getattr(experts, f"{name}_bias", None)
-        # The rows of each expert follow one another.
-        order = index.flatten().argsort(stable=True)
-        counts = torch.bincount(index.flatten(), minlength=experts.num_experts).tolist()
+        # Sort the rows by their expert, so that those of an expert follow one another.
+        expert_of_row = index.flatten()
+        order = expert_of_row.argsort(stable=True)
+        counts = torch.bincount(expert_of_row, minlength=experts.num_experts).tolist()
+        rows_by_expert = x.flatten(0, 1)[order].split(counts)
         outs: list[Tensor] = []
-        for expert, rows in enumerate(x.flatten(0, 1)[order].split(counts)):
+        for expert, rows in enumerate(rows_by_expert):
             if not len(rows):
                 continue
             weight = stack[expert].T if experts.is_transposed else stack[expert]
             bias = None if biases is None else biases[expert]
             outs.append(linear(rows, weight, bias))
-        out = torch.cat(outs)[order.argsort()].unflatten(0, index.shape)
+        in_own_order = torch.cat(outs)[order.argsort()]
+        out = in_own_order.unflatten(0, index.shape)
         if not any(parameter == name for parameter, _ in self.asked):
             return out
         return self.written(name, with_expert(x, index), out)
 
 
 class _Router(_Written):
-    """The forward of a router: its own code, with writers at what it makes of its weight."""
+    """The forward of a router: its own code, with writers where its weight was multiplied."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
@@ -177,7 +180,10 @@ class _Router(_Written):
 
 
 class _AtWeight(TorchFunctionMode):
-    """Within the block, what `F.linear` makes of a weight, in any dtype, goes through `write`."""
+    """Within the block, the result of `F.linear` with this weight goes through `write`.
+
+    The weight may have been cast to another dtype before.
+    """
 
     def __init__(self, weight: Tensor, write: Callable[[str, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -197,13 +203,13 @@ class _AtWeight(TorchFunctionMode):
         return result
 
     def _is_weight(self, tensor: object) -> bool:
-        """Whether it is the weight, in whatever dtype."""
+        """Whether a tensor is the weight, or a cast of it."""
         return any(tensor is form for form in self._forms)
 
 
 @extensions.write_at.provide
 def write_at(span: Temporary, module: nn.Module, name: str, writer: extensions.Writer) -> None:
-    """Let the writer change the output of a parameter's map, until the span ends."""
+    """Let a writer change the output of a parameter's map, until the span ends."""
     if compat.is_split_over_processes(module):
         raise ModelStateError(
             f"{name}: the experts of {type(module).__name__} are spread over processes, so no "
@@ -215,7 +221,7 @@ def write_at(span: Temporary, module: nn.Module, name: str, writer: extensions.W
 
 @extensions.experts_by_layer.provide
 def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
-    """The stack of experts of each layer; a layer's number is the first in the module's name."""
+    """The stack of experts of each layer; the first number in a module's name is its layer."""
     stacks: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
         if not is_experts(module):
@@ -233,7 +239,7 @@ def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
 class ExpertMap(SiteMap):
     """The map δ(x, e) = s·B_e A_e x of a stack of experts.
 
-    Rank space is that of all experts, one after another; for expert e, u is zero but for its ranks.
+    The ranks of all experts follow one another; for expert e, u is zero outside its own ranks.
     """
 
     def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
@@ -241,7 +247,7 @@ class ExpertMap(SiteMap):
         return z[..., :-ID_COLUMNS]
 
     def by_token(self, u: Float[Tensor, "batch pos *slot rank"]) -> Float[Tensor, "batch pos rank"]:
-        """Sum u over slots: each of a token's experts has ranks of its own."""
+        """Sum u over slots, as each of a token's experts has ranks of its own."""
         return u.sum(2)
 
     def norm(self) -> float:
@@ -258,13 +264,13 @@ class ExpertMap(SiteMap):
         return self.sB, torch.block_diag(*self.A.chunk(self.experts))
 
     def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
-        """Compute Ax at the ranks of expert e, and 0 at all others."""
+        """Compute Ax at the ranks of expert e, and 0 at all other ranks."""
         owners = torch.arange(self.rank, device=z.device) // (self.rank // self.experts)
         is_own = owners == expert_of(z)[..., None]
         return (self.inputs(z).to(self.dtype) @ self.A.T) * is_own
 
     def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
-        """Compute δ = sB·u of each slot, one slot's features after another's."""
+        """Compute δ = sB·u of each slot; the features of the slots follow one another."""
         delta = u @ self.sB.T
         return delta.flatten(2) if u.ndim == 4 else delta
 

@@ -1,18 +1,18 @@
-"""Whether a lens is exact on a model that nobody tried: a probe of eight tokens.
+"""A probe of eight tokens shows whether a lens is exact on a model of an untried family.
 
-A family without an entry in `families` has its sites read from the bridge: from the names of its
-components, and from how it splits a fused projection. Whether that is right is measured.
+For a family without an entry in `families`, the sites are read from the bridge: from the names of
+its components, and from how it splits a fused projection. The probe measures whether that is right.
 
 1. Every linear module that the adapter names gets random factors of the adapter's rank, and every
-   norm a random Δγ: about a third of what is there, so that a mistake shows.
+   norm a random Δγ. They are about a third of what is there, so that a mistake shows.
 2. The Hugging Face model runs with each update added to its module's output, by a forward hook at
-   the path that the adapter names; of a parameter, with W + ΔW in its place for that call.
+   the path that the adapter names. For a parameter, W + ΔW replaces W in that pass.
 3. The hooked model runs with the same factors through the lens's own hooks. What each site writes,
-   and the logits, must be equal up to the dtype's rounding, and each site must write once, as its
+   and the logits, must be equal up to the dtype's rounding. Each site must write once, as its
    module runs once.
 
 The Hugging Face model is the base before it is wrapped (`ll.load`), or `hf_model`. Without either
-it is the one within the bridge: as good a reference, unless the bridge takes a projection apart.
+it is the model inside the bridge, which is as good, unless the bridge takes a projection apart.
 
 Cost: two passes over eight tokens.
 """
@@ -57,22 +57,22 @@ from lens_lora.spans import Temporary, temporary
 
 # ‖ΔW‖ / ‖W‖ of the random updates.
 _SIZE = 0.3
-# From how many of W's entries its size is estimated.
+# The size of W is estimated from so many of its entries.
 _ENTRIES = 2**16
 
 
 class _Added:
-    """A forward hook that adds a random update, and keeps what the last token then has.
+    """A forward hook that adds a random update, and keeps the output at the last token.
 
     Args:
         module: a linear module, an embedding or a norm.
-        rank: that of a LoRA.
-        seed: of the draw.
+        rank: the rank of the update; a norm has none.
+        seed: the seed of the draw.
 
     Attributes:
         update: what is added.
         runs: how often the module ran.
-        last: what the last token had behind the module.
+        last: the output of the module at the last token, with the update.
     """
 
     def __init__(self, module: nn.Module, rank: int, seed: int) -> None:
@@ -111,7 +111,7 @@ class _Added:
 def _random_factors(
     out: int, width: int, rank: int, size: float, seed: int, experts: int = 0
 ) -> LoRAFactors:
-    """Factors whose product has entries of this root mean square."""
+    """Draw factors whose product has entries with this root mean square."""
     drawn = torch.Generator().manual_seed(seed)
     A = torch.randn((rank, width), generator=drawn)
     B = torch.randn((out, rank), generator=drawn)
@@ -120,13 +120,13 @@ def _random_factors(
 
 
 class _Changed:
-    """A parameter with a random update in it, for as long as its module runs.
+    """A parameter to which a random update is added while its module runs.
 
     Args:
         module: a stack of experts or a router.
-        name: that of the parameter.
+        name: the name of the parameter.
         rank: the rank of the update.
-        seed: of the draw.
+        seed: the seed of the draw.
 
     Attributes:
         update: what is added to the parameter.
@@ -144,7 +144,7 @@ class _Changed:
         self.update = _random_factors(out, width, rank, size, seed, experts)
 
     def __call__(self) -> Tensor:
-        """Make W + ΔW, as the module stores it."""
+        """Compute W + ΔW, in the layout in which the module stores W."""
         self.runs += 1
         weight = self._module.get_parameter(self._name).detach()
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -161,7 +161,7 @@ class _Changed:
 
 @temporary
 def _changed(span: Temporary, model: nn.Module, weights: Mapping[str, _Changed]) -> None:
-    """Within the block, each module of these parameters computes with others in their place."""
+    """Within the block, the modules of these parameters compute with the changed ones."""
     by_owner: dict[str, dict[str, _Changed]] = {}
     for name, change in weights.items():
         owner, _, parameter = name.rpartition(".")
@@ -178,10 +178,10 @@ def _run_changed(shell: Shell, changes: Mapping[str, _Changed], *args: Any, **kw
 
 
 class Probe:
-    """Random updates of an adapter's modules, and what the Hugging Face model makes of them.
+    """Random updates of an adapter's modules, and the Hugging Face model's logits with them.
 
     Args:
-        reference: the Hugging Face model; or a bridge, for the model within it.
+        reference: the Hugging Face model; or a bridge, for the model inside it.
         adapter: names the modules and their ranks.
         done: modules that were probed before, and are left out.
     """
@@ -203,7 +203,7 @@ class Probe:
                 weights[name] = changed
                 self.added[path] = changed
                 continue
-            # Within a layer of PEFT, where there is one.
+            # If the module is inside a layer of PEFT, that layer's own module is meant.
             name = names.get(f"{path}.base_layer", names.get(path))
             if name is None:
                 continue
@@ -219,7 +219,7 @@ class Probe:
 def _parameter_at(
     reference: nn.Module, names: Mapping[str, str], path: str
 ) -> tuple[nn.Module, str] | None:
-    """The module and the name of its parameter, where a path is that of experts or a router."""
+    """The module and the name of its parameter, if the path is that of experts or of a router."""
     owner, _, parameter = path.rpartition(".")
     if owner in names:
         module = reference.get_submodule(names[owner])
@@ -242,7 +242,7 @@ def probed(
     eps: Callable[[], float],
     probe: extensions.Probe | None,
 ) -> frozenset[str]:
-    """`done` and the adapter's modules, once they are seen to be exact on this bridge.
+    """Check that the adapter's modules are exact on this bridge; returns all modules so checked.
 
     Raises:
         ModelStateError: see `require_exact`; or the bridge takes a projection apart, and there is
@@ -259,7 +259,7 @@ def probed(
 
 
 def _refuse_parts(family: Family, paths: Collection[str]) -> None:
-    """Refuse projections that the bridge takes apart, where there is nothing to compare with."""
+    """Refuse projections that the bridge takes apart, as there is nothing to compare with."""
     for path in paths:
         place = family.place(path)
         if place is not None and place.rows:
@@ -277,13 +277,13 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: flo
 
     Args:
         model: the bridge.
-        hf_model: the unprocessed base, where it is given.
-        probe: random updates, and what the Hugging Face model made of them.
+        hf_model: the unprocessed base, if it is given.
+        probe: random updates, and the Hugging Face model's logits with them.
         eps: the precision in which the bridge computes.
 
     Raises:
-        ModelStateError: a site that does not write as often as its module runs, or more than once;
-            another output of a site, or other logits.
+        ModelStateError: a site or its module does not run exactly once; or the output of a site, or
+            the logits, differ.
     """
     if not probe.added:
         return
@@ -312,17 +312,17 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: flo
         expected = added.last
         if rows is not None:
             expected = expected[rows.to(expected.device)]
-        if site.kind != "embed":  # whose hook point may show a multiple
+        if site.kind != "embed":  # The hook point of an embedding may show a multiple.
             claim = f"{site.name} ({site.module}) writes"
             _require_near(inject.last[index][0], expected, claim, eps)
     _require_near(logits, probe.logits, "the logits are", eps)
 
 
 class _Seen:
-    """An injection at gates of 1 that keeps what the last token has at each site.
+    """An injection at gates of 1 that keeps the output of each site at the last token.
 
     Attributes:
-        last: for each site what the last token had, at every write.
+        last: for each site, the output at the last token, each time that it wrote.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -354,7 +354,7 @@ def _require_near(ours: Tensor, expected: Tensor, claim: str, eps: float) -> Non
 
 
 def _root_mean_square(module: nn.Module, weight: Tensor) -> float:
-    """The root mean square of W's first entries, or that of a usual start where they are away."""
+    """The root mean square of W's first entries; if W is not at hand, that of a usual start."""
     if quantised_name(module) is not None:
         return shape_of(module)[1] ** -0.5
     if is_offloaded(module) or weight.is_meta:

@@ -1,12 +1,12 @@
-"""Adapters that name each expert by itself, for a model that holds its experts in one tensor.
+"""Adapters that name single experts, for a model that holds all experts in one tensor.
 
-transformers 4 had a module for each expert and each of its maps; transformers 5 has a stack,
-[expert, out, in], in which gate and up are one parameter. What an adapter holds for one expert's
-gate and up becomes, as in PEFT,
+transformers 4 had a module for each map of each expert. transformers 5 has a stack of all experts,
+[expert, out, in], in which gate and up are one parameter. So an adapter's factors of an expert's
+gate and up become, as in PEFT,
 
-    A = [A_gate; A_up],     B = diag(B_gate, B_up);
+    A = [A_gate; A_up],     B = diag(B_gate, B_up)
 
-an expert without factors gets none.
+and an expert without factors gets zeros.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lens_lora.core.model import extensions, names_by_path
 from lens_lora.errors import AdapterError
 from lens_lora.hosts.experts import each_shape, is_experts, stacks_of
 
-# The names that transformers 4 gave to the maps of one expert: the stack in which each is now, and
-# which of its two halves it is.
+# For each name that transformers 4 gave to a map of an expert: the stack that holds it now, and
+# which half of that stack it is.
 _STACK_OF = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
@@ -39,14 +39,14 @@ _Halves = dict[int, dict[int, LoRAFactors]]
 
 
 class _OfExpert(NamedTuple):
-    """The parts of a key of an adapter that names a single expert.
+    """The parts of an adapter's key that names a map of a single expert.
 
     Attributes:
-        layer: the beginning of the path, to the layer's number.
+        layer: the beginning of the path, up to the number of the layer.
         expert: the number of the expert.
         stack: the name of the parameter that holds the map now.
-        half: which of its halves the map is.
-        tag: the part of a sum, with its '@'; '' of none.
+        half: which half of that parameter the map is.
+        tag: '@' and the name of the part, in a sum of adapters; else ''.
     """
 
     layer: str
@@ -67,13 +67,13 @@ class _OfExpert(NamedTuple):
 
 @extensions.named_as_model.provide
 def on_stacks(adapter: Adapter, model: Any) -> Adapter:
-    """The adapter, with factors of single experts as those of the stack that this model has.
+    """The adapter, where factors of single experts are joined to those of the model's stacks.
 
-    Where a layer has no such stack, or several, the adapter's names stay, and are refused as
+    If a layer has no such stack, or several, the adapter's names stay, and are refused later as
     unknown.
 
     Raises:
-        AdapterError: an expert that the model lacks, or an update that is no plain s·B·A.
+        AdapterError: an expert that the model lacks, or an update that is not a plain s·B·A.
     """
     named: dict[str, _OfExpert] = {}
     for key in adapter.modules:
@@ -93,7 +93,7 @@ def on_stacks(adapter: Adapter, model: Any) -> Adapter:
     moved: set[str] = set()
     for key, of_expert in named.items():
         if key.partition("@")[0] in names:
-            continue  # the model has the expert as a module of its own
+            continue  # This model has the expert as a module of its own.
         paths = [path for path in stacks if path.startswith(of_expert.layer)]
         if len(paths) != 1 or of_expert.stack not in stacks_of(stacks[paths[0]]):
             continue
@@ -112,7 +112,7 @@ def on_stacks(adapter: Adapter, model: Any) -> Adapter:
 
 
 def _plain_factors(key: str, update: ModuleUpdate) -> LoRAFactors:
-    """The update, where it is a plain s·B·A."""
+    """Check that an update is a plain s·B·A, and return it."""
     if isinstance(update, LoRAFactors) and update.base_part is None and update.lora_bias is None:
         return update
     raise AdapterError(
@@ -125,8 +125,8 @@ def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFacto
     """The factors of a whole stack.
 
     Args:
-        path: that of the stack, for errors.
-        halves: the adapter's factors.
+        path: the path of the stack, for errors.
+        halves: the adapter's factors of each expert.
         experts: the module that holds the stack.
         stack: the name of its parameter.
     """
@@ -138,10 +138,11 @@ def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFacto
             "another base model?"
         )
     out, width = each_shape(experts, experts.get_parameter(stack))
-    like = next(iter(next(iter(halves.values())).values()))
+    factors_of_one_expert = next(iter(halves.values()))
+    like = next(iter(factors_of_one_expert.values()))
+    # The output rows of each half of the parameter: the halves follow one another, or alternate.
     rows = torch.arange(out)[None]
     if stack == "gate_up_proj":
-        # One half after the other, or in turn.
         rows = rows.view(2, -1) if experts.is_concatenated else rows.view(-1, 2).T
     parts: list[LoRAFactors] = []
     for expert in range(count):
