@@ -339,7 +339,7 @@ def _name(hf_model: PreTrainedModel) -> str:
 
 
 def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
-    """Write config.json as TransformerLens reads it, with the old name of GPT-2's context as well."""
+    """Write config.json as TransformerLens reads it: also with the old name of GPT-2's context."""
     misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
     if misread:
         raise ModelStateError(
