@@ -1,9 +1,9 @@
 """An adapter's modules as sites of a model, before they meet the model's basis.
 
-1. A Hugging Face module becomes one site, or three where it fuses q, k and v: row i of the fused
-   output belongs to the kind that the family's layout names, and the site takes those rows of B.
-   A module that the model lacks is refused, with the nearest that it has.
-2. Parameters that were trained whole are turned to [out, in], as factors are.
+1. A Hugging Face module becomes one site, or three if it fuses q, k and v. The family's layout says
+   to which of them each row of the fused output belongs, and each site takes its rows of B. A
+   module that the model lacks is refused, and the nearest ones are named.
+2. Parameters that were trained whole are transposed to [out, in], as factors are.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _ORDER = (
     *("ln_final", "unembed"),
 )
 
-# Of a stack of experts, the kind of an MLP's map in whose place each parameter stands.
+# For each parameter of a stack of experts, the kind of MLP map that it replaces.
 _OF_STACKS = {"gate_up_proj": "up", "up_proj": "up", "down_proj": "down"}
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteFactors:
-    """A site before it meets the model's basis: its own output rows, in the Hugging Face basis.
+    """A site in the Hugging Face basis, with the adapter's factors of its own output rows.
 
     Attributes:
-        name: 'blocks.3.attn.q', with the part of a sum behind '@'.
-        module: path that the adapter names.
-        path: that of the module of these rows: another one where the base ties it to `module`.
-        layer: its number.
+        name: such as 'blocks.3.attn.q', or in a sum of adapters 'blocks.3.attn.q@name'.
+        module: the path of the module that the adapter names.
+        path: the path of the module that is changed; it differs if the base ties it to `module`.
+        layer: the number of the block.
         kind: such as 'q'.
-        factors: those of these rows; trained parameters are [out, in].
-        rows: those of a fused module; None for all.
-        adapter: the part of a sum.
+        factors: the adapter's factors of these rows; trained parameters are [out, in].
+        rows: the rows of a fused module that belong to the site; None for all.
+        adapter: in a sum of adapters, the name of the part.
         base_model: the base that the adapter names.
     """
 
@@ -60,23 +60,23 @@ class SiteFactors:
 
     @property
     def label(self) -> str:
-        """For errors: 'blocks.3.attn.q (model.layers.3.self_attn.q_proj)'."""
+        """The name for errors, such as 'blocks.3.attn.q (model.layers.3.self_attn.q_proj)'."""
         return f"{self.name} ({self.module})"
 
     def misfit(self, facts: str) -> AdapterError:
-        """The error for parameters that do not fit the model's."""
+        """The error for parameters that do not fit those of the model."""
         return _misfit(self.label, facts, self.base_model)
 
     @property
     def key(self) -> str:
-        """The adapter's own key of the module, with the part of a sum behind '@'."""
+        """The adapter's own key of the module, which in a sum of adapters ends in '@name'."""
         return f"{self.module}@{self.adapter}" if self.adapter else self.module
 
 
 def resolve_sites(
     adapter: Adapter, family: Family, heads: Heads, n_layers: int
 ) -> tuple[SiteFactors, ...]:
-    """Every adapted module as sites, in the order in which a forward pass meets them.
+    """Turn every adapted module into sites, in the order in which a forward pass meets them.
 
     Raises:
         SiteError: a module that the model lacks.
@@ -115,14 +115,14 @@ def resolve_sites(
 
 
 def _fused_width(place: Place, heads: Heads) -> int:
-    """How many rows a fused projection has; 0 where the heads do not tell."""
+    """How many rows a fused projection has; 0 if the heads do not tell."""
     if place.rows:
         return sum(len(rows) for rows in place.rows.values())
     return sum(heads.of(kind) for kind in place.kinds) * heads.d_head
 
 
 def _can_hold(place: Place, factors: ModuleUpdate, n_layers: int) -> bool:
-    """Whether the model has such a layer, and the module may have such an update: norms no LoRA."""
+    """Whether the model has such a layer, and the module can have the update (norms: no LoRA)."""
     if (place.layer or 0) >= n_layers:
         return False
     is_norm = place.kinds[0] in NORM_KINDS
@@ -130,10 +130,10 @@ def _can_hold(place: Place, factors: ModuleUpdate, n_layers: int) -> bool:
 
 
 def in_order(site: SiteFactors) -> tuple[int, int, str]:
-    """Sort key: the order in which a forward pass meets the sites.
+    """A sort key for sites, in the order in which a forward pass meets them.
 
-    A kind that is named by its path ('conv.in', 'mlp.shared_expert.up') comes where an o, or what
-    an MLP writes, would; a stack of experts where up and down are.
+    A kind that is named by its path ('conv.in', 'mlp.shared_expert.up') takes the place of an o, or
+    of the last map of an MLP; a stack of experts that of up or down.
     """
     kind = site.kind
     if kind not in _ORDER:
@@ -143,7 +143,7 @@ def in_order(site: SiteFactors) -> tuple[int, int, str]:
 
 
 def _turned(factors: ModuleUpdate, family: Family, place: Place) -> ModuleUpdate:
-    """Turn weights of the base, and trained ones, to [out, in]; A and B are so already."""
+    """Transpose base weights and trained weights to [out, in], as A and B are already."""
     if not family.stores_transposed(place.kinds[0]):
         return factors
     if isinstance(factors, TrainedModule):
@@ -163,9 +163,10 @@ def _out(factors: ModuleUpdate) -> int:
 
 
 def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None:
-    """The output rows of a fused projection that belong to a kind; None where it is not fused.
+    """The output rows of a fused projection that belong to a kind; None if it is not fused.
 
-    Layout "blocks" is q|k|v one after another, or gate|up; "interleaved" is (head, 3, d_head).
+    With the layout "blocks", q, k and v follow one another, or gate and up. With "interleaved" the
+    rows are (head, 3, d_head).
     """
     if place.layout in ("whole", "measured"):
         return place.rows.get(kind)
@@ -173,7 +174,7 @@ def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None
     index = place.kinds.index(kind)
     if place.layout == "interleaved":
         return rows.view(heads.n_heads, -1, heads.d_head)[:, index].flatten()
-    even = out // len(place.kinds)  # of gate and up, which have no heads
+    even = out // len(place.kinds)  # Gate and up have no heads, and share the rows evenly.
     widths = [heads.of(part) * heads.d_head or even for part in place.kinds]
     return rows.split(widths)[index]
 
@@ -185,7 +186,7 @@ def _misfit(where: str, facts: str, base_model: str | None) -> AdapterError:
 
 
 def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int) -> SiteError:
-    """The error of a module that the model lacks, with the nearest that it has."""
+    """The error for a module that the model lacks, with the nearest ones that it has."""
     known = family.linear_paths(n_layers)
     near = difflib.get_close_matches(module, known, n=3, cutoff=0.3) or known[:3]
     fact = (

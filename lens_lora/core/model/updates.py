@@ -1,7 +1,7 @@
 """The update of each site in the Hugging Face basis: A, B and Δb, or Δγ and Δβ.
 
-1. Shapes are compared with the model's own weights, and dense updates with the memory that is free.
-2. Each site's update is made plain:
+1. Shapes are checked against the model's own weights, and dense updates against free memory.
+2. The update of each site is written in a plain form:
 
        factors           s·B·A,  Δb = s·b_B + (b' − b)
        DoRA              ΔW = m/‖W₀ + sBA‖_row ⊙ (W₀ + sBA) − W
@@ -9,12 +9,14 @@
        trained rows t    ΔW = Σ_t (W'_t − W_t) at row t: one factor selects the rows
        norm              Δγ = γ' − γ,  Δβ = β' − β
 
-   W, b, γ and β are the base's (`HookedHost.base_weight` and others). W₀ = W, unless PEFT wrote an
-   embedding of the file into the base: then ΔW has W₀ − W beside s·B·A. What equals the base to one
-   rounding of the coarser dtype is no update, and a site without one is left out.
-3. Where the base ties its head to its embedding, an update of the one may be an update of the other
-   as well, as PEFT treats it. All that one site gets is one update.
-4. Where norms are folded, readers' A' = A diag(γ) would depend on γ's gate: γ and β are refused.
+   W, b, γ and β are those of the base (`HookedHost.base_weight` and others). W₀ = W, unless PEFT
+   writes an embedding of the file into the base: then ΔW is s·B·A plus W₀ − W. Parameters that
+   equal the base to one rounding of the coarser dtype are no update, and a site without an update
+   is left out.
+3. If the base ties its head to its embedding, an update of one may also be an update of the other,
+   as in PEFT. All updates of one site are joined into one.
+4. If norms are folded, A' = A diag(γ) of the maps behind them would depend on the gate of γ, so
+   updates of γ and β are refused.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from lens_lora.errors import AdapterError, ModelStateError, UnsupportedAdapterEr
 from lens_lora.families import NORM_KINDS, outside_layer
 
 _TIED = {"embed": "unembed", "unembed": "embed"}
-# A dense update is held twice while it is turned into the model's basis.
+# A dense update is held twice while it is transformed to the model's basis.
 _COPIES = 2
 
 
@@ -53,7 +55,7 @@ class SiteUpdate:
 
     Attributes:
         site: the site, with the adapter's own factors.
-        update: what they add to the base's module.
+        update: what these add to the base's module.
     """
 
     site: SiteFactors
@@ -61,7 +63,7 @@ class SiteUpdate:
 
     @property
     def norm(self) -> NormUpdate | None:
-        """The change of a norm's parameters; None of a linear map."""
+        """The change of a norm's parameters; None for a linear map."""
         return self.update if isinstance(self.update, NormUpdate) else None
 
     @property
@@ -78,9 +80,9 @@ class SiteUpdate:
     def svd(
         self,
     ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
-        """Decompose sBA = UΣVᵀ of a linear map into ΣVᵀ, U and σ, in float64 on the CPU.
+        """The SVD sBA = UΣVᵀ of a linear map, as ΣVᵀ, U and σ, in float64 on the CPU.
 
-        Directions whose σ is zero are zero in both.
+        Directions whose σ is zero are zero in ΣVᵀ and in U.
         """
         update = self.linear
         turn = svd_turn(update)
@@ -93,11 +95,11 @@ def site_updates(host: HookedHost, sites: Sequence[SiteFactors]) -> tuple[SiteUp
     """The updates of all sites that differ from the base. No forward pass.
 
     Raises:
-        AdapterError: shapes that do not fit the model's, or nothing differs.
+        AdapterError: shapes do not fit those of the model, or no site differs from the base.
         SiteError: the model has no such module.
-        UnsupportedAdapterError: two values for parameters that are tied.
+        UnsupportedAdapterError: there are two values for parameters that are tied.
         ModelStateError: the base is needed and was not given, or norms that changed are folded.
-        OutOfMemoryError: dense updates that do not fit into memory.
+        OutOfMemoryError: dense updates do not fit into memory.
     """
     by_kind = {(site.kind, site.adapter): site for site in sites}
     _require_fit(host, sites)
@@ -118,7 +120,7 @@ def site_updates(host: HookedHost, sites: Sequence[SiteFactors]) -> tuple[SiteUp
 
 
 def _update_of(site: SiteFactors, host: HookedHost) -> Update | NormUpdate | None:
-    """The update of a site; None where the adapter holds what the base has."""
+    """The update of a site; None if the adapter's parameters equal the base's."""
     if site.kind not in NORM_KINDS:
         return _linear_update(site, host)
     if not host.is_folded(site.layer, site.kind):
@@ -135,7 +137,7 @@ def _update_of(site: SiteFactors, host: HookedHost) -> Update | NormUpdate | Non
 
 
 def _joined(earlier: SiteUpdate | None, later: SiteUpdate) -> SiteUpdate:
-    """Both updates of one site as one, under the module that the adapter itself names there."""
+    """Join two updates of one site, under the module that the adapter itself names."""
     if earlier is None:
         return later
     is_named = earlier.site.path == earlier.site.module
@@ -146,7 +148,7 @@ def _joined(earlier: SiteUpdate | None, later: SiteUpdate) -> SiteUpdate:
 
 
 def _summed(*updates: Update) -> Update:
-    """The sum of updates of one map, with the ranks of all."""
+    """The sum of several updates of one map, whose ranks follow one another."""
     device = float64_device(updates[0].A.device)
     A = torch.cat([in_float64(update.A).to(device) for update in updates])
     B = torch.cat([in_float64(update.B).to(device) * update.scale for update in updates], 1)
@@ -177,15 +179,15 @@ def _require_fit(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
 
 
 def _experts_of(update: ModuleUpdate) -> int:
-    """How many experts share the ranks; 0 where this is one map."""
+    """The number of experts that share the ranks; 0 for a single map."""
     experts = update.experts if isinstance(update, LoRAFactors) else 0
     return experts if experts > 1 else 0
 
 
 def _shapes(site: SiteFactors, ours: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """(out, in) as each of the adapter's tensors has them.
+    """The shape (out, in) that each of the adapter's tensors implies.
 
-    A side that a tensor leaves open is the model's own.
+    A side that a tensor does not determine is that of the model.
 
     Args:
         site: the site, with the adapter's tensors.
@@ -241,12 +243,12 @@ def _token_axis(kind: str) -> int:
 
 
 def _require_memory(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
-    """Check that the dense updates fit into what is free on each device, before any is made.
+    """Check that dense updates fit into the free memory of each device, before any is made.
 
-    DoRA's ΔW and that of a module trained whole have full rank: ΔW [out, in] is held, in float32 at
-    least, 4 · out · in bytes a module, several times the adapter. Where the model was processed or
-    the bias changes as well, the other factor is no view (`dense`), and min(out, in)² numbers more
-    are held.
+    ΔW [out, in] of DoRA, and of a module trained whole, has full rank. It takes at least 4 · out ·
+    in bytes for each module, several times the size of the adapter. If the model was processed, or
+    the bias changes as well, the other factor is not a view (`adapter/dense.py`), and takes
+    min(out, in)² more numbers.
     """
     dense = [site for site in sites if _is_dense(site)]
     needed: Counter[torch.device] = Counter()
@@ -267,7 +269,7 @@ def _require_memory(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
 
 
 def free_bytes(device: torch.device) -> float | None:
-    """The bytes that are free on a device; None where it does not tell."""
+    """The bytes that are free on a device; None if it does not say."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     if device.type == "cpu":
@@ -291,7 +293,7 @@ def _has_bias(factors: ModuleUpdate) -> bool:
 
 
 def _linear_update(site: SiteFactors, host: HookedHost) -> Update | None:
-    """ΔW and Δb of a linear map; None where nothing differs from the base."""
+    """ΔW and Δb of a linear map; None if nothing differs from the base."""
     factors = site.factors
     if isinstance(factors, LoRAFactors):
         update = _of_factors(site, factors, host)
@@ -307,11 +309,11 @@ def _linear_update(site: SiteFactors, host: HookedHost) -> Update | None:
 
 
 def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Update:
-    """Make s·BA, or DoRA's dense ΔW; with W₀ − W beside it where the file holds another W₀."""
+    """s·BA, or DoRA's dense ΔW; plus W₀ − W if the file holds another W₀ than the base."""
     is_dora = factors.needs_base_weight
     stored = _unlike_base(site, factors.base_weight, host)
     reads = factors.A
-    if not factors.width:  # no row of A tells how wide the input is
+    if not factors.width:  # A constant does not say how wide the input is.
         reads = reads.new_zeros(factors.rank, host.weight(site.layer, site.kind).shape[1])
     scale = factors.scale * factors.strength
     update = Update(reads, factors.B, scale, experts=_experts_of(factors))
@@ -322,7 +324,7 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Up
     W = in_float64(base)
     if is_dora:
         W0 = W if stored is None else stored.to(W)
-        # A dense ΔW is kept in the base's dtype: half as large as in float64.
+        # A dense ΔW is kept in the base's dtype, where it is half as large as in float64.
         kept_dtype = torch.promote_types(base.dtype, torch.float32)
         update = _dense(factors.materialise(W0).to(kept_dtype))
     if stored is None:
@@ -331,14 +333,14 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Up
 
 
 def holds_another_base(site: SiteFactors, host: HookedHost) -> bool:
-    """Whether W₀ − W is a part of the update, beside that of the factors."""
+    """Whether W₀ − W is a part of the update, in addition to the factors."""
     if not isinstance(site.factors, LoRAFactors):
         return False
     return _unlike_base(site, site.factors.base_weight, host) is not None
 
 
 def _of_trained(site: SiteFactors, trained: TrainedModule, host: HookedHost) -> Update | None:
-    """ΔW of a weight that was trained whole, or of rows of it; None where it is the base's."""
+    """ΔW of a weight, or of rows of it, that was trained whole; None if it equals the base's."""
     weight = trained.weight
     if weight is None:
         return None
@@ -444,7 +446,7 @@ def _unlike_base(site: SiteFactors, held: Tensor | None, host: HookedHost) -> Te
 
 
 def _difference(held: Tensor, base: Tensor) -> Tensor:
-    """Subtract the base from what is held, where the base lies, in no less than float32."""
+    """Subtract the base from a stored tensor, on the base's device, in float32 or better."""
     dtype = torch.promote_types(torch.promote_types(held.dtype, base.dtype), torch.float32)
     return held.to(base.device, dtype) - base.to(dtype)
 
@@ -458,7 +460,7 @@ def _dense(delta: Float[Tensor, "out in"]) -> Update:
 
 
 def _norm_update(site: SiteFactors, host: HookedHost) -> NormUpdate | None:
-    """Δγ and Δβ of a norm; None where nothing differs from the base."""
+    """Δγ and Δβ of a norm; None if nothing differs from the base."""
     trained = cast(TrainedModule, site.factors)
     gamma, beta = host.base_affine(site)
     weight = trained.weight
@@ -476,7 +478,7 @@ def _norm_update(site: SiteFactors, host: HookedHost) -> NormUpdate | None:
 
 
 def _vector_change(site: SiteFactors, held: Tensor | None, base: Tensor | None) -> Tensor | None:
-    """How a norm's vector differs from the base's; None where it does not."""
+    """The difference of a norm's vector from the base's; None if there is none."""
     if held is None:
         return None
     if base is None or held.shape != base.shape:
@@ -493,15 +495,16 @@ def _vector_change(site: SiteFactors, held: Tensor | None, base: Tensor | None) 
 def follower(
     site: SiteFactors, sites: Mapping[tuple[str, str], SiteFactors], host: HookedHost
 ) -> SiteFactors | None:
-    """The head, or the embedding, that changes with this site; None where neither does.
+    """The tied head or embedding that changes together with this site; None if there is none.
 
-    1. Trained rows of an embedding are the tied head's as well, unless it has rows of other tokens.
-    2. A weight that PEFT writes into the base's own parameter is that of both.
+    1. Trained rows of an embedding change the tied head as well, unless that has rows of other
+       tokens.
+    2. A weight that PEFT writes into the base's own parameter changes both.
     3. A module of `modules_to_save` is a copy: nothing follows it, and it follows nothing.
-    4. Factors are each module's own.
+    4. Factors belong to one module alone.
 
     Args:
-        site: an embedding or a head, say.
+        site: a site, such as an embedding or a head.
         sites: the adapter's own sites, by kind and part of a sum.
         host: the hooked model.
 
@@ -527,9 +530,9 @@ def follower(
 
 
 def _shared_parameters(site: SiteFactors, host: HookedHost) -> TrainedModule | None:
-    """The parameters that a tied module shares with this one, as its own [out, in].
+    """The parameters that a tied module shares with this site, in the tied module's [out, in].
 
-    None where nothing is shared.
+    None if nothing is shared.
     """
     factors = site.factors
     if site.kind not in _TIED:
@@ -541,7 +544,7 @@ def _shared_parameters(site: SiteFactors, host: HookedHost) -> TrainedModule | N
 
 
 def _holds(other: SiteFactors, site: SiteFactors, shared: TrainedModule) -> bool:
-    """Whether the adapter itself holds, for the tied module, what that would follow."""
+    """Whether the adapter holds an update of the tied module itself, which must then agree."""
     factors = other.factors
     if isinstance(factors, LoRAFactors) and factors.base_weight is None:
         return False
@@ -552,7 +555,7 @@ def _holds(other: SiteFactors, site: SiteFactors, shared: TrainedModule) -> bool
             is_of_these = torch.equal(factors.tokens, shared.tokens)
             own_weight = factors.weight if is_of_these else None
     elif isinstance(factors, TrainedModule) and factors.tokens is None and not factors.tied:
-        own_weight = weight  # a copy of its own, of `modules_to_save`
+        own_weight = weight  # A copy of its own, from `modules_to_save`.
     else:
         own_weight = _written_to_base(factors)
     if own_weight is None or not is_same(own_weight, weight):
