@@ -4,18 +4,19 @@
     (A + Ȧd)(B + Ḃd) = AB + (ȦB + AḂ) d             P = softmax(S),  Ṗ = P ∘ (Ṡ − Σ_k P ∘ Ṡ)
 
 1. Constant weights and factors. Torch multiplies a weight by the primal, by the tangent, and once
-   more for the weight's own tangent, which is zero. Within `OneProduct` there is one product, of
-   primal and tangent together.
+   more for the weight's own tangent, which is zero. `OneProduct` makes a single product, of primal
+   and tangent together.
 2. Attention. The scores are the largest tensors of a long prompt, and torch passes over them once
-   for every term; here terms are added in place.
-3. Where every row of a batch has the same primal (tangents of many parts of one prompt), what
-   depends on the primal only is computed once for all rows.
-4. Where the value keeps a graph, tangents are detached from it, as nothing goes back through them.
-   What torch saves of a dual number holds its tangent too, so such functions (and fused attention,
-   whose value then saves no pattern) are run once for the value and once for the tangent.
-5. Operations without a rule here are left to torch. One without a derivative is named.
-6. One thread of the process at a time, as torch has one dual level and one choice of attention
-   kernels: that of the formula, because fused kernels have no forward-mode derivative.
+   for every term. Here the terms are added in place.
+3. Equal primals. If every row of a batch has the same primal, as for tangents of many parts of one
+   prompt, what depends on the primal alone is computed once for all rows.
+4. Values with a graph. Tangents are detached from the graph, as nothing goes back through them. But
+   where torch saves an operand for the way back, it would save its tangent as well. So such
+   functions run twice, once for the value and once for the tangent; and so does fused attention,
+   whose value then saves no pattern.
+5. Operations without a rule here are left to torch. If one has no derivative, the error names it.
+6. One thread at a time. Torch has one dual level in a process, and one choice of attention kernels:
+   here the formula, because fused kernels have no forward-mode derivative.
 
 Cost: a dual forward pass takes about 2.5 forward passes.
 """
@@ -45,23 +46,23 @@ from lens_lora.spans import Temporary
 
 _Args = tuple[Any, ...]
 _Named = dict[str, Any]
-# A rule takes the number of rows with one primal, and torch's arguments.
+# A rule takes the number of rows that have the same primal, and torch's arguments.
 _Rule = Callable[..., "Tensor | None"]
 
-# Beyond so many rows of one primal, copying it beside the tangents costs more than it saves.
+# With more tangents per primal, copying the primal beside them costs more than it saves.
 _MOST_ROWS_BESIDE = 4
 
 
 class OneProduct(TorchFunctionMode):
     """Within the block, products of dual numbers follow the rules above.
 
-    Attention of values that keep a graph is computed by the kernels that are allowed when this is
-    made, and whatever has a tangent by those that are in force.
+    Attention of values with a graph uses the kernels that are allowed when this object is made;
+    attention of tangents uses those that are allowed within the block.
 
     Attributes:
-        rows: how many rows of the batch have the same primal: 1, or all rows that it has now. Code
-            that adds rows must set it. It stays 1 for a mixture of experts, which takes tokens out
-            of their rows.
+        rows: the number of rows of the batch with the same primal: 1, or all rows. Code that adds
+            rows must set it. It stays 1 for a mixture of experts, which takes tokens out of their
+            rows.
     """
 
     def __init__(self) -> None:
@@ -83,7 +84,7 @@ class OneProduct(TorchFunctionMode):
 
 
 class _KnownProduct(torch.autograd.Function):
-    """The way back from xW to x, where xW itself is computed already."""
+    """xW, which is computed already, with its backward pass to x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, value: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class _KnownProduct(torch.autograd.Function):
 
 
 def _affine(func: Any, rows: int, *args: Any, **factors: Any) -> Tensor | None:
-    """A constant times, or added to, a dual number; None where neither or both are dual."""
+    """Multiply a dual number by a constant, or add one; None unless exactly one operand is dual."""
     if factors or len(args) != 2:
         return None
     a, da = _parts_of(args[0])
@@ -110,7 +111,7 @@ def _affine(func: Any, rows: int, *args: Any, **factors: Any) -> Tensor | None:
         constant = a
     else:
         return None
-    # A sum has a tangent of its own: what is later done in place to it is not done to the summand.
+    # A sum gets a copy of the tangent, so that a change in place does not reach the summand.
     value_tangent = tangent.clone() if func in _SUMS else tangent * _detached(constant)
     value = func(a, b)
     if value.shape != value_tangent.shape or value.dtype != value_tangent.dtype:
@@ -119,10 +120,7 @@ def _affine(func: Any, rows: int, *args: Any, **factors: Any) -> Tensor | None:
 
 
 def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
-    """Compute xW + b, or AB.
-
-    None where this is no dual number times a constant, or torch has to do it.
-    """
+    """Compute xW + b for a dual x and constant W and b, or AB; None to leave it to torch."""
     operands = compat.rows_and_weight(func, args, named)
     if operands is None:
         is_of_batches = func in compat.MATMULS and not named
@@ -147,7 +145,7 @@ def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
 
 
 def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
-    """(A + Ȧd)(B + Ḃd) of two batches of matrices; None where torch has to do it."""
+    """Compute (A + Ȧd)(B + Ḃd) of two batches of matrices; None to leave it to torch."""
     a, da = _parts_of(left)
     b, db = _parts_of(right)
     are_batches = a.ndim == b.ndim > 2 and a.shape[:-2] == b.shape[:-2]
@@ -175,7 +173,7 @@ def _softmax(
     _stacklevel: int = 3,
     **other: Any,
 ) -> Tensor | None:
-    """P = softmax(S) along `dim`; None where torch has to do it."""
+    """Compute P = softmax(S) along `dim`; None to leave it to torch."""
     x, dx = _parts_of(input)
     if rest or other or dx is None or dim is None or dim % x.ndim == 0:
         return None
@@ -189,7 +187,7 @@ def _softmax(
 
 
 def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
-    """Split x + ẋd into x and ẋ; ẋ is None of a constant, which need not be a tensor."""
+    """Split x + ẋd into x and ẋ; ẋ is None for a constant, which need not be a tensor."""
     if not isinstance(value, Tensor):
         return value, None
     primal, tangent = fwad.unpack_dual(value)
@@ -206,9 +204,9 @@ def _has_tangent(value: Any) -> bool:
 def _value_and_tangent_apart(
     func: Callable[..., Any], args: _Args, named: _Named, kernels: list[SDPBackend]
 ) -> Tensor | None:
-    """Run a function twice: once for the value, with its graph, and once for the tangent, without.
+    """Run a function once for the value, with its graph, and once for the tangent, without.
 
-    None where no operand is a dual number whose value has a graph.
+    None if no operand is a dual number whose value has a graph.
     """
     operands = [_parts_of(arg) for arg in (*args, *named.values())]
     is_graphed = [tangent is not None and value.requires_grad for value, tangent in operands]
@@ -238,21 +236,21 @@ def _detached(value: Any) -> Any:
 
 
 def _rows_of_one_primal(x: Tensor, rows: int) -> Tensor:
-    """The first of each `rows` equal rows; all of x, if it has no such rows."""
+    """The first of each `rows` equal rows; all of x if it has no such rows."""
     if rows == 1 or x.ndim == 0 or len(x) % rows:
         return x
     return x[: len(x) // rows]
 
 
 def _repeated_like(like: Tensor, value: Tensor) -> Tensor:
-    """Repeat what was computed of the first rows for as many rows as `like` has."""
+    """Repeat what was computed for the first rows, up to the number of rows of `like`."""
     if value.ndim == 0 or len(value) == len(like):
         return value
     return value.repeat(len(like) // len(value), *[1] * (value.ndim - 1))
 
 
-# Functions whose operands torch saves for the way back. Of a dual number whose value has a graph,
-# value and tangent are computed apart, so that the graph holds no tangent.
+# Functions whose operands torch saves for the backward pass. If an operand is a dual number whose
+# value has a graph, value and tangent are computed apart, so that the graph holds no tangent.
 _TIMES = (torch.mul, Tensor.mul, Tensor.__mul__)
 _OVER = (torch.div, Tensor.div, Tensor.__truediv__)
 _POWERS = (torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square)
@@ -274,28 +272,29 @@ _RULES: dict[Callable[..., Any], _Rule] = {
 }
 
 
-# --- Torch's forward mode, set up
+# --- Torch's forward mode
 
 
 def dual_forward() -> AbstractContextManager[OneProduct]:
     """Within the block, forward-mode derivatives are computed.
 
-    Torch has one dual level, and one choice of attention kernels, in a process: a thread waits for
-    another one that is within such a block.
+    Torch has one dual level and one choice of attention kernels in a process, so a thread waits for
+    any other thread that is within such a block.
 
-    `as` gives the `OneProduct` that multiplies by the weights; set its `rows` where rows are added.
+    The block yields the `OneProduct` that multiplies by the weights; set its `rows` when rows are
+    added.
 
     Raises:
-        ModelStateError: a dual level is open outside; the model uses an operation without a
+        ModelStateError: a dual level is open outside; or the model uses an operation without a
             forward-mode derivative.
     """
     return Temporary(_begin_dual)
 
 
 def dual_level() -> AbstractContextManager[None]:
-    """Within the block forward-mode derivatives are computed by torch's own products.
+    """Within the block, forward-mode derivatives are computed by torch's own products.
 
-    Attention is whatever is in force. For the rules of this file take `dual_forward`.
+    Attention kernels stay as they are. `dual_forward` follows the rules of this file instead.
     """
     return Temporary(_begin_level)
 
@@ -325,9 +324,9 @@ def _begin_level(span: Temporary) -> None:
 
 
 def attention_from_formula(span: Temporary) -> None:
-    """Scaled-dot-product attention from its formula until the span ends, by no fused kernel.
+    """Compute scaled-dot-product attention from its formula, until the span ends.
 
-    A fused kernel has neither forward-mode nor second derivatives.
+    Fused kernels have neither forward-mode nor second derivatives.
     """
     hold(span, ONE_IN_A_PROCESS)
     compat.use_attention_kernels(span, [SDPBackend.MATH])
@@ -339,7 +338,7 @@ def _leave_dual_level() -> None:
 
 
 def _is_dual_level_open() -> bool:
-    """Whether a dual number can be made, which torch refuses without a level."""
+    """Whether torch makes a dual number, which it refuses without a level."""
     try:
         fwad.make_dual(torch.zeros(()), torch.zeros(()))
     except RuntimeError:
@@ -362,6 +361,6 @@ def _name_the_operation(kind: object, error: BaseException | None, trace: object
 
 
 def tangent_of(dual: Tensor) -> Tensor:
-    """The derivative that a dual number carries; zeros where it has none."""
+    """The derivative that a dual number carries; zeros if it carries none."""
     primal, tangent = fwad.unpack_dual(dual)
     return torch.zeros_like(primal) if tangent is None else tangent.clone()

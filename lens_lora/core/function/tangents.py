@@ -72,7 +72,7 @@ def joint_tangent(
         with dual_forward(), lens.injected(JointInject(lens, at, direction)):
             tangent = tangent_of(forward.read_logits(lens, group))
         if prompts.reads is not None:
-            # Slots that none of the group has hold nothing.
+            # Zeros for slots that no prompt of the group has.
             missing_slots = prompts.slots - group.slots
             tangent = functional.pad(tangent, (0, 0, 0, missing_slots))
         tangents.append(tangent)
@@ -121,7 +121,7 @@ def tangents_along(
 
 
 def _are_groups(directions: Float[Tensor, "direction site"]) -> bool:
-    """Whether every direction is that of a group of sites: ones and zeros, and not all zeros."""
+    """Whether every direction is a group of sites: ones and zeros, and not only zeros."""
     is_switch = (directions == 0) | (directions == 1)
     return bool(is_switch.all() & directions.any(1).all())
 
@@ -148,17 +148,17 @@ def _as_it_is(tangents: Tensor) -> Tensor:
     return tangents
 
 
-# --- Of single sites and their parts
+# --- Tangents of single sites and their parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A direction in gate space: one site, perhaps only one of its positions, heads or ranks.
+    """A direction in gate space: one site, or one of its positions, heads, experts or ranks.
 
     Attributes:
-        site: its index.
-        position, head, expert, rank: the only one that is moved; None for all of them.
-        others: sites that are moved with it, none of them in an earlier block.
+        site: the index of the site.
+        position, head, expert, rank: the single one that is moved; None for all of them.
+        others: sites that are moved together with it, none of them in an earlier block.
     """
 
     site: int
@@ -170,7 +170,7 @@ class Part:
 
 
 def group_parts(lens: LoraLens, groups: Groups) -> list[Part]:
-    """The direction in gate space of each group of sites: all together, Σ_{l in G} ∂/∂ε_l."""
+    """The direction in gate space of each group of sites, Σ_{l in G} ∂/∂ε_l."""
     parts: list[Part] = []
     for group in groups.values():
         first, *others = sorted(group, key=lambda site: lens.sites[site].layer)
@@ -179,13 +179,13 @@ def group_parts(lens: LoraLens, groups: Groups) -> list[Part]:
 
 
 def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:
-    """Every part of every site."""
+    """List every part of every site along these axes."""
     parts: list[Part] = []
     for index, site in enumerate(lens.sites):
         heads = lens.heads.of(site.kind)
         by_head = lens.maps[index].a0_by_head
         if heads and by_head is not None:
-            heads = len(by_head)  # One slot more where a bias belongs to none of the heads.
+            heads = len(by_head)  # There is one more slot if a bias belongs to no head.
         slots: dict[str, Sequence[int | None]] = {
             "position": range(prompts.tokens.shape[1]),
             "head": range(heads) if heads else [None],
@@ -212,8 +212,9 @@ def part_tangents(
 ) -> Float[Tensor, "batch part *out"]:
     """The tangent of each part: of the logits, or of what `read` computes from the dual logits.
 
-    With `final` nothing is unembedded: `read` gets the final residual stream where it is read. One
-    dual forward pass a part, batched in rows; about half of that where the batch can grow.
+    With `final` nothing is unembedded: `read` gets the final residual stream where it is read. It
+    takes one dual forward pass a part, batched in rows, or about half of that if the batch can
+    grow.
 
     Raises:
         ArgumentError: no parts, or less memory than one part takes.
@@ -266,11 +267,11 @@ class _Passes:
     end: Callable[[LoraLens, Prompts], Tensor]
 
     def over(self, parts: Sequence[Part], unembedded: int) -> Iterator[_OnePass]:
-        """The passes that all parts take, in the order of their blocks.
+        """Divide all parts into passes, in the order of their blocks.
 
         Args:
             parts: all parts.
-            unembedded: of how many prompts the logits are computed.
+            unembedded: the number of prompts whose logits are computed.
         """
         lens = self.lens
         layers = [lens.sites[part.site].layer for part in parts]
@@ -290,7 +291,7 @@ class _Passes:
                 yield _OnePass(branching[start : start + parts_at_once], self.branching)
 
     def in_rows(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
-        """Run one batch in which every part of every prompt has a row, from the embeddings on."""
+        """Run one batch with a row for every part of every prompt, from the embeddings on."""
         del products  # Rows have different primals from the start.
         rows: list[tuple[int, Part]] = []
         for prompt in range(self.prompts.batch):
@@ -303,7 +304,7 @@ class _Passes:
         return ends.unflatten(0, (self.prompts.batch, len(parts)))
 
     def branching(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
-        """Run each prompt alone, without its padding; the row of each part begins at its block."""
+        """Run each prompt alone, without padding; the row of each part begins at its block."""
         rows = list(enumerate(parts, start=1))
         grow = self._growing(parts, products)
         ends: list[Tensor] = []
@@ -346,7 +347,7 @@ class _Passes:
 
 
 class _PartsInject:
-    """Some rows have the tangent of one part each; every row runs at the gates `at`."""
+    """An inject in which some rows carry the tangent of one part each, at the gates `at`."""
 
     def __init__(
         self,
@@ -362,7 +363,7 @@ class _PartsInject:
         for row, part in rows:
             for site in (part.site, *part.others):
                 by_site.setdefault(site, []).append((row, part))
-        # Of each site: the rows in which it has a tangent, and which of its slots each keeps.
+        # For each site, the rows in which it has a tangent, and the slots that each row keeps.
         self._rows: dict[int, tuple[Int[Tensor, " part"], Slots]] = {}
         for site, moved in by_site.items():
             self._rows[site] = self._rows_and_slots(site, moved, read_positions)
@@ -389,7 +390,7 @@ class _PartsInject:
         return rows, slots
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        """Write what the gates write, and the tangents of the parts of this site."""
+        """Write what the gates say, with the tangents of this site's parts."""
         written = self._scaled(index, out, z)
         injection = self._lens.plan.injections[index]
         weight = 1.0
@@ -414,7 +415,7 @@ class _PartsInject:
 
 
 def _slot_of_each(slots: Sequence[int | None], device: torch.device) -> Int[Tensor, " part"] | None:
-    """The slot that each part keeps, −1 for all; None where every part keeps all."""
+    """The slot that each part keeps, with −1 for all; None if every part keeps all."""
     if all(slot is None for slot in slots):
         return None
     return torch.tensor([-1 if slot is None else slot for slot in slots], device=device)
