@@ -1,16 +1,16 @@
-"""How much one pass does at a time: what is worth doing together, and what fits in `max_memory`.
+"""How much goes into one pass: what is worth doing together, and what fits into `max_memory`.
 
-1. Each kind of pass has a bound in tokens, and some in logits: beyond it the data no longer fit
-   into the caches, and nothing is gained. The bounds are the constants below; they are read at
-   every call.
-2. Within `max_memory`, the bound of a lens, from the bytes that a row takes (`footprint.py`).
-   `rows_of_…` says how many rows fit, or None without a bound; what does not fit even alone is
-   refused. `…_groups` divides the prompts, and `…_at_once` says how many copies of all of them
-   (points, tangents, covectors) go together.
-3. Where a graph does not fit, blocks keep their inputs alone and run once more on the way back
+1. Each kind of pass has a limit in tokens, and some also in logits. Beyond it the data no longer
+   fit into the processor's caches, and larger batches gain nothing. The limits are the constants
+   below; they are read at every call.
+2. The bytes of a row (`footprint.py`) say what fits into `max_memory`, the bound of a lens.
+   `rows_of_…` is how many rows fit, or None without a bound; a single row that does not fit is
+   refused. `…_groups` divides the prompts, and `…_at_once` says how many copies of all prompts
+   (points, tangents, covectors) go into one pass.
+3. If a graph does not fit, blocks keep only their inputs, and run once more in the backward pass
    (`must_rerun`, `rerun.py`).
 
-Nothing here changes a number but by rounding. No forward pass.
+Nothing here changes a number, except by rounding. No forward pass.
 """
 
 from __future__ import annotations
@@ -35,58 +35,58 @@ from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import PICKS, Reading
 from lens_lora.errors import ArgumentError, many, named, worded
 
-# --- Bounds in tokens, and in logits
+# --- Limits of one pass in tokens, and in logits
 
-# Forward passes, in rows of one batch.
+# A forward pass over the rows of a batch.
 ROW_TOKENS = 2048
 
-# Forward passes that branch, of one prompt at a time.
+# A forward pass that branches, over one prompt.
 BRANCH_TOKENS = 4096
 BRANCH_LOGITS = 2**27
 
-# Branching is worth its hooks below this share of the block passes.
+# Branching is worth its hooks if it runs less than this share of the block passes.
 BRANCHING_PAYS = 0.75
 
-# Forward passes that a backward pass follows.
+# A forward and a backward pass.
 SLOPE_TOKENS = 512
 
-# A graph with rows that only show g.
+# A forward and a backward pass that includes rows for the value of g alone.
 RIDING_TOKENS = 32
 
-# One forward pass instead of two: more of them do not fit into the caches.
+# Two forward passes that are joined into one.
 SHARED_TOKENS = 512
 
 # A graph that is kept, and the directions that go back through it.
 GRAPH_TOKENS = 512
 
-# A graph of second derivatives at several points; more of them cost as much each.
+# A graph of second derivatives at several points.
 CURVATURE_TOKENS = 64
 
-# Tangents, tangents of which nothing is unembedded, and covectors; and the logits of either.
+# Tangents; tangents without an unembedding; covectors; and the logits of any of these.
 TANGENT_TOKENS = 2048
 FINAL_TOKENS = 8192
 COVECTOR_TOKENS = 512
 DERIVATIVE_LOGITS = 2**26
 
-# A graph, and the tangents of a branch beside it.
+# A graph with the tangents of a branch beside it.
 EDGE_TOKENS = 1024
 
-# The graph of a second derivative, in graphs of a first derivative.
+# The size of the graph of a second derivative, in graphs of a first derivative.
 SECOND_ORDER_GRAPHS = 3.4
-# The tangents that are held beside a graph of the values, in rows of dual numbers.
+# The size of the tangents beside a graph of the values, in rows of dual numbers.
 TANGENTS_BESIDE_GRAPH = 0.6
 
 
-# --- How many copies of all rows at once
+# --- How many copies of all rows go into one pass
 
 
 class _CopySize(NamedTuple):
     """The memory that one more copy of all rows takes.
 
     Attributes:
-        of_row: bytes of each row.
-        logits: how often the logits of a pick are held.
-        picks: of how many picks the logits are held together.
+        of_row: the bytes of each row.
+        logits: how many times the logits of a pick are held.
+        picks: the number of picks whose logits are held together.
     """
 
     of_row: float
@@ -95,8 +95,8 @@ class _CopySize(NamedTuple):
 
 
 def rows_at_once(lens: SizedLens, run: Run) -> int:
-    """How many copies of the prompts make one batch of a forward pass."""
-    rows_of_pass(lens, run)  # This refuses what is beyond the bound by itself.
+    """How many copies of the prompts go into one forward pass."""
+    rows_of_pass(lens, run)  # Refuses a single row that exceeds the bound.
 
     def size_of_copy(footprint: Footprint) -> _CopySize:
         return _CopySize(footprint.in_pass, LOGITS, 2 * PICKS)
@@ -105,7 +105,7 @@ def rows_at_once(lens: SizedLens, run: Run) -> int:
 
 
 def slopes_at_once(lens: SizedLens, run: Run) -> int:
-    """How many copies of the prompts make one batch of a forward and a backward pass."""
+    """How many copies of the prompts go into one forward and backward pass."""
     rows_of_graph(lens, run)
 
     def size_of_copy(footprint: Footprint) -> _CopySize:
@@ -116,7 +116,7 @@ def slopes_at_once(lens: SizedLens, run: Run) -> int:
 
 
 def second_orders_at_once(lens: SizedLens, reading: Reading, tokens: int = GRAPH_TOKENS) -> int:
-    """How many copies of the prompts have one graph of a second derivative: in so many tokens."""
+    """How many copies of the prompts go into one graph of a second derivative."""
     rows_of_second_order(lens, reading)
 
     def size_of_copy(footprint: Footprint) -> _CopySize:
@@ -129,10 +129,10 @@ def second_orders_at_once(lens: SizedLens, reading: Reading, tokens: int = GRAPH
 def _copies_at_once(
     tokens: int, lens: SizedLens, run: Run, size_of_copy: Callable[[Footprint], _CopySize]
 ) -> int:
-    """How many copies of the prompts make one pass: in tokens, and within the bound of the lens.
+    """How many copies of the prompts go into one pass, by tokens and by the bound of the lens.
 
-    c copies take c · rows · of_row bytes, and the logits of c · picks picks, which are made in turn
-    where they are many.
+    c copies take c · rows · of_row bytes, and the logits of c · picks picks. If these are many,
+    they are computed in turn.
     """
     prompts = prompts_of(run)
     most = _count_within(tokens, prompts.tokens.numel())
@@ -152,7 +152,7 @@ def _copies_at_once(
 
 
 def branches_at_once(lens: SizedLens, run: Run) -> int:
-    """How many points one branching pass has: in tokens of a row, and in logits of all rows."""
+    """How many points go into one branching pass, by tokens of a row and logits of all rows."""
     prompts = prompts_of(run)
     rows, longest = prompts.tokens.shape
     logits = rows * prompts.slots * int(lens.model.cfg.d_vocab_out)
@@ -162,26 +162,26 @@ def branches_at_once(lens: SizedLens, run: Run) -> int:
 
 
 def directions_at_once(prompts: Prompts) -> int:
-    """How many directions go back at once through a graph of the prompts."""
+    """How many directions go back in one batch through a graph of the prompts."""
     return _count_within(GRAPH_TOKENS, prompts.tokens.numel())
 
 
 def tangents_at_once(lens: SizedLens, run: Prompts, *, read: int) -> int:
-    """How many tangents of what is run make one pass, with the logits of `read` prompts or none."""
+    """How many tangents go into one pass, with the logits of `read` prompts, or of none."""
     return derivatives_at_once(TANGENT_TOKENS if read else FINAL_TOKENS, lens, run, read)
 
 
 def derivatives_at_once(tokens: int, lens: SizedLens, run: Prompts, read: int) -> int:
-    """How many tangents make one pass, or how many covectors one way back.
+    """How many tangents go into one forward pass, or how many covectors into one backward pass.
 
     Args:
-        tokens: the bound in tokens.
+        tokens: the limit in tokens.
         lens: the adapter over the model.
         run: the rows.
-        read: of how many of them the logits are read.
+        read: the number of rows whose logits are read.
 
     Raises:
-        ArgumentError: a bound of the lens without room for one.
+        ArgumentError: the bound of the lens has no room for one of them.
     """
     logits = read * run.slots * int(lens.model.cfg.d_vocab_out)
     by_tokens = _count_within(tokens, run.tokens.numel())
@@ -204,11 +204,11 @@ def derivatives_at_once(tokens: int, lens: SizedLens, run: Prompts, read: int) -
 
 
 def rides_along(lens: SizedLens, run: Run, copies: int) -> bool:
-    """Whether points of which no derivative is taken cost less in such a pass than in their own.
+    """Whether points without a derivative cost less in a pass with a backward pass than alone.
 
-    Beyond a few tokens the way back, which goes through their rows as well, costs more than the
-    weights that are read once less. A kernel that rounds activations to 8 bit looks at all rows of
-    a batch together, so that others would change what it makes of the first.
+    They save one reading of the weights, but the backward pass goes through their rows as well,
+    which costs more beyond a few tokens. With a kernel that rounds activations to 8 bit they never
+    ride along: it looks at all rows of a batch together, so they would change the other rows.
     """
     is_small = copies * prompts_of(run).tokens.numel() <= RIDING_TOKENS
     if not is_small or lens.plan.activation_rounding:
@@ -219,14 +219,15 @@ def rides_along(lens: SizedLens, run: Run, copies: int) -> bool:
 def shares_pass(lens: SizedLens, run: Run, copies: int) -> bool:
     """Whether so many copies of the prompts cost less in one forward pass than in two.
 
-    Not where a kernel that rounds to 8 bit would let them change one another (`rides_along`).
+    Never with a kernel that rounds to 8 bit, by which they would change one another
+    (`rides_along`).
     """
     is_small = copies * prompts_of(run).tokens.numel() <= SHARED_TOKENS
     return is_small and not lens.plan.activation_rounding
 
 
 def _count_within(bound: int, size: int) -> int:
-    """How many things of this size are within the bound; at least one."""
+    """How many things of this size are within a bound, but at least one."""
     return max(1, bound // size)
 
 
@@ -234,20 +235,20 @@ def _count_within(bound: int, size: int) -> int:
 
 
 def graph_groups(lens: SizedLens, reading: Reading) -> list[Reading]:
-    """The prompts in groups whose forward and backward pass is within the bound of the lens.
+    """Divide the prompts so that each group's forward and backward pass is within the bound.
 
     Raises:
-        ArgumentError: the rows that cannot be run apart (those of one prompt, or all of them where
-            a user's function reads them) are more than the bound has room for.
+        ArgumentError: rows that have to run together (those of one prompt, or all rows if a user's
+            function reads them) exceed the bound.
     """
     return _groups(lens, reading, rows_of_graph(lens, reading))
 
 
 def pass_groups(lens: SizedLens, reading: Reading, copies: int = 1) -> list[Reading]:
-    """The prompts in groups, so many copies of which go forward within the bound of the lens.
+    """Divide the prompts so that a forward pass of so many copies of a group is within the bound.
 
     Raises:
-        ArgumentError: as for `graph_groups`, or room for fewer rows than copies.
+        ArgumentError: as for `graph_groups`; or the bound has room for fewer rows than copies.
     """
     fitting = rows_of_pass(lens, reading)
     if fitting is None:
@@ -261,12 +262,12 @@ def pass_groups(lens: SizedLens, reading: Reading, copies: int = 1) -> list[Read
 
 
 def groups_beside(lens: SizedLens, reading: Reading, beside: int) -> list[Reading]:
-    """The prompts in groups whose graph, with tangents beside the values, is within the bound.
+    """Divide the prompts so that a group's graph, with tangents beside it, is within the bound.
 
     Args:
         lens: the adapter over the model.
         reading: what is run and read.
-        beside: how many bytes more are held of each row.
+        beside: how many more bytes are held for each row.
 
     Raises:
         ArgumentError: as for `graph_groups`.
@@ -277,7 +278,7 @@ def groups_beside(lens: SizedLens, reading: Reading, beside: int) -> list[Readin
 
 
 def dual_graph_groups(lens: SizedLens, reading: Reading) -> list[Reading]:
-    """The prompts in groups that have a pass of dual numbers and a way back within the bound.
+    """Divide the prompts so that a group's dual pass and backward pass are within the bound.
 
     Raises:
         ArgumentError: as for `graph_groups`.
@@ -288,7 +289,7 @@ def dual_graph_groups(lens: SizedLens, reading: Reading) -> list[Reading]:
 
 
 def second_order_groups(lens: SizedLens, reading: Reading) -> list[Reading]:
-    """The prompts in groups whose second derivative is within the bound.
+    """Divide the prompts so that a group's second derivative is within the bound.
 
     Raises:
         ArgumentError: as for `graph_groups`.
@@ -299,7 +300,7 @@ def second_order_groups(lens: SizedLens, reading: Reading) -> list[Reading]:
 def _groups(
     lens: SizedLens, reading: Reading, rows: int | None, tokens: int | None = None
 ) -> list[Reading]:
-    """Groups of at most this many rows and tokens; a single group where neither is limited."""
+    """Groups of at most this many rows and tokens; a single group if neither is limited."""
     longest = reading.rows.tokens.shape[1]
     limits: list[int] = []
     if rows:
@@ -329,14 +330,14 @@ def _refuse_group(
     )
 
 
-# --- How many tokens and rows at once
+# --- How many tokens and rows go into one pass
 
-# A pass that keeps nothing, one that is followed by a way back, or one of dual numbers.
+# A forward pass, a forward and a backward pass, or a pass of dual numbers.
 Pass = Literal["plain", "graph", "dual"]
 
 
 def tokens_at_once(lens: SizedLens, prompts: Prompts, most: int, kind: Pass = "plain") -> int:
-    """How many tokens of these prompts make one pass: at most so many, and within the bound."""
+    """How many tokens of these prompts go into one pass: at most `most`, and within the bound."""
     rows_of = {"plain": rows_of_pass, "graph": rows_of_graph, "dual": rows_of_duals}[kind]
     rows = rows_of(lens, prompts)
     return most if rows is None else min(most, rows * prompts.tokens.shape[1])
@@ -345,7 +346,7 @@ def tokens_at_once(lens: SizedLens, prompts: Prompts, most: int, kind: Pass = "p
 def row_groups(
     lens: SizedLens, prompts: Prompts, most: int, kind: Pass = "plain"
 ) -> list[list[int]]:
-    """The prompts, by index, in groups of at most so many tokens, and within the bound."""
+    """Divide the indices of the prompts into groups of at most `most` tokens, within the bound."""
     tokens = tokens_at_once(lens, prompts, most, kind)
     rows_at_once = _count_within(tokens, prompts.tokens.shape[1])
     rows = torch.arange(prompts.batch, device="cpu")
@@ -353,7 +354,7 @@ def row_groups(
 
 
 def rows_of_pass(lens: SizedLens, run: Run) -> int | None:
-    """How many rows of a pass without a graph are within the bound; None where there is none."""
+    """How many rows of a pass without a graph are within the bound; None without a bound."""
     if lens.max_memory is None:
         return None
     footprint = footprint_of(lens, run)
@@ -368,7 +369,7 @@ def rows_of_pass(lens: SizedLens, run: Run) -> int | None:
 
 
 def rows_of_logits(lens: SizedLens, prompts: Prompts, held: float) -> int | None:
-    """How many rows go forward at once beside `held` bytes of logits; None without a bound."""
+    """How many rows go into a forward pass beside `held` bytes of logits; None without a bound."""
     if lens.max_memory is None:
         return None
     footprint = footprint_of(lens, prompts, in_turn=True)
@@ -385,16 +386,16 @@ def rows_of_logits(lens: SizedLens, prompts: Prompts, held: float) -> int | None
 def rows_of_graph(
     lens: SizedLens, run: Run, beside: float = 0.0, what: str = "a forward and a backward pass"
 ) -> int | None:
-    """How many rows go forward and back at once; None without a bound.
+    """How many rows go into one forward and backward pass; None without a bound.
 
     Args:
         lens: the adapter over the model.
         run: the rows.
-        beside: bytes that each row takes beside its graph.
+        beside: the bytes that each row takes beside its graph.
         what: the pass, as an error names it.
 
     Raises:
-        ArgumentError: a bound without room for one row.
+        ArgumentError: the bound has no room for one row.
     """
     if lens.max_memory is None:
         return None
@@ -410,7 +411,7 @@ def rows_of_graph(
 
 
 def rows_of_second_order(lens: SizedLens, run: Run) -> int | None:
-    """How many rows a graph of a second derivative, which is kept whole, may have."""
+    """How many rows go into one graph of a second derivative; None without a bound."""
     if lens.max_memory is None:
         return None
     footprint = footprint_of(lens, run)
@@ -425,7 +426,7 @@ def rows_of_second_order(lens: SizedLens, run: Run) -> int | None:
 
 
 def rows_of_duals(lens: SizedLens, prompts: Prompts) -> int | None:
-    """How many rows of dual numbers, each of which is read, make one pass within the bound."""
+    """How many rows of dual numbers, all of them read, go into one pass; None without a bound."""
     if lens.max_memory is None:
         return None
     rows = len(prompts.tokens)
@@ -449,10 +450,10 @@ def _rows_within(
     what: str,
     remedy: str = "pass shorter prompts",
 ) -> int:
-    """How many rows fit, from the bytes of one and of what comes to all.
+    """How many rows fit into a bound, given the bytes of a row and of what all rows share.
 
     Raises:
-        ArgumentError: not even one.
+        ArgumentError: not even one row fits.
     """
     if always + of_row > bound:
         prompts = prompts_of(run)
@@ -469,7 +470,7 @@ def _rows_within(
 
 
 def must_rerun(lens: SizedLens, run: Run, *, duals: bool = False) -> bool:
-    """Whether the graph of these rows is beyond the bound, so that blocks run twice."""
+    """Whether the graph of these rows exceeds the bound, so that blocks run twice."""
     if lens.max_memory is None:
         return False
     needed = dual_graph_bytes(lens, run) if duals else graph_bytes(lens, run)
@@ -477,9 +478,9 @@ def must_rerun(lens: SizedLens, run: Run, *, duals: bool = False) -> bool:
 
 
 def fits_with_covectors(lens: SizedLens, run: Prompts) -> bool:
-    """Whether one graph of all prompts fits beside a covector for each, which is as large a row.
+    """Whether a graph of all prompts fits together with a covector for each, as large as a row.
 
-    Where it does not, prompts go a few at a time, each group with a graph of its own.
+    If it does not, the prompts go in groups, each with a graph of its own.
     """
     if lens.max_memory is None:
         return True
@@ -487,21 +488,21 @@ def fits_with_covectors(lens: SizedLens, run: Prompts) -> bool:
 
 
 def graph_bytes(lens: SizedLens, run: Run) -> float:
-    """About how many bytes a graph of all rows takes, with what the reading holds."""
+    """About how many bytes a graph of all rows takes, including what the reading holds."""
     footprint = footprint_of(lens, run)
     rows = len(prompts_of(run).tokens)
     return rows * footprint.of_graph + footprint.graphed + footprint.always
 
 
 def dual_graph_bytes(lens: SizedLens, run: Run) -> float:
-    """About how many bytes dual numbers take where their values have a graph."""
+    """About how many bytes dual numbers take if their values have a graph."""
     rows = len(prompts_of(run).tokens)
     of_tangents = rows * TANGENTS_BESIDE_GRAPH * footprint_of(lens, run).of_duals
     return graph_bytes(lens, run) + of_tangents
 
 
 def require_rows_of_graph(lens: SizedLens, run: Run) -> None:
-    """Check that all rows go forward and back at once within the bound."""
+    """Check that one forward and backward pass of all rows is within the bound."""
     fitting = rows_of_graph(lens, run)
     rows = len(prompts_of(run).tokens)
     if fitting is not None and fitting < rows:
@@ -522,5 +523,5 @@ def require_graph(lens: SizedLens, run: Run) -> None:
 
 
 def _bound(lens: SizedLens) -> str:
-    """The bound of a lens as its user wrote it, for messages."""
+    """The bound of a lens, as its user wrote it, for messages."""
     return f"{named('max_memory')}{worded('=', ' ')}{lens.max_memory:.3g} bytes"
