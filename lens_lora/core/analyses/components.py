@@ -87,7 +87,8 @@ def components(g: Function) -> Components:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
-        max_memory: a bound in bytes, in place of that of `lens.within`.
+        max_memory: how many bytes may be used besides the model and the result; it replaces the
+            bound of `lens.within`.
         progress: show a bar.
 
     Raises:

@@ -178,11 +178,12 @@ def first_order(
 ) -> Attribution | GroupAttribution:
     """First order a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank.
 
-    Cost: one forward and one backward pass in reverse mode (what 'auto' takes), and one forward
-    pass for the exact shift, or two if `at` is neither 0 nor 1, or none for few tokens, where both
-    ends ride along. Forward mode takes one dual forward pass per site or part. Rules add two
-    forward passes and one backward pass on eight tokens, which try the model's hook points. By
-    token it takes the cheaper of one backward pass a token and one tangent a site, group or part.
+    Cost: one forward and one backward pass in reverse mode, and one forward pass for the exact
+    shift beside it, or two where `at` is neither 0 nor 1. Short prompts need none of these: both
+    ends are then part of the first pass. Forward mode takes one dual forward pass per site or part.
+    By token: a backward pass per token, or a tangent per site, group or part, whichever is cheaper.
+    Rules add two forward passes and one backward on eight tokens, which try the model's hook
+    points.
 
     Args:
         lens: the adapter over the model.
@@ -191,7 +192,7 @@ def first_order(
             go back through one graph in one batch if mode, by, gauge and rules are left out.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'reverse', 'forward', or 'auto' for the cheaper of the two, which is reverse unless
-            there are many tokens. The result names it.
+            by='token' asks for many tokens. The result names it.
         by: any of 'position', 'head', 'expert' (in a stack of experts) and 'rank'; with
             AnswerLogProb also 'token', which says which token of the response is moved.
         group: sum over the sites of each 'layer', each 'kind', or each name in {name: site names or
@@ -202,7 +203,8 @@ def first_order(
         rules: attention patterns or norm denominators that are held at their values at `at`; J is
             then that of a model with constants in their place. The shift beside it stays that of g.
             `FrozenRules`, or an object of your own with a `key` and a context `held(g)`.
-        max_memory: a bound in bytes, in place of that of `lens.within`.
+        max_memory: how many bytes may be used besides the model and the result; it replaces the
+            bound of `lens.within`.
         progress: show a bar.
 
     Returns:

@@ -55,10 +55,10 @@ def patch_sites(
 ) -> Effects:
     """The exact effect of each site, group of sites or single rank on the readout.
 
-    Cost: two forward passes, four for the noise floor, and one per group, batched; about half of
-    that if the model's batch may grow from block to block (all but Bloom and OPT on a Bridge).
-    Where δ is not replaced by zero, one more forward pass of the texts, and with 'add_one' two per
-    group, with its own δ and without.
+    Cost: two forward passes, four for the noise floor, and one per group, batched. A group's pass
+    may begin at its first block, except for Bloom and OPT on a Bridge: all of them then take about
+    half as long. Replacing δ by another value than zero adds a forward pass of the texts, and with
+    'add_one' a second pass per group.
 
     Args:
         lens: the adapter over the model.

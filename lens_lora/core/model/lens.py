@@ -73,7 +73,7 @@ class LoraLens(AdaptedModel):
             folded, and for trained biases on a HookedTransformer. The model's weights are compared
             with its weights and, in float32, the logits of 8 tokens as well.
         check: what is verified of the adapter on this model, beyond its shapes. True makes three
-            checks. (1) In a family without an entry in the table of `docs/exactness.md`, random
+            checks. (1) If the table of `docs/exactness_data.md` has no entry for the family, random
             updates at the adapter's modules are compared with the Hugging Face model under forward
             hooks, in two passes over eight tokens. (2) A module that was trained whole must compute
             what its weight says. (3) A base that holds the adapter already is refused. False makes
