@@ -1,17 +1,17 @@
-"""Results of your own: a table, a ranking, a picture and a file, from annotations alone.
+"""Results of your own, whose table, ranking, picture and file follow from annotations.
 
     class PairEffects(ll.results.Labelled):
         values: Float[Tensor, "batch pair"]
         first: Annotated[tuple[str, ...], "pair"]
         second: Annotated[tuple[str, ...], "pair"]
 
-1. The annotation of `values` names its axes; the first is the prompt, "batch".
-2. The labels of an axis are the fields that are annotated with its name, here `first` and `second`
-   of "pair": each is a column of that name. Two axes are labelled by what every measured result
-   holds: "site" by site, module, layer and kind, "position" by the tokens of the prompt. An axis
-   without labels is counted from 0.
-3. Other tensors with the same axes as `values` are further columns.
-4. `picture` and `words` are what it shows and says beside that; both may be written anew.
+1. The annotation of `values` names its axes; the first is "batch", the prompt.
+2. The labels of an axis are the fields that are annotated with its name, such as `first` and
+   `second` for "pair"; each becomes a column of that name. Two axes have labels in every measured
+   result: "site" has site, module, layer and kind, and "position" the tokens of the prompt. An axis
+   without labels is numbered from 0.
+3. Other tensors with the same axes as `values` become further columns.
+4. `picture` and `words` are what the result shows and says; both may be overridden.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Labelled(Ranked, kw_only=True):
             second: Annotated[tuple[str, ...], "pair"]
 
     `to_frame` then has the columns prompt, first, second, value and share. A field `noise_floor`,
-    `Float[Tensor, " batch"]`, says what of the values may be rounding alone.
+    `Float[Tensor, " batch"]`, says how much of a value may be rounding alone.
     """
 
     def __post_init__(self) -> None:
-        """Refuse annotations from which no table follows, and fields that contradict each other."""
+        """Check that a table follows from the annotations, and that the fields agree."""
         axes = self._axes_of("values")
         if not axes or axes[0] != "batch" or any(not axis.isidentifier() for axis in axes):
             raise ArgumentError(
@@ -74,13 +74,14 @@ class Labelled(Ranked, kw_only=True):
         return self._with_tokens(frame, frame["prompt"])
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """Each entry's value, with its labels.
+        """The value of each entry, with its labels.
 
         Args:
-            prompt: an index; without it the mean over prompts, or by position the only prompt.
+            prompt: an index; without it, the mean over prompts. By position there is no mean, and
+                the only prompt is taken.
 
         Raises:
-            ArgumentError: no such prompt; by position, several prompts and none named.
+            ArgumentError: no such prompt; or by position several prompts, and none is named.
         """
         if "position" in self.entry_axes:
             prompt = self.only_prompt(prompt, "positions")
@@ -94,20 +95,20 @@ class Labelled(Ranked, kw_only=True):
         return Entries({name: frame[name].tolist() for name in frame}, entry_values, shift, "value")
 
     def picture(self, prompt: int | None = None) -> drawing.Figure:
-        """The figure that `plot` draws: sites by layer and kind, two axes as a heatmap, else bars.
+        """The figure that `plot` shows: sites by layer and kind, two axes as a heatmap, else bars.
 
-        Write it anew for a figure of your own, which is any plotly figure.
+        Override it to return a plotly figure of your own.
 
         Args:
-            prompt: an index; without it the mean over prompts, or by position the only prompt.
+            prompt: an index; without it, the mean over prompts, or by position the only prompt.
         """
         return drawing.labelled(self, prompt)
 
     def words(self, prompt: int | None = None) -> str:
-        """A sentence above the largest entries; by default nothing.
+        """A sentence to be printed above the largest entries; by default none.
 
         Args:
-            prompt: an index; without it the mean over prompts, or by position the only prompt.
+            prompt: an index; without it, the mean over prompts, or by position the only prompt.
         """
         del prompt
         return ""
@@ -117,14 +118,14 @@ class Labelled(Ranked, kw_only=True):
         return vars(self)["values"]
 
     def _axes_of(self, name: str) -> tuple[str, ...]:
-        """The names of a tensor's axes, as it is annotated; () of what is no tensor."""
+        """The names of a tensor's axes, from its annotation; () for anything but a tensor."""
         hint = _hints(type(self)).get(name)
         if isinstance(hint, type) and issubclass(hint, AbstractArray):
             return tuple(hint.dim_str.split())
         return ()
 
     def _numbers(self) -> dict[str, Float[Tensor, " batch *entry"]]:
-        """The `values`, and other tensors with the same axes, by the name of their column."""
+        """The columns of numbers: `values`, and other tensors with the same axes."""
         axes = self._axes_of("values")
         of_every_result = {field.name for field in dataclasses.fields(Labelled)}
         columns = {"value": self._values}
@@ -154,7 +155,7 @@ class Labelled(Ranked, kw_only=True):
         return {axis: range(size)}
 
     def _with_tokens(self, frame: pd.DataFrame, prompts: Iterable[Any]) -> pd.DataFrame:
-        """By position: with the token at each, and without positions beyond a prompt's end."""
+        """Add the token at each position, and drop positions beyond the end of a prompt."""
         if "position" not in frame:
             return frame
         exists: list[bool] = []
@@ -169,7 +170,7 @@ class Labelled(Ranked, kw_only=True):
 
 
 def _labelled_axis(hint: Any) -> str | None:
-    """The axis whose labels a field holds, by its annotation; None of any other field."""
+    """The axis whose labels a field holds, from its annotation; None for any other field."""
     if get_origin(hint) is not Annotated:
         return None
     axis, _, _ = str(get_args(hint)[1]).partition(":")
