@@ -1,6 +1,6 @@
-"""Whether a hooked model is in a state in which an adapter can be laid over it, exactly.
+"""Refuse a hooked model over which an adapter cannot be laid exactly.
 
-`refuse_unusable` asks for a decoder with a head, no random numbers, no adapter in the model
+`refuse_unusable` requires a decoder with a head, no random numbers, no adapter in the model
 already, no code that was compiled in place, and every weight within reach. Weights that are split
 over processes or quantised are judged by `extensions.refuse_unusable_weights`.
 """
@@ -26,9 +26,9 @@ def refuse_unusable(model: nn.Module) -> None:
     """Refuse a model over which no lens can be laid exactly.
 
     Raises:
-        ModelStateError: an encoder, random numbers in training, an adapter within the model,
-            compiled code, or weights that are out of reach, split over processes or quantised by
-            another library.
+        ModelStateError: an encoder; random numbers in training; an adapter inside the model;
+            compiled code; or weights that are out of reach, split over processes, or quantised by
+            an unknown library.
     """
     _refuse_other_tasks(model)
     modules = modules_of(model)
@@ -47,7 +47,7 @@ def refuse_unusable(model: nn.Module) -> None:
 
 
 def _refuse_other_tasks(model: nn.Module) -> None:
-    """Refuse what is no decoder with a language-model head."""
+    """Refuse any model but a decoder with a language-model head."""
     hf_model: Any = getattr(model, "original_model", model)
     config = getattr(hf_model, "config", None)
     can_generate = getattr(hf_model, "can_generate", lambda: True)
@@ -67,7 +67,7 @@ def _refuse_other_tasks(model: nn.Module) -> None:
 def refuse_compiled(modules: Mapping[nn.Module, str]) -> None:
     """Refuse modules that were compiled in place: compiled code runs the hooks of its first pass.
 
-    `torch.compile(model)` is another thing: it leaves the model as it is, beside a wrapper.
+    `torch.compile(model)` does not do that: it leaves the model as it is, and returns a wrapper.
     """
     for module, name in modules.items():
         if compat.is_compiled_in_place(module):
@@ -80,7 +80,7 @@ def refuse_compiled(modules: Mapping[nn.Module, str]) -> None:
 
 
 def modules_of(model: nn.Module) -> dict[nn.Module, str]:
-    """The names of a hooked model's modules; of a bridge also those that no component wraps."""
+    """The names of a hooked model's modules; of a bridge also those without a component."""
     base = getattr(model, "original_model", model)
     names: dict[nn.Module, str] = {}
     for name, module in (*base.named_modules(), *model.named_modules()):
@@ -89,14 +89,14 @@ def modules_of(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def refuse_random_numbers(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
-    """Refuse a model in training that draws random numbers, so that no two runs agree.
+    """Refuse a model in training mode that draws random numbers, so that no two runs agree.
 
-    They are dropout's, the noise by which a router's input is multiplied, and experts or slopes
-    that are drawn. A rate may stand in a module of its own, in the module that draws, or in the
-    configuration alone.
+    They may come from dropout, from noise on a router's input, or from experts or slopes that are
+    drawn. The rate may be in a module of its own, in the module that draws, or only in the
+    configuration.
 
     Raises:
-        ModelStateError: naming the module or the setting.
+        ModelStateError: such a model; the error names the module or the setting.
     """
     # A bridge stays in evaluation mode when `train` is called on a part, or on what it wraps.
     in_training = {module: name for module, name in modules.items() if module.training}

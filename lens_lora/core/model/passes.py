@@ -1,13 +1,13 @@
-"""The pass of a model that is under way, and where its tokens stand.
+"""The forward pass that is running, for hooks that must know which token is which.
 
-A hook sees a tensor, and not which of its tokens are which. What removes directions at some tokens
-only (`directions/passes.py`) therefore watches the model's own forward pass: each `ForwardPass` is
-listed while it runs, and hooks ask for the innermost one (`ForwardPass.under_way`).
+A hook sees a tensor, but not which of its tokens belong to the prompt. So what removes directions
+at some tokens only (`directions/passes.py`) watches the model's own forward pass: a `ForwardPass`
+is listed while it runs, and hooks ask for the innermost one (`ForwardPass.under_way`).
 
-1. The lens tells which tokens of its rows are the prompt's (`Rows.told`); a pass of the caller's
-   own does not.
-2. A block that runs again on the way back is in no pass any more. What runs it keeps the pass that
-   it was in, and goes on with it (`ForwardPass.goes_on`).
+1. The lens says which tokens of its rows are the prompt's (`Rows.told`). A pass that a caller makes
+   does not say it.
+2. A block that runs again during a backward pass is no longer inside its forward pass. Whatever
+   runs it again remembers that pass, and continues it (`ForwardPass.goes_on`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lens_lora.spans import open_spans
 
 
 class _Passes(threading.local):
-    """The passes that are under way in this thread, and what was told of the next ones."""
+    """The passes that run in this thread, and the rows that the next passes will have."""
 
     def __init__(self) -> None:
         self.under_way: list[ForwardPass] = []
@@ -39,11 +39,11 @@ _PASSES = _Passes()
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The tokens of a pass's rows that are the prompt's.
+    """Which tokens of a pass's rows belong to the prompt.
 
     Attributes:
-        prompts: [row], how many tokens each prompt has.
-        has_response: whether what follows them is known to be a response.
+        prompts: [row], the number of tokens of each prompt.
+        has_response: whether the tokens after them are known to be a response.
     """
 
     prompts: Int[Tensor, " row"]
@@ -51,7 +51,7 @@ class Rows:
 
     @classmethod
     def of(cls, prompts: Prompts) -> Rows:
-        """Note which tokens are the prompt's, of rows that a lens runs."""
+        """Note which tokens belong to the prompt, in rows that a lens runs."""
         asked = torch.tensor(prompts.asked_lengths)
         return cls(asked, has_response=prompts.holds_responses)
 
@@ -66,7 +66,7 @@ class Rows:
 
     @staticmethod
     def told_of(module: nn.Module) -> Rows | None:
-        """The rows that passes of this module run, where the lens has told them."""
+        """The rows that passes of this module run, if the lens has said so."""
         if not _PASSES.told:
             return None
         told_module, rows = _PASSES.told[-1]
@@ -78,10 +78,10 @@ class ForwardPass:
     """A forward pass of a model.
 
     Attributes:
-        module: what runs.
-        cached: how many tokens of each row stand in a cache, before those of the pass.
-        firsts: [row], where each row's first token stands; None where it is 0.
-        rows: what the lens knows of the rows; None in a pass of the caller's.
+        module: the module that runs.
+        cached: the number of tokens of each row that are in a cache, before those of the pass.
+        firsts: [row], the position of each row's first token; None if it is 0 in all rows.
+        rows: what the lens knows about the rows; None in a pass that a caller makes.
     """
 
     module: nn.Module
@@ -91,12 +91,12 @@ class ForwardPass:
 
     @staticmethod
     def module_of(model: Any) -> nn.Module:
-        """The module of a pass: a bridge's Hugging Face model, which may be called by itself."""
+        """The module of a pass; for a bridge its Hugging Face model, which may run by itself."""
         return getattr(model, "original_model", model)
 
     @staticmethod
     def under_way() -> ForwardPass | None:
-        """The innermost pass of this thread; None outside of one, or where none is watched."""
+        """The innermost pass of this thread; None outside a pass, or if passes are not watched."""
         return _PASSES.under_way[-1] if _PASSES.under_way else None
 
     @contextlib.contextmanager
@@ -111,11 +111,11 @@ class ForwardPass:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OpenBlock:
-    """A note of what an open block of the caller's leaves out of every pass of a model.
+    """A note that a caller's open block removes something from every pass of a model.
 
     Attributes:
         model: the hooked model.
-        says: what is left out where, for people.
+        says: what is removed and where, in words.
     """
 
     model: nn.Module
@@ -123,6 +123,6 @@ class OpenBlock:
 
     @staticmethod
     def open_on(model: nn.Module) -> list[OpenBlock]:
-        """The open blocks of this thread that leave something out, the innermost last."""
+        """The open blocks of this thread that remove something, the innermost last."""
         spans = [span.about for span in open_spans()]
         return [about for about in spans if isinstance(about, OpenBlock) and about.model is model]
