@@ -1,22 +1,27 @@
 """Compare what `lens-lora plan` says with measured peaks, on random weights of several sizes.
 
-    python benchmarks/planned.py --tokens 512
-    python benchmarks/planned.py --held-out --tokens 384 --dtype bfloat16
+    python benchmarks/planned.py 5M 30M --write
+    python benchmarks/planned.py 9M 40M --tokens 384 --dtype bfloat16 --write
+    python benchmarks/planned.py 190M --tokens 384 --analyses first_order kl_shares --write
+    python benchmarks/planned.py --table        # only writes the table of docs/performance.md
 
 The estimate was fitted to the sizes of `FITTED`. Those of `HELD_OUT` have other widths, depths and
 numbers of heads, and were measured afterwards.
 
 Each peak is measured in a forked process (`benchmarks/memory.py`). What a run of eight tokens adds
-there, which is mostly pages that a fork copies, is taken off. This runs on Linux only.
+there, which is mostly pages that a fork copies, is taken off. This runs on Linux only. The peaks
+are stored in docs/planned.json; the table beside them has what the planner says today.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypedDict
 
+import marks
 import memory
-import shapes
 import torch
 import transformers as hf
 from measuring import tokenizer_of_words
@@ -26,18 +31,38 @@ from lens_lora.core import ModelSizes
 from lens_lora.hosts.build import hooked_model
 from lens_lora.hosts.planned_analyses import planned_analyses
 
-# Words of the vocabulary, width of a head, and the sizes of a Llama.
+PEAKS = memory.DOCS / "planned.json"
+PAGE = memory.DOCS / "performance.md"
+TABLE = "planned"
+
+
+class Size(NamedTuple):
+    """The sizes of a Llama of random weights."""
+
+    d_vocab: int
+    d_head: int
+    d_model: int
+    d_mlp: int
+    n_layers: int
+    n_heads: int
+    n_key_heads: int
+
+
 FITTED = {
-    "5M": (8192, 32, shapes._sizes(128, 512, 8, 4, 2)),
-    "30M": (16384, 64, shapes._sizes(320, 960, 15, 5, 5)),
-    "135M": (49152, 64, shapes._sizes(576, 1536, 30, 9, 3)),
+    "5M": Size(8192, 32, 128, 512, 8, 4, 2),
+    "30M": Size(16384, 64, 320, 960, 15, 5, 5),
+    "135M": Size(49152, 64, 576, 1536, 30, 9, 3),
 }
 HELD_OUT = {
-    "9M": (12288, 64, shapes._sizes(256, 640, 6, 4, 2)),
-    "40M": (24576, 64, shapes._sizes(448, 1216, 12, 7, 1)),
-    "190M": (32000, 64, shapes._sizes(768, 2560, 20, 12, 4)),
+    "9M": Size(12288, 64, 256, 640, 6, 4, 2),
+    "40M": Size(24576, 64, 448, 1216, 12, 7, 1),
+    "190M": Size(32000, 64, 768, 2560, 20, 12, 4),
+    # Measured after the tangents of `kl_shares` had been fitted to the sizes above.
+    "85M": Size(20480, 64, 640, 1792, 16, 10, 5),
 }
 SIZES = {**FITTED, **HELD_OUT}
+# The linear maps of a block, each of which the adapter changes.
+MODULES_OF_BLOCK = 7
 MARGIN = ll.Margin(5, 9)
 QUIET = {"progress": False}
 WORKS: dict[str, memory.Run] = {
@@ -55,30 +80,38 @@ LIMIT = 6e10
 FEW = 8
 
 
-def lens_of(size: str, dtype: torch.dtype) -> tuple[ll.LoraLens, ModelSizes]:
-    """A lens over random weights of this size and dtype, and its sizes for the planner."""
-    vocabulary, head, sizes = SIZES[size]
-    options = {**shapes.LLAMA, "vocab_size": vocabulary, "head_dim": head, **sizes}
-    shapes.SHAPES[size] = lambda: hf.LlamaConfig(**options)
+class Peak(TypedDict):
+    """The measured peak of one analysis, in MiB."""
+
+    size: str
+    dtype: str
+    tokens: int
+    analysis: str
+    mib: float
+
+
+def lens_of(size: str, dtype: torch.dtype) -> ll.LoraLens:
+    """A lens over random weights of this size and dtype."""
+    import shapes
+
+    sizes = SIZES[size]
+    options = {
+        "vocab_size": sizes.d_vocab,
+        "head_dim": sizes.d_head,
+        **shapes._sizes(*sizes[2:]),
+    }
+    shapes.SHAPES[size] = lambda: hf.LlamaConfig(**{**shapes.LLAMA, **options})
     model = shapes.model_of(size, "cpu", dtype)
     modules = shapes.linears(model)
     hooked, _ = hooked_model(model, tokenizer_of_words(), kind="TransformerBridge")
-    planned = ModelSizes(
-        n_layers=sizes["num_hidden_layers"],
-        d_model=sizes["hidden_size"],
-        d_mlp=sizes["intermediate_size"],
-        n_heads=sizes["num_attention_heads"],
-        d_vocab=vocabulary,
-        sites=len(modules),
-        dtype=dtype,
-    )
-    return ll.LoraLens(hooked, shapes.adapter_of(modules, 8)), planned
+    return ll.LoraLens(hooked, shapes.adapter_of(modules, 8))
 
 
-def measured(size: str, tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
-    """Yield each analysis with its planned and its measured peak, in MiB."""
-    lens, sizes = lens_of(size, dtype)
-    peaks = {plan.name: plan.peak / 2**20 for plan in planned_analyses(sizes, tokens)}
+def measured(
+    size: str, tokens: int, dtype: torch.dtype, analyses: Sequence[str]
+) -> Iterator[tuple[str, float]]:
+    """Yield each analysis with its measured peak, in MiB."""
+    lens = lens_of(size, dtype)
 
     def prompts_of(lens: ll.LoraLens, batch: int, count: int) -> ll.results.Prompts:
         generator = torch.Generator().manual_seed(0)
@@ -86,10 +119,10 @@ def measured(size: str, tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, 
 
     memory.random_prompts = prompts_of
     memory.WORKS.update(WORKS)
-    for name, work in WORKS.items():
-        work(lens, prompts_of(lens, 1, FEW))  # This run loads what is loaded once.
+    for name in analyses:
+        WORKS[name](lens, prompts_of(lens, 1, FEW))  # This run loads what is loaded once.
         mib = [_mib(memory.in_child(lens, name, count, LIMIT)) for count in (tokens, FEW)]
-        yield name, peaks[name], mib[0] - mib[1]
+        yield name, mib[0] - mib[1]
 
 
 def _mib(cell: str) -> float:
@@ -97,20 +130,76 @@ def _mib(cell: str) -> float:
     return float(cell.removesuffix(" MiB").replace(",", ""))
 
 
+def planned_mib(peak: Peak) -> float:
+    """What the planner says of the analysis whose peak this is."""
+    size = SIZES[peak["size"]]
+    planned = ModelSizes(
+        n_layers=size.n_layers,
+        d_model=size.d_model,
+        d_mlp=size.d_mlp,
+        n_heads=size.n_heads,
+        d_vocab=size.d_vocab,
+        sites=MODULES_OF_BLOCK * size.n_layers,
+        dtype=getattr(torch, peak["dtype"]),
+    )
+    plans = {plan.name: plan.peak for plan in planned_analyses(planned, peak["tokens"])}
+    return plans[peak["analysis"]] / 2**20
+
+
+def render(peaks: Sequence[Peak]) -> str:
+    """A row for each size, dtype and length: planned over measured, and what was measured.
+
+    Args:
+        peaks: of docs/planned.json.
+    """
+    lines = [
+        f"| size | dtype | tokens | {' | '.join(WORKS)} |",
+        f"| --- | --- | --- |{' --- |' * len(WORKS)}",
+    ]
+    by_row: dict[tuple[str, str, int], dict[str, str]] = {}
+    for peak in peaks:
+        cells = by_row.setdefault((peak["size"], peak["dtype"], peak["tokens"]), {})
+        ratio = planned_mib(peak) / peak["mib"]
+        cells[peak["analysis"]] = f"{ratio:.2f} of {peak['mib']:,.0f}"
+    order = list(SIZES)
+    for size, dtype, tokens in sorted(by_row, key=lambda row: (order.index(row[0]), *row[1:])):
+        cells = by_row[size, dtype, tokens]
+        name = f"{size}, fitted" if size in FITTED else size
+        row = [name, dtype, str(tokens), *(cells.get(work, "") for work in WORKS)]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def read() -> list[Peak]:
+    """Every peak so far."""
+    return json.loads(PEAKS.read_text()) if PEAKS.exists() else []
+
+
+def add(peak: Peak) -> None:
+    """Put a peak in the place of the one of the same size, dtype, length and analysis."""
+    key = ("size", "dtype", "tokens", "analysis")
+    others = [old for old in read() if any(old[name] != peak[name] for name in key)]
+    PEAKS.write_text(json.dumps([*others, peak], indent=0) + "\n")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("sizes", nargs="*", choices=[[], *SIZES])
-    options.add_argument("--held-out", action="store_true", help="the sizes of HELD_OUT")
+    options.add_argument("--analyses", nargs="+", choices=list(WORKS), default=list(WORKS))
     options.add_argument("--tokens", type=int, default=512)
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    options.add_argument("--write", action="store_true", help="into docs/")
+    options.add_argument("--table", action="store_true", help="only write the table")
     asked = options.parse_args()
-    print("| size | analysis | planned, MiB | measured, MiB | planned / measured |")
-    print("| --- | --- | --- | --- | --- |")
-    chosen = asked.sizes or list(HELD_OUT if asked.held_out else FITTED)
-    for size in chosen:
-        for name, planned, peak in measured(size, asked.tokens, getattr(torch, asked.dtype)):
-            cells = f"{planned:.0f} | {peak:.0f} | {planned / peak:.2f}"
-            print(f"| {size} | {name} | {cells} |", flush=True)
+    for size in asked.sizes:
+        dtype = getattr(torch, asked.dtype)
+        for name, mib in measured(size, asked.tokens, dtype, asked.analyses):
+            peak = Peak(size=size, dtype=asked.dtype, tokens=asked.tokens, analysis=name, mib=mib)
+            print(f"{peak} planned {planned_mib(peak):.0f}", flush=True)
+            if asked.write:
+                add(peak)
+    if asked.write or asked.table:
+        marks.write(PAGE, {TABLE: render(read())})
 
 
 if __name__ == "__main__":
