@@ -7,6 +7,7 @@ nothing has numbers. Results of another sweep at `--out` are refused before the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Iterable, Sequence
@@ -108,6 +109,7 @@ def sweep(
     names = chosen(analysis or ["first_order"])
     _require_result_for(json, names, shard)
     rows = _records(prompts, names, limit, has_margin=readout == "margin")
+    asked = _Asked(rows, names, readout, out, part, resume)
     is_first_process = rank() == 0
     if is_first_process:
         files.require_place(out, "--out")
@@ -117,48 +119,100 @@ def sweep(
     files.require_apart({"--out": out, **written}, base, [folder], prompts)
 
     with running.at_work(base, quiet=is_quiet) as progress:
-        from lens_lora.sweeps.sweep import require_resumable, require_slopes
+        from lens_lora.sweeps.sweep import require_slopes
 
         loaded = ll.load_adapter(folder)
-        readouts = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}
-        asked_readout = readouts[readout]
-        require_slopes(names, asked_readout)
+        require_slopes(names, asked.kind_of_readout)
         processes = launched()
         command: str | None = None
-        if part is None and names[0] not in BY_TOKEN:
+        if asked.may_have_finished:
             with running.step("Reading the files of model and adapter", progress):
-                asked = {"analyses": list(names), "readout": readout}
-                command = finished.command_digest(base, loaded, folder, asked)
-        if resume and part is None:
-            require_resumable(out, loaded, names, asked_readout)
-        if resume and command is not None:
-            before = finished.finished_sweep(out, command, list(rows), names)
-            if before is not None:
-                _end(before, processes, json)
-                return
+                facts = {"analyses": list(names), "readout": readout}
+                command = finished.command_digest(base, loaded, folder, facts)
+        before = _finished_before(asked, command, loaded)
+        if before is not None:
+            _end(before, processes, json)
+            return
         _require_devices_apart(base, processes)
         lens = running.lens_for(base.placed(processes.device), loaded, progress)
-
-        with warnings.catch_warnings(), running.told_if_interrupted(functools.partial(_kept, out)):
-            # The bad records of which a sweep warns are listed below.
-            warnings.simplefilter("ignore")
-            result = ll.sweep(
-                lens,
-                rows,
-                names,
-                out=out,
-                readout=asked_readout,
-                batch_size=batch_size,
-                resume=resume,
-                shard=part,
-                progress=not progress.quiet,
-            )
+        result = _swept(lens, asked, batch_size, show_progress=not progress.quiet)
         if isinstance(result, ll.results.SweepShard):
             _tell_shard(result, out)
             return
         if processes.is_main:
             _remember(result, command)
         _end(result, processes, json)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What a sweep is asked, as the command line says it.
+
+    Attributes:
+        rows: the records.
+        names: the analyses.
+        readout: 'margin', 'log-prob' or 'kl'.
+        out: the file to write.
+        shard: (i, n) for shard i of n; None for the whole.
+        resume: whether what is at `out` is continued.
+    """
+
+    rows: Iterable[Record]
+    names: tuple[str, ...]
+    readout: str
+    out: Path
+    shard: tuple[int, int] | None
+    resume: bool
+
+    @property
+    def kind_of_readout(self) -> type[ll.AnswerLogProb] | type[ll.KL] | None:
+        """The class of a readout of each record's response; None for the margin."""
+        kinds = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}
+        return kinds[self.readout]
+
+    @property
+    def may_have_finished(self) -> bool:
+        """Whether an earlier run may have finished it: a shard or rows of tokens are run again."""
+        return self.shard is None and self.names[0] not in BY_TOKEN
+
+
+def _finished_before(
+    asked: _Asked, command: str | None, adapter: ll.Adapter
+) -> ll.results.SweepResult | None:
+    """The result of an earlier run of the same command, if it finished; else None.
+
+    Raises:
+        SweepError: the file at `out` is of another sweep.
+    """
+    from lens_lora.sweeps.sweep import require_resumable
+
+    if not asked.resume or asked.shard is not None:
+        return None
+    require_resumable(asked.out, adapter, asked.names, asked.kind_of_readout)
+    if command is None:
+        return None
+    return finished.finished_sweep(asked.out, command, list(asked.rows), asked.names)
+
+
+def _swept(
+    lens: ll.LoraLens, asked: _Asked, batch_size: int, *, show_progress: bool
+) -> ll.results.SweepResult | ll.results.ActivationsFile | ll.results.SweepShard:
+    """Run the sweep; if it is interrupted, say which prompts are finished."""
+    kept = functools.partial(_kept, asked.out)
+    with warnings.catch_warnings(), running.told_if_interrupted(kept):
+        # The bad records of which a sweep warns are listed by the command.
+        warnings.simplefilter("ignore")
+        return ll.sweep(
+            lens,
+            asked.rows,
+            asked.names,
+            out=asked.out,
+            readout=asked.kind_of_readout,
+            batch_size=batch_size,
+            resume=asked.resume,
+            shard=asked.shard,
+            progress=show_progress,
+        )
 
 
 def _require_devices_apart(base: options.BaseModel, processes: Processes) -> None:

@@ -108,7 +108,7 @@ def refuse_empty_components(model: Any) -> None:
         if compat.wraps_nothing(component):
             kind = type(model.original_model).__name__
             raise ModelStateError(
-                f"{name}: this {kind} does without such a module, and TransformerLens has put a "
+                f"{name}: this {kind} has no such module, and TransformerLens has put a "
                 f"{type(component).__name__} there, which cannot run.",
                 remedy="Let ll.load make the bridge, which leaves that place empty: "
                 "ll.load(hf_model, adapter).",

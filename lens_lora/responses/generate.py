@@ -2,13 +2,13 @@
 
 1. A draft is made with a key-value cache. Rows go in step and without padding: the first pass runs
    as many tokens as the shortest row has, and every further pass runs one token of each row, a
-   longer row's own next token while it has one. Rows whose prompts are longer by more than is to be
-   said have a cache of their own.
+   longer row's own next token while it has one. Rows whose prompts are longer by more than
+   `max_new_tokens` have a cache of their own.
 2. The draft is confirmed: one pass without a cache, over rows and drafts of one length, chooses a
    token at each place. A row keeps its draft as far as both agree, and takes one token more, which
    the pass chose.
-3. This goes on from there until every row has ended. Where draft and confirmation part within a few
-   tokens, the cache is wrong for this model, or for hooks that count positions, and is not used
+3. Both steps are repeated until every row has ended. Where draft and confirmation differ within a
+   few tokens, the cache is wrong for this model, or for hooks that count positions, and is not used
    again.
 
 So a cache saves time and decides nothing. Cost: a pass over the prompt, a pass over one token for
@@ -55,9 +55,9 @@ from lens_lora.errors import ArgumentError, PromptError, SiteError, setting, whi
 _CACHED_TOKENS = 8192
 # The tokens of a pass that confirms drafts, whose logits are all held.
 _CONFIRMED_TOKENS = 256
-# The tokens of a draft, all of which may be lost where it parts from its confirmation.
+# The tokens of a draft, all of which may be lost where its confirmation differs.
 _DRAFT = 256
-# A wrong cache parts from the confirmation within so many tokens of a draft, rounding later.
+# A wrong cache differs from the confirmation within so many tokens of a draft; rounding does later.
 _TRUSTED_AFTER = 8
 # A draw sorts so many tokens, and the whole vocabulary only where it falls beyond them.
 _LIKELIEST = 1024
@@ -139,25 +139,25 @@ class Sampling:
 
 
 @dataclasses.dataclass(eq=False)
-class Speaker:
-    """A model at given gates, what it said so far, and how it chooses.
+class Generation:
+    """A model at given gates, what it has generated so far, and how it chooses tokens.
 
     Attributes:
         lens: the adapter over the model.
         prompts: the texts that it goes on from.
         gates: the gates of all prompts, or those of each.
         sampling: how a token is chosen.
-        most: the most tokens that are said after a prompt.
+        max_new_tokens: the most tokens of a response.
         ends: tokens that end a response.
-        texts: the tokens of each prompt and those that were said after it.
-        starts: how many tokens of each text are the prompt's.
+        texts: the tokens of each prompt, and those of its response so far.
+        prompt_lengths: how many tokens of each text are the prompt's.
     """
 
     lens: LoraLens
     prompts: Prompts
     gates: Float[Tensor, "*batch site"]
     sampling: Sampling
-    most: int
+    max_new_tokens: int
     ends: Collection[int]
 
     def __post_init__(self) -> None:
@@ -167,28 +167,29 @@ class Speaker:
             raise SiteError(f"gates of {len(self.gates)} prompts, and there are {batch}.")
         rows = [self.prompts.row(i) for i in range(batch)]
         self.texts: list[list[int]] = [row.tokens[0].tolist() for row in rows]
-        self.starts: list[int] = [len(text) for text in self.texts]
-        self._noise = self.sampling.noise(batch, self.most)
+        self.prompt_lengths: list[int] = [len(text) for text in self.texts]
+        self._noise = self.sampling.noise(batch, self.max_new_tokens)
 
-    def said(self, i: int) -> list[int]:
-        """The tokens that were said after this prompt."""
-        return self.texts[i][self.starts[i] :]
+    def response(self, i: int) -> list[int]:
+        """The tokens that were generated after this prompt."""
+        return self.texts[i][self.prompt_lengths[i] :]
 
     def has_ended(self, i: int) -> bool:
-        """Whether the last token that was said ends the response."""
-        return bool(self.said(i)) and self.texts[i][-1] in self.ends
+        """Whether the last token that was generated ends the response."""
+        return bool(self.response(i)) and self.texts[i][-1] in self.ends
 
-    def _goes_on(self, i: int) -> bool:
-        return len(self.said(i)) < self.most and not self.has_ended(i)
+    def _is_unfinished(self, i: int) -> bool:
+        return len(self.response(i)) < self.max_new_tokens and not self.has_ended(i)
 
-    def say(self, *, progress: bool) -> Generated:
-        """Say after each prompt all that there is to say."""
-        count = len(self.starts)
-        bar = tqdm(total=count * self.most, desc="generate", leave=False, disable=not progress)
+    def run(self, *, progress: bool) -> Generated:
+        """Generate the response to every prompt."""
+        count = len(self.prompt_lengths)
+        most = count * self.max_new_tokens
+        bar = tqdm(total=most, desc="generate", leave=False, disable=not progress)
         with torch.no_grad(), bar:
             for rows in self._sharing_a_cache():
-                self._say_after(rows, bar)
-        responses = [self.said(i) for i in range(count)]
+                self._respond(rows, bar)
+        responses = [self.response(i) for i in range(count)]
         texts = [Tokens(self.lens.model).text(ids, skip_special_tokens=True) for ids in responses]
         return Generated(
             ids=tuple(self.prompts.tokens.new_tensor(ids) for ids in responses),
@@ -199,32 +200,33 @@ class Speaker:
 
     def _sharing_a_cache(self) -> Iterator[list[int]]:
         """Rows whose prompts are of like length, and no more of them than a cache has room for."""
-        most_rows = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
-        shortest_first = sorted(range(len(self.starts)), key=lambda i: self.starts[i])
+        lengths = self.prompt_lengths
+        most_rows = max(1, _CACHED_TOKENS // (max(lengths) + self.max_new_tokens))
+        shortest_first = sorted(range(len(lengths)), key=lambda i: lengths[i])
         together = shortest_first[:1]
         for i in shortest_first[1:]:
-            is_apart = self.starts[i] - self.starts[together[-1]] > self.most
+            is_apart = lengths[i] - lengths[together[-1]] > self.max_new_tokens
             if is_apart or len(together) == most_rows:
                 yield together
                 together = []
             together.append(i)
         yield together
 
-    def _say_after(self, rows: list[int], bar: tqdm) -> None:
-        """Say after these prompts all that there is to say."""
+    def _respond(self, rows: list[int], bar: tqdm) -> None:
+        """Generate the responses to these prompts, which share a cache."""
         is_trusted = True
-        going_on = [i for i in rows if self._goes_on(i)]
-        while going_on:
-            drafts: dict[int, list[int]] = {i: [] for i in going_on}
+        unfinished = [i for i in rows if self._is_unfinished(i)]
+        while unfinished:
+            drafts: dict[int, list[int]] = {i: [] for i in unfinished}
             if is_trusted:
-                for together in self._by_rotary_table(going_on):
+                for together in self._by_rotary_table(unfinished):
                     drafts |= zip(together, self._drafts(together), strict=True)
             for of_one_length in self._by_length(drafts):
                 is_right = self._confirm(of_one_length)
                 is_trusted = is_trusted and is_right
-            tokens_said = sum(len(text) for text in self.texts) - sum(self.starts)
-            bar.update(tokens_said - bar.n)
-            going_on = [i for i in going_on if self._goes_on(i)]
+            generated_tokens = sum(len(text) for text in self.texts) - sum(self.prompt_lengths)
+            bar.update(generated_tokens - bar.n)
+            unfinished = [i for i in unfinished if self._is_unfinished(i)]
 
     def _by_rotary_table(self, rows: list[int]) -> Iterable[list[int]]:
         """Rows whose texts have the same rotary tables, so that a cache of one holds for all."""
@@ -245,8 +247,8 @@ class Speaker:
                 yield {i: drafts[i] for i in rows[first : first + most]}
 
     def _drafts(self, rows: list[int]) -> list[list[int]]:
-        """Draft with a cache all but the last token that each row may still say."""
-        starts = torch.tensor([self.starts[i] for i in rows])
+        """Draft with a cache all but the last token that each row may still generate."""
+        prompt_lengths = torch.tensor([self.prompt_lengths[i] for i in rows])
         texts = [list(self.texts[i]) for i in rows]
         steps = _Steps(texts, [self._end_of_draft(i) for i in rows])
         cache: Any = None
@@ -255,11 +257,11 @@ class Speaker:
             self.lens.unembedding_only(lambda last: last[:, -1:]),
             self.lens.rotary.as_made(),
         ):
-            while steps.go_on():
-                with Rows(starts, has_response=True).told(self.lens.model):
+            while steps.are_unfinished():
+                with Rows(prompt_lengths, has_response=True).told(self.lens.model):
                     logits, cache = self.lens.host.run_cached(self._tensor(steps.fed), cache)
                 due = steps.due()
-                noise = self._noise[[rows[k] for k in due], steps.width - starts[due]]
+                noise = self._noise[[rows[k] for k in due], steps.width - prompt_lengths[due]]
                 chosen = self.sampling.choose(logits[due, -1], noise).tolist()
                 steps.take(due, chosen, self.ends)
         return [text[len(self.texts[i]) :] for text, i in zip(texts, rows, strict=True)]
@@ -267,11 +269,11 @@ class Speaker:
     def _end_of_draft(self, i: int) -> int:
         """How long a text is with its draft, all of which one pass can confirm.
 
-        That is no longer than all but the last token that may be said, nor than its rotary tables
-        stay the same.
+        The draft leaves out the last token that may be generated, and ends where the rotary tables
+        of a longer text would be others.
         """
         length = len(self.texts[i])
-        most = min(self.starts[i] + self.most - 1, length + _DRAFT)
+        most = min(self.prompt_lengths[i] + self.max_new_tokens - 1, length + _DRAFT)
         return int(min(most, self.lens.rotary.alike_up_to(length)))
 
     def _confirm(self, drafts: dict[int, list[int]]) -> bool:
@@ -287,14 +289,14 @@ class Speaker:
         tokens = self._tensor([self.texts[i] + draft for i, draft in drafts.items()])
         places = tokens.shape[1] - len(self.texts[rows[0]]) + 1
         lengths = tokens.new_full((len(rows),), tokens.shape[1])
-        sources = tuple(Source(length=self.starts[i]) for i in rows)
+        sources = tuple(Source(length=self.prompt_lengths[i]) for i in rows)
         prompts = Prompts(tokens, lengths, torch.full_like(lengths, places), sources)
         run = functools.partial(self.lens.run, prompts)
         with self._gated(rows), self.lens.unembedding_only(prompts.at_slots):
             logits = run()
             if not torch.isfinite(logits).all():
                 raise self.lens.not_finite(run)
-        noise = [self._noise[i, len(self.said(i)) :][:places] for i in rows]
+        noise = [self._noise[i, len(self.response(i)) :][:places] for i in rows]
         chosen = self.sampling.choose(logits.flatten(0, 1), torch.cat(noise)).view(-1, places)
         agreed: list[int] = []
         for i, tokens_chosen in zip(rows, chosen.tolist(), strict=True):
@@ -311,7 +313,7 @@ class Speaker:
         while agreed < len(draft) and draft[agreed] == chosen[agreed]:
             agreed += 1
         self.texts[i] += draft[:agreed]
-        if self._goes_on(i):
+        if self._is_unfinished(i):
             self.texts[i].append(chosen[agreed])
         return agreed
 
@@ -324,7 +326,7 @@ class Speaker:
 
 
 class _Steps:
-    """Rows that share a cache, which go in step: so many tokens first, then one token a pass.
+    """Rows that share a cache and go in step: first the shortest row's length, then token by token.
 
     Attributes:
         texts: the tokens of each row, its draft among them.
@@ -339,12 +341,12 @@ class _Steps:
         self.width = min(len(text) for text in texts)
         self.fed = [text[: self.width] for text in texts]
 
-    def go_on(self) -> bool:
-        """Whether a row is still shorter than it is to be."""
+    def are_unfinished(self) -> bool:
+        """Whether a row has not reached the end of its draft."""
         return any(len(text) < limit for text, limit in zip(self.texts, self._limits, strict=True))
 
     def due(self) -> list[int]:
-        """The rows that take a token after this pass; longer ones have tokens of their own yet."""
+        """The rows whose own tokens have all been run, so that this pass chooses a new one."""
         rows: list[int] = []
         for k, (text, limit) in enumerate(zip(self.texts, self._limits, strict=True)):
             if len(text) == self.width and self.width < limit:
@@ -381,7 +383,12 @@ class SideBySide:
 
 
 def side_by_side(
-    lens: LoraLens, prompts: Prompts, most: int, response: object = None, *, progress: bool
+    lens: LoraLens,
+    prompts: Prompts,
+    max_new_tokens: int,
+    response: object = None,
+    *,
+    progress: bool,
 ) -> list[SideBySide | None]:
     """Both models' answers to each prompt; None where the context has no room for them.
 
@@ -390,28 +397,29 @@ def side_by_side(
     Args:
         lens: the adapter over the model.
         prompts: what is answered.
-        most: the most tokens of an answer.
+        max_new_tokens: the most tokens of an answer.
         response: what is explained. One that was generated is the adapted model's answer, and the
             base's is at most as long.
         progress: whether a bar is shown.
     """
     adapted = response if isinstance(response, Generated) else None
     if adapted is not None:
-        most = max(len(ids) for ids in adapted.ids)
+        max_new_tokens = max(len(ids) for ids in adapted.ids)
     pairs: list[SideBySide | None] = [None] * prompts.batch
     context = getattr(lens.model.cfg, "n_ctx", None) or math.inf
-    # The last token that is said is not run.
-    lengths = prompts.lengths.tolist()
-    fitting = [i for i, length in enumerate(lengths) if length + most - 1 <= context]
+    # The last token of an answer is not run.
+    longest = context - max_new_tokens + 1
+    fitting = [i for i, length in enumerate(prompts.lengths.tolist()) if length <= longest]
     if not fitting:
         return pairs
 
     chosen = prompts.chosen(fitting)
     ends = [0.0, 1.0] if adapted is None else [0.0]
     gates = torch.stack([lens.gates(end) for end in ends]).repeat_interleave(len(fitting), 0)
-    said = whole_or_cut(lens.generate(chosen.tiled(len(ends)), most, gates, progress=progress))
-    of_base = said[: len(fitting)]
-    of_adapted = said[len(fitting) :]
+    asked = chosen.tiled(len(ends))
+    answers = whole_or_cut(lens.generate(asked, max_new_tokens, gates, progress=progress))
+    of_base = answers[: len(fitting)]
+    of_adapted = answers[len(fitting) :]
     if adapted is not None:
         given = whole_or_cut(adapted)
         of_adapted = [given[i] for i in fitting]
@@ -437,15 +445,15 @@ def generated(
     eos_token_id: int | Sequence[int] | None,
     progress: bool,
 ) -> Generated:
-    """Say something after each prompt: see `LoraLens.generate`."""
-    most = arguments.whole("max_new_tokens", max_new_tokens, 1)
+    """Generate a response to each prompt: see `LoraLens.generate`."""
+    max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
     sampling = Sampling(temperature, top_p, seed)
     ends = end_tokens(lens.model, lens.hf_model, eos_token_id)
     ready = lens.prompts(prompts)
-    require_room(lens, ready, most)
-    speaker = Speaker(lens, ready, lens.gates(scale), sampling, most, ends)
-    said = speaker.say(progress=progress)
-    return dataclasses.replace(said, is_single=_is_single(prompts, ready.batch))
+    require_room(lens, ready, max_new_tokens)
+    generation = Generation(lens, ready, lens.gates(scale), sampling, max_new_tokens, ends)
+    responses = generation.run(progress=progress)
+    return dataclasses.replace(responses, is_single=_is_single(prompts, ready.batch))
 
 
 def _is_single(prompts: PromptsLike, batch: int) -> bool:
@@ -456,10 +464,10 @@ def _is_single(prompts: PromptsLike, batch: int) -> bool:
     return not is_list or isinstance(prompts[0], Mapping)
 
 
-def whole_or_cut(said: Generated) -> list[str]:
-    """The texts that were said; one that was cut off ends in ' …'."""
+def whole_or_cut(responses: Generated) -> list[str]:
+    """The texts of the responses; one that was cut off ends in ' …'."""
     texts: list[str] = []
-    for text, has_ended in zip(said.texts, said.ended, strict=True):
+    for text, has_ended in zip(responses.texts, responses.ended, strict=True):
         texts.append(text if has_ended else f"{text} …")
     return texts
 
@@ -485,14 +493,15 @@ def _ends_of_files(model: Any, hf_model: Any) -> Any:
     return () if eos is None else eos
 
 
-def require_room(lens: LoraLens, prompts: Prompts, most: int) -> None:
+def require_room(lens: LoraLens, prompts: Prompts, max_new_tokens: int) -> None:
     """Check that so many tokens more fit into the context; the last one is not run."""
     context = getattr(lens.model.cfg, "n_ctx", None)
     longest = int(prompts.lengths.max())
-    if context and longest + most - 1 > context:
+    if context and longest + max_new_tokens - 1 > context:
         prompt = which_prompt(int(prompts.lengths.argmax()), prompts.batch)
+        asked = setting("max_new_tokens", max_new_tokens)
         raise PromptError(
-            f"{prompt} has {longest} tokens, and {setting('max_new_tokens', most)} more do not fit "
+            f"{prompt} has {longest} tokens, and {asked} more do not fit "
             f"into the context of this {type(lens.model).__name__}, {context} (cfg.n_ctx); at most "
             f"{context - longest + 1} do."
         )

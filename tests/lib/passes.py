@@ -12,28 +12,28 @@ import torch.autograd.forward_ad as fwad
 
 import lens_lora as ll
 from lens_lora.edge_attribution.site_tangents import value_of
-from lens_lora.responses.generate import Speaker
+from lens_lora.responses.generate import Generation
 
 
 @contextlib.contextmanager
 def passes(lens: ll.LoraLens) -> Iterator[list[tuple[str, int, int]]]:
     """(kind, rows, tokens of a row) of every forward pass within the block, at its last block.
 
-    What the model itself is asked to say has batches of its own, and is left out.
+    Generation has batches of its own, and is left out.
     """
     seen: list[tuple[str, int, int]] = []
-    speaking: list[bool] = []
-    say = Speaker.say
+    generating: list[bool] = []
+    run = Generation.run
 
-    def says(speaker: Speaker, **options: Any) -> Any:
-        speaking.append(True)
+    def generates(generation: Generation, **options: Any) -> Any:
+        generating.append(True)
         try:
-            return say(speaker, **options)
+            return run(generation, **options)
         finally:
-            speaking.pop()
+            generating.pop()
 
     def look(block: Any, args: Any, kwargs: Any) -> None:
-        if speaking:
+        if generating:
             return
         residual = args[0] if args else kwargs["hidden_states"]
         value = value_of(residual)
@@ -45,7 +45,7 @@ def passes(lens: ll.LoraLens) -> Iterator[list[tuple[str, int, int]]]:
     handle = lens.model.blocks[-1].register_forward_pre_hook(look, with_kwargs=True)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Speaker, "say", says)
+            patch.setattr(Generation, "run", generates)
             yield seen
     finally:
         handle.remove()

@@ -19,7 +19,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 import lens_lora as ll
 from lens_lora.responses import generate
-from lens_lora.responses.generate import Sampling, Speaker, end_tokens
+from lens_lora.responses.generate import Generation, Sampling, end_tokens
 
 pytestmark = pytest.mark.usefixtures("float64")
 NEW = 14
@@ -220,10 +220,10 @@ def test_a_wrong_cache_decides_nothing(cls: str, monkeypatch, passes: list[int])
     host = type(case.lens.plan.host)
     drafts = []
     run = host.run_cached
-    draft = Speaker._drafts
+    draft = Generation._drafts
     monkeypatch.setattr(host, "run_cached", lambda self, tokens, cache: run(self, tokens, None))
     monkeypatch.setattr(
-        Speaker, "_drafts", lambda self, rows: drafts.append(draft(self, rows)) or drafts[-1]
+        Generation, "_drafts", lambda self, rows: drafts.append(draft(self, rows)) or drafts[-1]
     )
     assert lists(case.lens.generate(prompts(), NEW, **QUIET)) == by_peft(case)
     assert drafts[0] != [ids[:-1] for ids in by_peft(case)]
@@ -267,14 +267,14 @@ def test_far_longer_prompts_have_a_cache_of_their_own(cls: str, monkeypatch):
 def test_gates_that_are_dropped_after_the_first_token_show(cls: str, monkeypatch):
     """Negative control: in the draft they cost a pass, in the confirming pass the answer."""
     case = cases.case("llama", cls, "raw")
-    gated = Speaker._gated
+    gated = Generation._gated
     asked: list[int] = []
 
-    def dropped(self: Speaker, rows):
+    def dropped(self: Generation, rows):
         asked.append(len(rows))
         return gated(self, rows) if len(asked) == 1 else self.lens.applied(0.0)
 
-    monkeypatch.setattr(Speaker, "_gated", dropped)
+    monkeypatch.setattr(Generation, "_gated", dropped)
     assert lists(case.lens.generate(prompts(), NEW, **QUIET)) != by_peft(case)
 
 
