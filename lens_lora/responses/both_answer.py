@@ -90,31 +90,41 @@ def both_answer(
     samplings = [Sampling()]
     samplings += [Sampling(temperature=1.0, seed=seed + draw) for draw in range(draws)]
     asked = _Asked(lens, prompts, most, samplings)
-    answers = None
-    # The cache holds every row at once. A bound on memory goes to `generate`, which keeps it.
-    if not lens.rotary and lens.max_memory is None:
-        if known is not None:
-            beside_known = dataclasses.replace(asked, known=known)
-            answers = beside_known.answers_with_a_cache(progress=progress)
-        if answers is None:
-            answers = asked.answers_with_a_cache(progress=progress)
+    answers = _answers_with_a_cache(asked, known, progress=progress)
     is_confirmed = answers is None
     if answers is None:
         answers = asked.confirmed_answers(progress=progress)
-    texts = [Tokens(lens.model).text(ids, skip_special_tokens=True) for ids in answers]
-    by_model: list[tuple[tuple[str, ...], ...]] = []
-    for model in range(len(_STRENGTHS)):
-        by_prompt: list[tuple[str, ...]] = []
-        for i in range(prompts.batch):
-            rows = [asked.row_of(model, i, draw) for draw in range(len(samplings))]
-            by_prompt.append(tuple(texts[row] for row in rows))
-        by_model.append(tuple(by_prompt))
-    base, adapted = by_model
+    tokens = Tokens(lens.model)
+    texts = [tokens.text(ids, skip_special_tokens=True) for ids in answers]
+    base: list[tuple[str, ...]] = []
+    adapted: list[tuple[str, ...]] = []
     base_ids: list[list[list[int]]] = []
-    for i in range(prompts.batch):
-        rows = [asked.row_of(_BASE, i, draw) for draw in range(len(samplings))]
-        base_ids.append([answers[row] for row in rows])
-    return BothAnswer(base, adapted, is_confirmed, base_ids)
+    for prompt in range(prompts.batch):
+        base_rows = asked.rows_of(_BASE, prompt)
+        adapted_rows = asked.rows_of(_ADAPTED, prompt)
+        base.append(tuple(texts[row] for row in base_rows))
+        adapted.append(tuple(texts[row] for row in adapted_rows))
+        base_ids.append([answers[row] for row in base_rows])
+    return BothAnswer(tuple(base), tuple(adapted), is_confirmed, base_ids)
+
+
+def _answers_with_a_cache(
+    asked: _Asked, known: AnswerIds | None, *, progress: bool
+) -> list[list[int]] | None:
+    """The ids of each row from passes with a cache; None where a cache cannot be used.
+
+    The base's known answers are used unless they turn out to be those of another base.
+    """
+    lens = asked.lens
+    # The cache holds every row at once. A bound on memory goes to `generate`, which keeps it.
+    if lens.rotary or lens.max_memory is not None:
+        return None
+    if known is not None:
+        adapted_alone = dataclasses.replace(asked, known=known)
+        answers = adapted_alone.answers_with_a_cache(progress=progress)
+        if answers is not None:
+            return answers
+    return asked.answers_with_a_cache(progress=progress)
 
 
 class _Place(NamedTuple):
@@ -129,6 +139,25 @@ class _Place(NamedTuple):
     draw: int
     model: int
     prompt: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Batch:
+    """Rows that take their next token in the same pass, after the passes so far.
+
+    Attributes:
+        mask: 1 where a row has a token, 0 for its padding on the left.
+        gates: the gates of each row.
+        lengths: how many tokens each row's prompt has.
+        cache: the keys and values of all tokens so far.
+        logits: those behind each row's last token.
+    """
+
+    mask: Int[Tensor, "row all"]
+    gates: Float[Tensor, "row site"]
+    lengths: Int[Tensor, " row"]
+    cache: Any
+    logits: Float[Tensor, "row vocab"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -165,6 +194,10 @@ class _Asked:
         """The number of a row."""
         return (draw * len(_STRENGTHS) + model) * self.prompts.batch + prompt
 
+    def rows_of(self, model: int, prompt: int) -> list[int]:
+        """The rows of a prompt that one model answers, one for each draw."""
+        return [self.row_of(model, prompt, draw) for draw in range(len(self.samplings))]
+
     def place_of(self, row: int) -> _Place:
         """The draw, model and prompt of a row."""
         draw_and_model, prompt = divmod(row, self.prompts.batch)
@@ -196,20 +229,14 @@ class _Asked:
                 for draw, ids in enumerate(of_prompt):
                     answers[self.row_of(_BASE, prompt, draw)] = list(ids)
         groups = list(self._sharing_a_cache())
-        bar = tqdm(
-            total=len(groups) * self.most, desc="both answer", leave=False, disable=not progress
-        )
+        steps = len(groups) * self.most
+        bar = tqdm(total=steps, desc="both answer", leave=False, disable=not progress)
         with torch.no_grad(), bar:
             for group in groups:
                 if not self._answer(group, answers, bar):
                     return None
-            agreed = 0
-            confirmed = 0
-            for some in self._confirmed_together(self._to_confirm(rows)):
-                agreed += self._count_agreed(some, answers)
-                confirmed += sum(len(answers[row]) for row in some)
-        others = 1.0 - agreed / confirmed
-        return answers if others <= _OTHERS else None
+            is_right = self._is_confirmed(answers)
+        return answers if is_right else None
 
     def _sharing_a_cache(self) -> Iterator[list[int]]:
         """Prompts of like length, and no more of them than a cache has room for."""
@@ -221,41 +248,24 @@ class _Asked:
             yield shortest_first[first : first + at_once]
 
     def _answer(self, group: list[int], answers: list[list[int]], bar: tqdm) -> bool:
-        """Let each model that is asked answer these prompts; returns if all logits are finite.
+        """Let each model that is asked answer these prompts; whether all logits were finite.
 
         Args:
             group: indices of prompts that share a cache.
             answers: the ids that each row has answered so far, which are added to.
             bar: the progress, one for each token.
         """
-        device = home_of(self.lens.model)
-        lengths = torch.tensor([len(self._ids[i]) for i in group]).repeat(len(self._models))
-        width = int(lengths.max())
-        padded: list[list[int]] = []
-        for i in group:
-            padding = [0] * (width - len(self._ids[i]))
-            padded.append(padding + self._ids[i])
-        tokens = torch.tensor(padded, device=device).repeat(len(self._models), 1)
-        mask = (torch.arange(width) >= width - lengths[:, None]).long().to(device)
-        gates = self._gates[self._models].repeat_interleave(len(group), 0)
-        logits, cache = self._pass(tokens, None, mask, gates, lengths)
-
-        # From here on there is a copy of each row for every sampling.
-        copies = torch.arange(len(tokens)).repeat(len(self.samplings)).to(device)
-        cache = self.lens.host.rows_of_cache(cache, copies)
-        logits = logits[copies]
-        mask = mask[copies]
-        gates = gates[copies.to(gates.device)]
-        lengths = lengths.repeat(len(self.samplings))
+        batch = self._copied_for_each_draw(self._after_prompts(group))
         rows: list[int] = []
         for draw in range(len(self.samplings)):
             for model in self._models:
-                rows += [self.row_of(model, i, draw) for i in group]
+                rows += [self.row_of(model, prompt, draw) for prompt in group]
         for step in range(self.most):
-            largest = logits.amax(-1)
+            # NaN and +∞ would be the largest logit of their row.
+            largest = batch.logits.amax(-1)
             if not bool(torch.isfinite(largest).all()):
                 return False
-            tokens = self._chosen(logits, rows, step)
+            tokens = self._chosen(batch.logits, rows, step)
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 if not self._has_ended(answers[row]):
                     answers[row].append(token)
@@ -263,9 +273,43 @@ class _Asked:
             have_all_ended = all(self._has_ended(answers[row]) for row in rows)
             if have_all_ended or step + 1 == self.most:
                 return True
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-            logits, cache = self._pass(tokens[:, None].to(device), cache, mask, gates, lengths)
+            batch = self._after_tokens(batch, tokens)
         return True
+
+    def _after_prompts(self, group: Sequence[int]) -> _Batch:
+        """Run these prompts, padded on the left, through each model that is asked."""
+        device = home_of(self.lens.model)
+        models = len(self._models)
+        lengths = torch.tensor([len(self._ids[i]) for i in group]).repeat(models)
+        width = int(lengths.max())
+        padded: list[list[int]] = []
+        for i in group:
+            padding = [0] * (width - len(self._ids[i]))
+            padded.append(padding + self._ids[i])
+        tokens = torch.tensor(padded, device=device).repeat(models, 1)
+        mask = (torch.arange(width) >= width - lengths[:, None]).long().to(device)
+        gates = self._gates[self._models].repeat_interleave(len(group), 0)
+        logits, cache = self._pass(tokens, None, mask, gates, lengths)
+        return _Batch(mask, gates, lengths, cache, logits)
+
+    def _copied_for_each_draw(self, batch: _Batch) -> _Batch:
+        """A copy of all rows for every sampling, one after another."""
+        draws = len(self.samplings)
+        copies = torch.arange(len(batch.mask)).repeat(draws).to(batch.mask.device)
+        return _Batch(
+            mask=batch.mask[copies],
+            gates=batch.gates[copies.to(batch.gates.device)],
+            lengths=batch.lengths.repeat(draws),
+            cache=self.lens.host.rows_of_cache(batch.cache, copies),
+            logits=batch.logits[copies],
+        )
+
+    def _after_tokens(self, batch: _Batch, tokens: Int[Tensor, " row"]) -> _Batch:
+        """Run one more token of each row."""
+        mask = torch.cat([batch.mask, batch.mask.new_ones(len(tokens), 1)], 1)
+        column = tokens[:, None].to(mask.device)
+        logits, cache = self._pass(column, batch.cache, mask, batch.gates, batch.lengths)
+        return dataclasses.replace(batch, mask=mask, cache=cache, logits=logits)
 
     def _pass(
         self,
@@ -301,6 +345,16 @@ class _Asked:
 
     # --- Confirmed
 
+    def _is_confirmed(self, answers: Sequence[Sequence[int]]) -> bool:
+        """Whether passes without a cache choose the same tokens, up to rounding."""
+        agreed = 0
+        confirmed = 0
+        for rows in self._confirmed_together(self._to_confirm(len(answers))):
+            agreed += self._count_agreed(rows, answers)
+            confirmed += sum(len(answers[row]) for row in rows)
+        share_of_others = 1.0 - agreed / confirmed
+        return share_of_others <= _OTHERS
+
     def _to_confirm(self, rows: int) -> list[int]:
         """One of every eight rows of like length, or of fewer so that there are eight at least.
 
@@ -320,6 +374,7 @@ class _Asked:
         return chosen
 
     def _confirmed_together(self, rows: list[int]) -> Iterator[list[int]]:
+        """The rows that one pass confirms, so many at a time."""
         at_once = max(1, _CONFIRMED_TOKENS // self.most)
         for first in range(0, len(rows), at_once):
             yield rows[first : first + at_once]
@@ -342,12 +397,12 @@ class _Asked:
         with self.lens.adapted(self._gates[models]), self.lens.unembedding_only(prompts.at_slots):
             logits = self.lens.run(prompts)
         agreed = 0
-        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
+        for logits_of_row, row, place in zip(logits, rows, places, strict=True):
             answer = answers[row]
             # A row that is read at fewer positions than others repeats its last one.
-            of_row = logits[index, : len(answer)]
+            read = logits_of_row[: len(answer)]
             noise = self._noise[place.draw][place.prompt, : len(answer)]
-            chosen = self.samplings[place.draw].choose(of_row, noise).tolist()
+            chosen = self.samplings[place.draw].choose(read, noise).tolist()
             for token, answered in zip(chosen, answer, strict=True):
                 if token == answered:
                     agreed += 1
