@@ -6,7 +6,7 @@ import dataclasses
 import json as json_of
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 from rich.console import Console
@@ -16,9 +16,11 @@ from lens_lora.cli import files, options, running
 from lens_lora.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from lens_lora.hosts.unloaded import OnDevice
+    from lens_lora.hosts.planned_analyses import PlannedAnalysis
+    from lens_lora.hosts.unloaded import UnloadedModel
 
 _MIB = 2**20
+_GIB = 2**30
 
 
 @options.with_options
@@ -58,99 +60,140 @@ def plan(
         raise ArgumentError("--max-memory bounds all devices together; leave it or --devices out.")
     outputs = files.writable({"--json": json})
     with running.quiet_libraries():
-        import torch
-
-        from lens_lora.hosts.planned_analyses import planned_analyses
-        from lens_lora.hosts.unloaded import unloaded
-
-        stated_dtype = None if dtype == "auto" else getattr(torch, dtype)
-        found = unloaded(
+        planned = _planned(
             model,
-            stated_dtype,
+            dtype,
+            tokens,
+            rank,
             keeps_patterns=attn == "eager",
             max_memory=max_memory,
             devices=devices,
         )
-        analyses = planned_analyses(found.sizes, tokens)
-        # A graph lies where its blocks are; a pass without one holds a block at a time.
-        peaks_on: list[dict[str, float]] = []
-        for device in found.devices:
-            part = dataclasses.replace(found.sizes, n_layers=device.blocks)
-            planned_there = planned_analyses(part, tokens)
-            peaks_on.append({analysis.name: analysis.peak for analysis in planned_there})
+    _say_of_model(planned, rank, tokens)
+    if devices > 1:
+        _say_of_devices(planned)
+    if "--json" in outputs:
+        about = {"model": model, "dtype": planned.dtype, "tokens": tokens, **_in_json(planned)}
+        outputs["--json"].write_text(json_of.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+class _Planned(NamedTuple):
+    """What was found out about a model and its analyses.
+
+    Attributes:
+        base: the model, as its configuration says it will be.
+        factors: bytes of the LoRA factors.
+        analyses: what each analysis takes.
+        peaks_on: of each device, the bytes of each analysis over the blocks there.
+    """
+
+    base: UnloadedModel
+    factors: int
+    analyses: Sequence[PlannedAnalysis]
+    peaks_on: Sequence[Mapping[str, float]]
+
+    @property
+    def dtype(self) -> str:
+        """The name of the weights' dtype, such as 'bfloat16'."""
+        return str(self.base.sizes.dtype).removeprefix("torch.")
+
+
+def _planned(
+    model: str,
+    dtype: str,
+    tokens: int,
+    rank: int,
+    *,
+    keeps_patterns: bool,
+    max_memory: float | None,
+    devices: int,
+) -> _Planned:
+    """Plan the analyses of a model of which the configuration alone is read."""
+    import torch
+
+    from lens_lora.hosts.planned_analyses import planned_analyses
+    from lens_lora.hosts.unloaded import unloaded
+
+    stated_dtype = None if dtype == "auto" else getattr(torch, dtype)
+    base = unloaded(
+        model,
+        stated_dtype,
+        keeps_patterns=keeps_patterns,
+        max_memory=max_memory,
+        devices=devices,
+    )
     # A lens holds the factors twice, in float32: in the adapter and in the model's basis.
-    factors = 2 * rank * found.factors * max(4, found.sizes.dtype.itemsize)
-    name = str(found.sizes.dtype).removeprefix("torch.")
+    factors = 2 * rank * base.factors * max(4, base.sizes.dtype.itemsize)
+    # A graph lies where its blocks are; a pass without one holds a block at a time.
+    peaks_on: list[dict[str, float]] = []
+    for device in base.devices:
+        part = dataclasses.replace(base.sizes, n_layers=device.blocks)
+        planned_there = planned_analyses(part, tokens)
+        peaks_on.append({analysis.name: analysis.peak for analysis in planned_there})
+    return _Planned(base, factors, planned_analyses(base.sizes, tokens), peaks_on)
+
+
+def _say_of_model(planned: _Planned, rank: int, tokens: int) -> None:
+    """Print the size of the model and the adapter, and a table of all analyses."""
+    weights = planned.base.weights / _GIB
+    factors = planned.factors / _MIB
     running.say(
-        f"Weights: {found.weights / 2**30:.3g} GiB in {name}. A LoRA of rank {rank} on "
-        f"{found.sizes.sites} modules: {factors / _MIB:,.0f} MiB."
+        f"Weights: {weights:.3g} GiB in {planned.dtype}. A LoRA of rank {rank} on "
+        f"{planned.base.sizes.sites} modules: {factors:,.0f} MiB."
     )
     running.say(f"Beside these, for one prompt of {tokens:,} tokens and one margin:")
     table = Table("analysis", "forward", "backward", "MiB at its peak", "MiB at least")
-    for analysis in analyses:
+    for analysis in planned.analyses:
         peak = "refused" if math.isnan(analysis.peak) else f"{analysis.peak / _MIB:,.0f}"
         least = f"{analysis.least / _MIB:,.0f}"
         table.add_row(analysis.name, str(analysis.forward), str(analysis.backward), peak, least)
     Console().print(table)
     running.say("Within --max-memory, batches are smaller, down to the last column.")
-    if devices > 1:
-        _say_of_devices(found.devices, peaks_on, factors / found.sizes.n_layers)
-    if "--json" in outputs:
-        rows: list[dict[str, object]] = []
-        for analysis in analyses:
-            is_refused = math.isnan(analysis.peak)
-            row: dict[str, object] = {
-                "analysis": analysis.name,
-                "forward_passes": analysis.forward,
-                "backward_passes": analysis.backward,
-                "peak_bytes": None if is_refused else round(analysis.peak),
-                "least_bytes": round(analysis.least),
-            }
-            rows.append(row)
-        about = {
-            "model": model,
-            "dtype": name,
-            "tokens": tokens,
-            "weights_bytes": found.weights,
-            "factors_bytes": factors,
-            "sites": found.sizes.sites,
-            "analyses": rows,
-            "devices": _in_json(found.devices, peaks_on),
-        }
-        outputs["--json"].write_text(json_of.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _say_of_devices(
-    devices: Sequence[OnDevice], peaks_on: Sequence[Mapping[str, float]], factors: float
-) -> None:
-    """Print what lies on each device, and the peak there of each analysis.
-
-    Args:
-        devices: their blocks and weights.
-        peaks_on: of each device, the bytes of each analysis over the blocks there.
-        factors: bytes of the LoRA factors of one block.
-    """
+def _say_of_devices(planned: _Planned) -> None:
+    """Print what lies on each device, and the peak there of each analysis."""
+    devices = planned.base.devices
+    factors_of_block = planned.factors / planned.base.sizes.n_layers
     running.say("Spread over devices, MiB on each; an analysis comes beside weights and LoRA:")
     table = Table("", *(f"device {number}" for number in range(len(devices))))
     table.add_row("blocks", *(str(device.blocks) for device in devices))
-    at_rest = [device.weights + device.blocks * factors for device in devices]
+    at_rest = [device.weights + device.blocks * factors_of_block for device in devices]
     table.add_row("weights and LoRA", *(f"{size / _MIB:,.0f}" for size in at_rest))
-    for name in peaks_on[0]:
-        table.add_row(name, *(f"{peaks[name] / _MIB:,.0f}" for peaks in peaks_on))
+    for name in planned.peaks_on[0]:
+        table.add_row(name, *(f"{peaks[name] / _MIB:,.0f}" for peaks in planned.peaks_on))
     Console().print(table)
 
 
-def _in_json(
-    devices: Sequence[OnDevice], peaks_on: Sequence[Mapping[str, float]]
-) -> list[dict[str, object]]:
-    """The same for a file."""
-    found: list[dict[str, object]] = []
-    for device, peaks in zip(devices, peaks_on, strict=True):
-        in_bytes = {name: None if math.isnan(peak) else round(peak) for name, peak in peaks.items()}
+def _in_json(planned: _Planned) -> dict[str, object]:
+    """The plan as it is written to a file, but for what the command was asked."""
+    analyses: list[dict[str, object]] = []
+    for analysis in planned.analyses:
+        row: dict[str, object] = {
+            "analysis": analysis.name,
+            "forward_passes": analysis.forward,
+            "backward_passes": analysis.backward,
+            "peak_bytes": _whole_bytes(analysis.peak),
+            "least_bytes": round(analysis.least),
+        }
+        analyses.append(row)
+    devices: list[dict[str, object]] = []
+    for device, peaks in zip(planned.base.devices, planned.peaks_on, strict=True):
         about: dict[str, object] = {
             "blocks": device.blocks,
             "weights_bytes": device.weights,
-            "peak_bytes": in_bytes,
+            "peak_bytes": {name: _whole_bytes(peak) for name, peak in peaks.items()},
         }
-        found.append(about)
-    return found
+        devices.append(about)
+    return {
+        "weights_bytes": planned.base.weights,
+        "factors_bytes": planned.factors,
+        "sites": planned.base.sizes.sites,
+        "analyses": analyses,
+        "devices": devices,
+    }
+
+
+def _whole_bytes(peak: float) -> int | None:
+    """A number of bytes; None for an analysis that is refused."""
+    return None if math.isnan(peak) else round(peak)

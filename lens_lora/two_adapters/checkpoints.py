@@ -196,7 +196,6 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
     (base,) = g.along((0.0,))
 
     measurements: list[_Measured] = []
-    updates: list[dict[str, ThinSVD]] = []
     sites: tuple[Site, ...] = ()
     with tqdm(adapters, desc=shown_as, leave=False, disable=not progress) as bar:
         for adapter in bar:
@@ -205,13 +204,12 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
             g_of_checkpoint = Evaluations.of(g.over(checkpoint))
             g_of_checkpoint.know(0.0, base)
             measurements.append(_measured(g_of_checkpoint))
-            updates.append(svd_of_sites(checkpoint))
     effects = g.slopes_of_adapters(lambda: adapters, sites, like=adapters)
-    weights = _weights(updates)
+    weights = _weights([measured.update for measured in measurements])
 
     base = base.cpu().double()
-    adapted = torch.stack([each.adapted for each in measurements])
-    noise_of_adapted = torch.stack([each.noise for each in measurements])
+    adapted = torch.stack([measured.adapted for measured in measurements])
+    noise_of_adapted = torch.stack([measured.noise for measured in measurements])
     # Phase changes are looked for from the base model on.
     values = torch.cat([base[None], adapted])
     noise = torch.cat([base_noise.cpu().double()[None], noise_of_adapted])
@@ -226,7 +224,7 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
         base=base,
         adapted=adapted,
         effects=effects.cpu().double(),
-        flip_scale=torch.stack([each.flip_scale for each in measurements]),
+        flip_scale=torch.stack([measured.flip_scale for measured in measurements]),
         noise=noise,
         **weights,
         phases=_phases(run.steps, values, weights["angle"], noise),
@@ -235,17 +233,19 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
 
 
 class _Measured(NamedTuple):
-    """The numbers of one checkpoint that passes of it give.
+    """What is measured of one checkpoint.
 
     Attributes:
         adapted: g(1).
         flip_scale: the first ε at which the readout changes sign; NaN where it does not.
         noise: σ of g(1) from rounding.
+        update: the singular values and vectors of ΔW at each site.
     """
 
     adapted: Float[Tensor, " batch"]
     flip_scale: Float[Tensor, " batch"]
     noise: Float[Tensor, " batch"]
+    update: Mapping[str, ThinSVD]
 
 
 def _in_order(
@@ -258,11 +258,21 @@ def _in_order(
     if isinstance(adapters, str | Path):
         if steps is not None:
             raise ArgumentError("the steps of a run folder are those of its checkpoint-<step>.")
-        folders = checkpoint_folders(adapters, revision, subfolder)
-        run = [load_adapter(path).named(path.name) for path in folders.values()]
-        place = Path(adapters)
-        name = place.resolve().name if place.is_dir() else str(adapters)
-        return _Run(tuple(run), tuple(float(step) for step in folders), name)
+        return _run_of_folder(adapters, revision, subfolder)
+    return _run_of_list(adapters, steps)
+
+
+def _run_of_folder(run: str | Path, revision: str | None, subfolder: str | None) -> _Run:
+    """The `checkpoint-<step>` folders of a run, sorted by step."""
+    folders = checkpoint_folders(run, revision, subfolder)
+    adapters = tuple(load_adapter(path).named(path.name) for path in folders.values())
+    place = Path(run)
+    name = place.resolve().name if place.is_dir() else str(run)
+    return _Run(adapters, tuple(float(step) for step in folders), name)
+
+
+def _run_of_list(adapters: Sequence[Adapter], steps: Sequence[float] | None) -> _Run:
+    """Adapters in the order that they are given in, at steps 1, 2, … where none are given."""
     is_list = isinstance(adapters, list | tuple)
     if not is_list or not all(isinstance(adapter, Adapter) for adapter in adapters):
         raise ArgumentError(
@@ -332,6 +342,7 @@ def _measured(g: Evaluations) -> _Measured:
         adapted=adapted.cpu().double(),
         flip_scale=flip_scales(g, base, scales.to(values.device), values.T),
         noise=g.noise((1.0,), at=1.0).cpu().double(),
+        update=svd_of_sites(g.lens),
     )
 
 
