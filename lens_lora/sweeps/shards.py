@@ -126,33 +126,17 @@ def gathered(out: Path, planned: Sequence[PlannedShard]) -> SweepResult:
     sites = tuple(Site(**fields) for fields in about["sites"])
     fingerprint = fingerprint_of(planned[0].folder / "plan")
     analyses: tuple[str, ...] = tuple(about["analyses"])
-    known: dict[Content, dict[str, Any]] = {}
-    damaged: dict[Path, str] = {}
-    for each in planned:
-        of_shard = RowStore(out, fingerprint, sites, analyses, each.folder)
-        for row in sorted(of_shard.finished_rows(), key=lambda row: row["error"] is None):
-            known[content(row)] = row
-        damaged |= of_shard.damaged
-
-    rows: list[dict[str, Any]] = []
-    ids: list[int | str] = []
-    lacking: Counter[int] = Counter()
-    for entry in plan.to_pylist():
-        own_id = entry["id"]
-        ids.append(int(own_id) if entry["is_number"] else own_id)
-        if entry["shard"] is None:
-            rows.append({name: entry[name] for name in ("id", *CONTENT, "error")})
-        elif content(entry) in known:
-            rows.append(known[content(entry)])
-        else:
-            lacking[entry["shard"]] += 1
-    if lacking:
-        shards = [Shard(index, len(planned)) for index in sorted(lacking)]
-        fact = f"not finished: {many(lacking.total(), 'prompt')} without numbers"
-        raise unfinished(shards, out, fact)
-
+    entries = plan.to_pylist()
+    finished: dict[Content, dict[str, Any]] = {}
     store = RowStore(out, fingerprint, sites, analyses)
-    store.damaged |= damaged
+    for shard in planned:
+        store_of_shard = RowStore(out, fingerprint, sites, analyses, shard.folder)
+        finished |= _finished_rows(store_of_shard)
+        store.damaged |= store_of_shard.damaged
+    _require_finished(entries, finished, len(planned), out)
+    rows = [_row_of(entry, finished) for entry in entries]
+    ids = [_id_of(entry) for entry in entries]
+
     with store.writing(Processes()):
         store.begin(anew=False)
         store.write_results(rows, ids)
@@ -161,3 +145,48 @@ def gathered(out: Path, planned: Sequence[PlannedShard]) -> SweepResult:
         result = result_of(store, sites, about["meta"], analyses, 0, asked)
     store.warn_of_bad_records(result.errors, len(result.errors), len(rows), level=3)
     return result
+
+
+def _finished_rows(store: RowStore) -> dict[Content, dict[str, Any]]:
+    """The rows of a shard by what they ask; one with numbers stands for one with an error."""
+    rows: dict[Content, dict[str, Any]] = {}
+    with_numbers_last = sorted(store.finished_rows(), key=lambda row: row["error"] is None)
+    for row in with_numbers_last:
+        rows[content(row)] = row
+    return rows
+
+
+def _require_finished(
+    entries: Sequence[dict[str, Any]],
+    finished: Mapping[Content, dict[str, Any]],
+    count: int,
+    out: Path,
+) -> None:
+    """Refuse to join shards of which one lacks a row.
+
+    Args:
+        entries: the plan's records.
+        finished: the rows of all shards.
+        count: how many shards there are.
+        out: the result.
+    """
+    lacking: Counter[int] = Counter()
+    for entry in entries:
+        if entry["shard"] is not None and content(entry) not in finished:
+            lacking[entry["shard"]] += 1
+    if lacking:
+        shards = [Shard(index, count) for index in sorted(lacking)]
+        fact = f"not finished: {many(lacking.total(), 'prompt')} without numbers"
+        raise unfinished(shards, out, fact)
+
+
+def _row_of(entry: Mapping[str, Any], finished: Mapping[Content, dict[str, Any]]) -> dict[str, Any]:
+    """The row of a record: what its shard found, or the error for which no shard runs it."""
+    if entry["shard"] is None:
+        return {name: entry[name] for name in ("id", *CONTENT, "error")}
+    return finished[content(entry)]
+
+
+def _id_of(entry: Mapping[str, Any]) -> int | str:
+    """The id of a record, which the plan keeps as text."""
+    return int(entry["id"]) if entry["is_number"] else entry["id"]
