@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import LoRAFactors, LoraLens, ModuleUpdate, SiteFactors
+from lens_lora.core import LoRAFactors, LoraLens, ModuleUpdate, SiteFactors, SiteUpdate
 
 # A candidate is what was found if it is this close to it, relative to its size.
 _CLOSE = 1e-3
@@ -132,9 +132,9 @@ class SitePart:
             other: has Δb'.
         """
         zero = torch.zeros((), dtype=torch.float64)
-        ours = zero if self.bias is None else self.bias
-        theirs = zero if other.bias is None else other.bias
-        return float((ours - theirs).norm())
+        bias = zero if self.bias is None else self.bias
+        other_bias = zero if other.bias is None else other.bias
+        return float((bias - other_bias).norm())
 
     @staticmethod
     def summed(parts: Sequence[tuple[float, SitePart]]) -> SitePart:
@@ -156,23 +156,33 @@ def site_parts(lens: LoraLens) -> dict[str, SitePart]:
     Args:
         lens: the adapter over its base.
     """
-    found: dict[str, SitePart] = {}
-    for every in lens.updates:
-        norm = every.norm
-        eps = torch.finfo(_dtype_of(every.site.factors)).eps
-        if norm is not None:
-            weight = Product(torch.ones(1, 1, dtype=torch.float64), _exact(norm.gamma)[:, None])
-            bias = norm.beta
-        else:
-            update = every.linear
-            weight = Product(_exact(update.A), update.scale * _exact(update.B))
-            bias = update.bias
-        bias = None if bias is None else _exact(bias)
-        part = SitePart(weight, bias, every.site.factors, eps, every.site)
-        name = every.site.name.partition("@")[0]
-        earlier = found.get(name)
-        found[name] = part if earlier is None else SitePart.summed([(1.0, earlier), (1.0, part)])
-    return found
+    parts: dict[str, SitePart] = {}
+    for site_update in lens.updates:
+        part = _site_part(site_update)
+        name = site_update.site.name.partition("@")[0]
+        earlier = parts.get(name)
+        if earlier is not None:
+            part = SitePart.summed([(1.0, earlier), (1.0, part)])
+        parts[name] = part
+    return parts
+
+
+def _site_part(site_update: SiteUpdate) -> SitePart:
+    """The update of one site, in float64."""
+    norm = site_update.norm
+    if norm is not None:
+        # Δγ as a column, times the number 1.
+        one = torch.ones(1, 1, dtype=torch.float64)
+        weight = Product(one, _exact(norm.gamma)[:, None])
+        bias = norm.beta
+    else:
+        update = site_update.linear
+        weight = Product(_exact(update.A), update.scale * _exact(update.B))
+        bias = update.bias
+    bias = None if bias is None else _exact(bias)
+    site = site_update.site
+    eps = torch.finfo(_dtype_of(site.factors)).eps
+    return SitePart(weight, bias, site.factors, eps, site)
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -202,48 +212,63 @@ def explanation(found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D
         return "nothing"
     root = math.sqrt(R.A.shape[0])
     for words, candidate in _candidates(found, parts, D.weight):
-        if R.distance(candidate) <= _CLOSE * R.norm:
+        if _is_close(R, candidate):
             return words
-        if R.distance(candidate.times(root)) <= _CLOSE * R.norm:
+        if _is_close(R, candidate.times(root)):
             return f"{words}, times {root:.3g} = √rank (rsLoRA misread)"
-    every = [found, *(part for _, part, _ in parts)]
-    if any(_has_magnitude(part.factors) for part in every):
+    all_parts = [found, *(part for _, part, _ in parts)]
+    if any(_has_magnitude(part.factors) for part in all_parts):
         return "DoRA: its magnitudes are not those of the sum"
+    # The multiple of the sum that is nearest to R.
     c = R.inner(D.weight) / D.weight.norm**2
-    if R.distance(D.weight.times(c)) <= _CLOSE * R.norm:
+    if _is_close(R, D.weight.times(c)):
         return f"{c:.3g} times the sum"
     weights = _weights_of(R, [part.weight for _, part, _ in parts])
     if weights is not None:
-        return f"the sum with other weights: {', '.join(f'{weight:.3g}' for weight in weights)}"
+        shown = ", ".join(f"{weight:.3g}" for weight in weights)
+        return f"the sum with other weights: {shown}"
     if _share_of_zeros(found.factors) > _PRUNED:
         return _ZEROS
     return "no sum of the parts"
+
+
+def _is_close(R: Product, candidate: Product) -> bool:
+    """Whether a candidate is R up to rounding."""
+    return R.distance(candidate) <= _CLOSE * R.norm
 
 
 def _weights_of(R: Product, parts: Sequence[Product]) -> list[float] | None:
     """The weights with which R is a sum of these, by least squares; None if it is none."""
     if len(parts) < 2:
         return None
-    inner = [[one.inner(other) for other in (*parts, R)] for one in parts]
-    equations = torch.tensor(inner, dtype=torch.float64)
-    weights = (torch.linalg.pinv(equations[:, :-1]) @ equations[:, -1]).tolist()
-    sums = [part.times(weight) for part, weight in zip(parts, weights, strict=True)]
-    return weights if R.distance(Product.summed(sums)) <= _CLOSE * R.norm else None
+    # The normal equations: Σ_j ⟨X_i, X_j⟩ w_j = ⟨X_i, R⟩ for each part X_i.
+    products: list[list[float]] = []
+    targets: list[float] = []
+    for part in parts:
+        products.append([part.inner(other) for other in parts])
+        targets.append(part.inner(R))
+    gram = torch.tensor(products, dtype=torch.float64)
+    target = torch.tensor(targets, dtype=torch.float64)
+    weights = (torch.linalg.pinv(gram) @ target).tolist()
+    weighted = [part.times(weight) for part, weight in zip(parts, weights, strict=True)]
+    return weights if _is_close(R, Product.summed(weighted)) else None
 
 
 def _candidates(
     found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D: Product
 ) -> Iterator[tuple[str, Product]]:
+    """What the sum, or a mistake in its making, would leave there, with words for each."""
     yield "the sum", D
     if len(parts) > 1:
         for weight, part, name in parts:
             yield f"{name} alone", part.weight.times(weight)
     yield "the sum without its weights", Product.summed([part.weight for _, part, _ in parts])
-    plain = [(weight, part.factors) for weight, part, _ in parts]
-    if all(isinstance(factors, LoRAFactors) for _, factors in plain):
-        yield from _of_factors(
-            [(weight, f) for weight, f in plain if isinstance(f, LoRAFactors)], D
-        )
+    weighted_factors: list[tuple[float, LoRAFactors]] = []
+    for weight, part, _ in parts:
+        if isinstance(part.factors, LoRAFactors):
+            weighted_factors.append((weight, part.factors))
+    if len(weighted_factors) == len(parts):
+        yield from _of_factors(weighted_factors, D)
     rank = found.weight.A.shape[0]
     if rank < D.A.shape[0]:
         cut = D.cut(rank)
@@ -254,9 +279,11 @@ def _candidates(
 def _of_factors(
     parts: Sequence[tuple[float, LoRAFactors]], D: Product
 ) -> Iterator[tuple[str, Product]]:
+    """The candidates that are made of the parts' own factors, by weight and factors."""
     unscaled = [Product(_exact(f.A), weight * _exact(f.B)) for weight, f in parts]
     yield "the sum without the parts' own s (α lost)", Product.summed(unscaled)
-    if len({factors.rank for _, factors in parts}) > 1 or len(parts) < 2:
+    ranks = {factors.rank for _, factors in parts}
+    if len(ranks) > 1 or len(parts) < 2:
         return
     sum_of_A = torch.zeros_like(unscaled[0].A)
     sum_of_B = torch.zeros_like(unscaled[0].B)

@@ -222,8 +222,8 @@ def _other_merges(file: GGUFFile, model: Mapping[str, Any]) -> Iterator[Finding]
         words = f"{len(found)} merges, were {len(expected)}"
     else:
         differing = [pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1]]
-        ours, theirs = differing[0]
-        words = f"{many(len(differing), 'merge')} differ: {ours!r}, was {theirs!r}"
+        found_merge, expected_merge = differing[0]
+        words = f"{many(len(differing), 'merge')} differ: {found_merge!r}, was {expected_merge!r}"
     yield Finding("failed", words)
 
 
@@ -240,14 +240,14 @@ def _other_scores(
     """Scores are to fall along the merges: llama.cpp merges what gives the best token."""
     scores = dict(zip(tokens, file.field(f"{_FIELDS}scores") or (), strict=False))
     pairs = [_merged_pair(merge) for merge in model["merges"]]
-    made = list(dict.fromkeys("".join(pair) for pair in pairs))
-    if not all(token in scores for token in made):
+    merged_tokens = list(dict.fromkeys("".join(pair) for pair in pairs))
+    if not all(token in scores for token in merged_tokens):
         yield Finding("failed", "tokens without a score")
         return
     of_merges = [scores["".join(pair)] for pair in pairs]
     if any(later > earlier for earlier, later in zip(of_merges, of_merges[1:], strict=False)):
         yield Finding("failed", "the scores order the tokens otherwise than the merges did")
-    elif len({scores[token] for token in made}) < len(made):
+    elif len({scores[token] for token in merged_tokens}) < len(merged_tokens):
         yield Finding("undecided", "the scores, as several tokens have the same one")
     if _pairs_that_join(model["vocab"]) != set(pairs):
         words = "llama.cpp merges any two tokens that make one, and the merges do not hold them all"

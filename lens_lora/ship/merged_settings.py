@@ -35,9 +35,9 @@ def config_check(folder: MergedFolder, base: PreTrainedModel, tokenizer: Any) ->
     known = known_fields(folder.config)
     wrong: list[str] = []
     unknown: list[str] = []
-    for name, (ours, theirs) in differing_fields(folder.config, base.config).items():
+    for name, (stated, expected) in differing_fields(folder.config, base.config).items():
         if name.partition(".")[0] in known:
-            wrong.append(f"{name} is {ours!r}, the base's {theirs!r}")
+            wrong.append(f"{name} is {stated!r}, the base's {expected!r}")
         else:
             unknown.append(name)
     wrong += _other_class(folder, base)
@@ -62,11 +62,11 @@ def _other_class(folder: MergedFolder, base: PreTrainedModel) -> Iterator[str]:
 
 def _other_end(folder: MergedFolder, base: PreTrainedModel, tokenizer: Any) -> Iterator[str]:
     """The tokens that end an answer, where they are neither the base's nor the adapter's own."""
-    ours = ends_of(_generation_of(folder), folder.config)
-    theirs = ends_of(getattr(base, "generation_config", None), base.config)
+    ends = ends_of(_generation_of(folder), folder.config)
+    ends_of_base = ends_of(getattr(base, "generation_config", None), base.config)
     own_end = getattr(tokenizer, "eos_token_id", None)
-    if ours != theirs and own_end not in ours:
-        yield f"eos_token_id is {sorted(ours)}, the base's {sorted(theirs)}"
+    if ends != ends_of_base and own_end not in ends:
+        yield f"eos_token_id is {sorted(ends)}, the base's {sorted(ends_of_base)}"
 
 
 def _generation_of(folder: MergedFolder) -> Any:

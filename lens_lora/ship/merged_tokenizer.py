@@ -1,8 +1,8 @@
 """Does a merged folder's tokenizer read texts as the adapter's training read them?
 
-Compared are every id, added and special tokens, the chat template, and the ids of a few texts where
-tokenizers differ. Padding decides nothing and is left out. A setting whose difference no text
-showed may change nothing: it is undecided.
+The check compares every id, added and special tokens, the chat template, and the ids of a few texts
+where tokenizers differ. Padding is left out, as it changes no id of a text. Where a setting differs
+and no text shows it, the check is undecided, as the setting may change nothing.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ def _differences(found: Any, expected: Any) -> Iterator[str]:
 def _other_ids(found: Mapping[str, int], expected: Mapping[str, int]) -> Iterator[str]:
     lacking = sorted(expected.keys() - found.keys(), key=expected.__getitem__)
     added = sorted(found.keys() - expected.keys(), key=found.__getitem__)
-    moved = [token for token, number in expected.items() if found.get(token, number) != number]
-    if moved:
-        token = min(moved, key=expected.__getitem__)
+    renumbered = [token for token, number in expected.items() if found.get(token, number) != number]
+    if renumbered:
+        token = min(renumbered, key=expected.__getitem__)
         shown = f"{token!r} is {found[token]}, was {expected[token]}"
-        yield f"{many(len(moved), 'token')} of another id: {shown}"
+        yield f"{many(len(renumbered), 'token')} of another id: {shown}"
     if lacking:
         yield f"{many(len(lacking), 'token')} missing: {_first_quoted(lacking)}"
     if added:
@@ -132,13 +132,17 @@ def _first_quoted(tokens: list[str]) -> str:
 
 def _other_added_tokens(found: Any, expected: Any) -> Iterator[str]:
     """Added tokens, which are cut out of a text before all else, where they differ."""
-    ours = _added_tokens(found)
-    theirs = _added_tokens(expected)
-    ids = sorted(ours.keys() | theirs.keys())
-    differing = [number for number in ids if ours.get(number) != theirs.get(number)]
+    found_tokens = _added_tokens(found)
+    expected_tokens = _added_tokens(expected)
+    differing: list[int] = []
+    for number in sorted(found_tokens.keys() | expected_tokens.keys()):
+        if found_tokens.get(number) != expected_tokens.get(number):
+            differing.append(number)
     if differing:
         first = differing[0]
-        shown = f"{first} is {ours.get(first, 'none')}, was {theirs.get(first, 'none')}"
+        is_now = found_tokens.get(first, "none")
+        was = expected_tokens.get(first, "none")
+        shown = f"{first} is {is_now}, was {was}"
         yield f"{many(len(differing), 'added token')} differ: {shown}"
 
 
@@ -149,10 +153,10 @@ def _added_tokens(tokenizer: Any) -> dict[int, str]:
 
 def _other_special_tokens(found: Any, expected: Any) -> Iterator[str]:
     for name in _SPECIAL:
-        ours = getattr(found, name, None)
-        theirs = getattr(expected, name, None)
-        if ours != theirs:
-            yield f"{name} is {ours!r}, was {theirs!r}"
+        found_token = getattr(found, name, None)
+        expected_token = getattr(expected, name, None)
+        if found_token != expected_token:
+            yield f"{name} is {found_token!r}, was {expected_token!r}"
 
 
 def _difference_of_templates(found: str | None, expected: str | None) -> str:
@@ -166,10 +170,10 @@ def _difference_of_templates(found: str | None, expected: str | None) -> str:
 def _other_reading(found: Any, expected: Any) -> Iterator[str]:
     """The first text that gets other ids, among them BOS and EOS as the tokenizer adds them."""
     for text in (*texts_tried(), *expected.added_tokens_encoder):
-        ours = list(found(text)["input_ids"])
-        theirs = list(expected(text)["input_ids"])
-        if ours != theirs:
-            shown = f"{_first_ids(ours)}, was {_first_ids(theirs)}"
+        found_ids = list(found(text)["input_ids"])
+        expected_ids = list(expected(text)["input_ids"])
+        if found_ids != expected_ids:
+            shown = f"{_first_ids(found_ids)}, was {_first_ids(expected_ids)}"
             yield f"{text[:_TEXT_SHOWN]!r} is read as {shown}"
             return
 
@@ -182,10 +186,10 @@ def _first_ids(ids: list[int]) -> str:
 
 def _other_parts(found: Any, expected: Any) -> list[str]:
     """The parts of two fast tokenizers that differ; the parts of slow ones are not seen."""
-    ours = _parts(found)
-    theirs = _parts(expected)
-    names = sorted(ours.keys() | theirs.keys())
-    return [name for name in names if ours.get(name) != theirs.get(name)]
+    found_parts = _parts(found)
+    expected_parts = _parts(expected)
+    names = sorted(found_parts.keys() | expected_parts.keys())
+    return [name for name in names if found_parts.get(name) != expected_parts.get(name)]
 
 
 def _parts(tokenizer: Any) -> dict[str, Any]:

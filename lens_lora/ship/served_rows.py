@@ -1,4 +1,4 @@
-"""Texts as a server was asked for them, with the log-probability that it told of each token."""
+"""Ask a server for texts, and read the log-probability of each token from what it answers."""
 
 from __future__ import annotations
 
@@ -189,12 +189,12 @@ def _first_answer(
         try:
             return way, text, way.told(server, name, text, new_tokens)
         except (Unsupported, Refused) as error:
-            said = error.fact.removeprefix(f"{server.url}: ").removesuffix(".")
-            refusals.append(f"{way.words}: {said}")
-    whose = repr(name) if name else "its model"
+            reason = error.fact.removeprefix(f"{server.url}: ").removesuffix(".")
+            refusals.append(f"{way.words}: {reason}")
+    model_name = repr(name) if name else "its model"
     tried = server.without_key("; ".join(refusals))
     raise ServerError(
-        f"{server.url} tells no log-probabilities of {whose}. Asked by {tried}.",
+        f"{server.url} tells no log-probabilities of {model_name}. Asked by {tried}.",
         remedy="Start it with log-probabilities (vLLM and SGLang have them), and check the name.",
     )
 
@@ -223,18 +223,21 @@ def _difference(lens: LoraLens, text: Asked, told: Told) -> str | None:
         return f"{_shown(text)} is {len(told.log_p)} tokens there, and {len(text.ids)} here"
     if told.ids is None:
         return None
-    ours = text.ids[max(1, 1 - surplus) :]
-    theirs = told.ids[len(told.ids) - len(ours) :] if ours else []
-    for our_id, their_id in zip(ours, theirs, strict=True):
-        if our_id != their_id:
-            there = _in_words(lens, their_id)
-            return f"{_shown(text)} has the token {there} there, and {_in_words(lens, our_id)} here"
+    sent = text.ids[max(1, 1 - surplus) :]
+    read_there = told.ids[len(told.ids) - len(sent) :] if sent else []
+    for sent_id, read_id in zip(sent, read_there, strict=True):
+        if sent_id != read_id:
+            read_token = _in_words(lens, read_id)
+            sent_token = _in_words(lens, sent_id)
+            return f"{_shown(text)} has the token {read_token} there, and {sent_token} here"
     return None
 
 
 def _in_words(lens: LoraLens, token: int) -> str:
     """A token as a string; by its id where the adapter's vocabulary has none such."""
-    return repr(lens.vocabulary[token]) if 0 <= token < len(lens.vocabulary) else str(token)
+    if 0 <= token < len(lens.vocabulary):
+        return repr(lens.vocabulary[token])
+    return str(token)
 
 
 def _shown(text: Asked) -> str:

@@ -218,8 +218,7 @@ class AdapterComparison(OfSites, Pictured):
         means: list[float] = []
         for other in others:
             by_prompt = [
-                correlation(mine, theirs, ranked=ranked)
-                for mine, theirs in zip(first, other, strict=True)
+                correlation(a, b, ranked=ranked) for a, b in zip(first, other, strict=True)
             ]
             means.append(float(np.nanmean(by_prompt)))
         return means

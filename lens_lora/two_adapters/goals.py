@@ -59,8 +59,8 @@ class Goal:
         """The share that values of g keep, or leave, of what the whole adapter does."""
         base, adapted = self.g.ends
         shift = adapted - base
-        moved = values - base.to(values)
-        counted = moved * shift.sign() if self.keep else moved.abs()
+        shift_at_gates = values - base.to(values)
+        counted = shift_at_gates * shift.sign() if self.keep else shift_at_gates.abs()
         return counted.sum() / shift.abs().sum()
 
     def mean(self, values: Float[Tensor, " batch"]) -> Float[Tensor, ""]:

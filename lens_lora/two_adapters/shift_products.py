@@ -55,9 +55,9 @@ def shift_products(
     is_first = first_of_each(marks.numpy(), rows.read_mask.cpu().numpy())
     counted = torch.from_numpy(is_first)
     groups: list[Tensor] = []
-    for some in groups_of(f):
-        of_group = f.of_rows(rows.chosen(some.tolist()))
-        groups.append(_products_of(of_group, others(), counted[some]))
+    for indices in groups_of(f):
+        of_group = f.of_rows(rows.chosen(indices.tolist()))
+        groups.append(_products_of(of_group, others(), counted[indices]))
     products = torch.cat(groups, -1)
     require_finite(products, "the shift of the logits")
     return products
@@ -97,10 +97,10 @@ def _inner_products(
     v: Float[Tensor, "batch entry"], w: Float[Tensor, "batch entry"]
 ) -> Float[Tensor, "pair batch"]:
     """⟨v, w⟩, ⟨v, v⟩ and ⟨w, w⟩ of each prompt."""
-    both = (v * w).sum(1)
-    mine = (v * v).sum(1)
-    theirs = (w * w).sum(1)
-    return torch.stack([both, mine, theirs])
+    v_w = (v * w).sum(1)
+    v_v = (v * v).sum(1)
+    w_w = (w * w).sum(1)
+    return torch.stack([v_w, v_v, w_w])
 
 
 def cosine_of(
@@ -114,5 +114,5 @@ def cosine_of(
     """
     if prompt is not None:
         products = products[..., prompt : prompt + 1]
-    both, mine, theirs = products.double().sum(-1).unbind(-1)
-    return both / (mine * theirs).sqrt()
+    v_w, v_v, w_w = products.double().sum(-1).unbind(-1)
+    return v_w / (v_v * w_w).sqrt()
