@@ -162,14 +162,15 @@ def _own_names(results: Sequence[object]) -> list[str]:
 
 
 def _with_their_axes(results: Sequence[object], names: Sequence[str]) -> list[str]:
-    """The names, of which those that stand twice say by what each is split: 'by position'."""
-    told: list[str] = []
+    """The names; of equal ones each says by what its result is split: 'by position'."""
+    distinguished: list[str] = []
     for result, name in zip(results, names, strict=True):
         axes = getattr(result, "by", ())
         is_split = isinstance(axes, tuple) and len(axes) > 0
         split = f"{name} by {' and '.join(map(str, axes))}"
-        told.append(split if is_split and names.count(name) > 1 else name)
-    return told
+        is_repeated = names.count(name) > 1
+        distinguished.append(split if is_split and is_repeated else name)
+    return distinguished
 
 
 def _distinct(wanted: Sequence[str]) -> list[str]:
@@ -340,37 +341,52 @@ def _move_into(whole: go.Figure, figure: go.Figure, cell: _Cell) -> None:
     layout = _layout(figure)
     drawn: Any = figure.data
     traces = [trace.to_plotly_json() for trace in drawn]
-    has_bar = any(trace["type"] == "heatmap" and trace.get("showscale", True) for trace in traces)
-    inner = cell
-    if has_bar:
-        inner = dataclasses.replace(cell, right=cell.across(1 - _BAR))
+    # The part of the cell beside its colour bar.
+    plot = cell
+    if any(_has_bar(trace) for trace in traces):
+        plot = dataclasses.replace(cell, right=cell.across(1 - _BAR))
     number = _Numbering(first=_axes_in(whole))
-
     for trace in traces:
-        trace["xaxis"] = number.axis(trace.get("xaxis", "x"))
-        trace["yaxis"] = number.axis(trace.get("yaxis", "y"))
-        if trace["type"] == "heatmap":
-            bar = {"x": inner.right, "xanchor": "left", "xpad": 4}
-            bar |= {"y": cell.upwards(0.5), "len": cell.top - cell.bottom}
-            trace["colorbar"] = {**trace.get("colorbar", {}), **bar}
-        whole.add_trace(trace)
+        whole.add_trace(_moved_trace(trace, plot, number))
+    whole.update_layout(_moved_axes(layout, plot, number))
+    for annotation in layout.get("annotations", ()):
+        whole.add_annotation(_moved_item(dict(annotation), plot, number))
+    for shape in layout.get("shapes", ()):
+        whole.add_shape(_moved_item(dict(shape), plot, number))
 
+
+def _has_bar(trace: dict[str, Any]) -> bool:
+    """Whether a trace has a colour bar."""
+    return trace["type"] == "heatmap" and trace.get("showscale", True)
+
+
+def _moved_trace(trace: dict[str, Any], plot: _Cell, number: _Numbering) -> dict[str, Any]:
+    """A trace on the axes of its cell, with the colour bar at their right."""
+    trace["xaxis"] = number.axis(trace.get("xaxis", "x"))
+    trace["yaxis"] = number.axis(trace.get("yaxis", "y"))
+    if trace["type"] == "heatmap":
+        bar = {
+            "x": plot.right,
+            "xanchor": "left",
+            "xpad": 4,
+            "y": plot.upwards(0.5),
+            "len": plot.top - plot.bottom,
+        }
+        trace["colorbar"] = {**trace.get("colorbar", {}), **bar}
+    return trace
+
+
+def _moved_axes(layout: dict[str, Any], plot: _Cell, number: _Numbering) -> dict[str, Any]:
+    """All axes of a figure within its cell, by their names in the whole figure."""
     axes: dict[str, Any] = {}
     for name, axis in layout.items():
         if re.fullmatch(r"[xy]axis\d*", name):
-            axes[number.layout_name(name)] = _moved_axis(name, dict(axis), inner, number)
+            axes[number.layout_name(name)] = _moved_axis(name, dict(axis), plot, number)
     for letter in "xy":
         # A figure that says nothing of its axes has them all the same.
         name = number.layout_name(f"{letter}axis")
-        axes.setdefault(name, _moved_axis(f"{letter}axis", {}, inner, number))
-    whole.update_layout(axes)
-    for kind in ("annotations", "shapes"):
-        for item in layout.get(kind, ()):
-            moved = _moved_item(dict(item), inner, number)
-            if kind == "annotations":
-                whole.add_annotation(moved)
-            else:
-                whole.add_shape(moved)
+        axes.setdefault(name, _moved_axis(f"{letter}axis", {}, plot, number))
+    return axes
 
 
 def _axes_in(whole: go.Figure) -> int:
@@ -396,15 +412,14 @@ class _Numbering:
     def axis(self, name: str) -> str:
         """'x2' as it is called in the whole figure."""
         letter = name[0]
-        number = int(name[1:] or 1)
-        moved = self.first + number
-        return letter if moved == 1 else f"{letter}{moved}"
+        number = self.first + int(name[1:] or 1)
+        return letter if number == 1 else f"{letter}{number}"
 
     def layout_name(self, name: str) -> str:
         """'xaxis2' as it is called in the whole figure."""
         letter, _, number = name.partition("axis")
-        moved = self.axis(letter + number)
-        return f"{moved[0]}axis{moved[1:]}"
+        axis = self.axis(letter + number)
+        return f"{axis[0]}axis{axis[1:]}"
 
     def reference(self, name: str) -> str:
         """The reference of an annotation or a shape: 'x2', 'y domain', or 'paper'."""
