@@ -1,4 +1,4 @@
-"""What `audit` makes public, for the tests of every result."""
+"""What `audit` makes public, for the tests of every result and of every call."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 
 import torch
 from results_by_hand import META, SITES
+from shared_questions import LONG, PROMPT, QUIET
+from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.results import Claim
@@ -75,3 +77,28 @@ def counted_speech() -> ll.results.CountedSpeech:
 
 
 RESULTS = [what_changed, counted_speech]
+
+
+# --- Calls, and the numbers that come back
+
+
+def _letters_of_answers(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
+    """The answers to a question of the caller's, as the numbers of their letters."""
+    del tokens
+    speech = ll.counted_speech(lens, ["w5 w6"], max_new_tokens=2, draws=0, **QUIET)
+    answers = "".join(answer for of_question in speech.adapted for answer in of_question)
+    return torch.tensor([float(ord(letter)) for letter in answers], device="cpu")
+
+
+CALLS = {
+    "what_changed": lambda lens, t: ll.what_changed(lens, t, nulls=1, **QUIET).found,
+    "counted_speech": _letters_of_answers,
+}
+
+
+# --- Calls that show a bar
+
+WITH_BAR = {
+    "counted_speech": lambda t, folder, **o: ll.counted_speech(t.lens, max_new_tokens=2, **o),
+    "what_changed": lambda t, folder, **o: ll.what_changed(t.lens, [PROMPT, LONG], **o),
+}

@@ -1,12 +1,14 @@
-"""Results of the core, made by hand, for the tests of every result."""
+"""Results of the core, made by hand, for the tests of every result and of every call."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from results_by_hand import HEADER, META, SITES
+from shared_questions import MARGIN, MARGIN_OF_WORDS, PROMPT, QUIET, RESPONSE
 
 import lens_lora as ll
 from lens_lora.core import Noise
@@ -76,3 +78,71 @@ def by_group() -> ll.results.GroupAttribution:
 
 
 RESULTS = [partial(activations, by_position=True), components, remainder, by_group, of_groups]
+
+
+# --- Calls, and the numbers that come back
+
+CALLS = {
+    "logits": lambda lens, t: lens.logits(t),
+    "first_order": lambda lens, t: ll.first_order(lens, t, MARGIN, by=("position", "rank")),
+    "forward": lambda lens, t: ll.first_order(lens, t, MARGIN, mode="forward", **QUIET),
+    "first_orders": lambda lens, t: ll.first_order(lens, t, [MARGIN, ll.Logit(3)], **QUIET)[1],
+    "by token": lambda lens, t: ll.first_order(
+        lens, t, ll.AnswerLogProb(RESPONSE), by="token", **QUIET
+    ),
+    "by token and layer": lambda lens, t: ll.first_order(
+        lens, t, ll.AnswerLogProb(RESPONSE), by="token", group="layer", **QUIET
+    ),
+    "values of g": lambda lens, t: lens.function(t, MARGIN, **QUIET).corners("add_one"),
+    "slopes of g": lambda lens, t: lens.function(t, MARGIN, **QUIET).slopes(0.5, "rank"),
+    "curvature of g": lambda lens, t: lens.function(t, MARGIN, **QUIET).curvature(1.0),
+    "tangent of f": lambda lens, t: lens.function(t, **QUIET).tangent(1.0),
+    "g in a graph": lambda lens, t: lens.function(t, MARGIN, **QUIET).graphed(0.5).detach(),
+    "components": lambda lens, t: ll.components(lens, t, MARGIN, **QUIET),
+    "remainder": lambda lens, t: ll.remainder(lens, t, MARGIN, by_site=True, **QUIET),
+    "remainder_curve": lambda lens, t: ll.remainder_curve(lens, t, MARGIN, **QUIET),
+    "fact_margin": lambda lens, t: ll.fact_margin(lens, t, 5, 9, **QUIET),
+    "patch_sites": lambda lens, t: ll.patch_sites(lens, t, MARGIN, **QUIET),
+    "patch_sites, a KL": lambda lens, t: ll.patch_sites(
+        lens, t, ll.KL(RESPONSE), how="leave_one_out", **QUIET
+    ),
+    "ranks, to the mean": lambda lens, t: ll.patch_sites(
+        lens, t, MARGIN, of="rank", sites="*.q", replace="mean", texts=t.roll(1, 0), **QUIET
+    ),
+    "patch_activations": lambda lens, t: ll.patch_activations(
+        lens, t, MARGIN, [lens.sites[0].write, lens.sites[-1].write], **QUIET
+    ),
+    "single heads": lambda lens, t: ll.patch_activations(
+        lens, t, MARGIN, "blocks.*.attn.hook_z", heads="each", **QUIET
+    ),
+}
+
+
+# --- Calls that show a bar
+
+
+def _points_with_bar(tiny: Any, folder: Any, **options: Any) -> ll.results.ActivationEffects:
+    names = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
+    return ll.patch_activations(tiny.lens, PROMPT, MARGIN_OF_WORDS, names, **options)
+
+
+WITH_BAR = {
+    "components": lambda t, folder, **o: ll.components(t.lens, PROMPT, MARGIN_OF_WORDS, **o),
+    "fact_margin": lambda t, folder, **o: ll.fact_margin(t.deep, PROMPT, "w8", "w9", **o),
+    "first_order": lambda t, folder, **o: ll.first_order(
+        t.lens, PROMPT, MARGIN_OF_WORDS, mode="forward", **o
+    ),
+    "patch_activations": _points_with_bar,
+    "patch_sites": lambda t, folder, **o: ll.patch_sites(
+        t.deep, PROMPT, MARGIN_OF_WORDS, how="add_one", **o
+    ),
+    "remainder": lambda t, folder, **o: ll.remainder(
+        t.deep, PROMPT, MARGIN_OF_WORDS, by_site=True, **o
+    ),
+    "remainder_curve": lambda t, folder, **o: ll.remainder_curve(
+        t.lens, PROMPT, MARGIN_OF_WORDS, torch.linspace(0.1, 1, 70), **o
+    ),
+    "LoraLens.function": lambda t, folder, **o: t.deep.function(
+        PROMPT, MARGIN_OF_WORDS, **o
+    ).corners("add_one"),
+}

@@ -1,4 +1,4 @@
-"""The results that `directions` makes public, by hand, for the tests of every result.
+"""The results that `directions` makes public, by hand, and calls, for the tests of all of them.
 
 They are of two directions, one of which has a name that a page must escape.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from results_by_hand import HEADER, META, SITES
+from shared_questions import LONG, MARGIN, MARGIN_OF_WORDS, PROMPT, QUIET, directions
+from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.directions.spectra import AdapterSummary, Spectrum
@@ -134,3 +137,64 @@ RESULTS = [
     patchscope,
     summary,
 ]
+
+
+# --- Calls, and the numbers that come back
+
+
+def _losses_with_removal(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
+    with lens.ablate_directions(directions(lens)):
+        return ll.removal_cost(lens, tokens, **QUIET).removed
+
+
+CALLS = {
+    "weight_alignment": lambda lens, t: ll.weight_alignment(lens, directions(lens)),
+    "intruders": lambda lens, t: ll.intruders(lens, k=2, **QUIET),
+    "contrast": lambda lens, t: ll.contrast(
+        lens, t, t.roll(1, 1), "blocks.*.hook_resid_post"
+    ).values["blocks.0.hook_resid_post"],
+    "removal_cost": _losses_with_removal,
+    "scale_intruders": lambda lens, t: (
+        ll.scale_intruders(lens, t, MARGIN, (0.0, 1.0), k=2, threshold=0.9, texts=t, **QUIET).values
+    ),
+    "patchscope": lambda lens, t: (
+        ll.patchscope(
+            lens, directions(lens), "blocks.1.hook_resid_pre", prompt="w5 w6", placeholder="w6"
+        ).probabilities
+    ),
+}
+
+
+# --- Calls that show a bar
+
+
+def _removal_with_bar(tiny: Any, folder: Any, **options: Any) -> ll.results.RemovalCost:
+    with tiny.lens.ablate_directions(torch.eye(16)[0]):
+        return ll.removal_cost(tiny.lens, PROMPT, **options)
+
+
+WITH_BAR = {
+    "intruders": lambda t, folder, **o: ll.intruders(t.lens, k=2, **o),
+    "removal_cost": _removal_with_bar,
+    "scale_intruders": lambda t, folder, **o: ll.scale_intruders(
+        t.lens, PROMPT, MARGIN_OF_WORDS, k=2, texts=[PROMPT, LONG], **o
+    ),
+}
+
+
+# --- Calls that show none, as they are short
+
+WITHOUT_BAR = {
+    "contrast": lambda t: ll.contrast(
+        t.lens, ["w5 w6", "w6 w7"], ["w8 w9", "w9 w5"], "blocks.0.hook_resid_post"
+    ),
+    "patchscope": lambda t: ll.patchscope(
+        t.lens,
+        torch.eye(16)[0],
+        "blocks.0.hook_resid_post",
+        [1.0, 2.0],
+        prompt="w5 w6 w7",
+        placeholder="w6",
+        max_new_tokens=2,
+    ),
+}

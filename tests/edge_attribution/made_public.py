@@ -1,9 +1,10 @@
-"""What `edge_attribution` makes public, for the tests of every result."""
+"""What `edge_attribution` makes public, for the tests of every result and of every call."""
 
 from __future__ import annotations
 
 import torch
 from results_by_hand import HEADER, SITES
+from shared_questions import LONG, MARGIN, MARGIN_OF_WORDS, PROMPT, QUIET
 
 import lens_lora as ll
 
@@ -25,3 +26,23 @@ def edges(*, by_position: bool = True) -> ll.results.Edges:
 
 
 RESULTS = [edges]
+
+
+# --- Calls, and the numbers that come back
+
+CALLS = {
+    "edges": lambda lens, t: ll.edges(lens, t, MARGIN, "head", **QUIET),
+    "patch_edges": lambda lens, t: ll.patch_edges(
+        lens, t, MARGIN, [(lens.sites[0].name, "logits")], "leave_one_out", **QUIET
+    ),
+}
+
+
+# --- Calls that show a bar
+
+WITH_BAR = {
+    "edges": lambda t, folder, **o: ll.edges(t.lens, [LONG] * 600, MARGIN_OF_WORDS, **o),
+    "patch_edges": lambda t, folder, **o: ll.patch_edges(
+        t.deep, PROMPT, MARGIN_OF_WORDS, [(site.name, "logits") for site in t.deep.sites], **o
+    ),
+}

@@ -1,4 +1,4 @@
-"""What `explanations` makes public, for the tests of every result."""
+"""What `explanations` makes public, for the tests of every result and of every call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from results_by_hand import HEADER, META, explanation, two_prompts
+from shared_questions import PROMPT, QUIET, RESPONSE
 
 import lens_lora as ll
 
@@ -91,3 +92,26 @@ def explanations() -> ll.results.Explanations:
 
 
 RESULTS = [response_explanation, readout_explanation, explanations]
+
+
+# --- Calls, and the numbers that come back
+
+CALLS = {
+    "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
+    "explain_all": lambda lens, t: (
+        ll.explain(lens, torch.cat([t, t]), 5, 9, fast=True, **QUIET)[-1].margin
+    ),
+    "explain a response": lambda lens, t: (
+        ll.explain(lens, t[:1], response=RESPONSE, **QUIET).leave_one_out
+    ),
+    "explain a readout": lambda lens, t: (
+        ll.explain(lens, t, readout=ll.Logit(3), **QUIET).faithfulness
+    ),
+}
+
+
+# --- Calls that show a bar
+
+WITH_BAR = {
+    "explain": lambda t, folder, **o: ll.explain(t.lens, PROMPT, "w8", "w9", null=2, **o),
+}

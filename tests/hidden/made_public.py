@@ -1,4 +1,4 @@
-"""What `hidden` makes public, for the tests of every result."""
+"""What `hidden` makes public, for the tests of every result and of every call."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from results_by_hand import HEADER, META, SITES
+from shared_questions import LONG, PROMPT, QUIET, RESPONSE, directions
 
 import lens_lora as ll
 
@@ -114,3 +115,37 @@ RESULTS = [
     partial(features, by_position=True),
     feature_writes,
 ]
+
+
+# --- Calls, and the numbers that come back
+
+CALLS = {
+    "lora_activations": lambda lens, t: ll.lora_activations(lens, t, RESPONSE),
+    "activation_shift": lambda lens, t: torch.cat(
+        list(ll.activation_shift(lens, t, "blocks.*.hook_resid_post").mean().values())
+    ),
+    "constant_part": lambda lens, t: ll.constant_part(lens, torch.cat([t, t.roll(1, 1)]), **QUIET),
+    "feature_shift": lambda lens, t: ll.feature_shift(
+        lens, t, directions(lens), lens.plan.host.block_input(1)
+    ),
+    "feature_shift by site": lambda lens, t: ll.feature_shift(lens, t, directions(lens), by="site"),
+}
+
+
+# --- Calls that show a bar
+
+WITH_BAR = {
+    "constant_part": lambda t, folder, **o: ll.constant_part(t.lens, [PROMPT, LONG], **o),
+}
+
+
+# --- Calls that show none, as they are short
+
+WITHOUT_BAR = {
+    "activation_shift": lambda t: ll.activation_shift(t.lens, PROMPT, "blocks.0.hook_resid_post"),
+    "lora_activations": lambda t: ll.lora_activations(t.lens, PROMPT, "w5 w6"),
+    "feature_shift": lambda t: (
+        ll.feature_shift(t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"),
+        ll.feature_shift(t.lens, PROMPT, torch.eye(16), by="site"),
+    ),
+}

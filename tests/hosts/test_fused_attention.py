@@ -8,8 +8,9 @@ from typing import Any
 import models
 import pytest
 import torch
-from every_call import CALLS, MARGIN, same
+from every_call import CALLS, same
 from saved_tensors import saved
+from shared_questions import MARGIN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll

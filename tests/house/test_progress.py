@@ -10,12 +10,11 @@ import models
 import pytest
 import torch
 import transformers as hf
-from sweep_runs import GOOD
+from shared_questions import PROMPT
 from tqdm import tqdm
 
 import lens_lora as ll
 
-R, PROMPT, LONG = ll.Margin("w8", "w9"), "w5 w6 w7", " ".join(["w5"] * 30)
 FEW = 10
 
 
@@ -33,110 +32,9 @@ def tiny():
     return SimpleNamespace(lens=lens_of(1), deep=lens_of(10))
 
 
-def _between(t, folder, **options):
-    base = models.hf_model("llama")
-    return ll.Adapter.between(base, models.peft_model("llama", base).merge_and_unload(), **options)
-
-
-def _sweep(t, folder, **options):
-    records = [{**row, "doc": "w8", "pre": "w9"} for row in GOOD]
-    return ll.sweep(t.lens, records, out=folder / "r.parquet", resume=False, **options)
-
-
-def _faithful(t, folder, **options):
-    first = ll.first_order(t.lens, PROMPT, R)
-    return ll.faithfulness(t.lens, PROMPT, R, first, greedy=True, draws=2, **options)
-
-
-def _points(t, folder, **options):
-    names = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
-    return ll.patch_activations(t.lens, PROMPT, R, names, **options)
-
-
-def _cost(t, folder, **options):
-    with t.lens.ablate_directions(torch.eye(16)[0]):
-        return ll.removal_cost(t.lens, PROMPT, **options)
-
-
-CALLS = {
-    "Adapter.between": _between,
-    "constant_part": lambda t, folder, **o: ll.constant_part(t.lens, [PROMPT, LONG], **o),
-    "counted_speech": lambda t, folder, **o: ll.counted_speech(t.lens, max_new_tokens=2, **o),
-    "what_changed": lambda t, folder, **o: ll.what_changed(t.lens, [PROMPT, LONG], **o),
-    "components": lambda t, folder, **o: ll.components(t.lens, PROMPT, R, **o),
-    "coupling": lambda t, folder, **o: ll.coupling(t.lens, [LONG] * 10, R, **o),
-    "bank": lambda t, folder, **o: ll.bank(t.lens.model, PROMPT, R, **o),
-    "best_subset": lambda t, folder, **o: ll.best_subset(t.lens, PROMPT, R, k=2, steps=4, **o),
-    "checkpoints": lambda t, folder, **o: ll.checkpoints(
-        t.lens, [t.lens.adapter.scaled(s) for s in (0.5, 1)], PROMPT, R, **o
-    ),
-    "compare_adapters": lambda t, folder, **o: ll.compare_adapters(
-        t.lens, t.lens.adapter.scaled(0.5), PROMPT, R, draws=2, **o
-    ),
-    "edges": lambda t, folder, **o: ll.edges(t.lens, [LONG] * 600, R, **o),
-    "explain": lambda t, folder, **o: ll.explain(t.lens, PROMPT, "w8", "w9", null=2, **o),
-    "fact_margin": lambda t, folder, **o: ll.fact_margin(t.deep, PROMPT, "w8", "w9", **o),
-    "faithfulness": _faithful,
-    "first_order": lambda t, folder, **o: ll.first_order(t.lens, PROMPT, R, mode="forward", **o),
-    "logit_shift": lambda t, folder, **o: ll.logit_shift(t.lens, PROMPT, **o),
-    "intruders": lambda t, folder, **o: ll.intruders(t.lens, k=2, **o),
-    "null_test": lambda t, folder, **o: ll.null_test(t.lens, PROMPT, R, draws=2, **o),
-    "patch_activations": _points,
-    "patch_edges": lambda t, folder, **o: ll.patch_edges(
-        t.deep, PROMPT, R, [(site.name, "logits") for site in t.deep.sites], **o
-    ),
-    "patch_sites": lambda t, folder, **o: ll.patch_sites(t.deep, PROMPT, R, how="add_one", **o),
-    "path_attribution": lambda t, folder, **o: ll.path_attribution(t.lens, PROMPT, R, **o),
-    "reliability": lambda t, folder, **o: ll.reliability(
-        t.deep, PROMPT, R, threshold=0.99, floor=0.0, fix=True, **o
-    ),
-    "remainder": lambda t, folder, **o: ll.remainder(t.deep, PROMPT, R, by_site=True, **o),
-    "remainder_curve": lambda t, folder, **o: ll.remainder_curve(
-        t.lens, PROMPT, R, torch.linspace(0.1, 1, 70), **o
-    ),
-    "LoraLens.function": lambda t, folder, **o: t.deep.function(PROMPT, R, **o).corners("add_one"),
-    "LoraLens.generate": lambda t, folder, **o: t.lens.generate(PROMPT, 12, eos_token_id=(), **o),
-    "kl_shares": lambda t, folder, **o: ll.kl_shares(
-        t.lens, PROMPT, scales=[0.01 * s for s in range(1, 100)], **o
-    ),
-    "removal_cost": _cost,
-    "scale_intruders": lambda t, folder, **o: ll.scale_intruders(
-        t.lens, PROMPT, R, k=2, texts=[PROMPT, LONG], **o
-    ),
-    "repair": lambda t, folder, **o: ll.repair(
-        t.lens, [(PROMPT, R)], [(PROMPT, ll.KL())], 0.5, steps=8, draws=1, **o
-    ),
-    "second_order": lambda t, folder, **o: ll.second_order(
-        t.lens, [LONG] * 10, R, self_curvature=True, **o
-    ),
-    "sweep": _sweep,
-    **by_folder.named("WITH_BAR"),
-}
-SHORT = {
-    "activation_shift": lambda t: ll.activation_shift(t.lens, PROMPT, "blocks.0.hook_resid_post"),
-    "lora_activations": lambda t: ll.lora_activations(t.lens, PROMPT, "w5 w6"),
-    "contrast": lambda t: ll.contrast(
-        t.lens, ["w5 w6", "w6 w7"], ["w8 w9", "w9 w5"], "blocks.0.hook_resid_post"
-    ),
-    "feature_shift": lambda t: (
-        ll.feature_shift(t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"),
-        ll.feature_shift(t.lens, PROMPT, torch.eye(16), by="site"),
-    ),
-    "foils": lambda t: ll.foils(t.lens, PROMPT, R),
-    "gradients": lambda t: ll.gradients(t.lens, PROMPT, R),
-    "patchscope": lambda t: ll.patchscope(
-        t.lens,
-        torch.eye(16)[0],
-        "blocks.0.hook_resid_post",
-        [1.0, 2.0],
-        prompt="w5 w6 w7",
-        placeholder="w6",
-        max_new_tokens=2,
-    ),
-    "tangents": lambda t: ll.tangents(t.lens, PROMPT),
-    "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
-    **by_folder.named("WITHOUT_BAR"),
-}
+CALLS = by_folder.named("WITH_BAR")
+SHORT = by_folder.named("WITHOUT_BAR")
+# The calls that are made with the deep model.
 DEEP = {
     "LoraLens.function",
     "fact_margin",

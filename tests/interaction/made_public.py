@@ -6,15 +6,10 @@ from typing import Any
 
 import torch
 from results_by_hand import HEADER, META, SITES
+from shared_questions import LONG, MARGIN, MARGIN_OF_WORDS, PROMPT
 from torch import Tensor
 
 import lens_lora as ll
-
-MARGIN = ll.Margin(5, 9)
-PROMPT = "w5 w6 w7"
-LONG = " ".join(["w5"] * 30)
-BAR_MARGIN = ll.Margin("w8", "w9")
-
 
 # --- Results, made by hand
 
@@ -93,11 +88,13 @@ CALLS = {"together": _parts_of_together, "reconcile": _reconciled_along}
 def _together_with_bar(tiny: Any, folder: Any, **options: Any) -> ll.results.Together:
     halves = _attention_and_mlps(tiny.lens)
     prompts = [LONG] * 10
-    return ll.together(tiny.lens, halves, prompts, BAR_MARGIN, group="site", max_nodes=9, **options)
+    return ll.together(
+        tiny.lens, halves, prompts, MARGIN_OF_WORDS, group="site", max_nodes=9, **options
+    )
 
 
 def _reconcile_with_bar(tiny: Any, folder: Any, **options: Any) -> ll.results.Reconciled:
-    behaviours = {"attention": (PROMPT, BAR_MARGIN), "MLPs": (PROMPT, ll.Logit(3))}
+    behaviours = {"attention": (PROMPT, MARGIN_OF_WORDS), "MLPs": (PROMPT, ll.Logit(3))}
     halves = _attention_and_mlps(tiny.lens)
     return ll.reconcile(tiny.lens, halves, behaviours, "MLPs", draws=20, **options)
 

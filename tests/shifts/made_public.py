@@ -1,4 +1,4 @@
-"""What `shifts` makes public, for the tests of every result."""
+"""What `shifts` makes public, for the tests of every result and of every call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from results_by_hand import HEADER, META, two_prompts
+from shared_questions import MARGIN, MARGIN_OF_WORDS, PROMPT, QUIET, RESPONSE
 
 import lens_lora as ll
 
@@ -43,3 +44,34 @@ def kl_shares() -> ll.results.KLShares:
 
 
 RESULTS = [token_shifts, kl_shares]
+
+
+# --- Calls, and the numbers that come back
+
+CALLS = {
+    "kl_shares": lambda lens, t: ll.kl_shares(lens, t, **QUIET).divergence,
+    "token_shifts": lambda lens, t: ll.token_shifts(lens, t, RESPONSE).kl,
+    "logit_shift": lambda lens, t: ll.logit_shift(lens, t, **QUIET),
+    "joint": lambda lens, t: ll.logit_shift(lens, t, by_site=False),
+    "tangents": lambda lens, t: ll.tangents(lens, t),
+    "gradients": lambda lens, t: ll.gradients(lens, t, MARGIN),
+}
+
+
+# --- Calls that show a bar
+
+WITH_BAR = {
+    "kl_shares": lambda t, folder, **o: ll.kl_shares(
+        t.lens, PROMPT, scales=[0.01 * s for s in range(1, 100)], **o
+    ),
+    "logit_shift": lambda t, folder, **o: ll.logit_shift(t.lens, PROMPT, **o),
+}
+
+
+# --- Calls that show none, as they are short
+
+WITHOUT_BAR = {
+    "gradients": lambda t: ll.gradients(t.lens, PROMPT, MARGIN_OF_WORDS),
+    "tangents": lambda t: ll.tangents(t.lens, PROMPT),
+    "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
+}

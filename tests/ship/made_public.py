@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from loopback import serving
 from results_by_hand import HEADER, META
+from shared_questions import PROMPT
 from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.ship.checks import Check, MergedTensor
 from lens_lora.ship.combined import CombinedSite
 from lens_lora.ship.served import ServedInstead
-
-PROMPT = "w5 w6 w7"
-
 
 # --- Results, made by hand
 

@@ -1,4 +1,4 @@
-"""What `two_adapters` makes public, for the tests of every result."""
+"""What `two_adapters` makes public, for the tests of every result and of every call."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 
 import torch
 from results_by_hand import HEADER, META, SITES
+from shared_questions import MARGIN, MARGIN_OF_WORDS, PROMPT, QUIET
 
 import lens_lora as ll
 
@@ -110,3 +111,33 @@ def repair() -> ll.results.Repair:
 
 
 RESULTS = [adapter_comparison, checkpoints, trainings, repair]
+
+
+# --- Calls, and the numbers that come back
+
+CALLS = {
+    "compare_adapters": lambda lens, t: ll.compare_adapters(
+        lens, lens.adapter.scaled(0.5), t, MARGIN, draws=0, **QUIET
+    ),
+    "checkpoints": lambda lens, t: ll.checkpoints(
+        lens, [lens.adapter.scaled(0.5), lens.adapter], t, MARGIN, **QUIET
+    ),
+    "repair": lambda lens, t: ll.repair(
+        lens, [(t, MARGIN)], [(t, ll.KL())], 0.5, steps=2, draws=1, **QUIET
+    ).shares[:2],
+}
+
+
+# --- Calls that show a bar
+
+WITH_BAR = {
+    "checkpoints": lambda t, folder, **o: ll.checkpoints(
+        t.lens, [t.lens.adapter.scaled(s) for s in (0.5, 1)], PROMPT, MARGIN_OF_WORDS, **o
+    ),
+    "compare_adapters": lambda t, folder, **o: ll.compare_adapters(
+        t.lens, t.lens.adapter.scaled(0.5), PROMPT, MARGIN_OF_WORDS, draws=2, **o
+    ),
+    "repair": lambda t, folder, **o: ll.repair(
+        t.lens, [(PROMPT, MARGIN_OF_WORDS)], [(PROMPT, ll.KL())], 0.5, steps=8, draws=1, **o
+    ),
+}

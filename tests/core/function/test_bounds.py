@@ -8,9 +8,10 @@ import cases
 import models
 import pytest
 import torch
-from every_call import CALLS, MARGIN, QUIET, numbers
+from every_call import CALLS, numbers
 from passes import passes
 from shapes import MORE_CASES
+from shared_questions import MARGIN, QUIET
 
 import lens_lora as ll
 from lens_lora.core.function import footprint, memory

@@ -6,8 +6,9 @@ import cases
 import models
 import pytest
 import torch
-from every_call import CALLS, MARGIN, numbers
+from every_call import CALLS, numbers
 from made_by_folders import processing_of
+from shared_questions import MARGIN
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -6,7 +6,7 @@ import cases
 import models
 import pytest
 import torch
-from every_call import MARGIN
+from shared_questions import MARGIN
 
 import lens_lora as ll
 from lens_lora.core.function import footprint, memory

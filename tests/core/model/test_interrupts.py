@@ -20,8 +20,9 @@ import interrupts
 import models
 import pytest
 import torch
-from every_call import CALLS, MARGIN, OWN
+from every_call import CALLS, OWN
 from shapes import share
+from shared_questions import MARGIN
 
 import lens_lora as ll
 from lens_lora import compat, spans
