@@ -7,6 +7,7 @@ import itertools
 import weakref
 from pathlib import Path
 
+import limits
 import models
 import numpy as np
 import pandas as pd
@@ -20,7 +21,6 @@ from transformers import Trainer, TrainingArguments
 import lens_lora as ll
 from lens_lora.banks import base_half
 from lens_lora.banks import scan as scan_module
-from lens_lora.runs.processes import Processes
 
 MARGIN = ll.Margin(5, 9)
 BRIDGE = list(models.MAKERS)[-1]
@@ -391,7 +391,7 @@ def test_processes_share_a_scan(scene, tmp_path: Path, monkeypatch):
             names.append(value) if isinstance(value, list) else None
             return [value]
 
-        both = Processes(index, 2, gather=gather)
+        both = limits.one_process(index, 2, gather=gather)
         monkeypatch.setattr(scan_module, "launched", lambda both=both: both)
         bank.scan(folder, out=out, resume=False, progress=False)
     monkeypatch.undo()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from browser import browser, drawn
 from printed import plain
+from real import ADAPTER
 from results_by_hand import without_plotly
 from rich.console import Console
 from typer.testing import CliRunner
@@ -25,9 +26,7 @@ from lens_lora import cli
 from lens_lora.cli import running
 from lens_lora.cli.options import BaseModel
 from lens_lora.cli.questions import Questions
-from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ModelStateError, NumericsError
-from lens_lora.loading import moved
 
 run = CliRunner().invoke
 CLASSES = list(models.MAKERS)
@@ -113,7 +112,7 @@ def tiny_command(tmp_path_factory):
 
     def call(monkeypatch, *options):
         def load(name, progress, how, **of):
-            return moved(copy.deepcopy(base), how.device), models.tokenizer()
+            return copy.deepcopy(base).to(how.device or "cpu"), models.tokenizer()
 
         monkeypatch.setattr(running, "load_model", load)
         paths = [str(folder / "adapter"), "--report", str(folder / "page.html")]
@@ -283,7 +282,7 @@ def test_slips_of_the_space_are_noted(tiny_command, monkeypatch):
 def real(tmp_path_factory):
     """A third of the demo adapter's modules, each of which is added and left out."""
     report = (folder := tmp_path_factory.mktemp("explain")) / "page.html"
-    ll.load_adapter(shipped_adapter()).only("model.layers.2*").save(late := folder / "late_adapter")
+    ll.load_adapter(ADAPTER).only("model.layers.2*").save(late := folder / "late_adapter")
     asked = ["--prompt", "The capital of France is", "--doc", " Lyon", "--pre", " Paris"]
     options = [str(late), *asked, "--model", "embedded"]
     with pytest.MonkeyPatch.context() as patch:

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from lens_lora.demonstration import shipped_adapter
+from real import ADAPTER
 
 HEAVY = ("torch", "transformers", "transformer_lens", "peft", "pandas", "scipy", "pyarrow")
 ASK = f"""
@@ -178,8 +177,8 @@ SAY_HOW_LONG = ("demo", "explain", "diff", "verify")
 def test_a_command_speaks_before_torch_is_imported(forked, files, monkeypatch, command):
     monkeypatch.chdir(files)
     for step in (1, 2):
-        shutil.copytree(shipped_adapter(), files / "run" / f"checkpoint-{step}")
-    places = {"files": files, "adapter": shipped_adapter()}
+        shutil.copytree(ADAPTER, files / "run" / f"checkpoint-{step}")
+    places = {"files": files, "adapter": ADAPTER}
     arguments = [part.format(**places) for part in WORKING[command]]
     before_torch = f"LATER = ['torch']\n{FIRST_WORDS}"
     _, said, *_ = forked(command, *arguments, code=before_torch)
@@ -201,7 +200,7 @@ def test_a_command_says_what_it_will_do_before_it_finds_out_how_long(
 ):
     """Finding the base imports the hub's library, which takes as long as all that came before."""
     monkeypatch.chdir(files)
-    arguments = [part.format(adapter=shipped_adapter()) for part in WORKING[command]]
+    arguments = [part.format(adapter=ADAPTER) for part in WORKING[command]]
     before_the_hub = f"LATER = ['huggingface_hub', 'numpy', 'torch']\n{FIRST_WORDS}"
     _, said, *_ = forked(command, *arguments, code=before_the_hub)
     assert re.fullmatch(r"This will .+\.\n", *said)

@@ -7,6 +7,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import limits
 import models
 import pandas as pd
 import pytest
@@ -21,7 +22,6 @@ from lens_lora.cli import sweeping as sweep_command
 from lens_lora.cli.options import ModelOptions
 from lens_lora.cli.running import one_line_errors
 from lens_lora.cli.sweeping import sweep
-from lens_lora.runs.processes import Processes
 
 app = typer.Typer()
 app.command()(one_line_errors(sweep)(sweep))
@@ -42,7 +42,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.bad_input
 def test_several_processes_do_not_share_a_device_map(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_command, "launched", lambda: Processes(0, 2))
+    monkeypatch.setattr(sweep_command, "launched", lambda: limits.one_process(0, 2))
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
     found = command(
         "--model", tiny / "base", tiny / "lora", "--prompts", records,

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from lens_lora import cli
 from lens_lora.__main__ import print_in_any_encoding
 from lens_lora.cli.files import lines_of
 from lens_lora.errors import LensLoraError
-from lens_lora.runs.processes import launched
 
 
 @pytest.fixture(scope="module")
@@ -336,14 +334,3 @@ def test_utf16_is_named(tmp_path, encoding):
 
 
 # --- one process of several
-
-
-def test_one_process_of_several_is_told(monkeypatch):
-    """As accelerate's launcher of single processes leaves the environment."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        launched()
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.warns(UserWarning, match="started one, which does all the work.*--multi_gpu"):
-        assert launched().count == 1

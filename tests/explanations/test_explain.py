@@ -14,13 +14,13 @@ from results_by_hand import (
     FIRST,
     SCALES,
     explanation,
+    second_verdict,
     without_plotly,
 )
 from rich.console import Console
 from terminal_tables import faults, shown
 
 import lens_lora as ll
-from lens_lora.curvature.verdict import SecondVerdict
 from lens_lora.errors import PromptError, TokenError
 from lens_lora.explanations import words as words_of
 from lens_lora.explanations.tables import (
@@ -233,9 +233,9 @@ def test_story_of_the_remainders_parts():
 )
 def test_story_says_whether_second_order_helps(left, words):
     first, second, reach = left
-    verdict = SecondVerdict(10.0, first, second, 0.5, 0.5, reach)
+    verdict = second_verdict(10.0, first, second, reach)
     assert words in words_of.of_second_order("+1.00", verdict)
-    none = SecondVerdict(0.1, first, second, 0.5, 0.5, reach)
+    none = second_verdict(0.1, first, second, reach)
     assert "the shift is within rounding" in words_of.of_second_order("+1.00", none)
 
 

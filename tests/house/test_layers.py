@@ -171,7 +171,6 @@ BORROWED: dict[str, tuple[set[str], str]] = {
         {"texts.neutral", "texts.neutral.own_openings", "stream.stream_reading.over_scale"},
         "asks the same texts by hand, and scales a reading as the audit does",
     ),
-    "banks/test_many_adapters.py": ({"runs.processes.Processes"}, "stands for two processes"),
     "cli/test_audit_command.py": (
         {"audit.needed.free_bytes"},
         "lets the machine have no memory left",
@@ -185,13 +184,6 @@ BORROWED: dict[str, tuple[set[str], str]] = {
         },
         "puts a fake in the place of training, which takes minutes",
     ),
-    "cli/test_explain_command.py": (
-        {"demonstration.shipped_adapter", "loading.moved"},
-        "puts a tiny model in the place of what a command loads",
-    ),
-    "cli/test_startup.py": ({"demonstration.shipped_adapter"}, "copies its files"),
-    "cli/test_sweep_command.py": ({"runs.processes.Processes"}, "stands for two processes"),
-    "cli/test_terminal.py": ({"runs.processes.launched"}, "asks it without accelerate"),
     "core/adapter/test_formats.py": (
         {
             "formats.folders.checkpoint_folders",
@@ -214,10 +206,6 @@ BORROWED: dict[str, tuple[set[str], str]] = {
         {"texts.neutral.neutral_sentences"},
         "takes many texts, as one has a single error",
     ),
-    "explanations/test_explain.py": (
-        {"curvature.verdict.SecondVerdict"},
-        "sees which verdict a page is given",
-    ),
     "explanations/test_explain_page.py": (
         {"show.page", "show.text.label"},
         "plants a template that escapes nothing",
@@ -226,7 +214,6 @@ BORROWED: dict[str, tuple[set[str], str]] = {
         {"directions.spectra.summarise"},
         "compares the singular values of each expert",
     ),
-    "judging/test_faithfulness.py": ({"show.text.key_text"}, "names the curves of a figure"),
     "ship/test_exports.py": (
         {"loading.tokenizer_beside"},
         "checks one merged folder without all else that `verify` checks",
@@ -243,12 +230,7 @@ BORROWED: dict[str, tuple[set[str], str]] = {
         {"texts.divergences.text_divergences", "texts.neutral.readable_texts"},
         "counts how often the texts are run",
     ),
-    "sweeps/test_sweep.py": (
-        {"responses.answers.margin_between"},
-        "makes by hand the readout that a record asks for",
-    ),
     "sweeps/test_sweep_resume.py": ({"runs.store.Store"}, "stops a run as it removes its parts"),
-    "sweeps/test_token_sweep.py": ({"runs.processes.Processes"}, "stands for two processes"),
 }
 
 

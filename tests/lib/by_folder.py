@@ -8,9 +8,10 @@ A folder's `made_public.py` holds, of what its question makes public:
     WITHOUT_BAR  calls by public name, if they do not
     READOUTS     functions by name, each of which makes a readout: see `runs/test_fingerprint.py`
 
-Whatever it has no use for is left out. `tests/interaction/made_public.py` is an example. Such a
-file imports neither `every_call` nor `every_result`, which import it. Its other functions, such as
-variants of a result, are for whoever asks `made_public` for the folder.
+Whatever it has no use for is left out. `tests/interaction/made_public.py` is an example, and
+`shared_questions.py` has what the calls of all folders ask. Such a file imports neither
+`every_call` nor `every_result`, which import it. Its other functions, such as variants of a result,
+are for whoever asks `made_public` for the folder.
 """
 
 from __future__ import annotations

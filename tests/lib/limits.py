@@ -19,6 +19,7 @@ from lens_lora.core.readout import reading
 from lens_lora.explanations import steps
 from lens_lora.integrals import path_integral
 from lens_lora.responses import generate
+from lens_lora.runs.processes import Processes
 
 
 def tokens_at_once(patch: pytest.MonkeyPatch, **tokens: int) -> None:
@@ -143,6 +144,11 @@ def fields_are_measured(patch: pytest.MonkeyPatch, *fields: str) -> None:
 def adapters_are_read_by(patch: pytest.MonkeyPatch, read: Callable[..., Any]) -> None:
     """Read the folder of an adapter by this function."""
     patch.setattr("lens_lora.core.adapter.loading.read_adapter", read)
+
+
+def one_process(index: int, count: int, **calls: Callable[..., Any]) -> Processes:
+    """One of several processes that were launched together, with its `wait` and `gather`."""
+    return Processes(index, count, **calls)
 
 
 def versions_are_found_by(patch: pytest.MonkeyPatch, version: Callable[[str], str]) -> None:

@@ -19,7 +19,6 @@ from sweep_runs import GOOD, run, same, write_csv, write_jsonl
 import lens_lora as ll
 from lens_lora.core import Evaluations, patch_sites
 from lens_lora.errors import SweepError
-from lens_lora.responses.answers import margin_between
 from lens_lora.sweeps import batches
 from lens_lora.sweeps.batches import VALUES
 from lens_lora.sweeps.records import ANALYSES, read_records
@@ -33,6 +32,14 @@ def lens(request, float64) -> ll.LoraLens:
 @pytest.fixture
 def a_lens(float64) -> ll.LoraLens:
     return sweep_runs.a_lens()
+
+
+def margin_of(record: dict[str, str]) -> ll.Readout:
+    """The margin of a record's answers: of two tokens, or where one has several of answers."""
+    doc = record["doc"]
+    pre = record["pre"]
+    has_several = " " in doc or " " in pre
+    return ll.AnswerMargin(doc, pre) if has_several else ll.Margin(doc, pre)
 
 
 # --- the numbers
@@ -55,9 +62,7 @@ def test_rows_equal_direct_calls(lens, tmp_path):
     assert list(prompts.index) == [r["id"] for r in GOOD]
     assert list(frame["id"].unique()) == [r["id"] for r in GOOD]
     for record in GOOD:
-        readout = margin_between(
-            lens.model, record["doc"], record["pre"], lens.prompts(record["prompt"])
-        )
+        readout = margin_of(record)
         rows, row = frame[frame["id"] == record["id"]], prompts.loc[record["id"]]
         assert list(rows["site"]) == [s.name for s in lens.sites]
         assert list(rows["module"]) == [s.module for s in lens.sites]
@@ -125,9 +130,7 @@ def test_second_order_is_half_the_row_sums(lens, tmp_path):
     """Its sum is no estimate of the shift, and no remainder is told."""
     result = run(lens, GOOD[:2], tmp_path, "second_order")
     for i, record in enumerate(GOOD[:2]):
-        readout = margin_between(
-            lens.model, record["doc"], record["pre"], lens.prompts(record["prompt"])
-        )
+        readout = margin_of(record)
         direct = ll.second_order(lens, record["prompt"], readout, progress=False)
         np.testing.assert_allclose(
             result.attribution("second_order").values[i], direct.half_row_sums[0], rtol=1e-9
@@ -217,7 +220,7 @@ def test_conversations_are_swept_by_what_their_template_makes_of_them(
     prompts = result.prompts()
     assert list(prompts["prompt"][:1]) == [text] and list(prompts["chat"]) == [True, True, False]
     assert list(prompts["tokens"]) == [len(chats.ASK_IDS), len(chats.LONGER_IDS), 6]
-    readout = margin_between(a_lens.model, "w8 w10", "w9", a_lens.prompts(chats.ASK))
+    readout = ll.AnswerMargin("w8 w10", "w9")
     for i, messages in enumerate((chats.ASK, chats.LONGER)):
         direct = ll.first_order(a_lens, messages, readout)
         found = result.attribution("first_order").values[i]

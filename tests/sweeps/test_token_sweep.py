@@ -8,6 +8,7 @@ from pathlib import Path
 import cases
 import chats
 import command_line
+import limits
 import models
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ import torch
 from sweep_runs import write_jsonl
 
 import lens_lora as ll
-from lens_lora.runs.processes import Processes
 from lens_lora.sweeps import stream
 from lens_lora.sweeps.records import each_record
 
@@ -235,17 +235,12 @@ def test_damaged_parts_are_run_again(lens, tmp_path, monkeypatch):
 def test_processes_share_the_records(lens, tmp_path, monkeypatch):
     """Every block of records is one process's, and all together are the whole."""
     monkeypatch.setattr(stream, "BLOCK", 3)
-    mine = [
-        [
-            text.number
-            for window in stream.Windows(
-                lens, each_record(TEXTS, with_answers=False), [], Processes(i, 2)
-            )
-            for text in window
-        ]
-        for i in range(2)
-    ]
-    assert mine == [[0, 1, 2, 6, 7], [3, 4, 5]]
+    shares: list[list[int]] = []
+    for index in range(2):
+        records = each_record(TEXTS, with_answers=False)
+        windows = stream.Windows(lens, records, [], limits.one_process(index, 2))
+        shares.append([text.number for window in windows for text in window])
+    assert shares == [[0, 1, 2, 6, 7], [3, 4, 5]]
 
 
 @pytest.mark.bad_input
