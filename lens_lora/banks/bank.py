@@ -252,8 +252,10 @@ class Bank:
                     by_number = reach.by_number(reach.base.slopes(null))
                     for number, (_, values) in by_number.items():
                         draws_of_readout.setdefault(number, []).append(values)
-        by_readout = tuple(torch.stack(of_one) for _, of_one in sorted(draws_of_readout.items()))
-        return by_readout if self.several else by_readout[0]
+        by_readout: list[Tensor] = []
+        for number in sorted(draws_of_readout):
+            by_readout.append(torch.stack(draws_of_readout[number]))
+        return tuple(by_readout) if self.several else by_readout[0]
 
     @alone
     def scan(
@@ -454,10 +456,13 @@ def _recorded(
     if base_of_groups:
         g.know(0.0, torch.cat(base_of_groups))
     (base,) = g.along((0.0,))
-    labels = g.labels()
-    kept = {name: labels[name] for name in ("readout", "units", "str_tokens")}
-    behind = tuple(path for path in lenses[0].adapter.modules if path not in g.lens.adapter.modules)
-    return HeldReadout(tuple(halves), response, {**kept, "base": base}, behind)
+    all_labels = g.labels()
+    labels = {name: all_labels[name] for name in ("readout", "units", "str_tokens")}
+    labels["base"] = base
+    # The modules that write behind a point inside the model, and so do not move what is read there.
+    reached = g.lens.adapter.modules
+    unreached = tuple(path for path in lenses[0].adapter.modules if path not in reached)
+    return HeldReadout(tuple(halves), response, labels, unreached)
 
 
 def _that_move(g: Evaluations, lenses: Sequence[LoraLens]) -> list[LoraLens]:
@@ -467,11 +472,11 @@ def _that_move(g: Evaluations, lenses: Sequence[LoraLens]) -> list[LoraLens]:
     """
     moving = [g.lens]
     for lens in lenses[1:]:
-        kept = [path for path in lens.adapter.modules if path in g.lens.adapter.modules]
-        if len(kept) == len(lens.adapter.modules):
+        reached = [path for path in lens.adapter.modules if path in g.lens.adapter.modules]
+        if len(reached) == len(lens.adapter.modules):
             moving.append(lens)
-        elif kept:
-            moving.append(lens.with_adapter(lens.adapter.only(*kept), check=False))
+        elif reached:
+            moving.append(lens.with_adapter(lens.adapter.only(*reached), check=False))
     return moving
 
 

@@ -22,12 +22,12 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
     index = shifts.only_prompt(prompt, "responses")
     tokens = shifts.response[index]
     kl = shifts.kl[0, index, : len(tokens)].tolist()
-    moved = shifts.shift[index, : len(tokens)].tolist()
+    log_p_shifts = shifts.shift[index, : len(tokens)].tolist()
     hover = {"hovertext": _hovers(shifts, index), "hoverinfo": "text", "showlegend": False}
     figure = go.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     figure.add_bar(y=kl, marker={"color": FLIP}, **hover, row=1, col=1)
-    signs = [EXACT if value >= 0 else NEGATIVE for value in moved]
-    figure.add_bar(y=moved, marker={"color": signs}, **hover, row=2, col=1)
+    colours = [EXACT if shift >= 0 else NEGATIVE for shift in log_p_shifts]
+    figure.add_bar(y=log_p_shifts, marker={"color": colours}, **hover, row=2, col=1)
     titles = _heading(shifts, index), _below(shifts, index)
     ticks = tokens_axis(tokens, first=1).layout
     finish(figure, titles, ("", "KL (nats)"), bargap=0.1, xaxis=ticks, xaxis2=ticks)
@@ -102,9 +102,9 @@ def _heading(shifts: TokenShifts, index: int) -> str:
 def _below(shifts: TokenShifts, index: int) -> str:
     """The two settings, and the sums over the response."""
     total = magnitude(float(shifts.kl[0, index].nansum()))
-    moved = signed(float(shifts.total[index]))
+    log_p_shift = signed(float(shifts.total[index]))
     pair = " against ".join(shifts.between)
-    return f"{pair}: {total} nats in all, log p of the response moves by {moved}"
+    return f"{pair}: {total} nats in all, log p of the response moves by {log_p_shift}"
 
 
 def _hovers(shifts: TokenShifts, index: int) -> list[str]:

@@ -479,35 +479,51 @@ def _as_a_merge(pair: _Pair, before: Tensor, c: float) -> MergedTensor | None:
         before: of the base.
         c: of the tensor.
     """
+    first_undecided: MergedTensor | None = None
+    for merge in _right_merges(pair, before):
+        judged = _as_this_merge(pair, before, merge, c)
+        if judged is None:
+            continue
+        if judged.outcome == "passed":
+            return judged
+        if first_undecided is None:
+            first_undecided = judged
+    return first_undecided
+
+
+def _as_this_merge(pair: _Pair, before: Tensor, merge: Tensor, c: float) -> MergedTensor | None:
+    """The tensor as one of the right merges; None where it cannot be that one.
+
+    Args:
+        pair: the tensor beside E.
+        before: of the base.
+        merge: E, or what rounding makes of it.
+        c: of the tensor.
+    """
     D = pair.E - before
     size = float(D.square().sum())
+    noise = pair.M - merge
+    # The part of ΔW that this merge keeps is the c that it would have.
+    kept = float(((merge - before) * D).sum()) / size
+    sigma = SIGMAS * float((noise * D).norm()) / size
+    if abs(c - kept) > _NEAR + sigma:
+        return None
     off = float((pair.M - pair.E).norm())
-    looks_like: MergedTensor | None = None
-    for merge in _right_merges(pair, before):
-        noise = pair.M - merge
-        kept = float(((merge - before) * D).sum()) / size
-        sigma = SIGMAS * float((noise * D).norm()) / size
-        if abs(c - kept) > _NEAR + sigma:
-            continue
-        is_this = merge is pair.E or float(noise.norm()) <= _CLOSER * off
-        if not is_this and pair.kind in _FLOATS:
-            continue
-        outcome = pair.outcome
-        looks = f"base + ΔW in {pair.kind}{pair.remark}"
-        if not is_this:
-            outcome = "undecided"
-            looks = f"{c:.2f} ΔW in {pair.kind}, as of a merge in 16 bit that was then rounded"
-        elif sigma > _UNCERTAIN or pair.is_near_rounded(before, noise):
-            outcome = "undecided"
-            looks = f"{pair.kind} rounds so coarsely that ΔW is hardly seen"
-        elif abs(kept - 1) > _HALF:
-            outcome = "undecided"
-            looks = f"rounding to {pair.kind} leaves {kept:.2f} of ΔW"
-        judged = MergedTensor(pair.name, outcome, looks, c, kept)
-        if outcome == "passed":
-            return judged
-        looks_like = looks_like or judged
-    return looks_like
+    is_this = merge is pair.E or float(noise.norm()) <= _CLOSER * off
+    if not is_this and pair.kind in _FLOATS:
+        return None
+    outcome = pair.outcome
+    looks = f"base + ΔW in {pair.kind}{pair.remark}"
+    if not is_this:
+        outcome = "undecided"
+        looks = f"{c:.2f} ΔW in {pair.kind}, as of a merge in 16 bit that was then rounded"
+    elif sigma > _UNCERTAIN or pair.is_near_rounded(before, noise):
+        outcome = "undecided"
+        looks = f"{pair.kind} rounds so coarsely that ΔW is hardly seen"
+    elif abs(kept - 1) > _HALF:
+        outcome = "undecided"
+        looks = f"rounding to {pair.kind} leaves {kept:.2f} of ΔW"
+    return MergedTensor(pair.name, outcome, looks, c, kept)
 
 
 def _right_merges(pair: _Pair, before: Tensor) -> Iterator[Tensor]:
