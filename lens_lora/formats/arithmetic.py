@@ -102,8 +102,8 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
     if len(experts) > 1:
         raise AdapterError(f"{path}: the adapters have {experts} experts; the base has one number.")
     if max(experts) > 1:
-        of_each = zip(*(part.by_expert() for part in parts), strict=True)
-        return expert_factors([_stack(path, expert) for expert in of_each])
+        by_expert = zip(*(part.by_expert() for part in parts), strict=True)
+        return expert_factors([_stack(path, of_expert) for of_expert in by_expert])
     _require_same_shapes(path, parts)
     dtypes = [*(part.A.dtype for part in parts), *(part.B.dtype for part in parts)]
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)

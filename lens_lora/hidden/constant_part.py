@@ -199,14 +199,14 @@ def constant_part(
 
 
 def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
-    """Whether no text of the other half has each token after the same tokens."""
-    halves = [rows.chosen(range(rows.batch)[half]) for half in _HALVES]
-    apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
-    for half, texts, others in zip(_HALVES, halves, reversed(halves), strict=True):
+    """The tokens that count: those that no text of the other half has after the same tokens."""
+    texts_of_half = [rows.chosen(range(rows.batch)[half]) for half in _HALVES]
+    is_apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
+    for half, texts, others in zip(_HALVES, texts_of_half, reversed(texts_of_half), strict=True):
         is_shared = torch.isin(texts.marks(), others.marks())
-        kept = texts.distinct() & ~is_shared
-        apart[half, : kept.shape[1]] = kept
-    return apart
+        counted = texts.distinct() & ~is_shared
+        is_apart[half, : counted.shape[1]] = counted
+    return is_apart
 
 
 # --- The constants as an adapter

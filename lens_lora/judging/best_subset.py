@@ -248,8 +248,8 @@ def _kept_by_prompt(
     shift = (adapted - base).double()
     is_clear = shift.abs() > SIGMAS * g.floor.cpu()
     clear_shift = torch.where(is_clear, shift, torch.nan)
-    moved = values.double().cpu() - base.double()[:, None]
-    return (moved / clear_shift[:, None]).T.contiguous()
+    shift_of_sets = values.double().cpu() - base.double()[:, None]
+    return (shift_of_sets / clear_shift[:, None]).T.contiguous()
 
 
 def _require_shift(g: Function, prompts: list[int]) -> None:
@@ -273,22 +273,22 @@ def _split(batch: int, held_out: Sequence[int]) -> tuple[list[int], list[int]]:
     return searched, judged
 
 
-def _counts(over: Over, every: int, size: Any, k: Any) -> tuple[int, ...]:
+def _counts(over: Over, total: int, size: Any, k: Any) -> tuple[int, ...]:
     """How many sites or heads each set is to have, in increasing order.
 
     Args:
         over: 'sites' or 'heads'.
-        every: how many there are.
+        total: how many there are.
         size: a fraction of them, or several.
         k: in place of it a number, or several.
     """
     if k is None:
-        counts = [max(1, round(fraction * every)) for fraction in _fractions(size)]
+        counts = [max(1, round(fraction * total)) for fraction in _fractions(size)]
     else:
         given = k if _is_several(k) else [k]
         counts = [whole("k", count, 1) for count in given]
-    if not counts or max(counts) > every:
-        raise ArgumentError(f"{k=}: expected numbers of {over} from 1 to {every}.")
+    if not counts or max(counts) > total:
+        raise ArgumentError(f"{k=}: expected numbers of {over} from 1 to {total}.")
     return tuple(sorted(set(counts)))
 
 
@@ -378,10 +378,11 @@ class _Search:
     """
 
     def __init__(self, g: Function, over: Over, prompts: list[int], steps: int, bar: tqdm) -> None:
-        some = g.only(prompts).with_progress(False)
+        g_of_prompts = g.only(prompts).with_progress(False)
         # A readout of one's own may read all prompts together, and is run on all of them.
-        self._rows = prompts if some.reading.batch > len(prompts) else slice(None)
-        self._switches = _switches(some, over)
+        reads_all = g_of_prompts.reading.batch > len(prompts)
+        self._rows = prompts if reads_all else slice(None)
+        self._switches = _switches(g_of_prompts, over)
         base, adapted = g.ends[:, prompts]
         shift = adapted - base
         self._base = base.double().cpu()
@@ -397,8 +398,9 @@ class _Search:
         """The share that is kept at several gate vectors. A forward pass each, batched."""
         values = self._switches.values(gates)[self._rows]
         self.forwards += len(gates)
-        moved = (values.double().cpu() - self._base[:, None]) * self._signs[:, None]
-        return moved.sum(0) / self._size
+        shift = values.double().cpu() - self._base[:, None]
+        in_direction = shift * self._signs[:, None]
+        return in_direction.sum(0) / self._size
 
     def gradient(self, gates: Float[Tensor, " site"]) -> Float[Tensor, " site"]:
         """∂kept/∂ε. One forward and one backward pass."""
@@ -411,8 +413,9 @@ def _best_set(search: _Search, count: int, scores: Mapping[str, Float[Tensor, " 
     """The best set of so many sites that is found."""
     if count == search.sites:
         search.bar.update(search.steps)
-        every = torch.ones(1, count, dtype=torch.bool)
-        return _Best(every[0], float(search.kept(every.double())[0]), "all")
+        all_sites = torch.ones(count, dtype=torch.bool)
+        kept = search.kept(all_sites.double()[None])
+        return _Best(all_sites, float(kept[0]), "all")
     swapped = [_swapped(search, candidate) for candidate in _candidates(search, count, scores)]
     return max(swapped, key=lambda best: best.kept)
 
