@@ -24,7 +24,7 @@ not. A statistic that does not exist (of constant numbers, of one group) is NaN.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, final
+from typing import Annotated, NamedTuple, final
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lens_lora.arguments import whole, word
-from lens_lora.core import Attribution, Drawn, Effects, PromptTokens, Read, Site, Sites, hides_sign
+from lens_lora.core import (
+    Attribution,
+    Drawn,
+    Effects,
+    Groups,
+    PromptTokens,
+    Read,
+    Site,
+    Sites,
+    hides_sign,
+)
 from lens_lora.correlation import correlation, is_constant
 from lens_lora.edge_attribution.edges import Edges
 from lens_lora.errors import ArgumentError, warn
@@ -167,6 +177,55 @@ def compare(
         attribution = attribution.along(effects)
     _require_same(attribution, effects, across_prompts)
 
+    pair = _pair(attribution, effects, across_prompts)
+    k = min(k, len(pair.groups))
+    statistics = _statistics(pair.a, pair.e, pair.clear, k, pair.eps)
+    kinds: list[str] = []
+    for members in pair.groups.values():
+        kinds.append(_kind_of([effects.sites[index] for index in members]))
+    made_on = attribution.str_tokens if across_prompts else ()
+    return Comparison(
+        labels=tuple(pair.groups),
+        kinds=tuple(kinds),
+        attribution=pair.a,
+        effects=pair.e,
+        attribution_name=attribution.key,
+        effects_name=effects.key,
+        k=k,
+        **statistics,
+        beyond_noise=pair.beyond_noise,
+        interval=_intervals_of(statistics, bootstrap, seed),
+        str_tokens=effects.str_tokens,
+        readout=effects.readout,
+        units=effects.units,
+        meta=attribution.meta,
+        made_on=made_on,
+    )
+
+
+class _Pair(NamedTuple):
+    """Both results as numbers of the same prompts and groups, in float64 on the CPU.
+
+    Attributes:
+        groups: the sites of each group.
+        a, e: the attribution and the effects.
+        clear: whether both numbers stand out of rounding.
+        beyond_noise: the share of a prompt's groups that are clear; NaN where no floor is stated.
+        eps: the relative rounding of the coarser dtype.
+    """
+
+    groups: Groups
+    a: Grouped
+    e: Grouped
+    clear: Bool[Tensor, "batch group"]
+    beyond_noise: Float[Tensor, " batch"]
+    eps: float
+
+
+def _pair(
+    attribution: Attribution | Effects, effects: Attribution | Effects, across_prompts: bool
+) -> _Pair:
+    """Bring both results to one number for each prompt and group."""
     grouped = _grouped_one(attribution, effects)
     groups = Sites(effects.sites).grouped() if grouped is None else grouped.groups
     a = _over_groups(attribution, grouped)
@@ -187,33 +246,10 @@ def compare(
     a = a.detach().cpu().double()
     e = e.detach().cpu().double()
     clear = _clear(a, floor_of_a) & _clear(e, floor_of_e)
+    beyond_noise = clear.double().mean(1)
     if floor_of_a is None and floor_of_e is None:
-        beyond_noise = torch.full_like(a[:, 0], torch.nan)
-    else:
-        beyond_noise = clear.double().mean(1)
-    k = min(k, len(groups))
-    statistics = _statistics(a, e, clear, k, eps)
-    kinds: list[str] = []
-    for members in groups.values():
-        kinds.append(_kind_of([effects.sites[index] for index in members]))
-    made_on = attribution.str_tokens if across_prompts else ()
-    return Comparison(
-        labels=tuple(groups),
-        kinds=tuple(kinds),
-        attribution=a,
-        effects=e,
-        attribution_name=attribution.key,
-        effects_name=effects.key,
-        k=k,
-        **statistics,
-        beyond_noise=beyond_noise,
-        interval=_intervals_of(statistics, bootstrap, seed),
-        str_tokens=effects.str_tokens,
-        readout=effects.readout,
-        units=effects.units,
-        meta=attribution.meta,
-        made_on=made_on,
-    )
+        beyond_noise = torch.full_like(beyond_noise, torch.nan)
+    return _Pair(groups, a, e, clear, beyond_noise, eps)
 
 
 def _grouped_one(
