@@ -277,8 +277,8 @@ def _require_same_logits(
     with calls_of(tuned, changed) as tuned_calls:
         expected = logits_of(tuned, {name: old[name].to(new[name]) for name in ignored})
     with calls_of(base, changed) as base_calls:
-        taken = {name: new[name].to(old[name]) for name in new if name not in ignored}
-        logits = logits_of(base, taken)
+        tuned_parameters = {name: new[name].to(old[name]) for name in new if name not in ignored}
+        logits = logits_of(base, tuned_parameters)
     off, span, is_near = apart(logits, expected, (*old.values(), *new.values()))
     if not is_near:
         raise AdapterError(

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import limits
 import models
 import pandas as pd
 import pytest
@@ -143,7 +144,7 @@ def test_what_each_row_needs_is_said_first(
     assert f"one: {count / 1e9:.2g} billion parameters: about" in shown and "GB of memory" in shown
     assert "hub: its base's configuration cannot be read" in shown
     assert "All that is to run: about" in shown
-    monkeypatch.setattr("lens_lora.audit.needed.free_bytes", lambda device: 1.0)
+    limits.bytes_are_free(monkeypatch, 1.0)
     small = run(cli.app, [*command, "--only", "one"])
     assert small.exit_code == 2 and not audited and "--anyway" in plain(small.stdout)
     assert run(cli.app, [*command, "--only", "one", "--anyway"]).exit_code == 0

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import command_line
 import huggingface_hub
+import limits
 import models
 import pytest
 import torch
@@ -16,7 +17,7 @@ from folders import save_naming, saved_llama
 from typer.testing import CliRunner
 
 import lens_lora as ll
-from lens_lora import cli, loading
+from lens_lora import cli
 from lens_lora.errors import ModelStateError
 
 run = CliRunner().invoke
@@ -190,7 +191,7 @@ def test_every_command_warns_once_of_embedded_weights(
         asked_for.append(place)
         raise ModelStateError("it is not loaded here")
 
-    monkeypatch.setattr(loading, "load_base", load_base)
+    limits.bases_are_loaded_by(monkeypatch, load_base)
     adapter = naming(folders, tmp_path, command_line.EMBEDDED_HUB_ID)
     in_python = pytest.warns(ll.errors.LensLoraWarning, match="rounded to 4 bit")
     with in_python, pytest.raises(ModelStateError, match="not loaded here"):

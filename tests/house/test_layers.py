@@ -171,11 +171,6 @@ BORROWED: dict[str, tuple[set[str], str]] = {
         {"texts.neutral", "texts.neutral.own_openings", "stream.stream_reading.over_scale"},
         "asks the same texts by hand, and scales a reading as the audit does",
     ),
-    "cli/test_audit_command.py": (
-        {"audit.needed.free_bytes"},
-        "lets the machine have no memory left",
-    ),
-    "cli/test_bases.py": ({"loading"}, "counts what a command loads"),
     "cli/test_cli.py": (
         {
             "_version.versions",
@@ -226,11 +221,6 @@ BORROWED: dict[str, tuple[set[str], str]] = {
         {"formats.gguf_layout.rounding_to"},
         "compares it with llama.cpp's own library, which only ship/ drives",
     ),
-    "ship/test_verify.py": (
-        {"texts.divergences.text_divergences", "texts.neutral.readable_texts"},
-        "counts how often the texts are run",
-    ),
-    "sweeps/test_sweep_resume.py": ({"runs.store.Store"}, "stops a run as it removes its parts"),
 }
 
 

@@ -146,6 +146,21 @@ def adapters_are_read_by(patch: pytest.MonkeyPatch, read: Callable[..., Any]) ->
     patch.setattr("lens_lora.core.adapter.loading.read_adapter", read)
 
 
+def parts_of_runs_are_removed_by(patch: pytest.MonkeyPatch, remove: Callable[..., Any]) -> None:
+    """Remove the parts of a finished run by this function."""
+    patch.setattr("lens_lora.runs.store.Store.remove", remove)
+
+
+def bases_are_loaded_by(patch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
+    """Load a base model, in Python and for every command, by this function."""
+    patch.setattr("lens_lora.loading.load_base", load)
+
+
+def bytes_are_free(patch: pytest.MonkeyPatch, count: float) -> None:
+    """Let the machine have so much memory left for an audit."""
+    patch.setattr("lens_lora.audit.needed.free_bytes", lambda device: count)
+
+
 def one_process(index: int, count: int, **calls: Callable[..., Any]) -> Processes:
     """One of several processes that were launched together, with its `wait` and `gather`."""
     return Processes(index, count, **calls)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lens_lora as ll
 from lens_lora.errors import ModelStateError, PromptError, SiteError, UnsupportedAdapterError
-from lens_lora.ship import merged_tensors
+from lens_lora.ship import merged_tensors, neutral_kl
 from lens_lora.ship.expectations import EXPECTATION, Expectation
 from lens_lora.ship.merged_checks import MERGED
 from lens_lora.ship.merged_folder import MergedFolder
@@ -27,8 +27,6 @@ from lens_lora.ship.merged_settings import CONFIG
 from lens_lora.ship.merged_tokenizer import TOKENIZER
 from lens_lora.ship.neutral_kl import EFFECT, KL
 from lens_lora.ship.verify import LOADS, MODULES, Verification, verify
-from lens_lora.texts.divergences import text_divergences
-from lens_lora.texts.neutral import readable_texts
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 HALF = [torch.float32, torch.bfloat16]
@@ -209,7 +207,7 @@ def kl_by_hand(out) -> float:
     base = no_ops.base_of(out)
     adapted = PeftModel.from_pretrained(no_ops.base_of(out), out / "adapter").eval()
     lens = ll.load(str(out / "base"), out / "adapter")
-    texts = readable_texts(lens.model, lens.prepend_bos)
+    texts = neutral_kl.readable_texts(lens.model, lens.prepend_bos)
     seen: dict[tuple[int, ...], float] = {}
     for ids, length in zip(texts.tokens.tolist(), texts.lengths.tolist(), strict=True):
         with torch.no_grad():
@@ -235,7 +233,8 @@ def passes(monkeypatch):
         run.append((texts.batch, other is reference))
         return text_divergences(reference, others, texts, *args, **options)
 
-    monkeypatch.setattr("lens_lora.ship.neutral_kl.text_divergences", counted)
+    text_divergences = neutral_kl.text_divergences
+    monkeypatch.setattr(neutral_kl, "text_divergences", counted)
     return run
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import limits
 import pandas as pd
 import pytest
 import sweep_runs
@@ -13,7 +14,6 @@ from sweep_runs import GOOD, interrupt_at, run, same
 
 import lens_lora as ll
 from lens_lora.errors import SweepError
-from lens_lora.runs.store import Store
 from lens_lora.sweeps.batches import VALUES
 
 
@@ -167,7 +167,7 @@ def test_a_crash_at_any_write_loses_nothing(a_lens, tmp_path, monkeypatch, calls
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", crash)
-        patch.setattr(Store, "remove", no_removal)
+        limits.parts_of_runs_are_removed_by(patch, no_removal)
         run(a_lens, GOOD[:4], tmp_path, batch_size=2)
     finished = len([path for path in made if Path(path).parent.name == "r.parts"])
     assert len(calls) <= 4
