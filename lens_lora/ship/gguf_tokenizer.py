@@ -153,21 +153,22 @@ def _replaced_tokens(
     """Yield the tokens of another id, and those that are special in one tokenizer alone."""
     added: Mapping[int, Any] = expected.added_tokens_decoder
     types: Sequence[int] = list(file.field(f"{_FIELDS}token_type") or ())
-    moved: list[str] = []
+    of_other_id: list[str] = []
     of_other_type: list[str] = []
     for number, token in enumerate(tokens):
         kind = types[number] if number < len(types) else _NORMAL
         was = by_id.get(number)
         if was is None:
             if kind != _UNUSED:
-                moved.append(f"{number} is {token!r}, was none")
+                of_other_id.append(f"{number} is {token!r}, was none")
             continue
         if token != was and token not in _as_converted(expected, number, was, added):
-            moved.append(f"{number} is {token!r}, was {was!r}")
+            of_other_id.append(f"{number} is {token!r}, was {was!r}")
         elif kind not in _types_of(number, was, expected, added):
             of_other_type.append(f"{token!r} is {_type_name(kind)}")
-    if moved:
-        yield Finding("failed", f"{many(len(moved), 'token')} of another id: {moved[0]}")
+    if of_other_id:
+        count = many(len(of_other_id), "token")
+        yield Finding("failed", f"{count} of another id: {of_other_id[0]}")
     if of_other_type:
         count = many(len(of_other_type), "token")
         yield Finding("failed", f"{count} of another type: {of_other_type[0]}")
