@@ -180,7 +180,7 @@ def _require_finished(
         raise unfinished(shards, out, fact)
 
 
-def _row_of(entry: Mapping[str, Any], finished: Mapping[Content, dict[str, Any]]) -> dict[str, Any]:
+def _row_of(entry: dict[str, Any], finished: Mapping[Content, dict[str, Any]]) -> dict[str, Any]:
     """The row of a record: what its shard found, or the error for which no shard runs it."""
     if entry["shard"] is None:
         return {name: entry[name] for name in ("id", *CONTENT, "error")}
