@@ -319,7 +319,7 @@ VOCABULARY: Sequence[Notion] = (
         "noise, random, null, significance, pvalue, p value, significant, confidence, permutation, "
         "bootstrap, chance, control, random baseline, null distribution, noise floor",
         "ll.null_test(lens, prompts, readout) compares with random updates of the same size",
-        "`lens-lora explain … --null N` compares with N random adapters",
+        "`lens-lora explain … --nulls N` compares with N random adapters",
     ),
     Notion(
         "fisher, fisher information, natural gradient, kl share, quadratic kl, kl attribution",

@@ -24,6 +24,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import pandas as pd
 
+from lens_lora.arguments import whole as whole_number
 from lens_lora.core import drawing
 from lens_lora.errors import ArgumentError
 from lens_lora.show import go
@@ -31,10 +32,11 @@ from lens_lora.show.figures import finish
 from lens_lora.show.reprs import part_with_readout
 from lens_lora.show.text import cut_in_the_middle, key_text, label
 
-_IN_A_ROW = 3
+_IN_A_ROW = 3  # figures, unless a caller says otherwise
 _GAP = 0.09  # between two cells of a row, as a share of the figure's width
 _ROW_GAP = 90  # pixels between two rows, which hold the titles of the lower one
 _BAR = 0.07  # the share of a cell's width that its colour bar takes
+_BAR_ROOM = 100  # pixels at the right where one column of figures has a colour bar with its title
 _HEADING_WIDTH = 120  # characters of the headings of one row
 _HEIGHT = 420  # pixels of a figure that states none
 # Room for the titles above, and for a legend at the lower end.
@@ -223,6 +225,7 @@ def panel(
     *results: Plottable | drawing.Figure,
     shared_scale: bool = True,
     names: Sequence[str] | None = None,
+    columns: int = _IN_A_ROW,
 ) -> drawing.Figure:
     """The figures of several results in one, beside one another.
 
@@ -233,25 +236,28 @@ def panel(
         shared_scale: whether the same colour, and the same height or length, is the same number in
             all figures whose units agree. Without it each figure has the range of its own numbers.
         names: the heading of each figure; by default its own heading.
+        columns: how many figures stand beside one another at most; 1 for a narrow screen.
 
     Returns:
-        A plotly figure, three figures a row at most.
+        A plotly figure.
 
     Raises:
-        ArgumentError: no result, something that has no picture, another number of names, or a
-            result of several prompts whose picture is of one; give its figure, `result.plot(0)`.
+        ArgumentError: no result, something that has no picture, another number of names, no
+            column, or a result of several prompts whose picture is of one; give its figure,
+            `result.plot(0)`.
     """
+    most_columns = whole_number("columns", columns, least=1)
     figures = [_figure_of(result) for result in results]
     headings = _headings(results, figures, names)
-    columns = min(len(figures), _IN_A_ROW)
-    rows = math.ceil(len(figures) / columns)
+    in_a_row = min(len(figures), most_columns)
+    rows = math.ceil(len(figures) / in_a_row)
     height = max(int(_layout(figure).get("height", _HEIGHT)) for figure in figures)
-    cells = _cells(len(figures), columns, rows, rows * height)
+    cells = _cells(len(figures), in_a_row, rows, rows * height)
 
     whole = go.Figure()
     for figure, cell, heading in zip(figures, cells, headings, strict=True):
         _move_into(whole, figure, cell)
-        width = _HEADING_WIDTH // columns
+        width = _HEADING_WIDTH // in_a_row
         whole.add_annotation(
             text=f"<b>{label(cut_in_the_middle(heading, width))}</b>",
             x=cell.left,
@@ -270,9 +276,12 @@ def panel(
     _name_once(whole)
     below = "each figure has a scale of its own"
     if shared_scale:
-        below = "figures of the same units share one scale of colours, heights and lengths"
+        below = "figures of the same units share one scale"
     axis_titles = _axis_titles(whole)
-    finish(whole, (_common_heading(results), below), ("", ""), rows * height, **_ROOM)
+    room = dict(_ROOM)
+    if in_a_row == 1 and _heatmaps(whole):
+        room["margin"] = {**room["margin"], "r": _BAR_ROOM}
+    finish(whole, (_common_heading(results), below), ("", ""), rows * height, **room)
     return whole.update_layout(axis_titles)
 
 

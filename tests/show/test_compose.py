@@ -167,6 +167,14 @@ def test_curves_of_the_same_units_have_the_same_range():
     assert "matches" not in own["x3"]
 
 
+def test_on_a_narrow_screen_figures_stand_below_one_another():
+    beside = ll.panel(FIRST, ADDED, FIRST.plot()).to_dict()["layout"]
+    below = ll.panel(FIRST, ADDED, FIRST.plot(), columns=1).to_dict()["layout"]
+    assert len({tuple(beside[name]["domain"]) for name in beside if name[:5] == "xaxis"}) == 3
+    assert len({tuple(below[name]["domain"]) for name in below if name[:5] == "xaxis"}) == 1
+    assert below["height"] == 3 * beside["height"]
+
+
 def test_figures_are_taken_as_they_are():
     """Of a result of several prompts, the figure of one."""
     two = two_prompts()
@@ -203,6 +211,7 @@ def test_every_picture_has_a_cell():
         (lambda: ll.panel([FIRST, ADDED]), r"list has no picture.*ll\.panel\(\*list\)"),
         (lambda: ll.table(FIRST, ADDED, names=["one"]), "for 2 results.*a name for each"),
         (lambda: ll.panel(FIRST, ADDED, names="ab"), "for 2 results.*a name for each"),
+        (lambda: ll.panel(FIRST, ADDED, columns=0), "columns"),
     ],
 )
 def test_bad_arguments(call, message: str):

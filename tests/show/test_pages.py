@@ -94,6 +94,21 @@ def test_a_page_is_drawn_and_read_on_a_phone_and_in_the_dark(kind: str, tmp_path
     assert 0 < int(dom.partition('data-height="')[2].partition('"')[0]) < 6000
 
 
+PRINTED = "<script>setTimeout(() => dispatchEvent(new Event('beforeprint')), 5000)</script></body>"
+
+
+@pytest.mark.browser
+@browser
+def test_in_print_every_section_is_open_and_drawn(tmp_path, opened):
+    page = PAGES["changes"][0].report()
+    figures = without_plotly(page).count("data-figure=")
+    folded, _ = opened(page, tmp_path, unfolded=False)
+    assert drawn(folded) < figures and "<details open" not in folded
+    dom, console = opened(page.replace("</body>", PRINTED), tmp_path, unfolded=False)
+    assert console == [] and drawn(dom) == figures
+    assert dom.count("<details") == len(re.findall(r"<details[^>]* open", dom))
+
+
 @pytest.mark.browser
 @browser
 def test_the_check_sees_what_is_faint_or_titled(tmp_path, opened):

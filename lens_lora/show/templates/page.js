@@ -30,16 +30,44 @@
   };
 
   // What is folded is drawn when it is first unfolded: plotly cannot measure what is not shown.
+  const figures = new Map();
+  const drawOne = (place, {data, layout}) => {
+    layout.font = {...layout.font, color: ink()};
+    if (place.clientWidth < 480) narrow(place, data, layout);
+    return Plotly.newPlot(place, data, layout, config);
+  };
   const draw = async (root) => {
     for (const place of root.querySelectorAll("[data-figure]")) {
       if (!place.dataset.figure || place.closest("details:not([open])")) continue;
-      const waiting = unpacked(place.dataset.figure);
+      const packed = place.dataset.figure;
       delete place.dataset.figure;
-      const {data, layout} = await waiting.json();
-      layout.font = {...layout.font, color: ink()};
-      if (place.clientWidth < 480) narrow(place, data, layout);
-      await Plotly.newPlot(place, data, layout, config);
+      await drawOne(place, figures.get(place) ?? await unpacked(packed).json());
     }
+  };
+
+  // Paper cannot be unfolded, so everything is open in print. A browser prints as soon as the
+  // handlers of `beforeprint` have returned, which leaves no time to unpack a figure: those of
+  // folded sections are unpacked when the page has been drawn.
+  const unpackFolded = async () => {
+    for (const place of document.querySelectorAll("[data-figure]")) {
+      const figure = await unpacked(place.dataset.figure).json();
+      if (place.dataset.figure) figures.set(place, figure);
+    }
+  };
+  let openedForPrint = [];
+  const openForPrint = () => {
+    openedForPrint = [...document.querySelectorAll("details:not([open])")];
+    for (const part of openedForPrint) part.open = true;
+    for (const [place, figure] of figures) {
+      if (!place.dataset.figure) continue;
+      delete place.dataset.figure;
+      drawOne(place, figure);
+    }
+    paint(paper);
+  };
+  const foldAfterPrint = () => {
+    for (const part of openedForPrint) part.open = false;
+    paint(ink());
   };
   const unfold = () => {
     const target = document.getElementById(location.hash.slice(1));
@@ -47,13 +75,13 @@
     if (target) draw(document);
     target?.scrollIntoView();
   };
-  draw(document);
+  draw(document).then(unpackFolded);
   unfold();
   document.addEventListener("toggle", ({target}) => draw(target), true);
   window.addEventListener("hashchange", unfold);
   dark.addEventListener("change", () => paint(ink()));
-  window.addEventListener("beforeprint", () => paint(paper));
-  window.addEventListener("afterprint", () => paint(ink()));
+  window.addEventListener("beforeprint", openForPrint);
+  window.addEventListener("afterprint", foldAfterPrint);
 
   const fold = (button) => {
     const parts = [...button.closest(".prompt, body").querySelectorAll("details:not(.prompt)")];
