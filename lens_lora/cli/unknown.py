@@ -32,6 +32,13 @@ _IN_A_SHELL = {
 }
 
 
+# Options that no command has, with what is done instead, for all names of a row.
+_ALL_MODULES = "every module and layer is computed, and the page and its tables have them all."
+_EACH_ONCE = "each prompt is asked once; --prompts FILE takes a list of your own."
+_DONE_INSTEAD = {
+    **dict.fromkeys(("layer", "layers", "module", "modules", "site", "sites"), _ALL_MODULES),
+    **dict.fromkeys(("samples", "sample", "num_samples", "n_samples", "max_samples"), _EACH_ONCE),
+}
 # How typer begins its message about arguments that are too many.
 _TOO_MANY = "unexpected extra argument"
 # The endings of files that hold prompts or records.
@@ -92,6 +99,8 @@ class GuessingCommand(TyperCommand):
         meant = [written[name] for name in others if name in written]
         if meant:
             return f"it is {' or '.join(meant[:2])}."
+        if keyword in _DONE_INSTEAD:
+            return _DONE_INSTEAD[keyword]
         meant_notion = meaning(keyword)
         return f"{meant_notion.notion.shell}." if meant_notion and meant_notion.notion.shell else ""
 

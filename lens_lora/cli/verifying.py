@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -111,7 +112,14 @@ def verify(
     files.require_apart(outputs, base, [folder, *parts], *read)
 
     seconds = _SECONDS if served is None else _SECONDS_WITH_SERVER
-    work = Work("compare what it is with what it was trained to be", seconds)
+    asked_for = {
+        "compare the merged model with it": merged,
+        "compare the GGUF file with it": lora,
+        "ask the server for the same": served,
+        "repeat what its card says": card,
+        "compare it with the sum of its parts": combined,
+    }
+    work = Work(_in_words([what for what, value in asked_for.items() if value]), seconds)
     with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
         written = None if card is None else _read_card(card, folder)
         if written is not None:
@@ -232,6 +240,16 @@ class _Comparison:
             lens, parts, self._weights, texts=self._texts, progress=self._progress
         )
         return self.compared.checks
+
+
+def _in_words(asked_for: Sequence[str]) -> str:
+    """What the command will do, as a sentence goes on after 'This will'.
+
+    Args:
+        asked_for: what is done besides the checks that are always made.
+    """
+    always = "check that the adapter loads on its base and changes what the model says"
+    return ", and ".join([always, *asked_for])
 
 
 def _weights_of(
