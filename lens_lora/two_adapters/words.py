@@ -124,10 +124,14 @@ def judged_text(repair: Repair) -> tuple[str, str, str]:
 
 @drawing.body.register(AdapterComparison)
 def _two_adapters(comparison: AdapterComparison) -> str:
-    pairs = zip(comparison.only, comparison.names, strict=True)
-    alone = [f"{len(sites)} in {name!r} alone" for sites, name in pairs]
-    shared = many(len(comparison.sites), "site")
-    lines = [f"{shared} in both, {', '.join(alone)}", comparison.summary().to_string()]
+    sites = [f"{many(len(comparison.sites), 'site')} in both"]
+    # By their place too: two adapters may have one name.
+    for place, only, name in zip(
+        ("first", "second"), comparison.only, comparison.names, strict=True
+    ):
+        if only:
+            sites.append(f"{len(only)} in the {place} alone ({name!r})")
+    lines = [", ".join(sites), comparison.summary().to_string()]
     if comparison.note:
         lines.append(comparison.note)
     return "\n".join(lines)

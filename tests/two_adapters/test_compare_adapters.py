@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from by_folder import made_public
 from reference import peft_scales
 from scipy.linalg import subspace_angles
 from terminal_tables import faults, shown
@@ -350,3 +351,10 @@ def test_the_table_of_two_adapters_holds_its_columns():
     table = comparison_table(comparison)
     for width in (80, 100):
         assert faults(table, shown(table, width), width) == []
+
+
+def test_what_is_in_one_adapter_alone_is_counted_only_where_there_is_something():
+    found = made_public("two_adapters").adapter_comparison()
+    same_name = dataclasses.replace(found, names=("a", "a"))
+    assert "2 sites in both, 1 in the first alone ('a')\n" in str(same_name)
+    assert "2 sites in both\n" in str(dataclasses.replace(found, only=((), ())))
