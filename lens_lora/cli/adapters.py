@@ -229,7 +229,9 @@ def repair(
     asked: Questions,
     drop: Annotated[
         Path,
-        options.input_file("A file with a text a line, on which the model is to stay the base."),
+        options.input_file(
+            "A file of texts, one a line, on which the model should stay as the base."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the repaired adapter, in PEFT's format.")],
     test_prompt: Annotated[

@@ -63,12 +63,14 @@ def diff(
         typer.Option(help="An adapter trained for something else, as a control; may be repeated."),
     ] = None,
     nulls: Annotated[
-        int, options.least(0, "How many controls of the adapter's own updates at other modules.")
+        int,
+        options.least(0, "How many controls: the adapter's updates, at other modules."),
     ] = 2,
     fast: Annotated[
         bool,
         typer.Option(
-            "--fast", help="Fewer texts, no split by module, of trigger words only yours."
+            "--fast",
+            help="Fewer texts, no split by module, only your own trigger words.",
         ),
     ] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
@@ -76,7 +78,9 @@ def diff(
         Path | None,
         _to_write(help="Also write the numbers: as a table (.csv), or all (.safetensors)."),
     ] = None,
-    json: Annotated[Path | None, _to_write(help="Also write the brief, for a program.")] = None,
+    json: Annotated[
+        Path | None, _to_write(help="Also write the brief as JSON, for a program.")
+    ] = None,
     jacobian: Annotated[
         Path | None,
         typer.Option(
@@ -277,10 +281,12 @@ def audit(
         bool, typer.Option("--anyway", help="Run rows that seem to need more memory than is free.")
     ] = False,
     nulls: Annotated[
-        int, options.least(0, "How many controls of the adapter's own updates at other modules.")
+        int,
+        options.least(0, "How many controls: the adapter's updates, at other modules."),
     ] = 2,
     fast: Annotated[
-        bool, typer.Option("--fast", help="As diff --fast: of trigger words only those of a row.")
+        bool,
+        typer.Option("--fast", help="As diff --fast, with each row's own trigger words."),
     ] = False,
     quiet: options.QuietOption = False,
     base: options.BaseModel,

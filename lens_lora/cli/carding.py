@@ -40,7 +40,9 @@ def card(
         Path | None,
         typer.Option(exists=True, help="Folder or .gguf file that should be base plus adapter."),
     ] = None,
-    lora: Annotated[Path | None, options.input_file("A .gguf file, to be the adapter.")] = None,
+    lora: Annotated[
+        Path | None, options.input_file("A .gguf file that should be the adapter.")
+    ] = None,
     expect: Annotated[
         Path | None, options.input_file("A .jsonl file of margins, as lens-lora verify takes it.")
     ] = None,

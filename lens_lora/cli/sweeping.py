@@ -82,8 +82,8 @@ def sweep(
     readout: Annotated[
         Literal["margin", "log-prob", "kl"],
         typer.Option(
-            help="The margin of doc and pre; or of each record's response its log-prob, or the kl "
-            "of base and adapted model over it (by path, add_one and leave_one_out)."
+            help="margin: of doc and pre. log-prob: of each record's response. kl: of the base and "
+            "the adapted model over the response (by path, add_one and leave_one_out)."
         ),
     ] = "margin",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,

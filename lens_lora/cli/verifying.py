@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from lens_lora.ship.served import ServedVerification
     from lens_lora.ship.verify import Verification
 
-_COMBINED = "A combined adapter, to be the sum of ADAPTER and those behind it."
+_COMBINED = "A combined adapter that should be the sum of ADAPTER and those after it."
 _WEIGHTS = "Weights of the sum, one for each adapter: 0.7,0.3. Default: 1 each."
 _OTHERS = "More adapters, of which --combined was made."
 _to_write = functools.partial(typer.Option, dir_okay=False)
 
 _EXPECT = "A .jsonl file: prompt (or messages), doc, pre, and flips or margin_at_least."
-_SERVED = "A server that is to answer as the adapter does. Its log-probabilities are asked for."
-_CARD = "A README.md with a card, or its JSON (lens-lora card): each of its lines is to hold."
+_SERVED = "A server that should run the adapter. It is asked for log-probabilities."
+_CARD = "README.md or JSON that lens-lora card wrote: check that each line still holds."
 _TEXTS = "Texts to ask the server for: one a line, or .jsonl with prompt or messages."
 ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
 # With SmolLM2-135M-Instruct on one core; see `forecast`.
@@ -63,7 +63,9 @@ def verify(
         Path | None,
         typer.Option(exists=True, help="Folder or .gguf file that should be base plus adapter."),
     ] = None,
-    lora: Annotated[Path | None, options.input_file("A .gguf file, to be the adapter.")] = None,
+    lora: Annotated[
+        Path | None, options.input_file("A .gguf file that should be the adapter.")
+    ] = None,
     expect: Annotated[Path | None, options.input_file(_EXPECT)] = None,
     max_kl: Annotated[
         float | None, options.least(0, "Nats per token allowed on neutral texts.")
