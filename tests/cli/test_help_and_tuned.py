@@ -21,7 +21,6 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.cli import running
-from lens_lora.vocabulary import VOCABULARY
 
 RUN = CliRunner()
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
@@ -88,18 +87,6 @@ def test_options_alike_have_one_name():
     for name in set(COMMANDS) - {"audit"}:  # which writes a folder of tables
         command = typer.main.get_command(cli.app).commands[name]
         assert any("--json" in parameter.opts for parameter in command.params), name
-
-
-def test_the_options_that_a_remedy_names_are_there():
-    """What a guessed name is answered by has to work."""
-    names: set[str] = set()
-    for name in COMMANDS:
-        command = typer.main.get_command(cli.app).commands[name]
-        for parameter in command.params:
-            names.update([*parameter.opts, *parameter.secondary_opts])
-    text = " ".join(f"{notion.python} {notion.shell}" for notion in VOCABULARY)
-    named = set(re.findall(r"--[a-z][a-z-]*", text))
-    assert len(named) > 10 and named <= names, named - names
 
 
 # --- a tiny base, an adapter, another, and a model that was fine-tuned whole

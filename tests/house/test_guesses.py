@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 from every_result import every_result
 
 import lens_lora as ll
-from lens_lora import guesses
+from lens_lora import cli, guesses
 from lens_lora.results import Explanations
 from lens_lora.vocabulary import VOCABULARY, meaning
 
@@ -439,3 +440,13 @@ def test_no_remedy_is_for_a_name_that_is_there(t):
         assert name not in dir(t.lens), name
     for name in guesses.OF_ADAPTER:
         assert name not in dir(t.adapter), name
+
+
+def test_the_options_that_a_remedy_names_are_there():
+    names: set[str] = set()
+    for command in typer.main.get_command(cli.app).commands.values():
+        for parameter in command.params:
+            names.update([*parameter.opts, *parameter.secondary_opts])
+    text = " ".join(f"{notion.python} {notion.shell}" for notion in VOCABULARY)
+    named = set(re.findall(r"--[a-z][a-z-]*", text))
+    assert len(named) > 10 and named <= names, named - names
