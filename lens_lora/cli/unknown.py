@@ -30,9 +30,7 @@ _IN_A_SHELL = {
     "-d": ("device",),
     "-n": ("limit", "max_new_tokens"),
 }
-
-
-# Options that no command has, with what is done instead, for all names of a row.
+# Options that no command has, with what those that read prompts do instead.
 _ALL_MODULES = "every module and layer is computed, and the page and its tables have them all."
 _EACH_ONCE = "each prompt is asked once; --prompts FILE takes a list of your own."
 _DONE_INSTEAD = {
@@ -82,7 +80,7 @@ class GuessingCommand(TyperCommand):
             message: it ends with the arguments, in brackets.
         """
         names = {str(each.name) for each in self.params}
-        extra = message.partition("(")[2].rstrip(").")
+        extra = message.partition(" (")[2].rstrip(").")
         is_of_file = Path(extra).suffix in _OF_PROMPTS
         if is_of_file and "prompts" in names:
             return ". A file of prompts is given as --prompts FILE."
@@ -99,7 +97,7 @@ class GuessingCommand(TyperCommand):
         meant = [written[name] for name in others if name in written]
         if meant:
             return f"it is {' or '.join(meant[:2])}."
-        if keyword in _DONE_INSTEAD:
+        if keyword in _DONE_INSTEAD and "prompts" in written:
             return _DONE_INSTEAD[keyword]
         meant_notion = meaning(keyword)
         return f"{meant_notion.notion.shell}." if meant_notion and meant_notion.notion.shell else ""
