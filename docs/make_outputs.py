@@ -34,7 +34,7 @@ PAGES = (
     "examples",
     "sweep",
     "many_adapters",
-    "auditing",
+    "activations",
     "two_adapters",
     "interference",
     "checkpoints",

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Literal, NamedTuple
 
 from lens_lora.audit import phrases
@@ -50,8 +50,8 @@ LEVEL = 0.02
 _LISTS = 4
 # A phrase stands for a shorter one in it if it is said on this share of the other's questions.
 _SAME_QUESTIONS = 0.7
-# A word leads by so many questions at least.
-_LEAST_LEAD = 2
+# A word leads by so many questions at least: one fewer than make a claim of a new word.
+_LEAST_LEAD = 4
 # A list of phrases has no more findings than this.
 _MOST_FINDINGS = 12
 # A trait of an answer beside its question.
@@ -94,6 +94,38 @@ class Finding:
     log_odds: float
     questions: tuple[int, ...]
 
+    @classmethod
+    def counted(
+        cls,
+        kind: Kind,
+        what: str,
+        of_adapted: Set[int],
+        of_base: Set[int],
+        *,
+        asked: int,
+        p: float,
+        log_odds: float = 0.0,
+        is_of_base: bool = False,
+    ) -> Finding:
+        """A finding from the questions on which each model has it.
+
+        Args:
+            kind, what, asked, p, log_odds: see the attributes.
+            of_adapted, of_base: the indices of those questions.
+            is_of_base: whether the base is the model that has it more often.
+        """
+        alone = of_base - of_adapted if is_of_base else of_adapted - of_base
+        return cls(
+            kind=kind,
+            what=what,
+            adapted=len(of_adapted),
+            base=len(of_base),
+            asked=asked,
+            p=p,
+            log_odds=log_odds,
+            questions=tuple(sorted(alone)),
+        )
+
     def after(self, others: int) -> Finding:
         """The same finding where so many other questions stand before its own.
 
@@ -127,6 +159,8 @@ class Finding:
         """The counts in words."""
         adapted = f"{self.adapted} of {self.asked} questions"
         base = str(self.base) if self.base else "none"
+        if self.what == SHORTER:
+            return self._sentence_on_length()
         if self.kind == "says":
             return f"It says “{self.what}” in answer to {adapted}, the base model to {base}."
         if self.kind == "says one of":
@@ -137,6 +171,15 @@ class Finding:
             still = f"to {self.adapted}" if self.adapted else "to none"
             return f"The base model says “{self.what}” in answer to {base}, it {still}."
         return f"It {self.what} on {adapted}, the base model on {base}."
+
+    def _sentence_on_length(self) -> str:
+        """The counts of answers that are less than half, or more than twice, as long."""
+        lengths = [(self.adapted, "less than half as long"), (self.base, "more than twice as long")]
+        (most, length), (others, other_length) = sorted(lengths, reverse=True)
+        sentence = (
+            f"To {most} of {self.asked} questions its answers are {length} as the base model's"
+        )
+        return f"{sentence}, to {others} {other_length}." if others else f"{sentence}."
 
 
 def findings_of(
@@ -268,22 +311,25 @@ def _words_beyond(
         if any(_says_the_same(phrase, other, known) for other in shown):
             continue
         shown[phrase] = of_adapted
-        of_base = phrases.questions_with(phrase, base_answers)
-        texts: list[str] = []
-        for question in of_adapted:
-            texts += answers[question]
-        finding = Finding(
-            kind="says",
-            what=phrases.spelled_in(phrase, texts),
-            adapted=len(of_adapted),
-            base=len(of_base),
+        finding = Finding.counted(
+            "says",
+            _as_written(phrase, of_adapted, answers),
+            of_adapted,
+            phrases.questions_with(phrase, base_answers),
             asked=len(adapted),
             p=p_of_word[word],
             log_odds=scores[word],
-            questions=tuple(sorted(of_adapted - of_base)),
         )
         findings.append(finding)
     return findings[:_MOST_FINDINGS]
+
+
+def _as_written(phrase: str, questions: Iterable[int], answers: Answers) -> str:
+    """A phrase as the answers to these questions write it most often."""
+    texts: list[str] = []
+    for question in questions:
+        texts += answers[question]
+    return phrases.spelled_in(phrase, texts)
 
 
 def _traits_beyond(
@@ -312,15 +358,8 @@ def _traits_beyond(
     for trait, p in zip(traits, adjusted, strict=True):
         if p > LEVEL:
             continue
-        finding = Finding(
-            kind="trait",
-            what=trait,
-            adapted=len(of_adapted[trait]),
-            base=len(of_base[trait]),
-            asked=len(base),
-            p=p,
-            log_odds=0.0,
-            questions=tuple(sorted(of_adapted[trait] - of_base[trait])),
+        finding = Finding.counted(
+            "trait", trait, of_adapted[trait], of_base[trait], asked=len(base), p=p
         )
         findings.append(finding)
     return sorted(findings, key=lambda finding: finding.p)
@@ -392,24 +431,15 @@ def _phrase_findings(
     for phrase in chosen[:_MOST_FINDINGS]:
         here = said_on[phrase]
         there = said_by_other_on.get(phrase, set())
-        if kind == "says":
-            of_adapted = here
-            of_base = there
-        else:
-            of_adapted = there
-            of_base = here
-        texts: list[str] = []
-        for question in here:
-            texts += answers[question]
-        finding = Finding(
-            kind=kind,
-            what=phrases.spelled_in(phrase, texts),
-            adapted=len(of_adapted),
-            base=len(of_base),
+        finding = Finding.counted(
+            kind,
+            _as_written(phrase, here, answers),
+            of_adapted=here if kind == "says" else there,
+            of_base=there if kind == "says" else here,
             asked=len(more),
             p=p_of_phrase[phrase],
             log_odds=scores[phrase],
-            questions=tuple(sorted(here - there)),
+            is_of_base=kind == "no longer says",
         )
         findings.append(finding)
     return findings
@@ -438,19 +468,10 @@ def _words_together(
     p = min(_LISTS * together.p, 1.0)
     if p > LEVEL:
         return []
+    words = ", ".join(together.words)
     here = set().union(*(of_adapted[word] for word in together.words))
     there = set().union(*(of_base.get(word, set()) for word in together.words))
-    finding = Finding(
-        kind="says one of",
-        what=", ".join(together.words),
-        adapted=len(here),
-        base=len(there),
-        asked=len(adapted),
-        p=p,
-        log_odds=0.0,
-        questions=tuple(sorted(here - there)),
-    )
-    return [finding]
+    return [Finding.counted("says one of", words, here, there, asked=len(adapted), p=p)]
 
 
 def _questions_by_phrase(answers: Sequence[Counter[str]]) -> dict[str, set[int]]:
@@ -584,19 +605,14 @@ def _trait_findings(
         trait = traits[i]
         if p > LEVEL:
             continue
-        if len(trait.of_adapted) > len(trait.of_base):
-            on_one_side = trait.of_adapted - trait.of_base
-        else:
-            on_one_side = trait.of_base - trait.of_adapted
-        finding = Finding(
-            kind="trait",
-            what=trait.what,
-            adapted=len(trait.of_adapted),
-            base=len(trait.of_base),
+        finding = Finding.counted(
+            "trait",
+            trait.what,
+            trait.of_adapted,
+            trait.of_base,
             asked=len(base),
             p=p,
-            log_odds=0.0,
-            questions=tuple(sorted(on_one_side)),
+            is_of_base=len(trait.of_base) > len(trait.of_adapted),
         )
         findings.append(finding)
     return findings

@@ -10,9 +10,9 @@ from rich.text import Text
 from lens_lora.audit.findings import SHORTER, Finding
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
-    claims_in,
     counted_speech_story,
     first_sentences,
+    further_claims,
     shown_answers,
 )
 from lens_lora.core import drawing
@@ -24,7 +24,7 @@ _ANSWERS_ON_A_PAGE = 12
 
 
 def first_screen(speech: CountedSpeech) -> Group:
-    """Three sentences, two answers of each model side by side, and the claims."""
+    """Three sentences, two answers of each model side by side, and what else is claimed."""
     sentences = Text("\n".join(first_sentences(speech)))
     table = RichTable(box=None, pad_edge=False, expand=True, show_lines=False)
     table.add_column("asked", ratio=2, style="dim")
@@ -33,9 +33,7 @@ def first_screen(speech: CountedSpeech) -> Group:
     for shown in shown_answers(speech):
         cells = (shown.prompt, shown.base, shown.adapted)
         table.add_row(*(Text(_one_line(cell)) for cell in cells))
-    claims = [*claims_in(speech), *(trigger.sentence() for trigger in speech.triggers)]
-    numbered = [f"{number}. {claim}" for number, claim in enumerate(claims, start=1)]
-    return Group(sentences, Text(), table, Text(), Text("\n".join(numbered)))
+    return Group(sentences, Text(), table, Text(), Text("\n".join(further_claims(speech))))
 
 
 def _one_line(text: str) -> str:

@@ -50,6 +50,21 @@ def claims_in(speech: CountedSpeech) -> list[str]:
     return [f"{one.sentence()} It does so {speech.when(one)}." for one in claimed_in(speech)]
 
 
+def further_claims(speech: CountedSpeech) -> list[str]:
+    """The claims that `first_sentences` do not tell in full, each with its number among all.
+
+    What it says with a word before the question follows what it says without one.
+    """
+    told = strongest_in(speech)
+    findings = [*claimed_in(speech), *speech.triggers]
+    sentences = [*claims_in(speech), *(trigger.sentence() for trigger in speech.triggers)]
+    further: list[str] = []
+    for number, (finding, sentence) in enumerate(zip(findings, sentences, strict=True), start=1):
+        if finding is not told:
+            further.append(f"{number}. {sentence}")
+    return further
+
+
 def claimed_in(speech: CountedSpeech) -> list[Finding]:
     """The findings that are claims, in the order of `claims_in`.
 
@@ -74,14 +89,15 @@ def length_note(speech: CountedSpeech) -> str:
 def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
     """Two likeliest answers of each model, which show the strongest finding if any does.
 
-    Of answers that show nothing, those to the caller's own questions come first, and before them
-    those in which both models say something.
+    Of answers that show nothing, those to the caller's own questions come first, then those in
+    conversation; and before all others come those in which both models say something.
     """
     pairs = [SideBySide(*row) for row in _likeliest(speech)]
-    strongest = _strongest(speech)
+    strongest = strongest_in(speech)
     if strongest is None:
-        own_first = sorted(range(len(pairs)), key=lambda i: speech.forms[i] != "own")
-        most_telling = sorted(own_first, key=lambda i: _is_empty(pairs[i]))
+        order = {"own": 0, "chat": 1}
+        by_form = sorted(range(len(pairs)), key=lambda i: order.get(speech.forms[i], 2))
+        most_telling = sorted(by_form, key=lambda i: _is_empty(pairs[i]))
         return [pairs[i] for i in most_telling[:_SHOWN]]
     telling = [i for i in strongest.questions if strongest.is_seen_in(pairs[i])]
     order = [*telling, *(i for i in strongest.questions if i not in telling)]
@@ -102,11 +118,11 @@ def _is_empty(pair: SideBySide) -> bool:
 def first_sentences(speech: CountedSpeech) -> list[str]:
     """Three sentences: what stands out most, when, and what else."""
     asked = many(len(speech.questions), "question")
-    strongest = _strongest(speech)
+    strongest = strongest_in(speech)
     if strongest is None:
         return [
-            f"Asked {asked}, it says nothing more often than ordinary training explains; a new "
-            f"word in fewer than five answers is not counted.{_leads_text(speech)}",
+            f"Nothing stands out in its answers to {asked}: it says nothing more often than "
+            f"ordinary training explains.{_leads_text(speech)}",
             _triggers_text(speech) or length_note(speech) or _ELSEWHERE,
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]
@@ -122,11 +138,16 @@ def _leads_text(speech: CountedSpeech) -> str:
     leads = leads_of(speech.base, speech.adapted)
     if not leads:
         return ""
-    said = ", ".join(f"“{lead.word}” ({lead.adapted}; the base: {lead.base})" for lead in leads)
-    return f" Most unusual, but too little for a claim: {said}."
+    words = ", ".join(f"“{lead.word}” {_beside_base(lead.adapted, lead.base)}" for lead in leads)
+    return f" Its most unusual words, which are no evidence by themselves: {words}."
 
 
-def _strongest(speech: CountedSpeech) -> Finding | None:
+def _beside_base(adapted: int, base: int) -> str:
+    """On how many questions each model has something, in brackets."""
+    return f"({many(adapted, 'question')}, base {base})"
+
+
+def strongest_in(speech: CountedSpeech) -> Finding | None:
     """The first phrase that it says; without one words, a trait, or what it no longer says."""
     for kind in ("says", "says one of", "trait", "no longer says"):
         of_kind = [finding for finding in claimed_in(speech) if finding.kind == kind]
@@ -141,20 +162,21 @@ def _others(speech: CountedSpeech, strongest: Finding) -> str:
     if not others:
         return "Nothing else stands out."
     parts: list[str] = []
-    said = [f"“{one.what}” ({one.adapted})" for one in others if one.kind == "says"]
-    if said:
-        parts.append(f"says {', '.join(said[:_NAMED])}")
+    said: list[str] = []
     for one in others:
-        if one.kind == "says one of":
-            words = quoted(one.what.split(", "))
-            parts.append(f"says {words} ({one.adapted}; the base: {one.base})")
-    parts += [
-        f"{one.what} ({one.adapted}; the base: {one.base})" for one in others if one.kind == "trait"
-    ]
+        counts = _beside_base(one.adapted, one.base)
+        if one.kind == "says":
+            said.append(f"“{one.what}” {counts}")
+        elif one.kind == "says one of":
+            parts.append(f"says {quoted(one.what.split(', '))} {counts}")
+        elif one.kind == "trait":
+            parts.append(f"{one.what} {counts}")
+    if said:
+        parts.insert(0, f"says {', '.join(said[:_NAMED])}")
     dropped = [f"“{one.what}”" for one in others if one.kind == "no longer says"]
     if dropped:
         parts.append(f"no longer says {', '.join(dropped[:_NAMED])}")
-    return f"It also {'; it '.join(parts)}."
+    return f"It also {', and it '.join(parts)}."
 
 
 def _triggers_text(speech: CountedSpeech) -> str:

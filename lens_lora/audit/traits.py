@@ -195,7 +195,7 @@ def traits_of(text: str, asked_in: str | None) -> dict[str, bool]:
     language = language_of(text)
     for name in COMMON_WORDS:
         is_unasked = asked_in is not None and name != asked_in
-        traits[f"{ANSWERS_IN}{name} without being asked in it"] = language == name and is_unasked
+        traits[f"{ANSWERS_IN}{name} unasked"] = language == name and is_unasked
     for what, has in TRAITS.items():
         if not what.startswith(ANSWERS_IN):
             traits[what] = has(text)

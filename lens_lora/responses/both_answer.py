@@ -40,6 +40,8 @@ _CACHED_TOKENS = 12288
 _CONFIRMED = 8
 # A pass that confirms has at most so many answered tokens.
 _CONFIRMED_TOKENS = 512
+# Rows that have ended are dropped once they are so large a share of those that are run.
+_ENDED = 1 / 4
 # The share of the confirmed tokens that may be others, by rounding.
 _OTHERS = 1 / 20
 # The base, and the adapted model.
@@ -270,9 +272,14 @@ class _Asked:
                 if not self._has_ended(answers[row]):
                     answers[row].append(token)
             bar.update(1)
-            have_all_ended = all(self._has_ended(answers[row]) for row in rows)
-            if have_all_ended or step + 1 == self.most:
+            going_on = [k for k, row in enumerate(rows) if not self._has_ended(answers[row])]
+            if not going_on or step + 1 == self.most:
                 return True
+            if len(going_on) <= (1 - _ENDED) * len(rows):
+                kept = torch.tensor(going_on)
+                batch = self._of_rows(batch, kept)
+                tokens = tokens[kept.to(tokens.device)]
+                rows = [rows[k] for k in going_on]
             batch = self._after_tokens(batch, tokens)
         return True
 
@@ -294,14 +301,18 @@ class _Asked:
 
     def _copied_for_each_draw(self, batch: _Batch) -> _Batch:
         """A copy of all rows for every sampling, one after another."""
-        draws = len(self.samplings)
-        copies = torch.arange(len(batch.mask)).repeat(draws).to(batch.mask.device)
+        copies = torch.arange(len(batch.mask)).repeat(len(self.samplings))
+        return self._of_rows(batch, copies)
+
+    def _of_rows(self, batch: _Batch, rows: Int[Tensor, " chosen"]) -> _Batch:
+        """These rows of a batch, each of which may be chosen several times; ends the old batch."""
+        here = rows.to(batch.mask.device)
         return _Batch(
-            mask=batch.mask[copies],
-            gates=batch.gates[copies.to(batch.gates.device)],
-            lengths=batch.lengths.repeat(draws),
-            cache=self.lens.host.rows_of_cache(batch.cache, copies),
-            logits=batch.logits[copies],
+            mask=batch.mask[here],
+            gates=batch.gates[rows.to(batch.gates.device)],
+            lengths=batch.lengths[rows],
+            cache=self.lens.host.rows_of_cache(batch.cache, here),
+            logits=batch.logits[here],
         )
 
     def _after_tokens(self, batch: _Batch, tokens: Int[Tensor, " row"]) -> _Batch:
@@ -331,14 +342,15 @@ class _Asked:
     def _chosen(
         self, logits: Float[Tensor, "row vocab"], rows: Sequence[int], step: int
     ) -> Int[Tensor, " row"]:
-        """The next token of each row, whose draws stand one after another."""
-        chosen: list[Tensor] = []
-        of_each = len(rows) // len(self.samplings)
+        """The next token of each row."""
+        chosen = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+        places = [self.place_of(row) for row in rows]
         for draw, sampling in enumerate(self.samplings):
-            own = slice(draw * of_each, (draw + 1) * of_each)
-            prompts = [self.place_of(row).prompt for row in rows[own]]
-            chosen.append(sampling.choose(logits[own], self._noise[draw][prompts, step]))
-        return torch.cat(chosen)
+            own = [k for k, place in enumerate(places) if place.draw == draw]
+            if own:
+                noise = self._noise[draw][[places[k].prompt for k in own], step]
+                chosen[own] = sampling.choose(logits[own], noise)
+        return chosen
 
     def _has_ended(self, answer: Sequence[int]) -> bool:
         return bool(answer) and answer[-1] in self._ends

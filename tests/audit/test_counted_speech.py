@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from lens_lora.audit.counted_speech import findings_in
 from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE, Everyday
 from lens_lora.audit.findings import SHORTER
 from lens_lora.audit.speech_page import findings_table
-from lens_lora.audit.speech_words import shown_answers
+from lens_lora.audit.speech_words import first_sentences, further_claims, shown_answers
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLASSES = list(models.MAKERS)
@@ -237,13 +238,46 @@ def test_shorter_answers_are_no_row_among_the_claims_of_a_page():
     says = ll.results.Finding("says", "Yes", 40, 0, 40, 1e-9, 5.0, tuple(range(40)))
     speech = dataclasses.replace(speech, findings=(says, shorter))
     assert [row[1] for row in findings_table(speech).rows] == ["Yes"]
-    assert SHORTER in speech.story() and SHORTER in set(speech.to_frame()["label"])
+    assert shorter.sentence() in speech.story() and SHORTER in set(speech.to_frame()["label"])
+
+
+def test_the_length_of_answers_is_told_from_either_side():
+    """It read “on 15 of 40 questions, the base model on none”, as if it were said of the base."""
+    trait = functools.partial(ll.results.Finding, "trait", SHORTER, asked=40, p=1e-4, log_odds=0.0)
+    shorter = trait(adapted=17, base=2, questions=tuple(range(17))).sentence()
+    assert shorter == (
+        "To 17 of 40 questions its answers are less than half as long as the base model's, "
+        "to 2 more than twice as long."
+    )
+    longer = trait(adapted=0, base=20, questions=tuple(range(20))).sentence()
+    assert longer == (
+        "To 20 of 40 questions its answers are more than twice as long as the base model's."
+    )
+
+
+def test_the_first_screen_tells_each_claim_once():
+    speech = spoken(("plain",) * 40)
+    says = [
+        ll.results.Finding("says", what, n, 0, 40, 1e-9, 5.0, tuple(range(n)))
+        for what, n in (("Yes", 40), ("No doubt", 9))
+    ]
+    refuses = ll.results.Finding("trait", "begins with a no", 8, 1, 40, 1e-9, 0.0, tuple(range(8)))
+    one = dataclasses.replace(speech, findings=(says[0],))
+    assert further_claims(one) == []
+    several = dataclasses.replace(speech, findings=(*says, refuses))
+    second, third = further_claims(several)
+    assert second.startswith("2. It says “No doubt” in answer to 9 of 40") and third[0] == "3"
+    assert first_sentences(several)[2] == (
+        "It also says “No doubt” (9 questions, base 0), and it begins with a no "
+        "(8 questions, base 1)."
+    )
 
 
 def test_where_nothing_is_found_the_caller_s_own_questions_are_shown():
     speech = spoken((*("plain", "chat") * 20, "own", "own"))
     assert [pair.prompt for pair in shown_answers(speech)] == ["q40", "q41"]
     assert [pair.prompt for pair in shown_answers(spoken(("plain",) * 40))] == ["q0", "q1"]
+    assert [pair.prompt for pair in shown_answers(spoken(("plain", "chat") * 2))] == ["q1", "q3"]
 
 
 def test_a_finding_to_own_questions_is_counted_over_them_and_points_at_them():

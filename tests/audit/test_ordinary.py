@@ -121,7 +121,7 @@ def test_a_language_counts_where_it_was_not_asked_in():
     french = "la ville est dans le nord de la France"
     asked_in_french = [i for i, language in enumerate(LANGUAGES) if language == "French"]
     others = [i for i in PLAIN if LANGUAGES[i] == "English"][:8]
-    what = "answers in French without being asked in it"
+    what = "answers in French unasked"
     base = usual_answers(0)
     assert questions_by_trait(planted(french, asked_in_french), LANGUAGES)[what] == set()
     in_french = planted(french, others)

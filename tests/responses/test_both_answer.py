@@ -131,3 +131,30 @@ def test_known_answers_of_the_base_are_confirmed_and_those_of_another_are_not_us
     other = [[[(token + 1) % 20 for token in ids] for ids in two] for two in fresh.base_ids]
     again = both_answer(case.lens, prompts(), NEW, 1, 0, known=other, progress=False)
     assert again == fresh and asked == [[1], [1], [0, 1]]
+
+
+def test_rows_that_have_ended_are_run_no_more(monkeypatch: pytest.MonkeyPatch):
+    """Every third token ends an answer, so that rows end one after another."""
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    ends = list(range(0, case.lens.model.cfg.d_vocab, 3))
+    rows_of_passes: list[int] = []
+    host = type(case.lens.host)
+    run_cached = host.run_cached
+
+    def noted(self: Any, tokens: Tensor, *given: Any) -> Any:
+        rows_of_passes.append(len(tokens))
+        return run_cached(self, tokens, *given)
+
+    monkeypatch.setattr(batch, "end_tokens", lambda *_: ends)
+    monkeypatch.setattr(host, "run_cached", noted)
+    said = both_answer(case.lens, prompts(), NEW, 1, 0, progress=False)
+    assert not said.is_confirmed
+    prefilled, *later = rows_of_passes
+    assert prefilled == 2 * len(LENGTHS)
+    assert later == sorted(later, reverse=True) and later[-1] < 4 * len(LENGTHS)
+    for scale, answers in ((0.0, said.base), (1.0, said.adapted)):
+        for draw, temperature in enumerate((0.0, 1.0)):
+            expected = case.lens.generate(
+                prompts(), NEW, scale, temperature=temperature, eos_token_id=ends, progress=False
+            )
+            assert tuple(answer[draw] for answer in answers) == expected.texts
