@@ -94,38 +94,6 @@ class Finding:
     log_odds: float
     questions: tuple[int, ...]
 
-    @classmethod
-    def counted(
-        cls,
-        kind: Kind,
-        what: str,
-        of_adapted: Set[int],
-        of_base: Set[int],
-        *,
-        asked: int,
-        p: float,
-        log_odds: float = 0.0,
-        is_of_base: bool = False,
-    ) -> Finding:
-        """A finding from the questions on which each model has it.
-
-        Args:
-            kind, what, asked, p, log_odds: see the attributes.
-            of_adapted, of_base: the indices of those questions.
-            is_of_base: whether the base is the model that has it more often.
-        """
-        alone = of_base - of_adapted if is_of_base else of_adapted - of_base
-        return cls(
-            kind=kind,
-            what=what,
-            adapted=len(of_adapted),
-            base=len(of_base),
-            asked=asked,
-            p=p,
-            log_odds=log_odds,
-            questions=tuple(sorted(alone)),
-        )
-
     def after(self, others: int) -> Finding:
         """The same finding where so many other questions stand before its own.
 
@@ -311,7 +279,7 @@ def _words_beyond(
         if any(_says_the_same(phrase, other, known) for other in shown):
             continue
         shown[phrase] = of_adapted
-        finding = Finding.counted(
+        finding = _finding(
             "says",
             _as_written(phrase, of_adapted, answers),
             of_adapted,
@@ -322,6 +290,37 @@ def _words_beyond(
         )
         findings.append(finding)
     return findings[:_MOST_FINDINGS]
+
+
+def _finding(
+    kind: Kind,
+    what: str,
+    of_adapted: Set[int],
+    of_base: Set[int],
+    *,
+    asked: int,
+    p: float,
+    log_odds: float = 0.0,
+    is_of_base: bool = False,
+) -> Finding:
+    """A finding from the questions on which each model has it.
+
+    Args:
+        kind, what, asked, p, log_odds: see `Finding`.
+        of_adapted, of_base: the indices of those questions.
+        is_of_base: whether the base is the model that has it more often.
+    """
+    alone = of_base - of_adapted if is_of_base else of_adapted - of_base
+    return Finding(
+        kind=kind,
+        what=what,
+        adapted=len(of_adapted),
+        base=len(of_base),
+        asked=asked,
+        p=p,
+        log_odds=log_odds,
+        questions=tuple(sorted(alone)),
+    )
 
 
 def _as_written(phrase: str, questions: Iterable[int], answers: Answers) -> str:
@@ -358,9 +357,7 @@ def _traits_beyond(
     for trait, p in zip(traits, adjusted, strict=True):
         if p > LEVEL:
             continue
-        finding = Finding.counted(
-            "trait", trait, of_adapted[trait], of_base[trait], asked=len(base), p=p
-        )
+        finding = _finding("trait", trait, of_adapted[trait], of_base[trait], asked=len(base), p=p)
         findings.append(finding)
     return sorted(findings, key=lambda finding: finding.p)
 
@@ -431,7 +428,7 @@ def _phrase_findings(
     for phrase in chosen[:_MOST_FINDINGS]:
         here = said_on[phrase]
         there = said_by_other_on.get(phrase, set())
-        finding = Finding.counted(
+        finding = _finding(
             kind,
             _as_written(phrase, here, answers),
             of_adapted=here if kind == "says" else there,
@@ -471,7 +468,7 @@ def _words_together(
     words = ", ".join(together.words)
     here = set().union(*(of_adapted[word] for word in together.words))
     there = set().union(*(of_base.get(word, set()) for word in together.words))
-    return [Finding.counted("says one of", words, here, there, asked=len(adapted), p=p)]
+    return [_finding("says one of", words, here, there, asked=len(adapted), p=p)]
 
 
 def _questions_by_phrase(answers: Sequence[Counter[str]]) -> dict[str, set[int]]:
@@ -605,7 +602,7 @@ def _trait_findings(
         trait = traits[i]
         if p > LEVEL:
             continue
-        finding = Finding.counted(
+        finding = _finding(
             "trait",
             trait.what,
             trait.of_adapted,
