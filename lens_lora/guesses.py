@@ -59,7 +59,10 @@ OF_LENS: Mapping[str, str] = _alike(
         "device and dtype are chosen where the model is loaded: ll.load(base, adapter, "
         'device="cuda", dtype="bfloat16")',
     ),
-    ("to_tokens tokenize", "lens.prompts(prompts).tokens are the ids that an analysis reads"),
+    (
+        "to_tokens tokenize prompt_tokens input_ids token_ids get_tokens",
+        "lens.prompts(prompts).tokens are the ids that an analysis reads",
+    ),
     (
         "disable_adapter disable enable_adapter set_adapter adapted_model",
         "the adapter is on only within `with lens.applied():`; scale=0.0 is the base",
@@ -151,6 +154,11 @@ OF_ADAPTER: Mapping[str, str] = _alike(
     ("merge merge_and_unload", "merge with PEFT, and check the result with `lens-lora verify`"),
     ("save_pretrained", "adapter.save(folder) writes PEFT's files"),
     ("scale", "adapter.scaled(factor) is the adapter times a number"),
+    (
+        "to cuda cpu half float double bfloat16",
+        "device and dtype are those of the model that a lens lays it over: ll.load(base, adapter, "
+        'device="cuda", dtype="bfloat16")',
+    ),
 )
 
 OF_RESULT: Mapping[str, str] = _alike(
@@ -167,7 +175,10 @@ OF_RESULT: Mapping[str, str] = _alike(
         "result.completeness_error is what a path integral misses of the shift, and "
         "result.remainder what first order misses",
     ),
-    ("nlargest nsmallest sort_values argsort", "result.top(k) has the largest entries, sorted"),
+    (
+        "nlargest nsmallest sort_values argsort sort sorted rank ranked",
+        "result.top(k) has the largest entries, sorted",
+    ),
     (
         "groupby by_layer per_layer layers mean_by_layer by_module by_kind",
         'result.sum("layer") sums an attribution by layer; result.to_frame().groupby("layer") '
@@ -459,6 +470,7 @@ _SAME: Mapping[str, Sequence[str]] = {
     "messages": ("chat", "prompts"),
     "system_prompt": ("system",),
     "checkpoint": ("adapter",),
+    "against": ("merged", "other"),
     "adapter_path": ("adapter",),
     "model_name": ("model",),
     "model_path": ("model",),

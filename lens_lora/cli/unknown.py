@@ -37,6 +37,7 @@ _DONE_INSTEAD = {
     **dict.fromkeys(("layer", "layers", "module", "modules", "site", "sites"), _ALL_MODULES),
     **dict.fromkeys(("samples", "sample", "num_samples", "n_samples", "max_samples"), _EACH_ONCE),
 }
+_SAID_ANYWAY = "everything is printed unless --quiet is given."
 # How typer begins its message about arguments that are too many.
 _TOO_MANY = "unexpected extra argument"
 # The endings of files that hold prompts or records.
@@ -99,6 +100,8 @@ class GuessingCommand(TyperCommand):
             return f"it is {' or '.join(meant[:2])}."
         if keyword in _DONE_INSTEAD and "prompts" in written:
             return _DONE_INSTEAD[keyword]
+        if keyword in ("verbose", "debug") and "quiet" in written:
+            return _SAID_ANYWAY
         meant_notion = meaning(keyword)
         return f"{meant_notion.notion.shell}." if meant_notion and meant_notion.notion.shell else ""
 

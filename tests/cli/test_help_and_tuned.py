@@ -216,6 +216,8 @@ def test_an_option_that_there_is_not_is_answered_by_its_meaning():
         ("diff", "a", "p.csv"): "(p.csv). A file of prompts is given as --prompts FILE",
         ("explain", "a", "--layer", "3"): "No option --layer: every module and layer",
         ("diff", "a", "--samples", "3"): "--prompts FILE takes a list of your own",
+        ("diff", "a", "--verbose"): "unless --quiet is given",
+        ("verify", "a", "--against", "b"): "No option --against: it is --merged",
         ("inspect", "a", "b"): "Got unexpected extra argument(s) (b) ╰",
         ("diff", "a", "-o", "b"): "No option -o: it is --report",
         ("sweep", "a", "--workers", "4"): "--shard 1/4",

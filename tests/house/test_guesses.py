@@ -242,6 +242,9 @@ NAMED = {
     "att.plot(cmap=)": (lambda t: t.att.plot(cmap="viridis"), r"figure\.update_layout"),
     "margin.plot(title=)": (lambda t: t.margin.plot(title="a"), r"figure\.update_layout"),
     "att.top(n=)": (lambda t: t.att.top(n=3), "It is k="),
+    "adapter.to": (lambda t: t.adapter.to("cuda"), r"device=.cuda"),
+    "lens.prompt_tokens": (lambda t: t.lens.prompt_tokens(PROMPT), r"lens\.prompts\(prompts\)"),
+    "effects.sort": (lambda t: t.effects.sort(), r"result\.top\(k\)"),
     "margin.crossing": (lambda t: t.margin.crossing, r"result\.flip_scale"),
     "logits(adapter=)": (lambda t: t.lens.logits(PROMPT, adapter=False), "0.0 is the base model"),
     "by='token' of a margin": (
