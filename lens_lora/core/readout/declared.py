@@ -7,9 +7,9 @@
 
     ll.first_order(lens, prompts, Entropy())
 
-The declaration says that a row's number depends on that row alone. So prompts can be run in groups
-and copied in a batch, which `Readout.of(fn)` cannot promise of any function. That is checked, on a
-few random rows, whenever the readout is bound to a model.
+The declaration promises that the number of a row depends on that row alone. So prompts can be run
+in groups and copied in a batch, which `Readout.of(fn)` cannot do, as it knows nothing of its
+function. The promise is checked on a few random rows whenever the readout meets a model.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from torch import Tensor
 from lens_lora.core.readout.readout import Before, LastToken
 from lens_lora.errors import ArgumentError
 
-# How many rows of random logits a declaration is checked on.
+# A declaration is checked on so many rows of random logits.
 _ROWS = 3
 
 
 class DeclaredReadout(LastToken):
-    """Base of the classes that `readout` makes. Two are equal if their arguments are.
+    """Base of the classes that `readout` makes. Two objects are equal if their arguments are.
 
     Attributes:
-        arguments: those of the function beside the logits, by name.
+        arguments: the arguments of the function other than the logits, by name.
     """
 
     function: ClassVar[Callable[..., Tensor]]
@@ -56,8 +56,8 @@ class DeclaredReadout(LastToken):
         """The function of the logits, [row, vocab] → [row], once it has been checked.
 
         Raises:
-            ArgumentError: another shape than one number a row, a number that depends on other
-                rows, or one without a derivative.
+            ArgumentError: the function does not give one number for each row; or the number
+                depends on other rows, or has no derivative.
         """
         del batch, before
         read = OfEachRow(functools.partial(type(self).function, **self.arguments), self.label)
@@ -71,18 +71,18 @@ class DeclaredReadout(LastToken):
 
 @dataclasses.dataclass(frozen=True)
 class OfEachRow:
-    """A reading in which a row's number depends on that row alone.
+    """A reading in which the number of a row depends on that row alone.
 
     Attributes:
         fn: [row, vocab] → [row].
-        name: the readout's, for messages.
+        name: the name of the readout, for messages.
     """
 
     fn: Callable[[Tensor], Tensor]
     name: str
 
     def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
-        """Read g of each row."""
+        """Compute g of each row."""
         values = self.fn(logits)
         if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -93,17 +93,17 @@ class OfEachRow:
         return values
 
     def repeat(self, times: int) -> OfEachRow:
-        """The same of every row several times."""
+        """The same function of rows that are each repeated."""
         del times
         return self
 
     def only(self, rows: Int[Tensor, " some"]) -> OfEachRow:
-        """The same of some rows."""
+        """The same function of some rows."""
         del rows
         return self
 
     def require_as_declared(self, vocab: int) -> None:
-        """Check the function on random logits: each row by itself, and with a derivative."""
+        """Check on random logits that each row is read by itself, and has a derivative."""
         generator = torch.Generator(device="cpu").manual_seed(0)
         logits = torch.randn(_ROWS, vocab, generator=generator, dtype=torch.float64)
         with torch.enable_grad():
@@ -124,7 +124,7 @@ class OfEachRow:
 
 
 def _own_parameters(function: Callable[..., Tensor]) -> inspect.Signature:
-    """The parameters of a function of the logits, without the logits."""
+    """The parameters of a function of the logits, other than the logits."""
     if not callable(function) or not inspect.signature(function).parameters:
         raise ArgumentError(f"{function!r} is no function of the logits.")
     signature = inspect.signature(function)
@@ -133,7 +133,7 @@ def _own_parameters(function: Callable[..., Tensor]) -> inspect.Signature:
 
 
 def _require_parameters_in_braces(label: str, names: list[str]) -> None:
-    """Refuse a label that names something else in braces than these parameters."""
+    """Check that a label names only these parameters in braces."""
     try:
         label.format(**dict.fromkeys(names, ""))
     except (KeyError, IndexError, ValueError) as error:
@@ -144,7 +144,7 @@ def _require_parameters_in_braces(label: str, names: list[str]) -> None:
 
 
 def readout(*, units: str, label: str) -> Callable[[Callable[..., Tensor]], type[DeclaredReadout]]:
-    """Decorate a function of the logits: it becomes a class of readouts, as `Logit` is one.
+    """Decorate a function of the logits, which becomes a class of readouts like `Logit`.
 
         >>> @readout(units="nats", label="log Z")
         ... def LogNormaliser(logits):
@@ -152,8 +152,8 @@ def readout(*, units: str, label: str) -> Callable[[Callable[..., Tensor]], type
         >>> LogNormaliser().label
         'log Z'
 
-    The function maps the logits at each prompt's last token, [row, vocab], to one number a row; a
-    row's number depends on that row alone. Its further parameters become those of the class:
+    The function maps the logits at each prompt's last token, [row, vocab], to one number for each
+    row, which depends on that row alone. Its further parameters become parameters of the class:
 
         >>> @readout(units="logits", label="the {k} largest logits")
         ... def Largest(logits, k=10):
@@ -162,12 +162,12 @@ def readout(*, units: str, label: str) -> Callable[[Callable[..., Tensor]], type
         'the 3 largest logits'
 
     Args:
-        units: of its numbers, for tables and figures.
-        label: its name there; a parameter's value stands for '{its name}'.
+        units: the units of its numbers, for tables and figures.
+        label: its name there, in which '{parameter}' is replaced by the value of the parameter.
 
     Raises:
-        ArgumentError: units or a label that are no strings, a label that names no parameter, or
-            something that is no function of the logits.
+        ArgumentError: units or a label that are not strings; a label that names something other
+            than a parameter; or something that is not a function of the logits.
     """
     for name, text in (("units", units), ("label", label)):
         if not isinstance(text, str):
@@ -192,5 +192,5 @@ def readout(*, units: str, label: str) -> Callable[[Callable[..., Tensor]], type
     return declare
 
 
-# The door of the core has a package `readout`, so that there the decorator has this name.
+# The core already has a package `readout`, so the decorator has this name at the core's door.
 declared_readout = readout

@@ -1,13 +1,13 @@
-"""A text and its token ids, as the model's tokenizer has them.
+"""From a text to token ids, as the model reads strings.
 
-1. A string is read as `model.to_tokens` tokenises it, so that it has the ids that `model(string)`
-   reads. A hooked model that lens_lora made reads it exactly as its tokenizer does
-   (`hosts/build.py`). Of other models TransformerLens puts a BOS in front also where their own
-   tokenizer adds none, which is warned of once. `prepend_bos` overrides both.
+1. A string is tokenised by `model.to_tokens`, so it has the ids that `model(string)` reads. For a
+   hooked model that lens_lora made, these are exactly the ids of its tokenizer (`hosts/build.py`).
+   For other models TransformerLens puts a BOS in front, even if their own tokenizer adds none; one
+   warning says so. `prepend_bos` overrides both.
 2. A string that already begins with the BOS token, as a chat template writes it, gets no second
-   one. Nor does one whose tokenizer has no special tokens: what TransformerLens gives it, no model
-   was trained with (`Tokens.special`).
-3. An EOS that a tokenizer appends is left out, as the text is to go on.
+   one. A tokenizer without special tokens gets none either: the one that TransformerLens gives it
+   is a token that no model was trained with (`Tokens.special`).
+3. An EOS that a tokenizer appends is left out, because the text is to be continued.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lens_lora.core.readout.tokens import Tokens
 from lens_lora.errors import warn
 
 _A_TEXT = "a"
-# Models of which was said that strings are read otherwise than by their tokenizer.
+# The models for which the warning was given.
 _warned_of: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -37,7 +37,7 @@ _warned_of: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def read_text(model: Any, text: str, prepend_bos: bool | None) -> tuple[list[int], Source]:
-    """The ids of one string, and how it got them.
+    """The ids of one string, and a note on how it got them.
 
     Args:
         model: the hooked model.
@@ -56,7 +56,7 @@ def read_text(model: Any, text: str, prepend_bos: bool | None) -> tuple[list[int
 
     by_tokenizer = list(tokenizer(text)["input_ids"])
     if bos is None and not getattr(model.cfg, "tokenizer_prepends_bos", True):
-        ids = plain  # what TransformerLens would put in front is no token of the model's
+        ids = plain  # TransformerLens would put a token in front that the model does not know.
     elif prepend_bos is None:
         ids = model.to_tokens(text, truncate=False)[0].tolist()
     else:
@@ -76,7 +76,7 @@ def read_text(model: Any, text: str, prepend_bos: bool | None) -> tuple[list[int
 def _with_or_without_bos(
     by_tokenizer: list[int], plain: list[int], bos: int | None, prepend_bos: bool
 ) -> list[int]:
-    """The ids of the tokenizer with exactly one BOS in front, or with none."""
+    """The ids of the tokenizer, with exactly one BOS in front or with none."""
     has_bos = by_tokenizer[:1] == [bos] and by_tokenizer != plain
     if prepend_bos and not has_bos:
         return [cast("int", bos), *by_tokenizer]
@@ -86,7 +86,7 @@ def _with_or_without_bos(
 
 
 def _bos_added_by(model: Any, prepend_bos: bool | None) -> str:
-    """Who put the BOS in front of a text, in words."""
+    """Say who put the BOS in front of a text."""
     if prepend_bos:
         return BY_CALLER
     return BY_TOKENIZER if adds_bos(model) else BY_HOST
@@ -95,8 +95,8 @@ def _bos_added_by(model: Any, prepend_bos: bool | None) -> str:
 def adds_bos(model: Any) -> bool | None:
     """Whether the model's tokenizer, as it was saved, puts its BOS in front of a text.
 
-    None where that cannot be told: TransformerLens reads a tokenizer's files again so that it adds
-    one, and those files are no longer there.
+    TransformerLens changes the tokenizer so that it adds one, so its files are read again. None if
+    they are no longer there.
     """
     saved = tokenizer_as_saved(Tokens(model).tokenizer)
     if saved is None:
@@ -118,18 +118,18 @@ def reads_with_bos(model: Any, prepend_bos: bool | None) -> bool:
 
 
 def reading_of_texts(model: Any, prepend_bos: bool | None) -> str:
-    """How strings are read: 'text without BOS'; '' where there is no tokenizer that reads one."""
+    """How strings are read, as 'text without BOS'; '' if no tokenizer reads them."""
     if getattr(model, "tokenizer", None) is None:
         return ""
     try:
         _, source = read_text(model, _A_TEXT, prepend_bos)
-    except Exception:  # for a repr; whatever is wrong is raised where a string is read
+    except Exception:  # This is for a repr; the error is raised when a string is read.
         return ""
     return source.how
 
 
 def warn_of_other_reading(model: Any) -> None:
-    """Warn, once a model, where the host begins a string otherwise than its tokenizer does."""
+    """Warn once for each model if the host begins a string differently from its tokenizer."""
     has_bos = reads_with_bos(model, None)
     own = adds_bos(model)
     if own is None or own == has_bos or model in _warned_of:

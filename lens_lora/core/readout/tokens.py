@@ -14,17 +14,16 @@ from torch import Tensor
 from lens_lora import arguments
 from lens_lora.errors import PromptError, TokenError
 
-# TransformerLens gives it, under a new id, to a tokenizer that has no special tokens.
+# TransformerLens gives this token, with a new id, to a tokenizer without special tokens.
 _GIVEN_TOKEN = "<|endoftext|>"
-# How many tokens a label names.
+# A label names so many tokens, and shows so many characters of each.
 _NAMED = 2
-# How many characters of each it shows.
 _LONGEST = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens of a model, `Tokens(lens.model)`. Nothing is run.
+    """The tokens of a model, as in `Tokens(lens.model)`. Nothing is run.
 
     Attributes:
         model: the hooked model.
@@ -49,11 +48,11 @@ class Tokens:
     def special(self, name: str) -> int | None:
         """The id of the tokenizer's 'bos', 'eos', 'unk' or 'pad' token.
 
-        None where there is no tokenizer or no such token, where the model's vocabulary lacks it,
-        and where TransformerLens has given it to a tokenizer that has no special tokens of its own.
+        None if there is no tokenizer or no such token, if the model's vocabulary lacks it, or if
+        TransformerLens has given it to a tokenizer without special tokens.
 
         Args:
-            name: of the special token.
+            name: 'bos', 'eos', 'unk' or 'pad'.
         """
         tokenizer = getattr(self.model, "tokenizer", None)
         token = getattr(tokenizer, f"{name}_token", None)
@@ -67,11 +66,11 @@ class Tokens:
         return None if is_unknown or is_given else token_id
 
     def text(self, ids: Sequence[int], **options: bool) -> str:
-        """The tokens as one text; their ids where the model has no tokenizer.
+        """The tokens as one text; their ids if the model has no tokenizer.
 
         Args:
-            ids: of the tokens.
-            options: of the tokenizer's `decode`.
+            ids: the ids of the tokens.
+            options: options of the tokenizer's `decode`.
         """
         tokenizer = getattr(self.model, "tokenizer", None)
         if tokenizer is None:
@@ -79,11 +78,11 @@ class Tokens:
         return tokenizer.decode(ids, **options)
 
     def known(self, token_id: int, what: str) -> int:
-        """The id, if the model's vocabulary has it.
+        """Check that the model's vocabulary has an id, and return it.
 
         Args:
             token_id: the id.
-            what: has it, for the error: 'token id 5'.
+            what: what has the id, for the error, such as 'token id 5'.
 
         Raises:
             TokenError: the vocabulary lacks it.
@@ -98,11 +97,11 @@ class Tokens:
         """Check that the model's context holds so many tokens.
 
         Args:
-            tokens: how many there are.
-            what: they are, for the error.
+            tokens: the number of tokens.
+            what: what has so many tokens, for the error.
 
         Raises:
-            PromptError: more than the context holds.
+            PromptError: there are more than the context holds.
         """
         context = getattr(self.model.cfg, "n_ctx", None)
         if context and tokens > context:
@@ -126,11 +125,11 @@ class Tokens:
 
         Args:
             answer: what follows.
-            before: the text; None where only the ids of the prompt are known, so that the answer is
-                tokenised alone.
+            before: the text; None if only the ids of the prompt are known, so that the answer has
+                to be tokenised alone.
 
         Raises:
-            TokenError: an answer that changes the last tokens of the text.
+            TokenError: the answer changes the last tokens of the text.
         """
         if before is None:
             return self.own_ids(answer)
@@ -149,11 +148,11 @@ class Tokens:
 
         Args:
             noun: 'token' or 'answer', for the error.
-            string: as a caller gives it.
-            before: the text of its prompt; None where only its ids are known.
+            string: what a caller gives.
+            before: the text of its prompt; None if only its ids are known.
 
         Raises:
-            TokenError: no string, no tokenizer, or one that cannot follow the text.
+            TokenError: it is not a string, there is no tokenizer, or it cannot follow the text.
         """
         arguments.text(f"the {noun}", string, TokenError)
         if getattr(self.model, "tokenizer", None) is None:
@@ -166,12 +165,12 @@ class Tokens:
         batch: int,
         before: Sequence[str | None] = (),
     ) -> Int[Tensor, " batch"]:
-        """A token id for each prompt: of the one token with which the string follows its text.
+        """One token id for each prompt; a string must be a single token after the prompt's text.
 
         Args:
-            token: a string, an id, or a list with one of either per prompt.
-            batch: how many prompts there are.
-            before: their texts; without them a string is tokenised alone.
+            token: a string, an id, or a list with one of these per prompt.
+            batch: the number of prompts.
+            before: the texts of the prompts; without them a string is tokenised alone.
 
         Raises:
             TokenError: a string that is not one token, or an id outside the vocabulary.
@@ -181,10 +180,9 @@ class Tokens:
             plain = arguments.integers("token ids", plain, TokenError).tolist()
         items = arguments.one_per_prompt("token", plain, batch, "a string of one token")
         texts = before or (None,) * batch
-        ids = [
-            self._one(arguments.one_entry(item), text)
-            for item, text in zip(items, texts, strict=True)
-        ]
+        ids: list[int] = []
+        for item, text in zip(items, texts, strict=True):
+            ids.append(self._one(arguments.one_entry(item), text))
         return torch.tensor(ids, device="cpu")
 
     def _one(self, token: object, before: str | None) -> int:
@@ -210,7 +208,7 @@ class Tokens:
         return self.known(ids[0], f"{token!r} is token id {ids[0]}, which")
 
     def _hint_of_space(self, token: str, before: str | None) -> str:
-        """' … is one token.' for the token with a leading space, if that is one; else nothing."""
+        """A sentence on the token with a leading space, if that is a single token; else ''."""
         spaced = " " + token.lstrip()
         with contextlib.suppress(TokenError):
             if len(self.after(spaced, before)) == 1:
@@ -221,10 +219,10 @@ class Tokens:
 
     @staticmethod
     def label(token: Any) -> str:
-        """A token as labels write it: `' Lyon'`, or `[' Lyon', ' Rome', …]` of several prompts.
+        """A token as labels write it: `' Lyon'`, or `[' Lyon', ' Rome', …]` for several prompts.
 
         Args:
-            token: as a readout was given it.
+            token: what a readout was given.
         """
         plain = arguments.one_entry(token)
         if arguments.is_whole(plain):
@@ -244,7 +242,7 @@ class Tokens:
 
 
 def _short_name(item: Any) -> str | None:
-    """A token among several, cut short; None where it is a list of ids."""
+    """A token among several, cut short; None for a list of ids."""
     plain = arguments.one_entry(item)
     if arguments.is_whole(plain):
         return str(int(plain))

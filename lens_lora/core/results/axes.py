@@ -1,12 +1,12 @@
-"""Whether the fields of a result agree: when it is made, and when it is read from a file.
+"""Check that the fields of a result agree, when it is made and when it is read from a file.
 
-1. Types, dtypes and shapes are as they are annotated. `Float[Tensor, "batch site"]` says how long
-   the axes "batch" and "site" are.
-2. Labels are as many as their axis is long. `Annotated[tuple[Site, ...], "site"]` are the labels of
-   the axis "site". Other annotations of labels are:
+1. Types, dtypes and shapes must be as annotated. A tensor `Float[Tensor, "batch site"]` tells how
+   long the axes "batch" and "site" are.
+2. There must be as many labels as their axis is long. `Annotated[tuple[Site, ...], "site"]` holds
+   labels of the axis "site". Labels may also be annotated with:
 
-       "batch position"   tuples of labels: one tuple a prompt, the longest as long as "position"
-       "token?"           none where no tensor has that axis
+       "batch position"   a tuple of labels for each prompt, the longest as long as "position"
+       "token?"           no labels if no tensor has that axis
        "group: site"      labels of "group", whose numbers are indices along "site"
 """
 
@@ -35,10 +35,10 @@ class _Array(NamedTuple):
     """An array of a result.
 
     Attributes:
-        place: where it stands, for errors: 'curve.values'.
+        place: where it is, for errors, such as 'curve.values'.
         tensor: the array.
-        dims: its axes, as it is annotated: "batch site *by".
-        key: its key, where it stands in a mapping.
+        dims: its axes as annotated, such as "batch site *by".
+        key: its key, if it is in a mapping.
     """
 
     place: str
@@ -51,9 +51,9 @@ class _Labels(NamedTuple):
     """The labels of an axis of a result.
 
     Attributes:
-        place: where they stand, for errors.
+        place: where they are, for errors.
         labels: the labels.
-        spec: what they are annotated with; see the head of this file.
+        spec: their annotation; see the head of this file.
     """
 
     place: str
@@ -62,16 +62,16 @@ class _Labels(NamedTuple):
 
 
 class Axes:
-    """The sizes of a result's axes, if its fields are what they are annotated as, and agree.
+    """The sizes of a result's axes; its fields must be as annotated, and agree with each other.
 
-    Arrays say how long an axis is before labels do. An axis that a part and the whole both have is
-    the same one.
+    Arrays are asked for the size of an axis before labels are. If a part of a result has an axis of
+    the same name as the whole, it must have the same size.
 
     Attributes:
-        sizes: of each axis, with the field that says so.
+        sizes: the size of each axis, with the field that says so.
 
     Raises:
-        LensLoraError: a field of another type, or two that disagree.
+        LensLoraError: a field has another type, or two fields disagree.
     """
 
     def __init__(self, whole: object) -> None:
@@ -92,16 +92,16 @@ class Axes:
                 size, field = sizes[axis]
                 self._bind(f"{place}.{field}", axis, size)
 
-    # --- What stands in a result: its arrays, its labels, and results that are parts of it
+    # --- Collecting what is in a result: its arrays, its labels, and results that are parts of it
 
     def _visit(self, place: str, value: Any, hint: Any, key: str = "") -> None:
-        """Check a field, or an item in it, and take note of its arrays and labels.
+        """Check the type of a field, or of an item in it, and collect its arrays and labels.
 
         Args:
-            place: where it stands, for errors.
-            value: what is there.
+            place: where it is, for errors.
+            value: the value there.
             hint: its annotation.
-            key: its key, where it stands in a mapping.
+            key: its key, if it is in a mapping.
         """
         if type(value) is hint and (hint in _PLAIN or _is_flat(value)):
             return
@@ -145,7 +145,10 @@ class Axes:
     # --- The sizes of axes
 
     def _measure(self, array: _Array) -> None:
-        """The axes of an array: "*by" is those that `by` names, "*position" one or none."""
+        """Take the sizes of an array's axes.
+
+        "*by" stands for the axes that the field `by` names, and "*position" for one axis or none.
+        """
         axes = array.dims.split()
         names: list[str] = []
         for axis in axes:
@@ -159,12 +162,12 @@ class Axes:
         if len(names) != array.tensor.ndim:
             self._refuse(f"{array.place} is {_shown(array.tensor)}, expected [{', '.join(names)}]")
         for axis, size in zip(names, array.tensor.shape, strict=True):
-            # An axis such as "_token" is of its own size under each key of a mapping.
+            # An axis such as "_token" has its own size under each key of a mapping.
             own = f"{array.key}{axis}" if axis.startswith("_") else axis
             self._bind(array.place, own, size)
 
     def _count(self, labels: _Labels) -> None:
-        """The axes that labels say the length of; see the head of this file."""
+        """Take the sizes of the axes that labels belong to; see the head of this file."""
         axes, _, indexed = labels.spec.partition(": ")
         is_optional = axes.endswith("?")
         outer, *inner = axes.rstrip("?").split()
@@ -185,12 +188,12 @@ class Axes:
                 self._refuse(f"{labels.place} names {indexed} {highest}, and {field} has {size}")
 
     def _bind(self, place: str, axis: str, size: int) -> None:
-        """Take an axis of this size, or check it against what is known of it.
+        """Take the size of an axis, or check it against the size that is known.
 
         Args:
-            place: what says so, for errors.
-            axis: "site"; "step+1", one longer than "step"; "end=2", always 2.
-            size: how long it is.
+            place: the field that says so, for errors.
+            axis: such as "site"; "step+1" is one longer than "step", and "end=2" is always 2.
+            size: its size.
         """
         name, _, longer = axis.partition("+")
         _, _, fixed = name.rpartition("=")
@@ -207,7 +210,7 @@ class Axes:
 
 
 def _is_flat(value: object) -> bool:
-    """Whether this is a dataclass of plain values alone, as a site is: it has no axis."""
+    """Whether this is a dataclass of plain values alone, such as a site, which has no axis."""
     if not dataclasses.is_dataclass(value):
         return False
     for name, hint in _hints(type(value)).items():
@@ -224,7 +227,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether this is of the outermost type of an annotation."""
+    """Whether a value has the outermost type of an annotation."""
     origin = get_origin(hint)
     args = get_args(hint)
     if origin is Annotated:
@@ -235,16 +238,16 @@ def _is_a(value: Any, hint: Any) -> bool:
         return value in args
     if origin is tuple:
         return isinstance(value, tuple) and (args[-1] is ... or len(value) == len(args))
-    if hint in (int, float):  # an int passes for a float, a bool for neither
+    if hint in (int, float):  # An int counts as a float, but a bool counts as neither.
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if _is_array(hint):
-        _, _, name = str(getattr(value, "dtype", "")).rpartition(".")  # as jaxtyping calls dtypes
+        _, _, name = str(getattr(value, "dtype", "")).rpartition(".")  # jaxtyping's name of it
         return isinstance(value, hint.array_type) and name in hint.dtypes
     return isinstance(value, origin or hint)
 
 
 def _is_all_plain(values: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
-    """Whether all are of one plain type, as tokens are: they may be as many as the vocabulary."""
+    """Whether all have the same plain type, as tokens do, of which there may be very many."""
     return args[1:] == (...,) and args[0] in _PLAIN and set(map(type, values)) <= {args[0]}
 
 
@@ -253,7 +256,7 @@ def _is_array(hint: Any) -> bool:
 
 
 def _extent(label: Any) -> int:
-    """How many entries labels, or one label, stand for: a number, a tuple's, or a site's ranks."""
+    """How many entries some labels stand for: their number, a number itself, or a site's ranks."""
     if isinstance(label, Site):
         return label.rank
     return label if isinstance(label, int) else len(label)
