@@ -1,16 +1,18 @@
 """∂g/∂ε_p = d/dt readout(f + t J δ_p) at t = 0, for each site, group of sites or part p.
 
-Forward mode gives the slopes of `Function.slopes` (note, Prop. 1) by the other route:
+Forward mode gives the slopes of `Function.slopes` (note, Prop. 1) by another route, and so checks
+reverse mode:
 
-1. The tangent J δ_p of the logits comes from a pass of dual numbers (`tangents.py`), and goes
-   through the readout. It is the check of reverse mode.
-2. By output token it is c_t · ẋ_t of the final residual stream x, with c_t = ∂ℓ_t/∂x_t of
-   ℓ_t = log p(y_t | x, y_<t): where the model only unembeds x, no tangent is unembedded.
-3. Where the constant part of v is added at o, its parts by position are compared with the whole
+1. A pass of dual numbers (`tangents.py`) gives the tangent J δ_p of the logits, which then goes
+   through the readout.
+2. By output token, let c_t = ∂ℓ_t/∂x_t be the gradient of ℓ_t = log p(y_t | x, y_<t) in the final
+   residual stream x. The derivative is c_t · ẋ_t, so no tangent is unembedded, provided that the
+   model does nothing but unembed x.
+3. If the constant part of v is added at o, the parts of v by position are checked against the whole
    site, which takes one more tangent for each such site.
 
-Cost: at most a dual forward pass for each site, group or part, batched; about half of that where
-the batch can grow, as each begins at its own block.
+Cost: at most one dual forward pass for each site, group or part, batched; about half of that if the
+batch can grow, as each tangent then begins at its own block.
 """
 
 from __future__ import annotations
@@ -47,14 +49,14 @@ def slopes(
     gauge: Gauge = "trained",
     under: _Under = None,
 ) -> Float[Tensor, "batch site *by"]:
-    """∂g/∂ε_l of every site or part at a strength, by token on the last axis where asked for.
+    """∂g/∂ε_l of every site or part at a strength ε; by token, if asked for, on the last axis.
 
     Args:
-        g: with a readout, of one response where values are by token.
+        g: a function with a readout; by token, of one response for each prompt.
         at: the strength ε at which the derivative is taken.
         axes: any of 'position', 'head', 'expert', 'rank' and 'token', in this order.
-        gauge: of parts by rank, as in `Function.slopes`.
-        under: a context that holds for these passes.
+        gauge: what a rank is, as in `Function.slopes`.
+        under: a context that is entered for these passes.
 
     Raises:
         ModelStateError: an operation without a forward-mode derivative, or parts by position that
@@ -74,7 +76,7 @@ def slopes(
     if tokens is not None:
         shape.append(g.rows.slots)
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-    # Where each part stands: its site, and its slot of each axis. The last slot is 'none'.
+    # The place of each part: its site, and its slot on each axis. The last slot stands for none.
     places = [[part.site for part in parts]]
     for axis in axes_of_sites:
         slots = [getattr(part, axis) for part in parts]
@@ -93,14 +95,14 @@ def slopes(
 def group_slopes(
     g: Evaluations, groups: Groups, at: float, *, by_token: bool = False, under: _Under = None
 ) -> Float[Tensor, "batch group *token"]:
-    """Σ_{l in G} ∂g/∂ε_l of every group G: one tangent for each.
+    """Σ_{l in G} ∂g/∂ε_l of every group G, with one tangent for each.
 
     Args:
-        g: with a readout, of one response where values are by token.
+        g: a function with a readout; by token, of one response for each prompt.
         groups: indices of sites, by name.
         at: the strength ε at which the derivative is taken.
-        by_token: of each token of the response.
-        under: a context that holds for these passes.
+        by_token: whether to differentiate the log-probability of each token of the response.
+        under: a context that is entered for these passes.
 
     Raises:
         ModelStateError: an operation without a forward-mode derivative.
@@ -128,7 +130,7 @@ def _require_logits(g: Function) -> None:
     """Refuse a readout inside the model, whose passes end before the logits.
 
     Raises:
-        ArgumentError: naming the mode that takes it.
+        ArgumentError: such a readout; the error names the mode to use.
     """
     if not g.reading.reads_logits:
         raise ArgumentError(
@@ -160,13 +162,13 @@ def _require_split(lens: LoraLens, values: Tensor, whole: Tensor, by_token: bool
 
 
 def _know_base(g: Evaluations, at: float, tokens: TokenTangents) -> None:
-    """At the base g itself was found on the way."""
+    """Tell g its value at the base, if the passes have computed it."""
     if at == 0 and tokens.value is not None:
         g.know(at, tokens.value)
 
 
 def _of_value(reading: Reading) -> Callable[[_Logits], Float[Tensor, "batch part"]]:
-    """The tangent of g of each part, from the dual logits."""
+    """A function that computes the tangent of g for each part from the dual logits."""
 
     def read(rows: _Logits) -> Float[Tensor, "batch part"]:
         many = reading.repeat(rows.shape[1])
@@ -176,11 +178,11 @@ def _of_value(reading: Reading) -> Callable[[_Logits], Float[Tensor, "batch part
 
 
 class TokenTangents:
-    """The tangent of each token's term of g, of each part, from what a dual pass ends with.
+    """Computes the tangent of each token's term of g, for each part, from a dual pass.
 
     Attributes:
-        final: whether that is the final residual stream x, else the logits.
-        value: g at the gates of the pass, where it was found on the way; [batch], or None.
+        final: whether the pass ends with the final residual stream x; otherwise with the logits.
+        value: [batch], g at the gates of the pass, once it was computed; else None.
     """
 
     def __init__(self, lens: LoraLens, reading: Reading) -> None:
@@ -192,11 +194,11 @@ class TokenTangents:
         self.value: Tensor | None = None
 
     def __call__(self, rows: Float[Tensor, "row part slot d"]) -> Float[Tensor, "row part token"]:
-        """The tangents, from what a dual pass ends with."""
+        """Compute the tangents from what a dual pass ends with."""
         return self._of_final(rows) if self.final else self._of_logits(rows)
 
     def _of_final(self, rows: Tensor) -> Tensor:
-        """Compute c_t · ẋ_t; every part has the same x, and so has every pass."""
+        """Compute c_t · ẋ_t; x, and so c_t, is the same for all parts and passes."""
         if self._covectors is None:
             x = fwad.unpack_dual(rows).primal[:, 0]
             self._covectors, log_probs = forward.token_covectors(self._lens, self._reading, x)

@@ -1,13 +1,13 @@
-"""The cheaper mode of differentiation: a tangent for each site, or a covector for each readout.
+"""Choose the cheaper mode of differentiation: a tangent for each site, or a covector a readout.
 
-A tangent costs one product with each weight from its site's block on; a covector one with each
-weight on the way back to the first block. In passes through all blocks,
+A tangent costs one product with each weight from its site's block on, and a covector one with each
+weight back to the first block. Counted in passes through all blocks, they cost
 
-    forward mode    Σ_l share of the blocks at and after l      tangents, whatever the readouts
-    reverse mode    k                                           covectors, whatever the sites
+    forward mode    Σ_l share of the blocks at and after l      however many readouts
+    reverse mode    the number of readouts                      however many sites
 
-and one forward pass each. Measured, the cost of a tangent and of a covector differs by at most a
-third, for short and long prompts (benchmarks/RESULTS.md); so the smaller number is cheaper.
+besides one forward pass each. As measured, a tangent and a covector cost the same within a third,
+for short and for long prompts (benchmarks/RESULTS.md), so the smaller number is cheaper.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Mode = Literal["auto", "forward", "reverse"]
 def chosen_mode(
     mode: Mode, lens: LoraLens, readouts: int, starts: Sequence[int] | None = None
 ) -> Literal["forward", "reverse"]:
-    """The given mode; for 'auto' the one that takes less work for so many readouts.
+    """The mode that is asked for; for 'auto', the one that takes less work.
 
     Args:
-        mode: what was asked for.
+        mode: what is asked for.
         lens: the adapter over the model.
-        readouts: of how many numbers the derivatives are taken.
-        starts: the block in which each tangent would begin; None for a tangent of every site.
+        readouts: how many numbers are differentiated.
+        starts: the block in which each tangent would begin; None for one tangent a site.
 
     Raises:
         ArgumentError: another mode.
@@ -43,9 +43,9 @@ def chosen_mode(
 
 
 def tangent_passes(lens: LoraLens, starts: Sequence[int] | None = None) -> float:
-    """How many passes through all blocks tangents take that begin in these blocks.
+    """How many passes through all blocks are taken by tangents that begin in these blocks.
 
-    Without `starts`: of a tangent for every site.
+    By default there is one tangent for each site.
     """
     if starts is None:
         starts = [site.layer for site in lens.sites]

@@ -25,12 +25,12 @@ _Scale = float | Float[Tensor, " scale"]
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class Noise:
-    """The noise σ of each number from rounding alone, per prompt, in the readout's units.
+    """The noise σ from rounding alone, for each prompt, in the readout's units.
 
     Attributes:
-        shift: [batch], of g(1) − g(0).
-        base: [batch], of g(ε) − g(0) where ε is small.
-        slope: [batch], of Σ_l a_l.
+        shift: [batch], σ of g(1) − g(0).
+        base: [batch], σ of g(ε) − g(0) at small ε.
+        slope: [batch], σ of Σ_l a_l.
     """
 
     shift: Float[Tensor, " batch"]
@@ -38,7 +38,7 @@ class Noise:
     slope: Float[Tensor, " batch"]
 
     def of_shift(self, scale: _Scale) -> Float[Tensor, " batch *scale"]:
-        """The noise σ of g(ε) − g(0): from `base` to `shift`, its square with ε²."""
+        """The noise σ of g(ε) − g(0), whose square goes from `base`² to `shift`² with ε²."""
         eps = self._as_tensor(scale)
         base = self._beside(eps, self.base)
         shift = self._beside(eps, self.shift)
@@ -48,7 +48,7 @@ class Noise:
     def of_remainder(
         self, scale: _Scale, curvature: Float[Tensor, " batch"] | None = None
     ) -> Float[Tensor, " batch *scale"]:
-        """The noise σ of g(ε) − g(0) − ε Σ a, or of what second order leaves as well."""
+        """The noise σ of g(ε) − g(0) − ε Σ a; with `curvature`, of what second order leaves."""
         eps = self._as_tensor(scale)
         slope = self._beside(eps, self.slope)
         square = self.of_shift(scale).square() + (eps * slope).square()
@@ -61,12 +61,12 @@ class Noise:
 
     @staticmethod
     def _beside(eps: Tensor, numbers: Float[Tensor, " batch"]) -> Tensor:
-        """The numbers of each prompt, with an axis for the strengths where there are several."""
+        """The numbers of each prompt, with an axis for strengths if there are several."""
         return numbers[:, None] if eps.ndim else numbers
 
 
 def scale_of_each(at: float | Sequence[float], count: int) -> list[float]:
-    """The strength of each value: one for all, or a list with one for each.
+    """The strength of each value, given one for all values or one for each.
 
     Raises:
         ArgumentError: no values, or another number of strengths.

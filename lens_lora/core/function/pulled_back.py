@@ -1,11 +1,11 @@
-"""Products wᵀ J δz_l at ε = 0, with w made of the logits f and their tangent v = Σ_l J δz_l.
+"""Products wᵀ J δz_l at ε = 0; w is computed from the logits f and their tangent v = Σ_l J δz_l.
 
-One forward pass of dual numbers gives f and v, and keeps the graph of the values but none of the
-tangents. w goes back through that graph, whose sites are tapped (`reverse.py`). Where the graph is
-beyond the bound of the lens, the dual pass keeps none, and w goes back through a second pass whose
-blocks run again.
+One forward pass of dual numbers gives f and v. It keeps a graph of the values, but none of the
+tangents. w goes back through that graph, past taps at the sites (`reverse.py`). If the graph
+exceeds the lens's bound on memory, the dual pass keeps no graph, and w goes back through a second
+pass, whose blocks run again.
 
-Cost: one dual forward and one backward pass, and two forward passes more where blocks run again.
+Cost: one dual forward and one backward pass; two more forward passes if blocks run again.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from lens_lora.core.model.plan import Plan
 from lens_lora.core.readout import Prompts, Reading
 
 _RowLogits = Float[Tensor, "row *slot vocab"]
-# w, from f(0), v and the rows of both.
+# Computes w from f(0), v and the rows of both.
 Covector = Callable[[_RowLogits, _RowLogits, Prompts], _RowLogits]
 
 
 def pulled_back_in_groups(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...], covector: Covector
 ) -> tuple[Float[Tensor, "batch site *by"], _RowLogits]:
-    """Compute wᵀ J δz_l and f(0), as many prompts at a time as the lens's bound has room for."""
+    """Compute wᵀ J δz_l and f(0), in groups of prompts that fit within the lens's bound."""
     values: list[Tensor] = []
     base_logits: list[Tensor] = []
     for group in memory.dual_graph_groups(lens, reading):
         of_group, base = pulled_back(lens, group, axes, covector)
         values.append(of_group)
         if base.ndim == 3:
-            # Slots that no row of the group has.
+            # Zeros for slots that no row of the group has.
             missing_slots = reading.rows.slots - group.rows.slots
             base = functional.pad(base, (0, 0, 0, missing_slots))
         base_logits.append(base)
@@ -70,7 +70,7 @@ def _in_one_pass(
 ) -> tuple[_RowLogits, reverse.Taps]:
     """Go back through the graph of the dual pass itself."""
     rows = reading.rows
-    # Where a block is run again on the way back, the tangents would be lost.
+    # If a block ran again in the backward pass, the tangents would be lost.
     lens.check_backward(once=False)
     add_to_tangent = _adding_to_tangents(lens.plan)
     tapped = reverse.tapped(lens, reading, lens.gates(0.0), add_to_tangent)
@@ -103,7 +103,7 @@ def _read(lens: LoraLens, rows: Prompts) -> tuple[_RowLogits, _RowLogits]:
 
 
 def _adding_to_tangents(plan: Plan) -> Inject:
-    """Every gate is the dual number 0 + d, so δ_l is added to the tangent alone."""
+    """An inject in which every gate is the dual number 0 + d, so δ_l is added to the tangent."""
 
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
         injection = plan.injections[index]

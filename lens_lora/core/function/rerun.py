@@ -1,14 +1,14 @@
-"""Blocks that keep their inputs alone, and run once more on the way back.
+"""Blocks that keep only their inputs, and run once more in the backward pass.
 
 1. Each block runs under torch's non-reentrant checkpointing: the graph is the same, but what its
-   nodes save is thrown away. On the way back a block runs once more, when the first of these
-   tensors is asked for, so one block's tensors are held at a time.
-2. Hooks within a block therefore fire twice, a user's own too, and must be on the model until the
-   way back is done. They see the same numbers, with the same draws of torch's random numbers.
-3. A second run that returns something else than the first (a hook that counts its calls, say) would
-   give wrong derivatives: it is refused.
+   nodes save is thrown away. In the backward pass a block runs again when the first of these
+   tensors is needed, so the tensors of one block are held at a time.
+2. So hooks within a block fire twice, including a user's own, and must stay on the model until the
+   backward pass is done. They see the same numbers, and torch's random numbers are the same.
+3. If the second run returns something else, because a hook counts its calls, say, derivatives would
+   be wrong. Such a run is refused.
 
-Cost: one more forward pass for each way back.
+Cost: one more forward pass for each backward pass.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _CACHES = ("cache", "layer_past", "past_key_value", "past_key_values", "past_kv_
 
 
 def blocks_rerun(lens: LoraLens) -> AbstractContextManager[None]:
-    """Within the block, passes with a graph keep no more than the inputs of the model's blocks.
+    """Within the block, passes with a graph keep only the inputs of the model's blocks.
 
-    The lens's hooks must stay on until the way back is done.
+    The lens's hooks must stay on until the backward pass is done.
     """
 
     def replace(span: Temporary) -> None:
@@ -48,7 +48,7 @@ def blocks_rerun(lens: LoraLens) -> AbstractContextManager[None]:
 
 
 def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A block's forward, which runs again on the way back where there is a graph."""
+    """A block's forward, which runs again in the backward pass if there is a graph."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     for cache in _CACHES:
@@ -74,12 +74,12 @@ def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
 
 
 def _require_same(name: str, first: Tensor, second: Tensor) -> None:
-    """Refuse a second run that returned something else than the first.
+    """Check that the second run of a block has returned what the first one did.
 
     Raises:
-        ModelStateError: naming the block.
+        ModelStateError: it has not; the error names the block.
     """
-    # Token by token: some have entries that are thousands of times those of the others.
+    # Token by token, as some tokens have entries that are thousands of times those of others.
     room = torch.finfo(first.dtype).eps ** 0.5 * first.abs().amax(-1)
     is_same = ((first - second).abs().amax(-1) <= room).all()
     if not bool(is_same | first.isnan().any()):
