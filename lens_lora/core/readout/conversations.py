@@ -1,8 +1,8 @@
-"""Conversations as prompts: messages → the chat template's own text and ids.
+"""Conversations as prompts: messages become the chat template's own text and ids.
 
 The ids are those of `tokenizer.apply_chat_template(messages, tokenize=True,
-add_generation_prompt=True)`: a prompt ends where the assistant's turn begins. What a template may
-leave out without a word, such as a further field of a message, is refused.
+add_generation_prompt=True)`, so a prompt ends where the assistant's turn begins. What a template
+might silently leave out, such as a further field of a message, is refused.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ _IDS = "pass the ids that the template gives: tokenizer.apply_chat_template(…,
 
 
 def conversations_in(prompts: object) -> list[Conversation] | None:
-    """The conversations that a caller passes, of which a single one becomes a list of it.
-
-    None for prompts that are no conversations.
+    """The conversations that a caller passes, as a list; None for other prompts.
 
     Raises:
-        PromptError: conversations beside something else, or a message that is in no list.
+        PromptError: conversations mixed with something else, or a message outside a list.
     """
     if isinstance(prompts, Mapping) and "role" in prompts:
         raise PromptError("prompts hold one message; put it in a list: [message].")
@@ -57,7 +55,7 @@ def _kind_of(item: object) -> str:
 
 
 def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str, list[int]]:
-    """The text that the chat template makes of the messages, and its ids."""
+    """The text that the chat template makes of the messages, and its token ids."""
     plain = _checked(messages, which)
     if getattr(tokenizer, "chat_template", None) is None:
         raise PromptError(
@@ -73,7 +71,7 @@ def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str
 
     try:
         return rendered(tokenize=False), list(rendered(tokenize=True, return_dict=False))
-    except Exception as error:  # a template may raise anything
+    except Exception as error:  # A template may raise anything.
         raise PromptError(
             f"{which}: the model's chat template (tokenizer.chat_template) does not take these "
             f"messages ({type(error).__name__}: {error})",
@@ -83,7 +81,7 @@ def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str
 
 
 def names_of(conversations: Sequence[Conversation]) -> list[str]:
-    """Call each conversation by its user's last words, numbered where they are equal."""
+    """Name each conversation by its user's last message; equal names are numbered."""
     last_words = [_last_words(messages) for messages in conversations]
     names: list[str] = []
     for i, words in enumerate(last_words):
@@ -95,14 +93,14 @@ def names_of(conversations: Sequence[Conversation]) -> list[str]:
 
 
 def _last_words(messages: Conversation) -> str:
-    """The user's last message; the last one of all where the user has none."""
+    """The user's last message, or the last message if there is none of the user."""
     of_user = [message for message in messages if message["role"] == "user"]
     last = (of_user or messages)[-1]
     return last["content"] or "(nothing said)"
 
 
 def _checked(messages: Conversation, which: str) -> list[dict[str, str]]:
-    """The messages with their roles and contents alone, each of them as a template expects it."""
+    """Check the messages, and reduce them to role and content, as a template expects."""
     if not messages:
         raise PromptError(f"{which} is a conversation without a message; give at least one.")
     plain = [_message(message, f"{which}, message {i}") for i, message in enumerate(messages)]

@@ -1,15 +1,16 @@
-"""Positions of a text: one spelling, wherever `positions` is an argument.
+"""Positions of a text, which are written in the same way wherever `positions` is an argument.
 
-    None          every token; whoever takes a mean, or intervenes, leaves sinks out and says so
+    None          every token; analyses that average or intervene leave sinks out, and say so
     "each"        every token, one by one
-    "prompt"      those before the response, "response" those of it
-    3, −1         an index, negative ones from the end
+    "prompt"      the tokens before the response
+    "response"    the tokens of the response
+    3, −1         an index; negative ones count from the end
     slice(1, 4)   a slice
     [0, 2]        indices
 
-A text's first token is a sink: its ‖h‖ is up to hundreds of times the others', whatever it says,
-and later tokens attend to it. So a mean over tokens is a mean about it, and what is done there
-changes the model everywhere.
+A text's first token is a sink: whatever it says, its ‖h‖ is up to hundreds of times that of other
+tokens, and later tokens attend to it. It would dominate a mean over tokens, and an intervention
+there changes the model everywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _EXPECTED = "None, 'each', 'prompt', 'response', an index, a slice, or indices"
 
 @dataclasses.dataclass(frozen=True)
 class ChosenPositions:
-    """The tokens of each text that a caller's `positions` mean.
+    """The tokens of each text that a caller's `positions` stand for.
 
         >>> chosen = ChosenPositions.of([0, -1])
         >>> chosen.mask(length=4, start=4).tolist()
@@ -40,7 +41,7 @@ class ChosenPositions:
         '0, -1'
 
     Attributes:
-        which: a name, a slice, or indices, of which there may be only one; None for every token.
+        which: a name, a slice, or one or several indices; None for every token.
     """
 
     which: Named | slice | tuple[int, ...] | None
@@ -50,10 +51,10 @@ class ChosenPositions:
         """Check what a caller passes.
 
         Args:
-            positions: as the head of this file says.
+            positions: see the head of this file.
 
         Raises:
-            ArgumentError: something that means no positions.
+            ArgumentError: something that stands for no positions.
         """
         plain = one_entry(positions)
         if plain is None or isinstance(plain, slice):
@@ -68,11 +69,11 @@ class ChosenPositions:
         return cls(tuple(whole("positions", index) for index in indices))
 
     def mask(self, length: int, start: int) -> NDArray[np.bool_]:
-        """[token]: which of a text's tokens are meant. Indices beyond the text mean none of them.
+        """The mask of the tokens that are meant, [token]; indices beyond the text are ignored.
 
         Args:
-            length: how many tokens the text has.
-            start: where its response begins; its length where it has none.
+            length: the number of tokens of the text.
+            start: where its response begins; its length if it has none.
         """
         if self.which is None or self.which == "each":
             return np.ones(length, bool)
@@ -90,7 +91,7 @@ class ChosenPositions:
         return mask
 
     def __str__(self) -> str:
-        """'all', 'each', 'response', '-1', '2:5', '0, 3': for labels."""
+        """A label, such as 'all', 'each', 'response', '-1', '2:5' or '0, 3'."""
         if self.which is None:
             return "all"
         if isinstance(self.which, str):

@@ -19,16 +19,16 @@ from lens_lora.errors import many
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Generated:
-    """Responses, one per prompt, to be passed on as they are wherever a response is taken.
+    """Responses, one per prompt, which can be passed on wherever a response is taken.
 
-    Their ids go on, never the text: text tokenised again may be other tokens.
+    What is passed on is their ids, because text that is tokenised again may give other tokens.
 
     Attributes:
-        ids: each response's own tokens, with the token that ended it.
-        texts: the same as text, without special tokens.
-        prompts: the prompts that `ids` follow, as tokens.
-        ended: whether a response ended by itself, rather than at `max_new_tokens`.
-        is_single: whether a single prompt was given, and not a list of prompts.
+        ids: the tokens of each response, including the token that ended it.
+        texts: each response as text, without special tokens.
+        prompts: the prompts that were answered, as tokens.
+        ended: whether each response ended by itself, rather than at `max_new_tokens`.
+        is_single: whether a single prompt was given, rather than a list of prompts.
     """
 
     ids: tuple[Int[Tensor, " _token"], ...]
@@ -39,11 +39,11 @@ class Generated:
 
     @property
     def text(self) -> str | tuple[str, ...]:
-        """The text of a single prompt's response; of a list of prompts, `texts`."""
+        """The text of the response to a single prompt; for a list of prompts, `texts`."""
         return self.texts[0] if self.is_single else self.texts
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt: what was asked (None of ids), the response, its tokens, its end."""
+        """One row per prompt: what was asked (None for ids), the response, its tokens, its end."""
         rows: list[dict[str, object]] = []
         for index, (source, ids) in enumerate(zip(self.prompts.sources, self.ids, strict=True)):
             row: dict[str, object] = {
@@ -57,13 +57,13 @@ class Generated:
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, ids and prompts included; `ll.load_result` reads it.
+        """Write one safetensors file, with ids and prompts; `ll.load_result` reads it.
 
         Args:
             path: the file to write.
 
         Raises:
-            LensLoraError: a place where no file can be written.
+            LensLoraError: the file cannot be written there.
         """
         return save_generated(self, path)
 

@@ -1,4 +1,4 @@
-"""Effects of real interventions on groups of sites, exactly, frozen and labelled."""
+"""The exact effects of real interventions on groups of sites, with their labels."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Effects(Ranked):
     `plot` is a heatmap layer × kind of single sites, or bars of groups.
 
     Attributes:
-        values: [batch, group]. Positive where the group raises the readout.
-        groups: {name: indices into sites}; single sites carry their own name.
-        how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
-        of: 'site', or 'rank' where each group is one rank of its only site, as 'blocks.0.attn.q[2]'
-            names it, in the coordinates of the SVD of ΔW; or 'edge', where one reader alone sees
-            what the site writes, as 'blocks.0.attn.o → blocks.1.mlp' names it.
-        replace: the stand-in for δ_G: 'zero', 'mean' or 'resample'.
-        texts: the number of texts that the stand-in came from.
-        noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
+        values: [batch, group], positive if the group raises the readout.
+        groups: {name: indices into sites}; a single site has its own name.
+        how: 'add_one' for g(e_G) − g(0), or 'leave_one_out' for g(1) − g(1 − e_G).
+        of: 'site' for whole sites. 'rank' if each group is one rank of a site, such as
+            'blocks.0.attn.q[2]', in the coordinates of the SVD of ΔW. 'edge' if a single reader sees
+            what the site writes, as in 'blocks.0.attn.o → blocks.1.mlp'.
+        replace: what δ_G was replaced by: 'zero', 'mean' or 'resample'.
+        texts: the number of texts from which the replacement came.
+        noise_floor: [batch], σ of an effect from rounding alone; None if it was not measured.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
 
@@ -55,15 +55,15 @@ class Effects(Ranked):
         how: str,
         **details: Any,
     ) -> Effects:
-        """Effects with their labels, the exact shift beside them, and their noise floor.
+        """Put labels to effects, with the exact shift beside them, and their noise floor.
 
         An effect is a difference of two values of g near one end, both of which are rounded.
 
         Cost: two forward passes for the exact ends and four for the noise, unless g knows them.
 
         Args:
-            g: the function of which they are differences.
-            values: in the readout's units.
+            g: the function whose values were compared.
+            values: the effects, in the readout's units.
             groups: indices of sites, by name.
             how: 'add_one', near the base, or 'leave_one_out', near the adapted model.
             details: `of`, `replace`, `texts`.
@@ -73,7 +73,7 @@ class Effects(Ranked):
 
     @property
     def key(self) -> str:
-        """'add_one', 'leave_one_out', 'leave_one_out/mean': its stable name."""
+        """Its stable name, such as 'add_one', 'leave_one_out' or 'leave_one_out/mean'."""
         return self.how if self.replace == "zero" else f"{self.how}/{self.replace}"
 
     @property
@@ -86,8 +86,8 @@ class Effects(Ranked):
         """The part of the shift that no group does on its own, g(1) − g(0) − Σ effects.
 
         Raises:
-            MissingPartError: the groups overlap or leave sites out, are ranks, or were replaced by
-                something else than zero, so that their sum means nothing.
+            MissingPartError: the groups overlap, leave sites out or are ranks, or δ was replaced by
+                something other than zero, so that their sum means nothing.
         """
         if self.of != "site" or self.replace != "zero":
             fact = f"the sum of effects of {self.of}s replaced by {self.replace} is no shift"
@@ -101,14 +101,14 @@ class Effects(Ranked):
 
     @property
     def is_by_site(self) -> bool:
-        """Whether the groups are the single sites, all of them."""
+        """Whether the groups are single sites, and all of them."""
         return self.of == "site" and _is_by_site(self.groups, len(self.sites))
 
     def summed(self, attribution: Attribution) -> Float[Tensor, "batch group"]:
-        """An attribution of the same sites, summed over each group.
+        """Sum an attribution of the same sites over each group.
 
         Args:
-            attribution: one that the same lens gave.
+            attribution: an attribution from the same lens.
 
         Raises:
             ArgumentError: it is of other sites, or the groups are single ranks.
@@ -124,9 +124,9 @@ class Effects(Ranked):
         return attribution.per_site @ members.T
 
     def attribution(self) -> Attribution:
-        """The effects of single sites, all or some, as an attribution: heatmap, table and file.
+        """The effects of single sites as an attribution, which has a heatmap, a table and a file.
 
-        Of single ranks they are split by rank.
+        The effects of single ranks become an attribution that is split by rank.
 
         Raises:
             ArgumentError: the effects are of groups of several sites.
@@ -134,7 +134,7 @@ class Effects(Ranked):
         if self.of == "edge" or any(len(members) > 1 for members in self.groups.values()):
             use = "use group='site', with ll.patch_sites"
             raise ArgumentError(f"effects of groups, or of edges, are of no single sites; {use}.")
-        # Each rank is a group of its own, so that a site may be there several times.
+        # Each rank is a group of its own, so a site may be there several times.
         chosen = dict.fromkeys(index for (index,) in self.groups.values())
         sites = tuple(self.sites[index] for index in chosen)
         header: dict[str, Any] = {
@@ -159,7 +159,7 @@ class Effects(Ranked):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and group: its labels, effect, and share of the shift.
 
-        A group of a single site has that site's labels; another one has its number of sites.
+        A group of a single site has the labels of the site; any other has its number of sites.
         """
         numbers = {"value": self.values, "share": self.share}
         prompts = {"prompt": range(len(self.values))}
@@ -167,21 +167,21 @@ class Effects(Ranked):
         return long_table(numbers, prompts, groups)
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """Each group's effect."""
+        """The effect of each group."""
         values, shift = self.mean_over(prompt, self.values)
         labels = Sites(self.sites).columns_of_groups(self.groups, sizes=False)
         return Entries(labels, values, shift, "value")
 
     def to_patching_result(self) -> Any:
-        """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
+        """The effects as TransformerLens's `PatchingResult`, with its standard errors and p-values.
 
-        Its `values` are the readout with each group switched, [group, batch], and its `baseline`
-        the readout before: `effect()` is `values` here for add one, and their negative for leave
-        one out. `normalized(…)` of the readout at the other end is `share`.
+        Its `values` are the readout with each group switched, [group, batch], and its `baseline` is
+        the readout before. So its `effect()` is `values` here for add one, and minus `values` for
+        leave one out, and its `normalized(…)` by the readout at the other end is `share`.
 
         Raises:
             LensLoraError: the installed transformer-lens has no such class (4.3 has).
-            ArgumentError: add one with δ replaced, where each group has a baseline of its own.
+            ArgumentError: add one with δ replaced, where each group has its own baseline.
         """
         adds = self.how == "add_one"
         if adds and self.replace != "zero":
@@ -200,13 +200,13 @@ class Effects(Ranked):
 def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequence[str] = ()) -> Any:
     """Effects as TransformerLens's own class: patched readouts, and the run that was patched.
 
-    Effects that add to the base are patched − g(0); all others g(1) − patched.
+    Effects that add to the base are patched − g(0); all others are g(1) − patched.
 
     Args:
-        effects: with `values`, `base`, `adapted` and `readout`.
-        adds: whether they add to the base.
+        effects: a result with `values`, `base`, `adapted` and `readout`.
+        adds: whether the effects add to the base.
         index: a row of labels for each entry of one prompt.
-        axes: the names of the entries' axes.
+        axes: the names of the axes of the entries.
 
     Raises:
         LensLoraError: the installed transformer-lens has no such class.
@@ -228,5 +228,5 @@ def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequenc
 
 
 def _is_by_site(groups: Groups, count: int) -> bool:
-    """Whether the groups are the single sites, all of them."""
+    """Whether the groups are single sites, and all of them."""
     return list(groups.values()) == [(index,) for index in range(count)]
