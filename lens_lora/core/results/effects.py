@@ -30,8 +30,8 @@ class Effects(Ranked):
         groups: {name: indices into sites}; a single site has its own name.
         how: 'add_one' for g(e_G) − g(0), or 'leave_one_out' for g(1) − g(1 − e_G).
         of: 'site' for whole sites. 'rank' if each group is one rank of a site, such as
-            'blocks.0.attn.q[2]', in the coordinates of the SVD of ΔW. 'edge' if a single reader sees
-            what the site writes, as in 'blocks.0.attn.o → blocks.1.mlp'.
+            'blocks.0.attn.q[2]', in the coordinates of the SVD of ΔW. 'edge' if a single reader
+            sees what the site writes, as in 'blocks.0.attn.o → blocks.1.mlp'.
         replace: what δ_G was replaced by: 'zero', 'mean' or 'resample'.
         texts: the number of texts from which the replacement came.
         noise_floor: [batch], σ of an effect from rounding alone; None if it was not measured.
