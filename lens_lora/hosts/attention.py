@@ -1,13 +1,13 @@
 """Attention of a TransformerBridge: by its formula, or by torch's fused kernels.
 
-A bridge of most families computes attention itself, from its formula and whatever the config says,
-so that patterns have hook points. Two consequences:
+For most families a bridge computes attention itself, from its formula and whatever the config says,
+so that patterns have hook points. This has two consequences:
 
-- `fuse_attention` lets each block's attention be Hugging Face's own, by torch's fused kernel, which
-  makes no [head, query, key]. Hook points of scores, patterns and rotated q and k then never fire;
-  a hook there is warned of when a pass begins, whoever put it on.
-- Gemma 3's attention holds `attn_logit_softcapping` and leaves it out of its forward pass; the
-  bridge computes it. So such a cap is taken away (`drop_unused_caps`), or refused.
+- `fuse_attention` makes each block use Hugging Face's own attention with torch's fused kernel,
+  which computes no [head, query, key]. Hook points of scores, patterns and rotated q and k then
+  never fire. A hook there causes a warning when a pass begins, whoever put it there.
+- Gemma 3's attention holds `attn_logit_softcapping` but does not use it, and the bridge does. So
+  such a cap is removed (`drop_unused_caps`), or refused.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lens_lora.errors import ModelStateError, setting, warn
 # --- Attention by torch's fused kernels
 
 _CAP = "attn_logit_softcapping"
-# The hook points that never fire then.
+# The hook points that never fire with a fused kernel.
 _DEAD = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
 # Bridges whose q, k and v are modules of Hugging Face's own attention.
 _SEPARATE = ("AttentionBridge", "PositionEmbeddingsAttentionBridge")
 
 
 def fuse_attention(model: Any) -> None:
-    """Let every block's attention be Hugging Face's own, by the kernel 'sdpa'. For good."""
+    """Make every block use Hugging Face's own attention, with the kernel 'sdpa', for good."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
     found = attentions(model)
@@ -60,7 +60,7 @@ def fuse_attention(model: Any) -> None:
 
 
 def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run Hugging Face's attention within a bridge, and warn of hooks that never fire."""
+    """Run Hugging Face's attention inside a bridge, and warn about hooks that never fire."""
     hooked = [name for name in _DEAD if _has_hooks(getattr(attention, name, None))]
     if hooked:
         warn(
@@ -88,13 +88,13 @@ def replaced_attentions(model: Any) -> list[str]:
 
 
 def drop_unused_caps(hf_model: nn.Module) -> None:
-    """Take the caps away; what Hugging Face computes stays the same."""
+    """Remove soft-caps that are not used; what Hugging Face computes stays the same."""
     for attention in _with_unused_cap(hf_model):
         setattr(attention, _CAP, None)
 
 
 def refuse_unused_caps(bridge: nn.Module) -> None:
-    """Check that the bridge computes no cap that its Hugging Face model leaves out."""
+    """Check that the bridge computes no soft-cap that its Hugging Face model does not use."""
     for attention in _with_unused_cap(bridge):
         raise ModelStateError(
             f"{type(attention).__name__}.{_CAP} = {getattr(attention, _CAP)}: the "
@@ -105,7 +105,7 @@ def refuse_unused_caps(bridge: nn.Module) -> None:
 
 
 def _with_unused_cap(model: nn.Module) -> list[Any]:
-    """The modules that hold a cap which their forward pass does not read."""
+    """The modules with a soft-cap that their forward pass does not read."""
     found: list[Any] = []
     for module in model.modules():
         cap = getattr(module, "__dict__", {}).get(_CAP)
@@ -115,6 +115,6 @@ def _with_unused_cap(model: nn.Module) -> list[Any]:
 
 
 def _uses_cap(attention: type[nn.Module]) -> bool:
-    """Whether the code of its forward pass names the cap."""
+    """Whether the code of the forward pass names the soft-cap."""
     code = getattr(inspect.unwrap(attention.forward), "__code__", None)
     return code is None or _CAP in code.co_names

@@ -1,15 +1,15 @@
-"""Real interventions on activations: set to those of the other model, at any hook point.
+"""Real interventions on activations, which are set to those of the other model at a hook point.
 
     base to adapted   g(1) − g(1 | h ← h of base)       what is lost when h is set back
     adapted to base   g(0 | h ← h of adapted) − g(0)    what h alone brings to the base model
 
-1. An activation h comes from the other model, the donor, which runs once. The recipient runs once
-   for each patch, as rows of a batch: at one hook point, or one head of q, k, v or z there, and one
-   position, several of them, or all (`function/interventions.py`).
+1. The activation h comes from the other model, the donor, which runs once. The recipient runs once
+   for each patch, as rows of a batch. A patch is at one hook point, or at one head of q, k, v or z
+   there, and at one position, several, or all of them (`function/interventions.py`).
 2. In an adapted recipient the updates stay live: a patch at or before a site's input changes its δ,
-   and a patch at its output replaces W z + δ, as in a model of the merged weights.
-3. Points without an effect are tried with noise: where that has none either, the model ignores the
-   value that a hook leaves there, and the call raises an error.
+   and a patch at its output replaces W z + δ, as in a model with merged weights.
+3. Points without an effect are tried with noise. If noise has no effect either, the model ignores
+   what a hook does there, and the call raises an error.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from lens_lora.core.results.tables import long_table, tokens_at
 from lens_lora.errors import ArgumentError, ModelStateError, first_few
 
 Direction = Literal["base_to_adapted", "adapted_to_base"]
-# The gates of the donor, and those of the recipient.
+# The gates of the donor, and the gates of the recipient.
 _DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 0.0)}
 _IN_BLOCK = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<hook>.+)")
-# An effect below a thousandth of the shift, or below 64 roundings of the readout, may be none at
-# all: then the point is tried with noise.
+# If an effect is below a thousandth of the shift, or below 64 roundings of the readout, it may be
+# none at all, and the point is tried with noise.
 _SMALL = 1e-3
 _ROUNDINGS = 64
 
@@ -53,14 +53,15 @@ class ActivationEffects(Ranked):
     `plot` is hook point × position, or layer × hook point, or layer × head.
 
     Attributes:
-        values: [batch, name], or [batch, name, position] where each position was patched alone;
-            NaN where a prompt has no such position. Positive where the adapted model's activation
-            raises the readout.
-        names: hook points; where each head was patched alone 'blocks.3.attn.hook_z[5]', with the
-            heads of keys and values at k and v.
-        direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
-        positions: the positions patched: 'all', 'each', or indices, together.
-        noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
+        values: [batch, name], or [batch, name, position] if each position was patched alone, with
+            NaN where a prompt has no such position. They are positive if the adapted model's
+            activation raises the readout.
+        names: hook points; or, if each head was patched alone, 'blocks.3.attn.hook_z[5]', where k
+            and v have the heads of keys and values.
+        direction: 'base_to_adapted' for g(1) − g(patched), or 'adapted_to_base' for g(patched) −
+            g(0).
+        positions: the positions that were patched: 'all', 'each', or indices, together.
+        noise_floor: [batch], σ of an effect from rounding alone; None if it was not measured.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
 
@@ -72,7 +73,7 @@ class ActivationEffects(Ranked):
 
     @property
     def share(self) -> Float[Tensor, "batch name *position"]:
-        """The effects as shares of the shift: 1 where the activation carries all of it."""
+        """The effects as shares of the shift, 1 if the activation carries all of it."""
         return self.share_of(self.values)
 
     @property
@@ -82,7 +83,7 @@ class ActivationEffects(Ranked):
 
     @property
     def places(self) -> tuple[tuple[int | None, str], ...]:
-        """Each name's layer and the rest of it: (3, 'hook_resid_pre'); None outside the blocks."""
+        """Each name as layer and rest, such as (3, 'hook_resid_pre'); None outside the blocks."""
         places: list[tuple[int | None, str]] = []
         for name in self.names:
             match = _IN_BLOCK.fullmatch(name)
@@ -93,7 +94,7 @@ class ActivationEffects(Ranked):
         return tuple(places)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt, hook point (or head of it) and existing position: effect, share."""
+        """One row per prompt, hook point (or head) and position that exists: effect and share."""
         axes: list[dict[str, Any]] = [{"prompt": range(len(self.values))}, self._labels]
         if self.by_position:
             axes.append({"position": range(self.values.shape[2])})
@@ -110,7 +111,7 @@ class ActivationEffects(Ranked):
         return {"point": self.names, "layer": pd.array(layers, dtype="Int64"), "hook": hooks}
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """Each hook point's effect, or that of each of its positions."""
+        """The effect of each hook point, or of each of its positions."""
         values, shift = self.of_prompt(prompt)
         if not self.by_position:
             return Entries({"point": self.names}, values, shift, "value")
@@ -127,25 +128,26 @@ class ActivationEffects(Ranked):
     def of_prompt(
         self, prompt: int | None
     ) -> tuple[Float[Tensor, " name *position"], Float[Tensor, ""]]:
-        """One prompt's effects and shift in float64, or the mean over prompts.
+        """The effects and the shift of one prompt, or their means over prompts, in float64.
 
         Args:
-            prompt: an index; without it the mean over prompts, or by position the only prompt.
+            prompt: an index; without it, the mean over prompts. By position there is no mean, and
+                the only prompt is taken.
 
         Raises:
-            ArgumentError: no such prompt; by position, several prompts and none named.
+            ArgumentError: no such prompt; or by position several prompts, and none is named.
         """
         if self.by_position:
             prompt = self.only_prompt(prompt, "positions")
         return self.mean_over(prompt, self.values)
 
     def to_patching_result(self) -> Any:
-        """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
+        """The effects as TransformerLens's `PatchingResult`, with its standard errors and p-values.
 
         Its `values` are the patched readout, [name, batch] or [name, pos, batch] (NaN where a
-        prompt has no such position), and its `baseline` the readout before: `effect()` is `values`
-        here from adapted to base, and their negative from base to adapted. `normalized(…)` of the
-        readout at the other end is `share`.
+        prompt has no such position), and its `baseline` is the readout before. So its `effect()` is
+        `values` here from adapted to base, and minus `values` from base to adapted, and its
+        `normalized(…)` by the readout at the other end is `share`.
 
         Raises:
             LensLoraError: the installed transformer-lens has no such class (4.3 has).
@@ -251,9 +253,9 @@ class _Place(NamedTuple):
     """Where activations are replaced.
 
     Attributes:
-        label: what the result calls it: 'blocks.3.attn.hook_z[5]'.
+        label: its name in the result, such as 'blocks.3.attn.hook_z[5]'.
         point: the hook point.
-        features: those of one head; None for all.
+        features: the mask of the features of one head; None for all features.
     """
 
     label: str
@@ -275,7 +277,7 @@ def _places_of_heads(heads_of: Mapping[str, Sequence[Tensor]]) -> list[_Place]:
 
 
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """The entries that are in both masks; None is a mask of all."""
+    """The entries that are in both masks, where None stands for all entries."""
     if one is None:
         return other
     return one if other is None else one & other
@@ -284,25 +286,23 @@ def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 def _require_heard(
     g: Function, scale: float, points: Sequence[str], values: Float[Tensor, "batch place position"]
 ) -> None:
-    """Refuse points without an effect at which nothing at all would have one.
+    """Refuse points at which the model ignores what a hook does.
 
     Args:
         g: the function.
         scale: the gates of the recipient.
-        points: of each place.
+        points: the hook point of each place.
         values: the effects.
 
     Raises:
-        ModelStateError: the model ignores what a hook leaves at a point.
+        ModelStateError: there is such a point.
     """
     ends = g.ends
     rounding = _ROUNDINGS * g.lens.eps * float(ends.abs().max())
     largest_shift = float((ends[1] - ends[0]).abs().max())
     least = max(_SMALL * largest_shift, rounding)
-    is_heard = values.abs().amax((0, 2)) > least
-    heard = {
-        point for point, has_effect in zip(points, is_heard.tolist(), strict=True) if has_effect
-    }
+    has_effect = (values.abs().amax((0, 2)) > least).tolist()
+    heard = set(itertools.compress(points, has_effect))
     doubtful = [point for point in dict.fromkeys(points) if point not in heard]
     if not doubtful:
         return
@@ -318,7 +318,7 @@ def _require_heard(
 
 
 def _chosen_positions(positions: object) -> ChosenPositions:
-    """The positions of a caller, of which there must be one."""
+    """Check a caller's positions, of which there must be at least one."""
     if isinstance(positions, Sequence) and not positions:
         raise ArgumentError(f"positions={positions!r}: there is no position in this choice.")
     return ChosenPositions.of(positions)
@@ -327,7 +327,7 @@ def _chosen_positions(positions: object) -> ChosenPositions:
 def _masks(
     positions: ChosenPositions, prompts: Prompts, reading: Reading
 ) -> list[Bool[Tensor, "row pos 1"] | None]:
-    """The masks to patch under, one for each number of the result; None for the whole sequence.
+    """The masks of the patches, one for each number of the result; None for the whole sequence.
 
     Raises:
         ArgumentError: a position outside a prompt.
@@ -352,7 +352,7 @@ def _masks(
 
 
 def _require_within(positions: ChosenPositions, length: int, start: int, prompt: int) -> None:
-    """Refuse positions that a row of this length, with a response from here on, does not have."""
+    """Check that a row of this length, whose response begins at `start`, has the positions."""
     if isinstance(positions.which, tuple):
         lacking = [index for index in positions.which if not -length <= index < length]
         if not lacking:
