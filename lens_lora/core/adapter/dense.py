@@ -1,16 +1,16 @@
-"""A dense ΔW as two factors, of which one takes no memory.
+"""A dense ΔW as two factors, one of which takes no memory.
 
-Any ΔW [out, in] is a product with the identity on its smaller side, which would be as large as ΔW
-where that is square. J, the identity with its rows in reverse, need not be stored: its rows are
-windows of one vector with a single 1,
+Any ΔW [out, in] is its own product with the identity of its smaller side. But the identity would be
+as large as a square ΔW. J, the identity with its rows in reverse order, need not be stored, as its
+rows are windows of one vector with a single 1:
 
-    J[i, j] = window[i + j],    window = (0, …, 0, 1, 0, …, 0) of 2n − 1 numbers,
+    J[i, j] = window[i + j],    window = (0, …, 0, 1, 0, …, 0) of 2n − 1 numbers
 
-so that J is a view of that vector. ΔW = J (JΔW), and JΔW is ΔW with its rows in reverse.
+So J is a view of that vector. ΔW = J (JΔW), where JΔW is ΔW with its rows in reverse order.
 
-A view is a tensor like any other: what does not know of J computes with it as with a matrix. What
-does (`applied`) reverses an axis in place of a product. A conversion to another dtype or device
-would write all of J out; `converted` makes another view.
+A view is a tensor like any other, so code that does not know J computes with it as with any matrix.
+Code that knows it (`applied`) reverses an axis instead of computing a product. Converting J to
+another dtype or device would write out all of it, so `converted` makes another view.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 
 
 def reversal(size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "size size"]:
-    """J: the identity of this size with its rows in reverse, as a view of 2 · size − 1 numbers."""
+    """Make J, the identity with its rows in reverse order, as a view of 2 · size − 1 numbers."""
     window = torch.zeros(2 * size - 1, dtype=dtype, device=device)
     window[size - 1] = 1
     return window.as_strided((size, size), (1, 1))
 
 
 def is_reversal(matrix: Tensor) -> bool:
-    """Whether this is a J that `reversal` made, by its strides; of one entry none is.
+    """Whether a matrix is a J from `reversal`, which its strides show; a single entry never is.
 
     `LoRAFactors` writes out any other matrix whose rows overlap in memory.
     """
@@ -37,7 +37,7 @@ def is_reversal(matrix: Tensor) -> bool:
 
 
 def written_out(matrix: Tensor) -> Tensor:
-    """A copy of a matrix whose rows overlap in memory and that is no J; any other as it is."""
+    """A copy of the matrix, if its rows overlap in memory and it is not J; else the matrix."""
     if not is_reversal(matrix):
         return matrix
     size = len(matrix)
@@ -49,7 +49,7 @@ def written_out(matrix: Tensor) -> Tensor:
 def converted(
     matrix: Float[Tensor, "row column"], dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "row column"]:
-    """The matrix in this dtype and on this device; a J stays a view."""
+    """The matrix in this dtype and on this device; J stays a view."""
     if is_reversal(matrix):
         return reversal(len(matrix), dtype, device)
     return matrix.to(dtype).to(device)
@@ -58,19 +58,19 @@ def converted(
 def applied(
     x: Float[Tensor, "*token column"], matrix: Float[Tensor, "row column"]
 ) -> Float[Tensor, "*token row"]:
-    """Apply a matrix M to each token, x Mᵀ; a J without computing a product."""
+    """Apply a matrix M to each token, x Mᵀ; for J no product is computed."""
     return x.flip(-1) if is_reversal(matrix) else x @ matrix.T
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """The memory that a tensor takes; a J is a view of few numbers."""
+    """The bytes that a tensor takes; J is a view of few numbers."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def as_dense(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The factors of a file with a J in place of an identity; None where neither is one.
+    """Factors from a file with J in place of an identity; None if neither factor is one.
 
-    A file holds the identity or J written out.
+    In a file the identity, or J, is written out.
     """
     if A.ndim != 2 or B.ndim != 2:
         return None

@@ -1,13 +1,15 @@
-"""PEFT's adapter format: a folder, or a config and its tensors → updates by module path.
+"""Read PEFT's adapter format: from a config and its tensors to updates by module path.
 
 1. Every tensor key is accounted for: which module it belongs to, and in which role (`peft_keys`).
-   Tensors that PEFT would leave out are refused, and so are tensors that the config promises and
-   that are missing.
+   A tensor that PEFT would leave out is refused, and so is a file that lacks one which the config
+   promises.
 2. The paths become those of the causal language model (`module_paths`).
-3. Factors: s = α/r, or α/√r for rsLoRA, with r and α from the config's patterns (`peft_patterns`).
-4. A parameter of `target_parameters` has factors of its own. PEFT stores those of one module as
-   wrappers within one another, the first parameter innermost, and columns of B expert by expert.
-5. Modules that were trained whole, rows of tokens and biases are in `peft_trained`.
+3. The factors have s = α/r, or α/√r for rsLoRA, with r and α from the config's patterns
+   (`peft_patterns`).
+4. A parameter of `target_parameters` has factors of its own. PEFT stores the parameters of one
+   module as nested wrappers, the first one innermost, and orders the columns of B by rank, then by
+   expert.
+5. Modules that were trained whole, rows of tokens and biases are read by `peft_trained`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def read_folder(folder: Path, config: PeftConfig) -> tuple[dict[str, ModuleUpdate], str | None]:
-    """The updates by module path of a folder with its config, and the base that it names."""
+    """Read the updates of a folder, by module path, and the base that its config names."""
     tensors = peft_files.read_tensors(folder)
     with located(folder):
         peft_variants.refuse_variants(config)
@@ -63,7 +65,7 @@ def base_of(config: Any) -> str | None:
     """The base model that a config names.
 
     Raises:
-        AdapterError: something that is no name.
+        AdapterError: something that is not a name.
     """
     base = config.base_model_name_or_path or None
     if not isinstance(base, str | None):
@@ -72,10 +74,10 @@ def base_of(config: Any) -> str | None:
 
 
 def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, ModuleUpdate]:
-    """Updates by the file's module paths, of a config and its tensors by PEFT's keys.
+    """Make updates, by the file's module paths, of a config and its tensors by PEFT's keys.
 
     Raises:
-        AdapterError: tensors that are left over, missing, or not those of the config.
+        AdapterError: tensors are left over or missing, or do not belong to the config.
     """
     modules, left_over = by_module(state)
     modules, parameters = _with_parameters(config, modules)
@@ -121,9 +123,9 @@ def _require_nothing_left_over(config: Any, left_over: list[str]) -> None:
 
 
 def _require_targets(config: Any, untargeted: list[str]) -> None:
-    """Refuse factors of modules that the config leaves out, but for a head tied to its embedding.
+    """Refuse factors of modules that the config does not target.
 
-    `ensure_weight_tying` ties such a head to the embedding's LoRA.
+    A head may have factors if `ensure_weight_tying` ties it to the LoRA of its embedding.
     """
     if getattr(config, "ensure_weight_tying", False):
         untargeted = [path for path in untargeted if not ends_in_head(path)]
@@ -148,10 +150,10 @@ def _require_targets(config: Any, untargeted: list[str]) -> None:
 
 
 def lora_factors(roles: Roles, scale: float) -> LoRAFactors:
-    """One module's factors from its tensors by role.
+    """The factors of one module.
 
     Args:
-        roles: its tensors.
+        roles: its tensors, by role.
         scale: s of the note.
 
     Raises:
@@ -168,15 +170,15 @@ def lora_factors(roles: Roles, scale: float) -> LoRAFactors:
 
 
 def of_experts(factors: LoRAFactors, experts: int) -> LoRAFactors:
-    """The factors of a parameter that holds all experts, with the ranks of each one together.
+    """Reorder the factors of a parameter of all experts, so that each expert's ranks are together.
 
-    PEFT orders the columns of B by rank and then by expert.
+    PEFT orders the columns of B by rank, and then by expert.
 
     Args:
-        factors: as PEFT stores them.
-        experts: how many there are.
+        factors: the factors as PEFT stores them.
+        experts: the number of experts.
     """
-    of_all = dataclasses.replace(factors, experts=experts)  # refuses a number that does not fit
+    of_all = dataclasses.replace(factors, experts=experts)  # Refuses a number that does not fit.
     by_rank = of_all.B.unflatten(1, (-1, experts))
     return dataclasses.replace(of_all, B=by_rank.mT.flatten(1))
 
@@ -184,10 +186,10 @@ def of_experts(factors: LoRAFactors, experts: int) -> LoRAFactors:
 def _file_factors(
     config: Any, patterns: Patterns, path: str, roles: Roles, parameter: str | None
 ) -> LoRAFactors:
-    """A module's factors, with the rank and the scale that the config says."""
+    """The factors of a module, checked against the rank and the scale in the config."""
     rank = patterns.value("rank_pattern", parameter or path, config.r)
     alpha = patterns.value("alpha_pattern", parameter or path, config.lora_alpha)
-    is_count = isinstance(rank, int) and rank > 0  # any other is refused below
+    is_count = isinstance(rank, int) and rank > 0  # Anything else is refused below.
     factors = lora_factors(roles, _scale(alpha, rank if is_count else 1, config.use_rslora))
     _require_tensor_of_field(config, "use_dora", roles, "magnitude")
     _require_tensor_of_field(config, "lora_bias", roles, "lora_bias")
@@ -200,7 +202,7 @@ def _file_factors(
 
 
 def _require_tensor_of_field(config: Any, field: str, roles: Roles, role: str) -> None:
-    """Check that the module has this tensor if, and only if, the config's switch is on."""
+    """Check that the module has this tensor if and only if the config's switch is on."""
     is_there = role in roles
     if bool(getattr(config, field)) != is_there:
         has = "has" if is_there else "has no"
@@ -211,7 +213,7 @@ def _require_tensor_of_field(config: Any, field: str, roles: Roles, role: str) -
 
 
 def _scale(alpha: Any, rank: int, use_rslora: bool) -> float:
-    """PEFT's scale: α/r, or α/√r for rsLoRA."""
+    """The scale s as PEFT has it: α/r, or α/√r for rsLoRA."""
     if isinstance(alpha, str):
         raise AdapterError(f"lora_alpha is {alpha!r}, a string; write it without quotation marks.")
     try:
@@ -230,9 +232,9 @@ def _scale(alpha: Any, rank: int, use_rslora: bool) -> float:
 def _with_parameters(
     config: Any, modules: Mapping[str, Roles]
 ) -> tuple[dict[str, Roles], dict[str, str]]:
-    """The modules, with targeted parameters by paths of their own; and {that path: the parameter}.
+    """Give targeted parameters paths of their own; also returns {such a path: the parameter}.
 
-    A router's `weight` has the path of its module.
+    The `weight` of a router has the path of its module.
     """
     paths_by_holder: dict[str, list[str]] = {}
     for path in modules:
@@ -262,7 +264,7 @@ def _with_parameters(
 def _targeted_parameters(config: Any, holder: str) -> list[str]:
     """The parameters of a module that the config targets, in the order in which PEFT wraps them.
 
-    A target is an end of a parameter's path.
+    A target is the end of a parameter's path.
     """
     names: set[str] = set()
     for target in config.target_parameters or ():
@@ -273,12 +275,12 @@ def _targeted_parameters(config: Any, holder: str) -> list[str]:
 
 
 def parameter_holder(path: str) -> str:
-    """The module of a path, without PEFT's wrappers of its parameters."""
+    """The path of the module itself, without PEFT's wrappers of its parameters."""
     while path.endswith(WRAPPED):
         path = path.removesuffix(WRAPPED)
     return path
 
 
 def parameter_path(holder: str, parameter: str) -> str:
-    """The path by which an adapter names a parameter: `weight` is that of its module."""
+    """The path by which an adapter names a parameter; for `weight`, that of its module."""
     return holder if parameter == "weight" else f"{holder}.{parameter}"
