@@ -36,7 +36,7 @@ Component = Literal["z_norm", "delta_norm", "sensitivity", "cosine", "gain", "fi
 
 @final
 class Components(OfSites):
-    """What makes each site's first-order shift large or small, at the base model.
+    """The components that make each site's first-order shift large or small, at the base model.
 
     Attributes:
         z_norm, delta_norm: ‖z‖ and ‖δz‖.

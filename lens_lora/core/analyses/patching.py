@@ -180,7 +180,7 @@ def _each_rank(lens: LoraLens, groups: Groups) -> tuple[Groups, list[int]]:
 def _stand_in(
     lens: LoraLens, reading: Reading, how: How, replace: Replace, texts: Prompts
 ) -> activations.StandIn:
-    """What δ is replaced by: it is taken from the texts, on the model that is intervened on."""
+    """Take what replaces δ from the texts, run on the model that is intervened on."""
     gates = lens.gates(float(how == "leave_one_out"))
     if replace == "mean":
         return mean_over(lens, texts, texts.distinct(), gates, reading)

@@ -53,7 +53,7 @@ Coordinates = Float[Tensor, "_row _pos *_head _rank"]
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """What replaces u at every injection, and at which tokens.
+    """The replacement of u at every injection, and the tokens at which it is made.
 
     Attributes:
         u: ū of each injection, [row, pos, …, rank], or [1, 1, …, rank] for all rows and tokens.

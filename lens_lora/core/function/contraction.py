@@ -125,7 +125,7 @@ def input_by_head(
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Which part each row keeps: for each axis one slot per row, with −1 for all slots.
+    """The part that each row keeps: for each axis one slot per row, with −1 for all slots.
 
     None for an axis says that every row keeps all of its slots.
     """

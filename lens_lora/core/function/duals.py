@@ -84,7 +84,7 @@ class OneProduct(TorchFunctionMode):
 
 
 class _KnownProduct(torch.autograd.Function):
-    """xW, which is computed already, with its backward pass to x."""
+    """The product xW, which is computed already, with its backward pass to x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, value: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from lens_lora.families import NORM_KINDS
 
 @runtime_checkable
 class Inject(Protocol):
-    """What a writer calls: (index of the injection, output, z) → new output.
+    """The function that a writer calls: (index of the injection, output, z) → new output.
 
     z is [batch, pos, in], or [batch, pos, head, in] if each head of q, k or v has an input of its
     own. An injection that adds a constant gets zeros.
@@ -133,7 +133,7 @@ class _Reader:
 # Without a repr: TransformerLens names a hook by it, and that of an injection shows all tensors.
 @dataclasses.dataclass(eq=False, repr=False)
 class _AtSite:
-    """What both kinds of writers have.
+    """The common part of both kinds of writers.
 
     Attributes:
         index: the index of the injection.

@@ -39,7 +39,7 @@ _PASSES = _Passes()
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Which tokens of a pass's rows belong to the prompt.
+    """The tokens of a pass's rows that belong to the prompt.
 
     Attributes:
         prompts: [row], the number of tokens of each prompt.

@@ -46,7 +46,7 @@ from lens_lora.families import NORM_KINDS
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """What one site adds at one place: its gate times δ.
+    """The addition of one site at one place: its gate times δ.
 
     Attributes:
         site: the index of the site.

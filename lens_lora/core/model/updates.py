@@ -309,7 +309,7 @@ def _linear_update(site: SiteFactors, host: HookedHost) -> Update | None:
 
 
 def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Update:
-    """s·BA, or DoRA's dense ΔW; plus W₀ − W if the file holds another W₀ than the base."""
+    """The update s·BA, or DoRA's dense ΔW; plus W₀ − W if the file holds another W₀."""
     is_dora = factors.needs_base_weight
     stored = _unlike_base(site, factors.base_weight, host)
     reads = factors.A
