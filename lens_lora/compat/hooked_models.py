@@ -81,11 +81,10 @@ def processed_weight(component: Any, name: str) -> Tensor | None:
 
 def processed_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The processed weights that a module of a bridge holds itself, by the names of attributes."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in vars(module).items():
-        if name.startswith("_processed_") and isinstance(value, Tensor):
-            tensors[name] = value
-    return tensors
+    attributes = vars(module)
+    # The names alone first: thousands of modules have dozens of attributes each, and none of these.
+    names = [name for name in attributes if name.startswith("_processed_")]
+    return {name: attributes[name] for name in names if isinstance(attributes[name], Tensor)}
 
 
 def unwrapped(module: Any) -> Any:

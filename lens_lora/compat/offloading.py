@@ -8,6 +8,7 @@ the same hooks, for as long as it is read.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -44,9 +45,13 @@ def home_of(model: nn.Module) -> torch.device:
     raise AssertionError("a parameter of no module")
 
 
-def refuse_out_of_reach(model: nn.Module) -> None:
-    """Refuse weights that lie on no device and are not brought to one by accelerate's hooks."""
-    for path, module in model.named_modules():
+def refuse_out_of_reach(modules: Mapping[nn.Module, str]) -> None:
+    """Refuse weights that lie on no device and are not brought to one by accelerate's hooks.
+
+    Args:
+        modules: a model's modules, with their names.
+    """
+    for module, path in modules.items():
         for name, weight in own_parameters(module).items():
             if not is_offloaded(module) and weight.is_meta:
                 raise ModelStateError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lens_lora.compat.torch_modules import modules_in
+from lens_lora.compat.torch_modules import modules_in, own_parameters
 
 # What modules that wrap others during training call the wrapped one, which stands in the keys of
 # files that were saved from them: of torch.compile, FSDP and checkpointing.
@@ -56,19 +58,32 @@ def gathers_weights(module: nn.Module) -> bool:
     return "FSDPModule" in [cls.__name__ for cls in type(module).__mro__]
 
 
-def gathered_modules(model: Any) -> set[nn.Module]:
-    """The modules whose weights FSDP2 puts together, also those within a bridge's own model."""
+def gathered_modules(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """The modules whose weights FSDP2 puts together, and all that is within them.
+
+    Args:
+        modules: those of the model; of a bridge also those of its Hugging Face model.
+    """
     gathered: set[nn.Module] = set()
-    for root in (model, getattr(model, "original_model", model)):
-        for module in root.modules():
-            if gathers_weights(module):
-                gathered.update(module.modules())
+    for module in modules:
+        if gathers_weights(module):
+            gathered.update(module.modules())
     return gathered
 
 
-def is_over_ranks(model: Any) -> bool:
-    """Whether processes hold parts of the model's weights, and send one another what they lack."""
-    return bool(gathered_modules(model)) or any(map(is_sharded, model.parameters()))
+def is_over_ranks(modules: Collection[nn.Module]) -> bool:
+    """Whether processes hold parts of a model's weights, and send one another what they lack.
+
+    Args:
+        modules: as for `gathered_modules`.
+    """
+    if gathered_modules(modules):
+        return True
+    return any(map(is_sharded, itertools.chain.from_iterable(map(_weights_in, modules))))
+
+
+def _weights_in(module: nn.Module) -> Collection[nn.Parameter]:
+    return own_parameters(module).values()
 
 
 class Split(NamedTuple):

@@ -80,7 +80,11 @@ def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a module itself has, by name."""
-    return {name: held for name, held in parameters_in(module).items() if held is not None}
+    parameters = parameters_in(module)
+    # Most modules of a bridge are hook points, without any.
+    if not parameters:
+        return {}
+    return {name: held for name, held in parameters.items() if held is not None}
 
 
 def modules_in(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -89,13 +89,13 @@ def replaced_attentions(model: Any) -> list[str]:
 
 def drop_unused_caps(hf_model: nn.Module) -> None:
     """Remove soft-caps that are not used; what Hugging Face computes stays the same."""
-    for attention in _with_unused_cap(hf_model):
+    for attention in _with_unused_cap(hf_model.modules()):
         setattr(attention, _CAP, None)
 
 
-def refuse_unused_caps(bridge: nn.Module) -> None:
-    """Check that the bridge computes no soft-cap that its Hugging Face model does not use."""
-    for attention in _with_unused_cap(bridge):
+def refuse_unused_caps(modules: Iterable[nn.Module]) -> None:
+    """Check that a bridge of these modules computes no soft-cap that Hugging Face leaves out."""
+    for attention in _with_unused_cap(modules):
         raise ModelStateError(
             f"{type(attention).__name__}.{_CAP} = {getattr(attention, _CAP)}: the "
             "TransformerBridge caps attention scores by it, and transformers ignores it, so their "
@@ -104,10 +104,10 @@ def refuse_unused_caps(bridge: nn.Module) -> None:
         )
 
 
-def _with_unused_cap(model: nn.Module) -> list[Any]:
+def _with_unused_cap(modules: Iterable[nn.Module]) -> list[Any]:
     """The modules with a soft-cap that their forward pass does not read."""
     found: list[Any] = []
-    for module in model.modules():
+    for module in modules:
         cap = getattr(module, "__dict__", {}).get(_CAP)
         if cap is not None and not _uses_cap(type(module)):
             found.append(module)

@@ -39,6 +39,7 @@ from lens_lora.core.model import (
     base_logits,
     context_of_copy,
     eps_of,
+    modules_of,
     note_that_it_ran,
     require_running,
     require_same_logits,
@@ -106,9 +107,10 @@ def hooked_model(
     own, set_back = _usable(tokenizer)
     if chosen == "HookedTransformer":
         _refuse_copying(hf_model, attn)
-    refuse_out_of_reach(hf_model)
+    modules = modules_of(hf_model)
+    refuse_out_of_reach(modules)
     hf_model.config.architectures = [type(hf_model).__name__]
-    with differentiable_products(quantised_linears(hf_model)):
+    with differentiable_products(quantised_linears(modules)):
         expected = base_logits(hf_model, hf_model.dtype)
         loaded_with = attention_of(hf_model)
         model = _made(chosen, hf_model, own)
@@ -127,7 +129,7 @@ def hooked_model(
         model.cfg.tokenizer_prepends_bos = begins_text
         model.cfg.default_prepend_bos = begins_text if prepend_bos is None else prepend_bos
     if expected is not None:  # The logits were compared, so the model has run.
-        note_that_it_ran(model)
+        note_that_it_ran(model, modules_of(model))
     return model, chosen
 
 
@@ -242,7 +244,7 @@ def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:
         )
     if any(is_offloaded(module) for module in hf_model.modules()):
         state = "offloaded"
-    elif quantised_linears(hf_model):
+    elif quantised_linears(hf_model.modules()):
         state = "quantised"
     else:
         return

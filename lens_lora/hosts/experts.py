@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -64,9 +64,9 @@ def is_router(module: object) -> bool:
 
 
 @extensions.refuse_without_float64.provide
-def refuse_without_float64(model: nn.Module) -> None:
+def refuse_without_float64(modules: Iterable[nn.Module]) -> None:
     """Refuse experts in float64 if their kernel has no float64."""
-    for experts in filter(is_experts, model.modules()):
+    for experts in filter(is_experts, modules):
         kernel = compat.experts_implementation(experts)
         if kernel == "grouped_mm" and next(experts.parameters()).dtype == torch.float64:
             raise ModelStateError(

@@ -28,6 +28,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from lens_lora import compat
 from lens_lora.core import Adapter, TrainedModule
 from lens_lora.core.adapter import module_path
+from lens_lora.core.model import modules_of
 from lens_lora.errors import AdapterError, ModelStateError
 
 # How transformers splits modules that can be made whole here, by the names of its plans.
@@ -127,7 +128,7 @@ def refuse_modules_trained_whole(model: nn.Module, adapter: Adapter) -> None:
         AdapterError: there are such modules, naming the first.
     """
     trained = [key for key, update in adapter.modules.items() if isinstance(update, TrainedModule)]
-    if trained and compat.is_over_ranks(model):
+    if trained and compat.is_over_ranks(modules_of(model)):
         path = module_path(trained[0])
         raise AdapterError(
             f"{path} was trained whole (modules_to_save, or a norm), and the base's weights are "

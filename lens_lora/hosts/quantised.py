@@ -15,6 +15,7 @@ bitsandbytes' own products have first derivatives in reverse mode only.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ def quantised_name(module: nn.Module) -> str | None:
 
 
 @extensions.quantised_linears.provide
-def quantised_linears(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Every linear module of bitsandbytes."""
-    return tuple(module for module in model.modules() if quantised_name(module) is not None)
+def quantised_linears(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    """Every linear module of bitsandbytes among these."""
+    return tuple(module for module in modules if quantised_name(module) is not None)
 
 
 @extensions.dequantised.provide

@@ -30,11 +30,12 @@ def refuse_unusable_weights(model: nn.Module, modules: Mapping[nn.Module, str]) 
 
 
 @extensions.refuse_unusable_bridge.provide
-def refuse_unusable_bridge(model: Any) -> None:
+def refuse_unusable_bridge(model: Any, modules: Mapping[nn.Module, str]) -> None:
     """Refuse a TransformerBridge that computes another function than its Hugging Face model."""
-    refuse_unused_caps(model)
-    refuse_empty_components(model)
-    refuse_without_float64(model)
+    refuse_unused_caps(modules)
+    if any(map(compat.wraps_nothing, modules)):
+        refuse_empty_components(model)
+    refuse_without_float64(modules)
 
 
 def _refuse_sharded(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
@@ -47,7 +48,7 @@ def _refuse_sharded(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
     if is_split and hf_model is model:
         over_ranks.split_maps(model)  # They are made whole once a bridge is made.
         return
-    gathered = compat.gathered_modules(model)
+    gathered = compat.gathered_modules(modules)
     for module, path in modules.items():
         for name, parameter in compat.own_parameters(module).items():
             if not compat.is_sharded(parameter):

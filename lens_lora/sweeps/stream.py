@@ -30,7 +30,6 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lens_lora.compat import is_over_ranks
 from lens_lora.core import (
     LoraLens,
     Prompts,
@@ -77,7 +76,7 @@ def token_sweep(
     gauge = BY_TOKEN[name].options["gauge"]
     ranks = activation_ranks(lens, range(len(lens.sites)), gauge)
     processes = launched()
-    require_whole_model(processes, is_over_ranks=is_over_ranks(lens.model))
+    require_whole_model(processes, is_over_ranks=lens.plan.is_over_ranks)
     store = TokenStore(out, fingerprint(lens, options_of([name]), None, version), lens.sites, ranks)
     shown = progress and processes.is_main
     with store.writing(processes):

@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 from typing_extensions import Unpack
 
-from lens_lora.compat import is_over_ranks
 from lens_lora.core import Adapter, LoraLens, Prompts, Readout
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
 from lens_lora.guesses import fitting
@@ -157,7 +156,7 @@ def sweep(
     require_slopes(names, readout)
 
     processes = launched()
-    require_whole_model(processes, is_over_ranks=is_over_ranks(lens.model))
+    require_whole_model(processes, is_over_ranks=lens.plan.is_over_ranks)
     depends_on = fingerprint(lens, options_of(names), readout, version)
     folder = None if part is None else part.folder_in(folder_of_shards(Path(out)))
     store = RowStore(out, depends_on, lens.sites, names, folder)

@@ -131,7 +131,7 @@ def test_the_kernel_of_avx512_is_gone_around(fast_cpu):
     for name in ("reverse", "forward", "second order"):
         found, expected = (ANALYSES[name](some, models.tokens()) for some in (lens, plain))
         assert (found - expected).abs().max() < 2e-4 * expected.abs().max()
-    assert not any(is_packed(module) for module in quantised_linears(lens.model))
+    assert not any(is_packed(module) for module in quantised_linears(lens.model.modules()))
 
 
 def test_weights_that_this_kernel_repacked_are_read_right(fast_cpu):
@@ -139,7 +139,7 @@ def test_weights_that_this_kernel_repacked_are_read_right(fast_cpu):
     model, plain = fast_cpu
     with torch.no_grad():
         model(models.tokens())
-    assert all(is_packed(module) for module in quantised_linears(model))
+    assert all(is_packed(module) for module in quantised_linears(model.modules()))
     found = ANALYSES["reverse"](lens_of(model, "llama"), models.tokens())
     expected = ANALYSES["reverse"](plain, models.tokens())
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
@@ -171,7 +171,7 @@ def is_packed(module) -> bool:
 @pytest.mark.parametrize("bits", quantised.BITS)
 def test_modules_have_their_own_forward_again(bits: str):
     lens = lens_of(quantised.load("llama", bits), "llama")
-    linears = quantised_linears(lens.model)
+    linears = quantised_linears(lens.model.modules())
     before = [(dict(vars(m)), m.weight.data.clone()) for m in linears]
     ll.first_order(lens, models.tokens(), ASKED, mode="forward")
     with pytest.raises(ZeroDivisionError), lens.applied():
@@ -185,7 +185,7 @@ def test_modules_have_their_own_forward_again(bits: str):
 def test_the_dequantised_weight_is_near_the_weight(bits: str):
     model, base = quantised.load("qwen2", bits), hf_base("qwen2")
     for path, module in model.named_modules():
-        if module in quantised_linears(model):
+        if module in quantised_linears(model.modules()):
             weight = base.get_submodule(path).weight
             error = (dequantised(module) - weight).square().mean().sqrt()
             assert error < {"4 bit": 0.12, "8 bit": 0.012}[bits] * weight.square().mean().sqrt()
@@ -284,7 +284,7 @@ def test_blocks_end_in_any_order(bits: str, first: int):
     model = quantised.load(FAMILIES[0], bits)
     lens = lens_of(model, FAMILIES[0])
     half = lens.with_adapter(lens.adapter.scaled(0.5))
-    places = [(m, computing_attribute(m)) for m in quantised_linears(lens.model)]
+    places = [(m, computing_attribute(m)) for m in quantised_linears(lens.model.modules())]
     before = [vars(module).get(name) for module, name in places]
     left = (lens, half)[1 - first].logits(models.tokens())
     blocks = lens.applied(), half.applied()

@@ -46,6 +46,6 @@ def test_a_bridge_of_another_function_is_refused(monkeypatch: pytest.MonkeyPatch
     adapter, tokens = ll.Adapter.from_peft(peft), models.tokens()
     with pytest.raises(ll.errors.ModelStateError, match=r"attn_logit_softcapping = 0\.5.*None"):
         ll.LoraLens(model, adapter)
-    monkeypatch.setattr(unusable, "refuse_unused_caps", lambda model: None)
+    monkeypatch.setattr(unusable, "refuse_unused_caps", lambda modules: None)
     off = ll.LoraLens(model, adapter).logits(tokens) - peft(tokens).logits
     assert off.abs().max() > 1e-2

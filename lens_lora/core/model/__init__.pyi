@@ -18,6 +18,7 @@ from .basis import norm_of_product as norm_of_product
 from .bridge import BridgeHost as BridgeHost
 from .bridge import attentions as attentions
 from .check import SKIP as SKIP
+from .check import modules_of as modules_of
 from .check import refuse_unusable as refuse_unusable
 from .check import require_adapter as require_adapter
 from .find_host import host_of as host_of

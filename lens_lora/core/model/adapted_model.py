@@ -60,7 +60,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         self.model: Any = model
         self._plan = plan
         # The precision, if it is known without a pass; `eps` measures it otherwise.
-        self._eps: float | None = precision.known_eps(model)
+        self._eps: float | None = precision.known_eps(plan.host.modules)
 
     # --- The model and its sites
 

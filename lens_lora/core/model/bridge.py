@@ -73,7 +73,6 @@ class BridgeHost(HookedHost):
 
     def __init__(self, model: Any, hf_model: nn.Module | None = None) -> None:
         _refuse_unknown_copies(model)
-        extensions.refuse_unusable_bridge(model)
         cfg = model.cfg
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         heads = Heads(cfg.n_heads, n_kv, cfg.d_head)

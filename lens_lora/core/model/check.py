@@ -22,8 +22,13 @@ from lens_lora.errors import AdapterError, ArgumentError, ModelStateError
 SKIP = "Pass check=False to go on without this check, at your own risk."
 
 
-def refuse_unusable(model: nn.Module) -> None:
+def refuse_unusable(model: nn.Module, modules: Mapping[nn.Module, str] | None = None) -> None:
     """Refuse a model over which no lens can be laid exactly.
+
+    Args:
+        model: a hooked model, or a Hugging Face model.
+        modules: its `modules_of`, where they are known: a large model has thousands, and a walk
+            over them takes milliseconds.
 
     Raises:
         ModelStateError: an encoder; random numbers in training; an adapter inside the model;
@@ -31,9 +36,10 @@ def refuse_unusable(model: nn.Module) -> None:
             an unknown library.
     """
     _refuse_other_tasks(model)
-    modules = modules_of(model)
+    if modules is None:
+        modules = modules_of(model)
     refuse_random_numbers(model, modules)
-    compat.refuse_out_of_reach(model)
+    compat.refuse_out_of_reach(modules)
     for module, name in modules.items():
         if type(module).__module__.startswith("peft."):
             raise ModelStateError(
@@ -44,6 +50,9 @@ def refuse_unusable(model: nn.Module) -> None:
             )
     refuse_compiled(modules)
     extensions.refuse_unusable_weights(model, modules)
+    is_bridge = hasattr(model, "original_model")
+    if is_bridge:
+        extensions.refuse_unusable_bridge(model, modules)
 
 
 def _refuse_other_tasks(model: nn.Module) -> None:

@@ -126,8 +126,12 @@ def refuse_unusable_weights(model: nn.Module, modules: Mapping[nn.Module, str]) 
 
 
 @declared
-def refuse_unusable_bridge(model: Any) -> None:
+def refuse_unusable_bridge(model: Any, modules: Mapping[nn.Module, str]) -> None:
     """Refuse a TransformerBridge that computes another function than its Hugging Face model.
+
+    Args:
+        model: the bridge.
+        modules: its modules and those of its Hugging Face model, with their names.
 
     Raises:
         ModelStateError: naming the module, with the remedy.
@@ -136,7 +140,7 @@ def refuse_unusable_bridge(model: Any) -> None:
 
 
 @declared
-def refuse_without_float64(model: nn.Module) -> None:
+def refuse_without_float64(modules: Iterable[nn.Module]) -> None:
     """Refuse stacks of experts in float64 that are computed by a kernel which lacks it.
 
     Raises:
@@ -146,8 +150,8 @@ def refuse_without_float64(model: nn.Module) -> None:
 
 
 @declared
-def quantised_linears(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Every quantised linear module of a model."""
+def quantised_linears(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    """Every quantised linear module among these."""
     raise NotImplementedError
 
 

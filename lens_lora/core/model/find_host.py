@@ -16,7 +16,7 @@ from torch import nn
 
 from lens_lora.core.model import extensions
 from lens_lora.core.model.bridge import BridgeHost
-from lens_lora.core.model.check import refuse_unusable
+from lens_lora.core.model.check import modules_of, refuse_unusable
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
 from lens_lora.errors import ModelStateError
@@ -56,9 +56,11 @@ def host_of(model: Any, hf_model: nn.Module | None = None) -> HookedHost:
             f"{type(model).__name__} has no hook points; pass a HookedTransformer or a "
             "TransformerBridge."
         )
-    refuse_unusable(model)
+    modules = modules_of(model)
+    refuse_unusable(model, modules)
     host = _HOSTS[name](model, hf_model)
-    if host.needs_base() and extensions.quantised_linears(model):
+    host.known("modules", make=lambda: modules)
+    if host.needs_base() and extensions.quantised_linears(modules):
         raise ModelStateError(
             f"this {name} is quantised and processed: folding needs the weights themselves. Use it "
             "before enable_compatibility_mode(), or load the base in bfloat16 or float32."

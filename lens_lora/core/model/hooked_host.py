@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -33,6 +33,7 @@ from lens_lora.core.model.basis import (
     Update,
     site_map,
 )
+from lens_lora.core.model.check import modules_of
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.sites import WRITER_KINDS, Heads
@@ -93,6 +94,11 @@ class HookedHost(abc.ABC):
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+    @property
+    def modules(self) -> Mapping[nn.Module, str]:
+        """Every module and its name, as `modules_of` lists them; of one walk over the model."""
+        return self.known("modules", make=lambda: modules_of(self.model))
 
     @property
     def final_norm(self) -> nn.Module | None:

@@ -150,7 +150,7 @@ class LoraLens(AdaptedModel):
 
     def _require_running(self) -> None:
         """Check that the model runs, unless it has run in its present state before."""
-        if self._eps is not None and running.has_run(self.model):
+        if self._eps is not None and running.has_run(self.model, self._plan.host.modules):
             return
         running.require_running(
             self._run_once,
@@ -198,7 +198,7 @@ class LoraLens(AdaptedModel):
             else:
                 with extensions.differentiable_products(self._plan.quantised):
                     running.run_once(self.model)
-            running.note_that_it_ran(self.model)
+            running.note_that_it_ran(self.model, self._plan.host.modules)
 
     # --- Another adapter, bound or gauge over the same model
 

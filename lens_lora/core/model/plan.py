@@ -29,7 +29,6 @@ from lens_lora.core.model import extensions, gauge, hooks, value_constants
 from lens_lora.core.model.adapted_modules import SiteFactors, resolve_sites
 from lens_lora.core.model.basis import NormMap, NormUpdate, SiteMap, Update
 from lens_lora.core.model.check import (
-    modules_of,
     refuse_checkpointing,
     refuse_compiled,
     refuse_random_numbers,
@@ -186,7 +185,7 @@ class Plan:
     @functools.cached_property
     def is_over_ranks(self) -> bool:
         """Whether several processes hold parts of the weights, and so run the same rows."""
-        return compat.is_over_ranks(self.host.model)
+        return compat.is_over_ranks(self.host.modules)
 
     def refuse_gathered(self) -> None:
         """Refuse a second backward pass through a graph whose weights FSDP2 frees after the first.
@@ -194,7 +193,7 @@ class Plan:
         Raises:
             ModelStateError: FSDP2 gathers weights of this model.
         """
-        if self.is_over_ranks and compat.gathered_modules(self.host.model):
+        if self.is_over_ranks and compat.gathered_modules(self.host.modules):
             raise ModelStateError(
                 "this takes several backward passes through one graph, and FSDP2 (fully_shard) "
                 "frees its weights after the first",
@@ -210,10 +209,8 @@ class Plan:
             ModelStateError: they have; the error names what changed.
         """
         self.check_flags()
-        model = self.host.model
-        modules = self.host.known("modules", make=lambda: modules_of(model))
-        refuse_random_numbers(model, modules)
-        refuse_compiled(modules)
+        refuse_random_numbers(self.host.model, self.host.modules)
+        refuse_compiled(self.host.modules)
         for watch in self.watched:
             watch.require_same(entries=entries)
 
@@ -240,9 +237,7 @@ class Plan:
         Raises:
             ModelStateError: gradient checkpointing would run blocks again.
         """
-        model = self.host.model
-        modules = self.host.known("modules", make=lambda: modules_of(model))
-        refuse_checkpointing(modules, once=once)
+        refuse_checkpointing(self.host.modules, once=once)
 
     @functools.cached_property
     def points_without_update(self) -> tuple[str, ...]:
@@ -299,9 +294,13 @@ def make_plan(
     """
     if earlier is None:
         host = host_of(model, hf_model)
-        quantised = extensions.quantised_linears(model)
-        of_model = Watch.of_module(model, "the model's ")
-        base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
+        quantised = extensions.quantised_linears(host.modules)
+        gathered = compat.gathered_modules(host.modules)
+        of_model = Watch.of_module(model, "the model's ", gathered)
+        base = None
+        if hf_model is not None:
+            gathered = compat.gathered_modules(hf_model.modules())
+            base = Watch.of_module(hf_model, "hf_model's ", gathered)
     else:
         host = earlier.host
         quantised = earlier.quantised

@@ -9,6 +9,7 @@ Cost: at most one pass, of eight tokens.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -39,27 +40,31 @@ _Row = Float[Tensor, "1 pos d_vocab"]
 _Rows = Float[Tensor, "draw pos d_vocab"]
 
 
-def known_eps(model: nn.Module) -> float | None:
+def known_eps(modules: Collection[nn.Module]) -> float | None:
     """The relative precision in which a model computes; None where a pass has to tell. No pass.
 
     A float64 model may round to float32 on its way. In float32 a pass tells, unless the model lies
     on a CPU that is not told to round products, and all code in it is known to compute in float32.
+
+    Args:
+        modules: all modules of the model.
     """
-    weights = [p for p in model.parameters() if p.is_floating_point()]
+    weights: list[nn.Parameter] = []
+    for module in modules:
+        weights += [p for p in compat.own_parameters(module).values() if p.is_floating_point()]
     dtype = weights[0].dtype
     if dtype == torch.float64:
         return None
     if dtype == torch.float32:
         is_single = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in weights)
-        if not is_single or compat.may_round_on_cpu() or _has_other_code(model):
+        if not is_single or compat.may_round_on_cpu() or _has_other_code(modules):
             return None
     return torch.finfo(dtype).eps
 
 
-def _has_other_code(model: nn.Module) -> bool:
+def _has_other_code(modules: Collection[nn.Module]) -> bool:
     """Whether some module may compute in another dtype than that of its weights."""
-    modules = list(model.modules())
-    return any(map(compat.has_own_code, modules)) or bool(extensions.quantised_linears(model))
+    return any(map(compat.has_own_code, modules)) or bool(extensions.quantised_linears(modules))
 
 
 def eps_of(model: Any, embedding: str) -> float:

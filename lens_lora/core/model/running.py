@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -65,22 +65,36 @@ def run_once(model: Any) -> None:
         model(tokens.to(home_of(model)), return_type="logits")
 
 
-def note_that_it_ran(model: nn.Module) -> None:
-    """Remember that the model, as it is now, can run."""
-    _HAVE_RUN[model] = _makeup(model)
+def note_that_it_ran(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Remember that the model, as it is now, can run.
+
+    Args:
+        model: the hooked model.
+        modules: its `modules_of`.
+    """
+    _HAVE_RUN[model] = _makeup(model, modules)
 
 
-def has_run(model: nn.Module) -> bool:
-    """Whether the model was seen to run as it is now: with these flags, weights and modules."""
-    return model in _HAVE_RUN and _HAVE_RUN[model] == _makeup(model)
+def has_run(model: nn.Module, modules: Iterable[nn.Module]) -> bool:
+    """Whether the model was seen to run as it is now: with these flags, weights and modules.
+
+    Args:
+        model: the hooked model.
+        modules: its `modules_of`.
+    """
+    return model in _HAVE_RUN and _HAVE_RUN[model] == _makeup(model, modules)
 
 
-def _makeup(model: Any) -> object:
+def _makeup(model: Any, modules: Iterable[nn.Module]) -> object:
     """All that decides whether a model runs, apart from the numbers in its weights."""
     flags = {name: str(value) for name, value in vars(model.cfg).items()}
-    modules = [(id(module), type(module)) for module in model.modules()]
-    weights = [(id(p), p.shape, p.dtype, p.device) for p in model.parameters()]
-    return flags, modules, weights
+    types: list[tuple[int, type[nn.Module]]] = []
+    weights: list[tuple[object, ...]] = []
+    for module in modules:
+        types.append((id(module), type(module)))
+        for p in compat.own_parameters(module).values():
+            weights.append((id(p), p.shape, p.dtype, p.device))
+    return flags, types, weights
 
 
 def kind_of(model: Any) -> str:
@@ -117,7 +131,7 @@ def require_running(run: Callable[[], _R], which: str, remedy: str) -> _R:
 
 def plain_logits(hf_model: nn.Module) -> _Logits:
     """Logits of the base on eight tokens, its adapters off, in any dtype. One forward pass."""
-    extensions.refuse_without_float64(hf_model)
+    extensions.refuse_without_float64(hf_model.modules())
     with torch.no_grad(), Temporary(functools.partial(_switch_adapters_off, hf_model)):
         return hf_model(TOKENS.to(home_of(hf_model))).logits
 

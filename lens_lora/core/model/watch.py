@@ -20,7 +20,7 @@ takes 120 ms there, on one thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -131,14 +131,17 @@ class Watch:
         self._groups: list[_Group] = [_Group(alike) for alike in by_kind.values()]
 
     @classmethod
-    def of_module(cls, module: nn.Module, owner: str) -> Watch:
+    def of_module(
+        cls, module: nn.Module, owner: str, gathered: Collection[nn.Module] = ()
+    ) -> Watch:
         """Every weight of a module, and the modules that hold them.
 
         Args:
             module: the module.
             owner: what its places are called in errors, such as "the model's ".
+            gathered: the modules within it whose weights FSDP2 gathers, which are left out.
         """
-        places = [*_places_of(module, owner)]
+        places = [*_places_of(module, owner, gathered)]
         # A tensor that stands in several places is named by the first of them.
         tensors: dict[int, _Named] = {}
         for place in places:
@@ -206,15 +209,17 @@ def _is_watched(tensor: Tensor) -> bool:
     return is_plain and tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
 
 
-def _places_of(module: nn.Module, owned_by: str) -> Iterator[_Place]:
+def _places_of(
+    module: nn.Module, owned_by: str, gathered: Collection[nn.Module]
+) -> Iterator[_Place]:
     """Where every weight stands in its module, and every module with weights in the one above.
 
     Args:
         module: the module.
         owned_by: what the names of its places begin with.
+        gathered: modules that are left out.
     """
     modules = dict(module.named_modules())
-    gathered = compat.gathered_modules(module)
     listed: set[str] = set()
     for path, owner in modules.items():
         if owner in gathered:
