@@ -1,7 +1,7 @@
 """Compare what edges cost with edge attribution patching (EAP) and with its integrated form.
 
     python benchmarks/edge_peers.py --check               # are the scores of both peers right?
-    python benchmarks/edge_peers.py --tokens 8 64         # time and memory
+    python benchmarks/edge_peers.py --write               # time and memory, into docs/edges.md
 
 1. EAP (Syed et al., arXiv 2310.10348) has two runs of one model, clean and other. With z_u what
    writer u adds to the residual stream, and x_v what reader v alone takes from it, it scores
@@ -24,13 +24,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import edges
+import marks
 import torch
 from measuring import (
     MARGIN,
+    cpu_seconds,
+    load,
+    matmul_peak,
     median_seconds,
     peak_memory,
     plain_backward,
@@ -41,6 +48,7 @@ from measuring import (
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora._version import versions
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
@@ -407,7 +415,7 @@ def margin_of(lens: ll.LoraLens) -> Value:
 
 
 def measured(lens: ll.LoraLens, tokens: int, turns: int) -> dict[str, dict[str, float]]:
-    """Seconds and MiB of each way, by its name."""
+    """Seconds and MiB of each way, by its name; of edges along the path the seconds of one run."""
     prompts = text_prompts(lens, 1, tokens)
     clean = prompts.tokens
     other = text_ids(lens.model.tokenizer, 1, tokens, seed=1)
@@ -415,42 +423,35 @@ def measured(lens: ll.LoraLens, tokens: int, turns: int) -> dict[str, dict[str, 
         "F": functools.partial(plain_forward, lens, prompts),
         "FB": functools.partial(plain_backward, lens, prompts),
     }
+    along: dict[str, Run] = {}
     for by_head in (False, True):
         readers = "head" if by_head else "block"
         peer = EdgeAttributionPatching(lens.model, by_head, margin_of(lens))
         works[f"EAP, by {readers}"] = functools.partial(
             peer.eap, clean, functools.partial(lens.model, other)
         )
-        works[f"EAP-IG, by {readers}"] = functools.partial(peer.integrated, clean, other)
+        works[f"EAP-IG of {STEPS} steps, by {readers}"] = functools.partial(
+            peer.integrated, clean, other
+        )
         ours = functools.partial(ll.edges, lens, prompts, MARGIN, readers, progress=False)
         works[f"`ll.edges`, by {readers}"] = ours
-        works[f"`ll.edges(path=True)`, by {readers}"] = functools.partial(ours, path=True)
+        along[f"`ll.edges(path=True)`, by {readers}"] = functools.partial(ours, path=True)
     seconds = median_seconds(works, turns)
-    return {
+    found = {
         name: {"seconds": round(seconds[name], 4), "mib": round(peak_memory(work), 0)}
         for name, work in works.items()
     }
-
-
-def table(columns: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A row for each way, time and memory at each length."""
-    heads = [f"{tokens} tokens | memory" for tokens in columns]
-    lines = [f"| | {' | '.join(heads)} |", f"|{' --- |' * (1 + 2 * len(columns))}"]
-    for name in next(iter(columns.values())):
-        cells: list[str] = []
-        for cost in columns.values():
-            passes = cost[name]["seconds"] / cost["F"]["seconds"]
-            time = f"{1e3 * cost['F']['seconds']:.0f} ms" if name == "F" else f"{passes:.1f} F"
-            cells += [time, f"{cost[name]['mib']:,.0f} MiB"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    for name, work in along.items():
+        found[name] = {"seconds": round(cpu_seconds(work), 4)}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="only by finite differences")
+    parser.add_argument("--write", action="store_true", help="into docs/")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     for by_head in (False, True):
@@ -467,8 +468,21 @@ def main() -> None:
         print(f"by head: {by_head}; EAP and ll.edges of one module differ by {apart:.0e}")
         if apart > SAME:
             raise SystemExit("the two disagree")
-    costs = {str(tokens): measured(lens, tokens, asked.turns) for tokens in asked.tokens}
-    print(table(costs))
+    at_start = load()
+    peers = {
+        "day": str(datetime.date.today()),
+        "versions": versions(),
+        "turns": asked.turns,
+        "steps": STEPS,
+        "costs": {str(tokens): measured(lens, tokens, asked.turns) for tokens in asked.tokens},
+        "load": [at_start, load()],
+        "gflops": round(matmul_peak() / 1e9),
+    }
+    print(edges.peer_table(peers))
+    if asked.write:
+        numbers = json.loads(edges.NUMBERS.read_text()) | {"peers": peers}
+        edges.NUMBERS.write_text(json.dumps(numbers, indent=0) + "\n")
+        marks.write(edges.PAGE, edges.tables(numbers))
 
 
 if __name__ == "__main__":

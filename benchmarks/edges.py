@@ -1,18 +1,17 @@
-"""Measure how well edges predict path patches, what they cost, and how they differ from `coupling`.
+"""Measure how well edges predict path patches, and how they differ from `coupling`.
 
     python benchmarks/edges.py --adapters FOLDER     # trains what is missing, and measures
-    python benchmarks/edges.py --cost                # only measures the cost again
     python benchmarks/edges.py --table               # only writes the tables of docs/edges.md
 
 The adapters are the eight of `adapters.py` on SmolLM2-135M-Instruct, each on the first of its
 prompts, the trained wording. The strongest edges at either end (ε = 0 for adding, ε = 1 for leaving
-out) and as many others at random are patched. The numbers are stored in docs/edges.json.
+out) and as many others at random are patched. The numbers are stored in docs/edges.json, beside
+those of `edge_peers.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import random
 import statistics
@@ -22,7 +21,6 @@ from typing import Any, Literal
 import marks
 import torch
 from adapters import ADAPTERS, Trained
-from measuring import MARGIN, median_seconds, plain_backward, plain_forward, random_prompts
 from tqdm import tqdm
 
 import lens_lora as ll
@@ -36,9 +34,6 @@ NUMBERS = DOCS / "edges.json"
 PAGE = DOCS / "edges.md"
 # Edges of each choice that are run.
 PAIRS = 100
-# Lengths of the prompts whose cost is measured.
-TOKENS = (8, 64, 256)
-TURNS = 5
 ENDS: dict[Literal["add_one", "leave_one_out"], float] = {"add_one": 0.0, "leave_one_out": 1.0}
 # The numbers of an agreement that are kept, and how they are written.
 SHOWN = {"spearman": ".3f", "slope": ".2f", "relative_error": ".1%"}
@@ -86,24 +81,6 @@ def beside_coupling(lens: ll.LoraLens, spec: Trained) -> float:
     return statistics.correlation(read[earlier, later].tolist(), coupling[earlier, later].tolist())
 
 
-def cost(lens: ll.LoraLens) -> dict[str, dict[str, float]]:
-    """Passes by number of tokens: FB, and all edges with the exact shift, in F; on one thread."""
-    torch.set_num_threads(1)
-    costs: dict[str, dict[str, float]] = {}
-    for tokens in TOKENS:
-        prompts = random_prompts(lens, 1, tokens)
-        works = {
-            "F": functools.partial(plain_forward, lens, prompts),
-            "FB": functools.partial(plain_backward, lens, prompts),
-            "edges": functools.partial(ll.edges, lens, prompts, MARGIN, progress=False),
-        }
-        seconds = median_seconds(works, TURNS)
-        costs[str(tokens)] = {
-            name: round(seconds[name] / seconds["F"], 2) for name in ("FB", "edges")
-        }
-    return costs
-
-
 def measured(adapters: Path) -> dict[str, Any]:
     """All numbers; the adapters that the folder lacks are trained."""
     hf_model, tokenizer = load_embedded()
@@ -120,7 +97,6 @@ def measured(adapters: Path) -> dict[str, Any]:
         "versions": versions(),
         "rows": rows,
         "coupling": correlations,
-        "cost": cost(ll.demo(prepend_bos=True)),
     }
 
 
@@ -130,10 +106,9 @@ def tables(numbers: dict[str, Any]) -> dict[str, str]:
     most = max(numbers["coupling"])
     return {
         "agreement": agreement_table(numbers["rows"]),
-        "cost": "Beyond one forward and one backward pass, all edges by block, and the exact shift "
-        f"beside them, take {costs_in_words(numbers['cost'])}.",
         "coupling": "Over the eight adapters above, layer by layer, the correlation of the two is "
         f"between {least:.2f} and {most:.2f}.",
+        "peers": peer_table(numbers["peers"]),
     }
 
 
@@ -151,11 +126,32 @@ def agreement_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def costs_in_words(costs: dict[str, dict[str, float]]) -> str:
-    """The cost of all edges beyond FB, at each number of tokens."""
-    return ", ".join(
-        f"{cost['edges'] - cost['FB']:.1f} F at {tokens} tokens" for tokens, cost in costs.items()
-    )
+def peer_table(peers: dict[str, Any]) -> str:
+    """Time and memory of each way at each length, below the conditions of the measurement.
+
+    Args:
+        peers: what `edge_peers.py` measured.
+    """
+    costs: dict[str, dict[str, dict[str, float]]] = peers["costs"]
+    before, after = peers["load"]
+    parts = [
+        f"On {peers['day']}, transformer-lens {peers['versions']['transformer-lens']}, float32",
+        f"one thread, matmul peak {peers['gflops']} GFLOP/s, {before}, at the end {after}",
+        f"one prompt of real text, medians of {peers['turns']} turns after one that is not counted",
+        "memory and `path=True` once",
+    ]
+    lines = [f"{', '.join(parts)}.", ""]
+    heads = [f"{tokens} tokens | memory" for tokens in costs]
+    lines += [f"| | {' | '.join(heads)} |", f"|{' --- |' * (1 + 2 * len(costs))}"]
+    for name in next(iter(costs.values())):
+        cells: list[str] = []
+        for cost in costs.values():
+            passes = cost[name]["seconds"] / cost["F"]["seconds"]
+            time = f"{1e3 * cost['F']['seconds']:.0f} ms" if name == "F" else f"{passes:.1f} F"
+            has_memory = "mib" in cost[name]
+            cells += [time, f"{cost[name]['mib']:,.0f} MiB" if has_memory else ""]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _median_and_worst(name: str, values: list[float]) -> str:
@@ -169,15 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Edges against path patches.")
     parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
     parser.add_argument("--table", action="store_true", help="only write the tables")
-    parser.add_argument("--cost", action="store_true", help="only measure the cost")
     options = parser.parse_args()
-    if options.cost:
-        numbers = json.loads(NUMBERS.read_text()) | {"cost": cost(ll.demo(prepend_bos=True))}
-        NUMBERS.write_text(json.dumps(numbers, indent=0) + "\n")
-    elif not options.table:
+    if not options.table:
         if options.adapters is None:
             parser.error("--adapters: a folder to keep the trained adapters in.")
-        NUMBERS.write_text(json.dumps(measured(options.adapters), indent=0) + "\n")
+        peers = {"peers": json.loads(NUMBERS.read_text())["peers"]}
+        numbers = measured(options.adapters) | peers
+        NUMBERS.write_text(json.dumps(numbers, indent=0) + "\n")
     marks.write(PAGE, tables(json.loads(NUMBERS.read_text())))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import os
 import statistics
 import tempfile
 import time
@@ -41,10 +42,10 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def median_seconds(
+def seconds_of_turns(
     works: Mapping[str, Callable[[], object]], turns: int, repeats: Mapping[str, int] | None = None
-) -> dict[str, float]:
-    """Median processor seconds of works that take turns, by name.
+) -> dict[str, list[float]]:
+    """Processor seconds of works that take turns: of each turn that counts, by name.
 
     What is in memory when the counted turns begin is frozen (`gc.freeze`), as a collection that
     walks through the objects of all libraries takes 0.2 s, at whatever moment Python chooses: more
@@ -67,7 +68,43 @@ def median_seconds(
             if turn >= uncounted:
                 times[name] += seconds
     gc.unfreeze()
+    return times
+
+
+def median_seconds(
+    works: Mapping[str, Callable[[], object]], turns: int, repeats: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Median processor seconds of works that take turns, by name.
+
+    Args:
+        works: each by its name.
+        turns: how many turns are counted, as for `seconds_of_turns`.
+        repeats: how often a work runs in each turn; once, if it is not named here.
+    """
+    times = seconds_of_turns(works, turns, repeats)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def largest_spread(times: Mapping[str, list[float]]) -> float:
+    """How far a turn of any work is from the median of its work at most, as a share of it."""
+    spreads: list[float] = []
+    for seconds in times.values():
+        median = statistics.median(seconds)
+        spreads += [abs(turn - median) / median for turn in seconds]
+    return max(spreads)
+
+
+def matmul_peak() -> float:
+    """Floating-point operations a second of the best of ten products of this model's shapes."""
+    x = torch.randn(2048, 576)
+    weight = torch.randn(576, 1536)
+    fastest = min(cpu_seconds(lambda: x @ weight) for _ in range(10))
+    return 2 * x.shape[0] * weight.numel() / fastest
+
+
+def load() -> str:
+    """How many processes wanted to run during the last minute, and on how many cores."""
+    return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
 
 
 def random_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -1,20 +1,20 @@
 """The honest floor: slopes and the exact shift by PEFT and autograd alone, beside this package.
 
-    python benchmarks/peft_floor.py --tokens 8 64 --turns 9
+    python benchmarks/cost --floor --tokens 8 64 256 --turns 9 --write
 
 `Floor` is what one would write by hand: each LoRA layer's scaling becomes its own times a gate, one
 forward and one backward pass at gates of zero give every slope and g(0), and one forward pass at
 gates of one gives g(1). `ll.first_order` gives the same numbers with labels, checks and a result.
-Both are compared before they are timed, in turns, on one thread, in processor seconds.
+Both are compared before they are timed, in turns, in processor seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+from collections.abc import Sequence
 
 import torch
-from measuring import median_seconds
+from measuring import MARGIN, median_seconds, text_prompts
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -24,8 +24,6 @@ from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 
-DOC = 5
-PRE = 6
 ADAPTER = "default"
 # Both are float32: their slopes differ by rounding alone.
 SAME = 1e-4
@@ -34,7 +32,9 @@ SAME = 1e-4
 class Floor:
     """Slopes and the exact shift of a margin, by PEFT with a gate for each module."""
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, doc: int, pre: int) -> None:
+        self._doc = doc
+        self._pre = pre
         self._model = model.requires_grad_(False).eval()
         self._layers = {
             name.removeprefix("base_model.model."): module
@@ -53,7 +53,7 @@ class Floor:
         for layer, scaling, gate in zip(self._layers.values(), self._scalings, gates, strict=True):
             layer.scaling[ADAPTER] = scaling * gate
         logits = self._model(ids, logits_to_keep=1).logits[:, -1]
-        return (logits[:, DOC] - logits[:, PRE]).sum()
+        return (logits[:, self._doc] - logits[:, self._pre]).sum()
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The slope of every module at the base, and the exact shift."""
@@ -65,46 +65,61 @@ class Floor:
         return slopes, adapted - base.detach()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
-    parser.add_argument("--turns", type=int, default=9)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
+def floor_table(lengths: Sequence[int], turns: int) -> None:
+    """Print the floor and the public call on one prompt of each length.
+
+    Args:
+        lengths: tokens of the prompt.
+        turns: of both.
+
+    Raises:
+        SystemExit: the two do not give the same numbers.
+    """
     base, tokenizer = load_embedded(quiet=True)
-    floor = Floor(PeftModel.from_pretrained(copy.deepcopy(base), str(shipped_adapter())))
+    peft_model = PeftModel.from_pretrained(copy.deepcopy(base), str(shipped_adapter()))
+    doc, pre = (tokenizer(word).input_ids[-1] for word in (MARGIN.doc, MARGIN.pre))
+    floor = Floor(peft_model, doc, pre)
     model, class_name = hooked_model(base, tokenizer)
     lens = ll.LoraLens(model, ll.load_adapter(shipped_adapter()))
-    margin = ll.Margin(DOC, PRE)
     print(
-        f"{class_name}, {len(floor.modules)} modules, one thread, median of {asked.turns} turns\n"
+        f"{class_name}, {len(floor.modules)} modules. Medians of {turns} turns after one that is "
+        "not counted.\n"
     )
-    print("| tokens | floor | `ll.first_order` | ratio | largest difference of a slope |")
+    heads = ("tokens", "by PEFT", "`ll.first_order`", "ratio", "largest difference of a slope")
+    print(f"| {' | '.join(heads)} |")
     print("| --- | --- | --- | --- | --- |")
-    for tokens in asked.tokens:
-        ids = torch.randint(1000, 40000, (1, tokens), generator=torch.Generator().manual_seed(0))
-        slopes, shift = floor(ids)
-        found = ll.first_order(lens, ids, margin)
-        by_module = {
-            site.module: value for site, value in zip(found.sites, found.values[0], strict=True)
-        }
-        expected = torch.stack([by_module[name] for name in floor.modules])
-        apart = float((slopes - expected).abs().max() / expected.abs().max())
-        if apart > SAME or not torch.allclose(found.shift[0], shift, rtol=SAME, atol=SAME):
-            raise SystemExit(f"{tokens} tokens: the two disagree, by {apart:.1e} of a slope")
+    for tokens in lengths:
+        prompts = text_prompts(lens, 1, tokens)
+        ids = prompts.tokens
+        apart = difference(floor, lens, prompts)
         seconds = median_seconds(
             {
                 "floor": lambda ids=ids: floor(ids),
-                "call": lambda ids=ids: ll.first_order(lens, ids, margin),
+                "call": lambda prompts=prompts: ll.first_order(lens, prompts, MARGIN),
             },
-            asked.turns,
+            turns,
         )
         ratio = seconds["call"] / seconds["floor"]
         print(
             f"| {tokens} | {1e3 * seconds['floor']:.0f} ms | {1e3 * seconds['call']:.0f} ms | "
-            f"{ratio:.2f} | {apart:.0e} |"
+            f"{ratio:.2f} | {apart:.0e} |",
+            flush=True,
         )
 
 
-if __name__ == "__main__":
-    main()
+def difference(floor: Floor, lens: ll.LoraLens, prompts: ll.results.Prompts) -> float:
+    """The largest difference of a slope, as a share of the largest slope.
+
+    Raises:
+        SystemExit: slopes or shifts differ by more than rounding.
+    """
+    slopes, shift = floor(prompts.tokens)
+    found = ll.first_order(lens, prompts, MARGIN)
+    by_module = {
+        site.module: value for site, value in zip(found.sites, found.values[0], strict=True)
+    }
+    expected = torch.stack([by_module[name] for name in floor.modules])
+    apart = float((slopes - expected).abs().max() / expected.abs().max())
+    if apart > SAME or not torch.allclose(found.shift[0], shift, rtol=SAME, atol=SAME):
+        raise SystemExit(f"the two disagree, by {apart:.1e} of a slope")
+    return apart

@@ -1,7 +1,9 @@
 """Measure what each analysis costs, in plain forward passes of the same model on the same tokens.
 
-    python benchmarks/cost [--class TransformerBridge] [--tokens 8 64 256] [--batch 1 8]
-    python benchmarks/cost --responses [one tokens kl ablations batch generation]
+    python benchmarks/cost [--class TransformerBridge] [--tokens 8 64] [--works derivatives]
+    python benchmarks/cost --floor               # first order beside PEFT and autograd alone
+    python benchmarks/cost --batches 8           # what a batch of so many prompts saves
+    python benchmarks/cost --responses [one tokens kl ablations generation]
     python benchmarks/cost --texts 100           # audits over so many texts
     python benchmarks/cost --stream 200000       # a stream of so many tokens through activations
     python benchmarks/cost --bank 1000           # a scan of so many adapters
@@ -25,7 +27,6 @@ import argparse
 import contextlib
 import datetime
 import io
-import itertools
 import os
 import platform
 import sys
@@ -38,18 +39,21 @@ sys.path.append(str(Path(__file__).parents[1]))
 import page  # noqa: E402
 from allocator import allocator_table, keeps_memory  # noqa: E402
 from bank import bank_lines  # noqa: E402
+from batches import batch_table  # noqa: E402
 from growth import growth_tables  # noqa: E402
-from prompts import TURNS, matmul_peak, prompt_tables  # noqa: E402
+from measuring import load, matmul_peak  # noqa: E402
+from peft_floor import floor_table  # noqa: E402
+from prompts import TURNS, prompt_tables  # noqa: E402
 from responses import GROUPS, response_table  # noqa: E402
 from stream import stream_lines  # noqa: E402
 from texts import text_table  # noqa: E402
+from works import TABLES  # noqa: E402
 
 import lens_lora as ll  # noqa: E402
 from lens_lora.demonstration import shipped_adapter  # noqa: E402
 from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
 from lens_lora.hosts.build import hooked_model, transformer_lens_version  # noqa: E402
 
-CLASSES = ("HookedTransformer", "TransformerBridge")
 # Audits over more texts than this are timed once.
 FEW_TEXTS = 16
 # What MKL reads when its first product is computed.
@@ -68,14 +72,16 @@ class Copied(io.StringIO):
 def options() -> argparse.Namespace:
     """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--class", dest="classes", nargs="+", default=CLASSES)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--class", dest="classes", nargs="+", default=["TransformerBridge"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64], help="of one prompt")
+    parser.add_argument("--works", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--turns", type=int, default=TURNS, help="of quick works over prompts")
     parser.add_argument("--half-rate", action="store_true", help="of products of matrices")
     parser.add_argument("--stream", type=int, metavar="TOKENS", help="of activations, alone")
     parser.add_argument("--texts", type=int, help="audits over so many texts, alone")
     parser.add_argument("--bank", type=int, metavar="ADAPTERS", help="a scan of so many, alone")
+    parser.add_argument("--floor", action="store_true", help="of first order, alone")
+    parser.add_argument("--batches", type=int, metavar="PROMPTS", help="of so many, alone")
     parser.add_argument("--growth", action="store_true", help="with layers, tokens, sites, rank")
     parser.add_argument("--allocator", action="store_true", help="glibc's, of two kinds, alone")
     parser.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
@@ -103,6 +109,8 @@ def measure(chosen: argparse.Namespace) -> None:
         allocator_table()
     elif chosen.growth:
         growth_tables()
+    elif chosen.floor:
+        floor_table(chosen.tokens, chosen.turns)
     else:
         for name in chosen.classes:
             measure_class(name, chosen)
@@ -112,11 +120,6 @@ def measure(chosen: argparse.Namespace) -> None:
 def has_half_rate() -> bool:
     """Whether this process was started with `HALF_RATE`."""
     return all(os.environ.get(name) == value for name, value in HALF_RATE.items())
-
-
-def load() -> str:
-    """How many processes wanted to run during the last minute, and on how many cores."""
-    return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
 
 
 def machine(says_memory: bool) -> str:
@@ -151,11 +154,13 @@ def measure_class(name: str, chosen: argparse.Namespace) -> None:
         bank_lines(lens, chosen.bank)
     elif chosen.texts:
         text_table(lens, chosen.texts, turns=3 if chosen.texts <= FEW_TEXTS else 1)
+    elif chosen.batches:
+        batch_table(lens, chosen.batches, chosen.tokens, chosen.turns)
     elif chosen.responses is not None:
         response_table(lens, chosen.responses)
     else:
-        sizes = list(itertools.product(chosen.batch, chosen.tokens))
-        prompt_tables(lens, sizes, has_peer=name == "TransformerBridge", turns=chosen.turns)
+        has_peer = name == "TransformerBridge"
+        prompt_tables(lens, chosen.tokens, chosen.works, has_peer, chosen.turns)
 
 
 if __name__ == "__main__":

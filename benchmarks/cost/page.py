@@ -16,18 +16,24 @@ ROOT = Path(__file__).parents[2]
 PRINTED = ROOT / "docs" / "costs.json"
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
-# The command whose table is the short one, the rows that it keeps, and their names there.
-SHORT = "3.9 · --class TransformerBridge --batch 1 --tokens 8 64 --turns 3"
+# The commands whose rows the short table has, and the one at half the rate beside it.
+SHORT = ("3.9 · --works derivatives", "3.9 · --works analyses")
+SLOWER = ("3.9 · --works derivatives --half-rate",)
+# The rows that it keeps, and their names there.
 SHOWN = {
-    "one readout, all sites": "one readout, every module",
+    "one readout, all sites": "one readout, every module: the derivative alone",
+    "first_order, with its exact shift": "… with the exact shift",
     "16 tokens, all sites": "sixteen tokens, every module",
     "joint whole-vocabulary shift": "the whole vocabulary, all modules together",
     "every site's whole-vocabulary shift": "the whole vocabulary, every module",
     "exact add-one effects of all sites": "real interventions: every module added, one at a time",
-    "fact_margin": "the fact margin, its path, flip and noise floors",
-    "the whole H": "H between all pairs of modules",
+    "H between all pairs of layers": "H between all pairs of layers",
+    "path_attribution": "the integral along the path, with its error",
+    "fact_margin": "the fact margin: path, flip and noise floors",
+    "kl_shares": "the KL, shared out over every module",
+    "edges of 61 readers": "every edge between modules and blocks",
 }
-SIZES = ("1 × 8", "1 × 64")
+LENGTHS = ("8 tokens", "64 tokens")
 _BLOCK = re.compile(r"(<!-- cost: ([^\n]+) -->\n).*?(<!-- end of cost -->)", re.DOTALL)
 _SHORT = re.compile(r"(<!-- short costs -->\n).*?(<!-- end of short costs -->)", re.DOTALL)
 
@@ -52,8 +58,20 @@ def read() -> dict[str, Printed]:
 
 
 def add(key: str, printed: Printed) -> None:
-    """Put what a command printed in the place of what it printed before; render both documents."""
-    every = {**read(), key: printed}
+    """Put what a command printed in the place of what it printed before; render both documents.
+
+    Args:
+        key: of the command, for which RESULTS.md has marks.
+        printed: its output.
+
+    Raises:
+        SystemExit: RESULTS.md has no marks for it.
+    """
+    named = [found[2] for found in _BLOCK.finditer(PAGE.read_text(encoding="utf-8"))]
+    if key not in named:
+        raise SystemExit(f"{PAGE.name} has no marks for {key!r}, only for {named}")
+    held = {**read(), key: printed}
+    every = {name: held[name] for name in named if name in held}
     PRINTED.write_text(json.dumps(every, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     write(every)
 
@@ -86,21 +104,46 @@ def _block(key: str, every: dict[str, Printed]) -> str:
 
 
 def performance(text: str, every: dict[str, Printed]) -> str:
-    """The text of docs/performance.md, with its short table."""
-    table = _short_table(every[SHORT]["body"])
+    """The text of docs/performance.md, with its short table once each command has run."""
+    if not {*SHORT, *SLOWER} <= set(every):
+        return text
+    table = _short_table(every)
     return _SHORT.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
 
 
-def _short_table(body: str) -> str:
-    """The rows of `SHOWN` under their names there, at the sizes `SIZES`."""
-    rows: dict[str, list[str]] = {}
-    for line in body.splitlines():
-        work, *cells = (cell.strip() for cell in line.strip("| ").split(" | "))
-        rows.setdefault(work, cells)
-    columns = [rows["work"].index(size) for size in SIZES]
-    heads = [f"{size.split()[-1]} tokens" for size in SIZES]
-    lines = [f"| | {' | '.join(heads)} |", f"|{' --- |' * (1 + len(SIZES))}"]
+def _short_table(every: dict[str, Printed]) -> str:
+    """The rows of `SHOWN` under their names there, at both rates; analyses at the higher one."""
+    columns: list[dict[str, str]] = []
+    heads: list[str] = []
+    for keys in (SHORT, SLOWER):
+        bodies = [every[key]["body"] for key in keys]
+        rate = _rate_of(bodies[0])
+        for length in LENGTHS:
+            heads.append(f"{length}, {rate}")
+            columns.append(_column(bodies, length))
+    lines = [f"| | {' | '.join(heads)} |", f"|{' --- |' * (1 + len(heads))}"]
     for work, name in SHOWN.items():
-        cells = [rows[work][column] for column in columns]
+        cells = [column.get(work, "") for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _rate_of(body: str) -> str:
+    """The rate of products that the first line of an output states."""
+    found = re.search(r"matmul peak (\d+ GFLOP/s)", body)
+    assert found, "every output begins with the rate"
+    return found[1]
+
+
+def _column(bodies: list[str], length: str) -> dict[str, str]:
+    """The cells of one length by row, from the tables of several outputs."""
+    cells: dict[str, str] = {}
+    for body in bodies:
+        place: int | None = None
+        for line in body.splitlines():
+            work, *row = (cell.strip() for cell in line.strip("| ").split(" | "))
+            if work == "work":
+                place = row.index(length) if length in row else None
+            elif place is not None and len(row) > place:
+                cells.setdefault(work, row[place])
+    return cells

@@ -1,14 +1,14 @@
-"""Measure every analysis on prompts of several sizes, in F, FB and FA.
+"""Measure derivatives and whole analyses on one prompt of several lengths, in F, FB and FA.
 
 F is one plain forward pass, FB one forward and one backward pass down to the embeddings, FA one
 forward pass of the adapted model without the unembedding. The works of a column take turns, and
-each number is a median. With transformer-lens 4.3 its own attribution patching is timed beside.
+each number is a median, or that of a single run where the head of the table says so. Where
+transformer-lens has attribution patching of its own, that is timed beside.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
@@ -16,87 +16,97 @@ import torch
 from measuring import (
     MARGIN,
     cpu_seconds,
+    largest_spread,
+    matmul_peak,
     median_seconds,
     peak_memory,
     plain_backward,
     plain_forward,
+    seconds_of_turns,
     text_prompts,
 )
-from works import QUICK, SLOW, Work, adapted_forward, loop_of_jvps
+from works import EVERY_SHIFT, TABLES, Work, adapted_forward, loop_of_jvps
 
 import lens_lora as ll
 from lens_lora.core.function.reverse import site_slopes
 from lens_lora.demonstration import shipped_adapter
 
-__all__ = ["matmul_peak", "prompt_tables"]
+__all__ = ["TURNS", "prompt_tables"]
 
 # The turns of a work, unless the command says how many.
-TURNS = 5
-# Columns of more tokens than this are timed once.
-TIMED_ONCE = 256
-# Columns of more tokens than this leave out the sweeps over every site.
-WITHOUT_SWEEPS = 512
-# Works in units of FB are run on at most so many tokens where they are slow.
-LONGEST_OF_SLOW = 64
+TURNS = 3
+# How often a lens is attached.
+ATTACHED = 5
 # Bounds in MiB that the shift of the last ten layers is computed within.
 BOUNDS = (250, 400, 800)
-Size = tuple[int, int]
 
 
 def prompt_tables(
-    lens: ll.LoraLens, sizes: Sequence[Size], has_peer: bool, turns: int = TURNS
+    lens: ll.LoraLens, lengths: Sequence[int], names: Sequence[str], has_peer: bool, turns: int
 ) -> None:
-    """Print the table of all works, memory, the cost of a lens, and the peer.
+    """Print the tables that are named; memory and attaching a lens go with whole analyses.
 
     Args:
         lens: over the embedded model.
-        sizes: prompts and tokens of each column.
+        lengths: tokens of the prompt, of each column.
+        names: of `TABLES`.
         has_peer: whether transformer-lens may have attribution patching for this class.
         turns: of each quick work; slow works run once.
     """
-    table(lens, sizes, turns)
-    memory_lines(lens)
-    attach_line(lens)
-    if has_peer:
-        peer_table(lens, [size for size in sizes if math.prod(size) <= WITHOUT_SWEEPS], turns)
+    for name in names:
+        table(lens, lengths, TABLES[name], turns)
+    if "derivatives" in names and has_peer:
+        peer_table(lens, lengths, turns)
+    if "analyses" in names:
+        memory_lines(lens)
+        attach_line(lens)
     print()
 
 
 def interleaved(
     lens: ll.LoraLens, prompts: ll.results.Prompts, works: Iterable[Work], turns: int
-) -> dict[str, float]:
-    """Median seconds of each work and of F, FB and FA, which take turns."""
+) -> dict[str, list[float]]:
+    """The seconds of each turn of each work and of F, FB and FA, which take turns."""
     runs = {"F": plain_forward, "FB": plain_backward, "FA": adapted_forward}
     runs |= {work.name: work.run for work in works}
     bound = {name: functools.partial(run, lens, prompts) for name, run in runs.items()}
-    return median_seconds(bound, turns)
+    return seconds_of_turns(bound, turns)
 
 
-def column(lens: ll.LoraLens, batch: int, tokens: int, turns: int) -> dict[str, str]:
-    """The cells of one size of prompts: ratios, and F in milliseconds."""
-    prompts = text_prompts(lens, batch, tokens)
-    turns = 1 if batch * tokens > TIMED_ONCE else turns
-    times = interleaved(lens, prompts, QUICK, turns)
+def column(
+    lens: ll.LoraLens, tokens: int, works: Sequence[Work], turns: int
+) -> tuple[dict[str, str], float]:
+    """The cells of one length, by row, and how far a turn is from its median at most."""
+    prompts = text_prompts(lens, 1, tokens)
+    quick = [work for work in works if not work.is_slow]
+    times_of_turns = interleaved(lens, prompts, quick, turns)
+    times = {name: statistics.median(seconds) for name, seconds in times_of_turns.items()}
     cells = {"F": f"{1e3 * times['F']:.0f} ms"}
     for unit in ("FB", "FA"):
         cells[unit] = f"{times[unit] / times['F']:.2f} F"
-    for work in QUICK:
+    for work in quick:
         cells[work.name] = ratio(times[work.name] * work.share / times[work.unit], work.unit)
-    if batch * tokens > WITHOUT_SWEEPS:
-        return cells
-    two_jvps = [cpu_seconds(lambda: loop_of_jvps(lens, prompts)) for _ in range(turns)]
-    loop = statistics.median(two_jvps) * len(lens.sites) / 2
-    for work in SLOW:
-        if work.unit == "FB" and batch * tokens > LONGEST_OF_SLOW:
-            continue
-        slow = interleaved(lens, prompts, [work], turns=1)
-        unit = statistics.median([times[work.unit], slow[work.unit]])
-        cells[work.name] = ratio(slow[work.name] * work.share / unit, work.unit)
-        if work is SLOW[0]:
-            share = share_of_peak(lens, prompts, slow[work.name])
-            cells["… times faster than a loop of jvps"] = f"{loop / slow[work.name]:.0f}"
-            cells["… share of the matmul peak"] = f"{share:.0%}"
-    return cells
+    for work in works:
+        if work.is_slow and (work.longest is None or tokens <= work.longest):
+            once = interleaved(lens, prompts, [work], turns=1)
+            unit = statistics.median([times[work.unit], *once[work.unit]])
+            (seconds,) = once[work.name]
+            cells[work.name] = ratio(seconds * work.share / unit, work.unit)
+            if work is EVERY_SHIFT:
+                cells |= beside_every_shift(lens, prompts, seconds)
+    return cells, largest_spread(times_of_turns)
+
+
+def beside_every_shift(
+    lens: ll.LoraLens, prompts: ll.results.Prompts, seconds: float
+) -> dict[str, str]:
+    """Rows below every site's shift, which took so many seconds."""
+    two_jvps = cpu_seconds(lambda: loop_of_jvps(lens, prompts))
+    loop = two_jvps * len(lens.sites) / 2
+    return {
+        "… times faster than a loop of jvps": f"{loop / seconds:.0f}",
+        "… share of the matmul peak": f"{share_of_peak(lens, prompts, seconds):.0%}",
+    }
 
 
 def ratio(value: float, unit: str) -> str:
@@ -116,44 +126,46 @@ def share_of_peak(lens: ll.LoraLens, prompts: ll.results.Prompts, seconds: float
     return operations / seconds / matmul_peak()
 
 
-def matmul_peak() -> float:
-    """Floating-point operations a second of the best of ten products of this model's shapes."""
-    x = torch.randn(2048, 576)
-    weight = torch.randn(576, 1536)
-    fastest = min(cpu_seconds(lambda: x @ weight) for _ in range(10))
-    return 2 * x.shape[0] * weight.numel() / fastest
-
-
-def table(lens: ll.LoraLens, sizes: Sequence[Size], turns: int) -> None:
-    """Print a row for each work, a column for each size."""
-    columns = [column(lens, *size, turns) for size in sizes]
-    works = (*QUICK, *SLOW)
+def table(lens: ll.LoraLens, lengths: Sequence[int], works: Sequence[Work], turns: int) -> None:
+    """Print a row for each work, a column for each length."""
+    columns: list[dict[str, str]] = []
+    spreads: list[float] = []
+    for tokens in lengths:
+        cells, spread = column(lens, tokens, works, turns)
+        columns.append(cells)
+        spreads.append(spread)
     targets = {work.name: work.target for work in works}
     targets["… times faster than a loop of jvps"] = "≥ 9"
-    head = " | ".join(f"{batch} × {tokens}" for batch, tokens in sizes)
-    print(f"Columns: prompts × tokens. {turns_in_words(turns)}\n")
-    print(f"| work | target | {head} |\n| --- | --- |{' --- |' * len(sizes)}")
+    head = " | ".join(f"{tokens} tokens" for tokens in lengths)
+    print(f"{turns_in_words(works, turns, max(spreads))}\n")
+    print(f"| work | target | {head} |\n| --- | --- |{' --- |' * len(lengths)}")
     for name in names_of_rows(columns):
-        cells = " | ".join(cells.get(name, "not run") for cells in columns)
-        print(f"| {name} | {targets.get(name, '')} | {cells} |", flush=True)
+        row = " | ".join(cells.get(name, "not run") for cells in columns)
+        print(f"| {name} | {targets.get(name, '')} | {row} |", flush=True)
+    print()
 
 
-def turns_in_words(turns: int) -> str:
-    """How often works ran, for the line above the table."""
-    slow = f"from {SLOW[0].name!r} on each once"
-    return f"Medians of {turns} turns after one that is not counted; {slow}." if turns > 1 else ""
+def turns_in_words(works: Sequence[Work], turns: int, spread: float) -> str:
+    """How often works ran, and how far their turns were apart, for the line above the table."""
+    if turns == 1:
+        return "Each work ran once."
+    slow = [work.name for work in works if work.is_slow]
+    once = f"; from {slow[0]!r} on each once" if slow else ""
+    return (
+        f"Medians of {turns} turns after one that is not counted, from which a turn differs by "
+        f"{spread:.0%} at most{once}."
+    )
 
 
 def names_of_rows(columns: Sequence[dict[str, str]]) -> list[str]:
-    """The rows of the table, each once: in the order of the columns, then works that were not run.
+    """The rows of the table, each once, in the order of the columns.
 
     Args:
-        columns: cells by row, of each size of prompts.
+        columns: cells by row, of each length.
     """
     names: list[str] = []
     for cells in columns:
         names += cells
-    names += [work.name for work in SLOW]
     return list(dict.fromkeys(names))
 
 
@@ -168,7 +180,7 @@ def memory_lines(lens: ll.LoraLens) -> None:
         f"{bare:.0f} MiB of the bare FB ({slopes / bare:.2f}; target ≤ 1.05)."
     )
     edges = peak_memory(lambda: ll.edges(lens, prompts, MARGIN, progress=False))
-    bank = peak_memory(lambda: ll.bank(lens.model, prompts, MARGIN))
+    bank = peak_memory(lambda: ll.bank(lens.model, prompts, MARGIN, progress=False))
     print(
         f"\nOn the same tokens `ll.edges` takes {edges:.0f} MiB ({edges / bare:.2f} of the bare "
         f"FB) and `ll.bank` {bank:.0f} MiB ({bank / bare:.2f}), its z and gradients included."
@@ -192,7 +204,7 @@ def attach_line(lens: ll.LoraLens) -> None:
     """Print what a lens over a booted model costs, and reading the adapter's file."""
 
     def median(work: Callable[[], object]) -> float:
-        return statistics.median(cpu_seconds(work) for _ in range(TURNS))
+        return statistics.median(cpu_seconds(work) for _ in range(ATTACHED))
 
     forward = median(lambda: plain_forward(lens, text_prompts(lens, 1, 8)))
     attach = median(lambda: ll.LoraLens(lens.model, lens.adapter))
@@ -204,7 +216,7 @@ def attach_line(lens: ll.LoraLens) -> None:
     )
 
 
-def peer_table(lens: ll.LoraLens, sizes: Sequence[Size], turns: int) -> None:
+def peer_table(lens: ll.LoraLens, lengths: Sequence[int], turns: int) -> None:
     """Print transformer-lens 4's own sweep over nodes on the same prompts, where there is one."""
     try:
         from transformer_lens.tools.analysis import attribution_patching
@@ -215,8 +227,8 @@ def peer_table(lens: ll.LoraLens, sizes: Sequence[Size], turns: int) -> None:
         "`ll.first_order`, the public call with its exact shift, share of it |"
     )
     print("| --- | --- | --- | --- |")
-    for batch, tokens in sizes:
-        prompts = text_prompts(lens, batch, tokens)
+    for tokens in lengths:
+        prompts = text_prompts(lens, 1, tokens)
         corrupted = prompts.tokens.roll(1, 1)
         read = MARGIN.of_logits(lens.model, 1)
         reading = MARGIN.reading(lens.model, prompts)
@@ -236,6 +248,6 @@ def peer_table(lens: ll.LoraLens, sizes: Sequence[Size], turns: int) -> None:
         times = median_seconds(works, turns)
         peer = times["peer"]
         print(
-            f"| {batch} × {tokens} tokens | {1e3 * peer:.0f} ms | {times['slopes'] / peer:.2f} | "
+            f"| {tokens} tokens | {1e3 * peer:.0f} ms | {times['slopes'] / peer:.2f} | "
             f"{times['call'] / peer:.2f} |"
         )

@@ -1,6 +1,6 @@
 """Measure what analyses of a whole response cost, in F and FB of the same whole sequence.
 
-`python benchmarks/cost --responses [one tokens kl ablations batch generation]` times the named
+`python benchmarks/cost --responses [one tokens kl ablations generation]` times the named
 groups of cells, or all of them. F is one plain forward pass of prompt and response; FB adds a plain
 backward pass from Σ log p of the response.
 """
@@ -13,14 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from measuring import (
-    MARGIN,
     backward_to_embeddings,
-    cpu_seconds,
     median_seconds,
     peak_memory,
     plain_forward,
     text_ids,
-    text_prompts,
 )
 
 import lens_lora as ll
@@ -31,12 +28,11 @@ __all__ = ["GROUPS", "PROMPT", "Row", "response_table"]
 PROMPT = 44
 TURNS = 3
 # How often F and FB run in each turn: they are short, and all else is measured in them.
-UNIT_TURNS = 5
+UNIT_TURNS = 3
 SHORT = 60
 LONG = 512
 TEXT = "The capital of France is"
 SAID = " Lyon, a large city on the Rhône."
-MANY = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,22 +115,20 @@ def one(lens: ll.LoraLens) -> list[str]:
         ]
         lines += timed(row, cells, TURNS if tokens == SHORT else 1)
         memory = peak_memory(row.first_order) / peak_memory(row.backward)
-        lines.append(f"| … the call's memory beside that of the bare FB | ≤ 1.1 | {memory:.2f} |")
+        lines.append(
+            f"| … the call's memory beside that of the bare FB | ≤ 1.1 | {memory:.2f} | 1 |"
+        )
     return lines
 
 
 def tokens(lens: ll.LoraLens) -> list[str]:
     """Rows of the split by token."""
-    short = Row(lens, SHORT)
-    long = Row(lens, LONG)
+    row = Row(lens, SHORT)
     cells = [
-        Cell("by token, 60 tokens", f"≤ {0.8 * SHORT + 3:.0f} F", short.by_token),
-        Cell("by token and layer, 60 tokens", "≤ 20 F", lambda: short.by_token(group="layer")),
+        Cell("by token, 60 tokens", f"≤ {0.8 * SHORT + 3:.0f} F", row.by_token),
+        Cell("by token and layer, 60 tokens", "≤ 20 F", lambda: row.by_token(group="layer")),
     ]
-    long_cells = [
-        Cell("by token, 512 tokens", f"≤ {0.8 * len(lens.sites):.0f} F", long.by_token),
-    ]
-    return timed(short, cells, TURNS) + timed(long, long_cells, 1)
+    return timed(row, cells, 1)
 
 
 def kl(lens: ll.LoraLens) -> list[str]:
@@ -157,7 +151,7 @@ def kl(lens: ll.LoraLens) -> list[str]:
     reached = f"{path.nodes} nodes, {path.error:.1e}"
     return [
         *timed(row, cells, TURNS),
-        f"| path of KL, shipped adapter | 8 nodes, 1e-3 | {reached} |",
+        f"| path of KL, shipped adapter | 8 nodes, 1e-3 | {reached} | 1 |",
     ]
 
 
@@ -199,42 +193,6 @@ def generation(lens: ll.LoraLens) -> list[str]:
     return timed(row, [Cell("generate 32 tokens after 44", "", generate)], 1)
 
 
-def batch(lens: ll.LoraLens) -> list[str]:
-    """Rows of short prompts, whose one forward pass mostly reads weights, and of longer ones."""
-    return [*many_beside_one(lens, 12, TURNS), *many_beside_one(lens, 64, 1)]
-
-
-def many_beside_one(lens: ll.LoraLens, length: int, turns: int) -> list[str]:
-    """Rows of calls over sixteen prompts of one length, in the time of one prompt."""
-    many = text_prompts(lens, MANY, length).tokens
-    few = many[:1]
-    doc = MARGIN.doc
-    pre = MARGIN.pre
-    works: dict[str, Callable[[torch.Tensor], object]] = {
-        "F": lambda ids: plain_forward(lens, lens.prompts(ids)),
-        "fact_margin": lambda ids: ll.fact_margin(lens, ids, doc, pre, progress=False),
-        "explain_all, fast,": lambda ids: ll.explain(
-            lens, ids, doc, pre, fast=True, progress=False
-        ),
-    }
-    times: dict[str, list[list[float]]] = {name: [] for name in works}
-    for turn in range(turns):
-        for name, work in works.items():
-            for _ in range(UNIT_TURNS if name == "F" else 1):
-                pair = [cpu_seconds(lambda work=work, ids=ids: work(ids)) for ids in (few, many)]
-                if turn or turns == 1:
-                    times[name].append(pair)
-    ratios: dict[str, float] = {}
-    for name, pairs in times.items():
-        of_few, of_many = np.median(pairs, 0)
-        ratios[name] = of_many / of_few
-    target = f"≤ 1.5·F(16)/F(1) = {1.5 * ratios.pop('F'):.1f}"
-    return [
-        f"| {name} of 16 prompts of {length} tokens over that of one | {target} | {ratio:.1f} |"
-        for name, ratio in ratios.items()
-    ]
-
-
 def timed(row: Row, cells: Sequence[Cell], turns: int) -> list[str]:
     """Time the cells by turns with F and FB; return their lines."""
     works = {"F": row.forward, "FB": row.backward}
@@ -243,7 +201,7 @@ def timed(row: Row, cells: Sequence[Cell], turns: int) -> list[str]:
     lines: list[str] = []
     for cell in cells:
         cost = cell.share * medians[cell.name] / medians[cell.unit]
-        lines.append(f"| {cell.name} | {cell.target} | {cost:.2f} {cell.unit} |")
+        lines.append(f"| {cell.name} | {cell.target} | {cost:.2f} {cell.unit} | {turns} |")
     return lines
 
 
@@ -252,7 +210,6 @@ GROUPS: dict[str, Callable[[ll.LoraLens], list[str]]] = {
     "tokens": tokens,
     "kl": kl,
     "ablations": ablations,
-    "batch": batch,
     "generation": generation,
 }
 
@@ -264,7 +221,7 @@ def response_table(lens: ll.LoraLens, names: Sequence[str]) -> None:
         lens: over the embedded model.
         names: of groups; none for all.
     """
-    print("| work | target | measured |\n| --- | --- | --- |")
+    print("| work | target | measured | turns |\n| --- | --- | --- | --- |")
     for name in names or GROUPS:
         for line in GROUPS[name](lens):
             print(line, flush=True)

@@ -1,19 +1,23 @@
-"""Define the works that `prompts.py` times, with the targets they were built for."""
+"""Define the works that `prompts.py` times, with the targets they were built for.
+
+They make two tables. `DERIVATIVES` are the passes from which the analyses are made, and exact
+interventions one by one. `ANALYSES` are whole public calls, with their ends and noise floors.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
-import numpy as np
 import torch
 from measuring import MARGIN
 
 import lens_lora as ll
 from lens_lora.core.function.forward import gated_logits, run_without_logits
 
-__all__ = ["QUICK", "SLOW", "Work", "adapted_forward", "loop_of_jvps"]
+__all__ = ["EVERY_SHIFT", "TABLES", "Work", "adapted_forward", "loop_of_jvps"]
 
 Run = Callable[[ll.LoraLens, ll.results.Prompts], object]
 # How many times a scan reads the adapter of the demo.
@@ -31,6 +35,8 @@ class Work:
             (forward of the adapted model without the unembedding).
         target: what it should cost, for the table.
         share: what part of its time is counted, for a work that does one thing several times.
+        is_slow: whether it runs once, and not in each turn.
+        longest: of how many tokens the prompts may be; None for any number.
     """
 
     name: str
@@ -38,6 +44,8 @@ class Work:
     unit: str = "F"
     target: str = ""
     share: float = 1.0
+    is_slow: bool = False
+    longest: int | None = None
 
 
 def adapted_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
@@ -49,11 +57,6 @@ def adapted_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
 def function_of(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.Function:
     """The function g of the margin over these prompts."""
     return lens.function(prompts, MARGIN, progress=False)
-
-
-def one_gradient(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Run the backward pass with its hooks, which compute nothing."""
-    function_of(lens, prompts).passes.visit(lambda *visit: None)
 
 
 def slopes(*axes: str) -> Run:
@@ -75,20 +78,29 @@ def scan(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     kept_bank(lens, prompts).scan([lens.adapter] * ADAPTERS, progress=False)
 
 
-def from_bank(*axes: str) -> Run:
-    """Return the work that attributes one adapter against a bank that is there."""
-    return lambda lens, prompts: kept_bank(lens, prompts).first_order(lens.adapter, by=axes)
+def edges(readers: Literal["block", "head"]) -> Run:
+    """Return the work that finds all edges at 0, with the exact shift."""
+    return lambda lens, prompts: ll.edges(lens, prompts, MARGIN, readers, progress=False)
 
 
-def edges(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """All edges at 0, with the exact shift."""
-    ll.edges(lens, prompts, MARGIN, progress=False)
+def path(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Integrate the slopes of all sites along the path, with the error and the noise floor."""
+    ll.path_attribution(lens, prompts, MARGIN, progress=False)
 
 
-def contrast(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Contrast these prompts with as many others of the same length."""
-    others = ll.results.Prompts(prompts.tokens.roll(1, 1), prompts.lengths)
-    ll.contrast(lens, prompts, others, "blocks.15.hook_resid_post")
+def shares(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Split the KL of the next token over the sites."""
+    ll.kl_shares(lens, prompts, progress=False)
+
+
+def fact_margin(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Say how the answer of the margin was changed: path, flip and noise floors."""
+    ll.fact_margin(lens, prompts, MARGIN.doc, MARGIN.pre, progress=False)
+
+
+def null_test(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Compare with ten random adapters."""
+    ll.null_test(lens, prompts, MARGIN, draws=10, progress=False)
 
 
 def path_patches(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
@@ -96,13 +108,6 @@ def path_patches(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     sites = lens.sites[:: max(1, len(lens.sites) // 20)][:20]
     pairs = [(site.name, "logits") for site in sites]
     ll.patch_edges(lens, prompts, MARGIN, pairs, progress=False)
-
-
-def patchscope(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Read a vector for each prompt, at four sizes, in five new tokens after a text as long."""
-    vectors = torch.eye(int(lens.model.cfg.d_model))[: prompts.batch]
-    text = f"cat{' cat' * (prompts.tokens.shape[1] - 3)} ? ->"
-    ll.patchscope(lens, vectors, "blocks.15.hook_resid_post", prompt=text)
 
 
 def heads(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
@@ -118,14 +123,6 @@ def tokens(count: int) -> Run:
     )
 
 
-def four_nodes(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Take the slopes at four nodes of a path integral, as many at once as it would."""
-    nodes, _ = np.polynomial.legendre.leggauss(4)
-    adapted = lens.gates(1.0)
-    strengths = adapted.new_tensor((nodes + 1) / 2)
-    function_of(lens, prompts).slopes(at=strengths[:, None] * adapted)
-
-
 def joint_tangent(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """Take the shift of the whole vocabulary to first order, of all sites together."""
     lens.function(prompts, progress=False).tangent(1.0)
@@ -134,6 +131,11 @@ def joint_tangent(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
 def curvature(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """Take H·1: the curvature along all sites together."""
     function_of(lens, prompts).curvature(1.0)
+
+
+def between_layers(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Take H between all pairs of layers."""
+    ll.coupling(lens, prompts, MARGIN, group="layer", progress=False)
 
 
 def hessian(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
@@ -154,38 +156,24 @@ def loop_of_jvps(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
             torch.func.jvp(logits, (lens.gates(1e-30),), (direction,))
 
 
-QUICK = [
-    Work("one readout: the backward pass with its hooks alone", one_gradient, "FB"),
+# The work beside which a loop of jvps is timed.
+EVERY_SHIFT = Work(
+    "every site's whole-vocabulary shift",
+    lambda lens, prompts: ll.logit_shift(lens, prompts, progress=False),
+    target="≤ 38 F at 8, ≤ 100 F at 64",
+    is_slow=True,
+)
+
+DERIVATIVES = [
     Work("one readout, all sites", slopes(), "FB", "≤ 1.0 FB"),
     Work("… by position, head and rank", slopes("position", "head", "rank"), "FB", "≤ 1.0 FB"),
-    Work(
-        "first_order, the call, with its exact shift",
-        lambda lens, prompts: ll.first_order(lens, prompts, MARGIN),
-        "FB",
-        "≤ 1.45 FB",
-    ),
-    Work("a bank of it", banked, target="≤ 4.5 F"),
-    Work("… in a scan, an adapter", scan, target="≤ 0.07 F at 8 × 64", share=1 / ADAPTERS),
-    Work("… an adapter, as an attribution", from_bank()),
-    Work("… by position and rank", from_bank("position", "rank")),
-    Work("all edges of 61 readers", edges, target="≤ 1 FB + 3 F"),
-    Work("patch_edges, a pair of 20", path_patches, target="≤ 1.2 F", share=0.05),
     Work(
         "gradients, every hook point",
         lambda lens, prompts: ll.gradients(lens, prompts, MARGIN),
         "FB",
     ),
-    Work("contrast, as many prompts on each side", contrast),
-    Work("patchscope, a size and new token of 20", patchscope, share=0.05),
-    Work("2 tokens, all sites", tokens(2), target="≤ 3.1 F"),
-    Work("8 tokens, all sites", tokens(8), target="≤ 8.5 F"),
     Work("16 tokens, all sites", tokens(16), target="≤ 15.7 F"),
-    Work(
-        "joint whole-vocabulary shift",
-        joint_tangent,
-        target="≤ 2.6 F",
-    ),
-    Work("path integral, a node", four_nodes, target="≤ 2.7 F", share=0.25),
+    Work("joint whole-vocabulary shift", joint_tangent, target="≤ 2.6 F"),
     Work(
         "activations, all sites",
         lambda lens, prompts: ll.lora_activations(lens, prompts),
@@ -193,24 +181,35 @@ QUICK = [
         "≤ 1.15 FA",
     ),
     Work("H·1", curvature, "FB", "≤ 2.2 FB"),
-]
-
-SLOW = [
-    Work(
-        "every site's whole-vocabulary shift",
-        lambda lens, prompts: ll.logit_shift(lens, prompts, progress=False),
-        target="≤ 38 F at 8, ≤ 100 F at 64",
-    ),
+    Work("patch_edges, a pair of 20", path_patches, target="≤ 1.2 F", share=0.05),
+    EVERY_SHIFT,
     Work(
         "exact add-one effects of all sites",
         lambda lens, prompts: ll.patch_sites(lens, prompts, MARGIN, "add_one", progress=False),
         target="≤ 35 F at 8, ≤ 70 F at 64",
+        is_slow=True,
     ),
-    Work(
-        "fact_margin",
-        lambda lens, prompts: ll.fact_margin(lens, prompts, " Lyon", " Paris", progress=False),
-        target="≤ 13 F at 8",
-    ),
-    Work("a head of z, of 90 patched alone", heads, target="≤ 1 F", share=1 / 90),
-    Work("the whole H", hessian, "FB", "≤ 60 FB at 8, ≤ 185 FB at 64"),
+    Work("a head of z, of 90 patched alone", heads, target="≤ 1 F", share=1 / 90, is_slow=True),
+    Work("H between all pairs of layers", between_layers, "FB", is_slow=True),
+    Work("H between all pairs of sites", hessian, "FB", "≤ 60 FB at 8", is_slow=True, longest=16),
 ]
+
+ANALYSES = [
+    Work(
+        "first_order, with its exact shift",
+        lambda lens, prompts: ll.first_order(lens, prompts, MARGIN),
+        "FB",
+        "≤ 1.45 FB",
+    ),
+    Work("path_attribution", path),
+    Work("fact_margin", fact_margin, target="≤ 8 F at 8"),
+    Work("kl_shares", shares, target="≤ 6 F"),
+    Work("null_test, ten draws", null_test, target="≤ 15 F"),
+    Work("edges of 61 readers", edges("block"), target="≤ 1 FB + 3 F"),
+    Work("… of heads apart", edges("head")),
+    Work("a bank", banked, target="≤ 4.5 F"),
+    Work("… in a scan, an adapter", scan, target="≤ 0.07 F at 8 × 64", share=1 / ADAPTERS),
+]
+
+# What `--works` may name.
+TABLES: Mapping[str, Sequence[Work]] = {"derivatives": DERIVATIVES, "analyses": ANALYSES}
