@@ -162,6 +162,27 @@ def test_a_lens_runs_no_pass_of_a_float32_model_that_has_run(cls: str):
     assert passes_of(model, lambda: ll.LoraLens(model, adapter)) == 1, "other code is run then"
 
 
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_lens_walks_over_all_modules_a_few_times(cls: str, monkeypatch: pytest.MonkeyPatch):
+    """Its checks share one list: a walk over thousands of modules costs milliseconds."""
+    base = models.hf_model("llama", dtype=torch.float32)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    model = models.MAKERS[cls](base)
+    ll.LoraLens(model, adapter)
+    roots = (model, getattr(model, "original_model", model))
+    walks: list[str] = []
+    named_modules = torch.nn.Module.named_modules
+
+    def counted(module, *args, **kwargs):
+        yield from named_modules(module, *args, **kwargs)
+        if module in roots and not args and not kwargs.get("memo"):
+            walks.append(type(module).__name__)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    ll.LoraLens(model, adapter)
+    assert 2 <= len(walks) <= 4
+
+
 @models.NEEDS_HOOKED_TRANSFORMER
 def test_a_model_that_cannot_run_is_refused_when_another_has_run():
     """Also where a lens over it was made before it was broken."""
