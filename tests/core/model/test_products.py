@@ -180,7 +180,7 @@ def test_a_lens_walks_over_all_modules_a_few_times(cls: str, monkeypatch: pytest
 
     monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
     ll.LoraLens(model, adapter)
-    assert 2 <= len(walks) <= 4
+    assert 2 <= len(walks) <= 5
 
 
 @models.NEEDS_HOOKED_TRANSFORMER
