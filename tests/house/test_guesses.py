@@ -96,6 +96,7 @@ NAMED = {
     "lens.run_with_cache": (lambda t: t.lens.run_with_cache(PROMPT),
         r"with lens\.applied\(\) as model.*model\.run_with_cache"),
     "lens.run_with_hooks": (lambda t: t.lens.run_with_hooks(PROMPT), r"with lens\.applied\(\)"),
+    "lens.run": (lambda t: t.lens.run(PROMPT), r"expected Prompts, not str.*lens\.logits\(text\)"),
     "lens.to": (lambda t: t.lens.to("cpu"), r"ll\.load\(base, adapter, device="),
     "lens.to_tokens": (lambda t: t.lens.to_tokens(PROMPT), r"lens\.prompts\(prompts\)\.tokens"),
     "lens.eval": (lambda t: t.lens.eval(), r"lens\.model\.eval"),

@@ -503,7 +503,16 @@ class LoraLens(AdaptedModel):
 
         Args:
             prompts: the tokens.
+
+        Raises:
+            ArgumentError: something else than `Prompts`.
         """
+        if not isinstance(prompts, Prompts):
+            raise errors.ArgumentError(
+                f"lens.run: expected Prompts, not {type(prompts).__name__}; it runs them under the "
+                "hooks that are on the model now. lens.logits(text) are the logits with the "
+                "adapter, and lens.logits(text, 0.0) those of the base."
+            )
         return logits_of_prompts(self.model, self.rotary, prompts)
 
     # --- Directions that are taken out of the model for a while
