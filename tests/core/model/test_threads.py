@@ -18,9 +18,8 @@ from interrupts import held
 
 import lens_lora as ll
 from lens_lora.compat import without_warnings
+from lens_lora.core.model import adapted_model, locks, public_call
 from lens_lora.core.model import hooks as model_hooks
-from lens_lora.core.model import lens as lens_module
-from lens_lora.core.model import locks, public_call
 from lens_lora.spans import Temporary
 
 NAMES = ("logits", "first_order", "forward", "frozen", "tangents", "second_order", "patch_sites")
@@ -193,7 +192,7 @@ def test_quiet_blocks_that_say_the_same_do_not_end_one_another():
 def test_without_the_lock_it_shows(two, monkeypatch):
     """The control: errors, other numbers, or hooks left behind."""
     (first, second), _ = two
-    for module in (model_hooks, public_call, lens_module):
+    for module in (model_hooks, public_call, adapted_model):
         monkeypatch.setattr(module, "hold", lambda span, lock: None)
     expected = [lens.logits(tokens()) for lens in (first, second)]
     barrier = threading.Barrier(2)
@@ -210,6 +209,6 @@ def test_without_the_lock_it_shows(two, monkeypatch):
             return False
         return torch.allclose(found, expected[i], atol=1e-3)
 
-    monkeypatch.setattr(lens_module, "hold", lambda span, lock: None)
+    monkeypatch.setattr(adapted_model, "hold", lambda span, lock: None)
     with ThreadPoolExecutor(2) as pool:
         assert not all(run_in(pool, at_the_same_time, [(0,), (1,)]))
