@@ -68,12 +68,21 @@ def test_the_steps_of_the_workflow_pass(shipped, monkeypatch):
     """Those that run lens-lora, after a card was written; another merge stops it."""
     monkeypatch.chdir(shipped)
     assert exit_code("lens-lora card my-adapter --merged my-merged-model --quiet") == 0
-    (job,) = yaml.safe_load(snippets("yaml"))["jobs"].values()
+    workflow, _ = (yaml.safe_load(text) for kind, text in SNIPPETS if kind == "yaml")
+    (job,) = workflow["jobs"].values()
     runs = [step["run"] for step in job["steps"] if "run" in step]
     commands = [run for run in runs if run.startswith("lens-lora")]
     assert len(commands) == 2
     assert [exit_code(command) for command in commands] == [0, 0]
     assert (shipped / "checks.xml").is_file()
+
+
+def test_the_hook_before_each_commit_is_a_command_that_there_is():
+    _, repositories = (yaml.safe_load(text) for kind, text in SNIPPETS if kind == "yaml")
+    (hook,) = repositories[0]["hooks"]
+    program, command, *_ = hook["entry"].split()
+    assert (program, command) == ("lens-lora", "verify")
+    assert hook["language"] == "system" and not hook["pass_filenames"]
 
 
 @pytest.mark.parametrize("code", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
