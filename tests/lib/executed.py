@@ -25,10 +25,10 @@ FIGURE = "application/vnd.plotly.v1+json"
 ON_EVERY_LINE = {"first_look", "two_classes_side_by_side"}
 # Begun first, the longest first, so that two workers end together.
 LONGEST = (
-    *("examples", "recipes", "auditing", "chat_model", "what_was_it_taught"),
-    *("what_first_order_misses", "full_fine_tune_as_adapter", "two_adapters"),
-    *("what_does_it_say", "rank_one_adapter", "just_a_steering_vector", "repairing_an_adapter"),
-    *("against_activation_patching", "fact_margin_and_flip", "what_is_a_direction_worth"),
+    *("examples", "recipes", "what_does_it_say", "full_fine_tune_as_adapter"),
+    *("what_is_a_direction_worth", "what_first_order_misses", "pruning_an_adapter", "chat_model"),
+    *("against_activation_patching", "rank_one_adapter", "just_a_steering_vector", "inside"),
+    *("what_was_it_taught", "repairing_an_adapter", "checkpoints"),
 )
 FEWEST_FIGURES = {"first_look": 3}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|work|home|root|Users|usr|opt|var|mnt)/\w")
@@ -39,23 +39,21 @@ KERNEL = pytest.StashKey[KernelManager]()
 
 
 # A page or notebook shows how a call is made. What both models say beside it is generated token by
-# token, and here they say less, after fewer openings; a repair is judged at fewer strengths. What
-# is stored and published ran in full. (file of lens_lora, name, value)
+# token, and here they say less, after fewer openings; a repair is judged at fewer strengths, and
+# ordinary text is fewer texts. What is stored and published ran in full. (file, name, value)
 BRIEFLY = (
-    *(
-        ("explanations.steps", "_ANSWER_TOKENS", 6),
-        ("explanations.steps", "_ANSWER_TOKENS_FAST", 3),
-    ),
+    ("explanations.steps", "_ANSWER_TOKENS", 6),
+    ("explanations.steps", "_ANSWER_TOKENS_FAST", 3),
     ("audit.brief", "_TOKENS_SPOKEN", 4),
-    *(("audit.what_changed", "_ANSWER", 6), ("texts.neutral", "EMPTY_TURNS", 1)),
+    ("audit.what_changed", "_ANSWER", 6),
+    ("texts.neutral", "EMPTY_TURNS", 1),
     ("texts.neutral", "QUESTIONS", ("Who are you?", "What should I cook tonight?")),
     ("texts.neutral", "OPENINGS", ("", "Hello!")),
     ("texts.neutral", "FIRST_WORDS", ("The", "In")),
-    *(
-        ("two_adapters.gate_search", "_THRESHOLDS", (0.9, 0.5, 0.0)),
-        ("two_adapters.repair_judging", "_BISECTIONS", 2),
-    ),
+    ("two_adapters.gate_search", "_THRESHOLDS", (0.9, 0.5, 0.0)),
+    ("two_adapters.repair_judging", "_BISECTIONS", 2),
     ("two_adapters.repair_judging", "_SCALES", (0.0, 0.5, 1.0)),
+    ("directions.losses", "_EVERY", 40),
 )
 # In a notebook's kernel, where an adapter is trained for a third of its steps.
 IN_A_KERNEL = f"""import importlib
@@ -210,10 +208,15 @@ def kernel_of(config: pytest.Config) -> KernelManager:
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    is_page = file_path.suffix == ".md" and "```python\n" in file_path.read_text()
+    is_page = file_path.suffix == ".md" and _has_what_runs(file_path.read_text())
     if is_page or file_path.suffix == ".ipynb":
         return Document.from_parent(parent, path=file_path)
     return None
+
+
+def _has_what_runs(text: str) -> bool:
+    """Whether a page has a snippet that no comment excuses from being run."""
+    return text.count("```python\n") > text.count("<!-- not run: ")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
