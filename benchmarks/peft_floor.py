@@ -18,6 +18,7 @@ from measuring import MARGIN, median_seconds, text_prompts
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lens_lora as ll
 from lens_lora.demonstration import shipped_adapter
@@ -65,6 +66,18 @@ class Floor:
         return slopes, adapted - base.detach()
 
 
+def floor_of_demo(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Floor:
+    """The floor of the demo's adapter.
+
+    Args:
+        base: the embedded model, which PEFT changes.
+        tokenizer: of the model.
+    """
+    peft_model = PeftModel.from_pretrained(base, str(shipped_adapter()))
+    doc, pre = (tokenizer(word).input_ids[-1] for word in (MARGIN.doc, MARGIN.pre))
+    return Floor(peft_model, doc, pre)
+
+
 def floor_table(lengths: Sequence[int], turns: int) -> None:
     """Print the floor and the public call on one prompt of each length.
 
@@ -76,9 +89,7 @@ def floor_table(lengths: Sequence[int], turns: int) -> None:
         SystemExit: the two do not give the same numbers.
     """
     base, tokenizer = load_embedded(quiet=True)
-    peft_model = PeftModel.from_pretrained(copy.deepcopy(base), str(shipped_adapter()))
-    doc, pre = (tokenizer(word).input_ids[-1] for word in (MARGIN.doc, MARGIN.pre))
-    floor = Floor(peft_model, doc, pre)
+    floor = floor_of_demo(copy.deepcopy(base), tokenizer)
     model, class_name = hooked_model(base, tokenizer)
     lens = ll.LoraLens(model, ll.load_adapter(shipped_adapter()))
     print(

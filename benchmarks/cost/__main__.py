@@ -2,6 +2,7 @@
 
     python benchmarks/cost [--class TransformerBridge] [--tokens 8 64] [--works derivatives]
     python benchmarks/cost --floor               # first order beside PEFT and autograd alone
+    python benchmarks/cost --passes --tokens 8   # analyses dearer than their goal, and their passes
     python benchmarks/cost --batches 8           # what a batch of so many prompts saves
     python benchmarks/cost --responses [one tokens kl ablations generation]
     python benchmarks/cost --texts 100           # audits over so many texts
@@ -40,6 +41,7 @@ import page  # noqa: E402
 from allocator import allocator_table, keeps_memory  # noqa: E402
 from bank import bank_lines  # noqa: E402
 from batches import batch_table  # noqa: E402
+from floors import floor_tables  # noqa: E402
 from growth import growth_tables  # noqa: E402
 from measuring import load, matmul_peak  # noqa: E402
 from peft_floor import floor_table  # noqa: E402
@@ -81,6 +83,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, help="audits over so many texts, alone")
     parser.add_argument("--bank", type=int, metavar="ADAPTERS", help="a scan of so many, alone")
     parser.add_argument("--floor", action="store_true", help="of first order, alone")
+    parser.add_argument("--passes", action="store_true", help="of analyses, beside them, alone")
     parser.add_argument("--batches", type=int, metavar="PROMPTS", help="of so many, alone")
     parser.add_argument("--growth", action="store_true", help="with layers, tokens, sites, rank")
     parser.add_argument("--allocator", action="store_true", help="glibc's, of two kinds, alone")
@@ -154,6 +157,8 @@ def measure_class(name: str, chosen: argparse.Namespace) -> None:
         bank_lines(lens, chosen.bank)
     elif chosen.texts:
         text_table(lens, chosen.texts, turns=3 if chosen.texts <= FEW_TEXTS else 1)
+    elif chosen.passes:
+        floor_tables(lens, chosen.tokens, chosen.turns)
     elif chosen.batches:
         batch_table(lens, chosen.batches, chosen.tokens, chosen.turns)
     elif chosen.responses is not None:

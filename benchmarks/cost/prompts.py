@@ -31,7 +31,7 @@ import lens_lora as ll
 from lens_lora.core.function.reverse import site_slopes
 from lens_lora.demonstration import shipped_adapter
 
-__all__ = ["TURNS", "prompt_tables"]
+__all__ = ["TURNS", "prompt_tables", "turns_in_words"]
 
 # The turns of a work, unless the command says how many.
 TURNS = 3

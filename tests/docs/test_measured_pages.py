@@ -109,6 +109,25 @@ def test_costs_are_what_their_commands_printed():
     assert costs.performance(short, changed) != short
 
 
+def test_the_floors_in_prose_are_those_of_their_block():
+    body = costs.read()["3.9 · --passes --tokens 8 --turns 9"]["body"]
+    front = " ".join(costs.PERFORMANCE.read_text().split())
+    for name, words in (
+        ("fact_margin", "`fact_margin` took {cost} F (goal 8, passes alone {alone})"),
+        ("kl_shares", "`kl_shares` {cost} F (goal 6, passes alone {alone})"),
+        ("a bank", "a bank {cost} F (goal 4.5, passes alone {alone})"),
+        ("null_test, ten draws", "took {cost} F (goal 15): passes alone {alone}, drawing"),
+    ):
+        found = re.search(rf"\| {name} \| [^|]+ \| ([\d.]+) F [^|]+ \| ([\d.]+) F", body)
+        assert found, name
+        cost, alone = (f"{float(number):.1f}" for number in found.groups())
+        assert words.format(cost=cost, alone=alone) in front
+    (drawn,) = re.findall(r"laying them over the model takes ([\d.]+) F", body)
+    assert f"laying them over the model {float(drawn):.1f}." in front
+    (ratio,) = re.findall(r"`ll.first_order` ([\d.]+) times as long", body)
+    assert f"`first_order` took {ratio} times as long" in front
+
+
 @pytest.mark.parametrize(
     "name", ["repair", "compare_adapters", "edges", "seven_papers", "together"]
 )

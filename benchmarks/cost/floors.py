@@ -1,0 +1,263 @@
+"""Measure whole analyses beside their passes alone: what an analysis costs, and why.
+
+1. An analysis runs once while its forward and backward passes are recorded (`passes_of`).
+2. The same passes are run by the plain model: as many rows in the same batches, with as many
+   backward passes, and tangents as dual numbers. Nothing is written, and nothing is read but the
+   readout. This is the floor of an analysis that runs these passes (`run_passes`).
+3. They run once more within `lens.applied()`, where hooks write the update of every module into
+   every row. The analysis may write into fewer: rows at the base need no update.
+4. What is left is the rest: slopes from gradients, other adapters, checks, labels and the result.
+
+The passes of 2 and 3 are recorded as well, and have to be those of the analysis. All of it takes
+turns with F in one process, and so do two works that explain a rest: drawing the adapters of a null
+test, and first order by PEFT and autograd alone. Duals of the plain model use this package's
+products (`core/function/duals.py`), which are cheaper than torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as fwad
+from measuring import (
+    MARGIN,
+    backward_to_embeddings,
+    largest_spread,
+    plain_backward,
+    plain_forward,
+    seconds_of_turns,
+    text_prompts,
+)
+from peft_floor import Floor, difference, floor_of_demo
+from prompts import turns_in_words
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from works import ANALYSES, Work
+
+import lens_lora as ll
+from lens_lora.core.function.duals import dual_forward
+from lens_lora.core.function.forward import read_logits, read_value
+from lens_lora.demonstration.embedded import load_embedded
+
+__all__ = ["floor_tables", "passes_of", "run_passes"]
+
+FIRST_ORDER = "first_order, with its exact shift"
+KL_SHARES = "kl_shares"
+# Analyses that cost more than their targets, by their names in `works.py`.
+DEARER = ("fact_margin", KL_SHARES, "null_test, ten draws", "a bank", FIRST_ORDER)
+# How many adapters the null test draws.
+DRAWS = 10
+# How often F runs in a turn, as all else is divided by it.
+RUNS_OF_F = 3
+# The names of two more works.
+PEFT = "PEFT"
+DRAWN = "drawn"
+# By how much longer than PEFT and autograd alone first order should take at most.
+OF_PEFT = 1.03
+
+# Runs so many copies of the prompt in one forward pass, and reads them.
+Read = Callable[[int], Tensor]
+
+
+class Pass(NamedTuple):
+    """A forward pass of the model, and how often its graph is gone back through.
+
+    Attributes:
+        kind: 'plain', 'graph' or 'dual'; a dual pass may have a graph of its values.
+        rows: of the batch.
+        tokens: of a row.
+        backward: the number of backward passes.
+    """
+
+    kind: str
+    rows: int
+    tokens: int
+    backward: int
+
+    def __str__(self) -> str:
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        names = {"plain": "forward", "graph": "graph", "dual": "dual"}
+        back = {0: "", 1: " and back"}.get(self.backward, f" and back {self.backward} times")
+        return f"{names[self.kind]} of {rows}{back}"
+
+
+def passes_of(lens: ll.LoraLens, run: Callable[[], object]) -> list[Pass]:
+    """Run once, and return the passes that went through the model's last block.
+
+    The hook is on all modules of torch, as some analyses refuse a model that has hooks.
+    """
+    last_block = lens.model.blocks[-1]
+    seen: list[Pass] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        if module is not last_block:
+            return
+        residual = output if isinstance(output, Tensor) else output[0]
+        value, tangent = fwad.unpack_dual(residual)
+        has_graph = torch.is_grad_enabled() and value.requires_grad
+        kind = "graph" if has_graph else "plain"
+        if tangent is not None:
+            kind = "dual"
+        rows, tokens, _ = residual.shape
+        index = len(seen)
+        seen.append(Pass(kind, rows, tokens, backward=0))
+        if has_graph:
+
+            def count(gradient: Tensor) -> None:
+                seen[index] = seen[index]._replace(backward=seen[index].backward + 1)
+
+            residual.register_hook(count)
+
+    handle = register_module_forward_hook(look)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen
+
+
+def run_passes(lens: ll.LoraLens, passes: Sequence[Pass], read: Read) -> None:
+    """Run these passes under the hooks that are on the model.
+
+    A pass with a graph goes back to the embeddings once.
+    """
+    for one in passes:
+        if one.kind == "plain":
+            with torch.no_grad():
+                read(one.rows)
+        elif one.kind == "graph":
+            backward_to_embeddings(lens, lambda rows=one.rows: read(rows).sum())
+        else:
+            dual_to_embeddings(lens, lambda rows=one.rows: read(rows))
+
+
+def dual_to_embeddings(lens: ll.LoraLens, read: Callable[[], Tensor]) -> None:
+    """Run a pass of dual numbers that begin at the embeddings, and go back there once."""
+    leaves: list[Tensor] = []
+
+    def begin(tensor: Tensor, hook: object) -> Tensor:
+        leaf = tensor.detach().requires_grad_()
+        leaves.append(leaf)
+        return fwad.make_dual(leaf, torch.ones_like(tensor))
+
+    with dual_forward(), torch.enable_grad(), lens.hooked([(lens.embedding_output, begin)]):
+        value = fwad.unpack_dual(read()).primal.sum()
+    torch.autograd.grad(value, leaves)
+
+
+def with_updates(lens: ll.LoraLens, passes: Sequence[Pass], read: Read) -> None:
+    """Run these passes with the update of every module written into every row."""
+    with lens.applied():
+        run_passes(lens, passes, read)
+
+
+def reads(lens: ll.LoraLens, prompts: ll.results.Prompts, work: Work) -> Read:
+    """What the analysis reads of each pass: two logits, or for a KL all of the last token's."""
+    if work.name == KL_SHARES:
+        return lambda rows: read_logits(lens, prompts.repeat(rows))
+    reading = MARGIN.reading(lens.model, prompts)
+    return lambda rows: read_value(lens, reading.repeat(rows))
+
+
+def three_works(
+    lens: ll.LoraLens, prompts: ll.results.Prompts, work: Work
+) -> tuple[dict[str, Callable[[], object]], list[Pass]]:
+    """The analysis, its passes alone, and these with updates written; and the passes.
+
+    Raises:
+        SystemExit: what is run in place of the analysis has other passes.
+    """
+    analysis = functools.partial(work.run, lens, prompts)
+    # What is checked of a model once has passes of its own.
+    analysis()
+    passes = passes_of(lens, analysis)
+    read = reads(lens, prompts, work)
+    alone = functools.partial(run_passes, lens, passes, read)
+    written = functools.partial(with_updates, lens, passes, read)
+    for other in (alone, written):
+        if passes_of(lens, other) != passes:
+            raise SystemExit(f"{work.name} has passes that are not run in its place: {passes}")
+    return {"analysis": analysis, "alone": alone, "written": written}, passes
+
+
+def floor_tables(lens: ll.LoraLens, lengths: Sequence[int], turns: int) -> None:
+    """Print a table for each length.
+
+    Args:
+        lens: over the embedded model, with the demo's adapter.
+        lengths: tokens of the prompt.
+        turns: of every work.
+    """
+    floor = floor_of_demo(*load_embedded(quiet=True))
+    for tokens in lengths:
+        floors_of_length(lens, floor, tokens, turns)
+
+
+def floors_of_length(lens: ll.LoraLens, floor: Floor, tokens: int, turns: int) -> None:
+    """Print the analyses on one prompt beside their passes, and what explains a rest."""
+    prompts = text_prompts(lens, 1, tokens)
+    difference(floor, lens, prompts)
+    works: dict[str, Callable[[], object]] = {
+        "F": functools.partial(plain_forward, lens, prompts),
+        "FB": functools.partial(plain_backward, lens, prompts),
+        PEFT: functools.partial(floor, prompts.tokens),
+        DRAWN: functools.partial(draw_null_adapters, lens),
+    }
+    passes: dict[str, list[Pass]] = {}
+    for work in ANALYSES:
+        if work.name in DEARER:
+            three, passes[work.name] = three_works(lens, prompts, work)
+            works |= {f"{work.name}: {part}": run for part, run in three.items()}
+    seconds = seconds_of_turns(works, turns, repeats={"F": RUNS_OF_F})
+    cells = Cells(seconds)
+    brackets = " In brackets the quartiles." if turns > 1 else ""
+    print(
+        f"One prompt of {tokens} tokens, F {1e3 * cells.forward:.0f} ms, FB {cells.of('FB')}. "
+        f"{turns_in_words((), turns, largest_spread(seconds))}{brackets}\n"
+    )
+    heads = ("analysis", "target", "cost", "its passes alone", "with updates written", "passes")
+    print(f"| {' | '.join(heads)} |")
+    print(f"|{' --- |' * len(heads)}")
+    for work in ANALYSES:
+        if work.name in DEARER:
+            parts = [cells.of(f"{work.name}: {part}") for part in ("analysis", "alone", "written")]
+            listed = " + ".join(map(str, passes[work.name]))
+            row = (work.name, work.target, *parts, listed)
+            print(f"| {' | '.join(row)} |", flush=True)
+    ratio = cells.median(f"{FIRST_ORDER}: analysis") / cells.median(PEFT)
+    print(
+        f"\nFirst order by PEFT and autograd alone takes {cells.of(PEFT)}, `ll.first_order` "
+        f"{ratio:.2f} times as long (target ≤ {OF_PEFT}). Drawing the {DRAWS} adapters of a null "
+        f"test and laying them over the model takes {cells.of(DRAWN)}."
+    )
+
+
+def draw_null_adapters(lens: ll.LoraLens) -> None:
+    """Draw as many adapters as the null test does, and lay each over the model."""
+    for null in lens.null_adapters(0, DRAWS):
+        lens.with_adapter(null)
+
+
+class Cells:
+    """Times as multiples of the median F."""
+
+    def __init__(self, seconds: dict[str, list[float]]) -> None:
+        self._seconds = seconds
+        self.forward: float = statistics.median(seconds["F"])
+
+    def median(self, name: str) -> float:
+        """The median time of a work, in F."""
+        return statistics.median(self._seconds[name]) / self.forward
+
+    def of(self, name: str) -> str:
+        """The median time of a work in F, and its quartiles where there are several turns."""
+        times = self._seconds[name]
+        if len(times) == 1:
+            return f"{self.median(name):.2f} F"
+        first, _, third = statistics.quantiles(times, method="inclusive")
+        quartiles = f"{first / self.forward:.2f} to {third / self.forward:.2f}"
+        return f"{self.median(name):.2f} F ({quartiles})"

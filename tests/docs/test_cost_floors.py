@@ -1,0 +1,65 @@
+"""The floor of an analysis runs the passes of the analysis, or is refused."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import cases
+import models
+import pytest
+
+import lens_lora as ll
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "cost")]
+try:
+    floors = importlib.import_module("floors")
+    measuring = importlib.import_module("measuring")
+    works = importlib.import_module("works")
+finally:
+    del sys.path[:2]
+MARGIN = ll.Margin(5, 9)
+
+
+@pytest.fixture
+def lens(monkeypatch: pytest.MonkeyPatch) -> ll.LoraLens:
+    for module in (floors, measuring, works):
+        monkeypatch.setattr(module, "MARGIN", MARGIN)
+    return cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+
+
+def test_passes_are_counted_with_their_rows_and_backward_passes(lens: ll.LoraLens):
+    prompts = lens.prompts(models.tokens(2, 5))
+
+    def three_passes() -> None:
+        measuring.plain_forward(lens, prompts)
+        measuring.plain_backward(lens, prompts)
+        floors.dual_to_embeddings(lens, lambda: lens.run(prompts))
+
+    found = floors.passes_of(lens, three_passes)
+    assert found == [("plain", 2, 5, 0), ("graph", 2, 5, 1), ("dual", 2, 5, 1)]
+    texts = ["forward of 2 rows", "graph of 2 rows and back", "dual of 2 rows and back"]
+    assert [str(one) for one in found] == texts
+
+
+@pytest.mark.parametrize("name", ["first_order, with its exact shift", "kl_shares"])
+def test_the_passes_of_an_analysis_are_run_in_its_place(lens: ll.LoraLens, name: str):
+    prompts = lens.prompts(models.tokens(1, 5))
+    (work,) = [work for work in works.ANALYSES if work.name == name]
+    three, passes = floors.three_works(lens, prompts, work)
+    assert passes
+    for run in three.values():
+        assert floors.passes_of(lens, run) == passes
+
+
+def test_passes_over_other_tokens_than_the_prompt_are_refused(lens: ll.LoraLens):
+    longer = lens.prompts(models.tokens(1, 7))
+
+    def run(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+        measuring.plain_forward(lens, prompts)
+        measuring.plain_forward(lens, longer)
+
+    with pytest.raises(SystemExit, match="two lengths .* not run in its place"):
+        floors.three_works(lens, lens.prompts(models.tokens(1, 5)), works.Work("two lengths", run))
