@@ -3,7 +3,7 @@
     python benchmarks/planned.py 5M 30M --write
     python benchmarks/planned.py 9M 40M --tokens 384 --dtype bfloat16 --write
     python benchmarks/planned.py 190M --tokens 384 --analyses first_order kl_shares --write
-    python benchmarks/planned.py --table        # only writes the table of docs/performance.md
+    python benchmarks/planned.py --table        # only writes the table of docs/performance_data.md
 
 The estimate was fitted to the sizes of `FITTED`. Those of `HELD_OUT` have other widths, depths and
 numbers of heads, and were measured afterwards.
@@ -32,7 +32,7 @@ from lens_lora.hosts.build import hooked_model
 from lens_lora.hosts.planned_analyses import planned_analyses
 
 PEAKS = memory.DOCS / "planned.json"
-PAGE = memory.DOCS / "performance.md"
+PAGE = memory.PAGE
 TABLE = "planned"
 
 
