@@ -142,12 +142,17 @@ class Finding:
 
     def _sentence_on_length(self) -> str:
         """The counts of answers that are less than half, or more than twice, as long."""
-        lengths = [(self.adapted, "less than half as long"), (self.base, "more than twice as long")]
-        (most, length), (others, other_length) = sorted(lengths, reverse=True)
+        shorter = (self.adapted, "less than half as long")
+        longer = (self.base, "more than twice as long")
+        commoner, rarer = (shorter, longer) if self.adapted > self.base else (longer, shorter)
+        questions, length = commoner
         sentence = (
-            f"To {most} of {self.asked} questions its answers are {length} as the base model's"
+            f"To {questions} of {self.asked} questions its answers are {length} as the base model's"
         )
-        return f"{sentence}, to {others} {other_length}." if others else f"{sentence}."
+        other_questions, other_length = rarer
+        if other_questions == 0:
+            return f"{sentence}."
+        return f"{sentence}, to {other_questions} {other_length}."
 
 
 def findings_of(

@@ -245,7 +245,7 @@ class _Comparison:
 
 
 def _in_words(asked_for: Sequence[str]) -> str:
-    """What the command will do, as a sentence goes on after 'This will'.
+    """Say what the command will do, in words that follow “This will”.
 
     Args:
         asked_for: what is done besides the checks that are always made.

@@ -250,7 +250,7 @@ class _Asked:
             yield shortest_first[first : first + at_once]
 
     def _answer(self, group: list[int], answers: list[list[int]], bar: tqdm) -> bool:
-        """Let each model that is asked answer these prompts; whether all logits were finite.
+        """Let each model that is asked answer these prompts; false if a logit was not finite.
 
         Args:
             group: indices of prompts that share a cache.
@@ -305,7 +305,10 @@ class _Asked:
         return self._of_rows(batch, copies)
 
     def _of_rows(self, batch: _Batch, rows: Int[Tensor, " chosen"]) -> _Batch:
-        """These rows of a batch, each of which may be chosen several times; ends the old batch."""
+        """A batch of these rows, in this order; a row may come several times.
+
+        The cache of the old batch may be changed in place, so that batch is not used again.
+        """
         here = rows.to(batch.mask.device)
         return _Batch(
             mask=batch.mask[here],
