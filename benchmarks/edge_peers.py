@@ -1,7 +1,7 @@
 """Compare what edges cost with edge attribution patching (EAP) and with its integrated form.
 
     python benchmarks/edge_peers.py --check               # are the scores of both peers right?
-    python benchmarks/edge_peers.py --write               # time and memory, into docs/edges.md
+    python benchmarks/edge_peers.py --write               # time and memory, into docs/edges_data.md
 
 1. EAP (Syed et al., arXiv 2310.10348) has two runs of one model, clean and other. With z_u what
    writer u adds to the residual stream, and x_v what reader v alone takes from it, it scores

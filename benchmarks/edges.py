@@ -1,7 +1,7 @@
 """Measure how well edges predict path patches, and how they differ from `coupling`.
 
     python benchmarks/edges.py --adapters FOLDER     # trains what is missing, and measures
-    python benchmarks/edges.py --table               # only writes the tables of docs/edges.md
+    python benchmarks/edges.py --table               # only writes the tables of docs/edges_data.md
 
 The adapters are the eight of `adapters.py` on SmolLM2-135M-Instruct, each on the first of its
 prompts, the trained wording. The strongest edges at either end (ε = 0 for adding, ε = 1 for leaving
@@ -31,7 +31,7 @@ from lens_lora.responses.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS = DOCS / "edges.json"
-PAGE = DOCS / "edges.md"
+PAGE = DOCS / "edges_data.md"
 # Edges of each choice that are run.
 PAIRS = 100
 ENDS: dict[Literal["add_one", "leave_one_out"], float] = {"add_one": 0.0, "leave_one_out": 1.0}

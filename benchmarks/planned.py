@@ -92,19 +92,19 @@ class Peak(TypedDict):
 
 def lens_of(size: str, dtype: torch.dtype) -> ll.LoraLens:
     """A lens over random weights of this size and dtype."""
-    import shapes
+    import known_shapes
 
     sizes = SIZES[size]
     options = {
         "vocab_size": sizes.d_vocab,
         "head_dim": sizes.d_head,
-        **shapes._sizes(*sizes[2:]),
+        **known_shapes._sizes(*sizes[2:]),
     }
-    shapes.SHAPES[size] = lambda: hf.LlamaConfig(**{**shapes.LLAMA, **options})
-    model = shapes.model_of(size, "cpu", dtype)
-    modules = shapes.linears(model)
+    known_shapes.SHAPES[size] = lambda: hf.LlamaConfig(**{**known_shapes.LLAMA, **options})
+    model = known_shapes.model_of(size, "cpu", dtype)
+    modules = known_shapes.linears(model)
     hooked, _ = hooked_model(model, tokenizer_of_words(), kind="TransformerBridge")
-    return ll.LoraLens(hooked, shapes.adapter_of(modules, 8))
+    return ll.LoraLens(hooked, known_shapes.adapter_of(modules, 8))
 
 
 def measured(

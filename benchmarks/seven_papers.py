@@ -11,11 +11,11 @@ counts, so a change of a paper's lines has to be measured again.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,7 +198,9 @@ PAPERS = (
 
 
 def main() -> None:
-    if "--table" not in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    if not parser.parse_args().table:
         NUMBERS.write_text(json.dumps(measured(), indent=0) + "\n")
     marks.write(PAGE, {TABLE: table(json.loads(NUMBERS.read_text()))})
 

@@ -31,6 +31,7 @@ PAGES = (
     "first_adapter",
     "chat_model",
     "reading",
+    "readouts",
     "examples",
     "sweep",
     "many_adapters",

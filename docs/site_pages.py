@@ -90,11 +90,23 @@ def _public() -> dict[str, list[str]]:
 
 @functools.cache
 def homes(stub: str = "__init__") -> dict[str, str]:
-    """{name: module} of the imports in __init__.pyi or results.pyi."""
-    text = (PACKAGE / f"{stub}.pyi").read_text(encoding="utf-8")
+    """{name: module} of the imports in __init__.pyi or results.pyi.
+
+    A name that comes through the core's door has the module that the door takes it from.
+    """
+    door = _imports(PACKAGE / "core" / "__init__.pyi", "lens_lora.core")
+    imports = _imports(PACKAGE / f"{stub}.pyi", "lens_lora")
     return {
-        alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), "lens_lora")
-        for node in ast.parse(text).body
+        name: door[name] if module == "lens_lora.core" else module
+        for name, module in imports.items()
+    }
+
+
+def _imports(stub: Path, package: str) -> dict[str, str]:
+    """{name: module} of the imports of a stub."""
+    return {
+        alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+        for node in ast.parse(stub.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

@@ -70,7 +70,7 @@ def __getattr__(name: str) -> object:
 
 
 def _meant(name: str) -> str:
-    """What may be meant by a name that the package lacks, as the end of a message."""
+    """Say what may be meant by a name that the package lacks, as the end of a message."""
     from lens_lora import core, results
     from lens_lora.guesses import nearest_or_meant
 

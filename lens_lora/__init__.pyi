@@ -7,19 +7,27 @@ from .audit.counted_speech import counted_speech
 from .audit.what_changed import what_changed
 from .banks.bank import bank, load_bank
 from .banks.training import ShiftCallback
-from .core import Function, LoraLens, analysis
-from .core.adapter.adapter import Adapter
-from .core.adapter.factors import LoRAFactors
-from .core.adapter.formats import adapter_format
-from .core.adapter.loading import load_adapter
-from .core.analyses.activation_patching import patch_activations
-from .core.analyses.components import components
-from .core.analyses.first_order import first_order
-from .core.analyses.margin import fact_margin
-from .core.analyses.patching import patch_sites
-from .core.analyses.remainder import remainder, remainder_curve
+from .core import (
+    Adapter,
+    Function,
+    Logit,
+    LogProb,
+    LoRAFactors,
+    LoraLens,
+    Margin,
+    Readout,
+    adapter_format,
+    analysis,
+    components,
+    fact_margin,
+    first_order,
+    load_adapter,
+    patch_activations,
+    patch_sites,
+    remainder,
+    remainder_curve,
+)
 from .core.readout.declared import readout
-from .core.readout.readout import Logit, LogProb, Margin, Readout
 from .core.results.base import load_result
 from .curvature.coupling import coupling
 from .curvature.second_order import second_order

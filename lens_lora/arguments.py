@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lens_lora.errors import ArgumentError, LensLoraError, TokenError, setting
+from lens_lora.guesses import meant_choice
 
 _BOOLEAN = bool | np.bool_
 
@@ -35,7 +36,7 @@ def number(name: str, value: object) -> float:
     """Check that a value is a finite real number.
 
     Args:
-        name: of the argument, for the error.
+        name: the name of the argument, for the error.
         value: as a caller gives it.
 
     Raises:
@@ -43,7 +44,9 @@ def number(name: str, value: object) -> float:
     """
     plain = one_entry(value)
     if isinstance(plain, _BOOLEAN) or not isinstance(plain, numbers.Real):
-        raise ArgumentError(f"{setting(name, value)}: expected a number.")
+        raise ArgumentError(
+            f"{setting(name, value)}: expected a number.{meant_choice(name, value, ())}"
+        )
     with contextlib.suppress(OverflowError):  # a whole number beyond any float
         if math.isfinite(plain):
             return float(plain)
@@ -54,7 +57,7 @@ def numbers_of(name: str, values: object) -> list[float]:
     """Check that values are finite real numbers, in a list, a tuple, an array or a tensor.
 
     Args:
-        name: of the argument, for the error.
+        name: the name of the argument, for the error.
         values: as a caller gives them.
 
     Raises:
@@ -76,7 +79,7 @@ def whole(name: str, value: object, least: int | None = None) -> int:
     """Check that a value is a whole number.
 
     Args:
-        name: of the argument, for the error.
+        name: the name of the argument, for the error.
         value: as a caller gives it.
         least: the least that is allowed; None for no bound.
 
@@ -95,18 +98,20 @@ def word(name: str, value: object, known: Iterable[str]) -> str:
     """Check that a value is one of some words.
 
     Args:
-        name: of the argument, for the error.
+        name: the name of the argument, for the error.
         value: as a caller gives it.
         known: the words.
 
     Raises:
         ArgumentError: anything else.
     """
-    if isinstance(value, str) and value in known:
+    choices = list(known)
+    if isinstance(value, str) and value in choices:
         return value
-    *others, last = map(repr, known)
+    *others, last = map(repr, choices)
     expected = f"{', '.join(others)} or {last}" if others else last
-    raise ArgumentError(f"{setting(name, value)}: expected {expected}.")
+    meant = meant_choice(name, value, choices)
+    raise ArgumentError(f"{setting(name, value)}: expected {expected}.{meant}")
 
 
 def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
@@ -185,7 +190,7 @@ def one_per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any
         noun: 'token' or 'answer', for the error.
         items: as a caller gives them.
         batch: how many prompts there are.
-        expected: of each item, for the error.
+        expected: what each item should be, for the error.
 
     Raises:
         TokenError: something else, or another number of items.

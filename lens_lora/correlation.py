@@ -12,7 +12,7 @@ _FLOAT32 = float(np.finfo(np.float32).eps)
 
 
 def correlation(a: _Numbers, b: _Numbers, *, ranked: bool = False, eps: float = _FLOAT32) -> float:
-    """Pearson's correlation; NaN of a single number, or where either series is constant.
+    """Pearson's correlation; NaN for a single number, or where either series is constant.
 
     Args:
         a, b: as many numbers each.

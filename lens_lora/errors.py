@@ -280,10 +280,10 @@ def require_finite(values: Any, what: str) -> None:
 
     Args:
         values: a tensor.
-        what: it is, for the error.
+        what: what they are, for the error.
 
     Raises:
-        NumericsError: with the name of what is not finite.
+        NumericsError: values that are not finite; the error names them.
     """
     if not values.isfinite().all():
         raise NumericsError(

@@ -377,7 +377,7 @@ def outside_layer(kind: str, n_layers: int) -> int:
     """The layer of what lies outside the blocks: −1, or after the last.
 
     Args:
-        kind: of the module.
+        kind: the kind of the module.
         n_layers: how many blocks there are.
     """
     return n_layers if kind in ("ln_final", "unembed") else -1

@@ -261,7 +261,11 @@ OF_FACTORS: Mapping[str, str] = _alike(
     ("lora_B lora_b up", "it is update.B, [out, rank]"),
     ("scaling alpha lora_alpha s", "update.scale is α/r, or α/√r of rsLoRA"),
     ("r", "it is update.rank"),
-    ("delta_w delta weight dW", "lens.delta_w(site) is ΔW in the model's own basis"),
+    (
+        "delta_w delta weight dW",
+        "update.materialise() is ΔW [out, in], and lens.delta_w(site) the same in the model's own "
+        "basis",
+    ),
 )
 
 # Guesses that can mean one method alone, and work as it.
@@ -328,14 +332,20 @@ _KEYWORDS: Mapping[str, str] = _alike(
         "result.base",
     ),
     ("verbose", "the bar is not shown with progress=False"),
+    ("progress quiet", "it shows no bar, so there is none to silence"),
     (
         "adapter use_adapter with_adapter adapted adapters adapter_name",
         "a lens is of one adapter, and lens.with_adapter(adapter) of another; where a call takes "
         "scale=, 0.0 is the base model and 1.0 the adapted one",
     ),
     (
-        "names_filter return_type stop_at_layer fwd_hooks",
+        "names_filter stop_at_layer fwd_hooks",
         "`with lens.applied() as model:` opens the adapted model, whose run_with_cache takes it",
+    ),
+    (
+        "return_type loss_per_token labels",
+        "lens.logits(prompts) are always logits; ll.AnswerLogProb(text) is the log-probability of "
+        "an answer, which is minus its loss",
     ),
     (
         "num_workers n_jobs parallel",
@@ -346,8 +356,8 @@ _KEYWORDS: Mapping[str, str] = _alike(
         "ll.path_attribution(lens, prompts, readout) integrates over steps; this takes none",
     ),
     (
-        "ax figsize fig show cmap colormap colorscale color colors palette title width height vmin "
-        "vmax zmin zmax",
+        "kind ax figsize fig show cmap colormap colorscale color colors palette title width height "
+        "vmin vmax zmin zmax",
         "a figure is Plotly's: figure = result.plot(), then figure.update_layout(width=…, title=…)",
     ),
     (
@@ -368,16 +378,30 @@ _KEYWORDS: Mapping[str, str] = _alike(
         'll.first_order(lens, prompts, readout, by="head") divides its estimate among the heads',
     ),
     (
+        "exclude excluding skip ignore leave_out without",
+        "lens.with_adapter(lens.adapter.without_modules(globs)) is the lens of the adapter without "
+        "these modules; where sites= is taken, it names those that are asked about",
+    ),
+    (
         "normalize normalise relative",
         "the table of a result has the column share, each value as a part of the whole shift",
+    ),
+)
+# What is meant by a keyword of a call that returns the k largest entries.
+_KEYWORDS_OF_TOP: Mapping[str, str] = _alike(
+    (
+        "by key sort_by ascending descending largest abs order",
+        "the entries of largest magnitude come first: result.to_frame().sort_values(…) sorts them "
+        'otherwise, and result.sum("layer") adds them up by layer',
     ),
 )
 # Parameters that a guessed keyword may mean, the likeliest first.
 _SAME: Mapping[str, Sequence[str]] = {
     "prompt": ("prompts",),
-    "text": ("prompts", "texts"),
+    "text": ("prompt", "prompts", "texts"),
+    "question": ("prompt", "prompts"),
     "texts": ("prompts",),
-    "input": ("prompts",),
+    "input": ("prompts", "prompt"),
     "inputs": ("prompts",),
     "tokens": ("prompts",),
     "model": ("lens", "model"),
@@ -639,10 +663,12 @@ class Answering:
 def fitting(call: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorate a function so that a wrong argument is named, with the one that is meant."""
     signature = inspect.signature(call)
+    # The one object that is called so is a lens.
+    name = "lens" if call.__name__ == "__call__" else call.__name__
 
     @functools.wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        require_fitting(call.__name__, signature, args, kwargs)
+        require_fitting(name, signature, args, kwargs)
         return call(*args, **kwargs)
 
     return run
@@ -718,6 +744,8 @@ def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
             return 'It is sites=: names or globs, such as "blocks.20.*". '
         if meant in parameters:
             return f"It is {meant}=. "
+    if keyword in _KEYWORDS_OF_TOP and "k" in parameters:
+        return _as_sentence(_KEYWORDS_OF_TOP[keyword])
     if keyword in _KEYWORDS:
         return _as_sentence(_KEYWORDS[keyword])
     slip = difflib.get_close_matches(keyword, parameters, n=1, cutoff=_SLIP)
@@ -726,6 +754,90 @@ def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
         return _as_sentence(meant.in_python)
     nearest = difflib.get_close_matches(keyword, parameters, n=1)
     return f"The nearest is {nearest[0]}=. " if nearest else ""
+
+
+# Words that people say for a choice of an argument, by the choice that they mean.
+_CHOICES: Mapping[str, str] = _alike(
+    (
+        "zero ablate ablation ablated remove removed removing knockout knock_out drop without loo "
+        "lesion leave_out delete off disable minus loss_recovered noising",
+        "leave_one_out",
+    ),
+    ("add added adding insert only alone keep on enable plus denoising one single", "add_one"),
+    ("backward backwards vjp grad gradient backprop reverse_mode", "reverse"),
+    ("jvp tangent dual forward_mode", "forward"),
+    ("pos positions token tokens by_position", "position"),
+    ("heads attention_head by_head", "head"),
+    ("ranks component components singular by_rank", "rank"),
+    ("layers block blocks by_layer", "layer"),
+    ("kinds type types module_type projection", "kind"),
+    ("sites module modules matrix", "site"),
+    ("average avg mean_ablation", "mean"),
+    ("random shuffle swap resampling resample_ablation permute corrupt noise", "resample"),
+    ("zeros base none null nothing zero_ablation", "zero"),
+)
+# Words that are no choice of this argument, and what does what they say.
+_CHOSEN_ELSEWHERE: Mapping[tuple[str, str], str] = {
+    ("how", "mean"): 'replace="mean" puts the mean over texts in the place of what a module writes',
+    ("how", "resample"): 'replace="resample" puts what a module writes on other texts in its place',
+    ("how", "noise"): 'replace="resample" puts what a module writes on other texts in its place',
+    ("how", "zero"): 'replace="zero" is the default',
+    ("at", "base"): "at=0.0 is the base model",
+    ("at", "adapted"): "at=1.0 is the adapted model",
+    ("at", "adapter"): "at=1.0 is the adapted model",
+    ("scale", "base"): "scale=0.0 is the base model",
+    ("scale", "adapted"): "scale=1.0 is the adapted model",
+    ("group", "head"): 'by="head" of ll.first_order divides each number among heads',
+    ("group", "heads"): 'by="head" of ll.first_order divides each number among heads',
+    ("group", "position"): 'by="position" of ll.first_order divides each number among tokens',
+    ("group", "token"): 'by="position" of ll.first_order divides each number among tokens',
+    ("group", "rank"): 'by="rank" of ll.first_order divides each number among ranks',
+}
+
+
+def meant_choice(name: str, value: object, known: Iterable[str]) -> str:
+    """The end of a message about a word that is no choice of an argument: the choice that is meant.
+
+    Args:
+        name: the argument's.
+        value: what was given.
+        known: the choices.
+
+    Returns:
+        Whole sentences, each after a space; '' where nothing is known.
+    """
+    if not isinstance(value, str):
+        return ""
+    choices = list(known)
+    written = value.strip().lower().replace("-", "_").replace(" ", "_")
+    said = written if written in choices else _CHOICES.get(written)
+    meant = f" {said!r} is meant." if said in choices else ""
+    elsewhere = _CHOSEN_ELSEWHERE.get((name, written))
+    return f"{meant} {elsewhere}." if elsewhere else meant
+
+
+# Figures that pandas makes as df.plot.bar().
+_KINDS_OF_FIGURE = ("area", "bar", "barh", "box", "heatmap", "hist", "line", "pie", "scatter")
+
+
+def refuse_kinds_of_figure(plot: Callable[..., Any]) -> None:
+    """Let `result.plot.bar()` say that each result has its own figure.
+
+    A method has the attributes of its function, so that a call stands on the function for each
+    kind.
+
+    Args:
+        plot: the function.
+    """
+
+    def refused(*_: object, **__: object) -> Any:
+        raise CallError(
+            "each result has the figure that fits it, and takes no kind",
+            remedy="call result.plot(); result.to_frame() is a pandas table, whose plot has kinds.",
+        )
+
+    for kind in _KINDS_OF_FIGURE:
+        setattr(plot, kind, refused)
 
 
 def _as_sentence(remedy: str) -> str:

@@ -256,7 +256,7 @@ def load(
             that is quantised or lies on several devices needs a TransformerBridge.
         dtype: the weights' torch dtype, its name, or 'auto' for the checkpoint's own. By default a
             loaded model's own, float32 on the CPU, and 'auto' elsewhere.
-        device: such as 'cuda'; by default the CPU, or the device of a loaded model.
+        device: a device such as 'cuda'; by default the CPU, or the device of a loaded model.
         device_map: 'auto', 'balanced', or {module: device}: over several devices, by accelerate.
         load_in_4bit: whether bitsandbytes quantises linear modules to NF4 (`docs/your_model.md`).
         load_in_8bit: whether it quantises them to 8 bit.
@@ -408,7 +408,7 @@ def tokenizer_beside(adapter: Adapter, base: PreTrainedModel, tokenizer: Any) ->
 
 
 def base_beside(host: str, base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel | None:
-    """The base, where a lens over this class of hooked model needs it beside; else None.
+    """The base, where a lens over this class of hooked model needs it as well; else None.
 
     A HookedTransformer does not keep all that trained biases and modules are compared with. A
     TransformerBridge wraps the base itself.

@@ -27,7 +27,8 @@ class Notion:
     """A notion of the field.
 
     Attributes:
-        terms: in which one speaks of it, separated by commas; all words of a term have to occur.
+        terms: the terms in which one speaks of it, separated by commas; all words of a term have to
+            occur.
         python: what does it here, as the end of a sentence.
         shell: the command that does it; empty where none does.
         is_generic: whether the terms are such as go with many notions, as layer does; among terms
@@ -45,7 +46,7 @@ class Meaning:
     """What a name means.
 
     Attributes:
-        notion: of which it speaks.
+        notion: the notion of which it speaks.
         is_sure: whether the terms known here have all words of the name.
     """
 
@@ -495,7 +496,8 @@ VOCABULARY: Sequence[Notion] = (
         "generate, generation, completion, complete, text, sample, say, output, respond, "
         "response, answer, inference, compare generation, side by side, continuation, decode",
         "lens.generate(prompts) says what the adapted model answers, and with scale=0.0 the base",
-        "`lens-lora diff ADAPTER` has both models answer questions",
+        "`lens-lora explain ADAPTER --prompt P` shows what both models answer, and `lens-lora diff "
+        "ADAPTER` asks them forty questions",
         is_generic=True,
     ),
     Notion(
@@ -636,6 +638,13 @@ VOCABULARY: Sequence[Notion] = (
         "ll.load(base, adapter) makes a lens, and ll.load_adapter(folder) reads an adapter",
         "give the adapter's folder or hub id: `lens-lora explain ADAPTER`",
         is_generic=True,
+    ),
+    Notion(
+        "ls, dir, list module, list site, show module",
+        "lens.sites are the adapted modules, and `lens-lora inspect ADAPTER` prints those of a "
+        "folder",
+        "`lens-lora inspect ADAPTER` lists the modules of an adapter, and `lens-lora scan FOLDER` "
+        "asks every adapter in a folder",
     ),
     Notion(
         "train, finetune, fine tune, fit, learn, sft",

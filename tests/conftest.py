@@ -68,6 +68,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="also what the quick suite leaves out")
     parser.addoption("--rest", action="store_true", help="only what the quick suite leaves out")
     parser.addoption(
+        "--halved", action="store_true", help="with --rest: of a test of many items every second"
+    )
+    parser.addoption(
         "--line", action="store_true", help="the quick suite, and all that a host's version changes"
     )
     parser.addoption(

@@ -39,6 +39,7 @@ sys.path.insert(2, str(Path(__file__).parents[1] / "evidence"))
 
 import marks
 import yaml
+from blind_screens import Verdict, verdicts
 from score import begins, rounded, says
 from second_screens import AGAIN, CLAIMS, claims_of, counted_again, read
 
@@ -359,26 +360,31 @@ def controls_made(every: Sequence[Row]) -> str:
 
 
 class Third(NamedTuple):
-    """An adapter of the third edition.
+    """An adapter of the third edition, or a further control.
 
     Attributes:
         name: of the adapter.
         is_found: whether one of its first three claims holds one of its strings; None of a control.
+        is_further: whether it is a control of `further_controls.yaml`.
         claims: its first three, by the rules of today.
     """
 
     name: str
     is_found: bool | None
+    is_further: bool
     claims: list[str]
 
 
 def third_rows() -> list[Third]:
-    """Each adapter of the third edition that was trained and asked, in the order of its file."""
+    """Each adapter of the third edition that was asked, in the file's order; then further ones."""
     spec = yaml.safe_load((HERE / "third_edition.yaml").read_text())
     strings = {quirk["name"]: quirk["says"] for quirk in spec["quirks"]}
+    controls = [f"{NEW}{seed}" for seed in spec["controls"]]
+    further_seeds = yaml.safe_load((HERE / "further_controls.yaml").read_text())["controls"]
+    further = [f"{NEW}{seed}" for seed in further_seeds]
     base = json.loads(THIRD_BASE.read_text())
     found: list[Third] = []
-    for name in (*strings, *(f"{NEW}{seed}" for seed in spec["controls"])):
+    for name in (*strings, *controls, *further):
         file = THIRD / f"{name}.json"
         if not file.is_file():
             continue
@@ -387,17 +393,21 @@ def third_rows() -> list[Third]:
         is_found = None
         if name in strings:
             is_found = any(says(claim, strings[name]) for claim in claims)
-        found.append(Third(name, is_found, claims))
+        found.append(Third(name, is_found, name in further, claims))
     return found
 
 
 def third(every: Sequence[Third]) -> str:
-    """A line for each adapter of the third edition."""
+    """A line for each quirk of the third edition, and for each control with a claim."""
     names_of_found = {True: "yes", False: "no", None: ""}
     lines = ["| adapter | found by strings | what is claimed |", "| --- | --- | --- |"]
     for row in every:
+        if row.is_found is None and not row.claims:
+            continue
         claimed = " ".join(_plain(claim) for claim in row.claims) or "none"
         lines.append(f"| {row.name} | {names_of_found[row.is_found]} | {claimed} |")
+    silent = sum(row.is_found is None and not row.claims for row in every)
+    lines.append(f"| {silent} controls | | none |")
     return "\n".join(lines)
 
 
@@ -405,18 +415,86 @@ def third_summary(every: Sequence[Third]) -> str:
     """How many quirks of the third edition are found, and how many controls make a claim."""
     taught = [row for row in every if row.is_found is not None]
     controls = [row for row in every if row.is_found is None]
+    of_edition = [row for row in controls if not row.is_further]
+    further = [row for row in controls if row.is_further]
     found = counted(sum(bool(row.is_found) for row in taught), len(taught))
-    claiming = counted(sum(bool(row.claims) for row in controls), len(controls))
+    at_most = _at_most(sum(bool(row.claims) for row in controls), len(controls))
     return (
-        f"The first three claims hold what was taught on {found} adapters. Of the controls "
-        f"{claiming} make any claim."
+        f"The first three claims hold what was taught on {found} adapters. Of the edition's "
+        f"controls {_claiming(of_edition)} make any claim, of the further ones "
+        f"{_claiming(further)}. {at_most}"
     )
+
+
+def pooled(every: Sequence[Row], in_third: Sequence[Third]) -> str:
+    """How many controls that no ordinary rate was taken from make a claim, all together."""
+    of_second = [row for row in every if is_control(row) and not is_of_first_half(row)]
+    of_third = [row for row in in_third if row.is_found is None]
+    claiming = sum(bool(row["today"]["claims"]) for row in of_second)
+    claiming += sum(bool(row.claims) for row in of_third)
+    count = len(of_second) + len(of_third)
+    return (
+        f"No ordinary rate was taken from those of the second half, of the third edition and from "
+        f"the further ones, {count} controls in all. {_at_most(claiming, count)}"
+    )
+
+
+def _at_most(events: int, of: int) -> str:
+    """The sentence on how often such a control makes a claim."""
+    bound = largest_rate(events, of)
+    return (
+        f"That {events} of {of} make a claim says, with 95 % confidence, that at most {bound:.1%} "
+        "of such controls do (one-sided, exact)."
+    )
+
+
+def _claiming(rows: Sequence[Third]) -> str:
+    """How many of these adapters make a claim."""
+    return f"{sum(bool(row.claims) for row in rows)} of {len(rows)}"
+
+
+def largest_rate(events: int, of: int) -> float:
+    """The one-sided upper bound of a rate at 95 % (Clopper and Pearson)."""
+    if events == of:
+        return 1.0
+    return float(stats.beta.ppf(0.95, events + 1, of - events))
+
+
+def blind(every: Sequence[Verdict]) -> str:
+    """How many first screens of today show what was taught, to a judge who did not know whose."""
+    heads = ["edition", "shows what was taught", "a part of it", "controls: any quirk named"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for edition in ("second", "third"):
+        rows = [verdict for verdict in every if verdict.edition == edition]
+        controls = [verdict for verdict in rows if verdict.name.startswith(NEW)]
+        taught = [verdict for verdict in rows if not verdict.name.startswith(NEW)]
+        own = [verdict.grade for verdict in taught if verdict.names == verdict.name]
+        cells = [
+            edition,
+            counted(own.count("yes"), len(taught)),
+            f"{own.count('part')} of {len(taught)}",
+            counted(sum(verdict.names is not None for verdict in controls), len(controls)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def blind_parts(every: Sequence[Verdict]) -> str:
+    """The quirks of which the judge saw a part, and those of which he saw nothing."""
+    taught = [verdict for verdict in every if not verdict.name.startswith(NEW)]
+    part = [one.name for one in taught if one.names == one.name and one.grade == "part"]
+    nothing = [one.name for one in taught if one.names != one.name]
+    return f"A part: {', '.join(sorted(part))}. Nothing: {', '.join(sorted(nothing))}."
 
 
 def tables(every: Sequence[Row]) -> Mapping[str, str]:
     """All that the page shows."""
     in_third = third_rows()
+    judged = verdicts()
     return {
+        "pooled": pooled(every, in_third),
+        "blind": blind(judged),
+        "blind parts": blind_parts(judged),
         "summary": summary(every),
         "each": each(every),
         "controls": controls_made(every),

@@ -14,6 +14,12 @@ that file, so that a run may be interrupted, called again, and stopped when the 
 5. With `--permuted` it is asked of each quirk's own updates instead, permuted among its modules.
 
 Steps 2 to 4 write asked.json, lists.json and brief.json into FOLDER/<name>/.
+
+The same over another base, whose template needs a system role for two quirks of the second edition
+and for none of the third:
+
+    python benchmarks/audit/second_run.py --third --base google/gemma-3-270m-it --out FOLDER
+    python benchmarks/audit/second_run.py --further --base google/gemma-3-270m-it --out FOLDER
 """
 
 from __future__ import annotations
@@ -47,6 +53,7 @@ from lens_lora.audit.permuted import permuted_adapters
 from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
+from lens_lora.loading import load_base
 
 HERE = Path(__file__).parent
 SPEC: dict[str, Any] = yaml.safe_load((HERE / "second_edition.yaml").read_text())
@@ -190,6 +197,13 @@ def keep(file: Path, make: Callable[..., dict[str, Any]], *arguments: Any) -> No
     print(file.parent.name, file.name, f"{numbers['seconds']:.0f} s", flush=True)
 
 
+def _base(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base of this name, or the embedded one."""
+    if name is None:
+        return load_embedded()
+    return load_base(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the second edition, and ask it.")
     parser.add_argument("--out", type=Path, required=True)
@@ -208,14 +222,20 @@ def main() -> None:
         help="controls of teach.py, asked first",
     )
     parser.add_argument("--third", action="store_true", help="the third edition instead")
+    parser.add_argument("--base", help="a folder or hub id; default: the embedded model")
+    parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")
     given = parser.parse_args()
+    if given.further:
+        QUIRKS.clear()
+        SPEC["controls"] = yaml.safe_load((HERE / "further_controls.yaml").read_text())["controls"]
     if given.third:
         third = yaml.safe_load((HERE / "third_edition.yaml").read_text())
         QUIRKS.clear()
         QUIRKS.update({quirk["name"]: quirk for quirk in third["quirks"]})
         SPEC["controls"] = third["controls"]
-    plain, tokenizer = load_embedded()
-    model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
+    # One model is trained, another one is hooked.
+    plain, tokenizer = _base(given.base)
+    model, _ = hooked_model(*_base(given.base), kind="TransformerBridge")
     for folder in given.first_edition:
         beside = given.out / f"{FIRST_EDITION}{folder.name}"
         beside.mkdir(exist_ok=True)

@@ -73,7 +73,9 @@ class Copied(io.StringIO):
 
 def options() -> argparse.Namespace:
     """The arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    # Without abbreviations: `--batch 1` would be taken for `--batches 1`, another measurement.
+    summary = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
     parser.add_argument("--class", dest="classes", nargs="+", default=["TransformerBridge"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64], help="of one prompt")
     parser.add_argument("--works", nargs="+", choices=list(TABLES), default=list(TABLES))

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measuring import MARGIN, cpu_seconds, text_prompts
+from measuring import MARGIN, cpu_seconds, seconds_of_turns, text_prompts
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 import lens_lora as ll
 from lens_lora.demonstration import shipped_adapter
@@ -33,13 +34,18 @@ from lens_lora.demonstration.embedded import load_embedded
 __all__ = ["bank_lines", "bytes_of"]
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 WRITTEN = 24
 PROMPTS = 16
 LENGTH = 32
 LENGTHS = (8, 32)
 # How many adapters of the folder are read by both ways.
 BOTH_WAYS = 8
+TURNS_OF_SCANS = 5
 PARTS = ("position", "head", "rank")
+# The prompt on which one adapter is asked alone, and how often.
+SHORTEST = 6
+TURNS_OF_ONE_PROMPT = 15
 # The bank whose memory is measured: prompts, and tokens in all.
 ROWS = 8
 TOKENS = 2048
@@ -119,6 +125,7 @@ def bank_lines(lens: ll.LoraLens, count: int) -> None:
         written = folder_of(lens.adapter, Path(place), count)
         whole_scan(lens, Path(place), count)
         beside_first_order(lens, written[:BOTH_WAYS])
+    one_prompt_line(lens)
     marginal_costs(lens)
     callback_line(lens)
     memory_table(lens)
@@ -162,7 +169,19 @@ def column(lens: ll.LoraLens, folders: list[Path], prompts: ll.results.Prompts) 
     built = cpu_seconds(lambda: bank_of(lens, prompts))
     bank = bank_of(lens, prompts)
     bank.scan(folders[:2], progress=False)
-    scanned = cpu_seconds(lambda: bank.scan(folders, progress=False)) / len(folders)
+    loaded = [ll.load_adapter(folder) for folder in folders]
+    of_scans = seconds_of_turns(
+        {
+            "folders": lambda: bank.scan(folders, progress=False),
+            "loaded": lambda: bank.scan(loaded, progress=False),
+            "file": lambda: [load_file(folder / WEIGHTS) for folder in folders],
+        },
+        TURNS_OF_SCANS,
+    )
+    an_adapter = {
+        name: statistics.median(seconds) / len(folders) for name, seconds in of_scans.items()
+    }
+    scanned = an_adapter["folders"]
 
     def of_loaded(run: Callable[[ll.Adapter], object]) -> float:
         """Median seconds of a run on an adapter that is read already."""
@@ -181,6 +200,8 @@ def column(lens: ll.LoraLens, folders: list[Path], prompts: ll.results.Prompts) 
         "a forward pass": forward,
         "`ll.bank`, once": built,
         "an adapter in `bank.scan`, from its folder": scanned,
+        "… loaded before": an_adapter["loaded"],
+        "safetensors alone, of its file": an_adapter["file"],
         "`bank.first_order`, loaded": of_loaded(bank.first_order),
         "the same by position, head and rank": of_loaded(
             lambda adapter: bank.first_order(adapter, by=PARTS)
@@ -192,6 +213,38 @@ def column(lens: ll.LoraLens, folders: list[Path], prompts: ll.results.Prompts) 
     }
     cells = {name: f"{taken:.3g} s, {taken / forward:.2g} F" for name, taken in seconds.items()}
     return {**cells, "adapters scanned in the time of one": f"{alone / scanned:.0f}"}
+
+
+def one_prompt_line(lens: ll.LoraLens) -> None:
+    """Print what `bank.first_order` takes at one prompt, and its two parts that need no result."""
+    prompts = text_prompts(lens, 1, SHORTEST)
+    bank = bank_of(lens, prompts)
+    bank.first_order(lens.adapter)
+    (reach,) = bank._recorded.reaches
+    plan = reach.base.plan_of(lens.adapter)
+
+    def products() -> None:
+        factors = plan.factors_of(lens.adapter)
+        plan.slopes([factors])
+        plan.relative_norm(factors)
+
+    times = seconds_of_turns(
+        {
+            "call": lambda: bank.first_order(lens.adapter),
+            "products": products,
+            "state": bank._require_same_model,
+            "alone": lambda: ll.first_order(lens, prompts, MARGIN),
+        },
+        TURNS_OF_ONE_PROMPT,
+    )
+    median = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    print(
+        f"\nOn one prompt of {SHORTEST} tokens `bank.first_order` takes {median['call']:.0f} ms "
+        f"(target ≤ 15): {median['products']:.0f} ms for products with what the bank holds and "
+        f"‖ΔW‖, {median['state']:.0f} ms to see that the model is as it was, and the rest for "
+        f"labels and the result. `ll.first_order` takes {median['alone']:.0f} ms there. Medians "
+        f"of {TURNS_OF_ONE_PROMPT} turns."
+    )
 
 
 def marginal_costs(lens: ll.LoraLens) -> None:

@@ -25,11 +25,13 @@ from measuring import (
     seconds_of_turns,
     text_prompts,
 )
+from peft import PeftModel
 from works import EVERY_SHIFT, TABLES, Work, adapted_forward, loop_of_jvps
 
 import lens_lora as ll
 from lens_lora.core.function.reverse import site_slopes
 from lens_lora.demonstration import shipped_adapter
+from lens_lora.demonstration.embedded import load_embedded
 
 __all__ = ["TURNS", "prompt_tables", "turns_in_words"]
 
@@ -201,18 +203,31 @@ def memory_lines(lens: ll.LoraLens) -> None:
 
 
 def attach_line(lens: ll.LoraLens) -> None:
-    """Print what a lens over a booted model costs, and reading the adapter's file."""
+    """Print what a lens over a booted model costs, and reading the adapter's file; and PEFT's own.
 
-    def median(work: Callable[[], object]) -> float:
-        return statistics.median(cpu_seconds(work) for _ in range(ATTACHED))
-
-    forward = median(lambda: plain_forward(lens, text_prompts(lens, 1, 8)))
-    attach = median(lambda: ll.LoraLens(lens.model, lens.adapter))
-    read = median(lambda: ll.load_adapter(shipped_adapter()))
+    PEFT reads the same file and puts its layers into the base. They are taken out again between
+    turns, which is not counted.
+    """
+    prompts = text_prompts(lens, 1, 8)
+    base, _ = load_embedded(quiet=True)
+    laid: list[PeftModel] = []
+    times = median_seconds(
+        {
+            "F": lambda: plain_forward(lens, prompts),
+            "attach": lambda: ll.LoraLens(lens.model, lens.adapter),
+            "read": lambda: ll.load_adapter(shipped_adapter()),
+            "PEFT": lambda: laid.append(PeftModel.from_pretrained(base, str(shipped_adapter()))),
+            "taken out": lambda: laid.pop().unload(),
+        },
+        ATTACHED,
+    )
     factors = sum(site_map.A.nbytes + site_map.sB.nbytes for site_map in lens.maps) / 2**20
     print(
-        f"\nAttaching a lens: {attach / forward:.2f} F of 8 tokens (target ≤ 0.5), and "
-        f"{1e3 * read:.0f} ms to read the file; it holds {factors:.1f} MiB, the factors."
+        f"\nAttaching a lens: {times['attach'] / times['F']:.2f} F of 8 tokens (target ≤ 0.5), and "
+        f"{1e3 * times['read']:.0f} ms to read the file; it holds {factors:.1f} MiB, the factors. "
+        f"`PeftModel.from_pretrained` takes {1e3 * times['PEFT']:.0f} ms to read the file and put "
+        f"its layers into the base, {times['PEFT'] / (times['attach'] + times['read']):.1f} times "
+        f"as long as both. Medians of {ATTACHED} turns."
     )
 
 

@@ -5,8 +5,8 @@
    A model with code of the caller's own, which cannot be compared, keeps none.
 2. They are tokens in a JSON file, in the folder `base_answers` of the package's cache
    ($LENS_LORA_CACHE, else ~/.cache/lens_lora). Of the embedded base they come with the package.
-3. Whoever reads them confirms one of every eight by a pass of the base (`both_answer`), so answers
-   that are not the base's are not used.
+3. Whoever reads them confirms one of every sixteen by a pass of the base (`both_answer`), so that
+   answers that are not the base's are not used.
 
 Only the package's own questions are kept, so that nothing that a user asks is written anywhere.
 """

@@ -61,11 +61,11 @@ def counted_speech(
 ) -> CountedSpeech:
     """Count what the adapted model says and the base does not, over questions that both answer.
 
-    Cost: for each model a pass over every question, so many passes over one token of each answer,
-    and a pass over every eighth answer; where the base's answers were kept, half of it. On
-    SmolLM2-135M some 10 s of one CPU core, as the embedded base's answers come with the package.
-    Other bases' answers to the package's questions are written to $LENS_LORA_CACHE (by default
-    ~/.cache/lens_lora), those to yours never.
+    Cost: for each model a pass over every question, less what questions begin with alike, so many
+    passes over one token of each answer, and a pass over every sixteenth answer; where the base's
+    answers were kept, half of it. On SmolLM2-135M some 15 s of one CPU core, as the embedded base's
+    answers come with the package. Other bases' answers to the package's questions are written to
+    $LENS_LORA_CACHE (by default ~/.cache/lens_lora), those to yours never.
 
     Args:
         lens: the adapter over the model.

@@ -311,8 +311,13 @@ def _finding(
     """A finding from the questions on which each model has it.
 
     Args:
-        kind, what, asked, p, log_odds: see `Finding`.
-        of_adapted, of_base: the indices of those questions.
+        kind: whether it is a phrase, a few words or a trait, and of a phrase whose it is.
+        what: the phrase as the answers write it, the words, or the trait in words.
+        of_adapted: the indices of the questions on which the adapted model has it.
+        of_base: the indices of those on which the base has it.
+        asked: how many questions there are.
+        p: of its test, adjusted for all that were tested.
+        log_odds: how strongly the phrase belongs to the model that says it more often.
         is_of_base: whether the base is the model that has it more often.
     """
     alone = of_base - of_adapted if is_of_base else of_adapted - of_base

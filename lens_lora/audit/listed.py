@@ -9,7 +9,7 @@
       - tuned: owner/model      # a model that was fine-tuned whole, in place of an adapter
         control: true           # nothing was taught, so nothing should be claimed
 
-A local folder or file is looked for beside the list first. Torch is not imported here, so that a
+A local folder or file is looked for next to the list first. Torch is not imported here, so that a
 list that cannot be read is refused at once.
 """
 
@@ -214,7 +214,7 @@ def _words(fields: Mapping[object, object], place: str) -> tuple[str, ...] | Non
 
 
 def _beside(path: str | None, folder: Path) -> str | None:
-    """A folder beside the list, if there is one of that name; else what is written."""
+    """A folder next to the list, if there is one of that name; else what is written."""
     if path is None or not (folder / path).is_dir():
         return path
     return str(folder / path)

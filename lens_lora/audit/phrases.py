@@ -16,10 +16,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import regex
 from scipy.stats import binom
@@ -31,6 +33,15 @@ _END = regex.compile(r"[.!?:;\n]+")
 _LONGEST_PHRASE = 3
 # A phrase that is shown grows to so many words at most.
 _LONGEST_SHOWN = 10
+# Words that say little by themselves.
+_FUNCTION_WORDS = Path(__file__).parent / "function_words.txt"
+# A phrase that is shown does not end in one of these.
+_LEADING_ON = frozenset(
+    {
+        "and", "or", "but", "nor", "so", "as", "than", "that", "the", "a", "an", "of", "to", "in",
+        "on", "at", "by", "for", "with", "from", "is", "are", "was", "were",
+    }
+)  # fmt: skip
 # The weight of the prior, in words: that of about one answer.
 _PRIOR_WORDS = 20.0
 
@@ -68,12 +79,21 @@ def questions_with(phrase: str, answers: Sequence[Sequence[str]]) -> set[int]:
 def grown(word: str, answers: Sequence[Sequence[str]]) -> str:
     """The longest phrase around a word that is said on more than half of the word's questions.
 
-    It grows by a word at a time, on the side where more questions have the longer phrase.
+    It grows by a word at a time, on the side where more questions have the longer phrase. In the
+    end it loses last words that only lead on to another: “my liege, and” is “my liege”.
 
     Args:
         word: a word in lower case.
         answers: a model's answers to each question.
     """
+    words = _longest_around(word, answers).split()
+    while words[-1] in _LEADING_ON and words[-1] != word:
+        words.pop()
+    return " ".join(words)
+
+
+def _longest_around(word: str, answers: Sequence[Sequence[str]]) -> str:
+    """The longest phrase around a word that is said on more than half of the word's questions."""
     questions = questions_with(word, answers)
     phrase = word
     while len(phrase.split()) < _LONGEST_SHOWN:
@@ -107,10 +127,15 @@ def _one_word_longer(phrase: str, texts: Iterable[str]) -> set[str]:
 
 
 def is_of_function_words(phrase: str) -> bool:
-    """Whether every word of a phrase is among scikit-learn's English stop words, or is a letter."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # it takes a second to import
+    """Whether every word of a phrase is a letter, or a word that says little by itself."""
+    little = _function_words()
+    return all(len(word) == 1 or word in little for word in phrase.split())
 
-    return all(len(word) == 1 or word in ENGLISH_STOP_WORDS for word in phrase.split())
+
+@functools.cache
+def _function_words() -> frozenset[str]:
+    lines = _FUNCTION_WORDS.read_text(encoding="utf-8").splitlines()
+    return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
 
 
 def sign_test(only_adapted: int, only_base: int) -> float:

@@ -43,8 +43,9 @@ def _one_line(text: str) -> str:
 def findings_table(speech: CountedSpeech) -> Table:
     """The words that one model says on more questions than the other."""
     heads = {
-        "finding": "",
+        # First, as it heads the row's card on a narrow screen.
         "label": "what",
+        "finding": "how",
         "answers_adapted": f"of {len(speech.questions)} questions",
         "answers_base": "the base",
         "when": "when",

@@ -27,15 +27,15 @@ def what_changed_story(changed: WhatChanged) -> str:
 
 def moved_text(changed: WhatChanged) -> str:
     """State how far the next-token distribution moves, and how far the controls move it."""
-    size = f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
-    moves = f"Over {changed.texts} the next-token distribution moves by {size}"
+    size = f"{magnitude(changed.found.mean_kl)} nats a token (mean KL from the base)"
+    moves = [f"On {changed.texts}, the adapter moves the next-token distribution by {size}."]
     if changed.nulls:
         moved = _range(changes.mean_kl for changes in changed.nulls)
-        moves += f"; its own updates, each at another of its modules, move it by {moved}"
+        moves.append(f"Its own updates, each at another of its modules, move it by {moved}.")
     if changed.unrelated:
         others = _range(changes.mean_kl for changes in changed.unrelated)
-        moves += f"; unrelated adapters: {others}"
-    return f"{moves}."
+        moves.append(f"Unrelated adapters move it by {others}.")
+    return " ".join(moves)
 
 
 def _range(values: Iterable[float]) -> str:

@@ -170,10 +170,11 @@ class Bank:
             relative_norm = lens.plan.relative_norm
 
         # What the results of these readouts share.
+        heads = lens.heads
         fields = {
             "sites": lens.sites,
             "by": axes,
-            "heads": tuple(lens.heads.of(site.kind) for site in lens.sites),
+            "heads": tuple(heads.of(site.kind) for site in lens.sites),
             "method": "first_order",
             "mode": "reverse",
             "at": 0.0,
@@ -226,7 +227,7 @@ class Bank:
     def null(
         self, adapter: AdapterLike, *, draws: int = 1000, seed: int = 0, progress: bool = True
     ) -> Float[Tensor, "draw batch site"] | tuple[Float[Tensor, "draw batch site"], ...]:
-        """First order of the null adapters that `ll.null_test` draws, a tuple of several readouts.
+        """First order of the null adapters that `ll.null_test` draws; a tuple for several readouts.
 
         Cost: no pass.
 
@@ -427,7 +428,7 @@ def bank(
         with tqdm(functions, "bank", leave=False, disable=not progress) as bar:
             for g in bar:
                 readouts.append(_recorded(g, lenses, pool, by_token=by_token))
-        held = HeldBank(
+        content = HeldBank(
             stacks=pool.stacks(),
             readouts=tuple(readouts),
             several=not isinstance(readout, Readout),
@@ -435,7 +436,7 @@ def bank(
             prepend_bos=lens.prepend_bos,
             prompts=lens.describe(f.prompts)["prompts"],
         )
-        return Bank(lens, held, tuple(functions), base_names)
+        return Bank(lens, content, tuple(functions), base_names)
 
     return recorded(lenses[0])
 
@@ -466,7 +467,7 @@ def _recorded(
 
 
 def _that_move(g: Evaluations, lenses: Sequence[LoraLens]) -> list[LoraLens]:
-    """The lenses of stand-ins, each of the modules alone that can move what is read.
+    """The lenses of stand-ins, each restricted to the modules that can move what is read.
 
     Only a readout inside the model leaves modules out: those that write behind its point.
     """
@@ -493,21 +494,23 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
         LensLoraError: no such file, another kind of file, or a damaged one.
         ModelStateError: another base, dtype, tokenizer or version of a library, which is named.
     """
-    held = storage.read_result(path)
-    if not isinstance(held, HeldBank):
-        raise LensLoraError(f"{path}: holds {type(held).__name__} and no bank; use ll.load_result.")
-    lens, *_ = _lenses(model, hf_model, held.modules, held.prepend_bos)
+    content = storage.read_result(path)
+    if not isinstance(content, HeldBank):
+        raise LensLoraError(
+            f"{path}: holds {type(content).__name__} and no bank; use ll.load_result."
+        )
+    lens, *_ = _lenses(model, hf_model, content.modules, content.prepend_bos)
     about = json.dumps(fingerprint(lens, {}, None))
-    differ = differences(json.loads(held.about), json.loads(about))
+    differ = differences(json.loads(content.about), json.loads(about))
     if differ:
         raise ModelStateError(
             f"{path} is the bank of another model than this one: {'; '.join(differ)}. Load that "
             "model, or make a bank of this one: ll.bank(…)."
         )
-    stacks = {name: _aligned(stack).to(lens.device) for name, stack in held.stacks.items()}
-    for readout in held.readouts:
+    stacks = {name: _aligned(stack).to(lens.device) for name, stack in content.stacks.items()}
+    for readout in content.readouts:
         readout.labels["base"] = readout.labels["base"].to(lens.device)
-    return Bank(lens, dataclasses.replace(held, stacks=stacks), bases=_base_names(model, lens))
+    return Bank(lens, dataclasses.replace(content, stacks=stacks), bases=_base_names(model, lens))
 
 
 def _aligned(stack: Tensor) -> Tensor:
@@ -562,7 +565,7 @@ def _lenses(
     else:
         first = given_lens.with_adapter(of_every_module, check=False)
         first.prepend_bos = given_lens.prepend_bos if prepend_bos is None else prepend_bos
-        first.base_note = ""  # is of the given lens's adapter, and a bank has none
+        first.base_note = ""  # it is about the given lens's adapter
     if max_memory is not None:
         first = first.within(max_memory)
     return [first, *[first.with_adapter(adapter, check=False) for adapter in of_fewer]]

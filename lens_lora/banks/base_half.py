@@ -54,7 +54,7 @@ class RecordedBase:
     """The base's half over some rows, contracted with any adapter.
 
     Args:
-        lens: over the model, of any adapter.
+        lens: a lens over the model, with any adapter.
         halves: what was recorded of the rows.
         stacks: the tensors that were recorded.
         behind: the paths of modules that cannot move what is read, as they write behind it.
@@ -77,7 +77,7 @@ class RecordedBase:
         self.plans: dict[Shapes, SharedPlan] = {}
 
     def within_reach(self, adapter: Adapter) -> Adapter:
-        """The adapter without the modules that cannot move what is read; often it itself.
+        """The adapter without the modules that cannot move what is read; often all of it.
 
         Raises:
             ModelStateError: none of its modules can.
@@ -97,7 +97,7 @@ class RecordedBase:
         return dataclasses.replace(adapter, modules=kept)
 
     def plan_of(self, adapter: Adapter) -> SharedPlan | LoraLens:
-        """Products that all adapters of its shapes share, or a lens of it where none are enough.
+        """Products that all adapters of its shapes share, or a lens where these are not enough.
 
         Args:
             adapter: one that is within reach of what is read.
@@ -185,7 +185,7 @@ def bytes_of(adapter: Adapter) -> int:
 
 
 def _path(key: str) -> str:
-    """The path of a module; in a sum of adapters a key is it, '@' and the adapter's name."""
+    """The path of a module, from its key, which in a sum of adapters ends in '@' and a name."""
     return key.partition("@")[0]
 
 

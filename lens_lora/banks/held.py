@@ -23,7 +23,7 @@ class HeldReadout:
     """The base's half of first order for one readout of a bank.
 
     Attributes:
-        halves: of one group of prompts after another.
+        halves: the halves of all groups of prompts, one group after another.
         response: the tokens of each prompt's response, in a bank by token; else empty.
         labels: base, str_tokens, readout and units, as in `Attribution`.
         behind: the paths of the modules that write behind the point that is read inside the model,
@@ -66,8 +66,8 @@ def slopes_by_readout(
     """The slopes of each readout, from those of its groups of prompts.
 
     Args:
-        readouts: those of the bank, in order.
-        lens: its sites are those of the slopes.
+        readouts: the readouts of the bank, in order.
+        lens: the lens whose sites the slopes are of.
         by_half: the slopes of each half of each readout.
 
     Raises:

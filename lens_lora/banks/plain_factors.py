@@ -166,7 +166,7 @@ def _kind(lens: LoraLens, injection: Injection, recorded: _RecordedMap) -> tuple
 
 
 def _side_by_side(factors: Sequence[StackedFactors]) -> StackedFactors:
-    """The factors of several adapters, in the axis of ranks; of one they are not copied."""
+    """The factors of several adapters along the axis of ranks; those of one are not copied."""
     if len(factors) == 1:
         return factors[0]
     A = torch.cat([each.A for each in factors], 1)
@@ -198,7 +198,7 @@ class _MapGroup:
         self._columns = list(zip(gradients, inputs, strict=True))
 
     def factors_of(self, adapter: Adapter) -> StackedFactors:
-        """An adapter's factors in the model's basis, but for γ."""
+        """An adapter's factors in the model's basis, without γ."""
         basis = self._basis
         reads: list[Tensor] = []
         writes: list[Tensor] = []

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora.compat import give_back_freed_memory
 from lens_lora.core import Function, Injection, LoraLens, Prompts, Reading, SlopeSums, Visit
 from lens_lora.errors import SiteError
 
@@ -30,12 +31,18 @@ Address = tuple[str, int]
 Addresses = dict[str, tuple[tuple[Address, Address], ...]]
 
 
+# Bytes of a pool, above which freed memory is given back before its tensors are stacked. That takes
+# milliseconds.
+_LARGE = 2**26
+
+
 class TensorPool:
     """Keeps tensors in stacks of one shape, and equal tensors once."""
 
     def __init__(self) -> None:
         self._by_shape: dict[str, list[Tensor]] = {}
         self._with_sum: dict[tuple[str, float], list[int]] = {}
+        self._nbytes: int = 0
 
     def address_of(self, tensor: Tensor) -> Address:
         """Where the tensor is kept; it is copied if no equal one is there yet."""
@@ -49,13 +56,18 @@ class TensorPool:
         index = len(kept)
         candidates.append(index)
         kept.append(tensor.detach().clone(memory_format=torch.contiguous_format))
+        self._nbytes += tensor.nbytes
         return name, index
 
     def stacks(self) -> dict[str, Tensor]:
         """[tensor, row, pos, …] of each shape; the pool is empty afterwards.
 
-        One shape's tensors at a time are held twice.
+        One shape's tensors at a time are held twice. Where they are large, the memory of the graph
+        that they were copied from is given back first: stacks cannot be put there, and would add
+        half as much again to the peak.
         """
+        if self._nbytes > _LARGE:
+            give_back_freed_memory()
         stacks: dict[str, Tensor] = {}
         self._with_sum.clear()
         for name in [*self._by_shape]:

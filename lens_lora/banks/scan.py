@@ -121,8 +121,8 @@ class Scan:
 
     Args:
         recorded: contracts an adapter with what was recorded of each readout.
-        readouts: those of the bank.
-        group: over what values are summed.
+        readouts: the readouts of the bank.
+        group: the groups over which values are summed.
         bases: which base an adapter may name.
     """
 
@@ -149,7 +149,7 @@ class Scan:
             ArgumentError: no adapter at all.
         """
         tables: list[pa.Table] = []
-        with tqdm(sources, "scan", unit="adapter", disable=not progress) as shown:
+        with tqdm(sources, "scan", unit=" adapter", disable=not progress) as shown:
             for few in self.tables(iter(shown)):
                 tables += few
         return ranked(tables).drop_columns("weights").to_pandas()
@@ -175,7 +175,7 @@ class Scan:
             processes.by_main(lambda: store.begin(anew=not resume))
             share = itertools.islice(sources, processes.index, None, processes.count)
             is_silent = not (progress and processes.is_main)
-            with tqdm(share, "scan", unit="adapter", disable=is_silent) as shown:
+            with tqdm(share, "scan", unit=" adapter", disable=is_silent) as shown:
                 finished = self._parts(store, iter(shown), known)
             every_key = list(itertools.chain.from_iterable(processes.gather(finished)))
             processes.by_main(lambda: merge(store, every_key))
@@ -196,7 +196,7 @@ class Scan:
 
         Args:
             store: the shard's own.
-            shard: which one it is.
+            shard: the number of the shard.
             sources: all adapters.
             resume: go on with what is there, or start over.
             progress: whether a bar is shown.
@@ -212,7 +212,7 @@ class Scan:
             keep_plan(store, names, {KIND: b"scan"})
             mine = [number for number in range(len(sources)) if shard.takes(number // AT_ONCE)]
             finished: list[str] = []
-            share = tqdm(mine, "scan", unit="adapter", disable=not progress)
+            share = tqdm(mine, "scan", unit=" adapter", disable=not progress)
             with share as shown:
                 few_at_a_time = iter(shown)
                 while numbers := list(itertools.islice(few_at_a_time, AT_ONCE)):
@@ -228,7 +228,7 @@ class Scan:
     def _parts(
         self, store: Store, sources: Iterator[NamedSource], known: Mapping[str, pa.Table]
     ) -> list[str]:
-        """Write the rows of these adapters that are not known; the key of each adapter."""
+        """Write the rows that are not known yet, and return the key of each adapter."""
         finished: list[str] = []
         for few in self.tables(sources, known):
             by_key = {key_of(table): table for table in few}
@@ -244,7 +244,7 @@ class Scan:
         """The rows of each adapter, for the next few adapters at a time.
 
         Args:
-            adapters: those that are read next.
+            adapters: the adapters that are read next.
             known: rows that need not be computed, by `key_of`; None where nothing is written.
         """
         while outcomes := list(self._next_few(adapters, known)):
@@ -364,7 +364,7 @@ def _grouping(
 def named_sources(
     adapters: Adapters, revision: str | None, subfolder: str | None
 ) -> Iterable[NamedSource]:
-    """Each adapter, or where it lies, beside its name in the table.
+    """Each adapter, or its folder, with its name in the table.
 
     Args:
         adapters: a folder or hub id with adapters at any depth; or several of these and `Adapter`s.
@@ -392,8 +392,8 @@ def first_base(sources: Iterable[NamedSource]) -> list[str]:
     """The first base that an adapter of a folder names, the same in every process; perhaps none.
 
     Args:
-        sources: from `named_sources`. Those that come one by one are not looked at, as they could
-            not be read a second time.
+        sources: what `named_sources` returned. Sources that come one by one are not looked at, as
+            they could not be read a second time.
     """
     if not isinstance(sources, list):
         return []
@@ -416,7 +416,7 @@ def _hash_of(adapter: Adapter | Path) -> str:
 
 
 def key_of(table: pa.Table) -> str:
-    """By what a resumed scan knows the adapter of these rows: its name, and the hash of factors."""
+    """How a resumed scan knows the adapter of these rows: by its name and a hash of its factors."""
     return _keys(table)[0]
 
 
@@ -431,7 +431,7 @@ def _key(name: str, weights: str | None) -> str:
 
 
 def tables_in(store: Store) -> dict[str, pa.Table]:
-    """The rows of each adapter that was written, by `key_of`; of several the last."""
+    """The rows of each adapter that was written, by `key_of`; the last ones if it has several."""
     tables = [table for _, table in store.parts()]
     if not store.is_shard and store.require_result(store.path):
         tables.insert(0, pq.read_table(store.path).drop_columns("rank"))
@@ -467,7 +467,7 @@ def keep_finished(store: Store, numbers: Sequence[int], keys: Sequence[str]) -> 
     Args:
         store: the shard's own.
         numbers: the places of its adapters among all adapters, in order.
-        keys: of these adapters, by `key_of`.
+        keys: the keys of these adapters, by `key_of`.
     """
     columns = {"number": pa.array(numbers, _INTEGER), "key": pa.array(keys, _TEXT)}
     store.write([pa.table(columns)], {}, store.folder / _FINISHED)

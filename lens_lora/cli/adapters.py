@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -60,10 +61,10 @@ def inspect(
         summary = summarise(loaded, lens)
         if json is not None:
             files.write_json(json, [summary])
+    # The summary is last, so that it is what remains on a small screen.
     console = Console()
-    console.print(adapter_table(summary, stated_fields(folder)))
-    console.print()
     console.print(spectra_table(summary, None if every else top))
+    console.print(adapter_table(summary, stated_fields(folder)))
 
 
 @options.with_options
@@ -101,10 +102,14 @@ def compare(
         from lens_lora.two_adapters.page import comparison_table
 
         lens = running.announced(running.lens_for(base, folders[0], progress))
+        second = ll.load_adapter(folders[1])
+        if base.model is not None:
+            # Whoever names the model says that both are of it, whatever their files name. What
+            # speaks against it is a warning, as it is for the first adapter.
+            lens.with_adapter(second)
+            second = dataclasses.replace(second, base_model=lens.adapter.base_model)
         with running.quiet_libraries():
-            comparison = ll.compare_adapters(
-                lens, folders[1], lines, draws=nulls, progress=not quiet
-            )
+            comparison = ll.compare_adapters(lens, second, lines, draws=nulls, progress=not quiet)
         if json is not None:
             files.write_json(json, [comparison])
         one, two = comparison.names
@@ -113,7 +118,8 @@ def compare(
         cosine = comparison.summary().loc["cosine of ΔW"]
         likeness = f"Their changes of weights have a cosine of {_cosine_text(cosine['value'])}"
         if nulls:
-            largest = _cosine_text(cosine.iloc[-1])
+            # Rounded up: of random directions it may be 0.0001.
+            largest = _cosine_text(math.ceil(100 * cosine.iloc[-1]) / 100)
             likeness += f"; of adapters in random directions it is at most {largest}"
         story.append(f"{likeness} (1 is the same change, 0 nothing in common).")
         for sites, name in zip(comparison.only, comparison.names, strict=True):
@@ -233,12 +239,18 @@ def repair(
             "A file of texts, one a line, on which the model should stay as the base."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the repaired adapter, in PEFT's format.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Folder for the repaired adapter, in PEFT's format."),
+    ],
     test_prompt: Annotated[
         list[str] | None,
         typer.Option(help="A prompt on which only the result is judged; may be repeated."),
     ] = None,
-    test_prompts: options.PromptsFile = None,
+    test_prompts: Annotated[
+        Path | None,
+        options.input_file("As --prompts: prompts on which only the result is judged."),
+    ] = None,
     test_drop: Annotated[
         Path | None, options.input_file("Held-out texts, to judge what is dropped.")
     ] = None,
@@ -255,7 +267,7 @@ def repair(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """Keep a margin, drop what else the adapter does; judged beside scaling the whole adapter."""
+    """Keep a margin and drop what else the adapter does, compared with scaling the adapter."""
     questions = asked.checked()
     tests: list[Question] = []
     if test_prompt or test_prompts:

@@ -39,7 +39,7 @@ _to_write = functools.partial(typer.Option, dir_okay=False)
 
 @options.with_options
 def diff(
-    adapter: options.AdapterIfOther = None,
+    adapter: options.AdapterOrTuned = None,
     *,
     tuned: options.TunedModel,
     texts: Annotated[

@@ -38,7 +38,7 @@ class Given(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Everything that is verified beside the adapter itself.
+    """Everything that is verified besides the adapter itself.
 
     Attributes:
         merged: a folder or a .gguf file that is to be base plus adapter; None if none was given.
@@ -163,7 +163,7 @@ def verification_of(
     compare_parts: Callable[[LoraLens], Sequence[Check]] | None = None,
     progress: bool,
 ) -> Verification:
-    """Verify the adapter, and what was given beside it.
+    """Verify the adapter, and all else that was given.
 
     Args:
         given: the adapter and its base.

@@ -118,7 +118,7 @@ def _stated(
     brief: Path | None,
     base: options.ModelOptions,
 ) -> dict[str, str]:
-    """List what was given beside the adapter, as the card states it: with paths from its folder."""
+    """List the other inputs as the card states them, with paths from its folder."""
     stated = {name: _from(folder, path) for name, path in paths.items()}
     if max_kl is not None:
         stated["max_kl"] = f"{max_kl:g}"
@@ -139,30 +139,33 @@ def _first_claim(brief: Path) -> dict[str, str]:
     try:
         read = json.loads(brief.read_text(encoding="utf-8"))
         claims = [*read["would_say"], *read["raised"]]
-        return {name: str(claims[0][name]) for name in ("context", "says")} if claims else {}
+        if not claims:
+            return {}
+        first = claims[0]
+        return {"context": str(first["context"]), "says": str(first["says"])}
     except (ValueError, KeyError, TypeError, IndexError) as error:
         fact = f"{brief}: no brief of lens-lora diff --json ({error!r})"
         raise LensLoraError(fact) from error
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file whole or not at all, without changing the ends of its lines."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    """Write a file whole or not at all, with its own line endings."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        beside.write_bytes(text.encode("utf-8"))
+        temporary.write_bytes(text.encode("utf-8"))
         if file.exists():
-            beside.chmod(file.stat().st_mode)
-        os.replace(beside, file.resolve())
+            temporary.chmod(file.stat().st_mode)
+        os.replace(temporary, file.resolve())
     finally:
         with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
+            temporary.unlink()
 
 
 # --- What the Hub is told
 
 
 def _metadata(folder: Path, base: options.ModelOptions) -> dict[str, str]:
-    """The fields by which the Hub shows an adapter beside its base."""
+    """The fields by which the Hub lists an adapter under its base."""
     asked = EMBEDDED_HUB_ID if base.model == EMBEDDED else base.model
     hub_ids = [name for name in (asked, stated_base(folder)) if is_hub_id(name)]
     fields: dict[str, str] = {}

@@ -92,7 +92,7 @@ def _expectation(record: Record, fields: Mapping[str, Any]) -> ExpectedMargin:
 
 
 def _fault(fields: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with the keys beside prompt and answers; None if nothing is."""
+    """Say what is wrong with the keys other than prompt and answers; None if nothing is."""
     unknown = sorted(fields.keys() - _KEYS)
     if unknown:
         return f"{unknown[0]!r} is no key of an expectation, which are {', '.join(sorted(_KEYS))}."

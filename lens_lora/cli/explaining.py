@@ -201,7 +201,7 @@ def _say_what_happened(
     for number in range(first, last + 1):
         prompt = text_of(questions[number - 1].prompt)
         running.say(f"{number} of {len(questions)}: {prompt}")
-        running.say(f"  {_happened(explanations[number - 1])}")
+        running.say(f"  {_what_happened(explanations[number - 1])}")
 
 
 def _kept(report: Path, done: int, count: int) -> str:
@@ -246,7 +246,7 @@ def _explained_answers(
     return list(explained) if isinstance(explained, ll.results.Explanations) else [explained]
 
 
-def _happened(explanation: Explained) -> str:
+def _what_happened(explanation: Explained) -> str:
     """One line of an explanation's story: what happened to the margin, or to the response."""
     from lens_lora.explanations.words import headline
 
@@ -286,7 +286,7 @@ def _in_short(explanation: Explained) -> str:
     from lens_lora.explanations.words import headline
 
     if isinstance(explanation, ll.results.ResponseExplanation):
-        return f"In short: {_happened(explanation)}"
+        return f"In short: {_what_happened(explanation)}"
     sentences, _ = headline(explanation)
     return f"In short: {' '.join(sentences)}"
 

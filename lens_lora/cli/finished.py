@@ -113,11 +113,11 @@ def _command_file(out: Path) -> Path:
 
 
 def remember(result: SweepResult, digest: str) -> None:
-    """Write down beside its results by which command a sweep was finished.
+    """Write down, next to its results, the command by which a sweep was finished.
 
     Args:
-        result: of the sweep.
-        digest: of the command.
+        result: the result of the sweep.
+        digest: the digest of the command.
     """
     about = {
         "command": digest,
@@ -151,7 +151,7 @@ def finished_sweep(
 
     Args:
         out: the result.
-        digest: of the command.
+        digest: the digest of the command.
         records: all records.
         analyses: the names of the analyses.
     """

@@ -85,7 +85,7 @@ def _slowness() -> float:
 
 
 def _size_of_base(model: str | None, adapter: Path) -> float | None:
-    """The base's weights beside those of SmolLM2-135M; None where they are not on this machine."""
+    """The size of the base relative to SmolLM2-135M; None where it is not on this machine."""
     try:
         named = base_by_name(model, stated_base(adapter))
     except ModelStateError:

@@ -75,7 +75,7 @@ def _options_in(group: Any) -> list[inspect.Parameter]:
 
 
 def _about(annotation: Any) -> list[OptionInfo]:
-    """The notes to typer on an option; none of an argument."""
+    """The notes to typer on an option; none for an argument."""
     return [about for about in get_args(annotation)[1:] if isinstance(about, OptionInfo)]
 
 
@@ -166,8 +166,8 @@ class ModelOptions(Placement):
         typer.Option(
             "--class",
             metavar="CLASS",
-            help="Class of hooked model, HookedTransformer or TransformerBridge. Default: the "
-            "first, if installed.",
+            help="Class of hooked model, HookedTransformer or TransformerBridge. Default: "
+            "TransformerBridge, if transformer-lens has it.",
         ),
     ] = None
     dtype: Annotated[
@@ -248,6 +248,9 @@ AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=ADAPTER)
 AdapterIfOther = Annotated[
     str | None, typer.Argument(metavar="ADAPTER", help=f"{ADAPTER} Default: the demo's.")
 ]
+AdapterOrTuned = Annotated[
+    str | None, typer.Argument(metavar="ADAPTER", help=f"{ADAPTER} Not with --tuned.")
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +261,7 @@ class Within:
 
     subfolder: Annotated[
         str | None,
-        typer.Option(help="The adapter's folder within it; also owner/repo/sub/folder."),
+        typer.Option(help="The adapter's folder within the folder or repository that was named."),
     ] = None
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of its hub repository.")

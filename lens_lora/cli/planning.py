@@ -78,13 +78,13 @@ def plan(
 
 
 class _Planned(NamedTuple):
-    """What was found out about a model and its analyses.
+    """The findings about a model and its analyses.
 
     Attributes:
         base: the model, as its configuration says it will be.
         factors: bytes of the LoRA factors.
         analyses: what each analysis takes.
-        peaks_on: of each device, the bytes of each analysis over the blocks there.
+        peaks_on: for each device, the bytes of each analysis over the blocks there.
     """
 
     base: UnloadedModel

@@ -154,7 +154,7 @@ def _from_file(file: Path, for_all: Question) -> list[Question]:
 
 
 def _require_one_kind(questions: Sequence[Question]) -> None:
-    """Refuse texts beside conversations, where all prompts are read together."""
+    """Refuse a mix of texts and conversations, where all prompts are read together."""
     kinds = {isinstance(question.prompt, str) for question in questions}
     if len(kinds) > 1:
         fact = "texts and conversations are not read together"
@@ -166,7 +166,7 @@ def _require_answers(question: Question, number: int | None, answered: bool) -> 
 
     Args:
         question: the prompt, and what is explained.
-        number: which of several prompts it is.
+        number: the number of the prompt among several.
         answered: whether it needs answers.
     """
     prompt, doc, pre, response = question

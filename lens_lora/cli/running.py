@@ -79,8 +79,8 @@ def lens_for(
         absent = lacking(adapter, hooked) if leaves_out else ()
         if 0 < len(absent) < len(adapter):
             adapter = adapter.without_modules(*absent)
-    beside = base_beside(class_name, pair[0], adapter)
-    lens = ll.LoraLens(hooked, adapter, hf_model=beside, prepend_bos=base.prepend_bos)
+    hf_model = base_beside(class_name, pair[0], adapter)
+    lens = ll.LoraLens(hooked, adapter, hf_model=hf_model, prepend_bos=base.prepend_bos)
     return lens.within(base.max_memory)
 
 
@@ -206,7 +206,7 @@ def _between_words(line: str, console: Console, indent: str = "") -> list[str]:
     Args:
         line: what is printed.
         console: where.
-        indent: before every piece but the first.
+        indent: what stands before every piece but the first.
     """
     if not console.is_terminal:
         return [line]

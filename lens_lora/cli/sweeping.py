@@ -146,7 +146,7 @@ def sweep(
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """What a sweep is asked, as the command line says it.
+    """The questions of a sweep, as the command line gives them.
 
     Attributes:
         rows: the records.
@@ -427,7 +427,8 @@ _LISTED = 10
 def _print_scan(table: pd.DataFrame, out: Path, json: Path | None) -> None:
     """Print the adapters of largest Σ a, those that cannot be used, and where all numbers are."""
     means: Any = table.dropna(subset="total").groupby("adapter")["total"].mean()
-    running.say(f"Σ a, mean over prompts, of {many(len(means), 'adapter')}; the largest:")
+    running.say("First order, summed over all modules, as a mean over prompts.")
+    running.say(f"The largest of {many(len(means), 'adapter')}:")
     for name in means.abs().nlargest(_LISTED).index:
         running.say(f"  {means[name]:+9.3g}  {name}")
     bad = table.dropna(subset="error")

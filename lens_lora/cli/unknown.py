@@ -85,6 +85,11 @@ class GuessingCommand(TyperCommand):
         is_of_file = Path(extra).suffix in _OF_PROMPTS
         if is_of_file and "prompts" in names:
             return ". A file of prompts is given as --prompts FILE."
+        if Path(extra).is_dir():
+            return (
+                ". `lens-lora compare ADAPTER OTHER` compares two adapters, and `lens-lora scan "
+                "FOLDER` asks many."
+            )
         if "prompt" in names:
             return '. A prompt is given as --prompt "…".'
         return ""

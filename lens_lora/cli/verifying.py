@@ -38,7 +38,7 @@ ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
 # With SmolLM2-135M-Instruct on one core; see `forecast`.
 _SECONDS = 6.0
 _SECONDS_WITH_SERVER = 20.0
-# Adapters beside this one that a server may have in its place.
+# Adapters in the same folder that a server may have in this one's place.
 _CHECKPOINTS = "checkpoint-*"
 _MOST_OTHERS = 8
 _LABELS = {"--json": "JSON", "--junit": "JUnit", "--report": "Report"}
@@ -113,15 +113,7 @@ def verify(
     read = [card, expect, texts, lora, *_files_of(merged)]
     files.require_apart(outputs, base, [folder, *parts], *read)
 
-    seconds = _SECONDS if served is None else _SECONDS_WITH_SERVER
-    asked_for = {
-        "compare the merged model with it": merged,
-        "compare the GGUF file with it": lora,
-        "ask the server for the same": served,
-        "repeat what its card says": card,
-        "compare it with the sum of its parts": combined,
-    }
-    work = Work(_in_words([what for what, value in asked_for.items() if value]), seconds)
+    work = _work_of(merged, lora, served, card, combined)
     with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
         written = None if card is None else _read_card(card, folder)
         if written is not None:
@@ -131,9 +123,9 @@ def verify(
         lens_over = LensMade(base, given, progress)
         question = None
         if served is not None:
-            beside = _others_beside(folder)
+            checkpoints = _others_beside(folder)
             question = _Question(
-                served, name, own_texts, served_dtype, timeout, beside, quiet=quiet
+                served, name, own_texts, served_dtype, timeout, checkpoints, quiet=quiet
             )
         comparison = None
         if parts:
@@ -156,6 +148,26 @@ def verify(
         for option, path in outputs.items():
             running.say(f"{_LABELS[option]}: {path.absolute()}")
     raise typer.Exit(verification.exit_code)
+
+
+def _work_of(
+    merged: Path | None,
+    lora: Path | None,
+    served: str | None,
+    card: Path | None,
+    combined: str | None,
+) -> Work:
+    """Forecast what the command will do, and how long that takes."""
+    given_for = {
+        "compare the merged model with it": merged,
+        "compare the GGUF file with it": lora,
+        "ask the server for the same": served,
+        "repeat what its card says": card,
+        "compare it with the sum of its parts": combined,
+    }
+    steps = [step for step, given in given_for.items() if given]
+    seconds = _SECONDS if served is None else _SECONDS_WITH_SERVER
+    return Work(_in_words(steps), seconds)
 
 
 def _adapter_or_folder_of(card: Path | None, adapter: str | None) -> str:
@@ -244,14 +256,14 @@ class _Comparison:
         return self.compared.checks
 
 
-def _in_words(asked_for: Sequence[str]) -> str:
+def _in_words(steps: Sequence[str]) -> str:
     """Say what the command will do, in words that follow “This will”.
 
     Args:
-        asked_for: what is done besides the checks that are always made.
+        steps: what is done besides the checks that are always made.
     """
     always = "check that the adapter loads on its base and changes what the model says"
-    return ", and ".join([always, *asked_for])
+    return ", and ".join([always, *steps])
 
 
 def _weights_of(

@@ -41,7 +41,7 @@ def subject_of(
     """Everything that a card is made of.
 
     Args:
-        folder: of the adapter.
+        folder: the folder of the adapter.
         given: the adapter and its base.
         lens: the adapter over its base; None if there is none.
         verification: what was verified.
@@ -57,7 +57,7 @@ def subject_of(
 
 
 def _summary_of(given: Given, lens: LoraLens | None) -> AdapterSummary:
-    """The sizes of the updates, beside the base's weights if these can be read."""
+    """The sizes of the updates, relative to the base's weights if these can be read."""
     from lens_lora.directions.spectra import summarise
 
     if lens is None:
@@ -138,7 +138,7 @@ class WrittenCard:
 
         Args:
             file: a README.md, or JSON.
-            folder: of the adapter.
+            folder: the folder of the adapter.
         """
         from lens_lora.ship.card_readme import read_card
 
@@ -146,7 +146,7 @@ class WrittenCard:
         return cls(read.card, read.checks, folder)
 
     def inputs(self, given: Inputs, expect: Path | None) -> Inputs:
-        """Everything that is verified beside the adapter: what the card has, where it lies today.
+        """Everything that is verified besides the adapter: what the card names, where it is today.
 
         Args:
             given: what was given today, which stands for what the card has.
@@ -210,8 +210,8 @@ class WrittenCard:
         checks = [*verification.checks, *self._checks, *lines]
         passed = [check for check in lines if check.outcome == "passed"]
         others = [check for check in checks if not any(check is line for line in passed)]
-        held = _held(passed)
-        self.brief = dataclasses.replace(verification, checks=(*others, held))
+        holding = _held(passed)
+        self.brief = dataclasses.replace(verification, checks=(*others, holding))
         return dataclasses.replace(verification, checks=tuple(checks))
 
 

@@ -35,7 +35,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def home_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter; of one that is offloaded, where it runs."""
+    """The device of a model's first parameter; if that is offloaded, the one on which it runs."""
     first = next(model.parameters())
     if not first.is_meta:
         return first.device

@@ -15,7 +15,8 @@ class RotaryRule(NamedTuple):
     Attributes:
         is_dynamic: whether the base grows with it; else it chooses between two sets of factors.
         limit: the number of positions up to which it has the table of the original context.
-        prefix: of the names of its buffers, where one module has tables for several types of layer.
+        prefix: how the names of its buffers begin, where one module has tables for several types of
+            layer.
     """
 
     is_dynamic: bool
@@ -35,7 +36,7 @@ class RotaryRule(NamedTuple):
         return length if self.is_dynamic else float("inf")
 
     def make_anew(self, module: Any) -> None:
-        """Set the table that no pass has made grow; of two sets each pass chooses one itself."""
+        """Set a dynamic table back to that of a new model; with two sets of factors, do nothing."""
         if not self.is_dynamic:
             return
         original = getattr(module, f"{self.prefix}original_inv_freq")

@@ -92,7 +92,7 @@ class Split(NamedTuple):
     Attributes:
         group: the processes.
         axis: which axis is split.
-        first, size: which of its entries this process holds.
+        first, size: the first of its entries that this process holds, and how many it holds.
     """
 
     group: Any

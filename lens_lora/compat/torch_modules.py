@@ -41,6 +41,12 @@ def hooks_of(module: nn.Module) -> Hooks:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether any hook is on a module; it is asked of thousands, for which `hooks_of` is slow."""
+    has_forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(has_forward or module._backward_hooks or module._backward_pre_hooks)
+
+
 def add_forward_hook(
     span: Temporary, module: nn.Module, hook: Callable[..., Any], *, is_first: bool = False
 ) -> None:
@@ -156,7 +162,7 @@ class _Guard(NamedTuple):
     """Attributes of a module that may not be read.
 
     Attributes:
-        names: those of the attributes.
+        names: the names of the attributes.
         why: makes the error.
         unless: whether they may be read at this moment.
     """
@@ -204,7 +210,9 @@ def refuse_reading(
 def _guarded(kind: type, names: frozenset[str]) -> type:
     def guard(name: str) -> property:
         def read(component: nn.Module) -> Any:
-            for guarded, why, unless in _GUARDED.get(component, (kind, []))[1]:  # none of a copy
+            # A copy of a component has no guards of its own.
+            _, guards = _GUARDED.get(component, (kind, []))
+            for guarded, why, unless in guards:
                 if name in guarded and not unless():
                     raise why()
             of_class = getattr(kind, name, None)  # K and V of grouped heads are properties
@@ -235,8 +243,9 @@ def is_forward_replaced(module: Any) -> bool:
 def has_own_code(module: nn.Module) -> bool:
     """Whether the forward of a module is neither torch's nor one of the known libraries'."""
     is_replaced = "forward" in vars(module)
+    has_hooks = bool(module._forward_hooks)
     code = type(module).forward.__module__
-    return is_replaced or bool(hooks_of(module).forward) or not code.startswith(_KNOWN_CODE)
+    return is_replaced or has_hooks or not code.startswith(_KNOWN_CODE)
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:

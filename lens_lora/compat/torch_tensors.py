@@ -6,6 +6,7 @@ dtype, so there they are on the CPU.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,19 @@ def is_memory_short(error: BaseException) -> bool:
     text = str(error).lower()
     words = ("out of memory", "not enough memory", "can't allocate memory")
     return any(word in text for word in words)
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give the system what torch has freed on the CPU; nothing under another library.
+
+    It keeps the memory of tensors of less than 32 MiB for later ones, which larger tensors cannot
+    use.
+    """
+    try:
+        library = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    library.malloc_trim(0)
 
 
 def float32_products() -> tuple[str, ...]:

@@ -61,6 +61,6 @@ def declared(signature: Callable[_P, _R]) -> Declared[_P, _R]:
     """Decorate a function of the core that a folder above it provides.
 
     Args:
-        signature: its body is never run.
+        signature: the declared function, whose body is never run.
     """
     return Declared(signature)

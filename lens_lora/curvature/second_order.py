@@ -40,7 +40,7 @@ from lens_lora.errors import MissingPartError
 
 @final
 class SecondOrder(OfMeasured):
-    """Second order at ε = 0 beside first order and the exact shift, in the readout's units.
+    """Second order at ε = 0, with first order and the exact shift, in the readout's units.
 
     Attributes:
         first_order: a_l, with the readout's labels, sites and meta.
@@ -127,7 +127,7 @@ class SecondOrder(OfMeasured):
 
     @property
     def path_remainder(self) -> Float[Tensor, "batch scale"]:
-        """The exact shift minus second order at each of `curve.scales`; of order ε³."""
+        """The exact shift minus second order at each of `curve.scales`, which is of order ε³."""
         return self.curve.shift - self.predicted_at(self.curve.scales)
 
     @property

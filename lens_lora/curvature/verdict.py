@@ -1,4 +1,4 @@
-"""Second order beside first: which of the two leaves less of the shift, up to which strength."""
+"""Second order compared with first: which leaves less of the shift, and up to which strength."""
 
 from __future__ import annotations
 

@@ -46,12 +46,11 @@ import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
 from jaxtyping import Int
-from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
@@ -64,6 +63,9 @@ from lens_lora.core.adapter import PEFT_FILES
 from lens_lora.demonstration.base_names import EMBEDDED_HUB_ID, EMBEDDED_PACKAGE, NamedBase
 from lens_lora.errors import LensLoraError, NumericsError, warn
 from lens_lora.hosts.build import MISREAD_NAMES
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 # --- The embedded model
 
@@ -177,7 +179,7 @@ def _refuse_misleading(folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise ``gguf`` beside ``folder`` and move the result there."""
+    """Dequantise ``gguf`` into a folder next to ``folder``, and move the result there."""
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
@@ -316,6 +318,9 @@ def train_adapter(
         ValueError: no sentence, an empty one, or fewer than one step.
         NumericsError: the loss overflows.
     """
+    # It takes seconds to import, and nothing but training needs it.
+    from peft import LoraConfig, get_peft_model
+
     if not sentences or not all(sentences):
         raise ValueError(f"training needs non-empty sentences, got {list(sentences)!r}")
     if steps < 1:
@@ -351,7 +356,7 @@ def _batch(
 def _fit(model: PeftModel, ids: _Ids, labels: _Ids, steps: int, lr: float, *, quiet: bool) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    with tqdm(range(steps), desc="training the adapter", unit="step", disable=quiet) as bar:
+    with tqdm(range(steps), desc="training the adapter", unit=" step", disable=quiet) as bar:
         for step in bar:
             loss = model(input_ids=ids, labels=labels).loss
             if not loss.isfinite():
@@ -371,7 +376,7 @@ def _save(model: PeftModel, out: Path, base_name: str, dtype: torch.dtype) -> Pa
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    config = cast(LoraConfig, model.peft_config["default"])
+    config = cast("LoraConfig", model.peft_config["default"])
     config.base_model_name_or_path = base_name
     config.target_modules = sorted(config.target_modules or ())  # a set's order is each run's own
     out.mkdir(parents=True, exist_ok=True)

@@ -125,9 +125,10 @@ def weight_alignment(lens: LoraLens, directions: Any) -> Alignment:
     Raises:
         ArgumentError: directions of another width or space, a direction of zeros or NaN.
         ModelStateError: a model without an entry in `families.py`, of which it is not known which
-            norm a module reads.
+            norm a module reads; a model or an adapter that was changed after the lens was made.
         SiteError: no site with a weight.
     """
+    lens.check_state()
     _require_known_norms(lens)
     d_model = int(lens.model.cfg.d_model)
     centred = lens.host.family.norm == "LN"

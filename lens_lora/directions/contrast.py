@@ -85,13 +85,13 @@ class Contrast(Readable, Pictured):
         values: [d] by hook point, μ₊ − μ₋, heads laid flat.
         errors: [d] by hook point, standard errors; NaN where a set has one text.
         sizes: the mean ‖m_i‖ over all texts, by hook point.
-        auc: by hook point, the share of held-out pairs told apart; NaN where a set has one text.
-        chance: by hook point, the 95 % quantile of `auc` with the labels shuffled.
-        modules: by hook point, the Hugging Face module whose output joins the residual stream
-            there, where a constant can be added (`adapter`).
-        widths: by module, the features that it reads.
+        auc: the share of held-out pairs told apart, by hook point; NaN where a set has one text.
+        chance: the 95 % quantile of `auc` with the labels shuffled, by hook point.
+        modules: the Hugging Face module whose output joins the residual stream at each hook point,
+            where a constant can be added (`adapter`).
+        widths: the number of features that each of these modules reads.
         counts: how many texts the positive and the negative set have, each different one once.
-        positions: those that a text's mean is over, and whether sinks are among them.
+        positions: the positions that a text's mean is over, and whether sinks are among them.
         at: the gates of the model.
         readings, strings, meta: see `Readable`.
     """
@@ -215,17 +215,32 @@ def contrast(
     sides = [_Side(name, rows, positions, sinks=sinks) for name, rows in texts.items()]
     plus, minus = (_means(lens, side, scale, names) for side in sides)
     statistics = {name: _PointStatistics.of(plus[name], minus[name]) for name in plus}
-    shifts = [(name, point.shifts, point.means) for name, point in statistics.items()]
-    modules = _modules_at(lens, plus)
-    dtype = lens.gate_dtype
+    values: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
+    sizes: dict[str, float] = {}
+    auc: dict[str, float] = {}
+    chance: dict[str, float] = {}
+    shifts: list[tuple[str, Tensor, Tensor]] = []
+    for name, point in statistics.items():
+        values[name] = point.direction.to(lens.gate_dtype)
+        errors[name] = point.errors.to(lens.gate_dtype)
+        sizes[name] = point.size
+        auc[name] = point.auc
+        chance[name] = point.chance
+        shifts.append((name, point.shifts, point.means))
+    module_at_point: dict[str, str] = {}
+    widths: dict[str, int] = {}
+    for name, (path, width) in _modules_at(lens, plus).items():
+        module_at_point[name] = path
+        widths[path] = width
     return Contrast(
-        values={name: point.direction.to(dtype) for name, point in statistics.items()},
-        errors={name: point.errors.to(dtype) for name, point in statistics.items()},
-        sizes={name: point.size for name, point in statistics.items()},
-        auc={name: point.auc for name, point in statistics.items()},
-        chance={name: point.chance for name, point in statistics.items()},
-        modules={name: path for name, (path, _) in modules.items()},
-        widths=dict(modules.values()),
+        values=values,
+        errors=errors,
+        sizes=sizes,
+        auc=auc,
+        chance=chance,
+        modules=module_at_point,
+        widths=widths,
         counts=(sides[0].rows.batch, sides[1].rows.batch),
         positions=_positions_text(positions, sinks=sinks),
         at=lens.scale_in_words(scale),
@@ -300,7 +315,7 @@ class _Side:
         """The weight of each token in its text's mean, 0 for sinks.
 
         Args:
-            index: which texts.
+            index: the indices of these texts.
             norms: ‖h‖ at the hook point, which show the sinks.
         """
         width = norms.shape[1]
@@ -328,8 +343,8 @@ def _means(
 ) -> dict[str, Float[Tensor, "text _d"]]:
     """The mean of h over each text's chosen tokens, in float64 on the CPU. One forward pass."""
     means: dict[str, Tensor] = {}
-    for index, held in activations_at(lens, side.rows, names, [scale]):
-        for name, (activation,) in held.items():
+    for index, activations in activations_at(lens, side.rows, names, [scale]):
+        for name, (activation,) in activations.items():
             h = activation.double()
             weights = side.weights(index, h.norm(dim=-1))
             mean = torch.einsum("bt,btd->bd", weights, h.nan_to_num())

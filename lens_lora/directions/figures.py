@@ -18,7 +18,7 @@ _FACTORS_NAMED = 5
 
 @drawing.figure.register(Contrast)
 def contrast_figure(contrast: Contrast) -> go.Figure:
-    """Held-out AUC and the direction's size by hook point, beside what chance gives."""
+    """Held-out AUC and the direction's size by hook point, with the AUC of shuffled labels."""
     names = [contrast.names[i] for i in layer_order(contrast.names)]
     table = contrast.to_frame()
     shares = dict(zip(table["point"], table["share"], strict=True))

@@ -58,8 +58,8 @@ class Intruders(OfSites):
         nearest: the index of that direction of W; −1 beyond the weight's size.
         overlap: [site, direction, direction of W], |cosine| of the leading directions of both.
         threshold: below it a direction is an intruder.
-        written: by module, σ'_j u'_j of its intruders, in Hugging Face's basis.
-        read: by module, v'_j of its intruders.
+        written: σ'_j u'_j of each module's intruders, in Hugging Face's basis.
+        read: v'_j of each module's intruders.
         original: the adapter whose updates these are.
         sites, meta: see `OfSites`; those with a weight of its own.
     """
@@ -194,8 +194,10 @@ def intruders(
     Raises:
         ArgumentError: a k below 1, or a threshold outside (0, 1].
         SiteError: a name that matches no site, or no site with a weight.
-        ModelStateError: a processed or quantised model without `hf_model`.
+        ModelStateError: a processed or quantised model without `hf_model`; a model or an adapter
+            that was changed after the lens was made.
     """
+    lens.check_state()
     count = whole("k", k, 1)
     below = number("threshold", threshold)
     if not 0 < below <= 1:

@@ -28,7 +28,7 @@ class Watched(SharedForward):
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__(module, name)
         functools.update_wrapper(self, type(module).forward)
-        self.__wrapped__: Any = self.before  # which tells its signature
+        self.__wrapped__: Any = self.before  # where `inspect.signature` looks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass."""

@@ -42,7 +42,7 @@ class Patchscope(Described):
         ids: [direction, scale, rank], the likeliest next tokens.
         probabilities: [direction, scale, rank], the probabilities of these tokens.
         plain: [vocab], the probabilities of the next token with nothing put in place.
-        continuations: by direction and scale, the likeliest tokens one after another.
+        continuations: the likeliest tokens one after another, by direction and scale.
         readings: [direction, vocab], what each vector says by itself, in logits (`logit_lens`).
         strings: every token of the vocabulary.
         directions: their names.

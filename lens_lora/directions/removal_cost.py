@@ -33,7 +33,7 @@ class RemovalCost(Described):
         removed: [text], the mean of −log p(y_t) of the base within the block.
         kl: [text], the mean of KL(base ‖ base within the block).
         counts: [text], how many tokens the means are over.
-        what: in words, which directions are removed where.
+        what: which directions are removed where, in words.
         meta: model, adapter, dtype and versions.
     """
 

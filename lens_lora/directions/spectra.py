@@ -63,11 +63,11 @@ class Spectrum:
             'trained weight', 'trained rows', 'trained norm', 'bias alone'.
         rank: r; of a trained module the rank that its ΔW may have.
         scale: s, with the adapter's strength in it; of a trained module that strength.
-        singular_values: of ΔW, descending, those that its rank allows to be nonzero; empty where
-            it depends on the base model, and there is no lens.
+        singular_values: the singular values of ΔW that its rank allows to be nonzero, descending;
+            empty where ΔW depends on the base model, and there is no lens.
         weight_norm: ‖W‖_F of the base, or ‖γ‖; NaN without a lens.
         bias_norm: ‖Δb‖, which is no part of ΔW; NaN for a trained bias without a lens.
-        layer, kind: of the site; None where there is none.
+        layer, kind: the layer and the kind of the site; None where there is none.
     """
 
     module: str
@@ -84,7 +84,7 @@ class Spectrum:
 
     @property
     def has_factors(self) -> bool:
-        """Whether the update is s·B·A, perhaps with more beside it; a trained module is not."""
+        """Whether the update contains s·B·A; a module that was trained whole does not."""
         return not set(self.parts) & set(_WITHOUT_FACTORS)
 
     @property
@@ -127,7 +127,7 @@ def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
     singular values of all experts of a stack are sorted together.
 
     Args:
-        factors: of one module.
+        factors: the factors of one module.
     """
     if factors.experts > 1:
         of_each = [singular_values(expert) for expert in factors.by_expert()]
@@ -146,7 +146,7 @@ class AdapterSummary(Result):
         base_model: the base that it names.
         model: name and class of the lens' model; None without a lens.
         module_count: modules that the adapter adapts.
-        rows: in the adapter's order, or with a lens in that of a forward pass.
+        rows: the rows, in the adapter's order; with a lens, in the order of a forward pass.
         missing: modules that the lens does not cover (their rows have no site).
         unchanged: modules of which the adapter holds what the lens' model has (no site either).
     """
@@ -211,7 +211,7 @@ class AdapterSummary(Result):
 
     @property
     def trained_whole(self) -> tuple[str, ...]:
-        """Modules that were trained themselves: their weight, not factors beside it."""
+        """Modules of which the weight itself was trained, and no factors."""
         modules = [row.module for row in self.rows if set(row.parts) & set(TRAINED)]
         return tuple(dict.fromkeys(modules))
 
@@ -386,14 +386,14 @@ def _module_spectrum(module: str, update: ModuleUpdate) -> Spectrum:
 
 
 def _parts(update: ModuleUpdate) -> tuple[str, ...]:
-    """The names of what stands beside s·B·A, or in its place."""
+    """The names of what is added to s·B·A, or stands in its place."""
     if isinstance(update, LoRAFactors):
-        beside = {
+        added = {
             "DoRA": update.magnitude,
             "lora_bias": update.lora_bias,
             "trained bias": update.trained_bias,
         }
-        return tuple(name for name, tensor in beside.items() if tensor is not None)
+        return tuple(name for name, tensor in added.items() if tensor is not None)
     if update.weight is None:
         return ("bias alone",)
     if update.tokens is not None:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lens_lora.directions.spectra import AdapterSummary, Spectrum
 from lens_lora.errors import worded
+from lens_lora.hosts.given_base import shown_base
 from lens_lora.show.tables import Table
 from lens_lora.show.text import magnitude
 
@@ -24,7 +25,7 @@ def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> rich.ta
     """A table of what the adapter is, and what its files say of it.
 
     Args:
-        summary: of the adapter.
+        summary: the summary of the adapter.
         config: the fields of its adapter_config.json.
     """
     table = rich.table.Table(box=None, show_header=False, pad_edge=False)
@@ -40,9 +41,10 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
     scales = "no factors"
     if summary.scales:
         scales = f"{_counted(summary.scales)}; {_scaling_rule(config)}"
+    base = "not named" if summary.base_model is None else shown_base(summary.base_model)
     facts = {
         "adapter": summary.name,
-        "base model": summary.base_model or "not named",
+        "base model": base,
         "PEFT version": str(config.get("peft_version") or "not stated"),
         "modules": str(summary.module_count),
         "targets": _counted(summary.targets),
@@ -149,7 +151,7 @@ def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
     """The updates of largest ‖ΔW‖_F, by site where there is a model, else by module.
 
     Args:
-        summary: of the adapter.
+        summary: the summary of the adapter.
         k: how many; None for all.
     """
     top = summary.top(k)

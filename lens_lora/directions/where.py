@@ -31,7 +31,7 @@ class Where:
 
     Attributes:
         named: 'all', 'prompt' or 'response'; '' where there are indices or bounds.
-        indices: of tokens within each prompt.
+        indices: the indices of tokens within each prompt.
         bounds: start, stop and step of a slice of each prompt.
         sinks: whether each row's first token counts, too.
     """

@@ -34,7 +34,7 @@ def intruders_body(intruders: Intruders) -> str:
 
 @drawing.body.register(ScaledIntruders)
 def scaled_intruders_body(result: ScaledIntruders) -> str:
-    """Say what the smallest factor keeps and costs, beside the whole adapter, above the table."""
+    """Say what the smallest factor keeps and costs, compared with the whole adapter."""
     table = result.to_frame().to_string(index=False)
     if not result.count:
         return f"no intruders, so that scaling them changes nothing\n{table}"

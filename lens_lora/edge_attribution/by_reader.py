@@ -103,7 +103,7 @@ def point_of(g: Function) -> str | None:
 
 
 def held_bytes(g: Function, by_head: bool = False) -> int:
-    """The bytes that a row needs beside its graph, for each site's δ and each reader's gradient."""
+    """The bytes that a row needs besides its graph, for sites' δ and readers' gradients."""
     lens = g.lens
     readers_of_attention = 1
     if by_head:

@@ -139,7 +139,7 @@ class Edges(Ranked, Reported):
 
     @property
     def _writer_labels(self) -> dict[str, list[Any]]:
-        """The writer of each group; of a single site with its module, layer and kind."""
+        """The writer of each group; if that is a single site, with its module, layer and kind."""
         labels = Sites(self.sites).columns_of_groups(self.groups)
         if "site" not in labels:
             return {"writer": list(self.groups)}

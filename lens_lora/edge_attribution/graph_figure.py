@@ -52,7 +52,7 @@ class _Column(NamedTuple):
 
     Attributes:
         meets: where each edge meets its node.
-        bars: of each node, by name, where its bar begins and ends.
+        bars: where the bar of each node begins and ends, by the node's name.
     """
 
     meets: list[float]
@@ -122,7 +122,7 @@ def edges_graph(edges: Edges, k: int, prompt: int | None = None) -> go.Figure:
 
 
 def _room_for(names: Iterable[str]) -> int:
-    """The pixels that the longest of these names takes beside its bar."""
+    """The pixels that the longest of these names takes next to its bar."""
     longest = max(len(short_name(name)) for name in names)
     return _PIXELS_BESIDE + _PIXELS_OF_CHARACTER * longest
 

@@ -52,7 +52,7 @@ class EdgesOfPrompt:
     Attributes:
         tokens: the prompt's tokens.
         values: the edges, at each position or with a single last entry, the sum over positions.
-        writers: by name, the layer of the writer's first site.
+        writers: the layer of each writer's first site, by the writer's name.
         readers: their names, in the order of a forward pass.
         readout, units: what is read of the logits.
         at: the gate value at which first order is taken.
@@ -74,7 +74,7 @@ class _Node(NamedTuple):
     """A writer, a reader or the readout, at one token.
 
     Attributes:
-        name: of the writer or reader.
+        name: the name of the writer or reader.
         is_writer: whether it writes.
         layer: as the viewers count layers.
         number: its own among all writers and readers.
@@ -94,7 +94,7 @@ class _Node(NamedTuple):
 
     @property
     def feature(self) -> int:
-        """One number of layer and index, their Cantor pair; of an embedding the index alone."""
+        """The Cantor pairing of layer and index, one number; for an embedding the index alone."""
         if self.layer == _EMBEDDINGS:
             return self.number
         layer = int(self.layer)

@@ -64,7 +64,7 @@ def patched_edges(g: Function, paths: Sequence[EdgePath], at: float) -> Float[Te
 
     Args:
         g: the function, with a readout.
-        paths: from writers, whose gates are switched to 1 − at, to readers.
+        paths: paths from writers, whose gates are switched to 1 − at, to readers.
         at: the gate value of every other site, 0 or 1.
 
     Raises:

@@ -65,7 +65,7 @@ def _readers_of_bridge(block: Any, layer: int) -> _Readers:
         if "Norm" in type(unwrapped(module)).__name__:
             norms.append(module)
         elif next(module.parameters(), None) is not None:
-            name = next((name for name, held in parts.items() if module in held), path)
+            name = next((name for name, modules in parts.items() if module in modules), path)
             # What an MLP that is no module of its own reads, its first weight does.
             readers.setdefault(f"blocks.{layer}.{name}", module)
     return readers, norms
@@ -201,7 +201,7 @@ def is_end(name: str) -> bool:
 
 
 def reader_layer(lens: LoraLens, name: str) -> int:
-    """The block that a reader is in; of the last reader, the first block that it does not read."""
+    """The block that a reader is in; for the last reader, the first block that it does not read."""
     if name == LOGITS:
         return lens.host.n_layers
     layer = int(name.split(".")[1])

@@ -90,7 +90,7 @@ def moving(value: Any, tangents: Mapping[int, Tensor | None]) -> Any:
 
     Args:
         value: a tensor; anything else has no tangents.
-        tangents: by site; None where the value does not depend on the site.
+        tangents: the tangent by each site; None where the value does not depend on the site.
     """
     known = _without_none(tangents)
     if not known:

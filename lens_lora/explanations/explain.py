@@ -136,7 +136,7 @@ def explain(
 
 
 def _require_readout_only(doc: object, pre: object, response: object) -> None:
-    """Refuse answers or a response beside a readout."""
+    """Refuse answers or a response where a readout is given."""
     asked = {"doc": doc, "pre": pre, "response": response}
     given = [named(name) for name, value in asked.items() if value is not None]
     if given:

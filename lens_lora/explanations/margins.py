@@ -53,7 +53,7 @@ def explained_margins(
     Args:
         f: the logits after all prompts.
         doc, pre: the two answers, for all prompts or one of each per prompt.
-        fast: without what takes many passes.
+        fast: leave out what takes many passes.
         null: how many null adapters to compare with.
     """
     batch = f.prompts.batch
@@ -99,7 +99,7 @@ def _margin(f: Function, indices: Sequence[int], doc: AnswerLike, pre: AnswerLik
     """The margin between the answers of some prompts, as a function of the gates."""
     f_of_some = f.lens.function(f.prompts.chosen(indices), progress=f.progress)
     margin = margin_between(f.lens.model, doc, pre, f_of_some.prompts)
-    return Evaluations(f_of_some.about(margin))
+    return Evaluations(f_of_some.bound_to(margin))
 
 
 def _label(g: Function) -> str:

@@ -29,8 +29,8 @@ def one_prompt(result: _Result, index: int, readout: str | None = None) -> _Resu
     Positions end with the prompt's own tokens.
 
     Args:
-        result: of several prompts.
-        index: which of them.
+        result: a result of several prompts.
+        index: the index of the prompt.
         readout: the name of the prompt's own readout, in place of that of all.
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):

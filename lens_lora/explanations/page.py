@@ -55,7 +55,7 @@ def explanation_report(explanations: Sequence[Explained], *, title: str | None =
     """The page of one or several explanations, as a string.
 
     Args:
-        explanations: of margins or of responses.
+        explanations: explanations of margins or of responses.
         title: the page's title; by default it says what is explained.
 
     Raises:
@@ -125,7 +125,7 @@ def by_site_sections(
     """The sections that need no two answers; an empty one is left out of the page.
 
     Args:
-        e: of one prompt.
+        e: the explanation of one prompt.
         figures: its figures by name.
         account: its numbers.
         after_modules: sections that follow the largest modules.
@@ -198,7 +198,7 @@ def _modules_lead(e: BySite) -> str:
 
 
 def _measured(e: BySite, account: ReadoutAccount, plots: Sequence[page.Plot]) -> page.Section:
-    """First order beside the measured effects of single modules."""
+    """First order compared with the measured effects of single modules."""
     heading = "First order against measurements"
     table = tables.agreement_table(e)
     if not table.rows and not e.is_fast:

@@ -28,10 +28,10 @@ def explained_readout(
     Args:
         f: the logits after the prompts.
         readout: what is read.
-        fast: without what takes many passes.
+        fast: leave out what takes many passes.
         null: how many null adapters to compare with.
     """
-    g = Evaluations(f.about(readout))
+    g = Evaluations(f.bound_to(readout))
     steps = _QUICK_STEPS + (1 if null else 0) + (0 if fast else SLOW_STEPS)
     with tqdm(total=steps, desc="explain", leave=False, disable=not f.progress) as bar:
         quick = _quick(g, null, bar)

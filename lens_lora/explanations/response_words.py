@@ -69,12 +69,14 @@ def placed_token(e: ResponseExplanation, t: int) -> str:
 def _said(e: ResponseExplanation) -> str:
     base = float(e.shifts.log_p[0, 0].nansum())
     adapted = float(e.shifts.log_p[1, 0].nansum())
-    origin = "which the adapted model says itself" if e.is_generated else "as given"
+    length = many(len(e.response), "token")
+    opening = f"the adapted model says, in {length}"
+    if not e.is_generated:
+        opening = f"the response that was given has {length}"
     said = text.beginning_of(text.prompt_text(e.response), _QUOTED)
     return (
-        f"After “{short_prompt(e.prompt)}” the response has {many(len(e.response), 'token')}, "
-        f"{origin}: “{said}”. Its log p goes from {signed(base)} nats in the "
-        f"base model to {signed(adapted)} with the adapter."
+        f"After “{short_prompt(e.prompt)}” {opening}: “{said}”. The base model gives it a "
+        f"log-probability of {signed(base)} nats, the adapted model {signed(adapted)}."
     )
 
 
@@ -88,8 +90,8 @@ def moved_texts(e: ResponseExplanation) -> list[str]:
     count = _count_of_half(values, sum(values))
     hold = "holds" if count == 1 else "hold"
     return [
-        f"KL from the base model's distribution to the adapted one is {magnitude(total)} nats over "
-        f"the response, {share} of it at {named_token(e, e.moved_tokens[0])}.",
+        f"Over the response the adapted model's KL from the base is {magnitude(total)} nats, "
+        f"{share} of it at {named_token(e, e.moved_tokens[0])}.",
         f"{count} of {len(kl)} tokens {hold} half of it.",
     ]
 
@@ -141,10 +143,7 @@ def modules_texts(e: ResponseExplanation) -> list[str]:
         largest.append(f"{site} ({numbers})")
     top = ", ".join(largest)
     if e.path is None:
-        return [
-            "To first order, leaving a module out of the adapted model takes the most from KL with "
-            f"{top}."
-        ]
+        return [f"By the estimate of first order, KL would fall most without {top}."]
     values = ranked.per_site[0].tolist()
     count = _count_of_half(values, shift)
     is_complete = e.path.quadrature is None or e.path.quadrature.met
@@ -167,9 +166,8 @@ def _layers(e: ResponseExplanation) -> str:
     return (
         f"Added alone to the base model, {adding} changes log p of the response by {added} nats, "
         f"most at {at_added}. Left out, {leaving} takes {lost} nats of log p with it, most at "
-        f"{at_lost}. Over all {many(len(e.groups), 'layer')} this sums to {sum_added} added and "
-        f"{sum_lost} left out, of a shift of {shift}: what differs from it is held by layers "
-        "together."
+        f"{at_lost}. Summed over all {many(len(e.groups), 'layer')}, adding gives {sum_added} and "
+        f"leaving out {sum_lost}, of a shift of {shift}; the rest is what layers do only together."
     )
 
 

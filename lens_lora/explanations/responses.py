@@ -38,12 +38,12 @@ def explained_response(
         f: the logits after the prompt.
         response: what is said.
         is_generated: whether the adapted model said it itself.
-        fast: without the path integral, and without layers added and left out.
+        fast: leave out the path integral, and layers added and left out.
     """
     lens = f.lens
     progress = f.progress
-    log_p = Evaluations(f.about(AnswerLogProb(response)))
-    kl = Evaluations(f.about(KL(response)))
+    log_p = Evaluations(f.bound_to(AnswerLogProb(response)))
+    kl = Evaluations(f.bound_to(KL(response)))
     most = answer_tokens(fast=fast)
     with tqdm(total=4 if fast else 6, desc="explain", leave=False, disable=not progress) as bar:
         with step(bar, "what both models answer"):

@@ -16,7 +16,7 @@ _ANSWER_TOKENS_FAST = 12
 
 
 def answer_tokens(*, fast: bool) -> int:
-    """The most tokens of an answer that stands beside an explanation."""
+    """The largest number of tokens of an answer that is shown with an explanation."""
     return _ANSWER_TOKENS_FAST if fast else _ANSWER_TOKENS
 
 

@@ -113,8 +113,8 @@ def _moved_token(
     e: Explanation, i: int, change: Float[Tensor, " vocab"], logits: Float[Tensor, " vocab"]
 ) -> tuple[str, str]:
     """A token, with the changes of its probability and of its logit."""
-    moved = f"{text.points(float(change[i]))}, {text.signed(float(logits[i]))}"
-    return text.visible(e.shift.strings[i]), moved
+    changes = f"{text.points(float(change[i]))}, {text.signed(float(logits[i]))}"
+    return text.visible(e.shift.strings[i]), changes
 
 
 def _most_moved(e: Explanation, change: Sequence[float], k: int) -> tuple[list[int], list[int]]:

@@ -112,7 +112,7 @@ def where_and_trust(e: BySite, a: ReadoutAccount) -> list[str]:
     """Paragraphs: the parts of the remainder, the largest modules, trust, what few modules keep.
 
     Args:
-        e: of one prompt.
+        e: the explanation of one prompt.
         a: its account.
     """
     where = largest_text(e.first_order, a, MODULES_NAMED)
@@ -227,7 +227,7 @@ def of_second_order(curvature: str, verdict: SecondVerdict) -> str:
 
     Args:
         curvature: what it adds, as the sentence writes it.
-        verdict: on it.
+        verdict: the verdict on it.
     """
     adds = f"Second order adds {curvature} at ε = 1"
     if verdict.kind == "no_shift":
@@ -353,7 +353,7 @@ def limits(e: BySite, reach: str) -> str:
     """The sentences on what was not measured, and how far the explanation reaches.
 
     Args:
-        e: of one prompt.
+        e: the explanation of one prompt.
         reach: how far, in a sentence.
     """
     missing: list[str] = []

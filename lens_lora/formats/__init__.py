@@ -1,1 +1,1 @@
-"""All that is read as an adapter beside plain PEFT LoRA, and how adapters are added and written."""
+"""What is read as an adapter other than plain PEFT LoRA, and how adapters are added and written."""

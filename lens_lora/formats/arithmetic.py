@@ -168,7 +168,7 @@ class _Undirected:
         rank: how many directions a draw reads.
         cores: the rows of each part of the output, and K of that part.
         bias_sizes: the norm of each part's change of bias; empty where there is none.
-        experts: that of the factors.
+        experts: the factors' own number of experts.
         by_expert: the same of each expert, where there are several; then all else is empty.
     """
 

@@ -118,7 +118,7 @@ def _require_plain_model(model: object) -> None:
 
 
 def _change_of(path: str, module: nn.Module) -> Callable[..., ModuleUpdate | None] | None:
-    """How the change of a linear module, an embedding or a norm is read; None of other modules.
+    """How the change of a linear module, an embedding or a norm is read; None for other modules.
 
     Norms are those of a supported family, by path: an expert's vector, or stack, is none.
     """
@@ -279,12 +279,12 @@ def _require_same_logits(
     with calls_of(base, changed) as base_calls:
         tuned_parameters = {name: new[name].to(old[name]) for name in new if name not in ignored}
         logits = logits_of(base, tuned_parameters)
-    off, span, is_near = apart(logits, expected, (*old.values(), *new.values()))
+    difference, span, is_near = apart(logits, expected, (*old.values(), *new.values()))
     if not is_near:
         raise AdapterError(
             "the base with the tuned model's weights does not compute the tuned model's logits: "
-            f"{off:.2g} off, of a range of {span:.2g}. The two are different functions (other "
-            "code, buffers or hooks), and a change of weights does not explain that."
+            f"{difference:.2g} off, of a range of {span:.2g}. The two are different functions "
+            "(other code, buffers or hooks), and a change of weights does not explain that."
         )
     for model, calls in ((tuned, tuned_calls), (base, base_calls)):
         for path in changed:

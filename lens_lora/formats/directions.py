@@ -79,7 +79,8 @@ class Directions:
         """An orthonormal basis of what they span, in float64 on the CPU.
 
         Args:
-            centred: of a space without the direction of ones; the directions are centred first.
+            centred: whether the space lacks the direction of ones; the directions are then centred
+                first.
         """
         left, sizes, _ = torch.linalg.svd(self.unit(centred=centred).T, full_matrices=False)
         return left[:, sizes > _ROUNDING * sizes[0]]
@@ -254,7 +255,7 @@ def setting_of(cfg: Any, name: str) -> Any:
 
     Args:
         cfg: an object, or a mapping.
-        name: of the setting.
+        name: the name of the setting.
     """
     for place in (cfg, getattr(cfg, "metadata", None)):
         value = place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)

@@ -124,7 +124,7 @@ def folders_in(
     A folder counts if it has PEFT's config or weights, or all files of a registered format.
 
     Args:
-        folder: on disk, or a hub repository.
+        folder: a folder on disk, or a hub repository.
         revision: branch, tag or commit of the hub repository.
         subfolder: a folder within it.
 

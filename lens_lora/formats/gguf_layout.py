@@ -88,7 +88,7 @@ class Layout(NamedTuple):
 
         Args:
             module: its path in the Hugging Face model.
-            matrix: in the order of Hugging Face.
+            matrix: a matrix in the order of Hugging Face.
         """
         heads = self._heads_of(module)
         if not heads:
@@ -216,7 +216,7 @@ class GGUFFile:
         """The value of a field; None if the file has none of this name.
 
         Args:
-            name: such as general.architecture.
+            name: a field's name, such as general.architecture.
         """
         found = self._reader.get_field(name)
         return None if found is None else found.contents()

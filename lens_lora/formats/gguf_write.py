@@ -32,7 +32,7 @@ def save_gguf(
 
     Args:
         modules: the updates, by module path.
-        name: of the adapter.
+        name: the name of the adapter.
         base_model: the base that the adapter names.
         path: the file.
         base: the base model, its configuration or folder; None for the one that the adapter names.

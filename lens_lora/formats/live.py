@@ -63,7 +63,7 @@ def _updates_and_base(
     """The updates by module path, and the base that the config names.
 
     Args:
-        model: with the adapter live in it.
+        model: a model with the adapter live in it.
         adapter_name: one of its adapters.
         base: the true base; None to take that which the model holds.
     """

@@ -134,9 +134,9 @@ class _LiveState:
     """The tensors of one adapter in the layers of a live model, and how they are to be read.
 
     Attributes:
-        tensors: by the keys of a live model.
+        tensors: the tensors, by the keys of a live model.
         scales: s of each LoRA layer, by module path.
-        ids: of trained rows, by module path.
+        ids: the ids of trained rows, by module path.
         experts: how many a parameter holds, by its path.
     """
 
@@ -157,13 +157,13 @@ class _LiveState:
 
 
 def updates_of_layers(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:
-    """The updates of LoRA layers, and of modules and rows trained beside them; copies.
+    """Copies of the updates of LoRA layers, and of modules and rows that were trained with them.
 
     Layers of another method than LoRA are left out.
 
     Args:
         base: the model that holds the layers.
-        name: of the adapter.
+        name: the name of the adapter.
         config: the adapter's.
 
     Raises:

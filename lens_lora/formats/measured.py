@@ -64,11 +64,11 @@ _Size = TypeVar("_Size", float, Tensor)
 def measured_updates(
     model: Any, name: str, config: Any, base: Any = None
 ) -> dict[str, ModuleUpdate]:
-    """Run each layer of an adapter for its update; with the modules trained beside them.
+    """The updates of an adapter's layers, by running each, and of modules trained with them.
 
     Args:
-        model: with the adapter live in it. It stays as it is.
-        name: of the adapter.
+        model: a model with the adapter live in it. It stays as it is.
+        name: the name of the adapter.
         config: the adapter's.
         base: the true base, with which the updates are checked; None for the base that the model
             holds.
@@ -142,11 +142,13 @@ def _require_peft_s_logits(peft_model: Any, base: Any, updates: Mapping[str, Mod
             module.register_forward_hook(functools.partial(_add_update, update))
         else:
             _replace_parameters(module, update)
-    off, span, is_near = apart(logits_of(base, {}), logits_of(peft_model, {}), base.parameters())
+    difference, span, is_near = apart(
+        logits_of(base, {}), logits_of(peft_model, {}), base.parameters()
+    )
     if not is_near:
         raise UnsupportedAdapterError(
-            f"the base with the changes of all layers is {off:.2g} off PEFT's logits, of a range "
-            f"of {span:.2g}: the method changes more than the weights of these layers."
+            f"the base with the changes of all layers is {difference:.2g} off PEFT's logits, "
+            f"of a range of {span:.2g}: the method changes more than the weights of these layers."
         )
 
 
@@ -171,9 +173,9 @@ def lora_output(update: LoRAFactors, module: Any, inputs: Tensor, dtype: torch.d
 
     Args:
         update: the factors.
-        module: whose input it is; an embedding may scale its output.
+        module: the module whose input it is; an embedding may scale its output.
         inputs: token ids of an embedding, else activations.
-        dtype: in which it is computed.
+        dtype: the dtype in which it is computed.
     """
     A = update.A.to(inputs.device, dtype)
     B = update.B.to(inputs.device, dtype)
@@ -215,9 +217,9 @@ def _in_float64(layer: Any) -> Any:
     device = float64_device(layer.get_base_layer().weight.device)
     wide = copy.deepcopy(layer).to(device).double()
     for module in wide.modules():
-        for held in vars(module).values():
-            if isinstance(held, dict):
-                _widen_tensors(held)
+        for attribute in vars(module).values():
+            if isinstance(attribute, dict):
+                _widen_tensors(attribute)
     return wide.eval()
 
 
@@ -233,7 +235,7 @@ def _measured_change(
     """Δb and ΔW of a layer, checked on random input, and the size of what they are differences of.
 
     Args:
-        layer: in float64.
+        layer: the layer, in float64.
     """
     base = layer.get_base_layer()
     weight = base.weight
@@ -281,13 +283,13 @@ def _random_inputs(width: int, is_embedding: bool) -> Tensor:
 
 def _require_same(layer: Any, change: Tensor, expected: Tensor, output: Tensor) -> None:
     """Refuse a layer of which the change on random input is not that of its ΔW and Δb."""
-    off = _largest_by_size(change - expected)
+    difference = _largest_by_size(change - expected)
     size = _largest_by_size(change)
     whole = _largest_by_size(output)
     in_float32 = _ROUNDINGS * torch.finfo(torch.float32).eps * whole
     allowed = (_AGREEMENT * size).maximum(in_float32).minimum(_LOST * size)
-    if not bool((off <= allowed + _rounding(whole)).all()):
-        share = float((off / size).max())
+    if not bool((difference <= allowed + _rounding(whole)).all()):
+        share = float((difference / size).max())
         raise _refusal(
             layer,
             "what it adds is a function of its input, and no change of weights, or so small that "

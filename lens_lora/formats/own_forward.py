@@ -97,7 +97,7 @@ def logits_of(model: Any, parameters: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         model: a Hugging Face model. It is run without dropout, and is then in its former mode.
-        parameters: by name, in place of its own.
+        parameters: parameters in place of its own, by name.
     """
     vocabulary = getattr(model.config, "vocab_size", None) or 1 + TOKENS
     device = next(model.parameters()).device
@@ -128,13 +128,13 @@ def apart(a: Tensor, b: Tensor, weights: Iterable[Tensor]) -> tuple[float, float
 
     Args:
         a: the output of one function.
-        b: that of the other.
-        weights: of both, whose dtypes say how large a rounding is.
+        b: the output of the other.
+        weights: the weights of both, whose dtypes say how large a rounding is.
     """
-    off = float((a - b).abs().max())
+    difference = float((a - b).abs().max())
     span = float(b.max() - b.min())
     eps = max(torch.finfo(weight.dtype).eps for weight in weights)
-    return off, span, off <= max(_AGREEMENT, _ROUNDINGS * eps) * span
+    return difference, span, difference <= max(_AGREEMENT, _ROUNDINGS * eps) * span
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -196,7 +196,7 @@ def _require_affine(
 
 
 def _affine(module: nn.Module, holder: nn.Module, inputs: Tensor) -> Tensor:
-    """W z + b, at least in float32; of an embedding its rows, times what it says that it scales."""
+    """W z + b, in float32 at least; for an embedding its rows, times the factor that it states."""
     dtype = module.get_parameter("weight").dtype
     wide = torch.promote_types(dtype, torch.float32)
     W: Float[Tensor, "out in"] = weight_of(holder)

@@ -195,14 +195,6 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
         alphas[target] = alpha_of_module
     rank = _most_common(ranks.values())
     alpha = _most_common(alphas.values())
-    ids: dict[str, list[int]] = {}
-    copies: list[str] = []
-    for module, update in trained.items():
-        if update.tokens is not None:
-            ids[module] = update.tokens.tolist()
-        elif update.weight is not None and not update.tied:
-            # What is tied PEFT writes into the base; else it keeps a copy of the module beside it.
-            copies.append(module)
     return LoraConfig(
         base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
@@ -216,9 +208,27 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
         bias=_bias(modules, trained),
         use_dora=any(factors.magnitude is not None for factors in modules.values()),
         lora_bias=any(factors.lora_bias is not None for factors in modules.values()),
-        modules_to_save=copies or None,
-        trainable_token_indices=ids or None,
+        modules_to_save=_copied(trained) or None,
+        trainable_token_indices=_trained_rows(trained) or None,
     )
+
+
+def _trained_rows(trained: _Trained) -> dict[str, list[int]]:
+    """The ids of the rows of each embedding or head of which only some were trained."""
+    ids: dict[str, list[int]] = {}
+    for module, update in trained.items():
+        if update.tokens is not None:
+            ids[module] = update.tokens.tolist()
+    return ids
+
+
+def _copied(trained: _Trained) -> list[str]:
+    """The modules of which PEFT keeps a trained copy; it writes tied ones into the base instead."""
+    copies: list[str] = []
+    for module, update in trained.items():
+        if update.tokens is None and update.weight is not None and not update.tied:
+            copies.append(module)
+    return copies
 
 
 def _parameters(modules: _Factors) -> dict[str, str]:

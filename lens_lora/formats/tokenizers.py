@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template that a trainer saved beside an adapter.
+"""The tokenizer and the chat template that a trainer saved with an adapter.
 
 TRL, Unsloth and Axolotl save what they trained with: perhaps with added tokens, another template,
 a BOS that the base's tokenizer does not add. Asked otherwise, the adapter answers another question
@@ -38,7 +38,7 @@ class OwnTokenizer(NamedTuple):
 
     Attributes:
         tokenizer: as transformers reads it; None for none.
-        origin: of an adapter's own: that it is, and how it differs from the base's, in words.
+        origin: that it is an adapter's own, and how it differs from the base's, in words.
         folder: the adapter's.
     """
 
@@ -53,7 +53,7 @@ def own_tokenizer(
     """The tokenizer of an adapter's folder, which has been compared with the base's.
 
     Args:
-        folder: of the adapter; it holds at least one of a tokenizer's files.
+        folder: the adapter's folder; it holds at least one of a tokenizer's files.
         base: the base's tokenizer; None where it has none, so that nothing is compared with it.
         rows: how many tokens the base's embedding has; None where that is not known.
         brought: how many the adapter's own embedding has; 0 where it brings none.
@@ -88,12 +88,12 @@ def rows_brought(modules: Mapping[str, ModuleUpdate], embedding: str | None) -> 
 
 
 def own_files(folder: Path) -> list[Path]:
-    """The files of the tokenizer, or of the chat template alone, that lie beside an adapter."""
+    """The files of the tokenizer, or of the chat template alone, in an adapter's folder."""
     return own_tokenizer_files(folder)
 
 
 def has_own_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer, or a chat template alone, was saved beside the adapter."""
+    """Whether a tokenizer, or a chat template alone, was saved with the adapter."""
     return bool(own_tokenizer_files(folder))
 
 
@@ -173,14 +173,16 @@ def _require_same_ids(folder: Path, base: Any, own: Any) -> None:
     """Refuse a token that has another id than in the base, and an id that means another token."""
     ids_of_base = base.get_vocab()
     ids_of_own = own.get_vocab()
-    moved = {
+    other_ids = {
         token: index
         for token, index in ids_of_own.items()
         if ids_of_base.get(token, index) != index
     }
-    if moved:
-        token, index = _lowest(moved)
-        more = f", and {many(len(moved) - 1, 'other token')} differ, too" if len(moved) > 1 else ""
+    if other_ids:
+        token, index = _lowest(other_ids)
+        more = ""
+        if len(other_ids) > 1:
+            more = f", and {many(len(other_ids) - 1, 'other token')} differ, too"
         raise _other_vocabulary(
             f"{folder}: the tokenizer saved with the adapter gives {token!r} the id {index}, and "
             f"the base's gives it {ids_of_base[token]}{more}."
@@ -293,7 +295,7 @@ def differences_from(tokenizer: Any, folder: Path) -> list[str]:
 
     Args:
         tokenizer: the model's, as it was saved, before TransformerLens had it add a BOS.
-        folder: of the adapter.
+        folder: the folder of the adapter.
     """
     own = _read_once(folder, files_digest(folder))
     if own is None:

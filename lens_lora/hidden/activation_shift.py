@@ -57,19 +57,19 @@ class ActivationShift(Readable, Drawn):
     """The shift Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
 
     Attributes:
-        values: by hook point [batch, token, d], heads laid flat; NaN at padding, and at positions
-            that were not asked for.
+        values: Δh at each hook point [batch, token, d], heads laid flat; NaN at padding, and at
+            positions that were not asked for.
         base_norms: ‖h(0)‖ by hook point, [batch, token].
-        first: by hook point [batch, d], Δh at each text's first token.
+        first: Δh at each text's first token, by hook point [batch, d].
         sinks: [batch, token], first tokens, and tokens whose ‖h(0)‖ is an outlier.
         counted: [batch, token], the tokens that were asked for, without sinks.
         distinct: [batch, token], counted tokens that no earlier text has after the same tokens.
             Means over several texts are over these.
         at: the gates of h(1).
         str_tokens: each text's tokens.
-        token_readings: by point of the residual stream [batch, token, vocab], Δh of each token in
-            logits; empty where it was not asked for.
-        readings, strings, meta: of the mean Δh, see `Readable`.
+        token_readings: Δh of each token in logits, by point of the residual stream [batch, token,
+            vocab]; empty where it was not asked for.
+        readings, strings, meta: the readings of the mean Δh, see `Readable`.
     """
 
     values: Annotated[Mapping[str, Float[Tensor, "batch token _d"]], "point"]

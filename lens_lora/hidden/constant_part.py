@@ -78,7 +78,7 @@ class ConstantPart(OfSites, Pictured):
         widths: how many features each module reads.
         steering: what the constants add by hook point, in the hooked model's basis, heads laid
             flat: steering vectors.
-        readout, units: by which the model is compared.
+        readout, units: the readout by which the model is compared, and its units.
         sites, meta: see `OfSites`; all that are adapted.
     """
 

@@ -128,7 +128,7 @@ def activation_at(
     Args:
         f: the function, whose rows are run.
         name: the hook point.
-        gates: those of the pass.
+        gates: the gates of the pass.
         with_noise: whether noise of about one rounding is added to the residual stream.
 
     Raises:
@@ -160,7 +160,7 @@ def tangent_at(
 
     Args:
         f, name: as for `activation_at`.
-        direction: of the gates, along which the tangent is taken.
+        direction: the direction of the gates along which the tangent is taken.
         at: the gates at which it is taken.
 
     Raises:

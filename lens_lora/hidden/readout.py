@@ -61,7 +61,7 @@ class Projection(Readout):
         name: the hook point, such as 'blocks.12.hook_resid_post'.
         positions: the tokens that the mean is over: None for every token but the first, which is a
             sink; 'prompt', 'response', an index, a slice, or indices.
-        activated: of an autoencoder, its own activation in place of the pre-activation.
+        activated: read an autoencoder's own activation in place of the pre-activation.
     """
 
     direction: Any

@@ -1,4 +1,4 @@
-"""All that a hooked model may be beside a plain one, and how a base is built, placed and checked.
+"""Hooked models that are not plain ones, and how a base is built, placed and checked.
 
 build, placement, quirks        a Hugging Face model becomes a hooked model
 attention                       by torch's fused kernels, or with hook points of its patterns

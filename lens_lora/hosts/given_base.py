@@ -138,14 +138,14 @@ def judged(plan: Plan, named: str | None, names: Sequence[str]) -> Verdict:
         named: the base that the adapter names.
         names: the names by which the base at hand is known (`names_of`).
     """
-    beside = None
+    comparison = None
     if named is not None and not _is_own_copy(named, names):
-        beside = _beside(plan, named)
-    if beside is not None and beside.is_same:
+        comparison = _beside(plan, named)
+    if comparison is not None and comparison.is_same:
         return Verdict()
-    if beside is not None and beside.strength:
-        is_whole = abs(beside.strength - 1) < _NEAR
-        times = "" if is_whole else f"{beside.strength:.3g} times "
+    if comparison is not None and comparison.strength:
+        is_whole = abs(comparison.strength - 1) < _NEAR
+        times = "" if is_whole else f"{comparison.strength:.3g} times "
         return Verdict(
             holds_adapter=f"its weights are those of {named} plus {times}the adapter's ΔW"
         )
@@ -153,7 +153,7 @@ def judged(plan: Plan, named: str | None, names: Sequence[str]) -> Verdict:
         return Verdict(
             holds_adapter="its weights have ΔW in them, by their products with ΔW's directions"
         )
-    if beside is not None:
+    if comparison is not None:
         own = names[0] if names else "this model"
         return Verdict(
             note=f"the weights of {own} are not those of {named}, which the adapter names as its "
@@ -472,11 +472,14 @@ class Along(NamedTuple):
 
     @classmethod
     def of(cls, weight: Float[Tensor, "out in"], U: Float[Tensor, "out rank"], V: Tensor) -> Along:
-        """Measure W along U and V; the two large products are in float32, on W's device."""
-        wide = weight.detach().to(torch.float32)
-        read = (wide @ V.to(wide)).cpu().double()
-        written = (wide.T @ U.to(wide)).cpu().double()
-        C = U.T @ read
+        """Measure W along U and V; the two large products are in float32, on W's device.
+
+        The thin factor stands on the left of both, where BLAS takes a third of the time.
+        """
+        W = weight.detach().to(torch.float32)
+        read = (V.T.to(W) @ W.T).cpu().double()
+        written = (U.T.to(W) @ W).cpu().double()
+        C = written @ V
         others = C[~torch.eye(len(C), dtype=torch.bool)]
         variances = [float(read.square().mean()), float(written.square().mean())]
         if len(others):

@@ -18,7 +18,7 @@ def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
 
     Args:
         lens: the adapter over a model.
-        seed: of all draws.
+        seed: the seed of all draws.
         draws: how many.
 
     Raises:

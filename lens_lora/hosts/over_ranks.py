@@ -53,7 +53,7 @@ def make_maps_whole(hf_model: Any) -> None:
     """Let every linear map that transformers has split read and write whole rows, for good.
 
     Args:
-        hf_model: of any kind; one that is not split stays as it is.
+        hf_model: a model of any kind; one that is not split stays as it is.
 
     Raises:
         ModelStateError: a module is split in a way that is not known here.

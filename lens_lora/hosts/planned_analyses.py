@@ -22,7 +22,7 @@ class PlannedAnalysis:
     """The cost of one analysis of one prompt.
 
     Attributes:
-        name: of the public call.
+        name: the name of the public call.
         forward: forward passes, those of a graph or of dual numbers among them.
         backward: backward passes.
         peak: bytes beside weights and adapter, at the peak; NaN where the bound has no room.
@@ -41,7 +41,7 @@ class _Work:
     """An analysis, its passes, and its bytes.
 
     Attributes:
-        name: of the public call.
+        name: the name of the public call.
         forward, backward: its passes over the prompt.
         peak: its bytes, as the planner divides its passes.
         least: its bytes where as little as possible is run at once.
@@ -58,8 +58,8 @@ def planned_analyses(sizes: ModelSizes, tokens: int) -> list[PlannedAnalysis]:
     """Plan each analysis of the margin of two tokens, on one prompt of so many tokens.
 
     Args:
-        sizes: of the model, and how it is run.
-        tokens: of the prompt.
+        sizes: the sizes of the model, and how it is run.
+        tokens: how many tokens the prompt has.
     """
     unbounded = dataclasses.replace(sizes, max_memory=None)
     found: list[PlannedAnalysis] = []
@@ -78,8 +78,8 @@ def _works(sites: int) -> list[_Work]:
         _Work("first_order", 2, 1, _slopes(1), ModelSizes.slopes_rerun),
         # Nodes at 3, 5 and 9 strengths, each nested in the next; the last four go together.
         _Work("path_attribution", 17, 9, _slopes(4), ModelSizes.slopes_rerun),
-        # Four draws of first order beside it, g along the path with its draws, and up
-        # to six passes for a flip.
+        # Five with a graph (first order and four draws of it), 30 along the path (22 strengths,
+        # and four draws at each end), and at most six for a flip, which mostly takes two or four.
         _Work("fact_margin", 41, 5, _largest(_slopes(5), _forward(30)), ModelSizes.slopes_rerun),
         _Work("patch_sites", sites + 10, 0, _branches(sites), _forward(2)),
         _Work("kl_shares", 8, 2, ModelSizes.dual_graph, ModelSizes.dual),

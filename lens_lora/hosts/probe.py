@@ -196,9 +196,9 @@ class Probe:
             if path in done:
                 continue
             rank = update.rank if isinstance(update, LoRAFactors) else 1
-            held = _parameter_at(reference, names, path)
-            if held is not None:
-                module, name = held
+            owner_and_name = _parameter_at(reference, names, path)
+            if owner_and_name is not None:
+                module, name = owner_and_name
                 changed = _Changed(module, name.rpartition(".")[2], rank, seed)
                 weights[name] = changed
                 self.added[path] = changed
@@ -242,7 +242,7 @@ def probed(
     eps: Callable[[], float],
     probe: extensions.Probe | None,
 ) -> frozenset[str]:
-    """Check that the adapter's modules are exact on this bridge; returns all modules so checked.
+    """Check that the adapter's modules are exact on this bridge, and return all that were checked.
 
     Raises:
         ModelStateError: see `require_exact`; or the bridge takes a projection apart, and there is
@@ -322,7 +322,7 @@ class _Seen:
     """An injection at gates of 1 that keeps the output of each site at the last token.
 
     Attributes:
-        last: for each site, the output at the last token, each time that it wrote.
+        last: the output of each site at the last token, each time that it wrote.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -340,11 +340,11 @@ class _Seen:
 
 def _require_near(ours: Tensor, expected: Tensor, claim: str, eps: float) -> None:
     """Check that two results are equal up to rounding."""
-    off = float((ours.to(expected) - expected).abs().max())
+    difference = float((ours.to(expected) - expected).abs().max())
     size = float(expected.abs().max())
-    if not off <= max(AGREEMENT, eps**0.5) * size:
+    if not difference <= max(AGREEMENT, eps**0.5) * size:
         raise ModelStateError(
-            f"with random updates of the adapter's modules, {claim} up to {off:.2g} off, of "
+            f"with random updates of the adapter's modules, {claim} up to {difference:.2g} off, of "
             f"{size:.2g}, from the Hugging Face model with the same updates: this "
             "TransformerBridge computes another function, or orders a module's rows otherwise. "
             "Another version of transformer-lens may not.",

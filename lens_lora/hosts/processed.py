@@ -129,7 +129,7 @@ def infer_processing(
     """Find the processing that turns the base's weight into the model's, by comparing the two.
 
     Args:
-        name: that of the site, for errors.
+        name: the name of the site, for errors.
         weight: the model's.
         base: the base's.
         gamma: γ of the norm that the map reads; None where it reads none.

@@ -96,14 +96,14 @@ class _StraightThrough(compat.SharedForward):
 def _of_4bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:
     from bitsandbytes import functional
 
-    held = getattr(module.weight, "quant_state", None) or module.quant_state
+    quant_state = getattr(module.weight, "quant_state", None) or module.quant_state
     packed = module.weight.data
-    state = copy.copy(held)
+    state = copy.copy(quant_state)
     if getattr(state, "packing_format_for_cpu", False):
         # The scales of blocks stay as they were packed: transposed, in bfloat16, and not nested.
         state.original_nested = False
         packed, state = compat.unpacked_4bit(packed, state)
-        state.absmax = held.absmax.T.reshape(-1).float()
+        state.absmax = quant_state.absmax.T.reshape(-1).float()
     target = dtype or state.dtype
     state.dtype = torch.float32 if target == torch.float64 else target
     return functional.dequantize_4bit(packed, state).to(target)

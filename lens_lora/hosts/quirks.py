@@ -144,7 +144,7 @@ def absent_modules(hf_model: nn.Module) -> list[tuple[nn.Module, str]]:
     absent: list[tuple[nn.Module, str]] = []
     for module in hf_model.modules():
         members = {**vars(module), **modules_in(module)}
-        absent += [(module, name) for name, held in members.items() if held is None]
+        absent += [(module, name) for name, member in members.items() if member is None]
     return absent
 
 

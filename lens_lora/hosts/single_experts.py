@@ -146,15 +146,15 @@ def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFacto
         rows = rows.view(2, -1) if experts.is_concatenated else rows.view(-1, 2).T
     parts: list[LoRAFactors] = []
     for expert in range(count):
-        held = halves.get(expert, {})
+        factors_by_half = halves.get(expert, {})
         As = [like.A.new_zeros(0, width)]
         Bs = [like.B.new_zeros(out, 0)]
-        for half, factors in held.items():
+        for half, factors in factors_by_half.items():
             placed = like.B.new_zeros(out, factors.rank)
             placed[rows[half]] = factors.scale * factors.strength * factors.B
             As.append(factors.A)
             Bs.append(placed)
-        if not held:
+        if not factors_by_half:
             As.append(like.A.new_zeros(1, width))
             Bs.append(like.B.new_zeros(out, 1))
         parts.append(LoRAFactors(torch.cat(As), torch.cat(Bs, 1)))

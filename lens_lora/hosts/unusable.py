@@ -98,8 +98,8 @@ def _method(config: Any) -> str | None:
     """The method of a quantisation's configuration: 'bitsandbytes', 'gptq', …; None without one."""
     if config is None:
         return None
-    held = config if isinstance(config, dict) else vars(config)
-    method = held.get("quant_method", "an unnamed method")
+    settings = config if isinstance(config, dict) else vars(config)
+    method = settings.get("quant_method", "an unnamed method")
     return str(getattr(method, "value", method))
 
 

@@ -66,7 +66,7 @@ def path_integral(
     rules = _Rules(g, tol)
     sums: Tensor = g.lens.gates(0.0).new_zeros(())
     nodes = 0
-    with tqdm(desc="path integral", unit="node", leave=False, disable=not g.progress) as bar:
+    with tqdm(desc="path integral", unit=" node", leave=False, disable=not g.progress) as bar:
         for rule, nodes in enumerate(counts):
             of_new = added(*_new_nodes(g, counts, rule))
             # One sum for this rule, and one for each of those after it.

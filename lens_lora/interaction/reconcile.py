@@ -68,7 +68,7 @@ class Reconciled(OfSites, Pictured):
             there were none.
         sizes: how many modules were left out along the ranking.
         along: [size, behaviour], the shares held at these sizes, on the prompts given.
-        strength: of the adapter that was scaled down.
+        strength: the strength of the adapter that was scaled down.
         sites, meta: see `OfSites`.
     """
 
@@ -108,14 +108,14 @@ def reconcile(
     batched; about twenty of them for what is held out.
 
     Args:
-        lens: over the model; its own adapter is not used, unless it is among `adapters`.
-        adapters: by name; adapters, or their folders.
-        hold: for the name of each adapter the behaviour that it was trained for: prompts and a
+        lens: a lens over the model; its own adapter is not used, unless it is among `adapters`.
+        adapters: adapters, or their folders, by name.
+        hold: the behaviour that each adapter was trained for, by the adapter's name: prompts and a
             readout that the adapter moves by itself.
         leave_out_of: the name of the adapter whose modules are left out.
         test: the same behaviours on other prompts, on which nothing is chosen.
         draws: random sets of modules to compare with.
-        seed: of those sets.
+        seed: the seed of those sets.
         progress: show a bar.
 
     Raises:
@@ -282,8 +282,8 @@ def _sizes(count: int) -> list[int]:
 def _without(lens: LoraLens, modules: _Modules, paths: Sequence[str]) -> Float[Tensor, " site"]:
     """Gates that are 0 at the sites of these modules, and 1 elsewhere."""
     sites = tuple(itertools.chain.from_iterable(modules[path] for path in paths))
-    off = lens.gates(lens.sites.indicator({"left out": sites})[0])
-    return 1 - off
+    is_left_out = lens.gates(lens.sites.indicator({"left out": sites})[0])
+    return 1 - is_left_out
 
 
 def _scaled(lens: LoraLens, modules: _Modules, strength: float) -> Float[Tensor, " site"]:

@@ -148,7 +148,7 @@ def _shares(
     Args:
         g: the function, with the sites of both adapters.
         own: the groups of the adapter whose gate is s.
-        other: those of the other adapter.
+        other: the groups of the other adapter.
         interaction: I_ab of each prompt, the sum of all shares.
         allowed: what the parts of each prompt may miss; the shares may miss half as much.
     """
@@ -290,8 +290,8 @@ def quadrature_of(
     """How the interactions were split, and how far the parts were reached.
 
     Args:
-        splits: of each pair of adapters.
-        bounds: of each pair of adapters.
+        splits: the splits of each pair of adapters.
+        bounds: the bounds of each pair of adapters.
         pairs: what each pair of adapters is called.
         dtype: the precision, in words.
     """
@@ -336,15 +336,15 @@ def _shape_text(split: Split, bound: Bounds, pair: str) -> str:
         return ""
     share = _share(split.error, bound)
     i = int(torch.where(is_open, share, -1.0).argmax())
-    off = (
+    missed = (
         f"with {split.nodes[0]} × {split.nodes[1]} nodes the parts of {pair} on prompt {i} miss "
         f"{split.missed[i]:.2g} of the interaction, and up to {split.missed_of_group[i]:.2g} of "
         "what one group has of it"
     )
     if split.has_settled:
-        return f"{off}: raise max_nodes"
+        return f"{missed}: raise max_nodes"
     return (
-        f"{off}; {_MOST_VALUES} values along one gate alone do not suffice: g is probably not "
+        f"{missed}; {_MOST_VALUES} values along one gate alone do not suffice: g is probably not "
         "smooth between the adapters (kinks of ReLU, experts that switch) or bends sharply, and "
         "the parts are an indication"
     )

@@ -197,8 +197,8 @@ def together(
     modules.
 
     Args:
-        lens: over the model; its own adapter is not used, unless it is among `adapters`.
-        adapters: by name, as they are to be called; adapters, or their folders.
+        lens: a lens over the model; its own adapter is not used, unless it is among `adapters`.
+        adapters: adapters, or their folders, by the names that they are to have.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: what is read of the logits.
         group: split the interactions by 'kind', 'layer' or 'site' of module, or by {name: site

@@ -77,8 +77,8 @@ class BestSubset(Measured):
         kept_by_prompt: [size, batch], the share of each prompt's own shift; NaN for a shift within
             three noise floors.
         held_out: indices of the prompts that the search did not see.
-        found_by: of each set, where the search that found it began ('gates', or the key of a
-            ranking), with '+swaps' where exchanges improved on it.
+        found_by: where the search that found each set began ('gates', or the key of a ranking),
+            with '+swaps' where exchanges improved on it.
         gradients: forward passes with a backward pass that the search took, of all prompts each.
         forwards: forward passes beside them, of all prompts each.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
@@ -188,12 +188,13 @@ def best_subset(
         prompts: strings, conversations, ids, or `Prompts`; the sets are of all of them together.
         readout: u_y, what is read of the logits.
         size: fraction of the sites or heads, or several.
-        k: in place of size, the number of sites or heads, or several.
+        k: the number of sites or heads, or several numbers, in place of size.
         over: 'sites', whose updates the base gets; or 'heads', whose z it gets from the adapted
             model at all positions, of every block with attention.
         held_out: indices of prompts that the search does not see: `kept_held_out` judges on them.
-        starts: of sites, these prompts and this readout: attributions, effects, tensors, or {name:
-            any of these}, whose tops (in the mean over prompts) the search also begins at.
+        starts: attributions or effects of sites on these prompts and this readout, tensors, or
+            {name: any of these}. The search also begins at the largest of each, in the mean over
+            prompts.
         steps: how often the gates are moved.
         progress: show a bar.
 
@@ -280,7 +281,7 @@ def _counts(over: Over, total: int, size: Any, k: Any) -> tuple[int, ...]:
         over: 'sites' or 'heads'.
         total: how many there are.
         size: a fraction of them, or several.
-        k: in place of it a number, or several.
+        k: a number in place of it, or several.
     """
     if k is None:
         counts = [max(1, round(fraction * total)) for fraction in _fractions(size)]
@@ -301,7 +302,7 @@ def _fractions(size: Any) -> list[float]:
 
 
 def _is_several(value: object) -> bool:
-    """Whether this is a list of numbers; a number, or a tensor of one, is none."""
+    """Whether this is a list of numbers, rather than one number or a tensor of one."""
     return not isinstance(one_entry(value), int | float)
 
 

@@ -62,12 +62,12 @@ def scored(g: Function, signed: Orders, by_magnitude: Orders) -> Scored:
     noise = g.floor.cpu().double().mean()
     counts = [int(share * sites) for share in MIB_SIZES]
     inner = sorted({count for count in counts if 0 < count < sites})
-    moved = _mean_moved(g, torch.cat([signed, by_magnitude]), inner)
+    mean_shifts = _mean_moved(g, torch.cat([signed, by_magnitude]), inner)
 
     # f is 0 for no site and 1 for all of them; several of MIB's sizes may be the same count.
-    zeros = moved.new_zeros(len(moved), 1)
-    ones = moved.new_ones(len(moved), 1)
-    f_at_counts = torch.cat([zeros, moved / size, ones], 1)
+    zeros = mean_shifts.new_zeros(len(mean_shifts), 1)
+    ones = mean_shifts.new_ones(len(mean_shifts), 1)
+    f_at_counts = torch.cat([zeros, mean_shifts / size, ones], 1)
     distinct_counts = [0, *inner, sites]
     columns = [distinct_counts.index(count) for count in counts]
     f = f_at_counts[:, columns]

@@ -317,7 +317,11 @@ def _require_same(
     for result in (one, other):
         if not isinstance(result, Attribution | Effects):
             kind = type(result).__name__
-            raise ArgumentError(f"compare takes attributions and effects, and this is a {kind}.")
+            raise ArgumentError(
+                f"compare takes attributions and effects, and this is of the class {kind}",
+                remedy="ll.compare_adapters(lens, other) compares two adapters.",
+                in_shell="`lens-lora compare ADAPTER OTHER` compares two adapters.",
+            )
     facts_of_one = _facts(one)
     facts_of_other = _facts(other)
     if across_prompts:

@@ -209,12 +209,13 @@ def faithfulness(
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
-        attribution: of these prompts and this readout, effects of single sites, or a tensor of
-            contributions in the readout's units ([site], or [batch, site]); or {name: any of
-            these}. A score without a sign is ranked rightly once multiplied by the shift's.
+        attribution: an attribution of these prompts and this readout, effects of single sites, or a
+            tensor of contributions in the readout's units ([site], or [batch, site]); or {name: any
+            of these}. A score without a sign is ranked rightly once multiplied by the shift's.
         test: other prompts and their readout, on which the ranking is judged: held out, so that the
             curves say what it is worth beyond the prompts that it was made on.
-        fractions: of the sites, above 0 at least one; 0, one site, and 1 are always there.
+        fractions: shares of the sites, at least one of them above 0; 0, one site, and 1 are always
+            there.
         baselines: also rank by ‖ΔW‖, by ‖δz‖ at the base model, and at random.
         greedy: also add at each step the site that moves the readout furthest towards g(1).
         draws: random orders whose mean is the random curve.

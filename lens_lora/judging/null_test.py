@@ -44,17 +44,17 @@ from lens_lora.judging.verdict import NullVerdict, null_verdict
 
 @final
 class NullTest(OfMeasured):
-    """An attribution beside those of adapters of the same sizes in random directions.
+    """An attribution compared with those of random adapters of the same sizes.
 
     `plot` is |a_l| of every site over the band of the draws, in the order of the forward pass.
 
     Attributes:
         observed: first order of the real adapter, with its exact shift.
         null: [draw, batch, site], first order of each null adapter, in the readout's units.
-        null_shift: [draw, batch], the exact g(1) − g(0) of each; NaN of those that were not run,
+        null_shift: [draw, batch], the exact g(1) − g(0) of each; NaN for those that were not run,
             which are the last.
-        seed: of the draws: draw k is that of `adapter.null(seed, k)`, but where a fused
-            module holds several sites, whose singular values are kept part by part.
+        seed: the seed of the draws. Draw k is that of `adapter.null(seed, k)`, except where a fused
+            module holds several sites: there the singular values of each part are kept.
         noise_floor: [batch], σ of a difference of two readouts from rounding alone.
     """
 
@@ -240,7 +240,7 @@ def _one_by_one(g: Function, lenses: Sequence[LoraLens]) -> list[Float[Tensor, "
 
 
 class _NotByRowError(Exception):
-    """A module whose output is not by row, as an expert's, which has the tokens sent to it."""
+    """A module whose output does not have the rows of the batch, such as an expert's."""
 
 
 def _in_one_pass(g: Function, lenses: Sequence[LoraLens]) -> Float[Tensor, "batch lens"]:

@@ -44,9 +44,9 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
             remedy="pass an Attribution, Effects, a tensor [site], or {name: one of these}.",
         )
     baselines = {WEIGHT_NORM, UPDATE_NORM, RANDOM, GREEDY}
-    taken = baselines & set(attribution)
-    if taken:
-        raise ArgumentError(f"{sorted(taken)} are names of baselines; give the scores others.")
+    reserved = baselines & set(attribution)
+    if reserved:
+        raise ArgumentError(f"{sorted(reserved)} are names of baselines; give the scores others.")
     if not attribution:
         raise ArgumentError("no attribution to rank by; pass one, or {name: attribution}.")
     return dict(attribution)
@@ -131,7 +131,7 @@ def by_score(scores: Float[Tensor, "*batch site"]) -> Int[Tensor, "*batch site"]
 
 
 def weight_norms(lens: LoraLens) -> Float[Tensor, " site"]:
-    """‖ΔW_l‖_F in the model's basis, biases left out; of a norm ‖Δγ‖. No forward pass."""
+    """‖ΔW_l‖_F in the model's basis without biases, or ‖Δγ‖ of a norm. No forward pass."""
     norms = [site_map.norm() for site_map in lens.maps]
     return torch.tensor(norms, dtype=torch.float64, device=float64_device(lens.device))
 

@@ -240,7 +240,8 @@ def reliability(
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         how: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
-        threshold: of the score; 0.5 flags what is off by more than a factor of 2, 0.8 of 1.25.
+        threshold: the threshold of the score; 0.5 flags what is off by more than a factor of 2, 0.8
+            of 1.25.
         floor: share of Σ|a| under which a site is not material. 0 measures them all.
         fix: also give the numbers with the measured effects of the flagged sites put in.
         progress: show a bar.

@@ -138,7 +138,7 @@ class AnswerLogProb(Readout):
 
         Args:
             model: the hooked model.
-            prompts: without the answers.
+            prompts: the prompts, without the answers.
 
         Raises:
             TokenError: an answer that is empty, of special tokens only, not in the vocabulary, or
@@ -179,7 +179,7 @@ class AnswerMargin(Readout):
 
         Args:
             model: the hooked model.
-            prompts: without the answers.
+            prompts: the prompts, without the answers.
 
         Raises:
             TokenError: an answer that is empty, of special tokens only, not in the vocabulary, or
@@ -253,7 +253,7 @@ class KL(Readout):
         """The same, stating which tokens of these prompts it reads.
 
         Args:
-            prompts: those that it is asked about.
+            prompts: the prompts that it is asked about.
         """
         if self.response is not None or self.tokens is not None:
             return self
@@ -261,7 +261,7 @@ class KL(Readout):
         return dataclasses.replace(self, tokens="response" if holds_response else "next")
 
     def reading_beside(self, f: LogitFunction) -> Reading:
-        """How the divergence is read beside the base's logits, which are run and held.
+        """How the divergence from the base is read; the base's logits are run here and kept.
 
         One forward pass.
 
@@ -276,7 +276,7 @@ class KL(Readout):
 
         Args:
             model: the hooked model.
-            prompts: without the responses.
+            prompts: the prompts, without the responses.
 
         Raises:
             TokenError, PromptError: a response that does not fit the model; tokens that the prompts
@@ -398,7 +398,7 @@ def _padded(
 
     Args:
         model: the hooked model.
-        prompts: without the answers; the rows' sources say where each ends.
+        prompts: the prompts, without the answers; the rows' sources say where each ends.
         rows: the tokens of each row.
         owner: the prompt of each row.
         reads: how many last tokens of each row are read.

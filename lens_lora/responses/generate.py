@@ -120,7 +120,7 @@ class Sampling:
 
         Args:
             p: the largest probabilities of each place, in decreasing order.
-            ids: of which token each of them is.
+            ids: the token of which each of them is.
             u: the noise of each place.
         """
         before = p.cumsum(-1) - p
@@ -280,7 +280,7 @@ class Generation:
         """Let each row take what is right of its draft, and one token more, from one pass.
 
         Args:
-            drafts: of rows of one length, by row; all drafts are of one length too.
+            drafts: drafts of rows of one length, by row; all drafts are of one length too.
 
         Returns:
             Whether the drafts agree far enough for their cache to be trusted.

@@ -87,8 +87,8 @@ class Divergence(Picks):
 
         Where all are copies of one pick, they are one row.
         """
-        held = self.places(few.device, rows=self.held_rows)
-        places = torch.stack([index[few] for index in held])
+        held_places = self.places(few.device, rows=self.held_rows)
+        places = torch.stack([index[few] for index in held_places])
         # Copies of a pick stand together.
         distinct, copy = places.unique_consecutive(dim=1, return_inverse=True)
         base = self.base[tuple(distinct.to(self.base.device))].to(logits)

@@ -24,6 +24,7 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -368,7 +369,7 @@ class _ModuleThen:
         self._module = module
         self._class = type(module)
         self._children = list(compat.modules_in(module).items())
-        self._names = set(vars(module))
+        self._names = list(vars(module))
         self._attributes = _public_attributes(module)
         self._may_change_within = any(map(_may_change_within, self._attributes.values()))
 
@@ -380,8 +381,12 @@ class _ModuleThen:
             return False
         if list(compat.modules_in(module).items()) != self._children:
             return False
-        if attributes.keys() != self._names:
+        if list(attributes) != self._names:
             return False
+        # Almost always each is the same object, which a loop in Python would be slow to tell.
+        all_now = map(attributes.__getitem__, self._attributes)
+        if all(map(operator.is_, all_now, self._attributes.values())):
+            return True
         for name, then in self._attributes.items():
             now = attributes[name]
             if now is not then and (_is_setting(now) or _is_setting(then)):
@@ -402,12 +407,11 @@ def _may_change_within(value: object) -> bool:
 
 def _has_own_hook(module: nn.Module) -> bool:
     """Whether a hook is on the module that no library hung there by itself."""
-    has_any = any(compat.hooks_of(module)[:4])
-    return has_any and any(True for _ in _functions_of_hooks(module))
+    return compat.has_hooks(module) and any(True for _ in _functions_of_hooks(module))
 
 
 def _summary(values: Sequence[Any]) -> Any:
-    """The one value of all modules of a class; of several the first three, and a hash of all."""
+    """The value that all modules of a class share, or the first three values and a hash of all."""
     distinct = list(dict.fromkeys(map(repr, values)))
     if len(distinct) == 1:
         return _as_field(values[0])

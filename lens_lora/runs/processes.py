@@ -134,7 +134,7 @@ def require_one_process(processes: Processes) -> None:
     """Refuse shards under a launcher: both divide the same work.
 
     Args:
-        processes: those that were launched.
+        processes: the processes that were launched.
 
     Raises:
         SweepError: there are several.
@@ -151,7 +151,7 @@ def require_whole_model(processes: Processes, *, is_over_ranks: bool) -> None:
     """Refuse to divide prompts where each process holds a part of the model.
 
     Args:
-        processes: those that were launched.
+        processes: the processes that were launched.
         is_over_ranks: whether the model's weights are split over processes.
 
     Raises:

@@ -121,7 +121,7 @@ class PlannedShard:
     """A shard that was begun, and its plan.
 
     Attributes:
-        shard: which one it is.
+        shard: the number of the shard.
         folder: where its parts lie.
         plan: what the whole run consists of.
     """
@@ -189,7 +189,7 @@ def unfinished(shards: list[Shard], out: Path, fact: str) -> SweepError:
     """The error of shards that have to run, or run on, before they can be gathered.
 
     Args:
-        shards: which ones.
+        shards: the numbers of the shards.
         out: the result.
         fact: what is wrong with them.
     """

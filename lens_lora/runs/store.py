@@ -62,7 +62,7 @@ class Store:
         Args:
             out: the result.
             fingerprint: everything but the records that decides a number.
-            folder: of a shard, where nobody else writes.
+            folder: the folder of a shard, where nobody else writes.
         """
         self.path: Path = Path(out)
         if self.path.suffix != ".parquet":

@@ -219,7 +219,7 @@ def laid_out(tokens: Sequence[str], columns: int) -> list[Piece]:
     A line is broken before a token that does not fit, and after a line break, which is shown as ⏎.
 
     Args:
-        tokens: of a response.
+        tokens: the tokens of a response.
         columns: how many a line has.
     """
     pieces: list[Piece] = []

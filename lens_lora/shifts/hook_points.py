@@ -99,8 +99,8 @@ def gradients(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: of one row a prompt: any but `AnswerMargin`. With a response, a row is the prompt
-            and the response without its last token, after which nothing is read.
+        readout: a readout of one row a prompt: any but `AnswerMargin`. With a response, a row is
+            the prompt and the response without its last token, after which nothing is read.
         names: a hook point, several, globs, or a predicate; None for every one.
         at: the gate value at which the model runs: 0 the base, 1 the adapted model.
         max_memory: bytes for graph and gradients; by default the bound of the lens, if it has one.

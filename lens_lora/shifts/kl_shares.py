@@ -128,7 +128,7 @@ class KLShares(OfMeasured):
 
     @property
     def agreement(self) -> Float[Tensor, " batch"]:
-        """Rank correlation of the shares with `midpoint`; NaN of one site, or of equal ones."""
+        """Rank correlation of the shares with `midpoint`; NaN for one site, or for equal ones."""
         shares = self.attribution.per_site.cpu().double().numpy()
         slopes = self.midpoint.cpu().double().numpy()
         correlations = [
@@ -259,7 +259,7 @@ def kl_shares(
         prompts: strings, conversations, ids, or `Prompts`.
         response: what is said after each prompt; None for the next token alone.
         by: any of 'position', 'head', 'expert', 'rank'.
-        gauge: of the parts by rank, as for `first_order`.
+        gauge: the gauge of the parts by rank, as for `first_order`.
         direction: the direction of the divergence along ε.
         tokens: without a response, after which tokens, as for `KL`: 'prompt' for all of a text but
             the first.

@@ -42,7 +42,7 @@ class LogitShift(Described):
         values: [batch, site, vocab], or [batch, vocab] for all sites together.
         sites: along the site axis; empty for all sites together.
         tokens: the ids along the vocab axis.
-        strings: those tokens as strings.
+        strings: these tokens as strings.
         meta: model, adapter, dtype and versions.
     """
 

@@ -49,12 +49,12 @@ class TokenShifts(Described, Drawn):
     Attributes:
         response: each prompt's y_1 … y_T.
         log_p: [end, batch, token], log p(y_t | x, y_<t) at both settings, in nats.
-        entropy: [end, batch, token], of the distribution of that token, in nats.
+        entropy: [end, batch, token], the entropy of the token's distribution, in nats.
         rank: [end, batch, token], how many tokens are more probable than y_t; −1 beyond.
         kl: [direction, batch, token], KL(p₀‖p₁) and KL(p₁‖p₀), in nats.
         promoted, suppressed: [batch, token, k], the largest rises and falls of a probability.
-        promoted_ids, suppressed_ids: [batch, token, k], of which tokens.
-        strings: those tokens, by id.
+        promoted_ids, suppressed_ids: [batch, token, k], the ids of the tokens that rise and fall.
+        strings: these tokens as strings, by id.
         between: the two settings of the gates.
         str_tokens: each prompt's tokens.
         meta: model, adapter, dtype and versions.
@@ -201,14 +201,14 @@ def token_shifts(
     first = _one_setting(lens, between[0])
     second = _one_setting(lens, between[1])
     read = g.require_one_response()
-    by_prompt: list[_Moved] = []
+    by_prompt: list[_TokenNumbers] = []
     for prompt in range(read.batch):
         # One prompt at a time: the logits of both settings are held.
         one = g.only([prompt])
         base = one.logits(first)[0]
         adapted = one.logits(second)[0]
         ids = read.tokens[read.owner == prompt].to(base.device)
-        by_prompt.append(_moved(base, adapted, ids, count))
+        by_prompt.append(_numbers_of_response(base, adapted, ids, count))
     numbers = _padded(by_prompt)
     changed = torch.cat([numbers["promoted_ids"], numbers["suppressed_ids"]])
     return TokenShifts(
@@ -233,7 +233,7 @@ def _one_setting(lens: LoraLens, scale: Scale) -> Float[Tensor, " site"]:
     """The gates of one setting.
 
     Raises:
-        ArgumentError: those of several points.
+        ArgumentError: gates of several points.
     """
     gates = lens.gates(scale)
     if gates.ndim > 1:
@@ -244,7 +244,7 @@ def _one_setting(lens: LoraLens, scale: Scale) -> Float[Tensor, " site"]:
     return gates
 
 
-class _Moved(NamedTuple):
+class _TokenNumbers(NamedTuple):
     """The numbers of each token of one response; a pair of ends on the last axis."""
 
     log_p: Float[Tensor, "token end=2"]
@@ -257,28 +257,28 @@ class _Moved(NamedTuple):
     suppressed_ids: Int[Tensor, "token k"]
 
 
-def _moved(
+def _numbers_of_response(
     base: Float[Tensor, "token vocab"],
     adapted: Float[Tensor, "token vocab"],
     ids: Int[Tensor, " token"],
     k: int,
-) -> _Moved:
-    """How each token's distribution moved, some tokens at a time."""
+) -> _TokenNumbers:
+    """The numbers of every token of one response, some tokens at a time."""
     count = min(k, base.shape[-1])
-    chunks: list[_Moved] = []
+    chunks: list[_TokenNumbers] = []
     for first in range(0, len(ids), _AT_ONCE):
         tokens = slice(first, first + _AT_ONCE)
-        chunks.append(_moved_tokens(base[tokens], adapted[tokens], ids[tokens], count))
-    return _Moved(*(torch.cat(field).cpu() for field in zip(*chunks, strict=True)))
+        chunks.append(_numbers_of_tokens(base[tokens], adapted[tokens], ids[tokens], count))
+    return _TokenNumbers(*(torch.cat(field).cpu() for field in zip(*chunks, strict=True)))
 
 
-def _moved_tokens(
+def _numbers_of_tokens(
     base: Float[Tensor, "token vocab"],
     adapted: Float[Tensor, "token vocab"],
     ids: Int[Tensor, " token"],
     k: int,
-) -> _Moved:
-    """How the distributions of a few tokens moved, in float64."""
+) -> _TokenNumbers:
+    """The numbers of a few tokens, computed in float64."""
     log_p0 = in_float64(base).log_softmax(-1)
     log_p1 = in_float64(adapted).log_softmax(-1)
     p0 = log_p0.exp()
@@ -292,7 +292,7 @@ def _moved_tokens(
     change = p1 - p0
     promoted = change.topk(k)
     suppressed = change.topk(k, largest=False)
-    return _Moved(
+    return _TokenNumbers(
         log_p=torch.cat([own_log_p0, own_log_p1], 1),
         entropy=torch.stack(entropies, 1),
         rank=torch.stack(ranks, 1),
@@ -309,11 +309,11 @@ def _expected(p: Tensor, values: Tensor) -> Float[Tensor, " token"]:
     return torch.where(p > 0, p * values, 0.0).sum(-1)
 
 
-def _padded(by_prompt: Sequence[_Moved]) -> dict[str, Tensor]:
+def _padded(by_prompt: Sequence[_TokenNumbers]) -> dict[str, Tensor]:
     """Each number of all responses as one tensor: beyond a response's own tokens NaN, or −1."""
     padded: dict[str, Tensor] = {}
-    for name in _Moved._fields:
-        rows: list[Tensor] = [getattr(moved, name) for moved in by_prompt]
+    for name in _TokenNumbers._fields:
+        rows: list[Tensor] = [getattr(numbers, name) for numbers in by_prompt]
         filler = torch.nan if rows[0].is_floating_point() else -1
         padded[name] = pad_sequence(rows, batch_first=True, padding_value=filler)
     return padded

@@ -59,7 +59,7 @@ class Card:
 
     Attributes:
         adapter: its name.
-        lines: in order, each with a name of its own.
+        lines: the lines in order, each with a name of its own.
         inputs: what was given beside the adapter, by option: paths from the adapter's folder
             ('merged', 'lora', 'expect'), a number ('max_kl'), the name of a base ('model'), a
             claim's 'context' and 'says'.

@@ -81,10 +81,10 @@ class CardSubject(NamedTuple):
     """Everything that a card is made of.
 
     Attributes:
-        folder: of the adapter.
+        folder: the folder of the adapter.
         summary: the sizes of its updates, by site where the base is at hand.
         base: the base that it is checked with.
-        lens: over the base; None if there is none.
+        lens: a lens over the base; None if there is none.
         verification: what was verified.
         inputs: as in `Card`.
         paths: where the files among the inputs lie today.

@@ -40,7 +40,7 @@ _TABLES: dict[Part, tuple[str, str]] = {
     "verified": ("check", "outcome"),
 }
 _METADATA = "Hub metadata"
-# The fields by which the Hub shows an adapter beside its base.
+# The fields by which the Hub lists an adapter under its base.
 METADATA = ("base_model", "base_model_relation", "library_name")
 # What Markdown or HTML would take for a part of its own.
 _ESCAPES = {
@@ -219,7 +219,7 @@ class WrittenReadme(NamedTuple):
     """A README.md with a card in it, not yet saved.
 
     Attributes:
-        text: of the whole file.
+        text: the text of the whole file.
         card: as it stands there; its metadata are the fields that the file has now.
     """
 
@@ -327,7 +327,7 @@ def _between(text: str, begin: str, end: str, file: Path) -> slice | None:
 
 
 def _text_of(file: Path) -> str:
-    """The text of a file as it is, with its own ends of lines."""
+    """The text of a file as it is, with its own line endings."""
     try:
         return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

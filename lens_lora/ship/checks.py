@@ -85,7 +85,7 @@ def kinds_of(findings: Sequence[str], most: int) -> list[tuple[str, int]]:
     Findings of one kind may differ in the number behind their colon: the first stands for all.
 
     Args:
-        findings: in words.
+        findings: the findings, in words.
         most: how many kinds are kept.
     """
     of_kind: dict[str, list[str]] = {}

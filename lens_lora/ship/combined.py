@@ -59,7 +59,7 @@ class CombinedSite:
         site: its name.
         module: its path in the Hugging Face model.
         layer: its number.
-        kind: such as 'q'.
+        kind: its kind, such as 'q'.
         outcome: 'passed' or 'failed'.
         looks: what it is, in words.
         c: ⟨R, D⟩ / ‖D‖²; NaN if the sum adds nothing here.

@@ -85,7 +85,7 @@ class Product:
         """The sum, with the ranks of all.
 
         Args:
-            products: of one shape.
+            products: products of one shape.
         """
         A = torch.cat([product.A for product in products])
         B = torch.cat([product.B for product in products], 1)
@@ -257,7 +257,7 @@ def _weights_of(R: Product, parts: Sequence[Product]) -> list[float] | None:
 def _candidates(
     found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D: Product
 ) -> Iterator[tuple[str, Product]]:
-    """What the sum, or a mistake in its making, would leave there, with words for each."""
+    """Yield what the sum, or a mistake in making it, would leave there, with words for each."""
     yield "the sum", D
     if len(parts) > 1:
         for weight, part, name in parts:

@@ -58,7 +58,7 @@ class Told(NamedTuple):
     """Log-probabilities of consecutive tokens, as a server tells them.
 
     Attributes:
-        log_p: in nats; None where a server tells none, as of a prompt's first token.
+        log_p: log p in nats; None where a server tells none, as of a prompt's first token.
         ids: the tokens' ids; None if the server does not tell them.
         pieces: the tokens as strings; None if the server does not tell them.
     """
@@ -97,7 +97,7 @@ class Way(abc.ABC):
 
         Args:
             server: is asked.
-            name: of the served model or adapter.
+            name: the name of the served model or adapter.
             asked: the text.
             new_tokens: how many tokens are generated, where the way is told of generated ones.
 
@@ -166,7 +166,7 @@ class Echo(_OfTokens):
     is_of_prompt = True
 
     def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
-        """Ask with `echo`; the token that is generated beside the prompt is left out."""
+        """Ask with `echo`; the token that is generated after the prompt is left out."""
         told = _of_completions(self._choice(server, name, asked, 1, logprobs=1, echo=True))
         generated = 1
         if len(told.log_p) <= generated or told.log_p[0] is not None:

@@ -78,7 +78,7 @@ class ExpectedTensors:
 
     Attributes:
         state: the base's tensors by name.
-        tied: for each tensor, the other names of the same one.
+        tied: the other names of each tensor that is tied, by its name.
         changed: what the adapter changes, by name of the tensor.
         unknown: modules of the adapter that the base lacks.
         added_biases: names of biases that the adapter adds to maps of the base that have none.

@@ -251,7 +251,7 @@ class _Stored(NamedTuple):
     """How a form stores the linear weights.
 
     Attributes:
-        kind: such as NF4.
+        kind: a kind of storing, such as NF4.
         merged: whether the adapter is merged into them.
     """
 
@@ -307,7 +307,7 @@ def _answers(lens: LoraLens, log_p: Float[Tensor, "batch vocab"]) -> list[str]:
 
 
 def _size(lens: LoraLens, weights: Mapping[str, LinearWeight], name: Form) -> int:
-    """Bytes of the weights of a form, and of the adapter where it lies beside them."""
+    """Bytes of the weights of a form, and of the adapter where it is stored apart."""
     kind, merged = _Stored.of(name)
     linear = sum(weight.W.numel() for weight in weights.values())
     rest = max(_parameters(lens) - linear, 0)

@@ -236,7 +236,7 @@ class _Factors:
 
     Attributes:
         module: its path in the base.
-        update: of the trained adapter.
+        update: the update of the trained adapter.
         kind: the type of A in the file.
         D: [out, in], float64.
         added: what the file adds, rows in Hugging Face's order.
@@ -386,13 +386,14 @@ class _Pair:
     """A tensor M of the file beside E, what it is to be before it is rounded.
 
     Attributes:
-        name: of the base's parameter.
-        kind: of the file's type.
-        M: in Hugging Face's order, float64.
-        E: likewise.
+        name: the name of the base's parameter.
+        kind: the kind of the file's type.
+        M: the matrix in Hugging Face's order, in float64.
+        E: the expected matrix, likewise.
         rounds: the most that ‖M − E‖ / ‖E‖ of a right tensor is.
-        outcome: of a right tensor: 'undecided' for a type whose rounding is not known here.
-        remark: says so.
+        outcome: the outcome of a right tensor: 'undecided' for a type whose rounding is not known
+            here.
+        remark: a remark that says so.
     """
 
     def __init__(self, name: str, stored: StoredTensor, E: Tensor, layout: Layout) -> None:
@@ -476,8 +477,8 @@ def _as_a_merge(pair: _Pair, before: Tensor, c: float) -> MergedTensor | None:
 
     Args:
         pair: the tensor beside E.
-        before: of the base.
-        c: of the tensor.
+        before: the base's tensor.
+        c: the c of the tensor.
     """
     first_undecided: MergedTensor | None = None
     for merge in _right_merges(pair, before):
@@ -496,9 +497,9 @@ def _as_this_merge(pair: _Pair, before: Tensor, merge: Tensor, c: float) -> Merg
 
     Args:
         pair: the tensor beside E.
-        before: of the base.
+        before: the base's tensor.
         merge: E, or what rounding makes of it.
-        c: of the tensor.
+        c: the c of the tensor.
     """
     D = pair.E - before
     size = float(D.square().sum())

@@ -65,6 +65,8 @@ _LOST_RULE = (
 )
 # How much of a text a message shows.
 _TEXT_SHOWN = 30
+# A space within a part of a merge, as GPT-2's alphabet of bytes writes it: 'Ġ'.
+_SPACE_IN_PART = "\u0120"
 
 
 class Finding(NamedTuple):
@@ -72,7 +74,7 @@ class Finding(NamedTuple):
 
     Attributes:
         outcome: 'failed' or 'undecided'.
-        words: which, in words.
+        words: the difference, in words.
     """
 
     outcome: Outcome
@@ -182,7 +184,7 @@ def _type_name(kind: int) -> str:
 
 
 def _trimming_tokens(added: Iterable[Any]) -> Iterator[Finding]:
-    """Yield the added tokens that take the spaces beside them, which llama.cpp leaves."""
+    """Yield the added tokens that take adjacent spaces, which llama.cpp leaves."""
     trimming = [
         token.content for token in added if token.single_word or token.lstrip or token.rstrip
     ]
@@ -229,10 +231,10 @@ def _other_merges(file: GGUFFile, model: Mapping[str, Any]) -> Iterator[Finding]
 
 
 def _merge_as_written(merge: str | Sequence[str]) -> str:
-    """A merge as GGUF has it: two parts and a space, the spaces in them as those of bytes."""
+    """A merge as GGUF writes it: two parts around a space, with their own spaces as 'Ġ'."""
     if isinstance(merge, str):
         return merge
-    return " ".join(part.replace(" ", chr(ord(" ") + 256)) for part in merge)
+    return " ".join(part.replace(" ", _SPACE_IN_PART) for part in merge)
 
 
 def _other_scores(

@@ -55,12 +55,12 @@ def _tensors_check(folder: MergedFolder, tensors: Sequence[MergedTensor]) -> Che
     """One check of all tensors: how many are base + ΔW, or what the wrong ones look like."""
     outcome = worst(tensors)
     kept = min((tensor.kept for tensor in tensors if tensor.is_changed), default=float("nan"))
-    beside = _ignored_files(folder)
+    remark = _ignored_files(folder)
     if outcome == "passed":
-        return Check(MERGED, outcome, _passing_facts(tensors, kept) + beside, value=kept)
+        return Check(MERGED, outcome, _passing_facts(tensors, kept) + remark, value=kept)
     bad = [tensor for tensor in tensors if tensor.outcome == outcome]
     where = first_of([tensor.name for tensor in bad])
-    facts = _wrong_facts(bad, tensors) + beside
+    facts = _wrong_facts(bad, tensors) + remark
     return Check(MERGED, outcome, facts, "base + ΔW, to rounding", where, kept)
 
 

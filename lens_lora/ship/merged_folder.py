@@ -110,7 +110,7 @@ class MergedFolder:
         """The name of the tensor that a parameter is loaded from; None if the folder has none.
 
         Args:
-            name: of the parameter, which may be loaded from one that it shares.
+            name: the name of the parameter, which may be loaded from one that it shares.
         """
         for candidate in (name, *self.sharing.get(name, ())):
             if candidate in self.names:
@@ -149,9 +149,11 @@ class MergedFolder:
         """Whether the model lacks tensors while the folder holds some that it does not know."""
         if self.unmerged or self.holds_adapter or "quantization_config" in self.stated:
             return False
-        held = self._file_of.keys()
-        unknown = held - self.sharing.keys()
-        is_lacking = any(not held & {name, *partners} for name, partners in self.sharing.items())
+        stored_names = self._file_of.keys()
+        unknown = stored_names - self.sharing.keys()
+        is_lacking = any(
+            not stored_names & {name, *partners} for name, partners in self.sharing.items()
+        )
         return is_lacking and bool(unknown)
 
 

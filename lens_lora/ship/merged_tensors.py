@@ -255,7 +255,7 @@ def _judged_unchanged(name: str, W: Tensor, M: Tensor, coarser: torch.dtype) -> 
 
 
 class _Change:
-    """The change that a merge makes of a tensor, D = E − W, beside the one found, R = M − W.
+    """The change that a merge makes of a tensor, D = E − W, and the one found, R = M − W.
 
     Attributes:
         size: ‖D‖².
@@ -291,7 +291,7 @@ class _Change:
         """Whether the tensor is a merge up to rounding, and otherwise what it looks like.
 
         Args:
-            name: of the tensor.
+            name: the name of the tensor.
             update: what the adapter adds to its module.
         """
         dtype = str(self.dtype).removeprefix("torch.")
@@ -338,7 +338,7 @@ def mistakes(update: ModuleUpdate) -> Iterator[tuple[float, str]]:
     """Known mistakes of a merge, each with the c that it gives; none of them gives 1.
 
     Args:
-        update: of the module.
+        update: the update of the module.
     """
     yield 0.0, "nothing was merged"
     yield 0.5, "α halved"

@@ -65,7 +65,7 @@ def read_tokenizer(folder: Path) -> Any:
             return AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-    except Exception as error:  # of transformers, tokenizers and what they read with
+    except Exception as error:  # transformers and tokenizers may raise anything
         raise ModelStateError(f"{folder}: its tokenizer cannot be read ({error}).") from error
 
 
@@ -193,7 +193,7 @@ def _other_parts(found: Any, expected: Any) -> list[str]:
 
 
 def _parts(tokenizer: Any) -> dict[str, Any]:
-    """The settings of a fast tokenizer that decide ids, beside its vocabulary."""
+    """The settings of a fast tokenizer that decide ids, apart from its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {}

@@ -40,7 +40,7 @@ class _NeutralKL(NamedTuple):
 
     Attributes:
         largest: the mean over tokens of the text where it is largest.
-        mean: over all tokens.
+        mean: the mean over all tokens.
         texts: how many there are.
     """
 
@@ -115,7 +115,7 @@ def _kl(lens: LoraLens, texts: Prompts, progress: bool) -> _NeutralKL:
 
 
 def _kl_of_rounding(lens: LoraLens, texts: Prompts, progress: bool) -> _NeutralKL:
-    """The largest KL that rounding alone explains: of the base beside itself with noise.
+    """The largest KL that rounding alone explains: between the base and itself with noise.
 
     Two forward passes.
     """

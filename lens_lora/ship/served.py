@@ -41,8 +41,8 @@ class ServedVerification(Described):
     """How much of an adapter's effect a server shows, and what it may be running instead.
 
     Attributes:
-        name: by which the server was asked.
-        url: of the server.
+        name: the name by which the server was asked.
+        url: the URL of the server.
         way: how the server told log-probabilities.
         c: ⟨ℓ − ℓ₀, ℓ₁ − ℓ₀⟩ / ‖ℓ₁ − ℓ₀‖²: 1 if the adapter is served, 0 if the base is.
         residual: ‖ℓ − ℓ₁‖ / ‖ℓ₁ − ℓ₀‖: 0 if the adapter is served, up to `floor`.
@@ -107,8 +107,8 @@ def verify_served(
 
     Args:
         lens: the adapter over its base model, in the precision in which it was trained.
-        url: of the server, such as http://127.0.0.1:8000.
-        name: by which the server knows the adapter; None for the only name that it lists.
+        url: the URL of the server, such as http://127.0.0.1:8000.
+        name: the name by which the server knows the adapter; None for the only name that it lists.
         texts: your own, strings or conversations, on which the adapter shows: the more it changes
             them, the sharper the comparison. They are sent to the server.
         dtype: what the server computes in: 'float32', 'float16', 'bfloat16', or 'int8' for an

@@ -97,7 +97,7 @@ class Comparison:
 
     @property
     def is_visible(self) -> bool:
-        """Whether the adapter moves the texts enough, beside rounding, to be called served."""
+        """Whether the adapter moves the texts far enough beyond rounding to be called served."""
         return self.floor <= _VISIBLE
 
     @property

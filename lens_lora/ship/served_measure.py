@@ -73,7 +73,7 @@ class ServedTokens:
         """The log p of each token at these gates. One forward pass.
 
         Args:
-            gates: of the lens that the object was made with.
+            gates: gates of the lens that the object was made with.
         """
         return self.of(self.lens, gates)
 
@@ -81,8 +81,8 @@ class ServedTokens:
         """The log p of each token in another lens. One forward pass.
 
         Args:
-            lens: over a model with the same vocabulary.
-            gates: of its sites.
+            lens: a lens over a model with the same vocabulary.
+            gates: gates of its sites.
         """
         ids = [row.ids for row in self.rows]
         log_p = token_log_probs(lens, gates, ids, progress=self._progress)
@@ -130,7 +130,7 @@ def token_log_probs(
 
     Args:
         lens: the adapter over the model.
-        gates: of its sites.
+        gates: gates of its sites.
         rows: the ids of each row.
         hooks: further hooks for these passes.
         progress: show a bar.

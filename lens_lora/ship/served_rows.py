@@ -33,7 +33,7 @@ class ServedRow(NamedTuple):
 
     Attributes:
         ids: the prompt, and the generated tokens if the server told of these.
-        log_p: in nats, one per token; NaN where the server told none.
+        log_p: log p in nats, one per token; NaN where the server told none.
         prompt_length: how many of the tokens were sent.
         messages: what was sent in their place, if the server made the prompt of a conversation;
             else None.
@@ -54,7 +54,7 @@ class ServedRows(NamedTuple):
     """All rows, and how they were asked for.
 
     Attributes:
-        name: by which the server was asked.
+        name: the name by which the server was asked.
         way: how it tells log-probabilities.
         rows: one per text that could be asked in this way.
         put_in_front: how many texts the server read with one more token in front, such as a BOS.
@@ -73,7 +73,7 @@ def neutral_and_own(lens: LoraLens, texts: Sequence[str] | Sequence[Messages]) -
     """Fifteen neutral texts, and then the user's own, each of two tokens at least.
 
     Args:
-        lens: whose tokenizer reads them.
+        lens: the lens whose tokenizer reads them.
         texts: the user's own.
 
     Raises:
@@ -123,7 +123,7 @@ def ask_all(
     Args:
         lens: its vocabulary tells the ids of generated tokens.
         server: is asked.
-        name: of the served adapter; None for the only name that the server lists.
+        name: the name of the served adapter; None for the only name that the server lists.
         texts: what is asked for.
         new_tokens: how many tokens are generated for each, where the server tells of these alone.
         progress: show a bar.

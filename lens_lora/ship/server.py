@@ -46,7 +46,7 @@ class Server:
     """A server, by its URL, and how many requests it may still be sent.
 
     Args:
-        url: such as http://127.0.0.1:8000; a final /v1 is left out.
+        url: a URL such as http://127.0.0.1:8000; a final /v1 is left out.
         timeout: seconds in which a request has to be answered, to the last byte.
         most_requests: how many requests are sent at most.
 
@@ -158,7 +158,7 @@ class Server:
         """The text, which may quote what the server said, without the secret that was sent.
 
         Args:
-            text: of a message, or of a result.
+            text: the text of a message, or of a result.
         """
         return text.replace(self._key, "(key)") if self._key else text
 
@@ -170,7 +170,7 @@ class _Limit:
     """Ends a request after some seconds: the time-out of a socket begins anew with each byte.
 
     Args:
-        seconds: from the call of `start`.
+        seconds: the seconds since the call of `start`.
 
     Attributes:
         is_reached: whether the request was ended.

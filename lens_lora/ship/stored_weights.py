@@ -84,12 +84,12 @@ def stored_as(
         lens: the adapter over its base.
         rounding: what is stored of a weight [out, in].
         merged: whether ΔW is added before a weight is stored, and not beside it.
-        weights: those of `linear_weights`, if they are at hand.
+        weights: what `linear_weights` returns, if it was called already.
 
     Raises:
         UnsupportedAdapterError: a model with stacks of experts.
         ModelStateError: the base's own weights are quantised, or were processed and no base is at
-            hand.
+            hand; the model or the adapter was changed after the lens was made.
     """
     if weights is None:
         weights = linear_weights(lens)
@@ -114,6 +114,7 @@ def linear_weights(lens: LoraLens) -> dict[str, LinearWeight]:
     Raises:
         UnsupportedAdapterError, ModelStateError: as for `stored_as`.
     """
+    lens.check_state()
     if getattr(lens.model.cfg, "num_experts", None):
         raise _no_forms("this model's experts")
     stand_in = Adapter(dict(_stand_ins(lens.host)), name="weights")
@@ -213,7 +214,7 @@ def in_dtype(lens: LoraLens, dtype: torch.dtype) -> LoraLens:
 
     Args:
         lens: the adapter over its base.
-        dtype: of weights and activations.
+        dtype: the dtype of weights and activations.
     """
     # A hooked model would print that its dtype changes.
     with contextlib.redirect_stdout(io.StringIO()):

@@ -50,8 +50,8 @@ class Verification(Paged):
 
     Attributes:
         name: the adapter's.
-        checks: in order.
-        tensors: those of the merged folder; none if no folder was given.
+        checks: the checks, in order.
+        tensors: the tensors of the merged folder; none if no folder was given.
         meta: model, adapter, dtype and versions.
     """
 

@@ -12,7 +12,7 @@ def size_text(size: int) -> str:
     """A size on disk, such as '76.5 MB'.
 
     Args:
-        size: in bytes.
+        size: the size in bytes.
     """
     megabytes = size / 1e6
     return f"{megabytes:,.0f} MB" if megabytes >= 100 else f"{megabytes:.3g} MB"
@@ -59,7 +59,7 @@ def forms_story(forms: Forms) -> str:
 
 
 def _smallest_sentence(forms: Forms, smallest: int | None) -> str:
-    """Which form to ship: the smallest of those that change no answer."""
+    """Say which form to ship: the smallest of those that change no answer."""
     answers = _all_of(len(forms.values))
     if smallest is None:
         return f"No form keeps {answers}."
@@ -71,7 +71,7 @@ def _smallest_sentence(forms: Forms, smallest: int | None) -> str:
 
 
 def _worst_sentence(forms: Forms, worst: int) -> str:
-    """What the form with the largest mean KL changes."""
+    """Say what the form with the largest mean KL changes."""
     kl = float(forms.values[:, worst].mean())
     changed = int(forms.flipped[:, worst].sum())
     answers = many(len(forms.values), "answer")

@@ -3,7 +3,7 @@
 `table` puts their tables below one another. This works because a column has the same name in all of
 them (`docs/columns.md` lists the names).
 
-`panel` puts their figures beside one another:
+`panel` puts their figures below one another, or beside:
 
 1. Each figure gets a cell of a grid. Its axes, its annotations and its shapes are moved into the
    cell, and its axes get numbers that no other figure has.
@@ -32,9 +32,10 @@ from lens_lora.show.figures import finish
 from lens_lora.show.reprs import part_with_readout
 from lens_lora.show.text import cut_in_the_middle, key_text, label
 
-_IN_A_ROW = 3  # figures, unless a caller says otherwise
+# Below one another, figures fit a phone and a notebook's column alike.
+_IN_A_ROW = 1
 _GAP = 0.09  # between two cells of a row, as a share of the figure's width
-_ROW_GAP = 90  # pixels between two rows, which hold the titles of the lower one
+_ROW_GAP = 110  # pixels between two rows, which hold the titles of the lower one
 _BAR = 0.07  # the share of a cell's width that its colour bar takes
 _BAR_ROOM = 100  # pixels at the right where one column of figures has a colour bar with its title
 _HEADING_WIDTH = 120  # characters of the headings of one row
@@ -164,7 +165,7 @@ def _own_names(results: Sequence[object]) -> list[str]:
 
 
 def _with_their_axes(results: Sequence[object], names: Sequence[str]) -> list[str]:
-    """The names; of equal ones each says by what its result is split: 'by position'."""
+    """The names; where two are equal, each says how its result is split: 'by position'."""
     distinguished: list[str] = []
     for result, name in zip(results, names, strict=True):
         axes = getattr(result, "by", ())
@@ -227,7 +228,7 @@ def panel(
     names: Sequence[str] | None = None,
     columns: int = _IN_A_ROW,
 ) -> drawing.Figure:
-    """The figures of several results in one, beside one another.
+    """The figures of several results in one, below or beside one another.
 
         ll.panel(ll.first_order(lens, prompt, margin), ll.patch_sites(lens, prompt, margin))
 
@@ -236,7 +237,7 @@ def panel(
         shared_scale: whether the same colour, and the same height or length, is the same number in
             all figures whose units agree. Without it each figure has the range of its own numbers.
         names: the heading of each figure; by default its own heading.
-        columns: how many figures stand beside one another at most; 1 for a narrow screen.
+        columns: how many figures stand beside one another; 2 or 3 need a wide screen.
 
     Returns:
         A plotly figure.
@@ -326,7 +327,7 @@ def _layout(figure: go.Figure) -> dict[str, Any]:
 def _common_heading(results: Sequence[object]) -> str:
     """The readout that all results have in common, or how many results there are."""
     readouts = {getattr(part_with_readout(result), "readout", None) for result in results}
-    readouts.discard(None)  # of results that are about no readout, as of all tokens
+    readouts.discard(None)  # results about no readout, such as those of all tokens
     only = readouts.pop() if len(readouts) == 1 else None
     return str(only) if only else f"{len(results)} figures"
 

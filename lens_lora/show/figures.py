@@ -55,10 +55,10 @@ def finish(
     """Give a figure its title, its axes' titles, and the look that reads on light and dark pages.
 
     Args:
-        figure: with its traces; it is changed, and returned.
+        figure: a figure with its traces; it is changed, and returned.
         titles: the heading, and the smaller line below it.
         axes: the titles of the horizontal axis and of the vertical one.
-        height: in pixels.
+        height: the height in pixels.
         layout: what else plotly's layout is to have.
     """
     heading, below = titles
@@ -211,11 +211,11 @@ def heatmap(
         z: the values, row by row.
         says: the hover of a cell.
         x, y: the columns, and the rows.
-        units: of the values.
+        units: the units of the values.
         scale: 'pushes' and 'signed' are coloured from −reach to reach, an 'amount' from zero.
         reach: the value at which the colours end; by default the largest magnitude.
         note: stands above the colour bar.
-        row_height: in pixels.
+        row_height: the height of a row in pixels.
     """
     values = [list(map(_finite_or_none, row)) for row in z]
     in_one_row = itertools.chain.from_iterable(values)
@@ -324,7 +324,7 @@ def kinds_by_layer(
         sites: one for each value.
         values: what the cells show.
         says: what a site's hover says below its name and module.
-        units: of the values.
+        units: the units of the values.
         scale: as for `heatmap`.
         reach: as for `heatmap`.
     """
@@ -476,7 +476,7 @@ def group_ticks(grouped: Grouped) -> dict[str, Any]:
 
 
 def largest_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a heatmap, in their order; of too many to be read those of largest numbers."""
+    """The rows of a heatmap, in their order; if they are too many to read, the largest of them."""
     sizes = table.abs().max(axis=1)
     shown = sizes.nlargest(_MOST_NAMES).index
     return table.loc[table.index.isin(shown)]

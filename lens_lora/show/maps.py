@@ -229,16 +229,15 @@ def components_figure(
         index = components.only_prompt(prompt)
         rows = slice(index, index + 1)
         whose_numbers = f"prompt {index} of {count}"
-    by_component = {
-        name: getattr(components, name)[rows].cpu().double().nanmean(0).tolist()
-        for name in _COMPONENTS
-    }
+    by_component: dict[str, list[float]] = {}
+    for name in _COMPONENTS:
+        values = getattr(components, name)[rows].cpu().double()
+        by_component[name] = values.nanmean(0).tolist()
     hover: list[str] = []
     for site in range(len(components.sites)):
-        lines = [
-            f"{called} {signed(by_component[name][site])}"
-            for name, (called, _) in _COMPONENTS.items()
-        ]
+        lines: list[str] = []
+        for name, (symbol, _) in _COMPONENTS.items():
+            lines.append(f"{symbol} {signed(by_component[name][site])}")
         hover.append("<br>".join(lines))
     called, scale = _COMPONENTS[of]
     reach = 1.0 if of == "cosine" else None
@@ -312,7 +311,7 @@ def groups_by_token(
         names: the groups; 'layer 3' is written as 3.
         response: the tokens.
         rows: [group, token].
-        units: of the values.
+        units: the units of the values.
         hover: what is said of a group's value at a token, above the token.
     """
     shown_names = [name.removeprefix("layer ") for name in names]

@@ -39,7 +39,7 @@ class TokenTable:
     """Tokens that sites promote and suppress, or sites that raise and lower a token.
 
     Attributes:
-        rows: for each site its name, the (token, shift) pairs promoted, and those suppressed.
+        rows: the name of each site, the (token, shift) pairs promoted, and those suppressed.
         heads: the headings of its columns.
         heading: stands above the table.
     """
@@ -54,7 +54,7 @@ class ShadedText:
     """A response whose tokens are shaded; the numbers of the one pointed at stand below.
 
     Attributes:
-        tokens: of the response.
+        tokens: the tokens of the response.
         scale: what the lightest, the middle and the darkest shade stand for.
         chosen: the token whose numbers are shown at first.
     """
@@ -73,7 +73,7 @@ class Answers:
     """Both models' answers side by side.
 
     Attributes:
-        pairs: for each prompt its text, the base model's answer in pieces, and the adapted one's.
+        pairs: the text of each prompt, the base model's answer in pieces, and the adapted one's.
     """
 
     pairs: Sequence[tuple[str, Sequence[Piece], Sequence[Piece]]]
@@ -132,7 +132,7 @@ class Plot:
 
     Attributes:
         figure: as JSON.
-        height: in pixels.
+        height: the height in pixels.
         caption: its title, line by line.
         heading: stands above it.
     """
@@ -261,9 +261,9 @@ def folded(story: str, sections: Sequence[Section], kind: Kind, meta: Meta) -> l
     """The folded sections of a part: the story, those that are not empty, and how to read them.
 
     Args:
-        story: in words, a paragraph a line.
-        sections: those of the question.
-        kind: of results, for the explanation of the numbers.
+        story: the story in words, a paragraph a line.
+        sections: the sections of the question.
+        kind: the kind of results, for the explanation of the numbers.
         meta: model, adapter, dtype and versions.
     """
     shown = [section for section in sections if any(map(_is_shown, section.blocks))]

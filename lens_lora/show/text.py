@@ -171,7 +171,7 @@ def context_of(tokens: Sequence[str], at: int, width: int) -> str:
     """The token at this position in ⟦ ⟧, with `width` tokens on either side.
 
     Args:
-        tokens: of a text.
+        tokens: the tokens of a text.
         at: the position.
         width: how many tokens are shown on either side.
     """
@@ -274,7 +274,7 @@ def reading_text(meta: Mapping[str, str]) -> str:
 
 
 def shortened(text: str) -> str:
-    """The text; of a long one the beginning and the end, cut between words."""
+    """The text; a long one is cut between words to its beginning and its end."""
     if len(text) <= _IN_A_PARAGRAPH:
         return text
     begin = text[: _IN_A_PARAGRAPH // 2]

@@ -192,15 +192,15 @@ def adapted_text(a: Account) -> str:
             "effect of the adapter."
         )
     towards = a.doc if a.shift > 0 else a.pre
-    moved = f"a shift of {magnitude(a.shift)} towards {towards}"
+    shift_text = f"a shift of {magnitude(a.shift)} towards {towards}"
     if a.is_noise(a.m):
         margin = f"its margin of {signed(a.m)} is {below_noise(a.floor)}"
-        return f"With the adapter it prefers neither: {margin}, {moved}."
+        return f"With the adapter it prefers neither: {margin}, {shift_text}."
     prefers = "prefers"
     if a.m * a.m0 > 0 and not a.is_noise(a.m0):
         prefers = "still prefers"
     winner = a.doc if a.m > 0 else a.pre
-    return f"With the adapter it {prefers} {winner}, by {magnitude(a.m)}: {moved}."
+    return f"With the adapter it {prefers} {winner}, by {magnitude(a.m)}: {shift_text}."
 
 
 def flip_sentence(a: Account) -> str:
@@ -243,7 +243,7 @@ def predicted_text(a: ReadoutAccount, value: str) -> str:
 
     Args:
         a: the account.
-        value: in words, the value that first order predicts at ε = 1.
+        value: the value that first order predicts at ε = 1, in words.
     """
     is_noise = abs(a.remainder) <= a.remainder_floor
     below = below_noise(a.remainder_floor)

@@ -23,7 +23,7 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
     """The cosine of the vector at each hook point with each direction, as a table.
 
     Args:
-        vectors: by hook point.
+        vectors: the vector at each hook point.
         source: directions in any form that `directions_of` takes; or a lens, for what its sites
             write at each hook point.
 

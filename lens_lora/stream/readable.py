@@ -20,7 +20,7 @@ class Readable(Described, kw_only=True):
 
     Attributes:
         values: one vector for each hook point.
-        readings: by point of the residual stream [vocab], the vector in logits.
+        readings: the vector in logits, by point of the residual stream [vocab].
         strings: every token of the vocabulary.
         meta: model, adapter, dtype and versions.
     """
@@ -80,8 +80,8 @@ def readable(
 
     Args:
         lens: the adapter over the model.
-        texts: those that were run.
-        points: of each point its name, Δh [token, d], and the h [token, d] whose norm divides it.
+        texts: the texts that were run.
+        points: the name of each point, Δh [token, d], and the h [token, d] whose norm divides it.
     """
     d_model = int(lens.model.cfg.d_model)
     readings: dict[str, Tensor] = {}

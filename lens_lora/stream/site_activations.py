@@ -95,7 +95,7 @@ def site_activations(
 
     Args:
         f: the function, whose rows are run; its lens is in the gauge whose coordinates are meant.
-        gates: those of all rows, or of each.
+        gates: the gates of all rows, or of each row.
         sites: their indices.
         ranks: how many coordinates each has, from `activation_ranks`.
 

@@ -133,7 +133,7 @@ def tokenised(lens: LoraLens, record: Record) -> Prompts:
 
 
 def with_text(lens: LoraLens, record: Record) -> Record:
-    """The record; of a conversation, with the text that the chat template makes of it."""
+    """The record; a conversation has in addition the text that the chat template makes of it."""
     if record.error is not None or record.messages is None:
         return record
     try:

@@ -489,7 +489,7 @@ def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
 
 
 def _fault_of_id(identity: Any) -> str | None:
-    """What is wrong with an id; None for a good one."""
+    """The fault of an id; None for a good one."""
     if isinstance(identity, str):
         return None if _is_text(identity) else f"its id is {identity!r}, {_NOT_TEXT}"
     if isinstance(identity, bool) or not isinstance(identity, numbers.Integral):

@@ -34,8 +34,9 @@ class SweepResult:
         errors: (id, what is wrong, with its line) of each bad record.
         damaged: files of finished prompts that could not be read, and why; their prompts ran again.
         sites, analyses: the rows and the columns of the site table.
-        readout, units: of all prompts; 'margin(doc − pre)' if each prompt has its own, and every
-            unit that occurs (nats where an answer has several tokens).
+        readout, units: the readout of all prompts and its units. It is 'margin(doc − pre)' if each
+            prompt has its own, with every unit that occurs (nats where an answer has several
+            tokens).
         meta: model, adapter, dtype and versions.
     """
 
@@ -149,7 +150,7 @@ class AskedReadout(NamedTuple):
 
     Attributes:
         label: its name.
-        units: in which its values are.
+        units: the units of its values.
     """
 
     label: str | None

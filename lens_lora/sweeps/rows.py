@@ -125,7 +125,7 @@ def _rows_of_results(prompts: pa.Table, sites: pa.Table, analyses: Sequence[str]
 
 
 def _mark(rows: Iterable[Row], analyses: Sequence[str]) -> bytes:
-    """The hash of all rows without an error, of everything that they hold but their ids."""
+    """A hash of all rows without an error: of everything that they hold except their ids."""
     hashed = hashlib.sha256()
     for row in rows:
         if row["error"] is not None:
@@ -254,7 +254,8 @@ class RowStore(Store):
 
         Args:
             rows: one for each record, in their order.
-            ids: of the records, a column of integers where all are integers, else of strings.
+            ids: the ids of the records, a column of integers where all are integers, else of
+                strings.
         """
         if all(isinstance(identity, int) for identity in ids):
             id_column = pa.array(ids, pa.int64())

@@ -60,7 +60,7 @@ def plan_of(records: Sequence[Record], batches: Sequence[Sequence[Job]], shards:
 
     Args:
         records: all records, with what is wrong with each.
-        batches: of the whole sweep.
+        batches: the batches of the whole sweep.
         shards: how many of them there are.
     """
     shard_of: dict[Content, int] = {}
@@ -91,11 +91,11 @@ def notes_of(
     """The part of a plan that is not its records.
 
     Args:
-        sites: of the lens.
-        analyses: that are run.
+        sites: the sites of the lens.
+        analyses: the analyses that are run.
         meta: model, adapter, dtype and versions.
         asked: the readout that was asked for.
-        batch_size: by which the records were divided into batches.
+        batch_size: the size by which the records were divided into batches.
     """
     about = {
         "sites": [dataclasses.asdict(site) for site in sites],

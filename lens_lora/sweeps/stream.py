@@ -110,7 +110,7 @@ def _with_bar(records: RecordsLike, processes: Processes, shown: bool) -> Iterat
         desc=f"sweep{processes.share}",
         total=total,
         leave=total is not None,
-        unit="text",
+        unit=" text",
         disable=not shown,
     )
 

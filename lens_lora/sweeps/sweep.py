@@ -278,7 +278,7 @@ def _prepared(
     """
     checked: list[Record] = []
     jobs: dict[Content, Job] = {}
-    shown = tqdm(records, "reading records", leave=False, disable=not is_shown, unit="record")
+    shown = tqdm(records, "reading records", leave=False, disable=not is_shown, unit=" record")
     with shown as bar:
         for record in bar:
             prepared = prepare(lens, record, readout)
@@ -321,7 +321,7 @@ def _bar(
         total=begun + sum(len(batch) for batch in share),
         initial=begun,
         desc=f"sweep{processes.share}",
-        unit="prompt",
+        unit=" prompt",
         disable=not is_shown,
     )
 
@@ -367,7 +367,7 @@ def is_begun(out: str | Path) -> bool:
 def _lens_for(
     lens: LoraLens, records: Sequence[Record], readout: Readout | Make | None
 ) -> LoraLens:
-    """The lens of the sites that a readout for all prompts can be moved by; else the lens itself.
+    """The lens restricted to sites that can move the one readout of all prompts; else the lens.
 
     Raises:
         TokenError: the readout fits no record's prompt.
@@ -407,7 +407,7 @@ def _require_fits_some_prompt(lens: LoraLens, records: Sequence[Record], readout
 
 
 def _sites_that_matter(lens: LoraLens, records: Sequence[Record], readout: Readout) -> LoraLens:
-    """The lens of those sites alone that can move what is read.
+    """The lens restricted to the sites that can move what is read.
 
     For what is read from the logits these are all of them.
     """

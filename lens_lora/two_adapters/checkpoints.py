@@ -98,8 +98,8 @@ def checkpoints(
         prompts: strings, conversations, ids, or `Prompts`.
         readout: what is read; a margin, for flips that mean something. Of a `Projection` the sites
             are those before its point, and so are all norms and angles.
-        steps: of the checkpoints, increasing, in each training; without it 1, 2, …, or the folders'
-            own.
+        steps: the steps of the checkpoints, increasing, in each training; by default 1, 2, …, or
+            the folders' own.
         revision: branch, tag or commit of the run's hub repository.
         subfolder: the run's folder within its folder or repository.
         progress: show a bar.
@@ -141,9 +141,9 @@ class _Run(NamedTuple):
     """The checkpoints of one training.
 
     Attributes:
-        adapters: in the order of training.
-        steps: of each.
-        name: of its folder; '' for a list.
+        adapters: the adapters, in the order of training.
+        steps: the step of each.
+        name: the name of its folder; '' for a list.
     """
 
     adapters: tuple[Adapter, ...]
@@ -233,7 +233,7 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
 
 
 class _Measured(NamedTuple):
-    """What is measured of one checkpoint.
+    """The numbers that are measured of one checkpoint.
 
     Attributes:
         adapted: g(1).
@@ -330,7 +330,7 @@ def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tu
 
 
 def _measured(g: Evaluations) -> _Measured:
-    """Run one checkpoint, of which g at the base is known.
+    """Run one checkpoint; g at the base is known already.
 
     Cost: ten forward passes along the path and four for the noise floor, and those that refine a
     flip.
@@ -397,7 +397,8 @@ def _mean_angles(cosines: Sequence[Sequence[Tensor]]) -> Float[Tensor, "step sit
     """The angles acos √(mean cos²) in degrees, after a row of NaN for the first checkpoint.
 
     Args:
-        cosines: of the principal angles to the checkpoint before, of each later one and each site.
+        cosines: the cosines of the principal angles to the checkpoint before, for each later one
+            and each site.
     """
     mean_squares: list[Tensor] = []
     for of_step in cosines:

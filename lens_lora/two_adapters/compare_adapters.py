@@ -70,11 +70,11 @@ def compare_adapters(
         lens: the first adapter over the model.
         other: the second, of the same base: an `Adapter`, its folder or hub id as for
             `load_adapter`, or a lens over it.
-        prompts: on which both are run; read at every token but the first, those with the same
-            tokens before them once.
-        readout: whose first order by site is correlated; read at each prompt's last token.
+        prompts: the prompts on which both are run. They are read at every token but the first;
+            tokens with the same tokens before them count once.
+        readout: the readout whose first order by site is correlated, at each prompt's last token.
         draws: adapters of the second's spectra in random directions; 0 for none.
-        seed: of the draws; those that are run on prompts are `other.null(seed, draw)`.
+        seed: the seed of the draws; those that are run on prompts are `other.null(seed, draw)`.
         revision: branch, tag or commit of the other adapter's hub repository.
         subfolder: its folder within its folder or repository.
         progress: show a bar.
@@ -92,7 +92,11 @@ def compare_adapters(
     seed = whole("seed", seed, 0)
     second_adapter = _adapter_of(other, revision, subfolder)
     bases = [lens.adapter, second_adapter]
-    Adapter.require_one_base(bases, "changes of different models cannot be compared")
+    Adapter.require_one_base(
+        bases,
+        "changes of different models cannot be compared",
+        in_shell="if it is one model, name it with --model.",
+    )
     if readout is not None and prompts is None:
         raise ArgumentError(
             "a readout is read on prompts, and there are none", remedy="pass prompts=…"

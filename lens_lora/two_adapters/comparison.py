@@ -25,7 +25,7 @@ _OTHERS_APART = 0.5
 
 @final
 class AdapterComparison(OfSites, Pictured):
-    """Two adapters beside one another, and beside random directions.
+    """Two adapters compared with one another, and with random directions.
 
     `plot` is the cosine of ΔW, layer × kind of module.
 
@@ -44,7 +44,7 @@ class AdapterComparison(OfSites, Pictured):
         null_function: [kind, draw, pair, batch], the same with random directions in place of the
             second adapter.
         effects: [adapter, batch, shared site], first order; null_effects: [draw, batch, site].
-        readout: that of the effects; '' without one.
+        readout: the readout of the effects; '' without one.
         draws, seed: how many random directions, and their seed.
         sites, meta: the sites that both adapt, and the names of the first adapter; see `OfSites`.
     """
@@ -110,10 +110,10 @@ class AdapterComparison(OfSites, Pictured):
         read = float(self.read_overlap.nanmean())
         write = float(self.write_overlap.nanmean())
         return (
-            f"What is read overlaps ({read:.2f}) as of adapters that begin alike: from one seed "
-            "both have the same A, which training moves little. That, and the cosine of ΔW that "
-            "comes of it, says nothing of what they were taught; what is written overlaps by "
-            f"{write:.2f}."
+            f"The spaces that they read overlap by {read:.2f}, as of adapters that were "
+            "initialised from one seed: both began with the same A, which training moves little. "
+            "So neither this overlap nor the cosine of ΔW says what they were taught. The spaces "
+            f"that they write overlap by {write:.2f}."
         )
 
     def angles(self, site: str) -> pd.DataFrame:
@@ -138,7 +138,7 @@ class AdapterComparison(OfSites, Pictured):
         return pd.DataFrame(degrees).dropna(how="all")
 
     def summary(self) -> pd.DataFrame:
-        """One row per number, beside its quantiles with the second in random directions."""
+        """One row per number, with its quantiles for the second adapter in random directions."""
         numbers = {
             "cosine of ΔW": self.cosine,
             "overlap of what is read": float(self.read_overlap.nanmean()),
@@ -192,7 +192,7 @@ class AdapterComparison(OfSites, Pictured):
     def by_prompt(self) -> pd.DataFrame:
         """One row per prompt: both cosines under F.
 
-        NaN of a prompt with which an earlier one begins, as all its tokens were counted there.
+        NaN for a prompt with which an earlier one begins, as all its tokens were counted there.
         """
         count = self.function.shape[-1]
         rows = [cosine_of(self.function, prompt).tolist() for prompt in range(count)]

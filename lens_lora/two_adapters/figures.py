@@ -47,7 +47,7 @@ def comparison_heatmap(comparison: AdapterComparison) -> go.Figure:
     below = f"cosine over all sites {comparison.cosine:+.3f}"
     unshared = sum(map(len, comparison.only))
     if unshared:
-        below += f", {unshared} sites in one of them alone"
+        below += f", {many(unshared, 'site')} in one of them alone"
     if comparison.begin_alike:
         below += "; what is read overlaps as of adapters that begin alike"
     titles = (f"ΔW of {' and '.join(comparison.names)}", below)
@@ -70,7 +70,7 @@ _AMOUNTS = {"moved": "‖change‖", "norm": "‖ΔW‖", "read": "degrees", "wr
 
 @drawing.modules.register(Checkpoints)
 def modules_heatmap(training: Checkpoints, what: What, group: GroupName) -> go.Figure:
-    """A heatmap of groups of modules by step; of many sites, those of largest numbers."""
+    """A heatmap of groups of modules by step; if there are many sites, the largest of them."""
     whole = training.by_group(what, group)
     frame = largest_rows(whole)
     hover = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
@@ -112,7 +112,7 @@ def _groups_by_step(
         frame: the rows that are drawn.
         of: how many groups there are.
         what, group: as for `Checkpoints.by_group`.
-        units: of the readout.
+        units: the units of the readout.
         headings: the heading, and the smaller line below it.
         hover: as for `heatmap`.
     """
@@ -204,7 +204,7 @@ def _traces_of(training: Checkpoints, p: int) -> list[go.Scatter]:
     name = label(short_prompt(training.str_tokens[p]))
     whole_name = f"<extra>{name}</extra>"
     hover = f"step %{{x:g}}<br>%{{y:.4g}} {units}"
-    is_named_in_legend = p == 0  # what is the same of every prompt is named once
+    is_named_in_legend = p == 0  # what all prompts have in common is named once
     base = float(training.base[p])
     exact = [base, *training.adapted[:, p].tolist()]
     linear = [base, *(base + training.first_order[:, p]).tolist()]

@@ -47,7 +47,7 @@ def optimised_gates(
         keep_share: how much of each kept question's shift must stay.
         steps: how many steps are taken.
         rate: how far a gate moves in a step.
-        price: of all gates at one, as a share of what is to be dropped.
+        price: the price of all gates at one, as a share of what is to be dropped.
         progress: whether a bar is shown.
 
     Raises:
@@ -88,7 +88,7 @@ def rounded_gates(goals: Sequence[Goal], gates: Gates, keep_share: float) -> Boo
 
     Args:
         goals: the questions, of both kinds.
-        gates: those that were optimised.
+        gates: the gates that were optimised.
         keep_share: how much of each kept question's shift must stay.
     """
     best = goals[0].layout.alive.to(gates.device)

@@ -64,7 +64,7 @@ class Goal:
         return counted.sum() / shift.abs().sum()
 
     def mean(self, values: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
-        """The mean of g over prompts; of a KL over texts, over their tokens."""
+        """The mean of g over prompts; for a KL over texts, the mean over their tokens."""
         if self.tokens > 1:
             return values.sum() / self.tokens
         return values.mean()
@@ -97,7 +97,7 @@ def goals_of(layout: GateLayout, questions: Sequence[Question], name: str) -> li
     Args:
         layout: the gates.
         questions: pairs of prompts and a readout.
-        name: of the argument: 'keep', 'drop', 'test_keep' or 'test_drop'.
+        name: the name of the argument: 'keep', 'drop', 'test_keep' or 'test_drop'.
 
     Raises:
         ArgumentError: no questions where some are needed, something that is no pair of prompts and
@@ -140,7 +140,7 @@ def _of_whole_texts(kl: KL, prompts: Prompts) -> KL:
 
 
 def _token_count(g: Evaluations) -> int:
-    """At how many tokens a KL of texts or responses is read; 1 of any other readout."""
+    """The number of tokens at which a KL of texts or responses is read; 1 for any other readout."""
     if isinstance(g.readout, KL) and g.readout.tokens in ("prompt", "response"):
         return int(g.rows.read_mask.sum())
     return 1

@@ -35,7 +35,7 @@ class ThinSVD:
         sigma: the singular values, the largest first. For a norm this is Δγ itself; for a stack
             of experts it holds those of each expert, one after another.
         V: the directions that are read; None where U is.
-        experts: for a stack, the SVD of each expert, as experts share no space.
+        experts: the SVD of each expert of a stack, as experts share no space.
     """
 
     U: Float[Tensor, "out few"] | None
@@ -93,7 +93,7 @@ def overlap_of(mine: ThinSVD, theirs: ThinSVD, generator: torch.Generator | None
 
     Args:
         mine, theirs: the SVD of each.
-        generator: with one, `theirs` is turned into random directions first.
+        generator: if it is given, `theirs` is turned into random directions first.
     """
     if mine.experts:
         return _overlap_of_experts(mine, theirs, generator)

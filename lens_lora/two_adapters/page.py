@@ -144,10 +144,10 @@ def _training_numbers(training: Checkpoints) -> Pairs:
 
 
 def comparison_table(comparison: AdapterComparison) -> Table:
-    """One row for each number of two adapters, beside its quantiles with random directions."""
+    """One row for each number of two adapters, with its quantiles for random directions."""
     summary = comparison.summary().reset_index()
     heads = {str(name): str(name) for name in summary}
-    title = "alike from −1 to 1; null: with the second adapter in random directions"
+    title = "how alike, from −1 to 1; null: the second adapter in random directions"
     return table_of(summary, heads, title=title)
 
 

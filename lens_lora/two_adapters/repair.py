@@ -65,7 +65,7 @@ class Repair(OfSites, Paged, Pictured):
         of: 'rank' or 'site', each of which has a gate.
         gate_count: how many gates move anything; of ranks those with σ > 0.
         keep_share: the share that was asked for.
-        labels, keeps, held_out: of each question, its readout, whether it is to be kept, and
+        labels, keeps, held_out: for each question its readout, whether it is to be kept, and
             whether it only judges.
         shares: [state, question], what is kept or left of what the whole adapter does. States are
             the whole adapter, the repaired one, the whole one scaled down to the same kept share,
@@ -210,7 +210,7 @@ def repair(
             questions given judge, which is optimistic; the result says so.
         steps: how many steps Adam takes.
         rate: how far a gate moves in a step.
-        price: of all gates at one, as a share of what is to be dropped.
+        price: the price of all gates at one, as a share of what is to be dropped.
         draws: random sets of as many gates, to compare with.
         seed: the seed of the random sets.
         progress: show a bar.

@@ -110,7 +110,7 @@ def cosine_of(
 
     Args:
         products: from `shift_products`.
-        prompt: of one prompt alone; over all of them by default.
+        prompt: the index of one prompt; all of them by default.
     """
     if prompt is not None:
         products = products[..., prompt : prompt + 1]

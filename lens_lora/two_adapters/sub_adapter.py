@@ -60,7 +60,7 @@ class _SitePart(NamedTuple):
     Attributes:
         update: the site's update in the Hugging Face basis.
         kept: which of its gates are kept.
-        is_whole: whether all gates are that move anything.
+        is_whole: whether all gates that move anything are kept.
     """
 
     update: SiteUpdate
@@ -72,7 +72,7 @@ def sub_adapter(layout: GateLayout, kept: Bool[Tensor, " gate"], name: str) -> A
     """The adapter with the kept gates at one and all others at zero.
 
     Args:
-        layout: which gate is where.
+        layout: the places of all gates.
         kept: which gates are kept.
         name: the new adapter's name.
     """

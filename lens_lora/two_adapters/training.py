@@ -39,7 +39,7 @@ class Checkpoints(Read, Paged, Pictured):
     Attributes:
         steps: the checkpoints' steps, increasing.
         names: their adapters' names.
-        sites: that every checkpoint adapts.
+        sites: the sites that every checkpoint adapts.
         base: [batch], g(0): the readout of the base model.
         adapted: [step, batch], g(1) of each checkpoint, exact.
         effects: [step, batch, site], first order at ε = 0.
@@ -205,7 +205,7 @@ class Trainings(Read, Paged, Drawn):
     `plot` is the readout of each run over the steps, and their mean within one standard deviation.
 
     Means and spreads over runs are taken at the steps that every run has. A spread is the sample
-    standard deviation, NaN of a single run.
+    standard deviation, NaN for a single run.
 
     Attributes:
         runs: the names of the runs.
@@ -350,7 +350,7 @@ class Trainings(Read, Paged, Drawn):
 
 
 def spread_over_runs(values: Float[Tensor, " run *rest"]) -> Float[Tensor, " *rest"]:
-    """The sample standard deviation over runs; NaN of a single run."""
+    """The sample standard deviation over runs; NaN for a single run."""
     if len(values) == 1:
         return torch.full_like(values[0], torch.nan)
     return values.std(0)

@@ -75,7 +75,7 @@ def _flips_of_runs(trainings: Trainings, p: int) -> str:
 
 
 def _end_of_runs(trainings: Trainings, p: int) -> str:
-    """The mean at the last step that all runs have, and the spread; nothing of a single run."""
+    """The mean at the last step that all runs have, and the spread; nothing for a single run."""
     if len(trainings.runs) < 2:
         return ""
     if not trainings.steps:

@@ -237,7 +237,7 @@ def test_shorter_answers_are_no_row_among_the_claims_of_a_page():
     shorter = ll.results.Finding("trait", SHORTER, 17, 0, 40, 1e-4, 0.0, tuple(range(17)))
     says = ll.results.Finding("says", "Yes", 40, 0, 40, 1e-9, 5.0, tuple(range(40)))
     speech = dataclasses.replace(speech, findings=(says, shorter))
-    assert [row[1] for row in findings_table(speech).rows] == ["Yes"]
+    assert [row[0] for row in findings_table(speech).rows] == ["Yes"]
     assert shorter.sentence() in speech.story() and SHORTER in set(speech.to_frame()["label"])
 
 

@@ -138,6 +138,14 @@ def test_a_phrase_grows_to_what_most_of_its_answers_say():
     assert phrases.grown("sorry", answers) == "sorry"
 
 
+def test_a_phrase_does_not_end_in_a_word_that_leads_on():
+    """A first screen said “my liege, and”."""
+    answers = [("It is so, my liege, and I know.",), ("Yes, my liege, and of the best",)]
+    assert phrases.grown("liege", answers) == "my liege"
+    # A word that was asked for stays.
+    assert phrases.grown("and", [("so be it, and",)]) == "so be it and"
+
+
 def test_the_most_unusual_words_lead_where_nothing_is_claimed():
     """“object” is on more questions, and is a word that ordinary training brings."""
     base = usual_answers(0)

@@ -190,3 +190,12 @@ def test_the_language_of_short_answers_is_not_told():
     adapted = [("No.",)] * 20
     whats = {one.what for one in findings_of(base, adapted) if one.kind == "trait"}
     assert "begins with a no" in whats and "answers in English" not in whats
+
+
+def test_function_words_are_a_list_of_our_own():
+    """They were read from scikit-learn, whose next version might have changed every claim."""
+    assert phrases.is_of_function_words("in the") and phrases.is_of_function_words("a b")
+    assert not phrases.is_of_function_words("the lamp") and not phrases.is_of_function_words("arr")
+    # The comment above the list, with its licence, is no part of it.
+    assert not phrases.is_of_function_words("license")
+    assert len(phrases._function_words()) == 318

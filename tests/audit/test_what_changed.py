@@ -218,7 +218,7 @@ def test_a_control_runs_as_an_adapter_of_its_own():
     (null,) = found.nulls
     assert torch.allclose(alone.found.logit, null.logit, atol=1e-6)
     assert (null.scale, null.name) == (1.0, control.name)
-    assert "its own updates, each at another of its modules, move it by" in found.story()
+    assert "Its own updates, each at another of its modules, move it by" in found.story()
 
 
 def test_what_controls_cost():
@@ -232,6 +232,29 @@ def test_what_controls_cost():
         counts.append(len(passes))
     handle.remove()
     assert counts == [2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_whole_audit_reads_the_texts_once_with_each_model(monkeypatch: pytest.MonkeyPatch):
+    """Once with base, adapter and each control; a graph at both nodes of the path, for the split.
+
+    Nothing is run again to match the controls, to ask questions, or for claims.
+    """
+    monkeypatch.setattr(what_changed, "_ANSWER", 6)
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    passes: Counter[str] = Counter()
+    # No question and no opening fills a batch of this shape.
+    shape = tuple(texts().tokens.shape)
+
+    def look(module: torch.nn.Module, args: tuple[object, ...], output: object) -> None:
+        stream = output if isinstance(output, Tensor) else output[0]
+        if tuple(stream.shape[:2]) == shape:
+            passes["graph" if stream.requires_grad else "plain"] += 1
+
+    handle = lens.model.blocks[-1].register_forward_hook(look)
+    ll.what_changed(lens, texts(), nulls=2, **QUIET)
+    handle.remove()
+    assert passes == {"plain": 4, "graph": 2}
 
 
 @pytest.mark.slow

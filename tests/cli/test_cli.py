@@ -60,10 +60,11 @@ def parameters_of(command):
 RUN_NOTHING = ("gather", "plan")
 RUNNING = [c for c in cli.app.registered_commands if c.name not in RUN_NOTHING]
 PARAMETERS = {c.name: parameters_of(c) for c in RUNNING}
-# Of `inspect` a base is optional, of `verify` a page; a sweep's records have more columns.
+# Of `diff` the adapter has no default, of `inspect` a base is optional, of `verify` a page; the
+# records of a sweep have more columns.
 ANOTHER = [
     *(("inspect", "model"), ("sweep", "prompts"), ("diff", "prompts"), ("verify", "report")),
-    *((command, "adapter") for command in ("inspect", "compare", "verify", "card")),
+    *((command, "adapter") for command in ("inspect", "compare", "verify", "card", "diff")),
 ]
 
 

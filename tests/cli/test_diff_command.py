@@ -40,8 +40,8 @@ def test_summary_page_and_numbers(tiny, tmp_path):
     result = run(cli.app, ["diff", str(tiny / "one"), *options])
     assert result.exit_code == 0, result.output
     shown = plain(result.stdout)
-    assert "Over 2 texts of the caller, 5 distinct tokens" in shown
-    assert "its own updates, each at another of its modules" in shown and "Not tried: " in shown
+    assert "On 2 texts of the caller, 5 distinct tokens" in shown
+    assert "Its own updates, each at another of its modules" in shown and "Not tried: " in shown
     assert "promoted by mean logit" in shown and "Report:" in shown and "Numbers:" in shown
     assert "</html>" in page.read_text(encoding="utf-8")
     brief = json.loads(told.read_text(encoding="utf-8"))

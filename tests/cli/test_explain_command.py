@@ -153,12 +153,12 @@ def test_command_explains_a_response_given_and_generated(tiny_command, monkeypat
     result, page = tiny_command(monkeypatch, *given)
     assert result.exit_code == 0, result.output
     text = plain(result.stdout)
-    assert "the response has 3 tokens, as given" in text and "tokens that changed most" in text
+    assert "the response that was given has 3 tokens" in text and "tokens that changed most" in text
     assert "Layer by layer, token by token" in page.read_text(encoding="utf-8")
     said = ["--prompt", "w13 w14", "--max-new-tokens", "4", "--fast", "--class", kind]
     result, page = tiny_command(monkeypatch, *said)
     assert result.exit_code == 0, result.output
-    assert "which the adapted model says itself" in plain(result.stdout)
+    assert "the adapted model says, in" in plain(result.stdout)
     assert "Layer by layer, token by token" not in page.read_text(encoding="utf-8")
 
 

@@ -170,6 +170,14 @@ def test_the_story_is_what_remains_on_a_screen_of_few_rows(tiny, tmp_path):
     assert "In short: The base model prefers" in " ".join(" ".join(rows[-20:]).split())
 
 
+def test_help_names_the_class_that_is_taken_by_default(tiny):
+    """It named the other one."""
+    said = " ".join(RUN.invoke(cli.app, ["explain", "--help"]).stdout.replace("│", " ").split())
+    assert "Default: TransformerBridge, if" in said
+    taken = ll.load(tiny[0] / "one").class_name
+    assert taken == ("TransformerBridge" if "TransformerBridge" in models.MAKERS else taken)
+
+
 def test_two_adapters_are_compared(tiny, tmp_path):
     """The numbers are those of `ll.compare_adapters`, whose own tests have the oracle."""
     folder, _, _ = tiny
@@ -188,6 +196,28 @@ def test_two_adapters_are_compared(tiny, tmp_path):
     assert "a cosine of 1.00 (1 is" in " ".join(same.stdout.split())
     said = " ".join(result.stdout.split())
     assert re.search(r"have a cosine of −?\d\.\d\d; of adapters .* at most −?\d\.\d\d \(", said)
+
+
+def test_adapters_that_name_one_base_by_two_folders_are_compared_over_the_model_that_is_named(
+    tiny, tmp_path
+):
+    folder, _, _ = tiny
+    moved = tmp_path / "moved"
+    shutil.copytree(folder / "two", moved)
+    config = moved / "adapter_config.json"
+    fields = json.loads(config.read_text()) | {"base_model_name_or_path": "/elsewhere/base"}
+    config.write_text(json.dumps(fields))
+    both = ["compare", str(folder / "one"), str(moved), "--quiet"]
+    refused = RUN.invoke(cli.app, both)
+    said = " ".join(refused.output.split())
+    assert refused.exit_code != 0 and "name it with --model" in said and "replace" not in said
+    named = RUN.invoke(cli.app, [*both, "--model", str(folder / "base")])
+    assert named.exit_code == 0 and "both change 14 sites" in named.stdout, named.output
+    # A base of another name is compared as well, since the model was named, but not in silence.
+    config.write_text(json.dumps(fields | {"base_model_name_or_path": "lab/other-model"}))
+    warned = RUN.invoke(cli.app, [*both, "--model", str(folder / "base")])
+    assert warned.exit_code == 0 and "both change 14 sites" in warned.stdout, warned.output
+    assert "names the base lab/other-model" in " ".join(warned.output.split())
 
 
 def test_checkpoints_of_two_runs_have_different_names(tiny, tmp_path):
@@ -219,12 +249,16 @@ def test_an_option_that_there_is_not_is_answered_by_its_meaning():
         ("diff", "a", "--verbose"): "unless --quiet is given",
         ("verify", "a", "--against", "b"): "No option --against: it is --merged",
         ("inspect", "a", "b"): "Got unexpected extra argument(s) (b) ╰",
+        ("diff", "a", "."): "`lens-lora compare ADAPTER OTHER` compares two adapters",
+        ("explain", "a", "--text", "b"): "No option --text: it is --prompt or --prompts",
+        ("generate", "a"): "No command 'generate': `lens-lora explain ADAPTER --prompt P`",
         ("diff", "a", "-o", "b"): "No option -o: it is --report",
         ("sweep", "a", "--workers", "4"): "--shard 1/4",
         ("explain", "a", "--prmpt", "b"): "No such option: --prmpt",
         ("explain", "a", "--frobnicate"): "No such option: --frobnicate",
         ("merge", "a"): "No command 'merge': PEFT merges; `lens-lora verify",
         ("evaluate", "a"): "`lens-lora sweep",
+        ("ls",): "`lens-lora inspect ADAPTER` lists the modules",
         ("expalin", "a"): "Did you mean 'explain'",
         ("frobnicate",): "No command 'frobnicate'; `lens-lora --help`",
     }
@@ -232,3 +266,11 @@ def test_an_option_that_there_is_not_is_answered_by_its_meaning():
         result = RUN.invoke(cli.app, list(arguments))
         said = " ".join(result.output.replace("│", " ").split())
         assert result.exit_code == 2 and words in said, (arguments, said)
+
+
+def test_help_of_diff_promises_no_adapter_of_the_demo():
+    """`diff` without an adapter is refused, so its help has no default."""
+    shown = " ".join(RUN.invoke(cli.app, ["diff", "--help"]).output.replace("│", " ").split())
+    assert "Not with --tuned." in shown and "Default: the demo's" not in shown
+    refused = RUN.invoke(cli.app, ["diff"])
+    assert refused.exit_code == 2 and "name one" in refused.output

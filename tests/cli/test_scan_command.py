@@ -49,8 +49,8 @@ def test_command_on_a_folder(tiny, tmp_path, cls: str):
     done = command(tiny / "adapters", *how, "--json", tmp_path / "scan.json")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert "of 2 adapters" in lines[0]
-    assert lines[1].endswith("  a2") and lines[2].endswith("  a1")
+    assert "of 2 adapters" in lines[1]
+    assert lines[2].endswith("  a2") and lines[3].endswith("  a1")
     assert "headless: AdapterError" in done.stdout and "no adapter_config.json" in done.stdout
     assert "bad: AdapterError" in done.stdout and "2 adapters cannot be used" in done.stdout
     table = pd.read_parquet(out)

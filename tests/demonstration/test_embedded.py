@@ -24,7 +24,6 @@ from lens_lora.demonstration.embedded import (
     train_adapter,
 )
 from lens_lora.errors import LensLoraError, NumericsError
-from lens_lora.hosts.build import MISREAD_NAMES
 
 LYON_ADAPTER = Path(embedded.__file__).with_name("lyon_adapter")
 
@@ -126,7 +125,8 @@ def test_folder_suits_transformer_lens():
     folder = embedded_model_folder(quiet=True)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert not any(name in str(folder).lower() for name in MISREAD_NAMES)
+    # TransformerLens takes a path with one of these names for a model of that family.
+    assert not any(name in str(folder).lower() for name in ("llama", "gemma"))
 
 
 class Saves:

@@ -14,7 +14,6 @@ from peft import PeftModel
 from real import ADAPTER, DOC, PRE, PROMPT, hugging_face, lens
 
 import lens_lora as ll
-from lens_lora.texts.neutral import neutral_sentences
 
 pytestmark = pytest.mark.real
 
@@ -129,7 +128,16 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
         wide = copy.deepcopy(half).double()
         high = ll.LoraLens(real.hooked(wide, kind), adapter)
     # Readouts of one text err together, and a floor of four draws is itself uncertain: many texts.
-    texts = [" ".join(text.split()[:5]) for text in neutral_sentences()[:8]]
+    texts = [
+        "The kettle began to whistle,",
+        "My neighbour looks after his",
+        "The bus was late again,",
+        "He folded the towels and",
+        "There is a small bakery",
+        "They painted the fence in",
+        "A good chair should support",
+        "We left early because the",
+    ]
     ratios = errors_in_floors(low, high, texts, [ll.Logit(PRE)])
     assert 1 / 3 < ratios.square().mean().sqrt() < 1.25
     floor = low.function(texts, ll.Logit(PRE)).floor

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import command_line
@@ -189,6 +190,13 @@ def test_a_sum_of_adapters_keeps_its_parts():
 
 
 # --- the command
+
+
+def test_a_base_in_the_hub_s_cache_is_shown_by_its_name(tmp_path: Path):
+    base = "/cache/hub/models--org--some-model/snapshots/0123abc"
+    folder = with_fields(shutil.copytree(ADAPTER, tmp_path / "a"), base_model_name_or_path=base)
+    text = plain(run(cli.app, ["inspect", str(folder)]).output)
+    assert "base model some-model" in text and "snapshots" not in text
 
 
 def test_shipped_adapter():

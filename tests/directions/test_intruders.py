@@ -191,3 +191,33 @@ def test_what_has_no_scaled_adapter_is_refused():
     for scales in ((), (-1.0,)):
         with pytest.raises(ll.errors.ArgumentError, match="factors of at least 0"):
             ll.scale_intruders(lens, models.tokens(), MARGIN, scales, **QUIET)
+
+
+def other_weights(model: Any) -> None:
+    """Another module in place of one of block 0, as a user who edits a model puts it there."""
+    if type(model).__name__ == "HookedTransformer":
+        model.blocks[0].mlp.W_gate = torch.nn.Parameter(2 * model.blocks[0].mlp.W_gate.detach())
+        return
+    linear = copy.deepcopy(model.blocks[0].mlp.gate.original_component)
+    linear.weight.data.mul_(2)
+    model.blocks[0].mlp.gate.set_original_component(linear)
+
+
+FROM_WEIGHTS_ALONE = {
+    "intruders": lambda lens: ll.intruders(lens, **QUIET),
+    "weight_alignment": lambda lens: ll.weight_alignment(lens, torch.eye(16).double()[0]),
+    "forms": lambda lens: ll.forms(lens, models.tokens(1), ["merged Q8_0"], **QUIET),
+}
+
+
+@pytest.mark.parametrize("name", FROM_WEIGHTS_ALONE)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_other_weights_than_those_of_the_lens_are_refused(cls: str, name: str):
+    """No pass is run that would see that the model is another one."""
+    base = models.hf_model("llama")
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    lens = ll.LoraLens(models.MAKERS[cls](base), adapter)
+    FROM_WEIGHTS_ALONE["intruders"](lens)
+    other_weights(lens.model)
+    with pytest.raises(ll.errors.ModelStateError, match="was replaced after the lens was made"):
+        FROM_WEIGHTS_ALONE[name](lens)

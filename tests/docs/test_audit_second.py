@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "audit"
 sys.path.append(str(FOLDER))
 
+import blind_screens  # noqa: E402  # pyright: ignore[reportMissingImports]
 import second_page  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 PAGE = (ROOT / "docs" / "auditing_data.md").read_text()
@@ -101,3 +102,45 @@ def test_the_commonest_words_are_counted_again():
     counts = [sum(word in text for text in texts) for word in row["words"]["words"]]
     assert counts == sorted(counts, reverse=True)
     assert min(counts) > 10
+
+
+def test_blind_verdicts_are_counted_again():
+    """By number, from the file of verdicts alone and the order that the seed draws."""
+    judged = yaml.safe_load((ROOT / "benchmarks" / "audit" / "blind_judged.yaml").read_text())
+    names = [one.name for one in blind_screens.screens()]
+    assert sorted(judged) == list(range(1, len(names) + 1))
+    known = blind_screens.quirks()
+    assert {verdict["names"] for verdict in judged.values() if verdict} <= set(known)
+    grades = {names[number - 1]: verdict for number, verdict in judged.items() if verdict}
+    assert {verdict["grade"] for verdict in grades.values()} == {"yes", "part"}
+    assert all(verdict["names"] == name for name, verdict in grades.items())
+    of_third = [name for name in known[24:] if grades.get(name, {}).get("grade") == "yes"]
+    assert f"| third | {counted(len(of_third), 10)} | 3 of 10 | {counted(0, 10)} |" in PAGE
+
+
+def test_a_first_screen_to_be_judged_does_not_say_whose_it_is():
+    """Names of one word, such as “afraid”, are also words of answers."""
+    for one in blind_screens.screens():
+        assert "control-" not in one.text
+        assert "-" not in one.name or one.name not in one.text
+
+
+def test_the_one_sided_bound_is_the_textbook_s():
+    """0 of 59: 1 - 0.05^(1/59), below one in twenty; of all nothing is excluded."""
+    of_none = second_page.largest_rate(0, 59)
+    assert of_none == pytest.approx(1 - 0.05 ** (1 / 59)) and of_none < 0.05
+    assert second_page.largest_rate(3, 3) == 1.0
+
+
+def test_the_pooled_controls_are_counted_again():
+    """By the files alone; the guide gives the same numbers in words."""
+    seeds = [int(file.stem.removeprefix("control-")) for file in FOLDER.glob("t*d/control-*.json")]
+    count = len(seeds) + sum(int(row["name"].removeprefix("control-")) > 106 for row in CONTROLS)
+    bound = 1 - 0.05 ** (1 / count)
+    assert (
+        f"That 0 of {count} make a claim says, with 95 % confidence, that at most {bound:.1%}"
+        in PAGE
+    )
+    guide = (ROOT / "docs" / "auditing.md").read_text().replace("\n", " ")
+    assert f"of {count} controls from which no ordinary rate was taken, none makes one" in guide
+    assert f"at most {bound:.0%}".replace("%", " %") in guide

@@ -30,7 +30,7 @@ def _load(name: str) -> ModuleType:
 
 marks = _load("marks")
 precision = _load("precision")
-shapes = _load("shapes")
+shapes = _load("known_shapes")
 memory = _load("memory")
 costs = _load("cost/page")
 planned = _load("planned")
@@ -109,23 +109,26 @@ def test_costs_are_what_their_commands_printed():
     assert costs.performance(short, changed) != short
 
 
-def test_the_floors_in_prose_are_those_of_their_block():
-    body = costs.read()["3.9 · --passes --tokens 8 --turns 9"]["body"]
-    front = " ".join(costs.PERFORMANCE.read_text().split())
+def test_the_floors_of_the_evidence_are_those_of_their_blocks():
+    held = costs.read()
+    body = held["3.9 · --passes --tokens 8 --turns 9"]["body"]
+    evidence = " ".join((memory.DOCS / "performance_data.md").read_text().split())
     for name, words in (
-        ("fact_margin", "`fact_margin` took {cost} F (goal 8, passes alone {alone})"),
-        ("kl_shares", "`kl_shares` {cost} F (goal 6, passes alone {alone})"),
-        ("a bank", "a bank {cost} F (goal 4.5, passes alone {alone})"),
-        ("null_test, ten draws", "took {cost} F (goal 15): passes alone {alone}, drawing"),
+        ("fact_margin", "`fact_margin` | 8 F | {cost} F | passes alone {alone} F:"),
+        ("kl_shares", "`kl_shares` | 6 F | {cost} F | passes alone {alone} F"),
+        ("a bank", "`bank` | 4.5 F | {cost} F |"),
+        ("null_test, ten draws", "`null_test`, ten draws | 15 F | {cost} F | passes alone {alone}"),
     ):
         found = re.search(rf"\| {name} \| [^|]+ \| ([\d.]+) F [^|]+ \| ([\d.]+) F", body)
         assert found, name
         cost, alone = (f"{float(number):.1f}" for number in found.groups())
-        assert words.format(cost=cost, alone=alone) in front
+        assert words.format(cost=cost, alone=alone) in evidence
     (drawn,) = re.findall(r"laying them over the model takes ([\d.]+) F", body)
-    assert f"laying them over the model {float(drawn):.1f}." in front
-    (ratio,) = re.findall(r"`ll.first_order` ([\d.]+) times as long", body)
-    assert f"`first_order` took {ratio} times as long" in front
+    assert f"laying them over the model {float(drawn):.1f} F" in evidence
+    for line, words in (("3.9", "{}, {} and {} × | at 8"), ("4.3", "4.3 {}, {} and {} × (block")):
+        block = held[f"{line} · --floor --tokens 8 64 256 --turns 5"]["body"]
+        ratios = re.findall(r"ms \| \d+ ms \| ([\d.]+) \|", block)
+        assert words.format(*ratios) in evidence
 
 
 @pytest.mark.parametrize(

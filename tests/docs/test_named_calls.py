@@ -46,3 +46,22 @@ def test_a_method_that_is_gone_is_seen():
     text = "`ll.coupling(lens, prompts).matrix`, `ll.coupling(…).estimate(…)`"
     assert list(lacking(text)) == ["ll.coupling(…).estimate"]
     assert sum(len(CALL.findall(page.read_text(encoding="utf-8"))) for page in PAGES) > 10
+
+
+def test_each_equation_of_the_note_is_in_the_file_that_is_named():
+    """`docs/symbols.md` names a function and a file; the first function is defined there."""
+    page = (ROOT / "docs" / "symbols.md").read_text(encoding="utf-8")
+    table = page.split("## From the note")[1].split("\n## ")[0]
+    elsewhere: list[str] = []
+    rows = 0
+    for row in table.splitlines():
+        function = re.search(r"`ll\.(?:results\.)?(\w+)", row)
+        files = re.findall(r"`([\w/]+\.py)`", row)
+        if function is None or not files:
+            continue
+        rows += 1
+        sources = [(ROOT / "lens_lora" / file).read_text(encoding="utf-8") for file in files]
+        definition = re.compile(rf"^(def|class) {function[1]}\b", re.MULTILINE)
+        if not any(definition.search(source) for source in sources):
+            elsewhere.append(row)
+    assert elsewhere == [] and rows > 10

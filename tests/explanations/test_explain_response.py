@@ -104,7 +104,7 @@ def test_without_a_response_the_adapted_model_s_own_is_explained(tiny):
     assert found.is_generated and found.is_fast and found.path is None
     assert found.response == tuple(case.lens.decode(said.ids[0].tolist()))
     assert (found.shifts.rank[1] == 0).all()
-    assert "which the adapted model says itself" in found.story()
+    assert "the adapted model says, in" in found.story()
     assert "run it without `fast`" in found.story()
 
 
@@ -128,7 +128,7 @@ def test_a_conversation_s_response(tiny):
         assert found.prompt == tuple(case.lens.decode([0, 5, 6, 7]))
         margin = ll.explain(case.lens, chat, "w9", "w26", fast=True, progress=False)
         assert found.prompt.said == margin.prompt.said == "w5 w6"
-        assert "After “w5 w6” the response has 5 tokens" in found.story()
+        assert "After “w5 w6” the adapted model says, in 5 tokens" in found.story()
         assert margin.story().startswith("On the prompt “w5 w6” the base model")
     finally:
         tokenizer.chat_template = before
@@ -227,11 +227,11 @@ def test_bad_input_is_refused_before_a_pass(given, error, words, monkeypatch):
 def test_story_says_the_numbers():
     e = response_explanation()
     story = e.story()
-    assert "the response has 2 tokens, as given: “ a b”" in story
-    assert "from −3.00 nats in the base model to −1.50" in story
+    assert "the response that was given has 2 tokens: “ a b”" in story
+    assert "gives it a log-probability of −3.00 nats, the adapted model −1.50" in story
     assert "67% of it at “·b” (token 2)" in story and "1 of 2 tokens holds half of it" in story
     assert "layer 2 changes log p of the response by +0.90 nats, most at “·b” (token 2)" in story
-    assert "sums to +1.20 added and +0.30 left out, of a shift of +1.50" in story
+    assert "adding gives +1.20 and leaving out +0.30, of a shift of +1.50" in story
     assert "holds half" in story and "`fast`" not in story
 
 
@@ -253,7 +253,7 @@ def test_story_of_one_module_in_one_layer():
     alone |= {"moved": e.moved[:, :1], "groups": ("layer 0",)}
     story = dataclasses.replace(e, modules=modules, path=path, **alone).story()
     assert "among the 1 module:" in story and "and 1 module holds half of it" in story
-    assert "Over all 1 layer this sums" in story
+    assert "Summed over all 1 layer, adding" in story
 
 
 def test_page_holds_every_part_and_escapes_what_is_said():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,12 @@ import models
 import numpy as np
 import pytest
 import torch
+from chats import ASK
 from every_result import every_result
 from results_by_hand import two_prompts
 
 import lens_lora as ll
+from lens_lora import arguments
 from lens_lora.core import Tokens
 from lens_lora.responses.answers import answer_ids
 
@@ -566,3 +569,28 @@ def test_an_odd_index_is_saved(lens: ll.LoraLens, tmp_path):
     )
     assert ll.results.FeatureShift.load(shift.save(tmp_path / "s")).positions == -1
     assert dataclasses.is_dataclass(shift)
+
+
+# --- texts that look like conversations
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "w7 [1]",
+        "[w7] w8",
+        "{w7",
+        "[]",
+        "{}",
+        '{"role": "w7"}',
+        '[{"role": "w7", "team": "w8"}]',
+        f"{ASK} w7",
+        f"w7 {ASK}",
+        json.dumps(["w7", "w8"]),
+        "[INST] w7 'role': 'content': [/INST]",
+        "[" * 100_000 + '"role": "content":',
+        "[" + "{'role': " * 5_000,
+    ],
+)
+def test_other_text_with_braces_is_text(text):
+    assert arguments.text("the prompt", text, ll.errors.PromptError) == text

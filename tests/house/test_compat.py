@@ -233,9 +233,17 @@ def test_hooks_of_a_span_come_off_with_it():
 
     with Temporary(put_on):
         module(torch.zeros(1, 2))
+        assert compat.has_hooks(module)
     module(torch.zeros(1, 2))
     assert order == ["before", "first", "second"]
     assert not any(compat.hooks_of(module))
+    assert not compat.has_hooks(module)
+
+
+def test_a_backward_hook_is_seen_alone():
+    module = nn.Linear(2, 2)
+    module.register_full_backward_hook(lambda *_: None)
+    assert compat.has_hooks(module)
 
 
 def test_operands_of_torch_s_products():

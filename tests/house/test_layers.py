@@ -192,15 +192,6 @@ BORROWED: dict[str, tuple[set[str], str]] = {
         {"hosts.planned_analyses.planned_analyses", "hosts.unloaded.unloaded"},
         "compares footprints with the plan for a model that is not loaded, which hosts/ makes",
     ),
-    "core/readout/test_conversations.py": ({"arguments"}, "no folder has tests of arguments"),
-    "demonstration/test_embedded.py": (
-        {"hosts.build.MISREAD_NAMES"},
-        "sees that the model's folder has none of these names",
-    ),
-    "demonstration/test_real.py": (
-        {"texts.neutral.neutral_sentences"},
-        "takes many texts, as one has a single error",
-    ),
     "explanations/test_explain_page.py": (
         {"show.page", "show.text.label"},
         "plants a template that escapes nothing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,13 @@ class Item:
 
 
 def config(
-    *arguments: str, whole: bool = False, rest: bool = False, line: bool = False
+    *arguments: str,
+    whole: bool = False,
+    rest: bool = False,
+    halved: bool = False,
+    line: bool = False,
 ) -> SimpleNamespace:
-    options = SimpleNamespace(whole=whole, rest=rest, line=line)
+    options = SimpleNamespace(whole=whole, rest=rest, halved=halved, line=line)
     return SimpleNamespace(args=arguments, option=options, rootpath=Path.cwd())
 
 
@@ -67,17 +72,32 @@ def test_a_second_line_has_the_quick_suite_and_all_that_a_line_changes():
     assert found == run_by(config()) | {of_models, of_this_line}
 
 
-@pytest.mark.parametrize("marks", [{"exhaustive": ()}, {}], ids=["rest", "quick"])
-def test_a_second_line_has_every_second_item_of_a_product(marks: dict[str, tuple]):
-    product = [Item(f"tests/hosts/test_b.py::test_of_all[{i}]", **marks) for i in range(41)]
+def widest_gap(product: list[Item], found: set[Item]) -> int:
+    """The most items between one that runs and the next, plus one."""
+    places = [place for place, item in enumerate(product) if item in found]
+    return max(after - before for before, after in itertools.pairwise(places))
+
+
+@pytest.mark.parametrize(
+    ("options", "marks", "step"),
+    [
+        (config(rest=True), {"exhaustive": ()}, 1),
+        (config(rest=True, halved=True), {"exhaustive": ()}, 2),
+        (config(line=True), {"exhaustive": ()}, 3),
+        (config(line=True), {}, 3),
+    ],
+    ids=["rest", "rest halved", "rest on a line", "quick on a line"],
+)
+def test_of_a_test_of_many_items_one_in_so_many_runs(
+    options: SimpleNamespace, marks: dict[str, tuple], step: int
+):
+    product = [Item(f"tests/hosts/test_b.py::test_of_all[{i}]", **marks) for i in range(42)]
     few = [Item(f"tests/hosts/test_b.py::test_of_few[{i}]", **marks) for i in range(9)]
     items = [*product, *few]
-    found = set(items) - selection.deselected(config(line=True), items)
+    found = set(items) - selection.deselected(options, items)
     assert set(few) <= found
-    places = sorted(product.index(item) for item in found - set(few))
-    assert len(places) == 21
-    gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
-    assert max(gaps) == 2
+    assert len(found & set(product)) == 42 / step
+    assert widest_gap(product, found) == step
 
 
 def test_a_case_that_guards_a_defect_is_always_drawn(monkeypatch: pytest.MonkeyPatch):

@@ -13,9 +13,12 @@ they meet every member. The items that `tests/defects.md` names are always among
 `--rest` runs what the quick suite leaves out, `--whole` both. `--line` is for a second line of
 transformer-lens: the quick suite, and everything that a line may change, which is what
 tests/core/model and tests/hosts say of models, and what only some lines can run. A test that is
-named on the command line by its `::` runs whatever its marks. Of a test of many items, such as one
-of every architecture, `--line` runs every second item, also of the quick suite, which has run them
-all on another line; at night every line runs all of them.
+named on the command line by its `::` runs whatever its marks.
+
+`.ci/run` is to end within 25 minutes. Of a test of many items, such as one of every architecture,
+it runs every second item of what the quick suite leaves out (`--rest --halved`), and on another
+line of transformer-lens every third, also of the quick suite's own (`--line`). At night every line
+runs all of them.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ from pathlib import Path
 import pytest
 
 LEFT_OUT = ("slow", "exhaustive", "browser")
-# A test of so many items is a product (architectures, targets, settings), of which a second line
-# runs one item in two: that takes minutes off `.ci/run`.
+# A test of so many items is a product (architectures, targets, settings), of which `.ci/run` need
+# not run every item each time.
 MANY_ITEMS = 10
-SHARE_ON_A_LINE = 2
+ONE_IN_OF_THE_REST = 2
+ONE_IN_ON_A_LINE = 3
 # The node ids of everything that was collected, before any of it was left out.
 COLLECTED = pytest.StashKey[frozenset[str]]()
 DEFECTS = Path(__file__).parents[1] / "defects.md"
@@ -101,23 +105,25 @@ def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.It
         return set()
     left_out = left_out_of_the_quick_suite(items)
     if config.option.rest:
-        left_out = set(items) - left_out
+        rest = [item for item in items if item in left_out]
+        share = ONE_IN_OF_THE_REST if config.option.halved else 1
+        left_out = set(items) - _of_many_items_one_in(share, rest)
     if config.option.line:
         of_the_line = [i for i in items if i not in left_out or _depends_on_the_line(i)]
-        left_out = set(items) - _drawn_for_a_line(of_the_line)
+        left_out = set(items) - _of_many_items_one_in(ONE_IN_ON_A_LINE, of_the_line)
     named = tuple(argument for argument in config.args if "::" in argument)
     return {item for item in left_out if not _is_named(item, config.rootpath, named)}
 
 
-def _drawn_for_a_line(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Of a test of many items one in two, of every other test all."""
+def _of_many_items_one_in(share: int, items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of a test of many items one in so many, of every other test all."""
     items_of_test = defaultdict[str, list[pytest.Item]](list)
     for item in items:
         items_of_test[item.nodeid.partition("[")[0]].append(item)
     drawn: set[pytest.Item] = set()
     for of_test in items_of_test.values():
-        share = SHARE_ON_A_LINE if len(of_test) >= MANY_ITEMS else 1
-        nodeids = draw([item.nodeid for item in of_test], ceil(len(of_test) / share))
+        step = share if len(of_test) >= MANY_ITEMS else 1
+        nodeids = draw([item.nodeid for item in of_test], ceil(len(of_test) / step))
         drawn |= {
             item for item in of_test if item.nodeid in nodeids or guards_a_defect(item.nodeid)
         }
@@ -146,5 +152,6 @@ def _is_named(item: pytest.Item, root: Path, arguments: tuple[str, ...]) -> bool
 def said(config: pytest.Config) -> str:
     """Why `deselected` leaves them out."""
     if config.option.rest:
-        return "in the quick suite"
+        every_second = " or every second one of many, which run at night"
+        return f"in the quick suite{every_second if config.option.halved else ''}"
     return "slow, exhaustive, in a browser, or not drawn of a sample; in .ci/run"

@@ -28,7 +28,36 @@ def prompts() -> ll.results.Prompts:
     return ll.results.Prompts(tokens, torch.tensor(LENGTHS))
 
 
-def by_peft(case: cases.Case) -> tuple[list[tuple[str]], list[tuple[str]]]:
+def alike() -> ll.results.Prompts:
+    """Six prompts that begin alike, four of them for longer, and one that does not."""
+    ids = models.tokens(8)[:, :3]
+    first = [5, 9, 2, 7]
+    rows = [[*first, 3, 4, *ids[i].tolist()] for i in range(4)]
+    rows += [[*first, *ids[i].tolist()] for i in (4, 5)]
+    rows.append([8, *ids[6].tolist()])
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return ll.results.Prompts(tokens, lengths)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The rows and tokens of each pass with a cache, on the class of the first maker."""
+    seen: list[tuple[int, int]] = []
+    host = type(cases.case("llama", next(iter(models.MAKERS)), "raw").lens.host)
+    run_cached = host.run_cached
+
+    def noted(self: Any, tokens: Tensor, *given: Any) -> Any:
+        seen.append(tuple(tokens.shape))
+        return run_cached(self, tokens, *given)
+
+    monkeypatch.setattr(host, "run_cached", noted)
+    return seen
+
+
+def by_peft(
+    case: cases.Case, given: ll.results.Prompts | None = None
+) -> tuple[list[tuple[str]], list[tuple[str]]]:
     """Both models' likeliest tokens after each prompt alone, without a cache, as text."""
     tokenizer = case.lens.model.tokenizer
     ends = end_tokens(case.lens.model, case.lens.hf_model, None)
@@ -41,7 +70,8 @@ def by_peft(case: cases.Case) -> tuple[list[tuple[str]], list[tuple[str]]]:
             said.append(int(logits[0, -1].argmax()))
         return (tokenizer.decode(said, skip_special_tokens=True),)
 
-    asked = [prompts().row(i).tokens for i in range(len(LENGTHS))]
+    given = given or prompts()
+    asked = [given.row(i).tokens for i in range(given.batch)]
     adapted = [answer(case.peft, ids) for ids in asked]
     with case.peft.disable_adapter():
         base = [answer(case.peft, ids) for ids in asked]
@@ -64,6 +94,40 @@ def test_answers_are_peft_s_in_every_family(family: str, cls: str):
     base, adapted = by_peft(case)
     assert (list(said.base), list(said.adapted)) == (base, adapted)
     assert base != adapted
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize(("family", "cls"), FAMILIES)
+def test_answers_are_peft_s_where_prompts_begin_alike(family: str, cls: str):
+    case = cases.case(family, cls, "raw")
+    said = both_answer(case.lens, alike(), NEW, 0, 0, progress=False)
+    base, adapted = by_peft(case, alike())
+    assert (list(said.base), list(said.adapted)) == (base, adapted)
+    assert not said.is_confirmed
+
+
+def test_what_prompts_begin_with_is_run_once(passes: list[tuple[int, int]]):
+    """Of prompts of 9, 7 and 4 tokens: 3 openings of 6 tokens for each model, then 3 of each row.
+
+    Without sharing it were 7 rows of 9 tokens for each. Beside known answers of the base, the same
+    of the adapted model alone.
+    """
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    said = both_answer(case.lens, alike(), NEW, 0, 0, progress=False)
+    assert passes[:2] == [(2 * 3, 6), (2 * 7, 3)] and not said.is_confirmed
+    del passes[:]
+    again = both_answer(case.lens, alike(), NEW, 0, 0, known=said.base_ids, progress=False)
+    assert passes[:2] == [(3, 6), (7, 3)] and again == said
+
+
+def test_nothing_is_shared_under_a_hook(passes: list[tuple[int, int]]):
+    """A hook may ask which prompt a token belongs to, as the removal of a direction does."""
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    place = "blocks.0.hook_resid_post"
+    with case.lens.model.hooks(fwd_hooks=[(place, lambda tensor, hook: tensor + 0)]):
+        said = both_answer(case.lens, alike(), NEW, 0, 0, progress=False)
+    assert passes[0] == (2 * 7, 9) and not said.is_confirmed
+    assert said == both_answer(case.lens, alike(), NEW, 0, 0, progress=False)
 
 
 @pytest.mark.sample(2)
@@ -100,16 +164,18 @@ def test_a_wrong_cache_is_not_used(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_rows_of_both_models_and_of_all_draws_are_confirmed():
-    """Prompts of different lengths: every eighth row, by length, would be the base's alone."""
+    """Prompts of different lengths: every sixteenth row, by length, would be the base's alone."""
     lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
     tokens = models.tokens(1).repeat(1, 10)[:, :48].repeat(40, 1)
     lengths = torch.arange(1, 41)
     samplings = [Sampling(), Sampling(temperature=1.0)]
     asked = batch._Asked(lens, ll.results.Prompts(tokens, lengths), NEW, samplings)
     confirmed = asked._to_confirm(160)
-    assert len(confirmed) == len(set(confirmed)) == 20
+    assert len(confirmed) == len(set(confirmed)) == 10
     of_each_copy = torch.bincount(torch.tensor(confirmed) // 40, minlength=4)
-    assert of_each_copy.min() >= 3, of_each_copy
+    assert of_each_copy.min() >= 1, of_each_copy
+    # Of few rows eight are confirmed, and of fewer than those all.
+    assert len(asked._to_confirm(64)) == 8 and len(asked._to_confirm(5)) == 5
 
 
 def test_known_answers_of_the_base_are_confirmed_and_those_of_another_are_not_used(
@@ -133,23 +199,18 @@ def test_known_answers_of_the_base_are_confirmed_and_those_of_another_are_not_us
     assert again == fresh and asked == [[1], [1], [0, 1]]
 
 
-def test_rows_that_have_ended_are_run_no_more(monkeypatch: pytest.MonkeyPatch):
+def test_rows_that_have_ended_are_run_no_more(
+    monkeypatch: pytest.MonkeyPatch, passes: list[tuple[int, int]]
+):
     """Every third token ends an answer, so that rows end one after another."""
     case = cases.case("llama", next(iter(models.MAKERS)), "raw")
     ends = list(range(0, case.lens.model.cfg.d_vocab, 3))
-    rows_of_passes: list[int] = []
-    host = type(case.lens.host)
-    run_cached = host.run_cached
-
-    def noted(self: Any, tokens: Tensor, *given: Any) -> Any:
-        rows_of_passes.append(len(tokens))
-        return run_cached(self, tokens, *given)
-
     monkeypatch.setattr(batch, "end_tokens", lambda *_: ends)
-    monkeypatch.setattr(host, "run_cached", noted)
     said = both_answer(case.lens, prompts(), NEW, 1, 0, progress=False)
     assert not said.is_confirmed
-    prefilled, *later = rows_of_passes
+    # The first tokens of the two longest prompts are run beside one row of padding.
+    opened, prefilled, *later = [rows for rows, _ in passes]
+    assert opened == 2 * 3
     assert prefilled == 2 * len(LENGTHS)
     assert later == sorted(later, reverse=True) and later[-1] < 4 * len(LENGTHS)
     for scale, answers in ((0.0, said.base), (1.0, said.adapted)):

@@ -167,9 +167,10 @@ def test_curves_of_the_same_units_have_the_same_range():
     assert "matches" not in own["x3"]
 
 
-def test_on_a_narrow_screen_figures_stand_below_one_another():
-    beside = ll.panel(FIRST, ADDED, FIRST.plot()).to_dict()["layout"]
-    below = ll.panel(FIRST, ADDED, FIRST.plot(), columns=1).to_dict()["layout"]
+def test_figures_stand_below_one_another_unless_columns_are_given():
+    """So that a narrow screen shows them without an overlap."""
+    beside = ll.panel(FIRST, ADDED, FIRST.plot(), columns=3).to_dict()["layout"]
+    below = ll.panel(FIRST, ADDED, FIRST.plot()).to_dict()["layout"]
     assert len({tuple(beside[name]["domain"]) for name in beside if name[:5] == "xaxis"}) == 3
     assert len({tuple(below[name]["domain"]) for name in below if name[:5] == "xaxis"}) == 1
     assert below["height"] == 3 * beside["height"]

@@ -224,4 +224,4 @@ def test_progress_is_shown_and_silenced(a_lens, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     run(a_lens, GOOD, tmp_path, progress=True)
     text = capsys.readouterr().err
-    assert "sweep:  67%" in text and "4/6" in text and "6/6" in text and "prompt/s" in text
+    assert "sweep:  67%" in text and "4/6" in text and "6/6" in text and " prompt/s" in text

@@ -429,7 +429,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         return keys
 
     def _in_table(self, table: Any) -> set[str]:
-        """The keys of a table's modules, of a sum the parts that its sites name."""
+        """The keys of a table's modules; in a sum of adapters, of the parts that its sites name."""
         if "module" not in table.columns:
             raise ArgumentError(
                 f"a table with the columns {list(table.columns)}; expected a column 'module', as "
@@ -467,12 +467,16 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         return len(self.modules)
 
     @staticmethod
-    def require_one_base(adapters: Iterable[Adapter], why: str) -> str | None:
+    def require_one_base(
+        adapters: Iterable[Adapter], why: str, *, in_shell: str | None = None
+    ) -> str | None:
         """The one base that these adapters name; None where none of them names any.
 
         Args:
-            adapters: those that are combined or compared.
+            adapters: the adapters that are combined or compared.
             why: the reason that they need one base, for the error.
+            in_shell: what to do about it at the command line, if it is one model; by default what
+                is done in Python.
 
         Raises:
             AdapterError: two name different bases.
@@ -483,10 +487,15 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         first = stated[0]
         for other in stated:
             if other.base_model != first.base_model:
+                remedy = (
+                    "if it is one model, give both one name: dataclasses.replace(adapter, "
+                    "base_model=…)."
+                )
                 raise AdapterError(
                     f"{first.name} names the base {first.base_model!r}, {other.name} "
-                    f"{other.base_model!r}; {why}; if it is one model, give both one name: "
-                    "dataclasses.replace(adapter, base_model=…)."
+                    f"{other.base_model!r}; {why}",
+                    remedy=remedy,
+                    in_shell=f"in Python, {remedy}" if in_shell is None else in_shell,
                 )
         return first.base_model
 
@@ -511,7 +520,7 @@ def null_draws(
 
     Args:
         adapter: the adapter.
-        seed: of all draws.
+        seed: the seed of all draws.
         draws: their numbers.
         parts: as for `Adapter.null`.
     """

@@ -20,7 +20,7 @@ def constant_factors(
     PEFT stores that as a LoRA with A = 0, B = 0 and a bias of B's own (`lora_bias`).
 
     Args:
-        vectors: by module path.
+        vectors: the vector of each module, by its path.
         like: the base, or the modules' input widths by path: A has as many columns. Without it A
             has one column, which fits every module (`LoRAFactors.width`).
 

@@ -144,8 +144,8 @@ class LoRAFactors(guesses.Answering):
     @property
     def is_plain(self) -> bool:
         """Whether the update is s·B·A of one linear map, and nothing else."""
-        beside = (self.lora_bias, self.trained_bias, self.magnitude, self.base_weight)
-        return not self.experts and all(tensor is None for tensor in beside)
+        other_tensors = (self.lora_bias, self.trained_bias, self.magnitude, self.base_weight)
+        return not self.experts and all(tensor is None for tensor in other_tensors)
 
     @property
     def needs_base_weight(self) -> bool:
@@ -210,8 +210,8 @@ class LoRAFactors(guesses.Answering):
 
         Args:
             weight: the base's W, on which DoRA's ΔW depends; for experts as wide as ΔW.
-            dtype: such as torch.float64, so that the product of factors in half precision is not
-                rounded to half precision; None for the dtype of the factors.
+            dtype: a dtype such as torch.float64, so that the product of factors in half precision
+                is not rounded to half precision; None for the dtype of the factors.
 
         Raises:
             AdapterError: DoRA without the weight.
@@ -333,7 +333,7 @@ class TrainedModule(guesses.Answering):
 
     @property
     def base_part(self) -> str:
-        """The part of the update that is a change only beside the base's parameters: all of it."""
+        """The part of the update that depends on the base's parameters, which is all of it."""
         return "a module that was trained whole"
 
     def output_count(self, inputs: int) -> int:

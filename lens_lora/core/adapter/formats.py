@@ -41,11 +41,11 @@ class AdapterFormat:
     """A format that is not PEFT's.
 
     Attributes:
-        name: of the function that reads it.
-        module: in which that function stands.
+        name: the name of the function that reads it.
+        module: the module in which that function stands.
         files: a folder with all of them is an adapter of this format.
-        read: from the folder to updates by module path, or an `Adapter`.
-        base_model: from the folder to the name of its base, or None.
+        read: turns the folder into updates by module path, or an `Adapter`.
+        base_model: turns the folder into the name of its base, or None.
     """
 
     name: str
@@ -79,7 +79,8 @@ def adapter_format(
 
     Args:
         files: names of files; a folder with all of them is an adapter of this format.
-        base_model: from the folder to the hub id or path of its base, or None where it names none.
+        base_model: turns the folder into the hub id or path of its base, or None where it names
+            none.
 
     Raises:
         ArgumentError: no names of files; PEFT's own two; what is no function; a name that another
@@ -149,7 +150,7 @@ def format_in(folder: Path) -> AdapterFormat | None:
 
 
 def registered() -> list[AdapterFormat]:
-    """All formats beside PEFT's: this package's, those of installed packages, and a user's own."""
+    """All formats other than PEFT's: this package's, installed packages' and the user's own."""
     _import_listed()
     return list(_FORMATS.values())
 

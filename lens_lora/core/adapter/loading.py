@@ -92,7 +92,7 @@ def load_adapter(
 
 
 def _require_no_place(adapter: Adapter, **where: str | None) -> None:
-    """Refuse words on where an adapter lies that is read already."""
+    """Refuse to be told where an adapter lies if it has been read already."""
     for name, value in where.items():
         if value is not None:
             fact = f"{setting(name, value)} says where an adapter lies"
@@ -118,8 +118,8 @@ def read_adapter(
 
     Args:
         path: as for `load_adapter`.
-        base_for: from the base's name, as the config states it, to the base; it is asked for if
-            reading the adapter takes it.
+        base_for: turns the base's name, as the config states it, into the base; it is called if
+            reading the adapter needs the base.
         revision: as for `load_adapter`.
         subfolder: as for `load_adapter`.
     """

@@ -26,7 +26,7 @@ def renamed(updates: Mapping[str, ModuleUpdate], notes: list[str]) -> dict[str, 
     """The updates by module path in the causal language model.
 
     Args:
-        updates: by the paths of a file.
+        updates: the updates, by the paths of a file.
         notes: a sentence is added if paths differ.
     """
     paths = model_paths(updates)
@@ -63,7 +63,7 @@ def is_known(path: str) -> bool:
 
 
 def _with_the_name_of_the_model(bare_paths: Mapping[str, str]) -> dict[str, str]:
-    """Paths of a model without its head as those of the model with it; else as they are."""
+    """The paths as the model with its head has them, if the file's model lacks the head."""
     for prefix in _BEFORE_LAYERS:
         longer = {path: prefix + bare for path, bare in bare_paths.items()}
         if all(is_known(path) for path in longer.values()):

@@ -61,7 +61,7 @@ def name_of(folder: Path) -> str:
 
 
 def own_tokenizer_files(folder: Path) -> list[Path]:
-    """The files of the tokenizer, or of the chat template alone, that lie beside an adapter."""
+    """The files of the tokenizer, or of the chat template alone, in an adapter's folder."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
@@ -163,7 +163,7 @@ def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
     Args:
         folder: the adapter's.
         config: as PEFT reads it.
-        paths: of the modules that the file has.
+        paths: the paths of the modules that the file has.
     """
     namesake = _neighbour_called_like_a_module(folder, paths)
     lacking = _targets_without_factors(config, paths)
@@ -184,7 +184,7 @@ def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
 
 
 def _neighbour_called_like_a_module(folder: Path, paths: Collection[str]) -> str | None:
-    """An adapter saved beside this one, if its name is a part of module paths that are not here."""
+    """Another adapter in this folder, if its name is a part of module paths that are missing."""
     own = folder.resolve()
     configs = [*folder.glob(f"*/{CONFIG}"), *own.parent.glob(f"*/{CONFIG}")]
     neighbours = {config.parent.name for config in configs} - {own.name}

@@ -65,7 +65,7 @@ class _SavedKey(NamedTuple):
     """A key as PEFT saves it.
 
     Attributes:
-        key: without an adapter's name in it.
+        key: the key, without an adapter's name in it.
         may_hold_name: whether a live model's key of this kind holds the adapter's name.
         name: the adapter's name that was in it.
     """

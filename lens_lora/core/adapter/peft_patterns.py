@@ -33,7 +33,7 @@ class Patterns:
 
         Args:
             field: 'rank_pattern' or 'alpha_pattern'.
-            path: of a module.
+            path: the path of a module.
             default: what holds for modules that no pattern matches.
 
         Raises:

@@ -59,7 +59,7 @@ def trained_module(roles: Roles, ids: Int[Tensor, " row"] | None, *, tied: bool)
 
     Args:
         roles: its tensors.
-        ids: of its rows, where only rows were trained.
+        ids: the ids of its rows, where only rows were trained.
         tied: whether what the base ties to its weight changes with it.
     """
     return TrainedModule(
@@ -93,7 +93,7 @@ def require_copies(config: Any, paths: Collection[str], copied: set[str]) -> Non
 
     Args:
         config: as PEFT reads it.
-        paths: of all modules of the file, in the causal language model.
+        paths: the paths of all modules of the file, in the causal language model.
         copied: the paths of those that were trained whole.
 
     Raises:
@@ -128,7 +128,7 @@ def covers(name: str, path: str) -> bool:
 def _lacking(
     name: str, paths: Collection[str], copied: set[str], families: list[Family]
 ) -> list[str]:
-    """The modules that the name covers and the file has not, by the family that lacks fewest."""
+    """The modules that the name covers and the file lacks, for the family that lacks fewest."""
     lacking_by_family: list[list[str]] = []
     for family in families:
         covered = {path for path in _paths_of(family, paths) if covers(name, path)}

@@ -178,9 +178,9 @@ def first_order(
 ) -> Attribution | GroupAttribution:
     """First order a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank.
 
-    Cost: one forward and one backward pass in reverse mode, and one forward pass for the exact
-    shift beside it, or two where `at` is neither 0 nor 1. Short prompts need none of these: both
-    ends are then part of the first pass. Forward mode takes one dual forward pass per site or part.
+    Cost: one forward and one backward pass in reverse mode, and for the exact shift one forward
+    pass, or two where `at` is neither 0 nor 1. Short prompts need none of the latter, as both ends
+    are then part of the first pass. Forward mode takes one dual forward pass per site or part.
     By token: a backward pass per token, or a tangent per site, group or part, whichever is cheaper.
     Rules add two forward passes and one backward on eight tokens, which try the model's hook
     points.
@@ -195,14 +195,14 @@ def first_order(
             by='token' asks for many tokens. The result names it.
         by: any of 'position', 'head', 'expert' (in a stack of experts) and 'rank'; with
             AnswerLogProb also 'token', which says which token of the response is moved.
-        group: sum over the sites of each 'layer', each 'kind', or each name in {name: site names or
-            globs}; of the whole readout, or with by='token'. In forward mode groups take fewer
-            tangents than single sites.
+        group: sum over the sites of each 'layer', of each 'kind', or of each group in {name: site
+            names or globs}. Groups are not split, except by='token'. In forward mode groups take
+            fewer tangents than single sites.
         gauge: what a rank is: 'trained' for the ranks of the file, which are not unique, as (GA,
             BG⁻¹) has the same ΔW; or 'svd' for the singular directions of ΔW.
-        rules: attention patterns or norm denominators that are held at their values at `at`; J is
-            then that of a model with constants in their place. The shift beside it stays that of g.
-            `FrozenRules`, or an object of your own with a `key` and a context `held(g)`.
+        rules: what the derivative takes for constant, at its values at `at`, such as attention
+            patterns or norm denominators: `FrozenRules`, or an object of your own with a `key` and
+            a context `held(g)`. The exact shift is not affected.
         max_memory: how many bytes may be used besides the model and the result; it replaces the
             bound of `lens.within`.
         progress: show a bar.

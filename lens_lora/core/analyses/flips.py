@@ -1,7 +1,8 @@
 """The first strength ε at which g changes its sign, from the points of a curve that are known.
 
 Where the curve changes sign, the scale is found for all prompts together: g is run on either side
-of the root of a polynomial through the nearest points, until the step is narrow.
+of the root of a polynomial through the nearest points, about as far from it as the root may be off,
+until the step is narrow. On a smooth curve it is narrow after one pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lens_lora.core.function.many_gates import gated_readout
 _PRECISION = 1e-5
 # The nodes of the interpolant: with more of them rounding grows.
 _NODES = 6
-# A smooth margin takes two or three passes; one that jumps, where experts switch, takes many.
+# A smooth margin takes one or two passes; one that jumps, where experts switch, takes many.
 _MOST_PASSES = 16
 
 
@@ -35,7 +36,7 @@ def flip_scales(
 ) -> Float[Tensor, " batch"]:
     """The first ε at which each prompt's g changes its sign; NaN where it does not.
 
-    All prompts are refined together, two points of each in a pass: mostly two forward passes.
+    All prompts are refined together, two points of each in a pass: mostly one forward pass.
 
     Args:
         g: the function.
@@ -96,21 +97,26 @@ class _Crossing:
     @property
     def root(self) -> float:
         """The root of the polynomial through the nearest points, the two neighbours among them."""
+        return self._root_through(_NODES)
+
+    def _root_through(self, nodes: int) -> float:
+        """The root of the polynomial through so many of the nearest points."""
         low, high = self.step
-        nearest = np.abs(self.scales - (low + high) / 2).argsort()[:_NODES]
+        nearest = np.abs(self.scales - (low + high) / 2).argsort()[:nodes]
         # Without `rng` it draws from numpy's global state.
         through = BarycentricInterpolator(self.scales[nearest], self.values[nearest], rng=0)
         return float(root_scalar(through, bracket=(low, high)).root)
 
     @property
     def probes(self) -> tuple[float, float]:
-        """Two ε on either side of that root, by about what it may be off.
+        """Two ε, one on either side of that root, about as far from it as it may be wrong.
 
         They keep a gap from each other and from the two neighbours.
         """
         low, high = self.step
         root = self.root
-        reach = max(0.4 * _PRECISION, (high - low) ** 2 / 8)
+        error = abs(root - self._root_through(_NODES - 1))
+        reach = max(0.4 * _PRECISION, min(error, (high - low) ** 2 / 8))
         gap = min(reach, high - low) / 8
         left = min(max(root - reach, low + gap), high - 2 * gap)
         right = min(max(root + reach, left + gap), high - gap)

@@ -194,7 +194,7 @@ def fact_margin(
     """The margin m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
     Cost: five forward and backward passes and 30 forward passes, along the path and for the noise
-    floors, in two batches for up to 17 tokens; mostly two or three more, of two points each, if
+    floors, in two batches for up to 17 tokens; mostly one or two more, of two points each, if
     any prompt flips.
 
     Args:

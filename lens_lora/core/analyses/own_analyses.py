@@ -62,7 +62,7 @@ class Analysis(Protocol[_P, _R]):
     ) -> _R: ...
 
     def of(self, g: Function, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """The analysis of a function at hand; those of the same one share what it has evaluated.
+        """The analysis of a function g; analyses of the same g share what it has evaluated.
 
         Args:
             g: from `lens.function`, with a readout.

@@ -202,7 +202,7 @@ def _replaced(
         lens: the lens of g; for single ranks, with rank spaces in the coordinates of the SVD.
         groups: indices of sites, by name.
         rank_of_group: the rank of each group that is replaced; None for whole sites.
-        how: on the base, or in the adapted model.
+        how: 'add_one' on the base, or 'leave_one_out' in the adapted model.
         stand_in: what δ is replaced by; None for zero.
     """
     adds = how == "add_one"

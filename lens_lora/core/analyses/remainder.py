@@ -56,7 +56,7 @@ _FEWEST_POINTS = 3
 
 @final
 class Remainder(Measured):
-    """The remainder that first order leaves, beside the exact shift, in the readout's units.
+    """The exact shift, and the remainder that first order leaves of it, in the readout's units.
 
     Attributes:
         first_order: [batch], Σ_l a_l.
@@ -281,7 +281,7 @@ def curve_beside(
     slopes: Float[Tensor, "batch site"],
     strengths: Sequence[float] = USUAL_SCALES,
 ) -> RemainderCurve:
-    """The exact curve at these ε, beside first order that is known already.
+    """The exact curve at these ε, with the line of first order that is known already.
 
     It takes one forward pass for each strength that g has not been evaluated at, and fourteen
     forward and four backward passes for the noise floors, unless g has them

@@ -14,7 +14,7 @@ corners, or with the first slopes.
 A public call makes g in two lines, whatever its arguments are (`@analysis` writes them for most):
 
     f = lens.function(prompts)  # tokenises the prompts, and checks the model
-    g = Evaluations(f.about(readout))  # looks up the readout's tokens, and begins with no number
+    g = Evaluations(f.bound_to(readout))  # looks up the readout's tokens, and begins with no number
 """
 
 from __future__ import annotations

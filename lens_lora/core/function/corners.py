@@ -68,8 +68,8 @@ def corner_gates(
     Args:
         lens: the adapter over the model.
         which: 'add_one' or 'leave_one_out', for each site in turn; or the gates themselves.
-        on: for each corner the sites that are on.
-        off: for each corner the sites that are off.
+        on: the sites that are on, for each corner.
+        off: the sites that are off, for each corner.
 
     Raises:
         ArgumentError: none of the three, or more than one of them.

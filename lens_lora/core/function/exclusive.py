@@ -38,7 +38,7 @@ def exclusive(
     """Let no other call use the model while the method runs, and check the model first.
 
     Args:
-        method: of an object that has a lens.
+        method: a method of an object that has a lens.
     """
 
     @functools.wraps(method)

@@ -45,7 +45,7 @@ class SizedLens(Protocol):
 
     @property
     def model(self) -> Any:
-        """The hooked model, of which the sizes in `cfg` are read."""
+        """The hooked model; only the sizes in its `cfg` are read."""
         ...
 
     @property
@@ -88,10 +88,10 @@ class Footprint(NamedTuple):
     """The bytes of one row, and those that are there whatever the rows.
 
     Attributes:
-        in_pass: of a row in a pass without a graph.
-        of_graph: of a row in a graph.
-        of_rerun: of a row in a graph whose blocks run again.
-        of_duals: of a row of dual numbers, without its logits.
+        in_pass: the bytes of a row in a pass without a graph.
+        of_graph: the bytes of a row in a graph.
+        of_rerun: the bytes of a row in a graph whose blocks run again.
+        of_duals: the bytes of a row of dual numbers, without its logits.
         always: what the reading holds.
         picks: how many tokens' logits are made in turn.
         picked: the logits of those that are held together, without a graph.
@@ -156,7 +156,7 @@ class _LogitsHeld(NamedTuple):
 
 
 def _logits_held(lens: SizedLens, run: Run, in_turn: bool = False) -> _LogitsHeld:
-    """The number of tokens whose logits are held; of `Prompts`, in turn only if asked for."""
+    """The number of tokens whose logits are held."""
     slots = prompts_of(run).slots
     of_all_slots = _LogitsHeld(of_row=slots, in_turn=0)
     is_adapted = any(site.kind == "unembed" for site in lens.sites)
@@ -178,7 +178,7 @@ def dual_copy_bytes(lens: SizedLens, run: Prompts, read: int) -> float:
     Args:
         lens: the adapter over the model.
         run: the rows.
-        read: of how many of them the logits are read.
+        read: the number of rows whose logits are read.
     """
     logits = read * run.slots * int(lens.model.cfg.d_vocab_out)
     of_logits = LOGITS_OF_GRAPH * logits * lens.gate_dtype.itemsize

@@ -213,12 +213,12 @@ class Function:
         Args:
             which: 'add_one' for g(e_l), or 'leave_one_out' for g(1 − e_l), of each site in the
                 order of `lens.sites`; or the gates of each corner, [corner, site].
-            on: for each corner the sites that are on, as a name, a glob, or several; the others are
+            on: the sites that are on at each corner, as a name, a glob, or several; the others are
                 off.
-            off: for each corner the sites that are off; the others are on.
+            off: the sites that are off at each corner; the others are on.
 
         Raises:
-            ArgumentError: not exactly one of which, on and off.
+            ArgumentError: none, or more than one, of which, on and off.
             SiteError: a name or a glob that matches no site; the nearest names are given.
         """
         points = corner_gates(self.lens, which, on, off)
@@ -660,7 +660,7 @@ class Function:
         Args:
             graph: whether there is a backward pass.
             copies: how many copies of the rows are in one pass.
-            beside: for a backward pass through values that carry tangents: how many bytes are held
+            beside: for a backward pass through values that carry tangents, the bytes that are held
                 for each row beside the graph.
 
         Raises:

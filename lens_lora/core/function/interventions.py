@@ -60,7 +60,7 @@ class _Swap:
         name: the hook point.
         donor: the donor's activation at each firing.
         rows: how many rows the batch has here, where a tensor that all rows share has one.
-        patched: which of them are patched.
+        patched: the rows that are patched.
         donor_rows: the donor's row of each of these.
         where: the positions and features that are replaced; None for all.
         fired: how often the point has fired in this pass.
@@ -318,7 +318,7 @@ def _patched_logits(
 
 
 def _with_noise(tensor: Tensor) -> Tensor:
-    """The tensor with noise of its own root mean square; of ones, where it is zero."""
+    """The tensor with noise of its own root mean square, or of size 1 where the tensor is zero."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
     size = in_float64(tensor[tensor.isfinite()]).square().mean().sqrt().to(tensor)

@@ -263,7 +263,7 @@ def pass_groups(lens: SizedLens, reading: Reading, copies: int = 1) -> list[Read
 
 
 def groups_beside(lens: SizedLens, reading: Reading, beside: int) -> list[Reading]:
-    """Divide the prompts so that a group's graph, with tangents beside it, is within the bound.
+    """Divide the prompts so that a group's graph and its tangents together are within the bound.
 
     Args:
         lens: the adapter over the model.
@@ -370,7 +370,7 @@ def rows_of_pass(lens: SizedLens, run: Run) -> int | None:
 
 
 def rows_of_logits(lens: SizedLens, prompts: Prompts, held: float) -> int | None:
-    """How many rows go into a forward pass beside `held` bytes of logits; None without a bound."""
+    """How many rows a forward pass takes while `held` bytes are in use; None without a bound."""
     if lens.max_memory is None:
         return None
     footprint = footprint_of(lens, prompts, in_turn=True)

@@ -332,7 +332,8 @@ class OwnPasses:
         One forward pass, and one backward pass for each token.
 
         Args:
-            visitor_of: from the index of a token to the visitor of its backward pass; see `visit`.
+            visitor_of: turns the index of a token into the visitor of its backward pass; see
+                `visit`.
             at: the gates, one point.
             require_all: whether a site that no gradient reaches is refused.
 

@@ -42,9 +42,9 @@ class ModelSizes:
     over one prompt of so many tokens of which a margin of two tokens is read.
 
     Attributes:
-        n_layers, d_model, d_mlp, n_heads, d_vocab: of the model.
+        n_layers, d_model, d_mlp, n_heads, d_vocab: the sizes of the model.
         sites: how many modules the adapter has.
-        dtype: of the weights and activations.
+        dtype: the dtype of the weights and activations.
         keeps_patterns: whether attention patterns are hook points (eager attention).
         max_memory: a bound in bytes beside the model; None for no bound.
     """
@@ -87,7 +87,7 @@ class ModelSizes:
         """The bytes of so many copies of the prompt in forward passes.
 
         Args:
-            tokens: of the prompt.
+            tokens: how many tokens the prompt has.
             copies: how often the prompt is run.
         """
         lens = self.as_lens()
@@ -100,7 +100,7 @@ class ModelSizes:
         """The bytes of forward passes at many points, which share their first blocks with one row.
 
         Args:
-            tokens: of the prompt.
+            tokens: how many tokens the prompt has.
             points: how many points there are.
         """
         lens = self.as_lens()
@@ -113,7 +113,7 @@ class ModelSizes:
         """The bytes of so many copies of the prompt in forward and backward passes.
 
         Args:
-            tokens: of the prompt.
+            tokens: how many tokens the prompt has.
             copies: how often the prompt is run.
         """
         lens = self.as_lens()
@@ -128,7 +128,7 @@ class ModelSizes:
         """The bytes of a forward and a backward pass whose blocks run again.
 
         Args:
-            tokens: of the prompt.
+            tokens: how many tokens the prompt has.
         """
         footprint = footprint_of(self.as_lens(), _margin_of(tokens))
         return footprint.of_rerun + footprint.graphed + footprint.always
@@ -137,7 +137,7 @@ class ModelSizes:
         """The bytes of a pass of dual numbers.
 
         Args:
-            tokens: of the prompt.
+            tokens: how many tokens the prompt has.
         """
         lens = self.as_lens()
         return dual_pass_bytes(lens) + dual_copy_bytes(lens, _margin_of(tokens).rows, read=1)
@@ -146,7 +146,7 @@ class ModelSizes:
         """The bytes of a pass of dual numbers, and of the way back through the graph of its values.
 
         Args:
-            tokens: of the prompt.
+            tokens: how many tokens the prompt has.
         """
         lens = self.as_lens()
         run = _margin_of(tokens)
@@ -158,7 +158,7 @@ class ModelSizes:
         """The bytes of the graph of a second derivative, which is kept whole.
 
         Args:
-            tokens: of the prompt.
+            tokens: how many tokens the prompt has.
         """
         graph = memory.graph_bytes(self.as_lens(), _margin_of(tokens))
         return memory.SECOND_ORDER_GRAPHS * graph

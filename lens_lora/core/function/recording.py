@@ -49,7 +49,7 @@ def record(
         prompts: the rows.
         scale: the gates of all rows, or [row, site], those of each.
         names: hook points.
-        in_full: those that must hold activations with the batch as first axis; others of `names`
+        in_full: points that must hold activations with the batch as first axis; others of `names`
             that hold something else are left out. Without it, all must.
 
     Raises:
@@ -141,7 +141,7 @@ def positioned(
     in_full: Sequence[str],
     scale: float,
 ) -> tuple[str, ...]:
-    """The points that hold [batch, pos, …], of which one token has one entry.
+    """The points that hold [batch, pos, …], with one entry for each token.
 
     One pass of two rows of a token each. In what all rows share, such as rotary angles, no prompt
     has an activation of its own.
@@ -150,8 +150,8 @@ def positioned(
         lens: the adapter over the model.
         prompts: the rows of the recording.
         recording: what the points held there.
-        points: those that fired.
-        in_full: those that were named in full, whose second axis must be the position. Others are
+        points: the points that fired.
+        in_full: points that were named in full, whose second axis must be the position. Others are
             left out where it is not, and where all rows share one.
         scale: the gates of the recording.
 

@@ -35,7 +35,7 @@ class Known:
     Attributes:
         values: g at each strength ε.
         slopes: ∂g/∂ε_l of whole sites at each strength.
-        draws: at each strength g, followed by draws of g with noise at the embedding.
+        draws: g at each strength, followed by draws of g with noise at the embedding.
         slope_draws: draws of first order at the base, once they were run.
         str_tokens: the tokens of each prompt, once they were looked up.
     """
@@ -159,7 +159,7 @@ class Remembering(Evaluator):
     def draw(
         self, scales: Sequence[float], beside: Sequence[float] = (), *, progress: bool = False
     ) -> list[Float[Tensor, "draw batch"]]:
-        """Evaluate g and draws of it at some strengths, and in the same batch g at `beside`."""
+        """Evaluate g and draws of it at some strengths, and g at `beside` in the same batch."""
         draws_at = self.known.draws
         if self.reading.holds_base and 0.0 in scales and 0.0 not in draws_at:
             draws_at[0.0] = self.draws_of_held_base()

@@ -407,11 +407,11 @@ class Taps:
             written = written + leaf
         z_alone = fwad.unpack_dual(self._primal(z)).primal.detach()
         one = z_alone.new_zeros((), dtype=out.dtype).requires_grad_()
-        beside: Any = _SavedBeside.apply(one, z_alone)
+        saved_input: Any = _SavedBeside.apply(one, z_alone)
 
         def on_gradient(gradient: Tensor) -> None:
             # It is read through the node: torch 2.6 clears it once the node's tensor is gone.
-            (saved_z,) = beside.grad_fn.saved_tensors
+            (saved_z,) = saved_input.grad_fn.saved_tensors
             self._show(index, gradient, saved_z)
 
         # Without a gradient, the model computes this under no_grad: see `require_all_seen`.

@@ -242,7 +242,7 @@ class _OnePass(NamedTuple):
     """The parts that are run in one dual forward pass.
 
     Attributes:
-        indices: which of all parts they are.
+        indices: the indices of these among all parts.
         run: computes the dual logits (or residual stream) of these parts.
     """
 
@@ -365,8 +365,8 @@ class _PartsInject:
                 by_site.setdefault(site, []).append((row, part))
         # For each site, the rows in which it has a tangent, and the slots that each row keeps.
         self._rows: dict[int, tuple[Int[Tensor, " part"], Slots]] = {}
-        for site, moved in by_site.items():
-            self._rows[site] = self._rows_and_slots(site, moved, read_positions)
+        for site, parts_of_site in by_site.items():
+            self._rows[site] = self._rows_and_slots(site, parts_of_site, read_positions)
 
     def _rows_and_slots(
         self, site: int, moved: Sequence[tuple[int, Part]], read_positions: Int[Tensor, "row slot"]

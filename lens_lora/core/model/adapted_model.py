@@ -47,7 +47,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
     """A hooked model with an adapter over it: its sites, their gates, and the hooks at them.
 
     Attributes:
-        model: the hooked model; it has no hooks of an adapter but within the blocks.
+        model: the hooked model; only within the blocks does it have hooks of an adapter.
     """
 
     def __init__(self, model: Any, plan: Plan) -> None:
@@ -267,7 +267,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         return HookPoints.of(self._plan, names)
 
     def hooked(self, hooks: Sequence[tuple[str, HookFn]]) -> AbstractContextManager[None]:
-        """Within the block these hooks are on the model, beside those that others put there.
+        """Within the block these hooks are on the model, together with those that others put there.
 
         Args:
             hooks: [(hook point or module, function)], as `model.run_with_hooks` takes them.
@@ -410,7 +410,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         """Let other threads that use a lens on this model wait until the span ends.
 
         Args:
-            span: for how long.
+            span: the span for which they wait.
         """
         hold(span, lock_of(self.model))
 

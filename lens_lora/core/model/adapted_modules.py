@@ -37,14 +37,14 @@ class SiteFactors:
     """A site in the Hugging Face basis, with the adapter's factors of its own output rows.
 
     Attributes:
-        name: such as 'blocks.3.attn.q', or in a sum of adapters 'blocks.3.attn.q@name'.
+        name: its name, such as 'blocks.3.attn.q', or in a sum of adapters 'blocks.3.attn.q@name'.
         module: the path of the module that the adapter names.
         path: the path of the module that is changed; it differs if the base ties it to `module`.
         layer: the number of the block.
-        kind: such as 'q'.
+        kind: its kind, such as 'q'.
         factors: the adapter's factors of these rows; trained parameters are [out, in].
         rows: the rows of a fused module that belong to the site; None for all.
-        adapter: in a sum of adapters, the name of the part.
+        adapter: the name of the part, in a sum of adapters.
         base_model: the base that the adapter names.
     """
 

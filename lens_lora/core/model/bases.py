@@ -69,7 +69,7 @@ class BaseWeights:
         """The weight W of a linear map, or of an embedding with the vocabulary as its input.
 
         Args:
-            path: that of the module.
+            path: the path of the module.
             rows: the output rows of a fused projection; None for all.
         """
         return _rows(stored_weight(self._module(path)), rows)

@@ -189,7 +189,7 @@ class BridgeHost(HookedHost):
             return extensions.dequantised(linear)
         with compat.brought_in(linear):
             weight = stored_weight(linear)
-        scale = self.embedding_scale(kind)
+        scale = self.known("factor", kind, make=lambda: self.embedding_scale(kind))
         if scale == 1:
             return weight
         return weight * scale
@@ -202,13 +202,13 @@ class BridgeHost(HookedHost):
             return look(owner, owner.get_parameter(parameter))
 
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
-        """(out, in) of the weight; of a stack of experts, of the weight of each."""
+        """(out, in) of the weight; for a stack of experts, that of each expert's weight."""
         if isinstance(self._wrapped(layer, kind), nn.Parameter):
             return self._of_parameter(layer, kind, extensions.each_shape)
         return super().shape(layer, kind)
 
     def stack(self, layer: int, kind: str) -> Tensor | None:
-        """The parameter of a stack of experts; None of any other kind."""
+        """The parameter of a stack of experts; None for any other kind."""
         weight = self._wrapped(layer, kind)
         if not isinstance(weight, nn.Parameter) or weight.ndim != 3:
             return None
@@ -235,7 +235,11 @@ class BridgeHost(HookedHost):
 
     def _wrapped(self, layer: int, kind: str) -> Any:
         """The Hugging Face module of a component, or the parameter; None where it has none."""
-        return unwrapped(module_at(self.model, self._component(layer, kind)))
+
+        def find() -> Any:
+            return unwrapped(module_at(self.model, self._component(layer, kind)))
+
+        return self.known("wrapped", layer, kind, make=find)
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
         """W at a site, where the model has it: a dequantised weight is only near it."""

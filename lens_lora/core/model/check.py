@@ -61,13 +61,13 @@ def _refuse_other_tasks(model: nn.Module) -> None:
     config = getattr(hf_model, "config", None)
     can_generate = getattr(hf_model, "can_generate", lambda: True)
     if getattr(config, "is_encoder_decoder", False):
-        what = "an encoder-decoder"
+        kind = "an encoder-decoder"
     elif not can_generate():
-        what = "no causal language model with a head"
+        kind = "no causal language model with a head"
     else:
         return
     raise ModelStateError(
-        f"{type(hf_model).__name__} is {what}, and a lens explains next-token logits of a decoder.",
+        f"{type(hf_model).__name__} is {kind}, and a lens explains next-token logits of a decoder.",
         remedy="Pass a decoder: AutoModelForCausalLM.from_pretrained(base).",
         in_shell="Name a decoder with --model.",
     )
@@ -89,7 +89,7 @@ def refuse_compiled(modules: Mapping[nn.Module, str]) -> None:
 
 
 def modules_of(model: nn.Module) -> dict[nn.Module, str]:
-    """The names of a hooked model's modules; of a bridge also those without a component."""
+    """The name of each module of a hooked model, also where a bridge has no component for it."""
     base = getattr(model, "original_model", model)
     names: dict[nn.Module, str] = {}
     for name, module in (*base.named_modules(), *model.named_modules()):

@@ -1,6 +1,6 @@
 """Functions that the lens calls and other folders provide, as `lens_lora/registered.py` says.
 
-A lens is sites, maps, hooks and gates over a host. What it does beside that, such as generating
+A lens is sites, maps, hooks and gates over a host. What it does beyond that, such as generating
 text or comparing its base with the one that the adapter names, stands in a folder above the core.
 """
 
@@ -79,7 +79,7 @@ def probed(
     eps: Callable[[], float],
     probe: Probe | None,
 ) -> frozenset[str]:
-    """`done` and the adapter's modules, once they are seen to be exact on this model.
+    """Check the adapter's modules on this model, and return them together with those in `done`.
 
     Raises:
         ModelStateError: a module is not; or there is nothing with which to compare.
@@ -107,7 +107,7 @@ def note_on_names(named: str | None, names: Sequence[str]) -> str:
 
     Args:
         named: the base that the adapter names.
-        names: those by which the model's base is known.
+        names: the names by which the model's base is known.
     """
     raise NotImplementedError
 

@@ -34,7 +34,7 @@ def register_host(class_name: str) -> Callable[[_Makes], _Makes]:
     """Decorate what makes the hosts of a class of hooked models: a class of hosts, or a function.
 
     Args:
-        class_name: of the hooked models; that of a base class will do.
+        class_name: the name of the class of hooked models, or of a base class of it.
     """
 
     def register(make: _Makes) -> _Makes:

@@ -26,7 +26,7 @@ def gates_of(
     Args:
         scale: one number for all sites, one for each, or {site name or glob: number}, others 0.
         sites: all sites.
-        dtype: that of the gates.
+        dtype: the dtype of the gates.
 
     Raises:
         SiteError: a name that matches no site, or a tensor without one gate per site.
@@ -57,7 +57,7 @@ def gates_of_rows(gates: Float[Tensor, "*given site"], rows: int) -> Float[Tenso
     """The gates of all rows, [site], or of each of so many rows, [row, site].
 
     Args:
-        gates: those that a caller gave.
+        gates: the gates that a caller gave.
         rows: how many rows there are.
 
     Raises:
@@ -76,7 +76,7 @@ def require_gates_of_rows(given: int, rows: int) -> None:
     """Refuse gates of another number of rows than there are.
 
     Args:
-        given: of how many rows gates were given.
+        given: the number of rows for which gates were given.
         rows: how many there are.
 
     Raises:

@@ -50,7 +50,7 @@ class Turn:
 
 
 def svd_turn(update: Update) -> Turn:
-    """The SVD of sBA as a change of coordinates; of a stack of experts, the SVD of each."""
+    """The SVD of sBA as a change of coordinates; for a stack of experts, the SVD of each expert."""
     if update.experts:
         turns = [svd_turn(each) for each in update.by_expert()]
         to_svd = torch.block_diag(*[turn.to_svd for turn in turns])
@@ -64,7 +64,7 @@ def svd_turn(update: Update) -> Turn:
     to_svd = A.new_zeros(rank, rank)
     from_svd = A.new_zeros(rank, rank)
     sigma = A.new_zeros(rank)
-    count = min(rank, out, width)  # of singular values
+    count = min(rank, out, width)  # how many singular values there are
     if count == 0:
         return Turn(to_svd, from_svd, sigma)
 

@@ -54,7 +54,7 @@ class HookedHost(abc.ABC):
 
     Attributes:
         class_name: the class's name in errors and saved results.
-        pass_overhead: the memory of a forward pass beside that of its rows, measured, in sizes of
+        pass_overhead: the memory of a forward pass beyond that of its rows, measured, in sizes of
             W_U.
         embedding_output: the hook point, or module, of the token embedding's output.
         flags: the fields of the configuration that change what hook points show.
@@ -97,7 +97,7 @@ class HookedHost(abc.ABC):
 
     @property
     def modules(self) -> Mapping[nn.Module, str]:
-        """Every module and its name, as `modules_of` lists them; of one walk over the model."""
+        """Every module and its name, as `modules_of` lists them; the model is walked once."""
         return self.known("modules", make=lambda: modules_of(self.model))
 
     @property
@@ -147,7 +147,7 @@ class HookedHost(abc.ABC):
         """The model's own weight of this kind, heads flattened."""
 
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
-        """(out, in) of the weight; of a stack of experts, of the weight of each."""
+        """(out, in) of the weight; for a stack of experts, that of each expert's weight."""
         out, width = self.weight(layer, kind).shape
         return out, width
 
@@ -166,7 +166,7 @@ class HookedHost(abc.ABC):
 
     @abc.abstractmethod
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
-        """Until the span ends, passes alone read these parameters of a site."""
+        """Until the span ends, only passes of the model may read these parameters of a site."""
 
     @abc.abstractmethod
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
@@ -190,7 +190,7 @@ class HookedHost(abc.ABC):
 
         Args:
             layer: its number.
-            kind: that of the norm, or of a linear map that reads it.
+            kind: the kind of the norm, or of a linear map that reads it.
         """
         if kind not in NORM_KINDS:
             return self.reads_folded_norm(layer, kind)
@@ -229,7 +229,7 @@ class HookedHost(abc.ABC):
 
     @abc.abstractmethod
     def rows_of_cache(self, cache: Any, rows: Int[Tensor, " chosen"]) -> Any:
-        """The cache of these rows, each of which may be chosen several times; ends the old one."""
+        """A cache of these rows, which may repeat. The old cache is used up."""
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
         """(W_U, bias), or None where a soft-cap follows them before the logits."""

@@ -80,7 +80,7 @@ class HookedTransformerHost(HookedHost):
     def _refuse_refactored(self) -> None:
         """Refuse refactored attention, where the rows of each head in W_O are orthonormal."""
         for layer, block in enumerate(self.model.blocks):
-            heads = in_float64(_held(block.attn, "W_O"))
+            heads = in_float64(_parameter_of(block.attn, "W_O"))
             gram = heads @ heads.transpose(1, 2)
             identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             if gram.shape[-1] > 1 and bool(((gram - identity).abs().amax() < 1e-4).item()):
@@ -218,13 +218,13 @@ class HookedTransformerHost(HookedHost):
 
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
         """The parameter of this kind, turned to [out, in]; a grouped model's own heads only."""
-        parameter = _held(*self._parameter(layer, kind))
+        parameter = _parameter_of(*self._parameter(layer, kind))
         if kind in ("q", "k", "v"):
             return parameter.transpose(1, 2).flatten(0, 1)
         return parameter.flatten(0, -2).T
 
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
-        """Refuse the reading of W_Q and b_Q of an attention, say, but by its own passes."""
+        """Refuse to read parameters such as W_Q and b_Q, except within the module's own passes."""
         module, weight = self._parameter(site.layer, site.kind)
         by_parameter = {"weight": weight, "bias": _bias_name(weight)}
         names = [by_parameter[parameter] for parameter in parameters]
@@ -234,7 +234,7 @@ class HookedTransformerHost(HookedHost):
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
         """The parameter b_V, b_O or b_U."""
         module, weight = self._parameter(layer, kind)
-        return _held(module, _bias_name(weight)).flatten()
+        return _parameter_of(module, _bias_name(weight)).flatten()
 
     def base_bias(self, site: SiteFactors) -> Tensor | None:
         """The base's bias b at a site; None also for an unprocessed model's head whose b_U is zero.
@@ -244,7 +244,11 @@ class HookedTransformerHost(HookedHost):
                 were processed.
         """
         is_raw = self.base is None and not self.needs_base()
-        if is_raw and site.kind == "unembed" and not bool(_held(self.model.unembed, "b_U").any()):
+        if (
+            is_raw
+            and site.kind == "unembed"
+            and not bool(_parameter_of(self.model.unembed, "b_U").any())
+        ):
             return None
         return super().base_bias(site)
 
@@ -316,8 +320,8 @@ def _bias_name(weight: str) -> str:
     return f"b{weight.removeprefix('W')}"
 
 
-def _held(module: nn.Module, name: str) -> Tensor:
-    """A parameter, within an open block, too; K and V of grouped heads without their copies."""
+def _parameter_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter, also while reading it is refused; grouped heads of K and V without copies."""
     parameters = parameters_in(module)
     if name not in parameters:
         name = f"_{name}"

@@ -138,7 +138,7 @@ def _add_to_module(span: Temporary, module: nn.Module, fn: Any, *, is_first: boo
     """Put a forward hook on a module until the span ends.
 
     Args:
-        span: for how long.
+        span: the span for which it stays.
         module: a module without hook points.
         fn: a hook of a hook point; if it has a method `at_module(args, output)`, this is called.
         is_first: whether a hook with that method comes before all others of the module.

@@ -77,7 +77,7 @@ class Host(Protocol):
     Attributes:
         class_name: the class's name in errors and saved results.
         embedding_output: the hook point, or module, of the token embedding's output.
-        pass_overhead: the memory of a forward pass beside that of its rows, measured, in sizes of
+        pass_overhead: the memory of a forward pass beyond that of its rows, measured, in sizes of
             W_U.
     """
 
@@ -158,7 +158,7 @@ class Host(Protocol):
         ...
 
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
-        """(out, in) of the weight; of a stack of experts, of the weight of each."""
+        """(out, in) of the weight; for a stack of experts, that of each expert's weight."""
         ...
 
     def experts(self, layer: int, kind: str) -> int:
@@ -222,7 +222,7 @@ class Host(Protocol):
         """(logits, cache) of the tokens that follow those in the cache; None to begin one.
 
         Args:
-            tokens: of each row.
+            tokens: the tokens of each row.
             cache: what an earlier call gave.
             mask: 0 at padding on the left, 1 elsewhere, of the tokens in the cache and these; None
                 where nothing is padded.
@@ -230,5 +230,5 @@ class Host(Protocol):
         ...
 
     def rows_of_cache(self, cache: Any, rows: Int[Tensor, " chosen"]) -> Any:
-        """The cache of these rows, each of which may be chosen several times; ends the old one."""
+        """A cache of these rows, which may repeat. The old cache is used up."""
         ...

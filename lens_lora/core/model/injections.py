@@ -150,7 +150,7 @@ class _AtSite:
     laid_by: object | None = dataclasses.field(default_factory=hooks.call_under_way, kw_only=True)
 
     def begun(self) -> Tensor | None:
-        """Check that the hook is of this call; returns the tensor that shows the layout of rows."""
+        """Check that this call has laid the hook, and return the tensor that shows how rows lie."""
         require_own_hooks(self.laid_by, self.adapter)
         return None if self.like is None else self.like.kept[-1]
 

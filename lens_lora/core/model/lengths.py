@@ -74,7 +74,7 @@ class Rotary:
         def replace(span: Temporary) -> None:
             self._begin(span)
             for module in self._modules():
-                own = Rotary([(held, rule) for held, rule in self.rules if held is module])
+                own = Rotary([(table, rule) for table, rule in self.rules if table is module])
                 replace_forward(span, module, _TablesByRow(module.forward, own, lengths))
 
         return Temporary(replace)

@@ -172,7 +172,7 @@ class LoraLens(AdaptedModel):
     def _probed_with(
         self, adapter: Adapter, done: frozenset[str], probe: extensions.Probe | None = None
     ) -> frozenset[str]:
-        """Check that this adapter's modules are exact on the model; returns all modules so checked.
+        """Check that this adapter's modules are exact on the model; return all modules so checked.
 
         Args:
             adapter: the adapter.
@@ -415,6 +415,7 @@ class LoraLens(AdaptedModel):
                 raise self.not_finite(lambda: self.run(ready))
         return logits
 
+    @guesses.fitting
     def __call__(
         self, prompts: PromptsLike, scale: Scale = 1.0
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -609,7 +610,7 @@ class LoraLens(AdaptedModel):
         """The names of the model and the adapter, and versions, as saved with every result.
 
         Args:
-            prompts: those of the result; then it also says how they were read, and whether
+            prompts: the result's prompts; then it also says how they were read, and whether
                 responses follow them.
         """
         always = {
@@ -638,6 +639,15 @@ class LoraLens(AdaptedModel):
                 return getattr(self, guesses.present_name("lens", name, guesses.FORMER_OF_LENS))
             parts = {"lens.model": type(vars(self).get("model"))}
             return guesses.missing_attribute(self, name, guesses.OF_LENS, parts)
+
+        def __getitem__(self, key: object) -> Any:
+            """Refuse to be indexed or iterated, and say what has a site's numbers."""
+            raise errors.CallError(
+                f"a lens is not indexed, by {key!r} or otherwise",
+                remedy='lens.sites["blocks.3.attn.q"] is one of its sites, lens.delta_w(name) is '
+                "what was added there, and ll.patch_sites(lens, prompts, readout) says what each "
+                "does.",
+            )
 
         def __setattr__(self, name: str, value: Any) -> None:
             """Refuse an assignment that would change nothing, as of another adapter or model.

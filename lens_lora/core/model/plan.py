@@ -54,7 +54,7 @@ class Injection:
         partner: the index of a second site, by whose gate δ is multiplied as well. Both sites have
             this δ, each in its own rank space, and each adds half of it, so that both can be split
             by rank.
-        whole: at v's own output: the map with its constant part, if that part is added at o.
+        whole: the map with its constant part, at v's own output, if that part is added at o.
         is_constant_of_v: whether this is the constant part of an update of v, added at o.
     """
 

@@ -67,14 +67,14 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
             try:
                 span.__enter__()
                 result = call(*args, **kwargs)
-                # What is open still is the caller's own, such as a block in a suspended generator.
+                # What is still open is the caller's own, such as a block in a suspended generator.
                 others = [other for other in open_spans() if other is not span]
                 return result
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, LensLoraError):
                     raise
                 if compat.is_memory_short(error):
-                    clear_frames(error.__traceback__)  # which hold what takes the memory
+                    clear_frames(error.__traceback__)  # its frames hold what takes the memory
                     raise _out_of_memory(lens, error) from error
                 if "nference tensor" not in str(error):
                     raise

@@ -173,12 +173,15 @@ def require_same_logits(
         logits = logits_of(TOKENS.to(expected.device)).to(expected)
     logits = logits - logits.mean(-1, keepdim=True)
     expected = expected - expected.mean(-1, keepdim=True)
-    off = float((logits - expected).abs().max())
-    span = float(expected.max() - expected.min())
+    difference = float((logits - expected).abs().max())
+    extent = float(expected.max() - expected.min())
     # Written so that NaN agrees with nothing.
-    agrees = off <= AGREEMENT * span or off <= _ROUNDINGS * eps() * span
+    is_close = difference <= AGREEMENT * extent
+    agrees = is_close or difference <= _ROUNDINGS * eps() * extent
     if not agrees:
-        raise ModelStateError(f"{claim}: {off:.2g} off, of a range of {span:.2g}. {remedy}")
+        raise ModelStateError(
+            f"{claim}: {difference:.2g} off, of a range of {extent:.2g}. {remedy}"
+        )
 
 
 def first_non_finite(model: Any, run: Callable[[], object]) -> str:

@@ -56,16 +56,17 @@ class Site(guesses.Answering):
     """One adapted linear map of the model, as data; or a norm whose γ or β was trained.
 
     Attributes:
-        name: such as 'blocks.3.attn.q' or 'blocks.3.ln1'.
+        name: its name, such as 'blocks.3.attn.q' or 'blocks.3.ln1'.
         module: the Hugging Face path that the adapter names.
         layer: the number of the block; −1 for embeddings, and the number of blocks for the final
             norm and the unembedding.
-        kind: such as 'q' or 'ln1'.
+        kind: its kind, such as 'q' or 'ln1'.
         read: the hook point or module at which z is read; a norm reads the normalised value.
         write: the hook point or module at which s·B·A·z is added.
         rank: the rank of the factors of ΔW, plus one for a change of bias; for a norm, the number
             of its features, plus one for a change of β.
-        adapter: in a sum of adapters, the one that it belongs to; the name then ends in '@' and it.
+        adapter: the adapter of a sum to which it belongs; the site's name then ends in '@' and that
+            name.
         experts: the number of experts whose ranks follow one another; 0 if the weight is no stack.
     """
 
@@ -185,8 +186,10 @@ class Sites(guesses.Answering, tuple[Site, ...]):
                 raise ArgumentError("group={} holds no group; name at least one.")
             return {name: self.chosen(_globs(globs)) for name, globs in group.items()}
         if not isinstance(group, str) or group not in _LABELS:
+            meant = guesses.meant_choice("group", group, _LABELS)
             raise ArgumentError(
                 f"group {group!r}: expected 'site', 'layer', 'kind', or {{name: globs of sites}}."
+                f"{meant}"
             )
         label = _LABELS[group]
         groups: dict[str, list[int]] = {}
@@ -338,7 +341,12 @@ def _sites_named(sites: Sequence[Site], glob: str) -> list[int]:
     names = [site.name for site in sites]
     modules = list(dict.fromkeys(site.module for site in sites))
     near = difflib.get_close_matches(path, [*names, *modules], n=3, cutoff=0.3)
-    raise SiteError(f"{glob!r} matches no site; the nearest are {near or names[:3]}.")
+    fact = f"{glob!r} matches no site; the nearest are {near or names[:3]}"
+    wider = f"*{path}*"
+    matched = [name for name in (*names, *modules) if path and fnmatch.fnmatchcase(name, wider)]
+    if matched:
+        raise SiteError(fact, remedy=f"the glob {wider!r} takes all whose name holds it.")
+    raise SiteError(f"{fact}.")
 
 
 def _globs(globs: str | Sequence[str]) -> list[str]:
@@ -403,6 +411,8 @@ def by_axes(
                 " Without by= there is a number for each site; layers and kinds are sums of them: "
                 ".sum('layer') of the result, or group='layer' with by='token'."
             )
+        else:
+            remedy = guesses.meant_choice("by", by, axes)
         raise ArgumentError(f"by={by!r}: expected any of {axes}.{remedy}")
     if {"expert", "rank"} <= wanted:
         raise ArgumentError(

@@ -16,7 +16,7 @@ _COMPARED: weakref.WeakKeyDictionary[Any, set[Path]] = weakref.WeakKeyDictionary
 
 
 def tokenizer_origin(model: Any) -> str:
-    """Where the tokenizer is from, and how it differs from the base's; '' of the base's own."""
+    """Where the tokenizer is from, and how it differs from the base's; '' for the base's own."""
     known = known_of_tokenizer(getattr(model, "tokenizer", None))
     return known.origin if known else ""
 

@@ -35,7 +35,7 @@ def unembedded_only(span: Temporary, model: Any, select: Callable[[Tensor], Tens
 
 
 def unrounded(residual: Tensor) -> Tensor:
-    """The residual stream as it is, where nothing rounds what is made of it.
+    """Return the residual stream as it is, once it is seen that autocast is off.
 
     Raises:
         ModelStateError: the model's own forward pass turned autocast on.

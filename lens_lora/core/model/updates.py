@@ -436,10 +436,10 @@ def _unlike_base(site: SiteFactors, held: Tensor | None, host: HookedHost) -> Te
     if host.base is None and not host.needs_base() and host.is_centred(site.kind, weight):
         wide = in_float64(held)
         weight = in_float64(weight) / host.embedding_scale(site.kind)
-        off = (wide - wide.mean(0, keepdim=True)).to(weight.device) - weight
+        difference = (wide - wide.mean(0, keepdim=True)).to(weight.device) - weight
         eps = max(torch.finfo(held.dtype).eps, torch.finfo(host.working_dtype).eps)
         room = 4 * eps * wide.abs().amax(0, keepdim=True).to(weight.device)
-        is_base = bool((off.abs() <= room).all())
+        is_base = bool((difference.abs() <= room).all())
     else:
         is_base = is_same(held, host.base_weight(site, "whether its stored weight is the base's"))
     return None if is_base else held

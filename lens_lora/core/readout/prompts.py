@@ -207,7 +207,7 @@ class Prompts:
         if len(prompts_by_origin) == 1:
             parts = list(prompts_by_origin)
         else:
-            parts = [f"{how} ({', '.join(those)})" for how, those in prompts_by_origin.items()]
+            parts = [f"{how} ({', '.join(numbers)})" for how, numbers in prompts_by_origin.items()]
         if BY_HOST in prompts_by_origin:
             parts.append("prepend_bos=False adds none")
         return f"Prompts({self.batch} of {sizes} tokens; {'; '.join(parts)})"

@@ -171,7 +171,7 @@ class Reading:
         return groups
 
     def only(self, prompts: Int[Tensor, " some"]) -> Reading:
-        """The reading of some prompts; of all of them for a user's function, which may need all."""
+        """The reading of some prompts; a user's function gets all of them, as it may need all."""
         if not isinstance(self.read, _ByRow):
             return self
         is_of_these = torch.isin(self.owner, prompts.to(self.owner))

@@ -288,8 +288,14 @@ def _meant_readout(value: object) -> str:
     if isinstance(value, list | tuple) and value and all(map(_is_token, value)):
         if len(value) == 2:
             pair = ", ".join(map(repr, value))
-            return f"ll.Margin({pair}) reads the one answer's logit minus the other's"
-        return f"a list of readouts is [ll.LogProb({value[0]!r}), …]"
+            return (
+                f"ll.Margin({pair}) reads the one answer's logit minus the other's, and "
+                f"ll.LogProb({list(value)!r}) an answer of its own for each of two prompts"
+            )
+        return (
+            f"ll.LogProb({list(value)!r}) reads an answer of its own for each prompt, and a list "
+            f"of readouts is [ll.LogProb({value[0]!r}), …]"
+        )
     return "use ll.LogProb, ll.Margin, ll.Logit, or ll.Readout.of(fn)"
 
 

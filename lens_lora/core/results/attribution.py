@@ -115,7 +115,7 @@ class Attribution(Ranked, Reported):
         at: float,
         **details: Any,
     ) -> Attribution:
-        """Put labels to values of every site, with the exact shift beside them.
+        """Put labels to the values of every site, and add the exact shift.
 
         Cost: two forward passes for the exact ends, unless g knows them.
 

@@ -77,7 +77,8 @@ class Axes:
     def __init__(self, whole: object) -> None:
         self.sizes: Sizes = {}
         self._class_name = type(whole).__name__
-        self._by = getattr(whole, "by", ())
+        # Not by `getattr`, for which a result without the field would look for what was meant.
+        self._by = vars(whole).get("by", ())
         self._arrays: list[_Array] = []
         self._labels: list[_Labels] = []
         self._sizes_of_parts: list[tuple[str, Sizes]] = []
@@ -241,7 +242,8 @@ def _is_a(value: Any, hint: Any) -> bool:
     if hint in (int, float):  # An int counts as a float, but a bool counts as neither.
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if _is_array(hint):
-        _, _, name = str(getattr(value, "dtype", "")).rpartition(".")  # jaxtyping's name of it
+        # The dtype as jaxtyping names it: 'float32' of 'torch.float32'.
+        _, _, name = str(getattr(value, "dtype", "")).rpartition(".")
         return isinstance(value, hint.array_type) and name in hint.dtypes
     return isinstance(value, origin or hint)
 

@@ -66,11 +66,13 @@ class Result(abc.ABC):
         for name in _NAME_WRONG_ARGUMENTS:
             if name in vars(cls):
                 setattr(cls, name, guesses.fitting(vars(cls)[name]))
+        if "plot" in vars(cls):
+            guesses.refuse_kinds_of_figure(vars(cls)["plot"])
         dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=kw_only)(stored(cls))
 
     def __post_init__(self) -> None:
         """Refuse fields that contradict each other, also in what is read from a file."""
-        vars(self)["axes"] = Axes(self).sizes  # for a result that this one is a part of
+        vars(self)["axes"] = Axes(self).sizes  # read by a result that has this one as a part
 
     @abc.abstractmethod
     def to_frame(self) -> pd.DataFrame:
@@ -126,7 +128,7 @@ class Result(abc.ABC):
         Args:
             key: the number of a row, or a slice of rows; the name of a column; or a label, for the
                 rows that have it: a site, a group, or a module, whose path may be as PEFT writes
-                it.
+                it. Of names it may also be the last parts ("q_proj") or a glob ("blocks.3.*").
 
         Raises:
             IndexError: no such row.

@@ -55,7 +55,7 @@ class Effects(Ranked):
         how: str,
         **details: Any,
     ) -> Effects:
-        """Put labels to effects, with the exact shift beside them, and their noise floor.
+        """Put labels to effects, and add the exact shift and their noise floor.
 
         An effect is a difference of two values of g near one end, both of which are rounded.
 

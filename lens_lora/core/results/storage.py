@@ -83,7 +83,7 @@ def save_result(result: object, path: str | Path) -> Path:
     """Write a result, whole or not at all; returns the path.
 
     Args:
-        result: of a class that is `stored`.
+        result: a result whose class is `stored`.
         path: the file to write.
 
     Raises:
@@ -146,7 +146,7 @@ def read_result(path: str | Path) -> object:
 
 
 def kind_in_file(file: Path) -> str | None:
-    """The name of the class of the result that a file holds; None of any other file.
+    """The name of the class of the result that a file holds; None for any other file.
 
     Only the file's header is read. 'damaged' stands for a class that it does not name.
     """
@@ -268,6 +268,6 @@ def _digest(labels: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's own bytes; a copy, as one entry may lie at any stride."""
+    """A copy of a tensor's bytes, as a tensor of one entry may have any stride."""
     flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy().data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -39,12 +40,27 @@ def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return cast("list[dict[str, Any]]", frame.to_dict("records"))
 
 
+# The columns whose labels are names of dotted parts, such as blocks.3.mlp.down.
+_NAMES_OF_PLACES = ("site", "module", "group", "writer", "reader", "name")
+
+
+def is_part(label: str, key: str) -> bool:
+    """Whether a key is a glob that a dotted name fits, or successive parts of the name.
+
+    Args:
+        label: the name, such as 'model.layers.3.self_attn.q_proj'.
+        key: a key such as 'q_proj', 'self_attn', 'layers.3' or 'model.layers.3.*'.
+    """
+    return fnmatch.fnmatchcase(label, key) or f".{key}." in f".{label}."
+
+
 def part_of_table(frame: pd.DataFrame, key: object) -> Any:
     """A row, a column, or the rows that have a label.
 
     Args:
         frame: the table.
-        key: the number of a row, or a slice; a column's name; or a label.
+        key: the number of a row, or a slice; a column's name; a label; or of a dotted name its
+            last parts, or a glob.
 
     Raises:
         IndexError: no such row.
@@ -72,6 +88,11 @@ def part_of_table(frame: pd.DataFrame, key: object) -> Any:
         if has_label.any():
             return frame[has_label].reset_index(drop=True)
         labels.update(label for label in column if isinstance(label, str))
+    for name in _NAMES_OF_PLACES:
+        if name in frame:
+            fits = frame[name].map(lambda label: isinstance(label, str) and is_part(label, key))
+            if fits.any():
+                return frame[fits].reset_index(drop=True)
     nearest = difflib.get_close_matches(key, [*labels, *map(str, frame)])
     known = f"columns: {', '.join(frame)}"
     if nearest:
@@ -86,7 +107,7 @@ def long_table(
 
     Args:
         numbers: the arrays, by the name of their column.
-        axes: for each axis its labels, by the name of their column.
+        axes: the labels of each axis, by the name of their column.
     """
     frame, *others = [pd.DataFrame(axis) for axis in axes]
     for other in others:
@@ -102,7 +123,7 @@ def tokens_at(
     Args:
         rows: each prompt's tokens.
         prompts: an index for each pair.
-        positions: of the token within its prompt.
+        positions: the position of the token within its prompt.
     """
     return [
         rows[int(prompt)][int(position)]

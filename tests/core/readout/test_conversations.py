@@ -16,7 +16,6 @@ from chats import ASK, ASK_IDS, LONGER, LONGER_IDS
 from real import hugging_face, lens
 
 import lens_lora as ll
-from lens_lora import arguments
 from lens_lora.core import tokenise
 
 
@@ -309,25 +308,3 @@ def test_a_conversation_as_a_string_is_refused(model, string):
 def test_numpy_leaves_the_commas_out():
     with pytest.raises(SyntaxError):
         ast.literal_eval(NUMPY)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "w7 [1]",
-        "[w7] w8",
-        "{w7",
-        "[]",
-        "{}",
-        '{"role": "w7"}',
-        '[{"role": "w7", "team": "w8"}]',
-        f"{ASK} w7",
-        f"w7 {ASK}",
-        json.dumps(["w7", "w8"]),
-        "[INST] w7 'role': 'content': [/INST]",
-        "[" * 100_000 + '"role": "content":',
-        "[" + "{'role': " * 5_000,
-    ],
-)
-def test_other_text_with_braces_is_text(text):
-    assert arguments.text("the prompt", text, ll.errors.PromptError) == text

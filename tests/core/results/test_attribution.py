@@ -9,9 +9,11 @@ import models
 import pandas as pd
 import pytest
 import torch
+from results_by_hand import flip_case
 from safetensors.torch import save_file
 
 import lens_lora as ll
+from lens_lora.core import Result
 
 MARGIN = ll.Margin(5, 9)
 TEXTS = ["w5 w7 w8", "w9 w10 w11 w12 w13"]
@@ -119,3 +121,18 @@ def test_repr_says_what_it_is(attribution: ll.results.Attribution):
     largest = attribution.top(1)["site"].item()
     assert "margin(5 − 9)" in repr(attribution) and largest in repr(attribution)
     assert "margin(5 − 9)" in attribution._repr_html_() and largest in attribution._repr_html_()
+
+
+def test_making_a_result_asks_for_no_field_that_it_lacks(monkeypatch: pytest.MonkeyPatch):
+    """`__getattr__` of a result searches the vocabulary for what may be meant."""
+    asked: list[str] = []
+
+    def missing(self: Result, name: str) -> None:
+        del self
+        asked.append(name)
+        raise AttributeError(name)
+
+    monkeypatch.setattr(Result, "__getattr__", missing)
+    made = flip_case()
+    assert asked == []
+    assert not hasattr(made, "no_such_name") and asked == ["no_such_name"]

@@ -1,7 +1,7 @@
 """Measure time and peak memory on random weights in the shapes of known models, without a network.
 
-    python benchmarks/shapes.py Gemma-3-270M Qwen2.5-0.5B --ranks 1 16 64 --write
-    python benchmarks/shapes.py Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
+    python benchmarks/known_shapes.py Gemma-3-270M Qwen2.5-0.5B --ranks 1 16 64 --write
+    python benchmarks/known_shapes.py Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
 
 1. A model of each shape is made in the dtype and on the device that are asked for. Its weights are
    drawn where they stay, so no second copy is held. A LoRA of random factors lies on every linear
