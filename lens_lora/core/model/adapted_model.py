@@ -181,9 +181,11 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
 
         Raises:
             SiteError: no such site, or a glob that matches several.
+            ModelStateError: the model or the adapter has changed since the lens was made.
         """
         from transformer_lens.FactoredMatrix import FactoredMatrix
 
+        self.check_state()
         name = site if isinstance(site, str) else site.name
         B, A = self.maps[self.site_index(name)].of_weight()
         return FactoredMatrix(B.clone(), A.clone())

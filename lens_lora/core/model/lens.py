@@ -253,7 +253,9 @@ class LoraLens(AdaptedModel):
 
         Raises:
             UnsupportedAdapterError: a module whose size is not that of its factors.
+            ModelStateError: the model or the adapter has changed since the lens was made.
         """
+        self.check_state()
         return extensions.null_adapters(self, seed, draws)
 
     def within(self, max_memory: float | None) -> LoraLens:

@@ -13,6 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from every_call import CALLS
 from torch import Tensor, nn
 
 import lens_lora as ll
@@ -116,6 +117,51 @@ def test_every_use_of_the_lens_sees_it(made: SimpleNamespace, use: Callable[...,
     with pytest.raises(ll.errors.ModelStateError, match="was edited in place"):
         use(made.lens)
     assert not any(point._forward_hooks for point in made.model.hook_dict.values())
+
+
+# They are given the lens's model and make a lens of their own, or run the base as it is now.
+OF_THE_MODEL_AS_IT_IS = {"bank", "scan"}
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - OF_THE_MODEL_AS_IT_IS))
+def test_every_public_call_sees_it(stale: ll.LoraLens, name: str):
+    """Also a call that reads only weights, and runs no pass that would notice."""
+    with pytest.raises(ll.errors.ModelStateError, match="was edited in place"):
+        CALLS[name](stale, models.tokens(batch=2, pos=5))
+
+
+OF_WEIGHTS_ALONE: dict[str, Callable[[ll.LoraLens], object]] = {
+    "delta_w": lambda lens: lens.delta_w(lens.sites[0]),
+    "null_adapters": lambda lens: lens.null_adapters(seed=0, draws=1),
+}
+
+
+@pytest.mark.parametrize("read", OF_WEIGHTS_ALONE.values(), ids=OF_WEIGHTS_ALONE)
+def test_what_is_read_of_the_weights_alone_sees_it(
+    stale: ll.LoraLens, read: Callable[[ll.LoraLens], object]
+):
+    """Both describe the adapter over the base that the lens was made for."""
+    with pytest.raises(ll.errors.ModelStateError, match="was edited in place"):
+        read(stale)
+
+
+@pytest.mark.parametrize("read", OF_WEIGHTS_ALONE.values(), ids=OF_WEIGHTS_ALONE)
+def test_weights_are_read_within_a_block(
+    made: SimpleNamespace, read: Callable[[ll.LoraLens], object]
+):
+    """The lens's own hooks are no change of the model."""
+    with made.lens.applied():
+        read(made.lens)
+
+
+@pytest.fixture(scope="module")
+def stale() -> ll.LoraLens:
+    """A lens over a model of which one weight has changed since."""
+    model = models.MAKERS["HookedTransformer"](models.hf_model("llama"))
+    peft = models.peft_model("llama", models.hf_model("llama"))
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    doubled(*places(model)["γ"])
+    return lens
 
 
 @dataclasses.dataclass
