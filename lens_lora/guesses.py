@@ -77,10 +77,26 @@ OF_LENS: Mapping[str, str] = _alike(
         "lens.adapter is the adapter, and lens.adapter.name its name",
     ),
     (
-        "peft_config config lora_config",
+        "config",
+        "lens.cfg is the model's, with its sizes; lens.adapter is the adapter, and lens.adapter"
+        "[path] has the rank and the scale of a module",
+    ),
+    (
+        "peft_config lora_config",
         "lens.adapter is the adapter, whose modules[path] have rank and scale; `lens-lora inspect "
         "ADAPTER` prints them",
     ),
+    (
+        "rank ranks r lora_alpha scaling",
+        "lens.adapter[path] has the rank and the scale of a module, and lens.sites[name].rank the "
+        "rank of a site",
+    ),
+    (
+        "compare diff difference",
+        "every result has base, adapted and shift; ll.token_shifts(lens, prompts, response) "
+        "compares both models token by token, and ll.compare_adapters(lens, other) two adapters",
+    ),
+    ("model_name name name_or_path", "lens.cfg.model_name is the base model's name"),
     ("eval train", "a lens runs its model as the model is; lens.model.eval() is the model's own"),
     ("layers modules named_modules", "lens.sites are the adapted modules, with .layer"),
     (
@@ -137,8 +153,9 @@ FIXED_IN_LENS: Mapping[str, str] = _alike(
 
 OF_ADAPTER: Mapping[str, str] = _alike(
     (
-        "target_modules layers keys named_modules paths",
-        "adapter.modules has the update of each adapted module, by its path",
+        "target_modules layers keys values items get named_modules paths",
+        "adapter.modules has the update of each adapted module, by its path, and adapter[path] is "
+        "one of them",
     ),
     ("from_pretrained load from_folder", "ll.load_adapter(folder) reads an adapter"),
     (
@@ -154,6 +171,15 @@ OF_ADAPTER: Mapping[str, str] = _alike(
     ("merge merge_and_unload", "merge with PEFT, and check the result with `lens-lora verify`"),
     ("save_pretrained", "adapter.save(folder) writes PEFT's files"),
     ("scale", "adapter.scaled(factor) is the adapter times a number"),
+    (
+        "delta_w delta dW materialise materialize",
+        "adapter[path].materialise() is ΔW [out, in] of a module, and lens.delta_w(site) the same "
+        "in the model's own basis",
+    ),
+    (
+        "print describe summary info",
+        "print(adapter) says what it is; `lens-lora inspect ADAPTER` prints its ranks and sizes",
+    ),
     (
         "to cuda cpu half float double bfloat16",
         "device and dtype are those of the model that a lens lays it over: ll.load(base, adapter, "
@@ -203,6 +229,15 @@ OF_RESULT: Mapping[str, str] = _alike(
         "result.flip_scale of ll.fact_margin is the strength at which the answer changes",
     ),
     ("prompts tokens", "result.str_tokens has each prompt's tokens, where it is of prompts"),
+    (
+        "total",
+        "result.shift is the whole shift; effects of single modules do not sum to it, and "
+        "result.values.sum() is their sum",
+    ),
+    (
+        "remainder residual",
+        "ll.remainder(lens, prompts, readout) says what first order misses of the shift",
+    ),
     ("to_json to_dict", "result.to_frame().to_dict() is a dictionary; result.save(path) a file"),
 )
 
@@ -314,6 +349,11 @@ _TWO_ANSWERS = (
 _GROUP = (
     'group says by what, as in result.sum("layer"); result.total is the sum of all values of a '
     "prompt"
+)
+
+_LOADING = (
+    "the base model comes first, as in ll.load(base, adapter); ll.load(adapter) alone takes the "
+    "base that the adapter names"
 )
 
 # What is meant by a keyword, where the function has no parameter of those in `_SAME`.
@@ -635,10 +675,25 @@ def nearest_or_meant(name: str, known: Sequence[str]) -> str:
 
 
 def _says_more(name: str, slips: Sequence[str]) -> bool:
-    """Whether a name has a word of the field that those which are spelt alike do not have."""
-    of_slips = {word for each in slips for word in words_in(each)}
-    others = [word for word in words_in(name) if word not in of_slips]
-    return meaning("_".join(others)) is not None
+    """Whether a name says something of its own, which those that are spelt alike do not say.
+
+    It does if it has a word of the field that they lack, as `ablate_sites` beside `patch_sites`. So
+    does a term of the field that one of them has with a further word: `attribution` is no slip for
+    `path_attribution`.
+    """
+    of_slips = [words_in(each) for each in slips]
+    words = words_in(name)
+    others = [word for word in words if not any(word in those for those in of_slips)]
+    if others:
+        return meaning("_".join(others)) is not None or _is_a_term(name)
+    has_further_words = any(set(words) < set(those) for those in of_slips)
+    return has_further_words and _is_a_term(name)
+
+
+def _is_a_term(name: str) -> bool:
+    """Whether all words of a name are those of one term of the field."""
+    meant = meaning(name)
+    return meant is not None and meant.is_sure
 
 
 class Answering:
@@ -722,6 +777,8 @@ def require_fitting(
                 remedy = _as_sentence(_TWO_ANSWERS)
             elif "'group'" in fact:
                 remedy = _as_sentence(_GROUP)
+            elif name == "load" and "'model'" in fact:
+                remedy = _as_sentence(_LOADING)
         takes = f"The call is {name}{_shown(signature)}."
         raise CallError(f"{fact}.", remedy=f"{remedy}{takes}") from None
 

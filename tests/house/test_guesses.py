@@ -85,6 +85,12 @@ WORKS = {
     "att['layers.1']": (lambda t: list(t.att["layers.1"].layer.unique()) == [1], True),
     "att['blocks.0.*']": (lambda t: list(t.att["blocks.0.*"].layer.unique()) == [0], True),
     "margin.adapted": (lambda t: t.margin.adapted.item(), lambda t: t.margin.m.item()),
+    "adapter[path]": (
+        lambda t: t.adapter[t.lens.sites[3].module] is t.adapter.modules[t.lens.sites[3].module],
+        True),
+    "list(adapter)": (lambda t: list(t.adapter) == list(t.adapter.modules), True),
+    "path in adapter": (lambda t: t.lens.sites[3].module in t.adapter, True),
+    "att['layer 1']": (lambda t: list(t.att["layer 1"].layer.unique()) == [1], True),
 }  # fmt: skip
 
 
@@ -295,6 +301,20 @@ NAMED = {
     "logits(adapter=)": (lambda t: t.lens.logits(PROMPT, adapter=False), "0.0 is the base model"),
     "by='token' of a margin": (
         lambda t: ll.first_order(t.lens, PROMPT, MARGIN, by="token"), "by='position'"),
+    "adapter[site]": (lambda t: t.adapter["blocks.0.attn.q"],
+        r"lens\.sites\['blocks\.0\.attn\.q'\]\.module"),
+    "adapter[glob]": (lambda t: t.adapter["*.q_proj"], r"adapter\.only\('\*\.q_proj'\)"),
+    "adapter.items": (lambda t: t.adapter.items(), r"adapter\.modules"),
+    "adapter.delta_w": (lambda t: t.adapter.delta_w("a"), r"adapter\[path\]\.materialise\(\)"),
+    "lens.config": (lambda t: t.lens.config, r"lens\.cfg.*lens\.adapter"),
+    "lens.model_name": (lambda t: t.lens.model_name, r"lens\.cfg\.model_name"),
+    "lens.rank": (lambda t: t.lens.rank, r"lens\.adapter\[path\]"),
+    "lens.compare": (lambda t: t.lens.compare(PROMPT), r"ll\.token_shifts.*ll\.compare_adapters"),
+    "lens.top_tokens": (lambda t: t.lens.top_tokens(PROMPT), r"topk\(5\)"),
+    "ll.attribution": (lambda t: ll.attribution, r"ll\.patch_sites.*ll\.first_order"),
+    "effects.total": (lambda t: t.effects.total, r"result\.shift"),
+    "effects.remainder": (lambda t: t.effects.remainder, r"ll\.remainder\("),
+    "load(adapter=)": (lambda t: ll.load(adapter="a"), r"ll\.load\(base, adapter\)"),
     "patch_activations(layer=)": (
         lambda t: ll.patch_activations(t.lens, PROMPT, MARGIN, layer=0), "It is names="),
 }  # fmt: skip

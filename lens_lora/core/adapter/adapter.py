@@ -28,7 +28,7 @@ from lens_lora.core.adapter.factors import (
     module_path,
     natural,
 )
-from lens_lora.errors import AdapterError, ArgumentError, SiteError, many
+from lens_lora.errors import AdapterError, ArgumentError, SiteError, first_few, many
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -425,7 +425,13 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         keys = {key for key in self.modules if any(fnmatch.filter((key, module_path(key)), path))}
         if not keys:
             shown = ", ".join([*self.modules][:4])
-            raise SiteError(f"{glob!r} matches no module of {self.name}, which has {shown}, …")
+            fact = f"{glob!r} matches no module of {self.name}, which has {shown}, …"
+            if glob.startswith("blocks."):
+                fact += (
+                    "; an adapter knows paths of Hugging Face alone: that of a lens's site is "
+                    f"lens.sites[{glob!r}].module"
+                )
+            raise SiteError(fact)
         return keys
 
     def _in_table(self, table: Any) -> set[str]:
@@ -462,6 +468,30 @@ class Adapter(metaclass=guesses.OfAdapterClass):
                 names = guesses.FORMER_OF_ADAPTER
                 return getattr(self, guesses.present_name("adapter", name, names))
             return guesses.missing_attribute(self, name, guesses.OF_ADAPTER)
+
+    def __getitem__(self, path: str) -> ModuleUpdate:
+        """The update of one module.
+
+        Args:
+            path: the module's path, or a glob that matches it alone.
+
+        Raises:
+            SiteError: no such module, or a glob that matches several.
+            ArgumentError: a path that is not a string.
+        """
+        keys = self._matching(path)
+        matched = [key for key in self.modules if key in keys]
+        if len(matched) > 1:
+            fact = f"{path!r} matches {len(matched)} modules of {self.name}: {first_few(matched)}"
+            raise SiteError(f"{fact}; name one, or keep them all with adapter.only({path!r}).")
+        return self.modules[matched[0]]
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.modules
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths of its modules, in the order of `modules`."""
+        return iter(self.modules)
 
     def __len__(self) -> int:
         return len(self.modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -42,6 +43,8 @@ def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 # The columns whose labels are names of dotted parts, such as blocks.3.mlp.down.
 _NAMES_OF_PLACES = ("site", "module", "group", "writer", "reader", "name")
+# How one says the number of a layer: 'layer 3', as results by layer call it, or 'layer_3'.
+_LAYER = re.compile(r"layer[ _]?(\d+)", re.IGNORECASE)
 
 
 def is_part(label: str, key: str) -> bool:
@@ -93,6 +96,11 @@ def part_of_table(frame: pd.DataFrame, key: object) -> Any:
             fits = frame[name].map(lambda label: isinstance(label, str) and is_part(label, key))
             if fits.any():
                 return frame[fits].reset_index(drop=True)
+    layer = _LAYER.fullmatch(key)
+    if layer is not None and "layer" in frame:
+        in_layer = frame["layer"] == int(layer[1])
+        if in_layer.any():
+            return frame[in_layer].reset_index(drop=True)
     nearest = difflib.get_close_matches(key, [*labels, *map(str, frame)])
     known = f"columns: {', '.join(frame)}"
     if nearest:
