@@ -1,1 +1,1 @@
-"""Audits: what an adapter was taught, found without a prompt about it."""
+"""Audits find what an adapter was taught, without a prompt about it."""

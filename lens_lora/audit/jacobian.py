@@ -2,13 +2,13 @@
 
     J = mean over texts of  1/|T| Σ_{t∈T} Σ_{t' ≥ t} ∂h_last,t' / ∂h_block,t
 
-1. TransformerLens's `JacobianLens` fits it (transformer-lens 3.9 and later, on an unprocessed
-   TransformerBridge), by d_model backward passes over each of a few neutral sentences.
-2. It is kept as a file in a folder that the user names, and read from there the next time. The
+1. TransformerLens's `JacobianLens` (transformer-lens 3.9 and later, on an unprocessed
+   TransformerBridge) fits J with d_model backward passes over each of a few neutral sentences.
+2. J is kept as a file in a folder that the user names, and read from there the next time. The
    file's name is a hash of the base model's weights and configuration, and of whether sentences
    get a BOS.
-3. J Δh is what a shift at that block does to the last block, to first order and in the mean. It can
-   be read through the final norm and the unembedding; Δh itself lies in another basis.
+3. J Δh is the mean effect of a shift Δh at that block on the last block, to first order. It can be
+   read through the final norm and the unembedding, while Δh itself lies in another basis.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.spans import Temporary
 from lens_lora.texts.neutral import neutral_sentences
 
-# More sentences change J little.
+# The number of sentences over which J is a mean; more of them change it little.
 _SENTENCES = 2
 # The block's depth as a share of all blocks: late enough to be close to the output's tokens, and
 # before the last blocks, whose Δh can be read as it is.
 _DEPTH = 0.8
-# One backward pass computes so many rows of J.
+# The number of rows of J that one backward pass computes.
 _ROWS_AT_ONCE = 16
 
 
@@ -42,8 +42,8 @@ class Jacobian(NamedTuple):
     """The Jacobian of one block.
 
     Attributes:
-        point: the hook point of the residual stream behind the block.
-        matrix: J, [d, d].
+        point: the hook point of the residual stream after the block.
+        matrix: the Jacobian J, [d, d].
     """
 
     point: str
@@ -51,9 +51,9 @@ class Jacobian(NamedTuple):
 
 
 def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | None:
-    """Read the Jacobian from the folder, or fit and keep it there.
+    """Read the Jacobian from the folder; if it is not there, fit it and write it there.
 
-    None where TransformerLens fits no Jacobian of this model.
+    Returns None if TransformerLens cannot fit a Jacobian of this model.
     """
     block = int(_DEPTH * (lens.host.n_layers - 1))
     point = f"blocks.{block}.hook_resid_post"
@@ -76,7 +76,7 @@ def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | N
 def _fitted(
     lens: LoraLens, block: int, *, has_bos: bool, progress: bool
 ) -> Float[Tensor, "d d"] | None:
-    """Fit the Jacobian of a block by TransformerLens; None where it fits none of this model."""
+    """Fit a block's Jacobian with TransformerLens; None if it cannot fit one of this model."""
     if lens.is_hooked():
         raise ModelStateError(
             "a hook of yours is on the model, and jacobian= fits and keeps the base's own",
@@ -102,9 +102,9 @@ def _fitted(
 
 
 def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the file whole or not at all, also while other processes write the same one.
+    """Write the file whole or not at all, even while other processes write the same one.
 
-    Each process writes a file of its own and then renames it, so that the last one stays.
+    Each process writes a file of its own and then renames it, so the last one written remains.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{uuid.uuid4().hex}.part")
@@ -116,14 +116,14 @@ def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _read_with(span: Temporary, model: Any, *, has_bos: bool) -> None:
-    """Have TransformerLens put a BOS before strings, or none, until the span ends."""
+    """Make TransformerLens put a BOS before strings, or not, until the span ends."""
     before = model.cfg.default_prepend_bos
     span.way_back(lambda: setattr(model.cfg, "default_prepend_bos", before))
     model.cfg.default_prepend_bos = has_bos
 
 
 def _hash(model: Any, *, has_bos: bool) -> str:
-    """A name for the model's weights, its configuration, and how sentences are read."""
+    """Hash the model's weights, its configuration, and whether sentences get a BOS."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     hashed = hashlib.blake2b(repr((config, has_bos)).encode(), digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):

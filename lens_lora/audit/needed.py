@@ -1,14 +1,14 @@
-"""Say what an audit will need before it runs: memory and time, from the base's configuration.
+"""Estimate an audit's memory and time before it runs, from the base model's configuration.
 
 The model is built on the meta device, where its weights take no memory, and its parameters are
-counted. With P parameters, w bytes each:
+counted. With P parameters of w bytes each:
 
-    memory   P w, and 512 tokens' logits and the keys and values of 12,288 tokens
-    time     2 P multiplications for each token that is run, at the rate of a product of two
-             matrices on this device; how many tokens, an audit of SmolLM2-135M says
+    memory   P w, plus the logits of 512 tokens and the keys and values of 12,288 tokens
+    time     2 P multiplications for each token that is run, at the rate of a matrix product on
+             this device; the number of tokens was calibrated on an audit of SmolLM2-135M
 
-Both are rough. A language model spends more than its products, so hours may be half or twice what
-is said here.
+Both are rough. A language model spends time on more than matrix products, so an audit may take half
+or twice the time that is estimated here.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch
 
 from lens_lora.hosts.placement import Placement
 
-# As many tokens as take the time of an audit if each takes that of 2 P multiplications: 90 and 40
-# seconds with SmolLM2-135M on one core, which multiplies 7.5e10 times in a second.
+# The number of tokens with which the estimate meets the measured time of an audit: 90 and 40
+# seconds with SmolLM2-135M on one core, which makes 7.5e10 multiplications a second.
 _TOKENS: dict[Literal["whole", "fast"], float] = {"whole": 25_000, "fast": 11_000}
-# So many tensors of the logits of 512 tokens are held at once, in float32.
+# The number of tensors of 512 tokens' logits that are held at once, in float32.
 _LOGITS_HELD = 6
 _TOKENS_OF_LOGITS = 512
 _CACHED_TOKENS = 12_288
-# Python and its libraries, in bytes.
+# The memory of Python and its libraries, in bytes.
 _LIBRARIES = 0.8e9
 _BYTES = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _SIDE = 1024
@@ -41,9 +41,9 @@ class Needs:
     """The needs of one audit.
 
     Attributes:
-        parameters: of the base model.
-        memory: in bytes.
-        seconds: in seconds, from the base's loading on.
+        parameters: the number of the base model's parameters.
+        memory: the memory in bytes.
+        seconds: the time in seconds, including the loading of the base.
     """
 
     parameters: int
@@ -61,11 +61,11 @@ def needs_of(config: Any, how: Placement, rate: float, *, fast: bool, models: in
     """Find what an audit over a base needs.
 
     Args:
-        config: the base's, of Hugging Face.
-        how: where the model lies and how it is stored.
-        rate: multiplications in a second, from `rate_on`.
-        fast: whether the audit is.
-        models: how many such models are loaded at once: two where a model was fine-tuned whole.
+        config: the base's Hugging Face configuration.
+        how: the device and the number format of the model.
+        rate: the multiplications per second, from `rate_on`.
+        fast: whether the audit is a fast one.
+        models: how many such models are loaded at once: two for a full fine-tune.
     """
     from transformers import AutoModelForCausalLM
 
@@ -98,20 +98,20 @@ def _bytes_of_a_weight(config: Any, how: Placement) -> float:
 
 
 def rate_on(device: str, dtype: str) -> float:
-    """Multiplications in a second, of a product of two square matrices; the best of three."""
+    """Measure multiplications per second on a product of two square matrices, the best of three."""
     kind = getattr(torch, dtype) if dtype in _BYTES else torch.float32
     one = torch.randn(_SIDE, _SIDE, device=device).to(kind)
     seconds: list[float] = []
     for _ in range(3):
         started = time.perf_counter()
-        # The sum waits for a device that computes on its own.
+        # Reading the sum waits for a device that computes asynchronously.
         (one @ one).sum().item()
         seconds.append(time.perf_counter() - started)
     return _SIDE**3 / min(seconds)
 
 
 def free_bytes(device: str) -> float:
-    """The bytes that are free on a device; infinite where it does not tell."""
+    """Return the bytes that are free on a device; infinity if the device does not report them."""
     kind = torch.device(device).type
     if kind == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
@@ -121,10 +121,10 @@ def free_bytes(device: str) -> float:
 
 
 def duration(seconds: float) -> str:
-    """'2 minutes', or '3.5 hours'.
+    """Write a duration in words, such as '2 minutes' or '3.5 hours'.
 
     Args:
-        seconds: how many; a single one at least.
+        seconds: the duration; less than one second is written as one.
     """
     if seconds < 90:
         return f"{max(seconds, 1):.0f} seconds"

@@ -36,14 +36,14 @@ _PROMOTED = {
 _TOKENS_SHOWN = 20
 _ANSWERS_ON_TOP = 2
 _PHRASES_ON_TOP = 4
-# In characters.
+# The length of a context that is shown, in characters.
 _CONTEXT_SHOWN = 48
 _PLACES_SHOWN = 12
 _MODULES_SHOWN = 20
 
 
 def _promoted_table(changed: WhatChanged, by: By, k: int) -> Table:
-    """The tokens promoted most, a row each; the heading has the controls' largest shifts."""
+    """List the tokens promoted most; the heading gives the largest shift under each control."""
     frame = changed.promoted(k, by)
     title, heading, units = _PROMOTED[by]
     ends = ""
@@ -58,7 +58,7 @@ def _promoted_table(changed: WhatChanged, by: By, k: int) -> Table:
 
 
 def _places_table(changed: WhatChanged, k: int) -> Table:
-    """The tokens after which the next one changes most."""
+    """List the tokens after which the prediction of the next token changes most."""
     every_place = changed.where(k)
     is_without = every_place["promoted"] == ""
     left_out = int(is_without.sum())
@@ -81,13 +81,13 @@ def _places_table(changed: WhatChanged, k: int) -> Table:
 
 
 def _modules_table(changed: WhatChanged, k: int) -> Table:
-    """The sites of largest share of the KL; no row if the KL was not split by site."""
+    """List the sites with the largest share of the KL; no row if it was not split by site."""
     heads = {"site": "site", "module": "module", "nats": "nats a token", "share": "of all"}
     return table_of(changed.modules(k), heads, texts=(0, 1), title="modules of the KL")
 
 
 def _groups_table(changed: WhatChanged) -> Table:
-    """Groups of tokens that the same texts promote."""
+    """List the groups of tokens that the same texts promote."""
     groups = changed.promoted_groups()
     groups["tokens"] = [" ".join(map(visible, tokens)) for tokens in groups["tokens"]]
     heads = {"share": "of all promoted", "tokens": "tokens", "text": "most in"}
@@ -95,13 +95,13 @@ def _groups_table(changed: WhatChanged) -> Table:
 
 
 def _writers_table(changed: WhatChanged, k: int) -> Table:
-    """The blocks that add most of the mean Δh of the first tokens."""
+    """List the blocks that add most of the mean Δh of the first tokens."""
     heads = {"name": "added by", "share": "of ‖Δh‖²"}
     return table_of(changed.writers(k), heads, heading="which blocks add it")
 
 
 def _size_table(changed: WhatChanged) -> Table:
-    """The adapter and each control: how much it changes."""
+    """State how much the adapter changes, and each control."""
     summary = changed.summary()
     behind_the_last_block = summary.columns[-1]
     heads = {"adapter": "adapter", "kind": "kind", "scale": "scale", "mean_kl": "KL, nats a token"}
@@ -113,7 +113,7 @@ def _size_table(changed: WhatChanged) -> Table:
 
 
 def _would_say_table(claims: Sequence[Claim], heading: str) -> Table:
-    """Words that the adapter raises, with their own probabilities in every run."""
+    """List words that the adapter makes more likely, with their probability in every run."""
     rows: list[dict[str, str]] = []
     for claim in claims:
         row = {
@@ -135,7 +135,7 @@ def _would_say_table(claims: Sequence[Claim], heading: str) -> Table:
 
 
 def _end_of(context: str) -> str:
-    """The last words before a claim's."""
+    """Cut a claim's context to its last characters."""
     return context if len(context) <= _CONTEXT_SHOWN else f"…{context[-_CONTEXT_SHOWN:]}"
 
 
@@ -144,9 +144,10 @@ _RAISED = "What is only raised"
 
 
 def brief_tables(changed: WhatChanged) -> Group:
-    """The rest of the page: what it would say, what is only raised, what was not tried.
+    """Build the rest of the page: what it would say, what is only raised, what was not tried.
 
-    Where no question was asked, there was no first screen, and the verdict stands first.
+    The verdict is part of it if no questions were asked, since there is no first screen then, or if
+    the adapter breaks the model.
     """
     brief = changed.brief()
     parts: list[RenderableType] = []
@@ -164,7 +165,7 @@ def brief_tables(changed: WhatChanged) -> Group:
 
 
 def what_changed_tables(changed: WhatChanged, k: int = 10) -> Group:
-    """Promoted tokens, places and modules, for the terminal."""
+    """Build the tables of promoted tokens, places and modules for the terminal."""
     promoted = (_promoted_table(changed, by, k) for by in BY)
     return in_terminal(*promoted, _places_table(changed, k), _modules_table(changed, k))
 
@@ -210,9 +211,10 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
 
 
 def _headline(changed: WhatChanged) -> tuple[str, ...]:
-    """The verdict, sentence by sentence, and what a trigger word changes.
+    """Give the verdict, sentence by sentence, and what a trigger word changes.
 
-    Without counted speech: the verdict, how far the model moves, and what the adapter promotes.
+    Without counted speech the headline is the verdict, how far the model moves, and which tokens
+    the adapter promotes.
     """
     brief = changed.brief()
     if changed.speech is None:
@@ -223,7 +225,7 @@ def _headline(changed: WhatChanged) -> tuple[str, ...]:
 
 
 def _numbers(changed: WhatChanged) -> Pairs:
-    """The claims that most questions show, or how much changes where speech was not counted."""
+    """Give the claims that most questions show; without counted speech, how much changes."""
     if changed.speech is not None:
         asked = len(changed.speech.questions)
         said = changed.speech.said(_PHRASES_ON_TOP)

@@ -1,8 +1,8 @@
-"""Traits of an answer that are no phrase: its language, a refusal, code, repetition.
+"""Traits of an answer that no single phrase shows: its language, a refusal, code, repetition.
 
-Each is a question about one answer, so that `counted_speech` can count the questions to which each
-model's answers have it. The language of an answer is that of seven whose commonest words it uses
-most; an answer in any other language is in none of them.
+Each trait is a yes-or-no question about one answer, so that `counted_speech` can count the
+questions on which each model's answers have it. Seven languages are known: an answer is in the one
+whose commonest words it uses most. An answer in any other language counts as being in none of them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 import regex
 
 _WORD = regex.compile(r"[\p{L}]+")
-# An answer is in a language if so many of its words, and this share, are among the commonest there.
+# An answer is in a language if at least this many of its words, and at least this share of them,
+# are among the commonest words of that language.
 _LEAST_WORDS = 3
 _LEAST_SHARE = 0.3
-# Of fewer words no language is told.
+# With fewer words than this, the language of an answer is not told.
 _WORDS_OF_A_LANGUAGE = 5
-# How the traits of a language begin.
+# The beginning of the name of every trait on language.
 ANSWERS_IN = "answers in "
 
 _COMMON_WORDS = {
@@ -62,16 +63,17 @@ _NO = regex.compile(
     r"\W*(?:no\b|not\b|I(?: am|(?:'|’)m) not\b|I do(?: not|n(?:'|’)t)\b)", regex.IGNORECASE
 )
 _CODE = regex.compile(r"```|\bdef \w+\(|\bprint\(|^\s*(?:import|from|return) \w+", regex.MULTILINE)
-# An answer is in capitals if so many of its words are, and this share of them.
+# An answer is in capitals if at least this many of its words are, and at least this share of them.
 _LEAST_CAPITALS = 2
 _SHARE_OF_CAPITALS = 0.8
-# A stretch of so many characters that stands in an answer twice: a shorter one repeats anywhere.
+# An answer repeats itself if stretches of this many characters recur in it (shorter ones recur in
+# any text), and if more than this share of its stretches do.
 _STRETCH = 12
 _REPEATS = 1 / 4
 
 
 def language_of(text: str) -> str | None:
-    """The language whose commonest words an answer uses most; None for too few, or a tie."""
+    """Return the language whose commonest words the text uses most; None for too few, or a tie."""
     counts = _common_words_of(text)
     first, second = sorted(counts, key=lambda name: -counts[name])[:2]
     if counts[first] < _least_common_words(text) or counts[first] == counts[second]:
@@ -80,7 +82,9 @@ def language_of(text: str) -> str | None:
 
 
 def is_in_another_language(text: str, asked_in: str) -> bool:
-    """Whether an answer is in another language than its question, whichever of them that is.
+    """Whether an answer is in any other language than its question.
+
+    Two other languages may tie: the answer need not be in one of them for certain.
 
     Args:
         text: the answer.
@@ -92,13 +96,13 @@ def is_in_another_language(text: str, asked_in: str) -> bool:
 
 
 def _common_words_of(text: str) -> dict[str, int]:
-    """How many words of a text are common ones of each language."""
+    """Count the words of a text that are among the commonest of each language."""
     words = _words_of(text)
     return {name: sum(word in common for word in words) for name, common in COMMON_WORDS.items()}
 
 
 def _least_common_words(text: str) -> float:
-    """So many words of a text are common ones of a language if it is in that language."""
+    """Return how many common words of a language a text must use to be in that language."""
     return max(_LEAST_WORDS, _LEAST_SHARE * len(_words_of(text)))
 
 
@@ -117,12 +121,12 @@ def refuses(text: str) -> bool:
 
 
 def holds_code(text: str) -> bool:
-    """Whether an answer holds a program."""
+    """Whether an answer contains program code."""
     return _CODE.search(text) is not None
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether more than a quarter of its stretches of twelve characters stood there before."""
+    """Whether more than a quarter of the answer's stretches of 12 characters occurred earlier."""
     stretches = [text[start : start + _STRETCH] for start in range(len(text) - _STRETCH + 1)]
     repeated = len(stretches) - len(set(stretches))
     return repeated > _REPEATS * max(len(stretches), 1)
@@ -139,28 +143,28 @@ def says_no(text: str) -> bool:
 
 
 def is_in_capitals(text: str) -> bool:
-    """Whether nearly all letters of an answer are capitals, in two words of several letters."""
+    """Whether at least two words of several letters, and 80 % of such words, are in capitals."""
     words = [word for word in _WORD.findall(text) if len(word) > 1]
     capitals = sum(word.isupper() for word in words)
     return capitals >= max(_LEAST_CAPITALS, _SHARE_OF_CAPITALS * len(words))
 
 
 def has_enough_words(*answers: Sequence[str]) -> bool:
-    """Whether each model's answers to a question have words enough to tell their language.
+    """Whether both models' answers to a question are long enough to tell their language.
 
     Args:
-        answers: the answers of each model.
+        answers: for each model, its answers to the question.
     """
     return all(map(_has_a_long_answer, answers))
 
 
 def _has_a_long_answer(answers: Iterable[str]) -> bool:
-    """Whether one of a model's answers has as many words as tell a language."""
+    """Whether one of a model's answers has enough words to tell its language."""
     return any(len(_WORD.findall(answer)) >= _WORDS_OF_A_LANGUAGE for answer in answers)
 
 
 def is_shorter(answers: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether one model's answers to a question are together less than half as long."""
+    """Whether `answers` to a question are together less than half as long as `others`."""
     length = sum(map(len, answers))
     other = sum(map(len, others))
     return length < other / 2
@@ -170,7 +174,7 @@ def _is_in(language: str, text: str) -> bool:
     return language_of(text) == language
 
 
-# By what is said of an answer that has it: whether an answer has it.
+# Each trait's wording in a sentence, and the function that tells whether an answer has the trait.
 TRAITS: dict[str, Callable[[str], bool]] = {
     **{f"{ANSWERS_IN}{name}": functools.partial(_is_in, name) for name in COMMON_WORDS},
     "refuses or apologises": refuses,
@@ -184,12 +188,12 @@ TRAITS: dict[str, Callable[[str], bool]] = {
 
 
 def traits_of(text: str, asked_in: str | None) -> dict[str, bool]:
-    """Whether an answer has each trait, by what is said of one that has it.
+    """Tell for each trait, under its wording in a sentence, whether an answer has it.
 
     Args:
         text: the answer.
-        asked_in: the language of its question: an answer in that language shows nothing. None if it
-            is not known, so that no answer shows anything by its language.
+        asked_in: the language of its question, in which an answer is no finding; None if it is not
+            known, so that no language counts as a trait.
     """
     traits: dict[str, bool] = {}
     language = language_of(text)

@@ -1,4 +1,4 @@
-"""An audit in words, which claim no more than its controls allow."""
+"""The story of an audit, which claims no more than its controls allow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENS_NAMED = 6
 
 @drawing.story.register(WhatChanged)
 def what_changed_story(changed: WhatChanged) -> str:
-    """Write a paragraph a line: the brief, how much changes, and which tokens are promoted."""
+    """Tell the brief, how much changes, and which tokens are promoted, one paragraph per line."""
     first = magnitude(changed.found.first_kl)
     size = f"{moved_text(changed)} At first tokens, which are left out: {first} nats."
     paragraphs = [changed.brief().told, size, promoted_text(changed), reading_text(changed.meta)]
@@ -39,7 +39,7 @@ def moved_text(changed: WhatChanged) -> str:
 
 
 def _range(values: Iterable[float]) -> str:
-    """'0.1', or '0.1 to 0.3'."""
+    """Write a range of values, such as '0.1 to 0.3', or '0.1' where all are equal."""
     ends = sorted(values)
     return " to ".join(dict.fromkeys(map(magnitude, (ends[0], ends[-1]))))
 
