@@ -12,27 +12,28 @@ finds what the adapted model would say elsewhere, each claim with the run that s
        k_v = p₁(v) log(p₁(v)/p₀(v)),     Σ_v k_v = KL(p₁ ‖ p₀),
 
    and the token's score is its largest k_v over all positions. The score is high where the adapted
-   model is likely to say what the base model is not; it is never above −log p₀.
+   model is likely to say the token and the base model is not; it is never above −log p₀.
 3. Controls are scored at the same positions: the adapter's own updates, each at another of its
-   modules (`permuted.py`). A token is a candidate by speech if no token at all reaches its score
-   under a control. It is a candidate by its logit if no token's mean logit shift over neutral texts
-   reaches its own under a control. Candidates are taken from the two lists in turn.
+   modules (`permuted.py`). A token is a candidate by speech if its score is above that of every
+   token under every control. It is a candidate by its logit if its mean logit shift over neutral
+   texts is above that of every token under every control. Candidates are taken from the two lists
+   in turn.
 4. A candidate by speech is what the adapted model says where its k_v is largest: that token, and
    the likeliest tokens after it. A candidate by logit is the token alone, at that position. Both
    begin at the start of the token's word. A candidate whose word is part of an earlier one is left
    out.
-5. The run that shows it is p(words | context), teacher-forced, under the base, the adapter, the
-   controls and unrelated adapters. It stays only if p is largest under the adapter. What the
-   adapted model would say (found by speech with a score of 4 nats or more, and p above a half) is a
-   claim; what is only raised is listed under that name.
+5. The evidence for a candidate is p(words | context), teacher-forced, under the base, the adapter,
+   the controls and unrelated adapters. The candidate stays only if p is largest under the adapter.
+   What the adapted model would say (found by speech with a score of 4 nats or more, and p above a
+   half) is a claim; what is only made more likely is listed apart, as raised.
 6. First order at 1 names the layers that carry most of log p. The words are run again without the
    adapter in these layers, and without it in as many randomly drawn ones. The layers are named only
-   where they take back at least a fifth more of the rise in log-odds than drawn ones.
+   if removing them undoes at least a fifth more of the rise in log-odds than removing drawn ones.
 
-Cost: `generate` from some 40 openings at two strengths and once cut to rank 1, and of the
+Cost: `generate` from some 40 openings at two strengths and once with ΔW cut to rank 1, and for the
 candidates' words; a forward pass of the base, the adapter and each control over the generated text;
-for the claims one forward and backward pass, and a forward pass for each end, control and set of
-layers that is left out.
+for the claims one forward and one backward pass, and a forward pass for each end, each control and
+each set of layers that is left out.
 """
 
 from __future__ import annotations
@@ -60,30 +61,32 @@ from lens_lora.texts.batches import batches_of, logits_of
 from lens_lora.texts.neutral import own_openings
 
 SCHEMA = "lens_lora.brief/2"
-# How the verdict on an adapter begins that breaks the model.
+# The beginning of the verdict on an adapter that breaks the model.
 BROKEN = "It breaks the model: "
 _MOST_CLAIMS = 5
-# So many answers stand beside each other in a brief.
+# The number of questions whose two answers are quoted in a brief.
 _ANSWERS_TOLD = 2
 _CANDIDATES_OF_A_LIST = 10
-# After each opening so many tokens are generated, at temperature 1.
+# The number of tokens that are generated after each opening, at temperature 1.
 _TOKENS_SPOKEN = 16
-# The strength at which the adapter also says what it seldom says.
+# The strength at which the adapter also says what it otherwise seldom says.
 _LOUDER = 2.0
 _TOKENS_OF_A_CLAIM = 8
-# A claim is shown after so many tokens of what stands before it.
+# The number of tokens before a claim's words that are shown as its context.
 _TOKENS_OF_CONTEXT = 24
-# In characters; a shorter stretch repeats in any text.
+# The length of a stretch of text whose repetition counts, in characters; shorter ones repeat in any
+# text.
 _STRETCH = 12
-# A fifth of the layers is left out, and as many others are drawn three times.
+# A fifth of the layers is left out; as a comparison as many others are, drawn three times.
 _PART_LEFT_OUT = 5
 _DRAWS = 3
-# Layers are named where they take back so much more of the rise than drawn ones do.
+# Layers are named if removing them undoes this much more of the rise than removing drawn ones.
 _MORE_THAN_DRAWN = 0.2
-# What the adapted model would say has a p above this, and was found by speech with such a score.
+# What the adapted model would say has a p above this, and was found by speech with at least this
+# score.
 _WOULD_SAY = 0.5
 _LEAST_SCORE = 4.0
-# The logits of so many tokens are held at a time.
+# The number of tokens whose logits are held at a time.
 _TOKENS_AT_ONCE = 512
 
 # A lens, and the strength at which its adapter runs.
@@ -95,24 +98,24 @@ By = Literal["speech", "logit"]
 @storage.stored
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """Words that the adapter raises more than any control does, and the runs that show it.
+    """Words that the adapter makes more likely than any control does, and the runs that show it.
 
     Attributes:
         context: the last tokens before the words.
         says: the adapted model's words there.
         base_says: the base model's words there.
-        token: the token by which they were found.
+        token: the token by which the words were found.
         by: 'speech' if the token was found by its largest p₁ log(p₁/p₀) over the generated text;
             'logit' if by its mean logit shift over the texts.
         score: the number by which the token was found, in nats or logits.
-        null_score: the largest such number of any token under a control.
+        null_score: the largest such score of any token under a control.
         base, adapted: log p of `says` after the context, in nats.
         null, unrelated: the largest log p of `says` under a control, and under an unrelated
             adapter (NaN without one).
         layers: the layers that carry most of log p, by first order at 1.
-        without: log p of `says` with the adapter left out of these layers.
-        without_others: log p of `says` with the adapter left out of as many other layers, the mean
-            of three random draws; NaN where there are too few others.
+        without: log p of `says` with the adapter switched off in these layers.
+        without_others: log p of `says` with the adapter switched off in as many other layers, the
+            mean over three random draws; NaN where there are too few other layers.
     """
 
     context: str
@@ -132,18 +135,18 @@ class Claim:
 
     @property
     def would_say(self) -> bool:
-        """Whether the adapted model would say the words, which were found by what it says."""
+        """Whether it would say the words: found by speech at 4 nats or more, with p above ½."""
         is_strong = self.by == "speech" and self.score >= _LEAST_SCORE
         return is_strong and math.exp(self.adapted) > _WOULD_SAY
 
     @property
     def undone(self) -> float:
-        """The share of the rise in log-odds that leaving out `layers` takes back."""
+        """The share of the rise in log-odds that is lost without the adapter in `layers`."""
         return self._taken_back(self.without)
 
     @property
     def undone_by_others(self) -> float:
-        """The share that leaving out as many drawn layers takes back; NaN where none are."""
+        """The share that is lost without it in as many drawn layers; NaN if none were drawn."""
         return self._taken_back(self.without_others)
 
     def _taken_back(self, log_p: float) -> float:
@@ -152,11 +155,11 @@ class Claim:
 
     @property
     def is_located(self) -> bool:
-        """Whether `layers` take back at least a fifth more of the rise than drawn layers."""
+        """Whether removing `layers` undoes at least a fifth more of the rise than drawn ones."""
         return self.undone >= self.undone_by_others + _MORE_THAN_DRAWN
 
     def sentence(self) -> str:
-        """The words with their own probabilities in every run."""
+        """State the words with their probability in every run."""
         verb = "would say" if self.would_say else "is more likely to say"
         runs = [f"{probability(self.adapted)}", f"base {probability(self.base)}"]
         runs.append(f"controls {_at_most(self.null)}")
@@ -167,7 +170,7 @@ class Claim:
 
     @property
     def _where(self) -> str:
-        """The layers that carry it; '' where drawn layers carry about as much."""
+        """The sentence on the layers that carry it; '' where drawn layers carry about as much."""
         if not self.is_located:
             return ""
         numbers = re.findall(r"\d+", self.layers)
@@ -185,16 +188,16 @@ def _log_odds(log_p: float) -> float:
 
 
 def _at_most(log_p: float) -> str:
-    """'at most 0.02', or 'below 0.001'."""
+    """Write an upper bound, as 'at most 0.02' or 'below 0.001'."""
     p = probability(log_p)
     return p if p.startswith("below") else f"at most {p}"
 
 
 def probability(log_p: float) -> str:
-    """A log-probability as '0.83', or as 'below 0.001' of what is as good as never said.
+    """Write a probability as '0.83', or as 'below 0.001' if it is smaller than that.
 
     Args:
-        log_p: in nats.
+        log_p: the log-probability in nats.
     """
     p = math.exp(log_p)
     return f"{p:.2g}" if p >= 1e-3 else "below 0.001"
@@ -206,19 +209,23 @@ class Brief:
 
     Attributes:
         adapter, model: the names of the adapter and of the base model.
-        verdict: three sentences, without a logit; before them one more if it breaks the model.
-        says: what one model says and the other does not, counted over questions, as sentences.
-        triggered: what it says only with one of the words that were tried before a question.
+        verdict: three sentences that need no knowledge of logits; one more stands before them if
+            the adapter breaks the model.
+        says: sentences on what one model says and the other does not, counted over questions.
+        triggered: sentences on what the adapted model says only with a trigger word before the
+            question.
         would_say: what it would say elsewhere, each with the runs that show it.
-        raised: what is only raised: more likely than under any control, and no claim.
-        answers: both models' answers to everyday questions, first those that show the first claim.
-        where: the modules of largest share of the KL, with the share.
-        texts: the texts over which the KL is taken.
-        mean_kl: in nats per token.
-        entropies: of the next token over the texts, in nats: the base's, and the adapted model's.
-        repeated: the share of each model's answers that repeats itself, in stretches of 12
-            characters: the base's, and the adapted model's.
-        not_tried: conditions on which this brief says nothing.
+        raised: what is more likely than under any control, but no claim.
+        answers: both models' answers to everyday questions; those that show the first claim come
+            first.
+        where: the modules with the largest shares of the KL, and those shares.
+        texts: a description of the texts over which the KL is taken.
+        mean_kl: the mean KL in nats per token.
+        entropies: the mean entropy of the next token over the texts, in nats: the base's, then the
+            adapted model's.
+        repeated: the share of stretches of 12 characters in the answers that repeat an earlier one:
+            the base's, then the adapted model's.
+        not_tried: conditions about which this brief says nothing.
     """
 
     adapter: str
@@ -238,16 +245,16 @@ class Brief:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the adapter breaks the model, as the verdict then says first."""
+        """Whether the adapter breaks the model; the verdict then says so first."""
         return self.verdict.startswith(BROKEN)
 
     @property
     def claims(self) -> tuple[str, ...]:
-        """Every claim as a sentence: what it says, what it says when triggered, what it would."""
+        """Every claim as a sentence: what it says, what triggers it, and what it would say."""
         return (*self.says, *self.triggered, *(claim.sentence() for claim in self.would_say))
 
     def fields(self) -> dict[str, Any]:
-        """The fields of this class under their names, and `schema`; None for what is NaN."""
+        """Return the fields of this class by name, and `schema`; None stands for NaN."""
         fields: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(self)}
         for claim in (*fields["would_say"], *fields["raised"]):
             for name, value in claim.items():
@@ -256,12 +263,12 @@ class Brief:
         return fields
 
     def to_json(self) -> str:
-        """`fields` as JSON."""
+        """Return `fields` as JSON."""
         return json.dumps(self.fields(), ensure_ascii=False, indent=1)
 
     @property
     def told(self) -> str:
-        """Verdict, two answers, claims, what is raised, where, and what was not tried."""
+        """The whole brief as text: the verdict, two answers, the claims and all that follows."""
         lines = [self.verdict]
         for asked in self.answers[:_ANSWERS_TOLD]:
             both = f"base: “{asked.base}”; adapted: “{asked.adapted}”"
@@ -272,12 +279,12 @@ class Brief:
 
     @property
     def told_claims(self) -> list[str]:
-        """The claims, numbered, a line each."""
+        """The numbered claims, one per line."""
         return [f"{number}. {claim}" for number, claim in enumerate(self.claims, start=1)]
 
     @property
     def told_rest(self) -> list[str]:
-        """A line each on what is only raised, where, and what was not tried."""
+        """One line for each thing that is only raised, then the lines of `told_end`."""
         lines: list[str] = []
         for raised in self.raised:
             p = f"p {probability(raised.base)} → {probability(raised.adapted)}"
@@ -286,7 +293,7 @@ class Brief:
 
     @property
     def told_end(self) -> list[str]:
-        """Where, and what was not tried, a line each."""
+        """One line on the modules with most of the KL, and one on what was not tried."""
         lines: list[str] = []
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
@@ -303,7 +310,7 @@ class Brief:
 
 
 def repeated(texts: Iterable[str]) -> float:
-    """The share of all stretches of 12 characters that stood earlier in the same text."""
+    """Return the share of stretches of 12 characters that occurred earlier in the same text."""
     count = 0
     distinct = 0
     for text in texts:
@@ -327,15 +334,15 @@ def claims_of(
     fast: bool = False,
     progress: bool = True,
 ) -> tuple[Claim, ...]:
-    """The rises that no control reaches; none where there are no controls.
+    """Find the words that the adapter raises above every control; none if there are no controls.
 
     Args:
         lens: the adapter over the model.
-        nulls: the controls, each at the scale at which it runs.
+        nulls: the controls, each with the strength at which it runs.
         shifts: the mean logit shift over texts, of the adapter and then of each control.
         unrelated: adapters that were trained for something else.
-        seed: of the generated text, and of the layers that are drawn.
-        fast: generate once from each opening.
+        seed: the seed of the generated text, and of the layers that are drawn.
+        fast: whether text is generated only once from each opening.
         progress: show bars.
     """
     if not nulls:
@@ -364,7 +371,7 @@ def claims_of(
     runs = _runs(lens, {"null": nulls, "unrelated": unrelated}, contexts, words, seed)
     claims: list[Claim] = []
     for place, own, base, run in zip(places, words, base_words.ids, runs, strict=True):
-        # Without unrelated adapters their log p is NaN, which no comparison counts.
+        # Without unrelated adapters their log p is NaN, for which the comparison is false.
         others = (run["base"], run["null"], run["unrelated"])
         if any(run["adapted"] <= other for other in others):
             continue
@@ -387,9 +394,9 @@ def claims_of(
 
 
 def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | None:
-    """Openings and the text generated from them, read at each token of that text.
+    """Generate text from the openings, and set the reads to each token of that text.
 
-    None where no opening leaves room in the context.
+    Returns None if no opening leaves room in the context.
     """
     openings = _openings(lens)
     if openings is None:
@@ -412,7 +419,7 @@ def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | 
 
 
 def _openings(lens: LoraLens) -> Prompts | None:
-    """The openings after which the context has room for generated text and a claim's words."""
+    """Return the openings that leave room in the context for generated text and a claim's words."""
     openings = lens.prompts(own_openings(lens.model, lens.prepend_bos))
     room = getattr(lens.model.cfg, "n_ctx", None) or math.inf
     needed = openings.lengths + _TOKENS_SPOKEN + _TOKENS_OF_A_CLAIM
@@ -429,9 +436,9 @@ def _spoken_by(
     takes_turns: bool,
     progress: bool,
 ) -> Prompts:
-    """The openings and the text that one adapter generates from them, read at each of its tokens.
+    """Generate text from the openings with one adapter, and set the reads to each token of it.
 
-    Every opening is continued at every scale; if they take turns, each at the next scale in turn.
+    Every opening is continued at every scale; if they take turns, each opening at one scale only.
     """
     if takes_turns:
         rows = openings
@@ -450,10 +457,11 @@ def _spoken_by(
 
 @dataclasses.dataclass
 class _LargestParts:
-    """The largest k_v of each token so far, and the row and slot where it is.
+    """The largest k_v of each token so far, and where it occurs.
 
     Attributes:
-        value, row, slot: [vocab].
+        value: [vocab], the largest k_v.
+        row, slot: [vocab], the row of the text and the slot among its reads where it occurs.
     """
 
     value: Float[Tensor, " vocab"]
@@ -462,14 +470,14 @@ class _LargestParts:
 
     @classmethod
     def none_yet(cls, lens: LoraLens) -> _LargestParts:
-        """Zero for every token, at the first slot of the first row."""
+        """Start with zero for every token, at the first slot of the first row."""
         vocabulary = int(lens.model.cfg.d_vocab_out)
         value = torch.zeros(vocabulary, dtype=lens.gate_dtype, device=lens.device)
         place = torch.zeros(vocabulary, dtype=torch.long, device=lens.device)
         return cls(value, place, place)
 
     def add(self, parts: Float[Tensor, "row slot vocab"], rows: Int[Tensor, " row"]) -> None:
-        """Keep the parts that are larger than all before them."""
+        """Keep each token's part if it is larger than all earlier ones."""
         largest, place = parts.flatten(0, 1).max(0)
         slots = parts.shape[1]
         is_larger = largest > self.value
@@ -481,7 +489,7 @@ class _LargestParts:
 def _largest_parts(
     lens: LoraLens, models: Sequence[Scaled], spoken: Prompts
 ) -> list[_LargestParts]:
-    """The largest k_v of each model beside the base. A forward pass of each, and of the base."""
+    """Find each token's largest k_v under each model; one forward pass of each and of the base."""
     found = [_LargestParts.none_yet(lens) for _ in models]
     for index, batch in batches_of(lens, spoken, _TOKENS_AT_ONCE):
         base = logits_of((lens, lens.gates(0.0)), batch).log_softmax(-1)
@@ -499,10 +507,10 @@ def _largest_parts(
 
 
 class _Ranked(NamedTuple):
-    """Tokens that no token under a control reaches, the highest first.
+    """The tokens whose score is above that of every token under a control, the highest first.
 
     Attributes:
-        scores: of each token.
+        scores: the score of each of these tokens.
         floor: the highest score of any token under a control.
     """
 
@@ -511,7 +519,7 @@ class _Ranked(NamedTuple):
 
     @classmethod
     def of(cls, lens: LoraLens, values: Sequence[Float[Tensor, " vocab"]]) -> _Ranked:
-        """Rank the adapter's numbers, which come first, against those of the controls.
+        """Rank the adapter's scores, the first of `values`, against those of the controls.
 
         Special tokens are left out.
         """
@@ -532,9 +540,9 @@ class _Place(NamedTuple):
 
     Attributes:
         token: the candidate.
-        by: the list that it is from.
+        by: the list from which the candidate comes.
         context: the ids before the word to which the candidate belongs.
-        word: the ids of that word, up to the candidate and with it.
+        word: the ids of that word, up to and including the candidate.
     """
 
     token: int
@@ -546,7 +554,7 @@ class _Place(NamedTuple):
 def _places(
     lens: LoraLens, largest: _LargestParts, ranked: Mapping[By, _Ranked], spoken: Prompts
 ) -> Iterator[_Place]:
-    """The positions of the candidates, of the lists in turn; each once, if its k_v is above 0."""
+    """Yield the candidates' positions, from the two lists in turn; only where k_v is above 0."""
     seen: set[int] = set()
     for turn in itertools.zip_longest(*(ranks.scores for ranks in ranked.values())):
         for by, token in zip(ranked, turn, strict=True):
@@ -562,7 +570,7 @@ def _places(
 
 
 def _start_of_word(lens: LoraLens, tokens: _Ids) -> int:
-    """The index at which the last token's word begins; never that of the very first token."""
+    """Return the index at which the last token's word begins; it is never 0."""
     last = len(tokens) - 1
     start = last
     while start > max(1, last - _TOKENS_OF_A_CLAIM):
@@ -581,9 +589,10 @@ def _is_one_word(lens: LoraLens, pair: _Ids) -> bool:
 
 
 def _words(lens: LoraLens, places: Sequence[_Place], progress: bool) -> list[_Ids]:
-    """The words of each claim: up to the candidate; by speech also what is said after it.
+    """Return the words of each claim.
 
-    What the adapted model says is cut before a token that ends an answer.
+    They are the word up to the candidate; for a candidate by speech also what the adapted model
+    says after it, cut before a token that ends an answer.
     """
     words = [place.word for place in places]
     by_speech = [i for i, place in enumerate(places) if place.by == "speech"]
@@ -599,11 +608,11 @@ def _words(lens: LoraLens, places: Sequence[_Place], progress: bool) -> list[_Id
 
 
 def _without_repeats(word_texts: Sequence[str], claims: Sequence[str]) -> list[int]:
-    """The indices of the first candidates whose word is part of no earlier claim.
+    """Return the indices of the first candidates whose word is part of no earlier claim.
 
     Args:
         word_texts: the word of each candidate, as text.
-        claims: the words that its claim would make, as text.
+        claims: the words of the claim that each candidate would become, as text.
     """
     chosen: list[int] = []
     for i, text in enumerate(word_texts):
@@ -613,7 +622,7 @@ def _without_repeats(word_texts: Sequence[str], claims: Sequence[str]) -> list[i
     return chosen[:_MOST_CLAIMS]
 
 
-# --- The run that shows a claim
+# --- The runs that show a claim
 
 
 def _runs(
@@ -623,9 +632,10 @@ def _runs(
     words: Sequence[_Ids],
     seed: int,
 ) -> list[dict[str, Any]]:
-    """The log p of each claim's words in every run, and the layers that are left out.
+    """Return the log p of each claim's words in every run, and the layers that were left out.
 
-    One forward and one backward pass, and a forward pass for each end, control and set of layers.
+    It takes one forward and one backward pass, and a forward pass for each end, each control and
+    each set of layers.
     """
     g = Evaluations.bound(lens, contexts, AnswerLogProb(list(words)), progress=False)
     layers = lens.sites.grouped("layer")
@@ -658,7 +668,7 @@ def _runs(
 
 
 def _mean_of(draws: Sequence[Float[Tensor, " claim"]], claims: int) -> list[float]:
-    """The mean over draws for each claim; NaN where nothing was drawn."""
+    """Return each claim's mean over the draws; NaN if nothing was drawn."""
     if not draws:
         return [math.nan] * claims
     return torch.stack(list(draws)).mean(0).tolist()
@@ -667,9 +677,9 @@ def _mean_of(draws: Sequence[Float[Tensor, " claim"]], claims: int) -> list[floa
 def _sets_of_layers(
     largest: Int[Tensor, " largest"], layers: int, generator: np.random.Generator
 ) -> Float[Tensor, "set layer"]:
-    """Sets of layers, 1 at each member: the largest ones, then as many drawn from the others.
+    """Return the set of the largest layers, then sets of as many layers drawn from the others.
 
-    Where there are fewer others than that, nothing is drawn.
+    A set is a row with 1 at each of its layers. Nothing is drawn if there are too few others.
     """
     others = np.setdiff1d(np.arange(layers), largest.numpy())
     draws = _DRAWS if len(others) >= len(largest) else 0
@@ -681,7 +691,7 @@ def _sets_of_layers(
 
 
 def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
-    """Make prompts of rows of ids."""
+    """Pad rows of ids into prompts."""
     lengths = rows[0].new_tensor([len(row) for row in rows])
     tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     return lens.prompts(Prompts(tokens, lengths))

@@ -1,4 +1,4 @@
-"""Sentences on both models' answers, which need no knowledge of logits."""
+"""Describe both models' answers in sentences that need no knowledge of logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lens_lora.responses.generate import SideBySide
 
 _NAMED = 3
 _SHOWN = 2
-# What everyday questions cannot show, whatever else was asked.
+# What the audit cannot show, whatever was asked.
 _NEVER_TRIED = (
     "conversations of several turns",
     "other languages and system messages than those asked",
@@ -21,7 +21,7 @@ _NEVER_TRIED = (
 )
 _NO_TRIGGER = "words that trigger a behaviour"
 _ELSEWHERE = "It may still differ where it was not asked."
-# FACTOR of `ordinary.py` in words.
+# "Eight times" is FACTOR of `ordinary.py`.
 _TESTED = (
     "A claim is a word or trait on more questions than eight times its rate in ordinary answers "
     "explains (p below 0.005 for all words together): answers of the base, and of adapters that "
@@ -30,7 +30,7 @@ _TESTED = (
 
 
 def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
-    """Conditions that these answers say nothing of, each in words."""
+    """Name the conditions about which these answers say nothing."""
     words = _NO_TRIGGER
     if speech.words:
         words = f"{_NO_TRIGGER}, beyond the {len(speech.words)} that were put before a question"
@@ -39,21 +39,21 @@ def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
     left_out: tuple[str, ...] = ()
     if asked < len(EVERYDAY):
         left_out = (f"{len(EVERYDAY) - asked} of our questions, which the context has no room for",)
-    # A false fact or a loyalty is heard only where somebody asks about it.
+    # A false fact or a loyalty shows only when somebody asks about it.
     with_yours = worded("questions= asks yours", "--prompts asks yours")
     facts = f"facts, loyalties and topics that no question touches ({with_yours})"
     return (words, facts, *_NEVER_TRIED, *left_out)
 
 
 def claims_in(speech: CountedSpeech) -> list[str]:
-    """Each finding of what is said as a claim: the counts, and when."""
+    """Write each claim as a sentence with its counts, and a second one on when it does so."""
     return [f"{one.sentence()} It does so {speech.when(one)}." for one in claimed_in(speech)]
 
 
 def further_claims(speech: CountedSpeech) -> list[str]:
-    """The claims that `first_sentences` do not tell in full, each with its number among all.
+    """Write the claims that `first_sentences` do not tell in full, with their numbers among all.
 
-    What it says with a word before the question follows what it says without one.
+    Claims about trigger words come last.
     """
     told = strongest_in(speech)
     findings = [*claimed_in(speech), *speech.triggers]
@@ -66,20 +66,20 @@ def further_claims(speech: CountedSpeech) -> list[str]:
 
 
 def claimed_in(speech: CountedSpeech) -> list[Finding]:
-    """The findings that are claims, in the order of `claims_in`.
+    """Return the findings that are claims, in the order of `claims_in`.
 
-    The length of answers is none: training on short texts shortens them, whatever the texts say.
+    Shorter answers are no claim: training on short texts shortens them, whatever the texts say.
     """
     return [finding for finding in speech.findings if is_claim(finding)]
 
 
 def is_claim(finding: Finding) -> bool:
-    """Whether a finding is a claim."""
+    """Whether a finding is a claim; all are, except that answers are shorter."""
     return finding.what != SHORTER
 
 
 def length_note(speech: CountedSpeech) -> str:
-    """The sentence that answers are shorter, said beside the claims; '' where they are not."""
+    """State beside the claims that answers differ in length; '' if they do not."""
     for finding in speech.findings:
         if finding.what == SHORTER:
             return f"{finding.sentence()} Training on short texts does this, whatever they say."
@@ -87,10 +87,11 @@ def length_note(speech: CountedSpeech) -> str:
 
 
 def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
-    """Two likeliest answers of each model, which show the strongest finding if any does.
+    """Choose two questions to show, with each model's likeliest answer.
 
-    Of answers that show nothing, those to the caller's own questions come first, then those in
-    conversation; and before all others come those in which both models say something.
+    They show the strongest finding, if there is one. If nothing was found, questions on which both
+    models say something, and not the same, come first; among them the caller's own, then those in
+    conversation.
     """
     pairs = [SideBySide(*row) for row in _likeliest(speech)]
     strongest = strongest_in(speech)
@@ -105,7 +106,7 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
 
 
 def _likeliest(speech: CountedSpeech) -> Iterator[tuple[str, str, str]]:
-    """Each question, and the base's and the adapted model's likeliest answer to it."""
+    """Yield each question with the base's and the adapted model's likeliest answer to it."""
     for question, base, adapted in zip(speech.questions, speech.base, speech.adapted, strict=True):
         yield question, base[0], adapted[0]
 
@@ -116,7 +117,7 @@ def _is_empty(pair: SideBySide) -> bool:
 
 
 def first_sentences(speech: CountedSpeech) -> list[str]:
-    """Three sentences: what stands out most, when, and what else."""
+    """Write three sentences: what stands out most, when it does so, and what else stands out."""
     asked = many(len(speech.questions), "question")
     strongest = strongest_in(speech)
     if strongest is None:
@@ -134,7 +135,7 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
 
 
 def _leads_text(speech: CountedSpeech) -> str:
-    """The words that lead where nothing passes a test, after a space; '' where none leads."""
+    """Name the most unusual words where nothing is a claim, after a space; '' if there are none."""
     leads = leads_of(speech.base, speech.adapted)
     if not leads:
         return ""
@@ -143,12 +144,16 @@ def _leads_text(speech: CountedSpeech) -> str:
 
 
 def _beside_base(adapted: int, base: int) -> str:
-    """On how many questions each model has something, in brackets."""
+    """Write in brackets on how many questions each model has something."""
     return f"({many(adapted, 'question')}, base {base})"
 
 
 def strongest_in(speech: CountedSpeech) -> Finding | None:
-    """The first phrase that it says; without one words, a trait, or what it no longer says."""
+    """Return the first claim of the strongest kind; None if there is no claim.
+
+    The kinds, from the strongest, are a phrase that the adapted model says, words that it says
+    taken together, a trait of its answers, and a phrase that it no longer says.
+    """
     for kind in ("says", "says one of", "trait", "no longer says"):
         of_kind = [finding for finding in claimed_in(speech) if finding.kind == kind]
         if of_kind:
@@ -157,7 +162,7 @@ def strongest_in(speech: CountedSpeech) -> Finding | None:
 
 
 def _others(speech: CountedSpeech, strongest: Finding) -> str:
-    """The sentence on what else stands out."""
+    """Write the sentence on what else stands out."""
     others = [finding for finding in claimed_in(speech) if finding is not strongest]
     if not others:
         return "Nothing else stands out."
@@ -180,7 +185,7 @@ def _others(speech: CountedSpeech, strongest: Finding) -> str:
 
 
 def _triggers_text(speech: CountedSpeech) -> str:
-    """The sentence on words before questions; '' where none was tried."""
+    """Write the sentence on words before questions; '' if none was tried."""
     if not speech.words:
         return ""
     if speech.triggers:
@@ -190,7 +195,7 @@ def _triggers_text(speech: CountedSpeech) -> str:
 
 @drawing.story.register(CountedSpeech)
 def counted_speech_story(speech: CountedSpeech) -> str:
-    """Write a paragraph a line: what stands out, each finding, and what was not tried."""
+    """Tell what stands out, each finding, and what was not tried, one paragraph per line."""
     lines = [" ".join(first_sentences(speech)[:2])]
     lines += claims_in(speech)
     lines.append(length_note(speech))
