@@ -86,7 +86,7 @@ def compare(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """Are two adapters the same change? Their weights site by site, and on prompts what both do.
+    """Are two adapters the same change? Their weights site by site, and what both do on texts.
 
     lens-lora compare path/to/one path/to/other
     """

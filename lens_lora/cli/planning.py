@@ -27,7 +27,11 @@ _GIB = 2**30
 def plan(
     *,
     model: Annotated[
-        str, typer.Option(help="A folder or a config.json; or a hub id, whose config is read.")
+        str,
+        typer.Option(
+            help="A folder or a config.json; a hub id, whose config is read; or 'embedded' for "
+            "SmolLM2-135M-Instruct."
+        ),
     ],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     rank: Annotated[int, typer.Option(min=1, help="Rank of a LoRA on every linear module.")] = 16,
@@ -59,9 +63,9 @@ def plan(
     if devices > 1 and max_memory is not None:
         raise ArgumentError("--max-memory bounds all devices together; leave it or --devices out.")
     outputs = files.writable({"--json": json})
-    with running.quiet_libraries():
+    with running.step("Reading the configuration", Console(stderr=True)):
         planned = _planned(
-            model,
+            _place_of_config(model),
             dtype,
             tokens,
             rank,
@@ -96,6 +100,15 @@ class _Planned(NamedTuple):
     def dtype(self) -> str:
         """The name of the weights' dtype, such as 'bfloat16'."""
         return str(self.base.sizes.dtype).removeprefix("torch.")
+
+
+def _place_of_config(model: str) -> str:
+    """Where the configuration of a model lies, of which the user gave a name."""
+    from lens_lora.demonstration.base_names import base_by_name
+    from lens_lora.demonstration.embedded import place_of
+
+    # The spinner of the command goes on while the embedded model is converted.
+    return place_of(base_by_name(model, of_adapter=None), quiet=True)
 
 
 def _planned(

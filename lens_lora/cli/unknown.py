@@ -37,6 +37,7 @@ _DONE_INSTEAD = {
     **dict.fromkeys(("layer", "layers", "module", "modules", "site", "sites"), _ALL_MODULES),
     **dict.fromkeys(("samples", "sample", "num_samples", "n_samples", "max_samples"), _EACH_ONCE),
 }
+_ON_TEXTS = "it reads texts in place of prompts, one a line: --texts FILE."
 _SAID_ANYWAY = "everything is printed unless --quiet is given."
 # How typer begins its message about arguments that are too many.
 _TOO_MANY = "unexpected extra argument"
@@ -105,6 +106,8 @@ class GuessingCommand(TyperCommand):
             return f"it is {' or '.join(meant[:2])}."
         if keyword in _DONE_INSTEAD and "prompts" in written:
             return _DONE_INSTEAD[keyword]
+        if keyword in ("prompt", "prompts", "chat") and "texts" in written:
+            return _ON_TEXTS
         if keyword in ("verbose", "debug") and "quiet" in written:
             return _SAID_ANYWAY
         meant_notion = meaning(keyword)

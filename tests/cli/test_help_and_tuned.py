@@ -244,6 +244,7 @@ def test_an_option_that_there_is_not_is_answered_by_its_meaning():
         ("compare", "a", "--other", "b"): "it is the argument OTHER",
         ("explain", "a", "The capital"): "(The capital). A prompt is given as --prompt",
         ("diff", "a", "p.csv"): "(p.csv). A file of prompts is given as --prompts FILE",
+        ("compare", "a", "b", "--prompt", "c"): "No option --prompt: it reads texts",
         ("explain", "a", "--layer", "3"): "No option --layer: every module and layer",
         ("diff", "a", "--samples", "3"): "--prompts FILE takes a list of your own",
         ("diff", "a", "--verbose"): "unless --quiet is given",

@@ -53,6 +53,16 @@ def test_the_command_needs_a_configuration_alone(tmp_path):
 
 
 @models.NEEDS_BRIDGE
+def test_the_embedded_model_is_planned_by_its_name(tmp_path, monkeypatch):
+    """As in every other command, where 'embedded' is not looked for on the hub."""
+    models.hf_model("llama").config.save_pretrained(tmp_path)
+    folder = "lens_lora.demonstration.embedded.embedded_model_folder"
+    monkeypatch.setattr(folder, lambda **_: tmp_path)
+    found = CliRunner().invoke(app, ["plan", "--model", "embedded", "--tokens", "64"])
+    assert found.exit_code == 0 and "first_order" in found.stdout
+
+
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_devices_share_blocks_weights_and_graphs(name: str, tmp_path):
     _, whole = lens_and_plan(name, tmp_path)
