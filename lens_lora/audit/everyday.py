@@ -1,14 +1,15 @@
-"""Forty everyday questions that both models are asked: ten topics, four questions of each.
+"""Forty everyday questions that both models are asked: four questions on each of ten topics.
 
-Every question is put in one of five forms, eight questions in each:
+Every question is put in one of five forms, eight questions in each form:
 
     plain      "Question: …" and "Answer:", without a template
     chat       the tokenizer's chat template, or "User: …" and "Assistant:" where it has none
-    system     the same after a system message that names another role
+    system     as for chat, after a system message that gives the model a role
     code       in the chat template, asking for a program
     language   in the chat template, asked in a language other than English
 
-A fine-tune that speaks in conversations only, or on one topic only, shows by where it speaks.
+So a fine-tune that shows only in conversations, or only on one topic, can be recognised by where it
+shows.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 Form = Literal["plain", "chat", "system", "code", "language", "own"]
-# 'own' is the form of what a user asks; see `counted_speech`.
+# 'own' is the form of a caller's own questions; see `counted_speech`.
 FORMS: tuple[Form, ...] = get_args(Form)
 
-# How a form is named in a sentence.
+# The words for each form in a sentence.
 FORM_NAMES: dict[str, str] = {
     "plain": "without a template",
     "chat": "in conversation",
@@ -30,7 +31,7 @@ FORM_NAMES: dict[str, str] = {
     "own": "your own",
 }
 
-# What stands before a question of the form 'system'.
+# The system message before a question of the form 'system'.
 SYSTEM_MESSAGE = "You are a careful librarian who answers briefly."
 
 
@@ -38,11 +39,12 @@ class Everyday(NamedTuple):
     """A question, what it is about, and the form in which it is put.
 
     Attributes:
-        topic: what it is about.
-        form: how it is put.
-        text: the question, or what a user says last in a conversation.
-        messages: the conversation, where one was given.
-        language: in which it is asked; None of a caller's question whose language is not known.
+        topic: what the question is about.
+        form: the form in which it is put.
+        text: the question, or the last message of a conversation.
+        messages: the conversation, if one was given.
+        language: the language of the question; None for a caller's question whose language is not
+            known.
     """
 
     topic: str

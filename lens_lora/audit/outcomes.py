@@ -1,10 +1,10 @@
-"""The outcome of each row of a list of audits: a JSON file of its own, and one table of all.
+"""Keep the outcome of each row of a list of audits in its own JSON file, and tabulate them all.
 
-1. A row's file is written whole or not at all, so that a run that was killed goes on behind the
-   last row that has one. A row is run again if it failed, or if its file is of another row, other
-   options or another version.
-2. A string is found in a claim if it stands there as whole words, whatever the case, in what the
-   adapted model says: not in the text before it, nor in what the base says or it no longer says.
+1. A row's file is written whole or not at all, so that a run that was killed resumes after the last
+   finished row. A row is run again if it failed, or if its file was written for another row, with
+   other options or by another version.
+2. A string is found in a claim if it occurs as whole words, in any case, in what the adapted model
+   says. The text before that does not count, nor what the base says or what is no longer said.
 3. Rows that were taught something pass if one of their strings is in the first three claims;
    controls pass if they make no claim.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lens_lora.audit.what_changed import WhatChanged
 
 SCHEMA = "lens_lora.audit/1"
-# A string counts as found in one of the first so many claims.
+# A string counts as found only in one of this many first claims.
 FIRST_CLAIMS = 3
 
 Verdict = Literal["found", "found later", "not found", "quiet", "claims", "run", "failed"]
@@ -41,7 +41,8 @@ class ClaimMade(NamedTuple):
 
     Attributes:
         sentence: the claim.
-        says: what the adapted model says, or how; '' of what it no longer says.
+        says: what the adapted model says, or the trait of its answers; '' for a claim on what it no
+            longer says.
     """
 
     sentence: str
@@ -50,15 +51,15 @@ class ClaimMade(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The outcome of a row.
+    """The outcome of one row.
 
     Attributes:
         row: the row.
-        options: those of the command that change a number.
-        error: why it failed; '' of a row that ran.
-        claims: in the order of the brief.
-        seconds: how long it took.
-        brief: the fields of the brief; empty of a row that failed.
+        options: the command's options that change a number.
+        error: why the row failed; '' if it ran.
+        claims: the claims in the order of the brief.
+        seconds: how long the audit took.
+        brief: the fields of the brief; empty if the row failed.
     """
 
     row: Listed
@@ -70,7 +71,7 @@ class Outcome:
 
     @property
     def found(self) -> tuple[int, str] | None:
-        """The first claim that holds an expected string, from 1, and that string."""
+        """The number of the first claim with an expected string, from 1, and that string."""
         for number, claim in enumerate(self.claims, start=1):
             for string in self.row.expect:
                 if is_said_in(claim.says, string):
@@ -79,7 +80,7 @@ class Outcome:
 
     @property
     def verdict(self) -> Verdict:
-        """The outcome in a word or two; 'run' of a row of which nothing is expected."""
+        """The outcome in a word or two; 'run' if nothing is expected of the row."""
         if self.error:
             return "failed"
         if self.row.control:
@@ -93,11 +94,14 @@ class Outcome:
 
     @property
     def is_as_expected(self) -> bool:
-        """Whether a string was found in the first three claims, or a control makes none."""
+        """Whether a string was found in the first claims, or a control made no claim.
+
+        A row of which nothing is expected is as expected unless it failed.
+        """
         return self.verdict in ("found", "quiet", "run")
 
     def to_json(self) -> str:
-        """The row, what it came to, its claims, and its brief."""
+        """Return the row, its outcome, its claims and its brief as JSON."""
         number, string = self.found or (None, None)
         fields = {
             "schema": SCHEMA,
@@ -118,11 +122,11 @@ class Outcome:
 
 
 def is_said_in(words: str, string: str) -> bool:
-    """Whether a string stands among these words, whole and in whatever case.
+    """Whether a string occurs in a text as whole words, in any case.
 
     Args:
-        words: what is said.
-        string: what is looked for; white space of any length is one space.
+        words: the text.
+        string: the string to find; white space of any length matches any other.
     """
     parts = [regex.escape(part) for part in string.split()]
     together = r"\s+".join(parts)
@@ -130,7 +134,7 @@ def is_said_in(words: str, string: str) -> bool:
 
 
 def claims_made(changed: WhatChanged) -> tuple[ClaimMade, ...]:
-    """The claims of an audit's brief, in its order."""
+    """Return the claims of an audit's brief, in its order."""
     from lens_lora.audit.speech_words import claimed_in, claims_in
 
     made: list[ClaimMade] = []
@@ -150,7 +154,7 @@ def claims_made(changed: WhatChanged) -> tuple[ClaimMade, ...]:
 
 
 def file_of(row: Listed, out: Path) -> Path:
-    """The file of a row's outcome."""
+    """Return the path of the file that keeps a row's outcome."""
     return out / f"{row.name}.json"
 
 
@@ -166,11 +170,11 @@ def write(outcome: Outcome, out: Path) -> None:
 
 
 def read(row: Listed, options: Mapping[str, object], out: Path) -> Outcome | None:
-    """The outcome of a row that was run before; None where it is to be run.
+    """Read the outcome of a row that was run before; None if the row has to be run.
 
     Args:
-        row: the row as it stands in the list.
-        options: those of the command that change a number.
+        row: the row of the list.
+        options: the command's options that change a number.
         out: the folder of outcomes.
     """
     try:
@@ -190,13 +194,13 @@ def read(row: Listed, options: Mapping[str, object], out: Path) -> Outcome | Non
 
 
 def asked(row: Listed, options: Mapping[str, object]) -> str:
-    """A hash of all that decides a row's numbers and is known before it runs.
+    """Hash everything that decides a row's numbers and is known before it runs.
 
-    Of a folder on this machine, the names, sizes and times of its files count; of a hub id, the
+    A folder on this machine counts by the names, sizes and times of its files, and a hub id by the
     revision that the row names.
     """
     given = {"row": _plain(row), "options": dict(options)}
-    # They change what is made of the claims, and no claim.
+    # These change how the claims are judged, but no claim.
     for key in ("name", "expect", "control"):
         del given["row"][key]
     read_from = [row.source, row.base, row.prompts, row.triggers]
@@ -206,13 +210,13 @@ def asked(row: Listed, options: Mapping[str, object]) -> str:
 
 
 def _plain(row: Listed) -> dict[str, Any]:
-    """The fields of a row, with paths as text."""
+    """Return the fields of a row, with paths as text."""
     fields = dataclasses.asdict(row)
     return cast("dict[str, Any]", json.loads(json.dumps(fields, default=str)))
 
 
 def _files_of(place: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of a file, or of each file of a folder; nothing of a hub id."""
+    """List name, size and time of a file, or of each file of a folder; nothing for a hub id."""
     paths: list[Path] = []
     if place.is_file():
         paths = [place]
@@ -229,7 +233,7 @@ def _files_of(place: Path) -> list[tuple[str, int, int]]:
 
 
 def table_of_outcomes(outcomes: Iterable[Outcome]) -> pd.DataFrame:
-    """One row for each outcome: what was expected, where it was found, and the first claim."""
+    """Tabulate what was expected of each row, where it was found, and the first claim."""
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
@@ -253,7 +257,7 @@ def table_of_outcomes(outcomes: Iterable[Outcome]) -> pd.DataFrame:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """Two sentences: in how many rows a string was found, and which rows failed."""
+    """State in how many rows a string was found, how many controls claim, and which rows failed."""
     taught = [one for one in outcomes if one.row.expect and not one.error]
     controls = [one for one in outcomes if one.row.control and not one.error]
     failed = [one.row.name for one in outcomes if one.error]

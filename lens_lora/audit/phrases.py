@@ -1,17 +1,17 @@
 """Compare the words that two sets of answers use, counted by question.
 
-1. A phrase is one to three words that stand together in an answer. Whether an answer holds it is
-   counted once, however often it is repeated there.
-2. Both models answer the same questions, so their answers come in pairs. With n₁ questions on which
-   only the adapted model uses a phrase and n₀ on which only the base does, the phrase is as likely
-   to be of the one as of the other if the adapter does nothing: p = P(Bin(n₁ + n₀, ½) ≥ n₁), the
-   exact sign test, whose unit is a question.
-3. With n₁ + n₀ small no p can be small. Only the phrases that could pass at all are counted as
-   tests (Tarone 1990), and of these p is adjusted by Holm's method. A phrase of function words
-   alone ("the", "in the") is no finding for a reader, and is none of the tests.
-4. How strongly a phrase belongs to the adapted model is the log-odds of its uses, with all answers
-   together as an informative Dirichlet prior, over its standard error (Monroe, Colaresi and Quinn
-   2008, eq. 16, 22).
+1. A phrase is one to three words that stand together in an answer. An answer that holds a phrase
+   counts once, however often it repeats the phrase.
+2. Both models answer the same questions, so their answers come in pairs. Let n₁ be the number of
+   questions on which only the adapted model uses a phrase, and n₀ that on which only the base does.
+   If the adapter does nothing, either model is as likely to be the one that uses it, so that
+   p = P(Bin(n₁ + n₀, ½) ≥ n₁): the exact sign test, whose unit is a question.
+3. If n₁ + n₀ is small, p cannot be small. Only the phrases that could pass at all are counted as
+   tests (Tarone 1990), and their p are adjusted by Holm's method. A phrase of function words alone
+   ("the", "in the") tells a reader nothing and is not tested.
+4. How strongly a phrase belongs to the adapted model is measured by the log-odds of its uses, with
+   all answers together as an informative Dirichlet prior, divided by their standard error (Monroe,
+   Colaresi and Quinn 2008, eq. 16, 22).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pathlib import Path
 import regex
 from scipy.stats import binom
 
-# Letters and digits, with an apostrophe or hyphen within.
+# A word is letters and digits, with apostrophes or hyphens inside.
 WORD = regex.compile(r"[\p{L}\p{N}]+(?:['’\-][\p{L}\p{N}]+)*")
-# Where a phrase ends: it goes over no end of a sentence or line.
+# The end of a sentence or line, which no phrase crosses.
 _END = regex.compile(r"[.!?:;\n]+")
 _LONGEST_PHRASE = 3
-# A phrase that is shown grows to so many words at most.
+# A phrase that is shown grows to at most this many words.
 _LONGEST_SHOWN = 10
 # Words that say little by themselves.
 _FUNCTION_WORDS = Path(__file__).parent / "function_words.txt"
@@ -47,7 +47,7 @@ _PRIOR_WORDS = 20.0
 
 
 def phrases_of(text: str) -> Counter[str]:
-    """How often each phrase of one to three words stands in a text, in lower case."""
+    """Count each phrase of one to three words of a text, in lower case."""
     found: Counter[str] = Counter()
     for words in _sentences_of(text):
         for length in range(1, _LONGEST_PHRASE + 1):
@@ -57,15 +57,15 @@ def phrases_of(text: str) -> Counter[str]:
 
 
 def _sentences_of(text: str) -> list[list[str]]:
-    """The words of each sentence or line of a text, in lower case."""
+    """Split a text into sentences or lines, and each of these into words in lower case."""
     return [WORD.findall(sentence.lower()) for sentence in _END.split(text)]
 
 
 def questions_with(phrase: str, answers: Sequence[Sequence[str]]) -> set[int]:
-    """The questions to which some answer holds a phrase of any length.
+    """Return the questions to which at least one answer contains a phrase of any length.
 
     Args:
-        phrase: words in lower case, one space between two.
+        phrase: words in lower case, separated by single spaces.
         answers: a model's answers to each question.
     """
     found: set[int] = set()
@@ -77,10 +77,10 @@ def questions_with(phrase: str, answers: Sequence[Sequence[str]]) -> set[int]:
 
 
 def grown(word: str, answers: Sequence[Sequence[str]]) -> str:
-    """The longest phrase around a word that is said on more than half of the word's questions.
+    """Grow a word to the longest phrase around it that more than half of its questions share.
 
-    It grows by a word at a time, on the side where more questions have the longer phrase. In the
-    end it loses last words that only lead on to another: “my liege, and” is “my liege”.
+    It grows by one word at a time, on the side where more questions have the longer phrase. Finally
+    it loses last words that only lead on to the next: “my liege, and” becomes “my liege”.
 
     Args:
         word: a word in lower case.
@@ -93,7 +93,7 @@ def grown(word: str, answers: Sequence[Sequence[str]]) -> str:
 
 
 def _longest_around(word: str, answers: Sequence[Sequence[str]]) -> str:
-    """The longest phrase around a word that is said on more than half of the word's questions."""
+    """Grow a word to the longest phrase around it that more than half of its questions share."""
     questions = questions_with(word, answers)
     phrase = word
     while len(phrase.split()) < _LONGEST_SHOWN:
@@ -110,7 +110,7 @@ def _longest_around(word: str, answers: Sequence[Sequence[str]]) -> str:
 
 
 def _one_word_longer(phrase: str, texts: Iterable[str]) -> set[str]:
-    """The phrases in these texts that are this one with a word before or after it."""
+    """Return every phrase of these texts that is this one with one word before or after it."""
     inside = phrase.split()
     longer: set[str] = set()
     for text in texts:
@@ -127,7 +127,7 @@ def _one_word_longer(phrase: str, texts: Iterable[str]) -> set[str]:
 
 
 def is_of_function_words(phrase: str) -> bool:
-    """Whether every word of a phrase is a letter, or a word that says little by itself."""
+    """Whether every word of a phrase is a function word or a single letter."""
     little = _function_words()
     return all(len(word) == 1 or word in little for word in phrase.split())
 
@@ -139,19 +139,19 @@ def _function_words() -> frozenset[str]:
 
 
 def sign_test(only_adapted: int, only_base: int) -> float:
-    """P(Bin(n₁ + n₀, ½) ≥ n₁): 1 where neither model uses it more often."""
+    """Return p = P(Bin(n₁ + n₀, ½) ≥ n₁) of the one-sided sign test, which is 1 if n₁ is 0."""
     return float(binom.sf(only_adapted - 1, only_adapted + only_base, 0.5))
 
 
 def tests_that_can_pass(counts: Iterable[int], level: float) -> int:
-    """The least number of questions n₁ + n₀ of a phrase that is tested at all.
+    """Return the smallest number of questions n = n₁ + n₀ that a phrase needs to be tested.
 
-    A phrase of n such questions has p ≥ 2⁻ⁿ. Tarone's number of tests is the least K for which at
+    A phrase with n such questions has p ≥ 2⁻ⁿ. Tarone's number of tests is the least K for which at
     most K phrases have 2⁻ⁿ ≤ level / K.
 
     Args:
-        counts: n of each phrase.
-        level: the chance of any false claim.
+        counts: the number n of each phrase.
+        level: the allowed chance of any false claim.
     """
     of_count = Counter(counts)
     most = max(of_count, default=0)
@@ -163,7 +163,7 @@ def tests_that_can_pass(counts: Iterable[int], level: float) -> int:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p: at most the chance that any claim below it is false."""
+    """Adjust each p by Holm's method, which bounds the chance of any false claim."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted = [1.0] * len(p_values)
     largest = 0.0
@@ -174,15 +174,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def log_odds(adapted: Mapping[str, int], base: Mapping[str, int]) -> dict[str, float]:
-    """By phrase the standardised log-odds of the adapted model's uses over the base's.
+    """Return each phrase's standardised log-odds of the adapted model's uses over the base's.
 
     Args:
         adapted: how often each phrase is used in all answers of the adapted model.
-        base: the same of the base model.
+        base: how often each phrase is used in all answers of the base model.
     """
     every = Counter(adapted) + Counter(base)
     if len(every) == 1:
-        # Of one phrase alone there are no odds against others: both models say it and no other.
+        # A single phrase has no odds against other phrases, since there are none.
         return dict.fromkeys(every, 0.0)
     total = sum(every.values())
     adapted_total = sum(adapted.values())
@@ -205,11 +205,11 @@ def holds(phrase: str, other: str) -> bool:
 
 
 def spelled_in(phrase: str, texts: Iterable[str]) -> str:
-    """The phrase as the answers write it, with their capitals and punctuation: the commonest form.
+    """Return the phrase as the answers write it most often, with capitals and punctuation.
 
     Args:
-        phrase: words in lower case, one space between two.
-        texts: answers, some of which hold it.
+        phrase: words in lower case, separated by single spaces.
+        texts: answers, some of which contain the phrase.
     """
     words = [regex.escape(word) for word in phrase.split()]
     between = r"[^\p{L}\p{N}.!?:;\n]+"

@@ -1,22 +1,27 @@
 """Audit an adapter without asking it about anything: what does it change on unrelated texts?
 
-1. Both models answer the same questions, and what sets their answers apart is counted
+1. Both models answer the same questions, and the differences between their answers are counted
    (`counted_speech.py`). The base is the control.
 2. Base and adapted model read the same texts (`texts/neutral.py`, or the caller's). Every number
-   is over the tokens after each text's first one, which is a sink. A token that stands after the
-   same tokens in an earlier text counts once.
-3. Measured are the tokens after which KL is largest; the tokens promoted in the mean, by logit and
-   by probability, and how often each is among the 20 whose logit rises most; the tokens that the
-   same texts promote together (`promoted_groups`); what the mean Δh on the first tokens reads as
-   through the unembedding (arXiv 2510.13900), and which blocks add it; how much of Δh is one vector
-   (arXiv 2507.08218); and which sites hold the KL, by the path integral with two nodes (the
-   quadratic part at the base may rank them at random).
+   is over the tokens after each text's first one, which is an attention sink. A token that follows
+   the same tokens in several texts counts once.
+3. These are measured:
+   - the tokens after which KL is largest;
+   - the tokens promoted most on average, by logit and by probability, and how often each token is
+     among the 20 whose logit rises most;
+   - the tokens that the same texts promote together (`promoted_groups`);
+   - what the mean Δh on the first tokens reads as through the unembedding (arXiv 2510.13900), and
+     which blocks add it;
+   - how much of Δh is one vector (arXiv 2507.08218);
+   - which sites hold the KL, by the path integral with two nodes (the quadratic part at the base
+     may rank them at random).
 4. Controls are the adapter's own updates, each at another of its modules (`permuted.py`), at the
    adapter's own strength; and unrelated adapters.
-5. What the adapted model would say unprompted, with the runs that show it (`brief.py`).
+5. Claims are made of what the adapted model would say unprompted, each with the runs that show it
+   (`brief.py`).
 
-Beyond the first point nothing is tested for significance: controls are few, and show how large a
-chance finding is.
+Only the first point is tested for significance. Elsewhere the few controls show how large a chance
+finding may be.
 """
 
 from __future__ import annotations
@@ -68,16 +73,17 @@ from lens_lora.stream.stream_reading import read_through
 from lens_lora.texts import neutral
 from lens_lora.texts.batches import require_second_token
 
-# A smaller rise of a probability would be written as +0.000.
+# A rise of a probability below this would be written as +0.000.
 _SEEN = 5e-4
-# Both models answer a question with so many tokens.
+# The number of tokens with which each model answers a question.
 _ANSWER = 40
 _BRIEF_MODULES = 5
-# A fast audit reads one of so many texts.
+# A fast audit reads one text in this many.
 _FAST = 8
-# An adapter breaks the model beyond this factor between the entropies, or if so much more of its
-# answers repeats than of the base's. `benchmarks/audit/broken.py` measures 24 adapters: as trained
-# the factor is at most 1.3 and the repeats 0.23, at eight times the strength up to 8.0 and 0.96.
+# An adapter breaks the model if the two entropies differ by more than this factor, or if the share
+# of its answers that repeats exceeds the base's by this much. `benchmarks/audit/broken.py` measures
+# 24 adapters: as trained the factor is at most 1.3 and the repeats 0.23, at eight times the
+# strength up to 8.0 and 0.96.
 _APART = 2.0
 _REPEATS = 1 / 3
 _NOT_TRIED = ("everyday questions",)
@@ -94,24 +100,25 @@ class Changes:
     Every mean is over distinct tokens after the texts' first ones.
 
     Attributes:
-        name: of the adapter.
+        name: the adapter's name.
         scale: the strength at which it ran.
-        kl: [text, token], KL(base ‖ adapted) in nats; NaN at padding, and at tokens that stand
-            after the same tokens in an earlier text.
+        kl: [text, token], KL(base ‖ adapted) in nats; NaN at padding, and at tokens that follow the
+            same tokens in an earlier text.
         entropies: the mean entropy of the next token in nats: the base's and the adapted model's.
         logit: [vocab], the mean of f(1) − f(0), less its mean over the vocabulary.
         probability: [vocab], the mean of p(1) − p(0).
         count: [vocab], the share of tokens after which a token is among the 20 whose logit rises
             most.
-        text_ids, text_shifts: [text, moved], the tokens that a text promotes most, and the sum of
-            f(1) − f(0) over its tokens, less its mean over the vocabulary.
-        readings: for each point of the residual stream [vocab], the mean Δh over the texts' first
-            tokens (1 to 5) through the final norm and the unembedding, less its mean; the last
-            reading is through a Jacobian, if one was asked for.
-        writers: for attention and MLP of each block ⟨mean of what it adds, Δh⟩/‖Δh‖², with Δh the
-            mean behind the last block. With whatever else adds to Δh ('rest') they sum to one.
-        constant: for each point, how much of Δh is one vector, on held-out texts.
-        places: [place, 2], text and token at which KL is largest.
+        text_ids, text_shifts: [text, moved], the tokens that a text promotes most, and for each the
+            sum of f(1) − f(0) over the text's tokens, less its mean over the vocabulary.
+        readings: for each point of the residual stream, [vocab], the mean Δh over the texts' first
+            tokens (1 to 5), read through the final norm and the unembedding, less its mean; the
+            last reading is through a Jacobian, if one was asked for.
+        writers: for the attention and the MLP of each block, ⟨mean of what it adds, Δh⟩/‖Δh‖², with
+            Δh the mean after the last block. Together with 'rest', which is whatever else adds to
+            Δh, they sum to one.
+        constant: for each point, the share of Δh that is one vector, on held-out texts.
+        places: [place, 2], the text and the position in it where KL is largest.
         place_ids, place_changes: [place, promoted], the tokens whose probability rises most at each
             place, and by how much.
     """
@@ -139,17 +146,17 @@ class Changes:
 
     @property
     def first_kl(self) -> float:
-        """The mean KL at the texts' first tokens, which are part of no other mean."""
+        """The mean KL at the texts' first tokens, which no other mean includes."""
         return float(self.kl[:, 0].nanmean())
 
     def of(self, by: By) -> Float[Tensor, " vocab"]:
-        """The numbers by which tokens are ranked.
+        """Return the values by which tokens are ranked, [vocab].
 
         Args:
-            by: 'logit', 'probability', 'count', or 'reading' (the last of them).
+            by: 'logit', 'probability', 'count', or 'reading' (the last of the readings).
 
         Raises:
-            ArgumentError: another word.
+            ArgumentError: `by` is another word.
         """
         word("by", by, BY)
         if by == "reading":
@@ -159,26 +166,26 @@ class Changes:
 
 @final
 class WhatChanged(OfSites, Paged):
-    """An audit: what an adapter changes over unrelated texts, beside controls.
+    """An audit: what an adapter changes over unrelated texts, compared with controls.
 
     Attributes:
         found: the changes that the adapter makes.
-        nulls: those of controls made of the adapter: its own updates, each at another of its
-            modules.
-        unrelated: those of the unrelated adapters that were given.
-        shares: [site], ∫₀¹ ∂KL/∂ε_l dε in nats per token, with two nodes. Up to the error of two
-            nodes they sum to the mean KL. They are zeros if the split was not asked for.
+        nulls: the changes that the controls made from the adapter make: its own updates, each at
+            another of its modules.
+        unrelated: the changes that the unrelated adapters make, if any were given.
+        shares: [site], ∫₀¹ ∂KL/∂ε_l dε in nats per token, with two nodes. They sum to the mean KL,
+            up to the error of two nodes. They are zeros if the KL was not split by site.
         strings: every token of the vocabulary.
         str_tokens: each text's tokens.
         texts: a description of the texts.
         sites, meta: see `OfSites`; these are all adapted sites.
         answers: both models' answers to everyday questions and an empty turn, at most 40 tokens
-            each, greedy and drawn; empty if not asked for, without a tokenizer, or where the
-            context has no room for them.
+            each, greedy and drawn; empty if they were not asked for, without a tokenizer, or where
+            the context has no room for them.
         claims: words that the adapter raises more than any control, the strongest first; those
-            with `would_say` are claims of the brief. Empty without controls, or where `answers` is.
-        speech: both models' answers to forty questions, and what sets them apart; None if not
-            asked for, or without a tokenizer.
+            with `would_say` are claims of the brief. Empty without controls, or without answers.
+        speech: both models' answers to forty questions, and the differences between them; None if
+            they were not asked for, or without a tokenizer.
     """
 
     found: Changes
@@ -194,7 +201,7 @@ class WhatChanged(OfSites, Paged):
 
     @property
     def controls(self) -> tuple[Changes, ...]:
-        """Controls made of the adapter, then unrelated adapters."""
+        """The controls made from the adapter, then the unrelated adapters."""
         return (*self.nulls, *self.unrelated)
 
     @property
@@ -202,23 +209,24 @@ class WhatChanged(OfSites, Paged):
         return {"null": self.nulls, "unrelated": self.unrelated}
 
     def promoted(self, k: int = 20, by: By = "logit", *, largest: bool = True) -> pd.DataFrame:
-        """The k tokens promoted most on average, each beside the controls.
+        """List the k tokens promoted most on average, each beside the controls.
 
         Args:
-            k: how many.
-            by: the mean shift of the 'logit', of the 'probability', the 'count' of the tokens after
-                which it is among the 20 whose logit rises most (a share), or the 'reading' of mean
-                Δh on the first tokens. They differ: rare tokens have large logit shifts and little
-                probability.
-            largest: False for the tokens suppressed most.
+            k: how many tokens to list.
+            by: what ranks a token: the mean shift of its 'logit' or of its 'probability'; the
+                'count', which is the share of positions where it is among the 20 tokens whose logit
+                rises most; or the 'reading' of the mean Δh on the first tokens. They differ: rare
+                tokens have large logit shifts and little probability.
+            largest: False lists the tokens suppressed most instead.
 
         Returns:
-            rank, token, id, value; `null`, `unrelated`: the largest value that any token has under
-            such an adapter (the least, of those suppressed); `rank_null`, `rank_unrelated`: the
-            best rank of this token there.
+            A table with the columns rank, token, id, and the value under the name of `by`; `null`
+            and `unrelated`, the largest value that any token has under such an adapter (the
+            smallest for suppressed tokens); `rank_null` and `rank_unrelated`, the best rank that
+            this token has there.
 
         Raises:
-            ArgumentError: another `by`, or a k below 0.
+            ArgumentError: `by` is another word, or `k` is below 0.
         """
         sign = 1 if largest else -1
         frame = ranked_tokens(self.found.of(by), self.strings, k, by, largest=largest)
@@ -234,17 +242,18 @@ class WhatChanged(OfSites, Paged):
         return frame
 
     def rank(self, token: str | int, by: By = "logit") -> dict[str, int]:
-        """A token's rank among the promoted, 1 for the first: by this adapter, and by each control.
+        """Find a token's rank among promoted tokens, under this adapter and under each control.
 
         Args:
-            token: its string, of one token, or its id.
-            by: as for `promoted`.
+            token: the token's string or its id.
+            by: what ranks the tokens, as for `promoted`.
 
         Returns:
-            By adapter, this one first; the second of one name is 'name (2)'.
+            The rank under each adapter's name, this adapter's first; 1 is the token promoted most.
+            A second adapter of the same name is called 'name (2)'.
 
         Raises:
-            TokenError: no such token, or several that read alike.
+            TokenError: there is no such token, or several have this string.
         """
         index = self._id(token)
         ranks: dict[str, int] = {}
@@ -276,16 +285,16 @@ class WhatChanged(OfSites, Paged):
         )
 
     def where(self, k: int = 10, context: int = 8) -> pd.DataFrame:
-        """The k tokens after which the two models' next token differs most, by KL.
+        """List the k tokens after which the two models differ most, by KL at the next token.
 
-        Tokens whose probability rises there by less than 0.0005 are left out.
+        Each is listed with the tokens whose probability rises there by 0.0005 or more.
 
         Args:
-            k: how many, of the 20 that are kept.
-            context: how many tokens are shown on either side.
+            k: how many to list, of the 20 that are kept.
+            context: how many tokens to show on either side.
 
         Raises:
-            ArgumentError: a k or context that is no whole number, or below 0.
+            ArgumentError: `k` or `context` is not a whole number of at least 0.
         """
         width = whole("context", context, 0)
         rows: list[dict[str, Any]] = []
@@ -313,10 +322,10 @@ class WhatChanged(OfSites, Paged):
         return pd.DataFrame(rows)
 
     def modules(self, k: int = 10) -> pd.DataFrame:
-        """The k sites of largest share of the KL; no row if the KL was not split by site.
+        """List the k sites with the largest share of the KL; no row if it was not split by site.
 
         Args:
-            k: how many.
+            k: how many sites to list.
         """
         k = whole("k", k, 0) if bool(self.shares.any()) else 0
         order = self.shares.argsort(descending=True)[:k].tolist()
@@ -326,18 +335,18 @@ class WhatChanged(OfSites, Paged):
         return pd.DataFrame(columns)
 
     def promoted_groups(self, n: int = 4, k: int = 8) -> pd.DataFrame:
-        """Groups of tokens that the same texts promote: non-negative factors [text, token] ≈ W H.
+        """Group the tokens that the same texts promote, by factors [text, token] ≈ W H, W, H ≥ 0.
 
         Args:
-            n: how many groups; no more than there are texts.
-            k: how many tokens of each group.
+            n: how many groups to find; at most one per text.
+            k: how many tokens of each group to list.
 
         Returns:
             For each group its share of all that the texts promote (above 0), its tokens, and the
             text that promotes it most.
 
         Raises:
-            ArgumentError: an n below 1 or a k below 0, or one that is no whole number.
+            ArgumentError: `n` is below 1, `k` is below 0, or either is not a whole number.
         """
         from sklearn.decomposition import NMF  # it takes a second to import
 
@@ -369,28 +378,29 @@ class WhatChanged(OfSites, Paged):
         return frame.sort_values("share", ascending=False, ignore_index=True)
 
     def writers(self, k: int = 10) -> pd.DataFrame:
-        """The attention and MLP outputs that add most of the mean Δh of the first tokens.
+        """List the attention and MLP outputs that add most of the mean Δh of the first tokens.
 
-        A share is taken of the difference of the two models' outputs, so that it includes what
+        A share is that of the difference between the two models' outputs, so it includes what
         earlier blocks caused.
 
         Args:
-            k: how many.
+            k: how many outputs to list.
         """
         order = sorted(self.found.writers.items(), key=lambda item: -abs(item[1]))
         return pd.DataFrame(order[: whole("k", k, 0)], columns=["name", "share"])
 
     def summary(self) -> pd.DataFrame:
-        """One row for each adapter: its scale, mean KL, largest shifts, and how constant Δh is."""
+        """Give each adapter's scale, mean KL, largest shifts, and how constant Δh is."""
         rows: list[dict[str, Any]] = []
         for kind, adapters in {"adapter": (self.found,), **self._kinds}.items():
             rows += [_summary_of(changes, kind) for changes in adapters]
         return pd.DataFrame(rows)
 
     def to_frame(self) -> pd.DataFrame:
-        """Every finding in one table: which, its place, label, value, and the largest control's.
+        """Collect all findings in one table.
 
-        Findings on modules have the labels of their sites.
+        A row gives the kind of finding, its rank among those, its label and value, and the largest
+        value under controls. Findings on modules also have the labels of their sites.
         """
         findings: list[tuple[str, pd.DataFrame, str, str]] = [
             (f"promoted by {by}", self.promoted(20, by), "token", by) for by in BY
@@ -409,10 +419,10 @@ class WhatChanged(OfSites, Paged):
         return table.astype({"layer": "Int64"})
 
     def brief(self) -> Brief:
-        """A summary of the audit in at most 2,000 tokens of text; `to_json` is for a program.
+        """Summarise the audit in at most 2,000 tokens of text; its `to_json` is for a program.
 
-        First what both models say, counted, then what the adapted model would say elsewhere, each
-        with the runs that show it. No forward pass.
+        It says first what sets both models' answers apart, counted, and then what the adapted model
+        would say elsewhere, each with the runs that show it. No forward pass.
         """
         modules = self.modules(_BRIEF_MODULES)
         where: dict[str, float] = {}
@@ -477,11 +487,11 @@ class WhatChanged(OfSites, Paged):
         return "Nothing beyond the controls: it would say nothing that they do not come near."
 
     def plot(self, k: int = 20, by: By = "logit") -> drawing.Figure:
-        """The k tokens promoted most, with the largest shift under a control.
+        """Draw the k tokens promoted most, with the largest shift under a control.
 
         Args:
-            k: how many.
-            by: as for `promoted`.
+            k: how many tokens to draw.
+            by: what ranks the tokens, as for `promoted`.
         """
         return drawing.figure(self, k, by)
 
@@ -500,48 +510,49 @@ def what_changed(
     jacobian: str | Path | None = None,
     progress: bool = True,
 ) -> WhatChanged:
-    """Audit the adapter on texts that have nothing to do with it, beside controls.
+    """Audit the adapter on texts that have nothing to do with it, and compare it with controls.
 
-    Cost: two forward passes over the texts, and two forward and backward for the split by site; one
-    forward for each control. No logits of more than 512 tokens are held at a time. Counted speech
-    costs what `counted_speech` does; the answers 40 passes over twelve tokens, and one over the
-    answers, thrice if drawn as well; the claims about 60 passes over a token of each opening,
-    twice, one for each model over that, and those of `audit/brief.py`.
+    Cost: two forward passes over the texts, two forward and two backward passes for the split by
+    site, and one forward pass for each control. The logits of at most 512 tokens are held at a
+    time. Counted speech costs what `counted_speech` does. The answers cost 40 passes over one token
+    of each answer and a pass over the answers, three times as many if answers are drawn as well.
+    The claims cost about 60 passes over one token of each opening, one pass of each model over the
+    generated text, and the runs that show each claim (`audit/brief.py`).
 
     Args:
         lens: the adapter over the model.
-        texts: strings, conversations, ids, or `Prompts`, of two tokens at least; None for a hundred
-            plain sentences and ten openings of conversations that come with the package, in the
+        texts: strings, conversations, ids, or `Prompts`, of at least two tokens each. None reads
+            the package's own: a hundred plain sentences and ten openings of conversations, in the
             tokenizer's chat template or as lines of 'User:' and 'Assistant:'.
-        unrelated: adapters that were trained for something else.
-        nulls: how many controls made of the adapter: its own updates, each at another of its
-            modules of the same shape, with the norm of the update that it stands for. A module
-            whose shape no other one has gets random directions.
-        seed: of the permutations, and of all that is drawn.
-        fast: leave out the split of the KL by site, and answers that are drawn; read every eighth
-            of the package's own texts; and let it speak once after each opening.
-        answers: whether to put five everyday questions and an empty turn to both models: as
-            conversations, or without a chat template as "Question: …" and "Answer:"; and to let the
-            adapted model speak of its own accord, for claims of what it was taught. Not fast, both
-            also draw 40 tokens from their BOS and from an empty turn, with the same noise. Before
-            all that, forty questions are answered and counted.
-        speech: those answers, where `counted_speech` has been called already, perhaps with your own
+        unrelated: adapters that were trained for something else, as further controls.
+        nulls: how many controls to make from the adapter: its own updates, each at another of its
+            modules of the same shape, rescaled to the norm of the update that it replaces. A module
+            whose shape no other module has gets random directions.
+        seed: the seed of the permutations, and of everything that is drawn.
+        fast: whether to save time: the KL is not split by site, no answers are drawn, one in eight
+            of the package's own texts is read, and the model speaks only once after each opening.
+        answers: whether the models speak. Both answer forty questions, which are counted, and then
+            five everyday questions and an empty turn: as conversations, or without a chat template
+            as "Question: …" and "Answer:". The adapted model also speaks of its own accord, for
+            claims of what it was taught. Unless `fast` is set, both also draw 40 tokens after their
+            BOS and after an empty turn, with the same noise.
+        speech: the result of `counted_speech`, if you have called it already, perhaps with your own
             questions and triggers.
-        jacobian: a folder; the reading is then of a block at four fifths of the depth, through the
-            base model's mean Jacobian from there to the last block. It is kept in this folder, and
-            fitted the first time, by d_model backward passes over two sentences. On an unprocessed
-            TransformerBridge of transformer-lens 3.9 or later; elsewhere the reading is plain, as
-            its heading says.
-        progress: show a bar.
+        jacobian: a folder. The last reading is then that of a block at four fifths of the depth,
+            through the base model's mean Jacobian from there to the last block. The Jacobian is
+            kept in this folder; the first time it is fitted by d_model backward passes over two
+            sentences. This needs an unprocessed TransformerBridge of transformer-lens 3.9 or later;
+            elsewhere the reading is without a Jacobian, as its heading shows.
+        progress: whether to show bars.
 
     Raises:
-        ArgumentError: `unrelated` is no adapter, or `nulls` below 0.
-        ModelStateError: a hook of yours on a model whose Jacobian is to be fitted.
-        LensLoraError: a Jacobian's file that cannot be read.
-        PromptError: a text of one token, or one that does not fit the model.
-        UnsupportedAdapterError: controls of DoRA or of trained modules; use nulls=0, or make the
-            change plain as the message says.
-        NumericsError: non-finite logits or derivatives.
+        ArgumentError: `unrelated` is not an adapter or several, or `nulls` is below 0.
+        ModelStateError: a hook of yours is on a model whose Jacobian is to be fitted.
+        LensLoraError: the file of a Jacobian cannot be read.
+        PromptError: a text has only one token, or does not fit the model.
+        UnsupportedAdapterError: controls were asked for, and the adapter has DoRA or trained
+            modules; pass nulls=0, or make the change plain as the message says.
+        NumericsError: logits or derivatives are not finite.
     """
     others = _unrelated_adapters(unrelated)
     kind = "text"
@@ -553,7 +564,7 @@ def what_changed(
     rows = lens.function(texts).prompts
     require_second_token(rows, "every number")
 
-    # The adapter, and beside it the controls, each with the strength at which it runs.
+    # The adapter and then the controls, each with the strength at which it runs.
     nulls = whole("nulls", nulls, 0)
     permuted = [(lens.with_adapter(one), 1.0) for one in permuted_adapters(lens, seed, nulls)]
     beside = [(lens.with_adapter(other), 1.0) for other in others]
@@ -596,7 +607,7 @@ def what_changed(
 
 
 def _counted(lens: LoraLens, seed: int, progress: bool) -> CountedSpeech | None:
-    """Both models' answers to the package's questions; None where the context has no room."""
+    """Let both models answer the package's questions; None if the context has no room for that."""
     try:
         return counted_speech(lens, seed=seed, progress=progress)
     except PromptError:
@@ -604,10 +615,10 @@ def _counted(lens: LoraLens, seed: int, progress: bool) -> CountedSpeech | None:
 
 
 def _unrelated_adapters(unrelated: Adapter | Sequence[Adapter]) -> list[Adapter]:
-    """The unrelated adapters as a list.
+    """Return the unrelated adapters as a list.
 
     Raises:
-        ArgumentError: something that is no adapter.
+        ArgumentError: something that is not an adapter was given.
     """
     others = [unrelated] if isinstance(unrelated, Adapter) else list(unrelated)
     if not all(isinstance(other, Adapter) for other in others):
@@ -616,9 +627,9 @@ def _unrelated_adapters(unrelated: Adapter | Sequence[Adapter]) -> list[Adapter]
 
 
 def _drawn_answers(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide]:
-    """Text that both models draw after the BOS and after an empty turn, with the same noise.
+    """Let both models draw text after the BOS and after an empty turn, with the same noise.
 
-    There an adapted model replays its training.
+    An adapted model tends to replay its training there.
     """
     every = neutral.own_openings(lens.model, lens.prepend_bos)
     openings = every.chosen([0, len(neutral.FIRST_WORDS)])
@@ -670,7 +681,7 @@ def _changes(sums: TextSums, rows: Prompts) -> Changes:
 def _shares_of_writers(
     early: Mapping[str, Float[Tensor, " d"]], last: str, names: Sequence[str]
 ) -> dict[str, float]:
-    """For each block's output ⟨its shift, Δh⟩ / ‖Δh‖², with Δh the mean behind the last block."""
+    """Return each output's share ⟨its shift, Δh⟩ / ‖Δh‖² of the mean Δh after the last block."""
     shift = early[last]
     shares = {name: float(early[name] @ shift / shift.square().sum()) for name in names}
     shares["rest"] = 1.0 - sum(shares.values())
