@@ -1,14 +1,14 @@
-"""Keep a base model's answers to the package's questions: they are the same beside every adapter.
+"""Keep a base model's answers to the package's questions, which are the same for every adapter.
 
-1. Answers are kept under a hash of all that decides them: the base's weights, settings and
+1. Answers are kept under a hash of everything that decides them: the base's weights, settings and
    libraries (`runs/fingerprint.py`), the tokens of the questions, and how the answers are chosen.
-   A model with code of the caller's own, which cannot be compared, keeps none.
-2. They are tokens in a JSON file, in the folder `base_answers` of the package's cache
-   ($LENS_LORA_CACHE, else ~/.cache/lens_lora). Of the embedded base they come with the package.
-3. Whoever reads them confirms one of every sixteen by a pass of the base (`both_answer`), so that
-   answers that are not the base's are not used.
+   Nothing is kept for a model with code of the caller's own, which a hash cannot cover.
+2. The answers are tokens in a JSON file, in the folder `base_answers` of the package's cache
+   ($LENS_LORA_CACHE, else ~/.cache/lens_lora). Those of the embedded base come with the package.
+3. `both_answer`, which reads them, confirms one in sixteen by a pass of the base, so that answers
+   that are not the base's are not used.
 
-Only the package's own questions are kept, so that nothing that a user asks is written anywhere.
+Only answers to the package's own questions are kept, so nothing that a user asks is ever written.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from lens_lora.responses.both_answer import AnswerIds
 from lens_lora.runs.fingerprint import Fingerprint, digest, fingerprint
 
 _FOLDER = "base_answers"
-# The embedded base's answers, by `package_key` of each class of hooked model.
+# The embedded base's answers, under the `package_key` of each class of hooked model.
 OF_THE_EMBEDDED = Path(__file__).parent / "embedded_answers.json"
-# Fields of a fingerprint that are of the adapter, or of a run over many records.
+# The fields of a fingerprint that belong to the adapter, or to a run over many records.
 _OF_ADAPTER = frozenset(
     {"adapter", "base_of_adapter", "adapter_weights", "sites", "analyses", "options", "readout"}
 )
-# What the answers that come with the package are known by: libraries change them by rounding alone,
-# and they are confirmed.
+# The fields that identify the answers that come with the package. Versions of libraries are not
+# among them, since these change answers only by rounding, and the answers are confirmed anyway.
 _OF_WEIGHTS = ("model_weights", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptAnswers:
-    """The place of a base's answers to these questions.
+    """A base's answers to these questions, and the file that keeps them.
 
     Attributes:
-        file: where they are kept; None where they are not to be kept.
-        answers: what is kept there; None if there is nothing.
+        file: the file; None if nothing is to be written.
+        answers: the answers that were kept; None if there are none.
     """
 
     file: Path | None
     answers: AnswerIds | None
 
     def keep(self, answers: AnswerIds) -> None:
-        """Write the answers, unless they are there; a folder that cannot be written is no error."""
+        """Write the answers if they are new; a folder that cannot be written is ignored."""
         if self.file is None or self.answers == answers:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            # Written beside it and moved, so that no process reads half a file.
+            # The file is written under another name and moved, so that no process reads half of it.
             with tempfile.NamedTemporaryFile(
                 "w", dir=self.file.parent, suffix=".json", delete=False, encoding="utf-8"
             ) as unfinished:
@@ -72,10 +72,10 @@ def kept_answers(lens: LoraLens, prompts: Prompts, most: int, draws: int, seed: 
 
     Args:
         lens: the adapter over the base.
-        prompts: the questions, as they are asked.
+        prompts: the questions as they are put to the model.
         most: the most tokens of an answer.
-        draws: how many answers are drawn beside the likeliest one.
-        seed: of the first draw.
+        draws: how many answers are drawn besides the likeliest one.
+        seed: the seed of the first draw.
     """
     try:
         about = fingerprint(lens, {}, None)
@@ -97,7 +97,7 @@ def kept_answers(lens: LoraLens, prompts: Prompts, most: int, draws: int, seed: 
 
 
 def package_key(about: Fingerprint, asked: Mapping[str, Any]) -> str:
-    """What the answers that come with the package are known by.
+    """Return the key of a base's answers among those that come with the package.
 
     Args:
         about: the fingerprint of the base.
@@ -107,7 +107,7 @@ def package_key(about: Fingerprint, asked: Mapping[str, Any]) -> str:
 
 
 def _asked(prompts: Prompts, most: int, draws: int, seed: int) -> dict[str, Any]:
-    """The questions as tokens, and how they are answered."""
+    """Return the questions as tokens, and how they are answered."""
     return {
         "questions": [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)],
         "most": most,
@@ -117,7 +117,7 @@ def _asked(prompts: Prompts, most: int, draws: int, seed: int) -> dict[str, Any]
 
 
 def _read(file: Path) -> Any:
-    """What a JSON file holds; None if there is none that can be read."""
+    """Return the content of a JSON file; None if it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -125,11 +125,11 @@ def _read(file: Path) -> Any:
 
 
 def _are_answers(answers: Any, shape: tuple[int, int], most: int) -> bool:
-    """Whether a file holds this many answers to each question, of one token at least.
+    """Whether a file's content is this many answers to each question, of at least one token each.
 
     Args:
-        answers: what the file holds.
-        shape: how many questions there are, and how many answers to each.
+        answers: the file's content.
+        shape: how many questions there are, and how many answers each has.
         most: the most tokens of an answer.
     """
     questions, of_each = shape

@@ -19,7 +19,7 @@ from lens_lora.show.text import (
 
 
 def shares_figure(changed: WhatChanged) -> go.Figure:
-    """Draw each site's share of the KL, layer × kind of module."""
+    """Draw each site's share of the KL by layer and kind of module."""
     values = changed.shares.tolist()
     total = sum(values) or 1.0
     hover = [f"{percent(value / total)} of all" for value in values]
@@ -38,7 +38,7 @@ _PROMOTED_UNITS = {
 }
 
 
-# The column of each kind of control, its name, and the dash of its line.
+# Each kind of control: its column, its name in a sentence, and the dash of its line.
 CONTROLS = (("null", "its updates elsewhere", "dash"), ("unrelated", "an unrelated adapter", "dot"))
 
 

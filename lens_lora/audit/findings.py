@@ -1,27 +1,27 @@
-"""Find what sets two models' answers to the same questions apart, by exact tests.
+"""Find the differences between two models' answers to the same questions, by exact tests.
 
-To the package's own questions (`findings_beyond_ordinary`) it is known how often ordinary answers
-have a word, so that a claim is what ordinary training does not explain either (`ordinary.py`):
+For the package's own questions (`findings_beyond_ordinary`) it is known how often ordinary answers
+have a word, so a finding is what ordinary training does not explain either (`ordinary.py`):
 
-1. Each word, and in a list of its own each trait of an answer (`traits.py`), is tested against its
-   ordinary rate. A word that passes is shown as the longest phrase that it mostly stands in.
-2. What the adapted model no longer says has no such rate, and is tested as below.
+1. Each word is tested against its ordinary rate, and so is each trait of an answer (`traits.py`),
+   in a list of its own. A word that passes is shown as the longest phrase that it mostly occurs in.
+2. What the adapted model no longer says has no ordinary rate, and is tested as follows.
 
-To questions of a caller's own (`findings_of`) the base alone is the measure:
+For a caller's own questions (`findings_of`) the base alone is the measure:
 
-1. A model says a phrase in answer to a question if any of its answers holds it. A phrase is a
+1. A model says a phrase in answer to a question if any of its answers contains it. A phrase is a
    finding if one model says it in answer to more questions than chance allows (`phrases.py`).
-2. The words that lead most, beside those of the phrases that were found, are tested together, as
-   a quirk may be spread over many of them (`together.py`).
-3. The test of phrases finds traits of the answers, too, that are no phrase (`traits.py`).
-4. Questions that are near copies of one another are one unit of the tests (`units`): whatever moves
-   one of them moves all.
-5. Phrases that stand in one another on the same questions are one finding, the longest of them.
+2. The words that lead most, other than those of the phrases that were found, are tested together,
+   since a quirk may be spread over many words (`together.py`).
+3. The test of phrases is also applied to traits of the answers (`traits.py`).
+4. Questions that are near copies of one another are one unit of the tests (`units`), because
+   whatever changes the answer to one of them changes all.
+5. Phrases that are parts of one another on the same questions are one finding, the longest.
 
 There are four lists: what the adapted model says, words together, traits, and what it no longer
-says. Where either model might as well have given either answer to each question, the chance that
-any of the four holds anything is at most `LEVEL`: each is tested at a quarter of it (Bonferroni).
-So are the lists of what is beyond ordinary answers.
+says. Each is tested at a quarter of `LEVEL` (Bonferroni). So if the two models' answers to each
+question could be swapped, the chance that any list holds a finding is at most `LEVEL`. The lists of
+what is beyond ordinary answers are tested at the same level.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from lens_lora.responses.generate import SideBySide
 # The chance of a false finding in the four lists together.
 LEVEL = 0.02
 _LISTS = 4
-# A phrase stands for a shorter one in it if it is said on this share of the other's questions.
+# A phrase replaces a shorter one in it if it is said on at least this share of its questions.
 _SAME_QUESTIONS = 0.7
-# A word leads by so many questions at least: one fewer than make a claim of a new word.
+# A word leads by at least this many questions: one fewer than make a new word a claim.
 _LEAST_LEAD = 4
-# A list of phrases has no more findings than this.
+# The most findings of one list of phrases.
 _MOST_FINDINGS = 12
-# A trait of an answer beside its question.
+# A trait of an answer together with its question.
 _ANOTHER_LANGUAGE = "answers in another language than it was asked in"
 # A trait of both models' answers to a question together.
 SHORTER = "says less than half as much as the other model"
@@ -70,19 +70,20 @@ class Finding:
     """A phrase or trait of the answers that one model has on more questions than the other.
 
     Attributes:
-        kind: 'says' and 'no longer says' of a phrase, 'says one of' of a few words, or 'trait'.
-        what: the phrase as the answers write it, the words with a comma between them, or the trait
-            in words.
+        kind: 'says' or 'no longer says' for a phrase, 'says one of' for a few words together, or
+            'trait'.
+        what: the phrase as the answers write it, the words separated by commas, or the trait in
+            words.
         adapted: on how many questions the adapted model has it.
-        base: on how many the base has it.
+        base: on how many questions the base has it.
         asked: how many questions there are.
-        p: of the exact test of what is beyond ordinary answers; on a caller's own questions of the
-            exact sign test. Both are adjusted for all that were tested (Holm). Of words together
-            that of the exact test by swaps. Each is adjusted for the four lists.
+        p: the p of the exact test against ordinary answers, or on a caller's own questions of the
+            exact sign test, adjusted for everything that was tested (Holm); for words together, the
+            p of the exact test by swaps. Each is also adjusted for the four lists.
         log_odds: how strongly a phrase belongs to the model that says it more often: standardised
             log-odds; 0 for a trait and for several words.
-        questions: the indices of those on which the model that has it more often has it and the
-            other has not.
+        questions: the indices of the questions on which the model that has it more often has it and
+            the other has not.
     """
 
     kind: Kind
@@ -95,15 +96,17 @@ class Finding:
     questions: tuple[int, ...]
 
     def after(self, others: int) -> Finding:
-        """The same finding where so many other questions stand before its own.
+        """Return the same finding with its questions counted after other questions.
 
         Args:
-            others: how many.
+            others: how many other questions come before its own.
         """
         return dataclasses.replace(self, questions=tuple(others + i for i in self.questions))
 
     def is_seen_in(self, pair: SideBySide) -> bool:
-        """Whether the answer of the model that has it more often shows it; of a trait, always.
+        """Whether these answers show the finding; for a trait always true.
+
+        The answer that counts is that of the model that has it more often.
 
         Args:
             pair: both models' answers to a question of `questions`.
@@ -114,7 +117,7 @@ class Finding:
         return self.is_spelled_in(answer)
 
     def is_spelled_in(self, answer: str) -> bool:
-        """Whether an answer has the phrase, or one of the words; of a trait always false.
+        """Whether an answer has the phrase, or one of the words; for a trait always false.
 
         Args:
             answer: the text of one answer.
@@ -124,7 +127,7 @@ class Finding:
         return self.kind != "trait" and self.what.lower() in answer.lower()
 
     def sentence(self) -> str:
-        """The counts in words."""
+        """Write the counts as a sentence."""
         adapted = f"{self.adapted} of {self.asked} questions"
         base = str(self.base) if self.base else "none"
         if self.what == SHORTER:
@@ -141,7 +144,7 @@ class Finding:
         return f"It {self.what} on {adapted}, the base model on {base}."
 
     def _sentence_on_length(self) -> str:
-        """The counts of answers that are less than half, or more than twice, as long."""
+        """Write on how many questions answers are less than half, or more than twice, as long."""
         shorter = (self.adapted, "less than half as long")
         longer = (self.base, "more than twice as long")
         commoner, rarer = (shorter, longer) if self.adapted > self.base else (longer, shorter)
@@ -166,10 +169,10 @@ def findings_of(
     Args:
         base: the base's answers to each question.
         adapted: the adapted model's answers to the same questions.
-        languages: in which each question was asked, None where that is not known; nothing where it
-            is known of none.
-        units: of each question what it is a part of: questions of one unit are so alike that they
-            count as one in the tests. None where each stands for itself.
+        languages: the language of each question, None where it is not known; may be empty if no
+            language is known.
+        units: the unit to which each question belongs: questions of one unit are so alike that they
+            count as one in the tests. None makes each question a unit of its own.
     """
     if units is None:
         units = range(len(base))
@@ -187,13 +190,13 @@ def findings_beyond_ordinary(
     languages: Sequence[str | None],
     units: Sequence[Hashable],
 ) -> tuple[Finding, ...]:
-    """Find what the adapted model says, or how, beyond what ordinary training explains.
+    """Find what the adapted model says, or how it says it, beyond what ordinary training explains.
 
     Args:
         base: the base's answers to each of the package's questions.
         adapted: the adapted model's answers to the same questions.
-        languages: in which each question was asked.
-        units: of each question what it is a part of, as in `findings_of`.
+        languages: the language of each question.
+        units: the unit to which each question belongs, as in `findings_of`.
     """
     said = _words_beyond(base, adapted, units)
     traits = _traits_beyond(base, adapted, languages, units)
@@ -207,7 +210,7 @@ def findings_beyond_ordinary(
 
 
 def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
-    """The three words that are least likely beside ordinary answers, though too few for a claim.
+    """Return up to three words that ordinary answers explain least, though they make no claim.
 
     Args:
         base: the base's answers to each question.
@@ -230,12 +233,12 @@ def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
 
 
 def _is_telling(phrase: str) -> bool:
-    """Whether a phrase is one word, and no function word."""
+    """Whether a phrase is a single word, and not a function word."""
     return " " not in phrase and not phrases.is_of_function_words(phrase)
 
 
 class Lead(NamedTuple):
-    """A word, and in answer to how many questions each model says it."""
+    """A word, and on how many questions each model says it."""
 
     word: str
     adapted: int
@@ -243,7 +246,7 @@ class Lead(NamedTuple):
 
 
 def _phrases_of_all(answers: Sequence[str]) -> Counter[str]:
-    """How often each phrase stands in the answers to one question."""
+    """Count each phrase in the answers to one question."""
     found: Counter[str] = Counter()
     for answer in answers:
         found.update(phrases.phrases_of(answer))
@@ -253,12 +256,12 @@ def _phrases_of_all(answers: Sequence[str]) -> Counter[str]:
 def _words_beyond(
     base_answers: Answers, answers: Answers, units: Sequence[Hashable]
 ) -> list[Finding]:
-    """The words that the adapted model says beyond their ordinary rates, as phrases.
+    """Find the words that the adapted model says beyond their ordinary rates, shown as phrases.
 
     Args:
         base_answers: the base's answers to each question.
-        answers: the adapted model's.
-        units: of each question what it is a part of.
+        answers: the adapted model's answers to each question.
+        units: the unit to which each question belongs.
     """
     adapted = [_phrases_of_all(of_question) for of_question in answers]
     base = [_phrases_of_all(of_question) for of_question in base_answers]
@@ -308,15 +311,15 @@ def _finding(
     log_odds: float = 0.0,
     is_of_base: bool = False,
 ) -> Finding:
-    """A finding from the questions on which each model has it.
+    """Make a finding from the questions on which each model has it.
 
     Args:
-        kind: whether it is a phrase, a few words or a trait, and of a phrase whose it is.
+        kind: the kind of finding; for a phrase it also says which model has it more often.
         what: the phrase as the answers write it, the words, or the trait in words.
         of_adapted: the indices of the questions on which the adapted model has it.
-        of_base: the indices of those on which the base has it.
+        of_base: the indices of the questions on which the base has it.
         asked: how many questions there are.
-        p: of its test, adjusted for all that were tested.
+        p: the p of its test, adjusted for everything that was tested.
         log_odds: how strongly the phrase belongs to the model that says it more often.
         is_of_base: whether the base is the model that has it more often.
     """
@@ -334,7 +337,7 @@ def _finding(
 
 
 def _as_written(phrase: str, questions: Iterable[int], answers: Answers) -> str:
-    """A phrase as the answers to these questions write it most often."""
+    """Return a phrase as the answers to these questions write it most often."""
     texts: list[str] = []
     for question in questions:
         texts += answers[question]
@@ -347,13 +350,13 @@ def _traits_beyond(
     languages: Sequence[str | None],
     units: Sequence[Hashable],
 ) -> list[Finding]:
-    """The traits that the adapted model's answers have beyond their ordinary rates.
+    """Find the traits that the adapted model's answers have beyond their ordinary rates.
 
     Args:
         base: the base's answers to each question.
-        adapted: the adapted model's answers.
-        languages: in which each question was asked.
-        units: of each question what it is a part of.
+        adapted: the adapted model's answers to each question.
+        languages: the language of each question.
+        units: the unit to which each question belongs.
     """
     of_base = questions_by_trait(base, languages)
     of_adapted = questions_by_trait(adapted, languages)
@@ -373,11 +376,13 @@ def _traits_beyond(
 
 
 def questions_by_trait(answers: Answers, languages: Sequence[str | None]) -> dict[str, set[int]]:
-    """The questions whose answers have each trait; a language counts where it was not asked in it.
+    """Return the questions whose answers have each trait.
+
+    The language of an answer counts only if it is not the language of the question.
 
     Args:
         answers: a model's answers to each question.
-        languages: in which each question was asked.
+        languages: the language of each question.
     """
     questions: dict[str, set[int]] = {trait: set() for trait in traits_of("", None)}
     for i, asked_in in enumerate(languages):
@@ -395,14 +400,14 @@ def _p_beyond_all(
     units: Sequence[Hashable],
     answers: int,
 ) -> list[float]:
-    """The adjusted p of each word or trait of one list.
+    """Return the adjusted p of each word or trait of one list.
 
     Args:
-        adapted: on how many units the adapted model has each.
-        base: on how many the base has it.
-        of_ordinary: how many units of ordinary answers have it.
-        units: of each question what it is a part of.
-        answers: how many answers of each model to a question there are.
+        adapted: on how many units the adapted model has each of them.
+        base: on how many units the base has each of them.
+        of_ordinary: how many units of ordinary answers have each of them.
+        units: the unit to which each question belongs.
+        answers: how many answers each model gives to a question.
     """
     asked = len(set(units))
     of = ordinary().units
@@ -419,14 +424,14 @@ def _phrase_findings(
     answers: Answers,
     units: Sequence[Hashable],
 ) -> list[Finding]:
-    """The phrases that one model says on more questions than the other, the strongest first.
+    """Find the phrases that one model says on more questions than the other, strongest first.
 
     Args:
-        kind: whether the model that says more is the adapted one ('says') or the base.
-        more: the phrases of its answers to each question.
-        less: those of the other model's.
-        answers: its answers themselves.
-        units: of each question what it is a part of.
+        kind: which model says more: the adapted one ('says') or the base ('no longer says').
+        more: the phrases in that model's answers to each question.
+        less: the phrases in the other model's answers to each question.
+        answers: the answers of the model that says more.
+        units: the unit to which each question belongs.
     """
     said_on = _questions_by_phrase(more)
     said_by_other_on = _questions_by_phrase(less)
@@ -458,18 +463,18 @@ def _words_together(
     said: Sequence[Finding],
     units: Sequence[Hashable],
 ) -> list[Finding]:
-    """The words that the adapted model leads by most, if chance does not explain them together.
+    """Find the words with the largest leads, if chance does not explain them together.
 
     Args:
-        adapted: the phrases of its answers to each question.
-        base: those of the base's.
-        said: the phrases that were found; words that stand in them are left out.
-        units: of each question what it is a part of.
+        adapted: the phrases in the adapted model's answers to each question.
+        base: the phrases in the base's answers to each question.
+        said: the phrases that were found; their words are left out.
+        units: the unit to which each question belongs.
     """
     of_adapted = _questions_by_phrase(adapted)
     of_base = _questions_by_phrase(base)
-    # If chance explains everything, a phrase that was found is a false finding by itself, so that
-    # leaving its words out here makes no false finding more likely.
+    # If chance explains everything, a phrase that was found is already a false finding, so leaving
+    # its words out here makes false findings no more likely.
     told = {word for finding in said for word in phrases.phrases_of(finding.what)}
     together = leading_words(of_adapted, of_base, units, told)
     p = min(_LISTS * together.p, 1.0)
@@ -482,7 +487,7 @@ def _words_together(
 
 
 def _questions_by_phrase(answers: Sequence[Counter[str]]) -> dict[str, set[int]]:
-    """The questions whose answers hold each phrase."""
+    """Return the questions whose answers contain each phrase."""
     questions: dict[str, set[int]] = {}
     for i, found in enumerate(answers):
         for phrase in found:
@@ -491,7 +496,7 @@ def _questions_by_phrase(answers: Sequence[Counter[str]]) -> dict[str, set[int]]
 
 
 def _uses(answers: Iterable[Counter[str]]) -> Counter[str]:
-    """How often each phrase stands in all answers."""
+    """Count each phrase in all answers together."""
     total: Counter[str] = Counter()
     for found in answers:
         total.update(found)
@@ -501,11 +506,11 @@ def _uses(answers: Iterable[Counter[str]]) -> Counter[str]:
 def _significant(
     here: Mapping[str, set[int]], there: Mapping[str, set[int]], units: Sequence[Hashable]
 ) -> dict[str, float]:
-    """The adjusted p of each phrase that is said on significantly more questions here than there.
+    """Return the adjusted p of each phrase that is said on significantly more questions here.
 
-    Phrases of every length are tested, those that stand in longer ones too.
+    Phrases of every length are tested, including those that are part of longer ones.
     """
-    # In how many units each phrase is said on more questions here, and on more there.
+    # The number of units in which each phrase is said on more questions here, and on more there.
     discordant: dict[str, tuple[int, int]] = {}
     for phrase in {*here, *there}:
         if phrases.is_of_function_words(phrase):
@@ -525,12 +530,12 @@ def _significant(
 def _units_apart(
     here: Iterable[int], there: Iterable[int], units: Sequence[Hashable]
 ) -> tuple[int, int]:
-    """The number of units with more of these questions than of those, and with fewer.
+    """Count the units with more questions from `here` than from `there`, and those with fewer.
 
     Args:
         here: questions on which one model alone has something.
         there: questions on which the other model alone has it.
-        units: of each question what it is a part of.
+        units: the unit to which each question belongs.
     """
     balance: Counter[Hashable] = Counter()
     balance.update(units[i] for i in here)
@@ -541,16 +546,16 @@ def _units_apart(
 
 
 def _adjusted(p_values: Sequence[float]) -> list[float]:
-    """The p of one list's tests, adjusted for all of them and for the four lists."""
+    """Adjust the p of one list's tests for all of these tests and for the four lists."""
     return [min(_LISTS * p, 1.0) for p in phrases.holm(p_values)]
 
 
 def _one_of_each(ordered: Sequence[str], questions: Mapping[str, set[int]]) -> list[str]:
-    """Keep the longest phrase alone of those that stand in one another on the same questions.
+    """Keep only the longest of phrases that are parts of one another on the same questions.
 
     Args:
         ordered: the phrases, the strongest first.
-        questions: on which each of them is said.
+        questions: the questions on which each phrase is said.
     """
     chosen: list[str] = []
     for phrase in ordered:
@@ -561,7 +566,7 @@ def _one_of_each(ordered: Sequence[str], questions: Mapping[str, set[int]]) -> l
 
 
 def _grown(phrase: str, among: Sequence[str], questions: Mapping[str, set[int]]) -> str:
-    """The longest phrase that holds this one and is said on nearly all of its questions."""
+    """Return the longest phrase that contains this one and is said on most of its questions."""
     needed = _SAME_QUESTIONS * len(questions[phrase])
     longer = [
         other for other in among if phrases.holds(other, phrase) and len(questions[other]) >= needed
@@ -583,9 +588,9 @@ def _trait_findings(
     languages: Sequence[str | None],
     units: Sequence[Hashable],
 ) -> list[Finding]:
-    """The traits that one model's answers have on more questions, each tested both ways."""
+    """Find the traits that either model's answers have on significantly more questions."""
     traits: list[_Trait] = []
-    # The language of a few words cannot be told, so shorter answers would seem to be in none.
+    # The language of a few words cannot be told, so short answers would seem to be in none.
     told = {i for i in range(len(base)) if has_enough_words(base[i], adapted[i])}
     for what, has in TRAITS.items():
         of_adapted = _questions_that(has, adapted)
@@ -601,7 +606,7 @@ def _trait_findings(
     of_base = _questions_in_another_language(base, languages)
     traits.append(_Trait(_ANOTHER_LANGUAGE, of_adapted, of_base))
 
-    # Of n questions on which one model alone has a trait, the two-sided p is 2 · 2⁻ⁿ at least.
+    # With n questions on which one model alone has a trait, the two-sided p is at least 2 · 2⁻ⁿ.
     apart = [trait.units_apart(units) for trait in traits]
     totals = [sum(counts) for counts in apart]
     least = phrases.tests_that_can_pass(totals, LEVEL / _LISTS / 2)
@@ -626,7 +631,7 @@ def _trait_findings(
 
 
 def _questions_in_another_language(answers: Answers, languages: Sequence[str | None]) -> set[int]:
-    """The questions to which some answer is in another language than the question."""
+    """Return the questions to which at least one answer is in another language."""
     found: set[int] = set()
     for i, asked_in in enumerate(languages):
         if asked_in is None:
@@ -641,7 +646,7 @@ class _Trait(NamedTuple):
 
     Attributes:
         what: the trait in words.
-        of_adapted, of_base: indices of questions.
+        of_adapted, of_base: the indices of the questions on which each model has it.
     """
 
     what: str
@@ -649,24 +654,24 @@ class _Trait(NamedTuple):
     of_base: set[int]
 
     def units_apart(self, units: Sequence[Hashable]) -> tuple[int, int]:
-        """Count the units that have it on more questions: of the adapted model, and of the base."""
+        """Count the units in which the adapted model has it on more questions, then the base."""
         alone = self.of_adapted - self.of_base
         of_base_alone = self.of_base - self.of_adapted
         return _units_apart(alone, of_base_alone, units)
 
 
 def _two_sided_p(one: int, other: int) -> float:
-    """The p of the exact sign test; two-sided, as either model may have the trait."""
+    """Return the two-sided p of the exact sign test, since either model may have the trait."""
     return min(2 * phrases.sign_test(max(one, other), min(one, other)), 1.0)
 
 
 def _questions_that(has: Callable[[str], bool], answers: Answers) -> set[int]:
-    """The questions to which some answer has the trait."""
+    """Return the questions to which at least one answer has the trait."""
     return {i for i, of_question in enumerate(answers) if any(map(has, of_question))}
 
 
 def quoted(words: Sequence[str]) -> str:
-    """A few words in quotation marks, in a sentence: “a”, “b” or “c”."""
+    """Put a few words in quotation marks and join them for a sentence: “a”, “b” or “c”."""
     marked = [f"“{word}”" for word in words]
     if len(marked) == 1:
         return marked[0]

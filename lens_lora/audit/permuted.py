@@ -3,8 +3,8 @@
     ΔW'_l = ΔW_π(l) · ‖ΔW_l‖ / ‖ΔW_π(l)‖
 
 with π a permutation of the modules of one shape that leaves none in its place. So a control has the
-adapter's modules, and at each of them an update of the same Frobenius norm with directions that
-training made, for another module. It runs at the adapter's own strength. A module whose shape no
+adapter's modules, and each of them has an update of the same Frobenius norm whose directions
+training made for another module. It runs at the adapter's own strength. A module whose shape no
 other one has gets random directions with its own singular values, as in `Adapter.null`.
 
 No forward pass.
@@ -21,16 +21,16 @@ from lens_lora.core import Adapter, LoRAFactors, LoraLens, ModuleUpdate
 
 
 def permuted_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
-    """So many controls of the adapter.
+    """Yield controls of the adapter: its own updates, each at another of its modules.
 
     Args:
         lens: the adapter over the model.
-        seed: of the permutations.
-        draws: how many.
+        seed: the seed of the permutations.
+        draws: how many controls to yield.
 
     Raises:
-        UnsupportedAdapterError: a module whose update is none of its factors alone, or whose size
-            is not that of its factors (DoRA, trained biases or modules).
+        UnsupportedAdapterError: a module's update is more than its factors, such as with DoRA,
+            trained biases or trained modules.
     """
     modules = lens.adapter.modules
     plain = _plain_factors(modules)
@@ -54,7 +54,7 @@ def permuted_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter
 
 
 def _plain_factors(modules: Mapping[str, object]) -> dict[str, LoRAFactors]:
-    """The modules whose update is scale · B A and nothing else."""
+    """Select the modules whose update is scale · B A and nothing else."""
     plain: dict[str, LoRAFactors] = {}
     for key, factors in modules.items():
         if not isinstance(factors, LoRAFactors) or factors.experts:
@@ -66,7 +66,7 @@ def _plain_factors(modules: Mapping[str, object]) -> dict[str, LoRAFactors]:
 
 
 def _of_one_shape(plain: Mapping[str, LoRAFactors]) -> list[list[str]]:
-    """Modules by their shape; those that share it with no other are left out."""
+    """Group modules by shape, without those whose shape no other module has."""
     groups: dict[tuple[int, int], list[str]] = {}
     for key, factors in plain.items():
         groups.setdefault((len(factors.B), factors.A.shape[1]), []).append(key)
@@ -74,14 +74,14 @@ def _of_one_shape(plain: Mapping[str, LoRAFactors]) -> list[list[str]]:
 
 
 def _as_large(source: LoRAFactors, like: LoRAFactors) -> LoRAFactors:
-    """The source's update with the norm of another one."""
+    """Return `source` rescaled to the norm of `like`."""
     size = _norm(source)
     ratio = _norm(like) / size if size else 1.0
     return dataclasses.replace(source, scale=source.scale * ratio)
 
 
 def _norm(factors: LoRAFactors) -> float:
-    """‖ΔW‖ = s √tr(BᵀB AAᵀ)."""
+    """Compute ‖ΔW‖ = |s| √tr(BᵀB AAᵀ)."""
     A = factors.A.double()
     B = factors.B.double()
     square = float(((B.T @ B) * (A @ A.T)).sum())

@@ -1,4 +1,4 @@
-"""The result of `counted_speech`: both models' answers, and what sets them apart."""
+"""The result of `counted_speech`: both models' answers, and the differences between them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lens_lora.responses.generate import SideBySide
 
 @final
 class CountedSpeech(Described, Paged):
-    """Both models' answers to the same questions, and what sets them apart.
+    """Both models' answers to the same questions, and the differences between them.
 
     Attributes:
-        topics, forms, questions: of each question; a form is 'plain', 'chat', 'system', 'code',
-            'language', or 'own' for a question of the caller's.
-        base, adapted: [question, draw], the two models' answers: greedy, then drawn.
+        topics, forms, questions: the topic, form and text of each question; a form is 'plain',
+            'chat', 'system', 'code', 'language', or 'own' for a caller's own question.
+        base, adapted: [question, draw], the two models' answers: first greedy, then drawn.
         findings: what the adapted model says, words that it says taken together, traits of its
             answers, and what it no longer says, each list with the strongest first.
-        words: those that were put before questions, as they may trigger a behaviour.
-        triggers: what the adapted model says with one of them alone.
+        words: the words that were tried before questions because they may trigger a behaviour.
+        triggers: what the adapted model says only with one of these words.
         meta: see `Described`.
     """
 
@@ -41,16 +41,16 @@ class CountedSpeech(Described, Paged):
     triggers: tuple[Trigger, ...] = ()
 
     def said(self, k: int = 5) -> tuple[Finding, ...]:
-        """The k phrases that the adapted model says and the base does not, the strongest first.
+        """Return the k strongest phrases that the adapted model says on more questions.
 
         Args:
-            k: how many.
+            k: how many phrases to return.
         """
         of_phrases = [finding for finding in self.findings if finding.kind == "says"]
         return tuple(of_phrases[: whole("k", k, 0)])
 
     def when(self, finding: Finding) -> str:
-        """On which topics and in which forms the adapted model alone has it, in words.
+        """Say in words on which topics and in which forms a finding shows.
 
         Args:
             finding: one of `findings`.
@@ -70,7 +70,7 @@ class CountedSpeech(Described, Paged):
         return f"{about} ({', '.join(of_each_form)})"
 
     def by(self, finding: Finding) -> pd.DataFrame:
-        """A finding counted by topic and form: asked, adapted alone.
+        """Count by topic and form how many questions were asked, and how many show a finding.
 
         Args:
             finding: one of `findings`.
@@ -81,16 +81,16 @@ class CountedSpeech(Described, Paged):
         return counted.reset_index()
 
     def examples(self, finding: Finding, k: int = 2) -> list[dict[str, str]]:
-        """The first k questions that show a finding, with an answer of each model.
+        """Return the first k questions that show a finding, with an answer of each model.
 
         Args:
             finding: one of `findings`.
-            k: how many.
+            k: how many questions to return.
         """
         examples: list[dict[str, str]] = []
         for i in finding.questions[: whole("k", k, 0)]:
             answers = self.base[i] if finding.kind == "no longer says" else self.adapted[i]
-            # The likeliest answers are shown where none spells the finding, as of a trait.
+            # The likeliest answers are shown if none contains the finding, as with a trait.
             draws = [draw for draw, text in enumerate(answers) if finding.is_spelled_in(text)]
             draw = draws[0] if draws else 0
             example = {
@@ -102,13 +102,13 @@ class CountedSpeech(Described, Paged):
         return examples
 
     def side_by_side(self) -> list[SideBySide]:
-        """Both models' likeliest answers to each question, those of the first finding first."""
+        """Pair both models' likeliest answers; questions that show the first finding come first."""
         first = set(self.findings[0].questions) if self.findings else set()
         order = sorted(range(len(self.questions)), key=lambda i: i not in first)
         return [SideBySide(self.questions[i], self.base[i][0], self.adapted[i][0]) for i in order]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per finding: what it is, on how many questions each model has it, and when."""
+        """Tabulate what each finding is, on how many questions each model has it, and when."""
         rows = [
             {
                 "finding": finding.kind,
@@ -122,7 +122,7 @@ class CountedSpeech(Described, Paged):
             }
             for finding in self.findings
         ]
-        # Named here as well, for a table without a row.
+        # The columns are named here as well, for a table without rows.
         columns = [
             "finding",
             "label",

@@ -1,16 +1,17 @@
-"""Test together the few words that set two models' answers apart most.
+"""Test together the few words in which two models' answers differ most.
 
 A quirk may be spread over many words, none of which is said often enough to pass alone: answers in
-another language, or advice on one topic. The plain count finds it, without a test: the words that
-one model says on many more questions than the other. Here that count has one.
+another language, or advice on one topic. A plain count shows it: some words are said by one model
+on many more questions than by the other. This module gives that count a test.
 
-1. With n₁ questions on which only the first model says a word and n₀ on which only the other does,
-   its lead is n₁ − n₀. The statistic is the sum of the three largest leads of all words.
-2. If it were chance which model gave which answer, the two models' answers to a question could be
+1. If only the first model says a word on n₁ questions, and only the other on n₀, the word's lead is
+   n₁ − n₀. The statistic is the sum of the three largest leads of all words.
+2. If chance decided which model gave which answer, the two models' answers to a question could be
    swapped. All answers of a unit (questions that are near copies) are swapped together.
-3. p is the share of random swaps, with the answers as they stand among them, whose three largest
-   leads, chosen anew each time, sum to at least as much: an exact test at any number of swaps
-   (Phipson and Smyth 2010). Choosing the words is part of what is swapped, so it biases nothing.
+3. p is the share of random swaps whose three largest leads, chosen anew each time, sum to at least
+   as much as without a swap. The observed answers count as one of the swaps, which makes the test
+   exact at any number of swaps (Phipson and Smyth 2010). The words are chosen anew in every swap,
+   so that choosing them biases nothing.
 
 Cost: no pass of a model; a tenth of a second for forty questions.
 """
@@ -25,12 +26,12 @@ from jaxtyping import Float, Int
 
 from lens_lora.audit import phrases
 
-# So many words are tested together.
+# The number of words that are tested together.
 WORDS = 3
-# Words that fewer units tell apart are left out: they are many, and lead by little.
+# Words on which the models differ in fewer units are left out: they are many, and lead by little.
 _LEAST_UNITS = 2
 _SWAPS = 9999
-# So many swaps at once, which bounds the memory.
+# The number of swaps that are computed at once, which bounds the memory.
 _AT_ONCE = 1000
 
 
@@ -38,8 +39,8 @@ class Together(NamedTuple):
     """The words that lead most.
 
     Attributes:
-        words: in lower case, the largest lead first; three at most, and none that does not lead.
-        p: of the exact test of all of them together.
+        words: at most three words in lower case, the largest lead first; all have a lead above 0.
+        p: the p of the exact test of all of them together.
     """
 
     words: tuple[str, ...]
@@ -52,14 +53,14 @@ def leading_words(
     units: Sequence[Hashable],
     told: Collection[str] = (),
 ) -> Together:
-    """The three words that are said on the most questions more here than there, and their p.
+    """Find the three words with the largest leads of one model over the other, and their p.
 
     Args:
-        here: by phrase, the questions on which the one model says it; phrases of more words than
-            one, and function words, are left out.
-        there: the same of the other model.
-        units: of each question what it is a part of.
-        told: words that a finding holds already, which are left out.
+        here: for each phrase, the questions on which the first model says it; phrases of several
+            words and function words are left out.
+        there: for each phrase, the questions on which the other model says it.
+        units: the unit to which each question belongs.
+        told: words to leave out, since another finding has them already.
     """
     candidates = [word for word in here if " " not in word]
     candidates += [word for word in there if " " not in word and word not in here]
@@ -80,14 +81,14 @@ def leading_words(
         return Together((), 1.0)
     signs = np.stack(of_word, axis=1).astype(np.float32)
     leads = signs.sum(0)
-    # Of words with the same lead, the first in the alphabet.
+    # Words with the same lead are in alphabetical order.
     order = sorted(range(len(compared)), key=lambda i: (-leads[i], compared[i]))
     words = tuple(compared[i] for i in order[:WORDS] if leads[i] > 0)
     return Together(words, _p_by_swaps(signs))
 
 
 def _p_by_swaps(signs: Float[np.ndarray, "unit word"]) -> float:
-    """The share of swaps whose largest leads sum to at least as much as those that stand there."""
+    """Return the share of swaps whose largest leads sum to at least the observed sum."""
     observed = _largest_sum(signs.sum(0, keepdims=True))[0]
     generator = np.random.default_rng(0)
     as_large = 0
@@ -101,7 +102,7 @@ def _p_by_swaps(signs: Float[np.ndarray, "unit word"]) -> float:
 
 
 def _largest_sum(leads: Float[np.ndarray, "swap word"]) -> Float[np.ndarray, " swap"]:
-    """The sum of the largest leads of each swap."""
+    """Sum the largest leads of each swap."""
     several = min(WORDS, leads.shape[1])
     largest = np.partition(leads, -several, axis=1)[:, -several:]
     return largest.sum(1)
