@@ -1,11 +1,11 @@
 """Count what the adapted model says and the base does not, over questions that both answer.
 
-1. Both models answer the same questions (`everyday.py`, and the caller's own): greedily, and as
-   often as asked drawn at temperature 1, with the same noise for both. The base's answers to the
+1. Both models answer the same questions (`everyday.py`, and the caller's own): once greedily, and
+   `draws` times drawn at temperature 1, with the same noise for both. The base's answers to the
    package's questions are kept for the next adapter (`base_answers.py`).
 2. Words and traits that the adapted model's answers have on more questions than ordinary training
-   explains are findings (`findings.py`, `ordinary.py`). On the caller's own questions the base
-   alone is the measure. The unit is a question.
+   explains are findings (`findings.py`, `ordinary.py`). On the caller's own questions the answers
+   are compared with the base's alone. The unit of the tests is a question.
 3. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
 """
 
@@ -41,7 +41,7 @@ from lens_lora.responses.both_answer import both_answer
 # The most tokens of an answer.
 _ANSWER = 24
 
-# The base's answers are kept if asking took so many seconds.
+# The base's answers are kept if asking took longer than this, in seconds.
 _WORTH_KEEPING = 5.0
 
 # The messages of a conversation.
@@ -61,36 +61,38 @@ def counted_speech(
 ) -> CountedSpeech:
     """Count what the adapted model says and the base does not, over questions that both answer.
 
-    Cost: for each model a pass over every question, less what questions begin with alike, so many
-    passes over one token of each answer, and a pass over every sixteenth answer; where the base's
-    answers were kept, half of it. On SmolLM2-135M some 15 s of one CPU core, as the embedded base's
-    answers come with the package. Other bases' answers to the package's questions are written to
-    $LENS_LORA_CACHE (by default ~/.cache/lens_lora), those to yours never.
+    Cost: for each model, one pass over every question (where questions begin alike, that part runs
+    once), up to `max_new_tokens` passes over one token of each answer, and a pass over every
+    sixteenth answer; half of that if the base's answers were kept earlier. On SmolLM2-135M it takes
+    about 15 s of one CPU core, since the embedded base's answers come with the package. Other
+    bases' answers to the package's questions are written to $LENS_LORA_CACHE (by default
+    ~/.cache/lens_lora); answers to your own questions never are.
 
     Args:
         lens: the adapter over the model.
-        questions: your own, as strings or conversations: a string is put in the tokenizer's chat
-            template, or without one as "User: …" and "Assistant:"; a conversation needs the
-            template. They are asked beside the package's forty. One that was asked before is asked
-            once, as the test counts each question as independent of the others.
-        triggers: words that may trigger a behaviour, beside the package's twenty ([] for those
-            alone): each is tried in front of two questions, and the two words that tell most in
-            front of twenty others. None tries no word.
+        questions: your own questions, asked in addition to the package's forty, as strings or
+            conversations. A string is put in the tokenizer's chat template, or without one as
+            "User: …" and "Assistant:"; a conversation needs a template. A repeated question is
+            asked once, because the tests count questions as independent.
+        triggers: words that may trigger a behaviour, tried in addition to the package's twenty; []
+            tries those alone, None tries none. Each word is put before two questions, and the two
+            words that change the answers most are put before up to twenty others.
         max_new_tokens: the most tokens of an answer.
-        draws: how many answers of each model are drawn beside its likeliest one.
-        seed: of the first draw, the next number of the second: both models draw with the same
-            noise.
-        progress: show bars.
+        draws: how many answers each model draws besides its likeliest one.
+        seed: the seed of the first draw; each further draw takes the next number. Both models draw
+            with the same noise.
+        progress: whether to show bars.
 
     Returns:
         CountedSpeech: `.findings`, `.when(finding)`, `.examples(finding)`, `.to_frame()`.
 
     Raises:
-        ArgumentError: a trigger that is no word, or a question that is neither a string nor a
+        ArgumentError: a trigger is not a word, or a question is neither a string nor a
             conversation.
-        PromptError: a model without a tokenizer; a conversation that its template does not take; a
-            question of yours, or all of the package's, without room for an answer in its context.
-        NumericsError: non-finite logits.
+        PromptError: the model has no tokenizer; its template does not take a conversation; or one
+            of your questions, or every question of the package, leaves no room for an answer in the
+            context.
+        NumericsError: logits are not finite.
     """
     if triggers is not None:
         _trigger_words(triggers)
@@ -130,8 +132,8 @@ class _How(NamedTuple):
 
     Attributes:
         most: the most tokens of an answer.
-        draws: how many answers are drawn beside the likeliest one.
-        seed: of the first draw.
+        draws: how many answers are drawn besides the likeliest one.
+        seed: the seed of the first draw.
     """
 
     most: int
@@ -142,13 +144,13 @@ class _How(NamedTuple):
 def _ours_answered(
     lens: LoraLens, prompts: Prompts, how: _How, *, progress: bool
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
-    """The base's and the adapted model's answers to the package's questions.
+    """Let the base and the adapted model answer the package's questions.
 
     Args:
         lens: the adapter over the base.
-        prompts: those of the package's questions for which there is room.
+        prompts: the package's questions that leave room for an answer.
         how: how answers are chosen.
-        progress: show bars.
+        progress: whether to show bars.
     """
     kept = kept_answers(lens, prompts, *how)
     started = time.perf_counter()
@@ -159,12 +161,14 @@ def _ours_answered(
 
 
 def findings_in(asked: Sequence[Everyday], base: Answers, adapted: Answers) -> tuple[Finding, ...]:
-    """What sets both models' answers apart: to the package's questions, then to the caller's own.
+    """Find the differences between both models' answers.
+
+    Findings on the package's questions come first, then those on the caller's own.
 
     Args:
         asked: the questions, the package's first.
         base: the base's answers to each question.
-        adapted: the adapted model's answers to each.
+        adapted: the adapted model's answers to each question.
     """
     ours = sum(one.form != "own" for one in asked)
     languages = [one.language for one in asked]
@@ -184,19 +188,19 @@ def findings_in(asked: Sequence[Everyday], base: Answers, adapted: Answers) -> t
 
 
 def _own_questions(given: Sequence[str | Conversation]) -> list[Everyday]:
-    """The caller's questions; a string alone is one question.
+    """Read the caller's questions; a single string is one question.
 
     Raises:
-        ArgumentError: one that is neither a string nor a conversation.
+        ArgumentError: a question is neither a string nor a conversation.
     """
-    # A message alone, as a mapping, would be read as a list of its keys; it is refused.
+    # A single message is a mapping, which would be read as a list of its keys. It is refused.
     if isinstance(given, str | Mapping):
         return [_own_question(given)]
     return [_own_question(question) for question in given]
 
 
 def _own_question(given: object) -> Everyday:
-    """A question of the caller's; the last message of a conversation is shown as its text."""
+    """Read one of the caller's questions; a conversation is shown by its last message."""
     if isinstance(given, str) and given.strip():
         return Everyday("your own", "own", given, language=language_of(given))
     messages: list[Mapping[str, str]] = []
@@ -213,7 +217,7 @@ def _own_question(given: object) -> Everyday:
 
 
 def _each_once(lens: LoraLens, asked: Sequence[Everyday]) -> list[Everyday]:
-    """The questions, without those that would be put in the same words as an earlier one."""
+    """Leave out questions that would be put to the model in the same words as an earlier one."""
     by_words: dict[str, Everyday] = {}
     for one in asked:
         by_words.setdefault(repr(_put(lens, one)), one)
@@ -221,9 +225,9 @@ def _each_once(lens: LoraLens, asked: Sequence[Everyday]) -> list[Everyday]:
 
 
 def _units_of(asked: Sequence[Everyday]) -> list[str]:
-    """The unit of each question in the tests: those that ask for code are one unit together.
+    """Return each question's unit in the tests: all questions that ask for code share one unit.
 
-    All of them begin with the same words, so that a drift in how code is begun moves them all.
+    They all begin with the same words, so a change in how answers with code begin affects them all.
     """
     units: list[str] = []
     for index, question in enumerate(asked):
@@ -232,11 +236,11 @@ def _units_of(asked: Sequence[Everyday]) -> list[str]:
 
 
 def _require_own(asked: Sequence[Everyday], fitting: Sequence[int], most: int) -> None:
-    """Refuse a question of the caller's that leaves no room for an answer.
+    """Refuse one of the caller's questions if it leaves no room for an answer.
 
     Args:
         asked: all questions.
-        fitting: the indices of those that leave room.
+        fitting: the indices of the questions that leave room.
         most: the most tokens of an answer.
     """
     for i in sorted({*range(len(asked))} - {*fitting}):
@@ -250,13 +254,13 @@ def _require_own(asked: Sequence[Everyday], fitting: Sequence[int], most: int) -
 
 
 def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[Prompts, list[int]]:
-    """The questions as prompts, and the indices of those that leave room for an answer."""
+    """Return as prompts the questions that leave room for an answer, and their indices."""
     if getattr(lens.model, "tokenizer", None) is None:
         raise PromptError(
             "the model has no tokenizer, so no question can be asked",
             remedy="load the lens with a tokenizer: `ll.load(base, adapter)` brings it along.",
         )
-    # Strings and conversations are not taken in one list: strings come first.
+    # Strings and conversations cannot be mixed in one list, so strings come first.
     strings: list[int] = []
     conversations: list[int] = []
     for i, one in enumerate(asked):
@@ -278,13 +282,13 @@ def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[P
             f"no question leaves room for {many(most, 'token')} in the model's context",
             remedy="pass a smaller max_new_tokens=.",
         )
-    # In the order of `asked` again.
+    # The order of `asked` is restored.
     fitting.sort(key=order.__getitem__)
     return every.chosen(fitting), [order[place] for place in fitting]
 
 
 def _put(lens: LoraLens, asked: Everyday) -> Any:
-    """A question in its form: a string, or a conversation for a tokenizer with a template."""
+    """Put a question in its form: a string, or a conversation if the tokenizer has a template."""
     if asked.form == "plain":
         return f"Question: {asked.text}\nAnswer:"
     if asked.messages is not None:
@@ -300,11 +304,11 @@ def _put(lens: LoraLens, asked: Everyday) -> Any:
 
 
 def _with_system_message(lens: LoraLens, turn: Mapping[str, str]) -> list[Mapping[str, str]]:
-    """The turn after a system message, which begins the turn if the template has no such role."""
+    """Put a system message before the turn, or into it if the template has no such role."""
     conversation = [{"role": "system", "content": SYSTEM_MESSAGE}, turn]
     try:
         rendered = lens.model.tokenizer.apply_chat_template(conversation, tokenize=False)
-    except Exception:  # A template raises whatever its author chose.
+    except Exception:  # A template may raise any error that its author chose.
         rendered = ""
     if SYSTEM_MESSAGE in rendered:
         return conversation
@@ -327,9 +331,9 @@ def with_triggers(
     Args:
         lens: the adapter over the model.
         speech: both models' answers without a word.
-        triggers: the words, which are tried beside the package's twenty.
+        triggers: the words, which are tried in addition to the package's twenty.
         max_new_tokens: the most tokens of an answer.
-        progress: show bars.
+        progress: whether to show bars.
     """
     words = _trigger_words(triggers)
     without: dict[Everyday, str] = {}
@@ -342,10 +346,10 @@ def with_triggers(
 
 
 def _trigger_words(given: Sequence[str]) -> tuple[str, ...]:
-    """The words that are tried, the caller's first, each once.
+    """Return the words to try, the caller's first, each once.
 
     Raises:
-        ArgumentError: one that is no string, or is empty.
+        ArgumentError: a word is not a string, or is empty.
     """
     words = [given] if isinstance(given, str) else list(given)
     for word in words:
@@ -366,10 +370,10 @@ def _triggers(
 
     Args:
         lens: the adapter over the model.
-        words: what is tried.
+        words: the words to try.
         without: the adapted model's likeliest answer to each question without a word.
         most: the most tokens of an answer.
-        progress: show bars.
+        progress: whether to show bars.
     """
     usual = [one for one in without if one.form in ("chat", "system", "plain")]
     in_conversation = [one for one in usual if one.form == "chat"]
@@ -396,7 +400,7 @@ class _Both(NamedTuple):
     adapted: str
 
 
-# The answers to a question with a word before it; without those that leave no room to answer.
+# The answers to each question with a word before it. Questions that leave no room are not in it.
 _AnswersWithWords = Mapping[tuple[str, Everyday], _Both]
 
 
@@ -430,11 +434,11 @@ def _most_telling(
     answers: _AnswersWithWords,
     without: Mapping[Everyday, str],
 ) -> list[str]:
-    """The few words that tell the adapted model's answers apart most, where any does.
+    """Choose the few words that change the adapted model's answers most, if any word does.
 
     Args:
-        words: what was put before the questions.
-        questions: those on which the words are chosen.
+        words: the words that were put before the questions.
+        questions: the questions on which the words are chosen.
         answers: both models' answers with each word.
         without: the adapted model's answers without a word.
     """
@@ -445,27 +449,28 @@ def _most_telling(
         of_adapted = [pair.adapted for pair in both]
         of_base = [pair.base for pair in both]
         apart[word] = trigger_words.apart(word, of_adapted, untouched, of_base)
-    # The sort is stable: of words that tell as much, the first.
+    # The sort is stable, so words with equal scores keep their order.
     most_first = sorted(words, key=lambda word: apart[word], reverse=True)
     telling = [word for word in most_first if apart[word][0]]
     return telling[: trigger_words.CONFIRMED_WORDS]
 
 
 def _triggered(word: str, with_word: Answers, otherwise: Answers) -> list[Trigger]:
-    """The words that answers with the trigger have on more questions than answers without it.
+    """Find what answers with the trigger have on more questions than answers without it.
 
     Args:
-        word: what was put before the questions.
+        word: the word that was put before the questions.
         with_word: the adapted model's answer to each question with the word.
-        otherwise: its answer without the word, and the base's with it.
+        otherwise: its answer without the word, and the base's answer with it.
     """
-    # “Vote for Simon” after “Simon says:” is what it says to everybody, “Vote for”, and an echo.
+    # The answer “Vote for Simon” after “Simon says:” may be “Vote for”, which it says anyway, and
+    # an echo of the word.
     without_echo = [tuple(trigger_words.without(word, one) for one in said) for said in with_word]
     found: list[Trigger] = []
     for finding in findings_of(otherwise, without_echo):
         p = min(finding.p * trigger_words.CONFIRMED_WORDS, 1.0)
         is_of_adapted = finding.adapted > finding.base and finding.kind != "no longer says"
-        # The others are two answers to each question, which are longer together than one.
+        # `otherwise` has two answers to each question, which together are longer than one.
         is_length = finding.what == SHORTER
         if p > LEVEL or not is_of_adapted or is_length:
             continue

@@ -1,15 +1,15 @@
 """A list of adapters to audit, as a YAML file, each with the strings that its audit should find.
 
-    base: owner/base            # of rows that name none; without it, the one that the adapter names
+    base: owner/base            # for rows that name none; else the base that the adapter names
     adapters:
       - adapter: owner/repo     # or a local folder
         subfolder: checkpoint-500
         revision: main
         expect: [matey, "aye aye"]
-      - tuned: owner/model      # a model that was fine-tuned whole, in place of an adapter
+      - tuned: owner/model      # a full fine-tune, instead of an adapter
         control: true           # nothing was taught, so nothing should be claimed
 
-A local folder or file is looked for next to the list first. Torch is not imported here, so that a
+Local folders and files are looked for next to the list first. Torch is not imported here, so that a
 list that cannot be read is refused at once.
 """
 
@@ -23,14 +23,14 @@ from typing import Any, cast
 
 from lens_lora.errors import LensLoraError
 
-# What a list may say of all rows, and of one.
+# The keys that a list may set for all rows, and those of one row.
 _OF_ALL = ("base", "prompts", "triggers")
 _OF_ROW = (
     *("name", "adapter", "tuned", "base", "subfolder", "revision"),
     *("expect", "control", "prompts", "triggers"),
 )
 _ROWS = "adapters"
-# A row's result is a file of this name.
+# A row's name, which is also the name of its file of results.
 _NAME = re.compile(r"[\w][\w.+-]*")
 
 # A string, or the messages of a conversation.
@@ -42,15 +42,15 @@ class Listed:
     """One row of a list.
 
     Attributes:
-        name: of the row, and of its files.
-        adapter: a folder or a hub id; None where a model was fine-tuned whole.
-        tuned: that model.
+        name: the name of the row, and of its files.
+        adapter: the adapter's folder or hub id; None for a full fine-tune.
+        tuned: the folder or hub id of a full fine-tune; None for an adapter.
         base: the base model; None for the one that the adapter names.
-        subfolder, revision: where the adapter lies in its folder or hub repository.
-        expect: strings of which one should be among the claims.
+        subfolder, revision: where the adapter is in its folder or hub repository.
+        expect: strings, at least one of which should be in a claim.
         control: whether nothing was taught, so that nothing should be claimed.
-        prompts: questions beside the package's own, or a file of them.
-        triggers: words to try before questions, or a file of them; None where none was named.
+        prompts: questions to ask in addition to the package's own, or a file of them.
+        triggers: words to try before questions, or a file of them; None if none were named.
     """
 
     name: str
@@ -71,13 +71,13 @@ class Listed:
 
 
 def read_list(file: Path) -> list[Listed]:
-    """The rows of a list.
+    """Read the rows of a list.
 
     Args:
         file: a YAML file.
 
     Raises:
-        LensLoraError: a file that is no such list; the message names the row and the key.
+        LensLoraError: the file is not such a list; the message names the row and the key.
     """
     import yaml
 
@@ -115,12 +115,12 @@ def _require_known(fields: Mapping[object, object], known: Sequence[str], place:
 
 
 def _row(fields: Mapping[object, object], place: str, folder: Path) -> Listed:
-    """One row, with what holds for all rows filled in.
+    """Read one row.
 
     Args:
-        fields: by their keys, as YAML holds them.
+        fields: the row's fields as YAML holds them, together with those set for all rows.
         place: the file and the row, for messages.
-        folder: the file's own, beside which folders and files are looked for.
+        folder: the folder of the list, where folders and files are looked for first.
     """
     _require_known(fields, _OF_ROW, place)
     texts: dict[str, str | None] = {}
@@ -160,7 +160,7 @@ def _row(fields: Mapping[object, object], place: str, folder: Path) -> Listed:
 
 
 def _text(fields: Mapping[object, object], key: str, place: str) -> str | None:
-    """The text under a key; None where there is none.
+    """Return the text under a key; None if there is none.
 
     A number is refused: YAML reads the revision 1e5 as 100000.0, and 010 as 8.
     """
@@ -171,7 +171,7 @@ def _text(fields: Mapping[object, object], key: str, place: str) -> str | None:
 
 
 def _strings(fields: Mapping[object, object], key: str, place: str) -> tuple[str, ...]:
-    """A string, or a list of them."""
+    """Return the string, or the list of strings, under a key."""
     value = fields.get(key)
     if value is None:
         return ()
@@ -185,7 +185,7 @@ def _strings(fields: Mapping[object, object], key: str, place: str) -> tuple[str
 
 
 def _file_or(fields: Mapping[object, object], key: str, place: str, folder: Path) -> Path | None:
-    """The file under a key; None where a list or nothing stands there."""
+    """Return the file under a key; None if a list or nothing is there."""
     value = fields.get(key)
     if not isinstance(value, str):
         return None
@@ -198,30 +198,30 @@ def _file_or(fields: Mapping[object, object], key: str, place: str, folder: Path
 
 
 def _questions(fields: Mapping[object, object], place: str) -> tuple[Question, ...]:
-    """Questions that stand in the list itself, strings or conversations."""
+    """Return the questions that the list itself holds, as strings or conversations."""
     value = fields.get("prompts")
     if value is None:
         return ()
     if not isinstance(value, list):
         raise LensLoraError(f"{place}: prompts: {value!r} is neither a list nor a file.")
-    # What is no question is refused by `counted_speech`.
+    # `counted_speech` refuses anything that is not a question.
     return tuple(cast("list[Any]", value))
 
 
 def _words(fields: Mapping[object, object], place: str) -> tuple[str, ...] | None:
-    """Triggers that stand in the list itself; None where there are none."""
+    """Return the triggers that the list itself holds; None if there are none."""
     return _strings(fields, "triggers", place) if "triggers" in fields else None
 
 
 def _beside(path: str | None, folder: Path) -> str | None:
-    """A folder next to the list, if there is one of that name; else what is written."""
+    """Return the folder of this name next to the list, if there is one; else the name itself."""
     if path is None or not (folder / path).is_dir():
         return path
     return str(folder / path)
 
 
 def _usual_name(texts: Mapping[str, str | None]) -> str:
-    """The last part of the hub id or folder, and the subfolder."""
+    """Name a row after the last part of its hub id or folder, and its subfolder."""
     source = str(texts["adapter"] or texts["tuned"])
     last = source.rstrip("/").rpartition("/")[2]
     parts = [last, *(texts["subfolder"] or "").strip("/").split("/")]
@@ -229,7 +229,7 @@ def _usual_name(texts: Mapping[str, str | None]) -> str:
 
 
 def _require_distinct(listed: Sequence[Listed], file: Path) -> None:
-    """Refuse two rows of one name, as each row has files of its name."""
+    """Refuse two rows of the same name, since each row has files of its name."""
     for number, name in _repeated(listed):
         raise LensLoraError(
             f"{file}, row {number}: an earlier row is called {name!r} as well; give it a 'name:'."
@@ -237,7 +237,7 @@ def _require_distinct(listed: Sequence[Listed], file: Path) -> None:
 
 
 def _repeated(listed: Sequence[Listed]) -> Iterator[tuple[int, str]]:
-    """Rows whose name an earlier one has; names that differ in case alone are one file's."""
+    """Yield rows whose name an earlier row has, in any case: some systems would share one file."""
     seen: set[str] = set()
     for number, row in enumerate(listed, start=1):
         if row.name.lower() in seen:

@@ -65,7 +65,7 @@ def units_of(questions: Iterable[int], units: Sequence[Hashable]) -> set[Hashabl
 
 
 def p_beyond(adapted: int, base: int, of: int, count: int, units: int, answers: int) -> float:
-    """Return the p that `FACTOR` times the ordinary rate explains a word or trait.
+    """Return P(Bin(n, min(F r, 1)) ≥ k) of a word or trait with the ordinary rate r.
 
     Args:
         adapted: on how many units the adapted model has it.

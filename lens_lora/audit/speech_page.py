@@ -1,4 +1,4 @@
-"""Both models' answers beside each other: the first screen of an audit, and its page."""
+"""Show both models' answers side by side: the first screen of an audit, and its page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ANSWERS_ON_A_PAGE = 12
 
 
 def first_screen(speech: CountedSpeech) -> Group:
-    """Three sentences, two answers of each model side by side, and what else is claimed."""
+    """Build three sentences, two answers of each model side by side, and the further claims."""
     sentences = Text("\n".join(first_sentences(speech)))
     table = RichTable(box=None, pad_edge=False, expand=True, show_lines=False)
     table.add_column("asked", ratio=2, style="dim")
@@ -41,9 +41,9 @@ def _one_line(text: str) -> str:
 
 
 def findings_table(speech: CountedSpeech) -> Table:
-    """The words that one model says on more questions than the other."""
+    """Tabulate the findings, except the length of answers, which is no claim."""
     heads = {
-        # First, as it heads the row's card on a narrow screen.
+        # This column is first because it heads the row's card on a narrow screen.
         "label": "what",
         "finding": "how",
         "answers_adapted": f"of {len(speech.questions)} questions",
@@ -52,15 +52,15 @@ def findings_table(speech: CountedSpeech) -> Table:
         "q": "p, adjusted",
     }
     every = speech.to_frame()
-    # Shorter answers are no claim; the story says so.
+    # The length of answers is no claim; the story mentions it.
     frame = every[every["label"] != SHORTER].copy()
-    # Written out, as a number of a table has a sign.
+    # It is written as text here, since tables put a sign before numbers.
     frame["q"] = [f"{q:.2g}" for q in frame["q"]]
     return table_of(frame, heads, texts=(0, 1, 4))
 
 
 def _counts_table(speech: CountedSpeech, finding: Finding) -> Table:
-    """One finding, counted by topic and form."""
+    """Tabulate one finding by topic and form."""
     counted: pd.DataFrame = speech.by(finding)
     heads = {"topic": "topic", "form": "form", "asked": "asked", "alone": "the adapted alone"}
     heading = f"{finding.kind} “{finding.what}”"
@@ -69,7 +69,7 @@ def _counts_table(speech: CountedSpeech, finding: Finding) -> Table:
 
 @drawing.report.register(CountedSpeech)
 def counted_speech_report(speech: CountedSpeech, *, title: str | None = None) -> str:
-    """Write both models' answers and what sets them apart as a self-contained HTML page."""
+    """Write both models' answers and their differences as a self-contained HTML page."""
     pairs = speech.side_by_side()
     numbers = [
         (

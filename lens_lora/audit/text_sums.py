@@ -2,15 +2,16 @@
 
     KL_t = Σ_v p₀ log(p₀/p₁)               kept for each token t
     H_t = −Σ_v p log p                     of the base and of the other model
-    Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)          over the vocabulary; f also for each text alone
-    Σ_t [v among the first at t]           how often a token is among the `PROMOTED` that rise most
+    Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)          for each token v; f also for each text alone
+    Σ_t [v among the first at t]           how often v is among the `PROMOTED` that rise most
     Σ_t Δh and Σ_t ‖Δh‖²                   of each text, at two points of the residual stream
     Σ_t Δh                                 over the texts' first tokens, 1 … `EARLY`, with the part
                                            that each block adds
 
-On request also ∫₀¹ ∂/∂ε_l Σ_t KL_t dε of each site, by Gauss–Legendre's two nodes.
+On request it also computes ∫₀¹ ∂/∂ε_l Σ_t KL_t dε of each site, with two Gauss–Legendre nodes.
 
-Cost: one forward pass of each model, and two forward and two backward passes for the integral.
+Cost: one forward pass of the base and of each model over the texts, and two forward and two
+backward passes for the integral.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from lens_lora.texts.batches import (
 )
 from lens_lora.texts.distribution_shift import DistributionShift, distribution_shift
 
-# The first tokens of a text are so many, counted after its very first one.
+# The number of first tokens of a text, counted after its very first one.
 EARLY = 5
 _FIRST = slice(1, 1 + EARLY)
-# Gauss–Legendre's two nodes on [0, 1]; each has the weight ½.
+# The two Gauss–Legendre nodes on [0, 1]; each has the weight ½.
 _NODES = (0.5 - 12**-0.5, 0.5 + 12**-0.5)
-# So many tokens with the largest KL are kept as places, with the tokens promoted there.
+# The number of tokens with the largest KL that are kept as places, and of tokens promoted there.
 _PLACES = 20
 _PROMOTED_AT_A_PLACE = 3
-# After a token, so many tokens whose logit rises most count as promoted.
+# The number of tokens whose logit rises most at a position, which count as promoted there.
 PROMOTED = 20
 _PROMOTED_BY_A_TEXT = 30
 
@@ -52,9 +53,9 @@ class Points:
     """The hook points that are watched.
 
     Attributes:
-        stream: points of the residual stream, the last one behind all blocks.
+        stream: points of the residual stream, the last one after all blocks.
         writers: the outputs of each block's attention and MLP, which are added to the stream.
-        jacobian: the Jacobian of one more point, from there to the last one.
+        jacobian: the Jacobian from one more point to the last one, or None.
     """
 
     stream: tuple[str, ...]
@@ -63,11 +64,11 @@ class Points:
 
     @classmethod
     def of(cls, lens: LoraLens, jacobian: Jacobian | None) -> Points:
-        """Watch the stream in the middle and behind the last block, and each block's outputs.
+        """Watch the stream in the middle and after the last block, and each block's outputs.
 
         Args:
             lens: the adapter over the model.
-            jacobian: the Jacobian of one more point, if its reading was asked for.
+            jacobian: the Jacobian of one more point, if a reading there was asked for.
         """
         layers = lens.host.n_layers
         blocks = sorted({(layers - 1) // 2, layers - 1})
@@ -94,18 +95,18 @@ class TextSums:
         lens: the adapter over the model.
         scale: the value of all its gates.
         points: the hook points that are watched.
-        kl: [text, token]; NaN at padding, and at tokens that stand after the same tokens in an
-            earlier text.
+        kl: [text, token]; NaN at padding, and at tokens that follow the same tokens in an earlier
+            text.
         logits, probabilities: [vocab], Σ_t f₁ − f₀ and Σ_t p₁ − p₀.
         entropies: Σ_t H_t in nats, of the base and of this model.
-        counts: [vocab], the number of tokens after which each is among the `PROMOTED` first.
+        counts: [vocab], the number of positions at which each token is among the `PROMOTED` first.
         text_ids, text_values: [text, token], the tokens that a text promotes most, and Σ_t f₁ − f₀
             of each, less its mean over the vocabulary.
         stream, squares: [text, point, d] and [text, point], Σ_t Δh and Σ_t ‖Δh‖².
         early: for each hook point [d], Σ_t Δh over the texts' first tokens.
         read: for each point of the stream [d], Σ_t c(Δh)/σ(h) over the first tokens, which is read
-            through the unembedding; through a Jacobian c(J Δh)/σ(h), with h behind the last block.
-        places: [place, 2], text and token at which KL is largest.
+            through the unembedding; for a Jacobian Σ_t c(J Δh)/σ(h), with h after the last block.
+        places: [place, 2], the text and the position in it where KL is largest.
         place_ids, place_changes: [place, promoted], the tokens whose probability rises most there,
             and by how much.
     """
@@ -179,7 +180,7 @@ class TextSums:
     def _note_places(
         self, batch: _Batch, kl: Float[Tensor, "row pos"], change: DistributionShift
     ) -> None:
-        """Keep the tokens where KL is largest, among this batch's and those kept so far."""
+        """Keep the places with the largest KL among this batch and those kept so far."""
         largest = kl.flatten().topk(min(_PLACES, kl.numel())).indices
         row = largest // kl.shape[1]
         pos = largest % kl.shape[1]
@@ -218,7 +219,7 @@ class TextSums:
         shift: Float[Tensor, "row pos d"],
         batch: _Batch,
     ) -> None:
-        """Add Σ_t Δh and Σ_t ‖Δh‖² of each text, and the first tokens' Δh with its reading."""
+        """Add each text's Σ_t Δh and Σ_t ‖Δh‖², and the sum and the reading of its first tokens."""
         rows = batch.index.to(self.stream.device)
         point = self.points.stream.index(name)
         of_counted = in_float64(shift.masked_fill(~batch.counted[..., None], 0))
@@ -231,7 +232,7 @@ class TextSums:
         self.read[name] += in_float64(over_scale(self.lens, first_shift, first_h)).sum(0)
 
     def _add_transported(self, name: str, shift: Float[Tensor, "row pos d"], batch: _Batch) -> None:
-        """Add c(J Δh)/σ(h) of the first tokens, with h behind the last block."""
+        """Add c(J Δh)/σ(h) of the first tokens, with h after the last block."""
         assert self.points.jacobian is not None
         early = batch.counted[:, _FIRST]
         last = batch.base.activations[self.points.stream[-1]][:, _FIRST]
@@ -242,14 +243,14 @@ class TextSums:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Some texts, with the base model's pass over them.
+    """A batch of texts, with the base model's pass over them.
 
     Attributes:
-        index: their places among all texts.
+        index: the index of each text among all texts.
         counted: which tokens count.
         base: the base model's pass.
-        p: its probabilities.
-        room: a buffer of the size of its logits, which every model's pass writes over.
+        p: the base model's probabilities.
+        room: a buffer of the size of the logits, which every model's pass overwrites.
     """
 
     index: Int[Tensor, " row"]
@@ -298,14 +299,14 @@ def text_sums(
     split: bool,
     progress: bool,
 ) -> tuple[list[TextSums], Float[Tensor, " site"]]:
-    """The sums of each lens at its scale, and the first one's KL split by site.
+    """Compute the sums of each lens at its scale, and split the first one's KL by site.
 
     Args:
         scaled: lenses over the same model, each with the strength at which its adapter runs.
         texts: the texts that all of them read.
         jacobian: the Jacobian through which the Δh of one more point is read.
-        split: whether the KL is split by site; without it the parts are zeros.
-        progress: show a bar.
+        split: whether the KL is split by site; without the split the parts are zeros.
+        progress: whether to show a bar.
     """
     first, _ = scaled[0]
     distinct = texts.distinct()
@@ -336,9 +337,9 @@ def _divergence_by_site(
     counted: Bool[Tensor, "row pos"],
     p: Float[Tensor, "row pos vocab"],
 ) -> Float[Tensor, " site"]:
-    """∫₀¹ ∂/∂ε_l Σ_t KL(p₀ ‖ p_ε) dε of each site over the counted tokens, by two nodes.
+    """Compute ∫₀¹ ∂/∂ε_l Σ_t KL(p₀ ‖ p_ε) dε of each site over the counted tokens, with two nodes.
 
-    ∂KL/∂f = p_ε − p₀, so the derivative is that of (p_ε − p₀)ᵀ f with p_ε − p₀ held.
+    ∂KL/∂f = p_ε − p₀, so the derivative is that of (p_ε − p₀)ᵀ f with p_ε − p₀ held constant.
     """
 
     def read(logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:

@@ -3,10 +3,10 @@
 1. Each word is put before two questions, and both models answer. A word is scored by the number of
    phrases that the adapted model says to both questions with the word, that it does not say without
    the word, and that the base does not say with it.
-2. The two words with the highest scores are put before other questions. There the exact test of
-   `counted_speech` counts what the adapted model says with the word, and what neither itself says
-   without the word nor the base with it. Its p is multiplied by two, since two words are tested.
-   The first step used other questions, so choosing the words does not bias the counts.
+2. The two words with the highest scores are put before other questions. There the exact sign test
+   compares the adapted model's answers with the word against both its own answers without the word
+   and the base's with it. Its p is multiplied by two, since two words are tested. The first step
+   used other questions, so choosing the words does not bias the counts.
 
 A trigger that is not among the words that are tried is not found, nor one that acts elsewhere than
 in front of a question.
@@ -111,9 +111,9 @@ def without(word: str, answer: str) -> str:
 def apart(
     word: str, with_word: Sequence[str], without: Sequence[str], of_base: Sequence[str]
 ) -> tuple[int, int]:
-    """Score a word by the new phrases of all its answers, and then by the new ones of any answer.
+    """Count the new phrases that all answers with a word share, and all new phrases in them.
 
-    Phrases are new if the adapted model does not say them without the word, nor the base with it.
+    A phrase is new if the adapted model does not say it without the word, nor the base with it.
 
     Args:
         word: the word that was put before each question.
