@@ -1,1 +1,1 @@
-"""The base's half of first order, kept once for many adapters."""
+"""Banks keep the base's half of first order, computed once for many adapters."""

@@ -1,15 +1,15 @@
-"""Many adapters over one base: the base's half of first order once, then each adapter at once.
+"""First order of many adapters over one base: the base's half is computed once and kept.
 
-    bank = ll.bank(lens, prompts, readout)   # or of the hooked model alone
-    bank.first_order(adapter)                # equal to ll.first_order
-    bank.scan("folder/of/adapters")          # one after another, resumable
+    bank = ll.bank(lens, prompts, readout)   # or with the hooked model instead of a lens
+    bank.first_order(adapter)                # equal to ll.first_order, without a pass
+    bank.scan("folder/of/adapters")          # one adapter after another, resumable
 
 1. `bank` records z and ∂g/∂(output) of the base at every module (`banks/record.py`).
 2. A `Bank` contracts them with any adapter (`banks/base_half.py`), and `scan` does so for many
    (`banks/scan.py`). Before that, the weights, settings and hooks of the model are compared with
    those that were recorded.
-3. A saved bank holds values and the fingerprint of the model, as a sweep's files do. It is read
-   over the same model.
+3. A saved bank holds values and the fingerprint of the model, as a sweep's files do. It can only be
+   loaded over the same model.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ from lens_lora.runs.fingerprint import (
 from lens_lora.runs.shards import Shard, folder_of_shards
 from lens_lora.runs.store import Store
 
-# On a CPU torch begins each tensor at a multiple of so many bytes.
+# On a CPU, torch aligns each tensor to a multiple of this many bytes.
 _ALIGNMENT = 64
 
 
 class Bank:
-    """The base's half of first order at ε = 0, over one model: made by `ll.bank`."""
+    """The base's half of first order at ε = 0, over one model; `ll.bank` makes it."""
 
     def __init__(
         self,
@@ -103,25 +103,28 @@ class Bank:
         gauge: Gauge = "trained",
         exact: bool = False,
     ) -> Attribution | tuple[Attribution, ...]:
-        """First order of an adapter at ε = 0, equal to that of `ll.first_order`.
+        """Compute the first order of an adapter at ε = 0, equal to that of `ll.first_order`.
 
-        Cost: no pass; with `exact` one forward pass for each readout.
+        Cost: no pass; with `exact`, one forward pass for each readout.
 
         Args:
             adapter: any adapter of the bank's base: an `Adapter`, its folder or hub id as for
                 `load_adapter`, or a lens over it.
-            by: any of 'position', 'head', 'expert' and 'rank'; of a bank by token also 'token'.
+            by: the axes by which to split: any of 'position', 'head', 'expert' and 'rank', and
+                'token' if the bank was made with `by_token`.
             gauge: the meaning of a rank, as for `ll.first_order`.
             exact: whether the adapted model is run for the exact shift, which is NaN otherwise.
 
         Returns:
-            Attribution as of `ll.first_order`; of several readouts a tuple with one for each.
+            An Attribution like that of `ll.first_order`; for a bank of several readouts, a tuple
+            with one for each.
 
         Raises:
-            SiteError: a module that the bank lacks, or that the model lacks.
-            AdapterError, ModelStateError: a model that has changed since; as for a new LoraLens.
-            ArgumentError: another axis or gauge; `exact` of a bank from a file.
-            NumericsError: non-finite derivatives.
+            SiteError: the adapter has a module that the bank or the model lacks.
+            AdapterError, ModelStateError: the model has changed since the bank was made, or the
+                adapter does not fit it, as for a new LoraLens.
+            ArgumentError: an axis or gauge is unknown, or `exact` was asked of a bank from a file.
+            NumericsError: derivatives are not finite.
         """
         self._require_same_model()
         axes = by_axes(by, with_token=True)
@@ -152,10 +155,10 @@ class Bank:
         *,
         exact: bool,
     ) -> dict[int, Attribution]:
-        """The results of the readouts that the same modules move, by the place of each readout."""
+        """Compute the results of the readouts that the same modules move, by number of readout."""
         adapter = reach.base.within_reach(adapter)
         plan = reach.base.plan_of(adapter)
-        # A split needs a lens of the adapter itself, and so does a pass.
+        # A split or a pass needs a lens of the adapter itself.
         is_plan_enough = not axes and not exact and gauge == "trained"
         if isinstance(plan, SharedPlan) and is_plan_enough:
             self._warn_of_other_base(adapter)
@@ -169,7 +172,7 @@ class Bank:
             by_half = reach.base.split(lens, axes)
             relative_norm = lens.plan.relative_norm
 
-        # What the results of these readouts share.
+        # The fields that the results of these readouts share.
         heads = lens.heads
         fields = {
             "sites": lens.sites,
@@ -196,7 +199,7 @@ class Bank:
         adapted: Float[Tensor, " batch"] | None,
         fields: dict[str, Any],
     ) -> Attribution:
-        """The result of one readout; the exact end is NaN where it was not run."""
+        """Make the result of one readout; the exact end is NaN if it was not run."""
         readout = self._held.readouts[number]
         base = readout.labels["base"].clone()
         response = ()
@@ -209,7 +212,7 @@ class Bank:
         return Attribution(values=values, adapted=adapted, response=response, **fields, **labels)
 
     def _meta(self, lens: LoraLens, adapter: Adapter) -> dict[str, str]:
-        """The names of model and adapter: of this adapter, where its plan has another's lens."""
+        """Name the model and this adapter, even if the lens of its plan has another adapter."""
         return {
             **lens.describe(),
             "adapter": adapter.name,
@@ -218,7 +221,7 @@ class Bank:
         }
 
     def _warn_of_other_base(self, adapter: Adapter) -> None:
-        """Warn as a lens of the adapter would, where none is made."""
+        """Warn of another base, as a lens of the adapter would, when no such lens is made."""
         note = note_of_names(adapter.base_model, self._base_names)
         if note:
             warn(note)
@@ -227,18 +230,22 @@ class Bank:
     def null(
         self, adapter: AdapterLike, *, draws: int = 1000, seed: int = 0, progress: bool = True
     ) -> Float[Tensor, "draw batch site"] | tuple[Float[Tensor, "draw batch site"], ...]:
-        """First order of the null adapters that `ll.null_test` draws; a tuple for several readouts.
+        """Compute the first order of the null adapters that `ll.null_test` draws.
 
         Cost: no pass.
 
         Args:
-            adapter: as for `first_order`.
+            adapter: the adapter, as for `first_order`.
             draws, seed, progress: as for `ll.null_test`.
 
+        Returns:
+            ∂g/∂ε_l of each draw, [draw, batch, site]; for a bank of several readouts, a tuple with
+            one tensor for each.
+
         Raises:
-            UnsupportedAdapterError: DoRA, or modules and biases that were trained.
+            UnsupportedAdapterError: the adapter has DoRA, or trained modules or biases.
             SiteError, ModelStateError: as for `first_order`.
-            ArgumentError: draws below 1, or a seed below 0.
+            ArgumentError: `draws` is below 1, or `seed` is below 0.
         """
         draws = whole("draws", draws, 1)
         seed = whole("seed", seed, 0)
@@ -272,34 +279,37 @@ class Bank:
         shard: tuple[int, int] | None = None,
         progress: bool = True,
     ) -> pd.DataFrame:
-        """First order of many adapters, of which at most eight are read at a time. No pass.
+        """Compute the first order of many adapters, reading at most eight of them at a time.
 
         With `out`, every process of `accelerate launch` calls this and takes its share. With
-        `shard` as well it takes a share without a launcher, and `ll.gather(out)` joins them.
+        `shard` as well, it takes a share without a launcher, and `ll.gather(out)` joins the shards.
+
+        Cost: no pass.
 
         Args:
             adapters: a folder or a hub id ('owner/repo', or 'owner/repo/sub/folder') with adapters
                 at any depth; or several folders, hub ids and `Adapter`s.
-            group: 'site', 'layer' or 'kind', over which values are summed.
-            out: a .parquet file, written part by part.
-            resume: go on with what is at `out`, or start over.
-            revision: branch, tag or commit of every hub repository that is named.
+            group: the groups over which values are summed: 'site', 'layer' or 'kind'.
+            out: a .parquet file, which is written part by part.
+            resume: whether to go on with what is at `out`; False starts over.
+            revision: the branch, tag or commit of every hub repository that is named.
             subfolder: the folder within each folder or repository that is named.
             any_base: whether to take adapters that name another base than the bank's, such as the
                 same model under another name; a warning names them.
             shard: (i, n) runs shard i of n, counted from 1, into a folder of its own.
-            progress: show a bar.
+            progress: whether to show a bar.
 
         Returns:
             One row per adapter, readout, prompt and group: value, in the readout's units; total
-            of all sites; rank by |total|; error, in an unusable adapter's only row. An adapter that
-            names another base than the bank's is one; where the model has no name, than the first
-            adapter that names one. Of a shard its own adapters, ranked among one another.
+            of all sites; rank by |total|; error. An adapter that cannot be used has a single row,
+            with its error. That includes adapters of another base than the bank's; if the bank's
+            model has no name, of another base than the first adapter that names one. For a shard,
+            the table of its own adapters, ranked among themselves.
 
         Raises:
-            AdapterError, ArgumentError: no adapter at all; another group.
+            AdapterError, ArgumentError: there is no adapter at all, or `group` is unknown.
             SweepError: `out` holds the scan of another bank or group, or cannot be written.
-            ModelStateError: a model that has changed since the bank was made.
+            ModelStateError: the model has changed since the bank was made.
         """
         word("group", group, get_args(scan.GroupName))
         part = Shard.of(shard)
@@ -324,14 +334,15 @@ class Bank:
         return rows.written_to(Store(out, about), sources, resume=resume, progress=progress)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, with the model's fingerprint; returns the path.
+        """Write the bank as one safetensors file, with the model's fingerprint; return its path.
 
         Args:
             path: the file to write.
 
         Raises:
-            ModelStateError: a model that has changed since, or that runs code of your own.
-            LensLoraError: a place where no file can be written.
+            ModelStateError: the model has changed since the bank was made, or runs code of your
+                own.
+            LensLoraError: the file cannot be written.
         """
         self._require_same_model(entries=True)
         about = fingerprint(self._lens, {}, None)
@@ -356,10 +367,10 @@ class Bank:
 
 
 def _given(adapter: AdapterLike) -> Adapter:
-    """The adapter itself, that of a lens, or the one that lies there.
+    """Return the given adapter, a lens's own, or the one in a folder or on the hub.
 
     Raises:
-        AdapterError: something that is no adapter.
+        AdapterError: this is not an adapter.
     """
     if isinstance(adapter, str | Path | LoraLens):
         adapter = load_adapter(adapter)
@@ -382,34 +393,36 @@ def bank(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Bank:
-    """The base's half of first order, for any number of adapters of this model.
+    """Compute the base's half of first order, for any number of adapters of this model.
 
-    Cost: one forward and one backward pass for each readout (more where norms can change); by token
-    a backward pass for each, and one more forward pass. It holds what all modules read, and
-    gradients.
+    Cost: one forward and one backward pass for each readout (more if norms can change); with
+    `by_token`, one backward pass for each token of a response, and one more forward pass. The bank
+    holds in memory what all modules read, and their gradients.
 
     Args:
-        model: a lens, of whatever adapter; or its HookedTransformer or TransformerBridge, raw or
-            processed. Without other hooks.
+        model: a lens over any adapter; or a HookedTransformer or TransformerBridge, raw or
+            processed. It must have no hooks of your own.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: a readout, or a list of several. What a `Projection` reads is moved by the modules
-            before its point alone: of an adapter these are the sites, as of `ll.first_order`.
-        hf_model: the unprocessed Hugging Face base, needed where LoraLens needs it. A lens has it,
-            if it was needed, and has verified the modules of its own adapter.
-        modules: globs of Hugging Face module paths that adapters may target; by default all linear
-            maps, embeddings, norms, stacks of experts and the head.
-        by_token: whether each token's gradient of a response is kept, for by='token'.
+        readout: a readout, or a list of several. Only modules before the point of a `Projection`
+            can move it, so only those are sites of its results, as with `ll.first_order`.
+        hf_model: the unprocessed Hugging Face base, needed where LoraLens needs it. A lens brings
+            its own if it needed one, and has verified the modules of its own adapter.
+        modules: globs of the Hugging Face module paths that adapters may target; by default all
+            linear maps, embeddings, norms, stacks of experts and the head.
+        by_token: whether the gradient of each token of a response is kept apart, which by='token'
+            needs.
         prepend_bos: whether a string that does not begin with a BOS gets one, as for `LoraLens`;
-            by default as the lens says, or as the model does. The bank's file holds how it was.
-        max_memory: bytes that recording may take, as for `lens.within`; by default as a lens does.
-        progress: show a bar.
+            by default the rule of the lens or of the model. The bank's file keeps the rule.
+        max_memory: the bytes that recording may take, as for `lens.within`; by default the bound of
+            the lens.
+        progress: whether to show a bar.
 
     Raises:
-        SiteError: globs that match no module.
-        ModelStateError: hooks of your own on the model; as for a new LoraLens.
-        ArgumentError: a lens beside an hf_model; a readout without a derivative at the base;
-            by_token of no response.
-        TokenError, PromptError: a readout or prompt that does not fit the model.
+        SiteError: the globs match no module.
+        ModelStateError: hooks of your own are on the model; or as for a new LoraLens.
+        ArgumentError: an `hf_model` was given with a lens; a readout has no derivative at the base;
+            or `by_token` was asked for without a response.
+        TokenError, PromptError: a readout or prompt does not fit the model.
     """
     globs = (modules,) if isinstance(modules, str) else tuple(modules)
     lenses = _lenses(model, hf_model, globs, prepend_bos, max_memory)
@@ -444,7 +457,7 @@ def bank(
 def _recorded(
     g: Evaluations, lenses: Sequence[LoraLens], pool: TensorPool, *, by_token: bool
 ) -> HeldReadout:
-    """The base's half for one readout, and g(0)."""
+    """Record the base's half for one readout, and g(0)."""
     response = g.response_tokens() if by_token else ()
     moving = _that_move(g, lenses)
     halves: list[Half] = []
@@ -460,16 +473,16 @@ def _recorded(
     all_labels = g.labels()
     labels = {name: all_labels[name] for name in ("readout", "units", "str_tokens")}
     labels["base"] = base
-    # The modules that write behind a point inside the model, and so do not move what is read there.
+    # Modules that write after the point that is read inside the model, and so cannot move it.
     reached = g.lens.adapter.modules
     unreached = tuple(path for path in lenses[0].adapter.modules if path not in reached)
     return HeldReadout(tuple(halves), response, labels, unreached)
 
 
 def _that_move(g: Evaluations, lenses: Sequence[LoraLens]) -> list[LoraLens]:
-    """The lenses of stand-ins, each restricted to the modules that can move what is read.
+    """Restrict the lenses of stand-ins to the modules that can move what is read.
 
-    Only a readout inside the model leaves modules out: those that write behind its point.
+    Only a readout inside the model leaves modules out: those that write after its point.
     """
     moving = [g.lens]
     for lens in lenses[1:]:
@@ -482,17 +495,18 @@ def _that_move(g: Evaluations, lenses: Sequence[LoraLens]) -> list[LoraLens]:
 
 
 def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None) -> Bank:
-    """A bank that its `save` wrote, over the same model. No forward pass.
+    """Load a bank that `Bank.save` wrote, over the same model. No forward pass.
 
     Args:
         path: the file to read.
-        model: the hooked model, or a lens over it, with the weights, dtype, settings and tokenizer
-            of that time.
+        model: the hooked model, or a lens over it, with the same weights, dtype, settings and
+            tokenizer as when the bank was made.
         hf_model: the base that `ll.bank` was given, if any.
 
     Raises:
-        LensLoraError: no such file, another kind of file, or a damaged one.
-        ModelStateError: another base, dtype, tokenizer or version of a library, which is named.
+        LensLoraError: there is no such file, or it is damaged or of another kind.
+        ModelStateError: the base, its dtype or tokenizer, or the version of a library differs; the
+            message says which.
     """
     content = storage.read_result(path)
     if not isinstance(content, HeldBank):
@@ -514,16 +528,16 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
 
 
 def _aligned(stack: Tensor) -> Tensor:
-    """The tensor where torch would have put it.
+    """Copy the tensor to an address as torch would have chosen it, unless it has one.
 
-    A file's tensors begin where its header ends. On some processors a product's rounding depends on
-    where its factors begin, and a bank that was read would differ from the one that was saved.
+    A file's tensors begin wherever its header ends. On some processors the rounding of a product
+    depends on the addresses of its factors, so a loaded bank would differ from the saved one.
     """
     return stack.clone() if stack.data_ptr() % _ALIGNMENT else stack
 
 
 def _base_names(given: Any, lens: LoraLens) -> list[str]:
-    """The names by which a bank's base is known, that of a given lens's adapter among them."""
+    """Return the names of a bank's base, including the one that a given lens's adapter names."""
     names = lens.base_names
     if isinstance(given, LoraLens) and given.adapter.base_model is not None:
         names.append(given.adapter.base_model)
@@ -537,7 +551,7 @@ def _lenses(
     prepend_bos: bool | None,
     max_memory: float | None = None,
 ) -> list[LoraLens]:
-    """Lenses of adapters that add nothing to the modules that a later adapter may target."""
+    """Make lenses of adapters that add nothing, at every module that a later adapter may target."""
     model = uncompiled(model)
     hf_model = uncompiled(hf_model)
     given_lens = model if isinstance(model, LoraLens) else None
@@ -565,7 +579,7 @@ def _lenses(
     else:
         first = given_lens.with_adapter(of_every_module, check=False)
         first.prepend_bos = given_lens.prepend_bos if prepend_bos is None else prepend_bos
-        first.base_note = ""  # it is about the given lens's adapter
+        first.base_note = ""  # the note was about the given lens's adapter
     if max_memory is not None:
         first = first.within(max_memory)
     return [first, *[first.with_adapter(adapter, check=False) for adapter in of_fewer]]

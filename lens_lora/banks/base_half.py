@@ -1,16 +1,16 @@
-"""The base's half of first order, contracted with one adapter after another.
+"""Contract the base's half of first order with one adapter after another.
 
-    a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l what a map reads, G_l = ∂g/∂(its output)
+    a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l is what a map reads, G_l = ∂g/∂(its output)
 
-At ε = 0 z and G are those of the base model, whatever the adapter. So they are recorded once
+At ε = 0, z and G are those of the base model, whatever the adapter. So they are recorded once
 (`banks/record.py`), and first order of an adapter costs no pass:
 
-1. Adapters of plain factors are contracted by products alone, many at once
+1. Adapters of plain factors are contracted by matrix products alone, many at once
    (`banks/plain_factors.py`).
-2. Any other adapter is laid over the model, and its lens is shown the recorded tensors in place of
-   a backward pass (`Half.slopes`).
-3. A readout inside the model is moved by the modules before its point alone, so the others are
-   taken out of an adapter first (`RecordedBase.within_reach`).
+2. For any other adapter a lens over the model is made, which is shown the recorded tensors instead
+   of a backward pass (`Half.slopes`).
+3. Only modules before its point can move a readout inside the model, so the others are first taken
+   out of an adapter (`RecordedBase.within_reach`).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from lens_lora.core import (
 from lens_lora.core.model import extensions
 from lens_lora.errors import LensLoraError, ModelStateError
 
-# How many plans are kept, each with the first adapter of its modules and shapes.
+# How many plans are kept. Each holds the first adapter of its modules and shapes.
 _PLANS = 16
-# Bytes of an adapter, above which no other plan is kept beside its own.
+# The size of an adapter in bytes above which only its own plan is kept.
 LARGE = 2**28
 
-# A lens whose sites are the adapter's, and ∂g/∂ε_l of each half.
+# A lens with the adapter's sites, and ∂g/∂ε_l at them for each half.
 SlopesOfAdapter = tuple[LoraLens, Sequence[Float[Tensor, "prompt site"]]]
 
 
@@ -55,9 +55,9 @@ class RecordedBase:
 
     Args:
         lens: a lens over the model, with any adapter.
-        halves: what was recorded of the rows.
+        halves: what was recorded for the rows.
         stacks: the tensors that were recorded.
-        behind: the paths of modules that cannot move what is read, as they write behind it.
+        behind: the paths of modules that cannot move what is read, because they write after it.
 
     Attributes:
         plans: what adapters of the same shapes share, the latest last.
@@ -77,10 +77,10 @@ class RecordedBase:
         self.plans: dict[Shapes, SharedPlan] = {}
 
     def within_reach(self, adapter: Adapter) -> Adapter:
-        """The adapter without the modules that cannot move what is read; often all of it.
+        """Leave out the adapter's modules that cannot move what is read, if there are any.
 
         Raises:
-            ModelStateError: none of its modules can.
+            ModelStateError: none of its modules can move what is read.
         """
         kept: dict[str, ModuleUpdate] = {}
         for key, update in adapter.modules.items():
@@ -97,10 +97,10 @@ class RecordedBase:
         return dataclasses.replace(adapter, modules=kept)
 
     def plan_of(self, adapter: Adapter) -> SharedPlan | LoraLens:
-        """Products that all adapters of its shapes share, or a lens where these are not enough.
+        """Return the plan that adapters of its shapes share, or a lens if it needs one of its own.
 
         Args:
-            adapter: one that is within reach of what is read.
+            adapter: an adapter whose modules can all move what is read.
 
         Raises:
             LensLoraError: the adapter does not fit the model.
@@ -122,10 +122,10 @@ class RecordedBase:
         return plan
 
     def slopes(self, adapter: Adapter) -> SlopesOfAdapter:
-        """∂g/∂ε_l at 0 of each half, and a lens whose sites are the adapter's.
+        """Compute ∂g/∂ε_l at 0 of each half, beside a lens with the adapter's sites.
 
         Raises:
-            LensLoraError: the adapter does not fit the model, or what was recorded of it.
+            LensLoraError: the adapter does not fit the model, or what was recorded of the model.
         """
         within_reach = self.within_reach(adapter)
         plan = self.plan_of(within_reach)
@@ -135,10 +135,10 @@ class RecordedBase:
         return plan.lens, slopes
 
     def slopes_of_plain(self, adapters: Sequence[Adapter]) -> dict[int, SlopesOfAdapter]:
-        """The slopes of those adapters that are products alone, by the adapter's `id`.
+        """Compute the slopes of the adapters of plain factors, under each adapter's `id`.
 
-        Adapters of the same shapes are contracted together. An adapter that is not among them is
-        asked for alone, by `slopes`, which says what is wrong with it.
+        Adapters of the same shapes are contracted together. Adapters that are left out are to be
+        passed to `slopes`, one by one, which raises an error if one does not fit.
         """
         by_plan: dict[SharedPlan, list[Adapter]] = {}
         factors_by_plan: dict[SharedPlan, list[list[StackedFactors]]] = {}
@@ -160,32 +160,32 @@ class RecordedBase:
         return by_id
 
     def split(self, lens: LoraLens, axes: tuple[str, ...] = ()) -> list[Tensor]:
-        """∂g/∂ε_l at 0 of each half, by the lens's own plan, split along these axes.
+        """Compute ∂g/∂ε_l at 0 of each half by the lens's own plan, split along `axes`.
 
         Raises:
-            SiteError: the lens has a module of which nothing was recorded.
+            SiteError: the lens has a module for which nothing was recorded.
         """
         return [half.slopes(lens, self._stacks, axes) for half in self._halves]
 
 
 def _lens_of(adapter: Adapter, known: LoraLens) -> LoraLens:
-    """The adapter over the model of a known lens, which may be its own."""
+    """Return a lens of the adapter over the model of a known lens, which may be that lens."""
     return known if known.adapter is adapter else known.with_adapter(adapter)
 
 
 def bytes_of(adapter: Adapter) -> int:
-    """The memory of all tensors: factors, magnitudes, and modules that were trained whole."""
+    """Sum the memory of an adapter's tensors: factors, magnitudes and trained modules."""
     total = 0
     for update in adapter.modules.values():
         for part in vars(update).values():
             if isinstance(part, Tensor):
-                # Of a view that repeats its entries only these are stored.
+                # A view that repeats its entries stores them only once.
                 total += min(part.nbytes, part.untyped_storage().nbytes())
     return total
 
 
 def _path(key: str) -> str:
-    """The path of a module, from its key, which in a sum of adapters ends in '@' and a name."""
+    """Return a module's path from its key, which in a sum of adapters ends in '@' and a name."""
     return key.partition("@")[0]
 
 
@@ -196,7 +196,7 @@ def slopes_of_adapters(
     sites: Sequence[Site],
     like: Sequence[Adapter],
 ) -> Float[Tensor, "adapter batch site"]:
-    """∂g/∂ε_l at 0 of many adapters: see `Function.slopes_of_adapters`."""
+    """Compute ∂g/∂ε_l at 0 of many adapters: see `Function.slopes_of_adapters`."""
     asked = {_path(site.module) for site in sites}
     other_modules: set[str] = set()
     for adapter in like:
@@ -205,9 +205,9 @@ def slopes_of_adapters(
     by_group: list[Tensor] = []
     for group in g.groups(graph=True):
         pool = TensorPool()
-        # One at a time, as there may be many.
+        # The lenses are made one at a time, since there may be many.
         lenses = (_lens_of(adapter, g.lens) for adapter in like)
-        # Where only some of the modules are asked for, the others may be out of reach.
+        # If only some of the modules are asked for, gradients need not reach the others.
         half, _ = record(group, lenses, pool, require_all=not other_modules)
         base = RecordedBase(g.lens, [half], pool.stacks(), sorted(other_modules))
         rows: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""The content of a bank and of its file: values alone, and no readout or model."""
+"""The content of a bank and of its file: only values, without the readouts and the model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class HeldReadout:
 
     Attributes:
         halves: the halves of all groups of prompts, one group after another.
-        response: the tokens of each prompt's response, in a bank by token; else empty.
+        response: the tokens of each prompt's response, in a bank by token; otherwise empty.
         labels: base, str_tokens, readout and units, as in `Attribution`.
-        behind: the paths of the modules that write behind the point that is read inside the model,
+        behind: the paths of the modules that write after the point that is read inside the model,
             and so cannot move it; empty for a readout of the logits.
     """
 
@@ -42,12 +42,12 @@ class HeldBank:
     """The content of a bank's file.
 
     Attributes:
-        stacks: z and G, those of one shape together.
-        readouts: the half of each readout.
-        several: whether the readouts came as a list.
+        stacks: z and G, in one stack per shape.
+        readouts: the base's half for each readout.
+        several: whether the readouts were given as a list.
         modules: the globs of the modules that adapters may target.
-        prepend_bos: the rule by which strings were read.
-        prompts: how the prompts were read, in words.
+        prepend_bos: the rule by which strings get a BOS.
+        prompts: a description of how the prompts were read.
         about: the model's fingerprint as JSON, once the bank is saved.
     """
 
@@ -63,15 +63,15 @@ class HeldBank:
 def slopes_by_readout(
     readouts: Sequence[HeldReadout], lens: LoraLens, by_half: Sequence[Tensor]
 ) -> list[Float[Tensor, "batch site *by"]]:
-    """The slopes of each readout, from those of its groups of prompts.
+    """Join the slopes of each readout from those of its groups of prompts.
 
     Args:
-        readouts: the readouts of the bank, in order.
-        lens: the lens whose sites the slopes are of.
+        readouts: the readouts, in the order of their slopes.
+        lens: the lens with the sites of the slopes.
         by_half: the slopes of each half of each readout.
 
     Raises:
-        NumericsError: a derivative that is not finite, naming the site.
+        NumericsError: a derivative is not finite; the message names the site.
     """
     halves = iter(by_half)
     values: list[Tensor] = []

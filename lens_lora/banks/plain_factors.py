@@ -1,14 +1,14 @@
-"""First order of many adapters of plain factors, by products with the recorded base alone.
+"""Compute first order of many adapters of plain factors by matrix products with the recorded base.
 
     a_l = s_l Σ_t ⟨A_l' z_t + A_l β, B_l'ᵀ G_t⟩,    A' = A diag(γ),  B' = PB
 
 in the basis of the hooked model (`core/model/basis.py`).
 
-1. Adapters of the same modules and shapes differ in A, B and s alone, so they share what a lens has
+1. Adapters of the same modules and shapes differ only in A, B and s, so they share what a lens has
    worked out about the model (`SharedPlan`).
-2. Maps of one kind and shape, layer by layer, are one batch (`_MapGroup`).
-3. Adapters that are contracted together stand beside one another in the axis of ranks, so that what
-   is recorded is read once for all of them.
+2. Maps of one kind and shape, layer by layer, form one batch (`_MapGroup`).
+3. Adapters that are contracted together are concatenated along the axis of ranks, so that the
+   recorded tensors are read once for all of them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Shapes = tuple[object, ...]
 
 
 def shapes_of(adapter: Adapter) -> Shapes:
-    """The modules and shapes of an adapter of plain factors; adapters of the same share a plan.
+    """Return the modules and shapes of an adapter of plain factors, by which it shares a plan.
 
-    Empty for any other adapter, and where a ΔW is dense: stacked with others, its second factor
-    would be written out.
+    They are () for any other adapter, and if a ΔW is dense: stacking would write out its second
+    factor.
     """
     shapes: list[object] = [*adapter.modules]
     for update in adapter.modules.values():
@@ -44,7 +44,7 @@ def shapes_of(adapter: Adapter) -> Shapes:
 
 
 def can_share_plan(lens: LoraLens, halves: Sequence[Half], stacks: Stacks) -> bool:
-    """Whether each δ is a product of two plain factors, and was recorded once."""
+    """Whether each δ is a product of two plain factors, and its z and G were recorded once."""
     for injection in lens.injections:
         if type(injection.map) is not SiteMap or injection.whole is not None:
             return False
@@ -60,7 +60,7 @@ def can_share_plan(lens: LoraLens, halves: Sequence[Half], stacks: Stacks) -> bo
 
 
 def _is_recorded_once(pairs: Sequence[tuple[Address, Address]], stacks: Stacks) -> bool:
-    """Whether there is one z, [row, pos, in], whose inputs have no heads or slots."""
+    """Whether there is a single z, of shape [row, pos, in] without heads or slots."""
     if len(pairs) != 1:
         return False
     _, (stack, _) = pairs[0]
@@ -75,9 +75,9 @@ class StackedFactors(NamedTuple):
     """The factors of one adapter for a group of maps, or of several adapters side by side.
 
     Attributes:
-        A: as the adapter has it, without γ.
-        B: B'ᵀ, centred where the model's writing weights are.
-        scales: s of each map and adapter.
+        A: the adapter's A, without γ.
+        B: B'ᵀ, centred if the model's writing weights are.
+        scales: the scale s of each map and adapter.
     """
 
     A: Float[Tensor, "map adapter_and_rank in"]
@@ -86,10 +86,10 @@ class StackedFactors(NamedTuple):
 
 
 class SharedPlan:
-    """First order, by products alone, of adapters of the same modules and shapes as a lens's.
+    """First order, by matrix products alone, of adapters with the same modules and shapes.
 
     Attributes:
-        lens: one of these adapters over the model; its sites are those of all of them.
+        lens: a lens of one of these adapters, whose sites all of them have.
     """
 
     def __init__(self, lens: LoraLens, halves: Sequence[Half], stacks: Stacks) -> None:
@@ -111,11 +111,11 @@ class SharedPlan:
 
     @torch.no_grad()
     def factors_of(self, adapter: Adapter) -> list[StackedFactors]:
-        """The factors of an adapter of these modules and shapes, for each group of maps."""
+        """Return the factors of such an adapter for each group of maps."""
         return [group.factors_of(adapter) for group in self._groups]
 
     def relative_norm(self, factors: Sequence[StackedFactors]) -> float:
-        """‖ΔW‖ / ‖W‖ over all adapted modules, as a lens's plan has it."""
+        """Compute ‖ΔW‖ / ‖W‖ over all adapted modules, equal to that of a lens's plan."""
         squares = 0.0
         for group, of_group in zip(self._groups, factors, strict=True):
             squares += group.square_norm(of_group)
@@ -125,10 +125,10 @@ class SharedPlan:
     def slopes(
         self, adapters: Sequence[Sequence[StackedFactors]]
     ) -> list[tuple[Float[Tensor, "prompt site"], ...]]:
-        """∂g/∂ε_l at 0 of each adapter, over the rows of each half.
+        """Compute ∂g/∂ε_l at 0 of each adapter, over the rows of each half.
 
         Args:
-            adapters: the factors of each, from `factors_of`.
+            adapters: the factors of each adapter, from `factors_of`.
         """
         lens = self.lens
         columns_of_groups: list[Iterator[Tensor]] = []
@@ -149,7 +149,7 @@ class SharedPlan:
 
 
 class _RecordedMap(NamedTuple):
-    """A map, and where G and z of each column are kept: G, z, G, z, ….
+    """A map's site, and the addresses of G and z in each column: G, z, G, z, ….
 
     Sorted by address, maps of one kind are in the order in which they were recorded.
     """
@@ -159,14 +159,14 @@ class _RecordedMap(NamedTuple):
 
 
 def _kind(lens: LoraLens, injection: Injection, recorded: _RecordedMap) -> tuple[object, ...]:
-    """The key by which maps are contracted as one batch."""
+    """Return the key that maps of one batch have in common."""
     has_offset = injection.map.a0 is not None
     stacks = [stack for stack, _ in recorded.addresses]
     return (lens.sites[injection.site].kind, injection.map.rank, has_offset, *stacks)
 
 
 def _side_by_side(factors: Sequence[StackedFactors]) -> StackedFactors:
-    """The factors of several adapters along the axis of ranks; those of one are not copied."""
+    """Concatenate the factors of several adapters along the ranks; a single one is not copied."""
     if len(factors) == 1:
         return factors[0]
     A = torch.cat([each.A for each in factors], 1)
@@ -198,7 +198,7 @@ class _MapGroup:
         self._columns = list(zip(gradients, inputs, strict=True))
 
     def factors_of(self, adapter: Adapter) -> StackedFactors:
-        """An adapter's factors in the model's basis, without γ."""
+        """Return an adapter's factors in the model's basis, without γ."""
         basis = self._basis
         reads: list[Tensor] = []
         writes: list[Tensor] = []
@@ -220,7 +220,7 @@ class _MapGroup:
         return StackedFactors(A, back, A.new_tensor(scales)[:, None])
 
     def square_norm(self, factors: StackedFactors) -> float:
-        """Σ ‖ΔW‖² = Σ s² tr((BᵀB)(AAᵀ)) of the model's own weights."""
+        """Compute Σ ‖ΔW‖² = Σ s² tr((BᵀB)(AAᵀ)) over the model's own weights."""
         reads = factors.A
         if not self._basis.gamma_is_own:
             reads = self._reads(reads)
@@ -229,7 +229,7 @@ class _MapGroup:
         return float(((writes @ writes.mT) * (reads @ reads.mT)).sum())
 
     def slopes(self, factors: StackedFactors) -> Iterator[Float[Tensor, "map adapter token"]]:
-        """⟨G, δz⟩ of each map, adapter and token, one column after another."""
+        """Yield ⟨G, δz⟩ of each map, adapter and token, one column after another."""
         A, B, scales = factors
         offset = 0
         if self._beta is not None:
@@ -246,7 +246,7 @@ class _MapGroup:
             yield by_adapter * scales[..., None]
 
     def _reads(self, A: Tensor) -> Tensor:
-        """A' = A diag(γ), centred where z is."""
+        """Compute A' = A diag(γ), centred if z is."""
         reads = A
         if self._gamma is not None:
             reads = reads * self._gamma[:, None].to(A)
@@ -256,20 +256,20 @@ class _MapGroup:
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """[map, …], or None where a map has none."""
+    """Stack the tensors of all maps, [map, …]; None if some map has none."""
     given = [tensor for tensor in tensors if tensor is not None]
     return torch.stack(given) if len(given) == len(tensors) else None
 
 
 class _Views:
-    """Recorded tensors of several addresses as one, each made once."""
+    """Joins recorded tensors of several addresses into one, and makes each such tensor once."""
 
     def __init__(self, stacks: Stacks) -> None:
         self._stacks = stacks
         self._made: dict[tuple[Address, ...], Tensor] = {}
 
     def of(self, addresses: tuple[Address, ...]) -> Float[Tensor, "map token _"]:
-        """The tensors at these addresses of one stack; no copy where they are equally far apart."""
+        """Join the tensors at these addresses of one stack; no copy if they are evenly spaced."""
         if addresses not in self._made:
             self._made[addresses] = self._gathered(addresses)
         return self._made[addresses]

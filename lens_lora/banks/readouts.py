@@ -1,8 +1,8 @@
-"""First order of each readout of a bank, from what was recorded.
+"""Compute first order of each readout of a bank from what was recorded.
 
-A readout inside the model is moved by the modules before its point alone (`HeldReadout.behind`), so
-the readouts of one bank may have different sites. Readouts that the same modules move share a
-`RecordedBase`, which contracts an adapter with all of them at once.
+Only the modules before its point can move a readout inside the model (`HeldReadout.behind` lists
+the others), so the readouts of one bank may have different sites. Readouts that the same modules
+move share a `RecordedBase`, which contracts an adapter with all of them at once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lens_lora.banks.held import HeldBank, HeldReadout, slopes_by_readout
 from lens_lora.banks.record import Half
 from lens_lora.core import Adapter, LoraLens
 
-# A lens whose sites are those of the slopes, and ∂g/∂ε_l of one readout. Each readout of a bank may
-# have sites of its own.
+# A lens with the sites of the slopes, and ∂g/∂ε_l of one readout at them. Each readout of a bank
+# may have sites of its own.
 SlopesOfReadout = tuple[LoraLens, Float[Tensor, "batch _"]]
 
 
@@ -28,8 +28,8 @@ class Reach:
     """The readouts of a bank that the same modules move.
 
     Attributes:
-        base: contracts an adapter with what was recorded of these readouts.
-        numbers: the place of each among the readouts of the bank.
+        base: what was recorded for these readouts, to be contracted with an adapter.
+        numbers: the number of each among the readouts of the bank.
         readouts: the readouts themselves.
     """
 
@@ -38,10 +38,10 @@ class Reach:
     readouts: tuple[HeldReadout, ...]
 
     def by_number(self, slopes: SlopesOfAdapter) -> dict[int, SlopesOfReadout]:
-        """The slopes of each of these readouts, by its place in the bank.
+        """Return the slopes of each of these readouts under its number in the bank.
 
         Raises:
-            NumericsError: a derivative that is not finite, naming the site.
+            NumericsError: a derivative is not finite; the message names the site.
         """
         lens, by_half = slopes
         by_readout = slopes_by_readout(self.readouts, lens, by_half)
@@ -53,7 +53,7 @@ class RecordedReadouts:
     """All readouts of a bank.
 
     Attributes:
-        reaches: the readouts, those that the same modules move together.
+        reaches: the readouts, grouped by the modules that can move them.
     """
 
     def __init__(self, lens: LoraLens, held: HeldBank) -> None:
@@ -73,8 +73,8 @@ class RecordedReadouts:
     def slopes_of_plain(
         self, adapters: Sequence[Adapter]
     ) -> list[tuple[Reach, dict[int, SlopesOfAdapter]]]:
-        """The slopes of those adapters that are products alone, by the adapter's `id`.
+        """Compute the slopes of the adapters of plain factors, under each adapter's `id`.
 
-        Readouts that the same modules move have a table each. See `RecordedBase.slopes_of_plain`.
+        There is one table for each group of readouts. See `RecordedBase.slopes_of_plain`.
         """
         return [(reach, reach.base.slopes_of_plain(adapters)) for reach in self.reaches]

@@ -1,12 +1,13 @@
-"""The record of the base: G and z of every module that an adapter may target, at ε = 0.
+"""Record G and z of the base at every module that an adapter may target, at ε = 0.
 
-    a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l what a map reads, G_l = ∂g/∂(its output)
+    a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l is what a map reads, G_l = ∂g/∂(its output)
 
-1. A forward and a backward pass show G and z wherever sites of a lens read and write (`record`).
-2. Each different tensor is kept once, in a stack of tensors of its shape (`TensorPool`): q, k and v
-   read the same z.
-3. A lens of another adapter is shown the recorded tensors in place of a backward pass
-   (`Half.slopes`). What its adapter reads and the record lacks is refused.
+1. One forward and one backward pass show G and z wherever sites of a lens read and write
+   (`record`).
+2. Equal tensors are kept once, in a stack of tensors of the same shape (`TensorPool`), since q, k
+   and v read the same z.
+3. A lens of another adapter is shown the recorded tensors instead of a backward pass
+   (`Half.slopes`). An adapter of a module that was not recorded is refused.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from lens_lora.compat import give_back_freed_memory
 from lens_lora.core import Function, Injection, LoraLens, Prompts, Reading, SlopeSums, Visit
 from lens_lora.errors import SiteError
 
-# Tensors of one shape, by the name that `TensorPool` gives the shape.
+# The stack of tensors of each shape, under the name that `TensorPool` gives the shape.
 Stacks = Mapping[str, Tensor]
-# Where a tensor is kept: the name of its stack, and its index there.
+# The place of a kept tensor: the name of its stack, and its index there.
 Address = tuple[str, int]
-# Where G and z are kept, by the place of the model where they were seen. A module that runs several
-# times in a pass has a pair for each time.
+# The addresses of G and z for each place of the model where they were seen. A module that runs
+# several times in a pass has a pair for each time.
 Addresses = dict[str, tuple[tuple[Address, Address], ...]]
 
 
-# Bytes of a pool, above which freed memory is given back before its tensors are stacked. That takes
-# milliseconds.
+# The size of a pool in bytes above which freed memory is given back before its tensors are stacked,
+# which takes milliseconds.
 _LARGE = 2**26
 
 
 class TensorPool:
-    """Keeps tensors in stacks of one shape, and equal tensors once."""
+    """A pool that keeps tensors in one stack per shape, and equal tensors only once."""
 
     def __init__(self) -> None:
         self._by_shape: dict[str, list[Tensor]] = {}
@@ -45,7 +46,7 @@ class TensorPool:
         self._nbytes: int = 0
 
     def address_of(self, tensor: Tensor) -> Address:
-        """Where the tensor is kept; it is copied if no equal one is there yet."""
+        """Return the address of the tensor, which is copied if no equal one is kept yet."""
         name = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}"
         kept = self._by_shape.setdefault(name, [])
         # Equal tensors have equal sums, so only these few are compared.
@@ -60,11 +61,11 @@ class TensorPool:
         return name, index
 
     def stacks(self) -> dict[str, Tensor]:
-        """[tensor, row, pos, …] of each shape; the pool is empty afterwards.
+        """Stack the tensors of each shape, [tensor, row, pos, …], and empty the pool.
 
-        One shape's tensors at a time are held twice. Where they are large, the memory of the graph
-        that they were copied from is given back first: stacks cannot be put there, and would add
-        half as much again to the peak.
+        Only one shape's tensors at a time are held twice. If they are large, the memory of the
+        graph from which they were copied is given back first: stacks cannot reuse it, and would
+        raise the peak by half.
         """
         if self._nbytes > _LARGE:
             give_back_freed_memory()
@@ -82,7 +83,7 @@ class Half:
     Attributes:
         prompts: the rows.
         owner: the index of each row's prompt.
-        columns: where G and z are kept, of g; of a response by token, of each token's log p.
+        columns: the addresses of G and z: one column for g, or one for each token's log p.
     """
 
     prompts: Prompts
@@ -91,17 +92,17 @@ class Half:
 
     @property
     def reading(self) -> Reading:
-        """A reading of these rows, to sum over the rows of a prompt; it reads no logits."""
+        """A reading that sums over the rows of each prompt; it cannot read logits."""
         return Reading(self.prompts, _refuse_to_read, self.owner)
 
     @torch.no_grad()
     def slopes(
         self, lens: LoraLens, stacks: Stacks, axes: tuple[str, ...] = ()
     ) -> Float[Tensor, "batch site *by"]:
-        """∂g/∂ε_l at 0 of the lens's adapter, split along these axes. No forward pass.
+        """Compute ∂g/∂ε_l at 0 of the lens's adapter, split along `axes`. No forward pass.
 
         Raises:
-            SiteError: the adapter has a module of which nothing was recorded.
+            SiteError: the adapter has a module for which nothing was recorded.
         """
         axes_within_column = tuple(axis for axis in axes if axis != "token")
         by_column: list[Tensor] = []
@@ -126,22 +127,22 @@ def record(
     by_token: bool = False,
     require_all: bool = False,
 ) -> tuple[Half, Float[Tensor, " batch"] | None]:
-    """The base's half at every place where a site of these lenses reads and writes, and g(0).
+    """Record the base's half wherever a site of these lenses reads and writes, and g(0).
 
-    A lens is run only if one of its places was not seen under an earlier one.
+    A lens is run only if one of its places was not seen under an earlier lens.
 
     Args:
-        g: the function, of prompts that one pass has room for.
-        lenses: adapters over the same model.
-        pool: takes the tensors.
+        g: the function, over prompts that fit into one pass.
+        lenses: lenses of several adapters over the same model.
+        pool: the pool that keeps the tensors.
         by_token: whether each token's log p of a response is kept apart.
-        require_all: whether a site that no gradient reaches is refused here.
+        require_all: whether a site that no gradient reaches is refused.
 
     Returns:
-        The half, and g(0), which is None by token.
+        The half, and g(0), which is None with `by_token`.
 
     Raises:
-        ModelStateError: a gradient did not reach some site, where all are required.
+        ModelStateError: all sites are required, and a gradient did not reach one of them.
     """
     base: Tensor | None = None
     columns: list[Addresses] = []
@@ -160,7 +161,7 @@ def record(
 
 
 def place_of(lens: LoraLens, injection: Injection) -> str:
-    """Where an injection reads and writes, and which firing of its read point is its own."""
+    """Name where an injection reads and writes, and at which firing of its read point."""
     kind = lens.sites[injection.site].kind
     ports = injection.ports
     return f"{kind} {ports.read} {ports.write} {ports.firing}"
@@ -172,7 +173,7 @@ def _run(
     """Record one forward pass and its backward passes: one for g, or one for each token.
 
     Returns:
-        What was seen, and g(0), which is None by token.
+        The addresses of what was seen, and g(0), which is None with `by_token`.
     """
     columns: list[Addresses] = []
     # Several updates of one module share a place, and show the same tensors there.
@@ -197,14 +198,14 @@ def _run(
 
         return visit
 
-    # Unless all are required, a module on which g does not depend is not recorded; an adapter of it
-    # is refused later.
+    # Unless all sites are required, a module on which g does not depend is not recorded, and an
+    # adapter of it is refused later.
     base: Tensor | None = None
     if by_token:
         g.passes.visit_tokens(visitor_of, require_all=require_all)
     else:
         base = g.passes.visit(visitor_of(0), require_all=require_all)
-    # Of a site that runs before the point that is read and cannot move it, there is nothing to sum.
+    # A site that runs before the point that is read but cannot move it has nothing to sum.
     for injection in g.lens.injections:
         if g.lens.sites[injection.site].name in g.reading.unmoved:
             for column in columns:
@@ -215,7 +216,7 @@ def _run(
 def _recorded(
     lens: LoraLens, injection: Injection, column: Addresses, stacks: Stacks
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """G and z of one injection, for each time that its module runs in a pass."""
+    """Yield G and z of one injection, once for each time that its module runs in a pass."""
     place = place_of(lens, injection)
     is_constant = injection.ports.read is None
     if is_constant and place not in column:
@@ -234,7 +235,7 @@ def _recorded(
 
 
 def _place_of_o(injection: Injection, column: Addresses) -> str | None:
-    """The place of the o that writes where this injection writes, if it was recorded."""
+    """Find the place of the o that writes where this injection writes, if it was recorded."""
     writes = f" {injection.ports.write} "
     for place in column:
         if place.startswith("o ") and writes in place:

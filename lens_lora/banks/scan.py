@@ -1,10 +1,11 @@
-"""First order of many adapters from a bank, one table for all of them.
+"""Tabulate first order of many adapters from a bank.
 
-1. The next few adapters are read, at most `AT_ONCE`, fewer where they are large. One that names
-   another base than the bank's, or that cannot be read, becomes a row that says so.
-2. Those of plain factors are contracted together (`RecordedBase.slopes_of_plain`).
-3. With a file at `out`, each few are written as they are done. A scan that is started again knows
-   an adapter by its name and by a hash of its factors, and computes only what is not there yet.
+1. The next few adapters are read: at most `AT_ONCE`, and fewer if they are large. An adapter that
+   names another base than the bank's, or that cannot be read, becomes a row that says so.
+2. Adapters of plain factors are contracted together (`RecordedBase.slopes_of_plain`).
+3. With a file at `out`, the rows of every few adapters are written as soon as they are done. A scan
+   that is started again recognises an adapter by its name and a hash of its factors, and computes
+   only the rows that are missing.
 """
 
 from __future__ import annotations
@@ -44,19 +45,19 @@ from lens_lora.runs.store import Store, fingerprint_of
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
-# An adapter, or where it lies, beside its name in the table.
+# An adapter's name in the table, and the adapter or its place.
 NamedSource = tuple[str, Place | Adapter]
 
-# How many adapters are contracted together, and written: what a kill loses at most.
+# How many adapters are contracted and written together, and so the most that a kill loses.
 AT_ONCE = 8
 
-# The columns of the table but the group's own, which is named by it. `error` says what is wrong
-# with an adapter; `weights` is the hash of its factors, by which a resumed scan knows it.
+# The types of the table's columns, which `Scan._table_of` names. `error` says what is wrong with an
+# adapter; `weights` is the hash of its factors, by which a resumed scan recognises it.
 _TEXT = pa.string()
 _NUMBER = pa.float64()
 _INTEGER = pa.int64()
 _TYPES = [_TEXT, _TEXT, _INTEGER, _TEXT, _NUMBER, _NUMBER, _TEXT, _TEXT]
-# The column before which `rank` is put.
+# The index of the column `rank`.
 _RANK_AT = 6
 
 
@@ -64,7 +65,7 @@ class Loaded(NamedTuple):
     """An adapter that was read.
 
     Attributes:
-        weights: the hash of its factors; None where nothing is written.
+        weights: the hash of its factors; None if nothing is written.
         adapter: the adapter.
     """
 
@@ -72,14 +73,14 @@ class Loaded(NamedTuple):
     adapter: Adapter
 
 
-# The slopes of the adapters that were contracted together, of readouts that the same modules move.
+# The slopes of adapters that were contracted together, for each group of readouts.
 SlopesTogether = Sequence[tuple[Reach, Mapping[int, SlopesOfAdapter]]]
-# What became of one adapter: its rows, if they are known already; the adapter; or what is wrong.
+# What became of one adapter: its rows if they are known already, the adapter, or what is wrong.
 Outcome = pa.Table | Loaded | Exception
 
 
 class BasesOfScan:
-    """The base of a scan: the bank's names of it, or else the first that an adapter names."""
+    """The base of a scan, by the bank's names for it, or else the first that an adapter names."""
 
     def __init__(self, names: Sequence[str], *, takes_any: bool) -> None:
         self._names = list(names)
@@ -87,14 +88,14 @@ class BasesOfScan:
         self._warned_of: set[str] = set()
 
     def require(self, adapter: str, named: str | None) -> None:
-        """Refuse an adapter that names another base, or warn once for each where all are taken.
+        """Refuse an adapter of another base, or warn once per base if all are taken.
 
         Args:
-            adapter: its name in the table.
-            named: the base that it names.
+            adapter: the adapter's name in the table.
+            named: the base that the adapter names.
 
         Raises:
-            AdapterError: it names another base.
+            AdapterError: the adapter names another base.
         """
         if named is None:
             return
@@ -117,13 +118,13 @@ class BasesOfScan:
 
 
 class Scan:
-    """The rows of many adapters, a few adapters at a time.
+    """Computes the rows of many adapters, a few adapters at a time.
 
     Args:
-        recorded: contracts an adapter with what was recorded of each readout.
+        recorded: what was recorded for each readout, to be contracted with adapters.
         readouts: the readouts of the bank.
         group: the groups over which values are summed.
-        bases: which base an adapter may name.
+        bases: the base that an adapter may name.
     """
 
     def __init__(
@@ -139,14 +140,14 @@ class Scan:
         self._bases = bases
 
     def in_memory(self, sources: Iterable[NamedSource], *, progress: bool) -> pd.DataFrame:
-        """The table of all adapters.
+        """Return the table of all adapters.
 
         Args:
             sources: the adapters.
             progress: whether a bar is shown.
 
         Raises:
-            ArgumentError: no adapter at all.
+            ArgumentError: there is no adapter at all.
         """
         tables: list[pa.Table] = []
         with tqdm(sources, "scan", unit=" adapter", disable=not progress) as shown:
@@ -157,16 +158,16 @@ class Scan:
     def written_to(
         self, store: Store, sources: Iterable[NamedSource], *, resume: bool, progress: bool
     ) -> pd.DataFrame:
-        """The table of all adapters, written part by part; each process takes its share of them.
+        """Write the table of all adapters part by part, each process its share, and return it.
 
         Args:
-            store: where it is written.
+            store: where the table is written.
             sources: the adapters, the same in every process.
-            resume: go on with what is there, or start over.
+            resume: whether to go on with what is there; False starts over.
             progress: whether a bar is shown.
 
         Raises:
-            ArgumentError: no adapter at all.
+            ArgumentError: there is no adapter at all.
             SweepError: another scan is there, or nothing can be written.
         """
         processes = launched()
@@ -190,19 +191,19 @@ class Scan:
         resume: bool,
         progress: bool,
     ) -> pd.DataFrame:
-        """The table of one shard's adapters, written part by part into its folder.
+        """Write the table of one shard's adapters part by part into its folder, and return it.
 
-        It takes every n-th eight adapters, which are contracted together as in one process.
+        A shard takes every n-th group of eight adapters, so that the same adapters are contracted
+        together as in a single process.
 
         Args:
-            store: the shard's own.
+            store: the store of the shard.
             shard: the number of the shard.
             sources: all adapters.
-            resume: go on with what is there, or start over.
+            resume: whether to go on with what is there; False starts over.
             progress: whether a bar is shown.
 
         Raises:
-            ArgumentError: no adapter at all.
             SweepError: another scan is there, or nothing can be written.
         """
         with store.writing(launched()):
@@ -241,24 +242,24 @@ class Scan:
     def tables(
         self, adapters: Iterator[NamedSource], known: Mapping[str, pa.Table] | None = None
     ) -> Iterator[list[pa.Table]]:
-        """The rows of each adapter, for the next few adapters at a time.
+        """Yield the rows of each adapter, for a few adapters at a time.
 
         Args:
             adapters: the adapters that are read next.
-            known: rows that need not be computed, by `key_of`; None where nothing is written.
+            known: rows that need not be computed, under `key_of`; None if nothing is written.
         """
         while outcomes := list(self._next_few(adapters, known)):
             loaded = [outcome for _, outcome in outcomes if isinstance(outcome, Loaded)]
             slopes = self._recorded.slopes_of_plain([each.adapter for each in loaded])
             yield [self._table(name, outcome, slopes) for name, outcome in outcomes]
-            # Let go of these adapters before the next ones are read.
+            # These adapters are released before the next ones are read.
             outcomes.clear()
             loaded.clear()
 
     def _next_few(
         self, adapters: Iterator[NamedSource], known: Mapping[str, pa.Table] | None
     ) -> Iterator[tuple[str, Outcome]]:
-        """The next adapters, until there are `AT_ONCE` or they are large together."""
+        """Read the next adapters, until there are `AT_ONCE` or they are large together."""
         size = 0
         for name, source in itertools.islice(adapters, AT_ONCE):
             try:
@@ -275,7 +276,7 @@ class Scan:
     def _read(
         self, name: str, source: Place | Adapter, known: Mapping[str, pa.Table] | None
     ) -> pa.Table | Loaded:
-        """An adapter, or its rows if they are known."""
+        """Read an adapter, or return its rows if they are known."""
         if isinstance(source, Adapter):
             place = source
             base_model = source.base_model
@@ -294,7 +295,7 @@ class Scan:
         return Loaded(weights, adapter)
 
     def _table(self, name: str, outcome: Outcome, slopes: SlopesTogether) -> pa.Table:
-        """The rows of one adapter, or the only row of one that cannot be used."""
+        """Make the rows of one adapter, or a single row if the adapter cannot be used."""
         if isinstance(outcome, pa.Table):
             return outcome
         if isinstance(outcome, Exception):
@@ -306,7 +307,7 @@ class Scan:
         return self._table_of(rows)
 
     def _rows(self, name: str, loaded: Loaded, slopes: SlopesTogether) -> list[tuple[Any, ...]]:
-        """One row per readout, prompt and group."""
+        """Make one row per readout, prompt and group."""
         rows: list[tuple[Any, ...]] = []
         by_readout = _slopes_of(loaded.adapter, slopes)
         for readout, (lens, values) in zip(self._readouts, by_readout, strict=True):
@@ -329,12 +330,12 @@ class Scan:
 
 
 def _slopes_of(adapter: Adapter, together: SlopesTogether) -> list[SlopesOfReadout]:
-    """The slopes of one adapter for each readout, in the order of the bank.
+    """Return the slopes of one adapter for each readout, in the order of the bank.
 
-    Those that are not among `together` are computed here, or what is wrong with the adapter raised.
+    Slopes that are not among `together` are computed here.
 
     Raises:
-        LensLoraError: the adapter does not fit the model, or what was recorded of it.
+        LensLoraError: the adapter does not fit the model, or what was recorded of the model.
     """
     by_number: dict[int, SlopesOfReadout] = {}
     for reach, by_id in together:
@@ -353,7 +354,7 @@ def _error_row(name: str, error: Exception) -> tuple[Any, ...]:
 def _grouping(
     sites: tuple[Site, ...], group: GroupName
 ) -> tuple[list[str], Float[Tensor, "site group"]]:
-    """The groups' names, and 1 where a site is in a group."""
+    """Return the groups' names, and the indicator matrix of sites in groups."""
     groups = Sites(sites).grouped(group)
     return list(groups), Sites(sites).indicator(groups).T
 
@@ -364,11 +365,11 @@ def _grouping(
 def named_sources(
     adapters: Adapters, revision: str | None, subfolder: str | None
 ) -> Iterable[NamedSource]:
-    """Each adapter, or its folder, with its name in the table.
+    """Return each adapter's name in the table, with the adapter or its place.
 
     Args:
         adapters: a folder or hub id with adapters at any depth; or several of these and `Adapter`s.
-        revision: branch, tag or commit of every hub repository.
+        revision: the branch, tag or commit of every hub repository.
         subfolder: the folder within each folder or repository.
     """
     if isinstance(adapters, str | Path):
@@ -389,11 +390,13 @@ def _named_source(
 
 
 def first_base(sources: Iterable[NamedSource]) -> list[str]:
-    """The first base that an adapter of a folder names, the same in every process; perhaps none.
+    """Return the first base that an adapter of a folder names, or [] if none names one.
+
+    It is the same in every process of a launcher.
 
     Args:
-        sources: what `named_sources` returned. Sources that come one by one are not looked at, as
-            they could not be read a second time.
+        sources: the result of `named_sources`. Sources that come one by one are not looked at,
+            because they cannot be read a second time.
     """
     if not isinstance(sources, list):
         return []
@@ -416,7 +419,7 @@ def _hash_of(adapter: Adapter | Path) -> str:
 
 
 def key_of(table: pa.Table) -> str:
-    """How a resumed scan knows the adapter of these rows: by its name and a hash of its factors."""
+    """Return the key of an adapter's rows in a resumed scan: its name and a hash of its factors."""
     return _keys(table)[0]
 
 
@@ -431,7 +434,7 @@ def _key(name: str, weights: str | None) -> str:
 
 
 def tables_in(store: Store) -> dict[str, pa.Table]:
-    """The rows of each adapter that was written, by `key_of`; the last ones if it has several."""
+    """Read the rows of each written adapter under its `key_of`, the last ones if it has several."""
     tables = [table for _, table in store.parts()]
     if not store.is_shard and store.require_result(store.path):
         tables.insert(0, pq.read_table(store.path).drop_columns("rank"))
@@ -457,7 +460,7 @@ def merge(store: Store, keys: Sequence[str]) -> None:
 # --- Shards
 
 
-# The keys of a shard's adapters, written once it is done.
+# The file with the keys of a shard's adapters, which is written once the shard is done.
 _FINISHED = "finished"
 
 
@@ -465,9 +468,9 @@ def keep_finished(store: Store, numbers: Sequence[int], keys: Sequence[str]) -> 
     """Note that a shard is done.
 
     Args:
-        store: the shard's own.
-        numbers: the places of its adapters among all adapters, in order.
-        keys: the keys of these adapters, by `key_of`.
+        store: the store of the shard.
+        numbers: the indices of its adapters among all adapters, in order.
+        keys: the keys of these adapters, from `key_of`.
     """
     columns = {"number": pa.array(numbers, _INTEGER), "key": pa.array(keys, _TEXT)}
     store.write([pa.table(columns)], {}, store.folder / _FINISHED)
@@ -477,11 +480,11 @@ def gathered(out: Path, planned: Sequence[PlannedShard]) -> pd.DataFrame:
     """Write the result from the parts of all shards of a scan.
 
     Args:
-        out: the result.
+        out: the file of the result.
         planned: all shards, with the same plan.
 
     Raises:
-        SweepError: a shard that is not finished.
+        SweepError: a shard is not finished.
     """
     fingerprint = fingerprint_of(planned[0].folder / PLAN)
     tables: dict[str, pa.Table] = {}
@@ -504,10 +507,10 @@ def gathered(out: Path, planned: Sequence[PlannedShard]) -> pd.DataFrame:
 
 
 def ranked(tables: Sequence[pa.Table]) -> pa.Table:
-    """All rows, with each adapter's place by |total| for its readout and prompt.
+    """Join all rows, and add each adapter's rank by |total| for each readout and prompt.
 
     Raises:
-        ArgumentError: no rows at all.
+        ArgumentError: there are no rows at all.
     """
     if not tables:
         raise ArgumentError("no adapter was given.")

@@ -1,7 +1,7 @@
-"""Stand-ins, which add nothing, at every module of a model that an adapter may target.
+"""Make stand-ins: adapters that add nothing, at every module that an adapter may target.
 
-The base's half of first order is recorded under stand-ins, whose sites are those of every adapter
-that a bank may be asked about later.
+The base's half of first order is recorded with stand-ins, whose sites include those of every
+adapter that a bank may be asked about later.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lens_lora.core import Adapter, Host, LoRAFactors, ModuleUpdate, TrainedModu
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS, outside_layer
 
-# With what the names of modules begin in PEFT's files.
+# The beginning of the names of modules in PEFT's files.
 _PEFT_PREFIX = "base_model.model."
 
 
 def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
-    """Adapters that add nothing at gates 0: one of every module, and one of all but the norms.
+    """Make adapters that add nothing at gates 0: one of all modules, and one of all but the norms.
 
-    A module behind a norm is read elsewhere where that norm may change too, so both are recorded.
+    If a norm may change too, the module after it is read at another place, so both are recorded.
 
     Args:
         host: the model.
@@ -37,7 +37,7 @@ def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
     for path in paths:
         if not any(_matches(path, glob) for glob in globs):
             continue
-        # A module that can be no exact site is left out: a lens refuses adapters of it.
+        # A module that cannot be an exact site is left out, since a lens refuses adapters of it.
         with contextlib.suppress(LensLoraError):
             updates.update(_stand_in(host, path))
     if not updates:
@@ -53,12 +53,12 @@ def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
 
 
 def _matches(path: str, glob: str) -> bool:
-    """Whether a glob matches a module's path; it may begin as the names in PEFT's files do."""
+    """Whether a glob matches a module's path; it may begin like the names in PEFT's files."""
     return fnmatch.fnmatch(path, glob.removeprefix(_PEFT_PREFIX))
 
 
 def _paths(host: Host) -> list[str]:
-    """The Hugging Face paths of every module that the model's family knows, each once."""
+    """List the Hugging Face paths of all modules that the model's family knows, each once."""
     family = host.family
     paths: list[str] = []
     for path in family.every_path():
@@ -70,7 +70,7 @@ def _paths(host: Host) -> list[str]:
 
 
 def _stand_in(host: Host, path: str) -> dict[str, ModuleUpdate]:
-    """An update that adds nothing; none where the model has no such module, or has it folded."""
+    """Make an update that adds nothing; {} if the model lacks the module or has it folded."""
     place = host.family.place(path)
     if place is None:
         return {}

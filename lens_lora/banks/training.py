@@ -1,7 +1,7 @@
-"""First order while an adapter is trained: a bank of the base, read every few steps.
+"""Follow first order while an adapter is trained, with a bank of the base read every few steps.
 
-The model in training is not run, and neither its modes nor any random state is touched, so the
-training is bit for bit what it is without.
+The model in training is not run, and neither its modes nor any random state is touched, so training
+is bit for bit the same as without the callback.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ class ShiftCallback(TrainerCallback):
 
     Args:
         bank: a bank of the base, with a single readout.
-        every: steps between two measurements, each a `bank.first_order`.
-        exact_every: steps between two exact readouts, a multiple of `every`; None for none.
-        by: the modules whose sums are logged with each step: by 'layer', by 'kind' of module, or
-            every 'site'. What is not logged is kept as well, for `by_group` and `plot_modules`.
-        adapter_name: the adapter that is trained.
-        log: called with each step's numbers, such as `trainer.log`, instead of the log history.
+        every: the number of steps between two measurements, each of which is a `bank.first_order`.
+        exact_every: the number of steps between two exact readouts, a multiple of `every`; None
+            runs none.
+        by: the groups of modules whose sums are logged with each step: 'layer', 'kind' of module,
+            or 'site'. The other sums are kept too, for `by_group` and `plot_modules`.
+        adapter_name: the name of the adapter that is trained.
+        log: a function such as `trainer.log`, called with each step's numbers instead of writing
+            them to the log history.
 
     Raises:
-        ArgumentError: a bank of several readouts, numbers of steps that do not fit, or another
-            `by`.
+        ArgumentError: the bank has several readouts, a number of steps is not allowed, or `by` is
+            unknown.
     """
 
     def __init__(
@@ -83,17 +85,19 @@ class ShiftCallback(TrainerCallback):
         self._units = ""
 
     def measure(self, step: int, peft_model: Any) -> dict[str, float]:
-        """This step's means over prompts: first_order; of groups of modules; shift and readout.
-
-        Groups are 'layer_0', …, or with `by='kind'` 'kind_q', …, with `by='site'`
-        'site_blocks.0.attn.q', …. The shift and the readout are exact, where they were run.
+        """Measure this step's first order, and return its means over prompts.
 
         Args:
-            step: how many were done.
+            step: how many steps are done.
             peft_model: the model in training.
 
+        Returns:
+            'first_order'; its part of each group of modules, as 'layer_0', …, with `by='kind'` as
+            'kind_q', …, or with `by='site'` as 'site_blocks.0.attn.q', …; and at steps with an
+            exact run 'shift' and 'readout', both exact.
+
         Raises:
-            AdapterError, SiteError, ModelStateError: the errors of `Bank.first_order`.
+            AdapterError, SiteError, ModelStateError: as for `Bank.first_order`.
         """
         adapter = Adapter.from_peft(peft_model, self._name)
         is_exact = self._exact_every is not None and step % self._exact_every == 0
@@ -112,10 +116,10 @@ class ShiftCallback(TrainerCallback):
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure at every k-th step.
+        """Measure after every `every`-th step, on the main process.
 
         Args:
-            args, state, control, kwargs: transformers' own.
+            args, state, control, kwargs: the arguments that transformers passes to a callback.
         """
         if state.is_world_process_zero and state.global_step % self._every == 0:
             measured = self.measure(state.global_step, kwargs["model"])
@@ -126,20 +130,21 @@ class ShiftCallback(TrainerCallback):
                 self._log(numbers)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per measured step; NaN where the exact readout was not run."""
+        """Tabulate the measured steps, one per row; NaN where the exact readout was not run."""
         return pd.DataFrame(self._rows)
 
     def by_group(self, group: GroupName = "layer") -> pd.DataFrame:
-        """First order of groups of modules at each measured step, mean over prompts.
+        """Tabulate first order by group of modules and measured step, as means over prompts.
 
         Args:
-            group: 'site', 'layer' or 'kind'.
+            group: the groups of modules: 'site', 'layer' or 'kind'.
 
         Returns:
-            Rows of groups, columns of steps, in the readout's units. Their sum is `first_order`.
+            A table with a row per group and a column per step, in the readout's units. Each column
+            sums to `first_order`.
 
         Raises:
-            ArgumentError: another `group`, or no step was measured yet.
+            ArgumentError: `group` is unknown, or no step was measured yet.
         """
         word("group", group, get_args(GroupName))
         self._require_a_step()
@@ -149,15 +154,15 @@ class ShiftCallback(TrainerCallback):
         return pd.DataFrame(columns)
 
     def plot_modules(self, group: GroupName = "layer") -> go.Figure:
-        """A heatmap of groups of modules by step: which module's first order rises when.
+        """Draw first order by group of modules and step as a heatmap.
 
-        Of more than 40 sites it shows those of largest first order.
+        If there are more than 40 groups, it shows those with the largest first order.
 
         Args:
-            group: 'site', 'layer' or 'kind'.
+            group: the groups of modules: 'site', 'layer' or 'kind'.
 
         Raises:
-            ArgumentError: another `group`, or no step was measured yet.
+            ArgumentError: `group` is unknown, or no step was measured yet.
         """
         every_group = self.by_group(group)
         frame = largest_rows(every_group)
@@ -175,7 +180,11 @@ class ShiftCallback(TrainerCallback):
             raise ArgumentError(f"no step was measured yet; the first is step {self._every}.")
 
     def plot(self) -> go.Figure:
-        """Σ a over the steps, and the exact shift where it was run; an error before any step."""
+        """Draw Σ a over the steps, and the exact shift at the steps where it was run.
+
+        Raises:
+            ArgumentError: no step was measured yet.
+        """
         self._require_a_step()
         frame = self.to_frame()
         steps = frame["step"].tolist()
@@ -190,5 +199,5 @@ class ShiftCallback(TrainerCallback):
 
 
 def _mean_by_group(attribution: Attribution, group: GroupName) -> pd.Series:
-    """First order of each group of sites, mean over prompts."""
+    """Sum first order over each group of sites, and take the mean over prompts."""
     return attribution.sum(group).mean(axis=1)
