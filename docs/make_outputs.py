@@ -42,6 +42,8 @@ PAGES = (
     "repair",
     "edges",
     "write_your_own",
+    "explain",
+    "inside",
 )
 SNIPPET = re.compile(
     r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
