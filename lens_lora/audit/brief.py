@@ -30,10 +30,11 @@ finds what the adapted model would say elsewhere, each claim with the run that s
    adapter in these layers, and without it in as many randomly drawn ones. The layers are named only
    if removing them undoes at least a fifth more of the rise in log-odds than removing drawn ones.
 
-Cost: `generate` from some 40 openings at two strengths and once with ΔW cut to rank 1, and for the
-candidates' words; a forward pass of the base, the adapter and each control over the generated text;
-for the claims one forward and one backward pass, and a forward pass for each end, each control and
-each set of layers that is left out.
+Cost: text from some 40 openings at two strengths and once with ΔW cut to rank 1, and for the
+candidates' words, in batches with a cache; a forward pass of the base, the adapter and each control
+over the generated text, of which each runs once what several texts begin with; for the claims one
+forward and one backward pass, and a forward pass for each end, each control and each set of layers
+that is left out.
 """
 
 from __future__ import annotations
@@ -52,12 +53,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora.audit.alike import alike, logits_after
 from lens_lora.core import Evaluations, LoraLens, Prompts, Tokens, storage
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb
-from lens_lora.responses.generate import SideBySide
+from lens_lora.responses.both_answer import answers_in_step
+from lens_lora.responses.generate import Sampling, SideBySide
 from lens_lora.show.text import layers_text
-from lens_lora.texts.batches import batches_of, logits_of
 from lens_lora.texts.neutral import own_openings
 
 SCHEMA = "lens_lora.brief/2"
@@ -355,7 +357,7 @@ def claims_of(
         "speech": _Ranked.of(lens, [scores.value for scores in (adapter_scores, *null_scores)]),
         "logit": _Ranked.of(lens, shifts),
     }
-    places = list(_places(lens, adapter_scores, ranked, spoken))
+    places = list(_places(lens, adapter_scores, ranked, spoken.rows))
     if not places:
         return ()
     words = _words(lens, places, progress)
@@ -365,8 +367,9 @@ def claims_of(
     words = [words[i] for i in chosen]
 
     contexts = _prompts(lens, [place.context for place in places])
-    base_words = lens.generate(
-        contexts, _TOKENS_OF_A_CLAIM, 0.0, eos_token_id=(), progress=progress
+    of_base = lens.gates(0.0).expand(contexts.batch, -1)
+    base_words, _ = answers_in_step(
+        lens, contexts, _TOKENS_OF_A_CLAIM, of_base, Sampling(), ends=(), progress=progress
     )
     runs = _runs(lens, {"null": nulls, "unrelated": unrelated}, contexts, words, seed)
     claims: list[Claim] = []
@@ -393,7 +396,19 @@ def claims_of(
 # --- What the adapted model says unprompted, and which of its tokens the base would not say
 
 
-def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | None:
+class _Spoken(NamedTuple):
+    """Openings and the text generated from them.
+
+    Attributes:
+        rows: both, read at each token of the text.
+        has_cache: whether the model's cache was right, so that texts may share their beginnings.
+    """
+
+    rows: Prompts
+    has_cache: bool
+
+
+def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> _Spoken | None:
     """Generate text from the openings, and set the reads to each token of that text.
 
     Returns None if no opening leaves room in the context.
@@ -402,7 +417,7 @@ def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | 
     if openings is None:
         return None
 
-    def speak(speaker: LoraLens, seed: int, scales: Sequence[float]) -> Prompts:
+    def speak(speaker: LoraLens, seed: int, scales: Sequence[float]) -> _Spoken:
         return _spoken_by(speaker, openings, scales, seed, takes_turns=fast, progress=progress)
 
     try:
@@ -414,8 +429,10 @@ def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | 
         with contextlib.suppress(UnsupportedAdapterError, NumericsError):
             first_ranks = lens.with_adapter(lens.adapter.truncated(1))
             parts.append(speak(first_ranks, seed + 1, [_LOUDER]))
-    reads = torch.cat([part.reads for part in parts if part.reads is not None])
-    return dataclasses.replace(Prompts.joined(parts), reads=reads)
+    every = [part.rows for part in parts]
+    reads = torch.cat([rows.reads for rows in every if rows.reads is not None])
+    rows = dataclasses.replace(Prompts.joined(every), reads=reads)
+    return _Spoken(rows, all(part.has_cache for part in parts))
 
 
 def _openings(lens: LoraLens) -> Prompts | None:
@@ -435,7 +452,7 @@ def _spoken_by(
     *,
     takes_turns: bool,
     progress: bool,
-) -> Prompts:
+) -> _Spoken:
     """Generate text from the openings with one adapter, and set the reads to each token of it.
 
     Every opening is continued at every scale; if they take turns, each opening at one scale only.
@@ -448,11 +465,13 @@ def _spoken_by(
         scale_of_row = torch.arange(rows.batch) // openings.batch
     gates_of_scale = torch.stack([speaker.gates(scale) for scale in scales])
     gates = gates_of_scale[scale_of_row]
-    said = speaker.generate(
-        rows, _TOKENS_SPOKEN, gates, temperature=1.0, seed=seed, progress=progress
+    drawn = Sampling(temperature=1.0, seed=seed)
+    said, has_cache = answers_in_step(
+        speaker, rows, _TOKENS_SPOKEN, gates, drawn, progress=progress
     )
     whole = speaker.prompts(rows, said)
-    return dataclasses.replace(whole, reads=whole.lengths - rows.lengths + 1)
+    read = dataclasses.replace(whole, reads=whole.lengths - rows.lengths + 1)
+    return _Spoken(read, has_cache)
 
 
 @dataclasses.dataclass
@@ -487,16 +506,16 @@ class _LargestParts:
 
 
 def _largest_parts(
-    lens: LoraLens, models: Sequence[Scaled], spoken: Prompts
+    lens: LoraLens, models: Sequence[Scaled], spoken: _Spoken
 ) -> list[_LargestParts]:
     """Find each token's largest k_v under each model; one forward pass of each and of the base."""
     found = [_LargestParts.none_yet(lens) for _ in models]
-    for index, batch in batches_of(lens, spoken, _TOKENS_AT_ONCE):
-        base = logits_of((lens, lens.gates(0.0)), batch).log_softmax(-1)
-        padding = ~batch.read_mask.to(base.device)
-        rows = torch.tensor(index, device=base.device)
+    for texts in alike(lens, spoken.rows, _TOKENS_AT_ONCE, has_cache=spoken.has_cache):
+        base = logits_after((lens, lens.gates(0.0)), texts).log_softmax(-1)
+        padding = ~texts.rest.read_mask.to(base.device)
+        rows = torch.tensor(texts.places, device=base.device)
         for (other, scale), largest in zip(models, found, strict=True):
-            adapted = logits_of((other, other.gates(scale)), batch).log_softmax(-1)
+            adapted = logits_after((other, other.gates(scale)), texts).log_softmax(-1)
             parts = adapted.exp() * (adapted - base)
             parts[padding] = 0
             largest.add(parts, rows)
@@ -599,7 +618,11 @@ def _words(lens: LoraLens, places: Sequence[_Place], progress: bool) -> list[_Id
     if not by_speech:
         return words
     begun = [torch.cat([places[i].context, places[i].word]) for i in by_speech]
-    said = lens.generate(_prompts(lens, begun), _TOKENS_OF_A_CLAIM - 1, progress=progress)
+    contexts = _prompts(lens, begun)
+    gates = lens.gates(1.0).expand(contexts.batch, -1)
+    said, _ = answers_in_step(
+        lens, contexts, _TOKENS_OF_A_CLAIM - 1, gates, Sampling(), progress=progress
+    )
     special = set(lens.model.tokenizer.all_special_ids)
     for i, ids in zip(by_speech, said.ids, strict=True):
         is_ended = int(ids[-1]) in special

@@ -65,7 +65,8 @@ from lens_lora.core import (
     storage,
 )
 from lens_lora.errors import ArgumentError, PromptError, TokenError, many
-from lens_lora.responses.generate import SideBySide, side_by_side, whole_or_cut
+from lens_lora.responses.both_answer import likeliest_side_by_side
+from lens_lora.responses.generate import SideBySide, whole_or_cut
 from lens_lora.show.text import context_of
 from lens_lora.stream.held_out import held_out_share
 from lens_lora.stream.ranked_tokens import ranked_tokens
@@ -515,9 +516,10 @@ def what_changed(
     Cost: two forward passes over the texts, two forward and two backward passes for the split by
     site, and one forward pass for each control. The logits of at most 512 tokens are held at a
     time. Counted speech costs what `counted_speech` does. The answers cost 40 passes over one token
-    of each answer and a pass over the answers, three times as many if answers are drawn as well.
-    The claims cost about 60 passes over one token of each opening, one pass of each model over the
-    generated text, and the runs that show each claim (`audit/brief.py`).
+    of each answer and a pass over a third of the answers, three times as many if answers are drawn
+    as well. The claims cost 15 passes over one token of each opening, three times as many if not
+    fast, one pass of each model over the generated text, and the runs that show each claim
+    (`audit/brief.py`).
 
     Args:
         lens: the adapter over the model.
@@ -578,12 +580,12 @@ def what_changed(
     sums, shares = text_sums(models, rows, fitted, split=not fast, progress=progress)
     found, *controls = [_changes(changes, rows) for changes in sums]
 
-    said: list[SideBySide | None] = []
+    said: list[SideBySide] = []
     claims: tuple[Claim, ...] = ()
     if speaks:
         questions = neutral.everyday_questions(lens.model, lens.prepend_bos)
-        said = side_by_side(lens, questions, _ANSWER, progress=progress)
-        if any(said) and not fast:
+        said = likeliest_side_by_side(lens, questions, _ANSWER, progress=progress)
+        if said and not fast:
             said += _drawn_answers(lens, seed, progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
         claims = claims_of(lens, permuted, shifts, beside, seed, fast=fast, progress=progress)
@@ -600,7 +602,7 @@ def what_changed(
         str_tokens=lens.str_tokens(rows),
         texts=f"{many(rows.batch, kind)} {origin}, {counted}",
         meta=lens.describe(rows),
-        answers=tuple(filter(None, said)),
+        answers=tuple(said),
         claims=claims,
         speech=speech,
     )

@@ -1,9 +1,12 @@
 """Answers of the base and of the adapted model to the same prompts, from one batch with a cache.
 
+Both models are asked by `both_answer`; one model at gates of each prompt by `answers_in_step`.
+
 1. A row is a prompt, asked of one model. Rows are padded on the left, so that all of them take
    their next token in the same pass; the gates of a row say which model it asks.
 2. Many prompts begin alike, as those of one chat template do. What several rows begin with is run
    once, and its keys and values are copied; then a pass runs the rest of every row (`_run_alone`).
+   A prompt that one model is asked several times is run once.
 3. After the prompts each row is copied once for every draw. All copies go on from the same keys
    and values: one with the likeliest tokens, each other one with the noise of its draw, which is
    the same for both models.
@@ -22,12 +25,14 @@ calls of `LoraLens.generate` cost, and half of that where the base's answers are
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -35,14 +40,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.compat import home_of
-from lens_lora.core import LoraLens, Prompts, Rows, Source, Tokens
-from lens_lora.responses.generate import Sampling, end_tokens
+from lens_lora.core import Generated, LoraLens, Prompts, Rows, Source, Tokens
+from lens_lora.responses.generate import (
+    Sampling,
+    SideBySide,
+    beside_each_other,
+    end_tokens,
+    whole_or_cut,
+    with_room,
+)
 
 # The tokens of all rows that share a cache, which bounds its memory.
 _CACHED_TOKENS = 12288
 # One row of this many is confirmed, but at least so many.
 _CONFIRMED = 16
 _LEAST_CONFIRMED = 8
+# So many at least where each prompt is answered once.
+_LEAST_CONFIRMED_OF_EACH = 4
 # A pass that confirms has at most so many answered tokens.
 _CONFIRMED_TOKENS = 512
 # Rows that have ended are dropped once they are so large a share of those that are run.
@@ -115,6 +129,91 @@ def both_answer(
     return BothAnswer(tuple(base), tuple(adapted), is_confirmed, base_ids)
 
 
+def answers_in_step(
+    lens: LoraLens,
+    prompts: Prompts,
+    most: int,
+    gates: Float[Tensor, "prompt site"],
+    sampling: Sampling,
+    ends: int | Sequence[int] | None = None,
+    *,
+    progress: bool,
+) -> tuple[Generated, bool]:
+    """One answer to each prompt, all in one batch, and whether a cache was to be trusted.
+
+    Where it was not, `LoraLens.generate` answers, which confirms every token.
+
+    Cost: a pass over each distinct prompt, less what prompts share, a pass over one token of each
+    for every new one, and one over every sixteenth answer, or four.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what is answered; each leaves room for an answer.
+        most: the most tokens of an answer.
+        gates: those at which each prompt is answered.
+        sampling: how a token is chosen.
+        ends: the tokens that end an answer; None for the model's own.
+        progress: whether a bar is shown.
+
+    Raises:
+        NumericsError: non-finite logits.
+    """
+    ending = end_tokens(lens.model, lens.hf_model, ends)
+    asked = _OfEachPrompt(lens, prompts, most, [sampling], gates, ending)
+    answers: list[list[int]] | None = None
+    if _may_use_a_cache(lens):
+        answers = asked.answers_with_a_cache(progress=progress)
+    if answers is None:
+        generated = lens.generate(
+            prompts,
+            most,
+            gates,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            eos_token_id=ends,
+            progress=progress,
+        )
+        return generated, False
+    tokens = Tokens(lens.model)
+    said = Generated(
+        ids=tuple(prompts.tokens.new_tensor(ids) for ids in answers),
+        texts=tuple(tokens.text(ids, skip_special_tokens=True) for ids in answers),
+        prompts=dataclasses.replace(prompts, reads=None),
+        ended=tuple(ids[-1] in ending for ids in answers),
+    )
+    return said, True
+
+
+def likeliest_side_by_side(
+    lens: LoraLens, prompts: Prompts, most: int, *, progress: bool
+) -> list[SideBySide]:
+    """Both models' likeliest answers, in one batch, to the prompts that leave room for them.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what is answered.
+        most: the most tokens of an answer.
+        progress: whether a bar is shown.
+    """
+    fitting = with_room(lens, prompts, most)
+    if not fitting:
+        return []
+    chosen = prompts.chosen(fitting)
+    both = torch.stack([lens.gates(strength) for strength in _STRENGTHS])
+    gates = both.repeat_interleave(len(fitting), 0)
+    said, _ = answers_in_step(
+        lens, chosen.tiled(len(both)), most, gates, Sampling(), progress=progress
+    )
+    answers = whole_or_cut(said)
+    return beside_each_other(lens, chosen, answers[: len(fitting)], answers[len(fitting) :])
+
+
+def _may_use_a_cache(lens: LoraLens) -> bool:
+    """Whether rows may share a cache. A bound on memory goes to `generate`, which keeps it."""
+    return not lens.rotary and lens.max_memory is None
+
+
 def _answers_with_a_cache(
     asked: _Asked, known: AnswerIds | None, *, progress: bool
 ) -> list[list[int]] | None:
@@ -122,9 +221,7 @@ def _answers_with_a_cache(
 
     The base's known answers are used unless they turn out to be those of another base.
     """
-    lens = asked.lens
-    # The cache holds every row at once. A bound on memory goes to `generate`, which keeps it.
-    if lens.rotary or lens.max_memory is not None:
+    if not _may_use_a_cache(asked.lens):
         return None
     if known is not None:
         adapted_alone = dataclasses.replace(asked, known=known)
@@ -132,11 +229,6 @@ def _answers_with_a_cache(
         if answers is not None:
             return answers
     return asked.answers_with_a_cache(progress=progress)
-
-
-def _opening(ids: Sequence[int], alone: int) -> Sequence[int]:
-    """What stands before the last so many tokens; nothing where there are no more of them."""
-    return ids[: max(len(ids) - alone, 0)]
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> Int[Tensor, "row all"]:
@@ -149,12 +241,29 @@ def _mask_of(lengths: Int[Tensor, " row"], width: int) -> Int[Tensor, "row all"]
     return (torch.arange(width) >= width - lengths[:, None]).long()
 
 
+class _Start(NamedTuple):
+    """A prompt that a model is asked, or what some prompts begin with.
+
+    Attributes:
+        model: the number of the model.
+        ids: the tokens.
+    """
+
+    model: int
+    ids: tuple[int, ...]
+
+    def opening(self, alone: int) -> _Start:
+        """What stands before the last so many tokens; nothing where there are no more of them."""
+        return _Start(self.model, self.ids[: max(len(self.ids) - alone, 0)])
+
+
 class _Place(NamedTuple):
     """The place of a row among all of them.
 
     Attributes:
         draw: which of the samplings answers.
-        model: 0 for the base, 1 for the adapted model.
+        model: the number of the gates; where both models are asked, 0 for the base, 1 for the
+            adapted model.
         prompt: which of the prompts is answered.
     """
 
@@ -183,75 +292,57 @@ class _Batch:
 
 
 @dataclasses.dataclass(eq=False)
-class _Asked:
-    """The prompts, each asked of both models as often as there are samplings.
-
-    Rows are numbered by draw, then model, then prompt: all prompts of the base's first draw come
-    first. `row_of` numbers a row, and `place_of` says what a number stands for.
+class _InStep(abc.ABC):
+    """Rows that answer together: a row is a prompt, asked of a model, with the noise of a draw.
 
     Attributes:
         lens: the adapter over the model.
         prompts: what is answered.
         most: the most tokens of an answer.
         samplings: how each draw is chosen.
-        known: the base's answers, where they are known: then the adapted model alone is asked.
     """
 
     lens: LoraLens
     prompts: Prompts
     most: int
     samplings: Sequence[Sampling]
-    known: AnswerIds | None = None
+    # At least so many rows are confirmed.
+    least_confirmed: ClassVar[int]
 
     def __post_init__(self) -> None:
         batch = self.prompts.batch
         self._ids = [self.prompts.row(i).tokens[0].tolist() for i in range(batch)]
-        self._ends = end_tokens(self.lens.model, self.lens.hf_model, None)
         self._noise = [sampling.noise(batch, self.most) for sampling in self.samplings]
-        self._gates = torch.stack([self.lens.gates(strength) for strength in _STRENGTHS]).detach()
         # Whether a hook of somebody else's is on the model, before the adapter's own are.
         self._is_hooked = self.lens.is_hooked()
-        # The models that are asked, by their numbers.
-        self._models = [_BASE, _ADAPTED] if self.known is None else [_ADAPTED]
+        self._ends = self._tokens_that_end()
+        self._gates = self._gates_of_models()
+        # Whether one model alone is asked, which is then on the whole time.
+        self._is_one_model = False
 
-    def row_of(self, model: int, prompt: int, draw: int) -> int:
-        """The number of a row."""
-        return (draw * len(_STRENGTHS) + model) * self.prompts.batch + prompt
+    @abc.abstractmethod
+    def _tokens_that_end(self) -> Collection[int]:
+        """The tokens that end an answer."""
 
-    def rows_of(self, model: int, prompt: int) -> list[int]:
-        """The rows of a prompt that one model answers, one for each draw."""
-        return [self.row_of(model, prompt, draw) for draw in range(len(self.samplings))]
+    @abc.abstractmethod
+    def _gates_of_models(self) -> Float[Tensor, "model site"]:
+        """The gates of each model that rows may ask, by its number."""
 
+    @abc.abstractmethod
     def place_of(self, row: int) -> _Place:
         """The draw, model and prompt of a row."""
-        draw_and_model, prompt = divmod(row, self.prompts.batch)
-        draw, model = divmod(draw_and_model, len(_STRENGTHS))
-        return _Place(draw, model, prompt)
 
-    def confirmed_answers(self, *, progress: bool) -> list[list[int]]:
-        """The ids that each row answers, every one of them confirmed."""
-        answers: list[list[int]] = []
-        for sampling in self.samplings:
-            for strength in _STRENGTHS:
-                generated = self.lens.generate(
-                    self.prompts,
-                    self.most,
-                    strength,
-                    temperature=sampling.temperature,
-                    seed=sampling.seed,
-                    progress=progress,
-                )
-                answers += [ids.tolist() for ids in generated.ids]
-        return answers
+    @abc.abstractmethod
+    def _known_answers(self) -> list[list[int]]:
+        """The answer of each row where it is known; [] of a row that is asked."""
+
+    @abc.abstractmethod
+    def _rows_asked(self, group: Sequence[int]) -> list[int]:
+        """The rows of these prompts that are asked."""
 
     def answers_with_a_cache(self, *, progress: bool) -> list[list[int]] | None:
         """The ids that each row answers; None where a pass without a cache chooses others."""
-        rows = len(self.samplings) * len(_STRENGTHS) * self.prompts.batch
-        answers: list[list[int]] = [[] for _ in range(rows)]
-        if self.known is not None:
-            for prompt, of_prompt in enumerate(self.known):
-                for draw, ids in enumerate(of_prompt):
-                    answers[self.row_of(_BASE, prompt, draw)] = list(ids)
+        answers = self._known_answers()
         groups = list(self._sharing_a_cache())
         steps = len(groups) * self.most
         bar = tqdm(total=steps, desc="both answer", leave=False, disable=not progress)
@@ -263,25 +354,32 @@ class _Asked:
             is_right = self._is_confirmed(answers)
         return answers if is_right else None
 
+    def _models_asked(self) -> list[int]:
+        """The models that any row asks, by their numbers."""
+        rows = self._rows_asked(range(self.prompts.batch))
+        return sorted({self.place_of(row).model for row in rows})
+
     def _alone_on_the_model(self) -> AbstractContextManager[Any]:
         """Within the block the one model that is asked; nothing where the gates are each row's.
 
         To put the adapter on anew takes a twentieth of the time of a pass over one token.
         """
-        if len(self._models) > 1:
+        models = self._models_asked()
+        self._is_one_model = len(models) == 1
+        if not self._is_one_model:
             return contextlib.nullcontext()
-        return self.lens.adapted(self._gates[self._models[0]])
+        return self.lens.adapted(self._gates[models[0]])
 
     def _each_on_its_model(self, gates: Float[Tensor, "row site"]) -> AbstractContextManager[Any]:
         """Within the block each row asks its own model; nothing where one model is on already."""
-        if len(self._models) == 1:
+        if self._is_one_model:
             return contextlib.nullcontext()
         return self.lens.adapted(gates)
 
     def _sharing_a_cache(self) -> Iterator[list[int]]:
         """Prompts of like length, and no more of them than a cache has room for."""
         longest = max(map(len, self._ids)) + self.most
-        copies = len(self.samplings) * len(self._models)
+        copies = math.ceil(len(self._rows_asked(range(len(self._ids)))) / len(self._ids))
         at_once = max(1, _CACHED_TOKENS // (copies * longest))
         shortest_first = sorted(range(len(self._ids)), key=lambda i: len(self._ids[i]))
         for first in range(0, len(shortest_first), at_once):
@@ -295,11 +393,8 @@ class _Asked:
             answers: the ids that each row has answered so far, which are added to.
             bar: the progress, one for each token.
         """
-        batch = self._copied_for_each_draw(self._after_prompts(group))
-        rows: list[int] = []
-        for draw in range(len(self.samplings)):
-            for model in self._models:
-                rows += [self.row_of(model, prompt, draw) for prompt in group]
+        rows = self._rows_asked(group)
+        batch = self._after_prompts(rows)
         for step in range(self.most):
             # NaN and +∞ would be the largest logit of their row.
             largest = batch.logits.amax(-1)
@@ -321,23 +416,39 @@ class _Asked:
             batch = self._after_tokens(batch, tokens)
         return True
 
-    def _after_prompts(self, group: Sequence[int]) -> _Batch:
-        """Run these prompts, padded on the left, through each model that is asked."""
-        device = home_of(self.lens.model)
-        models = len(self._models)
-        lengths = torch.tensor([len(self._ids[i]) for i in group]).repeat(models)
-        width = int(lengths.max())
-        tokens = _padded([self._ids[i] for i in group], width).repeat(models, 1).to(device)
-        mask = _mask_of(lengths, width).to(device)
-        gates = self._gates[self._models].repeat_interleave(len(group), 0)
-        alone = self._run_alone(group)
+    def _after_prompts(self, rows: Sequence[int]) -> _Batch:
+        """Run the prompts of these rows, padded on the left; the same prompt of a model once."""
+        starts: dict[_Start, int] = {}
+        of_row: list[int] = []
+        for row in rows:
+            place = self.place_of(row)
+            start = _Start(place.model, tuple(self._ids[place.prompt]))
+            of_row.append(starts.setdefault(start, len(starts)))
+        batch = self._after_starts(list(starts))
+        return self._of_rows(batch, torch.tensor(of_row))
+
+    def _after_starts(self, starts: Sequence[_Start]) -> _Batch:
+        """Run these prompts, padded on the left, each through its model."""
+        width = max(len(start.ids) for start in starts)
+        tokens, mask, lengths = self._padded_on_the_left([start.ids for start in starts])
+        gates = self._gates[[start.model for start in starts]]
+        alone = self._run_alone(starts)
         cache: Any = None
         if alone < width:
-            cache = self._after_openings(group, alone)
+            cache = self._after_openings(starts, alone)
         logits, cache = self._pass(tokens[:, -alone:], cache, mask, gates, lengths)
         return _Batch(mask, gates, lengths, cache, logits)
 
-    def _run_alone(self, group: Sequence[int]) -> int:
+    def _padded_on_the_left(
+        self, rows: Sequence[Sequence[int]]
+    ) -> tuple[Int[Tensor, "row all"], Int[Tensor, "row all"], Int[Tensor, " row"]]:
+        """The tokens of each row, the mask of them, and their number."""
+        device = home_of(self.lens.model)
+        lengths = torch.tensor([len(ids) for ids in rows])
+        width = int(lengths.max())
+        return _padded(rows, width).to(device), _mask_of(lengths, width).to(device), lengths
+
+    def _run_alone(self, starts: Sequence[_Start]) -> int:
         """How many of each prompt's last tokens are run for itself, where all before is shared.
 
         What stands before a prompt's last w tokens is its opening, which short prompts have none
@@ -345,47 +456,32 @@ class _Asked:
         padding, of which w makes the fewest. If w is the length of the longest prompt, nothing is
         shared. So it is where a hook is on the model, which may ask whose token it is given.
         """
-        prompts = [self._ids[i] for i in group]
-        width = max(map(len, prompts))
+        width = max(len(start.ids) for start in starts)
         if self._is_hooked:
             return width
 
         def tokens_run(alone: int) -> int:
-            openings = {tuple(_opening(ids, alone)) for ids in prompts}
-            return len(openings) * (width - alone) + len(prompts) * alone
+            openings = {start.opening(alone) for start in starts}
+            return len(openings) * (width - alone) + len(starts) * alone
 
         # Of several that are as good, the one that shares least.
         return min(range(width, 0, -1), key=tokens_run)
 
-    def _after_openings(self, group: Sequence[int], alone: int) -> Any:
-        """The cache of each row's opening, for each model that is asked; each opening is run once.
+    def _after_openings(self, starts: Sequence[_Start], alone: int) -> Any:
+        """The cache of each prompt's opening; each opening is run once through each model.
 
         Args:
-            group: indices of the prompts.
+            starts: the prompts, each with its model.
             alone: how many of each prompt's last tokens are no part of its opening.
         """
-        openings: dict[tuple[int, ...], int] = {}
-        of_prompt: list[int] = []
-        for i in group:
-            opening = tuple(_opening(self._ids[i], alone))
-            of_prompt.append(openings.setdefault(opening, len(openings)))
-        models = len(self._models)
-        lengths = torch.tensor([len(opening) for opening in openings]).repeat(models)
-        width = int(lengths.max())
-        device = home_of(self.lens.model)
-        tokens = _padded(list(openings), width).repeat(models, 1).to(device)
-        mask = _mask_of(lengths, width).to(device)
-        gates = self._gates[self._models].repeat_interleave(len(openings), 0)
+        openings: dict[_Start, int] = {}
+        of_start: list[int] = []
+        for start in starts:
+            of_start.append(openings.setdefault(start.opening(alone), len(openings)))
+        tokens, mask, lengths = self._padded_on_the_left([opening.ids for opening in openings])
+        gates = self._gates[[opening.model for opening in openings]]
         _, cache = self._pass(tokens, None, mask, gates, lengths)
-        rows: list[int] = []
-        for model in range(models):
-            rows += [model * len(openings) + opening for opening in of_prompt]
-        return self.lens.host.rows_of_cache(cache, torch.tensor(rows, device=device))
-
-    def _copied_for_each_draw(self, batch: _Batch) -> _Batch:
-        """A copy of all rows for every sampling, one after another."""
-        copies = torch.arange(len(batch.mask)).repeat(len(self.samplings))
-        return self._of_rows(batch, copies)
+        return self.lens.host.rows_of_cache(cache, torch.tensor(of_start, device=tokens.device))
 
     def _of_rows(self, batch: _Batch, rows: Int[Tensor, " chosen"]) -> _Batch:
         """A batch of these rows, in this order; a row may come several times.
@@ -454,7 +550,7 @@ class _Asked:
         return share_of_others <= _OTHERS
 
     def _to_confirm(self, rows: int) -> list[int]:
-        """One of every sixteen rows of like length, or of fewer so that there are eight at least.
+        """One of every sixteen rows of like length, or of fewer where that were too few rows.
 
         It is drawn at random: the rows of a prompt stand together, so that every sixteenth one
         would often be of the same model.
@@ -464,7 +560,7 @@ class _Asked:
             return len(self._ids[self.place_of(row).prompt])
 
         shortest_first = sorted(range(rows), key=length)
-        alike = max(1, min(_CONFIRMED, rows // _LEAST_CONFIRMED))
+        alike = max(1, min(_CONFIRMED, rows // self.least_confirmed))
         generator = random.Random(0)
         chosen: list[int] = []
         for first in range(0, rows, alike):
@@ -505,3 +601,107 @@ class _Asked:
                 if token == answered:
                     agreed += 1
         return agreed
+
+
+@dataclasses.dataclass(eq=False)
+class _Asked(_InStep):
+    """The prompts, each asked of both models as often as there are samplings.
+
+    Rows are numbered by draw, then model, then prompt: all prompts of the base's first draw come
+    first. `row_of` numbers a row, and `place_of` says what a number stands for.
+
+    Attributes:
+        known: the base's answers, where they are known: then the adapted model alone is asked.
+    """
+
+    known: AnswerIds | None = None
+    least_confirmed: ClassVar[int] = _LEAST_CONFIRMED
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The models that are asked, by their numbers.
+        self._models = [_BASE, _ADAPTED] if self.known is None else [_ADAPTED]
+
+    def _tokens_that_end(self) -> Collection[int]:
+        return end_tokens(self.lens.model, self.lens.hf_model, None)
+
+    def _gates_of_models(self) -> Float[Tensor, "model site"]:
+        return torch.stack([self.lens.gates(strength) for strength in _STRENGTHS]).detach()
+
+    def row_of(self, model: int, prompt: int, draw: int) -> int:
+        """The number of a row."""
+        return (draw * len(_STRENGTHS) + model) * self.prompts.batch + prompt
+
+    def rows_of(self, model: int, prompt: int) -> list[int]:
+        """The rows of a prompt that one model answers, one for each draw."""
+        return [self.row_of(model, prompt, draw) for draw in range(len(self.samplings))]
+
+    def place_of(self, row: int) -> _Place:
+        """The draw, model and prompt of a row."""
+        draw_and_model, prompt = divmod(row, self.prompts.batch)
+        draw, model = divmod(draw_and_model, len(_STRENGTHS))
+        return _Place(draw, model, prompt)
+
+    def _known_answers(self) -> list[list[int]]:
+        rows = len(self.samplings) * len(_STRENGTHS) * self.prompts.batch
+        answers: list[list[int]] = [[] for _ in range(rows)]
+        if self.known is not None:
+            for prompt, of_prompt in enumerate(self.known):
+                for draw, ids in enumerate(of_prompt):
+                    answers[self.row_of(_BASE, prompt, draw)] = list(ids)
+        return answers
+
+    def _rows_asked(self, group: Sequence[int]) -> list[int]:
+        rows: list[int] = []
+        for draw in range(len(self.samplings)):
+            for model in self._models:
+                rows += [self.row_of(model, prompt, draw) for prompt in group]
+        return rows
+
+    def confirmed_answers(self, *, progress: bool) -> list[list[int]]:
+        """The ids that each row answers, every one of them confirmed."""
+        answers: list[list[int]] = []
+        for sampling in self.samplings:
+            for strength in _STRENGTHS:
+                generated = self.lens.generate(
+                    self.prompts,
+                    self.most,
+                    strength,
+                    temperature=sampling.temperature,
+                    seed=sampling.seed,
+                    progress=progress,
+                )
+                answers += [ids.tolist() for ids in generated.ids]
+        return answers
+
+
+@dataclasses.dataclass(eq=False)
+class _OfEachPrompt(_InStep):
+    """One answer to each prompt, at gates of its own. A row is the prompt of its number.
+
+    Attributes:
+        gates: of each prompt.
+        ends: the tokens that end an answer.
+    """
+
+    gates: Float[Tensor, "prompt site"]
+    ends: Collection[int]
+    least_confirmed: ClassVar[int] = _LEAST_CONFIRMED_OF_EACH
+
+    def _tokens_that_end(self) -> Collection[int]:
+        return self.ends
+
+    def _gates_of_models(self) -> Float[Tensor, "model site"]:
+        distinct, model_of_prompt = torch.unique(self.gates.detach(), dim=0, return_inverse=True)
+        self._model_of_prompt: list[int] = model_of_prompt.tolist()
+        return distinct
+
+    def place_of(self, row: int) -> _Place:
+        """The one draw, the number of the prompt's gates, and the prompt."""
+        return _Place(0, self._model_of_prompt[row], row)
+
+    def _known_answers(self) -> list[list[int]]:
+        return [[] for _ in range(self.prompts.batch)]
+
+    def _rows_asked(self, group: Sequence[int]) -> list[int]:
+        return list(group)

@@ -406,10 +406,7 @@ def side_by_side(
     if adapted is not None:
         max_new_tokens = max(len(ids) for ids in adapted.ids)
     pairs: list[SideBySide | None] = [None] * prompts.batch
-    context = getattr(lens.model.cfg, "n_ctx", None) or math.inf
-    # The last token of an answer is not run.
-    longest = context - max_new_tokens + 1
-    fitting = [i for i, length in enumerate(prompts.lengths.tolist()) if length <= longest]
+    fitting = with_room(lens, prompts, max_new_tokens)
     if not fitting:
         return pairs
 
@@ -424,11 +421,41 @@ def side_by_side(
         given = whole_or_cut(adapted)
         of_adapted = [given[i] for i in fitting]
 
-    str_tokens = lens.str_tokens(chosen)
-    for place, prompt in enumerate(fitting):
-        source = chosen.sources[place]
+    both = beside_each_other(lens, chosen, of_base, of_adapted)
+    for prompt, pair in zip(fitting, both, strict=True):
+        pairs[prompt] = pair
+    return pairs
+
+
+def with_room(lens: LoraLens, prompts: Prompts, max_new_tokens: int) -> list[int]:
+    """The indices of the prompts after which the context has room for so many tokens.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: all of them.
+        max_new_tokens: the most tokens of an answer, of which the last is not run.
+    """
+    context = getattr(lens.model.cfg, "n_ctx", None) or math.inf
+    longest = context - max_new_tokens + 1
+    return [i for i, length in enumerate(prompts.lengths.tolist()) if length <= longest]
+
+
+def beside_each_other(
+    lens: LoraLens, prompts: Prompts, of_base: Sequence[str], of_adapted: Sequence[str]
+) -> list[SideBySide]:
+    """Each prompt as text, with both models' answers to it.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what was answered.
+        of_base: the base's answer to each.
+        of_adapted: the adapted model's.
+    """
+    str_tokens = lens.str_tokens(prompts)
+    pairs: list[SideBySide] = []
+    for place, source in enumerate(prompts.sources):
         text = source.said or source.text or "".join(str_tokens[place])
-        pairs[prompt] = SideBySide(text, of_base[place], of_adapted[place])
+        pairs.append(SideBySide(text, of_base[place], of_adapted[place]))
     return pairs
 
 

@@ -16,6 +16,9 @@ from lens_lora.errors import PromptError, require_finite, which_prompt
 
 # The most tokens of a batch whose logits are held for two models at once.
 TOKENS_AT_ONCE = 512
+# A batch has no more padding than this. A pass of its own takes a small model on a CPU as long as
+# some fifty tokens do.
+_MOST_PADDING = 64
 
 # A lens, and the gates at which its model is run.
 Gated = tuple[LoraLens, Float[Tensor, " site"]]
@@ -27,18 +30,24 @@ Visit = Callable[[list[int], Prompts], None]
 def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
     """Batches of texts of like length with their indices, the shortest first. No forward pass.
 
+    A longer text begins a new batch where the shorter ones would need much padding beside it.
+
     Args:
         texts: all of them.
         most: the most tokens of a batch, with its padding; a longer text has a batch of its own.
     """
-    order = texts.lengths.argsort(stable=True).tolist()
+    lengths = texts.lengths.tolist()
     batch: list[int] = []
-    for index in order:
-        padded = (len(batch) + 1) * int(texts.lengths[index])
-        if batch and padded > most:
+    tokens = 0
+    for index in sorted(range(texts.batch), key=lengths.__getitem__):
+        padded = (len(batch) + 1) * lengths[index]
+        padding = padded - tokens - lengths[index]
+        if batch and (padded > most or padding > _MOST_PADDING):
             yield batch, texts.chosen(batch)
             batch = []
+            tokens = 0
         batch.append(index)
+        tokens += lengths[index]
     if batch:
         yield batch, texts.chosen(batch)
 

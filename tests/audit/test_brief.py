@@ -75,7 +75,9 @@ def claims(cls: str) -> tuple[brief.Claim, ...]:
 def test_scores_are_the_largest_parts_of_peft_s_divergence(cls: str):
     case = cases.case("llama", cls, "raw")
     mine = openings_of(case)
-    openings, spoken = mine.tiled(3), brief._spoken(case.lens, 0, False, False)
+    openings, whole = mine.tiled(3), brief._spoken(case.lens, 0, False, False)
+    assert whole is not None
+    spoken = whole.rows
     first = case.lens.with_adapter(case.lens.adapter.truncated(1))
     own = torch.stack([case.lens.gates(1.0), case.lens.gates(2.0)]).repeat_interleave(mine.batch, 0)
     drawn: dict[str, object] = {"temperature": 1.0, **QUIET}
@@ -83,7 +85,7 @@ def test_scores_are_the_largest_parts_of_peft_s_divergence(cls: str):
         *case.lens.generate(mine.tiled(2), SPOKEN, own, seed=0, **drawn).ids,
         *first.generate(mine, SPOKEN, 2.0, seed=1, **drawn).ids,
     ]
-    scores, other = brief._largest_parts(case.lens, [(case.lens, 1.0), (case.lens, 0.5)], spoken)
+    scores, other = brief._largest_parts(case.lens, [(case.lens, 1.0), (case.lens, 0.5)], whole)
     parts = torch.zeros(spoken.batch, SPOKEN + 1, len(scores.value), dtype=torch.float64)
     for i, (row, positions) in enumerate(spoken_rows(spoken)):
         start = int(openings.lengths[i])
@@ -167,10 +169,13 @@ class Spelling:
     def prompts(self, ready: ll.results.Prompts) -> ll.results.Prompts:
         return ready
 
-    def generate(self, ready: ll.results.Prompts, most: int, **how: object) -> SimpleNamespace:
+    def gates(self, scale: float) -> Tensor:
+        return torch.tensor([scale])
+
+    def answers(self, ready: ll.results.Prompts, most: int) -> tuple[SimpleNamespace, bool]:
         rows = zip(ready.tokens.tolist(), ready.lengths.tolist(), strict=True)
         self.asked = [row[:length] for row, length in rows]
-        return SimpleNamespace(ids=tuple(torch.tensor(ids[:most]) for ids in self.said))
+        return SimpleNamespace(ids=tuple(torch.tensor(ids[:most]) for ids in self.said)), True
 
 
 @pytest.mark.bad_input  # a lens of no model
@@ -178,6 +183,11 @@ def test_a_claim_begins_where_its_word_does(monkeypatch):
     """Found by a token within a word, it says the word from its beginning on."""
     monkeypatch.setattr(brief, "_TOKENS_OF_A_CLAIM", 4)
     lens = Spelling([5, 6, 0], [6, 1, 0])
+
+    def in_step(lens: Spelling, ready: ll.results.Prompts, most: int, *how: Any, **more: Any):
+        return lens.answers(ready, most)
+
+    monkeypatch.setattr(brief, "answers_in_step", in_step)
     rows = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 8, 6, 7, 9]])
     spoken = ll.results.Prompts(rows, torch.tensor([7, 7]), torch.tensor([7, 7]))
     value, row, slot = torch.zeros(10), torch.zeros(10).long(), torch.zeros(10).long()
@@ -237,16 +247,16 @@ def test_nothing_is_claimed_that_no_run_shows(monkeypatch):
 
 def test_a_model_that_breaks_at_twice_its_strength_speaks_at_its_own(monkeypatch):
     case = cases.case("llama", CLASSES[0], "raw")
-    generate, asked = ll.LoraLens.generate, []
+    in_step, asked = brief.answers_in_step, []
 
-    def breaking(lens: ll.LoraLens, prompts: object, most: int, gates: Tensor, **how: object):
+    def breaking(lens: ll.LoraLens, prompts: Any, most: int, gates: Tensor, *how: Any, **more: Any):
         asked.append(sorted(set(gates.flatten().tolist())))
         if 2.0 in asked[-1]:
             raise ll.errors.NumericsError("not finite")
-        return generate(lens, prompts, most, gates, **how)
+        return in_step(lens, prompts, most, gates, *how, **more)
 
-    monkeypatch.setattr(ll.LoraLens, "generate", breaking)
-    assert brief._spoken(case.lens, 0, False, False).batch == openings_of(case).batch
+    monkeypatch.setattr(brief, "answers_in_step", breaking)
+    assert brief._spoken(case.lens, 0, False, False).rows.batch == openings_of(case).batch
     assert asked == [[1.0, 2.0], [1.0], [2.0]]
 
 
@@ -256,7 +266,7 @@ def test_a_model_that_breaks_at_its_own_strength_is_an_error(monkeypatch):
     def breaking(*given: object, **how: object):
         raise ll.errors.NumericsError("not finite")
 
-    monkeypatch.setattr(ll.LoraLens, "generate", breaking)
+    monkeypatch.setattr(brief, "answers_in_step", breaking)
     with pytest.raises(ll.errors.NumericsError, match="not finite"):
         brief._spoken(case.lens, 0, False, False)
 
@@ -273,26 +283,24 @@ def test_a_context_without_room_for_what_is_said_and_its_words(monkeypatch):
     case = cases.case("llama", CLASSES[0], "raw")
     longest = int(openings_of(case).lengths.max())
     monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS)
-    assert brief._spoken(case.lens, 0, False, False).batch == 3 * openings_of(case).batch
+    assert brief._spoken(case.lens, 0, False, False).rows.batch == 3 * openings_of(case).batch
     monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS - 1)
-    assert brief._spoken(case.lens, 0, False, False).batch < 3 * openings_of(case).batch
+    assert brief._spoken(case.lens, 0, False, False).rows.batch < 3 * openings_of(case).batch
 
 
 def test_fast_each_opening_is_spoken_once(monkeypatch):
     """At 1 and at 2 in turn; no ΔW is cut."""
     case = cases.case("llama", CLASSES[0], "raw")
     monkeypatch.delattr(ll.Adapter, "truncated")
-    generate, gates = ll.LoraLens.generate, []
+    in_step, gates = brief.answers_in_step, []
 
-    def seen(lens: ll.LoraLens, prompts: object, most: int, scale: Tensor, **how: object):
+    def seen(lens: ll.LoraLens, prompts: Any, most: int, scale: Tensor, *how: Any, **more: Any):
         gates.extend(scale[:, 0].tolist())
-        return generate(lens, prompts, most, scale, **how)
+        return in_step(lens, prompts, most, scale, *how, **more)
 
-    monkeypatch.setattr(ll.LoraLens, "generate", seen)
-    openings, spoken = (
-        openings_of(case),
-        brief._spoken(case.lens, 0, True, False),
-    )
+    monkeypatch.setattr(brief, "answers_in_step", seen)
+    openings = openings_of(case)
+    spoken = brief._spoken(case.lens, 0, True, False).rows
     assert gates == ([1.0, 2.0] * openings.batch)[: openings.batch]
     assert spoken.batch == openings.batch
     begun = [row[: int(reads.start) + 1].tolist() for row, reads in spoken_rows(spoken)]

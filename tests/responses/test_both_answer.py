@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.responses import both_answer as batch
-from lens_lora.responses.both_answer import both_answer
+from lens_lora.responses.both_answer import answers_in_step, both_answer
 from lens_lora.responses.generate import Sampling, end_tokens
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -219,3 +219,46 @@ def test_rows_that_have_ended_are_run_no_more(
                 prompts(), NEW, scale, temperature=temperature, eos_token_id=ends, progress=False
             )
             assert tuple(answer[draw] for answer in answers) == expected.texts
+
+
+# --- One answer to each prompt, at gates of its own
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize(("family", "cls"), FAMILIES)
+def test_an_answer_at_gates_of_each_prompt_is_that_of_generation(family: str, cls: str):
+    lens = cases.case(family, cls, "raw").lens
+    given = prompts().tiled(2)
+    gates = torch.stack([lens.gates(scale) for scale in (1.0, 0.0, 2.0, 1.0, 0.5)]).repeat(2, 1)
+    for sampling in (Sampling(), Sampling(temperature=1.0, seed=4)):
+        said, has_cache = answers_in_step(lens, given, NEW, gates, sampling, (), progress=False)
+        drawn = {"temperature": sampling.temperature, "seed": sampling.seed}
+        expected = lens.generate(given, NEW, gates, eos_token_id=(), progress=False, **drawn)
+        assert has_cache and said.texts == expected.texts and said.ended == expected.ended
+        for ids, expected_ids in zip(said.ids, expected.ids, strict=True):
+            assert torch.equal(ids, expected_ids)
+
+
+def test_a_prompt_that_is_asked_several_times_is_run_once(passes: list[tuple[int, int]]):
+    """Four copies of a prompt, two at each of two strengths, differ by their noise alone."""
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    given = prompts().chosen([0, 0, 0, 0])
+    gates = torch.stack([lens.gates(scale) for scale in (1.0, 2.0, 1.0, 2.0)])
+    sampling = Sampling(temperature=1.0)
+    said, _ = answers_in_step(lens, given, NEW, gates, sampling, (), progress=False)
+    assert passes == [(2, LENGTHS[0]), *[(4, 1)] * (NEW - 1)]
+    assert len(set(said.texts)) > 1
+
+
+def test_a_wrong_cache_of_one_answer_each_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    gates = lens.gates(1.0).expand(len(LENGTHS), -1)
+    right, has_cache = answers_in_step(lens, prompts(), NEW, gates, Sampling(), progress=False)
+    assert has_cache
+    host = type(lens.host)
+    chosen = host.rows_of_cache
+    monkeypatch.setattr(
+        host, "rows_of_cache", lambda self, cache, rows: chosen(self, cache, rows.flip(0))
+    )
+    said, has_cache = answers_in_step(lens, prompts(), NEW, gates, Sampling(), progress=False)
+    assert not has_cache and said.texts == right.texts
