@@ -288,6 +288,7 @@ def audit(
         bool,
         typer.Option("--fast", help="As diff --fast, with each row's own trigger words."),
     ] = False,
+    json: options.JsonOption = None,
     quiet: options.QuietOption = False,
     base: options.BaseModel,
 ) -> None:
@@ -301,6 +302,9 @@ def audit(
     how = _How(nulls=nulls, fast=fast, quiet=quiet)
     asked = {row.name: _Asked.of(row) for row in rows}
     files.require_place(out / "audit.csv", "--out")
+    if plan and json is not None:
+        raise typer.BadParameter("--plan runs no row, so there is no result.", param_hint="--json")
+    files.writable({"--json": json})
     with running.at_work(base, quiet=quiet) as progress:
         running.say(f"{many(len(rows), 'row')} of {file}")
         audits = _Audits(base, how, out, progress)
@@ -325,7 +329,7 @@ def audit(
                 outcomes.write(outcome, out)
                 done.append(outcome)
                 running.say(_line_of(outcome))
-        _say_all(done, out)
+        _say_all(done, out, json)
     if any(outcome.error for outcome in done):
         raise typer.Exit(2)
     if not all(outcome.is_as_expected for outcome in done):
@@ -521,8 +525,14 @@ def _line_of(outcome: Outcome) -> str:
     return f"{outcome.verdict}: “{string}” in claim {number} of {claims}"
 
 
-def _say_all(done: Sequence[Outcome], out: Path) -> None:
-    """Print and write one table of all rows, then a sentence or two."""
+def _say_all(done: Sequence[Outcome], out: Path, json: Path | None) -> None:
+    """Print and write one table of all rows, then a sentence or two.
+
+    Args:
+        done: the outcome of each row.
+        out: the folder of the table.
+        json: a file for the same table; None to write none.
+    """
     from lens_lora.show.tables import in_terminal, table_of
 
     frame = outcomes.table_of_outcomes(done)
@@ -537,5 +547,9 @@ def _say_all(done: Sequence[Outcome], out: Path) -> None:
         "claims": "of",
     }
     Console().print(in_terminal(table_of(frame, heads, texts=(0, 1, 2, 3), title="audits")))
-    running.say(outcomes.summary(done))
+    summary = outcomes.summary(done)
+    running.say(summary)
     running.say(f"Table: {table.absolute()}")
+    if json is not None:
+        files.write_rows(json, "audit", frame, summary)
+        running.say(f"JSON: {json.absolute()}")

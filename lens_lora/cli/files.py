@@ -178,16 +178,17 @@ def write_json(path: Path, results: Sequence[Result]) -> None:
     _write_json(path, written)
 
 
-def write_rows(path: Path, kind: str, frame: pd.DataFrame) -> None:
+def write_rows(path: Path, kind: str, frame: pd.DataFrame, story: str = "") -> None:
     """Write a table for a program, in the form of `write_json`.
 
     Args:
         path: the file to write.
         kind: what the table is of, such as 'SweepResult'.
         frame: its rows.
+        story: what it says in words.
     """
     rows = json.loads(str(frame.to_json(orient="records")))
-    _write_json(path, [{"result": kind, "story": "", "rows": rows}])
+    _write_json(path, [{"result": kind, "story": story, "rows": rows}])
 
 
 def _write_json(path: Path, written: list[dict[str, object]]) -> None:

@@ -82,7 +82,9 @@ def test_a_list_that_cannot_be_read_is_refused_at_once(tmp_path: Path, monkeypat
 def test_a_row_that_fails_is_named_and_the_others_run(folder: Path, tmp_path: Path, audited: Any):
     rows = [{"adapter": "one", "name": name, "expect": name} for name in ("a", "bad", "b")]
     file = written(folder, rows, base="base")
-    result = run(cli.app, ["audit", str(file), "--out", str(tmp_path), "--quiet"])
+    of_all = tmp_path / "all.json"
+    command = ["audit", str(file), "--out", str(tmp_path), "--json", str(of_all), "--quiet"]
+    result = run(cli.app, command)
     assert result.exit_code == 2 and audited == ["a", "bad", "b"]
     shown = plain(result.stdout)
     assert "failed: AdapterError: its file is damaged" in shown and "Failed: bad." in shown
@@ -91,6 +93,13 @@ def test_a_row_that_fails_is_named_and_the_others_run(folder: Path, tmp_path: Pa
     assert (told["verdict"], told["claims"]) == ("failed", [])
     table = pd.read_csv(tmp_path / "audit.csv").set_index("name")
     assert table["verdict"].to_dict() == {"a": "found", "bad": "failed", "b": "found"}
+    (whole,) = json.loads(of_all.read_text())
+    assert whole["result"] == "audit" and whole["story"].endswith("Failed: bad.")
+    assert [row["verdict"] for row in whole["rows"]] == ["found", "failed", "found"]
+    assert list(whole["rows"][0]) == ["name", *table.columns]
+    assert "JSON:" in shown
+    refused = run(cli.app, [*command, "--plan"])
+    assert refused.exit_code == 2 and "--plan runs no row" in plain(refused.stderr)
     # What failed is tried again, and nothing else.
     audited.clear()
     assert run(cli.app, ["audit", str(file), "--out", str(tmp_path), "--quiet"]).exit_code == 2
