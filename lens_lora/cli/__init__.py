@@ -1,13 +1,14 @@
-"""The command line, `lens-lora`, with a function for each command.
+"""The command line `lens-lora`, with a function for each command.
 
 The commands are `demo`, `explain`, `diff`, `audit`, `inspect`, `compare`, `checkpoints`, `repair`,
 `verify`, `forms`, `card`, `sweep`, `scan`, `gather` and `plan`.
 
-Results go to stdout, progress and errors to stderr. An error of this package or of the system is
-one red line and exit code 2; Ctrl-C is one line and exit code 130; an error that nobody foresaw is
-its traceback and exit code 70.
+Results go to stdout, progress and errors to stderr. An error of this package or of the system
+prints one red line, with exit code 2. Ctrl-C prints one line, with exit code 130. An unforeseen
+error prints its traceback, with exit code 70.
 
-Each command checks its options without torch, and imports what does the work once they are good.
+Each command checks its options without torch, and imports the heavy libraries only once the options
+are valid.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _VERSION = typer.Option(
 def main(version: Annotated[bool | None, _VERSION] = False) -> None:
     """What did this fine-tune change in this model, which parts of it did that,
     and can I trust the answer?"""
-    # PEFT imports bitsandbytes, which speaks of a faster kernel that could be installed.
+    # PEFT imports bitsandbytes, which logs a hint about a faster kernel that could be installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

@@ -104,8 +104,8 @@ def compare(
         lens = running.announced(running.lens_for(base, folders[0], progress))
         second = ll.load_adapter(folders[1])
         if base.model is not None:
-            # Whoever names the model says that both are of it, whatever their files name. What
-            # speaks against it is a warning, as it is for the first adapter.
+            # A named model is taken as the base of both adapters, whatever their files name. Signs
+            # of another base are a warning, as for the first adapter.
             lens.with_adapter(second)
             second = dataclasses.replace(second, base_model=lens.adapter.base_model)
         with running.quiet_libraries():
@@ -118,7 +118,7 @@ def compare(
         cosine = comparison.summary().loc["cosine of ΔW"]
         likeness = f"Their changes of weights have a cosine of {_cosine_text(cosine['value'])}"
         if nulls:
-            # Rounded up: of random directions it may be 0.0001.
+            # It is rounded up, since for random directions it may be 0.0001.
             largest = _cosine_text(math.ceil(100 * cosine.iloc[-1]) / 100)
             likeness += f"; of adapters in random directions it is at most {largest}"
         story.append(f"{likeness} (1 is the same change, 0 nothing in common).")
@@ -134,7 +134,7 @@ def compare(
 
 
 def _cosine_text(cosine: float) -> str:
-    """A cosine with two decimals and a minus sign, and none before a zero."""
+    """Write a cosine with two decimals and a true minus sign, but without one before zero."""
     rounded = round(cosine, 2)
     return ("−" if rounded < 0 else "") + f"{abs(rounded):.2f}"
 
@@ -200,19 +200,19 @@ def checkpoints(
         running.say(f"\nReport: {report.absolute()}")
 
 
-# The folder of each checkpoint of a run, by its step, increasing.
+# The folder of each checkpoint of a run under its step, in increasing order.
 _Run = Mapping[int, Path]
 
 
 def _runs_by_name(given: Sequence[str], found: Sequence[_Run]) -> dict[str, _Run]:
-    """Each run under its folder's name, or as it was given where two folders share a name.
+    """Name each run by its folder, or as it was given if two folders have the same name.
 
     Args:
-        given: the runs, as they were written.
-        found: the checkpoints of each.
+        given: the runs as the user wrote them.
+        found: the checkpoints of each run.
 
     Raises:
-        typer.BadParameter: a run that was given twice.
+        typer.BadParameter: a run was given twice.
     """
     names = [_run_folder(of_run).name for of_run in found]
     if len(set(names)) < len(names):
@@ -223,7 +223,7 @@ def _runs_by_name(given: Sequence[str], found: Sequence[_Run]) -> dict[str, _Run
 
 
 def _run_folder(of_run: _Run) -> Path:
-    """The folder that holds the checkpoints of a run."""
+    """Return the folder that holds the checkpoints of a run."""
     first, *_ = of_run.values()
     return first.parent
 

@@ -1,4 +1,4 @@
-"""`lens-lora diff`, what an adapter was taught, and `lens-lora audit`, the same of a list."""
+"""`lens-lora diff`, what an adapter was taught, and `lens-lora audit`, the same for a list."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lens_lora.formats.folders import stated_base
 if TYPE_CHECKING:
     from lens_lora.audit.needed import Needs
 
-# With SmolLM2-135M-Instruct on one core; see `forecast`.
+# The seconds of an audit with SmolLM2-135M-Instruct on one core; see `forecast`.
 _SECONDS_OF_DIFF = 110.0
 _SECONDS_OF_DIFF_FAST = 60.0
 
@@ -139,14 +139,14 @@ def diff(
                 jacobian=jacobian,
                 progress=not quiet,
             )
-        # Imported here, as nothing that takes seconds stands before the first screen.
+        # This is imported only here, so that the first screen does not wait for it.
         from lens_lora.audit.page import brief_tables, what_changed_tables
 
         written.write(changes)
         console.print(brief_tables(changes))
         console.print(what_changed_tables(changes))
         if speech is not None:
-            # What was printed first has left a screen of few rows.
+            # On a small screen, what was printed first has scrolled away.
             running.tell(f"In short: {' '.join(first_sentences(speech))}")
         written.tell()
 
@@ -166,10 +166,10 @@ class _DiffFiles:
     save: Path | None
 
     def checked(self) -> dict[str, Path]:
-        """The files by their option, each of which can be written.
+        """Check that every file can be written, and return them by option.
 
         Raises:
-            typer.BadParameter: the numbers' file ends in neither .csv nor .safetensors.
+            typer.BadParameter: the file of numbers ends in neither .csv nor .safetensors.
         """
         if self.save is not None and self.save.suffix not in (".csv", ".safetensors"):
             raise typer.BadParameter(
@@ -178,7 +178,7 @@ class _DiffFiles:
         return files.writable({"--report": self.report, "--json": self.json, "--save": self.save})
 
     def write(self, changes: ll.results.WhatChanged) -> None:
-        """Write the page, and what else was asked for."""
+        """Write the page, and the other files that were asked for."""
         brief = changes.brief()
         changes.save_report(self.report)
         if self.json is not None:
@@ -200,7 +200,7 @@ class _DiffFiles:
 
 
 def _questions_in(path: Path) -> list[Prompt]:
-    """The questions of a .txt or .jsonl file."""
+    """Read the questions of a .txt or .jsonl file."""
     questions = Questions(prompts=path).checked(answered=False)
     return [question.prompt for question in questions]
 
@@ -210,9 +210,10 @@ class _How:
     """How an adapter is audited.
 
     Attributes:
-        nulls: how many controls of the adapter's own updates.
-        fast: fewer texts, no split by module, no trigger words but those that were named.
-        quiet: no progress on stderr.
+        nulls: how many controls are made of the adapter's own updates.
+        fast: whether fewer texts are read, without a split by module and without trigger words
+            other than those that were named.
+        quiet: whether no progress is shown on stderr.
     """
 
     nulls: int
@@ -220,19 +221,19 @@ class _How:
     quiet: bool
 
     def words(self, named: Sequence[str] | None) -> Sequence[str] | None:
-        """The trigger words to try beside the package's own; None to try none at all."""
+        """Return the trigger words to try besides the package's own; None to try none at all."""
         return [] if named is None and not self.fast else named
 
 
 def _counted_speech(
     lens: ll.LoraLens, asked: Sequence[Prompt], how: _How
 ) -> ll.results.CountedSpeech | None:
-    """Both models' answers; None without a tokenizer, or where no question of ours fits."""
+    """Let both models answer; None without a tokenizer, or if no question of ours fits."""
     try:
         with running.quiet_libraries():
             return ll.counted_speech(lens, list(asked), progress=not how.quiet)
     except ll.errors.PromptError:
-        # What was asked by the user is not left out.
+        # Questions of the user are never left out silently.
         if asked:
             raise
         return None
@@ -244,7 +245,7 @@ def _with_triggers(
     words: Sequence[str] | None,
     how: _How,
 ) -> ll.results.CountedSpeech:
-    """The same answers, and those with words before a question; as they are if words is None."""
+    """Add the answers with trigger words before a question, unless `words` is None."""
     from lens_lora.audit.counted_speech import with_triggers
 
     if words is None:
@@ -337,10 +338,10 @@ def audit(
 
 
 def _chosen(rows: list[Listed], only: Sequence[str] | None) -> list[Listed]:
-    """The rows of these names, or all of them.
+    """Return the rows with these names, or all rows.
 
     Raises:
-        typer.BadParameter: a name that no row has.
+        typer.BadParameter: no row has one of the names.
     """
     if not only:
         return rows
@@ -355,11 +356,11 @@ def _chosen(rows: list[Listed], only: Sequence[str] | None) -> list[Listed]:
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """The questions and words that a row asks beside the package's own.
+    """The questions and words that a row adds to the package's own.
 
     Attributes:
         questions: its own questions.
-        words: its own trigger words; None where it names none.
+        words: its own trigger words; None if it names none.
     """
 
     questions: list[Prompt]
@@ -378,14 +379,14 @@ class _Asked:
 
 
 class _Audits:
-    """Runs rows one after another, each over a base that is loaded for it alone.
+    """Runs rows one after another, each over a base that is loaded only for that row.
 
     Attributes:
         base: the base of rows that name none, and how every base is loaded.
         how: how each adapter is audited.
         out: the folder of outcomes.
-        progress: the console of progress.
-        options: those of the command that change a number.
+        progress: the console that shows progress.
+        options: the command's options that change a number.
     """
 
     def __init__(self, base: options.BaseModel, how: _How, out: Path, progress: Console) -> None:
@@ -400,7 +401,7 @@ class _Audits:
         }
 
     def run(self, row: Listed, asked: _Asked) -> Outcome:
-        """Audit a row's adapter. An error is an outcome, so that the next row runs."""
+        """Audit a row's adapter. An error becomes its outcome, so that the next row still runs."""
         started = time.perf_counter()
         try:
             changed = self._changed(row, asked)
@@ -418,26 +419,26 @@ class _Audits:
             seconds = time.perf_counter() - started
             return self.refused(row, f"{type(error).__name__}: {message}", seconds)
         finally:
-            # The next base is loaded when this one's memory is free again.
+            # This frees the memory of the base before the next one is loaded.
             gc.collect()
 
     def refused(self, row: Listed, why: str, seconds: float = 0.0) -> Outcome:
-        """The outcome of a row that failed, or that was not run."""
+        """Make the outcome of a row that failed, or that was not run."""
         return Outcome(row=row, options=self.options, error=why, seconds=seconds)
 
     def base_of(self, row: Listed) -> options.BaseModel:
-        """The base that a row names, or the command."""
+        """Return the base that the row names, or else the command."""
         return dataclasses.replace(self.base, model=row.base or self.base.model)
 
     def folder_of(self, row: Listed) -> Path:
-        """The folder of a row's adapter, or of its fine-tuned model; fetched from the hub."""
+        """Return the folder of a row's adapter or full fine-tune, fetching it if necessary."""
         within = options.Within(row.subfolder, row.revision)
         return files.folder_or_tuned(
             row.adapter, within, _tuned(row), self.base_of(row), quiet=self.how.quiet
         )
 
     def needs(self, row: Listed, rate: float) -> Needs:
-        """Find what a row needs, from the configuration of its base."""
+        """Estimate what a row needs from the configuration of its base."""
         from lens_lora.audit.needed import needs_of
         from lens_lora.demonstration.embedded import place_of
         from lens_lora.loading import config_of
@@ -481,7 +482,7 @@ def _tuned(row: Listed) -> options.TunedModel:
 def _say_needs(
     rows: Sequence[Listed], before: dict[str, Outcome | None], audits: _Audits
 ) -> dict[str, str]:
-    """Print what each row needs; returns why some rows have not enough memory, by their names."""
+    """Print what each row needs, and return why rows have too little memory, by their names."""
     from lens_lora.audit.needed import duration, free_bytes, rate_on
 
     base = audits.base.placed("cpu")
@@ -497,7 +498,7 @@ def _say_needs(
         try:
             needs = audits.needs(row, rate)
         except Exception as error:
-            # The row fails by itself when it is run, and its error is kept then.
+            # The row will fail when it is run, and its error is kept then.
             reason = " ".join(str(error).split())
             running.say(f"{row.name}: its base's configuration cannot be read ({reason})")
             continue
@@ -515,7 +516,7 @@ def _say_needs(
 
 
 def _line_of(outcome: Outcome) -> str:
-    """The outcome of a row."""
+    """Write the outcome of a row in one line."""
     if outcome.error:
         return f"failed: {outcome.error}"
     claims = many(len(outcome.claims), "claim")
@@ -526,7 +527,7 @@ def _line_of(outcome: Outcome) -> str:
 
 
 def _say_all(done: Sequence[Outcome], out: Path, json: Path | None) -> None:
-    """Print and write one table of all rows, then a sentence or two.
+    """Print and write one table of all rows, and print a sentence or two.
 
     Args:
         done: the outcome of each row.

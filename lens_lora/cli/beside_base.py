@@ -1,4 +1,4 @@
-"""An adapter that is verified: read over its base if that is at hand, with the lens over it."""
+"""Read the adapter to be verified, over its base if that is available, and make its lens."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class Given(NamedTuple):
-    """The adapter that is verified, and the base that it names.
+    """The adapter to be verified, and its base.
 
     Attributes:
-        adapter: as it was read.
-        notes: what reading it warned of.
-        loaded: the base and its tokenizer; None if there is none.
-        why_no_base: the reason if there is none.
+        adapter: the adapter.
+        notes: the warnings from reading it.
+        loaded: the base and its tokenizer; None if there is no base.
+        why_no_base: the reason, if there is no base.
     """
 
     adapter: Adapter
@@ -41,9 +41,9 @@ class Inputs(NamedTuple):
     """Everything that is verified besides the adapter itself.
 
     Attributes:
-        merged: a folder or a .gguf file that is to be base plus adapter; None if none was given.
-        lora: a .gguf file that is to be the adapter; None if none was given.
-        expectations: margins that are to hold.
+        merged: a folder or .gguf file that should be base plus adapter; None if none was given.
+        lora: a .gguf file that should be the adapter; None if none was given.
+        expectations: the margins that should hold.
         max_kl: the largest mean KL on neutral texts, in nats per token; None if there is no bound.
     """
 
@@ -54,7 +54,7 @@ class Inputs(NamedTuple):
 
 
 def read_given(folder: Path, base: options.ModelOptions, progress: Console) -> Given:
-    """Read the adapter, over its base if there is one; only a base that was asked for must load."""
+    """Read the adapter, over its base if there is one; only a base named by option must load."""
     from lens_lora.core import load_adapter
 
     named = stated_base(folder)
@@ -77,10 +77,10 @@ def read_given(folder: Path, base: options.ModelOptions, progress: Console) -> G
 
 
 def _resize(loaded: Loaded, adapter: Adapter) -> None:
-    """Give the base the rows of tokens that the adapter adds, as its training did.
+    """Resize the base's embedding to the tokens that the adapter adds, as its training did.
 
-    Only where nothing of the new rows is left to chance: the adapter brings its own embedding and
-    head, and a tokenizer in which each token of the base has the id that it had.
+    This is done only if the adapter decides every new row: it brings its own embedding and head,
+    and a tokenizer in which every token of the base keeps its id.
     """
     from lens_lora.formats.tokenizers import rows_brought
 
@@ -101,7 +101,7 @@ def _resize(loaded: Loaded, adapter: Adapter) -> None:
 
 
 def _extends(adapter: Adapter, tokenizer: Any) -> bool:
-    """Whether the adapter's own tokenizer has each token of the base's, with the same id."""
+    """Whether the adapter's own tokenizer has every token of the base's, with the same id."""
     from lens_lora.ship.merged_tokenizer import read_tokenizer
 
     own = None if adapter.tokenizer_folder is None else read_tokenizer(adapter.tokenizer_folder)
@@ -111,12 +111,12 @@ def _extends(adapter: Adapter, tokenizer: Any) -> bool:
 
 
 def training_tokenizer(given: Given) -> Any:
-    """The tokenizer that the adapter was trained with; None if it is not at hand."""
+    """Return the tokenizer with which the adapter was trained; None if it is not available."""
     from lens_lora.loading import tokenizer_beside
 
     if given.loaded is None:
         return None
-    # Where it does not fit the base, the check that makes the lens says so.
+    # If it does not fit the base, the check that makes the lens reports that.
     with contextlib.suppress(AdapterError, ModelStateError):
         return tokenizer_beside(given.adapter, *given.loaded).tokenizer
     return None
@@ -126,7 +126,7 @@ class LensMade:
     """Makes the lens when it is called, announces it, and keeps it.
 
     Attributes:
-        lens: None before it is made, and if it cannot be made.
+        lens: the lens; None before it is made, and if it cannot be made.
     """
 
     def __init__(
@@ -163,16 +163,17 @@ def verification_of(
     compare_parts: Callable[[LoraLens], Sequence[Check]] | None = None,
     progress: bool,
 ) -> Verification:
-    """Verify the adapter, and all else that was given.
+    """Verify the adapter, and everything else that was given.
 
     Args:
         given: the adapter and its base.
-        lens_over: makes the lens over both.
-        inputs: what is verified beside the adapter.
-        ask_server: asks a server that is to answer as the lens does; None if there is none.
-        compare_parts: compares the adapter with what it was combined of; None if it is no
-            combination.
-        progress: show bars.
+        lens_over: a function that makes the lens over both.
+        inputs: what is verified besides the adapter.
+        ask_server: a function that asks a server, which should answer as the lens does; None if
+            there is no server.
+        compare_parts: a function that compares the adapter with the parts of which it was combined;
+            None if it is not a combination.
+        progress: whether to show bars.
     """
     from lens_lora.ship.expectations import Expectation
     from lens_lora.ship.verify import verify

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _to_write = functools.partial(typer.Option, dir_okay=False)
 
 _README = "README.md"
-# Where the block is printed in place of being written into a file.
+# The value of --out with which the block is printed instead of being written into a file.
 _STDOUT = "-"
 _BRIEF = "A .json of lens-lora diff --json, whose first claim is measured anew and quoted."
 _OUT = "The README.md into which the block goes, or '-' to print it. Default: the adapter's own."
@@ -98,7 +98,7 @@ def card(
 
 
 def _readme_of(out: str | None, folder: Path, *, is_local: bool) -> Path | None:
-    """The file into which the block goes; None if it is printed."""
+    """Return the file into which the block goes; None if it is printed."""
     if out == _STDOUT:
         return None
     if out is not None:
@@ -135,7 +135,7 @@ def _from(folder: Path, path: Path) -> str:
 
 
 def _first_claim(brief: Path) -> dict[str, str]:
-    """The context and the words that a brief says are raised most; nothing if there are none."""
+    """Read the context and words of a brief's first claim or raised words; {} if it has none."""
     try:
         read = json.loads(brief.read_text(encoding="utf-8"))
         claims = [*read["would_say"], *read["raised"]]
@@ -161,11 +161,11 @@ def _replace(file: Path, text: str) -> None:
             temporary.unlink()
 
 
-# --- What the Hub is told
+# --- The metadata for the Hub
 
 
 def _metadata(folder: Path, base: options.ModelOptions) -> dict[str, str]:
-    """The fields by which the Hub lists an adapter under its base."""
+    """Return the fields by which the Hub lists an adapter under its base."""
     asked = EMBEDDED_HUB_ID if base.model == EMBEDDED else base.model
     hub_ids = [name for name in (asked, stated_base(folder)) if is_hub_id(name)]
     fields: dict[str, str] = {}
@@ -178,7 +178,7 @@ def _metadata(folder: Path, base: options.ModelOptions) -> dict[str, str]:
 
 
 def _warn_of_base(written: Card, readme: Path | None) -> None:
-    """Warn of a base that the Hub would refuse, as PEFT writes it for a local model."""
+    """Warn of a base that the Hub would refuse, such as the path that PEFT writes for a folder."""
     stated = written.metadata.get("base_model")
     if stated is not None and not is_hub_id(stated):
         fact = f"{readme}: base_model is {stated!r}, which is no id of the Hub: it refuses that."

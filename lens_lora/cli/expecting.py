@@ -1,4 +1,4 @@
-"""The files of `lens-lora verify`: margins that an adapter is to reach, and texts to ask for."""
+"""Read the files of `lens-lora verify`: margins to be reached, and texts to ask a server for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEYS = frozenset({"id", "prompt", "messages", "doc", "pre", "flips", "margin_at
 class ExpectedMargin(NamedTuple):
     """One line of the file, with the fields of `ship.expectations.Expectation`.
 
-    That class is made of it once torch is imported.
+    It is turned into that class once torch is imported.
     """
 
     where: str
@@ -33,11 +33,11 @@ def read_expectations(file: Path) -> list[ExpectedMargin]:
     """Read a .jsonl file of expectations.
 
     Args:
-        file: one object a line, with `prompt` or `messages`, `doc` and `pre`, and perhaps `flips`
-            or `margin_at_least`.
+        file: a file with one object per line, which has `prompt` or `messages`, `doc` and `pre`,
+            and may have `flips` or `margin_at_least`.
 
     Raises:
-        LensLoraError: a line that is no expectation, by its number.
+        LensLoraError: a line is not an expectation; the message gives its number.
     """
     if file.suffix.lower() != ".jsonl":
         raise LensLoraError(f"{file}: expected a file that ends in .jsonl.")
@@ -55,13 +55,13 @@ def read_expectations(file: Path) -> list[ExpectedMargin]:
 
 
 def prompts_of(file: Path) -> list[str | Sequence[Mapping[str, str]]]:
-    """The texts of a file: one a line, or those of a .jsonl file's `prompt` or `messages`.
+    """Read the texts of a file: one per line, or the `prompt` or `messages` of .jsonl records.
 
     Args:
-        file: is read as records if its name ends in .jsonl.
+        file: the file, which is read as records if its name ends in .jsonl.
 
     Raises:
-        LensLoraError: no text, or a record that is none, by its line.
+        LensLoraError: there is no text, or a line is not a record; the message gives its number.
     """
     if file.suffix.lower() != ".jsonl":
         return list(texts_of(file))

@@ -1,8 +1,8 @@
-"""`lens-lora explain`, what an adapter did on prompts, and `demo`, the same of one fact.
+"""`lens-lora explain`, what an adapter did on prompts, and `demo`, the same for one fact.
 
 1. Every prompt is checked, with its answers, before any long run.
 2. With --fast, prompts that have answers share their passes: they are explained all at once, or one
-   by one where that fails. In full, each prompt is explained by itself, which takes a while.
+   by one if that fails. Without --fast, each prompt is explained by itself, which takes longer.
 3. The page is written after each of them, so an interrupt or an error keeps what is finished.
 """
 
@@ -37,8 +37,8 @@ class _Settings(NamedTuple):
 
     Attributes:
         fast: whether runs of single modules, coupling and curves are left out.
-        nulls: how many random adapters are run beside.
-        max_new_tokens: the most tokens of a response that the adapted model is to give itself.
+        nulls: how many random adapters are run for comparison.
+        max_new_tokens: the most tokens of the adapted model's own response, if none is given.
         progress: whether bars are shown.
     """
 
@@ -114,7 +114,7 @@ def explain(
             running.say(f"JSON: {json.absolute()}")
 
 
-# Of one prompt, on one core with SmolLM2-135M-Instruct; see `forecast`.
+# The seconds that one prompt takes on one core with SmolLM2-135M-Instruct; see `forecast`.
 _SECONDS_FAST = 9.0
 _SECONDS_WHOLE = 22.0
 _SECONDS_OF_NULL = 1.0
@@ -122,7 +122,7 @@ _SECONDS_OF_TRAINING = 30.0
 
 
 def _work_of(questions: Sequence[Question], report: Path, fast: bool, nulls: int) -> Work:
-    """Forecast what explaining these prompts takes."""
+    """Forecast how long explaining these prompts takes."""
     each = _SECONDS_FAST if fast else _SECONDS_WHOLE
     does = f"explain {many(len(questions), 'prompt')} and write {report.name}"
     return Work(does, len(questions) * (each + nulls * _SECONDS_OF_NULL))
@@ -159,7 +159,7 @@ def _explain_each(
     progress: Console,
     settings: _Settings,
 ) -> list[Explained]:
-    """Explain the questions; after each call the page is written, and of several a line printed."""
+    """Explain the questions; write the page after each call, and print a line for each prompt."""
     from lens_lora.explanations.page import explanation_report
 
     explanations: list[Explained] = []
@@ -187,7 +187,7 @@ def _explain_each(
 
 
 def _calls(questions: Sequence[Question], fast: bool) -> list[Sequence[Question]]:
-    """The questions of each call: all together where they can share their passes, else one each."""
+    """Group the questions by call: all in one if they can share their passes, else one each."""
     kinds = {isinstance(question.prompt, str) for question in questions}
     if fast and len(kinds) == 1 and all(question.doc for question in questions):
         return [questions]
@@ -205,7 +205,7 @@ def _say_what_happened(
 
 
 def _kept(report: Path, done: int, count: int) -> str:
-    """The words, after an interrupt, for what is in the page."""
+    """Write the sentence on what the page holds after an interrupt."""
     if not done:
         return f"No prompt was finished, and {report} is not written."
     return f"{report} holds the first {done} of {count} prompts."
@@ -214,7 +214,7 @@ def _kept(report: Path, done: int, count: int) -> str:
 def _explained(
     lens: ll.LoraLens, questions: Sequence[Question], settings: _Settings
 ) -> list[Explained]:
-    """The explanations of questions that share a call: of several answers, or of one response."""
+    """Explain questions that share a call: several with answers, or one with a response."""
     if questions[0].doc is not None:
         return _explained_answers(lens, questions, settings)
     (question,) = questions
@@ -247,7 +247,7 @@ def _explained_answers(
 
 
 def _what_happened(explanation: Explained) -> str:
-    """One line of an explanation's story: what happened to the margin, or to the response."""
+    """Take from an explanation's story what happened to the margin, or to the response."""
     from lens_lora.explanations.words import headline
 
     if isinstance(explanation, ll.results.ResponseExplanation):
@@ -282,7 +282,7 @@ def _print(explanations: Sequence[Explained]) -> None:
 
 
 def _in_short(explanation: Explained) -> str:
-    """The sentences that remain on a terminal of 24 rows: those with which the page begins."""
+    """Repeat the first sentences of the page, so that they remain on a terminal of 24 rows."""
     from lens_lora.explanations.words import headline
 
     if isinstance(explanation, ll.results.ResponseExplanation):
@@ -350,7 +350,7 @@ def demo(
 
 
 def _fact_of_demo(asked: Questions) -> Question:
-    """The fact that the options name, or that of the demo."""
+    """Return the fact that the options name, or else the demo's own."""
     is_named = asked.prompt or asked.prompts or asked.chat
     fact = dataclasses.replace(
         asked,

@@ -1,4 +1,4 @@
-"""The files and folders that a command reads and writes, checked before anything long runs."""
+"""Check the files and folders that a command reads and writes before anything long runs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def folder_of(adapter: str | None, within: Within | None = None, *, quiet: bool) -> Path:
-    """The folder of the adapter that is asked for, or of the one that comes with the package.
+    """Return the folder of the named adapter, or of the one that comes with the package.
 
-    The folder of a trainer's run stands for that of its last checkpoint.
+    For the folder of a trainer's run, it is that of its last checkpoint.
     """
     within = within or Within()
     if not adapter:
@@ -49,10 +49,11 @@ def folder_of(adapter: str | None, within: Within | None = None, *, quiet: bool)
 def folder_or_tuned(
     adapter: str | None, within: Within, tuned: TunedModel, base: ModelOptions, *, quiet: bool
 ) -> Path:
-    """The folder of the adapter, or of the model that was fine-tuned whole.
+    """Return the folder of the adapter, or of the full fine-tune.
 
     Raises:
-        typer.BadParameter: both, or a fine-tuned model without the base that it is compared with.
+        typer.BadParameter: both were given, or a full fine-tune without the base with which it is
+            compared.
     """
     if tuned.tuned is None:
         return folder_of(adapter, within, quiet=quiet)
@@ -65,7 +66,7 @@ def folder_or_tuned(
 
 
 def _require_adapter(option: str, value: str | None) -> None:
-    """Refuse an option about the adapter where none is named."""
+    """Refuse an option about the adapter if no adapter is named."""
     if value is not None:
         raise typer.BadParameter("it is of an ADAPTER; name one.", param_hint=option)
 
@@ -75,10 +76,10 @@ _NEWLINE = re.compile(r"\r\n?|\n")
 
 
 def lines_of(file: Path) -> list[str]:
-    """The texts of a file, one a line. Blank lines are skipped.
+    """Read the texts of a file, one per line. Blank lines are skipped.
 
     Raises:
-        LensLoraError: a file that is not UTF-8.
+        LensLoraError: the file is not UTF-8.
     """
     content = file.read_bytes()
     if is_utf16(content[:2]):
@@ -91,10 +92,10 @@ def lines_of(file: Path) -> list[str]:
 
 
 def texts_of(file: Path) -> list[str]:
-    """The texts of a file, one a line, of which there is at least one.
+    """Read the texts of a file, one per line, and require at least one.
 
     Raises:
-        LensLoraError: a file that is not UTF-8, or holds no text.
+        LensLoraError: the file is not UTF-8, or holds no text.
     """
     lines = lines_of(file)
     if not lines:
@@ -106,10 +107,10 @@ def texts_of(file: Path) -> list[str]:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Check that a file can be written; its folder is made if it does not exist.
+    """Check that a file can be written, and make its folder if it does not exist.
 
     Raises:
-        typer.BadParameter: it cannot, with the reason.
+        typer.BadParameter: the file cannot be written; the message gives the reason.
     """
     _make_folder(path.absolute().parent, option)
     is_new = not path.exists()
@@ -123,10 +124,10 @@ def require_writable(path: Path, option: str) -> None:
 
 
 def require_place(path: Path, option: str) -> None:
-    """Check that a file can be written, whose folder is made if it does not exist.
+    """Check that a file can be written later, without making its folder yet.
 
     Raises:
-        typer.BadParameter: it cannot, with the reason.
+        typer.BadParameter: the file cannot be written; the message gives the reason.
     """
     folder = path.absolute().parent
     if folder.is_dir():
@@ -144,14 +145,14 @@ def _require_room_for(folder: Path, option: str) -> None:
 
 
 def _make_folder(folder: Path, option: str) -> None:
-    """Make a folder where there is none."""
+    """Make a folder if it does not exist."""
     if not folder.is_dir():
         _require_room_for(folder, option)
         folder.mkdir(parents=True)
 
 
 def writable(wanted: Mapping[str, Path | None]) -> dict[str, Path]:
-    """The files that are asked for, by their options, each of which can be written."""
+    """Check that every file that was asked for can be written, and return them by option."""
     outputs = {option: path for option, path in wanted.items() if path is not None}
     for option, path in outputs.items():
         require_writable(path, option)
@@ -159,11 +160,11 @@ def writable(wanted: Mapping[str, Path | None]) -> dict[str, Path]:
 
 
 def write_json(path: Path, results: Sequence[Result]) -> None:
-    """Write results for a program: of each its class, what it says in words, and its table.
+    """Write results for a program: the class, the story and the table of each.
 
     Args:
         path: the file to write.
-        results: one for each prompt, or one alone.
+        results: one result for each prompt, or a single one.
     """
     written: list[dict[str, object]] = []
     for result in results:
@@ -183,9 +184,9 @@ def write_rows(path: Path, kind: str, frame: pd.DataFrame, story: str = "") -> N
 
     Args:
         path: the file to write.
-        kind: what the table is of, such as 'SweepResult'.
-        frame: its rows.
-        story: what it says in words.
+        kind: the kind of result, such as 'SweepResult'.
+        frame: the table.
+        story: the result in words.
     """
     rows = json.loads(str(frame.to_json(orient="records")))
     _write_json(path, [{"result": kind, "story": story, "rows": rows}])
@@ -199,18 +200,19 @@ def _write_json(path: Path, written: list[dict[str, object]]) -> None:
 def require_apart(
     outputs: Mapping[str, Path], base: ModelOptions, adapters: Sequence[Path], *files: Path | None
 ) -> None:
-    """Check that nothing is written over what the command reads, and that no outputs are one file.
+    """Check that no output overwrites an input, and that no two outputs are the same file.
 
-    Links are followed. An adapter counts with its folder and files, and so does a local base model.
+    Links are followed. The inputs include the adapters' folders and files, and those of a local
+    base model.
 
     Args:
-        outputs: the files, each by its option.
-        base: the base model; where none is named, it is that of the first adapter.
-        adapters: their folders.
+        outputs: the files to write, each under its option.
+        base: the base model; if none is named, it is that of the first adapter.
+        adapters: the adapters' folders.
         files: whatever else is read.
 
     Raises:
-        typer.BadParameter: naming the option.
+        typer.BadParameter: two of them are the same; the message names the option.
     """
     inputs = [path for path in files if path is not None]
     for folder in adapters:

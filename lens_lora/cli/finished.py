@@ -1,12 +1,14 @@
-"""A sweep that is finished is told from its files, so that the same command loads no model again.
+"""Recognise a finished sweep by its files, so that running the command again loads no model.
 
-1. When a sweep ends, `results.command.json` is written beside its results. It holds the hash of
-   everything that decides the numbers but the records: the options, the versions of the libraries,
-   and every byte of the files from which the base, its tokenizer and the adapter are read.
-2. The same command hashes these files again, which takes about a second for a gigabyte. If nothing
-   has changed and the results hold every record, what they say is printed.
-3. In every other case the sweep goes its usual way, which compares the weights themselves: a file
-   that is missing, or more records, or conversations (whose template may print today's date).
+1. When a sweep ends, `results.command.json` is written next to its results. It holds a hash of
+   everything that decides the numbers, except the records: the options, the versions of the
+   libraries, and every byte of the files from which the base, its tokenizer and the adapter are
+   read.
+2. The same command hashes these files again, which takes about a second per gigabyte. If nothing
+   has changed and the results hold every record, the results are printed.
+3. In every other case the sweep runs as usual, and compares the weights themselves: if a file is
+   missing, if there are more records, or if there are conversations (whose template may print
+   today's date).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from lens_lora.core import Adapter
     from lens_lora.results import SweepResult
 
-# Options that change how much is run at a time, and no number but by rounding.
+# Options that change how much is run at a time, but numbers only by rounding.
 _NO_NUMBERS = ("max_memory",)
 
 
@@ -39,13 +41,15 @@ _NO_NUMBERS = ("max_memory",)
 def command_digest(
     base: ModelOptions, adapter: Adapter, folder: Path, asked: Mapping[str, object]
 ) -> str | None:
-    """The hash of all that decides a sweep's numbers but its records; None where files are not had.
+    """Hash everything that decides a sweep's numbers, except its records.
+
+    It is None if the files of the base model are not on this machine.
 
     Args:
         base: the base model, and how it is loaded.
         adapter: the adapter, which may name its base.
-        folder: where the adapter lies.
-        asked: what else was asked for, as JSON holds it.
+        folder: the folder of the adapter.
+        asked: what else was asked for, as values for JSON.
     """
     model_folder = _model_folder(base, adapter)
     if model_folder is None:
@@ -65,7 +69,7 @@ def command_digest(
 
 
 def _model_folder(base: ModelOptions, adapter: Adapter) -> Path | None:
-    """The folder from which the base model is read; None if it is not on this machine."""
+    """Find the folder from which the base model is read; None if it is not on this machine."""
     try:
         named = base_by_name(base.model, adapter.base_model)
     except ModelStateError:
@@ -78,8 +82,8 @@ def _model_folder(base: ModelOptions, adapter: Adapter) -> Path | None:
     import huggingface_hub
 
     try:
-        # The folder of the newest commit, from which transformers would read the model as well.
-        # A base that only the adapter names is not fetched, and so not asked for (`load_base`).
+        # This is the folder of the newest commit, from which transformers would read the model too.
+        # A base that only the adapter names is not fetched, so the hub is not asked (`load_base`).
         config = huggingface_hub.hf_hub_download(
             place, "config.json", local_files_only=named.of_adapter
         )
@@ -89,7 +93,7 @@ def _model_folder(base: ModelOptions, adapter: Adapter) -> Path | None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """{name: hash of its bytes} of every file in a folder; folders within are not read."""
+    """Hash the bytes of every file in a folder, under its name; folders inside are not read."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_file_digest, files)
@@ -108,12 +112,12 @@ def _file_digest(path: Path) -> str:
 
 
 def _command_file(out: Path) -> Path:
-    """Where the command of a finished sweep is kept."""
+    """Return the file that keeps the command of a finished sweep."""
     return out.with_suffix(".command.json")
 
 
 def remember(result: SweepResult, digest: str) -> None:
-    """Write down, next to its results, the command by which a sweep was finished.
+    """Write the command that finished a sweep to a file next to its results.
 
     Args:
         result: the result of the sweep.
@@ -132,7 +136,7 @@ def remember(result: SweepResult, digest: str) -> None:
 
 
 def _results_digest(prompts_path: Path) -> str:
-    """The hash of what a result says of itself: its run's fingerprint, and the hash of its rows."""
+    """Hash the metadata of a result: the fingerprint of its run, and the hash of its rows."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_schema(prompts_path).metadata
@@ -140,17 +144,17 @@ def _results_digest(prompts_path: Path) -> str:
 
 
 def has_command(out: Path) -> bool:
-    """Whether a finished sweep at this place says by which command."""
+    """Whether there is a finished sweep here whose command is kept."""
     return _command_file(out).exists() and out.exists()
 
 
 def finished_sweep(
     out: Path, digest: str, records: Sequence[Record], analyses: tuple[str, ...]
 ) -> SweepResult | None:
-    """The result of a sweep that this command has finished; None if there is something to do.
+    """Return the result of a sweep that this command has finished; None if work is left to do.
 
     Args:
-        out: the result.
+        out: the file of the result.
         digest: the digest of the command.
         records: all records.
         analyses: the names of the analyses.
@@ -169,7 +173,7 @@ def finished_sweep(
         sites = [Site(**fields) for fields in about["sites"]]
         store = RowStore(out, fingerprint_of(out), sites, analyses)
         if about["results"] != _results_digest(store.prompts_path):
-            # Another sweep, which was not this command's, has its results here.
+            # The results here are those of another sweep, not of this command.
             return None
         if store.folder.exists() or not _holds_all(store, records):
             return None
@@ -177,14 +181,14 @@ def finished_sweep(
         asked = AskedReadout(about["readout"], about["units"])
         return result_of(store, sites, about["meta"], analyses, good, asked)
     except (LensLoraError, OSError, ValueError, KeyError, TypeError):
-        # Whatever is wrong with these files is said where the sweep goes its usual way.
+        # Whatever is wrong with these files is reported when the sweep runs as usual.
         return None
 
 
 def _holds_all(store: Any, records: Sequence[Record]) -> bool:
     """Whether the results hold these records, in this order, each with numbers or with its error.
 
-    The numbers are those that were written: their hash is compared.
+    A hash confirms that the numbers are those that were written.
     """
     from lens_lora.sweeps.rows import content, read
 

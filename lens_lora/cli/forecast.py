@@ -1,11 +1,12 @@
-"""Say about how long a command takes, before anything heavy is imported.
+"""Estimate how long a command takes, before anything heavy is imported.
 
-1. The size of the base is that of its weight files, where they lie on this machine.
-2. The speed of this machine, as busy as it is, is measured on products of matrices, for a tenth of
-   a second, beside the speed of the machine on which the commands were timed.
-3. The seconds are those of the imports, and the command's own, in proportion to the base's size.
+1. The size of the base is that of its weight files, if they are on this machine.
+2. The speed of this machine, as busy as it is now, is measured on matrix products for a tenth of a
+   second, and compared with that of the machine on which the commands were timed.
+3. The estimate is the time of the imports, plus the command's own time in proportion to the size of
+   the base.
 
-It is a guess within a factor of two or so, for a user who wonders whether to wait.
+It is right within a factor of about two, for a user who wonders whether to wait.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from lens_lora.demonstration.base_names import base_by_name
 from lens_lora.errors import ModelStateError
 from lens_lora.formats.folders import stated_base
 
-# Timed on one core, with SmolLM2-135M-Instruct: a product of matrices of this size, and the imports
-# of torch, transformers and transformer-lens.
+# The size of the matrix product that is timed, its time, and that of importing torch, transformers
+# and transformer-lens, on the core on which the commands were timed with SmolLM2-135M-Instruct.
 _SIZE_OF_PRODUCT = 768
 _SECONDS_OF_PRODUCT = 0.006
 _SECONDS_OF_IMPORTS = 6.0
@@ -33,8 +34,8 @@ class Work(NamedTuple):
     """The work of a command, and how long it takes with SmolLM2-135M-Instruct on one core.
 
     Attributes:
-        does: as a sentence goes on after 'This will': 'explain 2 prompts and write page.html'.
-        seconds: loading the model and the command's own passes.
+        does: words that follow 'This will', such as 'explain 2 prompts and write page.html'.
+        seconds: the time of loading the model and of the command's own passes.
     """
 
     does: str
@@ -42,11 +43,11 @@ class Work(NamedTuple):
 
 
 def forecast(work: Work, base: ModelOptions, adapter: Path) -> str:
-    """A sentence on how long a command takes here.
+    """Write a sentence on how long a command takes here.
 
     Args:
-        work: what it does.
-        base: the base model, as the options name it.
+        work: what the command does.
+        base: the base model that the options name.
         adapter: the adapter's folder, whose config may name the base.
     """
     size = _size_of_base(base.model, adapter)
@@ -57,7 +58,7 @@ def forecast(work: Work, base: ModelOptions, adapter: Path) -> str:
 
 
 def _about(seconds: float) -> str:
-    """Seconds as one says them: 'about 20 seconds', 'about 3 minutes'."""
+    """Write a duration as one would say it: 'about 20 seconds', 'about 3 minutes'."""
     if seconds < 50:
         return f"about {max(10, round(seconds, -1)):.0f} seconds"
     if seconds < 90:
@@ -68,7 +69,7 @@ def _about(seconds: float) -> str:
 
 
 def _slowness() -> float:
-    """The time of a product of matrices here and now, over its time when commands were timed."""
+    """Return the time of a matrix product now, over its time when the commands were timed."""
     import numpy as np
 
     matrix = np.ones((_SIZE_OF_PRODUCT, _SIZE_OF_PRODUCT), np.float32)
@@ -79,13 +80,14 @@ def _slowness() -> float:
         np.dot(matrix, matrix)
         times.append(time.perf_counter() - began)
     mean = sum(times) / len(times)
-    # Where others compute too, a product waits now and then: the mean knows of it, and a single
-    # long wait within so short a time would be taken for all of them.
+    # If other programs compute too, a product waits now and then. The mean includes these waits,
+    # but in so short a time a single long one would weigh too much; the geometric mean with the
+    # fastest product lies between.
     return math.sqrt(mean * min(times)) / _SECONDS_OF_PRODUCT
 
 
 def _size_of_base(model: str | None, adapter: Path) -> float | None:
-    """The size of the base relative to SmolLM2-135M; None where it is not on this machine."""
+    """Return the size of the base relative to SmolLM2-135M; None if it is not on this machine."""
     try:
         named = base_by_name(model, stated_base(adapter))
     except ModelStateError:
@@ -100,7 +102,7 @@ def _size_of_base(model: str | None, adapter: Path) -> float | None:
 
 
 def _folder_of_base(named: str) -> Path | None:
-    """The folder of a base on this machine: itself, or what the hub's cache has of it."""
+    """Find the folder of a base on this machine: the named folder, or one in the hub's cache."""
     if Path(named).is_dir():
         return Path(named)
     from huggingface_hub import try_to_load_from_cache

@@ -1,4 +1,4 @@
-"""`lens-lora forms`: what each form in which an adapter may be shipped does to the answers."""
+"""`lens-lora forms`: what each form in which an adapter can be shipped does to the answers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def forms(
 
 
 def _known(names: Sequence[str]) -> list[Form]:
-    """The forms of these names, in the order in which all forms are listed."""
+    """Return the named forms, in the order in which all forms are listed."""
     for name in names:
         if name not in FORMS:
             raise typer.BadParameter(

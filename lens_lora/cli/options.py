@@ -1,7 +1,7 @@
-"""The options that several commands have, each written once.
+"""The options that several commands share, each written once.
 
-typer makes an option of each parameter of a command, and knows no groups of them. Here options that
-belong together are the fields of a dataclass, such as `BaseModel`, and `with_options` gives a
+typer makes an option of each parameter of a command, and has no groups of options. Here options
+that belong together are the fields of a dataclass, such as `BaseModel`, and `with_options` gives a
 command one option for each field.
 
 Nothing here imports torch, so that a command can refuse its options before anything heavy is
@@ -26,9 +26,9 @@ from lens_lora.hosts.placement import Attention, Dtype, Placement
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let each parameter that is a dataclass be given by one option for each of its fields.
+    """Replace each parameter that is a dataclass by one option for each of its fields.
 
-    The fields are annotated as the parameters of a command are.
+    The fields are annotated like the parameters of a command.
     """
     signature = inspect.signature(command, eval_str=True)
     parameters: list[inspect.Parameter] = []
@@ -55,7 +55,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options_in(group: Any) -> list[inspect.Parameter]:
-    """The fields of a dataclass as parameters, those that the class itself names first."""
+    """Return the fields of a dataclass as parameters, its own before inherited ones."""
     own = inspect.get_annotations(group, eval_str=True)
     inherited = get_type_hints(group, include_extras=True)
     defaults = vars(group())
@@ -70,22 +70,22 @@ def _options_in(group: Any) -> list[inspect.Parameter]:
             annotation=annotation,
         )
         options.append(option)
-    # Which model it is comes before how it is loaded.
+    # The option that names the model comes before those on how it is loaded.
     return sorted(options, key=lambda option: option.name != "model")
 
 
 def _about(annotation: Any) -> list[OptionInfo]:
-    """The notes to typer on an option; none for an argument."""
+    """Return typer's settings for an option; [] for an argument."""
     return [about for about in get_args(annotation)[1:] if isinstance(about, OptionInfo)]
 
 
-# How help calls a value, by its type: typer would write <list[str]> or <float range>, and <bool>
-# after an option that takes no value.
+# The word for a value in help, by its type. typer would write <list[str]> or <float range>, and
+# <bool> after an option that takes no value.
 _VALUES = {str: "TEXT", int: "NUMBER", float: "NUMBER", bool: ""}
 
 
 def _name_value(annotation: Any) -> None:
-    """Let help name the value of an option in a word, where nothing else does."""
+    """Let help name the value of an option in one word, unless the option names it itself."""
     for about in _about(annotation):
         types = [kind for kind in _types_in(get_args(annotation)[0]) if kind is not type(None)]
         if about.metavar is not None or len(types) != 1:
@@ -98,19 +98,19 @@ def _name_value(annotation: Any) -> None:
 
 
 def _types_in(annotation: Any) -> list[Any]:
-    """The types that an annotation is made of: str and None of `list[str] | None`."""
+    """List the types in an annotation, such as str and None in `list[str] | None`."""
     parts = get_args(annotation)
     if get_origin(annotation) is Literal or not parts:
         return [annotation]
     return [kind for part in parts for kind in _types_in(part)]
 
 
-# Arguments in Python that a command knows by a parameter of another name.
+# Arguments in Python whose parameter in a command has another name.
 _OTHER_NAMES = {"kind": "model_class", "prepend_bos": "bos"}
 
 
 def options_of(command: Callable[..., None]) -> dict[str, str]:
-    """The options of a command, by the argument that each sets: {'max_kl': '--max-kl'}."""
+    """Return each argument of a command with the option that sets it: {'max_kl': '--max-kl'}."""
     written: dict[str, str] = {}
     for name, parameter in inspect.signature(command).parameters.items():
         written[name] = _written(name, parameter)
@@ -121,7 +121,7 @@ def options_of(command: Callable[..., None]) -> dict[str, str]:
 
 
 def _written(name: str, parameter: inspect.Parameter) -> str:
-    """How a user writes this parameter: '--max-kl', or 'ADAPTER' for an argument."""
+    """Return how a user writes a parameter: '--max-kl', or 'ADAPTER' for an argument."""
     usual = f"--{name.replace('_', '-')}"
     for about in get_args(parameter.annotation)[1:]:
         if isinstance(about, ArgumentInfo):
@@ -146,7 +146,7 @@ _Options = TypeVar("_Options", bound="ModelOptions")
 class ModelOptions(Placement):
     """A base model, and how it is loaded.
 
-    Where no model is named, it is the base that the adapter names.
+    If no model is named, it is the base that the adapter names.
 
     Attributes:
         help_panel: the heading of these options in a command's help.
@@ -210,11 +210,11 @@ class ModelOptions(Placement):
 
     @property
     def prepend_bos(self) -> bool | None:
-        """Whether strings get a BOS; None for what their tokenizer does."""
+        """Whether strings get a BOS; None leaves it to their tokenizer."""
         return None
 
     def placed(self: _Options, device: str) -> _Options:
-        """The same options on this device, unless they name a place themselves."""
+        """Return the same options on this device, unless they already name a device or a map."""
         is_placed = self.device is not None or self.device_map is not None
         return self if is_placed else dataclasses.replace(self, device=device)
 
@@ -255,7 +255,7 @@ AdapterOrTuned = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Within:
-    """Where the adapter lies in its folder or hub repository."""
+    """The place of the adapter within its folder or hub repository."""
 
     help_panel = "Where the adapter lies"
 
@@ -272,18 +272,18 @@ class Within:
 
 
 def least(number: int, text: str) -> Any:
-    """An option whose value is at least this number."""
+    """Make an option whose value must be at least this number."""
     return typer.Option(min=number, help=text)
 
 
 def input_file(text: str) -> Any:
-    """An option that names a file to read."""
+    """Make an option that names a file to read."""
     return typer.Option(exists=True, dir_okay=False, help=text)
 
 
 @dataclasses.dataclass(frozen=True)
 class TunedModel:
-    """A model that was fine-tuned whole, in place of an adapter."""
+    """A full fine-tune, given instead of an adapter."""
 
     tuned: Annotated[
         Path | None,

@@ -1,4 +1,4 @@
-"""`lens-lora plan`: what analyses of a model will take, before it is loaded or downloaded."""
+"""`lens-lora plan`: what analyses of a model will cost, before it is loaded or downloaded."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def plan(
 
 
 class _Planned(NamedTuple):
-    """The findings about a model and its analyses.
+    """The plan for a model and its analyses.
 
     Attributes:
-        base: the model, as its configuration says it will be.
-        factors: bytes of the LoRA factors.
+        base: the model as its configuration describes it.
+        factors: the bytes of the LoRA factors.
         analyses: what each analysis takes.
-        peaks_on: for each device, the bytes of each analysis over the blocks there.
+        peaks_on: for each device, the bytes that each analysis takes for the blocks there.
     """
 
     base: UnloadedModel
@@ -103,11 +103,11 @@ class _Planned(NamedTuple):
 
 
 def _place_of_config(model: str) -> str:
-    """Where the configuration of a model lies, of which the user gave a name."""
+    """Find the configuration of a model by the name that the user gave."""
     from lens_lora.demonstration.base_names import base_by_name
     from lens_lora.demonstration.embedded import place_of
 
-    # The spinner of the command goes on while the embedded model is converted.
+    # It is quiet, because the command's own spinner shows while the embedded model is converted.
     return place_of(base_by_name(model, of_adapter=None), quiet=True)
 
 
@@ -121,7 +121,7 @@ def _planned(
     max_memory: float | None,
     devices: int,
 ) -> _Planned:
-    """Plan the analyses of a model of which the configuration alone is read."""
+    """Plan the analyses of a model from its configuration alone."""
     import torch
 
     from lens_lora.hosts.planned_analyses import planned_analyses
@@ -137,7 +137,7 @@ def _planned(
     )
     # A lens holds the factors twice, in float32: in the adapter and in the model's basis.
     factors = 2 * rank * base.factors * max(4, base.sizes.dtype.itemsize)
-    # A graph lies where its blocks are; a pass without one holds a block at a time.
+    # A graph is on the devices of its blocks; a pass without a graph holds one block at a time.
     peaks_on: list[dict[str, float]] = []
     for device in base.devices:
         part = dataclasses.replace(base.sizes, n_layers=device.blocks)
@@ -165,7 +165,7 @@ def _say_of_model(planned: _Planned, rank: int, tokens: int) -> None:
 
 
 def _say_of_devices(planned: _Planned) -> None:
-    """Print what lies on each device, and the peak there of each analysis."""
+    """Print what each device holds, and each analysis's peak there."""
     devices = planned.base.devices
     factors_of_block = planned.factors / planned.base.sizes.n_layers
     running.say("Spread over devices, MiB on each; an analysis comes beside weights and LoRA:")
@@ -179,7 +179,7 @@ def _say_of_devices(planned: _Planned) -> None:
 
 
 def _in_json(planned: _Planned) -> dict[str, object]:
-    """The plan as it is written to a file, but for what the command was asked."""
+    """Return the plan as values for JSON, without the options of the command."""
     analyses: list[dict[str, object]] = []
     for analysis in planned.analyses:
         row: dict[str, object] = {
@@ -208,5 +208,5 @@ def _in_json(planned: _Planned) -> dict[str, object]:
 
 
 def _whole_bytes(peak: float) -> int | None:
-    """A number of bytes; None for an analysis that is refused."""
+    """Round a number of bytes; None stands for an analysis that is refused."""
     return None if math.isnan(peak) else round(peak)

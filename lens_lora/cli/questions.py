@@ -1,7 +1,7 @@
-"""The prompts that a command is asked about, each with its answers or its response, checked.
+"""Read and check the prompts of a command, each with its answers or its response.
 
-They are given by options, or stand in a file. An answer that is given by an option holds for all
-prompts, and comes before the file's own.
+They are given by options or in a file. An answer that is given by an option applies to all prompts,
+and takes precedence over the file's own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"
 
 
 class Question(NamedTuple):
-    """A prompt, and what is explained: the margin of two answers, or a response.
+    """A prompt, and what is explained about it: the margin of two answers, or a response.
 
-    Without any of them it is the adapted model's own response.
+    Without either, the adapted model's own response is explained.
     """
 
     prompt: Prompt
@@ -41,7 +41,7 @@ class Question(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Prompts with their answers, as options; each field is one (`options.with_options`)."""
+    """Prompts with their answers; each field is one option (`options.with_options`)."""
 
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt, read at its last token; may be repeated.")
@@ -62,15 +62,15 @@ class Questions:
     ] = None
 
     def checked(self, response: str | None = None, *, answered: bool = True) -> list[Question]:
-        """Each prompt with its answers or its response.
+        """Return each prompt with its answers or its response.
 
         Args:
-            response: what is said after each prompt, in place of answers.
-            answered: whether each prompt needs two answers, and all are read together.
+            response: the text after each prompt, instead of answers.
+            answered: whether each prompt needs two answers, and all prompts are read together.
 
         Raises:
-            typer.BadParameter: options that do not go together, or no prompt.
-            LensLoraError: a file that cannot be read, or answers that are the same.
+            typer.BadParameter: options contradict each other, or there is no prompt.
+            LensLoraError: a file cannot be read, or two answers are the same.
         """
         if self.system is not None and not self.chat:
             raise typer.BadParameter("it stands before a --chat; give one.", param_hint="--system")
@@ -105,24 +105,24 @@ class Questions:
 
 
 def prompts_of(questions: Sequence[Question]) -> PromptsLike:
-    """The prompts of these questions, all of which are texts, or all conversations."""
+    """Return the prompts of these questions, which are either all texts or all conversations."""
     return cast("PromptsLike", [question.prompt for question in questions])
 
 
 def answers_of(questions: Sequence[Question]) -> tuple[list[str], list[str]]:
-    """The answers doc and pre of each of these questions, all of which have both."""
+    """Return the answers doc and the answers pre of these questions, all of which have both."""
     docs = [question.doc or "" for question in questions]
     pres = [question.pre or "" for question in questions]
     return docs, pres
 
 
 def text_of(prompt: Prompt) -> str:
-    """A prompt as messages quote it: its text, or what was said last in a conversation."""
+    """Return a prompt as messages quote it: its text, or the last message of a conversation."""
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
 
 
 def _conversation(said: str, system: str | None) -> Prompt:
-    """The conversation in which a user says this, after the system's message if there is one."""
+    """Make a conversation of what a user says, after the system's message if there is one."""
     if not said.strip():
         raise typer.BadParameter("it is empty: the user says nothing.", param_hint="--chat")
     messages = [{"role": "user", "content": said}]
@@ -132,7 +132,7 @@ def _conversation(said: str, system: str | None) -> Prompt:
 
 
 def _from_file(file: Path, for_all: Question) -> list[Question]:
-    """The file's prompts, with their own answers where none are given for all."""
+    """Read a file's prompts, each with its own answers unless answers are given for all."""
     if file.suffix.lower() == ".txt":
         return [for_all._replace(prompt=line) for line in lines_of(file)]
     if file.suffix.lower() not in (".jsonl", ".csv"):
@@ -154,7 +154,7 @@ def _from_file(file: Path, for_all: Question) -> list[Question]:
 
 
 def _require_one_kind(questions: Sequence[Question]) -> None:
-    """Refuse a mix of texts and conversations, where all prompts are read together."""
+    """Refuse a mix of texts and conversations, which cannot be read together."""
     kinds = {isinstance(question.prompt, str) for question in questions}
     if len(kinds) > 1:
         fact = "texts and conversations are not read together"
@@ -166,8 +166,8 @@ def _require_answers(question: Question, number: int | None, answered: bool) -> 
 
     Args:
         question: the prompt, and what is explained.
-        number: the number of the prompt among several.
-        answered: whether it needs answers.
+        number: the number of the prompt among several; None for a single prompt.
+        answered: whether the prompt needs answers.
     """
     prompt, doc, pre, response = question
     if not prompt:
@@ -179,7 +179,7 @@ def _require_answers(question: Question, number: int | None, answered: bool) -> 
     if not doc or not pre:
         remedy = "--doc ' Lyon' --pre ' Paris', each with its leading space"
         raise typer.BadParameter(f"the prompt {text_of(prompt)!r} needs both answers: {remedy}.")
-    # Whether different answers have the same tokens, only a tokenizer can tell.
+    # Only a tokenizer can tell whether two different answers have the same tokens.
     if doc == pre:
         place = "" if number is None else f"prompt {number}, {text_of(prompt)!r}: "
         fact = f"doc and pre are both {doc!r}, so their margin is zero whatever the model does."

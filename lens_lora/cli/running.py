@@ -1,8 +1,8 @@
-"""Running a command: its model and adapter, its progress, and its errors as one line.
+"""Run a command: load its model and adapter, show progress, and print errors as one line.
 
-Results go to stdout, progress and errors to stderr. Of several processes only the first reports an
-error that all of them have; an error in one process is reported by that process. torch is imported
-where a model is loaded, so a command whose options are refused never imports it.
+Results go to stdout, progress and errors to stderr. If all of several processes have the same
+error, only the first reports it; an error in one process is reported by that process. torch is
+imported only where a model is loaded, so a command whose options are refused never imports it.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def lens_for(
     *,
     leaves_out: bool = False,
 ) -> ll.LoraLens:
-    """The lens over the model that the options name, on the CPU if they name no device.
+    """Make the lens over the model that the options name, on the CPU if they name no device.
 
     Args:
         base: the base model, and how it is loaded.
-        adapter: the adapter, or its folder; an adapter that only means something over its base,
-            because of its method, is measured over that model.
-        progress: the console of progress.
-        loaded: the base model and its tokenizer, where they are loaded already.
-        leaves_out: leave out modules that the model lacks, unless it lacks them all.
+        adapter: the adapter, or its folder. If its method gives a change only relative to a base
+            model, the change is measured on that model.
+        progress: the console that shows progress.
+        loaded: the base model and its tokenizer, if they are loaded already.
+        leaves_out: whether to leave out modules that the model lacks, unless it lacks all of them.
     """
     base = base.placed("cpu")
 
@@ -85,13 +85,13 @@ def lens_for(
 
 
 def lens_of(base: ModelOptions, folder: Path, tuned: TunedModel, progress: Console) -> ll.LoraLens:
-    """The lens over an adapter's folder, or over a model that was fine-tuned whole.
+    """Make the lens of the adapter in a folder, or of a full fine-tune.
 
     Args:
         base: the base model, and how it is loaded.
-        folder: the adapter's, or the fine-tuned model's.
-        tuned: whether it is the latter.
-        progress: the console of progress.
+        folder: the folder of the adapter, or of the full fine-tune.
+        tuned: the option that names a full fine-tune; empty for an adapter.
+        progress: the console that shows progress.
     """
     if tuned.tuned is None:
         return lens_for(base, folder, progress)
@@ -109,7 +109,7 @@ def lens_of(base: ModelOptions, folder: Path, tuned: TunedModel, progress: Conso
 def hooked_by(
     base: ModelOptions, hf_model: PreTrainedModel, tokenizer: OwnTokenizer
 ) -> tuple[Any, str]:
-    """The hooked model, and the name of its class."""
+    """Make the hooked model, and return it with the name of its class."""
     from lens_lora.hosts.build import hooked_model
 
     return hooked_model(
@@ -133,8 +133,8 @@ def load_model(
 
     Args:
         asked: the model that the options name; None if they name none.
-        progress: the console of progress.
-        how: where the model lies and how it is stored.
+        progress: the console that shows progress.
+        how: the device and the number format of the model.
         of_adapter: the base that the adapter names; None if it names none.
     """
     from lens_lora.demonstration.embedded import place_of
@@ -149,7 +149,7 @@ def load_model(
 def margin_of(
     model: Any, questions: Sequence[Question], prepend_bos: bool | None
 ) -> tuple[Prompts, ll.Readout]:
-    """The prompts, and the margin of each one's own answers."""
+    """Return the prompts, and a readout of the margin of each prompt's own answers."""
     from lens_lora.core import tokenise
     from lens_lora.responses.answers import margin_between
 
@@ -186,14 +186,14 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
 
 
 def say(line: str) -> None:
-    """Print a line to stdout, in which brackets are no markup."""
+    """Print a line to stdout without reading brackets as markup."""
     Console(soft_wrap=True).print(Text(line))
 
 
 def say_in_words(fact: str) -> None:
-    """Print a fact such as 'Model: …' to stdout; a terminal's lines break between words.
+    """Print a fact such as 'Model: …' to stdout, broken between words on a terminal.
 
-    Elsewhere it stays one line, for whatever reads it.
+    Elsewhere it stays on one line, for programs that read it.
     """
     label = fact.partition(":")[0]
     for line in _between_words(fact, Console(), " " * max(9, len(label) + 2)):
@@ -201,12 +201,12 @@ def say_in_words(fact: str) -> None:
 
 
 def _between_words(line: str, console: Console, indent: str = "") -> list[str]:
-    """The line itself, or on a terminal its pieces, which break between words.
+    """Break a line between words on a terminal; elsewhere return it as it is.
 
     Args:
-        line: what is printed.
-        console: where.
-        indent: what stands before every piece but the first.
+        line: the line to print.
+        console: the console that will print it.
+        indent: the indentation of all pieces except the first.
     """
     if not console.is_terminal:
         return [line]
@@ -235,18 +235,18 @@ def tell(story: str) -> Console:
 def at_work(
     base: ModelOptions, *, quiet: bool, work: Work | None = None, adapter: Path | None = None
 ) -> Generator[Console]:
-    """The console of progress, on which the block's beginning and its duration are printed.
+    """Within the block, show progress on a console; print a forecast first, and the time at last.
 
     Args:
         base: the base model, and how it is loaded.
-        quiet: whether nothing is printed there.
-        work: what the command does, which is said first, with about how long it takes.
+        quiet: whether the console prints nothing.
+        work: what the command does, which is printed first, with about how long it takes.
         adapter: the adapter's folder, whose config may name the base.
     """
     base.require_packages()
     progress = Console(stderr=True, quiet=quiet)
     if work is not None and adapter is not None and not quiet and rank() == 0:
-        # At once, as finding the base and measuring the machine take a moment.
+        # This is printed at once, since finding the base and measuring the machine take a moment.
         progress.print(f"This will {work.does}.", highlight=False)
         progress.print(forecast(work, base, adapter), highlight=False)
     started = time.perf_counter()
@@ -263,7 +263,7 @@ def at_work(
 
 
 def warn_of_spaces(questions: Sequence[Question]) -> None:
-    """Warn of a space at a prompt's end, or none before an answer: both give unintended tokens."""
+    """Warn of a space after a prompt or a missing one before an answer, which change tokens."""
     for question in questions:
         note = _note_on_spaces(question)
         if note is not None:
@@ -271,13 +271,13 @@ def warn_of_spaces(questions: Sequence[Question]) -> None:
 
 
 def _note_on_spaces(question: Question) -> str | None:
-    """A space that is probably not meant, or is missing; None where all is as usual."""
+    """Describe a space that is probably unintended or missing; None if all is as usual."""
     prompt = question.prompt
     given = (question.doc, question.pre, question.response)
     answers = [answer for answer in given if answer is not None]
     quoted = " and ".join(map(repr, answers))
     if not isinstance(prompt, str):
-        # Where the turn of the assistant begins, an answer needs no space.
+        # An answer that begins the assistant's turn needs no space.
         if any(answer.startswith(" ") for answer in answers):
             return f"{quoted} begin the assistant's turn with a space"
         return None
@@ -289,9 +289,9 @@ def _note_on_spaces(question: Question) -> str | None:
 
 
 def quiet_libraries() -> contextlib.AbstractContextManager[None]:
-    """Hide the libraries' own output within the block, as `loading.quiet_libraries`.
+    """Hide the libraries' own output within the block, by `loading.quiet_libraries`.
 
-    Only here is that imported, and torch with it.
+    That function is imported only here, because it brings torch along.
     """
     from lens_lora import loading
 
@@ -300,7 +300,7 @@ def quiet_libraries() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def step(message: str, progress: Console) -> Generator[None]:
-    """Within the block, show a spinner on a terminal, and elsewhere print a line now and then.
+    """Within the block, show a spinner on a terminal, or else print a line every few seconds.
 
     The libraries' own output is hidden.
     """
@@ -317,13 +317,13 @@ def step(message: str, progress: Console) -> Generator[None]:
         yield
 
 
-# In seconds. After five of them one wonders whether anything happens.
+# The seconds between two signs of life; after five, users wonder whether anything happens.
 _SILENCE = 4.0
 
 
 @contextlib.contextmanager
 def _moving(move: Callable[[], object]) -> Generator[None]:
-    """Within the block, a thread calls `move` every four seconds."""
+    """Within the block, call `move` every four seconds from a thread."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -340,8 +340,8 @@ def _moving(move: Callable[[], object]) -> Generator[None]:
 # --- Errors and Ctrl-C
 
 
-# So long another process waits with an error, in seconds: soon after the first process has left,
-# which has the same error, a launcher ends all others.
+# The seconds for which any other process holds back an error. If the first process has the same
+# error and exits, a launcher ends all others before that.
 _SECONDS_FOR_THE_FIRST = 10.0
 
 
@@ -349,8 +349,8 @@ _SECONDS_FOR_THE_FIRST = 10.0
 def one_line_errors(command: Callable[..., None] | None = None) -> Generator[None]:
     """Print an error of this package or of the system as one line, and exit with code 2.
 
-    Ctrl-C also prints one line, and its code is 130. A warning of this package is one line as well,
-    which is printed once even if several prompts have it. All of them name the command's options.
+    Ctrl-C also prints one line, and exits with 130. A warning of this package is one line as well,
+    printed once even if several prompts cause it. All of them name the command's options.
     """
     options = options_of(command) if command else {}
     printed: set[str] = set()
@@ -375,7 +375,7 @@ def _one_line_errors() -> Generator[None]:
         _print_error(f"{type(error).__name__}: {error}")
         raise typer.Exit(2) from error
     except RuntimeError as error:
-        # A command that never imported torch has not run out of its memory.
+        # A command that never imported torch cannot have run out of a device's memory.
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
@@ -391,14 +391,14 @@ def _one_line_errors() -> Generator[None]:
 
 @contextlib.contextmanager
 def _stopped_by_ctrl_c() -> Generator[None]:
-    """Within the block, Ctrl-C raises KeyboardInterrupt, so that what was begun is cleaned up.
+    """Within the block, make Ctrl-C raise KeyboardInterrupt, so that everything is cleaned up.
 
-    It does what it does outside of the block while a module is imported, which may catch the error
-    and go on without a part of itself; and when it is pressed a second time.
+    The handler from outside the block acts instead if Ctrl-C is pressed a second time, or while a
+    module is imported, which might catch the error and go on without a part of itself.
     """
     outside = signal.getsignal(signal.SIGINT)
     if not callable(outside):
-        # The signal is ignored, as a shell has it for jobs in the background.
+        # The signal is ignored, which is how a shell runs jobs in the background.
         yield
         return
 
@@ -416,7 +416,7 @@ def _stopped_by_ctrl_c() -> Generator[None]:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Whether this frame runs within an import."""
+    """Whether this frame is running within an import."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -442,7 +442,7 @@ def _print_error(line: str) -> None:
 
 
 def _print_warning(warning: LensLoraWarning) -> None:
-    """Print a warning, in the first of several processes alone."""
+    """Print a warning, but only in the first of several processes."""
     if rank() == 0:
         _print_line(f"Warning: {warning}", style="yellow")
 

@@ -42,7 +42,7 @@ _Resume = Annotated[
 
 
 def _shard_of(given: str | None) -> tuple[int, int] | None:
-    """The shard that `--shard i/n` names; None without it."""
+    """Read the shard that `--shard i/n` names; None without this option."""
     if given is None:
         return None
     index, _, count = given.partition("/")
@@ -166,23 +166,23 @@ class _Asked:
 
     @property
     def kind_of_readout(self) -> type[ll.AnswerLogProb] | type[ll.KL] | None:
-        """The class of a readout of each record's response; None for the margin."""
+        """The class of readout of each record's response; None for the margin."""
         kinds = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}
         return kinds[self.readout]
 
     @property
     def may_have_finished(self) -> bool:
-        """Whether an earlier run may have finished it: a shard or rows of tokens are run again."""
+        """Whether an earlier run may have finished it; shards and rows by token run again."""
         return self.shard is None and self.names[0] not in BY_TOKEN
 
 
 def _finished_before(
     asked: _Asked, command: str | None, adapter: ll.Adapter
 ) -> ll.results.SweepResult | None:
-    """The result of an earlier run of the same command, if it finished; else None.
+    """Return the result of an earlier run of the same command, if it finished; otherwise None.
 
     Raises:
-        SweepError: the file at `out` is of another sweep.
+        SweepError: the file at `out` belongs to another sweep.
     """
     from lens_lora.sweeps.sweep import require_resumable
 
@@ -200,7 +200,7 @@ def _swept(
     """Run the sweep; if it is interrupted, say which prompts are finished."""
     kept = functools.partial(_kept, asked.out)
     with warnings.catch_warnings(), running.told_if_interrupted(kept):
-        # The bad records of which a sweep warns are listed by the command.
+        # A sweep warns of bad records, which the command lists itself.
         warnings.simplefilter("ignore")
         return ll.sweep(
             lens,
@@ -230,7 +230,7 @@ def _require_devices_apart(base: options.BaseModel, processes: Processes) -> Non
 
 
 def _kept(out: Path) -> str:
-    """The sentence of an interrupted sweep on the prompts that it has finished."""
+    """Write the sentence of an interrupted sweep on the prompts that are finished."""
     from lens_lora.sweeps.sweep import is_begun
 
     if not is_begun(out):
@@ -239,7 +239,7 @@ def _kept(out: Path) -> str:
 
 
 def _tell_shard(shard: ll.results.SweepShard, out: Path) -> None:
-    """Print what a shard has done, and how the shards are joined."""
+    """Print what a shard has done, and how to join the shards."""
     running.say(repr(shard))
     running.say(f"Once all shards are finished: lens-lora gather {out}")
 
@@ -247,20 +247,20 @@ def _tell_shard(shard: ll.results.SweepShard, out: Path) -> None:
 def _remember(
     result: ll.results.SweepResult | ll.results.ActivationsFile, command: str | None
 ) -> None:
-    """Write down by which command a sweep of rows was finished."""
+    """Write to a file which command finished the sweep."""
     if isinstance(result, ll.results.SweepResult) and command is not None:
         finished.remember(result, command)
 
 
 def _require_result_for(json: Path | None, names: Sequence[str], shard: str | None) -> None:
-    """Refuse the JSON of a sweep that has a row for each token, and of a shard."""
+    """Refuse --json for a sweep with a row for each token, and for a shard."""
     if json is not None and names[0] in BY_TOKEN:
         raise typer.BadParameter(f"--json: {names[0]} has a row for each token; read --out.")
     _require_whole(json, shard)
 
 
 def _require_whole(json: Path | None, shard: str | None) -> None:
-    """Refuse the JSON of a shard, which has no result of its own."""
+    """Refuse --json for a shard, which has no result of its own."""
     if json is not None and shard is not None:
         raise typer.BadParameter("--json: a shard is no result yet; give it to gather.")
 
@@ -283,7 +283,7 @@ def _end(
 def _records(
     prompts: Path, names: Sequence[str], limit: int | None, *, has_margin: bool
 ) -> Iterable[Record]:
-    """The first records of a file, with what the analyses need of each."""
+    """Read the first records of a file, each with what the analyses need."""
     if names[0] not in BY_TOKEN:
         records = read_records(prompts, with_answers=has_margin, with_response=not has_margin)
         return records[:limit]
@@ -385,10 +385,10 @@ def gather(
 
 
 def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokenizer:
-    """The tokenizer that reads the prompts for all adapters.
+    """Choose the tokenizer that reads the prompts for all adapters.
 
-    Where all adapters were saved with the same files, as the checkpoints of a run, it is their own.
-    Otherwise it is the base's, and a warning names the adapters whose own differs.
+    If all adapters were saved with the same tokenizer, as the checkpoints of a run are, it is that
+    one. Otherwise it is the base's, and a warning names the adapters whose own differs.
     """
     from lens_lora.formats.tokenizers import (
         OwnTokenizer,
@@ -425,7 +425,7 @@ _LISTED = 10
 
 
 def _print_scan(table: pd.DataFrame, out: Path, json: Path | None) -> None:
-    """Print the adapters of largest Σ a, those that cannot be used, and where all numbers are."""
+    """Print the adapters with the largest Σ a, those that cannot be used, and the result's file."""
     means: Any = table.dropna(subset="total").groupby("adapter")["total"].mean()
     running.say("First order, summed over all modules, as a mean over prompts.")
     running.say(f"The largest of {many(len(means), 'adapter')}:")
@@ -443,7 +443,7 @@ def _print_scan(table: pd.DataFrame, out: Path, json: Path | None) -> None:
 
 
 def _print(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: int) -> None:
-    """Print what is in the files, where they are, and which records are bad."""
+    """Print what the files hold, where they are, and which records are bad."""
     damaged: Sequence[str] = ()
     if isinstance(result, ll.results.ActivationsFile):
         bad = [(row["id"], row["error"]) for row in result.bad().to_dict("records")]

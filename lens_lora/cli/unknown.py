@@ -1,9 +1,9 @@
-"""A command or an option that there is not: the error names the one that is meant.
+"""Name in the error the command or option that was meant, when one is unknown.
 
-typer suggests what is spelt alike. Here a name is also read by its meaning: `lens-lora merge` is
-answered by `verify`, `--answer` by `--doc`, and a prompt without `--prompt` by that option.
-`GuessingGroup` and `GuessingCommand` add that to the message of typer's own error, which is printed
-as before.
+typer suggests names that are spelt alike. Here a name is also understood by its meaning: the error
+for `lens-lora merge` names `verify`, that for `--answer` names `--doc`, and that for a prompt
+without `--prompt` names this option. `GuessingGroup` and `GuessingCommand` add this to the message
+of typer's own error.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typer.core import TyperCommand, TyperGroup
 from lens_lora.guesses import meant_parameters
 from lens_lora.vocabulary import meaning
 
-# typer has click's errors under a name of its own in some versions; this is their base in all.
+# In some versions typer has click's errors under names of its own; this is their base class in all.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
-# Short options and words of the shell alone, with the options that they mean.
+# Short options as other programs have them, with the options that they mean here.
 _IN_A_SHELL = {
     "-o": ("out", "report", "save"),
     "-m": ("model",),
@@ -30,7 +30,7 @@ _IN_A_SHELL = {
     "-d": ("device",),
     "-n": ("limit", "max_new_tokens"),
 }
-# Options that no command has, with what those that read prompts do instead.
+# Options that no command has, with what the commands that read prompts do instead.
 _ALL_MODULES = "every module and layer is computed, and the page and its tables have them all."
 _EACH_ONCE = "each prompt is asked once; --prompts FILE takes a list of your own."
 _DONE_INSTEAD = {
@@ -39,17 +39,17 @@ _DONE_INSTEAD = {
 }
 _ON_TEXTS = "it reads texts in place of prompts, one a line: --texts FILE."
 _SAID_ANYWAY = "everything is printed unless --quiet is given."
-# How typer begins its message about arguments that are too many.
+# The beginning of typer's message about too many arguments.
 _TOO_MANY = "unexpected extra argument"
 # The endings of files that hold prompts or records.
 _OF_PROMPTS = (".txt", ".jsonl", ".json", ".csv")
 
 
 class GuessingGroup(TyperGroup):
-    """The commands, of which one that is missing is answered by its meaning."""
+    """The group of commands, which answers an unknown command by its meaning."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command of this name, as typer finds it; its error says what may be meant."""
+        """Find the command as typer does; if there is none, the error says what may be meant."""
         try:
             return super().resolve_command(ctx, args)
         except _UsageError as error:
@@ -59,10 +59,10 @@ class GuessingGroup(TyperGroup):
 
 
 class GuessingCommand(TyperCommand):
-    """A command, of which an option that is missing is answered by its meaning."""
+    """A command, which answers an unknown option by its meaning."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the options, as typer does; its error says what may be meant."""
+        """Read the options as typer does; if one is unknown, the error says what may be meant."""
         try:
             return super().parse_args(ctx, args)
         except _UsageError as error:
@@ -76,10 +76,10 @@ class GuessingCommand(TyperCommand):
             raise
 
     def _option_of_extra(self, message: str) -> str:
-        """The end of a message about arguments that are too many: the option that takes a prompt.
+        """Return the end of a message about too many arguments: the option that takes them.
 
         Args:
-            message: it ends with the arguments, in brackets.
+            message: typer's message, which ends with the arguments in brackets.
         """
         names = {str(each.name) for each in self.params}
         extra = message.partition(" (")[2].rstrip(").")
@@ -96,7 +96,7 @@ class GuessingCommand(TyperCommand):
         return ""
 
     def _option_meant(self, option: str) -> str:
-        """A sentence with the option that is meant; '' where none is known."""
+        """Return a sentence with the option that is meant; '' if none is known."""
         written = {str(each.name): _written(each) for each in self.params}
         keyword = option.lstrip("-").replace("-", "_")
         # An argument's own name, as in --adapter, means that argument.
@@ -115,13 +115,13 @@ class GuessingCommand(TyperCommand):
 
 
 def _written(parameter: Any) -> str:
-    """How a parameter is written in a shell: '--doc', or 'ADAPTER'."""
+    """Return how a parameter is written in a shell: '--doc', or 'the argument ADAPTER'."""
     longest = max(parameter.opts, key=len)
     is_option = longest.startswith("-")
     return longest if is_option else f"the argument {parameter.metavar or longest.upper()}"
 
 
 def _command_meant(name: str) -> str:
-    """The end of a message about a command that there is not."""
+    """Return the end of a message about an unknown command."""
     notion = meaning(name)
     return f": {notion.in_shell}." if notion is not None else "; `lens-lora --help` lists them."

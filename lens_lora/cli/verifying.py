@@ -35,10 +35,11 @@ _SERVED = "A server that should run the adapter. It is asked for log-probabiliti
 _CARD = "README.md or JSON that lens-lora card wrote: check that each line still holds."
 _TEXTS = "Texts to ask the server for: one a line, or .jsonl with prompt or messages."
 ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
-# With SmolLM2-135M-Instruct on one core; see `forecast`.
+# The seconds of the checks with SmolLM2-135M-Instruct on one core; see `forecast`.
 _SECONDS = 6.0
 _SECONDS_WITH_SERVER = 20.0
-# Adapters in the same folder that a server may have in this one's place.
+# The adapters next to this one that a server may have loaded instead, and how many of them are
+# tried.
 _CHECKPOINTS = "checkpoint-*"
 _MOST_OTHERS = 8
 _LABELS = {"--json": "JSON", "--junit": "JUnit", "--report": "Report"}
@@ -171,7 +172,7 @@ def _work_of(
 
 
 def _adapter_or_folder_of(card: Path | None, adapter: str | None) -> str:
-    """The adapter that is named, or the folder in which its card lies."""
+    """Return the named adapter, or else the folder of its card."""
     if adapter is not None:
         return adapter
     if card is None:
@@ -186,17 +187,17 @@ def _read_card(card: Path, folder: Path) -> WrittenCard:
 
 
 def _files_of(merged: Path | None) -> list[Path]:
-    """The files of a merged folder, or the one file."""
+    """List the files of a merged folder, or the single file."""
     if merged is None:
         return []
     return [merged] if merged.is_file() else list(merged.iterdir())
 
 
 class _Question:
-    """Asks a server, over the lens that the checks have made.
+    """Asks a server, given the lens that the checks have made.
 
     Attributes:
-        answered: what the server answered; None before it was asked.
+        answered: what the server answered; None before it is asked.
     """
 
     def __init__(
@@ -230,10 +231,10 @@ class _Question:
 
 
 class _Comparison:
-    """Compares a combined adapter with the sum of its parts, over the lens that the checks made.
+    """Compares a combined adapter with the sum of its parts, given the lens of the checks.
 
     Attributes:
-        compared: what came of it; None before.
+        compared: the result; None before the comparison.
     """
 
     def __init__(
@@ -260,7 +261,7 @@ def _in_words(steps: Sequence[str]) -> str:
     """Say what the command will do, in words that follow “This will”.
 
     Args:
-        steps: what is done besides the checks that are always made.
+        steps: what is done in addition to the checks that are always made.
     """
     always = "check that the adapter loads on its base and changes what the model says"
     return ", and ".join([always, *steps])
@@ -269,7 +270,7 @@ def _in_words(steps: Sequence[str]) -> str:
 def _weights_of(
     weights: str | None, others: list[str] | None, combined: str | None
 ) -> list[float] | None:
-    """The numbers of --weights; None for 1 each."""
+    """Read the numbers of --weights; None stands for 1 each."""
     if combined is None:
         if others:
             raise typer.BadParameter(
@@ -295,27 +296,27 @@ def _weights_of(
 
 
 def _others_beside(folder: Path) -> list[Adapter]:
-    """Other checkpoints of the same run, which a server may have in the adapter's place."""
+    """Load other checkpoints of the same run, which a server may have loaded instead."""
     from lens_lora.core import load_adapter
 
     others: list[Adapter] = []
     for place in sorted(folder.parent.glob(_CHECKPOINTS)):
         if place.samefile(folder) or not place.is_dir():
             continue
-        # One that cannot be read is not what is verified.
+        # A checkpoint that cannot be read is skipped, since it is not what is verified.
         with contextlib.suppress(LensLoraError), heard_by(lambda _: None):
             others.append(load_adapter(place))
     return others[-_MOST_OTHERS:]
 
 
 class _Results:
-    """Write what came of the checks into files, and tell it in the shell.
+    """Writes the results of the checks into files, and prints them.
 
     Args:
         verification: the checks.
-        table_of: the same for a table, where the lines of a card that hold are one.
-        question: what asked the server; None if there is none.
-        comparison: what compared a combined adapter with its parts; None if it is none.
+        table_of: the same checks for a table, where all lines of a card that hold are one.
+        question: the question to a server; None if there is no server.
+        comparison: the comparison of a combined adapter with its parts; None if there is none.
     """
 
     def __init__(
@@ -331,7 +332,7 @@ class _Results:
         self._compared = None if comparison is None else comparison.compared
 
     def write(self, outputs: dict[str, Path]) -> None:
-        """Write the files that were asked for, each by its option."""
+        """Write the files that were asked for, given under their options."""
         from lens_lora.ship.files import as_json, as_junit
 
         if "--json" in outputs:

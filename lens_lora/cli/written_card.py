@@ -1,4 +1,4 @@
-"""The contents of a card, and a card that was written before and is to hold today."""
+"""Collect the contents of a card, and check that a card that was written before still holds."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from lens_lora.ship.checks import Check
     from lens_lora.ship.verify import Verification
 
-# How a folder is written that is no hub id.
+# The beginnings of a path that cannot be a hub id.
 _PATH_BEGINS = (".", "/", "~")
 
 
-# --- What a card is made of
+# --- The contents of a card
 
 
 def subject_of(
@@ -38,16 +38,16 @@ def subject_of(
     inputs: Mapping[str, str],
     paths: Mapping[str, Path],
 ) -> CardSubject:
-    """Everything that a card is made of.
+    """Collect everything of which a card is made.
 
     Args:
         folder: the folder of the adapter.
         given: the adapter and its base.
-        lens: the adapter over its base; None if there is none.
+        lens: the adapter over its base; None if there is no lens.
         verification: what was verified.
         base: the options of the base.
-        inputs: what was given beside the adapter, as the card states it.
-        paths: where the files among the inputs lie today.
+        inputs: what was given besides the adapter, as the card states it.
+        paths: today's paths of the files among the inputs.
     """
     from lens_lora.ship.card_lines import CardSubject
 
@@ -57,7 +57,7 @@ def subject_of(
 
 
 def _summary_of(given: Given, lens: LoraLens | None) -> AdapterSummary:
-    """The sizes of the updates, relative to the base's weights if these can be read."""
+    """Summarise the sizes of the updates, relative to the base's weights if these can be read."""
     from lens_lora.directions.spectra import summarise
 
     if lens is None:
@@ -69,7 +69,7 @@ def _summary_of(given: Given, lens: LoraLens | None) -> AdapterSummary:
 
 
 def base_of(given: Given, folder: Path, base: options.ModelOptions) -> CardBase:
-    """The base that was loaded: its name, its files, and its commit on the hub."""
+    """Describe the base that was loaded: its name, its files, and its commit on the hub."""
     from lens_lora.demonstration.embedded import place_of
     from lens_lora.ship.card_lines import CardBase
 
@@ -88,7 +88,7 @@ def base_of(given: Given, folder: Path, base: options.ModelOptions) -> CardBase:
 
 
 def _snapshot_of(hub_id: str) -> Path | None:
-    """The folder of a model's files in the hub's cache, from which it was loaded."""
+    """Find the folder in the hub's cache from which a model was loaded."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(hub_id, "config.json")
@@ -100,7 +100,7 @@ def _is_path(name: str) -> bool:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether the Hub takes this as the id of a model."""
+    """Whether the Hub accepts this as the id of a model."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -117,10 +117,10 @@ def is_hub_id(name: str | None) -> bool:
 
 
 class WrittenCard:
-    """A card that is verified, and where its inputs lie today.
+    """A card that is verified, with today's paths of its inputs.
 
     Attributes:
-        brief: the verification with the card's passed lines as one, for a table.
+        brief: the verification for a table, where all lines of the card that passed are one.
     """
 
     brief: Verification
@@ -146,10 +146,10 @@ class WrittenCard:
         return cls(read.card, read.checks, folder)
 
     def inputs(self, given: Inputs, expect: Path | None) -> Inputs:
-        """Everything that is verified besides the adapter: what the card names, where it is today.
+        """Return everything that the card says was verified besides the adapter.
 
         Args:
-            given: what was given today, which stands for what the card has.
+            given: what was given today, which replaces what the card names.
             expect: the file of margins that was given today.
         """
         margins = self._path_of("expect", expect)
@@ -162,7 +162,7 @@ class WrittenCard:
         )
 
     def _path_of(self, option: str, given: Path | None) -> Path | None:
-        """Where an input lies: as given today, or where the card has it; None if it has none."""
+        """Return an input's path: as given today, or as the card has it; None if it has none."""
         stated = self._card.inputs.get(option)
         if stated is None:
             return given
@@ -174,7 +174,7 @@ class WrittenCard:
         return path
 
     def _bound_of_kl(self, given: float | None) -> float | None:
-        """The bound on KL: the card's own, if it has one; another one is refused."""
+        """Return the bound on KL; if the card has one, a different one is refused."""
         stated = self._card.inputs.get("max_kl")
         if stated is None:
             return given
@@ -196,7 +196,7 @@ class WrittenCard:
         lens: LoraLens | None,
         base: options.ModelOptions,
     ) -> Verification:
-        """The verification, with a check for each line of the card."""
+        """Add a check for each line of the card to the verification."""
         from lens_lora.ship.card import card_checks
         from lens_lora.ship.card_lines import card_of, lines_without
 
