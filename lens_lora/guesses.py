@@ -1,19 +1,19 @@
-"""First guesses: names and keywords that one tries before reading, and the call that was meant.
+"""Answer first guesses: names and keywords that users try before reading, and what they meant.
 
 A researcher comes from TransformerLens, PEFT, Captum or pandas, and types the name that a thing has
-there. Where the natural guess can mean one thing alone, it works. For the rest the tables below
-hold what to call instead, and the error says it:
+there. If a natural guess can mean only one thing, it works. For the rest, the tables below hold
+what to call instead, and the error says so:
 
     AttributeError: Attribution has no attribute 'heatmap': result.plot() draws it.
 
-1. `missing_attribute` answers for a name that an object lacks. `__getattr__` calls it, which Python
-   also asks where a property that exists raised an AttributeError inside: that error is raised
-   again as it was.
-2. A former name works for one release: `present_name` warns, and says the new one.
-3. `fitting` decorates a function, and `fitting_class` a class, so that arguments which it does not
-   take are named, with those that were meant.
-4. A name that no table has is read word by word: whatever is called after a merge, an export or a
-   chat is answered by how that is done here (`lens_lora.vocabulary`).
+1. `missing_attribute` raises the error for a name that an object lacks. `__getattr__` calls it.
+   Python also calls `__getattr__` if a property exists and raised an AttributeError inside; that
+   error is then raised again unchanged.
+2. A former name works for one release: `present_name` warns, and names the new one.
+3. `fitting` decorates a function, and `fitting_class` a class, so that the error about an argument
+   that it does not take names the argument that was meant.
+4. A name that is in no table is read word by word: for a name made of words such as merge, export
+   or chat, the error says how that is done here (`lens_lora.vocabulary`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Result = TypeVar("_Result")
 
-# --- What is meant by a name, by who was asked for it
+# --- What is meant by a name, for each kind of object that was asked for it
 
 
 def _alike(*entries: tuple[str, str]) -> dict[str, str]:
-    """A table in which several names, separated by spaces, have one remedy."""
+    """Make a table in which several names, separated by spaces, share one remedy."""
     remedies: dict[str, str] = {}
     for names, remedy in entries:
         for name in names.split():
@@ -140,7 +140,7 @@ OF_LENS: Mapping[str, str] = _alike(
     ),
 )
 
-# What a lens keeps as it was made, and what is called for another.
+# Attributes of a lens that cannot be set, and what to call instead.
 FIXED_IN_LENS: Mapping[str, str] = _alike(
     ("adapter", "lens.with_adapter(adapter) is a lens of another adapter over the same model"),
     ("model", "ll.LoraLens(model, lens.adapter) is a lens of another model"),
@@ -303,7 +303,7 @@ OF_FACTORS: Mapping[str, str] = _alike(
     ),
 )
 
-# Guesses that can mean one method alone, and work as it.
+# Guesses that can mean only one method, and work like it.
 SPELLINGS: Mapping[str, str] = {
     "to_dataframe": "to_frame",
     "to_pandas": "to_frame",
@@ -311,7 +311,7 @@ SPELLINGS: Mapping[str, str] = {
     "as_frame": "to_frame",
 }
 
-# Names that were changed, with the new ones. The old ones work for one release, and warn.
+# Former names with the new ones. The former ones work for one release, with a warning.
 FORMER_OF_PACKAGE: Mapping[str, str] = {
     "activations": "lora_activations",
     "alignment": "weight_alignment",
@@ -321,12 +321,12 @@ FORMER_OF_ADAPTER: Mapping[str, str] = {"without": "without_modules"}
 
 
 def present_name(owner: str, former: str, names: Mapping[str, str]) -> str:
-    """The name that a former one has now, with a warning to whoever asked for the former one.
+    """Return the present name of something that was renamed, and warn of the former name.
 
     Args:
-        owner: of what it is a name, as it is written: 'll', 'lens'.
+        owner: the owner of the name, as users write it, such as 'll' or 'lens'.
         former: the former name.
-        names: the new name of each.
+        names: the new name for each former one.
     """
     present = names[former]
     warn(
@@ -356,7 +356,7 @@ _LOADING = (
     "base that the adapter names"
 )
 
-# What is meant by a keyword, where the function has no parameter of those in `_SAME`.
+# What is meant by a keyword, if the function has none of the parameters that `_SAME` has for it.
 _KEYWORDS: Mapping[str, str] = _alike(
     ("target answer answers token label doc pre correct wrong metric", _ANSWER),
     (
@@ -550,7 +550,7 @@ _SAME: Mapping[str, Sequence[str]] = {
 
 # --- Attributes
 
-# So many names are listed where nothing is known of a name.
+# The most names of an object that are listed when nothing is known about a name.
 _LISTED = 15
 
 
@@ -560,17 +560,17 @@ def missing_attribute(
     remedies: Mapping[str, str],
     parts: Mapping[str, type] | None = None,
 ) -> Any:
-    """Raise the AttributeError of a name that an object lacks, which says what was meant.
+    """Raise an AttributeError for a name that an object lacks, which says what was meant.
 
     Args:
         owner: the object.
-        name: what was asked for.
-        remedies: what is meant by a name.
-        parts: the classes of its parts that may have the name, by how each part is written:
-            {'lens.model': HookedTransformer}.
+        name: the name that was asked for.
+        remedies: what to call instead of each name.
+        parts: the classes of the object's parts that may have the name, under what a user writes
+            for each part: {'lens.model': HookedTransformer}.
 
     Raises:
-        AttributeError: always; of a property that exists, the one that was raised inside it.
+        AttributeError: always; for a property that exists, the error that it raised inside.
     """
     kind = type(owner)
     if name.startswith("_") or _has(kind, name):
@@ -586,12 +586,12 @@ def missing_attribute(
 
 
 def not_set(owner: object, name: str, remedies: Mapping[str, str]) -> AttributeError:
-    """The AttributeError of an attribute that cannot be set, which says what to call instead.
+    """Make the AttributeError for an attribute that cannot be set, with what to call instead.
 
     Args:
         owner: the object.
         name: the attribute.
-        remedies: what is called instead, by name.
+        remedies: what to call instead of setting each attribute.
     """
     meant = f": {remedies[name]}." if name in remedies else "; nothing would read it."
     kind = type(owner).__name__
@@ -599,19 +599,19 @@ def not_set(owner: object, name: str, remedies: Mapping[str, str]) -> AttributeE
 
 
 def missing_of_class(owner: type, name: str, remedies: Mapping[str, str]) -> AttributeError:
-    """The AttributeError of a name that a class lacks, which says what was meant.
+    """Make the AttributeError for a name that a class lacks, which says what was meant.
 
     Args:
         owner: the class.
-        name: what was asked for.
-        remedies: what is meant by a name.
+        name: the name that was asked for.
+        remedies: what to call instead of each name.
     """
     says = f"the class {owner.__name__} has no attribute {name!r}"
     return AttributeError(f"{says}{_meant(name, remedies, dir(owner))}", name=name, obj=owner)
 
 
 class OfLensClass(type):
-    """The class of `LoraLens`: a name that it lacks is answered, as from_pretrained."""
+    """The metaclass of `LoraLens`, which answers names that the class lacks: from_pretrained."""
 
     if not TYPE_CHECKING:
 
@@ -620,7 +620,7 @@ class OfLensClass(type):
 
 
 class OfAdapterClass(type):
-    """The class of `Adapter`: a name that it lacks is answered, as from_pretrained."""
+    """The metaclass of `Adapter`, which answers names that the class lacks: from_pretrained."""
 
     if not TYPE_CHECKING:
 
@@ -629,18 +629,18 @@ class OfAdapterClass(type):
 
 
 def _has(kind: type, name: str) -> bool:
-    """Whether instances of this class have the name from their class."""
+    """Whether this class, or one of its bases, defines the name."""
     return any(name in vars(parent) for parent in kind.__mro__)
 
 
 def _of_a_part(name: str, parts: Mapping[str, type]) -> str | None:
-    """How the name is written of the parts that have it; None if none has."""
+    """Say how to write the name on the parts that have it; None if no part has it."""
     written = [f"{part}.{name}" for part, kind in parts.items() if _has(kind, name)]
     return f": it is {' or '.join(written)}." if written else None
 
 
 def _meant(name: str, remedies: Mapping[str, str], known: Iterable[str]) -> str:
-    """Say what is meant, or else which names are spelt alike, or nothing."""
+    """Say what is meant, or else which names are spelt alike, or else which names there are."""
     if name in remedies:
         return f": {remedies[name]}."
     public = [each for each in known if not each.startswith("_")]
@@ -648,20 +648,20 @@ def _meant(name: str, remedies: Mapping[str, str], known: Iterable[str]) -> str:
     return nearest_or_meant(name, public) or listed or "; dir(…) of it has its names."
 
 
-# A name that is so alike is a slip of the finger; one that is less alike may be another word.
+# A name that is at least this similar is a typing error; a less similar one may be another word.
 _SLIP = 0.8
 _ALIKE = 0.7
 
 
 def nearest_or_meant(name: str, known: Sequence[str]) -> str:
-    """What may be meant by a name: one that is spelt alike, or what its words are called here.
+    """Say what may be meant by a name: one that is spelt alike, or the call for its words.
 
     Args:
-        name: what was asked for.
-        known: the names that there are.
+        name: the name that was asked for.
+        known: the names that exist.
 
     Returns:
-        The end of a message, or '' where nothing is known.
+        The end of a message, or '' if nothing is known.
     """
     slips = difflib.get_close_matches(name, known, cutoff=_SLIP)
     if slips and not _says_more(name, slips):
@@ -675,11 +675,11 @@ def nearest_or_meant(name: str, known: Sequence[str]) -> str:
 
 
 def _says_more(name: str, slips: Sequence[str]) -> bool:
-    """Whether a name says something of its own, which those that are spelt alike do not say.
+    """Whether a name means something other than the names that are spelt alike.
 
-    It does if it has a word of the field that they lack, as `ablate_sites` beside `patch_sites`. So
-    does a term of the field that one of them has with a further word: `attribution` is no slip for
-    `path_attribution`.
+    It does if it has a word of the field that they lack, such as `ablate_sites` compared with
+    `patch_sites`. It also does if it is a term of the field, and one of them is that term with a
+    further word: `attribution` is not a misspelt `path_attribution`.
     """
     of_slips = [words_in(each) for each in slips]
     words = words_in(name)
@@ -691,24 +691,24 @@ def _says_more(name: str, slips: Sequence[str]) -> bool:
 
 
 def _is_a_term(name: str) -> bool:
-    """Whether all words of a name are those of one term of the field."""
+    """Whether one term of the field accounts for all words of a name."""
     meant = meaning(name)
     return meant is not None and meant.is_sure
 
 
 class Answering:
-    """A base of classes whose objects answer for a name that they lack.
+    """A base class of objects whose error for a missing name says what was meant.
 
     Attributes:
-        remedies: what is meant by a name.
+        remedies: what to call instead of each name.
     """
 
     remedies: ClassVar[Mapping[str, str]] = {}
 
-    if not TYPE_CHECKING:  # A type checker would take every name for one of the object.
+    if not TYPE_CHECKING:  # A type checker would believe that the object has every name.
 
         def __getattr__(self, name: str) -> Any:
-            """Refuse, with what may be meant."""
+            """Raise an error that says what may be meant."""
             return missing_attribute(self, name, self.remedies)
 
 
@@ -716,9 +716,9 @@ class Answering:
 
 
 def fitting(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function so that a wrong argument is named, with the one that is meant."""
+    """Decorate a function so that an error about an argument names the one that was meant."""
     signature = inspect.signature(call)
-    # The one object that is called so is a lens.
+    # A lens is the only object with a decorated `__call__`.
     name = "lens" if call.__name__ == "__call__" else call.__name__
 
     @functools.wraps(call)
@@ -730,7 +730,7 @@ def fitting(call: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def fitting_class(kind: type[_Result]) -> type[_Result]:
-    """Decorate a class so that a wrong argument of its constructor is named, as by `fitting`."""
+    """Decorate a class as `fitting` does a function, for the arguments of its constructor."""
     make: Any = kind.__init__
     signature = inspect.signature(make)
 
@@ -750,14 +750,14 @@ def require_fitting(
     """Check that arguments fit a function.
 
     Args:
-        name: the function's.
-        signature: its parameters.
+        name: the name of the function.
+        signature: the signature of the function.
         args: the arguments by position.
         kwargs: the arguments by keyword.
 
     Raises:
-        CallError: a keyword that it does not take, with the one that is meant; a missing argument,
-            with an example; or too many.
+        CallError: the function does not take a keyword, and the message names the one that was
+            meant; an argument is missing, and the message has an example; or there are too many.
     """
     try:
         signature.bind(*args, **kwargs)
@@ -784,16 +784,16 @@ def require_fitting(
 
 
 def meant_parameters(keyword: str) -> Sequence[str]:
-    """The parameters that a guessed keyword may mean, the likeliest first.
+    """Return the parameters that a guessed keyword may mean, the likeliest first.
 
     Args:
-        keyword: as it was given.
+        keyword: the keyword that was given.
     """
     return _SAME.get(keyword, ())
 
 
 def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
-    """A sentence with the parameter, or the call, that a keyword means; '' where none is known."""
+    """Write a sentence with the parameter or call that a keyword means; '' if none is known."""
     for meant in meant_parameters(keyword):
         if meant == "readout" and meant in parameters:
             return f"It is {meant}=: {_ANSWER}. "
@@ -813,7 +813,7 @@ def _meant_keyword(keyword: str, parameters: Sequence[str]) -> str:
     return f"The nearest is {nearest[0]}=. " if nearest else ""
 
 
-# Words that people say for a choice of an argument, by the choice that they mean.
+# Words that users say for a choice of an argument, with the choice that they mean.
 _CHOICES: Mapping[str, str] = _alike(
     (
         "zero ablate ablation ablated remove removed removing knockout knock_out drop without loo "
@@ -833,7 +833,7 @@ _CHOICES: Mapping[str, str] = _alike(
     ("random shuffle swap resampling resample_ablation permute corrupt noise", "resample"),
     ("zeros base none null nothing zero_ablation", "zero"),
 )
-# Words that are no choice of this argument, and what does what they say.
+# Words that are not a choice of this argument, and what does that instead.
 _CHOSEN_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("how", "mean"): 'replace="mean" puts the mean over texts in the place of what a module writes',
     ("how", "resample"): 'replace="resample" puts what a module writes on other texts in its place',
@@ -853,15 +853,15 @@ _CHOSEN_ELSEWHERE: Mapping[tuple[str, str], str] = {
 
 
 def meant_choice(name: str, value: object, known: Iterable[str]) -> str:
-    """The end of a message about a word that is no choice of an argument: the choice that is meant.
+    """Say which choice of an argument is meant by a word that is none of its choices.
 
     Args:
-        name: the argument's.
-        value: what was given.
+        name: the name of the argument.
+        value: the value that was given.
         known: the choices.
 
     Returns:
-        Whole sentences, each after a space; '' where nothing is known.
+        Whole sentences for the end of a message, each after a space; '' if nothing is known.
     """
     if not isinstance(value, str):
         return ""
@@ -873,18 +873,17 @@ def meant_choice(name: str, value: object, known: Iterable[str]) -> str:
     return f"{meant} {elsewhere}." if elsewhere else meant
 
 
-# Figures that pandas makes as df.plot.bar().
+# The kinds of figure that pandas has, as in df.plot.bar().
 _KINDS_OF_FIGURE = ("area", "bar", "barh", "box", "heatmap", "hist", "line", "pie", "scatter")
 
 
 def refuse_kinds_of_figure(plot: Callable[..., Any]) -> None:
-    """Let `result.plot.bar()` say that each result has its own figure.
+    """Make `result.plot.bar()` say that each result has its own figure.
 
-    A method has the attributes of its function, so that a call stands on the function for each
-    kind.
+    A method has the attributes of its function, so a call for each kind is set on the function.
 
     Args:
-        plot: the function.
+        plot: the function of the method.
     """
 
     def refused(*_: object, **__: object) -> Any:
@@ -898,14 +897,14 @@ def refuse_kinds_of_figure(plot: Callable[..., Any]) -> None:
 
 
 def _as_sentence(remedy: str) -> str:
-    """The remedy with a capital letter, unless it begins with code, a full stop and a space."""
+    """End the remedy with a full stop and a space, and capitalise it unless it begins with code."""
     first_word = remedy.split()[0]
     is_code = not first_word.rstrip(",:").isalpha()
     return f"{remedy}. " if is_code else f"{remedy[0].upper()}{remedy[1:]}. "
 
 
 def _shown(signature: inspect.Signature) -> str:
-    """The parameters in the order of a call, those with a default by their names alone."""
+    """Write the parameters as in a call; those with a default are written as 'name=…'."""
     shown: list[str] = []
     for parameter in signature.parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

@@ -1,17 +1,17 @@
-"""The field's words, and what each is called here.
+"""The field's words, and what to call for each of them here.
 
 A researcher types a name that no part of this package has: one from TransformerLens, PEFT, Captum,
-nnsight or pandas, or one made of the field's words. `VOCABULARY` has a row for each notion: the
-terms in which it is spoken of, and the call that does it here. `meaning` finds the row of a name.
+nnsight or pandas, or one made of the field's words. `VOCABULARY` has a row for each notion, with
+the terms that people use for it and the call that does it here. `meaning` finds the row of a name.
 
-1. A name is read as words, `topTokens` as top and tokens. Of each word the ending is dropped, so
-   that ablate, ablating and ablation are one word; words that say nothing, such as get, are left
+1. A name is split into words, `topTokens` into top and tokens. The ending of each word is dropped,
+   so that ablate, ablating and ablation are one word. Words that say nothing, such as get, are left
    out.
-2. A term belongs to the name if all its words are among the name's. The term with the most words
-   answers, and among equals that of the first row: "zero ablation" before "ablation".
-3. Words of the name that no term has make the answer a guess, which says so. Where such words
-   outnumber the term's, or the term is a generic one such as layer, nothing is answered: a wrong
-   answer is worse than none.
+2. A term matches the name if all its words are among the name's. The term with the most words is
+   chosen, such as "zero ablation" before "ablation"; among equals the one in the first row.
+3. If the name also has other words, the answer is a guess, and says so. If unknown words outnumber
+   the term's, or the term is a generic one such as layer, there is no answer, since a wrong answer
+   is worse than none.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Notion:
     """A notion of the field.
 
     Attributes:
-        terms: the terms in which one speaks of it, separated by commas; all words of a term have to
-            occur.
-        python: what does it here, as the end of a sentence.
-        shell: the command that does it; empty where none does.
-        is_generic: whether the terms are such as go with many notions, as layer does; among terms
-            of equally many words, those of another row answer.
+        terms: the terms that people use for it, separated by commas; a term matches if all its
+            words occur.
+        python: the call that does it here, as the end of a sentence.
+        shell: the command that does it, as the end of a sentence; '' if no command does.
+        is_generic: whether the terms go with many notions, as layer does; among terms with equally
+            many words, those of other rows are chosen first.
     """
 
     terms: str
@@ -46,8 +46,8 @@ class Meaning:
     """What a name means.
 
     Attributes:
-        notion: the notion of which it speaks.
-        is_sure: whether the terms known here have all words of the name.
+        notion: the notion.
+        is_sure: whether the notion's term accounts for all words of the name.
     """
 
     notion: Notion
@@ -55,16 +55,16 @@ class Meaning:
 
     @property
     def in_python(self) -> str:
-        """The call, as the end of a sentence."""
+        """What to call in Python, as the end of a sentence."""
         return self.notion.python
 
     @property
     def in_shell(self) -> str:
-        """The command, or else the call in Python, as the end of a sentence."""
+        """The command, or else what to call in Python, as the end of a sentence."""
         return self.notion.shell or f"no command does; in Python, {self.notion.python}"
 
 
-# The narrower notion stands first: its row answers where two terms have equally many words.
+# Narrower notions come first: their rows are chosen if two terms have equally many words.
 VOCABULARY: Sequence[Notion] = (
     Notion(
         "quirk, register quirk, architecture quirk, model adapter, new architecture, "
@@ -653,14 +653,14 @@ VOCABULARY: Sequence[Notion] = (
     ),
 )
 
-# Words that say nothing of what is meant.
+# Words that say nothing about what is meant.
 _FILLERS = (
     "a all and are as at base by calc calculate compute do each every find fn for from full func "
     "function get give in is it lens list ll lora make method model my new of on one or out over "
     "per plus result results return score scores site sites the then this to total use using "
     "value values via with x llm language print"
 )
-# The endings of a word that are dropped, the longest first, where so many letters are left.
+# The endings that are dropped from a word, the longest first, if at least `_STEM` letters are left.
 _ENDINGS = (
     *("ances", "ance", "ants", "ant", "ences", "ence", "ents", "ent", "ions", "ion"),
     *("ings", "ing", "ied", "ies", "ery", "ed", "es", "ers", "er", "s", "e", "y"),
@@ -669,19 +669,20 @@ _STEM = 4
 
 
 def words_in(name: str) -> list[str]:
-    """The words that a name is made of, in lower case: topTokens is top and tokens."""
+    """Split a name into its words in lower case: topTokens into top and tokens."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+\d*|\d+[a-z]+", name)
     return [word.lower() for word in words]
 
 
 def meaning(name: str) -> Meaning | None:
-    """The notion of which a name speaks.
+    """Find the notion that a name means.
 
     Args:
-        name: what was asked for, such as 'attributionPatching' or 'zero_ablation'.
+        name: the name that was asked for, such as 'attributionPatching' or 'zero_ablation'.
 
     Returns:
-        None where no row has its words, or where half of them or more are unknown.
+        None if no term matches, if there are more unknown words than words of the term, or if there
+        is an unknown word and the term is generic.
     """
     words = words_in(name)
     whole = "".join(words)
@@ -701,9 +702,9 @@ def meaning(name: str) -> Meaning | None:
 
 
 def _longest_term(stems: set[str]) -> tuple[Notion, frozenset[str]] | None:
-    """The row with the longest term whose words are all here, and the term."""
+    """Return the row with the longest term whose words are all among these, and the term."""
     candidates = [(notion, term) for notion, terms in _terms() for term in terms if term <= stems]
-    # Of equals, max returns the first.
+    # Among equals, max returns the first.
     return max(candidates, key=_precedence, default=None)
 
 
@@ -714,7 +715,7 @@ def _precedence(candidate: tuple[Notion, frozenset[str]]) -> tuple[int, bool]:
 
 @functools.cache
 def _terms() -> list[tuple[Notion, list[frozenset[str]]]]:
-    """The words of each term, without their endings, by row."""
+    """List each row with the words of its terms, without their endings."""
     return [
         (notion, [frozenset(map(_stem, term.split())) for term in _split(notion.terms)])
         for notion in VOCABULARY
@@ -723,7 +724,7 @@ def _terms() -> list[tuple[Notion, list[frozenset[str]]]]:
 
 @functools.cache
 def _by_whole() -> dict[str, Notion]:
-    """The row of each term, by the term written as one word."""
+    """Return the row of each term, under the term written as one word."""
     rows: dict[str, Notion] = {}
     for notion in VOCABULARY:
         for term in _split(notion.terms):
@@ -741,7 +742,7 @@ def _split(terms: str) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    """A word without its ending: ablation, ablating and ablate are ablat."""
+    """Drop the ending of a word: ablation, ablating and ablate become ablat."""
     for ending in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= _STEM:
             return word.removesuffix(ending)
