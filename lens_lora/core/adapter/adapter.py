@@ -272,7 +272,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         """Cut each ΔW to its best approximation of this rank; updates of a lower rank stay.
 
         Args:
-            rank: at least 1; for a stack of experts, the rank of each expert.
+            rank: the rank, at least 1; for a stack of experts, the rank of each expert.
 
         Returns:
             The adapter, with the relative errors in `truncation_error`.
@@ -552,7 +552,7 @@ def null_draws(
         adapter: the adapter.
         seed: the seed of all draws.
         draws: their numbers.
-        parts: as for `Adapter.null`.
+        parts: the output rows of each part of a fused module, as for `Adapter.null`.
     """
     updates = extensions.null_updates(adapter.modules, seed, draws, parts)
     for draw, modules in zip(draws, updates, strict=True):

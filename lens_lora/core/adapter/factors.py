@@ -274,9 +274,10 @@ class TrainedModule(guesses.Answering):
         4
 
     Args:
-        weight: as Hugging Face stores it: [out, in] for a linear module ([in, out] for GPT-2's
-            Conv1D), [vocab, d] for an embedding, [d] for a norm. None if only the bias changes.
-        bias: [out], or β of a norm.
+        weight: the weight as Hugging Face stores it: [out, in] for a linear module ([in, out] for
+            GPT-2's Conv1D), [vocab, d] for an embedding, [d] for a norm. None if only the bias
+            changes.
+        bias: the bias, [out], or β of a norm.
         tokens: [row], the ids of the rows of an embedding or a head that `weight` holds; None for
             all rows.
         base_weight: the base's whole weight during training, if the file holds it. PEFT writes it

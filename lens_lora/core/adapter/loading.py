@@ -114,14 +114,14 @@ def read_adapter(
     revision: str | None,
     subfolder: str | None,
 ) -> Adapter:
-    """An adapter that lies in a folder, or on the hub.
+    """Load an adapter from a folder, or from the hub.
 
     Args:
-        path: as for `load_adapter`.
+        path: the folder or hub id, as for `load_adapter`.
         base_for: turns the base's name, as the config states it, into the base; it is called if
             reading the adapter needs the base.
-        revision: as for `load_adapter`.
-        subfolder: as for `load_adapter`.
+        revision: the branch, tag or commit on the hub, as for `load_adapter`.
+        subfolder: the folder within it, as for `load_adapter`.
     """
     folder = extensions.folder_of(path, revision, subfolder)
     known = formats.format_in(folder)

@@ -161,8 +161,8 @@ def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
     if the config targets modules that the file lacks.
 
     Args:
-        folder: the adapter's.
-        config: as PEFT reads it.
+        folder: the folder of the adapter.
+        config: the configuration as PEFT reads it.
         paths: the paths of the modules that the file has.
     """
     namesake = _neighbour_called_like_a_module(folder, paths)

@@ -30,7 +30,7 @@ def trained_modules(config: Any, modules: Mapping[str, Roles]) -> dict[str, Trai
     """The update of every module without factors, by the file's paths.
 
     Args:
-        config: as PEFT reads it.
+        config: the configuration as PEFT reads it.
         modules: the tensors of each by role.
 
     Raises:
@@ -92,7 +92,7 @@ def require_copies(config: Any, paths: Collection[str], copied: set[str]) -> Non
     has, up to the file's last layer.
 
     Args:
-        config: as PEFT reads it.
+        config: the configuration as PEFT reads it.
         paths: the paths of all modules of the file, in the causal language model.
         copied: the paths of those that were trained whole.
 

@@ -85,7 +85,7 @@ def _of_several(
 
     Args:
         questions: g of each readout.
-        at, mode, by, group, gauge, rules: as for `first_order`.
+        at, mode, by, group, gauge, rules: the arguments of `first_order`.
     """
     options = _Options(at=at, mode=mode, by=by, gauge=gauge, rules=rules)
     if group is not None:
@@ -299,8 +299,8 @@ def _of_groups(
         groups: indices of sites, by name.
         axes: ('token',), or () for the whole readout.
         at: the gate value at which the derivative is taken.
-        mode: as for `first_order`.
-        rules: as for `first_order`.
+        mode: the mode of differentiation, as for `first_order`.
+        rules: what the derivative takes for constant, as for `first_order`.
     """
     under = _held(rules, g)
     used_mode = _chosen_mode(g, mode, axes, groups)

@@ -260,7 +260,7 @@ class Function:
         float32 or better. One forward pass a point.
 
         Args:
-            gates: as for g itself.
+            gates: the gates, as for g itself.
 
         Raises:
             NumericsError: logits that are not finite.
@@ -278,7 +278,7 @@ class Function:
         It is zero beyond the end of a prompt's own response. Cost: as for g itself.
 
         Args:
-            gates: as for g itself.
+            gates: the gates, as for g itself.
 
         Raises:
             ArgumentError: the readout is not of one response for each prompt.
@@ -429,7 +429,7 @@ class Function:
 
         Args:
             adapters: makes the adapters. It is called again for each group of prompts.
-            sites: which sites are returned, in this order; every adapter has sites of these names.
+            sites: the sites that are returned, in this order; every adapter has them by name.
             like: adapters that together read and write wherever the others do.
 
         Raises:
@@ -545,7 +545,7 @@ class Function:
         held.
 
         Args:
-            gates: as for g itself.
+            gates: the gates, as for g itself.
 
         Raises:
             ArgumentError: a graph that exceeds the lens's bound on memory.
@@ -741,7 +741,7 @@ class Function:
         """The same as `about`, within a public call that has checked the model already.
 
         Args:
-            readout: as for `about`.
+            readout: the readout, as for `about`.
 
         Raises:
             TokenError, ArgumentError: as for `about`.

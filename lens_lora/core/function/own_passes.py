@@ -120,7 +120,7 @@ class OwnPasses:
 
         Args:
             most: the largest number of tokens of one pass, whatever the bound.
-            kind: as for `rows_at_once`.
+            kind: the kind of pass, as for `rows_at_once`.
 
         Raises:
             ArgumentError: the bound has no room for one row.

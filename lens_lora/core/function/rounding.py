@@ -76,7 +76,7 @@ def rounding_hooks(
 
     Args:
         lens: the adapter over the model.
-        rows: which rows of the batch are moved; None for all.
+        rows: the rows of the batch that are moved; None for all.
         generator: makes the draws.
         relative: the size of one rounding, relative to the value; None for the model's own.
     """

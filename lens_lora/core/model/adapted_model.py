@@ -209,7 +209,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         """One set of gates for all rows, [site], or one for each row, [row, site].
 
         Args:
-            scale: as for `gates`.
+            scale: the strength of the adapter, as for `gates`.
             rows: how many rows there are.
 
         Raises:
@@ -222,7 +222,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         """Gates as results state them: 'ε = 0.5', or 'gates of the caller'.
 
         Args:
-            scale: as for `gates`.
+            scale: the strength of the adapter, as for `gates`.
         """
         return f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller"
 
@@ -234,7 +234,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         these hooks are on the model, calls of a lens are refused, as within `applied`.
 
         Args:
-            scale: as for `gates`.
+            scale: the strength of the adapter, as for `gates`.
 
         Raises:
             ModelStateError: a site has no hook point at its output (on HookedTransformer:
@@ -343,7 +343,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         the block, so that no tool takes it for the adapted model's.
 
         Args:
-            scale: as for `gates`.
+            scale: the strength of the adapter, as for `gates`.
 
         Raises:
             ModelStateError: the model's state has changed; or the block does not add up with an
@@ -363,7 +363,7 @@ class AdaptedModel(metaclass=guesses.OfLensClass):
         """Within the block the model is the adapted one, and its weights may be read: the base's.
 
         Args:
-            scale: as for `gates`.
+            scale: the strength of the adapter, as for `gates`.
         """
 
         def apply(span: Temporary) -> Any:

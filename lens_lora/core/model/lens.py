@@ -211,9 +211,9 @@ class LoraLens(AdaptedModel):
 
         Args:
             adapter: the other adapter.
-            check: as for a new lens, for modules that have not been checked yet. False and None
-                leave such modules to the next adapter that has them, as an adapter whose update is
-                zero does.
+            check: what is verified about modules that were not checked yet, as for a new lens.
+                False and None leave such modules to the next adapter that has them, as does an
+                adapter whose update is zero.
 
         Warns:
             LensLoraWarning: the adapter names another base than this lens's adapter, and than the
@@ -382,7 +382,7 @@ class LoraLens(AdaptedModel):
         the readout is a `KL`: it takes one, for the base's distribution, which the function keeps.
 
         Args:
-            prompts: as for `prompts`.
+            prompts: the prompts, as for the method `prompts`.
             readout: what is read from the logits. Without one there is only f: logits and tangents.
             response: what is said after each prompt. Without a readout, `logits` are then those
                 from which each token of the response is drawn; with one, see `prompts`.
@@ -404,8 +404,9 @@ class LoraLens(AdaptedModel):
         """Logits of the model at the given gates. One forward pass.
 
         Args:
-            prompts: as for `prompts`.
-            scale: as for `gates`; 0 for the base, 1 for the adapted model.
+            prompts: the prompts, as for the method `prompts`.
+            scale: the strength of the adapter, as for `gates`: 0 for the base, 1 for the adapted
+                model.
 
         Raises:
             NumericsError: non-finite logits.
@@ -424,8 +425,9 @@ class LoraLens(AdaptedModel):
         """The logits of the adapted model, or of the model at other gates; the same as `logits`.
 
         Args:
-            prompts: as for `prompts`.
-            scale: as for `gates`; 0 for the base, 1 for the adapted model.
+            prompts: the prompts, as for the method `prompts`.
+            scale: the strength of the adapter, as for `gates`: 0 for the base, 1 for the adapted
+                model.
 
         Raises:
             NumericsError: non-finite logits.
@@ -471,7 +473,8 @@ class LoraLens(AdaptedModel):
         Args:
             prompts: strings, conversations, ids or `Prompts`.
             max_new_tokens: the largest number of tokens that are said after each prompt.
-            scale: as for `gates`; 0 for the base, 1 for the adapted model.
+            scale: the strength of the adapter, as for `gates`: 0 for the base, 1 for the adapted
+                model.
             temperature: 0 takes the likeliest token; above 0 tokens are drawn.
             top_p: draw from the fewest tokens whose probabilities sum to this.
             seed: the seed of the draws; the same prompts and seed give the same tokens.
@@ -550,11 +553,12 @@ class LoraLens(AdaptedModel):
             names: hook points, globs or a predicate. By default the whole residual stream; for a
                 Contrast of several points, and for directions of another space, the points to which
                 they belong.
-            positions: at which tokens: None or 'each' for all of them, 'prompt', 'response', an
-                index, a slice or indices, which count within each prompt; negative ones count from
-                its end. A row without such a token stays as it is. A pass of your own has to begin
-                at the row's first token or continue a cache, and cannot say where prompts end.
-            sinks: also remove the directions at each text's first token.
+            positions: the tokens at which directions are removed: None or 'each' for all of them,
+                'prompt', 'response', an index, a slice or indices, which count within each prompt;
+                negative ones count from its end. A row without such a token stays as it is. A pass
+                of your own has to begin at the row's first token or continue a cache, and cannot
+                say where prompts end.
+            sinks: whether to remove the directions at each text's first token too.
 
         Raises:
             SiteError: a hook point that the model lacks, with the nearest names.

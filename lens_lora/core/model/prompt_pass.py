@@ -23,7 +23,7 @@ def logits_of_prompts(
     Args:
         model: the hooked model.
         rotary: its rotary tables that depend on how long the longest row is.
-        prompts: as tokens.
+        prompts: the prompts as tokens.
     """
     tables: AbstractContextManager[Any] = contextlib.nullcontext()
     if rotary:

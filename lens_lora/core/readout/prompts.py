@@ -145,7 +145,7 @@ class Prompts:
         """Join several batches into one; each prompt is then read at its last token.
 
         Args:
-            prompts: at least one batch.
+            prompts: the batches, at least one.
         """
         rows: list[Tensor] = []
         sources: list[Source] = []

@@ -227,7 +227,7 @@ class AtPoint:
     Attributes:
         name: the hook point whose activation h is read.
         value: the number of each token, [row, pos, d] → [row, pos]; differentiable.
-        counted: which tokens of each row are averaged.
+        counted: the tokens of each row over which the mean is taken.
         unmoved: the names of sites on which h does not depend although their modules run before it.
             Their slopes are zero, and no gradient reaches them.
     """

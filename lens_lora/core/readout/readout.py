@@ -171,7 +171,7 @@ class Readout(guesses.Answering, abc.ABC):
         """The former name of `reading`, which warns.
 
         Args:
-            model, prompts: as for `reading`.
+            model, prompts: the arguments of `reading`.
         """
         warn(
             f"{type(self).__name__}.over is called reading now, and the old name will go",
@@ -343,7 +343,7 @@ class LastToken(Readout):
         """The former name of `of_logits`, which warns.
 
         Args:
-            model, batch, before: as for `of_logits`.
+            model, batch, before: the arguments of `of_logits`.
         """
         warn(
             f"{type(self).__name__}.bind is called of_logits now, and the old name will go",
