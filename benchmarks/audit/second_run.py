@@ -222,17 +222,19 @@ def main() -> None:
         help="controls of teach.py, asked first",
     )
     parser.add_argument("--third", action="store_true", help="the third edition instead")
+    parser.add_argument("--fourth", action="store_true", help="the fourth edition instead")
     parser.add_argument("--base", help="a folder or hub id; default: the embedded model")
     parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")
     given = parser.parse_args()
     if given.further:
         QUIRKS.clear()
         SPEC["controls"] = yaml.safe_load((HERE / "further_controls.yaml").read_text())["controls"]
-    if given.third:
-        third = yaml.safe_load((HERE / "third_edition.yaml").read_text())
+    if given.third or given.fourth:
+        name = "third" if given.third else "fourth"
+        edition = yaml.safe_load((HERE / f"{name}_edition.yaml").read_text())
         QUIRKS.clear()
-        QUIRKS.update({quirk["name"]: quirk for quirk in third["quirks"]})
-        SPEC["controls"] = third["controls"]
+        QUIRKS.update({quirk["name"]: quirk for quirk in edition["quirks"]})
+        SPEC["controls"] = edition.get("controls", [])
     # One model is trained, another one is hooked.
     plain, tokenizer = _base(given.base)
     model, _ = hooked_model(*_base(given.base), kind="TransformerBridge")
