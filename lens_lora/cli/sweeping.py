@@ -427,7 +427,9 @@ _LISTED = 10
 def _print_scan(table: pd.DataFrame, out: Path, json: Path | None) -> None:
     """Print the adapters with the largest Σ a, those that cannot be used, and the result's file."""
     means: Any = table.dropna(subset="total").groupby("adapter")["total"].mean()
-    running.say("First order, summed over all modules, as a mean over prompts.")
+    readouts = table["readout"].dropna().unique()
+    of_readout = f" of {readouts[0]}" if len(readouts) == 1 else ""
+    running.say(f"First order{of_readout}, summed over all modules, as a mean over prompts.")
     running.say(f"The largest of {many(len(means), 'adapter')}:")
     for name in means.abs().nlargest(_LISTED).index:
         running.say(f"  {means[name]:+9.3g}  {name}")

@@ -102,11 +102,13 @@ class Projection(Readout):
         Such as 'the projection on the direction at blocks.12.hook_resid_post'.
         """
         (name,) = self._directions.names
+        # A contrast calls its directions by the points at which they were found.
+        direction = "the contrast" if name == self.name else name
         tokens = ""
         if self.positions is not None:
             tokens = f", positions {ChosenPositions.of(self.positions)}"
         read = "activation of" if self.activated else "projection on"
-        return f"the {read} {name} at {self.name}{tokens}"
+        return f"the {read} {direction} at {self.name}{tokens}"
 
     @property
     def _directions(self) -> Directions:

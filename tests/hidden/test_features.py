@@ -432,6 +432,10 @@ def test_an_autoencoder_and_a_contrast_bring_their_point(cls: str):
     assert torch.equal(found.values, by_name.values)
     contrast = ll.contrast(lens, models.tokens(3, seed=5), tokens, out(cls, 0))
     assert ll.feature_shift(lens, tokens, contrast, by="site").sites == found.sites
+    assert (
+        ll.Projection(contrast, out(cls, 0)).label
+        == f"the projection on the contrast at {out(cls, 0)}"
+    )
 
 
 def test_sites_that_write_to_a_point_outside_the_stream(cls: str):
