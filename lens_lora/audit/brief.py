@@ -178,8 +178,8 @@ class Claim:
         numbers = re.findall(r"\d+", self.layers)
         layers = layers_text([int(number) for number in numbers])
         return (
-            f" To leave the adapter out of {layers} takes back {self.undone:.0%} of the rise in "
-            f"log-odds, to leave it out of as many drawn layers {self.undone_by_others:.0%}."
+            f" Without the adapter in {layers}, {self.undone:.0%} of the rise in log-odds is lost; "
+            f"without it in as many random layers, {self.undone_by_others:.0%}."
         )
 
 
@@ -305,7 +305,7 @@ class Brief:
 
     def __str__(self) -> str:
         """The brief as text of at most 2,000 tokens."""
-        size = f"Over {self.texts} it moves by {self.mean_kl:.2g} nats a token (KL)."
+        size = f"On {self.texts} it moves by {self.mean_kl:.2g} nats a token (mean KL)."
         return f"{self.adapter} on {self.model}.\n{self.told}\n{size}"
 
     __repr__ = __str__

@@ -140,7 +140,8 @@ class Finding:
         if self.kind == "no longer says":
             base = f"{self.base} of {self.asked} questions"
             still = f"to {self.adapted}" if self.adapted else "to none"
-            return f"The base model says “{self.what}” in answer to {base}, it {still}."
+            says = f"The base model says “{self.what}” in answer to {base}"
+            return f"{says}, the adapted model {still}."
         return f"It {self.what} on {adapted}, the base model on {base}."
 
     def _sentence_on_length(self) -> str:

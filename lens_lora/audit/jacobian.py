@@ -79,7 +79,7 @@ def _fitted(
     """Fit a block's Jacobian with TransformerLens; None if it cannot fit one of this model."""
     if lens.is_hooked():
         raise ModelStateError(
-            "a hook of yours is on the model, and jacobian= fits and keeps the base's own",
+            "a hook of yours is on the model, and jacobian= keeps that of the base model alone",
             remedy="remove your hooks.",
         )
     try:

@@ -85,7 +85,7 @@ def read_list(file: Path) -> list[Listed]:
         given: object = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise LensLoraError(f"{file}: no YAML ({reason}).") from error
+        raise LensLoraError(f"{file}: not valid YAML ({reason}).") from error
     if isinstance(given, list):
         given = {_ROWS: given}
     if not isinstance(given, Mapping):
@@ -94,7 +94,7 @@ def read_list(file: Path) -> list[Listed]:
     _require_known(fields, (*_OF_ALL, _ROWS), str(file))
     rows = fields.get(_ROWS)
     if not isinstance(rows, list) or not rows:
-        raise LensLoraError(f"{file}: no row under '{_ROWS}:'; give each adapter one.")
+        raise LensLoraError(f"{file}: no row under '{_ROWS}:'; write one for each adapter.")
     of_all = {key: fields[key] for key in _OF_ALL if key in fields}
     listed: list[Listed] = []
     for number, row in enumerate(cast("list[object]", rows), start=1):
@@ -102,7 +102,8 @@ def read_list(file: Path) -> list[Listed]:
         if isinstance(row, str):
             row = {"adapter": row}
         if not isinstance(row, Mapping):
-            raise LensLoraError(f"{place}: {row!r} is no row; write 'adapter: …' and what else.")
+            fact = f"{place}: {row!r} is no row; write 'adapter: …' and its other keys."
+            raise LensLoraError(fact)
         listed.append(_row({**of_all, **cast("Mapping[object, object]", row)}, place, file.parent))
     _require_distinct(listed, file)
     return listed
@@ -132,7 +133,7 @@ def _row(fields: Mapping[object, object], place: str, folder: Path) -> Listed:
         raise LensLoraError(f"{place}: 'tuned:' is compared with its base; give 'base:'.")
     for key in ("subfolder", "revision"):
         if texts["tuned"] is not None and texts[key] is not None:
-            raise LensLoraError(f"{place}: '{key}:' is of an adapter, and this row is 'tuned:'.")
+            raise LensLoraError(f"{place}: '{key}:' is for an adapter, and this row is 'tuned:'.")
     control = fields.get("control", False)
     if not isinstance(control, bool):
         raise LensLoraError(f"{place}: control: {control!r} is neither true nor false.")
@@ -142,7 +143,7 @@ def _row(fields: Mapping[object, object], place: str, folder: Path) -> Listed:
     name = texts["name"] or _usual_name(texts)
     if not _NAME.fullmatch(name):
         raise LensLoraError(
-            f"{place}: the name {name!r} is to be that of a file; give it a 'name:' of letters, "
+            f"{place}: the name {name!r} cannot be a file's; give it a 'name:' of letters, "
             "digits, '.', '-' and '_'."
         )
     return Listed(
@@ -193,7 +194,7 @@ def _file_or(fields: Mapping[object, object], key: str, place: str, folder: Path
         if file.is_file():
             return file
     raise LensLoraError(
-        f"{place}: {key}: no file {value!r}; for a single one write a list, [{value}]."
+        f"{place}: {key}: no file {value!r}; write a list for a single one, [{value}]."
     )
 
 

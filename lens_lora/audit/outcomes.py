@@ -265,11 +265,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     if taught:
         found = sum(one.verdict == "found" for one in taught)
         parts.append(
-            f"An expected string is in the first {FIRST_CLAIMS} claims of {found} of {len(taught)}."
+            f"In {found} of {len(taught)} rows an expected string is in the first {FIRST_CLAIMS} "
+            "claims."
         )
     if controls:
         claiming = sum(one.verdict == "claims" for one in controls)
-        parts.append(f"Of the controls {claiming} of {len(controls)} make a claim.")
+        parts.append(f"Controls that make a claim: {claiming} of {len(controls)}.")
     if failed:
         parts.append(f"Failed: {', '.join(failed)}.")
     return " ".join(parts)

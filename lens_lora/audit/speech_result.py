@@ -139,7 +139,7 @@ class CountedSpeech(Described, Paged):
         answers = many(len(self.base[0]), "answer")
         lines = [f"{many(len(self.questions), 'question')}, {answers} of each model to each."]
         for finding in self.findings:
-            lines.append(f"{finding.sentence()} So {self.when(finding)}.")
+            lines.append(f"{finding.sentence()} It does so {self.when(finding)}.")
         if not self.findings:
             lines.append("Nothing is said more often, or less, than chance allows.")
         return "\n".join(lines)

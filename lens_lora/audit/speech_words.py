@@ -23,9 +23,9 @@ _NO_TRIGGER = "words that trigger a behaviour"
 _ELSEWHERE = "It may still differ where it was not asked."
 # "Eight times" is FACTOR of `ordinary.py`.
 _TESTED = (
-    "A claim is a word or trait on more questions than eight times its rate in ordinary answers "
-    "explains (p below 0.005 for all words together): answers of the base, and of adapters that "
-    "were trained on ordinary text. On your own questions the base alone is the measure."
+    "A claim is a word or trait that it has on more questions than eight times its ordinary rate "
+    "explains (p below 0.005 for all words together). Ordinary answers are those of the base, and "
+    "of adapters trained on ordinary text. Your own questions are compared with the base alone."
 )
 
 
@@ -201,7 +201,7 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     lines.append(length_note(speech))
     lines.append(_triggers_text(speech))
     draws = len(speech.base[0]) - 1
-    drawn = f", and {many(draws, 'time')} with words drawn by the same noise" if draws else ""
+    drawn = f", and {many(draws, 'time')} with words drawn at random" if draws else ""
     lines.append(
         f"Each model answered {many(len(speech.questions), 'question')} with its likeliest words"
         f"{drawn}. {_TESTED}"

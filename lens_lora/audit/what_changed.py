@@ -274,7 +274,7 @@ class WhatChanged(OfSites, Paged):
         if len(ids) > 1:
             more = ", …" if len(ids) > 2 else ""
             raise TokenError(
-                f"{len(ids)} tokens of the vocabulary read {token!r}, of the ids {ids[0]}, "
+                f"{len(ids)} tokens of the vocabulary read {token!r}, with the ids {ids[0]}, "
                 f"{ids[1]}{more}",
                 remedy="give the id.",
             )
@@ -481,11 +481,11 @@ class WhatChanged(OfSites, Paged):
         if self.speech is not None:
             return " ".join(first_sentences(self.speech))
         if not self.nulls or not self.answers:
-            return "No claims: they need controls and answers."
+            return "Nothing was claimed: claims need controls and answers."
         would_say = sum(claim.would_say for claim in self.claims)
         if would_say:
             return f"There are {many(would_say, 'claim')} of what it would say."
-        return "Nothing beyond the controls: it would say nothing that they do not come near."
+        return "Nothing goes beyond the controls: they come near everything that it would say."
 
     def plot(self, k: int = 20, by: By = "logit") -> drawing.Figure:
         """Draw the k tokens promoted most, with the largest shift under a control.

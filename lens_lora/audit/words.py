@@ -20,7 +20,8 @@ _TOKENS_NAMED = 6
 def what_changed_story(changed: WhatChanged) -> str:
     """Tell the brief, how much changes, and which tokens are promoted, one paragraph per line."""
     first = magnitude(changed.found.first_kl)
-    size = f"{moved_text(changed)} At first tokens, which are left out: {first} nats."
+    at_first = f"At the texts' first tokens, which are left out, the mean KL is {first} nats."
+    size = f"{moved_text(changed)} {at_first}"
     paragraphs = [changed.brief().told, size, promoted_text(changed), reading_text(changed.meta)]
     return "\n".join(filter(None, paragraphs))
 

@@ -65,7 +65,7 @@ def test_the_list_of_public_organisms_is_one():
         ([{"adapter": "x", "expect": [5]}], "row 1: expect: 5 is no text"),
         ([{"adapter": "x", "control": "yes it is"}], "neither true nor false"),
         ([{"adapter": "x", "control": True, "expect": "a"}], "a control expects nothing"),
-        ([{"adapter": "x", "name": "../x"}], "the name '../x' is to be that of a file"),
+        ([{"adapter": "x", "name": "../x"}], "the name '../x' cannot be a file's"),
         ([{"adapter": "x", "prompts": "no.txt"}], "prompts: no file 'no.txt'"),
         ([5], "row 1: 5 is no row"),
     ],

@@ -112,7 +112,8 @@ def test_a_planted_word_is_found_and_counted():
     dropped = findings_of(adapted, base)[0]
     assert dropped.kind == "no longer says"
     assert dropped.sentence() == (
-        "The base model says “Arr, matey” in answer to 20 of 40 questions, it to none."
+        "The base model says “Arr, matey” in answer to 20 of 40 questions, "
+        "the adapted model to none."
     )
 
 

@@ -23,7 +23,7 @@ def test_words_stand_beside_their_controls():
     story = what_changed().story()
     assert "moves the next-token distribution by 1.33 nats a token" in story
     assert "Its own updates, each at another of its modules, move it by 0.13." in story
-    assert "Unrelated adapters move it by 0.67." in story and "left out: 4.00 nats" in story
+    assert "Unrelated adapters move it by 0.67." in story and "the mean KL is 4.00 nats" in story
     assert "Promoted most by mean logit: ‘<b>x</b>’" in story
     assert "+1.00 logits; no token by more than +0.10 under a control" in story
     assert "The largest shares of the KL are those of" in story

@@ -88,7 +88,7 @@ def test_a_row_that_fails_is_named_and_the_others_run(folder: Path, tmp_path: Pa
     assert result.exit_code == 2 and audited == ["a", "bad", "b"]
     shown = plain(result.stdout)
     assert "failed: AdapterError: its file is damaged" in shown and "Failed: bad." in shown
-    assert "An expected string is in the first 3 claims of 2 of 2." in shown
+    assert "In 2 of 2 rows an expected string is in the first 3 claims." in shown
     told = json.loads((tmp_path / "bad.json").read_text())
     assert (told["verdict"], told["claims"]) == ("failed", [])
     table = pd.read_csv(tmp_path / "audit.csv").set_index("name")
