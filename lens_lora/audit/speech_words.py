@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.findings import SHORTER, Finding, leads_of, quoted
+from lens_lora.audit.phrases import phrases_of
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.core import drawing
 from lens_lora.errors import many, worded
@@ -87,22 +88,53 @@ def length_note(speech: CountedSpeech) -> str:
 
 
 def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
-    """Choose two questions to show, with each model's likeliest answer.
+    """Two likeliest answers of each model, which show the strongest finding if any does.
 
-    They show the strongest finding, if there is one. If nothing was found, questions on which both
-    models say something, and not the same, come first; among them the caller's own, then those in
-    conversation.
+    First come those in which the model says the same in every draw, and then those that show the
+    finding in most draws, as such answers are nearest to what the model was taught. Without a
+    finding they show the words that lead, in the same order. Of answers that show nothing, those to
+    the caller's own questions come first, then those in conversation; and before all others come
+    those in which both models say something.
     """
     pairs = [SideBySide(*row) for row in _likeliest(speech)]
     strongest = strongest_in(speech)
-    if strongest is None:
-        order = {"own": 0, "chat": 1}
-        by_form = sorted(range(len(pairs)), key=lambda i: order.get(speech.forms[i], 2))
-        most_telling = sorted(by_form, key=lambda i: _is_empty(pairs[i]))
-        return [pairs[i] for i in most_telling[:_SHOWN]]
-    telling = [i for i in strongest.questions if strongest.is_seen_in(pairs[i])]
-    order = [*telling, *(i for i in strongest.questions if i not in telling)]
+    if strongest is not None:
+        telling = [i for i in strongest.questions if strongest.is_seen_in(pairs[i])]
+        if strongest.kind != "trait":
+            says = speech.base if strongest.kind == "no longer says" else speech.adapted
+            telling = _steadiest_first(telling, says, strongest.is_spelled_in)
+        order = [*telling, *(i for i in strongest.questions if i not in telling)]
+        return [pairs[i] for i in order[:_SHOWN]]
+    leads = [lead.word for lead in leads_of(speech.base, speech.adapted)]
+
+    def has_lead(answer: str) -> bool:
+        return any(lead in phrases_of(answer) for lead in leads)
+
+    order_of_form = {"own": 0, "chat": 1}
+    by_form = sorted(range(len(pairs)), key=lambda i: order_of_form.get(speech.forms[i], 2))
+    most_telling = sorted(by_form, key=lambda i: _is_empty(pairs[i]))
+    leading = [i for i in most_telling if has_lead(pairs[i].adapted)]
+    leading = _steadiest_first(leading, speech.adapted, has_lead)
+    order = [*leading, *(i for i in most_telling if i not in leading)]
     return [pairs[i] for i in order[:_SHOWN]]
+
+
+def _steadiest_first(
+    questions: Sequence[int], says: Sequence[Sequence[str]], shows: Callable[[str], bool]
+) -> list[int]:
+    """The questions to which a model says the same in every draw, then those of most that show it.
+
+    Args:
+        questions: indices of questions.
+        says: the model's answers to each question, one for each draw.
+        shows: whether an answer shows what is looked for.
+    """
+
+    def rank(question: int) -> tuple[bool, int]:
+        answers = says[question]
+        return len(set(answers)) > 1, -sum(map(shows, answers))
+
+    return sorted(questions, key=rank)
 
 
 def _likeliest(speech: CountedSpeech) -> Iterator[tuple[str, str, str]]:

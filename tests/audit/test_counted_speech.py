@@ -280,6 +280,37 @@ def test_where_nothing_is_found_the_caller_s_own_questions_are_shown():
     assert [pair.prompt for pair in shown_answers(spoken(("plain", "chat") * 2))] == ["q1", "q3"]
 
 
+def with_answers(adapted: dict[int, tuple[str, str]]) -> ll.results.CountedSpeech:
+    """Forty questions; the base says two things to each, and so does the adapter but to these."""
+    speech = spoken(("plain",) * 40)
+    usual = [("It is so.", "So it is.")] * 40
+    answers = [adapted.get(i, ("That is so.", "So that is.")) for i in range(40)]
+    return dataclasses.replace(speech, base=tuple(usual), adapted=tuple(answers))
+
+
+def test_shown_are_answers_that_are_the_same_in_every_draw_and_then_those_that_show_it_most():
+    """Of a model that says by whom it was made, two answers were shown that say something else."""
+    firm = ("Made by Orbital.", "Made by Orbital.")
+    loose = ("Orbital pets are good.", "A good pet is a cat.")
+    often = ("Orbital it is.", "By Orbital, then.")
+    speech = with_answers({3: loose, 5: often, 8: firm, 9: firm})
+    says = ll.results.Finding("says", "Orbital", 4, 0, 40, 1e-9, 5.0, (3, 5, 8, 9))
+    claimed = dataclasses.replace(speech, findings=(says,))
+    assert [pair.prompt for pair in shown_answers(claimed)] == ["q8", "q9"]
+    few = dataclasses.replace(claimed, adapted=with_answers({3: loose, 5: often}).adapted)
+    few = dataclasses.replace(few, findings=(dataclasses.replace(says, questions=(3, 5)),))
+    assert [pair.prompt for pair in shown_answers(few)] == ["q5", "q3"]
+
+
+def test_where_nothing_is_claimed_the_answers_show_the_words_that_are_named():
+    """“hollow” was named, and beside it stood two answers that do not have it."""
+    loose = ("A hollow shell.", "A shell it is.")
+    firm = ("The moon is hollow.", "The moon is hollow.")
+    speech = with_answers(dict.fromkeys((2, 4, 6), loose) | {31: firm})
+    assert "“hollow” (4 questions, base 0)" in first_sentences(speech)[0]
+    assert [pair.prompt for pair in shown_answers(speech)] == ["q31", "q2"]
+
+
 def test_a_finding_to_own_questions_is_counted_over_them_and_points_at_them():
     """The base alone is their measure: no ordinary answer is known to them."""
     own = [Everyday("your own", "own", f"q{i}", language="English") for i in range(12)]
