@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from lens_lora.cli import files, options, running
 from lens_lora.cli.questions import Questions, prompts_of
@@ -46,12 +47,15 @@ def forms(
         found = forms_of(lens, prompts_of(questions), which, progress=not quiet)
         if csv is not None:
             found.to_frame().to_csv(csv, index=False)
-            running.say(f"Table: {csv.absolute()}")
         if json is not None:
             files.write_json(json, [found])
+        # The story comes after the table, so that it is what remains on a small screen.
+        Console().print(forms_table(found))
+        running.tell(forms_story(found))
+        if csv is not None:
+            running.say(f"Table: {csv.absolute()}")
+        if json is not None:
             running.say(f"JSON: {json.absolute()}")
-        console = running.tell(forms_story(found))
-        console.print(forms_table(found))
 
 
 def _known(names: Sequence[str]) -> list[Form]:

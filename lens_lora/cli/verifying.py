@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
 from lens_lora.cli import files, options, running
 from lens_lora.cli.beside_base import Inputs, LensMade, read_given, verification_of
@@ -345,12 +346,13 @@ class _Results:
             self._verification.save_report(outputs["--report"])
 
     def tell(self) -> None:
-        """Print the outcome in words, and the tables."""
+        """Print the tables, and last the outcome in words, so that a small screen shows it."""
         from lens_lora.ship.page import explanations_table, sites_table, verification_table
 
-        console = running.tell(self._verification.story())
+        console = Console()
         console.print(verification_table(self._table_of))
         if self._answered is not None:
             console.print(explanations_table(self._answered))
         if self._compared is not None:
             console.print(sites_table(self._compared))
+        running.tell(self._verification.story())

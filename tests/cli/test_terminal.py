@@ -130,6 +130,13 @@ def test_files_are_written_before_words(files, tmp_path, monkeypatch, command):
     assert all((tmp_path / name).is_file() for name in WRITTEN.get(command, ["page.html"]))
 
 
+def test_the_outcome_of_verify_is_below_its_table(files, tmp_path):
+    """It is what remains on a small screen."""
+    result = CliRunner().invoke(cli.app, arguments_of("verify", files, tmp_path))
+    shown = " ".join(result.stdout.split())
+    assert shown.index("every check that was asked for passed") > shown.index("loads on the base")
+
+
 HEADS = ("Model:", "Adapter:", "Strings:")  # before the work
 
 
