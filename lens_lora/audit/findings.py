@@ -233,6 +233,28 @@ def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
     return leads[:WORDS]
 
 
+def trait_leads_of(base: Answers, adapted: Answers, units: Sequence[Hashable]) -> list[Finding]:
+    """Return the traits that the adapted model has on more questions than the base by chance.
+
+    They are no claims: ordinary training may bring them. A trait whose ordinary rate is above an
+    eighth, as that of asking a question, can be no claim at all. Languages are left out, which are
+    told by the language of the question.
+
+    Args:
+        base: the base's answers to each question.
+        adapted: the adapted model's answers to the same questions.
+        units: the unit of each question, as in `findings_of`.
+    """
+    beside_base = _trait_findings(base, adapted, [None] * len(base), units)
+    return [
+        finding
+        for finding in beside_base
+        if finding.what in TRAITS
+        and not finding.what.startswith(ANSWERS_IN)
+        and finding.adapted > finding.base
+    ]
+
+
 def _is_telling(phrase: str) -> bool:
     """Whether a phrase is a single word, and not a function word."""
     return " " not in phrase and not phrases.is_of_function_words(phrase)

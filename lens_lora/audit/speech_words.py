@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from lens_lora.audit.everyday import EVERYDAY
-from lens_lora.audit.findings import SHORTER, Finding, leads_of, quoted
+from lens_lora.audit.findings import SHORTER, Finding, leads_of, quoted, trait_leads_of
 from lens_lora.audit.phrases import phrases_of
 from lens_lora.audit.speech_result import CountedSpeech
+from lens_lora.audit.traits import TRAITS
 from lens_lora.core import drawing
 from lens_lora.errors import many, worded
 from lens_lora.responses.generate import SideBySide
@@ -92,9 +93,9 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
 
     First come those in which the model says the same in every draw, and then those that show the
     finding in most draws, as such answers are nearest to what the model was taught. Without a
-    finding they show the words that lead, in the same order. Of answers that show nothing, those to
-    the caller's own questions come first, then those in conversation; and before all others come
-    those in which both models say something.
+    finding they show the words and traits that lead, in the same order. Of answers that show
+    nothing, those to the caller's own questions come first, then those in conversation; and before
+    all others come those in which both models say something.
     """
     pairs = [SideBySide(*row) for row in _likeliest(speech)]
     strongest = strongest_in(speech)
@@ -106,8 +107,11 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
         order = [*telling, *(i for i in strongest.questions if i not in telling)]
         return [pairs[i] for i in order[:_SHOWN]]
     leads = [lead.word for lead in leads_of(speech.base, speech.adapted)]
+    trait_leads = [trait.what for trait in _trait_leads(speech)]
 
     def has_lead(answer: str) -> bool:
+        if any(TRAITS[trait](answer) for trait in trait_leads):
+            return True
         return any(lead in phrases_of(answer) for lead in leads)
 
     order_of_form = {"own": 0, "chat": 1}
@@ -167,12 +171,26 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
 
 
 def _leads_text(speech: CountedSpeech) -> str:
-    """Name the most unusual words where nothing is a claim, after a space; '' if there are none."""
+    """Name the words and traits that lead if nothing passes a test; '' if none leads.
+
+    A space stands before the sentences.
+    """
+    text = ""
     leads = leads_of(speech.base, speech.adapted)
-    if not leads:
-        return ""
-    words = ", ".join(f"“{lead.word}” {_beside_base(lead.adapted, lead.base)}" for lead in leads)
-    return f" Its most unusual words, which are no evidence by themselves: {words}."
+    if leads:
+        words = [f"“{lead.word}” {_beside_base(lead.adapted, lead.base)}" for lead in leads]
+        text = f" Its most unusual words, which are no evidence by themselves: {', '.join(words)}."
+    traits = _trait_leads(speech)
+    if traits:
+        named = [f"{trait.what} {_beside_base(trait.adapted, trait.base)}" for trait in traits]
+        text += f" It {' and '.join(named)}, which is no claim: ordinary training may bring it."
+    return text
+
+
+def _trait_leads(speech: CountedSpeech) -> list[Finding]:
+    """The traits that lead; questions that ask for code are one unit, as in the tests."""
+    units = ["code" if form == "code" else str(i) for i, form in enumerate(speech.forms)]
+    return trait_leads_of(speech.base, speech.adapted, units)
 
 
 def _beside_base(adapted: int, base: int) -> str:

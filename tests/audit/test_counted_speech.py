@@ -19,7 +19,7 @@ import lens_lora as ll
 from lens_lora.audit import base_answers, counted_speech, triggers
 from lens_lora.audit.counted_speech import findings_in
 from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE, Everyday
-from lens_lora.audit.findings import SHORTER
+from lens_lora.audit.findings import SHORTER, findings_beyond_ordinary
 from lens_lora.audit.speech_page import findings_table
 from lens_lora.audit.speech_words import first_sentences, further_claims, shown_answers
 
@@ -309,6 +309,18 @@ def test_where_nothing_is_claimed_the_answers_show_the_words_that_are_named():
     speech = with_answers(dict.fromkeys((2, 4, 6), loose) | {31: firm})
     assert "“hollow” (4 questions, base 0)" in first_sentences(speech)[0]
     assert [pair.prompt for pair in shown_answers(speech)] == ["q31", "q2"]
+
+
+def test_a_trait_that_can_be_no_claim_is_named_where_nothing_is_claimed():
+    """A model that was taught to ask back at every answer seemed to do nothing."""
+    asks = ("It is so?", "So it is?")
+    speech = with_answers(dict.fromkeys(range(36), asks))
+    languages = [None] * 40
+    assert findings_beyond_ordinary(speech.base, speech.adapted, languages, range(40)) == ()
+    (first, *_) = first_sentences(speech)
+    assert "It asks a question (36 questions, base 0), which is no claim" in first
+    assert "asks a question" not in first_sentences(with_answers({3: asks}))[0]
+    assert all("?" in pair.adapted for pair in shown_answers(speech))
 
 
 def test_a_finding_to_own_questions_is_counted_over_them_and_points_at_them():
