@@ -315,7 +315,7 @@ class Bank:
         part = Shard.of(shard)
         if part is not None and out is None:
             raise ArgumentError(
-                "shards are joined from their files, and there is no out",
+                "shards are joined from their files, and no out= was given",
                 remedy="give all shards the same out='scan.parquet'.",
             )
         self._require_same_model(entries=True)
@@ -511,7 +511,7 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
     content = storage.read_result(path)
     if not isinstance(content, HeldBank):
         raise LensLoraError(
-            f"{path}: holds {type(content).__name__} and no bank; use ll.load_result."
+            f"{path}: holds {type(content).__name__}, not a bank; use ll.load_result."
         )
     lens, *_ = _lenses(model, hf_model, content.modules, content.prepend_bos)
     about = json.dumps(fingerprint(lens, {}, None))
@@ -557,7 +557,7 @@ def _lenses(
     given_lens = model if isinstance(model, LoraLens) else None
     if given_lens is not None and hf_model is not None:
         raise ArgumentError(
-            "hf_model beside a lens, which has a base of its own if it needs one.",
+            "hf_model was given with a lens, which has its own base if it needs one.",
             remedy="Leave hf_model out, or pass the model: ll.bank(lens.model, …, hf_model=…).",
         )
     if given_lens is None:

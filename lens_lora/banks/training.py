@@ -65,7 +65,7 @@ class ShiftCallback(TrainerCallback):
     ) -> None:
         if not isinstance(bank, Bank) or bank.several:
             raise ArgumentError(
-                f"{bank!r}: expected ll.bank(model, prompts, readout) of one readout."
+                f"{bank!r}: expected ll.bank(model, prompts, readout) with one readout."
             )
         self._bank = bank
         self._name = adapter_name

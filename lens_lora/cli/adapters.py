@@ -76,7 +76,7 @@ def compare(
     *,
     texts: Annotated[
         Path | None,
-        options.input_file("A .txt file, one text a line, on which both are run. Default: none."),
+        options.input_file("A .txt file, one text per line, on which both are run. Default: none."),
     ] = None,
     nulls: Annotated[
         int, options.least(0, "How many adapters in random directions to compare with.")
@@ -236,7 +236,7 @@ def repair(
     drop: Annotated[
         Path,
         options.input_file(
-            "A file of texts, one a line, on which the model should stay as the base."
+            "A file of texts, one per line, on which the model should behave like the base."
         ),
     ],
     out: Annotated[
@@ -249,16 +249,16 @@ def repair(
     ] = None,
     test_prompts: Annotated[
         Path | None,
-        options.input_file("As --prompts: prompts on which only the result is judged."),
+        options.input_file("A file like --prompts, on which only the result is judged."),
     ] = None,
     test_drop: Annotated[
-        Path | None, options.input_file("Held-out texts, to judge what is dropped.")
+        Path | None, options.input_file("Held-out texts, on which what is dropped is judged.")
     ] = None,
     keep_share: Annotated[
-        float, typer.Option(help="Share of the margin's shift that must stay.")
+        float, typer.Option(help="Share of the margin's shift that must be kept.")
     ] = 0.9,
     of: Annotated[
-        Literal["rank", "site"], typer.Option(help="Whether single ranks or whole sites are kept.")
+        Literal["rank", "site"], typer.Option(help="Whether to keep single ranks or whole sites.")
     ] = "rank",
     steps: Annotated[int, options.least(1, "Number of optimiser steps.")] = 40,
     report: options.ReportOption = Path("lens_lora_repair.html"),

@@ -45,17 +45,19 @@ def diff(
     texts: Annotated[
         Path | None,
         options.input_file(
-            "A .txt file, one text a line. Default: neutral sentences and conversations."
+            "A .txt file with one text per line. Default: neutral sentences and conversations."
         ),
     ] = None,
     prompts: Annotated[
         Path | None,
-        options.input_file("Your own questions, asked beside forty everyday ones: .txt or .jsonl."),
+        options.input_file(
+            "Your own questions (.txt or .jsonl), in addition to forty everyday ones."
+        ),
     ] = None,
     triggers: Annotated[
         Path | None,
         options.input_file(
-            "A .txt file, one word a line, tried before questions like twenty words of our own."
+            "A .txt file with one trigger word per line, tried in addition to twenty of our own."
         ),
     ] = None,
     unrelated: Annotated[
@@ -70,13 +72,13 @@ def diff(
         bool,
         typer.Option(
             "--fast",
-            help="Fewer texts, no split by module, only your own trigger words.",
+            help="Read fewer texts, do not split by module, try only your own trigger words.",
         ),
     ] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
     save: Annotated[
         Path | None,
-        _to_write(help="Also write the numbers: as a table (.csv), or all (.safetensors)."),
+        _to_write(help="Also write the numbers, as a table (.csv) or in full (.safetensors)."),
     ] = None,
     json: Annotated[
         Path | None, _to_write(help="Also write the brief as JSON, for a program.")
@@ -85,7 +87,7 @@ def diff(
         Path | None,
         typer.Option(
             file_okay=False,
-            help="Folder for the base's Jacobian, by which more is read; kept for next time.",
+            help="Folder that keeps the base's Jacobian, through which Δh is read as tokens.",
         ),
     ] = None,
     quiet: options.QuietOption = False,
@@ -173,7 +175,7 @@ class _DiffFiles:
         """
         if self.save is not None and self.save.suffix not in (".csv", ".safetensors"):
             raise typer.BadParameter(
-                f"{self.save}: a .csv or .safetensors file.", param_hint="--save"
+                f"{self.save}: expected a .csv or .safetensors file.", param_hint="--save"
             )
         return files.writable({"--report": self.report, "--json": self.json, "--save": self.save})
 
@@ -276,7 +278,7 @@ def audit(
         list[str] | None, typer.Option(metavar="NAME", help="Run only this row; may be repeated.")
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what each row needs, and run none.")
+        bool, typer.Option("--plan", help="Print what each row needs, and run none.")
     ] = False,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Run rows that seem to need more memory than is free.")
@@ -287,7 +289,7 @@ def audit(
     ] = 2,
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="As diff --fast, with each row's own trigger words."),
+        typer.Option("--fast", help="Like diff --fast, with each row's own trigger words."),
     ] = False,
     json: options.JsonOption = None,
     quiet: options.QuietOption = False,

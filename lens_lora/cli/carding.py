@@ -28,7 +28,7 @@ _to_write = functools.partial(typer.Option, dir_okay=False)
 _README = "README.md"
 # The value of --out with which the block is printed instead of being written into a file.
 _STDOUT = "-"
-_BRIEF = "A .json of lens-lora diff --json, whose first claim is measured anew and quoted."
+_BRIEF = "A file of lens-lora diff --json; its first claim is measured again and quoted."
 _OUT = "The README.md into which the block goes, or '-' to print it. Default: the adapter's own."
 
 

@@ -95,7 +95,7 @@ def _fault(fields: Mapping[str, Any]) -> str | None:
     """Say what is wrong with the keys other than prompt and answers; None if nothing is."""
     unknown = sorted(fields.keys() - _KEYS)
     if unknown:
-        return f"{unknown[0]!r} is no key of an expectation, which are {', '.join(sorted(_KEYS))}."
+        return f"{unknown[0]!r} is no key of an expectation; they are {', '.join(sorted(_KEYS))}."
     flips = fields.get("flips")
     if not isinstance(flips, bool | None):
         return f"flips is {flips!r}; expected true or false."

@@ -90,8 +90,11 @@ def explain(
         raise typer.BadParameter("--nulls: at least 2 random adapters, for a spread.")
     questions = asked.checked(response, answered=False)
     if len(questions) > _LARGEST_PAGE:
-        fact = f"{len(questions)} prompts are too many for one page, {_LARGEST_PAGE} at most"
-        raise typer.BadParameter(f"{fact}; `lens-lora sweep` runs hundreds and writes a table.")
+        fact = f"{len(questions)} prompts are too many for one page"
+        raise typer.BadParameter(
+            f"{fact}, which holds {_LARGEST_PAGE} at most; `lens-lora sweep` runs hundreds and "
+            "writes a table."
+        )
     if nulls and not all(question.doc for question in questions):
         raise typer.BadParameter(
             "--nulls: random adapters are compared on a margin (--doc, --pre)."

@@ -58,7 +58,9 @@ def folder_or_tuned(
     if tuned.tuned is None:
         return folder_of(adapter, within, quiet=quiet)
     if adapter is not None:
-        raise typer.BadParameter("it stands in place of ADAPTER; give one.", param_hint="--tuned")
+        raise typer.BadParameter(
+            "it is given in place of ADAPTER; name only one.", param_hint="--tuned"
+        )
     if base.model is None:
         fact = "it is compared with its base; name that with --model."
         raise typer.BadParameter(fact, param_hint="--tuned")
@@ -68,7 +70,7 @@ def folder_or_tuned(
 def _require_adapter(option: str, value: str | None) -> None:
     """Refuse an option about the adapter if no adapter is named."""
     if value is not None:
-        raise typer.BadParameter("it is of an ADAPTER; name one.", param_hint=option)
+        raise typer.BadParameter("it is for an ADAPTER; name one.", param_hint=option)
 
 
 # `str.splitlines` would also cut at form feeds, U+2028 and others.
@@ -227,4 +229,6 @@ def require_apart(
                 raise typer.BadParameter(fact, param_hint=option)
     distinct = {output.resolve() for output in outputs.values()}
     if len(distinct) < len(outputs):
-        raise typer.BadParameter("they name one file; name two.", param_hint=" and ".join(outputs))
+        raise typer.BadParameter(
+            "they name the same file; give each its own.", param_hint=" and ".join(outputs)
+        )

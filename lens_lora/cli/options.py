@@ -180,17 +180,20 @@ class ModelOptions(Placement):
     ] = None
     device: Annotated[
         str | None,
-        typer.Option(help="A device by torch's name. Default: the CPU, or accelerate's choice."),
+        typer.Option(
+            help="A device, by its name in torch. Default: the CPU, or accelerate's choice."
+        ),
     ] = None
     device_map: Annotated[
         str | None,
-        typer.Option(help="Spread the model over several devices, as accelerate does: 'auto'."),
+        typer.Option(help="Spread the model over several devices: 'auto' lets accelerate decide."),
     ] = None
     load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="Linear modules in NF4, by bitsandbytes.")
+        bool, typer.Option("--load-in-4bit", help="Load linear modules in NF4, with bitsandbytes.")
     ] = False
     load_in_8bit: Annotated[
-        bool, typer.Option("--load-in-8bit", help="Linear modules in 8 bit, by bitsandbytes.")
+        bool,
+        typer.Option("--load-in-8bit", help="Load linear modules in 8 bits, with bitsandbytes."),
     ] = False
     attn: Annotated[
         Attention,
@@ -227,7 +230,7 @@ class BaseModel(ModelOptions):
         bool | None,
         typer.Option(
             "--bos/--no-bos",
-            help="Whether each text gets a BOS. Default: as the tokenizer does it.",
+            help="Whether each text gets a BOS. Default: what the tokenizer does.",
         ),
     ] = None
 
@@ -261,7 +264,7 @@ class Within:
 
     subfolder: Annotated[
         str | None,
-        typer.Option(help="The adapter's folder within the folder or repository that was named."),
+        typer.Option(help="The adapter's folder within the named folder or repository."),
     ] = None
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of its hub repository.")
@@ -291,8 +294,8 @@ class TunedModel:
             metavar="DIR",
             exists=True,
             file_okay=False,
-            help="Folder of a model that was fine-tuned whole, in place of ADAPTER: what is "
-            "explained is its difference from --model.",
+            help="Folder of a full fine-tune, in place of ADAPTER. Its difference from --model is "
+            "explained.",
         ),
     ] = None
 
@@ -308,6 +311,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress on 
 PromptsFile = Annotated[
     Path | None,
     input_file(
-        "A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, pre."
+        "A .txt file with one prompt per line, or a .jsonl or .csv file with prompt (or messages), "
+        "doc and pre."
     ),
 ]

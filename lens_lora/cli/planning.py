@@ -34,7 +34,9 @@ def plan(
         ),
     ],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of a LoRA on every linear module.")] = 16,
+    rank: Annotated[
+        int, typer.Option(min=1, help="Rank of a LoRA that targets every linear module.")
+    ] = 16,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         typer.Option(
@@ -52,7 +54,9 @@ def plan(
     ] = None,
     devices: Annotated[
         int,
-        typer.Option(min=1, help="Over how many devices it is spread, as device_map='balanced'."),
+        typer.Option(
+            min=1, help="How many devices share the model, as with device_map='balanced'."
+        ),
     ] = 1,
     json: options.JsonOption = None,
 ) -> None:
@@ -168,7 +172,7 @@ def _say_of_devices(planned: _Planned) -> None:
     """Print what each device holds, and each analysis's peak there."""
     devices = planned.base.devices
     factors_of_block = planned.factors / planned.base.sizes.n_layers
-    running.say("Spread over devices, MiB on each; an analysis comes beside weights and LoRA:")
+    running.say("MiB on each device; an analysis takes its part beside the weights and the LoRA:")
     table = Table("", *(f"device {number}" for number in range(len(devices))))
     table.add_row("blocks", *(str(device.blocks) for device in devices))
     at_rest = [device.weights + device.blocks * factors_of_block for device in devices]

@@ -49,10 +49,10 @@ class Questions:
     prompts: PromptsFile = None
     chat: Annotated[
         list[str] | None,
-        typer.Option(help="What a user says, put into the chat template; may be repeated."),
+        typer.Option(help="A user's message, put into the chat template; may be repeated."),
     ] = None
     system: Annotated[
-        str | None, typer.Option(help="The system's message before what --chat says.")
+        str | None, typer.Option(help="A system message that goes before that of --chat.")
     ] = None
     doc: Annotated[
         str | None, typer.Option(help="The answer that was taught, with its leading space.")
@@ -73,7 +73,9 @@ class Questions:
             LensLoraError: a file cannot be read, or two answers are the same.
         """
         if self.system is not None and not self.chat:
-            raise typer.BadParameter("it stands before a --chat; give one.", param_hint="--system")
+            raise typer.BadParameter(
+                "it goes before what --chat says; give --chat as well.", param_hint="--system"
+            )
         if response is not None and (self.doc is not None or self.pre is not None):
             raise typer.BadParameter("give a response, or two answers, not both.")
 

@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from lens_lora.formats.tokenizers import OwnTokenizer
 
 
-_Out = Annotated[Path, typer.Option(dir_okay=False, help="File to write, which ends in .parquet.")]
+_Out = Annotated[
+    Path, typer.Option(dir_okay=False, help="File to write; its name ends in .parquet.")
+]
 _Resume = Annotated[
-    bool, typer.Option(help="Continue what is at --out, or remove it and start over.")
+    bool, typer.Option(help="Continue the results at --out, or remove them and start over.")
 ]
 
 
@@ -54,8 +56,8 @@ def _shard_of(given: str | None) -> tuple[int, int] | None:
 _Shard = Annotated[
     str | None,
     typer.Option(
-        help="i/n: only shard i of n, from 1, such as a task of a Slurm array. `lens-lora gather` "
-        "joins the shards."
+        help="Run only shard i/n, counted from 1, such as a task of a Slurm array. `lens-lora "
+        "gather` joins the shards."
     ),
 ]
 
@@ -67,8 +69,8 @@ def sweep(
     prompts: Annotated[
         Path,
         options.input_file(
-            "JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id; "
-            "response in place of doc and pre for a --readout of it."
+            "A JSONL or CSV file with prompt (or messages, in JSONL), doc, pre and optionally id. "
+            "For a --readout of a response, it has response in place of doc and pre."
         ),
     ],
     out: _Out = Path("results.parquet"),
@@ -82,13 +84,13 @@ def sweep(
     readout: Annotated[
         Literal["margin", "log-prob", "kl"],
         typer.Option(
-            help="margin: of doc and pre. log-prob: of each record's response. kl: of the base and "
-            "the adapted model over the response (by path, add_one and leave_one_out)."
+            help="margin: of doc and pre. log-prob: of each record's response. kl: between the two "
+            "models over the response (for path, add_one and leave_one_out)."
         ),
     ] = "margin",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many prompts are run together.")] = 8,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="How many records to run, from the first.")
+        int | None, typer.Option(min=1, help="How many records to run, counted from the first.")
     ] = None,
     resume: _Resume = True,
     shard: _Shard = None,
@@ -255,14 +257,18 @@ def _remember(
 def _require_result_for(json: Path | None, names: Sequence[str], shard: str | None) -> None:
     """Refuse --json for a sweep with a row for each token, and for a shard."""
     if json is not None and names[0] in BY_TOKEN:
-        raise typer.BadParameter(f"--json: {names[0]} has a row for each token; read --out.")
+        raise typer.BadParameter(
+            f"--json: {names[0]} has a row for each token; read the file at --out."
+        )
     _require_whole(json, shard)
 
 
 def _require_whole(json: Path | None, shard: str | None) -> None:
     """Refuse --json for a shard, which has no result of its own."""
     if json is not None and shard is not None:
-        raise typer.BadParameter("--json: a shard is no result yet; give it to gather.")
+        raise typer.BadParameter(
+            "--json: a shard is not a result yet; give --json to `lens-lora gather`."
+        )
 
 
 def _end(
@@ -305,7 +311,7 @@ def scan(
     out: _Out = Path("scan.parquet"),
     group: Annotated[
         Literal["layer", "site", "kind"],
-        typer.Option(help="What each adapter's values are summed over."),
+        typer.Option(help="The groups over which each adapter's values are summed."),
     ] = "layer",
     resume: _Resume = True,
     shard: _Shard = None,
@@ -314,7 +320,7 @@ def scan(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """First order of every adapter in a folder, from one pass over the base for all of them."""
+    """First order of every adapter in a folder, from a single pass over the base for all."""
     found = folders_in(folder, revision=within.revision, subfolder=within.subfolder)
     folders = list(found.values())
     _require_whole(json, shard)
@@ -369,7 +375,10 @@ def scan(
 
 def gather(
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The --out that all shards had.", dir_okay=False)
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The file that all shards were given as --out.", dir_okay=False
+        ),
     ],
     json: options.JsonOption = None,
 ) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _COMBINED = "A combined adapter that should be the sum of ADAPTER and those after it."
 _WEIGHTS = "Weights of the sum, one for each adapter: 0.7,0.3. Default: 1 each."
-_OTHERS = "More adapters, of which --combined was made."
+_OTHERS = "Further adapters, which were combined with ADAPTER into --combined."
 _to_write = functools.partial(typer.Option, dir_okay=False)
 
 _EXPECT = "A .jsonl file: prompt (or messages), doc, pre, and flips or margin_at_least."
@@ -275,11 +275,13 @@ def _weights_of(
     if combined is None:
         if others:
             raise typer.BadParameter(
-                f"{others[0]!r} is a second adapter; name what they were combined to.",
+                f"{others[0]!r} is a second adapter; name the one into which they were combined.",
                 param_hint="--combined",
             )
         if weights is not None:
-            raise typer.BadParameter("they are those of --combined.", param_hint="--weights")
+            raise typer.BadParameter(
+                "they are those of --combined; give both.", param_hint="--weights"
+            )
         return None
     if weights is None:
         return None

@@ -209,7 +209,7 @@ def test_a_lens_s_own_bound_of_memory_holds():
     case = cases.case("llama", BRIDGE, "raw")
     lens = case.lens.within(1e9)
     assert ll.bank(lens, models.tokens(), MARGIN, progress=False)._lens.max_memory == 1e9
-    with pytest.raises(ll.errors.ArgumentError, match="hf_model beside a lens"):
+    with pytest.raises(ll.errors.ArgumentError, match="hf_model was given with a lens"):
         ll.bank(lens, models.tokens(), MARGIN, hf_model=case.base)
 
 

@@ -115,7 +115,7 @@ def test_files_that_hold_no_bank(tmp_path: Path):
         "damaged": "damaged",
         "text": "not a safetensors file",
         "none": "no such file",
-        "attribution": "holds Attribution and no bank",
+        "attribution": "holds Attribution, not a bank",
     }.items():
         with pytest.raises(ll.errors.LensLoraError, match=words):
             ll.load_bank(tmp_path / name, model)
@@ -365,7 +365,7 @@ def test_shards_of_a_scan_are_gathered(scene, tmp_path: Path, monkeypatch, at_on
     bank.scan(folder, shard=(1, 2), **options)
     pd.testing.assert_frame_equal(ll.gather(out), whole)
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-    with pytest.raises(ll.errors.ArgumentError, match="there is no out"):
+    with pytest.raises(ll.errors.ArgumentError, match="no out= was given"):
         bank.scan(folder, shard=(1, 2), progress=False)
 
 

@@ -48,13 +48,16 @@ SPACES = "Warning: the answers 'w9' and 'w26' do not both begin with a space; is
         (["--prompt", "a", "--nulls", "2"], "random adapters are compared on a margin"),
         (["--prompt", "a", "--max-new-tokens", "0"], "for '--max-new-tokens'"),
         (["--chat", " "], "--chat: it is empty: the user says nothing"),
-        (["--prompt", "a", "--system", "b", *ANSWERS], "--system: it stands before a --chat"),
+        (["--prompt", "a", "--system", "b", *ANSWERS], "--system: it goes before what --chat says"),
         (["--prompt", "a", *ANSWERS, "--nulls", "1"], "at least 2 random adapters"),
         (
             ["--prompt", "a", *ANSWERS, "--report", "/dev/null/x.html"],
             "cannot be made in /dev/null",
         ),
-        (["--prompt", "a"] * 17 + ANSWERS, "17 prompts are too many for one page, 16 at most"),
+        (
+            ["--prompt", "a"] * 17 + ANSWERS,
+            "17 prompts are too many for one page, which holds 16 at most",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options, message):

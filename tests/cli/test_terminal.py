@@ -305,7 +305,7 @@ def test_two_outputs_are_two_files(files, tmp_path):
     arguments = arguments_of("diff", files, tmp_path)
     same = ["--report", str(tmp_path / "x.csv"), "--save", str(tmp_path / "." / "x.csv")]
     result = CliRunner().invoke(cli.app, [*arguments, *same])
-    assert result.exit_code == 2 and "they name one file" in plain(result.stderr)
+    assert result.exit_code == 2 and "they name the same file" in plain(result.stderr)
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ def test_a_command_reads_from_within_a_repository(hub, options, command):
 def test_a_place_without_an_adapter_is_refused(options):
     result = run(cli.app, ["demo", "--subfolder", "x", *options["demo"]])
     said = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", result.stderr)
-    assert result.exit_code == 2 and "it is of an ADAPTER; name one" in " ".join(said.split())
+    assert result.exit_code == 2 and "it is for an ADAPTER; name one" in " ".join(said.split())
 
 
 def test_the_last_checkpoint_of_a_run_has_the_largest_number(files, tmp_path):

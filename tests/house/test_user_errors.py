@@ -227,7 +227,7 @@ REFUSED = {
     "empty prompt of the demo": ("demo", ["--prompt", ""], "a prompt is empty"),
     "no token": ("demo", ["--doc", "zebra"], "'zebra' is not in the vocabulary"),
     "no chat template": ("demo", ["--chat", "w9"], "tokenizer.chat_template is None"),
-    "system alone": ("demo", ["--system", "w9"], "--system.*it stands before a --chat"),
+    "system alone": ("demo", ["--system", "w9"], "--system.*it goes before what --chat says"),
     "no file of prompts": ("explain", ["--prompts", "no.txt"], "'no.txt' does not exist"),
     "other file of prompts": ("explain", ["--prompts", "{files}/base/config.json"],
         r"config.json: expected a file that ends in \.txt, \.jsonl or \.csv"),
