@@ -36,7 +36,8 @@ def edges_report(edges: Edges, *, title: str | None = None) -> str:
     overview: list[Block] = []
     if count > 1:
         overview = [edges_graph(edges, _IN_GRAPH), edges_heatmap(edges)]
-    return page_html(title or name, [_part(edges, prompt) for prompt in range(count)], overview)
+    parts = [_part(edges, prompt) for prompt in range(count)]
+    return page_html(title or name, parts, overview, made_by(edges.meta))
 
 
 def _part(edges: Edges, prompt: int) -> Part:

@@ -66,7 +66,14 @@ def explanation_report(explanations: Sequence[Explained], *, title: str | None =
     numbered = list(enumerate(explanations, start=1))
     parts = [_part(explanation, number) for number, explanation in numbered]
     overview = _overview(numbered) if len(parts) > 1 else []
-    return page.page_html(title or _title(explanations), parts, overview)
+    made_by = {page.made_by(_meta(explanation)) for explanation in explanations}
+    subtitle = made_by.pop() if len(made_by) == 1 else ""
+    return page.page_html(title or _title(explanations), parts, overview, subtitle)
+
+
+def _meta(e: Explained) -> page.Meta:
+    """The names of the model and the adapter."""
+    return e.shifts.meta if isinstance(e, ResponseExplanation) else e.first_order.meta
 
 
 def _title(explanations: Sequence[Explained]) -> str:

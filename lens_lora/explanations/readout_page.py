@@ -25,7 +25,8 @@ def readout_report(e: ReadoutExplanation, *, title: str | None = None) -> str:
         numbers_file = page.Download("prompts.csv", _numbers(e))
         modules = modules_table(e.first_order, _MODULES)
         overview = [*readout_figures(e).values(), modules, _prompts_table(e, count), numbers_file]
-    return page.page_html(title or e.readout, parts, overview)
+    subtitle = page.made_by(e.first_order.meta)
+    return page.page_html(title or e.readout, parts, overview, subtitle)
 
 
 def _part(e: ReadoutExplanation, number: int) -> page.Part:

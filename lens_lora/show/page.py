@@ -290,10 +290,26 @@ def _drawn(blocks: Sequence[Block]) -> list[Block]:
     return drawn
 
 
-def page_html(title: str, parts: Sequence[Part], overview: Sequence[Block] = ()) -> str:
-    """Write a page that needs no network: plotly's script is part of it, once."""
-    plotly = Markup(go.get_plotlyjs())
-    return rendered("page", title=title, parts=parts, overview=overview, plotly=plotly)
+def page_html(
+    title: str, parts: Sequence[Part], overview: Sequence[Block] = (), subtitle: str = ""
+) -> str:
+    """Write a page that needs no network: plotly's script is part of it, once.
+
+    Args:
+        title: what the page is about.
+        parts: what is shown, folded where there are several.
+        overview: what stands before several parts.
+        subtitle: the adapter over its model, which stands below the title of several parts; a
+            single part has a subtitle of its own.
+    """
+    return rendered(
+        "page",
+        title=title,
+        subtitle=subtitle,
+        parts=parts,
+        overview=overview,
+        plotly=Markup(go.get_plotlyjs()),
+    )
 
 
 def rendered(template: str, **values: object) -> str:

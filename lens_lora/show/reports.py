@@ -50,7 +50,7 @@ def margin_report(margin: FactMargin, *, title: str | None = None) -> str:
     if count > 1:
         name = f"Margins on {many(len(margin.doc), 'prompt')}"
     overview: list[Block] = [_margins_table(accounts)] if count > 1 else []
-    return page_html(title or name, parts, overview)
+    return page_html(title or name, parts, overview, made_by(margin.attribution.meta))
 
 
 def _margin_part(margin: FactMargin, prompt: int, account: Account) -> Part:
@@ -128,7 +128,7 @@ def attribution_report(attribution: Attribution, *, title: str | None = None) ->
             modules_table(attribution, _MODULES),
             prompts_table(attribution),
         ]
-    return page_html(title or name, parts, overview)
+    return page_html(title or name, parts, overview, made_by(attribution.meta))
 
 
 def _attribution_part(attribution: Attribution, prompt: int) -> Part:

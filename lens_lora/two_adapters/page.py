@@ -103,9 +103,10 @@ def trainings_report(trainings: Trainings, *, title: str | None = None) -> str:
         overview.append(trainings_table(trainings))
         if trainings.has_same_sites:
             overview += [trainings.plot_modules("moved"), trainings.plot_modules("effect")]
-    return page_html(
-        title or f"{trainings.readout} through {len(parts)} trainings", parts, overview
-    )
+    name = f"{trainings.readout} through {len(parts)} trainings"
+    model = trainings.each[0].meta.get("model", "")
+    runs = ", ".join(trainings.runs)
+    return page_html(title or name, parts, overview, f"{runs} over {model}" if model else runs)
 
 
 def _training_headline(training: Checkpoints) -> Sequence[str]:

@@ -94,6 +94,20 @@ def test_a_page_is_drawn_and_read_on_a_phone_and_in_the_dark(kind: str, tmp_path
     assert 0 < int(dom.partition('data-height="')[2].partition('"')[0]) < 6000
 
 
+SEVERAL = {
+    "explanations": ll.results.Explanations((explanation(), explanation())),
+    "edges": edges(by_position=False),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_a_page_of_several_prompts_names_adapter_and_model(kind: str):
+    """Below its title, before anything that is folded."""
+    above = without_plotly(SEVERAL[kind].report()).partition("<details")[0]
+    under = above.partition('<p class="under">')[2].partition("</p>")[0]
+    assert " over " in under
+
+
 PRINTED = "<script>setTimeout(() => dispatchEvent(new Event('beforeprint')), 5000)</script></body>"
 
 
