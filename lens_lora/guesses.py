@@ -135,7 +135,7 @@ OF_LENS: Mapping[str, str] = _alike(
     ),
     (
         "state_dict named_parameters",
-        "lens.model.state_dict() are the base model's weights, and lens.adapter.modules[path] has "
+        "lens.model.state_dict() has the base model's weights, and lens.adapter.modules[path] has "
         "A, B and scale of the adapter",
     ),
 )
@@ -190,7 +190,7 @@ OF_ADAPTER: Mapping[str, str] = _alike(
 OF_RESULT: Mapping[str, str] = _alike(
     (
         "top_k topk largest head most_important important best strongest",
-        "result.top(k) has the largest entries, where there are some",
+        "result.top(k) has the largest entries, if the result has any",
     ),
     (
         "heatmap show bar draw figure",
@@ -208,7 +208,7 @@ OF_RESULT: Mapping[str, str] = _alike(
     (
         "groupby by_layer per_layer layers mean_by_layer by_module by_kind",
         'result.sum("layer") sums an attribution by layer; result.to_frame().groupby("layer") '
-        "does so of any table with layers",
+        "does so for any table with layers",
     ),
     ("df frame table dataframe", "result.to_frame() is the table"),
     ("to_csv to_parquet to_latex", "result.to_frame() is a pandas table, which has to_csv"),
@@ -228,7 +228,10 @@ OF_RESULT: Mapping[str, str] = _alike(
         "crossing crossover flip flip_point flip_at threshold",
         "result.flip_scale of ll.fact_margin is the strength at which the answer changes",
     ),
-    ("prompts tokens", "result.str_tokens has each prompt's tokens, where it is of prompts"),
+    (
+        "prompts tokens",
+        "result.str_tokens has each prompt's tokens, if the result is about prompts",
+    ),
     (
         "total",
         "result.shift is the whole shift; effects of single modules do not sum to it, and "
@@ -288,7 +291,7 @@ OF_FIGURE: Mapping[str, str] = _alike(
         "suptitle set_title title legend set_xlabel set_ylabel xlabel ylabel",
         'it is a figure of Plotly: figure.update_layout(title="…", xaxis_title="…")',
     ),
-    ("tight_layout", "a figure of Plotly needs none"),
+    ("tight_layout", "a Plotly figure needs no tight_layout"),
 )
 
 OF_FACTORS: Mapping[str, str] = _alike(
@@ -347,8 +350,8 @@ _TWO_ANSWERS = (
 )
 
 _GROUP = (
-    'group says by what, as in result.sum("layer"); result.total is the sum of all values of a '
-    "prompt"
+    'group says what is summed, as in result.sum("layer"); result.total is the sum of all values '
+    "of a prompt"
 )
 
 _LOADING = (
@@ -365,18 +368,18 @@ _KEYWORDS: Mapping[str, str] = _alike(
         'with group="layer" where it is taken',
     ),
     ("device dtype", "device and dtype are chosen where the model is loaded: ll.load(…)"),
-    ("batch_size", "how much is run at a time is bounded by lens.within(max_memory=…)"),
+    ("batch_size", "lens.within(max_memory=…) bounds how much is run at a time"),
     (
         "baseline baselines reference",
         "the baseline is the base model: first order at=0.0 is taken there, and every result has "
         "result.base",
     ),
-    ("verbose", "the bar is not shown with progress=False"),
+    ("verbose", "progress=False hides the bar"),
     ("progress quiet", "it shows no bar, so there is none to silence"),
     (
         "adapter use_adapter with_adapter adapted adapters adapter_name",
-        "a lens is of one adapter, and lens.with_adapter(adapter) of another; where a call takes "
-        "scale=, 0.0 is the base model and 1.0 the adapted one",
+        "a lens has one adapter, and lens.with_adapter(adapter) is a lens of another; where a call "
+        "takes scale=, 0.0 is the base model and 1.0 the adapted one",
     ),
     (
         "names_filter stop_at_layer fwd_hooks",
@@ -645,7 +648,7 @@ def _meant(name: str, remedies: Mapping[str, str], known: Iterable[str]) -> str:
         return f": {remedies[name]}."
     public = [each for each in known if not each.startswith("_")]
     listed = f"; it has {', '.join(public)}." if len(public) <= _LISTED else ""
-    return nearest_or_meant(name, public) or listed or "; dir(…) of it has its names."
+    return nearest_or_meant(name, public) or listed or "; dir(…) lists its names."
 
 
 # A name that is at least this similar is a typing error; a less similar one may be another word.

@@ -135,7 +135,7 @@ VOCABULARY: Sequence[Notion] = (
         "active adapter, set adapter, switch adapter, enable adapter, disable adapter, "
         "delete adapter, adapter disabled, without adapter, base only, adapter on, adapter off, "
         "turn off, toggle",
-        "`with lens.applied():` has the adapter on, outside it is off; scale=0.0 is the base, and "
+        "`with lens.applied():` has the adapter on, else it is off; scale=0.0 is the base, and "
         "lens.with_adapter(other) is the lens of another adapter",
     ),
     Notion(
@@ -161,7 +161,7 @@ VOCABULARY: Sequence[Notion] = (
     Notion(
         "save adapter, save pretrained, write adapter, save lora, adapter state dict, "
         "to safetensors",
-        "adapter.save(folder) writes PEFT's files, of lens.adapter too",
+        "adapter.save(folder) writes PEFT's files, and so does lens.adapter.save(folder)",
     ),
     Notion(
         "dora, rslora, lora plus, vera, ia3, loha, lokr, oft, boft, adalora, ada lora, pissa, "
@@ -173,7 +173,8 @@ VOCABULARY: Sequence[Notion] = (
     Notion(
         "time, timing, profile, speed, duration, latency, benchmark speed, how long",
         "docs/performance.md has the cost of each call, and `lens-lora plan` the memory",
-        "each command says first how long it takes; docs/performance.md has the costs",
+        "`explain`, `diff` and `verify` say first how long they take; docs/performance.md has the "
+        "costs",
     ),
     Notion(
         "worker, parallel, multiprocess, distribute, distributed, job, thread, shard, slurm, "
@@ -187,7 +188,7 @@ VOCABULARY: Sequence[Notion] = (
         "influence function, training data attribution, data attribution, trak, ekfac, "
         "training example, which example, data influence",
         "attribution to training examples is not done here; ll.first_order(lens, prompts, "
-        "readout) is to the adapter's modules",
+        "readout) attributes to the adapter's modules",
     ),
     Notion(
         "rome, memit, knowledge edit, edit fact, edit weight",
@@ -211,7 +212,7 @@ VOCABULARY: Sequence[Notion] = (
     Notion(
         "mean ablation, resample ablation, mean replacement",
         'll.patch_sites(lens, prompts, readout, replace="mean", texts=…), or replace="resample", '
-        "puts what other texts have there in the place of each module's change",
+        "replaces each module's change by what it is on other texts",
     ),
     Notion(
         "ablate, ablation, knockout, knock out, leave one out, zero out, drop module, "
@@ -267,8 +268,8 @@ VOCABULARY: Sequence[Notion] = (
     Notion(
         "input x gradient, gradient activation, grad x act, saliency, gradient, grad, slope, "
         "sensitivity, backward, derivative, influence",
-        "ll.first_order(lens, prompts, readout) is the gradient by each module's strength, and "
-        "ll.gradients(lens, prompts, readout) that by each activation",
+        "ll.first_order(lens, prompts, readout) is the gradient with respect to each module's "
+        "strength, and ll.gradients(lens, prompts, readout) that with respect to each activation",
     ),
     Notion(
         "hessian, curvature, second derivative, interaction, pairwise, cross term, nonlinear, "
@@ -330,8 +331,9 @@ VOCABULARY: Sequence[Notion] = (
     Notion(
         "jvp, forward mode, tangent, jacobian, vjp, reverse mode, jacobian vector, hvp, "
         "hessian vector",
-        "ll.tangents(lens, prompts) is the derivative of every activation by the strength, "
-        "ll.gradients that of the readout by every activation, and g.curvature a product with H",
+        "ll.tangents(lens, prompts) has the derivatives of activations with respect to the "
+        "strength, ll.gradients those of the readout with respect to activations, and g.curvature "
+        "is a product with H",
     ),
     # --- Inside the model
     Notion(
@@ -354,8 +356,8 @@ VOCABULARY: Sequence[Notion] = (
     Notion(
         "steer, steering, steering vector, caa, activation addition, act add, control vector, "
         "add vector, representation engineering, repe, persona vector",
-        "ll.contrast finds a direction, and the adapter that its result makes, or "
-        "ll.Adapter.constant({module: vector}), adds one",
+        "ll.contrast finds a direction, and its result makes an adapter that adds it; "
+        "ll.Adapter.constant({module: vector}) adds any vector",
     ),
     Notion(
         "probe, linear probe, direction, refusal direction, vector, difference mean, mean diff, "
@@ -612,8 +614,8 @@ VOCABULARY: Sequence[Notion] = (
         "explain, explanation, "
         "overview, run, analyse, analyze, analysis, main, interpret, start, visualise, visualize, "
         "view, quickstart, inspect model, everything, gui, app",
-        "ll.explain(lens, prompt, doc, pre).save_report(path) writes a page of all there is to "
-        "know about a prompt",
+        "ll.explain(lens, prompt, doc, pre).save_report(path) writes a page with everything about "
+        "a prompt",
         "`lens-lora explain ADAPTER --prompt P --doc NEW --pre OLD` writes a page, and `lens-lora "
         "diff ADAPTER` needs no prompt",
         is_generic=True,
@@ -622,7 +624,7 @@ VOCABULARY: Sequence[Notion] = (
         "to plotly, matplotlib, seaborn, plot, figure, chart, heatmap, heat map, bar, image, png, "
         "svg, imshow, show, draw, line, "
         "scatter, savefig, graphviz, colormap",
-        "every result draws itself: result.plot() is a figure of plotly, and "
+        "every result draws itself: result.plot() is a Plotly figure, and "
         "figure.write_image(path) writes it",
         "--report FILE of `explain` and `diff` writes a page with the figures",
     ),
@@ -630,7 +632,7 @@ VOCABULARY: Sequence[Notion] = (
         "json, csv, dict, parquet, excel, markdown, latex, dataframe, data frame, to frame, "
         "table, pandas, polars, numpy, array, tensor",
         "result.to_frame() is a pandas table, and result.save(path) writes a file",
-        "--json of most commands prints the numbers",
+        "--json FILE of most commands writes the numbers",
     ),
     Notion(
         "load, pretrained, from pretrained, hub, load lora, load model, load peft, open, "
@@ -648,8 +650,8 @@ VOCABULARY: Sequence[Notion] = (
     ),
     Notion(
         "train, finetune, fine tune, fit, learn, sft",
-        "PEFT and TRL train; ll.ShiftCallback(bank) follows a readout meanwhile",
-        "PEFT and TRL train; `lens-lora checkpoints RUN` reads what a training left",
+        "PEFT and TRL train adapters; ll.ShiftCallback(bank) follows a readout meanwhile",
+        "PEFT and TRL train adapters; `lens-lora checkpoints RUN` reads the checkpoints of a run",
     ),
 )
 
