@@ -10,11 +10,8 @@ Both are compared before they are timed, in turns, in processor seconds.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-
 import torch
-from measuring import MARGIN, median_seconds, text_prompts
+from measuring import MARGIN
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -22,8 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lens_lora as ll
 from lens_lora.demonstration import shipped_adapter
-from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.hosts.build import hooked_model
 
 ADAPTER = "default"
 # Both are float32: their slopes differ by rounding alone.
@@ -76,46 +71,6 @@ def floor_of_demo(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     peft_model = PeftModel.from_pretrained(base, str(shipped_adapter()))
     doc, pre = (tokenizer(word).input_ids[-1] for word in (MARGIN.doc, MARGIN.pre))
     return Floor(peft_model, doc, pre)
-
-
-def floor_table(lengths: Sequence[int], turns: int) -> None:
-    """Print the floor and the public call on one prompt of each length.
-
-    Args:
-        lengths: tokens of the prompt.
-        turns: of both.
-
-    Raises:
-        SystemExit: the two do not give the same numbers.
-    """
-    base, tokenizer = load_embedded(quiet=True)
-    floor = floor_of_demo(copy.deepcopy(base), tokenizer)
-    model, class_name = hooked_model(base, tokenizer)
-    lens = ll.LoraLens(model, ll.load_adapter(shipped_adapter()))
-    print(
-        f"{class_name}, {len(floor.modules)} modules. Medians of {turns} turns after one that is "
-        "not counted.\n"
-    )
-    heads = ("tokens", "by PEFT", "`ll.first_order`", "ratio", "largest difference of a slope")
-    print(f"| {' | '.join(heads)} |")
-    print("| --- | --- | --- | --- | --- |")
-    for tokens in lengths:
-        prompts = text_prompts(lens, 1, tokens)
-        ids = prompts.tokens
-        apart = difference(floor, lens, prompts)
-        seconds = median_seconds(
-            {
-                "floor": lambda ids=ids: floor(ids),
-                "call": lambda prompts=prompts: ll.first_order(lens, prompts, MARGIN),
-            },
-            turns,
-        )
-        ratio = seconds["call"] / seconds["floor"]
-        print(
-            f"| {tokens} | {1e3 * seconds['floor']:.0f} ms | {1e3 * seconds['call']:.0f} ms | "
-            f"{ratio:.2f} | {apart:.0e} |",
-            flush=True,
-        )
 
 
 def difference(floor: Floor, lens: ll.LoraLens, prompts: ll.results.Prompts) -> float:

@@ -41,10 +41,9 @@ import page  # noqa: E402
 from allocator import allocator_table, keeps_memory  # noqa: E402
 from bank import bank_lines  # noqa: E402
 from batches import batch_table  # noqa: E402
-from floors import floor_tables  # noqa: E402
+from floors import floor_tables, peft_table  # noqa: E402
 from growth import growth_tables  # noqa: E402
 from measuring import load, matmul_peak  # noqa: E402
-from peft_floor import floor_table  # noqa: E402
 from prompts import TURNS, prompt_tables  # noqa: E402
 from responses import GROUPS, response_table  # noqa: E402
 from stream import stream_lines  # noqa: E402
@@ -115,7 +114,7 @@ def measure(chosen: argparse.Namespace) -> None:
     elif chosen.growth:
         growth_tables()
     elif chosen.floor:
-        floor_table(chosen.tokens, chosen.turns)
+        peft_table(chosen.tokens, chosen.turns)
     else:
         for name in chosen.classes:
             measure_class(name, chosen)

@@ -16,6 +16,7 @@ products (`core/function/duals.py`), which are cheaper than torch's own.
 
 from __future__ import annotations
 
+import copy
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from measuring import (
     MARGIN,
     backward_to_embeddings,
     largest_spread,
+    median_seconds,
     plain_backward,
     plain_forward,
     seconds_of_turns,
@@ -41,9 +43,11 @@ from works import ANALYSES, Work
 import lens_lora as ll
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.forward import read_logits, read_value
+from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.hosts.build import hooked_model
 
-__all__ = ["floor_tables", "passes_of", "run_passes"]
+__all__ = ["floor_tables", "passes_of", "peft_table", "run_passes"]
 
 FIRST_ORDER = "first_order, with its exact shift"
 KL_SHARES = "kl_shares"
@@ -234,6 +238,50 @@ def floors_of_length(lens: ll.LoraLens, floor: Floor, tokens: int, turns: int) -
         f"{ratio:.2f} times as long (target ≤ {OF_PEFT}). Drawing the {DRAWS} adapters of a null "
         f"test and laying them over the model takes {cells.of(DRAWN)}."
     )
+
+
+def peft_table(lengths: Sequence[int], turns: int) -> None:
+    """Print first order by PEFT and autograd alone, and by the public call, for each length.
+
+    Between them stand the passes of the public call alone, as in the tables above.
+
+    Args:
+        lengths: tokens of the prompt.
+        turns: of each.
+
+    Raises:
+        SystemExit: the two do not give the same numbers.
+    """
+    base, tokenizer = load_embedded(quiet=True)
+    floor = floor_of_demo(copy.deepcopy(base), tokenizer)
+    model, class_name = hooked_model(base, tokenizer)
+    lens = ll.LoraLens(model, ll.load_adapter(shipped_adapter()))
+    work = next(work for work in ANALYSES if work.name == FIRST_ORDER)
+    print(
+        f"{class_name}, {len(floor.modules)} modules. Medians of {turns} turns after one that is "
+        "not counted.\n"
+    )
+    heads = (
+        "tokens",
+        "by PEFT",
+        "the bridge's passes alone",
+        "with updates written",
+        "`ll.first_order`",
+        "of PEFT",
+        "largest difference of a slope",
+    )
+    print(f"| {' | '.join(heads)} |")
+    print(f"|{' --- |' * len(heads)}")
+    for tokens in lengths:
+        prompts = text_prompts(lens, 1, tokens)
+        apart = difference(floor, lens, prompts)
+        three, _ = three_works(lens, prompts, work)
+        works = {PEFT: functools.partial(floor, prompts.tokens), **three}
+        seconds = median_seconds(works, turns)
+        order = (PEFT, "alone", "written", "analysis")
+        cells = [f"{1e3 * seconds[name]:.0f} ms" for name in order]
+        ratio = seconds["analysis"] / seconds[PEFT]
+        print(f"| {tokens} | {' | '.join(cells)} | {ratio:.2f} | {apart:.0e} |", flush=True)
 
 
 def draw_null_adapters(lens: ll.LoraLens) -> None:
