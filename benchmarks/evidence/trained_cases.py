@@ -84,10 +84,10 @@ def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Evaluations:
         docs = [one["doc"] for one in asked]
         pres = [one["pre"] for one in asked]
         margin = margin_between(lens.model, docs, pres, prompts)
-        return Evaluations.bound(lens, prompts, margin, progress=False)
+        return Evaluations(lens.function(prompts, margin, progress=False))
     if all("response" in one for one in asked):
         response = ll.AnswerLogProb([one["response"] for one in asked])
-        return Evaluations.bound(lens, prompts, response, progress=False)
+        return Evaluations(lens.function(prompts, response, progress=False))
     raise ValueError(f"prompts of two kinds in one set: {[sorted(one) for one in asked]}")
 
 

@@ -90,7 +90,7 @@ def kl_agreement(
 
     The keys: `shares` and each split beside the path's; "shares, <split>": the shares beside it.
     """
-    g = Evaluations.bound(lens, prompts, ll.KL(response), progress=False)
+    g = Evaluations(lens.function(prompts, ll.KL(response), progress=False))
     found = ll.kl_shares(lens, prompts, response, scales=(), progress=False)
     shares = found.attribution.per_site.cpu().double()
     splits = {key: PARTS[key](g).cpu().double() for key in SPLITS}

@@ -660,7 +660,7 @@ def _runs(
     It takes one forward and one backward pass, and a forward pass for each end, each control and
     each set of layers.
     """
-    g = Evaluations.bound(lens, contexts, AnswerLogProb(list(words)), progress=False)
+    g = Evaluations(lens.function(contexts, AnswerLogProb(list(words)), progress=False))
     layers = lens.sites.grouped("layer")
     members = lens.sites.indicator(layers)
     by_layer = g.slopes(1.0).cpu().double() @ members.T

@@ -179,7 +179,8 @@ def scale_intruders(
         NumericsError: a logit that is not finite.
     """
     factors = _factors(scales)
-    g = Evaluations.bound(lens, prompts, readout, progress=progress)
+    f = lens.function(prompts, progress=progress)
+    g = Evaluations(f.about(Readout.required(readout)))
     rows = lens.function(texts_or_neutral(lens, texts)).prompts
     require_second_token(rows, "the loss")
     found = intruders(lens, k, threshold, sites=sites, progress=progress)

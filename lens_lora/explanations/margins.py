@@ -99,7 +99,7 @@ def _margin(f: Function, indices: Sequence[int], doc: AnswerLike, pre: AnswerLik
     """The margin between the answers of some prompts, as a function of the gates."""
     f_of_some = f.lens.function(f.prompts.chosen(indices), progress=f.progress)
     margin = margin_between(f.lens.model, doc, pre, f_of_some.prompts)
-    return Evaluations(f_of_some.bound_to(margin))
+    return Evaluations(f_of_some.about(margin))
 
 
 def _label(g: Function) -> str:

@@ -31,7 +31,7 @@ def explained_readout(
         fast: leave out what takes many passes.
         null: how many null adapters to compare with.
     """
-    g = Evaluations(f.bound_to(readout))
+    g = Evaluations(f.about(readout))
     steps = _QUICK_STEPS + (1 if null else 0) + (0 if fast else SLOW_STEPS)
     with tqdm(total=steps, desc="explain", leave=False, disable=not f.progress) as bar:
         quick = _quick(g, null, bar)

@@ -42,8 +42,8 @@ def explained_response(
     """
     lens = f.lens
     progress = f.progress
-    log_p = Evaluations(f.bound_to(AnswerLogProb(response)))
-    kl = Evaluations(f.bound_to(KL(response)))
+    log_p = Evaluations(f.about(AnswerLogProb(response)))
+    kl = Evaluations(f.about(KL(response)))
     most = answer_tokens(fast=fast)
     with tqdm(total=4 if fast else 6, desc="explain", leave=False, disable=not progress) as bar:
         with step(bar, "what both models answer"):

@@ -170,7 +170,10 @@ def constant_part(
     if rows.batch < 2:
         raise PromptError("constants are judged on other texts than their own; give two or more.")
     require_own_tokens(rows)
-    g = None if readout is None else Evaluations.bound(lens, rows, readout, progress=progress)
+    g: Evaluations | None = None
+    if readout is not None:
+        f = lens.function(rows, progress=progress)
+        g = Evaluations(f.about(Readout.required(readout)))
     sums = update_sums(lens, rows, _apart(rows))
     constants = _Constants.of(lens, sums)
     # For each half, the constants of the other half.

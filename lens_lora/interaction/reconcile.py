@@ -215,7 +215,7 @@ def _behaviour(
             remedy="write (prompts, ll.Margin(' Lyon', ' Paris')), say.",
         )
     prompts, readout = question
-    g = Evaluations.bound(lens, prompts, readout, progress=progress)
+    g = Evaluations(lens.function(prompts, readout, progress=progress))
     base, _ = g.ends
     of_adapter = tuple(i for i, site in enumerate(g.lens.sites) if site.adapter == name)
     (on,) = g.lens.sites.indicator({name: of_adapter})

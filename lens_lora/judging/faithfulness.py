@@ -265,7 +265,8 @@ def _held_out(g: Function, test: object) -> Evaluations:
     if not isinstance(test, tuple) or len(test) != 2:
         raise ArgumentError("test: expected (prompts, readout), the pair that is held out.")
     prompts, readout = test
-    return Evaluations.bound(g.lens, prompts, readout, progress=g.progress)
+    f = g.lens.function(prompts, progress=g.progress)
+    return Evaluations(f.about(Readout.required(readout)))
 
 
 def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: int) -> Faithfulness:

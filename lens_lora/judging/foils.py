@@ -57,7 +57,8 @@ def foils(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    g = Evaluations.bound(lens, prompts, readout)
+    f = lens.function(prompts)
+    g = Evaluations(f.about(Readout.required(readout)))
     slopes = g.slopes(0.0)
     first = Attribution.of(g, slopes, method="first_order", at=0.0)
     squares = squared_norms(g)

@@ -119,7 +119,9 @@ def gradients(
         NumericsError: a gradient that is not finite.
     """
     strength = number("at", at)
-    g = Evaluations.bound(lens, prompts, readout, max_memory=max_memory)
+    bounded = lens if max_memory is None else lens.within(max_memory)
+    f = bounded.function(prompts)
+    g = Evaluations(f.about(Readout.required(readout)))
     if strength == 0:
         g.require_slope_at_base()
     _require_one_row_each(g)

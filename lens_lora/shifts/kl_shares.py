@@ -292,9 +292,9 @@ def kl_shares(
 
     # p₀ is not known yet, and the pass of the quadratic does without: it shows f(0).
     reading = readout.reading(lens.model, f.prompts)
-    doubled, base = in_gauge.read_by(readout, reading).pulled_back(_times_fisher, axes)
+    doubled, base = in_gauge.about(readout, reading).pulled_back(_times_fisher, axes)
     # The divergence is held against that f(0).
-    g = Evaluations(f.read_by(readout, held(readout, reading, base)))
+    g = Evaluations(f.about(readout, held(readout, reading, base)))
     # D(0) = 0 by definition.
     g.know(0.0, torch.zeros(reading.batch, dtype=lens.gate_dtype, device=lens.device))
     strengths = [*sorted(given_scales), 1.0]

@@ -312,7 +312,7 @@ def _taught(subject: CardSubject) -> str:
 def _log_p(lens: LoraLens, context: str, says: str) -> tuple[float, float]:
     """Return log p(says | context) of the base and the adapted model. Two forward passes."""
     prompts = lens.prompts(context)
-    g = Evaluations.bound(lens, prompts, AnswerLogProb(says), progress=False)
+    g = Evaluations(lens.function(prompts, AnswerLogProb(says), progress=False))
     before, after = g.ends[:, 0].tolist()
     return before, after
 

@@ -97,7 +97,7 @@ def _measured(lens: LoraLens, expectation: Expectation) -> _Margins:
     try:
         prompts = lens.prompts(expectation.prompt)
         margin = margin_between(lens.model, expectation.doc, expectation.pre, prompts)
-        g = Evaluations.bound(lens, prompts, margin, progress=False)
+        g = Evaluations(lens.function(prompts, margin, progress=False))
     except LensLoraError as error:
         raise PromptError(f"{expectation.where}: {error}") from error
     before, after = g.ends[:, 0].tolist()

@@ -223,7 +223,7 @@ def _values(g: Evaluations, jobs: Sequence[Job], name: str) -> Vector:
 def _function(lens: LoraLens, jobs: Sequence[Job]) -> Evaluations:
     """The function g of these jobs, which remembers its values and slopes at strengths."""
     prompts = lens.prompts(Prompts.joined([job.prompt for job in jobs]))
-    return Evaluations.bound(lens, prompts, _readout(lens, jobs, prompts), progress=False)
+    return Evaluations(lens.function(prompts, _readout(lens, jobs, prompts), progress=False))
 
 
 def _readout(lens: LoraLens, jobs: Sequence[Job], prompts: Prompts) -> Readout:

@@ -187,7 +187,8 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
     adapters = run.adapters
     _require_one_training(adapters)
 
-    g = Evaluations.bound(lens.with_adapter(adapters[0]), prompts, readout, progress=False)
+    f = lens.with_adapter(adapters[0]).function(prompts, progress=False)
+    g = Evaluations(f.about(Readout.required(readout)))
     g.require_slope_at_base()
     # Of a readout inside the model these are the modules before its point, and no others.
     moving = list(g.lens.adapter.modules)

@@ -129,7 +129,7 @@ def _function_of(layout: GateLayout, question: Any, label: str) -> Evaluations:
     readout = question[1]
     if isinstance(readout, KL) and readout.response is None:
         readout = _of_whole_texts(readout, prompts)
-    return Evaluations.bound(layout.lens, prompts, readout, progress=False)
+    return Evaluations(layout.lens.function(prompts, readout, progress=False))
 
 
 def _of_whole_texts(kl: KL, prompts: Prompts) -> KL:

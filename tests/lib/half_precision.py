@@ -228,10 +228,10 @@ def errors_in_floors(
     """[readout × prompt], how far a shift in half precision is off float64's, in noise floors."""
     ratios: list[Tensor] = []
     for readout in readouts:
-        g = Evaluations.bound(low, prompts, readout)
+        g = Evaluations(low.function(prompts, readout))
         floor = g.floor.double()
         with models.lifted():
-            exact = Evaluations.bound(high, prompts, readout).shift
+            exact = Evaluations(high.function(prompts, readout)).shift
         rounded = g.ends[1].double() - g.ends[0].double()
         error = rounded - exact
         ratios.append(error.abs() / floor)

@@ -155,13 +155,13 @@ def test_a_margin_within_rounding_does_not_flip(dtype: torch.dtype, monkeypatch)
     base = models.hf_model("llama", dtype=dtype)
     adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
     lens = ll.LoraLens(list(models.MAKERS.values())[-1](base), adapter)
-    g = Evaluations.bound(lens, models.tokens(batch=3), ll.Margin(5, 9), progress=False)
+    g = Evaluations(lens.function(models.tokens(batch=3), ll.Margin(5, 9), progress=False))
     floor = g.floor.double().numpy()
     near, far = 2 * floor, 5 * floor
     assert batches._flips(g, -far, far) == [True] * 3
     assert batches._flips(g, -far, near) == batches._flips(g, -near, far) == [False] * 3
     assert (
-        batches._flips(Evaluations.bound(lens, models.tokens(), ll.LogProb(5)), -far, far)
+        batches._flips(Evaluations(lens.function(models.tokens(), ll.LogProb(5))), -far, far)
         == [None] * 3
     )
     measured = []

@@ -65,7 +65,7 @@ def test_every_checkpoint_is_peft_s_at_that_strength(found):
 def test_each_checkpoint_has_its_own_noise_floor(found):
     case, readout, result = found
     for k, adapter in enumerate(training(case)):
-        own = Evaluations.bound(case.lens.with_adapter(adapter), models.tokens(), readout)
+        own = Evaluations(case.lens.with_adapter(adapter).function(models.tokens(), readout))
         adapted_noise = own.noise((1.0,), at=1.0)
         assert torch.allclose(result.noise[1 + k], adapted_noise, rtol=1e-6)
         whole = own.noise((1.0,), at=0.0).square() + adapted_noise.square()

@@ -211,7 +211,7 @@ def fact_margin(
     """
     f = lens.function(prompts, progress=progress)
     margin = extensions.margin_between(lens.model, doc, pre, f.prompts)
-    g = Evaluations(f.bound_to(margin))
+    g = Evaluations(f.about(margin))
     return FactMargin.of(g, doc, pre, by)
 
 

@@ -140,9 +140,9 @@ def analysis(
                 lens = lens.within(max_memory)
         f = lens.function(prompts, progress=progress)
         if of_several is None or isinstance(readout, Readout):
-            g = Evaluations(f.bound_to(Readout.required(readout)))
+            g = Evaluations(f.about(Readout.required(readout)))
             return verb(g, *args, **kwargs)
-        questions = [Evaluations(f.bound_to(each)) for each in Readout.listed(readout)]
+        questions = [Evaluations(f.about(each)) for each in Readout.listed(readout)]
         # Whatever the verb would refuse for one readout is refused for several as well.
         bound = inspect.signature(verb).bind(questions, *args, **kwargs)
         bound.apply_defaults()

@@ -26,9 +26,9 @@ def function_of(
     ready = lens.prompts(prompts)
     if response is None:
         f = Function(lens, ready, ready, None, None, progress)
-        return f if readout is None else f.bound_to(readout)
+        return f if readout is None else f.about(readout)
     with_response = lens.prompts(ready, response)
     if readout is None:
         # Each token of the response is drawn from the logits of the token before it.
         return Function(lens, ready, with_response.one_token_earlier(), None, None, progress)
-    return Function(lens, with_response, with_response, None, None, progress).bound_to(readout)
+    return Function(lens, with_response, with_response, None, None, progress).about(readout)

@@ -14,7 +14,7 @@ corners, or with the first slopes.
 A public call makes g in two lines, whatever its arguments are (`@analysis` writes them for most):
 
     f = lens.function(prompts)  # tokenises the prompts, and checks the model
-    g = Evaluations(f.bound_to(readout))  # looks up the readout's tokens, and begins with no number
+    g = Evaluations(f.about(readout))  # looks up the readout's tokens, and begins with no number
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from torch import Tensor
 
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.remembering import ByPrompt, Known, Remembering
-from lens_lora.core.model import LoraLens, by_axes
-from lens_lora.core.readout import PromptsLike, Readout
+from lens_lora.core.model import by_axes
 
 
 class Evaluations(Function):
@@ -42,34 +41,6 @@ class Evaluations(Function):
     Attributes:
         lens, prompts, rows, readout, progress: see `Function`.
     """
-
-    @classmethod
-    def bound(
-        cls,
-        lens: LoraLens,
-        prompts: PromptsLike,
-        readout: Readout,
-        *,
-        max_memory: float | None = None,
-        progress: bool = True,
-    ) -> Evaluations:
-        """Bind g to these prompts, with a memory for one public call.
-
-        Args:
-            lens: the adapter over the model.
-            prompts: strings, conversations, ids, or `Prompts`.
-            readout: what is read of the logits.
-            max_memory: a bound in bytes, in place of that of the lens.
-            progress: whether long calls show a bar.
-
-        Raises:
-            ArgumentError: something that is not a lens, or not a readout.
-            TokenError, PromptError: a readout or prompt that does not fit the model.
-            ModelStateError: the model has changed since the lens was made.
-        """
-        bounded = lens if max_memory is None else lens.within(max_memory)
-        f = bounded.function(prompts, progress=progress)
-        return cls(f.about(Readout.required(readout)))
 
     def __init__(self, g: Function) -> None:
         """Begin an empty memory of g.

@@ -71,7 +71,7 @@ from lens_lora.core.function.logits import logits_at_points
 from lens_lora.core.function.noise import Noise, scale_of_each
 from lens_lora.core.function.own_passes import OwnPasses
 from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
-from lens_lora.core.model import Gauge, LoraLens, by_axes, extensions
+from lens_lora.core.model import Gauge, LoraLens, alone, by_axes, extensions
 from lens_lora.core.model.sites import Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptTokens, Reading, Readout
 from lens_lora.errors import ArgumentError, MissingPartError, require_finite
@@ -722,46 +722,39 @@ class Function:
         chosen = self.prompts.chosen(prompts)
         return Function(self.lens, chosen, reading.rows, self.readout, reading, self.progress)
 
-    @exclusive
-    def about(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
-        """The same prompts with another readout. A `KL` takes one forward pass, of its base.
+    def about(
+        self, readout: Readout | Callable[[Tensor], Tensor], reading: Reading | None = None
+    ) -> Function:
+        """The same prompts with another readout: the one way in which a readout becomes a number.
 
-        The new function begins without a memory.
+        The new function begins without a memory. No pass, unless the readout is a `KL`: it takes
+        one, for the base's distribution.
 
         Args:
             readout: a readout; or a function of what `logits` returns, [row, *slot, vocab], that
                 gives one number for each row.
+            reading: the rows that are run, and how g is read from their logits, where that is known
+                already. By default the readout makes it.
 
         Raises:
             TokenError, ArgumentError: a readout that does not fit the model, or the prompts.
         """
-        return self.bound_to(readout)
 
-    def bound_to(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
-        """The same as `about`, within a public call that has checked the model already.
+        @alone
+        def bound(lens: LoraLens) -> Function:
+            if callable(readout) and not isinstance(readout, Readout):
+                named = Readout.of(readout)
+                read = named.of_logits(lens.model, self.rows.batch)
+                return self._read_as(named, Reading.one_row_each(self.rows, read))
+            if reading is not None:
+                return self._read_as(Readout.required(readout), reading)
+            of_prompts = Readout.required(readout).on(self.prompts)
+            f = cast("Function", of_prompts.reaching(self.of_rows(self.prompts)))
+            return f._read_as(of_prompts, of_prompts.reading_beside(f))
 
-        Args:
-            readout: the readout, as for `about`.
+        return bound(self.lens)
 
-        Raises:
-            TokenError, ArgumentError: as for `about`.
-        """
-        if callable(readout) and not isinstance(readout, Readout):
-            named = Readout.of(readout)
-            read = named.of_logits(self.lens.model, self.rows.batch)
-            reading = Reading.one_row_each(self.rows, read)
-            return self.read_by(named, reading)
-        of_prompts = Readout.required(readout).on(self.prompts)
-        f = cast("Function", of_prompts.reaching(self.of_rows(self.prompts)))
-        return f.read_by(of_prompts, of_prompts.reading_beside(f))
-
-    def read_by(self, readout: Readout, reading: Reading) -> Function:
-        """The same prompts with a readout whose reading of them is known. No pass.
-
-        Args:
-            readout: the readout, for its label and units.
-            reading: the rows that are run, and how g is read from their logits.
-        """
+    def _read_as(self, readout: Readout, reading: Reading) -> Function:
         return Function(self.lens, self.prompts, reading.rows, readout, reading, self.progress)
 
     def with_progress(self, shown: bool) -> Function:

@@ -108,10 +108,10 @@ def test_few_divergences_are_beyond_three_floors(
 def test_the_floor_of_a_divergence_has_the_rounding_of_the_base(monkeypatch: pytest.MonkeyPatch):
     """Of p₀, which is held while p is read: without it the floor is far too low."""
     lens, _ = lenses("llama", torch.bfloat16)
-    floor = Evaluations.bound(lens, ASKED.prompts, ll.KL()).floor
+    floor = Evaluations(lens.function(ASKED.prompts, ll.KL())).floor
     still = functools.partialmethod(lambda self: self.along([1.0]).expand(5, -1))
     monkeypatch.setattr(evaluator.Evaluator, "draws_of_held_base", still)
-    without = Evaluations.bound(lens, ASKED.prompts, ll.KL()).floor
+    without = Evaluations(lens.function(ASKED.prompts, ll.KL())).floor
     assert (floor / without).median() > 1.2
 
 
@@ -150,7 +150,7 @@ def test_the_ends_have_floors_of_their_own():
     logits = lens.logits(ASKED.prompts)[:, -1]
     prompt = int(logits.float().softmax(-1).amax(-1).argmax())
     tokens, readout = ASKED.prompts[prompt][None], ll.LogProb(int(logits[prompt].argmax()))
-    g = Evaluations.bound(lens, tokens, readout)
+    g = Evaluations(lens.function(tokens, readout))
     assert g.ends[1] > -1e-3
     base_noise = g.noise([1.0], at=0.0)
     adapted_noise = g.noise([1.0], at=1.0)
@@ -169,7 +169,7 @@ def test_logits_of_an_adapted_head_are_rounded(monkeypatch: pytest.MonkeyPatch):
         update = {"r": 2, "target_modules": [target], "init_lora_weights": False}
         peft = get_peft_model(copy.deepcopy(base), LoraConfig(**update))
         lens = ll.LoraLens(models.MAKERS[CLS](base), ll.Adapter.from_peft(peft))
-        noise[target] = Evaluations.bound(lens, ASKED.prompts, ASKED.margin).noise([1.0], at=0.0)
+        noise[target] = Evaluations(lens.function(ASKED.prompts, ASKED.margin)).noise([1.0], at=0.0)
     # In units of the rounding of both logits, of which each differs between a draw and its run.
     size = 2.0**-8 * lens.logits(ASKED.prompts)[:, -1, [5, 9]].float().norm() / 2**0.5
     assert 1 / FACTOR < noise["lm_head"].norm() / size < FACTOR
@@ -244,7 +244,7 @@ READOUTS = {
 def test_logits_that_are_read_are_not_rounded(name: str, dtype: torch.dtype):
     """g is that of the final residual, which is rounded, times W_U in float64."""
     lens, _ = lenses("llama", dtype)
-    g = Evaluations.bound(lens, ASKED.prompts, READOUTS[name])
+    g = Evaluations(lens.function(ASKED.prompts, READOUTS[name]))
     finals: list[torch.Tensor] = []
     handle = lens.model.unembed.register_forward_pre_hook(lambda _, given: finals.append(given[0]))
     with torch.no_grad():

@@ -161,7 +161,7 @@ def test_ends_ride_in_passes_that_are_run_anyway(cls: str):
     """g(0) and g(1) beside other gates are those run alone; later gates do not repeat them."""
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
-        alone, riding = (Evaluations.bound(lens, PROMPTS, ll.Margin(5, 9)) for _ in range(2))
+        alone, riding = (Evaluations(lens.function(PROMPTS, ll.Margin(5, 9))) for _ in range(2))
         half = lens.gates(0.5)[None]
         values = riding(half)
         assert torch.allclose(riding.ends, alone.ends, rtol=1e-12)
@@ -191,7 +191,7 @@ def test_the_pass_of_slopes_shows_the_ends(cls: str, name: str, at: float, monke
     """Riding in it, or a pass each but for the one that it is, they are g(0) and g(1) run alone."""
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
-        ends = Evaluations.bound(lens, PROMPTS, READOUTS[name]).ends
+        ends = Evaluations(lens.function(PROMPTS, READOUTS[name])).ends
         found = []
         for bound in (10**6, 0):
             monkeypatch.setattr(memory, "RIDING_TOKENS", bound)
@@ -214,7 +214,7 @@ def test_several_readouts_share_the_passes_of_their_ends(cls: str, monkeypatch):
                 several = ll.first_order(lens, PROMPTS, readouts, at=at, progress=False)
             assert counts.rows == passes * len(PROMPTS)
             for attribution, readout in zip(several, readouts, strict=True):
-                base, adapted = Evaluations.bound(lens, PROMPTS, readout).ends
+                base, adapted = Evaluations(lens.function(PROMPTS, readout)).ends
                 assert torch.allclose(attribution.base, base, rtol=1e-12)
                 assert torch.allclose(attribution.adapted, adapted, rtol=1e-12)
 
@@ -233,8 +233,8 @@ def test_an_end_among_the_points_is_not_run_again(
     monkeypatch.setattr("lens_lora.core.function.many_gates.gated_readout", counted)
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
-        g = Evaluations.bound(lens, PROMPTS, ll.Margin(5, 9))
-        other = Evaluations.bound(lens, PROMPTS, ll.Margin(5, 9))
+        g = Evaluations(lens.function(PROMPTS, ll.Margin(5, 9)))
+        other = Evaluations(lens.function(PROMPTS, ll.Margin(5, 9)))
         base, adapted = (g if known else other).ends
         run.clear()
         points = torch.stack([lens.gates(e) for e in (1.0, 0.5, 0.0, 1.0)])
@@ -245,7 +245,7 @@ def test_an_end_among_the_points_is_not_run_again(
         ends_alone = g(points[[2, 0]])
         assert torch.equal(ends_alone, g.ends)
         assert len(run) == 1
-        half = Evaluations.bound(lens, PROMPTS, ll.Margin(5, 9))(points[1])
+        half = Evaluations(lens.function(PROMPTS, ll.Margin(5, 9)))(points[1])
         assert torch.allclose(values[1], half, rtol=1e-12)
 
 
