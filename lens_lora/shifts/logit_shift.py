@@ -30,8 +30,11 @@ from lens_lora.core import (
     drawing,
     tables,
 )
-from lens_lora.errors import ArgumentError, SiteError, TokenError, require_finite
+from lens_lora.errors import ArgumentError, SiteError, TokenError
 from lens_lora.stream.ranked_tokens import ranked_tokens
+
+# The tokens whose shifts are kept; a slice keeps the whole vocabulary, without a copy of it.
+_Kept = slice | Int[Tensor, " token"]
 
 
 @final
@@ -184,7 +187,7 @@ def logit_shift(
     f = lens.function(prompts, progress=progress)
     f.prompts.require_last_alone("the logit shift")
     ids = _ids(lens, tokens, f.prompts)
-    index = torch.tensor(ids, device=lens.device)
+    index = slice(None) if tokens is None else torch.tensor(ids, device=lens.device)
     derivatives = f.chosen_mode(mode, len(ids))
     strings = lens.vocabulary if tokens is None else tuple(lens.decode(ids))
     if not by_site:
@@ -197,18 +200,14 @@ def logit_shift(
     return _labelled(f, values, lens.sites, ids, strings)
 
 
-def _by_tangents(
-    f: Function, at: float, index: Int[Tensor, " token"]
-) -> Float[Tensor, "batch site token"]:
+def _by_tangents(f: Function, at: float, index: _Kept) -> Float[Tensor, "batch site token"]:
     """A tangent for each site, of which the tokens that are asked for are kept."""
     each_site = f.lens.gates(torch.eye(len(f.lens.sites), dtype=f.lens.gate_dtype))
     tangents = f.tangent(each_site, at, read=lambda tangent: tangent[..., index])
     return tangents.movedim(0, 1)
 
 
-def _by_covectors(
-    f: Function, at: float, index: Int[Tensor, " token"]
-) -> Float[Tensor, "batch site token"]:
+def _by_covectors(f: Function, at: float, index: _Kept) -> Float[Tensor, "batch site token"]:
     """A covector for each token, back through one graph."""
     slopes = f.slopes_of(lambda logits: logits[:, index].T, at)
     return slopes.permute(1, 2, 0)
@@ -221,8 +220,6 @@ def _labelled(
     ids: Iterable[int],
     strings: tuple[str, ...],
 ) -> LogitShift:
-    """The result, whose values must be finite."""
-    require_finite(values, "the logit shift")
     return LogitShift(values, sites, tuple(ids), strings, meta=f.lens.describe(f.prompts))
 
 

@@ -594,3 +594,19 @@ def test_an_odd_index_is_saved(lens: ll.LoraLens, tmp_path):
 )
 def test_other_text_with_braces_is_text(text):
     assert arguments.text("the prompt", text, ll.errors.PromptError) == text
+
+
+# --- numbers that are not finite
+
+
+@pytest.mark.parametrize("broken", [NAN, INF, -INF])
+def test_one_value_that_is_not_finite_is_refused(broken: float):
+    values = torch.zeros(3, 4)
+    values[1, 2] = broken
+    with pytest.raises(ll.errors.NumericsError, match="the tangent is not finite"):
+        ll.errors.require_finite(values, "the tangent")
+
+
+def test_finite_values_whose_sum_overflows_are_taken():
+    largest = torch.finfo(torch.float32).max
+    ll.errors.require_finite(torch.full((3,), largest), "the tangent")
