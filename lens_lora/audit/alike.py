@@ -1,14 +1,14 @@
-"""Logits of texts that begin alike: what they begin with is run once.
+"""Compute logits of texts that begin alike, running their common beginning only once.
 
-1. Texts of which so many first tokens are the same are a group (`alike`). Its opening is as many
-   tokens as all of its texts begin with, and none of them is read.
-2. The opening is one row of a pass with a cache. Its keys and values are copied for each text, and
-   another pass runs the rest of the texts, padded on the right.
+1. Texts whose first eight tokens or more are the same form a group (`alike`). The group's opening
+   is the longest beginning that all its texts share and in which none of them is read.
+2. The opening is run as one row, with a cache. Its keys and values are copied for each text, and a
+   second pass runs the rest of the texts, padded on the right.
 
-The numbers are those of passes without a cache, up to rounding. A cache may be wrong for a model of
-somebody else's, so that whoever asks has seen before that it is right, as `answers_in_step` tells.
+The numbers equal those of passes without a cache, up to rounding. Some models have a faulty cache,
+so callers must know beforehand that the model's cache is right, as `answers_in_step` tells.
 
-Cost of n texts of l tokens, p of which are the opening: p + n (l − p) tokens in place of n l.
+Cost: for n texts of l tokens with an opening of p tokens, p + n (l − p) tokens instead of n l.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lens_lora.core import LoraLens, Prompts
 from lens_lora.errors import require_finite
 from lens_lora.texts.batches import Gated, batches_of, logits_of
 
-# An opening that is shorter does not pay for a pass of its own.
+# The length in tokens below which an opening is not worth a pass of its own.
 _LEAST_OPENING = 8
 
 
@@ -34,9 +34,9 @@ class Alike(NamedTuple):
     """A batch of texts that begin alike.
 
     Attributes:
-        places: of the batch's texts among all.
-        opening: the tokens that all of them begin with; none where the texts are whole.
-        rest: what follows the opening, read where the texts are.
+        places: the index of each of the batch's texts among all texts.
+        opening: the tokens with which all of them begin; empty if nothing is shared.
+        rest: what follows the opening, with the same reads as the texts.
     """
 
     places: list[int]
@@ -45,13 +45,13 @@ class Alike(NamedTuple):
 
 
 def alike(lens: LoraLens, texts: Prompts, most: int, *, has_cache: bool) -> Iterator[Alike]:
-    """Batches of texts that begin alike and are of like length.
+    """Yield batches of texts that begin alike and have similar lengths.
 
     Args:
         lens: the adapter over the model.
-        texts: all of them, each read at some of its tokens.
-        most: the most tokens of a batch, beside the opening.
-        has_cache: whether the model's cache is known to be right; without one nothing is shared.
+        texts: all texts, each of which is read at some of its tokens.
+        most: the most tokens of a batch, not counting the opening.
+        has_cache: whether the model's cache is known to be right; if not, nothing is shared.
     """
     for group in _groups(texts, is_shared=has_cache and not lens.is_hooked()):
         of_group = texts.chosen(group)
@@ -68,7 +68,7 @@ def alike(lens: LoraLens, texts: Prompts, most: int, *, has_cache: bool) -> Iter
 
 
 def _groups(texts: Prompts, *, is_shared: bool) -> list[list[int]]:
-    """The texts whose first tokens are the same, and are not read; the others are one group."""
+    """Group texts with the same first tokens, if these are not read; all others form one group."""
     by_opening: dict[tuple[int, ...], list[int]] = {}
     for i, unread in enumerate(_unread(texts).tolist()):
         opening: tuple[int, ...] = ()
@@ -82,13 +82,13 @@ def _groups(texts: Prompts, *, is_shared: bool) -> list[list[int]]:
 
 
 def _unread(texts: Prompts) -> Int[Tensor, " text"]:
-    """How many tokens of each text stand before the first one that is read."""
+    """Count the tokens of each text before the first one that is read."""
     reads = torch.ones_like(texts.lengths) if texts.reads is None else texts.reads
     return texts.lengths - reads
 
 
 def _length_of_opening(texts: Prompts) -> int:
-    """How many tokens all texts begin with, none of which is read; 0 where they are too few."""
+    """Count the tokens that all texts begin with and do not read; 0 if there are too few."""
     unread = texts.tokens[:, : int(_unread(texts).min())]
     is_same = (unread == unread[:1]).all(0)
     length = int(is_same.long().cumprod(0).sum())
@@ -96,14 +96,14 @@ def _length_of_opening(texts: Prompts) -> int:
 
 
 def logits_after(gated: Gated, texts: Alike) -> Float[Tensor, "row slot vocab"]:
-    """The logits of one model where the texts are read.
+    """Compute the logits of one model at the tokens at which the texts are read.
 
     Args:
-        gated: a lens, and its gates.
-        texts: a batch of `alike`.
+        gated: a lens and its gates.
+        texts: a batch from `alike`.
 
     Raises:
-        NumericsError: a logit that is not finite.
+        NumericsError: a logit is not finite.
     """
     if not len(texts.opening):
         return logits_of(gated, texts.rest)

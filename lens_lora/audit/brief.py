@@ -30,11 +30,11 @@ finds what the adapted model would say elsewhere, each claim with the run that s
    adapter in these layers, and without it in as many randomly drawn ones. The layers are named only
    if removing them undoes at least a fifth more of the rise in log-odds than removing drawn ones.
 
-Cost: text from some 40 openings at two strengths and once with ΔW cut to rank 1, and for the
-candidates' words, in batches with a cache; a forward pass of the base, the adapter and each control
-over the generated text, of which each runs once what several texts begin with; for the claims one
-forward and one backward pass, and a forward pass for each end, each control and each set of layers
-that is left out.
+Cost: generating text from some 40 openings at two strengths and once with ΔW cut to rank 1, and for
+the candidates' words, in batches with a cache; a forward pass of the base, the adapter and each
+control over the generated text, where a beginning that several texts share runs once; for the
+claims one forward and one backward pass, and a forward pass for each end, each control and each set
+of layers that is left out.
 """
 
 from __future__ import annotations
