@@ -125,10 +125,22 @@ def test_the_floors_of_the_evidence_are_those_of_their_blocks():
         assert words.format(cost=cost, alone=alone) in evidence
     (drawn,) = re.findall(r"laying them over the model takes ([\d.]+) F", body)
     assert f"laying them over the model {float(drawn):.1f} F" in evidence
-    for line, words in (("3.9", "{}, {} and {} × | at 8"), ("4.3", "4.3 {}, {} and {} × (block")):
+    for line, words in (
+        ("3.9", "{}, {} and {} × | at 8"),
+        ("4.3", "4.3 the call takes {}, {} and {} × (block"),
+    ):
         block = held[f"{line} · --floor --tokens 8 64 256 --turns 5"]["body"]
         ratios = re.findall(r"ms \| \d+ ms \| ([\d.]+) \|", block)
         assert words.format(*ratios) in evidence
+    block = held["3.9 · --floor --tokens 8 64 256 --turns 5"]["body"]
+    alone: list[str] = []
+    written: list[str] = []
+    for cells in re.findall(r"\| (\d+) ms \| (\d+) ms \| (\d+) ms", block):
+        by_peft, of_passes, with_updates = map(int, cells)
+        alone.append(f"{of_passes / by_peft:.2f}")
+        written.append(f"{with_updates / by_peft:.2f}")
+    said = "written by hooks {}, {} and {} ×, alone {}, {} and {} ×"
+    assert said.format(*written, *alone) in evidence
 
 
 @pytest.mark.parametrize(
