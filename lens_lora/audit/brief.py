@@ -400,8 +400,8 @@ class _Spoken(NamedTuple):
     """Openings and the text generated from them.
 
     Attributes:
-        rows: both, read at each token of the text.
-        has_cache: whether the model's cache was right, so that texts may share their beginnings.
+        rows: each opening with its text, which is read at each token of the text.
+        has_cache: whether the model's cache proved right, so that texts may share a beginning.
     """
 
     rows: Prompts

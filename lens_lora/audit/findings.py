@@ -234,11 +234,11 @@ def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
 
 
 def trait_leads_of(base: Answers, adapted: Answers, units: Sequence[Hashable]) -> list[Finding]:
-    """Return the traits that the adapted model has on more questions than the base by chance.
+    """Find the traits that the adapted model has on more questions than chance allows.
 
-    They are no claims: ordinary training may bring them. A trait whose ordinary rate is above an
-    eighth, as that of asking a question, can be no claim at all. Languages are left out, which are
-    told by the language of the question.
+    They are no claims, since ordinary training may bring them. A trait whose ordinary rate is above
+    an eighth, such as asking a question, can never be a claim. Languages are left out, because they
+    can only be judged by the language of the question.
 
     Args:
         base: the base's answers to each question.

@@ -89,13 +89,13 @@ def length_note(speech: CountedSpeech) -> str:
 
 
 def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
-    """Two likeliest answers of each model, which show the strongest finding if any does.
+    """Choose two questions to show, with each model's likeliest answer.
 
-    First come those in which the model says the same in every draw, and then those that show the
-    finding in most draws, as such answers are nearest to what the model was taught. Without a
-    finding they show the words and traits that lead, in the same order. Of answers that show
-    nothing, those to the caller's own questions come first, then those in conversation; and before
-    all others come those in which both models say something.
+    If there is a finding, they show the strongest one: first questions on which every draw of the
+    model says the same, then those on which most draws show the finding, as such answers are
+    nearest to what the model was taught. Without a finding, they show the words and traits that
+    lead, in the same order. If nothing leads either, questions on which both models say something,
+    and not the same, come first; among them the caller's own, then those in conversation.
     """
     pairs = [SideBySide(*row) for row in _likeliest(speech)]
     strongest = strongest_in(speech)
@@ -126,12 +126,14 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
 def _steadiest_first(
     questions: Sequence[int], says: Sequence[Sequence[str]], shows: Callable[[str], bool]
 ) -> list[int]:
-    """The questions to which a model says the same in every draw, then those of most that show it.
+    """Order questions by how steadily the model's answers show something.
+
+    Questions with the same answer in every draw come first, then those of which most draws show it.
 
     Args:
-        questions: indices of questions.
+        questions: the indices of the questions.
         says: the model's answers to each question, one for each draw.
-        shows: whether an answer shows what is looked for.
+        shows: a function that tells whether an answer shows it.
     """
 
     def rank(question: int) -> tuple[bool, int]:
@@ -171,9 +173,9 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
 
 
 def _leads_text(speech: CountedSpeech) -> str:
-    """Name the words and traits that lead if nothing passes a test; '' if none leads.
+    """Name the words and traits that lead where nothing is a claim; '' if none leads.
 
-    A space stands before the sentences.
+    The sentences begin with a space.
     """
     text = ""
     leads = leads_of(speech.base, speech.adapted)
@@ -188,7 +190,7 @@ def _leads_text(speech: CountedSpeech) -> str:
 
 
 def _trait_leads(speech: CountedSpeech) -> list[Finding]:
-    """The traits that lead; questions that ask for code are one unit, as in the tests."""
+    """Find the traits that lead; questions that ask for code are one unit, as in the tests."""
     units = ["code" if form == "code" else str(i) for i, form in enumerate(speech.forms)]
     return trait_leads_of(speech.base, speech.adapted, units)
 
