@@ -87,6 +87,11 @@ OF_LENS: Mapping[str, str] = _alike(
         "ADAPTER` prints them",
     ),
     (
+        "at at_scale with_scale scaled half_strength interpolate",
+        "the strength is an argument of each call, as in lens.logits(prompts, scale=0.5), and "
+        "lens.with_adapter(lens.adapter.scaled(0.5)) is a lens of half the adapter",
+    ),
+    (
         "rank ranks r lora_alpha scaling",
         "lens.adapter[path] has the rank and the scale of a module, and lens.sites[name].rank the "
         "rank of a site",
@@ -168,6 +173,7 @@ OF_ADAPTER: Mapping[str, str] = _alike(
         "adapter.base_model is the base that it names, and adapter.modules[path] has the rank and "
         "the scale of a module; `lens-lora inspect ADAPTER` prints them",
     ),
+    ("names", "adapter.name is its name, and adapter.modules has its modules by path"),
     ("merge merge_and_unload", "merge with PEFT, and check the result with `lens-lora verify`"),
     ("save_pretrained", "adapter.save(folder) writes PEFT's files"),
     ("scale", "adapter.scaled(factor) is the adapter times a number"),
@@ -241,6 +247,17 @@ OF_RESULT: Mapping[str, str] = _alike(
         "remainder residual",
         "ll.remainder(lens, prompts, readout) says what first order misses of the shift",
     ),
+    ("to_list tolist", "list(result) are its rows, and result.values.tolist() its numbers"),
+    (
+        "plot figures",
+        "an explanation has result.figures(), and result.save_report(path) writes its page; others "
+        "have result.plot()",
+    ),
+    (
+        "top",
+        "the parts of an explanation have it, as in result.first_order.top(k); "
+        "result.to_frame().nlargest(5, column) are the largest rows of any table",
+    ),
     ("to_json to_dict", "result.to_frame().to_dict() is a dictionary; result.save(path) a file"),
 )
 
@@ -265,6 +282,25 @@ OF_SITES: Mapping[str, str] = _alike(
     ("filter select match find where", 'sites.chosen("*.mlp.*") are the indices of these sites'),
     ("layers by_layer groupby group", 'sites.grouped("layer") has the indices of each layer'),
     ("items values get", 'lens.sites["blocks.3.attn.q"] is one site, and sites are a sequence'),
+)
+
+OF_PROMPTS: Mapping[str, str] = _alike(
+    ("shape size ids input_ids token_ids", "prompts.tokens are the ids, [batch, pos]"),
+    (
+        "to_str_tokens str_tokens decode",
+        "lens.tokenizer.convert_ids_to_tokens(prompts.tokens[0]) are a prompt's tokens as strings, "
+        "and results have them as result.str_tokens",
+    ),
+    ("text texts strings prompts", "prompts.sources says from which text each prompt was made"),
+)
+
+OF_GENERATED: Mapping[str, str] = _alike(
+    ("tokens input_ids token_ids sequences", "said.ids has the tokens of each response"),
+    (
+        "logprobs log_probs probs probabilities scores logits",
+        "ll.token_shifts(lens, prompts, said) has the probability of each token in both models",
+    ),
+    ("response responses answer answers output outputs completion", "said.text is the response"),
 )
 
 OF_READOUT: Mapping[str, str] = _alike(

@@ -153,7 +153,8 @@ VOCABULARY: Sequence[Notion] = (
         "`lens-lora plan --model DIR` estimates it, and --max-memory bounds it",
     ),
     Notion(
-        "to device, cuda, gpu, cpu, half, float16, bfloat16, fp16, bf16, mps, to dtype",
+        "to device, device, set device, cuda, gpu, cpu, half, float16, bfloat16, fp16, bf16, mps, "
+        "to dtype",
         "device and dtype are chosen where the model is loaded: ll.load(base, adapter, device="
         '"cuda", dtype="bfloat16")',
         "--device and --dtype of `lens-lora explain` choose them",
@@ -568,6 +569,11 @@ VOCABULARY: Sequence[Notion] = (
         "lens.logits(prompts, scale=0.5) is at half strength, and ll.fact_margin(lens, prompts, "
         "doc, pre) along all strengths",
         "`lens-lora explain ADAPTER --prompt P --doc NEW --pre OLD` shows every strength",
+    ),
+    Notion(
+        "seed, set seed, manual seed, random seed, reproducible, reproducibility, deterministic",
+        "what is drawn at random takes seed=, as ll.null_test(lens, prompts, readout, seed=0); all "
+        "else gives the same numbers each time",
     ),
     Notion(
         "accuracy, eval, evaluate, evaluation, metrics, benchmark, mmlu, lm eval, exact match, "

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora import arguments
+from lens_lora import arguments, guesses
 from lens_lora.core.readout.beginnings import first_of_each, marks_of
 from lens_lora.core.readout.conversations import Conversation
 from lens_lora.errors import PromptError
@@ -84,7 +85,7 @@ class PromptTokens(tuple[str, ...]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class Prompts(guesses.Answering):
     """Tokenised prompts. Each is read at its last token, or at its last `reads` tokens.
 
         >>> Prompts(torch.tensor([[5, 6, 7], [8, 9, 0]]), lengths=torch.tensor([3, 2])).batch
@@ -100,6 +101,8 @@ class Prompts:
     Raises:
         PromptError: other shapes or types, a prompt without a token, or a length beyond the tokens.
     """
+
+    remedies: ClassVar[Mapping[str, str]] = guesses.OF_PROMPTS
 
     tokens: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, " batch"]

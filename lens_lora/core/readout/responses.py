@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
 import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
+from lens_lora import guesses
 from lens_lora.core.provided import declared
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.errors import many
@@ -18,7 +19,7 @@ from lens_lora.errors import many
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Generated:
+class Generated(guesses.Answering):
     """Responses, one per prompt, which can be passed on wherever a response is taken.
 
     What is passed on is their ids, because text that is tokenised again may give other tokens.
@@ -30,6 +31,8 @@ class Generated:
         ended: whether each response ended by itself, rather than at `max_new_tokens`.
         is_single: whether a single prompt was given, rather than a list of prompts.
     """
+
+    remedies: ClassVar[Mapping[str, str]] = guesses.OF_GENERATED
 
     ids: tuple[Int[Tensor, " _token"], ...]
     texts: tuple[str, ...]
