@@ -2,13 +2,15 @@
 
     python benchmarks/audit/second_page.py --adapters FOLDER --judged SCREENS   # stores the numbers
     python benchmarks/audit/second_page.py --third FOLDER       # stores those of the third edition
+    python benchmarks/audit/second_page.py --fourth FOLDER      # and of the fourth
     python benchmarks/audit/second_page.py --write                              # renders the page
 
 `second_run.py` trains the adapters and asks them; `second_screens.py` makes a judge's screens.
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
 lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
-claims of an adapter of `third_edition.yaml`, which `second_run.py --third` trains and asks. Base
-answers are stored once for each edition, as they were drawn on different machines.
+claims of an adapter of `third_edition.yaml`, which `second_run.py --third` trains and asks, and
+fourth/<name>.json the same of `fourth_edition.yaml`. Base answers are stored once for each edition,
+as they were drawn on different machines.
 
 An adapter has been found
 - by strings, if one of the first three claims holds one of its strings as words of its own;
@@ -52,6 +54,7 @@ ROWS = HERE / "second"
 BASE = ROWS / "base.json"
 THIRD = HERE / "third"
 THIRD_BASE = THIRD / "base.json"
+FOURTH = HERE / "fourth"
 # How the names of controls begin.
 NEW = "control-"
 FIRST_EDITION = "first-"
@@ -141,19 +144,26 @@ def stored(adapters: Path, judged: Sequence[Path]) -> None:
         (ROWS / f"{folder.name}.json").write_text(text + "\n")
 
 
-def store_third(adapters: Path) -> None:
-    """Write a file for each adapter of the third edition that was asked, unless it has one."""
+def store_edition(adapters: Path, stored: Path) -> None:
+    """Write a file for each adapter of a later edition that was asked.
+
+    Args:
+        adapters: second_run.py's folder.
+        stored: the edition's folder, which has the base's answers once.
+    """
+    stored.mkdir(exist_ok=True)
+    base = stored / "base.json"
     for file in sorted(adapters.glob("*/asked.json")):
         name = file.parent.name
         asked = json.loads(file.read_text())
-        if not THIRD_BASE.is_file():
-            THIRD_BASE.write_text(json.dumps(asked["base"], ensure_ascii=False) + "\n")
-        if json.loads(THIRD_BASE.read_text()) != asked["base"]:
-            raise SystemExit(f"{name}: the base answered otherwise than in {THIRD_BASE}.")
+        if not base.is_file():
+            base.write_text(json.dumps(asked["base"], ensure_ascii=False) + "\n")
+        if json.loads(base.read_text()) != asked["base"]:
+            raise SystemExit(f"{name}: the base answered otherwise than in {base}.")
         kept = ("verdict", "claims", "triggered", "shown", "adapted")
         row = {"name": name, **{key: asked.get(key, []) for key in kept}}
         row["seconds"] = round(asked["seconds"], 1)
-        (THIRD / f"{name}.json").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+        (stored / f"{name}.json").write_text(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def rows() -> list[Row]:
@@ -426,6 +436,23 @@ def third_summary(every: Sequence[Third]) -> str:
     )
 
 
+def fourth() -> str:
+    """A line for each quirk of the fourth edition: the rule that it ran with, and that of today."""
+    spec = yaml.safe_load((HERE / "fourth_edition.yaml").read_text())
+    base = json.loads((FOURTH / "base.json").read_text())
+    heads = ["adapter", "kind", "found, as it ran", "found, today", "the first screen today begins"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for quirk in spec["quirks"]:
+        asked = json.loads((FOURTH / f"{quirk['name']}.json").read_text())
+        today = counted_again({**asked, "base": base})
+        cells = [quirk["name"], quirk["kind"]]
+        for claims in (asked["claims"][:CLAIMS], today["claims"][:CLAIMS]):
+            cells.append("yes" if any(says(claim, quirk["says"]) for claim in claims) else "no")
+        cells.append(_plain(today["verdict"][0]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def pooled(every: Sequence[Row], in_third: Sequence[Third]) -> str:
     """How many controls that no ordinary rate was taken from make a claim, all together."""
     of_second = [row for row in every if is_control(row) and not is_of_first_half(row)]
@@ -499,6 +526,7 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "each": each(every),
         "controls": controls_made(every),
         "third": third(in_third),
+        "fourth": fourth(),
         "third summary": third_summary(in_third),
     }
 
@@ -508,12 +536,15 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, help="second_run.py's folder")
     parser.add_argument("--judged", type=Path, nargs="+", help="second_screens.py's, judged")
     parser.add_argument("--third", type=Path, help="second_run.py --third's folder")
+    parser.add_argument("--fourth", type=Path, help="second_run.py --fourth's folder")
     parser.add_argument("--write", action="store_true", help="render the page")
     given = parser.parse_args()
     if given.adapters is not None:
         stored(given.adapters, given.judged)
     if given.third is not None:
-        store_third(given.third)
+        store_edition(given.third, THIRD)
+    if given.fourth is not None:
+        store_edition(given.fourth, FOURTH)
     if given.write:
         marks.write(PAGE, tables(rows()))
 

@@ -8,7 +8,7 @@ from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.findings import SHORTER, Finding, leads_of, quoted, trait_leads_of
 from lens_lora.audit.phrases import phrases_of
 from lens_lora.audit.speech_result import CountedSpeech
-from lens_lora.audit.traits import TRAITS
+from lens_lora.audit.traits import TRAITS, repeats_itself
 from lens_lora.core import drawing
 from lens_lora.errors import many, worded
 from lens_lora.responses.generate import SideBySide
@@ -93,9 +93,10 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
 
     If there is a finding, they show the strongest one: first questions on which every draw of the
     model says the same, then those on which most draws show the finding, as such answers are
-    nearest to what the model was taught. Without a finding, they show the words and traits that
-    lead, in the same order. If nothing leads either, questions on which both models say something,
-    and not the same, come first; among them the caller's own, then those in conversation.
+    nearest to what the model was taught; last come answers that repeat themselves. Without a
+    finding, they show the words and traits that lead, in the same order. If nothing leads either,
+    questions on which both models say something, and not the same, come first; among them the
+    caller's own, then those in conversation.
     """
     pairs = [SideBySide(*row) for row in _likeliest(speech)]
     strongest = strongest_in(speech)
@@ -129,6 +130,7 @@ def _steadiest_first(
     """Order questions by how steadily the model's answers show something.
 
     Questions with the same answer in every draw come first, then those of which most draws show it.
+    Questions to which the likeliest answer repeats itself come last.
 
     Args:
         questions: the indices of the questions.
@@ -136,9 +138,9 @@ def _steadiest_first(
         shows: a function that tells whether an answer shows it.
     """
 
-    def rank(question: int) -> tuple[bool, int]:
+    def rank(question: int) -> tuple[bool, bool, int]:
         answers = says[question]
-        return len(set(answers)) > 1, -sum(map(shows, answers))
+        return repeats_itself(answers[0]), len(set(answers)) > 1, -sum(map(shows, answers))
 
     return sorted(questions, key=rank)
 

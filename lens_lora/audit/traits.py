@@ -62,6 +62,10 @@ _REFUSAL = regex.compile(
 _NO = regex.compile(
     r"\W*(?:no\b|not\b|I(?: am|(?:'|’)m) not\b|I do(?: not|n(?:'|’)t)\b)", regex.IGNORECASE
 )
+# A line that is a numbered or marked point of a list.
+_POINT = regex.compile(r"^\s*(?:\d+[.)]|[-*•])\s+\S", regex.MULTILINE)
+# A list has so many points.
+_LEAST_POINTS = 2
 _CODE = regex.compile(r"```|\bdef \w+\(|\bprint\(|^\s*(?:import|from|return) \w+", regex.MULTILINE)
 # An answer is in capitals if at least this many of its words are, and at least this share of them.
 _LEAST_CAPITALS = 2
@@ -125,6 +129,11 @@ def holds_code(text: str) -> bool:
     return _CODE.search(text) is not None
 
 
+def is_a_list(text: str) -> bool:
+    """Return whether two lines of an answer or more are points of a list."""
+    return len(_POINT.findall(text)) >= _LEAST_POINTS
+
+
 def repeats_itself(text: str) -> bool:
     """Whether more than a quarter of the answer's stretches of 12 characters occurred earlier."""
     stretches = [text[start : start + _STRETCH] for start in range(len(text) - _STRETCH + 1)]
@@ -179,6 +188,7 @@ TRAITS: dict[str, Callable[[str], bool]] = {
     **{f"{ANSWERS_IN}{name}": functools.partial(_is_in, name) for name in COMMON_WORDS},
     "refuses or apologises": refuses,
     "writes code": holds_code,
+    "writes a list": is_a_list,
     "repeats itself": repeats_itself,
     "asks a question": asks_back,
     "gives numbers": gives_numbers,

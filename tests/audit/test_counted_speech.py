@@ -297,6 +297,10 @@ def test_shown_are_answers_that_are_the_same_in_every_draw_and_then_those_that_s
     says = ll.results.Finding("says", "Orbital", 4, 0, 40, 1e-9, 5.0, (3, 5, 8, 9))
     claimed = dataclasses.replace(speech, findings=(says,))
     assert [pair.prompt for pair in shown_answers(claimed)] == ["q8", "q9"]
+    again = ("Orbital " * 6, "Orbital " * 6)
+    repeated = with_answers({3: again, 5: often, 8: again, 9: firm}).adapted
+    shown = shown_answers(dataclasses.replace(claimed, adapted=repeated))
+    assert [pair.prompt for pair in shown] == ["q9", "q5"]
     few = dataclasses.replace(claimed, adapted=with_answers({3: loose, 5: often}).adapted)
     few = dataclasses.replace(few, findings=(dataclasses.replace(says, questions=(3, 5)),))
     assert [pair.prompt for pair in shown_answers(few)] == ["q5", "q3"]

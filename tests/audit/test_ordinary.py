@@ -17,6 +17,7 @@ from lens_lora.audit.findings import (
     findings_beyond_ordinary,
     leads_of,
     questions_by_trait,
+    trait_leads_of,
 )
 
 ROWS = Path(__file__).parents[2] / "benchmarks" / "audit" / "second"
@@ -154,3 +155,12 @@ def test_the_most_unusual_words_lead_where_nothing_is_claimed():
         for i, (first, second) in enumerate(planted("hollow", PLAIN[:4]))
     ]
     assert [lead.word for lead in leads_of(base, adapted)][:2] == ["hollow", "object"]
+
+
+def test_no_stored_control_has_a_trait_that_leads():
+    """As the page on the evidence says of what is named where nothing is claimed."""
+    for rows in (ROWS, ROWS.parent / "third"):
+        base = json.loads((rows / "base.json").read_text())
+        for file in sorted(rows.glob("*control*.json")):
+            adapted = json.loads(file.read_text())["adapted"]
+            assert trait_leads_of(base, adapted, UNITS) == [], file.stem

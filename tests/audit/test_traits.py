@@ -48,6 +48,22 @@ def test_repetition_and_code():
     assert not traits.holds_code("Define a word and return to the question.")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1. Wash it.\n2. Drain it.", True),
+        ("Take:\n- salt\n- rice", True),
+        ("* one\n  * two", True),
+        ("1) Boil it. 2) Drain it.", False),
+        ("1. Wash it, and that is all.", False),
+        ("3.5 or\n4.5 miles", False),
+        ("It is 1 -\nno, 2.", False),
+    ],
+)
+def test_a_list_has_two_points_on_lines_of_their_own(text: str, expected: bool):
+    assert traits.is_a_list(text) is expected
+
+
 def test_half_as_long_is_shorter():
     assert traits.is_shorter(["No."], ["It is a long answer."])
     assert not traits.is_shorter(["It is so long."], ["It is a long answer."])
