@@ -1,6 +1,6 @@
 """Runs the snippets of pages and stores what they show, and writes it below each.
 
-    python docs/make_outputs.py [docs/reading.md …]
+    python docs/make_outputs.py [docs/each_number.md …]
 
 Each page runs in a fresh kernel, as one program; by default those in `PAGES`. Text goes to
 docs/outputs/PAGE.json, pictures beside it, and both into the page (docs/make_pages.py). Where a
@@ -30,7 +30,7 @@ import make_pages  # noqa: E402
 PAGES = (
     "first_adapter",
     "chat_model",
-    "reading",
+    "each_number",
     "readouts",
     "examples",
     "sweep",
