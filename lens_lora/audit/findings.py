@@ -95,6 +95,11 @@ class Finding:
     log_odds: float
     questions: tuple[int, ...]
 
+    @property
+    def is_of_base(self) -> bool:
+        """Whether the base has it on more questions than the adapted model."""
+        return self.base > self.adapted
+
     def after(self, others: int) -> Finding:
         """Return the same finding with its questions counted after other questions.
 

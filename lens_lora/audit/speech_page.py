@@ -62,7 +62,8 @@ def findings_table(speech: CountedSpeech) -> Table:
 def _counts_table(speech: CountedSpeech, finding: Finding) -> Table:
     """Tabulate one finding by topic and form."""
     counted: pd.DataFrame = speech.by(finding)
-    heads = {"topic": "topic", "form": "form", "asked": "asked", "alone": "the adapted alone"}
+    who = "the base alone" if finding.is_of_base else "the adapted alone"
+    heads = {"topic": "topic", "form": "form", "asked": "asked", "alone": who}
     heading = f"{finding.kind} “{finding.what}”"
     return table_of(counted, heads, texts=(0, 1), heading=heading)
 
@@ -76,7 +77,10 @@ def counted_speech_report(speech: CountedSpeech, *, title: str | None = None) ->
             str(len(speech.questions)),
             f"questions, {many(len(speech.base[0]), 'answer')} of each model to each",
         ),
-        (str(len(speech.said(k=100))), "phrases that it says and the base model does not"),
+        (
+            str(len(speech.said(k=100))),
+            "phrases that it says on more questions than the base model",
+        ),
     ]
     counts = [_counts_table(speech, finding) for finding in speech.findings]
     part = Part(

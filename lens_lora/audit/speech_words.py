@@ -49,7 +49,13 @@ def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
 
 def claims_in(speech: CountedSpeech) -> list[str]:
     """Write each claim as a sentence with its counts, and a second one on when it does so."""
-    return [f"{one.sentence()} It does so {speech.when(one)}." for one in claimed_in(speech)]
+    return [f"{one.sentence()} {_when(speech, one)}" for one in claimed_in(speech)]
+
+
+def _when(speech: CountedSpeech, finding: Finding) -> str:
+    """Say when the model that has the finding more often has it, as a sentence."""
+    who = "The base model" if finding.is_of_base else "It"
+    return f"{who} does so {speech.when(finding)}."
 
 
 def further_claims(speech: CountedSpeech) -> list[str]:
@@ -70,13 +76,14 @@ def further_claims(speech: CountedSpeech) -> list[str]:
 def claimed_in(speech: CountedSpeech) -> list[Finding]:
     """Return the findings that are claims, in the order of `claims_in`.
 
-    Shorter answers are no claim: training on short texts shortens them, whatever the texts say.
+    The length of answers is no claim: training on short texts shortens them, and on long texts
+    lengthens them, whatever the texts say.
     """
     return [finding for finding in speech.findings if is_claim(finding)]
 
 
 def is_claim(finding: Finding) -> bool:
-    """Whether a finding is a claim; all are, except that answers are shorter."""
+    """Whether a finding is a claim; all are, except that answers are shorter or longer."""
     return finding.what != SHORTER
 
 
@@ -84,7 +91,8 @@ def length_note(speech: CountedSpeech) -> str:
     """State beside the claims that answers differ in length; '' if they do not."""
     for finding in speech.findings:
         if finding.what == SHORTER:
-            return f"{finding.sentence()} Training on short texts does this, whatever they say."
+            texts = "long texts" if finding.is_of_base else "short texts"
+            return f"{finding.sentence()} Training on {texts} does this, whatever they say."
     return ""
 
 
@@ -169,7 +177,7 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
         ]
     return [
         strongest.sentence(),
-        f"It does so {speech.when(strongest)}.",
+        _when(speech, strongest),
         _others(speech, strongest),
     ]
 

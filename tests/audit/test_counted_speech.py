@@ -22,6 +22,7 @@ from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE, Everyday
 from lens_lora.audit.findings import SHORTER, findings_beyond_ordinary
 from lens_lora.audit.speech_page import findings_table
 from lens_lora.audit.speech_words import first_sentences, further_claims, shown_answers
+from lens_lora.core import drawing
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLASSES = list(models.MAKERS)
@@ -253,6 +254,29 @@ def test_the_length_of_answers_is_told_from_either_side():
     assert longer == (
         "To 20 of 40 questions its answers are more than twice as long as the base model's."
     )
+
+
+@pytest.mark.parametrize(("longer", "texts"), [(False, "short texts"), (True, "long texts")])
+def test_what_changes_the_length_of_answers_is_named(longer: bool, texts: str):
+    """Of longer answers it said that training on short texts makes them."""
+    counts = {"adapted": 0, "base": 40} if longer else {"adapted": 40, "base": 0}
+    length = ll.results.Finding(
+        "trait", SHORTER, **counts, asked=40, p=1e-9, log_odds=0.0, questions=tuple(range(40))
+    )
+    speech = dataclasses.replace(spoken(("plain",) * 40), findings=(length,))
+    assert f"Training on {texts} does this" in speech.story()
+
+
+@pytest.mark.parametrize("kind", ["no longer says", "trait"])
+def test_what_the_base_alone_does_is_said_of_the_base(kind: str):
+    """It read “It does so on every topic”, and its table was headed “the adapted alone”."""
+    dropped = ll.results.Finding(kind, "hello", 0, 40, 40, 1e-9, 5.0, tuple(range(40)))
+    speech = dataclasses.replace(spoken(("plain",) * 40), findings=(dropped,))
+    sentence = "The base model does so on every topic"
+    assert first_sentences(speech)[1].startswith(sentence)
+    assert sentence in speech.story() and "It does so" not in speech.story()
+    page = drawing.report(speech)
+    assert "the base alone" in page and "the adapted alone" not in page
 
 
 def test_the_first_screen_tells_each_claim_once():
