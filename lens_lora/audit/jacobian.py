@@ -3,7 +3,8 @@
     J = mean over texts of  1/|T| Σ_{t∈T} Σ_{t' ≥ t} ∂h_last,t' / ∂h_block,t
 
 1. TransformerLens's `JacobianLens` (transformer-lens 3.9 and later, on an unprocessed
-   TransformerBridge) fits J with d_model backward passes over each of a few neutral sentences.
+   TransformerBridge) fits J with d_model / 16 backward passes over 16 copies of each of a few
+   neutral sentences.
 2. J is kept as a file in a folder that the user names, and read from there the next time. The
    file's name is a hash of the base model's weights and configuration, and of whether sentences
    get a BOS.
