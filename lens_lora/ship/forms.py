@@ -239,11 +239,11 @@ def _notes(
     if not any(_Stored.of(name).kind == Q4_K for name in names):
         return
     types = Counter(type_of_rows(weight.W.shape[-1]) for weight in weights.values())
-    others = [f"{count} {kind}" for kind, count in types.items() if kind != Q4_K]
+    others = [f"{count} as {kind}" for kind, count in types.items() if kind != Q4_K]
     if others:
         yield (
-            f"Of {len(weights)} linear weights in Q4_K, {' and '.join(others)} instead, as in "
-            "llama.cpp: their rows are no multiple of 256."
+            f"Of the {len(weights)} linear weights, Q4_K stores {' and '.join(others)} instead, as "
+            "llama.cpp does: their rows are no multiple of 256."
         )
 
 

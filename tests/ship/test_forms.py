@@ -169,8 +169,8 @@ def test_rows_that_fill_no_block_are_as_in_llama_cpp(tmp_path):
     assert types == {"Q5_0", "F16"}
     found = ll.forms(lens_of(base, peft), IDS, ["merged Q4_K"], progress=False)
     assert found.notes == (
-        "Of 14 linear weights in Q4_K, 12 Q5_0 and 2 F16 instead, as in llama.cpp: their rows are "
-        "no multiple of 256.",
+        "Of the 14 linear weights, Q4_K stores 12 as Q5_0 and 2 as F16 instead, as llama.cpp does: "
+        "their rows are no multiple of 256.",
     )
 
 
