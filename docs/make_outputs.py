@@ -89,10 +89,12 @@ def shown(cell: nbformat.NotebookNode) -> tuple[str, bytes | None]:
 
 def store(page: Path) -> None:
     folder = DOCS / "outputs"
+    cells = run(sources(page.read_text(encoding="utf-8")))
+    # A page that fails keeps its pictures, so they go only now.
     for old in folder.glob(f"{page.stem}-*.png"):
         old.unlink()
     found = []
-    for number, cell in enumerate(run(sources(page.read_text(encoding="utf-8"))), start=1):
+    for number, cell in enumerate(cells, start=1):
         text, picture = shown(cell)
         name = f"{page.stem}-{number}.png" if picture else ""
         if picture:

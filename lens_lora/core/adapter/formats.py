@@ -137,8 +137,8 @@ def format_in(folder: Path) -> AdapterFormat | None:
     Raises:
         AdapterError: the folder is an adapter of two formats.
     """
-    found = [known for known in registered() if known.is_in(folder)]
-    names = [known.name for known in found]
+    formats = [each for each in registered() if each.is_in(folder)]
+    names = [each.name for each in formats]
     if all((folder / name).is_file() for name in PEFT_FILES):
         names.append("PEFT's")
     if len(names) > 1:
@@ -146,7 +146,7 @@ def format_in(folder: Path) -> AdapterFormat | None:
             f"{folder}: an adapter of the formats {' and '.join(names)} at once, which may differ",
             remedy="leave the files of one of them in the folder.",
         )
-    return found[0] if found else None
+    return formats[0] if formats else None
 
 
 def registered() -> list[AdapterFormat]:

@@ -124,9 +124,9 @@ def read_adapter(
         subfolder: the folder within it, as for `load_adapter`.
     """
     folder = extensions.folder_of(path, revision, subfolder)
-    known = formats.format_in(folder)
-    if known is not None:
-        return _of_format(known, folder)
+    own_format = formats.format_in(folder)
+    if own_format is not None:
+        return _of_format(own_format, folder)
     config = peft_files.read_config(folder)
     if base_for is None or peft_variants.is_plain_lora(config):
         modules, base = peft_read.read_folder(folder, config)
@@ -145,20 +145,20 @@ def _own_tokenizer_in(folder: Path) -> Path | None:
     return folder if peft_files.own_tokenizer_files(folder) else None
 
 
-def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
+def _of_format(own_format: formats.AdapterFormat, folder: Path) -> Adapter:
     """The adapter of a folder of a registered format, named after the folder."""
     with located(folder):
-        found = known.read(folder)
-        if isinstance(found, Adapter):
-            return found
-        if not isinstance(found, Mapping):
+        updates = own_format.read(folder)
+        if isinstance(updates, Adapter):
+            return updates
+        if not isinstance(updates, Mapping):
             raise AdapterError(
-                f"the format {known.name!r} gave {type(found).__name__}",
+                f"the format {own_format.name!r} gave {type(updates).__name__}",
                 remedy="return updates by module path, {path: ll.LoRAFactors(…)}, or an Adapter.",
             )
         return Adapter(
-            found,
+            updates,
             name=peft_files.name_of(folder),
-            base_model=known.base_model(folder),
+            base_model=own_format.base_model(folder),
             tokenizer_folder=_own_tokenizer_in(folder),
         )

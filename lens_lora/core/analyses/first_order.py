@@ -106,14 +106,16 @@ def _of_several(
     slopes_of: dict[Evaluations, Tensor] = {}
     if shared:
         slopes_of.update(zip(shared, _slopes_of_several(shared, at), strict=True))
-    found: list[Attribution] = []
+    attributions: list[Attribution] = []
     for g in questions:
         if g in slopes_of:
             slopes = slopes_of[g]
-            found.append(Attribution.of(g, slopes, method="first_order", at=at, mode="reverse"))
+            attributions.append(
+                Attribution.of(g, slopes, method="first_order", at=at, mode="reverse")
+            )
         else:
-            found.append(first_order.of(g, **options))
-    return tuple(found)
+            attributions.append(first_order.of(g, **options))
+    return tuple(attributions)
 
 
 class _Options(TypedDict, total=False):

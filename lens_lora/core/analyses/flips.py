@@ -60,8 +60,8 @@ def flip_scales(
         if not wide:
             break
         probes = torch.tensor([crossings[i].probes for i in wide])
-        found = _values_at(g, flipping[wide], probes).numpy()
-        for i, between in zip(wide, found, strict=True):
+        values_at_probes = _values_at(g, flipping[wide], probes).numpy()
+        for i, between in zip(wide, values_at_probes, strict=True):
             crossings[i] = crossings[i].narrowed(between)
 
     flips = torch.full((len(known_values),), float("nan"), dtype=torch.float64)

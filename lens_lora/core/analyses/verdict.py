@@ -96,8 +96,8 @@ def points_at_end(
     curvature_noise: Float[Tensor, " batch"] | None = None,
 ) -> list[Point]:
     """Each prompt's point at ε = 1; the arguments are those of `points_of`."""
-    one = shift.new_ones(1)
-    points = points_of(one, remainder[:, None], shift[:, None], noise, curvature_noise)
+    full_strength = shift.new_ones(1)
+    points = points_of(full_strength, remainder[:, None], shift[:, None], noise, curvature_noise)
     return [point for (point,) in points]
 
 

@@ -88,10 +88,10 @@ def corner_gates(
 
 
 def _require_one(arguments: Mapping[str, object]) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    if len(given) != 1:
+    names = [name for name, value in arguments.items() if value is not None]
+    if len(names) != 1:
         raise ArgumentError(
-            f"corners takes one of which=, on= and off=, and {' and '.join(given) or 'none'} came",
+            f"corners takes one of which=, on= and off=, and {' and '.join(names) or 'none'} came",
             remedy="for each site in turn: g.corners('leave_one_out').",
         )
 

@@ -175,12 +175,12 @@ class Function:
         Raises:
             ArgumentError: anything but a list of finite numbers.
         """
-        given = numbers_of("scales", scales)
-        if not given:
+        strengths = numbers_of("scales", scales)
+        if not strengths:
             raise ArgumentError(
                 "scales=[] asks for nothing", remedy="give at least one strength ε."
             )
-        return self._evaluator.along(given)
+        return self._evaluator.along(strengths)
 
     @property
     def ends(self) -> Float[Tensor, "end=2 batch"]:

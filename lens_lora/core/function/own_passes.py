@@ -312,9 +312,8 @@ class OwnPasses:
             return forward.read_for_slopes(self.lens, self.reading)[:, None]
 
         with _entered(under):
-            values, taps = reverse.go_back(
-                self.lens, self.reading, gates, value, lambda column: visitor, write, primal
-            )
+            passes = reverse.tapped(self.lens, self.reading, gates, write, primal)
+            values, taps = reverse.go_back(passes, value, lambda column: visitor)
         if require_all:
             taps.require_all_seen()
         return values[:, 0]
@@ -348,7 +347,8 @@ class OwnPasses:
         def tokens() -> Float[Tensor, "row token"]:
             return forward.differentiable_tokens(self.lens, self.reading)
 
-        _, taps = reverse.go_back(self.lens, self.reading, gates, tokens, visitor_of)
+        passes = reverse.tapped(self.lens, self.reading, gates)
+        _, taps = reverse.go_back(passes, tokens, visitor_of)
         if require_all:
             taps.require_all_seen()
 

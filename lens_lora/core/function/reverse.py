@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ def slopes_by_value(
         by_value.append(SlopeSums(lens, prompts_of(run), axes))
         return by_value[column].visit
 
-    _, taps = go_back(lens, run, gates, read, visit_of)
+    _, taps = go_back(tapped(lens, run, gates), read, visit_of)
     taps.require_all_seen()
     return by_value
 
@@ -302,27 +303,27 @@ def site_gradients(
         del column
         return visit
 
-    values, taps = go_back(lens, reading, gates, read, visit_of, inject, primal)
+    values, taps = go_back(tapped(lens, reading, gates, inject, primal), read, visit_of)
     taps.require_all_seen()
     return values[:, 0]
 
 
 def go_back(
-    lens: LoraLens,
-    run: Run,
-    gates: Float[Tensor, "*row site"],
+    passes: AbstractContextManager[tuple[Taps, list[Tensor]]],
     read: Callable[[], Float[Tensor, "row value"]],
     visit_of: Callable[[int], Visit],
-    inject: Inject | None = None,
-    primal: Primal | None = None,
 ) -> tuple[Float[Tensor, "row value"], Taps]:
     """Read some values of each row, and go back from each of them, with a visitor for each.
 
     One forward pass, and one backward pass for each value.
+
+    Args:
+        passes: passes with taps, from `tapped`.
+        read: runs the forward pass, and reads the values.
+        visit_of: turns the index of a value into the visitor of its backward pass.
     """
-    value_of = primal or _as_it_is
-    with tapped(lens, run, gates, inject, value_of) as (taps, leaves):
-        values = value_of(read())
+    with passes as (taps, leaves):
+        values = taps.primal(read())
         for column in range(values.shape[1]):
             taps.visit = visit_of(column)
             covector = torch.zeros_like(values)
@@ -375,6 +376,7 @@ class Taps:
 
     Attributes:
         visit: the visitor; it may be replaced between two backward passes.
+        primal: takes the value out of a tensor that carries something beside it.
         unmoved: the names of sites that cannot move what is read, so that no gradient reaches them.
     """
 
@@ -390,7 +392,7 @@ class Taps:
         self._gates = gates
         self._inject = inject
         self._leaves = leaves
-        self._primal = primal
+        self.primal: Primal = primal
         self._seen: set[int] = set()
         self.visit: Visit = lambda *_: None
         self.unmoved: frozenset[str] = frozenset()
@@ -405,9 +407,9 @@ class Taps:
             leaf = written.new_zeros(written.shape).requires_grad_()
             self._leaves.append(leaf)
             written = written + leaf
-        z_alone = fwad.unpack_dual(self._primal(z)).primal.detach()
-        one = z_alone.new_zeros((), dtype=out.dtype).requires_grad_()
-        saved_input: Any = _SavedBeside.apply(one, z_alone)
+        z_alone = fwad.unpack_dual(self.primal(z)).primal.detach()
+        any_leaf = z_alone.new_zeros((), dtype=out.dtype).requires_grad_()
+        saved_input: Any = _SavedBeside.apply(any_leaf, z_alone)
 
         def on_gradient(gradient: Tensor) -> None:
             # It is read through the node: torch 2.6 clears it once the node's tensor is gone.
@@ -455,9 +457,9 @@ class _SavedBeside(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, one: Tensor, z: Tensor) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, z: Tensor) -> Tensor:
         ctx.save_for_backward(z)
-        return one.clone()
+        return leaf.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:

@@ -18,10 +18,10 @@ HOOK_IN = ".hook_in"
 
 def module_at(model: Any, path: str) -> Any:
     """A module by its path; None where the model has none."""
-    found = model
+    module = model
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        module = getattr(module, name, None)
+    return module
 
 
 def modules_in(model: nn.Module, before: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:

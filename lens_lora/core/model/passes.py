@@ -52,8 +52,8 @@ class Rows:
     @classmethod
     def of(cls, prompts: Prompts) -> Rows:
         """Note which tokens belong to the prompt, in rows that a lens runs."""
-        asked = torch.tensor(prompts.asked_lengths)
-        return cls(asked, has_response=prompts.holds_responses)
+        lengths = torch.tensor(prompts.asked_lengths)
+        return cls(lengths, has_response=prompts.holds_responses)
 
     @contextlib.contextmanager
     def told(self, model: nn.Module) -> Generator[None]:

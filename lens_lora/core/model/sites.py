@@ -145,8 +145,8 @@ class Sites(guesses.Answering, tuple[Site, ...]):
         """
         matched = list(match_sites(self, {name: True}))
         if len(matched) > 1:
-            found = first_few([self[index].name for index in matched])
-            fact = f"{name!r} matches {len(matched)} sites; name one of {found}"
+            names = first_few([self[index].name for index in matched])
+            fact = f"{name!r} matches {len(matched)} sites; name one of {names}"
             raise SiteError(f"{fact}, or all of them with sites.chosen({name!r}).")
         return matched[0]
 

@@ -169,10 +169,10 @@ class Prompts(guesses.Answering):
     @property
     def asked_lengths(self) -> list[int]:
         """The number of tokens of each prompt, without a response that follows it in its row."""
-        asked: list[int] = []
+        without_response: list[int] = []
         for source, length in zip(self.sources, self.lengths.tolist(), strict=True):
-            asked.append(length if source.length is None else source.length)
-        return asked
+            without_response.append(length if source.length is None else source.length)
+        return without_response
 
     @property
     def holds_responses(self) -> bool:

@@ -365,11 +365,11 @@ class Picks(abc.ABC):
         """The same sum for some rows, with rows and prompts numbered from 0 anew."""
         chosen_rows = rows.to(self.rows)
         is_in_these = torch.isin(self.rows, chosen_rows)
-        kept = self._chosen(is_in_these.nonzero()[:, 0])
-        prompts, owner = kept.owner.unique(return_inverse=True)
+        picks = self._chosen(is_in_these.nonzero()[:, 0])
+        prompts, owner = picks.owner.unique(return_inverse=True)
         return dataclasses.replace(
-            kept,
-            rows=torch.searchsorted(chosen_rows, kept.rows),
+            picks,
+            rows=torch.searchsorted(chosen_rows, picks.rows),
             owner=owner,
             batch=len(prompts),
         )
