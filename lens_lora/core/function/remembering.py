@@ -163,16 +163,16 @@ class Remembering(Evaluator):
         draws_at = self.known.draws
         if self.reading.holds_base and 0.0 in scales and 0.0 not in draws_at:
             draws_at[0.0] = self.draws_of_held_base()
-        new = [scale for scale in scales if scale not in draws_at]
-        if new:
-            exact = self._unknown(dict.fromkeys([*new, *beside]))
+        undrawn = [scale for scale in scales if scale not in draws_at]
+        if undrawn:
+            unknown = self._unknown(dict.fromkeys([*undrawn, *beside]))
             values, draws = rounding.exact_and_draws(
-                self.lens, self.reading, exact, new, progress=progress
+                self.lens, self.reading, unknown, undrawn, progress=progress
             )
-            self._know_all(exact, values)
-            for scale, drawn in zip(new, draws, strict=True):
-                value = self.known.values[scale].to(drawn)
-                draws_at[scale] = torch.cat([value[None], drawn])
+            self._know_all(unknown, values)
+            for scale, draws_there in zip(undrawn, draws, strict=True):
+                value = self.known.values[scale].to(draws_there)
+                draws_at[scale] = torch.cat([value[None], draws_there])
         return [draws_at[scale] for scale in scales]
 
     def slope_draws(self) -> rounding.Draws:

@@ -185,14 +185,14 @@ def _is_padded(model: Any, tokens: Tensor) -> bool:
     return bool((begins_padded | ends_padded).any())
 
 
-def _of_ids_with_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
+def _of_ids_with_mask(model: Any, encoding: Mapping[str, Any]) -> Prompts:
     """Take ids with their attention mask: each row's own tokens, padded anew on the right."""
     device = home_of(model)
-    if not all(isinstance(given.get(name), Tensor) for name in ("input_ids", "attention_mask")):
+    if not all(isinstance(encoding.get(name), Tensor) for name in ("input_ids", "attention_mask")):
         expected = "tensors of input_ids and attention_mask: tokenizer(…, return_tensors='pt')"
         raise PromptError(f"prompts hold input_ids; expected {expected}.")
-    ids = arguments.integers("input_ids", given["input_ids"], PromptError).to(device)
-    mask = given["attention_mask"].to(device)
+    ids = arguments.integers("input_ids", encoding["input_ids"], PromptError).to(device)
+    mask = encoding["attention_mask"].to(device)
     if ids.ndim != 2 or mask.shape != ids.shape:
         fact = f"input_ids are {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}"
         raise PromptError(f"{fact}; expected [batch, pos] of both.")
