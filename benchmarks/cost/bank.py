@@ -222,6 +222,7 @@ def one_prompt_line(lens: ll.LoraLens) -> None:
     bank.first_order(lens.adapter)
     (reach,) = bank._recorded.reaches
     plan = reach.base.plan_of(lens.adapter)
+    assert not isinstance(plan, ll.LoraLens), "an adapter of plain factors shares a plan"
 
     def products() -> None:
         factors = plan.factors_of(lens.adapter)
