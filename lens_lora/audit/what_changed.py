@@ -543,8 +543,9 @@ def what_changed(
         jacobian: a folder. The last reading is then that of a block at four fifths of the depth,
             through the base model's mean Jacobian from there to the last block. The Jacobian is
             kept in this folder; the first time it is fitted by d_model / 16 backward passes over
-            16 copies of each of two sentences. This needs an unprocessed TransformerBridge of transformer-lens 3.9 or later;
-            elsewhere the reading is without a Jacobian, as its heading shows.
+            16 copies of each of two sentences. This needs an unprocessed TransformerBridge of
+            transformer-lens 3.9 or later; elsewhere the reading is without a Jacobian, as its
+            heading shows.
         progress: whether to show bars.
 
     Raises:
