@@ -159,7 +159,8 @@ def _tensor_table(tensors: tuple[MergedTensor, ...]) -> tables.Table:
     """The tensors that the adapter changes, those that failed first."""
 
     def badness(tensor: MergedTensor) -> tuple[int, float]:
-        return _OUTCOMES.index(tensor.outcome), tensor.ratio
+        # As many digits as are shown, so that equal numbers keep the order of the file.
+        return _OUTCOMES.index(tensor.outcome), round(tensor.ratio, 3)
 
     changed = sorted((tensor for tensor in tensors if tensor.is_changed), key=badness)
     rows = [
