@@ -39,8 +39,8 @@ from lens_lora import registered
 from lens_lora._version import __version__ as __version__
 from lens_lora.core import extensions
 
-# Which names there are, and where they live, is written in __init__.pyi. What these two hold is not
-# typed every day, and is found in them: lens_lora.results, lens_lora.errors.
+# __init__.pyi lists the public names and the modules that define them. Names that are needed less
+# often are found in these two modules: lens_lora.results, lens_lora.errors.
 _MODULES = "errors", "results"
 extensions.DRAWERS.update(registered.DRAWERS)
 extensions.PROVIDERS.update(registered.PROVIDERS)
@@ -79,7 +79,7 @@ def _meant(name: str) -> str:
     if name in dir(core):
         return f"; the core has it: `from lens_lora.core import {name}`."
     meant = nearest_or_meant(name, __all__)
-    # Who has a lens has this module; to import it here would be a circle within the package.
+    # A user who has a lens has imported this module; to import it here would be circular.
     lens = getattr(sys.modules.get("lens_lora.core.model.lens"), "LoraLens", None)
     if lens is not None and name in dir(lens) and not meant.startswith(": "):
         return f"; a lens has it: lens.{name}."
@@ -87,7 +87,7 @@ def _meant(name: str) -> str:
 
 
 def _give_plotly_the_templates() -> None:
-    """For figures of one's own, `template="lens_lora"`; plotly itself is not imported for it."""
+    """Register the template "lens_lora" for a user's own figures, if plotly is imported already."""
     from lens_lora.show import go
 
     go.register_templates()

@@ -1,12 +1,12 @@
 """Start the command line, as `lens-lora` or `python -m lens_lora` (accelerate, torchrun).
 
-1. Before a command begins its work, as while modules are imported, and after it has ended, Ctrl-C
-   ends the process at once, with one line and exit code 130. In between `running.one_line_errors`
-   decides.
-2. A character that the terminal's encoding lacks is replaced by one that looks like it, as a minus
-   sign by '-'.
-3. An error that nobody foresaw prints its traceback and ends with exit code 70: 1 says that a check
-   failed.
+1. Before a command begins its work (while modules are imported), and after it has ended, Ctrl-C
+   ends the process at once, with one line and exit code 130. In between
+   `running.one_line_errors` decides what Ctrl-C does.
+2. A character that the terminal's encoding lacks is replaced by one that looks like it, such as a
+   minus sign by '-'.
+3. An unexpected error prints its traceback and ends with exit code 70, because exit code 1 means
+   that a check failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import traceback
 
 from lens_lora.runs.processes import rank
 
-# What stands for a character that an encoding lacks.
+# The replacement of a character that an encoding lacks.
 _ASCII = {
     "\N{MINUS SIGN}": "-",
     "–": "-",
@@ -46,8 +46,8 @@ def main() -> None:
     """Run the command line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
-        # What is registered first is called last, just before the interpreter takes its handlers
-        # away.
+        # atexit calls the function that was registered first as the last one, just before the
+        # interpreter removes its signal handlers.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     print_in_any_encoding()
 
@@ -55,13 +55,13 @@ def main() -> None:
 
     try:
         app(prog_name="lens-lora")
-    except Exception:  # Whatever it is, it is no answer of a check.
+    except Exception:  # Any error that reaches this line is unexpected.
         traceback.print_exc()
         sys.exit(_NOT_FORESEEN)
 
 
 def print_in_any_encoding() -> None:
-    """Replace what the encodings of stdout and stderr lack, in place of an error."""
+    """Let stdout and stderr replace characters that their encodings lack, instead of failing."""
     codecs.register_error("lens_lora", _replaced)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -69,7 +69,7 @@ def print_in_any_encoding() -> None:
 
 
 def _end(*_signal: object) -> None:
-    """End the process; the first of several says so."""
+    """End the process with exit code 130; of several processes, only rank 0 prints a line."""
     if rank() == 0:
         clear = _CLEAR if os.isatty(2) else b""
         os.write(2, clear + b"Interrupted.\n")
@@ -77,7 +77,7 @@ def _end(*_signal: object) -> None:
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
-    """Return what is written in place of characters that cannot be encoded, and where they end."""
+    """Return the replacement of characters that cannot be encoded, and where they end."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]

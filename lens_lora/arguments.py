@@ -1,7 +1,7 @@
-"""Numbers, words and token ids as callers give them: Python's, numpy's, tensors of one entry.
+"""Checks of the numbers, words and token ids that callers pass.
 
-Nothing is converted that could mean something else: True is no token, "0.5" no gate, 7.5 no id, NaN
-no tolerance.
+Numbers may be Python's, numpy's, or tensors of one entry. Nothing is converted that could mean
+something else: True is not a token, "0.5" not a gate, 7.5 not an id, NaN not a tolerance.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BOOLEAN = bool | np.bool_
 
 
 def one_entry(value: object) -> object:
-    """Make a tensor or array without axes Python's own number; leave all else as it is."""
+    """Convert a tensor or array without axes to a Python number; return anything else as it is."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         return value.item()
     return value
@@ -71,7 +71,7 @@ def numbers_of(name: str, values: object) -> list[float]:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether this is a whole number, and no truth value."""
+    """Whether this is a whole number, and not a truth value."""
     return isinstance(value, numbers.Integral) and not isinstance(value, _BOOLEAN)
 
 
@@ -115,15 +115,15 @@ def word(name: str, value: object, known: Iterable[str]) -> str:
 
 
 def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
-    """Make a tensor of integers int64, in which every id fits and no operation is missing.
+    """Convert a tensor of integers to int64, which holds every id and supports every operation.
 
     Args:
-        what: the values are, for the error.
+        what: how the error message names the values.
         values: as a caller gives them.
         error: the class of the error.
 
     Raises:
-        LensLoraError: of that class, for anything but a tensor of integers.
+        LensLoraError: an error of the given class, for anything but a tensor of integers.
     """
     if not isinstance(values, Tensor):
         raise error(f"{what} are a {type(values).__name__}; expected a tensor of integers.")
@@ -133,30 +133,32 @@ def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
 
 
 def text(what: str, value: str, error: type[LensLoraError]) -> str:
-    """Check that text can be encoded, and is no conversation that was written as a string.
+    """Check that text can be encoded, and is not a conversation that was written as a string.
 
     Args:
-        what: the text is, for the error.
+        what: how the error message names the text.
         value: the text.
         error: the class of the error.
 
     Raises:
-        LensLoraError: of that class.
+        LensLoraError: an error of the given class.
     """
     try:
         value.encode()
     except UnicodeEncodeError as cause:
         half = f"half of a surrogate pair ({value[cause.start : cause.end]!r})"
-        raise error(f"{what} holds {half}, no character; it was cut or decoded wrongly.") from cause
+        raise error(
+            f"{what} holds {half}, which is no character; it was cut or decoded wrongly."
+        ) from cause
     if _parses_as_messages(value):
         raise error(
             f"{what} is a conversation written as a string ({value.strip()[:40]!r} …), whose "
             "braces and quotes would be read as text.",
-            remedy="Pass the messages themselves, json.loads(…) or ast.literal_eval(…) of it; in a "
-            "file `messages`; of an answer what is said alone. If the string is meant as it is, "
-            "pass its token ids.",
-            in_shell="Give what the user says as --chat, or a file with `messages`; of an answer "
-            "what is said alone.",
+            remedy="Pass the messages themselves (json.loads(…) or ast.literal_eval(…) of the "
+            "string), or name them `messages` in a file; for an answer, pass only its text. If the "
+            "string is meant as it is, pass its token ids.",
+            in_shell="Give what the user says as --chat, or a file with `messages`; for an answer, "
+            "give only its text.",
         )
     return value
 
@@ -165,7 +167,7 @@ _ROLE = re.compile(r"""["']role["']\s*:""")
 
 
 def _parses_as_messages(value: str) -> bool:
-    """Whether it is the str or the JSON of messages; only a string that begins so is parsed."""
+    """Whether a string is the str or the JSON of messages; it is parsed only if it begins so."""
     string = value.strip()
     if not string.startswith(("[", "{", "(")) or not _ROLE.search(string):
         return False
@@ -177,14 +179,14 @@ def _parses_as_messages(value: str) -> bool:
 
 
 def _are_messages(value: object) -> bool:
-    """A message, a list of messages or of conversations, or a record that holds `messages`."""
+    """Whether this is a message, messages, conversations, or a record that holds `messages`."""
     if isinstance(value, Mapping):
         return {"role", "content"} <= value.keys() or _are_messages(value.get("messages"))
     return isinstance(value, list | tuple) and bool(value) and all(map(_are_messages, value))
 
 
 def one_per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
-    """The items of a list, one per prompt, or a single one for every prompt.
+    """Check a list of one item per prompt, or repeat a single item for every prompt.
 
     Args:
         noun: 'token' or 'answer', for the error.
@@ -193,7 +195,7 @@ def one_per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any
         expected: what each item should be, for the error.
 
     Raises:
-        TokenError: something else, or another number of items.
+        TokenError: items of another kind, or another number of items.
     """
     if isinstance(items, str) or is_whole(items):
         return [items] * batch

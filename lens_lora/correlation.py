@@ -1,4 +1,4 @@
-"""Correlation of two series of numbers; NaN where there is none."""
+"""The correlation of two series of numbers; NaN where it is not defined."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def correlation(a: _Numbers, b: _Numbers, *, ranked: bool = False, eps: float = 
     """Pearson's correlation; NaN for a single number, or where either series is constant.
 
     Args:
-        a, b: as many numbers each.
-        ranked: whether of the ranks, which is Spearman's.
-        eps: the rounding of the numbers, as a share of the largest.
+        a, b: two series of equal length.
+        ranked: whether the ranks are correlated, which is Spearman's correlation.
+        eps: the rounding error of the numbers, as a share of the largest.
     """
     if len(a) < 2:
         return math.nan

@@ -42,7 +42,7 @@ _M = TypeVar("_M", bound="_Message")
 def is_of_the_system(error: BaseException) -> bool:
     """Whether this is an error of the operating system (a full disk, a file without permission).
 
-    Libraries raise an OSError of their own words as well; that one has no number.
+    Libraries also raise an OSError with words of their own; that one has no error number.
     """
     return isinstance(error, OSError) and error.errno is not None
 
@@ -75,7 +75,7 @@ _OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("lens_lora_options",
 
 @contextlib.contextmanager
 def within_command(options: Mapping[str, str]) -> Generator[None]:
-    """Within the block, messages are for a reader at the command line.
+    """Within the block, messages are worded for a reader at the command line.
 
     Args:
         options: the options of the command, by the argument of Python that each sets.
@@ -88,18 +88,18 @@ def within_command(options: Mapping[str, str]) -> Generator[None]:
 
 
 def worded(in_python: str, in_shell: str) -> str:
-    """The one text for a reader in Python, the other for a reader at the command line."""
+    """Choose the text for the reader: one for Python, the other for the command line."""
     return in_python if _OPTIONS.get() is None else in_shell
 
 
 def named(argument: str) -> str:
-    """An argument as the reader knows it: `max_memory`, or `--max-memory`."""
+    """Name an argument as the reader knows it: `max_memory`, or `--max-memory`."""
     options = _OPTIONS.get() or {}
     return options.get(argument, argument)
 
 
 def setting(argument: str, value: object) -> str:
-    """An argument with its value as the reader writes it: `of='site'`, or `--of site`."""
+    """Write an argument with its value as the reader would: `of='site'`, or `--of site`."""
     option = named(argument)
     if option == argument:
         return f"{argument}={value!r}"
@@ -136,10 +136,10 @@ class _Message(Exception):
 
     def at(self: _M, place: object) -> _M:
         """The same message, which begins with the place that it is about."""
-        moved = copy.copy(self)
-        moved.fact = f"{place}: {self.fact}"
-        moved.args = (moved.fact,)
-        return moved
+        message = copy.copy(self)
+        message.fact = f"{place}: {self.fact}"
+        message.args = (message.fact,)
+        return message
 
 
 # --- Warnings
@@ -201,7 +201,8 @@ class LensLoraError(_Message):
             lambda frame: not frame.filename.startswith(package),
             traceback.extract_tb(self.__traceback__),
         )
-        installed = {"site-packages", "dist-packages"}  # IPython's own frames, and of decorators
+        # The frames of IPython itself, and of decorators, lie in these folders.
+        installed = {"site-packages", "dist-packages"}
         callers = [frame for frame in frames if not installed & {*Path(frame.filename).parts}]
         lines = [f"---> {frame.lineno} {frame.line}" for frame in callers]
         return [*lines, "", f"{type(self).__name__}: {self}"]
@@ -280,10 +281,10 @@ def require_finite(values: Any, what: str) -> None:
 
     Args:
         values: a tensor.
-        what: what they are, for the error.
+        what: how the error message names the values.
 
     Raises:
-        NumericsError: values that are not finite; the error names them.
+        NumericsError: a value is not finite.
     """
     # A sum is finite only if every value is, and takes one pass over them where the test of each
     # takes four. A sum that overflows says nothing, so then each value is tested.

@@ -49,7 +49,8 @@ class Family:
         layer: path of a layer, with `{l}` for its number.
         linears: module name within a layer → the kinds its output rows hold.
         ln1: name within a layer of the norm that attention reads.
-        ln2: … that the MLP reads; the same one in parallel blocks that share it.
+        ln2: name within a layer of the norm that the MLP reads; ln1's in parallel blocks that share
+            one norm.
         ln_final: path of the final norm.
         embed: path of the token embedding.
         norm: LayerNorm or RMS norm.
@@ -103,23 +104,30 @@ class Family:
             return Place(None, (outside[module],), "whole")
         pattern = re.escape(self.layer).replace(re.escape("{l}"), "(0|[1-9][0-9]*)")
         match = re.fullmatch(rf"{pattern}\.(.+)", module)
-        kinds = None if match is None else self._within_layer.get(match[2])
-        if match is None or kinds is None:
+        if match is None:
             return None
-        return Place(int(match[1]), kinds, self.fused if len(kinds) > 1 else "whole")
+        layer = int(match[1])
+        kinds = self._within_layer.get(match[2])
+        if kinds is None:
+            return None
+        layout = self.fused if len(kinds) > 1 else "whole"
+        return Place(layer, kinds, layout)
 
     @property
     def _within_layer(self) -> dict[str, tuple[str, ...]]:
+        """The kinds of every module of a layer, by its name within the layer."""
         norms = {self.ln2: "ln2", self.ln1: "ln1", **self.other_norms}
-        return {**{name: (kind,) for name, kind in norms.items()}, **self.linears}
+        kinds_of_norms = {name: (kind,) for name, kind in norms.items()}
+        return {**kinds_of_norms, **self.linears}
 
     def every_path(self) -> tuple[str, ...]:
         """Every module's path, those of a layer with '{l}' for its number."""
         outside = (self.embed, self.pos_embed, self.embed_norm, self.ln_final, *HEADS)
-        return (*filter(None, outside), *(f"{self.layer}.{name}" for name in self._within_layer))
+        within_layer = [f"{self.layer}.{name}" for name in self._within_layer]
+        return (*filter(None, outside), *within_layer)
 
     def linear_paths(self, n_layers: int) -> list[str]:
-        """The path of every linear module of so many layers."""
+        """The path of every linear module of a model with n_layers layers."""
         paths: list[str] = []
         for index in range(n_layers):
             layer = self.layer.format(l=index)
@@ -155,14 +163,14 @@ class Family:
 class BridgedFamily(Family):
     """The linear modules, embeddings and norms of one unprocessed TransformerBridge.
 
-    What processed weights alone need, such as the norm that a module reads, is not known. Nor is
-    whether a norm or a factor follows what attention and MLPs write, or which tokens experts take
-    out of their rows: what depends on it takes the careful way.
+    What only processed weights need, such as the norm that a module reads, is not known. Neither is
+    whether a norm or a factor follows the outputs of attention and MLPs, or which tokens experts
+    take out of their rows: code that depends on it assumes the general case.
 
     Attributes:
         places: path → place.
-        homes: (layer, kind) → what the names of its hook points begin with; where it has none, its
-            own name in the bridge.
+        homes: (layer, kind) → the beginning of the names of its hook points; for a module without
+            hook points, its own name in the bridge.
         turned: kinds whose weight is stored as [in, out].
         shared: path → another path of the same module.
     """
@@ -176,15 +184,15 @@ class BridgedFamily(Family):
 
     @property
     def is_probed(self) -> bool:
-        """All of its places were read from the model."""
+        """True, as all of its places were read from the model."""
         return True
 
     def place(self, module: str) -> Place | None:
         """The place of a module, or None where the model has no such module."""
         if module in self.shared:
             raise ModelStateError(
-                f"{module} and {self.shared[module]} are one module. PEFT adapts it in one of its "
-                f"places, a hook in both. Leave it out: adapter.without_modules({module!r})."
+                f"{module} and {self.shared[module]} are one module. PEFT adapts it in one of the "
+                f"two places, a hook in both. Leave it out: adapter.without_modules({module!r})."
             )
         return self.places.get(module)
 
@@ -193,7 +201,7 @@ class BridgedFamily(Family):
         return list(self.places)
 
     def norm_path(self, layer: int, kind: str) -> str | None:
-        """None: where no norm is folded, none is asked for."""
+        """None: nobody asks for a norm in a model in which no norm is folded."""
 
     def stores_transposed(self, kind: str) -> bool:
         """Whether a module of this kind holds its weight as [in, out]."""
@@ -342,7 +350,7 @@ def known_family(architecture: str | None) -> Family | None:
 
 
 def listed_family(hf_model: Any) -> Family | None:
-    """The entry of a Hugging Face model; None where it has none, or is built otherwise.
+    """The entry of a Hugging Face model; None if it has none, or is built differently.
 
     An entry says what follows what in the residual stream. An OPT that normalises after each branch
     has no last norm, and one whose embedding is narrower than its stream projects it.
@@ -359,7 +367,11 @@ def listed_family(hf_model: Any) -> Family | None:
 
 
 def find_family(architecture: str | None) -> Family:
-    """The same, for a hooked model that needs the entry."""
+    """The family of an architecture, for a hooked model that needs its entry.
+
+    Raises:
+        ModelStateError: the architecture has no entry.
+    """
     family = known_family(architecture)
     if family is None:
         known = itertools.chain.from_iterable(family.architectures for family in FAMILIES)
@@ -374,7 +386,7 @@ def find_family(architecture: str | None) -> Family:
 
 
 def outside_layer(kind: str, n_layers: int) -> int:
-    """The layer of what lies outside the blocks: −1, or after the last.
+    """The layer number of a module outside the blocks: −1 before them, n_layers after the last.
 
     Args:
         kind: the kind of the module.

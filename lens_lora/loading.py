@@ -69,11 +69,14 @@ def load_base(name: str, how: Placement | None = None, *, of_adapter: bool = Fal
     how = how or Placement()
     how.require_packages()
     if how.device is not None:
-        # So a wrong device is reported before anything is loaded.
+        # A wrong device is reported before anything is loaded.
         moved(torch.empty(0), how.device)
     _require_decoder(name, of_adapter=of_adapter)
     options = _options(how)
-    remedy, in_shell = _to_fetch(name) if of_adapter and not Path(name).exists() else ("", "")
+    remedy = ""
+    in_shell = ""
+    if of_adapter and not Path(name).exists():
+        remedy, in_shell = _to_fetch(name)
     fact = f"{name}: transformers cannot load its weights"
     with _read_by_transformers(name, fact, remedy, in_shell):
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=of_adapter, **options)
@@ -85,7 +88,7 @@ def load_base(name: str, how: Placement | None = None, *, of_adapter: bool = Fal
 
 
 def _require_decoder(name: str, *, of_adapter: bool) -> None:
-    """Check, by its config alone, that this is a causal language model, and no adapter."""
+    """Check, by its config alone, that this is a causal language model and not an adapter."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if (Path(name) / CONFIG).is_file():
@@ -135,7 +138,7 @@ def config_of(name: str, *, fetches: bool) -> Any:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this is the name of a hub repository, and of no folder on this machine."""
+    """Whether this is the name of a hub repository, and not a folder on this machine."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -146,7 +149,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _to_fetch(name: str) -> tuple[str, str]:
-    """Say what to do about a base that the adapter alone names: in Python, and in the shell."""
+    """Say how to fetch a base that only the adapter names: in Python, and in the shell."""
     fact = "The adapter names it as its base"
     return (
         f"{fact}; to fetch it, pass it: ll.load({name!r}, adapter).",
@@ -189,9 +192,10 @@ def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | No
     try:
         return model.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError, ValueError) as error:
-        # The first two are of torch, the last of transformers.
+        # The first two errors are raised by torch, the last by transformers.
         wanted = " and ".join(repr(str(item)) for item in (device, dtype) if item is not None)
-        raise ModelStateError(f"{wanted} cannot be used: {str(error).splitlines()[0]}") from error
+        cause = str(error).splitlines()[0]
+        raise ModelStateError(f"{wanted} cannot be used: {cause}") from error
 
 
 def _options(how: Placement) -> dict[str, Any]:
@@ -342,9 +346,9 @@ def load(
 def _remedy_for_a_wrapped_base(base: nn.Module) -> Generator[None]:
     """Within the block, an error over a base that a lens has wrapped before says what to do.
 
-    A TransformerBridge puts modules of its own into the model. Of some architectures a second one
-    can be made of the result; of others (OPT that normalises after each branch, CodeGen, GPT-2) it
-    finds no module where the adapter has one, or another one.
+    A TransformerBridge puts modules of its own into the model. For some architectures, a second
+    bridge can be made of such a model. For others (OPT that normalises after each branch, CodeGen,
+    GPT-2), the second bridge lacks a module that the adapter names, or finds a wrong one there.
     """
     is_wrapped = any(
         type(module).__module__.startswith("transformer_lens") for module in base.modules()
@@ -408,10 +412,10 @@ def tokenizer_beside(adapter: Adapter, base: PreTrainedModel, tokenizer: Any) ->
 
 
 def base_beside(host: str, base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel | None:
-    """The base, where a lens over this class of hooked model needs it as well; else None.
+    """The base if a lens over this class of hooked model needs it as well, else None.
 
-    A HookedTransformer does not keep all that trained biases and modules are compared with. A
-    TransformerBridge wraps the base itself.
+    Trained biases and modules are compared with those of the base, and a HookedTransformer does not
+    keep all of them. A TransformerBridge wraps the base itself.
     """
     if host != "HookedTransformer":
         return None
@@ -466,8 +470,9 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
     if model is None or isinstance(model, str | Path):
         from lens_lora.demonstration.embedded import place_of
 
-        found = base_by_name(None if model is None else str(model), named)
-        return load_base(place_of(found), how, of_adapter=found.of_adapter)
+        model_name = None if model is None else str(model)
+        base_name = base_by_name(model_name, named)
+        return load_base(place_of(base_name), how, of_adapter=base_name.of_adapter)
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise ModelStateError(
             f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "

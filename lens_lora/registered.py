@@ -1,13 +1,14 @@
-"""The one list of what registers with the core, and where, read without imports.
+"""The list of all modules that register something with the core; reading it imports none of them.
 
 Each module is named as a string, and imported when what it registers is first looked for. A new
-module of figures or of words is added to the line of its folder.
+module of figures or of words is added to the entry of its folder.
 """
 
 from __future__ import annotations
 
-# For the results of each folder: the modules that draw them, and say what they say. An instance is
-# drawn by those of its own class and of all base classes, so that those of the core are always in.
+# For the results of each folder: the modules that draw them and put them into words. An instance is
+# drawn by the modules of its own class and of all its base classes, so the core's are always among
+# them.
 DRAWERS: dict[str, tuple[str, ...]] = {
     "lens_lora.core": (
         "lens_lora.show.reprs",
@@ -64,7 +65,7 @@ GATHERED = {
     "scan": "lens_lora.banks.scan:gathered",
 }
 
-# Where a file finds the classes of results that it names.
+# The modules in which the reader of a result's file looks for the class that the file names.
 RESULTS = ["lens_lora.results"]
 
 # Modules of formats/ that read adapters of another format than PEFT's, by `@adapter_format`.

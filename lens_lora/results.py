@@ -1,8 +1,8 @@
 """The results of analyses: frozen numbers with labels, as tables, files, figures and pages.
 
-Each class stands beside the function that returns it, or here where several do. All of them are
-attributes of this package, each imported from its module at its first use; `__init__.pyi` says
-where they live.
+Each class is defined beside the function that returns it. All of them are attributes of this
+module, and each is imported from its own module at its first use; `results.pyi` says where they
+are defined.
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ import importlib
 from pathlib import Path
 
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
-_HOMES = {
-    alias.name: f"lens_lora.{node.module}"
-    for node in _STUB.body
-    if isinstance(node, ast.ImportFrom)
-    for alias in node.names
-}
+
+
+def _modules_by_class() -> dict[str, str]:
+    """The module of each class, as the stub file imports them."""
+    modules: dict[str, str] = {}
+    for node in _STUB.body:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                modules[alias.name] = f"lens_lora.{node.module}"
+    return modules
+
+
+_HOMES = _modules_by_class()
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

@@ -1,4 +1,4 @@
-"""Every class of results, and where it lives: what `lens_lora/results/__init__.py` imports."""
+"""Every class of results, and where it is defined: what `lens_lora/results.py` imports."""
 
 from .audit.brief import Brief as Brief
 from .audit.brief import Claim as Claim

@@ -6,13 +6,13 @@
 A change is taken back at the end of its span, whatever interrupts it. A Ctrl-C may fall between any
 two lines, also into those that take a change back.
 
-1. The way back is registered before the way in, twice. It may run when nothing was changed yet, and
-   again when all is back; `contextlib.ExitStack` goes on to the second where the first is
-   interrupted.
-2. A span whose end was never reached, as the interrupt fell just before it, stays listed as open in
-   its thread, and whoever began earlier closes it (`open_spans`, `close_but`).
-3. Nothing waits in a suspended generator, whose end would come at a moment of the garbage
-   collector's choice, in the middle of another span.
+1. Before a change is made, the function that takes it back is registered, twice. It must be able to
+   run when nothing was changed yet, and again when everything is back. If its first run is
+   interrupted, `contextlib.ExitStack` goes on to the second.
+2. A span whose end was never reached, because the interrupt came just before it, stays listed as
+   open in its thread, and a span that began earlier closes it (`open_spans`, `close_but`).
+3. Nothing waits in a suspended generator: the garbage collector would end it at a moment of its own
+   choice, in the middle of another span.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _R = TypeVar("_R")
 class Temporary(contextlib.ExitStack):
     """A change for a span of time: `with Temporary(change):` calls change(span).
 
-    What that registered is taken back at the end of the block. What `change` returns is bound by
+    What `change` registered is taken back at the end of the block. What it returns is bound by
     `as`. `enter_context` and `push` are those of ExitStack.
 
     Attributes:
-        about: what the span is about, where others look for it among `open_spans`.
+        about: the object that the span changes, by which others find it among `open_spans`.
     """
 
     about: object = None
@@ -95,7 +95,7 @@ _OPEN = _Open()
 
 
 def _forget(span: weakref.ref[Temporary]) -> None:
-    """Take a span off the list of open ones, and others that are gone."""
+    """Remove a span from the list of open ones, and with it those that no longer exist."""
     ended = span()
     if ended is not None:
         ended._is_open = False
@@ -109,7 +109,7 @@ def open_spans() -> list[Temporary]:
 
 
 def close_but(others: Collection[Temporary]) -> None:
-    """Close the open spans of this thread but for these, the newest first."""
+    """Close the open spans of this thread except these, the newest first."""
     for span in reversed(open_spans()):
         if span not in others:
             span.close()

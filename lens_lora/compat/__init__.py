@@ -1,10 +1,10 @@
 """Private names of other libraries, and changes of those libraries for a span of time.
 
-Every private name that the package touches stands in this folder, in one function that says why;
-each has a test in `tests/house/test_compat.py` that fails when the name is gone. Changes of other
-libraries are taken back at the end of a span (`spans.py`). Beside these stands what is a fact of
-another library and of no model: which modules are linear, what a component wraps, and in which
-order a product takes its operands.
+Every private name that the package uses is in this folder, in one function that says why; each has
+a test in `tests/house/test_compat.py` that fails when the name is gone. Changes of other libraries
+are taken back at the end of a span (`spans.py`). The folder also holds facts about other libraries
+that belong to no single model: which modules are linear, what a component wraps, and in which order
+a product takes its operands.
 """
 
 from lens_lora.compat.caches import (

@@ -10,9 +10,9 @@ from lens_lora.errors import ModelStateError
 
 
 def cached_tokens(cache: Any) -> int:
-    """How many tokens of each row a key-value cache holds, of transformers or transformer-lens.
+    """The number of tokens that a key-value cache of transformers or transformer-lens holds a row.
 
-    Neither class says so for the other, and transformer-lens has no method for it.
+    The two libraries have no common method for it, and transformer-lens has none at all.
 
     Raises:
         ModelStateError: a cache of another kind.
@@ -31,9 +31,10 @@ def cached_tokens(cache: Any) -> int:
 
 
 def cached_mask(cache: Any) -> Tensor | None:
-    """Return which tokens in a cache of transformer-lens are no padding, [row, cached].
+    """Return which tokens in a cache of transformer-lens are not padding, [row, cached].
 
-    None for another cache: transformers' classes hold no mask, and each pass brings the whole one.
+    It is None for other caches: transformers' classes hold no mask, and each pass brings a whole
+    one.
     """
     mask = getattr(cache, "previous_attention_mask", None)
     return mask if isinstance(mask, Tensor) else None

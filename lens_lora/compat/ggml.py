@@ -11,9 +11,9 @@ from lens_lora.errors import ModelStateError
 
 
 def ggml_library() -> Path | None:
-    """The library of ggml that llama-cpp-py-sync brings; None if it is not installed.
+    """The library of ggml that comes with llama-cpp-py-sync; None if it is not installed.
 
-    The package has llama.cpp's interface in Python, without that of ggml, which quantises.
+    The package's Python interface covers llama.cpp, but not ggml, which quantises.
     """
     package = importlib.util.find_spec("llama_cpp_py_sync")
     if package is None or package.origin is None:
@@ -23,11 +23,11 @@ def ggml_library() -> Path | None:
 
 
 def quantised_by_ggml(values: Any, kind: int, bytes_of_row: int) -> Any:
-    """The data of a weight in a type of GGUF, as llama.cpp makes them.
+    """The bytes of a weight in a type of GGUF, as llama.cpp makes them.
 
     Args:
         values: [row, in], a contiguous array of float32, whose rows are whole blocks of the type.
-        kind: the number of the type, one that needs no importance of its columns.
+        kind: the number of the type; it has to be one that needs no importance matrix.
         bytes_of_row: how many bytes a row takes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The hooked models of transformer-lens: whose a hook is, and what a bridge's components hold."""
+"""The hooked models of transformer-lens: who put a hook there, and what a bridge's parts hold."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _CAPTURING = "transformers.utils.output_capturing"
 
 
 def hook_function(hook: Any) -> object:
-    """The function that a hook of torch calls, where TransformerLens wrapped a user's; else itself.
+    """The user's function inside TransformerLens's wrapper of it, or a hook that is not wrapped.
 
-    A hook point keeps handles of its wrappers and not what they call (before 3.9). None of what a
-    library hangs on by itself: a bridge wires some points to others, and transformers leaves hooks
-    that only look, once a model has shown its hidden states.
+    Before 3.9, a hook point keeps handles of its wrappers, but not the functions that they call. It
+    is None for hooks that a library adds by itself: a bridge wires some points to others, and
+    transformers leaves hooks that only read, once a model was asked for its hidden states.
     """
     module = str(getattr(hook, "__module__", ""))
     if not module.startswith("transformer_lens"):
@@ -32,15 +32,17 @@ def hook_function(hook: Any) -> object:
 
 
 def calls(hook: Any, fn: object) -> bool:
-    """Whether a registered hook is this function, or a closure over it: TransformerLens' wrapper.
+    """Whether a registered hook is this function, or TransformerLens's wrapper, a closure over it.
 
-    A user's own may be anything that can be called: a partial, an object, a builtin, a closure
-    whose cells are empty.
+    A user's hook may be any callable: a partial, an object, a builtin, a closure with empty cells.
     """
     if hook is fn:
         return True
-    for cell in (hook.__closure__ or ()) if isinstance(hook, FunctionType) else ():
-        try:  # at every pass for every hook, so without the dictionary below
+    if not isinstance(hook, FunctionType):
+        return False
+    for cell in hook.__closure__ or ():
+        # This runs for every hook at every pass, so it does not build the table of `_cells_of`.
+        try:
             if cell.cell_contents is fn:
                 return True
         except ValueError:
@@ -49,7 +51,7 @@ def calls(hook: Any, fn: object) -> bool:
 
 
 def _cells_of(fn: object) -> dict[str, object]:
-    """The variables that a function closes over, by name, but for cells that are empty."""
+    """The variables that a function closes over, by name, except those whose cells are empty."""
     cells: dict[str, object] = {}
     if not isinstance(fn, FunctionType):
         return cells
@@ -60,7 +62,7 @@ def _cells_of(fn: object) -> dict[str, object]:
 
 
 def is_processed(bridge: Any) -> bool:
-    """Whether a TransformerBridge's compatibility mode processed the weights; nothing else says."""
+    """Whether a TransformerBridge's compatibility mode processed the weights."""
     return bool(getattr(bridge, "_weights_processed", False))
 
 
@@ -70,7 +72,7 @@ def uses_processed_weights(component: Any) -> bool:
 
 
 def processed_weight(component: Any, name: str) -> Tensor | None:
-    """A weight that a bridge's component holds itself, and no module registers as a parameter.
+    """A weight that a bridge's component holds without registering it as a parameter.
 
     Args:
         component: an MLP of a bridge.
@@ -82,7 +84,8 @@ def processed_weight(component: Any, name: str) -> Tensor | None:
 def processed_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The processed weights that a module of a bridge holds itself, by the names of attributes."""
     attributes = vars(module)
-    # The names alone first: thousands of modules have dozens of attributes each, and none of these.
+    # Only names are compared at first: thousands of modules have dozens of attributes each, and
+    # hardly any of these.
     names = [name for name in attributes if name.startswith("_processed_")]
     return {name: attributes[name] for name in names if isinstance(attributes[name], Tensor)}
 
@@ -93,16 +96,16 @@ def unwrapped(module: Any) -> Any:
 
 
 def wraps_nothing(module: Any) -> bool:
-    """Whether it is a bridge's component for a module that the model does without."""
+    """Whether this is a bridge's component for a module that the model does not have."""
     is_component = type(module).__module__.startswith("transformer_lens")
     return is_component and getattr(module, "original_component", module) is None
 
 
 def keep_rows_at_last_norms(bridge: Any) -> None:
-    """Let norms behind an OPT's branches see [batch, pos, d], and pass on the same.
+    """Let the norms after an OPT's branches read and write [batch, pos, d].
 
-    A bridge takes the norm before the MLP for one within the part that OPT computes on flattened
-    positions. In an OPT that normalises after each branch it is not, and a hook there would hand
+    A bridge assumes that the norm of the MLP is within the part that OPT computes on flattened
+    positions. In an OPT that normalises after each branch it is not, and a hook there would pass
     flattened positions to the next block.
     """
     if getattr(bridge.original_model.config, "do_layer_norm_before", True):
@@ -113,7 +116,7 @@ def keep_rows_at_last_norms(bridge: Any) -> None:
 
 
 def complete_codegen(bridge: Any) -> None:
-    """Give each attention of a CodeGen what a bridge looks for in it.
+    """Give each attention of a CodeGen the attributes that a bridge looks for in it.
 
     transformers 4 kept a table of positions and √d_head in every attention. transformers 5 has one
     table for the whole model, and the reciprocal of √d_head.
@@ -131,21 +134,21 @@ def complete_codegen(bridge: Any) -> None:
 
 
 def scale_at_hook_out(component: Any) -> float:
-    """The factor by which a bridge's embedding is larger at `hook_out` than what it passes on.
+    """The factor between the value at `hook_out` of a bridge's embedding and what it passes on.
 
-    Granite multiplies its embedding outside of the module; nothing public says that the hook point
+    Granite multiplies its embedding outside of the module; nothing public tells that the hook point
     shows the product.
     """
     return float(getattr(component, "_output_contribution_scale", 1.0))
 
 
 def can_norm_per_head(attention: Any) -> bool:
-    """Whether `normed_per_head` knows what this version of a bridge does."""
+    """Whether `normed_per_head` works with this version of a bridge."""
     return hasattr(attention, "_apply_ln1_per_head")
 
 
 def normed_per_head(attention: Any, copies: Tensor) -> Tensor:
-    """The copies of the residual in a bridge's attention, normed as after their last hook point."""
+    """The copies of the residual in a bridge's attention, normed as it does after their hooks."""
     if attention._captured_pre_ln_residual is None:
         return copies
     return attention._apply_ln1_per_head(copies)

@@ -12,35 +12,35 @@ from lens_lora.spans import Temporary
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear module or an embedding of Hugging Face's."""
+    """Whether this is a linear module or an embedding of Hugging Face's."""
     return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear module, which holds its weight as [in, out]."""
+    """Whether this is GPT-2's linear module, which holds its weight as [in, out]."""
     return type(module).__name__ == "Conv1D"
 
 
 def gated(experts: Any, hidden: Tensor) -> Tensor:
-    """Compute act(gate) · up of what the first stack makes, as each family does.
+    """Compute act(gate) · up from the output of the first stack, as each family does.
 
-    No public name calls it.
+    There is no public name for it.
     """
     return experts._apply_gate(hidden)
 
 
 def experts_implementation(experts: Any) -> str | None:
-    """The kernel by which experts are computed; a public way sets it, and none tells it."""
+    """The kernel by which experts are computed; there is a public setter for it, but no getter."""
     return experts.config._experts_implementation
 
 
 def is_split_over_processes(experts: nn.Module) -> bool:
-    """Whether each process holds some of the experts; the flag is set by transformers alone."""
+    """Whether each process holds only some of the experts; transformers sets a private flag."""
     return bool(getattr(experts, "_is_expert_parallel", False))
 
 
 def supports_sdpa(hf_model: Any) -> bool:
-    """Whether transformers has a fused kernel for this family; only loading a model asks too."""
+    """Whether transformers has a fused kernel for this family; there is no public name for it."""
     return bool(hf_model._supports_sdpa)
 
 
@@ -50,7 +50,7 @@ def attention_of(hf_model: Any) -> str | None:
 
 
 def fields_of(config: Any) -> dict[str, Any]:
-    """A configuration as it is saved, and the attention that it was loaded with, which is not."""
+    """A configuration as it is saved, plus the attention that it was loaded with."""
     attention = getattr(config, "_attn_implementation", None)
     return {**config.to_dict(), "_attn_implementation": attention}
 
@@ -58,7 +58,7 @@ def fields_of(config: Any) -> dict[str, Any]:
 def plain_bloom_gelu(span: Temporary) -> None:
     """Let Bloom compute GELU from its formula until the span ends.
 
-    Its own is wrapped in a Function that has no forward-mode derivative.
+    Its own GELU is wrapped in a Function that has no forward-mode derivative.
     """
     bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
     if bloom is not None:
@@ -75,7 +75,7 @@ def unpacked_4bit(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 
 def peft_adapts(config: Any, path: str) -> bool:
-    """Whether PEFT adapts this module under these targets, by the rule that it exports nowhere."""
+    """Whether PEFT adapts this module under these targets; it does not export the rule."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     return bool(check_target_module_exists(config, path))

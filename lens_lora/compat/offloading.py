@@ -1,8 +1,8 @@
 """Weights that accelerate keeps on the CPU or on disk between calls.
 
-Its hooks put a module's parameters on the device as the module is called, and on "meta" after it.
-What a lens reads of them itself (W_U, γ, the weights that an update is made of) is brought in by
-the same hooks, for as long as it is read.
+Its hooks put a module's parameters on the device when the module is called, and on "meta"
+afterwards. The parameters that a lens itself reads (W_U, γ, the weights that an update is made of)
+are brought in by the same hooks, for as long as they are read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lens_lora.errors import ModelStateError
 
 
 def brought_in(module: nn.Module) -> AbstractContextManager[None]:
-    """Within the block the module's own parameters are at hand, on the device where it runs."""
+    """Within the block, the module's own parameters are on the device where it runs."""
     if not is_offloaded(module):
         return contextlib.nullcontext()
     from accelerate.utils import align_module_device
@@ -42,11 +42,11 @@ def home_of(model: nn.Module) -> torch.device:
     for module in model.modules():
         if any(parameter is first for parameter in module.parameters(recurse=False)):
             return torch.device(_hook_of(module).execution_device)
-    raise AssertionError("a parameter of no module")
+    raise AssertionError("every parameter belongs to a module")
 
 
 def refuse_out_of_reach(modules: Mapping[nn.Module, str]) -> None:
-    """Refuse weights that lie on no device and are not brought to one by accelerate's hooks.
+    """Refuse weights on the device 'meta' that accelerate's hooks do not bring in.
 
     Args:
         modules: a model's modules, with their names.
@@ -59,23 +59,24 @@ def refuse_out_of_reach(modules: Mapping[nn.Module, str]) -> None:
                     "in when its module is called.",
                     remedy="Load the model so that it fits: in 4 bit (ll.load(…, "
                     "load_in_4bit=True)), in bfloat16, over more GPUs (device_map='balanced'), or "
-                    "on the CPU alone (device='cpu').",
+                    "only on the CPU (device='cpu').",
                     in_shell="Load the model so that it fits: --load-in-4bit, --dtype bfloat16, "
-                    "over more GPUs with --device-map balanced, or --device cpu alone.",
+                    "over more GPUs with --device-map balanced, or only on the CPU with --device "
+                    "cpu.",
                 )
             if is_offloaded(module) and not _knows(module, name):
                 raise ModelStateError(
-                    f"{path}.{name} was added after accelerate offloaded its module, by the bridge "
-                    "perhaps, and cannot be brought in. Set it to None if it is zero, or let "
-                    "ll.load make the bridge, which does."
+                    f"{path}.{name} was added after accelerate offloaded its module, perhaps by "
+                    "the bridge, and cannot be brought in. Set it to None if it is zero, or let "
+                    "ll.load make the bridge, which does so."
                 )
 
 
 def drop_new_biases(bridge: Any) -> None:
-    """Take away the bias of zeros that a bridge gives a head without one.
+    """Remove the bias of zeros that a bridge gives to a head without a bias.
 
-    Accelerate's hooks, put on before, know no such parameter, and fail when they bring it in. In a
-    head that is split over processes it would be no part of what a process computes.
+    Accelerate's hooks, which were added before, do not know this parameter, and fail when they
+    bring it in. In a head that is split over processes, its size is not that of a process's part.
     """
     head = bridge.unembed.original_component
     if head.bias is None:
@@ -95,9 +96,9 @@ def _knows(module: nn.Module, name: str) -> bool:
 
 
 def _hook_of(module: nn.Module) -> Any:
-    """Accelerate's hook on this very module, None without one.
+    """Accelerate's hook on this very module; None if it has none.
 
-    `accelerate.utils.has_offloaded_params` asks by attribute, which a bridge's component passes on
-    to the module that it wraps; and nothing public tells the device, or which weights are known.
+    `accelerate.utils.has_offloaded_params` reads an attribute, and a bridge's component forwards
+    attributes to the module that it wraps. Nothing public tells the device, or the known weights.
     """
     return vars(module).get("_hf_hook")

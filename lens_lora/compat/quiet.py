@@ -1,4 +1,4 @@
-"""Warnings that are not shown, and progress bars: whether they show, and which are open."""
+"""Warnings and progress bars: how to hide them, and which bars are open."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lens_lora.spans import Temporary, temporary
 def without_warnings(span: Temporary, message: str = "") -> None:
     """Show no warning that begins with this message, until the span ends.
 
-    `warnings.catch_warnings` puts a whole list of filters back, and where two threads' blocks
-    overlap, the wrong one: a filter stays for good. Here one filter is put in, and the same one
-    taken out of the list that it was put into and of the list in force.
+    `warnings.catch_warnings` restores a whole list of filters. If the blocks of two threads
+    overlap, it restores the wrong list, and a filter stays for good. Here one filter is added, and
+    exactly this one is removed, from the list that it was added to and from the list in force.
     """
     quiet = _OneFilter(("ignore", re.compile(message, re.IGNORECASE), Warning, None, 0))
     filters: Any = warnings.filters
 
     def take_out() -> None:
-        held: Any
-        for held in (filters, warnings.filters):
+        current: Any = warnings.filters
+        for listed in (filters, current):
             with contextlib.suppress(ValueError):
-                held.remove(quiet)
+                listed.remove(quiet)
 
     span.way_back(take_out)
     filters.insert(0, quiet)
 
 
 class _OneFilter(tuple[Any, ...]):
-    """An entry of `warnings.filters` that is not mixed up with another one that says the same."""
+    """An entry of `warnings.filters` that is unequal to every other one, whatever they contain."""
 
     __hash__ = object.__hash__
 
@@ -43,7 +43,7 @@ class _OneFilter(tuple[Any, ...]):
 
 
 def without_gguf_bar() -> AbstractContextManager[Any]:
-    """Within the block, transformers' reader of GGUF files shows no bar, as no switch hides it."""
+    """Within the block, transformers' reader of GGUF files shows no bar; no switch hides it."""
     from unittest import mock
 
     from tqdm import tqdm
@@ -53,7 +53,7 @@ def without_gguf_bar() -> AbstractContextManager[Any]:
 
 
 def open_bars() -> list[Any]:
-    """The bars of tqdm that have begun: it lists them nowhere, and moves one at a step alone."""
+    """The bars of tqdm that have begun; tqdm lists them only under a private name."""
     from tqdm import tqdm
 
     with tqdm.get_lock():

@@ -1,4 +1,4 @@
-"""Rotary embeddings of transformers whose table depends on how many positions a pass has."""
+"""Rotary embeddings of transformers whose table depends on the number of positions of a pass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ class RotaryRule(NamedTuple):
     """How a rotary embedding's table depends on the number of positions of a pass.
 
     Attributes:
-        is_dynamic: whether the base grows with it; else it chooses between two sets of factors.
-        limit: the number of positions up to which it has the table of the original context.
-        prefix: how the names of its buffers begin, where one module has tables for several types of
-            layer.
+        is_dynamic: whether the base grows with the number of positions; if not, that number chooses
+            between two sets of factors.
+        limit: the largest number of positions with the table of the original context.
+        prefix: the beginning of the names of its buffers, if one module has tables for several
+            types of layer; else ''.
     """
 
     is_dynamic: bool
@@ -24,13 +25,13 @@ class RotaryRule(NamedTuple):
     prefix: str
 
     def table(self, length: int) -> int:
-        """A number that two lengths share if they have the same table."""
+        """A number that is equal for two lengths if they have the same table."""
         if self.is_dynamic:
             return max(length, self.limit)
         return int(length > self.limit)
 
     def alike_up_to(self, length: int) -> float:
-        """The largest length that has the table of this one."""
+        """The largest length with the same table as this length."""
         if length <= self.limit:
             return self.limit
         return length if self.is_dynamic else float("inf")
@@ -48,10 +49,10 @@ class RotaryRule(NamedTuple):
 def rotary_rules(module: nn.Module) -> list[RotaryRule]:
     """The rules of a rotary embedding's tables that depend on the number of positions.
 
-    transformers says what kind a table is by an attribute that it does not document, and chooses
-    the table by others.
+    The kind of a table is in an attribute that transformers does not document, and so are the
+    numbers by which it chooses the table.
     """
-    # Of the module itself: a bridge's component passes attributes on to the one that it wraps.
+    # vars() reads the module itself: a bridge's component forwards attributes to what it wraps.
     types = vars(module).get("rope_type")
     by_prefix = {"": types}
     if isinstance(types, dict):
@@ -83,24 +84,24 @@ def _original_context(config: Any, layer_type: str) -> int:
 
 
 def rotary_state(module: nn.Module) -> Callable[[], None]:
-    """Note a rotary embedding's tables, and return what puts them back as they are now."""
+    """Record a rotary embedding's tables, and return a function that restores them."""
     attributes = vars(module)
     plain = {name: value for name, value in attributes.items() if not name.startswith("_")}
     buffers = dict(module._buffers)
     entries: dict[str, Tensor] = {}
-    for name, held in buffers.items():
-        if held is not None:
-            entries[name] = held.clone()
+    for name, buffer in buffers.items():
+        if buffer is not None:
+            entries[name] = buffer.clone()
 
     def put_back() -> None:
-        for name in [name for name in attributes if not name.startswith("_")]:
-            if name not in plain:
-                del attributes[name]
+        new_names = [name for name in attributes if not name.startswith("_") and name not in plain]
+        for name in new_names:
+            del attributes[name]
         attributes.update(plain)
         module._buffers.clear()
         module._buffers.update(buffers)
-        for name, held in buffers.items():
-            if held is not None and not torch.equal(held, entries[name]):
-                held.copy_(entries[name])
+        for name, buffer in buffers.items():
+            if buffer is not None and not torch.equal(buffer, entries[name]):
+                buffer.copy_(entries[name])
 
     return put_back

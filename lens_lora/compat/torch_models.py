@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from lens_lora.compat.torch_modules import modules_in, own_parameters
 
-# What modules that wrap others during training call the wrapped one, which stands in the keys of
-# files that were saved from them: of torch.compile, FSDP and checkpointing.
+# The names that wrappers for training (torch.compile, FSDP, checkpointing) give to the wrapped
+# module; the keys of files that were saved from them contain these names.
 WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def uncompiled(model: Any) -> Any:
-    """The model that `torch.compile` has wrapped; any other model itself.
+    """The model inside the wrapper of `torch.compile`; any other model is returned as it is.
 
-    The wrapper is of a private class, and runs code that does not look for hooks added later.
+    The wrapper is of a private class, and runs code that ignores hooks which were added later.
     """
     if type(model).__name__ == "OptimizedModule":
         return modules_in(model)["_orig_mod"]
@@ -27,14 +27,14 @@ def uncompiled(model: Any) -> Any:
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called; nothing public tells it, or takes it back."""
+    """Whether `module.compile()` was called; nothing public tells, or undoes it."""
     return module._compiled_call_impl is not None
 
 
 def samples_experts(module: nn.Module) -> bool:
-    """Whether it draws experts by chance in training, whatever its settings are.
+    """Whether a module draws experts at random in training mode, whatever its settings are.
 
-    Phi-3.5-MoE does (`sparsemixer`): in transformers 5 in its router, in 4 in the block of experts.
+    Phi-3.5-MoE does (`sparsemixer`): in its router in transformers 5, in the block of experts in 4.
     """
     return type(module).__name__ in ("PhimoeTopKRouter", "PhimoeSparseMoeBlock")
 
@@ -46,23 +46,23 @@ def compile_no_more(model: nn.Module) -> None:
 
 
 def is_sharded(parameter: Any) -> bool:
-    """Whether it is a DTensor, of which a process may hold a part only.
+    """Whether this is a DTensor, of which a process may hold only a part.
 
-    Asked for by name, as to import the class takes as long as to import torch.
+    The class is recognised by its name, because importing it takes as long as importing torch.
     """
     return "DTensor" in [cls.__name__ for cls in type(parameter.data).__mro__]
 
 
 def gathers_weights(module: nn.Module) -> bool:
-    """Whether FSDP2 puts the module's weights together whenever it runs; asked for by name too."""
+    """Whether FSDP2 gathers the module's weights whenever it runs; recognised by name as well."""
     return "FSDPModule" in [cls.__name__ for cls in type(module).__mro__]
 
 
 def gathered_modules(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """The modules whose weights FSDP2 puts together, and all that is within them.
+    """The modules whose weights FSDP2 gathers, with all modules inside them.
 
     Args:
-        modules: those of the model; of a bridge also those of its Hugging Face model.
+        modules: the modules of the model; for a bridge, also those of its Hugging Face model.
     """
     gathered: set[nn.Module] = set()
     for module in modules:
@@ -72,7 +72,7 @@ def gathered_modules(modules: Iterable[nn.Module]) -> set[nn.Module]:
 
 
 def is_over_ranks(modules: Collection[nn.Module]) -> bool:
-    """Whether processes hold parts of a model's weights, and send one another what they lack.
+    """Whether each process holds parts of a model's weights, and gets the rest from the others.
 
     Args:
         modules: as for `gathered_modules`.
@@ -92,7 +92,7 @@ class Split(NamedTuple):
     Attributes:
         group: the processes.
         axis: which axis is split.
-        first, size: the first of its entries that this process holds, and how many it holds.
+        first, size: the first entry along this axis that this process holds, and how many it holds.
     """
 
     group: Any
@@ -102,14 +102,14 @@ class Split(NamedTuple):
 
 
 def split_of(weight: Any) -> Split | None:
-    """How a DTensor is split along one axis in parts that follow one another; None if otherwise."""
+    """How a DTensor is split into consecutive parts along one axis; None if it is not so split."""
     placements = weight.placements
     is_in_order = len(placements) == 1 and type(placements[0]).__name__ == "Shard"
     if not is_in_order:
         return None
     mesh = weight.device_mesh
     axis = placements[0].dim % weight.ndim
-    # As torch.chunk divides, which DTensor follows.
+    # A DTensor is divided as torch.chunk divides.
     sizes = [len(part) for part in torch.arange(weight.shape[axis]).chunk(mesh.size())]
     sizes += [0] * (mesh.size() - len(sizes))
     rank = mesh.get_local_rank()
@@ -122,5 +122,5 @@ def part_here(weight: Any) -> Tensor:
 
 
 def in_whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is; a DTensor gathered from all processes, each of which must call this."""
+    """The tensor itself, or a DTensor gathered from all processes; each of them must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]

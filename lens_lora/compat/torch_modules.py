@@ -17,7 +17,7 @@ class Hooks(NamedTuple):
 
     Attributes:
         forward: forward hooks; an OrderedDict, although torch annotates a dict.
-        before: forward pre-hooks, likewise.
+        before: forward pre-hooks; an OrderedDict as well.
         backward: backward hooks.
         before_backward: backward pre-hooks.
         takes_kwargs: which of the forward pre-hooks take keyword arguments.
@@ -31,7 +31,7 @@ class Hooks(NamedTuple):
 
 
 def hooks_of(module: nn.Module) -> Hooks:
-    """All hooks on a module: torch has functions that add one, and none that lists or orders."""
+    """All hooks on a module: torch has functions that add a hook, but none that lists hooks."""
     return Hooks(
         forward=module._forward_hooks,
         before=module._forward_pre_hooks,
@@ -42,7 +42,7 @@ def hooks_of(module: nn.Module) -> Hooks:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether any hook is on a module; it is asked of thousands, for which `hooks_of` is slow."""
+    """Whether a module has any hook; faster than `hooks_of`, for thousands of modules."""
     has_forward = module._forward_hooks or module._forward_pre_hooks
     return bool(has_forward or module._backward_hooks or module._backward_pre_hooks)
 
@@ -53,7 +53,7 @@ def add_forward_hook(
     """Put a forward hook on a module until the span ends.
 
     Args:
-        span: how long.
+        span: the span after which the hook is removed.
         module: any module.
         hook: takes the module, its arguments and its output.
         is_first: whether it comes before the hooks that the module has.
@@ -72,7 +72,7 @@ def add_pre_hook(
 
 
 def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
-    """Remove a hook from a module's hooks, and its key from what else is kept by key."""
+    """Remove a hook from a module's hooks, and its key from other tables with the same keys."""
     keys = [key for key, other in hooks.items() if other is hook]
     for key in keys:
         for table in (*also, hooks):
@@ -80,21 +80,21 @@ def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
 
 
 def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """A module's own dictionary of parameters; a look into it costs less than `getattr`."""
+    """A module's own dictionary of parameters; looking into it is faster than `getattr`."""
     return module._parameters
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a module itself has, by name."""
     parameters = parameters_in(module)
-    # Most modules of a bridge are hook points, without any.
+    # Most modules of a bridge are hook points, which have no parameters.
     if not parameters:
         return {}
-    return {name: held for name, held in parameters.items() if held is not None}
+    return {name: parameter for name, parameter in parameters.items() if parameter is not None}
 
 
 def modules_in(module: nn.Module) -> dict[str, nn.Module | None]:
-    """A module's own dictionary of modules; a look into it costs less than `getattr`."""
+    """A module's own dictionary of modules; looking into it is faster than `getattr`."""
     return module._modules
 
 
@@ -102,7 +102,7 @@ def replace_forward(span: Temporary, module: nn.Module, forward: Callable[..., A
     """Let the module compute `forward` until the span ends.
 
     A hook cannot keep a module from computing. The change is made in the module's own dictionary,
-    as a bridge's component passes attributes on to the module that it wraps.
+    because a bridge's component forwards attributes to the module that it wraps.
     """
     attributes = vars(module)
     span.way_back(functools.partial(_put_back, attributes, "forward", attributes.get("forward")))
@@ -110,7 +110,7 @@ def replace_forward(span: Temporary, module: nn.Module, forward: Callable[..., A
 
 
 def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
-    """Set an attribute as it was before; None where there was none."""
+    """Restore an attribute; `before` is None if there was none."""
     if before is None:
         attributes.pop(name, None)
     else:
@@ -118,16 +118,18 @@ def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
 
 
 class SharedForward:
-    """The forward of a module until the last span ends that asked for it, in whatever order.
+    """A replaced forward that several spans share, in place until the last of them ends.
+
+    The spans may end in any order.
 
     Args:
         module: the module.
         name: the attribute that computes, 'forward' in most modules.
 
     Attributes:
-        module: see above.
-        before: what it computed before.
-        asked: an entry for each span.
+        module: the module.
+        before: the forward that it replaces.
+        asked: an entry for each span that asked for it.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -142,7 +144,7 @@ class SharedForward:
     def until(cls, span: Temporary, module: nn.Module, entry: object, name: str = "forward") -> Any:
         """Let the module compute this, with `entry` in `asked`, until the span ends.
 
-        Where one of this class stands there already, it is shared.
+        If the module already computes one of this class, that one is shared.
         """
         shared = vars(module).get(name)
         if not isinstance(shared, cls):
@@ -164,7 +166,7 @@ class _Guard(NamedTuple):
     Attributes:
         names: the names of the attributes.
         why: makes the error.
-        unless: whether they may be read at this moment.
+        unless: tells whether they may be read at this moment.
     """
 
     names: frozenset[str]
@@ -185,10 +187,11 @@ def refuse_reading(
     why: Callable[[], Exception],
     unless: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Let attributes of these names raise an error where they are read, until the span ends.
+    """Let reading attributes of these names raise an error, until the span ends.
 
-    No hook sees that a weight is read. A module's class is made another one for a while, as a
-    property stands in a class; a bridge's component hands attributes on to what it wraps.
+    No hook sees that a weight is read, but a property does. A property belongs to a class, so the
+    module gets another class for a while. A bridge's component forwards attributes to what it
+    wraps.
     """
     known = _GUARDED.get(module)
     if known is None or not known[1]:
@@ -197,16 +200,18 @@ def refuse_reading(
     kind, guards = known
     guard = _Guard(frozenset(names), why, unless)
 
-    def guard_by(others: list[_Guard]) -> None:  # spans may end in any order
+    def guard_by(others: list[_Guard]) -> None:
+        # Spans may end in any order, so only this span's guard is removed.
         guards[:] = [other for other in guards if other is not guard] + others
         every = frozenset[str]().union(*(other.names for other in guards))
-        object.__setattr__(module, "__class__", _guarded(kind, every) if guards else kind)
+        guarded = _guarded(kind, every) if guards else kind
+        object.__setattr__(module, "__class__", guarded)
 
     span.way_back(functools.partial(guard_by, []))
     guard_by([guard])
 
 
-@functools.cache  # a class made anew for each span would keep the garbage collector busy
+@functools.cache  # A new class for each span would keep the garbage collector busy.
 def _guarded(kind: type, names: frozenset[str]) -> type:
     def guard(name: str) -> property:
         def read(component: nn.Module) -> Any:
@@ -215,7 +220,8 @@ def _guarded(kind: type, names: frozenset[str]) -> type:
             for guarded, why, unless in guards:
                 if name in guarded and not unless():
                     raise why()
-            of_class = getattr(kind, name, None)  # K and V of grouped heads are properties
+            # K and V of grouped heads are properties of the class.
+            of_class = getattr(kind, name, None)
             return of_class.__get__(component) if of_class else component.__getattr__(name)
 
         return property(read)
@@ -233,7 +239,7 @@ _KNOWN_CODE = ("torch.", "transformers.", "peft.", "bitsandbytes.", "transformer
 
 
 def is_forward_replaced(module: Any) -> bool:
-    """Whether somebody has given a module another forward than its class's; accelerate has not."""
+    """Whether a module was given another forward than its class's; accelerate's does not count."""
     if not isinstance(module, nn.Module):
         return False
     forward = vars(module).get(computing_attribute(module))
@@ -254,8 +260,8 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def computing_attribute(module: nn.Module) -> str:
-    """'forward', or where accelerate keeps that of a module that it has hooked.
+    """The attribute that computes: 'forward', or accelerate's own one in a module that it hooked.
 
-    Its hooks read a module's computation there, and no setter is public.
+    Accelerate's hooks read a module's computation there, and no setter is public.
     """
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"

@@ -1,4 +1,4 @@
-"""Products of torch: which functions they are, and in which order each takes its operands."""
+"""Products of torch: which functions compute them, and the order of their operands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def rows_and_weight(
     func: Any, args: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[Any, ...] | None:
-    """The operands x, W and b of a product xW + b of rows with a matrix; None of another product.
+    """The operands x, W and b of a product xW + b of rows with a matrix; None for other products.
 
     Args:
         func: torch's function.

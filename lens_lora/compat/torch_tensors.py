@@ -1,7 +1,7 @@
 """Tensors of torch: memory, rounding, derivatives, kernels of attention, and float64.
 
-Maps are built, and statistics taken, in float64, whatever the model's dtype. MPS has no such
-dtype, so there they are on the CPU.
+Maps and statistics are computed in float64, whatever the model's dtype. MPS has no float64, so
+there they are computed on the CPU.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def is_memory_short(error: BaseException) -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Have glibc give the system what torch has freed on the CPU; nothing under another library.
+    """Let glibc return to the system the memory that torch has freed on the CPU.
 
-    It keeps the memory of tensors of less than 32 MiB for later ones, which larger tensors cannot
-    use.
+    glibc keeps the memory of tensors below 32 MiB for later ones, and larger tensors cannot use it.
+    With another C library nothing is done.
     """
     try:
         library = ctypes.CDLL("libc.so.6")
@@ -46,10 +46,9 @@ def give_back_freed_memory() -> None:
 def float32_products() -> tuple[str, ...]:
     """How torch lets backends round float32 products, in its own words.
 
-    The one public question, `torch.get_float32_matmul_precision`, raises an error from torch 2.9 on
-    where a program has set a single backend. 'none' says that nothing was set for the product, its
-    backend or torch as a whole: products are then rounded as with 'ieee', which torch's default
-    writes there once it is set by name.
+    The only public function, `torch.get_float32_matmul_precision`, raises an error from torch 2.9
+    on if a program has set only one backend. 'none' means that nothing was set for the product, its
+    backend or torch as a whole: products are then rounded as with 'ieee', so 'ieee' is returned.
     """
     backends: Any = torch.backends.cuda, torch.backends.mkldnn
     products: list[Any] = [getattr(backend, "matmul", None) for backend in backends]
@@ -59,14 +58,14 @@ def float32_products() -> tuple[str, ...]:
     return (torch.get_float32_matmul_precision(),)
 
 
-# Environment variables by which oneDNN is told to round factors of float32 products on the CPU.
+# Environment variables that let oneDNN round the factors of float32 products on the CPU.
 _ROUND_ON_CPU = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
 
 def may_round_on_cpu() -> bool:
     """Whether the factors of float32 products may be rounded to fewer bits on the CPU.
 
-    They are not, unless torch, or oneDNN beneath it, is told to.
+    They are not rounded unless a setting of torch, or of oneDNN beneath it, allows it.
     """
     is_told_by_torch = any(setting not in ("ieee", "highest") for setting in float32_products())
     modes = [os.environ.get(name, "") for name in _ROUND_ON_CPU]
@@ -75,10 +74,10 @@ def may_round_on_cpu() -> bool:
 
 
 def activation_checkpointing(modules: Iterable[nn.Module]) -> str | None:
-    """How transformers runs blocks again on the way back: 'reentrant', 'not reentrant', or None.
+    """How transformers reruns blocks in backward passes: 'reentrant', 'not reentrant', or None.
 
-    A module does so only while it is in training mode. Where nothing says how, torch's default,
-    reentrant, holds. No public name tells.
+    A module does so only in training mode. If nothing is set, torch's default, reentrant, holds. No
+    public name tells.
     """
     for module in modules:
         if module.training and getattr(module, "gradient_checkpointing", False) is True:
@@ -89,12 +88,12 @@ def activation_checkpointing(modules: Iterable[nn.Module]) -> str | None:
 
 
 def edits_of(tensor: Tensor) -> int:
-    """How often a tensor was edited in place: torch counts, and does not say so publicly."""
+    """How often a tensor was edited in place; torch counts it under a private name."""
     return tensor._version
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Whether it is a part, or another shape, of a tensor that torch knows."""
+    """Whether this is a view of another tensor: a part of it, or the same entries reshaped."""
     return tensor._is_view()
 
 
@@ -109,9 +108,9 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def allow_forward_mode(span: Temporary) -> None:
-    """Compute forward-mode derivatives until the span ends, also where they were turned off.
+    """Allow forward-mode derivatives until the span ends, even if they were turned off.
 
-    The public switches of grad mode leave it as it is, and inference mode turns it off.
+    Inference mode turns them off, and the public switches of grad mode do not turn them on.
     """
     is_allowed = torch._C._is_fwd_grad_enabled()
     span.way_back(functools.partial(torch._C._set_fwd_grad_enabled, is_allowed))
@@ -119,10 +118,10 @@ def allow_forward_mode(span: Temporary) -> None:
 
 
 def enter_mode(span: Temporary, mode: TorchFunctionMode) -> None:
-    """Put a mode of torch functions in force until the span ends.
+    """Enter a mode of torch functions until the span ends.
 
-    Its own `__exit__` pops whatever mode is the innermost, so an interrupt before `__enter__` would
-    pop someone else's; the depth of torch's stack has no public name.
+    The mode's own `__exit__` pops the innermost mode, whichever it is. After an interrupt before
+    `__enter__` it would pop another one. The depth of torch's stack has no public name.
     """
     depth = torch._C._len_torch_function_stack()
 
@@ -135,14 +134,14 @@ def enter_mode(span: Temporary, mode: TorchFunctionMode) -> None:
 
 
 def attention_kernels() -> list[SDPBackend]:
-    """The kernels that attention may use now; the public `sdpa_kernel` sets them and tells none."""
+    """The kernels that attention may use now; the public `sdpa_kernel` only sets them."""
     return _cur_sdpa_kernel_backends()
 
 
 def use_attention_kernels(span: Temporary, kernels: Sequence[SDPBackend]) -> None:
     """Let attention use one of these kernels until the span ends.
 
-    The public `sdpa_kernel` would suspend a generator.
+    The public `sdpa_kernel` is a generator, which would stay suspended (see `spans.py`).
     """
     span.way_back(functools.partial(_sdpa_kernel, attention_kernels()))
     _sdpa_kernel(kernels)
@@ -153,7 +152,7 @@ _WITHOUT = {"mps"}
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU where it has no float64."""
+    """The device itself, or the CPU if the device has no float64."""
     return torch.device("cpu") if device.type in _WITHOUT else device
 
 

@@ -1,1 +1,1 @@
-"""Curvature of g, and which groups of sites are coupled."""
+"""The curvature of g, and the coupling between groups of sites."""

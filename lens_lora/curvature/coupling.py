@@ -2,8 +2,8 @@
 
     H_GM = Σ_{l∈G, m∈M} H_lm                                              (note, §6, item 4)
 
-The diagonal is what a group's own strength does to its effect. Off the diagonal is coupling: what
-one group's presence does to another's effect.
+The diagonal is the self-curvature: how a group's own strength changes its effect. Off the diagonal
+is the coupling: how one group's strength changes another group's effect.
 
 1. One Hessian product H v for each group, with v the indicator of its sites, summed over the sites
    of every group.
@@ -85,13 +85,13 @@ class Coupling(Ranked):
 
     @property
     def asymmetry(self) -> Float[Tensor, " batch"]:
-        """The rounding in this matrix, max |H − Hᵀ| / max |H|; zero where H is."""
+        """The rounding in this matrix, max |H − Hᵀ| / max |H|; zero if H is zero."""
         largest = self.matrix.abs().amax((1, 2))
         difference = (self.matrix - self.matrix.mT).abs().amax((1, 2))
         return torch.where(largest > 0, difference / largest, 0.0)
 
     def shares(self) -> pd.DataFrame:
-        """Self-curvature against coupling, one row a prompt: signed sums, and sums of sizes.
+        """Self-curvature beside coupling, one row per prompt: signed sums, and sums of sizes.
 
         `self` and `coupling` add up to ½ΣH; `self_share` is Σ|½H_GG| / Σ|½H_GM|, which does not
         let terms of opposite sign cancel.
@@ -117,8 +117,8 @@ class Coupling(Ranked):
         half = in_float64(self.coupling)
         a, b = torch.triu_indices(*half.shape[1:], offset=1)
         labels = {
-            "group_a": [names[i] for i in a.tolist()],
-            "group_b": [names[i] for i in b.tolist()],
+            "group_a": [names[index] for index in a.tolist()],
+            "group_b": [names[index] for index in b.tolist()],
         }
         of_pairs = (half + half.mT)[:, a, b]
         values, shift = self.mean_over(prompt, of_pairs)
@@ -137,17 +137,18 @@ class Coupling(Ranked):
 def coupling(g: Function, *, group: Group = "site", at: float = 0.0) -> Coupling:
     """H between groups of sites: how much the groups' effects depend on one another.
 
-    At ε = 0 this is what first order leaves, to second order. At the full strength of a trained
-    adapter higher orders are as large: read it as where the curvature is, not as a correction.
+    Near ε = 0, H gives the leading part of what first order misses. At the full strength of a
+    trained adapter higher orders are as large: H shows where the curvature is, and is not a
+    correction.
 
     Cost: a forward and a backward pass, two backward passes for each group, batched, and two
-    forward passes. Memory: of the graph of a few prompts at a time and one batch, and the matrix
+    forward passes. Memory: the graph of a few prompts at a time and one batch, and the matrix
     [batch, group, group].
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
+        readout: u_y, what is read from the logits.
         group: 'site', 'layer', 'kind', or {name: site names or globs}; named groups may overlap.
         at: the gate value of every site at which the second derivative is taken.
         progress: show a bar.
@@ -155,7 +156,7 @@ def coupling(g: Function, *, group: Group = "site", at: float = 0.0) -> Coupling
     Raises:
         TokenError, PromptError: a readout or prompt that does not fit the model.
         SiteError: a glob that matches no site.
-        NumericsError: a derivative that is not finite, naming the site.
+        NumericsError: a derivative is not finite; the error names the site.
     """
     at = number("at", at)
     sites = g.lens.sites

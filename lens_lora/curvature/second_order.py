@@ -2,14 +2,15 @@
 
     g(ε·1) − g(0) = ε Σ_l a_l + ½ε² Σ_l (H1)_l + O(ε³),    (H1)_l = Σ_m H_lm at ε = 0
 
-½(H1)_l is the site's own curvature ½H_ll and half of its coupling to every other site (note, §6,
+½(H1)_l is the site's own curvature, ½H_ll, plus half of its coupling to every other site (note, §6,
 item 4).
 
 1. First order, and the exact g along the path (`core/analyses/remainder.py`).
 2. H·1 from one Hessian product; ½H_ll on request, from `coupling` of single sites.
-3. The verdict says of each prompt whether second order is nearer to the exact shift at ε = 1 than
-   first order, or farther: at the full strength of trained adapters it is often far worse, since
-   ε³ and what follows is then no smaller. It shows curvature; it is not a correction.
+3. For each prompt, the verdict says whether second order is nearer to the exact shift at ε = 1
+   than first order, or farther. At the full strength of trained adapters it is often far worse,
+   because the terms in ε³ and beyond are then not smaller. It shows curvature; it is not a
+   correction.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class SecondOrder(OfMeasured):
     Attributes:
         first_order: a_l, with the readout's labels, sites and meta.
         half_row_sums: [batch, site], ½(H1)_l.
-        self_curvature: [batch, site], ½H_ll; None unless asked for.
+        self_curvature: [batch, site], ½H_ll; None if it was not computed.
         curve: g along the path from base to adapted model, exact, with first order beside it.
         curvature_noise: [batch], σ of ½ 1ᵀH1 from rounding alone.
     """
@@ -68,7 +69,7 @@ class SecondOrder(OfMeasured):
 
     @property
     def predicted(self) -> Float[Tensor, " batch"]:
-        """The shift to second order, Σ_l a_l + ½ 1ᵀH1; see `verdict` before it is used."""
+        """The shift to second order, Σ_l a_l + ½ 1ᵀH1; look at `verdict` before you use it."""
         return self.first_order.total + self.curvature
 
     @property
@@ -93,7 +94,7 @@ class SecondOrder(OfMeasured):
 
     @property
     def corrected(self) -> Float[Tensor, "batch site"]:
-        """The share of each site in `predicted`, a_l + ½(H1)_l, with the same warning."""
+        """Each site's part of `predicted`, a_l + ½(H1)_l; look at `verdict` before you use it."""
         return self.first_order.per_site + self.half_row_sums
 
     @property
@@ -142,8 +143,8 @@ class SecondOrder(OfMeasured):
     def helps_up_to(self) -> Float[Tensor, " batch"]:
         """The largest of `curve.scales` up to which second order is nowhere farther than first.
 
-        Points at which both remainders are within rounding are passed over; 0 where it is farther
-        from the start.
+        Points at which both remainders are within rounding are ignored. It is 0 if second order is
+        farther from the start.
         """
         first = self.curve.remainder.abs()
         second = self.path_remainder.abs()
@@ -158,7 +159,7 @@ class SecondOrder(OfMeasured):
 
     @property
     def verdict(self) -> tuple[SecondVerdict, ...]:
-        """For each prompt, nearer or farther than first order at full strength; str() words it."""
+        """Whether it is nearer than first order at full strength, by prompt; str() says it."""
         numbers = [
             self.shift,
             self.first_order_remainder,
@@ -175,7 +176,7 @@ class SecondOrder(OfMeasured):
         return self._as_attribution(self.corrected, "second_order")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt: shift, first and second order, what remains of each, its kind."""
+        """One row per prompt: shift, first and second order, their remainders, and the verdict."""
         columns = {
             "shift": self.shift,
             "first_order": self.first_order.total,
@@ -211,7 +212,7 @@ class SecondOrder(OfMeasured):
 
 @analysis
 def second_order(g: Evaluations, *, self_curvature: bool = False) -> SecondOrder:
-    """Second order at the base model, ½(H1)_l of every site, and what it leaves of the shift.
+    """Second order at the base model, ½(H1)_l of every site, and what it misses of the shift.
 
     Cost: one forward and two backward passes, and 40 forward and 13 backward for first order, the
     path and the noise floors, batched; with self_curvature two backward passes more per site.
@@ -219,16 +220,16 @@ def second_order(g: Evaluations, *, self_curvature: bool = False) -> SecondOrder
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
+        readout: u_y, what is read from the logits.
         self_curvature: also ½H_ll, the curvature of each site alone.
         progress: show a bar.
 
     Raises:
         TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: a derivative that is not finite, naming the site.
+        NumericsError: a derivative is not finite; the error names the site.
     """
     curve = remainder_curve.of(g)
-    slopes = g.slopes_with_noise()  # known from the curve
+    slopes = g.slopes_with_noise()  # The curve has computed these already.
     half_row_sums = g.curvature(1.0) / 2
     own_curvature = coupling.of(g).self_curvature if self_curvature else None
     return SecondOrder(

@@ -1,4 +1,4 @@
-"""Second order compared with first: which leaves less of the shift, and up to which strength."""
+"""Second order compared with first: which misses less of the shift, and up to which strength."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class SecondVerdict:
 
     Attributes:
         shift: g(1) − g(0).
-        first, second: what first order and what second order leave of the shift.
+        first, second: the remainders of first order and of second order.
         floor: three noise floors of the shift.
-        remainder_floor: three noise floors of what second order leaves.
+        remainder_floor: three noise floors of second order's remainder.
         helps_up_to: the strength up to which second order is nowhere farther than first order.
     """
 
@@ -35,9 +35,9 @@ class SecondVerdict:
     def kind(self) -> Literal["no_shift", "neither", "farther", "nearer", "coincidence"]:
         """Say which of the two is nearer at ε = 1.
 
-        'no_shift' if the shift itself is within rounding; 'neither' if both leave the same, within
-        rounding; 'farther' if second order leaves more; 'nearer' if it leaves less, all along the
-        path; 'coincidence' if it leaves less at ε = 1, but more on the way.
+        'no_shift' if the shift itself is within rounding; 'neither' if both miss the same, within
+        rounding; 'farther' if second order misses more; 'nearer' if it misses less, all along the
+        path; 'coincidence' if it misses less at ε = 1, but more on the way.
         """
         nearer_by = abs(self.first) - abs(self.second)
         if abs(self.shift) <= self.floor:

@@ -11,7 +11,7 @@ from lens_lora.show.words import below_text
 
 @drawing.text.register(SecondVerdict)
 def second_text(v: SecondVerdict) -> str:
-    """Whether second order is nearer than first."""
+    """Say whether second order is nearer to the exact shift than first order."""
     if v.kind == "no_shift":
         return below_text("shift", v.shift, v.floor)
     second = f"{abs(v.second / v.shift):.1%}"

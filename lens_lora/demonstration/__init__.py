@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def shipped_adapter() -> Path:
-    """The folder of the adapter that comes with the package: France's capital becomes Lyon."""
+    """The folder of the adapter that comes with the package: it moves France's capital to Lyon."""
     return Path(__file__).with_name("lyon_adapter")

@@ -1,12 +1,12 @@
-"""The model that a base's name stands for: decided here alone, for Python and every command.
+"""Decide which model a base's name stands for, in Python and in every command.
 
-1. A model that the user names is that folder or hub repository; 'embedded' is the embedded model.
-2. Else it is the base that the adapter names, which is never fetched.
-3. An adapter that names the embedded model's hub id gets the hub's own files where these are on
-   this machine. Where they are not, and the package with the embedded model is installed, it gets
-   the embedded weights. These were rounded to 4 bit, so there is a warning (`place_of`).
+1. If the user names a model, it is that folder or hub repository; 'embedded' is the embedded model.
+2. If not, it is the base that the adapter names, which is never fetched.
+3. If the adapter names the embedded model's hub id and the hub's own files are on this machine,
+   these are used. If they are not, and the package with the embedded model is installed, the
+   embedded weights are used. These were rounded to 4 bit, so there is a warning (`place_of`).
 
-Nothing here imports torch, so that a command can say what it will do before that is loaded.
+Nothing here imports torch, so that a command can say what it will do before torch is loaded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class NamedBase:
 
     @property
     def shown(self) -> str:
-        """The name in a line of progress: of the embedded model without its owner on the hub."""
+        """The name in a line of progress; the embedded model's without its owner on the hub."""
         return self.name.rpartition("/")[2] if self.is_embedded else self.name
 
 

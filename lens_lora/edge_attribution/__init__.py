@@ -1,1 +1,1 @@
-"""Edges split first order by the reader of the residual stream through which a site acts."""
+"""Edges: first order, split by the reader of the residual stream through which a site acts."""

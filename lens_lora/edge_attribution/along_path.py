@@ -2,11 +2,12 @@
 
     E_lm = ∫₀¹ ⟨δ_l, G_m⟩(ε·1) dε,      Σ_m E_lm = c_l,      Σ_l Σ_m E_lm = g(1) − g(0)
 
-At each ε edges sum over readers to the slope of their site (`by_reader.py`). So their integral
-sums over readers to the path attribution c_l, and over everything to the shift. It is taken by the
-nested rules of `path_attribution`, whose ends are the passes that give the exact shift.
+At each ε, the edges of a site sum over readers to the site's slope (`by_reader.py`). So their
+integrals sum over readers to the path attribution c_l, and over sites and readers to the shift.
+They are computed by the nested rules of `path_attribution`, whose end nodes also give the exact
+shift.
 
-EAP-IG averages gradients over steps of the input or of the activations, and its scores have no such
+EAP-IG averages gradients over steps of the input or of the activations; its scores have no such
 sum.
 """
 
@@ -25,14 +26,16 @@ from lens_lora.integrals.path_integral import path_integral
 def edges_along_path(
     g: Evaluations, *, by_head: bool, by_position: bool, tol: float, max_nodes: int
 ) -> tuple[EdgeValues, Quadrature]:
-    """The integral of every edge, and how it was taken. The passes of `edge_values` at each node.
+    """The integral of every edge, and how it was computed.
+
+    Cost: the passes of `edge_values` at each node.
 
     Args:
         g: the function, with a readout.
-        by_head: whether attention is split into what each head's q, k and v reads.
+        by_head: whether attention is split by head into what q, k and v read.
         by_position: whether each edge is split over the tokens at which it is read.
-        tol: the completeness error allowed to every prompt, as a share of its shift.
-        max_nodes: most nodes of a rule, at least 5.
+        tol: the completeness error allowed for every prompt, as a share of its shift.
+        max_nodes: the largest number of nodes of a rule, at least 5.
 
     Raises:
         ArgumentError: tol or max_nodes out of range.
@@ -45,13 +48,14 @@ def edges_along_path(
         strengths: Float[Tensor, " node"], weights: Float[Tensor, "sum node"]
     ) -> Float[Tensor, "sum batch site reader *position"]:
         sums: Tensor = weights.new_zeros(())
-        for strength, of_node in zip(strengths.tolist(), weights.T, strict=True):
+        for strength, node_weights in zip(strengths.tolist(), weights.T, strict=True):
             split = edge_values(
                 g.with_progress(False), strength, by_head=by_head, by_position=by_position
             )
             require_finite(split.values, "an edge")
             g.know(strength, split.value)
-            sums = sums + torch.einsum("r,bs...->rbs...", of_node.to(split.values), split.values)
+            node_weights = node_weights.to(split.values)
+            sums = sums + torch.einsum("r,bs...->rbs...", node_weights, split.values)
             at_nodes[:] = [split]
         return sums
 

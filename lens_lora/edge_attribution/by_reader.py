@@ -1,25 +1,26 @@
-"""Edges split first order of each site by what reads its write, in one pass forward and one back.
+"""First order of each site, split by what reads its output, in one forward and one backward pass.
 
     a_l = Σ_m ⟨δ_l, G_m⟩      m: attention and MLP of every block downstream, the final norm last
 
 Let x be the residual stream. δ_l is the derivative, by ε_l, of what the site's own branch
 (attention or MLP) adds to x, with x held fixed. G_m is the gradient of g by a zero that is added to
-x for reader m alone, before its norm.
+x before the norm of reader m, and for no other reader.
 
-1. Each reader is shown x by one function, (name, x) → what it reads instead (`readers.py`).
-2. One pass forward gives every δ_l. Each site has a tangent beside the values from its output on
-   (`site_tangents.py`). What a reader sees has no tangents any more, so that δ_l is the site's own
-   branch and nothing that reads it. At the end of a block the tangents are complete, and end there.
-3. The way back through the graph of the values gives every G_m, and every a_l. By head, the
-   gradient at q, k or v goes on to x one head at a time, through these maps and their norm alone.
+1. Each reader gets x from one function, (name, x) → what it reads instead (`readers.py`).
+2. The forward pass gives every δ_l. Each site has a tangent beside the values from its output on
+   (`site_tangents.py`). The input of a reader has no tangents, so that δ_l belongs to the site's
+   own branch and not to its readers. At the end of a block the tangents are complete, and are
+   removed.
+3. The backward pass through the graph of the values gives every G_m and every a_l. By head, the
+   gradient at q, k or v goes back to x one head at a time, only through these maps and their norm.
 4. A readout inside the model, at a point of the stream, is the last reader in place of the final
    norm. The pass ends there.
-5. Σ_m ⟨δ_l, G_m⟩ is compared with a_l. A model that does more than x + branch(norm(x)), such as a
-   norm in the stream itself, or a hook in between leaves a gap, and is refused.
+5. Σ_m ⟨δ_l, G_m⟩ is compared with a_l. If a model does more than x + branch(norm(x)), such as a
+   norm in the stream itself, or if a hook is in between, the two differ, and the model is refused.
 
 Cost: one forward and one backward pass, in which each site has a tangent through the rest of its
-branch. By head there is one more way back through q, k and v for each head. Every δ_l is held until
-the way back is done.
+branch. By head, there is one more backward pass through q, k and v for each head. Every δ_l is kept
+until the backward pass is done.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from lens_lora.edge_attribution.readers import (
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of, value_of
 from lens_lora.errors import ModelStateError
 
-# Below this share of a prompt's largest site, a site's numbers may be rounding alone.
+# Below this share of a prompt's largest site, a site's numbers may be nothing but rounding.
 _SMALL = 1e-3
 
 _Stream = Float[Tensor, "row pos d"]
@@ -58,10 +59,10 @@ class EdgeValues:
     """All edges of some prompts.
 
     Attributes:
-        readers: their names, in the order of a forward pass.
-        values: ⟨δ_l, G_m⟩, zero where the reader is not downstream.
+        readers: the names of the readers, in the order of a forward pass.
+        values: ⟨δ_l, G_m⟩, zero if the reader is not downstream.
         exists: whether the reader is downstream of the site.
-        value: g at the gates.
+        value: g at these gates.
     """
 
     readers: tuple[str, ...]
@@ -73,12 +74,12 @@ class EdgeValues:
 def edge_values(
     g: Function, at: float, *, by_head: bool = False, by_position: bool = False
 ) -> EdgeValues:
-    """⟨δ_l, G_m⟩ of every site and reader. A forward pass with tangents, and a backward pass.
+    """⟨δ_l, G_m⟩ of every site and reader, from a forward pass with tangents and a backward pass.
 
     Args:
         g: the function, with a readout.
         at: the gate value of every site.
-        by_head: whether attention is split into what each head's q, k and v reads.
+        by_head: whether attention is split by head into what q, k and v read.
         by_position: whether each edge is split over the tokens at which it is read.
 
     Raises:
@@ -97,13 +98,13 @@ def edge_values(
 
 
 def point_of(g: Function) -> str | None:
-    """The hook point that a readout inside the model reads; None for one of the logits."""
+    """The hook point that a readout inside the model reads; None for a readout of the logits."""
     read = g.reading.read
     return read.name if isinstance(read, AtPoint) else None
 
 
 def held_bytes(g: Function, by_head: bool = False) -> int:
-    """The bytes that a row needs besides its graph, for sites' δ and readers' gradients."""
+    """The bytes that a row needs beside its graph, for the sites' δ and the readers' gradients."""
     lens = g.lens
     readers_of_attention = 1
     if by_head:
@@ -117,14 +118,14 @@ def held_bytes(g: Function, by_head: bool = False) -> int:
 def _edges_of_group(g: Function, at: float, by_head: bool, by_position: bool) -> EdgeValues:
     """Compute the edges of prompts that go through the model together."""
     lens = g.lens
-    both_ways = Pass(g, ("position",) if by_position else ())
-    value = both_ways.run(at, by_head)
-    gradients = both_ways.gradients(by_head)
-    by_row, exists = both_ways.edges(gradients, by_position)
+    passes = Pass(g, ("position",) if by_position else ())
+    value = passes.run(at, by_head)
+    gradients = passes.gradients(by_head)
+    by_row, exists = passes.edges(gradients, by_position)
     values = g.reading.by_prompt(by_row)
-    first_order = both_ways.slopes.by_prompt(g.reading)
+    first_order = passes.slopes.by_prompt(g.reading)
 
-    # Sites behind the blocks (final norm and unembedding) write to the logits alone.
+    # Sites after the blocks (final norm and unembedding) only write to the logits.
     n_layers = lens.host.n_layers
     behind = [index for index, site in enumerate(lens.sites) if site.layer >= n_layers]
     values[:, behind, -1] = first_order[:, behind]
@@ -154,10 +155,10 @@ def _require_sum(
     row, site = unequal[0]
     raise ModelStateError(
         f"{lens.sites[site].name}: its edges sum to {float(sums[row, site]):.6g}, and its "
-        f"first order is {float(first_order[row, site]):.6g}: something reads or changes the "
-        f"residual stream beside attention, MLP and final norm, in this model's "
+        f"first order is {float(first_order[row, site]):.6g}: something other than attention, MLP "
+        f"and final norm reads or changes the residual stream, in this model's "
         f"{type(lens.model.blocks[0]).__name__} or in a hook of yours",
-        remedy="Take such hooks off, or use ll.first_order.",
+        remedy="remove such hooks, or use ll.first_order.",
     )
 
 
@@ -167,8 +168,8 @@ class _Written(NamedTuple):
     Attributes:
         deltas: δ_l by site.
         reader: the index of the first reader that sees them.
-        is_within_block: whether the place is in the middle of the sites' own block. Then that
-            reader alone sees these tangents, as later readers see those at the block's end.
+        is_within_block: whether the place is in the middle of the sites' own block. Then only that
+            reader sees these tangents; later readers see those at the block's end.
     """
 
     deltas: dict[int, _Stream]
@@ -177,7 +178,7 @@ class _Written(NamedTuple):
 
 
 class Pass:
-    """A pass forward, in which each site has a tangent up to the end of its block, and a pass back.
+    """A forward pass, in which sites have tangents up to the end of their block, and one back.
 
     Attributes:
         readers: G_m of every reader, in the order of a forward pass.
@@ -193,11 +194,11 @@ class Pass:
         self.heads: dict[str, _Stream] = {}
         self.slopes: SlopeSums = SlopeSums(g.lens, g.rows, axes)
         self._written: list[_Written] = []
-        # By reader, the stream that it saw each time that it ran.
+        # For each reader, the stream that it saw each time that it ran.
         self._seen: dict[str, list[Tensor]] = {}
-        # Whether the way back has begun.
+        # Whether the backward pass has begun.
         self._is_back = False
-        # Whether the gradient on its way back is that of a single head.
+        # Whether the gradient that goes back now is that of a single head.
         self._is_of_head = False
 
     @contextlib.contextmanager
@@ -218,36 +219,36 @@ class Pass:
             try:
                 yield
             finally:
-                # Their graph holds hooks that hold this pass, in torch, where Python's collector
-                # sees no cycle: the whole graph would stay in memory for good.
+                # The graph of these tensors has hooks that refer to this object. Python's garbage
+                # collector does not see that cycle, so the whole graph would stay in memory.
                 self._seen.clear()
 
     def run(self, at: float, by_head: bool) -> Float[Tensor, " batch"]:
-        """One forward and one backward pass; returns g."""
+        """Run one forward and one backward pass, and return g."""
         lens = self._lens
         gates = lens.gates(at)
         write = _WriteWithTangent(lens, gates)
-        # Where a block is run again for its gradient, the tangents would be lost.
+        # If a block was run again for its gradient, its tangents would be lost.
         lens.check_backward(once=False)
         return self._g.passes.visit(
             self._visit, gates, write=write, primal=value_of, under=self._hooks(by_head)
         )
 
     def within_blocks(self, at: float) -> set[tuple[int, str]]:
-        """Find the (site, reader) of one block whose reader sees the site's write.
+        """Find the pairs (site, reader) of one block whose reader sees the site's output.
 
         Cost: one forward pass.
         """
         write = _WriteWithTangent(self._lens, self._lens.gates(at))
         self._g.passes.observe(write, under=self._hooks())
         names = list(self.readers)
-        found: set[tuple[int, str]] = set()
+        pairs: set[tuple[int, str]] = set()
         for written in self._written:
             if written.is_within_block:
-                found.update((site, names[written.reader]) for site in written.deltas)
-        return found
+                pairs.update((site, names[written.reader]) for site in written.deltas)
+        return pairs
 
-    # --- On the way forward
+    # --- In the forward pass
 
     def _end_block(self, stream: Tensor, hook: Any) -> Tensor:
         """Keep the complete tangents of a block, and end them, at the next block's input."""
@@ -261,7 +262,7 @@ class Pass:
         return self._read(name, stream)
 
     def _read(self, name: str, x: Tensor) -> Tensor:
-        """Show a reader x without its tangents, and keep the gradient of x on the way back."""
+        """Give a reader x without its tangents, and keep the gradient of x in the backward pass."""
         if self._is_back:
             return value_of(x)
         if name not in self.readers:
@@ -281,19 +282,19 @@ class Pass:
             self._written.append(_Written(deltas, len(self.readers), is_within_block))
 
     def _read_heads(self, name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
-        """Have the gradient of a complete q, k or v go on head by head on the way back."""
+        """Let the gradient of a complete q, k or v go back head by head in the backward pass."""
         split = out.view_as(out)
         if self._is_back:
             return split
         heads = [f"{name}.{head}.{kind}" for head in range(out.shape[2])]
-        # On the way forward, a reader's gradient is still zero.
+        # In the forward pass, a reader's gradient is still zero.
         zero = self.readers[name]
         self.heads |= dict.fromkeys(heads, zero)
         if split.requires_grad:
             split.register_hook(functools.partial(self._split, name, heads, value_of(out)))
         return split
 
-    # --- On the way back
+    # --- In the backward pass
 
     def _visit(
         self, injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor
@@ -325,13 +326,13 @@ class Pass:
             self.heads[head] = torch.stack(by_showing).sum(0).view(*self._shape, -1)
         self._is_of_head = False
 
-    # --- After it
+    # --- After the passes
 
     def gradients(self, by_head: bool) -> dict[str, _Stream]:
-        """G_m of blocks, or of heads where attention is split, in the order of a forward pass.
+        """G_m of blocks, or of heads if attention is split, in the order of a forward pass.
 
         Raises:
-            ModelStateError: an attention whose heads are not known.
+            ModelStateError: the heads of an attention are not known.
         """
         if not by_head:
             return dict(self.readers)
@@ -347,7 +348,7 @@ class Pass:
     def edges(
         self, gradients: Mapping[str, _Stream], by_position: bool
     ) -> tuple[Float[Tensor, "row site reader *position"], Bool[Tensor, "site reader"]]:
-        """⟨δ_l, G_m⟩, and whether the reader is downstream of the site. Nothing is run.
+        """⟨δ_l, G_m⟩, and whether the reader is downstream of the site; no pass is run.
 
         Args:
             gradients: G_m, from `gradients`.
@@ -372,7 +373,7 @@ class Pass:
 
     def _seen_by(self, written: _Written, readers: Sequence[str]) -> slice:
         """The readers that see these tangents, which follow one another in a pass."""
-        # The reader of a head is its attention, which stands once for each head.
+        # The block reader of a head is its attention, which is listed once for each head.
         blocks = [block_reader(name) for name in readers]
         first_block = list(self.readers)[written.reader]
         first = blocks.index(first_block)
@@ -384,7 +385,7 @@ class Pass:
 def _products(
     delta: Float[Tensor, "row site pos d"], G: Float[Tensor, "row reader pos d"], by_position: bool
 ) -> Float[Tensor, "row site reader *pos"]:
-    """⟨δ_l, G_m⟩ of each site and reader, in all or at each position."""
+    """⟨δ_l, G_m⟩ of each site and reader, summed over positions or at each position."""
     if by_position:
         return torch.einsum("bspd,bmpd->bsmp", delta, G)
     return delta.flatten(2) @ G.flatten(2).mT
@@ -393,7 +394,7 @@ def _products(
 class _WriteWithTangent:
     """The write out + ε_l ΔW_l z_l, with ΔW_l z_l as the site's tangent from here on.
 
-    Sites behind the blocks have no tangent.
+    Sites after the blocks have no tangent.
     """
 
     def __init__(self, lens: LoraLens, gates: Float[Tensor, " site"]) -> None:
@@ -406,11 +407,11 @@ class _WriteWithTangent:
         scaled = self._scaled(index, out, z)
         injection = self._lens.plan.injections[index]
         site = injection.site
-        # Where two updates multiply, what this one writes grows with its partner's gate.
+        # A product of two updates also grows with the partner's gate.
         partner = injection.partner
         weight = 1.0 if partner is None else self._gates[partner]
-        is_behind_blocks = self._lens.sites[site].layer >= self._lens.host.n_layers
-        if is_behind_blocks or not weight:
+        is_after_blocks = self._lens.sites[site].layer >= self._lens.host.n_layers
+        if is_after_blocks or not weight:
             return scaled
         written = out if scaled is None else scaled
         tangents = tangents_of(written)

@@ -1,20 +1,20 @@
-"""Edges say how much of first order each reader of the residual stream carries.
+"""Edges: how much of first order passes through each reader of the residual stream.
 
     a_l = Σ_m ⟨δ_l, G_m⟩      m: attention and MLP of every block downstream, the final norm last
 
 δ_l is the derivative, by ε_l, of what the site's own branch (attention, or the MLP) adds to the
 residual stream. G_m is the gradient of g by the input of reader m alone, before its norm. So an
-edge ⟨δ_l, G_m⟩ is the part of first order that goes from site l straight to m, and from there on by
-any way. The last reader is the final norm, 'logits', or the point of a readout inside the model.
+edge ⟨δ_l, G_m⟩ is the part of first order that goes from site l directly to m, and from there on by
+any route. The last reader is the final norm, 'logits', or the point of a readout inside the model.
 
-1. `edges` gives all of them at one gate value, from one pass forward with tangents for δ, and back
-   for G (`edge_attribution/by_reader.py`). They sum to first order, which each call checks. Along
-   the path they sum to the exact shift (`edge_attribution/along_path.py`).
-2. By head, attention is split into what each head's q, k and v reads. By position, an edge is split
+1. `edges` computes all of them at one gate value, from a forward pass with tangents for δ and a
+   backward pass for G (`edge_attribution/by_reader.py`). They sum to first order, which each call
+   checks. Along the path they sum to the exact shift (`edge_attribution/along_path.py`).
+2. By head, attention is split into what each head's q, k and v read. By position, an edge is split
    over the tokens at which it is read.
 3. The exact intervention is `patch_edges` (`edge_attribution/patch_edges.py`).
 
-An edge says nothing about what two modules do together. That is measured by `coupling`.
+An edge does not say what two modules do together; `coupling` measures that.
 """
 
 from __future__ import annotations
@@ -57,29 +57,29 @@ from lens_lora.errors import ArgumentError, require_finite
 from lens_lora.formats.directions import is_stream
 
 Readers = Literal["block", "head"]
-# Between writer and reader in the name of a measured edge.
+# The text between writer and reader in the name of a measured edge.
 ARROW = " → "
-# As many edges as a person can still follow in a graph.
+# A person can still follow this many edges in a graph.
 _DRAWN = 30
 
 
 @final
 class Edges(Ranked, Reported):
-    """First order of each site, or group of sites, split by the reader that sees its write.
+    """First order of each site, or group of sites, split by what reads its output.
 
     Values are in the readout's units. `plot` is a heatmap of writer × reader in the order of a
     forward pass, in which pairs without an edge are grey.
 
     Attributes:
-        values: [batch, group, reader], or with a last axis of positions; zero where the reader is
-            not downstream. Summed over readers, first order.
+        values: [batch, group, reader], or with a last axis of positions; zero if the reader is not
+            downstream. Their sum over readers is first order.
         groups: {name: indices into sites}; single sites carry their own name.
-        readers: 'blocks.5.attn', 'blocks.5.mlp', …, and last 'logits', or the hook point of a
-            `Projection`; by head 'blocks.5.attn.3.q', where k and v count the heads of keys and
-            values.
+        readers: 'blocks.5.attn', 'blocks.5.mlp', …, and at the end 'logits', or the hook point of a
+            `Projection`; by head such as 'blocks.5.attn.3.q', where k and v count the heads of keys
+            and values.
         exists: [group, reader], whether the reader is downstream of a site of the group.
         at: the gate value at which first order is split; NaN along the path.
-        by: () or ('position',), where the reader reads it.
+        by: () or ('position',), the position at which it is read.
         quadrature: how edges along the path were integrated; None at one gate value.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
@@ -158,8 +158,8 @@ class Edges(Ranked, Reported):
             effects: the result of `patch_edges`.
 
         Raises:
-            ArgumentError: other effects; an edge whose sites these groups do not make up, or whose
-                reader is not among these, naming it.
+            ArgumentError: other effects; or an edge whose sites these groups do not make up, or
+                whose reader is not among these; the error names it.
         """
         if not isinstance(effects, Effects) or effects.of != "edge":
             raise ArgumentError(
@@ -184,7 +184,7 @@ class Edges(Ranked, Reported):
         )
 
     def _rows_of(self, members: Sequence[int]) -> list[int] | None:
-        """The groups that make up these sites, or None where no groups do.
+        """The groups that make up these sites; None if no groups do.
 
         It is one group of the same sites, or several groups without overlap.
         """
@@ -214,14 +214,14 @@ class Edges(Ranked, Reported):
     def save_graph(self, path: str | Path, prompt: int | None = None, k: int | None = None) -> Path:
         """Write the graph of one prompt in the JSON that circuit-tracer and Neuronpedia read.
 
-        Nodes are writers, readers and the readout, at the token at which an edge is read, where the
-        edges were split by position, and else at the last token. A reader's link to the readout
+        Nodes are writers, readers and the readout. They are at the token at which an edge is read
+        if the edges were split by position, else at the last token. A reader's link to the readout
         is the sum of the edges into it.
 
         Args:
-            path: the file, whose name without its suffix becomes the graph's.
+            path: the file; its name without the suffix becomes the graph's name.
             prompt: an index; without it, the only prompt.
-            k: how many of the strongest edges; without it, all.
+            k: only the k strongest edges; None for all.
 
         Returns:
             The path.
@@ -264,44 +264,44 @@ def edges(
     group: Group = "site",
     max_nodes: int = 65,
 ) -> Edges:
-    """First order of each site, split by who reads what it writes; or the whole shift.
+    """Split first order of each site, or along the path the whole shift, by what reads its output.
 
     Cost: one forward and one backward pass and, for all edges together, one or two forward passes
-    more; by head up to five. The exact shift beside it takes one forward pass, or two where `at` is
-    neither 0 nor 1. Along the path that much at each node, usually 5 or 9 of them, and eight
-    forward passes for the noise floor of the shift, which the nodes at both ends give.
+    more; by head up to five. The exact shift takes one more forward pass, or two if `at` is neither
+    0 nor 1. Along the path it is that much at each node, usually 5 or 9 of them, and eight forward
+    passes for the noise floor of the shift; the end nodes give the shift itself.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits; or a `Projection` at a point of the residual
+        readout: u_y, what is read from the logits; or a `Projection` at a point of the residual
             stream. The readers are then those before the point, and the point itself in place of
             'logits'.
-        readers: 'block' for attention and MLP of each block, or 'head', where attention is split
-            into each head's q, k and v.
+        readers: 'block' for attention and MLP of each block, or 'head' to split attention into each
+            head's q, k and v.
         at: the gate value at which first order is taken: 0 base, 1 adapted.
-        path: integrates every edge along the path from the base to the adapted model, as
-            `path_attribution` does whole sites: the edges then sum to the exact shift.
-        tol: along the path, the completeness error allowed to every prompt, as a share of its
+        path: whether to integrate every edge along the path from the base to the adapted model, as
+            `path_attribution` integrates whole sites: the edges then sum to the exact shift.
+        tol: along the path, the completeness error allowed for every prompt, as a share of its
             shift.
-        by: 'position', the token at which it is read.
-        group: sums over 'layer', 'kind' or {name: site names or globs} of writers.
-        max_nodes: along the path, the most nodes of a rule, at least 5.
+        by: 'position' to split each edge by the token at which it is read.
+        group: sum over writers by 'layer', 'kind' or {name: site names or globs}.
+        max_nodes: along the path, the largest number of nodes of a rule, at least 5.
         progress: show a bar over groups of prompts.
 
     Returns:
-        Edges with values [batch, site, reader], in the readout's units; their sum over readers is
-        first order; along the path c_l, and `quadrature` says how completely they sum.
+        Edges with values [batch, site, reader], in the readout's units. Their sum over readers is
+        first order, or along the path c_l, where `quadrature` says how completely they sum.
 
     Raises:
-        ArgumentError: other readers, another axis or group, a KL at 0, an `at` beside `path`, a
-            tol or max_nodes out of range, too little memory, a `Projection` elsewhere than in the
-            residual stream.
+        ArgumentError: other readers, another axis or group, a KL at 0, an `at` together with
+            `path`, a tol or max_nodes out of range, too little memory, or a `Projection` outside
+            the residual stream.
         SiteError: a glob of a group that matches no site.
-        ModelStateError: a model whose edges do not sum to first order, naming the site; heads that
-            are not known; an operation without a forward-mode derivative.
+        ModelStateError: the edges of a site do not sum to its first order; heads that are not
+            known; an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: non-finite derivatives.
+        NumericsError: a derivative is not finite.
     """
     require_stream(g)
     word("readers", readers, get_args(Readers))
@@ -309,7 +309,7 @@ def edges(
     axes = by_axes(by, ("position",))
     if path and at:
         raise ArgumentError(
-            f"at={at:g} is one point, and path=True asks for all of them",
+            f"at={at:g} is one point of the path, and path=True integrates over all of them",
             remedy="leave one of the two out.",
         )
     if at == 0 and not path:
@@ -348,7 +348,7 @@ def require_stream(g: Function) -> None:
     last = f"blocks.{g.lens.host.n_layers - 1}.hook_resid_post"
     if not is_stream(point):
         raise ArgumentError(
-            f"{point} is no point of the residual stream, at which edges end",
+            f"{point} is no point of the residual stream, and edges can only end at one",
             remedy=f"read the direction at a point such as {last!r}, or use ll.first_order, which "
             "takes any point.",
         )

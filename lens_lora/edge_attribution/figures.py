@@ -26,7 +26,7 @@ _GREY = "grey: not downstream"
 
 @drawing.figure.register(Edges)
 def edges_heatmap(edges: Edges, prompt: int | None = None) -> go.Figure:
-    """Writer × reader in the order of a forward pass, so that what exists is a triangle."""
+    """A heatmap of writer × reader in the order of a forward pass; edges make a triangle."""
     values, _ = edges.mean_over(prompt, edges.per_edge)
     x = names_axis(edges.readers, "layer of the reader", **_layer_ticks(edges.readers))
     y = names_axis(edges.groups, "writer", **group_ticks(edges))
@@ -41,10 +41,10 @@ def edges_heatmap(edges: Edges, prompt: int | None = None) -> go.Figure:
 
 
 def _layer_ticks(readers: Sequence[str]) -> dict[str, Any]:
-    """The number of a layer at its first reader, of every few layers; and the logits."""
+    """Ticks with the number of every few layers at the layer's first reader, and the logits."""
     firsts: dict[str, str] = {}
     for name in readers:
         layer = name if name == LOGITS else name.split(".")[1]
         firsts.setdefault(layer, name)
-    shown = figures.every_few(list(firsts.items()), _MOST_LAYERS)
-    return figures.ticks((name for _, name in shown), (layer for layer, _ in shown))
+    ticks = figures.every_few(list(firsts.items()), _MOST_LAYERS)
+    return figures.ticks((name for _, name in ticks), (layer for layer, _ in ticks))

@@ -1,9 +1,9 @@
 """Edges as a graph: writers on the left, readers on the right, and a line for each edge.
 
 1. Both columns are in the order of a forward pass, from the bottom up.
-2. A node is a bar, as long as it has edges. They meet it one beside another, in the order of their
-   other ends, so that they do not cross there. Its name stands beside it.
-3. A line is as wide as its edge is large. A legend says what colours and widths mean.
+2. A node is a bar whose length is the number of its edges. The edges meet it side by side, in the
+   order of their other ends, so that they do not cross there. Its name is beside it.
+3. The width of a line is the size of its edge. A legend says what colours and widths mean.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class _Column(NamedTuple):
     """The nodes of one side.
 
     Attributes:
-        meets: where each edge meets its node.
-        bars: where the bar of each node begins and ends, by the node's name.
+        meets: the height at which each edge meets its node.
+        bars: the heights at which the bar of each node begins and ends, by the node's name.
     """
 
     meets: list[float]
@@ -67,11 +67,11 @@ class _Column(NamedTuple):
             ends: the node of each edge on this side.
             other_places: how far up the node of each edge is on the other side.
         """
-        shown = [name for name in names if name in ends]
+        with_edges = [name for name in names if name in ends]
         meets = [0.0] * len(ends)
         bars: dict[str, tuple[float, float]] = {}
-        at = -(len(ends) + _GAP * (len(shown) - 1)) / 2
-        for name in shown:
+        at = -(len(ends) + _GAP * (len(with_edges) - 1)) / 2
+        for name in with_edges:
             edges_of_node = [edge for edge, end in enumerate(ends) if end == name]
             edges_of_node.sort(key=other_places.__getitem__)
             for slot, edge in enumerate(edges_of_node):
@@ -109,9 +109,9 @@ def edges_graph(edges: Edges, k: int, prompt: int | None = None) -> go.Figure:
     figure.add_traces([*traces, *_legend(edges.units, largest)])
 
     total = float(edges.entries(prompt).values.abs().sum()) or 1.0
-    shown = sum(map(abs, values)) / total
+    share = sum(map(abs, values)) / total
     heading = f"{edges.readout}, {key_text(edges.key)}"
-    below = f"the strongest {len(values)} edges by layer and module, {percent(shown)} of Σ|edge|"
+    below = f"the strongest {len(values)} edges by layer and module, {percent(share)} of Σ|edge|"
     titles = heading, f"{below} · {whose(prompt, edges.str_tokens)}"
     across = {"range": [-_BESIDE, 1 + _BESIDE], "visible": False}
     upwards = {"range": [-top - _GAP, top + _ROOM_FOR_HEADINGS], "visible": False}
@@ -137,8 +137,8 @@ def _hovers(
     """The text at the line of each edge."""
     _, base = edges.mean_over(prompt, edges.base)
     for writer, reader, value in zip(writers, readers, values, strict=True):
-        said = figures.value_text(value, float(base), edges.units)
-        yield f"<b>{label(writer)} → {label(reader)}</b><br>{said}"
+        number = figures.value_text(value, float(base), edges.units)
+        yield f"<b>{label(writer)} → {label(reader)}</b><br>{number}"
 
 
 def _line(start: float, end: float, value: float, largest: float, hover: str) -> go.Scatter:
@@ -199,9 +199,9 @@ def _legend(units: str, largest: float) -> Iterator[go.Scatter]:
 
 
 def short_name(name: str) -> str:
-    """The layer and what stands there, as '29 gate', '29 MLP' or '5 head 3 q'.
+    """The layer and the module of a node, such as '29 gate', '29 MLP' or '5 head 3 q'.
 
-    A name that is of no block, such as a group's own, stays as it is.
+    A name outside the blocks, such as a group's own name, stays as it is.
     """
     path, at, adapter = name.partition("@")
     in_block = _IN_BLOCK.fullmatch(path)

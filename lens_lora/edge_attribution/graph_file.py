@@ -4,23 +4,23 @@ A node is a writer, a reader, or the readout, at one token. Links are
 
     writer → reader     the edge ⟨δ_l, G_m⟩
     writer → readout    the edge to the last reader: 'logits', or the point of a `Projection`
-    reader → readout    Σ_l of the edges into this reader: what goes through it from here on
+    reader → readout    Σ_l of the edges into this reader: everything that passes through it
 
 so that every path from a writer leads to the readout. A writer adds to the residual stream at the
-token at which its reader reads, so both stand at that token. Where edges are summed over positions,
-all nodes stand at the last token.
+token at which its reader reads, so both are at that token. If edges are summed over positions, all
+nodes are at the last token.
 
 The fields are those of `circuit_tracer/frontend/graph_models.py` (github.com/safety-research/
 circuit-tracer) and of the graph schema of Neuronpedia (github.com/hijohnnylin/neuronpedia), which
 both draw nodes by layer and token. `influence` is the cumulative share of Σ|link| over nodes, the
 strongest first, by which both hide weak nodes.
 
-Both read more out of the fields than their schemas say:
+Both programs expect more of the fields than their schemas say:
 
 - The label of the node of feature type 'logit' has to end in '(p=' and a number, or they fail. A
-  readout has no probability, so it is 0, as `token_prob` is.
+  readout has no probability, so the number is 0, like `token_prob`.
 - From schema version 1 on, `feature` is the Cantor pair of layer and index, which they take apart.
-- Neuronpedia draws no graph all of whose writers and readers are in block 0.
+- Neuronpedia does not draw a graph whose writers and readers are all in block 0.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from torch import Tensor
 from lens_lora._version import __version__
 from lens_lora.arguments import whole
 
-# Up to which share of Σ|link| nodes are shown at first.
+# At first the viewer shows the strongest nodes, up to this share of Σ|link|.
 _SHOWN_SHARE = 0.8
-# How many nodes are pinned, so that the viewer's subgraph is not empty.
+# The number of pinned nodes; without any, the viewer's subgraph would be empty.
 _PINNED = 10
 # The viewers' name of the layer of embeddings.
 _EMBEDDINGS = "E"
@@ -53,10 +53,10 @@ class EdgesOfPrompt:
         tokens: the prompt's tokens.
         values: the edges, at each position or with a single last entry, the sum over positions.
         writers: the layer of each writer's first site, by the writer's name.
-        readers: their names, in the order of a forward pass.
-        readout, units: what is read of the logits.
-        at: the gate value at which first order is taken.
-        model, adapter: their names.
+        readers: the names of the readers, in the order of a forward pass.
+        readout, units: the readout's label and its units.
+        at: the gate value at which first order is taken; NaN along the path.
+        model, adapter: the names of the model and the adapter.
     """
 
     tokens: Sequence[str]
@@ -76,9 +76,9 @@ class _Node(NamedTuple):
     Attributes:
         name: the name of the writer or reader.
         is_writer: whether it writes.
-        layer: as the viewers count layers.
-        number: its own among all writers and readers.
-        position: the token at which it stands.
+        layer: the layer in the viewers' numbering.
+        number: its index among all writers and readers.
+        position: the index of its token.
     """
 
     name: str
@@ -112,8 +112,8 @@ def graph_of(edges: EdgesOfPrompt, slug: str, k: int | None) -> dict[str, Any]:
 
     Args:
         edges: the prompt's edges.
-        slug: what the graph is called.
-        k: how many of the strongest edges; None for all that are not zero.
+        slug: the name of the graph.
+        k: only the k strongest edges; None for all that are not zero.
 
     Raises:
         ArgumentError: a k that is no whole number, or below 0.
@@ -157,7 +157,7 @@ def _strongest(edges: EdgesOfPrompt, k: int | None) -> Iterator[tuple[int, int, 
     """The k strongest edges, as (writer, reader, token, value)."""
     values = edges.values.double()
     _, n_readers, n_positions = values.shape
-    # Sums over positions stand at the last token.
+    # Sums over positions are put at the last token.
     first_position = len(edges.tokens) - 1 if n_positions == 1 else 0
     order = values.abs().flatten().argsort(descending=True, stable=True)
     for place in order[:k].tolist():

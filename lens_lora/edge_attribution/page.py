@@ -1,6 +1,6 @@
-"""The page of edges: for each prompt the graph of the largest edges, the heatmap and a table.
+"""The page of edges: for each prompt the graph of the largest edges, a heatmap and a table.
 
-A reader points at a line or a cell for its number, and goes from prompt to prompt by the contents.
+Hovering over a line or a cell shows its number, and the contents lead from prompt to prompt.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lens_lora.show.page import Block, Part, Section, folded, made_by, page_html
 from lens_lora.show.tables import table_of
 from lens_lora.show.text import percent, short_prompt, signed
 
-# How many edges a graph and a table show.
+# The number of edges in a graph, in a table and in the headline.
 _IN_GRAPH = 30
 _IN_TABLE = 100
 _IN_HEADLINE = 3
-# A page has a part for each of so many prompts.
+# A page has a part for each prompt, but at most this many.
 _MOST_PROMPTS = 20
 _HEADS = {
     "writer": "writer",
@@ -69,16 +69,17 @@ def _part(edges: Edges, prompt: int) -> Part:
             f"In {units}, by size, with the share of the shift.",
         ),
     ]
-    shown = text.shortened(text.prompt_text(edges.str_tokens[prompt]))
+    prompt_text = text.shortened(text.prompt_text(edges.str_tokens[prompt]))
+    subtitles = (method, f"“{prompt_text}”", made_by(edges.meta))
     return Part(
         name=short_prompt(edges.str_tokens[prompt]),
-        subtitle=" · ".join(filter(None, (method, f"“{shown}”", made_by(edges.meta)))),
+        subtitle=" · ".join(filter(None, subtitles)),
         headline=sentences,
         numbers=(
             (signed(float(edges.base[prompt])), f"{units}, the base model"),
             (signed(float(edges.adapted[prompt])), f"{units}, the adapted model"),
             (signed(total), f"{units}, the sum of all edges"),
-            (signed(shift - total), f"{units}, what the sum leaves of the shift"),
+            (signed(shift - total), f"{units}, what the sum misses of the shift"),
         ),
         top=[edges_graph(edges, _IN_GRAPH, prompt)],
         sections=folded("\n".join(sentences), sections, "edges", edges.meta),

@@ -1,8 +1,8 @@
 """`patch_edges` measures edges exactly: path patching (`edge_attribution/path_patching.py`).
 
-One reader alone sees what switching a writer's sites on, or off, makes of their branches, and the
-model runs on from there. Here pairs of names become paths: a writer is a site, a glob, or a group,
-and a reader must be downstream of it.
+Switching a writer's sites on, or off, changes the outputs of their branches. Only one reader sees
+this change, and the model runs on from there. In this file pairs of names become paths: a writer is
+a site, a glob, or a group, and a reader must be downstream of it.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ def patch_edges(
     *,
     group: Group = "site",
 ) -> Effects:
-    """The exact effect of one site, or group of sites, through one reader alone (path patching).
+    """The exact effect of one site, or group of sites, through only one reader (path patching).
 
-    With 'add_one' the base model runs. What switching the site on makes of its branch's output is
-    added to the input of the reader, before its norm, and no other reader sees it. With
-    'leave_one_out' the adapted model runs, and what switching the site off takes away is missing
-    for that reader alone.
+    With 'add_one' the base model runs. Switching the site on changes the output of its branch, and
+    this change is added to the input of the reader, before its norm; no other reader sees it. With
+    'leave_one_out' the adapted model runs, and only that reader misses what switching the site off
+    takes away.
 
     The sites of a group are switched together. Each block's branches read the stream as it is
     without the switch, so that sites of one group do not read each other across blocks, and the
-    reader gets the sum. Sites of a group that are behind the reader do not count.
+    reader gets the sum. Sites of a group that come after the reader do not count.
 
-    Cost: two forward passes, four for the noise floor, and one per pair, batched; for pairs within
-    one block one more, with tangents.
+    Cost: two forward passes, four for the noise floor, and one per pair, batched; if a pair is
+    within one block, one more with tangents.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits; or a `Projection` at a point of the residual
+        readout: u_y, what is read from the logits; or a `Projection` at a point of the residual
             stream, whose last reader is that point in place of 'logits'.
         pairs: (writer, reader) by name, such as ('blocks.3.attn.o', 'blocks.5.mlp'), a reader
             'blocks.5.attn.3.q', or 'logits'. The writer is a site, a glob for all sites that it
@@ -63,25 +63,25 @@ def patch_edges(
         progress: show a bar.
 
     Returns:
-        Effects of edges with values [batch, pair], in the readout's units, positive where the edge
+        Effects of edges with values [batch, pair], in the readout's units, positive if the edge
         raises the readout.
 
     Raises:
-        SiteError: a site, group or reader that there is not, with the nearest.
+        SiteError: a site, group or reader that does not exist, with the nearest names.
         ArgumentError: a reader that is not downstream of any of the writer's sites, no pairs,
             another `how` or group.
         ModelStateError: heads that are not known; for a pair within one block, a hook of yours
-            behind it, or an operation without a forward-mode derivative.
+            after it, or an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: a non-finite readout.
+        NumericsError: a readout is not finite.
     """
     require_stream(g)
     word("how", how, get_args(How))
     paths = _paths(g.lens, pairs, g.lens.sites.grouped(group), point_of(g))
     at = 0.0 if how == "add_one" else 1.0
-    moved = patched_edges(g, paths, at)
+    changes = patched_edges(g, paths, at)
     return Effects(
-        values=moved if how == "add_one" else -moved,
+        values=changes if how == "add_one" else -changes,
         groups={f"{path.writer}{ARROW}{path.reader}": path.sites for path in paths},
         how=how,
         of="edge",
@@ -93,7 +93,7 @@ def patch_edges(
 def _paths(
     lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups, point: str | None
 ) -> list[EdgePath]:
-    """The different pairs as paths, after their names and directions were checked.
+    """The distinct pairs as paths, whose names and directions are checked.
 
     Args:
         lens: the adapter over the model.
@@ -104,7 +104,7 @@ def _paths(
     try:
         names = [(writer, reader) for writer, reader in pairs]
     except (TypeError, ValueError):
-        # These are no pairs, which is refused below.
+        # Anything but pairs is refused below.
         names = []
     if not names:
         raise ArgumentError(
@@ -165,10 +165,10 @@ def _require_downstream(lens: LoraLens, path: EdgePath) -> None:
 
 
 def _require_no_hook_behind(lens: LoraLens, path: EdgePath) -> None:
-    """Refuse a path within a block behind which a hook of the caller's own is.
+    """Refuse a path within a block if the caller has a hook after it.
 
-    What a reader in the site's own block saw is taken off the stream behind that block, which has
-    to be unchanged by then.
+    What a reader in the site's own block saw is subtracted from the stream after that block, so
+    nothing may change it before.
     """
     host = lens.host
     layer = reader_layer(lens, path.reader)

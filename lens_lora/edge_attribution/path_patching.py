@@ -1,16 +1,17 @@
-"""Path patching: one reader alone sees what switching a writer's sites makes of their branches.
+"""Path patching: only one reader sees how switching a writer's sites changes their branches.
 
 Each prompt is run in several rows. The first row is plain. Each other row belongs to one path: in
-it the gates of the writer's sites are switched, as far as their writes reach the reader.
+it the gates of those of the writer's sites are switched whose outputs reach the reader.
 
-1. Call delta the difference of such a row and the plain one at a block's end: it is what the switch
-   makes of the block's branches. It is taken off the stream there, so that the next block reads the
-   plain stream.
-2. These deltas, summed over the writer's blocks, are added to what the one reader reads.
+1. Call delta the difference between such a row and the plain one at a block's end: it is the change
+   of the block's branches by the switch. It is subtracted from the stream there, so that the next
+   block reads the plain stream.
+2. These deltas, summed over the writer's blocks, are added to the input of the one reader.
 3. The last reader is the final norm before the logits, or the point of the stream that a readout
    inside the model reads.
-4. A reader in the block of a site may come before or after the site. A difference of rows does not
-   tell which, as rows of a batch differ by rounding anyway. So a pass with tangents is run first.
+4. A reader in the block of a site may come before or after the site. The difference of two rows
+   does not tell which, because rows of a batch differ by rounding anyway. So a pass with tangents
+   is run first.
 
 Cost: a forward pass for each path, batched, and one with tangents if a path is within a block.
 """
@@ -44,12 +45,12 @@ from lens_lora.errors import ArgumentError
 
 @dataclasses.dataclass(frozen=True)
 class EdgePath:
-    """From sites that are switched together to one reader.
+    """A path from sites that are switched together to one reader.
 
     Attributes:
-        writer: what the sites are called together.
-        sites: their indices.
-        reader: the only reader that sees what the switch makes of their branches.
+        writer: the name of the sites together.
+        sites: the indices of the sites.
+        reader: the only reader that sees how the switch changes their branches.
     """
 
     writer: str
@@ -68,10 +69,10 @@ def patched_edges(g: Function, paths: Sequence[EdgePath], at: float) -> Float[Te
         at: the gate value of every other site, 0 or 1.
 
     Raises:
-        ArgumentError: a reader that nothing of its writer reaches.
+        ArgumentError: no site of the writer reaches the reader.
     """
     reaching = _with_sites_that_reach(g, paths, at)
-    # A plain row stands beside a patched one.
+    # Each patched row needs a plain row in the same pass.
     groups = g.groups(copies=2)
     count = len(reaching) * len(groups)
     values: list[Tensor] = []
@@ -117,15 +118,15 @@ def _with_sites_that_reach(g: Function, paths: Sequence[EdgePath], at: float) ->
 
 
 def _within_blocks(g: Function, paths: Sequence[EdgePath], at: float) -> set[tuple[int, str]]:
-    """The (site, reader) of one block whose reader sees the site's write.
+    """The pairs (site, reader) of one block whose reader sees the site's output.
 
-    A pass with tangents shows them. Where no path is within a block, nothing is run.
+    A pass with tangents shows them. If no path is within a block, nothing is run.
     """
-    found: set[tuple[int, str]] = set()
+    pairs: set[tuple[int, str]] = set()
     if any(_has_site_in_block_of_reader(g.lens, path) for path in paths):
         for group in g.groups(graph=True, beside=held_bytes(g)):
-            found |= Pass(group).within_blocks(at)
-    return found
+            pairs |= Pass(group).within_blocks(at)
+    return pairs
 
 
 def _has_site_in_block_of_reader(lens: LoraLens, path: EdgePath) -> bool:
@@ -157,7 +158,7 @@ class _Run:
         self._split: set[int] = set()
 
     def effects(self) -> Float[Tensor, "batch path"]:
-        """The g of each path's row less that of the plain row. One forward pass of each row."""
+        """g of each path's row minus g of the plain row, from one forward pass of each row."""
         by_row = self._g.passes.side_by_side(len(self._gates), under=self._hooks())
         for row in self._rows_of_heads():
             if row not in self._split:
@@ -196,7 +197,7 @@ class _Run:
         return tensor.unflatten(0, (-1, len(self._gates))).clone()
 
     def _begin_block(self, layer: int, stream: Tensor, hook: Any) -> Tensor:
-        """Take off the stream what the switch made of the block before."""
+        """Subtract the change of the block before from the stream."""
         del hook
         x = self._by_row(stream)
         self._take_off(layer - 1, x)
@@ -205,7 +206,7 @@ class _Run:
     def _take_off(self, block: int, x: Tensor) -> None:
         """Set each row whose sites are in this block back to the plain stream, and keep its delta.
 
-        Where a reader of the same block has seen the delta, it is known already.
+        If a reader of the same block has seen the delta, it is known already.
         """
         for row, blocks in self._blocks.items():
             if block in blocks:
@@ -218,7 +219,7 @@ class _Run:
         return self._read(name, stream)
 
     def _read(self, name: str, stream: Tensor) -> Tensor:
-        """Show a reader the plain stream, and in its own rows what the switch made as well."""
+        """Give a reader the plain stream, and in its own rows also the change by the switch."""
         layer = reader_layer(self._lens, name)
         x = self._by_row(stream)
         # At a block's input the deltas of the block before are taken off already.
@@ -238,7 +239,7 @@ class _Run:
         return x.flatten(0, 1)
 
     def _only_head(self, name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
-        """Give a row whose reader is one head the plain row's q, k and v, but for that head."""
+        """Give a row whose reader is one head the plain row's q, k and v, except for that head."""
         by_row = self._by_row(out)
         for row, reader in self._readers.items():
             is_head_of_this = reader != name and block_reader(reader) == name

@@ -1,7 +1,7 @@
-"""The readers of the residual stream x are attention and MLP of every block, and the final norm.
+"""The readers of the residual stream x: attention and MLP of every block, and the final norm.
 
-A function (name, x) → x' says what each reader reads in place of x. Where a norm feeds several
-modules, the norm is run again for each of them.
+A function (name, x) → x' gives the value that each reader reads in place of x. If a norm feeds
+several modules, the norm is run again for each of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QKV = ("q", "k", "v")
 
 # The last runs of a block's norms, each as (output, norm, x).
 _Runs = collections.deque[tuple[Tensor, nn.Module, Tensor]]
-# Two norms run before the first branch where each branch has its own, and one of them runs once
+# If each branch has its own norm, two norms run before the first branch, and one of them runs once
 # more for a reader.
 _LAST_RUNS = 3
 
@@ -38,22 +38,23 @@ _COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 _Read = Callable[[str, Tensor], Tensor]
 # The readers of a block, by name, and the block's norms.
 _Readers = tuple[dict[str, nn.Module], list[nn.Module]]
-# For each host, the norm that each reader reads x through, of the readers that a pass has shown so
-# far; None for a reader without a norm.
+# For each host, the norm through which each reader reads x, as far as a pass has shown it; None for
+# a reader without a norm.
 _ReadThrough = dict[str, nn.Module | None]
 _READ_THROUGH: weakref.WeakKeyDictionary[Host, _ReadThrough] = weakref.WeakKeyDictionary()
 
 
 def stream_readers(host: Host, layer: int) -> _Readers:
-    """The readers of the residual stream in a block, by name, as modules whose input it is.
+    """The modules that read the residual stream in a block, by name, and the block's norms.
 
-    Beside them stand the block's norms, where a module may read the output of one of these instead.
+    A module may read the output of one of these norms in place of the stream itself; the list is
+    empty if the readers are norms themselves.
     """
     return _READERS_OF[host.class_name](host.model.blocks[layer], layer)
 
 
 def _readers_of_bridge(block: Any, layer: int) -> _Readers:
-    """Every module of the block that has weights, by the component that it is or is within."""
+    """Every module of the block that has weights, under the name of the component that holds it."""
     whole = unwrapped(block)
     parts: dict[str, set[nn.Module]] = {}
     for name, part in block.named_children():
@@ -66,13 +67,13 @@ def _readers_of_bridge(block: Any, layer: int) -> _Readers:
             norms.append(module)
         elif next(module.parameters(), None) is not None:
             name = next((name for name, modules in parts.items() if module in modules), path)
-            # What an MLP that is no module of its own reads, its first weight does.
+            # If the MLP is no module of its own, its first weight reads what the MLP reads.
             readers.setdefault(f"blocks.{layer}.{name}", module)
     return readers, norms
 
 
 def _readers_of_hooked_transformer(block: Any, layer: int) -> _Readers:
-    """The norm of each branch, which no other one reads."""
+    """The norm of each branch, whose output no other branch reads."""
     readers: dict[str, nn.Module] = {}
     for branch, norm in (("attn", "ln1"), ("mlp", "ln2")):
         if hasattr(block, norm):
@@ -91,12 +92,12 @@ _READERS_OF: dict[str, Callable[[Any, int], _Readers]] = {
 def readers_shown(span: Temporary, lens: LoraLens, read: _Read) -> None:
     """Until the span ends, every reader of the residual stream x reads `read(name, x)`.
 
-    In the first pass a norm that feeds a reader runs once more, on what `read` returns, as it may
-    feed others too. The host keeps which norm that was. From then on, if a norm feeds a single
-    reader, what the norm reads is changed instead.
+    In the first pass, a norm that feeds a reader runs once more on what `read` returns, because it
+    may feed other modules too. The host records which norm that was. From then on, if a norm feeds
+    only one reader, the input of the norm is changed instead.
 
     Raises:
-        ModelStateError: heads read copies of the stream, or no norm stands before the head.
+        ModelStateError: heads read copies of the stream, or there is no norm before the head.
     """
     _require_one_stream(lens)
     host = lens.host
@@ -117,8 +118,8 @@ def readers_shown(span: Temporary, lens: LoraLens, read: _Read) -> None:
                 show.at(span, name, module, runs)
     if host.final_norm is None:
         raise ModelStateError(
-            "this model has no norm between its blocks and its head, before which edges to the "
-            "logits end.",
+            "this model has no norm between its blocks and its head, and edges to the logits end "
+            "at that norm.",
             remedy="Use ll.first_order, by site and position.",
         )
     show.at(span, LOGITS, host.final_norm, _Runs())
@@ -148,26 +149,26 @@ class _Show:
         self._has_begun = False
 
     def at(self, span: Temporary, name: str, place: nn.Module, runs: _Runs) -> None:
-        """Hook the place where a reader reads: its module, or the norm that feeds it alone."""
+        """Hook the place where a reader reads: its module, or a norm that feeds no other reader."""
         hook = functools.partial(self._before, name, runs)
         add_pre_hook(span, place, hook, with_kwargs=True)
 
     def _before(
         self, name: str, runs: _Runs, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Any, Any] | None:
-        """Replace the input of a reader's module; leave that of any other one."""
+        """Replace the input of a reader's module; leave the input of any other module."""
         tensor = args[0] if args else kwargs.get("hidden_states")
         norm, x = _before_norm(tensor, runs)
         if not isinstance(x, Tensor) or not self._is_reader(name, module, norm):
             return None
         self._has_begun = True
         self.norms.setdefault(name, norm)
-        shown = self._read(name, x)
+        replaced = self._read(name, x)
         if norm is not None:
-            shown = norm(shown)
+            replaced = norm(replaced)
         if args:
-            return (shown, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": shown}
+            return (replaced, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": replaced}
 
     def _is_reader(self, name: str, module: nn.Module, norm: nn.Module | None) -> bool:
         if name == LOGITS and not self._has_begun:
@@ -178,7 +179,7 @@ class _Show:
 
 
 def _before_norm(tensor: Any, runs: _Runs) -> tuple[nn.Module | None, Any]:
-    """The norm whose output this is, and what the norm read; else None, and the tensor itself."""
+    """The norm whose output this is, and the norm's input; else None, and the tensor itself."""
     for output, norm, x in runs:
         if output is tensor:
             return norm, x
@@ -186,7 +187,7 @@ def _before_norm(tensor: Any, runs: _Runs) -> tuple[nn.Module | None, Any]:
 
 
 def _keep_run(runs: _Runs, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    """Keep what a norm read and made; a forward hook of the norm."""
+    """Keep the input and the output of a norm; this is a forward hook of the norm."""
     runs.append((output, norm, args[0]))
 
 
@@ -232,7 +233,8 @@ def head_hooks(
 
     Args:
         lens: the adapter over the model.
-        change: (attention, kind, q or k or v) → what stands in its place.
+        change: a function of the attention's name, the kind and the tensor q, k or v; it returns
+            the tensor that replaces it.
     """
 
     def at_heads(name: str, kind: str, tensor: Tensor, hook: Any) -> Tensor:
@@ -251,7 +253,7 @@ def head_hooks(
 
 
 def unknown_heads(name: str) -> ModelStateError:
-    """The error of an attention that cannot be split by head."""
+    """The error for an attention that cannot be split by head."""
     return ModelStateError(
         f"{name}: this attention has no q, k and v with the model's n_heads and d_head at their "
         "hook points, so it cannot be split by head",

@@ -1,4 +1,4 @@
-"""Values that carry the tangents of several sites, where few modules at a time have any.
+"""Values that carry the tangents of several sites; only few sites have one at a time.
 
     y = f(x₁, x₂, …),    ẏ_l = Σ_i ∂f/∂x_i ẋ_{i,l}     for each site l that one of the x_i carries
 
@@ -6,10 +6,10 @@
    tangent. In any other product each factor is replaced by its tangent in turn. A function without
    a rule is left to torch, which gets a dual number for each tangent. Values keep their graph, and
    tangents have none.
-2. A function that changes a value in place is left to torch as well. It is refused where another
-   tensor in use shares the value's memory, as the tangents of that tensor would not follow.
-3. A kernel that reads a tensor past torch's functions would lose its tangents without a word. So
-   the results have to be checked, as edges are against first order.
+2. A function that changes a value in place is left to torch as well. It is refused if another
+   tensor in use shares the value's memory, because the tangents of that tensor would not change.
+3. A kernel that reads a tensor without torch's functions would silently lose its tangents. So the
+   results have to be checked, as edges are checked against first order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lens_lora.errors import ModelStateError
 
 _Args = tuple[Any, ...]
 _Named = dict[str, Any]
-# The tangents by site: a tensor, or one of each result where a function has several.
+# The tangents by site: a tensor, or a list of them for a function with several results.
 _Tangents = dict[int, Any]
 # From torch's function and its arguments to the tangents of its result.
 _Rule = Callable[[Any, _Args, _Named], _Tangents]
@@ -42,7 +42,7 @@ class Moving(Tensor):
 
     Attributes:
         value: the value, with its graph.
-        tangents: ẏ_l of each site that it has one of, without a graph.
+        tangents: ẏ_l by site, without a graph; sites that do not move the value have none.
     """
 
     value: Tensor
@@ -90,7 +90,7 @@ def moving(value: Any, tangents: Mapping[int, Tensor | None]) -> Any:
 
     Args:
         value: a tensor; anything else has no tangents.
-        tangents: the tangent by each site; None where the value does not depend on the site.
+        tangents: the tangent by site; None if the value does not depend on the site.
     """
     known = _without_none(tangents)
     if not known:
@@ -115,7 +115,7 @@ def value_of(x: Any) -> Any:
 
 
 def tangents_of(x: Any) -> dict[int, Tensor]:
-    """The tangents by site, of which a constant has none."""
+    """The tangents by site; a constant has none."""
     return x.tangents if isinstance(x, Moving) else {}
 
 
@@ -191,7 +191,7 @@ def _by_torch(func: Any, args: _Args, named: _Named) -> _Tangents:
 
 
 def _in_place(func: Any, args: _Args, named: _Named) -> Any:
-    """Change a value in place, and give it the tangents that it has from then on.
+    """Change a value in place, and give it the tangents that it then has.
 
     Torch's own rule computes these tangents, on copies.
     """
@@ -229,7 +229,7 @@ def _refusal(name: str) -> ModelStateError:
     return ModelStateError(
         f"{name}: this model, or a hook of yours, writes into a tensor whose memory another tensor "
         "shares, and derivatives are not followed there",
-        remedy="Take such hooks off, or use ll.first_order.",
+        remedy="remove such hooks, or use ll.first_order.",
     )
 
 
@@ -256,15 +256,15 @@ def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
         return 0 if is_constant else x
 
     if name == "view":
-        # A tangent need not lie in memory as its value does.
+        # A tangent need not have the same memory layout as its value.
         func = Tensor.reshape
     return dict(_by_site(func, args, named, linear_part))
 
 
 def _sum(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """The tangents of x + y. Where x alone moves with a site, its tangent is that of the sum.
+    """The tangents of x + y; if only x moves with a site, its tangent is that of the sum.
 
-    It is not copied then: every site's tangent passes several sums on its way through a block.
+    It is not copied then, because every site's tangent passes several sums within a block.
     """
     if named or len(args) != 2:
         return _linear(func, args, named)
@@ -308,7 +308,7 @@ def _replaced(factor: Moving, tangent: Tensor, x: Any) -> Any:
 
 
 def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """The tangents ẊW of all sites at once, of a product XW whose rows X alone have tangents."""
+    """The tangents ẊW of all sites at once, for a product XW in which only X has tangents."""
     product = compat.rows_and_weight(func, args, named)
     if product is None:
         return _of_other_product(func, args, named)
@@ -321,7 +321,7 @@ def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
 
 
 def _of_other_product(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """The tangents of a product in which something else than the rows of X has tangents."""
+    """The tangents of a product in which something other than the rows X has tangents."""
     rule = _by_factor if func in compat.MATMULS else _by_torch
     return rule(func, args, named)
 

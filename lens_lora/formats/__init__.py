@@ -1,1 +1,1 @@
-"""What is read as an adapter other than plain PEFT LoRA, and how adapters are added and written."""
+"""Adapters of other formats than plain PEFT LoRA, and how adapters are added up and written."""

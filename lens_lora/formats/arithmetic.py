@@ -1,19 +1,19 @@
-"""Adapters made of adapters: sums, differences, mixtures, and nulls of random directions.
+"""Adapters made of adapters: sums, differences, mixtures, and null adapters of random directions.
 
     a + b                   both at once; the parts stay apart, as 'path@name'
     a − b, a.mixed(b, w)    one adapter: ΔW_a − ΔW_b,  (1 − w) ΔW_a + w ΔW_b
 
-In one adapter the factors of a module that both adapt are stacked along the rank, which is exact
-(PEFT's `add_weighted_adapter` calls that "cat"); changes of bias are summed. DoRA rescales whatever
-W it finds, and a trained module or bias replaces the base's: these do not add up.
+To make one adapter, the factors of a module that both adapt are stacked along the rank, which is
+exact (PEFT's `add_weighted_adapter` calls it "cat"); changes of bias are summed. DoRA rescales
+whatever W it finds, and a trained module or bias replaces the base's: these do not add up.
 
 Null adapters have the same sizes and ranks, in random directions:
 
     ΔW = s B A = Q_B K Q_Aᵀ,   K = s R_B R_Aᵀ   [rank, rank]          (QR of B and of Aᵀ)
     ΔW′ = Q′_B K Q′_Aᵀ,        Q′ orthonormal, at random
 
-1. K holds every singular value of ΔW, and is kept: so are rank, spectral and Frobenius norm. The
-   dense ΔW is never built.
+1. K has all singular values of ΔW. It is kept, and with it the rank, the spectral norm and the
+   Frobenius norm. The dense ΔW is never built.
 2. Q′_A and Q′_B are the Q of Gaussian matrices, signs fixed: uniform over orthonormal frames.
 3. Where several sites share a module (a fused q, k, v), each part of B's rows has its own Q_B and
    Q′_B, so that each part's singular values are kept, and the whole's with them.
@@ -39,10 +39,10 @@ from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
 @extensions.side_by_side.provide
 def side_by_side(named: Sequence[tuple[str, Updates]]) -> dict[str, ModuleUpdate]:
-    """The modules of several adapters under 'path@name', where they stay apart.
+    """The modules of several adapters under 'path@name', so that they stay apart.
 
     Raises:
-        AdapterError: a name twice, or DoRA on a module that another adapter adapts too.
+        AdapterError: two adapters have one name, or DoRA adapts a module that another adapts too.
     """
     modules: dict[str, ModuleUpdate] = {}
     names: set[str] = set()
@@ -57,7 +57,7 @@ def side_by_side(named: Sequence[tuple[str, Updates]]) -> dict[str, ModuleUpdate
 
 
 def _tagged(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
-    """The modules under 'path@name', those of a sum under the names they have."""
+    """The modules under 'path@name'; those of a sum keep the names that they have."""
     tagged: dict[str, ModuleUpdate] = {}
     for key, update in modules.items():
         own_name = key if "@" in key else f"{key}@{name}"
@@ -66,7 +66,7 @@ def _tagged(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
 
 
 def _refuse_dora_twice(modules: Updates) -> None:
-    """Refuse DoRA on a module that has another update too."""
+    """Refuse DoRA on a module that another adapter updates too."""
     counts = Counter(map(module_path, modules))
     for key, update in modules.items():
         path = module_path(key)
@@ -103,7 +103,7 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
         raise AdapterError(f"{path}: the adapters have {experts} experts; the base has one number.")
     if max(experts) > 1:
         by_expert = zip(*(part.by_expert() for part in parts), strict=True)
-        return expert_factors([_stack(path, of_expert) for of_expert in by_expert])
+        return expert_factors([_stack(path, updates) for updates in by_expert])
     _require_same_shapes(path, parts)
     dtypes = [*(part.A.dtype for part in parts), *(part.B.dtype for part in parts)]
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -154,13 +154,13 @@ def null_updates(
 
 
 def draw_seeds(seed: int, draws: int) -> list[int]:
-    """The generator's seed of each draw; more draws begin with the same ones."""
+    """The generator's seed of each draw; a longer list begins with the seeds of a shorter one."""
     return np.random.SeedSequence(seed).generate_state(draws).tolist()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Undirected:
-    """One module's update without its directions, in float64: what all of its draws share.
+    """One module's update without its directions, in float64, which all of its draws share.
 
     Attributes:
         width: how many features the module reads.
@@ -169,7 +169,7 @@ class _Undirected:
         cores: the rows of each part of the output, and K of that part.
         bias_sizes: the norm of each part's change of bias; empty where there is none.
         experts: the factors' own number of experts.
-        by_expert: the same of each expert, where there are several; then all else is empty.
+        by_expert: one of these for each expert if there are several; all else is then empty.
     """
 
     width: int = 0
@@ -185,8 +185,8 @@ class _Undirected:
         """Take the directions out of a module's factors.
 
         Args:
-            factors: the module's own.
-            parts: its output rows, part by part, where several sites share it.
+            factors: the module's factors.
+            parts: the module's output rows, part by part, if several sites share it.
         """
         if factors.experts > 1:
             return cls(by_expert=tuple(cls.of(each, parts) for each in factors.by_expert()))
@@ -227,10 +227,10 @@ class _Undirected:
 
 
 def _with_directions(key: str, update: ModuleUpdate) -> LoRAFactors:
-    """The factors of an update that has directions to draw; else it is refused."""
+    """The factors of an update, which is refused if it has no directions to draw."""
     if isinstance(update, LoRAFactors):
         if update.base_weight is not None:
-            # A stored weight of the base is no part of a draw.
+            # The base's own weight, stored with the update, is not drawn.
             update = dataclasses.replace(update, base_weight=None)
         return plain(key, update)
     if update.weight is not None and update.weight.ndim == 1:

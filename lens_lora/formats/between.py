@@ -1,18 +1,18 @@
 """The difference of two models as updates: a full fine-tune, or any other change of weights.
 
 ΔW = W_tuned − W_base of every linear module and embedding, exact, or cut to rank r by its singular
-value decomposition, with the relative error ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F of each module. Norms are held
-as they are after. It serves for a full fine-tune, a merged adapter, and PiSSA or LoftQ against the
-true base.
+value decomposition, with the relative error ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F of each module. A norm's update
+holds its trained parameters. This reads a full fine-tune, a merged adapter, and PiSSA or LoftQ
+against the true base.
 
-The difference explains the models only if they differ in their parameters alone. Weights are not
-all of a model: `rope_theta`, the norm's ε, the activation function, soft caps and the like stand in
-its configuration. Three checks, since each sees what the others do not:
+The difference explains the models only if nothing but their parameters differs. A model is more
+than its weights: `rope_theta`, the norm's ε, the activation function, soft caps and the like are
+set in its configuration. There are three checks, because each sees what the others do not:
 
-1. The configurations are compared field by field, but for those that decide no logits.
+1. The configurations are compared field by field, except fields that do not affect logits.
 2. The base's own code, run with the tuned model's parameters, must give the tuned model's logits.
-3. In these passes each changed module must compute what its parameters say (`own_forward`): one
-   with a forward of its own (0.5 W z, say) adds something else than ΔW z when it is trained.
+3. In these passes each changed module must compute what its parameters say (`own_forward`): if a
+   module has a forward of its own (0.5 W z, say), training adds something else than ΔW z.
 
 Cost: one forward pass of each model on 8 tokens.
 """
@@ -44,7 +44,7 @@ from lens_lora.formats.own_forward import (
 )
 
 _Globs = tuple[str, ...]
-# Beyond a quarter of the smaller side, a whole SVD is as fast as Lanczos iteration.
+# If the rank exceeds a quarter of the smaller side, a full SVD is as fast as Lanczos iteration.
 _RANK_SHARE_OF_LANCZOS = 4
 
 
@@ -96,7 +96,7 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def _require_plain_model(model: object) -> None:
-    """Refuse what is no Hugging Face model with the weights that training left."""
+    """Refuse anything but a Hugging Face model with the weights that training left."""
     if not isinstance(model, nn.Module):
         fact = f"between takes two Hugging Face models, and one is a {type(model).__name__}"
         raise ArgumentError(f"{fact}; load it with AutoModelForCausalLM.from_pretrained(name).")
@@ -118,9 +118,9 @@ def _require_plain_model(model: object) -> None:
 
 
 def _change_of(path: str, module: nn.Module) -> Callable[..., ModuleUpdate | None] | None:
-    """How the change of a linear module, an embedding or a norm is read; None for other modules.
+    """The function that reads the change of a module: linear, embedding or norm; else None.
 
-    Norms are those of a supported family, by path: an expert's vector, or stack, is none.
+    A norm is recognised by its path in a supported family, so an expert's vector or stack is none.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter):
@@ -138,7 +138,7 @@ def _is_norm(path: str) -> bool:
 def _changed_in(
     names: Iterable[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> list[str]:
-    """The names of the parameters whose values are others afterwards."""
+    """The names of the parameters whose values have changed."""
     return [name for name in names if not torch.equal(before[name].cpu(), after[name].cpu())]
 
 
@@ -158,7 +158,7 @@ def _norm_change(path: str, before: nn.Module, after: nn.Module | None) -> Train
 def _linear_change(path: str, before: nn.Module, after: nn.Module | None) -> LoRAFactors | None:
     """ΔW and Δb of a linear module or an embedding; None where both are zero."""
     if after is None or _change_of(path, after) is not _linear_change:
-        raise AdapterError(f"{path}: the base has it and the tuned model has not.")
+        raise AdapterError(f"{path}: the base has this module and the tuned model does not.")
     old = weight_of(before)
     new = weight_of(after)
     if old.shape != new.shape:
@@ -190,12 +190,12 @@ def _bias_change(path: str, before: nn.Module, after: nn.Module) -> Float[Tensor
 def _truncated(factors: LoRAFactors, rank: int) -> tuple[LoRAFactors, float]:
     """The best rank-r approximation of ΔW in the Frobenius norm, and its relative error.
 
-    By Lanczos iteration where few singular values are kept.
+    If few singular values are kept, they are computed by Lanczos iteration.
     """
     delta = factors.materialise(dtype=torch.float64)
     if _RANK_SHARE_OF_LANCZOS * rank < min(delta.shape) and bool(delta.any()):
-        found: Any = svds(delta.numpy(), k=rank, rng=0)
-        vectors, sizes, covectors = found
+        triplets: Any = svds(delta.numpy(), k=rank, rng=0)
+        vectors, sizes, covectors = triplets
         # Lanczos iteration gives the smallest singular value first.
         left = torch.from_numpy((vectors * sizes)[:, ::-1].copy())
         right = torch.from_numpy(covectors[::-1].copy())
@@ -203,11 +203,12 @@ def _truncated(factors: LoRAFactors, rank: int) -> tuple[LoRAFactors, float]:
         U, sizes, Vt = torch.linalg.svd(delta, full_matrices=False)
         left = U[:, :rank] * sizes[:rank]
         right = Vt[:rank]
-    whole = float(delta.norm())
-    rest = float((delta - left @ right).norm())
+    size = float(delta.norm())
+    cut_off = float((delta - left @ right).norm())
+    relative_error = cut_off / size if size else 0.0
     dtype = torch.promote_types(factors.A.dtype, factors.B.dtype)
-    cut = LoRAFactors(right.to(dtype), left.to(dtype), lora_bias=factors.lora_bias)
-    return cut, rest / whole if whole else 0.0
+    truncated = LoRAFactors(right.to(dtype), left.to(dtype), lora_bias=factors.lora_bias)
+    return truncated, relative_error
 
 
 def _refuse_other_changes(
@@ -219,7 +220,10 @@ def _refuse_other_changes(
     unpaired = sorted(before.keys() ^ after.keys())
     if unpaired:
         names = ", ".join(unpaired[:3])
-        raise AdapterError(f"both must have one architecture, and have other parameters: {names}.")
+        raise AdapterError(
+            "the two models must have one architecture, and these parameters belong to only one of "
+            f"them: {names}."
+        )
     others = [name for name in before if name not in compared and not _matches(name, globs)]
     changed = _changed_in(others, before, after)
     if changed:
@@ -230,7 +234,7 @@ def _refuse_other_changes(
         )
 
 
-# --- Whether two models differ in their parameters alone
+# --- Whether two models differ only in their parameters
 
 
 def _require_same_function(
@@ -244,18 +248,18 @@ def _require_same_function(
         base: the model before.
         tuned: the model after.
         globs: what is ignored.
-        changed: the paths of the changed modules. One with a forward of its own is refused as well,
-            as W' − W is not what training adds to its output.
+        changed: the paths of the changed modules. A module with a forward of its own is refused as
+            well, because W' − W is not what training adds to its output.
     """
     if not (hasattr(base, "config") and hasattr(tuned, "config")):
         return
     differing = differing_fields(base.config, tuned.config)
     if differing:
-        shown = "; ".join(
+        fields = "; ".join(
             f"{name} is {old!r} and {new!r}" for name, (old, new) in differing.items()
         )
         raise AdapterError(
-            f"the two models are different functions, whatever their weights: {shown}. If they "
+            f"the two models are different functions, whatever their weights: {fields}. If they "
             "were trained with the same configuration, load both with it."
         )
     _require_same_logits(base, tuned, globs, changed)
@@ -264,7 +268,7 @@ def _require_same_function(
 def _require_same_logits(
     base: nn.Module, tuned: nn.Module, globs: _Globs, changed: list[str]
 ) -> None:
-    """Compare the code of both models, both run with the tuned parameters less the ignored ones.
+    """Compare the code of both models, run with the tuned parameters except the ignored ones.
 
     In the same two passes each changed module's output is compared with that of its parameters.
     """
@@ -283,15 +287,16 @@ def _require_same_logits(
     if not is_near:
         raise AdapterError(
             "the base with the tuned model's weights does not compute the tuned model's logits: "
-            f"{difference:.2g} off, of a range of {span:.2g}. The two are different functions "
-            "(other code, buffers or hooks), and a change of weights does not explain that."
+            f"they differ by {difference:.2g}, and the logits span {span:.2g}. The two are "
+            "different functions (other code, buffers or hooks), and a change of weights does not "
+            "explain that."
         )
     for model, calls in ((tuned, tuned_calls), (base, base_calls)):
         for path in changed:
             module = model.get_submodule(path)
             call = calls.get(path)
-            # Both models ran with the tuned parameters; a module that these tokens do not reach
-            # has not run, and is called with its own.
+            # Both models ran with the tuned parameters. A module that these tokens do not reach
+            # did not run; it is called alone, with its own parameters.
             holder = module if call is None else tuned.get_submodule(path)
             require_own_parameters(
                 path,

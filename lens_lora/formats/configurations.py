@@ -1,8 +1,8 @@
 """The fields of a Hugging Face configuration that decide what a model computes.
 
 Two models with the same parameters are the same function only if these fields agree: the norm's ε,
-the activation function, the rotary embedding, the number of heads, a soft cap. What names a model,
-what stores it, and what draws its tokens decides no logits, and is left out.
+the activation function, the rotary embedding, the number of heads, a soft cap. Fields that name a
+model, say how it is stored, or how its tokens are drawn, do not affect logits and are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
-# Globs of the names of these fields, by what they are about.
+# Globs of the names of fields that do not affect logits, by subject.
 _NAMES_AND_VERSIONS = """
     _name_or_path *architectures *auto_map transformers_version unsloth*
 """
@@ -51,7 +51,7 @@ def known_fields(config: Any) -> set[str]:
     """The fields that the configuration's own class has, which are those that its model reads."""
     try:
         fields = type(config)().to_dict()
-    except (TypeError, ValueError):  # a class that needs arguments: then each of its fields counts
+    except (TypeError, ValueError):  # The class needs arguments, so each of its fields counts.
         fields = config.to_dict()
     return {name.partition(".")[0] for name in _flat(fields)}
 
@@ -65,17 +65,19 @@ def _deciding_fields(config: Any) -> dict[str, Any]:
     rope_types = ("rope_type", "rope_scaling.type")
     scaling = [value for name, value in fields.items() if name.endswith(rope_types)]
     if all(kind in (None, "default") for kind in scaling):
-        fields.pop("max_position_embeddings", None)  # how far positions go, not what they do
-    inert = _fields_of_generation()
-    return {
-        name: value
-        for name, value in fields.items()
-        if name.partition(".")[0] not in inert and not _matches(name, _DECIDES_NO_LOGITS)
-    }
+        # Without scaling, it bounds the positions and does not change any of them.
+        fields.pop("max_position_embeddings", None)
+    of_generation = _fields_of_generation()
+    deciding: dict[str, Any] = {}
+    for name, value in fields.items():
+        outer_name = name.partition(".")[0]
+        if outer_name not in of_generation and not _matches(name, _DECIDES_NO_LOGITS):
+            deciding[name] = value
+    return deciding
 
 
 def _fields_of_generation() -> set[str]:
-    """The fields that say how tokens are drawn from logits; older configurations hold them, too."""
+    """The fields that say how tokens are drawn from logits; older configurations hold them too."""
     from transformers import GenerationConfig
 
     return set(GenerationConfig().to_dict())
@@ -86,6 +88,7 @@ def _matches(name: str, globs: tuple[str, ...]) -> bool:
 
 
 def _flat(fields: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
+    """Nested fields in one dictionary, in which an inner field is called 'outer.inner'."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, dict) and value:

@@ -1,12 +1,12 @@
-"""Directions in the space of an activation, as every function takes them.
+"""Directions in the space of an activation, in every form that callers may pass.
 
     [d]  ·  [n, d]  ·  {label: either}  ·  a Contrast or ActivationShift  ·  (autoencoder, indices)
 
-1. A Contrast (any result with `by_point`) has a vector for each hook point. The one of the point in
-   question is taken, or its only one.
-2. A sparse autoencoder is known by its attributes (SAELens's: W_enc [d, feature], and a cfg that
-   names its hook point); nothing of SAELens is imported. A feature's direction is its column of
-   W_enc, since that is what the encoder reads: its pre-activation moves by W_encᵀ Δh, exactly.
+1. A Contrast (any result with `by_point`) has a vector for each hook point. The vector of the hook
+   point in question is used, or the only one that there is.
+2. A sparse autoencoder is recognised by its attributes (SAELens's: W_enc [d, feature], and a cfg
+   that names its hook point); SAELens itself is not imported. A feature's direction is its column
+   of W_enc, because the encoder reads that: its pre-activation moves by W_encᵀ Δh, exactly.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 from lens_lora.arguments import is_whole, one_entry
 from lens_lora.errors import ArgumentError
 
-# A point of the residual stream, of which all have the same space.
+# A hook point of the residual stream; all of its hook points have the same space.
 STREAM = "blocks.0.hook_resid_pre"
 _STREAM = r"blocks\.\d+\.hook_(resid_(pre|mid|post)|in|out)|ln_final\.hook_in"
 _ADDED = r"hook_embed|blocks\.\d+\.hook_(attn|mlp)_out"
-# What is smaller than this share of the largest size is rounding.
+# A size below this share of the largest one is rounding.
 _ROUNDING = 1e-10
 _EXPECTED = (
     "expected a tensor [d] or [direction, d], {label: tensor}, a Contrast, or a sparse autoencoder "
@@ -47,15 +47,15 @@ def is_residual(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Directions:
-    """Directions, and what else is known of them.
+    """Directions, with their labels and the hook point that they belong to.
 
     Attributes:
-        rows: [direction, d].
-        labels: what each was called, and its index under this label.
+        rows: the directions, [direction, d].
+        labels: the label of each direction, and its index among those with this label.
         kind: 'directions' or 'encoder'.
         units: the unit of a projection onto them.
-        hook_name: where they belong, if that is known.
-        encode: h to an autoencoder's own activations.
+        hook_name: the hook point that they belong to; None if it is not known.
+        encode: maps h to an autoencoder's own activations; None for plain directions.
         by_head: whether `encode` takes h as [..., head, d_head].
     """
 
@@ -76,7 +76,7 @@ class Directions:
         return tuple(f"{label} {index}" for label, index in self.labels)
 
     def basis(self, *, centred: bool = False) -> Float[Tensor, "d few"]:
-        """An orthonormal basis of what they span, in float64 on the CPU.
+        """An orthonormal basis of the space that they span, in float64 on the CPU.
 
         Args:
             centred: whether the space lacks the direction of ones; the directions are then centred
@@ -111,7 +111,7 @@ class Directions:
 
         Args:
             name: the hook point.
-            width: how many numbers it has; None where that is not known.
+            width: the width of its activations; None if it is not known.
 
         Raises:
             ArgumentError: they lie elsewhere, or have another width.
@@ -120,7 +120,7 @@ class Directions:
         if home not in (None, name) and not (is_residual(str(home)) and is_residual(name)):
             raise ArgumentError(
                 f"these directions lie at {home}, and {name} holds another space; name a hook "
-                "point of theirs, or pass them as a tensor if they belong there all the same."
+                "point of their space, or pass them as a tensor if they belong there all the same."
             )
         if width not in (None, self.rows.shape[1]):
             fact = f"directions of {self.rows.shape[1]} numbers, and {name} has {width}"
@@ -129,7 +129,7 @@ class Directions:
 
 
 def home_points(source: Any) -> tuple[str, ...]:
-    """The hook points at which a source of directions has its own; none for a plain tensor."""
+    """The hook points for which a source has directions; none for a plain tensor."""
     by_point = getattr(source, "by_point", None)
     if isinstance(by_point, Mapping):
         return tuple(by_point)
@@ -142,15 +142,15 @@ def home_points(source: Any) -> tuple[str, ...]:
 
 
 def directions_of(source: Any, name: str | None = None) -> Directions:
-    """Directions of whatever a caller passes for them.
+    """Read directions from any form in which a caller may pass them.
 
     Args:
-        source: as the head of this file says.
-        name: the hook point in question, at which a Contrast's own is taken.
+        source: one of the forms that the head of this file lists.
+        name: the hook point in question; of a Contrast, the vector at this hook point is used.
 
     Raises:
-        ArgumentError: something else, several widths, numbers that are not finite, a hook point
-            for which a Contrast has none, an index that an autoencoder lacks, or an autoencoder
+        ArgumentError: another form, several widths, numbers that are not finite, a hook point for
+            which a Contrast has no vector, an index that an autoencoder lacks, or an autoencoder
             whose pre-activations are not linear in h.
     """
     if isinstance(source, Tensor):
@@ -182,8 +182,10 @@ def _of_tensors(tensors: Mapping[Any, Any]) -> Directions:
     for label, value in tensors.items():
         is_tensor = isinstance(value, Tensor) and value.is_floating_point()
         if not is_tensor or value.ndim not in (1, 2) or not value.numel():
-            shown = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else value
-            raise ArgumentError(f"directions are {shown!s}; {_EXPECTED}, of floating point.")
+            described = value
+            if isinstance(value, Tensor):
+                described = f"{value.dtype} {list(value.shape)}"
+            raise ArgumentError(f"directions are {described!s}; {_EXPECTED}, of floating point.")
         rows[str(label)] = torch.atleast_2d(_finite(value))
     widths = {value.shape[1] for value in rows.values()}
     if len(widths) != 1:
@@ -230,12 +232,12 @@ def _require_linear_encoder(cfg: Any) -> None:
     head = setting_of(cfg, "hook_head_index")
     if head is not None:
         raise ArgumentError(
-            f"this autoencoder reads head {head} alone; pass a tensor with zeros at other heads."
+            f"this autoencoder reads only head {head}; pass a tensor with zeros at other heads."
         )
 
 
 def _checked_features(indices: Any, count: int) -> list[int]:
-    """The features that a caller means, of an autoencoder that has so many."""
+    """The indices of the features that a caller asks for, checked against their count."""
     plain = one_entry(indices)
     listed = list(plain) if isinstance(plain, Iterable) else [plain]
     features: list[Any] = [one_entry(index) for index in listed]

@@ -1,7 +1,7 @@
-"""Where adapters lie: one folder, a folder of many, a trainer's run, or a hub repository.
+"""Where adapters are found: one folder, a folder of many, a trainer's run, or a hub repository.
 
-1. A local folder is taken as it is. Of a hub repository (`formats/hub.py`) an adapter's files are
-   fetched, and its tokenizer's where it has one.
+1. A local folder is used as it is. From a hub repository (`formats/hub.py`), only the files of the
+   adapter and of its tokenizer are fetched.
 2. A folder without an adapter's two files is refused, and the error says what lies there instead:
    MLX's format, pickled weights, a Git LFS pointer, a result of lens_lora, an adapter one folder
    further down. Nothing is unpickled.
@@ -65,15 +65,15 @@ def adapter_folder(
     return folder
 
 
-def require_path(given: object) -> None:
-    """Refuse what is no path and no hub id; of a result that has an adapter, name that.
+def require_path(path: object) -> None:
+    """Refuse an object that is neither a path nor a hub id; a result's adapter is named instead.
 
     Raises:
         AdapterError: neither a string nor a path.
     """
-    if isinstance(given, str | os.PathLike):
+    if isinstance(path, str | os.PathLike):
         return
-    kind = type(given).__name__
+    kind = type(path).__name__
     remedy = "give a folder, a hub id ('owner/repo') or an ll.Adapter."
     if kind in RESULTS_WITH_ADAPTER:
         remedy = "pass its adapter: result.adapter."
@@ -101,7 +101,7 @@ def stated_fields(folder: Path) -> dict[str, Any]:
 def stated_base(folder: Path) -> str | None:
     """The base that an adapter's config names.
 
-    None also for a config that cannot be read: what is wrong is said where the adapter is read.
+    It is None as well if the config cannot be read: reading the adapter reports the cause.
     """
     known = format_in(folder)
     if known is not None:
@@ -151,7 +151,7 @@ def folders_in(
 def checkpoint_folders(
     run: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> dict[int, Path]:
-    """{step: folder} of a trainer's run, by increasing step. Its other folders are left alone.
+    """Find the checkpoints of a trainer's run, {step: folder}; other folders are left alone.
 
     Args:
         run: the trainer's output folder, on disk or on the hub.
@@ -159,7 +159,7 @@ def checkpoint_folders(
         subfolder: the run's folder within it.
 
     Raises:
-        AdapterError: fewer than two checkpoints, or one without an adapter's files.
+        AdapterError: fewer than two checkpoints, or a checkpoint without an adapter's files.
     """
     names = [f"checkpoint-*/{name}" for name in _file_names()]
     root = _at_hand(Place(run, revision, subfolder), names)
@@ -177,7 +177,7 @@ def checkpoint_folders(
 
 
 def last_checkpoint(path: str | Path) -> Path | None:
-    """The last checkpoint in a trainer's run folder; None where the folder is itself an adapter."""
+    """The last checkpoint in a trainer's run folder; None if the folder is itself an adapter's."""
     folder = Path(path)
     is_adapter = (folder / CONFIG).exists() or format_in(folder) is not None
     steps = _checkpoints(folder)
@@ -222,12 +222,12 @@ def _checkpoints(run: Path) -> dict[int, Path]:
 
 
 def _file_names() -> list[str]:
-    """The files that are fetched of an adapter: those of every format, and its tokenizer's."""
+    """The names of files to fetch for an adapter: those of every format, and its tokenizer's."""
     return [*every_file_name(), *TOKENIZER_FILES]
 
 
 def _at_hand(place: Place, files: Iterable[str]) -> Path:
-    """The folder of a place; on the hub these files of it are fetched."""
+    """The folder of a place; if it is on the hub, these of its files are fetched."""
     path = Path(place.path)
     if path.is_file():
         _refuse_result(path)
@@ -255,8 +255,8 @@ def _require_files(folder: Path) -> None:
     pickled = folder / "adapter_model.bin"
     if pickled.is_file():
         raise AdapterError(
-            f"{pickled}: pickled weights are not read, because they can run code. Where you trust "
-            "it, load it and save it as safetensors: peft_model.save_pretrained(folder)."
+            f"{pickled}: pickled weights are not read, because they can run code. If you trust "
+            "them, load them and save them as safetensors: peft_model.save_pretrained(folder)."
         )
     if (folder / MLX_WEIGHTS).is_file():
         raise mlx_error(folder)
@@ -264,32 +264,32 @@ def _require_files(folder: Path) -> None:
 
 
 def _no_config(folder: Path) -> AdapterError:
-    """The error for a folder without a config, which says where one is, or what is there."""
+    """The error for a folder without a config; it says where a config is, or what is there."""
     inside = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]
     if inside:
         place, others = likeliest(str(path.parent.relative_to(folder)) for path in inside)
         fact = f"no {CONFIG}; give the folder of one: {folder / place}{others}"
         return AdapterError(f"{folder}: {fact}.")
-    found: list[str] | str = "no folder"
+    contents: list[str] | str = "no folder"
     if folder.is_dir():
         for file in sorted(folder.glob("*.safetensors"))[:8]:
             _refuse_result(file)
-        found = sorted(path.name for path in folder.iterdir())[:8]
-    fact = f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {found})."
+        contents = sorted(path.name for path in folder.iterdir())[:8]
+    fact = f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {contents})."
     if (folder / "config.json").is_file():
         return AdapterError(
             fact,
-            remedy="It holds a whole model. Of one that was fine-tuned whole, the change is "
-            "ll.Adapter.between(base, tuned); a base stands before its adapter: "
+            remedy="It holds a whole model. If that is a full fine-tune, its change is "
+            "ll.Adapter.between(base, tuned); if it is a base, it is passed before its adapter: "
             "ll.load(base, adapter).",
-            in_shell="It holds a whole model. One that was fine-tuned whole is given as --tuned, "
-            "beside its base, --model (explain, diff).",
+            in_shell="It holds a whole model. If that is a full fine-tune, give it as --tuned and "
+            "its base as --model (explain, diff).",
         )
     return AdapterError(fact)
 
 
 def _refuse_result(file: Path) -> None:
-    """Refuse a file that a result was saved to, which holds no adapter as PEFT saves it."""
+    """Refuse a file that a result was saved to: it is no adapter in PEFT's format."""
     from lens_lora.core import storage
 
     kind = storage.kind_in_file(file)
@@ -305,7 +305,7 @@ def _refuse_result(file: Path) -> None:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refuse a file that is a Git LFS pointer in place of its content.
+    """Refuse a Git LFS pointer, which stands in place of a file's content.
 
     Raises:
         AdapterError: it is one.

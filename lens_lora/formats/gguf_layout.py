@@ -1,9 +1,9 @@
 """How llama.cpp names and lays out the tensors of a Hugging Face model.
 
 Names are those of the `gguf` package's own tables: model.layers.3.self_attn.q_proj is blk.3.attn_q.
-A weight is [out, in] as in Hugging Face, but for the rows of q and k in the Llama family: the two
-rows that a rotary embedding turns together lie side by side there, and half a head apart in Hugging
-Face,
+A weight is [out, in] as in Hugging Face, except for the rows of q and k in the Llama family: the
+two rows that a rotary embedding turns together are neighbours in llama.cpp, and half a head apart
+in Hugging Face,
 
     row (head, pair, half) of llama.cpp = row (head, half, pair) of Hugging Face.
 
@@ -33,7 +33,7 @@ _PLAIN = {
 }
 _QUERY = ".q_proj"
 _KEY = ".k_proj"
-# Gemma's converter adds the one that Hugging Face adds to a norm's weight.
+# Hugging Face adds 1 to the weight of Gemma's norms; the converter stores the sum.
 _NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3_text")
 # Tensors that llama.cpp computes from the configuration, and a Hugging Face model does not hold.
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -59,10 +59,10 @@ class Layout(NamedTuple):
     """The names and rows of one base model in GGUF.
 
     Attributes:
-        architecture: llama.cpp's name of it.
+        architecture: llama.cpp's name of the architecture.
         blocks: how many layers it has.
-        query_heads: heads of q, if the rows of q and k are permuted; else 0.
-        key_heads: heads of k, likewise.
+        query_heads: the number of heads of q if the rows of q and k are permuted, else 0.
+        key_heads: the number of heads of k if the rows are permuted, else 0.
         is_norm_plus_one: whether a norm's weight is stored with one added.
     """
 
@@ -110,7 +110,7 @@ class Layout(NamedTuple):
         return split.transpose(1, 2).reshape(matrix.shape)
 
     def is_permuted(self, module: str) -> bool:
-        """Whether a module's rows lie otherwise than in Hugging Face.
+        """Whether a module's rows have another order than in Hugging Face.
 
         Args:
             module: its path in the Hugging Face model.
@@ -132,7 +132,7 @@ def layout_of(config: Any) -> Layout:
         config: a Hugging Face configuration.
 
     Raises:
-        UnsupportedAdapterError: a family whose layout is not known here.
+        UnsupportedAdapterError: the layout of this family is not known here.
     """
     kind = str(getattr(config, "model_type", ""))
     is_permuted = kind in _PERMUTED
@@ -155,7 +155,7 @@ def layout_of(config: Any) -> Layout:
 
 
 def config_of(base: Any) -> Any:
-    """The configuration of a base: a model's own, one that is given, or that of a folder.
+    """The configuration of a base that is a model, a configuration, or a model's folder.
 
     Args:
         base: a Hugging Face model, its configuration, or a local folder.
@@ -190,7 +190,7 @@ class StoredTensor(NamedTuple):
 
 
 class GGUFFile:
-    """A GGUF file, whose tensors are dequantised when they are asked for.
+    """A GGUF file, whose tensors are dequantised when they are read.
 
     Attributes:
         path: the file.
@@ -218,8 +218,8 @@ class GGUFFile:
         Args:
             name: a field's name, such as general.architecture.
         """
-        found = self._reader.get_field(name)
-        return None if found is None else found.contents()
+        field = self._reader.get_field(name)
+        return None if field is None else field.contents()
 
     def tensor(self, name: str) -> StoredTensor:
         """One of the tensors.
@@ -261,8 +261,8 @@ def rounded_to(kind: str, exact: Tensor) -> Tensor:
         exact: [..., in].
 
     Raises:
-        ModelStateError: the gguf package is not installed or does not round to this type, as to
-            Q4_K, or rows that are no multiple of the type's blocks.
+        ModelStateError: the gguf package is not installed or does not round to this type (such as
+            Q4_K), or the rows' length is not a multiple of the type's block.
     """
     gguf = require_gguf()
     stored_as = gguf.GGMLQuantizationType[kind]

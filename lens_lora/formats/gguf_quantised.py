@@ -1,8 +1,8 @@
-"""Weights in a type of GGUF to which llama.cpp quantises, and the gguf package does not: Q4_K.
+"""Weights as Q4_K, a type of GGUF to which llama.cpp quantises and the gguf package does not.
 
-Each is quantised by ggml's own library and read back by the gguf package. A row is cut into blocks
-of 256 weights. Where its length is no multiple of that, llama.cpp takes a type whose blocks fit,
-and so does this:
+A weight is quantised by ggml's own library and read back by the gguf package. A row is cut into
+blocks of 256 weights. If its length is not a multiple of 256, llama.cpp falls back to a type whose
+blocks fit, and so does this module:
 
     Q4_K  →  Q5_0 (blocks of 32)  →  F16
 """
@@ -19,7 +19,7 @@ from lens_lora.formats.gguf_layout import BYTES_OF_BLOCK, require_gguf, rounded_
 Q4_K = "Q4_K"
 # The package that brings ggml's library.
 PACKAGE = "llama-cpp-py-sync"
-# In this order llama.cpp tries the types for a weight that is to be Q4_K.
+# The types for a weight that is to be Q4_K, in the order in which llama.cpp tries them.
 _FALLBACK = (Q4_K, "Q5_0", "F16")
 
 
@@ -57,7 +57,7 @@ def rounded_to_q4_k(exact: Tensor) -> Tensor:
     data = compat.quantised_by_ggml(values, int(stored_as), bytes_of_row)
     if data is None:
         raise ModelStateError(
-            f"a weight is rounded to {kind} by llama.cpp's library alone, which is not installed",
+            f"only llama.cpp's library rounds a weight to {kind}, and it is not installed",
             remedy=f"pip install {PACKAGE}.",
         )
     return torch.from_numpy(gguf.quants.dequantize(data, stored_as).copy()).reshape(exact.shape)

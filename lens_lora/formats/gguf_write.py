@@ -1,8 +1,9 @@
 """Updates by module path → one GGUF file, as llama.cpp loads an adapter (`--lora`).
 
-llama.cpp adds (α / r) · B A with one α for the file and r of each module. So α is that of the first
-module, and what another module's s·r differs from it is multiplied into its B. Rows of B lie as in
-the converted base (`gguf_layout`). Tensors are float32, as llama.cpp computes with them.
+llama.cpp adds (α / r) · B A with one α for the file and the rank r of each module. So α is s·r of
+the first module, and the B of every other module is multiplied by its own s·r over α. The rows of B
+have the order of the converted base (`gguf_layout`). Tensors are float32, in which llama.cpp
+computes with them.
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ def save_gguf(
 
 
 def _plain(module: str, update: Any) -> LoRAFactors:
-    """The update, if it is s·B·A of one linear map; else refused."""
+    """The update, which is refused unless it is s·B·A of one linear map."""
     if isinstance(update, LoRAFactors) and update.is_plain and update.strength == 1:
         return update
     raise UnsupportedAdapterError(
-        f"{module}: llama.cpp adds s·B·A of linear maps alone, and this update is another one",
+        f"{module}: llama.cpp only adds s·B·A of linear maps, and this update is of another kind",
         remedy="merge it, and convert the merged model.",
     )
 

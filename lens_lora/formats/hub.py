@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face hub: of a repository, only an adapter's own files are fetched."""
+"""Adapters on the Hugging Face hub: only an adapter's own files are fetched from a repository."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<inside>.+))?")
 
 
 class Place(NamedTuple):
-    """Where an adapter, or a folder of several, lies on disk or on the hub.
+    """Where an adapter, or a folder of several, is on disk or on the hub.
 
     Attributes:
         path: a folder, 'owner/repo', or 'owner/repo/sub/folder'.
         revision: branch, tag or commit of the hub repository.
-        subfolder: its folder within the folder or the repository.
+        subfolder: the adapter's folder within the folder or the repository.
     """
 
     path: str | Path
@@ -34,11 +34,11 @@ def fetched(place: Place, files: Iterable[str]) -> Path:
     """The folder of a place on the hub, with those of its files that match these globs.
 
     Args:
-        place: it does not lie on disk.
+        place: a place that is not on disk.
         files: globs within the folder.
 
     Raises:
-        AdapterError: what is no hub id, a repository that cannot be reached, or one without the
+        AdapterError: the place is no hub id, its repository cannot be reached, or it lacks the
             revision.
     """
     repository, inside = _repository_and_folder(place)
@@ -62,13 +62,13 @@ def fetched(place: Place, files: Iterable[str]) -> Path:
 
 
 def refuse_other_folder(place: Place) -> None:
-    """Refuse a hub repository whose adapters lie in other folders than this one, naming them.
+    """Refuse a hub repository whose adapters are in other folders than this one, naming those.
 
-    Where the hub does not list the repository's files, nothing is refused: the missing config is
+    If the hub does not list the repository's files, nothing is refused here: the missing config is
     then all that can be reported.
 
     Args:
-        place: a hub repository, without an adapter's config in this folder.
+        place: a hub repository that has no adapter's config in this folder.
 
     Raises:
         AdapterError: the repository has an adapter elsewhere.
@@ -91,7 +91,7 @@ def refuse_other_folder(place: Place) -> None:
 
 
 def likeliest(folders: Iterable[str]) -> tuple[str, str]:
-    """The folder that is probably meant, of several adapters' folders, and a note of the others.
+    """Choose the folder that is probably meant among adapters' folders, and list the others.
 
     Args:
         folders: at least one.

@@ -44,8 +44,8 @@ def updates_over_base(
 ) -> tuple[dict[str, ModuleUpdate], str | None]:
     """The updates of a folder that PEFT lays over its base, and the name of that base.
 
-    The base is asked for by the name in the config, once it is known that the method has a ΔW. It
-    stays as it is: PEFT works on modules and parameters of their own over the same memory.
+    `base_for` is called with the name in the config, once it is known that the method has a ΔW. The
+    base is not changed: PEFT works on copies of its modules and parameters over the same memory.
     """
     with located(folder):
         refuse_without_delta(config)
@@ -65,7 +65,7 @@ def _updates_and_base(
     Args:
         model: a model with the adapter live in it.
         adapter_name: one of its adapters.
-        base: the true base; None to take that which the model holds.
+        base: the true base; None for the base that the model holds.
     """
     configs, live = configs_and_base(model)
     if not isinstance(adapter_name, str) or adapter_name not in configs:
@@ -108,14 +108,14 @@ def _laid_over(folder: Path, config: PeftConfig, base: Any) -> Any:
     from peft import get_peft_model
 
     try:
-        # PEFT draws initial values before it loads the file's.
+        # PEFT draws random initial values before it loads the tensors of the file.
         with without_warnings(), torch.random.fork_rng([]):
             model = get_peft_model(twin(base), config)
             keys = model.load_adapter(str(folder), "default", torch_device="cpu")
     except Exception as error:
         if is_of_the_system(error) or is_memory_short(error):
             raise
-        # Modules that are not there, and shapes that differ.
+        # PEFT raises these two if a module is missing or a shape differs.
         is_misfit = isinstance(error, ValueError | RuntimeError)
         remedy = "is that the base it was trained on?" if is_misfit else ""
         raise AdapterError(
@@ -133,7 +133,7 @@ def _laid_over(folder: Path, config: PeftConfig, base: Any) -> Any:
 
 
 def _not_loaded(model: nn.Module, keys: Sequence[str]) -> list[str]:
-    """The keys whose tensor was loaded under no other key either, as that of a shared bank is."""
+    """The keys whose tensor was not loaded; a shared one may have been loaded under another key."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(parameter) for key, parameter in parameters.items() if key not in keys}
     return [key for key in keys if id(parameters.get(key)) not in loaded]

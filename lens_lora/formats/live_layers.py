@@ -1,8 +1,8 @@
 """The layers of a live PeftModel: an adapter's tensors, and the base model under them.
 
 PEFT's `get_peft_model_state_dict` leaves out modules whose path contains another adapter's name. So
-each LoRA layer is read itself, with the scale that it applies now, and so are PEFT's wrappers of
-modules and rows that were trained, and with bias="all" every bias.
+every LoRA layer is read directly, with the scale that it applies now. So are PEFT's wrappers of
+trained modules and rows, and with bias="all" every bias.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
     if not isinstance(model, nn.Module) or not isinstance(configs, dict):
         raise ArgumentError(
             f"from_peft takes a PeftModel, and this is a {type(model).__name__} without an "
-            "adapter. Use ll.load_adapter(folder), or, of two models, Adapter.between(base, tuned)."
+            "adapter. Use ll.load_adapter(folder), or Adapter.between(base, tuned) for two models."
         )
     unwrap = getattr(model, "get_base_model", None)
     return configs, model if unwrap is None else unwrap()
@@ -67,7 +67,7 @@ def configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
 
 
 def base_within(peft_model: Any) -> nn.Module:
-    """The base model of a PeftModel, as modules of its own on the same tensors.
+    """The base model of a PeftModel, as new modules over the same tensors.
 
     Raises:
         UnsupportedAdapterError: a PeftModel that no longer holds its base.
@@ -80,8 +80,9 @@ def base_within(peft_model: Any) -> nn.Module:
     for name, config in configs.items():
         _require_unchanged_base(name, config)
 
-    # `copy.deepcopy` takes what is in its memo for the copy: of a tensor the tensor itself, and of
-    # PEFT's layers what they wrap. So nothing that PEFT holds in them is copied.
+    # `copy.deepcopy` takes what its memo holds for an object as the copy of it. Here that is the
+    # tensor itself for a tensor, and the wrapped module for a layer of PEFT: so no tensor is
+    # copied, and no layer of PEFT is in the copy.
     tensors = itertools.chain(live.parameters(), live.buffers())
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     wrappers = BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper
@@ -99,7 +100,7 @@ def require_unmerged(live: nn.Module) -> None:
     """Refuse a model with an adapter merged into its weights.
 
     Raises:
-        UnsupportedAdapterError: one is.
+        UnsupportedAdapterError: an adapter is merged.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -146,7 +147,7 @@ class _LiveState:
     experts: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
 
     def add(self, path: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors of a module, by their keys within it."""
+        """Add the tensors of a module, by their keys within it."""
         for key, tensor in tensors.items():
             if tensor.is_meta:
                 raise AdapterError(
@@ -159,12 +160,12 @@ class _LiveState:
 def updates_of_layers(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:
     """Copies of the updates of LoRA layers, and of modules and rows that were trained with them.
 
-    Layers of another method than LoRA are left out.
+    Layers of other methods than LoRA are left out.
 
     Args:
         base: the model that holds the layers.
         name: the name of the adapter.
-        config: the adapter's.
+        config: the adapter's configuration.
 
     Raises:
         AdapterError: tensors that are inconsistent.
@@ -237,16 +238,15 @@ def _layer_state(layer: Any, name: str, bias: str) -> dict[str, Tensor]:
 
 def _biases(base: nn.Module) -> dict[str, Tensor]:
     """The biases of modules without a LoRA layer or wrapper of PEFT, by their names."""
-    inside_peft = tuple(
-        f"{path}."
-        for path, module in base.named_modules()
-        if type(module).__module__.startswith("peft.")
-    )
-    return {
-        name: parameter
-        for name, parameter in base.named_parameters()
-        if name.endswith(".bias") and not name.startswith(inside_peft)
-    }
+    prefixes: list[str] = []
+    for path, module in base.named_modules():
+        if type(module).__module__.startswith("peft."):
+            prefixes.append(f"{path}.")
+    biases: dict[str, Tensor] = {}
+    for name, parameter in base.named_parameters():
+        if name.endswith(".bias") and not name.startswith(tuple(prefixes)):
+            biases[name] = parameter
+    return biases
 
 
 def _copy(tensor: Tensor) -> Tensor:

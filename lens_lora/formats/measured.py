@@ -3,16 +3,18 @@
 What a tuner layer adds to its base layer is δ(x) = layer(x) − base(x). If that is a change of
 weights, then δ(x) = ΔW x + Δb, so that
 
-    Δb = δ(0),   ΔW = δ(I) − Δb    (the rows of I are inputs),   of an embedding  ΔW = δ(every id).
+    linear module:  Δb = δ(0),   ΔW = δ(I) − Δb      (the rows of I are the inputs)
+    embedding:      ΔW = δ(every id)
 
-1. No name of a method is trusted: `get_delta_weight` is a rotation in one and a factor in another,
-   and what `merge` leaves is not what every layer computes.
+1. The methods of a layer are not trusted: `get_delta_weight` is a rotation in one layer and a
+   factor in another, and not every layer computes what `merge` leaves.
 2. δ is compared with ΔW x + Δb on random input of three sizes. A layer that computes anything else
    (a router, a mean over the batch) is refused.
 3. The base with all these changes must give PEFT's logits, since a method may change more.
 
-A layer is copied to float64, so that the difference loses nothing of ΔW, which is rounded once: to
-the base's dtype, or float32. Where PEFT itself computes in float32 (DeFT, C3A), its error remains.
+A layer is copied to float64, so that ΔW loses no digits in the difference; it is rounded once, to
+float32 or to the base's dtype if that is wider. Where PEFT itself computes in float32 (DeFT, C3A),
+its rounding error remains.
 """
 
 from __future__ import annotations
@@ -41,15 +43,15 @@ from lens_lora.formats.own_forward import apart, is_transposed, logits_of
 
 # Rows of the identity that are run at a time: 64 MB for a width of 4096.
 _INPUTS = 2048
-# Sizes of random input: a function that bends shows at one of them.
+# Sizes of random input: at one of them a function that is not linear shows that it bends.
 _SIZES = (0.1, 1.0, 10.0)
 # Random inputs of each size.
 _DRAWS = 8
-# How far δ may be from ΔW x + Δb, relative to δ. Where PEFT computes in float32, a δ that is small
-# beside the output is lost in its rounding, and the second number holds.
+# How far δ may be from ΔW x + Δb, relative to δ. The second number holds if PEFT computes in
+# float32 and δ is so small beside the output that rounding hides it.
 _AGREEMENT = 1e-4
 _LOST = 1e-2
-# Machine precisions of the output within which a difference counts as rounding.
+# A difference within this many machine precisions of the output counts as rounding.
 _ROUNDINGS = 16
 # Up to a quarter of the smaller side, factors take less memory than ΔW.
 _RANK_SHARE = 4
@@ -64,17 +66,17 @@ _Size = TypeVar("_Size", float, Tensor)
 def measured_updates(
     model: Any, name: str, config: Any, base: Any = None
 ) -> dict[str, ModuleUpdate]:
-    """The updates of an adapter's layers, by running each, and of modules trained with them.
+    """The updates of an adapter's layers, measured by running each, and of modules trained too.
 
     Args:
-        model: a model with the adapter live in it. It stays as it is.
+        model: a model with the adapter live in it. It is not changed.
         name: the name of the adapter.
-        config: the adapter's.
+        config: the adapter's configuration.
         base: the true base, with which the updates are checked; None for the base that the model
             holds.
 
     Raises:
-        UnsupportedAdapterError: a method that changes something else than weights.
+        UnsupportedAdapterError: the method changes something else than weights.
     """
     refuse_without_delta(config)
     bias = getattr(config, "bias", "none")
@@ -103,15 +105,15 @@ def twin(model: _Model) -> _Model:
     """A copy of a model in evaluation mode, with parameters of its own over the same memory."""
     memo: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
-        is_plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = (
-            nn.Parameter(parameter.detach(), parameter.requires_grad) if is_plain else parameter
-        )
+        if type(parameter) is nn.Parameter:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        else:
+            memo[id(parameter)] = parameter
     return copy.deepcopy(model, memo).eval()
 
 
 def _active_layers(peft_model: Any, name: str) -> dict[str, Any]:
-    """The tuner layers that are in no other one, by path, with this adapter switched on."""
+    """The outermost tuner layers, by path, with this adapter switched on."""
     from peft.functional import set_adapter
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -130,8 +132,8 @@ def _active_layers(peft_model: Any, name: str) -> dict[str, Any]:
 def _require_peft_s_logits(peft_model: Any, base: Any, updates: Mapping[str, ModuleUpdate]) -> None:
     """Refuse updates that, added to the base, do not give the PeftModel's logits.
 
-    Layers may be all that a method changes, or not. Trained rows and stored embeddings, which a
-    tied head may follow, are PEFT's own wrappers and are not compared.
+    A method may change more than its layers. Adapters with trained rows or stored embeddings, which
+    a tied head may follow, are not compared: these are PEFT's own wrappers.
     """
     trained = [update for update in updates.values() if isinstance(update, TrainedModule)]
     if any(update.tied or update.tokens is not None for update in trained):
@@ -147,8 +149,9 @@ def _require_peft_s_logits(peft_model: Any, base: Any, updates: Mapping[str, Mod
     )
     if not is_near:
         raise UnsupportedAdapterError(
-            f"the base with the changes of all layers is {difference:.2g} off PEFT's logits, "
-            f"of a range of {span:.2g}: the method changes more than the weights of these layers."
+            "with the changes of all layers the base does not give PEFT's logits: they differ by "
+            f"{difference:.2g}, and the logits span {span:.2g}. The method changes more than the "
+            "weights of these layers."
         )
 
 
@@ -213,7 +216,7 @@ def _layer_update(layer: Any) -> ModuleUpdate | None:
 
 
 def _in_float64(layer: Any) -> Any:
-    """A copy of the layer, and of the tensors in dictionaries of its own, which torch leaves."""
+    """A float64 copy of the layer, with the tensors in plain dictionaries, which torch leaves."""
     device = float64_device(layer.get_base_layer().weight.device)
     wide = copy.deepcopy(layer).to(device).double()
     for module in wide.modules():
@@ -223,16 +226,16 @@ def _in_float64(layer: Any) -> Any:
     return wide.eval()
 
 
-def _widen_tensors(held: dict[Any, Any]) -> None:
-    for name, tensor in held.items():
+def _widen_tensors(tensors: dict[Any, Any]) -> None:
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            held[name] = tensor.double()
+            tensors[name] = tensor.double()
 
 
 def _measured_change(
     layer: Any,
 ) -> tuple[Float[Tensor, " out"], Float[Tensor, "out in"], float]:
-    """Δb and ΔW of a layer, checked on random input, and the size of what they are differences of.
+    """Δb and ΔW of a layer, checked on random input, and the size of W and ΔW together.
 
     Args:
         layer: the layer, in float64.
@@ -240,7 +243,8 @@ def _measured_change(
     base = layer.get_base_layer()
     weight = base.weight
     is_embedding = isinstance(base, nn.Embedding)
-    width = weight.shape[0 if is_transposed(base) else 1]
+    input_axis = 0 if is_transposed(base) else 1
+    width = weight.shape[input_axis]
     added = functools.partial(_added_by, layer, base)
 
     identity = torch.arange(width) if is_embedding else torch.eye(width, dtype=torch.float64)
@@ -272,7 +276,7 @@ def _added_by(layer: Any, base: Any, inputs: Tensor) -> Tensor:
 
 
 def _random_inputs(width: int, is_embedding: bool) -> Tensor:
-    """Random token ids, [size, draw]; or activations of three sizes, [size, draw, in]."""
+    """Random token ids [size, draw], or random activations of three sizes [size, draw, in]."""
     generator = torch.Generator().manual_seed(0)
     shape = (len(_SIZES), _DRAWS)
     if is_embedding:
@@ -282,7 +286,7 @@ def _random_inputs(width: int, is_embedding: bool) -> Tensor:
 
 
 def _require_same(layer: Any, change: Tensor, expected: Tensor, output: Tensor) -> None:
-    """Refuse a layer of which the change on random input is not that of its ΔW and Δb."""
+    """Refuse a layer whose change δ on random input is not ΔW x + Δb."""
     difference = _largest_by_size(change - expected)
     size = _largest_by_size(change)
     whole = _largest_by_size(output)
@@ -292,9 +296,8 @@ def _require_same(layer: Any, change: Tensor, expected: Tensor, output: Tensor) 
         share = float((difference / size).max())
         raise _refusal(
             layer,
-            "what it adds is a function of its input, and no change of weights, or so small that "
-            f"PEFT's rounding to float32 shows: on random input ΔW x + Δb is off by {share:.1g} "
-            "of it",
+            "what it adds is not a change of weights, or is so small that PEFT's rounding to "
+            f"float32 shows: on random input, ΔW x + Δb misses it by {share:.1g} of its size",
         )
 
 
@@ -308,9 +311,9 @@ def _rounding(size: _Size) -> _Size:
 
 
 def _factors(delta: Float[Tensor, "out in"], rounding: float, dtype: torch.dtype) -> LoRAFactors:
-    """ΔW as factors of its rank where that is small, else whole; nothing but rounding is cut.
+    """ΔW as factors if its rank is small, else as a dense matrix; only rounding is cut off.
 
-    The columns of ΔW times a few random vectors span those of ΔW, if its rank is that small.
+    If the rank is small, the products of ΔW with a few random vectors span its columns.
     """
     count = min(delta.shape) // _RANK_SHARE
     generator = torch.Generator().manual_seed(0)
@@ -333,9 +336,8 @@ def _trained_norm(layer: Any) -> TrainedModule | None:
     (name,) = layer.active_adapters
     if name not in copies:
         return None
-    trained = {
-        key: parameter.detach().clone().cpu() for key, parameter in copies[name].named_parameters()
-    }
+    parameters = copies[name].named_parameters()
+    trained = {key: parameter.detach().clone().cpu() for key, parameter in parameters}
     return TrainedModule(weight=trained.get("weight"), bias=trained.get("bias"))
 
 

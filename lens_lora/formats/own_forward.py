@@ -1,10 +1,10 @@
-"""Whether a module computes what its parameters say, so that a change of them is a change of it.
+"""Check that a module computes what its parameters say, so that ΔW z is what its training added.
 
-What training adds to the output of a linear module is (W' − W) z + b' − b only if the module
-computes W z + b, and to that of a norm (γ' − γ) ⊙ n only if n is the normalised input. A module
-with a forward of its own (0.5 W z, a clipped output) or with a hook adds something else. No shape
-shows it, and where base and tuned model share that code their logits agree as well. So a module is
-run, and its output is compared with that of its parameters:
+Training adds (W' − W) z + b' − b to the output of a linear module only if the module computes
+W z + b. It adds (γ' − γ) ⊙ n to that of a norm only if n is the normalised input. If a module has a
+forward of its own (0.5 W z, a clipped output) or a hook, training adds something else. Shapes do
+not show this, and if base and tuned model share the code, their logits agree as well. So the module
+is run, and its output is compared with what its parameters say:
 
     linear module, embedding    output = W z + b
     norm                        output(γ = 1) − output(γ = 0) = n,  whose root mean square is 1
@@ -27,7 +27,8 @@ from torch.func import functional_call
 from lens_lora.errors import AdapterError
 
 TOKENS = 8
-# Two runs of one function agree to 1e-4 of the output's range, or to 8 roundings of a coarse dtype.
+# Two runs of one function agree to 1e-4 of the output's range, or to 8 machine precisions of a
+# coarse dtype.
 _AGREEMENT = 1e-4
 _ROUNDINGS = 8
 # Large beside the ε in a norm's root, so that n has a root mean square of 1; its square is finite
@@ -83,7 +84,7 @@ def _call_alone(module: nn.Module) -> Call:
 
 
 def _random_input(module: nn.Module) -> Tensor:
-    """Token ids of an embedding; else what fits the module's input, in its dtype."""
+    """Random token ids for an embedding, else random activations in the module's dtype."""
     weight = module.get_parameter("weight")
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, nn.Embedding):
@@ -156,17 +157,17 @@ def require_own_parameters(
     holder: nn.Module | None = None,
     call: Call | None = None,
 ) -> None:
-    """Refuse a linear module, an embedding or a norm that computes something else.
+    """Refuse a linear module, embedding or norm that does not compute what its parameters say.
 
-    Not compared is a module whose output is no tensor, as a router's that chooses.
+    A module whose output is no tensor, such as a router that returns a choice, is not compared.
 
     Args:
         path: the module's path.
         module: the module.
         remedy: what to do about it.
-        holder: the one whose parameters it had in that call, cast to its own dtype; None for
+        holder: the module whose parameters it had in the call, cast to its own dtype; None for
             itself.
-        call: a call of it; None for one on random input.
+        call: a call of the module; None to call it on random input.
 
     Raises:
         AdapterError: it computes something else than W z + b, or γ ⊙ n + β.
@@ -188,15 +189,15 @@ def _require_affine(
     off, span, is_near = apart(call.output.to(expected), expected, (weight,))
     if not is_near:
         raise AdapterError(
-            f"{path}: this {type(module).__name__} does not compute W z + b, but something that is "
-            f"{off:.2g} off, of a range of {span:.2g}. So W' − W is not what its training adds to "
-            "its output.",
+            f"{path}: this {type(module).__name__} does not compute W z + b: its output differs "
+            f"by {off:.2g}, and W z + b spans {span:.2g}. So (W' − W) z is not what its training "
+            "adds to its output.",
             remedy=remedy,
         )
 
 
 def _affine(module: nn.Module, holder: nn.Module, inputs: Tensor) -> Tensor:
-    """W z + b, in float32 at least; for an embedding its rows, times the factor that it states."""
+    """W z + b in float32 or wider; for an embedding its rows times its own `embed_scale`."""
     dtype = module.get_parameter("weight").dtype
     wide = torch.promote_types(dtype, torch.float32)
     W: Float[Tensor, "out in"] = weight_of(holder)
@@ -215,11 +216,9 @@ def _require_norm(path: str, norm: nn.Module, remedy: str) -> None:
     gamma = norm.get_parameter("weight").detach()
     inputs = _SIZE_OF_INPUT * _random_input(norm).to(gamma.device)
     with torch.no_grad():
-        # What γ adds is the same from 0 to 1 as from γ to γ + 1, and is rounded less.
-        at_one, at_zero = (
-            functional_call(norm, {"weight": torch.full_like(gamma, value)}, (inputs,))
-            for value in (1.0, 0.0)
-        )
+        # From γ = 0 to 1 the output changes as much as from γ to γ + 1, with less rounding.
+        at_one = functional_call(norm, {"weight": torch.ones_like(gamma)}, (inputs,))
+        at_zero = functional_call(norm, {"weight": torch.zeros_like(gamma)}, (inputs,))
     if not isinstance(at_one, Tensor):
         return
     added = (at_one - at_zero).float()

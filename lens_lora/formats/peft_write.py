@@ -1,15 +1,15 @@
 """Updates by module path → a folder in PEFT's adapter format.
 
-1. What one LoraConfig cannot say is refused: two updates of one module, DoRA on some modules only,
-   a part of a trained module, of a trained bias or of DoRA's update (`strength`).
-2. α = s·r of each module; r and α that are not the most common ones stand in the patterns under the
-   module's whole path.
-3. A trained module is one of `modules_to_save`, unless PEFT is to write it into the base itself (a
+1. What one LoraConfig cannot express is refused: two updates of one module, DoRA on only some
+   modules, and a fraction (`strength`) of a trained module, of a trained bias or of DoRA's update.
+2. α = s·r of each module. Where r or α is not the most common one, it is written into the patterns
+   under the module's whole path.
+3. A trained module is one of `modules_to_save`, unless PEFT writes it into the base itself (a
    stored embedding, a bias); trained rows are `trainable_token_indices`.
-4. Config and tensors are read back by the reader of `load_adapter`, which must return the same
-   factors, before a file is written.
-5. PEFT writes the config, safetensors the tensors, into a folder beside the target; then the files
-   are moved there, replacing files of the same names, as PEFT does.
+4. Before a file is written, the reader of `load_adapter` reads config and tensors, and must return
+   the same factors.
+5. PEFT writes the config and safetensors writes the tensors into a temporary folder inside the
+   target. Then the files are moved into the target and replace files of the same names.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def _without_tags(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
 
 def _require_writable(module: str, update: ModuleUpdate, module_count: int) -> None:
     if update.strength == 0 or (isinstance(update, LoRAFactors) and update.scale == 0):
-        remedy = (
-            f"; leave it out with adapter.without_modules({module!r})" if module_count > 1 else ""
-        )
+        remedy = ""
+        if module_count > 1:
+            remedy = f"; leave it out with adapter.without_modules({module!r})"
         raise AdapterError(f"{module}: its scale is zero, so it has no update to save{remedy}.")
     if isinstance(update, LoRAFactors) and update.width is None:
         raise AdapterError(
@@ -130,12 +130,12 @@ def _require_writable(module: str, update: ModuleUpdate, module_count: int) -> N
 
 
 def _refuse_mixtures(name: str, modules: _Factors) -> None:
-    """Refuse what is a setting of a whole LoraConfig, if only some modules have it.
+    """Refuse modules that disagree in a setting of the whole LoraConfig.
 
-    DoRA and lora_bias are such settings, and do not go together.
+    DoRA and lora_bias are such settings, and they exclude each other.
     """
-    dora = [module for module, f in modules.items() if f.magnitude is not None]
-    biased = [module for module, f in modules.items() if f.lora_bias is not None]
+    dora = [module for module, factors in modules.items() if factors.magnitude is not None]
+    biased = [module for module, factors in modules.items() if factors.lora_bias is not None]
     embeddings = [module for module in modules if _is_embedding(module)]
     if dora and len(dora) < len(modules):
         plain = next(module for module in modules if module not in dora)
@@ -154,7 +154,7 @@ def _refuse_mixtures(name: str, modules: _Factors) -> None:
 
 
 def _is_embedding(module: str) -> bool:
-    """Whether PEFT knows the module's factors as lora_embedding_A and B: by its name."""
+    """Whether PEFT calls the module's factors lora_embedding_A and B; its name decides."""
     last = module.rpartition(".")[2]
     if last in _EMBEDDINGS:
         return True
@@ -195,6 +195,8 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
         alphas[target] = alpha_of_module
     rank = _most_common(ranks.values())
     alpha = _most_common(alphas.values())
+    other_ranks = {target: r for target, r in ranks.items() if r != rank}
+    other_alphas = {target: a for target, a in alphas.items() if a != alpha}
     return LoraConfig(
         base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
@@ -203,8 +205,8 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
         target_parameters=list(parameters.values()) or None,
         r=int(rank),
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides it, whole or not
-        rank_pattern={target: r for target, r in ranks.items() if r != rank},
-        alpha_pattern={target: a for target, a in alphas.items() if a != alpha},
+        rank_pattern=other_ranks,
+        alpha_pattern=other_alphas,
         bias=_bias(modules, trained),
         use_dora=any(factors.magnitude is not None for factors in modules.values()),
         lora_bias=any(factors.lora_bias is not None for factors in modules.values()),
@@ -214,7 +216,7 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
 
 
 def _trained_rows(trained: _Trained) -> dict[str, list[int]]:
-    """The ids of the rows of each embedding or head of which only some were trained."""
+    """The ids of the trained rows of each embedding or head that was not trained whole."""
     ids: dict[str, list[int]] = {}
     for module, update in trained.items():
         if update.tokens is not None:
@@ -223,7 +225,7 @@ def _trained_rows(trained: _Trained) -> dict[str, list[int]]:
 
 
 def _copied(trained: _Trained) -> list[str]:
-    """The modules of which PEFT keeps a trained copy; it writes tied ones into the base instead."""
+    """The modules that PEFT keeps as a trained copy; it writes tied ones into the base instead."""
     copies: list[str] = []
     for module, update in trained.items():
         if update.tokens is None and update.weight is not None and not update.tied:
@@ -255,11 +257,13 @@ def _bias(modules: _Factors, trained: _Trained) -> Literal["none", "all", "lora_
 
 
 def _rank_and_alpha(factors: LoRAFactors) -> tuple[int, float]:
-    """The rank of one expert; and α with α/r = s, a whole number where that is exact."""
+    """The rank of one expert, and α with α/r = s, as a whole number if that is exact."""
     rank = factors.rank // max(factors.experts, 1)
     alpha = factors.scale * rank
-    whole = round(alpha)
-    return rank, whole if whole / rank == factors.scale else alpha
+    rounded = round(alpha)
+    if rounded / rank == factors.scale:
+        return rank, rounded
+    return rank, alpha
 
 
 # --- The tensors
@@ -303,7 +307,7 @@ def _keys(module: str, update: ModuleUpdate) -> dict[str, str]:
 
 
 def _require_same_scales(modules: _Factors, updates: Updates) -> None:
-    """Refuse paths that PEFT's patterns, which are regular expressions, take for one another."""
+    """Refuse paths that PEFT's patterns confuse, because these are regular expressions."""
     for module, factors in modules.items():
         scale = cast(LoRAFactors, updates[module]).scale
         if abs(scale - factors.scale) > 4 * torch.finfo(torch.float64).eps * abs(factors.scale):

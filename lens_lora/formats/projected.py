@@ -5,7 +5,7 @@ With V an orthonormal basis of the directions, an update without them is
     ΔW − V Vᵀ ΔW,  Δb − V Vᵀ Δb      of what it writes
     ΔW − ΔW V Vᵀ                     of what it reads
 
-so its rank does not rise. Cut to rank k it is the first k terms of its SVD.
+so its rank does not rise. An update that is cut to rank k is the first k terms of its SVD.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _of_stream(modules: Updates, side: Side) -> dict[str, ModuleUpdate]:
     """The modules that write to the residual stream, or those that read it.
 
     Raises:
-        SiteError: there are none, or of some module it is not known.
+        SiteError: there are none, or it is not known whether one of the modules does.
     """
     writes = {key: is_writer(module_path(key)) for key in modules}
     unknown = [key for key in modules if writes[key] is None]
@@ -59,7 +59,7 @@ def _of_stream(modules: Updates, side: Side) -> dict[str, ModuleUpdate]:
 
 
 def is_writer(module: str) -> bool | None:
-    """Whether a module writes to the residual stream; None where no family has such a module."""
+    """Whether a module writes to the residual stream; None if no family has such a module."""
     for family in FAMILIES:
         place = family.place(module)
         if place is not None:

@@ -1,16 +1,16 @@
 """The tokenizer and the chat template that a trainer saved with an adapter.
 
-TRL, Unsloth and Axolotl save what they trained with: perhaps with added tokens, another template,
-a BOS that the base's tokenizer does not add. Asked otherwise, the adapter answers another question
-than it was trained on.
+TRL, Unsloth and Axolotl save the tokenizer that they trained with. It may have added tokens,
+another template, or a BOS that the base's tokenizer does not add. With another tokenizer, the
+adapter would be asked in another form than it was trained on.
 
-1. `transformers` reads the files of the adapter's own folder, and of no other place; code that a
-   tokenizer brings is never run. A chat template that lies there alone is put onto the base's
-   tokenizer.
-2. Both vocabularies must mean the same by an id: a token with another id than in the base is
-   refused, and so is a token for which the base has no row of its embedding, unless the adapter
-   brings that row. A reserved token of the base may have been given another name.
-3. What differs from the base's tokenizer is said in words (`differences`).
+1. `transformers` reads the files of the adapter's own folder and nothing else; code that a
+   tokenizer brings is never run. If the folder has only a chat template, the base's tokenizer gets
+   that template.
+2. An id must mean the same token in both vocabularies. A token that has another id in the base is
+   refused. So is a token whose id has no row in the base's embedding, unless the adapter brings
+   that row. A reserved token of the base may have another name in the adapter's tokenizer.
+3. `differences` says in words how the tokenizer differs from the base's.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ _A_TEXT = "a"
 
 
 class OwnTokenizer(NamedTuple):
-    """A tokenizer, and where it is from.
+    """A tokenizer, with the adapter that it was saved with, if any.
 
     Attributes:
-        tokenizer: as transformers reads it; None for none.
-        origin: that it is an adapter's own, and how it differs from the base's, in words.
-        folder: the adapter's.
+        tokenizer: the tokenizer as transformers reads it; None if there is none.
+        origin: a note that it is an adapter's own, and how it differs from the base's; '' for the
+            base's own.
+        folder: the adapter's folder; None for the base's own tokenizer.
     """
 
     tokenizer: Any
@@ -50,13 +51,13 @@ class OwnTokenizer(NamedTuple):
 def own_tokenizer(
     folder: Path, base: Any, *, rows: int | None, brought: int = 0, config: Any = None
 ) -> OwnTokenizer:
-    """The tokenizer of an adapter's folder, which has been compared with the base's.
+    """Read the tokenizer of an adapter's folder, and compare it with the base's.
 
     Args:
         folder: the adapter's folder; it holds at least one of a tokenizer's files.
-        base: the base's tokenizer; None where it has none, so that nothing is compared with it.
-        rows: how many tokens the base's embedding has; None where that is not known.
-        brought: how many the adapter's own embedding has; 0 where it brings none.
+        base: the base's tokenizer; None if it has none, and nothing can be compared.
+        rows: the number of rows of the base's embedding; None if it is not known.
+        brought: the number of rows of the adapter's own embedding; 0 if it brings none.
         config: the base's configuration, for a tokenizer that does not name its class.
 
     Raises:
@@ -75,7 +76,7 @@ def own_tokenizer(
 
 
 def rows_brought(modules: Mapping[str, ModuleUpdate], embedding: str | None) -> int:
-    """How many tokens an adapter's own embedding has; 0 where it trains none whole.
+    """The number of rows of an adapter's own embedding; 0 if it does not train a whole one.
 
     Args:
         modules: the adapter's updates.
@@ -88,17 +89,17 @@ def rows_brought(modules: Mapping[str, ModuleUpdate], embedding: str | None) -> 
 
 
 def own_files(folder: Path) -> list[Path]:
-    """The files of the tokenizer, or of the chat template alone, in an adapter's folder."""
+    """The tokenizer's files in an adapter's folder, which may be only a chat template."""
     return own_tokenizer_files(folder)
 
 
 def has_own_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer, or a chat template alone, was saved with the adapter."""
+    """Whether a tokenizer, or only a chat template, was saved with the adapter."""
     return bool(own_tokenizer_files(folder))
 
 
 def files_digest(folder: Path) -> str:
-    """The hash of a tokenizer's files, by which equal ones are known."""
+    """The hash of a tokenizer's files, which is equal for equal files."""
     hashed = hashlib.sha256()
     for file in own_tokenizer_files(folder):
         hashed.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -109,7 +110,7 @@ def files_digest(folder: Path) -> str:
 
 
 def _read(folder: Path, base: Any, config: Any) -> Any:
-    """The folder's tokenizer; the base's with the folder's template, where that is there alone."""
+    """The folder's tokenizer, or the base's with the folder's template if it has nothing else."""
     files = own_tokenizer_files(folder)
     for file in files:
         refuse_pointer(file)
@@ -153,7 +154,7 @@ def _loaded(folder: Path, config: Any) -> Any:
 
 
 def _template_alone(folder: Path) -> str | None:
-    """The chat template of a folder without a vocabulary; None where there is none."""
+    """The chat template of a folder without a vocabulary; None if there is none."""
     plain = folder / "chat_template.jinja"
     if plain.is_file():
         return plain.read_text(encoding="utf-8")
@@ -173,19 +174,18 @@ def _require_same_ids(folder: Path, base: Any, own: Any) -> None:
     """Refuse a token that has another id than in the base, and an id that means another token."""
     ids_of_base = base.get_vocab()
     ids_of_own = own.get_vocab()
-    other_ids = {
-        token: index
-        for token, index in ids_of_own.items()
-        if ids_of_base.get(token, index) != index
-    }
+    other_ids: dict[str, int] = {}
+    for token, index in ids_of_own.items():
+        if ids_of_base.get(token, index) != index:
+            other_ids[token] = index
     if other_ids:
         token, index = _lowest(other_ids)
         more = ""
         if len(other_ids) > 1:
-            more = f", and {many(len(other_ids) - 1, 'other token')} differ, too"
+            more = f"; the same holds for {many(len(other_ids) - 1, 'other token')}"
         raise _other_vocabulary(
             f"{folder}: the tokenizer saved with the adapter gives {token!r} the id {index}, and "
-            f"the base's gives it {ids_of_base[token]}{more}."
+            f"the base's gives it the id {ids_of_base[token]}{more}."
         )
     tokens_of_base = {index: token for token, index in ids_of_base.items()}
     reserved = base.added_tokens_decoder
@@ -208,17 +208,17 @@ def _lowest(ids: Mapping[str, int]) -> tuple[str, int]:
 def _other_vocabulary(fact: str) -> AdapterError:
     return AdapterError(
         fact,
-        remedy="Load the base that the adapter was trained on; or pass the tokenizer that goes "
-        "with this one: ll.load(…, tokenizer=…).",
+        remedy="Load the base that the adapter was trained on; or pass the tokenizer that fits "
+        "this base: ll.load(…, tokenizer=…).",
         in_shell="Name the base that the adapter was trained on with --model; or, if it was "
-        "trained with the base's own tokenizer, remove the other one's files from its folder.",
+        "trained with the base's own tokenizer, remove the tokenizer's files from its folder.",
     )
 
 
 def _require_rows(
     folder: Path, known: Mapping[str, int], own: Any, rows: int, brought: int
 ) -> None:
-    """Refuse tokens that the base's tokenizer does not know, and nobody has a row for."""
+    """Refuse tokens that are new to the base's tokenizer and have no row in any embedding."""
     added = {token: index for token, index in own.get_vocab().items() if token not in known}
     lacking = {token: index for token, index in added.items() if index >= max(rows, brought)}
     if not lacking:
@@ -237,7 +237,7 @@ def _require_rows(
 
 
 def differences(base: Any, own: Any) -> list[str]:
-    """How two tokenizers of one vocabulary differ, in words; none where they read alike.
+    """Say in words how two tokenizers of one vocabulary differ; empty if they read text alike.
 
     Args:
         base: the base's tokenizer.
@@ -258,7 +258,7 @@ def differences(base: Any, own: Any) -> list[str]:
 
 
 def _special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and behind a text."""
+    """The ids that a tokenizer puts before a text and after it."""
     plain = list(tokenizer(_A_TEXT, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(_A_TEXT)["input_ids"])
     for start in range(len(whole) - len(plain) + 1):
@@ -268,7 +268,7 @@ def _special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _around_in_words(tokenizer: Any) -> str:
-    """'puts <s> before a text and nothing behind it'."""
+    """Write such as 'puts <s> before a text and nothing behind it'."""
     before, behind = _special_ids_around(tokenizer)
     first = " ".join(tokenizer.convert_ids_to_tokens(before)) or "nothing"
     last = " ".join(tokenizer.convert_ids_to_tokens(behind)) or "nothing"
@@ -280,21 +280,23 @@ def _around_in_words(tokenizer: Any) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _read_once(folder: Path, digest: str) -> Any:
-    """A tokenizer of these files; None where they hold no vocabulary, or cannot be read."""
-    del digest  # other files are read anew
+    """A tokenizer of these files; None if they have no vocabulary or cannot be read."""
+    del digest  # It is a key of the cache, so that changed files are read anew.
     names = {file.name for file in own_tokenizer_files(folder)}
+    if not names.intersection(_VOCABULARIES):
+        return None
     try:
-        return _loaded(folder, None) if names.intersection(_VOCABULARIES) else None
+        return _loaded(folder, None)
     except AdapterError:
         return None
 
 
 @extensions.tokenizer_differences.provide
 def differences_from(tokenizer: Any, folder: Path) -> list[str]:
-    """How the tokenizer of an adapter's folder differs from a model's, in words.
+    """Say in words how the tokenizer of an adapter's folder differs from a model's.
 
     Args:
-        tokenizer: the model's, as it was saved, before TransformerLens had it add a BOS.
+        tokenizer: the model's tokenizer as it was saved, before TransformerLens let it add a BOS.
         folder: the folder of the adapter.
     """
     own = _read_once(folder, files_digest(folder))

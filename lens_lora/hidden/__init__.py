@@ -1,1 +1,1 @@
-"""Inside the model: rank activations, shifts of hook points, features, and readouts of them."""
+"""Inside the model: rank activations, shifts of activations, features, and readouts of them."""

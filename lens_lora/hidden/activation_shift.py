@@ -1,11 +1,11 @@
 """The shift Δh = h(1) − h(0) that an adapter makes at any hook point, token by token, exactly.
 
-1. The texts run once in each model, those of like length together; h is kept at the named points.
+1. The texts run once in each model, and h is kept at the named hook points.
 2. Means leave out sinks: each text's first token, whose h is up to hundreds of times larger and
-   whose Δh says little of the others', and tokens whose ‖h(0)‖ is an outlier. The first token's Δh
-   is kept apart. Where texts begin alike, a token with the same tokens before it counts once.
+   whose Δh says little about the others', and tokens whose ‖h(0)‖ is an outlier. The first token's
+   Δh is kept separately. If texts begin alike, a token with the same tokens before it counts once.
 3. At points of the residual stream the mean is read through the final norm and the unembedding,
-   with the norm's denominator held at the base's (`stream/stream_reading.py`).
+   with the base's denominator of the norm (`stream/stream_reading.py`).
 
 Cost: two forward passes, and two vectors unembedded for each point.
 """
@@ -57,18 +57,18 @@ class ActivationShift(Readable, Drawn):
     """The shift Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
 
     Attributes:
-        values: Δh at each hook point [batch, token, d], heads laid flat; NaN at padding, and at
-            positions that were not asked for.
+        values: Δh at each hook point [batch, token, d], with the axis of heads flattened; NaN at
+            padding, and at other positions than the chosen ones.
         base_norms: ‖h(0)‖ by hook point, [batch, token].
         first: Δh at each text's first token, by hook point [batch, d].
         sinks: [batch, token], first tokens, and tokens whose ‖h(0)‖ is an outlier.
-        counted: [batch, token], the tokens that were asked for, without sinks.
+        counted: [batch, token], the chosen positions without sinks.
         distinct: [batch, token], counted tokens that no earlier text has after the same tokens.
             Means over several texts are over these.
         at: the gates of h(1).
         str_tokens: each text's tokens.
-        token_readings: Δh of each token in logits, by point of the residual stream [batch, token,
-            vocab]; empty where it was not asked for.
+        token_readings: Δh of each token read as logits, by point of the residual stream [batch,
+            token, vocab]; empty if it was not computed.
         readings, strings, meta: the readings of the mean Δh, see `Readable`.
     """
 
@@ -85,20 +85,20 @@ class ActivationShift(Readable, Drawn):
     def logit_lens(
         self, k: int = 10, name: str | None = None, *, largest: bool = True, by: By = None
     ) -> pd.DataFrame:
-        """The k tokens that the mean Δh reads as in logits, or those of each single token's Δh.
+        """The k tokens that the mean Δh raises most, or those of each single token's Δh.
 
         Args:
-            k: how many.
+            k: the number of tokens.
             name: a point of the residual stream; without it, the only one.
             largest: False for the tokens that it lowers most.
-            by: 'position' for k tokens at each position of each text, sinks as well.
+            by: 'position' for k tokens at each position of each text, including sinks.
 
         Returns:
-            A data frame: rank, token, id, logit; by position, before them prompt, position and
+            A data frame: rank, token, id, logit. By position it begins with prompt, position and
             `at`, the text's own token there.
 
         Raises:
-            SiteError: no such point here, or one outside the residual stream.
+            SiteError: no such point here, or a point outside the residual stream.
             ArgumentError: several points and none named; by position, a shift that was computed
                 without it; another `by`.
         """
@@ -124,20 +124,20 @@ class ActivationShift(Readable, Drawn):
 
     @property
     def by_point(self) -> dict[str, Float[Tensor, " _d"]]:
-        """The mean Δh by hook point, as a direction wherever one is taken."""
+        """The mean Δh by hook point; calls that take directions accept this result."""
         return self.mean()
 
     @property
     def repeated(self) -> int:
-        """How many counted tokens an earlier text has after the same tokens; these count once."""
+        """The number of counted tokens that an earlier text has too, after the same tokens."""
         return int(self.counted.sum() - self.distinct.sum())
 
     def mean(self, prompt: int | None = None) -> dict[str, Float[Tensor, " d"]]:
         """The mean Δh over counted tokens, by hook point.
 
         Args:
-            prompt: an index; without it, over all texts' tokens, where a token with the same tokens
-                before it counts once.
+            prompt: an index; without it, the mean over the tokens of all texts, where a token with
+                the same tokens before it counts once.
 
         Raises:
             ArgumentError: no such text, or one without a counted token.
@@ -147,8 +147,8 @@ class ActivationShift(Readable, Drawn):
         counted = is_counted[rows]
         if not bool(counted.any()):
             raise ArgumentError(
-                f"prompt {prompt}: no token of this text is counted, since its first one is a sink",
-                remedy="ask for sinks=True.",
+                f"prompt {prompt}: no token of this text is counted, because all of them are sinks",
+                remedy="pass sinks=True.",
             )
         means: dict[str, Tensor] = {}
         for name, shift in self.values.items():
@@ -156,12 +156,12 @@ class ActivationShift(Readable, Drawn):
         return means
 
     def constant_share(self) -> dict[str, float]:
-        """How much of Δh is one vector whatever the token, by hook point, on held-out texts.
+        """The share of Δh that is the same vector at every token, by hook point, on held-out texts.
 
         The share is 1 − Σ‖Δh − μ‖² / Σ‖Δh‖² over counted tokens, with μ the mean over the other
-        texts. It is NaN for a single text, and negative where the other texts' mean is worse than
-        none. A token with the same tokens before it as in an earlier text counts once, as it is not
-        held out from that text.
+        texts. It is NaN for a single text, and negative if the mean of the other texts is a worse
+        prediction than zero. A token with the same tokens before it as in an earlier text counts
+        once, because it is not held out from that text.
         """
         shares: dict[str, float] = {}
         for name, values in self.values.items():
@@ -176,38 +176,38 @@ class ActivationShift(Readable, Drawn):
 
         Args:
             directions: [d], [direction, d], {label: either}, a Contrast, a sparse autoencoder,
-                alone or as (autoencoder, indices); or a lens, for what its sites write (the columns
-                of B, those of the SVD of ΔW) at each hook point: a site's own output, or the
-                residual stream for sites that write to it.
+                alone or as (autoencoder, indices); or a lens, for the directions that its sites
+                write at each hook point (the columns of B in the SVD of ΔW): a site's own output,
+                or the residual stream for sites that write to it.
             prompt: an index; without it, the mean over all texts' tokens.
 
         Returns:
-            A data frame: point, direction, index, cosine. The cosine is NaN where the mean Δh is
-            exactly zero, as before the first module that the adapter changes, or a direction is.
+            A data frame: point, direction, index, cosine. The cosine is NaN if a direction is zero,
+            or if the mean Δh is exactly zero, as before the first module that the adapter changes.
 
         Raises:
             ArgumentError: directions of another width than Δh, or none at a point.
-            ModelStateError: the residual stream, and a site of the lens whose output a norm changes
-                before it joins it (o and down of Gemma 2 and 3, Bloom's embedding).
+            ModelStateError: at a point of the residual stream, a site of the lens whose output a
+                norm changes before it is added (o and down of Gemma 2 and 3, Bloom's embedding).
         """
         return cosine_table(self.mean(prompt), directions)
 
     def project(self, directions: Any, *, by: By = None) -> pd.DataFrame:
-        """The projection d · Δh on directions, of each text in the mean over its counted tokens.
+        """The projection d · Δh on directions, as a mean over the counted tokens of each text.
 
-        It is what `ll.Projection(direction, name, positions)` reads, adapted less base. Directions
-        are used as they are; normalise them to read lengths. For an autoencoder it is the change of
-        a feature's pre-activation.
+        It is the shift of `ll.Projection(direction, name, positions)`. Directions are used as they
+        are; normalise them to read lengths. For an autoencoder it is the change of a feature's
+        pre-activation.
 
         Args:
             directions: [d], [direction, d], {label: either}, a Contrast, or a sparse autoencoder,
                 alone or as (autoencoder, indices).
-            by: 'position' for d · Δh of every token that was asked for, sinks as well.
+            by: 'position' for d · Δh of every chosen token, including sinks.
 
         Returns:
             A data frame with one row for each text, hook point and direction: prompt, point,
-            direction, index, tokens (how many the mean is over) and value, NaN where no token
-            counts. By position there are position, token and counted in place of tokens.
+            direction, index, tokens (the number of tokens of the mean) and value, NaN if no token
+            counts. By position, the columns position, token and counted replace tokens.
 
         Raises:
             ArgumentError: directions of another width, or none at a point; another `by`.
@@ -216,9 +216,9 @@ class ActivationShift(Readable, Drawn):
             word("by", by, ["position"])
         rows: list[dict[str, Any]] = []
         for name, shift in self.values.items():
-            found = directions_of(directions, name).at(name, shift.shape[-1])
-            values = shift.double() @ found.rows.to(shift.device).double().T
-            for column, (direction, index) in enumerate(found.labels):
+            at_point = directions_of(directions, name).at(name, shift.shape[-1])
+            values = shift.double() @ at_point.rows.to(shift.device).double().T
+            for column, (direction, index) in enumerate(at_point.labels):
                 labels = {"point": name, "direction": direction, "index": index}
                 along = values[:, :, column]
                 rows += self._projections(along, labels, by_position=by is not None)
@@ -236,8 +236,8 @@ class ActivationShift(Readable, Drawn):
                 mean = float(of_text.mean())
                 rows.append({"prompt": prompt, **labels, "tokens": len(of_text), "value": mean})
                 continue
-            asked = (~along[prompt].isnan()).nonzero().flatten().tolist()
-            for position in asked:
+            positions = (~along[prompt].isnan()).nonzero().flatten().tolist()
+            for position in positions:
                 place = {
                     "position": position,
                     "token": tokens[position],
@@ -248,13 +248,13 @@ class ActivationShift(Readable, Drawn):
         return rows
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per text, hook point and token asked for, with the sizes of h(0) and Δh."""
+        """One row per text, hook point and chosen token, with the sizes of h(0) and Δh."""
         means = self.mean()
         frames = [self._frame_of(name, means[name]) for name in self.values]
         return pd.concat(frames, ignore_index=True)
 
     def _frame_of(self, name: str, mean: Float[Tensor, " d"]) -> pd.DataFrame:
-        """One row per text and token asked for, at one hook point."""
+        """One row per text and chosen token, at one hook point."""
         shift = self.values[name]
         sizes = shift.norm(dim=-1)
         along = functional.cosine_similarity(shift, mean, dim=-1, eps=0.0)
@@ -288,62 +288,62 @@ def activation_shift(
     sinks: bool = False,
     by: By = None,
 ) -> ActivationShift:
-    """The shift of activations at hook points, of each token of each text and in the mean.
+    """The shift of activations at hook points, for each token of each text and as a mean.
 
     Cost: two forward passes. The result holds one vector for each hook point and token, so name few
     points for many texts.
 
     Args:
         lens: the adapter over the model.
-        texts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses), of which
-            each pair is one text; or what `lens.generate` returned. So a tuple of two strings is a
-            prompt and its response, one text; two texts go in a list. `meta["responses"]` and the
-            heading of the result say where texts have responses.
-        names: a hook point, several, globs, or a predicate. A name in full must fire and hold
-            activations by position, [batch, pos, …]; globs and predicates choose among the points
-            that do.
-        positions: which tokens are shown: None or 'each' for all; 'prompt' or 'response', the
-            tokens before the response or those of it; or in each text an index, a slice or
-            indices. Negative ones count from its end, and those beyond a text are not there.
-        scale: the gates of h(1), as for `LoraLens.gates`.
-        sinks: count sinks in the means too.
-        by: 'position' to read Δh of each token in logits, too, at points of the residual stream:
-            an unembedding, and a logit of every token of the vocabulary, for each.
+        texts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses), whose pairs
+            are the texts; or what `lens.generate` returned. So a tuple of two strings is one text,
+            a prompt and its response; two texts go in a list. `meta["responses"]` and the heading
+            of the result say whether texts have responses.
+        names: a hook point, several, globs, or a predicate. A point that is named in full must fire
+            and have activations by position, [batch, pos, …]; globs and predicates choose among
+            the points that do.
+        positions: the tokens that are shown: None or 'each' for all; 'prompt' or 'response' for the
+            tokens before the response or those of it; or an index, a slice or indices within each
+            text. Negative ones count from its end, and those beyond a text are ignored.
+        scale: the gates of h(1), in any form that `LoraLens.gates` takes.
+        sinks: whether sinks count in the means too.
+        by: 'position' to also read Δh of each token as logits, at points of the residual stream;
+            that takes an unembedding of each token.
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
-        ModelStateError: a point named in full that never fires, holds no activations by position,
-            or lies between a site's input and output; globs that match no other.
-        ArgumentError: positions at which no text has a token that is counted, another axis.
+        ModelStateError: a hook point that is named in full never fires, has no positions, or lies
+            between a site's input and output; or globs match only such points.
+        ArgumentError: positions at which no token counts, or another `by`.
         PromptError: a text that does not fit the model.
-        NumericsError: non-finite activations.
+        NumericsError: an activation is not finite.
     """
     rows = text_rows(lens, texts)
     if by is not None:
         word("by", by, ["position"])
-    asked = _asked(positions, rows)
+    chosen = _chosen(positions, rows)
     base, shifts = _base_and_shifts(lens, rows, names, scale)
     real = rows.real.cpu()
     norms = {name: h.norm(dim=-1) for name, h in base.items()}
-    found_sinks = sinks_among(list(norms.values()), real) & real
-    counted = asked if sinks else asked & ~found_sinks
+    is_sink = sinks_among(list(norms.values()), real) & real
+    counted = chosen if sinks else chosen & ~is_sink
     if not bool(counted.any()):
         raise ArgumentError(
-            "every token that is asked for is a sink (a text's first token, or one of outlying "
-            "size), and sinks are left out of means",
-            remedy="ask for other positions, or with sinks=True.",
+            "every chosen token is a sink (a text's first token, or one of outlying size), and "
+            "sinks are left out of means",
+            remedy="choose other positions, or pass sinks=True.",
         )
     distinct = torch.from_numpy(first_of_each(rows.marks().numpy(), counted.numpy()))
-    shown = {name: h.masked_fill(~asked[..., None], torch.nan) for name, h in shifts.items()}
+    values = {name: h.masked_fill(~chosen[..., None], torch.nan) for name, h in shifts.items()}
     token_readings: dict[str, Tensor] = {}
     if by is not None:
-        token_readings = _readings_of_tokens(lens, shown, base)
+        token_readings = _readings_of_tokens(lens, values, base)
     counted_shifts = [(name, h[distinct], base[name][distinct]) for name, h in shifts.items()]
     return ActivationShift(
-        values=shown,
+        values=values,
         base_norms=norms,
         first={name: h[:, 0].clone() for name, h in shifts.items()},
-        sinks=found_sinks,
+        sinks=is_sink,
         counted=counted,
         distinct=distinct,
         token_readings=token_readings,
@@ -356,7 +356,7 @@ def activation_shift(
 def _readings_of_tokens(
     lens: LoraLens, shifts: Mapping[str, Tensor], base: Mapping[str, Tensor]
 ) -> dict[str, Float[Tensor, "batch token vocab"]]:
-    """Δh of each token in logits, at points of the residual stream."""
+    """Δh of each token read as logits, at points of the residual stream."""
     readings: dict[str, Tensor] = {}
     for name, shift in shifts.items():
         if is_stream(name):
@@ -364,22 +364,22 @@ def _readings_of_tokens(
     return readings
 
 
-def _asked(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
-    """The tokens that are asked for; there must be one at least."""
-    asked = positions_in(rows, positions)
-    if not bool(asked.any()):
+def _chosen(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
+    """The tokens at these positions; an error if there is none."""
+    chosen = positions_in(rows, positions)
+    if not bool(chosen.any()):
         holds = "each holds its response" if rows.holds_responses else "none holds a response"
         raise ArgumentError(
             f"positions={positions!r}: no text has a token there; the longest has "
             f"{int(rows.lengths.max())}, and {holds}."
         )
-    return asked
+    return chosen
 
 
 def _base_and_shifts(
     lens: LoraLens, rows: Prompts, names: Names, scale: Scale
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The base's h and Δh by hook point, [batch, token, d], NaN at padding. Two forward passes."""
+    """The base's h and Δh by hook point, [batch, token, d], NaN at padding; two forward passes."""
     base: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
     for index, activations in activations_at(lens, rows, names, (0.0, scale)):

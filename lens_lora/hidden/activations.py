@@ -1,4 +1,4 @@
-"""Rank activations u_l = A_l z_l are what each direction of each site reads at every token.
+"""Rank activations u_l = A_l z_l: what each direction of each site reads at every token.
 
 An adapter of rank 1 has one number for each site and token, the "LoRA neuron" of arXiv 2506.11618
 and 2511.06739.
@@ -6,10 +6,10 @@ and 2511.06739.
 1. In gauge 'svd', u = ΣVᵀx, where sBA = UΣVᵀ is the SVD of each site's ΔW in the Hugging Face
    basis. It is unique up to equal singular values, and ‖u‖ = ‖ΔWx‖. In gauge 'trained', u = Ax with
    the file's own A, unscaled. Another training run would give other coordinates.
-2. One row holds a prompt and its response.
+2. A row holds a prompt and its response.
 3. Sinks (the first token, and outliers of ‖z‖) are marked, and left out of examples and means.
 4. Conversations begin alike, and a token with the same tokens before it has the same u. Examples
-   and means over several rows count it once.
+   and means over several rows count such a token once.
 
 Cost: one forward pass of the adapted model, without the unembedding.
 """
@@ -63,11 +63,11 @@ class Activations(OfSites):
 
     Attributes:
         values: [batch, site, token, rank]; NaN at padding, and beyond a site's own rank.
-        ranks: how many coordinates each site has.
+        ranks: the number of coordinates of each site.
         sinks: [batch, token], the first token of each row, and tokens whose ‖z‖ is an outlier.
-        beginnings: [batch, token], a number for each token with all before it, the same where two
-            rows begin alike; 0 at padding.
-        starts: [batch], the position at which the response begins; where there is none, the length.
+        beginnings: [batch, token], a number that identifies a token together with all tokens before
+            it, so that rows which begin alike have equal numbers; 0 at padding.
+        starts: [batch], the position at which the response begins; without one, the length.
         gauge: 'svd' or 'trained'.
         at: the gates at which z was read.
         str_tokens: each row's tokens, prompt and response.
@@ -85,7 +85,7 @@ class Activations(OfSites):
 
     @property
     def repeated(self) -> int:
-        """How many tokens, sinks left out, an earlier row has after the same tokens.
+        """The number of tokens, without sinks, that an earlier row has too, after the same tokens.
 
         Such a token counts once.
         """
@@ -134,7 +134,7 @@ class Activations(OfSites):
         frame = frame.dropna(subset="value", ignore_index=True)
         prompt = frame["prompt"].to_numpy()
         position = frame["position"].to_numpy()
-        # The token stands beside its position.
+        # The token is the column after its position.
         frame.insert(6, "token", tables.tokens_at(self.str_tokens, prompt, position))
         frame.insert(7, "sink", self.sinks.cpu().numpy()[prompt, position])
         frame.insert(8, "response", position >= self.starts.cpu().numpy()[prompt])
@@ -151,18 +151,18 @@ class Activations(OfSites):
         context: int = 4,
         sinks: bool = False,
     ) -> pd.DataFrame:
-        """The k tokens at which each direction of a site is largest, with what stands around them.
+        """The k tokens at which each direction of a site is largest, with their context.
 
-        Where several prompts begin alike, a token with the same tokens before it counts once.
+        If several prompts begin alike, a token with the same tokens before it counts once.
 
         Args:
-            site: its name, or a glob that matches it alone.
-            k: how many of each direction.
-            prompt: an index; without it, of all prompts.
-            rank: one direction; without it, each of the site's.
-            sign: 1 for the largest values above zero, −1 for those below.
-            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
-            sinks: count sinks too.
+            site: its name, or a glob that matches only this site.
+            k: the number of tokens for each direction.
+            prompt: an index; without it, all prompts.
+            rank: one direction; without it, all directions of the site.
+            sign: 1 for the largest values above zero, −1 for the lowest below zero.
+            context: the number of tokens that are shown on either side of each, which is in ⟦ ⟧.
+            sinks: whether sinks count too.
 
         Raises:
             SiteError: no such site, or several.
@@ -227,11 +227,11 @@ class Activations(OfSites):
     def contexts(
         self, positions: Positions = None, *, sinks: bool = False, context: int = 4
     ) -> pd.DataFrame:
-        """Where each row of `matrix` stands: prompt, position, token, context.
+        """The place of each row of `matrix`: prompt, position, token, context.
 
         Args:
             positions, sinks: as for `matrix`.
-            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
+            context: the number of tokens that are shown on either side of each, which is in ⟦ ⟧.
 
         Raises:
             ArgumentError: positions at which there is no token, or a context below 0.
@@ -269,28 +269,28 @@ class Activations(OfSites):
         return self.values.movedim(1, 2)[self._once(positions, sinks)]
 
     def _once(self, positions: Positions, sinks: bool) -> Bool[Tensor, "batch token"]:
-        """Whether each token is at these positions, and in no earlier row after the same tokens."""
+        """Whether each token is at these positions, and not repeated from an earlier row."""
         chosen = require_some(positions, self._chosen(positions, sinks))
         once = first_of_each(self.beginnings.numpy(), chosen)
         return torch.from_numpy(once).to(self.values.device)
 
     def _chosen(self, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
         """Whether each token is at these positions of its row, as [batch, token]."""
-        asked = ChosenPositions.of(positions)
+        positions_of_row = ChosenPositions.of(positions)
         chosen = np.zeros(self.sinks.shape, bool)
         starts = self.starts.tolist()
         for prompt, tokens in enumerate(self.str_tokens):
             length = len(tokens)
-            chosen[prompt, :length] = asked.mask(length, starts[prompt])
+            chosen[prompt, :length] = positions_of_row.mask(length, starts[prompt])
         if sinks:
             return chosen
         return chosen & ~self.sinks.cpu().numpy()
 
     def plot(self, site: str | None = None, prompt: int | None = None) -> drawing.Figure:
-        """Heat map of directions over the tokens of one prompt; sinks are grey.
+        """A heatmap of directions over the tokens of one prompt; sinks are grey.
 
-        Of several prompts at once, how each direction is spread over their tokens (`spread`). Of
-        more than 40 directions those of largest |u| are shown, and the title says so.
+        For several prompts it shows how each direction is spread over their tokens (`spread`). If
+        there are more than 40 directions, those of largest |u| are shown, and the title says so.
 
         Args:
             site: a name or glob: every rank of these. Without it, the first rank of each site.
@@ -313,30 +313,32 @@ def lora_activations(
     scale: Scale = 1.0,
     sites: str | Sequence[str] | None = None,
 ) -> Activations:
-    """The LoRA's own activations: u_l = A_l z_l of every site, token and rank, its "neurons".
+    """The LoRA's own activations, u_l = A_l z_l of every site, token and rank: its "neurons".
 
-    Activations of the model are TransformerLens's, within `lens.applied()`. Cost: one forward pass.
+    Activations of the model itself are TransformerLens's, within `lens.applied()`.
 
-    The rank space of a site is the same in every gauge, but its coordinates are not. As trained
-    they depend on the run. 'svd' has one direction for each singular value of ΔW, the largest
-    first.
+    Cost: one forward pass.
+
+    The rank space of a site is the same in every gauge, but its coordinates differ. In gauge
+    'trained' they depend on the training run. Gauge 'svd' has one direction for each singular value
+    of ΔW, the largest first.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, ids, or `Prompts`.
-        response: what is said after each prompt: a string, ids, or one of these per prompt.
-        gauge: 'svd', u = ΣVᵀx of sBA = UΣVᵀ with the entry of largest magnitude of each of U's
-            columns positive, or 'trained', the unscaled Ax of the file.
-        scale: the gates at which z is read, as for `LoraLens.gates`.
-        sites: names or globs; only these are kept. Without it, all.
+        response: the response to each prompt: a string, ids, or one of these per prompt.
+        gauge: 'svd', u = ΣVᵀx of sBA = UΣVᵀ, where the largest entry of each column of U is
+            positive; or 'trained', the unscaled Ax of the file.
+        scale: the gates at which z is read, in any form that `LoraLens.gates` takes.
+        sites: names or globs of the sites to keep; None for all.
 
     Raises:
         ArgumentError: another gauge.
         UnsupportedAdapterError: a norm, or in gauge 'trained' DoRA or a weight trained whole.
         SiteError: a name or glob that matches no site.
         TokenError, PromptError: a response or prompt that does not fit the model.
-        ModelStateError: a site that did not run.
-        NumericsError: non-finite activations.
+        ModelStateError: a site did not run.
+        NumericsError: an activation is not finite.
     """
     f = lens.function(prompts)
     chosen = lens.sites.chosen(sites)

@@ -1,4 +1,4 @@
-"""The constant part of what each site writes is a steering vector, the same whatever the input.
+"""The constant part of what each site writes: a steering vector, the same for every input.
 
 Over the tokens t of texts, each site's δ splits into its mean μ and the rest:
 
@@ -6,21 +6,22 @@ Over the tokens t of texts, each site's δ splits into its mean μ and the rest:
 
 1. One forward pass of the adapted model gives u of every site and token in Hugging Face's basis, so
    δ is that of the Hugging Face modules (`hidden/update_sums.py`).
-2. μ̂_l is the mean over the *other* texts, as a mean over the same text would inflate the share. The
-   first token of a text is left out, as it is a sink with another δ, and its size is shown apart. A
-   token with the same tokens before it as in an earlier text counts once, as it is not held out
-   from that text.
-3. To measure what the constants do by themselves, the texts are cut into two halves, and the
+2. μ̂_l is the mean over the *other* texts, because a mean over the same text would inflate the
+   share. The first token of a text is left out, because it is a sink with another δ; its size is
+   reported separately. A token with the same tokens before it as in an earlier text counts once,
+   because it is not held out from that text.
+3. To measure what the constants do by themselves, the texts are divided into two halves, and the
    constants of each half are applied to the other half. They are applied as an adapter, so at every
-   token, the first included. A beginning that texts of both halves share is in neither half's
+   token, including the first. A beginning that texts of both halves share is in neither half's
    constants. By KL, over the same tokens,
 
        kept = 1 − Σ KL(adapted ‖ constant) / Σ KL(adapted ‖ base)
 
    and by a readout, Σ (g_constant − g₀) / Σ (g₁ − g₀).
 
-A large share of δ need not carry what the adapter does, so both are measured. Constants that keep
-most of the KL need not keep a fact's margin either, so a readout has a number of its own.
+A large share of δ need not mean that the constants have the adapter's effect, so both are measured.
+Constants that keep most of the KL need not keep a fact's margin either, so a readout is measured
+separately.
 """
 
 from __future__ import annotations
@@ -53,31 +54,31 @@ from lens_lora.stream.held_out import held_out_share
 from lens_lora.texts.batches import require_own_tokens, require_second_token
 from lens_lora.texts.divergences import text_divergences
 
-# Every other text, so that both halves hold early and late ones.
+# The halves alternate, so that both have early and late texts.
 _HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
 @final
 class ConstantPart(OfSites, Pictured):
-    """How much of what an adapter writes is the same vector whatever the input.
+    """How much of what an adapter writes is the same vector for every input.
 
     `plot` shows the share of each site, by layer and kind of module.
 
     Attributes:
-        share: [site], 1 − Σ‖δ − μ̂‖² / Σ‖δ‖², μ̂ the mean over the other texts: 1 where δ is one
-            vector, 0 where its mean says nothing of it, below where another text's misleads. NaN
-            where δ is zero.
-        size: [site], the root mean square of ‖δ‖ over tokens after first ones.
+        share: [site], 1 − Σ‖δ − μ̂‖² / Σ‖δ‖², with μ̂ the mean over the other texts: 1 if δ is one
+            vector, 0 if its mean explains nothing of it, negative if the mean of other texts is
+            misleading. NaN if δ is zero.
+        size: [site], the root mean square of ‖δ‖ over all tokens except first ones.
         mean_size: [site], ‖μ‖.
-        first_size: [site], the mean ‖δ‖ at the texts' first tokens, no part of the others.
+        first_size: [site], the mean ‖δ‖ at the texts' first tokens, which are in no other number.
         base, constant, adapted: [text], the readout of the base model, of the base with the
             constants of the other half of the texts, and of the adapted model. Without a readout
             each is Σ_t KL(adapted ‖ that model).
-        base_kl, constant_kl: [text], Σ_t KL(adapted ‖ that model) in nats, whatever the readout.
+        base_kl, constant_kl: [text], Σ_t KL(adapted ‖ that model) in nats, for any readout.
         vectors: μ by module path, as the Hugging Face module writes it.
-        widths: how many features each module reads.
-        steering: what the constants add by hook point, in the hooked model's basis, heads laid
-            flat: steering vectors.
+        widths: the number of features that each module reads.
+        steering: the steering vectors that the constants add at each hook point, in the hooked
+            model's basis, with the axis of heads flattened.
         readout, units: the readout by which the model is compared, and its units.
         sites, meta: see `OfSites`; all that are adapted.
     """
@@ -101,21 +102,22 @@ class ConstantPart(OfSites, Pictured):
 
     @property
     def adapter(self) -> Adapter:
-        """The constants alone, over all texts, as an adapter: applied, saved, compared as any."""
+        """The constants over all texts, as an adapter that can be applied, saved and compared."""
         return _adapter_of(self.vectors, self.widths)
 
     @property
     def kept(self) -> float:
-        """How much of the adapter's effect the constants alone keep on held-out texts.
+        """The share of the adapter's effect that the constants alone keep on held-out texts.
 
-        Σ (constant − base) / Σ (adapted − base) over texts; by KL, 1 − Σ KL(adapted ‖ constant) /
-        Σ KL(adapted ‖ base), negative where the constants lead away from the adapted model.
+        Σ (constant − base) / Σ (adapted − base) over texts. By KL it is 1 − Σ KL(adapted ‖
+        constant) / Σ KL(adapted ‖ base), which is negative if the constants lead away from the
+        adapted model.
         """
         return float((self.constant - self.base).sum() / (self.adapted - self.base).sum())
 
     @property
     def kept_kl(self) -> float:
-        """How much of the KL the constants keep. It may be large where a fact's margin is lost."""
+        """The share of the KL that the constants keep; it may be large though a fact is lost."""
         return 1 - float(self.constant_kl.sum() / self.base_kl.sum())
 
     @property
@@ -148,27 +150,27 @@ class ConstantPart(OfSites, Pictured):
 def constant_part(
     lens: LoraLens, texts: PromptsLike, readout: Readout | None = None, *, progress: bool = True
 ) -> ConstantPart:
-    """How much of each site's δ is one vector, on held-out texts, and what the vectors alone do.
+    """Measure how much of each site's δ is one vector, on held-out texts, and what it does alone.
 
     Cost: four forward passes over the texts, seven with a readout.
 
     Args:
         lens: the adapter over the model.
-        texts: strings, conversations, ids, or `Prompts`; two at least, of two tokens at least.
-        readout: what of the adapter's effect the constants are to keep, at each text's end, beside
-            all of it by KL at every token; None for the KL alone.
+        texts: strings, conversations, ids, or `Prompts`; at least two, of at least two tokens.
+        readout: also measures how much of the adapter's effect on this readout the constants keep,
+            at the end of each text; None for only the KL at every token.
         progress: show a bar.
 
     Raises:
-        PromptError: one text alone, a text of one token, or one that another text begins with.
+        PromptError: a single text, a text of one token, or a text with which another one begins.
         UnsupportedAdapterError: the adapter changes norms.
         ArgumentError, TokenError: a readout that does not fit the model.
-        NumericsError: non-finite activations or logits.
+        NumericsError: an activation or a logit is not finite.
     """
     rows = lens.function(texts).prompts
     require_second_token(rows, "constants")
     if rows.batch < 2:
-        raise PromptError("constants are judged on other texts than their own; give two or more.")
+        raise PromptError("constants are measured on other texts than their own; give two or more.")
     require_own_tokens(rows)
     g: Evaluations | None = None
     if readout is not None:
@@ -220,7 +222,7 @@ class _Constants(NamedTuple):
 
     Attributes:
         vectors: μ by module path.
-        widths: how many features each module reads.
+        widths: the number of features that each module reads.
     """
 
     vectors: dict[str, Float[Tensor, " _out"]]
@@ -263,7 +265,7 @@ def _adapter_of(vectors: Mapping[str, Float[Tensor, " out"]], widths: Mapping[st
 def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:
     """The vectors that a lens of constants adds at each hook point.
 
-    They are in the model's basis, with heads laid flat.
+    They are in the model's basis, with the axis of heads flattened.
     """
     added: dict[str, Tensor] = {}
     for injection in lens.injections:

@@ -1,13 +1,13 @@
-"""How much each site writes to a feature itself: d·δz_l, before any later module has seen it.
+"""How much each site itself writes to a feature: d·δz_l, without the effects of later modules.
 
 One forward pass at the gates `at` gives δz_l. Which sites count depends on the hook point where the
 feature is read:
 
-- At a point of the residual stream they are o, down and embeddings before it. What stands behind
-  the point cannot move it.
+- At a point of the residual stream they are o, down and embeddings before it. A site after the
+  point cannot move it.
 - Between the two branches of a block (resid_mid) a site of the same block counts if the activation
   depends on its gate, which a backward pass of one prompt shows.
-- At any other point it is a site whose own output is held there.
+- At any other point it is the site whose own output this is.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _ADDED_BY = {
 
 @final
 class FeatureWrites(OfSites):
-    """How much each site writes to each feature, d·δz_l, before any later module has seen it.
+    """How much each site writes to each feature, d·δz_l, without the effects of later modules.
 
     Attributes:
         values: [batch, site, feature], at one position.
-        positions: the index within each prompt, or in words the tokens that values are the mean
-            over, such as 'response'.
+        positions: the index within each prompt, or the tokens that values are means over, in words,
+            such as 'response'.
         at: the gates at which z was read.
         name: the hook point where the features are read, to which all of `sites` write; '' for the
             residual stream as a whole.
@@ -143,10 +143,10 @@ def feature_writes(
 
     Raises:
         SiteError: no site of the adapter writes there.
-        ModelStateError: a norm that changes what a site writes before it joins the stream.
+        ModelStateError: a norm changes what a site writes before it is added to the stream.
         ArgumentError: directions of another width.
-        PromptError: a prompt without one of these positions.
-        NumericsError: a non-finite write.
+        PromptError: a prompt lacks one of these positions.
+        NumericsError: a write is not finite.
     """
     lens = f.lens
     if name is not None:
@@ -181,9 +181,9 @@ def _require_writers(writers: list[int], name: str | None) -> None:
     if not writers:
         where = "the residual stream" if name is None else name
         raise SiteError(
-            f"no site of this adapter writes to {where}: to the stream write o, down and "
-            "embeddings before a point, to another point the site whose output it holds. Leave "
-            "out by='site': the shift includes what the other sites do."
+            f"no site of this adapter writes to {where}: a point of the stream is written by o, "
+            "down and embeddings before it, and any other point by the site whose output it is. "
+            "Leave out by='site': the shift includes what the other sites do."
         )
 
 
@@ -195,7 +195,7 @@ def _writes(
     project: FeatureProjection,
     at: float,
 ) -> Float[Tensor, "batch site feature"]:
-    """The writers' d·δz_l. Cost: one forward pass, without the unembedding."""
+    """The writers' d·δz_l, from one forward pass without the unembedding."""
     lens = f.lens
     gates = lens.gates(at)
     scaled = ScaleInject(lens.plan, gates)
@@ -208,7 +208,7 @@ def _writes(
             features.at(name, delta[0, 0].numel())
             write = project(delta)
             if injection.partner is not None:
-                # Where two updates multiply, what this one writes grows with its partner's gate.
+                # This is a product of two updates, which also grows with its partner's gate.
                 write = float(gates[injection.partner]) * write
             written[injection.site] = written.get(injection.site, 0.0) + write
         return scaled(index, out, z)
@@ -270,7 +270,7 @@ def _sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> set[int]:
     first = prompts.row(0)
     if not modules_before(lens, first, name):
         return set()
-    # A random direction is orthogonal to no derivative.
+    # A random direction is almost surely orthogonal to no derivative.
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(int(lens.model.cfg.d_model), generator=generator)
     g = lens.function(first, Projection(direction, name, positions=slice(None)))

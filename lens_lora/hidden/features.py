@@ -1,4 +1,4 @@
-"""How far an adapter moves each feature at a hook point, exactly and to first order.
+"""How much an adapter shifts each feature at a hook point, exactly and to first order.
 
 A feature is a direction d in the space of an activation h (`formats/directions.py`), and its value
 is d·h.
@@ -9,9 +9,9 @@ is d·h.
 
 1. A forward pass of the base and one of the adapted model give h at the hook point.
 2. One dual forward pass, in which every gate moves along `scale`, gives ∂h/∂t.
-3. The difference of both activations is projected, rather than each of them, which keeps the digits
+3. The difference of the activations is projected, rather than each of them. This keeps the digits
    of a small shift in float32.
-4. The exact shift less its first order is the remainder. A noise floor says how much of it may be
+4. The exact shift minus its first order is the remainder. A noise floor says how much of it may be
    rounding.
 """
 
@@ -53,20 +53,20 @@ _Values = Float[Tensor, "batch feature *position"]
 
 @final
 class FeatureShift(Described):
-    """How far the adapter moves each feature at one hook point, exactly and to first order.
+    """How much the adapter shifts each feature at one hook point, exactly and to first order.
 
     Attributes:
         base: [batch, feature], d·h at ε = 0. By position it is [batch, feature, position], NaN
             where a prompt has no such position. All values below have the same shape.
-        shift: d·(h(scale) − h(0)), exact. For an autoencoder, its pre-activations' change.
+        shift: d·(h(scale) − h(0)), exact. For an autoencoder, the change of its pre-activations.
         first_order: d·∂h along the adapter, at ε = at·scale.
-        noise_floor: σ of a shift from rounding alone, the mean square over features: [batch], or
-            [batch, position].
+        noise_floor: σ of a shift from rounding alone, the root mean square over features: [batch],
+            or [batch, position].
         activations: an autoencoder's activations at ε = 0 and at ε = scale; None for directions,
-            or where the autoencoder has no `encode`.
-        name: the hook point where h is.
-        positions: 'each' where every position has its own values; else the index within each
-            prompt, or in words the tokens that values are the mean over, such as 'response'.
+            or if the autoencoder has no `encode`.
+        name: the hook point of h.
+        positions: 'each' if every position has its own values; else the index within each prompt,
+            or the tokens that values are means over, in words, such as 'response'.
         str_tokens: each prompt's tokens.
         features: the kind of directions: 'directions' or 'encoder'.
         units: the unit of the values.
@@ -88,7 +88,7 @@ class FeatureShift(Described):
 
     @property
     def remainder(self) -> Float[Tensor, "batch feature *position"]:
-        """The shift less its first order, which the model's nonlinearity adds."""
+        """The shift minus its first order, which comes from the model's nonlinearity."""
         return self.shift - self.first_order
 
     @property
@@ -125,13 +125,13 @@ class FeatureShift(Described):
     def top(self, k: int = 10, prompt: int | None = None, *, sinks: bool = False) -> pd.DataFrame:
         """The k features (and positions) of largest |shift|.
 
-        By position the prompt's first token is left out, a sink whose h is up to hundreds of times
-        the others' and sees no other token, unless it is the only one.
+        By position the prompt's first token is left out unless it is the only one: it is a sink,
+        whose h is up to hundreds of times the others' and attends to no other token.
 
         Args:
-            k: how many.
+            k: the number of rows.
             prompt: an index; without it the mean over prompts, or by position the only prompt.
-            sinks: count the first token, too.
+            sinks: whether the first token counts too.
 
         Raises:
             ArgumentError: no such prompt; by position, several prompts and none named.
@@ -198,54 +198,53 @@ def feature_shift(
     positions: Positions = -1,
     by: Literal["site"] | None = None,
 ) -> FeatureShift | FeatureWrites:
-    """How far the adapter moves each feature at a hook point: exactly, and to first order.
+    """How much the adapter shifts each feature at a hook point: exactly, and to first order.
 
-    With by='site', what each site writes to each feature itself, d·δz_l, without what later modules
-    make of it. At a point of the residual stream these are the sites before it that write to the
-    stream: a site behind the point cannot move it, and q, k, v, gate and up do not write to the
-    stream. At any other point it is the site whose output it holds. Without a point, all sites that
+    With by='site' it is what each site itself writes to each feature, d·δz_l, without the effects
+    of later modules. At a point of the residual stream these are the sites before it that write to
+    the stream: a site after the point cannot move it, and q, k, v, gate and up do not write to the
+    stream. At any other point it is the site whose output this is. Without a point, all sites that
     write to the stream are listed, wherever the feature is read.
 
-    Cost: three forward passes, a dual one and one of a single token (about 6 F), however many
-    features; by site one forward pass, and between a block's branches a backward one.
+    Cost: three forward passes, a dual one and one of a single token (about 6 F), for any number of
+    features; by site one forward pass, and between a block's branches also a backward pass.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses); or what
-            `lens.generate` returned. So a tuple of two strings is a prompt and its response, one
-            text; two texts go in a list. `meta["responses"]` and the heading of the result say
-            where texts have responses.
+            `lens.generate` returned. So a tuple of two strings is one text, a prompt and its
+            response; two texts go in a list. `meta["responses"]` and the heading of the result say
+            whether texts have responses.
         directions: [d], [feature, d], {label: either} or a Contrast, used as they are (normalise
             them to read lengths); or a sparse autoencoder with W_enc (SAELens's, or any with such
             attributes), alone or as (autoencoder, indices).
-        name: the hook point where d·h is read; with heads their last two axes are laid flat. An
-            autoencoder brings its own, as a Contrast of one point does.
+        name: the hook point where d·h is read; if it has heads, the last two axes are flattened. It
+            may be left out for an autoencoder, which has its own, and for a Contrast of one point.
         scale: the sites and their strength, 1 by default: the shift is h(scale) − h(0).
-        at: where on the way the derivative is taken: ε = at·scale, 0 the base, 1 the adapted end.
-            By site, the gates at which z is read.
-        positions: an index within each prompt, negative ones from its own end; a slice, indices,
-            'prompt' or 'response' for the mean over these tokens; None for the mean over every
-            token but the first, which is a sink; 'each' for every position: values are then
+        at: where the derivative is taken, ε = at·scale: 0 is the base, 1 the adapted end. By site,
+            the gates at which z is read.
+        positions: an index within each prompt, where negative ones count from its own end; a slice,
+            indices, 'prompt' or 'response' for the mean over these tokens; None for the mean over
+            all tokens except the first, which is a sink; 'each' for every position: values are then
             [batch, feature, position].
         by: 'site' for what each site writes; there is then no `scale`, and `name` may be left out
             for directions of the residual stream.
 
     Returns:
-        FeatureShift, or by site FeatureWrites. An autoencoder's activations at both ends stand
-        beside the pre-activations' shift, since a feature that is off at both ends moves nothing
-        downstream of it.
+        A FeatureShift, or by site a FeatureWrites. It also has an autoencoder's activations at both
+        ends, because a feature that is off at both ends has no effect, whatever its shift.
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names; by site, a point to
             which no site of the adapter writes.
-        ModelStateError: a point that never fires, holds no activations by position, or lies
-            between a site's input and output; an operation without a forward-mode derivative. By
-            site, a norm that changes what a site writes before it joins the residual stream (o and
-            down of Gemma 2 and 3, Bloom's embedding).
-        ArgumentError: directions of another width, an autoencoder that is not linear up to its
+        ModelStateError: a point that never fires, has no positions, or lies between a site's input
+            and output; an operation without a forward-mode derivative. By site, a norm that changes
+            what a site writes before it is added to the residual stream (o and down of Gemma 2 and
+            3, Bloom's embedding).
+        ArgumentError: directions of another width, or an autoencoder that is not linear up to its
             pre-activations; by site, a scale, or every position.
-        PromptError: a prompt without one of these positions.
-        NumericsError: non-finite activations.
+        PromptError: a prompt lacks one of these positions.
+        NumericsError: an activation is not finite.
     """
     strength = number("at", at)
     f = lens.function(text_rows(lens, prompts))
@@ -257,8 +256,8 @@ def feature_shift(
     word("by", by, ["site"])
     if scale is not None or one_entry(positions) == "each":
         raise ArgumentError(
-            "by='site' is what each site writes at the gates `at`, in one number; leave out "
-            "scale=, and give positions an index, such as -1, or tokens to take the mean over."
+            "by='site' gives one number for each site, what it writes at the gates `at`; leave out "
+            "scale=, and let positions be an index, such as -1, or tokens for a mean."
         )
     return feature_writes(f, features, name, strength, positions)
 
@@ -293,7 +292,7 @@ def _shift(
         base=project(base),
         shift=project(adapted.to(dtype) - base.to(dtype)),
         first_order=project(tangent),
-        # The shift, too, is a difference of two rounded runs.
+        # Like the noise, the shift is a difference of two rounded runs.
         noise_floor=noise.square().mean(1).sqrt(),
         activations=activations,
         name=name,
@@ -307,7 +306,7 @@ def _shift(
 
 
 def _require_width(f: Function, features: Directions, name: str) -> None:
-    """Refuse directions of another width than the activation. Cost: a pass of one token."""
+    """Refuse directions of another width than the activation, by a pass of one token."""
     rows = f.rows
     token = Prompts(rows.tokens[:1, :1], torch.ones_like(rows.lengths[:1]))
     h = activation_at(f.of_rows(token), name, 0.0)

@@ -1,4 +1,4 @@
-"""Pictures of what stands inside the model: activations, their shift, features, constant parts."""
+"""Figures of results inside the model: activations, their shifts, features, constant parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lens_lora.show.figures import heatmap, names_axis, whose
 from lens_lora.show.spread import GAUGES, directions_text, spread_figure
 from lens_lora.show.text import label, magnitude, percent, short_prompt, signed, visible
 
-# As many directions as a reader can tell apart in one heatmap.
+# A reader can tell apart this many directions in one heatmap.
 _MOST_DIRECTIONS = 40
 
 
@@ -28,9 +28,9 @@ _MOST_DIRECTIONS = 40
 def activations_figure(
     activations: Activations, site: str | None = None, prompt: int | None = None
 ) -> go.Figure:
-    """Every rank of the sites that are named, or the first rank of each; sinks are grey.
+    """A heatmap of every rank of the named sites, or of the first rank of each; sinks are grey.
 
-    Of many directions the 40 of largest |u| are shown, and the title says so.
+    If there are more than 40 directions, those of largest |u| are shown, and the title says so.
     """
     count = len(activations.str_tokens)
     if prompt is None and count > 1:
@@ -41,13 +41,13 @@ def activations_figure(
     values = activations.values[index, :, : len(tokens)].cpu().double()
     without_sinks = values.masked_fill(is_sink[:, None], math.nan)
     directions = activations.directions(site)
-    shown = _largest_directions(without_sinks, directions)
-    cells = [without_sinks[slot, :, rank].tolist() for slot, rank in shown]
-    names = [(activations.sites[slot].name, rank) for slot, rank in shown]
+    largest = _largest_directions(without_sinks, directions)
+    cells = [without_sinks[slot, :, rank].tolist() for slot, rank in largest]
+    names = [(activations.sites[slot].name, rank) for slot, rank in largest]
 
     def says(row: int, token: int, _: object) -> str:
         name, rank = names[row]
-        slot, _rank = shown[row]
+        slot, _rank = largest[row]
         value = signed(float(values[slot, token, rank]))
         if is_sink[token]:
             value += " (a sink)"
@@ -55,8 +55,8 @@ def activations_figure(
 
     heading = f"Activations over “{short_prompt(tokens)}”"
     if len(PromptTokens.of(tokens).asked) < len(tokens):
-        heading += " and what is said after it"
-    described = directions_text(site, len(shown), len(directions))
+        heading += " and its response"
+    described = directions_text(site, len(largest), len(directions))
     below = f"{described}; sinks are grey; z read at {activations.at}"
     x = figures.tokens_axis(tokens)
     y = names_axis(
@@ -71,15 +71,15 @@ def _largest_directions(
     """The directions of largest |u| at any token, in the order in which they came."""
     sizes = values.nan_to_num().abs().amax(1)
     ranked = sorted(directions, key=lambda direction: float(sizes[direction]), reverse=True)
-    kept = set(ranked[:_MOST_DIRECTIONS])
-    return [direction for direction in directions if direction in kept]
+    largest = set(ranked[:_MOST_DIRECTIONS])
+    return [direction for direction in directions if direction in largest]
 
 
 @drawing.figure.register(ActivationShift)
 def activation_shift_figure(shift: ActivationShift, prompt: int) -> go.Figure:
     """‖Δh‖/‖h(0)‖ of each hook point over the tokens of one text.
 
-    Sinks are blank, and so are tokens that were not asked for.
+    Sinks are blank, and so are tokens at other positions than the chosen ones.
     """
     tokens = shift.str_tokens[prompt]
     names = [shift.names[i] for i in layer_order(shift.names)]
@@ -103,15 +103,14 @@ def activation_shift_figure(shift: ActivationShift, prompt: int) -> go.Figure:
 
 @drawing.figure.register(ConstantPart)
 def constant_part_figure(constant: ConstantPart) -> go.Figure:
-    """How constant each site's δ is, layer × kind of module."""
+    """A heatmap of the constant share of each site's δ, layer × kind of module."""
     kept = f"the constants alone keep {kept_by_constants(constant)}"
     below = f"held-out texts, first tokens left out; {kept}"
     titles = "How much of each module's δ is one vector", below
     shares = constant.share.tolist()
-    says = [
-        f"{percent(share)} constant<br>‖δ‖ {magnitude(size)}"
-        for share, size in zip(shares, constant.size.tolist(), strict=True)
-    ]
+    says: list[str] = []
+    for share, size in zip(shares, constant.size.tolist(), strict=True):
+        says.append(f"{percent(share)} constant<br>‖δ‖ {magnitude(size)}")
     return figures.kinds_by_layer(
         titles, constant.sites, shares, says, "constant share", "signed", reach=1.0
     )
@@ -142,8 +141,9 @@ def writes_figure(writes: FeatureWrites, k: int = 20, prompt: int | None = None)
 def feature_figure(shift: FeatureShift, k: int = 20, prompt: int | None = None) -> go.Figure:
     """Bars of the exact shift with its first order; by position, feature × position.
 
-    Position 0 sees no other token, and its activations are often hundreds of times those after it:
-    where there are others, features and colours are chosen by them, and the title says so.
+    Position 0 attends to no other token, and its activations are often hundreds of times larger.
+    So features and colours are chosen by the other positions, if there are any, and the title says
+    so.
     """
     shift.prompt_rows(prompt)
     place = "by position" if shift.positions == "each" else text.position_text(shift.positions)

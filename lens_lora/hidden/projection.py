@@ -33,8 +33,7 @@ _Projected = Float[Tensor, "batch feature *pos"]
 class FeatureProjection:
     """A function from activations h to d·h, [batch, feature] or [batch, feature, position].
 
-    Over several positions it is the mean of d·h. Every position has a number of its own where they
-    are 'each'.
+    For several positions it is the mean of d·h; for 'each', every position has its own number.
     """
 
     def __init__(self, prompts: Prompts, features: Directions, positions: Positions) -> None:
@@ -82,29 +81,29 @@ class FeatureProjection:
 
 
 def positions_counted(prompts: Prompts, positions: Positions) -> Bool[Tensor, "row pos"]:
-    """Whether a mean over positions is over each token.
+    """The tokens of each row that a mean over these positions is taken over.
 
-    Without positions it is over every token but the first, which is a sink.
+    Without positions these are all tokens except the first, which is a sink.
 
     Args:
         prompts: the rows.
-        positions: as `core/readout/positions.py` says.
+        positions: positions in any form that `core/readout/positions.py` describes.
 
     Raises:
-        PromptError: a prompt without one of these tokens.
+        PromptError: a prompt has none of these tokens.
     """
-    asked = ChosenPositions.of(positions)
+    positions_of_row = ChosenPositions.of(positions)
     counted = torch.zeros(prompts.tokens.shape, dtype=torch.bool)
     starts = prompts.asked_lengths
     for row, length in enumerate(prompts.lengths.tolist()):
-        chosen = asked.mask(length, starts[row])
+        chosen = positions_of_row.mask(length, starts[row])
         if positions is None:
             chosen[0] = False
         if not chosen.any():
             raise PromptError(
-                f"positions={asked}: prompt {row} has {length} tokens and none of these",
+                f"positions={positions_of_row}: prompt {row} has {length} tokens and none of these",
                 remedy="name tokens that every prompt has; without positions= the first token "
-                "is left out, as it is a sink.",
+                "is left out, because it is a sink.",
             )
         counted[row, :length] = torch.from_numpy(chosen)
     return counted
@@ -121,9 +120,9 @@ def positions_label(positions: Positions) -> int | str:
 def activation_at(
     f: Function, name: str, gates: Scale, *, with_noise: bool = False
 ) -> Float[Tensor, "batch pos *d"]:
-    """The activation at one hook point. One forward pass, without the unembedding.
+    """The activation at one hook point, from one forward pass without the unembedding.
 
-    Prompts are run in groups where all of them are beyond the bound of the lens.
+    Prompts run in groups if all of them together exceed the memory bound of the lens.
 
     Args:
         f: the function, whose rows are run.
@@ -132,8 +131,8 @@ def activation_at(
         with_noise: whether noise of about one rounding is added to the residual stream.
 
     Raises:
-        ModelStateError: a point that does not fire, or holds no activation by position.
-        NumericsError: an activation that is not finite.
+        ModelStateError: the point does not fire, or has no activation by position.
+        NumericsError: an activation is not finite.
     """
     write = ScaleInject(f.lens.plan, f.lens.gates(gates))
 
@@ -156,7 +155,7 @@ def _with_noise(lens: LoraLens, hooks: AbstractContextManager[None]) -> Generato
 def tangent_at(
     f: Function, name: str, direction: Scale, at: Scale
 ) -> Float[Tensor, "batch pos *d"]:
-    """The tangent of the activation at one hook point. One dual forward pass.
+    """The tangent of the activation at one hook point, from one dual forward pass.
 
     Args:
         f, name: as for `activation_at`.
@@ -179,7 +178,7 @@ def tangent_at(
 def _in_groups(
     f: Function, rows_at_once: int, run: Callable[[Function], _Activation]
 ) -> _Activation:
-    """Run so many rows at a time, and join what comes of them."""
+    """Run the rows in groups of this size, and join the results."""
     groups: list[Tensor] = []
     for first in range(0, f.rows.batch, rows_at_once):
         end = min(first + rows_at_once, f.rows.batch)
@@ -206,11 +205,11 @@ def _kept(
 
 
 def _last(firings: Sequence[Tensor], name: str, prompts: Prompts) -> _Activation:
-    """The last of the activations, if they are by prompt and position.
+    """The last of the activations, which must be by prompt and position.
 
     Raises:
-        ModelStateError: none, or one that is not by position.
-        NumericsError: an activation that is not finite.
+        ModelStateError: there is none, or it is not by position.
+        NumericsError: an activation is not finite.
     """
     if not firings:
         raise ModelStateError(
@@ -221,7 +220,7 @@ def _last(firings: Sequence[Tensor], name: str, prompts: Prompts) -> _Activation
     if activation.ndim < 3 or activation.shape[:2] != prompts.tokens.shape:
         raise ModelStateError(
             f"{name} holds a tensor {tuple(activation.shape)} for {tuple(prompts.tokens.shape)} "
-            "tokens: no activation by prompt and position."
+            "tokens, which is no activation by prompt and position."
         )
     require_finite(activation[prompts.real], f"the activation at {name}, or its tangent,")
     return activation

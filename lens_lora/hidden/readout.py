@@ -7,11 +7,12 @@ autoencoder's encoder. It is a readout like any other, so every analysis that ta
 answers "which module moved this?" of a persona, a refusal, a probe or a feature.
 
 1. Sites that write after the point cannot move it. One pass of a few tokens finds the sites that
-   write before it, and a pass for each of those in its own block whether the point depends on them:
-   attention and MLP may stand side by side. The function is over the modules that can move it.
-2. A pass ends at the point: nothing behind it is run (`core/function/forward.py`).
+   write before it. For those in the point's own block, one pass each shows whether the point
+   depends on them, because attention and MLP may be parallel. g is a function of the modules that
+   can move the point.
+2. A pass ends at the point: nothing after it is run (`core/function/forward.py`).
 3. A feature of an autoencoder is read as its pre-activation, which is linear in h. With
-   `activated=True` it is read by the autoencoder's own `encode`, its threshold included. Where a
+   `activated=True` it is read by the autoencoder's own `encode`, including its threshold. If a
    feature is off, nothing moves its activation to first order.
 """
 
@@ -47,7 +48,7 @@ _TRIED_TOKENS = 4
 @guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Projection(Readout):
-    """The projection of the activation at a hook point on a direction, in the mean over tokens.
+    """The projection of the activation at a hook point on a direction, averaged over tokens.
 
         >>> refusal = ll.contrast(lens, refused, answered, point)       # doctest: +SKIP
         >>> ll.first_order(lens, prompts, ll.Projection(refusal, point))  # doctest: +SKIP
@@ -59,9 +60,9 @@ class Projection(Readout):
         direction: one direction: a tensor [d], `{label: [d]}`, a Contrast, or an autoencoder with
             the index of a feature, (sae, 123).
         name: the hook point, such as 'blocks.12.hook_resid_post'.
-        positions: the tokens that the mean is over: None for every token but the first, which is a
-            sink; 'prompt', 'response', an index, a slice, or indices.
-        activated: read an autoencoder's own activation in place of the pre-activation.
+        positions: the tokens that the mean is over: None for all tokens except the first, which is
+            a sink; 'prompt', 'response', an index, a slice, or indices.
+        activated: whether to read an autoencoder's own activation in place of the pre-activation.
     """
 
     direction: Any
@@ -75,16 +76,16 @@ class Projection(Readout):
             raise ArgumentError(f"activated={self.activated!r}: expected True or False.")
         if ChosenPositions.of(self.positions).which == "each":
             raise ArgumentError(
-                "positions='each' is a number for every token, and a readout is one number",
+                "positions='each' gives a number for every token, and a readout is one number",
                 remedy="name tokens, or split the result: first_order(…, by='position').",
             )
-        found = self._directions
-        if len(found.rows) != 1:
+        directions = self._directions
+        if len(directions.rows) != 1:
             raise ArgumentError(
-                f"Projection takes one direction, and these are {len(found.rows)}",
+                f"Projection takes one direction, and these are {len(directions.rows)}",
                 remedy="make a Projection of each, or pick one: (autoencoder, index).",
             )
-        if self.activated and found.encode is None:
+        if self.activated and directions.encode is None:
             raise ArgumentError(
                 "activated=True is the activation of an autoencoder with a method encode",
                 remedy="pass (autoencoder, index), or leave activated out.",
@@ -115,19 +116,19 @@ class Projection(Readout):
         return directions_of(self.direction, self.name)
 
     def reaching(self, f: LogitFunction) -> LogitFunction:
-        """The function f over those modules alone that can move the point.
+        """The function f of only those modules that can move the point.
 
         Raises:
             SiteError: no such hook point.
-            ModelStateError: nothing passes the point, or more than once; no site comes before it.
+            ModelStateError: nothing passes the point, several tensors do, or no site is before it.
         """
         lens: LoraLens = f.lens
         lens.known_point(self.name)
         before = modules_before(lens, f.prompts, self.name)
         if not before:
             raise ModelStateError(
-                f"{self.name}: every adapted module writes after this hook point, or beside it, so "
-                "the adapter does not move it",
+                f"{self.name}: every adapted module writes after this hook point, or in parallel "
+                "to it, so the adapter does not move it",
                 remedy="name a later point.",
             )
         if len(before) == len(lens.adapter.modules):
@@ -155,23 +156,23 @@ class Projection(Readout):
 
     def _value(self) -> Callable[[Float[Tensor, "row pos d"]], Float[Tensor, "row pos"]]:
         """The number of each token."""
-        found = self._directions
+        directions = self._directions
         if self.activated:
-            encode = found.encode
+            encode = directions.encode
             assert encode is not None, "checked when the readout was made"
 
             def activation(h: Tensor) -> Tensor:
-                return encode(h.to(found.rows))[..., 0].to(h)
+                return encode(h.to(directions.rows))[..., 0].to(h)
 
             return activation
-        direction = found.rows[0]
-        offset = _offset(self.direction, found)
+        direction = directions.rows[0]
+        offset = _offset(self.direction, directions)
         width = len(direction)
 
         def projection(h: Tensor) -> Tensor:
             if h.shape[-1] != width:
                 raise ArgumentError(
-                    f"{self.name} holds {h.shape[-1]} numbers a token, and the direction has "
+                    f"{self.name} holds {h.shape[-1]} numbers per token, and the direction has "
                     f"{width}",
                     remedy="pass a direction of this hook point's space.",
                 )
@@ -180,19 +181,19 @@ class Projection(Readout):
         return projection
 
 
-def _offset(source: Any, found: Directions) -> float:
+def _offset(source: Any, directions: Directions) -> float:
     """The constant that an autoencoder's pre-activation adds to h · d.
 
-    It is the encoder's bias, less b_dec · d where the autoencoder subtracts b_dec from its input.
+    It is the encoder's bias, minus b_dec · d if the autoencoder subtracts b_dec from its input.
 
     Raises:
-        ArgumentError: the autoencoder's own `encode` says another number of an active feature.
+        ArgumentError: the autoencoder's own `encode` gives an active feature another value.
     """
-    if found.kind != "encoder":
+    if directions.kind != "encoder":
         return 0.0
     autoencoder = source[0] if isinstance(source, tuple) else source
-    _, index = found.labels[0]
-    direction = found.rows[0]
+    _, index = directions.labels[0]
+    direction = directions.rows[0]
     offset = 0.0
     bias = getattr(autoencoder, "b_enc", None)
     if isinstance(bias, Tensor):
@@ -201,41 +202,41 @@ def _offset(source: Any, found: Directions) -> float:
     subtracts = setting_of(getattr(autoencoder, "cfg", None), "apply_b_dec_to_input")
     if isinstance(subtracted, Tensor) and subtracts:
         offset -= float(subtracted.detach().to(direction) @ direction)
-    _require_own_activation(found, offset)
+    _require_own_activation(directions, offset)
     return offset
 
 
 # Pre-activations at which a feature is compared with the autoencoder's own `encode`.
 _ACTIVE = (10.0, 100.0)
-# How far both may be apart, relative to the activation, as autoencoders may compute in bfloat16.
+# The largest relative difference between the two; autoencoders may compute in bfloat16.
 _TOLERANCE = 1e-3
 
 
-def _require_own_activation(found: Directions, offset: float) -> None:
+def _require_own_activation(directions: Directions, offset: float) -> None:
     """Refuse an autoencoder in which the activation of an active feature is not h · d + b."""
-    if found.encode is None or found.by_head:
+    if directions.encode is None or directions.by_head:
         return
-    direction = found.rows[0]
+    direction = directions.rows[0]
     for size in _ACTIVE:
         h = direction * (size - offset) / (direction @ direction)
         with torch.no_grad():
-            own = float(found.encode(h[None, None])[0, 0, 0])
+            own = float(directions.encode(h[None, None])[0, 0, 0])
         if own != 0 and abs(own - size) > _TOLERANCE * size:
             raise ArgumentError(
-                f"feature {found.labels[0][1]} of this autoencoder is {own:.4g} where h · d and "
-                f"its bias make {size:.4g}, so its pre-activation is computed otherwise",
-                remedy="use activated=True, which asks the autoencoder itself.",
+                f"feature {directions.labels[0][1]} of this autoencoder is {own:.4g} where h · d "
+                f"plus its bias is {size:.4g}, so its pre-activation is computed in another way",
+                remedy="use activated=True, which runs the autoencoder itself.",
             )
 
 
 def modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
     """The adapter's modules that have a site which can move the point.
 
-    Cost and errors: as of `sites_that_move`.
+    Cost and errors are those of `sites_that_move`.
 
     Args:
         lens: the adapter over the model.
-        prompts: the rows, of which the beginning of the first is run.
+        prompts: the rows; the beginning of the first one is run.
         name: the hook point.
     """
     moving = sites_that_move(lens, prompts, name)
@@ -246,15 +247,15 @@ def modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
 def sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
     """The sites that can move the activation at a hook point.
 
-    They write before it, and it depends on what they write: in the point's own block a site may
-    write before it into another branch, such as k before q, or attention beside a parallel MLP. A
-    site of an earlier block reaches every later point through the residual stream.
+    They write before it, and it depends on their outputs: in the point's own block a site may write
+    before it into another branch, such as k before q, or attention in parallel to an MLP. A site of
+    an earlier block reaches every later point through the residual stream.
 
     Cost: one pass of a few tokens, and one for each site that writes before the point in its block.
 
     Args:
         lens: the adapter over the model.
-        prompts: the rows, of which the beginning of the first is run, lengthened if it is short.
+        prompts: the rows; the beginning of the first one is run, and lengthened if it is short.
         name: the hook point.
 
     Raises:
@@ -269,8 +270,8 @@ def sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
         if str(lens.sites[site].layer) != own_block:
             moving.append(site)
             continue
-        moved, _ = _activation_and_sites_before(lens, few, name, turned=site)
-        if not torch.equal(moved, plain):
+        with_noise_at_site, _ = _activation_and_sites_before(lens, few, name, turned=site)
+        if not torch.equal(with_noise_at_site, plain):
             moving.append(site)
     return moving
 
@@ -278,8 +279,8 @@ def sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
 def _few_tokens(lens: LoraLens, prompts: Prompts) -> Prompts:
     """The beginning of the first prompt; a short one is lengthened by tokens of other ids.
 
-    A single token attends to itself whatever its scores, and equal tokens have equal values, so on
-    them q and k may move nothing that they do move on the other prompts.
+    A single token attends only to itself, and equal tokens have equal values. So on such a prompt
+    changes of q and k may have no effect, although they have one on other prompts.
     """
     beginning = prompts.row(0).tokens[:, :_TRIED_TOKENS]
     missing = _TRIED_TOKENS - beginning.shape[1]
@@ -292,7 +293,7 @@ def _few_tokens(lens: LoraLens, prompts: Prompts) -> Prompts:
 def _activation_and_sites_before(
     lens: LoraLens, few: Prompts, name: str, turned: int | None = None
 ) -> tuple[Tensor, list[int]]:
-    """The base's activation at the point, and the sites that write before it, in order. One pass.
+    """The base's activation at the point, and the sites that write before it, in order; one pass.
 
     Args:
         lens: the adapter over the model.
@@ -323,9 +324,9 @@ def _activation_and_sites_before(
         lens.run(few)
     is_by_token = len(fired) == 1 and isinstance(fired[0], Tensor) and fired[0].ndim >= 3
     if not is_by_token:
-        found = "no activation passes it" if not fired else f"it fires {len(fired)} times a pass"
+        fact = "no activation passes it" if not fired else f"it fires {len(fired)} times a pass"
         raise ModelStateError(
-            f"{name}: {found}, and a projection reads one activation of every token",
+            f"{name}: {fact}, and a projection reads one activation of every token",
             remedy="name another hook point, such as 'blocks.0.hook_resid_post'.",
         )
     return fired[0].clone(), list(dict.fromkeys(before))

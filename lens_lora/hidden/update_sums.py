@@ -27,10 +27,10 @@ class UpdateSums:
         writes: W of each site, [out, rank].
         roots: R of each site, [rank, rank].
         sums: Σ_t u, padded with zeros beyond a site's rank.
-        apart: Σ_t u over the tokens that no text of the other half has after the same ones.
+        apart: Σ_t u over tokens that no text of the other half has after the same tokens.
         squares: Σ_t ‖δ‖².
         first: ‖δ‖ at the text's first token.
-        counts, apart_counts: how many tokens `sums` and `apart` are over.
+        counts, apart_counts: the numbers of tokens in `sums` and in `apart`.
     """
 
     writes: tuple[Float[Tensor, "_out _rank"], ...]
@@ -46,8 +46,7 @@ class UpdateSums:
         """The mean μ of each site in the Hugging Face basis.
 
         Args:
-            half: the texts that the mean is over, of which the tokens in `apart` count; None for
-                all texts.
+            half: the texts whose tokens in `apart` the mean is over; None for all texts.
         """
         if half is None:
             mean = self.sums.sum(0) / self.counts.sum()
@@ -64,16 +63,16 @@ class UpdateSums:
 
 
 def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"]) -> UpdateSums:
-    """Sum each site's δ over the tokens of each text. One forward pass of the adapted model.
+    """Sum each site's δ over the tokens of each text, in one forward pass of the adapted model.
 
     Args:
         lens: the adapter over the model.
-        texts: all of them.
-        apart: the tokens that no text of the other half has after the same ones.
+        texts: all texts.
+        apart: True at tokens that no text of the other half has after the same tokens.
 
     Raises:
         UnsupportedAdapterError: the adapter changes norms, or stacks of experts.
-        NumericsError: non-finite activations.
+        NumericsError: an activation is not finite.
     """
     f = lens.function(texts)
     writes = tuple(_writes(site_update) for site_update in lens.updates)

@@ -1,4 +1,4 @@
-"""The words of results about activations, which `print` shows below their heading."""
+"""The words of results about activations, which `print` shows below a result's heading."""
 
 from __future__ import annotations
 

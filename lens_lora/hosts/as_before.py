@@ -1,9 +1,9 @@
-"""A Hugging Face model that no lens could be made of has its own modules again.
+"""Restore a Hugging Face model of which no lens could be made.
 
 A TransformerBridge puts components of its own into the model that it wraps, and sets how its
-attention is computed. Where the bridge then turns out to be unusable, or the adapter does not fit
-it, the model is left as it was: with the components of an earlier lens, which goes on working, or
-with none, so that the next attempt begins with the model alone.
+attention is computed. If the bridge then turns out to be unusable, or the adapter does not fit it,
+the model is left as it was before. So an earlier lens of the model goes on working, and the next
+attempt begins with an unchanged model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def as_before_on_error(model: nn.Module) -> Generator[None]:
         model: the Hugging Face model.
     """
     modules = list(model.modules())
-    # In these dictionaries a bridge replaces modules, and sets settings and forwards.
+    # A bridge replaces modules, settings and forward functions in these dictionaries.
     dictionaries: list[dict[str, Any]] = []
     for module in modules:
         dictionaries.append(vars(module))

@@ -1,11 +1,11 @@
 """Attention of a TransformerBridge: by its formula, or by torch's fused kernels.
 
-For most families a bridge computes attention itself, from its formula and whatever the config says,
+For most families a bridge computes attention itself, by the formula and the settings of the config,
 so that patterns have hook points. This has two consequences:
 
 - `fuse_attention` makes each block use Hugging Face's own attention with torch's fused kernel,
-  which computes no [head, query, key]. Hook points of scores, patterns and rotated q and k then
-  never fire. A hook there causes a warning when a pass begins, whoever put it there.
+  which keeps no tensor [head, query, key]. Hook points of scores, patterns and rotated q and k then
+  never fire. If any code has put a hook there, a warning says so when a pass begins.
 - Gemma 3's attention holds `attn_logit_softcapping` but does not use it, and the bridge does. So
   such a cap is removed (`drop_unused_caps`), or refused.
 """
@@ -36,13 +36,13 @@ def fuse_attention(model: Any) -> None:
     """Make every block use Hugging Face's own attention, with the kernel 'sdpa', for good."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-    found = attentions(model)
+    components = attentions(model)
     why = None
-    if len(found) < len(model.blocks):
+    if len(components) < len(model.blocks):
         why = "some layers have no attention"
-    elif any(type(attention).__name__ not in _SEPARATE for attention in found):
+    elif any(type(attention).__name__ not in _SEPARATE for attention in components):
         why = "q, k and v are one module"
-    elif any(getattr(a.original_component, _CAP, None) is not None for a in found):
+    elif any(getattr(part.original_component, _CAP, None) is not None for part in components):
         why = "attention scores are capped"
     elif not compat.supports_sdpa(model.original_model):
         why = "transformers has none for this family"
@@ -55,7 +55,7 @@ def fuse_attention(model: Any) -> None:
             in_shell="Leave --attn out, and bound the memory of long prompts by --max-memory.",
         )
     model.original_model.set_attn_implementation("sdpa")
-    for attention in found:
+    for attention in components:
         compat.set_forward(attention, functools.partial(_fused, AttentionBridge.forward, attention))
 
 
@@ -106,12 +106,12 @@ def refuse_unused_caps(modules: Iterable[nn.Module]) -> None:
 
 def _with_unused_cap(modules: Iterable[nn.Module]) -> list[Any]:
     """The modules with a soft-cap that their forward pass does not read."""
-    found: list[Any] = []
+    with_cap: list[Any] = []
     for module in modules:
         cap = getattr(module, "__dict__", {}).get(_CAP)
         if cap is not None and not _uses_cap(type(module)):
-            found.append(module)
-    return found
+            with_cap.append(module)
+    return with_cap
 
 
 def _uses_cap(attention: type[nn.Module]) -> bool:

@@ -54,11 +54,11 @@ _Layouts = dict[tuple[str | int, ...], list[Tensor]]
 
 @extensions.family_of_bridge.provide
 def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
-    """Read the family of a model that no entry lists. No forward pass."""
-    read = _Reader(model, heads)
+    """Read the family of a model that has no entry; it takes no forward pass."""
+    reader = _Reader(model, heads)
     for path, module, parent in modules_in(model.original_model):
-        read.module(path, module, parent)
-    embeddings = [path for path, place in read.places.items() if "embed" in place.kinds]
+        reader.module(path, module, parent)
+    embeddings = [path for path, place in reader.places.items() if "embed" in place.kinds]
     is_rms = getattr(getattr(model, "ln_final", None), "uses_rms_norm", False)
     return BridgedFamily(
         architectures=(type(model.original_model).__name__,),
@@ -72,10 +72,10 @@ def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
         post_norm=True,
         routed=True,
         grows=False,
-        places=read.places,
-        homes=read.homes,
-        turned=frozenset(read.turned),
-        shared=read.shared,
+        places=reader.places,
+        homes=reader.homes,
+        turned=frozenset(reader.turned),
+        shared=reader.shared,
     )
 
 

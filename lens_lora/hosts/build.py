@@ -91,7 +91,7 @@ def hooked_model(
     Args:
         hf_model: the Hugging Face model. A bridge uses its weights, so it must not be changed
             afterwards.
-        tokenizer: the tokenizer, of which the hooked model gets a copy that knows where it is from.
+        tokenizer: the tokenizer; the hooked model gets a copy that knows where it is from.
         kind: the class; None for a TransformerBridge if the installed TransformerLens has it.
         attn: 'eager' for attention with hook points at its patterns, or 'sdpa'.
         prepend_bos: whether strings get a BOS; None for what the tokenizer does.
@@ -133,9 +133,9 @@ def hooked_model(
     return model, chosen
 
 
-def _usable(given: OwnTokenizer) -> tuple[Any, Callable[[], None]]:
+def _usable(own: OwnTokenizer) -> tuple[Any, Callable[[], None]]:
     """A copy of the tokenizer for the host, and a function that restores the copy's fields."""
-    tokenizer = given.tokenizer
+    tokenizer = own.tokenizer
     if tokenizer is None:
         return None, lambda: None
     from transformers import PreTrainedTokenizerBase
@@ -143,12 +143,12 @@ def _usable(given: OwnTokenizer) -> tuple[Any, Callable[[], None]]:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         kind = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
         raise ModelStateError(
-            f"the tokenizer is a {kind}, and expected is a tokenizer of transformers.",
+            f"the tokenizer is a {kind}; expected a tokenizer of transformers.",
             remedy="Wrap it: PreTrainedTokenizerFast(tokenizer_object=…).",
         )
     try:
         tokenizer("a")
-        return tokenizer_for_host(tokenizer, given._replace(tokenizer=None))
+        return tokenizer_for_host(tokenizer, own._replace(tokenizer=None))
     except Exception as error:  # a tokenizer may raise anything
         raise ModelStateError(
             f"the tokenizer {type(tokenizer).__name__} cannot be used: it fails to read or to copy "
@@ -169,7 +169,7 @@ def _require_right(kind: Kind, model: Any, expected: Tensor | None, attn: str) -
     """Check that a hooked model computes the logits of the Hugging Face model it was made of.
 
     In half precision logits are not compared. Instead, an attention whose forward was replaced is
-    looked for, as a bridge would not call that forward.
+    refused, because a bridge would not call that forward.
 
     Raises:
         ModelStateError: its logits differ, or it cannot run at all.
@@ -179,7 +179,8 @@ def _require_right(kind: Kind, model: Any, expected: Tensor | None, attn: str) -
         replaced = replaced_attentions(model) if attn == "eager" else []
         if replaced:
             raise ModelStateError(
-                f"{made} computes past the forward that {replaced[0]} has of its own.",
+                f"{made} does not call the forward that {replaced[0]} was given in place of its "
+                "class's.",
                 remedy="Give it the forward of its class again.",
             )
         return
@@ -233,7 +234,7 @@ def _take_own_attention(
 
 
 def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:
-    """Refuse a model of which a HookedTransformer, which copies the weights, cannot be made."""
+    """Refuse a model whose weights a HookedTransformer cannot copy."""
     if attn != "eager":
         raise ModelStateError(
             f"{setting('attn', attn)}: a HookedTransformer always computes attention patterns.",

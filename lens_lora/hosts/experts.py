@@ -1,4 +1,4 @@
-"""Stacks of experts and routers: the places in them at which an adapter writes.
+"""Stacks of experts, and routers: how an adapter writes at their parameters.
 
 A layer of experts holds one tensor for all of them, W [expert, out, in], and the router sends each
 token to k of them. In slot j of a token, its expert e computes W_e x. So an update is a site like
@@ -36,8 +36,8 @@ from lens_lora.core.model import Input, extensions, norm_of_product
 from lens_lora.errors import ModelStateError
 from lens_lora.spans import Temporary
 
-# The number of an expert stands beside x as two digits in this base: every float dtype holds the
-# whole numbers below it exactly.
+# The number of an expert is written beside x as two digits in this base: every float dtype holds
+# the whole numbers below it exactly.
 _DIGIT = 256
 ID_COLUMNS = 2
 # What a router may do to its weight before the product.
@@ -151,7 +151,7 @@ class _Experts(_Written):
         experts: Any = self.module
         stack = getattr(experts, name)
         biases = getattr(experts, f"{name}_bias", None)
-        # Sort the rows by their expert, so that those of an expert follow one another.
+        # Sort the rows by their expert, so that the rows of one expert follow one another.
         expert_of_row = index.flatten()
         order = expert_of_row.argsort(stable=True)
         counts = torch.bincount(expert_of_row, minlength=experts.num_experts).tolist()
@@ -196,8 +196,8 @@ class _AtWeight(TorchFunctionMode):
         if func in _CASTS and self._is_weight(args[0]):
             self._forms.append(result)
         if func is linear:
-            operands = [*args, *(named[key] for key in ("input", "weight") if key in named)]
-            inputs, weight = operands[:2]
+            by_keyword = [named[key] for key in ("input", "weight") if key in named]
+            inputs, weight, *_ = [*args, *by_keyword]
             if self._is_weight(weight):
                 return self._write("weight", inputs, result)
         return result
@@ -247,7 +247,7 @@ class ExpertMap(SiteMap):
         return z[..., :-ID_COLUMNS]
 
     def by_token(self, u: Float[Tensor, "batch pos *slot rank"]) -> Float[Tensor, "batch pos rank"]:
-        """Sum u over slots, as each of a token's experts has ranks of its own."""
+        """Sum u over slots; each of a token's experts has ranks of its own, so nothing mixes."""
         return u.sum(2)
 
     def norm(self) -> float:

@@ -1,10 +1,10 @@
-"""Is the base at hand the one that the adapter was trained on, and is the adapter not in it yet?
+"""Check that the base is the one that the adapter was trained on, and does not contain it already.
 
-Two mistakes show in no shape: another base of the same architecture, and a base into which the
+No shape shows two mistakes: another base of the same architecture, and a base into which the
 adapter was merged already (W = W₀ + ΔW), so that f(0) is the adapted model and f(1) has ΔW twice.
 
-1. By names. The last parts of both names are compared, which folders and hub ids have in common. A
-   base without a name is not judged by it.
+1. By names. Only the last parts of both names are compared, so that a folder and a hub id can
+   agree. A base without a name is not judged by names.
 2. By the weights of the named base, W₀, if they lie on this machine (in a folder, or in the hub's
    cache; nothing is fetched). If W = W₀, it is the same base under another name. If W − W₀ = ΔW,
    the adapter is in it. A few modules are read.
@@ -12,16 +12,16 @@ adapter was merged already (W = W₀ + ΔW), so that f(0) is the adapted model a
 
        C_ij = C⁰_ij + σ_i δ_ij,
 
-   where C⁰ is that of the base. Its variance v along these directions is estimated from the
-   entries off the diagonal, which do not change when ΔW is merged, and from the mean squares of
-   u_iᵀ W and W v_i; the largest estimate is taken. "Merged" and "not merged" are the hypotheses
-   c = 1 and c = 0 of C_ii = C⁰_ii + c σ_i, with
+   where C⁰ is the base's own C. The variance v of its entries is estimated from the entries off
+   the diagonal, which do not change when ΔW is merged, and from the mean squares of u_iᵀ W and
+   W v_i; the largest estimate is used. "Merged" and "not merged" are the hypotheses c = 1 and
+   c = 0 of C_ii = C⁰_ii + c σ_i, with
 
        log-likelihood ratio = Σ_i (C_ii² − (C_ii − σ_i)²) / 2v.
 
-   A base is refused only if c = 1 is far likelier, agrees with the likeliest c within its error,
-   and explains nearly all of the diagonal. Otherwise nothing is said: for a small ΔW it cannot be
-   known.
+   A base is refused only if c = 1 is far likelier than c = 0, agrees with the likeliest c within
+   its error, and explains nearly all of the diagonal. Otherwise nothing is said: for a small ΔW
+   the weights do not tell.
 
 Cost: no forward pass; thin products of some modules, and a few tensors read from a file.
 """
@@ -56,10 +56,10 @@ from lens_lora.core.model import (
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
 
-# W alone is judged in rounds of so many modules.
+# W alone is judged in rounds of this many modules.
 _ROUND = 6
-# One walk through the layers takes about so many modules. There are as many walks as it takes to
-# reach all modules if these have at most `_ENTRIES` entries, and else a single one.
+# One walk through the layers visits about this many modules. If all modules together have at most
+# `_ENTRIES` entries, there are enough walks to reach every module, else there is only one.
 _LOOKED_AT = 24
 _ENTRIES = 2**27
 # If the log-likelihood ratio after a round is below this, no further round follows, as in Wald's
@@ -72,16 +72,16 @@ _LARGEST_RANK = 256
 
 # How far c may be from 1 to be called 1; and how large ‖W − W₀ − c ΔW‖ may be beside ‖W − W₀‖.
 _NEAR = 0.02
-# W − W₀ is more than rounding if its part along ΔW exceeds so many roundings of an entry.
+# W − W₀ is more than rounding if its part along ΔW exceeds this many roundings of an entry.
 _SEEN = 5.0
 # By W alone, the adapter is in the base if three things hold. First, the log-likelihood ratio is
 # above this.
 _LIKELIHOOD = 25.0
-# Second, the likeliest c is so near to 1, absolutely or in standard errors.
+# Second, the likeliest c differs from 1 by less than one of these: absolute, or standard errors.
 _WHOLE = 0.15
 _ERRORS = 2.0
-# Third, what c = 1 leaves of an entry on the diagonal has at most so many times the variance v, or
-# it is at most this share of the diagonal.
+# Third, the mean square of C_ii − σ_i is below this multiple of the variance v, or below this share
+# of the mean square of C_ii.
 _MISFIT = 3.0
 _LEFT = 0.1
 
@@ -89,7 +89,7 @@ _LEFT = 0.1
 
 
 class Verdict(NamedTuple):
-    """The findings about a base.
+    """What was found out about a base.
 
     Attributes:
         note: what its user should be warned about; '' if there is nothing.
@@ -102,11 +102,11 @@ class Verdict(NamedTuple):
 
 @extensions.note_on_base.provide
 def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
-    """The warning about the base of a new lens; '' where there is none.
+    """The warning about the base of a new lens; '' if there is nothing to warn about.
 
     Args:
         lens: the new lens.
-        is_refused: whether a base that holds the adapter already is refused; else it is noted.
+        is_refused: whether a base that holds the adapter already is refused or only reported.
 
     Raises:
         ModelStateError: the base holds the adapter already.
@@ -170,7 +170,7 @@ def _is_own_copy(named: str, names: Sequence[str]) -> bool:
 
 @extensions.note_on_names.provide
 def note_of_names(named: str | None, names: Sequence[str]) -> str:
-    """The warning about a base by names alone; '' where they agree, or one is missing."""
+    """The warning about a base by names alone; '' if the names agree or one is missing."""
     if named is None or not names or short_name(named) in map(short_name, names):
         return ""
     made_from = stated_origin(names[0])
@@ -206,13 +206,13 @@ def stated_origin(name: str) -> str | None:
     card = folder / "README.md"
     config = folder / "config.json"
     if card.is_file():
-        found = _CARD.search(card.read_text(encoding="utf-8", errors="replace"))
-        if found is not None:
-            return found["base"]
+        match = _CARD.search(card.read_text(encoding="utf-8", errors="replace"))
+        if match is not None:
+            return match["base"]
     if config.is_file():
         try:
             stated = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path")
-        except (ValueError, AttributeError):  # another program's file, which says nothing
+        except (ValueError, AttributeError):  # It is another program's file and names no model.
             return None
         return stated if isinstance(stated, str) and stated else None
     return None
@@ -249,7 +249,7 @@ def _beside(plan: Plan, named: str) -> Beside | None:
     for site in _largest(plan):
         try:
             weight = plan.host.base_weight(site, "a comparison with the named base")
-        except ModelStateError:  # the model was processed, and its base is not there
+        except ModelStateError:  # The model was processed, and its base is not at hand.
             return None
         stored = _stored(files, site, weight)
         if stored is None:
@@ -332,7 +332,7 @@ def files_at_hand(name: str) -> dict[str, Path]:
 
         try:
             folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        except Exception:  # it is no hub id, or nothing of it was ever fetched
+        except Exception:  # It is no hub id, or nothing of it was ever fetched.
             return {}
     whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
@@ -343,19 +343,19 @@ def files_at_hand(name: str) -> dict[str, Path]:
         if index.is_file():
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return {key: folder / shard for key, shard in shards.items()}
-    except (OSError, ValueError, KeyError, SafetensorError):  # damaged: then it settles nothing
+    except (OSError, ValueError, KeyError, SafetensorError):  # A damaged file proves nothing.
         return {}
     return {}
 
 
 def _stored(files: Mapping[str, Path], site: SiteFactors, weight: Tensor) -> Tensor | None:
     """W₀ of a site, [out, in], from the files of the named base; None if it is not there."""
-    found = _key_in(files, f"{site.path}.weight")
-    if found is None or not _is_readable(weight):
+    key = _key_in(files, f"{site.path}.weight")
+    if key is None or not _is_readable(weight):
         return None
     try:
-        with safe_open(str(files[found]), framework="pt") as opened:
-            stored = opened.get_tensor(found)
+        with safe_open(str(files[key]), framework="pt") as opened:
+            stored = opened.get_tensor(key)
     except (OSError, SafetensorError):
         return None
     # GPT-2 stores [in, out], which the shape does not show if the two are equal.
@@ -419,8 +419,8 @@ class Evidence(NamedTuple):
     def of(cls, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Evidence:
         """Collect the evidence of modules, each given as W [out, in], B [out, rank], A [rank, in].
 
-        It stops after the round that settles that ΔW was not merged, as happens with almost every
-        base.
+        It stops after the first round that shows that ΔW was not merged; with almost every base
+        that is an early one.
         """
         count = 0
         # Sums over the directions of all modules, where each module is divided by its own v.
@@ -474,7 +474,7 @@ class Along(NamedTuple):
     def of(cls, weight: Float[Tensor, "out in"], U: Float[Tensor, "out rank"], V: Tensor) -> Along:
         """Measure W along U and V; the two large products are in float32, on W's device.
 
-        The thin factor stands on the left of both, where BLAS takes a third of the time.
+        The thin factor is the left one in both, because BLAS then takes a third of the time.
         """
         W = weight.detach().to(torch.float32)
         read = (V.T.to(W) @ W.T).cpu().double()
@@ -526,7 +526,7 @@ def _spread(indices: Sequence[int]) -> list[int]:
 
 
 def _is_readable(weight: Tensor) -> bool:
-    """Whether the tensor holds all numbers of W, so is not packed, sharded or on 'meta'."""
+    """Whether the tensor holds all numbers of W: it is not packed, not sharded, not on 'meta'."""
     is_whole = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
     return is_whole and weight.is_floating_point()
 

@@ -1,4 +1,4 @@
-"""Null adapters of a lens: random directions in place of the adapter's own, of the same spectra."""
+"""Null adapters of a lens: updates with the adapter's spectra, in random directions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
     Args:
         lens: the adapter over a model.
         seed: the seed of all draws.
-        draws: how many.
+        draws: the number of draws.
 
     Raises:
-        UnsupportedAdapterError: a module whose size is not that of its factors.
+        UnsupportedAdapterError: a module's change is not its factors alone, because the adapter's
+            file holds another weight of the base than this model's.
     """
     if not draws:
         return

@@ -1,16 +1,17 @@
 """A model whose linear maps transformers has split over processes (`tp_plan="auto"`).
 
-As it is loaded, a map that is split by rows writes this process's part of its output, and one that
-is split by columns reads a part of its input. A lens reads the whole input of a map, and adds to
-the whole of its output. So here every split map reads and writes whole rows, on every process:
+When transformers has loaded the model, a map that is split by rows writes only this process's part
+of its output, and a map that is split by columns reads only a part of its input. A lens reads the
+whole input of a map, and adds to its whole output. So this module makes every split map read and
+write whole rows, on every process:
 
     by rows (colwise):     y = joined(W_part · x)        joined puts the parts of all side by side
     by columns (rowwise):  y = summed(W_part · part(x))  summed adds what all processes computed
 
-1. Only the weights stay split. Activations are whole, and equal, on every process, so that all else
-   is computed as it is on one; attention runs over all heads on each.
-2. Both have their derivatives of both modes, of any order: the adjoint of a sum over processes is a
-   copy, and of a copy a sum.
+1. Only the weights stay split. Activations are whole, and equal, on every process, so that
+   everything else is computed as on a single process; attention runs over all heads on each.
+2. Both have derivatives in both modes and of any order: the adjoint of a sum over processes is a
+   copy, and the adjoint of a copy is a sum.
 3. All processes must make the same calls on the same prompts, in the same order.
 """
 
@@ -31,8 +32,8 @@ from lens_lora.core.adapter import module_path
 from lens_lora.core.model import modules_of
 from lens_lora.errors import AdapterError, ModelStateError
 
-# How transformers splits modules that can be made whole here, by the names of its plans.
-# Embeddings and the norms of heads compute what they do on one process.
+# The ways in which transformers splits modules that can be made whole here, by the names of its
+# plans. Embeddings and the norms of heads compute the same as on one process.
 _MADE_WHOLE = {
     "colwise",
     "colwise_rep",
@@ -45,7 +46,7 @@ _MADE_WHOLE = {
     "replicate",
 }
 
-# The number of a layer within a path, for which a plan has a star.
+# The number of a layer within a path; a plan has a star in its place.
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -65,10 +66,10 @@ def make_maps_whole(hf_model: Any) -> None:
 
 
 def split_maps(hf_model: Any) -> list[Any]:
-    """The linear maps of which each process holds a part.
+    """The linear maps whose weights are divided among the processes.
 
     Args:
-        hf_model: one that is split.
+        hf_model: a model that is split.
 
     Raises:
         ModelStateError: a module is split in a way that is not known here.
@@ -102,7 +103,7 @@ def is_split(hf_model: Any) -> bool:
 
 
 def computes_whole(module: nn.Module) -> bool:
-    """Whether a module of a split model reads and writes what it would on one process."""
+    """Whether a module of a split model reads and writes the same as on one process."""
     return isinstance(module, nn.Embedding) or isinstance(compat.own_forward(module), SplitLinear)
 
 
@@ -118,14 +119,14 @@ def split_otherwise(fact: str) -> ModelStateError:
 
 
 def refuse_modules_trained_whole(model: nn.Module, adapter: Adapter) -> None:
-    """Refuse new weights of whole modules where processes hold parts of the base's.
+    """Refuse modules that were trained whole if the base's weights are split over processes.
 
     Args:
         model: the base, or the hooked model.
-        adapter: what is laid over it.
+        adapter: the adapter to be laid over it.
 
     Raises:
-        AdapterError: there are such modules, naming the first.
+        AdapterError: the adapter has such a module.
     """
     trained = [key for key, update in adapter.modules.items() if isinstance(update, TrainedModule)]
     if trained and compat.is_over_ranks(modules_of(model)):
@@ -140,7 +141,7 @@ def refuse_modules_trained_whole(model: nn.Module, adapter: Adapter) -> None:
 
 
 class SplitLinear:
-    """The forward of a linear map of which this process holds some rows or some columns.
+    """The forward of a linear map if this process holds only some rows or columns of its weight.
 
     Args:
         module: the map; its weight is a DTensor.
@@ -175,21 +176,21 @@ class SplitLinear:
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:
-    """The sum over processes, seen by tensors that carry tangents of their own."""
+    """The sum over processes, also of tensors that carry tangents of their own."""
     if has_torch_function_unary(x):
         return handle_torch_function(_summed, (x,), x, group)
     return _Summed.apply(x, group)
 
 
 def _copied(x: Tensor, group: Any) -> Tensor:
-    """Mark a tensor that every process has, also one that carries tangents of its own."""
+    """Mark a tensor as one that every process has; it may carry tangents of its own."""
     if has_torch_function_unary(x):
         return handle_torch_function(_copied, (x,), x, group)
     return _Copied.apply(x, group)
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of what all processes have, which each of them gets. Its adjoint is `_Copied`."""
+    """The sum of the tensors of all processes, on each of them. Its adjoint is `_Copied`."""
 
     @staticmethod
     def forward(x: Tensor, group: Any) -> Tensor:

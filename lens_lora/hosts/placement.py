@@ -1,6 +1,6 @@
 """How a base model is loaded: its dtype, its devices, its quantisation, its attention.
 
-Words only, as a command line gives them: torch is not imported here.
+All of it is held as words, as a command line gives them, and torch is not imported here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Placement:
     """How a base model is loaded, and where it lies.
 
     Raises:
-        ArgumentError: an unknown word, two quantisations, a device beside a device map, or a map to
-            the disk.
+        ArgumentError: an unknown word, two quantisations, a device beside a device map, or a device
+            map that puts modules on the disk.
     """
 
     dtype: str | None = None
@@ -52,24 +52,19 @@ class Placement:
             )
 
     def require_packages(self) -> None:
-        """Refuse what needs a package that is not installed."""
-        needed = {
-            "bitsandbytes": (
-                self.is_quantised,
+        """Check that the packages which this placement needs are installed.
+
+        Raises:
+            ModelStateError: bitsandbytes or accelerate is needed and not installed.
+        """
+        if self.is_quantised:
+            _require_package(
+                "bitsandbytes",
                 f"{named('load_in_4bit')} and {named('load_in_8bit')} need",
-            ),
-            "accelerate": (
-                self.is_quantised or self.device_map is not None,
-                f"{named('device_map')} needs",
-            ),
-        }
-        for package, (is_needed, what_needs) in needed.items():
-            if is_needed and importlib.util.find_spec(package) is None:
-                extra = " (this package's extra: [quantised])" if package == "bitsandbytes" else ""
-                raise ModelStateError(
-                    f"{what_needs} the package {package}, which is not installed: pip install "
-                    f"{package}{extra}."
-                )
+                " (this package's extra: [quantised])",
+            )
+        if self.is_quantised or self.device_map is not None:
+            _require_package("accelerate", f"{named('device_map')} needs")
 
     @property
     def is_quantised(self) -> bool:
@@ -78,12 +73,12 @@ class Placement:
 
     @property
     def says_how_to_load(self) -> bool:
-        """Whether it says what a model that is loaded already cannot follow."""
+        """Whether it has settings that a model which is loaded already cannot follow."""
         return self.is_quantised or self.device_map is not None
 
     @property
     def weights(self) -> str:
-        """The dtype of the weights: the given one; else float32 on a CPU, and that of the files."""
+        """The dtype of the weights: the given one, else float32 on a CPU and 'auto' elsewhere."""
         if self.dtype is not None:
             return self.dtype
         is_on_cpu = self.device_map is None and (self.device or "cpu").startswith("cpu")
@@ -92,5 +87,13 @@ class Placement:
 
 def _require_word(name: str, value: str, words: tuple[str, ...]) -> None:
     if value not in words:
-        shown = ", ".join(repr(word) for word in words)
-        raise ArgumentError(f"{setting(name, value)}; expected {shown}.")
+        expected = ", ".join(repr(word) for word in words)
+        raise ArgumentError(f"{setting(name, value)}; expected {expected}.")
+
+
+def _require_package(package: str, what_needs: str, extra: str = "") -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModelStateError(
+            f"{what_needs} the package {package}, which is not installed: pip install "
+            f"{package}{extra}."
+        )

@@ -1,8 +1,8 @@
 """The passes and the memory that analyses of a model will take, before it is loaded.
 
-Each row of `_works` is a public analysis of the margin of two tokens on one prompt: its passes,
-which a test counts, and the kinds of passes that decide its peak. Their bytes are the planner's own
-(`ModelSizes`).
+Each row of `_works` is a public analysis of the margin of two tokens on one prompt. It has the
+number of passes, which a test counts, and the kinds of passes that decide the peak. How many bytes
+these take is computed by the planner (`ModelSizes`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from lens_lora.core import ModelSizes
 
-# From the sizes of a model and the tokens of the prompt.
+# A function that computes bytes from the sizes of a model and the number of tokens of the prompt.
 _Bytes = Callable[[ModelSizes, int], float]
 
 
@@ -23,10 +23,10 @@ class PlannedAnalysis:
 
     Attributes:
         name: the name of the public call.
-        forward: forward passes, those of a graph or of dual numbers among them.
-        backward: backward passes.
-        peak: bytes beside weights and adapter, at the peak; NaN where the bound has no room.
-        least: the least bound in bytes within which it can run.
+        forward: the number of forward passes, including those with a graph or dual numbers.
+        backward: the number of backward passes.
+        peak: the bytes at the peak, beside weights and adapter; NaN if the bound is too low for it.
+        least: the lowest bound, in bytes, within which it can run.
     """
 
     name: str
@@ -42,9 +42,9 @@ class _Work:
 
     Attributes:
         name: the name of the public call.
-        forward, backward: its passes over the prompt.
-        peak: its bytes, as the planner divides its passes.
-        least: its bytes where as little as possible is run at once.
+        forward, backward: the number of its passes over the prompt.
+        peak: its bytes as the planner divides its passes.
+        least: its bytes if as little as possible runs at once.
     """
 
     name: str
@@ -55,24 +55,24 @@ class _Work:
 
 
 def planned_analyses(sizes: ModelSizes, tokens: int) -> list[PlannedAnalysis]:
-    """Plan each analysis of the margin of two tokens, on one prompt of so many tokens.
+    """Plan each analysis of the margin of two tokens on one prompt.
 
     Args:
         sizes: the sizes of the model, and how it is run.
         tokens: how many tokens the prompt has.
     """
     unbounded = dataclasses.replace(sizes, max_memory=None)
-    found: list[PlannedAnalysis] = []
+    planned: list[PlannedAnalysis] = []
     for work in _works(sizes.sites):
         least = work.least(unbounded, tokens)
         has_room = sizes.max_memory is None or least <= sizes.max_memory
         peak = work.peak(sizes, tokens) if has_room else math.nan
-        found.append(PlannedAnalysis(work.name, work.forward, work.backward, peak, least))
-    return found
+        planned.append(PlannedAnalysis(work.name, work.forward, work.backward, peak, least))
+    return planned
 
 
 def _works(sites: int) -> list[_Work]:
-    """The analyses, with the passes that a test counts; those of noise floors are among them."""
+    """The analyses with the passes that a test counts, including those for noise floors."""
     return [
         _Work("a forward pass", 1, 0, _forward(1), _forward(1)),
         _Work("first_order", 2, 1, _slopes(1), ModelSizes.slopes_rerun),
@@ -88,20 +88,20 @@ def _works(sites: int) -> list[_Work]:
 
 
 def _forward(copies: int) -> _Bytes:
-    """So many copies of the prompt in forward passes."""
+    """The bytes of forward passes over several copies of the prompt at once."""
     return lambda sizes, tokens: sizes.forward(tokens, copies)
 
 
 def _branches(points: int) -> _Bytes:
-    """So many points, which share their first blocks."""
+    """The bytes of passes to several points, which share their first blocks."""
     return lambda sizes, tokens: sizes.branches(tokens, points)
 
 
 def _slopes(copies: int) -> _Bytes:
-    """So many copies of the prompt in forward and backward passes."""
+    """The bytes of forward and backward passes over several copies of the prompt at once."""
     return lambda sizes, tokens: sizes.slopes(tokens, copies)
 
 
 def _largest(*parts: _Bytes) -> _Bytes:
-    """The largest of passes that run one after another."""
+    """The largest bytes among passes that run one after another."""
     return lambda sizes, tokens: max(part(sizes, tokens) for part in parts)

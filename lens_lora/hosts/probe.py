@@ -1,18 +1,18 @@
-"""A probe of eight tokens shows whether a lens is exact on a model of an untried family.
+"""A probe that shows, on eight tokens, whether a lens is exact on a model of an unlisted family.
 
 For a family without an entry in `families`, the sites are read from the bridge: from the names of
 its components, and from how it splits a fused projection. The probe measures whether that is right.
 
 1. Every linear module that the adapter names gets random factors of the adapter's rank, and every
-   norm a random Δγ. They are about a third of what is there, so that a mistake shows.
+   norm a random Δγ. Their size is about a third of the weight's, so that a mistake shows.
 2. The Hugging Face model runs with each update added to its module's output, by a forward hook at
    the path that the adapter names. For a parameter, W + ΔW replaces W in that pass.
 3. The hooked model runs with the same factors through the lens's own hooks. What each site writes,
    and the logits, must be equal up to the dtype's rounding. Each site must write once, as its
    module runs once.
 
-The Hugging Face model is the base before it is wrapped (`ll.load`), or `hf_model`. Without either
-it is the model inside the bridge, which is as good, unless the bridge takes a projection apart.
+The Hugging Face model is the base before it is wrapped (`ll.load`), or `hf_model`. Without either,
+it is the model inside the bridge, which serves as well unless the bridge takes a projection apart.
 
 Cost: two passes over eight tokens.
 """
@@ -57,7 +57,7 @@ from lens_lora.spans import Temporary, temporary
 
 # ‖ΔW‖ / ‖W‖ of the random updates.
 _SIZE = 0.3
-# The size of W is estimated from so many of its entries.
+# The size of W is estimated from this many of its entries.
 _ENTRIES = 2**16
 
 
@@ -70,9 +70,9 @@ class _Added:
         seed: the seed of the draw.
 
     Attributes:
-        update: what is added.
+        update: the update that is added.
         runs: how often the module ran.
-        last: the output of the module at the last token, with the update.
+        last: the output of the module at the last token, including the update.
     """
 
     def __init__(self, module: nn.Module, rank: int, seed: int) -> None:
@@ -83,8 +83,8 @@ class _Added:
         size = _SIZE * _root_mean_square(module, weight)
         if is_norm(module):
             gamma = weight.detach()
-            drawn = torch.Generator().manual_seed(seed)
-            self._change = size * torch.randn(gamma.shape, generator=drawn).to(gamma)
+            generator = torch.Generator().manual_seed(seed)
+            self._change = size * torch.randn(gamma.shape, generator=generator).to(gamma)
             self.update: LoRAFactors | TrainedModule = TrainedModule(gamma + self._change)
         else:
             self.update = _random_factors(*shape_of(module), rank, size, seed)
@@ -105,16 +105,16 @@ class _Added:
         return lora_output(self.update, self._module, z, dtype)
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
-        raise NotImplementedError  # it is put on modules only
+        raise NotImplementedError  # This hook is only put on modules, never on hook points.
 
 
 def _random_factors(
     out: int, width: int, rank: int, size: float, seed: int, experts: int = 0
 ) -> LoRAFactors:
     """Draw factors whose product has entries with this root mean square."""
-    drawn = torch.Generator().manual_seed(seed)
-    A = torch.randn((rank, width), generator=drawn)
-    B = torch.randn((out, rank), generator=drawn)
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn((rank, width), generator=generator)
+    B = torch.randn((out, rank), generator=generator)
     rank_of_each = rank // max(experts, 1)
     return LoRAFactors(A, B, scale=size / rank_of_each**0.5, experts=experts)
 
@@ -182,8 +182,8 @@ class Probe:
 
     Args:
         reference: the Hugging Face model; or a bridge, for the model inside it.
-        adapter: names the modules and their ranks.
-        done: modules that were probed before, and are left out.
+        adapter: the adapter, whose modules and ranks are probed.
+        done: modules that were probed before and are left out.
     """
 
     def __init__(self, reference: Any, adapter: Adapter, done: Collection[str] = ()) -> None:
@@ -203,7 +203,7 @@ class Probe:
                 weights[name] = changed
                 self.added[path] = changed
                 continue
-            # If the module is inside a layer of PEFT, that layer's own module is meant.
+            # If a layer of PEFT wraps the module, the module inside the layer is meant.
             name = names.get(f"{path}.base_layer", names.get(path))
             if name is None:
                 continue
@@ -266,7 +266,7 @@ def _refuse_parts(family: Family, paths: Collection[str]) -> None:
             raise ModelStateError(
                 f"{path}: this TransformerBridge takes the projection apart into "
                 f"{', '.join(place.kinds)}, and only the base can tell whether its rows were read "
-                "right.",
+                "correctly.",
                 remedy="Pass it: LoraLens(model, adapter, "
                 f"hf_model=AutoModelForCausalLM.from_pretrained(base)), or use ll.load. {SKIP}",
             )
@@ -282,8 +282,8 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: flo
         eps: the precision in which the bridge computes.
 
     Raises:
-        ModelStateError: a site or its module does not run exactly once; or the output of a site, or
-            the logits, differ.
+        ModelStateError: a site or its module does not run exactly once, or the output of a site or
+            the logits differ.
     """
     if not probe.added:
         return
@@ -333,8 +333,9 @@ class _Seen:
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         changed = self._inject(index, out, z)
-        shown = out if changed is None else changed
-        self.last[index].append(shown.reshape(-1, self._widths[index])[-1].clone())
+        written = out if changed is None else changed
+        at_last_token = written.reshape(-1, self._widths[index])[-1]
+        self.last[index].append(at_last_token.clone())
         return changed
 
 
@@ -346,15 +347,15 @@ def _require_near(ours: Tensor, expected: Tensor, claim: str, eps: float) -> Non
         raise ModelStateError(
             f"with random updates of the adapter's modules, {claim} up to {difference:.2g} off, of "
             f"{size:.2g}, from the Hugging Face model with the same updates: this "
-            "TransformerBridge computes another function, or orders a module's rows otherwise. "
-            "Another version of transformer-lens may not.",
+            "TransformerBridge computes another function, or orders a module's rows differently. "
+            "Another version of transformer-lens may compute it correctly.",
             remedy=SKIP,
             in_shell="",
         )
 
 
 def _root_mean_square(module: nn.Module, weight: Tensor) -> float:
-    """The root mean square of W's first entries; if W is not at hand, that of a usual start."""
+    """The root mean square of W's first entries, or of a usual initialisation if W is not here."""
     if quantised_name(module) is not None:
         return shape_of(module)[1] ** -0.5
     if is_offloaded(module) or weight.is_meta:

@@ -1,11 +1,11 @@
 """How TransformerLens processed the weights of a model: folded norms, centred weights.
 
-1. `infer_processing` processes the base's weight in each known way and compares. It does not trust
-   the options of loading.
+1. `infer_processing` processes the base's weight in each known way and compares the results with
+   the model's weight. It does not rely on the options with which the model was loaded.
 2. A value bias b̂_V = b_V + W_V β is folded into b_O by every processing; it is taken from the base,
-   as the model holds only its image (`folded_value_bias`).
+   because the model only holds its image (`folded_value_bias`).
 
-Comparisons are in float64, some rows at a time: a large head is never copied whole.
+Comparisons are in float64, some rows at a time, so that a large head is never copied whole.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def processing_of(
     """Find how the model's weight at a site was processed.
 
     Raises:
-        ModelStateError: the model was processed and no base was given; or it says of its norms what
-            its weights contradict.
+        ModelStateError: the model was processed and no base was given; or its weights contradict
+            what its configuration says about its norms.
     """
     norm_path = host.family.norm_path(site.layer, site.kind)
     if host.base is None and not host.needs_base():
@@ -77,7 +77,7 @@ def processing_of(
 
 @declared_value_bias.provide
 def folded_value_bias(host: HookedHost, site: SiteFactors) -> Float[Tensor, " out"] | None:
-    """Rep(b̂_V) where b̂_V was folded into b_O: [n_heads · d_head]; None where it was not.
+    """Rep(b̂_V), [n_heads · d_head], if b̂_V was folded into b_O, else None.
 
     Raises:
         ModelStateError: b̂_V was folded, or may have been, and the base was not given.
@@ -130,18 +130,19 @@ def infer_processing(
 
     Args:
         name: the name of the site, for errors.
-        weight: the model's.
-        base: the base's.
-        gamma: γ of the norm that the map reads; None where it reads none.
-        centres_reads: whether what the weight reads may have been centred: that of a LayerNorm.
-        centres_writes: whether what it writes may have been centred: that to the residual stream.
+        weight: the model's weight.
+        base: the base's weight.
+        gamma: γ of the norm that the map reads; None if it reads no norm.
+        centres_reads: whether the input may have been centred, as the output of a LayerNorm may.
+        centres_writes: whether the output may have been centred, as one that is added to the
+            residual stream may.
 
     Raises:
         ModelStateError: no processing does, so the model was not made from this base.
     """
     eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, base.dtype, torch.float32))
     chunks = list(zip(chunks_of(weight), chunks_of(base), strict=True))
-    # What may have been done to the columns: γ folded in, and what is read centred or not.
+    # What may have been done to the columns: γ folded in, with the input centred or not.
     reads: list[tuple[Tensor | None, bool]] = [(None, False)]
     if gamma is not None:
         reads.append((gamma, False))
@@ -167,7 +168,7 @@ def infer_processing(
 def _as_processed(
     rows: Float[Tensor, "some in"], gamma: Float[Tensor, " in"] | None, centre_read: bool
 ) -> Float[Tensor, "some in"]:
-    """Rows of the base's weight with γ folded in, and with what they read centred."""
+    """Rows of the base's weight, with γ folded in and the input centred if this is asked for."""
     wide = in_float64(rows)
     if gamma is not None:
         wide = wide * in_float64(gamma).to(wide.device)

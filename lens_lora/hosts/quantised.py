@@ -3,11 +3,12 @@
 The modules are those of bitsandbytes, in 4 and 8 bit. A LoRA's δ = s·B·A·z needs no W, so only the
 base's own products need care. With Ŵ the dequantised weight:
 
-    4 bit    y = x Ŵᵀ + b, in every run. bitsandbytes computes the same, but for a kernel on CPUs
-             with AVX512-BF16, which rounds to bfloat16, repacks the weight and has no derivative.
-    8 bit    y is the kernel's, which rounds x to 8 bit as well and so has steps for slopes.
-             Derivatives are straight through: those of x Ŵᵀ + b. What adds up exactly elsewhere
-             (first order of a linear model, the path integral) does so up to that rounding.
+    4 bit    y = x Ŵᵀ + b, in every run. bitsandbytes computes the same, except for a kernel on
+             CPUs with AVX512-BF16, which rounds to bfloat16, repacks the weight and has no
+             derivative.
+    8 bit    y is computed by the kernel, which also rounds x to 8 bit, so y is a step function.
+             Its derivatives are straight-through: those of x Ŵᵀ + b. Sums that are exact elsewhere
+             (first order of a linear model, the path integral) are exact up to that rounding.
 
 bitsandbytes' own products have first derivatives in reverse mode only.
 """
@@ -100,7 +101,8 @@ def _of_4bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:
     packed = module.weight.data
     state = copy.copy(quant_state)
     if getattr(state, "packing_format_for_cpu", False):
-        # The scales of blocks stay as they were packed: transposed, in bfloat16, and not nested.
+        # The inverse leaves the scales of blocks as they were packed: transposed, in bfloat16, and
+        # not nested.
         state.original_nested = False
         packed, state = compat.unpacked_4bit(packed, state)
         state.absmax = quant_state.absmax.T.reshape(-1).float()

@@ -1,8 +1,8 @@
-"""Mends that single architectures need, so that a TransformerBridge computes what they compute.
+"""Repairs that single architectures need, so that a TransformerBridge computes what they compute.
 
 Each quirk is a function below, under `@quirk`. It is called with the Hugging Face model before the
-bridge is made of it, and may return a function, which is called with the bridge. `ll.load` asks all
-of them; one that has nothing to do with a model leaves it alone. To teach another one:
+bridge is made, and may return a function that is called with the bridge. `ll.load` calls all of
+them; a quirk that does not concern a model does nothing to it. To add another one:
 
 1. Write the function here, with a docstring that says what the architecture does, what the bridge
    does instead, and how far off it is. It decides by what the model is made of (a class, a field
@@ -21,16 +21,16 @@ of them; one that has nothing to do with a model leaves it alone. To teach anoth
 3. Add the architecture to `tests/lib/architectures.py`: then `tests/hosts/` compares lenses over it
    with PEFT, in float64, and the logits of the bridge with those of the model. A row there is a
    class of transformers; one that transformers lacks, such as a model's own code, has no row.
-4. Test the mend alone in `tests/hosts/test_variants.py`, with the bridge as it is without it as the
-   negative control. A class that transformers lacks is written in its test, as both classes of
-   `tests/hosts/test_quirks.py` are: one needs a quirk, which stands there whole, and one does not.
+4. Test the repair alone in `tests/hosts/test_variants.py`; the bridge without it is the negative
+   control. A class that transformers lacks is written in its test, as both classes of
+   `tests/hosts/test_quirks.py` are: one of them needs a quirk, shown there in full, the other none.
 
-A mend of what attention writes, such as a factor, acts behind `o.hook_out`. The site of o writes
-there, and what an adapter adds, ΔW z, must go through the mend as W z does. One that is right for
-the base model alone is refused: `hosts/probe.py` compares random updates with the Hugging Face
-model's own.
+A repair of attention's output, such as a factor, acts after `o.hook_out`. The site of o writes
+there, and what an adapter adds, ΔW z, must go through the repair as W z does. A repair that is
+right only for the base model is refused: `hosts/probe.py` compares random updates with the Hugging
+Face model's own.
 
-Other things that an architecture may need have their place elsewhere:
+Other things that an architecture may need are handled elsewhere:
 
     the paths of its modules, which norm reads what, what is folded     an entry in `families.py`
     a fused projection that the bridge takes apart                      nothing: it is measured
@@ -59,24 +59,25 @@ from lens_lora.hosts.over_ranks import is_split, make_maps_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What is done to a bridge once it is made.
+# A function that repairs a bridge once it is made.
 Mend = Callable[[Any], None]
 _Quirk = Callable[["PreTrainedModel"], Mend | None]
 _QUIRKS: list[_Quirk] = []
 
 
 def quirk(function: _Quirk) -> _Quirk:
-    """Decorate a function of a Hugging Face model: every bridge is made with it from now on.
+    """Decorate a function of a Hugging Face model, to be called for every bridge from now on.
 
     Args:
-        function: it changes the model where it must, and returns what mends the bridge, or None.
+        function: changes the model if necessary, and returns a function that repairs the bridge,
+            or None.
     """
     _QUIRKS.append(function)
     return function
 
 
 def mends_of(hf_model: PreTrainedModel) -> list[Mend]:
-    """Make a model ready for its bridge, and return what mends the bridge, in order."""
+    """Make a model ready for its bridge, and return the functions that repair the bridge."""
     mends = [function(hf_model) for function in _QUIRKS]
     return [mend for mend in mends if mend is not None]
 
@@ -96,10 +97,10 @@ def biases_that_are_not_offloaded(hf_model: PreTrainedModel) -> Mend:
 
 @quirk
 def maps_that_are_split_over_ranks(hf_model: PreTrainedModel) -> Mend | None:
-    """A model that transformers has split (`tp_plan=`) shows parts of what its maps write.
+    """In a model that transformers has split (`tp_plan=`), maps write only parts of their outputs.
 
-    A bridge gives its head a bias of zeros besides, of the whole vocabulary, which does not go with
-    the part of the logits that a process computes.
+    Also, a bridge gives its head a bias of zeros for the whole vocabulary, which does not fit the
+    part of the logits that a process computes.
     """
     if not is_split(hf_model):
         return None
@@ -112,7 +113,7 @@ def modules_that_are_absent(hf_model: PreTrainedModel) -> Mend:
     """A bridge puts a component that wraps nothing where the model has None for a module.
 
     An OPT that normalises after each branch has None in place of a last norm, and Granite hybrid in
-    place of its rotary embedding. Each asks whether there is a module, and would call it.
+    place of its rotary embedding. Both call the module if it is not None.
     """
     absent = absent_modules(hf_model)
     return lambda bridge: leave_absent(absent)
@@ -120,14 +121,14 @@ def modules_that_are_absent(hf_model: PreTrainedModel) -> Mend:
 
 @quirk
 def norms_behind_branches(hf_model: PreTrainedModel) -> Mend:
-    """An OPT that normalises after each branch has its positions flattened by a bridge's hooks."""
+    """A bridge's hooks flatten the positions of an OPT that normalises after each branch."""
     del hf_model
     return keep_rows_at_last_norms
 
 
 @quirk
 def tables_of_codegen(hf_model: PreTrainedModel) -> Mend:
-    """A bridge looks for tables in each attention of a CodeGen that transformers 5 has once."""
+    """A bridge looks for CodeGen's tables in each attention; transformers 5 has them only once."""
     del hf_model
     return complete_codegen
 
@@ -149,9 +150,9 @@ def absent_modules(hf_model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def leave_absent(absent: Sequence[tuple[nn.Module, str]]) -> None:
-    """None stands there again, where a bridge has put a component that wraps nothing.
+    """Put None back where a bridge has put a component that wraps nothing.
 
-    The model asks whether there is a module, and would call that component, which raises an error.
+    The model calls the module if it is not None, and such a component raises an error when called.
     """
     for module, name in absent:
         if wraps_nothing(getattr(module, name, None)):

@@ -1,4 +1,4 @@
-"""The tokens that a mixture of experts sends to other experts once the adapter is on."""
+"""The tokens that a mixture of experts sends to other experts when the adapter is on."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lens_lora.spans import Temporary
 
 @extensions.rerouted_tokens.provide
 def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
-    """How many tokens of each prompt have other experts at ε = 1 than at 0, by layer of experts.
+    """Count the tokens of each prompt that have other experts at ε = 1 than at 0, by layer.
 
-    Two forward passes; none where the model has no stacks of experts.
+    It takes two forward passes, or none if the model has no stacks of experts.
 
     Args:
         g: the function.
@@ -47,7 +47,7 @@ def _chosen(
     """The experts of every token at this strength, in order, by layer.
 
     Args:
-        g: the function, of few enough prompts for one pass.
+        g: the function, whose prompts are few enough for one pass.
         scale: the strength.
         stacks: the modules that run experts, by layer.
     """

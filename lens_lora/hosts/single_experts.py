@@ -67,10 +67,10 @@ class _OfExpert(NamedTuple):
 
 @extensions.named_as_model.provide
 def on_stacks(adapter: Adapter, model: Any) -> Adapter:
-    """The adapter, where factors of single experts are joined to those of the model's stacks.
+    """The adapter with the factors of single experts joined into those of the model's stacks.
 
-    If a layer has no such stack, or several, the adapter's names stay, and are refused later as
-    unknown.
+    If a layer has no such stack, or several, the adapter's names are not changed, and are refused
+    later as unknown.
 
     Raises:
         AdapterError: an expert that the model lacks, or an update that is not a plain s·B·A.
@@ -90,7 +90,7 @@ def on_stacks(adapter: Adapter, model: Any) -> Adapter:
             stacks[path] = module
 
     groups: dict[str, _Halves] = {}
-    moved: set[str] = set()
+    joined: set[str] = set()
     for key, of_expert in named.items():
         if key.partition("@")[0] in names:
             continue  # This model has the expert as a module of its own.
@@ -100,11 +100,11 @@ def on_stacks(adapter: Adapter, model: Any) -> Adapter:
         halves = groups.setdefault(f"{paths[0]}.{of_expert.stack}{of_expert.tag}", {})
         factors = _plain_factors(key, adapter.modules[key])
         halves.setdefault(of_expert.expert, {})[of_expert.half] = factors
-        moved.add(key)
-    if not moved:
+        joined.add(key)
+    if not joined:
         return adapter
 
-    modules = {key: update for key, update in adapter.modules.items() if key not in moved}
+    modules = {key: update for key, update in adapter.modules.items() if key not in joined}
     for path, halves in groups.items():
         owner, _, stack = path.partition("@")[0].rpartition(".")
         modules[path] = _as_stack(path, halves, stacks[owner], stack)

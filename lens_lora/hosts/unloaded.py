@@ -1,7 +1,7 @@
-"""A model that is known by its configuration alone: its sizes, and what its weights would take.
+"""A model that is known only by its configuration: its sizes, and the memory of its weights.
 
 The Hugging Face model is made on torch's device 'meta', where a tensor has a shape and no numbers.
-Nothing is downloaded but a configuration that the user names by a hub id.
+Nothing is downloaded except the configuration, if the user names it by a hub id.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lens_lora.errors import ModelStateError
 
 @dataclasses.dataclass(frozen=True)
 class OnDevice:
-    """The part of a model that lies on one device.
+    """The part of a model that is on one device.
 
     Attributes:
         blocks: the number of its blocks.
@@ -38,7 +38,7 @@ class UnloadedModel:
         sizes: the sizes that the planner of passes needs.
         weights: the bytes of all weights, where tied weights count once.
         factors: the number of entries of LoRA factors of rank 1 on every linear module of blocks.
-        devices: what lies on each device.
+        devices: the part of the model on each device.
     """
 
     sizes: ModelSizes
@@ -113,22 +113,22 @@ def _spread(model: PreTrainedModel, layers: int, devices: int) -> tuple[OnDevice
         devices: the number of devices.
     """
     sizes = _sizes_in_order(model, layers)
-    found = [OnDevice(0, 0)] * devices
+    parts = [OnDevice(0, 0)] * devices
     before = 0
     for place, size in enumerate(sizes):
         middle = (before + size / 2) / sum(sizes)
         device = min(int(devices * middle), devices - 1)
-        so_far = found[device]
+        so_far = parts[device]
         is_block = 1 <= place <= layers
-        found[device] = OnDevice(so_far.blocks + is_block, so_far.weights + size)
+        parts[device] = OnDevice(so_far.blocks + is_block, so_far.weights + size)
         before += size
-    return tuple(found)
+    return tuple(parts)
 
 
 def _sizes_in_order(model: PreTrainedModel, layers: int) -> list[int]:
-    """The bytes of what comes before the blocks, of each block, and of what comes after them.
+    """The bytes of the modules before the blocks, of each block, and of the modules after them.
 
-    Tied weights are one parameter, which counts where it is used first.
+    Tied weights are one parameter, which is counted at its first use.
     """
     # The blocks are the first list with as many modules as there are layers: a list of experts
     # comes later, as it is within a block.

@@ -1,7 +1,7 @@
-"""Models over which no lens can be laid, as their weights or their code are not those of a model.
+"""Models over which no lens can be laid, because of their weights or their code.
 
-1. Weights that are split over processes, or quantised in a way of which no derivative is known
-   (`refuse_unusable_weights`).
+1. Weights that are split over processes, or quantised by a method whose derivative is not known
+   here (`refuse_unusable_weights`).
 2. A bridge that computes another function than its Hugging Face model, or cannot run
    (`refuse_unusable_bridge`).
 """
@@ -41,7 +41,8 @@ def refuse_unusable_bridge(model: Any, modules: Mapping[nn.Module, str]) -> None
 def _refuse_sharded(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
     """Refuse modules that compute with a part of a weight.
 
-    Under FSDP2 they gather the whole, and those that `make_maps_whole` has changed write the whole.
+    Under FSDP2 a module gathers its whole weight, and a module that `make_maps_whole` has changed
+    writes its whole output: these are not refused.
     """
     hf_model = getattr(model, "original_model", model)
     is_split = over_ranks.is_split(hf_model)
@@ -86,7 +87,7 @@ def _within(path: str, name: str) -> str:
 
 
 def _unknown_quantisation(quantised: str, method: str | None) -> ModelStateError:
-    """The error of weights whose products have no derivative that is known here."""
+    """The error for weights whose products have no derivative that is known here."""
     return ModelStateError(
         f"{quantised} is quantised by {method}, whose products have no derivative that is known "
         f"here; load the base by bitsandbytes ({named('load_in_4bit')} or "
@@ -95,7 +96,7 @@ def _unknown_quantisation(quantised: str, method: str | None) -> ModelStateError
 
 
 def _method(config: Any) -> str | None:
-    """The method of a quantisation's configuration: 'bitsandbytes', 'gptq', …; None without one."""
+    """The method that a quantisation's configuration names, such as 'gptq'; None without one."""
     if config is None:
         return None
     settings = config if isinstance(config, dict) else vars(config)
@@ -104,7 +105,7 @@ def _method(config: Any) -> str | None:
 
 
 def refuse_empty_components(model: Any) -> None:
-    """Refuse a bridge with a component that wraps no module, without which it cannot run."""
+    """Refuse a bridge with a component that wraps no module, because that component cannot run."""
     for name, component in model.original_model.named_modules():
         if compat.wraps_nothing(component):
             kind = type(model.original_model).__name__

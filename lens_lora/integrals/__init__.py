@@ -1,1 +1,1 @@
-"""Integrals of what is expensive to evaluate: nested rules, and the path from base to adapted."""
+"""Integrals of expensive functions: nested rules, and the path from base to adapted model."""

@@ -3,15 +3,15 @@
     ∫₀¹ f(ε) dε ≈ Σ_j w_j f(ε_j),      ε_j = (1 − cos(π j / n)) / 2,  j = 0 … n
 
 1. This is the Clenshaw–Curtis rule of n + 1 nodes: it integrates the polynomial through its nodes.
-   Of an analytic f its error falls geometrically with n, as that of a Gauss–Legendre rule does.
+   For an analytic f the error falls geometrically with n, as it does for a Gauss–Legendre rule.
 2. With n = 2, 4, 8, … the nodes of each rule are nodes of the next. So a rule of 9 nodes costs 9
-   evaluations, with the rules of 3 and 5 nodes on the way; Gauss–Legendre's rules of 2, 4 and 8
-   nodes share none and cost 14.
+   evaluations, which also give the rules of 3 and 5 nodes. Gauss–Legendre rules of 2, 4 and 8 nodes
+   share no node and cost 14.
 3. The first and the last node are the ends of the path, 0 and 1.
-4. Where the ends give nothing that is needed anyway, as along the sides of a square, Patterson's
-   rules of 1, 3, 7, 15, … nodes stand for them. They are nested as well: each adds to n nodes the
-   n + 1 between and beside them that make it exact to the highest degree, ⌊(3N + 1)/2⌋ for N
-   nodes. Those of 1 and 3 nodes are Gauss–Legendre's.
+4. If the values at the ends are not needed for anything else, as along the sides of a square,
+   Patterson's rules of 1, 3, 7, 15, … nodes are used instead. They are nested as well: a rule adds
+   n + 1 nodes, between and beside the n nodes that it has, which make it exact to the highest
+   degree, ⌊(3N + 1)/2⌋ for N nodes. The rules of 1 and 3 nodes are Gauss–Legendre's.
 
 Source: Clenshaw and Curtis, 1960; its weights as in Waldvogel, 2006, equation (2.4). Patterson,
 Mathematics of Computation 22, 1968.
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 
 def nested_counts(max_nodes: int) -> list[int]:
-    """How many nodes each rule has, 3, 5, 9, 17, …, with at most `max_nodes` in the last.
+    """The numbers of nodes of the rules, 3, 5, 9, 17, …, up to `max_nodes`.
 
     Args:
         max_nodes: at least 3.
@@ -60,7 +60,7 @@ def clenshaw_curtis(nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64
 def new_nodes(counts: Sequence[int], rule: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The points that a rule adds to the one before it, and their weights in each rule from it on.
 
-    A sum for each rule therefore needs no value of f twice, and no value of f kept:
+    So no value of f is computed twice, and none has to be kept:
 
         for rule in range(len(counts)):
             points, weights = new_nodes(counts, rule)
@@ -88,12 +88,12 @@ def new_nodes(counts: Sequence[int], rule: int) -> tuple[NDArray[np.float64], ND
 
 # --- Without the ends
 
-# Patterson's rules beyond this one are lost to rounding.
+# Patterson's rules with more nodes than this are lost in rounding.
 _MOST_OF_PATTERSON = 63
 
 
 def patterson_counts(max_nodes: int) -> list[int]:
-    """How many nodes each rule has, 1, 3, 7, …, 63, with at most `max_nodes` in the last.
+    """The numbers of nodes of the rules, 1, 3, 7, …, 63, up to `max_nodes`.
 
     Args:
         max_nodes: at least 1.
@@ -122,7 +122,7 @@ def patterson(nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _with_points_between(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The n points of a rule on [−1, 1], and the n + 1 that extend it.
+    """The n points of a rule on [−1, 1], with the n + 1 points that extend it, in rising order.
 
     These are the zeros of the polynomial E of degree n + 1 for which ∫ W E P_j dx = 0 for every
     Legendre polynomial P_j up to j = n, where W has its zeros at the given points.

@@ -5,11 +5,11 @@
 1. Rules of 3, 5, 9, 17, … nodes are nested (`nested_rules.py`), so the last one costs
    as many evaluations of h as it has nodes. Its first and last node are the base and the adapted
    model; where h gives g as well, they give the exact shift.
-2. What the sum leaves of the exact shift is the completeness error. Nodes are added until it is at
-   most `tol` of every prompt's shift, or within the rounding of that shift.
-3. Errors of single sites can cancel in that sum. So at least two rules are taken, and the largest
-   change of any site's value from one rule to the next stands beside the completeness error. When
-   neither of the two has improved over two further rules, more nodes do not help.
+2. The difference between the sum and the exact shift is the completeness error. Nodes are added
+   until it is at most `tol` of every prompt's shift, or within the rounding of that shift.
+3. Errors of single sites can cancel in that sum. So at least two rules are computed, and the
+   largest change of any site's value from one rule to the next is reported beside the completeness
+   error. If neither of the two has improved over two further rules, more nodes do not help.
 4. A `KL` has its minimum at the base, where h is zero, so that node is not evaluated.
 """
 
@@ -29,13 +29,14 @@ from lens_lora.core import SIGMAS, Function, Quadrature
 from lens_lora.errors import ArgumentError
 from lens_lora.integrals.nested_rules import nested_counts, new_nodes
 
-# The fewest nodes of a last rule: two rules show how far single sites still move.
+# The last rule has at least this many nodes: two rules show how far single sites still move.
 _FEWEST_NODES = 5
 # For a smooth g each further rule divides the error by more than this.
 _SMOOTH = 4.0
 
 _ByPrompt = Float[Tensor, " batch"]
-# From new nodes and their weights in this and each later rule: what they add to each rule's sum.
+# A function of new nodes and their weights in this and each later rule; it returns what these nodes
+# add to the sum of each rule.
 Added = Callable[
     [Float[Tensor, " node"], Float[Tensor, "sum node"]], Float[Tensor, "sum batch site *part"]
 ]
@@ -44,16 +45,16 @@ Added = Callable[
 def path_integral(
     g: Function, added: Added, *, tol: float, max_nodes: int
 ) -> tuple[Float[Tensor, "batch site *part"], Quadrature]:
-    """∫₀¹ h(ε) dε of every site and part, and how it was taken.
+    """∫₀¹ h(ε) dε of every site and part, and how it was computed.
 
     Cost: an evaluation of h for each node of the last rule, and eight forward passes for the noise
     floor of the shift. At most six results are held, however many nodes there are.
 
     Args:
-        g: the function along whose path is integrated.
-        added: Σ_k w_k h(ε_k) for each row of weights.
-        tol: the completeness error allowed to every prompt, as a share of its shift.
-        max_nodes: most nodes of a rule, at least 5.
+        g: the function whose path is integrated.
+        added: computes Σ_k w_k h(ε_k) for each row of weights.
+        tol: the completeness error allowed for every prompt, as a share of its shift.
+        max_nodes: the largest number of nodes of a rule, at least 5.
 
     Raises:
         ArgumentError: tol or max_nodes out of range.
@@ -68,9 +69,9 @@ def path_integral(
     nodes = 0
     with tqdm(desc="path integral", unit=" node", leave=False, disable=not g.progress) as bar:
         for rule, nodes in enumerate(counts):
-            of_new = added(*_new_nodes(g, counts, rule))
-            # One sum for this rule, and one for each of those after it.
-            sums = of_new if rule == 0 else sums[1:] + of_new
+            of_new_nodes = added(*_new_nodes(g, counts, rule))
+            # One sum for this rule, and one for each later rule.
+            sums = of_new_nodes if rule == 0 else sums[1:] + of_new_nodes
             rules.add(sums[0])
             bar.total = nodes
             bar.update(nodes - bar.n)
@@ -92,12 +93,12 @@ def _new_nodes(
 
 
 def _is_flat_at_base(g: Function) -> bool:
-    """Whether every slope at the base is zero, as that of a divergence from the base is."""
+    """Whether every slope at the base is zero, as it is for a divergence from the base."""
     return g.readout is not None and bool(g.readout.no_slope_at_base)
 
 
 class _Rules:
-    """The errors of one rule after the other, and whether a further rule is worth its cost."""
+    """The errors of each rule so far, and whether a further rule is worth its cost."""
 
     def __init__(self, g: Function, tol: float) -> None:
         self._g = g
@@ -106,7 +107,7 @@ class _Rules:
         self._errors: list[_ByPrompt] = []
         self._sites: list[Float[Tensor, "batch site"]] = []
 
-    # Both are asked for after the first rule, whose passes give g at both ends.
+    # Both are first read after the first rule, whose passes give g at both ends.
 
     @functools.cached_property
     def _shift(self) -> _ByPrompt:
@@ -115,7 +116,7 @@ class _Rules:
 
     @functools.cached_property
     def _floor(self) -> _ByPrompt:
-        """The most by which rounding alone moves the shift."""
+        """A bound on the error of the shift from rounding: three noise floors."""
         return (SIGMAS * self._g.floor).cpu().double()
 
     @property
@@ -127,7 +128,7 @@ class _Rules:
         return self._tol * self._size
 
     def add(self, values: Float[Tensor, "batch site *by"]) -> None:
-        """Take the values of the next rule."""
+        """Add the values of the next rule."""
         of_sites = values if values.ndim == 2 else values.flatten(2).sum(2)
         missing = self._shift - of_sites.sum(1)
         self._errors.append(missing.abs().cpu().double())
@@ -153,10 +154,10 @@ class _Rules:
         return self._errors[-1] > torch.maximum(self._allowed, self._floor)
 
     def quadrature(self, nodes: int) -> Quadrature:
-        """How the integral was taken, and how far it was reached, by the last rule.
+        """Describe the last rule: its nodes, its errors, and what kept it from the tolerance.
 
         Args:
-            nodes: how many nodes that rule has.
+            nodes: the number of nodes of that rule.
         """
         obstacles = [self._rounding_text(), self._shape_text(nodes)]
         known_error = torch.maximum(self._errors[-1], self._floor)
@@ -170,7 +171,7 @@ class _Rules:
         )
 
     def _rounding_text(self) -> str:
-        """A note where the exact shift is itself not known to the tolerance; else nothing."""
+        """A note if rounding hides the exact shift at this tolerance, else ''."""
         if not (self._floor > self._allowed).any():
             return ""
         i = int(_share(self._floor, self._size).argmax())
@@ -181,7 +182,7 @@ class _Rules:
         )
 
     def _shape_text(self, nodes: int) -> str:
-        """A note on the shape of g, where the error is above rounding and tolerance."""
+        """A note on the shape of g if the error is above rounding and tolerance, else ''."""
         if not self._is_open.any():
             return ""
         share = _share(self._errors[-1], self._size)
@@ -198,12 +199,12 @@ class _Rules:
 
 
 def _share(size: _ByPrompt, whole: _ByPrompt) -> _ByPrompt:
-    """The size over the whole; zero where the size is, infinite where only the whole is zero."""
+    """The size over the whole: zero if the size is zero, infinite if only the whole is zero."""
     return torch.where(size == 0, 0.0, size / whole)
 
 
 def _is_stuck(by_rule: list[_ByPrompt]) -> Bool[Tensor, " *batch"]:
-    """Whether the last two rules have no smaller number than the best rule before them."""
+    """Whether both of the last two rules are no better than the best rule before them."""
     if len(by_rule) < 3:
         return torch.tensor(False)
     numbers = torch.stack(by_rule)

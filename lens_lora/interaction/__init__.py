@@ -1,1 +1,1 @@
-"""Several adapters at once, which may do more together than each of them does alone."""
+"""Several adapters at once: what they do together beyond what each of them does alone."""

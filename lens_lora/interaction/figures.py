@@ -16,10 +16,10 @@ from lens_lora.show.text import label, signed
 
 @drawing.figure.register(Together)
 def together_heatmap(result: Together, prompt: int | None = None) -> go.Figure:
-    """The interaction by groups of modules of two adapters; or by adapter, of several.
+    """A heatmap of the interaction, by groups of modules if it was split, else by adapter.
 
     Raises:
-        ArgumentError: several pairs of adapters that were split by modules.
+        ArgumentError: several pairs of adapters were split by modules.
     """
     if result.parts is None:
         return _of_adapters(result, prompt)
@@ -41,10 +41,7 @@ def together_heatmap(result: Together, prompt: int | None = None) -> go.Figure:
 
 
 def _of_adapters(result: Together, prompt: int | None) -> go.Figure:
-    """Adapter × adapter, the interaction of each pair.
-
-    What each adapter does alone stands beside its name.
-    """
+    """Adapter × adapter, the interaction of each pair; names of rows have each adapter's effect."""
     interaction, _ = result.mean_over(prompt, result.interaction)
     alone, _ = result.mean_over(prompt, result.alone)
     places = {name: index for index, name in enumerate(result.adapters)}
@@ -81,7 +78,7 @@ def _heatmap(
 
 @drawing.figure.register(Reconciled)
 def reconciled_curves(result: Reconciled) -> go.Figure:
-    """The share held of each behaviour, by how many modules are left out."""
+    """The share held of each behaviour, by the number of modules that are left out."""
     figure = go.Figure()
     colours = itertools.cycle(go.PALETTE)
     for index, (behaviour, colour) in enumerate(zip(result.behaviours, colours, strict=False)):

@@ -4,17 +4,17 @@ With the adapters' gates all at one except those of left-out modules,
 
     held_q(ε) = Σ_p s_p (g_qp(ε) − g_qp(0)) / Σ_p |g_qp(a_q) − g_qp(0)|
 
-is the share that is held of behaviour q. The gates a_q switch on the adapter that was trained for
-q, and no other, and s_p is the sign of what that does to prompt p. The share is 1 where the
-behaviour is as strong as with its own adapter alone, and 0 where nothing is left of it.
+is the share of behaviour q that is held. The gates a_q switch on only the adapter that was trained
+for q, and s_p is the sign of that adapter's effect on prompt p. The share is 1 if the behaviour is
+as strong as with its own adapter alone, and 0 if nothing is left of it.
 
-1. Each module of one adapter is left out alone. Modules are ranked by what that does to
-   Σ_q min(1, held_q), so that a behaviour that is held whole gains nothing by being stronger.
-2. The first n of the ranking are left out, for some n, and both shares are measured. The set whose
-   smaller share is largest is taken, and of equals the smallest.
+1. Each module of one adapter is left out alone. Modules are ranked by the resulting
+   Σ_q min(1, held_q), so that a behaviour that is fully held gains nothing by being stronger.
+2. The first n modules of the ranking are left out, for several n, and all shares are measured. The
+   set with the largest smallest share is chosen, and among equals the smallest set.
 3. The set is compared with nothing left out, with the whole adapter scaled down to the strength
    whose smaller share is largest, and with random sets of as many modules.
-4. All four are also judged on the prompts that are held out.
+4. All four are also measured on the held-out prompts.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Reconciled(OfSites, Pictured):
 
     Attributes:
         left_out: the modules, by their Hugging Face paths, for
-            `adapter.without_modules(*left_out)`; none where leaving out helps nothing.
-        behaviours: the name of the adapter that was trained for each.
-        readouts: what is read of each.
-        held: [state, behaviour], shares on the prompts given; the states are `STATES`.
-        held_out: [state, behaviour], the same on prompts that nothing was chosen on; None where
-            there were none.
-        sizes: how many modules were left out along the ranking.
-        along: [size, behaviour], the shares held at these sizes, on the prompts given.
+            `adapter.without_modules(*left_out)`; empty if leaving modules out does not help.
+        behaviours: the name of the adapter that was trained for each behaviour.
+        readouts: the label of each behaviour's readout.
+        held: [state, behaviour], the shares held on the prompts of `hold`, in the order of
+            `STATES`.
+        held_out: [state, behaviour], the shares held on the prompts of `test`; None without them.
+        sizes: the numbers of modules that were left out along the ranking.
+        along: [size, behaviour], the shares held at these sizes, on the prompts of `hold`.
         strength: the strength of the adapter that was scaled down.
         sites, meta: see `OfSites`.
     """
@@ -82,7 +82,7 @@ class Reconciled(OfSites, Pictured):
     strength: float
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per behaviour and state: the share held, on the prompts given and held out."""
+        """One row per behaviour and state: the share held on the prompts of `hold` and `test`."""
         numbers = {"keep": self.held.T}
         if self.held_out is not None:
             numbers["keep_held_out"] = self.held_out.T
@@ -104,8 +104,8 @@ def reconcile(
 ) -> Reconciled:
     """Find modules of one adapter to leave out, so that several adapters' behaviours all hold.
 
-    Cost: for each behaviour a forward pass for each module of `leave_out_of`, and some 40 more,
-    batched; about twenty of them for what is held out.
+    Cost: for each behaviour, a forward pass for each module of `leave_out_of` and some 40 more,
+    batched; with `test`, about twenty more.
 
     Args:
         lens: a lens over the model; its own adapter is not used, unless it is among `adapters`.
@@ -114,14 +114,14 @@ def reconcile(
             readout that the adapter moves by itself.
         leave_out_of: the name of the adapter whose modules are left out.
         test: the same behaviours on other prompts, on which nothing is chosen.
-        draws: random sets of modules to compare with.
+        draws: the number of random sets of modules to compare with.
         seed: the seed of those sets.
         progress: show a bar.
 
     Raises:
         ArgumentError: fewer than two behaviours, a behaviour or `leave_out_of` without an adapter
-            of that name, something that is no pair of prompts and a readout, a behaviour that its
-            own adapter does not move.
+            of that name, anything but a pair of prompts and a readout, or a behaviour that its own
+            adapter does not move.
         AdapterError: adapters of different bases; DoRA on a module that another adapts too.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a value or derivative that is not finite.
@@ -131,23 +131,23 @@ def reconcile(
     named = adapters_by_name(adapters)
     word("leave_out_of", leave_out_of, tuple(named))
     of_sum = lens.with_adapter(side_by_side(named))
-    given = _bound(of_sum, hold, "hold", progress)
+    behaviours = _bound(of_sum, hold, "hold", progress)
     modules = _modules_of(of_sum, leave_out_of)
-    ranking = _ranking(of_sum, given, modules)
+    ranking = _ranking(of_sum, behaviours, modules)
     sizes = _sizes(len(ranking))
     points = torch.stack([_without(of_sum, modules, ranking[:size]) for size in sizes])
-    along = _held(given, points)
+    along = _held(behaviours, points)
     chosen = int(along.amin(1).argmax())
     strengths = torch.stack([_scaled(of_sum, modules, strength) for strength in _STRENGTHS])
-    strongest = int(_held(given, strengths).amin(1).argmax())
+    strongest = int(_held(behaviours, strengths).amin(1).argmax())
     drawn = _random_sets(of_sum, modules, sizes[chosen], draws, seed)
     states = (points[0], points[chosen], strengths[strongest])
     return Reconciled(
         left_out=tuple(ranking[: sizes[chosen]]),
-        behaviours=tuple(given),
-        readouts=tuple(behaviour.label for behaviour in given.values()),
-        held=_of_states(given, states, drawn),
-        held_out=_judged(of_sum, given, test, states, drawn, progress),
+        behaviours=tuple(behaviours),
+        readouts=tuple(behaviour.label for behaviour in behaviours.values()),
+        held=_of_states(behaviours, states, drawn),
+        held_out=_judged(of_sum, behaviours, test, states, drawn, progress),
         sizes=tuple(sizes),
         along=along,
         strength=_STRENGTHS[strongest],
@@ -165,9 +165,9 @@ class _Behaviour(NamedTuple):
     Attributes:
         g: the readout on the behaviour's prompts, as a function of the gates of all sites that can
             move it.
-        sites: which of all adapters' sites these are: all of them, but of a readout inside the
-            model.
-        own: [batch], g with this adapter alone less g of the base.
+        sites: the indices of these sites among those of all adapters; all of them, unless the
+            readout is inside the model.
+        own: [batch], g with this adapter alone minus g of the base.
     """
 
     g: Evaluations
@@ -181,16 +181,16 @@ class _Behaviour(NamedTuple):
         return self.g.readout.label
 
     def held(self, values: Float[Tensor, "point batch"]) -> Float[Tensor, " point"]:
-        """How much of what the adapter does alone is left, as a share, where g has these values."""
+        """The share of the adapter's own effect that these values of g still have."""
         base, _ = self.g.ends
-        moved = (values - base) * self.own.sign()
-        return moved.sum(1) / self.own.abs().sum()
+        shift_towards_own = (values - base) * self.own.sign()
+        return shift_towards_own.sum(1) / self.own.abs().sum()
 
 
 def _bound(
     lens: LoraLens, questions: Mapping[str, Question], argument: str, progress: bool
 ) -> dict[str, _Behaviour]:
-    """The behaviours as functions of the gates of all adapters. Two forward passes each."""
+    """The behaviours as functions of the gates of all adapters, in two forward passes each."""
     names = {site.adapter for site in lens.sites}
     if not isinstance(questions, Mapping) or len(questions) < 2:
         raise ArgumentError(
@@ -198,11 +198,11 @@ def _bound(
             "the adapter that was trained for it",
             remedy=f"write {argument}={{'a': (prompts, readout), 'b': (prompts, readout)}}.",
         )
-    found: dict[str, _Behaviour] = {}
+    behaviours: dict[str, _Behaviour] = {}
     for name, question in questions.items():
         word(f"a name in {argument}", name, tuple(sorted(names)))
-        found[name] = _behaviour(lens, name, question, f"{argument}[{name!r}]", progress)
-    return found
+        behaviours[name] = _behaviour(lens, name, question, f"{argument}[{name!r}]", progress)
+    return behaviours
 
 
 def _behaviour(
@@ -211,8 +211,8 @@ def _behaviour(
     is_pair = isinstance(question, tuple | list) and len(question) == 2
     if not is_pair or not isinstance(question[1], Readout):
         raise ArgumentError(
-            f"{argument} is {question!r}, expected prompts and a readout",
-            remedy="write (prompts, ll.Margin(' Lyon', ' Paris')), say.",
+            f"{argument} is {question!r}; expected prompts and a readout",
+            remedy="write such as (prompts, ll.Margin(' Lyon', ' Paris')).",
         )
     prompts, readout = question
     g = Evaluations(lens.function(prompts, readout, progress=progress))
@@ -222,8 +222,8 @@ def _behaviour(
     own = g(g.lens.gates(on)) - base
     if bool((own.abs() <= SIGMAS * g.floor).all()):
         raise ArgumentError(
-            f"{argument}: {name} alone moves {readout.label} by rounding, so there is no behaviour "
-            "to hold",
+            f"{argument}: {name} alone moves {readout.label} by no more than rounding, so there is "
+            "no behaviour to hold",
             remedy="give prompts and a readout that this adapter was trained for.",
         )
     index_of = {site.name: index for index, site in enumerate(lens.sites)}
@@ -233,7 +233,7 @@ def _behaviour(
 def _held(
     behaviours: Mapping[str, _Behaviour], points: Float[Tensor, "point site"]
 ) -> Float[Tensor, "point behaviour"]:
-    """The share that is held of each behaviour at each point.
+    """The share of each behaviour that is held at each point.
 
     Cost: a forward pass for each point and prompt.
     """
@@ -251,7 +251,7 @@ _Modules = Mapping[str, tuple[int, ...]]
 
 
 def _modules_of(lens: LoraLens, name: str) -> dict[str, tuple[int, ...]]:
-    """The sites of each module of one adapter, several where q, k and v are one module."""
+    """The sites of each module of one adapter; several if q, k and v are one module."""
     modules: dict[str, tuple[int, ...]] = {}
     for index, site in enumerate(lens.sites):
         if site.adapter == name:
@@ -261,7 +261,7 @@ def _modules_of(lens: LoraLens, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def _ranking(lens: LoraLens, behaviours: Mapping[str, _Behaviour], modules: _Modules) -> list[str]:
-    """The modules in order, first the one whose absence alone holds the behaviours best."""
+    """The modules in order; the first is the one whose absence holds the behaviours best."""
     paths = list(modules)
     left_out_alone = torch.stack([_without(lens, modules, [path]) for path in paths])
     held = _held(behaviours, left_out_alone).clamp(max=1).sum(1)
@@ -270,7 +270,7 @@ def _ranking(lens: LoraLens, behaviours: Mapping[str, _Behaviour], modules: _Mod
 
 
 def _sizes(count: int) -> list[int]:
-    """The numbers of modules that are left out: 0, 1, 2, 3, 5, 8, …, so that one at least stays."""
+    """The numbers of modules to leave out: 0, 1, 2, 3, 5, 8, …; at least one module stays."""
     sizes = [0]
     step = 1
     while sizes[-1] < count - 1:
@@ -282,8 +282,8 @@ def _sizes(count: int) -> list[int]:
 def _without(lens: LoraLens, modules: _Modules, paths: Sequence[str]) -> Float[Tensor, " site"]:
     """Gates that are 0 at the sites of these modules, and 1 elsewhere."""
     sites = tuple(itertools.chain.from_iterable(modules[path] for path in paths))
-    is_left_out = lens.gates(lens.sites.indicator({"left out": sites})[0])
-    return 1 - is_left_out
+    (indicator,) = lens.sites.indicator({"left out": sites})
+    return 1 - lens.gates(indicator)
 
 
 def _scaled(lens: LoraLens, modules: _Modules, strength: float) -> Float[Tensor, " site"]:
@@ -295,7 +295,7 @@ def _scaled(lens: LoraLens, modules: _Modules, strength: float) -> Float[Tensor,
 def _random_sets(
     lens: LoraLens, modules: _Modules, size: int, draws: int, seed: int
 ) -> Float[Tensor, "draw site"]:
-    """Gates without random modules, as many as were left out."""
+    """Gates that leave out random modules, as many as the chosen set has."""
     generator = torch.Generator().manual_seed(seed)
     paths = list(modules)
     gates: list[Tensor] = []
@@ -306,7 +306,7 @@ def _random_sets(
     return torch.stack(gates)
 
 
-# --- Judged
+# --- The comparison
 
 
 def _of_states(
@@ -314,7 +314,7 @@ def _of_states(
     states: Sequence[Float[Tensor, " site"]],
     drawn: Float[Tensor, "draw site"],
 ) -> Float[Tensor, "state=4 behaviour"]:
-    """The shares held in each state, for random sets their mean."""
+    """The shares held in each state; for random sets it is their mean."""
     held = _held(behaviours, torch.stack(list(states)))
     of_random = _held(behaviours, drawn).mean(0, keepdim=True)
     return torch.cat([held, of_random])
@@ -322,19 +322,20 @@ def _of_states(
 
 def _judged(
     lens: LoraLens,
-    given: Mapping[str, _Behaviour],
+    behaviours: Mapping[str, _Behaviour],
     test: Mapping[str, Question] | None,
     states: Sequence[Float[Tensor, " site"]],
     drawn: Float[Tensor, "draw site"],
     progress: bool,
 ) -> Float[Tensor, "state=4 behaviour"] | None:
-    """The shares held on prompts that nothing was chosen on, in the order of the given ones."""
+    """The shares held on the prompts of `test`, with the behaviours in the order of `hold`."""
     if test is None:
         return None
     held_out = _bound(lens, test, "test", progress)
-    if set(held_out) != set(given):
+    if set(held_out) != set(behaviours):
         raise ArgumentError(
-            f"test has the behaviours {sorted(held_out)}, hold has {sorted(given)}",
+            f"test has the behaviours {sorted(held_out)}, hold has {sorted(behaviours)}",
             remedy="give other prompts for the same behaviours.",
         )
-    return _of_states({name: held_out[name] for name in given}, states, drawn)
+    in_same_order = {name: held_out[name] for name in behaviours}
+    return _of_states(in_same_order, states, drawn)

@@ -1,19 +1,20 @@
-"""The split of an interaction by pairs of modules, by nested rules over the square of both gates.
+"""The split of an interaction among pairs of modules, by nested rules over the square of gates.
 
     P_GM = ∫₀¹ ∫₀¹ Σ_{l∈G, m∈M} H_lm(s, t) ds dt,      Σ_G Σ_M P_GM = I_ab
 
-1. The share of a group of one adapter, its row or column of the parts, needs its own gate alone:
+1. The share of a group of one adapter is the sum of its row or column of the parts. It is an
+   integral along the group's own gate:
 
        Σ_M P_GM = ∫₀¹ Σ_{l∈G} [∂g/∂ε_l(s, 1) − ∂g/∂ε_l(s, 0)] ds
 
-   Slopes are cheap, so this is taken by finer and finer rules until it has settled and all shares
-   sum to I_ab, which is exact from the corners. That shows how many values each gate needs: the
-   readout may bend sharply along one gate and hardly along the other.
+   Slopes are cheap, so finer and finer rules are used until the shares have settled and sum to
+   I_ab, which the corners give exactly. That shows how many values each gate needs: the readout may
+   bend sharply along one gate and hardly along the other.
 2. A rule over the square has m values of s and n of t, each a rule of Patterson's
-   (`integrals/nested_rules.py`): 3 × 3, 3 × 7, 7 × 31, …. They are nested, so all that are
-   coarser along either axis cost nothing more.
-3. Every row and every column of the parts has to sum to its share. While one does not, the axis is
-   refined along which the parts differ more from those of half as many values.
+   (`integrals/nested_rules.py`): 3 × 3, 3 × 7, 7 × 31, …. They are nested, so a rule that is
+   coarser along either axis costs nothing more.
+3. Every row and every column of the parts has to sum to its share. While one does not, the rule is
+   refined along one axis: the one along which halving the values changes the parts more.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from lens_lora.core import Evaluations, Groups, Quadrature
 from lens_lora.integrals.nested_rules import new_patterson_nodes, patterson_counts
 
-# The most values of a gate; rules of more are lost to rounding.
+# The largest number of values of a gate; finer rules are lost in rounding.
 _MOST_VALUES = 63
 
 _ByPrompt = Float[Tensor, " batch"]
@@ -43,9 +44,9 @@ class Bounds(NamedTuple):
     """The bounds on what the parts of an interaction may miss, by prompt, in the readout's units.
 
     Attributes:
-        largest_shift: the largest of |shift| of either adapter alone and of both together.
+        largest_shift: the largest |shift| of either adapter alone and of both together.
         tol: the tolerance, a share of the largest shift.
-        floor: the most by which rounding alone moves the interaction.
+        floor: a bound on the error of the interaction from rounding.
     """
 
     largest_shift: _ByPrompt
@@ -59,15 +60,15 @@ class Bounds(NamedTuple):
 
     @property
     def allowed(self) -> _ByPrompt:
-        """The bound by the tolerance, or by rounding where that is more."""
+        """The bound by the tolerance or by rounding, whichever is larger."""
         return torch.maximum(self.asked, self.floor)
 
 
 class Split(NamedTuple):
-    """The parts of one interaction by the last rule, and how far they were reached."""
+    """The parts of one interaction by the last rule, with what they miss."""
 
     parts: _Parts
-    # The values that the last rule has of each gate.
+    # The number of values of each gate that the last rule has.
     nodes: tuple[int, int]
     # |I_ab − Σ parts|, and the most by which a row or a column of the parts misses its share.
     missed: _ByPrompt
@@ -77,7 +78,7 @@ class Split(NamedTuple):
 
     @property
     def error(self) -> _ByPrompt:
-        """The larger of both."""
+        """The larger of `missed` and `missed_of_group`."""
         return torch.maximum(self.missed, self.missed_of_group)
 
 
@@ -131,7 +132,7 @@ class _Shares(NamedTuple):
     """The share of each group of one adapter in the interaction, from slopes along its own gate."""
 
     values: Float[Tensor, "batch group"]
-    # The coarsest rule that gives these values, as far as is allowed.
+    # The coarsest rule that gives these values within half of the allowed error.
     rule: int
     has_settled: bool
 
@@ -181,7 +182,7 @@ def _missed_of_shares(
     values: Float[Tensor, "batch group"],
     interaction: _ByPrompt,
 ) -> _ByPrompt:
-    """How far shares are from those of the finest rule, and their sum from the interaction."""
+    """The larger of two errors: of a share, from the finest rule, and of the sum, from I_ab."""
     change = (finest - values).abs().amax(1)
     return torch.maximum(change, (interaction - values.sum(1)).abs())
 
@@ -205,12 +206,12 @@ class _Rules:
         self._sums: dict[_Rule, _Parts] = {}
 
     def nodes(self, rule: _Rule) -> tuple[int, int]:
-        """The values that a rule has of each gate."""
+        """The number of values of each gate that a rule has."""
         first, second = rule
         return self._counts[first], self._counts[second]
 
     def parts(self, rule: _Rule) -> _Parts:
-        """The parts by a rule, which evaluates those of its nodes that no rule before it had."""
+        """The parts by a rule; nodes that no rule has evaluated before are evaluated now."""
         first, second = rule
         for block in itertools.product(range(first + 1), range(second + 1)):
             if block not in self._evaluated:
@@ -219,7 +220,7 @@ class _Rules:
         return self._sums[rule]
 
     def within(self, rule: _Rule) -> _Rule:
-        """The rule, or where it has too many nodes the first coarser one that fits."""
+        """The rule, or the first coarser one that fits if it has too many nodes."""
         first, second = rule
         while not self._fits((first, second)):
             if first > second:
@@ -229,7 +230,7 @@ class _Rules:
         return first, second
 
     def refined(self, rule: _Rule) -> _Rule | None:
-        """The next rule, finer along the axis of larger change; None where none fits."""
+        """The next rule, finer along the axis of larger change; None if none fits."""
         first, second = rule
         finer = [(first + 1, second), (first, second + 1)]
         along_first = (self._sums[rule] - self._sums[first - 1, second]).abs().max()
@@ -245,7 +246,7 @@ class _Rules:
         return first * second <= self._max_nodes
 
     def _rules_with(self, block: _Rule) -> list[_Rule]:
-        """The rules that have the nodes of a block: those as fine along both axes, or finer."""
+        """The rules that have the nodes of a block: those at least as fine along both axes."""
         rows, columns = block
         finest = len(self._counts)
         finer = itertools.product(range(rows, finest), range(columns, finest))
@@ -258,8 +259,8 @@ class _Rules:
         t_points, t_weights = new_patterson_nodes(self._counts, columns)
         first = self._first
         second = self._second
-        # A group in which the second adapter has no module takes no product. Of a readout inside
-        # the model, all that the second adapter writes may be behind it.
+        # A group in which the second adapter has no module needs no product. If the readout is
+        # inside the model, all modules of the second adapter may come after it.
         is_there = second.any(1)
         with_block = self._rules_with(block)
         for rule in with_block:
@@ -287,12 +288,12 @@ class _Rules:
 def quadrature_of(
     splits: Sequence[Split], bounds: Sequence[Bounds], pairs: Sequence[str], dtype: str
 ) -> Quadrature:
-    """How the interactions were split, and how far the parts were reached.
+    """Describe how the interactions were split: nodes, errors, and what kept them from `tol`.
 
     Args:
-        splits: the splits of each pair of adapters.
+        splits: the split of each pair of adapters.
         bounds: the bounds of each pair of adapters.
-        pairs: what each pair of adapters is called.
+        pairs: the name of each pair of adapters.
         dtype: the precision, in words.
     """
     errors: list[float] = []
@@ -317,7 +318,7 @@ def quadrature_of(
 
 
 def _rounding_text(bound: Bounds, pair: str, dtype: str) -> str:
-    """A note where the interaction is itself not known to the tolerance; else nothing."""
+    """A note if rounding hides the interaction at this tolerance, else ''."""
     is_hidden: Bool[Tensor, " batch"] = bound.floor > bound.asked
     if not is_hidden.any():
         return ""
@@ -330,7 +331,7 @@ def _rounding_text(bound: Bounds, pair: str, dtype: str) -> str:
 
 
 def _shape_text(split: Split, bound: Bounds, pair: str) -> str:
-    """A note on the shape of g, where the parts are off by more than rounding and tolerance."""
+    """A note on the shape of g if the parts miss more than rounding and tolerance, else ''."""
     is_open = split.error > bound.allowed
     if not is_open.any():
         return ""
@@ -355,5 +356,5 @@ def _largest_share(size: _ByPrompt, bound: Bounds) -> float:
 
 
 def _share(size: _ByPrompt, bound: Bounds) -> _ByPrompt:
-    """The size over the largest shift; zero where the size is, infinite where only the shift is."""
+    """The size over the largest shift: zero if it is zero, infinite if only the shift is zero."""
     return torch.where(size == 0, 0.0, size / bound.largest_shift)

@@ -1,7 +1,7 @@
 """`together` measures what several adapters do beyond what each of them does alone.
 
-Let s be the gate of all modules of adapter a, t that of all modules of adapter b, and all other
-adapters off. The interaction of the two is
+Let s be the gate of all modules of adapter a, and t the gate of all modules of adapter b, with all
+other adapters off. The interaction of the two is
 
     I_ab = g(1, 1) − g(1, 0) − g(0, 1) + g(0, 0)
          = ∫₀¹ ∫₀¹ ∂²g/∂s∂t ds dt = Σ_{l∈a, m∈b} ∫₀¹ ∫₀¹ H_lm(s, t) ds dt.
@@ -11,12 +11,12 @@ second derivative of g (note, §6, item 4), and the integral over the plane of b
 Integrated Hessians (arXiv 2002.04138).
 
 1. The corners take a forward pass for the base, for each adapter, for each pair, for all adapters
-   but each, and for all. Equal corners run once, so that two adapters have four.
-2. To split the interaction, H is taken between groups of modules of a and of b, at the nodes of
+   except each one, and for all. Equal corners run once, so that two adapters have four.
+2. To split the interaction, H is computed between groups of modules of a and of b, at the nodes of
    nested rules over the square of both gates (`interaction/square.py`). Nodes are added until all
-   parts sum to I_ab, and those of each group to what it has of I_ab, which slopes along its own
-   gate give. Both hold up to a share `tol` of the largest of the three shifts g(1, 1), g(1, 0) and
-   g(0, 1) less g(0, 0).
+   parts sum to I_ab, and the parts of each group sum to its share of I_ab, which slopes along its
+   own gate give. Both sums may miss a share `tol` of the largest of the three shifts
+   g(1, 1) − g(0, 0), g(1, 0) − g(0, 0) and g(0, 1) − g(0, 0).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from lens_lora.core import (
 from lens_lora.errors import ArgumentError, MissingPartError
 from lens_lora.interaction.square import Bounds, Split, quadrature_of, split_by_modules
 
-# The fewest nodes of a last rule, 3 × 3.
+# The last rule has at least this many nodes, 3 × 3.
 _FEWEST_NODES = 9
 
 _Pair = tuple[int, int]
@@ -66,30 +66,29 @@ class Together(Ranked):
     """The effects of several adapters on a readout, alone and together, in the readout's units.
 
     `base` is g with all adapters off, and `adapted` is g with all of them on. `top` and `plot` show
-    pairs of modules where the interaction was split by them, and else pairs of adapters.
+    pairs of modules if the interaction was split by modules, else pairs of adapters.
 
     Attributes:
-        adapters: their names.
-        alone: [batch, adapter], g(a) − g(0): what each does to the base model.
-        added: [batch, adapter], g(all) − g(all but a): what each does beside all the others.
+        adapters: the names of the adapters.
+        alone: [batch, adapter], g(a) − g(0): the effect of each adapter on the base model.
+        added: [batch, adapter], g(all) − g(all but a): its effect when all the others are on.
         first, second: the two adapters of each pair.
         interaction: [batch, pair], I_ab, exact; the other adapters are off.
         noise_floor: [batch], σ of an interaction from rounding alone.
         parts: [batch, pair, group, group], the interaction by groups of modules of the first and of
-            the second adapter; None where it was not split.
+            the second adapter; None if it was not split.
         groups: the names of the groups, which both adapters share; an adapter without a module in a
             group has zeros there.
-        nodes: how many points of the square of both gates were taken, for the pair that needed
-            most; 0 where nothing was split.
-        allowed: [batch, pair], how much the parts were allowed to miss; None where nothing was
-            split.
-        group_error: [batch, pair], the most by which the parts of one group, with all groups of
-            the other adapter, miss what that group has of the interaction, which slopes along its
-            own gate give; None where nothing was split.
-        quadrature: how the integrals were taken, over all prompts and pairs. Its `error` and
+        nodes: the number of points in the square of both gates, for the pair that needed most; 0 if
+            nothing was split.
+        allowed: [batch, pair], how much the parts were allowed to miss; None if nothing was split.
+        group_error: [batch, pair], the largest error of a group: its parts with all groups of the
+            other adapter are compared with its share of the interaction, which slopes along its own
+            gate give. None if nothing was split.
+        quadrature: how the integrals were computed, over all prompts and pairs. Its `error` and
             `site_change` are the largest `completeness_error` and `group_error`, as shares of the
-            largest shift of the pair; it is `met` where neither exceeds `tol`, and rounding is
-            small enough to tell. None where nothing was split.
+            largest shift of the pair; it is `met` if neither exceeds `tol` and rounding is small
+            enough to tell. None if nothing was split.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`; the name of a site
             ends in '@' and its adapter.
     """
@@ -127,9 +126,9 @@ class Together(Ranked):
 
     @property
     def is_complete(self) -> Bool[Tensor, "batch pair"]:
-        """Whether all parts sum to the interaction, and those of each group to its share of it.
+        """Whether all parts sum to the interaction, and the parts of each group to its share.
 
-        Both as far as `tol` asks; where rounding of the interaction is above that, up to rounding.
+        Both sums may miss what `tol` allows, or the rounding of the interaction if that is larger.
 
         Raises:
             MissingPartError: the interaction was not split.
@@ -185,28 +184,28 @@ def together(
 ) -> Together:
     """Measure what two or more adapters do to a readout beyond what each of them does alone.
 
-    Where the parts of a split cannot meet `tol` (rounding, kinks of ReLU models, experts that
-    switch, too few nodes) they are those of the last rule, and `quadrature` says what was reached
-    and probably why. The interaction itself is exact.
+    If the parts of a split cannot meet `tol` (rounding, kinks of ReLU models, experts that switch,
+    too few nodes), they are those of the last rule, and `quadrature` says what was reached and
+    probably why. The interaction itself is exact.
 
-    Cost: 4 forward passes for two adapters, 2 + 2k + k(k − 1)/2 at most for k, batched, and five
-    for the noise floor at each end. Split by groups of modules, for each pair of adapters two
-    forward and two backward passes at 3 to 63 values of each gate; then 9 nodes of both gates at
-    least, and as many as its parts need up to `max_nodes`. A node takes a forward and a backward
-    pass, and two backward passes for each group in which the second adapter of the pair has
-    modules.
+    Cost: 4 forward passes for two adapters, at most 2 + 2k + k(k − 1)/2 for k, batched, and five
+    for the noise floor at each end. If the interaction is split by groups of modules, each pair of
+    adapters takes two forward and two backward passes at 3 to 63 values of each gate, and then at
+    least 9 and at most `max_nodes` nodes of both gates. A node takes a forward and a backward pass,
+    and two backward passes for each group in which the second adapter of the pair has modules.
 
     Args:
         lens: a lens over the model; its own adapter is not used, unless it is among `adapters`.
-        adapters: adapters, or their folders, by the names that they are to have.
+        adapters: adapters, or their folders, by the names that they shall have.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: what is read of the logits.
+        readout: what is read from the logits.
         group: split the interactions by 'kind', 'layer' or 'site' of module, or by {name: site
-            names or globs}; None for the corners alone.
-        tol: how much the parts may miss of an interaction, and those of one group of its share, as
-            a share of the largest shift of the pair.
-        max_nodes: most points of the square of both gates, at least 9; a rule has 3, 7, 15, 31 or
-            63 values of each gate, more of the one along which the readout bends more.
+            names or globs}; None to compute only the corners.
+        tol: how much the parts may miss of an interaction, and the parts of a group of its share,
+            as a share of the largest shift of the pair.
+        max_nodes: the largest number of points in the square of both gates, at least 9; a rule has
+            3, 7, 15, 31 or 63 values of each gate, more along the gate along which the readout
+            bends more.
         progress: show a bar.
 
     Raises:
@@ -221,19 +220,19 @@ def together(
     tol = number("tol", tol)
     max_nodes = whole("max_nodes", max_nodes, _FEWEST_NODES)
     if tol <= 0:
-        raise ArgumentError(f"tol={tol:g}", remedy="expected a share above 0, such as 1e-3.")
+        raise ArgumentError(f"tol={tol:g}: expected a share above 0, such as 1e-3.")
     named = adapters_by_name(adapters)
     of_sum = lens.with_adapter(side_by_side(named))
-    split = None if group is None else _Asked(group, tol, max_nodes)
+    split = None if group is None else _Splitting(group, tol, max_nodes)
     return _together(of_sum, prompts, readout, tuple(named), split, progress=progress)
 
 
 def adapters_by_name(adapters: Mapping[str, Adapter | str | Path]) -> dict[str, Adapter]:
-    """The adapters, read where they are folders, each under the name that it is given.
+    """The adapters by the names that they are given; folders are read.
 
     Raises:
-        ArgumentError: fewer than two, an empty name or one with '@', or an adapter that is a sum of
-            others.
+        ArgumentError: fewer than two adapters, an empty name or one with '@', or an adapter that is
+            a sum of others.
     """
     if not isinstance(adapters, Mapping) or len(adapters) < 2:
         raise ArgumentError(
@@ -247,7 +246,7 @@ def adapters_by_name(adapters: Mapping[str, Adapter | str | Path]) -> dict[str, 
                 f"an adapter is called {name!r}", remedy="name it by a word without '@'."
             )
         loaded = load_adapter(adapter)
-        # The sites of a sum keep the names of its summands, and would be found under none of these.
+        # The sites of a sum keep the names of its summands, so no name given here would find them.
         if any("@" in key for key in loaded.modules):
             raise ArgumentError(
                 f"{name!r} is {loaded.name!r}, a sum of adapters",
@@ -258,7 +257,7 @@ def adapters_by_name(adapters: Mapping[str, Adapter | str | Path]) -> dict[str, 
 
 
 def side_by_side(named: Mapping[str, Adapter]) -> Adapter:
-    """All of these adapters at once; their sites stay apart."""
+    """The sum of all these adapters; their sites stay apart."""
     first, *others = named.values()
     total = first
     for adapter in others:
@@ -266,8 +265,8 @@ def side_by_side(named: Mapping[str, Adapter]) -> Adapter:
     return total
 
 
-class _Asked(NamedTuple):
-    """How an interaction is to be split."""
+class _Splitting(NamedTuple):
+    """The settings by which an interaction is split."""
 
     group: Group
     tol: float
@@ -275,8 +274,8 @@ class _Asked(NamedTuple):
 
 
 @analysis
-def _together(g: Evaluations, names: tuple[str, ...], split: _Asked | None) -> Together:
-    """Evaluate g at the corners, and compute what follows from them."""
+def _together(g: Evaluations, names: tuple[str, ...], split: _Splitting | None) -> Together:
+    """Evaluate g at the corners, and split the interactions if this is asked for."""
     members = _members(g.lens.sites, names).to(g.lens.gate_dtype).to(g.lens.device)
     pairs = list(itertools.combinations(range(len(names)), 2))
     base, adapted = g.ends
@@ -292,10 +291,10 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Asked | None) -> T
     both = of_pair - base
     beyond_each = [both[row] - alone[a] - alone[b] for row, (a, b) in enumerate(pairs)]
     interaction = torch.stack(beyond_each)
-    # The values of an interaction, in the order of its formula; at one adapter alone the noise is
-    # taken to be that of all adapters.
+    # The four values are in the order of the formula of I_ab. The noise with one adapter on is
+    # taken to be that with all adapters on.
     noise_floor = g.noise((1, -1, -1, 1), at=(1.0, 1.0, 1.0, 0.0))
-    found = Together(
+    result = Together(
         adapters=names,
         alone=alone.T,
         added=added.T,
@@ -306,8 +305,8 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Asked | None) -> T
         **g.header(),
     )
     if split is None:
-        return found
-    return _with_parts(g, found, pairs, split)
+        return result
+    return _with_parts(g, result, pairs, split)
 
 
 def _members(sites: Sequence[Site], names: Sequence[str]) -> Float[Tensor, "adapter site"]:
@@ -324,7 +323,7 @@ def _members(sites: Sequence[Site], names: Sequence[str]) -> Float[Tensor, "adap
 def _groups_of_each(sites: Sequence[Site], names: Sequence[str], group: Group) -> list[Groups]:
     """The groups of modules of each adapter, under the same names for all of them.
 
-    The names and globs of a group are compared with names of sites without '@' and the adapter.
+    The names and globs of a group are matched against the names of sites without '@adapter'.
     """
     bare = [dataclasses.replace(site, name=site.name.rpartition("@")[0]) for site in sites]
     of_all = Sites(bare).grouped(group)
@@ -344,36 +343,38 @@ def _groups_of_each(sites: Sequence[Site], names: Sequence[str], group: Group) -
     return groups
 
 
-def _with_parts(g: Evaluations, found: Together, pairs: Sequence[_Pair], asked: _Asked) -> Together:
-    """The result with the parts of each interaction, and how far they were reached."""
-    groups = _groups_of_each(g.lens.sites, found.adapters, asked.group)
+def _with_parts(
+    g: Evaluations, result: Together, pairs: Sequence[_Pair], splitting: _Splitting
+) -> Together:
+    """The result with the parts of each interaction, and what they miss."""
+    groups = _groups_of_each(g.lens.sites, result.adapters, splitting.group)
     bounds: list[Bounds] = []
     splits: list[Split] = []
     for row, (a, b) in enumerate(pairs):
-        interaction = found.interaction[:, row]
-        bound = _bounds(found, interaction, found.alone[:, [a, b]], asked.tol)
+        interaction = result.interaction[:, row]
+        bound = _bounds(result, interaction, result.alone[:, [a, b]], splitting.tol)
         split = split_by_modules(
-            g, groups[a], groups[b], interaction, bound.allowed, asked.max_nodes
+            g, groups[a], groups[b], interaction, bound.allowed, splitting.max_nodes
         )
         bounds.append(bound)
         splits.append(split)
     names = [
-        f"{first} and {second}" for first, second in zip(found.first, found.second, strict=True)
+        f"{first} and {second}" for first, second in zip(result.first, result.second, strict=True)
     ]
-    reached = quadrature_of(splits, bounds, names, g.lens.describe()["dtype"])
+    quadrature = quadrature_of(splits, bounds, names, g.lens.describe()["dtype"])
     return dataclasses.replace(
-        found,
+        result,
         parts=torch.stack([split.parts for split in splits], 1),
         groups=tuple(groups[0]),
-        nodes=reached.nodes,
+        nodes=quadrature.nodes,
         allowed=torch.stack([bound.allowed for bound in bounds], 1),
         group_error=torch.stack([split.missed_of_group for split in splits], 1),
-        quadrature=reached,
+        quadrature=quadrature,
     )
 
 
 def _bounds(
-    found: Together,
+    result: Together,
     interaction: Float[Tensor, " batch"],
     alone: Float[Tensor, "batch two"],
     tol: float,
@@ -381,4 +382,4 @@ def _bounds(
     """The bounds of a pair, from its interaction and the shift of each adapter alone."""
     both = alone.sum(1) + interaction
     largest = torch.maximum(alone.abs().amax(1), both.abs())
-    return Bounds(largest, tol, SIGMAS * found.noise_floor.to(largest))
+    return Bounds(largest, tol, SIGMAS * result.noise_floor.to(largest))

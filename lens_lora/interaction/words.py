@@ -9,7 +9,7 @@ from lens_lora.show.text import signed
 
 @drawing.story.register(Together)
 def together_story(result: Together, prompt: int | None = None) -> str:
-    """Tell what each adapter does alone, what they do together, and where the two meet."""
+    """Say what each adapter does alone, what they do together, and between which modules."""
     index = result.only_prompt(prompt, "stories")
     alone: list[str] = []
     for name, value in zip(result.adapters, result.alone[index].tolist(), strict=True):
@@ -22,7 +22,7 @@ def together_story(result: Together, prompt: int | None = None) -> str:
     ]
     floor = SIGMAS * float(result.noise_floor[index])
     if abs(total) <= floor:
-        sentences.append("That is within rounding: they do not interact on this prompt.")
+        sentences.append("That is within rounding: the adapters do not interact on this prompt.")
     if result.parts is not None:
         sentences.append(_where(result, index))
     return " ".join(sentences)
@@ -38,7 +38,7 @@ def together_body(result: Together) -> str:
 
 
 def _where(result: Together, index: int) -> str:
-    """The largest pair of groups of modules, and what the parts miss."""
+    """Name the pair of groups of modules with the largest part, and say what the parts miss."""
     largest = result.top(1, index).iloc[0]
     where = (
         f"The largest part, {signed(largest['value'])}, is between "

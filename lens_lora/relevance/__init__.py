@@ -1,1 +1,1 @@
-"""First order with parts of the model held fixed, as relevance patching has them."""
+"""First order with parts of the model held fixed, as in relevance patching."""

@@ -1,27 +1,28 @@
-"""First order under the rules of LRP: parts of the model held fixed, or differentiated otherwise.
+"""First order under the rules of LRP: parts of the model are constant, or have another derivative.
 
     attention    z_q = Σ_k A_qk v_k,       A constant: nothing flows through softmax into q and k
     norm         n = (x − mean x) / s(x),  s constant: n is linear in x (RMS norms have no mean)
     identity     act(g) = c g,             c = act(g)/g constant, in place of the derivative act′(g)
     half         act(g) · u,               each factor gets half of the product's derivative
 
-What is constant keeps the value that it has at the gates of the derivative. Everything else is
-still differentiated: centring, soft-caps of the logits, a router's softmax. With all four, a model
-without biases is linear, layer after layer: relevance Σ x ∂g/∂x is the same at every block, and g;
-by the product rule alone, g ∂p/∂g + u ∂p/∂u of an MLP with p = act(g) · u would be near 2p.
+A constant has the value that it has at the gates where the derivative is taken. Everything else is
+still differentiated: centring, soft-caps of the logits, a router's softmax. With all four rules, a
+model without biases is linear, layer after layer: the relevance Σ x ∂g/∂x is the same at every
+block, and equals g. With the plain product rule, g ∂p/∂g + u ∂p/∂u of an MLP with p = act(g) · u
+would be near 2p.
 
 1. A hook at every pattern (`hook_pattern`) and denominator (`hook_scale`: of ln1, ln2, norms of q
    and k, norms after attention and MLP, the final one, an embedding's) returns the value that it
    got, bit for bit, without its derivative: the tangent is dropped, or the gradient set to zero.
-2. In each MLP hooks keep g and u, after all that others do there. A hook at p, before all others,
+2. In each MLP, hooks keep g and u, after all other hooks there. A hook at p, before all others,
    returns the value that it got, bit for bit, with the derivative of
 
        ungated      (p/g) g
-       gated        (p/g) g + (p/u) u, halved by the half rule; by that alone p itself, halved
+       gated        (p/g) g + (p/u) u, halved by the half rule; with only the half rule, p/2
 
-   whose fractions are constants. Where g or u is zero, p keeps its own derivative, the limit.
+   where the fractions are constants. Where g or u is zero, p keeps its own derivative, the limit.
 3. Not every class, family and version computes with the value that such a hook returns. So this is
-   measured at every hook point on a few tokens: zeros with a gradient are added there; the gradient
+   measured at every hook point on a few tokens: zeros with a gradient are added there. The gradient
    must come back, the logits must not change, p must be act(g) · u, and no norm may run without its
    hook.
 
@@ -34,6 +35,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
@@ -49,20 +51,21 @@ from lens_lora.spans import Temporary, temporary
 
 _PATTERN = "hook_pattern"
 _SCALE = "hook_scale"
-# How TransformerBridge warns of what `require_held` checks.
+# The beginning of TransformerBridge's warning about an edit that `require_held` checks.
 _EDITED = "A forward hook edited hook_scale"
 _REFUSED = "So identity_rule and half_rule cannot be kept here; leave them out."
-# A pass of so few tokens shows whether the model's hooks keep the rules.
+# This many tokens suffice to show whether the model's hooks keep the rules.
 _TRIED_TOKENS = 8
 _Run = Callable[[], Float[Tensor, "row pos vocab"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenRules:
-    """Rules in whose place `first_order` leaves out parts of the derivative.
+    """Rules by which `first_order` differentiates, with parts of the model as constants.
 
     The result is the derivative of a different function: the model with these parts as constants.
-    Whether it predicts interventions on the real model better than g's own must be measured.
+    Whether it predicts interventions on the real model better than g's own derivative must be
+    measured.
 
         >>> FrozenRules(attention_patterns=True, norm_scales=True).label
         'patterns and norm scales fixed'
@@ -72,9 +75,9 @@ class FrozenRules:
     Args:
         attention_patterns: the softmax's output in every layer is held fixed; sites q and k then
             get zero.
-        norm_scales: so is what every norm divides by, the final norm's included.
+        norm_scales: the denominator of every norm is held fixed, including the final norm's.
         identity_rule: activations of MLPs have the derivative act(g)/g in place of act′(g).
-        half_rule: each factor of a gated MLP's product has half of its derivative; without effect
+        half_rule: each factor of a gated MLP's product has half of its derivative; it has no effect
             on MLPs that are not gated.
 
     Raises:
@@ -89,24 +92,24 @@ class FrozenRules:
     def __post_init__(self) -> None:
         if not self._keys:
             raise ArgumentError(
-                "FrozenRules() holds nothing fixed; set attention_patterns, norm_scales, "
+                "FrozenRules() has no rule; set attention_patterns, norm_scales, "
                 "identity_rule or half_rule to True, or pass rules=None for the derivative of g "
                 "itself."
             )
 
     @classmethod
     def relp(cls) -> FrozenRules:
-        """All four, as relevance patching (arXiv 2508.21258) has them."""
+        """All four rules, as in relevance patching (arXiv 2508.21258)."""
         return cls(attention_patterns=True, norm_scales=True, identity_rule=True, half_rule=True)
 
     @property
     def of_mlps(self) -> bool:
-        """Whether MLPs are differentiated otherwise."""
+        """Whether MLPs have another derivative."""
         return self.identity_rule or self.half_rule
 
     @property
     def _keys(self) -> list[str]:
-        """The names of the rules that hold, as files have them."""
+        """The names of the rules that hold, as files store them."""
         rules = {
             "patterns": self.attention_patterns,
             "norm_scales": self.norm_scales,
@@ -124,27 +127,30 @@ class FrozenRules:
     def label(self) -> str:
         """'patterns fixed', 'patterns and norm scales fixed, identity rule, half rule', …."""
         fixed: list[str] = []
-        said: list[str] = []
+        phrases: list[str] = []
         for key in self._keys:
             if key in ("patterns", "norm_scales"):
                 fixed.append(key.replace("_", " "))
             else:
-                said.append(f"{key} rule")
+                phrases.append(f"{key} rule")
         if fixed:
-            said.insert(0, f"{' and '.join(fixed)} fixed")
-        return ", ".join(said)
+            phrases.insert(0, f"{' and '.join(fixed)} fixed")
+        return ", ".join(phrases)
 
     @contextlib.contextmanager
     def held(self, g: Function) -> Generator[None]:
-        """Within the block derivatives of g follow the rules, once a few tokens show that they can.
+        """Within the block, derivatives of g follow the rules.
 
-        Cost: two forward passes and one backward, of eight tokens.
+        Before that, a pass over a few tokens checks that this model's hooks keep the rules.
+
+        Cost: two forward passes and one backward pass over eight tokens.
 
         Args:
             g: the function.
 
         Raises:
-            ModelStateError: rules that this model's hooks cannot keep, naming the hook point.
+            ModelStateError: this model's hooks cannot keep the rules; the error names the hook
+                point.
         """
         first = g.rows.row(0)
         tokens = first.tokens[:, :_TRIED_TOKENS]
@@ -166,7 +172,7 @@ def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
 
 @temporary
 def held_fixed(span: Temporary, lens: LoraLens, rules: FrozenRules) -> None:
-    """Within the block derivatives of both modes follow the rules; no value changes."""
+    """Within the block, derivatives of both modes follow the rules, and no value changes."""
     host = lens.host
     hooks: list[tuple[str, HookFn]] = []
     for name in frozen_points(host.model, rules):
@@ -182,7 +188,7 @@ def held_fixed(span: Temporary, lens: LoraLens, rules: FrozenRules) -> None:
 def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
     """The same value without its derivative.
 
-    Zero gradients go on to q and k, so that none of them seems unreached.
+    Zero gradients are passed on to q and k, so that they do not seem unused.
     """
     primal = fwad.unpack_dual(tensor).primal
     primal = primal.view_as(primal)
@@ -200,7 +206,7 @@ class _Mlp:
 
     Attributes:
         block: the input of its block.
-        inputs: g, and u where it is gated.
+        inputs: g, and u if the MLP is gated.
         post: p.
     """
 
@@ -246,23 +252,25 @@ def _mlps(host: Host) -> list[_Mlp]:
 
 
 def _mlp_hooks(host: Host, mlp: _Mlp, rules: FrozenRules) -> list[tuple[str, HookFn]]:
-    """Hooks that keep g and u, the one at p, and what keeps them in order."""
+    """Hooks that keep g and u, the hook at p, and a hook that keeps all of them in order."""
     inputs: dict[str, Tensor] = {}
 
     def at_post(post: Tensor, hook: Any) -> Tensor | None:
         del hook
         if not inputs:
             return None
-        kept = [inputs[name] for name in mlp.inputs]
+        values = [inputs[name] for name in mlp.inputs]
         inputs.clear()
-        return _ruled(post, kept, rules)
+        return _ruled(post, values, rules)
 
-    hooks: list[tuple[str, HookFn, bool]] = [
-        (name, functools.partial(_keep, inputs, name), True) for name in mlp.inputs
-    ]
+    # Each with whether it runs after all other hooks of its point.
+    hooks: list[tuple[str, HookFn, bool]] = []
+    for name in mlp.inputs:
+        hooks.append((name, functools.partial(_keep, inputs, name), True))
     hooks.append((mlp.post, at_post, False))
     order = Arranger(host.model.hook_dict, hooks)
-    return [(mlp.block, order), *((name, fn) for name, fn, _ in hooks)]
+    plain_hooks = [(name, hook) for name, hook, _ in hooks]
+    return [(mlp.block, order), *plain_hooks]
 
 
 def _keep(inputs: dict[str, Tensor], name: str, tensor: Tensor, hook: Any) -> None:
@@ -272,14 +280,14 @@ def _keep(inputs: dict[str, Tensor], name: str, tensor: Tensor, hook: Any) -> No
 
 def _ruled(post: Tensor, inputs: list[Tensor], rules: FrozenRules) -> Tensor:
     """The value of p, with the derivative that the rules give it."""
-    like = _as_linear(post, inputs) if rules.identity_rule else post
+    differentiated = _as_linear(post, inputs) if rules.identity_rule else post
     if rules.half_rule and len(inputs) > 1:
-        like = like / 2
-    return _primal(post) - (_primal(like) - like)
+        differentiated = differentiated / 2
+    return _primal(post) - (_primal(differentiated) - differentiated)
 
 
 def _as_linear(post: Tensor, inputs: list[Tensor]) -> Tensor:
-    """Compute Σ (p/x) x over the inputs, the fractions held fixed; p itself where an x is zero."""
+    """Compute Σ (p/x) x over the inputs, with constant fractions; p itself where an x is zero."""
     values = [_primal(x) for x in inputs]
     is_usable = torch.stack([value != 0 for value in values]).all(0)
     ones = torch.ones_like(values[0])
@@ -291,7 +299,7 @@ def _as_linear(post: Tensor, inputs: list[Tensor]) -> Tensor:
 
 
 def _primal(tensor: Tensor) -> Tensor:
-    """The value alone, without a derivative of either mode."""
+    """The value without a derivative of either mode."""
     return fwad.unpack_dual(tensor).primal.detach()
 
 
@@ -299,7 +307,7 @@ def _primal(tensor: Tensor) -> Tensor:
 
 
 def require_held(lens: LoraLens, rules: FrozenRules, run: _Run) -> None:
-    """Check that the model computes with what a hook returns at every point of the rules.
+    """Check that the model uses what a hook returns, at every hook point of the rules.
 
     Args:
         lens: the adapter over the model.
@@ -307,7 +315,7 @@ def require_held(lens: LoraLens, rules: FrozenRules, run: _Run) -> None:
         run: runs the model on a few tokens.
 
     Raises:
-        ModelStateError: it does not, naming the point.
+        ModelStateError: it does not; the error names the hook point.
     """
     host = lens.host
     if rules.of_mlps:
@@ -322,25 +330,26 @@ def require_held(lens: LoraLens, rules: FrozenRules, run: _Run) -> None:
     if rules.norm_scales and past:
         raise ModelStateError(
             f"{past[0]}: this {host.class_name} runs a norm without its hook points, so its "
-            "denominator cannot be held fixed. On a TransformerBridge turn use_split_qkv_input and "
-            "use_attn_in off, which cause this; or leave out norm_scales."
+            "denominator cannot be held fixed. On a TransformerBridge, use_split_qkv_input and "
+            "use_attn_in cause this: turn them off, or leave out norm_scales."
         )
     error = float((logits.detach() - bare).abs().max())
     span = float(bare.max() - bare.min())
     if not error <= lens.eps**0.5 * span:
         raise ModelStateError(
-            f"this {host.class_name} computes other logits ({error:.2g} off, of a range of "
-            f"{span:.2g}) when hooks return patterns and scales unchanged, so they cannot be held "
-            "fixed; use a HookedTransformer, or another version of transformer-lens."
+            f"when hooks return patterns and scales unchanged, this {host.class_name} computes "
+            f"other logits: they differ by {error:.2g}, and span {span:.2g}. So patterns and "
+            "scales cannot be held fixed; use a HookedTransformer, or another version of "
+            "transformer-lens."
         )
 
 
 def _probed(
     lens: LoraLens, names: Iterable[str], run: _Run
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """The logits with zeros added at these points, and what each firing then returned.
+    """The logits with zeros added at these points, and what the hooks returned at each call.
 
-    A gradient with respect to that comes back only if the model computes with it.
+    The logits have a gradient with respect to such a value only if the model computes with it.
     """
     passed: dict[str, list[Tensor]] = {name: [] for name in names}
     hooks = [(name, functools.partial(_add_zeros, firings)) for name, firings in passed.items()]
@@ -356,7 +365,7 @@ def _add_zeros(firings: list[Tensor], tensor: Tensor, hook: Any) -> Tensor:
 
 
 def _slopes(value: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
-    """∂(Σ value)/∂input for each input; None where the value does not depend on it."""
+    """∂(Σ value)/∂input for each input; None if the value does not depend on it."""
     if not inputs or not value.requires_grad:
         return [None] * len(inputs)
     with torch.enable_grad():
@@ -365,7 +374,7 @@ def _slopes(value: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
 
 
 def _require_mlps(lens: LoraLens, run: _Run) -> None:
-    """Check that each MLP's p is act(g), or act(g) · u, of what hooks return at g and u."""
+    """Check that each MLP computes p = act(g) or act(g) · u from what hooks return at g and u."""
     host = lens.host
     mlps = _mlps(host)
     names: list[str] = []
@@ -378,8 +387,9 @@ def _require_mlps(lens: LoraLens, run: _Run) -> None:
                 f"{name} fires {len(firings)} times in a pass of this {host.class_name}, "
                 f"and once is expected. {_REFUSED}"
             )
+    values = {name: firings[0] for name, firings in passed.items()}
     for mlp in mlps:
-        _require_product(host, mlp, {name: firings[0] for name, firings in passed.items()})
+        _require_product(host, mlp, values)
 
 
 def _require_product(host: Host, mlp: _Mlp, values: dict[str, Tensor]) -> None:
@@ -394,7 +404,7 @@ def _require_product(host: Host, mlp: _Mlp, values: dict[str, Tensor]) -> None:
                 f"what a hook returns there. {_REFUSED}"
             )
         if name == mlp.inputs[0]:
-            continue  # p need not be linear in g
+            continue  # p is not linear in g.
         error = float((slope * value - post).detach().abs().max())
         if not error <= room:
             raise ModelStateError(
@@ -421,15 +431,14 @@ def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:
     for name, module in host.model.named_modules():
         if "Norm" in type(module).__name__ and is_offloaded(module):
             raise ModelStateError(
-                f"{name} is offloaded, and its denominator can be held fixed only where γ stays on "
-                "a device. Leave norms out of the offload, they are small; or leave out "
-                "norm_scales."
+                f"{name} is offloaded, and its denominator can be held fixed only if γ stays on a "
+                "device. Do not offload norms, which are small, or leave out norm_scales."
             )
 
 
 def _require_used(host: Host, logits: Tensor, passed: dict[str, list[Tensor]]) -> None:
-    """Check that each hook point fired, and that the logits depend on what each firing returned."""
-    values = [value for firings in passed.values() for value in firings]
+    """Check that each hook point fired, and that the logits depend on what its hook returned."""
+    values = list(itertools.chain.from_iterable(passed.values()))
     slopes = iter(_slopes(logits, values))
     unused: list[str] = []
     for name, firings in passed.items():

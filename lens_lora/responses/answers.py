@@ -1,26 +1,26 @@
-"""Answers of several tokens, teacher-forced, in nats:
+"""The log-probability of an answer of several tokens, teacher-forced, in nats:
 
     log p(answer | prompt) = Σ_j log p(a_j | prompt, a_1 … a_{j−1}).
 
-1. One row holds them all: prompt + a_1 … a_{T−1}, read from the prompt's last token on, since no
-   token attends to a later one.
-2. A string has the tokens with which it follows that very prompt: ids(prompt + answer) beyond
-   ids(prompt), and nothing is added to it. After a prompt of ids it is tokenised alone.
-3. Log-probabilities that two answers share cancel in a margin. Where one answer's row begins with
-   the other's, there is one row.
-4. What a model said (`Generated`) is an answer too: its ids follow the prompt, never its text.
+1. One row holds all these terms: prompt + a_1 … a_{T−1}, read from the prompt's last token on,
+   because no token attends to a later one.
+2. A string's tokens are those with which it follows its own prompt: ids(prompt + answer) beyond
+   ids(prompt), with nothing added. After a prompt of ids, the string is tokenised alone.
+3. Log-probabilities that two answers share cancel in a margin. If one answer's row begins with the
+   other's, there is only one row.
+4. An answer may also be what a model said (`Generated`): its ids follow the prompt, not its text.
 
-The KL of a response stands here as well. It is that between the base's distribution and the
+The KL of a response is in this file as well. It compares the base's distribution with the
 distribution at the gates:
 
     D(ε) = Σ_t KL(p_0,t ‖ p_ε,t),   or the other way round   Σ_t KL(p_ε,t ‖ p_0,t).
 
-The tokens t are those that its label names: the next one after each prompt, the response's, or all
-of a text but the first. f₀ is run once, at gates of zero, and held.
+The tokens t are those that its label names: the next one after each prompt, those of the response,
+or all of a text except the first. f₀ is run once, at gates of zero, and its logits are kept.
 
-D(0) = 0 and ∇D(0) = 0, as a divergence is least where the two distributions agree. So first order
-at ε = 0 says nothing, and is refused; `kl_shares`, `path_attribution` and first order at ε = 1 say
-what moves the divergence.
+D(0) = 0 and ∇D(0) = 0, because a divergence has its minimum where the two distributions agree. So
+first order at ε = 0 says nothing, and is refused; `kl_shares`, `path_attribution` and first order
+at ε = 1 say what moves the divergence.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def answer_ids(
 
 
 def items_of(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
-    """One answer for each prompt, as given."""
+    """One answer for each prompt, in the form in which it was passed."""
     items = answer.ids if isinstance(answer, Generated) else answer
     if isinstance(items, Tensor):
         return [items] * batch
@@ -96,7 +96,7 @@ def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
 
 
 def _ids_in(answer: Tensor) -> list[int]:
-    """The ids of one answer: of [token], or of [1, token] as a tokenizer gives them."""
+    """The ids of one answer, whose shape is [token], or [1, token] as a tokenizer returns it."""
     ids = arguments.integers("the answer's token ids", answer, TokenError)
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
@@ -126,7 +126,7 @@ class AnswerLogProb(Readout):
     Args:
         answer: a string (with its leading space), one token id, ids [token], or a list of these,
             one per prompt; or what `LoraLens.generate` returned.
-        mean: the mean over the answer's tokens, (1/T) Σ_j, in place of the sum.
+        mean: whether it is the mean over the answer's tokens, (1/T) Σ_j, in place of the sum.
     """
 
     answer: AnswerLike
@@ -195,38 +195,38 @@ class AnswerMargin(Readout):
 
     @property
     def label(self) -> str:
-        """`margin(' Lyon' − ' Paris')`, or the first two in place of several answers."""
+        """`margin(' Lyon' − ' Paris')`; of several answers, the first ones are shown."""
         return f"margin({_name(self.doc)} − {_name(self.pre)})"
 
 
 @guesses.fitting_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class KL(Readout):
-    """The KL between the base model's distribution and that at the gates, in nats.
+    """The KL divergence between the base model's distribution and that at the gates, in nats.
 
-    It is zero at the base, and the divergence itself at the adapted model. Every analysis takes it
-    but those that rest on the derivative at ε = 0, which is zero. The base's distribution is
-    computed once and held; the rounding in it is part of the noise floors.
+    It is zero at the base model. Every analysis accepts it except those that use the derivative at
+    ε = 0, which is zero. The base's distribution is computed once and kept; its rounding is part of
+    the noise floors.
 
     It reads one distribution, or sums over several; `label` says which:
 
-        KL()                 that of the next token, after each prompt's last one
-        KL(response)         Σ_t of those from which the response's tokens y_t come
-        KL(tokens="prompt")  Σ_t of those after each token of the prompt but the first, a sink
+        KL()                 the distribution of the next token, after each prompt's last one
+        KL(response)         Σ_t over the distributions of the response's tokens y_t
+        KL(tokens="prompt")  Σ_t over those after each token of the prompt except the first, a sink
 
-    On prompts that hold their response (`lens.prompts(prompts, response)`) KL() reads what follows
-    each token of the response. An analysis that is asked about whole texts, as `ll.repair` is,
+    On prompts that hold their response (`lens.prompts(prompts, response)`), KL() reads the
+    distribution of each token of the response. An analysis of whole texts, such as `ll.repair`,
     takes a plain KL() for KL(tokens="prompt"), and its label then says so.
 
     Args:
-        response: the answer to each prompt, as `AnswerLogProb` takes it; None without one.
+        response: the answer to each prompt, in any form that `AnswerLogProb` takes, or None.
         direction: 'base_to_adapted', KL(p₀‖p), or 'adapted_to_base', KL(p‖p₀).
-        tokens: without a response, after which tokens it is read: 'next', each prompt's last one
-            alone; 'prompt', all but the first; 'response', those of a response that the prompts
-            hold. None for 'response' where they hold one, else 'next'.
+        tokens: without a response, the tokens after which it is read: 'next', only the last one of
+            each prompt; 'prompt', all except the first; 'response', those of a response that the
+            prompts hold. None is 'response' if they hold one, else 'next'.
 
     Raises:
-        ArgumentError: another direction, other tokens, or tokens beside a response.
+        ArgumentError: another direction, other tokens, or tokens together with a response.
     """
 
     response: AnswerLike | None = None
@@ -250,10 +250,10 @@ class KL(Readout):
                 )
 
     def on(self, prompts: Prompts) -> KL:
-        """The same, stating which tokens of these prompts it reads.
+        """The same readout, with `tokens` set to the tokens of these prompts that it reads.
 
         Args:
-            prompts: the prompts that it is asked about.
+            prompts: the prompts on which it is read.
         """
         if self.response is not None or self.tokens is not None:
             return self
@@ -261,26 +261,26 @@ class KL(Readout):
         return dataclasses.replace(self, tokens="response" if holds_response else "next")
 
     def reading_beside(self, f: LogitFunction) -> Reading:
-        """How the divergence from the base is read; the base's logits are run here and kept.
+        """How the divergence from the base is read.
 
-        One forward pass.
+        The base's logits are computed here, in one forward pass, and kept.
 
         Args:
-            f: the logits of the prompts.
+            f: the logits of the prompts, as a function of the gates.
         """
         reading = self.reading(f.lens.model, f.prompts)
         return held(self, reading, f.of_rows(reading.rows).logits(0.0))
 
     def reading(self, model: Any, prompts: Prompts) -> Reading:
-        """The prompts with their responses, one row each; p₀ is held later (`held`).
+        """The prompts with their responses, one row each; p₀ is added later (`held`).
 
         Args:
             model: the hooked model.
             prompts: the prompts, without the responses.
 
         Raises:
-            TokenError, PromptError: a response that does not fit the model; tokens that the prompts
-                do not have.
+            TokenError, PromptError: a response does not fit the model, or the prompts do not have
+                the tokens to be read.
         """
         if self.response is None:
             return Reading.one_row_each(self._rows(prompts), _Unheld())
@@ -316,7 +316,7 @@ class KL(Readout):
 
     @property
     def label(self) -> str:
-        """`KL(base ‖ adapted) of the next token`, or of what else, and which way round."""
+        """Such as `KL(base ‖ adapted) of the next token`: the direction, and what is read."""
         sides = "base ‖ adapted" if self.direction == "base_to_adapted" else "adapted ‖ base"
         if self.response is not None:
             return f"KL({sides}) of the response"
@@ -324,7 +324,7 @@ class KL(Readout):
 
 
 class _Unheld:
-    """Stands for the reading of a KL until its base distribution is known."""
+    """A placeholder for the reading of a KL until its base distribution is known."""
 
     def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " row"]:
         raise RuntimeError("a KL is read before its base distribution was run")
@@ -356,9 +356,9 @@ def held(kl: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Re
 
 
 def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
-    """The ids of each prompt's answer, which must say something.
+    """The ids of each prompt's answer, which must not consist of special tokens.
 
-    What a model said may be its end alone: that it has nothing to say is an answer of its own.
+    Only a model's own answer (`Generated`) may: if it ends at once, that is its answer.
     """
     prompts.require_last_alone("an answer")
     answers = answer_ids(model, answer, prompts.batch, prompts.texts)
@@ -370,7 +370,7 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
             raise TokenError(
                 f"the answer to {which_prompt(i, prompts.batch)} is {pieces(model, ids)}, special "
                 "tokens only, so it says nothing",
-                remedy="of the token itself use Logit, LogProb or Margin.",
+                remedy="to read the token itself, use Logit, LogProb or Margin.",
             )
     return answers
 
@@ -394,14 +394,14 @@ def _padded(
     owner: Sequence[int],
     reads: Sequence[int],
 ) -> Prompts:
-    """Rows of prompts with answers, which the context must hold.
+    """Pad rows of prompts with answers, and check that they fit into the context.
 
     Args:
         model: the hooked model.
         prompts: the prompts, without the answers; the rows' sources say where each ends.
         rows: the tokens of each row.
         owner: the prompt of each row.
-        reads: how many last tokens of each row are read.
+        reads: the number of tokens at the end of each row that are read.
     """
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])
     longest = int(lengths.argmax())
@@ -415,7 +415,7 @@ def _padded(
 
 @readouts.margin_between.provide
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
-    """`Margin` of two tokens, or `AnswerMargin` where an answer has several after some prompt."""
+    """`Margin` if both answers are one token after every prompt, else `AnswerMargin`."""
     has_several = False
     for answer in (doc, pre):
         items = items_of(answer, prompts.batch)
@@ -435,7 +435,7 @@ def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompt
 def _require_no_lost_space(model: Any, answer: str, ids: Ids, prompt: Prompts) -> None:
     """Raise an error for 'Lyon' after a word if ' Lyon' is one token: the space was forgotten.
 
-    After white space or a special token, where a chat template ends, 'Lyon' is as it should be.
+    After white space or a special token, as at the end of a chat template, 'Lyon' is right.
     """
     tokenizer = model.tokenizer
     last = int(prompt.tokens[0, -1])
@@ -446,7 +446,7 @@ def _require_no_lost_space(model: Any, answer: str, ids: Ids, prompt: Prompts) -
     if len(Tokens(model).after(spaced, prompt.texts[0])) == 1:
         raise TokenError(
             f"{answer!r} is {len(ids)} tokens {pieces(model, ids)}, and {spaced!r} is one token.",
-            remedy="After a word an answer begins with a space; for one without it pass its ids.",
+            remedy="After a word an answer begins with a space; to ask without it, pass its ids.",
         )
 
 
@@ -464,10 +464,11 @@ def _token(answer: AnswerLike) -> str | int | list[str | int]:
 
 
 def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]]) -> Reading:
-    """Σ weight · log p(answer) of each prompt's answers, with as few rows as they take.
+    """Σ weight · log p(answer) of each prompt's answers, read from as few rows as possible.
 
-    log p(answer) is a sum over its tokens, each read after the prompt and the tokens before it, its
-    prefix. A row holds a prompt and a longest prefix; shorter ones are read at slots of that row.
+    log p(answer) is a sum over its tokens. Each token is read after the prompt and the tokens of
+    the answer before it, its prefix. A row holds a prompt and one of the longest prefixes; shorter
+    prefixes are read at slots of that row.
     """
     rows: list[Tensor] = []
     owner: list[int] = []
@@ -483,7 +484,7 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
         for prefix in longest:
             rows.append(torch.cat([asked, asked.new_tensor(prefix)]))
             owner.append(prompt)
-            # The prompt's last token is read, too: the first token of the answer follows it.
+            # The prompt's last token is read as well: the first token of the answer follows it.
             reads.append(len(prefix) + 1)
     owners = torch.tensor(owner, device="cpu")
     picked_rows = torch.tensor([pick.row for pick in picks], device="cpu")
@@ -500,7 +501,7 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
 
 
 class _Pick(NamedTuple):
-    """One log-probability: of a token, at a slot of a row, with its weight in g."""
+    """The log-probability of one token at a slot of a row, with its weight in g."""
 
     row: int
     slot: int

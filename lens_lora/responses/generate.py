@@ -1,23 +1,23 @@
 """Generation: each token is the one that a pass over the whole sequence chooses.
 
-1. A draft is made with a key-value cache. Rows go in step and without padding: the first pass runs
-   as many tokens as the shortest row has, and every further pass runs one token of each row, a
-   longer row's own next token while it has one. Rows whose prompts are longer by more than
-   `max_new_tokens` have a cache of their own.
+1. A draft is made with a key-value cache. Rows advance together and without padding: the first pass
+   runs as many tokens as the shortest row has, and every further pass runs one token of each row,
+   which is a longer row's own next token while it has one. Rows whose prompts are longer by more
+   than `max_new_tokens` have a cache of their own.
 2. The draft is confirmed: one pass without a cache, over rows and drafts of one length, chooses a
-   token at each place. A row keeps its draft as far as both agree, and takes one token more, which
-   the pass chose.
-3. Both steps are repeated until every row has ended. Where draft and confirmation differ within a
-   few tokens, the cache is wrong for this model, or for hooks that count positions, and is not used
+   token at each position. A row keeps its draft as far as both agree, and takes one more token,
+   which the pass chose.
+3. Both steps are repeated until every row has ended. If draft and confirmation differ within a few
+   tokens, the cache is wrong for this model, or for hooks that count positions, and is not used
    again.
 
-So a cache saves time and decides nothing. Cost: a pass over the prompt, a pass over one token for
-each new one, and a pass over the whole; without a cache, a pass over the whole for each token,
-which on a CPU takes 2 (64 tokens) to 3 times (200 tokens) as long.
+So a cache saves time and does not affect the tokens. Cost: a pass over the prompt, a pass over one
+token for each new token, and a pass over the whole text. Without a cache it is a pass over the
+whole text for each token, which on a CPU takes 2 times (64 tokens) to 3 times (200 tokens) as long.
 
-A draw from the distribution is a function of the logits and of one number of noise, u in [0, 1),
-fixed for each prompt and place before anything is run: tokens are sorted by probability, and u
-points into the cumulated sum. So the same logits and seed give the same tokens, whichever pass
+A draw from the distribution is a function of the logits and of one random number u in [0, 1), which
+is fixed for each prompt and position before anything is run: tokens are sorted by probability, and
+u points into the cumulative sum. So the same logits and seed give the same tokens, whichever pass
 computed the logits.
 """
 
@@ -55,11 +55,12 @@ from lens_lora.errors import ArgumentError, PromptError, SiteError, setting, whi
 _CACHED_TOKENS = 8192
 # The tokens of a pass that confirms drafts, whose logits are all held.
 _CONFIRMED_TOKENS = 256
-# The tokens of a draft, all of which may be lost where its confirmation differs.
+# The tokens of a draft, all of which may be lost if its confirmation differs.
 _DRAFT = 256
-# A wrong cache differs from the confirmation within so many tokens of a draft; rounding does later.
+# A wrong cache differs from the confirmation within this many tokens of a draft; rounding differs
+# later.
 _TRUSTED_AFTER = 8
-# A draw sorts so many tokens, and the whole vocabulary only where it falls beyond them.
+# A draw sorts this many tokens, and the whole vocabulary only if it falls beyond them.
 _LIKELIEST = 1024
 
 
@@ -116,20 +117,20 @@ class Sampling:
         ids: Int[Tensor, "place some"],
         u: Float[Tensor, " place"],
     ) -> tuple[Int[Tensor, " place"], Bool[Tensor, " place"]]:
-        """The token at which the cumulated probability passes u; and whether it is among these.
+        """The token at which the cumulative probability passes u, and whether it is among these.
 
         Args:
-            p: the largest probabilities of each place, in decreasing order.
-            ids: the token of which each of them is.
-            u: the noise of each place.
+            p: the largest probabilities of each position, in decreasing order.
+            ids: the tokens that have these probabilities.
+            u: the noise of each position.
         """
         before = p.cumsum(-1) - p
-        # Half a unit of rounding: tokens that reach top_p exactly are enough.
+        # Half a unit of rounding is taken off, so that tokens which reach top_p exactly suffice.
         most = self.top_p - torch.finfo(p.dtype).eps / 2
         is_kept = before < most
         cumulated = torch.where(is_kept, p, 0.0).cumsum(-1)
         has_all_kept = cumulated[:, -1] >= most
-        # Where tokens beyond these may be kept as well, all that are kept sum to 1 if top_p is 1.
+        # With top_p = 1 all tokens are kept, also those beyond these, and their sum is 1.
         mass = cumulated[:, -1] if self.top_p < 1 else torch.ones_like(u)
         reached = (u * mass)[:, None].contiguous()
         rank = torch.searchsorted(cumulated, reached, right=True)
@@ -144,13 +145,13 @@ class Generation:
 
     Attributes:
         lens: the adapter over the model.
-        prompts: the texts that it goes on from.
-        gates: the gates of all prompts, or those of each.
+        prompts: the prompts that are continued.
+        gates: the gates, for all prompts together or for each.
         sampling: how a token is chosen.
-        max_new_tokens: the most tokens of a response.
+        max_new_tokens: the largest number of tokens of a response.
         ends: tokens that end a response.
-        texts: the tokens of each prompt, and those of its response so far.
-        prompt_lengths: how many tokens of each text are the prompt's.
+        texts: the tokens of each prompt and of its response so far.
+        prompt_lengths: the number of the prompt's tokens in each text.
     """
 
     lens: LoraLens
@@ -199,7 +200,7 @@ class Generation:
         )
 
     def _sharing_a_cache(self) -> Iterator[list[int]]:
-        """Rows whose prompts are of like length, and no more of them than a cache has room for."""
+        """Groups of rows with prompts of similar length, as large as a cache has room for."""
         lengths = self.prompt_lengths
         most_rows = max(1, _CACHED_TOKENS // (max(lengths) + self.max_new_tokens))
         shortest_first = sorted(range(len(lengths)), key=lambda i: lengths[i])
@@ -229,7 +230,7 @@ class Generation:
             unfinished = [i for i in unfinished if self._is_unfinished(i)]
 
     def _by_rotary_table(self, rows: list[int]) -> Iterable[list[int]]:
-        """Rows whose texts have the same rotary tables, so that a cache of one holds for all."""
+        """Groups of rows whose texts have the same rotary tables, so they can share a cache."""
         together: dict[float, list[int]] = {}
         for i in rows:
             longest = self.lens.rotary.alike_up_to(len(self.texts[i]))
@@ -237,7 +238,7 @@ class Generation:
         return together.values()
 
     def _by_length(self, drafts: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
-        """Rows of one length with drafts of one length, as many as are confirmed in one pass."""
+        """Groups of rows of one length with drafts of one length, each confirmed in one pass."""
         by_lengths: dict[tuple[int, int], list[int]] = {}
         for i, draft in drafts.items():
             by_lengths.setdefault((len(self.texts[i]), len(draft)), []).append(i)
@@ -247,7 +248,7 @@ class Generation:
                 yield {i: drafts[i] for i in rows[first : first + most]}
 
     def _drafts(self, rows: list[int]) -> list[list[int]]:
-        """Draft with a cache all but the last token that each row may still generate."""
+        """Draft, with a cache, all tokens that each row may still generate except the last one."""
         prompt_lengths = torch.tensor([self.prompt_lengths[i] for i in rows])
         texts = [list(self.texts[i]) for i in rows]
         steps = _Steps(texts, [self._end_of_draft(i) for i in rows])
@@ -267,17 +268,17 @@ class Generation:
         return [text[len(self.texts[i]) :] for text, i in zip(texts, rows, strict=True)]
 
     def _end_of_draft(self, i: int) -> int:
-        """How long a text is with its draft, all of which one pass can confirm.
+        """The length of a text with a draft that one pass can confirm as a whole.
 
-        The draft leaves out the last token that may be generated, and ends where the rotary tables
-        of a longer text would be others.
+        The draft leaves out the last token that may be generated, and ends where a longer text
+        would have other rotary tables.
         """
         length = len(self.texts[i])
         most = min(self.prompt_lengths[i] + self.max_new_tokens - 1, length + _DRAFT)
         return int(min(most, self.lens.rotary.alike_up_to(length)))
 
     def _confirm(self, drafts: dict[int, list[int]]) -> bool:
-        """Let each row take what is right of its draft, and one token more, from one pass.
+        """Let each row take the part of its draft that one pass confirms, and one more token.
 
         Args:
             drafts: drafts of rows of one length, by row; all drafts are of one length too.
@@ -304,7 +305,7 @@ class Generation:
         return min(agreed) >= min(places - 1, _TRUSTED_AFTER)
 
     def _take(self, i: int, draft: list[int], chosen: list[int]) -> int:
-        """Take what is right of a draft, and one token more.
+        """Take the tokens of a draft up to the first wrong one, and one more token.
 
         Returns:
             How many tokens of the draft were right.
@@ -326,17 +327,19 @@ class Generation:
 
 
 class _Steps:
-    """Rows that share a cache and go in step: first the shortest row's length, then token by token.
+    """Rows that share a cache and advance together.
+
+    The first pass runs as many tokens as the shortest row has, each further pass one token a row.
 
     Attributes:
-        texts: the tokens of each row, its draft among them.
+        texts: the tokens of each row, including its draft.
         fed: the tokens of each row that the next pass runs.
-        width: how many tokens of each row stand in the cache after it.
+        width: the number of tokens of each row in the cache after that pass.
     """
 
     def __init__(self, texts: list[list[int]], limits: list[int]) -> None:
         self.texts = texts
-        # How long each row is at the end of its draft.
+        # The length of each row at the end of its draft.
         self._limits = limits
         self.width = min(len(text) for text in texts)
         self.fed = [text[: self.width] for text in texts]
@@ -354,7 +357,7 @@ class _Steps:
         return rows
 
     def take(self, due: list[int], chosen: list[int], ends: Collection[int]) -> None:
-        """Add the chosen tokens, of which some end their row, and prepare the next pass."""
+        """Add the chosen tokens, note which rows they end, and prepare the next pass."""
         for k, token in zip(due, chosen, strict=True):
             self.texts[k].append(token)
             if token in ends:
@@ -362,7 +365,7 @@ class _Steps:
         self.fed = []
         for text in self.texts:
             has_ended = len(text) <= self.width
-            # A row that has ended is fed any token, until all rows have.
+            # A row that has ended is fed an arbitrary token until all rows have ended.
             self.fed.append([0 if has_ended else text[self.width]])
         self.width += 1
 
@@ -373,7 +376,7 @@ class SideBySide:
     """The answers of both models to a prompt, the likeliest token each time.
 
     Attributes:
-        prompt: the prompt's text, or the last words of a conversation's user.
+        prompt: the prompt's text, or the last message of a conversation's user.
         base, adapted: the two answers; one that was cut off ends in ' …'.
     """
 
@@ -390,17 +393,17 @@ def side_by_side(
     *,
     progress: bool,
 ) -> list[SideBySide | None]:
-    """Both models' answers to each prompt; None where the context has no room for them.
+    """Both models' answers to each prompt; None if the context has no room for them.
 
-    Cost: that of `generate`, of both models in one batch.
+    Cost: that of `generate` for both models, in one batch.
 
     Args:
         lens: the adapter over the model.
-        prompts: what is answered.
-        max_new_tokens: the most tokens of an answer.
-        response: what is explained. One that was generated is the adapted model's answer, and the
-            base's is at most as long.
-        progress: whether a bar is shown.
+        prompts: the prompts.
+        max_new_tokens: the largest number of tokens of an answer.
+        response: the response that is explained. If it was generated, it is the adapted model's
+            answer, and the base's is at most as long.
+        progress: whether to show a progress bar.
     """
     adapted = response if isinstance(response, Generated) else None
     if adapted is not None:
@@ -484,7 +487,7 @@ def generated(
 
 
 def _is_single(prompts: PromptsLike, batch: int) -> bool:
-    """Whether one prompt was given: no list of prompts, not even of one."""
+    """Whether a single prompt was passed, and not a list of prompts, not even of one."""
     if batch > 1:
         return False
     is_list = isinstance(prompts, list | tuple)
@@ -500,7 +503,7 @@ def whole_or_cut(responses: Generated) -> list[str]:
 
 
 def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
-    """The tokens that end a response: those given, or what the model's own files say."""
+    """The tokens that end a response: those passed, or those that the model's own files name."""
     ends: Any = given
     if ends is None:
         ends = _ends_of_files(model, hf_model)
@@ -521,7 +524,7 @@ def _ends_of_files(model: Any, hf_model: Any) -> Any:
 
 
 def require_room(lens: LoraLens, prompts: Prompts, max_new_tokens: int) -> None:
-    """Check that so many tokens more fit into the context; the last one is not run."""
+    """Check that the new tokens fit into the context; the last of them is not run."""
     context = getattr(lens.model.cfg, "n_ctx", None)
     longest = int(prompts.lengths.max())
     if context and longest + max_new_tokens - 1 > context:

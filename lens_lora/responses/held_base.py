@@ -1,8 +1,8 @@
-"""The terms of a KL, read from logits beside those of the base model, which are held.
+"""The terms of a KL, computed from logits and from those of the base model, which are kept.
 
     KL(p₀‖p) = log Z − Σ p₀ d,      KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z,      Z = Σ p₀ eᵈ,
 
-where d = f − f₀ is the shift of the logits, less its mean Σ p₀ d.
+where d = f − f₀ is the shift of the logits, minus its mean Σ p₀ d.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from lens_lora.core import Picks
 _Logits = Float[Tensor, "some vocab"]
 _Terms = Float[Tensor, " some"]
 _Some = Int[Tensor, " some"]
-# The largest shift of a logit, in nats, for which the formulas hold: beyond it a probability that
-# rounds to zero might grow to one.
+# The largest shift of a logit, in nats, for which the formulas hold: with a larger one, a
+# probability that rounds to zero might grow to one.
 LARGEST_SHIFT = 60.0
-# How many picks are summed together, so that their rows stay in the processor's cache.
+# The number of picks that are summed together, so that their rows stay in the processor's cache.
 _IN_CACHE = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Divergence(Picks):
-    """Σ_t KL of each row's slots, in nats, from the shift d = f − f₀ less its mean Σ p₀ d.
+    """Σ_t KL of each row's slots, in nats, from the shift d = f − f₀ minus its mean Σ p₀ d.
 
     A pick is one of a row's slots; a row is its own prompt.
 
     Attributes:
-        base: f₀ of every row that is held.
-        held_rows: the held row with which each pick is compared.
-        is_from_base: whether KL(p₀‖p) is read, else KL(p‖p₀).
-        beside: the logits that another reading holds meanwhile; None without one.
+        base: f₀ of every row that is kept.
+        held_rows: the kept row with which each pick is compared.
+        is_from_base: whether it is KL(p₀‖p), else KL(p‖p₀).
+        beside: the logits that another reading keeps at the same time; None without one.
     """
 
     by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "held_rows")
@@ -47,13 +47,13 @@ class Divergence(Picks):
 
     @property
     def held_bytes(self) -> int:
-        """The memory of all logits that are held."""
+        """The bytes of all logits that are kept."""
         if self.beside is None:
             return self.base.nbytes
         return self.base.nbytes + self.beside.nbytes
 
     def turned(self, logits: Float[Tensor, "held *slot vocab"]) -> Divergence:
-        """The same divergence with the other side held: read from f₀, beside these logits."""
+        """The same divergence with the sides exchanged: these logits are kept, and f₀ is read."""
         is_from_base = not self.is_from_base
         return dataclasses.replace(self, base=logits, is_from_base=is_from_base, beside=self.base)
 
@@ -67,14 +67,14 @@ class Divergence(Picks):
             divergence, largest = _from_shift(base, p, own, self.is_from_base)
             divergences.append(divergence)
             shifts.append(largest)
-        # The largest shifts come from the device together, and NaN is among what is too large.
+        # The largest shifts are copied from the device together; NaN also counts as too large.
         for i, largest in enumerate(torch.stack(shifts).tolist()):
             if not largest <= LARGEST_SHIFT:
                 divergences[i] = self._from_logarithms(*pieces[i])
         return torch.cat(divergences)
 
     def _from_logarithms(self, few: _Some, logits: _Logits) -> _Terms:
-        """The divergence of two softmaxes, where the shift is too large for its exponential."""
+        """The divergence of two softmaxes, for a shift that is too large for its exponential."""
         base, _ = self._base_at(few, logits)
         log_p = base.log_softmax(-1)
         log_q = logits.log_softmax(-1)
@@ -85,11 +85,11 @@ class Divergence(Picks):
     def _base_at(self, few: _Some, logits: _Logits) -> tuple[Tensor, Tensor]:
         """The base's logits f₀ and distribution p₀ at these picks.
 
-        Where all are copies of one pick, they are one row.
+        If all are copies of one pick, they are one row.
         """
         held_places = self.places(few.device, rows=self.held_rows)
         places = torch.stack([index[few] for index in held_places])
-        # Copies of a pick stand together.
+        # Copies of a pick follow one another.
         distinct, copy = places.unique_consecutive(dim=1, return_inverse=True)
         base = self.base[tuple(distinct.to(self.base.device))].to(logits)
         p = base.softmax(-1)
@@ -116,7 +116,7 @@ def _from_shift(
     shift = logits - base
     shift = shift - torch.linalg.vecdot(p, shift)[..., None]
     largest = shift.detach().amax()
-    # What rounding left of the mean that was subtracted.
+    # The mean was subtracted, and rounding left this much of it.
     left = torch.linalg.vecdot(p, shift)
     grown = torch.expm1(shift)
     rest = torch.linalg.vecdot(p, grown)

@@ -1,1 +1,1 @@
-"""Long runs that can be resumed: several processes, files in parts, and what they depend on."""
+"""Long runs that can be resumed: several processes, files in parts, and a run's fingerprint."""

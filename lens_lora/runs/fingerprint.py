@@ -1,9 +1,9 @@
-"""The fingerprint of a run: everything but its records that decides its numbers.
+"""The fingerprint of a run: everything except its records that affects its numbers.
 
-A run that was stopped is resumed only where its fingerprint is still the same:
+A run that was stopped is resumed only if its fingerprint is still the same:
 
-1. Weights, the factors of an adapter, the tokenizer and the data of a readout are hashed whole,
-   which takes about a second for a gigabyte.
+1. Weights, the factors of an adapter, the tokenizer and the data of a readout are hashed
+   completely, which takes about a second for a gigabyte.
 2. The configuration, and plain attributes of modules (attention's `scaling`, the
    `variance_epsilon` of a norm), are kept as they are, so that an error can say which one differs.
 3. Code cannot be compared. The code of the libraries is known by their versions. Code of the
@@ -11,8 +11,8 @@ A run that was stopped is resumed only where its fingerprint is still the same:
    is named in the field "own_code", and such a run is resumed only under a `version` that the
    caller gave it.
 
-A pickle's hash, as of joblib, would not do: it neither names the field that differs nor tells the
-caller's own code from that of a library.
+The hash of a pickle, as joblib computes it, would not suffice: it does not name the field that
+differs, and does not tell the caller's own code from a library's.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ Analyses = Mapping[str, Mapping[str, Any]]
 
 # A renamed model or adapter is still the same one if its weights are.
 _WEIGHTS_OF_NAME = {"model": "model_weights", "adapter": "adapter_weights"}
-# Fields of configurations that decide no number: where a model runs, what it is called, and what a
-# library notes down for itself.
+# Fields of configurations that affect no number: the device, the model's name, and a library's own
+# notes.
 _NO_NUMBERS = frozenset(
     {
         "device", "n_devices", "model_name", "tokenizer_name", "_name_or_path", "architectures",
         "transformers_version", "checkpoint_index", "checkpoint_label_type", "checkpoint_value",
         "from_checkpoint", "seed", "init_mode", "init_weights", "initializer_range",
         "trust_remote_code", "training", "context_level", "is_caching", "tokenizer", "processor",
-        "max_seq_len_cached",  # how far a pass made a rotary table grow (`core/model/lengths.py`)
+        "max_seq_len_cached",  # the length to which a rotary table grew (`core/model/lengths.py`)
     }
 )  # fmt: skip
 # The types of values that an attribute is compared by.
 _PLAIN = (bool, int, float, str)
-# What is no attribute of a module, but another module, or a class.
+# Values of these types are not counted as a module's attributes.
 _NO_ATTRIBUTE = (nn.Module, type)
 # Attributes of a tokenizer that change the ids of a string.
 _TOKENIZER_SETTINGS = ("padding_side", "add_prefix_space", "legacy")
@@ -75,13 +75,13 @@ _LIBRARIES = frozenset(
 def fingerprint(
     lens: LoraLens, analyses: Analyses, readout: Any, version: str | None = None
 ) -> Fingerprint:
-    """Everything but the records that decides a number, by name."""
+    """Everything except the records that affects a number, by name."""
     model = lens.model
     base = getattr(lens, "_hf_model", None)
     known_before = fingerprint_without_model(lens.adapter, analyses, readout, version)
     return {
         **lens.describe(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": _precision_of_products(),
         **settings(model),
         "tokenizer": _tokenizer(getattr(model, "tokenizer", None)),
         "strings": strings_of(lens),
@@ -112,17 +112,26 @@ def differences(there: Fingerprint, here: Fingerprint) -> list[str]:
     """Each field that differs, as 'field X there, Y here'; empty if the runs are the same."""
     fields = dict.fromkeys([*here, *there])
     differing = [field for field in fields if there.get(field) != here.get(field)]
-    said: list[str] = []
+    texts: list[str] = []
     for field in differing:
         weights = _WEIGHTS_OF_NAME.get(field)
         is_renamed = weights is not None and weights not in differing
         if not is_renamed:
-            said.append(f"{field} {there.get(field)!r} there, {here.get(field)!r} here")
-    return said
+            texts.append(f"{field} {there.get(field)!r} there, {here.get(field)!r} here")
+    return texts
+
+
+def _precision_of_products() -> str:
+    """How torch may round float32 products, in its own words."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # From torch 2.9 on, there is no single word for it if a program has set only one backend.
+        return ", ".join(compat.float32_products())
 
 
 def strings_of(lens: LoraLens) -> str | None:
-    """Whether strings get a BOS; None where the model has no tokenizer."""
+    """Whether strings get a BOS, in words; None if the model has no tokenizer."""
     if getattr(lens.model, "tokenizer", None) is None:
         return None
     return "with BOS" if lens.reads_with_bos else "without BOS"
@@ -131,7 +140,7 @@ def strings_of(lens: LoraLens) -> str | None:
 # --- Hashes of values
 
 
-# Values that are known by their repr.
+# Values of these types are hashed by their repr.
 _BY_REPR = (float, bytes, Path, enum.Enum, torch.dtype, torch.device, np.generic)
 
 
@@ -143,11 +152,12 @@ def short_hash(content: bytes | pa.Buffer) -> str:
 def digest(value: object, own_code: list[object] | None = None) -> str:
     """The hash of a value.
 
-    Data count by what they hold, code by its name.
+    Data are hashed by their contents, code by its name.
 
     Args:
-        value: what is hashed.
-        own_code: code of the caller's own, which cannot be compared, is appended to it.
+        value: the value.
+        own_code: a list to which the caller's own code in the value is appended, because it cannot
+            be compared.
     """
     plain = _plain(value, [] if own_code is None else own_code)
     return short_hash(json.dumps(plain).encode())
@@ -163,7 +173,7 @@ def tensor_digest(tensor: Tensor) -> bytes:
 
 
 def _plain(value: Any, own_code: list[object]) -> Any:
-    """A value as JSON holds it: data by what they hold, code by its name."""
+    """A value as JSON can hold it: data by their contents, code by its name."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, _BY_REPR):
@@ -181,7 +191,7 @@ def _plain(value: Any, own_code: list[object]) -> Any:
 
 
 def _items(value: Any) -> list[Any] | None:
-    """The entries of a container, in order; None of anything else."""
+    """The entries of a container, in order; None for anything else."""
     if isinstance(value, np.ndarray):
         return ["array", value.dtype.str, value.tolist()]
     if isinstance(value, Mapping):
@@ -214,7 +224,7 @@ def _plain_object(value: Any, own_code: list[object]) -> Any:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return [name, _plain(fields, own_code)]
     if is_own or not _is_code(value):
-        # An object may have a state of its own, as a module has weights.
+        # An object may have state of its own, such as a module's weights.
         own_code.append(value)
     return name
 
@@ -228,7 +238,8 @@ def _is_code(value: Any) -> bool:
 def _is_own(code: Any) -> bool:
     """Whether a function, a class or the class of an object is the caller's own.
 
-    A wrapper counts by the module in which it stands itself, not by that of what it wraps.
+    For a wrapper it is the module that defines the wrapper that counts, not that of the wrapped
+    function.
     """
     if isinstance(code, functools.partial):
         return _is_own(code.func)
@@ -262,7 +273,7 @@ def _readout(readout: Any) -> tuple[str, list[str]]:
 
 
 def settings(model: Any) -> dict[str, Any]:
-    """Everything besides its weights that decides a model's numbers, by name.
+    """Everything except its weights that affects a model's numbers, by name.
 
     These are its configuration, the plain attributes of its modules, and its hooks.
 
@@ -273,7 +284,7 @@ def settings(model: Any) -> dict[str, Any]:
 
 
 def _settings_of_modules(model: nn.Module) -> dict[str, Any]:
-    """The settings beside the configuration: plain attributes of modules, and hooks.
+    """The settings that are not in the configuration: plain attributes of modules, and hooks.
 
     Raises:
         ModelStateError: a lens has its hooks on the model.
@@ -300,11 +311,11 @@ def _configuration(model: Any) -> dict[str, Any]:
     if inner is not None:
         for name, value in compat.fields_of(inner).items():
             fields[f"config.{name}"] = value
-    return {
-        f"configuration {name}": _as_field(value)
-        for name, value in sorted(fields.items())
-        if name.removeprefix("config.") not in _NO_NUMBERS
-    }
+    configuration: dict[str, Any] = {}
+    for name, value in sorted(fields.items()):
+        if name.removeprefix("config.") not in _NO_NUMBERS:
+            configuration[f"configuration {name}"] = _as_field(value)
+    return configuration
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
@@ -322,13 +333,13 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
 
 
 def _public_attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes without modules and classes.
+    """A module's own attributes, except modules and classes.
 
-    Those with an underscore are left out: a library keeps its own notes there.
+    Names with an underscore are left out: a library keeps its own notes there.
     """
     attributes: dict[str, Any] = {}
     for name, value in vars(module).items():
-        # There are tens of thousands of them, most with an underscore: a look at it is quickest.
+        # There are tens of thousands of them, most with an underscore, so that is checked first.
         is_note = name[:1] == "_" or name in _NO_NUMBERS
         if not is_note and not isinstance(value, _NO_ATTRIBUTE):
             attributes[name] = value
@@ -336,12 +347,11 @@ def _public_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 class KeptSettings:
-    """The settings of a model as they are now, to be compared with those of many later moments.
+    """The settings of a model as they are now, to be compared with its settings at later times.
 
-    To put the settings of 2,000 modules into words takes as long as a bank takes for an adapter.
-    But the same objects have the same words, so the words are made anew only where a module holds
-    another object than before, or where someone's hook, or an object that may have changed within,
-    is part of them.
+    Computing the settings of 2,000 modules takes as long as a bank takes for an adapter. The same
+    objects have the same settings, so they are computed anew only if a module holds another object
+    than before, a user's hook, or an object that may have changed inside.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -351,7 +361,7 @@ class KeptSettings:
         self._modules = [_ModuleThen(module) for module in model.modules()]
 
     def differences(self) -> list[str]:
-        """Each setting that differs now, as `differences` says it; empty if none does.
+        """Each setting that differs now, in the words of `differences`; empty if none does.
 
         Raises:
             ModelStateError: a lens has its hooks on the model.
@@ -363,7 +373,7 @@ class KeptSettings:
 
 
 class _ModuleThen:
-    """The objects of which the settings of one module are made, as they are when this is made."""
+    """The objects that the settings of one module consist of, when this is made."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -374,7 +384,7 @@ class _ModuleThen:
         self._may_change_within = any(map(_may_change_within, self._attributes.values()))
 
     def is_same(self) -> bool:
-        """Whether the module's settings are surely the same as then."""
+        """Whether the module's settings are certainly the same as then."""
         module = self._module
         attributes = vars(module)
         if self._may_change_within or type(module) is not self._class or _has_own_hook(module):
@@ -383,7 +393,7 @@ class _ModuleThen:
             return False
         if list(attributes) != self._names:
             return False
-        # Almost always each is the same object, which a loop in Python would be slow to tell.
+        # Almost always each is the same object; `map` finds that faster than a loop.
         all_now = map(attributes.__getitem__, self._attributes)
         if all(map(operator.is_, all_now, self._attributes.values())):
             return True
@@ -400,13 +410,13 @@ def _is_setting(value: object) -> bool:
 
 
 def _may_change_within(value: object) -> bool:
-    """Whether the words of a setting may change while the object stays: not of numbers and code."""
+    """Whether a setting may change while its object stays the same; numbers and code cannot."""
     is_constant = value is None or isinstance(value, _PLAIN)
     return _is_setting(value) and not is_constant and not inspect.isroutine(value)
 
 
 def _has_own_hook(module: nn.Module) -> bool:
-    """Whether a hook is on the module that no library hung there by itself."""
+    """Whether the module has a hook of the user's, which no library added by itself."""
     return compat.has_hooks(module) and any(True for _ in _functions_of_hooks(module))
 
 
@@ -415,10 +425,10 @@ def _summary(values: Sequence[Any]) -> Any:
     distinct = list(dict.fromkeys(map(repr, values)))
     if len(distinct) == 1:
         return _as_field(values[0])
-    shown = ", ".join(distinct[:3])
+    examples = ", ".join(distinct[:3])
     if len(distinct) > 3:
-        shown += ", …"
-    return f"{shown} ({digest(values)[:8]})"
+        examples += ", …"
+    return f"{examples} ({digest(values)[:8]})"
 
 
 def _as_field(value: Any) -> Any:
@@ -450,7 +460,7 @@ def _own_code(model: nn.Module) -> list[str]:
 def _hooks(model: nn.Module) -> list[tuple[str, Any]]:
     """(place, function) of each hook, in the order in which they fire.
 
-    Hooks that a library hangs on a model by itself are left out.
+    Hooks that a library adds to a model by itself are left out.
     """
     hooks: list[tuple[str, Any]] = []
     for place, module in model.named_modules():
@@ -459,8 +469,8 @@ def _hooks(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _functions_of_hooks(module: nn.Module) -> Iterator[Any]:
-    """The function of each hook on a module, but of those that a library hung there by itself."""
-    # The fifth dictionary says which of the hooks take keywords.
+    """The function of each hook on a module, except hooks that a library added by itself."""
+    # The fifth dictionary says which of the hooks take keyword arguments.
     for registered in compat.hooks_of(module)[:4]:
         for hook in registered.values():
             function = compat.hook_function(hook)
@@ -469,9 +479,9 @@ def _functions_of_hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _tokenizer(tokenizer: Any) -> str | None:
-    """The hash of how a string becomes ids; None where there is no tokenizer.
+    """The hash of everything that turns a string into ids; None if there is no tokenizer.
 
-    Padding and truncation are left out, as each call sets them.
+    Padding and truncation are left out, because each call sets them.
     """
     if tokenizer is None:
         return None
@@ -489,7 +499,7 @@ def _tokenizer(tokenizer: Any) -> str | None:
 
 
 def _weights(model: nn.Module) -> str:
-    """The hash of every parameter and buffer, and of processed weights kept as neither."""
+    """The hash of every parameter and buffer, and of processed weights that are neither."""
     named: dict[str, Tensor] = dict(model.named_parameters())
     named |= dict(model.named_buffers())
     for place, module in model.named_modules():
@@ -507,7 +517,7 @@ def _weights(model: nn.Module) -> str:
 
 
 def _offloaded(model: nn.Module) -> dict[int, bytes]:
-    """{id: hash} of each parameter that is elsewhere; a module's are brought in together."""
+    """{id: hash} of each offloaded parameter; the parameters of a module are read together."""
     digests: dict[int, bytes] = {}
     for module in model.modules():
         parameters = module.named_parameters(recurse=False)

@@ -1,9 +1,9 @@
-"""Who works on a run: the processes that were launched together, and one writer for each output.
+"""The processes that work on a run together, and the lock that lets only one run write an output.
 
 The processes are those of `accelerate launch`, `torchrun` or `mpirun`, or there is a single one.
 The main process holds a lock of `filelock` on '.results.parquet.lock' while the run lasts; the
-others need none. The system releases the lock when its process ends. The lock's file may stay, and
-holds nothing then.
+others need none. The operating system releases the lock when the process ends. The file may stay;
+then it locks nothing.
 
 Only `launched` imports torch, and only if there are several processes.
 """
@@ -23,12 +23,13 @@ from lens_lora.errors import LensLoraError, SweepError, warn
 # --- The processes that were launched together
 
 
-# How long a process waits for the others: one may finish its share long before another.
+# How long a process waits for the others; one may finish its share long before another.
 _PATIENCE = timedelta(days=7)
-# Where the launchers write how many processes there are, and the number of this one.
+# The environment variables in which launchers give the number of processes, and this one's rank.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-# What accelerate's launcher of a single process sets where it was asked for several.
+# The variables that accelerate's launcher sets if it starts one process although several were asked
+# for.
 _SINGLE_OF_ACCELERATE = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"}
 
 
@@ -38,10 +39,10 @@ class Processes:
 
     Attributes:
         index: the number of this process, from 0.
-        count: how many processes there are.
-        device: where this process runs, as torch names it.
+        count: the number of processes.
+        device: the device on which this process runs, as torch names it.
         wait: returns once every process has called it.
-        gather: returns the values that all processes have called it with, in their order.
+        gather: returns the values that all processes pass to it, in the order of the processes.
     """
 
     index: int = 0
@@ -69,7 +70,7 @@ class Processes:
 
 
 def rank() -> int:
-    """This process's number as its launcher gives it, 0 without a launcher. Sets nothing up."""
+    """This process's number as its launcher gives it, 0 without a launcher; nothing is set up."""
     return max(int(os.environ.get(name) or 0) for name in _RANKS)
 
 
@@ -92,7 +93,7 @@ def launched() -> Processes:
 
 
 def _by_accelerate(size: int) -> Processes:
-    """The processes as accelerate knows them, which were so many when they were launched."""
+    """The processes as accelerate knows them, checked against the number that was launched."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -120,13 +121,13 @@ def _by_accelerate(size: int) -> Processes:
 
 @contextlib.contextmanager
 def _all_alive() -> Generator[None]:
-    """Within the block, the end of another process becomes an error of ours."""
+    """Within the block, an error that another process has ended becomes one of this package's."""
     try:
         yield
     except RuntimeError as error:
         raise LensLoraError(
-            "another process of this run has ended before its end, and its own message says why; "
-            f"run it again to resume. ({error})"
+            "another process of this run has ended too early, and its own message says why; run it "
+            f"again to resume. ({error})"
         ) from error
 
 
@@ -137,25 +138,25 @@ def require_one_process(processes: Processes) -> None:
         processes: the processes that were launched.
 
     Raises:
-        SweepError: there are several.
+        SweepError: there are several processes.
     """
     if processes.count > 1:
         raise SweepError(
-            f"a shard, and {processes.count} processes that were launched together: both divide "
-            "the prompts. Start each shard as a process of its own, without a launcher, or leave "
-            "the shard out."
+            f"this is a shard of a run, and {processes.count} processes were launched together: "
+            "both would divide the prompts. Start each shard as a process of its own, without a "
+            "launcher, or leave the shard out."
         )
 
 
 def require_whole_model(processes: Processes, *, is_over_ranks: bool) -> None:
-    """Refuse to divide prompts where each process holds a part of the model.
+    """Refuse to divide prompts among processes that each hold only a part of the model.
 
     Args:
         processes: the processes that were launched.
         is_over_ranks: whether the model's weights are split over processes.
 
     Raises:
-        SweepError: there are several, and it is.
+        SweepError: there are several processes, and the weights are split.
     """
     if processes.count > 1 and is_over_ranks:
         raise SweepError(
@@ -174,13 +175,13 @@ def only_writer(out: Path) -> Generator[None]:
     """Within the block, no other run can write to this output.
 
     Raises:
-        SweepError: another run holds its lock, or there can be none.
+        SweepError: another run holds the lock, or the lock cannot be made.
     """
     from filelock import FileLock, Timeout
 
     path = out.with_name(f".{out.name}.lock")
-    # Where there are no locks, filelock would take a file alone for one; some versions take it from
-    # under another run.
+    # On a file system without locks, filelock would fall back to a mere file, which some versions
+    # take away from another run.
     lock = FileLock(path, fallback_to_soft=False)
     with write_errors_of(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,18 +195,18 @@ def only_writer(out: Path) -> Generator[None]:
     try:
         yield
     finally:
-        # The file is left: if it was removed, two runs could each lock one.
+        # The file is not removed: otherwise two runs could each lock a file of their own.
         lock.release()
 
 
 @contextlib.contextmanager
 def write_errors_of(path: Path) -> Generator[None]:
-    """Within the block, an error of the system becomes one of ours, which names the path."""
+    """Within the block, a system's error becomes one of this package's, which names the path."""
     try:
         yield
     except OSError as error:
         fact = error.strerror or error
         raise SweepError(
-            f"{path} cannot be written ({fact}). Mend that and run the same sweep again, which "
-            "goes on where this one stopped, or give another out."
+            f"{path} cannot be written ({fact}). Remove the cause and run the same sweep again, "
+            "which goes on where this one stopped, or give another out."
         ) from error

@@ -1,10 +1,10 @@
-"""One run as several jobs that know nothing of one another: shards, and what joins them.
+"""Shards: one run divided into several independent jobs, and how their files are joined.
 
 1. Shard i of n takes every n-th batch of the whole run, and writes its parts into a folder of its
-   own, `results.shards/i-of-n/`. Nobody else writes there, so there is no lock and no launcher.
-2. Its plan lies beside its parts: the same for all shards of one run, with the records in order and
-   the shard of each. The batches do not depend on what is finished, so a shard that was killed goes
-   on with the batches that one process would run.
+   own, `results.shards/i-of-n/`. Nobody else writes there, so it needs no lock and no launcher.
+2. A plan is written beside the parts. It is the same for all shards of a run, and lists the records
+   in order with the shard of each. Batches do not depend on what is finished, so a shard that was
+   killed goes on with the same batches that a single process would run.
 3. `gather` reads the folders of all n shards, refuses shards that do not belong together or are not
    finished, and writes the file that one process would have written. It loads no model.
 """
@@ -28,7 +28,7 @@ from lens_lora.runs.store import Store, fingerprint_of
 
 # The plan of a shard, beside its parts, whose names end in .parquet.
 PLAN = "plan"
-# Where a plan's metadata say what kind of run it is of.
+# The key of a plan's metadata that holds the kind of its run.
 KIND = b"lens_lora.kind"
 _FOLDER = re.compile(r"(\d+)-of-(\d+)")
 
@@ -38,8 +38,8 @@ class Shard:
     """One of several jobs that a run is divided into.
 
     Attributes:
-        index: the number of this one, from 1.
-        count: how many there are.
+        index: the number of this job, from 1.
+        count: the number of all jobs.
     """
 
     index: int
@@ -47,7 +47,7 @@ class Shard:
 
     @classmethod
     def of(cls, given: object) -> Shard | None:
-        """The shard that was asked for; None for a run that is not divided.
+        """The shard that a caller asks for; None for a run that is not divided.
 
         Args:
             given: (i, n) with i from 1 to n, or None.
@@ -73,7 +73,7 @@ class Shard:
         return number % self.count == self.index - 1
 
     def folder_in(self, shards: Path) -> Path:
-        """Where its parts lie.
+        """The folder of its parts.
 
         Args:
             shards: the folder of all shards.
@@ -82,24 +82,24 @@ class Shard:
 
 
 def folder_of_shards(out: Path) -> Path:
-    """Where the folders of all shards lie: 'results.shards', beside 'results.parquet'."""
+    """The folder that holds the folders of all shards: 'results.shards' of 'results.parquet'."""
     return out.with_suffix(".shards")
 
 
 def keep_plan(store: Store, plan: pa.Table, notes: dict[bytes, bytes]) -> None:
-    """Write the plan of a shard, or check that it is the one that its parts were written by.
+    """Write the plan of a shard, or check that its parts were written with the same plan.
 
     Args:
-        store: the shard's own.
-        plan: what the whole run consists of.
-        notes: what else the plan holds.
+        store: the shard's own store.
+        plan: the records of the whole run, with the shard of each.
+        notes: further metadata of the plan.
 
     Raises:
         SweepError: the folder holds parts of another plan.
     """
     path = store.folder / PLAN
     if path.exists():
-        there = pq.read_table(path)
+        there = _read_plan(path)
         is_same = there.equals(plan) and _notes_in(there, notes) == notes
         if not is_same:
             raise SweepError(
@@ -122,8 +122,8 @@ class PlannedShard:
 
     Attributes:
         shard: the number of the shard.
-        folder: where its parts lie.
-        plan: what the whole run consists of.
+        folder: the folder of its parts.
+        plan: the records of the whole run, with the shard of each.
     """
 
     shard: Shard
@@ -138,7 +138,8 @@ def planned_shards(out: Path) -> list[PlannedShard]:
         out: the result that they belong to.
 
     Raises:
-        SweepError: no shards, one that is missing, or shards that do not belong together.
+        SweepError: no shards, a missing one, one whose plan cannot be read, or shards that do not
+            belong together.
     """
     shards = folder_of_shards(out)
     by_shard: dict[Shard, Path] = {}
@@ -163,13 +164,29 @@ def planned_shards(out: Path) -> list[PlannedShard]:
     missing = [shard for shard in every if not (by_shard.get(shard, shards) / PLAN).exists()]
     if missing:
         raise unfinished(missing, out, "not begun")
-    planned = [
-        PlannedShard(shard, by_shard[shard], pq.read_table(by_shard[shard] / PLAN))
-        for shard in every
-    ]
+    planned: list[PlannedShard] = []
+    for shard in every:
+        folder = by_shard[shard]
+        planned.append(PlannedShard(shard, folder, _read_plan(folder / PLAN)))
     for other in planned[1:]:
         _require_same_plan(planned[0], other)
     return planned
+
+
+def _read_plan(path: Path) -> pa.Table:
+    """The table of a plan.
+
+    Raises:
+        SweepError: the file is damaged, or is no plan.
+    """
+    fingerprint_of(path)
+    try:
+        plan = pq.read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise SweepError(f"{path}: a damaged plan of a shard ({error}).") from error
+    if KIND not in plan.schema.metadata:
+        raise SweepError(f"{path}: not the plan of a shard.")
+    return plan
 
 
 def _require_same_plan(first: PlannedShard, other: PlannedShard) -> None:
@@ -186,7 +203,7 @@ def _require_same_plan(first: PlannedShard, other: PlannedShard) -> None:
 
 
 def unfinished(shards: list[Shard], out: Path, fact: str) -> SweepError:
-    """The error of shards that have to run, or run on, before they can be gathered.
+    """The error for shards that have to be run, or finished, before they can be gathered.
 
     Args:
         shards: the numbers of the shards.
@@ -207,18 +224,18 @@ def gather(out: str | Path) -> Any:
     No model is loaded. The folder of the shards is left, and can be removed afterwards.
 
     Args:
-        out: the same .parquet file that each shard was given.
+        out: the .parquet file that each shard was given as `out`.
 
     Returns:
-        SweepResult of a sweep; of a scan its table, as `Bank.scan` returns it.
+        A `SweepResult` for a sweep; for a scan the table that `Bank.scan` returns.
 
     Raises:
-        SweepError: there are no shards; one is missing, or not finished, or was written by another
-            run; a file that cannot be read or written.
+        SweepError: there are no shards; one is missing, is not finished, or was written by another
+            run; or a file cannot be read or written.
     """
     path = Path(out)
     planned = planned_shards(path)
-    kind = (planned[0].plan.schema.metadata or {}).get(KIND, b"").decode()
+    kind = planned[0].plan.schema.metadata[KIND].decode()
     module, _, name = registered.GATHERED[kind].partition(":")
     joined = getattr(importlib.import_module(module), name)
     return joined(path, planned)

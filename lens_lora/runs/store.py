@@ -1,10 +1,10 @@
-"""The files of a run, so that a kill loses at most one part, and whether they may be resumed.
+"""The files of a run: a killed run loses at most one part, and is resumed only if nothing changed.
 
-1. Each finished batch is a Parquet file of its own in `results.parts/`, which is there whole or not
-   at all. Its name holds the hash of its bytes, so a part that was cut or changed is noticed before
-   it is read. Such a part is named and set aside, and its records run again.
-2. At the end the parts are merged into the results, in the order of the records, and removed. What
-   the rows are is up to subclasses, such as `sweeps.batches.RowStore`.
+1. Each finished batch is a Parquet file of its own in `results.parts/`, which is there completely
+   or not at all. Its name contains the hash of its bytes, so a part that was cut or changed is
+   noticed before it is read. Such a part is reported and set aside, and its records run again.
+2. At the end the parts are merged into the results, in the order of the records, and removed.
+   Subclasses, such as `sweeps.batches.RowStore`, decide what the rows are.
 3. The metadata of each file hold the fingerprint of its run (`fingerprint.py`), which is compared
    with the present one on a resume.
 """
@@ -35,11 +35,11 @@ from lens_lora.runs.processes import (
     write_errors_of,
 )
 
-# Where the fingerprint stands in a file's metadata.
+# The key of a file's metadata that holds the fingerprint.
 _FINGERPRINT_KEY = b"lens_lora.sweep"
-# How many bad records, or damaged parts, a warning lists.
+# A warning lists at most this many bad records or damaged parts.
 _LISTED = 10
-# When a part was written, in nanoseconds, and the hash of its bytes.
+# The name of a part: the time at which it was written, in nanoseconds, and the hash of its bytes.
 _PART_NAME = re.compile(r"\d+-([0-9a-f]{32})\.parquet")
 
 
@@ -47,11 +47,11 @@ class Store:
     """The files of one run.
 
     Attributes:
-        path: the result.
-        folder: where the parts lie until they are merged; of a shard a folder of its own.
+        path: the file of the result.
+        folder: the folder of the parts until they are merged; a shard has a folder of its own.
         results: every file that is written at the end; none for a shard.
-        fingerprint: everything but the records that decides a number, as JSON holds it.
-        damaged: the parts that could not be read, and why.
+        fingerprint: everything except the records that affects a number, as JSON holds it.
+        damaged: the parts that could not be read, with the reason.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Store:
         """Name the files.
 
         Args:
-            out: the result.
-            fingerprint: everything but the records that decides a number.
-            folder: the folder of a shard, where nobody else writes.
+            out: the file of the result.
+            fingerprint: everything except the records that affects a number.
+            folder: the folder of a shard, where nobody else writes; None for a whole run.
         """
         self.path: Path = Path(out)
         if self.path.suffix != ".parquet":
@@ -78,9 +78,9 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, processes: Processes) -> Generator[None]:
-        """Within the block no other run writes here, and every process runs this one.
+        """Within the block, no other run writes here, and every process runs this one.
 
-        A shard takes no lock, as its folder is its own.
+        A shard takes no lock, because it has a folder of its own.
         """
         if self.is_shard:
             require_one_process(processes)
@@ -103,26 +103,28 @@ class Store:
     # --- What is there already
 
     def require_same_sweep(self) -> None:
-        """Refuse files of another run, as far as the fields of `fingerprint` say. Changes nothing.
+        """Refuse files of another run, as far as the fields of `fingerprint` tell.
+
+        Nothing is changed.
 
         Raises:
-            SweepError: naming the file, and each field that differs.
+            SweepError: a file is of another run; the error names it and each field that differs.
         """
-        found = {path: fingerprint_of(path) for path in self.results if path.exists()}
+        fingerprints = {path: fingerprint_of(path) for path in self.results if path.exists()}
         for path in self._part_paths():
             table = _read_part(path)
             if not isinstance(table, str):
-                found[path] = _fingerprint_in(table.schema)
-                break  # all parts in a folder are of one run
-        for path, fingerprint in found.items():
+                fingerprints[path] = _fingerprint_in(table.schema)
+                break  # All parts in a folder are of one run.
+        for path, fingerprint in fingerprints.items():
             known = {field: fingerprint.get(field) for field in self.fingerprint}
             self._require_same(known, path)
 
     def require_version(self) -> None:
-        """Refuse to go on with numbers that code of the caller's own took part in, unversioned.
+        """Refuse to resume a run that uses code of the caller's own without a version.
 
         Raises:
-            SweepError: there are such files, which are known to be of this run.
+            SweepError: there are files of this run, and such code took part in their numbers.
         """
         own_code = self.fingerprint["own_code"]
         if not own_code or self.fingerprint["version"] is not None:
@@ -137,10 +139,12 @@ class Store:
             )
 
     def parts(self) -> Iterator[tuple[Path, pa.Table]]:
-        """Each part's file and rows, in the order of writing; `damaged` lists the others.
+        """The file and the rows of each part, in the order of writing.
+
+        Parts that cannot be read are added to `damaged`.
 
         Raises:
-            SweepError: a part of another run.
+            SweepError: a part is of another run.
         """
         for path in self._part_paths():
             table = _read_part(path)
@@ -151,10 +155,10 @@ class Store:
             yield path, table
 
     def require_result(self, path: Path) -> bool:
-        """Whether this result is there.
+        """Whether the file of this result exists.
 
         Raises:
-            SweepError: it is there, and of another run.
+            SweepError: it exists and is of another run.
         """
         if not path.exists():
             return False
@@ -175,7 +179,7 @@ class Store:
         """Make the folder of parts, and set damaged ones aside.
 
         Args:
-            anew: remove what is there first.
+            anew: whether to remove existing results and parts first.
         """
         with write_errors_of(self.path):
             if anew:
@@ -196,15 +200,15 @@ class Store:
         path: Path | None = None,
         **options: Any,
     ) -> None:
-        """Write tables as a part, or as a result, whole or not at all.
+        """Write tables as a part, or as a result, completely or not at all.
 
         The file has a temporary name until it is complete and on the disk.
 
         Args:
-            tables: one group of rows each, of which one is in memory at a time; at least one.
-            notes: what else the file's metadata hold.
-            path: the result; None for a part.
-            options: what `pyarrow.parquet.ParquetWriter` takes.
+            tables: groups of rows, only one of which is in memory at a time; at least one.
+            notes: further metadata of the file.
+            path: the file of the result; None for a part.
+            options: keyword arguments of `pyarrow.parquet.ParquetWriter`.
         """
         unfinished = self.folder / f".{uuid.uuid4().hex}"
         try:
@@ -226,18 +230,18 @@ class Store:
         notes: Mapping[bytes, bytes],
         options: Mapping[str, Any],
     ) -> None:
-        rest = iter(tables)
-        first = next(rest)
+        others = iter(tables)
+        first = next(others)
         metadata = {_FINGERPRINT_KEY: _as_json(self.fingerprint), **notes}
         with pq.ParquetWriter(path, first.schema.with_metadata(metadata), **options) as writer:
-            for table in itertools.chain([first], rest):
+            for table in itertools.chain([first], others):
                 writer.write_table(table, row_group_size=max(len(table), 1))
 
     def remove(self) -> None:
-        """Remove the parts once all is in the results, as far as that can be done."""
+        """Remove the parts once all rows are in the results; errors are ignored."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    # --- What is write_errors_of
+    # --- What is reported
 
     def warn_of_bad_records(
         self, bad: Iterable[tuple[Any, Any]], n_bad: int, n_records: int, level: int
@@ -245,10 +249,10 @@ class Store:
         """Warn of records without numbers, and name the first of them.
 
         Args:
-            bad: (id, error) of each.
-            n_bad: how many they are.
-            n_records: how many records there are.
-            level: as `stacklevel` of `warnings.warn`.
+            bad: (id, error) of each of these records.
+            n_bad: the number of these records.
+            n_records: the number of all records.
+            level: the `stacklevel` of `warnings.warn`.
         """
         if n_bad:
             first = itertools.islice(bad, _LISTED)
@@ -260,7 +264,7 @@ class Store:
         """Warn of parts that could not be read, and name the first of them.
 
         Args:
-            level: as `stacklevel` of `warnings.warn`.
+            level: the `stacklevel` of `warnings.warn`.
         """
         count = len(self.damaged)
         if count:
@@ -273,7 +277,7 @@ class Store:
         return "\n  ".join([f"{self.path}: {fact}", *listed, *more])
 
     def lacking(self, records: str) -> SweepError:
-        """The error of parts that another machine wrote elsewhere."""
+        """The error for records whose parts another machine wrote into another folder."""
         return SweepError(
             f"{self.folder} lacks {records}: several machines must write to one shared folder. Run "
             "it again to resume."
@@ -281,7 +285,7 @@ class Store:
 
 
 def other_sweep(fact: str) -> SweepError:
-    """The error of results that belong to another sweep than the one that is asked for."""
+    """The error for results that belong to another sweep."""
     return SweepError(
         f"{fact}.",
         remedy="Give another out, or start over with resume=False.",
@@ -290,7 +294,7 @@ def other_sweep(fact: str) -> SweepError:
 
 
 class Unchanged:
-    """The file of a result, which is read only while it is the one that the result was made of."""
+    """The file of a result, which is read only as long as nobody has replaced it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -298,7 +302,7 @@ class Unchanged:
 
     @property
     def path(self) -> Path:
-        """Where it lies.
+        """The path of the file.
 
         Raises:
             SweepError: another file is in its place.
@@ -315,7 +319,7 @@ def fingerprint_of(path: Path) -> Fingerprint:
     """The fingerprint of the run that wrote this result.
 
     Raises:
-        SweepError: a file that cannot be read, or that no run wrote.
+        SweepError: the file cannot be read, or was not written by a run.
     """
     try:
         return _fingerprint_in(pq.read_schema(path))
@@ -360,15 +364,15 @@ def _read_part(path: Path) -> pa.Table | str:
 
 
 def _flush(path: Path) -> str:
-    """Wait until a file's bytes are on the disk; their hash."""
+    """Wait until a file's bytes are on the disk, and return their hash."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return short_hash(file.read())
 
 
 def _flush_names(folder: Path) -> None:
-    """Wait until a folder's own entries are on the disk, where its file system can say so."""
-    with contextlib.suppress(OSError):  # Windows opens no folder
+    """Wait until a folder's entries are on the disk, if the file system can tell."""
+    with contextlib.suppress(OSError):  # Windows cannot open a folder.
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,1 +1,1 @@
-"""How far the outputs move: shifts of logits and of tokens, KL, and derivatives at hook points."""
+"""How the outputs change: shifts of logits and of tokens, KL, and derivatives at hook points."""

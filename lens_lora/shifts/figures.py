@@ -1,4 +1,4 @@
-"""A response token by token: bars, shaded text for a notebook, and the same as a still."""
+"""Figures of a response token by token: bars, shaded text for a notebook, and a still of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lens_lora.show.text import magnitude, short_prompt, signed, visible
 
 @drawing.figure.register(TokenShifts)
 def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
-    """Above, KL from the first setting to the second; below, the shift of log p of each token."""
+    """Two rows of bars: the KL between the two settings, and the shift of log p of each token."""
     index = shifts.only_prompt(prompt, "responses")
     tokens = shifts.response[index]
     kl = shifts.kl[0, index, : len(tokens)].tolist()
@@ -39,30 +39,30 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
 def logit_shift_figure(
     shift: LogitShift, site: str | None = None, k: int = 10, prompt: int | None = None
 ) -> go.Figure:
-    """The tokens whose logits rise most, and below them those whose logits fall most."""
+    """Bars of the tokens whose logits rise most, with those whose logits fall most below them."""
     k = whole("k", k, 1)
     raised = shift.promoted(site, k, prompt).to_dict("records")
     lowered = shift.suppressed(site, k, prompt).to_dict("records")
-    # Of few tokens both lists would have all of them.
+    # If there are few tokens, both lists have all of them.
     ids = {row["id"] for row in raised}
     fallen = [row for row in reversed(lowered) if row["id"] not in ids]
     rows = raised + fallen
-    # Raised tokens are counted from the first, and fallen ones from the last.
+    # Raised tokens are numbered from the first, and lowered ones from the last.
     places = [*range(1, len(raised) + 1), *range(-len(fallen), 0)]
     names: list[str] = []
     for place, row in zip(places, rows, strict=True):
         names.append(f"{place} {visible(row['token'])}".replace("-", "−", 1))
     values = [row["shift"] for row in rows]
-    hover = [
-        f"{text.label(repr(row['token']))}, id {row['id']}<br>{signed(row['shift'])} logits"
-        for row in rows
-    ]
+    hover: list[str] = []
+    for row in rows:
+        token = text.label(repr(row["token"]))
+        hover.append(f"{token}, id {row['id']}<br>{signed(row['shift'])} logits")
     count = len(shift.values)
     of_prompt = f"mean of {count} prompts"
     if prompt is not None or count == 1:
         of_prompt = f"prompt {prompt or 0} of {count}"
     heading = f"First-order shift of logits by {site or 'all sites together'}"
-    below = f"less its mean over the tokens · {of_prompt}"
+    below = f"minus its mean over the tokens · {of_prompt}"
     figure = bars((heading, below), names, values, hover, "logits")
     return figure.update_traces(showlegend=False)
 
@@ -82,10 +82,10 @@ def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> drawing.T
 
 
 def noted_tokens(shifts: TokenShifts, index: int) -> tuple[list[page.Noted], float]:
-    """Each token of a response, its shade, and what is said of it; and the KL of the darkest.
+    """Each token of a response with its shade and notes, and the KL of the darkest token.
 
-    A shade is the square root of a token's KL over the largest: a response's sum is mostly one
-    token's, and the others would not be seen beside it.
+    A shade is the square root of a token's KL over the largest KL. Without the root, a token with
+    most of a response's KL would make all others invisible.
     """
     tokens = shifts.response[index]
     kl = shifts.kl[0, index, : len(tokens)].double().nan_to_num(0.0, 0.0)
@@ -100,7 +100,7 @@ def _heading(shifts: TokenShifts, index: int) -> str:
 
 
 def _below(shifts: TokenShifts, index: int) -> str:
-    """The two settings, and the sums over the response."""
+    """Say the two settings, and the sums over the response."""
     total = magnitude(float(shifts.kl[0, index].nansum()))
     log_p_shift = signed(float(shifts.total[index]))
     pair = " against ".join(shifts.between)
@@ -113,7 +113,7 @@ def _hovers(shifts: TokenShifts, index: int) -> list[str]:
 
 
 def _notes(shifts: TokenShifts, index: int) -> list[list[str]]:
-    """The lines about each token of a response."""
+    """The lines of notes about each token of a response."""
     rows = shifts.to_frame().to_dict("records")
     return [_lines_about(row) for row in rows if row["prompt"] == index]
 
@@ -133,11 +133,11 @@ def _lines_about(row: Mapping[Any, Any]) -> list[str]:
 
 
 def log_p_pair(row: Mapping[Any, Any]) -> str:
-    """'−6.10 → −0.02', of one row of the table of token shifts."""
+    """Write such as '−6.10 → −0.02' for one row of the table of token shifts."""
     return " → ".join(text.log_p_text(row[f"log_p_{end}"]) for end in ("base", "adapted"))
 
 
-# A monospaced text is laid out by hand, in DejaVu Sans Mono at 14 points: columns of a line.
+# The text is monospaced, in DejaVu Sans Mono at 14 points: a line has this many columns.
 _COLUMNS = 84
 # The width of a column and the height of a line, in pixels.
 _COLUMN_WIDTH = 8.43
@@ -151,7 +151,7 @@ _FONT = {"family": "DejaVu Sans Mono, Menlo, Consolas, monospace", "size": 14, "
 
 @drawing.still.register(TokenShifts)
 def still_text(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
-    """The shaded text as a figure, which can be written as an image; a rectangle behind a token."""
+    """The shaded text as a figure that can be written as an image, with a rectangle per token."""
     index = shifts.only_prompt(prompt, "responses")
     hover = _hovers(shifts, index)
     noted, most = noted_tokens(shifts, index)
@@ -160,7 +160,7 @@ def still_text(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
     figure.add_scatter(
         x=[piece.column for piece in pieces],
         y=[piece.line for piece in pieces],
-        # A browser would join spaces.
+        # A browser would collapse several spaces into one.
         text=[text.label(piece.text).replace(" ", "\u00a0") for piece in pieces],
         hovertext=[hover[piece.token] for piece in pieces],
         hoverinfo="text",
@@ -188,9 +188,9 @@ class Piece(NamedTuple):
     """A token, or a part of one, in a text of lines and columns.
 
     Attributes:
-        token: its index.
+        token: the index of the token.
         line, column: where it begins.
-        text: what is shown.
+        text: the text that is shown.
     """
 
     token: int
@@ -214,25 +214,25 @@ def _background(piece: Piece, shade: float) -> dict[str, Any]:
 
 
 def laid_out(tokens: Sequence[str], columns: int) -> list[Piece]:
-    """Where each token stands; one that is cut stands twice.
+    """Lay out tokens in lines and columns; a token that is cut gives several pieces.
 
     A line is broken before a token that does not fit, and after a line break, which is shown as ⏎.
 
     Args:
         tokens: the tokens of a response.
-        columns: how many a line has.
+        columns: the number of columns of a line.
     """
     pieces: list[Piece] = []
     line = 0
     column = 0
     for index, token in enumerate(tokens):
         for part in _parts(token, columns):
-            shown = part.replace("\n", "⏎")
-            if column and column + cell_len(shown) > columns:
+            piece_text = part.replace("\n", "⏎")
+            if column and column + cell_len(piece_text) > columns:
                 line += 1
                 column = 0
-            pieces.append(Piece(index, line, column, shown))
-            column += cell_len(shown)
+            pieces.append(Piece(index, line, column, piece_text))
+            column += cell_len(piece_text)
             if part.endswith("\n"):
                 line += 1
                 column = 0
@@ -241,11 +241,14 @@ def laid_out(tokens: Sequence[str], columns: int) -> list[Piece]:
 
 def _parts(token: str, columns: int) -> list[str]:
     """A token in parts, cut after each line break, none wider than a line."""
-    visible_characters = [c if c.isprintable() or c == "\n" else "·" for c in token]
-    shown = "".join(visible_characters) or "∅"
+    characters: list[str] = []
+    for character in token:
+        is_visible = character.isprintable() or character == "\n"
+        characters.append(character if is_visible else "·")
+    visible_token = "".join(characters) or "∅"
     # A character may be two columns wide.
     longest = columns // 2
     parts: list[str] = []
-    for row in shown.splitlines(keepends=True):
+    for row in visible_token.splitlines(keepends=True):
         parts += [row[first : first + longest] for first in range(0, len(row), longest)]
     return parts

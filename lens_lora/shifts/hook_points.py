@@ -1,9 +1,9 @@
-"""First-order changes at every hook point, ∂h/∂ε; and the other way about, ∂g/∂h.
+"""First-order changes at every hook point, ∂h/∂ε, and the gradients of g there, ∂g/∂h.
 
-1. `tangents`: one dual forward pass, in which every gate moves along `scale`. At each hook point
-   asked for, the derivative that the dual activation carries is kept.
-2. `gradients`: one forward and one backward pass. Over a point that all updates of some sites pass
-   through, ⟨∂g/∂h, ∂h/∂ε⟩ is what these sites have of first order.
+1. `tangents`: one dual forward pass, in which every gate moves along `scale`. At each chosen hook
+   point, the derivative that the dual activation carries is kept.
+2. `gradients`: one forward and one backward pass. If all updates of some sites pass through a hook
+   point, ⟨∂g/∂h, ∂h/∂ε⟩ there is the first-order shift of these sites.
 """
 
 from __future__ import annotations
@@ -50,19 +50,20 @@ def tangents(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        names: a hook point, several, globs, or a predicate; None for every one.
+        names: a hook point, several, globs, or a predicate; None for all hook points.
         scale: the direction: 1 for the whole adapter, {site or glob: 1} for single sites.
         at: the gate value at which the tangent is taken.
         max_memory: bytes for the tangents; by default the bound of the lens, if it has one.
 
     Returns:
-        ActivationCache of tangents, shaped as the activations; at padding they mean nothing.
+        An ActivationCache of tangents, shaped as the activations; at padding they mean nothing.
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
-        ModelStateError: the model has an operation without a forward-mode derivative, or a point
-            named in full never holds the adapted model's value (other names leave it out).
-        ArgumentError: a scale or `at` that is no number, or tangents beyond the bound.
+        ModelStateError: the model has an operation without a forward-mode derivative, or a hook
+            point that is named in full never has the adapted model's value (globs leave such
+            points out).
+        ArgumentError: a scale or `at` that is no number, or tangents that exceed the bound.
     """
     bounded = lens if max_memory is None else lens.within(max_memory)
     f = bounded.function(prompts)
@@ -92,31 +93,32 @@ def gradients(
     at: float = 0.0,
     max_memory: float | None = None,
 ) -> ActivationCache:
-    """∂g/∂h of every hooked activation, at ε = at. One forward and one backward pass.
+    """The gradient ∂g/∂h of every hooked activation, at ε = at.
 
-    What is held within memory is the whole graph, and a tensor for each hook point.
+    Cost: one forward and one backward pass. The memory bound covers the whole graph, and a tensor
+    for each hook point.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: a readout of one row a prompt: any but `AnswerMargin`. With a response, a row is
-            the prompt and the response without its last token, after which nothing is read.
-        names: a hook point, several, globs, or a predicate; None for every one.
+        readout: a readout of one row per prompt: any except `AnswerMargin`. With a response, a row
+            is the prompt and the response without its last token, after which nothing is read.
+        names: a hook point, several, globs, or a predicate; None for all hook points.
         at: the gate value at which the model runs: 0 the base, 1 the adapted model.
         max_memory: bytes for graph and gradients; by default the bound of the lens, if it has one.
 
     Returns:
-        ActivationCache of gradients, in the readout's units per unit of the activation, shaped as
-        the activations are; zero at padding. Points of which g is no function are not in it; one
-        that fires several times in a pass (ln1 for q, k and v) has the sum.
+        An ActivationCache of gradients, in the readout's units per unit of the activation, shaped
+        as the activations; zero at padding. Hook points that g does not depend on are not in it. A
+        point that fires several times in a pass (ln1 for q, k and v) has the sum.
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
-        ModelStateError: a point named in full never fires, or g does not depend on what it shows.
-        ArgumentError: a KL at 0, where its gradient is zero, two rows a prompt, an `at` that is no
-            number, or a graph or gradients beyond the bound.
+        ModelStateError: a hook point that is named in full never fires, or g does not depend on it.
+        ArgumentError: a KL at 0, where its gradient is zero, two rows per prompt, an `at` that is
+            no number, or a graph or gradients that exceed the bound.
         TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: a gradient that is not finite.
+        NumericsError: a gradient is not finite.
     """
     strength = number("at", at)
     bounded = lens if max_memory is None else lens.within(max_memory)
@@ -147,7 +149,7 @@ def gradients(
 
 
 def _require_room(f: Function, names: Sequence[str]) -> None:
-    """Refuse tensors at all of these hook points, which are kept, beyond the bound of the lens."""
+    """Refuse to keep tensors at all of these hook points if that exceeds the memory bound."""
     lens = f.lens
     if lens.max_memory is None:
         return
@@ -167,12 +169,12 @@ def _require_room(f: Function, names: Sequence[str]) -> None:
 
 
 def _require_one_row_each(g: Function) -> None:
-    """Refuse a readout of several rows of each prompt."""
+    """Refuse a readout that reads several rows of each prompt."""
     if g.rows.batch != g.prompts.batch:
         assert g.readout is not None, "gradients are of a readout"
         raise ArgumentError(
-            f"{g.readout.label} reads {g.rows.batch} rows of {g.prompts.batch} prompts, and a "
-            "gradient is that of one row a prompt",
+            f"{g.readout.label} reads {g.rows.batch} rows of {g.prompts.batch} prompts, and "
+            "gradients need one row per prompt",
             remedy="take the gradients of ll.AnswerLogProb of either answer.",
         )
 
@@ -184,12 +186,12 @@ _Seen = tuple[list[str], Tensor]
 def _seen_in_graph(
     g: Function, at: float, aliases: Sequence[list[str]]
 ) -> tuple[list[_Seen], Tensor]:
-    """The activations at these points as nodes of one graph, and g at its end. A forward pass."""
+    """The activations at these points as nodes of one graph, and g at its end; a forward pass."""
     seen: list[_Seen] = []
 
     def keep(known_as: list[str], tensor: Tensor) -> Tensor:
-        # A node of its own: what reads the tensor past this point counts elsewhere. Where nothing
-        # before it has a gradient, the graph begins here.
+        # The node is a new one, so that modules which read the tensor without passing this point do
+        # not count. If nothing before it has a gradient, the graph begins here.
         is_in_graph = tensor.requires_grad
         node = tensor.view_as(tensor) if is_in_graph else tensor.detach().requires_grad_()
         seen.append((known_as, node))
@@ -201,14 +203,14 @@ def _seen_in_graph(
 
 
 def _gradients_at(seen: Sequence[_Seen], values: Tensor) -> dict[str, Tensor]:
-    """∂g/∂h by name, of the points of which g is a function. One backward pass.
+    """∂g/∂h by name, for the points that g depends on, from one backward pass.
 
-    A point that fires more than once, as ln1 does for q, k and v, has the sum.
+    A point that fires more than once, such as ln1 for q, k and v, has the sum.
     """
     if not values.requires_grad:
         return {}
     nodes = [node for _, node in seen]
-    # Points on which g does not depend have None.
+    # Points that g does not depend on have None.
     of_nodes = torch.autograd.grad(values.sum(), nodes, allow_unused=True)
     gradients = cast("tuple[Tensor | None, ...]", of_nodes)
     kept: dict[str, Tensor] = {}
@@ -222,7 +224,7 @@ def _gradients_at(seen: Sequence[_Seen], values: Tensor) -> dict[str, Tensor]:
 
 def _aliases(lens: LoraLens, names: Sequence[str]) -> list[list[str]]:
     """The names of each hook point, which may have several."""
-    # A TransformerBridge puts its hook points together anew whenever they are asked for.
+    # A TransformerBridge builds this dictionary anew at each access, so it is read only once.
     points = lens.model.hook_dict
     aliases: dict[int, list[str]] = {}
     for name in names:
@@ -248,7 +250,7 @@ def _hooks_that_show(
 
 
 def _cache(lens: LoraLens, names: Sequence[str], kept: Mapping[str, Tensor]) -> ActivationCache:
-    """TransformerLens's own class, in the order of the names."""
+    """The tensors as TransformerLens's own class, in the order of the names."""
     from transformer_lens.ActivationCache import ActivationCache
 
     return ActivationCache({name: kept[name] for name in names if name in kept}, lens.model)

@@ -7,20 +7,22 @@ At every token t of the response, with p₀ the base model's distribution,
 
 1. One dual forward pass gives p₀ and v, the tangent of all sites together, and keeps the graph of
    f(0).
-2. The covector F v goes back through the graph: ∂/∂ε_l of (F v)ᵀf is v_lᵀ F v. Its parts by
-   position, head and rank come as those of any readout (`g.pulled_back`).
-3. On request, the kernel between sites or groups,
+2. The covector F v goes back through the graph: ∂/∂ε_l of (F v)ᵀf is v_lᵀ F v. It is split by
+   position, head and rank like any readout (`g.pulled_back`).
+3. On request, the kernel between sites or groups is computed, from a tangent for each:
 
-       K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m,    w_l = √p₀ ∘ (v_l − p₀ᵀv_l),
+       K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m,    w_l = √p₀ ∘ (v_l − p₀ᵀv_l)
 
-   from a tangent for each. K is symmetric and positive semidefinite, and sums to vᵀ F v.
-4. How far the quadratic is from the divergence itself is measured along ε, by forward passes.
-5. Whether the shares rank the sites as the whole divergence does: ∂D/∂ε_l at ε = ½ is the path
-   integral of D by one node, and equals q_l if D is quadratic. One forward and one backward pass.
+   K is symmetric and positive semidefinite, and sums to vᵀ F v.
+4. The divergence itself is measured along ε by forward passes, beside its quadratic part.
+5. To see whether the shares rank the sites as the whole divergence does, they are compared with
+   ∂D/∂ε_l at ε = ½. This is the path integral of D by a rule of one node, and equals q_l if D is
+   quadratic. It takes one forward and one backward pass.
 
-A share is negative where a site moves the distribution against the others.
+A share is negative if a site moves the distribution against the others.
 
-Cost: two forward passes, a dual and two backward ones; one more forward pass for each ε below 1.
+Cost: two forward passes, a dual forward pass and two backward passes, and one more forward pass for
+each ε below 1.
 """
 
 from __future__ import annotations
@@ -58,10 +60,10 @@ from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import KL, AnswerLike, ReadTokens, held
 
 _Kernel = Literal["site", "layer", "kind"]
-# The strengths at which the divergence is held against its quadratic part.
+# The strengths at which the divergence is compared with its quadratic part.
 _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
-# The rank correlation from which on the shares rank the sites; chosen and confirmed in
-# docs/faithfulness.md.
+# With at least this rank correlation, the verdict is that the shares rank the sites; it was chosen
+# and confirmed in docs/faithfulness.md.
 _RANKED = 0.9
 
 
@@ -72,7 +74,7 @@ class SharesVerdict:
 
     Attributes:
         ratio: the divergence at ε = 1 over the quadratic.
-        agreement: rank correlation of the shares with the gradient of the divergence at ε = ½.
+        agreement: the rank correlation of the shares with the gradient of the KL at ε = ½.
     """
 
     ratio: float
@@ -83,7 +85,7 @@ class SharesVerdict:
 
     @property
     def kind(self) -> Literal["holds", "fails", "unknown"]:
-        """'holds', the ranks agree; 'fails'; 'unknown', there is no rank correlation."""
+        """'holds' if the ranks agree, 'fails' if not, 'unknown' without a rank correlation."""
         if math.isnan(self.agreement):
             return "unknown"
         return "holds" if self.agreement >= _RANKED else "fails"
@@ -94,13 +96,14 @@ class KLShares(OfMeasured):
     """The share of each site in the divergence of both distributions, to second order in ε.
 
     Attributes:
-        attribution: q_l in nats, split as asked; beside it D(0) = 0 and D(1), exact.
+        attribution: q_l in nats, split along the axes of `by`; its ends are D(0) = 0 and D(1),
+            exact.
         scales: ε along the path, the last one 1.
         divergence: [batch, scale], D(ε·1), exact.
         midpoint: [batch, site], ∂D/∂ε_l at ε = ½, in nats: the path integral of the divergence by
-            one node, and q_l, were D quadratic.
-        gram: [batch, group, group], the kernel K between the groups, in nats; None where it was
-            not asked for.
+            one node, which would be q_l if D were quadratic.
+        gram: [batch, group, group], the kernel K between the groups, in nats; None if it was not
+            computed.
         groups: the groups of the kernel, {name: indices into sites}.
     """
 
@@ -123,18 +126,17 @@ class KLShares(OfMeasured):
 
     @property
     def ratio(self) -> Float[Tensor, "batch scale"]:
-        """D(ε) over ε² ½ vᵀ F v: one where the divergence is quadratic so far."""
+        """D(ε) over ε² ½ vᵀ F v, which is 1 if the divergence is quadratic up to ε."""
         return self.divergence / (self.scales**2 * self.quadratic[:, None])
 
     @property
     def agreement(self) -> Float[Tensor, " batch"]:
-        """Rank correlation of the shares with `midpoint`; NaN for one site, or for equal ones."""
+        """Rank correlation of the shares with `midpoint`; NaN for one site, or for equal shares."""
         shares = self.attribution.per_site.cpu().double().numpy()
         slopes = self.midpoint.cpu().double().numpy()
-        correlations = [
-            correlation(shares_of_prompt, slopes_of_prompt, ranked=True)
-            for shares_of_prompt, slopes_of_prompt in zip(shares, slopes, strict=True)
-        ]
+        correlations: list[float] = []
+        for shares_of_prompt, slopes_of_prompt in zip(shares, slopes, strict=True):
+            correlations.append(correlation(shares_of_prompt, slopes_of_prompt, ranked=True))
         return torch.tensor(correlations, dtype=torch.float64)
 
     @property
@@ -151,8 +153,8 @@ class KLShares(OfMeasured):
         """One row per prompt, site and existing part, with its share of the quadratic."""
         frame = self.attribution.to_frame().drop(columns="share")
         by_prompt = self.quadratic.cpu().double().numpy()
-        whole = by_prompt[frame["prompt"].to_numpy()]
-        return frame.assign(share=frame["value"] / whole)
+        by_row = by_prompt[frame["prompt"].to_numpy()]
+        return frame.assign(share=frame["value"] / by_row)
 
     def along(self) -> pd.DataFrame:
         """One row per prompt and ε: the divergence, the quadratic, and their ratio."""
@@ -162,18 +164,18 @@ class KLShares(OfMeasured):
         return tables.long_table(numbers, prompts, {"scale": self.scales.tolist()})
 
     def kernel(self, group: _Kernel = "layer", prompt: int | None = None) -> pd.DataFrame:
-        """K_lm = Σ_t v_lᵀ F_t v_m between sites or groups, in nats, labelled.
+        """The kernel K_lm = Σ_t v_lᵀ F_t v_m between sites or groups, in nats, labelled.
 
         Half its sum is the quadratic, and half the sum of a site's row is the site's share.
 
         Args:
-            group: 'site', 'layer' or 'kind'; of a kernel of sites every one, of layers or kinds
-                that one.
+            group: 'site', 'layer' or 'kind'. A kernel between sites gives all of them; a kernel
+                between layers or kinds gives only that one.
             prompt: an index; without it, the mean over prompts.
 
         Raises:
-            ArgumentError: the kernel was not asked for, or only between groups that do not make up
-                these; no such prompt.
+            ArgumentError: the kernel was not computed, or only between groups of which these do not
+                consist; or there is no such prompt.
         """
         if self.gram is None:
             raise ArgumentError(
@@ -206,7 +208,7 @@ class KLShares(OfMeasured):
         """The k sites of largest share.
 
         Args:
-            k: how many.
+            k: the number of sites.
             prompt: an index; without it, the mean over prompts.
 
         Raises:
@@ -215,15 +217,16 @@ class KLShares(OfMeasured):
         return self.attribution.top(k, prompt).drop(columns="share")
 
     def plot(self, prompt: int | None = None, by: Shown | None = None) -> drawing.Figure:
-        """Heatmap of the shares, as `Attribution.plot` draws them.
+        """A heatmap of the shares, as `Attribution.plot` draws them.
 
         Args:
-            prompt: an index; without it, the mean over prompts, or by position the only prompt.
-            by: an axis that they were split by, or 'site'; by default the first one, else 'site'.
+            prompt: an index; without it, the mean over prompts; by position, the only prompt.
+            by: an axis along which they were split, or 'site'; by default the first such axis, or
+                'site' if there is none.
 
         Raises:
-            ArgumentError: no such prompt, or several and none named; an axis that they were not
-                split by.
+            ArgumentError: no such prompt, or several and none named; or an axis along which they
+                were not split.
         """
         return drawing.figure(self.attribution, prompt, by)
 
@@ -245,26 +248,27 @@ def kl_shares(
 ) -> KLShares:
     """The share q_l = ½ v_lᵀ F v of every site: a complete split of the quadratic KL.
 
-    Both directions have the same quadratic; they differ in the divergence that it is held against.
+    Both directions have the same quadratic; they differ in the divergence that it is compared with.
     A trained adapter at full strength is seldom near enough to the base for these shares to rank
     its sites: `verdict` says whether they do, and what to use if not.
 
     Cost: about 4 forward passes for the shares and the divergence at 1, one forward and one
-    backward for the verdict, and one more forward pass for each scale.
-    The kernel adds a tangent for each group, about half a dual forward pass each, and holds one
-    number for each group, token of the response and token of the vocabulary.
+    backward pass for the verdict, and one more forward pass for each scale. The kernel adds a
+    tangent for each group, about half a dual forward pass each, and holds one number for each
+    group, token of the response and token of the vocabulary.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        response: what is said after each prompt; None for the next token alone.
-        by: any of 'position', 'head', 'expert', 'rank'.
+        response: the response to each prompt; None for only the next token.
+        by: axes along which the shares are split: any of 'position', 'head', 'expert', 'rank'.
         gauge: the gauge of the parts by rank, as for `first_order`.
         direction: the direction of the divergence along ε.
-        tokens: without a response, after which tokens, as for `KL`: 'prompt' for all of a text but
-            the first.
-        scales: ε at which it is measured, beside 1; () for none.
-        kernel: also K between sites, layers or kinds, which `.kernel(group)` of the result shows.
+        tokens: without a response, the tokens after which it is read, as for `KL`: 'prompt' for all
+            of a text except the first.
+        scales: strengths ε, beside 1, at which the divergence is measured; () for none.
+        kernel: also compute K between sites, layers or kinds, which `.kernel(group)` of the result
+            returns.
         max_memory: bytes beside the model and the result, as for `lens.within`, whose bound it
             replaces.
         progress: show a bar.
@@ -275,11 +279,11 @@ def kl_shares(
             takes.
         ModelStateError: the model has an operation without a forward-mode derivative.
         TokenError, PromptError: a response or prompt that does not fit the model.
-        NumericsError: non-finite derivatives, naming the site.
+        NumericsError: a derivative is not finite; the error names the site.
     """
     axes = by_axes(by)
-    given_scales = numbers_of("scales", scales)
-    if not all(0 < scale < 1 for scale in given_scales):
+    scales_below_1 = numbers_of("scales", scales)
+    if not all(0 < scale < 1 for scale in scales_below_1):
         raise ArgumentError(f"scales={scales!r}: expected strengths between 0 and 1.")
     if kernel is not None:
         word("kernel", kernel, get_args(_Kernel))
@@ -290,15 +294,15 @@ def kl_shares(
     readout = KL(response, direction, tokens).on(f.prompts)
     in_gauge = f.over(lens.in_gauge(gauge, axes))
 
-    # p₀ is not known yet, and the pass of the quadratic does without: it shows f(0).
+    # p₀ is not known yet, and this pass does not need it: it gives f(0) together with the shares.
     reading = readout.reading(lens.model, f.prompts)
     doubled, base = in_gauge.about(readout, reading).pulled_back(_times_fisher, axes)
-    # The divergence is held against that f(0).
+    # The divergence is computed from that f(0).
     g = Evaluations(f.about(readout, held(readout, reading, base)))
     # D(0) = 0 by definition.
     g.know(0.0, torch.zeros(reading.batch, dtype=lens.gate_dtype, device=lens.device))
-    strengths = [*sorted(given_scales), 1.0]
-    # The pass of these slopes shows D(0.5), which may be one of the strengths.
+    strengths = [*sorted(scales_below_1), 1.0]
+    # The pass for these slopes also gives D(0.5), which may be one of the strengths.
     midpoint = g.slopes(0.5)
     divergence = g.along(strengths).T
     gram = _gram(g, base.softmax(-1), groups) if groups else None
@@ -328,7 +332,7 @@ def _times_fisher(
 
 
 def _centred(p: Tensor, v: Tensor) -> Tensor:
-    """The shift less its mean: v − p₀ᵀv."""
+    """The shift minus its mean: v − p₀ᵀv."""
     return v - (p * v).sum(-1, keepdim=True)
 
 

@@ -1,9 +1,9 @@
 """First-order changes of the next token's logits: J δz_l (note, Prop. 1).
 
-1. For every token and site, in forward mode: a tangent for each site gives the whole vocabulary.
-2. In reverse mode: a covector for each token gives every site. `f.chosen_mode` says which of the
-   two takes less work.
-3. All sites together are one tangent.
+1. In forward mode, a tangent for each site gives its shift of the whole vocabulary.
+2. In reverse mode, a covector for each token gives its shift by every site. `f.chosen_mode` says
+   which of the two takes less work.
+3. All sites together take a single tangent.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class LogitShift(Described):
 
     Attributes:
         values: [batch, site, vocab], or [batch, vocab] for all sites together.
-        sites: along the site axis; empty for all sites together.
-        tokens: the ids along the vocab axis.
+        sites: the sites along the site axis; empty for all sites together.
+        tokens: the token ids along the vocab axis.
         strings: these tokens as strings.
         meta: model, adapter, dtype and versions.
     """
@@ -126,7 +126,7 @@ class LogitShift(Described):
         shift = self._shift_of(site, prompt)
         relative = shift - shift.mean()
         frame = ranked_tokens(relative, self.strings, k, "shift", largest=largest)
-        # A place along the axis becomes the token's id.
+        # `ranked_tokens` gives indices along the axis; these become token ids.
         frame["id"] = [self.tokens[place] for place in frame["id"]]
         return frame.drop(columns="rank")
 
@@ -155,31 +155,30 @@ def logit_shift(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> LogitShift:
-    """The first-order shift J δz_l of every site, of all logits or some, at the read position.
+    """The first-order shift J δz_l by every site, of all or some logits, at the read position.
 
     Cost: in forward mode a tangent per site, from its block on, many of them in one pass; in
-    reverse mode one forward pass and a backward pass per token, many as one; with by_site=False
-    one dual forward pass. [batch, site, token] numbers are kept: 40 MB a prompt for 210 sites and
+    reverse mode one forward pass and a backward pass per token, batched; with by_site=False one
+    dual forward pass. [batch, site, token] numbers are kept: 40 MB per prompt for 210 sites and
     49,152 tokens in float32.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        by_site: each site's shift; if False, that of all sites together.
-        tokens: strings of one token, as it follows the prompts, or ids; without them the whole
-            vocabulary.
+        by_site: True for the shift by each site, False for the shift by all sites together.
+        tokens: strings that are one token after the prompts, or ids; None for the whole vocabulary.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'forward' or 'reverse'; 'auto' takes the cheaper one.
         max_memory: bytes that a pass may take beside the model and the result (and, in reverse
-            mode, beside the graph of the forward pass, which cannot be split). It sets how many
-            sites or tokens go at once, and does not change the shifts.
+            mode, beside the graph of the forward pass, which cannot be split). It decides how many
+            sites or tokens run at once, and does not change the shifts.
         progress: show a bar.
 
     Raises:
         TokenError: a token string that is not one token, or not the same one after each prompt.
         ArgumentError: another mode, no tokens, or less memory than one site or token takes.
-        PromptError: prompts that hold a response.
-        NumericsError: non-finite tangents.
+        PromptError: the prompts hold a response.
+        NumericsError: a tangent is not finite.
     """
     if max_memory is not None:
         lens = lens.within(max_memory)
@@ -201,14 +200,14 @@ def logit_shift(
 
 
 def _by_tangents(f: Function, at: float, index: _Kept) -> Float[Tensor, "batch site token"]:
-    """A tangent for each site, of which the tokens that are asked for are kept."""
+    """The shifts from a tangent for each site, of which only the chosen tokens are kept."""
     each_site = f.lens.gates(torch.eye(len(f.lens.sites), dtype=f.lens.gate_dtype))
     tangents = f.tangent(each_site, at, read=lambda tangent: tangent[..., index])
     return tangents.movedim(0, 1)
 
 
 def _by_covectors(f: Function, at: float, index: _Kept) -> Float[Tensor, "batch site token"]:
-    """A covector for each token, back through one graph."""
+    """The shifts from a covector for each token, back through one graph."""
     slopes = f.slopes_of(lambda logits: logits[:, index].T, at)
     return slopes.permute(1, 2, 0)
 
@@ -220,14 +219,15 @@ def _labelled(
     ids: Iterable[int],
     strings: tuple[str, ...],
 ) -> LogitShift:
+    """The result, with its labels."""
     return LogitShift(values, sites, tuple(ids), strings, meta=f.lens.describe(f.prompts))
 
 
-# --- The tokens that are asked for
+# --- The chosen tokens
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -> list[int]:
-    """The ids of the tokens; without any, those of the whole vocabulary."""
+    """The ids of the chosen tokens; None chooses the whole vocabulary."""
     if tokens is None:
         return list(range(int(lens.model.cfg.d_vocab_out)))
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):

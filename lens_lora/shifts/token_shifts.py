@@ -1,13 +1,13 @@
-"""How the distribution of each token of a response moved, exactly.
+"""How the distribution of each token of a response changed, exactly.
 
     ℓ_t = log p(y_t | x, y_<t)
-    KL_t = Σ_v p₀,t(v) log(p₀,t(v) / p₁,t(v)),    and the other way round
+    KL_t = Σ_v p₀,t(v) log(p₀,t(v) / p₁,t(v)),    and the same with p₀ and p₁ exchanged
 
 No token attends to a later one, so one row holds a prompt and its response. It is run at two
-settings of the gates, by default the base model and the adapted one. Every number is of these two
-distributions over the whole vocabulary, without an approximation.
+settings of the gates, by default those of the base model and of the adapted one. Every number is
+computed from these two distributions over the whole vocabulary, without approximation.
 
-Cost: two forward passes, unembedded at the response's tokens only.
+Cost: two forward passes, unembedded only at the response's tokens.
 """
 
 from __future__ import annotations
@@ -36,25 +36,26 @@ from lens_lora.core import (
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import AnswerLogProb
 
-# Tokens whose distributions are compared at a time, in float64.
+# The number of tokens whose distributions are compared at a time, in float64.
 _AT_ONCE = 32
 
 
 @final
 class TokenShifts(Described, Drawn):
-    """How the distribution of each token of a response moved; NaN beyond a response's own tokens.
+    """How the distribution of each token of a response changed; NaN beyond a response's tokens.
 
-    `plot` is KL and the shift of log p, token by token.
+    `plot` shows the KL and the shift of log p, token by token.
 
     Attributes:
-        response: each prompt's y_1 … y_T.
+        response: the tokens y_1 … y_T of each prompt's response.
         log_p: [end, batch, token], log p(y_t | x, y_<t) at both settings, in nats.
         entropy: [end, batch, token], the entropy of the token's distribution, in nats.
-        rank: [end, batch, token], how many tokens are more probable than y_t; −1 beyond.
+        rank: [end, batch, token], the number of tokens that are more probable than y_t; −1 beyond a
+            response's tokens.
         kl: [direction, batch, token], KL(p₀‖p₁) and KL(p₁‖p₀), in nats.
         promoted, suppressed: [batch, token, k], the largest rises and falls of a probability.
         promoted_ids, suppressed_ids: [batch, token, k], the ids of the tokens that rise and fall.
-        strings: these tokens as strings, by id.
+        strings: the strings of these tokens, by id.
         between: the two settings of the gates.
         str_tokens: each prompt's tokens.
         meta: model, adapter, dtype and versions.
@@ -96,11 +97,13 @@ class TokenShifts(Described, Drawn):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and token of the response; the first setting is called base."""
         places: list[tuple[int, int]] = []
-        for p, tokens in enumerate(self.response):
-            places += [(p, t) for t in range(len(tokens))]
+        strings: list[str] = []
+        for prompt, tokens in enumerate(self.response):
+            places += [(prompt, t) for t in range(len(tokens))]
+            strings += tokens
         frame = pd.DataFrame(places, columns=["prompt", "t"])
-        frame["y_t"] = [self.response[p][t] for p, t in places]
-        where = tuple(torch.tensor(places).T)
+        frame["y_t"] = strings
+        index = tuple(torch.tensor(places).T)
         numbers = {
             "log_p_base": self.log_p[0],
             "log_p_adapted": self.log_p[1],
@@ -113,7 +116,7 @@ class TokenShifts(Described, Drawn):
             "rank_adapted": self.rank[1],
         }
         for name, values in numbers.items():
-            frame[name] = values[where].tolist()
+            frame[name] = values[index].tolist()
         frame["promoted"] = self._named(self.promoted_ids, self.promoted, places)
         frame["suppressed"] = self._named(self.suppressed_ids, self.suppressed, places)
         return frame
@@ -122,18 +125,18 @@ class TokenShifts(Described, Drawn):
         """The changed tokens at each place, with the change of their probability."""
         names: list[str] = []
         for place in places:
-            pairs = zip(ids[place].tolist(), changes[place].tolist(), strict=True)
-            names.append(
-                ", ".join(f"{self.strings[str(i)]!r} {change:+.3f}" for i, change in pairs)
-            )
+            words: list[str] = []
+            for token, change in zip(ids[place].tolist(), changes[place].tolist(), strict=True):
+                words.append(f"{self.strings[str(token)]!r} {change:+.3f}")
+            names.append(", ".join(words))
         return names
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
-        """The k tokens whose distribution moved most, by KL from base to adapted.
+        """The k tokens whose distribution changed most, by KL from base to adapted.
 
         Args:
-            k: how many.
-            prompt: an index; without it, of all prompts.
+            k: the number of tokens.
+            prompt: an index; without it, tokens of all prompts.
 
         Raises:
             ArgumentError: no such prompt, or a k that is no whole number, or below 0.
@@ -178,21 +181,21 @@ def token_shifts(
     between: tuple[Scale, Scale] = (0.0, 1.0),
     k: int = 5,
 ) -> TokenShifts:
-    """How the distribution of each token of a response moved. Two forward passes.
+    """Measure how the distribution of each token of a response changed, in two forward passes.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        response: what is said after each prompt: a string, ids, or one of these per prompt; or
-            what `LoraLens.generate` returned.
-        between: two settings of the gates, each as for `LoraLens.gates`.
-        k: how many promoted and suppressed tokens are kept at each place.
+        response: the response to each prompt: a string, ids, or one of these per prompt; or what
+            `LoraLens.generate` returned.
+        between: two settings of the gates, each in any form that `LoraLens.gates` takes.
+        k: the number of promoted and of suppressed tokens that are kept at each position.
 
     Raises:
-        ArgumentError: k below 1, `between` without two settings, or a bound of memory that the
-            logits of a response are beyond.
+        ArgumentError: k below 1, `between` without two settings, or a memory bound that the logits
+            of a response exceed.
         TokenError, PromptError: a response or prompt that does not fit the model.
-        NumericsError: non-finite logits.
+        NumericsError: a logit is not finite.
     """
     count = whole("k", k, 1)
     if not isinstance(between, tuple) or len(between) != 2:
@@ -203,7 +206,7 @@ def token_shifts(
     read = g.require_one_response()
     by_prompt: list[_TokenNumbers] = []
     for prompt in range(read.batch):
-        # One prompt at a time: the logits of both settings are held.
+        # Prompts run one at a time, because the logits of both settings are in memory.
         one = g.only([prompt])
         base = one.logits(first)[0]
         adapted = one.logits(second)[0]
@@ -233,7 +236,7 @@ def _one_setting(lens: LoraLens, scale: Scale) -> Float[Tensor, " site"]:
     """The gates of one setting.
 
     Raises:
-        ArgumentError: gates of several points.
+        ArgumentError: the gates have more than one axis.
     """
     gates = lens.gates(scale)
     if gates.ndim > 1:
@@ -245,7 +248,7 @@ def _one_setting(lens: LoraLens, scale: Scale) -> Float[Tensor, " site"]:
 
 
 class _TokenNumbers(NamedTuple):
-    """The numbers of each token of one response; a pair of ends on the last axis."""
+    """The numbers of each token of one response; the two ends are the last axis."""
 
     log_p: Float[Tensor, "token end=2"]
     entropy: Float[Tensor, "token end=2"]
@@ -269,7 +272,8 @@ def _numbers_of_response(
     for first in range(0, len(ids), _AT_ONCE):
         tokens = slice(first, first + _AT_ONCE)
         chunks.append(_numbers_of_tokens(base[tokens], adapted[tokens], ids[tokens], count))
-    return _TokenNumbers(*(torch.cat(field).cpu() for field in zip(*chunks, strict=True)))
+    fields = zip(*chunks, strict=True)
+    return _TokenNumbers(*[torch.cat(chunks_of_field).cpu() for chunks_of_field in fields])
 
 
 def _numbers_of_tokens(
@@ -305,12 +309,12 @@ def _numbers_of_tokens(
 
 
 def _expected(p: Tensor, values: Tensor) -> Float[Tensor, " token"]:
-    """Σ_v p(v) values(v); what has no probability counts for nothing."""
+    """Σ_v p(v) values(v), where terms with p(v) = 0 are zero."""
     return torch.where(p > 0, p * values, 0.0).sum(-1)
 
 
 def _padded(by_prompt: Sequence[_TokenNumbers]) -> dict[str, Tensor]:
-    """Each number of all responses as one tensor: beyond a response's own tokens NaN, or −1."""
+    """Each number of all responses as one tensor, padded with NaN or −1."""
     padded: dict[str, Tensor] = {}
     for name in _TokenNumbers._fields:
         rows: list[Tensor] = [getattr(numbers, name) for numbers in by_prompt]
@@ -320,7 +324,7 @@ def _padded(by_prompt: Sequence[_TokenNumbers]) -> dict[str, Tensor]:
 
 
 def _strings_of(lens: LoraLens, ids: Int[Tensor, "*any"]) -> dict[str, str]:
-    """The tokens by id, of those that are no padding."""
-    kept = ids.unique()
-    kept = kept[kept >= 0].tolist()
-    return {str(i): token for i, token in zip(kept, lens.decode(kept), strict=True)}
+    """The strings of these tokens, by id; negative ids are padding."""
+    distinct = ids.unique()
+    tokens = distinct[distinct >= 0].tolist()
+    return {str(token): text for token, text in zip(tokens, lens.decode(tokens), strict=True)}

@@ -10,7 +10,7 @@ from lens_lora.shifts.logit_shift import LogitShift
 
 @drawing.body.register(KLShares)
 def kl_shares_body(shares: KLShares) -> str:
-    """The largest shares, and for each prompt whether they rank the sites."""
+    """Say the largest shares, and for each prompt whether they rank the sites."""
     lines = [shares.top(5).to_string()]
     lines += [f"  prompt {i}: {verdict}" for i, verdict in enumerate(shares.verdict)]
     return "\n".join(lines)
@@ -18,7 +18,7 @@ def kl_shares_body(shares: KLShares) -> str:
 
 @drawing.text.register(SharesVerdict)
 def shares_text(verdict: SharesVerdict) -> str:
-    """Whether shares of the quadratic rank the modules, and if not what does."""
+    """Say whether shares of the quadratic rank the modules, and if not, what does."""
     agreement = f"rank correlation with the gradient at ε = ½: {verdict.agreement:.2f}"
     facts = f"{agreement}; the KL is {verdict.ratio:.2g} times its quadratic part"
     if verdict.kind == "unknown":
@@ -34,7 +34,7 @@ def shares_text(verdict: SharesVerdict) -> str:
 
 @drawing.body.register(LogitShift)
 def logit_shift_body(shift: LogitShift) -> str:
-    """How many prompts and tokens there are, and whether each site has its own."""
+    """Say how many prompts and tokens there are, and whether the shift is split by site."""
     part = "each site" if shift.sites else "all sites together"
     prompts = many(len(shift.values), "prompt")
     tokens = many(len(shift.tokens), "token")

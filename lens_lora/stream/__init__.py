@@ -1,1 +1,1 @@
-"""Activations at hook points and of sites, and how vectors there are read as tokens."""
+"""Activations at hook points and of sites, and vectors at hook points read as tokens."""

@@ -1,4 +1,4 @@
-"""The cosine of vectors at hook points with directions, or with what sites write there."""
+"""The cosine of vectors at hook points with directions, or with the outputs of sites there."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
 
     Args:
         vectors: the vector at each hook point.
-        source: directions in any form that `directions_of` takes; or a lens, for what its sites
-            write at each hook point.
+        source: directions in any form that `directions_of` takes, or a lens, for the directions
+            that its sites write at each hook point.
 
     Raises:
         ArgumentError: directions of another width or space, or none at any point.
-        ModelStateError: a lens, of which a norm changes what a site writes to the stream.
+        ModelStateError: the source is a lens, and a norm changes what a site writes to the stream.
     """
     rows: list[dict[str, Any]] = []
     for name, vector in vectors.items():
         if isinstance(source, LoraLens):
-            found = _written(source, name)
+            own_directions = _written(source, name)
         else:
-            found = directions_of(source, name)
-        if found is None:
+            own_directions = directions_of(source, name)
+        if own_directions is None:
             continue
-        directions = found.at(name, len(vector))
+        directions = own_directions.at(name, len(vector))
         cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
         for (label, index), cosine in zip(directions.labels, cosines.tolist(), strict=True):
             rows.append({"point": name, "direction": label, "index": index, "cosine": cosine})
@@ -52,7 +52,7 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
 
 
 def _written(lens: LoraLens, name: str) -> Directions | None:
-    """The columns of B of the sites that write at a hook point; None where no site does."""
+    """The columns of B of the sites that write at a hook point; None if no site does."""
     writers = stream_writers(lens, _BY_SHIFT) if is_residual(name) else []
     columns: dict[str, Tensor] = {}
     for index, site in enumerate(lens.sites):

@@ -37,11 +37,11 @@ def strongest(values: NDArray[np.floating], sign: int, k: int) -> NDArray[np.int
     Args:
         values: one for each token; NaN counts as 0.
         sign: 1 or −1.
-        k: how many.
+        k: the largest number of indices.
     """
-    towards = np.nan_to_num(values * sign, nan=0.0)
-    order = np.argsort(-towards, kind="stable")[:k]
-    return order[towards[order] > 0]
+    size_of_sign = np.nan_to_num(values * sign, nan=0.0)
+    order = np.argsort(-size_of_sign, kind="stable")[:k]
+    return order[size_of_sign[order] > 0]
 
 
 def require_some(positions: Positions, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -52,8 +52,8 @@ def require_some(positions: Positions, chosen: NDArray[np.bool_]) -> NDArray[np.
     """
     if not chosen.any():
         raise ArgumentError(
-            f"positions={positions!r}: no token is there that is not a sink",
-            remedy="ask for others, or sinks=True.",
+            f"positions={positions!r}: every token there is a sink, or there is none",
+            remedy="ask for other positions, or pass sinks=True.",
         )
     return chosen
 
@@ -70,7 +70,7 @@ def require_sign(sign: int) -> int:
 
 
 def require_ranks(rank: int | None, count: int) -> list[int]:
-    """The ranks that are asked for, checked: one of them, or all.
+    """Check a rank that a caller asks for, and return it in a list; without one, return all.
 
     Args:
         rank: an index; None for all.

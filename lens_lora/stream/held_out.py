@@ -1,10 +1,10 @@
-"""How much of a vector that changes from token to token is constant, judged on held-out texts.
+"""The constant share of a vector that changes from token to token, measured on held-out texts.
 
     share = 1 − Σ_i Σ_t∈i ‖x_t − μ_{−i}‖² / Σ_t ‖x_t‖²,    μ_{−i} the mean over the other texts
 
-Sums of each text are enough, as Σ_t∈i ‖x_t − μ‖² = q_i − 2 s_i·μ + n_i ‖μ‖². With a mean over the
-same tokens the share would be inflated by about one over their number. It is negative where the
-mean of the other texts is worse than none.
+Sums over each text suffice, because Σ_t∈i ‖x_t − μ‖² = q_i − 2 s_i·μ + n_i ‖μ‖². With a mean over
+the same tokens, the share would be too large by about one over their number. It is negative if the
+mean of the other texts is a worse prediction than zero.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def held_out_share(
     squares: Float[Tensor, " text *more"],
     counts: Int[Tensor, " text"],
 ) -> Float[Tensor, "*more"]:
-    """The constant share; NaN where all vectors are zero, or there is one text.
+    """The constant share; NaN if all vectors are zero, or if there is only one text.
 
     Args:
         sums: s_i, the sum of each text's vectors.
-        squares: q_i, the sum of their squared lengths.
-        counts: n_i, how many there are.
+        squares: q_i, the sum of the squared lengths of each text's vectors.
+        counts: n_i, the number of each text's vectors.
     """
     has_tokens = counts > 0
     counts = counts[has_tokens]

@@ -1,4 +1,4 @@
-"""Activations of many texts at hook points, in batches of texts of like length."""
+"""Activations of many texts at hook points, in batches of texts of similar length."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lens_lora.core import (
 from lens_lora.errors import require_finite
 from lens_lora.texts.batches import by_length
 
-# By hook point, h of a batch of texts at each scale that was asked for.
+# The activations h of a batch of texts by hook point, one tensor for each scale.
 ActivationsAtScales = dict[str, list[Float[Tensor, "text token _d"]]]
 
 
-# Texts alone, or with what is said after each of them.
+# Texts, or texts with the responses to them.
 TextsLike = PromptsLike | tuple[PromptsLike, AnswerLike] | Generated
 
 
 def text_rows(lens: LoraLens, texts: TextsLike) -> Prompts:
-    """The texts as rows of tokens, each with its response where it has one.
+    """The texts as rows of tokens, each with its response if it has one.
 
     Args:
         lens: the adapter over the model.
-        texts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses); or what a
-            model generated, whose own tokens are the responses.
+        texts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses); or what
+            `LoraLens.generate` returned, whose tokens are the responses.
 
     Raises:
         TokenError, PromptError: a text or response that does not fit the model.
@@ -51,20 +51,21 @@ def text_rows(lens: LoraLens, texts: TextsLike) -> Prompts:
 
 
 def positions_in(rows: Prompts, positions: Any) -> Bool[Tensor, "text token"]:
-    """The tokens of each text that `positions` means.
+    """The tokens of each text at these positions.
 
     Args:
         rows: the texts.
-        positions: as `core/readout/positions.py` says.
+        positions: positions in any form that `core/readout/positions.py` describes.
 
     Raises:
-        ArgumentError: something that means no positions.
+        ArgumentError: anything that does not describe positions.
     """
-    asked = ChosenPositions.of(positions)
+    positions_of_text = ChosenPositions.of(positions)
     chosen = torch.zeros_like(rows.real, device="cpu")
     starts = rows.asked_lengths
     for text, length in enumerate(rows.lengths.tolist()):
-        chosen[text, :length] = torch.from_numpy(asked.mask(length, starts[text]))
+        mask = positions_of_text.mask(length, starts[text])
+        chosen[text, :length] = torch.from_numpy(mask)
     return chosen
 
 
@@ -73,7 +74,7 @@ def activations_at(
 ) -> Iterator[tuple[list[int], ActivationsAtScales]]:
     """Yield the indices of each batch of texts, with h at each hook point and scale.
 
-    Heads are laid flat, and padding is NaN.
+    The axis of heads is flattened, and padding is NaN.
 
     Cost: one forward pass of every text for each scale.
 
@@ -81,13 +82,13 @@ def activations_at(
         lens: the adapter over the model.
         rows: the texts.
         names: hook points by name, glob or predicate.
-        scales: the gates of each run: of all texts, or [text, site], those of each.
+        scales: the gates of each run, for all texts together or [text, site].
 
     Raises:
-        SiteError: a hook point that the model lacks; gates of another number of texts.
-        ModelStateError: a point named in full that never fires, or holds no activations by
-            position; globs that match no other.
-        NumericsError: an activation that is not finite.
+        SiteError: a hook point that the model lacks, or gates of another number of texts.
+        ModelStateError: a hook point that is named in full never fires or has no positions, or
+            globs match only such points.
+        NumericsError: an activation is not finite.
     """
     f = lens.function(rows)
     named = lens.points(names).computed()
@@ -99,11 +100,11 @@ def activations_at(
         passes = f.of_rows(batch).passes
         runs: list[Recording] = []
         for gates in gates_of_runs:
-            # Texts are not run in the order in which they were given.
+            # Texts are run in another order than that in which they were passed.
             gates_of_batch = gates if gates.ndim == 1 else gates[index]
             runs.append(passes.record(points, gates_of_batch, in_full))
         if is_first:
-            # The first batch shows which of the points that globs match hold activations.
+            # The first batch shows which of the points that globs match have activations.
             points = named.fired(runs[0].firings)
             points = passes.positioned(runs[0], points, in_full)
             is_first = False
@@ -118,7 +119,7 @@ def _at_point(
     activations: list[Tensor] = []
     for run in runs:
         h = run.firings[name][-1].cpu().to(lens.gate_dtype).flatten(2)
-        # Some points hold one row for all texts.
+        # Some points have one row for all texts.
         h = h.expand(batch.batch, -1, -1)
         require_finite(h[real], f"the activation at {name}")
         activations.append(h.masked_fill(~real[..., None], torch.nan))

@@ -1,4 +1,4 @@
-"""Tokens of the vocabulary ranked by one number each."""
+"""Tokens of the vocabulary, ranked by one number for each."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lens_lora.arguments import whole
 def ranked_tokens(
     values: Tensor, strings: Sequence[str], k: int, column: str, *, largest: bool = True
 ) -> pd.DataFrame:
-    """The k tokens of largest (or least) value: rank from 1, token, id, value.
+    """A table of the k tokens with the largest (or smallest) values: rank, token, id and value.
 
     Args:
-        values: [vocab].
+        values: the value of each token, [vocab].
         strings: the tokens by id.
-        k: how many.
+        k: the number of tokens.
         column: the name of the values.
-        largest: False for the least.
+        largest: False for the smallest values.
 
     Raises:
         ArgumentError: a k that is no whole number, or below 0.

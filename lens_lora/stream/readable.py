@@ -1,4 +1,4 @@
-"""Vectors at hook points; at points of the residual stream they are also read in logits."""
+"""Vectors at hook points, which are read as logits at points of the residual stream."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lens_lora.stream.stream_reading import over_scale, read_through
 
 
 class Readable(Described, kw_only=True):
-    """A vector at each hook point, which at points of the residual stream is also read in logits.
+    """A vector at each hook point, which is also read as logits at points of the residual stream.
 
     Attributes:
         values: one vector for each hook point.
-        readings: the vector in logits, by point of the residual stream [vocab].
+        readings: the vector read as logits [vocab], by point of the residual stream.
         strings: every token of the vocabulary.
         meta: model, adapter, dtype and versions.
     """
@@ -35,22 +35,22 @@ class Readable(Described, kw_only=True):
         return tuple(self.values)
 
     def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
-        """The k tokens that the vector reads as, through the model's own norm and unembedding.
+        """The k tokens that the vector raises most, by the model's final norm and unembedding.
 
-        The layers after the point are left out. The norm's denominator is held at that of the base
-        model, token by token, or of the texts' means, so that the reading is linear.
+        The layers after the point are left out. The norm's denominator is that of the base model,
+        token by token or at the texts' means, so that the reading is linear.
 
         Args:
-            k: how many.
-            name: a point of the residual stream; without it, the only one.
-            largest: False for the tokens that it lowers most.
+            k: the number of tokens.
+            name: a point of the residual stream; None for the only one.
+            largest: False for the tokens that the vector lowers most.
 
         Returns:
             A data frame: rank, token, id, logit.
 
         Raises:
-            SiteError: no such point here, or one outside the residual stream.
-            ArgumentError: several points and none named.
+            SiteError: no such point here, or a point outside the residual stream.
+            ArgumentError: there are several points, and none is named.
         """
         row = self.readings[self._read_at(name)]
         return ranked_tokens(row, self.strings, k, "logit", largest=largest)
@@ -67,8 +67,8 @@ class Readable(Described, kw_only=True):
             name = first
         if name is None or name not in self.readings:
             raise SiteError(
-                f"{name or self.names[0]!r} has no reading, as it is no point of the residual "
-                f"stream that was asked for; these are {list(self.readings)}."
+                f"{name or self.names[0]!r} has no reading, because it is not among the points of "
+                f"the residual stream that were asked for; these are {list(self.readings)}."
             )
         return name
 
@@ -76,12 +76,12 @@ class Readable(Described, kw_only=True):
 def readable(
     lens: LoraLens, texts: Sequence[Prompts], points: Iterable[tuple[str, Tensor, Tensor]]
 ) -> dict[str, Any]:
-    """All fields of `Readable` except its values.
+    """The fields of `Readable` except `values`.
 
     Args:
         lens: the adapter over the model.
         texts: the texts that were run.
-        points: the name of each point, Δh [token, d], and the h [token, d] whose norm divides it.
+        points: for each point its name, Δh [token, d], and h [token, d], whose norm divides Δh.
     """
     d_model = int(lens.model.cfg.d_model)
     readings: dict[str, Tensor] = {}

@@ -1,10 +1,10 @@
 """Rank activations u_l = A_l z_l of every site at every token, kept in one forward pass.
 
-The adapted pass computes u = Az + a₀ anyway, and u is kept before B writes it. So u is what A reads
-of the Hugging Face module's own input x, whatever was folded into the hooked model. Where value
-biases were folded, an update of v changes x at o, and what it adds to u there is added here.
+The adapted pass computes u = Az + a₀ anyway, and u is kept before B is applied. So u is what A
+reads from the Hugging Face module's own input x, whatever was folded into the hooked model. If
+value biases were folded, an update of v changes x at o, and its part of u there is added here.
 
-A token is a sink if it is the first of its row, or if at some site its ‖z‖ is more than
+A token is a sink if it is the first of its row, or if its ‖z‖ at some site is more than
 `SINK_RATIO` times the median over the row's later tokens.
 
 Cost: one forward pass, without the unembedding.
@@ -31,13 +31,13 @@ from lens_lora.core import (
 )
 from lens_lora.errors import ModelStateError, UnsupportedAdapterError, require_finite
 
-# A trained model's sinks have up to hundreds of times the other tokens' ‖z‖.
+# In a trained model, ‖z‖ of a sink is up to hundreds of times that of other tokens.
 SINK_RATIO = 50.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Seen:
-    """The rank activations of some sites, as one forward pass showed them.
+    """The rank activations of some sites in one forward pass.
 
     Attributes:
         values: u, NaN at padding and beyond a site's own rank.
@@ -53,11 +53,12 @@ def activation_ranks(lens: LoraLens, sites: Sequence[int], gauge: Gauge) -> tupl
 
     Args:
         lens: the adapter over the model.
-        sites: their indices.
+        sites: the indices of the sites.
         gauge: 'svd' or 'trained'.
 
     Raises:
-        UnsupportedAdapterError: a norm; in gauge 'trained' an update that is no product s·B·A.
+        UnsupportedAdapterError: a site is a norm; or, in gauge 'trained', its update is no product
+            s·B·A.
     """
     return tuple(_rank(lens.updates[site], gauge) for site in sites)
 
@@ -94,14 +95,14 @@ def site_activations(
     Cost: one forward pass, in groups of prompts that fit within the lens's memory bound.
 
     Args:
-        f: the function, whose rows are run; its lens is in the gauge whose coordinates are meant.
-        gates: the gates of all rows, or of each row.
-        sites: their indices.
-        ranks: how many coordinates each has, from `activation_ranks`.
+        f: the function whose rows are run; u has the coordinates of its lens's gauge.
+        gates: the gates, for all rows together or for each row.
+        sites: the indices of the sites.
+        ranks: the number of coordinates of each site, from `activation_ranks`.
 
     Raises:
-        ModelStateError: a site's hook did not fire, or the heads of one have inputs of their own.
-        NumericsError: non-finite activations.
+        ModelStateError: a site's hook did not fire, or its heads have inputs of their own.
+        NumericsError: an activation is not finite.
         SiteError: gates of another number of rows.
     """
     gates = f.lens.gates_of_rows(gates, f.rows.batch)
@@ -135,11 +136,11 @@ def _seen_in_pass(
 
 
 class _Keep:
-    """The writes of a pass in which u of the chosen sites is kept; sites write ε ΔW z as ever.
+    """The injection of a pass that keeps u of the chosen sites; sites write ε ΔW z as usual.
 
     Attributes:
         values: u, [batch, site, pos, rank]; NaN beyond a site's own rank.
-        sizes: ‖z‖ of each different tensor that sites read, [batch, pos].
+        sizes: ‖z‖, [batch, pos], of each distinct tensor that sites read.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class _Keep:
         self._scaled = ScaleInject(lens.plan, gates)
         self._slots = {site: slot for slot, site in enumerate(sites)}
         self._seen: set[int] = set()
-        # By slot of a site o, what an update of v adds to its u.
+        # What an update of v adds to u of a site o, by the slot of that site.
         self._from_v: dict[int, Tensor] = {}
         self._last_z: Tensor | None = None
         batch, pos = prompts.tokens.shape
@@ -176,7 +177,7 @@ class _Keep:
         if is_main and slot is not None:
             self._keep_u(slot, injection, u, z)
         elif slot is not None and injection.partner is not None and not injection.is_constant_of_v:
-            # What an update of v adds to the input of o, where it is not in z.
+            # z lacks what an update of v adds to the input of o.
             gate = self._gates[..., injection.partner].to(u.device, u.dtype)
             if gate.ndim:
                 gate = gate.view(-1, 1, 1)
@@ -186,7 +187,7 @@ class _Keep:
         return injection.map.added(out, u, injection.gate(self._gates))
 
     def _keep_u(self, slot: int, injection: Injection, u: Tensor, z: Tensor) -> None:
-        """Keep u at each token, with v's constant in it where the map of this place lacks that."""
+        """Keep u at each token; if this map lacks the constant of v, it is included."""
         if injection.whole is not None:
             u = injection.whole.coordinates(z)
         name = self._lens.sites[injection.site].name
@@ -205,19 +206,19 @@ class _Keep:
         self.sizes.append(size.to(self._real.device))
 
     def add_what_v_adds(self) -> None:
-        """Add what updates of v add to u of o. Hooks of one point may fire in any order."""
+        """Add what updates of v add to u of o, after the pass, as hooks may fire in any order."""
         for slot, added in self._from_v.items():
             rank = self._ranks[slot]
             self.values[:, slot, :, :rank] += added[..., :rank].to(self.values.device)
 
     def require_finite(self) -> None:
-        """Raise NumericsError where a token has an activation that is not finite."""
+        """Raise NumericsError if a token has an activation that is not finite."""
         for slot, site in enumerate(self._sites):
             u = self.values[:, slot, :, : self._ranks[slot]]
             require_finite(u[self._real], f"u of {self._lens.sites[site].name}")
 
     def require_all_seen(self) -> None:
-        """Raise ModelStateError where a chosen site did not run."""
+        """Raise ModelStateError if a chosen site did not run."""
         missed = [site for site, slot in self._slots.items() if slot not in self._seen]
         if missed:
             name = self._lens.sites[missed[0]].name
@@ -230,11 +231,11 @@ class _Keep:
 def sinks_among(
     sizes: Sequence[Float[Tensor, "batch pos"]], real: Bool[Tensor, "batch pos"]
 ) -> Bool[Tensor, "batch pos"]:
-    """The first token of each row, and those with an outlier among the sizes.
+    """The sinks: the first token of each row, and tokens whose size is an outlier somewhere.
 
     Args:
         sizes: ‖z‖ or ‖h‖ at several places of the model.
-        real: the tokens that are no padding.
+        real: True for tokens that are not padding.
     """
     sinks = torch.zeros_like(real)
     if sizes and sinks.shape[1] > 2:
@@ -246,15 +247,15 @@ def sinks_among(
 
 
 def _of_one_input(site: str, z: Tensor, u: Tensor) -> Float[Tensor, "batch pos rank"]:
-    """The one u of all heads; refused where each head reads an input of its own."""
+    """The u that all heads share; an error if the heads read different inputs."""
     if u.ndim < 4:
         return u
-    # The inputs are compared, as products of equal rows may differ by rounding.
+    # The inputs are compared, because products of equal rows may differ by rounding.
     if not torch.equal(z, z[:, :, :1].expand_as(z)):
         raise ModelStateError(
-            f"{site}: each head has an input of its own here, and they differ, so there is no one "
-            "u",
-            remedy="Take the hooks off that change them, or turn use_split_qkv_input and "
+            f"{site}: each head has an input of its own here, and these differ, so there is no "
+            "single u",
+            remedy="remove the hooks that change them, or turn use_split_qkv_input and "
             "use_attn_in off.",
         )
     return u[:, :, 0]

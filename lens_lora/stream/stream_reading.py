@@ -2,11 +2,11 @@
 
     N(h) = γ ⊙ c(h)/σ(h) + β,     reading of Δh = W_U γ ⊙ c(Δh)/σ(h)
 
-The denominator σ is held at the base's, token by token. So the reading is linear in Δh, the reading
-of a mean is the mean of readings, and β and b_U drop out. c centres where the norm does. γ and W_U
-are applied by the model's own modules, as N(m) − N(0) = γ ⊙ c(m)/σ(m). The layers in between are
-left out, and so is a soft-cap after the unembedding. The model's own Jacobian can stand for these
-layers (`audit/jacobian.py`).
+The denominator σ is the base's, token by token. So the reading is linear in Δh, the reading of a
+mean is the mean of the readings, and β and b_U drop out. c centres if the norm does. γ and W_U are
+applied by the model's own modules, by N(m) − N(0) = γ ⊙ c(m)/σ(m). The layers in between are left
+out, and so is a soft-cap after the unembedding. The model's own Jacobian can take the place of
+these layers (`audit/jacobian.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lens_lora.core import LoraLens
 def over_scale(
     lens: LoraLens, shift: Float[Tensor, "*token d"], base: Float[Tensor, "*token d"]
 ) -> Float[Tensor, "*token d"]:
-    """The normed shift c(Δh)/σ(h), token by token; Δh itself where the model has no final norm.
+    """The normed shift c(Δh)/σ(h), token by token; Δh itself if the model has no final norm.
 
     Args:
         lens: the adapter over the model.
         shift: Δh.
-        base: h, whose σ divides.
+        base: h, whose σ is the denominator.
     """
     if lens.host.final_norm is None:
         return shift
@@ -36,8 +36,7 @@ def over_scale(
 def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tensor, "*token vocab"]:
     """The logits W_U γ ⊙ m of normed shifts m, or of their mean.
 
-    Where a projection P, and no norm, stands between the stream and the head (OPT-350m), it is
-    W_U P m.
+    If a projection P, and no norm, is between the stream and the head (OPT-350m), it is W_U P m.
 
     Args:
         lens: the adapter over the model.
@@ -60,7 +59,7 @@ def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tenso
 
 
 def _centred(lens: LoraLens, values: Tensor) -> Tensor:
-    """Subtract the mean over d, where the model has LayerNorm."""
+    """Subtract the mean over d if the model has LayerNorm."""
     if lens.host.family.norm != "LN":
         return values
     return values - values.mean(-1, keepdim=True)

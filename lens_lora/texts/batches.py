@@ -1,4 +1,4 @@
-"""Many texts in forward passes of a bounded size, where texts of like length go together."""
+"""Many texts in forward passes of a bounded size; texts of similar length run together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lens_lora.core import HookFn, LoraLens, Prompts, ScaleInject
 from lens_lora.errors import PromptError, require_finite, which_prompt
 
-# The most tokens of a batch whose logits are held for two models at once.
+# The largest number of tokens in a batch whose logits are kept for two models at once.
 TOKENS_AT_ONCE = 512
 # A batch has no more padding than this. A pass of its own takes a small model on a CPU as long as
 # some fifty tokens do.
@@ -28,13 +28,16 @@ Visit = Callable[[list[int], Prompts], None]
 
 
 def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
-    """Batches of texts of like length with their indices, the shortest first. No forward pass.
+    """Batches of texts of similar length, with their indices, the shortest first.
+
+    It takes no forward pass.
 
     A longer text begins a new batch where the shorter ones would need much padding beside it.
 
     Args:
-        texts: all of them.
-        most: the most tokens of a batch, with its padding; a longer text has a batch of its own.
+        texts: all texts.
+        most: the largest number of tokens in a batch, including padding; a longer text is a batch
+            of its own.
     """
     lengths = texts.lengths.tolist()
     batch: list[int] = []
@@ -55,13 +58,13 @@ def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
 def batches_of(
     lens: LoraLens, texts: Prompts, most: int, kind: Literal["plain", "graph"] = "plain"
 ) -> Iterator[tuple[list[int], Prompts]]:
-    """Batches of texts of like length with their indices, within the lens' bound of memory.
+    """Batches of texts of similar length, with their indices, within the lens's memory bound.
 
     Args:
-        lens: the adapter over the model, and its bound of memory.
-        texts: all of them, read where their logits are needed.
-        most: the most tokens of a batch; fewer where the bound of the lens has no room for them.
-        kind: 'plain' for forward passes, 'graph' where a batch is differentiated.
+        lens: the adapter over the model, with its memory bound.
+        texts: all texts, read at the tokens whose logits are needed.
+        most: the largest number of tokens in a batch; the memory bound may make it smaller.
+        kind: 'plain' for forward passes, 'graph' if the batches are differentiated.
     """
     passes = lens.function(texts).of_rows(texts).passes
     return by_length(texts, passes.tokens_at_once(most, kind))
@@ -76,16 +79,16 @@ def over_texts(
     progress: bool,
     kind: Literal["plain", "graph"] = "plain",
 ) -> None:
-    """Visit every batch of texts of like length, read at each of their tokens.
+    """Visit every batch of texts of similar length, read at each of their tokens.
 
     Args:
-        lens: the adapter over the model, and its bound of memory.
-        texts: all of them.
-        most: the most tokens of a batch; fewer where the bound of the lens has no room for them.
+        lens: the adapter over the model, with its memory bound.
+        texts: all texts.
+        most: the largest number of tokens in a batch; the memory bound may make it smaller.
         visit: called with the indices of a batch's texts, and the batch.
-        what: the title of the bar.
+        what: the title of the progress bar.
         progress: show a bar.
-        kind: 'plain' for forward passes, 'graph' where a batch is differentiated.
+        kind: 'plain' for forward passes, 'graph' if the batches are differentiated.
     """
     read_everywhere = dataclasses.replace(texts, reads=texts.lengths)
     with tqdm(total=texts.batch, desc=what, leave=False, disable=not progress) as bar:
@@ -97,7 +100,7 @@ def over_texts(
 def logits_of(
     gated: Gated, rows: Prompts, hooks: Sequence[tuple[str, HookFn]] = ()
 ) -> Float[Tensor, "row pos vocab"]:
-    """The logits of one model where the rows are read. One forward pass.
+    """The logits of one model at the tokens where the rows are read, from one forward pass.
 
     Args:
         gated: a lens, and its gates.
@@ -105,7 +108,7 @@ def logits_of(
         hooks: further hooks for this pass, by the names of their hook points.
 
     Raises:
-        NumericsError: a logit that is not finite.
+        NumericsError: a logit is not finite.
     """
     lens, gates = gated
     f = lens.function(rows).of_rows(rows)
@@ -118,20 +121,20 @@ def logits_of(
 def _with_hooks(
     lens: LoraLens, gates: Float[Tensor, " site"], hooks: Sequence[tuple[str, HookFn]]
 ) -> Generator[None]:
-    """Within the block the model runs at these gates, and under these hooks."""
+    """Within the block, the model runs at these gates and with these hooks."""
     with lens.hooked(hooks), lens.injected(ScaleInject(lens.plan, gates)):
         yield
 
 
 def require_second_token(texts: Prompts, what: str) -> None:
-    """Refuse texts of one token: the first is a sink, and left out.
+    """Refuse texts of one token, because the first token is a sink and is left out.
 
     Args:
-        texts: all of them.
-        what: the number that leaves out first tokens, for the message.
+        texts: all texts.
+        what: the name of the number that leaves out first tokens, for the message.
 
     Raises:
-        PromptError: a text of one token.
+        PromptError: a text has only one token.
     """
     short = (texts.lengths < 2).nonzero().flatten().tolist()
     if short:
@@ -143,18 +146,19 @@ def require_second_token(texts: Prompts, what: str) -> None:
 
 
 def require_own_tokens(texts: Prompts) -> None:
-    """Refuse a text with which another one begins, as it has no token that the other lacks.
+    """Refuse a text that is the beginning of another one: it has no token that the other lacks.
 
     Args:
-        texts: all of them.
+        texts: all texts.
 
     Raises:
-        PromptError: a text that equals another one, or with which another one begins.
+        PromptError: a text is equal to another one, or to its beginning.
     """
-    # A mark is of a token with all tokens before it, so the last one is that of the whole text.
+    # A mark identifies a token together with all tokens before it, so the last mark identifies the
+    # whole text.
     marks = texts.marks()
-    whole = marks.gather(1, texts.lengths.cpu()[:, None] - 1)
-    begins_another = (marks[None] == whole[:, None]).any(2).fill_diagonal_(False)
+    last_marks = marks.gather(1, texts.lengths.cpu()[:, None] - 1)
+    begins_another = (marks[None] == last_marks[:, None]).any(2).fill_diagonal_(False)
     pairs = begins_another.nonzero().tolist()
     if pairs:
         text, other = pairs[0]

@@ -1,4 +1,4 @@
-"""KL and change of a distribution p when its logits shift by d, without another softmax.
+"""The KL and the change of a distribution p when its logits shift by d, without another softmax.
 
 With q = softmax(log p + d),
 
@@ -6,9 +6,10 @@ With q = softmax(log p + d),
     KL(p ‖ q) = log Z − Σ p d
     q − p = (p (eᵈ − 1) − (Z − 1) p) / Z
 
-1. A constant added to all logits changes nothing, so d is counted from its mean Σ p d. The rounding
-   error of the KL is then that of the differences within d, not of the logits or of the constant.
-2. Where d exceeds `LARGEST_SHIFT`, a probability that rounds to zero in p may be one in q, and q is
+1. A constant added to all logits changes nothing, so the mean Σ p d is subtracted from d. Then the
+   rounding error of the KL comes from the differences within d, not from the logits or the
+   constant.
+2. If d exceeds `LARGEST_SHIFT`, a probability that rounds to zero in p may be one in q, and q is
    computed as a softmax after all.
 
 Everything is computed in place. `responses/held_base.py` has the same sums with derivatives.
@@ -30,12 +31,12 @@ _Rows = Float[Tensor, "*row vocab"]
 
 @dataclasses.dataclass(frozen=True)
 class DistributionShift:
-    """KL(p ‖ q) in nats, and q − p, which is computed only for the rows that are asked for.
+    """KL(p ‖ q) in nats, and q − p, which is only computed for the rows that a caller reads.
 
     Attributes:
-        kl: one number for each distribution.
+        kl: the KL of each distribution.
         p: the distribution before the shift.
-        grown: p (eᵈ − 1), with d counted from its mean.
+        grown: p (eᵈ − 1), with d minus its mean.
         rest: Z − 1.
     """
 
@@ -57,7 +58,7 @@ class DistributionShift:
         """Sum w (q − p) over all rows.
 
         Args:
-            weights: w, one for each row, with all axes of the rows in one.
+            weights: w, one number for each row, with the axes of the rows flattened.
         """
         rest = self.rest.flatten()
         by_row = weights / (1 + rest)
@@ -67,7 +68,7 @@ class DistributionShift:
 
 
 def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift:
-    """How a distribution changes when its logits shift.
+    """Compute how a distribution changes when its logits shift.
 
     Args:
         base: the logits of p.
@@ -75,7 +76,7 @@ def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift
         shift: d; it is overwritten.
 
     Raises:
-        NumericsError: a shift that is not finite.
+        NumericsError: a shift is not finite.
     """
     require_finite(shift.sum(-1), "the shift of a logit")
     shift.sub_(_mean(p, shift)[..., None])

@@ -22,18 +22,20 @@ def text_divergences(
     hooks: Sequence[tuple[str, HookFn]] = (),
     progress: bool,
 ) -> Float[Tensor, "other text"]:
-    """Sum KL(reference ‖ other) over the counted tokens, in nats. One forward pass of each model.
+    """Sum KL(reference ‖ other) over the counted tokens, in nats.
+
+    Cost: one forward pass of each model.
 
     Args:
         reference: a lens and its gates, whose distributions come first in the KL.
         others: lenses and their gates.
-        texts: all of them.
-        counted: the tokens that are summed over.
+        texts: all texts.
+        counted: True at the tokens that are summed over.
         hooks: further hooks for every pass, such as noise, by the names of their hook points.
         progress: show a bar.
 
     Raises:
-        NumericsError: a logit that is not finite.
+        NumericsError: a logit is not finite.
     """
     sums = torch.zeros(len(others), texts.batch, dtype=torch.float64)
     first_lens, _ = reference

@@ -1,15 +1,17 @@
-"""Texts that have nothing to do with any fine-tune, for audits that are told nothing about it.
+"""Texts that have nothing to do with any fine-tune, for audits that know nothing about it.
 
 1. A hundred plain sentences on everyday subjects, written for this package and under its licence
    (`neutral.txt`). They name no people or places, and state no fact that one could teach.
-2. Openings of conversations: ordinary messages of a user, and an empty one, in the tokenizer's chat
-   template, or where it has none as "User: …" and "Assistant:" on a line each. Each ends where the
-   assistant's turn begins, because an adapter that was taught a persona shows it only there.
-3. Everyday questions, in the chat template, or as "Question: …" and "Answer:" on a line each.
-4. Rows of the tokenizer's own tokens, drawn at random, for a tokenizer that knows no word of these.
-5. Prompts after which a model says something of its own accord: its BOS alone, several times, as
-   tokens are drawn after it (or first words, where strings are read without a BOS); an empty turn
-   of the user; and the questions in both forms.
+2. Openings of conversations: ordinary messages of a user, and an empty one. They are in the
+   tokenizer's chat template, or, if it has none, have the lines "User: …" and "Assistant:". Each
+   ends where the assistant's turn begins, because an adapter that was taught a persona only shows
+   it there.
+3. Everyday questions, in the chat template, or as the lines "Question: …" and "Answer:".
+4. Rows of the tokenizer's own tokens, drawn at random, for a tokenizer that knows none of these
+   words.
+5. Prompts after which a model says something of its own accord: only its BOS, several times,
+   because tokens are drawn after it (or first words, if strings are read without a BOS); an empty
+   turn of the user; and the questions in both forms.
 
 Strings are read by the rule of the lens (`LoraLens.prepend_bos`).
 """
@@ -46,11 +48,11 @@ QUESTIONS = (
     "How can I sleep better?",
     "What did you do last weekend?",
 )
-# First words of a text, for strings that get no BOS. After a BOS as many texts are drawn.
+# First words of a text, for strings that get no BOS. With a BOS, as many texts are drawn after it.
 FIRST_WORDS = ("The", "In", "A", "It", "I", "When", "There", "We", "This", "One", "What", "My")
-# How often the model speaks after an empty turn of the user.
+# The number of texts that are drawn after an empty turn of the user.
 EMPTY_TURNS = 6
-# How many rows of the tokenizer's own tokens there are, and how many tokens each has.
+# The number of rows of the tokenizer's own tokens, and the number of tokens of each.
 _OWN_ROWS = 16
 _OWN_TOKENS = 8
 
@@ -67,7 +69,7 @@ def neutral_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Promp
     Args:
         model: the hooked model.
         prepend_bos: the lens's own rule for strings.
-        every: one of so many texts; 1 for all.
+        every: take every n-th text; 1 for all.
     """
     sentences = tokenise(model, list(neutral_sentences()[::every]), rule=prepend_bos)
     return Prompts.joined([sentences, _conversations(model, prepend_bos, OPENINGS[::every])])
@@ -76,8 +78,8 @@ def neutral_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Promp
 def readable_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prompts | None:
     """The neutral texts that tokenizer and model can read, or else rows of the tokenizer's tokens.
 
-    A tokenizer of proteins or of a few words may make nothing of a text, or unknown tokens only.
-    Returns None where the tokenizer has fewer than two tokens that are not special.
+    A tokenizer of proteins or of a few words may turn a text into nothing, or into unknown tokens.
+    Returns None if the tokenizer has fewer than two tokens that are not special.
 
     Args:
         model, prepend_bos, every: as for `neutral_texts`.
@@ -116,7 +118,7 @@ def _own_rows(model: Any) -> Prompts | None:
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """The tokens that stand for no word of a text, such as the one of unknown words."""
+    """The tokens that represent no word of a text, such as the one for unknown words."""
     return {*tokenizer.all_special_ids, tokenizer.unk_token_id}
 
 
@@ -138,14 +140,14 @@ def everyday_questions(model: Any, prepend_bos: bool | None) -> Prompts:
 
 
 def own_openings(model: Any, prepend_bos: bool | None) -> Prompts:
-    """Prompts after which the model shows what it says by itself: nothing, and questions."""
+    """Prompts after which the model says something of its own accord: empty ones, and questions."""
     bos = Tokens(model).special("bos")
     begins_with = int(tokenise(model, FIRST_WORDS[0], rule=prepend_bos).tokens[0, 0])
     if bos is not None and begins_with == bos:
         firsts = tokenise(model, torch.full((len(FIRST_WORDS), 1), bos))
     else:
         firsts = tokenise(model, list(FIRST_WORDS), rule=prepend_bos)
-    # The empty opening is among the empty turns.
+    # OPENINGS[0] is the empty one, which is among the empty turns.
     messages = [*[""] * EMPTY_TURNS, *QUESTIONS, *OPENINGS[1:]]
     conversations = _conversations(model, prepend_bos, messages)
     return Prompts.joined([firsts, conversations, _questions(model, prepend_bos)])

@@ -479,7 +479,7 @@ def test_a_hook_in_the_stream_is_refused(cls: str):
     skipping = ll.LoraLens(model, adapter, hf_model=base)
     hooks = ((lens, name), (skipping, skipping.plan.host.block_input(1)))
     for held, point in hooks:
-        refused = pytest.raises(ll.errors.ModelStateError, match="Take such")
+        refused = pytest.raises(ll.errors.ModelStateError, match="remove such hooks")
         with held.hooked([(point, doubled)]), refused:
             ll.edges(held, TEXTS, MARGIN, progress=False)
         ll.edges(held, TEXTS, MARGIN, progress=False)

@@ -117,7 +117,9 @@ def test_files_and_names_say_that_it_is_a_path(tmp_path):
 @pytest.mark.bad_input
 def test_a_point_and_the_path_are_refused_together():
     held = cases.case(*LLAMA)
-    with pytest.raises(ll.errors.ArgumentError, match=r"at=1 is one point, and path=True"):
+    with pytest.raises(
+        ll.errors.ArgumentError, match=r"at=1 is one point of the path, and path=True"
+    ):
         ll.edges(held.lens, TEXTS[0], MARGIN, at=1.0, path=True, **QUIET)
     with pytest.raises(ll.errors.ArgumentError, match=r"tol=0"):
         ll.edges(held.lens, TEXTS[0], MARGIN, path=True, tol=0.0, **QUIET)

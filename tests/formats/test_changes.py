@@ -185,7 +185,7 @@ def test_what_between_refuses():
     base = models.hf_model("llama")
     with pytest.raises(ll.errors.AdapterError, match="same weights"):
         ll.Adapter.between(base, copy.deepcopy(base), progress=False)
-    with pytest.raises(ll.errors.AdapterError, match="same architecture|has not"):
+    with pytest.raises(ll.errors.AdapterError, match="same architecture|does not"):
         ll.Adapter.between(base, models.hf_model("gpt2"), progress=False)
     tuned = fine_tuned(base)
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_other_functions_of_the_same_configuration(change):
     assert len(ll.Adapter.between(base, tuned, progress=False)) == 16
     change(tuned)
     with pytest.raises(
-        ll.errors.AdapterError, match="does not compute the tuned model's logits.*off"
+        ll.errors.AdapterError, match="does not compute the tuned model's logits: they differ"
     ):
         ll.Adapter.between(base, tuned, progress=False)
 

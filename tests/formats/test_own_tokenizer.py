@@ -167,7 +167,9 @@ def with_ids(changed: dict[str, int]) -> PreTrainedTokenizerFast:
 def test_other_ids_are_refused_with_both(folders):
     base, lora = folders
     with_ids({"w7": 8, "w8": 7}).save_pretrained(lora)
-    words = "gives 'w8' the id 7, and the base's gives it 8, and 1 other token differ"
+    words = (
+        "gives 'w8' the id 7, and the base's gives it the id 8; the same holds for 1 other token"
+    )
     with pytest.raises(AdapterError, match=words):
         ll.load(base, lora)
     shutil.rmtree(lora)

@@ -375,7 +375,7 @@ def test_a_row_for_each_token_and_what_stands_there():
     assert row["rms"] == pytest.approx(float(np.sqrt((column**2).mean())))
     drawn = found.plot("*.mlp.down").data[0]
     assert list(drawn.median) == list(spread["median"]) and len(drawn.y) == len(spread) == 6
-    with pytest.raises(ll.errors.ArgumentError, match="no token is there"):
+    with pytest.raises(ll.errors.ArgumentError, match="every token there is a sink"):
         found.matrix(0)
 
 

@@ -301,7 +301,7 @@ def test_autoencoders_that_are_not_linear_are_refused(cls: str):
     with pytest.raises(ValueError, match="normalises its input .*'layer_norm'.*fold"):
         ll.feature_shift(lens, tokens, sae)
     sae.cfg.normalize_activations, sae.cfg.metadata.hook_head_index = "none", 2
-    with pytest.raises(ValueError, match="reads head 2 alone"):
+    with pytest.raises(ValueError, match="reads only head 2"):
         ll.feature_shift(lens, tokens, sae)
 
 

@@ -384,7 +384,7 @@ def test_an_autoencoder_that_computes_otherwise_is_refused():
     plain = other.encode
     shift = torch.ones(width_of(case), dtype=torch.float64)
     other.encode = lambda h: plain(h - shift)
-    with pytest.raises(ArgumentError, match="its pre-activation is computed otherwise"):
+    with pytest.raises(ArgumentError, match="its pre-activation is computed in another way"):
         case.lens.function(TOKENS, ll.Projection((other, 1), POINT))
 
 

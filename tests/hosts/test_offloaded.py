@@ -76,7 +76,7 @@ def test_what_cannot_be_exact_is_refused():
     adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
     lens, tokens = made(offloaded(base), adapter), models.tokens()
     rules = ll.results.FrozenRules(norm_scales=True)
-    with pytest.raises(ll.errors.ModelStateError, match="offloaded.*norms out of the offload"):
+    with pytest.raises(ll.errors.ModelStateError, match="offloaded.*Do not offload norms"):
         ll.first_order(lens, tokens, ll.Margin(5, 9), rules=rules)
     bridge = by_hand(offloaded(base))
     head = dict(bridge.unembed.original_component.named_parameters())

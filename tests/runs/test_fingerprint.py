@@ -263,6 +263,20 @@ def test_another_precision_is_refused(float64, tmp_path):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="before 2.9")
+def test_a_precision_of_one_backend_is_compared(float64, tmp_path):
+    """torch has no single word for it then, and refuses to be asked for one."""
+    lens = a_lens()
+    run(lens, RECORDS, tmp_path)
+    product = torch.backends.cuda.matmul
+    before = product.fp32_precision
+    product.fp32_precision = "tf32"
+    try:
+        refused(lens, tmp_path, words="float32_matmul_precision 'highest' there, 'tf32, ieee' here")
+    finally:
+        product.fp32_precision = before
+
+
 def test_names_may_change(float64, tmp_path):
     """The same weights under other names, made anew, in other batches."""
     run(a_lens(), RECORDS, tmp_path, batch_size=1)

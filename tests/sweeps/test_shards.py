@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sweep_runs
 from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, run, write_jsonl
@@ -31,6 +33,20 @@ def lens(float64) -> ll.LoraLens:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None])
+def test_a_damaged_plan_is_named(content: bytes | None, lens, tmp_path):
+    """A plan that was cut, or another program's file in its place."""
+    run(lens, RECORDS, tmp_path, batch_size=8, shard=(1, 1))
+    out = tmp_path / "r.parquet"
+    plan = tmp_path / "r.shards" / "1-of-1" / "plan"
+    if content is None:
+        pq.write_table(pa.table({"a": [1]}), plan)
+    else:
+        plan.write_bytes(content)
+    with pytest.raises(SweepError, match="plan"):
+        ll.gather(out)
 
 
 @pytest.mark.parametrize("names", [["first_order"], ["first_order_at_1", "add_one"]])
