@@ -1,1 +1,1 @@
-"""Directions in activations: found by contrast, read off weights, removed, put into words."""
+"""Directions in activations: find them by contrast or in weights, remove them, name them."""

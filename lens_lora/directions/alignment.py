@@ -1,19 +1,19 @@
-"""How much of each weight change lies along a direction, from weights alone.
+"""How much of each weight change lies along a direction, computed from the weights alone.
 
 Let v be a direction of length 1 in the residual stream. The share of a site's ΔW along v is
 
     ‖vᵀ diag(γ) ΔW‖ / ‖diag(γ) ΔW‖    if the site writes to the stream,
     ‖ΔW diag(γ) v‖ / ‖ΔW diag(γ)‖     if it reads the stream,
 
-where γ is the scale of the norm that stands between the site and the stream, and 1 if none does.
+where γ is the scale of the norm between the site and the stream, and 1 if there is none.
 The norm's denominator is held fixed, so a raw and a processed model give the same share. LayerNorm
 subtracts the mean of its input, so v and ΔW are centred first where the model has LayerNorm.
 
 With ΔW = B A, both norms come from small matrices, as ‖vᵀ B A‖² = (vᵀB)(A Aᵀ)(vᵀB)ᵀ.
 
 The squared shares over an orthonormal basis sum to 1, so the root mean square over random
-directions is 1/√d, whatever ΔW is. How far single directions spread around it depends on ΔW, so
-each site has a 99 % quantile of its own, over 2,000 random directions.
+directions is 1/√d for every ΔW. How far single directions spread around it depends on ΔW, so each
+site has its own 99 % quantile, over 2,000 random directions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lens_lora.core import LoraLens, OfSites, Sites, alone, drawing, tables
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.formats.directions import STREAM, directions_of
 
-# The number of random directions; twenty of them lie beyond the quantile.
+# The number of random directions; twenty of them are above the quantile.
 _DRAWS = 2000
 QUANTILE = 0.99
 
@@ -41,16 +41,16 @@ QUANTILE = 0.99
 class Alignment(OfSites):
     """How much of each site's ΔW lies along each direction.
 
-    It is ‖vᵀΔW‖/‖ΔW‖ where the site writes to the residual stream, and ‖ΔW v‖/‖ΔW‖ where it reads
+    The share is ‖vᵀΔW‖/‖ΔW‖ if the site writes to the residual stream, and ‖ΔW v‖/‖ΔW‖ if it reads
     the stream.
 
     Attributes:
-        values: [site, direction], between 0 and 1; NaN where ΔW is zero.
+        values: [site, direction], the shares, between 0 and 1; NaN if ΔW is zero.
         sides: 'write' or 'read' for each site.
-        directions: their names.
+        directions: the names of the directions.
         expected: the root mean square over random directions, 1/√d.
         quantile: [site], the 99 % quantile over random directions.
-        sites, meta: see `OfSites`; those with a weight that writes to the stream, or reads it.
+        sites, meta: see `OfSites`; only sites whose update changes a weight are listed.
     """
 
     values: Float[Tensor, "site direction"]
@@ -60,7 +60,7 @@ class Alignment(OfSites):
     quantile: Float[Tensor, " site"]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per site and direction: value, and random directions' 1/√d and quantile."""
+        """One row per site and direction, with the share and what random directions have."""
         by_site = Sites(self.sites).columns()
         by_site["side"] = list(self.sides)
         by_site["quantile"] = self.quantile.tolist()
@@ -71,10 +71,10 @@ class Alignment(OfSites):
         """The k pairs of site and direction furthest beyond random directions.
 
         Args:
-            k: how many.
+            k: the number of pairs.
 
         Raises:
-            ArgumentError: a k that is no whole number, or below 0.
+            ArgumentError: k is not a whole number, or is below 0.
         """
         count = whole("k", k, 0)
         table = self.to_frame()
@@ -83,22 +83,22 @@ class Alignment(OfSites):
         return table.loc[order].reset_index(drop=True)
 
     def plot(self, direction: str | None = None) -> drawing.Figure:
-        """Layer × kind of module, of one direction.
+        """The shares along one direction, by layer and kind of module.
 
         Args:
-            direction: its name; without it, the first.
+            direction: its name; None for the first one.
 
         Raises:
-            ArgumentError: no such direction.
+            ArgumentError: no direction has this name.
         """
         return drawing.figure(self, direction_index(self.directions, direction))
 
 
 def direction_index(names: Sequence[str], name: str | None) -> int:
-    """The index of the direction with this name; without a name, of the first.
+    """The index of the direction with this name; 0, the first one, if the name is None.
 
     Raises:
-        ArgumentError: no such direction.
+        ArgumentError: no direction has this name.
     """
     if name is None:
         return 0
@@ -111,7 +111,7 @@ def direction_index(names: Sequence[str], name: str | None) -> int:
 def weight_alignment(lens: LoraLens, directions: Any) -> Alignment:
     """How much of each weight change writes, or reads, along directions of the residual stream.
 
-    It needs the weights alone, and no forward pass. Norms, and changes of bias, are left out.
+    Only the weights are needed, and no forward pass. Changes of norms and of biases are left out.
 
     Args:
         lens: the adapter over the model.
@@ -119,34 +119,36 @@ def weight_alignment(lens: LoraLens, directions: Any) -> Alignment:
             autoencoder of the residual stream, alone or as (autoencoder, indices); of any length.
 
     Returns:
-        Alignment with values [site, direction]; a value above `quantile` is one that 1 % of random
-        directions have, so of many sites some have it by chance.
+        Alignment with values [site, direction]. Only 1 % of random directions have a value above
+        `quantile`, but among many sites some have one by chance.
 
     Raises:
-        ArgumentError: directions of another width or space, a direction of zeros or NaN.
-        ModelStateError: a model without an entry in `families.py`, of which it is not known which
-            norm a module reads; a model or an adapter that was changed after the lens was made.
-        SiteError: no site with a weight.
+        ArgumentError: a direction has another width or space, is zero, or holds NaN.
+        ModelStateError: the model has no entry in `families.py`, so it is not known which norm a
+            module reads; the model or the adapter was changed after the lens was made.
+        SiteError: no site has a weight.
     """
     lens.check_state()
     _require_known_norms(lens)
     d_model = int(lens.model.cfg.d_model)
     centred = lens.host.family.norm == "LN"
     source = directions_of(directions)
-    asked = source.at(STREAM, d_model).unit(centred=centred)
+    chosen_directions = source.at(STREAM, d_model).unit(centred=centred)
+    n_directions = len(chosen_directions)
     chosen = [i for i, pair in enumerate(lens.updates) if pair.norm is None]
     if not chosen:
-        raise SiteError("the adapter changes norms alone, and no weight.")
+        raise SiteError("the adapter changes only norms, and no weight.")
     random = _random_directions(d_model, centred=centred)
-    both = torch.cat([asked, random])
+    both = torch.cat([chosen_directions, random])
     shares = torch.stack([_shares(lens, index, both, centred=centred) for index in chosen])
     sites = tuple(lens.sites[index] for index in chosen)
-    by_chance = shares[:, len(asked) :].quantile(QUANTILE, 1)
+    by_chance = shares[:, n_directions:].quantile(QUANTILE, 1)
+    sides = ["write" if site.writes_to_stream else "read" for site in sites]
     return Alignment(
-        values=shares[:, : len(asked)].to(lens.gate_dtype),
-        sides=tuple("write" if site.writes_to_stream else "read" for site in sites),
+        values=shares[:, :n_directions].to(lens.gate_dtype),
+        sides=tuple(sides),
         directions=source.names,
-        # Centred directions have one dimension less.
+        # The space of centred directions has one dimension fewer.
         expected=(d_model - centred) ** -0.5,
         quantile=by_chance.to(lens.gate_dtype),
         sites=sites,
@@ -155,7 +157,7 @@ def weight_alignment(lens: LoraLens, directions: Any) -> Alignment:
 
 
 def _require_known_norms(lens: LoraLens) -> None:
-    """Refuse a model that was found by probing: its norms are not known by name."""
+    """Refuse a model that was recognised by probing, because its norms are not known by name."""
     family = lens.host.family
     if family.is_probed:
         raise ModelStateError(
@@ -177,7 +179,7 @@ def _shares(
 ) -> Float[Tensor, " direction"]:
     """The share ‖vᵀ N Fᵀ‖ / ‖N Fᵀ‖ of one site along each direction v.
 
-    N [d, rank] is the factor of ΔW on the side of the residual stream, with γ, and F the other one.
+    N [d, rank] is the factor of ΔW on the side of the residual stream, times γ; F is the other one.
     """
     site = lens.sites[index]
     A = in_float64(lens.maps[index].A).cpu()
@@ -215,9 +217,9 @@ def _gamma_between(lens: LoraLens, index: int) -> Float[Tensor, " d"] | None:
 
 
 def _norm_between(lens: LoraLens, index: int) -> str | None:
-    """The kind of the norm behind a site that writes to the stream, or before one that reads it.
+    """The kind of the norm after a site that writes to the stream, or before one that reads it.
 
-    None where no norm stands there, or where the site's map holds its γ already.
+    None if there is no norm, or if the site's map includes its γ already.
     """
     host = lens.host
     site = lens.sites[index]

@@ -1,8 +1,8 @@
-"""The direction between two sets of texts within one model, and whether it tells new ones apart.
+"""The direction between two sets of texts in one model, and whether it tells new texts apart.
 
-1. Each text i has one vector m_i at each hook point, the mean of h over the positions asked for. So
-   a long text counts as much as a short one, and the texts are the independent samples. Sinks (the
-   first token, and tokens whose ‖h‖ is an outlier) are left out, as they would dominate the mean.
+1. Each text i has one vector m_i at each hook point, the mean of h over the chosen positions. So a
+   long text counts as much as a short one, and the texts are the independent samples. Sinks (the
+   first token, and tokens whose ‖h‖ is an outlier) are left out, because they would dominate it.
 2. The direction is μ₊ − μ₋, the difference of the two sets' means. Its standard errors are those of
    a difference of means over texts, √(s₊²/n₊ + s₋²/n₋). With no true difference, ‖μ₊ − μ₋‖² would
    be Σ se² on average.
@@ -12,8 +12,8 @@
        d_ij = μ₊ without i − μ₋ without j,
 
    and the pair is told apart if d_ij·(m_i − m_j) > 0. The share of such pairs is an AUC on texts
-   that had no part in their direction, ½ by chance. Only the products m_i·m_j are needed. It is
-   compared with the 95 % quantile of the same share with the labels shuffled.
+   that had no part in their direction; by chance it is ½. It needs only the products m_i·m_j, and
+   is compared with the 95 % quantile of the same share with the labels shuffled.
 4. At points of the residual stream the direction is read through the final norm and the
    unembedding. The norm's denominator is that of the texts' means, averaged
    (`stream/stream_reading.py`).
@@ -58,9 +58,9 @@ from lens_lora.stream.point_activations import (
 from lens_lora.stream.readable import Readable, readable
 from lens_lora.stream.site_activations import sinks_among
 
-# Texts of each set that are compared in pairs, evenly spread: all pairs of more take long.
+# At most this number of texts of each set, evenly spread, are compared in pairs; more take long.
 _HELD_OUT = 128
-# How often the labels are shuffled, and the quantile of what that gives.
+# How often the labels are shuffled, and the quantile of the AUC over these shuffles.
 _SHUFFLES = 200
 _LEVEL = 0.95
 # The kinds of linear map whose output is the last that is added before a hook point of a block.
@@ -77,20 +77,20 @@ _KINDS_BEHIND: dict[str, tuple[str, ...]] = {
 
 @final
 class Contrast(Readable, Pictured):
-    """The difference μ₊ − μ₋ between two sets of texts, a direction wherever one is taken.
+    """The difference μ₊ − μ₋ between two sets of texts, for every call that takes a direction.
 
-    `plot` shows the held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives.
+    `plot` shows the held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside the AUC by chance.
 
     Attributes:
-        values: [d] by hook point, μ₊ − μ₋, heads laid flat.
-        errors: [d] by hook point, standard errors; NaN where a set has one text.
+        values: [d] by hook point, μ₊ − μ₋, with the axis of heads flattened.
+        errors: [d] by hook point, standard errors; NaN if a set has one text.
         sizes: the mean ‖m_i‖ over all texts, by hook point.
-        auc: the share of held-out pairs told apart, by hook point; NaN where a set has one text.
+        auc: the share of held-out pairs told apart, by hook point; NaN if a set has one text.
         chance: the 95 % quantile of `auc` with the labels shuffled, by hook point.
         modules: the Hugging Face module whose output joins the residual stream at each hook point,
-            where a constant can be added (`adapter`).
+            to which a constant can be added (`adapter`).
         widths: the number of features that each of these modules reads.
-        counts: how many texts the positive and the negative set have, each different one once.
+        counts: the number of texts in the positive and in the negative set, without repeats.
         positions: the positions that a text's mean is over, and whether sinks are among them.
         at: the gates of the model.
         readings, strings, meta: see `Readable`.
@@ -109,7 +109,7 @@ class Contrast(Readable, Pictured):
 
     @property
     def by_point(self) -> Mapping[str, Float[Tensor, " _d"]]:
-        """The direction by hook point, wherever one is taken."""
+        """The direction by hook point, as every call that takes directions reads it."""
         return self.values
 
     def cosine(self, other: Any) -> pd.DataFrame:
@@ -124,25 +124,26 @@ class Contrast(Readable, Pictured):
             A data frame: point, direction, index, cosine.
 
         Raises:
-            ArgumentError: directions of another width or space, or none at a point.
-            ModelStateError: a lens, of which a norm changes what a site writes to the stream.
+            ArgumentError: directions have another width or space, or there is none at a point.
+            ModelStateError: `other` is a lens with a norm that changes what a site writes.
         """
         return cosine_table(self.values, other)
 
     def adapter(self, name: str, coefficient: float = 1.0) -> Adapter:
         """An adapter that adds `coefficient` times the direction at the hook point, to steer.
 
-        It is a change of bias of the module that writes there. So the direction is added at every
-        token, a text's first one among them, which the means here leave out unless `sinks` were
-        counted. At coefficient 1 the negative set's mean moves to the positive one's.
+        It changes the bias of the module that writes there. So the direction is added at every
+        token, also at a text's first one, which the means leave out unless `sinks` were counted.
+        At coefficient 1 the negative set's mean moves to the positive one's.
 
         Args:
-            name: a point of the residual stream among these, or what attention or an MLP adds.
+            name: one of the contrast's points in the residual stream, or the output of attention
+                or of an MLP.
             coefficient: a finite number; negative ones steer away.
 
         Raises:
-            SiteError: a point that is not here, or at which no linear module writes.
-            ArgumentError: a coefficient that is no finite number.
+            SiteError: the contrast lacks the point, or no linear module writes at it.
+            ArgumentError: the coefficient is not a finite number.
         """
         path = self.modules.get(name)
         if path is None:
@@ -155,7 +156,7 @@ class Contrast(Readable, Pictured):
         return Adapter.constant(constant, self.widths, name=f"{coefficient:g} at {name}")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per hook point: ‖μ₊ − μ₋‖, its noise √Σse², its share of ‖m‖, AUC and chance."""
+        """One row per hook point: ‖μ₊ − μ₋‖, its noise √Σse², its ratio to ‖m‖, AUC and chance."""
         sizes = [float(value.double().norm()) for value in self.values.values()]
         noise = [float(error.double().norm()) for error in self.errors.values()]
         table = pd.DataFrame({"point": self.names, "size": sizes, "standard_error": noise})
@@ -183,29 +184,28 @@ def contrast(
 
     Args:
         lens: the adapter over the model.
-        positive: texts as every analysis takes prompts; a tuple (prompts, responses), as
-            `ll.lora_activations` takes them; or what `lens.generate` returned. So a tuple of two
-            strings is a prompt and its response, one text; two texts go in a list. A text that is
-            there twice counts once.
+        positive: texts in any form that prompts may have; a tuple (prompts, responses), as
+            `ll.lora_activations` takes them; or the result of `lens.generate`. So a tuple of two
+            strings is one text, a prompt and its response; pass two texts in a list. A text that is
+            repeated counts once.
         negative: the other set; the direction points away from it.
-        names: a hook point, several, globs, or a predicate. A name in full must fire and hold
-            activations by position, [batch, pos, …]; globs and predicates choose among the points
-            that do.
-        positions: what a text's mean is over: 'response', the tokens of the response, or of a text
-            without one every token; 'prompt', those before it; None or 'each' for every token; an
-            index, a slice or indices, negative ones from the text's end.
+        names: a hook point, several, globs, or a predicate. A point named in full must fire and
+            hold activations by position, [batch, pos, …]; globs and predicates choose among the
+            points that do.
+        positions: the tokens that a text's mean is over: 'response' for those of the response, or
+            all if the text has none; 'prompt' for those before it; None or 'each' for every token;
+            an index, a slice or indices, negative ones from the text's end.
         scale: the gates of the model, as for `LoraLens.gates`: 0 for the base, 1 for the adapted.
         sinks: count sinks, too: each text's first token, and at each hook point tokens whose ‖h‖
-            there is an outlier.
+            is an outlier.
 
     Raises:
-        SiteError: a hook point that the model lacks, with the nearest names.
-        ModelStateError: a point named in full that never fires, holds no activations by position,
-            or lies between a site's input and output; globs that match no other.
-        ArgumentError: a text that is in both sets; positions at which a text has no token that is
-            counted.
-        TokenError, PromptError: a text or response that does not fit the model; an empty set.
-        NumericsError: non-finite activations.
+        SiteError: the model lacks a hook point; the error names the nearest ones.
+        ModelStateError: a point named in full never fires, holds no activations by position, or
+            is between a site's input and output; globs match no other points.
+        ArgumentError: a text is in both sets; a text has no counted token at these positions.
+        TokenError, PromptError: a text or response does not fit the model; a set is empty.
+        NumericsError: an activation is not finite.
     """
     if isinstance(positions, str) and positions == "last":
         warn("contrast: positions='last' is called -1 now, and the old name will go")
@@ -213,7 +213,8 @@ def contrast(
     texts = {"positive": _distinct(lens, positive), "negative": _distinct(lens, negative)}
     _require_apart(texts)
     sides = [_Side(name, rows, positions, sinks=sinks) for name, rows in texts.items()]
-    plus, minus = (_means(lens, side, scale, names) for side in sides)
+    plus = _means(lens, sides[0], scale, names)
+    minus = _means(lens, sides[1], scale, names)
     statistics = {name: _PointStatistics.of(plus[name], minus[name]) for name in plus}
     values: dict[str, Tensor] = {}
     errors: dict[str, Tensor] = {}
@@ -262,7 +263,7 @@ def _positions_text(positions: Any, *, sinks: bool) -> str:
 
 
 def _distinct(lens: LoraLens, texts: TextsLike) -> Prompts:
-    """The different texts, each with its response where it has one."""
+    """The texts without repeats, each with its response if it has one."""
     rows = text_rows(lens, texts)
     first: dict[tuple[int, ...], int] = {}
     for index, key in enumerate(_keys(rows)):
@@ -271,7 +272,7 @@ def _distinct(lens: LoraLens, texts: TextsLike) -> Prompts:
 
 
 def _keys(rows: Prompts) -> list[tuple[int, ...]]:
-    """A key for each text, of where its response begins and its tokens; equal texts have one."""
+    """A key for each text, from the start of its response and its tokens, to find repeats."""
     keys: list[tuple[int, ...]] = []
     for ids, length, start in zip(
         rows.tokens.tolist(), rows.lengths.tolist(), rows.asked_lengths, strict=True
@@ -287,7 +288,7 @@ def _require_apart(texts: Mapping[str, Prompts]) -> None:
         if key in negative:
             raise ArgumentError(
                 f"text {index} of the positive set is text {negative[key]} of the negative "
-                "one; what is in both sets belongs to neither side, leave it out."
+                "one; leave it out, because a text in both sets belongs to neither."
             )
 
 
@@ -299,9 +300,9 @@ class _Side:
         self.rows = rows
         self._positions = positions
         self._sinks = sinks
-        asks_for_response = isinstance(positions, str) and positions == "response"
-        if asks_for_response and not rows.holds_responses:
-            # Texts that hold no response are read whole.
+        is_of_response = isinstance(positions, str) and positions == "response"
+        if is_of_response and not rows.holds_responses:
+            # If the texts hold no responses, every token counts.
             self.chosen = positions_in(rows, None)
         else:
             self.chosen = positions_in(rows, positions)
@@ -316,7 +317,7 @@ class _Side:
 
         Args:
             index: the indices of these texts.
-            norms: ‖h‖ at the hook point, which show the sinks.
+            norms: ‖h‖ at the hook point, which shows the sinks.
         """
         width = norms.shape[1]
         chosen = self.chosen[list(index), :width]
@@ -331,7 +332,7 @@ class _Side:
         without = (~chosen.any(1)).nonzero().flatten().tolist()
         if without:
             text = index[without[0]]
-            counted = "" if self._sinks else " that is no sink (ask with sinks=True to count them)"
+            counted = "" if self._sinks else " that is not a sink (sinks=True counts them, too)"
             raise ArgumentError(
                 f"positions={self._positions!r}: text {text} of the {self.name} set has "
                 f"{int(self.rows.lengths[text])} tokens and none of these{counted}."
@@ -354,7 +355,7 @@ def _means(
     return means
 
 
-# --- What the two sets say at one hook point
+# --- The statistics of the two sets at one hook point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,14 +391,14 @@ class _PointStatistics:
 
     @property
     def shifts(self) -> Float[Tensor, "text d"]:
-        """The direction once for each text, to be read with that text's denominator."""
+        """The direction repeated for each text, to be read with that text's denominator."""
         return self.direction.expand_as(self.means)
 
 
 def _standard_errors(
     plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]
 ) -> Float[Tensor, " d"]:
-    """√(s₊²/n₊ + s₋²/n₋); NaN where a set has one text."""
+    """√(s₊²/n₊ + s₋²/n₋); NaN if a set has one text."""
     if min(len(plus), len(minus)) < 2:
         return torch.full_like(plus[0], torch.nan)
     return (plus.var(0) / len(plus) + minus.var(0) / len(minus)).sqrt()
@@ -424,7 +425,7 @@ def _held_out(plus: Float[Tensor, "text d"], minus: Float[Tensor, "more d"]) -> 
 
 
 def _evenly_spread(means: Float[Tensor, "text d"]) -> Float[Tensor, "some d"]:
-    """The texts that are compared in pairs: all of them, or many that are evenly spread."""
+    """The texts that are compared in pairs: all of them, or `_HELD_OUT` that are evenly spread."""
     count = min(len(means), _HELD_OUT)
     return means[torch.linspace(0, len(means) - 1, count).long()]
 
@@ -434,7 +435,7 @@ def _auc(
 ) -> float:
     """The share of pairs with d_ij·(m_i − m_j) > 0, from the products of all texts.
 
-    A pair with d_ij·(m_i − m_j) = 0 counts half.
+    A pair with d_ij·(m_i − m_j) = 0 counts as half a pair.
     """
     n = len(plus) - 1
     m = len(minus) - 1
@@ -442,7 +443,7 @@ def _auc(
     squares = products.diagonal()
     to_plus = products[:, plus].sum(1)
     to_minus = products[:, minus].sum(1)
-    # d_ij·m_i and d_ij·m_j, but for what i has with j, which is added once for both.
+    # d_ij·m_i and d_ij·m_j without the product of i with j, which is added once for both.
     of_plus = (to_plus[plus] - squares[plus]) / n - to_minus[plus] / m
     of_minus = to_plus[minus] / n - (to_minus[minus] - squares[minus]) / m
     margins = of_plus[:, None] - of_minus + between * (1 / n + 1 / m)
@@ -474,7 +475,7 @@ def _module_at(lens: LoraLens, name: str) -> tuple[str, int] | None:
         layer = int(match[1])
         point = match[2]
     if point in ("resid_pre", "in", "ln_final.hook_in"):
-        # What goes into a block came out of the one before.
+        # The input of a block is the output of the one before.
         layer -= 1
         point = "resid_post"
     if not 0 <= layer < host.n_layers or family.is_probed or family.post_norm:

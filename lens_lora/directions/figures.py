@@ -12,7 +12,7 @@ from lens_lora.show import figures, go
 from lens_lora.show.figures import heatmap, names_axis
 from lens_lora.show.text import label, percent
 
-# Up to so many factors are named one by one in a heading; of more, the first and the last.
+# A heading names at most this number of factors one by one; otherwise the first and the last.
 _FACTORS_NAMED = 5
 
 
@@ -41,7 +41,7 @@ def contrast_figure(contrast: Contrast) -> go.Figure:
 
 @drawing.figure.register(Alignment)
 def alignment_figure(alignment: Alignment, index: int) -> go.Figure:
-    """Layer × kind of module, of one direction."""
+    """The shares along one direction, by layer and kind of module."""
     values = alignment.values[:, index].tolist()
     limits = alignment.quantile.tolist()
     says = [
@@ -56,38 +56,38 @@ def alignment_figure(alignment: Alignment, index: int) -> go.Figure:
 
 @drawing.figure.register(Intruders)
 def intruders_figure(intruders: Intruders, index: int | None = None) -> go.Figure:
-    """How many intruders each site has, layer × kind of module; or the overlaps of one site."""
+    """The number of intruders by layer and kind of module, or the overlaps of one site."""
     if index is not None:
         return _overlaps_figure(intruders, index)
     k = intruders.sigma.shape[1]
     counts = intruders.counts.tolist()
     below = f"largest |cosine| with W below {intruders.threshold:g}"
     says = [f"{count} of {k} leading directions: {below}" for count in counts]
-    found = many(sum(counts), "intruder")
-    titles = f"{found} among the leading {k} directions of each site", below
+    number = many(sum(counts), "intruder")
+    titles = f"{number} among the leading {k} directions of each site", below
     return figures.kinds_by_layer(titles, intruders.sites, counts, says, "directions", "amount")
 
 
 @drawing.figure.register(ScaledIntruders)
 def scaled_intruders_figure(result: ScaledIntruders) -> go.Figure:
-    """The KL on ordinary text over the share that is kept, of the intruders and the whole adapter.
+    """The KL on ordinary text over the share that is kept, for the intruders and the whole adapter.
 
-    Each point is one factor; the smallest stands beside its point.
+    Each point is one factor; the smallest factor is written beside its point.
     """
     figure = go.Figure()
     looks = ((figures.EXACT, "circle", "top left"), (figures.INK, "square", "bottom right"))
     table = result.to_frame()
-    for what, (colour, symbol, place) in zip(SCALED, looks, strict=True):
-        rows = table[table["scaled"] == what]
-        hover = [
-            f"<b>{what} times {scale:g}</b><br>{value:.3g} {label(result.units)}, "
-            f"{percent(share)} kept<br>KL {kl:.3g} nats a token"
-            for scale, value, share, kl in zip(
-                rows["scale"], rows["value"], rows["share"], rows["kl"], strict=True
+    for scaled, (colour, symbol, place) in zip(SCALED, looks, strict=True):
+        rows = table[table["scaled"] == scaled]
+        columns = [rows[column] for column in ("scale", "value", "share", "kl")]
+        hover: list[str] = []
+        for scale, value, share, kl in zip(*columns, strict=True):
+            hover.append(
+                f"<b>{scaled} times {scale:g}</b><br>{value:.3g} {label(result.units)}, "
+                f"{percent(share)} kept<br>KL {kl:.3g} nats a token"
             )
-        ]
         marker = {"size": 8, "symbol": symbol}
-        name = f"{what} scaled"
+        name = f"{scaled} scaled"
         line = figures.curve(
             rows["share"].tolist(), rows["kl"].tolist(), name, colour, hover, marker=marker
         )

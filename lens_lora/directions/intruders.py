@@ -1,12 +1,12 @@
 """Intruder dimensions (arXiv 2410.21228) are directions along which the base does not write.
 
 With W = UΣVᵀ and W + ΔW = U'Σ'V'ᵀ, each leading left singular direction u'_j of the tuned weight is
-compared with all of W's own. Where the largest |⟨u_i, u'_j⟩| is small, the base does not write
-along u'_j, and the direction is an intruder. Scaled by a factor c, the intruders J leave the update
+compared with all those of W. If the largest |⟨u_i, u'_j⟩| is small, the base does not write along
+u'_j, and the direction is an intruder. With the intruders J scaled by a factor c, the update is
 
     ΔW + (c − 1) Σ_{j∈J} σ'_j u'_j v'_jᵀ,
 
-which is an adapter again: 0 takes them out of W + ΔW, and 1 changes nothing.
+which is an adapter again: c = 0 takes them out of W + ΔW, and c = 1 changes nothing.
 
 Cost: two dense singular value decompositions for each site, in float64 and in Hugging Face's basis.
 """
@@ -48,7 +48,7 @@ for _kind in (Adapter, LoRAFactors, TrainedModule):
 
 @final
 class Intruders(OfSites):
-    """The leading singular directions of W + ΔW, and how near W's own come to each.
+    """The leading singular directions of W + ΔW, and the nearest direction of W to each.
 
     Attributes:
         sigma: [site, direction], singular values of W + ΔW, the largest first; NaN beyond the
@@ -57,11 +57,11 @@ class Intruders(OfSites):
             beyond the weight's size.
         nearest: the index of that direction of W; −1 beyond the weight's size.
         overlap: [site, direction, direction of W], |cosine| of the leading directions of both.
-        threshold: below it a direction is an intruder.
+        threshold: a direction whose `cosine` is below it is an intruder.
         written: σ'_j u'_j of each module's intruders, in Hugging Face's basis.
         read: v'_j of each module's intruders.
         original: the adapter whose updates these are.
-        sites, meta: see `OfSites`; those with a weight of its own.
+        sites, meta: see `OfSites`; sites of norms and experts are left out.
     """
 
     sigma: Float[Tensor, "site direction"]
@@ -75,7 +75,7 @@ class Intruders(OfSites):
 
     @property
     def counts(self) -> Int[Tensor, " site"]:
-        """How many of each site's leading directions are intruders."""
+        """The number of intruders among each site's leading directions."""
         return (self.cosine < self.threshold).sum(1)
 
     def to_frame(self) -> pd.DataFrame:
@@ -89,16 +89,16 @@ class Intruders(OfSites):
         return table.dropna(subset=["sigma"]).reset_index(drop=True)
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The k intruders of largest singular value, over all sites.
+        """The k intruders with the largest singular values, over all sites.
 
         Args:
-            k: how many.
+            k: the number of intruders.
 
         Returns:
             A data frame: site, module, layer, kind, direction, sigma, cosine, nearest.
 
         Raises:
-            ArgumentError: a k that is no whole number, or below 0.
+            ArgumentError: k is not a whole number, or is below 0.
         """
         count = whole("k", k, 0)
         table = self.to_frame()
@@ -109,21 +109,21 @@ class Intruders(OfSites):
     def adapter(self, scale: float) -> Adapter:
         """The adapter with its intruders scaled: ΔW + (scale − 1) Σ σ'_j u'_j v'_jᵀ.
 
-        Only what ΔW adds to the weight is an adapter's to change, but an intruder is a direction of
-        W + ΔW. So at scale 0 the tuned weight has nothing along u'_j and v'_j any more, which also
-        takes away what little of W lies there. `ll.scale_intruders` says what that does.
+        An intruder is a direction of W + ΔW and not of ΔW alone. So scale 0, which removes the
+        component σ'_j u'_j v'_jᵀ from the tuned weight, also removes the small part of it that is
+        W's. `ll.scale_intruders` measures what this does.
 
         Args:
             scale: 0 to take them out, 1 to leave them as they are.
 
         Returns:
-            An adapter, whose rank in each module is larger by its number of intruders; the
-            adapter itself where there are none.
+            An adapter whose rank in each module is larger by its number of intruders; the adapter
+            itself if there are none.
 
         Raises:
-            ArgumentError: a scale that is no finite number; a sum of adapters.
-            AdapterError: a module with intruders whose update is no product of factors (DoRA,
-                trained whole, a trained bias).
+            ArgumentError: the scale is not a finite number; the adapter is a sum of adapters.
+            AdapterError: the update of a module with intruders is not a product of factors (DoRA,
+                a full weight, a trained bias).
         """
         factor = number("scale", scale)
         if any("@" in key for key in self.original.modules):
@@ -147,19 +147,19 @@ class Intruders(OfSites):
             site: its name.
 
         Raises:
-            SiteError: no such site.
+            SiteError: no site has this name.
         """
         overlap = self.overlap[self._index(site)]
         return pd.DataFrame(overlap.cpu().double().numpy())
 
     def plot(self, site: str | None = None) -> drawing.Figure:
-        """How many intruders each site has, layer × kind; or the overlaps of one site.
+        """The number of intruders by layer and kind of module, or the overlaps of one site.
 
         Args:
-            site: its name.
+            site: its name; None for the numbers of all sites.
 
         Raises:
-            SiteError: no such site.
+            SiteError: no site has this name.
         """
         index = None if site is None else self._index(site)
         return drawing.figure(self, index)
@@ -177,25 +177,25 @@ def intruders(
     sites: str | Sequence[str] | None = None,
     progress: bool = True,
 ) -> Intruders:
-    """The leading singular directions of W + ΔW that are none of W's own (arXiv 2410.21228).
+    """The leading singular directions of W + ΔW that W lacks (arXiv 2410.21228).
 
-    They are left singular directions, along which a module writes, in the Hugging Face basis. Norms
+    They are left singular directions, along which a module writes, in Hugging Face's basis. Norms
     and experts are left out.
 
     Cost: no forward pass; two dense SVDs for each site, in float64.
 
     Args:
         lens: the adapter over the model.
-        k: how many leading directions of each site.
-        threshold: a direction whose largest |cosine| with W's is below it is an intruder.
-        sites: names or globs; only these. Without it, all.
+        k: the number of leading directions of each site.
+        threshold: a direction whose largest |cosine| with those of W is below it is an intruder.
+        sites: names or globs of the sites; None for all.
         progress: show a bar.
 
     Raises:
-        ArgumentError: a k below 1, or a threshold outside (0, 1].
-        SiteError: a name that matches no site, or no site with a weight.
-        ModelStateError: a processed or quantised model without `hf_model`; a model or an adapter
-            that was changed after the lens was made.
+        ArgumentError: k is below 1, or the threshold is outside (0, 1].
+        SiteError: a name matches no site, or no site has a weight.
+        ModelStateError: the model is processed or quantised and the lens has no `hf_model`; the
+            model or the adapter was changed after the lens was made.
     """
     lens.check_state()
     count = whole("k", k, 1)
@@ -204,16 +204,16 @@ def intruders(
         raise ArgumentError(f"threshold={below}: expected a cosine above 0, at most 1.")
     chosen = [i for i in lens.sites.chosen(sites) if _is_weight(lens.updates[i])]
     if not chosen:
-        raise SiteError("norms and experts alone were chosen, and no weight of a module.")
-    found: list[_Leading] = []
+        raise SiteError("only norms and experts were chosen, and no weight of a module.")
+    by_site: list[_Leading] = []
     written: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
     for index in tqdm(chosen, desc="intruders", leave=False, disable=not progress):
         site_update = lens.updates[index]
         weight = lens.host.base_weight(site_update.site, "the SVD of W + ΔW")
         leading = _leading_directions(weight, site_update.linear, count)
-        found.append(leading)
-        # A module that the base ties to the adapted one changes with it.
+        by_site.append(leading)
+        # A module that the base ties to the adapted one changes with it and is not listed again.
         is_own = site_update.site.path == site_update.site.module
         intruding = (leading.cosine < below).nonzero().flatten()
         if is_own and len(intruding):
@@ -223,10 +223,10 @@ def intruders(
             reads = leading.read[intruding]
             read[key] = torch.cat([read.get(key, reads[:0]), reads]).to(lens.gate_dtype)
     return Intruders(
-        sigma=torch.stack([leading.sigma for leading in found]),
-        cosine=torch.stack([leading.cosine for leading in found]),
-        nearest=torch.stack([leading.nearest for leading in found]),
-        overlap=torch.stack([leading.overlap for leading in found]),
+        sigma=torch.stack([leading.sigma for leading in by_site]),
+        cosine=torch.stack([leading.cosine for leading in by_site]),
+        nearest=torch.stack([leading.nearest for leading in by_site]),
+        overlap=torch.stack([leading.overlap for leading in by_site]),
         threshold=below,
         written=written,
         read=read,
@@ -244,7 +244,7 @@ def _is_weight(site_update: SiteUpdate) -> bool:
 def _in_rows_of_module(
     written: Float[Tensor, "intruder out"], site_update: SiteUpdate, lens: LoraLens
 ) -> Float[Tensor, "intruder out_of_module"]:
-    """A site's writes, laid into its own rows of a fused module such as GPT-2's c_attn."""
+    """A site's writes, placed in its own rows of a fused module such as GPT-2's c_attn."""
     site = site_update.site
     if site.rows is None:
         return written
@@ -259,7 +259,7 @@ def _in_rows_of_module(
 class _Leading(NamedTuple):
     """The first k singular directions of one W + ΔW.
 
-    Beyond the weight's size, values are NaN and indices −1, and `written` and `read` end.
+    Beyond the weight's size values are NaN and indices −1, and `written` and `read` have no rows.
 
     Attributes:
         sigma: σ'_j.
@@ -279,7 +279,7 @@ class _Leading(NamedTuple):
 
 
 def _leading_directions(weight: Float[Tensor, "out in"], update: Update, k: int) -> _Leading:
-    """Compare the first k directions of W + ΔW with all of W's own."""
+    """Compare the first k directions of W + ΔW with all those of W."""
     W = in_float64(weight)
     A = in_float64(update.A).to(W)
     B = in_float64(update.B).to(W)

@@ -1,4 +1,4 @@
-"""The base model's loss on texts, as it is and under hooks of the caller's.
+"""The base model's loss on texts, without and with the caller's hooks.
 
 For each text these are sums over the tokens after its first, in nats:
 
@@ -23,7 +23,7 @@ from lens_lora.texts.batches import TOKENS_AT_ONCE, logits_of, over_texts
 from lens_lora.texts.distribution_shift import distribution_shift
 from lens_lora.texts.neutral import readable_texts
 
-# Of the neutral texts, every eighth is read. These are enough to tell what a change costs.
+# Every eighth of the neutral texts is read, which is enough to tell what a change costs.
 _EVERY = 8
 
 
@@ -34,7 +34,7 @@ class Losses:
     Attributes:
         plain, hooked: [text], Σ_t −log p(y_t) in nats.
         kl: [text], Σ_t KL(plain ‖ hooked) in nats.
-        counts: [text], how many tokens each sum is over.
+        counts: [text], the number of tokens that each sum is over.
     """
 
     plain: Float[Tensor, " text"]
@@ -54,12 +54,12 @@ def losses(
 
     Args:
         lens: the adapter over the model; its gates are 0.
-        texts: each of two tokens at least.
+        texts: prompts of at least two tokens each.
         unhooked: begins a block in which the caller's hooks do nothing.
         progress: show a bar.
 
     Raises:
-        NumericsError: a non-finite logit.
+        NumericsError: a logit is not finite.
     """
     plain = torch.zeros(texts.batch, dtype=torch.float64)
     hooked = torch.zeros(texts.batch, dtype=torch.float64)
@@ -87,10 +87,10 @@ def losses(
 
 
 def texts_or_neutral(lens: LoraLens, texts: PromptsLike | None) -> PromptsLike:
-    """The caller's texts, or else some of the package's neutral ones.
+    """The caller's texts, or some of the package's neutral ones if there are none.
 
     Raises:
-        PromptError: no texts, and a tokenizer that reads no neutral ones.
+        PromptError: there are no texts, and no tokenizer that reads the neutral ones.
     """
     if texts is None and getattr(lens.model, "tokenizer", None) is not None:
         texts = readable_texts(lens.model, lens.prepend_bos, _EVERY)

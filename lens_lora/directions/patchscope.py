@@ -1,11 +1,11 @@
-"""Patchscopes (arXiv 2401.06102) have the model itself say what a vector means.
+"""Patchscopes (arXiv 2401.06102) let the model itself put a vector into words.
 
-1. A prompt makes the model repeat what stands at its placeholder, as
-   "cat -> cat; 135 -> 135; hello -> hello; ? ->" does.
-2. The vector takes the place of the residual stream h at the placeholder's token, at several sizes:
-   multiples of the mean ‖h‖ of the prompt's other tokens.
-3. What the model goes on with is its name for the vector. It is compared with the likeliest tokens
-   after the prompt alone, and with the vector read through the final norm and the unembedding.
+1. A prompt such as "cat -> cat; 135 -> 135; hello -> hello; ? ->" makes the model repeat the token
+   at its placeholder.
+2. The vector replaces the residual stream h at the placeholder's token, at several sizes: multiples
+   of the mean ‖h‖ of the prompt's other tokens.
+3. The model's continuation is its name for the vector. It is compared with the likeliest tokens
+   after the unchanged prompt, and with the vector read through the final norm and the unembedding.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ _DEFAULT_SCALES = (0.5, 1.0, 2.0, 4.0)
 
 @final
 class Patchscope(Described):
-    """The model's continuations of a prompt in which a vector stands in the place of a token.
+    """The model's continuations of a prompt in which a vector replaces one token's h.
 
     Attributes:
         ids: [direction, scale, rank], the likeliest next tokens.
         probabilities: [direction, scale, rank], the probabilities of these tokens.
-        plain: [vocab], the probabilities of the next token with nothing put in place.
+        plain: [vocab], the probabilities of the next token after the unchanged prompt.
         continuations: the likeliest tokens one after another, by direction and scale.
-        readings: [direction, vocab], what each vector says by itself, in logits (`logit_lens`).
+        readings: [direction, vocab], each vector read by itself, in logits (`logit_lens`).
         strings: every token of the vocabulary.
-        directions: their names.
-        scales: the sizes of the vector, in mean sizes of h at the other tokens.
-        size: that mean ‖h‖, without sinks: the first token, and tokens whose ‖h‖ is an outlier.
+        directions: the names of the directions.
+        scales: the sizes of the vector, as multiples of `size`.
+        size: the mean ‖h‖ of the other tokens, without sinks: the first token, and tokens whose
+            ‖h‖ is an outlier.
         name: the hook point.
         prompt: the tokens of the prompt.
-        position: the token whose place is taken.
+        position: the position of the token whose h is replaced.
         at: the gates of the model.
         meta: model, adapter, dtype and versions.
     """
@@ -73,10 +74,10 @@ class Patchscope(Described):
         """One row per direction and scale: the k likeliest tokens, and the continuation.
 
         Args:
-            k: how many tokens.
+            k: the number of tokens.
 
         Raises:
-            ArgumentError: a k that is no whole number, or below 0.
+            ArgumentError: k is not a whole number, or is below 0.
         """
         count = whole("k", k, 0)
         rows: list[tuple[str, float, list[str], str]] = []
@@ -89,22 +90,22 @@ class Patchscope(Described):
     def logit_lens(
         self, k: int = 10, direction: str | None = None, *, largest: bool = True
     ) -> pd.DataFrame:
-        """The k tokens that a vector reads as, with the layers after the point left out.
+        """The k tokens whose logits a vector raises most, with the later layers left out.
 
-        The vector goes through the final norm, divided by its own size, and the unembedding. Biases
-        do not count.
+        The vector goes through the final norm, divided by its own size, and the unembedding, both
+        without biases.
 
         Args:
-            k: how many.
-            direction: its name; without it, the first.
-            largest: False for the tokens that it lowers most, or that a singular vector, whose sign
-                is free, reads as the other way round.
+            k: the number of tokens.
+            direction: its name; None for the first one.
+            largest: False for the tokens that it lowers most. A singular vector's sign is free, so
+                both ends may be read.
 
         Returns:
             A data frame: rank, token, id, logit.
 
         Raises:
-            ArgumentError: no such direction; a k that is no whole number, or below 0.
+            ArgumentError: no direction has this name; k is not a whole number, or is below 0.
         """
         row = self.readings[direction_index(self.directions, direction)]
         return ranked_tokens(row, self.strings, k, "logit", largest=largest)
@@ -134,7 +135,7 @@ def patchscope(
     k: int = 10,
     max_new_tokens: int = 5,
 ) -> Patchscope:
-    """Put a vector in the place of one token's h, at several sizes, and see what the model says.
+    """Replace one token's h by a vector, at several sizes, and let the model go on.
 
     Cost: one forward pass of the prompt for each vector, scale and new token, batched.
 
@@ -142,26 +143,27 @@ def patchscope(
         lens: the adapter over the model.
         vector: [d], [direction, d], {label: either}, a Contrast or ActivationShift with this hook
             point, (autoencoder, indices), or what a site writes: `lens.delta_w(site).U.T`, the
-            left singular vectors of its ΔW, the first of the largest.
+            left singular vectors of its ΔW, the one with the largest singular value first.
         name: a point of the residual stream.
-        scales: sizes of the vector there, in mean ‖h‖ of the prompt's other tokens; negative ones
-            turn it round.
-        prompt: a text that makes the model say what stands at the placeholder.
-        placeholder: its last token that contains this is the one whose place is taken.
+        scales: sizes of the vector, as multiples of the mean ‖h‖ of the prompt's other tokens;
+            negative ones reverse its sign.
+        prompt: a text that makes the model repeat the token at the placeholder.
+        placeholder: the vector replaces h at the last token that contains this text.
         at: the gates of the model, 0 for the base, 1 for the adapted.
-        k: how many of the likeliest tokens are kept.
-        max_new_tokens: the length of the continuations, the likeliest token each time.
+        k: the number of likeliest tokens that are kept.
+        max_new_tokens: the number of tokens in each continuation, each the likeliest one.
 
     Returns:
-        Patchscope; `plain` says which tokens the prompt alone makes likely.
+        Patchscope; `plain` holds the probabilities after the unchanged prompt.
 
     Raises:
-        SiteError: a hook point that the model lacks, or one outside the residual stream.
-        ArgumentError: vectors of another width or space, zeros or NaN, no scales, a prompt without
-            the placeholder or with it as its first token, k or max_new_tokens below 1.
-        ModelStateError: a point that never fires.
-        PromptError: a prompt that does not fit the model.
-        NumericsError: non-finite logits.
+        SiteError: the model lacks the hook point, or it is outside the residual stream.
+        ArgumentError: a vector has another width or space, is zero, or holds NaN; there are no
+            scales; the prompt lacks the placeholder or begins with it; k or max_new_tokens is
+            below 1.
+        ModelStateError: the point never fires.
+        PromptError: the prompt does not fit the model.
+        NumericsError: a logit is not finite.
     """
     count = whole("k", k, 1)
     length = whole("max_new_tokens", max_new_tokens, 1)
@@ -218,7 +220,7 @@ def patchscope(
 
 
 def _require_stream(lens: LoraLens, name: str) -> None:
-    """Refuse a hook point at which there is no residual stream."""
+    """Refuse a hook point that does not hold the residual stream."""
     if not is_stream(lens.known_point(name)):
         raise SiteError(
             f"{name} does not hold the residual stream, in which a token's whole h can be replaced",
@@ -241,7 +243,7 @@ def _place(tokens: Sequence[str], placeholder: str) -> int:
     if not places or places[-1] == 0:
         raise ArgumentError(
             f"placeholder={placeholder!r}: none of the tokens {list(tokens)} after the first "
-            "contains it; the vector takes the place of that token."
+            "contains it, so there is no token for the vector to replace."
         )
     return places[-1]
 
@@ -249,7 +251,7 @@ def _place(tokens: Sequence[str], placeholder: str) -> int:
 def _mean_size(f: Function, gates: Float[Tensor, " site"], name: str, place: int) -> float:
     """The mean ‖h‖ of the prompt's tokens, without sinks and the placeholder. One forward pass.
 
-    Where no other token is left, it is ‖h‖ of the placeholder.
+    If no other token is left, it is ‖h‖ of the placeholder.
     """
     firings = f.passes.record([name], gates).firings
     f.lens.points(name).fired(firings, updated=True)
@@ -265,9 +267,9 @@ def _mean_size(f: Function, gates: Float[Tensor, " site"], name: str, place: int
 def _continued(
     f: Function, under: Callable[[], AbstractContextManager[None]], count: int, length: int
 ) -> tuple[Float[Tensor, "row vocab"], Int[Tensor, "row new"]]:
-    """The logits of the next token in so many copies of the row, and the likeliest continuations.
+    """The logits of the next token in `count` copies of the row, and the likeliest continuations.
 
-    Every pass is run under the hooks of a context that `under` makes.
+    Every pass runs under the hooks of a context that `under` makes.
     """
     tokens = f.rows.tokens.repeat(count, 1)
     lengths = f.rows.lengths.repeat(count)

@@ -1,12 +1,12 @@
-"""`lens.ablate_directions` takes directions out of activations: at hook points h − m V Vᵀh.
+"""`lens.ablate_directions` removes directions from activations: h becomes h − m V Vᵀh.
 
-1. V is an orthonormal basis of the directions in the space of each point. The mask m is 1 at the
-   tokens where they are removed, and 0 elsewhere, where h stays as it is to the last bit
+1. V is an orthonormal basis of the directions in the space of each hook point. The mask m is 1 at
+   the tokens where they are removed, and 0 elsewhere, where no bit of h changes
    (`directions/where.py`).
-2. A hook sees a tensor, and does not know which of its tokens are which. So it asks the pass that
-   is under way (`directions/passes.py`), except where directions are removed at every token.
-3. The hooks run where a user's own hooks would: they see the adapted model's h, and whatever reads
-   h sees what they leave of it.
+2. A hook sees a tensor, and does not know which of the prompt's tokens it holds. So it asks the
+   running pass (`directions/passes.py`), unless directions are removed at every token.
+3. The hooks run where a user's own hooks would: they see the adapted model's h, and later modules
+   read the h that they return.
 """
 
 from __future__ import annotations
@@ -91,19 +91,19 @@ def take_away(
     """Remove directions at hook points until the span ends. One forward pass of one token.
 
     Args:
-        span: until when.
+        span: the block; the directions are back when it ends.
         lens: the adapter over the model.
         source: the directions, in any form that `directions_of` takes.
-        names: the hook points; None for those at which the directions are at home.
+        names: the hook points; None for the points that the directions belong to.
         positions, sinks: the tokens, as for `lens.ablate_directions`.
 
     Returns:
         The model.
 
     Raises:
-        ArgumentError: positions that mean none, directions of another width or space.
-        SiteError: a hook point that the model lacks.
-        ModelStateError: a point that never fires, or holds no activations by position.
+        ArgumentError: the positions mean no tokens; directions have another width or space.
+        SiteError: the model lacks a hook point.
+        ModelStateError: a point never fires, or holds no activations by position.
     """
     where = Where.of(positions, sinks)
     lens.hold(span)
@@ -127,7 +127,7 @@ def take_away(
 
 
 def _home_points(source: Any) -> Names:
-    """The hook points where directions are removed if none are named.
+    """The hook points at which directions are removed if the caller names none.
 
     A direction of the residual stream is removed at all of its points. The directions of a Contrast
     of several points, and those of another space, are removed at their own points.
@@ -140,9 +140,9 @@ def _home_points(source: Any) -> Names:
 
 
 def _points(lens: Any, names: Names) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The named points that fire and hold activations by position, and how wide each is.
+    """The named points that fire and hold activations by position, and the width of each.
 
-    Points that a glob matches and that hold no such activations are left out.
+    Points that match a glob but hold no such activations are left out.
 
     Cost: one forward pass of one token.
     """
@@ -185,14 +185,14 @@ def _removing(lens: Any, directions: Directions, name: str, where: Where, switch
         )
     V = directions.basis(centred=is_residual(name) and lens.host.centres_stream)
     place = _Place(ForwardPass.module_of(lens.model), switch)
-    # A partial, and no closure: a sweep's fingerprint hashes what a partial holds.
+    # A partial and not a closure, because a sweep's fingerprint hashes the contents of a partial.
     return functools.partial(_projected, V, where, name, place)
 
 
 class _Place:
-    """The parts of a block that its hooks need, and that decide none of their numbers.
+    """The parts of a block that its hooks need, and that do not change their numbers.
 
-    A class of its own keeps them out of a sweep's fingerprint.
+    They have a class of their own so that they are not part of a sweep's fingerprint.
     """
 
     def __init__(self, module: nn.Module, switch: Switch) -> None:
@@ -222,15 +222,15 @@ def _mask_of(where: Where, name: str, module: nn.Module, h: Tensor) -> Bool[Tens
     run = ForwardPass.under_way()
     if run is None or run.module is not module:
         raise ModelStateError(
-            f"{name}: this part of the model runs outside of a pass of the whole model, so it is "
-            f"not known which token is which, and directions are removed at {where}",
+            f"{name}: this part of the model runs outside of a pass of the whole model, so its "
+            f"tokens are not known, and directions are removed at {where}",
             remedy="Call the model itself, or begin the block with sinks=True and no positions.",
         )
     rows, width = h.shape[:2]
     mask = where.mask(run, width)
     if len(mask) in (1, rows):
         return mask
-    # Some points hold one row for several prompts, as positional embeddings do.
+    # Some points, such as positional embeddings, hold one row for several prompts.
     if bool((mask == mask[:1]).all()):
         return mask[:1]
     raise ModelStateError(

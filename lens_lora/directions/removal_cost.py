@@ -1,7 +1,7 @@
 """The cost of `lens.ablate_directions` is the rise of the base model's own loss on ordinary texts.
 
 The texts have nothing to do with the direction that is removed. A removal that breaks the model on
-them also breaks whatever else one asks of it, so it says nothing about the direction.
+them breaks it on other prompts, too, so its effect there says nothing about the direction.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lens_lora.texts.batches import require_second_token
 
 @final
 class RemovalCost(Described):
-    """The cost of taking directions out of the base model, on texts, in nats per token.
+    """The cost of removing directions from the base model, on texts, in nats per token.
 
     All means are over the tokens after each text's first.
 
     Attributes:
-        base: [text], the mean of −log p(y_t) of the base as it is.
+        base: [text], the mean of −log p(y_t) of the unchanged base.
         removed: [text], the mean of −log p(y_t) of the base within the block.
         kl: [text], the mean of KL(base ‖ base within the block).
-        counts: [text], how many tokens the means are over.
-        what: which directions are removed where, in words.
+        counts: [text], the number of tokens that the means are over.
+        what: in words, the directions that are removed and the points and tokens.
         meta: model, adapter, dtype and versions.
     """
 
@@ -75,14 +75,14 @@ def removal_cost(
 ) -> RemovalCost:
     """The cost of an open `lens.ablate_directions` to the base model itself, in nats per token.
 
-    Call it within the block. A direction whose removal costs little and undoes a behaviour carries
-    it; one whose removal breaks the base shows nothing.
+    Call it within the block. If a removal costs little and undoes a behaviour, the direction
+    carries the behaviour. If a removal breaks the base, it shows nothing.
 
     Cost: two forward passes over the texts.
 
     Args:
-        lens: the adapter over the model; the adapter takes no part.
-        texts: strings, conversations, ids, or `Prompts` of two tokens at least; None for every
+        lens: the adapter over the model; the adapter is off.
+        texts: strings, conversations, ids, or `Prompts` of at least two tokens; None for every
             eighth of the package's neutral texts.
         progress: show a bar.
 
@@ -91,10 +91,10 @@ def removal_cost(
 
     Raises:
         ModelStateError: no block of `lens.ablate_directions` is open on this model; its positions
-            are none of the tokens before the texts' last ones, as of 'response' or −1 on neutral
+            include no token before the texts' last ones, such as 'response' or −1 on neutral
             texts.
-        PromptError: a text that does not fit the model, or of one token.
-        NumericsError: a non-finite logit.
+        PromptError: a text does not fit the model, or has one token.
+        NumericsError: a logit is not finite.
     """
     removed = removed_from(lens.model)
     if not removed:
@@ -106,28 +106,28 @@ def removal_cost(
     rows = lens.function(texts_or_neutral(lens, texts)).prompts
     require_second_token(rows, "the loss")
     _require_counted(rows, removed)
-    found = losses(lens, rows, functools.partial(put_back, lens.model), progress=progress)
+    sums = losses(lens, rows, functools.partial(put_back, lens.model), progress=progress)
     return RemovalCost(
-        base=found.plain / found.counts,
-        removed=found.hooked / found.counts,
-        kl=found.kl / found.counts,
-        counts=found.counts,
+        base=sums.plain / sums.counts,
+        removed=sums.hooked / sums.counts,
+        kl=sums.kl / sums.counts,
+        counts=sums.counts,
         what="; ".join(block.says for block in removed),
         meta=lens.describe(rows),
     )
 
 
 def _require_counted(rows: Prompts, removed: Sequence[Removed]) -> None:
-    """Refuse texts in which directions are removed at no token from which the next is predicted.
+    """Refuse texts in which directions are removed only at tokens that predict no next token.
 
-    No number would change, and a cost of 0 would say that the removal is harmless.
+    No number would change, and a cost of 0 would make the removal look harmless.
     """
     positions = torch.arange(rows.tokens.shape[1])[None]
     has_next = positions < rows.lengths.cpu()[:, None] - 1
     if not any(bool((block.where.among(rows) & has_next).any()) for block in removed):
         raise ModelStateError(
-            f"{removed[-1].says}: none of these tokens has another one behind it in the texts, so "
-            "their loss says nothing of the removal",
-            remedy="Make the call in a block without positions=, or pass texts in which they are: "
-            "lens.prompts(prompts, responses).",
+            f"{removed[-1].says}: in these texts no such token is followed by another one, so "
+            "their loss says nothing about the removal",
+            remedy="Make the call in a block without positions=, or pass texts that have such "
+            "tokens: lens.prompts(prompts, responses).",
         )

@@ -1,15 +1,15 @@
 """`scale_intruders` measures what scaled intruders do to the taught behaviour and ordinary text.
 
-The intruders of an adapter are taken times a factor c, and the whole adapter times the same factor
-for comparison (`directions/intruders.py`). For each of both and each c there are
+The intruders of an adapter are scaled by a factor c, and the whole adapter by the same factor for
+comparison (`directions/intruders.py`). For each of the two and each c there are
 
     share   Σ_p s_p (g_p(c) − g_p(0)) / Σ_p |g_p(1) − g_p(0)|    of the taught behaviour, with s_p
-            the sign of prompt p's shift: 1 with the adapter as it is, 0 with the base model;
+            the sign of prompt p's shift: 1 with the adapter unchanged, 0 with the base model;
     KL      Σ_t KL(base ‖ scaled) / tokens                       on texts about other things;
-    loss    Σ_t −log p(y_t) / tokens, less that of the base      on these texts: what is forgotten.
+    loss    Σ_t −log p(y_t) / tokens, minus that of the base     on these texts: the forgetting.
 
-Any way to weaken an adapter lowers both the share and the KL. So the number to look at is the KL
-beside that of the whole adapter, scaled down to the same share.
+Every way of weakening an adapter lowers both the share and the KL. So the KL is to be compared with
+that of the whole adapter, scaled down to the same share.
 
 Cost: the SVDs of `intruders`; a forward pass of the prompts and one of the texts for each factor,
 twice, and one of each for the base.
@@ -50,7 +50,7 @@ from lens_lora.texts.batches import (
 )
 from lens_lora.texts.distribution_shift import distribution_shift
 
-# What is scaled, along the first axis of a result.
+# The two things that are scaled, along the first axis of a result.
 SCALED = ("intruders", "whole adapter")
 
 
@@ -62,13 +62,13 @@ class ScaledIntruders(Read, Pictured):
 
     Attributes:
         scales: the factors, the smallest first.
-        count: how many intruders there are.
-        base, adapted: [batch], g with the base model and with the adapter as it is.
+        count: the number of intruders.
+        base, adapted: [batch], g with the base model and with the unchanged adapter.
         values: [what, scale, batch], g with the intruders scaled, and with the whole adapter.
         base_loss: [text], the mean of −log p(y_t) of the base, in nats per token after the first.
         loss: [what, scale, text], the same with the intruders, or the whole adapter, scaled.
         kl: [what, scale, text], the mean of KL(base ‖ scaled), in nats per token.
-        tokens: [text], how many tokens the means are over.
+        tokens: [text], the number of tokens that the means are over.
         str_tokens, readout, units, meta: see `Read`.
     """
 
@@ -84,7 +84,7 @@ class ScaledIntruders(Read, Pictured):
 
     @property
     def share(self) -> Float[Tensor, "what scale"]:
-        """How much of the taught behaviour is kept: 1 as the adapter is, 0 as the base."""
+        """The share of the taught behaviour that is kept: 1 as with the adapter, 0 as without."""
         shift = (self.adapted - self.base).double()
         along = (self.values - self.base).double() * shift.sign()
         return along.sum(2) / shift.abs().sum()
@@ -103,12 +103,12 @@ class ScaledIntruders(Read, Pictured):
     def whole_at_same_share(self) -> Float[Tensor, " scale"]:
         """The KL of the whole adapter, scaled down until it keeps the same share.
 
-        It is interpolated between the factors that were tried, and the base, which keeps nothing
-        and has a KL of 0. NaN where the whole adapter keeps that share at none of them.
+        It is interpolated between the factors that were tried and the base, which keeps nothing and
+        has a KL of 0. NaN if the whole adapter keeps that share nowhere between them.
         """
-        shares, whole = self.share.tolist()
-        _, kl = self.mean_kl.tolist()
-        path = [(0.0, 0.0), *zip(whole, kl, strict=True)]
+        shares, shares_of_whole = self.share.tolist()
+        _, kl_of_whole = self.mean_kl.tolist()
+        path = [(0.0, 0.0), *zip(shares_of_whole, kl_of_whole, strict=True)]
         return torch.tensor([_interpolated(path, share) for share in shares]).double()
 
     def _over_texts(self, means: Float[Tensor, "what scale text"]) -> Float[Tensor, "what scale"]:
@@ -116,9 +116,9 @@ class ScaledIntruders(Read, Pictured):
         return (means.double() * weights).sum(2) / weights.sum()
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for what is scaled and each factor: value, share, KL and forgetting.
+        """One row for intruders or whole adapter and each factor: value, share, KL, forgetting.
 
-        The value is g in the mean over prompts.
+        The value is the mean of g over prompts.
         """
         numbers = {
             "value": self.values.double().mean(2),
@@ -130,7 +130,7 @@ class ScaledIntruders(Read, Pictured):
 
 
 def _interpolated(path: Sequence[tuple[float, float]], share: float) -> float:
-    """The KL at the first place of a path of (share, KL) at which this share is kept."""
+    """The KL at the first place on a path of (share, KL) at which this share is kept."""
     for (before, kl_before), (after, kl_after) in zip(path, path[1:], strict=False):
         if min(before, after) <= share <= max(before, after):
             if before == after:
@@ -163,29 +163,29 @@ def scale_intruders(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`, that ask for the taught behaviour.
-        readout: what the adapter moves there, in the logits or inside the model.
-        scales: the factors, of which 0 takes intruders out and 1 leaves them.
-        k, threshold, sites: which directions are intruders, as for `ll.intruders`.
-        texts: texts about other things, of two tokens at least; None for an eighth of the package's
-            neutral texts.
+        readout: the number that measures the behaviour, in the logits or inside the model.
+        scales: the factors; 0 removes the intruders, and 1 leaves them.
+        k, threshold, sites: the choice of intruders, as for `ll.intruders`.
+        texts: texts about other things, of at least two tokens each; None for an eighth of the
+            package's neutral texts.
         progress: show a bar.
 
     Raises:
-        ArgumentError: no scales, or one below 0; a sum of adapters.
-        AdapterError: a module with intruders whose update is no product of factors.
-        SiteError: a name that matches no site, or no site with a weight.
-        ModelStateError: a processed or quantised model without `hf_model`.
-        TokenError, PromptError: a readout, prompt or text that does not fit the model.
-        NumericsError: a logit that is not finite.
+        ArgumentError: there are no scales, or one is below 0; the adapter is a sum of adapters.
+        AdapterError: the update of a module with intruders is not a product of factors.
+        SiteError: a name matches no site, or no site has a weight.
+        ModelStateError: the model is processed or quantised and the lens has no `hf_model`.
+        TokenError, PromptError: a readout, prompt or text does not fit the model.
+        NumericsError: a logit is not finite.
     """
     factors = _factors(scales)
     f = lens.function(prompts, progress=progress)
     g = Evaluations(f.about(Readout.required(readout)))
     rows = lens.function(texts_or_neutral(lens, texts)).prompts
     require_second_token(rows, "the loss")
-    found = intruders(lens, k, threshold, sites=sites, progress=progress)
-    adapters = [found.adapter(factor) for factor in factors]
-    # Of a readout inside the model these are the modules before its point.
+    its_intruders = intruders(lens, k, threshold, sites=sites, progress=progress)
+    adapters = [its_intruders.adapter(factor) for factor in factors]
+    # For a readout inside the model these are the modules before its point.
     moving = list(g.lens.adapter.modules)
     with_intruders_scaled: list[Tensor] = []
     for adapter in adapters:
@@ -201,7 +201,7 @@ def scale_intruders(
     shape = len(SCALED), len(factors)
     return ScaledIntruders(
         scales=tuple(factors),
-        count=int(found.counts.sum()),
+        count=int(its_intruders.counts.sum()),
         base=base,
         adapted=adapted,
         values=torch.stack([torch.stack(with_intruders_scaled), with_whole_scaled]),
@@ -217,7 +217,7 @@ def _factors(scales: Sequence[float]) -> list[float]:
     """The factors in order, the smallest first.
 
     Raises:
-        ArgumentError: none, or one below 0.
+        ArgumentError: there are no factors, or one is below 0.
     """
     factors = sorted(numbers_of("scales", scales))
     if not factors or factors[0] < 0:

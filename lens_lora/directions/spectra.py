@@ -1,16 +1,16 @@
-"""The spectrum of each ΔW says how large an update is, and in how many directions.
+"""The spectrum of each ΔW: how large an update is, and in how many directions.
 
 1. ΔW = s·B·A is never built. With the QR factors B = Q_B R_B and Aᵀ = Q_A R_A,
 
        s·B·A = Q_B (s·R_B R_Aᵀ) Q_Aᵀ,
 
    so its singular values are those of s·R_B R_Aᵀ, a matrix of at most rank × rank.
-2. Without a lens there is a row for each module. With a lens there is one for each site, of which a
-   fused projection has several, and it also has ‖ΔW‖ / ‖W‖. Both norms are in the Hugging Face
-   basis, so the hooked model must be unprocessed.
-3. What depends on the base model's parameters (DoRA, trained modules, trained biases) has no
-   spectrum, or no ‖Δb‖, unless a lens gives those parameters. A norm's ΔW is diag(Δγ), its Δb is
-   Δβ.
+2. Without a lens there is a row for each module. With a lens there is one for each site (a fused
+   projection has several), which also has ‖ΔW‖ / ‖W‖. Both norms are in Hugging Face's basis, so
+   the hooked model must be unprocessed.
+3. An update that depends on the base model's parameters (DoRA, trained modules, trained biases) has
+   no spectrum, or no ‖Δb‖, unless a lens gives those parameters. A norm's ΔW is diag(Δγ), and its
+   Δb is Δβ.
 
 No forward pass is run. A module costs (in + out) · rank², and a dense ΔW one decomposition.
 """
@@ -42,7 +42,7 @@ from lens_lora.core import (
 )
 from lens_lora.families import FAMILIES
 
-# The parts of an update that was trained whole, and of all updates without factors.
+# The parts of an update whose full weight was trained, and of every update without factors.
 TRAINED = ("trained weight", "trained rows", "trained norm")
 _WITHOUT_FACTORS = (*TRAINED, "bias alone")
 # The names of modules outside the layers, by kind.
@@ -53,21 +53,21 @@ _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
 @storage.stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The spectrum of one ΔW, that of a module, or with a lens that of a site.
+    """The spectrum of one ΔW, of a module or, with a lens, of a site.
 
     Attributes:
-        module: Hugging Face path.
-        site: name of the site; None without a lens, or where the model lacks it.
+        module: its Hugging Face path.
+        site: the name of the site; None without a lens, or if the model lacks it.
         target: the module within its layer, 'self_attn.q_proj'.
-        parts: what stands beside s·B·A, or in its place: 'DoRA', 'lora_bias', 'trained bias',
+        parts: the parts beside s·B·A, or instead of it: 'DoRA', 'lora_bias', 'trained bias',
             'trained weight', 'trained rows', 'trained norm', 'bias alone'.
-        rank: r; of a trained module the rank that its ΔW may have.
-        scale: s, with the adapter's strength in it; of a trained module that strength.
+        rank: r; for a trained module the rank that its ΔW may have.
+        scale: s times the adapter's strength; for a trained module that strength alone.
         singular_values: the singular values of ΔW that its rank allows to be nonzero, descending;
-            empty where ΔW depends on the base model, and there is no lens.
+            empty if ΔW depends on the base model and there is no lens.
         weight_norm: ‖W‖_F of the base, or ‖γ‖; NaN without a lens.
-        bias_norm: ‖Δb‖, which is no part of ΔW; NaN for a trained bias without a lens.
-        layer, kind: the layer and the kind of the site; None where there is none.
+        bias_norm: ‖Δb‖, which is not part of ΔW; NaN for a trained bias without a lens.
+        layer, kind: the layer and the kind of the site; None if there is no site.
     """
 
     module: str
@@ -84,19 +84,19 @@ class Spectrum:
 
     @property
     def has_factors(self) -> bool:
-        """Whether the update contains s·B·A; a module that was trained whole does not."""
+        """Whether the update contains s·B·A; a module whose full weight was trained does not."""
         return not set(self.parts) & set(_WITHOUT_FACTORS)
 
     @property
     def norm(self) -> float:
-        """The Frobenius norm ‖ΔW‖_F; NaN where the spectrum is unknown."""
+        """The Frobenius norm ‖ΔW‖_F; NaN if the spectrum is unknown."""
         if not len(self.singular_values):
             return math.nan
         return float(self.singular_values.norm())
 
     @property
     def spectral_norm(self) -> float:
-        """The spectral norm ‖ΔW‖₂ = σ₁; NaN where the spectrum is unknown."""
+        """The spectral norm ‖ΔW‖₂ = σ₁; NaN if the spectrum is unknown."""
         if not len(self.singular_values):
             return math.nan
         return float(self.singular_values[0])
@@ -105,7 +105,7 @@ class Spectrum:
     def stable_rank(self) -> float:
         """The stable rank ‖ΔW‖_F² / ‖ΔW‖₂² = Σσ² / σ₁², between 1 and the rank.
 
-        It is 0 where ΔW = 0, and NaN where the spectrum is unknown.
+        It is 0 if ΔW = 0, and NaN if the spectrum is unknown.
         """
         if not len(self.singular_values):
             return math.nan
@@ -123,8 +123,8 @@ class Spectrum:
 def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
     """The singular values of s·B·A that can be nonzero, descending, in float64.
 
-    There are min(rank, in, out) of them. Biases, and DoRA's magnitude, are no part of it. The
-    singular values of all experts of a stack are sorted together.
+    There are min(rank, in, out) of them. Biases and DoRA's magnitude are left out. The singular
+    values of all experts of a stack are sorted together.
 
     Args:
         factors: the factors of one module.
@@ -139,16 +139,17 @@ def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
 
 @final
 class AdapterSummary(Result):
-    """The size of an adapter's updates, with a row for each module, or with a lens for each site.
+    """The size of an adapter's updates, with a row for each module or, with a lens, for each site.
 
     Attributes:
         name: the adapter's name.
         base_model: the base that it names.
         model: name and class of the lens' model; None without a lens.
-        module_count: modules that the adapter adapts.
+        module_count: the number of modules that the adapter changes.
         rows: the rows, in the adapter's order; with a lens, in the order of a forward pass.
-        missing: modules that the lens does not cover (their rows have no site).
-        unchanged: modules of which the adapter holds what the lens' model has (no site either).
+        missing: the modules that the lens does not cover; their rows have no site.
+        unchanged: the modules whose weights are the same in the adapter and in the lens' model;
+            their rows have no site either.
     """
 
     name: str
@@ -166,17 +167,17 @@ class AdapterSummary(Result):
 
     @property
     def ranks(self) -> dict[int, int]:
-        """How many modules have factors of each rank."""
+        """The number of modules with factors of each rank."""
         return self._counted("rank")
 
     @property
     def scales(self) -> dict[float, int]:
-        """How many modules have factors of each scale s."""
+        """The number of modules with factors of each scale s."""
         return self._counted("scale")
 
     @property
     def parts(self) -> dict[str, int]:
-        """How many modules have or are each of 'DoRA', 'lora_bias', 'embeddings', 'head', …."""
+        """The number of modules with each part, such as 'DoRA', 'embeddings' or 'head'."""
         parts = Counter[str]()
         for row in self._modules():
             parts.update(row.parts)
@@ -187,7 +188,7 @@ class AdapterSummary(Result):
 
     @property
     def norm(self) -> float:
-        """The norm √Σ‖ΔW‖_F² over all rows; NaN where a spectrum is unknown."""
+        """The norm √Σ‖ΔW‖_F² over all rows; NaN if a spectrum is unknown."""
         return math.sqrt(sum(row.norm**2 for row in self.rows))
 
     @property
@@ -200,34 +201,34 @@ class AdapterSummary(Result):
         weight_norms: dict[str, float] = {}
         for row in self.rows:
             if row.site is not None:
-                # The name of a site ends in '@' and the adapter, where there are several.
+                # If there are several adapters, the name of a site ends in '@' and the adapter.
                 weight, _, _ = row.site.partition("@")
                 weight_norms[weight] = row.weight_norm
                 norms.append(row.norm)
-        whole = math.hypot(*weight_norms.values())
-        if not whole:
+        norm_of_weights = math.hypot(*weight_norms.values())
+        if not norm_of_weights:
             return math.nan
-        return math.hypot(*norms) / whole
+        return math.hypot(*norms) / norm_of_weights
 
     @property
     def trained_whole(self) -> tuple[str, ...]:
-        """Modules of which the weight itself was trained, and no factors."""
+        """Modules whose weight itself was trained, without factors."""
         modules = [row.module for row in self.rows if set(row.parts) & set(TRAINED)]
         return tuple(dict.fromkeys(modules))
 
     @property
     def bias_norm(self) -> float:
-        """The norm √Σ‖Δb‖² of biases, which is no part of `norm`; NaN where a bias was trained."""
+        """The norm √Σ‖Δb‖² of biases, which `norm` leaves out; NaN if one is unknown."""
         return math.sqrt(sum(row.bias_norm**2 for row in self.rows))
 
     def top(self, k: int | None = None) -> tuple[Spectrum, ...]:
-        """The rows of largest ‖ΔW‖_F, unknown ones last.
+        """The rows with the largest ‖ΔW‖_F; those whose norm is unknown come last.
 
         Args:
             k: the number of rows; None for all.
 
         Raises:
-            ArgumentError: a k that is no whole number, or below 0.
+            ArgumentError: k is not a whole number, or is below 0.
         """
         count = None if k is None else whole("k", k, 0)
 
@@ -259,7 +260,7 @@ class AdapterSummary(Result):
                 for row in self.rows
             ]
         )
-        # Whole numbers, also where a module has no layer.
+        # A column of whole numbers, although some modules have no layer.
         return frame.astype({"layer": "Int64"})
 
     def _counted(self, name: str) -> dict[Any, int]:
@@ -267,7 +268,7 @@ class AdapterSummary(Result):
         return dict(sorted(counts.items()))
 
     def _modules(self) -> list[Spectrum]:
-        """One row of each module, however many sites it has, in the order of their names."""
+        """One row for each module, also if it has several sites, in the order of their names."""
         rows = {row.module: row for row in self.rows}
         return [rows[name] for name in sorted(rows)]
 
@@ -277,10 +278,10 @@ def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
 
     Args:
         adapter: any adapter.
-        lens: the adapter, or what of it fits, over a model; None without a model.
+        lens: the adapter, or the part of it that fits, over a model; None without a model.
 
     Raises:
-        ModelStateError: a processed model.
+        ModelStateError: the lens' model is processed.
     """
     if lens is None:
         return AdapterSummary(
@@ -300,7 +301,7 @@ def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
             continue
         row = _module_spectrum(key, update)
         if key in lens.adapter.modules:
-            # The lens made no site of it, as the adapter holds what the model has.
+            # It has no site in the lens, because the adapter's weight is the one of the model.
             unchanged.append(key)
             zero = torch.zeros(1, dtype=torch.float64)
             row = dataclasses.replace(row, singular_values=zero, bias_norm=0.0)
@@ -349,12 +350,12 @@ def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
 
 
 def _size_of(tensor: Tensor | None) -> float:
-    """‖t‖ in float64; 0 where there is none."""
+    """‖t‖ in float64; 0 for None."""
     return 0.0 if tensor is None else float(in_float64(tensor.detach()).norm())
 
 
 def _singular_values_at(update: Update) -> Float[Tensor, " direction"]:
-    """The singular values of one site's ΔW; a single zero where its bias alone changes."""
+    """The singular values of one site's ΔW; a single zero if only its bias changes."""
     if not len(update.A):
         return update.A.new_zeros(1, dtype=torch.float64)
     plain = LoRAFactors(update.A, update.B, update.scale, experts=update.experts)
@@ -370,7 +371,7 @@ def _module_spectrum(module: str, update: ModuleUpdate) -> Spectrum:
         if not update.needs_base_weight:
             sigma = singular_values(update)
     elif update.weight is None:
-        # A bias that was trained alone: ΔW = 0.
+        # Only the bias was trained, so ΔW = 0.
         sigma = torch.zeros(1, dtype=torch.float64)
     return Spectrum(
         module=module,
@@ -386,7 +387,7 @@ def _module_spectrum(module: str, update: ModuleUpdate) -> Spectrum:
 
 
 def _parts(update: ModuleUpdate) -> tuple[str, ...]:
-    """The names of what is added to s·B·A, or stands in its place."""
+    """The names of the parts beside s·B·A, or instead of it."""
     if isinstance(update, LoRAFactors):
         added = {
             "DoRA": update.magnitude,
@@ -411,7 +412,7 @@ def _target(key: str) -> str:
 
 
 def lacking(adapter: Adapter, model: Any) -> tuple[str, ...]:
-    """The adapter's modules that a hooked model lacks, by name alone.
+    """The adapter's modules that a hooked model lacks, judged by their names alone.
 
     Args:
         adapter: any adapter.

@@ -1,4 +1,4 @@
-"""The tables of `lens-lora inspect`, for a terminal: what an adapter's files hold."""
+"""The tables of `lens-lora inspect` show in a terminal what an adapter's files hold."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lens_lora.show.text import magnitude
 
 # The singular values of each update that have a column of their own.
 _SINGULAR_VALUES = ("σ₁ = ‖ΔW‖₂", "σ₂", "σ₃")
-# As many module names as a line of a terminal holds.
+# The number of module names that fit on a line of a terminal.
 _MODULES_NAMED = 5
 
 
 def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> rich.table.Table:
-    """A table of what the adapter is, and what its files say of it.
+    """A table of the facts about an adapter and of those that its files state.
 
     Args:
         summary: the summary of the adapter.
@@ -37,7 +37,7 @@ def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> rich.ta
 
 
 def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]:
-    """The lines of the table, by what they are about."""
+    """The lines of the table by their heading."""
     scales = "no factors"
     if summary.scales:
         scales = f"{_counted(summary.scales)}; {_scaling_rule(config)}"
@@ -59,7 +59,7 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
 
 
 def _facts_of_training(summary: AdapterSummary) -> dict[str, str]:
-    """The lines about modules trained whole or not at all, and biases, which no ‖ΔW‖ shows."""
+    """The lines on full or missing training and on biases, which ‖ΔW‖ does not show."""
     facts: dict[str, str] = {}
     if summary.trained_whole:
         facts["trained whole"] = _named(summary.trained_whole)
@@ -79,7 +79,7 @@ def _facts_of_training(summary: AdapterSummary) -> dict[str, str]:
 
 
 def _facts_of_model(summary: AdapterSummary) -> dict[str, str]:
-    """The lines about the model that the adapter is laid over."""
+    """The lines about the model that the adapter is loaded onto."""
     facts: dict[str, str] = {}
     if summary.model:
         sites = sum(row.site is not None for row in summary.rows)
@@ -120,7 +120,7 @@ def _scaling_rule(config: Mapping[str, Any]) -> str:
 
 
 def _named(modules: tuple[str, ...]) -> str:
-    """The first modules by name, and how many more there are."""
+    """The first modules by name, and the number of the others."""
     names = ", ".join(modules[:_MODULES_NAMED])
     if len(modules) <= _MODULES_NAMED:
         return names
@@ -141,18 +141,18 @@ def _has_biases(summary: AdapterSummary) -> bool:
 
 
 def _relative(share: float) -> str:
-    """A percentage of two digits, since these are often small and are compared."""
+    """A percentage with two digits, because these are often small and are compared."""
     if not math.isfinite(share):
         return "—"
     return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
 
 
 def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
-    """The updates of largest ‖ΔW‖_F, by site where there is a model, else by module.
+    """The updates with the largest ‖ΔW‖_F, by site if there is a model, otherwise by module.
 
     Args:
         summary: the summary of the adapter.
-        k: how many; None for all.
+        k: the number of updates; None for all.
     """
     top = summary.top(k)
     unit = "site" if summary.model else "module"

@@ -1,9 +1,9 @@
 """The tokens at which directions are removed.
 
-By default each row's first token stays as it is. It is a sink: its ‖h‖ is hundreds of times that of
-other tokens, every later token attends to it, and the means that make a direction leave it out. To
-remove a direction there changes the model everywhere, whatever the direction says about the tokens
-that one asks about.
+By default each row's first token is left unchanged. It is a sink: its ‖h‖ is hundreds of times that
+of other tokens, every later token attends to it, and the means that make a direction leave it out.
+Removing a direction there changes the model everywhere, whatever the direction means at the tokens
+of interest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Where:
     """The tokens at which directions are removed.
 
     Attributes:
-        named: 'all', 'prompt' or 'response'; '' where there are indices or bounds.
+        named: 'all', 'prompt' or 'response'; '' if there are indices or bounds.
         indices: the indices of tokens within each prompt.
         bounds: start, stop and step of a slice of each prompt.
         sinks: whether each row's first token counts, too.
@@ -46,11 +46,11 @@ class Where:
         """The tokens that a caller's arguments mean.
 
         Args:
-            positions: as `core/readout/positions.py` says.
+            positions: positions in any form that `core/readout/positions.py` reads.
             sinks: whether each row's first token counts, too.
 
         Raises:
-            ArgumentError: something that means no positions, or first tokens alone without sinks.
+            ArgumentError: the argument means no positions, or only first tokens without sinks.
         """
         if not isinstance(sinks, bool):
             raise ArgumentError(f"sinks={sinks!r}: expected True or False.")
@@ -67,14 +67,14 @@ class Where:
             is_first = set(plain) == {0}
         if is_first and not sinks:
             raise ArgumentError(
-                f"positions={positions!r} is each text's first token, a sink, which is left as it "
-                "is; pass sinks=True to remove directions there."
+                f"positions={positions!r} is each text's first token, a sink, which is left "
+                "unchanged; pass sinks=True to remove directions there."
             )
         return where
 
     @property
     def is_everywhere(self) -> bool:
-        """Whether no token stays as it is."""
+        """Whether directions are removed at every token."""
         return self.named == "all" and self.sinks
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class Where:
 
         Args:
             run: the pass.
-            width: how many tokens of each row it runs.
+            width: the number of tokens of each row in this pass.
         """
         # Positions are counted from each row's own first token.
         at = torch.arange(run.cached, run.cached + width)[None]
@@ -116,8 +116,8 @@ class Where:
             return torch.ones_like(at, dtype=torch.bool)
         if rows is None and self._needs_ends():
             raise ModelStateError(
-                f"directions are removed at {self}, and a pass of your own does not say where its "
-                "prompts end",
+                f"directions are removed at {self}, and where the prompts of a pass of your own "
+                "end is not known",
                 remedy="Use lens.logits or lens.generate, or begin the block with positions that "
                 "count from the start, such as slice(1, 5).",
             )
@@ -143,16 +143,17 @@ class Where:
         """Whether each position is among the indices, or in the slice, of its prompt."""
         # Without known ends all bounds count from the start, and no prompt is cut off.
         lengths = [int(at.max()) + 1] if end is None else end[:, 0].tolist()
-        wanted = [self._positions_of(length) for length in lengths]
-        count = max(len(at), len(wanted))
-        positions = at.expand(count, -1)
-        if len(wanted) == 1:
-            wanted = wanted * count
-        chosen = [torch.isin(row, these) for row, these in zip(positions, wanted, strict=True)]
-        return torch.stack(chosen)
+        by_prompt = [self._positions_of(length) for length in lengths]
+        count = max(len(at), len(by_prompt))
+        if len(by_prompt) == 1:
+            by_prompt = by_prompt * count
+        is_chosen: list[Tensor] = []
+        for row, positions in zip(at.expand(count, -1), by_prompt, strict=True):
+            is_chosen.append(torch.isin(row, positions))
+        return torch.stack(is_chosen)
 
     def _positions_of(self, length: int) -> Int[Tensor, " position"]:
-        """The positions that a prompt of so many tokens has."""
+        """The chosen positions that a prompt of `length` tokens has."""
         if self.bounds is not None:
             start, stop, step = self.bounds
             positions = set(range(length)[start:stop:step])

@@ -235,7 +235,7 @@ def test_refuses():
         ll.contrast(lens, texts(0), texts(1), LAST, slice(3, None))
     with pytest.raises(ll.errors.ArgumentError, match="expected"):
         ll.contrast(lens, texts(0), texts(1), LAST, "first")
-    with pytest.raises(ll.errors.ArgumentError, match="none of these that is no sink"):
+    with pytest.raises(ll.errors.ArgumentError, match="none of these that is not a sink"):
         ll.contrast(lens, texts(0), texts(1), LAST, 0)
     with pytest.raises(ll.errors.SiteError, match="the nearest are"):
         ll.contrast(lens, texts(0), texts(1), "blocks.7.hook_resid_post")
