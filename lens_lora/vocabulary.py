@@ -43,7 +43,7 @@ class Notion:
 
 @dataclasses.dataclass(frozen=True)
 class Meaning:
-    """What a name means.
+    """The meaning of a name that the package lacks.
 
     Attributes:
         notion: the notion.
@@ -55,7 +55,7 @@ class Meaning:
 
     @property
     def in_python(self) -> str:
-        """What to call in Python, as the end of a sentence."""
+        """The Python call to use instead, as the end of a sentence."""
         return self.notion.python
 
     @property

@@ -1,1 +1,1 @@
-"""All of it for one prompt, on one page."""
+"""Every analysis of one prompt or several, on one page."""

@@ -1,7 +1,7 @@
-"""`explain`: all that this package can say of prompts, in one call.
+"""`explain`: all that this package can say about prompts, in one call.
 
-A margin between two answers is explained by `margins.py`, and any other readout by `readouts.py`,
-of one prompt or several; a whole response, given or generated, by `responses.py`, of one prompt.
+For one prompt or several, `margins.py` explains a margin between two answers, and `readouts.py` any
+other readout. For one prompt, `responses.py` explains a whole response, given or generated.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def explain(
         readout: any readout that has a slope at the base model, of the logits or inside the model.
         fast: skip interventions on single sites, coupling, path integral and curves; for a
             response, skip the runs without each layer, and the path integral.
-        null: how many null adapters to compare with; 0 for none, else at least 2.
+        null: the number of null adapters to compare with; 0 for none, otherwise at least 2.
         progress: show a bar.
 
     Returns:

@@ -1,4 +1,4 @@
-"""All that is known of a prompt, in one result: for a terminal, a page, a notebook."""
+"""All that is known about a prompt, in one result for a terminal, a page or a notebook."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ class Explanation(_WithFigures):
         add_one, leave_one_out: the measured effects of every site.
         path: the path integral.
         faithfulness: keep and drop curves.
-        null: the comparison with null adapters; None unless it was asked for.
-        answers: what both models answer, 48 tokens at most (fast: 12); None where the context has
-            no room for them.
+        null: the comparison with null adapters; None unless `null` was passed.
+        answers: both models' answers, of at most 48 tokens (fast: 12); None if the context has no
+            room for them.
     """
 
     prompt: tuple[str, ...]
@@ -93,7 +93,7 @@ class Explanation(_WithFigures):
 
     @property
     def units(self) -> str:
-        """'logits' of two single tokens, 'nats' where an answer has several."""
+        """'logits' for two single tokens, 'nats' if an answer has several."""
         return self.first_order.units
 
     @property
@@ -107,7 +107,7 @@ class Explanation(_WithFigures):
         return _comparisons(self)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per site: every number that was computed of it, in the readout's units."""
+        """One row per site with every number that was computed for it, in the readout's units."""
         return _sites_frame(self, 0)
 
 
@@ -115,8 +115,8 @@ class Explanation(_WithFigures):
 class ReadoutExplanation(_WithFigures):
     """A readout that needs no two answers, explained; every part is of one prompt or of several.
 
-    `figures` has `"sites"`, `"heads"`, `"ranks"`, `"remainder"`, `"add_one"`, …: of the only
-    prompt, or of the mean over prompts. What has no mean is drawn by the parts themselves, as
+    `figures` has `"sites"`, `"heads"`, `"ranks"`, `"remainder"`, `"add_one"`, …, for the only
+    prompt or for the mean over prompts. The parts themselves draw what has no mean, such as
     `first_order.plot_positions(0)`.
 
     Attributes:
@@ -130,7 +130,7 @@ class ReadoutExplanation(_WithFigures):
         add_one, leave_one_out: the measured effects of every site.
         path: the path integral.
         faithfulness: keep and drop curves.
-        null: the comparison with null adapters; None unless it was asked for.
+        null: the comparison with null adapters; None unless `null` was passed.
     """
 
     first_order: Attribution
@@ -198,7 +198,7 @@ class ReadoutExplanation(_WithFigures):
             prompt: its index.
 
         Raises:
-            ArgumentError: no such prompt.
+            ArgumentError: there is no prompt with this index.
         """
         index = self.first_order.only_prompt(prompt, "explanations")
         flags = {name: one_prompt(part, index) for name, part in self.reliability.items()}
@@ -259,7 +259,7 @@ class Explanations(_WithFigures):
     `figures` has `"margins"` of all prompts, and `"layers"`, their first order by layer.
 
     Attributes:
-        each: an explanation a prompt, in their order.
+        each: one explanation for each prompt, in their order.
     """
 
     each: tuple[Explanation, ...]
@@ -271,11 +271,11 @@ class Explanations(_WithFigures):
         return iter(self.each)
 
     def __getitem__(self, key: int | slice | str) -> Any:
-        """The explanation of a prompt, or a part of the table, as of every result."""
+        """The explanation of a prompt, or a part of the table, as for every result."""
         return self.each[key] if is_whole(key) else super().__getitem__(key)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt and site: what `Explanation.to_frame` has."""
+        """One row per prompt and site, with the columns of `Explanation.to_frame`."""
         return _joined([explanation.to_frame() for explanation in self.each])
 
 
@@ -286,17 +286,17 @@ class ResponseExplanation(_WithFigures):
     `figures` has `"text"`, `"tokens"`, `"add_one"`, `"leave_one_out"`.
 
     Attributes:
-        is_generated: whether the adapted model said it itself.
-        shifts: how each token's distribution moved.
+        is_generated: whether the adapted model generated the response itself.
+        shifts: the change of each token's distribution.
         modules: first order of KL(response) at ε = 1, by site.
         moved: [token, site], first order of log p(y_t) at ε = 1, of the tokens that changed most.
-        moved_tokens: which tokens those are, by KL.
+        moved_tokens: the positions of these tokens, the largest KL first.
         path: the path integral of KL(response), by site; None if fast, and so are the next two.
         add_one: [group, token], ℓ_t(e_G) − ℓ_t(0): what a layer alone adds to the base model's
             log-probability of a token, exactly.
         leave_one_out: [group, token], ℓ_t(1) − ℓ_t(1 − e_G): what leaving the layer out takes away.
         groups: the layers.
-        answers: what both models answer. A response that was generated is the adapted model's
+        answers: both models' answers. If the response was generated, it is the adapted model's
             answer, and the base's is at most as long.
     """
 
@@ -327,7 +327,7 @@ class ResponseExplanation(_WithFigures):
         return self.add_one is None or self.leave_one_out is None
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per token: as of `shifts`, and unless fast what each layer does to log p."""
+        """One row per token: the columns of `shifts`, and unless fast each layer's effects."""
         frame = self.shifts.to_frame()
         for how, values in (("add_one", self.add_one), ("leave_one_out", self.leave_one_out)):
             if values is None:

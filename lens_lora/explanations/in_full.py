@@ -28,7 +28,7 @@ _BySite = TypeVar("_BySite", Explanation, ReadoutExplanation)
 
 
 def in_full(g: Evaluations, quick: _BySite, bar: tqdm[Any]) -> _BySite:
-    """The same explanation with what takes many passes.
+    """The same explanation with the parts that take many passes.
 
     Args:
         g: the readout of the explanation's prompts.

@@ -35,11 +35,11 @@ from lens_lora.responses.generate import side_by_side
 from lens_lora.shifts.logit_shift import LogitShift, logit_shift
 from lens_lora.texts.batches import by_length
 
-# Of how many sites, the largest ones, it is said which tokens they promote.
+# The number of largest sites whose promoted tokens are listed.
 _MODULES = 8
-# How many of the likeliest next tokens are kept.
+# The number of likeliest next tokens that are kept.
 _NEXT_TOKENS = 5
-# How many tokens, with their padding, prompts have together that share their passes.
+# The number of tokens, with padding, of the prompts that share their passes.
 _TOKENS_AT_ONCE = 2048
 # The steps of the bar for each group of prompts.
 _QUICK_STEPS = 5
@@ -53,8 +53,8 @@ def explained_margins(
     Args:
         f: the logits after all prompts.
         doc, pre: the two answers, for all prompts or one of each per prompt.
-        fast: leave out what takes many passes.
-        null: how many null adapters to compare with.
+        fast: leave out the parts that take many passes.
+        null: the number of null adapters to compare with.
     """
     batch = f.prompts.batch
     if batch > 1:

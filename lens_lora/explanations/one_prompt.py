@@ -1,7 +1,7 @@
-"""One prompt's share of a result of several: the same result with a batch of one.
+"""One prompt's part of a result of several prompts: the same result with a batch of one.
 
-The annotation of a tensor says which of its axes runs over prompts, "batch"; that axis is cut to
-the one prompt. A result within a result is cut the same way.
+In a tensor's annotation the axis over prompts is called "batch", and is cut to the one prompt. A
+result within a result is cut in the same way.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _Result = TypeVar("_Result")
 
 
 def one_prompt(result: _Result, index: int, readout: str | None = None) -> _Result:
-    """The result of one of its prompts.
+    """The result for one of its prompts.
 
-    What a result states of its batch as a whole, as the quadrature of a path integral, stays.
-    Positions end with the prompt's own tokens.
+    Facts about the batch as a whole, such as the quadrature of a path integral, stay. Positions end
+    with the prompt's own tokens.
 
     Args:
         result: a result of several prompts.
         index: the index of the prompt.
-        readout: the name of the prompt's own readout, in place of that of all.
+        readout: the name of the prompt's own readout, which replaces that of all prompts.
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
         raise ArgumentError(f"{result!r}: expected a result.")
@@ -62,7 +62,7 @@ def _share(field: dataclasses.Field[Any], value: Any, index: int, readout: str |
 
 
 def _axis_of_prompts(field: dataclasses.Field[Any]) -> int | None:
-    """The axis that runs over prompts, as the field is annotated; None where there is none."""
+    """The axis over prompts in the field's annotation; None if there is none."""
     annotation = _AXES.search(str(field.type))
     if annotation is None:
         return None

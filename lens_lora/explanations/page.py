@@ -1,7 +1,7 @@
 """The pages of explanations, of one prompt or several.
 
-Of several prompts an overview comes first; each prompt is folded, and drawn once it is unfolded. A
-section appears when what it shows was computed.
+For several prompts an overview comes first; each prompt is folded, and drawn when it is unfolded. A
+section appears if its numbers were computed.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def explanation_report(explanations: Sequence[Explained], *, title: str | None =
 
     Args:
         explanations: explanations of margins or of responses.
-        title: the page's title; by default it says what is explained.
+        title: the page's title; by default it names the subject of the explanations.
 
     Raises:
-        ArgumentError: no explanation.
+        ArgumentError: the list of explanations is empty.
     """
     if not explanations:
         raise ArgumentError("no explanation to report; give at least one.")
@@ -77,7 +77,7 @@ def _meta(e: Explained) -> page.Meta:
 
 
 def _title(explanations: Sequence[Explained]) -> str:
-    """The title of a page: what all its parts are about, or how many there are."""
+    """The title of a page: the subject that its parts share, or their number."""
     subjects = {_subject(explanation) for explanation in explanations}
     if len(subjects) == 1:
         return subjects.pop()

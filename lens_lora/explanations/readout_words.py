@@ -37,7 +37,7 @@ _REACH = (
 
 @drawing.story.register(ReadoutExplanation)
 def readout_story(e: ReadoutExplanation) -> str:
-    """A paragraph a line. Of several prompts: the mean over them, then each with its headline."""
+    """One paragraph per line; for several prompts the mean, and then each with its headline."""
     count = len(e.prompts)
     if count == 1:
         return _one_story(e)

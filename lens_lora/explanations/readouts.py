@@ -1,8 +1,8 @@
 """A readout that is not a margin of two answers, explained: of one prompt or several.
 
-It may be any number that is read of the logits, or a `Projection` at a point inside the model. Each
-part is what the public function of its name returns for all prompts together; within one call they
-share the numbers that several of them need (`core/function/cache.py`).
+It may be any number that is read from the logits, or a `Projection` at a point inside the model.
+Each part is the result of the public function of its name for all prompts together; within one
+call they share the numbers that several of them need (`core/function/cache.py`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _QUICK_STEPS = 5
 def explained_readout(
     f: Function, readout: Readout, *, fast: bool, null: int
 ) -> ReadoutExplanation:
-    """The explanation of a readout, of all prompts together.
+    """The explanation of a readout, for all prompts together.
 
     Args:
         f: the logits after the prompts.
-        readout: what is read.
-        fast: leave out what takes many passes.
-        null: how many null adapters to compare with.
+        readout: the readout to explain.
+        fast: leave out the parts that take many passes.
+        null: the number of null adapters to compare with.
     """
     g = Evaluations(f.about(readout))
     steps = _QUICK_STEPS + (1 if null else 0) + (0 if fast else SLOW_STEPS)

@@ -1,7 +1,7 @@
 """An explained response in plain words.
 
-Every number of a token is of two whole distributions, exactly; every sentence is a number of the
-result, and what was not measured is said not to be.
+Every number of a token is computed exactly from two whole distributions. Every sentence states a
+number of the result, and says so if something was not measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _QUOTED = 240
 
 @drawing.story.register(ResponseExplanation)
 def response_story(e: ResponseExplanation) -> str:
-    """A paragraph a line: what was said, where it changed, the tokens, the modules, limits."""
+    """One paragraph per line: the response, where it changed, the tokens, the modules, limits."""
     paragraphs = [_said(e)]
     if e.answers is not None:
         paragraphs.append(f"On its own {text.answers_text(e.answers)}")
@@ -97,7 +97,7 @@ def moved_texts(e: ResponseExplanation) -> list[str]:
 
 
 def _count_of_half(values: Sequence[float], total: float) -> int:
-    """How many of the values, the largest first, it takes to reach half of the total."""
+    """The number of values, the largest first, that reach half of the total."""
     count = 0
     for so_far in itertools.accumulate(sorted(values, reverse=True)):
         count += 1
@@ -129,7 +129,7 @@ def _changed_most(shifts: TokenShifts, ids: Tensor, changes: Tensor, t: int) -> 
 
 
 def ranked_attribution(e: ResponseExplanation) -> Attribution:
-    """The split of the divergence that modules are ranked by: the complete one, where there is."""
+    """The split of the divergence that ranks the modules: the complete one if there is one."""
     return e.modules if e.path is None else e.path
 
 

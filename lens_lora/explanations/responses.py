@@ -1,4 +1,4 @@
-"""A whole response, given or generated, explained: of one prompt.
+"""The explanation of a whole response to one prompt, given or generated.
 
 1. Each token's distribution at base and adapted model, exactly (`token_shifts`).
 2. Which modules hold the divergence of the whole response: first order of KL at ε = 1, which is
@@ -25,19 +25,19 @@ from lens_lora.responses.answers import KL, AnswerLike, AnswerLogProb
 from lens_lora.responses.generate import side_by_side
 from lens_lora.shifts.token_shifts import token_shifts
 
-# Of how many tokens, those that changed most, it is said which modules moved them.
+# The number of tokens, those that changed most, whose modules are listed.
 _TOKENS_MOVED = 8
 
 
 def explained_response(
     f: Function, response: AnswerLike, *, is_generated: bool, fast: bool
 ) -> ResponseExplanation:
-    """The explanation of what is said after one prompt.
+    """The explanation of a response to one prompt.
 
     Args:
         f: the logits after the prompt.
-        response: what is said.
-        is_generated: whether the adapted model said it itself.
+        response: the response.
+        is_generated: whether the adapted model generated it itself.
         fast: leave out the path integral, and layers added and left out.
     """
     lens = f.lens

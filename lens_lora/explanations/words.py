@@ -92,7 +92,7 @@ def named(e: BySite) -> str:
 
 @drawing.story.register(Explanation)
 def explanation_story(explanation: Explanation) -> str:
-    """A paragraph a line: what happened, first order, what it leaves, where, trust, limits."""
+    """One paragraph per line: what happened, first order, the rest, where, trust, limits."""
     e = explanation
     a = explained_account(e)
     paragraphs = [f"{happened_text(a)} {_said(e)}"]

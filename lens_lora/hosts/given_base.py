@@ -89,7 +89,7 @@ _LEFT = 0.1
 
 
 class Verdict(NamedTuple):
-    """What was found out about a base.
+    """The findings about a base model.
 
     Attributes:
         note: what its user should be warned about; '' if there is nothing.

@@ -1,4 +1,4 @@
-"""The best set of so many sites, or heads: what is attainable, beside what a ranking keeps.
+"""The best set of a number of sites or heads: the most that any ranking could keep.
 
     maximise   kept(ε) = Σ_p s_p (g_p(ε) − g_p(0)) / Σ_p |g_p(1) − g_p(0)|,   ε ∈ {0, 1}^S, Σ ε = k
 
@@ -65,7 +65,7 @@ _ROUNDS = 40
 
 @final
 class BestSubset(Measured):
-    """The sets of sites, or of heads, that keep most of the shift, one for each size asked for.
+    """The sets of sites, or of heads, that keep most of the shift, one for each chosen size.
 
     Attributes:
         counts: how many sites or heads each set has.
@@ -119,7 +119,7 @@ class BestSubset(Measured):
             count: how many it has; without it, the only set.
 
         Raises:
-            ArgumentError: no such set, or several and none named.
+            ArgumentError: there is no such set, or there are several and none is named.
         """
         members = self.members[self.row(count)].nonzero()[:, 0].tolist()
         if self.over == "heads":
@@ -127,13 +127,13 @@ class BestSubset(Measured):
         return pd.DataFrame(Sites(self.sites[i] for i in members).columns())
 
     def row(self, count: int | None = None) -> int:
-        """The index of the set that has so many sites or heads.
+        """The index of the set with this number of sites or heads.
 
         Args:
             count: how many; without it, the only set.
 
         Raises:
-            ArgumentError: no such set, or several and none named.
+            ArgumentError: there is no such set, or there are several and none is named.
         """
         if count is None and len(self.counts) == 1:
             return 0
@@ -145,10 +145,10 @@ class BestSubset(Measured):
         """One set as a map of the sites or heads; several sizes as a curve of what they keep.
 
         Args:
-            count: the set of so many; without it, the only set, or the curve over sizes.
+            count: the size of the set; None for the only set, or the curve over sizes.
 
         Raises:
-            ArgumentError: no such set.
+            ArgumentError: there is no set of this size.
         """
         return drawing.figure(self, count)
 
@@ -175,7 +175,7 @@ def best_subset(
     starts: Scores | Mapping[str, Scores] | None = None,
     steps: int = 30,
 ) -> BestSubset:
-    """The best sets of so many sites, or heads, that are found, and what they keep of the shift.
+    """The best sets of sites or heads that are found, and the share of the shift that they keep.
 
     What a ranking keeps can be read beside it: no ranking given in `starts` keeps more.
 
@@ -186,7 +186,7 @@ def best_subset(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`; the sets are of all of them together.
-        readout: u_y, what is read of the logits.
+        readout: u_y, the number that is read from the logits.
         size: fraction of the sites or heads, or several.
         k: the number of sites or heads, or several numbers, in place of size.
         over: 'sites', whose updates the base gets; or 'heads', whose z it gets from the adapted
@@ -203,7 +203,7 @@ def best_subset(
             shift that rounding may be all of; no such prompt to hold out, or all of them.
         ModelStateError: heads that are not laid out as the model's n_heads and d_head say.
         TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: a non-finite readout or slope.
+        NumericsError: a readout or slope is not finite.
     """
     steps = whole("steps", steps, 1)
     search_on, judge_on = _split(g.reading.batch, held_out)
@@ -411,7 +411,7 @@ class _Search:
 
 
 def _best_set(search: _Search, count: int, scores: Mapping[str, Float[Tensor, " site"]]) -> _Best:
-    """The best set of so many sites that is found."""
+    """The best set of this number of sites that is found."""
     if count == search.sites:
         search.bar.update(search.steps)
         all_sites = torch.ones(count, dtype=torch.bool)
@@ -443,7 +443,7 @@ def _candidates(
 
 
 def _top(score: Float[Tensor, " site"], count: int) -> Bool[Tensor, " site"]:
-    """Mark the sites that are among the first so many by score."""
+    """Mark the `count` sites with the highest scores."""
     rank = by_score(score).argsort()
     return rank < count
 

@@ -120,7 +120,7 @@ class Comparison(Read, Drawn):
             statistic: its name, such as 'pearson'.
 
         Raises:
-            ArgumentError: no such statistic.
+            ArgumentError: there is no statistic of this name.
         """
         return float(getattr(self, word("statistic", statistic, STATISTICS)).nanmean())
 

@@ -48,9 +48,9 @@ from lens_lora.judging import rankings
 from lens_lora.judging.circuit_scores import Orders, mean_of_draws, random_orders, scored, top_gates
 
 _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-# The greedy oracle on so many sites takes 820 forward passes a prompt.
+# With this number of sites the greedy oracle takes 820 forward passes for each prompt.
 MOST_GREEDY = 40
-# The mean of so many random orders is a curve as smooth as the others.
+# The mean over this number of random orders is a curve as smooth as the others.
 RANDOM_DRAWS = 5
 # A summary shows the share of the shift that this fraction of the sites keeps.
 _SHOWN = 0.2
@@ -114,7 +114,7 @@ class Faithfulness(Measured, Drawn):
             fraction: the share of the sites.
 
         Raises:
-            ArgumentError: no such ranking, or a fraction outside 0 to 1.
+            ArgumentError: there is no such ranking, or a fraction is outside 0 to 1.
         """
         return self.keep[self._index(name), :, self._nearest(fraction)]
 
@@ -126,7 +126,7 @@ class Faithfulness(Measured, Drawn):
             share: the share of the shift.
 
         Raises:
-            ArgumentError: no such ranking.
+            ArgumentError: there is no such ranking.
         """
         enough = self.keep[self._index(name)] >= number("share", share)
         first = self.fractions[enough.int().argmax(-1)]
@@ -208,7 +208,7 @@ def faithfulness(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
+        readout: u_y, the number that is read from the logits.
         attribution: an attribution of these prompts and this readout, effects of single sites, or a
             tensor of contributions in the readout's units ([site], or [batch, site]); or {name: any
             of these}. A score without a sign is ranked rightly once multiplied by the shift's.
@@ -225,7 +225,7 @@ def faithfulness(
     Raises:
         ArgumentError: scores of something else; fractions outside 0 to 1; greedy on many sites, or
             with `test`; a `test` that is no pair.
-        NumericsError: a non-finite readout.
+        NumericsError: a readout is not finite.
     """
     sites = len(g.lens.sites)
     held_out = None if test is None else _held_out(g, test)

@@ -132,7 +132,7 @@ def best_subset_figure(subset: BestSubset, count: int | None = None) -> go.Figur
 def _each_prompt(subset: BestSubset, sizes: Sequence[float]) -> list[go.Scatter]:
     """A line for each prompt, of what the sets keep of its shift.
 
-    One line of the legend stands for all.
+    The legend has one line for all of them.
     """
     lines: list[go.Scatter] = []
     for tokens, shares in zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True):

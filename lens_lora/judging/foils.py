@@ -47,7 +47,7 @@ def foils(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
+        readout: u_y, the number that is read from the logits.
         seed: the seed of the random sizes.
 
     Returns:
@@ -55,7 +55,7 @@ def foils(
 
     Raises:
         TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: non-finite derivatives, naming the site.
+        NumericsError: a derivative is not finite; the error names the site.
     """
     f = lens.function(prompts)
     g = Evaluations(f.about(Readout.required(readout)))

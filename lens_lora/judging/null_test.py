@@ -158,7 +158,7 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
+        readout: u_y, the number that is read from the logits.
         draws: how many null adapters; at least 2.
         exact: how many of them are run for their exact shift, at least 2; None for all.
         seed: the seed of the draws, as for `Adapter.null`.

@@ -124,7 +124,7 @@ class Reliability(OfMeasured):
             prompt: an index; without it, the only prompt.
 
         Raises:
-            ArgumentError: no such prompt, or several and none named.
+            ArgumentError: there is no such prompt, or there are several and none is named.
         """
         row = self.only_prompt(prompt, "flags")
         sizes = self.correction[row].abs().nan_to_num()
@@ -238,7 +238,7 @@ def reliability(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
+        readout: u_y, the number that is read from the logits.
         how: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
         threshold: the threshold of the score; 0.5 flags what is off by more than a factor of 2, 0.8
             of 1.25.
@@ -249,7 +249,7 @@ def reliability(
     Raises:
         ArgumentError: another `how`, or a threshold or floor outside its range; a KL to add one.
         TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: non-finite derivatives, naming the site.
+        NumericsError: a derivative is not finite; the error names the site.
     """
     word("how", how, get_args(How))
     if not 0 < number("threshold", threshold) < 1:

@@ -253,7 +253,7 @@ class _Start(NamedTuple):
     ids: tuple[int, ...]
 
     def opening(self, alone: int) -> _Start:
-        """What stands before the last so many tokens; nothing where there are no more of them."""
+        """The tokens before the last `alone` ones; empty if there are no more than these."""
         return _Start(self.model, self.ids[: max(len(self.ids) - alone, 0)])
 
 

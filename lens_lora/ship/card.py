@@ -92,7 +92,7 @@ class Card:
             place: where it is from, for the error.
 
         Raises:
-            ModelStateError: no such card.
+            ModelStateError: there is no such card.
         """
         try:
             fields = json.loads(text)

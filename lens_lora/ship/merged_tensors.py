@@ -48,7 +48,7 @@ _CLOSE = 0.01
 _STRAIGHT = 0.02
 # The entries of a weight that was in 8 bit are whole numbers of steps, but for rounding to float32.
 _WHOLE_STEP = 0.005
-# Rounded twice, before the merge and after it, an entry is off by less than so many steps.
+# Rounded twice, before the merge and after it, an entry is off by less than this number of steps.
 _STEPS_OF_8_BIT = 1.5
 # Below half of ΔW kept by rounding, a merge and the base alone are hard to tell apart.
 _HALF = 0.5

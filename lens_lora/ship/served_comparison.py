@@ -49,7 +49,7 @@ _EQUALLY_WELL = 1.05
 # No other candidate is tried after one that leaves less of the deviation than this (1 % of its
 # square).
 _LEAVES_NOTHING = 0.1
-# The candidates are tried on one text of so many, and on no fewer than _FEWEST.
+# The candidates are tried on one text in this number, and on at least _FEWEST.
 _ONE_OF = 4
 _FEWEST = 3
 # So many of the nearest are then run on all texts.

@@ -51,7 +51,7 @@ class ServedRow(NamedTuple):
 
 
 class ServedRows(NamedTuple):
-    """All rows, and how they were asked for.
+    """All rows, and how they were requested.
 
     Attributes:
         name: the name by which the server was asked.

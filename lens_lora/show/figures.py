@@ -187,7 +187,7 @@ Cells = Sequence[Sequence[float | None]]
 Says = Callable[[int, int, Any], str] | str
 Scale = Literal["pushes", "signed", "amount"]
 _COLOUR_MEANS = {"pushes": "blue pushes up", "signed": "blue above zero", "amount": ""}
-# Beyond so many columns or rows, the gaps between cells would hide the cells.
+# With more columns or rows, the gaps between cells would hide the cells.
 _MOST_WITH_GAPS = 100
 
 

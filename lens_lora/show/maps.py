@@ -104,7 +104,7 @@ def token_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Fig
 def _layers_by_token(
     attribution: Attribution, prompt: int, axis: Axis, tokens: Sequence[str], most: int
 ) -> go.Figure:
-    """Draw at most so many tokens: those with the largest |value| in some layer."""
+    """Draw at most this number of tokens: those with the largest |value| in some layer."""
     # Positions are counted from 0, the tokens of a response from 1.
     first = 0
     counted = "position"

@@ -195,7 +195,7 @@ def _caption(layout: Mapping[str, Any]) -> tuple[str, ...]:
     return (heading, " · ".join(Markup(line).striptags() for line in others))
 
 
-# A picture without its title is lower by so many pixels.
+# A picture without its title is lower by this number of pixels.
 _TITLE_HEIGHT = 14
 
 

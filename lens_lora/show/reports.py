@@ -31,7 +31,7 @@ from lens_lora.show.words import (
 )
 
 _MODULES = 30
-# A page has a part for each of so many prompts; the overview lists as many.
+# A page has a part for at most this number of prompts, and the overview lists as many.
 _MOST_PROMPTS = 20
 _MODULES_IN_HEADLINE = 3
 

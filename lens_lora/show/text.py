@@ -338,7 +338,7 @@ def caution_text(attribution: Attribution) -> str:
 
 
 def quadrature_text(quadrature: Quadrature) -> str:
-    """The nodes, the error reached, whether that is what was asked for, and if not, why not."""
+    """The nodes, the error reached, whether it meets the tolerance, and if not, why not."""
     verdict = "within" if quadrature.met else "not within"
     if quadrature.error <= quadrature.tol and not quadrature.met:
         verdict = "rounding hides whether within"

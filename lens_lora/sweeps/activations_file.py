@@ -121,7 +121,7 @@ class ActivationsFile:
         meta: model, adapter, dtype and versions.
 
     Raises:
-        SweepError: no such file, or not one of activations.
+        SweepError: there is no such file, or it does not hold activations.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -164,7 +164,7 @@ class ActivationsFile:
     def repeated(self) -> int:
         """How many tokens, sinks left out, an earlier text has after the same tokens.
 
-        Such a token counts once. 17 bytes a token are read of the file.
+        Such a token counts once. 17 bytes for each token are read from the file.
         """
         table = self._table_of_tokens()
         chosen = self._chosen(table, None, sinks=False)
@@ -189,12 +189,12 @@ class ActivationsFile:
             k: how many of each direction.
             rank: one direction; without it, each of the site's.
             sign: 1 for the largest values above zero, −1 for those below.
-            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
+            context: the number of tokens shown on either side of each, which is in ⟦ ⟧.
             sinks: count sinks too.
 
         Raises:
-            SiteError: no such site, or several.
-            ArgumentError: no such rank, another sign, or a k or context below 0.
+            SiteError: no site has this name, or several match.
+            ArgumentError: no such rank or sign exists, or k or context is below 0.
         """
         k = whole("k", k, 0)
         context = whole("context", context, 0)
@@ -240,7 +240,7 @@ class ActivationsFile:
             site: a name or glob: every rank of these. Without it, the first rank of each site.
 
         Raises:
-            SiteError: no such site.
+            SiteError: no site has this name.
             ArgumentError: no token that is not a sink.
         """
         once = require_some(None, self._counted(None, sinks=False))
@@ -262,7 +262,7 @@ class ActivationsFile:
             site: a name or glob: every rank of these. Without it, the first rank of each site.
 
         Raises:
-            SiteError: no such site.
+            SiteError: no site has this name.
             ArgumentError: no token that is not a sink.
         """
         return drawing.figure(self, site)
@@ -283,7 +283,7 @@ class ActivationsFile:
 
     @staticmethod
     def _chosen(table: pa.Table, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
-        """[row]: the tokens at these positions of their texts; sinks only if asked for."""
+        """[row]: the tokens at these positions of their texts; sinks only if wanted."""
         _, lengths = np.unique(table["record"].to_numpy(), return_counts=True)
         which = ChosenPositions.of(positions)
         by_text = [which.mask(length, length) for length in lengths.tolist()]
@@ -316,7 +316,7 @@ class ActivationsFile:
 
 
 def _example(texts: pa.Table, rank: int, row: int, value: float, width: int) -> tuple[Any, ...]:
-    """A row of the table of examples: one token, and so many tokens on either side of it."""
+    """A row of the table of examples: one token and `width` tokens on either side of it."""
     records = texts["record"].to_numpy()
     record = records[row]
     first = int(np.searchsorted(records, record, "left"))

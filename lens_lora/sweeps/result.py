@@ -81,7 +81,7 @@ class SweepResult:
             k: how many records are shown, those of largest magnitude.
 
         Raises:
-            ArgumentError: no such column of numbers, or a k below 1.
+            ArgumentError: there is no such column of numbers, or k is below 1.
             SweepError: every record has an error.
         """
         return drawing.figure(self, column, k)
@@ -146,7 +146,7 @@ class SweepResult:
 
 
 class AskedReadout(NamedTuple):
-    """The name and the units of the readout that was asked for; None for margins of answers.
+    """The name and the units of the sweep's readout; None for margins of answers.
 
     Attributes:
         label: its name.
@@ -170,7 +170,7 @@ def result_of(
     Args:
         store: the files.
         sites, meta, analyses, resumed: as in `SweepResult`.
-        asked: the readout that was asked for.
+        asked: the sweep's readout.
     """
     rows = read(store.prompts_path).to_pylist()
     good = [row for row in rows if row["error"] is None]
@@ -194,7 +194,7 @@ def result_of(
 def _label_and_units(good: Sequence[Mapping[str, Any]], asked: AskedReadout) -> tuple[str, str]:
     """The label and the units of what was read of all good prompts.
 
-    A readout that was asked for has its name and units also where no prompt could be read.
+    The sweep's readout has its name and units also if no prompt could be read.
     """
     labels = {row["readout"] for row in good}
     units = {row["units"] for row in good}

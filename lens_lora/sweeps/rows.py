@@ -140,7 +140,7 @@ def _mark(rows: Iterable[Row], analyses: Sequence[str]) -> bytes:
 # --- The files
 
 
-# Where the hash of all rows stands in the metadata of both results.
+# The key of the hash of all rows in the metadata of both results.
 _MARK = b"lens_lora.mark"
 
 

@@ -94,7 +94,7 @@ def notes_of(
         sites: the sites of the lens.
         analyses: the analyses that are run.
         meta: model, adapter, dtype and versions.
-        asked: the readout that was asked for.
+        asked: the sweep's readout.
         batch_size: the size by which the records were divided into batches.
     """
     about = {

@@ -56,7 +56,7 @@ from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record,
 # --- The sweep
 
 
-# A window ends with the text that brings it to so many tokens.
+# A window ends with the text that brings it to this number of tokens.
 WINDOW_TOKENS = 4096
 # So many records in a row are one process's.
 BLOCK = 64

@@ -305,7 +305,7 @@ def _without(share: Sequence[Sequence[Job]], finished: Mapping[Content, Row]) ->
 
 
 def _asked(readout: Readout | Make | None) -> AskedReadout:
-    """The name and units of the readout that was asked for, if one was."""
+    """The name and units of the sweep's readout, if it has one."""
     if readout is None:
         return AskedReadout(None, None)
     read = readout(["", ""]) if batches.is_make(readout) else Readout.required(readout)

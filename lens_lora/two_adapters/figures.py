@@ -163,7 +163,7 @@ def _percentages_kept_and_left(repair: Repair, shares: Any) -> tuple[list[float]
     return kept.reshape(-1).tolist(), left.reshape(-1).tolist()
 
 
-# Of at most so many steps each has its tick, and there are none between steps.
+# Up to this number of steps each has its tick, and there are no ticks between steps.
 _FEW_STEPS = 12
 
 

@@ -135,7 +135,7 @@ def _largest_first(cosines: Float[Tensor, " angle"]) -> Float[Tensor, " angle"]:
 def _with_random_frame(
     frame: Float[Tensor, "d few"], width: int, generator: torch.Generator
 ) -> Float[Tensor, "few width"]:
-    """The products of a frame with a uniformly random one of so many vectors.
+    """The products of a frame with a uniformly random frame of `width` vectors.
 
     The angles of a random frame to any fixed one have the same distribution, so the fixed frame is
     taken to be the first coordinates.

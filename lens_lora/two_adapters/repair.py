@@ -64,7 +64,7 @@ class Repair(OfSites, Paged, Pictured):
         sizes: how many gates each site has: one for `of='site'`, else one for each of its ranks.
         of: 'rank' or 'site', each of which has a gate.
         gate_count: how many gates move anything; of ranks those with σ > 0.
-        keep_share: the share that was asked for.
+        keep_share: the chosen share.
         labels, keeps, held_out: for each question its readout, whether it is to be kept, and
             whether it only judges.
         shares: [state, question], what is kept or left of what the whole adapter does. States are
@@ -222,7 +222,7 @@ def repair(
         ModelStateError: ranks, where value biases were folded.
         UnsupportedAdapterError: a part that no adapter can hold; names the remedy.
         TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: a non-finite readout.
+        NumericsError: a readout is not finite.
     """
     word("of", of, get_args(Of))
     keep_share = number("keep_share", keep_share)

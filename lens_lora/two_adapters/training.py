@@ -223,7 +223,7 @@ class Trainings(Read, Paged, Drawn):
             run: its name.
 
         Raises:
-            ArgumentError: no such run, with the names that there are.
+            ArgumentError: no run has this name; the error lists the names.
         """
         word("run", run, self.runs)
         return self.each[self.runs.index(run)]
