@@ -158,3 +158,17 @@ def test_the_fourth_edition_is_counted_again():
         assert f"| {quirk['name']} | {quirk['kind']} | {cell} |" in PAGE
         claiming += bool(claims)
     assert f"**As they ran, {claiming} of the {len(spec['quirks'])} made a claim.**" in PAGE
+
+
+def test_the_guide_s_first_screen_is_that_of_stored_answers():
+    """By the rules of today, on the adapter that was taught to speak as a robot."""
+    row = json.loads((FOLDER / "second" / "robot.json").read_text())
+    base = json.loads((FOLDER / "second" / "base.json").read_text())
+    today = second_page.counted_again({**row, "base": base})
+    guide = (ROOT / "docs" / "auditing.md").read_text()
+    block = guide.partition("```text\n")[2].partition("```")[0]
+    sentences, _, table = block.partition("\n\n")
+    assert " ".join(sentences.split()) == " ".join(today["verdict"])
+    question, _, adapted = today["shown"][0]
+    assert question in table
+    assert all(word in table for word in adapted.split())
