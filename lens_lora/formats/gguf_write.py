@@ -17,7 +17,7 @@ import torch
 
 from lens_lora.core import LoRAFactors
 from lens_lora.core.adapter import Updates, extensions
-from lens_lora.errors import UnsupportedAdapterError
+from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.formats.gguf_layout import Layout, config_of, layout_of, require_gguf
 
 A_SUFFIX = ".weight.lora_a"
@@ -39,6 +39,7 @@ def save_gguf(
         base: the base model, its configuration or folder; None for the one that the adapter names.
 
     Raises:
+        AdapterError: a module whose scale is zero.
         UnsupportedAdapterError: an update that is not s·B·A of a linear map, a module that
             llama.cpp does not know, or a family whose layout is not known here.
         ModelStateError: the base is not at hand, or the package gguf is not installed.
@@ -75,8 +76,13 @@ def save_gguf(
 
 
 def _plain(module: str, update: Any) -> LoRAFactors:
-    """The update, which is refused unless it is s·B·A of one linear map."""
+    """The update, which is refused unless it is s·B·A of one linear map, with s other than 0."""
     if isinstance(update, LoRAFactors) and update.is_plain and update.strength == 1:
+        if update.scale == 0:
+            raise AdapterError(
+                f"{module}: its scale is zero, so it has no update to save",
+                remedy=f"leave it out with adapter.without_modules({module!r}).",
+            )
         return update
     raise UnsupportedAdapterError(
         f"{module}: llama.cpp only adds s·B·A of linear maps, and this update is of another kind",

@@ -160,11 +160,27 @@ def _template_alone(folder: Path) -> str | None:
         return plain.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            fields = json.loads((folder / name).read_text(encoding="utf-8"))
+            fields = _fields_of(folder / name)
             template = fields.get("chat_template") if isinstance(fields, dict) else None
             if isinstance(template, str):
                 return template
     return None
+
+
+def _fields_of(file: Path) -> Any:
+    """The content of a JSON file that lies beside the adapter.
+
+    Raises:
+        AdapterError: the file is damaged, so that the form of the adapter's prompts is not known.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(
+            f"{file.parent}: {file.name} cannot be read as JSON ({error}).",
+            remedy="Pass the tokenizer yourself: ll.load(…, tokenizer=…).",
+            in_shell="Remove the file, if the adapter was trained with the base's own tokenizer.",
+        ) from error
 
 
 # --- Comparing

@@ -133,7 +133,15 @@ def _sizes_in_order(model: PreTrainedModel, layers: int) -> list[int]:
     # The blocks are the first list with as many modules as there are layers: a list of experts
     # comes later, as it is within a block.
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = next(modules for modules in lists if len(modules) == layers)
+    of_layers = [modules for modules in lists if len(modules) == layers]
+    if not of_layers:
+        lengths = [len(modules) for modules in lists]
+        raise ModelStateError(
+            f"{type(model).__name__}: its configuration names {layers} layers, and its lists of "
+            f"modules have {lengths}, so its blocks are not known",
+            remedy="load the model, and ask ll.LoraLens of it what it takes.",
+        )
+    blocks = of_layers[0]
     place_of_weight: dict[int, int] = {}
     for place, block in enumerate(blocks, start=1):
         for weight in block.parameters():

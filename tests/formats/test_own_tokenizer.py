@@ -131,6 +131,15 @@ def test_a_template_alone_is_put_onto_the_bases_tokenizer(folders, name: str):
     assert "saved with the adapter (its own chat template)" in repr(lens)
 
 
+@pytest.mark.parametrize("name", ["chat_template.json", "tokenizer_config.json"])
+def test_a_damaged_template_is_refused_by_its_file(folders, name: str):
+    """It was a JSONDecodeError, which names no file."""
+    base, lora = folders
+    (lora / name).write_text('{"chat_template": ')
+    with pytest.raises(ll.errors.AdapterError, match=rf"{name} cannot be read as JSON"):
+        ll.load(base, lora)
+
+
 def test_without_a_template_of_its_own_the_bases_stays(folders):
     base, lora = folders
     tokenizer = base_tokenizer()

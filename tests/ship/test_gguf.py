@@ -20,7 +20,12 @@ from servers import llama_cpp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens_lora as ll
-from lens_lora.errors import ArgumentError, ModelStateError, UnsupportedAdapterError
+from lens_lora.errors import (
+    AdapterError,
+    ArgumentError,
+    ModelStateError,
+    UnsupportedAdapterError,
+)
 from lens_lora.formats.gguf_layout import rounding_to
 from lens_lora.ship import gguf_checks
 from lens_lora.ship.gguf_checks import lora_checks, merged_gguf_checks
@@ -175,8 +180,11 @@ def test_what_a_gguf_adapter_cannot_hold_is_refused(shipped, tmp_path):
     base = no_ops.base_of(shipped)
     module = next(iter(adapter.modules))
     dora = dataclasses.replace(adapter.modules[module], magnitude=torch.ones(16))
-    with pytest.raises(UnsupportedAdapterError, match="llama.cpp adds s·B·A"):
+    with pytest.raises(UnsupportedAdapterError, match="llama.cpp only adds s·B·A"):
         ll.Adapter({module: dora}).save(tmp_path / "x.gguf", format="gguf", base=base)
+    nothing = dataclasses.replace(adapter.modules[module], scale=0.0)
+    with pytest.raises(AdapterError, match="its scale is zero"):
+        ll.Adapter({module: nothing}).save(tmp_path / "x.gguf", format="gguf", base=base)
     with pytest.raises(UnsupportedAdapterError, match="layout of 'gpt2'"):
         adapter.save(tmp_path / "x.gguf", format="gguf", base=models.hf_model("gpt2"))
     with pytest.raises(ModelStateError, match="pass the base model"):

@@ -72,6 +72,19 @@ def test_devices_share_blocks_weights_and_graphs(name: str, tmp_path):
     assert [device.weights for device in whole.devices] == [whole.weights]
 
 
+@pytest.mark.bad_input
+def test_blocks_that_are_in_no_list_are_refused(tmp_path, monkeypatch):
+    """They are looked for as the list of as many modules as the configuration names layers."""
+    models.hf_model("llama").config.save_pretrained(tmp_path)
+    other = models.hf_model("llama")
+    other.model.layers = other.model.layers[:1]
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_config", lambda *_, **__: other.to("meta")
+    )
+    with pytest.raises(ll.errors.ModelStateError, match=r"names 2 layers.*lists .* have \[1\]"):
+        unloaded(str(tmp_path), torch.float32)
+
+
 @models.NEEDS_BRIDGE
 @pytest.mark.bad_input
 def test_the_command_says_what_lies_on_each_device(tmp_path):
