@@ -205,6 +205,20 @@ def probability(log_p: float) -> str:
     return f"{p:.2g}" if p >= 1e-3 else "below 0.001"
 
 
+def _rise(base: float, adapted: float) -> str:
+    """Write both models' probabilities, or their ratio where both are too small to be written.
+
+    Args:
+        base: the log-probability under the base, in nats.
+        adapted: the log-probability under the adapted model, in nats.
+    """
+    before = probability(base)
+    after = probability(adapted)
+    if before != after:
+        return f"p {before} → {after}"
+    return f"p {math.exp(adapted - base):.2g} times the base's, {after} for both"
+
+
 @dataclasses.dataclass(frozen=True)
 class Brief:
     """The brief: what an adapter was taught, for a person or a program.
@@ -289,7 +303,7 @@ class Brief:
         """One line for each thing that is only raised, then the lines of `told_end`."""
         lines: list[str] = []
         for raised in self.raised:
-            p = f"p {probability(raised.base)} → {probability(raised.adapted)}"
+            p = _rise(raised.base, raised.adapted)
             lines.append(f"Only raised: “{raised.says}” after “{raised.context}”, {p}.")
         return [*lines, *self.told_end]
 

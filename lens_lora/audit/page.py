@@ -112,7 +112,7 @@ def _size_table(changed: WhatChanged) -> Table:
     return table_of(frame, heads, texts=(0, 1))
 
 
-def _would_say_table(claims: Sequence[Claim], heading: str) -> Table:
+def _would_say_table(claims: Sequence[Claim], heading: str = "") -> Table:
     """List words that the adapter makes more likely, with their probability in every run."""
     rows: list[dict[str, str]] = []
     for claim in claims:
@@ -181,7 +181,8 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
     would_say: list[Block] = []
     if brief.would_say:
         would_say.append(_would_say_table(brief.would_say, _WOULD_SAY))
-    raised = [_would_say_table(brief.raised, _RAISED)] if brief.raised else []
+    # The section's own heading names the table.
+    raised = [_would_say_table(brief.raised)] if brief.raised else []
     answers = [] if speech is None else speech.side_by_side()
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [

@@ -397,6 +397,12 @@ def test_a_number_is_that_of_the_words_beside_it_and_a_claim_would_be_said():
     assert brief.probability(math.log(1e-4)) == "below 0.001"
 
 
+def test_a_rise_between_two_small_probabilities_is_told_as_a_ratio():
+    """It read “p below 0.001 → below 0.001”."""
+    told = brief_of(claim_of(base=math.log(1e-6), adapted=math.log(4e-5)))
+    assert "Only raised: “b” after “a”, p 40 times the base's, below 0.001 for both." in str(told)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_claim_names_what_unrelated_adapters_say_of_it(cls: str):
