@@ -13,7 +13,7 @@ Torch is not imported here, so that a wrong folder is reported at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,8 @@ def folders_in(
 ) -> dict[str, Path]:
     """Every adapter's folder within a folder, by its path from there; at least one.
 
-    A folder counts if it has PEFT's config or weights, or all files of a registered format.
+    A folder counts if it has PEFT's config or weights, or all files of a registered format. Links
+    to folders are followed, and a folder counts once however many links lead to it.
 
     Args:
         folder: a folder on disk, or a hub repository.
@@ -135,17 +136,40 @@ def folders_in(
     names = _file_names()
     in_folders = [f"*/{name}" for name in names]
     root = _at_hand(Place(folder, revision, subfolder), [*names, *in_folders])
-    paths: set[Path] = set()
-    for name in PEFT_FILES:
-        paths |= {path.parent for path in root.rglob(name)}
-    for known in registered():
-        first = root.rglob(known.files[0])
-        paths |= {path.parent for path in first if known.is_in(path.parent)}
+    paths = [path for path in _folders_below(root) if _has_adapter(path)]
     if not paths:
         raise AdapterError(
             f"{folder}: a folder with adapters is expected, and none in it has an {CONFIG}."
         )
     return {path.relative_to(root).as_posix(): path for path in sorted(paths)}
+
+
+def _folders_below(root: Path) -> Iterator[Path]:
+    """Yield a folder and all folders within it, each once.
+
+    Links are followed last, so that a folder that is there without them has its own name.
+    """
+    seen: set[Path] = set()
+    starts = [root]
+    while starts:
+        links: list[Path] = []
+        for start in starts:
+            for place, names, _ in os.walk(start):
+                folder = Path(place)
+                if folder.resolve() in seen:
+                    names.clear()
+                    continue
+                seen.add(folder.resolve())
+                yield folder
+                links += [folder / name for name in sorted(names) if (folder / name).is_symlink()]
+        starts = links
+
+
+def _has_adapter(folder: Path) -> bool:
+    """Whether a folder has PEFT's config or weights, or all files of a registered format."""
+    if any((folder / name).exists() for name in PEFT_FILES):
+        return True
+    return any(known.is_in(folder) for known in registered())
 
 
 def checkpoint_folders(

@@ -94,6 +94,20 @@ def test_folders_and_checkpoints_hold_it(adapter: ll.Adapter, tmp_path: Path):
     assert last_checkpoint(run) is None  # the run's folder is an adapter itself
 
 
+def test_a_folder_of_links_to_adapters(tmp_path: Path):
+    """They were passed over, so that a scan had fewer rows without a word."""
+    for name in ("store/a", "store/b", "all/c"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    every = tmp_path / "all"
+    (every / "a").symlink_to(tmp_path / "store" / "a", target_is_directory=True)
+    (every / "again").symlink_to(tmp_path / "store" / "a", target_is_directory=True)
+    (every / "best").symlink_to(every / "c", target_is_directory=True)
+    (every / "round").symlink_to(every, target_is_directory=True)
+    assert list(folders_in(every)) == ["a", "c"]
+    assert list(folders_in(tmp_path)) == ["all/c", "store/a", "store/b"]
+
+
 def test_bank_scans_and_remembers_it(adapter: ll.Adapter, tmp_path: Path):
     """By the content of its files: a scan that is taken up again reads what has changed."""
     base = models.hf_model("llama", dtype=torch.float32)
