@@ -7,10 +7,10 @@ from collections.abc import Generator
 
 from tqdm import tqdm
 
-# The path integral of an explanation: 1 % of the shift is enough for a ranking.
+# The path integral of an explanation: an error of 1 % of the shift is small enough for a ranking.
 PATH_TOLERANCE = 1e-2
 PATH_NODES = 17
-# How many tokens both models say in answer.
+# The most tokens of each model's answer.
 _ANSWER_TOKENS = 48
 _ANSWER_TOKENS_FAST = 12
 

@@ -28,7 +28,7 @@ _NUMBERS = {
 }
 
 
-# A token is left out whose probability is below this in both models.
+# Tokens whose probability is below this in both models are left out.
 _RARE = 1e-4
 
 
@@ -118,7 +118,7 @@ def _moved_token(
 
 
 def _most_moved(e: Explanation, change: Sequence[float], k: int) -> tuple[list[int], list[int]]:
-    """The k tokens that rise most and the k that fall most, of those that a model might say."""
+    """The k tokens that rise most and the k that fall most, of those likely in either model."""
     likely = (e.probabilities.amax(0) >= _RARE).nonzero().flatten().tolist()
     largest_rise_first = sorted(likely, key=lambda i: -change[i])
     largest_fall_first = largest_rise_first[::-1]
@@ -163,7 +163,7 @@ def remainder_table(e: BySite) -> Table:
 
 
 def sites_table(e: BySite, k: int) -> Table:
-    """The sites of largest |first order at ε = 0|, with every number computed of them."""
+    """The sites of largest |first order at ε = 0|, with every number computed for them."""
     frame = e.to_frame()
     order = frame["first_order"].abs().sort_values(ascending=False, kind="stable").index[:k]
     flags: list[str] = []

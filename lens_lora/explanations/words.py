@@ -1,8 +1,8 @@
 """An explanation in plain words; `explanation_story` and the `headline` of a page share sentences.
 
-Every sentence is a number of the result. A difference of at most three noise floors is called
-noise, and nothing is compared with it. What was not measured is said not to be. A guide is called
-good only by the thresholds below, on this prompt.
+Every sentence states a number of the result. A difference of at most three noise floors is called
+noise, and nothing is compared with it. A sentence lists what was not measured. An attribution is
+called a good guide by the thresholds below, and on this prompt alone.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ from lens_lora.show.words import (
 
 # How many modules the headline names.
 MODULES_IN_HEADLINE = 3
-# An attribution is called a good guide to measured effects if it orders them at least so closely,
+# An attribution is called a good guide to measured effects if both correlations are at least these
 # and the slope between the two is within these bounds.
 PEARSON = 0.95
 SPEARMAN = 0.9
 SLOPE = (0.8, 1.25)
-# Of which share of the modules, the top of each ranking, it is said what they keep.
+# The story says what the top of each ranking keeps, at this share of the modules.
 _TOP_SHARE = 0.2
 # How many flagged modules are named.
 _FLAGGED_NAMED = 3
-# Modules are called redundant if leaving each out takes less than this share of the shift in all.
+# Modules are called redundant if leaving out one at a time takes, summed over all of them, less
+# than this share of the shift.
 _REDUNDANT = 0.5
 _DONE = {
     "add_one": "adding one module (at ε = 0)",
@@ -223,7 +224,7 @@ def _parts(e: BySite, a: ReadoutAccount) -> str:
 
 
 def of_second_order(curvature: str, verdict: SecondVerdict) -> str:
-    """A sentence on what second order adds, and whether it is nearer to the shift.
+    """A sentence on what second order adds, and whether that brings the estimate nearer.
 
     Args:
         curvature: what it adds, as the sentence writes it.
@@ -269,7 +270,7 @@ def _judged(c: Comparison) -> str:
     slope = float(c.slope[0])
     agreement = f"a correlation of {r:.3f} (of ranks {rank:.3f}, slope {slope:.2f})"
     if math.isnan(r):
-        agreement = "no correlation that exists"
+        agreement = "a correlation that is not defined"
     if not (r >= PEARSON and rank >= SPEARMAN):
         return f"{agreement}: not a good guide here"
     is_sized = SLOPE[0] <= slope <= SLOPE[1]
@@ -277,7 +278,7 @@ def _judged(c: Comparison) -> str:
 
 
 def _redundancy(e: BySite, a: ReadoutAccount) -> str:
-    """How little leaving out one module at a time takes, where it is little in all."""
+    """How little of the shift leaving out one module at a time takes, where the sum is small."""
     if e.leave_one_out is None:
         return ""
     lost = float(e.leave_one_out.values.sum())
@@ -354,7 +355,7 @@ def limits(e: BySite, reach: str) -> str:
 
     Args:
         e: the explanation of one prompt.
-        reach: how far, in a sentence.
+        reach: a sentence on how far it reaches.
     """
     missing: list[str] = []
     if e.is_fast:

@@ -1,9 +1,9 @@
 """The file of a sweep of activations: a row per token, read one site's column at a time.
 
 A row holds `record` (from 0), `id`, `position`, `token`, `prefix`, `sink`, `error`, and `rank`
-numbers for each site. A bad record has one row, without a token. Tokens with the same tokens
-before them have the same `prefix` (`core/readout/beginnings.py`), and the same numbers: examples
-and means count one of them.
+numbers for each site. A bad record has one row, without a token. Where texts begin alike, their
+tokens have the same `prefix` (`core/readout/beginnings.py`) and the same numbers, so examples and
+means count each of them once.
 
 The columns `record`, `prefix` and `sink` are read before a site's.
 """
@@ -69,7 +69,9 @@ def spans_in(schema: pa.Schema, path: Path) -> list[Span]:
     """
     spans = (schema.metadata or {}).get(SPANS)
     if spans is None:
-        raise SweepError(f"{path} holds no activations by token; they are a sweep's of their own.")
+        raise SweepError(
+            f"{path} holds no activations by token; a sweep of activations writes such a file."
+        )
     return [Span(*fields) for fields in json.loads(spans)]
 
 
@@ -77,7 +79,7 @@ def spans_of(path: Path) -> list[Span]:
     """The spans of a result, each of which is one group of its rows.
 
     Raises:
-        SweepError: a file without spans, or with other rows than they say.
+        SweepError: a file without spans, or whose rows do not match them.
     """
     with pq.ParquetFile(path) as file:
         spans = spans_in(file.schema_arrow, path)
@@ -162,9 +164,9 @@ class ActivationsFile:
 
     @property
     def repeated(self) -> int:
-        """How many tokens, sinks left out, an earlier text has after the same tokens.
+        """How many tokens an earlier text has too, after the same tokens; sinks are left out.
 
-        Such a token counts once. 17 bytes for each token are read from the file.
+        Such a token counts once. To find them, 17 bytes per token are read from the file.
         """
         table = self._table_of_tokens()
         chosen = self._chosen(table, None, sinks=False)
@@ -186,7 +188,7 @@ class ActivationsFile:
 
         Args:
             site: its name, or a glob that matches it alone.
-            k: how many of each direction.
+            k: how many tokens for each direction.
             rank: one direction; without it, each of the site's.
             sign: 1 for the largest values above zero, −1 for those below.
             context: the number of tokens shown on either side of each, which is in ⟦ ⟧.
@@ -218,8 +220,8 @@ class ActivationsFile:
         Where several texts begin alike, a token with the same tokens before it counts once.
 
         Args:
-            positions: None for all tokens, or of each text an index, a slice or indices; negative
-                ones count from its end.
+            positions: None for all tokens; or an index, a slice or indices into each text, where
+                negative ones count from its end.
             sinks: count sinks too.
 
         Raises:
@@ -274,7 +276,7 @@ class ActivationsFile:
         return pd.read_parquet(self._file.path, columns=columns, filters=has_error)
 
     def _counted(self, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
-        """[row]: the tokens at these positions, without those that an earlier text has, too."""
+        """[row]: the tokens at these positions, without those that an earlier text has too."""
         table = self._table_of_tokens()
         return self._once(table, self._chosen(table, positions, sinks))
 
@@ -293,7 +295,7 @@ class ActivationsFile:
 
     @staticmethod
     def _once(table: pa.Table, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """[row]: of the chosen tokens with the same tokens before them, the first."""
+        """[row]: the first of the chosen tokens that have the same prefix."""
         return first_of_each(table["prefix"].fill_null(0).to_numpy(), chosen)
 
     def _numbers(self, site: str) -> NDArray[np.floating]:

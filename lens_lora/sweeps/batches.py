@@ -163,7 +163,7 @@ def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
 
 
 Vector = NDArray[np.float64]
-# No margin of more roundings of one logit than this is within three noise floors.
+# A margin larger than this many roundings of one logit is never within three noise floors of zero.
 _ROUNDINGS = 2**16
 
 
@@ -210,7 +210,7 @@ def _measured(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> l
 
 
 def _values(g: Evaluations, jobs: Sequence[Job], name: str) -> Vector:
-    """The values of one analysis, of all jobs together or of one after another."""
+    """The values of one analysis, for all jobs together or for one after another."""
     batches = [g]
     if ANALYSES[name].alone and len(jobs) > 1:
         batches = [_function(g.lens, [job]) for job in jobs]
@@ -227,7 +227,7 @@ def _function(lens: LoraLens, jobs: Sequence[Job]) -> Evaluations:
 
 
 def _readout(lens: LoraLens, jobs: Sequence[Job], prompts: Prompts) -> Readout:
-    """The readout of a batch: that for all records, or of each prompt's own response or answers."""
+    """The readout of a batch: the one for all records, or that of each prompt's own texts."""
     make = jobs[0].make
     if make is not None:
         return make([job.record.response or "" for job in jobs])

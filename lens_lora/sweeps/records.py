@@ -4,8 +4,9 @@
    order, with its own id or the row's number (from 0). A string or a conversation is a prompt, as
    it is everywhere: where no answers are needed, it is a record by itself.
 2. A mistake in one row is kept in its record, with its line, and the other rows are read as usual.
-3. A mistake in all of them (a missing column, no row at all) is raised. So is an object of Python
-   that can be no record, before anything is run: it is a mistake in the call, not in the data.
+3. A mistake in all of them (a missing column, no row at all) is raised. So is a
+   Python object that cannot be a record, before anything is run: it is a mistake in the call, not
+   in the data.
 
 pandas is not imported: a data frame is recognised by its attributes.
 """
@@ -129,8 +130,8 @@ class Record:
     Attributes:
         id: the id that the record came with, or the row's number from 0.
         where: 'line 3' in a file, 'row 2' in anything else.
-        prompt: the text, read at its last token. That of a conversation is what the chat template
-            makes of it, which is known once the model is.
+        prompt: the text, read at its last token. For a conversation it is what the chat template
+            makes of it, and None until the model is known.
         doc, pre: the two answers; None where one readout is given for all records.
         error: the fault of a bad record, whose other fields may be None; else None.
         messages: a conversation, in place of the prompt's text.
@@ -185,8 +186,8 @@ def read_records(
 ) -> list[Record]:
     """Every record in order, bad ones included.
 
-    A record whose id another one has already is bad. An id that came with a record goes before the
-    number that stands in for a missing one.
+    A record whose id belongs to another one is bad. An id that came with a record takes precedence
+    over a row's number that stands in for a missing id.
 
     Args:
         records: a file, a data frame, or an iterable of records.
@@ -194,7 +195,7 @@ def read_records(
         with_response: whether each record needs a `response`.
 
     Raises:
-        SweepError: no record, a file that cannot be read, or an object that can be no record.
+        SweepError: no record, a file that cannot be read, or an object that cannot be a record.
     """
     if isinstance(records, Iterable) and not isinstance(records, str | Mapping | Frame):
         records = list(records)
@@ -228,9 +229,9 @@ def _taken(record: Record, owner: Record) -> str:
 def each_record(
     records: RecordsLike, *, with_answers: bool = True, with_response: bool = False
 ) -> Iterator[Record]:
-    """Read the records one after another, without noticing an id that occurs twice.
+    """Read the records one after another, without checking that no id occurs twice.
 
-    The objects of a list are looked at before the first is read, those of a stream when they come.
+    The objects of a list are checked before the first is read, those of a stream as they come.
 
     Args:
         records, with_answers, with_response: as for `read_records`.
@@ -299,7 +300,7 @@ def is_utf16(start: bytes) -> bool:
 
 
 def _require_records(records: object, needed: Sequence[str]) -> None:
-    """Refuse objects of Python that can be no record.
+    """Refuse Python objects that cannot be records.
 
     Raises:
         SweepError: naming the first of them, and what to give instead.
@@ -351,7 +352,7 @@ def _stripped(name: Any) -> Any:
 
 
 def _require_once(table: object, columns: Sequence[Any]) -> None:
-    """Refuse a table with a column twice that is read: only the last one would be."""
+    """Refuse a table that has a needed column twice, as only the last one would be read."""
     for name in READ:
         if columns.count(name) > 1:
             raise SweepError(f"{table} has the column {name} twice; rename or remove one of them.")

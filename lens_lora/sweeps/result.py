@@ -26,8 +26,8 @@ class SweepResult:
             analysis, in the units of the prompt's readout. Prompts with an error have no rows.
         prompts_path: one row per record: id, prompt, chat (whether of messages), doc, pre, tokens,
             readout, units, base g(0), adapted g(1), shift, flips (of margins), per analysis its sum
-            over sites and remainder (shift − sum; not of second order, which does not stand for
-            the shift), and error (null where there is none).
+            over sites and remainder (shift − sum; none for second order, which alone is no
+            estimate of the shift), and error (null where there is none).
         records: how many records there are.
         resumed: how many of them earlier runs had finished.
         flips: how many margins change sign, beyond three noise floors.
@@ -125,6 +125,9 @@ class SweepResult:
 
         Args:
             analysis: one of `analyses`; None for the first.
+
+        Raises:
+            SweepError: as `attribution`.
         """
         return self.attribution(analysis or self.analyses[0]).plot()
 
@@ -165,7 +168,7 @@ def result_of(
     resumed: int,
     asked: AskedReadout,
 ) -> SweepResult:
-    """The result whose files were written.
+    """The result of a sweep, once its files are written.
 
     Args:
         store: the files.

@@ -1,9 +1,9 @@
 """The rows of a sweep, as tables and as files.
 
 Each batch is a part (`runs/store.py`), one row per prompt with its values as lists. At the end
-there are two tables, of prompts (with shift, sums and remainders) and of prompts × sites. Both
-carry a hash of all rows: until the second one has it, the parts hold every row, also those of
-earlier results, and rows that no longer have that hash are not taken.
+there are two tables, of prompts (with shift, sums and remainders) and of prompts × sites. Until
+both are written, the parts hold every row, those of earlier results included. Both tables carry a
+hash of all rows, and tables whose rows no longer match it are refused.
 """
 
 from __future__ import annotations
@@ -63,19 +63,20 @@ FIELDS = {
     "base": _NUMBER,
     "adapted": _NUMBER,
     "shift": _NUMBER,
-    # Whether a margin changes its sign. An end within three noise floors of zero has none. Null of
+    # Whether a margin changes sign; an end within three noise floors of zero has no sign. Null for
     # other readouts.
     "flips": pa.bool_(),
     "error": _TEXT,
 }
-# So many prompts make one group of rows of the table of sites.
+# How many prompts make one group of rows in the table of sites.
 _PROMPTS_AT_ONCE = 256
 
 
 def _prompts_table(rows: Sequence[Row], analyses: Sequence[str], ids: pa.Array) -> pa.Table:
     """The table with one row per prompt.
 
-    Each analysis has a column of its sum over sites, and one of what the sum leaves of the shift.
+    Each analysis has a column of its sum over sites and, if that sum estimates the shift, one of
+    the remainder.
     """
     frame = pd.DataFrame(rows, columns=[*FIELDS, *analyses])
     table = pa.Table.from_pandas(frame[[*FIELDS]], pa.schema(FIELDS), preserve_index=False)
@@ -204,7 +205,7 @@ class RowStore(Store):
         if before and self.path.exists():
             # The parts hold every row until both results are written.
             self.add(list(before.values()))
-        # Where a record ran several times, a row without an error goes before one with it.
+        # Where a record ran several times, a row without an error replaces one with an error.
         good_last = sorted(self.finished_rows(), key=lambda row: row["error"] is None)
         known = {content(row): row for row in good_last}
         rows: list[Row] = []
@@ -244,9 +245,9 @@ class RowStore(Store):
         try:
             rows = _rows_of_results(prompts, sites, self._analyses)
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise _damaged(self.prompts_path, f"and {self.path} do not fit: {error}") from error
+            raise _damaged(self.prompts_path, f"rows do not fit {self.path}: {error}") from error
         if mark != _mark(rows, self._analyses):
-            raise _damaged(self.prompts_path, f"or {self.path}: their rows were changed")
+            raise _damaged(self.prompts_path, f"or {self.path} is: their rows were changed")
         return rows
 
     def write_results(self, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
@@ -288,7 +289,7 @@ def _unknown(row: Row, records: Sequence[Record], path: Path) -> str:
 
 
 def read(path: Path) -> pa.Table:
-    """Read one file, to which folders named 'a=b' add no columns.
+    """Read one file; folders named 'a=b' above it add no columns.
 
     Raises:
         SweepError: a file that cannot be read.

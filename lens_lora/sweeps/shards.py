@@ -21,7 +21,7 @@ from lens_lora.sweeps.records import Record
 from lens_lora.sweeps.result import AskedReadout, SweepResult, result_of
 from lens_lora.sweeps.rows import CONTENT, FIELDS, Content, RowStore, content
 
-# Where a plan's metadata hold what the results say beside their rows.
+# The key, in a plan's metadata, of what the results hold besides their rows.
 _ABOUT = b"lens_lora.about"
 
 
@@ -31,7 +31,7 @@ class SweepShard:
     """One finished shard of a sweep. `ll.gather(out)` makes the result, once all are finished.
 
     Attributes:
-        out: the result that all shards are of.
+        out: the result that all shards make together.
         shard: (i, n), shard i of n, counted from 1.
         prompts: how many prompts this shard has finished.
         resumed: how many of them earlier runs had finished.
@@ -61,7 +61,7 @@ def plan_of(records: Sequence[Record], batches: Sequence[Sequence[Job]], shards:
     Args:
         records: all records, with what is wrong with each.
         batches: the batches of the whole sweep.
-        shards: how many of them there are.
+        shards: how many shards there are.
     """
     shard_of: dict[Content, int] = {}
     for number, batch in enumerate(batches):
@@ -148,7 +148,7 @@ def gathered(out: Path, planned: Sequence[PlannedShard]) -> SweepResult:
 
 
 def _finished_rows(store: RowStore) -> dict[Content, dict[str, Any]]:
-    """The rows of a shard by what they ask; one with numbers stands for one with an error."""
+    """The rows of a shard by their `content`; one with numbers replaces one with an error."""
     rows: dict[Content, dict[str, Any]] = {}
     with_numbers_last = sorted(store.finished_rows(), key=lambda row: row["error"] is None)
     for row in with_numbers_last:
@@ -162,7 +162,7 @@ def _require_finished(
     count: int,
     out: Path,
 ) -> None:
-    """Refuse to join shards of which one lacks a row.
+    """Refuse to join the shards if one of them lacks a row.
 
     Args:
         entries: the plan's records.

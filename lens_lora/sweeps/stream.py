@@ -1,7 +1,7 @@
 """A sweep of activations: any number of texts, into a Parquet file with a row per token.
 
 1. Records are read, tokenised and run window by window: consecutive records of about
-   `WINDOW_TOKENS` tokens in all. Of n processes each takes every n-th block of records.
+   `WINDOW_TOKENS` tokens in all. With n processes, each takes every n-th block of records.
 2. Each window is a part (`runs/store.py`), written before the next begins, with its span of records
    in its metadata. Finished spans are passed over once a hash of ids and prompts shows that their
    records are the same. A span with bad records whose records have changed is run again; any other
@@ -10,7 +10,7 @@
    each (`activations_file.py`). The result holds the spans of its groups, so it can be resumed and
    extended as the parts can.
 
-Whatever the number of texts, only one window, or the records of one span, is held.
+Whatever the number of texts, only one window, or the records of one span, is in memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record,
 
 # A window ends with the text that brings it to this number of tokens.
 WINDOW_TOKENS = 4096
-# So many records in a row are one process's.
+# How many consecutive records make a block, which one process runs.
 BLOCK = 64
 
 
@@ -167,7 +167,7 @@ class Windows:
         done: where the rows of finished spans lie.
         processes: this process among the others.
         seen: how many records have come by.
-        stale: sources whose records have changed, and are run again.
+        stale: sources whose records have changed and are run again.
     """
 
     lens: LoraLens
@@ -228,7 +228,7 @@ class Windows:
             raise other_sweep(f"the results hold {n_done} records, and there are {self.seen}")
 
     def _must_rerun(self, source: Source, records: Sequence[Record]) -> bool:
-        """Whether records have changed since their span was run, some of which were bad."""
+        """Whether a span's records, some of them bad, have changed since it was run."""
         span = source.span
         is_cut_short = len(records) < span.last - span.first + 1
         if is_cut_short or digest_of(records) == span.digest:

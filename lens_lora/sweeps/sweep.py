@@ -96,19 +96,20 @@ def sweep(
     """Run analyses on hundreds of prompts; after an interruption, the same call resumes.
 
     Under `accelerate launch` (or torchrun, mpirun) every process calls this with its own lens and
-    takes its share; several machines need one shared folder. With `shard` it takes a share without
-    any launcher, such as a task of a Slurm array, and `ll.gather(out)` joins the shards.
+    takes its share; several machines need one shared folder. With `shard`, a call takes a share
+    without any launcher, as in a task of a Slurm array, and `ll.gather(out)` joins the shards.
 
     Cost: what each analysis costs, and a forward pass per prompt for the base or the adapted model
     where no analysis runs it; a record's numbers do not depend on its batch beyond rounding.
 
     Args:
         lens: the adapter over the model.
-        records: a .jsonl or .csv file, a DataFrame, a Dataset, or mappings, with `prompt`, the
-            answers `doc` and `pre` (strings with their leading space, of one token or several),
-            and optionally `id`, by default the row's number from 0; in place of `prompt` also
-            `messages`, a conversation, and with such a readout `response` in place of answers.
-            Where no answers are needed, strings and conversations are records of their own.
+        records: a .jsonl or .csv file, a DataFrame, a Dataset, or mappings. Each record has a
+            `prompt`, or in its place `messages`, a conversation; the answers `doc` and `pre`,
+            strings with their leading space, of one token or several; and optionally an `id`, by
+            default the row's number from 0. A readout of responses needs a `response` in place of
+            the answers. Where no answers are needed, a string or a conversation is a record by
+            itself.
         analyses: one or several of 'first_order', 'first_order_at_1', 'path', 'add_one',
             'leave_one_out', 'second_order'; or 'activations' (or 'activations_trained') alone,
             which needs no answers and reads the records one after another, so that there may be
@@ -116,11 +117,11 @@ def sweep(
         out: 'results.parquet', one row per prompt and site; beside it 'results.prompts.parquet',
             one row per prompt, and until the end 'results.parts/'. Of activations one row per
             token, and no second file.
-        readout: read on every prompt, in place of the margin doc − pre; or what makes a readout of
-            one response per prompt, `ll.AnswerLogProb`, `ll.KL` or a function of the responses, for
-            records that have a `response`.
-        batch_size: how many prompts are run, and written, together; one of 'path', 'add_one' and
-            'leave_one_out', so that a kill loses at most one prompt's work.
+        readout: the readout of every prompt, in place of the margin doc − pre. For records with a
+            `response` it is what makes a readout of one response per prompt: `ll.AnswerLogProb`,
+            `ll.KL` or a function of the responses.
+        batch_size: how many prompts are run, and written, together; always one for 'path',
+            'add_one' and 'leave_one_out', so that a kill loses at most one prompt's work.
         resume: go on with what is at `out`; False removes it and starts over.
         version: a name for code of your own that takes part: a function in `Readout.of`, a readout
             class, a hook or a `forward` of yours. Code cannot be compared with that of an earlier
@@ -130,17 +131,18 @@ def sweep(
         progress: show a bar.
 
     Returns:
-        SweepResult, on every process; of a shard SweepShard, and its numbers are in its folder. A
-        bad record does not stop the sweep: it is named in a warning, and its row in the prompts'
-        table says what is wrong. So is a damaged part of an earlier run, whose prompts run again.
-        Of activations, `ActivationsFile`.
+        `SweepResult`, on every process; for a shard `SweepShard`, whose numbers are in its folder;
+        for activations `ActivationsFile`. A bad record does not stop the sweep: a warning names it,
+        and its row in the prompts' table says what is wrong. A warning also names a damaged part of
+        an earlier run, whose prompts run again.
 
     Raises:
-        ArgumentError: a shard that is no (i, n).
-        SweepError: there are no records, an analysis is unknown, a file is of another kind, an
-            object can be no record, or `out` holds results of another lens, readout, choice of
-            analyses or prompts, or of code of your own without a version, or is being written by
-            another sweep, or cannot be written or read.
+        ArgumentError: a shard that is not (i, n).
+        SweepError: there are no records, an analysis is unknown or cannot be run with this readout
+            or shard, `batch_size` is below 1, a file is of another kind, an object cannot be a
+            record, or `out` holds results of another lens, readout, choice of analyses or prompts,
+            or of code of your own without a version, or is being written by another sweep, or
+            cannot be written or read.
         TokenError: the readout fits no record's prompt.
         ModelStateError: an analysis cannot be computed on this lens or model.
     """
@@ -409,7 +411,7 @@ def _require_fits_some_prompt(lens: LoraLens, records: Sequence[Record], readout
 def _sites_that_matter(lens: LoraLens, records: Sequence[Record], readout: Readout) -> LoraLens:
     """The lens restricted to the sites that can move what is read.
 
-    For what is read from the logits these are all of them.
+    For a readout of the logits these are all sites.
     """
     for record in records:
         if record.error is None:

@@ -96,10 +96,10 @@ def checkpoints(
             whose `checkpoint-<step>` folders are found and sorted by step. Several trainings, such
             as one recipe from several seeds, by name: {'seed 0': 'runs/0', 'seed 1': 'runs/1'}.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: what is read; a margin, for flips that mean something. Of a `Projection` the sites
-            are those before its point, and so are all norms and angles.
-        steps: the steps of the checkpoints, increasing, in each training; by default 1, 2, …, or
-            the folders' own.
+        readout: what is read; a margin, for flips that mean something. For a `Projection`, sites,
+            norms and angles are those of the modules before its point.
+        steps: the steps of a list's checkpoints, increasing, and the same for each training; by
+            default 1, 2, …. A run's folder has its own steps, so none are given.
         revision: branch, tag or commit of the run's hub repository.
         subfolder: the run's folder within its folder or repository.
         progress: show a bar.
@@ -110,9 +110,9 @@ def checkpoints(
     Raises:
         AdapterError: a folder without checkpoints, one that cannot be read or does not fit the
             model, or two that name different bases.
-        ArgumentError: fewer than two checkpoints, other modules in one than in another of the same
-            training, steps that do not increase, no training at all, one that is not called by a
-            word, or a readout without a derivative at the base.
+        ArgumentError: fewer than two checkpoints, checkpoints of one training that adapt different
+            modules, steps that do not increase or are given for a run's folder, no training at all,
+            a training whose name is not a string, or a readout without a derivative at the base.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
@@ -190,7 +190,7 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
     f = lens.with_adapter(adapters[0]).function(prompts, progress=False)
     g = Evaluations(f.about(Readout.required(readout)))
     g.require_slope_at_base()
-    # Of a readout inside the model these are the modules before its point, and no others.
+    # For a readout inside the model, these are only the modules before its point.
     moving = list(g.lens.adapter.modules)
     adapters = tuple(adapter.only(*moving) for adapter in adapters)
     base_noise = g.noise((1.0,), at=0.0)
@@ -211,7 +211,7 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
     base = base.cpu().double()
     adapted = torch.stack([measured.adapted for measured in measurements])
     noise_of_adapted = torch.stack([measured.noise for measured in measurements])
-    # Phase changes are looked for from the base model on.
+    # The series in which phase changes are looked for begin with the base model.
     values = torch.cat([base[None], adapted])
     noise = torch.cat([base_noise.cpu().double()[None], noise_of_adapted])
     labels = g.labels()
@@ -234,7 +234,7 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
 
 
 class _Measured(NamedTuple):
-    """The numbers that are measured of one checkpoint.
+    """The numbers that are measured at one checkpoint.
 
     Attributes:
         adapted: g(1).
@@ -420,9 +420,9 @@ TIMES = 3.0
 PART = 0.1
 # The share of the range that the whole span must change.
 SHARE = 0.25
-# How many intervals a series has at least that is judged.
+# A series with fewer intervals than this is not judged.
 _FEWEST = 4
-# By how many degrees saving in half precision turns ΔW.
+# Saving in half precision may turn ΔW by this many degrees.
 _TURNED = 0.1
 
 

@@ -6,13 +6,15 @@
 2. Function, on prompts: the cosine of the shifts of all logits under the base's distribution, to
    first order and exactly (`two_adapters/shift_products.py`).
 3. Effects, with a readout: the correlation over shared sites of both first orders.
-4. Null scale: the same numbers with the other adapter in random directions of the same spectrum.
+4. Null scale: the same numbers with the other adapter's directions drawn at random, and its
+   spectrum kept.
 5. PEFT draws A at random and begins with B = 0, and most trainings move A little. So adapters that
    begin alike (one seed, the same modules and rank) read nearly the same space whatever they were
    taught, and their ΔW = sBA have a cosine for that reason alone. Where what is read overlaps and
    what is written does not, the result says so (`begin_alike`).
 
-Cost of a pair on prompts: two dual forward passes, three forward passes; half for one more adapter.
+Cost of a pair on prompts: two dual forward passes and three forward passes; one of each for every
+further adapter.
 """
 
 from __future__ import annotations
@@ -63,24 +65,25 @@ def compare_adapters(
     space at the end, whatever they were taught; `.begin_alike` and `.note` say where that is so.
 
     Cost: none in forward passes without prompts. With prompts two dual forward passes and three
-    forward passes, and half of that for each draw; a readout adds one forward and one backward
-    pass, and another where the second adapter has modules of its own.
+    forward passes, and one of each for every draw; a readout adds one forward and one backward
+    pass, and another of each where the second adapter has modules of its own.
 
     Args:
         lens: the first adapter over the model.
         other: the second, of the same base: an `Adapter`, its folder or hub id as for
             `load_adapter`, or a lens over it.
         prompts: the prompts on which both are run. They are read at every token but the first;
-            tokens with the same tokens before them count once.
+            where prompts begin alike, a token with the same tokens before it counts once.
         readout: the readout whose first order by site is correlated, at each prompt's last token.
-        draws: adapters of the second's spectra in random directions; 0 for none.
+        draws: how many random adapters are compared too, each with the second's spectra in random
+            directions; 0 for none.
         seed: the seed of the draws; those that are run on prompts are `other.null(seed, draw)`.
         revision: branch, tag or commit of the other adapter's hub repository.
         subfolder: its folder within its folder or repository.
         progress: show a bar.
 
     Raises:
-        AdapterError: the adapters name different bases; shapes that are not the model's.
+        AdapterError: the adapters name different bases, or have shapes that are not the model's.
         ArgumentError: no adapter; no shared site and no prompts; a readout without prompts, or one
             without a derivative at the base.
         SiteError: the second adapter names a module that the model lacks.
@@ -205,7 +208,7 @@ def _norm_of_others(updates: Mapping[str, ThinSVD], shared: Sequence[str]) -> fl
 
 
 def _matrix(rows: Sequence[Sequence[float]], width: int) -> Float[Tensor, "row site"]:
-    """The rows as a tensor, also where there is none of them."""
+    """The rows as a tensor, also where there are none."""
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
 
 

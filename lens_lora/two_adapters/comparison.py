@@ -17,9 +17,9 @@ from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.two_adapters.shift_products import cosine_of
 
 _QUANTILES = [0.025, 0.5, 0.975]
-# What two adapters read that begin alike overlaps by at least so much.
+# Two adapters are said to begin alike if what they read overlaps by at least this much, …
 _READ_ALIKE = 0.5
-# What they write, and what random directions read, overlaps by at most this share of that.
+# … and what they write, and what random directions read, by at most this share of that.
 _OTHERS_APART = 0.5
 
 
@@ -36,17 +36,17 @@ class AdapterComparison(OfSites, Pictured):
         rest: [adapter], √Σ‖ΔW‖² over the sites that the adapter alone adapts.
         inner: [site], ⟨ΔW, ΔW′⟩.
         read, write: [site, angle], cosines of the principal angles between what both read and what
-            both write, the largest first; NaN beyond a site's own.
+            both write, the largest first; NaN beyond a site's own angles.
         null_inner: [draw, site]; null_read, null_write: [draw, site], overlaps.
         function: [kind, pair, batch], vᵀFv′, vᵀFv and v′ᵀFv′ of the first-order shifts, then of
-            the exact ones, over the tokens that no earlier prompt has after the same ones. The
-            batch is empty where there are no prompts.
+            the exact ones. A token that an earlier prompt has after the same tokens is left out.
+            The batch is empty where there are no prompts.
         null_function: [kind, draw, pair, batch], the same with random directions in place of the
             second adapter.
         effects: [adapter, batch, shared site], first order; null_effects: [draw, batch, site].
         readout: the readout of the effects; '' without one.
         draws, seed: how many random directions, and their seed.
-        sites, meta: the sites that both adapt, and the names of the first adapter; see `OfSites`.
+        sites, meta: the sites that both adapt, and the first adapter's `meta`; see `OfSites`.
     """
 
     names: tuple[str, str]
@@ -92,7 +92,7 @@ class AdapterComparison(OfSites, Pictured):
 
     @property
     def begin_alike(self) -> bool:
-        """Whether what is read overlaps, as of adapters that begin alike, and what is written not.
+        """Whether what both read overlaps and what they write does not, as if they began alike.
 
         Adapters of one seed share A, which training moves little: their reading overlaps whatever
         they were taught, and says nothing of what they do.
@@ -169,7 +169,7 @@ class AdapterComparison(OfSites, Pictured):
         return pd.DataFrame.from_dict(table, orient="index", columns=columns).rename_axis("number")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per site; sites of one adapter alone say whose they are, and have no numbers."""
+        """One row per site; a site of one adapter alone names that adapter, and has no numbers."""
         numbers = {
             "cosine": self.cosines,
             "null_std": self._null_std,

@@ -63,8 +63,7 @@ _HEADINGS = {
     "read": ("How far what ΔW reads turns", "mean angle to the checkpoint before"),
     "write": ("How far what ΔW writes turns", "mean angle to the checkpoint before"),
 }
-# What the colours of those heatmaps mean that are of sizes; 'effect' is signed, in the readout's
-# units.
+# What the colours mean in the heatmaps of sizes; 'effect' is signed, in the readout's units.
 _AMOUNTS = {"moved": "‖change‖", "norm": "‖ΔW‖", "read": "degrees", "write": "degrees"}
 
 
@@ -156,14 +155,19 @@ def repair_figure(repair: Repair) -> go.Figure:
 
 
 def _percentages_kept_and_left(repair: Repair, shares: Any) -> tuple[list[float], list[float]]:
-    """The mean over the questions that judge, of both kinds, from shares [*state, question]."""
+    """The percentages kept and left, each a mean over the questions that judge.
+
+    Args:
+        repair: the repair.
+        shares: [*state, question].
+    """
     percentages = 100 * shares
     kept = percentages[..., repair.judging(keep=True)].mean(-1)
     left = percentages[..., repair.judging(keep=False)].mean(-1)
     return kept.reshape(-1).tolist(), left.reshape(-1).tolist()
 
 
-# Up to this number of steps each has its tick, and there are no ticks between steps.
+# If the last step is at most this, there is a tick at every step and none between them.
 _FEW_STEPS = 12
 
 
@@ -188,7 +192,7 @@ def checkpoints_figure(training: Checkpoints) -> go.Figure:
 
 
 def _of_run(training: Checkpoints, below: str) -> str:
-    """The smaller line of a figure's title, with the run that it is of, where that has a name."""
+    """The smaller line of a figure's title, after the name of the run where it has one."""
     run = training.meta.get("run")
     return f"{label(run)} · {below}" if run else below
 

@@ -1,12 +1,13 @@
 """The search for the gates that a repair keeps.
 
-1. Gates of all ranks or sites start at one. Each step of Adam is put back into 0 ≤ ε ≤ 1, and
+1. Gates of all ranks or sites start at one. Adam, with each step clamped to 0 ≤ ε ≤ 1,
 
        minimises   mean left(ε) + price · mean ε + force · Σ max(0, share − kept_q(ε)).
 
    The price takes out what does nothing on these prompts.
-2. Rounding: the gates above each of some thresholds are kept whole. Of the sets that keep the share
-   of every question the one that leaves least is taken; the whole adapter where none does.
+2. Rounding: for each of several thresholds, the gates above it are one and the others zero. Of the
+   sets that keep the share of every question, the one that leaves least is taken; where there is
+   none, the whole adapter.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from lens_lora.core import LoraLens
 from lens_lora.errors import ArgumentError, many, named, worded
 from lens_lora.two_adapters.goals import Gates, Goal, values_at
 
-# A share that is missing costs ten times what is left.
+# A missing share costs ten times as much as the same share left.
 _FORCE = 10.0
-# How much more of the share the optimised gates keep, as rounding takes some of it.
+# By how much the optimised gates aim above the share to be kept, as rounding loses some of it.
 _SLACK = 0.02
 _THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 
@@ -47,11 +48,11 @@ def optimised_gates(
         keep_share: how much of each kept question's shift must stay.
         steps: how many steps are taken.
         rate: how far a gate moves in a step.
-        price: the price of all gates at one, as a share of what is to be dropped.
+        price: the cost of all gates at one, where leaving all that is to be dropped costs 1.
         progress: whether a bar is shown.
 
     Raises:
-        ArgumentError: a bound of the lens without room for the graphs of all questions.
+        ArgumentError: the graphs of all questions do not fit within the memory bound of the lens.
     """
     layout = goals[0].layout
     lens = layout.lens
@@ -119,7 +120,7 @@ def _kept_and_left(
 
 
 def _require_graphs(lens: LoraLens, goals: Sequence[Goal]) -> None:
-    """Refuse graphs of all questions, which are held together, beyond the bound of the lens."""
+    """Refuse questions whose graphs, all held at once, exceed the memory bound of the lens."""
     if lens.max_memory is None:
         return
     needed = sum(goal.g.passes.graph_bytes for goal in goals)

@@ -3,7 +3,7 @@
     kept   Σ_p s_p (g_p(ε) − g_p(0)) / Σ_p |g_p(1) − g_p(0)|,   s_p the sign of prompt p's shift
     left   Σ_p |g_p(ε) − g_p(0)| / Σ_p |g_p(1) − g_p(0)|
 
-A question is read as the share that gates keep, or leave, of what the whole adapter does. A
+The number of a question is the share of the whole adapter's effect that the gates keep, or leave. A
 question that the adapter does not move has no share, and is refused.
 """
 
@@ -46,7 +46,7 @@ class Goal:
 
     @property
     def label(self) -> str:
-        """The readout's label, which says where the number is per token."""
+        """The readout's label, with 'per token' where the number is."""
         assert self.g.readout is not None
         each = ", per token" if self.tokens > 1 else ""
         return f"{self.g.readout.label}{each}"
@@ -133,7 +133,7 @@ def _function_of(layout: GateLayout, question: Any, label: str) -> Evaluations:
 
 
 def _of_whole_texts(kl: KL, prompts: Prompts) -> KL:
-    """A KL that does not say which tokens it reads, as one of its texts, or of their responses."""
+    """The KL; one that names no tokens reads whole texts, or their responses if they have some."""
     if kl.tokens is not None or prompts.reads is not None:
         return kl.on(prompts)
     return dataclasses.replace(kl, tokens="prompt")
@@ -158,10 +158,10 @@ def _require_moved(g: Evaluations, label: str, keep: bool) -> None:
 
 
 def _rounding(g: Evaluations, keep: bool) -> float:
-    """The size of Σ|shift| that rounding alone may make, as its terms do not cancel.
+    """How large rounding alone may make Σ|shift|, whose terms do not cancel.
 
-    For what is to be kept it is the sum of the noise floors; for what is to be dropped, a step of
-    the dtype on each prompt.
+    For what is to be kept it is the sum of the noise floors; for what is to be dropped, one
+    rounding step of the dtype on each prompt.
     """
     if keep:
         return float(g.floor.double().sum())

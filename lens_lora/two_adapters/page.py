@@ -48,7 +48,7 @@ def checkpoints_table(training: Checkpoints) -> Table:
 def checkpoints_report(training: Checkpoints, *, title: str | None = None) -> str:
     """The page of a training, as a string."""
     first, *_, last = training.steps
-    # A list of adapters has no name of its own: its last checkpoint says of what training it is.
+    # A list of adapters has no name of its own, so its training is called by the last checkpoint.
     whose = training.meta.get("run") or f"Training up to {training.names[-1]}"
     name = f"{whose}: {len(training.steps)} checkpoints, steps {first:g} to {last:g}"
     return page_html(title or name, [_training_part(training)])

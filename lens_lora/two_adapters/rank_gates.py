@@ -28,8 +28,8 @@ class GateLayout:
     """The places of all gates in one vector.
 
     Attributes:
-        lens: the adapter over the model; of ranks, in the coordinates of the SVD.
-        of: 'rank' or 'site', each of which has a gate.
+        lens: the adapter over the model; for ranks, in the coordinates of the SVD.
+        of: 'rank' or 'site': what has a gate of its own.
         sizes: how many gates each site has.
     """
 
@@ -90,7 +90,7 @@ def layout_of(lens: LoraLens, of: Of) -> GateLayout:
 
     Args:
         lens: the adapter over the model.
-        of: 'rank' or 'site', each of which gets a gate.
+        of: 'rank' or 'site': what gets a gate of its own.
 
     Raises:
         ArgumentError: ranks of a norm.

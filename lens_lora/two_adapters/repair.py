@@ -1,6 +1,6 @@
 """Keep one behaviour of an adapter and drop another, by gates of its ranks or sites.
 
-1. A question is prompts with a readout, of which gates keep, or leave, a share
+1. A question is prompts with a readout; the gates keep, or leave, a share of its shift
    (`two_adapters/goals.py`). A plain `KL()` is taken for KL(tokens="prompt"), at every token of its
    texts but the first, as its label says; KL(tokens="next") stays the next token's alone.
 2. Gates of all ranks or sites are optimised, so that every kept question keeps its share and as
@@ -9,7 +9,8 @@
 3. The kept part becomes an adapter, which PEFT's format holds (`two_adapters/sub_adapter.py`).
 4. It is judged on the questions given and on those held out, beside random sets of as many gates
    and the whole adapter scaled down until it keeps the same share
-   (`two_adapters/repair_judging.py`). The gain is what scaling leaves over what the repair leaves.
+   (`two_adapters/repair_judging.py`). The gain is what scaling leaves, divided by
+   what the repair leaves.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from lens_lora.two_adapters.sub_adapter import require_expressible, sub_adapter
 Verdict = Literal["helps", "tie", "worse", "nothing"]
 STATES = ("whole", "repaired", "scaled", "random")
 RANDOM = "seed of random sets"
-# Gains nearer to one are called a tie.
+# Gains nearer to one than this factor are called a tie.
 _CLEAR = 1.1
 
 for _kind in (Adapter, LoRAFactors, TrainedModule):
@@ -62,22 +63,22 @@ class Repair(OfSites, Paged, Pictured):
         gates: [gate], as they were optimised, before rounding; site after site.
         kept: [gate], which are kept.
         sizes: how many gates each site has: one for `of='site'`, else one for each of its ranks.
-        of: 'rank' or 'site', each of which has a gate.
-        gate_count: how many gates move anything; of ranks those with σ > 0.
+        of: 'rank' or 'site': what has a gate of its own.
+        gate_count: how many gates move anything; those of ranks with σ = 0 do not.
         keep_share: the chosen share.
         labels, keeps, held_out: for each question its readout, whether it is to be kept, and
             whether it only judges.
         shares: [state, question], what is kept or left of what the whole adapter does. States are
             the whole adapter, the repaired one, the whole one scaled down to the same kept share,
             and the mean of random sets.
-        values: [state, question], the readout itself, with the base before the other states; the
-            mean over prompts, and over their tokens of a KL over texts.
+        values: [state, question], the readout itself, with the base before the other states: its
+            mean over prompts, or for a KL over texts over all their tokens.
         random: [draw, question], shares of each random set.
         scales: [scale], strengths of the whole adapter; the last one 1.
         along: [scale, question], shares at those strengths.
-        matched: the strength that keeps what the repair keeps, on the questions given and, where
-            there are some, on those held out; both where they are judged. 1 where no strength up
-            to 1 keeps as much (`exceeds`).
+        matched: two strengths of the whole adapter at which it keeps what the repair keeps: on the
+            questions given, and on those held out (the first again where none to be kept is held
+            out). 1 where no strength up to 1 keeps as much (`exceeds`).
         sites, meta: the whole adapter's; see `OfSites`.
     """
 
@@ -107,12 +108,12 @@ class Repair(OfSites, Paged, Pictured):
 
     @property
     def kept_share(self) -> float:
-        """The share of what is to be kept that the repaired adapter keeps, where it is judged."""
+        """The share kept of what is to be kept, over the questions that judge."""
         return self._mean("repaired", keep=True)
 
     @property
     def left_share(self) -> float:
-        """The share of what is to be dropped that the repair leaves, where it is judged."""
+        """The share left of what is to be dropped, over the questions that judge."""
         return self._mean("repaired", keep=False)
 
     @property
@@ -164,7 +165,7 @@ class Repair(OfSites, Paged, Pictured):
         """Indices of the questions of a kind that judge: those held out, or those given.
 
         Args:
-            keep: whether of those to be kept.
+            keep: True for the questions to be kept, False for those to be dropped.
         """
         asked = (keep, self.is_held_out)
         questions = zip(self.keeps, self.held_out, strict=True)
@@ -210,16 +211,18 @@ def repair(
             questions given judge, which is optimistic; the result says so.
         steps: how many steps Adam takes.
         rate: how far a gate moves in a step.
-        price: the price of all gates at one, as a share of what is to be dropped.
-        draws: random sets of as many gates, to compare with.
+        price: the cost of all gates at one, where leaving all that is to be dropped costs 1.
+        draws: how many random sets of as many gates to compare with.
         seed: the seed of the random sets.
         progress: show a bar.
 
     Raises:
-        ArgumentError: no questions, something that is no pair of prompts and a readout, a question
-            that the adapter does not move, a share outside (0, 1], another `of`, ranks of a norm; a
-            bound of the lens without room for the graphs of all questions that are given.
-        ModelStateError: ranks, where value biases were folded.
+        ArgumentError: no questions, something that is not a pair of prompts and a readout, a
+            question that the adapter does not move, a share outside (0, 1], a rate that is not
+            above 0 or a price below 0, another `of`, ranks of a norm; or the graphs of all
+            questions given do not fit within the memory bound of the lens.
+        ModelStateError: `of='rank'` where value biases were folded and updates of v and o
+            multiply.
         UnsupportedAdapterError: a part that no adapter can hold; names the remedy.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout is not finite.

@@ -2,8 +2,8 @@
 
 A scaled-down adapter leaves less the less it keeps, so the two are compared at the same kept share:
 at the first strength of the whole adapter, on the way up from the base, that keeps as much as the
-repair. It is bracketed by some strengths and refined by bisection; 1 where none up to 1 keeps as
-much.
+repair. That strength is bracketed on a grid and refined by bisection; it is 1 where no strength up
+to 1 keeps as much.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lens_lora.two_adapters.rank_gates import GateLayout
 
 # The strengths that bracket the matched one.
 _SCALES = tuple(i / 8 for i in range(9))
-# Down to 1/512 of the whole adapter's strength.
+# How often a bracket is halved: down to a width of 1/512.
 _BISECTIONS = 6
 
 Kept = Bool[Tensor, " gate"]
@@ -77,8 +77,8 @@ def _matched_strengths(
 ) -> dict[bool, float]:
     """{held out or not: the strength that keeps what the repair keeps}.
 
-    Where no question to be kept is held out, those to be dropped are judged at the strength of the
-    questions given.
+    Where no question to be kept is held out, the held-out ones to be dropped are judged at the
+    strength of the questions given.
     """
     matched: dict[bool, float] = {}
     for held_out in (False, True):
@@ -114,7 +114,7 @@ def _strength(
 
 
 def _random_sets(layout: GateLayout, kept: Kept, draws: int, seed: int) -> list[Kept]:
-    """Sets of as many gates as are kept, of those that move anything."""
+    """Random sets of as many gates as are kept, drawn from those that move anything."""
     generator = torch.Generator().manual_seed(seed)
     alive = layout.alive.nonzero()[:, 0]
     count = int(kept.sum())

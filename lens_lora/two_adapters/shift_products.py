@@ -41,7 +41,7 @@ def shift_products(
 
     The first kind is of first-order shifts, the second of exact ones.
 
-    Cost: a forward pass of the base; of each adapter a forward pass and one of dual numbers.
+    Cost: a forward pass of the base; for each adapter a forward pass and one of dual numbers.
 
     Args:
         f: the logits under the first adapter, at the tokens that are read.

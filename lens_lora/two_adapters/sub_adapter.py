@@ -3,9 +3,9 @@
     ΔW′ = Σ_{j kept} σ_j u_j v_jᵀ    of each site's ΔW = UΣVᵀ, in the Hugging Face basis
 
 A′ holds the kept rows of ΣVᵀ and B′ the kept columns of U; in a fused module each site fills its
-own output rows. A module whose sites are all kept whole stays as it is; DoRA only where every
-module does, as PEFT's format does not mix the two kinds. A module of which nothing is kept is left
-out.
+own output rows. A module of which nothing is kept is left out, and one whose sites are all kept
+whole stays as it is. DoRA stays only if no module is kept in part, as PEFT's format does not mix
+DoRA with plain factors.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _has_any(parts: Sequence[_SitePart]) -> bool:
 def _unchanged(adapter: Adapter, parts: Mapping[str, Sequence[_SitePart]]) -> set[str]:
     """The modules that stay as they are.
 
-    Where a module becomes plain factors, DoRA beside it becomes plain factors too.
+    If one module becomes plain factors, every DoRA module becomes plain factors too.
     """
     whole: set[str] = set()
     becomes_plain = False

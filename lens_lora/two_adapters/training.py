@@ -47,15 +47,15 @@ class Checkpoints(Read, Paged, Pictured):
             NaN where it does not.
         norms: [step, site], ‖ΔW‖_F.
         moved: [step, site], ‖ΔW_k − ΔW_{k−1}‖_F since the checkpoint before, or since zero.
-        to_final: [step, site], cosine of ΔW to that of the last checkpoint. Of a rank-1 site it is
-            the product of the cosine of what is read and of what is written: it mixes both.
+        to_final: [step, site], cosine of ΔW to that of the last checkpoint. For a rank-1 site it is
+            the cosine of what is read times that of what is written, so it mixes both.
         read_angle, write_angle: [step, site], in degrees, between what ΔW reads (its row space), or
-            writes (its column space), and what it did at the checkpoint before: acos √(mean cos²)
-            of the principal angles. NaN at the first checkpoint, and of a norm.
+            writes (its column space), and the same at the checkpoint before: acos √(mean cos²) of
+            the principal angles. NaN at the first checkpoint, and for a norm.
         angle: [step], between ΔW of all sites and the last checkpoint's, in degrees.
         phases: series → the spans of steps in which it changes at once; 'prompt 0', … for the
-            readout, 'angle' for the direction. A series of fewer than four intervals is not judged,
-            and not there.
+            readout, 'angle' for the direction. A series of fewer than four intervals is not judged
+            and has no entry.
         noise: [1 + step, batch], σ of the readout from rounding: of the base, then of each
             checkpoint.
         str_tokens, readout, units, meta: as in `Read`.
@@ -147,11 +147,12 @@ class Checkpoints(Read, Paged, Pictured):
         return frame.astype({"flips": bool, "hidden": bool})
 
     def by_group(self, what: What = "moved", group: GroupName = "layer") -> pd.DataFrame:
-        """Rows of groups, columns of steps.
+        """A table with a row per group of modules and a column per step.
 
         Args:
-            what: 'moved' and 'norm', roots of sums of squares; 'effect', the sum of first order,
-                mean over prompts; 'read' and 'write', the mean angle to the checkpoint before.
+            what: 'moved' or 'norm', the root of the sum of squares over sites; 'effect', the sum
+                of first order, mean over prompts; 'read' or 'write', the mean angle to the
+                checkpoint before.
             group: 'site', 'layer' or 'kind'.
 
         Raises:
@@ -295,7 +296,7 @@ class Trainings(Read, Paged, Drawn):
     def by_group(
         self, what: What = "moved", group: GroupName = "layer", over: Over = "mean"
     ) -> pd.DataFrame:
-        """Rows of groups of modules, columns of steps: the mean over runs, or their spread.
+        """A row per group of modules and a column per step: the mean over runs, or their spread.
 
         Args:
             what, group: as for `Checkpoints.by_group`.

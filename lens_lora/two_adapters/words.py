@@ -125,7 +125,7 @@ def judged_text(repair: Repair) -> tuple[str, str, str]:
 @drawing.body.register(AdapterComparison)
 def _two_adapters(comparison: AdapterComparison) -> str:
     sites = [f"{many(len(comparison.sites), 'site')} in both"]
-    # By their place too: two adapters may have one name.
+    # Their place is said too, as two adapters may have the same name.
     for place, only, name in zip(
         ("first", "second"), comparison.only, comparison.names, strict=True
     ):
