@@ -1,4 +1,4 @@
-"""The best set of a number of sites or heads: the most that any ranking could keep.
+"""The best set of a given number of sites or heads: the most that any ranking could keep.
 
     maximise   kept(ε) = Σ_p s_p (g_p(ε) − g_p(0)) / Σ_p |g_p(1) − g_p(0)|,   ε ∈ {0, 1}^S, Σ ε = k
 
@@ -13,8 +13,8 @@ together need not keep the whole shift, as MLPs write as well.
    back to the nearest gates that are allowed. The k largest gates after each step are a candidate,
    and so are the sites of the k largest slopes at ε = 0, ½ and 1, and those at the top of rankings
    that the caller gives.
-2. All candidates are run, and swaps start from the best few. At a set's own corner the slopes say
-   what adding each other site, and taking out each of its own, would do. The most promising
+2. All candidates are run, and swaps start from the best few. At the corner of
+   a set, slopes predict what adding a site or taking one out would do. The most promising
    exchanges, of one pair and of several pairs at once, are run. The best of them is taken if it
    keeps more, until none does.
 3. Where there are few exchanges of one pair, all of them are run before a set is called the best.
@@ -22,7 +22,8 @@ together need not keep the whole shift, as MLPs write as well.
 With prompts held out, the search sees the others alone, and each set is run on both. Every value is
 that of an exact run at the corner itself, so none is above what is attainable. The result is the
 best set that was found, and there may be a better one; on ten sites or fewer a search of all sets
-rarely finds another. How much of what is attainable a ranking keeps is its own share over this one.
+rarely finds another. The share that a ranking keeps, divided by this one, says how
+much of what is attainable it keeps.
 """
 
 from __future__ import annotations
@@ -69,18 +70,18 @@ class BestSubset(Measured):
 
     Attributes:
         counts: how many sites or heads each set has.
-        members: [size, name], which of them are in it.
+        members: [size, name], whether each site or head is in the set.
         names: the names of the sites; or of the heads, 'blocks.3.attn.hook_z[5]'.
         over: 'sites' or 'heads'.
-        kept: [size], the share of the shift that is kept, measured, of all prompts together that
-            were searched on.
+        kept: [size], the share of the shift that each set keeps, measured on all prompts of the
+            search together.
         kept_by_prompt: [size, batch], the share of each prompt's own shift; NaN for a shift within
             three noise floors.
         held_out: indices of the prompts that the search did not see.
         found_by: where the search that found each set began ('gates', or the key of a ranking),
-            with '+swaps' where exchanges improved on it.
-        gradients: forward passes with a backward pass that the search took, of all prompts each.
-        forwards: forward passes beside them, of all prompts each.
+            with '+swaps' where exchanges improved on it; 'all' for the set of everything.
+        gradients: how many times the search ran its prompts forward and backward.
+        forwards: how many times more it ran them forward only.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
@@ -113,10 +114,12 @@ class BestSubset(Measured):
         return (shares * sizes).nansum(1) / (sizes * has_shift).sum()
 
     def chosen(self, count: int | None = None) -> pd.DataFrame:
-        """The sites of one set, as `adapter.only` takes them: site and module; or its heads: name.
+        """The sites of one set, as `adapter.only` takes them, or the names of its heads.
+
+        Sites have the columns site and module, heads the column point.
 
         Args:
-            count: how many it has; without it, the only set.
+            count: the size of the set; None for the only set.
 
         Raises:
             ArgumentError: there is no such set, or there are several and none is named.
@@ -130,7 +133,7 @@ class BestSubset(Measured):
         """The index of the set with this number of sites or heads.
 
         Args:
-            count: how many; without it, the only set.
+            count: the size of the set; None for the only set.
 
         Raises:
             ArgumentError: there is no such set, or there are several and none is named.
@@ -153,7 +156,7 @@ class BestSubset(Measured):
         return drawing.figure(self, count)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per size: how many, what they keep, held out as well, and what found them."""
+        """One row per size: fraction, count, share kept, that on held-out prompts, and found_by."""
         columns = {
             "fraction": self.fractions.tolist(),
             "count": self.counts,
@@ -177,11 +180,11 @@ def best_subset(
 ) -> BestSubset:
     """The best sets of sites or heads that are found, and the share of the shift that they keep.
 
-    What a ranking keeps can be read beside it: no ranking given in `starts` keeps more.
+    They are a bound to judge rankings by: no ranking given in `starts` keeps more.
 
-    Cost: 3 forward and backward passes, and for each size `steps` more, as many forward passes, and
-    for each round of swaps (of ten or so) one forward and backward and twenty forward passes; the
-    result says how many. Of 210 sites at 20 %, some 50 forward and backward passes.
+    Cost: 3 forward and backward passes. Each size takes `steps` more, as many forward passes, and
+    some ten rounds of swaps, each of one forward and backward pass and about twenty forward passes;
+    the result says how many. With 210 sites at 20 %, some 50 forward and backward passes.
 
     Args:
         lens: the adapter over the model.
@@ -189,18 +192,19 @@ def best_subset(
         readout: u_y, the number that is read from the logits.
         size: fraction of the sites or heads, or several.
         k: the number of sites or heads, or several numbers, in place of size.
-        over: 'sites', whose updates the base gets; or 'heads', whose z it gets from the adapted
-            model at all positions, of every block with attention.
-        held_out: indices of prompts that the search does not see: `kept_held_out` judges on them.
+        over: 'sites', whose updates are added to the base model; or 'heads', those of every block
+            with attention, whose z at all positions is replaced by the adapted model's.
+        held_out: indices of prompts that the search does not see; `kept_held_out` judges on them.
         starts: attributions or effects of sites on these prompts and this readout, tensors, or
-            {name: any of these}. The search also begins at the largest of each, in the mean over
+            {name: any of these}. The search also begins at the top of each, by its mean over
             prompts.
         steps: how often the gates are moved.
         progress: show a bar.
 
     Raises:
-        ArgumentError: sizes outside 0 to 1, or no such number of sites; starts of something else; a
-            shift that rounding may be all of; no such prompt to hold out, or all of them.
+        ArgumentError: sizes outside 0 to 1, or no such number of sites; starts of other sites,
+            prompts or readout, or with over='heads'; a shift that may be rounding alone; no such
+            prompt to hold out, or all of them.
         ModelStateError: heads that are not laid out as the model's n_heads and d_head say.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or slope is not finite.
@@ -311,7 +315,7 @@ def _is_several(value: object) -> bool:
 
 @runtime_checkable
 class _Switches(Protocol):
-    """The protocol of gates, of sites or of heads, by which g is switched."""
+    """The gates of sites or of heads, with the values and slopes of g."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -341,7 +345,7 @@ class _Sites:
         return self._g(gates).T
 
     def slopes(self, gates: Float[Tensor, " site"]) -> Float[Tensor, "batch site"]:
-        # As one of several points, at the base too: there a KL's slope is zero, and rightly so.
+        # As one of several points, the base is not refused for a KL: its slope there is truly zero.
         return self._g.slopes(gates[None])[0]
 
 
@@ -373,14 +377,14 @@ class _Search:
 
     Attributes:
         steps: how often the gates are moved.
-        bar: the progress, one for each of these steps.
+        bar: the progress bar, which each of these steps moves by one.
         sites: how many gates there are.
         forwards, gradients: how often kept and its gradient were computed.
     """
 
     def __init__(self, g: Function, over: Over, prompts: list[int], steps: int, bar: tqdm) -> None:
         g_of_prompts = g.only(prompts).with_progress(False)
-        # A readout of one's own may read all prompts together, and is run on all of them.
+        # A user's own readout may read all prompts together; then it is run on all of them.
         reads_all = g_of_prompts.reading.batch > len(prompts)
         self._rows = prompts if reads_all else slice(None)
         self._switches = _switches(g_of_prompts, over)
@@ -503,7 +507,7 @@ def _best_of(search: _Search, best: _Best, tried: Sets) -> _Best | None:
 
 
 def _exchanges(members: Bool[Tensor, " site"], slopes: Float[Tensor, " site"]) -> Sets:
-    """The sets after exchanging sites of least slope within for those of most slope outside.
+    """The sets after exchanging members of the lowest slopes for other sites of the highest.
 
     One pair is exchanged, or the first 2, 4, 8, … pairs at once.
     """

@@ -78,15 +78,16 @@ class Comparison(Read, Drawn):
             several kinds is 'group'.
         attribution, effects: [batch, group], in the readout's units.
         attribution_name, effects_name: their keys, as in `results.keys`.
-        k: how many groups the top-k overlap is of (all, where there are fewer).
+        k: how many groups the top-k overlap counts; all of them where there are fewer.
         pearson, spearman, slope, sign_agreement, top_k_overlap, relative_error, sum_ratio:
-            [batch]; without unit. Sign agreement counts every group alike whose effect stands out
-            of rounding, and zero agrees with zero only.
+            [batch]; without unit. Sign agreement counts alike all groups whose effect stands out
+            of rounding; zero agrees only with zero.
         beyond_noise: [batch], the share of groups whose effect is beyond three noise floors; the
             order of the others may be rounding. NaN where the effects state no floor.
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
-        str_tokens, readout, units, meta: the effects'; see `Read`.
+        str_tokens, readout, units: those of the effects; see `Read`.
+        meta: that of the attribution.
         made_on: tokens of the prompts that an attribution was made on, if it is judged on others.
     """
 
@@ -151,14 +152,15 @@ def compare(
 
     Args:
         attribution, effects: results over the same prompts, sites and readout. An attribution is
-            summed over the groups of the effects it meets; of `Edges`, those are taken that
-            `patch_edges` measured.
-        across_prompts: whether the two results are of different prompts: what was attributed on the
-            one is judged by effects on the other. Their readouts may differ in their tokens, not in
-            their units.
-        k: how many count as the top.
-        bootstrap, seed: resamplings of the prompts; 0 for no intervals.
-        held_out: the former name of `across_prompts`, which warns.
+            summed over the groups of the effects that it is compared with. `Edges` are compared at
+            the edges that `patch_edges` measured.
+        across_prompts: whether the two results are of different prompts, so that an attribution
+            made on some prompts is judged by effects on others. Their readouts may then be of
+            different tokens, but must have the same units.
+        k: how many groups count as the top.
+        bootstrap: how many times the prompts are resampled for the intervals; 0 for no intervals.
+        seed: the seed of the resampling.
+        held_out: the former name of `across_prompts`; using it gives a warning.
 
     Raises:
         ArgumentError: other sites, prompts, readouts or groups, naming both; numbers that are not
@@ -309,7 +311,7 @@ def _require_finite(key: str, values: Grouped, labels: list[str]) -> None:
 def _require_same(
     one: Attribution | Effects, other: Attribution | Effects, across_prompts: bool
 ) -> None:
-    """Check that the two results can be compared: that they are of the same sites, prompts, ….
+    """Check that the two results share what a comparison needs: sites, prompts, readout, groups.
 
     Raises:
         ArgumentError: naming the fact that differs, with what each result has.

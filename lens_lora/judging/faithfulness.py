@@ -12,8 +12,8 @@
    ranking has a large area under keep and a small one under drop.
 4. With `test` the sites are ranked once, by the mean over the prompts of value · sign(shift), and
    that order is judged on the test prompts, by curves as well as by CPR and CMD
-   (`circuit_scores.py`). On the prompts that it was made on, a ranking knows more than an
-   explanation can.
+   (`circuit_scores.py`). On the prompts that it was made on, a ranking may do well by
+   what is peculiar to them.
 5. The greedy oracle begins at g(0). At each step it adds the site that moves the readout furthest
    towards g(1), and runs every site that is left to find it.
 """
@@ -75,9 +75,9 @@ class Faithfulness(Measured, Drawn):
         counts: how many sites each fraction is.
         keep, drop: [method, batch, fraction], shares of the prompt's shift; NaN for a prompt whose
             shift is within three noise floors.
-        orders: name → [batch, site], indices into sites, first ranked first; 'random' has none.
+        orders: name → [batch, site], indices into sites, the top first; 'random' has none.
         noise_floor: [batch], σ of the shift from rounding.
-        draws: how many random orders the random curve is the mean of.
+        draws: the number of random orders whose mean is the random curve.
         cpr, cmd: [method], the scores on the test prompts together; None without `test`.
         ranked_on: the tokens of the prompts that the sites were ranked on, where the curves are
             those of other prompts.
@@ -107,7 +107,7 @@ class Faithfulness(Measured, Drawn):
         return torch.trapezoid(self.drop, self.fractions, dim=-1)
 
     def kept_share(self, name: str, fraction: float = _SHOWN) -> Float[Tensor, " batch"]:
-        """Share of the shift that the top `fraction` of the sites keeps, at the nearest one run.
+        """Share of the shift that the top `fraction` of the sites keeps, at the nearest point run.
 
         Args:
             name: the ranking's key.
@@ -119,7 +119,7 @@ class Faithfulness(Measured, Drawn):
         return self.keep[self._index(name), :, self._nearest(fraction)]
 
     def carrying(self, name: str, share: float = _CARRIED) -> Float[Tensor, " batch"]:
-        """The smallest fraction run that keeps at least `share` of the shift; NaN for none.
+        """The smallest fraction run that keeps at least `share` of the shift; NaN if none does.
 
         Args:
             name: the ranking's key.
@@ -137,7 +137,7 @@ class Faithfulness(Measured, Drawn):
 
         Args:
             name: the ranking's key.
-            fraction: the share of the sites, at the nearest one run.
+            fraction: the share of the sites; the nearest one that was run is taken.
             prompt: an index; without it, the only prompt.
 
         Raises:
@@ -211,20 +211,21 @@ def faithfulness(
         readout: u_y, the number that is read from the logits.
         attribution: an attribution of these prompts and this readout, effects of single sites, or a
             tensor of contributions in the readout's units ([site], or [batch, site]); or {name: any
-            of these}. A score without a sign is ranked rightly once multiplied by the shift's.
-        test: other prompts and their readout, on which the ranking is judged: held out, so that the
-            curves say what it is worth beyond the prompts that it was made on.
-        fractions: shares of the sites, at least one of them above 0; 0, one site, and 1 are always
-            there.
+            of these}. Multiply a score without a sign by the sign of the shift to rank it rightly.
+        test: held-out prompts and their readout, on which the ranking is judged, so that the curves
+            say what it is worth beyond the prompts that it was made on.
+        fractions: shares of the sites; one above 0 is at least one site. No site, one and all are
+            always there.
         baselines: also rank by ‖ΔW‖, by ‖δz‖ at the base model, and at random.
-        greedy: also add at each step the site that moves the readout furthest towards g(1).
+        greedy: also rank by the oracle that at each step adds the site that moves the readout
+            furthest towards g(1).
         draws: random orders whose mean is the random curve.
         seed: the seed of the random orders.
         progress: show a bar.
 
     Raises:
-        ArgumentError: scores of something else; fractions outside 0 to 1; greedy on many sites, or
-            with `test`; a `test` that is no pair.
+        ArgumentError: scores of other sites, prompts or readout; fractions outside 0 to 1; greedy
+            on many sites, or with `test`; a `test` that is no pair.
         NumericsError: a readout is not finite.
     """
     sites = len(g.lens.sites)

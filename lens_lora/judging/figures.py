@@ -24,7 +24,7 @@ from lens_lora.show.text import key_text, label, magnitude, percent, short_promp
 
 # --- Over sizes of a set: kept and dropped, the best sets
 
-# The dash and the symbol of each baseline, which are grey, and of all other rankings.
+# The dash and the symbol of each baseline, whose curve is grey, and those of all other rankings.
 _BASELINES = {
     WEIGHT_NORM: ("dash", "square"),
     UPDATE_NORM: ("dot", "diamond"),
@@ -168,7 +168,7 @@ def _of_head(name: str) -> types.SimpleNamespace:
 # --- Number by number: measured effects, corrections, random directions
 
 _SYMBOLS = ("circle", "diamond", "square")
-# How far the identity line goes beyond the points, and the axis of flags.
+# How far the identity line, and the axis of flags, go beyond the points, as a share of the range.
 _BEYOND_POINTS = 0.05
 _BEYOND_FLAGS = 0.08
 
@@ -249,8 +249,8 @@ _QUESTIONS = {"add_one": "adding one site", "leave_one_out": "leaving one site o
 def reliability_figure(flags: Reliability, prompt: int | None = None) -> go.Figure:
     """First order a_l (x) against a_l + correction (y), with a band where the two agree.
 
-    In the band a + correction is from threshold · a to a / threshold. Flagged are the material
-    sites off it.
+    In the band a + correction is from threshold · a to a / threshold. Material sites outside it are
+    flagged.
     """
     index = flags.only_prompt(prompt, "flags")
     units = label(flags.units)

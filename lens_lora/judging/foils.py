@@ -27,7 +27,7 @@ from lens_lora.core import (
 )
 from lens_lora.judging.rankings import weight_norms
 
-# The keys of the foils, which `Attribution.key` gives without a gate.
+# The keys of the foils; `Attribution.key` adds no gate value to them.
 SIGNED_WEIGHT_NORM = "signed_weight_norm"
 NORM_PRODUCT = "norm_product"
 SIGNED_RANDOM = "signed_random"

@@ -1,4 +1,4 @@
-"""Values of g of the base where the z of each head is moved towards that of the adapted model.
+"""Values of g at the base model with each head's z moved towards the adapted model's.
 
 With a mask m, every head's z becomes z + m_h (z(1) − z).
 
@@ -21,19 +21,19 @@ from lens_lora.errors import ModelStateError, require_finite
 
 
 class HeadMasks:
-    """The gates of heads, as a function of which g has values and slopes.
+    """Values and slopes of g as a function of a gate for each head.
 
     Attributes:
-        names: 'blocks.3.attn.hook_z[5]', in the order of a mask.
+        names: the names of the heads, such as 'blocks.3.attn.hook_z[5]', in the order of a mask.
     """
 
     def __init__(self, g: Function) -> None:
         self._lens = g.lens
         points = list(g.lens.head_points("o"))
         self._groups = g.groups(graph=True)
-        # What the adapted model's z are on the prompts of each group.
+        # The adapted model's z on the prompts of each group.
         self._adapted = [group.passes.record(points, 1.0) for group in self._groups]
-        # Of each hook point of z, how many heads it holds; a mask has them one after another.
+        # How many heads each hook point of z holds; a mask lists them point by point.
         first = self._adapted[0]
         self._heads = {point: _head_count(g.lens, first, point) for point in first.firings}
         names: list[str] = []
@@ -97,7 +97,7 @@ def _head_count(lens: LoraLens, adapted: Recording, point: str) -> int:
     """How many heads there are at this hook point of z.
 
     Raises:
-        ModelStateError: its features are no heads of the model's width.
+        ModelStateError: its features do not divide into heads of the model's width.
     """
     count = lens.heads.of("o")
     width = lens.heads.d_head

@@ -5,7 +5,7 @@
 
 1. Draw null adapters (`Adapter.null`), which keep the size of each site's ΔW and have random
    directions.
-2. Compute first order of each, from the base's half that all of them share, and its exact shift.
+2. Compute first order of each, from the M_l that all of them share, and its exact shift.
 3. Per site, and for the shift, z = (a − mean a′) / std a′ and the empirical
    p = (1 + #{|a′| ≥ |a|}) / (1 + draws), which is two-sided and valid for any number of draws.
 
@@ -151,9 +151,9 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
     A null of an embedding spreads over the whole vocabulary, so a trained one stands out wherever
     it was trained on few tokens.
 
-    Cost per draw: drawing it and two thin products a module (`Bank`), no pass; for each in `exact`
-    a forward pass, of up to ten draws in one batch, and laying it over the model; and once eleven
-    forward passes and one backward.
+    Cost per draw: drawing it and two thin matrix products a module (`Bank`), but no pass. Each draw
+    in `exact` is also laid over the model and takes a forward pass, up to ten draws in one batch.
+    Once, whatever the draws: eleven forward passes and one backward.
 
     Args:
         lens: the adapter over the model.
@@ -175,7 +175,7 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
     run = draws if exact is None else min(whole("exact", exact, 2), draws)
     g.require_slope_at_base()
     lens = g.lens
-    # Both ends are run in the batch of the draws for the floor.
+    # This also runs both ends, in the same batch as the draws of the floor.
     noise_floor = g.floor
     base, _ = g.ends
     adapted: list[Float[Tensor, " batch"]] = []
@@ -187,7 +187,7 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
         drawn = lens.null_adapters(seed, draws)
         for null in tqdm(drawn, "null adapters", draws, leave=False, disable=not g.progress):
             yield null
-            # Where prompts go in groups this is called for each; all are run in the first.
+            # This is called for each group of prompts, and all draws are run in the first call.
             if len(adapted) + len(waiting) < run:
                 waiting.append(lens.with_adapter(null))
             is_last = len(adapted) + len(waiting) == run
@@ -207,7 +207,7 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
     )
 
 
-# So many adapters of the model's size are held at a time: half of the draws that are usual.
+# How many null adapters are held over the model at a time: half of the usual number of draws.
 _LENSES_AT_ONCE = 10
 
 

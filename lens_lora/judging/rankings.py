@@ -55,7 +55,8 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
 def scores_towards(g: Function, given: Mapping[str, Scores], baselines: bool) -> dict[str, BySite]:
     """Each score times the sign of the shift, by name.
 
-    The largest then pushes furthest in the direction in which the adapter moved g.
+    The largest then pushes furthest in the direction in which the adapter moved g. The norms of the
+    baselines have no sign and stay as they are.
 
     Args:
         g: the function that is ranked for.
@@ -74,7 +75,7 @@ def _values_of(name: str, score: Scores, g: Function) -> BySite:
     """The score as one number per prompt and site.
 
     Raises:
-        ArgumentError: it is of other sites, prompts or of another readout, or not finite.
+        ArgumentError: it is of other sites, other prompts or another readout, or is not finite.
     """
     if isinstance(score, Effects):
         score = score.attribution()
@@ -153,7 +154,7 @@ def _update_norms(g: Function) -> BySite:
         del out
         injection = lens.injections[index]
         if injection.partner is not None:
-            # It waits for the gate of its partner, which is zero at the base model.
+            # Its partner's gate also multiplies this update, and is zero at the base model.
             return
         delta = in_float64(injection.map(z))
         # The unembedding is run at the read position alone, where there is no padding.

@@ -60,7 +60,8 @@ class Reliability(OfMeasured):
         attribution: a_l at the question's own end, ε = 0 to add one and 1 to leave one out.
         correction: [batch, site], what a_l misses of the effect, measured; NaN where it was not (a
             site under the floor at every prompt).
-        fixed: [batch, site], with fix=True: the measured effect where flagged, a_l elsewhere.
+        fixed: [batch, site], the measured effect where flagged, a_l elsewhere; None without
+            fix=True.
         how: the effect that a_l is asked to predict, 'add_one' or 'leave_one_out'.
         threshold: a score under it is flagged.
         material: [batch], in the readout's units: what a site's |a| or |correction| must exceed.
@@ -135,7 +136,7 @@ class Reliability(OfMeasured):
     def against(self, effects: Effects | Float[Tensor, "batch site"]) -> pd.DataFrame:
         """Flags against the sites that are truly wrong: one row per prompt, and 'all'.
 
-        A site is wrong where the score of its true error, effect − a_l, would be flagged. Columns:
+        A site is wrong if its true error, effect − a_l, would be flagged as a correction. Columns:
         sites, wrong, flagged, hit (both), precision, recall, base_rate (the precision of flags at
         random), and Σ|effect − number| / Σ|effect| of a_l (error), `corrected` and `fixed`.
 
@@ -231,23 +232,24 @@ def reliability(
 
     To add one, a_l is first order at ε = 0; to leave one out, at ε = 1.
 
-    Cost beyond first_order and the noise floor (four forward passes): each site above the floor at
-    some prompt is run, a forward pass, or about half where the model's blocks branch. Nothing more
-    for fix.
+    Cost beyond first_order: four forward passes for the noise floor, and a forward pass for each
+    site above the floor at some prompt, or about half of one where the model's blocks branch.
+    Nothing more for fix.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, the number that is read from the logits.
         how: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
-        threshold: the threshold of the score; 0.5 flags what is off by more than a factor of 2, 0.8
-            of 1.25.
+        threshold: a score below it is flagged; 0.5 flags what is off by more than a factor of 2,
+            and 0.8 what is off by more than a factor of 1.25.
         floor: share of Σ|a| under which a site is not material. 0 measures them all.
         fix: also give the numbers with the measured effects of the flagged sites put in.
         progress: show a bar.
 
     Raises:
-        ArgumentError: another `how`, or a threshold or floor outside its range; a KL to add one.
+        ArgumentError: another `how`, or a threshold or floor outside its range; a KL with
+            how='add_one'.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a derivative is not finite; the error names the site.
     """
