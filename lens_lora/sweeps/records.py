@@ -4,9 +4,8 @@
    order, with its own id or the row's number (from 0). A string or a conversation is a prompt, as
    it is everywhere: where no answers are needed, it is a record by itself.
 2. A mistake in one row is kept in its record, with its line, and the other rows are read as usual.
-3. A mistake in all of them (a missing column, no row at all) is raised. So is a
-   Python object that cannot be a record, before anything is run: it is a mistake in the call, not
-   in the data.
+3. A mistake in all of them (a missing column, no row at all) is raised. So is a Python object
+   that cannot be a record, before anything is run: it is a mistake in the call, not in the data.
 
 pandas is not imported: a data frame is recognised by its attributes.
 """

@@ -158,7 +158,7 @@ def _percentages_kept_and_left(repair: Repair, shares: Any) -> tuple[list[float]
     """The percentages kept and left, each a mean over the questions that judge.
 
     Args:
-        repair: the repair.
+        repair: the result to draw.
         shares: [*state, question].
     """
     percentages = 100 * shares

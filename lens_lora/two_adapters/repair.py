@@ -9,8 +9,8 @@
 3. The kept part becomes an adapter, which PEFT's format holds (`two_adapters/sub_adapter.py`).
 4. It is judged on the questions given and on those held out, beside random sets of as many gates
    and the whole adapter scaled down until it keeps the same share
-   (`two_adapters/repair_judging.py`). The gain is what scaling leaves, divided by
-   what the repair leaves.
+   (`two_adapters/repair_judging.py`). The gain is what scaling leaves, divided by what the
+   repair leaves.
 """
 
 from __future__ import annotations
