@@ -3,7 +3,7 @@
 `table` puts their tables below one another. This works because a column has the same name in all of
 them (`docs/columns.md` lists the names).
 
-`panel` puts their figures below one another, or beside:
+`panel` puts their figures below or beside one another:
 
 1. Each figure gets a cell of a grid. Its axes, its annotations and its shapes are moved into the
    cell, and its axes get numbers that no other figure has.
@@ -69,7 +69,7 @@ class Plottable(Protocol):
 
 
 def table(*results: Tabular, names: Sequence[str] | None = None) -> pd.DataFrame:
-    """The tables of several results in one, with a first column that says whose each row is.
+    """The tables of several results in one, with a first column that names each row's result.
 
     One column name means one thing in every table, so that `value` is comparable where the units
     are. A column that one of the tables lacks is empty there.
@@ -79,15 +79,15 @@ def table(*results: Tabular, names: Sequence[str] | None = None) -> pd.DataFrame
     Args:
         results: any results; from a list, `ll.table(*list)`.
         names: what the column `result` says of each; by default its key, such as 'first_order@0'
-            or 'leave_one_out', or else the name of its class. Results of one name have their
-            adapter's beside it, if that differs; a second one of a name is 'name (2)'.
+            or 'leave_one_out', or else the name of its class. Results of one name are
+            told apart by their adapters, if these differ; a second one of a name is 'name (2)'.
 
     Returns:
         One row for each row of each result. The columns `readout` and `units` come after `result`
         if the results differ in them.
 
     Raises:
-        ArgumentError: no result, something that has no table, or another number of names.
+        ArgumentError: no result, something that has no table, or more or fewer names than results.
     """
     for result in results:
         if not isinstance(result, Tabular):
@@ -118,7 +118,7 @@ def _differing(results: Sequence[object]) -> list[str]:
 
 
 def _with_gaps(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The tables, with whole numbers and truth values that stay so where a table lacks them."""
+    """The tables, whose integers and booleans keep their type where others lack the column."""
     filled: list[pd.DataFrame] = []
     for frame in frames:
         types: dict[str, str] = {}
@@ -136,7 +136,7 @@ def _names_of(results: Sequence[object], names: Sequence[str] | None) -> list[st
     """A name for each result, no two of them the same.
 
     Raises:
-        ArgumentError: no result, or another number of names.
+        ArgumentError: no result, or more or fewer names than results.
     """
     own = _own_names(results)
     if names is not None and (isinstance(names, str) or len(names) != len(results)):
@@ -218,7 +218,7 @@ class _Cell:
 
 
 def _within(place: float) -> float:
-    """A place without what rounding puts beyond an end; a note may stand outside its cell."""
+    """A place, rounded so as not to lie just beyond an end; a note may stand outside its cell."""
     return round(place, 9)
 
 
@@ -234,8 +234,8 @@ def panel(
 
     Args:
         results: results that have a `plot`; or figures, such as `result.plot(prompt=1)`.
-        shared_scale: whether the same colour, and the same height or length, is the same number in
-            all figures whose units agree. Without it each figure has the range of its own numbers.
+        shared_scale: whether a colour, a height or a length stands for the same number in all
+            figures of the same units. Without it each figure has the range of its own numbers.
         names: the heading of each figure; by default its own heading.
         columns: how many figures stand beside one another; 2 or 3 need a wide screen.
 
@@ -243,8 +243,8 @@ def panel(
         A plotly figure.
 
     Raises:
-        ArgumentError: no result, something that has no picture, another number of names, no
-            column, or a result of several prompts whose picture is of one; give its figure,
+        ArgumentError: no result, something that has no picture, more or fewer names than results,
+            no column, or a result of several prompts whose picture is of one; give its figure,
             `result.plot(0)`.
     """
     most_columns = whole_number("columns", columns, least=1)

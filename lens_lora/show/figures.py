@@ -59,7 +59,7 @@ def finish(
         titles: the heading, and the smaller line below it.
         axes: the titles of the horizontal axis and of the vertical one.
         height: the height in pixels.
-        layout: what else plotly's layout is to have.
+        layout: further entries of plotly's layout.
     """
     heading, below = titles
     across, upwards = axes
@@ -75,7 +75,7 @@ def finish(
 
 
 def further_lines(title: str) -> int:
-    """The height in pixels of what a title has below its heading and one line more."""
+    """The height in pixels of the lines of a title beyond its heading and the line below it."""
     return 15 * max(title.count("<br>") - 1, 0)
 
 
@@ -144,7 +144,7 @@ class Axis(NamedTuple):
 
 
 def names_axis(names: Iterable[object], title: str = "", **layout: Any) -> Axis:
-    """One name each, the first at the left or below."""
+    """An axis with a name for each row or column, the first at the left or at the bottom."""
     return Axis([label(str(name)) for name in names], title, {"type": "category", **layout})
 
 

@@ -5,10 +5,11 @@
     go.Figure(go.Scatter(x=x, y=y))
 
 1. The names are those of `plotly.graph_objects`, with `make_subplots` and `get_plotlyjs`. `Figure`
-   answers for Matplotlib's names (`matplotlib_names`); `AnyFigure` is every figure of Plotly.
-2. With plotly come the templates of this package, by name, for figures of one's own as well: the
-   look of this package's figures, which can be read on any background, and three with a paper.
-   Where a program has imported plotly itself, they come with the next name of `lens_lora` it uses.
+   answers Matplotlib's names with Plotly's (`matplotlib_names`); `AnyFigure` is Plotly's own class.
+2. Importing plotly here registers this package's templates by name, so that users' own figures can
+   have them too: the look of this package's figures, which can be read on any background, and three
+   with a paper of their own. If a program has imported plotly itself, they are registered at the
+   next name of `lens_lora` that it uses.
 """
 
 from __future__ import annotations

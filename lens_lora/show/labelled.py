@@ -13,7 +13,7 @@ _MOST_BARS = 20
 
 @drawing.figure.register(Labelled)
 def figure(result: Labelled, prompt: int | None = None) -> go.AnyFigure:
-    """Draw `picture`, which the class may write anew, with Plotly alone."""
+    """Draw `picture`, which the class may override with any figure of Plotly."""
     return result.picture(prompt)
 
 

@@ -312,7 +312,7 @@ def groups_by_token(
         response: the tokens.
         rows: [group, token].
         units: the units of the values.
-        hover: what is said of a group's value at a token, above the token.
+        hover: the hover text of a group's value at a token; the token is written below it.
     """
     shown_names = [name.removeprefix("layer ") for name in names]
     ticked: Sequence[int] = range(len(names))

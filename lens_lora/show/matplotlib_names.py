@@ -1,4 +1,4 @@
-"""Plotly's figure, with an answer to the names that a figure of Matplotlib has.
+"""Plotly's figure, which answers the names of Matplotlib's figures with Plotly's.
 
 `lens_lora.show.go` imports this module at the first figure, as it imports Plotly.
 """
@@ -12,7 +12,7 @@ import plotly.graph_objects
 from lens_lora.guesses import OF_FIGURE, missing_attribute
 
 if TYPE_CHECKING:
-    # A type checker would take every name for one of the figure.
+    # With `__getattr__` a type checker would accept every name as the figure's.
     from plotly.graph_objects import Figure as Figure
 else:
 
@@ -20,5 +20,5 @@ else:
         """A figure of Plotly; a name that it lacks is answered by Plotly's name for it."""
 
         def __getattr__(self, name: str) -> Any:
-            """Refuse, with what may be meant."""
+            """Refuse a name that the figure lacks, and say which one may be meant."""
             return missing_attribute(self, name, OF_FIGURE)

@@ -131,7 +131,7 @@ class Plot:
     """A plotly figure, drawn when the reader opens its section.
 
     Attributes:
-        figure: as JSON.
+        figure: the figure as JSON.
         height: the height in pixels.
         caption: its title, line by line.
         heading: stands above it.
@@ -277,7 +277,7 @@ def folded(story: str, sections: Sequence[Section], kind: Kind, meta: Meta) -> l
 
 
 def _is_shown(block: Block) -> bool:
-    """Whether a block has something to show: a table without rows has not."""
+    """Whether a block has something to show: a table without rows has nothing."""
     return not isinstance(block, Table) or bool(block.rows)
 
 

@@ -1,6 +1,6 @@
 """The pages of an attribution and of a fact margin: one part for each prompt.
 
-Every sentence and every table of a page is one that the result shows elsewhere, too.
+The sentences on a fact margin are those of its story.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The text of a result in a terminal, and its HTML in a notebook.
 
 1. A terminal shows a heading: the result's class, its readout and units, its sizes, and its fields
-   of words or numbers.
-2. Below the heading stands what the class registers as `drawing.body`: its story, its summary, its
-   largest entries, or else its table.
+   that are words or numbers.
+2. The body that the class registers as `drawing.body` stands below the heading: its story, its
+   summary, its largest entries, or else its table.
 3. A notebook shows the same text; for an attribution it shows tables.
 
 Nothing here loads plotly.
@@ -68,7 +68,7 @@ def token_view(attribution: Attribution, prompt: int | None = None) -> drawing.T
 
 
 def _coloured_tokens(tokens: Sequence[str], values: list[float]) -> str:
-    """The HTML of circuitsvis, which has the same colours for a value and for its opposite."""
+    """The HTML of circuitsvis, with a scale of colours that is symmetric about zero."""
     try:
         from circuitsvis import tokens as circuitsvis_tokens  # pyright: ignore[reportMissingImports]
     except ImportError as error:

@@ -26,7 +26,7 @@ def spread_figure(frame: pd.DataFrame, tokens: str, site: str | None, gauge: str
 
     Args:
         frame: a row for each direction: site, rank, least, lower, median, upper, largest, mean.
-        tokens: what the tokens are of.
+        tokens: in words, which texts the tokens are from.
         site: the site whose ranks these are; None for the first rank of each site.
         gauge: one of `GAUGES`.
     """

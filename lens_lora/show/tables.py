@@ -1,6 +1,7 @@
 """Tables of text: built once, and shown in a terminal, in a notebook and on a page.
 
-Those of an attribution and of a fact margin are here; a question's own are in its folder.
+The tables of an attribution and of a fact margin are here; those of each question are in its own
+folder.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Table:
         rows: a cell for each heading.
         texts: the columns that hold text, set to the left; numbers are set to the right.
         title: what a terminal writes above it; on a page its section has a heading.
-        heading: what a page writes above it, beside or below another one.
+        heading: what a page writes above it where it stands beside or below another table.
         links: where the first cell of each row leads to, on the page; none by default.
     """
 
@@ -70,9 +71,9 @@ class Table:
     def _widths(self, room: int) -> list[int]:
         """The width of each column.
 
-        Each column has room for the longest word of its heading; a number is never cut. What room
-        is left goes to headings in three lines, then to whole words, to whole cells, and to
-        headings in one line, each time to the narrowest column first.
+        Each column has room for the longest word of its heading; a number is never cut. Any
+        room that is left goes first to headings in three lines, then to whole words, to whole
+        cells, and to headings in one line, each time to the narrowest column first.
         """
         columns: list[list[str]] = []
         for i in range(len(self.heads)):
@@ -206,7 +207,7 @@ def attribution_text(attribution: Attribution) -> str:
 
 
 def attribution_heading(attribution: Attribution) -> list[str]:
-    """The readout, method and sizes in one line; below it notes on its quadrature and its trust."""
+    """The readout, method and sizes in one line; then notes on quadrature and reliability."""
     prompts = many(len(attribution.base), "prompt")
     sites = many(len(attribution.sites), "site")
     by = f", by {' and '.join(attribution.by)}" if attribution.by else ""

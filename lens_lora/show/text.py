@@ -22,7 +22,7 @@ _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
 def magnitude(value: float) -> str:
-    """A size without its sign: two decimals, or two digits where those would vanish."""
+    """A size without its sign: two decimals, or two significant digits of a small one."""
     if not math.isfinite(value):
         return "—"
     size = abs(value)
@@ -50,7 +50,7 @@ def first_of(names: Sequence[str], k: int) -> str:
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """Layers in one line, runs of them by their ends: 'layers 20, 24 and 26–29'."""
+    """Layers in one line, with runs of three or more as ranges: 'layers 20, 24 and 26–29'."""
     distinct = sorted(set(layers))
     runs: list[list[int]] = []
     for layer in distinct:
@@ -71,7 +71,7 @@ def layers_text(layers: Sequence[int]) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage, '—' where there is none to speak of (a shift of zero)."""
+    """A share as a percentage; '—' where it is not finite, as of a shift of zero."""
     if not math.isfinite(share):
         return "—"
     size = 100 * abs(share)
@@ -95,7 +95,7 @@ def points(change: float) -> str:
 
 
 def position_text(position: int | str) -> str:
-    """The position in words, such as 'position 3', or those that a mean is over.
+    """A position in words, such as 'position 3', or the positions that a mean is taken over.
 
     A minus sign stands before a position that is counted from the end.
     """
@@ -128,12 +128,12 @@ def _visible_character(character: str) -> str:
 
 
 def readable(text: str) -> str:
-    """Text with control characters made visible: one that turns the direction of writing, say."""
+    """Text with control characters made visible, such as those that reverse its direction."""
     return "".join(c if c.isprintable() else visible(c) for c in text)
 
 
 def label(text: str) -> str:
-    """Text as it stands, for a figure: plotly reads tags, `$…$` as TeX, `%{…}` as a variable."""
+    """Text escaped for plotly, which would read tags, `$…$` as TeX and `%{…}` as a variable."""
     return str(escape(text)).replace("$", "&#36;").replace("%{", "&#37;{")
 
 

@@ -222,7 +222,7 @@ def flip_sentence(a: Account) -> str:
 
 
 def _located_flip(a: Account) -> str:
-    """State where a preference flips that differs between the two ends."""
+    """State where the preference flips, given that it differs between the two ends."""
     if a.flip_scale is None:
         return "The preference flips, at a strength that was not located."
     strength = f"with the adapter at {percent(a.flip_scale)} of its strength"
@@ -239,7 +239,7 @@ def first_order_text(a: Account) -> str:
 
 
 def predicted_text(a: ReadoutAccount, value: str) -> str:
-    """State what first order predicts and leaves, and conclude, of any readout.
+    """State, for any readout, what first order predicts and what it leaves, and conclude.
 
     Args:
         a: the account.
