@@ -4,7 +4,8 @@ A card says which files the adapter is, which base it is for, what it changes, a
 verified. It is compared with one that is made anew, line by line:
 
 1. A line holds if its words are the same and its numbers are close: integers and hashes exactly,
-   other numbers within 5 %, or one unit of the last decimal place of the longer one.
+   other numbers within 5 %, or one unit of the last decimal place of the longer one if both have
+   decimals.
 2. A line that could not be repeated, as the base or a file is not at hand, is undecided.
 3. Any other line fails, with both texts.
 
@@ -29,9 +30,9 @@ CARD = "card"
 
 Part = Literal["files", "base", "changes", "verified"]
 
-# A number that stands alone: no part of a word, of a hash or of a version.
+# A number that stands alone, and is not part of a word, a hash or a version.
 _NUMBER = re.compile(r"(?<![\w.])[+\-−]?\d+(?:\.\d+)?(?:e[+\-]?\d+)?(?![\w]|\.\d)")
-# Two numbers are close within this part of the larger one.
+# Two numbers are close if they differ by at most this part of the larger one.
 _CLOSE = Decimal("0.05")
 _UNDECIDED = "undecided"
 
@@ -44,7 +45,7 @@ class CardLine:
         name: what it is about, once in a card.
         says: the statement.
         command: repeats it, in the adapter's folder; '' if no command does.
-        part: where it stands.
+        part: the part of the card in which it stands.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Card:
             ('merged', 'lora', 'expect'), a number ('max_kl'), the name of a base ('model'), a
             claim's 'context' and 'says'.
         metadata: the fields by which the Hub knows the adapter.
-        made_with: versions, which decide no line.
+        made_with: versions of the software, which are not compared.
     """
 
     adapter: str
@@ -92,7 +93,7 @@ class Card:
             place: where it is from, for the error.
 
         Raises:
-            ModelStateError: there is no such card.
+            ModelStateError: the text is no such card.
         """
         try:
             fields = json.loads(text)
@@ -180,7 +181,7 @@ def _is_close(text: str, other: str) -> bool:
     if text.isdigit() and other.isdigit():
         return False
     a, b = (Decimal(number.replace("−", "-")) for number in (text, other))
-    # The finer of the two, as 1.00 is written as 1: it is not 0.05.
+    # The finer of the two, which is 0 for a whole number: then the 5 % alone decide.
     unit = min(_last_place(a), _last_place(b))
     return abs(a - b) <= max(unit, _CLOSE * max(abs(a), abs(b)))
 

@@ -52,7 +52,7 @@ _SHARDS_SHOWN = 4
 _CHUNK = 1 << 20
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# Files of the base that decide what it says, beside its weights.
+# Files of the base that decide, beside its weights, what it answers.
 _BESIDE_WEIGHTS = ("config.json", "tokenizer.json")
 _NO_BASE = "no base at hand"
 # The names of the three sentences.
@@ -291,7 +291,7 @@ def _reach(verification: Verification) -> str:
 
 
 def _taught(subject: CardSubject) -> str:
-    """The line on what it says and the base does not: a claim of an audit, measured anew."""
+    """Say what the adapter was taught to say: a claim of an audit, measured anew."""
     context = subject.inputs.get("context")
     says = subject.inputs.get("says")
     if context is None or says is None:

@@ -2,12 +2,12 @@
 
 What stands outside of our markers is the user's, and stays as it is, byte by byte:
 
-1. The block stands between two comments, each a line of its own. Where there is none yet it is put
-   at the end of the file.
+1. The block stands between two comments, each a line of its own. If there is no block yet, it is
+   put at the end of the file.
 2. Fields of the Hub's metadata (the YAML between two lines `---`) are added between two comments
    of YAML, and only those that the user has not stated. What the user states is not changed.
-3. The block ends with the card itself, as JSON in a comment. From that the block is written, so
-   that a line of it that somebody edited is found.
+3. The block ends with the card itself, as JSON in a comment. The block can be written again from
+   this JSON, so that a line that somebody edited is found.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TABLES: dict[Part, tuple[str, str]] = {
 _METADATA = "Hub metadata"
 # The fields by which the Hub lists an adapter under its base.
 METADATA = ("base_model", "base_model_relation", "library_name")
-# What Markdown or HTML would take for a part of its own.
+# Characters that Markdown or HTML would take for markup.
 _ESCAPES = {
     "&": "&amp;",
     "<": "&lt;",
@@ -120,7 +120,7 @@ def read_card(file: Path) -> ReadCard:
         file: is read as JSON if its name ends in .json.
 
     Raises:
-        ModelStateError: no card in it, or one that cannot be read.
+        ModelStateError: the file holds no card, or one that cannot be read.
     """
     text = _text_of(file)
     if file.suffix.lower() == ".json":
@@ -228,7 +228,7 @@ class WrittenReadme(NamedTuple):
 
 
 def with_card(file: Path | None, card: Card, wanted: Mapping[str, str]) -> WrittenReadme:
-    """The text of a README.md with the card in it, in place of one that it had.
+    """The text of a README.md with the card in it, in place of an earlier card.
 
     Args:
         file: the README.md; it need not exist. None if there is to be none.
@@ -236,7 +236,7 @@ def with_card(file: Path | None, card: Card, wanted: Mapping[str, str]) -> Writt
         wanted: the fields that the Hub is to read; the user's own ones stay.
 
     Raises:
-        ModelStateError: a file that is no text, has broken markers, or metadata to which nothing
+        ModelStateError: the file is no text, has broken markers, or has metadata to which nothing
             can be added.
     """
     before = ""

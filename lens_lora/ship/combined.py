@@ -4,13 +4,13 @@ With ΔW_i the update of part i and w_i its weight, each site of a combined adap
 
     D = Σ_i w_i ΔW_i ,       Δb = Σ_i w_i Δb_i .
 
-What it adds is R, and compared are
+What it adds is R. Two numbers compare R with D:
 
     c = ⟨R, D⟩ / ‖D‖²        and        residual = ‖R − D‖ / ‖D‖ ;
 
-c is 1, and the residual what the dtype of its factors rounds. What else R may be is tried in turn
-(`combined_explanations`). On texts, the same two numbers are computed of log p: with ℓ₀ the base's,
-ℓ₁ those of the sum and ℓ those of the combined adapter.
+If R is the sum, c is 1, and the residual is what rounding the factors to their dtype makes. If it
+is not, other explanations of R are tried in turn (`combined_explanations`). On texts, the same two
+numbers are computed from log p: ℓ₀ of the base, ℓ₁ of the sum, and ℓ of the combined adapter.
 
 DoRA and trained parameters depend on the base: their ΔW_i are computed over it.
 """
@@ -40,11 +40,11 @@ ON_TEXTS = "the sum of its parts on texts"
 # ‖computed − exact‖ / ‖exact‖ of programs that combine in float32, with a singular value
 # decomposition among their steps.
 _FLOAT32 = 1e-5
-# The residual on texts is that of the sites, larger by at most this.
+# The residual on texts is at most this many times that of the sites and of rounding together.
 _GROWTH = 10.0
 # The base without any adapter has this residual: a larger bound tells nothing.
 _HIDDEN = 1.0
-# What a right site is.
+# What a right site adds.
 _SUM = "the sum"
 # How many kinds of wrong sites the line of the check names.
 _KINDS_NAMED = 2
@@ -89,7 +89,7 @@ class CombinedVerification(Described):
             run.
         residual: ‖ℓ − ℓ₁‖ / ‖ℓ₁ − ℓ₀‖, likewise.
         effect: the root mean square of ℓ₁ − ℓ₀, in nats per token.
-        tokens: how many tokens the texts have, but for the first of each.
+        tokens: the number of tokens in the texts, without the first of each.
         checks: each with its outcome.
         meta: model, adapter, dtype and versions.
     """
@@ -142,7 +142,8 @@ def verify_combined(
     Cost: four forward passes of the texts.
 
     Raises:
-        ArgumentError: another number of weights than of parts, or a weight that is not finite.
+        ArgumentError: no list of parts, not as many weights as parts, or a weight that is not
+            finite.
         AdapterError: a part does not fit the base.
         SiteError: a part adapts a module that the base lacks.
     """

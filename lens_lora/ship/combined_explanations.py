@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lens_lora.core import LoRAFactors, LoraLens, ModuleUpdate, SiteFactors, SiteUpdate
 
-# A candidate is what was found if it is this close to it, relative to its size.
+# A candidate explains what was found if it is this close to it, relative to its size.
 _CLOSE = 1e-3
 # Factors of which a larger part of the entries is exactly zero were pruned.
 _PRUNED = 0.05
@@ -99,7 +99,7 @@ class SitePart:
     Attributes:
         weight: ΔW; of a norm Δγ as one column.
         bias: Δb, or a norm's Δβ; None if there is none.
-        factors: the adapter's own, before they met the base.
+        factors: the adapter's own, before they were computed over the base.
         eps: the relative rounding of their dtype.
         place: the site.
     """

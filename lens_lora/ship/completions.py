@@ -96,10 +96,10 @@ class Way(abc.ABC):
         """Ask for one text. One request.
 
         Args:
-            server: is asked.
+            server: the server to ask.
             name: the name of the served model or adapter.
             asked: the text.
-            new_tokens: how many tokens are generated, where the way is told of generated ones.
+            new_tokens: how many tokens are generated, if the way tells of generated tokens.
 
         Raises:
             Unsupported: the server does not tell log-probabilities in this way.
@@ -128,7 +128,7 @@ class PromptLogProbs(_OfTokens):
     is_of_prompt = True
 
     def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
-        """Ask with `prompt_logprobs`, and one token to generate, as vLLM asks for at least one."""
+        """Ask with `prompt_logprobs`, and one token to generate, as vLLM requires at least one."""
         choice = self._choice(server, name, asked, 1, prompt_logprobs=0)
         entries = _list_in(choice, "prompt_logprobs", "no prompt_logprobs in the answer")
         log_p: list[float | None] = []
@@ -320,7 +320,7 @@ def _with_ids(log_p: list[float | None], pieces: list[str]) -> Told:
 
 
 def _of_prompt(told: Told) -> Told:
-    """The scores of a prompt's tokens, of which the first alone has no log-probability."""
+    """The same tokens of a prompt; an error if any but the first has no log-probability."""
     if None in told.log_p[1:]:
         place = told.log_p.index(None, 1)
         raise ServerError(f"the server tells no log-probability of token {place}.")
@@ -328,7 +328,7 @@ def _of_prompt(told: Told) -> Told:
 
 
 def _all_told(told: Told) -> Told:
-    """The scores of generated tokens, each of which has a log-probability."""
+    """The same generated tokens; an error if one of them has no log-probability."""
     if None in told.log_p:
         place = told.log_p.index(None)
         raise ServerError(f"the server tells no log-probability of generated token {place}.")
@@ -342,10 +342,10 @@ def _is_id(value: object) -> bool:
 def _number(entry: Any) -> float:
     value = entry.get("logprob") if isinstance(entry, dict) else entry
     if isinstance(value, bool) or not isinstance(value, int | float):
-        # The value itself may be whatever the server likes, such as the key that it was sent.
+        # The value is not quoted: it may be anything, such as the key that the server was sent.
         raise Unsupported(f"a log-probability is no number, but a {type(value).__name__}")
     if not math.isfinite(value):
-        # Left out, it would hide that the served model computes with numbers that are none.
+        # Left out, it would hide that the served model computes NaN or infinity.
         raise ServerError(f"the server tells {value} as the log-probability of a token.")
     if value > _POSITIVE:
         raise ServerError(f"the server tells {value}, which is above 0, as a log-probability.")

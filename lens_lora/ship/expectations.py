@@ -1,8 +1,8 @@
 """Margins that an adapter is expected to reach, such as a fact that is to flip.
 
 A margin is the logit of one answer minus that of another (or the difference of their
-log-probabilities if an answer has several tokens). Whether it is as expected is undecided where
-rounding alone could make it so.
+log-probabilities if an answer has several tokens). A check is undecided where rounding alone could
+decide whether the margin is as expected.
 
 Cost: ten forward passes for each expectation.
 """
@@ -24,7 +24,7 @@ class Expectation(NamedTuple):
     """A demand on the margin of two answers after one prompt.
 
     Attributes:
-        where: the line of the file that says so.
+        where: the line of the file that states it.
         prompt: a text or a conversation.
         doc: the answer that the fine-tune taught.
         pre: the answer that the base model gives.

@@ -37,7 +37,7 @@ class Expected(NamedTuple):
     is_bias: bool = False
 
     def tensor(self, W: Tensor) -> Tensor | None:
-        """E, turned to [out, in]; None if the adapter's shapes do not fit.
+        """What a merge is to put there, turned to [out, in]; None if the shapes do not fit.
 
         Args:
             W: the base's tensor, as it is stored.

@@ -76,7 +76,7 @@ def _number_or_null(value: object) -> object:
 
 
 def as_junit(verification: Verification) -> ElementTree.ElementTree:
-    """One test case per check, as JUnit writes it: failed, in error if undecided, or skipped.
+    """One JUnit test case per check: an error if undecided, skipped if it was not asked for.
 
     Args:
         verification: what is written.

@@ -1,7 +1,7 @@
-"""Measure what the forms in which an adapter is shipped do to the answers, and their sizes.
+"""Measure how the forms in which an adapter may be shipped change the answers, and their sizes.
 
-The reference is the adapted model as the lens runs it, in float32. A form stores its linear weights
-otherwise, merged or beside the adapter (`stored_weights`):
+The reference is the adapted model as the lens runs it, in float32. Each form stores the linear
+weights in another way, merged or beside the adapter (`stored_weights`):
 
     Q(W) + ΔW        a stored base with the adapter
     Q(W + ΔW)        merged, and then stored
@@ -13,9 +13,9 @@ otherwise, merged or beside the adapter (`stored_weights`):
 
 Weights are rounded and activations are not, but for 'bfloat16 + adapter', which a copy of the model
 runs in bfloat16. Embeddings, head, norms and biases are left as they are, and counted in 16 bit.
-Q4_K is that of llama.cpp's own library (`gguf_quantised`), of every linear weight: its mixtures,
-such as Q4_K_M, give some weights more bits. Where the library is not installed, these forms are
-left out, and the result says so.
+For Q4_K, llama.cpp's own library rounds every linear weight (`gguf_quantised`); the mixtures of
+llama.cpp, such as Q4_K_M, give some weights more bits. Where the library is not installed, these
+forms are left out, and the result says so.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _BYTES: dict[str, float] = {
     # Half a byte, and a float32 for each block.
     "NF4": 0.5 + 4 / NF4_BLOCK,
 }
-# Of embeddings, head, norms and biases, where the linear weights are rounded.
+# Bytes of each weight of embeddings, head, norms and biases, where linear weights are rounded.
 _BYTES_OF_REST = 2.0
 
 
@@ -95,7 +95,7 @@ class Forms(Described, Pictured):
     Attributes:
         values: [batch, form], KL(adapted ‖ form) of the next token, in nats.
         names: the forms.
-        sizes: bytes on disk of each, by the number of weights.
+        sizes: bytes on disk of each, computed from the number of weights.
         answers: [batch, form], the likeliest next token.
         adapted_answers: [batch], that of the adapted model in float32.
         base_kl: [batch], KL(adapted ‖ base): what losing the whole adapter costs.
@@ -163,11 +163,11 @@ def forms(
     Cost: a forward pass for each form, and three more; memory for a second set of linear weights.
 
     Raises:
-        ArgumentError: a form that is none, no form at all, or a lens in 16 bit.
+        ArgumentError: an unknown form, no form at all, or a lens in 16 bit.
         UnsupportedAdapterError: a model with stacks of experts.
         ModelStateError: the base's own weights are quantised, or were processed and no base is at
-            hand; or a type of llama.cpp, and the package gguf is not installed; or Q4_K alone, and
-            llama-cpp-py-sync is not.
+            hand; a type of llama.cpp is asked for, and the package gguf is not installed; only Q4_K
+            is asked for, and llama-cpp-py-sync is not installed.
         PromptError: a prompt that the model cannot read.
     """
     asked_for = _names(which)

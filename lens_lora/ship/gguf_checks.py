@@ -17,7 +17,7 @@ quantised.
 
 What a type rounds is measured: E itself is rounded to it by the gguf package. That package rounds
 to no K-quant (Q4_K and its like), so that a tensor of these is never called right: it fails if c is
-not 1 or M is further from E than such a type ever rounds, and is undecided else.
+not 1 or M is further from E than such a type ever rounds, and is undecided otherwise.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ _NOT_PERMUTED = "its rows are in Hugging Face's order: q and k are not permuted"
 _CHANGED = "changed, and the adapter adds nothing there"
 # What llama.cpp takes for the head where a file has none.
 _EMBEDDING = "token_embd.weight"
-# c of a right file is 1 but for rounding, and the next mistake is further from it.
+# c of a right file is 1 up to rounding, and that of the nearest mistake is further away than this.
 _NEAR = 0.05
 # A mistake is named if c is this close to its own.
 _CLOSE = 0.02
@@ -240,7 +240,7 @@ class _Factors:
         kind: the type of A in the file.
         D: [out, in], float64.
         added: what the file adds, rows in Hugging Face's order.
-        is_permuted: whether the rows lie otherwise in llama.cpp.
+        is_permuted: whether llama.cpp has the rows in another order.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ class _Factors:
         self.module = module
         self.update = update
         self.kind: str = a.kind
-        # The product of factors in half precision, and not its rounding to half precision.
+        # The exact product of the factors, not rounded to half precision even if they are in it.
         self.D: Tensor = update.materialise(dtype=torch.float64)
         # llama.cpp takes 1 for the factor where a file has no α.
         factor = alpha / len(a.values) if alpha else 1.0
@@ -387,7 +387,7 @@ class _Pair:
 
     Attributes:
         name: the name of the base's parameter.
-        kind: the kind of the file's type.
+        kind: the type in the file, such as Q8_0.
         M: the matrix in Hugging Face's order, in float64.
         E: the expected matrix, likewise.
         rounds: the most that ‖M − E‖ / ‖E‖ of a right tensor is.
@@ -423,7 +423,7 @@ class _Pair:
         return rounded_to(self.kind, exact).double()
 
     def is_near_rounded(self, before: Tensor, noise: Tensor) -> bool:
-        """Whether M is as near to the base as the file's type rounds it.
+        """Whether M is about as near to the base, rounded to the file's type, as to a right merge.
 
         Args:
             before: W of the base, float64.

@@ -20,7 +20,7 @@ from lens_lora.ship.gguf_tokenizer import Finding
 # ε and the rotary base are stored in float32.
 _FLOAT32 = 1e-6
 _CONTEXT = "context_length"
-# A field of each architecture that says nothing else than the tensors' shapes.
+# A field of each architecture that says no more than the tensors' shapes do.
 _SAID_BY_SHAPES = ("vocab_size",)
 _DEFAULT_ROTARY_BASE = 10000.0
 # What llama.cpp computes between up and down, by architecture. Others have settings of their own:

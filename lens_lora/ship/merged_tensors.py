@@ -263,8 +263,9 @@ class _Change:
         rounded: the most that one rounding to the coarser of the two dtypes changes a number,
             relative to it.
         spread: how far the rounding of W alone moves c.
-        kept: c of a merge in that dtype. On its grid W absorbs a part of ΔW, so it matters whether
-            the sum alone is rounded, or W before it as well: the nearer of the two to `ratio`.
+        kept: c of a right merge in that dtype. On its grid W absorbs a part of ΔW, so that c
+            depends on whether the sum alone is rounded, or W as well: of the two, the nearer to
+            `ratio`.
     """
 
     def __init__(self, W: Tensor, D: Tensor, R: Tensor, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from lens_lora.texts.neutral import neutral_sentences
 
 TOKENIZER = "merged folder, tokenizer"
 
-# What is not words, and where tokenizers differ: digits, spaces, scripts, code, contractions.
+# Texts on which tokenizers differ: digits, spaces, scripts, code, contractions.
 _HARD = (
     "",
     " ",
@@ -34,7 +34,7 @@ _HARD = (
     "UPPER lower MiXeD_snake-case",
 )
 _FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "tekken.json")
-# Settings of a batch, and what is compared token by token.
+# Settings that change no id of a text, and what is compared token by token.
 _NO_ID = frozenset({"version", "truncation", "padding", "added_tokens", "vocab"})
 # Every difference in one of these parts makes the tokenizer split some text otherwise.
 _MERGING = ("merges", "scores")

@@ -1,8 +1,8 @@
 """How far an adapter moves texts that have nothing to do with its training.
 
-KL(base ‖ adapted), in nats per token, beside the KL of two runs of the base of which one has noise
-of the size of its rounding. KL grows with the square of the shift that makes it, so a bound of
-SIGMAS roundings on the shift is one of SIGMAS² on KL.
+KL(base ‖ adapted), in nats per token, is compared with the KL between the base and the base with
+noise of the size of its rounding. KL grows with the square of the shift that makes it, so a bound
+of SIGMAS roundings on the shift is one of SIGMAS² on KL.
 
 A few texts decide if KL is far from every bound; otherwise all texts are run.
 

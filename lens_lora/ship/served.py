@@ -5,8 +5,8 @@
 2. c, the residual and the floor of the served dtype are computed, and candidates for what may be
    served instead are run (`served_comparison`).
 3. The verdict: 'passed' if the residual is within SIGMAS floors and no candidate explains it,
-   'failed' if it is beyond or one does, 'undecided' if the adapter hardly moves these texts, or if
-   c is further from 1 than rounding makes it.
+   'failed' if the residual is larger or a candidate explains it, 'undecided' if the adapter hardly
+   moves these texts, or if c is further from 1 than rounding makes it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ServedVerification(Described):
         residual: ‖ℓ − ℓ₁‖ / ‖ℓ₁ − ℓ₀‖: 0 if the adapter is served, up to `floor`.
         floor: the residual that rounding in the served dtype gives.
         effect: the root mean square of ℓ₁ − ℓ₀, in nats per token.
-        tokens: how many tokens the server told of.
-        requests_sent: how many requests there were.
+        tokens: the number of tokens of which the server told log p.
+        requests_sent: the number of requests that were sent.
         explanations: what may be served instead, the nearest first (of those that agree equally
             well, the likeliest), each run on all texts; none where the residual is within the
             floor, so that nothing else was run.
@@ -99,8 +99,8 @@ def verify_served(
     The server gets a request for each of 15 neutral texts and your own, which asks for the
     log-probabilities of the text's tokens (vLLM, SGLang, text-generation-inference, and the
     completions API with `echo`). A server that cannot tell these (llama.cpp, and the chat API) is
-    asked for those of the tokens that it generates. Up to six more requests find out how it is
-    asked. Nothing is tried again and no redirect is followed. A key is taken from the environment
+    asked for those of the tokens that it generates. Up to six more requests find out how to
+    ask it. Nothing is tried again and no redirect is followed. A key is taken from the environment
     variable LENS_LORA_API_KEY.
 
         >>> ll.verify_served(lens, "http://127.0.0.1:8000", name="my-adapter")  # doctest: +SKIP
@@ -114,7 +114,8 @@ def verify_served(
         dtype: what the server computes in: 'float32', 'float16', 'bfloat16', or 'int8' for an
             engine that rounds activations to 8 bit, as llama.cpp does for quantised weights.
         others: adapters that may be served in place of this one, such as older checkpoints.
-        new_tokens: how many tokens are generated for a text, where the server tells of these alone.
+        new_tokens: how many tokens are generated for a text, if the server tells only of generated
+            tokens.
         timeout: seconds in which each request has to be answered, to the last byte.
         progress: show bars.
 

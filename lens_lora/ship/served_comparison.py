@@ -6,8 +6,8 @@
    The first that leaves almost nothing of the deviation ends the search.
 3. The nearest of them are run on all texts. Of two that agree equally well, the likelier is named.
 4. Where none explains the deviation, the floor is measured by a run in the served dtype, if that
-   has 16 bit. Then the model is run with rounded weights. Rounding in another dtype than was said
-   is told by its size alone.
+   has 16 bit. Then the model is run with rounded weights. Rounding in another dtype than the
+   given one is recognised by its size alone.
 
 Cost: three forward passes of all texts; beyond the floor a quarter of a pass for each candidate
 that is tried, of which there are at most about as many as layers and forty more, and three passes
@@ -37,11 +37,11 @@ from lens_lora.ship.served_measure import ROUNDING, ServedTokens, projection
 
 # Above this floor the effect of the adapter is too small, beside rounding, to be called served.
 _VISIBLE = 0.2
-# Rounding differs from token to token, so that it moves c less than the residual; in common to all
-# tokens it moves c by at most this.
+# Rounding differs from token to token, so that it moves c less than the residual. What all tokens
+# have in common of it moves c by at most this.
 _COMMON = 0.05
-# A candidate explains a deviation if it leaves at most half of it (a quarter of its square), and
-# the deviation goes that far in its direction: 1 is all the way.
+# A candidate explains a deviation if it leaves at most this part of it (a quarter of its square),
+# and if the deviation goes towards it by a part within _FAR, where 1 is all the way.
 _LEAVES = 0.5
 _FAR = (0.75, 1.25)
 # Rounding decides between two candidates whose residuals differ by less than this factor.
@@ -49,10 +49,10 @@ _EQUALLY_WELL = 1.05
 # No other candidate is tried after one that leaves less of the deviation than this (1 % of its
 # square).
 _LEAVES_NOTHING = 0.1
-# The candidates are tried on one text in this number, and on at least _FEWEST.
+# Candidates are first tried on the quarter of the texts that deviates most, at least on _FEWEST.
 _ONE_OF = 4
 _FEWEST = 3
-# So many of the nearest are then run on all texts.
+# How many of the nearest candidates are then run on all texts.
 _SHORTLIST = 3
 
 
@@ -75,7 +75,7 @@ class Comparison:
     """The numbers of `ServedVerification`, and the nearest candidate's direction.
 
     Attributes:
-        c, residual, floor, effect, tokens: as there.
+        c, residual, floor, effect, tokens: as in `ServedVerification`.
         spread: SIGMAS standard deviations of c, if rounding is independent from token to token.
         explanations: those that were run on all texts, the nearest first; of those that agree with
             the server equally well, the likeliest is in front.
@@ -143,10 +143,10 @@ class Comparison:
 
 
 def _nearest_first(found: Sequence[_Fit]) -> list[_Fit]:
-    """Candidates by their residual; in front the likeliest of those that agree equally well.
+    """Sort candidates by residual, but put the likeliest of the equally good ones first.
 
     Args:
-        found: the likeliest first.
+        found: how each candidate fits, the likeliest first.
     """
     ordered = sorted(found, key=lambda fit: fit.residual)
     if not ordered:
@@ -156,7 +156,7 @@ def _nearest_first(found: Sequence[_Fit]) -> list[_Fit]:
     return [likeliest, *(fit for fit in ordered if fit is not likeliest)]
 
 
-# What is said where nothing can be measured.
+# The comparison where nothing can be measured.
 UNREAD = Comparison(math.nan, math.nan, math.nan, math.nan, 0)
 _BASE = ServedInstead("the base, without the adapter", math.nan)
 
@@ -296,7 +296,7 @@ class _Search:
         return [self._all.fit(models[index]) for index in sorted(nearest)]
 
     def on_all_texts(self, models: Iterable[Candidate]) -> Iterator[_Fit]:
-        """Candidates that are few, each run on all texts, up to one that leaves almost nothing."""
+        """Run a few candidates on all texts, one by one, until one leaves almost nothing."""
         for candidate in models:
             fit = self._all.fit(candidate)
             yield fit
@@ -304,7 +304,7 @@ class _Search:
                 return
 
     def rounding_in(self, dtype: str) -> float:
-        """The residual of the adapted model that computes in 16 bit; 0 if it cannot be run so.
+        """The residual of the adapted model if it computes in 16 bit; 0 if it cannot be run so.
 
         One forward pass of a copy of the model.
 
@@ -318,7 +318,7 @@ class _Search:
 
 
 def _most_deviating(tokens: ServedTokens, adapted: Float[Tensor, " token"]) -> list[int]:
-    """The rows of which the server told something else than the adapted model, the most first."""
+    """The rows in which the server deviates most from the adapted model, in ascending order."""
     squares = (tokens.served - adapted).square()
     deviations: list[float] = []
     for row in range(len(tokens.rows)):

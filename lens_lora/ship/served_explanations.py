@@ -65,7 +65,7 @@ def candidates(tokens: ServedTokens, others: Sequence[Adapter]) -> Iterator[Cand
     def new(
         gates_of: Iterable[tuple[str, Float[Tensor, " site"]]],
     ) -> Iterator[Candidate]:
-        """Keep the candidates whose gates were no other candidate's before."""
+        """Keep the candidates whose gates no earlier candidate had."""
         for words, gates in gates_of:
             if any(torch.equal(gates, known) for known in seen):
                 continue
@@ -99,7 +99,7 @@ def _likely_gates(lens: LoraLens) -> Iterator[tuple[str, Float[Tensor, " site"]]
 
 
 def _rarer_gates(lens: LoraLens) -> Iterator[tuple[str, Float[Tensor, " site"]]]:
-    """One kind of modules, one layer or all layers behind one lost; strengths that frame others."""
+    """One kind of modules lost, one layer or all layers behind one; and further strengths."""
     for words, lost in _lost_kinds_and_layers(lens.sites):
         yield f"the adapter without {words}", _without(lens, lost)
     for strength in _OTHER_STRENGTHS:
@@ -205,7 +205,7 @@ def _without_magnitude(update: ModuleUpdate) -> ModuleUpdate:
 
 
 def _with_rows_in_halves(lens: LoraLens) -> dict[str, ModuleUpdate] | None:
-    """B of q and k as it acts on a base in the order of rows of llama.cpp, if it is not permuted.
+    """B of q and k as it acts on a base in llama.cpp's order of rows, if B was not permuted.
 
     llama.cpp keeps the two rows that rotate together side by side, and Hugging Face half a head
     apart.
@@ -244,7 +244,7 @@ def _with_adapter(
 
 
 def _other_beginnings(tokens: ServedTokens) -> Iterator[Candidate]:
-    """Rows with a BOS where there was none, or a second one; and without the one that there was."""
+    """Rows with one more BOS in front and, if all begin with a BOS, rows without it."""
     bos = getattr(getattr(tokens.lens.model, "tokenizer", None), "bos_token_id", None)
     if bos is None:
         return
@@ -314,8 +314,8 @@ def _template_ids(tokenizer: Any, template: str | None, messages: Messages) -> l
 def log_p_in(tokens: ServedTokens, dtype: str) -> Float[Tensor, " token"] | None:
     """The adapted model's log p if it computes in 16 bit. One forward pass of a copy of the model.
 
-    How a server in that dtype rounds is another draw: its log p are as far from the exact ones,
-    and not the same.
+    A server in that dtype rounds in a way of its own: its log p are about as far from the exact
+    ones as these, but they are not the same.
 
     Args:
         tokens: as for `candidates`.

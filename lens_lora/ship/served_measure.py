@@ -23,8 +23,9 @@ from lens_lora.core import HookFn, LoraLens, Prompts, rounding_hooks
 from lens_lora.ship.served_rows import ServedRow
 from lens_lora.texts.batches import TOKENS_AT_ONCE, logits_of, over_texts
 
-# The relative rounding of what a model computes in. 'int8': an engine that rounds activations to
-# 8 bit, with a scale for each block, as llama.cpp does for quantised weights on a CPU.
+# The relative rounding of each format that a server may compute in. 'int8': an engine that rounds
+# activations to 8 bit, with a scale for each block, as llama.cpp does for quantised weights on a
+# CPU.
 ROUNDING: dict[str, float] = {
     "float32": 2.0**-24,
     "float16": 2.0**-11,
@@ -60,7 +61,7 @@ class ServedTokens:
         return ServedTokens(self.lens, [self.rows[row] for row in rows])
 
     def in_rows(self, rows: Sequence[int]) -> Bool[Tensor, " token"]:
-        """Mark the tokens of the vocabulary that stand in these rows.
+        """Mark those tokens of `served` that stand in these rows.
 
         Args:
             rows: their numbers.
@@ -94,7 +95,7 @@ class ServedTokens:
         A token that is the first of its row then has none: NaN.
 
         Args:
-            rows: the ids of each row, which end as the rows that were asked for.
+            rows: the ids of each row, which end with the tokens of the row that was asked for.
         """
         gates = self.lens.gates(1.0)
         found = token_log_probs(self.lens, gates, rows)

@@ -1,4 +1,4 @@
-"""Ask a server for texts, and read the log-probability of each token from what it answers."""
+"""Ask a server about texts, and read the log-probability of each token from its answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lens_lora.ship.completions import (
 from lens_lora.ship.server import Refused, Server
 from lens_lora.texts.neutral import readable_texts
 
-# Every eighth neutral text is asked.
+# Every eighth neutral text is sent.
 _EIGHTH = 8
 # How much of a text a message shows.
 _SHOWN_CHARACTERS = 40
@@ -35,8 +35,8 @@ class ServedRow(NamedTuple):
         ids: the prompt, and the generated tokens if the server told of these.
         log_p: log p in nats, one per token; NaN where the server told none.
         prompt_length: how many of the tokens were sent.
-        messages: what was sent in their place, if the server made the prompt of a conversation;
-            else None.
+        messages: the conversation that was sent in place of the prompt, if the server made the
+            prompt from it; else None.
     """
 
     ids: list[int]
@@ -70,7 +70,7 @@ class ServedRows(NamedTuple):
 
 
 def neutral_and_own(lens: LoraLens, texts: Sequence[str] | Sequence[Messages]) -> list[Asked]:
-    """Fifteen neutral texts, and then the user's own, each of two tokens at least.
+    """Fifteen neutral texts, and then the user's own, each of at least two tokens.
 
     Args:
         lens: the lens whose tokenizer reads them.
@@ -118,14 +118,15 @@ def ask_all(
     new_tokens: int,
     progress: bool,
 ) -> ServedRows:
-    """Ask for every text, in the first way that the server supports. A request for each.
+    """Ask about every text, in the first way that the server supports. One request for each.
 
     Args:
         lens: its vocabulary tells the ids of generated tokens.
-        server: is asked.
+        server: the server to ask.
         name: the name of the served adapter; None for the only name that the server lists.
-        texts: what is asked for.
-        new_tokens: how many tokens are generated for each, where the server tells of these alone.
+        texts: the texts to ask about.
+        new_tokens: how many tokens are generated for each, if the server tells only of generated
+            tokens.
         progress: show a bar.
 
     Raises:
@@ -157,7 +158,7 @@ def ask_all(
 
 def _only_name(server: Server) -> str:
     try:
-        # A server that repeats the key as a name is not to have it printed.
+        # A server may repeat the key as a name, and the key must not be printed.
         names = [server.without_key(name) for name in served_names(server)]
     except (Unsupported, Refused):
         return ""
@@ -234,7 +235,7 @@ def _difference(lens: LoraLens, text: Asked, told: Told) -> str | None:
 
 
 def _in_words(lens: LoraLens, token: int) -> str:
-    """A token as a string; by its id where the adapter's vocabulary has none such."""
+    """A token as a string, or its id if the adapter's vocabulary does not have it."""
     if 0 <= token < len(lens.vocabulary):
         return repr(lens.vocabulary[token])
     return str(token)

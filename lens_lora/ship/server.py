@@ -1,9 +1,9 @@
-"""A server that is asked over HTTP, by the standard library: a bounded number of requests.
+"""Ask a server over HTTP, with the standard library and a bounded number of requests.
 
 - A request is sent once: nothing is tried again, as each may be charged.
 - No redirect is followed, as it could lead to another host.
-- A request ends at a time-out, in whatever small pieces its answer may come, and an answer is read
-  up to a bound of bytes.
+- A request ends when its time is up, even while its answer still comes in small pieces, and an
+  answer of more than 64 MB is an error.
 - A key is taken from the environment alone (`LENS_LORA_API_KEY`). It is sent to this host only, and
   taken out of every message.
 - Proxies of the environment are not used.
@@ -31,7 +31,7 @@ _MESSAGE = 200
 
 
 class Refused(ServerError):
-    """The server answered a request with an error of 400 to 499: it does not take such requests.
+    """The server answered with a status of 400 to 499: it does not accept such a request.
 
     Attributes:
         status: the HTTP status.
@@ -54,8 +54,8 @@ class Server:
         requests: how many were sent.
 
     Raises:
-        ArgumentError: no URL of http or https, one that may hold a key, or a key that no header can
-            hold.
+        ArgumentError: the URL is not one of http or https, or may hold a key; or the key in the
+            environment has a character that no header can hold.
     """
 
     def __init__(self, url: str, timeout: float, most_requests: int) -> None:
@@ -155,7 +155,7 @@ class Server:
         raise self._error(fact)
 
     def without_key(self, text: str) -> str:
-        """The text, which may quote what the server said, without the secret that was sent.
+        """The text with '(key)' in place of the key, which a server may have repeated.
 
         Args:
             text: the text of a message, or of a result.
@@ -167,7 +167,7 @@ class Server:
 
 
 class _Limit:
-    """Ends a request after some seconds: the time-out of a socket begins anew with each byte.
+    """Ends a request after some seconds, as the time-out of a socket begins anew with each byte.
 
     Args:
         seconds: the seconds since the call of `start`.
@@ -186,7 +186,7 @@ class _Limit:
         """Begin to count.
 
         Args:
-            connected: is shut down at the end; whoever waits for it sees its end.
+            connected: is shut down when the time is up, so that nobody waits for it any longer.
         """
         self._timer = threading.Timer(self._seconds, self._end, [connected])
         self._timer.daemon = True
@@ -198,7 +198,7 @@ class _Limit:
             self._timer.cancel()
 
     def require_not_reached(self) -> None:
-        """Refuse an answer that was cut off: without a length, it looks whole.
+        """Refuse an answer that was cut off, as one that states no length looks whole.
 
         Raises:
             TimeoutError: it came too late.
@@ -209,7 +209,7 @@ class _Limit:
     def _end(self, connected: socket.socket) -> None:
         self.is_reached = True
         with contextlib.suppress(OSError):
-            # Of a secure socket, too, this ends the connection below it, and no more.
+            # For a secure socket, too, this only ends the connection below it.
             socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
@@ -242,7 +242,7 @@ def _port_of(parts: SplitResult, url: str) -> int | None:
 
 
 def _key_of_environment() -> str:
-    """The key, without the line break with which a file of it ends; empty if there is none."""
+    """The key, without spaces and line breaks around it; empty if there is none."""
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         # The standard library would quote the whole key in its own error.

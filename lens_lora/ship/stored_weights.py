@@ -59,8 +59,9 @@ class LinearWeight(NamedTuple):
         """The stored weight less W, in float64.
 
         Args:
-            rounding: what is stored of a weight; it is given float32, as converters compute in it.
-            merged: whether ΔW is added before.
+            rounding: turns a weight into what is stored of it; it gets float32, in which converters
+                compute.
+            merged: whether ΔW is added before the weight is stored, and not beside it.
         """
         W = self.W.detach().cpu().double()
         change = torch.zeros_like(W) if self.change is None else self.change
@@ -76,13 +77,13 @@ def stored_as(
     merged: bool,
     weights: Mapping[str, LinearWeight] | None = None,
 ) -> Adapter:
-    """The adapter that makes of the base what is stored. No forward pass.
+    """The adapter that turns the base into the model as it is stored. No forward pass.
 
     It holds a dense change of every linear map of the blocks: 4 bytes a weight.
 
     Args:
         lens: the adapter over its base.
-        rounding: what is stored of a weight [out, in].
+        rounding: turns a weight [out, in] into what is stored of it.
         merged: whether ΔW is added before a weight is stored, and not beside it.
         weights: what `linear_weights` returns, if it was called already.
 
@@ -222,7 +223,7 @@ def in_dtype(lens: LoraLens, dtype: torch.dtype) -> LoraLens:
     hf_model = lens.hf_model
     if hf_model is not None:
         hf_model = copy.deepcopy(hf_model).to(dtype)
-    # Without the check that would warn of a base that is not the adapter's: it is rounded.
+    # No check: it would warn that the base, which is rounded, is not the adapter's.
     return LoraLens(model, lens.adapter, hf_model, check=None, prepend_bos=lens.prepend_bos)
 
 

@@ -1,4 +1,4 @@
-"""Did this adapter ship as it was trained? Checks with an outcome each, for those who publish one.
+"""Did this adapter ship as it was trained? Checks for those who publish an adapter.
 
 1. It loads on this base, every module adds something (here), and it moves neutral texts by more
    than rounding would (`neutral_kl`).
@@ -46,7 +46,7 @@ _UNDECIDED = 3
 class Verification(Paged):
     """The checks of one adapter, each with its outcome.
 
-    `story` says the outcome, and the checks that it is due to, one paragraph a line.
+    `story` says the outcome and then the checks that decided it, one on each line.
 
     Attributes:
         name: the adapter's.
@@ -97,25 +97,25 @@ def verify(
     a folder.
 
     Args:
-        adapter: as it was read.
-        base: the model, before it is hooked; or why there is none.
-        lens_over: makes the lens over the adapter and the base, which it may take over.
+        adapter: the adapter, as it was read.
+        base: the base model, before it is hooked; or a text that says why there is none.
+        lens_over: makes the lens of the adapter over the base, and may take the base over for it.
         merged: a folder, or a GGUF file, that is to be base plus adapter.
         lora: a GGUF file that is to be the adapter, as llama.cpp loads it.
         tokenizer: the one that the adapter was trained with, which a merged folder or GGUF file is
             to hold; None if it is not at hand.
         expectations: margins that are to hold.
         max_kl: the largest mean KL on neutral texts, in nats per token; None if there is no bound.
-        notes: what reading the adapter warned of.
+        notes: the warnings that were given when the adapter was read.
         ask_server: asks a server that is to answer as the lens does, and returns the checks; None
             if there is none.
-        compare_parts: compares the adapter with the sum of those that it was made of, and returns
-            the checks; None if it is no combined one.
+        compare_parts: compares a combined adapter with the sum of the adapters that it was made of,
+            and returns the checks; None if the adapter is not a combined one.
         progress: show bars.
 
     Raises:
         ModelStateError: the merged folder or a GGUF file cannot be read.
-        PromptError: an expectation that does not fit the model, by its line.
+        PromptError: an expectation does not fit the model; the message names its line.
     """
     # Files are compared first, as the lens may take the base over.
     file_checks, tensors = _file_checks(adapter, base, merged, lora, tokenizer)
@@ -170,7 +170,7 @@ def _loaded(
     lens_over: Callable[[], LoraLens],
     notes: Sequence[str],
 ) -> tuple[Check, LoraLens | None]:
-    """Check that the adapter fits the base; what only this package lacks is undecided."""
+    """Check that the adapter fits the base; undecided if only this package cannot load it."""
     if isinstance(base, str):
         return Check(LOADS, "undecided", f"no base at hand: {base}"), None
     is_lacking = _lacks_modules(base, adapter)
