@@ -202,7 +202,7 @@ def faithfulness(
     """Keep-top-k and drop-top-k curves of rankings of the sites, each point a real intervention.
 
     Cost: 2 forward passes per ranking (`draws` of them for random) and fraction between 0 and 1,
-    batched; 13 for the ends, the noise and ‖δz‖; S(S+1)/2 for the greedy oracle. With `test`, 2
+    batched; 11 for the ends, the noise and ‖δz‖; S(S+1)/2 for the greedy oracle. With `test`, 2
     more per ranking and size of MIB's, and 2 for the ends of the prompts that are ranked on.
 
     Args:
