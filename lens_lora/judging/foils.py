@@ -42,7 +42,7 @@ def foils(
     They are meant for `compare` and `faithfulness`: a method that a foil ties with has not been
     shown to know more. Their numbers are in no unit that can be summed.
 
-    Cost: two forward passes and two forward and backward passes.
+    Cost: one forward pass and two forward and backward passes.
 
     Args:
         lens: the adapter over the model.
