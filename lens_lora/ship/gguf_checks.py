@@ -94,7 +94,7 @@ _NEAR = 0.05
 _CLOSE = 0.02
 # What the file adds counts as a multiple of ΔW if the part orthogonal to ΔW is below this of ‖ΔW‖.
 _STRAIGHT = 0.05
-# The part of ΔW that a type keeps is said if it is below this.
+# The part of ΔW that a type keeps is mentioned if it is below this.
 _WHOLE = 0.995
 # Types without blocks, to which every program rounds alike.
 _FLOATS = ("F32", "F16", "BF16")

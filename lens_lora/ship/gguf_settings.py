@@ -3,9 +3,9 @@
 llama.cpp computes with sizes, counts of heads, the rotary base and the norm's ε of the file. Each
 is compared with the base's configuration; a field that is not known here is undecided, by its name.
 
-The rest is the architecture's own, whatever the base's configuration says: the activation, and
-attention to the whole text. A base that has it otherwise is undecided, and so is an architecture
-with settings of its own.
+The rest follows from the architecture's name, whatever the base's configuration says: the
+activation, and attention to the whole text. A base that differs there is undecided, and so is an
+architecture with settings of its own.
 """
 
 from __future__ import annotations

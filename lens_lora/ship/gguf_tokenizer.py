@@ -1,14 +1,14 @@
 """Does the tokenizer in a GGUF file read texts as the adapter's training read them?
 
 A GGUF file holds a tokenizer's parts, and llama.cpp's code does the rest. Compared one by one:
-every token by its id, and whether it is cut out of a text as a special one; the merges, or of a
+every token by its id, and whether it is cut out of a text as a special one; the merges, or for a
 SentencePiece model the scores, which are to order the tokens as the merges do; BOS, EOS and the
 unknown token, and whether BOS and EOS are added; the rule that splits a text before merging, which
 a file has by name alone; the chat template. Another rule fails with the first text that it reads
 otherwise, and is undecided if it reads all texts that are tried here alike.
 
-What llama.cpp does otherwise than Hugging Face whatever is in the file, or what is not known here,
-is undecided, and said by name.
+Where llama.cpp differs from Hugging Face whatever is in the file, and where something is not known
+here, the outcome is undecided, and the finding names the cause.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MERGED = "merged folder"
 
-# The part of ΔW that a dtype keeps is said if it is below this.
+# The part of ΔW that a dtype keeps is mentioned if it is below this.
 _WHOLE = 0.995
 # How many kinds of wrong tensors the line of the check names.
 _KINDS_NAMED = 2

@@ -7,8 +7,9 @@ of SIGMAS roundings on the shift is one of SIGMAS² on KL.
 A few texts decide if KL is far from every bound; otherwise all texts are run.
 
 Cost: two forward passes over 15 short texts, and two over 4 of them for the rounding. If KL is less
-than a hundred times that of rounding, all four are over all 110 texts. Two more passes over the 110
-texts if a bound on the mean KL is given.
+than a hundred times that of rounding, two more over all 110 texts for each of the two. If a bound
+on the mean KL is given, KL is measured over all 110 texts in any case, and so is the rounding where
+the bound is less than a hundred times it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _SENTENCES: dict[Outcome, str] = {
 }
 _OUTCOMES: tuple[Outcome, ...] = ("failed", "undecided", "passed", "not asked")
 
-# The part of ΔW that a merged folder keeps is said if it is below this.
+# The part of ΔW that a merged folder keeps is mentioned if it is below this.
 _KEPT = 0.9
 # In the terminal, expectations that passed share one row if there are more of them than this.
 _EXPECTATIONS_SHOWN = 6

@@ -30,7 +30,7 @@ from lens_lora.ship.server import Server
 SERVED = "served as trained"
 READING = "served tokens"
 
-# Requests beside one per text: the list of names, and a failed try of each way of asking.
+# Requests in addition to one per text: for the list of names, and a failed try of each way.
 _REQUESTS_BESIDE = 1 + len(WAYS)
 # The most explanations that a result keeps.
 _KEPT = 10

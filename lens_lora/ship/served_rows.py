@@ -200,7 +200,7 @@ def _first_answer(
     )
 
 
-# --- What was told, beside the ids that were sent
+# --- What was told, compared with the ids that were sent
 
 
 def _aligned(told: Told, length: int) -> list[float]:

@@ -108,7 +108,7 @@ def verify(
         max_kl: the largest mean KL on neutral texts, in nats per token; None if there is no bound.
         notes: the warnings that were given when the adapter was read.
         ask_server: asks a server that is to answer as the lens does, and returns the checks; None
-            if there is none.
+            if no server is asked.
         compare_parts: compares a combined adapter with the sum of the adapters that it was made of,
             and returns the checks; None if the adapter is not a combined one.
         progress: show bars.
