@@ -31,7 +31,7 @@ _MESSAGE = 200
 
 
 class Refused(ServerError):
-    """The server answered with a status of 400 to 499: it does not accept such a request.
+    """The server does not accept such a request: a status of 400 to 499 but 401 and 403.
 
     Attributes:
         status: the HTTP status.
@@ -77,8 +77,8 @@ class Server:
             path: begins with a slash.
 
         Raises:
-            Refused: an error of 400 to 499.
-            ServerError: no answer, no JSON, or another error.
+            Refused: a status of 400 to 499, other than 401 and 403.
+            ServerError: no answer, no JSON, access refused (401, 403), or another error.
         """
         return self._ask("GET", path, None)
 
@@ -90,8 +90,8 @@ class Server:
             body: is sent as JSON.
 
         Raises:
-            Refused: an error of 400 to 499.
-            ServerError: no answer, no JSON, or another error.
+            Refused: a status of 400 to 499, other than 401 and 403.
+            ServerError: no answer, no JSON, access refused (401, 403), or another error.
         """
         return self._ask("POST", path, json.dumps(body).encode("utf-8"))
 
