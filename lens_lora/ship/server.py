@@ -31,7 +31,7 @@ _MESSAGE = 200
 
 
 class Refused(ServerError):
-    """The server does not accept such a request: a status of 400 to 499 but 401 and 403.
+    """The server does not accept such a request: a status of 400 to 499, not 401 or 403.
 
     Attributes:
         status: the HTTP status.
