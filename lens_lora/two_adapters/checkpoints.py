@@ -111,8 +111,9 @@ def checkpoints(
         AdapterError: a folder without checkpoints, one that cannot be read or does not fit the
             model, or two that name different bases.
         ArgumentError: fewer than two checkpoints, checkpoints of one training that adapt different
-            modules, steps that do not increase or are given for a run's folder, no training at all,
-            a training whose name is not a string, or a readout without a derivative at the base.
+            modules, steps that do not increase or are given for a run's folder, a revision or
+            subfolder that is given for a list, no training at all, a training whose name is not a
+            string, or a readout without a derivative at the base.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
@@ -260,6 +261,12 @@ def _in_order(
         if steps is not None:
             raise ArgumentError("the steps of a run folder are those of its checkpoint-<step>.")
         return _run_of_folder(adapters, revision, subfolder)
+    if revision is not None or subfolder is not None:
+        raise ArgumentError(
+            "a revision and a subfolder are those of a run's folder, and these are adapters that "
+            "have been loaded",
+            remedy="pass both to ll.load_adapter.",
+        )
     return _run_of_list(adapters, steps)
 
 

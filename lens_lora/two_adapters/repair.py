@@ -122,7 +122,9 @@ class Repair(OfSites, Paged, Pictured):
 
         No scaling keeps the same share then, so the repair is held against the whole adapter.
         """
-        return self.matched[-1] == 1.0 and self.kept_share > self._mean("scaled", keep=True)
+        given, held_out = self.matched
+        matched = held_out if self.is_held_out else given
+        return matched == 1.0 and self.kept_share > self._mean("scaled", keep=True)
 
     @property
     def gain(self) -> float:

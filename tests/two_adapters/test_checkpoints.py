@@ -194,6 +194,7 @@ def test_bad_input_is_refused(tmp_path):
 
     refuses(ArgumentError, "1 checkpoint:", run[:1])
     refuses(ArgumentError, "0 checkpoints", [])
+    refuses(ArgumentError, "have been loaded; pass both to ll.load_adapter", run, revision="main")
     refuses(ArgumentError, "expected a list of ll.Adapter", [run[0], "x"])
     refuses(ArgumentError, "down_proj.*does not", [run[0], run[1].only("*.q_proj")])
     named = [ll.Adapter(run[0].modules, base_model=name) for name in ("x/y", "x/z")]

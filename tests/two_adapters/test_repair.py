@@ -11,6 +11,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from by_folder import made_public
 from peft import PeftModel
 from reference import peft_scales
 from scipy.special import rel_entr
@@ -298,6 +299,25 @@ def test_what_keeps_more_than_the_whole_adapter_is_held_against_it():
     assert "No strength of the whole adapter up to 1 keeps as much" in found.story()
     assert "the whole adapter leaves" in found.plot().layout.title.text
     assert not repaired(HOSTS[0]).exceeds
+
+
+def test_a_repair_exceeds_at_the_strength_of_the_questions_that_judge():
+    """Where only prompts to be kept were held out, it is judged on those given."""
+    by_hand = made_public("two_adapters").repair()
+    shares = torch.tensor([[1.0, 1.0, 1.0], [1.2, 0.1, 0.5], [1.0, 0.8, 0.5], [0.3, 0.3, 0.3]])
+    found = dataclasses.replace(
+        by_hand,
+        labels=("y", "KL per token", "y of another prompt"),
+        keeps=(True, False, True),
+        held_out=(False, False, True),
+        shares=shares,
+        values=torch.cat([torch.zeros(1, 3), shares]),
+        random=shares[3:],
+        along=torch.cat([by_hand.along, by_hand.along[:, :1]], 1),
+        matched=(1.0, 0.5),
+    )
+    assert not found.is_held_out and found.exceeds
+    assert not dataclasses.replace(found, matched=(0.5, 1.0)).exceeds
 
 
 def test_it_is_drawn_told_saved_and_laid(tmp_path):
