@@ -299,6 +299,8 @@ def _counts(over: Over, total: int, size: Any, k: Any) -> tuple[int, ...]:
 
 def _fractions(size: Any) -> list[float]:
     fractions = numbers_of("size", size) if _is_several(size) else [number("size", size)]
+    if not fractions:
+        raise ArgumentError(f"{size=}: expected a fraction above 0, at most 1, or several of them.")
     for fraction in fractions:
         if not 0 < fraction <= 1:
             raise ArgumentError(f"size {fraction:g}: expected a fraction above 0, at most 1.")

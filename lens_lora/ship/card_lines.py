@@ -52,6 +52,7 @@ _SHARDS_SHOWN = 4
 _CHUNK = 1 << 20
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SHARDS = "model-*.safetensors"
 # Files of the base that decide, beside its weights, what it answers.
 _BESIDE_WEIGHTS = ("config.json", "tokenizer.json")
 _NO_BASE = "no base at hand"
@@ -181,7 +182,7 @@ def _base_lines(subject: CardSubject) -> Iterator[CardLine]:
         says += f"; adapter_config.json asks for revision {asked}"
     yield CardLine("base model", says, command, "base")
     if base.folder is not None:
-        yield from _base_files(base.folder)
+        yield from base_files(base.folder)
 
 
 def _format(subject: CardSubject) -> str:
@@ -217,7 +218,12 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values))
 
 
-def _base_files(folder: Path) -> Iterator[CardLine]:
+def base_files(folder: Path) -> Iterator[CardLine]:
+    """Yield a line for each file of the base that decides what it answers, or one for many shards.
+
+    Args:
+        folder: the folder of the base.
+    """
     for name in _BESIDE_WEIGHTS:
         if (folder / name).is_file():
             yield _base_line(folder / name)
@@ -230,7 +236,11 @@ def _base_files(folder: Path) -> Iterator[CardLine]:
     says = hashlib.sha256(listed.encode()).hexdigest()
     names = " ".join(shlex.quote(file.name) for file in (weights[0], weights[-1]))
     shards = f"{many(len(weights), 'shard')}, {names.replace(' ', ' to ')}"
-    command = "cd BASE && sha256sum model-*.safetensors | sha256sum"
+    files = _SHARDS
+    if sorted(folder.glob(_SHARDS)) != weights:
+        # Pickles, or shards of which a stray file has the pattern as well.
+        files = " ".join(shlex.quote(file.name) for file in weights)
+    command = f"cd BASE && sha256sum {files} | sha256sum"
     yield CardLine(f"{_OF_BASE}{shards}", says, command, "base")
 
 

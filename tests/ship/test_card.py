@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from lens_lora.errors import ModelStateError
 from lens_lora.ship import card_readme
 from lens_lora.ship.card import Card, CardLine, card_checks, says_the_same
+from lens_lora.ship.card_lines import base_files
 from lens_lora.ship.card_readme import read_card, with_card
 
 WANTED = {"base_model": "a/b", "base_model_relation": "adapter", "library_name": "peft"}
@@ -111,6 +113,25 @@ def test_a_card_goes_where_the_last_one_was(tmp_path):
     written(file, other)
     assert written(file, other) == written(file, other)
     assert read_card(file).checks[0].outcome == "passed"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["model-{}.safetensors", "pytorch_model-{}.bin", "w{}.safetensors"]
+)
+def test_many_shards_have_a_command_that_repeats_their_line(pattern: str, tmp_path):
+    """It named files that a base of pickles, or of other names, does not have."""
+    base = tmp_path / "BASE"
+    base.mkdir()
+    names = [pattern.format(f"{number:05}-of-00005") for number in range(1, 6)]
+    for name in names:
+        (base / name).write_text(name)
+    if pattern.endswith("safetensors"):
+        index = {"weight_map": {name: name for name in names}}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (line,) = base_files(base)
+    shell = ["bash", "-c", line.command]
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == line.says
 
 
 @pytest.mark.parametrize(
