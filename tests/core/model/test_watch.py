@@ -157,7 +157,8 @@ def test_weights_are_read_within_a_block(
 @pytest.fixture(scope="module")
 def stale() -> ll.LoraLens:
     """A lens over a model of which one weight has changed since."""
-    model = models.MAKERS["HookedTransformer"](models.hf_model("llama"))
+    make_hooked = next(iter(models.MAKERS.values()))
+    model = make_hooked(models.hf_model("llama"))
     peft = models.peft_model("llama", models.hf_model("llama"))
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
     doubled(*places(model)["γ"])
