@@ -115,6 +115,16 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
             telling = _steadiest_first(telling, says, strongest.is_spelled_in)
         order = [*telling, *(i for i in strongest.questions if i not in telling)]
         return [pairs[i] for i in order[:_SHOWN]]
+    return [pairs[i] for i in _order_by_leads(speech, pairs)[:_SHOWN]]
+
+
+def _order_by_leads(speech: CountedSpeech, pairs: Sequence[SideBySide]) -> list[int]:
+    """Order the questions where nothing is a claim: answers with a word or trait that leads first.
+
+    Args:
+        speech: both models' answers.
+        pairs: the likeliest answers to each question.
+    """
     leads = [lead.word for lead in leads_of(speech.base, speech.adapted)]
     trait_leads = [trait.what for trait in _trait_leads(speech)]
 
@@ -128,8 +138,7 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
     most_telling = sorted(by_form, key=lambda i: _is_empty(pairs[i]))
     leading = [i for i in most_telling if has_lead(pairs[i].adapted)]
     leading = _steadiest_first(leading, speech.adapted, has_lead)
-    order = [*leading, *(i for i in most_telling if i not in leading)]
-    return [pairs[i] for i in order[:_SHOWN]]
+    return [*leading, *(i for i in most_telling if i not in leading)]
 
 
 def _steadiest_first(

@@ -96,16 +96,22 @@ def part_of_table(frame: pd.DataFrame, key: object) -> Any:
             fits = frame[name].map(lambda label: isinstance(label, str) and is_part(label, key))
             if fits.any():
                 return frame[fits].reset_index(drop=True)
-    layer = _LAYER.fullmatch(key)
-    if layer is not None and "layer" in frame:
-        in_layer = frame["layer"] == int(layer[1])
-        if in_layer.any():
-            return frame[in_layer].reset_index(drop=True)
+    of_layer = _rows_of_layer(frame, key)
+    if len(of_layer):
+        return of_layer
     nearest = difflib.get_close_matches(key, [*labels, *map(str, frame)])
     known = f"columns: {', '.join(frame)}"
     if nearest:
         known = f"the nearest are {', '.join(nearest)}"
     raise SiteError(f"{key!r} is neither a column nor a label of this result; {known}.")
+
+
+def _rows_of_layer(frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The rows of the layer that a key such as 'layer 3' names; none where it names no layer."""
+    layer = _LAYER.fullmatch(key)
+    if layer is None or "layer" not in frame:
+        return frame.iloc[:0]
+    return frame[frame["layer"] == int(layer[1])].reset_index(drop=True)
 
 
 def long_table(
