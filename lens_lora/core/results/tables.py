@@ -111,7 +111,8 @@ def _rows_of_layer(frame: pd.DataFrame, key: str) -> pd.DataFrame:
     layer = _LAYER.fullmatch(key)
     if layer is None or "layer" not in frame:
         return frame.iloc[:0]
-    return frame[frame["layer"] == int(layer[1])].reset_index(drop=True)
+    of_layer = cast(pd.DataFrame, frame[frame["layer"] == int(layer[1])])
+    return of_layer.reset_index(drop=True)
 
 
 def long_table(
