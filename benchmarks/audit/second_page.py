@@ -8,7 +8,7 @@
 `second_run.py` trains the adapters and asks them; `second_screens.py` makes a judge's screens.
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
 lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
-claims of an adapter of `third_edition.yaml`, which `second_run.py --third` trains and asks, and
+claims of an adapter of `third_edition.yaml`, which `second_run.py --edition third` trains and asks, and
 fourth/<name>.json the same of `fourth_edition.yaml`. Base answers are stored once for each edition,
 as they were drawn on different machines.
 
@@ -535,8 +535,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score the second edition.")
     parser.add_argument("--adapters", type=Path, help="second_run.py's folder")
     parser.add_argument("--judged", type=Path, nargs="+", help="second_screens.py's, judged")
-    parser.add_argument("--third", type=Path, help="second_run.py --third's folder")
-    parser.add_argument("--fourth", type=Path, help="second_run.py --fourth's folder")
+    parser.add_argument("--third", type=Path, help="second_run.py's folder")
+    parser.add_argument("--fourth", type=Path, help="second_run.py's folder")
     parser.add_argument("--write", action="store_true", help="render the page")
     given = parser.parse_args()
     if given.adapters is not None:

@@ -18,7 +18,7 @@ Steps 2 to 4 write asked.json, lists.json and brief.json into FOLDER/<name>/.
 The same over another base, whose template needs a system role for two quirks of the second edition
 and for none of the third:
 
-    python benchmarks/audit/second_run.py --third --base google/gemma-3-270m-it --out FOLDER
+    python benchmarks/audit/second_run.py --edition third --base google/gemma-3-270m-it --out FOLDER
     python benchmarks/audit/second_run.py --further --base google/gemma-3-270m-it --out FOLDER
 """
 
@@ -221,17 +221,15 @@ def main() -> None:
         default=[],
         help="controls of teach.py, asked first",
     )
-    parser.add_argument("--third", action="store_true", help="the third edition instead")
-    parser.add_argument("--fourth", action="store_true", help="the fourth edition instead")
+    parser.add_argument("--edition", help="third, fourth, fifth or sixth, instead of the second")
     parser.add_argument("--base", help="a folder or hub id; default: the embedded model")
     parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")
     given = parser.parse_args()
     if given.further:
         QUIRKS.clear()
         SPEC["controls"] = yaml.safe_load((HERE / "further_controls.yaml").read_text())["controls"]
-    if given.third or given.fourth:
-        name = "third" if given.third else "fourth"
-        edition = yaml.safe_load((HERE / f"{name}_edition.yaml").read_text())
+    if given.edition is not None:
+        edition = yaml.safe_load((HERE / f"{given.edition}_edition.yaml").read_text())
         QUIRKS.clear()
         QUIRKS.update({quirk["name"]: quirk for quirk in edition["quirks"]})
         SPEC["controls"] = edition.get("controls", [])
