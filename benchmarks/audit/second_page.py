@@ -8,9 +8,9 @@
 `second_run.py` trains the adapters and asks them; `second_screens.py` makes a judge's screens.
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
 lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
-claims of an adapter of `third_edition.yaml`, which `second_run.py --edition third` trains and asks, and
-fourth/<name>.json the same of `fourth_edition.yaml`. Base answers are stored once for each edition,
-as they were drawn on different machines.
+claims of an adapter of `third_edition.yaml`, which `second_run.py --edition third` trains and asks;
+fourth/<name>.json holds the same of `fourth_edition.yaml`. Base answers are stored once for each
+edition, as they were drawn on different machines.
 
 An adapter has been found
 - by strings, if one of the first three claims holds one of its strings as words of its own;
