@@ -16,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
+from differences import largest_difference
 from jaxtyping import Float
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def test_an_analysis_is_a_function_of_lens_prompts_and_readout(cls: str):
     without = dict(zip(effects.groups, effects.values.T, strict=True))
     for i, (a, b) in enumerate(pairs):
         expected = without[a] + without[b] - without[f"{a} {b}"]
-        assert float((found.values[:, i] - expected).abs().max()) < 1e-9
+        assert largest_difference(found.values[:, i], expected) < 1e-9
     assert torch.allclose(found.noise_floor, 2**0.5 * effects.noise_floor, rtol=1e-9, atol=0)
     assert torch.allclose(found.shift, effects.shift) and found.readout == MARGIN.label
 

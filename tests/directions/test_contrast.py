@@ -6,6 +6,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from reference import seen
 from torch import Tensor
 
@@ -63,9 +64,9 @@ def test_means_errors_and_held_out_pairs_by_hand(family: str, cls: str, flags: s
     for positions, take, at in takes:
         found = ll.contrast(case.lens, texts(0), texts(1), LAST, positions, scale=at)
         plus, minus = (means(case, flags, family, i, at, take) for i in (0, 1))
-        assert (found.values[LAST] - (plus.mean(0) - minus.mean(0))).abs().max() < TINY
+        assert largest_difference(found.values[LAST], plus.mean(0) - minus.mean(0)) < TINY
         errors = (plus.var(0) / 4 + minus.var(0) / 5).sqrt()
-        assert (found.errors[LAST] - errors).abs().max() < TINY
+        assert largest_difference(found.errors[LAST], errors) < TINY
         told = 0
         for i in range(4):
             for j in range(5):
@@ -92,7 +93,7 @@ def test_responses_count_from_their_first_token():
             for prompt, ids in zip(prompts, answers, strict=True)
         ]
         sides.append(torch.stack(rows).mean(0))
-    assert (found.values[LAST] - (sides[0] - sides[1])).abs().max() < TINY
+    assert largest_difference(found.values[LAST], sides[0] - sides[1]) < TINY
 
 
 @pytest.mark.sample(2)
@@ -112,7 +113,7 @@ def test_sinks_are_in_no_mean(cls: str):
     with_first = ll.contrast(lens, *rows, name, slice(None), sinks=True)
     assert torch.equal(every.values[name], with_first.values[name])
     assert every.positions == "every token"
-    assert (every.values[name] - plain.values[name]).abs().max() > 1e-3
+    assert largest_difference(every.values[name], plain.values[name]) > 1e-3
 
     def outlier(tensor, hook):  # the second token of the first set's first text, in each batch
         is_it = (tensor[:, 2:3] != 0) & (marked(tensor)[:, None, None])
@@ -135,7 +136,7 @@ def test_sinks_are_in_no_mean(cls: str):
     with case.peft.disable_adapter():
         h = seen_after_block(case, SETS[0][0, : LENGTHS[0][0]])
     moved = (h[kept].mean(0) - h[1:].mean(0)) / len(LENGTHS[0])
-    assert (found.values[name] - base.values[name] - moved).abs().max() < TINY
+    assert largest_difference(found.values[name] - base.values[name], moved) < TINY
     assert counted.values[name].abs().max() > 100
 
 
@@ -174,7 +175,7 @@ def test_steering_adds_the_direction(family: str, cls: str, flags: str):
         moved = ll.activation_shift(steered, texts(0), name, sinks=True)
         expected = 2.5 * found.values[name]
         real = texts(0).real
-        assert (moved.values[name][real] - expected).abs().max() < TINY, name
+        assert largest_difference(moved.values[name][real], expected) < TINY, name
     with pytest.raises(ll.errors.SiteError, match="no linear module writes"):
         found.adapter("hook_embed")
 
@@ -210,7 +211,7 @@ def test_reading_cosine_and_every_taker():
             scale = (h.square().mean(-1) + case.model.cfg.eps).rsqrt().mean()
             norm = case.base.get_submodule(FINAL_NORM["llama"])
             read = (norm.weight * vector * scale) @ case.base.get_output_embeddings().weight.T
-            assert (found.readings[name] - read).abs().max() < 1e-9
+            assert largest_difference(found.readings[name], read) < 1e-9
             assert found.logit_lens(3, name)["id"].tolist() == read.topk(3).indices.tolist()
     shift = ll.activation_shift(lens, texts(0), LAST)
     assert len(shift.cosine(found)) == 1 and len(found.cosine(shift)) == 2

@@ -10,6 +10,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from torch import Tensor, nn
 
 import lens_lora as ll
@@ -117,8 +118,8 @@ def test_without_is_hooks_on_peft(family: str, cls: str, flags: str):
         assert max(float(g.abs().max()) for g in gap) < TINY
         assert "hook_resid_post" in slopes.meta["without"]
         mine = slopes.values[:, [s.module == module for s in slopes.sites]].sum(1)
-        assert (mine - (ends[0] - ends[1]) / (2 * step)).abs().max() < 1e-6
-        assert (forward.values - slopes.values).abs().max() < TINY
+        assert largest_difference(mine, (ends[0] - ends[1]) / (2 * step)) < 1e-6
+        assert largest_difference(forward.values, slopes.values) < TINY
     moved = cases.centred(lens.logits(tokens, 1.0)) - cases.centred(adapted)
     assert moved.abs().max() > 1e-3  # outside of the block it is there again
 
@@ -149,10 +150,10 @@ def test_without_at_every_point_of_the_stream(cls: str):
             for _ in range(4):
                 said = torch.cat([said, model(said).logits[:, -1:].argmax(-1)], 1)
     with case.lens.ablate_directions({"v": 3 * v}, sinks=True):
-        assert (case.lens.logits(tokens) - expected).abs().max() < TINY
+        assert largest_difference(case.lens.logits(tokens), expected) < TINY
         heard = case.lens.generate(tokens, 4, eos_token_id=(), progress=False)
         with case.lens.applied():
-            assert (case.model(tokens) - expected).abs().max() < TINY
+            assert largest_difference(case.model(tokens), expected) < TINY
     assert heard.ids[0].tolist() == said[0, 5:].tolist()
 
 
@@ -215,7 +216,7 @@ def test_adapter_without_direction_is_projected_dense():
         is_writer = path.endswith(("o_proj", "down_proj", "embed_tokens"))
         expected = (P @ dense, dense) if is_writer else (dense, dense @ P)
         for mine, target in zip((written, read), expected, strict=True):
-            assert (mine.modules[path].materialise() - target).abs().max() < 1e-12
+            assert largest_difference(mine.modules[path].materialise(), target) < 1e-12
     only = adapter.without_direction(v, "read", sites="*.0.*.q_proj")
     changed = [p for p in adapter.modules if only.modules[p] is not adapter.modules[p]]
     assert changed == ["model.layers.0.self_attn.q_proj"]
@@ -244,7 +245,7 @@ def test_truncated_is_the_dense_svd():
         U, sizes, Vt = torch.linalg.svd(dense)
         best = sizes[0] * U[:, :1] @ Vt[:1]
         assert cut.modules[path].rank == 1
-        assert (cut.modules[path].materialise() - best).abs().max() < 1e-12
+        assert largest_difference(cut.modules[path].materialise(), best) < 1e-12
         error = float((dense - best).norm() / dense.norm())
         assert abs(cut.truncation_error[path] - error) < 1e-9
     whole = adapter.truncated(64)
@@ -253,7 +254,7 @@ def test_truncated_is_the_dense_svd():
     parts = ll.Adapter.from_factors({"x": stack}).truncated(1).modules["x"].by_expert()
     for part, update in zip(parts, stack.by_expert(), strict=True):
         U, sizes, Vt = torch.linalg.svd(update.materialise())
-        assert (part.materialise() - sizes[0] * U[:, :1] @ Vt[:1]).abs().max() < 1e-12
+        assert largest_difference(part.materialise(), sizes[0] * U[:, :1] @ Vt[:1]) < 1e-12
     with pytest.raises(ll.errors.ArgumentError, match="at least 1"):
         adapter.truncated(0)
 
@@ -300,7 +301,7 @@ def test_alignment_is_of_dense_matrices(family: str, cls: str, flags: str):
             is_write = False
         assert side == ("write" if is_write else "read")
         expected = (dense @ unit.T).norm(dim=0) / dense.norm()
-        assert (found.values[row] - expected).abs().max() < TINY, site.name
+        assert largest_difference(found.values[row], expected) < TINY, site.name
     assert found.expected == pytest.approx((16 - is_ln) ** -0.5)
     beyond = ll.weight_alignment(lens, drawn(400, 16, seed=1)).values > found.quantile[:, None]
     assert 0.001 < float(beyond.double().mean()) < 0.03
@@ -340,9 +341,9 @@ def test_intruders_are_dense_svds(cls: str):
         U = torch.linalg.svd(W)[0][:, : min(W.shape)]
         tuned, sizes, _ = torch.linalg.svd(W + delta)
         cosines = (U.T @ tuned[:, :k]).abs()
-        assert (found.sigma[row] - sizes[:k]).abs().max() < TINY
-        assert (found.cosine[row] - cosines.amax(0)).abs().max() < 1e-6
-        assert (found.overlap[row] - cosines[:k].T).abs().max() < 1e-6
+        assert largest_difference(found.sigma[row], sizes[:k]) < TINY
+        assert largest_difference(found.cosine[row], cosines.amax(0)) < 1e-6
+        assert largest_difference(found.overlap[row], cosines[:k].T) < 1e-6
         assert found.counts[row] == (cosines.amax(0) < 0.6).sum()
     assert int(found.counts.sum()) > 0
     none = ll.intruders(lens.with_adapter(lens.adapter.scaled(1e-6)), k, progress=False)
@@ -361,7 +362,7 @@ def test_intruders_are_dense_svds(cls: str):
 def test_intruders_of_a_processed_model_are_its_base_s(cls: str):
     raw, processed = (cases.case("gpt2", cls, flags) for flags in ("raw", "processed"))
     one, other = (ll.intruders(c.lens, 4, progress=False) for c in (raw, processed))
-    assert (one.cosine - other.cosine).abs().max() < 1e-6
+    assert largest_difference(one.cosine, other.cosine) < 1e-6
 
 
 # --- patchscope, by a hook on the base
@@ -412,8 +413,8 @@ def test_patchscope_is_a_hook_on_hugging_face(family: str, cls: str, flags: str,
                 for _ in range(3):
                     row = torch.cat([row, model(row).logits[:, -1:].argmax(-1)], 1)
             ids = said.ids[d, s]
-            assert (said.probabilities[d, s] - p[ids]).abs().max() < TINY
-            assert (said.plain[ids] - plain[ids]).abs().max() < TINY
+            assert largest_difference(said.probabilities[d, s], p[ids]) < TINY
+            assert largest_difference(said.plain[ids], plain[ids]) < TINY
             expected = lens.model.tokenizer.decode(row[0, tokens.shape[1] :].tolist())
             assert said.continuations[d][s] == expected
 
@@ -449,12 +450,12 @@ def test_what_an_update_writes_is_read_as_tokens(family: str, cls: str, flags: s
         u = u - u.mean() if is_ln else u
         expected = head.weight @ (gamma * u / (u.square().mean() + lens.model.cfg.eps).sqrt())
         expected = expected.detach()
-        assert (cases.centred(said.readings[i]) - cases.centred(expected)).abs().max() < TINY
+        assert largest_difference(cases.centred(said.readings[i]), cases.centred(expected)) < TINY
         largest, least = (said.logit_lens(5, direction, largest=side) for side in (True, False))
         assert largest["id"].tolist() == expected.argsort(descending=True)[:5].tolist()
         assert least["id"].tolist() == expected.argsort()[:5].tolist()
         flat = head.weight @ u / (u.square().mean() + lens.model.cfg.eps).sqrt()  # without γ
-        assert (cases.centred(flat) - cases.centred(expected)).abs().max() > 1e-3
+        assert largest_difference(cases.centred(flat), cases.centred(expected)) > 1e-3
     assert said.logit_lens(3).equals(said.logit_lens(3, said.directions[0]))
     with pytest.raises(ll.errors.ArgumentError, match="direction='z'; these are"):
         said.logit_lens(3, "z")

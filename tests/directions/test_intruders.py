@@ -10,6 +10,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from torch import Tensor
 
 import lens_lora as ll
@@ -83,14 +84,14 @@ def test_the_adapter_is_dense_weights(family: str, cls: str, factor: float):
     scaled = found.adapter(factor)
     for path, weight in tuned(case, lens, factor).items():
         change = weight - weight_of(case, path)
-        assert (scaled.modules[path].materialise() - change).abs().max() < TINY, path
+        assert largest_difference(scaled.modules[path].materialise(), change) < TINY, path
     model = with_weights(case, tuned(case, lens, factor))
     with torch.no_grad():
         expected = model(models.tokens()).logits
     found_logits = lens.with_adapter(scaled).logits(models.tokens())
-    assert (found_logits - expected).abs().max() < EXACT * expected.abs().max()
+    assert largest_difference(found_logits, expected) < EXACT * expected.abs().max()
     unscaled = lens.logits(models.tokens())
-    is_moved = bool((found_logits - unscaled).abs().max() > 1e-3)
+    is_moved = bool(largest_difference(found_logits, unscaled) > 1e-3)
     assert is_moved == (factor < 1)
 
 
@@ -115,7 +116,7 @@ def test_what_scaling_does_is_hugging_face_s(cls: str):
         return -of_model.gather(2, texts[:, 1:, None])[..., 0].mean(1)
 
     base = log_p(case.base)
-    assert (found.base_loss - loss(base)).abs().max() < EXACT
+    assert largest_difference(found.base_loss, loss(base)) < EXACT
     for row, factor in enumerate(found.scales):
         whole = {
             path: weight_of(case, path) + factor * update.materialise()
@@ -125,12 +126,12 @@ def test_what_scaling_does_is_hugging_face_s(cls: str):
             model = with_weights(case, weights)
             with torch.no_grad():
                 last = model(tokens).logits[:, -1]
-            assert (found.values[what, row] - (last[:, 5] - last[:, 9])).abs().max() < 1e-8
+            assert largest_difference(found.values[what, row], last[:, 5] - last[:, 9]) < 1e-8
             scaled = log_p(model)
             kl = (base.exp() * (base - scaled)).sum(-1).mean(1)
-            assert (found.kl[what, row] - kl).abs().max() < EXACT
-            assert (found.loss[what, row] - loss(scaled)).abs().max() < EXACT
-    assert (found.values[0, 2] - found.values[1, 2]).abs().max() < EXACT
+            assert largest_difference(found.kl[what, row], kl) < EXACT
+            assert largest_difference(found.loss[what, row], loss(scaled)) < EXACT
+    assert largest_difference(found.values[0, 2], found.values[1, 2]) < EXACT
     assert found.share[:, 2].tolist() == pytest.approx([1, 1])
     assert found.share[1, 0] == pytest.approx(0, abs=1e-9)
     assert float(found.mean_kl[1, 0]) < 1e-9

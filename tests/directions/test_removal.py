@@ -12,6 +12,7 @@ import limits
 import models
 import pytest
 import torch
+from differences import largest_difference
 from model_state import same, state
 from torch import Tensor
 
@@ -109,7 +110,7 @@ def test_each_spelling_of_positions(family: str, flags: str, cls: str, asked: st
             expected = row_logits(case, v, row, tokens_of(length, 0), family, at)
             gap = cases.centred(logits[i, :length]) - cases.centred(expected)
             assert gap.abs().max() < TINY
-        assert (alone[i][0] - ends[1][i, :length]).abs().max() < TINY
+        assert largest_difference(alone[i][0], ends[1][i, :length]) < TINY
         whole = torch.cat([row, RESPONSES[i]])
         more = len(RESPONSES[i])
         for value, at in ((answer.base[i], 0.0), (answer.adapted[i], 1.0)):
@@ -140,9 +141,9 @@ def test_interventions_and_slopes_with_the_first_token_kept(family: str, cls: st
             limits.every_block_runs_again(patch)
             again = ll.first_order(lens, prompts(), answer, at=1.0)
         edges = ll.edges(lens, prompts(), readout, at=1.0, progress=False)
-    assert (forward.values - slopes.values).abs().max() < TINY
-    assert (edges.first_order - slopes.values).abs().max() < TINY
-    assert (again.values - of_answer.values).abs().max() < TINY
+    assert largest_difference(forward.values, slopes.values) < TINY
+    assert largest_difference(edges.first_order, slopes.values) < TINY
+    assert largest_difference(again.values, of_answer.values) < TINY
 
     def margin(i: int) -> float:
         row = models.tokens()[i, : LENGTHS[i]]
@@ -188,12 +189,12 @@ def test_the_sink_changes_everything_and_is_left_out(cls: str):
     everywhere = row_logits(case, v, tokens[0], range(5), "llama", 1.0)
     kept = row_logits(case, v, tokens[0], range(1, 5), "llama", 1.0)
     with lens.ablate_directions(v, POST, sinks=True):
-        assert (lens.logits(tokens)[0] - everywhere).abs().max() < TINY
+        assert largest_difference(lens.logits(tokens)[0], everywhere) < TINY
     with lens.ablate_directions(v, POST):
-        assert (lens.logits(tokens)[0] - kept).abs().max() < TINY
+        assert largest_difference(lens.logits(tokens)[0], kept) < TINY
         said = ll.first_order(lens, tokens, ll.Logit(5)).meta["without"]
     assert said.endswith("every token but each text's first")
-    assert (everywhere - kept).abs().max() > 1e-3
+    assert largest_difference(everywhere, kept) > 1e-3
 
 
 @pytest.mark.parametrize("asked", ["all", "prompt", "response", "last"])
@@ -224,8 +225,8 @@ def test_passes_of_ones_own(cls: str):
     before = state(lens.model)
     with lens.ablate_directions(v, POST):
         with torch.no_grad():
-            assert (lens.model(tokens) - base).abs().max() < TINY
-            assert (lens.model.forward(tokens) - base).abs().max() < TINY
+            assert largest_difference(lens.model(tokens), base) < TINY
+            assert largest_difference(lens.model.forward(tokens), base) < TINY
             hooked = lens.model.run_with_hooks(tokens, fwd_hooks=[])
             cached, _ = lens.model.run_with_cache(tokens)
             host = lens.plan.host
@@ -239,10 +240,10 @@ def test_passes_of_ones_own(cls: str):
             lens.model.hook_dict["blocks.1.hook_resid_post"](torch.zeros(1, 2, 16).double())
     assert same(before, state(lens.model))
     for found in (hooked, cached, torch.cat(parts, 1)):
-        assert (found - base).abs().max() < 1e-6
+        assert largest_difference(found, base) < 1e-6
     with lens.ablate_directions(v, POST, slice(1, 3)), torch.no_grad():
         some = torch.stack([row_logits(case, v, row, [1, 2], "llama", 0.0) for row in tokens])
-        assert (lens.model(tokens) - some).abs().max() < TINY
+        assert largest_difference(lens.model(tokens), some) < TINY
     for positions in ("prompt", "response", -1, [1, -1], slice(1, None), slice(-2, 4)):
         with (
             lens.ablate_directions(v, POST, positions),
@@ -264,7 +265,7 @@ def test_padding_on_the_left_is_told_by_the_mask():
     expected = row_logits(case, v, row[:3], range(1, 3), "llama", 0.0)
     with lens.ablate_directions(v, POST), torch.no_grad():
         found = lens.model(padded, attention_mask=mask)
-    assert (found[0, 2:] - expected).abs().max() < 1e-6
+    assert largest_difference(found[0, 2:], expected) < 1e-6
 
 
 @models.NEEDS_HOOKED_TRANSFORMER
@@ -302,7 +303,7 @@ def test_a_cache_keeps_the_mask_of_padding_on_the_left():
                 padded[:, piece], attention_mask=mask[:, piece], past_kv_cache=cache
             )
             parts.append(logits)
-    assert (torch.cat(parts, 1)[0, 2:] - expected).abs().max() < 1e-6
+    assert largest_difference(torch.cat(parts, 1)[0, 2:], expected) < 1e-6
 
 
 @models.NEEDS_BRIDGE
@@ -337,7 +338,7 @@ def test_a_contrast_of_several_points_is_removed_at_each_of_its_own(cls: str):
             expected = lens.logits(models.tokens())
         with lens.ablate_directions(found):
             assert torch.equal(lens.logits(models.tokens()), expected)
-        assert (lens.logits(models.tokens()) - expected).abs().max() > 1e-6
+        assert largest_difference(lens.logits(models.tokens()), expected) > 1e-6
     with lens.ablate_directions(several):
         gone = ll.contrast(lens, *sets, "blocks.*.hook_resid_post")
     for name, vector in gone.values.items():
@@ -385,7 +386,7 @@ def test_the_cost_is_the_rise_of_the_base_s_loss(cls: str, sinks: bool):
             assert float(getattr(found, name)[i]) == pytest.approx(float(loss), abs=TINY)
         kl = (logs["base"].exp() * (logs["base"] - logs["removed"])).sum(1).mean()
         assert float(found.kl[i]) == pytest.approx(float(kl), abs=TINY)
-        assert (inside[i, :length] - logits["removed"]).abs().max() < TINY
+        assert largest_difference(inside[i, :length], logits["removed"]) < TINY
     assert found.counts.tolist() == [6, 3]
     rise = ((found.removed - found.base) * found.counts).sum() / 9
     assert found.cost == pytest.approx(float(rise))

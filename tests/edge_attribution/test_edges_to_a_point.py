@@ -11,6 +11,7 @@ import peft_edges
 import pytest
 import reference
 import torch
+from differences import largest_difference
 from streams import DIFFERENCES, STREAMS, by_module, relative
 from torch import Tensor
 
@@ -120,7 +121,7 @@ def test_readers_sum_to_first_order(cls: str, point: str, readers: str, by: tupl
     readout = ll.Projection(direction(16, "raw"), point, positions=-1)
     edges = ll.edges(lens, TOKENS, readout, readers, at=0.5, by=by, **QUIET)
     first_order = ll.first_order(lens, TOKENS, readout, at=0.5, **QUIET)
-    assert (edges.first_order - first_order.values).abs().max() < TINY
+    assert largest_difference(edges.first_order, first_order.values) < TINY
     assert edges.readers[-1] == point
     assert not any(name.startswith(f"blocks.{LAST}") for name in edges.readers[:-1])
     assert bool(edges.exists[:, -1].all())

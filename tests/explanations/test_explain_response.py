@@ -13,6 +13,7 @@ import models
 import pytest
 import reference
 import torch
+from differences import largest_difference
 from results_by_hand import without_plotly
 
 import lens_lora as ll
@@ -75,7 +76,7 @@ def test_layers_alone_and_left_out_are_peft_s(tiny):
         others = {m: 1 - on for m, on in own.items()}
         same(found.add_one[layer], log_p(own) - base)
         same(found.leave_one_out[layer], adapted - log_p(others))
-    assert (found.add_one - found.leave_one_out).abs().max() > 1e-3
+    assert largest_difference(found.add_one, found.leave_one_out) > 1e-3
 
 
 def test_their_sums_are_the_effects_of_the_response(tiny):

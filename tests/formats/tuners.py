@@ -16,6 +16,7 @@ from typing import Any
 import models
 import peft
 import torch
+from differences import largest_difference
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
@@ -236,4 +237,4 @@ def _margin(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((ours - expected).abs().max())
+    return largest_difference(ours, expected)

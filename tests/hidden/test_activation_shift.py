@@ -10,6 +10,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from reference import seen
 from torch import Tensor
 
@@ -89,16 +90,16 @@ def test_shift_and_reading_are_hugging_face_s(family: str, cls: str, flags: str)
     for text, (base, adapted) in enumerate(ends):
         mine = found.values[LAST][text]
         length = LENGTHS[text]
-        assert (mine[:length] - (adapted - base)).abs().max() < TINY
+        assert largest_difference(mine[:length], adapted - base) < TINY
         assert mine[length:].isnan().all()
-        assert (found.first[LAST][text] - (adapted - base)[0]).abs().max() < TINY
-        assert (found.base_norms[LAST][text, :length] - base.norm(dim=-1)).abs().max() < TINY
-        shifted = max(shifted, float((mine[1:length] - (adapted - base)[:-1]).abs().max()))
+        assert largest_difference(found.first[LAST][text], (adapted - base)[0]) < TINY
+        assert largest_difference(found.base_norms[LAST][text, :length], base.norm(dim=-1)) < TINY
+        shifted = max(shifted, largest_difference(mine[1:length], (adapted - base)[:-1]))
         shifts.append(adapted - base)
     rest = torch.cat([shift[1:] for shift in shifts])
-    assert (found.mean()[LAST] - rest.mean(0)).abs().max() < TINY
+    assert largest_difference(found.mean()[LAST], rest.mean(0)) < TINY
     with_first = torch.cat(shifts).mean(0)
-    assert (found.mean()[LAST] - with_first).abs().max() > 1e-3  # the first token in the mean
+    assert largest_difference(found.mean()[LAST], with_first) > 1e-3  # the first token in the mean
     assert shifted > 1e-3  # a position off
 
     norm = case.base.get_submodule(FINAL_NORM[family])
@@ -175,7 +176,7 @@ def test_sites_own_outputs(cls: str):
     assert not added.readings  # ‖h‖ there is not what the final norm divides by
     for text, (base, adapted) in enumerate(ends):
         mine = found.values[names[1]][text, : LENGTHS[text]]
-        assert (mine - (adapted - base)).abs().max() < TINY
+        assert largest_difference(mine, adapted - base) < TINY
     every = ll.activation_shift(case.lens, texts(), "blocks.*.hook_resid_post")
     assert every.names == (MIDDLE, LAST)
 
@@ -212,11 +213,11 @@ def test_laws():
     each = [ll.activation_shift(lens, texts().row(i), LAST) for i in range(2)]
     counts = [length - 1 for length in LENGTHS]
     for i, one in enumerate(each):
-        assert (one.mean()[LAST] - both.mean(i)[LAST]).abs().max() < TINY
+        assert largest_difference(one.mean()[LAST], both.mean(i)[LAST]) < TINY
     mean = sum(n * one.mean()[LAST] for n, one in zip(counts, each, strict=True)) / sum(counts)
-    assert (both.mean()[LAST] - mean).abs().max() < TINY
+    assert largest_difference(both.mean()[LAST], mean) < TINY
     reading = sum(n * one.readings[LAST] for n, one in zip(counts, each, strict=True)) / sum(counts)
-    assert (both.readings[LAST] - reading).abs().max() < 1e-9
+    assert largest_difference(both.readings[LAST], reading) < 1e-9
     assert (both.values[LAST] - ll.activation_shift(lens, texts(), LAST, scale=0.0).values[LAST])[
         0
     ].equal(both.values[LAST][0])
@@ -296,7 +297,7 @@ def test_the_projection_of_what_is_said_is_hugging_face_s(family: str, cls: str)
     assert table["direction"].unique().tolist() == ["persona"]
     readout = ll.Projection(d, LAST, positions="response")
     shift = case.lens.function(case.lens.prompts(*asked), readout).shift
-    assert (torch.tensor(table["value"]) - shift).abs().max() < TINY
+    assert largest_difference(torch.tensor(table["value"]), shift) < TINY
 
 
 def test_a_tuple_of_two_strings_says_that_it_is_a_prompt_and_its_response():
@@ -329,7 +330,7 @@ def test_what_was_generated_is_a_text(cls: str):
     d = torch.ones(16, dtype=torch.float64)
     by_feature = ll.feature_shift(lens, said_by_model, d, LAST, positions="response").shift[:, 0]
     own = ll.activation_shift(lens, said_by_model, LAST, positions="response").project(d)
-    assert (torch.tensor(own["value"]) - by_feature).abs().max() < TINY
+    assert largest_difference(torch.tensor(own["value"]), by_feature) < TINY
 
 
 @pytest.mark.bad_input
@@ -390,16 +391,16 @@ def test_a_shared_beginning_counts_once_in_means():
     found = ll.activation_shift(lens, both, LAST)
     first, second, _ = found.values[LAST]
     once = torch.cat([first[1:], second[4:]]).mean(0)
-    assert (found.mean()[LAST] - once).abs().max() < TINY
-    assert (torch.cat([first[1:], second[1:]]).mean(0) - once).abs().max() > 1e-3
-    assert (found.mean(1)[LAST] - second[1:].mean(0)).abs().max() < TINY
+    assert largest_difference(found.mean()[LAST], once) < TINY
+    assert largest_difference(torch.cat([first[1:], second[1:]]).mean(0), once) > 1e-3
+    assert largest_difference(found.mean(1)[LAST], second[1:].mean(0)) < TINY
     assert found.repeated == 6 and "9 tokens (3 sinks, 6 after" in repr(found)
     assert found.to_frame()["distinct"].sum() == 9
     last = ll.activation_shift(lens, both, LAST, positions=-1)
     ends = torch.stack([v[n - 1] for v, n in zip(found.values[LAST], (7, 7, 4), strict=True)])
-    assert (last.mean()[LAST] - ends.mean(0)).abs().max() < TINY and last.repeated == 0
+    assert largest_difference(last.mean()[LAST], ends.mean(0)) < TINY and last.repeated == 0
     once = ll.activation_shift(lens, ll.results.Prompts(rows[:2], torch.tensor([7, 7])), LAST)
-    assert (found.readings[LAST] - once.readings[LAST]).abs().max() < TINY
+    assert largest_difference(found.readings[LAST], once.readings[LAST]) < TINY
 
 
 def test_a_base_that_moves_is_seen():

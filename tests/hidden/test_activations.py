@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from differences import largest_difference
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -76,8 +77,8 @@ def test_trained_equals_lora_a(family: str, cls: str, flags: str):
         for slot, site in enumerate(found.sites):
             expected = own[site.module]
             mine = found.values[p, slot, : row.shape[1], : expected.shape[1]]
-            assert (mine - expected).abs().max() < TINY
-            shifted = max(shifted, float((mine[1:] - expected[:-1]).abs().max()))
+            assert largest_difference(mine, expected) < TINY
+            shifted = max(shifted, largest_difference(mine[1:], expected[:-1]))
             without = of_row(case, p, True)[site.module]
             at = LENGTHS[p] + 1
             gap = mine[at : at + len(without[at - 1 :])] - without[at - 1 :]
@@ -115,8 +116,8 @@ def test_svd_writes_the_same_delta(family: str, cls: str, flags: str):
             u = found.values[p, slot, own, :rank]
             x = trained.values[p, slot, own, :rank]
             delta = update.scale * x @ update.B.T
-            assert (u @ U.T - delta).abs().max() < TINY
-            assert (u - delta @ U).abs().max() < TINY
+            assert largest_difference(u @ U.T, delta) < TINY
+            assert largest_difference(u, delta @ U) < TINY
         assert bool((sigma[: rank - 1] >= sigma[1:rank]).all())
 
 
@@ -143,7 +144,7 @@ def test_padded_is_one_by_one(cls: str):
     for p in range(2):
         alone = ll.lora_activations(lens, prompts().row(p), [RESPONSES[p]])
         own = alone.values.shape[2]
-        assert (found.values[p, :, :own] - alone.values[0]).abs().max() < TINY
+        assert largest_difference(found.values[p, :, :own], alone.values[0]) < TINY
         assert torch.equal(found.sinks[p, :own], alone.sinks[0])
         assert found.str_tokens[p] == alone.str_tokens[0]
     assert not found.sinks[1, 6:].any()
@@ -162,8 +163,8 @@ def test_gates_decide_what_is_read():
         x = block.input_layernorm(hidden)
     slot = next(i for i, s in enumerate(base.sites) if s.name == "blocks.1.attn.q")
     A = block.self_attn.q_proj.lora_A["default"].weight
-    assert (base.values[0, slot] - x @ A.T).abs().max() < TINY
-    assert (base.values[0, slot] - adapted.values[0, slot]).abs().max() > 1e-2
+    assert largest_difference(base.values[0, slot], x @ A.T) < TINY
+    assert largest_difference(base.values[0, slot], adapted.values[0, slot]) > 1e-2
     assert torch.equal(base.of("blocks.0.attn.q"), adapted.of("blocks.0.attn.q"))
     half = ll.lora_activations(case.lens, row, scale={"blocks.0.*": 0.5})
     assert half.at == "gates of the caller" and base.at == "ε = 0"
@@ -178,7 +179,7 @@ def test_half_the_strength_on_folded_value_biases(cls: str):
     with reference.peft_scales(case.peft, dict.fromkeys(modules, 0.5)):
         expected = by_peft(case, rows()[0])
     for slot, site in enumerate(found.sites):
-        assert (found.values[0, slot] - expected[site.module]).abs().max() < TINY
+        assert largest_difference(found.values[0, slot], expected[site.module]) < TINY
 
 
 def test_unequal_ranks_and_chosen_sites():
@@ -212,7 +213,7 @@ def test_embeddings_and_heads():
     A = inner.model.embed_tokens.lora_embedding_A["default"]
     assert torch.equal(found.of("embed")[0], A.T[row[0]])
     kept = by_peft(cases.Case(base, peft, model, lens), row)
-    assert (found.of("unembed")[0] - kept["lm_head"]).abs().max() < TINY
+    assert largest_difference(found.of("unembed")[0], kept["lm_head"]) < TINY
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -228,7 +229,7 @@ def test_dora_has_the_svd_of_its_dense_update(cls: str):
         peft(models.tokens()[:1])
         handle.remove()
         delta = (seen[1] - layer.base_layer(seen[0]))[0]
-    assert (found.of("blocks.0.attn.v")[0].norm(dim=1) - delta.norm(dim=1)).abs().max() < TINY
+    assert largest_difference(found.of("blocks.0.attn.v")[0].norm(dim=1), delta.norm(dim=1)) < TINY
     with pytest.raises(
         ll.errors.UnsupportedAdapterError, match=r"blocks.0.attn.v .*DoRA.*gauge='svd'"
     ):
@@ -287,9 +288,9 @@ def test_sinks_are_the_first_token_and_outliers():
     assert {0, 4} <= set(with_sinks[0]["position"]) | set(with_sinks[1]["position"])
     own = [t for t in range(7) if t not in (0, 4)]
     slot = [s.name for s in found.sites].index(site)
-    assert (found.mean()[slot] - found.values[:, slot, own].mean((0, 1))).abs().max() < 1e-13
+    assert largest_difference(found.mean()[slot], found.values[:, slot, own].mean((0, 1))) < 1e-13
     everything = found.values[:, slot].mean((0, 1))
-    assert (found.mean(sinks=True)[slot] - everything).abs().max() < 1e-6
+    assert largest_difference(found.mean(sinks=True)[slot], everything) < 1e-6
 
 
 def test_examples_and_means(tmp_path):
@@ -343,7 +344,7 @@ def test_a_shared_beginning_counts_once():
     once = torch.cat([values[0, 1:], values[1, 4:]]).mean(0)
     assert torch.allclose(found.mean()[slot], once, atol=1e-14)
     twice = torch.cat([values[0, 1:], values[1, 1:], values[2, 1:4]]).mean(0)
-    assert (twice - once).abs().max() > 1e-3
+    assert largest_difference(twice, once) > 1e-3
     ends = torch.stack([values[0, 6], values[1, 6], values[2, 3]]).mean(0)
     assert torch.allclose(found.mean(-1)[slot], ends, atol=1e-14)  # no other end is the third's
     assert torch.allclose(found.mean(0, sinks=True)[slot], values[0, 0], atol=1e-14)

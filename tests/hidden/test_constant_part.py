@@ -11,6 +11,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def test_shares_and_vectors_are_peft_s(family: str, cls: str, flags: str):
         rest = [one[1:] for one in own]
         whole = torch.cat(rest)
         assert abs(float(found.share[index]) - share_by_hand(rest)) < 1e-9
-        assert (found.vectors[site.module][rows] - whole.mean(0)).abs().max() < 1e-9
+        assert largest_difference(found.vectors[site.module][rows], whole.mean(0)) < 1e-9
         sizes = whole.norm(dim=-1)
         assert abs(float(found.size[index]) - float(sizes.square().mean().sqrt())) < 1e-9
         first = torch.stack([one[0].norm() for one in own]).mean()
@@ -130,7 +131,7 @@ def test_adapter_and_steering_vectors_do_the_same(cls: str, flags: str, tmp_path
     folder = found.adapter.save(tmp_path / "constant")
     for adapter in (found.adapter, ll.load_adapter(folder)):
         logits = lens.with_adapter(adapter).logits(tokens)
-        assert (cases.centred(logits) - expected).abs().max() < 1e-9
+        assert largest_difference(cases.centred(logits), expected) < 1e-9
 
     def add(name: str) -> Any:
         return lambda tensor, hook: tensor + found.steering[name].view(tensor.shape[2:])
@@ -139,7 +140,7 @@ def test_adapter_and_steering_vectors_do_the_same(cls: str, flags: str, tmp_path
         steered = lens.model.run_with_hooks(
             tokens, fwd_hooks=[(name, add(name)) for name in found.steering]
         )
-    assert (cases.centred(steered) - expected).abs().max() < 1e-9
+    assert largest_difference(cases.centred(steered), expected) < 1e-9
 
 
 def test_shared_beginnings_count_once():
@@ -163,9 +164,9 @@ def test_shared_beginnings_count_once():
     parts = [delta[at] for delta, at in zip(kept[0], own, strict=True)]
     index = [site.module for site in found.sites].index(path)
     assert abs(float(found.share[index]) - share_by_hand(parts)) < 1e-9
-    assert (found.vectors[path] - torch.cat(parts).mean(0)).abs().max() < 1e-9
+    assert largest_difference(found.vectors[path], torch.cat(parts).mean(0)) < 1e-9
     expected = torch.stack([each[at].sum() for each, at in zip(kl, own, strict=True)])
-    assert (found.base - expected).abs().max() < 1e-9
+    assert largest_difference(found.base, expected) < 1e-9
     twice = share_by_hand([delta[1:] for delta in kept[0]])
     assert abs(twice - share_by_hand(parts)) > 1e-3  # the shared beginning counted twice
 
@@ -210,7 +211,7 @@ def test_planted():
         case.lens.with_adapter(ll.Adapter.constant({DOWN: vector})), texts()
     )
     assert float(steering.share[0]) > 1 - 1e-12 and steering.kept > 1 - 1e-9
-    assert (steering.vectors[DOWN] - vector).abs().max() < 1e-12
+    assert largest_difference(steering.vectors[DOWN], vector) < 1e-12
     assert abs(float(steering.first_size[0] - vector.norm())) < 1e-12
 
     point = next(s.read for s in case.lens.sites if s.module == DOWN)
@@ -232,8 +233,8 @@ def test_a_readout():
     readout = ll.Margin(5, 9)
     found = ll.constant_part(case.lens, texts(), readout)
     ends = ll.first_order(case.lens, texts(), readout)
-    assert (found.base - ends.base).abs().max() < 1e-12
-    assert (found.adapted - ends.adapted).abs().max() < 1e-12
+    assert largest_difference(found.base, ends.base) < 1e-12
+    assert largest_difference(found.adapted, ends.adapted) < 1e-12
     half = [kept for i, kept in enumerate(deltas("llama")) if i % 2]
     means = {m: torch.cat([kept[m][1:] for kept in half]).mean(0) for m in half[0]}
     logits = with_constants("llama", means, texts().tokens[2:3, : LENGTHS[2]])[0, -1]
@@ -305,7 +306,7 @@ def test_a_fused_module_that_was_trained_whole():
     expected = ll.constant_part(lens, texts())
     found = ll.constant_part(lens.with_adapter(trained), texts())
     assert found.vectors[name].shape == W.shape[1:]
-    assert (found.vectors[name] - expected.vectors[name]).abs().max() < 1e-9
+    assert largest_difference(found.vectors[name], expected.vectors[name]) < 1e-9
 
 
 def test_parts_of_a_sum_keep_their_names():

@@ -11,6 +11,7 @@ import models
 import pytest
 import reference
 import torch
+from differences import largest_difference
 from model_state import merged_model, same, state
 from targets import hooked, peft_with
 from torch import Tensor
@@ -68,8 +69,8 @@ def test_points_of_every_kind_against_the_merged_model(family: str, flags: str, 
         rows = directions(base[name].shape[-1])
         found = ll.feature_shift(lens, tokens, rows, name, positions=-2)
         expected = (merged[name] - base[name])[:, -2] @ rows.T
-        assert (found.base - base[name][:, -2] @ rows.T).abs().max() < EXACT, name
-        assert (found.shift - expected).abs().max() < EXACT, name
+        assert largest_difference(found.base, base[name][:, -2] @ rows.T) < EXACT, name
+        assert largest_difference(found.shift, expected) < EXACT, name
 
 
 def test_permuted_directions_are_seen(cls: str):
@@ -80,8 +81,8 @@ def test_permuted_directions_are_seen(cls: str):
     order = torch.tensor([1, 2, 3, 4, 0])
     found = ll.feature_shift(lens, tokens, rows, out(cls))
     permuted = ll.feature_shift(lens, tokens, rows[order], out(cls))
-    assert (permuted.shift - found.shift[:, order]).abs().max() < 1e-12
-    assert (permuted.first_order - found.first_order[:, order]).abs().max() < 1e-12
+    assert largest_difference(permuted.shift, found.shift[:, order]) < 1e-12
+    assert largest_difference(permuted.first_order, found.first_order[:, order]) < 1e-12
     assert (permuted.shift - found.shift).abs().min() > 1e-3
     elsewhere = ll.feature_shift(lens, tokens, rows, out(cls), positions=-2)
     assert (elsewhere.shift - found.shift).abs().min() > 1e-3
@@ -112,9 +113,9 @@ def test_first_order_by_finite_differences_of_peft(chosen: str, at: float, cls: 
     far = h(at + 2 * step) - h(at - 2 * step)
     slope = (8 * near - far) / (12 * step)
     found = ll.feature_shift(case.lens, tokens, rows, out(cls, 0), scale={chosen: 1.0}, at=at)
-    assert (found.shift - (h(1.0) - h(0.0))).abs().max() < EXACT
-    assert (found.first_order - slope).abs().max() < 1e-8
-    assert (found.remainder - (h(1.0) - h(0.0) - slope)).abs().max() < 1e-8
+    assert largest_difference(found.shift, h(1.0) - h(0.0)) < EXACT
+    assert largest_difference(found.first_order, slope) < 1e-8
+    assert largest_difference(found.remainder, h(1.0) - h(0.0) - slope) < 1e-8
     assert found.remainder.abs().min() > 1e-4
 
 
@@ -155,11 +156,11 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
         whole = ll.feature_shift(lens, tokens, rows, out(cls), positions="each")
         for name in ("base", "shift", "first_order"):
             values = getattr(by_position, name)[row]
-            assert (values[:, :length] - getattr(whole, name)[0]).abs().max() < 1e-12
+            assert largest_difference(values[:, :length], getattr(whole, name)[0]) < 1e-12
             assert values[:, length:].isnan().all()
         for position in (-1, -3, 0):
             both = ll.feature_shift(lens, prompts, rows, out(cls), positions=position)
-            assert (both.shift[row] - whole.shift[0, :, position]).abs().max() < 1e-12
+            assert largest_difference(both.shift[row], whole.shift[0, :, position]) < 1e-12
     frame = by_position.to_frame()
     assert len(frame) == FEATURES * sum(lengths) and not frame.isna().any().any()
     with pytest.raises(ValueError, match="no mean; choose one with prompt="):
@@ -224,10 +225,10 @@ def test_an_autoencoder_s_features(cls: str):
     sae = autoencoder(16, out(cls))
     found = ll.feature_shift(case.lens, tokens, sae)
     ends = [h[out(cls)][:, -1] for h in (base, merged)]
-    assert (found.shift - (sae.pre(ends[1]) - sae.pre(ends[0]))).abs().max() < EXACT
+    assert largest_difference(found.shift, sae.pre(ends[1]) - sae.pre(ends[0])) < EXACT
     assert found.activations is not None and found.name == out(cls)
     for activation, h in zip(found.activations, ends, strict=True):
-        assert (activation - sae.encode(h)).abs().max() < EXACT
+        assert largest_difference(activation, sae.encode(h)) < EXACT
     off = (found.activations[0] == 0) & (found.activations[1] == 0)
     assert 0 < off.sum() < off.numel() and found.shift[off].abs().min() > 1e-3
     assert {"activation_base", "activation_adapted"} < set(found.to_frame())
@@ -236,7 +237,7 @@ def test_an_autoencoder_s_features(cls: str):
     assert torch.equal(same_rows.shift, found.shift) and same_rows.activations is None
     by_position = ll.feature_shift(case.lens, tokens, sae, positions="each")
     assert by_position.activations is not None
-    assert (by_position.activations[1][..., -1] - found.activations[1]).abs().max() < 1e-12
+    assert largest_difference(by_position.activations[1][..., -1], found.activations[1]) < 1e-12
 
 
 def test_the_files_of_an_autoencoder_are_enough(cls: str):
@@ -274,8 +275,8 @@ def test_over_several_positions_it_is_the_mean(positions: Any, expected: Any, la
     for text, chosen in enumerate(expected):
         h0 = base[out(cls)][text, chosen]
         h1 = merged[out(cls)][text, chosen]
-        assert (found.shift[text] - (sae.pre(h1) - sae.pre(h0)).mean(0)).abs().max() < EXACT
-        assert (found.activations[1][text] - sae.encode(h1).mean(0)).abs().max() < EXACT
+        assert largest_difference(found.shift[text], (sae.pre(h1) - sae.pre(h0)).mean(0)) < EXACT
+        assert largest_difference(found.activations[1][text], sae.encode(h1).mean(0)) < EXACT
     assert "mean over" in found.plot(prompt=0).layout.title.text
 
 
@@ -290,7 +291,7 @@ def test_an_autoencoder_of_heads(cls: str):
     sae = autoencoder(16, name, by_head=is_split)
     found = ll.feature_shift(case.lens, tokens, sae)
     assert found.activations is not None
-    assert (found.activations[1] - sae.encode(h)).abs().max() < EXACT
+    assert largest_difference(found.activations[1], sae.encode(h)) < EXACT
 
 
 def test_autoencoders_that_are_not_linear_are_refused(cls: str):
@@ -326,7 +327,7 @@ def test_writes_against_peft_s_own_layers(cls: str):
             A = layer.lora_A["default"].weight
             B = layer.lora_B["default"].weight
             delta = layer.scaling["default"] * z[0][:, -2] @ A.T @ B.T
-            assert (found.values[:, column] - delta @ rows.T).abs().max() < EXACT, site.name
+            assert largest_difference(found.values[:, column], delta @ rows.T) < EXACT, site.name
     assert (
         found.values - ll.feature_shift(case.lens, tokens, rows, by="site").values
     ).abs().min() > 1e-6
@@ -341,7 +342,7 @@ def test_writes_are_the_shift_at_the_site_s_output(family: str, flags: str, cls:
     found = ll.feature_shift(lens, tokens, rows, by="site")
     for column, site in enumerate(found.sites):
         own = ll.feature_shift(lens, tokens, rows, site.write, scale={site.name: 1.0})
-        assert (found.values[:, column] - own.shift).abs().max() < EXACT, site.name
+        assert largest_difference(found.values[:, column], own.shift) < EXACT, site.name
 
 
 def test_writes_of_an_embedding(cls: str):
@@ -353,7 +354,7 @@ def test_writes_of_an_embedding(cls: str):
     rows = directions(16)
     layer = peft.base_model.model.get_submodule(lens.sites[0].module)
     delta = layer.get_delta_weight("default")[tokens[:, -1]]
-    assert (found.values[:, 0] - delta @ rows.T).abs().max() < EXACT
+    assert largest_difference(found.values[:, 0], delta @ rows.T) < EXACT
     assert [s.name for s in found.sites] == ["embed"]
 
 
@@ -418,8 +419,8 @@ def test_sites_that_move_the_stream_by_peft(cls: str):
     for site in case.lens.sites:
         if site.kind in ("o", "down"):
             gates = dict.fromkeys(modules, 0.0) | {site.module: 1.0}
-            moves = bool((peft_projected(case, tokens, rows, gates) - plain).abs().max() > 1e-9)
-            assert moves == (site in found.sites), site.name
+            change = largest_difference(peft_projected(case, tokens, rows, gates), plain)
+            assert (change > 1e-9) == (site in found.sites), site.name
 
 
 def test_an_autoencoder_and_a_contrast_bring_their_point(cls: str):
@@ -447,7 +448,7 @@ def test_sites_that_write_to_a_point_outside_the_stream(cls: str):
     found = ll.feature_shift(lens, tokens, rows, up.write, by="site")
     own = ll.feature_shift(lens, tokens, rows, up.write, scale={up.name: 1.0})
     assert found.sites == (up,)
-    assert (found.values[:, 0] - own.shift).abs().max() < EXACT
+    assert largest_difference(found.values[:, 0], own.shift) < EXACT
     added = ll.feature_shift(lens, tokens, directions(16), "blocks.1.hook_attn_out", by="site")
     assert [site.name for site in added.sites] == ["blocks.1.attn.o"]
     with pytest.raises(ll.errors.SiteError, match="no site of this adapter writes to"):
@@ -505,9 +506,7 @@ def test_writes_are_parts_of_the_stream_or_refused(family: str, kind: str, cls: 
         with pytest.raises(ll.errors.ModelStateError, match=r"Compare with activation_shift\(…"):
             shift.cosine(lens)
         monkeypatch.setattr(Family, "norm_behind", lambda *_: None)
-    apart = float(
-        (ll.feature_shift(lens, tokens, rows, by="site").values.sum(1) - moved).abs().max()
-    )
+    apart = largest_difference(ll.feature_shift(lens, tokens, rows, by="site").values.sum(1), moved)
     table = shift.cosine(lens)
     mean = shift.mean()[point]
     # Columns of B of an SVD are orthogonal, and Δh is a sum of them.

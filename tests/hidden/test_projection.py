@@ -15,6 +15,7 @@ import models
 import pytest
 import reference
 import torch
+from differences import largest_difference
 from torch import Tensor
 
 import lens_lora as ll
@@ -106,13 +107,13 @@ def test_values_and_slopes_are_those_of_peft(family: str, cls: str, flags: str):
     modules = sorted({site.module for site in g.lens.sites})
     for strength in (0.0, 0.5, 1.0):
         expected = of_peft(case, family, dict.fromkeys(modules, strength), d)
-        assert (g(strength) - expected).abs().max() < EXACT
+        assert largest_difference(g(strength), expected) < EXACT
     for at in (0.0, 0.5, 1.0):
         slopes = ll.first_order(case.lens, TOKENS, readout, at=at).values
         expected = slopes_of_peft(case, family, modules, at, d)
         for index, module in enumerate(modules):
             sites = [i for i, site in enumerate(g.lens.sites) if site.module == module]
-            assert (slopes[:, sites].sum(1) - expected[:, index]).abs().max() < EXACT
+            assert largest_difference(slopes[:, sites].sum(1), expected[:, index]) < EXACT
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -141,7 +142,7 @@ def test_a_first_prompt_of_one_token_leaves_no_site_out(cls: str):
         case.peft(TOKENS)
     expected = torch.stack([seen[-1][0, 0] @ d, seen[-1][1, -1] @ d])
     g = case.lens.function(prompts, readout)
-    assert (g(1.0) - expected).abs().max() < EXACT
+    assert largest_difference(g(1.0), expected) < EXACT
     assert g.lens.sites == case.lens.function(TOKENS, readout).lens.sites
 
 
@@ -153,7 +154,7 @@ def test_parts_sum_to_the_whole(cls: str):
     whole = ask().values
     for by in ("position", "head", "rank", ("position", "head", "rank")):
         parts = ask(by=by).values
-        assert (parts.flatten(2).sum(2) - whole).abs().max() < EXACT
+        assert largest_difference(parts.flatten(2).sum(2), whole) < EXACT
 
 
 ANALYSES = {
@@ -189,7 +190,7 @@ def test_within_a_bound_nothing_changes():
     readout = ll.Projection(direction(width_of(case)), POINT)
     free = ll.first_order(case.lens, TOKENS, readout)
     bound = ll.first_order(case.lens, TOKENS, readout, max_memory=300_000)
-    assert (free.values - bound.values).abs().max() < EXACT
+    assert largest_difference(free.values, bound.values) < EXACT
 
 
 def test_a_pass_ends_at_the_point(monkeypatch: pytest.MonkeyPatch):
@@ -219,14 +220,14 @@ def test_positions_and_responses():
     ]
     for positions, expected in asked:
         g = case.lens.function(TOKENS, ll.Projection(d, POINT, positions))
-        assert (g(0.0) - expected).abs().max() < EXACT
+        assert largest_difference(g(0.0), expected) < EXACT
     said = case.lens.prompts(TOKENS, [torch.tensor([7, 8]), torch.tensor([9])])
     g = case.lens.function(said, ll.Projection(d, POINT, "response"))
     rows = torch.tensor([[*TOKENS[0].tolist(), 7, 8], [*TOKENS[1].tolist(), 9, 0]])
     _, cache = case.model.run_with_cache(rows)
     by_token = cache[POINT] @ d
     expected = torch.stack([by_token[0, -2:].mean(), by_token[1, -2]])
-    assert (g(0.0) - expected).abs().max() < EXACT
+    assert largest_difference(g(0.0), expected) < EXACT
 
 
 class Autoencoder:
@@ -252,9 +253,9 @@ def test_a_feature_of_an_autoencoder():
         feature = (autoencoder, index)
         before = case.lens.function(TOKENS, ll.Projection(feature, POINT))(0.0)
         expected = (h @ autoencoder.W_enc + autoencoder.b_enc)[..., index].mean(1)
-        assert (before - expected).abs().max() < EXACT
+        assert largest_difference(before, expected) < EXACT
         active = case.lens.function(TOKENS, ll.Projection(feature, POINT, activated=True))(0.0)
-        assert (active - autoencoder.encode(h)[..., index].mean(1)).abs().max() < EXACT
+        assert largest_difference(active, autoencoder.encode(h)[..., index].mean(1)) < EXACT
 
 
 class JumpReLU:
@@ -308,7 +309,7 @@ def test_a_feature_of_saelens_s_form(cls: str, activated: bool):
         modules = sorted({site.module for site in g.lens.sites})
         for strength in (0.0, 0.5, 1.0):
             expected = by_peft(index, dict.fromkeys(modules, strength))
-            assert (g(strength) - expected).abs().max() < EXACT
+            assert largest_difference(g(strength), expected) < EXACT
         is_off.append(bool((g(1.0) == 0).any()))
         slopes = ll.first_order(case.lens, TOKENS, readout, at=1.0).values
         step = 1e-6
@@ -318,7 +319,7 @@ def test_a_feature_of_saelens_s_form(cls: str, activated: bool):
             below = by_peft(index, factors | {module: 1.0 - step})
             sites = [i for i, site in enumerate(g.lens.sites) if site.module == module]
             expected = (above - below) / (2 * step)
-            assert (slopes[:, sites].sum(1) - expected).abs().max() < 1e-5
+            assert largest_difference(slopes[:, sites].sum(1), expected) < 1e-5
     assert any(is_off) is activated
     assert all(is_off) is False
 
@@ -341,7 +342,7 @@ def test_values_and_slopes_are_those_of_peft_without_a_table(name: str):
 
     for strength in (0.0, 0.5, 1.0):
         expected = by_peft(dict.fromkeys(modules, strength))
-        assert (g(strength) - expected).abs().max() < EXACT
+        assert largest_difference(g(strength), expected) < EXACT
     slopes = ll.first_order(case.lens, TOKENS, readout, at=1.0).values
     step = 1e-5
     for module in modules:
@@ -350,7 +351,7 @@ def test_values_and_slopes_are_those_of_peft_without_a_table(name: str):
         below = by_peft(factors | {module: 1.0 - step})
         sites = [i for i, site in enumerate(g.lens.sites) if site.module == module]
         expected = (above - below) / (2 * step)
-        assert (slopes[:, sites].sum(1) - expected).abs().max() < 1e-6
+        assert largest_difference(slopes[:, sites].sum(1), expected) < 1e-6
 
 
 def test_a_sweep_has_the_sites_before_the_point(tmp_path: Path):
@@ -363,7 +364,7 @@ def test_a_sweep_has_the_sites_before_the_point(tmp_path: Path):
     direct = ll.first_order(case.lens, texts, readout)
     found = swept.attribution("first_order")
     assert [site.name for site in found.sites] == [site.name for site in direct.sites]
-    assert (found.values - direct.values).abs().max() < EXACT
+    assert largest_difference(found.values, direct.values) < EXACT
 
 
 def test_the_bias_of_an_autoencoder_with_one_feature():

@@ -17,6 +17,7 @@ import models
 import pytest
 import reference
 import torch
+from differences import largest_difference
 from torch import Tensor
 
 import lens_lora as ll
@@ -100,16 +101,16 @@ def test_a_bank_is_first_order_of_peft(family: str, cls: str, flags: str, tmp_pa
     modules = list(case.lens.adapter.modules)
     expected = slopes_of_peft(case, BLOCKS[family].format(0), modules, d)
     of_point, of_logits = bank.first_order(case.lens.adapter, exact=True)
-    assert (by_module(of_point, modules) - expected).abs().max() < EXACT
+    assert largest_difference(by_module(of_point, modules), expected) < EXACT
     assert {site.layer for site in of_point.sites} <= {-1, 0}
     everything = dict.fromkeys(modules, 1.0)
     adapted = of_peft(case, BLOCKS[family].format(0), everything, d)
-    assert (of_point.adapted - adapted).abs().max() < EXACT
+    assert largest_difference(of_point.adapted, adapted) < EXACT
     assert len(of_logits.sites) == len(case.lens.sites)
     path = bank.save(tmp_path / "bank.safetensors")
     again = ll.load_bank(path, case.model, hf_model=base)
     from_file, _ = again.first_order(case.lens.adapter)
-    assert (from_file.values - of_point.values).abs().max() < EXACT
+    assert largest_difference(from_file.values, of_point.values) < EXACT
 
 
 @EACH_CLASS
@@ -128,7 +129,7 @@ def test_a_scan_and_null_draws_have_the_sites_before_the_point(cls: str):
     assert set(of_point["site"]) == {site.name for site in direct.sites}
     _, drawn = bank.null(adapter, draws=2, **QUIET)
     tested = ll.null_test(case.lens, TOKENS, inside, draws=2, **QUIET)
-    assert (drawn - tested.null).abs().max() < EXACT
+    assert largest_difference(drawn, tested.null) < EXACT
 
 
 @EACH_CLASS
@@ -164,7 +165,7 @@ def test_what_is_beside_the_way_to_a_point_is_zero(family: str, cls: str, point:
     readout = ll.Projection(d, point)
     found = ll.first_order(case.lens, TOKENS, readout)
     in_bank = ll.bank(case.model, TOKENS, readout, **QUIET).first_order(case.lens.adapter)
-    assert (found.values - in_bank.values).abs().max() < EXACT
+    assert largest_difference(found.values, in_bank.values) < EXACT
     names = [site.name for site in found.sites]
     for index, site in enumerate(case.lens.sites):
         step = 1e-5
@@ -176,7 +177,7 @@ def test_what_is_beside_the_way_to_a_point_is_zero(family: str, cls: str, point:
         expected = (ends[0] - ends[1]) / (2 * step)
         listed = site.name in names
         slopes = found.values[:, names.index(site.name)] if listed else torch.zeros(2)
-        assert (slopes - expected).abs().max() < 1e-6, index
+        assert largest_difference(slopes, expected) < 1e-6, index
         if site.name.startswith(f"blocks.1.{other}"):
             assert not slopes.any()
 
@@ -202,9 +203,9 @@ def test_edges_to_the_point_are_those_of_a_plain_model(cls: str):
     with reference.peft_scales(case.peft, off):
         through_mlp = layer.mlp(normed[1]) - layer.mlp(normed[0])
     expected = torch.stack([delta @ d, through_mlp @ d], -1)[:, 1:].mean(1)
-    assert (found - expected).abs().max() < EXACT
+    assert largest_difference(found, expected) < EXACT
     whole = ll.patch_sites(case.lens, TOKENS, readout, sites="blocks.0.attn.o", **QUIET).values
-    assert (found.sum(1) - whole[:, 0]).abs().max() < EXACT
+    assert largest_difference(found.sum(1), whole[:, 0]) < EXACT
     with pytest.raises(SiteError, match="reads nothing"):
         ll.patch_edges(case.lens, TOKENS, readout, [("blocks.0.attn.o", "logits")], **QUIET)
 
@@ -237,7 +238,7 @@ def test_edges_end_at_the_beginning_and_in_the_middle_of_a_block(cls: str, point
             case.peft(TOKENS)
         handle.remove()
         values.append((seen[0] @ d)[:, 1:].mean(1))
-    assert (found.sum(1) - (values[1] - values[0])).abs().max() < EXACT
+    assert largest_difference(found.sum(1), values[1] - values[0]) < EXACT
 
 
 @EACH_CLASS
@@ -252,8 +253,8 @@ def test_checkpoints_have_the_modules_before_the_point(cls: str):
     for row, strength in enumerate((0.5, 1.0)):
         factors = dict.fromkeys(modules, strength)
         expected = of_peft(case, "model.layers.0", factors, d)
-        assert (found.adapted[row] - expected).abs().max() < EXACT
-        assert (found.effects[row].sum(1) - strength * slopes.sum(1)).abs().max() < EXACT
+        assert largest_difference(found.adapted[row], expected) < EXACT
+        assert largest_difference(found.effects[row].sum(1), strength * slopes.sum(1)) < EXACT
     assert {site.layer for site in found.sites} == {0}
 
 
@@ -268,7 +269,7 @@ def test_effects_of_two_adapters_are_zero_behind_the_point(cls: str):
     slopes = slopes_of_peft(case, "model.layers.0", modules, d)
     expected = torch.stack([slopes, -0.5 * slopes])
     places = [modules.index(site.module) for site in found.sites]
-    assert (found.effects - expected[:, :, places]).abs().max() < EXACT
+    assert largest_difference(found.effects, expected[:, :, places]) < EXACT
     behind = [index for index, site in enumerate(found.sites) if site.layer > 0]
     assert behind and not found.null_effects[..., behind].any()
     assert found.null_effects.any()
@@ -293,8 +294,8 @@ def test_together_and_reconcile_take_a_point(cls: str):
     base = at()
     alone = torch.stack([at("q") - base, at("v") - base], 1)
     both = at("q", "v") - base
-    assert (found.alone - alone).abs().max() < EXACT
-    assert (found.interaction[:, 0] - (both - alone.sum(1))).abs().max() < EXACT
+    assert largest_difference(found.alone, alone) < EXACT
+    assert largest_difference(found.interaction[:, 0], both - alone.sum(1)) < EXACT
     assert found.is_complete.all()
     behind = {"a": adapter.only("model.layers.0.*"), "b": adapter.only("model.layers.1.*")}
     apart = ll.together(case.lens, behind, TOKENS, readout, group="kind", **QUIET)
@@ -321,8 +322,8 @@ def test_scaled_intruders_and_foils_take_a_point(cls: str):
     for row, strength in enumerate((0.5, 1.0)):
         factors = dict.fromkeys(case.lens.adapter.modules, strength)
         expected = of_peft(case, "model.layers.0", factors, d)
-        assert (found.values[1, row] - expected).abs().max() < EXACT
-    assert (found.values[0, 1] - found.adapted).abs().max() < EXACT
+        assert largest_difference(found.values[1, row], expected) < EXACT
+    assert largest_difference(found.values[0, 1], found.adapted) < EXACT
     first = ll.first_order(case.lens, TOKENS, readout)
     for foil in ll.foils(case.lens, TOKENS, readout).values():
         assert foil.values.shape == first.values.shape
@@ -366,8 +367,8 @@ def test_a_sum_of_adapters_in_a_bank(cls: str):
     names = [site.adapter for site in found.sites]
     for part, factor in (("first", 1.0), ("second", 0.5)):
         sites = [index for index, name in enumerate(names) if name == part]
-        assert (found.values[:, sites] - factor * whole).abs().max() < EXACT
+        assert largest_difference(found.values[:, sites], factor * whole) < EXACT
     assert len(list(itertools.groupby(sorted(names)))) == 2
     lens = case.lens.with_adapter(total)
     tested = ll.null_test(lens, TOKENS, readout, draws=2, **QUIET)
-    assert (bank.null(total, draws=2, **QUIET) - tested.null).abs().max() < EXACT
+    assert largest_difference(bank.null(total, draws=2, **QUIET), tested.null) < EXACT

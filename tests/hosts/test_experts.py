@@ -13,6 +13,7 @@ import models
 import pytest
 import reference
 import torch
+from differences import largest_difference
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -87,8 +88,8 @@ def test_parts_add_up_in_both_modes(case, by, at: float):
     whole = ll.first_order(lens, tokens, MARGIN, at=at).values
     reverse = ll.first_order(lens, tokens, MARGIN, at=at, by=by, mode="reverse")
     forward = ll.first_order(lens, tokens, MARGIN, at=at, by=by, mode="forward", progress=False)
-    assert float((reverse.per_site - whole).abs().max()) < 1e-14
-    assert float((forward.values - reverse.values).abs().max()) < 1e-14
+    assert largest_difference(reverse.per_site, whole) < 1e-14
+    assert largest_difference(forward.values, reverse.values) < 1e-14
     assert float(whole[:, stacks(lens)].abs().max()) > 0.01
 
 
@@ -118,7 +119,7 @@ def test_ranks_are_those_of_one_expert_after_another(case):
     parts = ll.first_order(lens, tokens, MARGIN, by="expert").values
     for index in stacks(lens):
         folded = ranks[:, index].unflatten(1, (EXPERTS, RANK)).sum(2)
-        assert float((folded - parts[:, index, :EXPERTS]).abs().max()) < 1e-15
+        assert largest_difference(folded, parts[:, index, :EXPERTS]) < 1e-15
 
 
 @pytest.mark.slow
@@ -149,12 +150,12 @@ def test_the_svd_gauge_is_that_of_each_expert(case):
     summary = summarise(lens.adapter, lens)
     for index in stacks(lens):
         folded = svd[:, index].unflatten(1, (EXPERTS, RANK)).sum(2)
-        assert float((folded - whole[:, index, :EXPERTS]).abs().max()) < 1e-13
+        assert largest_difference(folded, whole[:, index, :EXPERTS]) < 1e-13
         factors = lens.adapter.modules[lens.sites[index].module]
         sigma = [torch.linalg.svdvals(part.materialise())[:RANK] for part in factors.by_expert()]
         expected = torch.cat(sigma).sort(descending=True).values
         spectrum = next(s for s in summary.rows if s.site == lens.sites[index].name)
-        assert float((spectrum.singular_values - expected).abs().max()) < 1e-12
+        assert largest_difference(spectrum.singular_values, expected) < 1e-12
 
 
 def test_effects_of_ranks_equal_peft(case):
@@ -175,7 +176,7 @@ def test_effects_of_ranks_equal_peft(case):
         expected = reference.peft_readout(
             alone, tokens, read, {m: float(m == path) for m in case.modules}
         )
-        assert float((effects.values[:, first + rank] - (expected - base)).abs().max()) < 1e-12
+        assert largest_difference(effects.values[:, first + rank], expected - base) < 1e-12
 
 
 # --- routes
@@ -242,7 +243,7 @@ def saved(case, tmp_path, **changes) -> PeftModel:
 
 def off(lens: ll.LoraLens, peft: PeftModel) -> float:
     with torch.no_grad():
-        return float((lens.logits(models.tokens()) - peft(models.tokens()).logits).abs().max())
+        return largest_difference(lens.logits(models.tokens()), peft(models.tokens()).logits)
 
 
 PARAMETERS = {
@@ -311,7 +312,7 @@ def test_factors_of_single_experts_are_laid_on_stacks(name: str, tmp_path):
         }
         whole = adapter.modules[f"model.layers.1.{block}.experts.3.{names[2]}"].materialise()
         parts = lens.adapter.modules["model.layers.1.mlp.experts.down_proj"].by_expert()
-        assert float((parts[3].materialise() - whole).abs().max()) < 1e-15
+        assert largest_difference(parts[3].materialise(), whole) < 1e-15
         assert not parts[2].materialise().any()
         full = {k.replace("experts.1", "experts.2"): v.clone() for k, v in tensors.items()}
         save_file(
@@ -357,12 +358,12 @@ def test_sums_mixtures_and_nulls(case):
     other = adapter.null(3)
     both = lens.with_adapter(adapter + other)
     mixed = lens.with_adapter(adapter.mixed(other, 0.5).scaled(2.0))
-    assert float((both.logits(tokens) - mixed.logits(tokens)).abs().max()) < 1e-12
+    assert largest_difference(both.logits(tokens), mixed.logits(tokens)) < 1e-12
     for key in (lens.sites[index].module for index in stacks(lens)):
         ours, theirs = (a.modules[key].by_expert() for a in (adapter, other))
         for mine, null in zip(ours, theirs, strict=True):
             sigma, drawn = (torch.linalg.svdvals(f.materialise()) for f in (mine, null))
-            assert float((sigma - drawn).abs().max()) < 1e-12
+            assert largest_difference(sigma, drawn) < 1e-12
     with pytest.raises(AdapterError, match="experts"):
         key = lens.sites[stacks(lens)[0]].module
         fewer = expert_factors(adapter.modules[key].by_expert()[:2])
@@ -375,14 +376,14 @@ def test_a_checkpoint_at_half_strength_has_turned_by_nothing(case):
         case.lens, [half, case.lens.adapter], models.tokens(), MARGIN, progress=False
     )
     norms = [case.lens.adapter.modules[site.module].norm() for site in case.lens.sites]
-    assert float((run.moved[1] - torch.tensor(norms) / 2).abs().max()) < 1e-6
+    assert largest_difference(run.moved[1], torch.tensor(norms) / 2) < 1e-6
     assert float(run.angle.abs().max()) < 1e-5
 
 
 def test_factors_by_expert_and_back(case):
     factors = case.lens.adapter.modules[case.lens.sites[stacks(case.lens)[0]].module]
     again = expert_factors(factors.by_expert())
-    assert float((again.materialise() - factors.materialise()).abs().max()) < 1e-15
+    assert largest_difference(again.materialise(), factors.materialise()) < 1e-15
     assert abs(again.norm() - float(factors.materialise().norm())) < 1e-12
     with pytest.raises(AdapterError, match="8 ranks for 3 experts"):
         ll.LoRAFactors(factors.A, factors.B, experts=3)
@@ -461,7 +462,7 @@ def test_every_kernel_gives_the_same(kernel: str):
     assert off(lens, peft) < 1e-5
     forward = ll.first_order(lens, models.tokens(), MARGIN, mode="forward", progress=False)
     reverse = ll.first_order(lens, models.tokens(), MARGIN)
-    assert float((forward.values - reverse.values).abs().max()) < 1e-5
+    assert largest_difference(forward.values, reverse.values) < 1e-5
     alone = lens.with_adapter(lens.adapter.only("*q_proj"))  # the experts are the model's own
     if kernel == "grouped_mm":
         with pytest.raises(ModelStateError, match="experts_implementation='eager'"):
@@ -492,7 +493,7 @@ def test_the_model_computes_its_own_again(case):
             raise ZeroDivisionError
         assert own_forward(stack) is None
         assert torch.equal(case.model(tokens), before)
-    assert float((twice - case.lens.logits(tokens)).abs().max()) < 1e-12
+    assert largest_difference(twice, case.lens.logits(tokens)) < 1e-12
 
 
 def test_blocks_on_stacks_end_in_any_order(case):

@@ -18,6 +18,7 @@ from typing import Any
 import models
 import torch
 import torch.distributed as dist
+from differences import largest_difference
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -114,17 +115,17 @@ def apart(folder: Path, kind: str, way: str) -> dict[str, float]:
     found: dict[str, float] = {}
     pairs = zip(quantities(whole, way), quantities(split, way), strict=True)
     for (name, expected), (_, values) in pairs:
-        found[name] = float((values - expected).abs().max())
+        found[name] = largest_difference(values, expected)
         if name == "logits":
-            found["PEFT"] = float((values - of_peft).abs().max())
+            found["PEFT"] = largest_difference(values, of_peft)
     if way == "tp":
         live = with_lora(load(path, distributed_config=WAYS[way]), like=peft)
         with torch.no_grad():
             of_ranks = live(IDS).logits.log_softmax(-1)
-        found["PEFT over ranks"] = float((of_ranks - of_peft).abs().max())
+        found["PEFT over ranks"] = largest_difference(of_ranks, of_peft)
         of_live = ll.Adapter.from_peft(live)
         found["its factors"] = max(
-            float((of_live.modules[name].A - adapter.modules[name].A).abs().max())
+            largest_difference(of_live.modules[name].A, adapter.modules[name].A)
             for name in adapter.modules
         )
     else:

@@ -11,6 +11,7 @@ import limits
 import models
 import pytest
 import torch
+from differences import largest_difference
 from heads import features, margin, swapped
 from torch import Tensor
 
@@ -103,12 +104,12 @@ def test_slopes_are_central_differences(readout: ll.Readout, cls: str):
     values = masks.values(torch.cat([mask + step, mask - step]))
     differences = (values[:, :8] - values[:, 8:]) / 2e-5
     assert slopes.shape == (3, 8)
-    assert (slopes - differences).abs().max() < 1e-7 * slopes.abs().max()
+    assert largest_difference(slopes, differences) < 1e-7 * slopes.abs().max()
     groups, reruns = set[int](), set[bool]()
     for bound in (2e5, 9e4, 6e4, 3.9e4):
         few = HeadMasks(lens.within(bound).function(prompts, readout))
-        assert (few.slopes(mask) - slopes).abs().max() < 1e-10 * slopes.abs().max()
-        assert (few.values(mask[None]) - masks.values(mask[None])).abs().max() < 1e-10
+        assert largest_difference(few.slopes(mask), slopes) < 1e-10 * slopes.abs().max()
+        assert largest_difference(few.values(mask[None]), masks.values(mask[None])) < 1e-10
         groups.add(len(few._groups))
         reruns |= {limits.blocks_run_again(group) for group in few._groups}
     assert max(groups) > 1 and reruns == {True, False}
@@ -138,7 +139,7 @@ def test_held_out_prompts_are_not_searched_on(over: str, readout: ll.Readout):
     alone, judged = (of_every_second(over, first) for first in (0, 1))
     assert found.held_out == (1, 3) and torch.equal(found.members, alone.members)
     assert not torch.equal(found.members, judged.members)  # else held out or not is the same
-    assert (found.kept - alone.kept).abs().max() < ROUND_OFF
+    assert largest_difference(found.kept, alone.kept) < ROUND_OFF
     assert (found.kept_held_out < judged.kept + ROUND_OFF).all()
     if over == "heads":
         for row, members in enumerate(found.members):
@@ -162,8 +163,8 @@ def test_held_out_prompts_of_other_readouts(over: str):
         two = functools.partial(few, lens, over=over, k=2, steps=4)
         found, alone = two(tokens, readout, held_out=[1]), two(tokens[::2], others)
         assert torch.equal(found.members, alone.members)
-        assert (found.kept - alone.kept).abs().max() < ROUND_OFF
-        assert (found.kept_held_out - found.kept_by_prompt[:, 1]).abs().max() < ROUND_OFF
+        assert largest_difference(found.kept, alone.kept) < ROUND_OFF
+        assert largest_difference(found.kept_held_out, found.kept_by_prompt[:, 1]) < ROUND_OFF
 
 
 def test_starts_of_held_out_prompts_do_not_leak():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from differences import largest_difference
 from torch import Tensor
 from two_scalars import scalar_lens
 
@@ -77,7 +78,7 @@ def test_curves_against_one_run_a_point(lens: ll.LoraLens):
             assert np.abs(result.keep[at, i].numpy() - expected[0]).max() < EXACT, name
             assert np.abs(result.drop[at, i].numpy() - expected[1]).max() < EXACT, name
     assert not torch.equal(*result.orders["first_order@0"])
-    assert (result.keep[0] + result.drop[0] - 1).abs().max() > 0.01  # not linear
+    assert largest_difference(result.keep[0] + result.drop[0], 1) > 0.01  # not linear
 
 
 def test_random_curve_is_the_mean_of_its_draws(one_lens: ll.LoraLens):
@@ -96,7 +97,7 @@ def test_ends_are_nothing_and_everything(lens: ll.LoraLens):
     assert result.names == ("first_order@0", "weight_norm", "update_norm", "greedy", "random")
     assert torch.equal(result.keep[..., 0], torch.zeros(5, 2, dtype=torch.float64))
     assert torch.equal(result.drop[..., 0], torch.ones(5, 2, dtype=torch.float64))
-    assert (result.keep[..., -1] - 1).abs().max() < 1e-14
+    assert largest_difference(result.keep[..., -1], 1) < 1e-14
     assert result.drop[..., -1].abs().max() < 1e-14
     assert result.fractions[0] == 0 and result.fractions[-1] == 1
 
@@ -106,9 +107,9 @@ def test_same_seed_same_numbers(one_lens: ll.LoraLens, monkeypatch):
     one, two, other = (run(one_lens, seed=s) for s in (0, 0, 1))
     assert torch.equal(one.keep, two.keep)
     assert torch.equal(one.keep[:-1], other.keep[:-1])
-    assert (one.keep[-1] - other.keep[-1]).abs().max() > 1e-3
+    assert largest_difference(one.keep[-1], other.keep[-1]) > 1e-3
     limits.tokens_at_once(monkeypatch, ROW_TOKENS=40)
-    assert (run(one_lens).keep - one.keep).abs().max() < EXACT
+    assert largest_difference(run(one_lens).keep, one.keep) < EXACT
 
 
 def test_padding_and_answers_of_several_tokens(lens: ll.LoraLens):
@@ -118,8 +119,8 @@ def test_padding_and_answers_of_several_tokens(lens: ll.LoraLens):
         both = run(lens, prompts=texts, readout=readout, fractions=(0.3,))
         for i, text in enumerate(texts):
             alone = run(lens, prompts=text, readout=readout, fractions=(0.3,))
-            assert (both.keep[:-1, i] - alone.keep[:-1, 0]).abs().max() < 1e-9
-            assert (both.drop[:-1, i] - alone.drop[:-1, 0]).abs().max() < 1e-9
+            assert largest_difference(both.keep[:-1, i], alone.keep[:-1, 0]) < 1e-9
+            assert largest_difference(both.drop[:-1, i], alone.drop[:-1, 0]) < 1e-9
             assert all(torch.equal(o[i], alone.orders[n][0]) for n, o in both.orders.items())
 
 
@@ -156,11 +157,11 @@ def test_where_g_is_linear_the_signed_ranking_is_the_best(one_lens: ll.LoraLens)
     signed = att.per_site * att.shift.sign()[:, None]
     result = run(small, att, greedy=True, fractions=[k / 14 for k in range(15)])
     best = signed.sort(-1, descending=True).values.cumsum(-1) / att.shift.abs()[:, None]
-    assert (result.keep[0][:, 1:] - best).abs().max() < 1e-3
+    assert largest_difference(result.keep[0][:, 1:], best) < 1e-3
     assert (result.keep <= result.keep[:1] + 1e-3).all()
     assert (result.drop >= result.drop[:1] - 1e-3).all()
     at = result.names.index("greedy")
-    assert (result.keep[at] - result.keep[0]).abs().max() < 1e-3
+    assert largest_difference(result.keep[at], result.keep[0]) < 1e-3
     assert (result.keep[:1] > result.keep[1:3].amax(0) + 0.01).any()  # and the norms do not
 
 
@@ -170,7 +171,7 @@ def test_the_sign_of_the_shift_turns_the_ranking(one_lens: ll.LoraLens):
     one, two = run(one_lens), run(one_lens, readout=swapped)
     (name, *_) = one.names
     assert torch.equal(one.orders[name], two.orders[name])
-    assert (one.keep[:3] - two.keep[:3]).abs().max() < EXACT
+    assert largest_difference(one.keep[:3], two.keep[:3]) < EXACT
     small = small_shift_lens(one_lens)  # where first order is right, its negative is seen to fail
     right, negated = (run(small, sign * first(small).per_site) for sign in (1, -1))
     assert torch.equal(negated.orders["given"], right.orders["given"].flip(-1))
@@ -206,12 +207,12 @@ def test_norms_against_dense_updates_and_components(family: str, flags: str):
     """‖ΔW‖ of the dense map; ‖δz‖ as `components` has it, with padding and folded biases."""
     lens = cases.case(family, list(models.MAKERS)[-1], flags).lens
     dense = torch.stack([(m.sB @ m.A).norm() for m in lens.maps])
-    assert (rankings.weight_norms(lens) - dense).abs().max() < 1e-12 * dense.max()
+    assert largest_difference(rankings.weight_norms(lens), dense) < 1e-12 * dense.max()
     texts = ["w5 w7 w8", "w9 w10 w11 w12 w13"]
     expected = ll.components(lens, texts, MARGIN, progress=False).delta_norm
     found = rankings.update_norms(lens.function(texts, MARGIN))
-    assert (found - expected).abs().max() < 1e-12 * expected.max()
-    assert (found[0] - found[1]).abs().max() > 0.01
+    assert largest_difference(found, expected) < 1e-12 * expected.max()
+    assert largest_difference(found[0], found[1]) > 0.01
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -220,7 +221,7 @@ def test_outside_the_blocks(target: str):
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw", (target, "q_proj")).lens
     expected = ll.components(lens, models.tokens(), MARGIN, progress=False).delta_norm
     g = lens.function(models.tokens(), MARGIN)
-    assert (rankings.update_norms(g) - expected).abs().max() < 1e-12
+    assert largest_difference(rankings.update_norms(g), expected) < 1e-12
     result = run(lens)
     for i, row in enumerate(models.tokens()):
         slow = slow_curves(lens, result.orders["update_norm"][i], result.counts, row)
@@ -245,7 +246,7 @@ def test_attributions_effects_and_tensors_rank_alike(one_lens: ll.LoraLens):
     scores = {"a": att, "b": effects, "c": att.per_site, "d": split, "e": att.per_site.mean(0)}
     result = run(one_lens, scores, baselines=False, fractions=(0.2,))
     assert result.names == tuple("abcde")
-    assert all((result.keep[i] - result.keep[0]).abs().max() < EXACT for i in range(4))
+    assert all(largest_difference(result.keep[i], result.keep[0]) < EXACT for i in range(4))
     assert run(one_lens, effects, baselines=False).names == ("leave_one_out",)
 
 

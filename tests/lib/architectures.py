@@ -20,6 +20,7 @@ import models
 import reference
 import torch
 import transformers as hf
+from differences import largest_difference
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -450,7 +451,7 @@ def measure(name: str) -> dict[str, float | int | str]:
 
 
 def _worst(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((cases.centred(ours) - cases.centred(expected)).abs().max())
+    return largest_difference(cases.centred(ours), cases.centred(expected))
 
 
 def _read(logits: torch.Tensor) -> torch.Tensor:
@@ -493,7 +494,7 @@ def _slopes(tiny: Case, tokens: torch.Tensor, at: float) -> float:
     off: list[float] = []
     for module, expected in oracle.items():
         sites = [site.module == module for site in tiny.lens.sites]
-        off.append(float((ours[:, sites].sum(1) - expected).abs().max()))
+        off.append(largest_difference(ours[:, sites].sum(1), expected))
     largest = max(float(expected.abs().max()) for expected in oracle.values())
     return max(off) / largest
 
@@ -520,7 +521,7 @@ def _effects(tiny: Case, tokens: torch.Tensor) -> float:
         if modules.count(module) > 1:
             continue
         without = reference.peft_readout(tiny.peft, tokens, _read, ones | {module: 0.0})
-        worst = max(worst, float((left_out[:, index] - (whole - without)).abs().max()))
+        worst = max(worst, largest_difference(left_out[:, index], whole - without))
     return worst
 
 

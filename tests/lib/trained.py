@@ -57,8 +57,3 @@ def logits(model) -> torch.Tensor:
         return cases.centred(model.logits(tokens))
     with torch.no_grad():
         return cases.centred(model(tokens).logits)
-
-
-def off(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference of two tensors."""
-    return float((one - other).abs().max())

@@ -9,6 +9,7 @@ import limits
 import models
 import pytest
 import torch
+from differences import largest_difference
 from torch import Tensor
 
 import lens_lora as ll
@@ -103,11 +104,11 @@ def test_equals_peft(family: str, cls: str, flags: str):
         pytest.skip("this version of transformer-lens builds another model")
     case = cases.case(family, cls, flags)
     adapted = ll.first_order(case.lens, prompts(), READOUTS["log_prob"]).adapted
-    assert (adapted - by_peft(case, RESPONSES)).abs().max() < 1e-10
-    assert (adapted - by_peft(case, RESPONSES, shift=-1)).abs().max() > 0.1
+    assert largest_difference(adapted, by_peft(case, RESPONSES)) < 1e-10
+    assert largest_difference(adapted, by_peft(case, RESPONSES, shift=-1)) > 0.1
     margin = ll.first_order(case.lens, prompts(), READOUTS["margin"]).adapted
     expected = by_peft(case, RESPONSES) - by_peft(case, OTHERS)
-    assert (margin - expected).abs().max() < 1e-10
+    assert largest_difference(margin, expected) < 1e-10
 
 
 @each_readout
@@ -117,7 +118,7 @@ def test_equals_a_row_for_each_token(lens: ll.LoraLens, name: str):
         one = ll.first_order(lens, prompts(), READOUTS[name], at=0.4, by=by)
         many = ll.first_order(lens, prompts(), SLOW[name], at=0.4, by=by)
         for field in ("values", "base", "adapted"):
-            assert (getattr(one, field) - getattr(many, field)).abs().max() < 1e-10
+            assert largest_difference(getattr(one, field), getattr(many, field)) < 1e-10
 
 
 @pytest.mark.sample(1)
@@ -127,10 +128,10 @@ def test_positions_and_tangents(lens: ll.LoraLens, name: str):
     whole = ll.first_order(lens, prompts(), READOUTS[name]).values
     reverse = ll.first_order(lens, prompts(), READOUTS[name], by="position")
     forward = ll.first_order(lens, prompts(), READOUTS[name], mode="forward", progress=False)
-    assert (reverse.values.sum(-1) - whole).abs().max() < 1e-11
-    assert (forward.values - whole).abs().max() < 1e-11
+    assert largest_difference(reverse.values.sum(-1), whole) < 1e-11
+    assert largest_difference(forward.values, whole) < 1e-11
     second = [half_row_sums(lens, of) for of in (READOUTS[name], SLOW[name])]
-    assert (second[0] - second[1]).abs().max() < 1e-10
+    assert largest_difference(second[0], second[1]) < 1e-10
 
 
 @pytest.mark.sample(1)
@@ -142,7 +143,7 @@ def test_interventions(lens: ll.LoraLens, name: str):
             ll.patch_sites(lens, prompts(), of, how=how, progress=False).values
             for of in (READOUTS[name], SLOW[name])
         ]
-        assert (found[0] - found[1]).abs().max() < 1e-10
+        assert largest_difference(found[0], found[1]) < 1e-10
     names = [n for n in lens.model.hook_dict if n.endswith(("attn.hook_z", "attn.o.hook_in"))]
     run = ll.patch_activations(
         lens, prompts(), READOUTS[name], names, direction="adapted_to_base", progress=False
@@ -150,7 +151,7 @@ def test_interventions(lens: ll.LoraLens, name: str):
     slow = ll.patch_activations(
         lens, prompts(), SLOW[name], names, direction="adapted_to_base", progress=False
     )
-    assert (run.values - slow.values).abs().max() < 1e-10
+    assert largest_difference(run.values, slow.values) < 1e-10
 
 
 @pytest.mark.slow
@@ -166,11 +167,11 @@ def test_an_adapted_unembedding(request):
         for i, (length, response) in enumerate(zip(LENGTHS, RESPONSES, strict=True)):
             at = fast.values[i, head].nonzero().flatten().tolist()
             assert at == list(range(length - 1, length - 1 + len(response)))
-        assert (fast.values.sum(-1) - slow.values.sum(-1)).abs().max() < 1e-10
+        assert largest_difference(fast.values.sum(-1), slow.values.sum(-1)) < 1e-10
         forward = ll.first_order(
             lens, prompts(), READOUTS["log_prob"], by="position", mode="forward", progress=False
         )
-        assert (forward.values - fast.values).abs().max() < 1e-10
+        assert largest_difference(forward.values, fast.values) < 1e-10
 
 
 @pytest.mark.sample(1)
@@ -185,7 +186,7 @@ def test_a_few_tokens_at_a_time(lens: ll.LoraLens, name: str, monkeypatch):
     whole = both()
     limits.picks_at_once(monkeypatch, 2)
     for one, other in zip(whole, both(), strict=True):
-        assert (one - other).abs().max() < 1e-12
+        assert largest_difference(one, other) < 1e-12
 
 
 def test_a_row_for_each_prompt(lens: ll.LoraLens):
@@ -239,7 +240,7 @@ def test_a_kl_is_read_at_each_token_of_a_response():
             p, q = (model(ids).logits[0, length:].log_softmax(-1) for model in both)
         expected.append((p.exp() * (p - q)).sum())
     found = ll.first_order(case.lens, row, ll.KL(), at=1.0)
-    assert (found.adapted - torch.stack(expected)).abs().max() < 1e-10
+    assert largest_difference(found.adapted, torch.stack(expected)) < 1e-10
     with pytest.raises(ll.errors.PromptError, match="the logit shift is about what follows"):
         ll.logit_shift(case.lens, row, progress=False)
     with pytest.raises(ll.errors.PromptError, match="an answer is about what follows"):
@@ -281,8 +282,8 @@ def test_tokens_sum_to_the_response(lens: ll.LoraLens):
         found = ll.first_order(
             lens, prompts(), READOUTS["log_prob"], at=0.3, progress=False, **arguments
         )
-        assert (found.per_site - whole.values).abs().max() < 1e-11
-        assert found.by[-1] == "token" and (found.shift - whole.shift).abs().max() < 1e-12
+        assert largest_difference(found.per_site, whole.values) < 1e-11
+        assert found.by[-1] == "token" and largest_difference(found.shift, whole.shift) < 1e-12
         beyond = found.values.isnan()
         assert beyond[1, ..., 2:].all() and not beyond[0].any() and not beyond[1, ..., :2].any()
         assert torch.equal(found.per_token.isnan().sum(1), torch.tensor([0, 4]))

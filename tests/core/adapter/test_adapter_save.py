@@ -14,6 +14,7 @@ import pandas as pd
 import peft
 import pytest
 import torch
+from differences import largest_difference
 from safetensors.torch import load_file
 from targets import TARGETS, has, peft_with
 
@@ -71,10 +72,10 @@ def test_peft_loads_what_was_saved(family: str, target: str, tmp_path):
     with torch.no_grad():
         expected, plain = original(models.tokens()).logits, base(models.tokens()).logits
     found = in_peft(base, folder)
-    assert (found - expected).abs().max() < EXACT < 0.05 < (found - plain).abs().max()
+    assert largest_difference(found, expected) < EXACT < 0.05 < (found - plain).abs().max()
     assert_same(ll.load_adapter(folder), dataclasses.replace(adapter, name="folder"))
     if family == "llama":
-        assert (lens_logits(base, ll.load_adapter(folder)) - found).abs().max() < 1e-9
+        assert largest_difference(lens_logits(base, ll.load_adapter(folder)), found) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_ranks_and_scales_of_each_module(config, tmp_path):
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             layer.scaling["default"] *= -0.3
     with torch.no_grad():
-        assert (in_peft(base, folder) - original(models.tokens()).logits).abs().max() < EXACT
+        assert largest_difference(in_peft(base, folder), original(models.tokens()).logits) < EXACT
 
 
 def test_whole_alphas_stay_whole_and_the_base_is_named(tmp_path):
@@ -122,11 +123,11 @@ def test_patterns_name_whole_paths(tmp_path):
     turned = dataclasses.replace(adapter, modules=modules)
     folder = turned.save(tmp_path)
     found = in_peft(base, folder)
-    assert (found - lens_logits(base, turned)).abs().max() < 1e-9
+    assert largest_difference(found, lens_logits(base, turned)) < 1e-9
     config = json.loads((folder / CONFIG).read_text())
     config["alpha_pattern"] = {"q_proj": next(iter(config["alpha_pattern"].values()))}
     (folder / CONFIG).write_text(json.dumps(config))
-    assert (in_peft(base, folder) - found).abs().max() > 1e-3
+    assert largest_difference(in_peft(base, folder), found) > 1e-3
 
 
 def test_a_path_that_matches_another_is_refused(tmp_path):
@@ -176,8 +177,8 @@ def test_the_top_of_an_attribution_is_a_pruned_adapter(family: str, tmp_path):
     gates = torch.tensor([float(s.module in set(top["module"])) for s in lens.sites])
     expected = lens.logits(models.tokens(), gates)
     found = in_peft(case.base, pruned.save(tmp_path))
-    assert (found - expected).abs().max() < 1e-9
-    assert (found - lens.logits(models.tokens())).abs().max() > 1e-2
+    assert largest_difference(found, expected) < 1e-9
+    assert largest_difference(found, lens.logits(models.tokens())) > 1e-2
     assert_same(ll.load_adapter(tmp_path), dataclasses.replace(pruned, name=tmp_path.name))
 
 
@@ -211,12 +212,11 @@ def test_a_sum_keeps_the_part_that_the_site_names(tmp_path):
     ):
         both.save(tmp_path / "both")
     part = both.only("*@b").save(tmp_path / "b")
-    assert (
-        in_peft(case.base, part) - lens.logits(models.tokens(), {"*@b": 1.0})
-    ).abs().max() < 1e-9
+    alone = lens.logits(models.tokens(), {"*@b": 1.0})
+    assert largest_difference(in_peft(case.base, part), alone) < 1e-9
     apart = one.only("*q_proj").named("a") + one.only("*v_proj").named("b")
     found = in_peft(case.base, apart.save(tmp_path / "apart"))
-    assert (found - ll.LoraLens(case.model, apart).logits(models.tokens())).abs().max() < 1e-9
+    assert largest_difference(found, ll.LoraLens(case.model, apart).logits(models.tokens())) < 1e-9
 
 
 def test_bad_tables():

@@ -10,8 +10,9 @@ import models
 import pytest
 import torch
 from adapter_files import CONFIG, WEIGHTS, rename_keys, saved, set_config
+from differences import largest_difference
 from safetensors.torch import load_file, save_file
-from trained import base_of, in_peft, logits, off, trained
+from trained import base_of, in_peft, logits, trained
 
 import lens_lora as ll
 
@@ -77,7 +78,7 @@ def test_keys_that_carry_the_adapter_s_name(everything, tmp_path):
     assert set(load_file(tmp_path / WEIGHTS)) <= state
     with pytest.warns(UserWarning, match="its keys carry the adapter's name, 'default'"):
         adapter = ll.load_adapter(tmp_path)
-    assert off(logits(lens_of(base, adapter)), logits(model)) < EXACT
+    assert largest_difference(logits(lens_of(base, adapter)), logits(model)) < EXACT
 
 
 WRAPPED = {
@@ -95,7 +96,7 @@ def test_what_wraps_a_model_is_left_out(rename, everything, tmp_path):
     rename_keys(saved(model, tmp_path), rename)
     with pytest.warns(UserWarning, match="is read as|lack PEFT's prefix"):
         adapter = ll.load_adapter(tmp_path)
-    assert off(logits(lens_of(base, adapter)), logits(model)) < EXACT
+    assert largest_difference(logits(lens_of(base, adapter)), logits(model)) < EXACT
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -108,7 +109,7 @@ def test_trained_on_the_model_without_its_head(family: str, tmp_path):
     setattr(tuned, body, model.get_base_model())
     with pytest.warns(UserWarning, match="headless model"):
         adapter = ll.load_adapter(saved(model, tmp_path))
-    assert off(logits(lens_of(base, adapter)), logits(tuned)) < EXACT
+    assert largest_difference(logits(lens_of(base, adapter)), logits(tuned)) < EXACT
 
 
 def test_biases_beside_copies(tmp_path):
@@ -121,7 +122,9 @@ def test_biases_beside_copies(tmp_path):
     assert {f"{q}.{name}" for name in extra} <= set(tensors)
     for adapter in (ll.Adapter.from_peft(model), ll.load_adapter(tmp_path)):
         for flags in ({}, models.PROCESSED):
-            assert off(logits(lens_of(base, adapter, **flags)), logits(model)) < EXACT
+            assert (
+                largest_difference(logits(lens_of(base, adapter, **flags)), logits(model)) < EXACT
+            )
     tensors[f"{q}.modules_to_save.bias"] += 1
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(ll.errors.AdapterError, match="one tensor, and differ in the file"):
@@ -139,10 +142,10 @@ def test_parameters_that_the_config_does_not_name(tmp_path):
         tensors[f"{PREFIX}transformer.{name}"] = (old + noise).detach()
     save_file(tensors, folder / WEIGHTS)
     adapter, expected = ll.load_adapter(folder), in_peft(base, folder)
-    assert off(expected, logits(base)) > 0.1
-    assert off(logits(lens_of(base, adapter)), expected) < EXACT
+    assert largest_difference(expected, logits(base)) > 0.1
+    assert largest_difference(logits(lens_of(base, adapter)), expected) < EXACT
     again = adapter.save(tmp_path / "two")
-    assert off(in_peft(base, again), expected) < EXACT
+    assert largest_difference(in_peft(base, again), expected) < EXACT
 
 
 def test_one_adapter_of_several():
@@ -156,7 +159,7 @@ def test_one_adapter_of_several():
     one, two = (ll.Adapter.from_peft(model, name) for name in ("default", "second"))
     assert "lm_head" in one.modules and not any("o_proj" in path for path in one.modules)
     assert "lm_head" not in two.modules and any("o_proj" in path for path in two.modules)
-    assert off(logits(lens_of(base, one)), logits(model)) < EXACT
+    assert largest_difference(logits(lens_of(base, one)), logits(model)) < EXACT
 
 
 # --- config and file disagree
@@ -233,7 +236,7 @@ def test_rows_of_a_head_that_the_config_does_not_name(tmp_path):
     folder = saved(model, tmp_path, save_embedding_layers=True)
     tensors = load_file(folder / WEIGHTS)
     key = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"
-    assert off(logits(lens_of(base, ll.load_adapter(folder))), logits(model)) < EXACT
+    assert largest_difference(logits(lens_of(base, ll.load_adapter(folder))), logits(model)) < EXACT
     tensors[key] += 1
     save_file(tensors, folder / WEIGHTS)
     refused(folder, "lm_head", "lacks it")
@@ -276,9 +279,9 @@ def test_half_of_everything(everything, tmp_path):
     """`scaled`, and gates of ½, are the base plus half of each change; PEFT cannot hold that."""
     base, model = everything
     expected, adapter = logits(halved(model, base)), ll.Adapter.from_peft(model)
-    assert off(logits(lens_of(base, adapter.scaled(0.5))), expected) < EXACT
+    assert largest_difference(logits(lens_of(base, adapter.scaled(0.5))), expected) < EXACT
     found = lens_of(base, adapter).logits(models.tokens(), 0.5)
-    assert off(found - found.mean(-1, keepdim=True), expected) < EXACT
+    assert largest_difference(found - found.mean(-1, keepdim=True), expected) < EXACT
     with pytest.raises(
         ll.errors.UnsupportedAdapterError, match="0.5 times an update that holds a module"
     ):
@@ -294,12 +297,12 @@ def test_parts_and_sums(everything):
     globs = ("lm_head", "*norm")
     one, other = adapter.only(*globs), adapter.without_modules(*globs).named("rest")
     assert len(one) == 6 and len(one) + len(other) == len(adapter)
-    assert off(logits(lens_of(base, one + other)), logits(model)) < EXACT
+    assert largest_difference(logits(lens_of(base, one + other)), logits(model)) < EXACT
     twice = lens_of(base, adapter.only("lm_head") + adapter.only("lm_head").named("again"))
     assert {site.name for site in twice.sites} == {"unembed@default", "unembed@again"}
     half = {"unembed@default": 0.5, "unembed@again": 0.5}
     alone = lens_of(base, adapter.only("lm_head")).logits(models.tokens())
-    assert off(twice.logits(models.tokens(), half), alone) < EXACT
+    assert largest_difference(twice.logits(models.tokens(), half), alone) < EXACT
 
 
 def test_a_part_is_saved_as_peft_has_it(everything, tmp_path):
@@ -309,7 +312,12 @@ def test_a_part_is_saved_as_peft_has_it(everything, tmp_path):
     folder = part.save(tmp_path)
     assert not any("lora_" in key for key in load_file(folder / WEIGHTS))
     expected = logits(lens_of(base, part))
-    assert off(in_peft(base, folder), expected) < EXACT < 0.1 < off(expected, logits(base))
+    assert (
+        largest_difference(in_peft(base, folder), expected)
+        < EXACT
+        < 0.1
+        < largest_difference(expected, logits(base))
+    )
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 

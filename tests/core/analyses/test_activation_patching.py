@@ -8,6 +8,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from model_state import merged_model, same, state
 from targets import hooked, peft_with
 from torch import Tensor
@@ -95,16 +96,16 @@ def test_every_point_against_the_merged_model(family: str, flags: str, direction
     assert whole.names == tuple(known) and len(known) > 20
     for name, found in zip(known, whole.values.T, strict=True):
         expected = effect_on(lens, merged, tokens, name, direction)
-        assert (found - expected).abs().max() < 1e-9, name
+        assert largest_difference(found, expected) < 1e-9, name
     some = [n for n in known if "pattern" not in n][::5]
     single = patch(lens, tokens, MARGIN, some, direction=direction, positions="each")
     part = patch(lens, tokens, MARGIN, some, direction=direction, positions=slice(-3, None))
     for column, name in enumerate(some):
         expected = effect_on(lens, merged, tokens, name, direction, slice(-3, None))
-        assert (part.values[:, column] - expected).abs().max() < 1e-9, name
+        assert largest_difference(part.values[:, column], expected) < 1e-9, name
         for position in (2, 6):
             expected = effect_on(lens, merged, tokens, name, direction, position)
-            assert (single.values[:, column, position] - expected).abs().max() < 1e-9, name
+            assert largest_difference(single.values[:, column, position], expected) < 1e-9, name
 
 
 @pytest.mark.parametrize("positions", ["prompt", "response"])
@@ -160,8 +161,8 @@ def test_a_frozen_update_is_seen(cls: str):
     read = MARGIN.of_logits(lens.model, 2)
     lost = read(run(merged, tokens)) - read(frozen)
     expected = effect_on(lens, merged, tokens, name, "base_to_adapted")
-    assert (lost - expected).abs().max() > 1e-3
-    assert (patch(lens, tokens, MARGIN, name).values[:, 0] - expected).abs().max() < 1e-9
+    assert largest_difference(lost, expected) > 1e-3
+    assert largest_difference(patch(lens, tokens, MARGIN, name).values[:, 0], expected) < 1e-9
 
 
 @pytest.mark.sample(1)
@@ -170,12 +171,12 @@ def test_the_whole_residual_carries_the_shift_and_the_embedding_none(direction: 
     lens, tokens = cases.case("llama", cls, "processed").lens, models.tokens()
     names = [LAST[cls], FINAL[cls], FIRST[cls]]
     effects = patch(lens, tokens, MARGIN, names, direction=direction)
-    assert (effects.share[:, 0] - 1).abs().max() < 1e-11
+    assert largest_difference(effects.share[:, 0], 1) < 1e-11
     assert effects.values[:, 2].abs().max() < 1e-11 * effects.shift.abs().max()
     if cls == "TransformerBridge":
-        assert (effects.share[:, 1] - 1).abs().max() < 1e-11
+        assert largest_difference(effects.share[:, 1], 1) < 1e-11
     read_only = patch(lens, tokens, MARGIN, LAST[cls], direction=direction, positions=-1)
-    assert (read_only.share - 1).abs().max() < 1e-11
+    assert largest_difference(read_only.share, 1) < 1e-11
     before = patch(lens, tokens, MARGIN, LAST[cls], direction=direction, positions=slice(0, -1))
     assert before.values.abs().max() < 1e-11 * effects.shift.abs().max()
 
@@ -238,7 +239,7 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(readout: ll.Readout, cls: 
                 size = alone.values.shape[2]
                 values, padding = values[:, :size], values[:, size:]
                 assert padding.isnan().all() and not values.isnan().any()
-            assert (values - alone.values[0]).abs().max() < 1e-11 * alone.shift.abs().max()
+            assert largest_difference(values, alone.values[0]) < 1e-11 * alone.shift.abs().max()
 
 
 @pytest.mark.parametrize("target", ["embedding", "lm_head"])
@@ -250,7 +251,7 @@ def test_sites_outside_the_blocks(target: str, cls: str):
     for direction in DIRECTIONS:
         effects = patch(lens, models.tokens(), MARGIN, names, direction=direction)
         expected = torch.full((2, 2), float(target == "embedding"), dtype=torch.float64)
-        assert (effects.share - expected).abs().max() < 1e-11
+        assert largest_difference(effects.share, expected) < 1e-11
 
 
 @models.of_some_lines(len(models.MAKERS) == 2, "only transformer-lens 3 has this hook point")
@@ -258,7 +259,7 @@ def test_a_head_is_shown_with_its_update(cls: str):
     base, model = hooked("gpt2", cls, "raw")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "lm_head")))
     effects = patch(lens, models.tokens(), MARGIN, "unembed.hook_out")
-    assert (effects.share - 1).abs().max() < 1e-11
+    assert largest_difference(effects.share, 1) < 1e-11
 
 
 def test_results_by_head_without_the_update_are_refused(cls: str):

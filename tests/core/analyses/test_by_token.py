@@ -7,6 +7,7 @@ import models
 import pytest
 import reference
 import torch
+from differences import largest_difference
 
 import lens_lora as ll
 from lens_lora.core.function import forward as function
@@ -52,7 +53,7 @@ def test_groups_are_sums_of_sites(lens: ll.LoraLens, group):
             summed = sites.values[:, list(members)].sum(1)
             assert apart(found.values[:, column], summed) < 1e-11
         assert found.response == sites.response
-    assert (found.shift - sites.shift).abs().max() < 1e-12
+    assert largest_difference(found.shift, sites.shift) < 1e-12
 
 
 @pytest.mark.sample(4)
@@ -76,9 +77,9 @@ def test_groups_of_a_whole_readout_by_peft(lens: ll.LoraLens, group, at: float):
             near = margin(members, step) - margin(members, -step)
             far = margin(members, 2 * step) - margin(members, -2 * step)
             slope = (8 * near - far) / (12 * step)
-            assert (found.values[:, column] - slope).abs().max() < 1e-8
+            assert largest_difference(found.values[:, column], slope) < 1e-8
     sites = first_order(lens, tokens, readout, at=at)
-    assert (found.shift - sites.shift).abs().max() < 1e-12
+    assert largest_difference(found.shift, sites.shift) < 1e-12
     for column, members in enumerate(found.groups.values()):
         assert apart(found.values[:, column], sites.values[:, list(members)].sum(1)) < 1e-11
 
@@ -193,9 +194,9 @@ def test_the_mean_over_tokens(lens: ll.LoraLens):
             for readout in (mean, RESPONSE)
         )
         assert apart(found.values, whole.values * share[:, None, None]) < 1e-12
-        assert (found.adapted - whole.adapted * share).abs().max() < 1e-12
+        assert largest_difference(found.adapted, whole.adapted * share) < 1e-12
     once = first_order(lens, prompts(), mean, at=0.4)
-    assert (once.values - found.per_site).abs().max() < 1e-12
+    assert largest_difference(once.values, found.per_site) < 1e-12
     assert found.readout == "mean log p(per prompt)"
 
 
@@ -208,7 +209,7 @@ def test_groups_are_saved_and_tabled(lens: ll.LoraLens, tmp_path):
     assert len(frame) == 2 * (6 + 2) and set(frame["group"]) == {"layer 0", "layer 1"}
     assert frame["value"].sum() == pytest.approx(float(found.values.nansum()))
     assert list(found.top(1)) == ["group", "value", "share"]
-    assert (found.per_token.nansum(1) - found.per_group.sum(1)).abs().max() < 1e-12
+    assert largest_difference(found.per_token.nansum(1), found.per_group.sum(1)) < 1e-12
     whole = of(lens, group="layer", by=())
     again = ll.results.GroupAttribution.load(whole.save(tmp_path / "whole.safetensors"))
     assert again.by == () and apart(again.values, whole.values) == 0

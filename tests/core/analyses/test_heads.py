@@ -10,6 +10,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from heads import features, margin, swapped
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def held_against_peft(held, family: str, kinds: str, direction: str) -> None:
             where = [(layer, kind, features(family, kind, head, heads))]
             truth = expected(held.peft, family, where, direction)
             ours = rows[f"blocks.{layer}.attn.hook_{kind}[{head}]"]
-            assert (ours - truth).abs().max() < ROUND_OFF, (layer, kind, head)
+            assert largest_difference(ours, truth) < ROUND_OFF, (layer, kind, head)
             largest = max(largest, float(truth.abs().max()))
     assert largest > 1e-2
 
@@ -95,10 +96,10 @@ def test_the_oracle_sees_another_head(cls: str):
     whole = ll.patch_activations(held.lens, TOKENS, MARGIN, "blocks.0.attn.hook_z", progress=False)
     truth = partial(expected, held.peft, "llama", direction="base_to_adapted")
     parts = [(0, "z", features("llama", "z", head, 4)) for head in range(4)]
-    assert (whole.values[:, 0] - truth(where=parts)).abs().max() < ROUND_OFF
+    assert largest_difference(whole.values[:, 0], truth(where=parts)) < ROUND_OFF
     for head in range(4):
         for other in ([parts[head - 1]], parts):
-            assert (effects.values[:, head] - truth(where=other)).abs().max() > 1e-3
+            assert largest_difference(effects.values[:, head], truth(where=other)) > 1e-3
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -114,7 +115,7 @@ def test_positions_each_head_by_itself(cls: str):
                 lens, TOKENS[row : row + 1, :length], MARGIN, name, positions=positions, **EACH
             )
             values = both.values[row][..., :length] if positions == "each" else both.values[row]
-            assert (values - alone.values[0]).abs().max() < 1e-11 * alone.shift.abs().max()
+            assert largest_difference(values, alone.values[0]) < 1e-11 * alone.shift.abs().max()
     frame = both.to_frame()
     assert frame["hook"].tolist() == ["attn.hook_k[0]", "attn.hook_k[1]"] * 2
     assert set(frame["layer"]) == {1}
@@ -133,7 +134,7 @@ def test_rows_that_begin_where_they_patch_equal_whole_rows(cls: str, monkeypatch
         for limit in ("ROW_TOKENS", "BRANCH_TOKENS"):
             monkeypatch.setattr(memory, limit, 40)
         found.append(ll.patch_activations(lens, TOKENS, MARGIN, names, **EACH).values)
-    assert (found[0] - found[1]).abs().max() < 1e-11 * found[0].abs().max()
+    assert largest_difference(found[0], found[1]) < 1e-11 * found[0].abs().max()
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)

@@ -8,6 +8,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from every_family import EVERY, lens_of
 from reference import peft_readout, plain_readout
 from targets import EXACT, HOST_ERROR, hooked, peft_with
@@ -50,7 +51,7 @@ def off_from_peft(lens: ll.LoraLens, family: str, how: str) -> float:
     sign = 1 if how == "add_one" else -1
     found = patch(lens, tokens, MARGIN, how, group=groups)
     assert list(found.groups) == list(groups)
-    return float((found.values - sign * torch.stack(moved, 1)).abs().max())
+    return largest_difference(found.values, sign * torch.stack(moved, 1))
 
 
 @pytest.mark.sample(3)
@@ -83,14 +84,14 @@ def test_groups_one_at_a_time(how: str, group, cls: str):
     effects = patch(lens, tokens, MARGIN, how, group=group)
     base, adapted = (plain_readout(lens, tokens, MARGIN, lens.gates(e)) for e in (0.0, 1.0))
     size = (adapted - base).abs().max()
-    assert (effects.base - base).abs().max() < 1e-12 * size
-    assert (effects.adapted - adapted).abs().max() < 1e-12 * size
+    assert largest_difference(effects.base, base) < 1e-12 * size
+    assert largest_difference(effects.adapted, adapted) < 1e-12 * size
     for column, indices in enumerate(effects.groups.values()):
         gates = lens.gates(float(how == "leave_one_out"))
         gates[list(indices)] = 1 - gates[list(indices)]
         moved = plain_readout(lens, tokens, MARGIN, gates)
         expected = moved - base if how == "add_one" else adapted - moved
-        assert (effects.values[:, column] - expected).abs().max() < 1e-11 * size
+        assert largest_difference(effects.values[:, column], expected) < 1e-11 * size
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -107,7 +108,7 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(how: str, readout: ll.Read
             own = ll.AnswerMargin([readout.doc[row]], [readout.pre[row]])
         alone = patch(lens, tokens[row : row + 1, :length], own, how)
         size = alone.values.abs().max()
-        assert (both.values[row] - alone.values[0]).abs().max() < 1e-11 * size
+        assert largest_difference(both.values[row], alone.values[0]) < 1e-11 * size
         assert both.str_tokens[row] == alone.str_tokens[0]
 
 
@@ -129,7 +130,7 @@ def test_sites_outside_the_blocks(target: str, cls: str):
             gates = lens.gates(off)
             gates[lens.site_index(name)] = on
             moved = read(lens.logits(tokens, gates)[:, -1])
-            assert (column - (on - off) * (moved - start)).abs().max() < 1e-10
+            assert largest_difference(column, (on - off) * (moved - start)) < 1e-10
 
 
 def test_by_hand():
@@ -149,7 +150,7 @@ def test_by_hand():
 def test_everything_as_one_group_is_the_shift(how: str):
     lens = cases.case("qwen2", NEWEST, "raw").lens
     effects = patch(lens, models.tokens(), MARGIN, how, group={"all": "*"})
-    assert (effects.values[:, 0] - effects.shift).abs().max() < 1e-12
+    assert largest_difference(effects.values[:, 0], effects.shift) < 1e-12
     assert effects.interaction.abs().max() < 1e-12
 
 
@@ -166,7 +167,7 @@ def test_a_sum_of_adapters_by_adapter():
             patch(case.lens, tokens, MARGIN, how),
             patch(lens, tokens, MARGIN, how, group=pairs),
         )
-        assert (whole.values - paired.values).abs().max() < 1e-11
+        assert largest_difference(whole.values, paired.values) < 1e-11
 
 
 def test_only_some_sites_are_run():
@@ -177,7 +178,7 @@ def test_only_some_sites_are_run():
     names = [n for n in every.groups if n.endswith(".q") or n.startswith("blocks.1.mlp")]
     assert list(some.groups) == names and not some.is_by_site and every.is_by_site
     columns = [list(every.groups).index(n) for n in names]
-    assert (some.values - every.values[:, columns]).abs().max() < 1e-11
+    assert largest_difference(some.values, every.values[:, columns]) < 1e-11
     layers = patch(lens, tokens, MARGIN, sites="*.q", group="layer")
     assert {n: len(of) for n, of in layers.groups.items()} == {"layer 0": 1, "layer 1": 1}
     with pytest.raises(ValueError, match="every site exactly once"):

@@ -6,6 +6,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 
 import lens_lora as ll
 
@@ -43,24 +44,24 @@ def parts(lens: ll.LoraLens, gauge: str, **options) -> torch.Tensor:
 def test_svd_parts_are_those_of_the_dense_svd_whatever_the_factors(cls: str, flags: str):
     lens = cases.case("qwen2", cls, flags).lens
     found = parts(lens, "svd")
-    assert (found - parts(with_factors(lens, by_numpy), "trained")).abs().max() < 1e-10
+    assert largest_difference(found, parts(with_factors(lens, by_numpy), "trained")) < 1e-10
     other = with_factors(lens, mixed(models.seeded(5)))
-    assert (found - parts(other, "svd")).abs().max() < 1e-9
-    assert (parts(lens, "trained") - parts(other, "trained")).abs().max() > 1e-2
-    assert (found.sum(-1) - parts(lens, "trained").sum(-1)).abs().max() < 1e-10
+    assert largest_difference(found, parts(other, "svd")) < 1e-9
+    assert largest_difference(parts(lens, "trained"), parts(other, "trained")) > 1e-2
+    assert largest_difference(found.sum(-1), parts(lens, "trained").sum(-1)) < 1e-10
 
 
 def test_both_modes_and_the_other_axes_know_the_gauge(tmp_path):
     lens = cases.case("gpt2", list(models.MAKERS)[0], "processed").lens
     by = ("position", "head", "rank")
     reverse = parts(lens, "svd", by=by)
-    assert (reverse.sum((2, 3)) - parts(lens, "svd")).abs().max() < 1e-10
-    assert (reverse - parts(lens, "svd", by=by, mode="forward")).abs().max() < 1e-9
+    assert largest_difference(reverse.sum((2, 3)), parts(lens, "svd")) < 1e-10
+    assert largest_difference(reverse, parts(lens, "svd", by=by, mode="forward")) < 1e-9
     response = ll.AnswerLogProb(torch.tensor([5, 9]))
     token = ll.first_order(lens, models.tokens(), response, by=("rank", "token"), gauge="svd")
     whole = ll.first_order(lens, models.tokens(), response, by="rank", gauge="svd")
-    assert (token.values.sum(-1) - whole.values).abs().max() < 1e-10
-    assert whole.gauge == "svd" and (whole.shift - token.shift).abs().max() < 1e-12
+    assert largest_difference(token.values.sum(-1), whole.values) < 1e-10
+    assert whole.gauge == "svd" and largest_difference(whole.shift, token.shift) < 1e-12
     assert ll.results.Attribution.load(whole.save(tmp_path / "a.safetensors")).gauge == "svd"
     assert ll.first_order(lens, models.tokens(), MARGIN).gauge == ""
 
@@ -86,9 +87,9 @@ def test_shares_of_a_divergence_know_the_gauge():
         return found.values
 
     svd = shares(lens, "svd")
-    assert (svd - shares(other, "svd")).abs().max() < 1e-9 * svd.abs().max()
-    assert (svd - shares(other, "trained")).abs().max() > 1e-2 * svd.abs().max()
-    assert (svd - shares(with_factors(lens, by_numpy), "trained")).abs().max() < 1e-10
-    assert (svd.sum(-1) - shares(lens, "trained").sum(-1)).abs().max() < 1e-10
+    assert largest_difference(svd, shares(other, "svd")) < 1e-9 * svd.abs().max()
+    assert largest_difference(svd, shares(other, "trained")) > 1e-2 * svd.abs().max()
+    assert largest_difference(svd, shares(with_factors(lens, by_numpy), "trained")) < 1e-10
+    assert largest_difference(svd.sum(-1), shares(lens, "trained").sum(-1)) < 1e-10
     with pytest.raises(ll.errors.ArgumentError, match="by='rank' too"):
         ll.kl_shares(lens, models.tokens(), gauge="svd")

@@ -10,6 +10,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from reference import peft_scales
 from targets import hooked, peft_with
 from torch import Tensor
@@ -252,7 +253,7 @@ def test_ranks_are_gauge_free_and_become_an_attribution(tmp_path):
               texts=texts())
         for of in (lens, other)
     )  # fmt: skip
-    assert (found.values - same.values).abs().max() < 1e-9
+    assert largest_difference(found.values, same.values) < 1e-9
     split = found.attribution()
     assert split.by == ("rank",) and split.gauge == "svd"
     assert torch.equal(split.values.flatten(1), found.values)
@@ -281,8 +282,8 @@ def test_branching_and_batches_agree(how: str, of: str, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr("lens_lora.core.function.many_gates.pays", lambda *given: False)
             plain = find(readout=ll.Margin(5, 9), replace=replace)
-        assert (branched.values - plain.values).abs().max() < 1e-12
-        assert (branched.values - mine.values).abs().max() < 1e-12
+        assert largest_difference(branched.values, plain.values) < 1e-12
+        assert largest_difference(branched.values, mine.values) < 1e-12
 
 
 def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
@@ -294,7 +295,7 @@ def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
     monkeypatch.setattr("lens_lora.core.function.memory.ROW_TOKENS", 1)
     after = [find(replace=replace, texts=texts()).values for replace in REPLACES]
     for one, other in zip(before, after, strict=True):
-        assert (one - other).abs().max() < 1e-12
+        assert largest_difference(one, other) < 1e-12
 
 
 def test_a_text_that_is_given_twice_is_in_the_mean_once(monkeypatch):
@@ -302,13 +303,13 @@ def test_a_text_that_is_given_twice_is_in_the_mean_once(monkeypatch):
     lens, rows = cases.case("llama", NEWEST, "raw").lens, texts().tokens
     find = functools.partial(patch, lens, prompts(), ll.Margin(5, 9), "add_one", replace="mean")
     once, twice = (find(texts=given).values for given in (rows[:2], rows[[0, 0, 1, 0]]))
-    assert (once - twice).abs().max() < 1e-12
+    assert largest_difference(once, twice) < 1e-12
     beginning = ll.results.Prompts(rows[[0, 1, 0]], torch.tensor([rows.shape[1], rows.shape[1], 3]))
-    assert (once - find(texts=beginning).values).abs().max() < 1e-12
+    assert largest_difference(once, find(texts=beginning).values) < 1e-12
     monkeypatch.setattr(stand_in, "ROW_TOKENS", 1)
-    assert (once - find(texts=beginning).values).abs().max() < 1e-12
+    assert largest_difference(once, find(texts=beginning).values) < 1e-12
     monkeypatch.setattr(Prompts, "distinct", lambda texts: texts.after_first)
-    assert (once - find(texts=beginning).values).abs().max() > 1e-4
+    assert largest_difference(once, find(texts=beginning).values) > 1e-4
 
 
 @pytest.mark.bad_input

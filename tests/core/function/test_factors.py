@@ -18,6 +18,7 @@ import pytest
 import reference
 import targets
 import torch
+from differences import largest_difference
 from made_by_folders import has_a_shared_plan, input_of_experts, map_of_experts
 from torch import Tensor
 
@@ -232,7 +233,8 @@ def test_other_adapters_of_the_same_shapes_from_a_bank(config: Config):
         found = scanned[scanned["adapter"] == name].set_index(["prompt", "site"])["value"]
         for index, site in enumerate(case.lens.sites):
             of_site = torch.tensor([found[row, site.name] for row in range(len(PROMPTS))])
-            assert (of_site - values[:, index]).abs().max() < ROUND_OFF * values.abs().max(), name
+            bound = ROUND_OFF * values.abs().max()
+            assert largest_difference(of_site, values[:, index]) < bound, name
 
 
 @pytest.mark.parametrize("config", [LLAMA, FOLDED], ids=str)

@@ -6,6 +6,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from torch import Tensor
 
 import lens_lora as ll
@@ -27,7 +28,7 @@ def lens(request: pytest.FixtureRequest) -> ll.LoraLens:
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
     assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) < EXACT
+    assert largest_difference(found, expected) < EXACT
 
 
 def test_slopes_of_values_that_are_read_of_the_logits(lens: ll.LoraLens):

@@ -6,6 +6,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
@@ -53,7 +54,7 @@ def test_rows_that_branch_equal_rows_from_the_start(family, cls, flags, monkeypa
     monkeypatch.setattr(Plain, "used", False)
     expected = tangents(lens, parts)
     assert Plain.used
-    assert (found - expected).abs().max() < 1e-12 * expected.abs().max().clamp(min=1)
+    assert largest_difference(found, expected) < 1e-12 * expected.abs().max().clamp(min=1)
     assert (expected.abs().amax((0, 2)) > 0).any()
 
 
@@ -65,7 +66,7 @@ def test_experts_have_rows_of_their_own(cls, monkeypatch):
     parts = mixed_parts(lens)
     expected = tangents(lens, parts)
     monkeypatch.setattr(lens.plan.host, "keeps_rows", True)
-    assert (tangents(lens, parts) - expected).abs().max() > 1e-6
+    assert largest_difference(tangents(lens, parts), expected) > 1e-6
 
 
 @pytest.mark.slow
@@ -77,7 +78,7 @@ def test_any_chunking_gives_the_same(cls, monkeypatch):
     longest = lens.prompts(PROMPTS).tokens.shape[1]
     for rows in (1, 3):
         monkeypatch.setattr(batching, "TANGENT_TOKENS", rows * longest)
-        assert (tangents(lens, parts) - whole).abs().max() < 1e-12
+        assert largest_difference(tangents(lens, parts), whole) < 1e-12
 
 
 @CLASSES
@@ -90,4 +91,4 @@ def test_a_row_that_begins_too_late_is_seen(cls, monkeypatch):
     monkeypatch.setattr(
         module.tree, "more_copies", lambda count: lambda t, hook: grown(count)(t, hook).flip(0)
     )
-    assert (tangents(lens, parts) - whole).abs().max() > 1e-6
+    assert largest_difference(tangents(lens, parts), whole) > 1e-6

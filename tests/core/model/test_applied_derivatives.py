@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
+from differences import largest_difference
 
 import lens_lora as ll
 from lens_lora.core.model import injections
@@ -69,7 +70,7 @@ def reverse(f, at: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-7) -> bool:
     assert expected.abs().max() > 1e-2
-    return bool((found - expected).abs().max() < tolerance * expected.abs().max())
+    return bool(largest_difference(found, expected) < tolerance * expected.abs().max())
 
 
 def forms(lens: ll.LoraLens) -> dict[str, tuple[torch.Tensor, Callable]]:

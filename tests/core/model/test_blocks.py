@@ -18,6 +18,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from every_call import CALLS, same
 from interrupts import held
 
@@ -252,7 +253,7 @@ def nested_off(lens: ll.LoraLens, first: ll.Adapter, second: ll.Adapter, how: st
     with torch.no_grad(), contextlib.ExitStack() as blocks:
         for part in both:
             blocks.enter_context(part.applied() if how == "blocks" else listed(part))
-        return float((lens.model(tokens()) - wanted).abs().max())
+        return largest_difference(lens.model(tokens()), wanted)
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)

@@ -11,6 +11,7 @@ import models
 import pytest
 import reference
 import torch
+from differences import largest_difference
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,7 @@ EVERY_FLAG = [
 
 
 def worst(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((cases.centred(a) - cases.centred(b)).abs().max())
+    return largest_difference(cases.centred(a), cases.centred(b))
 
 
 def rms(a: torch.Tensor, b: torch.Tensor) -> float:

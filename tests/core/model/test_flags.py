@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 from cases import centred
+from differences import largest_difference
 
 import lens_lora as ll
 from lens_lora.core.model.basis import SiteMap
@@ -61,23 +62,23 @@ def test_exact_under_flags(cls: str, flags: tuple[str, ...], family: str, proces
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft), hf_model=base)
     with torch.no_grad():
         expected = centred(peft(tokens).logits)
-    assert (centred(lens.logits(tokens)) - expected).abs().max() < 1e-9
+    assert largest_difference(centred(lens.logits(tokens)), expected) < 1e-9
     reverse = ll.first_order(lens, tokens, MARGIN, at=0.5)
     forward = ll.first_order(lens, tokens, MARGIN, at=0.5, mode="forward", progress=False)
     size = reverse.values.abs().max()
-    assert (forward.values - reverse.values).abs().max() < 1e-10 * size
+    assert largest_difference(forward.values, reverse.values) < 1e-10 * size
     few = tokens[:, :3]
     whole = ll.first_order(lens, few, MARGIN).values
     bound = 1e-10 * whole.abs().max()
     every = ("position", "head", "rank")
     for by in (("head",), every):  # flags change what a head reads
         split = ll.first_order(lens, few, MARGIN, by=by)
-        assert (split.per_site - whole).abs().max() < bound
+        assert largest_difference(split.per_site, whole) < bound
         parts = ll.first_order(lens, few, MARGIN, by=by, mode="forward", progress=False)
-        assert (split.values - parts.values).abs().max() < bound
+        assert largest_difference(split.values, parts.values) < bound
     product = ll.components(lens, tokens, MARGIN, progress=False).first_order
     at_base = ll.first_order(lens, tokens, MARGIN).values
-    assert (product - at_base).abs().max() < 1e-10 * at_base.abs().max()
+    assert largest_difference(product, at_base) < 1e-10 * at_base.abs().max()
 
 
 @pytest.mark.sample(2)
@@ -95,13 +96,13 @@ def test_copied_inputs_on_a_bridge(family: str, processing: dict, flag: str):
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft), hf_model=base)
     with torch.no_grad():
         expected = centred(peft(tokens).logits)
-    assert (centred(lens.logits(tokens)) - expected).abs().max() < 1e-9
+    assert largest_difference(centred(lens.logits(tokens)), expected) < 1e-9
     reverse = ll.first_order(lens, tokens, MARGIN, at=0.5).values
     forward = ll.first_order(lens, tokens, MARGIN, at=0.5, mode="forward", progress=False).values
-    assert (forward - reverse).abs().max() < 1e-10 * reverse.abs().max()
+    assert largest_difference(forward, reverse) < 1e-10 * reverse.abs().max()
     ahead, behind = (lens.logits(tokens, 0.5 + h)[:, -1] for h in (1e-5, -1e-5))
     slope = ((ahead - behind)[:, 5] - (ahead - behind)[:, 9]) / 2e-5
-    assert (slope - reverse.sum(1)).abs().max() < 1e-5 * reverse.abs().max()
+    assert largest_difference(slope, reverse.sum(1)) < 1e-5 * reverse.abs().max()
 
 
 @models.NEEDS_BRIDGE
@@ -191,8 +192,8 @@ def test_heads_with_inputs_of_their_own(cls: str, family: str, flag: str, points
             with lens.applied():
                 found = model.run_with_hooks(tokens, fwd_hooks=[(name, one_head)])
             plain = merged(tokens)
-        assert (found - expected).abs().max() < 1e-9
-        assert (plain - expected).abs().max() > 1e-3
+        assert largest_difference(found, expected) < 1e-9
+        assert largest_difference(plain, expected) > 1e-3
         refused = pytest.raises(ll.errors.ModelStateError, match="each head has an input of its")
         with attached(model, [(name, one_head)]), refused:
             ll.lora_activations(lens, tokens)

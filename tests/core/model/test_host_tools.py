@@ -21,6 +21,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from reference import peft_readout
 from torch import Tensor
 from transformer_lens import patching
@@ -458,8 +459,8 @@ def errors(run: Callable[[Any], Tensor], lens: ll.LoraLens, merged: Any) -> tupl
         adapted = run(model)
     base = run(lens.model)
     return (
-        float((adapted - expected).detach().abs().max()),
-        float((base - expected).detach().abs().max()),
+        largest_difference(adapted, expected),
+        largest_difference(base, expected),
     )
 
 
@@ -680,7 +681,7 @@ def test_a_gradient_at_a_site_s_input(cls: str):
 
     with lens.applied() as model, model.hooks(fwd_hooks=[(name, keep)]):
         (found,) = torch.autograd.grad(metric(model(CLEAN)), kept)
-    assert (found - hooked[0]).abs().max() < EXACT
+    assert largest_difference(found, hooked[0]) < EXACT
     with lens.applied() as model, model.hooks(bwd_hooks=[(name, lambda grad, hook: None)]):
         with pytest.raises(ModelStateError, match=AT_INPUT + r" blocks.1.attn.o reads"):
             model(CLEAN)
@@ -717,10 +718,10 @@ def test_patched_activations_as_transformer_lens_has_them(direction: str):
     assert list(found.index_df["pos"]) == list(expected.index_df["pos"])
     for read in ("mean", "stderr", "effect", "permutation_pvalue"):
         ours, theirs = getattr(found, read)(), getattr(expected, read)()
-        assert (ours - theirs).abs().max() < EXACT, read
-    assert (found.values - expected.values).abs().max() < EXACT
-    assert (found.baseline - expected.baseline).abs().max() < EXACT
-    assert (found.normalized(other_end) - effects.share.movedim(0, -1)).abs().max() < EXACT
+        assert largest_difference(ours, theirs) < EXACT, read
+    assert largest_difference(found.values, expected.values) < EXACT
+    assert largest_difference(found.baseline, expected.baseline) < EXACT
+    assert largest_difference(found.normalized(other_end), effects.share.movedim(0, -1)) < EXACT
     assert found.effect().abs().max() > SEEN
     columns = ["metric", "name", "layer", "hook", "pos", "example", "value"]
     assert list(found.to_dataframe()) == columns and len(found.to_dataframe()) == 2 * 4 * 3
@@ -747,10 +748,10 @@ def test_switched_sites_as_transformer_lens_has_them(how: str):
         return peft_readout(case.peft, tokens, lambda logits: by_row(logits[:, None]), factors)
 
     expected = torch.stack([run({module: after}) for module in modules])
-    assert (found.values - expected).abs().max() < EXACT
-    assert (found.baseline - run({})).abs().max() < EXACT
+    assert largest_difference(found.values, expected) < EXACT
+    assert largest_difference(found.baseline, run({})) < EXACT
     share = found.normalized(run(dict.fromkeys(modules, after)))
-    assert (share - effects.share.T).abs().max() < EXACT
+    assert largest_difference(share, effects.share.T) < EXACT
     assert found.effect().abs().max() > SEEN
     low, high = found.bootstrap_ci(of_effect=True)
     assert bool((low <= high).all()) and found.stderr().shape == (len(modules),)

@@ -16,6 +16,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from model_state import merged_model
 from peft import PeftModel
 from targets import hooked, peft_with
@@ -58,12 +59,12 @@ def test_the_cache_is_transformer_lens_s_own(family: str, flags: str, cls: str):
         return torch.cat([cache.decompose_resid(), cache.accumulated_resid()])
 
     base, adapted, merged = on_base_adapted_merged(lens, merged_model(family, cls, flags), stacked)
-    assert (adapted - merged).abs().max() < EXACT
-    assert (base - merged).abs().max() > SEEN
+    assert largest_difference(adapted, merged) < EXACT
+    assert largest_difference(base, merged) > SEEN
     tangents = ll.tangents(lens, tokens)
     assert isinstance(tangents, ActivationCache)
     parts, whole = tangents.decompose_resid().sum(0), tangents.accumulated_resid()[-1]
-    assert (parts - whole).abs().max() < EXACT
+    assert largest_difference(parts, whole) < EXACT
 
 
 LINEARS = {"gate": "gate", "up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
@@ -95,7 +96,7 @@ def test_delta_w_is_what_merged_weights_differ_by(family: str, flags: str, cls: 
         with torch.no_grad():
             expected = dense(merged, site, cls) - dense(case.model, site, cls)
         assert delta.AB.shape == expected.shape, site.name
-        assert (delta.AB - expected).abs().max() < EXACT, site.name
+        assert largest_difference(delta.AB, expected) < EXACT, site.name
         assert expected.abs().max() > SEEN
         assert torch.equal(case.lens.delta_w(site.name).AB, delta.AB)
 
@@ -109,7 +110,7 @@ def test_delta_w_of_other_targets_is_peft_s(target: str, cls: str):
     merged = copy.deepcopy(peft).merge_and_unload()
     for site in (s for s in lens.sites if s.kind in ("embed", "fc_in")):
         ends = [m.get_submodule(site.module).weight.detach() for m in (base, merged)]
-        assert (lens.delta_w(site).AB - (ends[1] - ends[0]).T).abs().max() < EXACT, site.name
+        assert largest_difference(lens.delta_w(site).AB, (ends[1] - ends[0]).T) < EXACT, site.name
 
 
 def test_delta_w_of_a_scaled_embedding_is_what_its_hook_adds(cls: str):
@@ -120,14 +121,14 @@ def test_delta_w_of_a_scaled_embedding_is_what_its_hook_adds(cls: str):
     merged = models.MAKERS[cls](copy.deepcopy(peft).merge_and_unload())
     factor = 1.0 if cls == "HookedTransformer" else base.config.hidden_size**0.5
     expected = factor * (merged.W_E - model.W_E).T
-    assert (lens.delta_w("embed").AB - expected).abs().max() < EXACT < expected.abs().max()
+    assert largest_difference(lens.delta_w("embed").AB, expected) < EXACT < expected.abs().max()
     tokens = models.tokens()
     with torch.no_grad(), lens.applied() as adapted:
         after = adapted.run_with_cache(tokens)[1]["hook_embed"]
     with torch.no_grad():
         before = model.run_with_cache(tokens)[1]["hook_embed"]
     added = lens.delta_w("embed").AB[:, tokens].movedim(0, -1)
-    assert (after - before - added).abs().max() < EXACT
+    assert largest_difference(after - before, added) < EXACT
 
 
 def test_delta_w_meets_other_factored_matrices(cls: str):
@@ -137,9 +138,9 @@ def test_delta_w_meets_other_factored_matrices(cls: str):
     with torch.no_grad():
         seen = lens.delta_w(site).T @ lens.model.W_U
         expected = lens.delta_w(site).AB.T @ lens.model.W_U
-    assert isinstance(seen, FactoredMatrix) and (seen.AB - expected).abs().max() < EXACT
+    assert isinstance(seen, FactoredMatrix) and largest_difference(seen.AB, expected) < EXACT
     values = lens.delta_w(site).S
-    assert (values[:3] - torch.linalg.svdvals(lens.delta_w(site).AB)[:3]).abs().max() < EXACT
+    assert largest_difference(values[:3], torch.linalg.svdvals(lens.delta_w(site).AB)[:3]) < EXACT
     with pytest.raises(ll.errors.SiteError, match="matches .* sites; name one"):
         lens.delta_w("blocks.*.attn.q")
     with pytest.raises(ll.errors.SiteError, match="matches no site"):

@@ -8,8 +8,9 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from targets import NORMS
-from trained import logits, off, trained
+from trained import logits, trained
 
 import lens_lora as ll
 from lens_lora.core.model.basis import NormMap
@@ -58,7 +59,7 @@ def test_each_norm_alone_equals_peft(family: str, cls: str):
                     p.copy_(kept.get_parameter(name) + share * (p - kept.get_parameter(name)))
         found = cases.centred(lens.logits(models.tokens(), gates))
         limit = HOST_ERROR.get((family, cls), EXACT)
-        assert off(found, logits(oracle)) < limit, site.name
+        assert largest_difference(found, logits(oracle)) < limit, site.name
 
 
 @pytest.mark.sample(1)
@@ -75,7 +76,7 @@ def test_every_activation_is_that_of_the_merged_model(family: str, cls: str):
             _, found = lens.model.run_with_cache(models.tokens(), names_filter=names)
     assert set(found) == set(expected)
     for name in names:
-        assert off(found[name], expected[name]) < 1e-10, name
+        assert largest_difference(found[name], expected[name]) < 1e-10, name
 
     def edit(tensor, hook):
         return tensor * 1.2 + 0.1
@@ -85,7 +86,7 @@ def test_every_activation_is_that_of_the_merged_model(family: str, cls: str):
             with lens.applied():
                 ours = lens.model.run_with_hooks(models.tokens(), fwd_hooks=[(name, edit)])
             theirs = merged.run_with_hooks(models.tokens(), fwd_hooks=[(name, edit)])
-        assert off(cases.centred(ours), cases.centred(theirs)) < 1e-10, name
+        assert largest_difference(cases.centred(ours), cases.centred(theirs)) < 1e-10, name
 
 
 _SHOWN = {
@@ -135,10 +136,10 @@ def test_derivatives_and_their_parts(family: str, cls: str):
     reverse = ll.first_order(lens, texts, MARGIN, at=0.6, by=by)
     forward = ll.first_order(lens, texts, MARGIN, at=0.6, mode="forward", progress=False)
     size = reverse.values.abs().max()
-    assert (reverse.per_site - forward.values).abs().max() < ROUND_OFF * size
+    assert largest_difference(reverse.per_site, forward.values) < ROUND_OFF * size
     few = ("position", "head")
     split = ll.first_order(lens, texts, MARGIN, at=0.6, by=few, mode="forward", progress=False)
-    assert (split.values - reverse.values.sum(-1)).abs().max() < ROUND_OFF * size
+    assert largest_difference(split.values, reverse.values.sum(-1)) < ROUND_OFF * size
     of_heads = reverse.values.sum((2, 4))
     for index, site in enumerate(lens.sites):
         if site.kind in ("q_norm", "k_norm"):
@@ -151,7 +152,7 @@ def test_derivatives_and_their_parts(family: str, cls: str):
     ends = [ll.first_order(lens, texts, MARGIN, at=0.6 + e).values for e in (step, -step)]
     curved = ll.coupling(lens, texts, MARGIN, at=0.6, progress=False).matrix.sum(-1)
     slopes = (ends[0] - ends[1]) / (2 * step)
-    assert (curved - slopes).abs().max() < 1e-6 * slopes.abs().max(), name
+    assert largest_difference(curved, slopes) < 1e-6 * slopes.abs().max(), name
 
 
 @models.NEEDS_HOOKED_TRANSFORMER
@@ -163,7 +164,7 @@ def test_norms_of_heads_are_split_alike_by_both_classes():
         _, _, lens = built("qwen3", cls, modules_to_save=["q_norm", "k_norm"])
         by = ("position", "head")
         both.append(ll.first_order(lens, models.tokens(), MARGIN, at=1.0, by=by).values)
-    assert off(*both) < 1e-9 * both[0].abs().max()
+    assert largest_difference(*both) < 1e-9 * both[0].abs().max()
 
 
 @models.NEEDS_HOOKED_TRANSFORMER
@@ -176,13 +177,13 @@ def test_components_do_not_depend_on_how_often_a_norm_runs():
             _, _, lens = built(family, cls)
             found = ll.components(lens, models.tokens(), MARGIN, progress=False)
             first = ll.first_order(lens, models.tokens(), MARGIN).values
-            assert (found.first_order - first).abs().max() < ROUND_OFF * first.abs().max()
+            assert largest_difference(found.first_order, first) < ROUND_OFF * first.abs().max()
             both.append((lens.sites, found))
         (sites, one), (_, other) = both
         norms = [i for i, site in enumerate(sites) if site.kind in ("ln1", "ln2", "ln_final")]
         for field in ("z_norm", "delta_norm", "sensitivity", "cosine", "gain"):
             a, b = (getattr(c, field)[:, norms] for c in (one, other))
-            assert (a - b).abs().max() < 1e-6 * b.abs().max(), field
+            assert largest_difference(a, b) < 1e-6 * b.abs().max(), field
 
 
 def test_the_other_analyses(cls: str):
@@ -190,18 +191,18 @@ def test_the_other_analyses(cls: str):
     _, model, lens = built("llama", cls)
     texts = ["w5 w7 w8", "w9 w10 w11 w12"]
     path = ll.path_attribution(lens, texts, MARGIN, tol=1e-6, progress=False)
-    assert (path.values.sum(1) - path.shift).abs().max() < 1e-5
+    assert largest_difference(path.values.sum(1), path.shift) < 1e-5
     effects = ll.patch_sites(lens, texts, MARGIN, how="leave_one_out", progress=False)
     index = lens.site_index("blocks.0.ln1")
     without = {s.name: float(i != index) for i, s in enumerate(lens.sites)}
     read = MARGIN.of_logits(lens.model, 2)
     ends = [read(lens.prompts(texts).at_read(lens.logits(texts, g))) for g in (1.0, without)]
-    assert (effects.values[:, index] - (ends[0] - ends[1])).abs().max() < ROUND_OFF
+    assert largest_difference(effects.values[:, index], ends[0] - ends[1]) < ROUND_OFF
     held = ll.faithfulness(lens, texts, MARGIN, path, progress=False)
     assert bool(torch.isfinite(held.keep).all())
     module = model.base_model.model.model.layers[0].input_layernorm
     change = module.modules_to_save["default"].weight - module.original_module.weight
-    assert off(lens.delta_w("blocks.0.ln1").AB, torch.diag(change)) < 1e-15
+    assert largest_difference(lens.delta_w("blocks.0.ln1").AB, torch.diag(change)) < 1e-15
     assert lens.maps[index].norm() == pytest.approx(float(change.norm()), rel=1e-12)
     assert lens.sites[index].rank == 16
 
@@ -232,7 +233,7 @@ def test_norms_that_are_not_folded_are_exact_on_a_processed_model(cls: str):
     hooked = models.MAKERS[cls](base, **models.PROCESSED)
     lens = ll.LoraLens(hooked, ll.Adapter.from_peft(model), hf_model=base)
     assert {s.kind for s in lens.sites} >= {"q_norm", "k_norm", "ln1_post", "ln2_post"}
-    assert off(logits(lens), logits(model)) < 1e-10
+    assert largest_difference(logits(lens), logits(model)) < 1e-10
 
 
 def test_stored_norms_of_the_base_are_no_update(cls: str):
@@ -243,7 +244,7 @@ def test_stored_norms_of_the_base_are_no_update(cls: str):
     for flags in ({}, models.PROCESSED):
         lens = ll.LoraLens(models.MAKERS[cls](base, **flags), adapter, hf_model=base)
         assert not any("ln" in site.name for site in lens.sites)
-        assert off(logits(lens), logits(model)) < EXACT
+        assert largest_difference(logits(lens), logits(model)) < EXACT
 
 
 @pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in"])
@@ -261,16 +262,16 @@ def test_copies_of_the_residual(flag: str, cls: str):
         lens = ll.LoraLens(hooked, adapter.without_modules("*ln_1"))
         for layer in model.base_model.model.transformer.h:
             layer.ln_1.enable_adapters(False)
-        assert off(logits(lens), logits(model)) < EXACT
+        assert largest_difference(logits(lens), logits(model)) < EXACT
     else:
         lens = ll.LoraLens(hooked, adapter)
-        assert off(logits(lens), logits(model)) < EXACT
+        assert largest_difference(logits(lens), logits(model)) < EXACT
         reverse = ll.first_order(lens, models.tokens(), MARGIN, at=1.0)
         forward = ll.first_order(
             lens, models.tokens(), MARGIN, at=1.0, mode="forward", progress=False
         )
         size = reverse.values.abs().max()
-        assert (reverse.values - forward.values).abs().max() < ROUND_OFF * size
+        assert largest_difference(reverse.values, forward.values) < ROUND_OFF * size
 
 
 @models.NEEDS_HOOKED_TRANSFORMER
@@ -286,7 +287,7 @@ def test_a_list_of_hooks_holds_a_bridge_s_norms():
     _, model, lens = built("llama", "TransformerBridge")
     with torch.no_grad():
         found = lens.model.run_with_hooks(models.tokens(), fwd_hooks=lens.fwd_hooks())
-    assert off(cases.centred(found), logits(model)) < EXACT
+    assert largest_difference(cases.centred(found), logits(model)) < EXACT
 
 
 def test_norms_that_the_model_lacks(cls: str):

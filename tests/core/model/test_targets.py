@@ -9,6 +9,7 @@ import cases
 import models
 import pytest
 import torch
+from differences import largest_difference
 from targets import EVERY, EXACT, HOST_ERROR, MARGIN, ROUND_OFF, base_for, hooked, peft_with
 
 import lens_lora as ll
@@ -66,9 +67,9 @@ def test_exact_and_differentiated_on_every_target(family: str, cls: str, flags: 
     with torch.no_grad():
         adapted, plain = (cases.centred(m(tokens).logits) for m in (peft, base))
     host = HOST_ERROR.get((family, cls), EXACT)
-    assert (cases.centred(lens.logits(tokens, 0.0)) - plain).abs().max() < host
-    assert (cases.centred(lens.logits(tokens)) - adapted).abs().max() < host
-    assert (adapted - plain).abs().max() > 0.05
+    assert largest_difference(cases.centred(lens.logits(tokens, 0.0)), plain) < host
+    assert largest_difference(cases.centred(lens.logits(tokens)), adapted) < host
+    assert largest_difference(adapted, plain) > 0.05
     if flags == "raw" and (family, cls, "processed", target) in EXACT_CELLS:
         return
 
@@ -76,8 +77,8 @@ def test_exact_and_differentiated_on_every_target(family: str, cls: str, flags: 
     forward = ll.first_order(lens, tokens, MARGIN, at=1.0, mode="forward", progress=False)
     split = ll.first_order(lens, tokens, MARGIN, at=1.0, by=("position", "head", "rank"))
     size = reverse.values.abs().max()
-    assert (forward.values - reverse.values).abs().max() < ROUND_OFF * size
-    assert (split.per_site - reverse.values).abs().max() < ROUND_OFF * size
+    assert largest_difference(forward.values, reverse.values) < ROUND_OFF * size
+    assert largest_difference(split.per_site, reverse.values) < ROUND_OFF * size
     frame = split.to_frame()
     assert abs(frame["value"].sum() - float(split.values.sum())) < ROUND_OFF * float(size)
 
@@ -92,7 +93,7 @@ def test_first_order_of_every_target_against_differences(target: str, cls: str):
     read = MARGIN.of_logits(model, len(tokens))
     up, down = (read(lens.logits(tokens, 1 + e)[:, -1]) for e in (step, -step))
     found = ll.first_order(lens, tokens, MARGIN, at=1.0).total
-    assert (found - (up - down) / (2 * step)).abs().max() < 1e-7 * found.abs().max()
+    assert largest_difference(found, (up - down) / (2 * step)) < 1e-7 * found.abs().max()
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -105,9 +106,9 @@ def test_parts_of_every_target_agree_in_both_modes(target: str, cls: str):
     reverse = ll.first_order(lens, texts, MARGIN, by=by)
     forward = ll.first_order(lens, texts, MARGIN, by=by, mode="forward", progress=False)
     size = reverse.values.abs().max()
-    assert (forward.values - reverse.values).abs().max() < ROUND_OFF * size
+    assert largest_difference(forward.values, reverse.values) < ROUND_OFF * size
     parts = ll.components(lens, texts, MARGIN, progress=False)
-    assert (parts.first_order - reverse.per_site).abs().max() < ROUND_OFF * size
+    assert largest_difference(parts.first_order, reverse.per_site) < ROUND_OFF * size
 
 
 @models.NEEDS_HOOKED_TRANSFORMER

@@ -7,8 +7,9 @@ import pytest
 import torch
 import transformers as hf
 from adapter_files import saved
+from differences import largest_difference
 from safetensors.torch import load_file, save_file
-from trained import base_of, in_peft, logits, off, trained
+from trained import base_of, in_peft, logits, trained
 
 import lens_lora as ll
 
@@ -77,12 +78,17 @@ def test_live_and_saved_equal_peft(name: str, tied: bool, cls: str, tmp_path):
     model = trained("llama", base, **config)
     folder = saved(model, tmp_path)
     expected, plain = logits(model), logits(base)
-    assert off(in_peft(base, folder), expected) < EXACT < 0.1 < off(expected, plain)
+    assert (
+        largest_difference(in_peft(base, folder), expected)
+        < EXACT
+        < 0.1
+        < largest_difference(expected, plain)
+    )
     for flags in ({}, models.PROCESSED):
         hooked = models.MAKERS[cls](base, **flags)
         for adapter in (ll.Adapter.from_peft(model), ll.load_adapter(folder)):
             lens = ll.LoraLens(hooked, adapter, hf_model=base)
-            assert off(logits(lens), expected) < EXACT
+            assert largest_difference(logits(lens), expected) < EXACT
             assert [s.kind for s in lens.sites if s.kind in OUTSIDE] == kinds[not tied]
 
 
@@ -117,9 +123,9 @@ def test_a_stored_embedding_that_is_not_the_base_s(name: str, tied: bool, cls: s
     expected, adapter = in_peft(base, folder), ll.load_adapter(folder)
     for flags in ({}, models.PROCESSED):
         lens = ll.LoraLens(models.MAKERS[cls](base, **flags), adapter, hf_model=base)
-        assert off(logits(lens), expected) < EXACT
+        assert largest_difference(logits(lens), expected) < EXACT
     again = adapter.save(tmp_path / "again")
-    assert off(in_peft(base, again), expected) < EXACT
+    assert largest_difference(in_peft(base, again), expected) < EXACT
 
 
 @pytest.mark.sample(3)
@@ -135,7 +141,7 @@ def test_a_stored_embedding_of_the_base_is_no_update(name: str, tied: bool, cls:
     needs_base = "trainable_token_indices" in config and tied
     lens = ll.LoraLens(hooked, adapter, hf_model=base if needs_base else None)
     live = ll.LoraLens(hooked, ll.Adapter.from_peft(model), hf_model=base)
-    assert off(logits(lens), logits(model)) < EXACT
+    assert largest_difference(logits(lens), logits(model)) < EXACT
     assert [(s.name, s.rank) for s in lens.sites] == [(s.name, s.rank) for s in live.sites]
 
 
@@ -163,7 +169,7 @@ def test_two_values_of_one_parameter(cls: str, tmp_path):
         ll.LoraLens(models.MAKERS[cls](base), adapter, hf_model=base)
     base = base_of("llama", tied=False)
     lens = ll.LoraLens(models.MAKERS[cls](base), adapter, hf_model=base)
-    assert off(logits(lens), in_peft(base, folder)) < EXACT
+    assert largest_difference(logits(lens), in_peft(base, folder)) < EXACT
 
 
 @models.NEEDS_HOOKED_TRANSFORMER
@@ -179,7 +185,7 @@ def test_a_hooked_transformer_does_not_say_whether_they_are_tied():
             ):
                 ll.LoraLens(hooked, adapter)
         else:
-            assert off(logits(ll.LoraLens(hooked, adapter)), logits(model)) < EXACT
+            assert largest_difference(logits(ll.LoraLens(hooked, adapter)), logits(model)) < EXACT
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3"])
@@ -190,7 +196,7 @@ def test_other_families(family: str, cls: str):
     for flags in ({}, models.PROCESSED):
         hooked = models.MAKERS[cls](base, **flags)
         lens = ll.LoraLens(hooked, ll.Adapter.from_peft(model), hf_model=base)
-        assert off(logits(lens), logits(model)) < 1e-10
+        assert largest_difference(logits(lens), logits(model)) < 1e-10
 
 
 @models.NEEDS_BRIDGE
@@ -202,4 +208,4 @@ def test_a_head_with_a_bias_loses_it_as_in_peft():
     for flags in ({}, models.PROCESSED):
         adapter = ll.Adapter.from_peft(model)
         lens = ll.LoraLens(models.bridge(base, **flags), adapter, hf_model=base)
-        assert off(logits(lens), logits(model)) < EXACT
+        assert largest_difference(logits(lens), logits(model)) < EXACT

@@ -12,8 +12,9 @@ import models
 import pytest
 import torch
 import transformers
+from differences import largest_difference
 from targets import NORMS
-from trained import base_of, logits, off, trained
+from trained import base_of, logits, trained
 
 import lens_lora as ll
 from lens_lora.core.model import injections, updates, value_constants
@@ -37,12 +38,12 @@ def seen(family: str, cls: str, plant, flags: dict | None = None, **config) -> N
     model = trained(family, base, **config)
     adapter, hooked = ll.Adapter.from_peft(model), models.MAKERS[cls](base, **(flags or {}))
     expected, lens = logits(model), ll.LoraLens(hooked, adapter, hf_model=base)
-    bare = off(cases.centred(lens.logits(models.tokens(), 0.0)), logits(base))
-    assert off(logits(lens), expected) < max(EXACT, 10 * bare) < 1e-6
+    bare = largest_difference(cases.centred(lens.logits(models.tokens(), 0.0)), logits(base))
+    assert largest_difference(logits(lens), expected) < max(EXACT, 10 * bare) < 1e-6
     plant()
     with contextlib.suppress(ll.errors.ModelStateError):  # refused is seen as well
         wrong = ll.LoraLens(hooked, adapter, hf_model=base)
-        assert off(logits(wrong), expected) > 1e-3
+        assert largest_difference(logits(wrong), expected) > 1e-3
 
 
 @models.NEEDS_HOOKED_TRANSFORMER
@@ -123,10 +124,10 @@ def test_a_bias_of_a_folded_value(cls: str, monkeypatch):
     for step in (lambda: None, plant):
         step()
         lens = ll.LoraLens(hooked, ll.Adapter.from_peft(model), hf_model=base)
-        assert off(logits(lens), logits(model)) < EXACT
+        assert largest_difference(logits(lens), logits(model)) < EXACT
         with torch.no_grad(), lens.applied() as adapted:
             values.append(adapted.run_with_cache(models.tokens())[1][name])
-    assert off(*values) > 1e-3
+    assert largest_difference(*values) > 1e-3
 
 
 @models.NEEDS_BRIDGE
@@ -138,12 +139,14 @@ def test_a_bias_of_o_alone_beside_a_folded_value():
     model = trained("llama", base, targets=["q_proj"], bias="all")
     hooked = models.bridge(base, **models.PROCESSED)
     lens = ll.LoraLens(hooked, ll.Adapter.from_peft(model), hf_model=base)
-    assert off(logits(lens), logits(model)) < EXACT
+    assert largest_difference(logits(lens), logits(model)) < EXACT
     at_o = [site for site in lens.sites if site.kind == "o"]
     assert len(at_o) == models.LAYERS and {site.rank for site in at_o} == {1}
     split = ll.first_order(lens, models.tokens(), ll.Margin(5, 9), by=("head", "rank"))
     whole = ll.first_order(lens, models.tokens(), ll.Margin(5, 9), mode="forward", progress=False)
-    assert off(split.per_site, whole.values) < EXACT < float(whole.values.abs().max())
+    assert (
+        largest_difference(split.per_site, whole.values) < EXACT < float(whole.values.abs().max())
+    )
 
 
 def test_rows_are_replaced_not_added(cls: str, monkeypatch):

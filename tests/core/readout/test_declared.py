@@ -9,6 +9,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from differences import largest_difference
 from torch import Tensor
 
 import lens_lora as ll
@@ -37,10 +38,6 @@ def Largest(logits: Tensor, k: int, *, sign: float = 1.0) -> Tensor:
     return sign * logits.topk(k).values.sum(-1)
 
 
-def worst(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max())
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_it_is_the_same_readout_as_of_the_function(cls: str):
@@ -49,13 +46,16 @@ def test_it_is_the_same_readout_as_of_the_function(cls: str):
     same = ll.Readout.of(lambda logits: torch.distributions.Categorical(logits=logits).entropy())
     expected = ll.first_order(lens, TEXTS, same, at=0.5)
     found = ll.first_order(lens, TEXTS, Entropy(), at=0.5)
-    assert worst(found.values, expected.values) < 1e-9 and worst(found.shift, expected.shift) < 1e-9
+    assert (
+        largest_difference(found.values, expected.values) < 1e-9
+        and largest_difference(found.shift, expected.shift) < 1e-9
+    )
     small = ll.first_order(lens.within(2e5), TEXTS, Entropy(), at=0.5)
-    assert worst(small.values, expected.values) < 1e-9
+    assert largest_difference(small.values, expected.values) < 1e-9
     found, expected = (
         ll.patch_sites(lens, TEXTS, readout, progress=False) for readout in (Entropy(), same)
     )
-    assert worst(found.values, expected.values) < 1e-9
+    assert largest_difference(found.values, expected.values) < 1e-9
     assert (found.readout, found.units) == ("H(next token)", "nats")
 
 
