@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -79,20 +80,38 @@ MAPS = {
 }
 
 
-def both(fn, primal, tangent, rows: int = 1):
-    """(value, derivative) with one product, and as torch does it."""
-    found = []
-    for ours in (True, False):
-        with fwad.dual_level():
-            dual = fwad.make_dual(primal, tangent)
-            if ours:
-                with OneProduct() as products:
-                    products.rows = rows
-                    out = fn(dual)
-            else:
-                out = fn(dual)
-            found.append([part.clone() for part in fwad.unpack_dual(out)])
-    return found
+class Dual(NamedTuple):
+    """What a map makes of a dual number."""
+
+    value: torch.Tensor
+    tangent: torch.Tensor
+
+
+def by_one_product(fn, primal: torch.Tensor, tangent: torch.Tensor, rows: int = 1) -> Dual:
+    """The map under the rules of the package, of which so many rows share a primal."""
+    with fwad.dual_level():
+        dual = fwad.make_dual(primal, tangent)
+        with OneProduct() as products:
+            products.rows = rows
+            out = fn(dual)
+        return unpacked(out)
+
+
+def by_torch(fn, primal: torch.Tensor, tangent: torch.Tensor) -> Dual:
+    """The map under torch's own forward mode, the oracle."""
+    with fwad.dual_level():
+        return unpacked(fn(fwad.make_dual(primal, tangent)))
+
+
+def unpacked(out: torch.Tensor) -> Dual:
+    """Copies of value and tangent, which outlive the dual level."""
+    value, tangent = fwad.unpack_dual(out)
+    return Dual(value.clone(), tangent.clone())
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Check that two tensors are equal up to rounding."""
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -108,16 +127,22 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     seed=st.integers(0, 99),
 )
 def test_equals_torch(name: str, sizes: tuple[int, ...], one_primal: bool, seed: int):
+    """Value and tangent, of rows that share a primal and of rows that do not."""
     rows, pos, wide, out = sizes
-    weight, bias = draw(wide, out, seed=seed), draw(out, seed=seed + 1)
+    weight = draw(wide, out, seed=seed)
+    bias = draw(out, seed=seed + 1)
     tangent = draw(rows, pos, wide, seed=seed + 2)
-    primal = draw(1 if one_primal else rows, pos, wide, seed=seed + 3)
-    primal = primal.expand(rows, pos, wide).contiguous()
-    found, expected = both(
-        lambda x: MAPS[name](x, weight, bias), primal, tangent, rows if one_primal else 1
-    )
-    for mine, torchs in zip(found, expected, strict=True):
-        assert torch.allclose(mine, torchs, rtol=1e-12, atol=1e-12)
+    primals = 1 if one_primal else rows
+    primal = draw(primals, pos, wide, seed=seed + 3).expand(rows, pos, wide).contiguous()
+
+    def mapped(x: torch.Tensor) -> torch.Tensor:
+        return MAPS[name](x, weight, bias)
+
+    sharing = rows if one_primal else 1
+    found = by_one_product(mapped, primal, tangent, sharing)
+    expected = by_torch(mapped, primal, tangent)
+    assert_equal(found.value, expected.value)
+    assert_equal(found.tangent, expected.tangent)
 
 
 class Rounded(torch.autograd.Function):
@@ -129,43 +154,52 @@ class Rounded(torch.autograd.Function):
 
 
 def test_an_operation_without_a_forward_derivative_is_named():
+    x = torch.ones(2, 3)
     with pytest.raises(ll.errors.ModelStateError) as caught, dual_forward():
-        x = torch.ones(2, 3)
         Rounded.apply(fwad.make_dual(x, x))
-    assert "Rounded.apply(" in str(caught.value) and "mode='reverse'" in str(caught.value)
+    message = str(caught.value)
+    assert "Rounded.apply(" in message
+    assert "mode='reverse'" in message
 
 
 def test_what_has_no_tangent_is_left_alone():
+    x = draw(4, 3, seed=1)
     weight = draw(3, 2, seed=0)
+    tangent = draw(3, 2, seed=2)
     with fwad.dual_level(), OneProduct():
-        plain = draw(4, 3, seed=1) @ weight
+        plain = x @ weight
         assert fwad.unpack_dual(plain).tangent is None
-        moving = draw(4, 3, seed=1) @ fwad.make_dual(weight, draw(3, 2, seed=2))
-        assert torch.equal(
-            fwad.unpack_dual(moving).tangent, draw(4, 3, seed=1) @ draw(3, 2, seed=2)
-        )
+        moving = x @ fwad.make_dual(weight, tangent)
+        assert torch.equal(fwad.unpack_dual(moving).tangent, x @ tangent)
 
 
 @pytest.mark.parametrize("name", sorted(MAPS.keys() - {"both dual", "in place, softmax"}))
 def test_values_keep_their_graph_and_tangents_have_none(name: str):
     """The value's gradient is that of the same map of plain numbers; its tangent is torch's."""
-    weight, bias = draw(4, 2, seed=0), draw(2, seed=1)
-    primal, tangent = draw(2, 3, 4, seed=2), draw(2, 3, 4, seed=3)
-    (_, moved), _ = both(lambda x: MAPS[name](x, weight, bias), primal, tangent)
+    weight = draw(4, 2, seed=0)
+    bias = draw(2, seed=1)
+    primal = draw(2, 3, 4, seed=2)
+    tangent = draw(2, 3, 4, seed=3)
     start = primal.clone().requires_grad_()
-    plain = MAPS[name](start * 1.0, weight, bias)
+
+    def mapped(x: torch.Tensor) -> torch.Tensor:
+        return MAPS[name](x, weight, bias)
+
+    expected_tangent = by_torch(mapped, primal, tangent).tangent
+    plain = mapped(start * 1.0)
     cotangent = draw(*plain.shape, seed=4)
-    (expected,) = torch.autograd.grad(plain, start, cotangent)
+    (expected_gradient,) = torch.autograd.grad(plain, start, cotangent)
+
     with fwad.dual_level(), OneProduct():
         dual = fwad.make_dual(start * 1.0, tangent)
-        value, slope = fwad.unpack_dual(MAPS[name](dual, weight, bias))
+        value, slope = fwad.unpack_dual(mapped(dual))
         slope = slope.detach().clone()
-    (found,) = torch.autograd.grad(value, start, cotangent)
-    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(slope, moved, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(value, start, cotangent)
+    assert_equal(gradient, expected_gradient)
+    assert_equal(slope, expected_tangent)
 
 
-# Of x [2, 3, 4] and of a part of it.
+# Maps of x [2, 3, 4] whose backward pass needs something of the forward pass.
 SAVING = {
     "silu": functional.silu,
     "gelu": lambda x: functional.gelu(x, approximate="tanh"),
@@ -188,25 +222,33 @@ SAVING = {
 @pytest.mark.parametrize("name", SAVING)
 def test_no_tangent_is_saved_for_the_way_back(name: str):
     """Value, gradient and tangent are torch's own, and the graph holds primals alone."""
-    primal, tangent = draw(2, 3, 4, seed=2), draw(2, 3, 4, seed=3)
+    mapped = SAVING[name]
+    primal = draw(2, 3, 4, seed=2)
+    tangent = draw(2, 3, 4, seed=3)
     with sdpa_kernel(SDPBackend.MATH):
-        (plain, moved), (expected, slope) = both(SAVING[name], primal, tangent)
-    assert torch.allclose(plain, expected, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(moved, slope, rtol=1e-12, atol=1e-12)
-    cotangent, start = draw(*plain.shape, seed=4), primal.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(SAVING[name](start * 1.0), start, cotangent)
-    held = {}
-    for ours in (True, False):
-        rules = OneProduct() if ours else nullcontext()
+        found = by_one_product(mapped, primal, tangent)
+        expected = by_torch(mapped, primal, tangent)
+    assert_equal(found.value, expected.value)
+    assert_equal(found.tangent, expected.tangent)
+
+    start = primal.clone().requires_grad_()
+    plain = mapped(start * 1.0)
+    cotangent = draw(*plain.shape, seed=4)
+    (expected_gradient,) = torch.autograd.grad(plain, start, cotangent)
+
+    def duals_in_the_graph(rules: AbstractContextManager) -> int:
+        """Differentiate in both modes at once; return how many saved tensors have a tangent."""
         with saved() as graph, fwad.dual_level(), sdpa_kernel(SDPBackend.MATH), rules:
             dual = fwad.make_dual(start * 1.0, tangent)
-            value, slope = fwad.unpack_dual(SAVING[name](dual))
+            value, slope = fwad.unpack_dual(mapped(dual))
             slope = slope.detach().clone()
-        held[ours] = sum(tensor.is_dual for tensor in graph)
-        assert torch.allclose(slope, moved, rtol=1e-12, atol=1e-12)
-        (found,) = torch.autograd.grad(value, start, cotangent)
-        assert torch.allclose(found, gradient, rtol=1e-12, atol=1e-12)
-    assert held[True] == 0 < held[False]
+        assert_equal(slope, expected.tangent)
+        (gradient,) = torch.autograd.grad(value, start, cotangent)
+        assert_equal(gradient, expected_gradient)
+        return sum(tensor.is_dual for tensor in graph)
+
+    assert duals_in_the_graph(OneProduct()) == 0
+    assert duals_in_the_graph(nullcontext()) > 0
 
 
 def test_no_graph_behind_a_tangent():
@@ -215,7 +257,8 @@ def test_no_graph_behind_a_tangent():
     with fwad.dual_level(), OneProduct():
         dual = fwad.make_dual(start * 1.0, draw(2, 3, 4, seed=3))
         out = (dual @ draw(4, 4, seed=0)) @ dual.mT
-        assert out.requires_grad and not fwad.unpack_dual(out.softmax(-1)).tangent.requires_grad
+        assert out.requires_grad
+        assert not fwad.unpack_dual(out.softmax(-1)).tangent.requires_grad
 
 
 SHARING = {
@@ -229,7 +272,10 @@ SHARING = {
 @pytest.mark.parametrize("rows", [2, 3, 6])
 def test_rows_of_different_primals_are_seen(rows: int, name: str):
     """The control: told that rows share a primal which they do not, it is wrong."""
-    primal, tangent = draw(6, 4, seed=1), draw(6, 4, seed=2)
-    found, expected = both(SHARING[name], primal, tangent, rows)
-    assert not torch.allclose(found[0], expected[0])
-    assert torch.allclose(found[0][:1], expected[0][:1])
+    mapped = SHARING[name]
+    primal = draw(6, 4, seed=1)
+    tangent = draw(6, 4, seed=2)
+    found = by_one_product(mapped, primal, tangent, rows)
+    expected = by_torch(mapped, primal, tangent)
+    assert not torch.allclose(found.value, expected.value)
+    assert torch.allclose(found.value[:1], expected.value[:1])
