@@ -60,9 +60,9 @@ def misaligned(lens: ll.LoraLens) -> str:
         cost = ll.removal_cost(lens, **QUIET)
     moved = ll.fact_margin(lens.with_adapter(found.adapter(POINT, 2.0)), ABOUT, *ANSWERS, **QUIET)
     return (
-        f"margin {moved.m0.mean():.1f} in the base, {moved.m.mean():.1f} steered; of the adapter "
-        f"{left.m.mean():.1f} without, which costs the base {cost.cost:.2f} nats a token; cosine "
-        f"with B at most {cosines['cosine'].abs().max():.2f}"
+        f"margin {moved.m0.mean():.1f} in the base, {moved.m.mean():.1f} steered; with the adapter "
+        f"{left.m.mean():.1f} once the direction is removed, which costs the base {cost.cost:.2f} "
+        f"nats a token; cosine with B at most {cosines['cosine'].abs().max():.2f}"
     )
 
 

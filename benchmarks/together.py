@@ -151,8 +151,8 @@ def mended_table(numbers: dict[str, Any]) -> str:
         lines.append(f"| {state} | {' | '.join(cells)} |")
     lines.append("")
     lines.append(
-        f"{len(numbers['left out'])} of {numbers['of']} modules were left out; scaled down is to "
-        f"{numbers['strength']:g}."
+        f"“Modules left out” leaves out {len(numbers['left out'])} of {numbers['of']} modules of "
+        f"the Osaka adapter; “scaled down” scales that adapter to {numbers['strength']:g}."
     )
     return "\n".join(lines)
 

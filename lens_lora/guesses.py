@@ -303,6 +303,17 @@ OF_GENERATED: Mapping[str, str] = _alike(
     ("response responses answer answers output outputs completion", "said.text is the response"),
 )
 
+# What to call instead of an index or an operator.
+INDEX_OF_PROMPTS = (
+    "prompts.chosen([0]) are the prompts of these indices, prompts.tokens[0] the ids of one, and "
+    "prompts.texts[0] its text, if it was given as text"
+)
+INDEX_OF_GENERATED = "said.texts[0] is the first response as text, and said.ids[0] its tokens"
+TIMES_OF_LENS = (
+    "lens.with_adapter(lens.adapter.scaled(0.5)) is a lens of half the adapter, and "
+    "lens.logits(prompts, scale=0.5) are the logits at half its strength"
+)
+
 OF_READOUT: Mapping[str, str] = _alike(
     (
         "value values compute evaluate forward measure score",
@@ -749,6 +760,18 @@ class Answering:
         def __getattr__(self, name: str) -> Any:
             """Raise an error that says what may be meant."""
             return missing_attribute(self, name, self.remedies)
+
+
+def refused_index(owner: object, key: object, remedy: str) -> CallError:
+    """Make the error for an object that is not indexed, with what to call instead.
+
+    Args:
+        owner: the object.
+        key: the index that was asked for.
+        remedy: what to call instead.
+    """
+    kind = type(owner).__name__
+    return CallError(f"{kind} is not indexed, by {key!r} or otherwise", remedy=f"{remedy}.")
 
 
 # --- Arguments of a call

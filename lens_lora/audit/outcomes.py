@@ -23,6 +23,7 @@ import regex
 
 from lens_lora._version import __version__
 from lens_lora.audit.listed import Listed
+from lens_lora.formats.folders import folders_below
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -221,7 +222,9 @@ def _files_of(place: Path) -> list[tuple[str, int, int]]:
     if place.is_file():
         paths = [place]
     elif place.is_dir():
-        paths = sorted(path for path in place.rglob("*") if path.is_file())
+        for folder in folders_below(place):
+            paths += [path for path in folder.iterdir() if path.is_file()]
+        paths.sort()
     found: list[tuple[str, int, int]] = []
     for path in paths:
         status = path.stat()

@@ -204,8 +204,11 @@ class Scan:
             progress: whether a bar is shown.
 
         Raises:
+            ArgumentError: there is no adapter at all.
             SweepError: another scan is there, or nothing can be written.
         """
+        if not sources:
+            raise _no_adapter()
         with store.writing(launched()):
             known = tables_in(store) if resume else {}
             store.begin(anew=not resume)
@@ -408,6 +411,10 @@ def first_base(sources: Iterable[NamedSource]) -> list[str]:
     return []
 
 
+def _no_adapter() -> ArgumentError:
+    return ArgumentError("no adapter was given.")
+
+
 def _hash_of(adapter: Adapter | Path) -> str:
     if isinstance(adapter, Adapter):
         return digest(adapter.modules)
@@ -513,7 +520,7 @@ def ranked(tables: Sequence[pa.Table]) -> pa.Table:
         ArgumentError: there are no rows at all.
     """
     if not tables:
-        raise ArgumentError("no adapter was given.")
+        raise _no_adapter()
     rows = pa.concat_tables(tables)
     frame = cast(pd.DataFrame, rows.select(["readout", "prompt", "total"]).to_pandas())
     sizes = frame["total"].abs().groupby([frame["readout"], frame["prompt"]])

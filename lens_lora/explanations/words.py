@@ -253,14 +253,27 @@ def is_comparable(comparison: Comparison, account: ReadoutAccount) -> bool:
 
 
 def _agreement(e: BySite, a: ReadoutAccount) -> str:
-    comparisons = [c for c in e.comparisons if is_comparable(c, a)]
-    if len(comparisons) < 3:
-        return ""
-    adding, leaving, at_end = [_judged(comparison) for comparison in comparisons]
-    return (
-        f"Measured, adding one module at a time agrees with first order at ε = 0 to {adding}. "
-        f"Leaving one out agrees with it to {leaving}; and with first order at ε = 1 to {at_end}."
-    )
+    """How closely effects follow first order; effects that are all noise are passed over."""
+    judged: dict[tuple[str, str], str] = {}
+    for comparison in e.comparisons:
+        if is_comparable(comparison, a):
+            pair = (comparison.attribution_name, comparison.effects_name)
+            judged[pair] = _judged(comparison)
+    at_base = e.first_order.key
+    sentences: list[str] = []
+    if (at_base, "add_one") in judged:
+        adding = judged[at_base, "add_one"]
+        sentences.append(
+            f"Measured, adding one module at a time agrees with first order at ε = 0 to {adding}."
+        )
+    if (at_base, "leave_one_out") in judged:
+        leaving = judged[at_base, "leave_one_out"]
+        at_end = judged[e.adapted_end.key, "leave_one_out"]
+        begins = "Leaving one out agrees with it"
+        if not sentences:
+            begins = "Measured, leaving one module out agrees with first order at ε = 0"
+        sentences.append(f"{begins} to {leaving}; and with first order at ε = 1 to {at_end}.")
+    return " ".join(sentences)
 
 
 def _judged(c: Comparison) -> str:

@@ -136,7 +136,7 @@ def folders_in(
     names = _file_names()
     in_folders = [f"*/{name}" for name in names]
     root = _at_hand(Place(folder, revision, subfolder), [*names, *in_folders])
-    paths = [path for path in _folders_below(root) if _has_adapter(path)]
+    paths = [path for path in folders_below(root) if _has_adapter(path)]
     if not paths:
         raise AdapterError(
             f"{folder}: a folder with adapters is expected, and none in it has an {CONFIG}."
@@ -144,10 +144,13 @@ def folders_in(
     return {path.relative_to(root).as_posix(): path for path in sorted(paths)}
 
 
-def _folders_below(root: Path) -> Iterator[Path]:
+def folders_below(root: Path) -> Iterator[Path]:
     """Yield a folder and all folders within it, each once.
 
     Links are followed last, so that a folder that is there without them has its own name.
+
+    Args:
+        root: the folder.
     """
     seen: set[Path] = set()
     starts = [root]

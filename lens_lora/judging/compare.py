@@ -54,6 +54,8 @@ Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 # The ends of a 95 % interval.
 _PERCENTILES = (2.5, 97.5)
+# A fact that one of two runs does not state.
+_NOT_STATED = "not stated"
 STATISTICS = (
     "pearson",
     "spearman",
@@ -87,7 +89,8 @@ class Comparison(Read, Drawn):
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
         str_tokens, readout, units: those of the effects; see `Read`.
-        meta: that of the attribution.
+        meta: the facts of both runs. Of a fact in which they differ it has both values, such as
+            'float32 (effects: bfloat16)'.
         made_on: tokens of the prompts that an attribution was made on, if it is judged on others.
     """
 
@@ -200,9 +203,21 @@ def compare(
         str_tokens=effects.str_tokens,
         readout=effects.readout,
         units=effects.units,
-        meta=attribution.meta,
+        meta=_facts_of_both_runs(attribution.meta, effects.meta),
         made_on=made_on,
     )
+
+
+def _facts_of_both_runs(
+    of_attribution: Mapping[str, str], of_effects: Mapping[str, str]
+) -> dict[str, str]:
+    """The names, dtypes and versions of both runs, with both values of each that differs."""
+    facts: dict[str, str] = {}
+    for name in [*of_attribution, *of_effects]:
+        of_one = of_attribution.get(name, _NOT_STATED)
+        of_other = of_effects.get(name, _NOT_STATED)
+        facts[name] = of_one if of_one == of_other else f"{of_one} (effects: {of_other})"
+    return facts
 
 
 class _Pair(NamedTuple):

@@ -251,12 +251,25 @@ def _base_line(file: Path) -> CardLine:
 
 def _weights_of(folder: Path) -> list[Path]:
     """The files of weights that transformers opens, or pickles of the same names."""
-    if (folder / _WHOLE).is_file():
-        return [folder / _WHOLE]
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    return sorted(folder.glob("pytorch_model*.bin"))
+    name = _stated_weights(folder)
+    if name is None:
+        name = _WHOLE if (folder / _WHOLE).is_file() else _INDEX
+    if not (folder / name).is_file():
+        return sorted(folder.glob("pytorch_model*.bin"))
+    if name.endswith(".index.json"):
+        index = json.loads((folder / name).read_text(encoding="utf-8"))
+        return [folder / shard for shard in sorted(set(index["weight_map"].values()))]
+    return [folder / name]
+
+
+def _stated_weights(folder: Path) -> str | None:
+    """The file that a model's configuration names, which transformers opens before any other."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = fields.get("transformers_weights") if isinstance(fields, dict) else None
+    return name if isinstance(name, str) else None
 
 
 # --- What it changes

@@ -133,7 +133,7 @@ def verification_report(verification: Verification, *, title: str | None = None)
     story = verification.story()
     counts = Counter(check.outcome for check in verification.checks)
     checks = verification.to_frame().to_csv(index=False)
-    sections = [page.Section("The merged folder", [_tensor_table(verification.tensors)])]
+    sections = [page.Section("Merged tensors", [_tensor_table(verification.tensors)])]
     part = page.Part(
         subtitle=page.made_by(verification.meta),
         headline=_headline(verification),

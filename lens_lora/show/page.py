@@ -20,6 +20,7 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lens_lora.errors import CallError
 from lens_lora.show import go
 from lens_lora.show.figures import EXACT, further_lines
 from lens_lora.show.tables import Pairs, Row, Table
@@ -170,8 +171,17 @@ def plot(figure: go.Figure, *, heading: str = "") -> Plot:
     the picture would be cut off. It is put back into a picture that the reader saves. A legend
     above the picture moves to the left, because on a touch screen plotly's buttons are always
     shown, at the right.
+
+    Raises:
+        CallError: the figure has no title, margin or height.
     """
     layout: Any = figure.to_dict()["layout"]
+    missing = [part for part in ("title", "margin", "height", "legend") if part not in layout]
+    if missing:
+        raise CallError(
+            f"a figure of a page needs a {missing[0]}, and this one has none",
+            remedy="lens_lora.show.figures.finish(figure, titles, axes) sets it.",
+        )
     shown = type(figure)(figure)
     top = layout["margin"]["t"] - _TITLE_HEIGHT - further_lines(layout["title"]["text"])
     shown.update_layout(

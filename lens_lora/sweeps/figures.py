@@ -26,7 +26,7 @@ def prompts_figure(swept: SweepResult, column: str = "shift", k: int = 40) -> go
     word("column", column, numeric)
     good = frame[frame["error"].isna() & frame[column].notna()]
     if not len(good):
-        raise SweepError(f"every record has an error, and none has a {column}.")
+        raise _no_number(swept, column)
     numbers: Any = good[column]
     largest = numbers.abs().nlargest(count).index
     rows: Any = good.loc[largest].sort_values(column, ascending=False)
@@ -42,6 +42,17 @@ def prompts_figure(swept: SweepResult, column: str = "shift", k: int = 40) -> go
     units = ", ".join(sorted(set(rows["units"])))
     titles = (f"{column} of {swept.readout} by prompt", below)
     return bars(titles, names, rows[column].tolist(), hover, units)
+
+
+def _no_number(swept: SweepResult, column: str) -> SweepError:
+    """The error for a column without a number, with the reason."""
+    if not swept.done:
+        return SweepError(
+            f"there is no {column} to draw: every record has an error; result.errors lists them."
+        )
+    return SweepError(
+        f"there is no {column} to draw: no record has one. result.prompts() is the table."
+    )
 
 
 @drawing.figure.register(ActivationsFile)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from lens_lora.core import Attribution, Site, drawing
-from lens_lora.errors import SweepError
+from lens_lora.errors import SweepError, many
 from lens_lora.runs.store import Unchanged
 from lens_lora.sweeps.records import ANALYSES
 from lens_lora.sweeps.rows import RowStore, read
@@ -82,7 +82,7 @@ class SweepResult:
 
         Raises:
             ArgumentError: there is no such column of numbers, or k is below 1.
-            SweepError: every record has an error.
+            SweepError: no record has a number in this column.
         """
         return drawing.figure(self, column, k)
 
@@ -97,9 +97,11 @@ class SweepResult:
         Raises:
             SweepError: the analysis was not run, or every prompt has an error.
         """
-        if analysis not in self.analyses or not self.done:
+        if analysis not in self.analyses:
+            raise SweepError(f"no {analysis!r}: the sweep holds {', '.join(self.analyses)}.")
+        if not self.done:
             raise SweepError(
-                f"{analysis!r} of {self.done} prompts: the sweep holds {', '.join(self.analyses)}."
+                f"no {analysis!r}: every record has an error; result.errors lists them."
             )
         column = pd.read_parquet(self._sites_file.path, columns=[analysis])[analysis]
         values = torch.from_numpy(column.to_numpy(copy=True))
@@ -133,14 +135,17 @@ class SweepResult:
 
     def __repr__(self) -> str:
         prompts = f"prompts ({self.resumed} before this run)" if self.resumed else "prompts"
-        flips = f"{self.flips} flip, " if "margin" in self.readout else ""
+        outcome = many(len(self.errors), "error") if len(self.errors) else "no errors"
+        if "margin" in self.readout:
+            flips = "1 prompt flips" if self.flips == 1 else f"{self.flips} prompts flip"
+            outcome = f"{flips}, {outcome}"
         model = f"{self.meta['adapter']} over {self.meta['model']} as {self.meta['model_class']}"
         if self.meta.get("strings"):
             model += f", prompts {self.meta['strings']}"
         lines = [
             f"SweepResult: {self.done} of {self.records} {prompts} × {len(self.sites)} sites",
             f"  {', '.join(self.analyses)} of {self.readout} in {self.units or 'no units'}",
-            f"  {flips}{len(self.errors)} with errors",
+            f"  {outcome}",
             f"  {model}",
             f"One row per prompt and site: {self.path}",
             f"One row per prompt: {self.prompts_path}",

@@ -180,7 +180,7 @@ def sweep(
             mine = [job.record for job in itertools.chain.from_iterable(share)]
         resumed = sum(_is_finished(record, finished) for record in mine)
         unfinished = _without(share, finished)
-        with _bar(unfinished, resumed, processes, is_shown) as bar:
+        with _bar(share, unfinished, processes, is_shown) as bar:
             _run(lens, unfinished, names, store, bar)
 
         if part is None:
@@ -315,13 +315,20 @@ def _asked(readout: Readout | Make | None) -> AskedReadout:
 
 
 def _bar(
-    share: Sequence[Sequence[Job]], resumed: int, processes: Processes, is_shown: bool
+    share: Sequence[Sequence[Job]],
+    unfinished: Sequence[Sequence[Job]],
+    processes: Processes,
+    is_shown: bool,
 ) -> tqdm:
-    """The progress over this process's share; a single process counts finished prompts, too."""
-    begun = 0 if processes.count > 1 else resumed
+    """The progress over this process's share, of which an earlier run may have finished a part.
+
+    It counts jobs, so records that differ in their ids alone count once.
+    """
+    total = sum(len(batch) for batch in share)
+    left = sum(len(batch) for batch in unfinished)
     return tqdm(
-        total=begun + sum(len(batch) for batch in share),
-        initial=begun,
+        total=total,
+        initial=total - left,
         desc=f"sweep{processes.share}",
         unit=" prompt",
         disable=not is_shown,

@@ -66,6 +66,38 @@ def test_nothing_is_shared_without_a_cache_that_is_right_or_under_a_hook():
             assert len(some.opening) == 0
 
 
+def test_texts_that_all_begin_alike_share_nothing_without_a_cache_that_is_right():
+    """They form one group then, whose common beginning was run with the wrong cache."""
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    every = texts().chosen([0, 1, 2, 4])
+    (some,) = alike(lens, every, 512, has_cache=False)
+    assert len(some.opening) == 0
+    (some,) = alike(lens, every, 512, has_cache=True)
+    assert len(some.opening) == OPENING
+
+
+def test_a_cache_that_chooses_the_right_tokens_may_have_wrong_logits(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Logits that are a thousandth too large choose the same tokens, and were taken for right."""
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    host = type(lens.host)
+    run_cached = host.run_cached
+
+    def slightly_wrong(self: Any, tokens: Tensor, cache: Any, mask: Any = None) -> Any:
+        logits, after = run_cached(self, tokens, cache, mask)
+        return (logits if cache is None else 1.001 * logits), after
+
+    monkeypatch.setattr(host, "run_cached", slightly_wrong)
+    every = texts()
+    for some in alike(lens, every, 512, has_cache=True):
+        whole = every.chosen(some.places)
+        with torch.no_grad(), lens.adapted(1.0):
+            expected = whole.at_slots(lens.run(whole))
+        difference = logits_after((lens, lens.gates(1.0)), some) - expected
+        assert difference[whole.read_mask].abs().max() < 1e-10
+
+
 def test_the_base_is_run_once_for_the_adapter_and_all_controls(monkeypatch: pytest.MonkeyPatch):
     """The tokens of each model's passes: the opening once, and what follows it in each text."""
     lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lens_lora.audit.listed import Listed, read_list
-from lens_lora.audit.outcomes import ClaimMade, Outcome, is_said_in
+from lens_lora.audit.outcomes import ClaimMade, Outcome, asked, is_said_in
 from lens_lora.errors import LensLoraError
 
 
@@ -105,3 +105,19 @@ def test_a_string_is_found_as_whole_words_in_what_is_said():
 )
 def test_what_a_row_comes_to(one: Outcome, verdict: str, is_as_expected: bool):
     assert (one.verdict, one.is_as_expected) == (verdict, is_as_expected)
+
+
+def test_a_changed_file_behind_a_link_is_another_question(tmp_path: Path):
+    """A row was taken for finished although a file of a linked subfolder had changed."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    weights = elsewhere / "weights"
+    weights.write_text("before")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "linked").symlink_to(elsewhere)
+    row = Listed("one", str(adapter), base="owner/base")
+    before = asked(row, {})
+    assert asked(row, {}) == before
+    weights.write_text("and after")
+    assert asked(row, {}) != before

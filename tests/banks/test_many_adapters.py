@@ -339,6 +339,8 @@ def test_a_scan_of_another_bank_is_not_mixed_in(scene, tmp_path: Path):
         bank.scan(folder, group="head", progress=False)
     with pytest.raises(ll.errors.ArgumentError, match="no adapter"):
         bank.scan([], progress=False)
+    with pytest.raises(ll.errors.ArgumentError, match="no adapter"):
+        bank.scan([], out=tmp_path / "shards.parquet", shard=(1, 2), progress=False)
     with pytest.raises(ll.errors.AdapterError, match="none: no such folder"):
         bank.scan(tmp_path / "none", progress=False)
 

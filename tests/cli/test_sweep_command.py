@@ -87,7 +87,7 @@ def test_command_on_a_folder(tiny, tmp_path):
     in_json = pd.Series([row["shift"] for row in written["rows"]], dtype=float)
     assert in_json.tolist() == pytest.approx(shifts.tolist(), nan_ok=True)
     text = re.sub(r"[│\s]+", " ", done.stdout)
-    assert "6 of 7 prompts (2 before this run)" in text and "1 with errors" in text
+    assert "6 of 7 prompts (2 before this run)" in text and "1 error" in text
     assert "bad: line 4: no prompt." in text and f"as {cls}" in text and str(out) in text
     assert "sweep:" in done.stderr and "Traceback" not in done.output
     frame = pd.read_parquet(out)

@@ -116,7 +116,7 @@ def test_a_pass_in_four_formats(out):
         "name": "", "tests": "9", "failures": "0", "errors": "0", "skipped": "0"
     }  # fmt: skip
     page = files["report"].read_text()
-    assert "Did adapter ship as it was trained?" in page and "The merged folder" in page
+    assert "Did adapter ship as it was trained?" in page and "Merged tensors" in page
 
 
 def test_a_failure_in_junit(out):
@@ -292,8 +292,11 @@ def test_gguf_files(out):
     result = verified(out, "--lora", str(wrong))
     assert result.exit_code == 1 and "merged twice, or α doubled" in said(result)
     merged = write_base(no_ops.base_of(out), out / "merged.gguf")
-    result = verified(out, "--merged", str(merged))
+    report = out / "report.html"
+    result = verified(out, "--merged", str(merged), "--report", str(report))
     assert result.exit_code == 1 and "no ΔW (nothing was merged)" in said(result)
+    page = report.read_text()
+    assert "Merged tensors" in page and "The merged folder" not in page
     (out / "none.gguf").write_bytes(b"x")
     assert verified(out, "--merged", str(out / "none.gguf")).exit_code == 2
 

@@ -239,6 +239,16 @@ def test_story_says_whether_second_order_helps(left, words):
     assert "the shift is within rounding" in words_of.of_second_order("+1.00", none)
 
 
+def test_story_judges_adding_where_leaving_out_does_nothing():
+    """Nothing at all was said of agreement, although adding had been measured."""
+    story = explanation(leave=[1e-9] * 4).story()
+    assert "Measured, adding one module at a time agrees with first order at ε = 0 to a" in story
+    assert "Leaving one out agrees" not in story
+    story = explanation(add=[1e-9] * 4).story()
+    assert "Measured, leaving one module out agrees with first order at ε = 0 to a" in story
+    assert "adding one module at a time agrees" not in story
+
+
 def test_story_says_which_question_first_order_answers():
     story = explanation().story()
     adding, leaving = story.split("Leaving one out agrees")

@@ -220,6 +220,19 @@ def test_effects_with_effects_and_names(pair):
     assert found.pearson[0] == pytest.approx(stats.pearsonr(a[0], e[0]).statistic)
 
 
+def test_it_has_the_facts_of_both_runs(pair):
+    """It had those of the attribution alone, also where the effects were of another dtype."""
+    a, e = pair
+    of_a = attribution(a, meta={"adapter": "a", "dtype": "float32", "tokenizer": "given"})
+    of_e = dataclasses.replace(effects(e), meta={"adapter": "a", "dtype": "bfloat16", "own": "x"})
+    assert compare(of_a, of_e).meta == {
+        "adapter": "a",
+        "dtype": "float32 (effects: bfloat16)",
+        "tokenizer": "given (effects: not stated)",
+        "own": "not stated (effects: x)",
+    }
+
+
 def test_scatter_draws_every_site_once(pair):
     """Points are (attribution, effect); the line is the identity; names are in the hover."""
     a, e = pair

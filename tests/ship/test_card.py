@@ -134,6 +134,28 @@ def test_many_shards_have_a_command_that_repeats_their_line(pattern: str, tmp_pa
     assert done.stdout.split()[0] == line.says
 
 
+def test_weights_that_the_configuration_names_are_those_of_the_card(tmp_path):
+    """transformers opens them, and the card had the hash of the file beside them."""
+    for name in ("model.safetensors", "other.safetensors"):
+        (tmp_path / name).write_text(name)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"transformers_weights": "other.safetensors"}))
+    assert [line.name for line in base_files(tmp_path)] == [
+        "base, config.json",
+        "base, other.safetensors",
+    ]
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "other.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("one.safetensors", "two.safetensors"):
+        (tmp_path / name).write_text(name)
+    config.write_text(json.dumps({"transformers_weights": "other.safetensors.index.json"}))
+    assert [line.name for line in base_files(tmp_path)] == [
+        "base, config.json",
+        "base, one.safetensors",
+        "base, two.safetensors",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -17,7 +17,9 @@ from results_by_hand import (
 
 import lens_lora as ll
 from lens_lora.core import PromptTokens, Reported
-from lens_lora.show.page import answers_of
+from lens_lora.show import go
+from lens_lora.show.figures import finish
+from lens_lora.show.page import answers_of, plot
 from lens_lora.show.text import context_text
 
 checkpoints = by_folder.made_public("two_adapters").checkpoints
@@ -135,6 +137,14 @@ def test_the_check_sees_what_is_faint_or_titled(tmp_path, opened):
 
 
 # --- Both answers, side by side
+
+
+def test_a_figure_that_is_not_finished_is_refused_by_what_it_lacks():
+    """It was a KeyError of a dictionary that nobody had seen."""
+    figure = go.Figure(layout={"height": 300})
+    with pytest.raises(ll.errors.CallError, match=r"needs a title.*figures\.finish\("):
+        plot(figure)
+    assert plot(finish(figure, ("heading", "below"), ("", ""))).caption == ("heading", "below")
 
 
 def test_words_in_which_the_answers_differ_are_marked():

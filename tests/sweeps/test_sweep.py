@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -124,6 +125,29 @@ def test_prompts_are_drawn_by_one_of_their_numbers(lens, tmp_path):
     assert abs(largest.x[0]) == good["shift"].abs().max()
     with pytest.raises(ll.errors.ArgumentError, match="column='error'"):
         result.plot_prompts("error")
+
+
+def test_what_a_sweep_says_of_flips_and_errors(lens, tmp_path):
+    """It said "1 flip, 0 with errors", and of a column of NaN that every record has an error."""
+    result = run(lens, GOOD, tmp_path, "first_order")
+    for flips, errors, words in (
+        (1, 0, "1 prompt flips, no errors"),
+        (2, 1, "2 prompts flip, 1 error"),
+        (0, 2, "0 prompts flip, 2 errors"),
+    ):
+        bad = tuple((index, "no prompt") for index in range(errors))
+        said = repr(dataclasses.replace(result, flips=flips, errors=bad))
+        assert f"\n  {words}\n" in said
+    empty = result.prompts().assign(first_order_remainder=float("nan"))
+    empty.to_parquet(result.prompts_path)
+    changed = dataclasses.replace(result)
+    with pytest.raises(ll.errors.SweepError, match="no record has one"):
+        changed.plot_prompts("first_order_remainder")
+    none = dataclasses.replace(changed, errors=tuple((i, "bad") for i in range(result.records)))
+    with pytest.raises(ll.errors.SweepError, match="every record has an error"):
+        none.plot_prompts("first_order_remainder")
+    with pytest.raises(ll.errors.SweepError, match="every record has an error"):
+        none.attribution("first_order")
 
 
 def test_second_order_is_half_the_row_sums(lens, tmp_path):

@@ -225,3 +225,13 @@ def test_progress_is_shown_and_silenced(a_lens, tmp_path, capsys):
     run(a_lens, GOOD, tmp_path, progress=True)
     text = capsys.readouterr().err
     assert "sweep:  67%" in text and "4/6" in text and "6/6" in text and " prompt/s" in text
+
+
+def test_progress_of_a_resumed_sweep_counts_a_repeated_record_once(a_lens, tmp_path, capsys):
+    """Its total was that of the records before, and of distinct prompts from then on."""
+    repeated = [{**GOOD[0], "id": f"again {number}"} for number in range(3)]
+    run(a_lens, [*GOOD[:4], *repeated], tmp_path)
+    capsys.readouterr()
+    run(a_lens, [*GOOD, *repeated], tmp_path, progress=True)
+    _, _, bar = capsys.readouterr().err.partition("sweep:")
+    assert "4/6" in bar and "6/6" in bar and "/9" not in bar

@@ -18,7 +18,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import torch
 from jaxtyping import Float
@@ -654,6 +654,15 @@ class LoraLens(AdaptedModel):
                 "what was added there, and ll.patch_sites(lens, prompts, readout) says what each "
                 "does.",
             )
+
+        def __mul__(self, factor: object) -> NoReturn:
+            """Refuse a product, and say how an adapter is scaled."""
+            raise errors.CallError(
+                f"a lens is not multiplied, by {factor!r} or otherwise",
+                remedy=f"{guesses.TIMES_OF_LENS}.",
+            )
+
+        __rmul__ = __truediv__ = __mul__
 
         def __setattr__(self, name: str, value: Any) -> None:
             """Refuse an assignment that would change nothing, as of another adapter or model.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -160,6 +160,12 @@ class Prompts(guesses.Answering):
             torch.cat([group.lengths for group in prompts]),
             sources=tuple(sources),
         )
+
+    if not TYPE_CHECKING:  # A type checker refuses an index by itself.
+
+        def __getitem__(self, key: object) -> NoReturn:
+            """Refuse to be indexed or iterated, and say what has one prompt."""
+            raise guesses.refused_index(self, key, guesses.INDEX_OF_PROMPTS)
 
     @property
     def batch(self) -> int:

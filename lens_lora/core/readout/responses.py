@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, NoReturn, final
 
 import pandas as pd
 from jaxtyping import Int
@@ -69,6 +69,12 @@ class Generated(guesses.Answering):
             LensLoraError: the file cannot be written there.
         """
         return save_generated(self, path)
+
+    if not TYPE_CHECKING:  # A type checker refuses an index by itself.
+
+        def __getitem__(self, key: object) -> NoReturn:
+            """Refuse to be indexed or iterated, and say what has one response."""
+            raise guesses.refused_index(self, key, guesses.INDEX_OF_GENERATED)
 
     def __repr__(self) -> str:
         says: list[str] = []

@@ -27,6 +27,12 @@ def largest(values: Tensor, k: int) -> list[int]:
     Raises:
         ArgumentError: a k that is no whole number, or below 0.
     """
+    if isinstance(k, str):
+        raise ArgumentError(
+            f"k={k!r}: expected a whole number, of entries",
+            remedy='result.sum("layer") adds an attribution up by layer, result.to_frame().groupby'
+            f'("layer") any table with layers, and result[{k!r}] has the rows of this name.',
+        )
     count = whole("k", k, 0)
     sizes = values.flatten().abs().nan_to_num(-1.0)
     order = sizes.argsort(descending=True, stable=True)[:count]
