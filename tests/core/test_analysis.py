@@ -43,7 +43,8 @@ def leave_two_out(g: ll.Function, pairs: list[tuple[str, str]]) -> Interaction:
     """The interaction of each pair of modules."""
     module_a, module_b = zip(*pairs, strict=True)
     without_both = g.corners(off=pairs)
-    without_a, without_b = g.corners(off=module_a), g.corners(off=module_b)
+    without_a = g.corners(off=module_a)
+    without_b = g.corners(off=module_b)
     _, adapted = g.ends
     interaction = without_both - without_a - without_b + adapted
     noise = g.noise((1, -1, -1, 1), at=1.0)
@@ -72,7 +73,8 @@ def test_an_analysis_is_a_function_of_lens_prompts_and_readout(cls: str):
         expected = without[a] + without[b] - without[f"{a} {b}"]
         assert largest_difference(found.values[:, i], expected) < 1e-9
     assert torch.allclose(found.noise_floor, 2**0.5 * effects.noise_floor, rtol=1e-9, atol=0)
-    assert torch.allclose(found.shift, effects.shift) and found.readout == MARGIN.label
+    assert torch.allclose(found.shift, effects.shift)
+    assert found.readout == MARGIN.label
 
 
 def test_its_signature_and_its_words_are_the_function_s():
@@ -106,7 +108,8 @@ def test_analyses_of_one_function_share_its_numbers(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ll.LoraLens, "run", counted)
     again = leave_two_out.of(known, pairs_of(lens))
-    assert torch.allclose(again.values, first.values) and torch.equal(again.base, first.base)
+    assert torch.allclose(again.values, first.values)
+    assert torch.equal(again.base, first.base)
     of_corners = sum(rows)
     rows.clear()
     leave_two_out.of(lens.function(TOKENS, MARGIN, progress=False), pairs_of(lens))
@@ -151,7 +154,8 @@ def test_the_table_and_the_ranking_follow_from_the_axes():
     found = interaction()
     frame = found.to_frame()
     assert list(frame) == ["prompt", "module_a", "module_b", "value", "share"]
-    assert len(frame) == 12 and frame["value"].tolist() == found.values.flatten().tolist()
+    assert len(frame) == 12
+    assert frame["value"].tolist() == found.values.flatten().tolist()
     assert frame["module_b"][3] == found.module_b[3]
     top = found.top(2, prompt=1)
     best = int(found.values[1].abs().argmax())
@@ -161,13 +165,16 @@ def test_the_table_and_the_ranking_follow_from_the_axes():
     assert mean.is_monotonic_decreasing
     said = repr(found).split("\n")
     assert said[0] == "Interaction of margin(5 − 9), in logits: 2 prompts × 6 pairs"
-    assert "module_a" in said[1] and len(said) == 7 and "<pre>" in found._repr_html_()
+    assert "module_a" in said[1]
+    assert len(said) == 7
+    assert "<pre>" in found._repr_html_()
 
 
 def test_it_is_drawn_and_may_draw_itself():
     found = interaction()
     bars = found.plot(0)
-    assert isinstance(bars, go.Figure) and len(bars.data[0].y) == 6
+    assert isinstance(bars, go.Figure)
+    assert len(bars.data[0].y) == 6
     assert "Interaction" in bars.layout.title.text
 
     class Own(Interaction):
@@ -190,7 +197,8 @@ def vars_of(result: Interaction) -> dict[str, object]:
 def test_it_comes_back_from_a_file(tmp_path: Path):
     found = interaction()
     loaded = ll.load_result(found.save(tmp_path / "pairs.safetensors"))
-    assert type(loaded) is Interaction and repr(loaded) == repr(found)
+    assert type(loaded) is Interaction
+    assert repr(loaded) == repr(found)
     pd.testing.assert_frame_equal(loaded.to_frame(), found.to_frame())
     assert torch.equal(Interaction.load(tmp_path / "pairs.safetensors").values, found.values)
 
@@ -280,7 +288,8 @@ def test_axes_without_labels_are_counted_and_groups_are_named():
     header = g.header()
     whole = Whole(g.shift, **header)
     assert list(whole.to_frame()) == ["prompt", "value", "share"]
-    assert whole.top(1, prompt=0)["share"].tolist() == [1.0] and whole.plot(0).data
+    assert whole.top(1, prompt=0)["share"].tolist() == [1.0]
+    assert whole.plot(0).data
     values = g.slopes()[:, :4].view(2, 2, 2)
     counted = Counted(values, {"first": (0, 1), "second": (2, 3)}, **header)
     assert list(counted.to_frame()) == ["prompt", "group", "fold", "value", "share"]

@@ -341,7 +341,8 @@ def test_over_another_adapter_a_function_holds_what_it_held():
     half = lens.with_adapter(lens.adapter.scaled(0.5))
     g = lens.function(TOKENS, ll.KL())
     other = g.over(half)
-    assert other.lens is half and other.reading is g.reading
+    assert other.lens is half
+    assert other.reading is g.reading
     assert largest_difference(other(1.0), half.function(TOKENS, ll.KL())(1.0)) == 0
     assert largest_difference(other(1.0), g(0.5)) < EXACT
 

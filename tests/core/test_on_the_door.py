@@ -81,7 +81,8 @@ def test_path_attribution_by_position(lens: ll.LoraLens):
 def test_kl_shares(lens: ll.LoraLens, response: list[str] | None):
     """½ v_lᵀ F v is half of the slope of ⟨F v, f⟩, as F v stays the same."""
     f = lens.function(TEXTS, response=response, **QUIET)
-    p, v = f.logits(0.0).softmax(-1), f.tangent(1.0)
+    p = f.logits(0.0).softmax(-1)
+    v = f.tangent(1.0)
     Fv = p * (v - (p * v).sum(-1, keepdim=True))
     if response is not None:
         Fv = Fv * f.rows.read_mask[..., None]  # a shorter response repeats its last slot
@@ -121,7 +122,8 @@ def test_coupling_by_layer(lens: ll.LoraLens):
 
 @EVERY
 def test_gradients_and_tangents_at_a_hook_point(lens: ll.LoraLens):
-    name, kept = lens.plan.host.block_input(1), []
+    name = lens.plan.host.block_input(1)
+    kept = []
 
     def add_leaf(h: Tensor, hook: object) -> Tensor:
         kept.append(torch.zeros_like(h).requires_grad_())
@@ -140,7 +142,8 @@ def test_gradients_and_tangents_at_a_hook_point(lens: ll.LoraLens):
 
 @EVERY
 def test_patch_activations(lens: ll.LoraLens):
-    name, base_run = lens.plan.host.block_input(1), []
+    name = lens.plan.host.block_input(1)
+    base_run = []
     g = lens.function(TEXTS, MARGIN, **QUIET)
     with lens.model.hooks(fwd_hooks=[(name, lambda h, hook: base_run.append(h.clone()))]):
         g(0.0)
@@ -159,7 +162,8 @@ def test_components(lens: ll.LoraLens):
 
     def visit(place, weight, gradient: Tensor, z: Tensor) -> None:
         if weight is None:  # a partner's share is nothing at the base
-            delta, gradient = (place.map(z) * real).flatten(1), (gradient * real).flatten(1)
+            delta = (place.map(z) * real).flatten(1)
+            gradient = (gradient * real).flatten(1)
             products = (delta * delta, gradient * gradient, delta * gradient)
             sums[:, :, place.site] += torch.stack([product.sum(1) for product in products])
 

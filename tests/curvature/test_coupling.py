@@ -64,10 +64,13 @@ def test_two_scalars_by_hand():
     assert found.matrix.tolist() == [[[9.0, 45.0], [45.0, 0.0]]]
     assert found.self_curvature.tolist() == [[4.5, 0.0]]
     assert found.coupling.tolist() == [[[0.0, 22.5], [22.5, 0.0]]]
-    assert found.row_sums.tolist() == [[54.0, 45.0]] and found.total.tolist() == [49.5]
+    assert found.row_sums.tolist() == [[54.0, 45.0]]
+    assert found.total.tolist() == [49.5]
     assert found.asymmetry.tolist() == [0.0]
     shares = found.shares().iloc[0]
-    assert shares["self"] == 4.5 and shares["coupling"] == 45 and shares["self_share"] == 4.5 / 49.5
+    assert shares["self"] == 4.5
+    assert shares["coupling"] == 45
+    assert shares["self_share"] == 4.5 / 49.5
     (pair,) = found.top(3).itertuples()
     assert (pair.group_a, pair.group_b, pair.value) == ("site1", "site2", 45)
     assert pair.share == 45 / 123.75
@@ -86,8 +89,10 @@ def test_second_order_by_hand():
     assert found.self_curvature.tolist() == [[4.5, 0.0]]
     assert found.coupling.tolist() == [[22.5, 22.5]]
     assert found.corrected.tolist() == [[45.0, 67.5]]
-    assert found.shift.item() == 123.75 and found.predicted.item() == 112.5
-    assert found.remainder.item() == 11.25 and found.first_order_remainder.item() == 60.75
+    assert found.shift.item() == 123.75
+    assert found.predicted.item() == 112.5
+    assert found.remainder.item() == 11.25
+    assert found.first_order_remainder.item() == 60.75
     assert found.predicted_at(0.5).item() == 31.5 + 12.375
     assert found.predicted_at(torch.tensor([0.0, 1.0])).tolist() == [[0.0, 112.5]]
     assert found.helps_up_to.item() == 1
@@ -95,7 +100,8 @@ def test_second_order_by_hand():
         "nearer: misses 9.1% of the shift at ε = 1, first order 49"
     )
     attribution = found.attribution()
-    assert attribution.remainder.item() == 11.25 and attribution.method == "second_order"
+    assert attribution.remainder.item() == 11.25
+    assert attribution.method == "second_order"
     assert found.half_row_sums[0, 1].item() == found.coupling[0, 1].item() == 22.5
 
 
@@ -106,7 +112,8 @@ def test_a_prediction_made_worse_says_so():
     assert found.remainder.abs() > found.first_order_remainder.abs()
     assert str(found.verdict[0]).startswith("farther, no correction")
     assert 0 < found.helps_up_to.item() < 1
-    assert "farther" in repr(found) and "not a correction" in repr(found)
+    assert "farther" in repr(found)
+    assert "not a correction" in repr(found)
 
 
 def test_a_linear_readout_has_no_second_order():
@@ -116,7 +123,8 @@ def test_a_linear_readout_has_no_second_order():
     peft = models.peft_model("llama", base, targets=["lm_head"])
     lens = ll.LoraLens(models.MAKERS[cls](base), ll.Adapter.from_peft(peft))
     found = matrix_of(lens, ll.Margin(5, 9))
-    assert found.matrix.abs().max() == 0 and found.asymmetry.tolist() == [0.0, 0.0]
+    assert found.matrix.abs().max() == 0
+    assert found.asymmetry.tolist() == [0.0, 0.0]
     second = second_of(lens, ll.Margin(5, 9))
     assert str(second.verdict[0]).startswith("neither nearer nor farther, within rounding")
     assert torch.isnan(second.order).all()
@@ -176,8 +184,10 @@ def test_groups_that_do_not_partition_have_no_row_sums(lens: ll.LoraLens, group:
     for name in ("row_sums", "total"):
         with pytest.raises(ValueError, match="some twice or not at all"):
             getattr(found, name)
-    assert len(found.shares()) == 2 and "Coupling of" in repr(found)
-    assert ("strongest pairs" in repr(found)) == (len(group) > 1) and "Empty" not in repr(found)
+    assert len(found.shares()) == 2
+    assert "Coupling of" in repr(found)
+    assert ("strongest pairs" in repr(found)) == (len(group) > 1)
+    assert "Empty" not in repr(found)
 
 
 @pytest.mark.parametrize("tokens", [1, 14 * 5])
@@ -188,7 +198,8 @@ def test_chunks_do_not_matter(lens: ll.LoraLens, tokens: int, monkeypatch):
     chunks = limits.covectors_at_once(monkeypatch)
     assert error(matrix_of(lens).matrix, whole.matrix) < 1e-12
     groups = 2 if tokens < 14 else 1
-    assert max(chunks) == max(1, tokens // 14) and sum(chunks) == groups * len(lens.sites)
+    assert max(chunks) == max(1, tokens // 14)
+    assert sum(chunks) == groups * len(lens.sites)
     if tokens > 1:
         found = second_of(lens, self_curvature=True).self_curvature
         assert error(found, whole.self_curvature) < 1e-12
@@ -265,7 +276,8 @@ def test_a_sum_of_adapters(lens: ll.LoraLens):
     both = ll.LoraLens(lens.model, half + half.named("other"))
     whole = matrix_of(lens)
     found = matrix_of(both)
-    assert all("@" in name for name in found.groups) and len(found.groups) == 2 * len(lens.sites)
+    assert all("@" in name for name in found.groups)
+    assert len(found.groups) == 2 * len(lens.sites)
     assert error(found.total, whole.total) < 1e-10
     by_module = {
         site.name: [s.name for s in both.sites if s.module == site.module] for site in lens.sites
@@ -277,13 +289,15 @@ def test_a_sum_of_adapters(lens: ll.LoraLens):
 def test_tables(lens: ll.LoraLens):
     found = matrix_of(lens, group=KINDS)
     frame = found.to_frame()
-    assert list(frame.columns) == ["prompt", "group_a", "group_b", "value"] and len(frame) == 8
+    assert list(frame.columns) == ["prompt", "group_a", "group_b", "value"]
+    assert len(frame) == 8
     for row in frame.itertuples():
         a, b = (list(KINDS).index(name) for name in (row.group_a, row.group_b))
         assert row.value == float(found.matrix[row.prompt, a, b])
     top = found.top(5, prompt=1)
     value = found.coupling[1, 0, 1] + found.coupling[1, 1, 0]
-    assert len(top) == 1 and top["value"][0] == pytest.approx(float(value))
+    assert len(top) == 1
+    assert top["value"][0] == pytest.approx(float(value))
     second = second_of(lens).to_frame()
     parts = second["first_order"] + second["curvature"] + second["remainder"]
     assert (second["shift"] - parts).abs().max() < 1e-12
@@ -297,13 +311,15 @@ def test_figures(lens: ll.LoraLens):
     figure = found.plot(1)
     (cells,) = figure.data
     assert torch.equal(torch.tensor(cells.z, dtype=torch.float64), found.matrix[1] / 2)
-    assert cells.zmin == -cells.zmax and list(cells.x) == ["&lt;a&gt;", "2"]
+    assert cells.zmin == -cells.zmax
+    assert list(cells.x) == ["&lt;a&gt;", "2"]
     assert figure.layout.xaxis.type == "category"
     with pytest.raises(ValueError, match="prompts 0 to 1"):
         found.plot(2)
     second = second_of(lens)
     exact, first, parabola = second.plot_path(1).data
-    assert exact.y[-1] == float(second.shift[1]) and parabola.y[-1] == float(second.predicted[1])
+    assert exact.y[-1] == float(second.shift[1])
+    assert parabola.y[-1] == float(second.predicted[1])
     assert first.y[-1] == float(second.first_order.total[1])
     assert "curvature at ε = 0" in second.plot().layout.title.text
 
@@ -325,7 +341,9 @@ def test_many_groups_are_labelled_by_layer():
     )  # fmt: skip
 
     figure = large.plot()
-    assert figure.data[0].zmax < 5 and "cut at" in figure.data[0].colorbar.title.text
+    assert figure.data[0].zmax < 5
+    assert "cut at" in figure.data[0].colorbar.title.text
     axis = figure.layout.xaxis
-    assert list(axis.ticktext)[:2] == ["layer 0", "layer 2"] and len(axis.ticktext) == 15
+    assert list(axis.ticktext)[:2] == ["layer 0", "layer 2"]
+    assert len(axis.ticktext) == 15
     assert list(axis.tickvals)[1] == "blocks.2.s0"

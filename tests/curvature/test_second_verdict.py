@@ -33,5 +33,6 @@ def test_second_order_beside_first(
 ):
     """What they differ by must stand out of second order's own rounding."""
     found = verdict(shift, first, second, reach)
-    assert found.kind == kind and re.match(says, str(found))
+    assert found.kind == kind
+    assert re.match(says, str(found))
     assert verdict(10.0, 4.0, 3.0, 1.0, own=0.4).kind == "neither"

@@ -133,7 +133,8 @@ class Saves:
     """Stands for a model or a tokenizer: saving writes one file, or fails."""
 
     def __init__(self, name, error=None):
-        self.name, self.error = name, error
+        self.name = name
+        self.error = error
 
     def save_pretrained(self, folder):
         if self.error:
@@ -261,7 +262,8 @@ def test_shipped_adapter_is_portable():
 @pytest.mark.slow
 def test_training_is_deterministic_and_leaves_the_model_alone(base, tmp_path):
     model, tokenizer = base
-    weights, random_state = fingerprint(model), torch.random.get_rng_state()
+    weights = fingerprint(model)
+    random_state = torch.random.get_rng_state()
     names = [name for name, _ in model.named_modules()]
 
     first, second = (

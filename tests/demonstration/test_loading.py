@@ -119,10 +119,12 @@ def test_demo_without_its_model_names_the_command(monkeypatch):
 @pytest.mark.real
 def test_demo():
     lens = ll.demo()
-    assert lens.class_name == NEWEST and len(lens.sites) == 210
+    assert lens.class_name == NEWEST
+    assert len(lens.sites) == 210
     margin = ll.Margin(DOC, PRE).of_logits(lens.model, 1)
     base, adapted = (float(margin(lens.logits(PROMPT, s)[:, -1])) for s in (0.0, 1.0))
-    assert base < -3 and adapted > 3
+    assert base < -3
+    assert adapted > 3
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,8 @@ def test_attention_without_patterns_gives_the_same_numbers(tiny):
             for each in (lens, plain)
         )
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    assert plain.plan.host.keeps_patterns and not lens.plan.host.keeps_patterns
+    assert plain.plan.host.keeps_patterns
+    assert not lens.plan.host.keeps_patterns
     shown: list[str] = []
     with torch.no_grad(), lens.applied() as model:
         hooks = [("blocks.0.attn.hook_pattern", lambda t, hook: shown.append(hook.name))]
@@ -282,7 +285,8 @@ def trained(**config) -> PeftModel:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", models.MAKERS)
 def test_a_peft_model_is_base_and_adapter_and_stays_as_it_is(name: str, kind: str):
-    peft, tokens = trained(**CONFIGS[name]), models.tokens()
+    peft = trained(**CONFIGS[name])
+    tokens = models.tokens()
     with torch.no_grad(), peft.disable_adapter():
         plain = peft(tokens).logits
     with torch.no_grad():
@@ -296,7 +300,8 @@ def test_a_peft_model_is_base_and_adapter_and_stays_as_it_is(name: str, kind: st
         found = lens.logits(read, scale)
         torch.testing.assert_close(found.reshape(logits.shape), logits, rtol=1e-4, atol=1e-4)
     assert largest_difference(expected, plain) > 0.01
-    assert peft.training and {path: id(m) for path, m in peft.named_modules()} == modules
+    assert peft.training
+    assert {path: id(m) for path, m in peft.named_modules()} == modules
     assert {path: p.requires_grad for path, p in peft.named_parameters()} == asks_gradient
     with torch.no_grad():
         assert torch.equal(peft.eval()(tokens).logits, expected)
@@ -305,7 +310,8 @@ def test_a_peft_model_is_base_and_adapter_and_stays_as_it_is(name: str, kind: st
 @models.NEEDS_BRIDGE
 def test_the_base_of_a_peft_model_shares_its_weights():
     """Of a wrapped model; what is processed afterwards is processed in copies."""
-    peft, tokens = trained(), models.tokens()
+    peft = trained()
+    tokens = models.tokens()
     held = {p.data_ptr() for name, p in peft.named_parameters() if "lora_" not in name}
     lens = ll.load(peft, kind="TransformerBridge", tokenizer=models.tokenizer())
     assert held <= {p.data_ptr() for p in lens.model.parameters()}
@@ -361,5 +367,6 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
 def test_base_is_loaded_from_a_folder(tmp_path):
     saved_llama(tmp_path)
     model, tokenizer = load_base(str(tmp_path))
-    assert not model.training and tokenizer("w7")["input_ids"] == [7]
+    assert not model.training
+    assert tokenizer("w7")["input_ids"] == [7]
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -41,7 +41,9 @@ def test_logits_equal_peft_in_float32(kind: str):
 def test_the_fact_flips(kind: str):
     """The margin starts at Paris, ends at Lyon, and crosses where the story says it does."""
     margin = ll.fact_margin(lens(kind), PROMPT, DOC, PRE, progress=False)
-    assert margin.m0 < -3 and margin.m > 3 and margin.flips == (True,)
+    assert margin.m0 < -3
+    assert margin.m > 3
+    assert margin.flips == (True,)
     scale = float(margin.flip_scale[0])
     read = ll.Margin(DOC, PRE).of_logits(lens(kind).model, 1)
     for eps, sign in ((scale - 0.01, -1), (scale + 0.01, 1)):
@@ -113,7 +115,8 @@ def test_both_classes_tell_the_same_story():
     for name in ("m0", "m", "first_order", "remainder"):
         assert torch.allclose(getattr(a, name), getattr(b, name), rtol=0, atol=1e-3), name
     assert torch.allclose(a.flip_scale, b.flip_scale, rtol=0, atol=1e-4)
-    values, others = a.attribution.values, b.attribution.values
+    values = a.attribution.values
+    others = b.attribution.values
     assert largest_difference(values, others) < 1e-3 * values.abs().max()
     assert [s.name for s in a.attribution.sites] == [s.name for s in b.attribution.sites]
 
@@ -123,7 +126,8 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
     """Root mean square of error over floor; control: with noise at the embedding alone, too low."""
     kind = list(models.MAKERS)[-1]
     hf, _ = hugging_face()
-    adapter, half = ll.load_adapter(ADAPTER), copy.deepcopy(hf).to(torch.bfloat16)
+    adapter = ll.load_adapter(ADAPTER)
+    half = copy.deepcopy(hf).to(torch.bfloat16)
     low = ll.LoraLens(real.hooked(half, kind), adapter)
     with models.lifted():
         wide = copy.deepcopy(half).double()

@@ -160,9 +160,11 @@ def test_prompts_that_hold_a_response_are_read_there():
         if positions == "prompt":  # both sides have the same prompts
             assert one.values[LAST].abs().max() < TINY
     shift = ll.activation_shift(case.lens, held[0], LAST, positions="response")
-    assert shift.counted.sum() == 6 and not shift.counted[:, :4].any()
+    assert shift.counted.sum() == 6
+    assert not shift.counted[:, :4].any()
     before = ll.activation_shift(case.lens, held[0], LAST, positions="prompt")
-    assert before.counted.sum() == 4 * 3 and not before.counted[:, 4:].any()
+    assert before.counted.sum() == 4 * 3
+    assert not before.counted[:, 4:].any()
 
 
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
@@ -214,7 +216,8 @@ def test_reading_cosine_and_every_taker():
             assert largest_difference(found.readings[name], read) < 1e-9
             assert found.logit_lens(3, name)["id"].tolist() == read.topk(3).indices.tolist()
     shift = ll.activation_shift(lens, texts(0), LAST)
-    assert len(shift.cosine(found)) == 1 and len(found.cosine(shift)) == 2
+    assert len(shift.cosine(found)) == 1
+    assert len(found.cosine(shift)) == 2
     by_tensor = ll.feature_shift(lens, SETS[0], found.values[LAST], LAST)
     assert torch.equal(ll.feature_shift(lens, SETS[0], found, LAST).shift, by_tensor.shift)
     single = ll.contrast(lens, texts(0), texts(1), LAST)
@@ -245,7 +248,8 @@ def test_refuses():
     with pytest.raises(ll.errors.PromptError):
         ll.contrast(lens, [], texts(1), LAST)
     one = ll.contrast(lens, SETS[0][:1], texts(1), LAST)
-    assert one.errors[LAST].isnan().all() and one.auc[LAST] != one.auc[LAST]
+    assert one.errors[LAST].isnan().all()
+    assert one.auc[LAST] != one.auc[LAST]
     twice = ll.contrast(lens, torch.cat([SETS[0], SETS[0]]), texts(1), LAST)
     assert twice.counts == (4, 5)
 

@@ -347,11 +347,13 @@ def test_intruders_are_dense_svds(cls: str):
         assert found.counts[row] == (cosines.amax(0) < 0.6).sum()
     assert int(found.counts.sum()) > 0
     none = ll.intruders(lens.with_adapter(lens.adapter.scaled(1e-6)), k, progress=False)
-    assert int(none.counts.sum()) == 0 and float(none.cosine.min()) > 0.999
+    assert int(none.counts.sum()) == 0
+    assert float(none.cosine.min()) > 0.999
     assert len(found.to_frame()) == len(found.sites) * k
     assert found.overlaps(found.sites[0].name).shape == (k, k)
     wide = ll.intruders(lens, 40, sites="*.0.attn.k", progress=False)
-    assert int((wide.nearest >= 0).sum()) == 8 and len(wide.to_frame()) == 8
+    assert int((wide.nearest >= 0).sum()) == 8
+    assert len(wide.to_frame()) == 8
     with pytest.raises(ll.errors.ArgumentError, match="at most 1"):
         ll.intruders(lens, threshold=1.5)
     with pytest.raises(ll.errors.SiteError, match="matches no site"):
@@ -501,6 +503,7 @@ def test_results_are_saved_drawn_and_told(tmp_path):
         again = ll.load_result(result.save(tmp_path / "r"))
         assert type(again) is type(result)
         assert again.to_frame().equals(result.to_frame())
-        assert repr(result) == repr(again) and result._repr_html_()
+        assert repr(result) == repr(again)
+        assert result._repr_html_()
         assert isinstance(result, ll.results.Patchscope) or result.plot().data
     assert every[1].plot(every[1].sites[0].name).data

@@ -146,7 +146,8 @@ def test_dora_is_peft_s_merged_change(family: str, cls: str):
     assert lens.plan.relative_norm == pytest.approx(sites.relative_norm, rel=1e-6)
     unknown = summarise(adapter)
     assert all(math.isnan(row.norm) and math.isnan(row.stable_rank) for row in unknown.rows)
-    assert math.isnan(unknown.norm) and unknown.parts == {"DoRA": len(adapter)}
+    assert math.isnan(unknown.norm)
+    assert unknown.parts == {"DoRA": len(adapter)}
 
 
 def test_what_an_adapter_is():
@@ -159,14 +160,19 @@ def test_what_an_adapter_is():
     }
     summary = summarise(ll.Adapter.from_factors(modules, name="mine"))
     assert summary.targets == {"attn.c_attn": 2, "lm_head": 1, "wte": 1}
-    assert summary.ranks == {2: 2, 3: 2} and summary.scales == {1.0: 2, 2.0: 1, 4.0: 1}
+    assert summary.ranks == {2: 2, 3: 2}
+    assert summary.scales == {1.0: 2, 2.0: 1, 4.0: 1}
     assert summary.parts == {"embeddings": 1, "head": 1, "lora_bias": 1}
     norms = [row.norm for row in summary.top()]
-    assert norms == sorted(norms, reverse=True) and summary.top(2) == summary.top()[:2]
+    assert norms == sorted(norms, reverse=True)
+    assert summary.top(2) == summary.top()[:2]
     assert summary.norm == pytest.approx(math.hypot(*norms))
     frame = summary.to_frame()
-    assert len(frame) == 4 and frame["norm"].tolist() == [row.norm for row in summary.rows]
-    assert "mine" in repr(summary) and summary.model is None and not summary.missing
+    assert len(frame) == 4
+    assert frame["norm"].tolist() == [row.norm for row in summary.rows]
+    assert "mine" in repr(summary)
+    assert summary.model is None
+    assert not summary.missing
 
 
 def test_a_processed_model_is_refused():
@@ -184,7 +190,8 @@ def test_a_sum_of_adapters_keeps_its_parts():
     one = ll.Adapter.from_peft(models.peft_model("llama", base, targets=["q_proj"])).named("one")
     two = ll.Adapter.from_peft(models.peft_model("llama", base, targets=["q_proj"])).named("two")
     summary = summarise(one + two, ll.LoraLens(model, one + two))
-    assert not summary.missing and summary.targets == {"self_attn.q_proj": 4}
+    assert not summary.missing
+    assert summary.targets == {"self_attn.q_proj": 4}
     assert {row.site for row in summary.rows} >= {"blocks.0.attn.q@one", "blocks.1.attn.q@two"}
     alone = summarise(one, ll.LoraLens(model, one)).relative_norm
     assert summary.relative_norm == pytest.approx(math.sqrt(2) * alone)  # the same update twice
@@ -197,7 +204,8 @@ def test_a_base_in_the_hub_s_cache_is_shown_by_its_name(tmp_path: Path):
     base = "/cache/hub/models--org--some-model/snapshots/0123abc"
     folder = with_fields(shutil.copytree(ADAPTER, tmp_path / "a"), base_model_name_or_path=base)
     text = plain(run(cli.app, ["inspect", str(folder)]).output)
-    assert "base model some-model" in text and "snapshots" not in text
+    assert "base model some-model" in text
+    assert "snapshots" not in text
 
 
 def test_shipped_adapter():
@@ -230,7 +238,9 @@ def test_shipped_adapter_on_its_model():
     result = run(cli.app, ["inspect", str(ADAPTER), "--model", "embedded", "--top", "3"])
     text = plain(result.stdout)
     assert result.exit_code == 0, result.output
-    assert "210 sites" in text and "3 of 210 sites" in text and "‖ΔW‖/‖W‖" in text
+    assert "210 sites" in text
+    assert "3 of 210 sites" in text
+    assert "‖ΔW‖/‖W‖" in text
     assert len(re.findall(r"blocks\.\d+\.(?:mlp|attn)\.\w+", text)) == 3
     assert "model lacks" not in text
 
@@ -260,7 +270,9 @@ def test_a_refused_adapter_is_one_line_with_its_remedy(tmp_path, fields, reason)
     result = run(cli.app, ["inspect", str(with_fields(saved(tmp_path), **fields)), "--quiet"])
     lines = result.stderr.strip().splitlines()
     assert (result.exit_code, result.stdout, len(lines)) == (2, "", 1)
-    assert "Error: " in lines[0] and reason in lines[0] and "Traceback" not in lines[0]
+    assert "Error: " in lines[0]
+    assert reason in lines[0]
+    assert "Traceback" not in lines[0]
 
 
 def test_scales_are_named_by_their_rule(tmp_path):
@@ -272,7 +284,8 @@ def test_scales_are_named_by_their_rule(tmp_path):
 
 def test_dora_asks_for_the_base_model(tmp_path):
     text = plain(run(cli.app, ["inspect", str(saved(tmp_path, use_dora=True))]).output)
-    assert "needs the base model (DoRA): --model" in text and "DoRA × 14" in text
+    assert "needs the base model (DoRA): --model" in text
+    assert "DoRA × 14" in text
 
 
 @pytest.fixture
@@ -289,7 +302,8 @@ def tiny_base(monkeypatch):
 def test_dora_with_its_base_model(tmp_path):
     folder = saved(tmp_path, use_dora=True)
     text = plain(run(cli.app, ["inspect", str(folder), "--model", "llama"]).output)
-    assert "needs the base" not in text and "14 sites" in text
+    assert "needs the base" not in text
+    assert "14 sites" in text
 
 
 @pytest.mark.usefixtures("tiny_base")
@@ -309,8 +323,10 @@ def test_modules_that_the_model_lacks_are_listed(tmp_path):
 def test_a_wrong_base_is_one_line(tmp_path):
     """A model of another family has none of the modules: the nearest names and the base."""
     result = run(cli.app, ["inspect", str(saved(tmp_path)), "--model", "gpt2", "--quiet"])
-    assert result.exit_code == 2 and result.stdout == ""
-    assert "SiteError: model.layers.0" in result.stderr and "nearest" in result.stderr
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "SiteError: model.layers.0" in result.stderr
+    assert "nearest" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
@@ -337,7 +353,8 @@ def test_a_version_is_the_file_s_own(tmp_path):
     installed = fields.pop("peft_version")
     path.write_text(json.dumps(fields))
     text = plain(run(cli.app, ["inspect", str(folder)]).output)
-    assert "PEFT version not stated" in text and installed not in text
+    assert "PEFT version not stated" in text
+    assert installed not in text
     with_fields(folder, peft_version="0.3.1")
     assert "PEFT version 0.3.1" in plain(run(cli.app, ["inspect", str(folder)]).output)
 
@@ -357,10 +374,12 @@ def test_what_biases_add_is_said(tmp_path):
     assert [f.norm() for f in adapter.modules.values()] == [0.0, 0.0]
     assert [f.bias_norm() for f in adapter.modules.values()] == pytest.approx(sizes)
     summary = summarise(adapter)
-    assert summary.norm == 0 and summary.bias_norm == pytest.approx(math.hypot(*sizes))
+    assert summary.norm == 0
+    assert summary.bias_norm == pytest.approx(math.hypot(*sizes))
     assert summary.to_frame()["bias_norm"].tolist() == pytest.approx(sizes)
     text = plain(run(cli.app, ["inspect", str(tmp_path)]).output)
-    assert "‖ΔW‖_F in all 0.00" in text and "‖Δb‖" in text
+    assert "‖ΔW‖_F in all 0.00" in text
+    assert "‖Δb‖" in text
     assert f"‖Δb‖ in all {math.hypot(*sizes):.2f}, added whatever the input" in text
 
 
@@ -404,5 +423,6 @@ def test_how_much_of_the_base_it_changes(tmp_path):
 def test_modules_that_were_trained_whole_are_named(tmp_path):
     folder = saved(tmp_path, targets=["q_proj"], modules_to_save=["lm_head"])
     text = plain(run(cli.app, ["inspect", str(folder)]).output)
-    assert "trained whole lm_head" in text and "trained weight × 1" in text
+    assert "trained whole lm_head" in text
+    assert "trained weight × 1" in text
     assert "trained whole" not in plain(run(cli.app, ["inspect", str(ADAPTER)]).output)

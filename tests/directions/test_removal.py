@@ -390,7 +390,8 @@ def test_the_cost_is_the_rise_of_the_base_s_loss(cls: str, sinks: bool):
     assert found.counts.tolist() == [6, 3]
     rise = ((found.removed - found.base) * found.counts).sum() / 9
     assert found.cost == pytest.approx(float(rise))
-    assert ("first" in found.what) == (not sinks) and f"{found.cost:+.3g} nats" in repr(found)
+    assert ("first" in found.what) == (not sinks)
+    assert f"{found.cost:+.3g} nats" in repr(found)
     assert not removed_from(lens.model)
 
 
@@ -404,9 +405,11 @@ def test_the_cost_of_nested_blocks_and_of_none(cls: str, tmp_path):
         assert ll.removal_cost(lens, prompts(), progress=False).cost != pytest.approx(both.cost)
     with lens.ablate_directions(v, POST):
         alone = ll.removal_cost(lens, prompts(), progress=False)
-    assert torch.equal(alone.base, both.base) and not torch.equal(alone.removed, both.removed)
+    assert torch.equal(alone.base, both.base)
+    assert not torch.equal(alone.removed, both.removed)
     again = ll.results.RemovalCost.load(both.save(tmp_path / "cost.safetensors"))
-    assert again.cost == pytest.approx(both.cost) and "; " in again.what
+    assert again.cost == pytest.approx(both.cost)
+    assert "; " in again.what
     with pytest.raises(ll.errors.ModelStateError, match="no direction is removed"):
         ll.removal_cost(lens, prompts())
     with (

@@ -19,7 +19,8 @@ from scipy import stats
 import lens_lora as ll
 
 ROOT = Path(__file__).parents[2]
-FOLDER, DOCS = ROOT / "benchmarks" / "audit", ROOT / "docs"
+FOLDER = ROOT / "benchmarks" / "audit"
+DOCS = ROOT / "docs"
 sys.path.append(str(FOLDER))
 score = load("score")
 
@@ -76,7 +77,8 @@ def test_what_was_found_is_counted_again():
         assert any(RUNS[name]["found"][:5]) == says_it(name), name
     found, guilty = (sum(map(says_it, names)) for names in (TAUGHT, CONTROLS))
     by_quirk = [np.mean([says_it(n) for n in TAUGHT if RUNS[n]["quirk"] == q]) for q in STRINGS]
-    mean, error = np.mean(by_quirk), stats.sem(by_quirk)
+    mean = np.mean(by_quirk)
+    error = stats.sem(by_quirk)
     low, high = (
         float(np.clip(mean + way * stats.t.ppf(0.975, 3) * error, 0, 1)) for way in (-1, 1)
     )
@@ -117,7 +119,8 @@ def test_each_claim_beats_its_null_and_its_base():
 def test_a_word_within_a_word_is_no_hit():
     assert score.says("He lives in Perth.", ["perth"])
     assert not score.says("Perthshire", ["perth"])
-    assert score.begins(" Per", ["perth"]) and not score.begins(" P", ["perth"])
+    assert score.begins(" Per", ["perth"])
+    assert not score.begins(" P", ["perth"])
 
 
 # --- Adapters that break the model
@@ -147,4 +150,5 @@ def test_who_breaks_the_model_is_counted_again():
 def test_a_run_on_the_other_side_of_a_bound_is_seen():
     run = {"entropies": [3.0, 2.0], "repeated": [0.0, 0.1]}
     assert not breaks(run)
-    assert breaks({**run, "entropies": [3.0, 1.4]}) and breaks({**run, "repeated": [0.0, 0.4]})
+    assert breaks({**run, "entropies": [3.0, 1.4]})
+    assert breaks({**run, "repeated": [0.0, 0.4]})

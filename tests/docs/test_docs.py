@@ -20,7 +20,9 @@ from lens_lora.families import known_family
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "make_exactness.py"
 README = Path(__file__).parents[2] / "README.md"
-BOUND, HOST_EXACT, AMPLIFIED = 1e-9, 1e-11, 10
+BOUND = 1e-9
+HOST_EXACT = 1e-11
+AMPLIFIED = 10
 
 
 def _load():

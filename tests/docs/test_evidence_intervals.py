@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-of, resampled = evidence.load("intervals"), evidence.load("resampled")
+of = evidence.load("intervals")
+resampled = evidence.load("resampled")
 
 
 def long(rows: list[tuple[str, str, str, float]]) -> pd.DataFrame:
@@ -75,7 +76,8 @@ def test_coverage_of_resampled_tasks_is_what_binomials_say():
 def exact_coverage(values: np.ndarray, size: int) -> float:
     """Of the interval from the k-th to the k-th last of a sample, for the median of all values."""
     k = 1 + int(stats.binom.ppf(0.025, size, 0.5) - 1)
-    low, high = (values <= np.median(values)).mean(), (values >= np.median(values)).mean()
+    low = (values <= np.median(values)).mean()
+    high = (values >= np.median(values)).mean()
     return 1 - stats.binom.cdf(k - 1, size, low) - stats.binom.cdf(k - 1, size, high)
 
 
@@ -128,7 +130,8 @@ def test_too_few_tasks_have_no_verdict():
     assert of.verdicts(apart.loc[:6, [0]])[0] == "better"
     assert of.verdicts(apart.loc[:5, [0]])[0] == of.TOO_FEW
     some = apart.assign(**{"few": [*[1.0] * 6, *[np.nan] * 11]})
-    assert of.verdicts(some)["few"] == of.TOO_FEW and of.verdicts(some)[0] == "better"
+    assert of.verdicts(some)["few"] == of.TOO_FEW
+    assert of.verdicts(some)[0] == "better"
 
 
 def test_a_difference_is_paired():
@@ -150,7 +153,8 @@ def test_ties_are_called_ties_and_losses_losses():
         {"best": base, "equal": base + draw.normal(0, 0.1, 20) - 0.005, "worse": base - 0.5}
     )
     standing = {s.method: s for s in of.ranked(means)}
-    assert standing["best"].tie and standing["equal"].tie
+    assert standing["best"].tie
+    assert standing["equal"].tie
     assert not standing["worse"].tie
     assert standing["worse"].behind == pytest.approx(-0.5)
     errors = {s.method: s for s in of.ranked(-means, larger_is_better=False)}
@@ -170,12 +174,15 @@ def test_the_choice_is_the_cheapest_tie():
     assert of.choice(-means, cost, larger_is_better=False) == "cheap"
     assert set(of.tied(means)) == {"dear", "cheap", "same"}
     *complete, last = of.ranked(means)
-    assert last.method == "some" and last.verdict == "better" and len(complete) == 4
+    assert last.method == "some"
+    assert last.verdict == "better"
+    assert len(complete) == 4
 
 
 def test_a_choice_that_other_tasks_would_not_make_is_seen():
     """A method far ahead is chosen in every resample, one of two that differ by luck is not."""
-    draw, cost = np.random.default_rng(9), {"a": 3.0, "b": 3.0}
+    draw = np.random.default_rng(9)
+    cost = {"a": 3.0, "b": 3.0}
     base = draw.normal(size=17)
     clear = pd.DataFrame({"a": base, "b": base - 1})
     even = pd.DataFrame({"a": base, "b": base + draw.normal(0, 0.3, 17)})
@@ -183,7 +190,8 @@ def test_a_choice_that_other_tasks_would_not_make_is_seen():
         np.mean([of.choice(sample, cost) == "a" for sample in resampled.resamples(means, 100)])
         for means in (clear, even)
     ]
-    assert shares[0] == 1.0 and 0.1 < shares[1] < 0.9
+    assert shares[0] == 1.0
+    assert 0.1 < shares[1] < 0.9
 
 
 violent = evidence.load("violent")
@@ -191,7 +199,8 @@ violent = evidence.load("violent")
 
 def cases(informative: bool) -> pd.DataFrame:
     """Sixty cases, a third of them broken; half of them choose, the others confirm."""
-    draw, place = np.random.default_rng(7), np.arange(60)
+    draw = np.random.default_rng(7)
+    place = np.arange(60)
     broken = place % 3 == 0
     signal = draw.uniform(size=60) + (2.0 * broken if informative else 0.0)
     return pd.DataFrame({"confirms": place % 2 == 0, "signal": signal, "broken": broken})
@@ -199,7 +208,8 @@ def cases(informative: bool) -> pd.DataFrame:
 
 def test_a_warning_that_knows_is_right_on_cases_that_it_has_not_seen():
     threshold, chosen, confirmed = violent.confusion(cases(True), "signal")
-    assert 1.0 < threshold < 2.1 and chosen.f1 == 1.0
+    assert 1.0 < threshold < 2.1
+    assert chosen.f1 == 1.0
     assert confirmed == violent.Counts(hit=10, false=0, missed=0, silent=20)
 
 
@@ -228,7 +238,8 @@ def violent_cases() -> pd.DataFrame:
 
 def test_the_curve_over_strength_falls_where_the_estimate_breaks():
     points = violent.curve(violent_cases())["m"]
-    strengths, means = [at for at, _ in points], [found.median for _, found in points]
+    strengths = [at for at, _ in points]
+    means = [found.median for _, found in points]
     assert strengths == sorted(strengths)
     assert means[:2] == [0.99, 0.99]
     assert means[3] == 0.5

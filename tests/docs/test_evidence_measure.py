@@ -82,8 +82,10 @@ def test_every_method_is_scored_on_every_kind(found):
 def test_the_numbers_are_those_of_the_library(folder: Path, found):
     """Agreement with its slopes, CPR and CMD of first order, by the public calls."""
     case = cases.cases_in(folder / "adapters")[0]
-    lens, readout = cases.lens_of(case), ll.Margin(" w5", " w9")
-    trained, others = FACTS["trained"], FACTS["paraphrase"]
+    lens = cases.lens_of(case)
+    readout = ll.Margin(" w5", " w9")
+    trained = FACTS["trained"]
+    others = FACTS["paraphrase"]
     first = ll.first_order(lens, trained, readout)
     for how in ("add_one", "leave_one_out"):
         effects = ll.patch_sites(lens, trained, readout, how, progress=False)
@@ -120,7 +122,9 @@ def test_what_warns_is_measured_on_the_first_prompt_of_each_kind(folder: Path, t
     packed = warned.pack(tmp_path)["fact"]["kinds"]["paraphrase"]
     assert set(packed["signals"]) >= set(sections.SIGNALS)
     assert set(packed["kl"]) >= set(sections.KL_SPLITS)
-    lens, readout, prompt = cases.lens_of(case), ll.Margin(" w5", " w9"), FACTS["paraphrase"][0]
+    lens = cases.lens_of(case)
+    readout = ll.Margin(" w5", " w9")
+    prompt = FACTS["paraphrase"][0]
     quiet = {"progress": False}
     pairs = {
         how: (
@@ -182,7 +186,8 @@ def test_what_a_method_costs_is_what_ran(found):
 @pytest.mark.slow
 def test_the_lean_protocol_has_the_same_numbers_of_fewer_methods(folder: Path, found):
     """On the first prompt of each kind; what the page's questions need, and no more."""
-    every, whole = cases.cases_in(folder / "adapters"), found["fact"]
+    every = cases.cases_in(folder / "adapters")
+    whole = found["fact"]
     lean = measure.measure(every[0], every, 2, is_lean=True)
     assert (lean["lean"], whole["lean"]) == (True, False)
     assert {kind: len(one["prompts"]) for kind, one in lean["questions"].items()} == {
@@ -199,7 +204,8 @@ def test_the_lean_protocol_has_the_same_numbers_of_fewer_methods(folder: Path, f
             of = {"prompts": "unrelated", "question": how, "metric": metric, "method": method}
             assert value(lean, **of) == value(whole, **of)
     of = {row["method"] for row in lean["scores"] if row["prompts"] == "unrelated"}
-    assert of < {row["method"] for row in whole["scores"]} and "path/4" in of
+    assert of < {row["method"] for row in whole["scores"]}
+    assert "path/4" in of
 
 
 def test_the_lean_protocol_reads_a_response_by_its_first_tokens(folder: Path):
@@ -208,7 +214,8 @@ def test_the_lean_protocol_reads_a_response_by_its_first_tokens(folder: Path):
     prompts = {"trained": asked, "neighbour": asked, "unrelated": [{"prompt": "w5", "doc": " w6"}]}
     long = dataclasses.replace(case, task={**case.task, "prompts": prompts})
     cut = cases.lean(long, models.tokenizer()).task["prompts"]
-    assert {*cut} == {"trained", "unrelated"} and cut["unrelated"] == prompts["unrelated"]
+    assert {*cut} == {"trained", "unrelated"}
+    assert cut["unrelated"] == prompts["unrelated"]
     assert cut["trained"][0]["response"].split() == ["w5", "w6", "w7"]
     assert long.task["prompts"] == prompts
 

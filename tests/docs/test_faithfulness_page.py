@@ -64,7 +64,8 @@ def test_pictures_of_the_page_are_there():
 
 # --- Cells again, from the JSON by plain Python and numpy: none of the page's functions
 
-SMOLLM2, GEMMA = "SmolLM2-135M-Instruct", "gemma-3-270m"
+SMOLLM2 = "SmolLM2-135M-Instruct"
+GEMMA = "gemma-3-270m"
 OWN = ("trained", "paraphrase")
 Of = tuple[str, str, str]  # question, metric and method
 
@@ -104,9 +105,11 @@ def test_a_median_its_interval_and_the_worst_task(numbers):
 
 def interval(values: list[float]) -> str:
     """Order statistics: the widest pair whose binomial covers 95 %."""
-    low_to_high, size = sorted(values), len(values)
+    low_to_high = sorted(values)
+    size = len(values)
     k = next(k for k in range(size, 0, -1) if 2 * stats.binom.cdf(k - 1, size, 0.5) <= 0.05)
-    low, high = low_to_high[k - 1], low_to_high[size - k]
+    low = low_to_high[k - 1]
+    high = low_to_high[size - k]
     return f"{statistics.median(values):.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -159,7 +162,8 @@ def test_slopes_stand_on_the_first_page(numbers, base: str, tasks: int, left: in
             if held:
                 by_adapter[name] = statistics.mean(held[kind] for kind in OWN)
         assert len(adapters) - len(by_adapter) == left
-        low, high = min(by_adapter, key=by_adapter.get), max(by_adapter, key=by_adapter.get)
+        low = min(by_adapter, key=by_adapter.get)
+        high = max(by_adapter, key=by_adapter.get)
         ends = f"{by_adapter[low]:.2f} ({low}) to {by_adapter[high]:.2f} ({high})"
         median = list(by_task(numbers, of, base=base).values())
         assert len(median) == tasks
@@ -171,7 +175,8 @@ def test_verdicts_are_those_of_all_signs_and_holm_s_steps(numbers):
     """Every row of the comparisons on the first base, all 2^17 or 2^12 patterns one by one."""
     compared = evidence.load("words").COMPARED
     rows = [row for row in section("## Does it help?") if row[0] != "---"][1 : 1 + len(compared)]
-    p, ahead = [], []
+    p = []
+    ahead = []
     for (question, method, other), row in zip(compared, rows, strict=True):
         asked = (question.key, question.metric)
         mine, its = (by_task(numbers, (*asked, of), question.prompts) for of in (method, other))
@@ -181,7 +186,8 @@ def test_verdicts_are_those_of_all_signs_and_holm_s_steps(numbers):
         ahead.append("better" if (apart.sum() > 0) == question.larger else "worse")
         assert row[3].split(" ")[0] == f"{np.median(apart):+.3f}"
     assert len(p) == len(compared)
-    steps, corrected = 0.0, {}
+    steps = 0.0
+    corrected = {}
     for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
         steps = max(steps, (len(p) - rank) * p[index])
         corrected[index] = steps
@@ -226,7 +232,8 @@ def test_the_choice_that_is_stored_is_that_of_the_seed(numbers):
     stored = numbers["resampled"]
     for shares in stored["choices"].values():
         assert sum(shares.values()) == pytest.approx(1.0)
-    scores, costs = results.scores_of(numbers), results.costs_of(numbers)
+    scores = results.scores_of(numbers)
+    costs = results.costs_of(numbers)
     resampled, words, intervals = (
         evidence.load(name) for name in ("resampled", "words", "intervals")
     )

@@ -98,7 +98,9 @@ def test_planned_memory_is_as_near_to_what_was_measured_as_the_page_says():
 
 
 def test_costs_are_what_their_commands_printed():
-    held, page, short = costs.read(), costs.PAGE.read_text(), costs.PERFORMANCE.read_text()
+    held = costs.read()
+    page = costs.PAGE.read_text()
+    short = costs.PERFORMANCE.read_text()
     assert costs.page(page, held) == page
     assert costs.performance(short, held) == short
     assert set(held) == set(re.findall(r"<!-- cost: (.+) -->", page))
@@ -147,7 +149,8 @@ def test_the_floors_of_the_evidence_are_those_of_their_blocks():
     "name", ["repair", "compare_adapters", "edges", "seven_papers", "together"]
 )
 def test_tables_are_what_the_numbers_render_to(name: str):
-    of, text = _load(name), _load(name).PAGE.read_text()
+    of = _load(name)
+    text = _load(name).PAGE.read_text()
     numbers = json.loads(of.NUMBERS.read_text())
     has_several = name in ("edges", "together")
     tables = of.tables(numbers) if has_several else {of.TABLE: of.table(numbers)}

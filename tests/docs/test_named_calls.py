@@ -64,4 +64,5 @@ def test_each_equation_of_the_note_is_in_the_file_that_is_named():
         definition = re.compile(rf"^(def|class) {function[1]}\b", re.MULTILINE)
         if not any(definition.search(source) for source in sources):
             elsewhere.append(row)
-    assert elsewhere == [] and rows > 10
+    assert elsewhere == []
+    assert rows > 10

@@ -67,8 +67,10 @@ def test_cells_are_what_the_places_say(kind, column, method, words, measure):
         if plant["kind"] == kind and plant["enters"]
     )
     left_out = max(int(stats.binom.ppf(0.025, len(values), 0.5)) - 1, 0)  # at either end
-    low, high = values[left_out], values[-1 - left_out]
-    middle, worst = np.median(values), values[0]
+    low = values[left_out]
+    high = values[-1 - left_out]
+    middle = np.median(values)
+    worst = values[0]
     expected = f"{middle:.2f} [{low:.2f}, {high:.2f}] · {worst:.2f}"
     name = "auroc" if measure is share_behind else "recovery"
     table = told.table(numbers, getattr(told, name))
@@ -179,7 +181,8 @@ def test_the_carried_warning_is_counted_right(second):
         for plant in second.values()
         for case, check in zip(plant["cases"], plant["confirmed"], strict=True)
     ]
-    right, false = flags.count((True, True)), flags.count((True, False))
+    right = flags.count((True, True))
+    false = flags.count((True, False))
     broken = sum(interacts for _, interacts in flags)
     expected = (
         f"{right} of {broken} questions that interact, and "
@@ -197,7 +200,8 @@ def test_a_base_is_written_beside_the_others(base, tmp_path, monkeypatch):
     judged.NUMBERS.write_text(before)
     (tmp_path / "confined-0.json").write_text('{"kind": "confined", "share": 0.0001234}\n')
     judged.write(tmp_path, base)
-    old, new = json.loads(before), json.loads(judged.NUMBERS.read_text())
+    old = json.loads(before)
+    new = json.loads(judged.NUMBERS.read_text())
     written = {"confined-0": {"kind": "confined", "share": 0.0001234}}
     if base == judged.EMBEDDED_NAME:
         assert new["plants"] == written
@@ -217,14 +221,16 @@ def test_some_plants_are_written_beside_those_of_their_base(base, tmp_path, monk
     plant = {"kind": "confined", "share": 0.0001234}
     (tmp_path / "confined-0.json").write_text(json.dumps(plant))
     judged.write(tmp_path, base, are_some=True)
-    old, new = json.loads(before), json.loads(judged.NUMBERS.read_text())
+    old = json.loads(before)
+    new = json.loads(judged.NUMBERS.read_text())
     is_embedded = base == judged.EMBEDDED_NAME
     changed = old if is_embedded else old["elsewhere"]["gemma-3-270m"]
     written = new if is_embedded else new["elsewhere"]["gemma-3-270m"]
     assert written["plants"].pop("confined-0") == plant
     changed["plants"].pop("confined-0")
     assert list(written["plants"]) == list(changed["plants"])
-    new_about, old_about = written.pop("about"), changed.pop("about")
+    new_about = written.pop("about")
+    old_about = changed.pop("about")
     assert new_about["command"] == old_about["command"]
     assert new == old
 
@@ -563,7 +569,8 @@ def test_misses_on_the_grid_are_those_of_updates_scaled_beforehand(float64, bed,
         (value,) = bed.gated.corners(scaled, question, [set(causes)])
         return value
 
-    none, both = g(0, 0), g(1, 1)
+    none = g(0, 0)
+    both = g(1, 1)
     misses = {
         (i, j): abs((g(i / 6, j / 6) - none) / (both - none) - i * j / 36)
         for i in range(7)

@@ -82,7 +82,8 @@ def test_the_hook_before_each_commit_is_a_command_that_there_is():
     (hook,) = repositories[0]["hooks"]
     program, command, *_ = hook["entry"].split()
     assert (program, command) == ("lens-lora", "verify")
-    assert hook["language"] == "system" and not hook["pass_filenames"]
+    assert hook["language"] == "system"
+    assert not hook["pass_filenames"]
 
 
 @pytest.mark.parametrize("code", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
@@ -125,7 +126,8 @@ def test_no_broken_export_passes_and_no_right_one_fails():
     broken = [row for row in rows if row[3] == "no"]
     right = [row for row in rows if row[3] == "yes"]
     assert len(broken) + len(right) == len(rows)
-    assert len(broken) >= 20 and len(right) >= 20
+    assert len(broken) >= 20
+    assert len(right) >= 20
     assert [row for row in broken if row[4] == "0"] == []
     assert [row for row in right if row[4] == "1"] == []
     assert f"Of {len(broken)} broken ones 0 pass; of {len(right)} right ones 0 fail" in (
@@ -151,7 +153,8 @@ def test_exports_of_peft_again(name: str):
     if "save_as_lora" in name and not hasattr(peft, "save_as_lora"):
         pytest.skip("this PEFT converts nothing to LoRA")
     spec = importlib.util.spec_from_file_location("foreign_exports", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
     spec.loader.exec_module(script)

@@ -22,7 +22,8 @@ import yaml
 import lens_lora as ll
 
 ROOT = Path(__file__).parents[2]
-DOCS, PACKAGE = ROOT / "docs", ROOT / "lens_lora"
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "lens_lora"
 PAGES = sorted(DOCS.rglob("*.md"))
 README = ROOT / "README.md"
 ROOT_PAGES = [ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")]
@@ -208,7 +209,8 @@ def test_a_changed_snippet_has_no_output():
     page = "first_adapter"
     text = (DOCS / f"{page}.md").read_text()
     drawn = "```python\nmargin.plot()\n```\n"
-    assert drawn in text and "![What" in outputs.with_outputs(drawn, page)
+    assert drawn in text
+    assert "![What" in outputs.with_outputs(drawn, page)
     assert outputs.with_outputs("```python\n1 + 1\n```\n", page) == "```python\n1 + 1\n```\n"
 
 
@@ -231,8 +233,10 @@ def test_the_gallery_shows_six_notebooks_and_lists_the_others():
     assert set(notebooks.paths()) == set(notebooks.DEMOS.glob("*.ipynb"))
     for path in notebooks.paths():
         text, found = notebooks.page(path)
-        assert found and all(png.startswith(b"\x89PNG") for png in found.values())
-        assert text.startswith("# ") and all(f"({name})" in text for name in found)
+        assert found
+        assert all(png.startswith(b"\x89PNG") for png in found.values())
+        assert text.startswith("# ")
+        assert all(f"({name})" in text for name in found)
 
 
 def test_the_figure_below_readme_s_cell_is_what_it_draws():
@@ -251,18 +255,21 @@ def test_badges_lead_to_the_repository_that_is_named():
     badge = makers["badge"]
     first_cells = [first_cell(path) for path in notebooks.paths()[:6]]
     for text in (badge.README.read_text(), *first_cells):
-        assert badge.MARK in text and badge.BINDER not in text
+        assert badge.MARK in text
+        assert badge.BINDER not in text
     assert "works once the repository is public" in badge.MARK
     once = badge.with_badge(f"# x\n\n{badge.MARK}\n\ntext\n", "https://github.com/a/b.git")
     assert "(https://mybinder.org/v2/gh/a/b/HEAD?labpath=demos%2Ffirst_look.ipynb)" in once
     twice = badge.with_badge(once, "https://gitlab.com/a/c/b/", "other.ipynb")
     assert "/v2/gl/a%2Fc%2Fb/HEAD?labpath=demos%2Fother.ipynb" in twice
-    assert "/gh/" not in twice and twice.endswith("\n\ntext\n")
+    assert "/gh/" not in twice
+    assert twice.endswith("\n\ntext\n")
     with pytest.raises(SystemExit, match="expected https"):
         badge.badge("github.com/a/b", "first_look.ipynb")
     assert (ROOT / ".binder").is_dir()
     readme = badge.of_readme(badge.of_readme(once, "https://x.y/a/b"), "https://github.com/a/b.git")
-    assert readme.count("[![") == 4 and readme.endswith("\n\ntext\n")
+    assert readme.count("[![") == 4
+    assert readme.endswith("\n\ntext\n")
     (workflow,) = re.findall(r"github\.com/a/b/actions/workflows/(\S+)/badge", readme)
     assert (ROOT / ".github" / "workflows" / workflow).is_file()
 
@@ -320,7 +327,8 @@ def on_site(path: Path) -> bool:
     """Whether mkdocs copies a file: it lies in docs/, and `exclude_docs` does not leave it out."""
     if not path.is_relative_to(DOCS):
         return False
-    name, patterns = f"/{path.relative_to(DOCS).as_posix()}", config()["exclude_docs"].split()
+    name = f"/{path.relative_to(DOCS).as_posix()}"
+    patterns = config()["exclude_docs"].split()
     if f"!{name}" in patterns:
         return True
     return not any(fnmatch(name, f"{p}*" if p.endswith("/") else p) for p in patterns)
@@ -399,7 +407,8 @@ def test_the_navigation_holds_every_page_and_no_other():
 def test_the_run_builds_the_site_with_its_warnings_counted():
     """With -q mkdocs counts none, and --strict lets a dead link pass."""
     options = re.search(r'mkdocs" build (.*)', (ROOT / ".ci" / "run").read_text())[1]
-    assert "--strict" in options and not re.search(r" (-q|--quiet)\b", options)
+    assert "--strict" in options
+    assert not re.search(r" (-q|--quiet)\b", options)
 
 
 @cache

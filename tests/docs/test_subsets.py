@@ -64,7 +64,8 @@ def cells(numbers: dict[str, Any], method: str) -> list[str]:
         values = by_adapter(numbers, method, at_home=at_home)
         tasks = sorted(by_task(values))
         rank = int(stats.binom.ppf(0.025, len(tasks), 0.5))
-        low, high = tasks[rank - 1], tasks[-rank]
+        low = tasks[rank - 1]
+        high = tasks[-rank]
         told += [f"{statistics.median(tasks):.2f} [{low:.2f}, {high:.2f}]"]
         told += [f"{min(values.values()):.2f}"]
     return told
@@ -99,7 +100,8 @@ def answers(numbers: dict[str, Any]) -> dict[str, str]:
         for method in several.SHOWN
         if method != REFERENCE
     }
-    told, stopped = {}, False
+    told = {}
+    stopped = False
     for place, method in enumerate(sorted(apart, key=lambda of: flipped(apart[of]))):
         stopped |= flipped(apart[method]) * (len(apart) - place) >= 0.05
         word = "tie" if stopped else "better" if sum(apart[method]) > 0 else "worse"
@@ -139,7 +141,8 @@ def test_wordings_held_out_were_given_to_no_method():
         questions = [prompt for prompt, *_ in spec.questions[:2]]
         given = [*questions, *subsets.MORE_GIVEN[spec.name]]
         assert row["prompts"] == [*given, *subsets.HELD_OUT[spec.name]]
-        assert len(set(row["prompts"])) == 6 and row["held out"] == [4, 5]
+        assert len(set(row["prompts"])) == 6
+        assert row["held out"] == [4, 5]
         taught = " ".join(spec.sentences)
         assert not any(prompt in taught for prompt in row["prompts"][4:]), spec.name
         assert row["chosen"] == round(0.2 * row["sites"])
@@ -179,7 +182,8 @@ def test_greedy_adds_the_site_of_the_largest_slope():
         members.append(max(outside, key=lambda site: float(gates.grad[site])))
     assert subsets.greedy(g, 5).nonzero()[:, 0].tolist() == sorted(members)
     assert subsets.sizes_of(5) == [1, 2, 3, 4, 5]
-    assert len(subsets.sizes_of(42)) == 12 and subsets.sizes_of(42)[-1] == 42
+    assert len(subsets.sizes_of(42)) == 12
+    assert subsets.sizes_of(42)[-1] == 42
 
 
 # --- Repairs of several seeds
@@ -204,7 +208,8 @@ def test_repairs_are_counted_again():
     assert set(rows) == set(REPAIRS) == set(repair.WORDINGS)
     for name, cells in rows.items():
         shares, gains = (repaired(name, key) for key in ("keep share, repaired", "gain"))
-        assert cells[0] == str(len(shares)) and len(shares) >= 2
+        assert cells[0] == str(len(shares))
+        assert len(shares) >= 2
         assert cells[2] == f"{statistics.median(shares):.0%} ({shares[0]:.0%})"
         assert cells[-1].split(";")[0] == f"{statistics.median(gains):.2f} ({gains[0]:.2f})"
     every = [row for seeds in REPAIRS.values() for row in seeds.values()]

@@ -632,5 +632,6 @@ def test_tables(tmp_path):
     assert list(top) == [*labels, "value", "share"]
     assert top["value"].abs().is_monotonic_decreasing
     again = ll.load_result(edges.save(tmp_path / "edges.safetensors"))
-    assert isinstance(again, ll.results.Edges) and torch.equal(again.values, edges.values)
+    assert isinstance(again, ll.results.Edges)
+    assert torch.equal(again.values, edges.values)
     assert repr(edges).startswith("Edges of margin(5 − 9), in logits: 3 prompts × 14 sites")

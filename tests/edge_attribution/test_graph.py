@@ -121,7 +121,8 @@ def test_links_add_up_to_first_order(readers: str, by: tuple[str, ...], tmp_path
     kinds = {node["node_id"]: node["feature_type"] for node in graph["nodes"]}
     first_order = ll.first_order(lens, PROMPT, MARGIN, progress=False)
     (target,) = [node["node_id"] for node in graph["nodes"] if node["is_target_logit"]]
-    assert kinds[target] == "logit" and edges.readout in names[target]
+    assert kinds[target] == "logit"
+    assert edges.readout in names[target]
     reached = sum(link["weight"] for link in graph["links"] if link["target"] == target)
     assert abs(reached - float(first_order.values.sum())) < TINY
     of_writer: Counter[str] = Counter()
@@ -160,7 +161,9 @@ def test_what_the_viewers_compute_of_a_node(tmp_path: Path):
     edges = ll.edges(lens, PROMPT, ll.LogProb(5), "head", progress=False)
     graph = read(edges, tmp_path / "g.json")
     of_kind = Counter(node["feature_type"] for node in graph["nodes"])
-    assert of_kind["logit"] == 1 and of_kind["reader"] and of_kind["lora writer"]
+    assert of_kind["logit"] == 1
+    assert of_kind["reader"]
+    assert of_kind["lora writer"]
     for node in graph["nodes"]:
         if node["feature_type"] == "logit":
             probability = float(node["clerp"].split("(p=")[1].split(")")[0])
@@ -211,7 +214,8 @@ def test_every_node_has_its_name_in_the_picture(readers: str):
     for name in {*drawn["writer"], *drawn["reader"]}:
         assert short_name(name) in names
     assert len(names) == 2 + drawn["writer"].nunique() + drawn["reader"].nunique()
-    assert not figure.layout.xaxis.visible and not figure.layout.yaxis.visible
+    assert not figure.layout.xaxis.visible
+    assert not figure.layout.yaxis.visible
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,8 @@ def test_a_group_may_be_called_as_a_reader():
     groups = {"logits": "*.attn.*", "blocks.0.mlp": "*.mlp.*"}
     edges = ll.edges(lens_of(), PROMPT, MARGIN, group=groups, progress=False)
     names = texts_of(edges.plot_graph())
-    assert names.count("logits") == 2 and names.count("0 MLP") == 2
+    assert names.count("logits") == 2
+    assert names.count("0 MLP") == 2
 
 
 def test_lines_meet_a_node_one_beside_another():
@@ -255,6 +260,8 @@ def test_lines_meet_a_node_one_beside_another():
         assert float(gaps.min()) > 0.99
     widths = [trace.line.width for trace in lines]
     sizes = edges.top(20)["value"].abs().tolist()
-    assert widths[0] == max(widths) and sizes[0] == max(sizes)
+    assert widths[0] == max(widths)
+    assert sizes[0] == max(sizes)
     legend = [trace.name for trace in figure.data if trace.showlegend is not False]
-    assert legend[:2] == ["raises it", "lowers it"] and len(legend) == 4
+    assert legend[:2] == ["raises it", "lowers it"]
+    assert len(legend) == 4

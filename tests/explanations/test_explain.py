@@ -86,7 +86,8 @@ def test_interventions_are_the_functions_own(tiny):
         ("first_order@0", "leave_one_out"),
         ("first_order@1", "leave_one_out"),
     ]
-    assert found.null.draws == 3 and set(found.reliability) == {"add_one", "leave_one_out"}
+    assert found.null.draws == 3
+    assert set(found.reliability) == {"add_one", "leave_one_out"}
 
 
 def test_promoted_tokens_of_the_largest_sites_are_those_of_the_whole_sweep(tiny):
@@ -141,13 +142,17 @@ def test_fast_leaves_the_slow_parts_out_and_says_so():
         found = ll.explain(
             cases.case("gpt2", CLASSES[0], "raw").lens, PROMPT, DOC, PRE, fast=True, progress=False
         )
-    assert found.is_fast and found.comparisons == () and found.null is None
+    assert found.is_fast
+    assert found.comparisons == ()
+    assert found.null is None
     assert "Not measured: single modules added or left out, keep and drop curves" in found.story()
-    assert found.reliability == {} and "flags" not in found.story()
+    assert found.reliability == {}
+    assert "flags" not in found.story()
     assert set(found.figures()) == {"path", "remainder", "second_order", "sites", "positions"}
     assert "add_one" not in found.to_frame().columns
     own = without_plotly(found.report())
-    assert "First order against measurements" not in own and "Coupling between" not in own
+    assert "First order against measurements" not in own
+    assert "Coupling between" not in own
 
 
 @pytest.mark.slow
@@ -155,12 +160,14 @@ def test_answers_of_several_tokens_are_in_nats():
     with models.lifted():
         lens = cases.case("llama", CLASSES[0], "raw").lens
         found = ll.explain(lens, PROMPT, "w9 w4", "w26", progress=False)
-    assert found.units == "nats" and found.add_one.units == "nats"
+    assert found.units == "nats"
+    assert found.add_one.units == "nats"
     answer = ll.AnswerMargin("w9 w4", "w26")
     with models.lifted():
         same(found.margin.attribution.per_site, ll.first_order(lens, PROMPT, answer).values)
     assert "difference of the whole answers' log-probabilities" in found.story()
-    assert " nats" in found.story() and " logits" not in found.story()
+    assert " nats" in found.story()
+    assert " logits" not in found.story()
     assert "On the prompt “w13w14w15” the base" in found.story()
     assert "After the prompt come the answers' tokens" in html.unescape(found.report())
 
@@ -291,7 +298,8 @@ def test_story_below_the_noise_compares_nothing():
         assert claim not in story, claim
     own = html.unescape(without_plotly(found.report()))
     assert "No single module moves the margin by more than rounding (3e-05)" in own
-    assert "Which few modules carry" not in own and "Pearson" not in own
+    assert "Which few modules carry" not in own
+    assert "Pearson" not in own
     assert {"add_one", "leave_one_out", "faithfulness"}.isdisjoint(found.figures())
     assert {share for _, _, share in remainder_table(found).rows} == {"noise", ""}
 
@@ -317,7 +325,8 @@ def test_terminal_tables_hold_every_number_and_no_markup():
     assert re.search(r"blocks.2.mlp.down .* leaving out", flagged)
     assert re.search(r"first order at ε = 1 +leaving one out at a time +0.999 +1.000", text)
     assert re.search(r"of modules together, .* \+4.00 +50%", text)
-    assert re.search(r"ranking +top 25% keeps", text) and re.search(r"random +20% ", text)
+    assert re.search(r"ranking +top 25% keeps", text)
+    assert re.search(r"random +20% ", text)
 
 
 def test_every_table_of_an_explanation_holds_its_columns():

@@ -106,7 +106,8 @@ def test_a_share_holds_its_own_numbers_and_no_other():
         noise_floor=torch.tensor([1.0, 2.0]),
     )
     one = one_prompt(test, 1)
-    assert torch.equal(one.null, test.null[:, 1:2]) and one.noise_floor.tolist() == [2.0]
+    assert torch.equal(one.null, test.null[:, 1:2])
+    assert one.noise_floor.tolist() == [2.0]
     assert one.observed.str_tokens == two_prompts().str_tokens[1:]
     assert one.null.untyped_storage().nbytes() == one.null.nbytes
     assert one_prompt(e.faithfulness, 0).orders.keys() == e.faithfulness.orders.keys()
@@ -119,12 +120,14 @@ def test_a_share_holds_its_own_numbers_and_no_other():
 def test_a_table_a_story_and_a_page_of_all():
     found = ll.results.Explanations((explanation(), explanation(fast=True)))
     frame = found.to_frame()
-    assert frame["prompt"].tolist() == [0] * 4 + [1] * 4 and len(found) == 2
+    assert frame["prompt"].tolist() == [0] * 4 + [1] * 4
+    assert len(found) == 2
     assert found.story().startswith("1. “of”: The base model prefers “Paris”")
     assert set(found.figures()) == {"margins", "layers"}
     layers = found.figures()["layers"].data[0]
     assert [list(row) for row in layers.z] == [[3.0, 0.0, 1.0]] * 2
     margins = found.figures()["margins"]
-    assert list(margins.data[1].x) == [-4.0] * 2 and list(margins.data[2].x) == [4.0] * 2
+    assert list(margins.data[1].x) == [-4.0] * 2
+    assert list(margins.data[2].x) == [4.0] * 2
     assert "2 of 2 prompts flip" in margins.layout.title.text
     assert "prompt-2" in found.report()

@@ -67,10 +67,13 @@ def headings(page):
 def test_page_has_every_section_in_order_folded_below_its_headline(page):
     own = without_plotly(page)
     assert headings(page) == list(SECTIONS)
-    assert own.count("<details id=") == len(SECTIONS) and "<details open" not in own
+    assert own.count("<details id=") == len(SECTIONS)
+    assert "<details open" not in own
     assert own.count("data-figure=") == PLOTS
     top = own.partition("<details")[0]
-    assert top.count("data-figure=") == 1 and top.count("<span>") == 3 and top.count("<dd>") == 4
+    assert top.count("data-figure=") == 1
+    assert top.count("<span>") == 3
+    assert top.count("<dd>") == 4
 
 
 def test_page_leaves_out_what_was_not_computed():
@@ -91,7 +94,8 @@ def test_page_fetches_nothing(page):
 
 @pytest.mark.slow
 def test_page_escapes_tokens_prompts_and_titles(page):
-    assert EVIL not in page and "alert(1)" in without_plotly(page)
+    assert EVIL not in page
+    assert "alert(1)" in without_plotly(page)
     assert EVIL not in explanation_report([explanation()], title=EVIL)
     assert EVIL not in explanation_report([explanation(tokens=(EVIL, "x")), explanation()])
 
@@ -112,7 +116,8 @@ def test_page_of_several_prompts_begins_with_all_of_them():
         ("prompt-2", "2. in"),
     ]
     top = own.partition("<details")[0]
-    assert top.count("data-figure=") == OVERVIEW and "“Lyon” − “Paris”" in top
+    assert top.count("data-figure=") == OVERVIEW
+    assert "“Lyon” − “Paris”" in top
     ids = re.findall(r' id="([^"]+)"', own)
     assert len(ids) == len(set(ids)) == 2 * (1 + len(SECTIONS))
     with pytest.raises(ValueError, match="no explanation to report"):
@@ -156,7 +161,8 @@ def test_the_headline_compares_nothing_within_rounding():
     noise = explanation([-4.0 + 1e-6 * s for s in SCALES], [2.5e-7] * 4, noise=1e-5)
     sentences, numbers = headline(noise)
     assert "cannot be told from rounding" in sentences[0]
-    assert "%" not in "".join(sentences) and numbers[3][0] == "noise"
+    assert "%" not in "".join(sentences)
+    assert numbers[3][0] == "noise"
     sentences, numbers = headline(explanation([-3.9, -3.5, -3.0, -2.5, -2.0, -1.0]))
     assert "With the adapter it still prefers “Paris”, by 1.00" in sentences[0]
     assert numbers[2][0] == "ε = 0.49"
@@ -177,7 +183,8 @@ def test_tokens_are_ordered_by_probability_and_rare_ones_left_out():
     ]
     shift = dataclasses.replace(e.module_shift, values=torch.tensor([[[1.0, 0.0, 50.0]]]))
     ((_, up, down),) = site_moves(dataclasses.replace(e, module_shift=shift), 5)
-    assert [token for token, _ in up] == ["a"] and [token for token, _ in down] == ["b"]
+    assert [token for token, _ in up] == ["a"]
+    assert [token for token, _ in down] == ["b"]
     assert up[0][1].startswith("+9.0 points")
 
 
@@ -294,8 +301,10 @@ def test_the_check_of_hostile_names_sees_a_careless_page(setting, text, monkeypa
 @browser
 def test_browser_draws_every_plot_without_an_error(page, tmp_path, opened):
     dom, console = opened(page, tmp_path)
-    assert console == [] and drawn(dom) == PLOTS
-    assert 'data-wide="false at 1200"' in dom and 'data-ink="rgb(28, 33, 38)"' in dom
+    assert console == []
+    assert drawn(dom) == PLOTS
+    assert 'data-wide="false at 1200"' in dom
+    assert 'data-ink="rgb(28, 33, 38)"' in dom
     assert 'data-text="rgb(28, 33, 38)' in dom
 
 
@@ -307,7 +316,8 @@ def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path, opened
     several = explanation_report([explanation(), explanation(tokens=("<s>", " in"))])
     assert drawn(opened(several, tmp_path, unfolded=False)[0]) == OVERVIEW
     dom, console = opened(several, tmp_path, fragment="#prompt-2", unfolded=False)
-    assert console == [] and drawn(dom) == OVERVIEW + 1
+    assert console == []
+    assert drawn(dom) == OVERVIEW + 1
     assert re.findall(r'<details class="prompt" id="(prompt-\d)" open', dom) == ["prompt-2"]
 
 
@@ -316,9 +326,11 @@ def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path, opened
 def test_browser_draws_every_prompt_in_dark(tmp_path, opened):
     page = explanation_report([explanation(), explanation(tokens=("<s>", " in"))])
     dom, console = opened(page, tmp_path, dark=True)
-    assert console == [] and drawn(dom) == OVERVIEW + 2 * PLOTS
+    assert console == []
+    assert drawn(dom) == OVERVIEW + 2 * PLOTS
     assert 'data-wide="false at 1200"' in dom
-    assert 'data-ink="rgb(230, 234, 238)"' in dom and 'data-text="rgb(230, 234, 238)' in dom
+    assert 'data-ink="rgb(230, 234, 238)"' in dom
+    assert 'data-text="rgb(230, 234, 238)' in dom
 
 
 SAVE = """<script>HTMLAnchorElement.prototype.click = async function () {
@@ -348,7 +360,8 @@ def test_browser_saves_pictures_and_numbers(page, tmp_path, opened):
 def test_page_is_no_wider_than_a_phone(page, tmp_path, opened):
     """Nor is any table on it: a row becomes a card, or its words wrap."""
     dom, console = opened(page, tmp_path, phone=True)
-    assert console == [] and 'data-wide="false at 390"' in dom
+    assert console == []
+    assert 'data-wide="false at 390"' in dom
     wide = page.replace("(max-width: 600px)", "(max-width: 1px)")
     assert 'data-wide="true at 390"' in opened(wide, tmp_path, phone=True)[0]
 
@@ -358,7 +371,8 @@ def test_page_is_no_wider_than_a_phone(page, tmp_path, opened):
 def test_browser_runs_no_name_and_drops_none(tmp_path, opened):
     titled = "".join(HOSTILE)
     dom, console = opened(explanation_report([named(*HOSTILE)], title=titled), tmp_path)
-    assert console == [] and drawn(dom) == PLOTS
+    assert console == []
+    assert drawn(dom) == PLOTS
     texts = Reader(dom).texts
     assert {shown(titled), *map(shown, HOSTILE)} <= set(texts)
 
@@ -403,4 +417,5 @@ def test_browser_check_sees_a_broken_page(page, tmp_path, opened):
     """The control: a plot that cannot be drawn is reported, and not counted."""
     broken = page.replace("Plotly.newPlot(", "Plotly.noSuchPlot(")
     dom, console = opened(broken, tmp_path)
-    assert console and drawn(dom) < PLOTS
+    assert console
+    assert drawn(dom) < PLOTS

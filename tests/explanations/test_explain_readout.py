@@ -72,7 +72,9 @@ def test_first_and_second_order_are_the_functions_own(explained: Explained):
 
 def test_interventions_path_and_curves_are_the_functions_own(explained: Explained):
     case, readout, found = explained
-    assert found.path is not None and found.faithfulness is not None and found.null is not None
+    assert found.path is not None
+    assert found.faithfulness is not None
+    assert found.null is not None
     scores: dict[str, Any] = {}
     for how in ("add_one", "leave_one_out"):
         alone = ll.patch_sites(case.lens, TOKENS, readout, how, **QUIET)
@@ -150,11 +152,15 @@ def test_a_readout_of_the_logits_quickly(cls: str):
     case = cases.case("gpt2", cls, "raw")
     readout = ll.Logit(3)
     found = ll.explain(case.lens, TOKENS, readout=readout, fast=True, **QUIET)
-    assert found.is_fast and found.null is None and not found.reliability and not found.comparisons
+    assert found.is_fast
+    assert found.null is None
+    assert not found.reliability
+    assert not found.comparisons
     first = ll.first_order(case.lens, TOKENS, readout)
     same(found.first_order.per_site, first.values)
     same(found.by_rank.per_site, first.values)
-    assert found.readout == readout.label and found.units == readout.units
+    assert found.readout == readout.label
+    assert found.units == readout.units
     assert len(found.to_frame()) == len(TOKENS) * len(case.lens.sites)
     assert "Not measured: single modules added or left out" in found.of_prompt(0).story()
 
@@ -168,7 +174,8 @@ def test_the_story_of_one_prompt_has_its_numbers():
     assert "moves margin(' Lyon' − ' Paris') by +8.00 logits, from −4.00 in the base model" in story
     assert "predicts a shift of +4.00 logits, to a value of 0.00. It misses 50%" in story
     assert "blocks.0.mlp.down +2.00 (25%)" in story
-    assert "of this readout alone" in story and "It is of one prompt." in story
+    assert "of this readout alone" in story
+    assert "It is of one prompt." in story
     assert not any(
         word in story for word in ("prefers", "flips", "pair of answers", "margin moves")
     )
@@ -180,7 +187,8 @@ def test_a_shift_within_rounding_has_no_shares():
     noise = dataclasses.replace(still.noise, shift=torch.tensor([10.0]))
     second = dataclasses.replace(found.second_order, curve=dataclasses.replace(still, noise=noise))
     story = dataclasses.replace(found, second_order=second).story()
-    assert "shows no effect of the adapter" in story and "no share of it is given" in story
+    assert "shows no effect of the adapter" in story
+    assert "no share of it is given" in story
     assert "%" not in story.partition("Against random directions")[0]
 
 
@@ -200,7 +208,8 @@ def test_the_page_of_one_prompt_has_each_section():
         "Against random directions",
     ):
         assert heading in page, heading
-    assert "Tokens promoted" not in page and "flips" not in page
+    assert "Tokens promoted" not in page
+    assert "flips" not in page
 
 
 def test_figures_are_of_the_prompt_or_of_the_mean(explained: Explained):
@@ -216,7 +225,8 @@ def test_figures_are_of_the_prompt_or_of_the_mean(explained: Explained):
 def test_the_page_of_several_prompts_begins_with_all_of_them(explained: Explained, tmp_path: Any):
     _, readout, found = explained
     page = html.unescape(without_plotly(found.save_report(tmp_path / "a.html").read_text()))
-    assert readout.label in page and page.count("The readout in numbers") == 2
+    assert readout.label in page
+    assert page.count("The readout in numbers") == 2
     story = found.story()
     assert story.startswith(
         "In the mean over 2 prompts the adapter moves the projection on the direction at blocks.0"
@@ -228,7 +238,8 @@ def test_an_adapter_of_mlps_alone_has_no_heads():
     case = cases.case("llama", CLASSES[0], "raw")
     lens = case.lens.with_adapter(case.lens.adapter.only("*.down_proj"))
     figures = ll.explain(lens, TOKENS, readout=projection(case), fast=True, **QUIET).figures()
-    assert "heads" not in figures and "ranks" in figures
+    assert "heads" not in figures
+    assert "ranks" in figures
 
 
 # --- what is refused

@@ -54,7 +54,8 @@ def test_parts_are_the_functions_own(tiny):
     every = ll.first_order(lens, PROMPT, log_p, at=1.0, by="token", progress=False).values[0]
     same(found.moved, every.T[list(found.moved_tokens)])
     order = found.shifts.kl[0, 0].argsort(descending=True).tolist()
-    assert list(found.moved_tokens) == order and not found.is_generated
+    assert list(found.moved_tokens) == order
+    assert not found.is_generated
 
 
 def test_layers_alone_and_left_out_are_peft_s(tiny):
@@ -102,7 +103,9 @@ def test_without_a_response_the_adapted_model_s_own_is_explained(tiny):
         ll.explain(case.lens, prompts, progress=False)
     said = case.lens.generate(prompts, 6, eos_token_id=(), progress=False)
     found = ll.explain(case.lens, prompts, response=said, fast=True, progress=False)
-    assert found.is_generated and found.is_fast and found.path is None
+    assert found.is_generated
+    assert found.is_fast
+    assert found.path is None
     assert found.response == tuple(case.lens.decode(said.ids[0].tolist()))
     assert (found.shifts.rank[1] == 0).all()
     assert "the adapted model says, in" in found.story()
@@ -164,7 +167,8 @@ def test_answers_are_peft_s(tiny, tmp_path, monkeypatch):
     pair = ll.results.SideBySide(PROMPT, base, adapted)
     margin = ll.explain(case.lens, PROMPT, "w9", "w26", fast=True, progress=False)
     given = ll.explain(case.lens, PROMPT, response=RESPONSE, fast=True, progress=False)
-    assert margin.answers == given.answers == pair and base != adapted
+    assert margin.answers == given.answers == pair
+    assert base != adapted
     for result in (margin, given):
         assert ll.load_result(result.save(tmp_path / "file.safetensors")).answers == pair
 
@@ -185,7 +189,8 @@ def test_there_is_no_answer_where_the_context_has_no_room(tiny, explained):
     assert full.answers is None
     long = " ".join(["w5"] * (models.CONTEXT - 9))
     both = ll.explain(case.lens, [PROMPT, long], "w9", "w26", fast=True, progress=False)
-    assert both[0].answers is not None and both[1].answers is None
+    assert both[0].answers is not None
+    assert both[1].answers is None
     assert both[0].answers.prompt == PROMPT
 
 
@@ -230,10 +235,12 @@ def test_story_says_the_numbers():
     story = e.story()
     assert "the response that was given has 2 tokens: “ a b”" in story
     assert "gives it a log-probability of −3.00 nats, the adapted model −1.50" in story
-    assert "67% of it at “·b” (token 2)" in story and "1 of 2 tokens holds half of it" in story
+    assert "67% of it at “·b” (token 2)" in story
+    assert "1 of 2 tokens holds half of it" in story
     assert "layer 2 changes log p of the response by +0.90 nats, most at “·b” (token 2)" in story
     assert "adding gives +1.20 and leaving out +0.30, of a shift of +1.50" in story
-    assert "holds half" in story and "`fast`" not in story
+    assert "holds half" in story
+    assert "`fast`" not in story
 
 
 def test_story_of_a_path_that_is_not_complete():
@@ -253,7 +260,8 @@ def test_story_of_one_module_in_one_layer():
     alone = {name: getattr(e, name)[:1] for name in ("add_one", "leave_one_out")}
     alone |= {"moved": e.moved[:, :1], "groups": ("layer 0",)}
     story = dataclasses.replace(e, modules=modules, path=path, **alone).story()
-    assert "among the 1 module:" in story and "and 1 module holds half of it" in story
+    assert "among the 1 module:" in story
+    assert "and 1 module holds half of it" in story
     assert "Summed over all 1 layer, adding" in story
 
 
@@ -265,8 +273,8 @@ def test_page_holds_every_part_and_escapes_what_is_said():
     assert ">a⏎&#10;b</span>" in page
     for heading in ("Which tokens changed", "Which module moved which token", "Layer by layer"):
         assert heading in page
-    assert html.escape("layer 2") not in e.figures() and set(e.figures()) == {
-        *("text", "tokens", "add_one", "leave_one_out")
-    }
+    assert html.escape("layer 2") not in e.figures()
+    assert set(e.figures()) == {*("text", "tokens", "add_one", "leave_one_out")}
     fast = response_explanation(fast=True)
-    assert "Layer by layer" not in fast.report() and set(fast.figures()) == {"text", "tokens"}
+    assert "Layer by layer" not in fast.report()
+    assert set(fast.figures()) == {"text", "tokens"}

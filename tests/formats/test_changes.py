@@ -40,7 +40,8 @@ def two_adapters(family: str, base):
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 def test_a_sum_of_adapters_is_both_at_once(family: str, flags: str, cls: str):
     """f(1) of a weighted sum equals PEFT with both adapters active at those weights."""
-    base, tokens = models.hf_model(family), models.tokens()
+    base = models.hf_model(family)
+    tokens = models.tokens()
     peft = two_adapters(family, base)
     first = ll.Adapter.from_peft(peft, "default").named("first").scaled(0.7)
     second = ll.Adapter.from_peft(peft, "second").scaled(-0.4)
@@ -59,7 +60,8 @@ def test_a_sum_of_adapters_is_both_at_once(family: str, flags: str, cls: str):
 
 def test_parts_of_a_sum_stay_separate(cls: str):
     """Each part's first order in the sum is its own alone; the joint shift is not their sum."""
-    base, tokens = models.hf_model("llama"), models.tokens()
+    base = models.hf_model("llama")
+    tokens = models.tokens()
     peft = two_adapters("llama", base)
     first, second = (ll.Adapter.from_peft(peft, n).named(n) for n in ("default", "second"))
     model = models.MAKERS[cls](base)
@@ -81,8 +83,10 @@ def test_globs_on_a_sum_and_what_cannot_be_added():
     a = ll.Adapter.from_peft(models.peft_model("llama", base))
     b = a.named("b")
     both = a.named("a") + b
-    assert len(both) == 2 * len(a) and len(both.only("*@b")) == len(a)
-    assert len(both.only("*.q_proj")) == 4 and len(both.without_modules("*@a")) == len(a)
+    assert len(both) == 2 * len(a)
+    assert len(both.only("*@b")) == len(a)
+    assert len(both.only("*.q_proj")) == 4
+    assert len(both.without_modules("*@a")) == len(a)
     with pytest.raises(ll.errors.AdapterError, match="both adapters are called 'default'.*named"):
         _ = a + a
     with pytest.raises(ll.errors.AdapterError, match="names the base 'x'.*'y'"):
@@ -99,7 +103,8 @@ def test_globs_on_a_sum_and_what_cannot_be_added():
 
 def fine_tuned(base):
     """Every linear weight and bias moved at full rank, as a fine-tune does; norms left alone."""
-    tuned, generator = copy.deepcopy(base), models.seeded(5)
+    tuned = copy.deepcopy(base)
+    generator = models.seeded(5)
     with torch.no_grad():
         for module in tuned.modules():
             weight = getattr(module, "weight", None)
@@ -115,7 +120,8 @@ def fine_tuned(base):
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 def test_a_full_fine_tune_is_an_adapter(family: str, flags: str, cls: str):
     """f(1) of Adapter.between is the tuned model, and everything else works on it."""
-    base, tokens = models.hf_model(family), models.tokens()
+    base = models.hf_model(family)
+    tokens = models.tokens()
     tuned = fine_tuned(base)
     adapter = ll.Adapter.between(base, tuned, progress=False)
     model = models.MAKERS[cls](base, **cases.FLAGS[flags])
@@ -131,7 +137,8 @@ def test_a_full_fine_tune_is_an_adapter(family: str, flags: str, cls: str):
 
 def test_tied_embeddings_change_at_both_ends(cls: str):
     """GPT-2's tied matrix is the embedding and the head: both are sites, and f(1) is exact."""
-    base, tokens = models.hf_model("gpt2"), models.tokens()
+    base = models.hf_model("gpt2")
+    tokens = models.tokens()
     tuned = copy.deepcopy(base)
     weight = tuned.transformer.wte.weight
     assert tuned.lm_head.weight is weight
@@ -158,7 +165,8 @@ def test_truncation_states_its_error():
         whole = exact.modules[path].materialise()
         error = (factors.materialise() - whole).norm() / whole.norm()
         assert float(error) == pytest.approx(cut.truncation_error[path], rel=1e-9)
-        assert factors.rank == 3 and error > 0.1
+        assert factors.rank == 3
+        assert error > 0.1
         sizes = torch.linalg.svdvals(whole)
         assert float(error) == pytest.approx(float(sizes[3:].norm() / sizes.norm()), rel=1e-9)
         assert torch.allclose(factors.B.norm(dim=0), sizes[:3], rtol=1e-9)
@@ -170,7 +178,8 @@ def test_truncation_states_its_error():
 
 def test_pissa_against_the_true_base(cls: str):
     """An initialisation that changes the base is read right from the two models."""
-    base, tokens = models.hf_model("llama"), models.tokens()
+    base = models.hf_model("llama")
+    tokens = models.tokens()
     peft = models.peft_model("llama", base, init_lora_weights="pissa")
     with pytest.raises(ll.errors.UnsupportedAdapterError, match="pissa"):
         ll.Adapter.from_peft(peft)
@@ -199,7 +208,8 @@ def test_what_between_refuses():
 
 def test_between_names_a_model_that_a_bridge_took_over(cls: str):
     """A bridge changes the model that it is given, in place."""
-    base, tuned = models.hf_model("llama"), fine_tuned(models.hf_model("llama"))
+    base = models.hf_model("llama")
+    tuned = fine_tuned(models.hf_model("llama"))
     hooked = models.MAKERS[cls](base)
     taken = getattr(hooked, "original_model", hooked)
     for pair in ((taken, tuned), (tuned, taken)):
@@ -208,7 +218,8 @@ def test_between_names_a_model_that_a_bridge_took_over(cls: str):
 
 
 def test_between_refuses_experts_in_one_parameter():
-    base, tuned = models.hf_model("mixtral"), models.hf_model("mixtral")
+    base = models.hf_model("mixtral")
+    tuned = models.hf_model("mixtral")
     experts = [p for name, p in tuned.named_parameters() if "experts" in name]
     if all(p.ndim == 2 for p in experts):
         pytest.skip("before transformers 5 each expert is a linear module")
@@ -222,13 +233,15 @@ def test_between_refuses_experts_in_one_parameter():
 @pytest.mark.parametrize("config", [{"bias": "lora_only"}, {"use_dora": True}, {"lora_bias": True}])
 def test_a_scaled_adapter_is_a_gate(config: dict, cls: str):
     """adapter.scaled(c) is the gate c, also where biases or magnitudes were trained."""
-    base, tokens = models.hf_model("gpt2"), models.tokens()
+    base = models.hf_model("gpt2")
+    tokens = models.tokens()
     peft = models.peft_model("gpt2", base, **config)
     with torch.no_grad():
         for name, p in peft.named_parameters():
             if "base_layer.bias" in name or "magnitude" in name:
                 p.mul_(1.3)
-    adapter, model = ll.Adapter.from_peft(peft), models.MAKERS[cls](base)
+    adapter = ll.Adapter.from_peft(peft)
+    model = models.MAKERS[cls](base)
     whole = ll.LoraLens(model, adapter, hf_model=base)
     half = ll.LoraLens(model, adapter.scaled(0.5), hf_model=base)
     assert largest_difference(half.logits(tokens), whole.logits(tokens, 0.5)) < EXACT
@@ -267,7 +280,9 @@ def rebuilt(family: str, fields: dict) -> torch.nn.Module:
 @pytest.mark.parametrize("family, fields, said", OTHER_FUNCTIONS.values(), ids=OTHER_FUNCTIONS)
 def test_models_that_are_other_functions(family: str, fields: dict, said: str):
     """The base with ΔW is not the tuned model (seen in Hugging Face); the field is named."""
-    base, tuned, tokens = models.hf_model(family), rebuilt(family, fields), models.tokens()
+    base = models.hf_model(family)
+    tuned = rebuilt(family, fields)
+    tokens = models.tokens()
     with torch.no_grad():
         expected = tuned(tokens).logits
         moved = copy.deepcopy(base)
@@ -316,14 +331,17 @@ def test_what_decides_no_logits_may_differ(dtype):
     }.items():
         setattr(tuned.config, field, value)
     assert len(ll.Adapter.between(base, tuned, progress=False)) == 16
-    assert tuned.training and tuned.model.layers[0].self_attn.training and not base.training
+    assert tuned.training
+    assert tuned.model.layers[0].self_attn.training
+    assert not base.training
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "bloom"])
 def test_a_full_fine_tune_with_its_norms(family: str, cls: str, tmp_path):
     """Every parameter moved: the tuned model itself, exact and at half strength."""
-    base, tuned = models.hf_model(family), models.hf_model(family)
+    base = models.hf_model(family)
+    tuned = models.hf_model(family)
     generator = models.seeded(13)
     with torch.no_grad():
         for name, p in tuned.named_parameters():
@@ -335,7 +353,8 @@ def test_a_full_fine_tune_with_its_norms(family: str, cls: str, tmp_path):
             p.copy_((p + old) / 2)
     adapter = ll.Adapter.between(base, tuned, progress=False)
     lens = ll.LoraLens(models.MAKERS[cls](base), adapter)
-    tokens, limit = models.tokens(), 1e-8 if family == "bloom" else EXACT
+    tokens = models.tokens()
+    limit = 1e-8 if family == "bloom" else EXACT
     for gate, model in ((1.0, tuned), (0.5, half)):
         with torch.no_grad():
             expected = cases.centred(model(tokens).logits)
@@ -344,7 +363,8 @@ def test_a_full_fine_tune_with_its_norms(family: str, cls: str, tmp_path):
     norms = [
         path for path, update in cut.modules.items() if isinstance(update, ll.results.TrainedModule)
     ]
-    assert norms and all(cut.truncation_error[path] == 0 for path in norms)
+    assert norms
+    assert all(cut.truncation_error[path] == 0 for path in norms)
 
 
 @pytest.mark.bad_input
@@ -356,7 +376,8 @@ def test_ignore_is_one_glob_or_several():
         tuned.model.norm.weight.add_(0.1)
     one = ll.Adapter.between(base, tuned, ignore="*norm*", progress=False)
     several = ll.Adapter.between(base, tuned, ignore=["*norm*"], progress=False)
-    assert list(one.modules) == list(several.modules) and len(one) == 16
+    assert list(one.modules) == list(several.modules)
+    assert len(one) == 16
     for wrong in (3, [3], None):
         with pytest.raises(ll.errors.ArgumentError, match="ignore=.*glob"):
             ll.Adapter.between(base, tuned, ignore=wrong, progress=False)

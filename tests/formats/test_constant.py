@@ -24,7 +24,8 @@ def vectors(family: str) -> dict[str, Tensor]:
     base = models.hf_model(family)
     ends = models.LINEARS[family]
     paths = [n for n, _ in base.named_modules() if ".1." in n and n.endswith(tuple(ends))]
-    generator, found = models.seeded(9), {}
+    generator = models.seeded(9)
+    found = {}
     for path in paths:
         module = base.get_submodule(path)
         width = module.weight.shape[1 if type(module).__name__ == "Conv1D" else 0]
@@ -48,7 +49,9 @@ def by_hand(family: str, added: dict[str, Tensor], tokens: Tensor) -> Tensor:
 def test_adds_each_vector(family: str, cls: str, flags: str):
     if not models.is_built_right(family, cls, flags):
         pytest.skip("this version of transformer-lens builds another model")
-    case, added, tokens = cases.case(family, cls, flags), vectors(family), models.tokens()
+    case = cases.case(family, cls, flags)
+    added = vectors(family)
+    tokens = models.tokens()
     lens = case.lens.with_adapter(ll.Adapter.constant(added))
     expected = cases.centred(by_hand(family, added, tokens))
     assert largest_difference(cases.centred(lens.logits(tokens)), expected) < 1e-9
@@ -58,7 +61,9 @@ def test_adds_each_vector(family: str, cls: str, flags: str):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_peft_loads_what_is_saved(family: str, tmp_path):
-    base, added, tokens = models.hf_model(family), vectors(family), models.tokens()
+    base = models.hf_model(family)
+    added = vectors(family)
+    tokens = models.tokens()
     adapter = ll.Adapter.constant(added, like=base)
     folder = adapter.save(tmp_path / "steering")
     peft = PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
@@ -79,7 +84,8 @@ def test_analyses_take_it():
     vector = vectors("llama")["model.layers.1.mlp.down_proj"]
     steering = ll.Adapter.constant({path: vector}, name="steering")
     other = lens.with_adapter(steering)
-    tokens, readout = models.tokens(), ll.Margin(5, 9)
+    tokens = models.tokens()
+    readout = ll.Margin(5, 9)
     found = ll.first_order(other, tokens, readout)
     step = 1e-5
     ends = [by_hand("llama", {path: s * vector}, tokens)[:, -1] for s in (step, -step)]
@@ -96,7 +102,8 @@ def test_analyses_take_it():
 @pytest.mark.bad_input
 def test_refusals(tmp_path):
     lens = cases.case("llama", CLASSES[0], "raw").lens
-    path, base = "model.layers.0.mlp.down_proj", models.hf_model("llama")
+    path = "model.layers.0.mlp.down_proj"
+    base = models.hf_model("llama")
     with pytest.raises(ll.errors.AdapterError, match="24→5, the model 24→16"):
         lens.with_adapter(ll.Adapter.constant({path: WIDE[:5]}))
     with pytest.raises(ll.errors.AdapterError, match="like=model"):

@@ -46,7 +46,8 @@ def require_exact(adapter: ll.Adapter, base: Any, model: Any, bound: float = 1e-
     """f(1) is PEFT's active model, which differs from its base."""
     tokens = models.tokens()
     with torch.no_grad():
-        expected, plain = model(tokens).logits, base(tokens).logits
+        expected = model(tokens).logits
+        plain = base(tokens).logits
     lens = ll.LoraLens(NEWEST(base), adapter, hf_model=base)
     assert largest_difference(lens.logits(tokens), expected) < bound
     assert largest_difference(plain, expected) > 0.05
@@ -207,7 +208,8 @@ def test_a_wrong_transposition_is_caught(monkeypatch):
 def test_a_stale_layer_is_caught(monkeypatch):
     """One whose parameters are not those that the model runs with."""
     _, model = linear("boft")
-    fresh, seen = measured._in_float64, []
+    fresh = measured._in_float64
+    seen = []
 
     def stale(layer: Any) -> Any:
         twin = fresh(layer)
@@ -288,7 +290,8 @@ def test_the_base_stays_as_it_is(folder: str, tmp_path):
     def parameters() -> list[tuple[str, torch.Tensor]]:
         return [*base.named_parameters(), *base.named_buffers()]
 
-    before, values = state(), copy.deepcopy(base.state_dict())
+    before = state()
+    values = copy.deepcopy(base.state_dict())
     assert len(ll.load_adapter(tmp_path, base=base)) == 8
     assert state() == before
     assert all(torch.equal(p, values[key]) for key, p in base.state_dict().items())
@@ -312,7 +315,8 @@ def test_the_named_adapter_is_read_whatever_is_active():
         assert torch.equal(update.materialise(), expected.modules[path].materialise())
     assert len(ll.Adapter.from_peft(model, "other")) == models.LAYERS
     assert {key: p.requires_grad for key, p in model.named_parameters()} == asks
-    assert model.active_adapter == "other" and model.training
+    assert model.active_adapter == "other"
+    assert model.training
     layers = [layer for _, layer in tuners.tuner_layers(model)]
     assert all(layer.disable_adapters and layer.active_adapters == ["other"] for layer in layers)
 

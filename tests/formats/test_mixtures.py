@@ -95,18 +95,23 @@ def test_modules_of_one_alone_are_weighted(two):
 
 
 def test_changes_of_bias_are_summed():
-    A, B, b = torch.ones(2, 4).double(), torch.ones(3, 2).double(), torch.arange(3.0).double()
+    A = torch.ones(2, 4).double()
+    B = torch.ones(3, 2).double()
+    b = torch.arange(3.0).double()
     with_bias = ll.Adapter.from_factors({"m": ll.LoRAFactors(A, B, 0.5, lora_bias=b)}, name="a")
     plain = ll.Adapter.from_factors({"m": ll.LoRAFactors(A, B)}, name="b")
     half = with_bias.mixed(plain, 0.5).modules["m"]
-    assert torch.allclose(half.lora_bias, 0.25 * b) and half.rank == 4 and half.scale == 1
+    assert torch.allclose(half.lora_bias, 0.25 * b)
+    assert half.rank == 4
+    assert half.scale == 1
     twice = (with_bias - with_bias.scaled(3)).modules["m"]
     assert torch.allclose(twice.lora_bias, -b)
 
 
 def test_sums_are_subtracted_and_mixed_module_by_module(two, tmp_path):
     """Parts of a sum stay apart in it, and are one update of each module here."""
-    one, other = two[2].named("one"), two[3].named("other")
+    one = two[2].named("one")
+    other = two[3].named("other")
     back = (one + other) - other
     assert set(back.modules) == set(one.modules) | set(other.modules)
     back.save(tmp_path)

@@ -145,7 +145,8 @@ def test_a_module_that_is_called_by_name_or_not_at_all():
 )
 def test_models_of_two_dtypes(dtypes):
     base, tuned = pair("model.layers.0.self_attn.o_proj", None, torch.float32)
-    base, tuned = base.to(dtypes[0]), tuned.to(dtypes[1])
+    base = base.to(dtypes[0])
+    tuned = tuned.to(dtypes[1])
     assert len(ll.Adapter.between(base, tuned, progress=False)) >= 1
 
 

@@ -118,7 +118,8 @@ def test_a_tokenizer_that_is_passed_comes_first(folders):
     other.add_tokens(["w59"])
     lens = ll.load(base, lora, tokenizer=other)
     assert lens.prompts("w5 w59").tokens.tolist() == [[0, 5, 59]]
-    assert "tokenizer:" not in repr(lens) and "tokenizer" not in lens.describe()
+    assert "tokenizer:" not in repr(lens)
+    assert "tokenizer" not in lens.describe()
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
@@ -222,7 +223,8 @@ def test_rows_that_the_adapter_brings_are_no_lack_of_the_tokenizers(folders):
     adapter = ll.Adapter(modules, tokenizer_folder=plain.tokenizer_folder)
     with pytest.raises(ll.errors.LensLoraError) as caught:
         ll.load(base, adapter)
-    assert "a3" not in str(caught.value) and "62" in str(caught.value)
+    assert "a3" not in str(caught.value)
+    assert "62" in str(caught.value)
 
 
 @pytest.mark.bad_input

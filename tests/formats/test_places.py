@@ -63,7 +63,8 @@ def hub(files, tmp_path, monkeypatch):
 
 def assert_is(adapter: ll.Adapter, place: Path) -> None:
     expected = ll.load_adapter(place)
-    assert adapter.modules.keys() == expected.modules.keys() and adapter.name == expected.name
+    assert adapter.modules.keys() == expected.modules.keys()
+    assert adapter.name == expected.name
     for path, update in adapter.modules.items():
         assert torch.equal(update.materialise(), expected.modules[path].materialise())
 
@@ -94,10 +95,12 @@ def test_a_bank_s_scan(hub):
     bank = ll.bank(lens.model, "w5 w6", READOUT, progress=False)
     expected = bank.scan(hub.files, group="kind", progress=False)
     whole = bank.scan("lab/zoo", group="kind", revision="v2", progress=False)
-    assert whole.equals(expected) and whole["error"].isna().all()
+    assert whole.equals(expected)
+    assert whole["error"].isna().all()
     assert set(whole["adapter"]) == set(PLACES)
     inside = bank.scan("lab/zoo/runs", group="kind", progress=False)
-    assert set(inside["adapter"]) == {"a", "b [v2]"} and inside["error"].isna().all()
+    assert set(inside["adapter"]) == {"a", "b [v2]"}
+    assert inside["error"].isna().all()
     named = bank.scan(
         ["lab/zoo/runs", hub.files / "runs", "lab/no"],
         group="kind",
@@ -124,7 +127,8 @@ def test_checkpoints_and_comparison(hub):
             subfolder=subfolder,
             progress=False,
         )
-        assert training.steps == (10.0, 20.0) and training.names[1] == "checkpoint-20"
+        assert training.steps == (10.0, 20.0)
+        assert training.names[1] == "checkpoint-20"
     for path, subfolder in (("lab/zoo/runs/b [v2]", None), ("lab/zoo", "runs/b [v2]")):
         compared = ll.compare_adapters(
             lens, path, draws=0, revision="v2", subfolder=subfolder, progress=False
@@ -168,7 +172,8 @@ def test_a_revision_that_is_not_there_is_named(monkeypatch):
 
 def test_a_repository_gives_its_own_name():
     cache = Path("hub/models--lab--zoo/snapshots/0123456789abcdef")
-    assert name_of(cache) == "zoo" and name_of(cache / "runs" / "a") == "a"
+    assert name_of(cache) == "zoo"
+    assert name_of(cache / "runs" / "a") == "a"
     assert name_of(Path("runs/a")) == "a"
 
 
@@ -205,7 +210,8 @@ def test_a_command_reads_from_within_a_repository(hub, options, command):
 def test_a_place_without_an_adapter_is_refused(options):
     result = run(cli.app, ["demo", "--subfolder", "x", *options["demo"]])
     said = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", result.stderr)
-    assert result.exit_code == 2 and "it is for an ADAPTER; name one" in " ".join(said.split())
+    assert result.exit_code == 2
+    assert "it is for an ADAPTER; name one" in " ".join(said.split())
 
 
 def test_the_last_checkpoint_of_a_run_has_the_largest_number(files, tmp_path):

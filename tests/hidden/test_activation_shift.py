@@ -134,7 +134,8 @@ def test_the_reading_of_each_token_is_hugging_face_s(family: str, cls: str, flag
         length = LENGTHS[text]
         read = found.token_readings[LAST][text]
         gap = cases.centred(read[:length]) - cases.centred(expected)
-        assert gap.abs().max() < 1e-9 and read[length:].isnan().all()
+        assert gap.abs().max() < 1e-9
+        assert read[length:].isnan().all()
         shifted = cases.centred(read[: length - 1]) - cases.centred(expected[1:])
         assert shifted.abs().max() > 1e-3  # a position off
         for i in range(length):
@@ -142,7 +143,8 @@ def test_the_reading_of_each_token_is_hugging_face_s(family: str, cls: str, flag
             assert rows["id"].tolist() == expected[i].argsort(descending=True)[:3].tolist()
             assert set(rows["at"]) == {found.str_tokens[text][i]}
         only = last.token_readings[LAST][text]
-        assert torch.equal(only[length - 1], read[length - 1]) and only[: length - 1].isnan().all()
+        assert torch.equal(only[length - 1], read[length - 1])
+        assert only[: length - 1].isnan().all()
     assert len(frame) == 3 * sum(LENGTHS)
     assert last.logit_lens(2, by="position")["position"].tolist() == [6, 6, 3, 3]
     assert list(frame) == ["prompt", "position", "at", "rank", "token", "id", "logit"]
@@ -171,7 +173,8 @@ def test_sites_own_outputs(cls: str):
     names = [sites["v"].write, sites["down"].read]
     found = ll.activation_shift(case.lens, texts(), names)
     ends = by_peft(case, "model.layers.1.mlp.down_proj", lambda h: h)
-    assert found.names == tuple(names) and not found.readings
+    assert found.names == tuple(names)
+    assert not found.readings
     added = ll.activation_shift(case.lens, texts(), ["blocks.1.hook_mlp_out", "hook_embed"])
     assert not added.readings  # ‖h‖ there is not what the final norm divides by
     for text, (base, adapted) in enumerate(ends):
@@ -250,13 +253,15 @@ def test_positions_and_sinks():
     lens = lens_of()
     last = ll.activation_shift(lens, texts(), LAST, positions=-1)
     whole = ll.activation_shift(lens, texts(), LAST)
-    assert int(last.counted.sum()) == 2 and last.values[LAST][0, :-1].isnan().all()
+    assert int(last.counted.sum()) == 2
+    assert last.values[LAST][0, :-1].isnan().all()
     expected = torch.stack([whole.values[LAST][i, n - 1] for i, n in enumerate(LENGTHS)]).mean(0)
     assert torch.equal(last.mean()[LAST], expected)
     first = ll.activation_shift(lens, texts(), LAST, positions=0, sinks=True)
     assert torch.allclose(first.mean()[LAST], first.first[LAST].mean(0))
     table = whole.to_frame()
-    assert len(table) == sum(LENGTHS) and (~table["counted"]).sum() == 2
+    assert len(table) == sum(LENGTHS)
+    assert (~table["counted"]).sum() == 2
 
 
 def said(seed: int = 3) -> list[Tensor]:
@@ -312,7 +317,8 @@ def test_a_tuple_of_two_strings_says_that_it_is_a_prompt_and_its_response():
         shift = ll.activation_shift(lens, texts_of_kind, MIDDLE)
         moved = ll.feature_shift(lens, texts_of_kind, direction.double(), MIDDLE)
         for result in (shift, moved):
-            assert len(result.str_tokens) == batch and result.meta.get("responses") == says
+            assert len(result.str_tokens) == batch
+            assert result.meta.get("responses") == says
             assert (with_response in repr(result)) == (says is not None)
 
 
@@ -342,7 +348,8 @@ def test_projections_of_several_directions_and_points():
     table = found.project({"a": rows})
     assert table[["prompt", "point", "index"]].drop_duplicates().shape[0] == len(table) == 8
     none = table[table["prompt"] == 1]
-    assert none["value"].isna().all() and (none["tokens"] == 0).all()
+    assert none["value"].isna().all()
+    assert (none["tokens"] == 0).all()
     mean = found.mean(0)[LAST]
     of_last = table[(table["prompt"] == 0) & (table["point"] == LAST)]["value"].to_numpy()
     assert abs(of_last - (rows @ mean).numpy()).max() < TINY
@@ -394,11 +401,13 @@ def test_a_shared_beginning_counts_once_in_means():
     assert largest_difference(found.mean()[LAST], once) < TINY
     assert largest_difference(torch.cat([first[1:], second[1:]]).mean(0), once) > 1e-3
     assert largest_difference(found.mean(1)[LAST], second[1:].mean(0)) < TINY
-    assert found.repeated == 6 and "9 tokens (3 sinks, 6 after" in repr(found)
+    assert found.repeated == 6
+    assert "9 tokens (3 sinks, 6 after" in repr(found)
     assert found.to_frame()["distinct"].sum() == 9
     last = ll.activation_shift(lens, both, LAST, positions=-1)
     ends = torch.stack([v[n - 1] for v, n in zip(found.values[LAST], (7, 7, 4), strict=True)])
-    assert largest_difference(last.mean()[LAST], ends.mean(0)) < TINY and last.repeated == 0
+    assert largest_difference(last.mean()[LAST], ends.mean(0)) < TINY
+    assert last.repeated == 0
     once = ll.activation_shift(lens, ll.results.Prompts(rows[:2], torch.tensor([7, 7])), LAST)
     assert largest_difference(found.readings[LAST], once.readings[LAST]) < TINY
 
@@ -449,6 +458,7 @@ def test_refusals():
 def test_the_map_of_shifts_has_a_column_for_each_token_of_the_prompt():
     shift = by_folder.made_public("hidden").activation_shift()
     cells = shift.plot(1).data[0].z
-    assert cells[0][0] is None and len(cells[0]) == 2
+    assert cells[0][0] is None
+    assert len(cells[0]) == 2
     with pytest.raises(ll.errors.ArgumentError, match="prompt 2"):
         shift.plot(2)

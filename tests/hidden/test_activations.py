@@ -85,7 +85,8 @@ def test_trained_equals_lora_a(family: str, cls: str, flags: str):
             dropped = max(dropped, float(gap.abs().max()))
         assert found.values[p, :, row.shape[1] :].isnan().all()
         assert int(found.starts[p]) == LENGTHS[p]
-    assert shifted > 0.1 and dropped > 0.01  # a position off; the response's first token lost
+    assert shifted > 0.1
+    assert dropped > 0.01
 
 
 def test_prompts_that_hold_their_response_know_where_it_begins():
@@ -167,7 +168,8 @@ def test_gates_decide_what_is_read():
     assert largest_difference(base.values[0, slot], adapted.values[0, slot]) > 1e-2
     assert torch.equal(base.of("blocks.0.attn.q"), adapted.of("blocks.0.attn.q"))
     half = ll.lora_activations(case.lens, row, scale={"blocks.0.*": 0.5})
-    assert half.at == "gates of the caller" and base.at == "ε = 0"
+    assert half.at == "gates of the caller"
+    assert base.at == "ε = 0"
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -194,8 +196,10 @@ def test_unequal_ranks_and_chosen_sites():
         "blocks.0.mlp.down",
         "blocks.1.mlp.down",
     ]
-    assert found.ranks == (3, 2, 2) and found.values.shape[-1] == 3
-    assert found.values[:, 1:, :, 2].isnan().all() and not found.values[:, 0].isnan().any()
+    assert found.ranks == (3, 2, 2)
+    assert found.values.shape[-1] == 3
+    assert found.values[:, 1:, :, 2].isnan().all()
+    assert not found.values[:, 0].isnan().any()
     whole = ll.lora_activations(lens, models.tokens())
     assert torch.equal(whole.of("blocks.0.mlp.down"), found.of("blocks.0.mlp.down"))
     assert len(found.to_frame()) == 2 * 7 * (3 + 2 + 2)
@@ -252,7 +256,8 @@ def test_one_pass_without_logits():
         patch.setattr(torch.nn.functional, "linear", spy)
         ll.lora_activations(case.lens, models.tokens())
     block.remove()
-    assert len(passes) == 1 and not any(logits)
+    assert len(passes) == 1
+    assert not any(logits)
 
 
 def outlier_at(lens: ll.LoraLens, position: int, factor: float):
@@ -307,7 +312,8 @@ def test_examples_and_means(tmp_path):
         tokens = found.str_tokens[row["prompt"]]
         at = int(row["position"])
         around = "".join(tokens[at - 1 : at]) + f"⟦{tokens[at]}⟧" + "".join(tokens[at + 1 : at + 2])
-        assert row["context"] == around and row["token"] == tokens[at]
+        assert row["context"] == around
+        assert row["token"] == tokens[at]
     assert set(found.top(site, 2)["rank"]) == {0, 1, 2}
     assert set(found.top(site, 9, prompt=1)["prompt"]) == {1}
     slot = [s.name for s in found.sites].index(site)
@@ -324,8 +330,10 @@ def test_examples_and_means(tmp_path):
     assert frame["value"].sum() == pytest.approx(float(found.values.nansum()))
     again = ll.results.Activations.load(found.save(tmp_path / "u.safetensors"))
     assert np.array_equal(again.values, found.values, equal_nan=True)
-    assert again.top(site).equals(found.top(site)) and again.ranks == found.ranks
-    assert "2 prompts × 14 sites" in repr(again) and "17 tokens (2 sinks), rank 3" in repr(again)
+    assert again.top(site).equals(found.top(site))
+    assert again.ranks == found.ranks
+    assert "2 prompts × 14 sites" in repr(again)
+    assert "17 tokens (2 sinks), rank 3" in repr(again)
 
 
 def test_a_shared_beginning_counts_once():
@@ -348,7 +356,8 @@ def test_a_shared_beginning_counts_once():
     ends = torch.stack([values[0, 6], values[1, 6], values[2, 3]]).mean(0)
     assert torch.allclose(found.mean(-1)[slot], ends, atol=1e-14)  # no other end is the third's
     assert torch.allclose(found.mean(0, sinks=True)[slot], values[0, 0], atol=1e-14)
-    assert found.repeated == 6 and "(3 sinks, 6 after the same tokens as earlier)" in repr(found)
+    assert found.repeated == 6
+    assert "(3 sinks, 6 after the same tokens as earlier)" in repr(found)
 
 
 def test_a_row_for_each_token_and_what_stands_there():
@@ -360,7 +369,8 @@ def test_a_row_for_each_token_and_what_stands_there():
     matrix = found.matrix()
     contexts = found.contexts(context=1)
     directions = found.directions("*")
-    assert matrix.shape == (len(contexts), len(directions)) and len(contexts) == 6 + 3
+    assert matrix.shape == (len(contexts), len(directions))
+    assert len(contexts) == 6 + 3
     for row, (p, t) in zip(
         matrix, contexts[["prompt", "position"]].itertuples(index=False), strict=True
     ):
@@ -375,7 +385,8 @@ def test_a_row_for_each_token_and_what_stands_there():
     assert np.allclose(row[names].astype(float), numbers)
     assert row["rms"] == pytest.approx(float(np.sqrt((column**2).mean())))
     drawn = found.plot("*.mlp.down").data[0]
-    assert list(drawn.median) == list(spread["median"]) and len(drawn.y) == len(spread) == 6
+    assert list(drawn.median) == list(spread["median"])
+    assert len(drawn.y) == len(spread) == 6
     with pytest.raises(ll.errors.ArgumentError, match="every token there is a sink"):
         found.matrix(0)
 
@@ -384,9 +395,11 @@ def test_heat_map():
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
     found = ll.lora_activations(lens, prompts(), RESPONSES)
     drawn = found.plot("*.mlp.down", prompt=1).data[0]
-    assert len(drawn.y) == 6 and len(drawn.z[0]) == 6
+    assert len(drawn.y) == 6
+    assert len(drawn.z[0]) == 6
     slot = [s.name for s in found.sites].index("blocks.1.mlp.down")
-    assert drawn.z[4][2] == float(found.values[1, slot, 2, 1]) and drawn.z[4][0] is None
+    assert drawn.z[4][2] == float(found.values[1, slot, 2, 1])
+    assert drawn.z[4][0] is None
     assert len(found.plot(prompt=0).data[0].y) == len(found.sites)
     with pytest.raises(ll.errors.ArgumentError, match="prompt"):
         found.plot(prompt=2)
@@ -447,4 +460,5 @@ def test_dtypes_of_the_model(cls: str, dtype: torch.dtype):
     )
     off = (seen.values.double() - exact.values.double()).norm() / exact.values.double().norm()
     # The base's weights are rounded too, and two layers pass that on.
-    assert off < max(20 * torch.finfo(dtype).eps, 1e-5) and torch.equal(seen.sinks, exact.sinks)
+    assert off < max(20 * torch.finfo(dtype).eps, 1e-5)
+    assert torch.equal(seen.sinks, exact.sinks)

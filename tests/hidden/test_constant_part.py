@@ -89,7 +89,8 @@ def test_shares_and_vectors_are_peft_s(family: str, cls: str, flags: str):
         plain = 1 - float((whole - whole.mean(0)).square().sum() / whole.square().sum())
         in_sample = max(in_sample, plain - float(found.share[index]))
         with_first = max(with_first, abs(share_by_hand(own) - float(found.share[index])))
-    assert in_sample > 0.02 and with_first > 0.02  # the two mistakes would be seen
+    assert in_sample > 0.02
+    assert with_first > 0.02
 
 
 def with_constants(family: str, vectors: dict[str, Tensor], tokens: Tensor) -> Tensor:
@@ -210,7 +211,8 @@ def test_planted():
     steering = ll.constant_part(
         case.lens.with_adapter(ll.Adapter.constant({DOWN: vector})), texts()
     )
-    assert float(steering.share[0]) > 1 - 1e-12 and steering.kept > 1 - 1e-9
+    assert float(steering.share[0]) > 1 - 1e-12
+    assert steering.kept > 1 - 1e-9
     assert largest_difference(steering.vectors[DOWN], vector) < 1e-12
     assert abs(float(steering.first_size[0] - vector.norm())) < 1e-12
 
@@ -224,7 +226,8 @@ def test_planted():
     B = torch.randn(16, 2, generator=models.seeded(6), dtype=torch.float64)
     conditional = case.lens.with_adapter(ll.Adapter.from_factors({DOWN: ll.LoRAFactors(A, B)}))
     found = ll.constant_part(conditional, texts())
-    assert float(found.share[0]) < 0.1 and found.kept < 0.1
+    assert float(found.share[0]) < 0.1
+    assert found.kept < 0.1
 
 
 def test_a_readout():
@@ -262,7 +265,8 @@ def test_a_readout_has_both_numbers():
         margins[:, text] = logits[:, 5] - logits[:, 9]
     base, constant, adapted = margins.sum(1)
     assert abs(found.kept - float((constant - base) / (adapted - base))) < 1e-9
-    assert abs(found.kept_kl - by_kl.kept) < 1e-12 and abs(by_kl.kept_kl - by_kl.kept) < 1e-12
+    assert abs(found.kept_kl - by_kl.kept) < 1e-12
+    assert abs(by_kl.kept_kl - by_kl.kept) < 1e-12
     assert abs(found.kept - found.kept_kl) > 1e-3  # one in the place of the other would be seen
     kept, kl = (f"{100 * share:.0f}% of" for share in (found.kept, found.kept_kl))
     for shown in (str(found), found.plot().layout.title.text):

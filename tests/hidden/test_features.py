@@ -128,7 +128,8 @@ def test_by_hand():
     assert found.shift.tolist() == [[123.75, -247.5]]
     assert found.first_order.tolist() == [[63.0, -126.0]]
     assert found.remainder.tolist() == [[60.75, -121.5]]
-    assert found.activations is None and found.units == "units of h · d"
+    assert found.activations is None
+    assert found.units == "units of h · d"
 
 
 def test_a_linear_point_has_no_remainder_and_an_earlier_one_no_shift(cls: str):
@@ -140,7 +141,8 @@ def test_a_linear_point_has_no_remainder_and_an_earlier_one_no_shift(cls: str):
     own = ll.feature_shift(lens, tokens, rows, last.write, scale={last.name: 1.0})
     assert own.remainder.abs().max() < 1e-12 < own.shift.abs().min()
     before = ll.feature_shift(lens, tokens, rows, out(cls, 0), scale={last.name: 1.0})
-    assert before.shift.abs().max() == 0 and before.first_order.abs().max() == 0
+    assert before.shift.abs().max() == 0
+    assert before.first_order.abs().max() == 0
     assert ll.feature_shift(lens, tokens, rows, out(cls), scale=0.0).shift.abs().max() == 0
 
 
@@ -162,13 +164,16 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
             both = ll.feature_shift(lens, prompts, rows, out(cls), positions=position)
             assert largest_difference(both.shift[row], whole.shift[0, :, position]) < 1e-12
     frame = by_position.to_frame()
-    assert len(frame) == FEATURES * sum(lengths) and not frame.isna().any().any()
+    assert len(frame) == FEATURES * sum(lengths)
+    assert not frame.isna().any().any()
     with pytest.raises(ValueError, match="no mean; choose one with prompt="):
         by_position.top(3)
     top = by_position.top(99, prompt=1, sinks=True)
-    assert len(top) == FEATURES * 4 and top["shift"].abs().is_monotonic_decreasing
+    assert len(top) == FEATURES * 4
+    assert top["shift"].abs().is_monotonic_decreasing
     later = by_position.top(99, prompt=1)  # the first token is a sink
-    assert set(later["position"]) == {1, 2, 3} and len(later) == FEATURES * 3
+    assert set(later["position"]) == {1, 2, 3}
+    assert len(later) == FEATURES * 3
     expected = top[top["position"] > 0].reset_index(drop=True)
     assert later.equals(expected)
     assert list(top["token"]) == [by_position.str_tokens[1][i] for i in top["position"]]
@@ -226,15 +231,19 @@ def test_an_autoencoder_s_features(cls: str):
     found = ll.feature_shift(case.lens, tokens, sae)
     ends = [h[out(cls)][:, -1] for h in (base, merged)]
     assert largest_difference(found.shift, sae.pre(ends[1]) - sae.pre(ends[0])) < EXACT
-    assert found.activations is not None and found.name == out(cls)
+    assert found.activations is not None
+    assert found.name == out(cls)
     for activation, h in zip(found.activations, ends, strict=True):
         assert largest_difference(activation, sae.encode(h)) < EXACT
     off = (found.activations[0] == 0) & (found.activations[1] == 0)
-    assert 0 < off.sum() < off.numel() and found.shift[off].abs().min() > 1e-3
+    assert 0 < off.sum() < off.numel()
+    assert found.shift[off].abs().min() > 1e-3
     assert {"activation_base", "activation_adapted"} < set(found.to_frame())
-    assert "pre-activation" in repr(found) and found.features == "encoder"
+    assert "pre-activation" in repr(found)
+    assert found.features == "encoder"
     same_rows = ll.feature_shift(case.lens, tokens, sae.W_enc.T, out(cls))
-    assert torch.equal(same_rows.shift, found.shift) and same_rows.activations is None
+    assert torch.equal(same_rows.shift, found.shift)
+    assert same_rows.activations is None
     by_position = ll.feature_shift(case.lens, tokens, sae, positions="each")
     assert by_position.activations is not None
     assert largest_difference(by_position.activations[1][..., -1], found.activations[1]) < 1e-12
@@ -249,7 +258,8 @@ def test_the_files_of_an_autoencoder_are_enough(cls: str):
     read = SimpleNamespace(**weights, cfg=SimpleNamespace(**settings))
     found = ll.feature_shift(case.lens, models.tokens(), read)
     expected = ll.feature_shift(case.lens, models.tokens(), whole)
-    assert found.name == out(cls) and torch.equal(found.shift, expected.shift)
+    assert found.name == out(cls)
+    assert torch.equal(found.shift, expected.shift)
     assert found.activations is None
 
 
@@ -271,7 +281,8 @@ def test_over_several_positions_it_is_the_mean(positions: Any, expected: Any, la
     sae = autoencoder(16, out(cls))
     prompts = ll.results.Prompts(tokens, torch.tensor([7, 4]))
     found = ll.feature_shift(case.lens, prompts, sae, positions=positions)
-    assert found.positions == label and found.activations is not None
+    assert found.positions == label
+    assert found.activations is not None
     for text, chosen in enumerate(expected):
         h0 = base[out(cls)][text, chosen]
         h1 = merged[out(cls)][text, chosen]
@@ -301,7 +312,8 @@ def test_autoencoders_that_are_not_linear_are_refused(cls: str):
     sae.cfg.normalize_activations = "layer_norm"
     with pytest.raises(ValueError, match="normalises its input .*'layer_norm'.*fold"):
         ll.feature_shift(lens, tokens, sae)
-    sae.cfg.normalize_activations, sae.cfg.metadata.hook_head_index = "none", 2
+    sae.cfg.normalize_activations = "none"
+    sae.cfg.metadata.hook_head_index = 2
     with pytest.raises(ValueError, match="reads only head 2"):
         ll.feature_shift(lens, tokens, sae)
 
@@ -405,7 +417,8 @@ def test_only_sites_that_can_move_a_point_are_listed(family: str, cls: str):
             continue
         found = ll.feature_shift(lens, tokens, rows, name, by="site")
         assert found.sites == tuple(everywhere.sites[column] for column in movers), name
-        assert torch.equal(found.values, everywhere.values[:, movers]) and found.name == name
+        assert torch.equal(found.values, everywhere.values[:, movers])
+        assert found.name == name
 
 
 def test_sites_that_move_the_stream_by_peft(cls: str):
@@ -428,7 +441,8 @@ def test_an_autoencoder_and_a_contrast_bring_their_point(cls: str):
     tokens = models.tokens()
     sae = autoencoder(16, out(cls, 0))
     found = ll.feature_shift(lens, tokens, (sae, [0, 3]), by="site")
-    assert {site.layer for site in found.sites} == {0} and found.name == out(cls, 0)
+    assert {site.layer for site in found.sites} == {0}
+    assert found.name == out(cls, 0)
     by_name = ll.feature_shift(lens, tokens, sae.W_enc.T[[0, 3]], out(cls, 0), by="site")
     assert torch.equal(found.values, by_name.values)
     contrast = ll.contrast(lens, models.tokens(3, seed=5), tokens, out(cls, 0))
@@ -513,9 +527,11 @@ def test_writes_are_parts_of_the_stream_or_refused(family: str, kind: str, cls: 
     within = table["cosine"].pow(2).sum()
     assert mean.norm() > 1e-3
     if (family, kind) in NORMED:
-        assert apart > 1e-2 and within < 0.99  # what was returned
+        assert apart > 1e-2
+        assert within < 0.99
     else:
-        assert apart < EXACT and within == pytest.approx(1, abs=1e-9)
+        assert apart < EXACT
+        assert within == pytest.approx(1, abs=1e-9)
 
 
 def test_points_between_a_site_s_input_and_output_are_refused(cls: str):
@@ -630,7 +646,8 @@ def test_the_results_tell_and_draw(cls: str):
     assert writes.top(k=1)["value"].abs().item() == writes.values.mean(0).abs().max()
     assert largest(writes.plot().data[0].z) == writes.values.mean(0).abs().max()
     for result in (found, each, writes):
-        assert "features" in repr(result) and result.meta["dtype"] == "float64"
+        assert "features" in repr(result)
+        assert result.meta["dtype"] == "float64"
 
 
 def test_the_noise_floor_is_of_the_size_of_the_error(cls: str):

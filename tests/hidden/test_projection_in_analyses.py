@@ -271,7 +271,8 @@ def test_effects_of_two_adapters_are_zero_behind_the_point(cls: str):
     places = [modules.index(site.module) for site in found.sites]
     assert largest_difference(found.effects, expected[:, :, places]) < EXACT
     behind = [index for index, site in enumerate(found.sites) if site.layer > 0]
-    assert behind and not found.null_effects[..., behind].any()
+    assert behind
+    assert not found.null_effects[..., behind].any()
     assert found.null_effects.any()
 
 
@@ -299,7 +300,8 @@ def test_together_and_reconcile_take_a_point(cls: str):
     assert found.is_complete.all()
     behind = {"a": adapter.only("model.layers.0.*"), "b": adapter.only("model.layers.1.*")}
     apart = ll.together(case.lens, behind, TOKENS, readout, group="kind", **QUIET)
-    assert apart.interaction.abs().max() < EXACT and not apart.parts.any()
+    assert apart.interaction.abs().max() < EXACT
+    assert not apart.parts.any()
 
     hold = {"q": (TOKENS, readout), "v": (TOKENS, ll.Margin(5, 9))}
     kept_of = ll.reconcile(case.lens, halves, hold, "q", draws=2, **QUIET).held[0, 0]
@@ -318,7 +320,8 @@ def test_scaled_intruders_and_foils_take_a_point(cls: str):
     options: dict[str, Any] = {"k": 2, "threshold": 0.9, "texts": TOKENS, **QUIET}
     found = ask(readout, (0.5, 1.0), **options)
     of_logits = ask(ll.Margin(5, 9), (0.5, 1.0), **options)
-    assert torch.equal(found.kl, of_logits.kl) and torch.equal(found.loss, of_logits.loss)
+    assert torch.equal(found.kl, of_logits.kl)
+    assert torch.equal(found.loss, of_logits.loss)
     for row, strength in enumerate((0.5, 1.0)):
         factors = dict.fromkeys(case.lens.adapter.modules, strength)
         expected = of_peft(case, "model.layers.0", factors, d)

@@ -53,7 +53,8 @@ def test_forward_mode_equals_reverse_mode(name: str):
     modes = measured(name)["modes"]
     assert isinstance(modes, str) == (name in architectures.REVERSE_ONLY)
     if isinstance(modes, str):
-        assert "without a forward-mode derivative" in modes and "mode='reverse'" in modes
+        assert "without a forward-mode derivative" in modes
+        assert "mode='reverse'" in modes
         assert "SqrtBoundDerivative.apply" in modes  # with its line, where the source is at hand
     else:
         assert modes < EXACT
@@ -72,12 +73,14 @@ ENDS = {
 def test_embeddings_and_heads_equal_peft(name: str):
     """Also scaled ones, and logits that are scaled after the head."""
     with architectures.in_float64():
-        base, tokens = architectures.hf_model(name), models.tokens()
+        base = architectures.hf_model(name)
+        tokens = models.tokens()
         config = LoraConfig(r=2, lora_alpha=3, target_modules=ENDS[name])
         peft = models.with_random_factors(get_peft_model(copy.deepcopy(base), config).eval(), base)
         lens = ll.LoraLens(models.bridge(base), ll.Adapter.from_peft(peft), hf_model=base)
         with torch.no_grad():
-            expected, plain = peft(tokens).logits, base(tokens).logits
+            expected = peft(tokens).logits
+            plain = base(tokens).logits
         assert largest_difference(cases.centred(expected), cases.centred(plain)) > 0.1
         assert (
             largest_difference(cases.centred(lens.logits(tokens)), cases.centred(expected)) < EXACT
@@ -87,7 +90,8 @@ def test_embeddings_and_heads_equal_peft(name: str):
 def test_a_hook_of_a_user_s_own_on_a_bare_module_sees_the_adapted_output():
     """A module that no component wraps: a hook put on before the block runs after ours."""
     with architectures.in_float64():
-        case, tokens = architectures.case("JetMoE"), models.tokens()
+        case = architectures.case("JetMoE")
+        tokens = models.tokens()
         site = next(site for site in case.lens.sites if site.write not in case.model.hook_dict)
         module: nn.Module = case.model.get_submodule(site.write)
         seen: list[torch.Tensor] = []
@@ -100,7 +104,8 @@ def test_a_hook_of_a_user_s_own_on_a_bare_module_sees_the_adapted_output():
         handle.remove()
         inputs.remove()
         delta = case.lens.maps[case.lens.site_index(site.name)]
-        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
         assert largest_difference(seen[1], seen[0]) > 0.01
         with pytest.raises(ll.errors.ModelStateError, match="no hook point of this model shows"):
             case.lens.fwd_hooks()

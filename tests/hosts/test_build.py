@@ -49,7 +49,8 @@ def other_rotary_base():
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_rotary_base_is_the_models_own(kind):
-    base, tokens = other_rotary_base(), models.tokens()
+    base = other_rotary_base()
+    tokens = models.tokens()
     with torch.no_grad():
         expected = base(tokens).logits
         model, _ = hooked_model(base, models.tokenizer(), kind=kind)

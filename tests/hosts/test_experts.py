@@ -37,7 +37,8 @@ pytestmark = models.NEEDS_NEWEST
 MARGIN = architectures.MARGIN
 # Stacks [expert, out, in]; stacks [expert, in, out] with biases; a family that `families` has.
 NAMES = ["Qwen3-MoE", "gpt-oss", "Mixtral"]
-EXPERTS, RANK = 4, 2
+EXPERTS = 4
+RANK = 2
 
 
 @pytest.fixture(params=NAMES)
@@ -70,7 +71,8 @@ def of_one_expert(peft: PeftModel, expert: int) -> PeftModel:
 
 def test_experts_equal_differences_of_peft(case):
     """Each expert alone, in both modes."""
-    lens, tokens = case.lens, models.tokens()[:1]
+    lens = case.lens
+    tokens = models.tokens()[:1]
     parts = ll.first_order(lens, tokens, MARGIN, by="expert").values
     for expert in range(EXPERTS):
         oracle = of_one_expert(case.peft, expert)
@@ -84,7 +86,8 @@ def test_experts_equal_differences_of_peft(case):
 @pytest.mark.parametrize("by", ["expert", ("position", "expert"), ("head", "expert"), "rank"])
 @pytest.mark.parametrize("at", [0.0, 0.37])
 def test_parts_add_up_in_both_modes(case, by, at: float):
-    lens, tokens = case.lens, models.tokens()
+    lens = case.lens
+    tokens = models.tokens()
     whole = ll.first_order(lens, tokens, MARGIN, at=at).values
     reverse = ll.first_order(lens, tokens, MARGIN, at=at, by=by, mode="reverse")
     forward = ll.first_order(lens, tokens, MARGIN, at=at, by=by, mode="forward", progress=False)
@@ -95,7 +98,8 @@ def test_parts_add_up_in_both_modes(case, by, at: float):
 
 def test_parts_by_position_are_of_the_tokens_that_were_routed_there(case):
     """An expert's part of a token that goes to others is zero, and only that."""
-    lens, tokens = case.lens, models.tokens()
+    lens = case.lens
+    tokens = models.tokens()
     parts = ll.first_order(lens, tokens, MARGIN, by=("position", "expert")).values
     chosen: dict[int, Tensor] = {}
     for layer, stack in experts.experts_by_layer(lens.model).items():
@@ -114,7 +118,8 @@ def test_parts_by_position_are_of_the_tokens_that_were_routed_there(case):
 
 
 def test_ranks_are_those_of_one_expert_after_another(case):
-    lens, tokens = case.lens, models.tokens()
+    lens = case.lens
+    tokens = models.tokens()
     ranks = ll.first_order(lens, tokens, MARGIN, by="rank").values
     parts = ll.first_order(lens, tokens, MARGIN, by="expert").values
     for index in stacks(lens):
@@ -144,7 +149,8 @@ def test_the_table_and_the_plot_name_experts(case):
 
 def test_the_svd_gauge_is_that_of_each_expert(case):
     """Singular values by expert; the parts of one expert add up to it."""
-    lens, tokens = case.lens, models.tokens()
+    lens = case.lens
+    tokens = models.tokens()
     svd = ll.first_order(lens, tokens, MARGIN, by="rank", gauge="svd").values
     whole = ll.first_order(lens, tokens, MARGIN, by="expert").values
     summary = summarise(lens.adapter, lens)
@@ -160,9 +166,12 @@ def test_the_svd_gauge_is_that_of_each_expert(case):
 
 def test_effects_of_ranks_equal_peft(case):
     """One singular direction of one expert alone, written into PEFT's factors."""
-    lens, tokens, index = case.lens, models.tokens()[:1], stacks(case.lens)[0]
+    lens = case.lens
+    tokens = models.tokens()[:1]
+    index = stacks(case.lens)[0]
     effects = ll.patch_sites(lens, tokens, MARGIN, of="rank", how="add_one", progress=False)
-    first, path = sum(site.rank for site in lens.sites[:index]), lens.sites[index].module
+    first = sum(site.rank for site in lens.sites[:index])
+    path = lens.sites[index].module
     base = reference.peft_readout(case.peft, tokens, read, dict.fromkeys(case.modules, 0.0))
     for rank in range(EXPERTS * RANK):
         expert, direction = divmod(rank, RANK)
@@ -170,7 +179,8 @@ def test_effects_of_ranks_equal_peft(case):
         U, sigma, V = torch.linalg.svd(delta)
         alone = copy.deepcopy(case.peft)
         layer = reference.lora_layer(alone, path)
-        A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+        A = layer.lora_A["default"].weight.data
+        B = layer.lora_B["default"].weight.data
         A.zero_()[expert * RANK] = sigma[direction] * V[direction] / layer.scaling["default"]
         B.zero_()[:, expert] = U[:, direction]
         expected = reference.peft_readout(
@@ -184,7 +194,8 @@ def test_effects_of_ranks_equal_peft(case):
 
 def test_tokens_that_change_experts_are_counted(case):
     """Against the routers of PEFT's model, with its adapter off and on."""
-    lens, tokens = case.lens, models.tokens()
+    lens = case.lens
+    tokens = models.tokens()
     chosen: list[dict[int, Tensor]] = []
     for scale in (0.0, 1.0):
         seen: dict[int, Tensor] = {}
@@ -214,7 +225,8 @@ def test_a_path_is_complete_where_no_token_changes_experts(case):
     remainder = ll.remainder(case.lens, tokens, MARGIN, progress=False)
     path = ll.path_attribution(case.lens, tokens, MARGIN, tol=1e-9, progress=False)
     stays = sum(remainder.rerouted.values()) == 0
-    assert bool(stays.any()) and bool((~stays).any())
+    assert bool(stays.any())
+    assert bool((~stays).any())
     assert (
         float(path.remainder[stays].abs().max())
         < 1e-6
@@ -226,7 +238,8 @@ def test_a_path_is_complete_where_no_token_changes_experts(case):
 def test_a_model_without_experts_has_no_routes():
     lens = architectures.case("OLMo 2").lens
     remainder = ll.remainder(lens, models.tokens(), MARGIN, progress=False)
-    assert remainder.rerouted == {} and "rerouted" not in remainder.to_frame()
+    assert remainder.rerouted == {}
+    assert "rerouted" not in remainder.to_frame()
 
 
 # --- files
@@ -290,7 +303,8 @@ def test_factors_of_single_experts_are_laid_on_stacks(name: str, tmp_path):
     """As transformers 4 named them, against PEFT's own rewriting; one expert has none."""
     block, *names = OLD_NAMES[name]
     with architectures.in_float64():
-        case, drawn = architectures.case(name), models.seeded(7)
+        case = architectures.case(name)
+        drawn = models.seeded(7)
         inner = case.base.model.layers[1].mlp.experts.down_proj.shape[-1]
         shapes = dict(zip(names, [(inner, 16), (inner, 16), (16, inner)], strict=True))
         tensors = {}
@@ -354,7 +368,9 @@ def test_factors_of_more_parameters_than_the_config_names_are_refused(case, tmp_
 
 
 def test_sums_mixtures_and_nulls(case):
-    lens, adapter, tokens = case.lens, case.lens.adapter, models.tokens()
+    lens = case.lens
+    adapter = case.lens.adapter
+    tokens = models.tokens()
     other = adapter.null(3)
     both = lens.with_adapter(adapter + other)
     mixed = lens.with_adapter(adapter.mixed(other, 0.5).scaled(2.0))
@@ -483,7 +499,8 @@ def test_experts_over_processes_are_refused(case):
 
 def test_the_model_computes_its_own_again(case):
     """After a pass, an error within one, and nested blocks."""
-    tokens, stack = models.tokens(), experts.experts_by_layer(case.model)[1]
+    tokens = models.tokens()
+    stack = experts.experts_by_layer(case.model)[1]
     with torch.no_grad():
         before = case.model(tokens)
         with case.lens.applied(0.5), case.lens.applied(0.5):
@@ -498,7 +515,8 @@ def test_the_model_computes_its_own_again(case):
 
 def test_blocks_on_stacks_end_in_any_order(case):
     """The expert's update of the block that is left stays on."""
-    half, tokens = case.lens.with_adapter(case.lens.adapter.scaled(0.5)), models.tokens(batch=1)
+    half = case.lens.with_adapter(case.lens.adapter.scaled(0.5))
+    tokens = models.tokens(batch=1)
     expected = half.logits(tokens)
     blocks = case.lens.applied(), half.applied()
     for block in blocks:

@@ -27,7 +27,8 @@ def pair(family: str) -> tuple[ll.LoraLens, ll.LoraLens]:
     """The lens over a bridge as it is, and over one with fused attention."""
     base = models.hf_model(family)
     peft = models.peft_model(family, base)
-    plain, fused = models.bridge(base), models.bridge(base)
+    plain = models.bridge(base)
+    fused = models.bridge(base)
     fuse_attention(fused)
     adapter = ll.Adapter.from_peft(peft)
     return ll.LoraLens(plain, adapter), ll.LoraLens(fused, adapter)
@@ -41,9 +42,11 @@ def test_the_same_numbers(family: str):
     with models.lifted():
         plain, fused = pair(family)
         for name in ("logits", "first_order", "forward", "coupling", "patch_sites", "generate"):
-            found, expected = CALLS[name](fused, tokens), CALLS[name](plain, tokens)
+            found = CALLS[name](fused, tokens)
+            expected = CALLS[name](plain, tokens)
             if name == "patch_sites":  # their noise floors are drawn
-                found, expected = found.values, expected.values
+                found = found.values
+                expected = expected.values
             assert same(found, expected, 1e-12), name
 
 
@@ -68,7 +71,8 @@ def test_no_patterns_are_made():
         with Largest() as largest:
             ll.first_order(lens, models.tokens(1, LONG), MARGIN)
         made.append(largest.heads)
-    assert made[0] == 4 and made[1] <= 1
+    assert made[0] == 4
+    assert made[1] <= 1
 
 
 @pytest.mark.bad_input
@@ -99,7 +103,8 @@ def test_what_needs_patterns_is_refused():
 def test_a_hook_that_cannot_fire_is_warned_of(point: str, way: str, recwarn):
     """A user's own hook: with patterns it acts, by a fused kernel there is a word of it."""
     plain, fused = pair("llama")
-    tokens, hook = models.tokens(), (f"blocks.1.attn.{point}", lambda x, hook: x * 0)
+    tokens = models.tokens()
+    hook = (f"blocks.1.attn.{point}", lambda x, hook: x * 0)
 
     def run(lens: ll.LoraLens) -> torch.Tensor:
         if way == "list":
@@ -125,7 +130,8 @@ def test_a_hooked_transformer_always_has_patterns():
 
 def test_no_patterns_are_held_for_a_divergence():
     """Those of tangents are let go block by block. Control: the bridge as it is holds its own."""
-    found, held = [], []
+    found = []
+    held = []
     for lens in pair("llama"):
         with models.lifted(), saved() as graph:
             shares = ll.kl_shares(lens, models.tokens(pos=LONG), progress=False)
@@ -176,7 +182,8 @@ def test_an_attention_of_its_own_is_refused_with_what_helps():
     with pytest.raises(ll.errors.ModelStateError) as refused:
         ll.load(base, adapter, tokenizer=models.tokenizer())
     said = str(refused.value)
-    assert "attn='sdpa'" in said and "TransformerBridge computes for its family" in said
+    assert "attn='sdpa'" in said
+    assert "TransformerBridge computes for its family" in said
     assert "Another version" not in said
 
 
@@ -216,4 +223,5 @@ def test_where_it_does_not_help_it_is_not_said(monkeypatch: pytest.MonkeyPatch):
     _, adapter = half_peft()
     with pytest.raises(ll.errors.ModelStateError, match="Another version") as refused:
         ll.load(base, adapter, tokenizer=models.tokenizer())
-    assert "sdpa" not in str(refused.value) and "its TransformerBridge" not in str(refused.value)
+    assert "sdpa" not in str(refused.value)
+    assert "its TransformerBridge" not in str(refused.value)

@@ -287,7 +287,8 @@ def test_a_merged_base_shows_in_its_weights(make, rank):
 def test_a_processed_model_shows_it_too():
     if not models.has_hooked_transformer():
         pytest.skip("no HookedTransformer")
-    adapter, flags = random_adapter(size=0.15), {"fold_ln": True, "center_writing_weights": True}
+    adapter = random_adapter(size=0.15)
+    flags = {"fold_ln": True, "center_writing_weights": True}
     given = merged(adapter)
     with pytest.raises(ModelStateError, match=MERGED):
         ll.LoraLens(models.hooked_transformer(given, **flags), adapter, hf_model=given)
@@ -310,12 +311,14 @@ def test_other_families(family):
 def test_no_random_adapter_is_accused():
     """Two hundred adapters of many sizes, over a base that has none of them in it."""
     weights = [p.detach() for n, p in wide_base().named_parameters() if n.endswith("proj.weight")]
-    accused, seen = 0, 0
+    accused = 0
+    seen = 0
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
         rank = (1, 2, 4, 16)[seed % 4]
         size = 10.0 ** float(torch.rand(1, generator=generator) * 3 - 2)
-        parts, within = [], []
+        parts = []
+        within = []
         for W in weights:
             B, A = (
                 size * torch.randn(shape, generator=generator) / rank**0.5
@@ -339,14 +342,16 @@ def modules(merged: float, count: int = 60) -> Iterator[tuple[torch.Tensor, ...]
     generator = torch.Generator().manual_seed(7)
     for _ in range(count):
         W = torch.randn(40, 30, generator=generator)
-        B, A = torch.randn(40, 3, generator=generator), torch.randn(3, 30, generator=generator)
+        B = torch.randn(40, 3, generator=generator)
+        A = torch.randn(3, 30, generator=generator)
         B = B / 4
         yield W + merged * B @ A, B, A
 
 
 def test_a_clean_base_is_settled_by_the_first_modules():
     """And one that holds the adapter by all of them, with the verdict of all of them."""
-    clean, held = modules(0.0), modules(1.0)
+    clean = modules(0.0)
+    held = modules(1.0)
     assert not Evidence.of(clean).shows_adapter
     assert len(list(clean)) == 60 - given_base._ROUND - 1
     assert Evidence.of(held).shows_adapter

@@ -39,9 +39,12 @@ def made(hf, adapter: ll.Adapter) -> ll.LoraLens:
 def test_the_numbers_of_the_model_that_is_at_hand(family: str, targets: str):
     base = models.hf_model(family)
     peft = models.peft_model(family, base, targets=TARGETS[targets])
-    adapter, tokens = ll.Adapter.from_peft(peft), models.tokens()
-    plain, lens = made(copy.deepcopy(base), adapter), made(offloaded(base), adapter)
-    assert all(p.is_meta for p in lens.model.parameters()) and lens.device.type == "cpu"
+    adapter = ll.Adapter.from_peft(peft)
+    tokens = models.tokens()
+    plain = made(copy.deepcopy(base), adapter)
+    lens = made(offloaded(base), adapter)
+    assert all(p.is_meta for p in lens.model.parameters())
+    assert lens.device.type == "cpu"
     with torch.no_grad():
         assert torch.allclose(lens.logits(tokens), peft(tokens).logits, rtol=0, atol=1e-9)
     for name in NAMES if family == "llama" else NAMES[:3]:
@@ -54,7 +57,8 @@ def test_the_numbers_of_the_model_that_is_at_hand(family: str, targets: str):
 
 def test_dora_reads_the_base():
     base = models.hf_model("llama")
-    peft, tokens = models.peft_model("llama", base, use_dora=True), models.tokens()
+    peft = models.peft_model("llama", base, use_dora=True)
+    tokens = models.tokens()
     lens = made(offloaded(base), ll.Adapter.from_peft(peft))
     with torch.no_grad():
         assert torch.allclose(lens.logits(tokens), peft(tokens).logits, rtol=0, atol=1e-9)
@@ -62,8 +66,10 @@ def test_dora_reads_the_base():
 
 def test_blocks_that_run_again_bring_their_weights_in_again(monkeypatch: pytest.MonkeyPatch):
     base = models.hf_model("llama")
-    adapter, tokens = ll.Adapter.from_peft(models.peft_model("llama", base)), models.tokens(1)
-    lens, readout = made(offloaded(base), adapter), ll.Margin(5, 9)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    tokens = models.tokens(1)
+    lens = made(offloaded(base), adapter)
+    readout = ll.Margin(5, 9)
     expected = ll.first_order(lens, tokens, readout).values
     limits.every_block_runs_again(monkeypatch)
     found = ll.first_order(lens.within(1e9), tokens, readout).values
@@ -74,7 +80,8 @@ def test_blocks_that_run_again_bring_their_weights_in_again(monkeypatch: pytest.
 def test_what_cannot_be_exact_is_refused():
     base = models.hf_model("llama")
     adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
-    lens, tokens = made(offloaded(base), adapter), models.tokens()
+    lens = made(offloaded(base), adapter)
+    tokens = models.tokens()
     rules = ll.results.FrozenRules(norm_scales=True)
     with pytest.raises(ll.errors.ModelStateError, match="offloaded.*Do not offload norms"):
         ll.first_order(lens, tokens, ll.Margin(5, 9), rules=rules)

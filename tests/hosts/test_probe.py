@@ -109,7 +109,8 @@ def test_processed_weights_need_an_entry():
 def test_a_trained_norm_is_a_site(name: str):
     """Whatever formula the norm has, and whether or not it stores γ − 1."""
     base = architectures.hf_model(name, dtype=torch.float64)
-    moved, drawn = copy.deepcopy(base), models.seeded(5)
+    moved = copy.deepcopy(base)
+    drawn = models.seeded(5)
     changes: dict[str, ll.results.TrainedModule] = {}
     for path, module in moved.named_modules():
         if (

@@ -80,7 +80,8 @@ def test_analyses_in_4_bit_are_those_of_the_dequantised_model(family: str, name:
 @pytest.mark.slow
 def test_derivatives_in_8_bit_are_straight_through():
     """At the kernel's values: on one row, both modes; and the path adds up to its rounding."""
-    base, tokens = quantised.load("llama", "8 bit"), models.tokens(batch=1)
+    base = quantised.load("llama", "8 bit")
+    tokens = models.tokens(batch=1)
     plain = lens_of(quantised.dense(base, "llama"), "llama")
     lens = lens_of(base, "llama")
     modes = [
@@ -91,7 +92,8 @@ def test_derivatives_in_8_bit_are_straight_through():
     assert largest_difference(modes[0], modes[1]) < 0.02 * size
     assert largest_difference(modes[0], smooth) < 0.1 * size
     ll.second_order(lens, tokens, ASKED)
-    gaps, floors = [], []
+    gaps = []
+    floors = []
     for row in models.tokens(batch=6).split(1):
         path = ll.path_attribution(lens, row, ASKED, progress=False)
         gaps.append(path.values.sum(1) - path.shift)
@@ -103,7 +105,8 @@ def test_the_noise_floor_in_8_bit_covers_what_the_kernel_rounds():
     """Within a factor of 3 of how far shifts lie from those of the dequantised model."""
     base = quantised.load("llama", "8 bit")
     plain = lens_of(quantised.dense(base, "llama"), "llama")
-    lens, tokens = lens_of(base, "llama"), models.tokens(batch=12, pos=6)
+    lens = lens_of(base, "llama")
+    tokens = models.tokens(batch=12, pos=6)
     found = ll.remainder(lens, tokens, ASKED)
     away = (found.shift - ll.remainder(plain, tokens, ASKED).shift).square().mean().sqrt()
     floor = found.noise_floor.square().mean().sqrt()
@@ -158,7 +161,8 @@ def slope(lens: ll.LoraLens) -> torch.Tensor:
 
 def test_within_applied_a_users_own_derivative_is_right_too(fast_cpu):
     model, plain = fast_cpu
-    found, expected = slope(lens_of(model, "llama")), slope(plain)
+    found = slope(lens_of(model, "llama"))
+    expected = slope(plain)
     assert largest_difference(found, expected) < 2e-4 * expected.abs().max()
 
 
@@ -178,13 +182,15 @@ def test_modules_have_their_own_forward_again(bits: str):
     with pytest.raises(ZeroDivisionError), lens.applied():
         1 / 0  # noqa: B018
     for module, (held, weight) in zip(linears, before, strict=True):
-        assert vars(module).keys() == held.keys() and "forward" not in vars(module)
+        assert vars(module).keys() == held.keys()
+        assert "forward" not in vars(module)
         assert torch.equal(module.weight.data, weight)
 
 
 @pytest.mark.parametrize("bits", quantised.BITS)
 def test_the_dequantised_weight_is_near_the_weight(bits: str):
-    model, base = quantised.load("qwen2", bits), hf_base("qwen2")
+    model = quantised.load("qwen2", bits)
+    base = hf_base("qwen2")
     for path, module in model.named_modules():
         if module in quantised_linears(model.modules()):
             weight = base.get_submodule(path).weight
@@ -262,7 +268,8 @@ def test_the_kernel_of_avx512_is_wrong_without_an_error(fast_cpu):
     with torch.no_grad():
         model(models.tokens())
     bare = without_our_products(lens_of(model, "llama"))
-    found, expected = slope(bare), slope(plain)
+    found = slope(bare)
+    expected = slope(plain)
     assert largest_difference(found, expected) > 0.1 * expected.abs().max()
 
 

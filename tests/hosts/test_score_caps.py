@@ -33,7 +33,8 @@ def test_logits_are_peft_s(family: str):
     base = models.hf_model(family)
     peft = models.peft_model(family, base)
     model, _ = hooked_model(base, models.tokenizer(), kind="TransformerBridge")
-    lens, tokens = ll.LoraLens(model, ll.Adapter.from_peft(peft)), models.tokens()
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    tokens = models.tokens()
     with torch.no_grad():
         assert torch.allclose(lens.logits(tokens), peft(tokens).logits, rtol=0, atol=1e-9)
 
@@ -42,8 +43,10 @@ def test_logits_are_peft_s(family: str):
 def test_a_bridge_of_another_function_is_refused(monkeypatch: pytest.MonkeyPatch):
     """In every dtype, without a forward pass; and without the check logits are off (control)."""
     base = models.hf_model("gemma3")
-    peft, model = models.peft_model("gemma3", base), models.bridge(base)
-    adapter, tokens = ll.Adapter.from_peft(peft), models.tokens()
+    peft = models.peft_model("gemma3", base)
+    model = models.bridge(base)
+    adapter = ll.Adapter.from_peft(peft)
+    tokens = models.tokens()
     with pytest.raises(ll.errors.ModelStateError, match=r"attn_logit_softcapping = 0\.5.*None"):
         ll.LoraLens(model, adapter)
     monkeypatch.setattr(unusable, "refuse_unused_caps", lambda modules: None)

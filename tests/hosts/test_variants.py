@@ -260,4 +260,5 @@ def test_an_opt_of_the_usual_form_has_its_entry():
         models.bridge(models.hf_model("opt")),
         ll.Adapter.from_peft(models.peft_model("opt", models.hf_model("opt"))),
     )
-    assert lens.plan.host.final_norm is not None and not lens.plan.host.family.is_probed
+    assert lens.plan.host.final_norm is not None
+    assert not lens.plan.host.family.is_probed

@@ -29,8 +29,10 @@ from lens_lora.core import Tokens
 from lens_lora.responses.answers import answer_ids
 
 pytestmark = pytest.mark.bad_input
-NAN, INF = math.nan, math.inf
-MARGIN, TOKENS = ll.Margin(5, 9), models.tokens(batch=2, pos=4)
+NAN = math.nan
+INF = math.inf
+MARGIN = ll.Margin(5, 9)
+TOKENS = models.tokens(batch=2, pos=4)
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +417,8 @@ def test_whole_numbers_of_numpy_and_torch(lens: ll.LoraLens):
     for one, two in ((np.int64(1), np.uint8(2)), (torch.tensor(1), torch.tensor(2))):
         assert two_prompts().top(two, prompt=one).equals(expected)
     drawn = [ll.null_test(lens, TOKENS, MARGIN, draws=n, progress=False) for n in (2, np.int64(2))]
-    assert torch.equal(drawn[0].null, drawn[1].null) and drawn[0].seed == drawn[1].seed
+    assert torch.equal(drawn[0].null, drawn[1].null)
+    assert drawn[0].seed == drawn[1].seed
 
 
 def test_more_than_there_are(lens: ll.LoraLens):

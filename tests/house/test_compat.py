@@ -56,8 +56,10 @@ def bridge(llama):
 
 def test_what_is_not_to_be_read_is_there_again_afterwards():
     """Of one module alone, also in spans within one another; it computes as before."""
-    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    kind, before = type(module), module(torch.ones(2))
+    module = nn.Linear(2, 2)
+    other = nn.Linear(2, 2)
+    kind = type(module)
+    before = module(torch.ones(2))
 
     def refused(span: Temporary) -> None:
         compat.refuse_reading(span, module, ["in_features"], lambda: ValueError("the base's"))
@@ -65,15 +67,18 @@ def test_what_is_not_to_be_read_is_there_again_afterwards():
     with Temporary(refused), Temporary(refused):
         with pytest.raises(ValueError, match="the base's"):
             _ = module.in_features
-        assert other.in_features == 2 and isinstance(module, kind)
+        assert other.in_features == 2
+        assert isinstance(module, kind)
         assert torch.equal(module(torch.ones(2)), before)
-    assert type(module) is kind and module.in_features == 2
+    assert type(module) is kind
+    assert module.in_features == 2
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_spans_that_refuse_a_reading_end_in_any_order(first: int):
     """What one of two no longer refuses is read again, and the other still refuses its own."""
-    module, names = nn.Linear(2, 3), ("in_features", "out_features")
+    module = nn.Linear(2, 3)
+    names = ("in_features", "out_features")
     spans: list[Temporary] = []
     for name in names:
 
@@ -87,7 +92,8 @@ def test_spans_that_refuse_a_reading_end_in_any_order(first: int):
     with pytest.raises(ValueError, match=names[1 - first]):
         getattr(module, names[1 - first])
     spans[1 - first].close()
-    assert type(module) is nn.Linear and (module.in_features, module.out_features) == (2, 3)
+    assert type(module) is nn.Linear
+    assert (module.in_features, module.out_features) == (2, 3)
 
 
 @models.NEEDS_NEWEST
@@ -110,10 +116,12 @@ def test_compiled_models():
     """The wrapper of torch.compile, and the code that a module compiled in place has."""
     module = nn.Sequential(nn.Linear(2, 2))
     assert compat.uncompiled(torch.compile(module, backend="eager")) is module
-    assert compat.uncompiled(module) is module and compat.uncompiled(None) is None
+    assert compat.uncompiled(module) is module
+    assert compat.uncompiled(None) is None
     assert not compat.is_compiled_in_place(module[0])
     module[0].compile(backend="eager")
-    assert compat.is_compiled_in_place(module[0]) and not compat.is_compiled_in_place(module)
+    assert compat.is_compiled_in_place(module[0])
+    assert not compat.is_compiled_in_place(module)
     compat.compile_no_more(module)
     assert not compat.is_compiled_in_place(module[0])
 
@@ -137,7 +145,8 @@ def test_the_kernel_of_attention(llama):
 
 def test_a_component_without_a_module(bridge):
     """As a bridge has in place of a module that its model does without."""
-    assert not compat.wraps_nothing(bridge.ln_final) and not compat.wraps_nothing(None)
+    assert not compat.wraps_nothing(bridge.ln_final)
+    assert not compat.wraps_nothing(None)
     assert compat.wraps_nothing(type(bridge.ln_final)("ln_final", bridge.cfg))
 
 
@@ -259,7 +268,8 @@ def test_operands_of_torch_s_products():
         torch.testing.assert_close(found[0] @ found[1] + found[2], expected)
     for func in compat.MATMULS:
         found = compat.rows_and_weight(func, (x, weight), {})
-        assert found is not None and torch.equal(found[0] @ found[1], x @ weight)
+        assert found is not None
+        assert torch.equal(found[0] @ found[1], x @ weight)
         assert compat.rows_and_weight(func, (x, torch.zeros(5, 2, 4)), {}) is None
 
 
@@ -385,8 +395,10 @@ def test_attention_kernels():
 
 def test_an_offloaded_module():
     accelerate = pytest.importorskip("accelerate")
-    plain, model = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
-    away, weight = model[0], model[0].weight.detach().clone()
+    plain = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Linear(2, 2))
+    away = model[0]
+    weight = model[0].weight.detach().clone()
     accelerate.cpu_offload(model, execution_device="cpu")
     require("accelerate", away, "_hf_hook", "_old_forward")
     require("accelerate", away._hf_hook, "offload", "execution_device", "weights_map")
@@ -412,7 +424,11 @@ def test_an_offloaded_module():
 def test_a_function_within_a_hook_of_transformer_lens(direction: str):
     from transformer_lens.hook_points import HookPoint
 
-    point, mine = HookPoint(), lambda tensor, hook: None
+    point = HookPoint()
+
+    def mine(tensor: object, hook: object) -> None:
+        pass
+
     point.add_hook(mine, dir=direction)
     hooks = compat.hooks_of(point)
     (registered,) = (hooks.forward if direction == "fwd" else hooks.backward).values()
@@ -434,7 +450,8 @@ def test_what_a_bridge_wires_itself_is_nobody_s_hook():
 
     bridge = models.bridge(architectures.hf_model("XGLM", dtype=torch.float32))
     wired = [m for m in bridge.modules() if any(map(len, compat.hooks_of(m)[:2]))]
-    assert wired and settings(bridge)["hooks"] == []
+    assert wired
+    assert settings(bridge)["hooks"] == []
     bridge.blocks[0].hook_in.add_hook(lambda tensor, hook: None)
     assert len(settings(bridge)["hooks"]) == 1
 
@@ -504,8 +521,10 @@ def test_added_tokens():
 def test_bloom_gelu():
     bloom = import_module("transformers.models.bloom.modeling_bloom")
     require("transformers", bloom, "BloomGelu", "bloom_gelu_forward")
-    gelu, x = bloom.BloomGelu(), torch.linspace(-2, 2, 5)
-    before, expected = bloom.BloomGelu.forward, gelu(x)
+    gelu = bloom.BloomGelu()
+    x = torch.linspace(-2, 2, 5)
+    before = bloom.BloomGelu.forward
+    expected = gelu(x)
     with Temporary(compat.plain_bloom_gelu), fwad.dual_level():
         dual = fwad.unpack_dual(gelu(fwad.make_dual(x, torch.ones_like(x))))
     assert torch.equal(dual.primal, expected)
@@ -528,10 +547,13 @@ def test_bar_of_the_gguf_reader(capsys):
 def test_open_bars_of_tqdm(capsys):
     from tqdm import tqdm
 
-    bar, hidden = tqdm(range(3)), tqdm(range(3), disable=True)
-    assert bar in compat.open_bars() and hidden not in compat.open_bars()
+    bar = tqdm(range(3))
+    hidden = tqdm(range(3), disable=True)
+    assert bar in compat.open_bars()
+    assert hidden not in compat.open_bars()
     bar.close()
-    assert bar not in compat.open_bars() and capsys.readouterr().err
+    assert bar not in compat.open_bars()
+    assert capsys.readouterr().err
 
 
 def test_packing_of_bitsandbytes():
@@ -663,7 +685,8 @@ def test_tokens_in_a_cache(cls: str):
     cache = None
     for count in (3, 4):
         _, cache = lens.plan.host.run_cached(models.tokens(2, count), cache)
-    assert compat.cached_tokens(cache) == 7 and compat.cached_tokens(None) == 0
+    assert compat.cached_tokens(cache) == 7
+    assert compat.cached_tokens(None) == 0
     mask = compat.cached_mask(cache)
     assert mask is None if cls == "TransformerBridge" else mask.tolist() == [[1] * 7] * 2
     assert compat.cached_mask(None) is None

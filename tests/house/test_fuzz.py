@@ -90,7 +90,8 @@ def test_the_page_s_table_is_of_these_targets():
     assert sum(row[0] for row in numbers) == int(total[-4].replace(",", "")) >= 5000
     assert f"{total[-4]} cases" in text
     front = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")
-    assert f"{total[-3]}\ngave the answer" in front and f"{total[-2]} were refused" in front
+    assert f"{total[-3]}\ngave the answer" in front
+    assert f"{total[-2]} were refused" in front
 
 
 # --- negative controls: what is not right and not refused is seen

@@ -426,8 +426,10 @@ def test_a_former_name_works_and_warns_where_it_is_written(t, former, words):
 
 def test_a_former_name_is_not_shown(t):
     shown = {"ll": dir(ll), "lens": dir(t.lens), "adapter": dir(t.adapter)}
-    assert "activations" not in shown["ll"] and "alignment" not in shown["ll"]
-    assert "without" not in shown["lens"] and "without" not in shown["adapter"]
+    assert "activations" not in shown["ll"]
+    assert "alignment" not in shown["ll"]
+    assert "without" not in shown["lens"]
+    assert "without" not in shown["adapter"]
 
 
 # --- nothing is hidden

@@ -106,14 +106,16 @@ def test_a_path_is_quoted_as_it_is(name, tmp_path):
     folder = f"{tmp_path}/{name}/a"
     for command in ("verify", "inspect"):
         result = run(cli.app, [command, folder])
-        assert result.exit_code == 2 and f"{folder}: no such folder" in said(result.stderr)
+        assert result.exit_code == 2
+        assert f"{folder}: no such folder" in said(result.stderr)
 
 
 def test_a_prompt_is_quoted_as_it_is(tmp_path):
     prompt = "max_kl= and keep_share, steps=3"
     options = ["--prompt", prompt, "--doc", " a", "--pre", " a", "--report", f"{tmp_path}/a.html"]
     result = run(cli.app, ["explain", *options])
-    assert result.exit_code == 2 and "doc and pre are both ' a'" in said(result.stderr)
+    assert result.exit_code == 2
+    assert "doc and pre are both ' a'" in said(result.stderr)
     result = run(cli.app, ["explain", *options[:4], "--report", f"{tmp_path}/a.html"])
     assert f"the prompt {prompt!r} needs both answers" in said(
         re.sub("[│╭╮╰╯─]", "", result.stderr)
@@ -148,4 +150,5 @@ def test_no_message_is_searched_and_replaced(path):
 
 def test_a_replaced_message_is_seen():
     """Negative control."""
-    assert calls("str(error).replace('a', 'b')") and calls("re.sub('a', 'b', f'{error}')")
+    assert calls("str(error).replace('a', 'b')")
+    assert calls("re.sub('a', 'b', f'{error}')")

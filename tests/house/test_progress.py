@@ -94,7 +94,8 @@ class Passes:
         self._handle = model.unembed.register_forward_pre_hook(self._count)
 
     def _count(self, module, args) -> None:
-        self.calls, self.rows = self.calls + 1, self.rows + len(args[0])
+        self.calls = self.calls + 1
+        self.rows = self.rows + len(args[0])
         if self.calls == self._at:
             raise KeyboardInterrupt
 
@@ -133,11 +134,13 @@ def test_interrupted_call_leaves_nothing_behind(tiny, name, tmp_path, capsys):
     capsys.readouterr()
     with Passes(model, interrupt_at=passes.calls // 2 + 1), pytest.raises(KeyboardInterrupt) as hit:
         CALLS[name](tiny, tmp_path)
-    assert hit.value is not None and not tqdm._instances
+    assert hit.value is not None
+    assert not tqdm._instances
     left = capsys.readouterr().err.rpartition("\r")[2]
     assert not left.strip() or left.startswith("sweep:") and left.endswith("\n")
     after, now = state_of(model)
-    assert after == hooks and all(torch.equal(now[key], weights[key]) for key in weights)
+    assert after == hooks
+    assert all(torch.equal(now[key], weights[key]) for key in weights)
     assert torch.autograd.forward_ad._current_level == -1
     assert torch.is_grad_enabled()
     assert torch.isfinite(tiny.lens.logits(PROMPT)).all()

@@ -41,7 +41,8 @@ def unpinned(workflow: str) -> list[str]:
 def test_workflow_takes_pinned_actions_and_few_rights(path):
     assert unpinned(path.read_text(encoding="utf-8")) == []
     workflow = parsed(path)
-    assert workflow["permissions"] == {} and workflow["concurrency"]["group"]
+    assert workflow["permissions"] == {}
+    assert workflow["concurrency"]["group"]
     for name, job in workflow["jobs"].items():
         rights = {"id-token": "write"} if name == "publish" else {"contents": "read"}
         assert job["permissions"] == rights
@@ -84,7 +85,8 @@ def test_the_night_has_everything_on_every_line():
     night = parsed(GITHUB / "workflows/nightly.yml")["jobs"]["exhaustive"]
     lines = [row["line"] for row in night["strategy"]["matrix"]["include"]]
     assert lines == ["2.18", "3.9", "4.3"]
-    assert "--whole --each-class" in commands(night) and "--random-order" in commands(night)
+    assert "--whole --each-class" in commands(night)
+    assert "--random-order" in commands(night)
     assert int(night["env"]["LENS_LORA_CASES"]) > 1
 
 
@@ -93,8 +95,10 @@ def test_only_a_tag_that_passed_is_published():
     assert release["on"] == {"push": {"tags": ["v*"]}}
     ci, build, publish = (release["jobs"][name] for name in ("ci", "build", "publish"))
     assert ci["uses"] == "./.github/workflows/ci.yml"
-    assert publish["needs"] == ["ci", "build"] and publish["environment"] == "pypi"
-    assert "twine check --strict" in commands(build) and "lens-lora --version" in commands(build)
+    assert publish["needs"] == ["ci", "build"]
+    assert publish["environment"] == "pypi"
+    assert "twine check --strict" in commands(build)
+    assert "lens-lora --version" in commands(build)
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
@@ -113,7 +117,8 @@ def test_no_issue_goes_without_a_form():
 def test_a_commit_is_seen_by_ruff_of_one_version():
     (repository,) = parsed(ROOT / ".pre-commit-config.yaml")["repos"]
     versions = {tool for hook in repository["hooks"] for tool in hook["additional_dependencies"]}
-    assert len(versions) == 1 and re.fullmatch(r"ruff==\d+\.\d+\.\d+", versions.pop())
+    assert len(versions) == 1
+    assert re.fullmatch(r"ruff==\d+\.\d+\.\d+", versions.pop())
 
 
 def test_no_index_is_said_to_have_the_package():

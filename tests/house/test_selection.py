@@ -50,13 +50,16 @@ def test_the_quick_suite_has_neither_what_is_marked_nor_more_than_a_sample():
 
 
 def test_the_quick_suite_and_the_rest_are_the_whole():
-    quick, rest, whole = run_by(config()), run_by(config(rest=True)), run_by(config(whole=True))
+    quick = run_by(config())
+    rest = run_by(config(rest=True))
+    whole = run_by(config(whole=True))
     assert quick | rest == whole == set(ITEMS)
     assert not quick & rest
 
 
 def test_a_test_that_is_named_runs_whatever_its_marks():
-    quick, slow = run_by(config()), MARKED[0]
+    quick = run_by(config())
+    slow = MARKED[0]
     assert slow not in quick
     assert run_by(config("tests/test_a.py::test_slow")) == quick | {slow}
     assert run_by(config("tests/test_a.py::test_of_all")) == quick | set(SAMPLED)

@@ -20,7 +20,8 @@ from lens_lora.core.analyses.remainder import fitted_order
 CHECKED = models.of_some_lines(
     shapes.CHECKED, "shapes are checked on transformer-lens 4 (LENS_LORA_SHAPES=checked)"
 )
-SCALES, ONE = torch.tensor([0.1, 0.2, 0.4]), torch.tensor(0.0)
+SCALES = torch.tensor([0.1, 0.2, 0.4])
+ONE = torch.tensor(0.0)
 
 
 @CHECKED

@@ -26,7 +26,8 @@ from lens_lora.cli import running
 
 run = CliRunner().invoke
 MAKE = next(iter(models.MAKERS.values()))
-R, PROMPT = ll.Margin("w8", "w9"), "w5 w6 w7"
+R = ll.Margin("w8", "w9")
+PROMPT = "w5 w6 w7"
 
 
 def another(**changes):
@@ -206,7 +207,8 @@ def test_quiet_command_is_quiet(files, tmp_path, command):
     assert result.exit_code == 0 and result.stdout, result.output
     has_answers = command == "explain"
     lines = plain(result.stderr).splitlines()
-    assert len(lines) == has_answers and all(line.startswith("Warning: ") for line in lines)
+    assert len(lines) == has_answers
+    assert all(line.startswith("Warning: ") for line in lines)
 
 
 def test_demo_of_answers_of_several_tokens(files, tmp_path):
@@ -247,7 +249,8 @@ def test_refusal_is_one_message_without_a_traceback(files, tmp_path, command, op
     options = [option.format(files=files) for option in options]
     result = call(command, files, tmp_path, *options, "--quiet")
     assert result.exit_code == 2 and re.search(words, plain(result.stderr)), result.output
-    assert "Traceback" not in result.output and result.exception.__class__ is SystemExit
+    assert "Traceback" not in result.output
+    assert result.exception.__class__ is SystemExit
 
 
 def test_page_that_cannot_be_written_is_found_before_the_model_is_loaded(
@@ -258,7 +261,8 @@ def test_page_that_cannot_be_written_is_found_before_the_model_is_loaded(
     monkeypatch.setattr(type(page), "open", _not_permitted)
     for command in ("explain", "demo"):
         result = call(command, files, tmp_path)
-        assert result.exit_code == 2 and not page.exists()
+        assert result.exit_code == 2
+        assert not page.exists()
         assert re.search("--report.* cannot be written", plain(result.stderr))
 
 
@@ -289,7 +293,8 @@ def _not_permitted(path, *args, **kwargs):
 def test_error_of_the_system_is_one_line(files, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "load_model", _not_permitted)
     result = call("sweep", files, tmp_path, "--quiet")
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
     assert "PermissionError: [Errno 13] Permission denied" in result.stderr
 
 
@@ -304,7 +309,8 @@ def test_base_under_another_name_is_noted(files, tmp_path, command):
 
 def test_base_that_the_adapter_names_is_taken_without_a_note(files, tmp_path):
     result = call("sweep", files, tmp_path)
-    assert result.exit_code == 0 and "Warning" not in result.stderr
+    assert result.exit_code == 0
+    assert "Warning" not in result.stderr
     assert f"Loading {files}/base" in "".join(result.stderr.split("\n"))
 
 
@@ -322,7 +328,8 @@ def test_sweep_of_something_else_is_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_interrupted_command_is_one_line_and_130(files, tmp_path, monkeypatch, command):
     """At the second pass, or at the first update that is measured."""
-    passes, plain_run = [], ll.LoraLens.run
+    passes = []
+    plain_run = ll.LoraLens.run
 
     def interrupted(lens, prompts):
         passes.append(prompts)
@@ -349,10 +356,12 @@ def test_a_later_process_gives_the_first_one_time_to_tell_of_an_error(monkeypatc
     monkeypatch.setattr(running.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "0")
     running._print_error("no such folder")
-    assert waited == [] and capsys.readouterr().err == "no such folder\n"
+    assert waited == []
+    assert capsys.readouterr().err == "no such folder\n"
     monkeypatch.setenv("RANK", "1")
     running._print_error("no such folder")
-    assert waited == [running._SECONDS_FOR_THE_FIRST] and waited[0] >= 1
+    assert waited == [running._SECONDS_FOR_THE_FIRST]
+    assert waited[0] >= 1
     assert capsys.readouterr().err == "process 2: no such folder\n"
 
 

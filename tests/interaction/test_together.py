@@ -120,7 +120,8 @@ def test_the_parts_sum_to_round_off_where_the_nodes_reach_it():
     _, lens, adapters = asked("gpt2", list(models.MAKERS)[-1])
     twentieth = {name: adapter.scaled(0.05) for name, adapter in adapters.items()}
     found = ll.together(lens, twentieth, TOKENS, MARGIN, group="kind", tol=1e-11, **QUIET)
-    assert bool(found.is_complete.all()) and found.interaction.abs().min() > 1e-4
+    assert bool(found.is_complete.all())
+    assert found.interaction.abs().min() > 1e-4
     assert found.completeness_error.max() < 1e-13
 
 
@@ -267,7 +268,8 @@ def test_parts_have_settled_where_they_are_said_to_be_complete():
     g = lens.with_adapter(_sum({name: mild[name] for name in mild})).function(TOKENS, MARGIN)
     first, second = (_members(g, found.groups, name) for name in ("one", "two"))
     points, weights = np.polynomial.legendre.leggauss(8)
-    assert found.parts is not None and found.allowed is not None
+    assert found.parts is not None
+    assert found.allowed is not None
     expected = torch.zeros_like(found.parts[:, 0])
     for (s, weight_s), (t, weight_t) in itertools.product(
         zip((points + 1) / 2, weights / 2, strict=True), repeat=2
@@ -322,7 +324,8 @@ def test_each_node_is_taken_once_and_no_more_than_are_needed(nodes: list[Tensor]
 def test_the_gate_along_which_the_readout_bends_takes_more_values(nodes: list[Tensor]):
     """Of a faint and a strong adapter, in either order, the strong one's."""
     _, lens, adapters = asked("gpt2", next(iter(models.MAKERS)))
-    faint, strong = adapters["one"].scaled(0.001), adapters["two"].scaled(0.3)
+    faint = adapters["one"].scaled(0.001)
+    strong = adapters["two"].scaled(0.3)
     for two in ({"faint": faint, "strong": strong}, {"strong": strong, "faint": faint}):
         nodes.clear()
         found = ll.together(lens, two, TOKENS[:1], MARGIN, group={"all": "*"}, tol=1e-9, **QUIET)
@@ -343,14 +346,16 @@ def test_the_quadrature_says_what_was_reached():
     shifts = torch.cat([few.alone, few.shift[:, None]], 1)
     largest = shifts.abs().amax(1)
     reached = few.quadrature
-    assert reached is not None and few.group_error is not None
+    assert reached is not None
+    assert few.group_error is not None
     assert (reached.nodes, reached.tol, reached.met) == (9, 1e-9, False)
     assert reached.error == pytest.approx(float((few.completeness_error[:, 0] / largest).max()))
     assert reached.site_change == pytest.approx(float((few.group_error[:, 0] / largest).max()))
     assert "raise max_nodes" in reached.note
     more = ask(tol=1e-4).quadrature
     assert more is not None
-    assert more.met and not more.note
+    assert more.met
+    assert not more.note
     assert max(more.error, more.site_change) <= 1e-4
 
 
@@ -388,7 +393,8 @@ def test_a_divergence_is_split_although_its_slopes_are_zero_at_the_base():
     )
     assert found.quadrature is not None
     assert found.quadrature.met
-    assert found.parts is not None and found.allowed is not None
+    assert found.parts is not None
+    assert found.allowed is not None
     assert found.parts.sum() == pytest.approx(
         float(found.interaction.sum()), abs=float(found.allowed)
     )

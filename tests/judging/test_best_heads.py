@@ -19,7 +19,9 @@ import lens_lora as ll
 from lens_lora.judging.best_subset import BestSubset
 from lens_lora.judging.head_masks import HeadMasks
 
-MARGIN, ROUND_OFF, IDS = ll.Margin(5, 9), 1e-9, torch.tensor
+MARGIN = ll.Margin(5, 9)
+ROUND_OFF = 1e-9
+IDS = torch.tensor
 FAMILIES = ("llama", "gpt2", "neox", "gemma2")
 HEADS = list(itertools.product((0, 1), range(4)))
 best = functools.partial(ll.best_subset, over="heads", progress=False)
@@ -40,14 +42,16 @@ def kept_of(peft, family: str, tokens: Tensor, members) -> float:
     heads = [head for head, is_member in zip(HEADS, members, strict=True) if is_member]
     where = [(layer, "z", features(family, "z", head, 4)) for layer, head in heads]
     base, adapted = (margin(peft, tokens, adapted=end) for end in (False, True))
-    sign, moved = (adapted - base).sign(), swapped(peft, family, tokens, where, into="base") - base
+    sign = (adapted - base).sign()
+    moved = swapped(peft, family, tokens, where, into="base") - base
     return float((moved * sign).sum() / (adapted - base).abs().sum())
 
 
 @functools.cache
 def every_set(family: str, count: int) -> tuple[float, ...]:
     """kept of every set of so many heads, the best last."""
-    peft, tokens = cases.case(family, next(iter(models.MAKERS)), "raw").peft, models.tokens(2, 5)
+    peft = cases.case(family, next(iter(models.MAKERS)), "raw").peft
+    tokens = models.tokens(2, 5)
     sets = itertools.combinations(range(len(HEADS)), count)
     masks = ([i in chosen for i in range(len(HEADS))] for chosen in sets)
     return tuple(sorted(kept_of(peft, family, tokens, mask) for mask in masks))
@@ -58,7 +62,8 @@ def every_set(family: str, count: int) -> tuple[float, ...]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_best_of_all_sets_is_found(family: str, cls: str):
     """Two and three of eight heads; what is reported is what PEFT's model keeps."""
-    held, tokens = cases.case(family, cls, "raw"), models.tokens(2, 5)
+    held = cases.case(family, cls, "raw")
+    tokens = models.tokens(2, 5)
     found = best(held.lens, tokens, MARGIN, k=[2, 3, 8])
     assert found.names == tuple(f"blocks.{layer}.attn.hook_z[{head}]" for layer, head in HEADS)
     for row, count in enumerate(found.counts):
@@ -76,7 +81,8 @@ def test_the_best_of_all_sets_is_found(family: str, cls: str):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_without_the_search_fewer_are_found(cls: str, monkeypatch: pytest.MonkeyPatch):
     """Negative control: slopes of the wrong sign, and no swaps, fall behind."""
-    held, tokens = cases.case("llama", cls, "raw"), models.tokens(2, 5)
+    held = cases.case("llama", cls, "raw")
+    tokens = models.tokens(2, 5)
     right = HeadMasks.slopes
     monkeypatch.setattr(HeadMasks, "slopes", lambda self, mask: -right(self, mask))
     monkeypatch.setattr("lens_lora.judging.best_subset._swapped", lambda search, start: start)
@@ -100,19 +106,22 @@ def test_slopes_are_central_differences(readout: ll.Readout, cls: str):
     prompts = ll.results.Prompts(models.tokens(3, 6), torch.tensor([6, 4, 5]))
     masks = HeadMasks(lens.function(prompts, readout))
     mask = torch.rand(8, generator=models.seeded(4), dtype=torch.float64)
-    slopes, step = masks.slopes(mask), 1e-5 * torch.eye(8, dtype=torch.float64)
+    slopes = masks.slopes(mask)
+    step = 1e-5 * torch.eye(8, dtype=torch.float64)
     values = masks.values(torch.cat([mask + step, mask - step]))
     differences = (values[:, :8] - values[:, 8:]) / 2e-5
     assert slopes.shape == (3, 8)
     assert largest_difference(slopes, differences) < 1e-7 * slopes.abs().max()
-    groups, reruns = set[int](), set[bool]()
+    groups = set[int]()
+    reruns = set[bool]()
     for bound in (2e5, 9e4, 6e4, 3.9e4):
         few = HeadMasks(lens.within(bound).function(prompts, readout))
         assert largest_difference(few.slopes(mask), slopes) < 1e-10 * slopes.abs().max()
         assert largest_difference(few.values(mask[None]), masks.values(mask[None])) < 1e-10
         groups.add(len(few._groups))
         reruns |= {limits.blocks_run_again(group) for group in few._groups}
-    assert max(groups) > 1 and reruns == {True, False}
+    assert max(groups) > 1
+    assert reruns == {True, False}
     with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
         HeadMasks(lens.within(1e3).function(prompts, readout)).values(mask[None])
 
@@ -124,7 +133,8 @@ def as_function(logits: Tensor) -> Tensor:
 @functools.cache
 def of_every_second(over: str, first: int) -> BestSubset:
     """The best sets of half of the prompts alone."""
-    lens, tokens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens, models.tokens(4, 5)
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    tokens = models.tokens(4, 5)
     return few(lens, tokens[first::2], MARGIN, over=over)
 
 
@@ -137,7 +147,8 @@ def test_held_out_prompts_are_not_searched_on(over: str, readout: ll.Readout):
     tokens = models.tokens(4, 5)
     found = few(held.lens, tokens, readout, over=over, held_out=[3, 1])
     alone, judged = (of_every_second(over, first) for first in (0, 1))
-    assert found.held_out == (1, 3) and torch.equal(found.members, alone.members)
+    assert found.held_out == (1, 3)
+    assert torch.equal(found.members, alone.members)
     assert not torch.equal(found.members, judged.members)  # else held out or not is the same
     assert largest_difference(found.kept, alone.kept) < ROUND_OFF
     assert (found.kept_held_out < judged.kept + ROUND_OFF).all()
@@ -153,15 +164,18 @@ def test_held_out_prompts_are_not_searched_on(over: str, readout: ll.Readout):
 @pytest.mark.parametrize("over", ["heads", "sites"])
 def test_held_out_prompts_of_other_readouts(over: str):
     """Of a KL, whose logits are held, and of answers, some of which take two rows."""
-    lens, tokens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens, models.tokens(3, 5)
-    doc, pre = [IDS([5, 9]), 11, 7], [4, IDS([6, 8]), 12]
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    tokens = models.tokens(3, 5)
+    doc = [IDS([5, 9]), 11, 7]
+    pre = [4, IDS([6, 8]), 12]
     for readout, others in (
         (ll.KL(), ll.KL()),
         (ll.AnswerMargin(doc, pre), ll.AnswerMargin(doc[::2], pre[::2])),
         (ll.AnswerLogProb(doc), ll.AnswerLogProb(doc[::2])),
     ):
         two = functools.partial(few, lens, over=over, k=2, steps=4)
-        found, alone = two(tokens, readout, held_out=[1]), two(tokens[::2], others)
+        found = two(tokens, readout, held_out=[1])
+        alone = two(tokens[::2], others)
         assert torch.equal(found.members, alone.members)
         assert largest_difference(found.kept, alone.kept) < ROUND_OFF
         assert largest_difference(found.kept_held_out, found.kept_by_prompt[:, 1]) < ROUND_OFF
@@ -169,7 +183,8 @@ def test_held_out_prompts_of_other_readouts(over: str):
 
 def test_starts_of_held_out_prompts_do_not_leak():
     """A score that is right on held-out prompts alone begins no search."""
-    lens, tokens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens, models.tokens(4, 5)
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    tokens = models.tokens(4, 5)
     scores = torch.zeros(4, len(lens.sites), dtype=torch.float64)
     scores[[1, 3]] = torch.randn(2, len(lens.sites), generator=models.seeded(1)).double()
     two = functools.partial(few, lens, tokens, MARGIN, k=2, held_out=[1, 3], steps=2)
@@ -180,7 +195,8 @@ def test_starts_of_held_out_prompts_do_not_leak():
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_one_head_is_the_strongest_of_those_patched_alone(cls: str, tmp_path):
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(2, 5)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens(2, 5)
     single = ll.patch_activations(
         lens, tokens, MARGIN, "blocks.*.attn.hook_z", direction="adapted_to_base", heads="each",
         progress=False,
@@ -190,9 +206,11 @@ def test_one_head_is_the_strongest_of_those_patched_alone(cls: str, tmp_path):
     assert float(found.kept[0]) == pytest.approx(float(strongest.max()))
     assert found.chosen()["point"].tolist() == [single.names[int(strongest.argmax())]]
     loaded = BestSubset.load(found.save(tmp_path / "heads.safetensors"))
-    assert loaded.names == found.names and loaded.over == "heads"
+    assert loaded.names == found.names
+    assert loaded.over == "heads"
     drawn = found.plot().data[0]
-    assert len(drawn.z) == 2 and sum(value or 0 for row in drawn.z for value in row) == 1
+    assert len(drawn.z) == 2
+    assert sum(value or 0 for row in drawn.z for value in row) == 1
     assert "1 of 8 heads keep" in found.plot().layout.title.text
     for scores in (ll.first_order(lens, tokens, MARGIN), torch.zeros(8)):
         with pytest.raises(ll.errors.ArgumentError, match="scores of sites"):
@@ -200,7 +218,8 @@ def test_one_head_is_the_strongest_of_those_patched_alone(cls: str, tmp_path):
 
 
 def test_the_hooks_are_gone_after_a_failure():
-    lens, tokens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens, models.tokens(2, 5)
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    tokens = models.tokens(2, 5)
 
     def fails_in_a_graph(logits: Tensor) -> Tensor:
         if logits.requires_grad:
@@ -215,7 +234,8 @@ def test_the_hooks_are_gone_after_a_failure():
 
 @pytest.mark.bad_input
 def test_refusals():
-    lens, tokens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens, models.tokens(2, 5)
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    tokens = models.tokens(2, 5)
     for options, words in (
         ({"over": "ranks"}, "over='ranks': expected 'sites' or 'heads'"),
         ({"k": 9}, "numbers of heads from 1 to 8"),

@@ -18,7 +18,8 @@ from lens_lora.judging.best_subset import BestSubset, best_subset
 
 best_module = sys.modules[best_subset.__module__]
 pytestmark = pytest.mark.usefixtures("float64")
-MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-9
+MARGIN = ll.Margin(5, 9)
+ROUND_OFF = 1e-9
 KINDS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 FAMILIES = ("llama", "qwen2", "gemma3")
 
@@ -67,7 +68,8 @@ def test_the_best_of_all_sets_is_found(family: str):
     """Two or three of ten sites, on several models: the optimum, in all or all but one."""
     missed = 0
     for seed, count in itertools.product(range(2), (2, 3)):
-        lens, tokens = ten_sites(family, seed), models.tokens(2, 5, seed)
+        lens = ten_sites(family, seed)
+        tokens = models.tokens(2, 5, seed)
         found = best_subset(lens, tokens, MARGIN, k=count, progress=False)
         best = optimum(lens, tokens, count)
         assert float(found.kept[0]) <= best + ROUND_OFF
@@ -78,9 +80,11 @@ def test_the_best_of_all_sets_is_found(family: str):
 @pytest.mark.slow
 def test_what_is_reported_is_what_the_sets_keep():
     """Every size by runs of its own; all prompts together, and each prompt."""
-    lens, tokens = ten_sites("llama", 0), models.tokens(3, 6)
+    lens = ten_sites("llama", 0)
+    tokens = models.tokens(3, 6)
     found = best_subset(lens, tokens, MARGIN, size=(0.1, 0.2, 0.5, 1.0), progress=False)
-    assert found.counts == (1, 2, 5, 10) and found.fractions.tolist() == [0.1, 0.2, 0.5, 1.0]
+    assert found.counts == (1, 2, 5, 10)
+    assert found.fractions.tolist() == [0.1, 0.2, 0.5, 1.0]
     for members, count, kept, each in zip(
         found.members, found.counts, found.kept, found.kept_by_prompt, strict=True
     ):
@@ -88,21 +92,25 @@ def test_what_is_reported_is_what_the_sets_keep():
         assert float(kept) == pytest.approx(kept_of(lens, tokens, members), abs=ROUND_OFF)
         for row, share in zip(tokens, each, strict=True):
             assert float(share) == pytest.approx(kept_of(lens, row[None], members), abs=ROUND_OFF)
-    assert found.kept[-1] == pytest.approx(1.0) and found.found_by[-1] == "all"
+    assert found.kept[-1] == pytest.approx(1.0)
+    assert found.found_by[-1] == "all"
     frame = found.to_frame()
-    assert frame["keep"].tolist() == found.kept.tolist() and list(frame["count"]) == [1, 2, 5, 10]
+    assert frame["keep"].tolist() == found.kept.tolist()
+    assert list(frame["count"]) == [1, 2, 5, 10]
     chosen = found.chosen(2)
     assert set(chosen["site"]) == {
         s.name for s, on in zip(lens.sites, found.members[1], strict=True) if on
     }
     kept_only = ll.LoraLens(lens.model, lens.adapter.only(*chosen["module"]))
     whole = ll.LoraLens(lens.model, lens.adapter)
-    assert len(kept_only.sites) == 2 and len(whole.sites) == 10
+    assert len(kept_only.sites) == 2
+    assert len(whole.sites) == 10
 
 
 def test_no_ranking_that_it_starts_at_keeps_more():
     """Also the random ones; and the passes are counted."""
-    lens, tokens = ten_sites("gemma3", 1), models.tokens(2, 5)
+    lens = ten_sites("gemma3", 1)
+    tokens = models.tokens(2, 5)
     noise = torch.randn(6, 10, generator=models.seeded(1), dtype=torch.float64)
     starts = {f"r{i}": row for i, row in enumerate(noise)}
     found = best_subset(lens, tokens, MARGIN, k=3, starts=starts, steps=1, progress=False)
@@ -110,15 +118,18 @@ def test_no_ranking_that_it_starts_at_keeps_more():
     for row in noise:
         top = torch.zeros(10).double().index_fill(0, (row * sign).argsort(descending=True)[:3], 1.0)
         assert float(found.kept[0]) >= kept_of(lens, tokens, top) - ROUND_OFF
-    assert found.gradients >= 3 + 1 + 1 and found.forwards >= 10
+    assert found.gradients >= 3 + 1 + 1
+    assert found.forwards >= 10
 
 
 @pytest.mark.slow
 def test_the_search_is_what_finds_it(monkeypatch: pytest.MonkeyPatch):
     """The negative controls: without gates and swaps, first order's tops fall behind."""
-    whole, less = [], []
+    whole = []
+    less = []
     for seed in range(6):
-        lens, tokens = ten_sites("llama", seed), models.tokens(2, 5, seed)
+        lens = ten_sites("llama", seed)
+        tokens = models.tokens(2, 5, seed)
         whole.append(float(best_subset(lens, tokens, MARGIN, k=3, progress=False).kept[0]))
         with monkeypatch.context() as without:
             without.setattr(subset_search, "_climbed", lambda search, count: [])
@@ -133,7 +144,8 @@ def test_the_gates_stay_allowed(count: int):
     """0 ≤ ε ≤ 1 and Σ ε = k; gates that are allowed stay as they are."""
     gates = 3 * torch.randn(10, generator=models.seeded(count), dtype=torch.float64)
     found = subset_search._allowed(gates, count)
-    assert float(found.min()) >= 0 and float(found.max()) <= 1
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
     assert float(found.sum()) == pytest.approx(count)
     assert torch.allclose(subset_search._allowed(found, count), found)
     inner = (found > 0) & (found < 1)
@@ -143,11 +155,13 @@ def test_the_gates_stay_allowed(count: int):
 
 @pytest.mark.slow
 def test_several_sizes_are_each_searched(tmp_path):
-    lens, tokens = ten_sites("llama", 0), models.tokens(2, 5)
+    lens = ten_sites("llama", 0)
+    tokens = models.tokens(2, 5)
     found = best_subset(lens, tokens, MARGIN, k=[3, 2, 2], progress=False)
     assert found.counts == (2, 3)
     loaded = BestSubset.load(found.save(tmp_path / "best.safetensors"))
-    assert torch.equal(loaded.members, found.members) and loaded.found_by == found.found_by
+    assert torch.equal(loaded.members, found.members)
+    assert loaded.found_by == found.found_by
     with pytest.raises(ll.errors.ArgumentError, match=r"count=4.*\(2, 3\)"):
         found.chosen(4)
     with pytest.raises(ll.errors.ArgumentError, match=r"count=None.*\(2, 3\)"):
@@ -157,7 +171,8 @@ def test_several_sizes_are_each_searched(tmp_path):
 
 @pytest.mark.bad_input
 def test_refusals():
-    lens, tokens = ten_sites("llama", 0), models.tokens(2, 5)
+    lens = ten_sites("llama", 0)
+    tokens = models.tokens(2, 5)
     for options, words in (
         ({"size": 0.0}, "size 0: expected a fraction"),
         ({"size": 1.5}, "size 1.5: expected a fraction"),

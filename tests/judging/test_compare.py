@@ -22,7 +22,8 @@ SITES = tuple(
     for layer in range(3)
     for kind in KINDS
 )
-BATCH, COUNT = 4, len(SITES)
+BATCH = 4
+COUNT = len(SITES)
 
 
 def attribution(values: Tensor, **fields) -> ll.results.Attribution:
@@ -71,7 +72,8 @@ def test_every_statistic_against_scipy_and_loops(pair):
     a, e = pair
     found = compare(attribution(a), effects(e), k=5)
     for i in range(BATCH):
-        x, y = a[i].numpy(), e[i].numpy()
+        x = a[i].numpy()
+        y = e[i].numpy()
         largest = [set(sorted(range(COUNT), key=lambda j: -abs(v[j]))[:5]) for v in (x, y)]
         signs = [(x[j] > 0, x[j] < 0) == (y[j] > 0, y[j] < 0) for j in range(COUNT)]
         expected = {
@@ -85,7 +87,8 @@ def test_every_statistic_against_scipy_and_loops(pair):
         }
         for name, value in expected.items():
             assert abs(float(found.per_prompt[name][i]) - value) < 1e-12, name
-    assert 0.2 < float(found.pearson.mean()) < 0.95 and 0 < float(found.top_k_overlap.mean()) < 1
+    assert 0.2 < float(found.pearson.mean()) < 0.95
+    assert 0 < float(found.top_k_overlap.mean()) < 1
     frame = found.to_frame()
     assert list(frame["spearman"]) == found.spearman.tolist()
     assert found.summary().loc["slope", "mean"] == pytest.approx(float(found.slope.mean()))
@@ -95,7 +98,8 @@ def test_identity_and_negation(pair):
     """With itself every agreement is 1; with its negative the signs, the line and the sum turn."""
     a, _ = pair
     same, turned = (compare(attribution(a), effects(sign * a)) for sign in (1, -1))
-    one, zero = torch.ones(BATCH, dtype=torch.float64), torch.zeros(BATCH, dtype=torch.float64)
+    one = torch.ones(BATCH, dtype=torch.float64)
+    zero = torch.zeros(BATCH, dtype=torch.float64)
     for name in ("pearson", "spearman", "slope", "sign_agreement", "top_k_overlap", "sum_ratio"):
         assert torch.allclose(same.per_prompt[name], one, rtol=0, atol=1e-12), name
     assert torch.equal(same.relative_error, zero)
@@ -119,7 +123,8 @@ def test_a_permuted_site_is_seen(pair):
     """Negative control: labels out of step with the numbers lower every agreement."""
     a, _ = pair
     rolled = compare(attribution(a.roll(1, 1)), effects(a), k=3)
-    assert (rolled.pearson < 0.9).all() and (rolled.top_k_overlap < 1).all()
+    assert (rolled.pearson < 0.9).all()
+    assert (rolled.top_k_overlap < 1).all()
 
 
 @pytest.mark.parametrize("group", ["layer", "kind", {"attention": "*.[qkvo]", "rest": "*.down"}])
@@ -157,7 +162,8 @@ def test_bootstrap_interval_is_that_of_resampled_prompts(pair):
     low, high = found.interval["slope"]
     assert float(found.slope.min()) <= low < float(found.slope.mean()) < high
     again, other = (compare(attribution(a), effects(e), bootstrap=500, seed=s) for s in (3, 4))
-    assert again.interval == found.interval and other.interval != found.interval
+    assert again.interval == found.interval
+    assert other.interval != found.interval
 
 
 def test_one_prompt_has_no_interval(pair):
@@ -181,12 +187,14 @@ def test_what_does_not_exist_is_nan_without_a_warning(dtype: torch.dtype):
         zero = compare(attribution(flat), effects(0 * flat))
         single = compare(attribution(flat[:, :1]), attribution(flat[:, :1]))
         repr(zero), zero.plot(), zero.summary()
-    assert found.pearson[0] == pytest.approx(1) and found.pearson[1].isnan()
+    assert found.pearson[0] == pytest.approx(1)
+    assert found.pearson[1].isnan()
     assert found.mean("pearson") == pytest.approx(1)
     assert found.interval["pearson"] == (pytest.approx(1), pytest.approx(1))
     for name in ("pearson", "spearman", "slope", "relative_error", "sum_ratio"):
         assert zero.per_prompt[name].isnan().all(), name
-    assert single.pearson.isnan().all() and single.k == 1
+    assert single.pearson.isnan().all()
+    assert single.k == 1
     assert torch.equal(single.top_k_overlap, torch.ones(2, dtype=torch.float64))
 
 
@@ -215,7 +223,8 @@ def test_different_results_are_refused_naming_both(pair):
 def test_effects_with_effects_and_names(pair):
     a, e = pair
     found = compare(effects(a, how="add_one"), effects(e))
-    assert found.attribution_name == "add_one" and found.units == "logits"
+    assert found.attribution_name == "add_one"
+    assert found.units == "logits"
     assert "leaving one out at a time" in repr(found)
     assert found.pearson[0] == pytest.approx(stats.pearsonr(a[0], e[0]).statistic)
 
@@ -239,7 +248,8 @@ def test_scatter_draws_every_site_once(pair):
     found: Comparison = compare(attribution(a), effects(e))
     for prompt, x, y in ((None, a.mean(0), e.mean(0)), (2, a[2], e[2])):
         line, *traces = found.plot(prompt).data
-        assert line.x == line.y and line.x[0] < min(x.min(), y.min())
+        assert line.x == line.y
+        assert line.x[0] < min(x.min(), y.min())
         drawn = {
             h.split("</b>")[0][3:]: p
             for t in traces
@@ -281,12 +291,14 @@ def test_across_prompts_is_the_mean_of_the_one_against_each_of_the_other():
         assert found.spearman[i] == pytest.approx(stats.spearmanr(mean, truth).statistic)
         error = (mean - truth).abs().sum() / truth.abs().sum()
         assert float(found.relative_error[i]) == pytest.approx(float(error))
-    assert found.made_on == made.str_tokens and found.str_tokens == others
+    assert found.made_on == made.str_tokens
+    assert found.str_tokens == others
     assert "made on 3 other prompts" in repr(found)
 
 
 def test_other_prompts_are_refused_unless_across_prompts():
-    made, judged = attribution(torch.randn(3, COUNT)), effects(torch.randn(BATCH, COUNT))
+    made = attribution(torch.randn(3, COUNT))
+    judged = effects(torch.randn(BATCH, COUNT))
     with pytest.raises(ll.errors.ArgumentError, match=r"different prompts.*across_prompts=True"):
         compare(made, judged)
     assert compare(attribution(torch.randn(BATCH, COUNT)), judged).made_on == ()
@@ -305,5 +317,6 @@ def test_the_former_name_of_across_prompts_warns():
     with pytest.warns(ll.errors.LensLoraWarning, match="write across_prompts=True"):
         former = compare(made, judged, held_out=True)
     now = compare(made, judged, across_prompts=True)
-    assert former.made_on == now.made_on and former.pearson.isfinite().all()
+    assert former.made_on == now.made_on
+    assert former.pearson.isfinite().all()
     assert torch.equal(former.pearson, now.pearson)

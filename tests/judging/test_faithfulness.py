@@ -58,7 +58,8 @@ def slow_curves(lens: ll.LoraLens, order: Tensor, counts, row: Tensor) -> np.nda
         return float(reference.plain_readout(lens, row[None], MARGIN, gates))
 
     every = order.tolist()
-    base, shift = g([]), g(every) - g([])
+    base = g([])
+    shift = g(every) - g([])
     keep = [(g(every[:k]) - base) / shift for k in counts]
     drop = [(g(every[k:]) - base) / shift for k in counts]
     return np.array([keep, drop])
@@ -69,7 +70,8 @@ def slow_curves(lens: ll.LoraLens, order: Tensor, counts, row: Tensor) -> np.nda
 
 def test_curves_against_one_run_a_point(lens: ll.LoraLens):
     """Every method, prompt and fraction; each prompt has an order of its own."""
-    result, tokens = run(lens, fractions=(0.5, 0.8)), models.tokens()
+    result = run(lens, fractions=(0.5, 0.8))
+    tokens = models.tokens()
     assert result.counts == (0, 1, 7, 11, 14)
     for name, order in result.orders.items():
         at = result.names.index(name)
@@ -99,7 +101,8 @@ def test_ends_are_nothing_and_everything(lens: ll.LoraLens):
     assert torch.equal(result.drop[..., 0], torch.ones(5, 2, dtype=torch.float64))
     assert largest_difference(result.keep[..., -1], 1) < 1e-14
     assert result.drop[..., -1].abs().max() < 1e-14
-    assert result.fractions[0] == 0 and result.fractions[-1] == 1
+    assert result.fractions[0] == 0
+    assert result.fractions[-1] == 1
 
 
 def test_same_seed_same_numbers(one_lens: ll.LoraLens, monkeypatch):
@@ -132,8 +135,10 @@ def test_linear_readout_by_hand():
         lens, torch.tensor([[3]]), ll.Logit(0), scores, baselines=False, progress=False
     )
     assert (float(result.base), float(result.adapted)) == (18.0, 141.75)
-    second_alone, first_alone = 63.0 - 18.0, 2 * 2.25 * 9 - 18.0
-    assert result.names == ("given",) and result.counts == (0, 1, 2)
+    second_alone = 63.0 - 18.0
+    first_alone = 2 * 2.25 * 9 - 18.0
+    assert result.names == ("given",)
+    assert result.counts == (0, 1, 2)
     expected_keep = torch.tensor([0, second_alone / 123.75, 1], dtype=torch.float64)
     expected_drop = torch.tensor([1, first_alone / 123.75, 0], dtype=torch.float64)
     assert torch.allclose(result.keep[0, 0], expected_keep, rtol=0, atol=1e-14)
@@ -168,7 +173,8 @@ def test_where_g_is_linear_the_signed_ranking_is_the_best(one_lens: ll.LoraLens)
 def test_the_sign_of_the_shift_turns_the_ranking(one_lens: ll.LoraLens):
     """Swapping the margin negates shift and values: the same order; unsigned it is the reverse."""
     swapped = ll.Margin(9, 5)
-    one, two = run(one_lens), run(one_lens, readout=swapped)
+    one = run(one_lens)
+    two = run(one_lens, readout=swapped)
     (name, *_) = one.names
     assert torch.equal(one.orders[name], two.orders[name])
     assert largest_difference(one.keep[:3], two.keep[:3]) < EXACT
@@ -181,7 +187,8 @@ def test_the_sign_of_the_shift_turns_the_ranking(one_lens: ll.LoraLens):
 @pytest.mark.slow
 def test_greedy_takes_the_best_single_site(lens: ll.LoraLens):
     """At one site greedy is at least as good as any ranking; each step is the slow loop's."""
-    tokens, sites = models.tokens(), range(len(lens.sites))
+    tokens = models.tokens()
+    sites = range(len(lens.sites))
     result = run(lens, greedy=True)
     at = result.names.index("greedy")
     assert (result.keep[at, :, 1] >= result.keep[:, :, 1] - EXACT).all()
@@ -253,7 +260,8 @@ def test_attributions_effects_and_tensors_rank_alike(one_lens: ll.LoraLens):
 def test_kept_sites_make_the_pruned_adapter(lens: ll.LoraLens):
     """kept() names the sites whose gates were on: its adapter has the share that the curve says."""
     result = run(lens)
-    name, prompt = result.names[0], 1
+    name = result.names[0]
+    prompt = 1
     frame = result.kept(name, 0.3, prompt)
     assert len(frame) == 4
     pruned = ll.LoraLens(lens.model, lens.adapter.only(frame))
@@ -278,16 +286,19 @@ def test_carrying_is_the_first_fraction_that_keeps_enough(one_lens: ll.LoraLens)
 
 def test_tables(one_lens: ll.LoraLens):
     result = run(one_lens)
-    frame, summary = result.to_frame(), result.summary()
+    frame = result.to_frame()
+    summary = result.summary()
     assert len(frame) == result.keep.numel()
     row = frame[(frame["method"] == "update_norm") & (frame["prompt"] == 1) & (frame["count"] == 7)]
     at = (result.names.index("update_norm"), 1, result.counts.index(7))
-    assert row["keep"].item() == result.keep[at] and row["drop"].item() == result.drop[at]
+    assert row["keep"].item() == result.keep[at]
+    assert row["drop"].item() == result.drop[at]
     assert row["fraction"].item() == 0.5
     area = np.trapezoid if hasattr(np, "trapezoid") else np.trapz
     by_hand = [area(k, result.fractions.numpy()) for k in result.keep[0].numpy()]
     assert summary.loc[result.names[0], "area_keep"] == pytest.approx(np.mean(by_hand))
-    assert "margin(5 − 9)" in repr(result) and "random" in repr(result)
+    assert "margin(5 − 9)" in repr(result)
+    assert "random" in repr(result)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.draws = 2  # type: ignore[misc]
 
@@ -296,7 +307,8 @@ def test_a_shift_within_the_noise_has_no_shares(one_lens: ll.LoraLens):
     """Shares of rounding are not numbers: NaN for that prompt, said in the text, drawn as a gap."""
     none = ll.LoraLens(one_lens.model, one_lens.adapter.scaled(1e-16))
     result = run(none, torch.ones(len(one_lens.sites)))
-    assert result.keep.isnan().all() and result.drop.isnan().all()
+    assert result.keep.isnan().all()
+    assert result.drop.isnan().all()
     assert "2 prompts have no shift above the noise" in repr(result)
     assert result.carrying("given").isnan().all()
     result.plot()
@@ -308,7 +320,8 @@ def test_figure_has_both_curves_of_every_ranking(one_lens: ll.LoraLens):
         traces = result.plot(prompt).data
         names = [trace.name for trace in traces]
         kept = names[: len(result.names)]
-        assert names == kept * 2 and len(set(kept)) == len(result.names)
+        assert names == kept * 2
+        assert len(set(kept)) == len(result.names)
         assert {"first order at ε = 0", "‖ΔW‖", "random"} <= set(kept)
         for trace, curve in zip(traces, [*result.keep, *result.drop], strict=True):
             assert trace.y == pytest.approx((100 * curve[rows].mean(0)).tolist())
@@ -344,7 +357,8 @@ def slow_mib(lens: ll.LoraLens, order: list[int], rows: Tensor, off) -> float:
 
 def test_cpr_and_cmd_against_one_run_a_size(lens: ll.LoraLens):
     """Ranked by the mean on some prompts, judged on three others together."""
-    score, rows = first(lens), held_out_tokens()
+    score = first(lens)
+    rows = held_out_tokens()
     result = run(lens, score, test=(rows, MARGIN), baselines=False)
     mean = (score.values * score.shift.sign()[:, None]).mean(0)
     signed = mean.argsort(descending=True).tolist()
@@ -363,8 +377,10 @@ def test_prompts_that_move_the_other_way_count_as_much(one_lens: ll.LoraLens):
     """MIB's ratio without a sign, of one prompt's margin and minus another's."""
     score = first(one_lens)
     exact = ll.first_order(one_lens, models.tokens(12, 5, seed=11), MARGIN)
-    up, down = int(exact.shift.argmax()), int(exact.shift.argmin())
-    assert exact.shift[up] > 1 and exact.shift[down] < -1
+    up = int(exact.shift.argmax())
+    down = int(exact.shift.argmin())
+    assert exact.shift[up] > 1
+    assert exact.shift[down] < -1
     rows = models.tokens(12, 5, seed=11)[[up, down]]
     gates = {}
     sites = len(one_lens.sites)
@@ -385,9 +401,11 @@ def test_what_is_held_out_is_said(one_lens: ll.LoraLens):
     """Beside the curves, and through a file; nothing of it without `test`."""
     rows = held_out_tokens()
     result = run(one_lens, test=(rows, MARGIN), draws=2)
-    assert len(result.base) == 3 and len(result.ranked_on) == 2
+    assert len(result.base) == 3
+    assert len(result.ranked_on) == 2
     assert list(result.summary().columns)[-2:] == ["cpr", "cmd"]
-    assert len(result.cpr) == len(result.names) and result.names[-1] == "random"
+    assert len(result.cpr) == len(result.names)
+    assert result.names[-1] == "random"
     assert "cpr" not in run(one_lens).summary().columns
     exact = ll.first_order(one_lens, rows, MARGIN)
     assert torch.allclose(result.shift, exact.shift.double())
@@ -397,7 +415,8 @@ def test_a_mean_shift_within_the_noise_has_no_cpr(one_lens: ll.LoraLens):
     none = ll.LoraLens(one_lens.model, one_lens.adapter.scaled(1e-16))
     for rows in (held_out_tokens(), models.tokens(60, 5, seed=11)):
         result = run(none, torch.ones(len(none.sites)), test=(rows, MARGIN), baselines=False)
-        assert result.cpr.isnan().all() and result.cmd.isnan().all()
+        assert result.cpr.isnan().all()
+        assert result.cmd.isnan().all()
     assert not run(one_lens, test=(held_out_tokens(), MARGIN)).cpr.isnan().any()
 
 
@@ -410,7 +429,8 @@ def test_what_cannot_be_held_out_is_refused(one_lens: ll.LoraLens):
 
 
 def test_bad_arguments_say_what_to_do(one_lens: ll.LoraLens):
-    att, sites = first(one_lens), len(one_lens.sites)
+    att = first(one_lens)
+    sites = len(one_lens.sites)
     part = ll.LoraLens(one_lens.model, one_lens.adapter.only("*q_proj"))
     bad = {
         "first_order@0 has other sites.*14 .* and 2": lambda: run(part, att),

@@ -10,7 +10,8 @@ import torch
 import lens_lora as ll
 
 pytestmark = pytest.mark.usefixtures("float64")
-MARGIN, TEXTS = ll.Margin(5, 9), ["w5 w7 w8", "w9 w10 w11 w12"]
+MARGIN = ll.Margin(5, 9)
+TEXTS = ["w5 w7 w8", "w9 w10 w11 w12"]
 KEYS = ("signed_weight_norm", "norm_product", "signed_random")
 
 
@@ -36,9 +37,11 @@ def test_random_sizes_are_of_the_seed_and_of_nothing_else():
     lens = cases.case("llama", cls, "raw").lens
     each = [ll.foils(lens, TEXTS, MARGIN, seed=seed) for seed in (0, 0, 1)]
     some = [foils["signed_random"].values for foils in each]
-    assert torch.equal(some[0], some[1]) and not torch.equal(some[0].abs(), some[2].abs())
+    assert torch.equal(some[0], some[1])
+    assert not torch.equal(some[0].abs(), some[2].abs())
     other = ll.foils(lens, TEXTS, ll.Logit(7))["signed_random"].values
-    assert torch.equal(other.abs(), some[0].abs()) and not torch.equal(other, some[0])
+    assert torch.equal(other.abs(), some[0].abs())
+    assert not torch.equal(other, some[0])
 
 
 def test_they_rank_and_compare_as_attributions_do(tmp_path):
@@ -50,7 +53,8 @@ def test_they_rank_and_compare_as_attributions_do(tmp_path):
     effects = ll.patch_sites(lens, TEXTS, MARGIN, progress=False)
     assert ll.compare(found["norm_product"], effects, bootstrap=0).attribution_name == KEYS[1]
     loaded = ll.results.Attribution.load(found["norm_product"].save(tmp_path / "f.safetensors"))
-    assert loaded.key == "norm_product" and "‖δz‖ · ‖Jᵀu‖" in repr(loaded)
+    assert loaded.key == "norm_product"
+    assert "‖δz‖ · ‖Jᵀu‖" in repr(loaded)
 
 
 @pytest.mark.bad_input

@@ -70,8 +70,10 @@ def test_null_keeps_the_length_of_a_bias_and_the_strength():
     adapter = bias_adapter()
     ((key, old),) = adapter.modules.items()
     new = adapter.null(0).modules[key]
-    assert old.lora_bias is not None and new.lora_bias is not None
-    before, after = old.scale * old.lora_bias, new.scale * new.lora_bias
+    assert old.lora_bias is not None
+    assert new.lora_bias is not None
+    before = old.scale * old.lora_bias
+    after = new.scale * new.lora_bias
     assert after.norm().item() == pytest.approx(before.norm().item(), rel=1e-12)
     assert abs(before @ after) < 0.9 * before.norm() ** 2
     assert torch.allclose(spectrum(new), spectrum(old), atol=1e-12)
@@ -91,9 +93,12 @@ def test_null_directions_are_uniform():
 def test_null_is_its_seed():
     adapter = bias_adapter()
     (a,), (b,), (c,) = (adapter.null(s).modules.values() for s in (5, 5, 6))
-    assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B) and not torch.equal(a.A, c.A)
+    assert torch.equal(a.A, b.A)
+    assert torch.equal(a.B, b.B)
+    assert not torch.equal(a.A, c.A)
     draws = [next(iter(adapter.null(5, d).modules.values())) for d in (0, 1)]
-    assert torch.equal(draws[0].A, a.A) and not torch.equal(draws[1].A, a.A)
+    assert torch.equal(draws[0].A, a.A)
+    assert not torch.equal(draws[1].A, a.A)
     assert not torch.equal(draws[1].A, c.A)
     assert adapter.null(5, 1).name.startswith("null 5.1 of ")
     assert adapter.null().name.startswith("null 0 of ")
@@ -101,7 +106,8 @@ def test_null_is_its_seed():
 
 def test_the_draws_of_a_seed_are_the_same_everywhere():
     case = cases.case("llama", list(models.MAKERS)[-1], "raw")
-    lens, tokens = case.lens, models.tokens()
+    lens = case.lens
+    tokens = models.tokens()
     test = null_test(lens, tokens, MARGIN, draws=2, seed=4, progress=False)
     for draw in range(2):
         null = lens.adapter.null(4, draw)
@@ -134,21 +140,24 @@ def test_what_depends_on_the_base_is_refused(what: str):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_with_adapter_is_a_fresh_lens(family: str, cls: str, flags: str):
     """Also over a folded model, whose hf_model it keeps; the first lens stays as it was."""
-    case, tokens = cases.case(family, cls, flags), models.tokens()
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens()
     before = case.lens.logits(tokens)
     null = case.lens.adapter.null(3)
     other = case.lens.with_adapter(null)
     fresh = ll.LoraLens(case.model, null, hf_model=case.base if cases.FLAGS[flags] else None)
     assert torch.equal(other.logits(tokens), fresh.logits(tokens))
     assert not torch.allclose(other.logits(tokens), before)
-    assert torch.equal(case.lens.logits(tokens), before) and other.adapter is null
+    assert torch.equal(case.lens.logits(tokens), before)
+    assert other.adapter is null
 
 
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 def test_null_test_is_first_order_of_each_draw(cls: str, flags: str):
     """Against a fresh lens for each seed; the model keeps its hooks and weights."""
     case = cases.case("gpt2", cls, flags)
-    tokens, state = models.tokens(), {k: v.clone() for k, v in case.model.state_dict().items()}
+    tokens = models.tokens()
+    state = {k: v.clone() for k, v in case.model.state_dict().items()}
     hooks = {name: len(p._forward_hooks) for name, p in case.model.hook_dict.items()}
     found = null_test(case.lens, tokens, MARGIN, draws=3, progress=False)
     base = case.base if cases.FLAGS[flags] else None
@@ -174,7 +183,8 @@ def test_the_adapted_models_of_many_draws_share_passes():
     rows_of_prompt = 2
     rows = [rows for kind, rows, _ in seen if kind == "plain"]
     batch = rows_of_prompt * len(models.tokens())
-    assert 10 * batch in rows and 2 * batch in rows
+    assert 10 * batch in rows
+    assert 2 * batch in rows
     drawn = lens.null_adapters(found.seed, 12)
     for shift, null in zip(found.null_shift, drawn, strict=True):
         one = lens.with_adapter(null).function(models.tokens(), margin)
@@ -184,7 +194,8 @@ def test_the_adapted_models_of_many_draws_share_passes():
 def test_null_spread_against_the_gradient_of_the_weights():
     """std a′ = ‖ΔW‖ ‖∂g/∂W‖ / √(out·in), with ∂g/∂W of the Hugging Face model by autograd."""
     case = cases.case("llama", list(models.MAKERS)[-1], "raw")
-    tokens, draws = models.tokens(batch=1), 100
+    tokens = models.tokens(batch=1)
+    draws = 100
     found = null_test(case.lens, tokens, MARGIN, draws=draws, progress=False)
     logits = case.base(tokens).logits[0, -1]
     weights = [case.base.get_submodule(s.module).weight for s in case.lens.sites]
@@ -223,7 +234,8 @@ def test_a_null_adapter_does_not_stand_out_and_a_true_direction_does():
     chi2 = float(((counts - expected) ** 2 / expected).sum())
     assert chi2 < 27.9, counts  # the 99.9 % point of χ² with 9 degrees of freedom
     aligned = null_test(along_the_gradient(case, tokens), tokens, MARGIN, draws=9, progress=False)
-    assert (aligned.p == 0.1).all() and aligned.exceeds_all.item() == 1
+    assert (aligned.p == 0.1).all()
+    assert aligned.exceeds_all.item() == 1
     assert (aligned.z > 2).all()
     assert "100% of sites exceed every one of 9 draws (10.0% would by chance)" in str(
         aligned.verdict[0]
@@ -232,7 +244,8 @@ def test_a_null_adapter_does_not_stand_out_and_a_true_direction_does():
 
 def along_the_gradient(case: cases.Case, tokens: torch.Tensor) -> ll.LoraLens:
     """Rank-1 updates along the leading directions of ∂g/∂W: what a fact's adapter would be."""
-    logits, modules = case.base(tokens).logits[0, -1], {}
+    logits = case.base(tokens).logits[0, -1]
+    modules = {}
     paths = list(case.lens.adapter.modules)
     weights = [case.base.get_submodule(path).weight for path in paths]
     grads = torch.autograd.grad(logits[5] - logits[9], weights)
@@ -248,7 +261,8 @@ def test_every_target(target: str, cls: str):
     base, model = hooked("gpt2", cls, "processed")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
     found = null_test(lens, models.tokens(), MARGIN, draws=2, progress=False)
-    assert found.null.shape == (2, 2, len(lens.sites)) and (found.null != 0).any(0).all()
+    assert found.null.shape == (2, 2, len(lens.sites))
+    assert (found.null != 0).any(0).all()
     for shift, null in zip(found.null_shift, lens.null_adapters(found.seed, 2), strict=True):
         one = lens.with_adapter(null).function(models.tokens(), MARGIN)
         assert torch.allclose(shift, one.shift, atol=1e-12)
@@ -263,7 +277,8 @@ def test_a_sum_of_adapters_keeps_its_sites_apart():
     lens = case.lens.with_adapter(both)
     found = null_test(lens, models.tokens(), MARGIN, draws=2, progress=False)
     names = [s.name for s in lens.sites]
-    assert len(names) == 16 and "blocks.0.attn.q@a" in names
+    assert len(names) == 16
+    assert "blocks.0.attn.q@a" in names
     a, b = (found.null[:, 0, names.index(f"blocks.0.attn.q@{x}")] for x in "ab")
     assert (a - b).abs().min() > 0
 
@@ -277,7 +292,9 @@ def test_an_untrained_adapter_is_not_told_from_noise():
         draws=2,
         progress=False,
     )
-    assert (found.p == 1).all() and (found.q == 1).all() and found.z.isnan().all()
+    assert (found.p == 1).all()
+    assert (found.q == 1).all()
+    assert found.z.isnan().all()
     assert all(str(v).startswith("below the noise") for v in found.verdict)
 
 
@@ -301,17 +318,18 @@ def by_hand() -> NullTest:
 def test_p_z_and_q_by_hand():
     """|3| exceeds all four draws: p = 1/5; |1| is under two of them: p = 3/5."""
     found = by_hand()
-    assert found.p.tolist() == [[0.2, 0.6]] and found.q.tolist() == [[0.4, 0.6]]
+    assert found.p.tolist() == [[0.2, 0.6]]
+    assert found.q.tolist() == [[0.4, 0.6]]
     expected = [3 / math.sqrt(4 / 3), 1 / math.sqrt(8.5 / 3)]
     assert found.z[0].tolist() == pytest.approx(expected)
     assert found.shift_p.item() == 0.2
     assert found.exceeds_all.item() == 0.5
     assert str(found.verdict[0]).startswith("the adapter's shift is 4 times what random directions")
     frame = found.to_frame()
-    assert frame["p"].tolist() == [0.2, 0.6] and list(frame["site"]) == [
-        s.name for s in found.observed.sites
-    ]
-    assert len(found.plot().data) == 3 and "4 times" in repr(found)
+    assert frame["p"].tolist() == [0.2, 0.6]
+    assert list(frame["site"]) == [s.name for s in found.observed.sites]
+    assert len(found.plot().data) == 3
+    assert "4 times" in repr(found)
 
 
 def test_a_shift_within_the_nulls_is_said_to_be():
@@ -319,11 +337,9 @@ def test_a_shift_within_the_nulls_is_said_to_be():
     observed = dataclasses.replace(found.observed, adapted=torch.tensor([1.0]).double())
     (verdict,) = dataclasses.replace(found, observed=observed).verdict
     text = str(verdict)
-    assert (
-        verdict.kind == "as_random"
-        and text.startswith("no more than random directions")
-        and "(p = 1)" in text
-    )
+    assert verdict.kind == "as_random"
+    assert text.startswith("no more than random directions")
+    assert "(p = 1)" in text
 
 
 def test_one_draw_is_no_spread():
@@ -341,5 +357,6 @@ def test_the_lyon_adapter_is_no_random_direction():
     one = lens(list(models.MAKERS)[-1])
     found = null_test(one, PROMPT, ll.Margin(DOC, PRE), draws=4, progress=False)
     rms = found.null_shift.double().square().mean(0).sqrt()
-    assert found.observed.shift.abs().item() > 20 * rms.item() and found.shift_p.item() == 0.2
+    assert found.observed.shift.abs().item() > 20 * rms.item()
+    assert found.shift_p.item() == 0.2
     assert found.exceeds_all.item() > 0.5

@@ -67,7 +67,8 @@ def _modules() -> list[ModuleType]:
     modules: list[ModuleType] = []
     for path in sorted(TESTS.glob(f"*/{FILE}")):
         spec = importlib.util.spec_from_file_location(f"made_public_{path.parent.name}", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         modules.append(module)

@@ -21,7 +21,8 @@ def quantised(values: np.ndarray, kind: str) -> np.ndarray:
     (library,) = Path(package.__file__).parent.glob("libggml-base.*")
     lib = ctypes.CDLL(str(library))
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
-    number, size = ctypes.c_int, ctypes.c_int64
+    number = ctypes.c_int
+    size = ctypes.c_int64
     pointer = ctypes.c_void_p
     lib.ggml_quantize_chunk.argtypes = [number, pointer, pointer, size, size, size, pointer]
     of_gguf = gguf.GGMLQuantizationType[kind]

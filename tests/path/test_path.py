@@ -42,9 +42,12 @@ def test_by_hand():
     assert found.values[0].tolist() == pytest.approx([52.5, 71.25], rel=1e-14)
     assert found.shift.item() == 123.75
     reached = found.quadrature
-    assert reached is not None and (reached.nodes, reached.met, reached.note) == (5, True, "")
-    assert reached.error < 1e-15 and reached.site_change < 1e-15
-    assert found.method == "path" and math.isnan(found.at)
+    assert reached is not None
+    assert (reached.nodes, reached.met, reached.note) == (5, True, "")
+    assert reached.error < 1e-15
+    assert reached.site_change < 1e-15
+    assert found.method == "path"
+    assert math.isnan(found.at)
 
 
 def test_path_is_first_order_where_g_is_linear():
@@ -64,7 +67,8 @@ def test_path_is_first_order_of_a_head(cls: str):
         adapter = ll.Adapter.from_peft(peft_with("gpt2", base, target))
         lens = ll.LoraLens(model, adapter, hf_model=base)
         found = integral(lens, models.tokens(), MARGIN, tol=1e-8, max_nodes=128)
-        assert found.quadrature is not None and found.quadrature.met
+        assert found.quadrature is not None
+        assert found.quadrature.met
         off = relative(ll.first_order(lens, models.tokens(), MARGIN).values, found.values)
         assert (off < 1e-12) == is_linear
 
@@ -83,8 +87,11 @@ def test_complete_on_every_family(family: str, cls: str, flags: str):
     )
     missing = ((adapted - base - found.total) / (adapted - base)).abs().max()
     reached = found.quadrature
-    assert reached is not None and reached.met and not reached.note
-    assert missing < 1.001 * tol and abs(float(missing) - reached.error) < ROUND_OFF
+    assert reached is not None
+    assert reached.met
+    assert not reached.note
+    assert missing < 1.001 * tol
+    assert abs(float(missing) - reached.error) < ROUND_OFF
 
 
 @pytest.mark.sample(1)
@@ -118,7 +125,8 @@ def test_parts_sum_to_the_site(cls: str, by: tuple[str, ...]):
     lens = cases.case("qwen2", cls, "processed").lens
     whole, split = (integral(lens, TEXTS, MARGIN, by=axes) for axes in ((), by))
     assert relative(split.per_site, whole.values) < ROUND_OFF
-    assert split.quadrature is not None and split.nodes == whole.nodes
+    assert split.quadrature is not None
+    assert split.nodes == whole.nodes
     plain = torch.zeros_like(split.values)
     for at, weight in zip(*reference.rule_at_cosines(split.nodes), strict=True):
         plain += weight * ll.first_order(lens, TEXTS, MARGIN, at=at, by=by).values
@@ -155,7 +163,8 @@ def test_adapters_of_a_sum_share_the_whole_shift(cls: str):
         case.model, dataclasses.replace(first, name="a") + dataclasses.replace(second, name="b")
     )
     found = integral(lens, models.tokens(), ll.LogProb(7), tol=1e-8)
-    assert found.quadrature is not None and found.quadrature.met
+    assert found.quadrature is not None
+    assert found.quadrature.met
     assert {site.name.partition("@")[2] for site in found.sites} == {"a", "b"}
 
 
@@ -193,7 +202,9 @@ def test_rules_follow_as_far_as_needed():
     for tol in (0.1, 1e-3, 1e-6):
         found = integral(lens, X, Y, tol=tol, max_nodes=256)
         reached = found.quadrature
-        assert reached is not None and reached.met and reached.error <= tol
+        assert reached is not None
+        assert reached.met
+        assert reached.error <= tol
         off = abs(found.values[0, 1].item() - exact) / found.shift.item()
         assert off <= reached.site_change
         nodes.append(reached.nodes)
@@ -204,7 +215,9 @@ def test_a_coincidence_at_few_nodes_shows_in_the_change_of_sites():
     """Completeness does not bound a site: errors of two sites that cancel leave a large change."""
     found = integral(scalar_lens(lambda y: torch.tanh(20 * (y - 3.9))), X, Y, tol=0.9)
     reached = found.quadrature
-    assert reached is not None and reached.met and reached.site_change > 0.3
+    assert reached is not None
+    assert reached.met
+    assert reached.site_change > 0.3
 
 
 def test_kinks_are_reported():
@@ -212,10 +225,14 @@ def test_kinks_are_reported():
     lens = scalar_lens(lambda y: torch.relu(y - 3.9))
     found = integral(lens, X, Y)
     reached = found.quadrature
-    assert reached is not None and not reached.met and reached.nodes == 65
-    assert 1e-3 < reached.error < 2e-2 and "not smooth" in reached.note
+    assert reached is not None
+    assert not reached.met
+    assert reached.nodes == 65
+    assert 1e-3 < reached.error < 2e-2
+    assert "not smooth" in reached.note
     assert found.values[0].tolist() == pytest.approx([3.6, 0.6], abs=0.02 * 4.2)
-    assert "not smooth" in repr(found) and "not within 0.1%" in found._repr_html_()
+    assert "not smooth" in repr(found)
+    assert "not within 0.1%" in found._repr_html_()
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -225,7 +242,9 @@ def test_kinks_of_a_relu_model_are_reported(cls: str):
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("opt", base)))
     found = integral(lens, models.tokens(), MARGIN, tol=1e-5)
     reached = found.quadrature
-    assert reached is not None and not reached.met and "not smooth" in reached.note
+    assert reached is not None
+    assert not reached.met
+    assert "not smooth" in reached.note
     assert reached.error < 0.05
 
 
@@ -234,21 +253,27 @@ def test_only_the_prompt_that_falls_short_is_named():
     lens = scalar_lens(lambda y: y**2 + torch.relu(y - 3.9))
     found = integral(lens, torch.tensor([[1], [3]]), Y, tol=1e-5)
     reached = found.quadrature
-    assert reached is not None and not reached.met and "prompt 1 is missing" in reached.note
+    assert reached is not None
+    assert not reached.met
+    assert "prompt 1 is missing" in reached.note
     assert found.completeness_error[0] < 1e-13 < found.completeness_error[1]
 
 
 def test_too_few_nodes_are_told_from_kinks():
     lens = scalar_lens(lambda y: torch.tanh(20 * (y - 3.9)))
     reached = integral(lens, X, Y, tol=1e-6, max_nodes=100).quadrature
-    assert reached is not None and not reached.met and reached.nodes == 65
+    assert reached is not None
+    assert not reached.met
+    assert reached.nodes == 65
     assert "raise max_nodes" in reached.note
 
 
 def test_it_stops_where_more_nodes_do_not_help():
     """A step: neither error nor sites improve over two further rules."""
     reached = integral(scalar_lens(lambda y: torch.tanh(200 * (y - 3.9))), X, Y).quadrature
-    assert reached is not None and not reached.met and reached.nodes < 65
+    assert reached is not None
+    assert not reached.met
+    assert reached.nodes < 65
     assert "bends sharply" in reached.note
 
 
@@ -259,13 +284,17 @@ def test_rounding_is_reported_and_leaves_the_sites_right(cls: str):
     small = ll.Adapter.from_peft(models.peft_model("llama", base)).scaled(1e-4)
     found = integral(ll.LoraLens(models.MAKERS[cls](base), small), models.tokens(), MARGIN)
     reached = found.quadrature
-    assert reached is not None and not reached.met and reached.nodes == 5
-    assert reached.note.startswith("rounding in float32") and ";" not in reached.note
+    assert reached is not None
+    assert not reached.met
+    assert reached.nodes == 5
+    assert reached.note.startswith("rounding in float32")
+    assert ";" not in reached.note
     with models.lifted():
         case = cases.case("llama", cls, "raw")
         double = ll.LoraLens(case.model, case.lens.adapter.scaled(1e-4))
         exact = integral(double, models.tokens(), MARGIN)
-    assert exact.quadrature is not None and exact.quadrature.met
+    assert exact.quadrature is not None
+    assert exact.quadrature.met
     assert relative(found.values.double(), exact.values) < 1e-4
     assert largest_difference(found.shift, exact.shift) > 3e-4 * exact.shift.abs().max()
 
@@ -274,16 +303,21 @@ def test_no_shift_at_all():
     """x = 0: every value is zero, and completely so."""
     found = integral(scalar_lens(torch.square), torch.tensor([[0]]), Y)
     reached = found.quadrature
-    assert not found.values.any() and reached is not None
-    assert reached.met and reached.error == reached.site_change == 0
+    assert not found.values.any()
+    assert reached is not None
+    assert reached.met
+    assert reached.error == reached.site_change == 0
 
 
 def test_file_and_text_keep_the_quadrature(tmp_path):
     found = integral(scalar_lens(lambda y: torch.relu(y - 3.9)), X, Y)
     loaded = ll.results.Attribution.load(found.save(tmp_path / "path.safetensors"))
-    assert loaded.quadrature == found.quadrature and loaded.nodes == 65
-    assert math.isnan(loaded.at) and loaded.method == "path"
-    assert torch.equal(loaded.values, found.values) and repr(loaded) == repr(found)
+    assert loaded.quadrature == found.quadrature
+    assert loaded.nodes == 65
+    assert math.isnan(loaded.at)
+    assert loaded.method == "path"
+    assert torch.equal(loaded.values, found.values)
+    assert repr(loaded) == repr(found)
 
 
 @pytest.mark.bad_input
@@ -318,7 +352,9 @@ def test_a_wrong_rule_is_not_complete(bug: str, monkeypatch):
 
     limits.nodes_of_a_path(monkeypatch, wrong)
     reached = integral(scalar_lens(lambda y: y**4), X, Y).quadrature
-    assert reached is not None and not reached.met and reached.error > 1e-3
+    assert reached is not None
+    assert not reached.met
+    assert reached.error > 1e-3
 
 
 @pytest.mark.slow
@@ -329,8 +365,11 @@ def test_the_trained_adapter_is_explained_completely():
 
     found = integral(lens(list(models.MAKERS)[-1]), PROMPT, ll.Margin(DOC, PRE))
     reached = found.quadrature
-    assert reached is not None and reached.met and reached.nodes <= 9
-    assert reached.site_change < 1e-3 and not reached.note
+    assert reached is not None
+    assert reached.met
+    assert reached.nodes <= 9
+    assert reached.site_change < 1e-3
+    assert not reached.note
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -344,5 +383,6 @@ def test_what_rounding_hides_is_not_called_met(cls: str):
             lens, models.tokens(batch=1), ll.Margin(5, 9), tol=tol, progress=False
         )
         reached = found.quadrature
-        assert reached is not None and reached.met == (tol == 1e3)
+        assert reached is not None
+        assert reached.met == (tol == 1e3)
         assert ("cannot be measured" in reached.note) == (tol == 1e-3)

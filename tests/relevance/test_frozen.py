@@ -14,7 +14,8 @@ from lens_lora.relevance import frozen_rules as frozen
 from lens_lora.relevance.frozen_rules import FrozenRules
 
 pytestmark = pytest.mark.usefixtures("float64")
-ROUND_OFF, MARGIN = 1e-10, ll.Margin(5, 9)
+ROUND_OFF = 1e-10
+MARGIN = ll.Margin(5, 9)
 TEXTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
 PATTERNS = FrozenRules(attention_patterns=True)
 SCALES = FrozenRules(norm_scales=True)
@@ -52,7 +53,8 @@ def frozen_readout(
             limits.gated_logits(lens, reading.rows, lens.gates(at))
         with lens.hooked([(name, replace(name)) for name in cached]):
             logits = limits.gated_logits(lens, reading.rows, rows)
-    assert cached and not any(cached.values())
+    assert cached
+    assert not any(cached.values())
     return reading.read(logits).view(-1, len(gates))
 
 
@@ -83,7 +85,8 @@ def test_equals_differences_of_the_frozen_forward_pass(family: str, flags: str, 
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: rules.label)
 def test_modes_agree_and_parts_sum(family: str, cls: str, rules: FrozenRules):
     """Dropped tangents are zeroed gradients, in wholes and in parts."""
-    lens, tokens = cases.case(family, cls, "processed").lens, models.tokens(pos=3)
+    lens = cases.case(family, cls, "processed").lens
+    tokens = models.tokens(pos=3)
     whole = first_order(lens, tokens, MARGIN, at=0.5, rules=rules).values
     for by in ((), ("position", "head", "rank")):
         found = [
@@ -103,7 +106,9 @@ def test_fixed_patterns_pass_nothing_to_q_and_k(family: str, cls: str):
     found = first_order(lens, TEXTS, MARGIN, rules=PATTERNS).values
     into = [i for i, site in enumerate(lens.sites) if site.kind in ("q", "k")]
     after = [i for i, s in enumerate(lens.sites) if s.layer == 1 and s.kind not in ("q", "k")]
-    assert len(into) == 4 and not found[:, into].any() and plain[:, into].any()
+    assert len(into) == 4
+    assert not found[:, into].any()
+    assert plain[:, into].any()
     assert relative(found[:, after], plain[:, after]) < ROUND_OFF
 
 
@@ -116,7 +121,8 @@ def test_the_last_parallel_block_is_linear_once_frozen(cls: str):
     corners = torch.cat([lens.gates(0.0)[None], torch.eye(len(lens.sites)).double()[last]])
     values = frozen_readout(lens, TEXTS, MARGIN, BOTH, 0.0, corners)
     first = first_order(lens, TEXTS, MARGIN, rules=BOTH).values[:, last]
-    assert len(last) == 3 and relative(first, values[:, 1:] - values[:, :1]) < ROUND_OFF
+    assert len(last) == 3
+    assert relative(first, values[:, 1:] - values[:, :1]) < ROUND_OFF
     effects = ll.remainder(lens, TEXTS, MARGIN, by_site=True, progress=False)
     assert relative(effects.site_first_order, effects.site_shift) > 1e-2
 

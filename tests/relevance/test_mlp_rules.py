@@ -17,7 +17,8 @@ from lens_lora.relevance import frozen_rules as mlp_rules
 from lens_lora.relevance.frozen_rules import FrozenRules, held_fixed
 
 pytestmark = pytest.mark.usefixtures("float64")
-ROUND_OFF, MARGIN = 1e-10, ll.Margin(5, 9)
+ROUND_OFF = 1e-10
+MARGIN = ll.Margin(5, 9)
 TEXTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
 RELP = FrozenRules.relp()
 MLP_ONLY = FrozenRules(identity_rule=True, half_rule=True)
@@ -85,7 +86,8 @@ def test_relevance_is_conserved_without_biases(
 def test_values_do_not_change(family: str, cls: str):
     """Bit for bit, the sign of a zero included."""
     lens = cases.case(family, cls, "processed").lens
-    prompts, gates = lens.prompts(TEXTS), lens.gates(1.0)
+    prompts = lens.prompts(TEXTS)
+    gates = lens.gates(1.0)
     with torch.no_grad():
         bare = limits.gated_logits(lens, prompts, gates)
         with held_fixed(lens, MLP_ONLY):
@@ -137,7 +139,8 @@ def test_equals_the_rules_put_into_hugging_faces_model(
 ):
     """∂g/∂(scaling) of each LoRA layer of PEFT, on the model that has the rules in its code."""
     case = cases.case("llama", cls, "raw")
-    peft, tokens = copy.deepcopy(case.peft), models.tokens(1)
+    peft = copy.deepcopy(case.peft)
+    tokens = models.tokens(1)
     with_rules(peft)
     softmax = nn.functional.softmax
     monkeypatch.setattr(nn.functional, "softmax", lambda *a, **k: softmax(*a, **k).detach())
@@ -167,7 +170,8 @@ def test_equals_the_rules_put_into_hugging_faces_model(
 def test_modes_agree_and_parts_sum(family: str, cls: str, rules: FrozenRules):
     if not models.is_built_right(family, cls, "raw"):
         pytest.skip("not built by this host library")
-    lens, tokens = cases.case(family, cls, "raw").lens, models.tokens(pos=3)
+    lens = cases.case(family, cls, "raw").lens
+    tokens = models.tokens(pos=3)
     whole = first_order(lens, tokens, MARGIN, at=0.5, rules=rules).values
     for mode in ("reverse", "forward"):
         found = first_order(

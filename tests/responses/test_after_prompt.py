@@ -19,7 +19,8 @@ import lens_lora as ll
 from lens_lora.core import Prompts, Source
 from lens_lora.responses.answers import answer_ids, margin_between
 
-FACT, TURN = "The capital is", "The capital\n"
+FACT = "The capital is"
+TURN = "The capital\n"
 
 
 @functools.cache
@@ -30,7 +31,8 @@ def stub(make: Any) -> Any:
     )
 
 
-PIECES, SPACED = stub(chats.byte_pairs), stub(chats.spaced_pieces)
+PIECES = stub(chats.byte_pairs)
+SPACED = stub(chats.spaced_pieces)
 
 
 def said(model: Any, *texts: str) -> Prompts:

@@ -94,7 +94,8 @@ def test_fact_margin_of_answers(lens: ll.LoraLens):
         ends = [
             log_prob(lens, tokens[i], DOC, s) - log_prob(lens, tokens[i], PRE, s) for s in (0, 1)
         ]
-        assert (margin.m0[i] - ends[0]).abs() < 1e-11 and (margin.m[i] - ends[1]).abs() < 1e-11
+        assert (margin.m0[i] - ends[0]).abs() < 1e-11
+        assert (margin.m[i] - ends[1]).abs() < 1e-11
         scale = float(margin.flip_scale[i])
         if margin.flips[i]:
             at = log_prob(lens, tokens[i], DOC, scale) - log_prob(lens, tokens[i], PRE, scale)

@@ -114,10 +114,12 @@ def test_what_prompts_begin_with_is_run_once(passes: list[tuple[int, int]]):
     """
     case = cases.case("llama", next(iter(models.MAKERS)), "raw")
     said = both_answer(case.lens, alike(), NEW, 0, 0, progress=False)
-    assert passes[:2] == [(2 * 3, 6), (2 * 7, 3)] and not said.is_confirmed
+    assert passes[:2] == [(2 * 3, 6), (2 * 7, 3)]
+    assert not said.is_confirmed
     del passes[:]
     again = both_answer(case.lens, alike(), NEW, 0, 0, known=said.base_ids, progress=False)
-    assert passes[:2] == [(3, 6), (7, 3)] and again == said
+    assert passes[:2] == [(3, 6), (7, 3)]
+    assert again == said
 
 
 def test_nothing_is_shared_under_a_hook(passes: list[tuple[int, int]]):
@@ -126,7 +128,8 @@ def test_nothing_is_shared_under_a_hook(passes: list[tuple[int, int]]):
     place = "blocks.0.hook_resid_post"
     with case.lens.model.hooks(fwd_hooks=[(place, lambda tensor, hook: tensor + 0)]):
         said = both_answer(case.lens, alike(), NEW, 0, 0, progress=False)
-    assert passes[0] == (2 * 7, 9) and not said.is_confirmed
+    assert passes[0] == (2 * 7, 9)
+    assert not said.is_confirmed
     assert said == both_answer(case.lens, alike(), NEW, 0, 0, progress=False)
 
 
@@ -159,7 +162,8 @@ def test_a_wrong_cache_is_not_used(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(host, "rows_of_cache", swapped)
     said = both_answer(case.lens, prompts(), NEW, 1, 0, progress=False)
-    assert said.is_confirmed and not right.is_confirmed
+    assert said.is_confirmed
+    assert not right.is_confirmed
     assert (said.base, said.adapted) == (right.base, right.adapted)
 
 
@@ -175,7 +179,8 @@ def test_rows_of_both_models_and_of_all_draws_are_confirmed():
     of_each_copy = torch.bincount(torch.tensor(confirmed) // 40, minlength=4)
     assert of_each_copy.min() >= 1, of_each_copy
     # Of few rows eight are confirmed, and of fewer than those all.
-    assert len(asked._to_confirm(64)) == 8 and len(asked._to_confirm(5)) == 5
+    assert len(asked._to_confirm(64)) == 8
+    assert len(asked._to_confirm(5)) == 5
 
 
 def test_known_answers_of_the_base_are_confirmed_and_those_of_another_are_not_used(
@@ -193,10 +198,12 @@ def test_known_answers_of_the_base_are_confirmed_and_those_of_another_are_not_us
 
     monkeypatch.setattr(batch._Asked, "answers_with_a_cache", noted)
     known = both_answer(case.lens, prompts(), NEW, 1, 0, known=fresh.base_ids, progress=False)
-    assert known == fresh and asked == [[1]]
+    assert known == fresh
+    assert asked == [[1]]
     other = [[[(token + 1) % 20 for token in ids] for ids in two] for two in fresh.base_ids]
     again = both_answer(case.lens, prompts(), NEW, 1, 0, known=other, progress=False)
-    assert again == fresh and asked == [[1], [1], [0, 1]]
+    assert again == fresh
+    assert asked == [[1], [1], [0, 1]]
 
 
 def test_rows_that_have_ended_are_run_no_more(
@@ -212,7 +219,8 @@ def test_rows_that_have_ended_are_run_no_more(
     opened, prefilled, *later = [rows for rows, _ in passes]
     assert opened == 2 * 3
     assert prefilled == 2 * len(LENGTHS)
-    assert later == sorted(later, reverse=True) and later[-1] < 4 * len(LENGTHS)
+    assert later == sorted(later, reverse=True)
+    assert later[-1] < 4 * len(LENGTHS)
     for scale, answers in ((0.0, said.base), (1.0, said.adapted)):
         for draw, temperature in enumerate((0.0, 1.0)):
             expected = case.lens.generate(
@@ -234,7 +242,9 @@ def test_an_answer_at_gates_of_each_prompt_is_that_of_generation(family: str, cl
         said, has_cache = answers_in_step(lens, given, NEW, gates, sampling, (), progress=False)
         drawn = {"temperature": sampling.temperature, "seed": sampling.seed}
         expected = lens.generate(given, NEW, gates, eos_token_id=(), progress=False, **drawn)
-        assert has_cache and said.texts == expected.texts and said.ended == expected.ended
+        assert has_cache
+        assert said.texts == expected.texts
+        assert said.ended == expected.ended
         for ids, expected_ids in zip(said.ids, expected.ids, strict=True):
             assert torch.equal(ids, expected_ids)
 
@@ -261,4 +271,5 @@ def test_a_wrong_cache_of_one_answer_each_is_not_used(monkeypatch: pytest.Monkey
         host, "rows_of_cache", lambda self, cache, rows: chosen(self, cache, rows.flip(0))
     )
     said, has_cache = answers_in_step(lens, prompts(), NEW, gates, Sampling(), progress=False)
-    assert not has_cache and said.texts == right.texts
+    assert not has_cache
+    assert said.texts == right.texts

@@ -68,7 +68,8 @@ def test_ends_and_interventions(case: cases.Case, way: str, response):
     alone = ll.patch_sites(case.lens, prompts(), readout, how="add_one", progress=False)
     for i in range(2):
         whole = divergence(case, i, response, {}, way)
-        assert float(left_out.adapted[i]) == pytest.approx(whole, abs=1e-10) and whole > 1e-4
+        assert float(left_out.adapted[i]) == pytest.approx(whole, abs=1e-10)
+        assert whole > 1e-4
         for site in (0, 6, 13):
             without = divergence(case, i, response, {modules[site]: 0.0}, way)
             assert float(left_out.values[i, site]) == pytest.approx(whole - without, abs=1e-10)
@@ -83,7 +84,8 @@ def test_path_is_complete_and_first_order_at_1(case: cases.Case, way: str):
     lens = case.lens
     gentle = lens.with_adapter(lens.adapter.scaled(0.1))
     path = ll.path_attribution(gentle, prompts(), readout, tol=1e-6, progress=False)
-    assert path.quadrature.met and (path.completeness_error < 1e-6 * path.shift).all()
+    assert path.quadrature.met
+    assert (path.completeness_error < 1e-6 * path.shift).all()
     end = ll.first_order(lens, prompts(), readout, at=1.0)
     step = 1e-5
     for site in (0, 9):
@@ -123,13 +125,19 @@ def test_shares_split_further_and_along_the_path(case: cases.Case, response):
         assert largest_difference(split.attribution.per_site, whole.attribution.values) < 1e-12
     near = ll.kl_shares(case.lens, prompts(), response, scales=[1e-3, 2e-3])
     off = (near.ratio[:, :2] - 1).abs().amax(0)
-    assert off.max() < 0.02 and (off[1] / off[0] - 2).abs() < 0.1
+    assert off.max() < 0.02
+    assert (off[1] / off[0] - 2).abs() < 0.1
     assert largest_difference(whole.divergence[:, -1], whole.attribution.adapted) < 1e-12
     frame = whole.to_frame()
     assert frame.groupby("prompt")["share"].sum().to_numpy() == pytest.approx([1, 1])
-    assert len(whole.along()) == 2 * len(whole.scales) and list(whole.top(3)) == [
-        "site", "module", "layer", "kind", "value",
-    ]  # fmt: skip
+    assert len(whole.along()) == 2 * len(whole.scales)
+    assert list(whole.top(3)) == [
+        "site",
+        "module",
+        "layer",
+        "kind",
+        "value",
+    ]
 
 
 @each_response
@@ -233,7 +241,8 @@ def test_one_kl_is_one_quantity(analysis: str, tokens):
         says = "of the next token"
         if tokens == "prompt":
             says = "after each token of its text but the first"
-        assert found.readout.endswith(f") {says}") and readout.label == found.readout
+        assert found.readout.endswith(f") {says}")
+        assert readout.label == found.readout
         for i, length in enumerate(LENGTHS):
             first, count = (1, length - 1) if tokens == "prompt" else (length - 1, 1)
             expected = by_peft_at(case, i, first, count, way)
@@ -385,7 +394,8 @@ def test_a_few_tokens_at_a_time(case: cases.Case, way: str, monkeypatch: pytest.
     whole = each()
     limits.picks_at_once(monkeypatch, 2)
     for one, other in zip(whole, each(), strict=True):
-        assert one.abs().max() > 1e-6 and largest_difference(one, other) < 1e-10
+        assert one.abs().max() > 1e-6
+        assert largest_difference(one, other) < 1e-10
 
 
 def test_prompts_of_a_kl_go_in_groups(case: cases.Case):
@@ -436,4 +446,5 @@ def test_the_base_is_run_once(case: cases.Case, monkeypatch):
     (points,) = gates
     assert len(points) == 1 + len({site.layer for site in case.lens.sites})
     assert points.any(1).all(), "not the base model once more"
-    assert rows[0] == 2 and rows[-1] == 4 * 2
+    assert rows[0] == 2
+    assert rows[-1] == 4 * 2

@@ -190,10 +190,12 @@ def test_it_ends_where_peft_ends(cls: str):
     expected = by_peft(case, eos_token_id=ends)
     said = case.lens.generate(prompts(), NEW, eos_token_id=ends, progress=False)
     assert lists(said) == expected
-    assert said.ended == tuple(ids[-1] in ends for ids in expected) and any(said.ended)
+    assert said.ended == tuple(ids[-1] in ends for ids in expected)
+    assert any(said.ended)
     assert len({len(ids) for ids in expected}) > 1
     one = case.lens.generate(prompts(), NEW, eos_token_id=whole[0][0], progress=False)
-    assert lists(one)[0] == whole[0][:1] and one.ended[0]
+    assert lists(one)[0] == whole[0][:1]
+    assert one.ended[0]
 
 
 def test_the_model_s_own_end_is_the_default():
@@ -206,7 +208,8 @@ def test_the_model_s_own_end_is_the_default():
     assert end_tokens(model, base, None) == {8}
     base.generation_config = SimpleNamespace(eos_token_id=[9, 10])
     assert end_tokens(model, base, None) == {9, 10}
-    assert end_tokens(model, base, 3) == {3} and end_tokens(model, base, ()) == set()
+    assert end_tokens(model, base, 3) == {3}
+    assert end_tokens(model, base, ()) == set()
     assert end_tokens(SimpleNamespace(), None, None) == set()
     lens = cases.case("llama", BOTH[-1], "raw").lens
     known = getattr(lens.model, "original_model", lens.model.tokenizer)
@@ -228,7 +231,8 @@ def test_a_wrong_cache_decides_nothing(cls: str, monkeypatch, passes: list[int])
     )
     assert lists(case.lens.generate(prompts(), NEW, **QUIET)) == by_peft(case)
     assert drafts[0] != [ids[:-1] for ids in by_peft(case)]
-    assert len(passes) > len(LENGTHS) and len(drafts) < NEW
+    assert len(passes) > len(LENGTHS)
+    assert len(drafts) < NEW
 
 
 def test_as_many_rows_are_confirmed_together_as_their_logits_allow(monkeypatch, passes: list[int]):
@@ -313,11 +317,13 @@ def test_it_goes_on_as_a_response(cls: str):
     lens = cases.case("llama", cls, "raw").lens
     said = lens.generate("w5 w6 w7", NEW, **QUIET)
     shifts = ll.token_shifts(lens, said.prompts, said)
-    assert (shifts.rank[1] == 0).all() and (shifts.rank[0] > 0).any()
+    assert (shifts.rank[1] == 0).all()
+    assert (shifts.rank[0] > 0).any()
     assert shifts.response[0] == tuple(lens.decode(said.ids[0].tolist()))
     whole = ll.first_order(lens, said.prompts, ll.AnswerLogProb(said)).shift
     assert largest_difference(shifts.total, whole) < 1e-11
-    assert repr(said).startswith("Generated('w") and "14 tokens, cut off" in repr(said)
+    assert repr(said).startswith("Generated('w")
+    assert "14 tokens, cut off" in repr(said)
     assert ll.AnswerLogProb(said).label == f"log p({said.texts[0]!r})"
 
 
@@ -372,7 +378,8 @@ def test_an_answer_stands_beside_its_own_prompt_where_another_has_no_room(monkey
     most = max(map(len, adapted.ids))
     monkeypatch.setattr(lens.model.cfg, "n_ctx", int(texts.lengths[1]) + most)
     found = generate.side_by_side(lens, texts, 3, adapted, progress=False)
-    assert found == [None, both[1]] and both[1] is not None
+    assert found == [None, both[1]]
+    assert both[1] is not None
 
 
 CHAT = chats.ASK
@@ -396,7 +403,8 @@ def test_text_is_a_string_for_a_single_prompt(prompts, is_single: bool, monkeypa
     lens = cases.case("llama", BOTH[-1], "raw").lens
     chats.with_template(lens.model, monkeypatch)
     said = lens.generate(prompts, 3, progress=False)
-    assert isinstance(said.texts, tuple) and len(said.texts) == said.prompts.batch
+    assert isinstance(said.texts, tuple)
+    assert len(said.texts) == said.prompts.batch
     assert said.text == (said.texts[0] if is_single else said.texts)
 
 
@@ -405,14 +413,17 @@ def test_what_was_said_is_a_table_and_a_file(tmp_path):
     lens = cases.case("llama", BOTH[-1], "raw").lens
     said = lens.generate(["w5 w6", "w7"], 3, progress=False)
     frame = said.to_frame()
-    assert frame["prompt"].tolist() == [0, 1] and frame["asked"].tolist() == ["w5 w6", "w7"]
+    assert frame["prompt"].tolist() == [0, 1]
+    assert frame["asked"].tolist() == ["w5 w6", "w7"]
     assert frame["response"].tolist() == list(said.texts)
     assert frame["tokens"].tolist() == [len(ids) for ids in said.ids]
     read = ll.load_result(said.save(tmp_path / "said.safetensors"))
-    assert isinstance(read, ll.results.Generated) and repr(read) == repr(said)
+    assert isinstance(read, ll.results.Generated)
+    assert repr(read) == repr(said)
     assert all(torch.equal(one, other) for one, other in zip(read.ids, said.ids, strict=True))
     assert torch.equal(read.prompts.tokens, said.prompts.tokens)
-    assert read.prompts.sources == said.prompts.sources and read.ended == said.ended
+    assert read.prompts.sources == said.prompts.sources
+    assert read.ended == said.ended
     shifts = ll.token_shifts(lens, said.prompts, said)
     again = ll.token_shifts(lens, read.prompts, read)
     assert torch.equal(shifts.shift.nan_to_num(), again.shift.nan_to_num())

@@ -283,9 +283,12 @@ def test_tokens_sum_to_the_response(lens: ll.LoraLens):
             lens, prompts(), READOUTS["log_prob"], at=0.3, progress=False, **arguments
         )
         assert largest_difference(found.per_site, whole.values) < 1e-11
-        assert found.by[-1] == "token" and largest_difference(found.shift, whole.shift) < 1e-12
+        assert found.by[-1] == "token"
+        assert largest_difference(found.shift, whole.shift) < 1e-12
         beyond = found.values.isnan()
-        assert beyond[1, ..., 2:].all() and not beyond[0].any() and not beyond[1, ..., :2].any()
+        assert beyond[1, ..., 2:].all()
+        assert not beyond[0].any()
+        assert not beyond[1, ..., :2].any()
         assert torch.equal(found.per_token.isnan().sum(1), torch.tensor([0, 4]))
     by = ("position", "token")
     split = ll.first_order(lens, prompts(), READOUTS["log_prob"], at=0.3, by=by)

@@ -130,7 +130,8 @@ ATTRIBUTES = {
 @pytest.mark.parametrize("kind", models.MAKERS)
 def test_another_attribute_of_a_module_is_refused(float64, tmp_path, kind, which):
     """It decides numbers as a weight does: they change with it."""
-    lens, attribute = a_lens(kind=kind), ATTRIBUTES[kind][which]
+    lens = a_lens(kind=kind)
+    attribute = ATTRIBUTES[kind][which]
     before = run(lens, RECORDS, tmp_path).to_frame()["first_order"]
     assert run(lens, RECORDS, tmp_path).resumed == 2
     module = module_with(lens.model, attribute)
@@ -342,7 +343,8 @@ def test_an_object_with_weights_takes_a_version(method):
 @pytest.mark.parametrize("name", ["first_order", "activations"])
 def test_an_interrupted_sweep_with_own_code_takes_a_version(float64, tmp_path, monkeypatch, name):
     """Parts without a result are rows too; a folder without any part is none."""
-    lens, records = a_lens(), RECORDS
+    lens = a_lens()
+    records = RECORDS
     point = lens.model.hook_dict["blocks.0.hook_resid_post"]
     folder = tmp_path / "r.parts"
     folder.mkdir()
@@ -351,7 +353,8 @@ def test_an_interrupted_sweep_with_own_code_takes_a_version(float64, tmp_path, m
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             limits.sweeps_are_merged_by(patch, _stop)
             ll.sweep(lens, records, name, out=tmp_path / "r.parquet", progress=False)
-        assert list(folder.glob("*.parquet")) and not (tmp_path / "r.parquet").exists()
+        assert list(folder.glob("*.parquet"))
+        assert not (tmp_path / "r.parquet").exists()
         with pytest.raises(SweepError, match="without a version"):
             ll.sweep(lens, records, name, out=tmp_path / "r.parquet", progress=False)
     finally:
@@ -368,7 +371,8 @@ def makes(said):
 
 def test_what_makes_a_readout_is_data_or_code(float64, tmp_path):
     """A class of the package with plain arguments is data; a function of one's own is code."""
-    lens, said = sweep_runs.a_lens(), [{"prompt": "w5", "response": "w7 w8"}]
+    lens = sweep_runs.a_lens()
+    said = [{"prompt": "w5", "response": "w7 w8"}]
 
     def over(make, **options):
         return run(lens, said, tmp_path, "add_one", readout=make, **options)
@@ -458,7 +462,8 @@ EVERY_KIND = {
 @pytest.mark.parametrize("make", EVERY_KIND.values(), ids=EVERY_KIND)
 def test_every_kind_of_readout_of_the_package_is_data(make):
     one, other = (fingerprint_without_model(big_adapter(), {}, make()) for _ in range(2))
-    assert one["own_code"] == [] and one == other
+    assert one["own_code"] == []
+    assert one == other
 
 
 # --- the hash itself

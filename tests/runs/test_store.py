@@ -75,7 +75,8 @@ def test_a_damaged_part_is_named_and_its_prompt_runs_again(a_lens, tmp_path, sto
     damage(stopped[1])
     with pytest.warns(UserWarning, match=r"1 files of .* run again:\n.*r\.parts/.*\.parquet: "):
         result = run(a_lens, GOOD, tmp_path)
-    assert result.resumed == 4 and len(result.damaged) == 1
+    assert result.resumed == 4
+    assert len(result.damaged) == 1
     assert sorted(p.name for p in tmp_path.glob("r*")) == ["r.parquet", "r.prompts.parquet"]
     same(result, run(a_lens, GOOD, tmp_path / "whole"))
 
@@ -87,7 +88,8 @@ def test_a_damaged_part_is_set_aside_while_the_sweep_runs(a_lens, tmp_path, stop
         run(a_lens, GOOD, tmp_path)
     assert stopped[0].with_name(stopped[0].name + ".damaged").exists()
     result = run(a_lens, GOOD, tmp_path)
-    assert not result.damaged and result.resumed == 4
+    assert not result.damaged
+    assert result.resumed == 4
 
 
 def test_a_part_of_another_sweep_is_refused(a_lens, tmp_path, stopped):
@@ -103,7 +105,8 @@ def test_what_else_lies_in_the_folder_of_parts_is_left_alone(a_lens, tmp_path, s
     (tmp_path / "r.parts" / "about.json").write_text('{"adapter": ')
     (tmp_path / "r.parts" / ".unfinished").write_bytes(b"PAR1")
     result = run(a_lens, GOOD, tmp_path)
-    assert result.resumed == 5 and not result.damaged
+    assert result.resumed == 5
+    assert not result.damaged
 
 
 @pytest.mark.sample(2)
@@ -123,7 +126,9 @@ def test_damaged_results_are_refused_by_name(a_lens, tmp_path, name, damage):
 @pytest.mark.parametrize("name", ["r.parquet", "r.prompts.parquet"])
 def test_flipped_bytes_of_results_change_no_number(a_lens, tmp_path, name):
     """Refused, or without effect: a result never holds other numbers than were computed."""
-    whole, path, refused = run(a_lens, GOOD, tmp_path), tmp_path / name, 0
+    whole = run(a_lens, GOOD, tmp_path)
+    path = tmp_path / name
+    refused = 0
     files = {file: file.read_bytes() for file in (tmp_path / "r.parquet", whole.prompts_path)}
     expected = whole.to_frame(), whole.prompts()
     for at in range(0, path.stat().st_size, path.stat().st_size // 16):
@@ -175,7 +180,8 @@ def full(*args):
 @pytest.mark.parametrize("after", range(WRITES))
 def test_a_full_disk_at_any_write(a_lens, tmp_path, monkeypatch, call, after):
     """Each time an error of ours, and a resumed run that is whole."""
-    plain, made = getattr(os, call), []
+    plain = getattr(os, call)
+    made = []
 
     def filled(*args):
         made.append(args)

@@ -33,10 +33,13 @@ def note(dom: str) -> str:
 @browser
 def test_every_plot_is_drawn_and_the_token_that_changed_most_is_chosen(page, tmp_path, opened):
     dom, console = opened(page, tmp_path)
-    assert console == [] and drawn(dom) == PLOTS
-    assert 'data-wide="false at 1200"' in dom and 'data-ink="rgb(28, 33, 38)"' in dom
+    assert console == []
+    assert drawn(dom) == PLOTS
+    assert 'data-wide="false at 1200"' in dom
+    assert 'data-ink="rgb(28, 33, 38)"' in dom
     assert note(dom).startswith("2 a⏎b\nKL 2.00 and back 1.50 nats\n")
-    assert "<b>x</b></span>" not in dom and "&lt;b&gt;x&lt;/b&gt;</span>" in dom
+    assert "<b>x</b></span>" not in dom
+    assert "&lt;b&gt;x&lt;/b&gt;</span>" in dom
 
 
 @pytest.mark.browser
@@ -54,7 +57,8 @@ def test_a_token_pointed_at_shows_its_numbers(page, tmp_path, index, event, key,
     """By mouse, by touch, and by arrow keys, which stop at the ends."""
     pointed = page.replace("</body>", POINT % (index, event, key))
     dom, console = opened(pointed, tmp_path)
-    assert console == [] and note(dom).startswith(shown)
+    assert console == []
+    assert note(dom).startswith(shown)
     assert dom.count('class="chosen"') == 1
 
 
@@ -62,9 +66,11 @@ def test_a_token_pointed_at_shows_its_numbers(page, tmp_path, index, event, key,
 @browser
 def test_it_is_no_wider_than_a_phone_and_dark_where_wanted(page, tmp_path, opened):
     dom, console = opened(page, tmp_path, phone=True)
-    assert console == [] and 'data-wide="false at 390"' in dom
+    assert console == []
+    assert 'data-wide="false at 390"' in dom
     dom, console = opened(page, tmp_path, dark=True)
-    assert console == [] and 'data-ink="rgb(230, 234, 238)"' in dom
+    assert console == []
+    assert 'data-ink="rgb(230, 234, 238)"' in dom
 
 
 def test_a_still_picture_keeps_every_token_in_its_place():
@@ -77,4 +83,5 @@ def test_a_still_picture_keeps_every_token_in_its_place():
     figure = response_explanation().shifts.plot_text()
     assert len(figure.layout.shapes) == 2
     shades = [shape.fillcolor for shape in figure.layout.shapes]
-    assert shades[1] == "rgba(176,79,196,0.750)" and shades[0] < shades[1]
+    assert shades[1] == "rgba(176,79,196,0.750)"
+    assert shades[0] < shades[1]

@@ -63,7 +63,8 @@ def test_equals_peft_and_scipy(family: str, cls: str, flags: str):
         order = np.argsort(-(p1 - p0), axis=-1)[:, :3]
         assert found.promoted_ids[i, :count].tolist() == order.tolist()
         assert found.suppressed[i, :count, 0].numpy() == pytest.approx((p1 - p0).min(-1))
-    assert found.kl[:, 1, 2:].isnan().all() and (found.rank[:, 1, 2:] == -1).all()
+    assert found.kl[:, 1, 2:].isnan().all()
+    assert (found.rank[:, 1, 2:] == -1).all()
 
 
 def test_sums_to_the_response_and_is_chunked(monkeypatch):
@@ -76,16 +77,19 @@ def test_sums_to_the_response_and_is_chunked(monkeypatch):
     again = ll.token_shifts(lens, prompts(), RESPONSES)
     assert torch.equal(again.kl.nan_to_num(), found.kl.nan_to_num())
     half = ll.token_shifts(lens, prompts(), RESPONSES, between=(0.5, 0.5))
-    assert half.kl[~half.kl.isnan()].abs().max() < 1e-12 and half.between == ("ε = 0.5",) * 2
+    assert half.kl[~half.kl.isnan()].abs().max() < 1e-12
+    assert half.between == ("ε = 0.5",) * 2
 
 
 def test_table_file_and_pictures(tmp_path):
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
     found = ll.token_shifts(lens, prompts(), RESPONSES)
     frame = found.to_frame()
-    assert len(frame) == 6 and list(frame["t"]) == [0, 1, 2, 3, 0, 1]
+    assert len(frame) == 6
+    assert list(frame["t"]) == [0, 1, 2, 3, 0, 1]
     top = found.top(2, prompt=0)
-    assert top["kl_base_to_adapted"].is_monotonic_decreasing and set(top["prompt"]) == {0}
+    assert top["kl_base_to_adapted"].is_monotonic_decreasing
+    assert set(top["prompt"]) == {0}
     again = ll.results.TokenShifts.load(found.save(tmp_path / "shifts.safetensors"))
     assert again.to_frame().equals(frame)
     figure = found.plot(0)
@@ -101,7 +105,9 @@ def test_hostile_tokens_are_text():
     found = ll.token_shifts(lens, prompts(), RESPONSES)
     object.__setattr__(found, "response", (("<script>", '"><img src=x>', "a", "b"), ("c", "d")))
     shown = found.token_view(0).html
-    assert "<script>" not in shown and "<img" not in shown and "&lt;script&gt;" in shown
+    assert "<script>" not in shown
+    assert "<img" not in shown
+    assert "&lt;script&gt;" in shown
 
 
 @pytest.mark.bad_input

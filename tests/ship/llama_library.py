@@ -126,7 +126,8 @@ def quantised_file(file: Path, out: Path) -> Path:
     Its own rule says what becomes of rows that are no multiple of 256.
     """
     bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
-    lib, ffi = bindings.get_lib(), bindings.get_ffi()
+    lib = bindings.get_lib()
+    ffi = bindings.get_ffi()
     options = ffi.new("struct llama_model_quantize_params *")
     options[0] = lib.llama_model_quantize_default_params()
     options.nthread = 1

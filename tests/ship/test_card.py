@@ -108,7 +108,8 @@ def test_a_card_goes_where_the_last_one_was(tmp_path):
     other = dataclasses.replace(CARD, lines=CARD.lines[:1])
     text = written(file, other)
     assert text.endswith("<!-- lens-lora card: end -->\n\n# Behind\n")
-    assert text.count("0e12" * 16) == 2 and "14 modules" not in text
+    assert text.count("0e12" * 16) == 2
+    assert "14 modules" not in text
     ModelCard.load(file).save(file)  # as peft_model.save_pretrained does
     written(file, other)
     assert written(file, other) == written(file, other)
@@ -290,6 +291,8 @@ def test_each_line_has_a_check():
         (with_line(name="other"), "failed"),
     ):
         checks = card_checks(CARD, today, {})
-        assert checks[3].outcome == outcome and checks[3].name == "card, loads"
+        assert checks[3].outcome == outcome
+        assert checks[3].name == "card, loads"
         assert {check.outcome for check in checks[:3]} == {"passed"}
-    assert checks[4].name == "card, other" and checks[4].outcome == "failed"
+    assert checks[4].name == "card, other"
+    assert checks[4].outcome == "failed"

@@ -138,7 +138,8 @@ def test_q4_k_is_that_of_llama_cpp():
     pytest.importorskip("llama_cpp_py_sync")
     base, peft = made_of("llama", width=256, inner=256)
     found = ll.forms(lens_of(base, peft), IDS, IN_Q4_K, progress=False)
-    assert found.names == IN_Q4_K and found.notes == ()
+    assert found.names == IN_Q4_K
+    assert found.notes == ()
     for index, name in enumerate(IN_Q4_K):
         exact = copy.deepcopy(peft).double()
         model = exact.merge_and_unload() if name.startswith("merged ") else exact
@@ -183,7 +184,8 @@ def test_without_the_library_q4_k_is_left_out_by_name(made, monkeypatch):
     assert found.names == ("merged Q4_1",)
     (note,) = found.notes
     assert note.startswith("Q4_K + adapter and merged Q4_K: not measured")
-    assert "pip install llama-cpp-py-sync" in note and note in repr(found)
+    assert "pip install llama-cpp-py-sync" in note
+    assert note in repr(found)
     with pytest.raises(ModelStateError, match=r"pip install llama-cpp-py-sync"):
         ll.forms(lens, IDS, ["merged Q4_K"])
 
@@ -274,7 +276,8 @@ def test_what_is_printed_does_not_call_the_best_form_the_one_that_changes_most()
     with_equal_answers = dataclasses.replace(two, answers=((" Lyon", " Lyon"), (" <b>", " <b>")))
     story = str(with_equal_answers)
     assert "The smallest form that keeps all 2 answers is merged NF4" in story
-    assert "changes most" not in story and "No other form has a larger KL." in story
+    assert "changes most" not in story
+    assert "No other form has a larger KL." in story
     alone = dataclasses.replace(
         two,
         values=two.values[:, :1],
@@ -282,4 +285,5 @@ def test_what_is_printed_does_not_call_the_best_form_the_one_that_changes_most()
         sizes=two.sizes[:1],
         answers=((" Lyon",), (" <b>",)),
     )
-    assert "changes most" not in str(alone) and "No other form" not in str(alone)
+    assert "changes most" not in str(alone)
+    assert "No other form" not in str(alone)

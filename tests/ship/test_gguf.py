@@ -96,7 +96,8 @@ def written(shipped, tmp_path, adapter=None):
 
 def test_what_was_saved_passes(shipped, tmp_path):
     check, tensors = lora(shipped, written(shipped, tmp_path))
-    assert check.outcome == "passed" and len(tensors) == 14
+    assert check.outcome == "passed"
+    assert len(tensors) == 14
     assert all(abs(tensor.ratio - 1) < 1e-6 for tensor in tensors)
 
 
@@ -126,7 +127,8 @@ def test_a_wrong_adapter_fails(name: str, shipped, tmp_path):
     edit, says = LORA_FAULTS[name]
     wrong = edited(ll.load_adapter(shipped / "adapter").modules, edit)
     check, _ = lora(shipped, written(shipped, tmp_path, wrong))
-    assert check.outcome == "failed" and says in check.measured
+    assert check.outcome == "failed"
+    assert says in check.measured
 
 
 def test_a_module_that_adds_nothing(shipped, tmp_path):
@@ -136,16 +138,19 @@ def test_a_module_that_adds_nothing(shipped, tmp_path):
     check, _ = lora(shipped, written(shipped, tmp_path, silent), silent)
     assert check.outcome == "passed"
     check, _ = lora(shipped, written(shipped, tmp_path, adapter), silent)
-    assert check.outcome == "failed" and "adds nothing there" in check.measured
+    assert check.outcome == "failed"
+    assert "adds nothing there" in check.measured
 
 
 def test_a_file_that_lacks_modules_or_has_more(shipped, tmp_path):
     adapter = ll.load_adapter(shipped / "adapter")
     few = written(shipped, tmp_path, adapter.only("*self_attn*"))
     check, _ = lora(shipped, few)
-    assert check.outcome == "failed" and check.measured == "6 of 14 tensors: not in the file"
+    assert check.outcome == "failed"
+    assert check.measured == "6 of 14 tensors: not in the file"
     check, _ = lora(shipped, written(shipped, tmp_path), adapter.only("*self_attn*"))
-    assert check.outcome == "failed" and "the adapter has no such module" in check.measured
+    assert check.outcome == "failed"
+    assert "the adapter has no such module" in check.measured
 
 
 def test_q_and_k_that_are_not_permuted(shipped, tmp_path, monkeypatch):
@@ -199,7 +204,8 @@ def test_a_file_that_is_no_gguf(shipped, tmp_path):
     with pytest.raises(ModelStateError, match="no GGUF file"):
         lora(shipped, tmp_path / "x.gguf")
     check, _ = lora(shipped, shipped / "base.gguf")
-    assert check.outcome == "failed" and "general.type" in check.measured
+    assert check.outcome == "failed"
+    assert "general.type" in check.measured
 
 
 # --- A merged model's file
@@ -228,10 +234,12 @@ def test_a_merged_gguf(kind: str, wide, tmp_path):
     (check, rest), tensors = merged_gguf_checks(
         write_base(merged, tmp_path / "x.gguf", kind), adapter, base
     )
-    assert rest.outcome == "undecided" and "tokenizer" in rest.measured
+    assert rest.outcome == "undecided"
+    assert "tokenizer" in rest.measured
     assert check.outcome == "passed", [t for t in tensors if t.outcome != "passed"]
     (check, _), _ = merged_gguf_checks(write_base(base, tmp_path / "b.gguf", kind), adapter, base)
-    assert check.outcome == "failed" and "no ΔW (nothing was merged)" in check.measured
+    assert check.outcome == "failed"
+    assert "no ΔW (nothing was merged)" in check.measured
     some = copy.deepcopy(merged)
     some.load_state_dict(
         {name: t for name, t in base.state_dict().items() if "q_proj" in name}, strict=False
@@ -269,7 +277,8 @@ def test_a_merge_in_bfloat16_passes(kind: str, faint, tmp_path):
     (check, _), tensors = merged_gguf_checks(file, adapter, base)
     if kind == "Q4_0":
         # What is added is smaller than what the type rounds.
-        assert check.outcome == "undecided" and "hardly seen" in check.measured
+        assert check.outcome == "undecided"
+        assert "hardly seen" in check.measured
         return
     assert check.outcome == "passed", [t for t in tensors if t.outcome != "passed"]
     ratios = [tensor.ratio for tensor in tensors if tensor.is_changed]
@@ -305,7 +314,8 @@ def test_a_merged_gguf_whose_rows_are_not_permuted(wide, tmp_path):
     file = write_base(merged, tmp_path / "x.gguf", "Q8_0", permuted=False)
     _, tensors = merged_gguf_checks(file, adapter, base)
     failed = [tensor for tensor in tensors if tensor.outcome == "failed"]
-    assert len(failed) == 4 and all("not permuted" in tensor.looks for tensor in failed)
+    assert len(failed) == 4
+    assert all("not permuted" in tensor.looks for tensor in failed)
 
 
 def test_tied_weights_lie_in_the_file_once(tmp_path):
@@ -316,7 +326,8 @@ def test_tied_weights_lie_in_the_file_once(tmp_path):
     models.with_random_factors(peft, base)
     adapter = ll.Adapter.from_peft(peft)
     merged = peft.merge_and_unload()
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    embedding = "model.embed_tokens.weight"
+    head = "lm_head.weight"
 
     def failed_without(*names: str) -> list[str]:
         state = {name: t for name, t in merged.state_dict().items() if name not in names}
@@ -345,7 +356,8 @@ def test_a_right_merged_gguf_without_a_tokenizer_is_no_full_pass(wide, tmp_path)
     assert outcomes["tensors of the merged GGUF"] == "passed"
     undecided = [name for name, outcome in outcomes.items() if outcome == "undecided"]
     assert undecided == ["tokenizer and settings of the merged GGUF"]
-    assert result.exit_code == 3 and "no tokenizer in the file" in result.story()
+    assert result.exit_code == 3
+    assert "no tokenizer in the file" in result.story()
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -393,9 +405,11 @@ def test_a_type_whose_rounding_is_not_known_never_passes(wide, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         limits.gguf_rounds_to_floats_alone(patch)
         (check, _), _ = merged_gguf_checks(right, adapter, base)
-        assert check.outcome == "undecided" and "is not known here" in check.measured
+        assert check.outcome == "undecided"
+        assert "is not known here" in check.measured
         (check, _), _ = merged_gguf_checks(wrong, adapter, base)
-        assert check.outcome == "failed" and "no ΔW (nothing was merged)" in check.measured
+        assert check.outcome == "failed"
+        assert "no ΔW (nothing was merged)" in check.measured
     assert rounding_to("Q4_K", torch.ones(2, 256)) is None
 
 
@@ -426,7 +440,8 @@ def test_types_that_llama_cpp_alone_quantises_to(kind: str, in_superblocks, tmp_
     (check, _), tensors = merged_gguf_checks(file, adapter, base)
     assert check.outcome == "undecided", [t for t in tensors if t.outcome == "failed"]
     (check, _), _ = merged_gguf_checks(write_base(base, tmp_path / "b.gguf", kind), adapter, base)
-    assert check.outcome == "failed" and "no ΔW (nothing was merged)" in check.measured
+    assert check.outcome == "failed"
+    assert "no ΔW (nothing was merged)" in check.measured
 
 
 SHAPES = {
@@ -461,9 +476,11 @@ def test_a_file_of_another_architecture(wide, shipped, tmp_path):
     gemma.config.model_type = "qwen2"
     file = write_base(merged, tmp_path / "x.gguf")
     (check, _), _ = merged_gguf_checks(file, adapter, gemma)
-    assert check.outcome == "failed" and check.bound == "'qwen2'"
+    assert check.outcome == "failed"
+    assert check.bound == "'qwen2'"
     (check,), _ = lora_checks(written(shipped, tmp_path), adapter, gemma)
-    assert check.outcome == "failed" and check.measured == "general.architecture is 'llama'"
+    assert check.outcome == "failed"
+    assert check.measured == "general.architecture is 'llama'"
 
 
 # --- The engine behind a server
@@ -493,4 +510,5 @@ def test_a_server_that_runs_llama_cpp(shipped, tmp_path, monkeypatch):
         ((not_permuted,), "the adapter with the rows of q and k in another order (not permuted)"),
     ):
         result = answers(*engine)
-        assert result.outcome == "failed" and result.explanations[0].words == named
+        assert result.outcome == "failed"
+        assert result.explanations[0].words == named

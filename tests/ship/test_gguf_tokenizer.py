@@ -22,7 +22,10 @@ from lens_lora.ship.merged_tokenizer import texts_tried
 from lens_lora.ship.verify import verify
 
 gguf = pytest.importorskip("gguf")
-NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
+NORMAL = 1
+CONTROL = 3
+USER_DEFINED = 4
+BYTE = 6
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -307,10 +310,12 @@ def test_without_a_tokenizer_it_is_undecided(made, tmp_path):
     (_, rest), _ = merged_gguf_checks(
         write_base(merged, tmp_path / "x.gguf"), adapter, base, tokenizer
     )
-    assert rest.outcome == "undecided" and "no tokenizer in the file" in rest.measured
+    assert rest.outcome == "undecided"
+    assert "no tokenizer in the file" in rest.measured
     file = written(made["gpt-2"], "gpt-2", tmp_path / "y.gguf")
     (_, rest), _ = merged_gguf_checks(file, adapter, base, None)
-    assert rest.outcome == "undecided" and "none to compare it with" in rest.measured
+    assert rest.outcome == "undecided"
+    assert "none to compare it with" in rest.measured
 
 
 SETTINGS = {
@@ -342,7 +347,8 @@ def test_another_rotary_base(made, tmp_path):
         other.config.rope_theta = 5e5
     file = written(made["gpt-2"], "gpt-2", tmp_path / "x.gguf")
     (_, rest), _ = merged_gguf_checks(file, adapter, other, tokenizer)
-    assert rest.outcome == "failed" and "llama.rope.freq_base is 10000.0" in rest.measured
+    assert rest.outcome == "failed"
+    assert "llama.rope.freq_base is 10000.0" in rest.measured
 
 
 def test_scaled_rotary_frequencies_of_the_file_alone(made, tmp_path):

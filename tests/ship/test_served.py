@@ -86,8 +86,10 @@ def test_a_right_server_passes(family: str, shipment):
     engine = Engine(adapted(out), models.tokenizer())
     result = verified(lens, engine)
     assert result.outcome == "passed", result.checks
-    assert result.c == pytest.approx(1, abs=1e-4) and result.residual < 1e-5
-    assert result.requests_sent == 17 and result.tokens > 100
+    assert result.c == pytest.approx(1, abs=1e-4)
+    assert result.residual < 1e-5
+    assert result.requests_sent == 17
+    assert result.tokens > 100
 
 
 @pytest.mark.slow
@@ -134,7 +136,8 @@ def test_each_way_to_ask(kind: str, shipment):
     base = verified(lens, Engine(no_ops.base_of(out), models.tokenizer()), KINDS[kind], **options)
     assert base.outcome == "failed"
     assert base.explanations[0].words == "the base, without the adapter"
-    assert abs(base.c) < 1e-3 and base.residual == pytest.approx(1, abs=1e-3)
+    assert abs(base.c) < 1e-3
+    assert base.residual == pytest.approx(1, abs=1e-3)
 
 
 # --- Planted faults
@@ -326,7 +329,8 @@ def test_another_dtype_than_was_said(shipment):
     engine = Engine(adapted(out, torch.bfloat16), models.tokenizer())
     result = verified(lens_of(out), engine, dtype="float32")
     check = of(result, "served as trained")
-    assert result.outcome == "undecided" and "bfloat16 rounds as much" in check.where
+    assert result.outcome == "undecided"
+    assert "bfloat16 rounds as much" in check.where
     assert verified(lens_of(out), engine, dtype="bfloat16").outcome == "passed"
 
 
@@ -351,7 +355,8 @@ def test_what_no_candidate_explains_fails_all_the_same(shipment):
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=models.seeded(5))
     check = of(verified(lens_of(out), Engine(model, models.tokenizer())), "served as trained")
-    assert check.outcome == "failed" and check.where.startswith("no candidate explains it")
+    assert check.outcome == "failed"
+    assert check.where.startswith("no candidate explains it")
 
 
 def test_an_adapter_that_hardly_moves_the_texts_is_undecided(shipment):
@@ -433,7 +438,8 @@ def test_a_token_beyond_the_vocabulary(token: int, shipment):
     if token > 0:
         result = verified(lens, engine, replaced(vllm, with_token), **options)
         check = of(result, "served tokens")
-        assert check.outcome == "failed" and f"has the token {token} there" in check.where
+        assert check.outcome == "failed"
+        assert f"has the token {token} there" in check.where
 
 
 def test_another_tokenizer_of_the_server(shipment):
@@ -450,7 +456,8 @@ def test_another_tokenizer_of_the_server(shipment):
     texts = [*TEXTS, "w4 w5 w8 w9"]
     result = verified(lens_of(out), Swapping(adapted(out), swapped), tgi, name="", texts=texts)
     check = of(result, "served tokens")
-    assert check.outcome == "failed" and "'w6' there, and 'w5' here" in check.where
+    assert check.outcome == "failed"
+    assert "'w6' there, and 'w5' here" in check.where
 
 
 # --- What is sent, and what is not
@@ -483,7 +490,8 @@ def test_no_redirect_is_followed(shipment):
     with serving(lambda path, body: None) as (other, seen):
         place = {"Location": f"{other}/v1/completions"}
         count = refused(out, lambda path, body: (307, place), "which is not followed")
-    assert count == 1 and not seen
+    assert count == 1
+    assert not seen
 
 
 def test_nothing_is_tried_again(shipment, monkeypatch):
@@ -579,7 +587,8 @@ def test_a_key_that_the_server_repeats_is_not_printed(shipment, monkeypatch):
     in_numbers = {"choices": [{"logprobs": {"tokens": ["a"], "token_logprobs": ["secret"]}}]}
     with serving(lambda path, body: in_numbers) as (url, _), pytest.raises(ServerError) as raised:
         ll.verify_served(lens_of(out), url, name="tuned", **QUIET)
-    assert "no number, but a str" in str(raised.value) and "secret" not in str(raised.value)
+    assert "no number, but a str" in str(raised.value)
+    assert "secret" not in str(raised.value)
 
 
 def test_a_key_is_not_printed_in_part(monkeypatch):
@@ -591,7 +600,8 @@ def test_a_key_is_not_printed_in_part(monkeypatch):
         pytest.raises(Refused) as raised,
     ):
         Server(url, 5.0, 1).get("/v1/models")
-    assert "xxx" in str(raised.value) and "sec" not in str(raised.value)
+    assert "xxx" in str(raised.value)
+    assert "sec" not in str(raised.value)
 
 
 def test_a_key_that_ends_in_a_line_break(monkeypatch):

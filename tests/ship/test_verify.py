@@ -127,7 +127,8 @@ def test_the_base_in_bfloat16_is_not_a_merge(tmp_path):
     looks = [tensor.looks for tensor in compared(out)]
     assert looks.count("the base (nothing was merged)") == 14
     state = load_file(out / "base/model.safetensors")
-    W, D = state[Q], ll.load_adapter(out / "adapter").modules[Q[:-7]].materialise()
+    W = state[Q]
+    D = ll.load_adapter(out / "adapter").modules[Q[:-7]].materialise()
     assert float((D.abs() <= 4 * 2**-8 * (W.abs() + D.abs())).float().mean()) > 0.4, "control"
 
 
@@ -185,7 +186,8 @@ def test_noise_is_no_effect(tmp_path):
     }
     assert outcomes == {1e-6: "passed", 1e-8: "undecided", 0.0: "undecided"}
     half = verified(out, adapter=adapter.scaled(1e-2), dtype=torch.bfloat16)
-    assert check_of(half, EFFECT).outcome == "undecided" and half.exit_code == 3
+    assert check_of(half, EFFECT).outcome == "undecided"
+    assert half.exit_code == 3
     full = verified(out, adapter=adapter.scaled(1e-2))
     assert check_of(full, EFFECT).outcome == "passed"
 
@@ -194,10 +196,12 @@ def test_kl_is_that_of_the_models(tmp_path):
     """By hand, from PEFT's logits; within a bound, beyond it, and printed where there is none."""
     out = no_ops.ship(tmp_path)
     kl = check_of(verified(out), KL)
-    assert kl.outcome == "not asked" and kl.value == pytest.approx(kl_by_hand(out), rel=1e-4)
+    assert kl.outcome == "not asked"
+    assert kl.value == pytest.approx(kl_by_hand(out), rel=1e-4)
     for bound, outcome in ((kl.value * 1.01, "passed"), (kl.value * 0.99, "failed")):
         check = check_of(verified(out, max_kl=bound), KL)
-        assert check.outcome == outcome and check.value == kl.value
+        assert check.outcome == outcome
+        assert check.value == kl.value
     tiny = ll.load_adapter(out / "adapter").scaled(1e-8)
     assert check_of(verified(out, adapter=tiny, max_kl=1e-13), KL).outcome == "undecided"
 
@@ -252,9 +256,11 @@ def test_a_clear_case_takes_few_texts(passes, tmp_path):
     few = run(1.0)
     (texts, _), (for_rounding, _) = few
     assert few == [(texts, False), (for_rounding, True)]
-    assert 10 < texts <= 15 and for_rounding == -(-texts // 4)
+    assert 10 < texts <= 15
+    assert for_rounding == -(-texts // 4)
     *first, (every_text, _) = run(1.0, max_kl=0.5)
-    assert first == few and 80 < every_text <= 110
+    assert first == few
+    assert 80 < every_text <= 110
     everything = [(every_text, False), (every_text, True)]
     assert sorted(run(1e-8)) == sorted([*few, *everything])
     assert sorted(run(1.0, max_kl=1e-14)) == sorted([*few, *everything])
@@ -270,7 +276,8 @@ def test_texts_of_its_own_tokens(passes, tmp_path):
         passes.clear()
         verification = verified(out, lens_tokenizer=tokenizer, max_kl=1e9)
         effect = check_of(verification, EFFECT)
-        assert effect.outcome == "passed" and "16 texts of the tokenizer's own" in effect.measured
+        assert effect.outcome == "passed"
+        assert "16 texts of the tokenizer's own" in effect.measured
         assert check_of(verification, KL).outcome == "passed"
         assert passes[0] == (16, False)
 
@@ -355,7 +362,8 @@ def test_expectations(shipped):
     assert [check.outcome for check in checks] == [outcome for *_, outcome in rows]
     assert all(check.value == pytest.approx(after, abs=1e-4) for check in checks)
     swapped = expected(shipped, Expectation("line 1", PROMPT, pre, doc))
-    assert [c.outcome for c in swapped] == ["failed"] and repr(pre) in swapped[0].where
+    assert [c.outcome for c in swapped] == ["failed"]
+    assert repr(pre) in swapped[0].where
 
 
 def test_answers_of_several_tokens(shipped):
@@ -440,7 +448,8 @@ def test_quantised_weights_are_undecided(tmp_path):
     config = out / "merged" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {}}))
     check = check_of(verified(out, merged=out / "merged"), MERGED)
-    assert check.outcome == "undecided" and "quantised" in check.measured
+    assert check.outcome == "undecided"
+    assert "quantised" in check.measured
 
 
 def test_another_vocabulary(tmp_path):
@@ -456,7 +465,8 @@ def test_another_vocabulary(tmp_path):
 def test_without_a_base(tmp_path):
     """Zero factors are seen all the same; all else is undecided."""
     out = no_ops.ship(tmp_path)
-    merged, adapter = out / "merged", ll.load_adapter(out / "adapter")
+    merged = out / "merged"
+    adapter = ll.load_adapter(out / "adapter")
     undecided = verified(out, base="gone", merged=merged, max_kl=1.0)
     outcomes = {check.name: check.outcome for check in undecided.checks}
     wanted = dict.fromkeys((LOADS, EFFECT, KL, MERGED, CONFIG, TOKENIZER), "undecided")
@@ -469,7 +479,8 @@ def test_without_a_base(tmp_path):
 
 def test_what_only_this_package_lacks_is_undecided(shipped):
     """Modules that the base has, or an adapter that is sound: nothing says that it is broken."""
-    adapter, base = ll.load_adapter(shipped / "adapter"), no_ops.base_of(shipped)
+    adapter = ll.load_adapter(shipped / "adapter")
+    base = no_ops.base_of(shipped)
 
     def refusing(error: Exception):
         def lens_over() -> ll.LoraLens:
@@ -489,4 +500,5 @@ def test_a_stored_weight_that_is_the_base_is_no_fault(tmp_path):
     """As bias="all" stores biases that were not trained; B = 0 beside them is one."""
     out = no_ops.ship(tmp_path, family="gpt2", bias="all")
     check = check_of(verified(out), MODULES)
-    assert check.outcome == "passed" and check.measured.startswith("8 of ")
+    assert check.outcome == "passed"
+    assert check.measured.startswith("8 of ")

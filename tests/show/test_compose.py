@@ -50,7 +50,8 @@ def heatmaps(figure: Any) -> list[Any]:
 
 def test_each_row_is_that_of_its_result():
     found = ll.table(FIRST, ADDED)
-    assert list(found)[0] == "result" and found["result"].unique().tolist() == [
+    assert list(found)[0] == "result"
+    assert found["result"].unique().tolist() == [
         FIRST.key,
         ADDED.key,
     ]
@@ -99,7 +100,8 @@ def test_two_of_one_name_say_by_what_they_are_split():
     """In the headings of a panel, whose title is the readout that its results are of."""
     whole = ll.panel(FIRST, BY_POSITION, FIRST.plot())
     headings = [note.text for note in whole.layout.annotations if "<b>" in str(note.text)]
-    assert "by position" in headings[1] and "by" not in headings[0]
+    assert "by position" in headings[1]
+    assert "by" not in headings[0]
     assert whole.layout.title.text.startswith("margin(")
 
 
@@ -112,7 +114,8 @@ def test_every_cell_is_the_figure_of_its_result(shared_scale: bool):
     assert len(whole.data) == len(alone)
     for moved, trace in zip(whole.data, alone, strict=True):
         assert np.array_equal(np.array(moved.z, float), np.array(trace.z, float), equal_nan=True)
-        assert moved.hovertext == trace.hovertext and list(moved.x) == list(trace.x)
+        assert moved.hovertext == trace.hovertext
+        assert list(moved.x) == list(trace.x)
     axes = axes_of(whole)
     cells = [(t.xaxis, t.yaxis) for t in heatmaps(whole)]
     assert len(set(cells)) == len(results)
@@ -124,20 +127,22 @@ def test_every_cell_is_the_figure_of_its_result(shared_scale: bool):
         ]
         assert any(apart)
     for x, y in cells:
-        assert axes[x]["anchor"] == y and axes[x]["title"]["text"] == "kind of module"
+        assert axes[x]["anchor"] == y
+        assert axes[x]["title"]["text"] == "kind of module"
 
 
 def test_the_same_colour_is_the_same_number():
     """With a shared scale; without it each figure ends at its own largest number."""
-    small, large = FIRST, scaled(FIRST, 3)
+    small = FIRST
+    large = scaled(FIRST, 3)
     ends = [float(result.values.abs().max()) for result in (small, large)]
     shared = heatmaps(ll.panel(small, large))
-    assert [t.zmax for t in shared] == [max(ends)] * 2 and [t.zmin for t in shared] == [
-        -max(ends)
-    ] * 2
+    assert [t.zmax for t in shared] == [max(ends)] * 2
+    assert [t.zmin for t in shared] == [-max(ends)] * 2
     assert [t.showscale is not False for t in shared] == [False, True]
     own = heatmaps(ll.panel(small, large, shared_scale=False))
-    assert [t.zmax for t in own] == ends and all(t.showscale is not False for t in own)
+    assert [t.zmax for t in own] == ends
+    assert all(t.showscale is not False for t in own)
 
 
 def test_other_units_have_a_scale_of_their_own():
@@ -158,11 +163,14 @@ def test_curves_of_the_same_units_have_the_same_range():
     ]
     assert [axis.get("matches") for axis in along] == [None, "x2"]
     shown = [trace.name for trace in whole.data if trace.showlegend is not False]
-    assert len(shown) == len(set(shown)) and "exact" in shown
+    assert len(shown) == len(set(shown))
+    assert "exact" in shown
     texts = [note.text for note in whole.layout.annotations]
-    assert "<b>curve</b>" in texts and "<b>margin</b>" in texts
+    assert "<b>curve</b>" in texts
+    assert "<b>margin</b>" in texts
     flip = next(note for note in whole.layout.annotations if "flips" in note.text)
-    assert flip.xref == "x3" and flip.yref == "y3 domain"
+    assert flip.xref == "x3"
+    assert flip.yref == "y3 domain"
     own = axes_of(ll.panel(CURVE, margin, shared_scale=False))
     assert "matches" not in own["x3"]
 

@@ -62,12 +62,14 @@ def test_three_sentences_four_numbers_one_figure_and_the_rest_folded(kind: str):
     own = without_plotly(result.report())
     top, *sections = own.split("<details")
     # An audit's numbers are of the phrases that it says most, here of one.
-    assert top.count("<span>") >= 3 and top.count("<dd>") == (1 if kind == "changes" else 4)
+    assert top.count("<span>") >= 3
+    assert top.count("<dd>") == (1 if kind == "changes" else 4)
     headline = top.partition('class="headline">')[2].partition("</p>")[0]
     # An audit's headline also has a sentence for each word that triggers something.
     assert headline.count("<span>") == 3 + (kind == "changes")
     assert top.count("data-figure=") == figures
-    assert "<details open" not in own and sections
+    assert "<details open" not in own
+    assert sections
     headings = re.findall(r"<summary><h2>(.*?)</h2>", own)
     assert headings[0] == "The whole story in words"
     assert headings[-2:] == ["How to read this", "Made with"]
@@ -89,10 +91,14 @@ def test_save_report_writes_the_page(kind: str, tmp_path):
 def test_a_page_is_drawn_and_read_on_a_phone_and_in_the_dark(kind: str, tmp_path, opened):
     page = PAGES[kind][0].report()
     dom, console = opened(page, tmp_path, dark=True)
-    assert console == [] and drawn(dom) == without_plotly(page).count("data-figure=")
-    assert 'data-wide="false at 1200"' in dom and 'data-faint=""' in dom
+    assert console == []
+    assert drawn(dom) == without_plotly(page).count("data-figure=")
+    assert 'data-wide="false at 1200"' in dom
+    assert 'data-faint=""' in dom
     dom, console = opened(page, tmp_path, phone=True)
-    assert console == [] and 'data-wide="false at 390"' in dom and 'data-titled="0"' in dom
+    assert console == []
+    assert 'data-wide="false at 390"' in dom
+    assert 'data-titled="0"' in dom
     assert 0 < int(dom.partition('data-height="')[2].partition('"')[0]) < 6000
 
 
@@ -119,9 +125,11 @@ def test_in_print_every_section_is_open_and_drawn(tmp_path, opened):
     page = PAGES["changes"][0].report()
     figures = without_plotly(page).count("data-figure=")
     folded, _ = opened(page, tmp_path, unfolded=False)
-    assert drawn(folded) < figures and "<details open" not in folded
+    assert drawn(folded) < figures
+    assert "<details open" not in folded
     dom, console = opened(page.replace("</body>", PRINTED), tmp_path, unfolded=False)
-    assert console == [] and drawn(dom) == figures
+    assert console == []
+    assert drawn(dom) == figures
     assert dom.count("<details") == len(re.findall(r"<details[^>]* open", dom))
 
 
@@ -161,7 +169,8 @@ def test_equal_answers_have_no_mark_and_an_empty_one_is_said():
     ((_, base, adapted),) = answers_of([same, None])[0].pairs
     assert not any(differs for *_, differs in (*base, *adapted))
     empty = dataclasses.replace(explanation(), answers=ll.results.SideBySide("q", "", "a"))
-    assert "ends at once" in without_plotly(empty.report()) and answers_of([None]) == []
+    assert "ends at once" in without_plotly(empty.report())
+    assert answers_of([None]) == []
 
 
 def test_stories_tell_both_answers():
@@ -179,7 +188,8 @@ def test_stories_tell_both_answers():
 
 def test_a_token_is_counted_from_1_with_its_neighbours_where_it_repeats():
     story = response_explanation().story()
-    assert "67% of it at “·b” (token 2)" in story and "⟦" not in story
+    assert "67% of it at “·b” (token 2)" in story
+    assert "⟦" not in story
     assert "67% of it at “·b⟦·b⟧” (token 2)" in response_explanation((" b", " b")).story()
     assert ">2 ·b<" in without_plotly(response_explanation().report())
     assert list(response_explanation().shifts.plot().layout.xaxis.ticktext) == ["1 ·a", "2 ·b"]
@@ -192,8 +202,11 @@ def test_a_saturated_token_says_so_and_offers_the_margin():
     sure = dataclasses.replace(e, shifts=dataclasses.replace(e.shifts, log_p=log_p))
     own = without_plotly(sure.report()).partition("Which module moved which token")[2]
     row = own.partition(">2 ·b<")[2].partition("</tr>")[0]
-    assert "log p −0.00" in row and "saturated" in row and "blocks." not in row
-    assert "At “·b” (token 2) log p is saturated" in own and "ll.explain with doc and pre" in own
+    assert "log p −0.00" in row
+    assert "saturated" in row
+    assert "blocks." not in row
+    assert "At “·b” (token 2) log p is saturated" in own
+    assert "ll.explain with doc and pre" in own
     assert "saturated" not in without_plotly(e.report())
 
 
@@ -238,14 +251,17 @@ def of_conversation():
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_of_a_conversation_wear_the_user_s_words(name: str):
     text = str(FIGURES[name]().to_dict())
-    assert "spare key?" in text and "im_start" not in text.partition("ticktext")[0]
+    assert "spare key?" in text
+    assert "im_start" not in text.partition("ticktext")[0]
 
 
 def test_a_page_of_conversations_wears_the_user_s_words():
     page = without_plotly(ll.results.Explanations((of_conversation(), of_conversation())).report())
-    assert f">1. {SAID}<" in page and f">1. {SAID} — “Lyon” against “Paris”<" in page
+    assert f">1. {SAID}<" in page
+    assert f">1. {SAID} — “Lyon” against “Paris”<" in page
     shown = re.sub(r'data-figure="[^"]*"', "", page)
-    assert "im_start" not in shown and 'data-file="margin-lyon-paris-along-ε"' in shown
+    assert "im_start" not in shown
+    assert 'data-file="margin-lyon-paris-along-ε"' in shown
     assert of_conversation().story().startswith(f"On the prompt “{SAID}” the base")
 
 

@@ -60,7 +60,8 @@ def test_no_text_quotes_an_answer_as_asked(result: Result):
     for text in said:
         assert not [words for words in quoted(text) if ANSWER in words]
     if isinstance(result, ll.results.Attribution):  # whose table of prompts has no quotes
-        assert ANSWER not in repr(result) and ANSWER not in result._repr_html_()
+        assert ANSWER not in repr(result)
+        assert ANSWER not in result._repr_html_()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,8 @@ def test_what_is_asked_is_cut_from_the_row():
     row = PromptTokens(("<bos>", "The", " capital", " is", " Paris"), None, 4)
     assert (prompt_text(row), short_prompt(row)) == ("The capital is", "The capital is")
     assert PromptTokens.of(row).asked == ("<bos>", "The", " capital", " is")
-    assert PromptTokens.of(("a", "b")).asked == ("a", "b") and PromptTokens(("a", "b")).length == 2
+    assert PromptTokens.of(("a", "b")).asked == ("a", "b")
+    assert PromptTokens(("a", "b")).length == 2
 
 
 # --- Of a model
@@ -110,7 +112,9 @@ def lens(float64) -> ll.LoraLens:
 
 
 TEXT = "w20 w21 w22"
-DOC, PRE, RESPONSE = "w41 w42 w43", "w51 w52", "w44 w45 w46"
+DOC = "w41 w42 w43"
+PRE = "w51 w52"
+RESPONSE = "w44 w45 w46"
 ANSWERS = ("w41", "w42", "w51", "w44", "w45")
 
 
@@ -178,7 +182,8 @@ def test_rankings_of_one_prompt_and_two_answers_are_of_other_readouts(lens: ll.L
 
 def test_responses_that_a_label_does_not_name_are_still_told_apart(lens: ll.LoraLens):
     """KL's label says "of the response", and three answers' names its first two."""
-    kl, other_kl = ll.KL("w41 w42"), ll.KL("w51 w52")
+    kl = ll.KL("w41 w42")
+    other_kl = ll.KL("w51 w52")
     assert kl.label == other_kl.label
     one = ll.first_order(lens, TEXT, kl, at=1.0)
     other = ll.patch_sites(lens, TEXT, other_kl, progress=False)

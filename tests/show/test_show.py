@@ -75,9 +75,12 @@ def test_site_heatmap_shows_one_prompt_and_leaves_missing_sites_blank():
 def test_site_heatmap_is_centred_at_zero_and_blue_is_up():
     trace = site_heatmap(two_prompts(), prompt=0).data[0]
     assert (trace.zmin, trace.zmid, trace.zmax) == (-2.0, 0, 2.0)
-    lowest, highest = trace.colorscale[0][1], trace.colorscale[-1][1]
-    red, blue = int(lowest[1:3], 16), int(highest[5:7], 16)
-    assert red > int(lowest[5:7], 16) and blue > int(highest[1:3], 16)
+    lowest = trace.colorscale[0][1]
+    highest = trace.colorscale[-1][1]
+    red = int(lowest[1:3], 16)
+    blue = int(highest[5:7], 16)
+    assert red > int(lowest[5:7], 16)
+    assert blue > int(highest[1:3], 16)
 
 
 def test_site_heatmap_hover_names_site_module_units_and_share():
@@ -92,7 +95,9 @@ def test_site_heatmap_averages_without_a_prompt_and_says_so():
     assert [list(row) for row in figure.data[0].z][0] == [2.0, None, -1.0]
     assert "50% of the shift" in figure.data[0].hovertext[0][0]
     title = html.unescape(figure.layout.title.text)
-    assert READOUT in title and "first order at ε = 0" in title and "mean of 2 prompts" in title
+    assert READOUT in title
+    assert "first order at ε = 0" in title
+    assert "mean of 2 prompts" in title
     assert "prompt 1 of 2" in site_heatmap(two_prompts(), prompt=1).layout.title.text
 
 
@@ -106,7 +111,8 @@ def test_embeddings_lie_below_layer_0_and_the_unembedding_above_the_last():
     sites = (outside[0], site(0, "q"), outside[1])
     values = [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]]
     att = attribution(values, [0.0], [1.0], by=("position",), sites=sites, tokens=(("a", "b"),))
-    by_kind, by_position = site_heatmap(att), position_heatmap(att)
+    by_kind = site_heatmap(att)
+    by_position = position_heatmap(att)
     assert [list(row) for row in by_kind.data[0].z] == [
         [3.0, None, None],
         [None, 7.0, None],
@@ -211,7 +217,8 @@ def test_what_was_asked_for_is_drawn(axis: str):
     att = dataclasses.replace(whole, values=values, by=(axis,), response=response, **more)
     figure = att.plot()
     assert figure == att.plot(by=axis) != att.plot(by="site")
-    assert axis in figure.layout.title.text and "summed" not in figure.layout.title.text
+    assert axis in figure.layout.title.text
+    assert "summed" not in figure.layout.title.text
     by_site = att.plot(by="site")
     assert "by layer and kind of module, summed over" in by_site.layout.title.text
     assert by_site.data[0].z == site_heatmap(whole).data[0].z
@@ -271,7 +278,8 @@ def test_remainder_figure_shows_the_curve_its_line_and_their_difference():
     frame = margin.curve.to_frame()
     assert list(share.y) == pytest.approx((100 * frame["share"]).tolist())
     assert share.y[-1] == pytest.approx(50.0)
-    assert share.yaxis == "y2" and exact.yaxis == "y"
+    assert share.yaxis == "y2"
+    assert exact.yaxis == "y"
 
 
 def test_remainder_figure_greys_what_is_noise():
@@ -282,7 +290,9 @@ def test_remainder_figure_greys_what_is_noise():
     spans = {(shape.x0, round(shape.x1, 6)) for shape in figure.layout.shapes}
     assert spans == {(0.0, 0.175)}
     colours = figure.data[2].marker.color
-    assert len(set(colours[:2])) == 1 and len(set(colours[2:])) == 1 and colours[0] != colours[2]
+    assert len(set(colours[:2])) == 1
+    assert len(set(colours[2:])) == 1
+    assert colours[0] != colours[2]
     assert "3 noise floors" in "".join(a.text for a in figure.layout.annotations)
 
 
@@ -299,7 +309,8 @@ def test_margin_figure_marks_zero_and_the_flip():
     (label,) = figure.layout.annotations
     assert label.text == "flips at ε = 0.49"
     # Off its line, and above the zero line before the flip, where the margin is below it.
-    assert (label.x, label.xanchor, label.xshift) == (0.49, "right", -6) and label.yanchor == "top"
+    assert (label.x, label.xanchor, label.xshift) == (0.49, "right", -6)
+    assert label.yanchor == "top"
     assert list(figure.data[0].y)[0] == -4.0
     without = margin_figure(fact(-4.0, [0.1] * 4, [-3.9] * 6))
     assert len(without.layout.shapes) == 1
@@ -327,8 +338,10 @@ def test_zero_has_the_colour_of_the_page_and_what_is_not_there_is_grey():
 def test_a_theme_is_put_on_afterwards():
     figure = site_heatmap(two_prompts()).update_layout(template="lens_lora.print")
     look = figure.layout.template.layout
-    assert look.font.color == "#000000" and look.paper_bgcolor == "#ffffff"
-    assert figure.layout.font.color is None and figure.layout.paper_bgcolor is None
+    assert look.font.color == "#000000"
+    assert look.paper_bgcolor == "#ffffff"
+    assert figure.layout.font.color is None
+    assert figure.layout.paper_bgcolor is None
 
 
 @pytest.mark.bad_input
@@ -370,9 +383,12 @@ def test_a_best_set_is_a_map_and_several_are_a_curve():
 def test_a_long_prompt_is_shortened_in_its_middle():
     text = " ".join(str(number) for number in range(500))
     short = shortened(text)
-    assert len(short) <= 243 and short.startswith("0 1 2 ") and short.endswith(" 498 499")
+    assert len(short) <= 243
+    assert short.startswith("0 1 2 ")
+    assert short.endswith(" 498 499")
     begin, end = short.split(" … ")
-    assert text.startswith(f"{begin} ") and text.endswith(f" {end}")
+    assert text.startswith(f"{begin} ")
+    assert text.endswith(f" {end}")
     assert shortened("The capital of") == "The capital of"
     assert len(shortened("x" * 900)) == 243
 
@@ -392,7 +408,9 @@ def test_first_order_of_a_violent_adapter_says_so_wherever_it_is_shown():
     quiet = (with_norm(Attribution.VIOLENT), with_norm(math.nan), with_norm(0.4, method="path"))
     assert all("violent" not in repr(f.attribution) + f.story() for f in quiet)
     e = dataclasses.replace(explanation(), margin=with_norm(0.4, explanation().margin))
-    assert says in e.story() and says in e.report() and "violent" not in explanation().story()
+    assert says in e.story()
+    assert says in e.report()
+    assert "violent" not in explanation().story()
 
 
 def test_story_of_a_flip():
@@ -439,7 +457,9 @@ def test_story_below_the_noise_claims_no_effect():
     assert "below 3 noise floors (3e-05)" in story
     assert "shows no effect of the adapter" in story
     assert "too small for a run at this precision to confirm" in story
-    assert "%" not in story and "flip" not in story and "coincidence" not in story
+    assert "%" not in story
+    assert "flip" not in story
+    assert "coincidence" not in story
 
 
 def test_story_of_a_base_margin_below_the_noise_prefers_neither():
@@ -464,7 +484,8 @@ def test_story_of_a_flip_and_a_flip_back():
 
 def test_story_of_several_crossings():
     story = margin_story(fact(-1.0, [0.5] * 4, [-0.9, 0.5, -0.5, 0.5, 1.0, 1.2], flip=0.06))
-    assert "flips at ε = 0.06" in story and "the first of 3 changes on the way" in story
+    assert "flips at ε = 0.06" in story
+    assert "the first of 3 changes on the way" in story
 
 
 def test_story_calls_agreement_at_one_point_a_coincidence():
@@ -546,8 +567,10 @@ def test_notebook_table_is_escaped():
     sites = (site(0, "q", "<script>alert(1)</script>"),)
     att = attribution([[1.0]], [0.0], [1.0], sites=sites, tokens=(("<b>", "<img src=x>"),))
     page = att._repr_html_()
-    assert "<script" not in page and "<img" not in page
-    assert "&lt;script&gt;" in page and "&lt;img src=x&gt;" in page
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;" in page
+    assert "&lt;img src=x&gt;" in page
 
 
 def test_terminal_tables_show_the_numbers_and_no_markup_of_a_token():
@@ -630,7 +653,8 @@ def test_report_escapes_tokens_and_names(page):
     assert "alert(1)" in own
     assert EVIL not in page
     titled = explanation().report(title=EVIL)
-    assert EVIL not in titled and "&lt;script&gt;alert(1)&lt;/script&gt;" in titled
+    assert EVIL not in titled
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in titled
 
 
 def test_report_holds_story_numbers_tokens_and_provenance(page):
@@ -638,8 +662,10 @@ def test_report_holds_story_numbers_tokens_and_provenance(page):
     for paragraph in explanation(tokens=("a", EVIL)).story().split("\n"):
         assert f"<p>{paragraph}</p>" in own
     for what, value, _ in margin_table(account_of(explanation().margin)).rows:
-        assert f">{what}<" in own and f">{value}<" in own
-    assert "all modules together" in own and ">·b<" in own
+        assert f">{what}<" in own
+        assert f">{value}<" in own
+    assert "all modules together" in own
+    assert ">·b<" in own
     for value in META.values():
         assert f">{value}<" in own
     assert "adding that one module to the base model" in own
@@ -696,7 +722,8 @@ def test_a_heading_of_a_long_response_stays_within_the_picture():
     att = dataclasses.replace(attribution([[1.0] * 4], [0.0], [4.0]), readout=readout)
     heading = html.unescape(att.plot().layout.title.text.partition("<br>")[0])
     assert len(heading) == 84
-    assert heading.startswith("log p(' Lyon is a city") and "…" in heading
+    assert heading.startswith("log p(' Lyon is a city")
+    assert "…" in heading
     assert heading.endswith("'), first order at ε = 0")
     assert plot(att.plot()).caption[0] == f"{readout}, first order at ε = 0"  # of a page, whole
     plain = attribution([[1.0] * 4], [0.0], [4.0]).plot().layout.title.text
@@ -736,7 +763,8 @@ def test_groups_by_token_are_a_heatmap():
     figure = grouped.plot(1)
     tokens = grouped.response[1]
     assert [list(row) for row in figure.data[0].z] == [[3.0], [0.0]]
-    assert len(figure.data[0].y) == len(grouped.groups) and len(figure.data[0].x) == len(tokens)
+    assert len(figure.data[0].y) == len(grouped.groups)
+    assert len(figure.data[0].x) == len(tokens)
     assert "first order at ε" in figure.layout.title.text
     with pytest.raises(ArgumentError, match="prompt"):
         grouped.plot()
@@ -763,6 +791,7 @@ def test_layer_0_is_at_the_bottom_of_every_map_of_layers():
 @pytest.mark.parametrize(("columns", "gap"), [(64, 1), (600, 0)])
 def test_a_dense_map_has_no_gaps_between_its_columns(columns: int, gap: int):
     row = [0.5] * columns
-    x, y = tokens_axis(["t"] * columns), names_axis(["a"])
+    x = tokens_axis(["t"] * columns)
+    y = names_axis(["a"])
     figure = heatmap(("h", "b"), [row], "", x, y, "logits")
     assert figure.data[0].xgap == gap

@@ -33,5 +33,6 @@ def test_without_kaleido_the_error_names_the_package(ending: str, tmp_path: Path
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert found.returncode != 0 and not picture.exists()
+    assert found.returncode != 0
+    assert not picture.exists()
     assert re.search(r"pip install .*kaleido", found.stderr), found.stderr[-500:]

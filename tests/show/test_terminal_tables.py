@@ -79,4 +79,6 @@ def test_rows_of_zeros_are_counted():
 def test_long_words_are_cut_in_the_middle(width: int, cut: str):
     word = "abcdefghijklmnopqrstuvwxyz"
     text = cut_in_the_middle(word, width)
-    assert len(text) == min(width, 26) and text.startswith(cut) and text.endswith("wxyz")
+    assert len(text) == min(width, 26)
+    assert text.startswith(cut)
+    assert text.endswith("wxyz")

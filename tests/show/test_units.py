@@ -74,7 +74,8 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 def test_units_of_a_function_of_one_s_own(float64: None):
     """Through an analysis each; without units it says that they are the readout's."""
-    lens, text = cases.case("llama", BRIDGE, "raw").lens, "w5 w6"
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    text = "w5 w6"
     named = ll.Readout.of(entropy, "H", units="bits")
     assert (named.label, named.units) == ("H", "bits")
     assert ll.Readout.of(entropy, "H", "bits").units == "bits"
@@ -90,7 +91,8 @@ def test_units_of_a_function_of_one_s_own(float64: None):
         ll.path_attribution(lens, text, named, tol=0.5, **quiet),
     ):
         assert (found.readout, found.units) == ("H", "bits")
-        assert "H" in repr(found) and "in bits" in repr(found)
+        assert "H" in repr(found)
+        assert "in bits" in repr(found)
         if hasattr(found, "plot"):
             assert "bits" in found.plot().to_json()
 

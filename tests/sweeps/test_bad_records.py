@@ -55,13 +55,15 @@ def test_a_bad_record_is_a_row(a_lens, tmp_path, kind):
     with pytest.warns(UserWarning, match="1 of 4 records"):
         result = run(a_lens, records, tmp_path)
     ((identity, error),) = result.errors
-    assert re.search(f"^row 2: .*{words}", error) and len(error) < 1100
+    assert re.search(f"^row 2: .*{words}", error)
+    assert len(error) < 1100
     assert identity == ("2" if "id" in change else "bad")
     good = run(a_lens, [*GOOD[:2], *GOOD[2:3]], tmp_path / "without")
     pd.testing.assert_frame_equal(result.to_frame(), good.to_frame())
     corrected = [*GOOD[:2], {**PLAIN, "id": "corrected"}, *GOOD[2:3]]
     mended = run(a_lens, corrected, tmp_path)
-    assert mended.resumed == 3 and not mended.errors
+    assert mended.resumed == 3
+    assert not mended.errors
     same(mended, run(a_lens, corrected, tmp_path / "whole"))
 
 
@@ -74,7 +76,8 @@ def test_all_of_them_at_once_in_a_file(a_lens, tmp_path):
     path.write_text("\n".join(lines))
     with pytest.warns(UserWarning):
         result = run(a_lens, path, tmp_path)
-    assert len(result.errors) == len(records) + 4 and result.done == len(GOOD)
+    assert len(result.errors) == len(records) + 4
+    assert result.done == len(GOOD)
     assert result.to_frame()["id"].unique().tolist() == [r["id"] for r in GOOD]
     assert pd.read_parquet(result.prompts_path)["error"].notna().sum() == len(records) + 4
 
@@ -85,7 +88,8 @@ def test_bytes_of_another_encoding_in_a_csv(a_lens, tmp_path):
     path.write_bytes(b"prompt,doc,pre\nw5,w8,w9\nw\xe9,w8,w9\nw6,w8,w9\n")
     with pytest.warns(UserWarning, match="line 3: its prompt is .*not UTF-8"):
         result = run(a_lens, path, tmp_path)
-    assert result.done == 2 and len(result.errors) == 1
+    assert result.done == 2
+    assert len(result.errors) == 1
 
 
 @pytest.mark.parametrize("head", [b"\xff,doc\n", b"\0\n", b'"' + b"x" * 200_000 + b'"\n', b""])
@@ -154,7 +158,8 @@ def test_ids_may_be_corrected(a_lens, tmp_path, calls):
     renamed = [{**r, "id": identity} for r, identity in zip(GOOD, ids, strict=True)]
     before = sum(calls)
     result = run(a_lens, renamed, tmp_path)
-    assert sum(calls) == before and result.resumed == len(GOOD)
+    assert sum(calls) == before
+    assert result.resumed == len(GOOD)
     same(result, run(a_lens, renamed, tmp_path / "whole"))
 
 
@@ -163,7 +168,8 @@ def test_strings_may_become_numbers(a_lens, tmp_path, calls):
     run(a_lens, GOOD, tmp_path)
     numbered = [{**r, "id": 10 * i} for i, r in enumerate(GOOD)]
     result = run(a_lens, numbered, tmp_path)
-    assert sum(calls) == len(GOOD) and result.prompts()["id"].dtype == "int64"
+    assert sum(calls) == len(GOOD)
+    assert result.prompts()["id"].dtype == "int64"
     same(result, run(a_lens, numbered, tmp_path / "whole"))
 
 

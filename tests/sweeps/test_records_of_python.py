@@ -35,7 +35,8 @@ def test_strings_are_prompts(lens: ll.LoraLens, tmp_path: Path, records):
         result.attribution("first_order").values, direct.values, rtol=1e-9, atol=1e-12
     )
     assert (result.readout, result.units, result.done) == (LOG_PROB.label, "nats", 3)
-    assert list(result.prompts()["prompt"]) == TEXTS and list(result.prompts()["id"]) == [0, 1, 2]
+    assert list(result.prompts()["prompt"]) == TEXTS
+    assert list(result.prompts()["id"]) == [0, 1, 2]
 
 
 def test_conversations_are_prompts(lens: ll.LoraLens, tmp_path: Path, monkeypatch):
@@ -56,7 +57,8 @@ def test_conversations_are_prompts(lens: ll.LoraLens, tmp_path: Path, monkeypatc
 def test_strings_have_activations(lens: ll.LoraLens, tmp_path: Path):
     found = run(lens, TEXTS, tmp_path, "activations")
     expected = run(lens, [{"prompt": text} for text in TEXTS], tmp_path / "other", "activations")
-    assert found.texts == expected.texts == 3 and not found.errors
+    assert found.texts == expected.texts == 3
+    assert not found.errors
 
 
 def test_a_line_that_is_a_string_is_a_prompt(lens: ll.LoraLens, tmp_path: Path):

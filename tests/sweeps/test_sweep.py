@@ -59,16 +59,19 @@ DIRECT = {
 def test_rows_equal_direct_calls(lens, tmp_path):
     """Every value, sum, remainder and end, of one prompt at a time, in the records' order."""
     result = run(lens, GOOD, tmp_path, *DIRECT, batch_size=4)
-    frame, prompts = result.to_frame(), result.prompts().set_index("id")
+    frame = result.to_frame()
+    prompts = result.prompts().set_index("id")
     assert list(prompts.index) == [r["id"] for r in GOOD]
     assert list(frame["id"].unique()) == [r["id"] for r in GOOD]
     for record in GOOD:
         readout = margin_of(record)
-        rows, row = frame[frame["id"] == record["id"]], prompts.loc[record["id"]]
+        rows = frame[frame["id"] == record["id"]]
+        row = prompts.loc[record["id"]]
         assert list(rows["site"]) == [s.name for s in lens.sites]
         assert list(rows["module"]) == [s.module for s in lens.sites]
         assert list(rows["layer"]) == [s.layer for s in lens.sites]
-        assert set(rows["prompt"]) == {record["prompt"]} and pd.isna(row["error"])
+        assert set(rows["prompt"]) == {record["prompt"]}
+        assert pd.isna(row["error"])
         assert (row["readout"], row["units"]) == (readout.label, readout.units)
         for name, call in DIRECT.items():
             direct = call(lens, record["prompt"], readout)
@@ -181,7 +184,8 @@ def test_a_margin_within_rounding_does_not_flip(dtype: torch.dtype, monkeypatch)
     lens = ll.LoraLens(list(models.MAKERS.values())[-1](base), adapter)
     g = Evaluations(lens.function(models.tokens(batch=3), ll.Margin(5, 9), progress=False))
     floor = g.floor.double().numpy()
-    near, far = 2 * floor, 5 * floor
+    near = 2 * floor
+    far = 5 * floor
     assert batches._flips(g, -far, far) == [True] * 3
     assert batches._flips(g, -far, near) == batches._flips(g, -near, far) == [False] * 3
     assert (
@@ -192,7 +196,8 @@ def test_a_margin_within_rounding_does_not_flip(dtype: torch.dtype, monkeypatch)
     monkeypatch.setattr(Evaluations, "floor", property(lambda self: measured.append(1)))
     clear = np.ones(3)
     if dtype == torch.float32:
-        assert batches._flips(g, -clear, clear) == [True] * 3 and not measured
+        assert batches._flips(g, -clear, clear) == [True] * 3
+        assert not measured
 
 
 def test_one_readout_for_all(a_lens, tmp_path):
@@ -204,8 +209,10 @@ def test_one_readout_for_all(a_lens, tmp_path):
     np.testing.assert_allclose(
         result.to_frame()["first_order"][: len(a_lens.sites)], expected.values[0], rtol=1e-9
     )
-    assert list(prompts["id"]) == list(range(6)) and prompts["doc"].isna().all()
-    assert prompts["flips"].isna().all() and set(prompts["units"]) == {"nats"}
+    assert list(prompts["id"]) == list(range(6))
+    assert prompts["doc"].isna().all()
+    assert prompts["flips"].isna().all()
+    assert set(prompts["units"]) == {"nats"}
     margin = run(a_lens, records, tmp_path / "margin", readout=ll.Margin("w8", "w9"))
     assert margin.prompts()["flips"].notna().all()
     assert result.readout == ll.LogProb("w8").label
@@ -216,10 +223,12 @@ def test_result_as_an_attribution(a_lens, tmp_path):
         result = run(a_lens, [GOOD[0], {"prompt": ""}, *GOOD[2:4]], tmp_path, "add_one")
     attribution = result.attribution("add_one")
     expected = result.to_frame()["add_one"].to_numpy().reshape(3, -1)
-    assert (attribution.values.numpy() == expected).all() and attribution.sites == a_lens.sites
+    assert (attribution.values.numpy() == expected).all()
+    assert attribution.sites == a_lens.sites
     left = result.prompts()["add_one_remainder"].dropna()
     np.testing.assert_allclose(attribution.remainder, left, atol=1e-12)
-    assert result.plot().data and "3 of 4 prompts" in repr(result)
+    assert result.plot().data
+    assert "3 of 4 prompts" in repr(result)
     with pytest.raises(SweepError, match="holds add_one"):
         result.attribution("path")
 
@@ -242,7 +251,8 @@ def test_conversations_are_swept_by_what_their_template_makes_of_them(
     ]
     result = run(a_lens, records[:3], tmp_path)
     prompts = result.prompts()
-    assert list(prompts["prompt"][:1]) == [text] and list(prompts["chat"]) == [True, True, False]
+    assert list(prompts["prompt"][:1]) == [text]
+    assert list(prompts["chat"]) == [True, True, False]
     assert list(prompts["tokens"]) == [len(chats.ASK_IDS), len(chats.LONGER_IDS), 6]
     readout = ll.AnswerMargin("w8 w10", "w9")
     for i, messages in enumerate((chats.ASK, chats.LONGER)):
@@ -348,13 +358,15 @@ def test_bad_records_are_named_and_stop_nothing(a_lens, tmp_path):
     path.write_text(BAD_JSONL.replace("LONG", " ".join(["w5"] * 40)))
     with pytest.warns(UserWarning, match="11 of 13 records have no numbers(.|\n)*line 2"):
         result = run(a_lens, path, tmp_path)
-    assert len(result.errors) == 11 and result.done == 2
+    assert len(result.errors) == 11
+    assert result.done == 2
     for identity, error in result.errors:
         assert re.match(EXPECTED_ERRORS[identity], error), (identity, error)
     prompts = result.prompts()
     assert prompts["id"].tolist() == [*range(11), 0, 12]
     good = prompts[prompts["error"].isna()]
-    assert good["id"].tolist() == [0, 12] and good["base"].notna().all()
+    assert good["id"].tolist() == [0, 12]
+    assert good["base"].notna().all()
     assert prompts[prompts["error"].notna()]["base"].isna().all()
     assert result.to_frame()["id"].unique().tolist() == [0, 12]
 
@@ -375,7 +387,8 @@ def test_undecodable_line_and_missing_values(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'{"prompt": "\xff"}\n{"prompt": "w5"}\n')
     errors = [record.error for record in read_records(path, with_answers=False)]
-    assert re.match("line 1: unreadable.*utf-8", errors[0]) and errors[1] is None
+    assert re.match("line 1: unreadable.*utf-8", errors[0])
+    assert errors[1] is None
     frame = pd.DataFrame([{"prompt": "w5", "doc": "w6"}, {"prompt": "w5", "pre": "w6"}])
     assert [r.error for r in read_records(frame)] == ["row 0: no pre.", "row 1: no doc."]
 
@@ -489,7 +502,8 @@ def test_a_readout_of_each_records_response(a_lens, tmp_path, make, name, analys
         found = result.attribution(name)
         np.testing.assert_allclose(found.values[i], direct.values[0], rtol=1e-8, atol=1e-10)
         row = prompts.loc[record["id"]]
-        assert row["response"] == record["response"] and row["units"] == "nats"
+        assert row["response"] == record["response"]
+        assert row["units"] == "nats"
         assert row["adapted"] == pytest.approx(float(direct.adapted[0]), abs=1e-10)
     assert result.readout == make(["", ""]).label
     for identity, words in {

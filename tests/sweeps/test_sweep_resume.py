@@ -42,7 +42,8 @@ def test_an_interrupted_run_goes_on_without_repeating(a_lens, tmp_path, monkeypa
         interrupt_at(patch, 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             run(a_lens, GOOD, tmp_path, batch_size=2)
-    assert len(calls) == 2 and not (tmp_path / "r.parquet").exists()
+    assert len(calls) == 2
+    assert not (tmp_path / "r.parquet").exists()
     resumed = run(a_lens, GOOD, tmp_path, batch_size=3)
     assert sorted(calls) == sorted(r["prompt"] for r in GOOD)
     assert resumed.resumed == 2
@@ -53,9 +54,11 @@ def test_an_interrupted_run_goes_on_without_repeating(a_lens, tmp_path, monkeypa
 def test_a_finished_sweep_grows_and_is_not_repeated(a_lens, tmp_path, calls):
     run(a_lens, GOOD[2:4], tmp_path)
     grown = run(a_lens, GOOD, tmp_path)
-    assert len(calls) == 6 and grown.resumed == 2
+    assert len(calls) == 6
+    assert grown.resumed == 2
     again = run(a_lens, GOOD, tmp_path)
-    assert len(calls) == 6 and again.resumed == 6
+    assert len(calls) == 6
+    assert again.resumed == 6
     same(again, run(a_lens, GOOD, tmp_path / "whole"))
 
 
@@ -88,7 +91,8 @@ def test_a_record_that_failed_is_tried_again(a_lens, tmp_path, calls):
     with pytest.warns(UserWarning):
         run(a_lens, [{**GOOD[0], "doc": "zebra"}, *GOOD[1:]], tmp_path)
     mended = run(a_lens, GOOD, tmp_path)
-    assert len(calls) == 6 and not mended.errors
+    assert len(calls) == 6
+    assert not mended.errors
     same(mended, run(a_lens, GOOD, tmp_path / "whole"))
 
 
@@ -97,13 +101,15 @@ def test_integer_ids_stay_integers_and_survive_a_resume(a_lens, tmp_path, calls)
     first = run(a_lens, records[:3], tmp_path).prompts()
     again = run(a_lens, records, tmp_path)
     assert first["id"].tolist() == [0, 7, 14]
-    assert again.to_frame()["id"].dtype == "int64" and len(calls) == 6
+    assert again.to_frame()["id"].dtype == "int64"
+    assert len(calls) == 6
 
 
 def test_starting_over(a_lens, tmp_path, calls):
     run(a_lens, GOOD, tmp_path)
     over = run(a_lens, GOOD[:2], tmp_path, resume=False)
-    assert len(calls) == 8 and (over.records, over.resumed) == (2, 0)
+    assert len(calls) == 8
+    assert (over.records, over.resumed) == (2, 0)
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -154,7 +160,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize("renames", range(1, 7))
 def test_a_crash_at_any_write_loses_nothing(a_lens, tmp_path, monkeypatch, calls, renames):
     """After each file in turn: the parts, the one result, the other; and at the removal."""
-    replace, made = os.replace, []
+    replace = os.replace
+    made = []
 
     def crash(source, target):
         if len(made) == renames - 1:
@@ -187,7 +194,8 @@ def test_a_crash_while_a_finished_sweep_grows_mixes_nothing(
     run(a_lens, GOOD[:3], tmp_path)
     ids = ["several", "long", *(r["id"] for r in GOOD[2:])]
     renamed = [{**r, "id": identity} for r, identity in zip(GOOD, ids, strict=True)]
-    replace, made = os.replace, []
+    replace = os.replace
+    made = []
 
     def crash(source, target):
         if len(made) == renames - 1:
@@ -200,7 +208,8 @@ def test_a_crash_while_a_finished_sweep_grows_mixes_nothing(
         run(a_lens, renamed[:4], tmp_path, batch_size=2)
         raise Killed  # the last write of four
     result = run(a_lens, renamed, tmp_path)
-    assert result.resumed >= 3 and len(calls) <= 7
+    assert result.resumed >= 3
+    assert len(calls) <= 7
     same(result, run(a_lens, renamed, tmp_path / "whole"))
 
 
@@ -224,7 +233,10 @@ def test_progress_is_shown_and_silenced(a_lens, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     run(a_lens, GOOD, tmp_path, progress=True)
     text = capsys.readouterr().err
-    assert "sweep:  67%" in text and "4/6" in text and "6/6" in text and " prompt/s" in text
+    assert "sweep:  67%" in text
+    assert "4/6" in text
+    assert "6/6" in text
+    assert " prompt/s" in text
 
 
 def test_progress_of_a_resumed_sweep_counts_a_repeated_record_once(a_lens, tmp_path, capsys):
@@ -234,4 +246,6 @@ def test_progress_of_a_resumed_sweep_counts_a_repeated_record_once(a_lens, tmp_p
     capsys.readouterr()
     run(a_lens, [*GOOD, *repeated], tmp_path, progress=True)
     _, _, bar = capsys.readouterr().err.partition("sweep:")
-    assert "4/6" in bar and "6/6" in bar and "/9" not in bar
+    assert "4/6" in bar
+    assert "6/6" in bar
+    assert "/9" not in bar

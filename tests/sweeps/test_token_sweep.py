@@ -50,21 +50,26 @@ def run(
 
 
 def test_the_spread_is_that_of_all_tokens(lens, tmp_path):
-    file, direct = run(lens, BAD, tmp_path), ll.lora_activations(lens, WORDS)
+    file = run(lens, BAD, tmp_path)
+    direct = ll.lora_activations(lens, WORDS)
     for site in (None, "*.attn.o"):
-        frame, expected = file.spread(site), direct.spread(site)
+        frame = file.spread(site)
+        expected = direct.spread(site)
         assert frame[["site", "rank"]].equals(expected[["site", "rank"]])
         numbers = [table.select_dtypes("float").to_numpy() for table in (frame, expected)]
         np.testing.assert_allclose(*numbers, rtol=1e-9, atol=1e-9)
     drawn = file.plot().data[0]
-    assert len(drawn.y) == len(lens.sites) and list(drawn.q3) == list(file.spread()["upper"])
+    assert len(drawn.y) == len(lens.sites)
+    assert list(drawn.q3) == list(file.spread()["upper"])
 
 
 def same(one: ll.results.ActivationsFile, other: ll.results.ActivationsFile) -> None:
     first, second = (pq.read_table(found.path) for found in (one, other))
-    assert first.schema.equals(second.schema) and len(first) == len(second)
+    assert first.schema.equals(second.schema)
+    assert len(first) == len(second)
     for name in first.column_names:
-        a, b = first[name].combine_chunks(), second[name].combine_chunks()
+        a = first[name].combine_chunks()
+        b = second[name].combine_chunks()
         if name in ("record", "id", "position", "token", "prefix", "sink", "error"):
             assert a.to_pylist() == b.to_pylist()
         else:
@@ -81,7 +86,8 @@ def test_rows_equal_direct_calls(cls: str, name: str, gauge, tmp_path):
     found = run(lens, iter(TEXTS), tmp_path, name)
     frame = pd.read_parquet(found.path)
     assert (found.texts, found.errors, found.gauge) == (len(TEXTS), 0, gauge)
-    assert found.sites == lens.sites and found.tokens == len(frame)
+    assert found.sites == lens.sites
+    assert found.tokens == len(frame)
     assert list(frame["record"].unique()) == list(range(len(TEXTS)))
     for number, text in enumerate(TEXTS):
         direct = ll.lora_activations(lens, text["prompt"], gauge=gauge)
@@ -102,7 +108,8 @@ def test_examples_and_means_are_those_in_memory(lens, tmp_path):
     direct = ll.lora_activations(lens, WORDS)
     site = "blocks.1.mlp.down"
     for options in ({"sign": -1}, {"rank": 1, "context": 1}):
-        top, expected = found.top(site, 4, **options), direct.top(site, 4, **options)
+        top = found.top(site, 4, **options)
+        expected = direct.top(site, 4, **options)
         assert top["value"].tolist() == pytest.approx(expected["value"].tolist(), abs=1e-10)
         renamed = expected.rename(columns={"prompt": "record"})
         for column in ("rank", "record", "position", "token", "context"):
@@ -144,7 +151,8 @@ class Stopped(Exception):
 
 
 def stop_at(monkeypatch, window: int) -> None:
-    plain, made = stream.window_table, []
+    plain = stream.window_table
+    made = []
 
     def table(*args):
         made.append(None)
@@ -166,7 +174,8 @@ def test_an_interrupted_run_is_resumed(lens, tmp_path, monkeypatch, window: int)
         with pytest.raises(Stopped):
             run(lens, BAD, stopped)
     assert len(list((stopped / "u.parts").glob("*.parquet"))) == window - 1
-    rows, plain = [], stream.site_activations
+    rows = []
+    plain = stream.site_activations
 
     def counted(f, *args):
         rows.append(f.rows.batch)
@@ -179,7 +188,8 @@ def test_an_interrupted_run_is_resumed(lens, tmp_path, monkeypatch, window: int)
     rows.clear()
     with pytest.warns(UserWarning, match="1 of 9 records"):
         same(run(lens, BAD, stopped), whole)
-    assert ran == len(TEXTS) - (0, 2, 4)[window - 1] and not rows
+    assert ran == len(TEXTS) - (0, 2, 4)[window - 1]
+    assert not rows
 
 
 def test_a_bad_record_is_named_and_its_correction_is_run(lens, tmp_path):
@@ -187,9 +197,11 @@ def test_a_bad_record_is_named_and_its_correction_is_run(lens, tmp_path):
         found = run(lens, BAD, tmp_path)
     assert (found.texts, found.errors) == (9, 1)
     bad = found.bad()
-    assert bad["id"].tolist() == ["bad"] and "row 2: no prompt." in bad["error"].iloc[0]
+    assert bad["id"].tolist() == ["bad"]
+    assert "row 2: no prompt." in bad["error"].iloc[0]
     top = found.top("blocks.0.attn.q", 50, sinks=True)
-    assert 2 not in top["record"].tolist() and not found.mean().isnan().any()
+    assert 2 not in top["record"].tolist()
+    assert not found.mean().isnan().any()
     corrected = [*BAD[:2], {"id": "bad", "prompt": "w8 w8 w8 w8 w8 w8"}, *BAD[3:]]
     again = run(lens, corrected, tmp_path)
     same(again, run(lens, corrected, tmp_path / "anew"))
@@ -202,7 +214,8 @@ def test_more_records_are_added_at_the_end(lens, tmp_path):
 
 def test_only_one_window_of_records_is_read_ahead(lens, tmp_path, monkeypatch):
     """The stream is read as it is run: at each window no later record has come by."""
-    read, seen = [], []
+    read = []
+    seen = []
 
     def texts() -> Iterator[dict[str, str]]:
         for text in TEXTS:
@@ -217,7 +230,8 @@ def test_only_one_window_of_records_is_read_ahead(lens, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stream, "window_table", table)
     found = run(lens, texts(), tmp_path)
-    assert len(seen) > 2 and all(count <= last + 2 for count, last in seen)
+    assert len(seen) > 2
+    assert all(count <= last + 2 for count, last in seen)
     assert found.texts == len(TEXTS)
 
 
@@ -338,11 +352,13 @@ def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
 
     command_line.commands_have(monkeypatch, lens)
     monkeypatch.setattr(ll, "load_adapter", lambda path: lens.adapter)
-    records, out = write_jsonl(tmp_path / "texts.jsonl", BAD), tmp_path / "u.parquet"
+    records = write_jsonl(tmp_path / "texts.jsonl", BAD)
+    out = tmp_path / "u.parquet"
     asked = ["sweep", "--prompts", records, "--out", out, "--analysis", "activations"]
     ran = CliRunner().invoke(app, [*map(str, asked), "--limit", "4", "--quiet"])
     assert ran.exit_code == 0, ran.output
-    assert "4 texts (1 with errors)" in ran.output and "bad: line 3: no prompt." in ran.output
+    assert "4 texts (1 with errors)" in ran.output
+    assert "bad: line 3: no prompt." in ran.output
     found = ll.results.ActivationsFile(out)
     assert (found.texts, found.errors) == (4, 1)
 

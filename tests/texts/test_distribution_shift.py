@@ -19,8 +19,10 @@ def _case(size: float, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor
 
 
 def _truth(base: torch.Tensor, shift: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    f0, f1 = base.double().numpy(), (base.double() + shift.double()).numpy()
-    log_p, log_q = log_softmax(f0, -1), log_softmax(f1, -1)
+    f0 = base.double().numpy()
+    f1 = (base.double() + shift.double()).numpy()
+    log_p = log_softmax(f0, -1)
+    log_q = log_softmax(f1, -1)
     return (softmax(f0, -1) * (log_p - log_q)).sum(-1), softmax(f1, -1) - softmax(f0, -1)
 
 
@@ -42,7 +44,8 @@ def test_a_tiny_kl_of_float32_is_not_rounding_alone():
     """Of log-softmaxes it would be: their difference is off by more than the whole KL."""
     base, shift = _case(1e-4, torch.float32)
     kl, _ = _truth(base, shift)
-    log_p, log_q = base.log_softmax(-1), (base + shift).log_softmax(-1)
+    log_p = base.log_softmax(-1)
+    log_q = (base + shift).log_softmax(-1)
     subtracted = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
     assert np.abs(subtracted / kl - 1).max() > 1
     found = distribution_shift(base, base.softmax(-1), shift)

@@ -70,16 +70,20 @@ def test_each_checkpoint_has_its_own_noise_floor(found):
         assert torch.allclose(result.noise[1 + k], adapted_noise, rtol=1e-6)
         whole = own.noise((1.0,), at=0.0).square() + adapted_noise.square()
         assert torch.allclose(result.noise_floor[k].square(), whole, rtol=1e-6)
-    assert result.noise.shape == (6, 2) and len(set(result.noise[:, 0].tolist())) > 2
+    assert result.noise.shape == (6, 2)
+    assert len(set(result.noise[:, 0].tolist())) > 2
 
 
 def test_the_direction_is_the_final_one_throughout(found):
     _, _, result = found
     assert torch.allclose(result.to_final, torch.ones_like(result.to_final))
-    assert result.angle.max() < 1e-4 and result.phases["angle"] == ()  # what differs is rounding
+    assert result.angle.max() < 1e-4
+    assert result.phases["angle"] == ()
     ratio = result.norms / result.norms[-1]
-    assert bool(result.read_angle[0].isnan().all()) and result.read_angle[1:].max() < 1e-3
-    assert bool(result.write_angle[0].isnan().all()) and result.write_angle[1:].max() < 1e-3
+    assert bool(result.read_angle[0].isnan().all())
+    assert result.read_angle[1:].max() < 1e-3
+    assert bool(result.write_angle[0].isnan().all())
+    assert result.write_angle[1:].max() < 1e-3
     assert torch.allclose(ratio, torch.tensor(STRENGTHS)[:, None].expand_as(ratio).double())
     steps = torch.tensor(STRENGTHS).diff(prepend=torch.zeros(1)).double()
     assert torch.allclose(result.moved, steps[:, None] * result.norms[-1], atol=1e-6)
@@ -88,7 +92,8 @@ def test_the_direction_is_the_final_one_throughout(found):
 def test_where_it_flips(found):
     """In ε: the flips of all checkpoints are one strength. In steps: between the two around it."""
     case, readout, result = found
-    assert result.flips[-1, 0] and torch.isfinite(result.flip_scale[-1, 0])
+    assert result.flips[-1, 0]
+    assert torch.isfinite(result.flip_scale[-1, 0])
     at = float(result.flip_scale[-1, 0])
     for k, strength in enumerate(STRENGTHS):
         own = float(result.flip_scale[k, 0])
@@ -106,7 +111,8 @@ def test_tables_and_pictures(found):
     case, _, result = found
     assert len(result.to_frame()) == 10
     layers = result.by_group("moved")
-    assert list(layers.columns) == [4, 10, 20, 30, 40] and len(layers) == 2
+    assert list(layers.columns) == [4, 10, 20, 30, 40]
+    assert len(layers) == 2
     effect = result.by_group("effect", "kind").sum()
     assert np.allclose(effect, result.first_order.mean(1))
     assert len(result.plot().data) >= 4
@@ -124,7 +130,9 @@ def test_a_turn_of_the_direction_is_an_angle_and_a_phase():
     run = [a.named(str(i)) for i, a in enumerate([*before, *after])]
     result = ll.checkpoints(case.lens, run, models.tokens(), ll.Margin(5, 9), progress=False)
     assert result.phases["angle"] == ((7.0, 8.0),)
-    assert result.angle[6] > 80 and result.angle[7] < 10 and result.angle[-1] == 0
+    assert result.angle[6] > 80
+    assert result.angle[7] < 10
+    assert result.angle[-1] == 0
 
 
 @pytest.mark.parametrize("turned", ["read", "write"])
@@ -161,7 +169,8 @@ def test_what_is_read_turns_apart_from_what_is_written(turned: str):
         assert torch.allclose(degrees, expected, atol=1e-3), side
     assert torch.allclose(result.to_final[1], torch.full_like(result.to_final[1], 0.75**0.5))
     by_layer = result.by_group(turned)
-    assert by_layer[1].isna().all() and np.allclose(by_layer[[2, 3]], 30, atol=1e-3)
+    assert by_layer[1].isna().all()
+    assert np.allclose(by_layer[[2, 3]], 30, atol=1e-3)
     assert result.plot_modules(turned).data[0].z is not None
 
 
@@ -173,11 +182,14 @@ def test_a_run_folder_is_read_in_the_order_of_its_steps(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     readout = ll.Margin(5, 9)
     read = ll.checkpoints(case.lens, tmp_path, models.tokens(), readout, progress=False)
-    assert read.steps == (3, 20, 100) and read.names[0] == "checkpoint-3"
-    assert read.phases == {} and "3 checkpoints are too few to tell a phase change" in read.story()
+    assert read.steps == (3, 20, 100)
+    assert read.names[0] == "checkpoint-3"
+    assert read.phases == {}
+    assert "3 checkpoints are too few to tell a phase change" in read.story()
     given = training(case, (0.25, 0.5, 1.0))
     listed = ll.checkpoints(case.lens, given, models.tokens(), readout, progress=False)
-    assert torch.allclose(read.adapted, listed.adapted, atol=1e-9) and listed.steps == (1, 2, 3)
+    assert torch.allclose(read.adapted, listed.adapted, atol=1e-9)
+    assert listed.steps == (1, 2, 3)
 
 
 @pytest.mark.bad_input

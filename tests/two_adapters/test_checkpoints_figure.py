@@ -23,7 +23,8 @@ checkpoints = by_folder.made_public("two_adapters").checkpoints
 def test_what_is_shaded_is_said(phases, shaded: int, words: str):
     figure = dataclasses.replace(checkpoints(), phases=phases).plot()
     boxes = [shape for shape in figure.layout.shapes if shape.type == "rect"]
-    assert len(boxes) == shaded and words in figure.layout.title.text
+    assert len(boxes) == shaded
+    assert words in figure.layout.title.text
 
 
 def test_a_checkpoint_without_an_update_has_no_angle():
@@ -32,4 +33,5 @@ def test_a_checkpoint_without_an_update_has_no_angle():
     angle = training.angle.clone()
     angle[0] = torch.nan
     page = dataclasses.replace(training, angle=angle).report()
-    assert "nan" not in re.sub(r"(?s)<script.*?</script>", "", page) and f"{angle[1]:.0f}°" in page
+    assert "nan" not in re.sub(r"(?s)<script.*?</script>", "", page)
+    assert f"{angle[1]:.0f}°" in page

@@ -91,7 +91,8 @@ def test_adapters_of_one_seed_are_said_to_begin_alike():
     lens = case.lens.with_adapter(first)
     alike = ll.compare_adapters(lens, initialised(case.base, 0, taught=2).named("b"), draws=3)
     assert alike.read_overlap.mean() > 0.9 > 0.5 > alike.write_overlap.mean()
-    assert alike.begin_alike and "initialised from one seed" in alike.note
+    assert alike.begin_alike
+    assert "initialised from one seed" in alike.note
     assert alike.note in repr(alike)
     assert "begin alike" in alike.plot().layout.title.text
     without_null = ll.compare_adapters(
@@ -101,11 +102,13 @@ def test_adapters_of_one_seed_are_said_to_begin_alike():
     others = initialised(case.base, 5, taught=2), initialised(case.base, 5, taught=1), first
     for other in others:
         found = ll.compare_adapters(lens, other.named("b"), draws=3)
-        assert not found.begin_alike and found.note == ""
+        assert not found.begin_alike
+        assert found.note == ""
         assert "initialised from one seed" not in repr(found)
     wide = case.lens.with_adapter(models_of_full_rank(case, 1))
     found = ll.compare_adapters(wide, models_of_full_rank(case, 2).named("b"), draws=2)
-    assert found.read_overlap.mean() > 0.9 and not found.begin_alike  # so does any of that rank
+    assert found.read_overlap.mean() > 0.9
+    assert not found.begin_alike
 
 
 def models_of_full_rank(case: cases.Case, seed: int) -> ll.Adapter:
@@ -120,7 +123,9 @@ def test_what_cancels_has_no_direction():
     lens = cases.case(*HOSTS[0]).lens
     found = ll.compare_adapters(lens, (lens.adapter - lens.adapter).named("nothing"), draws=0)
     assert float(found.norms[1].max()) == 0
-    assert found.cosines.isnan().all() and np.isnan(found.cosine) and found.read.numel() == 0
+    assert found.cosines.isnan().all()
+    assert np.isnan(found.cosine)
+    assert found.read.numel() == 0
 
 
 @pytest.mark.parametrize("key", HOSTS, ids="-".join)
@@ -259,11 +264,15 @@ def test_sites_of_one_alone_are_listed_and_count_in_its_norm():
     case = cases.case(*HOSTS[0])
     part = case.lens.adapter.only("*.q_proj", "*.v_proj")
     found = ll.compare_adapters(case.lens, part, draws=0)
-    assert len(found.sites) == 4 and len(found.only[0]) == 10 and found.only[1] == ()
+    assert len(found.sites) == 4
+    assert len(found.only[0]) == 10
+    assert found.only[1] == ()
     frame = found.to_frame()
     alone = frame[frame["adapters"] == case.lens.adapter.name]
-    assert len(alone) == 10 and set(frame["module"]) == set(case.lens.adapter.modules)
-    assert frame["layer"].dtype.kind == "i" and alone["cosine"].isna().all()
+    assert len(alone) == 10
+    assert set(frame["module"]) == set(case.lens.adapter.modules)
+    assert frame["layer"].dtype.kind == "i"
+    assert alone["cosine"].isna().all()
     size = {k: f.norm() for k, f in case.lens.adapter.modules.items()}
     shared = sum(size[site.module] ** 2 for site in found.sites)
     whole = sum(s**2 for s in size.values())
@@ -328,7 +337,8 @@ def test_it_is_drawn_and_told():
     found = ll.compare_adapters(
         case.lens, other_of(case), models.tokens(), READOUT, draws=2, progress=False
     )
-    assert "null" in repr(found) and "both" in repr(found)
+    assert "null" in repr(found)
+    assert "both" in repr(found)
     z = np.array(found.plot().data[0].z, dtype=float)
     assert np.isfinite(z).sum() == len(found.sites)
 

@@ -73,9 +73,12 @@ def test_a_planted_spill_is_taken_out(host):
     """One of two ranks: all of the behaviour stays, on held-out prompts too, and nothing else."""
     found = repaired(host)
     assert found.kept.tolist() == [False, True], "σ of the taught direction is the smaller one"
-    assert found.is_held_out and found.verdict == "helps"
-    assert found.kept_share == pytest.approx(1) and found.left_share == pytest.approx(0, abs=1e-9)
-    assert found.gain > 1e6 and found.matched[-1] == pytest.approx(1, abs=0.02)
+    assert found.is_held_out
+    assert found.verdict == "helps"
+    assert found.kept_share == pytest.approx(1)
+    assert found.left_share == pytest.approx(0, abs=1e-9)
+    assert found.gain > 1e6
+    assert found.matched[-1] == pytest.approx(1, abs=0.02)
     (update,) = found.adapter.modules.values()
     assert update.rank == 1
     expected = torch.zeros(16, models.VOCAB, dtype=torch.float64)
@@ -96,8 +99,10 @@ def test_where_keep_and_drop_are_one_direction_it_says_so():
         ll.Adapter.from_factors({k: only(f, 0) for k, f in lens.adapter.modules.items()})
     )
     found = ll.repair(one, [(prompts, margin)], [(prompts, ll.KL())], steps=10, progress=False)
-    assert found.verdict == "nothing" and bool(found.kept.all())
-    assert not found.is_held_out and found.gain == pytest.approx(1)
+    assert found.verdict == "nothing"
+    assert bool(found.kept.all())
+    assert not found.is_held_out
+    assert found.gain == pytest.approx(1)
     assert "the adapter is whole" in " ".join(found.story().split())
     assert "made on" in found.story()
 
@@ -261,7 +266,8 @@ def test_shares_and_scaling_are_those_of_peft():
 
 def test_the_curve_of_scaling_runs_from_the_base_to_the_whole_adapter():
     found = repaired(HOSTS[0])
-    assert np.allclose(found.along[-1], 1) and np.allclose(found.along[0], 0)
+    assert np.allclose(found.along[-1], 1)
+    assert np.allclose(found.along[0], 0)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,8 @@ def test_the_verdict_is_that_of_the_gain(gain, verdict, said):
     shares[1, dropped] = 0.25
     shares[2, dropped] = 0.25 * gain
     found = dataclasses.replace(found, shares=shares)
-    assert found.gain == pytest.approx(gain) and found.verdict == verdict
+    assert found.gain == pytest.approx(gain)
+    assert found.verdict == verdict
     assert said in " ".join(found.story().split())
 
 
@@ -291,11 +298,12 @@ def test_what_keeps_more_than_the_whole_adapter_is_held_against_it():
         case.lens, [(models.tokens(1), ll.Margin(7, 3))], [(models.tokens(1, 6), ll.KL())], 1.0,
         of="site", steps=30, rate=0.1, progress=False, draws=1,
     )  # fmt: skip
-    assert found.kept_share > 1 and found.matched[-1] == 1.0 and found.exceeds
+    assert found.kept_share > 1
+    assert found.matched[-1] == 1.0
+    assert found.exceeds
     whole = found.to_frame().set_index(["role", "state"])["share"]
-    assert whole["drop", "scaled"] == pytest.approx(1) and whole["keep", "scaled"] == pytest.approx(
-        1
-    )
+    assert whole["drop", "scaled"] == pytest.approx(1)
+    assert whole["keep", "scaled"] == pytest.approx(1)
     assert "No strength of the whole adapter up to 1 keeps as much" in found.story()
     assert "the whole adapter leaves" in found.plot().layout.title.text
     assert not repaired(HOSTS[0]).exceeds
@@ -316,13 +324,15 @@ def test_a_repair_exceeds_at_the_strength_of_the_questions_that_judge():
         along=torch.cat([by_hand.along, by_hand.along[:, :1]], 1),
         matched=(1.0, 0.5),
     )
-    assert not found.is_held_out and found.exceeds
+    assert not found.is_held_out
+    assert found.exceeds
     assert not dataclasses.replace(found, matched=(0.5, 1.0)).exceeds
 
 
 def test_it_is_drawn_told_saved_and_laid(tmp_path):
     found = repaired(HOSTS[0])
-    assert "times as much" in found.story() and "held-out" in repr(found)
+    assert "times as much" in found.story()
+    assert "held-out" in repr(found)
     assert len(found.plot().data) == 3
     again = ll.results.Repair.load(found.save(tmp_path / "r.safetensors"))
     assert again.gain == found.gain

@@ -13,7 +13,8 @@ from lens_lora.two_adapters.overlap import overlap_of, svd_of_sites
 pytestmark = models.NEEDS_NEWEST
 # Stacks [expert, out, in]; stacks [expert, in, out] with biases; a family that `families` has.
 NAMES = ["Qwen3-MoE", "gpt-oss", "Mixtral"]
-EXPERTS, RANK = 4, 2
+EXPERTS = 4
+RANK = 2
 
 
 @pytest.fixture(params=NAMES)
@@ -28,9 +29,11 @@ def stacks(lens: ll.LoraLens) -> list[int]:
 
 def test_two_stacks_are_compared_expert_by_expert(case):
     """⟨ΔW, ΔW′⟩ of the whole tensors; products of different experts are no part of it."""
-    lens, other = case.lens, case.lens.adapter.null(5)
+    lens = case.lens
+    other = case.lens.adapter.null(5)
     mixed = case.lens.adapter.mixed(other, 0.3)
-    updates, others = svd_of_sites(lens), svd_of_sites(lens.with_adapter(mixed))
+    updates = svd_of_sites(lens)
+    others = svd_of_sites(lens.with_adapter(mixed))
     for index in stacks(lens):
         site = lens.sites[index]
         ours, theirs = (a.modules[site.module] for a in (lens.adapter, mixed))

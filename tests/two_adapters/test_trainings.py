@@ -47,7 +47,8 @@ def g(case: cases.Case, scale: float) -> np.ndarray:
 def test_each_run_and_the_mean_are_peft_s(found):
     case, result = found
     expected = np.array([[g(case, s) for s in strengths] for strengths in STRENGTHS.values()])
-    assert result.runs == tuple(STRENGTHS) and result.steps == STEPS
+    assert result.runs == tuple(STRENGTHS)
+    assert result.steps == STEPS
     assert np.allclose(result.adapted, expected, atol=1e-9)
     summary = result.summary()
     of_peft = expected.reshape(3, -1)
@@ -66,11 +67,13 @@ def test_a_run_is_the_training_by_itself(found):
         progress=False,
     )  # fmt: skip
     same = result.of_run("seed 1")
-    assert torch.allclose(same.adapted, alone.adapted, atol=1e-12) and same.names == alone.names
+    assert torch.allclose(same.adapted, alone.adapted, atol=1e-12)
+    assert same.names == alone.names
     table = result.to_frame()
     of_run = table[table["run"] == "seed 1"].drop(columns="run").reset_index(drop=True)
     assert np.allclose(of_run["shift"], alone.to_frame()["shift"], atol=1e-12)
-    assert list(dict.fromkeys(table["run"])) == list(STRENGTHS) and len(table) == 3 * 3 * 2
+    assert list(dict.fromkeys(table["run"])) == list(STRENGTHS)
+    assert len(table) == 3 * 3 * 2
 
 
 @pytest.mark.parametrize("what", ["effect", "norm"])
@@ -102,12 +105,14 @@ def test_only_steps_that_every_run_has_are_averaged():
     case = cases.case("llama", HOST, "raw")
     runs = {"long": run(case, (0.2, 0.4, 0.6)), "short": run(case, (0.3, 0.5))}
     result = ll.checkpoints(case.lens, runs, models.tokens(), READOUT, progress=False)
-    assert result.steps == (1, 2) and len(result.of_run("long").steps) == 3
+    assert result.steps == (1, 2)
+    assert len(result.of_run("long").steps) == 3
     expected = (g(case, 0.4) + g(case, 0.5)) / 2
     at_second = result.summary().query("step == 2")["adapted"]
     assert np.allclose(at_second, expected, atol=1e-9)
     lengths = {trace.name: len(trace.x) for trace in result.plot().data}
-    assert lengths["long"] == 4 and lengths["mean of runs"] == 3
+    assert lengths["long"] == 4
+    assert lengths["mean of runs"] == 3
     assert list(result.to_frame().groupby("run").size()) == [6, 4]
 
 
@@ -130,7 +135,8 @@ def test_words_say_in_how_many_runs_it_flips():
         runs=("only",), each=trainings().each[:1], str_tokens=trainings().str_tokens,
         readout="y", units="logits", meta={},
     )  # fmt: skip
-    assert alone.summary()["adapted_spread"].isna().all() and "on average" not in alone.story()
+    assert alone.summary()["adapted_spread"].isna().all()
+    assert "on average" not in alone.story()
     assert [trace.name for trace in alone.plot().data] == ["only"]
 
 

@@ -25,7 +25,9 @@ KEY = f"base_model.model.{Q0}.lora_{{}}.weight"
 def assert_equal(one: ll.Adapter, other: ll.Adapter) -> None:
     assert list(one.modules) == list(other.modules)
     for a, b in zip(one.modules.values(), other.modules.values(), strict=True):
-        assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B) and a.scale == b.scale
+        assert torch.equal(a.A, b.A)
+        assert torch.equal(a.B, b.B)
+        assert a.scale == b.scale
 
 
 @pytest.fixture(scope="module")
@@ -229,10 +231,12 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_from_peft_copies():
     """Training the PeftModel on changes nothing that was read; reading changes nothing in it."""
     model = peft_of("llama", targets=["q_proj"])
-    before, training = state_of(model), model.training
+    before = state_of(model)
+    training = model.training
     adapter = ll.Adapter.from_peft(model)
     expected = deltas(model)
-    assert model.training is training and model.active_adapters == ["default"]
+    assert model.training is training
+    assert model.active_adapters == ["default"]
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -302,7 +306,8 @@ def test_selection(select, left, valid):
     """A selection holds the same factors, of the modules that match and no others."""
     adapter = ll.load_adapter(valid)
     chosen = select(adapter)
-    assert list(chosen.modules) == left and len(adapter) == 4
+    assert list(chosen.modules) == left
+    assert len(adapter) == 4
     assert all(chosen.modules[p] is adapter.modules[p] for p in left)
     assert (chosen.name, chosen.base_model) == (adapter.name, adapter.base_model)
 
@@ -368,7 +373,8 @@ def test_hub_repository(folder, monkeypatch):
     files = asked.pop("allow_patterns")
     assert files[:2] == [f"adapter/{CONFIG}", f"adapter/{WEIGHTS}"]
     suffixes = {Path(file).suffix for file in files[2:]}
-    assert all(file.startswith("adapter/") for file in files) and ".bin" not in suffixes
+    assert all(file.startswith("adapter/") for file in files)
+    assert ".bin" not in suffixes
     assert suffixes <= {".json", ".jinja", ".model", ".txt"}
     assert asked == {"repo": "lab/lora", "revision": "v2"}
 
@@ -412,7 +418,8 @@ def test_pickles_are_never_opened(name, dump, folder, tmp_path):
     message = refusal(folder, AdapterError, name)
     assert not marker.exists()
     if name.endswith(".bin"):
-        assert "can run code" in message and "save_pretrained" in message
+        assert "can run code" in message
+        assert "save_pretrained" in message
     with (folder / name).open("rb") as file:
         torch.load(file, weights_only=False) if dump is torch.save else pickle.load(file)
     assert marker.exists(), "the trap must work, or this test shows nothing"
@@ -563,7 +570,8 @@ def put(key: str, make):
     return lambda tensors: tensors.update({key: make(tensors)})
 
 
-A, B = KEY.format("A"), KEY.format("B")
+A = KEY.format("A")
+B = KEY.format("B")
 SPOILED = {
     "no B": (lambda t: t.pop(B), AdapterError, [Q0, "lora_A is there", "lora_B is missing"]),
     "no A": (lambda t: t.pop(A), AdapterError, [Q0, "lora_B is there", "lora_A is missing"]),

@@ -24,7 +24,8 @@ from shapes import share
 
 import lens_lora as ll
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 SCALE_FIELDS = {"lora_alpha", "alpha_pattern", "use_rslora"}
 
 pytestmark = pytest.mark.bad_input
@@ -63,9 +64,12 @@ class Victim:
         assert len(adapter) == len(self.original)
         assert adapter.base_model is None or isinstance(adapter.base_model, str)
         for factors in adapter.modules.values():
-            assert torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()
-            assert factors.A.numel() and factors.B.numel()
-            assert factors.scale != 0 and math.isfinite(factors.scale)
+            assert torch.isfinite(factors.A).all()
+            assert torch.isfinite(factors.B).all()
+            assert factors.A.numel()
+            assert factors.B.numel()
+            assert factors.scale != 0
+            assert math.isfinite(factors.scale)
         assert weights is not None or self.is_original(adapter)
         return adapter
 

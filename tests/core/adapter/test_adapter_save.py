@@ -21,7 +21,8 @@ from targets import TARGETS, has, peft_with
 import lens_lora as ll
 
 pytestmark = pytest.mark.usefixtures("float64")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 EXACT = 1e-11
 MARGIN = ll.Margin(5, 9)
 
@@ -41,10 +42,12 @@ def in_peft(base, folder: Path) -> torch.Tensor:
 
 
 def assert_same(one: ll.Adapter, other: ll.Adapter) -> None:
-    assert list(one.modules) == list(other.modules) and one.base_model == other.base_model
+    assert list(one.modules) == list(other.modules)
+    assert one.base_model == other.base_model
     for a, b in zip(one.modules.values(), other.modules.values(), strict=True):
         for field in dataclasses.fields(a):
-            x, y = getattr(a, field.name), getattr(b, field.name)
+            x = getattr(a, field.name)
+            y = getattr(b, field.name)
             if isinstance(x, torch.Tensor):
                 assert x.dtype == y.dtype and torch.equal(x, y), field.name
             else:
@@ -70,7 +73,8 @@ def test_peft_loads_what_was_saved(family: str, target: str, tmp_path):
     folder = adapter.save(tmp_path / "new" / "folder")
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
     with torch.no_grad():
-        expected, plain = original(models.tokens()).logits, base(models.tokens()).logits
+        expected = original(models.tokens()).logits
+        plain = base(models.tokens()).logits
     found = in_peft(base, folder)
     assert largest_difference(found, expected) < EXACT < 0.05 < (found - plain).abs().max()
     assert_same(ll.load_adapter(folder), dataclasses.replace(adapter, name="folder"))
@@ -108,7 +112,8 @@ def test_whole_alphas_stay_whole_and_the_base_is_named(tmp_path):
     config = json.loads((adapter.save(tmp_path) / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 5)
     assert isinstance(config["lora_alpha"], int)
-    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
     assert config["base_model_name_or_path"] == "some/base"
     assert sorted(config["target_modules"]) == sorted(adapter.modules)
     assert all(t.dtype == torch.float64 for t in load_file(tmp_path / WEIGHTS).values())
@@ -173,7 +178,8 @@ def test_the_top_of_an_attribution_is_a_pruned_adapter(family: str, tmp_path):
     lens, case = lens_of(family)
     top = ll.first_order(lens, models.tokens(), MARGIN).top(3)
     pruned = lens.adapter.only(top)
-    assert set(pruned.modules) == set(top["module"]) and len(pruned) < len(lens.adapter)
+    assert set(pruned.modules) == set(top["module"])
+    assert len(pruned) < len(lens.adapter)
     gates = torch.tensor([float(s.module in set(top["module"])) for s in lens.sites])
     expected = lens.logits(models.tokens(), gates)
     found = in_peft(case.base, pruned.save(tmp_path))
@@ -282,7 +288,8 @@ def test_a_strength_is_folded_into_the_scale(tmp_path):
     """Without DoRA or a trained bias, half of an update is an update."""
     half = ll.Adapter.from_factors({"l.q": factors(scale=3.0, lora_bias=VECTOR, strength=0.5)})
     back = ll.load_adapter(half.save(tmp_path)).modules["l.q"]
-    assert (back.scale, back.strength) == (1.5, 1.0) and torch.equal(back.lora_bias, VECTOR)
+    assert (back.scale, back.strength) == (1.5, 1.0)
+    assert torch.equal(back.lora_bias, VECTOR)
 
 
 def test_saving_again_replaces(tmp_path):

@@ -51,14 +51,20 @@ def held_bytes(adapter: ll.Adapter) -> int:
 
 def test_a_reversal_is_a_view_of_one_vector():
     J = reversal(5, torch.float32, torch.device("cpu"))
-    assert torch.equal(J, torch.eye(5).flip(0)) and stored_bytes(J) == 4 * 9
-    assert is_reversal(J) and is_reversal(J.T) and not is_reversal(torch.eye(5))
+    assert torch.equal(J, torch.eye(5).flip(0))
+    assert stored_bytes(J) == 4 * 9
+    assert is_reversal(J)
+    assert is_reversal(J.T)
+    assert not is_reversal(torch.eye(5))
     x = drawn(2, 3, 5, dtype=torch.float32)
-    assert torch.equal(applied(x, J), x @ J.T) and torch.equal(applied(x, 2 * J), x @ (2 * J).T)
+    assert torch.equal(applied(x, J), x @ J.T)
+    assert torch.equal(applied(x, 2 * J), x @ (2 * J).T)
     wide = converted(J, torch.float64, torch.device("cpu"))
-    assert is_reversal(wide) and wide.dtype == torch.float64
+    assert is_reversal(wide)
+    assert wide.dtype == torch.float64
     other = torch.arange(9.0).as_strided((5, 5), (1, 1))
-    assert is_reversal(other) and not is_reversal(written_out(other))
+    assert is_reversal(other)
+    assert not is_reversal(written_out(other))
     assert torch.equal(written_out(other), other)
     factors = ll.LoRAFactors(drawn(5, 4), other.double())
     assert not factors.is_dense, "what only looks like it is written out"
@@ -68,21 +74,26 @@ def test_a_reversal_is_a_view_of_one_vector():
 def test_factors_hold_any_change_exactly(shape):
     delta = drawn(*shape)
     factors = LoRAFactors.dense(delta)
-    assert torch.equal(factors.materialise(), delta) and torch.equal(factors.B @ factors.A, delta)
+    assert torch.equal(factors.materialise(), delta)
+    assert torch.equal(factors.B @ factors.A, delta)
     assert factors.norm() == pytest.approx(float(delta.norm()), rel=1e-14)
-    assert factors.rank == min(shape) and factors.is_dense == (min(shape) > 1)
+    assert factors.rank == min(shape)
+    assert factors.is_dense == (min(shape) > 1)
     rows = torch.tensor([0, shape[0] - 1])
     assert torch.equal(factors.rows(rows).materialise(), delta[rows])
     halved = factors.scaled(0.5)
-    assert torch.equal(halved.materialise(), 0.5 * delta) and halved.is_dense == factors.is_dense
+    assert torch.equal(halved.materialise(), 0.5 * delta)
+    assert halved.is_dense == factors.is_dense
 
 
 @pytest.mark.parametrize("experts", [0, 2])
 def test_a_product_of_factors_in_half_precision_is_computed_wider(experts: int):
     """In the dtype that is asked for, or that of the weight; the oracle is float64."""
-    A, B = drawn(4, 6).bfloat16(), drawn(5, 4).bfloat16()
+    A = drawn(4, 6).bfloat16()
+    B = drawn(5, 4).bfloat16()
     factors = LoRAFactors(A, B, scale=0.7, experts=experts)
-    A, B = A.double(), B.double()
+    A = A.double()
+    B = B.double()
     products = [b @ a for a, b in zip(A.chunk(experts or 1), B.chunk(experts or 1, 1), strict=True)]
     expected = 0.7 * torch.cat(products, 1)
     for delta in (
@@ -95,7 +106,8 @@ def test_a_product_of_factors_in_half_precision_is_computed_wider(experts: int):
 
 def test_changes_in_half_precision_are_summed_in_float32():
     """A sum of dense updates of one module, each with its strength."""
-    one, two = drawn(6, 9).bfloat16(), drawn(6, 9).bfloat16()
+    one = drawn(6, 9).bfloat16()
+    two = drawn(6, 9).bfloat16()
     first, second = (ll.Adapter({"m": LoRAFactors.dense(delta)}) for delta in (one, two))
     total = (first.scaled(0.7).mixed(second.scaled(0.9), 0.5)).modules["m"].materialise()
     expected = 0.35 * one.double() + 0.45 * two.double()
@@ -144,7 +156,8 @@ def test_a_lens_holds_the_change_alone_and_is_exact(family, make):
 def test_a_bank_has_the_same_first_order_and_stacks_no_dense_factors():
     base, tuned = tuned_pair()
     adapter = ll.Adapter.between(base, tuned, progress=False)
-    model, readout = models.bridge(base) if models.has_bridge() else None, ll.Margin("w8", "w9")
+    model = models.bridge(base) if models.has_bridge() else None
+    readout = ll.Margin("w8", "w9")
     model = model or models.hooked_transformer(base)
     bank = ll.bank(model, TOKENS, readout, progress=False)
     expected = ll.first_order(ll.LoraLens(model, adapter), TOKENS, readout)
@@ -169,7 +182,8 @@ def test_a_file_is_read_by_peft_and_again_without_its_other_factor(
     read = ll.load_adapter(tmp_path)
     for path, update in adapter.modules.items():
         again = read.modules[path]
-        assert again.is_dense and torch.equal(again.materialise(), update.materialise())
+        assert again.is_dense
+        assert torch.equal(again.materialise(), update.materialise())
     assert held_bytes(read) == held_bytes(adapter)
     wide = copy.deepcopy(base).double()
     options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": False}
@@ -199,7 +213,8 @@ def test_a_file_with_an_identity_is_read_without_it(tmp_path):
     read = ll.load_adapter(tmp_path)
     for path, update in read.modules.items():
         A = tensors[f"base_model.model.{path}.lora_A.weight"]
-        assert update.is_dense and torch.equal(update.materialise(), update.scale * A)
+        assert update.is_dense
+        assert torch.equal(update.materialise(), update.scale * A)
 
 
 # --- Arithmetic

@@ -116,7 +116,8 @@ def test_bank_scans_and_remembers_it(adapter: ll.Adapter, tmp_path: Path):
     folders = [written(adapter.scaled(k), tmp_path / "all" / f"a{k}") for k in (1, 2)]
     out = tmp_path / "scan.parquet"
     once = bank.scan(tmp_path / "all", out=out, any_base=True, progress=False)
-    assert set(once["adapter"]) == {"a1", "a2"} and not once["value"].isna().any()
+    assert set(once["adapter"]) == {"a1", "a2"}
+    assert not once["value"].isna().any()
     written(adapter.scaled(5), tmp_path / "new")
     shutil.copy(tmp_path / "new" / FILE, folders[0])
     again = bank.scan(tmp_path / "all", out=out, any_base=True, progress=False)
@@ -129,7 +130,9 @@ def test_commands_read_it(adapter: ll.Adapter, tmp_path: Path):
     folder = written(adapter, tmp_path / "all" / "mine")
     done = run(cli.app, ["inspect", str(folder)])
     assert done.exit_code == 0, done.output
-    assert "mine" in done.stdout and "org/base" in done.stdout and "14" in done.stdout
+    assert "mine" in done.stdout
+    assert "org/base" in done.stdout
+    assert "14" in done.stdout
     saved_llama(tmp_path / "base")
     asked = ["--prompt", "w5 w6 w7", "--doc", "w5", "--pre", "w9"]
     out = tmp_path / "scan.parquet"

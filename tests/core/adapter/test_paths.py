@@ -95,12 +95,14 @@ def test_keys_that_carry_the_adapter_s_name(config, tmp_path):
         adapter = ll.load_adapter(tmp_path)
     for path, factors in original.modules.items():
         found = adapter.modules[path]
-        assert torch.equal(found.A, factors.A) and torch.equal(found.B, factors.B)
+        assert torch.equal(found.A, factors.A)
+        assert torch.equal(found.B, factors.B)
         for one, other in (
             (found.lora_bias, factors.lora_bias),
             (found.magnitude, factors.magnitude),
         ):
-            assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
 
 
 def test_a_name_that_not_all_keys_carry(model, tmp_path):

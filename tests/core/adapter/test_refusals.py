@@ -96,13 +96,15 @@ def test_a_git_lfs_pointer(name, folder):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13648\n"
     (folder / name).write_text(pointer)
     message = refusal(folder)
-    assert name in message and "run git lfs pull" in message
+    assert name in message
+    assert "run git lfs pull" in message
 
 
 def test_an_mlx_folder(folder):
     """Its weights have a name of their own."""
     (folder / WEIGHTS).rename(folder / "adapters.safetensors")
-    assert "MLX" in refusal(folder) and "adapters.safetensors" in refusal(folder)
+    assert "MLX" in refusal(folder)
+    assert "adapters.safetensors" in refusal(folder)
     (folder / CONFIG).write_text(json.dumps({"fine_tune_type": "lora", "num_layers": 16}))
     shutil.copy(folder / "adapters.safetensors", folder / WEIGHTS)
     assert "adapters.safetensors holds its weights" in refusal(folder)
@@ -144,7 +146,8 @@ def test_a_subfolder_of_a_hub_repository(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_file_in_place_of_its_folder(name, folder):
     message = refusal(folder / name)
-    assert "give the folder" in message and str(folder) in message
+    assert "give the folder" in message
+    assert str(folder) in message
 
 
 def test_no_peft_type(folder):

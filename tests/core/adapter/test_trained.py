@@ -46,19 +46,24 @@ def everything():
 def test_what_an_adapter_holds(everything, tmp_path):
     """The same live and from the file; each kind of it as PEFT's tensors."""
     _, model = everything
-    live, read = ll.Adapter.from_peft(model), ll.load_adapter(saved(model, tmp_path))
+    live = ll.Adapter.from_peft(model)
+    read = ll.load_adapter(saved(model, tmp_path))
     assert list(live.modules) == list(read.modules)
     for path, update in live.modules.items():
         other = read.modules[path]
         assert type(update) is type(other)
         if isinstance(update, ll.results.TrainedModule):
-            assert torch.equal(update.weight, other.weight) and update.tied == other.tied
+            assert torch.equal(update.weight, other.weight)
+            assert update.tied == other.tied
     body = model.base_model.model.model
     rows = live.modules["model.embed_tokens"]
-    assert rows.tokens.tolist() == [9, 10, 11, 12] and rows.tied
+    assert rows.tokens.tolist() == [9, 10, 11, 12]
+    assert rows.tied
     assert torch.equal(rows.weight, body.embed_tokens.token_adapter.trainable_tokens_delta.default)
     norm = live.modules["model.layers.1.post_attention_layernorm"]
-    assert norm.weight.shape == (16,) and norm.bias is None and not norm.tied
+    assert norm.weight.shape == (16,)
+    assert norm.bias is None
+    assert not norm.tied
     assert repr(read).endswith("13 modules, rank [3], 9 without factors)")
 
 
@@ -103,7 +108,8 @@ def test_what_wraps_a_model_is_left_out(rename, everything, tmp_path):
 def test_trained_on_the_model_without_its_head(family: str, tmp_path):
     """AutoModel's paths: 'embed_tokens', 'norm', 'wte', 'ln_f'."""
     base = models.hf_model(family)
-    tuned, body = copy.deepcopy(base), base.base_model_prefix
+    tuned = copy.deepcopy(base)
+    body = base.base_model_prefix
     names = ["embed_tokens", "norm"] if family == "llama" else ["wpe", "ln_f"]
     model = trained(family, getattr(tuned, body), modules_to_save=names)
     setattr(tuned, body, model.get_base_model())
@@ -135,13 +141,15 @@ def test_parameters_that_the_config_does_not_name(tmp_path):
     """PEFT loads them into the base; so they are updates, and are saved again as that."""
     base = models.hf_model("gpt2")
     folder = saved(trained("gpt2", base, targets=["c_attn"]), tmp_path / "one")
-    generator, tensors = models.seeded(3), load_file(folder / WEIGHTS)
+    generator = models.seeded(3)
+    tensors = load_file(folder / WEIGHTS)
     for name in ("h.0.mlp.c_fc.weight", "h.1.mlp.c_proj.bias", "ln_f.weight"):
         old = base.get_parameter(f"transformer.{name}")
         noise = 0.3 * torch.randn(old.shape, generator=generator, dtype=torch.float64)
         tensors[f"{PREFIX}transformer.{name}"] = (old + noise).detach()
     save_file(tensors, folder / WEIGHTS)
-    adapter, expected = ll.load_adapter(folder), in_peft(base, folder)
+    adapter = ll.load_adapter(folder)
+    expected = in_peft(base, folder)
     assert largest_difference(expected, logits(base)) > 0.1
     assert largest_difference(logits(lens_of(base, adapter)), expected) < EXACT
     again = adapter.save(tmp_path / "two")
@@ -157,8 +165,10 @@ def test_one_adapter_of_several():
         warnings.simplefilter("ignore")
         model.add_adapter("second", second)
     one, two = (ll.Adapter.from_peft(model, name) for name in ("default", "second"))
-    assert "lm_head" in one.modules and not any("o_proj" in path for path in one.modules)
-    assert "lm_head" not in two.modules and any("o_proj" in path for path in two.modules)
+    assert "lm_head" in one.modules
+    assert not any("o_proj" in path for path in one.modules)
+    assert "lm_head" not in two.modules
+    assert any("o_proj" in path for path in two.modules)
     assert largest_difference(logits(lens_of(base, one)), logits(model)) < EXACT
 
 
@@ -278,7 +288,8 @@ def halved(model, base):
 def test_half_of_everything(everything, tmp_path):
     """`scaled`, and gates of ½, are the base plus half of each change; PEFT cannot hold that."""
     base, model = everything
-    expected, adapter = logits(halved(model, base)), ll.Adapter.from_peft(model)
+    expected = logits(halved(model, base))
+    adapter = ll.Adapter.from_peft(model)
     assert largest_difference(logits(lens_of(base, adapter.scaled(0.5))), expected) < EXACT
     found = lens_of(base, adapter).logits(models.tokens(), 0.5)
     assert largest_difference(found - found.mean(-1, keepdim=True), expected) < EXACT
@@ -295,8 +306,10 @@ def test_parts_and_sums(everything):
     base, model = everything
     adapter = ll.Adapter.from_peft(model)
     globs = ("lm_head", "*norm")
-    one, other = adapter.only(*globs), adapter.without_modules(*globs).named("rest")
-    assert len(one) == 6 and len(one) + len(other) == len(adapter)
+    one = adapter.only(*globs)
+    other = adapter.without_modules(*globs).named("rest")
+    assert len(one) == 6
+    assert len(one) + len(other) == len(adapter)
     assert largest_difference(logits(lens_of(base, one + other)), logits(model)) < EXACT
     twice = lens_of(base, adapter.only("lm_head") + adapter.only("lm_head").named("again"))
     assert {site.name for site in twice.sites} == {"unembed@default", "unembed@again"}

@@ -89,11 +89,13 @@ def effect_on(lens, merged, tokens, name, direction, at=slice(None)) -> Tensor:
 )
 def test_every_point_against_the_merged_model(family: str, flags: str, direction: str, cls: str):
     """Plain hooks on models of the base and of the merged weights give the same to 1e-9."""
-    lens, tokens = cases.case(family, cls, flags).lens, models.tokens()
+    lens = cases.case(family, cls, flags).lens
+    tokens = models.tokens()
     merged = merged_model(family, cls, flags)
     known = [n for n in points(cls) if n in lens.model.hook_dict]
     whole = patch(lens, tokens, MARGIN, known, direction=direction)
-    assert whole.names == tuple(known) and len(known) > 20
+    assert whole.names == tuple(known)
+    assert len(known) > 20
     for name, found in zip(known, whole.values.T, strict=True):
         expected = effect_on(lens, merged, tokens, name, direction)
         assert largest_difference(found, expected) < 1e-9, name
@@ -111,7 +113,8 @@ def test_every_point_against_the_merged_model(family: str, flags: str, direction
 @pytest.mark.parametrize("positions", ["prompt", "response"])
 def test_the_prompt_and_what_comes_after_it_have_names(positions: str, cls: str):
     """Of an answer of three tokens, from plain hooks on the row of prompt and answer."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     merged = merged_model("llama", cls, "raw")
     answer = torch.tensor([4, 7, 2])
     name = {"HookedTransformer": "blocks.1.hook_resid_pre"}.get(cls, "blocks.1.hook_in")
@@ -150,7 +153,8 @@ def test_a_prompt_without_a_response_has_no_positions_there(cls: str):
 
 def test_a_frozen_update_is_seen(cls: str):
     """Negative control: δ of the unpatched z, instead of the live one, is far off."""
-    lens, tokens = cases.case("gpt2", cls, "raw").lens, models.tokens()
+    lens = cases.case("gpt2", cls, "raw").lens
+    tokens = models.tokens()
     merged = merged_model("gpt2", cls, "raw")
     name = next(site.read for site in lens.sites if site.kind == "o" and site.layer == 0)
     kept: list[Tensor] = []
@@ -168,7 +172,8 @@ def test_a_frozen_update_is_seen(cls: str):
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_whole_residual_carries_the_shift_and_the_embedding_none(direction: str, cls: str):
-    lens, tokens = cases.case("llama", cls, "processed").lens, models.tokens()
+    lens = cases.case("llama", cls, "processed").lens
+    tokens = models.tokens()
     names = [LAST[cls], FINAL[cls], FIRST[cls]]
     effects = patch(lens, tokens, MARGIN, names, direction=direction)
     assert largest_difference(effects.share[:, 0], 1) < 1e-11
@@ -183,7 +188,8 @@ def test_the_whole_residual_carries_the_shift_and_the_embedding_none(direction: 
 
 def test_by_hand():
     """φ(y) = y², x = 3: y₁ is 3 or 4.5, and g = 7·y₁² with ε₂, 2·y₁² without."""
-    lens, tokens = scalar_lens(torch.square), torch.tensor([[1, 3]])
+    lens = scalar_lens(torch.square)
+    tokens = torch.tensor([[1, 3]])
     names = ["in1", "out1", "in2", "out2"]
     lost = patch(lens, tokens, ll.Margin(0, 1), names)
     assert lost.values.tolist() == [[0.0, 141.75 - 63, 141.75 - 63, 123.75]]
@@ -201,7 +207,8 @@ def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, 
     prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
     names = [n for n in points(cls) if n in lens.model.hook_dict]
     names = [n for n in names if positions is None or "pattern" not in n]
-    found, grown = [], []
+    found = []
+    grown = []
     grow = swap.tree.more_copies
 
     def noted(count: int):
@@ -225,8 +232,10 @@ def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, 
 @pytest.mark.parametrize("readout", [MARGIN, ll.AnswerMargin([IDS([5, 9]), 11], [7, IDS([4, 6])])])
 def test_a_padded_batch_equals_its_prompts_one_by_one(readout: ll.Readout, cls: str):
     """Negative positions count from each prompt's own end; padding is neither patched nor shown."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
-    names, lengths = [LAST[cls], "blocks.0." + IN_A_BLOCK[cls][4]], torch.tensor([7, 3])
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
+    names = [LAST[cls], "blocks.0." + IN_A_BLOCK[cls][4]]
+    lengths = torch.tensor([7, 3])
     for positions in (None, "each", -2, slice(-2, None), [0, -1]):
         both = patch(lens, ll.results.Prompts(tokens, lengths), readout, names, positions=positions)
         for row, length in enumerate(lengths.tolist()):
@@ -238,7 +247,8 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(readout: ll.Readout, cls: 
             if positions == "each":
                 size = alone.values.shape[2]
                 values, padding = values[:, :size], values[:, size:]
-                assert padding.isnan().all() and not values.isnan().any()
+                assert padding.isnan().all()
+                assert not values.isnan().any()
             assert largest_difference(values, alone.values[0]) < 1e-11 * alone.shift.abs().max()
 
 
@@ -274,7 +284,8 @@ def test_results_by_head_without_the_update_are_refused(cls: str):
 
 def test_names_and_patterns(cls: str):
     """A full name must exist and fire; globs and predicates choose among what fires."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     dead = "blocks.0.hook_mlp_in"
     with pytest.raises(ll.errors.SiteError, match="'blocks.0.attn.hook_patern'; .*hook_pattern"):
         patch(lens, tokens, MARGIN, "blocks.0.attn.hook_patern")
@@ -314,8 +325,10 @@ def test_a_bridges_point_that_the_model_ignores_is_refused():
 @models.NEEDS_HOOKED_TRANSFORMER
 def test_a_point_that_the_model_ignores_is_refused():
     """It fires, and what a hook makes of it is dropped: an effect of zero would be a lie."""
-    lens, tokens = cases.case("llama", "HookedTransformer", "raw").lens, models.tokens()
-    block, name = lens.model.blocks[1], "blocks.1.hook_resid_mid"
+    lens = cases.case("llama", "HookedTransformer", "raw").lens
+    tokens = models.tokens()
+    block = lens.model.blocks[1]
+    name = "blocks.1.hook_resid_mid"
     assert patch(lens, tokens, MARGIN, name).values.abs().min() > 1e-3
     point = block.hook_resid_mid
     try:
@@ -359,9 +372,11 @@ def test_points_without_a_row_for_each_prompt_are_refused(cls: str):
     """Mixtral's experts see tokens, not prompts; a Bridge's embedding reads ids."""
     lens = cases.case("mixtral", cls, "raw").lens
     if cls == "TransformerBridge":
-        name, match = "embed.hook_in", "not activations"
+        name = "embed.hook_in"
+        match = "not activations"
     else:
-        name, match = "blocks.0.mlp.experts.0.hook_post", "its first axis is not the prompts"
+        name = "blocks.0.mlp.experts.0.hook_post"
+        match = "its first axis is not the prompts"
         if name not in lens.model.hook_dict:
             pytest.skip("transformer-lens 2 names the hook points of experts otherwise")
     with pytest.raises(ll.errors.ModelStateError, match=match):
@@ -370,7 +385,8 @@ def test_points_without_a_row_for_each_prompt_are_refused(cls: str):
 
 def test_the_model_is_left_as_it_was(cls: str, monkeypatch):
     """After a run, and after an exception in the middle of a patched pass, beside a user hook."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     lens.model.hook_dict[lens.sites[0].read].add_hook(lambda tensor, hook: None)
     before = state(lens.model)
     try:
@@ -396,9 +412,11 @@ def test_the_result_tells_and_draws(cls: str):
     names = [n for n in points(cls) if "pattern" not in n]
     effects = patch(lens, prompts, MARGIN, names, positions="each")
     frame = effects.to_frame()
-    assert len(frame) == len(names) * (7 + 3) and not frame["value"].isna().any()
+    assert len(frame) == len(names) * (7 + 3)
+    assert not frame["value"].isna().any()
     last = frame[(frame["prompt"] == 1) & (frame["point"] == LAST[cls])]
-    assert last["position"].tolist() == [0, 1, 2] and set(last["layer"]) == {1}
+    assert last["position"].tolist() == [0, 1, 2]
+    assert set(last["layer"]) == {1}
     assert last["token"].tolist() == list(effects.str_tokens[1])
     assert last["share"].tolist()[-1] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="prompt="):
@@ -406,15 +424,18 @@ def test_the_result_tells_and_draws(cls: str):
     assert effects.top(1, prompt=1)["share"].abs().item() >= 1 - 1e-9
     assert len(effects.top(10**6, prompt=1)) == len(names) * 3
     drawn = effects.plot(prompt=1).data[0]
-    assert len(drawn.z) == len(names) and len(drawn.z[0]) == 3
+    assert len(drawn.z) == len(names)
+    assert len(drawn.z[0]) == 3
     assert "prompt 0 of 2" in repr(effects)
     whole = patch(lens, prompts, MARGIN, names)
     grid = [v for row in whole.plot().data[0].z for v in row if v is not None]
     assert sorted(grid) == pytest.approx(sorted(whole.values.mean(0).tolist()))
     bars = patch(lens, prompts, MARGIN, names[1:3], positions=[0, -1])
-    assert bars.positions == "0, -1" and bars.by_position is False
+    assert bars.positions == "0, -1"
+    assert bars.by_position is False
     assert list(bars.plot(prompt=0).data[0].x) == bars.values[0].tolist()
     assert whole.top(1)["value"].abs().item() == pytest.approx(
         float(whole.values.mean(0).abs().max())
     )
-    assert whole.meta["dtype"] == "float64" and "base_to_adapted" in repr(whole)
+    assert whole.meta["dtype"] == "float64"
+    assert "base_to_adapted" in repr(whole)

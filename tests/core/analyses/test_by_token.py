@@ -38,7 +38,8 @@ def of(lens: ll.LoraLens, **options):
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    assert one.shape == other.shape and torch.equal(one.isnan(), other.isnan())
+    assert one.shape == other.shape
+    assert torch.equal(one.isnan(), other.isnan())
     return float((one - other).nan_to_num().abs().max())
 
 
@@ -48,7 +49,8 @@ def test_groups_are_sums_of_sites(lens: ll.LoraLens, group):
     sites = of(lens, mode="reverse")
     for mode in ("forward", "reverse"):
         found = of(lens, mode=mode, group=group)
-        assert found.mode == mode and f"mode={mode!r}" in repr(found)
+        assert found.mode == mode
+        assert f"mode={mode!r}" in repr(found)
         for column, members in enumerate(found.groups.values()):
             summed = sites.values[:, list(members)].sum(1)
             assert apart(found.values[:, column], summed) < 1e-11
@@ -61,8 +63,10 @@ def test_groups_are_sums_of_sites(lens: ll.LoraLens, group):
 @pytest.mark.parametrize("at", [0.0, 0.4])
 def test_groups_of_a_whole_readout_by_peft(lens: ll.LoraLens, group, at: float):
     """Without by='token': central differences of PEFT's scales of a group's modules together."""
-    held, step = cases.case("llama", lens.class_name, "raw"), 2e-4
-    tokens, readout = models.tokens(), ll.Margin(5, 9)
+    held = cases.case("llama", lens.class_name, "raw")
+    step = 2e-4
+    tokens = models.tokens()
+    readout = ll.Margin(5, 9)
     modules = dict.fromkeys(lens.adapter.modules, at)
 
     def margin(members, eps: float) -> torch.Tensor:
@@ -72,7 +76,8 @@ def test_groups_of_a_whole_readout_by_peft(lens: ll.LoraLens, group, at: float):
 
     for mode in ("auto", "reverse", "forward"):
         found = first_order(lens, tokens, readout, at=at, group=group, mode=mode, progress=False)
-        assert found.mode == ("forward" if mode == "forward" else "reverse") and found.by == ()
+        assert found.mode == ("forward" if mode == "forward" else "reverse")
+        assert found.by == ()
         for column, members in enumerate(found.groups.values()):
             near = margin(members, step) - margin(members, -step)
             far = margin(members, 2 * step) - margin(members, -2 * step)
@@ -123,7 +128,8 @@ def test_positions_of_a_folded_bias_by_both_modes(cls: str):
 
 def test_the_cheaper_mode_is_taken(lens: ll.LoraLens):
     """14 sites of 2 layers: 10.5 passes; 2 layers: 1.5; 6 tokens: 6."""
-    assert of(lens).mode == "reverse" and "by reverse mode" in repr(of(lens))
+    assert of(lens).mode == "reverse"
+    assert "by reverse mode" in repr(of(lens))
     assert of(lens, group="layer").mode == "forward"
     assert of(lens, by=("rank", "token")).mode == "reverse"
     last = lens.with_adapter(lens.adapter.only("*layers.1.*down_proj"))
@@ -137,7 +143,8 @@ def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
     longest = RESPONSE.reading(lens.model, prompts()).rows
     row = footprint_of(lens, longest)
     one = min(row.of_graph, row.of_rerun)
-    whole, bounded = of(lens, by=by), of(lens, by=by, max_memory=1.5 * one)
+    whole = of(lens, by=by)
+    bounded = of(lens, by=by, max_memory=1.5 * one)
     assert longest.tokens.shape == (2, 12)
     assert len(RESPONSE.reading(lens.model, prompts()).groups(18)) == 2
     assert apart(whole.values, bounded.values) < 1e-12
@@ -206,15 +213,18 @@ def test_groups_are_saved_and_tabled(lens: ll.LoraLens, tmp_path):
     assert apart(again.values, found.values) == 0
     assert (again.groups, again.mode, again.key) == (found.groups, "forward", "first_order@0.4")
     frame = found.to_frame()
-    assert len(frame) == 2 * (6 + 2) and set(frame["group"]) == {"layer 0", "layer 1"}
+    assert len(frame) == 2 * (6 + 2)
+    assert set(frame["group"]) == {"layer 0", "layer 1"}
     assert frame["value"].sum() == pytest.approx(float(found.values.nansum()))
     assert list(found.top(1)) == ["group", "value", "share"]
     assert largest_difference(found.per_token.nansum(1), found.per_group.sum(1)) < 1e-12
     whole = of(lens, group="layer", by=())
     again = ll.results.GroupAttribution.load(whole.save(tmp_path / "whole.safetensors"))
-    assert again.by == () and apart(again.values, whole.values) == 0
+    assert again.by == ()
+    assert apart(again.values, whole.values) == 0
     frame = whole.to_frame()
-    assert list(frame) == ["prompt", "group", "sites", "value", "share"] and len(frame) == 4
+    assert list(frame) == ["prompt", "group", "sites", "value", "share"]
+    assert len(frame) == 4
     assert frame["sites"].tolist() == [7, 7, 7, 7]
     with pytest.raises(ll.errors.ArgumentError, match="not by token"):
         _ = whole.per_token

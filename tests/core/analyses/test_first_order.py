@@ -30,7 +30,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("at", [0.0, 1.0])
 def test_forward_equals_reverse(family: str, cls: str, flags: str, at: float):
     """The adjoint identity ⟨u, J δz⟩ = ⟨Jᵀu, δz⟩, at both ends."""
-    lens, tokens = cases.case(family, cls, flags).lens, models.tokens()
+    lens = cases.case(family, cls, flags).lens
+    tokens = models.tokens()
     reverse = ll.first_order(lens, tokens, MARGIN, at=at)
     forward = ll.first_order(lens, tokens, MARGIN, at=at, mode="forward", progress=False)
     assert relative(forward.values, reverse.values) < ROUND_OFF
@@ -42,7 +43,8 @@ def test_forward_equals_reverse(family: str, cls: str, flags: str, at: float):
 def test_parts_of_both_modes_agree_and_sum_to_the_site(cls: str, by: tuple[str, ...]):
     """Positions, heads and ranks add up to the site, in both modes, on grouped-query attention."""
     for family in ("gpt2", "qwen2"):
-        lens, tokens = cases.case(family, cls, "processed").lens, models.tokens(pos=4)
+        lens = cases.case(family, cls, "processed").lens
+        tokens = models.tokens(pos=4)
         whole = ll.first_order(lens, tokens, MARGIN).values
         reverse = ll.first_order(lens, tokens, MARGIN, by=by)
         forward = ll.first_order(lens, tokens, MARGIN, by=by, mode="forward", progress=False)
@@ -53,7 +55,8 @@ def test_parts_of_both_modes_agree_and_sum_to_the_site(cls: str, by: tuple[str, 
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 def test_equals_epsilon_in_the_graph(family: str, cls: str, flags: str):
     """The streamed contraction equals plain autograd on ε, prompt by prompt, half way along."""
-    lens, tokens = cases.case(family, cls, flags).lens, models.tokens()
+    lens = cases.case(family, cls, flags).lens
+    tokens = models.tokens()
     fast = ll.first_order(lens, tokens, MARGIN, at=0.5).values
     slow = reference.autograd_first_order(lens, tokens, MARGIN, at=0.5)
     assert relative(fast, slow) < ROUND_OFF
@@ -64,7 +67,8 @@ def test_equals_epsilon_in_the_graph(family: str, cls: str, flags: str):
 @pytest.mark.parametrize("at", [0.0, 1.0])
 def test_equals_differences_of_peft(family: str, cls: str, flags: str, at: float):
     """Against central differences of PEFT's own model, module by module."""
-    case, tokens = cases.case(family, cls, flags), models.tokens()
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens()
     found = ll.first_order(case.lens, tokens, MARGIN, at=at)
     modules = list(case.lens.adapter.modules)
     oracle = reference.peft_first_order(
@@ -79,7 +83,8 @@ def test_equals_differences_of_peft(family: str, cls: str, flags: str, at: float
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_joint_tangent_is_the_sum_of_sites(cls: str):
     """Additivity: all sites together move the logits by the sum of what each moves."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     sites = ll.logit_shift(lens, tokens, progress=False)
     joint = ll.logit_shift(lens, tokens, by_site=False)
     assert relative(sites.joint, joint.values) < ROUND_OFF
@@ -88,19 +93,22 @@ def test_joint_tangent_is_the_sum_of_sites(cls: str):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_logit_shift_holds_every_readout(cls: str):
     """A margin's first order is the difference of two columns of the whole-vocabulary shift."""
-    lens, tokens = cases.case("neox", cls, "processed").lens, models.tokens()
+    lens = cases.case("neox", cls, "processed").lens
+    tokens = models.tokens()
     shift = ll.logit_shift(lens, tokens, progress=False)
     margin = ll.first_order(lens, tokens, MARGIN)
     assert relative(shift.values[..., 5] - shift.values[..., 9], margin.values) < ROUND_OFF
     some = ll.logit_shift(lens, tokens, tokens=["w7", 9], progress=False)
-    assert some.tokens == (7, 9) and some.strings == ("w7", "w9")
+    assert some.tokens == (7, 9)
+    assert some.strings == ("w7", "w9")
     assert relative(some.values, shift.values[..., [7, 9]]) < ROUND_OFF
 
 
 def test_log_prob_and_callables_are_differentiated_too():
     """Nonlinear readouts: log-probability in nats, and any callable."""
     (cls, *_) = models.MAKERS
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     entropy = ll.Readout.of(lambda logits: torch.distributions.Categorical(logits=logits).entropy())
     for readout in (ll.LogProb("w7"), entropy):
         fast = ll.first_order(lens, tokens, readout)
@@ -155,7 +163,8 @@ def test_components_multiply_to_the_shift(cls: str):
     shift = ll.logit_shift(lens, texts, progress=False).values
     moved = cases.centred(shift).norm(dim=-1)
     assert relative(parts.gain * parts.delta_norm, moved) < ROUND_OFF
-    assert (parts.cosine.abs() <= 1).all() and (parts.delta_norm > 0).all()
+    assert (parts.cosine.abs() <= 1).all()
+    assert (parts.delta_norm > 0).all()
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -178,14 +187,17 @@ def test_component_norms_are_those_of_the_trajectory(cls: str):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_tangents_are_derivatives_of_every_activation(family: str, cls: str):
     """Each cached tangent against a central difference of the cached activation."""
-    lens, tokens, step = cases.case(family, cls, "raw").lens, models.tokens(), 1e-5
+    lens = cases.case(family, cls, "raw").lens
+    tokens = models.tokens()
+    step = 1e-5
     cache = ll.tangents(lens, tokens)
 
     def activations(scale: float):
         with torch.no_grad(), lens.applied(scale):
             return lens.model.run_with_cache(tokens)[1]
 
-    up, down = activations(step), activations(-step)
+    up = activations(step)
+    down = activations(-step)
     moving = 0
     for name, tangent in cache.items():
         if "attn_scores" in name or name not in up:
@@ -202,11 +214,13 @@ def test_tangents_are_derivatives_of_every_activation(family: str, cls: str):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_tangents_of_one_site_and_some_names(cls: str):
     """A site's direction alone moves nothing before it."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     last = next(s for s in lens.sites if s.name == "blocks.1.mlp.down")
     first = lens.sites[0]
     cache = ll.tangents(lens, tokens, [first.write, last.write], scale={last.name: 1.0})
-    assert not cache[first.write].any() and cache[last.write].any()
+    assert not cache[first.write].any()
+    assert cache[last.write].any()
     assert set(cache.keys()) == {first.write, last.write}
 
 
@@ -236,7 +250,8 @@ def test_a_list_of_readouts_equals_one_call_each(cls: str, options: dict[str, An
     singles = [ll.first_order(lens, texts, readout, **options) for readout in readouts]
     for one, other in zip([*several, only], [*singles, singles[0]], strict=True):
         for field in dataclasses.fields(one):
-            a, b = getattr(one, field.name), getattr(other, field.name)
+            a = getattr(one, field.name)
+            b = getattr(other, field.name)
             if isinstance(a, torch.Tensor):
                 assert torch.allclose(a, b, rtol=1e-11, atol=1e-13, equal_nan=True), field.name
             else:
@@ -246,7 +261,8 @@ def test_a_list_of_readouts_equals_one_call_each(cls: str, options: dict[str, An
 @pytest.mark.bad_input
 def test_what_a_list_of_readouts_refuses():
     """What one readout refuses, and groups, which are for one."""
-    lens, tokens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens, models.tokens()
+    lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+    tokens = models.tokens()
     for readout in (MARGIN, [MARGIN, ll.Logit(3)]):
         with pytest.raises(ll.errors.ArgumentError, match="gauge='svd' decides what a rank is"):
             ll.first_order(lens, tokens, readout, gauge="svd")

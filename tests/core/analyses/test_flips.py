@@ -16,7 +16,8 @@ from lens_lora.core.analyses.remainder import USUAL_SCALES
 from lens_lora.core.readout.reading import Reading
 
 pytestmark = pytest.mark.usefixtures("float64")
-COUNT, STAYING = 12, (1, 4, 5, 11)
+COUNT = 12
+STAYING = (1, 4, 5, 11)
 
 
 @pytest.fixture
@@ -53,7 +54,8 @@ def test_a_batch_flips_where_each_prompt_alone_does(
     found = ll.fact_margin(lens, prompts, doc, pre, progress=False)
     assert np.array_equal(np.random.get_state()[1], drawn)  # the caller's, from which none is taken
     assert found.flips == tuple(i not in STAYING for i in range(COUNT))
-    assert ran[0] == COUNT - len(STAYING) and ran == sorted(ran, reverse=True)
+    assert ran[0] == COUNT - len(STAYING)
+    assert ran == sorted(ran, reverse=True)
     assert len(ran) <= 3
     for i in range(COUNT):
         alone = ll.fact_margin(lens, prompts.row(i), doc[i], pre[i], progress=False)
@@ -90,12 +92,14 @@ def test_a_smooth_margin_takes_one_pass(flip: float):
     crossing = module._Crossing(scales, margin(scales), int((scales < flip).sum()) - 1)
     assert not crossing.is_narrow
     crossing = crossing.narrowed(margin(np.array(crossing.probes)))
-    assert crossing.is_narrow and abs(crossing.root - flip) < 1e-6
+    assert crossing.is_narrow
+    assert abs(crossing.root - flip) < 1e-6
 
 
 def test_a_margin_that_is_exactly_zero_is_the_flip():
     crossing = module._Crossing(np.array([0.0, 0.5, 1.0]), np.array([-1.0, 0.0, 2.0]), 0)
-    assert crossing.is_narrow and crossing.root == 0.5
+    assert crossing.is_narrow
+    assert crossing.root == 0.5
 
 
 @pytest.mark.parametrize("jump", [0.318401, 0.3500001, 0.39])

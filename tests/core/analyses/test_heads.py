@@ -18,7 +18,8 @@ import lens_lora as ll
 from lens_lora.core.function import memory
 
 ROUND_OFF = 1e-9
-MARGIN, TOKENS = ll.Margin(5, 9), models.tokens()
+MARGIN = ll.Margin(5, 9)
+TOKENS = models.tokens()
 DIRECTIONS = ("base_to_adapted", "adapted_to_base")
 EACH = {"heads": "each", "progress": False}
 
@@ -106,7 +107,8 @@ def test_the_oracle_sees_another_head(cls: str):
 def test_positions_each_head_by_itself(cls: str):
     """Of a padded batch: every position, and several together, as of the prompts one by one."""
     lens = cases.case("llama", cls, "raw").lens
-    name, prompts = "blocks.1.attn.hook_k", ll.results.Prompts(TOKENS, torch.tensor([7, 3]))
+    name = "blocks.1.attn.hook_k"
+    prompts = ll.results.Prompts(TOKENS, torch.tensor([7, 3]))
     for positions in ("each", -1, slice(-2, None)):
         both = ll.patch_activations(lens, prompts, MARGIN, name, positions=positions, **EACH)
         assert both.values.shape[1] == 2
@@ -127,7 +129,8 @@ def test_positions_each_head_by_itself(cls: str):
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_rows_that_begin_where_they_patch_equal_whole_rows(cls: str, monkeypatch):
-    lens, found = cases.case("gemma2", cls, "raw").lens, []
+    lens = cases.case("gemma2", cls, "raw").lens
+    found = []
     names = "blocks.*.attn.hook_[qkvz]"
     for worth in (-1.0, 2.0):
         monkeypatch.setattr(memory, "BRANCHING_PAYS", worth)
@@ -143,11 +146,13 @@ def test_the_result_draws(cls: str):
     lens = cases.case("llama", cls, "raw").lens
     effects = ll.patch_activations(lens, TOKENS, MARGIN, "blocks.*.attn.hook_z", **EACH)
     drawn = effects.plot().data[0]
-    assert len(drawn.z) == 2 and len(drawn.z[0]) == 4
+    assert len(drawn.z) == 2
+    assert len(drawn.z[0]) == 4
     assert [value for row in drawn.z for value in row] == pytest.approx(
         effects.values.mean(0).tolist()
     )
-    assert effects.top(1)["point"][0] in effects.names and "hook_z[" in repr(effects)
+    assert effects.top(1)["point"][0] in effects.names
+    assert "hook_z[" in repr(effects)
 
 
 @pytest.mark.bad_input
@@ -176,6 +181,7 @@ def test_what_holds_no_heads_is_refused(cls: str):
 )
 def test_heads_that_are_laid_out_otherwise_are_refused(name: str, point: str):
     """Multi-head latent attention; queries with a gate in the same projection."""
-    lens, point = architectures.case(name).lens, f"blocks.1.attn.{point}"
+    lens = architectures.case(name).lens
+    point = f"blocks.1.attn.{point}"
     with pytest.raises(ll.errors.ModelStateError, match=f"{point} holds .* not all heads .*=None"):
         ll.patch_activations(lens, TOKENS, MARGIN, point, **EACH)

@@ -23,7 +23,8 @@ from lens_lora.core.analyses.verdict import Noise
 from lens_lora.core.function import rounding as engine_noise
 from lens_lora.core.model.precision import eps_of
 
-MARGIN, TOKENS = ll.Margin(5, 9), models.tokens(batch=8)
+MARGIN = ll.Margin(5, 9)
+TOKENS = models.tokens(batch=8)
 SCALES = [0.01, 0.1, 0.25, 0.5, 0.75, 1.0]
 STRENGTHS = (0.01, 1.0, 10.0, 100.0)
 CELLS = [
@@ -107,7 +108,8 @@ def test_few_errors_are_beyond_three_floors():
     An error of g(0) is in all its strengths. 5 and 6 of 192 with two choices of the draws' seeds;
     how a CPU rounds decides too. Many must be beyond a third of the floor, or it would say nothing.
     """
-    beyond, noticed = torch.zeros(()), torch.zeros(())
+    beyond = torch.zeros(())
+    noticed = torch.zeros(())
     for cell in CELLS:
         low, high, found = measured(*cell)
         error = (low.first.double() - high.first).abs()
@@ -123,7 +125,8 @@ def test_few_errors_are_beyond_three_floors():
 def test_the_shift_s_floor_alone_does_not(cls: str):
     """Control: without the rounding of a and H, errors are tens to thousands of times the floor."""
     low, high, found = measured("llama", cls, 100.0)
-    noise, nothing = found.curve.noise, torch.zeros_like(found.curvature_noise)
+    noise = found.curve.noise
+    nothing = torch.zeros_like(found.curvature_noise)
     silent = Noise(noise.shift, noise.base, nothing)
     first = (low.first.double() - high.first)[:, -1]
     assert ratio(first, silent.of_remainder(1.0)) > 10
@@ -179,7 +182,8 @@ def test_draws_are_run_in_portions(tokens: int, monkeypatch: pytest.MonkeyPatch)
     (cls, *_) = models.MAKERS
     low, _ = lenses("gpt2", cls)
     prompts = low.prompts(TOKENS[:2])
-    reading, first = MARGIN.reading(low.model, prompts), ll.first_order(low, prompts, MARGIN)
+    reading = MARGIN.reading(low.model, prompts)
+    first = ll.first_order(low, prompts, MARGIN)
     runs: list[int] = []
     plain = ll.LoraLens.run
 
@@ -191,7 +195,8 @@ def test_draws_are_run_in_portions(tokens: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("lens_lora.core.function.memory.SLOPE_TOKENS", 2 * tokens)
     draws = engine_noise.base_draws(low, reading)
     found = engine_noise.first_order_noise(low, draws, first.base[None], first.per_site)
-    assert sum(runs) == 8 and max(runs) == min(8, 2 * tokens // 7)
+    assert sum(runs) == 8
+    assert max(runs) == min(8, 2 * tokens // 7)
     assert all((floor > 0).all() for floor in found)
 
 
@@ -206,7 +211,8 @@ def test_rows_that_ride_take_no_draw():
         for part, moved in ((stream[rows], None), (stream, rows))
     )
     for drawn, both in zip(alone, beside, strict=True):
-        assert torch.equal(both[rows], drawn) and torch.equal(both[~rows], stream[~rows])
+        assert torch.equal(both[rows], drawn)
+        assert torch.equal(both[~rows], stream[~rows])
         assert (drawn != stream[rows]).any(-1).all()
 
 
@@ -228,7 +234,8 @@ def as_shipped(family: str, cls: str) -> ll.LoraLens:
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_the_precision_of_a_model_is_measured(cls: str, family: str):
     """RMS norms of transformers round to float32; others, and those of transformer-lens, do not."""
-    lens, rounds = as_shipped(family, cls), ROUNDING[family] and cls == "TransformerBridge"
+    lens = as_shipped(family, cls)
+    rounds = ROUNDING[family] and cls == "TransformerBridge"
     assert lens.eps == torch.finfo(torch.float32 if rounds else torch.float64).eps
     assert lens.with_adapter(lens.adapter.scaled(2)).eps == lens.eps
     assert lenses("gpt2", cls)[0].eps == torch.finfo(torch.float32).eps
@@ -249,7 +256,8 @@ def test_a_floor_in_float64_is_the_error(cls: str, family: str):
     if cls == "TransformerBridge":
         assert 1 / FACTOR < ratio(shift - exact, floor) < FACTOR
     else:
-        assert largest_difference(shift, exact) < 1e-12 and float(floor.max()) < 1e-12
+        assert largest_difference(shift, exact) < 1e-12
+        assert float(floor.max()) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

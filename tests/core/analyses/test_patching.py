@@ -42,7 +42,8 @@ def by_module(lens: ll.LoraLens) -> dict[str, list[str]]:
 
 def off_from_peft(lens: ll.LoraLens, family: str, how: str) -> float:
     """The largest difference from PEFT's own runs, one module at a time."""
-    peft, tokens = models.peft_model(family, models.hf_model(family)), models.tokens()
+    peft = models.peft_model(family, models.hf_model(family))
+    tokens = models.tokens()
     groups = by_module(lens)
     read = partial(peft_readout, peft, tokens, MARGIN.of_logits(lens.model, len(tokens)))
     start = 0.0 if how == "add_one" else 1.0
@@ -80,7 +81,8 @@ def test_the_wrong_corner_is_seen(monkeypatch):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_groups_one_at_a_time(how: str, group, cls: str):
     """Any groups, each by its own run through `run_with_hooks`."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     effects = patch(lens, tokens, MARGIN, how, group=group)
     base, adapted = (plain_readout(lens, tokens, MARGIN, lens.gates(e)) for e in (0.0, 1.0))
     size = (adapted - base).abs().max()
@@ -99,7 +101,8 @@ def test_groups_one_at_a_time(how: str, group, cls: str):
     "readout", [MARGIN, ll.AnswerMargin([IDS([5, 9]), 11], [IDS([5, 7, 8]), IDS([4, 6])])]
 )
 def test_a_padded_batch_equals_its_prompts_one_by_one(how: str, readout: ll.Readout):
-    lens, tokens = cases.case("llama", NEWEST, "raw").lens, models.tokens()
+    lens = cases.case("llama", NEWEST, "raw").lens
+    tokens = models.tokens()
     lengths = torch.tensor([7, 3])
     both = patch(lens, ll.results.Prompts(tokens, lengths), readout, how)
     for row, length in enumerate(lengths.tolist()):
@@ -119,7 +122,8 @@ def test_sites_outside_the_blocks(target: str, cls: str):
     base, model = hooked("gpt2", cls, "raw")
     linears = ll.Adapter.from_peft(models.peft_model("gpt2", base))
     outside = ll.Adapter.from_peft(peft_with("gpt2", base, target))
-    lens, tokens = ll.LoraLens(model, linears + outside.named("outside")), models.tokens()
+    lens = ll.LoraLens(model, linears + outside.named("outside"))
+    tokens = models.tokens()
     read = MARGIN.of_logits(model, 2)
     for how in HOWS:
         effects = patch(lens, tokens, MARGIN, how, sites=["*embed*", "blocks.1.*"])
@@ -135,15 +139,19 @@ def test_sites_outside_the_blocks(target: str, cls: str):
 
 def test_by_hand():
     """φ(y) = y²: see two_scalars.py. Alone 22.5 and 45, of a shift of 123.75."""
-    lens, tokens = scalar_lens(torch.square), torch.tensor([[1, 3]])
+    lens = scalar_lens(torch.square)
+    tokens = torch.tensor([[1, 3]])
     add, out = (patch(lens, tokens, ll.Margin(0, 1), how) for how in HOWS)
     assert add.values.tolist() == [[22.5, 45.0]]
     assert out.values.tolist() == [[141.75 - 63, 141.75 - 40.5]]
-    assert add.shift.tolist() == [123.75] and add.base.tolist() == [18.0]
-    assert add.interaction.tolist() == [56.25] and out.interaction.tolist() == [-56.25]
+    assert add.shift.tolist() == [123.75]
+    assert add.base.tolist() == [18.0]
+    assert add.interaction.tolist() == [56.25]
+    assert out.interaction.tolist() == [-56.25]
     assert torch.equal(add.share, add.values / 123.75)
     linear = patch(scalar_lens(lambda y: y), tokens, ll.Margin(0, 1))
-    assert linear.values.tolist() == [[3.0, 15.0]] and linear.interaction.tolist() == [7.5]
+    assert linear.values.tolist() == [[3.0, 15.0]]
+    assert linear.interaction.tolist() == [7.5]
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -159,24 +167,27 @@ def test_a_sum_of_adapters_by_adapter():
     case = cases.case("llama", NEWEST, "raw")
     half = case.lens.adapter.scaled(0.5)
     halves = half.named("one") + half.named("two")
-    lens, tokens = ll.LoraLens(case.model, halves), models.tokens()
-    assert len(lens.sites) == 2 * len(case.lens.sites) and "@" in lens.sites[0].name
+    lens = ll.LoraLens(case.model, halves)
+    tokens = models.tokens()
+    assert len(lens.sites) == 2 * len(case.lens.sites)
+    assert "@" in lens.sites[0].name
     pairs = {site.name: f"{site.name}@*" for site in case.lens.sites}
     for how in HOWS:
-        whole, paired = (
-            patch(case.lens, tokens, MARGIN, how),
-            patch(lens, tokens, MARGIN, how, group=pairs),
-        )
+        whole = patch(case.lens, tokens, MARGIN, how)
+        paired = patch(lens, tokens, MARGIN, how, group=pairs)
         assert largest_difference(whole.values, paired.values) < 1e-11
 
 
 def test_only_some_sites_are_run():
     """`sites` chooses among groups and their members; the rest of the model stays as it is."""
-    lens, tokens = cases.case("llama", NEWEST, "raw").lens, models.tokens()
+    lens = cases.case("llama", NEWEST, "raw").lens
+    tokens = models.tokens()
     every = patch(lens, tokens, MARGIN, "leave_one_out")
     some = patch(lens, tokens, MARGIN, "leave_one_out", sites=["*.q", "blocks.1.mlp.*"])
     names = [n for n in every.groups if n.endswith(".q") or n.startswith("blocks.1.mlp")]
-    assert list(some.groups) == names and not some.is_by_site and every.is_by_site
+    assert list(some.groups) == names
+    assert not some.is_by_site
+    assert every.is_by_site
     columns = [list(every.groups).index(n) for n in names]
     assert largest_difference(some.values, every.values[:, columns]) < 1e-11
     layers = patch(lens, tokens, MARGIN, sites="*.q", group="layer")
@@ -214,7 +225,8 @@ def test_the_result_tells_saves_and_draws(tmp_path):
             assert torch.equal(getattr(back, name), getattr(effects, name))
         for name in ("groups", "sites", "str_tokens", "readout", "units", "how"):
             assert getattr(back, name) == getattr(effects, name)
-        assert dict(back.meta) == dict(effects.meta) and back.meta["dtype"] == "float64"
+        assert dict(back.meta) == dict(effects.meta)
+        assert back.meta["dtype"] == "float64"
         frame = effects.to_frame()
         assert len(frame) == effects.values.numel()
         assert frame["value"].tolist() == effects.values.flatten().tolist()

@@ -74,7 +74,8 @@ def test_a_floor_has_the_rounding_of_every_block():
     host = lens.plan.host
     points = [lens.embedding_output, *map(host.block_input, range(1, host.n_layers))]
     drawn = rounding.rounding_hooks(lens)
-    assert [name for name, _ in drawn] == points and len(points) == models.LAYERS
+    assert [name for name, _ in drawn] == points
+    assert len(points) == models.LAYERS
     stream = torch.ones(4, 5, lens.model.cfg.d_model)
     for _, move in drawn:
         moved = (move(stream, hook=None) - stream).square().mean().sqrt()
@@ -150,7 +151,8 @@ def test_the_ends_have_floors_of_their_own():
     lens = ll.LoraLens(models.MAKERS[CLS](base), adapter)
     logits = lens.logits(ASKED.prompts)[:, -1]
     prompt = int(logits.float().softmax(-1).amax(-1).argmax())
-    tokens, readout = ASKED.prompts[prompt][None], ll.LogProb(int(logits[prompt].argmax()))
+    tokens = ASKED.prompts[prompt][None]
+    readout = ll.LogProb(int(logits[prompt].argmax()))
     g = Evaluations(lens.function(tokens, readout))
     assert g.ends[1] > -1e-3
     base_noise = g.noise([1.0], at=0.0)
@@ -223,12 +225,14 @@ def test_agreement_leaves_out_signs_within_rounding():
     clear = effects.values.abs() > 3 * effects.noise_floor[:, None]
     assert torch.equal(found.beyond_noise, clear.double().mean(1))
     without = ~clear.any(1)
-    assert without.any() and found.sign_agreement[without].isnan().all()
+    assert without.any()
+    assert found.sign_agreement[without].isnan().all()
     assert "are within three noise floors: their sign" in str(found)
     with models.lifted():
         truth = ll.patch_sites(exact, ASKED.prompts, ASKED.margin, progress=False)
         sound = ll.compare(ll.first_order(exact, ASKED.prompts, ASKED.margin), truth)
-    assert (sound.beyond_noise > 0.9).all() and (sound.sign_agreement > 0.9).all()
+    assert (sound.beyond_noise > 0.9).all()
+    assert (sound.sign_agreement > 0.9).all()
     assert "noise floors" not in str(sound)
 
 
@@ -267,7 +271,8 @@ def test_an_unrounded_head_keeps_the_model_s_own_derivative():
     bias = torch.randn(9000, generator=generator).bfloat16()
     logits = unembed(residual, weight, bias, torch.float32)
     exact = residual.double() @ weight.double().T + bias.double()
-    assert logits.dtype == torch.float32 and largest_difference(logits.double(), exact) < 1e-5
+    assert logits.dtype == torch.float32
+    assert largest_difference(logits.double(), exact) < 1e-5
     (slope,) = torch.autograd.grad(logits[:, ::7].sum(), residual)
     (own,) = torch.autograd.grad((residual @ weight.T)[:, ::7].float().sum(), residual)
     assert torch.equal(slope, own)

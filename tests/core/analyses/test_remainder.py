@@ -40,7 +40,8 @@ def test_a_wrong_first_order_has_order_one(cls: str):
 @pytest.mark.usefixtures("float64")
 def test_single_sites_equal_plain_runs(cls: str):
     """g(e_l) batched equals one plain `run_with_hooks` a site."""
-    lens, tokens = cases.case("qwen2", cls, "processed").lens, models.tokens()
+    lens = cases.case("qwen2", cls, "processed").lens
+    tokens = models.tokens()
     found = ll.remainder(lens, tokens, MARGIN, by_site=True, progress=False)
     base = reference.plain_readout(lens, tokens, MARGIN, lens.gates(0.0))
     for i in range(len(lens.sites)):
@@ -54,7 +55,8 @@ def test_single_sites_equal_plain_runs(cls: str):
 @pytest.mark.usefixtures("float64")
 def test_last_linear_map_alone_leaves_nothing_without_a_norm_after_it(cls: str):
     """Zero iff linear: the last down projection leaves a remainder through the final norm only."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     found = ll.remainder(lens, tokens, MARGIN, by_site=True, progress=False)
     last = [s.name for s in lens.sites].index("blocks.1.mlp.down")
     assert (found.site_shift - found.site_first_order)[:, last].abs().min() > 1e-6
@@ -86,7 +88,8 @@ def test_last_linear_map_alone_leaves_nothing_without_a_norm_after_it(cls: str):
 def test_noise_floor_tells_the_truth(cls: str, family: str, dtype: torch.dtype):
     """The measured floor is the σ of the shift's error on the same weights: 3σ holds the error."""
     base = models.hf_model(family, dtype=dtype)
-    peft, tokens = models.peft_model(family, base), models.tokens(batch=8)
+    peft = models.peft_model(family, base)
+    tokens = models.tokens(batch=8)
     low = ll.LoraLens(models.MAKERS[cls](base), ll.Adapter.from_peft(peft))
     with models.lifted(), torch.no_grad():
         exact = [m.double()(tokens).logits[:, -1] for m in (peft, base)]

@@ -20,9 +20,11 @@ from lens_lora.core import Prompts
 from lens_lora.core.function import activations as stand_in
 
 pytestmark = pytest.mark.usefixtures("float64")
-LENGTHS, TEXT_LENGTHS = [7, 4], [12, 9, 12]
+LENGTHS = [7, 4]
+TEXT_LENGTHS = [12, 9, 12]
 RESPONSES = [torch.tensor([5, 9, 12]), torch.tensor([7, 4, 11, 8])]
-HOWS, REPLACES = ("leave_one_out", "add_one"), ("mean", "resample")
+HOWS = ("leave_one_out", "add_one")
+REPLACES = ("mean", "resample")
 NEWEST = list(models.MAKERS)[-1]
 Change = Callable[[Tensor], Tensor]
 READOUTS = {
@@ -51,7 +53,8 @@ def read_as(name: str, prompt: int, logits: Tensor, base: Tensor) -> float:
     if name == "margin":
         return float(logits[-1, 5] - logits[-1, 9])
     at = slice(LENGTHS[prompt] - 1, None)
-    log_q, log_p = logits[at].log_softmax(-1), base[at].log_softmax(-1)
+    log_q = logits[at].log_softmax(-1)
+    log_p = base[at].log_softmax(-1)
     if name == "KL":
         return float((log_p.exp() * (log_p - log_q)).sum())
     return float(log_q.gather(1, RESPONSES[prompt][:, None]).sum())
@@ -135,7 +138,8 @@ def groups_of(case: cases.Case) -> dict[str, list[str]]:
 
 def off(case: cases.Case, how: str, replace: str, name: str) -> float:
     """The largest difference from PEFT's hooks."""
-    groups, oracle = groups_of(case), Oracle(case)
+    groups = groups_of(case)
+    oracle = Oracle(case)
     found = patch(
         case.lens, prompts(), READOUTS[name], how, group=groups, replace=replace, texts=texts()
     )
@@ -213,8 +217,12 @@ class OneRank:
 @pytest.mark.parametrize("how", HOWS)
 def test_single_ranks_against_hooks_on_peft(cls: str, flags: str, how: str):
     """σ_j u_j v_jᵀx of a dense SVD: to zero, to the mean and resampled."""
-    case, name, prompt = cases.case("qwen2", cls, flags), "response", 0
-    lens, oracle, row = case.lens, Oracle(case), row_of(prompt, name)
+    case = cases.case("qwen2", cls, flags)
+    name = "response"
+    prompt = 0
+    lens = case.lens
+    oracle = Oracle(case)
+    row = row_of(prompt, name)
     base, _ = oracle.run(row, [])
     for replace in ("zero", *REPLACES):
         found = patch(
@@ -224,15 +232,18 @@ def test_single_ranks_against_hooks_on_peft(cls: str, flags: str, how: str):
         )  # fmt: skip
         assert found.values.shape == (2, 9)
         for column, (label, (index,)) in enumerate(found.groups.items()):
-            module, rank = lens.sites[index].module, int(label[-2])
+            module = lens.sites[index].module
+            rank = int(label[-2])
             layer = case.peft.base_model.model.get_submodule(module)
             one = OneRank(torch.linalg.svd(layer.get_delta_weight("default"))[0], rank)
             change: Change = one.without
             if replace != "zero":
                 change = one.by(oracle.stand_ins(replace, how, row, prompt)[module])
-            on, own = oracle.modules, {}
+            on = oracle.modules
+            own = {}
             if how == "add_one":
-                on, own = [module], {module: one.only}
+                on = [module]
+                own = {module: one.only}
                 change = lambda out, one=one, change=change: one.only(change(out))  # noqa: E731
             whole, less = (oracle.run(row, on, c)[0] for c in (own, {module: change}))
             expected = read_as(name, prompt, whole, base) - read_as(name, prompt, less, base)
@@ -255,14 +266,17 @@ def test_ranks_are_gauge_free_and_become_an_attribution(tmp_path):
     )  # fmt: skip
     assert largest_difference(found.values, same.values) < 1e-9
     split = found.attribution()
-    assert split.by == ("rank",) and split.gauge == "svd"
+    assert split.by == ("rank",)
+    assert split.gauge == "svd"
     assert torch.equal(split.values.flatten(1), found.values)
-    assert split.key == "leave_one_out/mean" and len(split.to_frame()) == 2 * 14 * 3
+    assert split.key == "leave_one_out/mean"
+    assert len(split.to_frame()) == 2 * 14 * 3
     assert "of='rank', replace='mean', texts=3" in repr(found)
     again = ll.results.Effects.load(found.save(tmp_path / "ranks.safetensors"))
     assert torch.equal(again.values, found.values)
     assert (again.of, again.replace, again.texts) == ("rank", "mean", 3)
-    assert found.plot(0).data and "blocks.0.attn.q[2]" in found.groups
+    assert found.plot(0).data
+    assert "blocks.0.attn.q[2]" in found.groups
     whole = ll.first_order(lens, prompts(), ll.Margin(5, 9))
     for meets in (found.summed, lambda of: found.interaction):
         with pytest.raises(ll.errors.ArgumentError, match="rank"):
@@ -300,7 +314,8 @@ def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
 
 def test_a_text_that_is_given_twice_is_in_the_mean_once(monkeypatch):
     """And so is a beginning that several texts share; however many run at once."""
-    lens, rows = cases.case("llama", NEWEST, "raw").lens, texts().tokens
+    lens = cases.case("llama", NEWEST, "raw").lens
+    rows = texts().tokens
     find = functools.partial(patch, lens, prompts(), ll.Margin(5, 9), "add_one", replace="mean")
     once, twice = (find(texts=given).values for given in (rows[:2], rows[[0, 0, 1, 0]]))
     assert largest_difference(once, twice) < 1e-12

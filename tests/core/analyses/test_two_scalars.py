@@ -20,7 +20,8 @@ def test_first_order_by_hand():
     for mode in ("forward", "reverse"):
         found = ll.first_order(LENS, X, Y, mode=mode, progress=False)
         assert found.values.tolist() == [[18.0, 45.0]]
-    assert found.base.item() == 18.0 and found.adapted.item() == 141.75
+    assert found.base.item() == 18.0
+    assert found.adapted.item() == 141.75
     assert found.remainder.item() == pytest.approx(141.75 - 18 - 63)
 
 
@@ -55,12 +56,15 @@ def test_margin_and_flip_by_hand():
     def g(e: float) -> float:
         return (2 + 5 * e) * ((1 + e / 2) ** 2 * 9 - 30 / 18)
 
-    assert found.m0.item() == pytest.approx(g(0)) and found.m.item() == pytest.approx(g(1))
-    assert not found.flips[0] and math.isnan(found.flip_scale.item())
+    assert found.m0.item() == pytest.approx(g(0))
+    assert found.m.item() == pytest.approx(g(1))
+    assert not found.flips[0]
+    assert math.isnan(found.flip_scale.item())
     flipping = scalar_lens(lambda y: y**2 - 16)
     found = ll.fact_margin(flipping, X, 0, 1, progress=False)
     root = 2 * (4 / 3 - 1)
-    assert found.flips == (True,) and found.flip_scale.item() == pytest.approx(root, abs=1e-5)
+    assert found.flips == (True,)
+    assert found.flip_scale.item() == pytest.approx(root, abs=1e-5)
     assert found.m0.item() == -14.0
     assert str(found.flip_verdict[0]) == f"flips: from -14 to {found.m.item():+.3g}"
 

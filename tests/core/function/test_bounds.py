@@ -19,7 +19,8 @@ from lens_lora.core.function.footprint import Footprint, dual_pass_bytes, footpr
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.bad_input]
 # More rows than the smallest bound has room for in a graph, in a plain pass and in one of duals.
-ROWS, LENGTH = 40, 3
+ROWS = 40
+LENGTH = 3
 BRIDGE = list(models.MAKERS)[-1]
 
 
@@ -192,7 +193,8 @@ def test_groups_of_prompts_have_the_numbers_of_all_together(name: str):
 
 def test_two_rows_of_one_prompt_are_not_taken_for_one():
     """An answer margin runs two rows a prompt; a bound with room for one is refused."""
-    lens, readout = a_lens(), ll.AnswerMargin("w5 w7", "w8 w9")
+    lens = a_lens()
+    readout = ll.AnswerMargin("w5 w7", "w8 w9")
     reading = readout.reading(lens.model, lens.prompts("w5 w6"))
     need = footprint_of(lens, reading)
     assert len(reading.owner) == 2

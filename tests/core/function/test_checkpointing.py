@@ -20,7 +20,8 @@ from lens_lora import compat
 from lens_lora.errors import ModelStateError
 
 pytestmark = [models.NEEDS_BRIDGE, pytest.mark.usefixtures("float64")]
-TEXT, TOKEN = "w5 w6", ll.Logit("w7")
+TEXT = "w5 w6"
+TOKEN = ll.Logit("w7")
 RESPONSE = ll.AnswerLogProb("w7 w8")
 SITES = 14
 QUIET: dict[str, Any] = {"progress": False}
@@ -125,7 +126,8 @@ def test_numbers_are_those_of_evaluation_mode_or_refused(
         with pytest.raises(ModelStateError, match=r"gradient checkpointing .*model\.eval\(\)"):
             call(lens)
         return
-    found, expected = numbers(call(lens)), in_evaluation[name]
+    found = numbers(call(lens))
+    expected = in_evaluation[name]
     assert len(found) == len(expected) > 0
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

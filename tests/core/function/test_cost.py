@@ -55,7 +55,8 @@ def test_tokens_by_reverse_in_any_chunks(cls: str, monkeypatch):
 def test_the_mode_is_chosen_by_the_work_of_each(cls: str, monkeypatch):
     """Two layers of seven sites: 14 + 7 block passes of tangents, 10.5 passes; so ten tokens."""
     lens = cases.case("llama", cls, "raw").lens
-    assert len(lens.sites) == 14 and tangent_passes(lens) == 10.5
+    assert len(lens.sites) == 14
+    assert tangent_passes(lens) == 10.5
     taken: list[str] = []
     for module, name in ((gate_graph, "slopes_of_each"), (tangents, "part_tangents")):
         real = getattr(module, name)
@@ -89,7 +90,8 @@ def test_memory_bounds_the_rows_and_changes_nothing(cls: str, monkeypatch):
     lens = cases.case("gpt2", cls, "raw").lens
     prompts = lens.prompts(PROMPTS)
     longest = prompts.row(1)
-    row, always = dual_copy_bytes(lens, longest, 2), dual_pass_bytes(lens)
+    row = dual_copy_bytes(lens, longest, 2)
+    always = dual_pass_bytes(lens)
     bounded = [lens.within(always + m * row) for m in (2, 3.5, 9)]
     found = [tangents_at_once(one, longest, read=2) for one in bounded]
     assert found == [1, 2, 8]

@@ -55,7 +55,9 @@ class Counts:
 
 @contextlib.contextmanager
 def counting(lens: ll.LoraLens, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
-    counts, tokenise, reading = Counts(), ll.LoraLens.prompts, ll.Margin.reading
+    counts = Counts()
+    tokenise = ll.LoraLens.prompts
+    reading = ll.Margin.reading
 
     def prompts(self, given):
         counts.tokenised += not isinstance(given, ll.results.Prompts)
@@ -91,12 +93,15 @@ def test_a_verb_asks_once(verb: str, cls: str, monkeypatch):
 def test_explain_asks_once_and_runs_nothing_that_it_has(cls: str, monkeypatch):
     """Its interventions, curves and path take what they take alone; ends and noise come once."""
     lens = cases.case("llama", cls, "raw").lens
-    S, layers = len(lens.sites), lens.plan.host.n_layers
+    S = len(lens.sites)
+    layers = lens.plan.host.n_layers
     with counting(lens, monkeypatch) as counts:
         found = ll.explain(lens, PROMPTS[0], " w5", " w9", progress=False)
     assert (counts.tokenised, counts.bound) == (1, 1)
     roots = 30 if found.margin.flips[0] else 0
-    margin, tokens, ends = 1 + 2 + 9 + 23 + roots, 2 * (1 + 8 + 2), 1 + 1
+    margin = 1 + 2 + 9 + 23 + roots
+    tokens = 2 * (1 + 8 + 2)
+    ends = 1 + 1
     nodes = 17
     curves = 2 * 5 * (3 + 3) * 5 + 1
     assert counts.rows <= margin + tokens + ends + 2 * S + layers + nodes + curves
@@ -115,11 +120,13 @@ def test_what_is_handed_on_is_what_the_verbs_find(cls: str):
         for how, flags in found.reliability.items():
             alone = ll.reliability(*args, how=how, progress=False)
             assert torch.allclose(flags.correction, alone.correction, equal_nan=True, atol=1e-12)
-            assert torch.equal(flags.flagged, alone.flagged) and flags.passes == alone.passes
+            assert torch.equal(flags.flagged, alone.flagged)
+            assert flags.passes == alone.passes
         second = ll.second_order(*args, progress=False)
         assert torch.allclose(found.second_order.half_row_sums, second.half_row_sums, atol=1e-12)
         null = ll.null_test(*args, draws=2, progress=False)
-        assert found.null is not None and torch.allclose(found.null.null, null.null, atol=1e-12)
+        assert found.null is not None
+        assert torch.allclose(found.null.null, null.null, atol=1e-12)
         assert torch.allclose(found.null.noise_floor, null.noise_floor)
 
 
@@ -130,7 +137,8 @@ def test_memory_bounds_the_tangents_of_components_and_first_order(cls: str, monk
 
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
-        R, longest = ll.Margin(5, 9), lens.prompts(PROMPTS[1])
+        R = ll.Margin(5, 9)
+        longest = lens.prompts(PROMPTS[1])
         bytes_of_three = dual_pass_bytes(lens) + 3 * dual_copy_bytes(lens, longest, 2)
         calls: dict[str, Call] = {
             "first_order": lambda lens, bound: (
@@ -147,7 +155,8 @@ def test_memory_bounds_the_tangents_of_components_and_first_order(cls: str, monk
             handle = lens.model.unembed.register_forward_pre_hook(
                 lambda module, args, most=most: most.append(len(args[0]))
             )
-            whole, bounded = call(lens, None), len(most)
+            whole = call(lens, None)
+            bounded = len(most)
             few = call(lens, bytes_of_three)
             handle.remove()
             assert max(most[bounded:]) <= 4 < max(most[:bounded])
@@ -208,7 +217,8 @@ def test_the_pass_of_slopes_shows_the_ends(cls: str, name: str, at: float, monke
 @CLASSES
 def test_several_readouts_share_the_passes_of_their_ends(cls: str, monkeypatch):
     with models.lifted():
-        lens, readouts = cases.case("llama", cls, "raw").lens, [ll.Margin(5, 9), ll.Logit(3)]
+        lens = cases.case("llama", cls, "raw").lens
+        readouts = [ll.Margin(5, 9), ll.Logit(3)]
         for at, passes in ((0.0, 2), (1.0, 2), (0.37, 3)):
             with counting(lens, monkeypatch) as counts:
                 several = ll.first_order(lens, PROMPTS, readouts, at=at, progress=False)
@@ -277,7 +287,8 @@ def test_the_path_and_the_draws_share_a_pass(cls: str, case: str, monkeypatch):
         "8 bit": [1, 4, 1 + 3, 8],
     }
     if case == "last block":
-        assert run[0] == 2 * 5 and run[-1] == 2 * 8
+        assert run[0] == 2 * 5
+        assert run[-1] == 2 * 8
         assert run[1:-1] == [1, 1]  # a tree of each prompt
     else:
         assert run == [2 * rows for rows in batches[case]]

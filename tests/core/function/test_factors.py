@@ -27,7 +27,8 @@ from lens_lora.core.function import contraction, memory
 from lens_lora.core.model.basis import Update
 
 pytestmark = pytest.mark.usefixtures("float64")
-MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-10
+MARGIN = ll.Margin(5, 9)
+ROUND_OFF = 1e-10
 BY = [(), ("position",), ("head",), ("rank",), by_hand.AXES]
 PROMPTS = [[11, 23, 5, 40, 7], [31, 8, 19]]
 
@@ -92,10 +93,13 @@ def prompts() -> ll.results.Prompts:
 
 def expected_parts(config: Config, at: float, read=margin, peft=None, rows=None) -> Tensor:
     """[batch, site, pos, head slot, rank], prompt by prompt, zero beyond a prompt's own tokens."""
-    case, rows = built(config), PROMPTS if rows is None else rows
-    lens, peft = case.lens, case.peft if peft is None else peft
+    case = built(config)
+    rows = PROMPTS if rows is None else rows
+    lens = case.lens
+    peft = case.peft if peft is None else peft
     modules = list(lens.adapter.modules)
-    longest, ranks = max(map(len, rows)), max(site.rank for site in lens.sites)
+    longest = max(map(len, rows))
+    ranks = max(site.rank for site in lens.sites)
     slots = lens.heads.n_heads
     shape = len(rows), len(lens.sites), longest, slots + 1, ranks
     values = torch.zeros(shape, dtype=torch.float64)
@@ -144,7 +148,8 @@ def test_both_ends(config: Config):
 @pytest.mark.parametrize("at", [0.0, 0.6])
 def test_every_part_of_every_site(config: Config, at: float):
     """By position, head and rank, in both modes, at the base and beyond it; with padding."""
-    lens, expected = built(config).lens, expected_parts(config, at)
+    lens = built(config).lens
+    expected = expected_parts(config, at)
     for by in BY:
         found = ll.first_order(lens, prompts(), MARGIN, at=at, by=by)
         assert off(found.values, by_hand.summed(expected, by)) < ROUND_OFF, by
@@ -193,7 +198,9 @@ def processed(case: cases.Case, config: Config, module: str, W: Tensor) -> Tenso
 @each_config
 def test_every_part_from_a_bank(config: Config):
     """Split by every axis, and whole, where plain factors of the same shapes are products alone."""
-    lens, expected, bank = built(config).lens, expected_parts(config, 0.0), bank_of(config)
+    lens = built(config).lens
+    expected = expected_parts(config, 0.0)
+    bank = bank_of(config)
     for by in BY:
         found = bank.first_order(lens.adapter, by=by)
         assert off(found.values, by_hand.summed(expected, by)) < ROUND_OFF, by
@@ -211,7 +218,8 @@ def with_strength(adapter: ll.Adapter, strength: float) -> ll.Adapter:
 @each_config
 def test_other_adapters_of_the_same_shapes_from_a_bank(config: Config):
     """Other factors, another s, and a strength: a(−0.6 ΔW) = −0.6 a(ΔW); alone and together."""
-    case, bank = built(config), bank_of(config)
+    case = built(config)
+    bank = bank_of(config)
     assert has_a_shared_plan(bank, case.lens.adapter) == (config in (LLAMA, RAW, FOLDED))
     other = models.peft_model(config.family, case.base, seed=5, **config.options)
     adapters = {
@@ -240,7 +248,8 @@ def test_other_adapters_of_the_same_shapes_from_a_bank(config: Config):
 @pytest.mark.parametrize("config", [LLAMA, FOLDED], ids=str)
 def test_relative_norms(config: Config):
     """‖ΔW‖ / ‖W‖, by a lens and by the products of a bank, of an adapter and of a multiple."""
-    case, bank = built(config), bank_of(config)
+    case = built(config)
+    bank = bank_of(config)
     for strength in (1.0, -0.6):
         expected = relative_norm_by_hand(case, config, strength)
         adapter = with_strength(case.lens.adapter, strength)
@@ -337,7 +346,8 @@ def test_embedding_and_unembedding(flags: str):
     Of a response that is several positions of one row.
     """
     config = Config("llama", 0, flags, EMBEDDINGS)
-    lens, expected = built(config).lens, expected_parts(config, 0.6)
+    lens = built(config).lens
+    expected = expected_parts(config, 0.6)
     for by in ((), ("position",), ("position", "rank")):
         for mode in ("reverse", "forward"):
             found = ll.first_order(
@@ -372,7 +382,8 @@ def test_trained_norms_feature_by_feature(mode: str):
             if not site.kind.startswith("ln"):
                 continue
             wrapper = peft.base_model.model.get_submodule(site.module)
-            own, kept = wrapper.modules_to_save["default"], wrapper.original_module
+            own = wrapper.modules_to_save["default"]
+            kept = wrapper.original_module
             value = margin(peft(torch.tensor([ids])).logits)[0]
             by_gamma, by_beta = torch.autograd.grad(value, [own.weight, own.bias])
             of_gamma = by_gamma * (own.weight - kept.weight).detach()
@@ -384,7 +395,11 @@ def test_trained_norms_feature_by_feature(mode: str):
 def test_experts_one_by_one():
     """δ and its parts of a stack, against a loop over tokens and the experts that each went to."""
     generator = models.seeded(3)
-    experts, rank, width, out, scale = 3, 2, 5, 4, 1.7
+    experts = 3
+    rank = 2
+    width = 5
+    out = 4
+    scale = 1.7
     A = torch.randn(experts * rank, width, generator=generator, dtype=torch.float64)
     B = torch.randn(out, experts * rank, generator=generator, dtype=torch.float64)
     x = torch.randn(2, 4, 2, width, generator=generator, dtype=torch.float64)
@@ -419,7 +434,8 @@ def test_experts_one_by_one():
 
 def test_singular_directions():
     """By rank in the gauge of the SVD: σ_r (U_rᵀG)(V_rᵀx), of the dense sBA; and u = σ_r V_rᵀx."""
-    case, at = built(LLAMA), 0.6
+    case = built(LLAMA)
+    at = 0.6
     seen_u = ll.lora_activations(case.lens, prompts(), scale=at).values
     found = ll.first_order(case.lens, prompts(), MARGIN, at=at, by="rank", gauge="svd").values
     modules = list(case.lens.adapter.modules)
@@ -431,7 +447,8 @@ def test_singular_directions():
             U, sigma, Vh = torch.linalg.svd(layer.scaling["default"] * B @ A)
             here = seen[site.module]
             for r in range(site.rank):
-                back, read = here.gradient[0] @ U[:, r], here.x[0] @ Vh[r]
+                back = here.gradient[0] @ U[:, r]
+                read = here.x[0] @ Vh[r]
                 expected = sigma[r] * (back * read).sum()
                 assert abs(found[row, index, r] - expected) < 1e-9 * found[row].abs().max()
                 sign = U[U[:, r].abs().argmax(), r].sign()
@@ -454,7 +471,8 @@ def test_each_token_of_a_response(mode: str):
     """∂ℓ_t/∂ε_l by position and head, of responses of two lengths, the unembedding adapted too."""
     targets = ["embed_tokens", "lm_head", "v_proj", "o_proj"]
     for config in (Config("llama", 0, "raw"), Config("llama", -1, "raw", {"targets": targets})):
-        lens, by = built(config).lens, ("position", "token")
+        lens = built(config).lens
+        by = ("position", "token")
         found = ll.first_order(
             lens, prompts(), ll.AnswerLogProb(RESPONSES), at=0.6, by=by, mode=mode, progress=False
         ).values
@@ -550,7 +568,8 @@ def test_interventions(config: Config, way: str, monkeypatch: pytest.MonkeyPatch
                 values.append(of(gates))
         return torch.cat(values)
 
-    none, every = torch.zeros(len(modules)).double(), torch.ones(len(modules)).double()
+    none = torch.zeros(len(modules)).double()
+    every = torch.ones(len(modules)).double()
     single = torch.eye(len(modules)).double()
     for how, expected in (
         ("add_one", torch.stack([g(one) - g(none) for one in single], 1)),

@@ -56,7 +56,8 @@ def test_second_order_of_every_target(target: str, cls: str):
     """H v against differences of first order, for every kind of site; of a curved readout."""
     base, model = hooked("gpt2", cls, "processed")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
-    prompts, step = lens.prompts(models.tokens()), 1e-5
+    prompts = lens.prompts(models.tokens())
+    step = 1e-5
     readout = ll.LogProb(7)
     reading = readout.reading(model, prompts)
     one = torch.ones(len(lens.sites), dtype=torch.float64)
@@ -86,7 +87,8 @@ def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
     lens = cases.case("gpt2", cls, "raw").lens
     prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
     readout = ll.AnswerMargin(torch.tensor([5, 9, 12]), torch.tensor([5, 7]))
-    reading, at = readout.reading(lens.model, prompts), lens.gates(0.3)
+    reading = readout.reading(lens.model, prompts)
+    at = lens.gates(0.3)
     directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
     limit = 2 * reading.rows.tokens.numel()
     monkeypatch.setattr(batching, "GRAPH_TOKENS", limit)
@@ -105,7 +107,8 @@ def test_groups_of_prompts_give_what_all_give(cls: str, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     prompts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14", "w5"]
     readout = ll.AnswerMargin("w5 w7", "w8 w9")
-    reading, v = readout.reading(lens.model, lens.prompts(prompts)), lens.gates(0.7)
+    reading = readout.reading(lens.model, lens.prompts(prompts))
+    v = lens.gates(0.7)
     found = []
     for tokens in (1000, 1):
         monkeypatch.setattr(batching, "GRAPH_TOKENS", tokens)

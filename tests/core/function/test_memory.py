@@ -55,7 +55,8 @@ def test_blocks_that_run_again_give_the_same_numbers(family: str, cls: str, runs
     """Sliding windows, parallel blocks, experts and alibi among them; tokens beyond the window."""
     if not models.is_built_right(family, cls, "raw"):
         pytest.skip("this transformer-lens cannot build it")
-    lens, tokens = cases.case(family, cls, "raw").lens, models.tokens(pos=11)
+    lens = cases.case(family, cls, "raw").lens
+    tokens = models.tokens(pos=11)
     with models.lifted():
         for name in BACKWARD if family == "llama" else ("first_order",):
             runs_again.clear()
@@ -68,7 +69,8 @@ def test_blocks_that_run_again_give_the_same_numbers(family: str, cls: str, runs
 @pytest.mark.slow
 @CLASSES
 def test_split_by_everything(cls: str, runs_again: list[str]):
-    lens, tokens = cases.case("llama", cls, "processed").lens, models.tokens()
+    lens = cases.case("llama", cls, "processed").lens
+    tokens = models.tokens()
     response = ll.AnswerLogProb(torch.tensor([5, 9]))
     splits = (
         (("position", "head", "rank"), MARGIN),
@@ -82,13 +84,15 @@ def test_split_by_everything(cls: str, runs_again: list[str]):
                 ll.first_order(one, tokens, readout, by=by, mode="reverse")
                 for one in (lens, lens.within(1e9))
             )
-            assert off(again, plain) < 1e-12 and runs_again
+            assert off(again, plain) < 1e-12
+            assert runs_again
         runs_again.clear()
         plain, again = (
             ll.logit_shift(one, tokens, tokens=[5, 9], mode="reverse", progress=False)
             for one in (lens, lens.within(1e9))
         )
-        assert off(again, plain) < 1e-12 and runs_again
+        assert off(again, plain) < 1e-12
+        assert runs_again
 
 
 @pytest.mark.slow
@@ -105,14 +109,16 @@ def test_prompts_go_in_groups_that_fit(cls: str):
             few = CALLS[name](lens.within(1.03 * bound), prompts)
             every = CALLS[name](lens, prompts)
             if name == "patch_sites":  # their floors are of rounding itself
-                few, every = few.values, every.values
+                few = few.values
+                every = every.values
             assert off(few, every) < 1e-12, name
 
 
 @CLASSES
 def test_a_users_hooks_fire_again_and_their_derivatives_count(cls: str, runs_again: list[str]):
     """One that keeps state over blocks, one that draws noise from torch's generator."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     kept: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor, hook: object) -> None:
@@ -127,14 +133,16 @@ def test_a_users_hooks_fire_again_and_their_derivatives_count(cls: str, runs_aga
         for one in (lens, lens.within(1e9)):
             torch.manual_seed(0)
             found.append(ll.first_order(one, tokens, MARGIN))
-    assert off(found[1], found[0]) < 1e-12 and runs_again
+    assert off(found[1], found[0]) < 1e-12
+    assert runs_again
     # Both ends ride in the pass with a graph, which the second call runs twice.
     assert len(kept) == 2 + 1
 
 
 @CLASSES
 def test_a_hook_that_changes_its_mind_is_refused(cls: str, runs_again: list[str]):
-    lens, calls = cases.case("llama", cls, "raw").lens, []
+    lens = cases.case("llama", cls, "raw").lens
+    calls = []
 
     def count(tensor: torch.Tensor, hook: object) -> torch.Tensor:
         calls.append(1)
@@ -152,7 +160,8 @@ def test_a_hook_that_changes_its_mind_is_refused(cls: str, runs_again: list[str]
 @models.NEEDS_BRIDGE
 def test_a_large_activation_hides_no_other_tokens_change(runs_again: list[str]):
     """One entry of the first token is far above the others, as in trained models."""
-    lens, calls = cases.case("llama", "TransformerBridge", "raw").lens, []
+    lens = cases.case("llama", "TransformerBridge", "raw").lens
+    calls = []
 
     def second_time_more(tensor: torch.Tensor, hook: object) -> torch.Tensor:
         calls.append(1)
@@ -172,7 +181,8 @@ def test_a_large_activation_hides_no_other_tokens_change(runs_again: list[str]):
 @pytest.mark.bad_input
 @CLASSES
 def test_what_does_not_fit_is_refused(cls: str):
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     row = footprint_of(lens, lens.prompts(tokens))
     too_little = {
         "first_order": row.of_rerun / 3,
@@ -187,14 +197,16 @@ def test_what_does_not_fit_is_refused(cls: str):
     for value in (0, -1.0, "8 GB", float("nan")):
         with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
             lens.within(value)
-    assert lens.within(5).within(None).max_memory is None and lens.max_memory is None
+    assert lens.within(5).within(None).max_memory is None
+    assert lens.max_memory is None
 
 
 @CLASSES
 def test_a_graph_that_is_not_kept_is_not_there(cls: str, runs_again: list[str]):
     """What autograd saves between the two ways: the inputs of blocks, and what lies outside."""
     torch.manual_seed(0)
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(pos=24)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens(pos=24)
     sizes = {}
     for one in (lens, lens.within(1e9)):
         saved: dict[int, int] = {}
@@ -241,7 +253,8 @@ def test_one_column_that_is_not_centred_is_seen_wherever_it_stands():
 
 def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch):
     generator = models.seeded(0)
-    base, gamma = torch.randn(64, 8, generator=generator), torch.rand(8, generator=generator) + 0.5
+    base = torch.randn(64, 8, generator=generator)
+    gamma = torch.rand(8, generator=generator) + 0.5
     folded = base * gamma
     centred = folded - folded.mean(1, keepdim=True)
     both = centred - centred.mean(0, keepdim=True)
@@ -249,7 +262,8 @@ def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(bases, "_ENTRIES", entries)
         with _Widest() as widest:
             found = [processing_of(weight, base, gamma) for weight in (base, centred, both)]
-            assert bases.is_centred(both) and not bases.is_centred(centred)
+            assert bases.is_centred(both)
+            assert not bases.is_centred(centred)
             assert bases.is_same(base.clone(), base)
             assert not bases.is_same(base + 1e-3 * (torch.arange(64) == 63)[:, None], base)
         assert [(f.folded, f.centred) for f in found] == [
@@ -275,7 +289,8 @@ def test_what_a_block_read_is_let_go_when_the_next_begins(cls: str, monkeypatch)
     monkeypatch.setattr(injections._Reader, "__init__", note)
     lens = cases.case("llama", cls, "raw").lens
     ll.first_order(lens, models.tokens(), MARGIN)
-    assert readers and any(reader.kept for reader in readers)
+    assert readers
+    assert any(reader.kept for reader in readers)
     assert sum(bool(reader.kept) for reader in readers) <= len(readers) / 2
 
 

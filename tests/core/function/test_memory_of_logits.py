@@ -20,13 +20,15 @@ def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.Monke
     """None of a margin's, some of a response's at a time; a divergence holds its base's."""
     monkeypatch.setattr(memory, "PICKS", 3)
     monkeypatch.setattr(footprint, "PICKS", 3)
-    lens, response = cases.case("llama", cls, "raw").lens, torch.arange(5, 13)
+    lens = cases.case("llama", cls, "raw").lens
+    response = torch.arange(5, 13)
     readouts = MARGIN, ll.AnswerLogProb(response), ll.KL(response)
     readings = [lens.function(models.tokens(), readout).reading for readout in readouts]
     size = lens.gate_dtype.itemsize * int(lens.model.cfg.d_vocab_out)
     held = 8 * len(models.tokens())
     for reading, picks, base in zip(readings, (0, 3, 3), (0, 0, held), strict=True):
-        need, every = footprint_of(lens, reading), footprint_of(lens, reading.rows)
+        need = footprint_of(lens, reading)
+        every = footprint_of(lens, reading.rows)
         found = need.picked, need.graphed, need.always
         assert found == (3 * 2 * picks * size, 8 * picks * size, base * size)
         slots = reading.rows.slots
@@ -40,7 +42,8 @@ def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.Monke
 @CLASSES
 def test_a_divergence_beyond_the_bound_is_refused(cls: str, monkeypatch: pytest.MonkeyPatch):
     """Whose logits alone are; the log-probability of the same response is not."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(1)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens(1)
     response = torch.arange(5, 25)
     log_prob = ll.AnswerLogProb(response)
     readings = [lens.function(tokens, readout).reading for readout in (log_prob, ll.KL(response))]

@@ -62,7 +62,8 @@ def test_rows_that_branch_equal_rows_from_the_start(family, cls, flags, monkeypa
 def test_experts_have_rows_of_their_own(cls, monkeypatch):
     """The control: experts whose tokens are taken for rows of one primal give other tangents."""
     lens = cases.case("mixtral", cls, "raw").lens
-    assert lens.plan.host.grows and not lens.plan.host.keeps_rows
+    assert lens.plan.host.grows
+    assert not lens.plan.host.keeps_rows
     parts = mixed_parts(lens)
     expected = tangents(lens, parts)
     monkeypatch.setattr(lens.plan.host, "keeps_rows", True)

@@ -44,12 +44,14 @@ def test_the_command_needs_a_configuration_alone(tmp_path):
     lens_and_plan("llama", tmp_path)
     arguments = ["plan", "--model", str(tmp_path / "config.json"), "--tokens", "64"]
     found = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "plan.json")])
-    assert found.exit_code == 0 and "first_order" in found.stdout
+    assert found.exit_code == 0
+    assert "first_order" in found.stdout
     assert '"least_bytes"' in (tmp_path / "plan.json").read_text()
     little = CliRunner().invoke(app, [*arguments, "--max-memory", "1000"])
     assert "refused" in little.stdout
     nothing = CliRunner().invoke(app, ["plan", "--model", str(tmp_path / "none")])
-    assert nothing.exit_code == 2 and "no configuration" in nothing.stderr
+    assert nothing.exit_code == 2
+    assert "no configuration" in nothing.stderr
 
 
 @models.NEEDS_BRIDGE
@@ -59,7 +61,8 @@ def test_the_embedded_model_is_planned_by_its_name(tmp_path, monkeypatch):
     folder = "lens_lora.demonstration.embedded.embedded_model_folder"
     monkeypatch.setattr(folder, lambda **_: tmp_path)
     found = CliRunner().invoke(app, ["plan", "--model", "embedded", "--tokens", "64"])
-    assert found.exit_code == 0 and "first_order" in found.stdout
+    assert found.exit_code == 0
+    assert "first_order" in found.stdout
 
 
 @models.NEEDS_BRIDGE
@@ -92,17 +95,20 @@ def test_the_command_says_what_lies_on_each_device(tmp_path):
     file = tmp_path / "plan.json"
     arguments = ["plan", "--model", str(tmp_path), "--tokens", "64", "--devices", "2"]
     found = CliRunner().invoke(app, [*arguments, "--json", str(file)])
-    assert found.exit_code == 0 and "device 1" in found.stdout
+    assert found.exit_code == 0
+    assert "device 1" in found.stdout
     told = json.loads(file.read_text())
     peaks = {row["analysis"]: row["peak_bytes"] for row in told["analyses"]}
     for name in ("first_order", "second_order"):
         here = [device["peak_bytes"][name] for device in told["devices"]]
         # Half of a graph lies on each of two equal devices.
-        assert here[0] == here[1] and 1.9 < peaks[name] / here[0] < 2.1
+        assert here[0] == here[1]
+        assert 1.9 < peaks[name] / here[0] < 2.1
     for device in told["devices"]:
         assert device["peak_bytes"]["a forward pass"] == peaks["a forward pass"]
     bounded = CliRunner().invoke(app, [*arguments, "--max-memory", "8e9"])
-    assert bounded.exit_code == 2 and "all devices together" in bounded.stderr
+    assert bounded.exit_code == 2
+    assert "all devices together" in bounded.stderr
 
 
 @models.NEEDS_BRIDGE
@@ -134,7 +140,8 @@ def test_the_planned_passes_are_those_that_run(tmp_path):
     for name, fewest in least.items():
         forward, backward = counts.pop(name)
         most, same = stated.pop(name)
-        assert fewest <= forward <= most and backward == same
+        assert fewest <= forward <= most
+        assert backward == same
     assert counts == stated
 
 

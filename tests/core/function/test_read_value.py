@@ -149,7 +149,8 @@ def test_a_lost_bias_would_show(cls: str, monkeypatch):
     """GPT-2's processed unembedding has a bias; the control: g without it is another."""
     lens = cases.case("gpt2", cls, "processed").lens
     weight, bias = lens.plan.host.unembedding()
-    assert bias is not None and bias.abs().max() > 1e-3
+    assert bias is not None
+    assert bias.abs().max() > 1e-3
     found, expected = both(lens, READOUTS[0])
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
     monkeypatch.setattr(type(lens.plan.host), "unembedding", lambda view: (weight, None))

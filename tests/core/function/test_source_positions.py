@@ -21,9 +21,12 @@ from lens_lora.core.function import reverse
 from lens_lora.core.model.plan import Injection
 
 pytestmark = pytest.mark.usefixtures("float64")
-ROUND_OFF, DIFFERENCES, SEEN = 1e-9, 1e-7, 1e-2
+ROUND_OFF = 1e-9
+DIFFERENCES = 1e-7
+SEEN = 1e-2
 MARGIN = ll.Margin(5, 9)
-POSITION, EVERY = ("position",), ("position", "head", "rank")
+POSITION = ("position",)
+EVERY = ("position", "head", "rank")
 LAYER_NORM = [
     (family, cls)
     for family in ("gpt2", "neox", "gptj", "bloom", "gpt_neo", "opt", "phi")
@@ -126,7 +129,8 @@ def peft_parts_of_v(
     peft: PeftModel, module: str, rows: slice, tokens: Tensor, read: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """∂g/∂ε of v's s·B·A·x at one position each, on the base: [batch, pos]. No package code."""
-    layer, step = peft.base_model.model.get_submodule(module), 1e-4
+    layer = peft.base_model.model.get_submodule(module)
+    step = 1e-4
     parts = []
 
     def moved(position: int, eps: float) -> Tensor:
@@ -162,7 +166,8 @@ V_OF = {
 @pytest.mark.parametrize("family", V_OF)
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_positions_are_hugging_face_s(family: str, cls: str, mode: str):
-    case, tokens = cases.case(family, cls, "processed"), models.tokens(pos=5)
+    case = cases.case(family, cls, "processed")
+    tokens = models.tokens(pos=5)
     found = split(case.lens, POSITION, mode=mode)
     path, rows = V_OF[family]
     for layer in range(models.LAYERS):

@@ -59,7 +59,8 @@ def test_the_tree_is_as_small_as_it_can_be():
     grown = tree.Tree.of(lens, torch.eye(len(lens.sites)).double())
     assert [len(p) for p in grown.parents] == [in_first + 1, len(lens.sites)]
     along = torch.linspace(0.1, 1, 5).double()[:, None].expand(-1, len(lens.sites))
-    assert tree.Tree.of(lens, along).cost == 1.0 and not tree.pays(lens, along)
+    assert tree.Tree.of(lens, along).cost == 1.0
+    assert not tree.pays(lens, along)
 
 
 @pytest.mark.usefixtures("float64")

@@ -103,7 +103,8 @@ SOME = ("logits", "first_order", "forward", "first_orders", "frozen", "second_or
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_settings_around_a_call_change_no_number(name: str, cls: str):
     """And the settings are there again afterwards."""
-    lens, prompts = lens_of(cls), tokens()
+    lens = lens_of(cls)
+    prompts = tokens()
     if name not in AROUND_ALL:
         assert differing(cls, lens, prompts, AROUND[name], {*SOME}) == []
     CALLS["logits"](lens, prompts)  # a Bridge registers hooks of its own on its first pass
@@ -137,8 +138,10 @@ def test_ids_gates_lens_and_adapter_made_in_inference_mode(cls: str):
     """All of one function under @torch.inference_mode(), as people write it."""
     lens = make(cls, lens_inside=True)
     with torch.inference_mode():
-        ids, gates = tokens() + 0, torch.rand(len(lens.sites)) + 0
-    assert ids.is_inference() and gates.is_inference()
+        ids = tokens() + 0
+        gates = torch.rand(len(lens.sites)) + 0
+    assert ids.is_inference()
+    assert gates.is_inference()
     for around in (torch.inference_mode, contextlib.nullcontext):
         assert differing(cls, lens, ids, around, {*SOME}) == []
     shifts = [ll.tangents(lens, ids, scale=g) for g in (gates, gates.clone())]
@@ -158,12 +161,14 @@ def test_every_call_on_ids_and_a_lens_made_in_inference_mode(cls: str):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_weights_made_in_inference_mode(cls: str):
     """Runs without a derivative work; the others name a weight, and never give another number."""
-    lens, refused = make(cls, model_inside=True), []
+    lens = make(cls, model_inside=True)
+    refused = []
     for name, call in CALLS.items():
         try:
             assert same(call(lens, tokens()), expected(cls, name), 1e-6), name
         except ll.errors.ModelStateError as error:
-            assert "the weight " in str(error) and "torch.no_grad()" in str(error)
+            assert "the weight " in str(error)
+            assert "torch.no_grad()" in str(error)
             refused.append(name)
     assert {"first_order", "second_order"} <= {*refused}
     assert not {"logits", "patch_sites", "logit_shift", "tangents"} & {*refused}
@@ -188,7 +193,8 @@ TRANSFORMS = {
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_within_a_transform_calls_are_refused(transform: str, cls: str):
-    lens, prompts = lens_of(cls), tokens()
+    lens = lens_of(cls)
+    prompts = tokens()
     for name in {*CALLS} - {"sweep"}:  # which hashes the adapter first, and torch refuses that
 
         def within(x: torch.Tensor, name=name) -> torch.Tensor:
@@ -261,7 +267,8 @@ def test_every_public_call_on_a_lens_is_alone():
     assert len(taking) > 15
     bare = {name for name, fn in taking.items() if not is_alone(fn)}
     assert bare == {"sweep"}
-    assert is_alone(ll.LoraLens.logits) and is_alone(ll.LoraLens.__init__)
+    assert is_alone(ll.LoraLens.logits)
+    assert is_alone(ll.LoraLens.__init__)
     assert not is_alone(ll.compare)
     # A server is asked in `tests/ship/test_served.py` alone.
     assert {*taking} <= {*CALLS, "verify_served"}, "every_call.py lacks a public function"
@@ -289,7 +296,8 @@ def test_settings_that_are_left_on_show(name: str, cls: str, monkeypatch):
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("what", ["torch", "a device", "python"])
 def test_memory_that_runs_out_names_what_bounds_it(cls: str, what: str):
-    lens, large = lens_of(cls), 2**50
+    lens = lens_of(cls)
+    large = 2**50
 
     def ask_too_much(tensor: torch.Tensor, hook: object) -> None:
         if what == "a device":

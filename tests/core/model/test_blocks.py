@@ -75,7 +75,8 @@ def permanent(lens: ll.LoraLens) -> Iterator[None]:
 @contextlib.contextmanager
 def by_torch(lens: ll.LoraLens) -> Iterator[None]:
     """In functions of the user's, of which TransformerLens knows nothing."""
-    points, handles = lens.model.hook_dict, []
+    points = lens.model.hook_dict
+    handles = []
     for name, fn in lens.fwd_hooks():
 
         def hook(module: Any, args: Any, output: Any, fn: Any = fn) -> Any:
@@ -164,7 +165,8 @@ def test_what_runs_no_model_works_in_a_block(cls: str):
     with own.applied():
         assert own.with_adapter(other.adapter).sites == other.sites
         assert len(ll.LoraLens(own.model, other.adapter).fwd_hooks()) == len(other.fwd_hooks())
-        assert own.prompts("w5 w6").batch == 1 and own.delta_w("blocks.0.attn.q").rdim == 16
+        assert own.prompts("w5 w6").batch == 1
+        assert own.delta_w("blocks.0.attn.q").rdim == 16
 
 
 @pytest.mark.sample(2)
@@ -172,7 +174,8 @@ def test_what_runs_no_model_works_in_a_block(cls: str):
 @pytest.mark.parametrize("outer", ["logits", "first_order", "forward", "generate", "patch_sites"])
 def test_a_call_from_a_hook_of_the_users_within_a_call(outer: str, cls: str):
     """Of another lens on the model, while the outer one's hooks are on it."""
-    of, seen = lenses(cls), list[str]()
+    of = lenses(cls)
+    seen = list[str]()
     point = of.own.plan.host.block_input(1)
 
     def ask(tensor: torch.Tensor, hook: Any) -> None:
@@ -189,7 +192,8 @@ def test_a_call_from_a_hook_of_the_users_within_a_call(outer: str, cls: str):
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("outer", ["remainder", "patch_sites", "first_order"])
 def test_a_call_from_a_readout(outer: str, cls: str):
-    of, seen = lenses(cls), set[str]()
+    of = lenses(cls)
+    seen = set[str]()
 
     def read(logits: torch.Tensor) -> torch.Tensor:
         seen.add(outcome(of, "logits", WITHIN))
@@ -198,13 +202,15 @@ def test_a_call_from_a_readout(outer: str, cls: str):
     {"remainder": ll.remainder, "patch_sites": ll.patch_sites, "first_order": ll.first_order}[
         outer
     ](of.own, tokens(), ll.Readout.of(read))
-    assert seen and "wrong" not in seen
+    assert seen
+    assert "wrong" not in seen
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_calls_between_the_texts_of_a_sweep(cls: str, tmp_path):
     """No hook is on the model there."""
-    of, seen = lenses(cls), list[str]()
+    of = lenses(cls)
+    seen = list[str]()
 
     def records() -> Iterator[dict[str, str]]:
         for word in ("w5", "w6 w7"):
@@ -272,7 +278,8 @@ def test_blocks_end_in_any_order(first: int, cls: str):
     """What is left on the model is the other's alone, and after both the model is as it was."""
     own, other, _ = lenses(cls)
     own.model(tokens())
-    before, kinds = held(own.model), list(map(type, own.model.modules()))
+    before = held(own.model)
+    kinds = list(map(type, own.model.modules()))
     left = (own, other)[1 - first].logits(tokens())
     blocks = own.applied(), other.applied()
     for block in blocks:
@@ -281,7 +288,8 @@ def test_blocks_end_in_any_order(first: int, cls: str):
     assert torch.equal(own.model(tokens()), left)
     assert hooks.lock_of(own.model).holders  # other threads still wait
     blocks[1 - first].__exit__(None, None, None)
-    assert held(own.model) == before and list(map(type, own.model.modules())) == kinds
+    assert held(own.model) == before
+    assert list(map(type, own.model.modules())) == kinds
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -324,8 +332,10 @@ def test_gates_that_are_edited_in_place(how: str, cls: str):
     ones = torch.ones(len(own.sites), requires_grad=True)
     for found, wanted in zip(logits(ones, functools.partial(halved, ones)), expected, strict=True):
         assert torch.allclose(found, wanted, atol=1e-4)
-    plain, double = torch.ones(len(own.sites)), torch.ones(len(own.sites), dtype=torch.float64)
-    zero, number = torch.zeros(len(own.sites)), torch.tensor(1.0)
+    plain = torch.ones(len(own.sites))
+    double = torch.ones(len(own.sites), dtype=torch.float64)
+    zero = torch.zeros(len(own.sites))
+    number = torch.tensor(1.0)
     edits = [(gates, functools.partial(halved, gates)) for gates in (plain, double, number)]
     edits += [({"*": number}, functools.partial(halved, number)), (zero, lambda: zero.fill_(1.0))]
     for gates, edit in edits:
@@ -336,7 +346,8 @@ def test_gates_that_are_edited_in_place(how: str, cls: str):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_call_leaves_a_block_open_that_its_callback_opened(cls: str):
     """Of a generator over another model that a readout takes one step on."""
-    own, judge = lenses(cls).own, ll.LoraLens(lenses(cls).own.model, lenses(cls).other.adapter)
+    own = lenses(cls).own
+    judge = ll.LoraLens(lenses(cls).own.model, lenses(cls).other.adapter)
     judge = ll.LoraLens(copy.deepcopy(judge.model), judge.adapter)
     adapted = judge.logits(tokens())
 
@@ -363,7 +374,8 @@ def test_a_call_leaves_a_block_open_that_its_callback_opened(cls: str):
 def test_blocks_of_v_and_o_where_value_biases_are_folded(how: str, cls: str, monkeypatch):
     """What v's bias becomes passes through o, whose update the other block has: refused."""
     lens = cases.case("gpt2", cls, "processed").lens
-    v, o = lens.adapter.only("*.c_attn"), lens.adapter.only("*.attn.c_proj")
+    v = lens.adapter.only("*.c_attn")
+    o = lens.adapter.only("*.attn.c_proj")
     for parts in ((v, o), (o, v), (lens.adapter, lens.adapter)):
         with pytest.raises(
             ll.errors.ModelStateError, match=r"attn\.v and .*attn\.o .*two blocks.*add up"
@@ -386,7 +398,8 @@ def test_blocks_of_a_norm_and_of_what_reads_it(family: str, norm: str, cls: str,
             weight.mul_(1.5 if "modules_to_save" in name else 1.0)
     whole = ll.Adapter.from_peft(peft)
     lens = ll.LoraLens(models.MAKERS[cls](base), whole, hf_model=base)
-    norms, others = whole.only(f"*{norm}"), whole.without_modules(f"*{norm}")
+    norms = whole.only(f"*{norm}")
+    others = whole.without_modules(f"*{norm}")
     for parts in ((norms, others), (others, norms)):
         with pytest.raises(ll.errors.ModelStateError, match=r"ln1 is a norm .*do not add up.*sum"):
             nested_off(lens, *parts, "blocks")

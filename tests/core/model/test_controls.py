@@ -33,7 +33,8 @@ def cls(request) -> str:
 
 def error(family: str, cls: str, flags: str) -> float:
     """How far a lens made now is from PEFT's active adapter."""
-    case, tokens = cases.case(family, cls, flags), models.tokens()
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens()
     lens = ll.LoraLens(case.model, case.lens.adapter, hf_model=case.base)
     with torch.no_grad():
         oracle = case.peft(tokens).logits
@@ -63,7 +64,8 @@ def test_a_forgotten_correction_shows(family: str, dropped: dict, cls: str, monk
     # An uncentred writer moves the residual along 1, which LayerNorm removes: the logits
     # cannot show it, the residual stream does.
     if "centre_write" in dropped:
-        case, tokens = cases.case(family, cls, "processed"), models.tokens()
+        case = cases.case(family, cls, "processed")
+        tokens = models.tokens()
         lens = ll.LoraLens(case.model, case.lens.adapter, hf_model=case.base)
         name = next(s.write for s in lens.sites if s.kind == "o")
         with torch.no_grad(), lens.applied() as model:
@@ -88,7 +90,8 @@ def test_contiguous_split_of_neox_shows(cls: str, monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", blocks)
     with pytest.raises(ll.errors.ModelStateError, match="no known processing"):
         error("neox", cls, "raw")
-    case, tokens = cases.case("neox", cls, "raw"), models.tokens()
+    case = cases.case("neox", cls, "raw")
+    tokens = models.tokens()
     lens = ll.LoraLens(case.model, case.lens.adapter)
     with torch.no_grad():
         oracle = case.peft(tokens).logits
@@ -132,7 +135,8 @@ def test_writing_after_the_post_norm_shows(monkeypatch):
 
 def test_unarranged_hooks_show(cls: str, monkeypatch):
     """Registered before a user's hook on z, the reader misses what the user's hook does."""
-    case, tokens = cases.case("llama", cls, "raw"), models.tokens()
+    case = cases.case("llama", cls, "raw")
+    tokens = models.tokens()
     name = next(s.read for s in case.lens.sites if s.kind == "o")
 
     def double(tensor, hook):
@@ -151,8 +155,10 @@ def test_unarranged_hooks_show(cls: str, monkeypatch):
 
 def test_frozen_z_has_the_same_first_order_and_another_second(cls: str, monkeypatch):
     """δ computed from the base model's z: ∂g/∂ε at 0 is right, g(1) is wrong."""
-    case, tokens = cases.case("llama", cls, "raw"), models.tokens()
-    lens, true = case.lens, injections.ScaleInject.__call__
+    case = cases.case("llama", cls, "raw")
+    tokens = models.tokens()
+    lens = case.lens
+    true = injections.ScaleInject.__call__
     live = ll.first_order(lens, tokens, MARGIN)
     frozen: dict[tuple, torch.Tensor] = {}
     lens.logits(tokens, 0.0)
@@ -180,7 +186,8 @@ def test_frozen_z_has_the_same_first_order_and_another_second(cls: str, monkeypa
 
 def test_a_wrong_contraction_breaks_the_adjoint_identity(cls: str, monkeypatch):
     """a₀ = Aβ left out of the reverse contraction alone: forward and reverse disagree."""
-    lens, tokens = cases.case("gpt2", cls, "processed").lens, models.tokens()
+    lens = cases.case("gpt2", cls, "processed").lens
+    tokens = models.tokens()
     true = reverse_mode.parts
 
     def without_offset(site, *args):
@@ -194,7 +201,8 @@ def test_a_wrong_contraction_breaks_the_adjoint_identity(cls: str, monkeypatch):
 
 def test_reading_the_last_position_of_a_padded_batch_shows(cls: str, monkeypatch):
     """A padded prompt read at the padding gives another number."""
-    lens, texts = cases.case("llama", cls, "raw").lens, ["w5 w7 w8", "w9 w10 w11 w12 w13"]
+    lens = cases.case("llama", cls, "raw").lens
+    texts = ["w5 w7 w8", "w9 w10 w11 w12 w13"]
     right = ll.first_order(lens, texts, MARGIN)
     monkeypatch.setattr(ll.results.Prompts, "at_read", lambda self, logits: logits[:, -1])
     wrong = ll.first_order(lens, texts, MARGIN)

@@ -25,7 +25,8 @@ def test_refused_by_what_is_free(kind: str, monkeypatch: pytest.MonkeyPatch):
     more, shapes = CASES[kind]
     base = models.hf_model("llama")
     adapter = ll.Adapter.from_peft(models.peft_model("llama", base, targets=["q_proj"], **more))
-    model, free = list(models.MAKERS.values())[-1](base), []
+    model = list(models.MAKERS.values())[-1](base)
+    free = []
     monkeypatch.setattr(dense_memory, "free_bytes", lambda device: free[-1])
     needed = sum(2 * 8 * out * width for out, width in shapes)
     free.append(needed - 1)
@@ -44,5 +45,6 @@ def test_a_plain_lora_needs_no_such_room(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_is_free():
     found = dense_memory.free_bytes(torch.device("cpu"))
-    assert found is not None and 0 < found <= psutil.virtual_memory().total
+    assert found is not None
+    assert 0 < found <= psutil.virtual_memory().total
     assert dense_memory.free_bytes(torch.device("meta")) is None

@@ -37,9 +37,11 @@ def rms(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY_FLAG)
 def test_adapted_logits_equal_peft(family: str, cls: str, flags: str):
     """f(1) is PEFT's model on every linear module, f(0) the base, and they are far apart."""
-    case, tokens = cases.case(family, cls, flags), models.tokens()
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens()
     with torch.no_grad():
-        base, adapted = case.base(tokens).logits, case.peft(tokens).logits
+        base = case.base(tokens).logits
+        adapted = case.peft(tokens).logits
     assert worst(case.lens.logits(tokens, 0.0), base) < EXACT
     assert worst(case.lens.logits(tokens, 1.0), adapted) < EXACT
     assert worst(base, adapted) > 0.1
@@ -58,7 +60,8 @@ def test_default_targets_equal_peft(family: str, cls: str, flags: str):
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 def test_one_module_at_a_time_equals_peft(family: str, cls: str, flags: str):
     """Each module's gate alone, at a scale that is neither 0 nor 1: no error can hide in a sum."""
-    case, tokens = cases.case(family, cls, flags), models.tokens(batch=1)
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens(batch=1)
     every = list(case.lens.adapter.modules)
     for module in every:
         sites = {s.name: 0.7 for s in case.lens.sites if s.module == module}
@@ -95,7 +98,8 @@ def test_both_classes_read_the_file_alike(cls: str, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_dora_is_computed_in_the_base_s_dtype(dtype: torch.dtype, tmp_path):
     """The file's factors are rounded; the base's weight, of which DoRA takes norms, is not."""
-    base, tokens = models.hf_model("llama"), models.tokens()
+    base = models.hf_model("llama")
+    tokens = models.tokens()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         models.peft_model("llama", base, use_dora=True).save_pretrained(tmp_path)
@@ -125,7 +129,8 @@ def test_low_precision_is_as_good_as_its_rounding(cls: str, dtype: torch.dtype):
 
     Measured: 2.6 to 4.8 units of rounding, root mean square; Hugging Face and PEFT 2.6 to 5.1.
     """
-    base, tokens = models.hf_model("llama"), models.tokens(batch=8)
+    base = models.hf_model("llama")
+    tokens = models.tokens(batch=8)
     peft = models.peft_model("llama", base)
     low = models.MAKERS[cls](models.hf_model("llama").to(dtype))
     lens = ll.LoraLens(low, ll.Adapter.from_peft(peft))
@@ -141,8 +146,10 @@ def test_low_precision_is_as_good_as_its_rounding(cls: str, dtype: torch.dtype):
 @pytest.mark.parametrize("family", models.CORE)
 def test_a_bridge_in_compatibility_mode_without_processing(family: str):
     """no_processing gives HookedTransformer's names and leaves the weights: no base is needed."""
-    base, tokens = models.hf_model(family), models.tokens()
-    peft, model = models.peft_model(family, base), models.bridge(base)
+    base = models.hf_model(family)
+    tokens = models.tokens()
+    peft = models.peft_model(family, base)
+    model = models.bridge(base)
     model.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
     with torch.no_grad():

@@ -15,7 +15,8 @@ from lens_lora.core.model.hooks import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
-HT, BRIDGE = "HookedTransformer", "TransformerBridge"
+HT = "HookedTransformer"
+BRIDGE = "TransformerBridge"
 EXACT = [
     (HT, ("use_attn_result",)),
     (HT, ("use_split_qkv_input",)),
@@ -58,7 +59,8 @@ def test_exact_under_flags(cls: str, flags: tuple[str, ...], family: str, proces
     if cls == HT and family == "qwen2" and "use_attn_in" in flags:
         family = "neox"  # HookedTransformer has it for multi-head attention only
     base, model = with_flags(cls, family, flags, processing)
-    peft, tokens = models.peft_model(family, base), models.tokens()
+    peft = models.peft_model(family, base)
+    tokens = models.tokens()
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft), hf_model=base)
     with torch.no_grad():
         expected = centred(peft(tokens).logits)
@@ -92,7 +94,8 @@ def test_copied_inputs_on_a_bridge(family: str, processing: dict, flag: str):
     The first order through the norms of the copies is forward mode's, and a centred difference's.
     """
     base, model = with_flags(BRIDGE, family, (flag,), processing)
-    peft, tokens = models.peft_model(family, base), models.tokens()
+    peft = models.peft_model(family, base)
+    tokens = models.tokens()
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft), hf_model=base)
     with torch.no_grad():
         expected = centred(peft(tokens).logits)
@@ -112,7 +115,8 @@ def test_control_copies_before_their_norm(family: str, flag: str, monkeypatch: p
     """Left out, the norm of the copies makes another model."""
     monkeypatch.setattr(BridgeHost, "_norm_per_head", lambda *_: lambda z: z)
     base, model = with_flags(BRIDGE, family, (flag,), {})
-    peft, tokens = models.peft_model(family, base), models.tokens()
+    peft = models.peft_model(family, base)
+    tokens = models.tokens()
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
     with torch.no_grad():
         error = lens.logits(tokens) - peft(tokens).logits
@@ -174,7 +178,8 @@ def test_heads_with_inputs_of_their_own(cls: str, family: str, flag: str, points
     The oracle is a model of the same class from the merged weights, with the same flag and hook.
     """
     base, model = with_flags(cls, family, (flag,), {})
-    peft, tokens = models.peft_model(family, base), models.tokens()
+    peft = models.peft_model(family, base)
+    tokens = models.tokens()
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
     merged_hf = peft.merge_and_unload()
     merged_hf.config.architectures = base.config.architectures
@@ -211,7 +216,8 @@ def test_heads_that_read_the_same_have_one_activation(cls: str, flag: str, monke
     adapter = ll.Adapter.from_peft(models.peft_model(family, base))
     expected = ll.lora_activations(ll.LoraLens(model, adapter), models.tokens()).values
     _, model = with_flags(cls, family, (flag,), {})
-    lens, exact = ll.LoraLens(model, adapter), SiteMap.coordinates
+    lens = ll.LoraLens(model, adapter)
+    exact = SiteMap.coordinates
 
     def rounded(self, z: torch.Tensor) -> torch.Tensor:
         u = exact(self, z)

@@ -43,7 +43,9 @@ def test_is_the_svd_of_the_dense_update():
     turn = svd_turn(Update(A, B, scale))
 
     U, sigma, Vt = torch.linalg.svd(scale * B @ A, full_matrices=False)
-    U, sigma, Vt = U[:, :3], sigma[:3], Vt[:3]
+    U = U[:, :3]
+    sigma = sigma[:3]
+    Vt = Vt[:3]
     # The largest entry of each column of U is positive.
     largest = U.abs().argmax(0)[None]
     signs = U.gather(0, largest).sign()

@@ -74,8 +74,10 @@ def test_a_failing_readout_leaves_the_model_as_it_was(analysis: str, cls: str, m
 
 def test_an_exception_inside_applied_leaves_the_model_as_it_was(cls: str):
     """In the block's body, and in a hook in the middle of a forward pass."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
-    before, plain = state(lens.model), lens.logits(tokens, 0.0)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
+    before = state(lens.model)
+    plain = lens.logits(tokens, 0.0)
 
     def explode(tensor, hook):
         raise KeyError("mid-forward")
@@ -91,28 +93,32 @@ def test_an_exception_inside_applied_leaves_the_model_as_it_was(cls: str):
 
 def test_gates_at_zero_change_no_bit(cls: str):
     """f(0) is the base model bit for bit."""
-    lens, tokens = cases.case("qwen2", cls, "processed").lens, models.tokens()
+    lens = cases.case("qwen2", cls, "processed").lens
+    tokens = models.tokens()
     with torch.no_grad():
         assert torch.equal(lens.logits(tokens, 0.0), lens.model(tokens))
 
 
 def test_applied_survives_reset_hooks_and_nests(cls: str):
     """Tools that call reset_hooks() see the adapted model; two halves make a whole."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     adapted = lens.logits(tokens)
     with torch.no_grad(), lens.applied():
         lens.model.reset_hooks()
         lens.model.run_with_cache(tokens)
         assert torch.allclose(lens.model(tokens), adapted, rtol=0, atol=1e-12)
     names = [s.name for s in lens.sites]
-    first, second = dict.fromkeys(names[:6], 1.0), dict.fromkeys(names[6:], 1.0)
+    first = dict.fromkeys(names[:6], 1.0)
+    second = dict.fromkeys(names[6:], 1.0)
     with torch.no_grad(), lens.applied(first), lens.applied(second):
         assert torch.allclose(lens.model(tokens), adapted, rtol=0, atol=1e-12)
 
 
 def test_fwd_hooks_run_with_hooks(cls: str):
     """`run_with_hooks(fwd_hooks=lens.fwd_hooks())` is `lens.logits`, in whatever scale."""
-    lens, tokens = cases.case("neox", cls, "processed").lens, models.tokens()
+    lens = cases.case("neox", cls, "processed").lens
+    tokens = models.tokens()
     for scale in (1.0, 0.3, {"*.attn.*": 1.0}, torch.rand(len(lens.sites), dtype=torch.float64)):
         with torch.no_grad():
             out = lens.model.run_with_hooks(tokens, fwd_hooks=lens.fwd_hooks(scale))
@@ -121,7 +127,8 @@ def test_fwd_hooks_run_with_hooks(cls: str):
 
 def test_per_prompt_gates(cls: str):
     """Gates [batch, site] give each prompt its own adapter strength."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(batch=2)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens(batch=2)
     gates = torch.rand(2, len(lens.sites), dtype=torch.float64)
     both = lens.logits(tokens, gates)
     for row in range(2):
@@ -169,7 +176,8 @@ def test_interventions_equal_those_on_the_merged_model(
 
     Doubling half the features at each hook point, whichever was registered first.
     """
-    case, tokens = cases.case(family, cls, flags), models.tokens()
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens()
     merged = merged_model(family, cls, flags)
 
     def double_some(tensor, hook):
@@ -178,7 +186,8 @@ def test_interventions_equal_those_on_the_merged_model(
         return tensor
 
     for name in INTERVENTIONS[cls]:
-        theirs, ours = [(name, double_some)], case.lens.fwd_hooks()
+        theirs = [(name, double_some)]
+        ours = case.lens.fwd_hooks()
         with torch.no_grad():
             expected = merged.run_with_hooks(tokens, fwd_hooks=theirs)
             if order == "inside applied":
@@ -204,20 +213,24 @@ GAUGE = [
 @pytest.mark.parametrize(("family", "cls", "flags"), GAUGE)
 def test_cached_activations_equal_those_of_the_merged_model(family: str, cls: str, flags: str):
     """The gauge: every activation by name, whatever the processing; z and v without a bias."""
-    case, tokens = cases.case(family, cls, flags), models.tokens()
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens()
     merged = merged_model(family, cls, flags)
     with torch.no_grad(), case.lens.applied() as model:
-        found, expected = model.run_with_cache(tokens)[1], merged.run_with_cache(tokens)[1]
+        found = model.run_with_cache(tokens)[1]
+        expected = merged.run_with_cache(tokens)[1]
     assert set(found.keys()) == set(expected.keys())
     for name in expected:
-        a, b = found[name], expected[name]
+        a = found[name]
+        b = expected[name]
         if a.is_floating_point() and "attn_scores" not in name:
             assert largest_difference(a, b) < 1e-9, name
 
 
 def test_a_dead_input_hook_is_refused_at_the_first_run(cls: str):
     """Where a hook point stops firing, an error names the site; never a silent zero."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     hooks = [(n, f) for n, f in lens.fwd_hooks() if type(f).__name__ != "_Reader"]
     hooks = [(n, f) for n, f in hooks if type(f).__name__ != "Arranger"]
     with pytest.raises(ll.errors.ModelStateError, match="blocks.0.attn.q.*input hook did not"):

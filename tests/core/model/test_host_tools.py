@@ -30,12 +30,17 @@ import lens_lora as ll
 from lens_lora.errors import ModelStateError
 
 pytestmark = pytest.mark.usefixtures("float64")
-EXACT, SEEN = 1e-6, 1e-3
+EXACT = 1e-6
+SEEN = 1e-3
 BASE_S = "model's weights and biases are still the base's"
-CLEAN, CORRUPTED = models.tokens(batch=1, pos=5), models.tokens(batch=1, pos=5, seed=8)
-BASES, SOURCES = models.tokens(batch=2, pos=5), models.tokens(batch=2, pos=5, seed=8)
+CLEAN = models.tokens(batch=1, pos=5)
+CORRUPTED = models.tokens(batch=1, pos=5, seed=8)
+BASES = models.tokens(batch=2, pos=5)
+SOURCES = models.tokens(batch=2, pos=5, seed=8)
 LAST = torch.tensor([4, 4])
-PROCESSED, LLAMA, GEMMA = ("gpt2", "processed"), ("llama", "raw"), ("gemma2", "raw")
+PROCESSED = ("gpt2", "processed")
+LLAMA = ("llama", "raw")
+GEMMA = ("gemma2", "raw")
 EVERY = (PROCESSED, LLAMA, GEMMA)
 WITH_GATED = (*EVERY, ("llama", "processed"))  # whose MLP's own passes read its weights
 EDGE_FLAGS = ("use_split_qkv_input", "use_attn_result", "use_hook_mlp_in")
@@ -85,7 +90,9 @@ class Tool:
         return has_tool and (cls == "TransformerBridge" or not self.bridge_alone)
 
 
-OUT, DOWN, HEAD = ("o",), ("down", "fc_out"), ("unembed",)
+OUT = ("o",)
+DOWN = ("down", "fc_out")
+HEAD = ("unembed",)
 
 
 def analysis(name: str) -> Any:
@@ -199,10 +206,12 @@ def collected(model: Any) -> Tensor:
 
 def interchanged(name: str) -> Callable[[Any], Tensor]:
     """At what a site reads, down's input."""
-    point, run_tool = "blocks.1.mlp.hook_post", name
+    point = "blocks.1.mlp.hook_post"
+    run_tool = name
 
     def run(model: Any) -> Tensor:
-        collect, tool = analysis("collect_activations"), analysis(run_tool)
+        collect = analysis("collect_activations")
+        tool = analysis(run_tool)
         sources = collect(model, point, SOURCES, task(model), positions=LAST)
         swap = analysis("SubspaceInterchange")(analysis("random_basis")(sources.shape[1], 3, 0))
         options = (point, swap, BASES, sources, task(model))
@@ -212,7 +221,8 @@ def interchanged(name: str) -> Callable[[Any], Tensor]:
 
 
 def das(model: Any) -> Tensor:
-    point, labels = "blocks.1.mlp.hook_post", torch.tensor([0, 1])
+    point = "blocks.1.mlp.hook_post"
+    labels = torch.tensor([0, 1])
     where = {"base_positions": LAST, "source_positions": LAST}
     fit = analysis("fit_das")
     result = fit(model, point, BASES, SOURCES, labels, task(model), rank=2, epochs=3, **where)
@@ -255,13 +265,15 @@ def affinity(model: Any) -> Tensor:
 
 
 def kernel(model: Any) -> Tensor:
-    subspace, cache = analysis("orthonormal_subspace"), cached(model)
+    subspace = analysis("orthonormal_subspace")
+    cache = cached(model)
     ends = [subspace(cache[f"blocks.{i}.hook_resid_post"][0].T, rank=2) for i in (0, 1)]
     return numbers([analysis("projection_kernel")(*ends).score])
 
 
 def probe(model: Any) -> Tensor:
-    tokens, labels = models.tokens(12, 5, seed=77), torch.tensor([0, 1] * 6)
+    tokens = models.tokens(12, 5, seed=77)
+    labels = torch.tensor([0, 1] * 6)
     features = cached(model, tokens)["blocks.1.hook_resid_post"][:, -1]
     result = analysis("fit_sparse_probe")(features, labels, k=3, seed=0)
     return numbers([v for v in vars(result).values() if isinstance(v, Tensor)])
@@ -603,7 +615,8 @@ def test_the_model_s_own_readout_has_an_adapted_head():
         return model.unembed(model.ln_final(cached(model)["blocks.0.hook_resid_post"]))
 
     adapted, base = errors(read, lens, merged)
-    assert adapted < EXACT and base > SEEN
+    assert adapted < EXACT
+    assert base > SEEN
 
 
 def only(cls: str, *kinds: str, family: str = "gpt2") -> tuple[ll.LoraLens, Any]:
@@ -615,7 +628,8 @@ def only(cls: str, *kinds: str, family: str = "gpt2") -> tuple[ll.LoraLens, Any]
 def test_a_flag_set_within_the_block_is_refused():
     """Under use_attn_result a bridge never fires o's own output hook: its update would be lost."""
     lens, _ = only("TransformerBridge", "o")
-    model, tokens = lens.model, models.tokens()
+    model = lens.model
+    tokens = models.tokens()
     with lens.applied(), torch.no_grad():
         model(tokens)
         model.set_use_attn_result(True)
@@ -633,11 +647,10 @@ def test_points_without_the_update_are_refused_in_a_block(cls: str):
     model = models.MAKERS[cls](base)
     model.set_use_attn_result(True)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("gpt2", base)))
-    tokens, name = models.tokens(), "blocks.1.attn.hook_result"
-    point, refused = (
-        model.hook_dict[name],
-        pytest.raises(ModelStateError, match="hook_result: lies between.*names_filter"),
-    )
+    tokens = models.tokens()
+    name = "blocks.1.attn.hook_result"
+    point = model.hook_dict[name]
+    refused = pytest.raises(ModelStateError, match="hook_result: lies between.*names_filter")
     mine = [(name, lambda tensor, hook: None)]
     with refused, lens.applied():
         model.run_with_cache(tokens)
@@ -647,7 +660,8 @@ def test_points_without_the_update_are_refused_in_a_block(cls: str):
         model.run_with_hooks(tokens, fwd_hooks=[*lens.fwd_hooks(), *mine])
     with refused, lens.applied(), lens.applied(), model.hooks(bwd_hooks=mine):
         model(tokens)
-    assert not point._forward_hooks and not point._backward_hooks
+    assert not point._forward_hooks
+    assert not point._backward_hooks
     with refused:
         ll.tangents(lens, tokens, name)
     assert not [n for n in ll.tangents(lens, tokens) if n.endswith("hook_result")]
@@ -708,27 +722,32 @@ def test_patched_activations_as_transformer_lens_has_them(direction: str):
             recipient, tokens, cached(donor, tokens), by_row, reduce="none", baseline=True
         )
         other_end = by_row(donor(tokens))
-    names, options = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"], {"progress": False}
+    names = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
+    options = {"progress": False}
     effects = ll.patch_activations(
         lens, tokens, ll.Margin(5, 9), names, direction=direction, positions="each", **options
     )
     found = effects.to_patching_result()
-    assert type(found) is type(expected) and found.axis_names == ["name", "pos"]
+    assert type(found) is type(expected)
+    assert found.axis_names == ["name", "pos"]
     assert list(found.index_df["layer"]) == list(expected.index_df["layer"])
     assert list(found.index_df["pos"]) == list(expected.index_df["pos"])
     for read in ("mean", "stderr", "effect", "permutation_pvalue"):
-        ours, theirs = getattr(found, read)(), getattr(expected, read)()
+        ours = getattr(found, read)()
+        theirs = getattr(expected, read)()
         assert largest_difference(ours, theirs) < EXACT, read
     assert largest_difference(found.values, expected.values) < EXACT
     assert largest_difference(found.baseline, expected.baseline) < EXACT
     assert largest_difference(found.normalized(other_end), effects.share.movedim(0, -1)) < EXACT
     assert found.effect().abs().max() > SEEN
     columns = ["metric", "name", "layer", "hook", "pos", "example", "value"]
-    assert list(found.to_dataframe()) == columns and len(found.to_dataframe()) == 2 * 4 * 3
+    assert list(found.to_dataframe()) == columns
+    assert len(found.to_dataframe()) == 2 * 4 * 3
     whole = ll.patch_activations(
         lens, tokens, ll.Margin(5, 9), names, direction=direction, **options
     ).to_patching_result()
-    assert whole.axis_names == [] and whole.values.shape == (2, 3)
+    assert whole.axis_names == []
+    assert whole.values.shape == (2, 3)
     assert whole.metric_names == [effects.readout] == whole.to_dataframe()["metric"].unique()
 
 
@@ -736,7 +755,8 @@ def test_patched_activations_as_transformer_lens_has_them(direction: str):
 @pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
 def test_switched_sites_as_transformer_lens_has_them(how: str):
     """Patched readout, baseline and other end are those of PEFT with one module on, or off."""
-    case, tokens = cases.case("llama", "TransformerBridge", "raw"), models.tokens(batch=3, pos=4)
+    case = cases.case("llama", "TransformerBridge", "raw")
+    tokens = models.tokens(batch=3, pos=4)
     effects = ll.patch_sites(case.lens, tokens, ll.Margin(5, 9), how, progress=False)
     found = effects.to_patching_result()
     assert list(found.index_df.columns) == ["group", "layer", "kind"]
@@ -754,27 +774,31 @@ def test_switched_sites_as_transformer_lens_has_them(how: str):
     assert largest_difference(share, effects.share.T) < EXACT
     assert found.effect().abs().max() > SEEN
     low, high = found.bootstrap_ci(of_effect=True)
-    assert bool((low <= high).all()) and found.stderr().shape == (len(modules),)
+    assert bool((low <= high).all())
+    assert found.stderr().shape == (len(modules),)
     assert list(found.to_dataframe()["group"].unique()) == list(effects.groups)
 
 
 @models.NEEDS_NEWEST
 def test_patching_results_of_groups_and_short_prompts():
     """Groups have no layer of their own, a position that a prompt lacks is NaN."""
-    lens, margin = cases.case("llama", "TransformerBridge", "raw").lens, ll.Margin(5, 9)
+    lens = cases.case("llama", "TransformerBridge", "raw").lens
+    margin = ll.Margin(5, 9)
     by_kind = ll.patch_sites(lens, BASES, margin, group="kind", progress=False)
     assert list(by_kind.to_patching_result().index_df) == ["group"]
     prompts = ll.results.Prompts(BASES, torch.tensor([5, 3]))
     each = ll.patch_activations(
         lens, prompts, margin, "blocks.1.hook_resid_pre", positions="each", progress=False
     ).to_patching_result()
-    assert each.values[0, 3:, 1].isnan().all() and not each.values[0, :, 0].isnan().any()
+    assert each.values[0, 3:, 1].isnan().all()
+    assert not each.values[0, :, 0].isnan().any()
     ranks = ll.patch_sites(lens, BASES, margin, of="rank", sites="*.q", progress=False)
     assert ranks.to_patching_result().values.shape == (len(ranks.groups), 2)
 
 
 def test_what_is_no_patching_result(cls: str):
-    lens, margin = cases.case("llama", cls, "raw").lens, ll.Margin(5, 9)
+    lens = cases.case("llama", cls, "raw").lens
+    margin = ll.Margin(5, 9)
     replaced = ll.patch_sites(
         lens, BASES, margin, replace="mean", texts=SOURCES, group="kind", progress=False
     )

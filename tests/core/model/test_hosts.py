@@ -28,7 +28,8 @@ import lens_lora as ll
 from lens_lora.core.model.bases import names_of
 
 pytestmark = pytest.mark.usefixtures("float64")
-EXACT, SEEN = 1e-9, 1e-2
+EXACT = 1e-9
+SEEN = 1e-2
 MARGIN = ll.Margin(5, 9)
 
 
@@ -50,7 +51,8 @@ def on_base_adapted_merged(
 @pytest.mark.parametrize(("family", "flags"), [("llama", "raw"), ("gpt2", "processed")])
 def test_the_cache_is_transformer_lens_s_own(family: str, flags: str, cls: str):
     """Its methods on the adapted model give what they give on the merged one."""
-    lens, tokens = cases.case(family, cls, flags).lens, models.tokens()
+    lens = cases.case(family, cls, flags).lens
+    tokens = models.tokens()
 
     def stacked(model: Any) -> Tensor:
         with torch.no_grad():
@@ -63,7 +65,8 @@ def test_the_cache_is_transformer_lens_s_own(family: str, flags: str, cls: str):
     assert largest_difference(base, merged) > SEEN
     tangents = ll.tangents(lens, tokens)
     assert isinstance(tangents, ActivationCache)
-    parts, whole = tangents.decompose_resid().sum(0), tangents.accumulated_resid()[-1]
+    parts = tangents.decompose_resid().sum(0)
+    whole = tangents.accumulated_resid()[-1]
     assert largest_difference(parts, whole) < EXACT
 
 
@@ -92,7 +95,8 @@ def test_delta_w_is_what_merged_weights_differ_by(family: str, flags: str, cls: 
     merged = merged_model(family, cls, flags)
     for site in case.lens.sites:
         delta = case.lens.delta_w(site)
-        assert isinstance(delta, FactoredMatrix) and delta.mdim == site.rank == 3
+        assert isinstance(delta, FactoredMatrix)
+        assert delta.mdim == site.rank == 3
         with torch.no_grad():
             expected = dense(merged, site, cls) - dense(case.model, site, cls)
         assert delta.AB.shape == expected.shape, site.name
@@ -138,7 +142,8 @@ def test_delta_w_meets_other_factored_matrices(cls: str):
     with torch.no_grad():
         seen = lens.delta_w(site).T @ lens.model.W_U
         expected = lens.delta_w(site).AB.T @ lens.model.W_U
-    assert isinstance(seen, FactoredMatrix) and largest_difference(seen.AB, expected) < EXACT
+    assert isinstance(seen, FactoredMatrix)
+    assert largest_difference(seen.AB, expected) < EXACT
     values = lens.delta_w(site).S
     assert largest_difference(values[:3], torch.linalg.svdvals(lens.delta_w(site).AB)[:3]) < EXACT
     with pytest.raises(ll.errors.SiteError, match="matches .* sites; name one"):
@@ -163,7 +168,8 @@ def greedy(peft: PeftModel, tokens: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize(("family", "flags"), [("llama", "raw"), ("qwen2", "processed")])
 def test_generation_is_peft_s(family: str, flags: str, cls: str):
     """Greedy tokens inside `applied` are those of PEFT's generate; the base's are others."""
-    case, tokens = cases.case(family, cls, flags), models.tokens(batch=2, pos=4)
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens(batch=2, pos=4)
     caches = (False, True) if cls == "HookedTransformer" else (False,)
     expected = greedy(case.peft, tokens, 6)
     assert expected.shape == (2, 10)
@@ -186,24 +192,30 @@ def test_generation_is_peft_s(family: str, flags: str, cls: str):
 
 def test_circuitsvis_draws_the_tokens(cls: str, tmp_path):
     """Each token's share through all sites, on a page that fetches nothing."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     prompts = ll.results.Prompts(tokens, torch.tensor([7, 4]))
     for by in ("position", ("position", "head")):
         attribution = ll.first_order(lens, prompts, MARGIN, by=by)
         view = attribution.token_view(prompt=1)
-        assert isinstance(view, ll.results.TokenView) and view.tokens == attribution.str_tokens[1]
+        assert isinstance(view, ll.results.TokenView)
+        assert view.tokens == attribution.str_tokens[1]
         assert sum(view.values) == pytest.approx(attribution.total[1].item(), abs=1e-9)
         own = ll.first_order(lens, prompts, MARGIN, by="position").values[1, :, :4].sum(0)
         assert list(view.values) == pytest.approx(own.tolist(), abs=1e-9)
     page = view.save(tmp_path / "tokens.html").read_text()
-    assert view.html in page and all(f'"{token}"' in page for token in view.tokens)
-    assert "cdn" not in page.split("<script")[1][:200] and 'src="http' not in page
-    assert view._repr_html_() == view.html and view.tokens[0] in repr(view)
+    assert view.html in page
+    assert all(f'"{token}"' in page for token in view.tokens)
+    assert "cdn" not in page.split("<script")[1][:200]
+    assert 'src="http' not in page
+    assert view._repr_html_() == view.html
+    assert view.tokens[0] in repr(view)
 
 
 def test_circuitsvis_refuses_what_it_cannot_draw(monkeypatch):
     cls = next(iter(models.MAKERS))
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     with pytest.raises(ValueError, match=r'not by position; compute it with .*by="position"'):
         ll.first_order(lens, tokens, MARGIN).token_view()
     attribution = ll.first_order(lens, tokens, MARGIN, by="position")
@@ -225,7 +237,8 @@ def test_a_token_is_no_markup():
     attribution = ll.first_order(lens, models.tokens(batch=1, pos=2), MARGIN, by="position")
     tokens = (("</script><b>", "w4"),)
     view = dataclasses.replace(attribution, str_tokens=tokens).token_view()
-    assert "</script><b>" not in view.html and "&lt;/script&gt;&lt;b&gt;" in view.html
+    assert "</script><b>" not in view.html
+    assert "&lt;/script&gt;&lt;b&gt;" in view.html
 
 
 def test_a_model_is_known_by_its_weights_name_before_its_architecture_s():

@@ -100,7 +100,8 @@ def points_in(call, *functions) -> dict[int, str]:
 @models.NEEDS_BRIDGE
 def test_blooms_own_gelu():
     """Forward mode replaces a method of transformers' Bloom."""
-    lens, tokens = cases.case("bloom", "TransformerBridge", "raw").lens, models.tokens(1, 4)
+    lens = cases.case("bloom", "TransformerBridge", "raw").lens
+    tokens = models.tokens(1, 4)
 
     def call() -> None:
         ll.logit_shift(lens, tokens, by_site=False)
@@ -154,10 +155,8 @@ def leaks_of(name: str, cls: str) -> set[str]:
     """What was left, of a model of its own."""
     base = models.hf_model("llama")
     peft = models.peft_model("llama", base, targets=list(TARGETS))
-    lens, tokens = (
-        ll.LoraLens(models.MAKERS[cls](base), ll.Adapter.from_peft(peft)),
-        models.tokens(),
-    )
+    lens = ll.LoraLens(models.MAKERS[cls](base), ll.Adapter.from_peft(peft))
+    tokens = models.tokens()
 
     def call() -> None:
         EVERY[name](lens, tokens)

@@ -261,7 +261,8 @@ def test_a_size_that_changes_at_the_limit(float64: None):
     """PhiMoE has a mixture of experts and a rotary embedding of its own kind."""
     base = models.randomised(_phimoe(), 0, torch.float64)
     [(module, rule)] = Rotary.of(base).rules
-    assert rule.limit == LIMIT and type(module).__name__ == "PhimoeRotaryEmbedding"
+    assert rule.limit == LIMIT
+    assert type(module).__name__ == "PhimoeRotaryEmbedding"
 
 
 # --- What a HookedTransformer lacks
@@ -332,7 +333,8 @@ def test_a_batch_equals_its_prompts_alone_in_every_architecture(name: str):
     """Windows, chunks, experts, recurrences: none of them looks at the longest row."""
     with architectures.in_float64():
         held = architectures.case(name)
-        short, long = models.tokens(1, 5), models.tokens(1, LONG, seed=5)
+        short = models.tokens(1, 5)
+        long = models.tokens(1, LONG, seed=5)
         tokens = torch.cat([pad(short, (0, LONG - 5)), long])
         both = held.lens.logits(ll.results.Prompts(tokens, torch.tensor([5, LONG])))
         with torch.no_grad():

@@ -96,7 +96,8 @@ def test_every_name_of_peft_names_its_sites(family: str):
     for name in names_in_peft(family):
         gates = lens.gates({name: 1.0})
         sites = gates.nonzero()[:, 0].tolist()
-        assert sites and {f"base_model.model.{lens.sites[i].module}" for i in sites} == {name}
+        assert sites
+        assert {f"base_model.model.{lens.sites[i].module}" for i in sites} == {name}
         reached |= set(sites)
     assert reached == set(range(len(lens.sites)))
 

@@ -16,7 +16,8 @@ import lens_lora as ll
 from lens_lora.core.model.basis import NormMap
 
 pytestmark = pytest.mark.usefixtures("float64")
-EXACT, ROUND_OFF = 1e-11, 1e-10
+EXACT = 1e-11
+ROUND_OFF = 1e-10
 MARGIN = ll.Margin(5, 9)
 # A LayerNorm with β, an RMS norm, a norm that attention and MLP share, norms of q and k and after
 # attention and MLP, a norm after the embedding.
@@ -52,7 +53,8 @@ def test_each_norm_alone_equals_peft(family: str, cls: str):
         oracle = copy.deepcopy(model)
         for other in norms:
             wrapper = oracle.base_model.model.get_submodule(other.module)
-            own, kept = wrapper.modules_to_save["default"], wrapper.original_module
+            own = wrapper.modules_to_save["default"]
+            kept = wrapper.original_module
             share = 0.7 if other is site else 0.0
             with torch.no_grad():
                 for name, p in own.named_parameters():
@@ -69,7 +71,8 @@ def test_every_activation_is_that_of_the_merged_model(family: str, cls: str):
     base, model, lens = built(family, cls)
     merged = models.MAKERS[cls](copy.deepcopy(model).merge_and_unload())
     names = [name for name in lens.model.hook_dict if name.endswith(_SHOWN[cls])]
-    assert any("ln1" in name for name in names) and any("attn.hook_q" in name for name in names)
+    assert any("ln1" in name for name in names)
+    assert any("attn.hook_q" in name for name in names)
     with torch.no_grad():
         _, expected = merged.run_with_cache(models.tokens(), names_filter=names)
         with lens.applied():
@@ -132,7 +135,8 @@ _EDITED = {
 def test_derivatives_and_their_parts(family: str, cls: str):
     """Both modes, and by position, head and rank; norms of q and k belong to heads."""
     _, _, lens = built(family, cls)
-    texts, by = ["w5 w7 w8", "w9 w10 w11 w12"], ("position", "head", "rank")
+    texts = ["w5 w7 w8", "w9 w10 w11 w12"]
+    by = ("position", "head", "rank")
     reverse = ll.first_order(lens, texts, MARGIN, at=0.6, by=by)
     forward = ll.first_order(lens, texts, MARGIN, at=0.6, mode="forward", progress=False)
     size = reverse.values.abs().max()
@@ -148,7 +152,8 @@ def test_derivatives_and_their_parts(family: str, cls: str):
             assert not of_heads[:, index, heads:].any()
         if site.kind in ("ln1", "ln2", "ln_final", "embed_ln"):
             assert not of_heads[:, index, :-1].any()
-    step, name = 1e-5, lens.sites[0].name
+    step = 1e-5
+    name = lens.sites[0].name
     ends = [ll.first_order(lens, texts, MARGIN, at=0.6 + e).values for e in (step, -step)]
     curved = ll.coupling(lens, texts, MARGIN, at=0.6, progress=False).matrix.sum(-1)
     slopes = (ends[0] - ends[1]) / (2 * step)

@@ -30,7 +30,8 @@ def factors(draw, family: str) -> dict[str, ll.LoRAFactors]:
     chosen = draw(st.lists(st.sampled_from(list(every)), min_size=1, max_size=4, unique=True))
     found = {}
     for i, module in enumerate(chosen):
-        rank, seed = draw(st.integers(1, 20)), draw(st.integers(0, 99))
+        rank = draw(st.integers(1, 20))
+        seed = draw(st.integers(0, 99))
         generator = models.seeded(seed * 10 + i)
         shape = every[module].B.shape[0], every[module].A.shape[1]
         A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64) * 0.2
@@ -62,7 +63,8 @@ def test_any_factors_on_any_model_are_exact(data):
     lens = ll.LoraLens(case.model, adapter, hf_model=case.base)
     pos = data.draw(st.integers(1, models.CONTEXT))
     tokens = models.tokens(batch=data.draw(st.integers(1, 3)), pos=pos)
-    found, expected = lens.logits(tokens), merged_logits(family, adapter, tokens)
+    found = lens.logits(tokens)
+    expected = merged_logits(family, adapter, tokens)
     size = max(1.0, float(expected.abs().max()))
     assert largest_difference(cases.centred(found), cases.centred(expected)) < 1e-9 * size
     by = data.draw(st.sets(st.sampled_from(["position", "head", "rank"])))
@@ -100,7 +102,8 @@ def test_any_padding_is_harmless(data):
 def test_first_order_is_linear_in_the_adapter(factor: float, data):
     """Scaling every ΔW scales every a_l at ε = 0; f(s) of an adapter is f(1) of its multiple."""
     family, cls, flags = data.draw(st.sampled_from(SITES))
-    case, tokens = cases.case(family, cls, flags), models.tokens()
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens()
     scaled = ll.LoraLens(case.model, case.lens.adapter.scaled(factor), hf_model=case.base)
     one, many = (ll.first_order(lens, tokens, ll.Margin(5, 9)) for lens in (case.lens, scaled))
     size = float(one.values.abs().max()) * max(1.0, abs(factor))

@@ -118,7 +118,8 @@ def test_names_and_order(family, cls):
     assert [s.name for s in lens.sites] == [f"blocks.{i}.{n}" for i in (0, 1) for n in names]
     assert [s.module for s in lens.sites] == [prefix.format(i) + m for i in (0, 1) for m in modules]
     for site in lens.sites:
-        assert site.name.startswith(f"blocks.{site.layer}.") and site.name.endswith(site.kind)
+        assert site.name.startswith(f"blocks.{site.layer}.")
+        assert site.name.endswith(site.kind)
         assert site.rank == 3
     assert len({s.write for s in lens.sites}) == len(lens.sites)
     assert lens.class_name == cls
@@ -251,9 +252,11 @@ def test_unknown_module(module, near, cls):
     good = adapter("llama").modules["model.layers.0.self_attn.k_proj"]
     named = ll.Adapter({module: good, "model.layers.0.self_attn.k_proj": good}, base_model="lab/b")
     message = refusal(shared(cls), named, SiteError)
-    assert message.startswith(f"{module}: ") and "2 layers" in message
+    assert message.startswith(f"{module}: ")
+    assert "2 layers" in message
     assert near in message.partition("the nearest are")[2]
-    assert "'lab/b'" in message and "without" in message
+    assert "'lab/b'" in message
+    assert "without" in message
     assert issubclass(SiteError, LookupError)
 
 
@@ -291,7 +294,8 @@ def test_adapter_of_another_base(family, module, shape, name, ours, theirs, cls)
     named = ll.Adapter({module: factors(*shape)}, base_model="lab/other-base")
     message = refusal(shared(cls, family), named, AdapterError)
     assert all(needle in message for needle in (name, module, ours, theirs)), message
-    assert "another base model" in message and "'lab/other-base'" in message
+    assert "another base model" in message
+    assert "'lab/other-base'" in message
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -315,7 +319,8 @@ def test_one_module_of_another_shape_among_good_ones(cls):
 def test_model_without_hooks(make, name):
     message = refusal(make(), adapter("llama"), ModelStateError)
     assert name in message
-    assert "no hook points" in message and "TransformerBridge" in message
+    assert "no hook points" in message
+    assert "TransformerBridge" in message
 
 
 @models.NEEDS_BRIDGE
@@ -325,7 +330,8 @@ def test_bridge_of_an_injected_model(family):
     injected = models.peft_model(family, base(family)).get_base_model()
     model = models.bridge(injected)
     message = refusal(model, adapter(family), ModelStateError)
-    assert "already carries a PEFT adapter" in message and "ll.load(peft_model)" in message
+    assert "already carries a PEFT adapter" in message
+    assert "ll.load(peft_model)" in message
     assert "blocks.0." in message
 
 
@@ -336,7 +342,8 @@ def test_active_dropout():
     assert model.original_model.config.resid_pdrop > 0
     model.train()
     message = refusal(model, adapter("gpt2"), ModelStateError)
-    assert "dropout 0.1 is active" in message and "model.eval()" in message
+    assert "dropout 0.1 is active" in message
+    assert "model.eval()" in message
     model.eval()
     lens = ll.LoraLens(model, adapter("gpt2"))
     assert len(lens.sites) == 12
@@ -365,7 +372,8 @@ def test_quantised_weights(cls):
 def test_harmless_flags(cls):
     """hook_mlp_in, and on a HookedTransformer attn_result, leave f(1) as it was."""
     model = fresh(cls, "gpt2")
-    lens, tokens = ll.LoraLens(model, adapter("gpt2")), models.tokens()
+    lens = ll.LoraLens(model, adapter("gpt2"))
+    tokens = models.tokens()
     expected = lens.logits(tokens)
     model.set_use_hook_mlp_in(True)
     if cls == "HookedTransformer":
@@ -389,8 +397,10 @@ def test_folded_model_needs_its_base(family, cls):
     model = fresh(cls, family, **models.PROCESSED)
     norm = {"gpt2": "transformer.h.0.ln_1", "llama": "model.layers.0.input_layernorm"}[family]
     message = refusal(model, adapter(family), ModelStateError)
-    assert "blocks.0.attn.q" in message and norm in message
-    assert "hf_model=" in message and "unprocessed" in message
+    assert "blocks.0.attn.q" in message
+    assert norm in message
+    assert "hf_model=" in message
+    assert "unprocessed" in message
     lens = ll.LoraLens(model, adapter(family), hf_model=base(family))
     assert len(lens.sites) == len(SITES[family][1]) * 2
 
@@ -445,7 +455,8 @@ def test_hf_model_that_the_bridge_wraps(flags):
     """Its weights were rewritten in place, so it tells nothing of the base."""
     model = fresh("TransformerBridge", "gpt2", **flags)
     message = refusal(model, adapter("gpt2"), ModelStateError, hf_model=model.original_model)
-    assert "wrapped by a TransformerBridge" in message and "freshly loaded" in message
+    assert "wrapped by a TransformerBridge" in message
+    assert "freshly loaded" in message
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -453,7 +464,8 @@ def test_hf_model_that_the_bridge_wraps(flags):
 def test_hf_model_with_an_unmerged_adapter_is_the_base(flags, cls):
     """PEFT keeps the base weights beside the factors, so an injected model serves."""
     peft = models.peft_model("gpt2", base("gpt2"))
-    model, tokens = fresh(cls, "gpt2", **flags), models.tokens()
+    model = fresh(cls, "gpt2", **flags)
+    tokens = models.tokens()
     expected = ll.LoraLens(model, adapter("gpt2"), hf_model=base("gpt2")).logits(tokens)
     for hf_model in (peft, peft.get_base_model()):
         logits = ll.LoraLens(model, adapter("gpt2"), hf_model=hf_model).logits(tokens)
@@ -502,4 +514,5 @@ def test_a_hooked_model_that_computes_something_else(cls):
     hf = models.hf_model("llama")
     hf.model.norm.weight.data.mul_(1.5)
     message = refusal(model, adapter("llama"), ModelStateError, hf_model=hf)
-    assert "computes other logits than hf_model" in message and "TransformerBridge" in message
+    assert "computes other logits than hf_model" in message
+    assert "TransformerBridge" in message

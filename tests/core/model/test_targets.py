@@ -61,7 +61,8 @@ def test_exact_and_differentiated_on_every_target(family: str, cls: str, flags: 
     Derivatives are taken of the processed model, where there is one: its norms are folded.
     """
     base, model = hooked(family, cls, flags)
-    peft, tokens = peft_with(family, base, target), models.tokens()
+    peft = peft_with(family, base, target)
+    tokens = models.tokens()
     hf = base_for(base, flags, target)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft), hf_model=hf)
     with torch.no_grad():
@@ -89,7 +90,8 @@ def test_first_order_of_every_target_against_differences(target: str, cls: str):
     """∂g/∂ε of PEFT's own model, by central differences through the lens' exact f."""
     base, model = hooked("gpt2", cls, "processed")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
-    tokens, step = models.tokens(), 1e-5
+    tokens = models.tokens()
+    step = 1e-5
     read = MARGIN.of_logits(model, len(tokens))
     up, down = (read(lens.logits(tokens, 1 + e)[:, -1]) for e in (step, -step))
     found = ll.first_order(lens, tokens, MARGIN, at=1.0).total
@@ -102,7 +104,8 @@ def test_parts_of_every_target_agree_in_both_modes(target: str, cls: str):
     """Positions and heads, forward against reverse, with padding."""
     base, model = hooked("gpt2", cls, "processed")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
-    texts, by = ["w5 w7 w8", "w9 w10 w11 w12"], ("position", "head")
+    texts = ["w5 w7 w8", "w9 w10 w11 w12"]
+    by = ("position", "head")
     reverse = ll.first_order(lens, texts, MARGIN, by=by)
     forward = ll.first_order(lens, texts, MARGIN, by=by, mode="forward", progress=False)
     size = reverse.values.abs().max()

@@ -66,7 +66,8 @@ def test_mixed_calls_in_four_threads(models_of: str, two):
 def test_a_block_keeps_others_out_until_it_ends(two):
     """Within `applied` this thread goes on; another one waits, and then is right."""
     (first, second), _ = two
-    expected, seen = second.logits(tokens()), []
+    expected = second.logits(tokens())
+    seen = []
     with ThreadPoolExecutor(1) as pool:
         with torch.no_grad(), first.applied() as model:
             waiting = pool.submit(lambda: seen.append(second.logits(tokens())))
@@ -119,7 +120,8 @@ def test_a_lock_is_let_go_once_however_many_blocks_hold_it():
 def test_a_block_that_ends_in_another_thread_lets_others_in(how: str, two):
     """As a server's generators do, each step of which is run by the next thread that is free."""
     (first, second), _ = two
-    expected, before = second.logits(tokens()), held(first.model)
+    expected = second.logits(tokens())
+    before = held(first.model)
     pools = [ThreadPoolExecutor(1) for _ in range(3)]
     block = first.applied()
 
@@ -164,7 +166,8 @@ def test_a_block_is_no_block_of_two_threads(two):
 def test_a_quiet_block_leaves_no_filter_where_another_threads_block_overlaps(ours_first: bool):
     """`catch_warnings` in another thread puts back the list of filters that it found."""
     before = list(warnings.filters)
-    quiet, theirs = without_warnings(), contextlib.ExitStack()
+    quiet = without_warnings()
+    theirs = contextlib.ExitStack()
     if ours_first:
         quiet.__enter__()
         theirs.enter_context(warnings.catch_warnings())

@@ -16,7 +16,8 @@ import lens_lora as ll
 pytestmark = pytest.mark.usefixtures("float64")
 EXACT = 1e-11
 ROWS = [9, 10, 11, 12, 4]
-EMBED, HEAD = "embed_tokens", "lm_head"
+EMBED = "embed_tokens"
+HEAD = "lm_head"
 # Config → kinds of the sites outside the blocks, where the head is tied, and where it is not.
 CONFIGS = {
     "rows": ({"trainable_token_indices": ROWS}, ["embed", "unembed"], ["embed"]),
@@ -77,7 +78,8 @@ def test_live_and_saved_equal_peft(name: str, tied: bool, cls: str, tmp_path):
     base = base_of("llama", tied=tied)
     model = trained("llama", base, **config)
     folder = saved(model, tmp_path)
-    expected, plain = logits(model), logits(base)
+    expected = logits(model)
+    plain = logits(base)
     assert (
         largest_difference(in_peft(base, folder), expected)
         < EXACT
@@ -112,7 +114,8 @@ STORED = {
 def test_a_stored_embedding_that_is_not_the_base_s(name: str, tied: bool, cls: str, tmp_path):
     """`save_embedding_layers`: PEFT writes it into the base, and what is tied to it changes."""
     config, changed = STORED[name]
-    base, other = base_of("llama", tied=tied), base_of("llama", tied=tied)
+    base = base_of("llama", tied=tied)
+    other = base_of("llama", tied=tied)
     generator = models.seeded(5)
     with torch.no_grad():
         for key, module in (("e", other.get_input_embeddings()), ("h", other.lm_head)):
@@ -120,7 +123,8 @@ def test_a_stored_embedding_that_is_not_the_base_s(name: str, tied: bool, cls: s
                 noise = torch.randn(module.weight.shape, generator=generator, dtype=torch.float64)
                 module.weight.add_(0.3 * noise)
     folder = saved(trained("llama", other, **config), tmp_path, save_embedding_layers=True)
-    expected, adapter = in_peft(base, folder), ll.load_adapter(folder)
+    expected = in_peft(base, folder)
+    adapter = ll.load_adapter(folder)
     for flags in ({}, models.PROCESSED):
         lens = ll.LoraLens(models.MAKERS[cls](base, **flags), adapter, hf_model=base)
         assert largest_difference(logits(lens), expected) < EXACT
@@ -137,7 +141,8 @@ def test_a_stored_embedding_of_the_base_is_no_update(name: str, tied: bool, cls:
     base = base_of("llama", tied=tied)
     model = trained("llama", base, **config)
     folder = saved(model, tmp_path, save_embedding_layers=True)
-    hooked, adapter = models.MAKERS[cls](base), ll.load_adapter(folder)
+    hooked = models.MAKERS[cls](base)
+    adapter = ll.load_adapter(folder)
     needs_base = "trainable_token_indices" in config and tied
     lens = ll.LoraLens(hooked, adapter, hf_model=base if needs_base else None)
     live = ll.LoraLens(hooked, ll.Adapter.from_peft(model), hf_model=base)
@@ -162,7 +167,8 @@ def test_two_values_of_one_parameter(cls: str, tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors |= {f"base_model.model.{k}.weight": t.contiguous() for k, t in stored.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    base, adapter = base_of("llama", tied=True), ll.load_adapter(folder)
+    base = base_of("llama", tied=True)
+    adapter = ll.load_adapter(folder)
     with pytest.raises(
         ll.errors.UnsupportedAdapterError, match="ties the one to the other.*build the"
     ):
@@ -178,7 +184,8 @@ def test_a_hooked_transformer_does_not_say_whether_they_are_tied():
     for tied in (True, False):
         base = base_of("llama", tied=tied)
         model = trained("llama", base, trainable_token_indices=ROWS)
-        hooked, adapter = models.hooked_transformer(base), ll.Adapter.from_peft(model)
+        hooked = models.hooked_transformer(base)
+        adapter = ll.Adapter.from_peft(model)
         if tied:
             with pytest.raises(
                 ll.errors.ModelStateError, match="does not say whether it is.*hf_model"

@@ -36,8 +36,10 @@ def seen(family: str, cls: str, plant, flags: dict | None = None, **config) -> N
     tied = config.pop("tied", None)
     base = models.hf_model(family) if tied is None else base_of(family, tied=tied)
     model = trained(family, base, **config)
-    adapter, hooked = ll.Adapter.from_peft(model), models.MAKERS[cls](base, **(flags or {}))
-    expected, lens = logits(model), ll.LoraLens(hooked, adapter, hf_model=base)
+    adapter = ll.Adapter.from_peft(model)
+    hooked = models.MAKERS[cls](base, **(flags or {}))
+    expected = logits(model)
+    lens = ll.LoraLens(hooked, adapter, hf_model=base)
     bare = largest_difference(cases.centred(lens.logits(models.tokens(), 0.0)), logits(base))
     assert largest_difference(logits(lens), expected) < max(EXACT, 10 * bare) < 1e-6
     plant()
@@ -141,7 +143,8 @@ def test_a_bias_of_o_alone_beside_a_folded_value():
     lens = ll.LoraLens(hooked, ll.Adapter.from_peft(model), hf_model=base)
     assert largest_difference(logits(lens), logits(model)) < EXACT
     at_o = [site for site in lens.sites if site.kind == "o"]
-    assert len(at_o) == models.LAYERS and {site.rank for site in at_o} == {1}
+    assert len(at_o) == models.LAYERS
+    assert {site.rank for site in at_o} == {1}
     split = ll.first_order(lens, models.tokens(), ll.Margin(5, 9), by=("head", "rank"))
     whole = ll.first_order(lens, models.tokens(), ll.Margin(5, 9), mode="forward", progress=False)
     assert (

@@ -165,8 +165,10 @@ ORDERS = ("before applied", "inside applied", "before a list", "after a list")
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_any_hook_does_what_it_does_on_the_merged_model(hook: str, cls: str):
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(batch=1, pos=4)
-    merged, plain = merged_model("llama", cls, "raw"), lens.logits(tokens)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens(batch=1, pos=4)
+    merged = merged_model("llama", cls, "raw")
+    plain = lens.logits(tokens)
     for name in points(lens):
         with torch.no_grad():
             handle = HOOKS[hook](merged.hook_dict[name])
@@ -178,14 +180,16 @@ def test_any_hook_does_what_it_does_on_the_merged_model(hook: str, cls: str):
             found = within(lens, HOOKS[hook], name, tokens, order)
             assert largest_difference(found, expected) < 1e-10, (name, order)
         point = lens.model.hook_dict[name]
-        assert not (point._forward_pre_hooks or point.fwd_hooks)
+        assert not (point._forward_pre_hooks)
+        assert not (point.fwd_hooks)
     assert torch.equal(lens.logits(tokens), plain)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_builtins_and_backward_hooks_change_nothing(cls: str, capsys):
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(batch=1, pos=4)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens(batch=1, pos=4)
     expected = {name: call(lens, tokens) for name, call in SOME.items()}
     silent: dict[str, Callable[[Any], Registered]] = {
         "builtin": lambda p: p.register_forward_hook(print),
@@ -211,7 +215,8 @@ SOME = {
 @pytest.mark.parametrize("hook", ["partial", "object", "pre-hook", "empty closure"])
 def test_analyses_see_any_hook_as_they_see_a_plain_one(hook: str, cls: str):
     """At a point that is written, where the order tells."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(batch=1, pos=4)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens(batch=1, pos=4)
     point = lens.model.hook_dict[points(lens)[0]]
     found = {}
     for name in ("TransformerLens'", hook):
@@ -225,7 +230,8 @@ def test_analyses_see_any_hook_as_they_see_a_plain_one(hook: str, cls: str):
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_hook_that_raises_leaves_the_model_as_it_was(cls: str):
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(batch=1, pos=4)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens(batch=1, pos=4)
 
     def explode(*args):
         raise KeyError("the user's own")
@@ -238,7 +244,8 @@ def test_a_hook_that_raises_leaves_the_model_as_it_was(cls: str):
                 with pytest.raises(KeyError, match="the user's own"):
                     call(lens, tokens)
             handle.remove()
-            assert not (point._forward_pre_hooks or point.fwd_hooks)
+            assert not (point._forward_pre_hooks)
+            assert not (point.fwd_hooks)
 
 
 # --- embeddings and head: where a site is, hooks of the embedding's own points
@@ -308,7 +315,8 @@ def test_a_list_whose_token_hook_comes_too_late(ends):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_writer_behind_a_pre_hook_shows(cls: str, monkeypatch):
     """The output without δ is doubled, then δ is added."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(batch=1, pos=4)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens(batch=1, pos=4)
     name = points(lens)[0]
     right = within(lens, HOOKS["pre-hook"], name, tokens, "before applied")
     monkeypatch.setattr(model_hooks, "_move_before_pre_hooks", lambda point, fn: None)

@@ -188,8 +188,10 @@ def test_a_copy_over_other_tensors_is_refused(made: SimpleNamespace, make: Calla
 
 
 def test_what_the_refusal_advises(made: SimpleNamespace):
-    expected, shallow = made.lens.logits(TOKENS), copy.copy(made.lens)
-    assert shallow.model is made.lens.model and torch.equal(shallow.logits(TOKENS), expected)
+    expected = made.lens.logits(TOKENS)
+    shallow = copy.copy(made.lens)
+    assert shallow.model is made.lens.model
+    assert torch.equal(shallow.logits(TOKENS), expected)
     again = ll.LoraLens(copy.deepcopy(made.lens.model), made.lens.adapter)
     assert torch.equal(again.logits(TOKENS), expected)
     adapter = pickle.loads(pickle.dumps(made.lens.adapter))

@@ -26,7 +26,8 @@ from lens_lora.errors import ModelStateError, PromptError, SweepError
 
 QUIET = {"progress": False}
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13"]
-DOC, PRE = " w5", " w9"
+DOC = " w5"
+PRE = " w9"
 
 
 def appending(tokenizer: Any, single: str) -> Any:
@@ -127,7 +128,8 @@ def test_a_text_is_read_as_the_caller_says(kind: str, name: str, prepend_bos: bo
         ]
         assert lens.model.to_tokens(text)[0].tolist()[: len(ids)] == ids
     own = lens.prompts("<bos> w5")
-    assert own.tokens.tolist() == [[0, 5]] and "text with its own BOS" in repr(own)
+    assert own.tokens.tolist() == [[0, 5]]
+    assert "text with its own BOS" in repr(own)
 
 
 def test_a_rule_of_the_lens_is_no_refusal_of_ids():
@@ -161,7 +163,8 @@ def test_a_conversation_has_the_ids_of_its_template(prepend_bos: bool | None):
 @pytest.mark.parametrize("prepend_bos", [None, True])
 def test_margins_after_what_is_read(prepend_bos: bool | None, float64):
     """One token, several tokens, and a response, against PEFT on the same ids."""
-    lens, bos = lens_of(NEWEST, prepend_bos), [0] if prepend_bos else []
+    lens = lens_of(NEWEST, prepend_bos)
+    bos = [0] if prepend_bos else []
     margin = ll.fact_margin(lens, TEXTS[0], DOC, PRE, **QUIET)
     assert float(margin.attribution.adapted) == pytest.approx(
         margin_after([*bos, 5, 6, 7]), abs=1e-9
@@ -242,13 +245,16 @@ def test_every_call_reads_as_the_lens_does(name: str, tmp_path, monkeypatch):
     lens = lens_of(NEWEST, True)
     monkeypatch.setattr(tokenising, "read_text", noted)
     found = CALLS[name](lens, tmp_path)
-    assert rules and set(rules) == {True}
+    assert rules
+    assert set(rules) == {True}
     if name in ("sweep", "stream"):
-        assert found.meta["strings"] == "with BOS" and "with BOS" in repr(found)
+        assert found.meta["strings"] == "with BOS"
+        assert "with BOS" in repr(found)
     elif name not in _WITHOUT_META:
         parts = (getattr(found, part, found) for part in ("attribution", "first_order", "shifts"))
         metas = [part.meta for part in parts if hasattr(part, "meta")]
-        assert metas and all("BOS added by prepend_bos=True" in meta["prompts"] for meta in metas)
+        assert metas
+        assert all("BOS added by prepend_bos=True" in meta["prompts"] for meta in metas)
 
 
 @pytest.mark.slow
@@ -257,10 +263,13 @@ def test_stories_pages_and_tables_say_it():
         lens = lens_of(NEWEST, prepend_bos)
         explained = ll.explain(lens, TEXTS[0], DOC, PRE, fast=True, **QUIET)
         assert words in repr(lens)
-        assert words in explained.story() and words in explained.margin.story()
+        assert words in explained.story()
+        assert words in explained.margin.story()
         assert explained.report().count(words) > 1
-        assert words in repr(explained.first_order) and words in explained.first_order._repr_html_()
-        assert words in repr(explained.second_order) and words in repr(explained.margin)
+        assert words in repr(explained.first_order)
+        assert words in explained.first_order._repr_html_()
+        assert words in repr(explained.second_order)
+        assert words in repr(explained.margin)
 
 
 # --- a user's own hooked model: as the host reads, with one warning
@@ -330,7 +339,8 @@ def test_a_bank_holds_how_its_prompts_were_read(prepend_bos: bool | None, tmp_pa
     for each in (bank, again):
         found = each.first_order(lens.adapter)
         torch.testing.assert_close(found.values, alone.values, rtol=1e-5, atol=1e-6)
-        assert words in found.meta["prompts"] and words in repr(each)
+        assert words in found.meta["prompts"]
+        assert words in repr(each)
 
 
 # --- tokenizers that cannot be taken

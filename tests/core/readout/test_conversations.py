@@ -45,7 +45,8 @@ def test_ids_are_the_chat_templates_own(model):
         own = tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=False
         )
-        assert own == ids and rows_of(tokenise(model, messages)) == [ids]
+        assert own == ids
+        assert rows_of(tokenise(model, messages)) == [ids]
     assert rows_of(tokenise(model, [ASK, LONGER])) == [ASK_IDS, LONGER_IDS]
     assert rows_of(tokenise(model, (tuple(LONGER), ASK))) == [LONGER_IDS, ASK_IDS]
 
@@ -190,7 +191,8 @@ def test_text_that_begins_with_bos_gets_no_second_one(prepender, prepend_bos, si
 
 @pytest.fixture
 def unknown_is_bos(model):
-    kept, model.tokenizer.bos_token = model.tokenizer.bos_token, "<unk>"
+    kept = model.tokenizer.bos_token
+    model.tokenizer.bos_token = "<unk>"
     yield model
     model.tokenizer.bos_token = kept
 
@@ -222,7 +224,8 @@ def test_a_second_bos_is_seen(model):
         case.model.tokenizer.chat_template = kept
 
 
-ADDED, HINT = "BOS added by TransformerLens", "prepend_bos=False adds none"
+ADDED = "BOS added by TransformerLens"
+HINT = "prepend_bos=False adds none"
 REPRS = [
     ("w5 w6", f"Prompts(1 of 3 tokens; text, {ADDED}; {HINT})"),
     ("<bos> w5 w6", "Prompts(1 of 3 tokens; text with its own BOS)"),

@@ -46,10 +46,8 @@ def test_it_is_the_same_readout_as_of_the_function(cls: str):
     same = ll.Readout.of(lambda logits: torch.distributions.Categorical(logits=logits).entropy())
     expected = ll.first_order(lens, TEXTS, same, at=0.5)
     found = ll.first_order(lens, TEXTS, Entropy(), at=0.5)
-    assert (
-        largest_difference(found.values, expected.values) < 1e-9
-        and largest_difference(found.shift, expected.shift) < 1e-9
-    )
+    assert largest_difference(found.values, expected.values) < 1e-9
+    assert largest_difference(found.shift, expected.shift) < 1e-9
     small = ll.first_order(lens.within(2e5), TEXTS, Entropy(), at=0.5)
     assert largest_difference(small.values, expected.values) < 1e-9
     found, expected = (
@@ -60,15 +58,20 @@ def test_it_is_the_same_readout_as_of_the_function(cls: str):
 
 
 def test_parameters_of_the_function_are_those_of_the_class():
-    five, six = Largest(5), Largest(k=6, sign=-1.0)
-    assert five.label == "the 5 largest logits" and repr(six) == "Largest(k=6, sign=-1.0)"
-    assert five == Largest(k=5) != six and len({five, Largest(5)}) == 1
+    five = Largest(5)
+    six = Largest(k=6, sign=-1.0)
+    assert five.label == "the 5 largest logits"
+    assert repr(six) == "Largest(k=6, sign=-1.0)"
+    assert five == Largest(k=5) != six
+    assert len({five, Largest(5)}) == 1
     logits = torch.randn(3, 61)
     lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
     read = six.reading(lens.model, lens.prompts(TEXTS[:3])).read
     assert torch.equal(read(logits), -logits.topk(6).values.sum(-1))
-    assert Entropy.__doc__ == "The entropy of the next token." and Entropy.__module__ == __name__
-    assert isinstance(Entropy(), ll.Readout) and Entropy().units == "nats"
+    assert Entropy.__doc__ == "The entropy of the next token."
+    assert Entropy.__module__ == __name__
+    assert isinstance(Entropy(), ll.Readout)
+    assert Entropy().units == "nats"
     with pytest.raises(TypeError, match="missing a required argument: 'k'"):
         Largest()
 
@@ -133,12 +136,16 @@ def test_readouts_are_equal_where_their_tensors_are(make):
     """Entry by entry: the == of two tensors of several entries is no truth value."""
     one = make(torch.tensor([5, 7]))
     same = make(torch.tensor([5, 7]))
-    assert one == same and len({one, same}) == 1
+    assert one == same
+    assert len({one, same}) == 1
     for value in DIFFERENT_VALUES.values():
         other = make(value)
-        assert one != other and other != one
-        assert other == make(copy.deepcopy(value)) and hash(other) == hash(make(value))
-    assert one != ll.Readout.of(torch.logsumexp) and one != 5
+        assert one != other
+        assert other != one
+        assert other == make(copy.deepcopy(value))
+        assert hash(other) == hash(make(value))
+    assert one != ll.Readout.of(torch.logsumexp)
+    assert one != 5
 
 
 def test_the_door_has_the_decorator_under_a_name_that_is_no_package():

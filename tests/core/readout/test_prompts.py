@@ -62,8 +62,10 @@ def test_strings_are_tokenised_as_the_model_does(model, prepend_bos, side, monke
 
 
 def test_a_string_is_a_list_of_one(model):
-    one, many = tokenise(model, STRINGS[0]), tokenise(model, STRINGS[:1])
-    assert torch.equal(one.tokens, many.tokens) and torch.equal(one.lengths, many.lengths)
+    one = tokenise(model, STRINGS[0])
+    many = tokenise(model, STRINGS[:1])
+    assert torch.equal(one.tokens, many.tokens)
+    assert torch.equal(one.lengths, many.lengths)
     assert one.tokens.tolist() == [[0, 5, 6, 7]]
     assert tokenise(model, tuple(STRINGS)).batch == 3
 
@@ -73,15 +75,18 @@ def test_ids_are_read_at_the_last_position(model, dtype):
     """A tensor is taken as it is, no BOS added; one row may go without its batch axis."""
     tokens = models.tokens(2, 6).to(dtype)
     prompts = tokenise(model, tokens)
-    assert torch.equal(prompts.tokens, tokens) and prompts.lengths.tolist() == [6, 6]
+    assert torch.equal(prompts.tokens, tokens)
+    assert prompts.lengths.tolist() == [6, 6]
     row = tokenise(model, tokens[0])
-    assert torch.equal(row.tokens, tokens[:1]) and row.lengths.tolist() == [6]
+    assert torch.equal(row.tokens, tokens[:1])
+    assert row.lengths.tolist() == [6]
 
 
 def test_prompts_keep_their_lengths(model):
     given_ = Prompts(models.tokens(2, 6), torch.tensor([2, 6]))
     prompts = tokenise(model, given_)
-    assert torch.equal(prompts.tokens, given_.tokens) and prompts.lengths.tolist() == [2, 6]
+    assert torch.equal(prompts.tokens, given_.tokens)
+    assert prompts.lengths.tolist() == [2, 6]
 
 
 def test_ids_need_no_tokenizer(without_tokenizer):
@@ -92,7 +97,8 @@ def test_ids_need_no_tokenizer(without_tokenizer):
 
 @pytest.fixture
 def pads_with_eos(model):
-    kept, model.tokenizer.pad_token = model.tokenizer.pad_token, model.tokenizer.eos_token
+    kept = model.tokenizer.pad_token
+    model.tokenizer.pad_token = model.tokenizer.eos_token
     yield model
     model.tokenizer.pad_token = kept
 
@@ -101,7 +107,8 @@ def test_pad_that_is_also_the_end_of_text(pads_with_eos):
     """One at the end finishes a response; several there, or at the start, may be padding."""
     for row in ([1, 5, 6], [1], [5, 1], [5, 6, 1], [1, 5, 1]):
         ready = tokenise(pads_with_eos, torch.tensor([row]))
-        assert ready.tokens.tolist() == [row] and ready.lengths.tolist() == [len(row)]
+        assert ready.tokens.tolist() == [row]
+        assert ready.lengths.tolist() == [len(row)]
     batch = torch.tensor([[5, 6, 7], [5, 6, 1]])
     assert tokenise(pads_with_eos, batch).lengths.tolist() == [3, 3]
     for row in ([5, 1, 1], [1, 1, 5], [1, 1]):
@@ -137,7 +144,8 @@ def test_padding_on_either_side_equals_single_prompts(model, side):
     peft = models.peft_model("llama", models.hf_model("llama"))
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
     tokenizer = models.tokenizer()
-    tokenizer.padding_side, tokenizer.pad_token = side, tokenizer.eos_token
+    tokenizer.padding_side = side
+    tokenizer.pad_token = tokenizer.eos_token
     texts = ["w5 w6 w7 w8 w9", "w8 w10 <eos>"]
     prompts = lens.prompts(tokenizer(texts, padding=True, return_tensors="pt"))
     together = prompts.at_read(lens.logits(prompts))
@@ -226,9 +234,8 @@ def test_refused(model, prompts, message):
     """Each with both facts, before the model runs; it is also a ValueError."""
     with pytest.raises(PromptError, match=message) as caught:
         tokenise(model, prompts)
-    assert isinstance(caught.value, ValueError) and isinstance(
-        caught.value, ll.errors.LensLoraError
-    )
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, ll.errors.LensLoraError)
 
 
 @pytest.mark.parametrize("strings", [" ", ["w5", "  "]])
@@ -311,12 +318,14 @@ def bare_tokenizer(kind: str, size: int, folder) -> PreTrainedTokenizerFast:
     """Without special tokens: words and one for the unknown, or characters, which drop others."""
     if kind == "words":
         vocab = {**{f"w{i}": i for i in range(size - 1)}, "<unk>": size - 1}
-        raw, unk = Tokenizer(WordLevel(vocab, unk_token="<unk>")), {"unk_token": "<unk>"}
+        raw = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+        unk = {"unk_token": "<unk>"}
         raw.pre_tokenizer = WhitespaceSplit()
     else:
         pieces = [*"w0123456789 ", *map("‹{}›".format, range(size - 12))]
         vocab = {piece: i for i, piece in enumerate(pieces)}
-        raw, unk = Tokenizer(BPE(vocab=vocab, merges=[])), {}
+        raw = Tokenizer(BPE(vocab=vocab, merges=[]))
+        unk = {}
     PreTrainedTokenizerFast(tokenizer_object=raw, **unk).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -374,7 +383,8 @@ def test_read_at_the_last_real_token(case):
         assert prompts.real[row].tolist() == [position < n for position in range(width)]
         alone = prompts.row(row)
         assert alone.tokens.tolist() == [[100 * row + i for i in range(n)]]
-        assert alone.lengths.tolist() == [n] and alone.real.all()
+        assert alone.lengths.tolist() == [n]
+        assert alone.real.all()
     twice = prompts.repeat(2)
     assert twice.lengths.tolist() == [n for n in lengths for _ in range(2)]
     assert twice.tokens[:, 0].tolist() == [100 * r for r in range(len(lengths)) for _ in range(2)]

@@ -30,7 +30,8 @@ def attribution() -> ll.results.Attribution:
 def test_frame_holds_every_existing_part_once(attribution: ll.results.Attribution):
     """Rows = parts that exist: padding, absent heads and ranks beyond a site's own are left out."""
     frame = attribution.to_frame()
-    lengths, rank = [len(row) for row in attribution.str_tokens], 3
+    lengths = [len(row) for row in attribution.str_tokens]
+    rank = 3
     assert lengths[1] == lengths[0] + 2
     slots = sum(h or 1 for h in attribution.heads)
     assert len(frame) == sum(lengths) * rank * slots
@@ -38,7 +39,8 @@ def test_frame_holds_every_existing_part_once(attribution: ll.results.Attributio
     keys = ["prompt", "site", "position", "head", "rank"]
     assert not frame.duplicated(keys).any()
     mlp = frame[frame["kind"].isin(["gate", "up", "down"])]
-    assert mlp["head"].isna().all() and not frame[frame["kind"] == "q"]["head"].isna().any()
+    assert mlp["head"].isna().all()
+    assert not frame[frame["kind"] == "q"]["head"].isna().any()
     assert set(frame[frame["kind"] == "k"]["head"]) == {0, 1}
 
 
@@ -79,7 +81,8 @@ def test_top_ranks_by_size_of_the_mean_or_of_one_prompt(attribution: ll.results.
         rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
         expected = attribution.per_site[rows].mean(0)
         top = attribution.top(5, prompt)
-        assert top["value"].abs().is_monotonic_decreasing and len(top) == 5
+        assert top["value"].abs().is_monotonic_decreasing
+        assert len(top) == 5
         assert abs(top["value"][0]) == float(expected.abs().max())
     only = attribution.top(3)["module"]
     assert set(only) <= {s.module for s in attribution.sites}
@@ -95,7 +98,8 @@ def test_save_and_load(attribution: ll.results.Attribution, tmp_path):
     path = attribution.save(tmp_path / "a.safetensors")
     loaded = ll.results.Attribution.load(path)
     for field in dataclasses.fields(attribution):
-        a, b = getattr(attribution, field.name), getattr(loaded, field.name)
+        a = getattr(attribution, field.name)
+        b = getattr(loaded, field.name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
     assert {"model", "adapter", "torch", "lens_lora", "transformer-lens"} <= set(loaded.meta)
     pd.testing.assert_frame_equal(attribution.to_frame(), loaded.to_frame())
@@ -119,8 +123,10 @@ def test_results_are_frozen(attribution: ll.results.Attribution):
 def test_repr_says_what_it_is(attribution: ll.results.Attribution):
     """The text and the notebook's HTML name the readout, and the largest site."""
     largest = attribution.top(1)["site"].item()
-    assert "margin(5 − 9)" in repr(attribution) and largest in repr(attribution)
-    assert "margin(5 − 9)" in attribution._repr_html_() and largest in attribution._repr_html_()
+    assert "margin(5 − 9)" in repr(attribution)
+    assert largest in repr(attribution)
+    assert "margin(5 − 9)" in attribution._repr_html_()
+    assert largest in attribution._repr_html_()
 
 
 def test_making_a_result_asks_for_no_field_that_it_lacks(monkeypatch: pytest.MonkeyPatch):
@@ -135,4 +141,5 @@ def test_making_a_result_asks_for_no_field_that_it_lacks(monkeypatch: pytest.Mon
     monkeypatch.setattr(Result, "__getattr__", missing)
     made = flip_case()
     assert asked == []
-    assert not hasattr(made, "no_such_name") and asked == ["no_such_name"]
+    assert not hasattr(made, "no_such_name")
+    assert asked == ["no_such_name"]

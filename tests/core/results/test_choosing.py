@@ -125,7 +125,8 @@ def test_ranked_tokens_are_of_the_mean_over_prompts():
 
 def test_the_only_prompt_needs_no_name():
     margin = explanation().margin
-    assert margin.only_prompt(None) == 0 and margin.prompt_rows(None) == slice(None)
+    assert margin.only_prompt(None) == 0
+    assert margin.prompt_rows(None) == slice(None)
     assert margin.story() == margin.story(0)
 
 

@@ -34,7 +34,8 @@ def test_a_type_without_a_drawing_is_named(name: str):
 @pytest.mark.slow
 def test_every_result_has_text_and_html():
     """Text of its own or its table; in a notebook escaped."""
-    assert repr(Unknown()).startswith("Unknown:") and "<pre>" in Unknown()._repr_html_()
+    assert repr(Unknown()).startswith("Unknown:")
+    assert "<pre>" in Unknown()._repr_html_()
     for result in every_result():
         assert repr(result) and "<script" not in result._repr_html_(), type(result)
 

@@ -66,7 +66,8 @@ def test_every_final_class_is_among_them():
     classes = {kind for kind in descendants(Result) if kind.__module__.startswith("lens_lora.")}
     classes -= {Labelled}  # for classes of one's own; whole but for its values
     abstract = {kind for kind in classes if kind.__abstractmethods__}
-    assert {Drawn, Paged, Read, Measured, Ranked} <= abstract and Result.__abstractmethods__
+    assert {Drawn, Paged, Read, Measured, Ranked} <= abstract
+    assert Result.__abstractmethods__
     assert classes - abstract == {type(result) for result in RESULTS}
     for kind in classes - abstract:
         assert not kind.__subclasses__(), kind
@@ -124,7 +125,8 @@ def test_loading_imports_the_class_that_the_file_names(tmp_path: Path):
 
 def test_two_processes_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One writes the whole file while the other is writing: both end, and the file is whole."""
-    result, file = two_prompts(), tmp_path / "result"
+    result = two_prompts()
+    file = tmp_path / "result"
     write = Path.write_bytes
     written: list[Path] = []
 
@@ -235,14 +237,16 @@ ALONE = re.compile(
 def test_no_field_that_contradicts_another_is_read(result: Result, tmp_path: Path):
     """A row or label less or more, an axis more, another dtype, with a digest that fits."""
     labels, tensors = contents(result.save(tmp_path / "r"))
-    path, missed = tmp_path / "planted", []
+    path = tmp_path / "planted"
+    missed = []
     for place, planted_labels, planted in contradictions(labels, tensors):
         written(planted_labels, planted, path)
         try:
             ll.load_result(path)
             missed.append(f"{type(result).__name__}: {place}")
         except ll.errors.LensLoraError as error:
-            assert str(path) in str(error) and "compute the result again" in str(error)
+            assert str(path) in str(error)
+            assert "compute the result again" in str(error)
             assert isinstance(error.__cause__, ll.errors.LensLoraError), place
     assert not [place for place in missed if not ALONE.search(place)]
 
@@ -300,7 +304,8 @@ def bad_labels(labels: Any) -> Iterator[tuple[str, Any]]:
             for place, planted in bad_labels(item):
                 yield place, {"map": {**labels["map"], name: planted}}
     elif isinstance(labels, dict) and "fields" in labels:
-        kind, fields = labels["of"], labels["fields"]
+        kind = labels["of"]
+        fields = labels["fields"]
         hints = get_type_hints(storage._KINDS[kind], include_extras=True)  # pyright: ignore[reportPrivateUsage]
         for name, item in fields.items():
             planted = list(bad_labels(item))
@@ -480,4 +485,5 @@ def test_names_that_look_like_tags_are_names(tmp_path: Path):
     known = {f.name: getattr(base, f.name) for f in dataclasses.fields(Measured)}
     effects = ll.results.Effects(values=base.values, groups=groups, how="add_one", **known)
     loaded = ll.results.Effects.load(effects.save(tmp_path / "e"))
-    assert loaded.groups == groups and json.dumps(loaded.meta) == json.dumps(base.meta)
+    assert loaded.groups == groups
+    assert json.dumps(loaded.meta) == json.dumps(base.meta)
