@@ -27,13 +27,23 @@ def lens() -> ll.LoraLens:
 
 def answers(lens: ll.LoraLens, prompts: ll.results.Prompts) -> tuple[list[int], list[int]]:
     """Of each prompt two tokens whose margin clearly flips, or clearly stays where it is to."""
-    ends = (prompts.at_read(lens.logits(prompts, scale)) for scale in (0.0, 1.0))
-    base, adapted = (end[:, :, None] - end[:, None] for end in ends)
+    base, adapted = (margins(lens, prompts, scale) for scale in (0.0, 1.0))
     stays = torch.tensor([i in STAYING for i in range(COUNT)])[:, None, None]
     clear = torch.minimum(torch.where(stays, base, -base), adapted)
-    clear[:, :5] = clear[:, :, :5] = -torch.inf  # special tokens
-    pairs = clear.flatten(1).argmax(1)
-    return (pairs // base.shape[-1]).tolist(), (pairs % base.shape[-1]).tolist()
+    # The first five tokens are special ones.
+    clear[:, :5] = -torch.inf
+    clear[:, :, :5] = -torch.inf
+    vocab = clear.shape[-1]
+    clearest = clear.flatten(1).argmax(1)
+    doc = clearest // vocab
+    pre = clearest % vocab
+    return doc.tolist(), pre.tolist()
+
+
+def margins(lens: ll.LoraLens, prompts: ll.results.Prompts, scale: float) -> torch.Tensor:
+    """The margin between any two tokens, [prompt, doc, pre]."""
+    logits = prompts.at_read(lens.logits(prompts, scale))
+    return logits[:, :, None] - logits[:, None]
 
 
 def test_a_batch_flips_where_each_prompt_alone_does(
@@ -41,30 +51,35 @@ def test_a_batch_flips_where_each_prompt_alone_does(
 ):
     prompts = lens.prompts(torch.randint(5, 40, (COUNT, 6), generator=torch.manual_seed(0)))
     doc, pre = answers(lens, prompts)
-    ran: list[int] = []
+    batches: list[int] = []
     run = module.gated_readout
 
-    def counted(lens: ll.LoraLens, reading: Reading, *args: Any, **said: Any) -> torch.Tensor:
-        ran.append(reading.batch)
-        return run(lens, reading, *args, **said)
+    def counted(lens: ll.LoraLens, reading: Reading, *args: Any, **options: Any) -> torch.Tensor:
+        batches.append(reading.batch)
+        return run(lens, reading, *args, **options)
 
     monkeypatch.setattr(module, "gated_readout", counted)
     np.random.seed(0)
-    drawn = np.random.get_state()[1].copy()
+    state_of_numpy = np.random.get_state()[1].copy()
     found = ll.fact_margin(lens, prompts, doc, pre, progress=False)
-    assert np.array_equal(np.random.get_state()[1], drawn)  # the caller's, from which none is taken
+    # The global generator is the caller's, from which nothing is drawn.
+    assert np.array_equal(np.random.get_state()[1], state_of_numpy)
+
     assert found.flips == tuple(i not in STAYING for i in range(COUNT))
-    assert ran[0] == COUNT - len(STAYING)
-    assert ran == sorted(ran, reverse=True)
-    assert len(ran) <= 3
+    # Only prompts that flip are run again, and fewer each time.
+    assert batches[0] == COUNT - len(STAYING)
+    assert batches == sorted(batches, reverse=True)
+    assert len(batches) <= 3
+
     for i in range(COUNT):
-        alone = ll.fact_margin(lens, prompts.row(i), doc[i], pre[i], progress=False)
-        assert torch.allclose(
-            alone.flip_scale[0], found.flip_scale[i], rtol=0, atol=2e-6, equal_nan=True
+        prompt = prompts.row(i)
+        alone = ll.fact_margin(lens, prompt, doc[i], pre[i], progress=False)
+        torch.testing.assert_close(
+            found.flip_scale[i], alone.flip_scale[0], rtol=0, atol=2e-6, equal_nan=True
         )
         if i not in STAYING:
-            rows = lens.logits(prompts.row(i), float(found.flip_scale[i]))[0, -1]
-            assert (rows[doc[i]] - rows[pre[i]]).abs() < 1e-5
+            logits = lens.logits(prompt, float(found.flip_scale[i]))[0, -1]
+            assert abs(float(logits[doc[i]] - logits[pre[i]])) < 1e-5
 
 
 @pytest.mark.parametrize("values", [[-1e-17, 1.0, 3.0], [-3.0, 1e-17, 1.0], [-1.0, 1.0, 3.0]])

@@ -18,25 +18,36 @@ CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 @CLASSES
 def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.MonkeyPatch):
     """None of a margin's, some of a response's at a time; a divergence holds its base's."""
-    monkeypatch.setattr(memory, "PICKS", 3)
-    monkeypatch.setattr(footprint, "PICKS", 3)
+    picks_at_once = 3
+    monkeypatch.setattr(memory, "PICKS", picks_at_once)
+    monkeypatch.setattr(footprint, "PICKS", picks_at_once)
     lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     response = torch.arange(5, 13)
-    readouts = MARGIN, ll.AnswerLogProb(response), ll.KL(response)
-    readings = [lens.function(models.tokens(), readout).reading for readout in readouts]
-    size = lens.gate_dtype.itemsize * int(lens.model.cfg.d_vocab_out)
-    held = 8 * len(models.tokens())
-    for reading, picks, base in zip(readings, (0, 3, 3), (0, 0, held), strict=True):
+    bytes_of_logits = lens.gate_dtype.itemsize * int(lens.model.cfg.d_vocab_out)
+    of_base = 8 * len(tokens)
+    # Each readout with how many positions it picks at a time, and how many its base holds.
+    readouts = [
+        (MARGIN, 0, 0),
+        (ll.AnswerLogProb(response), picks_at_once, 0),
+        (ll.KL(response), picks_at_once, of_base),
+    ]
+    for readout, picks, held in readouts:
+        reading = lens.function(tokens, readout).reading
         need = footprint_of(lens, reading)
-        every = footprint_of(lens, reading.rows)
-        found = need.picked, need.graphed, need.always
-        assert found == (3 * 2 * picks * size, 8 * picks * size, base * size)
+        assert need.picked == 3 * 2 * picks * bytes_of_logits
+        assert need.graphed == 8 * picks * bytes_of_logits
+        assert need.always == held * bytes_of_logits
+
+        whole = footprint_of(lens, reading.rows)
         slots = reading.rows.slots
-        assert every.in_pass - need.in_pass == 3 * slots * size
-        assert every.of_graph - need.of_graph == every.of_rerun - need.of_rerun == 8 * slots * size
-    adapted = cases.case("llama", cls, "raw", ("lm_head",)).lens
-    reading = adapted.function(models.tokens(), ll.AnswerLogProb(response)).reading
-    assert footprint._logits_held(adapted, reading) == (8, 0)
+        assert whole.in_pass - need.in_pass == 3 * slots * bytes_of_logits
+        assert whole.of_graph - need.of_graph == 8 * slots * bytes_of_logits
+        assert whole.of_rerun - need.of_rerun == 8 * slots * bytes_of_logits
+
+    adapted_head = cases.case("llama", cls, "raw", ("lm_head",)).lens
+    reading = adapted_head.function(tokens, ll.AnswerLogProb(response)).reading
+    assert footprint._logits_held(adapted_head, reading) == (8, 0)
 
 
 @CLASSES
@@ -46,17 +57,23 @@ def test_a_divergence_beyond_the_bound_is_refused(cls: str, monkeypatch: pytest.
     tokens = models.tokens(1)
     response = torch.arange(5, 25)
     log_prob = ll.AnswerLogProb(response)
-    readings = [lens.function(tokens, readout).reading for readout in (log_prob, ll.KL(response))]
-    needs = [footprint_of(lens, reading) for reading in readings]
-    few = lens.within(sum(n.always + n.graphed + min(n.of_rerun, n.of_graph) for n in needs) / 2)
+    divergence = ll.KL(response)
+
+    def least_bytes(readout: ll.Readout) -> float:
+        need = footprint_of(lens, lens.function(tokens, readout).reading)
+        return need.always + need.graphed + min(need.of_rerun, need.of_graph)
+
+    between = lens.within((least_bytes(log_prob) + least_bytes(divergence)) / 2)
+    whole = footprint_of(lens, lens.function(tokens, divergence).reading.rows)
     with models.lifted():
-        found = ll.first_order(few, tokens, log_prob).values
+        found = ll.first_order(between, tokens, log_prob).values
         assert torch.allclose(found, ll.first_order(lens, tokens, log_prob).values, rtol=1e-10)
         with pytest.raises(ll.errors.ArgumentError, match=r"max_memory=.*20 of them read"):
-            ll.first_order(few, tokens, ll.KL(response), at=1.0)
-        whole = footprint_of(lens, readings[1].rows)
-        few = lens.within(0.9 * min(whole.of_graph, whole.of_rerun))
+            ll.first_order(between, tokens, divergence, at=1.0)
+
+        without_a_graph = lens.within(0.9 * min(whole.of_graph, whole.of_rerun))
         with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
-            ll.kl_shares(few, tokens, response=response, progress=False)
+            ll.kl_shares(without_a_graph, tokens, response=response, progress=False)
+        without_a_pass = lens.within(0.9 * whole.in_pass)
         with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
-            ll.token_shifts(lens.within(0.9 * whole.in_pass), tokens, response)
+            ll.token_shifts(without_a_pass, tokens, response)
