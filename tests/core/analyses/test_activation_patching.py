@@ -56,29 +56,49 @@ def run(model, tokens: Tensor, hooks=()) -> Tensor:
         return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=list(hooks))[:, -1]
 
 
-def plain(donor, recipient, tokens: Tensor, name: str, at=slice(None)) -> Tensor:
+class Recorder:
+    """A hook that keeps a copy of each activation, in the order in which its point fires."""
+
+    def __init__(self) -> None:
+        self.activations: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor, hook: object) -> None:
+        self.activations.append(tensor.clone())
+
+
+class Replacer:
+    """A hook that puts the kept activations in place of its own, at some positions."""
+
+    def __init__(self, activations: list[Tensor], at: int | slice) -> None:
+        self.firing = iter(activations)
+        self.at = at
+
+    def __call__(self, tensor: Tensor, hook: object) -> Tensor:
+        tensor = tensor.clone()
+        tensor[:, self.at] = next(self.firing)[:, self.at]
+        return tensor
+
+
+def plain(donor, recipient, tokens: Tensor, name: str, at: int | slice = slice(None)) -> Tensor:
     """The recipient's logits with the donor's activation at one point, one prompt a run."""
-    found = []
-    for row in tokens.split(1):
-        kept: list[Tensor] = []
-        run(donor, row, [(name, lambda tensor, hook, kept=kept: kept.append(tensor.clone()))])
-        firing = iter(kept)
-
-        def put(tensor, hook, firing=firing):
-            tensor = tensor.clone()
-            tensor[:, at] = next(firing)[:, at]
-            return tensor
-
-        found.append(run(recipient, row, [(name, put)]))
-    return torch.cat(found)
+    logits: list[Tensor] = []
+    for prompt in tokens.split(1):
+        recorder = Recorder()
+        run(donor, prompt, [(name, recorder)])
+        replacer = Replacer(recorder.activations, at)
+        logits.append(run(recipient, prompt, [(name, replacer)]))
+    return torch.cat(logits)
 
 
-def effect_on(lens, merged, tokens, name, direction, at=slice(None)) -> Tensor:
+def effect_on(lens, merged, tokens, name, direction, at: int | slice = slice(None)) -> Tensor:
     """The effect between two plain models: the base and the merged one, neither with our hooks."""
-    read = MARGIN.of_logits(lens.model, len(tokens))
+    base = lens.model
+    read = MARGIN.of_logits(base, len(tokens))
     if direction == "base_to_adapted":
-        return read(run(merged, tokens)) - read(plain(lens.model, merged, tokens, name, at))
-    return read(plain(merged, lens.model, tokens, name, at)) - read(run(lens.model, tokens))
+        patched = plain(base, merged, tokens, name, at)
+        return read(run(merged, tokens)) - read(patched)
+    patched = plain(merged, base, tokens, name, at)
+    return read(patched) - read(run(base, tokens))
 
 
 @pytest.mark.sample(1)
@@ -92,22 +112,26 @@ def test_every_point_against_the_merged_model(family: str, flags: str, direction
     lens = cases.case(family, cls, flags).lens
     tokens = models.tokens()
     merged = merged_model(family, cls, flags)
-    known = [n for n in points(cls) if n in lens.model.hook_dict]
-    whole = patch(lens, tokens, MARGIN, known, direction=direction)
-    assert whole.names == tuple(known)
-    assert len(known) > 20
-    for name, found in zip(known, whole.values.T, strict=True):
-        expected = effect_on(lens, merged, tokens, name, direction)
-        assert largest_difference(found, expected) < 1e-9, name
-    some = [n for n in known if "pattern" not in n][::5]
-    single = patch(lens, tokens, MARGIN, some, direction=direction, positions="each")
-    part = patch(lens, tokens, MARGIN, some, direction=direction, positions=slice(-3, None))
-    for column, name in enumerate(some):
-        expected = effect_on(lens, merged, tokens, name, direction, slice(-3, None))
-        assert largest_difference(part.values[:, column], expected) < 1e-9, name
+    expected = partial(effect_on, lens, merged, tokens, direction=direction)
+    effects = partial(patch, lens, tokens, MARGIN, direction=direction)
+
+    names = [name for name in points(cls) if name in lens.model.hook_dict]
+    whole = effects(names)
+    assert whole.names == tuple(names)
+    assert len(names) > 20
+    for name, found in zip(names, whole.values.T, strict=True):
+        assert largest_difference(found, expected(name)) < 1e-9, name
+
+    with_positions = [name for name in names if "pattern" not in name][::5]
+    last_three = slice(-3, None)
+    single = effects(with_positions, positions="each").values
+    part = effects(with_positions, positions=last_three).values
+    for column, name in enumerate(with_positions):
+        of_part = expected(name, at=last_three)
+        assert largest_difference(part[:, column], of_part) < 1e-9, name
         for position in (2, 6):
-            expected = effect_on(lens, merged, tokens, name, direction, position)
-            assert largest_difference(single.values[:, column, position], expected) < 1e-9, name
+            of_position = expected(name, at=position)
+            assert largest_difference(single[:, column, position], of_position) < 1e-9, name
 
 
 @pytest.mark.parametrize("positions", ["prompt", "response"])
@@ -117,27 +141,28 @@ def test_the_prompt_and_what_comes_after_it_have_names(positions: str, cls: str)
     tokens = models.tokens()
     merged = merged_model("llama", cls, "raw")
     answer = torch.tensor([4, 7, 2])
-    name = {"HookedTransformer": "blocks.1.hook_resid_pre"}.get(cls, "blocks.1.hook_in")
-    start = tokens.shape[1]
-    at = slice(0, start) if positions == "prompt" else slice(start, None)
+    name = "blocks.1.hook_in" if cls == "TransformerBridge" else "blocks.1.hook_resid_pre"
     found = patch(lens, tokens, ll.AnswerLogProb(answer), name, positions=positions)
     assert found.positions == positions
+
+    length = tokens.shape[1]
+    at = slice(0, length) if positions == "prompt" else slice(length, None)
+
+    def log_p_of_answer(logits: Tensor) -> float:
+        log_p = logits.log_softmax(-1)[0, length - 1 :]
+        return float(log_p.gather(1, answer[:, None]).sum())
+
     for row, prompt in enumerate(tokens):
-        whole = torch.cat([prompt, answer[:-1]])[None]
+        prompt_and_answer = torch.cat([prompt, answer[:-1]])[None]
+        recorder = Recorder()
+        run(lens.model, prompt_and_answer, [(name, recorder)])
+        replacer = Replacer(recorder.activations, at)
         with torch.no_grad():
-            _, cache = lens.model.run_with_cache(whole)
-
-            def put(tensor, hook, kept=cache[name]):
-                tensor = tensor.clone()
-                tensor[:, at] = kept[:, at]
-                return tensor
-
-            adapted = merged(whole)
-            patched = merged.run_with_hooks(whole, fwd_hooks=[(name, put)])
-        log_p = torch.stack([adapted[0], patched[0]]).log_softmax(-1)[:, start - 1 :]
-        g = log_p.gather(2, answer.expand(2, -1)[..., None])[..., 0].sum(1)
-        assert abs(float(found.values[row, 0]) - float(g[0] - g[1])) < 1e-9
-        assert abs(float(g[0] - g[1])) > 1e-3
+            adapted = merged(prompt_and_answer)
+            patched = merged.run_with_hooks(prompt_and_answer, fwd_hooks=[(name, replacer)])
+        effect = log_p_of_answer(adapted) - log_p_of_answer(patched)
+        assert abs(effect) > 1e-3
+        assert abs(float(found.values[row, 0]) - effect) < 1e-9
 
 
 @pytest.mark.bad_input
@@ -157,45 +182,54 @@ def test_a_frozen_update_is_seen(cls: str):
     tokens = models.tokens()
     merged = merged_model("gpt2", cls, "raw")
     name = next(site.read for site in lens.sites if site.kind == "o" and site.layer == 0)
-    kept: list[Tensor] = []
-    run(lens.model, tokens, [(name, lambda tensor, hook: kept.append(tensor.clone()))])
-    ours = [(n, f) for n, f in lens.fwd_hooks() if type(f).__name__ != "Arranger"]
-    with torch.no_grad(), attached(lens.model, [*ours, (name, lambda t, hook: kept[0])]):
+    recorder = Recorder()
+    run(lens.model, tokens, [(name, recorder)])
+    (of_base,) = recorder.activations
+
+    # Behind the hooks of the lens, so that they have read the unpatched z before.
+    of_lens = [(name, hook) for name, hook in lens.fwd_hooks() if type(hook).__name__ != "Arranger"]
+    hooks = [*of_lens, (name, lambda tensor, hook: of_base)]
+    with torch.no_grad(), attached(lens.model, hooks):
         frozen = lens.model(tokens, return_type="logits")[:, -1]
     read = MARGIN.of_logits(lens.model, 2)
-    lost = read(run(merged, tokens)) - read(frozen)
+    with_frozen_update = read(run(merged, tokens)) - read(frozen)
+
     expected = effect_on(lens, merged, tokens, name, "base_to_adapted")
-    assert largest_difference(lost, expected) > 1e-3
-    assert largest_difference(patch(lens, tokens, MARGIN, name).values[:, 0], expected) < 1e-9
+    assert largest_difference(with_frozen_update, expected) > 1e-3
+    found = patch(lens, tokens, MARGIN, name).values[:, 0]
+    assert largest_difference(found, expected) < 1e-9
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_whole_residual_carries_the_shift_and_the_embedding_none(direction: str, cls: str):
     lens = cases.case("llama", cls, "processed").lens
-    tokens = models.tokens()
-    names = [LAST[cls], FINAL[cls], FIRST[cls]]
-    effects = patch(lens, tokens, MARGIN, names, direction=direction)
-    assert largest_difference(effects.share[:, 0], 1) < 1e-11
-    assert effects.values[:, 2].abs().max() < 1e-11 * effects.shift.abs().max()
+    effects = partial(patch, lens, models.tokens(), MARGIN, direction=direction)
+
+    of_all = effects([LAST[cls], FINAL[cls], FIRST[cls]])
+    nothing = 1e-11 * of_all.shift.abs().max()
+    assert largest_difference(of_all.share[:, 0], 1) < 1e-11
     if cls == "TransformerBridge":
-        assert largest_difference(effects.share[:, 1], 1) < 1e-11
-    read_only = patch(lens, tokens, MARGIN, LAST[cls], direction=direction, positions=-1)
-    assert largest_difference(read_only.share, 1) < 1e-11
-    before = patch(lens, tokens, MARGIN, LAST[cls], direction=direction, positions=slice(0, -1))
-    assert before.values.abs().max() < 1e-11 * effects.shift.abs().max()
+        assert largest_difference(of_all.share[:, 1], 1) < 1e-11
+    assert of_all.values[:, 2].abs().max() < nothing
+
+    at_last_token = effects(LAST[cls], positions=-1)
+    assert largest_difference(at_last_token.share, 1) < 1e-11
+    before_it = effects(LAST[cls], positions=slice(0, -1))
+    assert before_it.values.abs().max() < nothing
 
 
 def test_by_hand():
     """φ(y) = y², x = 3: y₁ is 3 or 4.5, and g = 7·y₁² with ε₂, 2·y₁² without."""
     lens = scalar_lens(torch.square)
     tokens = torch.tensor([[1, 3]])
+    effects = partial(patch, lens, tokens, ll.Margin(0, 1))
     names = ["in1", "out1", "in2", "out2"]
-    lost = patch(lens, tokens, ll.Margin(0, 1), names)
+    lost = effects(names)
     assert lost.values.tolist() == [[0.0, 141.75 - 63, 141.75 - 63, 123.75]]
-    brought = patch(lens, tokens, ll.Margin(0, 1), names, direction="adapted_to_base")
+    brought = effects(names, direction="adapted_to_base")
     assert brought.values.tolist() == [[0.0, 22.5, 22.5, 123.75]]
-    each = patch(lens, tokens, ll.Margin(0, 1), "out1", positions="each")
+    each = effects("out1", positions="each")
     assert each.values.tolist() == [[[0.0, 78.75]]]
 
 
@@ -205,27 +239,31 @@ def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, 
     """The growing batch, the plain one, and any chunk of either give the same numbers."""
     lens = cases.case("llama", cls, "raw").lens
     prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
-    names = [n for n in points(cls) if n in lens.model.hook_dict]
-    names = [n for n in names if positions is None or "pattern" not in n]
-    found = []
-    grown = []
+    names = [name for name in points(cls) if name in lens.model.hook_dict]
+    if positions == "each":
+        names = [name for name in names if "pattern" not in name]
+    growths: list[int] = []
     grow = swap.tree.more_copies
 
     def noted(count: int):
-        grown.append(count)
+        growths.append(count)
         return grow(count)
 
     monkeypatch.setattr(swap.tree, "more_copies", noted)
+    found: list[Tensor] = []
+    # At a threshold of −1 no batch branches, and at 2 each does; in passes of so many tokens.
     for worth, tokens in ((-1.0, 2048), (-1.0, 30), (2.0, 16384), (2.0, 40)):
         monkeypatch.setattr(batching, "BRANCHING_PAYS", worth)
-        for limit in ("ROW_TOKENS", "BRANCH_TOKENS"):
-            monkeypatch.setattr(batching, limit, tokens)
+        monkeypatch.setattr(batching, "ROW_TOKENS", tokens)
+        monkeypatch.setattr(batching, "BRANCH_TOKENS", tokens)
         found.append(patch(lens, prompts, MARGIN, names, positions=positions).values)
-        assert bool(grown) == (worth > 0)
+        assert bool(growths) == (worth > 0)
+
+    first = found[0]
+    size = first.nan_to_num(0.0).abs().max()
     for other in found[1:]:
-        difference = (other - found[0]).nan_to_num(0.0).abs().max()
-        assert difference < 1e-11 * found[0].nan_to_num(0.0).abs().max()
-        assert torch.equal(other.isnan(), found[0].isnan())
+        assert torch.equal(other.isnan(), first.isnan())
+        assert (other - first).nan_to_num(0.0).abs().max() < 1e-11 * size
 
 
 @pytest.mark.sample(1)
@@ -234,22 +272,25 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(readout: ll.Readout, cls: 
     """Negative positions count from each prompt's own end; padding is neither patched nor shown."""
     lens = cases.case("llama", cls, "raw").lens
     tokens = models.tokens()
+    lengths = [7, 3]
+    prompts = ll.results.Prompts(tokens, torch.tensor(lengths))
     names = [LAST[cls], "blocks.0." + IN_A_BLOCK[cls][4]]
-    lengths = torch.tensor([7, 3])
     for positions in (None, "each", -2, slice(-2, None), [0, -1]):
-        both = patch(lens, ll.results.Prompts(tokens, lengths), readout, names, positions=positions)
-        for row, length in enumerate(lengths.tolist()):
+        both = patch(lens, prompts, readout, names, positions=positions)
+        for row, length in enumerate(lengths):
             own = readout
             if isinstance(readout, ll.AnswerMargin):
                 own = ll.AnswerMargin([readout.doc[row]], [readout.pre[row]])
-            alone = patch(lens, tokens[row : row + 1, :length], own, names, positions=positions)
+            prompt = tokens[row : row + 1, :length]
+            alone = patch(lens, prompt, own, names, positions=positions)
             values = both.values[row]
             if positions == "each":
-                size = alone.values.shape[2]
-                values, padding = values[:, :size], values[:, size:]
+                padding = values[:, length:]
+                values = values[:, :length]
                 assert padding.isnan().all()
                 assert not values.isnan().any()
-            assert largest_difference(values, alone.values[0]) < 1e-11 * alone.shift.abs().max()
+            size = alone.shift.abs().max()
+            assert largest_difference(values, alone.values[0]) < 1e-11 * size
 
 
 @pytest.mark.parametrize("target", ["embedding", "lm_head"])
@@ -257,10 +298,11 @@ def test_sites_outside_the_blocks(target: str, cls: str):
     """With the embedding adapted its output differs; with the head alone no residual does."""
     base, model = hooked("gpt2", cls, "raw")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)))
-    names = [FIRST[cls], LAST[cls]]
+    share = 1.0 if target == "embedding" else 0.0
+    expected = torch.full((2, 2), share, dtype=torch.float64)
     for direction in DIRECTIONS:
+        names = [FIRST[cls], LAST[cls]]
         effects = patch(lens, models.tokens(), MARGIN, names, direction=direction)
-        expected = torch.full((2, 2), float(target == "embedding"), dtype=torch.float64)
         assert largest_difference(effects.share, expected) < 1e-11
 
 

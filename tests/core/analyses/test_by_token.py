@@ -33,14 +33,21 @@ def prompts() -> ll.results.Prompts:
 
 
 def of(lens: ll.LoraLens, **options):
+    """First order of the response by token, at a strength of 0.4."""
     options = {"by": "token", "at": 0.4, "progress": False} | options
     return first_order(lens, prompts(), RESPONSE, **options)
 
 
-def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    assert one.shape == other.shape
-    assert torch.equal(one.isnan(), other.isnan())
-    return float((one - other).nan_to_num().abs().max())
+def members_of(found: ll.results.GroupAttribution) -> list[list[int]]:
+    """The columns of the sites of each group."""
+    return [list(members) for members in found.groups.values()]
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of two tensors that are NaN in the same places."""
+    assert found.shape == expected.shape
+    assert torch.equal(found.isnan(), expected.isnan())
+    return float((found - expected).nan_to_num().abs().max())
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=str)
@@ -51,10 +58,10 @@ def test_groups_are_sums_of_sites(lens: ll.LoraLens, group):
         found = of(lens, mode=mode, group=group)
         assert found.mode == mode
         assert f"mode={mode!r}" in repr(found)
-        for column, members in enumerate(found.groups.values()):
-            summed = sites.values[:, list(members)].sum(1)
-            assert apart(found.values[:, column], summed) < 1e-11
         assert found.response == sites.response
+        for column, members in enumerate(members_of(found)):
+            summed = sites.values[:, members].sum(1)
+            assert apart(found.values[:, column], summed) < 1e-11
     assert largest_difference(found.shift, sites.shift) < 1e-12
 
 
@@ -63,40 +70,45 @@ def test_groups_are_sums_of_sites(lens: ll.LoraLens, group):
 @pytest.mark.parametrize("at", [0.0, 0.4])
 def test_groups_of_a_whole_readout_by_peft(lens: ll.LoraLens, group, at: float):
     """Without by='token': central differences of PEFT's scales of a group's modules together."""
-    held = cases.case("llama", lens.class_name, "raw")
-    step = 2e-4
+    peft = cases.case("llama", lens.class_name, "raw").peft
     tokens = models.tokens()
     readout = ll.Margin(5, 9)
-    modules = dict.fromkeys(lens.adapter.modules, at)
 
-    def margin(members, eps: float) -> torch.Tensor:
-        moved = {lens.sites[site].module: at + eps for site in members}
-        read = lambda logits: logits[:, 5] - logits[:, 9]  # noqa: E731
-        return reference.peft_readout(held.peft, tokens, read, modules | moved)
+    def read(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, 5] - logits[:, 9]
+
+    def slope_in_peft(members: list[int]) -> torch.Tensor:
+        def margin(eps: float) -> torch.Tensor:
+            scales = dict.fromkeys(lens.adapter.modules, at)
+            for site in members:
+                scales[lens.sites[site].module] = at + eps
+            return reference.peft_readout(peft, tokens, read, scales)
+
+        return reference.central_difference(margin, step=2e-4)
 
     for mode in ("auto", "reverse", "forward"):
         found = first_order(lens, tokens, readout, at=at, group=group, mode=mode, progress=False)
         assert found.mode == ("forward" if mode == "forward" else "reverse")
         assert found.by == ()
-        for column, members in enumerate(found.groups.values()):
-            near = margin(members, step) - margin(members, -step)
-            far = margin(members, 2 * step) - margin(members, -2 * step)
-            slope = (8 * near - far) / (12 * step)
-            assert largest_difference(found.values[:, column], slope) < 1e-8
+        for column, members in enumerate(members_of(found)):
+            assert largest_difference(found.values[:, column], slope_in_peft(members)) < 1e-8
+
     sites = first_order(lens, tokens, readout, at=at)
     assert largest_difference(found.shift, sites.shift) < 1e-12
-    for column, members in enumerate(found.groups.values()):
-        assert apart(found.values[:, column], sites.values[:, list(members)].sum(1)) < 1e-11
+    for column, members in enumerate(members_of(found)):
+        summed = sites.values[:, members].sum(1)
+        assert apart(found.values[:, column], summed) < 1e-11
 
 
 def test_groups_of_every_readout_sum_their_tokens(lens: ll.LoraLens):
     whole = of(lens, group="layer", by=())
     assert apart(whole.values, of(lens, group="layer").per_group) < 1e-11
+
     for readout in (ll.KL(RESPONSES), ll.AnswerMargin(RESPONSES, " w5"), ll.Logit(7)):
         found = first_order(lens, prompts(), readout, at=1.0, group="kind", progress=False)
         sites = first_order(lens, prompts(), readout, at=1.0)
-        for column, members in enumerate(found.groups.values()):
-            summed = sites.values[:, list(members)].sum(1)
+        for column, members in enumerate(members_of(found)):
+            summed = sites.values[:, members].sum(1)
             assert apart(found.values[:, column], summed) < 1e-11
 
 
@@ -105,24 +117,27 @@ def test_groups_of_every_readout_sum_their_tokens(lens: ll.LoraLens):
 def test_groups_where_the_constant_of_v_is_added_at_o(family: str, cls: str):
     """Processed models, whose sites share injections; a tangent of both is the sum."""
     lens = cases.case(family, cls, "processed").lens
-    forward, reverse = (of(lens, mode=m, group="layer") for m in ("forward", "reverse"))
-    assert apart(forward.values, reverse.values) < 1e-11
-    whole = [of(lens, mode=m, group="layer", by=()) for m in ("forward", "reverse")]
-    assert apart(whole[0].values, whole[1].values) < 1e-11
+    for by in ("token", ()):
+        forward = of(lens, mode="forward", group="layer", by=by)
+        reverse = of(lens, mode="reverse", group="layer", by=by)
+        assert apart(forward.values, reverse.values) < 1e-11
 
 
 @pytest.mark.parametrize("by", ["position", "head", "rank", ("head", "rank")], ids=str)
 def test_split_further_by_both_modes(lens: ll.LoraLens, by):
-    by = (by, "token") if isinstance(by, str) else (*by, "token")
-    reverse, forward = (of(lens, by=by, mode=mode) for mode in ("reverse", "forward"))
+    axes = (by, "token") if isinstance(by, str) else (*by, "token")
+    reverse = of(lens, by=axes, mode="reverse")
+    forward = of(lens, by=axes, mode="forward")
     assert apart(reverse.values, forward.values) < 1e-11
-    assert (reverse.mode, forward.mode) == ("reverse", "forward")
+    assert reverse.mode == "reverse"
+    assert forward.mode == "forward"
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_positions_of_a_folded_bias_by_both_modes(cls: str):
     lens = cases.case("gpt2", cls, "processed").lens
-    reverse, forward = (of(lens, by=("position", "token"), mode=m) for m in ("reverse", "forward"))
+    reverse = of(lens, by=("position", "token"), mode="reverse")
+    forward = of(lens, by=("position", "token"), mode="forward")
     assert apart(reverse.values, forward.values) < 1e-11
 
 
@@ -140,71 +155,76 @@ def test_the_cheaper_mode_is_taken(lens: ll.LoraLens):
 def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
     """Split further: prompts go one by one; what one row takes is named where it is too much."""
     by = ("position", "head", "token")
-    longest = RESPONSE.reading(lens.model, prompts()).rows
-    row = footprint_of(lens, longest)
-    one = min(row.of_graph, row.of_rerun)
+    reading = RESPONSE.reading(lens.model, prompts())
+    assert reading.rows.tokens.shape == (2, 12)
+    assert len(reading.groups(18)) == 2
+    need = footprint_of(lens, reading.rows)
+    bytes_of_one = min(need.of_graph, need.of_rerun)
+
     whole = of(lens, by=by)
-    bounded = of(lens, by=by, max_memory=1.5 * one)
-    assert longest.tokens.shape == (2, 12)
-    assert len(RESPONSE.reading(lens.model, prompts()).groups(18)) == 2
+    bounded = of(lens, by=by, max_memory=1.5 * bytes_of_one)
     assert apart(whole.values, bounded.values) < 1e-12
-    with pytest.raises(
-        ll.errors.ArgumentError,
-        match="a forward and a backward pass of one prompt takes about .* for 12 tokens",
-    ):
-        of(lens, by=by, max_memory=0.5 * one)
+    message = "a forward and a backward pass of one prompt takes about .* for 12 tokens"
+    with pytest.raises(ll.errors.ArgumentError, match=message):
+        of(lens, by=by, max_memory=0.5 * bytes_of_one)
+
     for options in ({"mode": "forward", "group": "layer"}, {"mode": "forward", "by": by}):
         with pytest.raises(ll.errors.ArgumentError, match="a pass of two rows"):
             of(lens, max_memory=100, **options)
     few = dual_pass_bytes(lens) + 2e6
-    forward, heads = (
-        of(lens, by=("head", "token"), mode="forward", max_memory=m) for m in (few, None)
-    )
-    assert apart(forward.values, heads.values) < 1e-12
+    whole = of(lens, by=("head", "token"), mode="forward")
+    bounded = of(lens, by=("head", "token"), mode="forward", max_memory=few)
+    assert apart(bounded.values, whole.values) < 1e-12
 
 
 @pytest.mark.parametrize("by", ["token", ("rank", "token")], ids=str)
 def test_through_the_vocabulary_or_not(lens: ll.LoraLens, by, monkeypatch):
     """Derivatives that end at the residual stream, in chunks of tokens, and at the logits."""
-    found = {mode: of(lens, by=by, mode=mode).values for mode in ("forward", "reverse")}
+    modes = ("forward", "reverse")
+    found = {mode: of(lens, by=by, mode=mode).values for mode in modes}
     monkeypatch.setattr(function, "PICKS", 3)
-    chunked = {mode: of(lens, by=by, mode=mode).values for mode in found}
+    chunked = {mode: of(lens, by=by, mode=mode).values for mode in modes}
     monkeypatch.setattr(function, "ends_plainly", lambda lens: False)
-    for mode, values in found.items():
-        assert apart(values, chunked[mode]) < 1e-12
-        assert apart(values, of(lens, by=by, mode=mode).values) < 1e-11
+    through_the_logits = {mode: of(lens, by=by, mode=mode).values for mode in modes}
+    for mode in modes:
+        assert apart(found[mode], chunked[mode]) < 1e-12
+        assert apart(found[mode], through_the_logits[mode]) < 1e-11
 
 
 def test_a_model_that_does_more_than_unembed(lens: ll.LoraLens):
     """A hook on the logits, a soft-cap say, is part of what is differentiated."""
-    handle = lens.model.unembed.register_forward_hook(
-        lambda module, args, out: 5 * torch.tanh(out / 5)
-    )
+
+    def capped(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
+        return 5 * torch.tanh(logits / 5)
+
+    handle = lens.model.unembed.register_forward_hook(capped)
     step = 2e-6
     try:
         assert not function.ends_plainly(lens)
-        forward, reverse = (of(lens, mode=mode) for mode in ("forward", "reverse"))
+        forward = of(lens, mode="forward")
+        reverse = of(lens, mode="reverse")
         log_p = ll.token_shifts(lens, prompts(), RESPONSES, between=(0.4 - step, 0.4 + step)).log_p
     finally:
         handle.remove()
     assert apart(forward.values, reverse.values) < 1e-11
-    assert apart(reverse.per_token, (log_p[1] - log_p[0]) / (2 * step)) < 1e-8
+    difference = (log_p[1] - log_p[0]) / (2 * step)
+    assert apart(reverse.per_token, difference) < 1e-8
 
 
 def test_the_mean_over_tokens(lens: ll.LoraLens):
     """1/T of the sum, whose parts carry 1/T too."""
     mean = ll.AnswerLogProb(RESPONSES, mean=True)
     share = torch.tensor([1 / 6, 1 / 2], dtype=torch.float64)
+    options = {"at": 0.4, "by": "token", "progress": False}
     for mode in ("reverse", "forward"):
-        found, whole = (
-            first_order(lens, prompts(), readout, at=0.4, by="token", mode=mode, progress=False)
-            for readout in (mean, RESPONSE)
-        )
+        found = first_order(lens, prompts(), mean, mode=mode, **options)
+        whole = first_order(lens, prompts(), RESPONSE, mode=mode, **options)
         assert apart(found.values, whole.values * share[:, None, None]) < 1e-12
         assert largest_difference(found.adapted, whole.adapted * share) < 1e-12
-    once = first_order(lens, prompts(), mean, at=0.4)
-    assert largest_difference(once.values, found.per_site) < 1e-12
     assert found.readout == "mean log p(per prompt)"
+
+    not_split = first_order(lens, prompts(), mean, at=0.4)
+    assert largest_difference(not_split.values, found.per_site) < 1e-12
 
 
 def test_groups_are_saved_and_tabled(lens: ll.LoraLens, tmp_path):
@@ -241,11 +261,9 @@ def test_groups_are_saved_and_tabled(lens: ll.LoraLens, tmp_path):
     ],
 )
 def test_bad_groups(options: dict, error: type[Exception], match: str):
+    lens = cases.case("llama", NEWEST, "raw").lens
     with pytest.raises(error, match=match):
-        of(cases.case("llama", NEWEST, "raw").lens, **options)
+        of(lens, **options)
+    readout = ll.AnswerMargin(RESPONSES, [torch.tensor([5]), torch.tensor([6])])
     with pytest.raises(ll.errors.ArgumentError, match="by='token' splits"):
-        first_order(
-            cases.case("llama", NEWEST, "raw").lens, prompts(),
-            ll.AnswerMargin(RESPONSES, [torch.tensor([5]), torch.tensor([6])]),
-            by="token", group="layer",
-        )  # fmt: skip
+        first_order(lens, prompts(), readout, by="token", group="layer")

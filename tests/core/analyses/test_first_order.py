@@ -21,8 +21,9 @@ MARGIN = ll.Margin(5, 9)
 AXES = [(), ("position",), ("head",), ("rank",), ("position", "head", "rank")]
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return largest_difference(found, expected) / float(expected.abs().max())
 
 
 @pytest.mark.sample(6)
@@ -70,14 +71,17 @@ def test_equals_differences_of_peft(family: str, cls: str, flags: str, at: float
     case = cases.case(family, cls, flags)
     tokens = models.tokens()
     found = ll.first_order(case.lens, tokens, MARGIN, at=at)
+
+    def margin(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, 5] - logits[:, 9]
+
     modules = list(case.lens.adapter.modules)
-    oracle = reference.peft_first_order(
-        case.peft, tokens, lambda logits: logits[:, 5] - logits[:, 9], modules, at
-    )
-    size = max(float(v.abs().max()) for v in oracle.values())
-    for module, expected in oracle.items():
-        mine = [i for i, s in enumerate(case.lens.sites) if s.module == module]
-        assert largest_difference(found.values[:, mine].sum(1), expected) < 1e-8 * size, module
+    differences = reference.peft_first_order(case.peft, tokens, margin, modules, at)
+    size = max(float(expected.abs().max()) for expected in differences.values())
+    for module, expected in differences.items():
+        sites = [i for i, site in enumerate(case.lens.sites) if site.module == module]
+        of_module = found.values[:, sites].sum(1)
+        assert largest_difference(of_module, expected) < 1e-8 * size, module
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -121,21 +125,25 @@ def test_log_prob_and_callables_are_differentiated_too():
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_padded_batch_equals_its_prompts_one_by_one(cls: str):
     """Values, ends and margins of a padded batch are those of each prompt alone."""
+    texts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14 w15", "w20"]
     for family in models.CORE:
         lens = cases.case(family, cls, "processed").lens
-        texts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14 w15", "w20"]
+
         together = ll.first_order(lens, texts, MARGIN, by="position")
         for i, text in enumerate(texts):
             alone = ll.first_order(lens, text, MARGIN, by="position")
-            width = alone.values.shape[-1]
-            assert relative(together.values[i : i + 1, ..., :width], alone.values) < ROUND_OFF
-            assert not together.values[i, ..., width:].any()
+            length = alone.values.shape[-1]
+            values = together.values[i : i + 1, ..., :length]
+            padding = together.values[i, ..., length:]
+            assert relative(values, alone.values) < ROUND_OFF
+            assert not padding.any()
             assert torch.allclose(together.adapted[i], alone.adapted[0], rtol=0, atol=1e-10)
+
         margins = ll.fact_margin(lens, texts, 5, 9, progress=False)
         for i, text in enumerate(texts):
             alone = ll.fact_margin(lens, text, 5, 9, progress=False)
             assert torch.allclose(margins.m[i], alone.m[0], rtol=0, atol=1e-10)
-            assert torch.allclose(
+            torch.testing.assert_close(
                 margins.flip_scale[i], alone.flip_scale[0], rtol=0, atol=1e-6, equal_nan=True
             )
 
@@ -176,11 +184,13 @@ def test_component_norms_are_those_of_the_trajectory(cls: str):
     for row, text in enumerate(texts):
         _, cache = lens.model.run_with_cache(lens.prompts(text).tokens)
         for i, site in enumerate(lens.sites):
-            if site.kind in ("o", "down"):
-                z = cache[site.read].flatten(2)
-                delta = part_deltas(lens.maps[i], site.kind, lens.heads.of(site.kind), z, Slots())
-                assert torch.allclose(parts.z_norm[row, i], z.norm(), rtol=1e-12)
-                assert torch.allclose(parts.delta_norm[row, i], delta.norm(), rtol=1e-12)
+            if site.kind not in ("o", "down"):
+                continue
+            z = cache[site.read].flatten(2)
+            heads = lens.heads.of(site.kind)
+            delta = part_deltas(lens.maps[i], site.kind, heads, z, Slots())
+            assert torch.allclose(parts.z_norm[row, i], z.norm(), rtol=1e-12)
+            assert torch.allclose(parts.delta_norm[row, i], delta.norm(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -189,25 +199,25 @@ def test_tangents_are_derivatives_of_every_activation(family: str, cls: str):
     """Each cached tangent against a central difference of the cached activation."""
     lens = cases.case(family, cls, "raw").lens
     tokens = models.tokens()
-    step = 1e-5
-    cache = ll.tangents(lens, tokens)
 
     def activations(scale: float):
         with torch.no_grad(), lens.applied(scale):
-            return lens.model.run_with_cache(tokens)[1]
+            _, cache = lens.model.run_with_cache(tokens)
+        return cache
 
+    step = 1e-5
     up = activations(step)
     down = activations(-step)
     moving = 0
-    for name, tangent in cache.items():
+    for name, tangent in ll.tangents(lens, tokens).items():
         if "attn_scores" in name or name not in up:
             continue
         difference = (up[name] - down[name]) / (2 * step)
         if not difference.is_floating_point():
             continue
-        size = max(float(difference.abs().max()), 1.0)
-        assert largest_difference(tangent, difference) < 1e-6 * size, name
-        moving += bool(difference.abs().max() > 1e-3)
+        size = float(difference.abs().max())
+        assert largest_difference(tangent, difference) < 1e-6 * max(size, 1.0), name
+        moving += size > 1e-3
     assert moving > 20
 
 
@@ -215,13 +225,13 @@ def test_tangents_are_derivatives_of_every_activation(family: str, cls: str):
 def test_tangents_of_one_site_and_some_names(cls: str):
     """A site's direction alone moves nothing before it."""
     lens = cases.case("llama", cls, "raw").lens
-    tokens = models.tokens()
-    last = next(s for s in lens.sites if s.name == "blocks.1.mlp.down")
     first = lens.sites[0]
-    cache = ll.tangents(lens, tokens, [first.write, last.write], scale={last.name: 1.0})
+    last = next(site for site in lens.sites if site.name == "blocks.1.mlp.down")
+    names = [first.write, last.write]
+    cache = ll.tangents(lens, models.tokens(), names, scale={last.name: 1.0})
+    assert set(cache.keys()) == set(names)
     assert not cache[first.write].any()
     assert cache[last.write].any()
-    assert set(cache.keys()) == {first.write, last.write}
 
 
 OPTIONS = [
@@ -248,14 +258,18 @@ def test_a_list_of_readouts_equals_one_call_each(cls: str, options: dict[str, An
     several = ll.first_order(lens, texts, readouts, **options)
     (only,) = ll.first_order(lens, texts, readouts[:1], **options)
     singles = [ll.first_order(lens, texts, readout, **options) for readout in readouts]
-    for one, other in zip([*several, only], [*singles, singles[0]], strict=True):
-        for field in dataclasses.fields(one):
-            a = getattr(one, field.name)
-            b = getattr(other, field.name)
-            if isinstance(a, torch.Tensor):
-                assert torch.allclose(a, b, rtol=1e-11, atol=1e-13, equal_nan=True), field.name
-            else:
-                assert a == b, field.name
+    for found, expected in zip([*several, only], [*singles, singles[0]], strict=True):
+        assert_same_fields(found, expected)
+
+
+def assert_same_fields(found: ll.results.Attribution, expected: ll.results.Attribution) -> None:
+    for field in dataclasses.fields(found):
+        a = getattr(found, field.name)
+        b = getattr(expected, field.name)
+        if isinstance(a, torch.Tensor):
+            assert torch.allclose(a, b, rtol=1e-11, atol=1e-13, equal_nan=True), field.name
+        else:
+            assert a == b, field.name
 
 
 @pytest.mark.bad_input
@@ -263,15 +277,17 @@ def test_what_a_list_of_readouts_refuses():
     """What one readout refuses, and groups, which are for one."""
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     tokens = models.tokens()
-    for readout in (MARGIN, [MARGIN, ll.Logit(3)]):
+    several = [MARGIN, ll.Logit(3)]
+    for readout in (MARGIN, several):
         with pytest.raises(ll.errors.ArgumentError, match="gauge='svd' decides what a rank is"):
             ll.first_order(lens, tokens, readout, gauge="svd")
         with pytest.raises(ll.errors.ArgumentError, match="sideways"):
             ll.first_order(lens, tokens, readout, mode="sideways")
+    for divergence in (ll.KL(), [MARGIN, ll.KL()]):
         with pytest.raises(ll.errors.ArgumentError, match="least at ε = 0"):
-            ll.first_order(lens, tokens, [readout, ll.KL()] if readout == MARGIN else ll.KL())
+            ll.first_order(lens, tokens, divergence)
     with pytest.raises(ll.errors.ArgumentError, match="takes one readout, and these are 2"):
-        ll.first_order(lens, tokens, [MARGIN, ll.Logit(3)], by="token", group="layer")
+        ll.first_order(lens, tokens, several, by="token", group="layer")
     for nothing in ("w7", 3, None, [], ()):
         with pytest.raises(ll.errors.ArgumentError, match=r"ll\.LogProb|at least one"):
             ll.first_order(lens, tokens, nothing)
