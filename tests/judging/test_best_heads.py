@@ -254,5 +254,5 @@ def test_refusals():
 def test_heads_of_two_widths_are_refused():
     """Gemma 4's layers with full attention have wider heads."""
     lens = architectures.case("Gemma 4").lens
-    with pytest.raises(ll.errors.ModelStateError, match="hook_z holds .* not all heads"):
+    with pytest.raises(ll.errors.ModelStateError, match="hook_z holds .* heads"):
         best(lens, models.tokens(2, 5), MARGIN, k=1)
