@@ -8,6 +8,7 @@
     python benchmarks/cost --texts 100           # audits over so many texts
     python benchmarks/cost --stream 200000       # a stream of so many tokens through activations
     python benchmarks/cost --bank 1000           # a scan of so many adapters
+    python benchmarks/cost --processes 1000      # a sweep of so many prompts, in one and in two
     python benchmarks/cost --growth              # models, adapters and ranks of several sizes
     python benchmarks/cost --allocator           # with freed memory given back, and kept
 
@@ -45,6 +46,7 @@ from floors import floor_tables, peft_table  # noqa: E402
 from growth import growth_tables  # noqa: E402
 from measuring import load, matmul_peak  # noqa: E402
 from prompts import TURNS, prompt_tables  # noqa: E402
+from ranks import rank_table  # noqa: E402
 from responses import GROUPS, response_table  # noqa: E402
 from stream import stream_lines  # noqa: E402
 from texts import text_table  # noqa: E402
@@ -86,6 +88,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--floor", action="store_true", help="of first order, alone")
     parser.add_argument("--passes", action="store_true", help="of analyses, beside them, alone")
     parser.add_argument("--batches", type=int, metavar="PROMPTS", help="of so many, alone")
+    parser.add_argument(
+        "--processes", type=int, metavar="PROMPTS", help="a sweep of so many, alone"
+    )
     parser.add_argument("--growth", action="store_true", help="with layers, tokens, sites, rank")
     parser.add_argument("--allocator", action="store_true", help="glibc's, of two kinds, alone")
     parser.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
@@ -156,6 +161,8 @@ def measure_class(name: str, chosen: argparse.Namespace) -> None:
         stream_lines(lens, chosen.stream)
     elif chosen.bank:
         bank_lines(lens, chosen.bank)
+    elif chosen.processes:
+        rank_table(lens, chosen.processes)
     elif chosen.texts:
         text_table(lens, chosen.texts, turns=3 if chosen.texts <= FEW_TEXTS else 1)
     elif chosen.passes:

@@ -38,6 +38,7 @@ from peft_floor import Floor, difference, floor_of_demo
 from prompts import turns_in_words
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from transformers import PreTrainedModel
 from works import ANALYSES, Work
 
 import lens_lora as ll
@@ -57,9 +58,10 @@ DEARER = ("fact_margin", KL_SHARES, "null_test, ten draws", "a bank", FIRST_ORDE
 DRAWS = 10
 # How often F runs in a turn, as all else is divided by it.
 RUNS_OF_F = 3
-# The names of two more works.
+# The names of three more works.
 PEFT = "PEFT"
 DRAWN = "drawn"
+UNHOOKED = "unhooked"
 # By how much longer than PEFT and autograd alone first order should take at most.
 OF_PEFT = 1.03
 
@@ -137,6 +139,22 @@ def run_passes(lens: ll.LoraLens, passes: Sequence[Pass], read: Read) -> None:
             backward_to_embeddings(lens, lambda rows=one.rows: read(rows).sum())
         else:
             dual_to_embeddings(lens, lambda rows=one.rows: read(rows))
+
+
+def run_unhooked(model: PreTrainedModel, ids: Tensor, passes: Sequence[Pass]) -> None:
+    """Run these passes, none of them dual, on a Hugging Face model.
+
+    A pass with a graph goes back to the embeddings once.
+    """
+    for one in passes:
+        rows = ids.expand(one.rows, -1)
+        if one.kind == "plain":
+            with torch.no_grad():
+                model(rows, logits_to_keep=1)
+        else:
+            leaf = model.get_input_embeddings()(rows).detach().requires_grad_()
+            logits = model(inputs_embeds=leaf, logits_to_keep=1).logits
+            torch.autograd.grad(logits[..., :2].sum(), leaf)
 
 
 def dual_to_embeddings(lens: ll.LoraLens, read: Callable[[], Tensor]) -> None:
@@ -243,7 +261,8 @@ def floors_of_length(lens: ll.LoraLens, floor: Floor, tokens: int, turns: int) -
 def peft_table(lengths: Sequence[int], turns: int) -> None:
     """Print first order by PEFT and autograd alone, and by the public call, for each length.
 
-    Between them stand the passes of the public call alone, as in the tables above.
+    Between them stand the passes of the public call alone, as in the tables above: run by the
+    Hugging Face model without hooks of any library, and by the bridge over it.
 
     Args:
         lengths: tokens of the prompt.
@@ -254,6 +273,7 @@ def peft_table(lengths: Sequence[int], turns: int) -> None:
     """
     base, tokenizer = load_embedded(quiet=True)
     floor = floor_of_demo(copy.deepcopy(base), tokenizer)
+    unhooked = copy.deepcopy(base).requires_grad_(False).eval()
     model, class_name = hooked_model(base, tokenizer)
     lens = ll.LoraLens(model, ll.load_adapter(shipped_adapter()))
     work = next(work for work in ANALYSES if work.name == FIRST_ORDER)
@@ -264,6 +284,7 @@ def peft_table(lengths: Sequence[int], turns: int) -> None:
     heads = (
         "tokens",
         "by PEFT",
+        "the passes alone, without a bridge",
         "the bridge's passes alone",
         "with updates written",
         "`ll.first_order`",
@@ -275,10 +296,14 @@ def peft_table(lengths: Sequence[int], turns: int) -> None:
     for tokens in lengths:
         prompts = text_prompts(lens, 1, tokens)
         apart = difference(floor, lens, prompts)
-        three, _ = three_works(lens, prompts, work)
-        works = {PEFT: functools.partial(floor, prompts.tokens), **three}
+        three, passes = three_works(lens, prompts, work)
+        works = {
+            PEFT: functools.partial(floor, prompts.tokens),
+            UNHOOKED: functools.partial(run_unhooked, unhooked, prompts.tokens, passes),
+            **three,
+        }
         seconds = median_seconds(works, turns)
-        order = (PEFT, "alone", "written", "analysis")
+        order = (PEFT, UNHOOKED, "alone", "written", "analysis")
         cells = [f"{1e3 * seconds[name]:.0f} ms" for name in order]
         ratio = seconds["analysis"] / seconds[PEFT]
         print(f"| {tokens} | {' | '.join(cells)} | {ratio:.2f} | {apart:.0e} |", flush=True)

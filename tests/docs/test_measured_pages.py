@@ -135,14 +135,18 @@ def test_the_floors_of_the_evidence_are_those_of_their_blocks():
         ratios = re.findall(r"ms \| \d+ ms \| ([\d.]+) \|", block)
         assert words.format(*ratios) in evidence
     block = held["3.9 · --floor --tokens 8 64 256 --turns 5"]["body"]
+    unhooked: list[str] = []
     alone: list[str] = []
     written: list[str] = []
-    for cells in re.findall(r"\| (\d+) ms \| (\d+) ms \| (\d+) ms", block):
-        by_peft, of_passes, with_updates = map(int, cells)
+    for cells in re.findall(r"\| (\d+) ms \| (\d+) ms \| (\d+) ms \| (\d+) ms", block):
+        by_peft, without_a_bridge, of_passes, with_updates = map(int, cells)
+        unhooked.append(f"{without_a_bridge / by_peft:.2f}")
         alone.append(f"{of_passes / by_peft:.2f}")
         written.append(f"{with_updates / by_peft:.2f}")
-    said = "written by hooks {}, {} and {} ×, alone {}, {} and {} ×"
-    assert said.format(*written, *alone) in evidence
+    said = (
+        "written by hooks {}, {} and {} ×, alone {}, {} and {} ×, without a bridge {}, {} and {} ×"
+    )
+    assert said.format(*written, *alone, *unhooked) in evidence
 
 
 @pytest.mark.parametrize(
