@@ -9,6 +9,7 @@
     python benchmarks/cost --stream 200000       # a stream of so many tokens through activations
     python benchmarks/cost --bank 1000           # a scan of so many adapters
     python benchmarks/cost --processes 1000      # a sweep of so many prompts, in one and in two
+    python benchmarks/cost --held                # bytes of tensors at the peak of an analysis
     python benchmarks/cost --growth              # models, adapters and ranks of several sizes
     python benchmarks/cost --allocator           # with freed memory given back, and kept
 
@@ -44,6 +45,7 @@ from bank import bank_lines  # noqa: E402
 from batches import batch_table  # noqa: E402
 from floors import floor_tables, peft_table  # noqa: E402
 from growth import growth_tables  # noqa: E402
+from held import held_table  # noqa: E402
 from measuring import load, matmul_peak  # noqa: E402
 from prompts import TURNS, prompt_tables  # noqa: E402
 from ranks import rank_table  # noqa: E402
@@ -91,6 +93,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, metavar="PROMPTS", help="a sweep of so many, alone"
     )
+    parser.add_argument("--held", action="store_true", help="by tensors at the peak, alone")
     parser.add_argument("--growth", action="store_true", help="with layers, tokens, sites, rank")
     parser.add_argument("--allocator", action="store_true", help="glibc's, of two kinds, alone")
     parser.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
@@ -163,6 +166,8 @@ def measure_class(name: str, chosen: argparse.Namespace) -> None:
         bank_lines(lens, chosen.bank)
     elif chosen.processes:
         rank_table(lens, chosen.processes)
+    elif chosen.held:
+        held_table(lens)
     elif chosen.texts:
         text_table(lens, chosen.texts, turns=3 if chosen.texts <= FEW_TEXTS else 1)
     elif chosen.passes:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.compat import give_back_freed_memory
+from lens_lora.compat import FreedMemory, give_back_freed_memory
 from lens_lora.core import Function, Injection, LoraLens, Prompts, Reading, SlopeSums, Visit
 from lens_lora.errors import SiteError
 
@@ -44,6 +44,7 @@ class TensorPool:
         self._by_shape: dict[str, list[Tensor]] = {}
         self._with_sum: dict[tuple[str, float], list[int]] = {}
         self._nbytes: int = 0
+        self._freed = FreedMemory()
 
     def address_of(self, tensor: Tensor) -> Address:
         """Return the address of the tensor, which is copied if no equal one is kept yet."""
@@ -58,20 +59,20 @@ class TensorPool:
         candidates.append(index)
         kept.append(tensor.detach().clone(memory_format=torch.contiguous_format))
         self._nbytes += tensor.nbytes
+        self._freed.note_kept(kept[index])
         return name, index
 
     def stacks(self) -> dict[str, Tensor]:
         """Stack the tensors of each shape, [tensor, row, pos, …], and empty the pool.
 
-        Only one shape's tensors at a time are held twice. If they are large, the memory of the
-        graph from which they were copied is given back first: stacks cannot reuse it, and would
-        raise the peak by half.
+        Only one shape's tensors at a time are held twice. If the pool is large, freed memory is
+        given back before each stack, which cannot reuse the memory of smaller tensors.
         """
-        if self._nbytes > _LARGE:
-            give_back_freed_memory()
         stacks: dict[str, Tensor] = {}
         self._with_sum.clear()
         for name in [*self._by_shape]:
+            if self._nbytes > _LARGE:
+                give_back_freed_memory()
             stacks[name] = torch.stack(self._by_shape.pop(name))
         return stacks
 

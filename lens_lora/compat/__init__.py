@@ -100,6 +100,7 @@ from lens_lora.compat.torch_modules import (
 )
 from lens_lora.compat.torch_products import MATMULS, rows_and_weight
 from lens_lora.compat.torch_tensors import (
+    FreedMemory,
     activation_checkpointing,
     allow_forward_mode,
     attention_kernels,
@@ -118,6 +119,7 @@ from lens_lora.compat.torch_tensors import (
 )
 
 __all__ = [
+    "FreedMemory",
     "Hooks",
     "MATMULS",
     "RotaryRule",

@@ -36,6 +36,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.compat import FreedMemory
 from lens_lora.core import AtPoint, Function, HookFn, Injection, LoraLens, ScaleInject, SlopeSums
 from lens_lora.edge_attribution.readers import (
     QKV,
@@ -194,6 +195,7 @@ class Pass:
         self.heads: dict[str, _Stream] = {}
         self.slopes: SlopeSums = SlopeSums(g.lens, g.rows, axes)
         self._written: list[_Written] = []
+        self._freed = FreedMemory()
         # For each reader, the stream that it saw each time that it ran.
         self._seen: dict[str, list[Tensor]] = {}
         # Whether the backward pass has begun.
@@ -280,6 +282,8 @@ class Pass:
         deltas = tangents_of(x)
         if deltas:
             self._written.append(_Written(deltas, len(self.readers), is_within_block))
+        for delta in deltas.values():
+            self._freed.note_kept(delta)
 
     def _read_heads(self, name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
         """Let the gradient of a complete q, k or v go back head by head in the backward pass."""
@@ -306,6 +310,7 @@ class Pass:
         self._is_back = True
         if not self._is_of_head:
             self.readers[name] = self.readers[name] + gradient.view(*self._shape, -1)
+            self._freed.note_kept(self.readers[name])
 
     def _split(
         self,

@@ -1,4 +1,4 @@
-"""What glibc keeps of freed memory is given back before a large bank's tensors are stacked."""
+"""What glibc keeps of freed memory is given back in long passes, and before a bank is stacked."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import ctypes
 import sys
 from pathlib import Path
 
+import architectures
+import cases
+import models
 import pytest
 import torch
 
+import lens_lora as ll
 from lens_lora import compat
 from lens_lora.banks import record
+from lens_lora.compat import torch_tensors
 
 MIB = 2**20
 COUNT = 64
@@ -52,3 +57,27 @@ def test_only_a_large_pool_gives_back(largest: int, times: int, monkeypatch: pyt
     name, index = pool.address_of(tensor)
     assert torch.equal(pool.stacks()[name][index], tensor)
     assert len(given_back) == times
+
+
+@pytest.mark.parametrize("analysis", ["bank", "edges"])
+def test_a_pass_that_keeps_tensors_gives_freed_memory_back(
+    analysis: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Each time that it has kept enough: here all of them, and none on a short prompt."""
+    lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+    given_back: list[None] = []
+    monkeypatch.setattr(torch_tensors, "give_back_freed_memory", lambda: given_back.append(None))
+
+    def times() -> int:
+        given_back.clear()
+        prompts = models.tokens(1, 5)
+        if analysis == "bank":
+            ll.bank(lens.model, prompts, ll.Logit(3), progress=False)
+        else:
+            with architectures.in_float64():
+                ll.edges(lens, prompts, ll.Logit(3), progress=False)
+        return len(given_back)
+
+    assert times() == 0
+    monkeypatch.setattr(torch_tensors, "_KEPT", 0)
+    assert times() >= len(lens.sites)

@@ -147,6 +147,13 @@ def test_the_floors_of_the_evidence_are_those_of_their_blocks():
         "written by hooks {}, {} and {} ×, alone {}, {} and {} ×, without a bridge {}, {} and {} ×"
     )
     assert said.format(*written, *alone, *unhooked) in evidence
+    for name, words in (
+        ("a bank", "`bank` | 1.2 FB | {} FB | {} FB |"),
+        ("edges of 61 readers", "`edges` | 1.3 FB | {} FB | {} FB |"),
+    ):
+        row = re.search(rf"\| {name} \|.+", held["3.9 · --held"]["body"])
+        assert row, name
+        assert words.format(*re.findall(r", ([\d.]+) FB", row[0])) in evidence
 
 
 @pytest.mark.parametrize(
