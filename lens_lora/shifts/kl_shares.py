@@ -313,7 +313,7 @@ def kl_shares(
             axes,
             method="kl_quadratic",
             at=0.0,
-            gauge=gauge if "rank" in axes else "",
+            gauge=gauge,
         ),
         scales=lens.gates(0.0).new_tensor(strengths),
         divergence=divergence,

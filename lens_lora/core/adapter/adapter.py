@@ -521,11 +521,13 @@ class Adapter(metaclass=guesses.OfAdapterClass):
                     "if it is one model, give both one name: dataclasses.replace(adapter, "
                     "base_model=…)."
                 )
+                if in_shell is None:
+                    in_shell = f"in Python, {remedy}"
                 raise AdapterError(
                     f"{first.name} names the base {first.base_model!r}, {other.name} "
                     f"{other.base_model!r}; {why}",
                     remedy=remedy,
-                    in_shell=f"in Python, {remedy}" if in_shell is None else in_shell,
+                    in_shell=in_shell,
                 )
         return first.base_model
 

@@ -312,7 +312,8 @@ class TrainedModule(guesses.Answering):
             raise AdapterError(f"bias is {tuple(self.bias.shape)}; expected a vector.")
         self._require_tokens()
         sizes = {name: norm_of(tensor) for name, tensor in tensors.items()}
-        _require_products(sizes, next(iter(tensors.values())).dtype)
+        first_tensor = next(iter(tensors.values()))
+        _require_products(sizes, first_tensor.dtype)
 
     def _require_tokens(self) -> None:
         if self.tokens is None:
@@ -447,7 +448,8 @@ def norm_of(tensor: Tensor | None) -> float:
         return 0.0
     if is_reversal(tensor):
         return math.sqrt(len(tensor))
-    return float(torch.linalg.vector_norm(in_float64(tensor.detach())))
+    entries = in_float64(tensor.detach())
+    return float(torch.linalg.vector_norm(entries))
 
 
 def _tensors(update: ModuleUpdate, names: Iterable[str]) -> dict[str, Tensor]:

@@ -189,8 +189,10 @@ def _file_factors(
     """The factors of a module, checked against the rank and the scale in the config."""
     rank = patterns.value("rank_pattern", parameter or path, config.r)
     alpha = patterns.value("alpha_pattern", parameter or path, config.lora_alpha)
-    is_count = isinstance(rank, int) and rank > 0  # Anything else is refused below.
-    factors = lora_factors(roles, _scale(alpha, rank if is_count else 1, config.use_rslora))
+    is_count = isinstance(rank, int) and rank > 0
+    valid_rank = rank if is_count else 1  # Anything but a count is refused below.
+    scale = _scale(alpha, valid_rank, config.use_rslora)
+    factors = lora_factors(roles, scale)
     _require_tensor_of_field(config, "use_dora", roles, "magnitude")
     _require_tensor_of_field(config, "lora_bias", roles, "lora_bias")
     if parameter is not None and is_count and factors.rank % rank == 0:

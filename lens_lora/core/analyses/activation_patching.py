@@ -218,19 +218,23 @@ def patch_activations(
     masks = _masks(chosen, g.prompts, reading)
 
     named = lens.points(names).computed()
-    donor = recording.record(lens, reading.rows, donor_scale, named.wanted, named.in_full)
-    points = named.fired(donor.firings)
+    recorded = recording.record(lens, reading.rows, donor_scale, named.wanted, named.in_full)
+    points = named.fired(recorded.firings)
     if chosen.which is not None:
-        points = recording.positioned(lens, reading.rows, donor, points, named.in_full, donor_scale)
+        points = recording.positioned(
+            lens, reading.rows, recorded, points, named.in_full, donor_scale
+        )
     places = [_Place(name, name, None) for name in points]
     if by_head:
-        places = _places_of_heads(recording.head_parts(lens, donor, points))
+        places = _places_of_heads(recording.head_parts(lens, recorded, points))
     patches: list[interventions.Patch] = []
     for place, mask in itertools.product(places, masks):
         patches.append(interventions.Patch(place.point, _both(place.features, mask)))
-    patched = interventions.patched_readout(
-        lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=g.progress
-    ).unflatten(1, (len(places), len(masks)))
+    donor = interventions.Donor(recorded, donor_scale)
+    by_patch = interventions.patched_readout(
+        lens, reading, donor, patches, scale=scale, progress=g.progress
+    )
+    patched = by_patch.unflatten(1, (len(places), len(masks)))
 
     base, adapted = g.ends[..., None, None]
     values = adapted - patched if direction == "base_to_adapted" else patched - base
@@ -239,8 +243,10 @@ def patch_activations(
         is_real = reading.rows.real.float()
         some_row_has_it = reading.by_prompt(is_real).to(values.device) > 0
         values = values.masked_fill(~some_row_has_it[:, None], float("nan"))
+    else:
+        values = values[..., 0]
     return ActivationEffects(
-        values=values if is_each_position else values[..., 0],
+        values=values,
         names=tuple(place.label for place in places),
         direction=direction,
         positions=str(chosen),

@@ -22,6 +22,7 @@ from the adapted model does.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypedDict, overload, runtime_checkable
@@ -100,22 +101,13 @@ def _of_several(
             g.require_slope_at_base()
     is_by_site = by_axes(by, with_token=True) == ()
     is_plain = mode == "auto" and gauge == "trained" and rules is None
-    shared: list[Evaluations] = []
+    found: dict[Evaluations, Attribution] = {}
     if is_by_site and is_plain:
-        shared = [g for g in questions if g.rows is g.prompts and g.reading.reads_logits]
-    slopes_of: dict[Evaluations, Tensor] = {}
-    if shared:
-        slopes_of.update(zip(shared, _slopes_of_several(shared, at), strict=True))
-    attributions: list[Attribution] = []
+        found = _from_one_graph(questions, at)
     for g in questions:
-        if g in slopes_of:
-            slopes = slopes_of[g]
-            attributions.append(
-                Attribution.of(g, slopes, method="first_order", at=at, mode="reverse")
-            )
-        else:
-            attributions.append(first_order.of(g, **options))
-    return tuple(attributions)
+        if g not in found:
+            found[g] = first_order.of(g, **options)
+    return tuple(found[g] for g in questions)
 
 
 class _Options(TypedDict, total=False):
@@ -228,6 +220,7 @@ def first_order(
     if at == 0:
         g.require_slope_at_base()
     axes = by_axes(by, with_token=True)
+    derivative = _Derivative(at=at, axes=axes, mode=mode, gauge=gauge, rules=rules)
     if group is not None:
         if axes not in ((), ("token",)) or gauge != "trained":
             raise ArgumentError(
@@ -235,128 +228,136 @@ def first_order(
                 f"gauge={gauge!r}; sum the parts of single sites yourself: leave group= out, and "
                 "use .to_frame() of the result."
             )
-        return _of_groups(g, g.lens.sites.grouped(group), axes, at, mode, rules)
+        return derivative.of_groups(g, g.lens.sites.grouped(group))
     require_ranks(gauge, axes)
-    under = _held(rules, g)
-    used_mode = _chosen_mode(g, mode, axes)
-    if used_mode == "forward":
-        values = forward_mode.slopes(g, at, axes, gauge=gauge, under=under)
-    else:
-        values = g.slopes(at, axes, gauge=gauge, under=under)
-    return Attribution.of(
-        g,
-        values,
-        axes,
-        method=_method(rules),
-        at=at,
-        mode=used_mode,
-        gauge=gauge if "rank" in axes else "",
-    )
+    return derivative.of_sites(g)
 
 
-def _method(rules: Rules | None) -> str:
-    return "first_order" if rules is None else f"first_order/{rules.key}"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Derivative:
+    """How a_l = ∂g/∂ε_l is taken: where, along which axes, in which mode, and by which rules.
 
-
-def _held(rules: Rules | None, g: Function) -> AbstractContextManager[None]:
-    """A context in which derivatives of g follow the rules, if there are any.
-
-    Raises:
-        ArgumentError: something that is not rules.
-    """
-    if rules is None:
-        return contextlib.nullcontext()
-    if not isinstance(rules, Rules):
-        raise ArgumentError(f"rules={rules!r}: expected FrozenRules(…), or None.")
-    return rules.held(g)
-
-
-def _chosen_mode(
-    g: Function, mode: Mode, axes: tuple[str, ...], groups: Groups | None = None
-) -> str:
-    """The mode that is asked for; for 'auto', the cheaper one.
-
-    By token, reverse mode takes one covector for each token, and forward mode one tangent for each
-    site, group or part, from its block on.
-    """
-    if "token" not in axes:
-        return chosen_mode(mode, g.lens, 1)
-    covectors = len(max(g.response_tokens(), key=len))
-    starts = forward_mode.first_blocks(g, axes, groups)
-    return chosen_mode(mode, g.lens, covectors, starts)
-
-
-def _of_groups(
-    g: Evaluations,
-    groups: Groups,
-    axes: tuple[str, ...],
-    at: float,
-    mode: Mode,
-    rules: Rules | None,
-) -> GroupAttribution:
-    """Σ_{l in G} a_l for every group G, of the whole readout or by token.
-
-    Args:
-        g: the function.
-        groups: indices of sites, by name.
-        axes: ('token',), or () for the whole readout.
+    Attributes:
         at: the gate value at which the derivative is taken.
-        mode: the mode of differentiation, as for `first_order`.
-        rules: what the derivative takes for constant, as for `first_order`.
+        axes: the axes along which it is split.
+        mode: the mode that is asked for.
+        gauge: what a rank is.
+        rules: what is held constant; None for nothing.
     """
-    under = _held(rules, g)
-    used_mode = _chosen_mode(g, mode, axes, groups)
-    if used_mode == "forward":
-        values = forward_mode.group_slopes(g, groups, at, by_token=bool(axes), under=under)
-    else:
-        slopes = g.slopes(at, axes, under=under)
-        members = g.lens.sites.indicator(groups).to(slopes)
-        values = torch.einsum("gs,bs...->bg...", members, slopes)
-    require_finite(values, "the first-order shift")
-    response = g.response_tokens() if axes else ()
-    return GroupAttribution(
-        values=Attribution.within_response(values, response) if axes else values,
-        groups=groups,
-        by=axes,
-        method=_method(rules),
-        at=at,
-        mode=used_mode,
-        response=response,
-        **g.header(),
-    )
+
+    at: float
+    axes: tuple[str, ...]
+    mode: Mode
+    gauge: Gauge
+    rules: Rules | None
+
+    @property
+    def method(self) -> str:
+        """The name of the method, which ends with that of the rules."""
+        return "first_order" if self.rules is None else f"first_order/{self.rules.key}"
+
+    def of_sites(self, g: Evaluations) -> Attribution:
+        """Compute a_l of every site, split along the axes."""
+        under = self._held(g)
+        mode = self._chosen_mode(g)
+        if mode == "forward":
+            slopes = forward_mode.slopes(g, self.at, self.axes, gauge=self.gauge, under=under)
+        else:
+            slopes = g.slopes(self.at, self.axes, gauge=self.gauge, under=under)
+        return Attribution.of(
+            g, slopes, self.axes, method=self.method, at=self.at, mode=mode, gauge=self.gauge
+        )
+
+    def of_groups(self, g: Evaluations, groups: Groups) -> GroupAttribution:
+        """Compute Σ_{l in G} a_l of every group G, of the whole readout or by token."""
+        by_token = "token" in self.axes
+        under = self._held(g)
+        mode = self._chosen_mode(g, groups)
+        if mode == "forward":
+            values = forward_mode.group_slopes(g, groups, self.at, by_token=by_token, under=under)
+        else:
+            slopes = g.slopes(self.at, self.axes, under=under)
+            members = g.lens.sites.indicator(groups).to(slopes)
+            values = torch.einsum("gs,bs...->bg...", members, slopes)
+        require_finite(values, "the first-order shift")
+        response: tuple[tuple[str, ...], ...] = ()
+        if by_token:
+            response = g.response_tokens()
+            values = Attribution.within_response(values, response)
+        return GroupAttribution(
+            values=values,
+            groups=groups,
+            by=self.axes,
+            method=self.method,
+            at=self.at,
+            mode=mode,
+            response=response,
+            **g.header(),
+        )
+
+    def _held(self, g: Function) -> AbstractContextManager[None]:
+        """A context in which derivatives of g follow the rules, if there are any.
+
+        Raises:
+            ArgumentError: something that is not rules.
+        """
+        if self.rules is None:
+            return contextlib.nullcontext()
+        if not isinstance(self.rules, Rules):
+            raise ArgumentError(f"rules={self.rules!r}: expected FrozenRules(…), or None.")
+        return self.rules.held(g)
+
+    def _chosen_mode(self, g: Function, groups: Groups | None = None) -> str:
+        """The mode that is asked for; for 'auto', the cheaper one.
+
+        By token, reverse mode takes one covector for each token, and forward mode one tangent for
+        each site, group or part, from its block on.
+        """
+        if "token" not in self.axes:
+            return chosen_mode(self.mode, g.lens, readouts=1)
+        covectors = len(max(g.response_tokens(), key=len))
+        starts = forward_mode.first_blocks(g, self.axes, groups)
+        return chosen_mode(self.mode, g.lens, covectors, starts)
 
 
-def _slopes_of_several(
-    questions: Sequence[Evaluations], at: float
-) -> Float[Tensor, "readout batch site"]:
-    """∂g/∂ε_l of readouts of the same rows, which share one graph and the passes of their ends.
+# --- Several readouts
 
-    Each g is told its values at the ends, so that it does not run them again.
+
+def _from_one_graph(questions: Sequence[Evaluations], at: float) -> dict[Evaluations, Attribution]:
+    """First order of those readouts that can share one graph, by their g.
+
+    They run the prompts themselves as rows, and are read from the logits. The passes of the exact
+    ends are shared as well: each g is told its values there, so that it does not run them again.
 
     Args:
         questions: g of each readout.
         at: the gate value at which the derivative is taken.
     """
-    lens = questions[0].lens
-    prompts = questions[0].prompts
+    sharing = [g for g in questions if g.rows is g.prompts and g.reading.reads_logits]
+    if not sharing:
+        return {}
+    lens = sharing[0].lens
+    prompts = sharing[0].prompts
     values_at: dict[float, Float[Tensor, "readout batch"]] = {}
 
     def values_of(logits: Tensor) -> Float[Tensor, "readout batch"]:
-        return torch.stack([g.reading.read(logits) for g in questions])
+        return torch.stack([g.reading.read(logits) for g in sharing])
 
     def values_here() -> Float[Tensor, "readout batch"]:
         values = values_of(read_logits(lens, prompts))
-        values_at[at] = values.detach()
+        values_at[at] = values.detach()  # They come with the slopes, and are kept for each g.
         return values
 
     slopes = slopes_of_each(
-        lens, prompts, lens.gates(at), values_here, progress=questions[0].progress
+        lens, prompts, lens.gates(at), values_here, progress=sharing[0].progress
     )
     with torch.no_grad():
         for end in {0.0, 1.0} - {at}:
             values_at[end] = values_of(gated_logits(lens, prompts, lens.gates(end)))
-    for i, g in enumerate(questions):
+    found: dict[Evaluations, Attribution] = {}
+    for i, g in enumerate(sharing):
         for strength, values in values_at.items():
             g.know(strength, values[i])
         lens.sites.require_finite(slopes[i])
-    return slopes
+        found[g] = Attribution.of(g, slopes[i], method="first_order", at=at, mode="reverse")
+    return found

@@ -18,7 +18,7 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 
 from lens_lora.core.function.function import Function
-from lens_lora.core.function.many_gates import gated_readout
+from lens_lora.core.function.many_gates import Bar, gated_readout
 
 # The precision of a flip: nearer to it, the rounding of float32 hides a margin's sign.
 _PRECISION = 1e-5
@@ -149,5 +149,5 @@ def _values_at(
         of_all = scales.new_zeros(some.batch, scales.shape[1])
         scales = of_all.index_copy(0, chosen, scales)
     gates = scales[..., None].expand(-1, -1, len(lens.sites))
-    values = gated_readout(lens, some, lens.gates(gates), progress=False).cpu().double()
+    values = gated_readout(lens, some, lens.gates(gates), bar=Bar(shown=False)).cpu().double()
     return values[chosen] if takes_all else values

@@ -72,7 +72,7 @@ class FactMargin(OfMeasured, Reported):
             method="first_order",
             at=0.0,
             mode="reverse",
-            gauge="trained" if "rank" in axes else "",
+            gauge="trained",
         )
         curve = curve_beside(g, attribution.per_site)
         return cls(

@@ -32,6 +32,7 @@ from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.function import activations
 from lens_lora.core.function.activations import mean_over, replaced_readout
 from lens_lora.core.function.function import Function
+from lens_lora.core.function.many_gates import Bar
 from lens_lora.core.model import Group, Groups, LoraLens
 from lens_lora.core.readout import Prompts, PromptsLike, Reading
 from lens_lora.core.results.effects import Effects
@@ -208,11 +209,13 @@ def _replaced(
     adds = how == "add_one"
     is_by_rank = rank_of_group is not None
 
-    def run(points: activations.Points, what: str) -> Float[Tensor, "batch group"]:
-        return replaced_readout(lens, g.reading, points, stand_in, progress=g.progress, what=what)
+    def run(points: activations.Points, title: str) -> Float[Tensor, "batch group"]:
+        return replaced_readout(lens, g.reading, points, stand_in, bar=Bar(title, g.progress))
 
     members = lens.sites.indicator(groups).to(lens.device, lens.gate_dtype)
-    rank_of_run = torch.tensor(rank_of_group or [0] * len(groups)).to(members)
+    rank_of_run = members.new_zeros(len(groups))
+    if rank_of_group is not None:
+        rank_of_run = torch.tensor(rank_of_group).to(members)
     state_of_members = activations.ABOUT + rank_of_run[:, None]
     state_of_others = activations.OFF if adds else activations.ON
     points = activations.Points(

@@ -138,13 +138,17 @@ def remainder(g: Evaluations, *, by_site: bool = False) -> Remainder:
     slopes = g.slopes_with_noise(along=CHECKPOINTS)
     path = g.along(CHECKPOINTS)
     base, _ = g.ends
+    noise = g.remainder_noise(slopes)
+    site_shift: Tensor | None = None
+    if by_site:
+        site_shift = (g.corners("add_one") - base).T
     return Remainder(
         first_order=slopes.sum(1),
-        noise=g.remainder_noise(slopes),
+        noise=noise,
         path_scales=CHECKPOINTS,
         path_shift=(path - base).T,
         site_first_order=slopes,
-        site_shift=(g.corners("add_one") - base).T if by_site else None,
+        site_shift=site_shift,
         rerouted=extensions.rerouted_tokens(g),
         **g.header(),
     )

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.core.function.forward import run_without_logits
-from lens_lora.core.function.many_gates import gated_readout
+from lens_lora.core.function.many_gates import Bar, gated_readout
 from lens_lora.core.function.memory import ROW_TOKENS, row_groups
 from lens_lora.core.model import LoraLens
 from lens_lora.core.model.basis import NormUpdate
@@ -259,8 +259,7 @@ def replaced_readout(
     points: Points,
     stand_in: StandIn | None,
     *,
-    progress: bool,
-    what: str,
+    bar: Bar,
 ) -> Float[Tensor, "batch point"]:
     """Evaluate g of every prompt in every run. At most one forward pass a run, batched.
 
@@ -269,8 +268,7 @@ def replaced_readout(
         reading: what is run and read.
         points: the interventions.
         stand_in: what δ is replaced by; None for zero.
-        progress: show a bar.
-        what: the title of the bar.
+        bar: the progress bar.
 
     Raises:
         NumericsError: a readout that is not finite.
@@ -279,7 +277,7 @@ def replaced_readout(
     def inject(states: Float[Tensor, "row site"], rows: Int[Tensor, " row"]) -> Inject:
         return _ReplaceInject(lens, dataclasses.replace(points, states=states), rows, stand_in)
 
-    return gated_readout(lens, reading, points.states, inject=inject, progress=progress, what=what)
+    return gated_readout(lens, reading, points.states, inject=inject, bar=bar)
 
 
 class _ReplaceInject:

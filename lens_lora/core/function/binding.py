@@ -23,12 +23,15 @@ def function_of(
     if not isinstance(lens, LoraLens):
         raise ArgumentError(f"the lens is a {type(lens).__name__}", remedy=HOW_TO_MAKE_A_LENS)
     lens.check_state()
-    ready = lens.prompts(prompts)
-    if response is None:
-        f = Function(lens, ready, ready, None, None, progress)
-        return f if readout is None else f.about(readout)
-    with_response = lens.prompts(ready, response)
-    if readout is None:
-        # Each token of the response is drawn from the logits of the token before it.
-        return Function(lens, ready, with_response.one_token_earlier(), None, None, progress)
-    return Function(lens, with_response, with_response, None, None, progress).about(readout)
+    asked = lens.prompts(prompts)
+    rows = asked
+    if response is not None:
+        with_response = lens.prompts(asked, response)
+        if readout is None:
+            # Each token of the response is drawn from the logits of the token before it.
+            rows = with_response.one_token_earlier()
+        else:
+            asked = with_response
+            rows = with_response
+    f = Function(lens, asked, rows, progress=progress)
+    return f if readout is None else f.about(readout)

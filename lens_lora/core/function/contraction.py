@@ -25,6 +25,28 @@ from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.model.sites import require_heads
 from lens_lora.core.readout import Prompts
 
+
+@dataclasses.dataclass(frozen=True)
+class HeadedMap:
+    """A site's map z → δz, and the heads of attention that its input or its output has.
+
+    Attributes:
+        map: the map.
+        heads: how many heads there are; 0 outside attention.
+        reads_by_head: whether the heads are those of the input, as for o; otherwise they are those
+            of the output, as for q, k and v.
+    """
+
+    map: SiteMap
+    heads: int
+    reads_by_head: bool
+
+    @classmethod
+    def of(cls, lens: LoraLens, kind: str, site_map: SiteMap) -> HeadedMap:
+        """The map of a site of this kind, such as 'q' or 'o'."""
+        return cls(site_map, lens.heads.of(kind), reads_by_head=kind == "o")
+
+
 # --- ⟨G, δz⟩, split
 
 
@@ -49,9 +71,7 @@ def axis_sizes(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple
 
 
 def parts(
-    site: SiteMap,
-    kind: str,
-    heads: int,
+    site: HeadedMap,
     gradient: Float[Tensor, "batch pos out"],
     z: Float[Tensor, "batch pos *head in"] | Int[Tensor, "batch pos"],
     by: tuple[str, ...],
@@ -59,25 +79,24 @@ def parts(
     """⟨G, δz⟩ of one site, split along the axes of `by`.
 
     Args:
-        site: the site's map z → δz.
-        kind: its kind, such as 'q' or 'o'.
-        heads: how many heads its input or output has; 0 outside attention.
+        site: the site's map z → δz, with its heads.
         gradient: G, at the site's output.
         z: what the site reads; it has an axis of heads if each head has an input of its own.
         by: any of 'position', 'head', 'expert' and 'rank', in this order.
     """
-    gradient = gradient.to(site.dtype)
-    if z.ndim == 4 or ("head" in by and heads):
-        by_rank = _products_by_head(site, kind, heads, gradient, z)
+    gradient = gradient.to(site.map.dtype)
+    is_split_by_head = "head" in by and site.heads > 0
+    if z.ndim == 4 or is_split_by_head:
+        by_rank = _products_by_head(site, gradient, z)
     else:
-        products = site.back(gradient) * site.coordinates(z)
+        products = site.map.back(gradient) * site.map.coordinates(z)
         if not by:
             return products.sum((1, 2))
         by_rank = products[:, :, None]
     # Axes: row, position, head, rank.
     last_axis = "rank"
     if "expert" in by:
-        by_expert = by_rank.unflatten(3, (max(site.experts, 1), -1))
+        by_expert = by_rank.unflatten(3, (max(site.map.experts, 1), -1))
         by_rank = by_expert.sum(4)
         last_axis = "expert"
     names = {1: "position", 2: "head", 3: last_axis}
@@ -86,38 +105,41 @@ def parts(
 
 
 def _products_by_head(
-    site: SiteMap, kind: str, heads: int, gradient: Tensor, z: Tensor
+    site: HeadedMap, gradient: Tensor, z: Tensor
 ) -> Float[Tensor, "batch pos head rank"]:
     """The products (G·sB)_rank · u_rank, split by head."""
-    own = site.own_by_head(gradient, z, heads)
+    site_map = site.map
+    own = site_map.own_by_head(gradient, z, site.heads)
     if own is not None:
         return own
-    if kind == "o":
-        back = gradient @ site.sB
-        return back[:, :, None] * input_by_head(site, heads, z)
-    if site.sB_by_head is not None:
-        back = einsum(gradient, site.sB_by_head, "b p d, h d r -> b p h r")
+    if site.reads_by_head:
+        back = gradient @ site_map.sB
+        return back[:, :, None] * input_by_head(site, z)
+    if site_map.sB_by_head is not None:
+        back = einsum(gradient, site_map.sB_by_head, "b p d, h d r -> b p h r")
     else:
-        gradient_by_head = gradient.unflatten(-1, (heads, -1))
-        sB_by_head = site.sB.unflatten(0, (heads, -1))
+        gradient_by_head = gradient.unflatten(-1, (site.heads, -1))
+        sB_by_head = site_map.sB.unflatten(0, (site.heads, -1))
         back = einsum(gradient_by_head, sB_by_head, "b p h d, h d r -> b p h r")
-    u = site.coordinates(z)
+    u = site_map.coordinates(z)
     if z.ndim != 4:
         u = u[:, :, None]
     return back * u
 
 
 def input_by_head(
-    site: SiteMap, heads: int, z: Float[Tensor, "row pos in"]
+    site: HeadedMap, z: Float[Tensor, "row pos in"]
 ) -> Float[Tensor, "row pos head rank"]:
     """Split u by the heads of the site's input (o); a last slot is for what belongs to no head."""
-    z_by_head = z.to(site.A.dtype).unflatten(-1, (heads, -1))
-    A_by_head = site.A.unflatten(-1, (heads, -1))
+    A = site.map.A
+    z_by_head = z.to(A.dtype).unflatten(-1, (site.heads, -1))
+    A_by_head = A.unflatten(-1, (site.heads, -1))
     u = einsum(z_by_head, A_by_head, "b p h d, r h d -> b p h r")
-    if site.a0_by_head is None:
+    a0_by_head = site.map.a0_by_head
+    if a0_by_head is None:
         return u
-    missing_heads = len(site.a0_by_head) - heads
-    return functional.pad(u, (0, 0, 0, missing_heads)) + site.a0_by_head
+    missing_heads = len(a0_by_head) - site.heads
+    return functional.pad(u, (0, 0, 0, missing_heads)) + a0_by_head
 
 
 # --- δz of one part alone
@@ -137,9 +159,7 @@ class Slots:
 
 
 def part_deltas(
-    site: SiteMap,
-    kind: str,
-    heads: int,
+    site: HeadedMap,
     z: Float[Tensor, "_row pos *head in"] | Int[Tensor, "_row pos"],
     slots: Slots,
 ) -> Float[Tensor, "row pos out"]:
@@ -147,18 +167,20 @@ def part_deltas(
 
     If z has a single row, it is shared by all rows.
     """
-    u = _coordinates_of_parts(site, kind, heads, z, slots)
-    if slots.head is not None and site.sB_by_head is not None:
-        heads_kept = kept(slots.head, len(site.sB_by_head), u)
-        sB = einsum(heads_kept, site.sB_by_head, "b h, h d r -> b d r")
+    u = _coordinates_of_parts(site, z, slots)
+    sB_by_head = site.map.sB_by_head
+    if slots.head is not None and sB_by_head is not None:
+        heads_kept = kept(slots.head, len(sB_by_head), u)
+        sB = einsum(heads_kept, sB_by_head, "b h, h d r -> b d r")
         delta = u @ sB.transpose(1, 2)
-    elif slots.head is not None and kind != "o":
-        delta = site.write(u)
-        heads_kept = kept(slots.head, heads, delta)
-        features_kept = heads_kept.repeat_interleave(delta.shape[-1] // heads, 1)
+    elif slots.head is not None and not site.reads_by_head:
+        delta = site.map.write(u)
+        d_head = delta.shape[-1] // site.heads
+        heads_kept = kept(slots.head, site.heads, delta)
+        features_kept = heads_kept.repeat_interleave(d_head, 1)
         delta = delta * features_kept[:, None]
     else:
-        delta = site.write(u)
+        delta = site.map.write(u)
     if slots.position is not None:
         positions_kept = kept(slots.position, delta.shape[1], delta)
         delta = delta * positions_kept[:, :, None]
@@ -166,20 +188,22 @@ def part_deltas(
 
 
 def _coordinates_of_parts(
-    site: SiteMap, kind: str, heads: int, z: Tensor, slots: Slots
+    site: HeadedMap, z: Tensor, slots: Slots
 ) -> Float[Tensor, "row pos *head rank"]:
     """Compute u, with everything but the row's head (of o), expert and rank set to zero."""
-    u = site.coordinates(z)
-    if slots.head is not None and kind == "o":
-        by_head = input_by_head(site, heads, z)
+    u = site.map.coordinates(z)
+    if slots.head is not None and site.reads_by_head:
+        by_head = input_by_head(site, z)
         heads_kept = kept(slots.head, by_head.shape[2], u)
         u = einsum(by_head, heads_kept, "b p h r, b h -> b p r")
     masks: list[Tensor] = []
     if slots.rank is not None:
         masks.append(kept(slots.rank, u.shape[-1], u))
-    if slots.expert is not None and site.experts:
-        experts_kept = kept(slots.expert, site.experts, u)
-        masks.append(experts_kept.repeat_interleave(site.rank // site.experts, 1))
+    experts = site.map.experts
+    if slots.expert is not None and experts:
+        ranks_of_each = site.map.rank // experts
+        experts_kept = kept(slots.expert, experts, u)
+        masks.append(experts_kept.repeat_interleave(ranks_of_each, 1))
     for mask in masks:
         u = u * mask.view(len(mask), *[1] * (u.ndim - 2), -1)
     return u

@@ -175,7 +175,11 @@ def _softmax(
 ) -> Tensor | None:
     """Compute P = softmax(S) along `dim`; None to leave it to torch."""
     x, dx = _parts_of(input)
-    if rest or other or dx is None or dim is None or dim % x.ndim == 0:
+    has_other_arguments = bool(rest or other)
+    if has_other_arguments or dx is None or dim is None:
+        return None
+    is_along_rows = dim % x.ndim == 0
+    if is_along_rows:
         return None
     P = torch.softmax(_rows_of_one_primal(x, rows), dim, dtype)
     P_of_rows = _detached(P)
@@ -219,8 +223,10 @@ def _value_and_tangent_apart(
 
     duals: list[Any] = []
     for value, tangent in operands:
-        alone = _detached(value)
-        duals.append(alone if tangent is None else fwad.make_dual(alone, tangent))
+        operand = _detached(value)
+        if tangent is not None:
+            operand = fwad.make_dual(operand, tangent)
+        duals.append(operand)
     with torch.no_grad():
         value_tangent = fwad.unpack_dual(run(duals)).tangent
     values = [value for value, _ in operands]
@@ -232,7 +238,8 @@ def _value_and_tangent_apart(
 
 def _detached(value: Any) -> Any:
     """The same value without its graph."""
-    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+    has_graph = isinstance(value, Tensor) and value.requires_grad
+    return value.detach() if has_graph else value
 
 
 def _rows_of_one_primal(x: Tensor, rows: int) -> Tensor:

@@ -17,6 +17,7 @@ from lens_lora.core.function import forward, many_gates, memory, rounding
 from lens_lora.core.function.corners import Points, strengths
 from lens_lora.core.function.duals import attention_from_formula
 from lens_lora.core.function.logits import logits_at_points
+from lens_lora.core.function.many_gates import Bar
 from lens_lora.core.function.slopes_at_points import slopes_at_points, weighted_slopes
 from lens_lora.core.model import LoraLens, ScaleInject
 from lens_lora.core.readout import Reading
@@ -50,7 +51,7 @@ class Evaluator:
     def run(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
         """Evaluate g at these gates by forward passes, whatever is known already."""
         values = many_gates.gated_readout(
-            self.lens, self.reading, points, progress=self.progress, what=shown_as
+            self.lens, self.reading, points, bar=Bar(shown_as, self.progress)
         )
         return values.T
 

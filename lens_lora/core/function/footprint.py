@@ -131,12 +131,15 @@ def footprint_of(lens: SizedLens, run: Run, *, in_turn: bool = False) -> Footpri
     tokens_of_row, tokens_in_turn = _logits_held(lens, run, in_turn)
     logits_of_token = fine_number * int(cfg.d_vocab_out)
     logits_of_row = tokens_of_row * logits_of_token
+    held_bytes = 0
+    if isinstance(run, Reading):
+        held_bytes = run.held_bytes
     return Footprint(
         in_pass=number * in_pass + LOGITS * logits_of_row,
         of_graph=number * of_graph + LOGITS_OF_GRAPH * logits_of_row,
         of_rerun=number * of_rerun + LOGITS_OF_GRAPH * logits_of_row,
         of_duals=fine_number * of_duals,
-        always=run.held_bytes if isinstance(run, Reading) else 0,
+        always=held_bytes,
         picks=tokens_in_turn,
         picked=LOGITS * logits_of_token * min(tokens_in_turn, 2 * PICKS),
         graphed=LOGITS_OF_GRAPH * logits_of_token * min(tokens_in_turn, PICKS),

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lens_lora.compat import hooks_of, own_forward, replace_forward
 from lens_lora.core.model import LoraLens, ScaleInject, attached
-from lens_lora.core.model.unembedding import unembed, unembedded_only, unrounded
+from lens_lora.core.model.unembedding import Unembedding, unembedded_only, unrounded
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import (
     PICKS,
@@ -43,7 +43,6 @@ from lens_lora.spans import Temporary
 
 # Maps logits and their places (no places: all of them) to a factor for each logit.
 Factor = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
-_Unembedding = tuple[Tensor, Tensor | None]
 _Final = Float[Tensor, "row *slot d"]
 
 
@@ -57,9 +56,9 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vo
     read is unembedded. The result is float32 or better, as readouts need.
     """
     unembedding = _plain_unembedding(lens)
-    if unembedding is not None and unembedding[0].dtype != lens.gate_dtype:
+    if unembedding is not None and unembedding.weight.dtype != lens.gate_dtype:
         final = read_final(lens, prompts)
-        return unembed(final.to(unembedding[0].device), *unembedding, lens.gate_dtype)
+        return unembedding.logits(final, lens.gate_dtype)
     with unembedded_only(lens.model, prompts.at_slots):
         logits = lens.run(prompts)
     if prompts.reads is None:
@@ -159,7 +158,7 @@ def value_of_final(
     """Compute g from the final residual stream. No forward pass."""
     if isinstance(read, Picks):
         return read.of(terms_of_final(lens, read, final, factor))
-    weight, bias = cast(_Unembedding, _plain_unembedding(lens))
+    weight, bias = _required_unembedding(lens)
     ids = read.ids.to(weight.device)
     final = final.to(weight.device, lens.gate_dtype)
     few_logits = torch.einsum("rd,rkd->rk", final, weight[ids].to(final))
@@ -177,12 +176,12 @@ def terms_of_final(
 
     A backward pass computes the logits of the picks again, so that they are not all held.
     """
-    weight, bias = cast(_Unembedding, _plain_unembedding(lens))
+    unembedding = _required_unembedding(lens)
     places = read.places(final.device)
-    picked = final[places].to(weight.device)
+    picked = final[places].to(unembedding.weight.device)
 
     def terms(residual: Tensor, picks: Tensor) -> Tensor:
-        logits = unembed(residual, weight, bias, lens.gate_dtype)
+        logits = unembedding.logits(residual, lens.gate_dtype)
         if factor is not None:
             logits = logits * factor(logits, at_some(places, picks))
         return read.terms(logits, picks)
@@ -201,11 +200,11 @@ def terms_of_final(
 
 def logits_of_final(lens: LoraLens, final: _Final, out: Float[Tensor, "row *slot vocab"]) -> None:
     """Write all logits that are read into `out`, a few at a time; the model must end plainly."""
-    weight, bias = cast(_Unembedding, _plain_unembedding(lens))
+    unembedding = _required_unembedding(lens)
     flat = final.flatten(0, -2)
     for chunk in torch.arange(len(flat), device="cpu").split(PICKS):
         places = torch.unravel_index(chunk, final.shape[:-1])
-        logits = unembed(flat[chunk].to(weight.device), weight, bias, lens.gate_dtype)
+        logits = unembedding.logits(flat[chunk], lens.gate_dtype)
         out[places] = logits.to(out.device)
 
 
@@ -216,7 +215,7 @@ def token_covectors(
 
     The model must end plainly (`ends_plainly`). No forward pass.
     """
-    weight, bias = cast(_Unembedding, _plain_unembedding(lens))
+    unembedding = _required_unembedding(lens)
     read = cast(Picks, reading.read)
     covectors = torch.zeros_like(final, dtype=lens.gate_dtype)
     weights = read.weights.to(covectors)
@@ -225,8 +224,9 @@ def token_covectors(
     for chunk in _picks(read).split(PICKS):
         where = at_some(places, chunk)
         with torch.enable_grad():
-            x = final.detach()[where].to(weight.device).requires_grad_()
-            terms = read.terms(unembed(x, weight, bias, lens.gate_dtype), chunk)
+            x = final.detach()[where].to(unembedding.weight.device).requires_grad_()
+            logits = unembedding.logits(x, lens.gate_dtype)
+            terms = read.terms(logits, chunk)
             (slopes,) = torch.autograd.grad(terms.sum(), x)
         weighted = weights[chunk.to(weights.device), None] * slopes.to(covectors)
         covectors.index_put_(where, weighted, accumulate=True)
@@ -247,9 +247,16 @@ def ends_plainly(lens: LoraLens) -> bool:
     return not is_adapted and _plain_unembedding(lens) is not None
 
 
-def _plain_unembedding(lens: LoraLens) -> _Unembedding | None:
-    """(W_U, b_U) if logits = x @ W_U + b_U for what the unembedding reads; None otherwise."""
+def _plain_unembedding(lens: LoraLens) -> Unembedding | None:
+    """W_U and b_U if logits = x @ W_U + b_U for what the unembedding reads; None otherwise."""
     return None if _changes_logits(lens) else lens.host.unembedding()
+
+
+def _required_unembedding(lens: LoraLens) -> Unembedding:
+    """W_U and b_U of a model that is known to do nothing but unembed x."""
+    unembedding = lens.host.unembedding()
+    assert unembedding is not None, "the caller has seen that nothing follows the unembedding"
+    return unembedding
 
 
 def _changes_logits(lens: LoraLens) -> bool:

@@ -32,7 +32,13 @@ from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.contraction import axis_sizes
 from lens_lora.core.function.duals import tangent_of
 from lens_lora.core.function.function import Function
-from lens_lora.core.function.tangents import Part, all_parts, group_parts, part_tangents
+from lens_lora.core.function.tangents import (
+    ExpansionPoint,
+    Part,
+    all_parts,
+    group_parts,
+    part_tangents,
+)
 from lens_lora.core.model import Gauge, Groups, LoraLens
 from lens_lora.core.readout import LogProbs, Reading
 from lens_lora.errors import ArgumentError
@@ -143,13 +149,10 @@ def _tangents(
     g: Function, lens: LoraLens, at: float, parts: Sequence[Part], tokens: TokenTangents | None
 ) -> Float[Tensor, "batch part *token"]:
     """The derivative of g, or of each token's term, along each part."""
-    gates = lens.gates(at)
+    point = ExpansionPoint(lens, g.rows, lens.gates(at))
     if tokens is None:
-        read = _of_value(g.reading)
-        return part_tangents(lens, g.rows, gates, parts, read, progress=g.progress)
-    return part_tangents(
-        lens, g.rows, gates, parts, tokens, final=tokens.final, progress=g.progress
-    )
+        return part_tangents(point, parts, _of_value(g.reading), progress=g.progress)
+    return part_tangents(point, parts, tokens, final=tokens.final, progress=g.progress)
 
 
 def _require_split(lens: LoraLens, values: Tensor, whole: Tensor, by_token: bool) -> None:

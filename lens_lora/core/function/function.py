@@ -68,6 +68,7 @@ from lens_lora.core.function.corners import (
 from lens_lora.core.function.evaluator import Evaluator
 from lens_lora.core.function.exclusive import exclusive
 from lens_lora.core.function.logits import logits_at_points
+from lens_lora.core.function.many_gates import Bar
 from lens_lora.core.function.noise import Noise, scale_of_each
 from lens_lora.core.function.own_passes import OwnPasses
 from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
@@ -107,8 +108,8 @@ class Function:
     lens: LoraLens
     prompts: Prompts
     rows: Prompts
-    readout: Readout | None
-    _reading: Reading | None
+    readout: Readout | None = None
+    _reading: Reading | None = None
     progress: bool = True
 
     def __repr__(self) -> str:
@@ -246,7 +247,7 @@ class Function:
             )
         by_prompt = finite.movedim(1, 0)
         values = many_gates.gated_readout(
-            self.lens, self.reading, by_prompt, progress=self.progress
+            self.lens, self.reading, by_prompt, bar=Bar(shown=self.progress)
         )
         return values.T
 
@@ -291,8 +292,7 @@ class Function:
             self.reading,
             points,
             read=forward.read_tokens,
-            progress=self.progress,
-            what="log-probabilities of tokens",
+            bar=Bar("log-probabilities of tokens", self.progress),
         )
         values = by_prompt.movedim(1, 0)
         return values.reshape(*shape, *values.shape[1:])
@@ -493,14 +493,8 @@ class Function:
             NumericsError: a tangent that is not finite.
         """
         directions, shape = points_of(self.lens, direction)
-        values = tangents.tangents_along(
-            self.lens,
-            self.rows,
-            one_point(self.lens, at),
-            directions,
-            read,
-            progress=self.progress,
-        )
+        point = tangents.ExpansionPoint(self.lens, self.rows, one_point(self.lens, at))
+        values = tangents.tangents_along(point, directions, read, progress=self.progress)
         require_finite(values, "the tangent of the logits")
         return values.view(*shape, *values.shape[1:])
 
@@ -719,6 +713,7 @@ class Function:
         return indices
 
     def _of(self, prompts: Sequence[int], reading: Reading) -> Function:
+        """The same function of these prompts, whose reading is known."""
         chosen = self.prompts.chosen(prompts)
         return Function(self.lens, chosen, reading.rows, self.readout, reading, self.progress)
 
@@ -743,12 +738,13 @@ class Function:
         @alone
         def bound(lens: LoraLens) -> Function:
             if callable(readout) and not isinstance(readout, Readout):
-                named = Readout.of(readout)
-                read = named.of_logits(lens.model, self.rows.batch)
-                return self._read_as(named, Reading.one_row_each(self.rows, read))
+                own_function = Readout.of(readout)
+                read = own_function.of_logits(lens.model, self.rows.batch)
+                return self._read_as(own_function, Reading.one_row_each(self.rows, read))
             if reading is not None:
                 return self._read_as(Readout.required(readout), reading)
             of_prompts = Readout.required(readout).on(self.prompts)
+            # Of a readout inside the model, only the sites that can move it have gates.
             f = cast("Function", of_prompts.reaching(self.of_rows(self.prompts)))
             return f._read_as(of_prompts, of_prompts.reading_beside(f))
 
@@ -779,7 +775,7 @@ class Function:
         Args:
             rows: what is run in place of the prompts.
         """
-        return Function(self.lens, self.prompts, rows, None, None, self.progress)
+        return Function(self.lens, self.prompts, rows, progress=self.progress)
 
     # --- What results say of it
 

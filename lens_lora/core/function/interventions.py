@@ -49,7 +49,9 @@ class Patch:
 
     def cut(self, rows: slice, width: int) -> Patch:
         """The same in some of the rows, which are padded to this width."""
-        return Patch(self.name, None if self.where is None else self.where[rows, :width])
+        if self.where is None:
+            return self
+        return Patch(self.name, self.where[rows, :width])
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -94,6 +96,24 @@ class _Swap:
             values = mixed.view(values.shape)
         out[patched] = values
         return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Donor:
+    """The run whose activations are put into another run.
+
+    Attributes:
+        recording: its activations at the points that are patched.
+        scale: its gates, at which it runs again for a part of the rows.
+    """
+
+    recording: Recording
+    scale: Scale
+
+    def again(self, lens: LoraLens, rows: Prompts, patches: Sequence[Patch]) -> Recording:
+        """Run it for these rows alone, and keep what the patches take. One forward pass."""
+        points = sorted({patch.name for patch in patches})
+        return record(lens, rows, self.scale, points)
 
 
 def swaps(donor: Recording, patches: Sequence[Patch], rows: int) -> list[tuple[str, _Swap]]:
@@ -161,10 +181,9 @@ def _growing_swaps(
 def patched_readout(
     lens: LoraLens,
     reading: Reading,
-    donor: Recording,
+    donor: Donor,
     patches: Sequence[Patch],
     *,
-    donor_scale: Scale,
     scale: Scale,
     progress: bool,
 ) -> Float[Tensor, "batch patch"]:
@@ -173,9 +192,8 @@ def patched_readout(
     Args:
         lens: the adapter over the model.
         reading: what is run and read.
-        donor: the activations of the other run.
+        donor: the other run.
         patches: the interventions.
-        donor_scale: the gates of the donor, should it be run again.
         scale: the gates of the model that is patched.
         progress: show a bar.
 
@@ -183,19 +201,25 @@ def patched_readout(
         ModelStateError: a point at which the two runs do not correspond.
         NumericsError: a readout that is not finite.
     """
-    layers = torch.tensor([donor.layers[patch.name] for patch in patches])
+    layer_of = donor.recording.layers
+    layers = torch.tensor([layer_of[patch.name] for patch in patches])
     in_order = layers.argsort(stable=True)
     branching = in_order[layers[in_order] >= 0]
     if not _branching_pays(lens, layers[branching]):
         branching = in_order[:0]
     whole = in_order[~torch.isin(in_order, branching)]
+
+    def chosen(indices: Int[Tensor, " some"]) -> list[Patch]:
+        return [patches[index] for index in indices.tolist()]
+
     values = torch.empty(reading.batch, len(patches), dtype=lens.gate_dtype, device=lens.device)
-    runs = _Runs(lens, reading, donor, donor_scale, scale)
+    runs = _Runs(lens, reading, donor, scale)
     bar = tqdm(total=len(patches), desc="patches", leave=False, disable=not progress)
     with torch.no_grad(), bar:
-        for indices, run in ((whole, runs.in_batches), (branching, runs.as_tree)):
-            if len(indices):
-                values[:, indices] = run([patches[index] for index in indices.tolist()], bar)
+        if len(whole):
+            values[:, whole] = runs.in_batches(chosen(whole), bar)
+        if len(branching):
+            values[:, branching] = runs.as_tree(chosen(branching), bar)
     require_finite(values, "the patched readout")
     return values
 
@@ -216,24 +240,23 @@ class _Runs:
 
     lens: LoraLens
     reading: Reading
-    donor: Recording
-    donor_scale: Scale
+    donor: Donor
     scale: Scale
 
     def in_batches(self, patches: list[Patch], bar: tqdm) -> Float[Tensor, "batch patch"]:
         """Rows run whole: all prompts together, or groups of them with a donor's run each."""
         groups = memory.pass_groups(self.lens, self.reading)
-        points = {patch.name for patch in patches}
         values: list[Tensor] = []
         first = 0
         for group in groups:
             rows = slice(first, first + group.rows.batch)
             first = rows.stop
-            donor = self.donor
+            recording = self.donor.recording
             if len(groups) > 1:
-                donor = record(self.lens, group.rows, self.donor_scale, points)
-            patches_here = [patch.cut(rows, group.rows.tokens.shape[1]) for patch in patches]
-            run = functools.partial(self._whole_rows, group, donor)
+                recording = self.donor.again(self.lens, group.rows, patches)
+            width = group.rows.tokens.shape[1]
+            patches_here = [patch.cut(rows, width) for patch in patches]
+            run = functools.partial(self._whole_rows, group, recording)
             chunks = _chunks(patches_here, memory.rows_at_once(self.lens, group))
             values.append(many_gates.in_chunks(chunks, run, bar))
         return torch.cat(values)
@@ -253,9 +276,8 @@ class _Runs:
         The donor runs once more for each row alone, without its padding.
         """
         lens = self.lens
-        points = sorted({patch.name for patch in patches})
         rows = [self.reading.rows.row(index) for index in range(self.reading.rows.batch)]
-        donors = [record(lens, row, self.donor_scale, points) for row in rows]
+        donors = [self.donor.again(lens, row, patches) for row in rows]
 
         def branched(chunk: Sequence[Patch]) -> Float[Tensor, "batch patch"]:
             def run(row: int, pass_of_row: Callable[[], Tensor]) -> Float[Tensor, " patch *out"]:

@@ -17,7 +17,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -35,8 +35,25 @@ Read = Callable[[LoraLens, Reading], Float[Tensor, " row *out"]]
 # Maps the gates of some rows, and the row of the reading of which each is a copy, to an inject.
 InjectOf = Callable[[Float[Tensor, "row site"], Int[Tensor, " row"]], Inject]
 
-# With fewer points no bar is shown.
-_SLOW = 8
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """The progress bar of a call; it is hidden if there are few points.
+
+    Attributes:
+        title: what the bar says.
+        shown: whether long calls show it.
+    """
+
+    _FEWEST_POINTS: ClassVar[int] = 8
+
+    title: str = "forward passes"
+    shown: bool = True
+
+    def over(self, points: int) -> AbstractContextManager[Any]:
+        """The bar over so many points."""
+        is_hidden = not self.shown or points < self._FEWEST_POINTS
+        return tqdm(total=points, desc=self.title, leave=False, disable=is_hidden)
 
 
 def gated_readout(
@@ -46,8 +63,7 @@ def gated_readout(
     *,
     read: Read = read_value,
     inject: InjectOf | None = None,
-    progress: bool = True,
-    what: str = "forward passes",
+    bar: Bar = Bar(),
 ) -> Float[Tensor, "batch point *out"]:
     """Evaluate g, or whatever `read` reads, at many gate vectors.
 
@@ -61,8 +77,7 @@ def gated_readout(
         gates: [point, site] for all prompts, or [batch, point, site].
         read: what is read of a pass.
         inject: what the rows write; by default ε_l ΔW_l z_l.
-        progress: show a bar.
-        what: the title of the bar.
+        bar: the progress bar.
 
     Raises:
         NumericsError: a value that is not finite.
@@ -73,7 +88,7 @@ def gated_readout(
         return ScaleInject(lens.plan, gates_of_rows)
 
     gates = gates.to(lens.device, lens.gate_dtype)
-    passes = _Passes(lens, reading, read, inject or scaled, progress, what)
+    passes = _Passes(lens, reading, read, inject or scaled, bar)
     is_tree = gates.ndim == 2 and pays(lens, gates)
     with torch.no_grad():
         values = passes.as_tree(gates) if is_tree else passes.in_batches(gates)
@@ -89,8 +104,7 @@ class _Passes:
     reading: Reading
     read: Read
     inject: InjectOf
-    progress: bool
-    what: str
+    bar: Bar
 
     def in_batches(
         self, gates: Float[Tensor, "*batch point site"]
@@ -120,7 +134,7 @@ class _Passes:
             return values.unflatten(0, (reading.batch, -1))
 
         points_at_once = memory.rows_at_once(self.lens, reading)
-        with bar_of(gates.shape[1], self.progress, self.what) as bar:
+        with self.bar.over(gates.shape[1]) as bar:
             return in_chunks(gates.split(points_at_once, 1), run, bar)
 
     def as_tree(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point *out"]:
@@ -130,7 +144,7 @@ class _Passes:
         _, ranks = torch.unique(gates[:, columns], dim=0, return_inverse=True)
         order = ranks.argsort(stable=True)
         chunks = gates[order].split(memory.branches_at_once(self.lens, self.reading))
-        with bar_of(len(gates), self.progress, self.what) as bar:
+        with self.bar.over(len(gates)) as bar:
             in_order = in_chunks(chunks, self._branched, bar)
         return in_order[:, order.argsort()]
 
@@ -182,12 +196,7 @@ def row_by_row(
     return reading.by_prompt(torch.stack(values))
 
 
-# --- Bars and chunks
-
-
-def bar_of(points: int, progress: bool, what: str) -> AbstractContextManager[Any]:
-    """A progress bar over so many points; it is hidden if they are few."""
-    return tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW)
+# --- One chunk after another
 
 
 _Chunk = TypeVar("_Chunk")

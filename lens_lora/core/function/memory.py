@@ -169,7 +169,8 @@ def directions_at_once(prompts: Prompts) -> int:
 
 def tangents_at_once(lens: SizedLens, run: Prompts, *, read: int) -> int:
     """How many tangents go into one pass, with the logits of `read` prompts, or of none."""
-    return derivatives_at_once(TANGENT_TOKENS if read else FINAL_TOKENS, lens, run, read)
+    most_tokens = TANGENT_TOKENS if read else FINAL_TOKENS
+    return derivatives_at_once(most_tokens, lens, run, read)
 
 
 def derivatives_at_once(tokens: int, lens: SizedLens, run: Prompts, read: int) -> int:
@@ -193,7 +194,6 @@ def derivatives_at_once(tokens: int, lens: SizedLens, run: Prompts, read: int) -
     of_copy = dual_copy_bytes(lens, run, read)
     # The first row of a pass carries no tangent.
     fitting = _rows_within(
-        lens.max_memory,
         lens,
         run,
         of_row=of_copy,
@@ -360,7 +360,6 @@ def rows_of_pass(lens: SizedLens, run: Run) -> int | None:
         return None
     footprint = footprint_of(lens, run)
     return _rows_within(
-        lens.max_memory,
         lens,
         run,
         of_row=footprint.in_pass,
@@ -375,7 +374,6 @@ def rows_of_logits(lens: SizedLens, prompts: Prompts, held: float) -> int | None
         return None
     footprint = footprint_of(lens, prompts, in_turn=True)
     return _rows_within(
-        lens.max_memory,
         lens,
         prompts,
         of_row=footprint.in_pass,
@@ -402,7 +400,6 @@ def rows_of_graph(
         return None
     footprint = footprint_of(lens, run)
     return _rows_within(
-        lens.max_memory,
         lens,
         run,
         of_row=min(footprint.of_rerun, footprint.of_graph) + beside,
@@ -417,7 +414,6 @@ def rows_of_second_order(lens: SizedLens, run: Run) -> int | None:
         return None
     footprint = footprint_of(lens, run)
     return _rows_within(
-        lens.max_memory,
         lens,
         run,
         of_row=SECOND_ORDER_GRAPHS * footprint.of_graph,
@@ -432,7 +428,6 @@ def rows_of_duals(lens: SizedLens, prompts: Prompts) -> int | None:
         return None
     rows = len(prompts.tokens)
     return _rows_within(
-        lens.max_memory,
         lens,
         prompts,
         of_row=dual_copy_bytes(lens, prompts, rows) / rows,
@@ -442,7 +437,6 @@ def rows_of_duals(lens: SizedLens, prompts: Prompts) -> int | None:
 
 
 def _rows_within(
-    bound: float,
     lens: SizedLens,
     run: Run,
     *,
@@ -451,18 +445,30 @@ def _rows_within(
     what: str,
     remedy: str = "pass shorter prompts",
 ) -> int:
-    """How many rows fit into a bound, given the bytes of a row and of what all rows share.
+    """How many rows fit into the bound of a lens, which has one.
+
+    Args:
+        lens: the adapter over the model.
+        run: the rows.
+        of_row: the bytes that a row takes.
+        always: the bytes that all rows share.
+        what: the pass, as an error names it.
+        remedy: what to do if not even one row fits.
 
     Raises:
         ArgumentError: not even one row fits.
     """
+    bound = lens.max_memory
+    assert bound is not None, "without a bound any number of rows fits"
     if always + of_row > bound:
         prompts = prompts_of(run)
         longest = prompts.tokens.shape[1]
-        read = f", {prompts.slots} of them read" if prompts.slots > 1 else ""
+        tokens = f"{longest} tokens"
+        if prompts.slots > 1:
+            tokens += f", {prompts.slots} of them read"
         raise ArgumentError(
-            f"{_bound(lens)}, and {what} takes about {always + of_row:.3g} for "
-            f"{longest} tokens{read}; allow more, or {remedy}."
+            f"{_bound(lens)}, and {what} takes about {always + of_row:.3g} for {tokens}; "
+            f"allow more, or {remedy}."
         )
     return int((bound - always) // of_row)
 

@@ -57,7 +57,9 @@ def record(
         SiteError: gates of another number of rows.
     """
     points = list(names)
-    required = set(points if in_full is None else in_full)
+    required = set(points)
+    if in_full is not None:
+        required = set(in_full)
     gates = lens.gates_of_rows(scale, prompts.batch)
     step = memory.rows_of_pass(lens, prompts) or prompts.batch
     if step >= prompts.batch:
@@ -77,8 +79,10 @@ def _joined(parts: Sequence[Recording], rows: int) -> Recording:
         of_parts = [part.firings[name] for part in parts]
         firings[name] = []
         for tensors in zip(*of_parts, strict=True):
-            has_rows = len(tensors[0]) == rows
-            firings[name].append(torch.cat(tensors) if has_rows else tensors[0])
+            joined = tensors[0]
+            if len(joined) == rows:
+                joined = torch.cat(tensors)
+            firings[name].append(joined)
     return Recording(firings, parts[0].layers)
 
 

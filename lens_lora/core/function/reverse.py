@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lens_lora.core.function import memory
-from lens_lora.core.function.contraction import axis_sizes, parts
+from lens_lora.core.function.contraction import HeadedMap, axis_sizes, parts
 from lens_lora.core.function.forward import differentiable_tokens, read_for_slopes
 from lens_lora.core.function.memory import Run, prompts_of
 from lens_lora.core.function.rerun import blocks_rerun
@@ -38,10 +38,27 @@ from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.readout import Prompts, Reading
 from lens_lora.errors import ModelStateError
 
-# Called in the backward pass with the place, the gate of its partner (None for 1), G and z.
-Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
 # Maps a tensor in which an inject carries something beside its value to the value alone.
 Primal = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Visit(Protocol):
+    """What a backward pass calls at each place where a site writes."""
+
+    def __call__(
+        self, injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor, /
+    ) -> None:
+        """Take what the pass shows: ∂g/∂ε_l is the sum of weight · ⟨G, δ(z)⟩ over its places.
+
+        Args:
+            injection: the place.
+            weight: the gate of the injection's partner, one for all rows or one for each; None
+                for 1.
+            gradient: G = Jᵀu_y, [row, pos, out].
+            z: what the site reads.
+        """
+        ...
 
 
 # --- Slopes
@@ -210,7 +227,7 @@ class SlopeSums:
     ) -> Float[Tensor, " row *by"]:
         """Compute weight · ⟨G, δz⟩, split along these axes."""
         kind = self._lens.sites[injection.site].kind
-        values = parts(site_map, kind, self._lens.heads.of(kind), gradient, z, by)
+        values = parts(HeadedMap.of(self._lens, kind, site_map), gradient, z, by)
         if weight is not None:
             weight_of_row = weight.to(values.device).view(-1, *[1] * (values.ndim - 1))
             values = weight_of_row * values
@@ -286,11 +303,9 @@ def site_gradients(
     inject: Inject | None = None,
     primal: Primal | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Visit every injection at these gates; returns g there. One forward and one backward pass.
+    """Visit every injection at these gates (`Visit`); returns g there.
 
-    The visitor gets (injection, weight, G = Jᵀu_y [row, pos, out], z). The derivative of a site is
-    the sum of weight · ⟨G, δ(z)⟩ over its injections. The weight is the gate of the injection's
-    partner, one for all rows or one for each as the gates are, or None.
+    One forward and one backward pass.
 
     Raises:
         ModelStateError: a gradient did not reach some site.

@@ -34,6 +34,7 @@ from torch import Tensor
 from lens_lora.core.function import forward, many_gates, memory, tree
 from lens_lora.core.function.corners import strengths
 from lens_lora.core.function.gate_graph import hessian_products, in_groups
+from lens_lora.core.function.many_gates import Bar
 from lens_lora.core.function.reverse import SlopeSums, Visit, site_gradients, slopes_of_first
 from lens_lora.core.model import HookFn, Injection, LoraLens, ScaleInject, attached
 from lens_lora.core.readout.reading import AtPoint, Columns, Picks, Reading
@@ -183,9 +184,7 @@ def exact_and_draws(
     if share_one_pass and not tree.pays(lens, points):
         values, draws = draws_at(lens, reading, drawn, exact=exact, progress=progress)
         return values.T, draws
-    values = many_gates.gated_readout(
-        lens, reading, points, progress=progress, what="along the path"
-    )
+    values = many_gates.gated_readout(lens, reading, points, bar=Bar("along the path", progress))
     _, draws = draws_at(lens, reading, drawn, progress=progress)
     return values.T, draws
 
@@ -209,7 +208,7 @@ def _values_of_copies(
             return torch.stack(_values_in_pass(lens, reading, is_drawn, draws_of_logits), 1)
 
     chunks = [copies[start : start + step] for start in range(0, len(copies), step)]
-    with many_gates.bar_of(len(copies), progress, "along the path") as bar:
+    with Bar("along the path", progress).over(len(copies)) as bar:
         return many_gates.in_chunks(chunks, run, bar)
 
 
@@ -227,7 +226,10 @@ def _values_in_pass(
     shape = (rows,) if prompts.reads is None else (rows, prompts.slots)
     factors: list[forward.Factor | None] = []
     for drawn in is_drawn:
-        factors.append(noise_of_logits(lens, shape, generator) if drawn else None)
+        factor: forward.Factor | None = None
+        if drawn:
+            factor = noise_of_logits(lens, shape, generator)
+        factors.append(factor)
     values: list[Tensor] = []
     if isinstance(read, Picks | Columns) and forward.ends_plainly(lens):
         finals = forward.read_final(lens, many).unflatten(0, (-1, rows))
@@ -263,8 +265,10 @@ def base_draws(lens: LoraLens, reading: Reading) -> Draws:
         draws: list[Draws] = []
         hooks = rounding_hooks(lens, generator=_generator(_SEED_OF_SLOPES))
         with attached(lens.model, hooks):
-            for chunk in torch.arange(DRAWS).split(memory.slopes_at_once(lens, group)):
-                draws.append(_draws_in_pass(lens, group.repeat(len(chunk)), group.batch))
+            draws_at_once = memory.slopes_at_once(lens, group)
+            for chunk in torch.arange(DRAWS).split(draws_at_once):
+                copies = group.repeat(len(chunk))
+                draws.append(_draws_in_pass(lens, copies, group.batch))
         groups.append(_joined(draws, 1))
     return _joined(groups, 0)
 

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function import gate_graph, many_gates, memory, reverse
+from lens_lora.core.function import gate_graph, memory, reverse
 from lens_lora.core.function.corners import Points
+from lens_lora.core.function.many_gates import Bar
 from lens_lora.core.model import LoraLens
 from lens_lora.core.readout import Reading
 from lens_lora.errors import ArgumentError
@@ -71,7 +72,7 @@ def weighted_slopes(
     groups = memory.graph_groups(lens, reading)
     sums_of_groups: list[Tensor] = []
     values_of_groups: list[Tensor] = []
-    with many_gates.bar_of(len(points) * len(groups), progress, "slopes") as bar:
+    with Bar("slopes", progress).over(len(points) * len(groups)) as bar:
         for group in groups:
             step = memory.slopes_at_once(lens, group)
             sums = weights_of_sums.new_zeros(())

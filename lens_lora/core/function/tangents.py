@@ -32,7 +32,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lens_lora.core.function import forward, memory, tree
-from lens_lora.core.function.contraction import Slots, part_deltas
+from lens_lora.core.function.contraction import HeadedMap, Slots, part_deltas
 from lens_lora.core.function.duals import OneProduct, dual_forward, tangent_of
 from lens_lora.core.model import Groups, HookFn, LoraLens
 from lens_lora.core.model.injections import ScaleInject
@@ -43,6 +43,21 @@ _Logits = Float[Tensor, "batch part *slot vocab"]
 Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
 # The slot of a position at which nothing is read: no slot is equal to it.
 _NO_SLOT = -2
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpansionPoint:
+    """Where the logits are expanded in the gates: the rows, and the gates of all of them.
+
+    Attributes:
+        lens: the adapter over the model.
+        rows: what is run.
+        gates: the gates at which tangents are taken.
+    """
+
+    lens: LoraLens
+    rows: Prompts
+    gates: Float[Tensor, " site"]
 
 
 # --- Along directions of the gates
@@ -59,30 +74,30 @@ class JointInject(ScaleInject):
 
 
 def joint_tangent(
-    lens: LoraLens, prompts: Prompts, at: Float[Tensor, " site"], direction: Float[Tensor, " site"]
+    point: ExpansionPoint, direction: Float[Tensor, " site"]
 ) -> Float[Tensor, "batch *slot vocab"]:
     """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass.
 
     In groups of prompts, where all of them are beyond the bound of the lens.
     """
-    rows_at_once = memory.rows_of_duals(lens, prompts) or prompts.batch
+    lens = point.lens
+    rows = point.rows
+    rows_at_once = memory.rows_of_duals(lens, rows) or rows.batch
     tangents: list[Tensor] = []
-    for first in range(0, prompts.batch, rows_at_once):
-        group = prompts.cut(first, min(first + rows_at_once, prompts.batch))
-        with dual_forward(), lens.injected(JointInject(lens, at, direction)):
+    for first in range(0, rows.batch, rows_at_once):
+        group = rows.cut(first, min(first + rows_at_once, rows.batch))
+        with dual_forward(), lens.injected(JointInject(lens, point.gates, direction)):
             tangent = tangent_of(forward.read_logits(lens, group))
-        if prompts.reads is not None:
+        if rows.reads is not None:
             # Zeros for slots that no prompt of the group has.
-            missing_slots = prompts.slots - group.slots
+            missing_slots = rows.slots - group.slots
             tangent = functional.pad(tangent, (0, 0, 0, missing_slots))
         tangents.append(tangent)
     return torch.cat(tangents)
 
 
 def tangents_along(
-    lens: LoraLens,
-    rows: Prompts,
-    at: Float[Tensor, " site"],
+    point: ExpansionPoint,
     directions: Float[Tensor, "direction site"],
     read: Callable[[Tensor], Tensor] | None,
     *,
@@ -91,9 +106,7 @@ def tangents_along(
     """Σ_l v_l ∂f/∂ε_l along each direction v.
 
     Args:
-        lens: the adapter over the model.
-        rows: what is run.
-        at: the gates at which the derivative is taken.
+        point: where the derivative is taken.
         directions: the v.
         read: what is kept of the tangents of some directions, [row, direction, *slot, vocab]; None
             for all of them.
@@ -104,20 +117,25 @@ def tangents_along(
     """
     keep = read or _as_it_is
     if len(directions) == 1:
-        tangent = joint_tangent(lens, rows, at, directions[0])
-        return keep(tangent[:, None])[:, 0][None]
-    if _are_groups(directions):
+        tangent = joint_tangent(point, directions[0])
+        by_row = keep(tangent[:, None])
+    elif _are_groups(directions):
         groups = {str(i): _members(direction) for i, direction in enumerate(directions)}
 
         def read_dual(logits: Tensor) -> Tensor:
             return keep(tangent_of(logits))
 
-        parts = group_parts(lens, groups)
-        by_row = part_tangents(lens, rows, at, parts, read_dual, progress=progress)
-        return by_row.movedim(1, 0)
-    step = memory.tangents_at_once(lens, rows, read=rows.batch)
-    chunks = [keep(_of_each_direction(lens, rows, at, some)) for some in directions.split(step)]
-    return torch.cat(chunks, 1).movedim(1, 0)
+        parts = group_parts(point.lens, groups)
+        by_row = part_tangents(point, parts, read_dual, progress=progress)
+    else:
+        rows = point.rows
+        directions_at_once = memory.tangents_at_once(point.lens, rows, read=rows.batch)
+        chunks: list[Tensor] = []
+        for some_directions in directions.split(directions_at_once):
+            tangents = _of_each_direction(point, some_directions)
+            chunks.append(keep(tangents))
+        by_row = torch.cat(chunks, 1)
+    return by_row.movedim(1, 0)
 
 
 def _are_groups(directions: Float[Tensor, "direction site"]) -> bool:
@@ -131,17 +149,15 @@ def _members(direction: Float[Tensor, " site"]) -> tuple[int, ...]:
 
 
 def _of_each_direction(
-    lens: LoraLens,
-    rows: Prompts,
-    at: Float[Tensor, " site"],
-    directions: Float[Tensor, "direction site"],
+    point: ExpansionPoint, directions: Float[Tensor, "direction site"]
 ) -> Float[Tensor, "row direction *slot vocab"]:
     """Run every row once for each direction, in one dual forward pass."""
-    many = rows.repeat(len(directions))
-    by_row = directions.repeat(rows.batch, 1)
-    with dual_forward(), lens.injected(JointInject(lens, at, by_row)):
+    lens = point.lens
+    many = point.rows.repeat(len(directions))
+    direction_of_row = directions.repeat(point.rows.batch, 1)
+    with dual_forward(), lens.injected(JointInject(lens, point.gates, direction_of_row)):
         tangents = tangent_of(forward.read_logits(lens, many))
-    return tangents.unflatten(0, (rows.batch, len(directions)))
+    return tangents.unflatten(0, (point.rows.batch, len(directions)))
 
 
 def _as_it_is(tangents: Tensor) -> Tensor:
@@ -196,14 +212,12 @@ def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[P
             if axis not in axes:
                 slots[axis] = [None]  # One part has all slots of this axis.
         for position, head, expert, rank in itertools.product(*slots.values()):
-            parts.append(Part(index, position, head, expert, rank))
+            parts.append(Part(index, position=position, head=head, expert=expert, rank=rank))
     return parts
 
 
 def part_tangents(
-    lens: LoraLens,
-    prompts: Prompts,
-    at: Float[Tensor, " site"],
+    point: ExpansionPoint,
     parts: Sequence[Part],
     read: Read = tangent_of,
     *,
@@ -222,11 +236,13 @@ def part_tangents(
     """
     if not parts:
         raise ArgumentError("parts=[] asks for nothing; give at least one.")
-    passes = _Passes(lens, prompts, at, forward.read_final if final else forward.read_logits)
-    unembedded = 0 if final else prompts.batch
+    if final:
+        passes = _Passes(point, end=forward.read_final, unembedded=0)
+    else:
+        passes = _Passes(point, end=forward.read_logits, unembedded=point.rows.batch)
     tangents: Tensor | None = None
     with tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress) as bar:
-        for one_pass in passes.over(parts, unembedded):
+        for one_pass in passes.over(parts):
             some = [parts[index] for index in one_pass.indices]
             with dual_forward() as products:
                 values = read(one_pass.run(some, products))
@@ -255,25 +271,19 @@ class _Passes:
     """Dual forward passes in which each part of some sites has a row of its own.
 
     Attributes:
-        lens: the adapter over the model.
-        prompts: the prompts.
-        gates: the gates at which the derivative is taken.
+        point: where the derivative is taken.
         end: what a pass ends with: the logits, or the final residual stream.
+        unembedded: the number of prompts whose logits are computed.
     """
 
-    lens: LoraLens
-    prompts: Prompts
-    gates: Float[Tensor, " site"]
+    point: ExpansionPoint
     end: Callable[[LoraLens, Prompts], Tensor]
+    unembedded: int
 
-    def over(self, parts: Sequence[Part], unembedded: int) -> Iterator[_OnePass]:
-        """Divide all parts into passes, in the order of their blocks.
-
-        Args:
-            parts: all parts.
-            unembedded: the number of prompts whose logits are computed.
-        """
-        lens = self.lens
+    def over(self, parts: Sequence[Part]) -> Iterator[_OnePass]:
+        """Divide all parts into passes, in the order of their blocks."""
+        lens = self.point.lens
+        rows = self.point.rows
         layers = [lens.sites[part.site].layer for part in parts]
         in_order = sorted(range(len(parts)), key=layers.__getitem__)
         # Parts of the embeddings have no block at whose input a row could begin.
@@ -281,40 +291,43 @@ class _Passes:
         whole = [index for index in in_order if not branches[index]]
         branching = [index for index in in_order if branches[index]]
         if whole:
-            parts_at_once = memory.tangents_at_once(lens, self.prompts, read=unembedded)
+            parts_at_once = memory.tangents_at_once(lens, rows, read=self.unembedded)
             for start in range(0, len(whole), parts_at_once):
                 yield _OnePass(whole[start : start + parts_at_once], self.in_rows)
         if branching:
-            longest = self.prompts.row(int(self.prompts.lengths.argmax()))
-            parts_at_once = memory.tangents_at_once(lens, longest, read=unembedded)
+            longest = rows.row(int(rows.lengths.argmax()))
+            parts_at_once = memory.tangents_at_once(lens, longest, read=self.unembedded)
             for start in range(0, len(branching), parts_at_once):
                 yield _OnePass(branching[start : start + parts_at_once], self.branching)
 
     def in_rows(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
         """Run one batch with a row for every part of every prompt, from the embeddings on."""
         del products  # Rows have different primals from the start.
-        rows: list[tuple[int, Part]] = []
-        for prompt in range(self.prompts.batch):
+        lens = self.point.lens
+        batch = self.point.rows.batch
+        part_of_row: list[tuple[int, Part]] = []
+        for prompt in range(batch):
             first = prompt * len(parts)
-            rows += enumerate(parts, start=first)
-        many = self.prompts.repeat(len(parts))
-        inject = _PartsInject(self.lens, self.gates, rows, many.read_positions)
-        with self.lens.injected(inject):
-            ends = self.end(self.lens, many)
-        return ends.unflatten(0, (self.prompts.batch, len(parts)))
+            part_of_row += enumerate(parts, start=first)
+        many = self.point.rows.repeat(len(parts))
+        inject = _PartsInject(lens, self.point.gates, part_of_row, many.read_positions)
+        with lens.injected(inject):
+            ends = self.end(lens, many)
+        return ends.unflatten(0, (batch, len(parts)))
 
     def branching(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
         """Run each prompt alone, without padding; the row of each part begins at its block."""
-        rows = list(enumerate(parts, start=1))
+        lens = self.point.lens
+        part_of_row = list(enumerate(parts, start=1))  # The first row has no tangent.
         grow = self._growing(parts, products)
         ends: list[Tensor] = []
-        for index in range(self.prompts.batch):
-            prompt = self.prompts.row(index)
+        for index in range(self.point.rows.batch):
+            prompt = self.point.rows.row(index)
             read_positions = prompt.read_positions.expand(len(parts) + 1, -1)
-            inject = _PartsInject(self.lens, self.gates, rows, read_positions)
+            inject = _PartsInject(lens, self.point.gates, part_of_row, read_positions)
             try:
-                with self.lens.injected(inject, before=grow):
-                    end = self.end(self.lens, prompt)
+                with lens.injected(inject, before=grow):
+                    end = self.end(lens, prompt)
             finally:
                 products.rows = 1
             without_first = end[1:]
@@ -323,15 +336,16 @@ class _Passes:
 
     def _widened(self, out: Float[Tensor, "part *own vocab"]) -> Float[Tensor, "part *slot vocab"]:
         """Repeat the last slot up to as many slots as the longest response of the batch has."""
-        if self.prompts.reads is None:
+        if self.point.rows.reads is None:
             return out
-        slots = torch.arange(self.prompts.slots, device=out.device)
+        slots = torch.arange(self.point.rows.slots, device=out.device)
         return out[:, slots.clamp(max=out.shape[1] - 1)]
 
     def _growing(self, parts: Sequence[Part], products: OneProduct) -> list[tuple[str, HookFn]]:
         """Hooks that append rows for each block's parts; parts must be in the order of blocks."""
-        host = self.lens.host
-        blocks = [min(self.lens.sites[part.site].layer, host.n_layers - 1) for part in parts]
+        host = self.point.lens.host
+        sites = self.point.lens.sites
+        blocks = [min(sites[part.site].layer, host.n_layers - 1) for part in parts]
 
         def tell_rows(tensor: Tensor, hook: Any) -> None:
             del hook
@@ -406,7 +420,7 @@ class _PartsInject:
             return written
         kind = self._lens.sites[injection.site].kind
         z_of_rows = fwad.unpack_dual(z).primal[rows]
-        delta = part_deltas(site_map, kind, self._lens.heads.of(kind), z_of_rows, slots)
+        delta = part_deltas(HeadedMap.of(self._lens, kind, site_map), z_of_rows, slots)
         tangent = out.new_zeros(*out.shape[:2], delta.shape[-1])
         tangent[rows] = (weight * delta).to(out.dtype)
         if written is None:

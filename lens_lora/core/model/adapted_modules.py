@@ -99,13 +99,14 @@ def resolve_sites(
             if layer is None:
                 layer = outside_layer(kind, n_layers)
             rows = fused_rows(place, kind, heads, out)
+            of_kind = factors if rows is None else factors.rows(rows)
             site = SiteFactors(
                 name=site_name(layer, kind, tag),
                 module=module,
                 path=module,
                 layer=layer,
                 kind=kind,
-                factors=factors if rows is None else factors.rows(rows),
+                factors=of_kind,
                 rows=rows,
                 adapter=tag,
                 base_model=adapter.base_model,

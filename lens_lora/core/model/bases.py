@@ -144,20 +144,20 @@ def is_same(held: Tensor, base: Tensor) -> bool:
         return False
     coarser = max(held.dtype, base.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     limits = torch.finfo(coarser)
-    return all(
-        torch.allclose(
-            in_float64(chunk.to(expected.device, coarser)),
-            in_float64(expected.to(coarser)),
-            rtol=limits.eps,
-            atol=limits.smallest_normal * limits.eps,
-        )
-        for chunk, expected in zip(chunks_of(held), chunks_of(base), strict=True)
-    )
+    smallest = limits.smallest_normal * limits.eps
+    for chunk, expected in zip(chunks_of(held), chunks_of(base), strict=True):
+        own = in_float64(chunk.to(expected.device, coarser))
+        of_base = in_float64(expected.to(coarser))
+        if not torch.allclose(own, of_base, rtol=limits.eps, atol=smallest):
+            return False
+    return True
 
 
 def chunks_of(tensor: Tensor) -> tuple[Tensor, ...]:
     """A tensor in parts of some rows, so that a large one is never copied whole."""
-    return tensor.split(max(1, _ENTRIES // max(1, tensor[:1].numel())))
+    entries_of_row = max(1, tensor[:1].numel())
+    rows_at_once = max(1, _ENTRIES // entries_of_row)
+    return tensor.split(rows_at_once)
 
 
 def mean_row(chunks: Iterable[Float[Tensor, "some in"]]) -> Float[Tensor, " in"]:

@@ -31,6 +31,7 @@ from lens_lora.core.model.hooks import computes, of_the_base
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.modules import HOOK_IN, module_at, normalised
 from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, USUAL_KINDS, Heads, site_name
+from lens_lora.core.model.unembedding import Unembedding
 from lens_lora.errors import ModelStateError, setting
 from lens_lora.families import BridgedFamily, Family, Place, find_family, listed_family
 from lens_lora.spans import Temporary, temporary
@@ -107,7 +108,8 @@ class BridgeHost(HookedHost):
         module = module_at(self.model, name)
         if isinstance(module, nn.Parameter):
             is_stack = module.ndim == 3
-            return Ports(name, name, like=like, layout="slots" if is_stack else "rows")
+            layout = "slots" if is_stack else "rows"
+            return Ports(name, name, like=like, layout=layout)
         read = f"{name}{HOOK_IN}"
         if read in self.model.hook_dict:
             return Ports(read, f"{name}.hook_out", like=like)
@@ -297,8 +299,8 @@ class BridgeHost(HookedHost):
         """Whether the wrapped model's config ties the head to the embedding."""
         return bool(getattr(self.model.original_model.config, "tie_word_embeddings", False))
 
-    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
-        """(W_U, bias); None also where it is not known what follows them before the logits."""
+    def unembedding(self) -> Unembedding | None:
+        """W_U and b_U; None also where it is not known what follows them before the logits."""
         if not self._is_listed:
             return None
         return super().unembedding()

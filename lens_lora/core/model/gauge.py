@@ -53,9 +53,13 @@ def svd_turn(update: Update) -> Turn:
     """The SVD of sBA as a change of coordinates; for a stack of experts, the SVD of each expert."""
     if update.experts:
         turns = [svd_turn(each) for each in update.by_expert()]
-        to_svd = torch.block_diag(*[turn.to_svd for turn in turns])
-        from_svd = torch.block_diag(*[turn.from_svd for turn in turns])
-        return Turn(to_svd, from_svd, torch.cat([turn.sigma for turn in turns]))
+        to_svd = [turn.to_svd for turn in turns]
+        from_svd = [turn.from_svd for turn in turns]
+        return Turn(
+            to_svd=torch.block_diag(*to_svd),
+            from_svd=torch.block_diag(*from_svd),
+            sigma=torch.cat([turn.sigma for turn in turns]),
+        )
     A = in_float64(update.A)
     B = in_float64(update.B).to(A.device) * update.scale
     out = len(B)

@@ -37,6 +37,7 @@ from lens_lora.core.model.check import modules_of
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.sites import WRITER_KINDS, Heads
+from lens_lora.core.model.unembedding import Unembedding
 from lens_lora.core.provided import declared
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS, Family
@@ -231,11 +232,12 @@ class HookedHost(abc.ABC):
     def rows_of_cache(self, cache: Any, rows: Int[Tensor, " chosen"]) -> Any:
         """A cache of these rows, which may repeat. The old cache is used up."""
 
-    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
-        """(W_U, bias), or None where a soft-cap follows them before the logits."""
+    def unembedding(self) -> Unembedding | None:
+        """W_U and b_U; None if a soft-cap follows them before the logits."""
         if (getattr(self.model.cfg, "output_logits_soft_cap", None) or 0) > 0:
             return None
-        return self.weight(self.n_layers, "unembed"), self.bias(self.n_layers, "unembed")
+        weight = self.weight(self.n_layers, "unembed")
+        return Unembedding(weight, self.bias(self.n_layers, "unembed"))
 
     @property
     def heads_at_hooks(self) -> Heads:
@@ -429,6 +431,8 @@ class HookedHost(abc.ABC):
         beta = None
         if not behind_norm:
             gamma, beta = self._affine(site, processing.folded)
+        input_heads = self.heads.n_heads if site.kind == "o" else 0
+        kv_copies = self.kv_copies if site.kind in ("k", "v") else 1
         return Basis(
             dtype=self.working_dtype,
             device=weight.device,
@@ -437,8 +441,8 @@ class HookedHost(abc.ABC):
             beta=beta,
             centre_read=processing.folded and self.family.norm == "LN",
             centre_write=processing.centred,
-            n_heads=self.heads.n_heads if site.kind == "o" else 0,
-            kv_copies=self.kv_copies if site.kind in ("k", "v") else 1,
+            n_heads=input_heads,
+            kv_copies=kv_copies,
             d_head=self.heads.d_head,
         )
 

@@ -16,6 +16,7 @@ from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.basis import Basis
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.sites import Heads
+from lens_lora.core.model.unembedding import Unembedding
 from lens_lora.families import Family
 
 # How the axes lie at a norm of each head: [row, head, pos, d], or [row · pos · head, d]; and at
@@ -202,8 +203,8 @@ class Host(Protocol):
         """The modules that project the residual stream to the width of the head, as in OPT-350m."""
         ...
 
-    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
-        """(W_U, bias), or None where a soft-cap follows them before the logits."""
+    def unembedding(self) -> Unembedding | None:
+        """W_U and b_U; None if a soft-cap follows them before the logits."""
         ...
 
     # --- Passes

@@ -595,7 +595,8 @@ class LoraLens(AdaptedModel):
     @functools.cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Every token of the model's output as a string."""
-        return tuple(self.decode(range(int(self.model.cfg.d_vocab_out))))
+        every_token = range(int(self.model.cfg.d_vocab_out))
+        return tuple(self.decode(every_token))
 
     @property
     def reads_strings(self) -> str:

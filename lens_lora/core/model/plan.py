@@ -148,8 +148,10 @@ class Plan:
         """For each site, the change of coordinates to those of its SVD; None for a norm."""
         turns: list[gauge.Turn | None] = []
         for pair in self.updates:
-            update = pair.update
-            turns.append(gauge.svd_turn(update) if isinstance(update, Update) else None)
+            turn: gauge.Turn | None = None
+            if isinstance(pair.update, Update):
+                turn = gauge.svd_turn(pair.update)
+            turns.append(turn)
         return tuple(turns)
 
     @functools.cached_property

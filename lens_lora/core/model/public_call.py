@@ -56,8 +56,10 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        lens: Any = kwargs.get("lens", args[0] if args else None)
-        if first_parameter == "lens" and (args or "lens" in kwargs):
+        first_argument = args[0] if args else None
+        lens: Any = kwargs.get("lens", first_argument)
+        is_given = bool(args) or "lens" in kwargs
+        if first_parameter == "lens" and is_given:
             _require_lens(lens, args, call.__name__)
         require_fitting(call.__name__, signature, args, kwargs)
         others = open_spans()

@@ -110,7 +110,9 @@ class Sites(guesses.Answering, tuple[Site, ...]):
             Raises:
                 SiteError: no such site, or a glob that matches several.
             """
-            found = tuple.__getitem__(self, self.one(key) if isinstance(key, str) else key)
+            if isinstance(key, str):
+                key = self.one(key)
+            found = tuple.__getitem__(self, key)
             return Sites(found) if isinstance(found, tuple) else found
 
     def chosen(self, names: str | Sequence[str] | None) -> tuple[int, ...]:

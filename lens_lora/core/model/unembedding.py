@@ -7,20 +7,37 @@ difference of two that are nearly equal. Slopes have no such difference: theirs 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lens_lora.compat import add_pre_hook
-from lens_lora.errors import (
-    ModelStateError,
-)
+from lens_lora.errors import ModelStateError
 from lens_lora.spans import Temporary, temporary
 
 # Rows of W_U that are cast at a time, so that no copy of all of it is held.
 _CAST_ROWS = 4096
+
+
+class Unembedding(NamedTuple):
+    """The map from the final residual stream x to the logits, W_U x + b_U.
+
+    Attributes:
+        weight: W_U.
+        bias: b_U; None for 0.
+    """
+
+    weight: Float[Tensor, "vocab d_model"]
+    bias: Float[Tensor, " vocab"] | None
+
+    def logits(
+        self, residual: Float[Tensor, "*row d_model"], dtype: torch.dtype
+    ) -> Float[Tensor, "*row vocab"]:
+        """Compute the logits in `dtype`, on the device of W_U."""
+        return unembed(residual.to(self.weight.device), self.weight, self.bias, dtype)
 
 
 @temporary

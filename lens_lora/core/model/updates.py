@@ -320,7 +320,8 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Up
     if stored is None and not is_dora:
         return update
 
-    base = host.base_weight(site, "DoRA's ΔW" if is_dora else "ΔW of a stored weight")
+    needed_for = "DoRA's ΔW" if is_dora else "ΔW of a stored weight"
+    base = host.base_weight(site, needed_for)
     W = in_float64(base)
     if is_dora:
         W0 = W if stored is None else stored.to(W)
@@ -519,10 +520,11 @@ def follower(
     other = sites.get((kind, site.adapter))
     if other is not None and _holds(other, site, shared):
         return None
+    path = host.head if kind == "unembed" else host.family.embed
     return dataclasses.replace(
         site,
         name=site_name(0, kind, site.adapter),
-        path=host.head if kind == "unembed" else host.family.embed,
+        path=path,
         layer=outside_layer(kind, host.n_layers),
         kind=kind,
         factors=shared,

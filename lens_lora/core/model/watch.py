@@ -206,7 +206,9 @@ class Watch:
 def _is_watched(tensor: Tensor) -> bool:
     """Whether it has entries in memory that can be compared."""
     is_plain = type(tensor.data) is Tensor and tensor.layout is torch.strided
-    return is_plain and tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
+    if not is_plain or not tensor.is_floating_point():
+        return False
+    return not tensor.is_meta and tensor.numel() > 0
 
 
 def _places_of(

@@ -100,8 +100,6 @@ class ChosenPositions:
             bounds = [self.which.start, self.which.stop]
             if self.which.step is not None:
                 bounds.append(self.which.step)
-            written: list[str] = []
-            for bound in bounds:
-                written.append("" if bound is None else str(bound))
+            written = ["" if bound is None else str(bound) for bound in bounds]
             return ":".join(written)
         return ", ".join(map(str, self.which))

@@ -175,10 +175,11 @@ class Prompts(guesses.Answering):
     @property
     def asked_lengths(self) -> list[int]:
         """The number of tokens of each prompt, without a response that follows it in its row."""
-        without_response: list[int] = []
-        for source, length in zip(self.sources, self.lengths.tolist(), strict=True):
-            without_response.append(length if source.length is None else source.length)
-        return without_response
+        asked = self.lengths.tolist()
+        for index, source in enumerate(self.sources):
+            if source.length is not None:
+                asked[index] = source.length
+        return asked
 
     @property
     def holds_responses(self) -> bool:

@@ -54,7 +54,8 @@ def tokenise(
             lengths or mask, or refused by the chat template; `prepend_bos` for anything but
             strings.
     """
-    ready = _tokenised(model, prompts, rule if prepend_bos is None else prepend_bos)
+    rule_for_these = rule if prepend_bos is None else prepend_bos
+    ready = _tokenised(model, prompts, rule_for_these)
     is_as_given = isinstance(prompts, Prompts) or ready.sources[0].how in ("chat template", "ids")
     if prepend_bos is not None and is_as_given:
         raise PromptError(

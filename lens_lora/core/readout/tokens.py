@@ -248,4 +248,6 @@ def _short_name(item: Any) -> str | None:
         return str(int(plain))
     if not isinstance(plain, str):
         return None
-    return repr(plain if len(plain) <= _LONGEST else f"{plain[:_LONGEST]}…")
+    if len(plain) > _LONGEST:
+        plain = f"{plain[:_LONGEST]}…"
+    return repr(plain)

@@ -113,6 +113,7 @@ class Attribution(Ranked, Reported):
         *,
         method: str,
         at: float,
+        gauge: str = "",
         **details: Any,
     ) -> Attribution:
         """Put labels to the values of every site, and add the exact shift.
@@ -125,17 +126,22 @@ class Attribution(Ranked, Reported):
             by: the axes after site.
             method: how the values were computed.
             at: the gate value at which they were computed; NaN along a path.
-            details: `quadrature`, `gauge`, `mode`.
+            gauge: what a rank is; it is noted only for values that are split by rank.
+            details: `quadrature`, `mode`.
         """
         lens = g.lens
-        response = g.response_tokens() if "token" in by else ()
+        response: tuple[tuple[str, ...], ...] = ()
+        if "token" in by:
+            response = g.response_tokens()
+            values = Attribution.within_response(values, response)
         return cls(
-            values=Attribution.within_response(values, response) if response else values,
+            values=values,
             by=cast("tuple[Axis, ...]", by),
             heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
             method=method,
             at=at,
             response=response,
+            gauge=gauge if "rank" in by else "",
             relative_norm=lens.plan.relative_norm,
             **details,
             **g.header(),
@@ -232,11 +238,14 @@ class Attribution(Ranked, Reported):
         sites = [self.sites[site] for site in index[:, 1].tolist()]
         columns: dict[str, Any] = {"prompt": prompts, **Sites(sites).columns()}
         for axis, name in enumerate(self.by, start=2):
-            slots = index[:, axis].tolist()
+            slots: Any = index[:, axis].tolist()
             if name in _WITH_NONE:
-                none = self.values.shape[axis] - 1
-                slots = pd.array([pd.NA if slot == none else slot for slot in slots], dtype="Int64")
-            columns["t" if name == "token" else name] = slots
+                # The last slot stands for a site without heads or experts.
+                is_none = (index[:, axis] == self.values.shape[axis] - 1).cpu().numpy()
+                slots = pd.array(slots, dtype="Int64")
+                slots[is_none] = pd.NA
+            column = "t" if name == "token" else name
+            columns[column] = slots
         if "token" in self.by:
             columns["y_t"] = tables.tokens_at(self.response, prompts, columns["t"])
         if "position" in self.by:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.core.model.sites import Groups, Sites
-from lens_lora.core.results.attribution import Attribution
+from lens_lora.core.results.attribution import Attribution, Axis
 from lens_lora.core.results.base import Entries, Evaluated, Measured, Ranked
 from lens_lora.core.results.tables import long_table
 from lens_lora.errors import ArgumentError, LensLoraError, MissingPartError
@@ -142,17 +142,20 @@ class Effects(Ranked):
         }
         header["sites"] = sites
         values = self.values
-        is_by_rank = self.of == "rank"
-        if is_by_rank:
+        by: tuple[Axis, ...] = ()
+        gauge = ""
+        if self.of == "rank":
             by_site = values.T.split([site.rank for site in sites])
             values = pad_sequence(list(by_site), batch_first=True).permute(2, 0, 1)
+            by = ("rank",)
+            gauge = "svd"
         return Attribution(
             values=values,
-            by=("rank",) if is_by_rank else (),
+            by=by,
             heads=(0,) * len(sites),
             method=self.key,
             at=float(self.how == "leave_one_out"),
-            gauge="svd" if is_by_rank else "",
+            gauge=gauge,
             **header,
         )
 

@@ -13,7 +13,7 @@ import torch
 from differences import largest_difference
 
 import lens_lora as ll
-from lens_lora.core.function.contraction import Slots, part_deltas
+from lens_lora.core.function.contraction import HeadedMap, Slots, part_deltas
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROUND_OFF = 1e-10
@@ -187,8 +187,8 @@ def test_component_norms_are_those_of_the_trajectory(cls: str):
             if site.kind not in ("o", "down"):
                 continue
             z = cache[site.read].flatten(2)
-            heads = lens.heads.of(site.kind)
-            delta = part_deltas(lens.maps[i], site.kind, heads, z, Slots())
+            headed = HeadedMap.of(lens, site.kind, lens.maps[i])
+            delta = part_deltas(headed, z, Slots())
             assert torch.allclose(parts.z_norm[row, i], z.norm(), rtol=1e-12)
             assert torch.allclose(parts.delta_norm[row, i], delta.norm(), rtol=1e-12)
 

@@ -202,23 +202,23 @@ REVERSE = [
     Mutation(
         "a tangent of a head has another head's features",
         "core/function/contraction.py",
-        "features_kept = heads_kept.repeat_interleave(delta.shape[-1] // heads, 1)",
-        "features_kept = heads_kept.repeat(1, delta.shape[-1] // heads)",
+        "features_kept = heads_kept.repeat_interleave(d_head, 1)",
+        "features_kept = heads_kept.repeat(1, d_head)",
         EVERY_PART,
     ),
     Mutation(
         "heads of o are interleaved",
         "core/function/contraction.py",
-        "z_by_head = z.to(site.A.dtype).unflatten(-1, (heads, -1))\n"
-        "    A_by_head = site.A.unflatten(-1, (heads, -1))",
-        "z_by_head = z.to(site.A.dtype).unflatten(-1, (-1, heads)).mT\n"
-        "    A_by_head = site.A.unflatten(-1, (-1, heads)).mT",
+        "z_by_head = z.to(A.dtype).unflatten(-1, (site.heads, -1))\n"
+        "    A_by_head = A.unflatten(-1, (site.heads, -1))",
+        "z_by_head = z.to(A.dtype).unflatten(-1, (-1, site.heads)).mT\n"
+        "    A_by_head = A.unflatten(-1, (-1, site.heads)).mT",
         EVERY_PART,
     ),
     Mutation(
         "the constant of o belongs to no head",
         "core/function/contraction.py",
-        "return functional.pad(u, (0, 0, 0, missing_heads)) + site.a0_by_head",
+        "return functional.pad(u, (0, 0, 0, missing_heads)) + a0_by_head",
         "return functional.pad(u, (0, 0, 0, missing_heads))",
         EVERY_PART,
     ),

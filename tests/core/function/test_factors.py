@@ -406,6 +406,7 @@ def test_experts_one_by_one():
     chosen = torch.tensor([[[0, 2], [1, 0], [2, 1], [2, 0]], [[1, 2], [0, 1], [0, 2], [1, 0]]])
     gradient = torch.randn(2, 4, 2, out, generator=generator, dtype=torch.float64)
     site = map_of_experts(Update(A, B, scale, experts=experts))
+    headed = contraction.HeadedMap(site, heads=0, reads_by_head=False)
     z = input_of_experts(x, chosen)
     expected = torch.zeros(2, 4, experts, rank, dtype=torch.float64)
     delta = torch.zeros(2, 4, 2, out, dtype=torch.float64)
@@ -419,13 +420,13 @@ def test_experts_one_by_one():
             expected[row, token, expert, r] += scale * back * coordinate
     assert off(site(z), delta.flatten(2)) < ROUND_OFF
     of_output = gradient.flatten(2)
-    by_rank = contraction.parts(site, "gate", 0, of_output, z, ("position", "rank"))
+    by_rank = contraction.parts(headed, of_output, z, ("position", "rank"))
     assert off(by_rank, expected.flatten(2)) < ROUND_OFF
-    by_expert = contraction.parts(site, "gate", 0, of_output, z, ("expert",))
+    by_expert = contraction.parts(headed, of_output, z, ("expert",))
     assert off(by_expert, expected.sum((1, 3))) < ROUND_OFF
     for expert in range(experts):
         slots = contraction.Slots(expert=torch.full((2,), expert))
-        only = contraction.part_deltas(site, "gate", 0, z, slots).unflatten(2, (2, out))
+        only = contraction.part_deltas(headed, z, slots).unflatten(2, (2, out))
         here = (chosen == expert)[..., None]
         assert off(only, delta * here) < ROUND_OFF
     dense = [scale * b @ a for a, b in zip(A.chunk(experts), B.chunk(experts, 1), strict=True)]

@@ -14,7 +14,7 @@ from lens_lora.core.function import duals as dual_pass
 from lens_lora.core.function import memory as batching
 from lens_lora.core.function import tangents as module
 from lens_lora.core.function.duals import OneProduct
-from lens_lora.core.function.tangents import Part, part_tangents
+from lens_lora.core.function.tangents import ExpansionPoint, Part, part_tangents
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
@@ -23,7 +23,8 @@ CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 
 def tangents(lens: ll.LoraLens, parts: list[Part], at: float = 0.3) -> torch.Tensor:
     ready = lens.prompts(PROMPTS)
-    return part_tangents(lens, ready, lens.gates(at), parts, progress=False)
+    point = ExpansionPoint(lens, ready, lens.gates(at))
+    return part_tangents(point, parts, progress=False)
 
 
 def mixed_parts(lens: ll.LoraLens) -> list[Part]:

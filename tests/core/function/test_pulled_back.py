@@ -13,7 +13,7 @@ import lens_lora as ll
 from lens_lora.core.function.forward import gated_logits
 from lens_lora.core.function.pulled_back import pulled_back
 from lens_lora.core.function.reverse import site_slopes
-from lens_lora.core.function.tangents import joint_tangent
+from lens_lora.core.function.tangents import ExpansionPoint, joint_tangent
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
@@ -25,7 +25,7 @@ def test_equals_two_passes(family: str, cls: str, flags: str):
     lens = lens_of(family, cls, flags)
     reading = lens.function(PROMPTS, ll.AnswerLogProb(torch.tensor([5, 9, 4]))).reading
     none = lens.gates(0.0)
-    v = joint_tangent(lens, reading.rows, none, torch.ones_like(none))
+    v = joint_tangent(ExpansionPoint(lens, reading.rows, none), torch.ones_like(none))
     with torch.no_grad():
         base = gated_logits(lens, reading.rows, none)
     covectors = base.softmax(-1) * v

@@ -15,6 +15,7 @@ import lens_lora as ll
 from lens_lora.core.function.forward import read_logits, read_value
 from lens_lora.core.model.hooks import attached
 from lens_lora.core.model.injections import ScaleInject
+from lens_lora.core.model.unembedding import Unembedding
 
 pytestmark = pytest.mark.usefixtures("float64")
 READOUTS = [ll.Margin(5, 9), ll.Logit([3, 4]), ll.LogProb("w7"), ll.AnswerMargin("w5 w7", "w8")]
@@ -153,6 +154,7 @@ def test_a_lost_bias_would_show(cls: str, monkeypatch):
     assert bias.abs().max() > 1e-3
     found, expected = both(lens, READOUTS[0])
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(type(lens.plan.host), "unembedding", lambda view: (weight, None))
+    biasless = Unembedding(weight, None)
+    monkeypatch.setattr(type(lens.plan.host), "unembedding", lambda view: biasless)
     found, expected = both(lens, READOUTS[0])
     assert largest_difference(found, expected) > 1e-4
