@@ -258,7 +258,8 @@ class KL(Readout):
         if self.response is not None or self.tokens is not None:
             return self
         holds_response = prompts.reads is not None
-        return dataclasses.replace(self, tokens="response" if holds_response else "next")
+        tokens = "response" if holds_response else "next"
+        return dataclasses.replace(self, tokens=tokens)
 
     def reading_beside(self, f: LogitFunction) -> Reading:
         """How the divergence from the base is read.
@@ -457,7 +458,10 @@ def _token(answer: AnswerLike) -> str | int | list[str | int]:
     if isinstance(answer, Tensor | numbers.Integral):
         return int(answer)
     items = answer.ids if isinstance(answer, Generated) else answer
-    return [item if isinstance(item, str) else int(item) for item in items]
+    tokens: list[str | int] = []
+    for item in items:
+        tokens.append(item if isinstance(item, str) else int(item))
+    return tokens
 
 
 # --- The rows of answers
@@ -487,16 +491,7 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
             # The prompt's last token is read as well: the first token of the answer follows it.
             reads.append(len(prefix) + 1)
     owners = torch.tensor(owner, device="cpu")
-    picked_rows = torch.tensor([pick.row for pick in picks], device="cpu")
-    weights = [pick.weight for pick in picks]
-    read = LogProbs(
-        rows=picked_rows,
-        slots=torch.tensor([pick.slot for pick in picks], device="cpu"),
-        owner=owners[picked_rows],
-        weights=torch.tensor(weights, dtype=torch.float64, device="cpu"),
-        batch=prompts.batch,
-        tokens=torch.tensor([pick.token for pick in picks], device="cpu"),
-    )
+    read = _log_probs(picks, owners, prompts.batch)
     return Reading(_padded(model, prompts, rows, owner, reads), read, owners)
 
 
@@ -507,6 +502,29 @@ class _Pick(NamedTuple):
     slot: int
     token: int
     weight: float
+
+
+def _log_probs(picks: list[_Pick], owner: Int[Tensor, " row"], batch: int) -> LogProbs:
+    """The weighted sum of these log-probabilities, of each prompt.
+
+    Args:
+        picks: the tokens that are read.
+        owner: the index of each row's prompt.
+        batch: the number of prompts.
+    """
+    rows = [pick.row for pick in picks]
+    slots = [pick.slot for pick in picks]
+    tokens = [pick.token for pick in picks]
+    weights = [pick.weight for pick in picks]
+    picked_rows = torch.tensor(rows, device="cpu")
+    return LogProbs(
+        rows=picked_rows,
+        slots=torch.tensor(slots, device="cpu"),
+        owner=owner[picked_rows],
+        weights=torch.tensor(weights, dtype=torch.float64, device="cpu"),
+        batch=batch,
+        tokens=torch.tensor(tokens, device="cpu"),
+    )
 
 
 def _row_of(prefix: Ids, longest: list[Ids]) -> int:

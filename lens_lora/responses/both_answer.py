@@ -28,6 +28,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Collection, Iterator, Sequence
@@ -176,13 +177,13 @@ def answers_in_step(
         )
         return generated, False
     tokens = Tokens(lens.model)
-    said = Generated(
+    generated = Generated(
         ids=tuple(prompts.tokens.new_tensor(ids) for ids in answers),
         texts=tuple(tokens.text(ids, skip_special_tokens=True) for ids in answers),
         prompts=dataclasses.replace(prompts, reads=None),
         ended=tuple(ids[-1] in ending for ids in answers),
     )
-    return said, True
+    return generated, True
 
 
 def likeliest_side_by_side(
@@ -200,13 +201,14 @@ def likeliest_side_by_side(
     if not fitting:
         return []
     chosen = prompts.chosen(fitting)
-    both = torch.stack([lens.gates(strength) for strength in _STRENGTHS])
-    gates = both.repeat_interleave(len(fitting), 0)
-    said, _ = answers_in_step(
-        lens, chosen.tiled(len(both)), most, gates, Sampling(), progress=progress
-    )
-    answers = whole_or_cut(said)
-    return beside_each_other(lens, chosen, answers[: len(fitting)], answers[len(fitting) :])
+    gates_of_models = torch.stack([lens.gates(strength) for strength in _STRENGTHS])
+    gates = gates_of_models.repeat_interleave(len(fitting), 0)
+    asked_of_both = chosen.tiled(len(_STRENGTHS))
+    generated, _ = answers_in_step(lens, asked_of_both, most, gates, Sampling(), progress=progress)
+    answers = whole_or_cut(generated)
+    of_base = answers[: len(fitting)]
+    of_adapted = answers[len(fitting) :]
+    return beside_each_other(lens, chosen, of_base, of_adapted)
 
 
 def _may_use_a_cache(lens: LoraLens) -> bool:
@@ -231,14 +233,30 @@ def _answers_with_a_cache(
     return asked.answers_with_a_cache(progress=progress)
 
 
-def _padded(rows: Sequence[Sequence[int]], width: int) -> Int[Tensor, "row all"]:
-    """The tokens of each row, padded on the left."""
-    return torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in rows])
+class _LeftPadded(NamedTuple):
+    """Rows of tokens, padded on the left, so that all of them end at the same place.
 
+    Attributes:
+        tokens: the tokens; 0 at padding.
+        mask: 1 where a row has a token, 0 for its padding.
+        lengths: how many tokens each row has.
+    """
 
-def _mask_of(lengths: Int[Tensor, " row"], width: int) -> Int[Tensor, "row all"]:
-    """1 where a row of this length has a token, 0 for its padding on the left."""
-    return (torch.arange(width) >= width - lengths[:, None]).long()
+    tokens: Int[Tensor, "row all"]
+    mask: Int[Tensor, "row all"]
+    lengths: Int[Tensor, " row"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> _LeftPadded:
+        """Pad these rows; the lengths stay on the CPU."""
+        lengths = torch.tensor([len(ids) for ids in rows])
+        width = int(lengths.max())
+        padded: list[list[int]] = []
+        for ids in rows:
+            padding = [0] * (width - len(ids))
+            padded.append([*padding, *ids])
+        is_token = torch.arange(width) >= width - lengths[:, None]
+        return cls(torch.tensor(padded).to(device), is_token.long().to(device), lengths)
 
 
 class _Start(NamedTuple):
@@ -317,8 +335,6 @@ class _InStep(abc.ABC):
         self._is_hooked = self.lens.is_hooked()
         self._ends = self._tokens_that_end()
         self._gates = self._gates_of_models()
-        # Whether one model alone is asked, which is then on the whole time.
-        self._is_one_model = False
 
     @abc.abstractmethod
     def _tokens_that_end(self) -> Collection[int]:
@@ -354,34 +370,36 @@ class _InStep(abc.ABC):
             is_right = self._is_confirmed(answers)
         return answers if is_right else None
 
-    def _models_asked(self) -> list[int]:
-        """The models that any row asks, by their numbers."""
+    @functools.cached_property
+    def _only_model(self) -> int | None:
+        """The number of the model that all rows ask; None if they ask different ones."""
         rows = self._rows_asked(range(self.prompts.batch))
-        return sorted({self.place_of(row).model for row in rows})
+        models = {self.place_of(row).model for row in rows}
+        return models.pop() if len(models) == 1 else None
 
     def _alone_on_the_model(self) -> AbstractContextManager[Any]:
         """Within the block, the adapter is set for the one model that is asked, if only one is.
 
         Setting the adapter for each pass would cost a twentieth of a pass over one token.
         """
-        models = self._models_asked()
-        self._is_one_model = len(models) == 1
-        if not self._is_one_model:
+        if self._only_model is None:
             return contextlib.nullcontext()
-        return self.lens.adapted(self._gates[models[0]])
+        return self.lens.adapted(self._gates[self._only_model])
 
     def _each_on_its_model(self, gates: Float[Tensor, "row site"]) -> AbstractContextManager[Any]:
         """Within the block each row asks its own model; nothing where one model is on already."""
-        if self._is_one_model:
+        if self._only_model is not None:
             return contextlib.nullcontext()
         return self.lens.adapted(gates)
 
     def _sharing_a_cache(self) -> Iterator[list[int]]:
         """Groups of prompts of similar length, each no larger than a cache has room for."""
-        longest = max(map(len, self._ids)) + self.most
-        copies = math.ceil(len(self._rows_asked(range(len(self._ids)))) / len(self._ids))
-        at_once = max(1, _CACHED_TOKENS // (copies * longest))
-        shortest_first = sorted(range(len(self._ids)), key=lambda i: len(self._ids[i]))
+        prompts = range(self.prompts.batch)
+        lengths = [len(ids) for ids in self._ids]
+        longest_row = max(lengths) + self.most
+        rows_of_each = math.ceil(len(self._rows_asked(prompts)) / len(prompts))
+        at_once = max(1, _CACHED_TOKENS // (rows_of_each * longest_row))
+        shortest_first = sorted(prompts, key=lengths.__getitem__)
         for first in range(0, len(shortest_first), at_once):
             yield shortest_first[first : first + at_once]
 
@@ -429,24 +447,15 @@ class _InStep(abc.ABC):
 
     def _after_starts(self, starts: Sequence[_Start]) -> _Batch:
         """Run these prompts, padded on the left, each through its model."""
-        width = max(len(start.ids) for start in starts)
-        tokens, mask, lengths = self._padded_on_the_left([start.ids for start in starts])
+        rows = _LeftPadded.of([start.ids for start in starts], home_of(self.lens.model))
         gates = self._gates[[start.model for start in starts]]
         alone = self._run_alone(starts)
         cache: Any = None
-        if alone < width:
+        if alone < rows.tokens.shape[1]:
             cache = self._after_openings(starts, alone)
-        logits, cache = self._pass(tokens[:, -alone:], cache, mask, gates, lengths)
-        return _Batch(mask, gates, lengths, cache, logits)
-
-    def _padded_on_the_left(
-        self, rows: Sequence[Sequence[int]]
-    ) -> tuple[Int[Tensor, "row all"], Int[Tensor, "row all"], Int[Tensor, " row"]]:
-        """The tokens of each row, the mask of them, and their number."""
-        device = home_of(self.lens.model)
-        lengths = torch.tensor([len(ids) for ids in rows])
-        width = int(lengths.max())
-        return _padded(rows, width).to(device), _mask_of(lengths, width).to(device), lengths
+        last_tokens = rows.tokens[:, -alone:]
+        logits, cache = self._pass(last_tokens, cache, rows.mask, gates, rows.lengths)
+        return _Batch(rows.mask, gates, rows.lengths, cache, logits)
 
     def _run_alone(self, starts: Sequence[_Start]) -> int:
         """How many of each prompt's last tokens are run for itself, where all before is shared.
@@ -479,10 +488,11 @@ class _InStep(abc.ABC):
         of_start: list[int] = []
         for start in starts:
             of_start.append(openings.setdefault(start.opening(alone), len(openings)))
-        tokens, mask, lengths = self._padded_on_the_left([opening.ids for opening in openings])
+        rows = _LeftPadded.of([opening.ids for opening in openings], home_of(self.lens.model))
         gates = self._gates[[opening.model for opening in openings]]
-        _, cache = self._pass(tokens, None, mask, gates, lengths)
-        return self.lens.host.rows_of_cache(cache, torch.tensor(of_start, device=tokens.device))
+        _, cache = self._pass(rows.tokens, None, rows.mask, gates, rows.lengths)
+        opening_of_start = torch.tensor(of_start, device=rows.tokens.device)
+        return self.lens.host.rows_of_cache(cache, opening_of_start)
 
     def _of_rows(self, batch: _Batch, rows: Int[Tensor, " chosen"]) -> _Batch:
         """A batch of these rows, in this order; a row may come several times.
@@ -529,10 +539,11 @@ class _InStep(abc.ABC):
         chosen = torch.empty(len(rows), dtype=torch.long, device=logits.device)
         places = [self.place_of(row) for row in rows]
         for draw, sampling in enumerate(self.samplings):
-            own = [k for k, place in enumerate(places) if place.draw == draw]
-            if own:
-                noise = self._noise[draw][[places[k].prompt for k in own], step]
-                chosen[own] = sampling.choose(logits[own], noise)
+            of_draw = [k for k, place in enumerate(places) if place.draw == draw]
+            if of_draw:
+                prompts = [places[k].prompt for k in of_draw]
+                noise = self._noise[draw][prompts, step]
+                chosen[of_draw] = sampling.choose(logits[of_draw], noise)
         return chosen
 
     def _has_ended(self, answer: Sequence[int]) -> bool:
@@ -544,7 +555,8 @@ class _InStep(abc.ABC):
         """Whether passes without a cache choose the same tokens, up to rounding."""
         agreed = 0
         confirmed = 0
-        for rows in self._confirmed_together(self._to_confirm(len(answers))):
+        to_confirm = self._to_confirm(len(answers))
+        for rows in self._confirmed_together(to_confirm):
             agreed += self._count_agreed(rows, answers)
             confirmed += sum(len(answers[row]) for row in rows)
         share_of_others = 1.0 - agreed / confirmed
@@ -689,13 +701,18 @@ class _OfEachPrompt(_InStep):
     ends: Collection[int]
     least_confirmed: ClassVar[int] = _LEAST_CONFIRMED_OF_EACH
 
+    def __post_init__(self) -> None:
+        # Prompts at the same gates ask the same model.
+        distinct, model_of_prompt = torch.unique(self.gates.detach(), dim=0, return_inverse=True)
+        self._distinct_gates = distinct
+        self._model_of_prompt: list[int] = model_of_prompt.tolist()
+        super().__post_init__()
+
     def _tokens_that_end(self) -> Collection[int]:
         return self.ends
 
     def _gates_of_models(self) -> Float[Tensor, "model site"]:
-        distinct, model_of_prompt = torch.unique(self.gates.detach(), dim=0, return_inverse=True)
-        self._model_of_prompt: list[int] = model_of_prompt.tolist()
-        return distinct
+        return self._distinct_gates
 
     def place_of(self, row: int) -> _Place:
         """The one draw, the number of the prompt's gates, and the prompt."""

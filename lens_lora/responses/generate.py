@@ -191,10 +191,10 @@ class Generation:
             for rows in self._sharing_a_cache():
                 self._respond(rows, bar)
         responses = [self.response(i) for i in range(count)]
-        texts = [Tokens(self.lens.model).text(ids, skip_special_tokens=True) for ids in responses]
+        tokens = Tokens(self.lens.model)
         return Generated(
             ids=tuple(self.prompts.tokens.new_tensor(ids) for ids in responses),
-            texts=tuple(texts),
+            texts=tuple(tokens.text(ids, skip_special_tokens=True) for ids in responses),
             prompts=dataclasses.replace(self.prompts, reads=None),
             ended=tuple(self.has_ended(i) for i in range(count)),
         )
@@ -251,7 +251,8 @@ class Generation:
         """Draft, with a cache, all tokens that each row may still generate except the last one."""
         prompt_lengths = torch.tensor([self.prompt_lengths[i] for i in rows])
         texts = [list(self.texts[i]) for i in rows]
-        steps = _Steps(texts, [self._end_of_draft(i) for i in rows])
+        limits = [self._end_of_draft(i) for i in rows]
+        steps = _Steps(texts, limits)
         cache: Any = None
         with (
             self._gated(rows),
@@ -262,10 +263,16 @@ class Generation:
                 with Rows(prompt_lengths, has_response=True).told(self.lens.model):
                     logits, cache = self.lens.host.run_cached(self._tensor(steps.fed), cache)
                 due = steps.due()
-                noise = self._noise[[rows[k] for k in due], steps.width - prompt_lengths[due]]
+                due_rows = [rows[k] for k in due]
+                places = steps.width - prompt_lengths[due]
+                noise = self._noise[due_rows, places]
                 chosen = self.sampling.choose(logits[due, -1], noise).tolist()
                 steps.take(due, chosen, self.ends)
-        return [text[len(self.texts[i]) :] for text, i in zip(texts, rows, strict=True)]
+        drafts: list[list[int]] = []
+        for i, text in zip(rows, texts, strict=True):
+            begins_at = len(self.texts[i])
+            drafts.append(text[begins_at:])
+        return drafts
 
     def _end_of_draft(self, i: int) -> int:
         """The length of a text with a draft that one pass can confirm as a whole.
@@ -297,8 +304,12 @@ class Generation:
             logits = run()
             if not torch.isfinite(logits).all():
                 raise self.lens.not_finite(run)
-        noise = [self._noise[i, len(self.response(i)) :][:places] for i in rows]
-        chosen = self.sampling.choose(logits.flatten(0, 1), torch.cat(noise)).view(-1, places)
+        noise_of_rows: list[Tensor] = []
+        for i in rows:
+            first = len(self.response(i))
+            noise_of_rows.append(self._noise[i, first : first + places])
+        noise = torch.cat(noise_of_rows)
+        chosen = self.sampling.choose(logits.flatten(0, 1), noise).view(-1, places)
         agreed: list[int] = []
         for i, tokens_chosen in zip(rows, chosen.tolist(), strict=True):
             agreed.append(self._take(i, drafts[i], tokens_chosen))
@@ -415,9 +426,11 @@ def side_by_side(
 
     chosen = prompts.chosen(fitting)
     ends = [0.0, 1.0] if adapted is None else [0.0]
-    gates = torch.stack([lens.gates(end) for end in ends]).repeat_interleave(len(fitting), 0)
+    gates_of_ends = torch.stack([lens.gates(end) for end in ends])
+    gates = gates_of_ends.repeat_interleave(len(fitting), 0)
     asked = chosen.tiled(len(ends))
-    answers = whole_or_cut(lens.generate(asked, max_new_tokens, gates, progress=progress))
+    generated = lens.generate(asked, max_new_tokens, gates, progress=progress)
+    answers = whole_or_cut(generated)
     of_base = answers[: len(fitting)]
     of_adapted = answers[len(fitting) :]
     if adapted is not None:
