@@ -183,6 +183,11 @@ def constant_part(
     by_kl = _by_kl(lens, rows, held_out, progress)
     ends = by_kl if g is None else _by_readout(g, held_out)
     count = int(sums.counts.sum())
+    label = ConstantPart.BY_KL
+    units = "nats"
+    if readout is not None:
+        label = readout.label
+        units = readout.units
     return ConstantPart(
         share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
         size=(sums.squares.sum(0) / count).sqrt(),
@@ -197,8 +202,8 @@ def constant_part(
         vectors=constants.vectors,
         widths=constants.widths,
         steering=_steering(constants.over(lens)),
-        readout=ConstantPart.BY_KL if readout is None else readout.label,
-        units="nats" if readout is None else readout.units,
+        readout=label,
+        units=units,
         meta=lens.describe(rows),
     )
 

@@ -272,7 +272,9 @@ def _shift(
 ) -> FeatureShift:
     """The shift d·(h(scale) − h(0)) at one hook point, and its first order."""
     lens = f.lens
-    gates = lens.gates(1.0 if scale is None else scale)
+    if scale is None:
+        scale = 1.0
+    gates = lens.gates(scale)
     if name is None:
         raise ArgumentError("these directions belong to no hook point; name one with name=….")
     lens.require_update([lens.known_point(name)])

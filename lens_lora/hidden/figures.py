@@ -59,9 +59,9 @@ def activations_figure(
     described = directions_text(site, len(largest), len(directions))
     below = f"{described}; sinks are grey; z read at {activations.at}"
     x = figures.tokens_axis(tokens)
-    y = names_axis(
-        (f"{name} {rank}" for name, rank in names), autorange="reversed" if site else None
-    )
+    # The directions of one site are ordered from the top.
+    autorange = "reversed" if site else None
+    y = names_axis((f"{name} {rank}" for name, rank in names), autorange=autorange)
     return heatmap((heading, below), cells, says, x, y, GAUGES[activations.gauge], "signed")
 
 

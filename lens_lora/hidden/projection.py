@@ -182,7 +182,8 @@ def _in_groups(
     groups: list[Tensor] = []
     for first in range(0, f.rows.batch, rows_at_once):
         end = min(first + rows_at_once, f.rows.batch)
-        groups.append(run(f.of_rows(f.rows.cut(first, end))))
+        group = f.of_rows(f.rows.cut(first, end))
+        groups.append(run(group))
     return torch.cat(groups)
 
 

@@ -218,7 +218,7 @@ def best_subset(
     given = {} if starts is None else named(starts)
     if given and over == "heads":
         raise ArgumentError("starts are scores of sites; leave them out with over='heads'.")
-    scores = scores_towards(g, given, False)
+    scores = scores_towards(g, given, baselines=False)
     total = steps * len(counts)
     with tqdm(total=total, desc="best subset", leave=False, disable=not g.progress) as bar:
         search = _Search(g, over, search_on, steps, bar)
@@ -230,13 +230,14 @@ def best_subset(
             tops[name] = score[search_on].mean(0).cpu()
         sets = [_best_set(search, count, tops) for count in counts]
     members = torch.stack([best.members for best in sets])
+    values_of_sets = switches.values(members.double())
     return BestSubset(
         counts=counts,
         members=members,
         names=switches.names,
         over=over,
         kept=torch.tensor([best.kept for best in sets], dtype=torch.float64),
-        kept_by_prompt=_kept_by_prompt(g, switches.values(members.double())),
+        kept_by_prompt=_kept_by_prompt(g, values_of_sets),
         held_out=tuple(judge_on),
         found_by=tuple(best.start for best in sets),
         gradients=search.gradients,

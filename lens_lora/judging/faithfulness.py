@@ -232,12 +232,13 @@ def faithfulness(
     held_out = None if test is None else _held_out(g, test)
     wanted_fractions = _FRACTIONS if fractions is None else fractions
     counts = _counts_of(wanted_fractions, sites)
-    random_draws = whole("draws", draws, 1) if baselines else 0
+    draws = whole("draws", draws, 1) if baselines else 0
     seed = whole("seed", seed, 0)
+    random = _RandomOrders(draws, seed)
     given = rankings.named(attribution)
     if greedy:
         _require_few(sites, held_out)
-    scores = rankings.scores_towards(g, given, baselines)
+    scores = rankings.scores_towards(g, given, baselines=baselines)
     if held_out is not None:
         batch = held_out.reading.batch
         scores = {name: score.mean(0).expand(batch, -1) for name, score in scores.items()}
@@ -245,13 +246,11 @@ def faithfulness(
     if greedy:
         orders[rankings.GREEDY] = _greedy_order(g)
     if held_out is None:
-        return _curves(g, orders, counts, random_draws, seed)
-    curves = _curves(held_out, orders, counts, random_draws, seed)
+        return _curves(g, orders, random, counts)
+    curves = _curves(held_out, orders, random, counts)
     by_magnitude = {name: rankings.by_score(score.abs()) for name, score in scores.items()}
     scores_of_orders = scored(
-        held_out,
-        signed=_with_random(orders, random_draws, seed),
-        by_magnitude=_with_random(by_magnitude, random_draws, seed),
+        held_out, signed=random.after(orders), by_magnitude=random.after(by_magnitude)
     )
     return dataclasses.replace(
         curves,
@@ -270,7 +269,27 @@ def _held_out(g: Function, test: object) -> Evaluations:
     return Evaluations(f.about(Readout.required(readout)))
 
 
-def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: int) -> Faithfulness:
+@dataclasses.dataclass(frozen=True)
+class _RandomOrders:
+    """Random orders of the sites, which follow the named ones.
+
+    Attributes:
+        draws: how many there are; 0 for none.
+        seed: the seed of the draws.
+    """
+
+    draws: int
+    seed: int
+
+    def after(self, named: _Named) -> Orders:
+        """The named orders, and the random ones after them."""
+        orders = torch.stack(list(named.values()))
+        _, batch, sites = orders.shape
+        drawn = random_orders(sites, batch, self.draws, self.seed)
+        return torch.cat([orders, drawn.to(orders.device)])
+
+
+def _curves(g: Evaluations, orders: _Named, random: _RandomOrders, counts: Counts) -> Faithfulness:
     """The curves of these orders, and the mean of the curves of random ones."""
     base, adapted = g.ends.cpu().double()
     floor = g.floor.cpu().double()
@@ -278,9 +297,11 @@ def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: in
     # A share of a shift that is within rounding means nothing.
     is_clear = shift.abs() > SIGMAS * floor
     clear_shift = torch.where(is_clear, shift, torch.nan)
-    moved = _moved(g, _with_random(orders, draws, seed), counts)
+    moved = _moved(g, random.after(orders), counts)
     keep, drop = moved / clear_shift[:, None]
-    names = [*orders, rankings.RANDOM] if draws else list(orders)
+    names = list(orders)
+    if random.draws:
+        names.append(rankings.RANDOM)
     labels: dict[str, Any] = g.header()
     labels["base"] = base
     labels["adapted"] = adapted
@@ -292,17 +313,9 @@ def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: in
         drop=mean_of_draws(drop, len(orders)),
         orders={name: order.cpu() for name, order in orders.items()},
         noise_floor=floor,
-        draws=draws,
+        draws=random.draws,
         **labels,
     )
-
-
-def _with_random(orders: _Named, draws: int, seed: int) -> Orders:
-    """The named orders, and the random ones after them."""
-    named = torch.stack(list(orders.values()))
-    _, batch, sites = named.shape
-    drawn = random_orders(sites, batch, draws, seed)
-    return torch.cat([named, drawn.to(named.device)])
 
 
 def _counts_of(fractions: Sequence[float], sites: int) -> Counts:

@@ -76,11 +76,12 @@ def _kept_or_dropped(
         is_baseline = name in _BASELINES
         dash, symbol = _BASELINES.get(name, _SOLID)
         shown = label(key_text(name))
+        colour = NOISE if is_baseline else next(colours)
         line = curve(
             percents,
             _percentages(of_shift),
             shown,
-            NOISE if is_baseline else next(colours),
+            colour,
             f"<b>{shown}</b>, area {area:.2f}<br>%{{hovertext}}: {_KEPT}",
             width=1.6 if is_baseline else 2.4,
             dash=dash,
@@ -107,10 +108,11 @@ def best_subset_figure(subset: BestSubset, count: int | None = None) -> go.Figur
         figure.add_traces(_each_prompt(subset, sizes))
     sets = zip(subset.counts, subset.found_by, strict=True)
     texts = [f"{size} {subset.over}, found by {start}" for size, start in sets]
+    kept_by = "together" if has_several else "kept"
     kept = curve(
         sizes,
         _percentages(subset.kept.tolist()),
-        "together" if has_several else "kept",
+        kept_by,
         EXACT,
         f"%{{hovertext}}: {_KEPT}",
         width=2.5,

@@ -39,7 +39,7 @@ from lens_lora.core import (
     analysis,
     tables,
 )
-from lens_lora.judging.verdict import NullVerdict, null_verdict
+from lens_lora.judging.verdict import NullVerdict
 
 
 @final
@@ -122,19 +122,19 @@ class NullTest(OfMeasured):
     @property
     def verdict(self) -> tuple[NullVerdict, ...]:
         """How far shift and sites stand out, for each prompt; str() says it in words."""
-        run = self._run_shift
-        columns = [
-            self.observed.shift,
-            self.noise_floor,
-            in_float64(run).square().mean(0).sqrt(),
-            self.shift_p,
-            self.exceeds_all,
-        ]
-        by_prompt = torch.stack([in_float64(column) for column in columns], 1).tolist()
+        shift_of_draws = in_float64(self._run_shift)
+        columns = {
+            "shift": self.observed.shift,
+            "noise_floor": self.noise_floor,
+            "null": shift_of_draws.square().mean(0).sqrt(),
+            "p": self.shift_p,
+            "exceeds_all": self.exceeds_all,
+        }
+        by_prompt = torch.stack([in_float64(column) for column in columns.values()], 1).tolist()
         verdicts: list[NullVerdict] = []
-        for shift, floor, null, p, exceeds_all in by_prompt:
-            verdict = null_verdict(shift, floor, null, p, exceeds_all, self.draws, len(run))
-            verdicts.append(verdict)
+        for row in by_prompt:
+            numbers = dict(zip(columns, row, strict=True))
+            verdicts.append(NullVerdict.of(**numbers, draws=self.draws, run=len(shift_of_draws)))
         return tuple(verdicts)
 
     def to_frame(self) -> pd.DataFrame:

@@ -52,7 +52,9 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
     return dict(attribution)
 
 
-def scores_towards(g: Function, given: Mapping[str, Scores], baselines: bool) -> dict[str, BySite]:
+def scores_towards(
+    g: Function, given: Mapping[str, Scores], *, baselines: bool
+) -> dict[str, BySite]:
     """Each score times the sign of the shift, by name.
 
     The largest then pushes furthest in the direction in which the adapter moved g. The norms of the

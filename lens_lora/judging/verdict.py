@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from lens_lora.core import SIGMAS, drawing
 
@@ -35,6 +35,24 @@ class NullVerdict:
     draws: int
     run: int
 
+    @classmethod
+    def of(cls, *, shift: float, noise_floor: float, null: float, **others: Any) -> NullVerdict:
+        """The verdict on one prompt's null test.
+
+        Args:
+            shift: g(1) − g(0).
+            noise_floor: σ of the shift from rounding alone.
+            null: the root mean square of the draws' shifts.
+            others: `p`, `exceeds_all`, `draws` and `run`.
+        """
+        return cls(
+            shift=shift,
+            floor=SIGMAS * noise_floor,
+            null=max(null, noise_floor),
+            is_least=null < noise_floor,
+            **others,
+        )
+
     def __str__(self) -> str:
         return drawing.text(self)
 
@@ -59,32 +77,3 @@ class NullVerdict:
     def chance(self) -> float:
         """The share of sites that exceed every draw by chance."""
         return 1 / (1 + self.draws)
-
-
-def null_verdict(
-    shift: float,
-    noise_floor: float,
-    null: float,
-    p: float,
-    exceeds_all: float,
-    draws: int,
-    run: int,
-) -> NullVerdict:
-    """The verdict on one prompt's null test.
-
-    Args:
-        shift: g(1) − g(0).
-        noise_floor: σ of the shift from rounding alone.
-        null: the root mean square of the draws' shifts.
-        p, exceeds_all, draws, run: see `NullVerdict`.
-    """
-    return NullVerdict(
-        shift=shift,
-        floor=SIGMAS * noise_floor,
-        null=max(null, noise_floor),
-        is_least=null < noise_floor,
-        p=p,
-        exceeds_all=exceeds_all,
-        draws=draws,
-        run=run,
-    )

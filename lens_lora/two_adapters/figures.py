@@ -74,8 +74,9 @@ def modules_heatmap(training: Checkpoints, what: What, group: GroupName) -> go.F
     frame = largest_rows(whole)
     hover = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
     heading, below = _HEADINGS[what]
-    headings = (heading, _of_run(training, below))
-    return _groups_by_step(frame, len(whole), what, group, training.units, headings, hover)
+    below = _of_run(training, below) + _left_out(frame, whole)
+    colours = _AMOUNTS.get(what, training.units)
+    return _groups_by_step(frame, what, group, (heading, below), colours, hover)
 
 
 @drawing.modules.register(Trainings)
@@ -92,39 +93,44 @@ def mean_modules_heatmap(trainings: Trainings, what: What, group: GroupName) -> 
         return f"{place}<br>{value:.3g}, spread over runs {spread[row, column]:.2g}"
 
     heading, below = _HEADINGS[what]
-    below = f"{below}, mean of {many(len(trainings.runs), 'run')}"
-    return _groups_by_step(mean, len(whole), what, group, trainings.units, (heading, below), hover)
+    below = f"{below}, mean of {many(len(trainings.runs), 'run')}" + _left_out(mean, whole)
+    colours = _AMOUNTS.get(what, trainings.units)
+    return _groups_by_step(mean, what, group, (heading, below), colours, hover)
+
+
+def _left_out(drawn: pd.DataFrame, whole: pd.DataFrame) -> str:
+    """What the line below the heading adds if not all rows are drawn."""
+    if len(drawn) == len(whole):
+        return ""
+    return f"; the {len(drawn)} largest of {len(whole)}"
 
 
 def _groups_by_step(
     frame: pd.DataFrame,
-    of: int,
     what: What,
     group: GroupName,
-    units: str,
     headings: figures.Pair,
+    colours: str,
     hover: figures.Says,
 ) -> go.Figure:
     """A heatmap of a table whose rows are groups of modules and whose columns are steps.
 
     Args:
         frame: the rows that are drawn.
-        of: how many groups there are.
         what, group: as for `Checkpoints.by_group`.
-        units: the units of the readout.
         headings: the heading, and the smaller line below it.
+        colours: what the colours mean.
         hover: as for `heatmap`.
     """
     heading, below = headings
-    if len(frame) < of:
-        below = f"{below}; the {len(frame)} largest of {of}"
     titles = (f"{heading}, by {group}", below)
     x = names_axis((f"{step:g}" for step in frame.columns), "step")
-    y = names_axis(frame.index, autorange="reversed" if group == "kind" else None)
+    autorange = "reversed" if group == "kind" else None
+    y = names_axis(frame.index, autorange=autorange)
     values = frame.to_numpy().tolist()
     if what in _AMOUNTS:
-        return heatmap(titles, values, hover, x, y, _AMOUNTS[what], "amount")
-    return heatmap(titles, values, hover, x, y, units)
+        return heatmap(titles, values, hover, x, y, colours, "amount")
+    return heatmap(titles, values, hover, x, y, colours)
 
 
 @drawing.figure.register(Repair)
@@ -138,13 +144,12 @@ def repair_figure(repair: Repair) -> go.Figure:
     scaled = curve(kept, left, "whole adapter, scaled", LINEAR, hover, marker={"size": 5})
     strengths = [f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()]
     figure = go.Figure(scaled.update(hovertext=strengths))
-    for name, shares, marker in (
-        ("random sets", repair.random, {"color": NOISE, "size": 8, "symbol": "x"}),
-        ("repaired", repair.shares[1], {"color": EXACT, "size": 14, "symbol": "star"}),
-    ):
-        kept, left = _percentages_kept_and_left(repair, shares)
-        marks = figures.points(kept, left, hover, name, **marker)
-        figure.add_trace(marks.update(hovertext=name))
+    random_sets = _percentages_kept_and_left(repair, repair.random)
+    marks = figures.points(*random_sets, hover, "random sets", color=NOISE, size=8, symbol="x")
+    figure.add_trace(marks.update(hovertext="random sets"))
+    repaired = _percentages_kept_and_left(repair, repair.shares[1])
+    marks = figures.points(*repaired, hover, "repaired", color=EXACT, size=14, symbol="star")
+    figure.add_trace(marks.update(hovertext="repaired"))
     judged = "held-out prompts" if repair.is_held_out else "the prompts given (none held out)"
     heading = f"{int(repair.kept.sum())} of {repair.gate_count} {repair.of}s kept, on {judged}"
     below = f"scaling leaves {repair.gain:.3g} times as much at the same share kept"

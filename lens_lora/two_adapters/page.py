@@ -104,9 +104,11 @@ def trainings_report(trainings: Trainings, *, title: str | None = None) -> str:
         if trainings.has_same_sites:
             overview += [trainings.plot_modules("moved"), trainings.plot_modules("effect")]
     name = f"{trainings.readout} through {len(parts)} trainings"
+    below = ", ".join(trainings.runs)
     model = trainings.each[0].meta.get("model", "")
-    runs = ", ".join(trainings.runs)
-    return page_html(title or name, parts, overview, f"{runs} over {model}" if model else runs)
+    if model:
+        below = f"{below} over {model}"
+    return page_html(title or name, parts, overview, below)
 
 
 def _training_headline(training: Checkpoints) -> Sequence[str]:
@@ -132,15 +134,19 @@ def _training_headline(training: Checkpoints) -> Sequence[str]:
 
 def _training_numbers(training: Checkpoints) -> Pairs:
     count = len(training.base)
-    first = int(training.flip_step.nan_to_num(math.inf).argmin())
     mean = f", mean of {count} prompts" if count > 1 else ""
+    base = signed(float(training.base.mean()))
+    adapted = signed(float(training.adapted[-1].mean()))
+    first = int(training.flip_step.nan_to_num(math.inf).argmin())
     step = float(training.flip_step[first])
+    flips_at = f"{step:.3g}" if math.isfinite(step) else "never"
     scale = float(training.flip_scale[-1, first])
+    last_flips_at = f"ε = {scale:.2g}" if math.isfinite(scale) else "—"
     return (
-        (signed(float(training.base.mean())), f"{training.units}, the base model{mean}"),
-        (signed(float(training.adapted[-1].mean())), f"{training.units}, the last checkpoint"),
-        (f"{step:.3g}" if math.isfinite(step) else "never", "step of the first change of sign"),
-        (f"ε = {scale:.2g}" if math.isfinite(scale) else "—", "where the last checkpoint flips"),
+        (base, f"{training.units}, the base model{mean}"),
+        (adapted, f"{training.units}, the last checkpoint"),
+        (flips_at, "step of the first change of sign"),
+        (last_flips_at, "where the last checkpoint flips"),
     )
 
 

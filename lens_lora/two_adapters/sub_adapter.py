@@ -137,12 +137,14 @@ def _reduced(update: ModuleUpdate, parts: Sequence[_SitePart], of: Of) -> LoRAFa
         writes = writes.new_zeros(len(writes), 1)
 
     dtype = _dtype_of(update)
-    has_bias = bool(bias.any())
+    lora_bias: Tensor | None = None
+    if bool(bias.any()):
+        lora_bias = bias.to(dtype)
+    experts = 0
+    if isinstance(update, LoRAFactors):
+        experts = update.experts
     return LoRAFactors(
-        reads.to(dtype).contiguous(),
-        writes.to(dtype),
-        lora_bias=bias.to(dtype) if has_bias else None,
-        experts=update.experts if isinstance(update, LoRAFactors) else 0,
+        reads.to(dtype).contiguous(), writes.to(dtype), lora_bias=lora_bias, experts=experts
     )
 
 
@@ -179,7 +181,9 @@ def _directions(module: ModuleUpdate, part: _SitePart, of: Of) -> _Directions:
         keep = torch.ones_like(keep)
 
     height = module.output_count(reads.shape[1])
-    rows = slice(None) if part.update.site.rows is None else part.update.site.rows.cpu()
+    rows: slice | Tensor = slice(None)  # All of them, where the module is the site's own.
+    if part.update.site.rows is not None:
+        rows = part.update.site.rows.cpu()
     writes_of_module = writes.new_zeros(height, int(keep.sum()))
     writes_of_module[rows] = writes[:, keep]
     bias = writes.new_zeros(height)

@@ -331,8 +331,8 @@ class Trainings(Read, Paged, Drawn):
     @property
     def has_same_sites(self) -> bool:
         """Whether all runs adapt the same modules, so that these have means over runs."""
-        names = [frozenset(site.name for site in training.sites) for training in self.each]
-        return len(set(names)) == 1
+        first = {site.name for site in self.each[0].sites}
+        return all({site.name for site in other.sites} == first for other in self.each)
 
     def story(self) -> str:
         """Where each prompt flips in each run, and where the runs end, in plain words."""

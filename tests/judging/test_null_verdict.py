@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lens_lora.judging.verdict import null_verdict
+from lens_lora.judging.verdict import NullVerdict
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,9 @@ from lens_lora.judging.verdict import null_verdict
     ],
 )
 def test_random_directions(shift: float, null: float, p: float, kind: str, says: str):
-    found = null_verdict(shift, 0.01, null, p, 0.5, 9, 9)
+    found = NullVerdict.of(
+        shift=shift, noise_floor=0.01, null=null, p=p, exceeds_all=0.5, draws=9, run=9
+    )
     assert found.kind == kind
     assert re.match(says, str(found))
     assert kind == "no_shift" or "50% of sites exceed every one of 9 draws (10.0% would" in str(
