@@ -22,10 +22,35 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.polynomial import legendre
 from numpy.typing import NDArray
+
+
+class Rule(NamedTuple):
+    """A rule on [0, 1]: Σ_j weight_j f(point_j).
+
+    Attributes:
+        points: the nodes, from the smallest to the largest.
+        weights: the weight of each.
+    """
+
+    points: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+
+class NewNodes(NamedTuple):
+    """The nodes that a rule adds to those of the rule before it.
+
+    Attributes:
+        points: [node], the new nodes.
+        weights: [rule, node], their weights in this rule and in each later one.
+    """
+
+    points: NDArray[np.float64]
+    weights: NDArray[np.float64]
 
 
 def nested_counts(max_nodes: int) -> list[int]:
@@ -40,8 +65,8 @@ def nested_counts(max_nodes: int) -> list[int]:
     return counts
 
 
-def clenshaw_curtis(nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The points of a rule on [0, 1], from 0 to 1, and their weights.
+def clenshaw_curtis(nodes: int) -> Rule:
+    """The rule of so many nodes, which begin at 0 and end at 1.
 
     Args:
         nodes: an odd number, at least 3.
@@ -54,10 +79,10 @@ def clenshaw_curtis(nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64
         factor = 1 if 2 * k == n else 2
         weights -= factor * np.cos(2 * k * angles) / (4 * k * k - 1)
     weights[1:-1] *= 2
-    return (1 - np.cos(angles)) / 2, weights / (2 * n)
+    return Rule(points=(1 - np.cos(angles)) / 2, weights=weights / (2 * n))
 
 
-def new_nodes(counts: Sequence[int], rule: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def new_nodes(counts: Sequence[int], rule: int) -> NewNodes:
     """The points that a rule adds to the one before it, and their weights in each rule from it on.
 
     So no value of f is computed twice, and none has to be kept:
@@ -70,20 +95,17 @@ def new_nodes(counts: Sequence[int], rule: int) -> tuple[NDArray[np.float64], ND
     Args:
         counts: how many nodes each rule has, from `nested_counts`.
         rule: the index of the rule.
-
-    Returns:
-        The points [node], and the weights [rule, node] in this rule and those after it.
     """
-    points, _ = clenshaw_curtis(counts[rule])
+    points = clenshaw_curtis(counts[rule]).points
     is_new = np.ones(len(points), dtype=bool)
     if rule > 0:
         is_new[::2] = False
     weights: list[NDArray[np.float64]] = []
     for doublings, count in enumerate(counts[rule:]):
-        _, of_every_node = clenshaw_curtis(count)
+        of_every_node = clenshaw_curtis(count).weights
         of_shared_nodes = of_every_node[:: 2**doublings]
         weights.append(of_shared_nodes[is_new])
-    return points[is_new], np.stack(weights)
+    return NewNodes(points[is_new], np.stack(weights))
 
 
 # --- Without the ends
@@ -105,8 +127,8 @@ def patterson_counts(max_nodes: int) -> list[int]:
 
 
 @functools.cache
-def patterson(nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The points of a rule on [0, 1], rising, and their weights.
+def patterson(nodes: int) -> Rule:
+    """The rule of so many nodes, which lie between 0 and 1.
 
     Args:
         nodes: 1, 3, 7, 15, ….
@@ -118,7 +140,7 @@ def patterson(nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     integrals = np.zeros(nodes)
     integrals[0] = 2
     weights = np.linalg.solve(legendre.legvander(points, nodes - 1).T, integrals)
-    return (points + 1) / 2, weights / 2
+    return Rule(points=(points + 1) / 2, weights=weights / 2)
 
 
 def _with_points_between(points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -131,32 +153,28 @@ def _with_points_between(points: NDArray[np.float64]) -> NDArray[np.float64]:
     # Integrands are of degree n + (n + 1) + n at most, which this rule integrates exactly.
     x, weights = legendre.leggauss(2 * n + 1)
     W = np.prod(x[:, None] - points, axis=1)
-    polynomials = legendre.legvander(x, n + 1)
-    conditions = polynomials[:, : n + 1].T @ ((weights * W)[:, None] * polynomials)
-    coefficients = np.linalg.solve(conditions[:, : n + 1], -conditions[:, n + 1])
+    P = legendre.legvander(x, n + 1)  # P[i, j] = P_j(x_i), for j = 0 … n + 1
+    # E = P_{n+1} + Σ_k c_k P_k, so that Σ_k c_k ∫ W P_j P_k dx = − ∫ W P_j P_{n+1} dx.
+    products = P[:, : n + 1].T @ ((weights * W)[:, None] * P)
+    coefficients = np.linalg.solve(products[:, : n + 1], -products[:, n + 1])
     added = legendre.legroots([*coefficients, 1.0])
     return np.sort(np.concatenate([points, added.real]))
 
 
-def new_patterson_nodes(
-    counts: Sequence[int], rule: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def new_patterson_nodes(counts: Sequence[int], rule: int) -> NewNodes:
     """The points that a rule adds to the one before, and their weights in each rule from it on.
 
     Args:
         counts: how many nodes each rule has, from `patterson_counts`.
         rule: the index of the rule.
-
-    Returns:
-        The points [node], and the weights [rule, node] in this rule and those after it.
     """
-    points, _ = patterson(counts[rule])
+    points = patterson(counts[rule]).points
     # A rule adds the points between and beside those of the rule before: every second one.
     is_new = np.arange(counts[rule]) % 2 == 0
     weights: list[NDArray[np.float64]] = []
     for doublings, count in enumerate(counts[rule:]):
-        _, of_every_node = patterson(count)
+        of_every_node = patterson(count).weights
         step = 2**doublings
         of_shared_nodes = of_every_node[step - 1 :: step]
         weights.append(of_shared_nodes[is_new])
-    return points[is_new], np.stack(weights)
+    return NewNodes(points[is_new], np.stack(weights))

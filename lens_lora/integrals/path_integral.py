@@ -69,7 +69,8 @@ def path_integral(
     nodes = 0
     with tqdm(desc="path integral", unit=" node", leave=False, disable=not g.progress) as bar:
         for rule, nodes in enumerate(counts):
-            of_new_nodes = added(*_new_nodes(g, counts, rule))
+            points, weights = _new_nodes(g, counts, rule)
+            of_new_nodes = added(points, weights)
             # One sum for this rule, and one for each later rule.
             sums = of_new_nodes if rule == 0 else sums[1:] + of_new_nodes
             rules.add(sums[0])

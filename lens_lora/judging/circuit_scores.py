@@ -87,12 +87,13 @@ def _mean_moved(g: Function, orders: Orders, counts: list[int]) -> Float[Tensor,
     """The mean over prompts of g(e_T) − g(0), in the direction of their shifts."""
     if not counts:
         return torch.zeros(len(orders), 0, dtype=torch.float64)
-    # [order, batch, count, site]
-    by_order = torch.stack([top_gates(order, counts) for order in orders])
-    points = by_order.movedim(1, 2).flatten(0, 1)
+    gates = torch.stack([top_gates(order, counts) for order in orders])
+    # From [order, batch, count, site] to one point for each order and count.
+    points = gates.movedim(1, 2).flatten(0, 1)
     values = _values(g, points).cpu().double()
     base, adapted = g.ends.cpu().double()
-    moved = (values - base) * (adapted - base).sign()
+    direction = (adapted - base).sign()
+    moved = (values - base) * direction
     return moved.mean(1).view(len(orders), len(counts))
 
 

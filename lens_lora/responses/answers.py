@@ -44,6 +44,7 @@ from lens_lora.core import (
     Prompts,
     Reading,
     Readout,
+    Source,
     Tokens,
 )
 from lens_lora.core.model import extensions
@@ -408,10 +409,17 @@ def _padded(
     longest = int(lengths.argmax())
     name = which_prompt(owner[longest], prompts.batch)
     Tokens(model).require_context(int(lengths[longest]), f"{name} with its answer")
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    asked = prompts.lengths.tolist()
-    sources = [dataclasses.replace(prompts.sources[i], length=asked[i]) for i in owner]
-    return Prompts(tokens, lengths, lengths.new_tensor(reads), tuple(sources))
+    asked_lengths = prompts.lengths.tolist()
+    sources: list[Source] = []
+    for prompt in owner:
+        source = prompts.sources[prompt]
+        sources.append(dataclasses.replace(source, length=asked_lengths[prompt]))
+    return Prompts(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        lengths,
+        reads=lengths.new_tensor(reads),
+        sources=tuple(sources),
+    )
 
 
 @readouts.margin_between.provide

@@ -166,8 +166,9 @@ class Generation:
         self.gates = self.gates.detach()
         if self.gates.ndim > 1 and len(self.gates) != batch:
             raise SiteError(f"gates of {len(self.gates)} prompts, and there are {batch}.")
-        rows = [self.prompts.row(i) for i in range(batch)]
-        self.texts: list[list[int]] = [row.tokens[0].tolist() for row in rows]
+        self.texts: list[list[int]] = []
+        for i in range(batch):
+            self.texts.append(self.prompts.row(i).tokens[0].tolist())
         self.prompt_lengths: list[int] = [len(text) for text in self.texts]
         self._noise = self.sampling.noise(batch, self.max_new_tokens)
 
@@ -241,11 +242,13 @@ class Generation:
         """Groups of rows of one length with drafts of one length, each confirmed in one pass."""
         by_lengths: dict[tuple[int, int], list[int]] = {}
         for i, draft in drafts.items():
-            by_lengths.setdefault((len(self.texts[i]), len(draft)), []).append(i)
+            lengths = len(self.texts[i]), len(draft)
+            by_lengths.setdefault(lengths, []).append(i)
         for (_, drafted), rows in sorted(by_lengths.items()):
-            most = max(1, _CONFIRMED_TOKENS // (drafted + 1))
-            for first in range(0, len(rows), most):
-                yield {i: drafts[i] for i in rows[first : first + most]}
+            rows_at_once = max(1, _CONFIRMED_TOKENS // (drafted + 1))
+            for first in range(0, len(rows), rows_at_once):
+                together = rows[first : first + rows_at_once]
+                yield {i: drafts[i] for i in together}
 
     def _drafts(self, rows: list[int]) -> list[list[int]]:
         """Draft, with a cache, all tokens that each row may still generate except the last one."""

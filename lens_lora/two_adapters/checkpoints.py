@@ -365,11 +365,14 @@ def _weights(updates: Sequence[Mapping[str, ThinSVD]]) -> dict[str, Tensor]:
     # ‖ΔW_k − ΔW_{k−1}‖² = ‖ΔW_k‖² + ‖ΔW_{k−1}‖² − 2⟨ΔW_k, ΔW_{k−1}⟩
     with_previous = [_overlaps(later, prior) for prior, later in itertools.pairwise(updates)]
     square_moves = squares[1:] + squares[:-1] - 2 * _inner(with_previous)
+    # The first checkpoint moved from ΔW = 0.
     moved = torch.cat([norms[:1], square_moves.clamp(min=0).sqrt()])
 
-    inner_with_last = _inner([_overlaps(of_step, updates[-1]) for of_step in updates])
-    sizes = squares.sum(1).sqrt()
-    cosines = (inner_with_last.sum(1) / (sizes * sizes[-1])).clamp(-1, 1)
+    last = updates[-1]
+    inner_with_last = _inner([_overlaps(of_step, last) for of_step in updates])
+    size = squares.sum(1).sqrt()
+    cosines = inner_with_last.sum(1) / (size * size[-1])
+    angle = torch.rad2deg(cosines.clamp(-1, 1).acos())
     read: list[list[Tensor]] = []
     write: list[list[Tensor]] = []
     for of_step in with_previous:
@@ -381,7 +384,7 @@ def _weights(updates: Sequence[Mapping[str, ThinSVD]]) -> dict[str, Tensor]:
         "to_final": inner_with_last / (norms * norms[-1]),
         "read_angle": _mean_angles(read),
         "write_angle": _mean_angles(write),
-        "angle": torch.rad2deg(cosines.acos()),
+        "angle": angle,
     }
 
 
@@ -442,10 +445,13 @@ def _phases(
     """The phase changes of each prompt's readout, from the base on, and of the direction of ΔW."""
     from_base = (0.0, *steps)
     by_series: dict[str, tuple[Span, ...] | None] = {}
-    by_prompt = zip(values.T.tolist(), noise.T.tolist(), strict=True)
-    for prompt, (series, floors) in enumerate(by_prompt):
+    series_of_prompts = values.T.tolist()
+    floors_of_prompts = noise.T.tolist()
+    for prompt, series in enumerate(series_of_prompts):
+        floors = floors_of_prompts[prompt]
         by_series[f"prompt {prompt}"] = phase_changes(from_base, series, floors)
-    by_series["angle"] = phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))
+    floors_of_angle = [_TURNED] * len(steps)
+    by_series["angle"] = phase_changes(steps, angle.tolist(), floors_of_angle)
     return {name: spans for name, spans in by_series.items() if spans is not None}
 
 

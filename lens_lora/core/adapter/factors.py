@@ -192,7 +192,8 @@ class LoRAFactors(guesses.Answering):
         Args:
             rows: indices of output features, [row].
         """
-        cut = {name: tensor[rows] for name, tensor in _tensors(self, ("B", *_VECTORS)).items()}
+        by_output = _tensors(self, ("B", *_VECTORS))
+        cut = {name: tensor[rows] for name, tensor in by_output.items()}
         if not self.experts and is_reversal(self.B):
             part = LoRAFactors.dense(self.A.flip(0)[rows])
             cut |= {"A": part.A, "B": part.B}
@@ -305,11 +306,14 @@ class TrainedModule(guesses.Answering):
         _require_finite(strength=self.strength)
         if self.weight is None and self.bias is None:
             raise AdapterError("a trained module has a weight or a bias, and this one has neither.")
-        if self.weight is not None and (self.weight.ndim not in (1, 2) or 0 in self.weight.shape):
+        if self.weight is not None:
             shape = tuple(self.weight.shape)
-            raise AdapterError(f"weight is {shape}; expected a matrix, or a norm's vector.")
-        if self.bias is not None and (self.bias.ndim != 1 or not len(self.bias)):
-            raise AdapterError(f"bias is {tuple(self.bias.shape)}; expected a vector.")
+            if len(shape) not in (1, 2) or 0 in shape:
+                raise AdapterError(f"weight is {shape}; expected a matrix, or a norm's vector.")
+        if self.bias is not None:
+            shape = tuple(self.bias.shape)
+            if len(shape) != 1 or 0 in shape:
+                raise AdapterError(f"bias is {shape}; expected a vector.")
         self._require_tokens()
         sizes = {name: norm_of(tensor) for name, tensor in tensors.items()}
         first_tensor = next(iter(tensors.values()))
@@ -437,9 +441,12 @@ def expert_factors(parts: Sequence[LoRAFactors]) -> LoRAFactors:
     columns_of_B: list[Tensor] = []
     for part in parts:
         missing = rank - part.rank
+        scaled_B = part.scale * part.strength * part.B
         rows_of_A.append(functional.pad(part.A, (0, 0, 0, missing)))
-        columns_of_B.append(functional.pad(part.scale * part.strength * part.B, (0, missing)))
-    return LoRAFactors(torch.cat(rows_of_A), torch.cat(columns_of_B, 1), experts=len(parts))
+        columns_of_B.append(functional.pad(scaled_B, (0, missing)))
+    A = torch.cat(rows_of_A)
+    B = torch.cat(columns_of_B, 1)
+    return LoRAFactors(A, B, experts=len(parts))
 
 
 def norm_of(tensor: Tensor | None) -> float:

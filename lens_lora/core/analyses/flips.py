@@ -129,7 +129,8 @@ class _Crossing:
         # The old neighbours, with the two probes between them.
         inner = values[self.low : self.low + 4]
         changes = inner[:-1] * inner[1:] <= 0
-        return _Crossing(scales, values, self.low + int(changes.argmax()))
+        first_change = int(changes.argmax())
+        return _Crossing(scales, values, self.low + first_change)
 
 
 def _values_at(

@@ -107,9 +107,14 @@ class Remainder(Measured):
 
         With experts also `rerouted`: the tokens that go to other experts, summed over layers.
         """
-        names = ("shift", "first_order", "remainder", "noise_floor", "remainder_floor")
-        columns = flat({name: getattr(self, name) for name in names})
-        frame = pd.DataFrame({"prompt": range(len(self.shift)), **columns})
+        numbers = {
+            "shift": self.shift,
+            "first_order": self.first_order,
+            "remainder": self.remainder,
+            "noise_floor": self.noise_floor,
+            "remainder_floor": self.remainder_floor,
+        }
+        frame = pd.DataFrame({"prompt": range(len(self.shift)), **flat(numbers)})
         if self.rerouted:
             by_layer = torch.stack(list(self.rerouted.values()))
             frame["rerouted"] = by_layer.sum(0).int().tolist()
@@ -205,10 +210,15 @@ class RemainderCurve(results_base.Read, Drawn):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and ε: value, shift, first order, remainder and its share."""
-        parts = {name: getattr(self, name) for name in ("shift", "first_order", "remainder")}
-        numbers = {"value": self.values, **parts}
-        scales = self.scales.cpu().double().numpy()
-        frame = long_table(numbers, {"prompt": range(len(self.values))}, {"scale": scales})
+        numbers = {
+            "value": self.values,
+            "shift": self.shift,
+            "first_order": self.first_order,
+            "remainder": self.remainder,
+        }
+        prompts = {"prompt": range(len(self.values))}
+        scales = {"scale": self.scales.cpu().double().numpy()}
+        frame = long_table(numbers, prompts, scales)
         return frame.assign(share=frame["remainder"].abs() / frame["shift"].abs())
 
     def orders_of(

@@ -261,9 +261,9 @@ def _required_unembedding(lens: LoraLens) -> Unembedding:
 
 def _changes_logits(lens: LoraLens) -> bool:
     """Whether a hook on the unembedding or on the whole model may change the logits."""
-    whole_model = (lens.model, getattr(lens.model, "original_model", lens.model))
+    wrapped_model = getattr(lens.model, "original_model", lens.model)
     parts = list(lens.model.unembed.modules())
-    if any(hooks_of(module).forward for module in (*whole_model, *parts)):
+    if any(hooks_of(module).forward for module in (lens.model, wrapped_model, *parts)):
         return True
     # Accelerate replaces the forward of a module.
     return any(hooks_of(part).before or own_forward(part) is not None for part in parts)

@@ -78,7 +78,8 @@ class GateGraph:
                 retain_graph=True,
                 allow_unused=True,
             )
-        return zeros if cast("Tensor | None", slopes) is None else slopes
+        do_values_depend_on_gates = cast("Tensor | None", slopes) is not None
+        return slopes if do_values_depend_on_gates else zeros
 
     def _pulled_back(
         self, values: Float[Tensor, "*n"], covector: Float[Tensor, "*n"]
@@ -222,7 +223,6 @@ def hessian_products(
     directions: Float[Tensor, "direction site"],
     *,
     progress: bool = True,
-    what: str = "Hessian products",
 ) -> Iterator[Float[Tensor, "batch chunk site"]]:
     """Yield H v of many directions in their order, a chunk at a time.
 
@@ -236,7 +236,8 @@ def hessian_products(
     is_silent = not progress or len(directions) <= step
     graph = gate_graph(lens, reading.rows, at, lambda: forward.read_value(lens, reading))
     slopes = graph.slopes()
-    with tqdm(total=len(directions), desc=what, leave=False, disable=is_silent) as bar:
+    bar = tqdm(total=len(directions), desc="Hessian products", leave=False, disable=is_silent)
+    with bar:
         for chunk in directions.split(step):
             covectors = chunk[:, None].expand(-1, *graph.gates.shape)
             by_row = graph.pulled_back(slopes, covectors).transpose(0, 1)

@@ -300,8 +300,6 @@ def site_gradients(
     reading: Reading,
     gates: Float[Tensor, "*row site"],
     visit: Visit,
-    inject: Inject | None = None,
-    primal: Primal | None = None,
 ) -> Float[Tensor, " batch"]:
     """Visit every injection at these gates (`Visit`); returns g there.
 
@@ -318,7 +316,7 @@ def site_gradients(
         del column
         return visit
 
-    values, taps = go_back(tapped(lens, reading, gates, inject, primal), read, visit_of)
+    values, taps = go_back(tapped(lens, reading, gates), read, visit_of)
     taps.require_all_seen()
     return values[:, 0]
 

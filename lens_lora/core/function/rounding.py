@@ -160,9 +160,12 @@ def draws_at(
     copies = [_Copy(lens.gates(scale), is_drawn=False) for scale in exact]
     for scale in scales:
         copies += DRAWS * [_Copy(lens.gates(scale), is_drawn=True)]
-    groups = memory.pass_groups(lens, reading)
-    values = torch.cat([_values_of_copies(lens, group, copies, progress) for group in groups])
-    as_is, draws = values.split([len(exact), len(copies) - len(exact)], 1)
+    values_of_groups: list[Tensor] = []
+    for group in memory.pass_groups(lens, reading):
+        values_of_groups.append(_values_of_copies(lens, group, copies, progress))
+    values = torch.cat(values_of_groups)
+    as_is = values[:, : len(exact)]
+    draws = values[:, len(exact) :]
     return as_is, draws.T.unflatten(0, (len(scales), -1))
 
 
@@ -369,7 +372,8 @@ def curvature_noise(lens: LoraLens, reading: Reading, half_row_sums: _BySite) ->
 
     def half_sums(group: Reading) -> Float[Tensor, "some draw"]:
         sums: list[Tensor] = []
-        for draws in torch.arange(DRAWS).split(memory.second_orders_at_once(lens, group)):
+        draws_at_once = memory.second_orders_at_once(lens, group)
+        for draws in torch.arange(DRAWS).split(draws_at_once):
             many = group.repeat(len(draws))
             (product,) = hessian_products(lens, many, base, ones, progress=False)
             of_copies = product[:, 0].sum(1)

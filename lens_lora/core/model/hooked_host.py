@@ -417,7 +417,8 @@ class HookedHost(abc.ABC):
             return extensions.expert_map(update, self.working_dtype, stack.device)
         basis = self.basis_of(site, behind_norm)
         factor = self.known("factor", site.kind, make=lambda: self.embedding_scale(site.kind))
-        return site_map(dataclasses.replace(update, scale=update.scale * factor), basis)
+        scaled = dataclasses.replace(update, scale=update.scale * factor)
+        return site_map(scaled, basis)
 
     def basis_of(self, site: SiteFactors, behind_norm: bool = False) -> Basis:
         """How z and the output of a site's map differ from the Hugging Face linear's."""

@@ -82,8 +82,10 @@ class HookedTransformerHost(HookedHost):
         for layer, block in enumerate(self.model.blocks):
             heads = in_float64(_parameter_of(block.attn, "W_O"))
             gram = heads @ heads.transpose(1, 2)
-            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            if gram.shape[-1] > 1 and bool(((gram - identity).abs().amax() < 1e-4).item()):
+            width = gram.shape[-1]
+            identity = torch.eye(width, dtype=gram.dtype, device=gram.device)
+            distance = float((gram - identity).abs().amax())
+            if width > 1 and distance < 1e-4:
                 raise ModelStateError(
                     f"blocks.{layer}.attn: refactor_factored_attn_matrices was applied, which "
                     "mixes W_Q with W_K and W_V with W_O, so their ΔW cannot be added. Load the "

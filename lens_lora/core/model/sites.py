@@ -239,12 +239,14 @@ class Sites(guesses.Answering, tuple[Site, ...]):
             groups: groups of these sites.
             sizes: whether the number of sites is a column.
         """
-        names = list(groups)
-        if any(len(members) != 1 for members in groups.values()):
-            counts = [len(members) for members in groups.values()]
-            return {"group": names, "sites": counts} if sizes else {"group": names}
-        of_site = Sites(self[members[0]] for members in groups.values()).columns()
-        return of_site if of_site["site"] == names else {"group": names, **of_site}
+        by_name: dict[str, list[Any]] = {"group": list(groups)}
+        counts = [len(members) for members in groups.values()]
+        if any(count != 1 for count in counts):
+            return {**by_name, "sites": counts} if sizes else by_name
+        only_sites = Sites(self[members[0]] for members in groups.values())
+        labels = only_sites.columns()
+        has_own_names = labels["site"] != by_name["group"]
+        return {**by_name, **labels} if has_own_names else labels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,11 +150,16 @@ def _joined(earlier: SiteUpdate | None, later: SiteUpdate) -> SiteUpdate:
 def _summed(*updates: Update) -> Update:
     """The sum of several updates of one map, whose ranks follow one another."""
     device = float64_device(updates[0].A.device)
-    A = torch.cat([in_float64(update.A).to(device) for update in updates])
-    B = torch.cat([in_float64(update.B).to(device) * update.scale for update in updates], 1)
-    biases = [update.bias.to(device) for update in updates if update.bias is not None]
+    reads: list[Tensor] = []
+    writes: list[Tensor] = []
+    biases: list[Tensor] = []
+    for update in updates:
+        reads.append(in_float64(update.A).to(device))
+        writes.append(in_float64(update.B).to(device) * update.scale)
+        if update.bias is not None:
+            biases.append(update.bias.to(device))
     bias = torch.stack(biases).sum(0) if biases else None
-    return Update(A, B, 1.0, bias)
+    return Update(torch.cat(reads), torch.cat(writes, 1), scale=1.0, bias=bias)
 
 
 # --- Shapes

@@ -119,13 +119,14 @@ def through_update_of_o(constant: Constant, o: SiteMap, heads: Heads) -> tuple[S
     splits by the query heads that A_o reads.
     """
     of_v = _constant_map(o.sB @ (o.A @ constant.spread), constant.u, heads)
-    shift = constant.spread.sum(0) @ constant.u
-    by_head = (o.A * shift).unflatten(-1, (heads.n_heads, -1)).sum(-1).T  # [head, rank]
+    repeated = constant.spread.sum(0) @ constant.u  # Rep(c_v)
+    products = (o.A * repeated).unflatten(-1, (heads.n_heads, -1))
+    u_by_head = products.sum(-1).T  # [head, rank]
     if o.a0_by_head is not None:
-        slots_behind_heads = len(o.a0_by_head) - len(by_head)
-        by_head = torch.nn.functional.pad(by_head, (0, 0, 0, slots_behind_heads))
+        slots_behind_heads = len(o.a0_by_head) - len(u_by_head)
+        u_by_head = torch.nn.functional.pad(u_by_head, (0, 0, 0, slots_behind_heads))
     reads_nothing = o.A.new_zeros(o.A.shape[0], heads.n_heads)
-    of_o = SiteMap(reads_nothing, o.sB, o.A @ shift, by_head.contiguous())
+    of_o = SiteMap(reads_nothing, o.sB, a0=o.A @ repeated, a0_by_head=u_by_head.contiguous())
     return of_v, of_o
 
 
@@ -134,4 +135,4 @@ def _constant_map(
 ) -> SiteMap:
     """The map that adds Σ_kv B_kv u, whatever it reads."""
     reads_nothing = u.new_zeros(len(u), heads.n_heads)
-    return SiteMap(reads_nothing, by_kv.sum(0), u, sB_by_head=by_kv)
+    return SiteMap(reads_nothing, by_kv.sum(0), a0=u, sB_by_head=by_kv)

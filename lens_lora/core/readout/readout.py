@@ -251,7 +251,9 @@ def _are_equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor | np.ndarray) or isinstance(other, Tensor | np.ndarray):
         return _are_equal_arrays(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
+        if one.keys() != other.keys():
+            return False
+        return all(_are_equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         is_alike = type(one) is type(other) and len(one) == len(other)
         return is_alike and all(map(_are_equal, one, other))

@@ -251,8 +251,9 @@ class Attribution(Ranked, Reported):
         if "position" in self.by:
             columns["token"] = tables.tokens_at(self.str_tokens, prompts, columns["position"])
         values = self.values.cpu()[tuple(index.T)].double()
+        shift = self.shift.cpu().double()[index[:, 0]]
         columns["value"] = values.tolist()
-        columns["share"] = (values / self.shift.cpu().double()[index[:, 0]]).tolist()
+        columns["share"] = (values / shift).tolist()
         return pd.DataFrame(columns)
 
     @property
@@ -414,10 +415,12 @@ class GroupAttribution(Ranked):
         slots = torch.arange(self.values.shape[2])
         frame = tables.long_table(numbers, prompts, groups, {"t": slots.tolist()})
         lengths = torch.tensor([len(tokens) for tokens in self.response])
-        is_there = (slots < lengths[:, None])[:, None].expand(self.values.shape)
-        frame = frame.loc[is_there.flatten().numpy()].reset_index(drop=True)
+        has_token = slots < lengths[:, None]
+        in_each_group = has_token[:, None].expand(self.values.shape)
+        frame = frame.loc[in_each_group.flatten().numpy()].reset_index(drop=True)
         tokens = tables.tokens_at(self.response, frame["prompt"], frame["t"])
-        frame.insert(list(frame).index("t") + 1, "y_t", tokens)
+        after_t = list(frame).index("t") + 1
+        frame.insert(after_t, "y_t", tokens)
         return frame
 
     def entries(self, prompt: int | None = None) -> Entries:
