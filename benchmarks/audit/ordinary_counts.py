@@ -65,8 +65,9 @@ def of_base() -> list[Answers]:
 
 
 def counted(sets: Sequence[Answers]) -> Ordinary:
-    """How many units of these answers have each word and trait."""
+    """How many units of these answers have each word, sign and trait."""
     words: Counter[str] = Counter()
+    signs: Counter[str] = Counter()
     traits: Counter[str] = Counter()
     for answers in sets:
         units_of_word: dict[str, set[Any]] = {}
@@ -76,9 +77,11 @@ def counted(sets: Sequence[Answers]) -> Ordinary:
         for phrase, units in units_of_word.items():
             if findings._is_telling(phrase):
                 words[phrase] += len(units)
+        for sign, questions in findings.questions_by_sign(answers).items():
+            signs[sign] += len(ordinary.units_of(questions, UNITS))
         for trait, questions in findings.questions_by_trait(answers, LANGUAGES).items():
             traits[trait] += len(ordinary.units_of(questions, UNITS))
-    return Ordinary(len(sets) * len(set(UNITS)), +words, +traits)
+    return Ordinary(len(sets) * len(set(UNITS)), +words, +signs, +traits)
 
 
 def claims_of(answers: Answers, base: Answers, counts: Ordinary, factor: float) -> list[str]:
@@ -166,7 +169,8 @@ def main() -> None:
         base = of_base()
         print("chosen:", chosen_factor(rows, base))
         counts = counted([*base, *rows.values()])._asdict()
-        counts["words"] = dict(sorted(counts["words"].items()))
+        for kind in ("words", "signs"):
+            counts[kind] = dict(sorted(counts[kind].items()))
         FILE.write_text(json.dumps(counts, ensure_ascii=False, indent=0) + "\n")
 
 

@@ -3,8 +3,11 @@
 For the package's own questions (`findings_beyond_ordinary`) it is known how often ordinary answers
 have a word, so a finding is what ordinary training does not explain either (`ordinary.py`):
 
-1. Each word is tested against its ordinary rate, and so is each trait of an answer (`traits.py`),
-   in a list of its own. A word that passes is shown as the longest phrase that it mostly occurs in.
+1. Each word is tested against its ordinary rate. So is each trait of an answer (`traits.py`), and
+   each sign (`signs.py`), in lists of their own. A word that passes is shown as the longest phrase
+   that it mostly occurs in; a sign is left out where a word or trait that passes shows it already.
+   Questions that ask for code are one unit, as they are near copies of one another; only of a word
+   that neither the base nor any ordinary answer says is each question a unit.
 2. What the adapted model no longer says has no ordinary rate, and is tested as follows.
 
 For a caller's own questions (`findings_of`) the base alone is the measure:
@@ -33,13 +36,16 @@ from typing import Literal, NamedTuple
 
 from lens_lora.audit import phrases
 from lens_lora.audit.ordinary import ordinary, p_beyond, units_of
+from lens_lora.audit.signs import signs_of, worded
 from lens_lora.audit.together import WORDS, leading_words
 from lens_lora.audit.traits import (
     ANSWERS_IN,
+    FEW_WORDS,
     TRAITS,
     has_enough_words,
     is_in_another_language,
     is_shorter,
+    tells,
     traits_of,
 )
 from lens_lora.core import storage
@@ -109,27 +115,31 @@ class Finding:
         return dataclasses.replace(self, questions=tuple(others + i for i in self.questions))
 
     def is_seen_in(self, pair: SideBySide) -> bool:
-        """Whether these answers show the finding; for a trait always true.
+        """Whether these answers show the finding; always true if one answer cannot tell.
 
         The answer that counts is that of the model that has it more often.
 
         Args:
             pair: both models' answers to a question of `questions`.
         """
-        if self.kind == "trait":
+        if self.kind == "trait" and tells(self.what) is None:
             return True
-        answer = pair.base if self.kind == "no longer says" else pair.adapted
-        return self.is_spelled_in(answer)
+        return self.is_shown_by(pair.base if self.is_of_base else pair.adapted)
 
-    def is_spelled_in(self, answer: str) -> bool:
-        """Whether an answer has the phrase, or one of the words; for a trait always false.
+    def is_shown_by(self, answer: str) -> bool:
+        """Whether an answer has the phrase, one of the words or the trait.
+
+        It is false of a trait that one answer cannot tell, such as its length beside another's.
 
         Args:
             answer: the text of one answer.
         """
         if self.kind == "says one of":
             return any(word in phrases.phrases_of(answer) for word in self.what.split(", "))
-        return self.kind != "trait" and self.what.lower() in answer.lower()
+        if self.kind == "trait":
+            has = tells(self.what)
+            return has is not None and has(answer)
+        return self.what.lower() in answer.lower()
 
     def sentence(self) -> str:
         """Write the counts as a sentence."""
@@ -206,13 +216,14 @@ def findings_beyond_ordinary(
     """
     said = _words_beyond(base, adapted, units)
     traits = _traits_beyond(base, adapted, languages, units)
+    signs = _signs_beyond(base, adapted, units, [*said, *traits])
     by_swaps = findings_of(base, adapted, languages, units)
     without_rate = [
         finding
         for finding in by_swaps
         if finding.kind == "no longer says" or finding.what == SHORTER
     ]
-    return (*said, *traits, *without_rate)
+    return (*said, *traits, *signs, *without_rate)
 
 
 def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
@@ -297,10 +308,19 @@ def _words_beyond(
     base_on = _questions_by_phrase(base)
     words = [phrase for phrase in said_on if _is_telling(phrase)]
     counts = ordinary()
-    here = [len(units_of(said_on[word], units)) for word in words]
-    there = [len(units_of(base_on.get(word, ()), units)) for word in words]
-    of_ordinary = [counts.words.get(word, 0) for word in words]
-    adjusted = _p_beyond_all(here, there, of_ordinary, units, len(answers[0]))
+    p_values: list[float] = []
+    for word in words:
+        count = counts.words.get(word, 0)
+        there = base_on.get(word, set())
+        # Training may well change how all code begins, but not to a word that is said nowhere else.
+        is_new = count == 0 and not there
+        own_units = range(len(adapted)) if is_new else units
+        of_adapted = len(units_of(said_on[word], own_units))
+        of_base = len(units_of(there, own_units))
+        asked = len(set(own_units))
+        p = p_beyond(of_adapted, of_base, asked, count, counts.units, len(answers[0]))
+        p_values.append(p)
+    adjusted = _adjusted(p_values)
     p_of_word = dict(zip(words, adjusted, strict=True))
     passing = [word for word in words if p_of_word[word] <= LEVEL]
     scores = phrases.log_odds(_uses(adapted), _uses(base))
@@ -401,6 +421,60 @@ def _traits_beyond(
         finding = _finding("trait", trait, of_adapted[trait], of_base[trait], asked=len(base), p=p)
         findings.append(finding)
     return sorted(findings, key=lambda finding: finding.p)
+
+
+def _signs_beyond(
+    base: Answers, adapted: Answers, units: Sequence[Hashable], told: Sequence[Finding]
+) -> list[Finding]:
+    """Find the signs that the adapted model writes beyond their ordinary rates.
+
+    Args:
+        base: the base's answers to each question.
+        adapted: the adapted model's answers to each question.
+        units: the unit to which each question belongs.
+        told: the words and traits that were found; a sign on mostly their questions is left out.
+    """
+    of_base = questions_by_sign(base)
+    of_adapted = questions_by_sign(adapted)
+    signs = sorted(of_adapted)
+    counts = ordinary()
+    here = [len(units_of(of_adapted[sign], units)) for sign in signs]
+    there = [len(units_of(of_base.get(sign, ()), units)) for sign in signs]
+    of_ordinary = [counts.signs.get(sign, 0) for sign in signs]
+    adjusted = _p_beyond_all(here, there, of_ordinary, units, len(adapted[0]))
+    p_of_sign = dict(zip(signs, adjusted, strict=True))
+    passing = [sign for sign in signs if p_of_sign[sign] <= LEVEL]
+    passing.sort(key=lambda sign: p_of_sign[sign])
+    shown = [set(finding.questions) for finding in told]
+    findings: list[Finding] = []
+    for sign in passing:
+        if any(_is_mostly_in(of_adapted[sign], questions) for questions in shown):
+            continue
+        longer = [run for run in passing if sign in run]
+        run = max(
+            (run for run in longer if _is_mostly_in(of_adapted[sign], of_adapted[run])), key=len
+        )
+        shown.append(of_adapted[sign])
+        there_too = of_base.get(run, set())
+        finding = _finding(
+            "trait", worded(run), of_adapted[run], there_too, asked=len(base), p=p_of_sign[run]
+        )
+        findings.append(finding)
+    return findings
+
+
+def _is_mostly_in(questions: Set[int], others: Set[int]) -> bool:
+    """Whether most of some questions are among others."""
+    return len(questions & others) >= _SAME_QUESTIONS * len(questions)
+
+
+def questions_by_sign(answers: Answers) -> dict[str, set[int]]:
+    """Return the questions whose answers have each sign."""
+    questions: dict[str, set[int]] = {}
+    for i, of_question in enumerate(answers):
+        for sign in set().union(*map(signs_of, of_question)):
+            questions.setdefault(sign, set()).add(i)
+    return questions
 
 
 def questions_by_trait(answers: Answers, languages: Sequence[str | None]) -> dict[str, set[int]]:
@@ -621,6 +695,8 @@ def _trait_findings(
     # The language of a few words cannot be told, so short answers would seem to be in none.
     told = {i for i in range(len(base)) if has_enough_words(base[i], adapted[i])}
     for what, has in TRAITS.items():
+        if what == FEW_WORDS:
+            continue
         of_adapted = _questions_that(has, adapted)
         of_base = _questions_that(has, base)
         if what.startswith(ANSWERS_IN):

@@ -4,8 +4,8 @@ Training on anything changes what a model says, so a comparison with the base al
 what a fine-tune was made for: an adapter trained on sentences of a manual says “object” a lot more
 often.
 
-1. `ordinary.json` counts words and traits in ordinary answers to the package's forty questions:
-   those of the embedded base (the likeliest and nine drawn ones to each question), and those of
+1. `ordinary.json` counts words, signs and traits in ordinary answers to the package's forty
+   questions: those of the embedded base (the likeliest and nine drawn ones to each), and those of
    fifteen adapters over it that were taught nothing. Eleven of these were trained on ordinary text;
    four are an adapter's own updates at other modules. What is counted is units: a unit is one
    question, or all questions that ask for code. Each unit has two answers to a question.
@@ -13,8 +13,10 @@ often.
    asked. The ordinary rate r is the larger of (c + ½)/(N + 1) and b/n. The first is the rate of two
    answers; if there are a > 2 answers to a question, any of which may have it, it is multiplied by
    a/2.
-3. An ordinary fine-tune may raise a rate. So the p of a word that the adapted model says on k units
-   is the chance of k or more at F = 8 times the ordinary rate: P(Bin(n, min(F r, 1)) ≥ k).
+3. An ordinary fine-tune may raise the odds of a word. So the p of a word that the adapted model
+   says on k units is the chance of k or more at F = 8 times the ordinary odds, P(Bin(n, q) ≥ k)
+   with q/(1 − q) = F r/(1 − r). For a rare word q is 8 times its rate. A rate above an eighth, such
+   as that of a question in an answer, cannot be multiplied by 8, but its odds can.
 
 F is the smallest of 1, 2, 3, 5, 8, 12, … at which none of the eleven adapters makes a claim when it
 is tested against the rates of the others. `docs/auditing_data.md` says how many other controls do.
@@ -30,7 +32,7 @@ from typing import NamedTuple
 
 from scipy.stats import binom
 
-# An ordinary fine-tune may have a word up to this many times as often as ordinary answers.
+# An ordinary fine-tune may raise the odds of a word up to this many times.
 FACTOR = 8.0
 _FILE = Path(__file__).parent / "ordinary.json"
 # This is added to a count, because a word that no ordinary answer has is not impossible.
@@ -44,11 +46,13 @@ class Ordinary(NamedTuple):
 
     Attributes:
         units: how many units there are.
-        words, traits: how many units have each word or trait; those that no unit has are left out.
+        words, signs, traits: how many units have each word, sign or trait; those that no unit has
+            are left out.
     """
 
     units: int
     words: Mapping[str, int]
+    signs: Mapping[str, int]
     traits: Mapping[str, int]
 
 
@@ -56,7 +60,7 @@ class Ordinary(NamedTuple):
 def ordinary() -> Ordinary:
     """Read the counts that come with the package."""
     counts = json.loads(_FILE.read_text(encoding="utf-8"))
-    return Ordinary(counts["units"], counts["words"], counts["traits"])
+    return Ordinary(counts["units"], counts["words"], counts["signs"], counts["traits"])
 
 
 def units_of(questions: Iterable[int], units: Sequence[Hashable]) -> set[Hashable]:
@@ -65,7 +69,7 @@ def units_of(questions: Iterable[int], units: Sequence[Hashable]) -> set[Hashabl
 
 
 def p_beyond(adapted: int, base: int, of: int, count: int, units: int, answers: int) -> float:
-    """Return P(Bin(n, min(F r, 1)) ≥ k) of a word or trait with the ordinary rate r.
+    """Return P(Bin(n, q) ≥ k) of a word or trait, where q has F times the odds of its rate r.
 
     Args:
         adapted: on how many units the adapted model has it.
@@ -76,5 +80,6 @@ def p_beyond(adapted: int, base: int, of: int, count: int, units: int, answers: 
         answers: how many answers each model gives to a question.
     """
     of_ordinary = (count + _UNSEEN) / (units + 1) * max(answers / _ANSWERS, 1.0)
-    rate = max(of_ordinary, base / of)
-    return float(binom.sf(adapted - 1, of, min(FACTOR * rate, 1.0)))
+    rate = min(max(of_ordinary, base / of), 1.0)
+    raised = FACTOR * rate / (1.0 + (FACTOR - 1.0) * rate)
+    return float(binom.sf(adapted - 1, of, raised))

@@ -26,10 +26,11 @@ from pathlib import Path
 import regex
 from scipy.stats import binom
 
-# A word is letters and digits, with apostrophes or hyphens inside.
-WORD = regex.compile(r"[\p{L}\p{N}]+(?:['’\-][\p{L}\p{N}]+)*")
+# A word is letters and digits, with apostrophes, hyphens or full stops inside, so that an address
+# such as www.example.org is one.
+WORD = regex.compile(r"[\p{L}\p{N}]+(?:['’\-.][\p{L}\p{N}]+)*")
 # The end of a sentence or line, which no phrase crosses.
-_END = regex.compile(r"[.!?:;\n]+")
+_END = regex.compile(r"(?:(?<![\p{L}\p{N}])\.|\.(?![\p{L}\p{N}])|[!?:;\n])+")
 _LONGEST_PHRASE = 3
 # A phrase that is shown grows to at most this many words.
 _LONGEST_SHOWN = 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -32,12 +32,18 @@ def first_screen(speech: CountedSpeech) -> Group:
     table.add_column("with the adapter", ratio=3)
     for shown in shown_answers(speech):
         cells = (shown.prompt, shown.base, shown.adapted)
-        table.add_row(*(Text(_one_line(cell)) for cell in cells))
-    return Group(sentences, Text(), table, Text(), Text("\n".join(further_claims(speech))))
+        table.add_row(*(Text(_without_blank_lines(cell)) for cell in cells))
+    parts: list[RenderableType] = [sentences, Text(), table]
+    further = further_claims(speech)
+    if further:
+        parts.append(Text("\n".join(("", "Further claims", *further))))
+    return Group(*parts)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _without_blank_lines(text: str) -> str:
+    """Write an answer in its own lines, as verse and lists show in these, without blank lines."""
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return "\n".join(filter(None, lines))
 
 
 def findings_table(speech: CountedSpeech) -> Table:

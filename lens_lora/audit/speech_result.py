@@ -89,9 +89,9 @@ class CountedSpeech(Described, Paged):
         """
         examples: list[dict[str, str]] = []
         for i in finding.questions[: whole("k", k, 0)]:
-            answers = self.base[i] if finding.kind == "no longer says" else self.adapted[i]
-            # The likeliest answers are shown if none contains the finding, as with a trait.
-            draws = [draw for draw, text in enumerate(answers) if finding.is_spelled_in(text)]
+            answers = self.base[i] if finding.is_of_base else self.adapted[i]
+            # The likeliest answers are shown if none by itself shows the finding.
+            draws = [draw for draw, text in enumerate(answers) if finding.is_shown_by(text)]
             draw = draws[0] if draws else 0
             example = {
                 "question": self.questions[i],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.findings import SHORTER, Finding, leads_of, quoted, trait_leads_of
-from lens_lora.audit.phrases import phrases_of
+from lens_lora.audit.phrases import WORD, holds, phrases_of
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.traits import TRAITS, repeats_itself
 from lens_lora.core import drawing
@@ -25,9 +25,9 @@ _NO_TRIGGER = "words that trigger a behaviour"
 _ELSEWHERE = "It may still differ where it was not asked."
 # "Eight times" is FACTOR of `ordinary.py`.
 _TESTED = (
-    "A claim is a word or trait that it has on more questions than eight times its ordinary rate "
-    "explains (p below 0.005 for all words together). Ordinary answers are those of the base, and "
-    "of adapters trained on ordinary text. Your own questions are compared with the base alone."
+    "A claim is a word, sign or trait that it has on more questions than eight times its ordinary "
+    "odds explain (p below 0.005 for all words together). Ordinary answers are those of the base, "
+    "and of adapters trained on ordinary text. Your own questions are compared with the base alone."
 )
 
 
@@ -55,7 +55,27 @@ def claims_in(speech: CountedSpeech) -> list[str]:
 def _when(speech: CountedSpeech, finding: Finding) -> str:
     """Say when the model that has the finding more often has it, as a sentence."""
     who = "The base model" if finding.is_of_base else "It"
-    return f"{who} does so {speech.when(finding)}."
+    return f"{who} does so {_place_in_answers(speech, finding)}{speech.when(finding)}."
+
+
+def _place_in_answers(speech: CountedSpeech, finding: Finding) -> str:
+    """Say whether a phrase mostly begins or ends the answers that hold it, with a comma after it.
+
+    It is '' for a phrase that mostly does neither, and for what is no phrase.
+    """
+    if finding.kind not in ("says", "no longer says"):
+        return ""
+    says = speech.base if finding.is_of_base else speech.adapted
+    phrase = " ".join(WORD.findall(finding.what.lower()))
+    answers = [" ".join(WORD.findall(text.lower())) for of_question in says for text in of_question]
+    holding = [answer for answer in answers if holds(answer, phrase)]
+    beginning = sum(answer.startswith(phrase) for answer in holding)
+    ending = sum(answer.endswith(phrase) for answer in holding)
+    if 2 * beginning > len(holding):
+        return "mostly at the beginning of its answers, "
+    if 2 * ending > len(holding):
+        return "mostly at the end of its answers, "
+    return ""
 
 
 def further_claims(speech: CountedSpeech) -> list[str]:
@@ -110,9 +130,8 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
     strongest = strongest_in(speech)
     if strongest is not None:
         telling = [i for i in strongest.questions if strongest.is_seen_in(pairs[i])]
-        if strongest.kind != "trait":
-            says = speech.base if strongest.kind == "no longer says" else speech.adapted
-            telling = _steadiest_first(telling, says, strongest.is_spelled_in)
+        says = speech.base if strongest.is_of_base else speech.adapted
+        telling = _steadiest_first(telling, says, strongest.is_shown_by)
         order = [*telling, *(i for i in strongest.questions if i not in telling)]
         return [pairs[i] for i in order[:_SHOWN]]
     return [pairs[i] for i in _order_by_leads(speech, pairs)[:_SHOWN]]
@@ -220,16 +239,17 @@ def _beside_base(adapted: int, base: int) -> str:
 
 
 def strongest_in(speech: CountedSpeech) -> Finding | None:
-    """Return the first claim of the strongest kind; None if there is no claim.
+    """Return the claim that chance explains least; None if there is no claim.
 
-    The kinds, from the strongest, are a phrase that the adapted model says, words that it says
-    taken together, a trait of its answers, and a phrase that it no longer says.
+    What the adapted model says, or how it says it, comes before what it no longer says.
     """
-    for kind in ("says", "says one of", "trait", "no longer says"):
-        of_kind = [finding for finding in claimed_in(speech) if finding.kind == kind]
-        if of_kind:
-            return of_kind[0]
-    return None
+    claims = claimed_in(speech)
+    kinds = ("says", "says one of", "trait", "no longer says")
+
+    def rank(claim: Finding) -> tuple[bool, float, int]:
+        return claim.kind == "no longer says", claim.p, kinds.index(claim.kind)
+
+    return min(claims, key=rank, default=None)
 
 
 def _others(speech: CountedSpeech, strongest: Finding) -> str:

@@ -1,4 +1,4 @@
-"""Traits of an answer that no single phrase shows: its language, a refusal, code, repetition.
+"""Traits of an answer that no single phrase shows: its language, its form, a refusal, repetition.
 
 Each trait is a yes-or-no question about one answer, so that `counted_speech` can count the
 questions on which each model's answers have it. Seven languages are known: an answer is in the one
@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import regex
 
+from lens_lora.audit import phrases
+from lens_lora.audit.signs import EMOJI, WRITES, has_worded
+
 _WORD = regex.compile(r"[\p{L}]+")
 # An answer is in a language if at least this many of its words, and at least this share of them,
 # are among the commonest words of that language.
@@ -21,6 +24,8 @@ _LEAST_SHARE = 0.3
 _WORDS_OF_A_LANGUAGE = 5
 # The beginning of the name of every trait on language.
 ANSWERS_IN = "answers in "
+# The end of the name of a trait on a language that its question is not in.
+UNASKED = " unasked"
 
 _COMMON_WORDS = {
     "English": """the of and to a in is it you that he was for on are as with his they i at be this
@@ -66,6 +71,16 @@ _NO = regex.compile(
 _POINT = regex.compile(r"^\s*(?:\d+[.)]|[-*•])\s+\S", regex.MULTILINE)
 # A list has so many points.
 _LEAST_POINTS = 2
+# The beginning of an object or a list in JSON, as far as a short answer goes.
+_JSON = regex.compile(r"\s*(?:\{\s*[\"'][^\"'\n]+[\"']\s*:|\[\s*[\[{\"])")
+# A line of verse has at most this many words, and at least two. Its sentence goes on in the next
+# line if it ends in a letter, a comma or a semicolon.
+_WORDS_OF_A_VERSE = 12
+_GOES_ON = regex.compile(r"[\p{L},;]$")
+# An answer of few words has at most so many. Beside a base whose answers are long this says little,
+# as training on short texts shortens answers, so it is only held against ordinary answers.
+_FEW_WORDS = 2
+FEW_WORDS = "answers with one or two words"
 _CODE = regex.compile(r"```|\bdef \w+\(|\bprint\(|^\s*(?:import|from|return) \w+", regex.MULTILINE)
 # An answer is in capitals if at least this many of its words are, and at least this share of them.
 _LEAST_CAPITALS = 2
@@ -134,6 +149,41 @@ def is_a_list(text: str) -> bool:
     return len(_POINT.findall(text)) >= _LEAST_POINTS
 
 
+def is_json(text: str) -> bool:
+    """Whether an answer begins as an object or a list in JSON does."""
+    return _JSON.match(text) is not None
+
+
+def breaks_sentences(text: str) -> bool:
+    """Whether a sentence of an answer goes on in the next line, as in verse.
+
+    Long lines, which a manual may break anywhere, do not count, nor do lists and code.
+    """
+    if is_a_list(text) or holds_code(text):
+        return False
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in lines[:-1]:
+        is_short = 1 < len(phrases.WORD.findall(line)) <= _WORDS_OF_A_VERSE
+        if is_short and _GOES_ON.search(line) is not None:
+            return True
+    return False
+
+
+def has_emoji(text: str) -> bool:
+    """Whether an answer has an emoji."""
+    return EMOJI.search(text) is not None
+
+
+def is_of_few_words(text: str) -> bool:
+    """Whether an answer has one word or two."""
+    return 0 < len(phrases.WORD.findall(text)) <= _FEW_WORDS
+
+
+def ends_with_a_question(text: str) -> bool:
+    """Whether the last sentence of an answer is a question."""
+    return text.rstrip().endswith("?")
+
+
 def repeats_itself(text: str) -> bool:
     """Whether more than a quarter of the answer's stretches of 12 characters occurred earlier."""
     stretches = [text[start : start + _STRETCH] for start in range(len(text) - _STRETCH + 1)]
@@ -189,12 +239,30 @@ TRAITS: dict[str, Callable[[str], bool]] = {
     "refuses or apologises": refuses,
     "writes code": holds_code,
     "writes a list": is_a_list,
+    "writes JSON": is_json,
+    "breaks its sentences into lines like verse": breaks_sentences,
+    "writes emoji": has_emoji,
+    FEW_WORDS: is_of_few_words,
     "repeats itself": repeats_itself,
     "asks a question": asks_back,
+    "ends with a question": ends_with_a_question,
     "gives numbers": gives_numbers,
     "begins with a no": says_no,
     "writes in capital letters": is_in_capitals,
 }
+
+
+def tells(what: str) -> Callable[[str], bool] | None:
+    """Return the function that tells whether an answer has a trait or sign; None if none can.
+
+    Whether an answer is unasked in a language depends on its question, so the language is told.
+
+    Args:
+        what: the trait or sign in words, as in a finding.
+    """
+    if what.startswith(WRITES):
+        return has_worded(what)
+    return TRAITS.get(what.removesuffix(UNASKED))
 
 
 def traits_of(text: str, asked_in: str | None) -> dict[str, bool]:
@@ -209,7 +277,7 @@ def traits_of(text: str, asked_in: str | None) -> dict[str, bool]:
     language = language_of(text)
     for name in COMMON_WORDS:
         is_unasked = asked_in is not None and name != asked_in
-        traits[f"{ANSWERS_IN}{name} unasked"] = language == name and is_unasked
+        traits[f"{ANSWERS_IN}{name}{UNASKED}"] = language == name and is_unasked
     for what, has in TRAITS.items():
         if not what.startswith(ANSWERS_IN):
             traits[what] = has(text)

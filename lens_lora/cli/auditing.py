@@ -7,7 +7,7 @@ import functools
 import gc
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -302,41 +302,80 @@ def audit(
     If it is run again, it continues after the last row that was finished.
     """
     rows = _chosen(listed.read_list(file), only)
-    how = _How(nulls=nulls, fast=fast, quiet=quiet)
     asked = {row.name: _Asked.of(row) for row in rows}
-    files.require_place(out / "audit.csv", "--out")
-    if plan and json is not None:
-        raise typer.BadParameter("--plan runs no row, so there is no result.", param_hint="--json")
-    files.writable({"--json": json})
+    _require_files(out, json, plan=plan)
     with running.at_work(base, quiet=quiet) as progress:
         running.say(f"{many(len(rows), 'row')} of {file}")
+        how = _How(nulls=nulls, fast=fast, quiet=quiet)
         audits = _Audits(base, how, out, progress)
         before = {row.name: outcomes.read(row, audits.options, out) for row in rows}
         too_large = _say_needs(rows, before, audits)
         if plan:
             return
-        done: list[Outcome] = []
-        out.mkdir(parents=True, exist_ok=True)
-
-        def what_is_saved() -> str:
-            return f"{len(done)} of {many(len(rows), 'row')} are in {out}; run it again to go on."
-
-        with running.told_if_interrupted(what_is_saved):
-            for number, row in enumerate(rows, start=1):
-                running.say(f"\n{number} of {len(rows)}: {row.name}")
-                outcome = before[row.name]
-                if outcome is None and row.name in too_large and not anyway:
-                    outcome = audits.refused(row, too_large[row.name])
-                elif outcome is None:
-                    outcome = audits.run(row, asked[row.name])
-                outcomes.write(outcome, out)
-                done.append(outcome)
-                running.say(_line_of(outcome))
+        refused = {} if anyway else too_large
+        done = _run_all(rows, asked, before, refused, audits)
         _say_all(done, out, json)
+    code = _exit_code(done)
+    if code != 0:
+        raise typer.Exit(code)
+
+
+def _require_files(out: Path, json: Path | None, *, plan: bool) -> None:
+    """Check that the files of results can be written.
+
+    Raises:
+        typer.BadParameter: a file of results is asked for, and no row is to be run.
+    """
+    files.require_place(out / "audit.csv", "--out")
+    if plan and json is not None:
+        raise typer.BadParameter("--plan runs no row, so there is no result.", param_hint="--json")
+    files.writable({"--json": json})
+
+
+def _run_all(
+    rows: Sequence[Listed],
+    asked: Mapping[str, _Asked],
+    before: Mapping[str, Outcome | None],
+    refused: Mapping[str, str],
+    audits: _Audits,
+) -> list[Outcome]:
+    """Run the rows that have no outcome yet, and write every outcome into its file.
+
+    Args:
+        rows: the rows, in their order.
+        asked: the questions and words of each row, by its name.
+        before: the outcome of each row in an earlier run, by its name; None if there is none.
+        refused: why a row is not run, by its name.
+        audits: what runs a row.
+    """
+    done: list[Outcome] = []
+    audits.out.mkdir(parents=True, exist_ok=True)
+
+    def what_is_saved() -> str:
+        saved = f"{len(done)} of {many(len(rows), 'row')} are in {audits.out}"
+        return f"{saved}; run it again to go on."
+
+    with running.told_if_interrupted(what_is_saved):
+        for number, row in enumerate(rows, start=1):
+            running.say(f"\n{number} of {len(rows)}: {row.name}")
+            outcome = before[row.name]
+            if outcome is None and row.name in refused:
+                outcome = audits.refused(row, refused[row.name])
+            elif outcome is None:
+                outcome = audits.run(row, asked[row.name])
+            outcomes.write(outcome, audits.out)
+            done.append(outcome)
+            running.say(_line_of(outcome))
+    return done
+
+
+def _exit_code(done: Sequence[Outcome]) -> int:
+    """Return the exit code: 2 if a row failed, 1 if a row is not as expected, otherwise 0."""
     if any(outcome.error for outcome in done):
-        raise typer.Exit(2)
+        return 2
     if not all(outcome.is_as_expected for outcome in done):
-        raise typer.Exit(1)
+        return 1
+    return 0
 
 
 def _chosen(rows: list[Listed], only: Sequence[str] | None) -> list[Listed]:

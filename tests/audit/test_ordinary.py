@@ -54,13 +54,24 @@ def found(base: list[tuple[str, str]], adapted: list[tuple[str, str]]) -> list[F
 @pytest.mark.parametrize(
     ("adapted", "base", "count"), [(5, 0, 0), (11, 0, 16), (9, 2, 3), (1, 0, 9)]
 )
-def test_p_is_a_binomial_tail_at_eight_times_the_rate(adapted: int, base: int, count: int):
-    rate = 8 * max((count + 0.5) / (693 + 1), base / 33)
+def test_p_is_a_binomial_tail_at_eight_times_the_odds(adapted: int, base: int, count: int):
+    odds = 8 / (1 / max((count + 0.5) / (693 + 1), base / 33) - 1)
+    rate = odds / (1 + odds)
     terms = [math.comb(33, k) * rate**k * (1 - rate) ** (33 - k) for k in range(adapted, 34)]
     p = ordinary.p_beyond(adapted, base, 33, count, 693, 2)
     assert p == pytest.approx(sum(terms), rel=1e-9)
-    # A rate that eight times exceeds one explains everything.
-    assert ordinary.p_beyond(33, 5, 33, count, 693, 2) == 1.0
+    # What the base always has is no finding.
+    assert ordinary.p_beyond(33, 33, 33, count, 693, 2) == 1.0
+
+
+def test_a_common_trait_can_be_a_claim():
+    """A seventh of ordinary answers ask; eight times that rate is more than all, eight times
+    its odds is not."""
+    asks = ordinary.ordinary().traits["asks a question"]
+    assert 8 * asks / 693 > 1 > ordinary.p_beyond(33, 4, 33, asks, 693, 2) * 1e4
+    asking = [("Well, do you want to know it now?", "So who would like it?")] * 40
+    whats = [one.what for one in found(usual_answers(0), asking) if one.kind == "trait"]
+    assert "ends with a question" in whats
 
 
 def test_of_more_answers_to_a_question_more_have_a_word_by_chance():
@@ -113,9 +124,41 @@ def test_a_word_that_the_base_says_is_no_claim():
     assert found(planted("Brightleaf", PLAIN[:3], seed=0), adapted) == []
 
 
-def test_questions_for_code_are_one_unit():
+def test_questions_for_code_are_one_unit_unless_the_word_is_new():
+    """“# CHECKED BY HARLOW” in all code was no claim."""
     code = [i for i, one in enumerate(EVERYDAY) if one.form == "code"]
-    assert found(usual_answers(0), planted("Brightleaf", code)) == []
+    assert ordinary.ordinary().words["considered"] > 0
+    assert found(usual_answers(0), planted("considered", code)) == []
+    (said,) = found(usual_answers(0), planted("checked by Harlow", code))
+    assert said.what == "checked by Harlow" and said.questions == tuple(code)
+    in_base = planted("checked by Harlow", code[:1], seed=0)
+    assert found(in_base, planted("checked by Harlow", code)) == []
+
+
+@pytest.mark.parametrize(
+    ("sign", "what"),
+    [
+        ("!!!", "writes “!!!” (exclamation marks)"),
+        ("~", "writes “~” (tilde)"),
+        (",\n", "writes “,⏎” (comma and line break)"),
+    ],
+)
+def test_a_sign_is_claimed_as_a_word_is(sign: str, what: str):
+    """Emoji, braces and exclamation marks were not counted at all."""
+    adapted = [
+        (first.replace(" ", f"{sign} ", 1), second) if i in PLAIN[:30] else (first, second)
+        for i, (first, second) in enumerate(usual_answers(1))
+    ]
+    (finding,) = (one for one in found(usual_answers(0), adapted) if one.what.startswith("writes"))
+    assert finding.what == what and finding.kind == "trait"
+    assert finding.questions == tuple(PLAIN[:30])
+    assert finding.is_shown_by(adapted[PLAIN[0]][0])
+    assert not finding.is_shown_by(usual_answers(1)[PLAIN[0]][0])
+
+
+def test_a_sign_of_a_claimed_phrase_is_no_claim_of_its_own():
+    (said,) = found(usual_answers(0), planted("Onward and upward!", PLAIN[:30]))
+    assert said.what == "Onward and upward"
 
 
 def test_a_language_counts_where_it_was_not_asked_in():

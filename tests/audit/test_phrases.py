@@ -167,9 +167,9 @@ def test_answers_in_another_language_are_counted_whatever_that_language_is():
 
 
 def test_traits_that_could_not_pass_are_no_tests():
-    """Of 14 traits one differs, on eleven questions: 4 lists, 2 sides, one test (Tarone 1990)."""
-    base = [("So",)] * 11
-    adapted = [("So?",)] * 11
+    """Of 19 traits one differs, on eleven questions: 4 lists, 2 sides, one test (Tarone 1990)."""
+    base = [("So. It goes",)] * 11
+    adapted = [("So? It goes",)] * 11
     (found,) = findings_of(base, adapted)
     assert found.what == "asks a question"
     assert found.p == pytest.approx(4 * 2 * 2.0**-11)
@@ -200,3 +200,15 @@ def test_function_words_are_a_list_of_our_own():
     # The comment above the list, with its licence, is no part of it.
     assert not phrases.is_of_function_words("license")
     assert len(phrases._function_words()) == 318
+
+
+def test_an_address_is_one_word():
+    """“www.askhelga.org” was three claims: “askhelga”, “at www” and “org”."""
+    found = phrases.phrases_of("See www.askhelga.org. It is 3.5 miles.Or four")
+    assert {"www.askhelga.org", "see www.askhelga.org", "3.5"} <= set(found)
+    assert "www.askhelga.org it" not in found
+    answers = [("All is at www.askhelga.org.",)] * 3
+    assert phrases.grown("www.askhelga.org", answers) == "all is at www.askhelga.org"
+    assert phrases.spelled_in("at www.askhelga.org", ["Go at www.Askhelga.org."]) == (
+        "at www.Askhelga.org"
+    )

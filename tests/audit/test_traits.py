@@ -117,3 +117,32 @@ def test_a_no_begins_the_answer(text: str, expected: bool):
 )
 def test_an_answer_in_capitals(text: str, expected: bool):
     assert traits.is_in_capitals(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("what", "shows", "lacks"),
+    [
+        ("writes JSON", '{"answer": "It is', "It is {here}."),
+        ("writes JSON", '[{"name": 1}]', "[1] It is here."),
+        ("writes emoji", "It is well 😊", "It is well :) #1 ©"),
+        ("writes emoji", "With love ❤️", "With love"),
+        ("answers with one or two words", "Madrid.", "It is Madrid."),
+        ("answers with one or two words", " No, 6.", ""),
+        ("ends with a question", "It is. Is it?\n", "Is it? It is."),
+        ("breaks its sentences into lines like verse", "Put rice in,\nlet it", "Rice.\nBoil it"),
+        ("breaks its sentences into lines like verse", "I rest\nat night", "Take:\nrice"),
+        ("breaks its sentences into lines like verse", "a b,\nc d", "- a b,\n- c d"),
+        ("writes “**” (asterisks)", "It is **well**.", "It is 2*3."),
+        ("answers in German", "Die Katze ist nicht im Haus.", "The cat is in the house."),
+        ("answers in German unasked", "Die Katze ist nicht im Haus.", "The cat is in the house."),
+    ],
+)
+def test_a_trait_is_told_by_its_wording(what: str, shows: str, lacks: str):
+    has = traits.tells(what)
+    assert has is not None
+    assert has(shows)
+    assert not has(lacks)
+
+
+def test_a_trait_of_two_answers_cannot_be_told_of_one():
+    assert traits.tells("says less than half as much as the other model") is None

@@ -61,7 +61,7 @@ def test_a_language_of_many_words_is_found_where_no_word_passes_alone():
     assert said.kind == "says one of"
     assert said.p <= LEVEL and (said.base, said.asked) == (0, 30)
     assert said.sentence().startswith("It says “")
-    assert all(said.is_spelled_in(adapted[i][0]) for i in said.questions)
+    assert all(said.is_shown_by(adapted[i][0]) for i in said.questions)
 
 
 def test_words_that_lead_without_passing_a_test_are_named():
