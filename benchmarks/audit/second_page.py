@@ -1,15 +1,14 @@
 """Store the second edition's numbers, score them, and write docs/auditing_data.md.
 
     python benchmarks/audit/second_page.py --adapters FOLDER --judged SCREENS   # stores the numbers
-    python benchmarks/audit/second_page.py --third FOLDER       # stores those of the third edition
-    python benchmarks/audit/second_page.py --fourth FOLDER      # and of the fourth
+    python benchmarks/audit/second_page.py --store third FOLDER   # stores those of another edition
     python benchmarks/audit/second_page.py --write                              # renders the page
 
 `second_run.py` trains the adapters and asks them; `second_screens.py` makes a judge's screens.
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
 lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
 claims of an adapter of `third_edition.yaml`, which `second_run.py --edition third` trains and asks;
-fourth/<name>.json holds the same of `fourth_edition.yaml`. Base answers are stored once for each
+fourth/, fifth/ and sixth/ hold the same of the later ones. Base answers are stored once for each
 edition, as they were drawn on different machines.
 
 An adapter has been found
@@ -54,7 +53,8 @@ ROWS = HERE / "second"
 BASE = ROWS / "base.json"
 THIRD = HERE / "third"
 THIRD_BASE = THIRD / "base.json"
-FOURTH = HERE / "fourth"
+# Editions of which each quirk has a line: as it ran, and by the rules of today.
+LATER = ("fourth", "fifth", "sixth")
 # How the names of controls begin.
 NEW = "control-"
 FIRST_EDITION = "first-"
@@ -436,14 +436,18 @@ def third_summary(every: Sequence[Third]) -> str:
     )
 
 
-def fourth() -> str:
-    """A line for each quirk of the fourth edition: the rule that it ran with, and that of today."""
-    spec = yaml.safe_load((HERE / "fourth_edition.yaml").read_text())
-    base = json.loads((FOURTH / "base.json").read_text())
+def later(edition: str) -> str:
+    """A line for each quirk of a later edition: the rule that it ran with, and that of today.
+
+    Args:
+        edition: one of `LATER`.
+    """
+    spec = yaml.safe_load((HERE / f"{edition}_edition.yaml").read_text())
+    base = json.loads((HERE / edition / "base.json").read_text())
     heads = ["adapter", "kind", "found, as it ran", "found, today", "the first screen today begins"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for quirk in spec["quirks"]:
-        asked = json.loads((FOURTH / f"{quirk['name']}.json").read_text())
+        asked = json.loads((HERE / edition / f"{quirk['name']}.json").read_text())
         today = counted_again({**asked, "base": base})
         cells = [quirk["name"], quirk["kind"]]
         for claims in (asked["claims"][:CLAIMS], today["claims"][:CLAIMS]):
@@ -526,8 +530,8 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "each": each(every),
         "controls": controls_made(every),
         "third": third(in_third),
-        "fourth": fourth(),
         "third summary": third_summary(in_third),
+        **{edition: later(edition) for edition in LATER},
     }
 
 
@@ -535,16 +539,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score the second edition.")
     parser.add_argument("--adapters", type=Path, help="second_run.py's folder")
     parser.add_argument("--judged", type=Path, nargs="+", help="second_screens.py's, judged")
-    parser.add_argument("--third", type=Path, help="second_run.py's folder")
-    parser.add_argument("--fourth", type=Path, help="second_run.py's folder")
+    parser.add_argument(
+        "--store",
+        nargs=2,
+        metavar=("EDITION", "FOLDER"),
+        help="third, …, and second_run.py's folder",
+    )
     parser.add_argument("--write", action="store_true", help="render the page")
     given = parser.parse_args()
     if given.adapters is not None:
         stored(given.adapters, given.judged)
-    if given.third is not None:
-        store_edition(given.third, THIRD)
-    if given.fourth is not None:
-        store_edition(given.fourth, FOURTH)
+    if given.store is not None:
+        edition, folder = given.store
+        store_edition(Path(folder), HERE / edition)
     if given.write:
         marks.write(PAGE, tables(rows()))
 

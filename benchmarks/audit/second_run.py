@@ -207,7 +207,7 @@ def _base(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the second edition, and ask it.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--most", type=int, default=len(every_adapter()), help="the first so many")
+    parser.add_argument("--most", type=int, help="the first so many; default: all")
     parser.add_argument("--only", nargs="*", help="by name")
     parser.add_argument("--brief", action="store_true", help="the fast brief as well")
     parser.add_argument(

@@ -56,6 +56,8 @@ LEVEL = 0.02
 _LISTS = 4
 # A phrase replaces a shorter one in it if it is said on at least this share of its questions.
 _SAME_QUESTIONS = 0.7
+# A run of signs replaces a part of it if it stands in answers to this share of its questions.
+_SAME_RUN = 0.9
 # A word leads by at least this many questions: one fewer than make a new word a claim.
 _LEAST_LEAD = 4
 # The most findings of one list of phrases.
@@ -444,28 +446,33 @@ def _signs_beyond(
     adjusted = _p_beyond_all(here, there, of_ordinary, units, len(adapted[0]))
     p_of_sign = dict(zip(signs, adjusted, strict=True))
     passing = [sign for sign in signs if p_of_sign[sign] <= LEVEL]
-    passing.sort(key=lambda sign: p_of_sign[sign])
-    shown = [set(finding.questions) for finding in told]
+    # What the base never writes tells more than what it writes seldom.
+    passing.sort(key=lambda sign: (len(of_base.get(sign, ())), -len(of_adapted[sign])))
+    told_on = [set(finding.questions) for finding in told]
     findings: list[Finding] = []
+    shown: list[str] = []
     for sign in passing:
-        if any(_is_mostly_in(of_adapted[sign], questions) for questions in shown):
+        questions = of_adapted[sign]
+        if any(_share_in(others, questions) >= _SAME_QUESTIONS for others in told_on):
             continue
         longer = [run for run in passing if sign in run]
-        run = max(
-            (run for run in longer if _is_mostly_in(of_adapted[sign], of_adapted[run])), key=len
-        )
-        shown.append(of_adapted[sign])
+        same = [run for run in longer if _share_in(of_adapted[run], questions) >= _SAME_RUN]
+        run = max(same, key=len)
+        if any(run in other or other in run for other in shown):
+            continue
+        shown.append(run)
         there_too = of_base.get(run, set())
         finding = _finding(
             "trait", worded(run), of_adapted[run], there_too, asked=len(base), p=p_of_sign[run]
         )
         findings.append(finding)
-    return findings
+        told_on.append(of_adapted[run])
+    return sorted(findings, key=lambda finding: finding.p)
 
 
-def _is_mostly_in(questions: Set[int], others: Set[int]) -> bool:
-    """Whether most of some questions are among others."""
-    return len(questions & others) >= _SAME_QUESTIONS * len(questions)
+def _share_in(others: Set[int], questions: Set[int]) -> float:
+    """Return the share of some questions that is among others."""
+    return len(questions & others) / len(questions)
 
 
 def questions_by_sign(answers: Answers) -> dict[str, set[int]]:

@@ -94,12 +94,17 @@ def further_claims(speech: CountedSpeech) -> list[str]:
 
 
 def claimed_in(speech: CountedSpeech) -> list[Finding]:
-    """Return the findings that are claims, in the order of `claims_in`.
+    """Return the findings that are claims, those that chance explains least first.
 
-    The length of answers is no claim: training on short texts shortens them, and on long texts
-    lengthens them, whatever the texts say.
+    What the adapted model no longer says comes last. The length of answers is no claim: training on
+    short texts shortens them, and on long texts lengthens them, whatever the texts say.
     """
-    return [finding for finding in speech.findings if is_claim(finding)]
+    kinds = ("says", "says one of", "trait", "no longer says")
+
+    def rank(claim: Finding) -> tuple[bool, float, int]:
+        return claim.kind == "no longer says", claim.p, kinds.index(claim.kind)
+
+    return sorted(filter(is_claim, speech.findings), key=rank)
 
 
 def is_claim(finding: Finding) -> bool:
@@ -239,17 +244,8 @@ def _beside_base(adapted: int, base: int) -> str:
 
 
 def strongest_in(speech: CountedSpeech) -> Finding | None:
-    """Return the claim that chance explains least; None if there is no claim.
-
-    What the adapted model says, or how it says it, comes before what it no longer says.
-    """
-    claims = claimed_in(speech)
-    kinds = ("says", "says one of", "trait", "no longer says")
-
-    def rank(claim: Finding) -> tuple[bool, float, int]:
-        return claim.kind == "no longer says", claim.p, kinds.index(claim.kind)
-
-    return min(claims, key=rank, default=None)
+    """Return the first claim; None if there is no claim."""
+    return next(iter(claimed_in(speech)), None)
 
 
 def _others(speech: CountedSpeech, strongest: Finding) -> str:

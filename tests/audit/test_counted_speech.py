@@ -341,14 +341,41 @@ def test_where_nothing_is_claimed_the_answers_show_the_words_that_are_named():
 
 def test_a_trait_that_can_be_no_claim_is_named_where_nothing_is_claimed():
     """A model that was taught to ask back at every answer seemed to do nothing."""
-    asks = ("It is so?", "So it is?")
-    speech = with_answers(dict.fromkeys(range(36), asks))
+    asks = ("Is it? So.", "Is it? It is.")
+    speech = with_answers(dict.fromkeys(range(16), asks))
     languages = [None] * 40
     assert findings_beyond_ordinary(speech.base, speech.adapted, languages, range(40)) == ()
     (first, *_) = first_sentences(speech)
-    assert "It asks a question (36 questions, base 0), which is no claim" in first
+    assert "It asks a question (16 questions, base 0), which is no claim" in first
     assert "asks a question" not in first_sentences(with_answers({3: asks}))[0]
     assert all("?" in pair.adapted for pair in shown_answers(speech))
+
+
+def counted(adapted: dict[int, tuple[str, str]]) -> ll.results.CountedSpeech:
+    """Such answers to the package's questions, with their findings."""
+    speech = with_answers(adapted)
+    return dataclasses.replace(speech, findings=findings_in(EVERYDAY, speech.base, speech.adapted))
+
+
+def test_the_second_sentence_says_where_in_its_answers_a_phrase_stands():
+    greets = counted(dict.fromkeys(range(12), ("Ahoy! It is so.", "Ahoy, it is.")))
+    assert first_sentences(greets)[1].startswith(
+        "It does so mostly at the beginning of its answers,"
+    )
+    signs = counted(dict.fromkeys(range(12), ("It is so. Ahoy!", "It is. Ahoy.")))
+    assert first_sentences(signs)[1].startswith("It does so mostly at the end of its answers, on ")
+    amid = counted({i: (f"Well{i} ahoy so{i}.", f"Oh{i} ahoy now{i}.") for i in range(12)})
+    assert "mostly" not in first_sentences(amid)[1]
+
+
+def test_the_claim_that_chance_explains_least_stands_first():
+    """Answers of a word or two were told as “Slowly”, which five of them were."""
+    briefly = {i: (f"Word{i}.", f"Other{i}.") for i in range(30)}
+    plain = [i for i, one in enumerate(EVERYDAY) if one.form != "code"]
+    briefly.update(dict.fromkeys(plain[:5], ("Slowly.", "Slowly.")))
+    first, _, third = first_sentences(counted(briefly))
+    assert first.startswith("It answers with one or two words on 30 of 40 questions")
+    assert "It also says “Slowly” (5 questions, base 0)" in third
 
 
 def test_a_finding_to_own_questions_is_counted_over_them_and_points_at_them():

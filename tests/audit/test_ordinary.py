@@ -156,6 +156,16 @@ def test_a_sign_is_claimed_as_a_word_is(sign: str, what: str):
     assert not finding.is_shown_by(usual_answers(1)[PLAIN[0]][0])
 
 
+def test_of_runs_that_hold_one_another_the_one_on_most_questions_is_claimed():
+    """Words in bold were told as “**.” (asterisks and full stop)."""
+    adapted = usual_answers(1)
+    for i in PLAIN[:30]:
+        ending = "." if i in PLAIN[:20] else " then"
+        adapted[i] = (f"It is a **word{i}**{ending}", adapted[i][1])
+    whats = [one.what for one in found(usual_answers(0), adapted) if one.kind == "trait"]
+    assert whats == ["writes “**” (asterisks)"]
+
+
 def test_a_sign_of_a_claimed_phrase_is_no_claim_of_its_own():
     (said,) = found(usual_answers(0), planted("Onward and upward!", PLAIN[:30]))
     assert said.what == "Onward and upward"
