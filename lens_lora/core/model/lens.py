@@ -18,7 +18,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -656,7 +656,7 @@ class LoraLens(AdaptedModel):
                 "does.",
             )
 
-        def __mul__(self, factor: object) -> NoReturn:
+        def __mul__(self, factor: object) -> Any:
             """Refuse a product, and say how an adapter is scaled."""
             raise errors.CallError(
                 f"a lens is not multiplied, by {factor!r} or otherwise",

@@ -45,14 +45,20 @@ def off_from_peft(lens: ll.LoraLens, family: str, how: str) -> float:
     peft = models.peft_model(family, models.hf_model(family))
     tokens = models.tokens()
     groups = by_module(lens)
-    read = partial(peft_readout, peft, tokens, MARGIN.of_logits(lens.model, len(tokens)))
-    start = 0.0 if how == "add_one" else 1.0
-    ends = dict.fromkeys(groups, start)
-    moved = [read(ends | {module: 1 - start}) - read(ends) for module in groups]
-    sign = 1 if how == "add_one" else -1
+    read = MARGIN.of_logits(lens.model, len(tokens))
+
+    def g(scales: dict[str, float]) -> torch.Tensor:
+        return peft_readout(peft, tokens, read, scales)
+
+    every = dict.fromkeys(groups, 1.0)
+    none = dict.fromkeys(groups, 0.0)
+    if how == "add_one":
+        effects = [g(none | {module: 1.0}) - g(none) for module in groups]
+    else:
+        effects = [g(every) - g(every | {module: 0.0}) for module in groups]
     found = patch(lens, tokens, MARGIN, how, group=groups)
     assert list(found.groups) == list(groups)
-    return largest_difference(found.values, sign * torch.stack(moved, 1))
+    return largest_difference(found.values, torch.stack(effects, 1))
 
 
 @pytest.mark.sample(3)
@@ -68,7 +74,11 @@ def test_the_wrong_corner_is_seen(monkeypatch):
     """Negative control: the gates of the neighbour are not within the tolerance."""
     lens = cases.case("llama", NEWEST, "raw").lens
     right = Sites.indicator
-    monkeypatch.setattr(Sites, "indicator", lambda *args: right(*args).roll(1, 0))
+
+    def of_the_neighbour(*args: object) -> torch.Tensor:
+        return right(*args).roll(1, 0)
+
+    monkeypatch.setattr(Sites, "indicator", of_the_neighbour)
     for how in HOWS:
         assert off_from_peft(lens, "llama", how) > 1e-3
 
@@ -83,16 +93,26 @@ def test_groups_one_at_a_time(how: str, group, cls: str):
     """Any groups, each by its own run through `run_with_hooks`."""
     lens = cases.case("llama", cls, "raw").lens
     tokens = models.tokens()
+
+    def g(gates: torch.Tensor) -> torch.Tensor:
+        return plain_readout(lens, tokens, MARGIN, gates)
+
     effects = patch(lens, tokens, MARGIN, how, group=group)
-    base, adapted = (plain_readout(lens, tokens, MARGIN, lens.gates(e)) for e in (0.0, 1.0))
+    base = g(lens.gates(0.0))
+    adapted = g(lens.gates(1.0))
     size = (adapted - base).abs().max()
     assert largest_difference(effects.base, base) < 1e-12 * size
     assert largest_difference(effects.adapted, adapted) < 1e-12 * size
-    for column, indices in enumerate(effects.groups.values()):
-        gates = lens.gates(float(how == "leave_one_out"))
-        gates[list(indices)] = 1 - gates[list(indices)]
-        moved = plain_readout(lens, tokens, MARGIN, gates)
-        expected = moved - base if how == "add_one" else adapted - moved
+
+    for column, members in enumerate(effects.groups.values()):
+        if how == "add_one":
+            gates = lens.gates(0.0)
+            gates[list(members)] = 1.0
+            expected = g(gates) - base
+        else:
+            gates = lens.gates(1.0)
+            gates[list(members)] = 0.0
+            expected = adapted - g(gates)
         assert largest_difference(effects.values[:, column], expected) < 1e-11 * size
 
 
@@ -125,31 +145,44 @@ def test_sites_outside_the_blocks(target: str, cls: str):
     lens = ll.LoraLens(model, linears + outside.named("outside"))
     tokens = models.tokens()
     read = MARGIN.of_logits(model, 2)
+
+    def g(scale: float | torch.Tensor) -> torch.Tensor:
+        return read(lens.logits(tokens, scale)[:, -1])
+
     for how in HOWS:
         effects = patch(lens, tokens, MARGIN, how, sites=["*embed*", "blocks.1.*"])
         assert len(effects.groups) < len(lens.sites)
-        off, on = (0.0, 1.0) if how == "add_one" else (1.0, 0.0)
-        start = read(lens.logits(tokens, off)[:, -1])
-        for name, column in zip(effects.groups, effects.values.T, strict=True):
-            gates = lens.gates(off)
-            gates[lens.site_index(name)] = on
-            moved = read(lens.logits(tokens, gates)[:, -1])
-            assert largest_difference(column, (on - off) * (moved - start)) < 1e-10
+        for name, found in zip(effects.groups, effects.values.T, strict=True):
+            index = lens.site_index(name)
+            if how == "add_one":
+                gates = lens.gates(0.0)
+                gates[index] = 1.0
+                expected = g(gates) - g(0.0)
+            else:
+                gates = lens.gates(1.0)
+                gates[index] = 0.0
+                expected = g(1.0) - g(gates)
+            assert largest_difference(found, expected) < 1e-10
 
 
 def test_by_hand():
     """φ(y) = y²: see two_scalars.py. Alone 22.5 and 45, of a shift of 123.75."""
     lens = scalar_lens(torch.square)
     tokens = torch.tensor([[1, 3]])
-    add, out = (patch(lens, tokens, ll.Margin(0, 1), how) for how in HOWS)
-    assert add.values.tolist() == [[22.5, 45.0]]
-    assert out.values.tolist() == [[141.75 - 63, 141.75 - 40.5]]
-    assert add.shift.tolist() == [123.75]
-    assert add.base.tolist() == [18.0]
-    assert add.interaction.tolist() == [56.25]
-    assert out.interaction.tolist() == [-56.25]
-    assert torch.equal(add.share, add.values / 123.75)
-    linear = patch(scalar_lens(lambda y: y), tokens, ll.Margin(0, 1))
+    margin = ll.Margin(0, 1)
+
+    added = patch(lens, tokens, margin, "add_one")
+    assert added.base.tolist() == [18.0]
+    assert added.shift.tolist() == [123.75]
+    assert added.values.tolist() == [[22.5, 45.0]]
+    assert added.interaction.tolist() == [56.25]
+    assert torch.equal(added.share, added.values / 123.75)
+
+    left_out = patch(lens, tokens, margin, "leave_one_out")
+    assert left_out.values.tolist() == [[141.75 - 63, 141.75 - 40.5]]
+    assert left_out.interaction.tolist() == [-56.25]
+
+    linear = patch(scalar_lens(lambda y: y), tokens, margin)
     assert linear.values.tolist() == [[3.0, 15.0]]
     assert linear.interaction.tolist() == [7.5]
 
@@ -184,17 +217,21 @@ def test_only_some_sites_are_run():
     tokens = models.tokens()
     every = patch(lens, tokens, MARGIN, "leave_one_out")
     some = patch(lens, tokens, MARGIN, "leave_one_out", sites=["*.q", "blocks.1.mlp.*"])
-    names = [n for n in every.groups if n.endswith(".q") or n.startswith("blocks.1.mlp")]
-    assert list(some.groups) == names
-    assert not some.is_by_site
+    chosen = [
+        name for name in every.groups if name.endswith(".q") or name.startswith("blocks.1.mlp")
+    ]
     assert every.is_by_site
-    columns = [list(every.groups).index(n) for n in names]
+    assert not some.is_by_site
+    assert list(some.groups) == chosen
+    assert [site.name for site in some.attribution().sites] == chosen
+    columns = [list(every.groups).index(name) for name in chosen]
     assert largest_difference(some.values, every.values[:, columns]) < 1e-11
-    layers = patch(lens, tokens, MARGIN, sites="*.q", group="layer")
-    assert {n: len(of) for n, of in layers.groups.items()} == {"layer 0": 1, "layer 1": 1}
     with pytest.raises(ValueError, match="every site exactly once"):
-        some.interaction  # noqa: B018
-    assert [s.name for s in some.attribution().sites] == names
+        _ = some.interaction
+
+    layers = patch(lens, tokens, MARGIN, sites="*.q", group="layer")
+    counts = {name: len(members) for name, members in layers.groups.items()}
+    assert counts == {"layer 0": 1, "layer 1": 1}
     with pytest.raises(ValueError, match="group='site'"):
         patch(lens, tokens, MARGIN, group="layer").attribution()
 
@@ -220,6 +257,8 @@ def test_the_result_tells_saves_and_draws(tmp_path):
     lens = cases.case("llama", NEWEST, "raw").lens
     for group in ("site", "layer"):
         effects = patch(lens, models.tokens(), MARGIN, "leave_one_out", group=group)
+        assert "leave_one_out" in repr(effects)
+
         back = Effects.load(effects.save(tmp_path / "effects.safetensors"))
         for name in ("values", "base", "adapted"):
             assert torch.equal(getattr(back, name), getattr(effects, name))
@@ -227,18 +266,24 @@ def test_the_result_tells_saves_and_draws(tmp_path):
             assert getattr(back, name) == getattr(effects, name)
         assert dict(back.meta) == dict(effects.meta)
         assert back.meta["dtype"] == "float64"
+
         frame = effects.to_frame()
         assert len(frame) == effects.values.numel()
         assert frame["value"].tolist() == effects.values.flatten().tolist()
+
         top = effects.top(1, prompt=1)
-        largest = int(effects.values[1].abs().argmax())
         label = "group" if "group" in top else "site"
+        largest = int(effects.values[1].abs().argmax())
         assert top[label].item() == list(effects.groups)[largest]
         assert top["share"].item() == pytest.approx(float(effects.share[1, largest]))
+
         drawn = effects.plot(prompt=1).data[0]
-        shown = drawn.x if group == "layer" else [v for row in drawn.z for v in row]
-        assert sorted(v for v in shown if v is not None) == sorted(effects.values[1].tolist())
-        assert "leave_one_out" in repr(effects)
+        if group == "layer":
+            shown = list(drawn.x)
+        else:
+            shown = [value for row in drawn.z for value in row if value is not None]
+        assert sorted(shown) == sorted(effects.values[1].tolist())
+
     with pytest.raises(ll.errors.LensLoraError, match="not a safetensors file"):
         Effects.load(__file__)
     other = ll.first_order(lens, models.tokens(), MARGIN).save(tmp_path / "other.safetensors")

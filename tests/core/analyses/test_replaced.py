@@ -75,21 +75,24 @@ class Oracle:
         return self.case.peft.base_model.model.get_submodule(module).lora_B["default"]
 
     def run(
-        self,
-        row: Tensor,
-        on: list[str],
-        change: dict[str, Callable[[Tensor], Tensor]] | None = None,
+        self, row: Tensor, on: list[str], changes: dict[str, Change] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and each layer's own B A x, with only some modules on."""
+        """Logits and each layer's own B A x, with only some modules on.
+
+        `changes` maps what a module's layer puts out, before the other modules read it.
+        """
+        changes = changes or {}
         seen: dict[str, Tensor] = {}
-        off = dict.fromkeys([m for m in self.modules if m not in on], 0.0)
+        off = {module: 0.0 for module in self.modules if module not in on}
         with torch.no_grad(), peft_scales(self.case.peft, off), contextlib.ExitStack() as hooks:
             for module in self.modules:
-                hooks.enter_context(self._hooked(module, seen, (change or {}).get(module)))
+                hooks.enter_context(self._hooked(module, seen, changes.get(module)))
             return self.case.peft(row[None]).logits[0], seen
 
     @contextlib.contextmanager
-    def _hooked(self, module: str, seen: dict[str, Tensor], change) -> Iterator[None]:
+    def _hooked(
+        self, module: str, seen: dict[str, Tensor], change: Change | None
+    ) -> Iterator[None]:
         def hook(layer, args, out):
             seen[module] = out[0].clone()
             return out if change is None else change(out[0])[None]
@@ -107,23 +110,34 @@ class Oracle:
     def _stand_ins(self, replace: str, how: str, length: int, text: int) -> dict[str, Tensor]:
         on = self.modules if how == "leave_one_out" else []
         rows = [ids[:n] for ids, n in zip(texts().tokens, TEXT_LENGTHS, strict=True)]
+        instead: dict[str, Tensor] = {}
         if replace == "mean":
-            seen = [self.run(text, on)[1] for text in rows]
-            return {m: torch.cat([s[m][1:] for s in seen]).mean(0) for m in self.modules}
-        donor = self.run(rows[text], on)[1]
-        return {m: donor[m][len(donor[m]) - length + 1 :] for m in self.modules}
+            outputs = [self.run(row, on)[1] for row in rows]
+            for module in self.modules:
+                after_first = [of_row[module][1:] for of_row in outputs]
+                instead[module] = torch.cat(after_first).mean(0)
+        else:
+            _, donor = self.run(rows[text], on)
+            for module in self.modules:
+                # The last tokens of the other text, one fewer than the row has.
+                instead[module] = donor[module][-(length - 1) :]
+        return instead
 
     def effect(self, name: str, how: str, replace: str, members: list[str], prompt: int) -> float:
+        """What the readout loses where the members' outputs are replaced after the first token."""
         row = row_of(prompt, name)
         instead = self.stand_ins(replace, how, row, prompt)
         on = self.modules if how == "leave_one_out" else members
+
+        def replaced(out: Tensor, module: str) -> Tensor:
+            return torch.cat([out[:1], instead[module].expand_as(out[1:])])
+
+        changes: dict[str, Change] = {
+            module: functools.partial(replaced, module=module) for module in members
+        }
         base, _ = self.run(row, [])
-
-        def change(module: str) -> Callable[[Tensor], Tensor]:
-            return lambda out: torch.cat([out[:1], instead[module].expand_as(out[1:])])
-
         own, _ = self.run(row, on)
-        without, _ = self.run(row, on, {m: change(m) for m in members})
+        without, _ = self.run(row, on, changes)
         return read_as(name, prompt, own, base) - read_as(name, prompt, without, base)
 
 
@@ -138,16 +152,20 @@ def groups_of(case: cases.Case) -> dict[str, list[str]]:
 
 def off(case: cases.Case, how: str, replace: str, name: str) -> float:
     """The largest difference from PEFT's hooks."""
-    groups = groups_of(case)
     oracle = Oracle(case)
     found = patch(
-        case.lens, prompts(), READOUTS[name], how, group=groups, replace=replace, texts=texts()
+        case.lens,
+        prompts(),
+        READOUTS[name],
+        how,
+        group=groups_of(case),
+        replace=replace,
+        texts=texts(),
     )
     most = 0.0
-    for column, globs in enumerate(groups.values()):
-        sites = [case.lens.sites[i] for i in list(found.groups.values())[column]]
-        members = list(dict.fromkeys(site.module for site in sites))
-        assert globs
+    for column, indices in enumerate(found.groups.values()):
+        members = list(dict.fromkeys(case.lens.sites[index].module for index in indices))
+        assert members
         for prompt in range(2):
             expected = oracle.effect(name, how, replace, members, prompt)
             most = max(most, abs(float(found.values[prompt, column]) - expected))
@@ -161,10 +179,10 @@ def test_modules_and_groups_against_hooks_on_peft(family: str, cls: str, flags: 
     if not models.is_built_right(family, cls, flags):
         pytest.skip("this version of transformer-lens builds another model")
     case = cases.case(family, cls, flags)
-    names = iter(("response", "KL", "margin", "response"))
-    for how in HOWS:
-        for replace in REPLACES:
-            assert off(case, how, replace, next(names)) < 1e-9
+    assert off(case, "leave_one_out", "mean", "response") < 1e-9
+    assert off(case, "leave_one_out", "resample", "KL") < 1e-9
+    assert off(case, "add_one", "mean", "margin") < 1e-9
+    assert off(case, "add_one", "resample", "response") < 1e-9
 
 
 @pytest.mark.sample(1)
@@ -184,8 +202,13 @@ def test_planted_errors_are_seen(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ll.results.Prompts, "after_first", property(lambda of: of.real))
         assert off(case, "leave_one_out", "mean", "margin") > 1e-3
+
     picked = stand_in._picked
-    monkeypatch.setattr(stand_in, "_picked", lambda u, of, at: picked(u, of, (at - 1).clamp(min=0)))
+
+    def one_token_earlier(u: Tensor, of: Tensor, at: Tensor) -> Tensor:
+        return picked(u, of, (at - 1).clamp(min=0))
+
+    monkeypatch.setattr(stand_in, "_picked", one_token_earlier)
     assert off(case, "leave_one_out", "resample", "margin") > 1e-3
 
 
@@ -218,69 +241,90 @@ class OneRank:
 def test_single_ranks_against_hooks_on_peft(cls: str, flags: str, how: str):
     """σ_j u_j v_jᵀx of a dense SVD: to zero, to the mean and resampled."""
     case = cases.case("qwen2", cls, flags)
+    oracle = Oracle(case)
     name = "response"
     prompt = 0
-    lens = case.lens
-    oracle = Oracle(case)
-    row = row_of(prompt, name)
-    base, _ = oracle.run(row, [])
+    sites = ["blocks.0.attn.v", "blocks.1.attn.o", "blocks.0.*down"]
     for replace in ("zero", *REPLACES):
         found = patch(
-            lens, prompts(), READOUTS[name], how, of="rank", replace=replace,
-            sites=["blocks.0.attn.v", "blocks.1.attn.o", "blocks.0.*down"],
+            case.lens,
+            prompts(),
+            READOUTS[name],
+            how,
+            of="rank",
+            replace=replace,
+            sites=sites,
             texts=None if replace == "zero" else texts(),
-        )  # fmt: skip
+        )
         assert found.values.shape == (2, 9)
         for column, (label, (index,)) in enumerate(found.groups.items()):
-            module = lens.sites[index].module
-            rank = int(label[-2])
-            layer = case.peft.base_model.model.get_submodule(module)
-            one = OneRank(torch.linalg.svd(layer.get_delta_weight("default"))[0], rank)
-            change: Change = one.without
-            if replace != "zero":
-                change = one.by(oracle.stand_ins(replace, how, row, prompt)[module])
-            on = oracle.modules
-            own = {}
-            if how == "add_one":
-                on = [module]
-                own = {module: one.only}
-                change = lambda out, one=one, change=change: one.only(change(out))  # noqa: E731
-            whole, less = (oracle.run(row, on, c)[0] for c in (own, {module: change}))
-            expected = read_as(name, prompt, whole, base) - read_as(name, prompt, less, base)
+            module = case.lens.sites[index].module
+            rank = int(label[-2])  # of `site[rank]`
+            expected = effect_of_a_rank(oracle, name, how, replace, module, rank, prompt)
             assert float(found.values[prompt, column]) == pytest.approx(expected, abs=1e-9)
+
+
+def effect_of_a_rank(
+    oracle: Oracle, name: str, how: str, replace: str, module: str, rank: int, prompt: int
+) -> float:
+    """What the readout loses where one singular direction of a module is replaced."""
+    row = row_of(prompt, name)
+    layer = oracle.case.peft.base_model.model.get_submodule(module)
+    U, _, _ = torch.linalg.svd(layer.get_delta_weight("default"))
+    one = OneRank(U, rank)
+    if replace == "zero":
+        change = one.without
+    else:
+        change = one.by(oracle.stand_ins(replace, how, row, prompt)[module])
+
+    base, _ = oracle.run(row, [])
+    if how == "leave_one_out":
+        own, _ = oracle.run(row, oracle.modules)
+        without, _ = oracle.run(row, oracle.modules, {module: change})
+    else:
+        own, _ = oracle.run(row, [module], {module: one.only})
+        without, _ = oracle.run(row, [module], {module: lambda out: one.only(change(out))})
+    return read_as(name, prompt, own, base) - read_as(name, prompt, without, base)
 
 
 def test_ranks_are_gauge_free_and_become_an_attribution(tmp_path):
     """(GA, BG⁻¹) changes no number; a table and a file have a row for each rank."""
     lens = cases.case("llama", NEWEST, "raw").lens
+    margin = ll.Margin(5, 9)
     G = torch.randn(3, 3, generator=models.seeded(5), dtype=torch.float64)
     turned = {
-        module: ll.LoRAFactors(G @ f.A, f.B @ torch.linalg.inv(G), f.scale)
-        for module, f in lens.adapter.modules.items()
+        module: ll.LoRAFactors(G @ factors.A, factors.B @ torch.linalg.inv(G), factors.scale)
+        for module, factors in lens.adapter.modules.items()
     }
     other = lens.with_adapter(ll.Adapter.from_factors(turned))
-    found, same = (
-        patch(of, prompts(), ll.Margin(5, 9), "leave_one_out", of="rank", replace="mean",
-              texts=texts())
-        for of in (lens, other)
-    )  # fmt: skip
-    assert largest_difference(found.values, same.values) < 1e-9
+
+    def effects(of: ll.LoraLens) -> ll.results.Effects:
+        return patch(
+            of, prompts(), margin, "leave_one_out", of="rank", replace="mean", texts=texts()
+        )
+
+    found = effects(lens)
+    assert largest_difference(found.values, effects(other).values) < 1e-9
+    assert "of='rank', replace='mean', texts=3" in repr(found)
+    assert "blocks.0.attn.q[2]" in found.groups
+    assert found.plot(0).data
+
     split = found.attribution()
     assert split.by == ("rank",)
     assert split.gauge == "svd"
-    assert torch.equal(split.values.flatten(1), found.values)
     assert split.key == "leave_one_out/mean"
+    assert torch.equal(split.values.flatten(1), found.values)
     assert len(split.to_frame()) == 2 * 14 * 3
-    assert "of='rank', replace='mean', texts=3" in repr(found)
+
     again = ll.results.Effects.load(found.save(tmp_path / "ranks.safetensors"))
     assert torch.equal(again.values, found.values)
     assert (again.of, again.replace, again.texts) == ("rank", "mean", 3)
-    assert found.plot(0).data
-    assert "blocks.0.attn.q[2]" in found.groups
-    whole = ll.first_order(lens, prompts(), ll.Margin(5, 9))
-    for meets in (found.summed, lambda of: found.interaction):
-        with pytest.raises(ll.errors.ArgumentError, match="rank"):
-            meets(whole)
+
+    whole = ll.first_order(lens, prompts(), margin)
+    with pytest.raises(ll.errors.ArgumentError, match="rank"):
+        found.summed(whole)
+    with pytest.raises(ll.errors.ArgumentError, match="rank"):
+        _ = found.interaction
 
 
 @pytest.mark.sample(2)
@@ -289,15 +333,17 @@ def test_ranks_are_gauge_free_and_become_an_attribution(tmp_path):
 def test_branching_and_batches_agree(how: str, of: str, monkeypatch):
     """Points that part in the last layer, and a readout that is a person's own function."""
     lens = cases.case("llama", NEWEST, "raw").lens
-    own = ll.Readout.of(lambda logits: logits[:, 5] - logits[:, 9])
+    margin = ll.Margin(5, 9)
+    own_function = ll.Readout.of(lambda logits: logits[:, 5] - logits[:, 9])
     find = functools.partial(patch, lens, prompts(), how=how, of=of, sites="*.1.*", texts=texts())
     for replace in REPLACES:
-        branched, mine = (find(readout=r, replace=replace) for r in (ll.Margin(5, 9), own))
+        branched = find(readout=margin, replace=replace).values
+        own = find(readout=own_function, replace=replace).values
         with monkeypatch.context() as patched:
             patched.setattr("lens_lora.core.function.many_gates.pays", lambda *given: False)
-            plain = find(readout=ll.Margin(5, 9), replace=replace)
-        assert largest_difference(branched.values, plain.values) < 1e-12
-        assert largest_difference(branched.values, mine.values) < 1e-12
+            in_rows = find(readout=margin, replace=replace).values
+        assert largest_difference(branched, in_rows) < 1e-12
+        assert largest_difference(branched, own) < 1e-12
 
 
 def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
@@ -316,15 +362,23 @@ def test_a_text_that_is_given_twice_is_in_the_mean_once(monkeypatch):
     """And so is a beginning that several texts share; however many run at once."""
     lens = cases.case("llama", NEWEST, "raw").lens
     rows = texts().tokens
-    find = functools.partial(patch, lens, prompts(), ll.Margin(5, 9), "add_one", replace="mean")
-    once, twice = (find(texts=given).values for given in (rows[:2], rows[[0, 0, 1, 0]]))
-    assert largest_difference(once, twice) < 1e-12
-    beginning = ll.results.Prompts(rows[[0, 1, 0]], torch.tensor([rows.shape[1], rows.shape[1], 3]))
-    assert largest_difference(once, find(texts=beginning).values) < 1e-12
+    length = rows.shape[1]
+    beginning = ll.results.Prompts(rows[[0, 1, 0]], torch.tensor([length, length, 3]))
+
+    def effects(given: Tensor | ll.results.Prompts) -> Tensor:
+        return patch(
+            lens, prompts(), ll.Margin(5, 9), "add_one", replace="mean", texts=given
+        ).values
+
+    once = effects(rows[:2])
+    assert largest_difference(once, effects(rows[[0, 0, 1, 0]])) < 1e-12
+    assert largest_difference(once, effects(beginning)) < 1e-12
     monkeypatch.setattr(stand_in, "ROW_TOKENS", 1)
-    assert largest_difference(once, find(texts=beginning).values) < 1e-12
+    assert largest_difference(once, effects(beginning)) < 1e-12
+
+    # The control: every token of every text is in the mean.
     monkeypatch.setattr(Prompts, "distinct", lambda texts: texts.after_first)
-    assert largest_difference(once, find(texts=beginning).values) > 1e-4
+    assert largest_difference(once, effects(beginning)) > 1e-4
 
 
 @pytest.mark.bad_input

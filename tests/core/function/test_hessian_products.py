@@ -28,25 +28,31 @@ def test_derivatives_of_every_family_against_differences(family: str, cls: str, 
     lens = lens_of(family, cls, flags)
     prompts = lens.prompts(models.tokens())
     reading = MARGIN.reading(lens.model, prompts)
-    generator = models.seeded(3)
-    u, v = torch.randn(2, len(lens.sites), generator=generator, dtype=torch.float64)
+    sites = len(lens.sites)
+    u, v = torch.randn(2, sites, generator=models.seeded(3), dtype=torch.float64)
     step = 1e-5
+
+    def value(gates: torch.Tensor) -> torch.Tensor:
+        """g, [batch]."""
+        return reading.read(lens.logits(prompts, gates)[:, -1])
 
     def slopes(gates: torch.Tensor) -> torch.Tensor:
         """∂g/∂ε by reverse mode at any gates, [batch, site]."""
         return site_slopes(lens, reading, gates)
 
-    at = torch.full((len(lens.sites),), 0.3, dtype=torch.float64)
-    first = slopes(at) @ v
-    up, down = (reading.read(lens.logits(prompts, at + e * v)[:, -1]) for e in (step, -step))
-    assert largest_difference(first, (up - down) / (2 * step)) < 1e-6 * first.abs().max()
-    for where in (torch.zeros_like(at), at):
-        product = hessian_product(lens, reading, where, v)
-        difference = (slopes(where + step * v) - slopes(where - step * v)) / (2 * step)
+    zero = torch.zeros(sites, dtype=torch.float64)
+    inside = torch.full((sites,), 0.3, dtype=torch.float64)
+    slope = slopes(inside) @ v
+    difference = (value(inside + step * v) - value(inside - step * v)) / (2 * step)
+    assert largest_difference(slope, difference) < 1e-6 * slope.abs().max()
+
+    for gates in (zero, inside):
+        Hv = hessian_product(lens, reading, gates, v)
+        Hu = hessian_product(lens, reading, gates, u)
+        difference = (slopes(gates + step * v) - slopes(gates - step * v)) / (2 * step)
         size = difference.abs().max()
-        assert largest_difference(product, difference) < 1e-6 * size
-        other = hessian_product(lens, reading, where, u)
-        assert largest_difference(product @ u, other @ v) < 1e-9 * size
+        assert largest_difference(Hv, difference) < 1e-6 * size
+        assert largest_difference(Hv @ u, Hu @ v) < 1e-9 * size
 
 
 @pytest.mark.parametrize("target", ["linears", "lm_head", "embedding", "positions", "lora_bias"])
@@ -57,14 +63,17 @@ def test_second_order_of_every_target(target: str, cls: str):
     base, model = hooked("gpt2", cls, "processed")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
     prompts = lens.prompts(models.tokens())
-    step = 1e-5
     readout = ll.LogProb(7)
     reading = readout.reading(model, prompts)
-    one = torch.ones(len(lens.sites), dtype=torch.float64)
+    ones = torch.ones(len(lens.sites), dtype=torch.float64)
+
+    def slopes(at: float) -> torch.Tensor:
+        return ll.first_order(lens, prompts, readout, at=at).values
+
+    step = 1e-5
     for at in (0.0, 1.0):
-        product = hessian_product(lens, reading, at * one, one)
-        up, down = (ll.first_order(lens, prompts, readout, at=at + e) for e in (step, -step))
-        difference = (up.values - down.values) / (2 * step)
+        product = hessian_product(lens, reading, at * ones, ones)
+        difference = (slopes(at + step) - slopes(at - step)) / (2 * step)
         assert largest_difference(product, difference) < 1e-6 * difference.abs().max()
 
 
@@ -73,11 +82,10 @@ def test_second_order_by_hand():
     lens = scalar_lens(torch.square)
     prompts = lens.prompts(torch.tensor([[3]]))
     reading = ll.Logit(0).reading(lens.model, prompts)
-    columns = [
-        hessian_product(lens, reading, torch.zeros(2).double(), e)[0].tolist()
-        for e in torch.eye(2).double()
-    ]
-    assert columns == [[9.0, 45.0], [45.0, 0.0]]
+    zero = torch.zeros(2, dtype=torch.float64)
+    first, second = torch.eye(2, dtype=torch.float64)
+    assert hessian_product(lens, reading, zero, first).tolist() == [[9.0, 45.0]]
+    assert hessian_product(lens, reading, zero, second).tolist() == [[45.0, 0.0]]
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -108,17 +116,16 @@ def test_groups_of_prompts_give_what_all_give(cls: str, monkeypatch):
     prompts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14", "w5"]
     readout = ll.AnswerMargin("w5 w7", "w8 w9")
     reading = readout.reading(lens.model, lens.prompts(prompts))
-    v = lens.gates(0.7)
-    found = []
-    for tokens in (1000, 1):
-        monkeypatch.setattr(batching, "GRAPH_TOKENS", tokens)
+
+    def second_derivatives(tokens_at_once: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(batching, "GRAPH_TOKENS", tokens_at_once)
         second = ll.second_order(lens, prompts, readout, self_curvature=True, progress=False)
-        found.append([
-            hessian_product(lens, reading, lens.gates(0.3), v),
-            ll.coupling(lens, prompts, readout, group="layer", progress=False).matrix,
-            second.self_curvature,
-            second.half_row_sums,
-        ])  # fmt: skip
-    for whole, apart in zip(*found, strict=True):
+        coupling = ll.coupling(lens, prompts, readout, group="layer", progress=False)
+        product = hessian_product(lens, reading, lens.gates(0.3), lens.gates(0.7))
+        return [product, coupling.matrix, second.self_curvature, second.half_row_sums]
+
+    of_all = second_derivatives(1000)
+    one_by_one = second_derivatives(1)
+    for whole, apart in zip(of_all, one_by_one, strict=True):
         assert len(whole) == 3
         assert largest_difference(whole, apart) < 1e-11 * whole.abs().max()
