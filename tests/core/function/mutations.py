@@ -536,8 +536,8 @@ PATH = [
     Mutation(
         "the weights of the nodes are another rule's",
         "integrals/nested_rules.py",
-        "return (1 - np.cos(angles)) / 2, weights / (2 * n)",
-        "return (1 - np.cos(angles)) / 2, weights**2 / (2 * n)",
+        "weights=weights / (2 * n))",
+        "weights=weights**2 / (2 * n))",
         INTEGRAL,
     ),
 ]

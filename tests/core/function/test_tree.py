@@ -24,7 +24,7 @@ def passes(lens: ll.LoraLens, reading) -> many_gates._Passes:
     def inject(gates, rows):
         return ScaleInject(lens.plan, gates)
 
-    return many_gates._Passes(lens, reading, read_value, inject, False, "")
+    return many_gates._Passes(lens, reading, read_value, inject, many_gates.Bar(shown=False))
 
 
 @pytest.mark.sample(6)
