@@ -26,9 +26,9 @@ FORM_NAMES: dict[str, str] = {
     "plain": "without a template",
     "chat": "in conversation",
     "system": "after a system message",
-    "code": "asked for code",
+    "code": "when asked for code",
     "language": "in another language",
-    "own": "your own",
+    "own": "to your own questions",
 }
 
 # The system message before a question of the form 'system'.

@@ -67,6 +67,9 @@ class CountedSpeech(Described, Paged):
             about = f"on questions about {' and '.join(topics)} only"
         else:
             about = f"on {len(topics)} of {len(asked)} topics"
+        if len(forms) == 1 < len(of_each_form):
+            (form,) = forms
+            about = f"only {FORM_NAMES[form]}, {about}"
         return f"{about} ({', '.join(of_each_form)})"
 
     def by(self, finding: Finding) -> pd.DataFrame:

@@ -117,7 +117,7 @@ def length_note(speech: CountedSpeech) -> str:
     for finding in speech.findings:
         if finding.what == SHORTER:
             texts = "long texts" if finding.is_of_base else "short texts"
-            return f"{finding.sentence()} Training on {texts} does this, whatever they say."
+            return f"{finding.sentence()} Training on {texts} does this, whatever the texts say."
     return ""
 
 
@@ -203,8 +203,8 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
     strongest = strongest_in(speech)
     if strongest is None:
         return [
-            f"Nothing stands out in its answers to {asked}: it says nothing more often than "
-            f"ordinary training explains.{_leads_text(speech)}",
+            f"Nothing stands out in its answers to {asked}: no word or form of them is more "
+            f"frequent than ordinary training explains.{_leads_text(speech)}",
             _triggers_text(speech) or length_note(speech) or _ELSEWHERE,
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]

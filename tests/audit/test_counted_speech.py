@@ -108,7 +108,9 @@ def test_an_adapter_that_does_nothing_says_nothing_new():
     speech = ll.counted_speech(lens, OWN, max_new_tokens=3, draws=1, progress=False)
     assert speech.base == speech.adapted
     assert speech.findings == ()
-    assert "it says nothing more often than ordinary training explains" in speech.story()
+    assert (
+        "no word or form of them is more frequent than ordinary training explains" in speech.story()
+    )
 
 
 def _answers_of(
@@ -355,6 +357,17 @@ def counted(adapted: dict[int, tuple[str, str]]) -> ll.results.CountedSpeech:
     """Such answers to the package's questions, with their findings."""
     speech = with_answers(adapted)
     return dataclasses.replace(speech, findings=findings_in(EVERYDAY, speech.base, speech.adapted))
+
+
+def test_the_second_sentence_says_that_a_phrase_stands_in_one_form_alone():
+    """What is said in code alone was told as said on most topics."""
+    code = [i for i, one in enumerate(EVERYDAY) if one.form == "code"]
+    answers = counted({i: (f"# AVAST x{i}", f"# AVAST y{i}") for i in code})
+    marked = dataclasses.replace(answers, forms=tuple(one.form for one in EVERYDAY))
+    assert (
+        "It does so mostly at the beginning of its answers, only when asked for code, on"
+        in (first_sentences(marked)[1])
+    )
 
 
 def test_the_second_sentence_says_where_in_its_answers_a_phrase_stands():
