@@ -285,8 +285,10 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(readout: ll.Readout, cls: 
             alone = patch(lens, prompt, own, names, positions=positions)
             values = both.values[row]
             if positions == "each":
-                padding = values[:, length:]
-                values = values[:, :length]
+                # A row is a prompt and, for an `AnswerMargin`, its answer but for the last token.
+                row_length = alone.values.shape[2]
+                padding = values[:, row_length:]
+                values = values[:, :row_length]
                 assert padding.isnan().all()
                 assert not values.isnan().any()
             size = alone.shift.abs().max()
