@@ -225,8 +225,8 @@ def one_prompt_line(lens: ll.LoraLens) -> None:
     assert not isinstance(plan, ll.LoraLens), "an adapter of plain factors shares a plan"
 
     def products() -> None:
-        factors = plan.factors_of(lens.adapter)
-        plan.slopes([factors])
+        factors = plan.stacked([lens.adapter])
+        plan.slopes(factors)
         plan.relative_norm(factors)
 
     times = seconds_of_turns(

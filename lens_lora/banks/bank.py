@@ -163,8 +163,8 @@ class Bank:
         if isinstance(plan, SharedPlan) and is_plan_enough:
             self._warn_of_other_base(adapter)
             lens = plan.lens
-            factors = plan.factors_of(adapter)
-            (by_half,) = plan.slopes([factors])
+            factors = plan.stacked([adapter])
+            (by_half,) = plan.slopes(factors)
             relative_norm = plan.relative_norm(factors)
         else:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,6 @@ from torch import Tensor
 from lens_lora.banks.plain_factors import (
     Shapes,
     SharedPlan,
-    StackedFactors,
     can_share_plan,
     shapes_of,
 )
@@ -48,6 +48,13 @@ LARGE = 2**28
 
 # A lens with the adapter's sites, and ∂g/∂ε_l at them for each half.
 SlopesOfAdapter = tuple[LoraLens, Sequence[Float[Tensor, "prompt site"]]]
+
+
+class _WithinReach(NamedTuple):
+    """An adapter, and the same without the modules that cannot move what is read."""
+
+    adapter: Adapter
+    within_reach: Adapter
 
 
 class RecordedBase:
@@ -105,7 +112,9 @@ class RecordedBase:
         Raises:
             LensLoraError: the adapter does not fit the model.
         """
-        shapes = shapes_of(adapter)
+        return self._plan_of(adapter, shapes_of(adapter))
+
+    def _plan_of(self, adapter: Adapter, shapes: Shapes) -> SharedPlan | LoraLens:
         if shapes in self.plans:
             return self.plans[shapes]
         lens = _lens_of(adapter, self._lens)
@@ -131,7 +140,7 @@ class RecordedBase:
         plan = self.plan_of(within_reach)
         if isinstance(plan, LoraLens):
             return plan, self.split(plan)
-        (slopes,) = plan.slopes([plan.factors_of(within_reach)])
+        (slopes,) = plan.slopes(plan.stacked([within_reach]))
         return plan.lens, slopes
 
     def slopes_of_plain(self, adapters: Sequence[Adapter]) -> dict[int, SlopesOfAdapter]:
@@ -140,23 +149,22 @@ class RecordedBase:
         Adapters of the same shapes are contracted together. Adapters that are left out are to be
         passed to `slopes`, one by one, which raises an error if one does not fit.
         """
-        by_plan: dict[SharedPlan, list[Adapter]] = {}
-        factors_by_plan: dict[SharedPlan, list[list[StackedFactors]]] = {}
+        alike: dict[SharedPlan, list[_WithinReach]] = {}
         for adapter in adapters:
             with contextlib.suppress(LensLoraError):
                 within_reach = self.within_reach(adapter)
-                if not shapes_of(within_reach):
+                shapes = shapes_of(within_reach)
+                if not shapes:
                     continue
-                plan = self.plan_of(within_reach)
+                plan = self._plan_of(within_reach, shapes)
                 if isinstance(plan, SharedPlan):
-                    by_plan.setdefault(plan, []).append(adapter)
-                    factors_by_plan.setdefault(plan, []).append(plan.factors_of(within_reach))
+                    alike.setdefault(plan, []).append(_WithinReach(adapter, within_reach))
 
         by_id: dict[int, SlopesOfAdapter] = {}
-        for plan, alike in by_plan.items():
-            slopes_of_each = plan.slopes(factors_by_plan[plan])
-            for adapter, slopes in zip(alike, slopes_of_each, strict=True):
-                by_id[id(adapter)] = (plan.lens, slopes)
+        for plan, of_plan in alike.items():
+            factors = plan.stacked([each.within_reach for each in of_plan])
+            for each, slopes in zip(of_plan, plan.slopes(factors), strict=True):
+                by_id[id(each.adapter)] = (plan.lens, slopes)
         return by_id
 
     def split(self, lens: LoraLens, axes: tuple[str, ...] = ()) -> list[Tensor]:

@@ -7,8 +7,8 @@ in the basis of the hooked model (`core/model/basis.py`).
 1. Adapters of the same modules and shapes differ only in A, B and s, so they share what a lens has
    worked out about the model (`SharedPlan`).
 2. Maps of one kind and shape, layer by layer, form one batch (`_MapGroup`).
-3. Adapters that are contracted together are concatenated along the axis of ranks, so that the
-   recorded tensors are read once for all of them.
+3. Adapters that are contracted together are stacked side by side along the axis of ranks, so that
+   the recorded tensors are read once for all of them.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def _columns(halves: Sequence[Half]) -> list[Addresses]:
 
 
 class StackedFactors(NamedTuple):
-    """The factors of one adapter for a group of maps, or of several adapters side by side.
+    """The factors of some adapters for a group of maps, side by side along the axis of ranks.
 
     Attributes:
-        A: the adapter's A, without γ.
+        A: the adapters' A, without γ.
         B: B'ᵀ, centred if the model's writing weights are.
         scales: the scale s of each map and adapter.
     """
@@ -110,12 +110,16 @@ class SharedPlan:
         self._groups = [_MapGroup(lens, sorted(group), views) for group in groups.values()]
 
     @torch.no_grad()
-    def factors_of(self, adapter: Adapter) -> list[StackedFactors]:
-        """Return the factors of such an adapter for each group of maps."""
-        return [group.factors_of(adapter) for group in self._groups]
+    def stacked(self, adapters: Sequence[Adapter]) -> list[StackedFactors]:
+        """Return the factors of some such adapters, for each group of maps."""
+        return [group.stacked(adapters) for group in self._groups]
 
     def relative_norm(self, factors: Sequence[StackedFactors]) -> float:
-        """Compute ‖ΔW‖ / ‖W‖ over all adapted modules, equal to that of a lens's plan."""
+        """Compute ‖ΔW‖ / ‖W‖ over all adapted modules, equal to that of a lens's plan.
+
+        Args:
+            factors: what `stacked` returns for a single adapter.
+        """
         squares = 0.0
         for group, of_group in zip(self._groups, factors, strict=True):
             squares += group.square_norm(of_group)
@@ -123,22 +127,23 @@ class SharedPlan:
 
     @torch.no_grad()
     def slopes(
-        self, adapters: Sequence[Sequence[StackedFactors]]
+        self, factors: Sequence[StackedFactors]
     ) -> list[tuple[Float[Tensor, "prompt site"], ...]]:
         """Compute ∂g/∂ε_l at 0 of each adapter, over the rows of each half.
 
         Args:
-            adapters: the factors of each adapter, from `factors_of`.
+            factors: what `stacked` returns for the adapters.
         """
         lens = self.lens
+        adapter_count = factors[0].scales.shape[1]
         columns_of_groups: list[Iterator[Tensor]] = []
-        for group, *factors in zip(self._groups, *adapters, strict=True):
-            columns_of_groups.append(group.slopes(_side_by_side(factors)))
+        for group, of_group in zip(self._groups, factors, strict=True):
+            columns_of_groups.append(group.slopes(of_group))
 
         by_half: list[list[Tensor]] = []
         for half in self._halves:
             row_count = len(half.owner)
-            shape = (len(adapters), row_count, len(lens.sites))
+            shape = (adapter_count, row_count, len(lens.sites))
             by_row = torch.zeros(shape, dtype=lens.gate_dtype).to(lens.device)
             for group, columns in zip(self._groups, columns_of_groups, strict=True):
                 for by_token in itertools.islice(columns, len(half.columns)):
@@ -165,16 +170,6 @@ def _kind(lens: LoraLens, injection: Injection, recorded: _RecordedMap) -> tuple
     return (lens.sites[injection.site].kind, injection.map.rank, has_offset, *stacks)
 
 
-def _side_by_side(factors: Sequence[StackedFactors]) -> StackedFactors:
-    """Concatenate the factors of several adapters along the ranks; a single one is not copied."""
-    if len(factors) == 1:
-        return factors[0]
-    A = torch.cat([each.A for each in factors], 1)
-    B = torch.cat([each.B for each in factors], 1)
-    scales = torch.cat([each.scales for each in factors], 1)
-    return StackedFactors(A, B, scales)
-
-
 class _MapGroup:
     """Maps of one kind and shape, layer by layer.
 
@@ -197,18 +192,19 @@ class _MapGroup:
         inputs = tensors[1::2]
         self._columns = list(zip(gradients, inputs, strict=True))
 
-    def factors_of(self, adapter: Adapter) -> StackedFactors:
-        """Return an adapter's factors in the model's basis, without γ."""
+    def stacked(self, adapters: Sequence[Adapter]) -> StackedFactors:
+        """Return the adapters' factors in the model's basis, without γ, side by side."""
         basis = self._basis
         reads: list[Tensor] = []
         writes: list[Tensor] = []
         scales: list[float] = []
         for site in self._factors:
-            update = cast(LoRAFactors, adapter.modules[site.key])
-            B = update.B if site.rows is None else update.B[site.rows]
-            reads.append(update.A)
-            writes.append(B)
-            scales.append(update.scale * update.strength)
+            for adapter in adapters:
+                update = cast(LoRAFactors, adapter.modules[site.key])
+                B = update.B if site.rows is None else update.B[site.rows]
+                reads.append(update.A)
+                writes.append(B)
+                scales.append(update.scale * update.strength)
 
         A = torch.stack(reads).to(basis.device, basis.dtype)
         back = torch.stack(writes).mT.to(A, memory_format=torch.contiguous_format)
@@ -217,7 +213,14 @@ class _MapGroup:
         if basis.kv_copies > 1:
             by_head = back.unflatten(-1, (-1, basis.d_head))
             back = by_head.repeat_interleave(basis.kv_copies, -2).flatten(-2)
-        return StackedFactors(A, back, A.new_tensor(scales)[:, None])
+
+        # The stacks are [map · adapter, rank, _], so the ranks of one map's adapters are adjacent.
+        shape = (len(self._factors), len(adapters))
+        return StackedFactors(
+            A=A.unflatten(0, shape).flatten(1, 2),
+            B=back.unflatten(0, shape).flatten(1, 2),
+            scales=A.new_tensor(scales).view(shape),
+        )
 
     def square_norm(self, factors: StackedFactors) -> float:
         """Compute Σ ‖ΔW‖² = Σ s² tr((BᵀB)(AAᵀ)) over the model's own weights."""

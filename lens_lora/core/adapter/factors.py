@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lens_lora import guesses
-from lens_lora.compat import in_float64
+from lens_lora.compat import float64_device, in_float64
 from lens_lora.core.adapter.dense import is_reversal, reversal, written_out
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
@@ -96,10 +96,9 @@ class LoRAFactors(guesses.Answering):
             if isinstance(getattr(self, name), Tensor):
                 object.__setattr__(self, name, written_out(getattr(self, name)))
         tensors = {"A": self.A, "B": self.B, **_tensors(self, (*_VECTORS, "base_weight"))}
-        _require_numbers(tensors)
+        sizes = _finite_norms(tensors)
         _require_finite(scale=self.scale, strength=self.strength)
         self._require_shapes()
-        sizes = {name: norm_of(tensor) for name, tensor in tensors.items()}
         sizes["ΔW"] = abs(self.scale * self.strength) * sizes["A"] * sizes["B"]
         _require_products(sizes, torch.promote_types(self.A.dtype, self.B.dtype))
 
@@ -302,7 +301,7 @@ class TrainedModule(guesses.Answering):
 
     def __post_init__(self) -> None:
         tensors = _tensors(self, _TRAINED)
-        _require_numbers(tensors)
+        sizes = _finite_norms(tensors)
         _require_finite(strength=self.strength)
         if self.weight is None and self.bias is None:
             raise AdapterError("a trained module has a weight or a bias, and this one has neither.")
@@ -315,7 +314,6 @@ class TrainedModule(guesses.Answering):
             if len(shape) != 1 or 0 in shape:
                 raise AdapterError(f"bias is {shape}; expected a vector.")
         self._require_tokens()
-        sizes = {name: norm_of(tensor) for name, tensor in tensors.items()}
         first_tensor = next(iter(tensors.values()))
         _require_products(sizes, first_tensor.dtype)
 
@@ -455,8 +453,8 @@ def norm_of(tensor: Tensor | None) -> float:
         return 0.0
     if is_reversal(tensor):
         return math.sqrt(len(tensor))
-    entries = in_float64(tensor.detach())
-    return float(torch.linalg.vector_norm(entries))
+    entries = tensor.detach().to(float64_device(tensor.device))
+    return float(torch.linalg.vector_norm(entries, dtype=torch.float64))
 
 
 def _tensors(update: ModuleUpdate, names: Iterable[str]) -> dict[str, Tensor]:
@@ -465,18 +463,21 @@ def _tensors(update: ModuleUpdate, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _require_numbers(tensors: Mapping[str, Any]) -> None:
-    """Refuse anything but finite tensors of floating point."""
+def _finite_norms(tensors: Mapping[str, Any]) -> dict[str, float]:
+    """The norm of each tensor; anything but finite tensors of floating point is refused."""
+    norms: dict[str, float] = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise AdapterError(f"{key} is a {type(tensor).__name__}; expected a tensor.")
         if tensor.dtype not in _DTYPES:
             fact = f"factors must be floating point of 16 bits or more, and {key} is {tensor.dtype}"
             raise AdapterError(f"{fact}; dequantise the adapter before loading it.")
-        # A finite sum has finite terms, and takes a tenth as long; a sum may also overflow.
-        is_finite = math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
-        if not is_finite:
+        norm = norm_of(tensor)
+        # A finite norm has finite terms; the norm of finite terms may overflow.
+        if not math.isfinite(norm) and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"the factors contain NaN or infinite entries (in {key}).")
+        norms[key] = norm
+    return norms
 
 
 def _require_finite(**values: Any) -> None:
