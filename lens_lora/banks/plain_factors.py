@@ -228,8 +228,10 @@ class _MapGroup:
         if not self._basis.gamma_is_own:
             reads = self._reads(reads)
         reads = in_float64(reads)
-        writes = in_float64(factors.B * factors.scales[..., None])
-        return float(((writes @ writes.mT) * (reads @ reads.mT)).sum())
+        writes = in_float64(factors.B)
+        by_map = ((writes @ writes.mT) * (reads @ reads.mT)).sum((1, 2))
+        scales = in_float64(factors.scales[:, 0])
+        return float(by_map @ scales.square())
 
     def slopes(self, factors: StackedFactors) -> Iterator[Float[Tensor, "map adapter token"]]:
         """Yield ⟨G, δz⟩ of each map, adapter and token, one column after another."""
