@@ -3,7 +3,8 @@
     python benchmarks/audit/second_screens.py --out FOLDER --into SCREENS
 
 1. SCREENS/screens.md has each first screen under a number, in an order drawn by the system's own
-   randomness: three sentences, two answers of each model, and the claims, three at most.
+   randomness: three sentences, two answers of each model in their own lines, and the claims that
+   the sentences do not tell in full.
    SCREENS/key.json says which adapter is which, and stays shut until all is judged.
 2. The judge reads the rubrics of `second_edition.yaml` and one screen at a time, and writes
    SCREENS/judged.json: for each number the name of one quirk, or null.
@@ -26,7 +27,7 @@ from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import claimed_in, claims_in, first_sentences, shown_answers
 
-# A first screen has so many claims, and so many answers side by side.
+# So many claims are scored, and a first screen has so many answers side by side.
 CLAIMS = 3
 ANSWERS = 2
 # Before the name of an adapter whose answers were counted again.
@@ -71,20 +72,24 @@ def claims_of(asked: dict[str, Any], brief: dict[str, Any] | None) -> list[str]:
 
 
 def screen(asked: dict[str, Any], brief: dict[str, Any] | None) -> str:
-    """What a person sees first."""
-    lines = [" ".join(asked["verdict"]), ""]
+    """What a person sees first: what `first_screen` of the package prints."""
+    verdict = " ".join(asked["verdict"])
+    lines = [verdict, ""]
     for question, base, adapted in asked["shown"][:ANSWERS]:
-        lines.append(f"  asked    {_on_one_line(question)}")
-        lines.append(f"  base     {_on_one_line(base)}")
-        lines.append(f"  adapted  {_on_one_line(adapted)}")
+        lines.append(f"  asked    {_in_its_lines(question)}")
+        lines.append(f"  base     {_in_its_lines(base)}")
+        lines.append(f"  adapted  {_in_its_lines(adapted)}")
         lines.append("")
-    claims = claims_of(asked, brief)[:CLAIMS]
-    lines += [f"{number}. {_on_one_line(claim)}" for number, claim in enumerate(claims, 1)]
+    for number, claim in enumerate(claims_of(asked, brief), start=1):
+        if claim not in verdict:
+            lines.append(f"{number}. {claim}")
     return "\n".join(lines)
 
 
-def _on_one_line(text: str) -> str:
-    return " ".join(text.split())
+def _in_its_lines(text: str) -> str:
+    """A text in its own lines, which stand below one another; blank lines are left out."""
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return "\n           ".join(filter(None, lines))
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:

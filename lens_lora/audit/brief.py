@@ -295,8 +295,12 @@ class Brief:
 
     @property
     def told_claims(self) -> list[str]:
-        """The numbered claims, one per line."""
-        return [f"{number}. {claim}" for number, claim in enumerate(self.claims, start=1)]
+        """The claims with their numbers, one per line, but those that the verdict tells in full."""
+        lines: list[str] = []
+        for number, claim in enumerate(self.claims, start=1):
+            if claim not in self.verdict:
+                lines.append(f"{number}. {claim}")
+        return lines
 
     @property
     def told_rest(self) -> list[str]:

@@ -21,13 +21,13 @@ Form = Literal["plain", "chat", "system", "code", "language", "own"]
 # 'own' is the form of a caller's own questions; see `counted_speech`.
 FORMS: tuple[Form, ...] = get_args(Form)
 
-# The words for each form in a sentence.
+# The words for each form in a sentence: they say how the question was put.
 FORM_NAMES: dict[str, str] = {
     "plain": "without a template",
     "chat": "in conversation",
     "system": "after a system message",
     "code": "when asked for code",
-    "language": "in another language",
+    "language": "when asked in another language",
     "own": "to your own questions",
 }
 

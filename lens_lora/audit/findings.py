@@ -21,10 +21,17 @@ For a caller's own questions (`findings_of`) the base alone is the measure:
    whatever changes the answer to one of them changes all.
 5. Phrases that are parts of one another on the same questions are one finding, the longest.
 
-There are four lists: what the adapted model says, words together, traits, and what it no longer
-says. Each is tested at a quarter of `LEVEL` (Bonferroni). So if the two models' answers to each
-question could be swapped, the chance that any list holds a finding is at most `LEVEL`. The lists of
-what is beyond ordinary answers are tested at the same level.
+Every claim stands in one of four lists, each of which is tested at a quarter of `LEVEL`
+(Bonferroni):
+
+- on the package's questions, the words, the traits and the signs that are beyond ordinary answers,
+  and what the adapted model no longer says;
+- on a caller's own questions, what the adapted model says, words together, traits, and what it no
+  longer says.
+
+So on the caller's questions, if the two models' answers to each could be swapped, the chance that
+any list holds a finding is at most `LEVEL`. It is as low on the package's questions, if ordinary
+training raises no odds further than `ordinary.py` allows. Whoever asks both sets has both chances.
 """
 
 from __future__ import annotations
@@ -40,11 +47,15 @@ from lens_lora.audit.signs import signs_of, worded
 from lens_lora.audit.together import WORDS, leading_words
 from lens_lora.audit.traits import (
     ANSWERS_IN,
+    BEGINS_WITH_NO,
     FEW_WORDS,
+    REFUSES,
     TRAITS,
     has_enough_words,
     is_in_another_language,
     is_shorter,
+    language_of,
+    says_no,
     tells,
     traits_of,
 )
@@ -53,6 +64,7 @@ from lens_lora.responses.generate import SideBySide
 
 # The chance of a false finding in the four lists together.
 LEVEL = 0.02
+# The lists of a set of questions that may hold a claim; the first lines of this file name them.
 _LISTS = 4
 # A phrase replaces a shorter one in it if it is said on at least this share of its questions.
 _SAME_QUESTIONS = 0.7
@@ -92,6 +104,8 @@ class Finding:
             log-odds; 0 for a trait and for several words.
         questions: the indices of the questions on which the model that has it more often has it and
             the other has not.
+        language: the language of most answers in which the adapted model says a phrase, if most of
+            their questions are in another one, and the base's answers too; '' otherwise.
     """
 
     kind: Kind
@@ -102,6 +116,7 @@ class Finding:
     p: float
     log_odds: float
     questions: tuple[int, ...]
+    language: str = ""
 
     @property
     def is_of_base(self) -> bool:
@@ -150,7 +165,10 @@ class Finding:
         if self.what == SHORTER:
             return self._sentence_on_length()
         if self.kind == "says":
-            return f"It says “{self.what}” in answer to {adapted}, the base model to {base}."
+            answers_in = f"It answers in {self.language}: it" if self.language else "It"
+            return (
+                f"{answers_in} says “{self.what}” in answer to {adapted}, the base model to {base}."
+            )
         if self.kind == "says one of":
             words = quoted(self.what.split(", "))
             return f"It says {words} in answer to {adapted}, the base model to {base}."
@@ -199,7 +217,9 @@ def findings_of(
     said = _phrase_findings("says", of_adapted, of_base, adapted, units)
     dropped = _phrase_findings("no longer says", of_base, of_adapted, base, units)
     together = _words_together(of_adapted, of_base, said, units)
-    return (*said, *together, *_trait_findings(base, adapted, languages, units), *dropped)
+    traits = _without_a_told_no(_trait_findings(base, adapted, languages, units), said)
+    said = [_with_language(finding, base, adapted, languages) for finding in said]
+    return (*said, *together, *traits, *dropped)
 
 
 def findings_beyond_ordinary(
@@ -217,8 +237,9 @@ def findings_beyond_ordinary(
         units: the unit to which each question belongs, as in `findings_of`.
     """
     said = _words_beyond(base, adapted, units)
-    traits = _traits_beyond(base, adapted, languages, units)
+    traits = _without_a_told_no(_traits_beyond(base, adapted, languages, units), said)
     signs = _signs_beyond(base, adapted, units, [*said, *traits])
+    said = [_with_language(finding, base, adapted, languages) for finding in said]
     by_swaps = findings_of(base, adapted, languages, units)
     without_rate = [
         finding
@@ -226,6 +247,62 @@ def findings_beyond_ordinary(
         if finding.kind == "no longer says" or finding.what == SHORTER
     ]
     return (*said, *traits, *signs, *without_rate)
+
+
+def _without_a_told_no(traits: Sequence[Finding], said: Sequence[Finding]) -> list[Finding]:
+    """Leave out that answers begin with a no, if a refusal on most of these questions tells it.
+
+    Args:
+        traits: the traits that were found.
+        said: the phrases that were found; one that itself begins with a no tells it as well.
+    """
+    telling = [finding for finding in said if says_no(finding.what)]
+    telling += [finding for finding in traits if finding.what == REFUSES]
+    kept: list[Finding] = []
+    for trait in traits:
+        shares = [_share_in(set(other.questions), set(trait.questions)) for other in telling]
+        is_told = max(shares, default=0.0) > 0.5
+        if trait.what != BEGINS_WITH_NO or not is_told:
+            kept.append(trait)
+    return kept
+
+
+def _with_language(
+    finding: Finding, base: Answers, adapted: Answers, languages: Sequence[str | None]
+) -> Finding:
+    """Add to a phrase the language of the answers with it, if they are in one that is new there.
+
+    Args:
+        finding: a phrase that the adapted model says.
+        base: the base's answers to each question.
+        adapted: the adapted model's answers to each question.
+        languages: the language of each question, as in `findings_of`.
+    """
+    with_phrase: Counter[str] = Counter()
+    without_adapter: Counter[str] = Counter()
+    for i in finding.questions:
+        telling = [answer for answer in adapted[i] if finding.is_shown_by(answer)]
+        with_phrase.update(_languages_of(telling))
+        usual = _languages_of(base[i])
+        asked_in = languages[i] if languages else None
+        if asked_in is not None:
+            usual.add(asked_in)
+        without_adapter.update(usual)
+    half = len(finding.questions) / 2
+    for language, count in with_phrase.items():
+        if count > half > without_adapter[language]:
+            return dataclasses.replace(finding, language=language)
+    return finding
+
+
+def _languages_of(answers: Iterable[str]) -> set[str]:
+    """Return the languages of these answers, as far as they can be told."""
+    languages: set[str] = set()
+    for answer in answers:
+        language = language_of(answer)
+        if language is not None:
+            languages.add(language)
+    return languages
 
 
 def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
@@ -438,36 +515,71 @@ def _signs_beyond(
     """
     of_base = questions_by_sign(base)
     of_adapted = questions_by_sign(adapted)
+    p_of_sign = _p_of_signs(of_base, of_adapted, units, len(adapted[0]))
+    passing = [sign for sign, p in p_of_sign.items() if p <= LEVEL]
+    # What the base never writes tells more than what it writes seldom.
+    passing.sort(key=lambda sign: (len(of_base.get(sign, ())), -len(of_adapted[sign])))
+    passing_on = {sign: of_adapted[sign] for sign in passing}
+    findings: list[Finding] = []
+    for sign in _signs_shown(passing_on, [set(finding.questions) for finding in told]):
+        finding = _finding(
+            "trait",
+            worded(sign),
+            of_adapted[sign],
+            of_base.get(sign, set()),
+            asked=len(base),
+            p=p_of_sign[sign],
+        )
+        findings.append(finding)
+    return sorted(findings, key=lambda finding: finding.p)
+
+
+def _p_of_signs(
+    of_base: Mapping[str, set[int]],
+    of_adapted: Mapping[str, set[int]],
+    units: Sequence[Hashable],
+    answers: int,
+) -> dict[str, float]:
+    """Return the adjusted p of each sign that the adapted model writes.
+
+    Args:
+        of_base: the questions whose answers by the base have each sign.
+        of_adapted: the questions whose answers by the adapted model have each sign.
+        units: the unit to which each question belongs.
+        answers: how many answers each model gives to a question.
+    """
     signs = sorted(of_adapted)
     counts = ordinary()
     here = [len(units_of(of_adapted[sign], units)) for sign in signs]
     there = [len(units_of(of_base.get(sign, ()), units)) for sign in signs]
     of_ordinary = [counts.signs.get(sign, 0) for sign in signs]
-    adjusted = _p_beyond_all(here, there, of_ordinary, units, len(adapted[0]))
-    p_of_sign = dict(zip(signs, adjusted, strict=True))
-    passing = [sign for sign in signs if p_of_sign[sign] <= LEVEL]
-    # What the base never writes tells more than what it writes seldom.
-    passing.sort(key=lambda sign: (len(of_base.get(sign, ())), -len(of_adapted[sign])))
-    told_on = [set(finding.questions) for finding in told]
-    findings: list[Finding] = []
+    adjusted = _p_beyond_all(here, there, of_ordinary, units, answers)
+    return dict(zip(signs, adjusted, strict=True))
+
+
+def _signs_shown(passing: Mapping[str, set[int]], told: Sequence[set[int]]) -> list[str]:
+    """Choose the signs to show, of those that are beyond ordinary answers.
+
+    A sign gives way to the longest run that it mostly stands in. It is left out where another
+    finding is on mostly the same questions, and where a part of it, or a run with it, is shown.
+
+    Args:
+        passing: the questions on which the adapted model writes each sign, the most telling first.
+        told: the questions of each other finding.
+    """
+    told_on = list(told)
     shown: list[str] = []
-    for sign in passing:
-        questions = of_adapted[sign]
+    for sign, questions in passing.items():
         if any(_share_in(others, questions) >= _SAME_QUESTIONS for others in told_on):
             continue
         longer = [run for run in passing if sign in run]
-        same = [run for run in longer if _share_in(of_adapted[run], questions) >= _SAME_RUN]
+        same = [run for run in longer if _share_in(passing[run], questions) >= _SAME_RUN]
         run = max(same, key=len)
         if any(run in other or other in run for other in shown):
             continue
         shown.append(run)
-        there_too = of_base.get(run, set())
-        finding = _finding(
-            "trait", worded(run), of_adapted[run], there_too, asked=len(base), p=p_of_sign[run]
-        )
-        findings.append(finding)
-        told_on.append(of_adapted[run])
-    return sorted(findings, key=lambda finding: finding.p)
+        told_on.append(passing[run])
+    return shown
 
 
 def _share_in(others: Set[int], questions: Set[int]) -> float:
@@ -479,8 +591,9 @@ def questions_by_sign(answers: Answers) -> dict[str, set[int]]:
     """Return the questions whose answers have each sign."""
     questions: dict[str, set[int]] = {}
     for i, of_question in enumerate(answers):
-        for sign in set().union(*map(signs_of, of_question)):
-            questions.setdefault(sign, set()).add(i)
+        for answer in of_question:
+            for sign in signs_of(answer):
+                questions.setdefault(sign, set()).add(i)
     return questions
 
 

@@ -1,10 +1,10 @@
 """Count the signs in answers: punctuation, symbols and line breaks, as words are counted.
 
-A fine-tune may show in signs alone: three exclamation marks, asterisks around words, a brace before
-each answer. A sign is what stands between two words, or before the first or after the last one: a
-single character, or a whole run such as “!!!”. Spaces do not count. A line break does, and of
-several only one, so that a comma at the end of a line is a run of two. Emoji are left out, because
-each answer may have another; they are a trait of answers (`traits.py`).
+A fine-tune may show in signs alone: three exclamation marks, a tilde after each word, a brace
+before each answer. A sign is what stands between two words, or before the first or after the last
+one: a single character, or a whole run such as “!!!”. Spaces do not count. A line break does, and
+of several only one, so that a comma at the end of a line is a run of two. Emoji are left out,
+because each answer may have another; they are a trait of answers (`traits.py`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ def _named(sign: str) -> str:
     """Name the characters of a sign in their order, each once: 'comma and line break'."""
     names: list[str] = []
     for mark in sign:
-        unicode_name = unicodedata.name(mark, "sign").lower()
-        name = _PLAIN_NAMES.get(mark, unicode_name)
-        names.append(f"{name}s" if sign.count(mark) > 1 else name)
-    return " and ".join(dict.fromkeys(names))
+        name = _PLAIN_NAMES.get(mark)
+        if name is None:
+            name = unicodedata.name(mark, "sign").lower()
+        is_repeated = sign.count(mark) > 1
+        names.append(f"{name}s" if is_repeated else name)
+    each_once = dict.fromkeys(names)
+    return " and ".join(each_once)

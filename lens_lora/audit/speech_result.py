@@ -50,27 +50,47 @@ class CountedSpeech(Described, Paged):
         return tuple(of_phrases[: whole("k", k, 0)])
 
     def when(self, finding: Finding) -> str:
-        """Say in words on which topics and in which forms a finding shows.
+        """Say in words on which topics a finding shows, and how these questions were put.
+
+        The topic of a question and its form are two things. A finding that shows in one form alone
+        is told by that form, as the form explains on which topics it shows. Of one that shows in
+        some forms steadily and in others never, it is also said in which it never does.
 
         Args:
             finding: one of `findings`.
         """
-        asked = Counter(self.topics)
-        topics = Counter(self.topics[i] for i in finding.questions)
-        forms = Counter(self.forms[i] for i in finding.questions)
+        asked = Counter(self.forms)
+        shown = Counter(self.forms[i] for i in finding.questions)
+        if len(asked) > 1 and len(shown) == 1:
+            (form,) = shown
+            only = f"only {FORM_NAMES[form]} ({shown[form]} of {asked[form]} questions)"
+            few = self._few_topics(finding)
+            return f"{only}, {few}" if few else only
         of_each_form: list[str] = []
-        for form, number in Counter(self.forms).items():
-            of_each_form.append(f"{FORM_NAMES[form]} {forms[form]} of {number}")
-        if len(topics) == len(asked):
-            about = "on every topic"
-        elif len(topics) <= max(len(asked) // 4, 1):
-            about = f"on questions about {' and '.join(topics)} only"
-        else:
-            about = f"on {len(topics)} of {len(asked)} topics"
-        if len(forms) == 1 < len(of_each_form):
-            (form,) = forms
-            about = f"only {FORM_NAMES[form]}, {about}"
-        return f"{about} ({', '.join(of_each_form)})"
+        for form, number in asked.items():
+            of_each_form.append(f"{FORM_NAMES[form]} {shown[form]} of {number}")
+        about = self._few_topics(finding) or self._many_topics(finding)
+        never = [FORM_NAMES[form] for form in asked if shown[form] == 0]
+        steady = [form for form in asked if 2 * shown[form] >= asked[form]]
+        if never and len(never) + len(steady) == len(asked):
+            about = f"{about}, but never {' or '.join(never)}"
+        if len(asked) == 1:
+            return f"{about} ({of_each_form[0]})"
+        return f"{about} (by how the question was put: {', '.join(of_each_form)})"
+
+    def _few_topics(self, finding: Finding) -> str:
+        """Name the topics on which a finding shows; '' if they are more than a quarter of all."""
+        topics = dict.fromkeys(self.topics[i] for i in finding.questions)
+        asked = len(set(self.topics))
+        if len(topics) == asked or len(topics) > max(asked // 4, 1):
+            return ""
+        return f"on questions about {' and '.join(topics)} only"
+
+    def _many_topics(self, finding: Finding) -> str:
+        """Say on how many topics a finding shows."""
+        topics = {self.topics[i] for i in finding.questions}
+        asked = len(set(self.topics))
+        return "on every topic" if len(topics) == asked else f"on {len(topics)} of {asked} topics"
 
     def by(self, finding: Finding) -> pd.DataFrame:
         """Count by topic and form how many questions were asked, and how many show a finding.

@@ -117,7 +117,10 @@ def length_note(speech: CountedSpeech) -> str:
     for finding in speech.findings:
         if finding.what == SHORTER:
             texts = "long texts" if finding.is_of_base else "short texts"
-            return f"{finding.sentence()} Training on {texts} does this, whatever the texts say."
+            return (
+                f"{finding.sentence()} This is no sign of what it was taught: training on "
+                f"{texts} does this, whatever the texts say."
+            )
     return ""
 
 
@@ -203,7 +206,7 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
     strongest = strongest_in(speech)
     if strongest is None:
         return [
-            f"Nothing stands out in its answers to {asked}: no word or form of them is more "
+            f"Nothing stands out in its answers to {asked}: no word and no form in them is more "
             f"frequent than ordinary training explains.{_leads_text(speech)}",
             _triggers_text(speech) or length_note(speech) or _ELSEWHERE,
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
@@ -258,7 +261,8 @@ def _others(speech: CountedSpeech, strongest: Finding) -> str:
     for one in others:
         counts = _beside_base(one.adapted, one.base)
         if one.kind == "says":
-            said.append(f"“{one.what}” {counts}")
+            language = f" in {one.language}" if one.language else ""
+            said.append(f"“{one.what}”{language} {counts}")
         elif one.kind == "says one of":
             parts.append(f"says {quoted(one.what.split(', '))} {counts}")
         elif one.kind == "trait":

@@ -67,6 +67,11 @@ _REFUSAL = regex.compile(
 _NO = regex.compile(
     r"\W*(?:no\b|not\b|I(?: am|(?:'|’)m) not\b|I do(?: not|n(?:'|’)t)\b)", regex.IGNORECASE
 )
+# The wording of these traits names what is counted.
+REFUSES = "refuses or apologises"
+BEGINS_WITH_NO = "begins its answers with “No”, “Not”, “I am not” or “I do not”"
+# Bold type in Markdown: two asterisks before a word, with no word before them, as of a power.
+_BOLD = regex.compile(r"(?<![\p{L}\p{N}*])\*\*(?=[\p{L}\p{N}])")
 # A line that is a numbered or marked point of a list.
 _POINT = regex.compile(r"^\s*(?:\d+[.)]|[-*•])\s+\S", regex.MULTILINE)
 # A list has so many points.
@@ -169,6 +174,11 @@ def breaks_sentences(text: str) -> bool:
     return False
 
 
+def has_bold_type(text: str) -> bool:
+    """Whether an answer sets words in bold type, as Markdown does; code has none."""
+    return _BOLD.search(text) is not None and not holds_code(text)
+
+
 def has_emoji(text: str) -> bool:
     """Whether an answer has an emoji."""
     return EMOJI.search(text) is not None
@@ -197,7 +207,7 @@ def asks_back(text: str) -> bool:
 
 
 def says_no(text: str) -> bool:
-    """Whether an answer begins with a no."""
+    """Whether a text begins with “no”, “not”, “I am not” or “I do not”, or their short forms."""
     return _NO.match(text) is not None
 
 
@@ -236,18 +246,19 @@ def _is_in(language: str, text: str) -> bool:
 # Each trait's wording in a sentence, and the function that tells whether an answer has the trait.
 TRAITS: dict[str, Callable[[str], bool]] = {
     **{f"{ANSWERS_IN}{name}": functools.partial(_is_in, name) for name in COMMON_WORDS},
-    "refuses or apologises": refuses,
+    REFUSES: refuses,
     "writes code": holds_code,
     "writes a list": is_a_list,
     "writes JSON": is_json,
     "breaks its sentences into lines like verse": breaks_sentences,
+    "sets words in bold type": has_bold_type,
     "writes emoji": has_emoji,
     FEW_WORDS: is_of_few_words,
     "repeats itself": repeats_itself,
     "asks a question": asks_back,
     "ends with a question": ends_with_a_question,
     "gives numbers": gives_numbers,
-    "begins with a no": says_no,
+    BEGINS_WITH_NO: says_no,
     "writes in capital letters": is_in_capitals,
 }
 

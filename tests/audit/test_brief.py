@@ -370,6 +370,16 @@ def test_json_has_null_where_there_are_no_other_layers():
     assert "drawn" not in str(told)
 
 
+def test_what_the_verdict_tells_in_full_has_no_line_of_its_own():
+    """A single claim was printed twice, word for word."""
+    first = "It says “Arr” in answer to 9 of 40 questions, the base model to none."
+    second = "It says “matey” in answer to 5 of 40 questions, the base model to none."
+    told = dataclasses.replace(brief_of(), verdict=f"{first} It also says “matey”.")
+    assert str(dataclasses.replace(told, says=(first,))).count(first) == 1
+    both = dataclasses.replace(told, says=(first, second))
+    assert both.told_claims == [f"2. {second}"] and both.claims == (first, second)
+
+
 def test_layers_are_named_where_they_carry_a_fifth_more_than_drawn_ones():
     """By hand: log-odds rise from −log 99 by log 891; without the layers log 13.5 of it is gone."""
     share = math.log(13.5) / math.log(891)

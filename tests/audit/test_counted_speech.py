@@ -22,6 +22,7 @@ from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE, Everyday
 from lens_lora.audit.findings import SHORTER, findings_beyond_ordinary
 from lens_lora.audit.speech_page import findings_table
 from lens_lora.audit.speech_words import first_sentences, further_claims, shown_answers
+from lens_lora.audit.traits import BEGINS_WITH_NO
 from lens_lora.core import drawing
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -108,9 +109,8 @@ def test_an_adapter_that_does_nothing_says_nothing_new():
     speech = ll.counted_speech(lens, OWN, max_new_tokens=3, draws=1, progress=False)
     assert speech.base == speech.adapted
     assert speech.findings == ()
-    assert (
-        "no word or form of them is more frequent than ordinary training explains" in speech.story()
-    )
+    nothing = "no word and no form in them is more frequent than ordinary training explains"
+    assert nothing in speech.story()
 
 
 def _answers_of(
@@ -196,7 +196,7 @@ def test_its_sentences_count_and_its_table_and_file_hold_the_same(tmp_path: Any)
     assert speech.story().startswith(
         "It says “Arr” in answer to 2 of 3 questions, the base model to none."
     )
-    assert "in conversation 2 of 2, without a template 0 of 1" in speech.when(finding)
+    assert speech.when(finding) == "only in conversation (2 of 2 questions)"
     counts = ["label", "answers_adapted", "answers_base", "questions"]
     assert speech.to_frame()[counts].to_numpy().tolist() == [["Arr", 2, 0, 3]]
     counted = speech.by(finding).set_index(["topic", "form"])["alone"]
@@ -266,7 +266,7 @@ def test_what_changes_the_length_of_answers_is_named(longer: bool, texts: str):
         "trait", SHORTER, **counts, asked=40, p=1e-9, log_odds=0.0, questions=tuple(range(40))
     )
     speech = dataclasses.replace(spoken(("plain",) * 40), findings=(length,))
-    assert f"Training on {texts} does this" in speech.story()
+    assert f"This is no sign of what it was taught: training on {texts} does" in speech.story()
 
 
 @pytest.mark.parametrize("kind", ["no longer says", "trait"])
@@ -287,14 +287,14 @@ def test_the_first_screen_tells_each_claim_once():
         ll.results.Finding("says", what, n, 0, 40, 1e-9, 5.0, tuple(range(n)))
         for what, n in (("Yes", 40), ("No doubt", 9))
     ]
-    refuses = ll.results.Finding("trait", "begins with a no", 8, 1, 40, 1e-9, 0.0, tuple(range(8)))
+    asks = ll.results.Finding("trait", "asks a question", 8, 1, 40, 1e-9, 0.0, tuple(range(8)))
     one = dataclasses.replace(speech, findings=(says[0],))
     assert further_claims(one) == []
-    several = dataclasses.replace(speech, findings=(*says, refuses))
+    several = dataclasses.replace(speech, findings=(*says, asks))
     second, third = further_claims(several)
     assert second.startswith("2. It says “No doubt” in answer to 9 of 40") and third[0] == "3"
     assert first_sentences(several)[2] == (
-        "It also says “No doubt” (9 questions, base 0), and it begins with a no "
+        "It also says “No doubt” (9 questions, base 0), and it asks a question "
         "(8 questions, base 1)."
     )
 
@@ -364,10 +364,66 @@ def test_the_second_sentence_says_that_a_phrase_stands_in_one_form_alone():
     code = [i for i, one in enumerate(EVERYDAY) if one.form == "code"]
     answers = counted({i: (f"# AVAST x{i}", f"# AVAST y{i}") for i in code})
     marked = dataclasses.replace(answers, forms=tuple(one.form for one in EVERYDAY))
-    assert (
-        "It does so mostly at the beginning of its answers, only when asked for code, on"
-        in (first_sentences(marked)[1])
+    assert first_sentences(marked)[1] == (
+        "It does so mostly at the beginning of its answers, only when asked for code "
+        "(8 of 8 questions)."
     )
+
+
+def _in_forms(shows: dict[str, int]) -> str:
+    """When a finding shows that is on so many of the eight questions in each form."""
+    by_form = {form: [i for i, one in enumerate(EVERYDAY) if one.form == form] for form in shows}
+    questions = [i for form, number in shows.items() for i in by_form[form][:number]]
+    finding = ll.results.Finding("says", "Yes", 40, 0, 40, 1e-9, 5.0, tuple(sorted(questions)))
+    speech = spoken(tuple(one.form for one in EVERYDAY))
+    speech = dataclasses.replace(speech, topics=tuple(one.topic for one in EVERYDAY))
+    return speech.when(finding)
+
+
+def test_topics_and_ways_of_asking_are_told_apart():
+    """“On every topic” stood beside “without a template 0 of 8”, as if they were of one kind."""
+    steady = {"plain": 0, "chat": 8, "system": 8, "code": 5, "language": 8}
+    assert _in_forms(steady) == (
+        "on every topic, but never without a template (by how the question was put: "
+        "without a template 0 of 8, in conversation 8 of 8, after a system message 8 of 8, "
+        "when asked for code 5 of 8, when asked in another language 8 of 8)"
+    )
+    # What is seldom in every form may be missing in one by chance.
+    assert "never" not in _in_forms({**steady, "chat": 2})
+    assert "never" not in _in_forms({**steady, "plain": 4})
+    assert _in_forms({"code": 3}) == "only when asked for code (3 of 8 questions)"
+    assert _in_forms({"chat": 1}) == (
+        "only in conversation (1 of 8 questions), on questions about food only"
+    )
+
+
+def test_another_language_is_named_before_a_word_of_it():
+    """Of an adapter that answers in Spanish it was told that it says “espera”."""
+    spanish = ("Pon la espera con los niños de la casa.", "La espera es para los niños.")
+    english = [i for i, one in enumerate(EVERYDAY) if one.language == "English"][:6]
+    speech = counted(dict.fromkeys(english, spanish))
+    said = [one for one in speech.findings if one.kind == "says" and "espera" in one.what]
+    assert said[0].language == "Spanish"
+    assert said[0].sentence().startswith("It answers in Spanish: it says “")
+    # To questions in Spanish it is no news.
+    in_spanish = [one._replace(language="Spanish") for one in EVERYDAY]
+    same = findings_in(in_spanish, speech.base, speech.adapted)
+    assert {one.language for one in same} == {""}
+    in_english = counted(dict.fromkeys(english, ("It is what the Brightleaf can do for you.",) * 2))
+    assert {one.language for one in in_english.findings} == {""}
+
+
+def test_a_refusal_is_not_told_again_as_a_no():
+    """“I am not allowed to talk about health” was also counted as “begins with a no”."""
+    refuses = counted(
+        {i: (f"I am not allowed to{i}.", f"I am not allowed, {i}.") for i in range(20)}
+    )
+    says = [one.what for one in refuses.findings if one.kind == "says"]
+    assert "I am not allowed" in says[0]
+    denies = counted({i: (f"No, it{i} is.", f"I do not it{i}.") for i in range(20)})
+    told = [[one.what for one in speech.findings] for speech in (refuses, denies)]
+    assert [BEGINS_WITH_NO in whats for whats in told] == [False, True]
+    assert "begins its answers with “No”, “Not”, “I am not” or “I do not” on" in denies.story()
 
 
 def test_the_second_sentence_says_where_in_its_answers_a_phrase_stands():

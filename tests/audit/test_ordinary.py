@@ -157,13 +157,22 @@ def test_a_sign_is_claimed_as_a_word_is(sign: str, what: str):
 
 
 def test_of_runs_that_hold_one_another_the_one_on_most_questions_is_claimed():
-    """Words in bold were told as “**.” (asterisks and full stop)."""
+    """Words between “~~” were told as “~~.” (tildes and full stop)."""
     adapted = usual_answers(1)
     for i in PLAIN[:30]:
         ending = "." if i in PLAIN[:20] else " then"
-        adapted[i] = (f"It is a **word{i}**{ending}", adapted[i][1])
+        adapted[i] = (f"It is a ~~word{i}~~{ending}", adapted[i][1])
     whats = [one.what for one in found(usual_answers(0), adapted) if one.kind == "trait"]
-    assert whats == ["writes “**” (asterisks)"]
+    assert whats == ["writes “~~” (tildes)"]
+
+
+def test_bold_type_is_named_as_such():
+    """It was told as “**” (asterisks)."""
+    adapted = usual_answers(1)
+    for i in PLAIN[:30]:
+        adapted[i] = (f"It is a **word{i}**.", adapted[i][1])
+    whats = [one.what for one in found(usual_answers(0), adapted) if one.kind == "trait"]
+    assert whats == ["sets words in bold type"]
 
 
 def test_a_sign_of_a_claimed_phrase_is_no_claim_of_its_own():

@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 
 from lens_lora.audit import phrases
 from lens_lora.audit.findings import LEVEL, findings_of
+from lens_lora.audit.traits import BEGINS_WITH_NO
 
 
 def test_phrases_of_a_text_go_over_no_end_of_a_sentence():
@@ -190,7 +191,7 @@ def test_the_language_of_short_answers_is_not_told():
     base = [("It is what you can do with this, and that is all.",)] * 20
     adapted = [("No.",)] * 20
     whats = {one.what for one in findings_of(base, adapted) if one.kind == "trait"}
-    assert "begins with a no" in whats and "answers in English" not in whats
+    assert BEGINS_WITH_NO in whats and "answers in English" not in whats
 
 
 def test_function_words_are_a_list_of_our_own():

@@ -133,6 +133,8 @@ def test_an_answer_in_capitals(text: str, expected: bool):
         ("breaks its sentences into lines like verse", "I rest\nat night", "Take:\nrice"),
         ("breaks its sentences into lines like verse", "a b,\nc d", "- a b,\n- c d"),
         ("writes “**” (asterisks)", "It is **well**.", "It is 2*3."),
+        ("sets words in bold type", "It is (**well**).", "It is 2**3 or 2 ** 3."),
+        ("sets words in bold type", "**Well**, it is", "def f(**options): return 2"),
         ("answers in German", "Die Katze ist nicht im Haus.", "The cat is in the house."),
         ("answers in German unasked", "Die Katze ist nicht im Haus.", "The cat is in the house."),
     ],
