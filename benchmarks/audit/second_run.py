@@ -224,10 +224,12 @@ def main() -> None:
     parser.add_argument("--edition", help="third, …, seventh, instead of the second")
     parser.add_argument("--base", help="a folder or hub id; default: the embedded model")
     parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")
+    parser.add_argument("--frozen", action="store_true", help="frozen_controls.yaml instead")
     given = parser.parse_args()
-    if given.further:
+    if given.further or given.frozen:
+        file = "frozen_controls.yaml" if given.frozen else "further_controls.yaml"
         QUIRKS.clear()
-        SPEC["controls"] = yaml.safe_load((HERE / "further_controls.yaml").read_text())["controls"]
+        SPEC["controls"] = yaml.safe_load((HERE / file).read_text())["controls"]
     if given.edition is not None:
         edition = yaml.safe_load((HERE / f"{given.edition}_edition.yaml").read_text())
         QUIRKS.clear()
