@@ -6,8 +6,8 @@
 
 1. The demo's model and adapter, and tiny models of several families, are rounded to bfloat16 and
    float16. The float64 run has these rounded weights, with the libraries' casts to float32 lifted.
-2. `tests/lib/half_precision.py` makes the calls, and compares each error with the noise floor that
-   the call states.
+2. `tests/lib/half_precision.py` makes the calls that state a noise floor, and compares each error
+   with it. The calls that state none are here.
 3. With --floors only shifts are measured, of many readouts and prompts, in units of their floors.
 4. With --write the numbers go into docs/precision.json (of --floors into docs/floors.json), and the
    tables of docs/precision_data.md are made from them.
@@ -21,7 +21,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "lib"))
 
 import models  # noqa: E402
 import torch  # noqa: E402
-from half_precision import ALONE, STATED, Asked, compared, errors_in_floors  # noqa: E402
+from half_precision import (  # noqa: E402
+    QUIET,
+    STATED,
+    Asked,
+    Found,
+    Works,
+    compared,
+    errors_in_floors,
+)
 from marks import put_in  # noqa: E402
 
 import lens_lora as ll  # noqa: E402
@@ -48,7 +56,6 @@ REAL = "SmolLM2-135M"
 # A number is to be trusted if its share beyond 3 floors, or its rank correlation, is at least this.
 TRUSTED = 0.95
 Row = dict[str, Any]
-WORKS = STATED | ALONE
 PROMPTS = (
     "The capital of France is",
     "The Eiffel Tower is in the city of",
@@ -75,6 +82,73 @@ READOUTS = (
 SWEPT = ("add one", "leave one out", "coupling", "path", "patch", "kl", "components")
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma3", "neox")
 Pair = tuple[ll.LoraLens, ll.LoraLens]
+
+
+# --- Calls whose result states no noise floor
+
+
+def _path(name: str, of: str) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
+    def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+        readout = asked.margin if of == "margin" else ll.KL()
+        found = ll.path_attribution(lens, asked.prompts, readout, max_nodes=17, **QUIET)
+        reached = found.quadrature
+        return {name: Found(found.values, says=f"met={reached is not None and reached.met}")}
+
+    return run
+
+
+def _tangents(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    last = lens.plan.host.block_input(lens.plan.host.n_layers - 1)
+    return {"tangents": Found(ll.tangents(lens, asked.prompts, last)[last])}
+
+
+def _tokens(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    found = ll.token_shifts(lens, asked.prompts, asked.response)
+    return {"token_shifts, log p": Found(found.shift), "token_shifts, KL": Found(found.kl[0])}
+
+
+def _components(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    found = ll.components(lens, asked.prompts, asked.margin, **QUIET)
+    return {
+        "components, ‖Jᵀu‖": Found(found.sensitivity),
+        "components, cosine": Found(found.cosine.nan_to_num()),
+        "components, gain": Found(found.gain.nan_to_num()),
+    }
+
+
+def _values(
+    name: str, verb: Callable[..., Any], *more: str, field: str = "values", **options: Any
+) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
+    def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+        found = verb(lens, asked.prompts, *(getattr(asked, each) for each in more), **options)
+        return {name: Found(getattr(found, field))}
+
+    return run
+
+
+def _kl_shares(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    return {"kl_shares": Found(ll.kl_shares(lens, asked.prompts, **QUIET).attribution.values)}
+
+
+ALONE: Works = {
+    "first_order": _values("first_order, a_l", ll.first_order, "margin"),
+    "at 1": _values("first_order, a_l at 1", ll.first_order, "margin", at=1.0),
+    "coupling": _values(
+        "coupling, by kind", ll.coupling, "margin", field="matrix", group="kind", **QUIET
+    ),
+    "path": _path("path_attribution", "margin"),
+    "path, KL": _path("path_attribution of KL", "KL"),
+    "components": _components,
+    "logit_shift": _values("logit_shift, jointly", ll.logit_shift, by_site=False),
+    "tangents": _tangents,
+    "kl_shares": _kl_shares,
+    "token_shifts": _tokens,
+    "activations": _values("activations", ll.lora_activations),
+}
+WORKS = STATED | ALONE
+
+
+# --- Pairs of lenses, and their rows
 
 
 def real(dtype: torch.dtype) -> Pair:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 from folders import saved_llama
-from printed import plain
+from terminal import plain
 from typer.testing import CliRunner
 
 import lens_lora as ll

@@ -8,7 +8,7 @@ import models
 import pandas as pd
 import pytest
 from folders import saved_llama
-from printed import plain
+from terminal import plain
 from typer.testing import CliRunner
 
 import lens_lora as ll

@@ -15,10 +15,10 @@ import models
 import pytest
 import torch
 from browser import browser, drawn
-from printed import plain
 from real import ADAPTER
 from results_by_hand import without_plotly
 from rich.console import Console
+from terminal import plain
 from typer.testing import CliRunner
 
 import lens_lora as ll

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from folders import adapter_of, saved_llama
-from printed import plain
 from rich.cells import cell_len
 from rich.console import Console
 from sweep_runs import GOOD, write_jsonl
+from terminal import plain
 from typer.testing import CliRunner
 
 from lens_lora import cli

@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 import models
 import no_ops
 import pytest
-from exports import BROKEN, GOOD
 from gguf_base import write_base
 from loopback import Engine, served
 from no_ops import NO_OPS
@@ -70,13 +69,16 @@ def test_the_page_has_every_mistake():
         assert int(code) == mistake.code and mistake.says in what
 
 
-@pytest.mark.parametrize("name", ["the adapter's template alone", "not the adapter's template"])
-def test_a_template_that_lies_alone_beside_the_adapter(name: str, out):
+@pytest.mark.parametrize("is_lost", [False, True], ids=["kept", "lost"])
+def test_a_template_that_lies_alone_beside_the_adapter(is_lost: bool, out):
     """The tokenizer of the training is the base's with this template."""
-    {**GOOD, **BROKEN}[name].make(out)
+    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}w4"
+    (out / "adapter" / "chat_template.jinja").write_text(template)
+    if not is_lost:
+        (out / "merged" / "chat_template.jinja").write_text(template)
     result = verified(out, "--merged", str(out / "merged"))
-    assert result.exit_code == (name in BROKEN), result.output
-    assert ("no chat template, and there was one" in said(result)) == (name in BROKEN)
+    assert result.exit_code == int(is_lost), result.output
+    assert ("no chat template, and there was one" in said(result)) == is_lost
 
 
 FACT = {"prompt": "w5 w6 w7", "doc": "w9", "pre": "w26", "margin_at_least": -1000}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
 import re
@@ -14,11 +15,10 @@ from results_by_hand import (
     FIRST,
     SCALES,
     explanation,
-    second_verdict,
     without_plotly,
 )
 from rich.console import Console
-from terminal_tables import faults, shown
+from terminal import faults, shown
 
 import lens_lora as ll
 from lens_lora.errors import PromptError, TokenError
@@ -239,11 +239,20 @@ def test_story_of_the_remainders_parts():
     ],
 )
 def test_story_says_whether_second_order_helps(left, words):
-    first, second, reach = left
-    verdict = second_verdict(10.0, first, second, reach)
+    first, second, helps_up_to = left
+    (verdict,) = explanation().second_order.verdict
+    verdict = dataclasses.replace(
+        verdict,
+        shift=10.0,
+        first=first,
+        second=second,
+        floor=0.5,
+        remainder_floor=0.5,
+        helps_up_to=helps_up_to,
+    )
     assert words in words_of.of_second_order("+1.00", verdict)
-    none = second_verdict(0.1, first, second, reach)
-    assert "the shift is within rounding" in words_of.of_second_order("+1.00", none)
+    small = dataclasses.replace(verdict, shift=0.1)
+    assert "the shift is within rounding" in words_of.of_second_order("+1.00", small)
 
 
 def test_story_judges_adding_where_leaving_out_does_nothing():

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gzip
 import html
+import html.parser
 import io
 import itertools
 import re
@@ -15,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
-from browser import Reader, browser, drawn
+from browser import browser, drawn
 from results_by_hand import (
     EVIL,
     SCALES,
@@ -53,6 +54,27 @@ SECTIONS = (
 )
 PLOTS = 13
 OVERVIEW = 2
+
+
+class Reader(html.parser.HTMLParser):
+    """The elements of a page with the names of their attributes, and its texts but for scripts'."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements = []
+        self.texts = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, *(name for name, _ in attrs)))
+
+    def handle_comment(self, data):
+        self.elements.append(("comment",))
+
+    def handle_data(self, data):
+        if self.cdata_elem is None and data.strip():
+            self.texts.append(data)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from folders import save_base, save_naming
 from peft import PeftModel
-from printed import plain
 from sweep_runs import GOOD, two_processes, write_jsonl
+from terminal import plain
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from results_by_hand import HEADER, SITES
-from shared_questions import MARGIN, MARGIN_OF_WORDS, PROMPT, QUIET, score
+from shared_questions import MARGIN, MARGIN_OF_WORDS, PROMPT, QUIET
+from torch import Tensor
 
 import lens_lora as ll
 
@@ -33,6 +34,12 @@ RESULTS = [best_subset]
 
 
 # --- Calls, and the numbers that come back
+
+
+def score(lens: ll.LoraLens) -> Tensor:
+    """A number for each site, by which sites can be ranked."""
+    return torch.arange(1.0, len(lens.sites) + 1, device="cpu")
+
 
 CALLS = {
     "faithfulness": lambda lens, t: ll.faithfulness(lens, t, MARGIN, score(lens), **QUIET),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from pathlib import Path
@@ -38,6 +37,13 @@ def set_config(folder: Path, **fields) -> None:
     path.write_text(json.dumps({**config, **fields}))
 
 
+def set_fields(file: Path, **fields) -> None:
+    """Replace fields of a JSON file; those that are None are removed."""
+    stated = {**json.loads(file.read_text()), **fields}
+    kept = {name: value for name, value in stated.items() if value is not None}
+    file.write_text(json.dumps(kept))
+
+
 def rename_keys(folder: Path, rename) -> None:
     """Store every tensor under the key that `rename` gives it."""
     tensors = load_file(folder / WEIGHTS)
@@ -64,12 +70,3 @@ def assert_is(adapter, expected: dict[str, torch.Tensor]) -> None:
     for path, factors in adapter.modules.items():
         assert expected[path].abs().max() > 0.01
         torch.testing.assert_close(factors.materialise(), expected[path], rtol=0, atol=1e-12)
-
-
-def applied_by_peft(folder: Path, family: str = "llama") -> set[str]:
-    """The modules that PEFT gives an update when it loads the folder."""
-    base = models.hf_model(family)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
-    return {path for path, delta in deltas(model).items() if bool(delta.any())}

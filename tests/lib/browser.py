@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import html.parser
 import os
 import shutil
 
@@ -150,24 +149,3 @@ def drawn(dom):
     """How many plots hold a drawing."""
     plots = dom.split("js-plotly-plot")[1:]
     return sum('class="main-svg"' in plot for plot in plots)
-
-
-class Reader(html.parser.HTMLParser):
-    """The elements of a page with the names of their attributes, and its texts but for scripts'."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.elements = []
-        self.texts = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, *(name for name, _ in attrs)))
-
-    def handle_comment(self, data):
-        self.elements.append(("comment",))
-
-    def handle_data(self, data):
-        if self.cdata_elem is None and data.strip():
-            self.texts.append(data)

@@ -15,8 +15,6 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.core import Evaluations
 
-__all__ = ["ALONE", "STATED", "Asked", "Compared", "Found", "compared", "errors_in_floors"]
-
 QUIET: dict[str, Any] = {"progress": False}
 NAN = float("nan")
 
@@ -131,49 +129,6 @@ def _features(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
     }
 
 
-def _path(name: str, of: str) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
-    def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-        readout = asked.margin if of == "margin" else ll.KL()
-        found = ll.path_attribution(lens, asked.prompts, readout, max_nodes=17, **QUIET)
-        reached = found.quadrature
-        return {name: Found(found.values, says=f"met={reached is not None and reached.met}")}
-
-    return run
-
-
-def _tangents(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-    last = lens.plan.host.block_input(lens.plan.host.n_layers - 1)
-    return {"tangents": Found(ll.tangents(lens, asked.prompts, last)[last])}
-
-
-def _tokens(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-    found = ll.token_shifts(lens, asked.prompts, asked.response)
-    return {"token_shifts, log p": Found(found.shift), "token_shifts, KL": Found(found.kl[0])}
-
-
-def _components(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-    found = ll.components(lens, asked.prompts, asked.margin, **QUIET)
-    return {
-        "components, ‖Jᵀu‖": Found(found.sensitivity),
-        "components, cosine": Found(found.cosine.nan_to_num()),
-        "components, gain": Found(found.gain.nan_to_num()),
-    }
-
-
-def _values(
-    name: str, verb: Callable[..., Any], *more: str, field: str = "values", **options: Any
-) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
-    def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-        found = verb(lens, asked.prompts, *(getattr(asked, each) for each in more), **options)
-        return {name: Found(getattr(found, field))}
-
-    return run
-
-
-def _kl_shares(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-    return {"kl_shares": Found(ll.kl_shares(lens, asked.prompts, **QUIET).attribution.values)}
-
-
 STATED: Works = {
     "remainder": _remainder,
     "second_order": _second_order,
@@ -187,23 +142,6 @@ STATED: Works = {
     "feature_shift": _features,
 }
 """Calls whose result states a noise floor."""
-
-ALONE: Works = {
-    "first_order": _values("first_order, a_l", ll.first_order, "margin"),
-    "at 1": _values("first_order, a_l at 1", ll.first_order, "margin", at=1.0),
-    "coupling": _values(
-        "coupling, by kind", ll.coupling, "margin", field="matrix", group="kind", **QUIET
-    ),
-    "path": _path("path_attribution", "margin"),
-    "path, KL": _path("path_attribution of KL", "KL"),
-    "components": _components,
-    "logit_shift": _values("logit_shift, jointly", ll.logit_shift, by_site=False),
-    "tangents": _tangents,
-    "kl_shares": _kl_shares,
-    "token_shifts": _tokens,
-    "activations": _values("activations", ll.lora_activations),
-}
-"""Calls whose result states none."""
 
 
 def compared(low: Found, high: Found) -> Compared:

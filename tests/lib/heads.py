@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 WIDTH = 4  # of a head of every tiny model
-Head = tuple[int, str, int]  # layer, kind of q, k, v, z, head
 _SPLIT = {"qkvz"[i]: f"self_attn.{name}_proj" for i, name in enumerate("qkvo")}
 _LLAMA = ("model.layers.{}", _SPLIT)
 _FUSED = dict.fromkeys("qkv", "query_key_value") | {"z": "dense"}

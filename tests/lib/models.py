@@ -150,14 +150,6 @@ LINEARS = {
     "gemma2": _LLAMA,
     "gemma3": _LLAMA,
 }
-# The modules that PEFT adapts where it is told none.
-PEFT_DEFAULTS = {
-    "gpt2": ["c_attn"],
-    "neox": ["query_key_value"],
-    "llama": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "qwen2": ["q_proj", "v_proj"],
-}
 
 # What is not the default of a family's class, beside sizes.
 CHOICES = {

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import models
 import torch
-from adapter_files import WEIGHTS, rename_keys, set_config
+from adapter_files import WEIGHTS, rename_keys, set_config, set_fields
 from folders import save_base, save_naming
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -237,9 +237,7 @@ def _lost_tie(out: Path) -> list[str]:
 
 def set_merged(out: Path, **fields) -> None:
     """Fields of the merged folder's config.json, replaced; those that are None, removed."""
-    file = out / "merged" / "config.json"
-    stated = {**json.loads(file.read_text()), **fields}
-    file.write_text(json.dumps({name: v for name, v in stated.items() if v is not None}))
+    set_fields(out / "merged" / "config.json", **fields)
 
 
 def _beside_adapter(out: Path) -> list[str]:

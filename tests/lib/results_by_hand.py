@@ -15,7 +15,6 @@ import torch
 
 import lens_lora as ll
 from lens_lora.core import Attribution, FactMargin, Measured, Noise, RemainderCurve, Site
-from lens_lora.curvature.verdict import SecondVerdict
 
 READOUT = "margin(' Lyon' − ' Paris')"
 SCALES = (0.01, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -93,11 +92,6 @@ HEADER = {field.name: getattr(two_prompts(), field.name) for field in dataclasse
 # First order at 0 of each site, and the margin at each of `SCALES`.
 FIRST = [1.0, 2.0, 1.5, -0.5]
 FLIP = [-3.95, -3.5, -2.4, 0.1, 2.0, 4.0]
-
-
-def second_verdict(shift: float, first: float, second: float, helps_up_to: float) -> SecondVerdict:
-    """What both orders leave of a shift, with a floor of 0.5 for each."""
-    return SecondVerdict(shift, first, second, 0.5, 0.5, helps_up_to)
 
 
 def explanation(

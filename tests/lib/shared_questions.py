@@ -22,8 +22,3 @@ MARGIN_OF_WORDS = ll.Margin("w8", "w9")
 def directions(lens: ll.LoraLens) -> Tensor:
     """Two directions of the residual stream."""
     return torch.eye(16, dtype=lens.dtype, device="cpu")[:2]
-
-
-def score(lens: ll.LoraLens) -> Tensor:
-    """A number for each site, by which sites can be ranked."""
-    return torch.arange(1.0, len(lens.sites) + 1, device="cpu")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import rich.table
 from results_by_hand import flip_case, two_prompts
-from terminal_tables import faults, shown
+from terminal import faults, shown
 
 from lens_lora.show.tables import (
     Table,

@@ -14,7 +14,7 @@ import torch
 from by_folder import made_public
 from reference import peft_scales
 from scipy.linalg import subspace_angles
-from terminal_tables import faults, shown
+from terminal import faults, shown
 from tqdm import tqdm
 
 import lens_lora as ll

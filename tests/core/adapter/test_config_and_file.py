@@ -6,12 +6,13 @@ import copy
 import time
 import types
 import warnings
+from pathlib import Path
 
 import models
 import peft
 import pytest
 import torch
-from adapter_files import WEIGHTS, applied_by_peft, peft_of, rename_keys, saved, set_config
+from adapter_files import WEIGHTS, deltas, peft_of, rename_keys, saved, set_config
 from differences import largest_difference
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -39,6 +40,15 @@ def refused(folder, *needles: str) -> None:
     for needle in (str(folder), *needles):
         assert needle in str(caught.value)
     assert time.monotonic() - start < 10
+
+
+def applied_by_peft(folder: Path, family: str = "llama") -> set[str]:
+    """The modules that PEFT gives an update when it loads the folder."""
+    base = models.hf_model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+    return {path for path, delta in deltas(model).items() if bool(delta.any())}
 
 
 LESS = {

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import models
 import no_ops
 import torch
-from adapter_files import deltas
+from adapter_files import deltas, set_fields
 from differences import largest_difference
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}w4"
 
 
@@ -51,19 +50,13 @@ def _nothing(out: Path) -> None:
 # --- Edits of a folder
 
 
-def _fields(file: Path, **fields) -> None:
-    """Fields of a JSON file, replaced; those that are None, removed."""
-    stated = {**json.loads(file.read_text()), **fields}
-    file.write_text(json.dumps({name: v for name, v in stated.items() if v is not None}))
-
-
 def config(**fields) -> Callable[[Path], object]:
     """Fields of config.json."""
-    return lambda out: _fields(out / "merged" / "config.json", **fields)
+    return lambda out: no_ops.set_merged(out, **fields)
 
 
 def _generation(**fields) -> Callable[[Path], object]:
-    return lambda out: _fields(out / "merged" / "generation_config.json", **fields)
+    return lambda out: set_fields(out / "merged" / "generation_config.json", **fields)
 
 
 def _tensors(out: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -89,7 +82,7 @@ def _stored_whole(dtype: torch.dtype, times: int = 1) -> Callable[[Path], object
     return make
 
 
-def in_8_bit(matrix: torch.Tensor) -> torch.Tensor:
+def _rounded_to_8_bit(matrix: torch.Tensor) -> torch.Tensor:
     """Each row as whole multiples of a step of its own, as int8 weights have it."""
     step = matrix.abs().amax(1, keepdim=True) / 127
     return (matrix / step).round() * step
@@ -103,7 +96,7 @@ def _in_8_bit(of: str) -> Callable[[Path], object]:
         _tensors(
             out,
             lambda state: state.update(
-                {k: in_8_bit(source[k].float()) for k in state if "proj" in k}
+                {k: _rounded_to_8_bit(source[k].float()) for k in state if "proj" in k}
             ),
         )
 
@@ -194,7 +187,7 @@ def _both_templates(out: Path) -> None:
 def _template_in_config(out: Path) -> None:
     """Store the template in tokenizer_config.json, as it was stored before."""
     _template(out / "base", TEMPLATE)
-    _fields(out / "merged" / "tokenizer_config.json", chat_template=TEMPLATE)
+    set_fields(out / "merged" / "tokenizer_config.json", chat_template=TEMPLATE)
 
 
 def _template_alone(out: Path) -> None:
@@ -394,11 +387,6 @@ def _tokens(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], object
     return make
 
 
-def _swapped_ids(fields: dict[str, Any]) -> None:
-    vocab = fields["model"]["vocab"]
-    vocab["w5"], vocab["w6"] = vocab["w6"], vocab["w5"]
-
-
 def _other_spelling(fields: dict[str, Any]) -> None:
     fields["normalizer"] = {"type": "Replace", "pattern": {"String": "The"}, "content": "w4"}
 
@@ -536,7 +524,9 @@ BROKEN = {
         _lost_lora_bias, {"family": "llama", "lora_bias": True, "merged": False}, "adds a bias"
     ),
     "two ids swapped": Export(
-        _tokens(_swapped_ids), says="2 tokens of another id: 'w5' is 6, was 5", shows="ids"
+        no_ops.NO_OPS["other tokenizer"].make,
+        says="2 tokens of another id: 'w5' is 6, was 5",
+        shows="ids",
     ),
     "a token too many": Export(_added_token, says="1 token too many: '<tool>'", shows="ids"),
     "another spelling": Export(_tokens(_other_spelling), says="is read as", shows="ids"),
@@ -568,7 +558,7 @@ def _no_tokenizer(out: Path) -> None:
 
 
 def _code_of_its_own(out: Path) -> None:
-    _fields(
+    set_fields(
         out / "merged" / "tokenizer_config.json",
         auto_map={"AutoTokenizer": ["own.Own", None]},
         tokenizer_class="Own",
