@@ -55,7 +55,8 @@ from .judging.null_test import null_test
 from .judging.reliability import reliability
 from .loading import demo, load
 from .path.path_attribution import path_attribution
-from .responses.answers import KL, AnswerLogProb, AnswerMargin
+from .responses.answers import AnswerLogProb, AnswerMargin
+from .responses.kl import KL
 from .runs.shards import gather
 from .shifts.hook_points import gradients, tangents
 from .shifts.kl_shares import kl_shares

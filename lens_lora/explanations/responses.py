@@ -21,8 +21,9 @@ from lens_lora.core import Evaluations, Function, first_order
 from lens_lora.explanations.explanation import ResponseExplanation
 from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_tokens, step
 from lens_lora.path.path_attribution import path_attribution
-from lens_lora.responses.answers import KL, AnswerLike, AnswerLogProb
+from lens_lora.responses.answers import AnswerLike, AnswerLogProb
 from lens_lora.responses.generate import side_by_side
+from lens_lora.responses.kl import KL
 from lens_lora.shifts.token_shifts import token_shifts
 
 # The number of tokens, those that changed most, whose modules are listed.

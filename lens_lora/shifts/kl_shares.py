@@ -39,6 +39,7 @@ from torch import Tensor
 
 from lens_lora.arguments import numbers_of, word
 from lens_lora.core import (
+    AnswerLike,
     Attribution,
     Evaluations,
     Function,
@@ -57,7 +58,7 @@ from lens_lora.core import (
 )
 from lens_lora.correlation import correlation
 from lens_lora.errors import ArgumentError
-from lens_lora.responses.answers import KL, AnswerLike, ReadTokens, held
+from lens_lora.responses.kl import KL, ReadTokens, with_base
 
 _Kernel = Literal["site", "layer", "kind"]
 # The strengths at which the divergence is compared with its quadratic part.
@@ -298,7 +299,7 @@ def kl_shares(
     reading = readout.reading(lens.model, f.prompts)
     doubled, base = in_gauge.about(readout, reading).pulled_back(_times_fisher, axes)
     # The divergence is computed from that f(0).
-    g = Evaluations(f.about(readout, held(readout, reading, base)))
+    g = Evaluations(f.about(readout, with_base(readout, reading, base)))
     # D(0) = 0 by definition.
     g.know(0.0, torch.zeros(reading.batch, dtype=lens.gate_dtype, device=lens.device))
     strengths = [*sorted(scales_below_1), 1.0]

@@ -22,7 +22,7 @@ from typing_extensions import Unpack
 from lens_lora.core import Adapter, LoraLens, Prompts, Readout
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
 from lens_lora.guesses import fitting
-from lens_lora.responses.answers import KL
+from lens_lora.responses.kl import KL
 from lens_lora.runs.fingerprint import fingerprint, fingerprint_without_model, strings_of
 from lens_lora.runs.processes import Processes, launched, require_whole_model
 from lens_lora.runs.shards import Shard, folder_of_shards, keep_plan

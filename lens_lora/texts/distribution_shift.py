@@ -12,7 +12,7 @@ With q = softmax(log p + d),
 2. If d exceeds `LARGEST_SHIFT`, a probability that rounds to zero in p may be one in q, and q is
    computed as a softmax after all.
 
-Everything is computed in place. `responses/held_base.py` has the same sums with derivatives.
+Everything is computed in place. `responses/divergence.py` has the same sums with derivatives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.errors import require_finite
-from lens_lora.responses.held_base import LARGEST_SHIFT
+from lens_lora.responses.divergence import LARGEST_SHIFT
 
 _Rows = Float[Tensor, "*row vocab"]
 
@@ -36,14 +36,14 @@ class DistributionShift:
     Attributes:
         kl: the KL of each distribution.
         p: the distribution before the shift.
-        grown: p (eᵈ − 1), with d minus its mean.
-        rest: Z − 1.
+        p_expm1: p (eᵈ − 1), where d is without its mean.
+        z_minus_1: Z − 1.
     """
 
     kl: Float[Tensor, "*row"]
     p: _Rows
-    grown: _Rows
-    rest: Float[Tensor, "*row"]
+    p_expm1: _Rows
+    z_minus_1: Float[Tensor, "*row"]
 
     def at(self, *index: Tensor) -> Float[Tensor, "some vocab"]:
         """Compute q − p of some rows.
@@ -51,8 +51,8 @@ class DistributionShift:
         Args:
             index: the indices of the rows, a tensor for each of their axes.
         """
-        rest = self.rest[index][:, None]
-        return (self.grown[index] - rest * self.p[index]) / (1 + rest)
+        z_minus_1 = self.z_minus_1[index][:, None]
+        return (self.p_expm1[index] - z_minus_1 * self.p[index]) / (1 + z_minus_1)
 
     def weighted(self, weights: Float[Tensor, " flat"]) -> Float[Tensor, " vocab"]:
         """Sum w (q − p) over all rows.
@@ -60,11 +60,11 @@ class DistributionShift:
         Args:
             weights: w, one number for each row, with the axes of the rows flattened.
         """
-        rest = self.rest.flatten()
-        by_row = weights / (1 + rest)
+        z_minus_1 = self.z_minus_1.flatten()
+        weights_over_z = weights / (1 + z_minus_1)
         p = self.p.flatten(0, -2)
-        grown = self.grown.flatten(0, -2)
-        return by_row @ grown - (by_row * rest) @ p
+        p_expm1 = self.p_expm1.flatten(0, -2)
+        return weights_over_z @ p_expm1 - (weights_over_z * z_minus_1) @ p
 
 
 def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift:
@@ -84,12 +84,15 @@ def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift
         log_q = (base + shift).log_softmax(-1)
         log_p = base.log_softmax(-1)
         kl = (p * (log_p - log_q)).sum(-1)
-        return DistributionShift(kl, p, log_q.exp_().sub_(p), torch.zeros_like(kl))
+        # q is normalised, so Z = 1, and p (eᵈ − 1) is q − p itself.
+        q_minus_p = log_q.exp_().sub_(p)
+        return DistributionShift(kl, p, q_minus_p, torch.zeros_like(kl))
     # Rounding leaves a small mean after the subtraction.
     mean = _mean(p, shift)
-    grown = shift.expm1_().mul_(p)
-    rest = grown.sum(-1)
-    return DistributionShift(rest.log1p() - mean, p, grown, rest)
+    p_expm1 = shift.expm1_().mul_(p)
+    z_minus_1 = p_expm1.sum(-1)
+    kl = z_minus_1.log1p() - mean
+    return DistributionShift(kl, p, p_expm1, z_minus_1)
 
 
 def _mean(p: _Rows, shift: _Rows) -> Float[Tensor, "*row"]:

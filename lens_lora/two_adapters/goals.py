@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lens_lora.core import SIGMAS, Evaluations, Prompts, PromptsLike, Readout
 from lens_lora.errors import ArgumentError
-from lens_lora.responses.answers import KL
+from lens_lora.responses.kl import KL
 from lens_lora.two_adapters.rank_gates import GateLayout
 
 Question = tuple[PromptsLike, Readout]

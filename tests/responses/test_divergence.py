@@ -16,7 +16,7 @@ from scipy.special import rel_entr
 from scipy.stats import spearmanr
 
 import lens_lora as ll
-from lens_lora.responses.held_base import Divergence
+from lens_lora.responses.divergence import Divergence
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
@@ -171,9 +171,9 @@ def test_shares_that_rank_otherwise_are_seen_to_fail(case: cases.Case):
 
 def test_a_base_that_moves_would_be_seen(case: cases.Case, monkeypatch):
     """p₀ is held: run at the gates of the reading instead, every divergence would be zero."""
-    from lens_lora.responses import answers
+    from lens_lora.responses import kl
 
-    monkeypatch.setattr(answers, "held", lambda readout, reading, base: _moving(reading))
+    monkeypatch.setattr(kl, "with_base", lambda readout, reading, base: _moving(reading))
     found = ll.patch_sites(case.lens, prompts(), ll.KL(), how="add_one", progress=False)
     assert found.adapted.abs().max() < 1e-12
 

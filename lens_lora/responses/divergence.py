@@ -59,18 +59,19 @@ class Divergence(Picks):
 
     def terms(self, logits: _Logits, picks: _Some) -> _Terms:
         """The divergence at these picks."""
-        pieces = list(zip(picks.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
+        chunks = list(zip(picks.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
         divergences: list[Tensor] = []
-        shifts: list[Tensor] = []
-        for few, own in pieces:
-            base, p = self._base_at(few, own)
-            divergence, largest = _from_shift(base, p, own, self.is_from_base)
+        largest_shifts: list[Tensor] = []
+        for few, logits_of_few in chunks:
+            base, p = self._base_at(few, logits_of_few)
+            divergence, largest = _from_shift(base, p, logits_of_few, self.is_from_base)
             divergences.append(divergence)
-            shifts.append(largest)
+            largest_shifts.append(largest)
         # The largest shifts are copied from the device together; NaN also counts as too large.
-        for i, largest in enumerate(torch.stack(shifts).tolist()):
+        for i, largest in enumerate(torch.stack(largest_shifts).tolist()):
             if not largest <= LARGEST_SHIFT:
-                divergences[i] = self._from_logarithms(*pieces[i])
+                few, logits_of_few = chunks[i]
+                divergences[i] = self._from_logarithms(few, logits_of_few)
         return torch.cat(divergences)
 
     def _from_logarithms(self, few: _Some, logits: _Logits) -> _Terms:
@@ -114,13 +115,15 @@ def _from_shift(
         The divergence, and the largest d, which tells whether it can be trusted.
     """
     shift = logits - base
-    shift = shift - torch.linalg.vecdot(p, shift)[..., None]
-    largest = shift.detach().amax()
+    d = shift - torch.linalg.vecdot(p, shift)[..., None]
+    largest = d.detach().amax()
     # The mean was subtracted, and rounding left this much of it.
-    left = torch.linalg.vecdot(p, shift)
-    grown = torch.expm1(shift)
-    rest = torch.linalg.vecdot(p, grown)
+    mean = torch.linalg.vecdot(p, d)
+    expm1 = torch.expm1(d)
+    z_minus_1 = torch.linalg.vecdot(p, expm1)
+    log_z = z_minus_1.log1p()
     if is_from_base:
-        return rest.log1p() - left, largest
-    moved = torch.linalg.vecdot(p * shift, grown)
-    return (moved + left) / (1 + rest) - rest.log1p(), largest
+        return log_z - mean, largest
+    # Σ p₀ eᵈ d, as Σ p₀ d (eᵈ − 1) + Σ p₀ d.
+    weighted_shift = torch.linalg.vecdot(p * d, expm1) + mean
+    return weighted_shift / (1 + z_minus_1) - log_z, largest
