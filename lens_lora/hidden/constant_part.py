@@ -183,11 +183,6 @@ def constant_part(
     by_kl = _by_kl(lens, rows, held_out, progress)
     ends = by_kl if g is None else _by_readout(g, held_out)
     count = int(sums.counts.sum())
-    label = ConstantPart.BY_KL
-    units = "nats"
-    if readout is not None:
-        label = readout.label
-        units = readout.units
     return ConstantPart(
         share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
         size=(sums.squares.sum(0) / count).sqrt(),
@@ -202,17 +197,19 @@ def constant_part(
         vectors=constants.vectors,
         widths=constants.widths,
         steering=_steering(constants.over(lens)),
-        readout=label,
-        units=units,
+        readout=ConstantPart.BY_KL if readout is None else readout.label,
+        units="nats" if readout is None else readout.units,
         meta=lens.describe(rows),
     )
 
 
 def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
     """The tokens that count: those that no text of the other half has after the same tokens."""
-    texts_of_half = [rows.chosen(range(rows.batch)[half]) for half in _HALVES]
+    indices = range(rows.batch)
     is_apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
-    for half, texts, others in zip(_HALVES, texts_of_half, reversed(texts_of_half), strict=True):
+    for half, other_half in zip(_HALVES, reversed(_HALVES), strict=True):
+        texts = rows.chosen(indices[half])
+        others = rows.chosen(indices[other_half])
         is_shared = torch.isin(texts.marks(), others.marks())
         counted = texts.distinct() & ~is_shared
         is_apart[half, : counted.shape[1]] = counted
@@ -277,7 +274,9 @@ def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:
         zero = injection.map.A.new_zeros(1, 1, injection.map.width)
         vector = injection.map(zero).flatten().cpu()
         name = injection.ports.write
-        added[name] = added[name] + vector if name in added else vector
+        if name in added:
+            vector = vector + added[name]
+        added[name] = vector
     return added
 
 

@@ -32,7 +32,7 @@ from lens_lora.core import (
 )
 from lens_lora.errors import SiteError, require_finite
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
-from lens_lora.hidden.projection import FeatureProjection, positions_label
+from lens_lora.hidden.projection import FeatureProjection, in_groups, positions_label
 from lens_lora.hidden.readout import Projection, modules_before
 from lens_lora.stream.stream_writers import stream_writers
 
@@ -155,13 +155,12 @@ def feature_writes(
     _require_writers(writers, name)
     if name is None or is_residual(name):
         features = features.at(name or STREAM, int(lens.model.cfg.d_model))
-    step = f.passes.rows_at_once(logits=False)
-    groups: list[Tensor] = []
-    for first in range(0, f.rows.batch, step):
-        group = f.of_rows(f.rows.cut(first, min(first + step, f.rows.batch)))
+
+    def of_group(group: Function) -> Float[Tensor, "group_batch site feature"]:
         project = FeatureProjection(group.rows, features, positions)
-        groups.append(_writes(group, writers, features, name or STREAM, project, at))
-    values = torch.cat(groups)
+        return _writes(group, writers, features, name or STREAM, project, at)
+
+    values = in_groups(f, f.passes.rows_at_once(logits=False), of_group)
     require_finite(values, "a site's δz")
     return FeatureWrites(
         values=values,
@@ -178,13 +177,14 @@ def feature_writes(
 
 def _require_writers(writers: list[int], name: str | None) -> None:
     """Refuse a point to which no site writes."""
-    if not writers:
-        where = "the residual stream" if name is None else name
-        raise SiteError(
-            f"no site of this adapter writes to {where}: a point of the stream is written by o, "
-            "down and embeddings before it, and any other point by the site whose output it is. "
-            "Leave out by='site': the shift includes what the other sites do."
-        )
+    if writers:
+        return
+    where = "the residual stream" if name is None else name
+    raise SiteError(
+        f"no site of this adapter writes to {where}: a point of the stream is written by o, "
+        "down and embeddings before it, and any other point by the site whose output it is. "
+        "Leave out by='site': the shift includes what the other sites do."
+    )
 
 
 def _writes(
@@ -205,11 +205,13 @@ def _writes(
         injection = lens.injections[index]
         if injection.site in writers:
             delta = injection.map(z)
+            # This refuses features of another width than the site's output.
             features.at(name, delta[0, 0].numel())
             write = project(delta)
             if injection.partner is not None:
                 # This is a product of two updates, which also grows with its partner's gate.
                 write = float(gates[injection.partner]) * write
+            # A site with several injections writes their sum.
             written[injection.site] = written.get(injection.site, 0.0) + write
         return scaled(index, out, z)
 

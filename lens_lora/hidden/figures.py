@@ -42,13 +42,16 @@ def activations_figure(
     without_sinks = values.masked_fill(is_sink[:, None], math.nan)
     directions = activations.directions(site)
     largest = _largest_directions(without_sinks, directions)
-    cells = [without_sinks[slot, :, rank].tolist() for slot, rank in largest]
-    names = [(activations.sites[slot].name, rank) for slot, rank in largest]
+    cells: list[list[float]] = []
+    names: list[str] = []
+    for site_index, rank in largest:
+        cells.append(without_sinks[site_index, :, rank].tolist())
+        names.append(f"{activations.sites[site_index].name} {rank}")
 
     def says(row: int, token: int, _: object) -> str:
-        name, rank = names[row]
-        slot, _rank = largest[row]
-        value = signed(float(values[slot, token, rank]))
+        site_index, rank = largest[row]
+        name = activations.sites[site_index].name
+        value = signed(float(values[site_index, token, rank]))
         if is_sink[token]:
             value += " (a sink)"
         return f"{name} rank {rank}<br>{token} {label(visible(tokens[token]))}<br>{value}"
@@ -61,7 +64,7 @@ def activations_figure(
     x = figures.tokens_axis(tokens)
     # The directions of one site are ordered from the top.
     autorange = "reversed" if site else None
-    y = names_axis((f"{name} {rank}" for name, rank in names), autorange=autorange)
+    y = names_axis(names, autorange=autorange)
     return heatmap((heading, below), cells, says, x, y, GAUGES[activations.gauge], "signed")
 
 
@@ -79,7 +82,7 @@ def _largest_directions(
 def activation_shift_figure(shift: ActivationShift, prompt: int) -> go.Figure:
     """‖Δh‖/‖h(0)‖ of each hook point over the tokens of one text.
 
-    Sinks are blank, and so are tokens at other positions than the chosen ones.
+    Sinks are grey, and so are tokens at other positions than the chosen ones.
     """
     tokens = shift.str_tokens[prompt]
     names = [shift.names[i] for i in layer_order(shift.names)]

@@ -143,7 +143,7 @@ def activation_at(
 
         return _kept(group, name, torch.clone, run)
 
-    return _in_groups(f, f.passes.rows_at_once(logits=False), of_group)
+    return in_groups(f, f.passes.rows_at_once(logits=False), of_group)
 
 
 @contextlib.contextmanager
@@ -172,13 +172,17 @@ def tangent_at(
 
         return _kept(group, name, tangent_of, run)
 
-    return _in_groups(f, f.passes.rows_at_once("dual", logits=False), of_group)
+    return in_groups(f, f.passes.rows_at_once("dual", logits=False), of_group)
 
 
-def _in_groups(
-    f: Function, rows_at_once: int, run: Callable[[Function], _Activation]
-) -> _Activation:
-    """Run the rows in groups of this size, and join the results."""
+def in_groups(f: Function, rows_at_once: int, run: Callable[[Function], Tensor]) -> Tensor:
+    """Run the rows in groups of this size, and join the results.
+
+    Args:
+        f: the function of all rows.
+        rows_at_once: the size of a group.
+        run: a function of one group, whose result has the group's rows as its first axis.
+    """
     groups: list[Tensor] = []
     for first in range(0, f.rows.batch, rows_at_once):
         end = min(first + rows_at_once, f.rows.batch)

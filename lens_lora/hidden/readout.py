@@ -270,7 +270,7 @@ def sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
         if str(lens.sites[site].layer) != own_block:
             moving.append(site)
             continue
-        with_noise_at_site, _ = _activation_and_sites_before(lens, few, name, turned=site)
+        with_noise_at_site, _ = _activation_and_sites_before(lens, few, name, noisy_site=site)
         if not torch.equal(with_noise_at_site, plain):
             moving.append(site)
     return moving
@@ -291,7 +291,7 @@ def _few_tokens(lens: LoraLens, prompts: Prompts) -> Prompts:
 
 
 def _activation_and_sites_before(
-    lens: LoraLens, few: Prompts, name: str, turned: int | None = None
+    lens: LoraLens, few: Prompts, name: str, noisy_site: int | None = None
 ) -> tuple[Tensor, list[int]]:
     """The base's activation at the point, and the sites that write before it, in order; one pass.
 
@@ -299,7 +299,7 @@ def _activation_and_sites_before(
         lens: the adapter over the model.
         few: the rows.
         name: the hook point.
-        turned: a site to whose output noise of its own size is added.
+        noisy_site: a site to whose output noise of its own size is added.
 
     Raises:
         ModelStateError: nothing passes the point, or several tensors do in one pass.
@@ -313,7 +313,7 @@ def _activation_and_sites_before(
         del z
         site = injections[index].site
         written.append(site)
-        return _with_noise(out) if site == turned else None
+        return _plus_noise(out) if site == noisy_site else None
 
     def reach(activation: Any, hook: Any) -> None:
         del hook
@@ -332,7 +332,7 @@ def _activation_and_sites_before(
     return fired[0].clone(), list(dict.fromkeys(before))
 
 
-def _with_noise(out: Tensor) -> Tensor:
+def _plus_noise(out: Tensor) -> Tensor:
     """The tensor and normal noise of its own size, different at every token and every entry."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(out.shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -184,24 +184,19 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
         run: the checkpoints.
         shown_as: what the bar says.
     """
-    lens, prompts, readout, progress = asked
-    adapters = run.adapters
-    _require_one_training(adapters)
-
-    f = lens.with_adapter(adapters[0]).function(prompts, progress=False)
-    g = Evaluations(f.about(Readout.required(readout)))
-    g.require_slope_at_base()
+    _require_one_training(run.adapters)
+    g = _function_of(asked, run.adapters[0])
     # For a readout inside the model, these are only the modules before its point.
     moving = list(g.lens.adapter.modules)
-    adapters = tuple(adapter.only(*moving) for adapter in adapters)
+    adapters = tuple(adapter.only(*moving) for adapter in run.adapters)
     base_noise = g.noise((1.0,), at=0.0)
     (base,) = g.along((0.0,))
 
     measurements: list[_Measured] = []
     sites: tuple[Site, ...] = ()
-    with tqdm(adapters, desc=shown_as, leave=False, disable=not progress) as bar:
+    with tqdm(adapters, desc=shown_as, leave=False, disable=not asked.progress) as bar:
         for adapter in bar:
-            checkpoint = lens.with_adapter(adapter)
+            checkpoint = asked.lens.with_adapter(adapter)
             sites = _same_sites(sites, checkpoint, adapter)
             g_of_checkpoint = Evaluations.of(g.over(checkpoint))
             g_of_checkpoint.know(0.0, base)
@@ -232,6 +227,14 @@ def _one_training(asked: _Asked, run: _Run, shown_as: str) -> Checkpoints:
         phases=_phases(run.steps, values, weights["angle"], noise),
         **labels,
     )
+
+
+def _function_of(asked: _Asked, adapter: Adapter) -> Evaluations:
+    """The function g of the questions, under this adapter."""
+    f = asked.lens.with_adapter(adapter).function(asked.prompts, progress=False)
+    g = Evaluations(f.about(Readout.required(asked.readout)))
+    g.require_slope_at_base()
+    return g
 
 
 class _Measured(NamedTuple):
@@ -445,10 +448,9 @@ def _phases(
     """The phase changes of each prompt's readout, from the base on, and of the direction of ΔW."""
     from_base = (0.0, *steps)
     by_series: dict[str, tuple[Span, ...] | None] = {}
-    series_of_prompts = values.T.tolist()
-    floors_of_prompts = noise.T.tolist()
-    for prompt, series in enumerate(series_of_prompts):
-        floors = floors_of_prompts[prompt]
+    for prompt in range(values.shape[1]):
+        series = values[:, prompt].tolist()
+        floors = noise[:, prompt].tolist()
         by_series[f"prompt {prompt}"] = phase_changes(from_base, series, floors)
     floors_of_angle = [_TURNED] * len(steps)
     by_series["angle"] = phase_changes(steps, angle.tolist(), floors_of_angle)
@@ -471,6 +473,7 @@ def phase_changes(
     noise = np.zeros(len(values)) if floors is None else np.array(floors)
     value_range = np.ptp(values)
     paces = np.abs(changes) / np.diff(steps)
+    # The lower of the two middle paces where their number is even, so that it is one of them.
     usual_pace = np.sort(paces)[(len(paces) - 1) // 2]
     noise_of_changes = np.hypot(noise[:-1], noise[1:])
     least_change = np.maximum(PART * value_range, SIGMAS * noise_of_changes)

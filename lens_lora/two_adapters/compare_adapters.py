@@ -252,10 +252,17 @@ def _on_prompts(
     seed: int,
 ) -> dict[str, Tensor]:
     """The fields of `AdapterComparison` that need prompts."""
-    g = None if readout is None else f.about(readout)
-    if g is not None:
-        g.require_slope_at_base()
+    if readout is None:
+        return _products_of_shifts(f, second, draws, seed) | _no_effects(len(shared))
+    g = f.about(readout)
+    # A readout without a slope is refused before anything long runs.
+    g.require_slope_at_base()
+    products = _products_of_shifts(f, second, draws, seed)
+    return products | _effects(g, f.lens, second, shared, draws, seed)
 
+
+def _products_of_shifts(f: Function, second: LoraLens, draws: int, seed: int) -> dict[str, Tensor]:
+    """The products of both adapters' shifts of all logits, at each token of the prompts."""
     at_each_token = f.of_rows(f.prompts.at_each_token())
     total = draws * len(groups_of(at_each_token))
     is_silent = not f.progress or not draws
@@ -268,11 +275,26 @@ def _on_prompts(
                 bar.update()
 
         products = shift_products(at_each_token, others)
-    fields = {"function": products[:, 0], "null_function": products[:, 1:]}
-    if g is None:
-        return fields | _no_effects(len(shared))
+    return {"function": products[:, 0], "null_function": products[:, 1:]}
 
-    given = [f.lens.adapter, second.adapter]
+
+def _effects(
+    g: Function,
+    first: LoraLens,
+    second: LoraLens,
+    shared: Sequence[Site],
+    draws: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """First order by shared site, of both adapters and of the random ones.
+
+    Args:
+        g: the readout on the prompts; inside the model, under the modules before its point alone.
+        first, second: the two adapters over the model, with all their modules.
+        shared: the sites that both adapt.
+        draws, seed: how many random adapters, and their seed.
+    """
+    given = [first.adapter, second.adapter]
 
     def given_and_nulls() -> Iterator[Adapter]:
         yield from given
@@ -284,4 +306,4 @@ def _on_prompts(
     slopes = g.slopes_of_adapters(given_and_nulls, [shared[index] for index in moving], like=given)
     effects = torch.zeros(*slopes.shape[:2], len(shared), dtype=torch.float64)
     effects[:, :, moving] = slopes.cpu().double()
-    return fields | {"effects": effects[:2], "null_effects": effects[2:]}
+    return {"effects": effects[:2], "null_effects": effects[2:]}

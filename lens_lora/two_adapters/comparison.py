@@ -157,9 +157,13 @@ class AdapterComparison(OfSites, Pictured):
                 numbers[row] = float(cosines[kind])
                 nulls[row] = null_cosines[kind].tolist()
         if self.readout:
+            first, second = self.effects
             for name, ranked in (("pearson", False), ("spearman", True)):
                 row = f"effects by site, {name}"
-                numbers[row], *nulls[row] = self._correlations(ranked=ranked)
+                numbers[row] = _mean_correlation(first, second, ranked=ranked)
+                nulls[row] = [
+                    _mean_correlation(first, null, ranked=ranked) for null in self.null_effects
+                ]
 
         table: dict[str, list[float]] = {}
         for row, number in numbers.items():
@@ -209,19 +213,17 @@ class AdapterComparison(OfSites, Pictured):
             return torch.full_like(self.inner, torch.nan)
         return self.null_inner.std(0) / self.norms.prod(0)
 
-    def _correlations(self, *, ranked: bool) -> list[float]:
-        """The correlation of both adapters' effects, then that of the first and each null.
 
-        Each is the mean over prompts.
-        """
-        first, *others = torch.cat([self.effects, self.null_effects]).double().numpy()
-        means: list[float] = []
-        for other in others:
-            by_prompt = [
-                correlation(a, b, ranked=ranked) for a, b in zip(first, other, strict=True)
-            ]
-            means.append(float(np.nanmean(by_prompt)))
-        return means
+def _mean_correlation(
+    effects: Float[Tensor, "batch site"], others: Float[Tensor, "batch site"], *, ranked: bool
+) -> float:
+    """The correlation over sites of two adapters' effects, mean over prompts."""
+    by_prompt: list[float] = []
+    for of_prompt, other_of_prompt in zip(effects, others, strict=True):
+        a = of_prompt.double().numpy()
+        b = other_of_prompt.double().numpy()
+        by_prompt.append(correlation(a, b, ranked=ranked))
+    return float(np.nanmean(by_prompt))
 
 
 def _labelled(sites: Sequence[Site], name: str) -> pd.DataFrame:

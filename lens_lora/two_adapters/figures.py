@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
 
 from lens_lora.core import drawing
 from lens_lora.errors import ArgumentError, many
@@ -27,7 +28,7 @@ from lens_lora.show.figures import (
 )
 from lens_lora.show.text import label, short_prompt
 from lens_lora.two_adapters.comparison import AdapterComparison
-from lens_lora.two_adapters.repair import Repair
+from lens_lora.two_adapters.repair import STATES, Repair
 from lens_lora.two_adapters.training import (
     Checkpoints,
     GroupName,
@@ -99,7 +100,7 @@ def mean_modules_heatmap(trainings: Trainings, what: What, group: GroupName) -> 
 
 
 def _left_out(drawn: pd.DataFrame, whole: pd.DataFrame) -> str:
-    """What the line below the heading adds if not all rows are drawn."""
+    """The end of the line below the heading, if only some rows are drawn."""
     if len(drawn) == len(whole):
         return ""
     return f"; the {len(drawn)} largest of {len(whole)}"
@@ -140,31 +141,39 @@ def repair_figure(repair: Repair) -> go.Figure:
     The repair is one point, beside random sets and the curve of the whole adapter, scaled.
     """
     hover = "%{hovertext}<br>kept %{x:.3g}%, left %{y:.3g}%<extra></extra>"
+
     kept, left = _percentages_kept_and_left(repair, repair.along)
     scaled = curve(kept, left, "whole adapter, scaled", LINEAR, hover, marker={"size": 5})
-    strengths = [f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()]
-    figure = go.Figure(scaled.update(hovertext=strengths))
-    random_sets = _percentages_kept_and_left(repair, repair.random)
-    marks = figures.points(*random_sets, hover, "random sets", color=NOISE, size=8, symbol="x")
-    figure.add_trace(marks.update(hovertext="random sets"))
-    repaired = _percentages_kept_and_left(repair, repair.shares[1])
-    marks = figures.points(*repaired, hover, "repaired", color=EXACT, size=14, symbol="star")
-    figure.add_trace(marks.update(hovertext="repaired"))
+    scaled.update(
+        hovertext=[f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()]
+    )
+
+    kept, left = _percentages_kept_and_left(repair, repair.random)
+    random_sets = figures.points(kept, left, hover, "random sets", color=NOISE, size=8, symbol="x")
+    random_sets.update(hovertext="random sets")
+
+    kept, left = _percentages_kept_and_left(repair, repair.shares[STATES.index("repaired")])
+    repaired = figures.points(kept, left, hover, "repaired", color=EXACT, size=14, symbol="star")
+    repaired.update(hovertext="repaired")
+
     judged = "held-out prompts" if repair.is_held_out else "the prompts given (none held out)"
     heading = f"{int(repair.kept.sum())} of {repair.gate_count} {repair.of}s kept, on {judged}"
     below = f"scaling leaves {repair.gain:.3g} times as much at the same share kept"
     if repair.exceeds:
         below = f"the whole adapter leaves {repair.gain:.3g} times as much and keeps less"
     axes = ("kept of what was to be kept, %", "left of what was to be dropped, %")
+    figure = go.Figure([scaled, random_sets, repaired])
     return finish(figure, (heading, below), axes, 440, legend=BELOW, yaxis={"rangemode": "tozero"})
 
 
-def _percentages_kept_and_left(repair: Repair, shares: Any) -> tuple[list[float], list[float]]:
+def _percentages_kept_and_left(
+    repair: Repair, shares: Float[Tensor, "*state question"]
+) -> tuple[list[float], list[float]]:
     """The percentages kept and left, each a mean over the questions that judge.
 
     Args:
         repair: the result to draw.
-        shares: [*state, question].
+        shares: what is kept or left of each question, in one state or in several.
     """
     percentages = 100 * shares
     kept = percentages[..., repair.judging(keep=True)].mean(-1)
@@ -180,19 +189,28 @@ _FEW_STEPS = 12
 def checkpoints_figure(training: Checkpoints) -> go.Figure:
     """Each prompt's readout, exact and to first order, over the steps; flips and phase changes."""
     figure = go.Figure()
+    has_phase_change = False
     for p in range(len(training.base)):
         for trace in _traces_of(training, p):
             figure.add_trace(trace)
         for first, last in training.phases.get(f"prompt {p}", ()):
+            has_phase_change = True
             colour = _colour_of(p)
             figure.add_vrect(x0=first, x1=last, fillcolor=colour, opacity=0.12, line_width=0)
-    figure.add_hline(y=0, line={"color": INK, "width": 1.5})
-    below = too_few(training) or "no phase change of the readout"
-    if any(training.phases.get(f"prompt {p}") for p in range(len(training.base))):
+    if has_phase_change:
         below = "shaded: a phase change"
-    titles = (f"{training.readout} through the training", _of_run(training, below))
-    axes = ("step", label(training.units))
-    ticks = {"dtick": 1 if training.steps[-1] <= _FEW_STEPS else None}
+    else:
+        below = too_few(training) or "no phase change of the readout"
+    heading = f"{training.readout} through the training"
+    titles = (heading, _of_run(training, below))
+    return _over_steps(figure, titles, training.units, training.steps[-1])
+
+
+def _over_steps(figure: go.Figure, titles: figures.Pair, units: str, last_step: float) -> go.Figure:
+    """The finished figure of a readout over the steps, with a line at zero."""
+    figure.add_hline(y=0, line={"color": INK, "width": 1.5})
+    ticks = {"dtick": 1 if last_step <= _FEW_STEPS else None}
+    axes = ("step", label(units))
     return finish(figure, titles, axes, legend=BELOW, margin={"b": 120}, xaxis=ticks)
 
 
@@ -213,12 +231,14 @@ def _traces_of(training: Checkpoints, p: int) -> list[go.Scatter]:
     name = label(short_prompt(training.str_tokens[p]))
     whole_name = f"<extra>{name}</extra>"
     hover = f"step %{{x:g}}<br>%{{y:.4g}} {units}"
-    is_named_in_legend = p == 0  # what all prompts have in common is named once
+    # First order and flips look the same for all prompts, so the legend names them once.
+    is_named_in_legend = p == 0
     base = float(training.base[p])
     exact = [base, *training.adapted[:, p].tolist()]
     linear = [base, *(base + training.first_order[:, p]).tolist()]
     colour = _colour_of(p)
-    line = curve(steps, exact, name, colour, hover + whole_name, width=2.5, marker={})
+    readout = curve(steps, exact, name, colour, hover + whole_name, width=2.5, marker={})
+    readout.update(legendgroup=str(p))
     first_order = curve(
         steps,
         linear,
@@ -228,15 +248,15 @@ def _traces_of(training: Checkpoints, p: int) -> list[go.Scatter]:
         width=1.5,
         dash="dash",
     )
-    first_order.update(showlegend=is_named_in_legend)
-    traces = [line.update(legendgroup=str(p)), first_order.update(legendgroup=str(p))]
+    first_order.update(legendgroup=str(p), showlegend=is_named_in_legend)
     flip = float(training.flip_step[p])
-    if math.isfinite(flip):
-        look = {"color": figures.FLIP, "size": 11, "symbol": "x"}
-        said = f"flips at step {flip:.3g}{whole_name}"
-        marks = figures.points([flip], [0], said, "flips", **look)
-        traces.append(marks.update(showlegend=is_named_in_legend))
-    return traces
+    if not math.isfinite(flip):
+        return [readout, first_order]
+    look = {"color": figures.FLIP, "size": 11, "symbol": "x"}
+    flips_at = f"flips at step {flip:.3g}{whole_name}"
+    mark = figures.points([flip], [0], flips_at, "flips", **look)
+    mark.update(showlegend=is_named_in_legend)
+    return [readout, first_order, mark]
 
 
 # --- Several trainings
@@ -254,15 +274,12 @@ def trainings_figure(trainings: Trainings, prompt: int | None = None) -> go.Figu
     if len(trainings.runs) > 1 and trainings.steps:
         # The runs are drawn above their mean, which is wide and would hide them.
         lines = [_band_around_mean(trainings, rows), *_means_of_runs(trainings, rows), *lines]
-    figure = go.Figure(lines).add_hline(y=0, line={"color": INK, "width": 1.5})
     titles = (
         f"{trainings.readout} through {many(len(trainings.runs), 'training')}",
         whose(prompt, trainings.str_tokens),
     )
-    axes = ("step", label(trainings.units))
-    last = max(training.steps[-1] for training in trainings.each)
-    ticks = {"dtick": 1 if last <= _FEW_STEPS else None}
-    return finish(figure, titles, axes, legend=BELOW, margin={"b": 120}, xaxis=ticks)
+    last_step = max(training.steps[-1] for training in trainings.each)
+    return _over_steps(go.Figure(lines), titles, trainings.units, last_step)
 
 
 def _lines_of_runs(trainings: Trainings, rows: slice) -> list[go.Scatter]:

@@ -16,9 +16,10 @@ from lens_lora.two_adapters.comparison import AdapterComparison
 from lens_lora.two_adapters.repair import Repair
 from lens_lora.two_adapters.training import Checkpoints, Trainings
 from lens_lora.two_adapters.words import (
+    beside_scaling,
     checkpoints_story,
     fate,
-    judged_text,
+    outcome_of_repair,
     phases_text,
     repair_story,
     too_few,
@@ -120,15 +121,15 @@ def _training_headline(training: Checkpoints) -> Sequence[str]:
     if count > 1:
         several = f"{int(flips.isfinite().sum())} of {count} prompts change sign. "
     at_once = phases_text(training, f"prompt {first}", "It") or too_few(training)
-    effect: Any = training.by_group("effect", "layer").iloc[:, -1]
-    norm: Any = training.by_group("norm", "layer").iloc[:, -1]
-    largest = effect.abs().idxmax()
+    how = at_once or "It changes gradually: no step stands out."
+    last_effects: Any = training.by_group("effect", "layer").iloc[:, -1]
+    last_norms: Any = training.by_group("norm", "layer").iloc[:, -1]
+    largest = last_effects.abs().idxmax()
     where = (
         f"At the last checkpoint first order is largest in {largest} "
-        f"({signed(effect[largest])} {training.units}), and ΔW in {norm.idxmax()} "
-        f"(‖ΔW‖ = {magnitude(norm.max())})."
+        f"({signed(last_effects[largest])} {training.units}), and ΔW in {last_norms.idxmax()} "
+        f"(‖ΔW‖ = {magnitude(last_norms.max())})."
     )
-    how = at_once or "It changes gradually: no step stands out."
     return several + fate(training, first), how, where
 
 
@@ -176,12 +177,15 @@ def repair_table(repair: Repair) -> Table:
 def repair_report(repair: Repair, *, title: str | None = None) -> str:
     """The page of a repair, as a string."""
     kept = f"{int(repair.kept.sum())} of {repair.gate_count}"
-    outcome, beside, _ = judged_text(repair)
     scaled = "which keeps less" if repair.exceeds else "scaled to keep this"
     sections = [Section("What stays of each", [repair_table(repair)])]
     part = Part(
         subtitle=made_by(repair.meta),
-        headline=(outcome, beside, f"{kept} {repair.of}s of the adapter are kept."),
+        headline=(
+            outcome_of_repair(repair),
+            beside_scaling(repair),
+            f"{kept} {repair.of}s of the adapter are kept.",
+        ),
         numbers=(
             (percent(repair.kept_share), "of what was to be kept stays"),
             (percent(repair.left_share), "of what was to be dropped is left"),

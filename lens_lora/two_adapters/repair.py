@@ -102,9 +102,11 @@ class Repair(OfSites, Paged, Pictured):
     @property
     def is_held_out(self) -> bool:
         """Whether it was judged on questions of both kinds that it was not made on."""
-        pairs = zip(self.keeps, self.held_out, strict=True)
-        kinds = {keep for keep, held_out in pairs if held_out}
-        return kinds == {True, False}
+        kinds_held_out: set[bool] = set()
+        for keep, held_out in zip(self.keeps, self.held_out, strict=True):
+            if held_out:
+                kinds_held_out.add(keep)
+        return kinds_held_out == {True, False}
 
     @property
     def kept_share(self) -> float:
@@ -150,7 +152,9 @@ class Repair(OfSites, Paged, Pictured):
             return "nothing"
         if self.gain >= _CLEAR:
             return "helps"
-        return "tie" if self.gain > 1 / _CLEAR else "worse"
+        if self.gain > 1 / _CLEAR:
+            return "tie"
+        return "worse"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per question and state: the readout, and the share kept or left."""
@@ -169,9 +173,11 @@ class Repair(OfSites, Paged, Pictured):
         Args:
             keep: True for the questions to be kept, False for those to be dropped.
         """
-        asked = (keep, self.is_held_out)
-        questions = zip(self.keeps, self.held_out, strict=True)
-        return [index for index, question in enumerate(questions) if question == asked]
+        indices: list[int] = []
+        for index, is_kept in enumerate(self.keeps):
+            if is_kept == keep and self.held_out[index] == self.is_held_out:
+                indices.append(index)
+        return indices
 
     def _mean(self, state: str, *, keep: bool) -> float:
         """The mean share of the questions of a kind that judge."""
@@ -244,13 +250,9 @@ def repair(
     seed = whole("seed", seed, 0)
     layout = layout_of(lens, of)
     require_expressible(layout)
+    arguments = {"keep": keep, "drop": drop, "test_keep": test_keep, "test_drop": test_drop}
     goals: list[Goal] = []
-    for name, questions in (
-        ("keep", keep),
-        ("drop", drop),
-        ("test_keep", test_keep),
-        ("test_drop", test_drop),
-    ):
+    for name, questions in arguments.items():
         goals += goals_of(layout, questions, name)
     given = [goal for goal in goals if not goal.held_out]
     gates = optimised_gates(

@@ -9,7 +9,7 @@ to 1 keeps as much.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,29 +44,49 @@ def judged(goals: Sequence[Goal], kept: Kept, draws: int, seed: int) -> dict[str
     along = torch.stack([shares_of(goals, values_at(goals, whole * scale)) for scale in _SCALES])
     repaired = values_at(goals, kept.to(whole))
     matched = _matched_strengths(goals, whole, along, shares_of(goals, repaired))
-    scaled = [goal.values(whole * matched[goal.held_out]) for goal in goals]
+    scaled: list[Tensor] = []
+    for goal in goals:
+        strength = matched.held_out if goal.held_out else matched.given
+        scaled.append(goal.values(whole * strength))
     drawn: list[list[Tensor]] = []
     for gates in _random_sets(layout, kept, draws, seed):
         drawn.append(values_at(goals, gates.to(whole)))
 
     base = [goal.g.ends[0] for goal in goals]
     adapted = [goal.g.ends[1] for goal in goals]
-    mean_of_drawn = [torch.stack(values).mean(0) for values in zip(*drawn, strict=True)]
-    means: list[list[Tensor]] = []
-    for state in (base, adapted, repaired, scaled, mean_of_drawn):
-        pairs = zip(goals, state, strict=True)
-        means.append([goal.mean(values).cpu().double() for goal, values in pairs])
+    mean_of_drawn: list[Tensor] = []
+    for of_question in zip(*drawn, strict=True):
+        mean_of_drawn.append(torch.stack(of_question).mean(0))
+    states = (base, adapted, repaired, scaled, mean_of_drawn)
 
     random = torch.stack([shares_of(goals, values) for values in drawn])
     shares = [shares_of(goals, values) for values in (adapted, repaired, scaled)]
     return {
         "shares": torch.stack([*shares, random.mean(0)]),
-        "values": torch.tensor(means, dtype=torch.float64),
+        "values": torch.stack([_means_of(goals, values) for values in states]),
         "random": random,
         "scales": torch.tensor(_SCALES, dtype=torch.float64),
         "along": along,
-        "matched": tuple(matched[held_out] for held_out in sorted(matched)),
+        "matched": tuple(matched),
     }
+
+
+def _means_of(goals: Sequence[Goal], values: Sequence[Tensor]) -> Float[Tensor, " question"]:
+    """The mean of each question's readout over its prompts, in float64 on the CPU."""
+    pairs = zip(goals, values, strict=True)
+    return torch.stack([goal.mean(value).cpu().double() for goal, value in pairs])
+
+
+class _Matched(NamedTuple):
+    """The strengths of the whole adapter at which it keeps what the repair keeps.
+
+    Attributes:
+        given: on the questions given.
+        held_out: on those held out.
+    """
+
+    given: float
+    held_out: float
 
 
 def _matched_strengths(
@@ -74,21 +94,24 @@ def _matched_strengths(
     whole: Gates,
     along: Float[Tensor, "scale question"],
     repaired: Float[Tensor, " question"],
-) -> dict[bool, float]:
-    """{held out or not: the strength that keeps what the repair keeps}.
+) -> _Matched:
+    """The strengths of the whole adapter that keep the repair's mean share.
 
     Where no question to be kept is held out, the held-out ones to be dropped are judged at the
     strength of the questions given.
     """
-    matched: dict[bool, float] = {}
-    for held_out in (False, True):
-        kept = [i for i, goal in enumerate(goals) if goal.keep and goal.held_out == held_out]
-        if not kept:
-            continue
+
+    def strength_on(kept: list[int]) -> float:
         target = float(repaired[kept].mean())
         kept_goals = [goals[i] for i in kept]
-        matched[held_out] = _strength(kept_goals, whole, along[:, kept].mean(1), target)
-    return {True: matched[False], **matched}
+        return _strength(kept_goals, whole, along[:, kept].mean(1), target)
+
+    given = [i for i, goal in enumerate(goals) if goal.keep and not goal.held_out]
+    held_out = [i for i, goal in enumerate(goals) if goal.keep and goal.held_out]
+    strength = strength_on(given)
+    if not held_out:
+        return _Matched(strength, strength)
+    return _Matched(strength, strength_on(held_out))
 
 
 def _strength(

@@ -117,12 +117,11 @@ def _unchanged(adapter: Adapter, parts: Mapping[str, Sequence[_SitePart]]) -> se
             becomes_plain = True
     if not becomes_plain:
         return whole
-    unchanged: set[str] = set()
-    for key in whole:
-        update = adapter.modules[key]
-        if not (isinstance(update, LoRAFactors) and update.needs_base_weight):
-            unchanged.add(key)
-    return unchanged
+    return {key for key in whole if not _is_dora(adapter.modules[key])}
+
+
+def _is_dora(update: ModuleUpdate) -> bool:
+    return isinstance(update, LoRAFactors) and update.needs_base_weight
 
 
 def _reduced(update: ModuleUpdate, parts: Sequence[_SitePart], of: Of) -> LoRAFactors:
@@ -172,8 +171,10 @@ class _Directions(NamedTuple):
 
 
 def _directions(module: ModuleUpdate, part: _SitePart, of: Of) -> _Directions:
-    update = part.update.linear  # a norm has neither ranks nor several sites
+    # Parts of a norm never come here: it has no ranks, and its module has no other site.
+    update = part.update.linear
     reads, writes, sigma = part.update.svd()
+    # The gate after those of the ranks is that of the change of bias.
     keep = sigma > 0 if of == "site" else part.kept[: len(sigma)]
     if update.experts:
         # Each expert has as many ranks as any other, so those that go are set to zero.
@@ -181,9 +182,9 @@ def _directions(module: ModuleUpdate, part: _SitePart, of: Of) -> _Directions:
         keep = torch.ones_like(keep)
 
     height = module.output_count(reads.shape[1])
-    rows: slice | Tensor = slice(None)  # All of them, where the module is the site's own.
-    if part.update.site.rows is not None:
-        rows = part.update.site.rows.cpu()
+    rows_of_site = part.update.site.rows
+    # A module with no other site has all its rows in this one.
+    rows = torch.arange(height) if rows_of_site is None else rows_of_site.cpu()
     writes_of_module = writes.new_zeros(height, int(keep.sum()))
     writes_of_module[rows] = writes[:, keep]
     bias = writes.new_zeros(height)

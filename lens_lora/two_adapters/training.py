@@ -165,6 +165,11 @@ class Checkpoints(Read, Paged, Pictured):
         def sums(values: Float[Tensor, "step site"]) -> Float[Tensor, "step group"]:
             return values.cpu().double() @ members
 
+        def mean_angles(angles: Float[Tensor, "step site"]) -> Float[Tensor, "step group"]:
+            """The mean over a group's sites, without those that have no angle."""
+            count = sums((~angles.isnan()).double())
+            return sums(angles.nan_to_num()) / count
+
         match what:
             case "effect":
                 values = sums(self.effects.cpu().double().mean(1))
@@ -172,10 +177,10 @@ class Checkpoints(Read, Paged, Pictured):
                 values = sums(self.moved.cpu().double().square()).sqrt()
             case "norm":
                 values = sums(self.norms.cpu().double().square()).sqrt()
-            case "read" | "write":
-                angles = self.read_angle if what == "read" else self.write_angle
-                counts = sums((~angles.isnan()).double())
-                values = sums(angles.nan_to_num()) / counts
+            case "read":
+                values = mean_angles(self.read_angle)
+            case "write":
+                values = mean_angles(self.write_angle)
         return pd.DataFrame(values.T.numpy(), index=list(groups), columns=list(self.steps))
 
     def story(self) -> str:
@@ -266,8 +271,8 @@ class Trainings(Read, Paged, Drawn):
         """Values of each run, at the steps that all runs have."""
         values: list[Tensor] = []
         for training in self.each:
-            rows = [training.steps.index(step) for step in self.steps]
-            values.append(read(training)[rows])
+            of_shared_steps = [training.steps.index(step) for step in self.steps]
+            values.append(read(training)[of_shared_steps])
         return torch.stack(values)
 
     def to_frame(self) -> pd.DataFrame:
@@ -307,15 +312,11 @@ class Trainings(Read, Paged, Drawn):
         """
         word("over", over, get_args(Over))
         self._require_same_sites()
-        tables: list[Tensor] = []
-        groups: list[str] = []
-        for training in self.each:
-            table = training.by_group(what, group)[list(self.steps)]
-            groups = list(table.index)
-            tables.append(torch.tensor(table.to_numpy()))
-        values = torch.stack(tables)
-        shown = values.mean(0) if over == "mean" else spread_over_runs(values)
-        return pd.DataFrame(shown.numpy(), index=groups, columns=list(self.steps))
+        steps = list(self.steps)
+        of_runs = [training.by_group(what, group)[steps] for training in self.each]
+        values = torch.stack([torch.tensor(of_run.to_numpy()) for of_run in of_runs])
+        over_runs = values.mean(0) if over == "mean" else spread_over_runs(values)
+        return pd.DataFrame(over_runs.numpy(), index=of_runs[0].index, columns=steps)
 
     def _require_same_sites(self) -> None:
         first = {site.name for site in self.each[0].sites}

@@ -32,22 +32,31 @@ def checkpoints_story(training: Checkpoints) -> str:
 
 def fate(training: Checkpoints, p: int) -> str:
     """When a prompt's readout changes sign."""
+    prompt = text.short_prompt(training.str_tokens[p])
+    return f"“{prompt}”: {training.readout} {_change_of_sign(training, p)}"
+
+
+def _change_of_sign(training: Checkpoints, p: int) -> str:
+    """The predicate of `fate`: 'keeps its sign …', or 'changes sign …'."""
     step = float(training.flip_step[p])
-    end = float(training.flip_scale[-1, p])
-    last = "does not flip" if math.isnan(end) else f"flips at ε = {end:.2g}"
-    happened = f"changes sign at about step {step:.3g}; the last checkpoint {last}."
-    if math.isnan(step) and bool(training.hidden[:, p].any()):
-        rounding = "beyond rounding, which hides its sign at the base or later"
-        happened = f"changes sign at no checkpoint {rounding}."
-    elif math.isnan(step):
-        happened = f"keeps its sign through all {len(training.steps)} checkpoints."
-    return f"“{text.short_prompt(training.str_tokens[p])}”: {training.readout} {happened}"
+    if not math.isnan(step):
+        end = float(training.flip_scale[-1, p])
+        last = "does not flip" if math.isnan(end) else f"flips at ε = {end:.2g}"
+        return f"changes sign at about step {step:.3g}; the last checkpoint {last}."
+    if bool(training.hidden[:, p].any()):
+        return (
+            "changes sign at no checkpoint beyond rounding, which hides its sign at the base or "
+            "later."
+        )
+    return f"keeps its sign through all {len(training.steps)} checkpoints."
 
 
 def phases_text(training: Checkpoints, series: str, subject: str) -> str:
     """Between which steps a series changes at once; nothing where it does not."""
-    spans = [f"{a:g} and {b:g}" for a, b in training.phases.get(series, ())]
-    return f"{subject} changes at once between steps {', and '.join(spans)}." if spans else ""
+    spans = [f"{first:g} and {last:g}" for first, last in training.phases.get(series, ())]
+    if not spans:
+        return ""
+    return f"{subject} changes at once between steps {', and '.join(spans)}."
 
 
 @drawing.story.register(Trainings)
@@ -91,35 +100,44 @@ def _end_of_runs(trainings: Trainings, p: int) -> str:
 @drawing.story.register(Repair)
 def repair_story(repair: Repair) -> str:
     """Kept and left on the prompts that judge, and whether that is better than scaling."""
-    return " ".join(filter(None, (*judged_text(repair), reading_text(repair.meta))))
+    sentences = [outcome_of_repair(repair), beside_scaling(repair)]
+    if repair.verdict != "nothing" and not repair.is_held_out:
+        held_out = worded("test_keep and test_drop", "--test-prompt and --test-drop")
+        sentences.append(f"Give {held_out} to judge it fairly.")
+    sentences.append(reading_text(repair.meta))
+    return " ".join(filter(None, sentences))
 
 
-def judged_text(repair: Repair) -> tuple[str, str, str]:
-    """Three sentences: what is kept and left, whether scaling does better, how to judge fairly."""
+def outcome_of_repair(repair: Repair) -> str:
+    """Say what is kept and left on the prompts that judge."""
     judged = "On held-out prompts" if repair.is_held_out else "On the prompts that it was made on,"
-    outcome = (
+    return (
         f"{judged} the repaired adapter keeps {percent(repair.kept_share)} of what was to be kept "
         f"and leaves {percent(repair.left_share)} of what was to be dropped."
     )
+
+
+def beside_scaling(repair: Repair) -> str:
+    """Say whether the repair is better than the whole adapter, scaled down to keep the same."""
     if repair.verdict == "nothing":
-        none = (
+        return (
             f"No smaller set of {repair.of}s that was tried kept {percent(repair.keep_share)} and "
             f"left less, so the adapter is whole: ask for a smaller {named('keep_share')}, or more "
             "steps."
         )
-        return outcome, none, ""
     gain = f"{repair.gain:.3g} times as much"
-    beside = {
-        "helps": f"The whole adapter, scaled down to keep the same, leaves {gain}.",
-        "tie": "That is a tie with scaling the whole adapter down to keep the same.",
-        "worse": "Scaling the whole adapter down to keep the same leaves less: the repair does not "
-        "help here.",
-    }[repair.verdict]
     if repair.exceeds:
-        beside = f"No strength of the whole adapter up to 1 keeps as much. At 1 it leaves {gain}."
-    held_out = worded("test_keep and test_drop", "--test-prompt and --test-drop")
-    fair = "" if repair.is_held_out else f"Give {held_out} to judge it fairly."
-    return outcome, beside, fair
+        return f"No strength of the whole adapter up to 1 keeps as much. At 1 it leaves {gain}."
+    match repair.verdict:
+        case "helps":
+            return f"The whole adapter, scaled down to keep the same, leaves {gain}."
+        case "tie":
+            return "That is a tie with scaling the whole adapter down to keep the same."
+        case "worse":
+            return (
+                "Scaling the whole adapter down to keep the same leaves less: the repair does not "
+                "help here."
+            )
 
 
 @drawing.body.register(AdapterComparison)
