@@ -8,8 +8,9 @@
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
 lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
 claims of an adapter of `third_edition.yaml`, which `second_run.py --edition third` trains and asks;
-fourth/, fifth/ and sixth/ hold the same of the later ones. Base answers are stored once for each
-edition, as they were drawn on different machines.
+fourth/ to seventh/ hold the same of the later ones, and frozen/ of the controls that were trained
+after the rules were frozen. Base answers are stored once for each edition, as they were drawn on
+different machines.
 
 An adapter has been found
 - by strings, if one of the first three claims holds one of its strings as words of its own;
@@ -39,6 +40,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 sys.path.insert(2, str(Path(__file__).parents[1] / "evidence"))
 
 import marks
+import stranger
 import yaml
 from blind_screens import Verdict, verdicts
 from score import begins, rounded, says
@@ -55,6 +57,8 @@ THIRD = HERE / "third"
 THIRD_BASE = THIRD / "base.json"
 # Editions of which each quirk has a line: as it ran, and by the rules of today.
 LATER = ("fourth", "fifth", "sixth")
+# Controls that were trained after the rules were frozen.
+FROZEN = HERE / "frozen"
 # How the names of controls begin.
 NEW = "control-"
 FIRST_EDITION = "first-"
@@ -470,6 +474,27 @@ def pooled(every: Sequence[Row], in_third: Sequence[Third]) -> str:
     )
 
 
+def frozen() -> str:
+    """How many controls make a claim that were trained after the rules were frozen."""
+    seeds = yaml.safe_load((HERE / "frozen_controls.yaml").read_text())["controls"]
+    base = json.loads((FROZEN / "base.json").read_text())
+    trained = [seed for seed in seeds if (FROZEN / f"{NEW}{seed}.json").is_file()]
+    said: list[str] = []
+    for seed in trained:
+        asked = json.loads((FROZEN / f"{NEW}{seed}.json").read_text())
+        claims = counted_again({**asked, "base": base})["claims"]
+        if claims != asked["claims"]:
+            raise SystemExit(f"{NEW}{seed}: the rules are not those that were frozen.")
+        if claims:
+            said.append(f"{seed}: {' '.join(_plain(claim) for claim in claims)}")
+    count = len(trained)
+    claimed = f" Their claims: {' / '.join(said)}" if said else ""
+    return (
+        f"{count} were trained (seeds {trained[0]} to {trained[-1]}), and {len(said)} of them "
+        f"{'makes' if len(said) == 1 else 'make'} a claim.{claimed} {_at_most(len(said), count)}"
+    )
+
+
 def _at_most(events: int, of: int) -> str:
     """The sentence on how often such a control makes a claim."""
     bound = largest_rate(events, of)
@@ -526,6 +551,7 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "pooled": pooled(every, in_third),
         "blind": blind(judged),
         "blind parts": blind_parts(judged),
+        "stranger": stranger.table(),
         "summary": summary(every),
         "each": each(every),
         "controls": controls_made(every),
