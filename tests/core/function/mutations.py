@@ -57,6 +57,8 @@ class Mutation:
         old: a text that occurs once in that file.
         new: what stands in its place.
         tests: a quick test, or a file of them; one of them fails.
+        needs_hooked_transformer: whether a HookedTransformer alone runs what is changed, which
+            transformer-lens 4 lacks.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Mutation:
     old: str
     new: str
     tests: str
+    needs_hooked_transformer: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}: {self.name}"
@@ -133,6 +136,7 @@ BANK = [
         "by_head.repeat_interleave(basis.kv_copies, -2)",
         "by_head.repeat(1, 1, basis.kv_copies, 1)",
         REPEATED,
+        needs_hooked_transformer=True,
     ),
     Mutation(
         "the rows of a fused module from its beginning",
@@ -398,6 +402,7 @@ BASIS = [
         "writes = by_head.repeat_interleave(basis.kv_copies, 0).flatten(0, 1)",
         "writes = by_head.repeat(basis.kv_copies, 1, 1).flatten(0, 1)",
         REPEATED,
+        needs_hooked_transformer=True,
     ),
     Mutation(
         "query heads get the constant of another group",
@@ -680,9 +685,15 @@ def _test(answer: Any, folder: str, tests: str, every: bool) -> None:
 
 def main(words: list[str]) -> int:
     """Print what became of each mutation; 1 where one survived."""
+    sys.path.insert(0, str(REPOSITORY / "tests" / "lib"))
+    from models import has_hooked_transformer
+
     survived = 0
     for mutation in MUTATIONS:
         if not all(word in str(mutation) for word in words):
+            continue
+        if mutation.needs_hooked_transformer and not has_hooked_transformer():
+            print(f"{mutation}: left out, as this transformer-lens has no HookedTransformer")
             continue
         outcome = outcome_of(mutation)
         survived += not outcome.failed
