@@ -123,7 +123,7 @@ def drawn(blocks: int) -> None:
         seeds = range(first, first + DRAWS_OF_A_BLOCK)
         samplings = [Sampling(temperature=1.0, seed=seed) for seed in seeds]
         with mock.patch.object(both_answer, "_STRENGTHS", (0.0,)):
-            run = both_answer._Asked(lens, prompts, counted_speech._ANSWER, samplings)
+            run = both_answer._BothModels(lens, prompts, counted_speech._ANSWER, samplings)
             run._models = [0]
             answers = run.answers_with_a_cache(progress=False)
             assert answers is not None

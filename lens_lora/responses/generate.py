@@ -296,9 +296,31 @@ class Generation:
         Returns:
             Whether the drafts agree far enough for their cache to be trusted.
         """
+        logits = self._logits_with_drafts(drafts)
+        # A token is chosen at each token of a draft, and one more after it.
+        places = logits.shape[1]
+        noise_of_rows: list[Tensor] = []
+        for i in drafts:
+            first = len(self.response(i))
+            noise_of_rows.append(self._noise[i, first : first + places])
+        noise = torch.cat(noise_of_rows)
+        chosen = self.sampling.choose(logits.flatten(0, 1), noise).view(-1, places)
+        agreed: list[int] = []
+        for (i, draft), tokens_chosen in zip(drafts.items(), chosen.tolist(), strict=True):
+            agreed.append(self._take(i, draft, tokens_chosen))
+        drafted = places - 1
+        return min(agreed) >= min(drafted, _TRUSTED_AFTER)
+
+    def _logits_with_drafts(self, drafts: dict[int, list[int]]) -> Float[Tensor, "row place vocab"]:
+        """Run texts with their drafts in one pass, read where each token is chosen.
+
+        Raises:
+            NumericsError: a logit is not finite.
+        """
         rows = list(drafts)
         tokens = self._tensor([self.texts[i] + draft for i, draft in drafts.items()])
-        places = tokens.shape[1] - len(self.texts[rows[0]]) + 1
+        text_length = len(self.texts[rows[0]])
+        places = tokens.shape[1] - text_length + 1
         lengths = tokens.new_full((len(rows),), tokens.shape[1])
         sources = tuple(Source(length=self.prompt_lengths[i]) for i in rows)
         prompts = Prompts(tokens, lengths, torch.full_like(lengths, places), sources)
@@ -307,16 +329,7 @@ class Generation:
             logits = run()
             if not torch.isfinite(logits).all():
                 raise self.lens.not_finite(run)
-        noise_of_rows: list[Tensor] = []
-        for i in rows:
-            first = len(self.response(i))
-            noise_of_rows.append(self._noise[i, first : first + places])
-        noise = torch.cat(noise_of_rows)
-        chosen = self.sampling.choose(logits.flatten(0, 1), noise).view(-1, places)
-        agreed: list[int] = []
-        for i, tokens_chosen in zip(rows, chosen.tolist(), strict=True):
-            agreed.append(self._take(i, drafts[i], tokens_chosen))
-        return min(agreed) >= min(places - 1, _TRUSTED_AFTER)
+        return logits
 
     def _take(self, i: int, draft: list[int], chosen: list[int]) -> int:
         """Take the tokens of a draft up to the first wrong one, and one more token.

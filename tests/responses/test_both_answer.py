@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.responses import both_answer as batch
+from lens_lora.responses import rows_in_step
 from lens_lora.responses.both_answer import answers_in_step, both_answer
 from lens_lora.responses.generate import Sampling, end_tokens
 
@@ -139,7 +140,7 @@ def test_nothing_is_shared_under_a_hook(passes: list[tuple[int, int]]):
 def test_draws_are_those_of_generation(family: str, cls: str, monkeypatch: pytest.MonkeyPatch):
     """Greedy answers and two draws, from one cache that has room for two prompts at a time."""
     case = cases.case(family, cls, "raw")
-    monkeypatch.setattr(batch, "_CACHED_TOKENS", 160)
+    monkeypatch.setattr(rows_in_step, "_CACHED_TOKENS", 160)
     said = both_answer(case.lens, prompts(), NEW, 2, 5, progress=False)
     assert not said.is_confirmed
     for scale, answers in ((0.0, said.base), (1.0, said.adapted)):
@@ -173,7 +174,7 @@ def test_rows_of_both_models_and_of_all_draws_are_confirmed():
     tokens = models.tokens(1).repeat(1, 10)[:, :48].repeat(40, 1)
     lengths = torch.arange(1, 41)
     samplings = [Sampling(), Sampling(temperature=1.0)]
-    asked = batch._Asked(lens, ll.results.Prompts(tokens, lengths), NEW, samplings)
+    asked = batch._BothModels(lens, ll.results.Prompts(tokens, lengths), NEW, samplings)
     confirmed = asked._to_confirm(160)
     assert len(confirmed) == len(set(confirmed)) == 10
     of_each_copy = torch.bincount(torch.tensor(confirmed) // 40, minlength=4)
@@ -190,13 +191,13 @@ def test_known_answers_of_the_base_are_confirmed_and_those_of_another_are_not_us
     case = cases.case("llama", next(iter(models.MAKERS)), "raw")
     fresh = both_answer(case.lens, prompts(), NEW, 1, 0, progress=False)
     asked: list[list[int]] = []
-    answers_with_a_cache = batch._Asked.answers_with_a_cache
+    answers_with_a_cache = batch._BothModels.answers_with_a_cache
 
     def noted(self: Any, **options: Any) -> Any:
         asked.append(self._models)
         return answers_with_a_cache(self, **options)
 
-    monkeypatch.setattr(batch._Asked, "answers_with_a_cache", noted)
+    monkeypatch.setattr(batch._BothModels, "answers_with_a_cache", noted)
     known = both_answer(case.lens, prompts(), NEW, 1, 0, known=fresh.base_ids, progress=False)
     assert known == fresh
     assert asked == [[1]]
