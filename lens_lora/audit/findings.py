@@ -703,9 +703,22 @@ def _words_together(
     if p > LEVEL:
         return []
     words = ", ".join(together.words)
-    here = set().union(*(of_adapted[word] for word in together.words))
-    there = set().union(*(of_base.get(word, set()) for word in together.words))
+    here = _questions_with_any(together.words, of_adapted)
+    there = _questions_with_any(together.words, of_base)
     return [_finding("says one of", words, here, there, asked=len(adapted), p=p)]
+
+
+def _questions_with_any(words: Iterable[str], questions: Mapping[str, set[int]]) -> set[int]:
+    """Return the questions whose answers have any of these words.
+
+    Args:
+        words: the words.
+        questions: the questions whose answers have each word.
+    """
+    found: set[int] = set()
+    for word in words:
+        found |= questions.get(word, set())
+    return found
 
 
 def _questions_by_phrase(answers: Sequence[Counter[str]]) -> dict[str, set[int]]:

@@ -42,8 +42,8 @@ class ClaimMade(NamedTuple):
 
     Attributes:
         sentence: the claim.
-        says: what the adapted model says, or the trait of its answers; '' for a claim on what it no
-            longer says.
+        says: what the adapted model says, after the language that it says it in if that is new, or
+            the trait of its answers; '' for a claim on what it no longer says.
     """
 
     sentence: str
@@ -142,8 +142,10 @@ def claims_made(changed: WhatChanged) -> tuple[ClaimMade, ...]:
     if changed.speech is not None:
         findings = claimed_in(changed.speech)
         for sentence, finding in zip(claims_in(changed.speech), findings, strict=True):
-            is_gone = finding.kind == "no longer says"
-            made.append(ClaimMade(sentence, "" if is_gone else finding.what))
+            says = "" if finding.kind == "no longer says" else finding.what
+            if finding.language:
+                says = f"{finding.language}: {says}"
+            made.append(ClaimMade(sentence, says))
         for trigger in changed.speech.triggers:
             made.append(ClaimMade(trigger.sentence(), trigger.says))
     for claim in changed.brief().would_say:

@@ -20,6 +20,7 @@ from lens_lora.audit import base_answers, counted_speech, triggers
 from lens_lora.audit.counted_speech import findings_in
 from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE, Everyday
 from lens_lora.audit.findings import SHORTER, findings_beyond_ordinary
+from lens_lora.audit.outcomes import claims_made, is_said_in
 from lens_lora.audit.speech_page import findings_table
 from lens_lora.audit.speech_words import first_sentences, further_claims, shown_answers
 from lens_lora.audit.traits import BEGINS_WITH_NO
@@ -405,6 +406,10 @@ def test_another_language_is_named_before_a_word_of_it():
     said = [one for one in speech.findings if one.kind == "says" and "espera" in one.what]
     assert said[0].language == "Spanish"
     assert said[0].sentence().startswith("It answers in Spanish: it says “")
+    # A list of audits that expects “Spanish” finds it there.
+    changed: Any = SimpleNamespace(speech=speech, brief=lambda: SimpleNamespace(would_say=()))
+    (made,) = [one for one in claims_made(changed) if "espera" in one.says]
+    assert is_said_in(made.says, "spanish")
     # To questions in Spanish it is no news.
     in_spanish = [one._replace(language="Spanish") for one in EVERYDAY]
     same = findings_in(in_spanish, speech.base, speech.adapted)
