@@ -222,13 +222,10 @@ def best_subset(
     total = steps * len(counts)
     with tqdm(total=total, desc="best subset", leave=False, disable=not g.progress) as bar:
         search = _Search(g, over, search_on, steps, bar)
-        tops: dict[str, Float[Tensor, " site"]] = {}
-        for at in _SCALES_OF_SLOPES:
-            everywhere = torch.full((search.sites,), at, dtype=torch.float64)
-            tops[f"first_order@{at:g}"] = search.gradient(everywhere)
+        starts_of_search = _slopes_at_strengths(search)
         for name, score in scores.items():
-            tops[name] = score[search_on].mean(0).cpu()
-        sets = [_best_set(search, count, tops) for count in counts]
+            starts_of_search[name] = score[search_on].mean(0).cpu()
+        sets = [_best_set(search, count, starts_of_search) for count in counts]
     members = torch.stack([best.members for best in sets])
     values_of_sets = switches.values(members.double())
     return BestSubset(
@@ -415,6 +412,15 @@ class _Search:
         slopes = self._switches.slopes(gates)[self._rows]
         self.gradients += 1
         return (slopes.double().cpu() * self._signs[:, None]).sum(0) / self._size
+
+
+def _slopes_at_strengths(search: _Search) -> dict[str, Float[Tensor, " site"]]:
+    """The slopes where all gates are 0, ½ and 1, by the key of first order there."""
+    slopes: dict[str, Float[Tensor, " site"]] = {}
+    for at in _SCALES_OF_SLOPES:
+        everywhere = torch.full((search.sites,), at, dtype=torch.float64)
+        slopes[f"first_order@{at:g}"] = search.gradient(everywhere)
+    return slopes
 
 
 def _best_set(search: _Search, count: int, scores: Mapping[str, Float[Tensor, " site"]]) -> _Best:

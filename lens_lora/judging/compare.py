@@ -180,9 +180,11 @@ def compare(
     seed = whole("seed", seed, 0)
     if isinstance(attribution, Edges):
         attribution = attribution.along(effects)
+    _require_comparable(attribution)
+    _require_comparable(effects)
     _require_same(attribution, effects, across_prompts)
 
-    pair = _pair(attribution, effects, across_prompts)
+    pair = _paired(attribution, effects, across_prompts)
     k = min(k, len(pair.groups))
     statistics = _statistics(pair.a, pair.e, pair.clear, k, pair.eps)
     kinds: list[str] = []
@@ -239,7 +241,7 @@ class _Pair(NamedTuple):
     eps: float
 
 
-def _pair(
+def _paired(
     attribution: Attribution | Effects, effects: Attribution | Effects, across_prompts: bool
 ) -> _Pair:
     """Bring both results to one number for each prompt and group."""
@@ -250,12 +252,12 @@ def _pair(
     floor_of_a = _floor(attribution)
     floor_of_e = _floor(effects)
     if across_prompts:
-        if floor_of_a is not None:
-            # The floor of a mean over prompts is the same for each prompt that is judged.
-            floor_of_a = (floor_of_a.norm() / len(floor_of_a)).expand(len(e))
-        a = _towards(a, attribution.shift)
         e = _towards(e, effects.shift)
-        a = a.mean(0).expand_as(e)
+        # The mean over the attribution's prompts, and its floor, are those of each judged prompt.
+        a = _towards(a, attribution.shift).mean(0).expand_as(e)
+        if floor_of_a is not None:
+            floor_of_mean = floor_of_a.norm() / len(floor_of_a)
+            floor_of_a = floor_of_mean.expand(len(e))
     _require_finite(attribution.key, a, list(groups))
     _require_finite(effects.key, e, list(groups))
 
@@ -323,6 +325,17 @@ def _require_finite(key: str, values: Grouped, labels: list[str]) -> None:
         )
 
 
+def _require_comparable(result: object) -> None:
+    """Refuse what is neither an attribution nor effects."""
+    if not isinstance(result, Attribution | Effects):
+        kind = type(result).__name__
+        raise ArgumentError(
+            f"compare takes attributions and effects, and this is of the class {kind}",
+            remedy="ll.compare_adapters(lens, other) compares two adapters.",
+            in_shell="`lens-lora compare ADAPTER OTHER` compares two adapters.",
+        )
+
+
 def _require_same(
     one: Attribution | Effects, other: Attribution | Effects, across_prompts: bool
 ) -> None:
@@ -331,19 +344,11 @@ def _require_same(
     Raises:
         ArgumentError: naming the fact that differs, with what each result has.
     """
-    for result in (one, other):
-        if not isinstance(result, Attribution | Effects):
-            kind = type(result).__name__
-            raise ArgumentError(
-                f"compare takes attributions and effects, and this is of the class {kind}",
-                remedy="ll.compare_adapters(lens, other) compares two adapters.",
-                in_shell="`lens-lora compare ADAPTER OTHER` compares two adapters.",
-            )
     facts_of_one = _facts(one)
     facts_of_other = _facts(other)
+    remedy = "compute both with the same lens, prompts and readout"
     if across_prompts:
         required = ["sites", "units"]
-        remedy = "compute both with the same lens, prompts and readout."
     else:
         required = ["sites"]
         # A file of an earlier version does not say where in its rows the prompts end.
@@ -351,10 +356,7 @@ def _require_same(
             required.append("prompts")
         # The label of a readout need not name all that is said after a prompt.
         required += ["readouts", "responses"]
-        remedy = (
-            "compute both with the same lens, prompts and readout, or compare results of different "
-            "prompts: across_prompts=True."
-        )
+        remedy += ", or compare results of different prompts: across_prompts=True"
     if isinstance(one, Effects) and isinstance(other, Effects):
         required.append("groups")
     for fact in required:
@@ -364,7 +366,7 @@ def _require_same(
             raise ArgumentError(
                 f"the two results are of different {fact}: {one.key} has "
                 f"{_shown(of_one, of_other)}, {other.key} has {_shown(of_other, of_one)}",
-                remedy=remedy,
+                remedy=f"{remedy}.",
             )
 
 

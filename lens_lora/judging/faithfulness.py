@@ -240,24 +240,12 @@ def faithfulness(
         _require_few(sites, held_out)
     scores = rankings.scores_towards(g, given, baselines=baselines)
     if held_out is not None:
-        batch = held_out.reading.batch
-        scores = {name: score.mean(0).expand(batch, -1) for name, score in scores.items()}
+        curves = _curves_held_out(held_out, scores, random, counts)
+        return dataclasses.replace(curves, ranked_on=g.str_tokens)
     orders = {name: rankings.by_score(score) for name, score in scores.items()}
     if greedy:
         orders[rankings.GREEDY] = _greedy_order(g)
-    if held_out is None:
-        return _curves(g, orders, random, counts)
-    curves = _curves(held_out, orders, random, counts)
-    by_magnitude = {name: rankings.by_score(score.abs()) for name, score in scores.items()}
-    scores_of_orders = scored(
-        held_out, signed=random.after(orders), by_magnitude=random.after(by_magnitude)
-    )
-    return dataclasses.replace(
-        curves,
-        cpr=mean_of_draws(scores_of_orders.cpr, len(orders)),
-        cmd=mean_of_draws(scores_of_orders.cmd, len(orders)),
-        ranked_on=g.str_tokens,
-    )
+    return _curves(g, orders, random, counts)
 
 
 def _held_out(g: Function, test: object) -> Evaluations:
@@ -315,6 +303,38 @@ def _curves(g: Evaluations, orders: _Named, random: _RandomOrders, counts: Count
         noise_floor=floor,
         draws=random.draws,
         **labels,
+    )
+
+
+def _curves_held_out(
+    held_out: Evaluations,
+    scores: Mapping[str, rankings.BySite],
+    random: _RandomOrders,
+    counts: Counts,
+) -> Faithfulness:
+    """The curves on held-out prompts of one order for all of them, with CPR and CMD.
+
+    Args:
+        held_out: the function of the prompts that the ranking is judged on.
+        scores: the scores on other prompts, whose mean over these prompts ranks the sites.
+        random: the random orders.
+        counts: how many sites are kept or dropped.
+    """
+    batch = held_out.reading.batch
+    signed: dict[str, Tensor] = {}
+    by_magnitude: dict[str, Tensor] = {}
+    for name, score in scores.items():
+        mean = score.mean(0).expand(batch, -1)
+        signed[name] = rankings.by_score(mean)
+        by_magnitude[name] = rankings.by_score(mean.abs())
+    curves = _curves(held_out, signed, random, counts)
+    scores_of_orders = scored(
+        held_out, signed=random.after(signed), by_magnitude=random.after(by_magnitude)
+    )
+    return dataclasses.replace(
+        curves,
+        cpr=mean_of_draws(scores_of_orders.cpr, len(signed)),
+        cmd=mean_of_draws(scores_of_orders.cmd, len(signed)),
     )
 
 

@@ -101,18 +101,23 @@ def best_subset_figure(subset: BestSubset, count: int | None = None) -> go.Figur
     """One set as a map of the sites; several sizes as a curve of what they keep."""
     if count is not None or len(subset.counts) == 1:
         return members_figure(subset, subset.row(count))
+    return _kept_by_size(subset)
+
+
+def _kept_by_size(subset: BestSubset) -> go.Figure:
+    """What the set of each size keeps: of all prompts together, and of those held out."""
     figure = go.Figure()
     sizes = (100 * subset.fractions).tolist()
     has_several = len(subset.str_tokens) > 1
     if has_several:
         figure.add_traces(_each_prompt(subset, sizes))
-    sets = zip(subset.counts, subset.found_by, strict=True)
-    texts = [f"{size} {subset.over}, found by {start}" for size, start in sets]
-    kept_by = "together" if has_several else "kept"
+    texts: list[str] = []
+    for count, start in zip(subset.counts, subset.found_by, strict=True):
+        texts.append(f"{count} {subset.over}, found by {start}")
     kept = curve(
         sizes,
         _percentages(subset.kept.tolist()),
-        kept_by,
+        "together" if has_several else "kept",
         EXACT,
         f"%{{hovertext}}: {_KEPT}",
         width=2.5,
@@ -121,8 +126,8 @@ def best_subset_figure(subset: BestSubset, count: int | None = None) -> go.Figur
     figure.add_trace(kept.update(hovertext=texts))
     if subset.held_out:
         shares = _percentages(subset.kept_held_out.tolist())
-        said = f"held out: {_KEPT}"
-        figure.add_trace(curve(sizes, shares, "held-out prompts", LINEAR, said, marker={}))
+        hover = f"held out: {_KEPT}"
+        figure.add_trace(curve(sizes, shares, "held-out prompts", LINEAR, hover, marker={}))
     figure.add_hline(y=100, line={"color": NOISE, "width": 1})
     heading = f"What the best sets of {len(subset.names)} {subset.over} keep of the shift"
     below = f"the best found, {subset.readout} · {whose(None, subset.str_tokens)}"
@@ -138,8 +143,8 @@ def _each_prompt(subset: BestSubset, sizes: Sequence[float]) -> list[go.Scatter]
     """
     lines: list[go.Scatter] = []
     for tokens, shares in zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True):
-        said = f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the {subset.over}: {_KEPT}"
-        line = curve(sizes, _percentages(shares), "each prompt", NOISE, said, width=1)
+        hover = f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the {subset.over}: {_KEPT}"
+        line = curve(sizes, _percentages(shares), "each prompt", NOISE, hover, width=1)
         lines.append(line.update(legendgroup="each", showlegend=not lines))
     return lines
 
@@ -337,8 +342,9 @@ def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
         hoverinfo="skip",
     )
     sizes = [abs(value) for value in values]
-    is_out = [size > most for size, most in zip(sizes, largest, strict=True)]
-    groups = ["stands out" if out else "within" for out in is_out]
+    groups: list[str] = []
+    for size, most in zip(sizes, largest, strict=True):
+        groups.append("stands out" if size > most else "within")
     looks = {"stands out": {"color": EXACT, "size": 6}, "within": {"color": LINEAR, "size": 6}}
     figure = go.Figure([draws, *figures.grouped_points(order, sizes, hover, groups, looks)])
     heading = "First order of each site against random directions"

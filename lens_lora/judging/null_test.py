@@ -41,6 +41,9 @@ from lens_lora.core import (
 )
 from lens_lora.judging.verdict import NullVerdict
 
+# How many null adapters are held over the model at a time: half of the usual number of draws.
+_LENSES_AT_ONCE = 10
+
 
 @final
 class NullTest(OfMeasured):
@@ -123,18 +126,21 @@ class NullTest(OfMeasured):
     def verdict(self) -> tuple[NullVerdict, ...]:
         """How far shift and sites stand out, for each prompt; str() says it in words."""
         shift_of_draws = in_float64(self._run_shift)
-        columns = {
-            "shift": self.observed.shift,
-            "noise_floor": self.noise_floor,
-            "null": shift_of_draws.square().mean(0).sqrt(),
-            "p": self.shift_p,
-            "exceeds_all": self.exceeds_all,
-        }
-        by_prompt = torch.stack([in_float64(column) for column in columns.values()], 1).tolist()
+        null = shift_of_draws.square().mean(0).sqrt()
+        shift_p = self.shift_p
+        exceeds_all = self.exceeds_all
         verdicts: list[NullVerdict] = []
-        for row in by_prompt:
-            numbers = dict(zip(columns, row, strict=True))
-            verdicts.append(NullVerdict.of(**numbers, draws=self.draws, run=len(shift_of_draws)))
+        for prompt in range(len(null)):
+            verdict = NullVerdict.of(
+                shift=float(self.observed.shift[prompt]),
+                noise_floor=float(self.noise_floor[prompt]),
+                null=float(null[prompt]),
+                p=float(shift_p[prompt]),
+                exceeds_all=float(exceeds_all[prompt]),
+                draws=self.draws,
+                run=len(shift_of_draws),
+            )
+            verdicts.append(verdict)
         return tuple(verdicts)
 
     def to_frame(self) -> pd.DataFrame:
@@ -178,25 +184,19 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
     # This also runs both ends, in the same batch as the draws of the floor.
     noise_floor = g.floor
     base, _ = g.ends
-    adapted: list[Float[Tensor, " batch"]] = []
-    # Laid over the model, and not run yet.
-    waiting: list[LoraLens] = []
+    ends = _ExactEnds(g, run)
 
     def own_and_nulls() -> Iterator[Adapter]:
         yield lens.adapter
         drawn = lens.null_adapters(seed, draws)
         for null in tqdm(drawn, "null adapters", draws, leave=False, disable=not g.progress):
             yield null
-            # This is called for each group of prompts, and all draws are run in the first call.
-            if len(adapted) + len(waiting) < run:
-                waiting.append(lens.with_adapter(null))
-            is_last = len(adapted) + len(waiting) == run
-            if waiting and (is_last or len(waiting) == _LENSES_AT_ONCE):
-                adapted.extend(_adapted_values(g, waiting))
-                waiting.clear()
+            # This is called for each group of prompts; g(1) is of all prompts, and all draws are
+            # run in the first call.
+            ends.add(null)
 
     slopes = g.slopes_of_adapters(own_and_nulls, lens.sites, like=[lens.adapter])
-    of_run = torch.stack(adapted) - base
+    of_run = torch.stack(ends.values) - base
     of_others = of_run.new_full((draws - len(of_run), of_run.shape[1]), torch.nan)
     return NullTest(
         observed=Attribution.of(g, slopes[0], method="first_order", at=0.0, mode="reverse"),
@@ -207,8 +207,30 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
     )
 
 
-# How many null adapters are held over the model at a time: half of the usual number of draws.
-_LENSES_AT_ONCE = 10
+class _ExactEnds:
+    """The values g(1) of the first null adapters, which are run a few at a time as they are drawn.
+
+    Attributes:
+        values: g(1) of each adapter that was run, [batch].
+    """
+
+    def __init__(self, g: Function, count: int) -> None:
+        self._g = g
+        # How many adapters are run; those drawn after them are not.
+        self._count = count
+        # Laid over the model, and not run yet.
+        self._waiting: list[LoraLens] = []
+        self.values: list[Float[Tensor, " batch"]] = []
+
+    def add(self, adapter: Adapter) -> None:
+        """Run this adapter, or let it wait for others; an adapter beyond the count is left out."""
+        if len(self.values) == self._count:
+            return
+        self._waiting.append(self._g.lens.with_adapter(adapter))
+        is_last = len(self.values) + len(self._waiting) == self._count
+        if is_last or len(self._waiting) == _LENSES_AT_ONCE:
+            self.values.extend(_adapted_values(self._g, self._waiting))
+            self._waiting.clear()
 
 
 def _adapted_values(g: Function, lenses: Sequence[LoraLens]) -> list[Float[Tensor, " batch"]]:

@@ -146,7 +146,7 @@ class Reliability(OfMeasured):
         Raises:
             ArgumentError: effects of another question, of groups, or of other prompts or sites.
         """
-        truth = self._effects(effects)
+        truth = self._measured_effects(effects)
         a = self.attribution.per_site.to(truth)
         wrong = self._is_wrong(truth - a)
         flagged = self.flagged
@@ -175,8 +175,8 @@ class Reliability(OfMeasured):
         frame["base_rate"] = frame["wrong"] / frame["sites"]
         return frame.astype(dict.fromkeys(counts, int)).rename_axis("prompt")
 
-    def _effects(self, effects: Effects | Tensor) -> _BySite:
-        """Their values, in float64, after a check that they answer the same question."""
+    def _measured_effects(self, effects: Effects | Tensor) -> _BySite:
+        """The values of effects, in float64, once it is sure that they answer the same question."""
         expected = tuple(self.correction.shape)
         if isinstance(effects, Effects):
             if effects.key != self.how or not effects.is_by_site:

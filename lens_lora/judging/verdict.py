@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from lens_lora.core import SIGMAS, drawing
 
@@ -36,21 +36,34 @@ class NullVerdict:
     run: int
 
     @classmethod
-    def of(cls, *, shift: float, noise_floor: float, null: float, **others: Any) -> NullVerdict:
+    def of(
+        cls,
+        *,
+        shift: float,
+        noise_floor: float,
+        null: float,
+        p: float,
+        exceeds_all: float,
+        draws: int,
+        run: int,
+    ) -> NullVerdict:
         """The verdict on one prompt's null test.
 
         Args:
             shift: g(1) − g(0).
             noise_floor: σ of the shift from rounding alone.
             null: the root mean square of the draws' shifts.
-            others: `p`, `exceeds_all`, `draws` and `run`.
+            p, exceeds_all, draws, run: as in the class.
         """
         return cls(
             shift=shift,
             floor=SIGMAS * noise_floor,
             null=max(null, noise_floor),
             is_least=null < noise_floor,
-            **others,
+            p=p,
+            exceeds_all=exceeds_all,
+            draws=draws,
+            run=run,
         )
 
     def __str__(self) -> str:
