@@ -29,7 +29,12 @@ from lens_lora import arguments
 from lens_lora.core import Adapter, AdapterLike, Described, LoraLens, alone, load_adapter, storage
 from lens_lora.errors import AdapterError, ArgumentError, many
 from lens_lora.ship.checks import Check, Outcome, first_of, kinds_of, worst
-from lens_lora.ship.combined_explanations import SitePart, explanation, site_parts
+from lens_lora.ship.combined_explanations import (
+    SitePart,
+    WeightedPart,
+    explanation,
+    site_parts,
+)
 from lens_lora.ship.completions import Messages
 from lens_lora.ship.served_measure import ServedTokens, projection, token_log_probs
 from lens_lora.ship.served_rows import ServedRow, neutral_and_own
@@ -198,18 +203,17 @@ def _compared_sites(
     every = dict.fromkeys(itertools.chain(*parts, combined))
     for site in every:
         found = combined.get(site)
-        here: list[tuple[float, SitePart, str]] = []
+        terms: list[WeightedPart] = []
         for weight, part, name in zip(weights, parts, names, strict=True):
             if site in part and weight != 0:
-                here.append((weight, part[site], name))
-        if found is None:
-            if here:
-                yield _judged(site, here[0][1], "not in the combined adapter", 0.0, 1.0)
-        elif not here:
-            if found.size > 0:
-                yield _judged(site, found, "none of the parts adapts it")
-        else:
-            yield _compared_site(site, found, here)
+                terms.append(WeightedPart(weight, part[site], name))
+        if found is not None and terms:
+            yield _compared_site(site, found, terms)
+        elif found is not None and found.size > 0:
+            yield _judged(site, found, "none of the parts adapts it")
+        elif found is None and terms:
+            looks = "not in the combined adapter"
+            yield _judged(site, terms[0].part, looks, c=0.0, residual=1.0)
 
 
 def _judged(
@@ -220,12 +224,10 @@ def _judged(
     return CombinedSite(site, place.module, place.layer, place.kind, outcome, looks, c, residual)
 
 
-def _compared_site(
-    site: str, found: SitePart, parts: Sequence[tuple[float, SitePart, str]]
-) -> CombinedSite:
-    D = SitePart.summed([(weight, part) for weight, part, _ in parts])
+def _compared_site(site: str, found: SitePart, terms: Sequence[WeightedPart]) -> CombinedSite:
+    D = SitePart.summed([term.term for term in terms])
     size = D.weight.norm
-    lengths = sum(abs(weight) * part.weight.norm for weight, part, _ in parts)
+    lengths = sum(abs(term.weight) * term.part.weight.norm for term in terms)
     # Beside rounding, which is relative to the factors, terms of the sum may cancel.
     rounds = found.rounding + _FLOAT32 * lengths
     off = found.weight.distance(D.weight)
@@ -234,7 +236,7 @@ def _compared_site(
     c = found.weight.inner(D.weight) / size**2 if size > 0 else math.nan
     residual = off / size if size > 0 else math.nan
     if off > rounds:
-        return _judged(site, found, explanation(found, parts, D), c, residual)
+        return _judged(site, found, explanation(found, terms, D), c, residual)
     if bias_off > bias_rounds:
         looks = "the sum, but its bias is lost" if not found.bias_norm else "the sum, another bias"
         return _judged(site, found, looks, c, residual)
@@ -248,13 +250,19 @@ def _sites_check(sites: Sequence[CombinedSite]) -> Check:
     if not sites:
         return Check(COMBINED, "failed", "the parts add nothing, nor does the combined adapter")
     if not bad:
-        largest = max((s.residual for s in sites if not math.isnan(s.residual)), default=0.0)
+        largest = _largest_residual(sites)
         measured = f"the sum at {many(len(sites), 'site')}, residual at most {largest:.1g}"
         return Check(COMBINED, "passed", measured, "Σ w ΔW, to rounding", value=mean_c)
     kinds = kinds_of([site.looks for site in bad], _KINDS_NAMED)
     measured = "; ".join(f"{count} of {len(sites)} sites: {looks}" for looks, count in kinds)
     where = first_of([site.site for site in bad])
     return Check(COMBINED, "failed", measured, "Σ w ΔW, to rounding", where, mean_c)
+
+
+def _largest_residual(sites: Sequence[CombinedSite]) -> float:
+    """The largest residual of these sites; where the sum adds nothing, there is none."""
+    residuals = [site.residual for site in sites if not math.isnan(site.residual)]
+    return max(residuals, default=0.0)
 
 
 # --- On texts
@@ -285,14 +293,8 @@ def _on_texts(
         lens_of_sum = lens.with_adapter(summed, check=False)
     except AdapterError as error:
         return _OnTexts(Check(ON_TEXTS, "undecided", f"the sum cannot be run: {error}"))
-    rows = [text.ids for text in neutral_and_own(lens, texts)]
-    ones = lens.gates(1.0)
-    found = token_log_probs(lens, ones, rows, progress=progress)
-    served = [
-        ServedRow(ids, log_p[: len(ids)].tolist(), len(ids))
-        for ids, log_p in zip(rows, found, strict=True)
-    ]
-    tokens = ServedTokens(lens_of_sum, served, progress=progress)
+    # The combined adapter stands where a server would: ℓ is what it says of each token.
+    tokens = ServedTokens(lens_of_sum, _rows_of(lens, texts, progress), progress=progress)
     base = tokens.at(lens_of_sum.gates(0.0))
     shift = tokens.at(lens_of_sum.gates(1.0)) - base
     effect = float(shift.norm())
@@ -301,8 +303,8 @@ def _on_texts(
         return _OnTexts(Check(ON_TEXTS, "undecided", facts))
     c = projection(tokens.served - base, shift)
     residual = float((tokens.served - base - shift).norm()) / effect
-    of_sites = max((site.residual for site in sites if site.outcome == "passed"), default=0.0)
     floor = float((tokens.rounded(lens.eps) - base - shift).norm()) / effect
+    of_sites = _largest_residual([site for site in sites if site.outcome == "passed"])
     bound = _GROWTH * (of_sites + floor)
     root_mean_square = float(shift.square().mean().sqrt())
     measured = (
@@ -315,6 +317,19 @@ def _on_texts(
         measured += ": rounding hides it"
     check = Check(ON_TEXTS, outcome, measured, f"c = 1, residual at most {bound:.1g}", value=c)
     return _OnTexts(check, c, residual, root_mean_square, len(shift))
+
+
+def _rows_of(
+    lens: LoraLens, texts: Sequence[str] | Sequence[Messages], progress: bool
+) -> list[ServedRow]:
+    """The texts with log p of each token in the combined adapter. One forward pass."""
+    ids_of_texts = [text.ids for text in neutral_and_own(lens, texts)]
+    found = token_log_probs(lens, lens.gates(1.0), ids_of_texts, progress=progress)
+    rows: list[ServedRow] = []
+    for ids, log_p in zip(ids_of_texts, found, strict=True):
+        length = len(ids)
+        rows.append(ServedRow(ids, log_p[:length].tolist(), prompt_length=length))
+    return rows
 
 
 def _summed(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

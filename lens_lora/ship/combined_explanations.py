@@ -136,18 +136,47 @@ class SitePart:
         other_bias = zero if other.bias is None else other.bias
         return float((bias - other_bias).norm())
 
-    @staticmethod
-    def summed(parts: Sequence[tuple[float, SitePart]]) -> SitePart:
-        """The weighted sum at one site.
+    def times(self, factor: float) -> SitePart:
+        """The update times a number; it has no factors of the adapter's own.
 
         Args:
-            parts: weight and part.
+            factor: the number.
         """
-        weight = Product.summed([part.weight.times(factor) for factor, part in parts])
-        biases = [factor * part.bias for factor, part in parts if part.bias is not None]
+        bias = None if self.bias is None else factor * self.bias
+        return SitePart(self.weight.times(factor), bias, None, self.eps, self.place)
+
+    @staticmethod
+    def summed(parts: Sequence[SitePart]) -> SitePart:
+        """The sum of updates at one site.
+
+        Args:
+            parts: the updates, at least one.
+        """
+        weight = Product.summed([part.weight for part in parts])
+        biases = [part.bias for part in parts if part.bias is not None]
         bias = torch.stack(biases).sum(0) if biases else None
-        eps = max(part.eps for _, part in parts)
-        return SitePart(weight, bias, None, eps, parts[0][1].place)
+        eps = max(part.eps for part in parts)
+        return SitePart(weight, bias, None, eps, parts[0].place)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedPart:
+    """One term w ΔW of the sum at a site.
+
+    Attributes:
+        weight: w.
+        part: what its adapter adds.
+        name: the name of the adapter.
+    """
+
+    weight: float
+    part: SitePart
+    name: str
+
+    @property
+    def term(self) -> SitePart:
+        """w ΔW, w Δb."""
+        return self.part.times(self.weight)
 
 
 def site_parts(lens: LoraLens) -> dict[str, SitePart]:
@@ -159,10 +188,10 @@ def site_parts(lens: LoraLens) -> dict[str, SitePart]:
     parts: dict[str, SitePart] = {}
     for site_update in lens.updates:
         part = _site_part(site_update)
-        name = site_update.site.name.partition("@")[0]
+        name, _, _ = site_update.site.name.partition("@")
         earlier = parts.get(name)
         if earlier is not None:
-            part = SitePart.summed([(1.0, earlier), (1.0, part)])
+            part = SitePart.summed([earlier, part])
         parts[name] = part
     return parts
 
@@ -199,31 +228,31 @@ def _dtype_of(update: ModuleUpdate) -> torch.dtype:
 # --- What else it may be
 
 
-def explanation(found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D: SitePart) -> str:
+def explanation(found: SitePart, terms: Sequence[WeightedPart], D: SitePart) -> str:
     """The finding at a site, in words.
 
     Args:
         found: what the combined adapter adds.
-        parts: weight, what the part adds, and its name.
-        D: the sum of the parts.
+        terms: the terms of the sum.
+        D: the sum.
     """
     R = found.weight
     if R.norm <= _CLOSE * D.weight.norm:
         return "nothing"
     root = math.sqrt(R.A.shape[0])
-    for words, candidate in _candidates(found, parts, D.weight):
+    for words, candidate in _candidates(found, terms, D.weight):
         if _is_close(R, candidate):
             return words
         if _is_close(R, candidate.times(root)):
             return f"{words}, times {root:.3g} = √rank (rsLoRA misread)"
-    all_parts = [found, *(part for _, part, _ in parts)]
+    all_parts = [found, *(term.part for term in terms)]
     if any(_has_magnitude(part.factors) for part in all_parts):
         return "DoRA: its magnitudes are not those of the sum"
     # The multiple of the sum that is nearest to R.
     c = R.inner(D.weight) / D.weight.norm**2
     if _is_close(R, D.weight.times(c)):
         return f"{c:.3g} times the sum"
-    weights = _weights_of(R, [part.weight for _, part, _ in parts])
+    weights = _weights_of(R, [term.part.weight for term in terms])
     if weights is not None:
         shown = ", ".join(f"{weight:.3g}" for weight in weights)
         return f"the sum with other weights: {shown}"
@@ -255,19 +284,19 @@ def _weights_of(R: Product, parts: Sequence[Product]) -> list[float] | None:
 
 
 def _candidates(
-    found: SitePart, parts: Sequence[tuple[float, SitePart, str]], D: Product
+    found: SitePart, terms: Sequence[WeightedPart], D: Product
 ) -> Iterator[tuple[str, Product]]:
     """Yield what the sum, or a mistake in making it, would leave there, with words for each."""
     yield "the sum", D
-    if len(parts) > 1:
-        for weight, part, name in parts:
-            yield f"{name} alone", part.weight.times(weight)
-    yield "the sum without its weights", Product.summed([part.weight for _, part, _ in parts])
+    if len(terms) > 1:
+        for term in terms:
+            yield f"{term.name} alone", term.part.weight.times(term.weight)
+    yield "the sum without its weights", Product.summed([term.part.weight for term in terms])
     weighted_factors: list[tuple[float, LoRAFactors]] = []
-    for weight, part, _ in parts:
-        if isinstance(part.factors, LoRAFactors):
-            weighted_factors.append((weight, part.factors))
-    if len(weighted_factors) == len(parts):
+    for term in terms:
+        if isinstance(term.part.factors, LoRAFactors):
+            weighted_factors.append((term.weight, term.part.factors))
+    if len(weighted_factors) == len(terms):
         yield from _of_factors(weighted_factors, D)
     rank = found.weight.A.shape[0]
     if rank < D.A.shape[0]:
@@ -280,7 +309,9 @@ def _of_factors(
     parts: Sequence[tuple[float, LoRAFactors]], D: Product
 ) -> Iterator[tuple[str, Product]]:
     """The candidates that are made of the parts' own factors, by weight and factors."""
-    unscaled = [Product(_exact(f.A), weight * _exact(f.B)) for weight, f in parts]
+    unscaled: list[Product] = []
+    for weight, factors in parts:
+        unscaled.append(Product(_exact(factors.A), weight * _exact(factors.B)))
     yield "the sum without the parts' own s (α lost)", Product.summed(unscaled)
     ranks = {factors.rank for _, factors in parts}
     if len(ranks) > 1 or len(parts) < 2:

@@ -271,6 +271,20 @@ def test_an_effect_below_rounding_is_undecided(combine):
     assert "rounding hides it" in result.checks[1].measured
 
 
+def test_an_untrained_module_hides_no_right_sum(combine):
+    """Where the sum adds nothing its residual is NaN, which is no bound for the texts."""
+    out, base, _ = combine(kind="cat")
+    lens = lens_of(out, base)
+    first = lens.sites[0].module
+
+    def untrained(key, update):
+        return dataclasses.replace(update, B=torch.zeros_like(update.B)) if key == first else update
+
+    parts = [edited(lens_of(out, base, name), untrained).adapter for name in ("a", "b")]
+    result = ll.verify_combined(edited(lens, untrained), parts, WEIGHTS, progress=False)
+    assert [check.outcome for check in result.checks] == ["passed", "passed"], result.checks
+
+
 @pytest.mark.bad_input
 def test_what_cannot_be_compared_is_refused(combine):
     out, base, _ = combine(kind="cat")
