@@ -23,9 +23,9 @@ Null adapters have the same sizes and ranks, in random directions:
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def _tagged(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
 
 def _refuse_dora_twice(modules: Updates) -> None:
     """Refuse DoRA on a module that another adapter updates too."""
-    counts = Counter(map(module_path, modules))
+    counts = Counter(module_path(key) for key in modules)
     for key, update in modules.items():
         path = module_path(key)
         if isinstance(update, LoRAFactors) and update.magnitude is not None and counts[path] > 1:
@@ -105,8 +105,10 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
         by_expert = zip(*(part.by_expert() for part in parts), strict=True)
         return expert_factors([_stack(path, updates) for updates in by_expert])
     _require_same_shapes(path, parts)
-    dtypes = [*(part.A.dtype for part in parts), *(part.B.dtype for part in parts)]
-    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    dtype = torch.float32
+    for part in parts:
+        dtype = torch.promote_types(dtype, part.A.dtype)
+        dtype = torch.promote_types(dtype, part.B.dtype)
     bias = _summed_bias(parts, dtype)
     if all(part.is_dense for part in parts):
         change = torch.stack([part.materialise(dtype=dtype) for part in parts]).sum(0)
@@ -158,6 +160,20 @@ def draw_seeds(seed: int, draws: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(draws).tolist()
 
 
+class _Core(NamedTuple):
+    """One part of a module's output, without its directions.
+
+    Attributes:
+        rows: the output rows of the part.
+        K: has the singular values of the part's ΔW.
+        bias_size: the norm of the part's change of bias; None if there is none.
+    """
+
+    rows: Int[Tensor, " _row"]
+    K: Float[Tensor, "_left _rank"]
+    bias_size: Float[Tensor, ""] | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Undirected:
     """One module's update without its directions, in float64, which all of its draws share.
@@ -166,8 +182,7 @@ class _Undirected:
         width: how many features the module reads.
         height: how many features it writes.
         rank: how many directions a draw reads.
-        cores: the rows of each part of the output, and K of that part.
-        bias_sizes: the norm of each part's change of bias; empty where there is none.
+        cores: one for each part of the output.
         experts: the factors' own number of experts.
         by_expert: one of these for each expert if there are several; all else is then empty.
     """
@@ -175,8 +190,7 @@ class _Undirected:
     width: int = 0
     height: int = 0
     rank: int = 0
-    cores: tuple[tuple[Int[Tensor, " _row"], Float[Tensor, "_left _rank"]], ...] = ()
-    bias_sizes: tuple[Float[Tensor, ""], ...] = ()
+    cores: tuple[_Core, ...] = ()
     experts: int = 0
     by_expert: tuple[_Undirected, ...] = ()
 
@@ -193,20 +207,22 @@ class _Undirected:
         A = factors.A.cpu().double()
         B = factors.B.cpu().double()
         size = factors.scale * factors.strength
-        _, right = torch.linalg.qr(A.T)
-        cores: list[tuple[Tensor, Tensor]] = []
-        bias_sizes: list[Tensor] = []
-        for rows in parts or [torch.arange(len(B))]:
-            _, left = torch.linalg.qr(B[rows])
-            cores.append((rows, size * left @ right.T))
+        if not parts:
+            all_rows = torch.arange(len(B))
+            parts = [all_rows]
+        _, R_A = torch.linalg.qr(A.T)
+        cores: list[_Core] = []
+        for rows in parts:
+            _, R_B = torch.linalg.qr(B[rows])
+            bias_size = None
             if factors.lora_bias is not None:
-                bias_sizes.append(size * factors.lora_bias.cpu().double()[rows].norm())
+                bias_size = size * factors.lora_bias.cpu().double()[rows].norm()
+            cores.append(_Core(rows, size * R_B @ R_A.T, bias_size))
         return cls(
             width=A.shape[1],
             height=len(B),
-            rank=len(right),
+            rank=len(R_A),
             cores=tuple(cores),
-            bias_sizes=tuple(bias_sizes),
             experts=factors.experts,
         )
 
@@ -216,12 +232,13 @@ class _Undirected:
             return expert_factors([each.drawn(generator) for each in self.by_expert])
         reads = orthonormal(self.width, self.rank, generator)
         writes = reads.new_empty(self.height, self.rank)
-        bias = reads.new_empty(self.height) if self.bias_sizes else None
-        for part, (rows, core) in enumerate(self.cores):
-            writes[rows] = orthonormal(len(rows), len(core), generator) @ core
-            if bias is not None:
+        has_bias = any(core.bias_size is not None for core in self.cores)
+        bias = reads.new_empty(self.height) if has_bias else None
+        for rows, K, bias_size in self.cores:
+            writes[rows] = orthonormal(len(rows), len(K), generator) @ K
+            if bias is not None and bias_size is not None:
                 direction = orthonormal(len(rows), 1, generator)[:, 0]
-                bias[rows] = self.bias_sizes[part] * direction
+                bias[rows] = bias_size * direction
         A = reads.T.contiguous()
         return LoRAFactors(A, writes, lora_bias=bias, experts=self.experts)
 

@@ -36,8 +36,8 @@ from lens_lora.errors import AdapterError, ArgumentError
 from lens_lora.families import FAMILIES, NORM_KINDS
 from lens_lora.formats.configurations import differing_fields
 from lens_lora.formats.own_forward import (
-    apart,
     calls_of,
+    difference_of,
     logits_of,
     require_own_parameters,
     weight_of,
@@ -127,7 +127,9 @@ def _change_of(path: str, module: nn.Module) -> Callable[..., ModuleUpdate | Non
         return None
     if weight.ndim == 2:
         return _linear_change
-    return _norm_change if weight.ndim == 1 and _is_norm(path) else None
+    if weight.ndim == 1 and _is_norm(path):
+        return _norm_change
+    return None
 
 
 def _is_norm(path: str) -> bool:
@@ -255,9 +257,8 @@ def _require_same_function(
         return
     differing = differing_fields(base.config, tuned.config)
     if differing:
-        fields = "; ".join(
-            f"{name} is {old!r} and {new!r}" for name, (old, new) in differing.items()
-        )
+        values = [f"{name} is {old!r} and {new!r}" for name, (old, new) in differing.items()]
+        fields = "; ".join(values)
         raise AdapterError(
             f"the two models are different functions, whatever their weights: {fields}. If they "
             "were trained with the same configuration, load both with it."
@@ -275,21 +276,23 @@ def _require_same_logits(
     old = dict(base.named_parameters())
     new = dict(tuned.named_parameters())
     # Modules are ignored by their own path, other parameters by name.
-    ignored = {
-        name for name in new if _matches(name, globs) or _matches(name.rpartition(".")[0], globs)
-    }
+    ignored: set[str] = set()
+    for name in new:
+        module_path, _, _ = name.rpartition(".")
+        if _matches(name, globs) or _matches(module_path, globs):
+            ignored.add(name)
     with calls_of(tuned, changed) as tuned_calls:
         expected = logits_of(tuned, {name: old[name].to(new[name]) for name in ignored})
     with calls_of(base, changed) as base_calls:
         tuned_parameters = {name: new[name].to(old[name]) for name in new if name not in ignored}
         logits = logits_of(base, tuned_parameters)
-    difference, span, is_near = apart(logits, expected, (*old.values(), *new.values()))
-    if not is_near:
+    difference = difference_of(logits, expected, (*old.values(), *new.values()))
+    if not difference.is_rounding:
         raise AdapterError(
             "the base with the tuned model's weights does not compute the tuned model's logits: "
-            f"they differ by {difference:.2g}, and the logits span {span:.2g}. The two are "
-            "different functions (other code, buffers or hooks), and a change of weights does not "
-            "explain that."
+            f"they differ by {difference.largest:.2g}, and the logits span {difference.span:.2g}. "
+            "The two are different functions (other code, buffers or hooks), and a change of "
+            "weights does not explain that."
         )
     for model, calls in ((tuned, tuned_calls), (base, base_calls)):
         for path in changed:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -207,8 +208,8 @@ def _of_autoencoder(source: Any, indices: Any) -> Directions:
     features = list(range(W_enc.shape[1]))
     if indices is not None:
         features = _checked_features(indices, W_enc.shape[1])
-        encode_all = encode
-        encode = None if encode_all is None else lambda h: encode_all(h)[..., features]
+        if encode is not None:
+            encode = functools.partial(_encoded, encode, features)
     return Directions(
         rows=_finite(W_enc).T[features],
         labels=tuple(("feature", index) for index in features),
@@ -218,6 +219,11 @@ def _of_autoencoder(source: Any, indices: Any) -> Directions:
         encode=encode,
         by_head=bool(getattr(source, "hook_z_reshaping_mode", False)),
     )
+
+
+def _encoded(encode: Callable[[Tensor], Tensor], features: list[int], h: Tensor) -> Tensor:
+    """The activations of some of an autoencoder's features."""
+    return encode(h)[..., features]
 
 
 def _require_linear_encoder(cfg: Any) -> None:

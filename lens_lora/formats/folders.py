@@ -13,6 +13,7 @@ Torch is not imported here, so that a wrong folder is reported at once.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,19 +154,19 @@ def folders_below(root: Path) -> Iterator[Path]:
         root: the folder.
     """
     seen: set[Path] = set()
-    starts = [root]
+    # A link that is found is a start of its own, after all starts that are known by then.
+    starts = deque([root])
     while starts:
-        links: list[Path] = []
-        for start in starts:
-            for place, names, _ in os.walk(start):
-                folder = Path(place)
-                if folder.resolve() in seen:
-                    names.clear()
-                    continue
-                seen.add(folder.resolve())
-                yield folder
-                links += [folder / name for name in sorted(names) if (folder / name).is_symlink()]
-        starts = links
+        for place, names, _ in os.walk(starts.popleft()):
+            folder = Path(place)
+            if folder.resolve() in seen:
+                # `os.walk` goes no deeper where this list is empty.
+                names.clear()
+                continue
+            seen.add(folder.resolve())
+            yield folder
+            inside = [folder / name for name in sorted(names)]
+            starts += [path for path in inside if path.is_symlink()]
 
 
 def _has_adapter(folder: Path) -> bool:

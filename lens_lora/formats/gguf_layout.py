@@ -242,14 +242,21 @@ class GGUFFile:
         return StoredTensor(torch.from_numpy(values.copy()).float().reshape(shape), kind)
 
 
-# (entries, bytes) of a block.
-BYTES_OF_BLOCK = {
-    "F16": (1, 2),
-    "Q8_0": (32, 34),
-    "Q5_0": (32, 22),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q4_K": (256, 144),
+class Block(NamedTuple):
+    """Consecutive entries of a row that are stored together, as with one scale for all."""
+
+    entries: int
+    bytes: int
+
+
+# The blocks of each type.
+BLOCKS = {
+    "F16": Block(entries=1, bytes=2),
+    "Q8_0": Block(entries=32, bytes=34),
+    "Q5_0": Block(entries=32, bytes=22),
+    "Q4_0": Block(entries=32, bytes=18),
+    "Q4_1": Block(entries=32, bytes=20),
+    "Q4_K": Block(entries=256, bytes=144),
 }
 
 

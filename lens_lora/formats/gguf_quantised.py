@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lens_lora import compat
 from lens_lora.errors import ModelStateError
-from lens_lora.formats.gguf_layout import BYTES_OF_BLOCK, require_gguf, rounded_to
+from lens_lora.formats.gguf_layout import BLOCKS, require_gguf, rounded_to
 
 Q4_K = "Q4_K"
 # The package that brings ggml's library.
@@ -34,7 +34,7 @@ def type_of_rows(width: int) -> str:
     Args:
         width: the length of a row.
     """
-    return next(kind for kind in _FALLBACK if width % BYTES_OF_BLOCK[kind][0] == 0)
+    return next(kind for kind in _FALLBACK if width % BLOCKS[kind].entries == 0)
 
 
 def rounded_to_q4_k(exact: Tensor) -> Tensor:
@@ -51,9 +51,9 @@ def rounded_to_q4_k(exact: Tensor) -> Tensor:
         return rounded_to(kind, exact)
     gguf = require_gguf()
     stored_as = gguf.GGMLQuantizationType[kind]
-    entries, size = BYTES_OF_BLOCK[kind]
+    block = BLOCKS[kind]
     values = exact.detach().cpu().to(torch.float32).contiguous().numpy()
-    bytes_of_row = values.shape[-1] // entries * size
+    bytes_of_row = values.shape[-1] // block.entries * block.bytes
     data = compat.quantised_by_ggml(values, int(stored_as), bytes_of_row)
     if data is None:
         raise ModelStateError(

@@ -100,11 +100,13 @@ def likeliest(folders: Iterable[str]) -> tuple[str, str]:
         A run's last checkpoint, or else the first by name; and ' (also a, b, c)', or nothing.
     """
 
-    def step(folder: str) -> int:
-        match = CHECKPOINT.fullmatch(folder.rpartition("/")[2])
-        return -1 if match is None else int(match["step"])
+    def last_step_first(folder: str) -> tuple[int, str]:
+        name = PurePosixPath(folder).name
+        match = CHECKPOINT.fullmatch(name)
+        step = -1 if match is None else int(match["step"])
+        return -step, folder
 
-    first, *others = sorted(folders, key=lambda folder: (-step(folder), folder))
+    first, *others = sorted(folders, key=last_step_first)
     if not others:
         return first, ""
     return first, f" (also {', '.join(others[:3])})"

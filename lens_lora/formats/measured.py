@@ -39,7 +39,7 @@ from lens_lora.formats.live_layers import (
     require_unmerged,
     updates_of_layers,
 )
-from lens_lora.formats.own_forward import apart, is_transposed, logits_of
+from lens_lora.formats.own_forward import difference_of, is_transposed, logits_of
 
 # Rows of the identity that are run at a time: 64 MB for a width of 4096.
 _INPUTS = 2048
@@ -144,14 +144,14 @@ def _require_peft_s_logits(peft_model: Any, base: Any, updates: Mapping[str, Mod
             module.register_forward_hook(functools.partial(_add_update, update))
         else:
             _replace_parameters(module, update)
-    difference, span, is_near = apart(
-        logits_of(base, {}), logits_of(peft_model, {}), base.parameters()
-    )
-    if not is_near:
+    logits = logits_of(base, {})
+    expected = logits_of(peft_model, {})
+    difference = difference_of(logits, expected, base.parameters())
+    if not difference.is_rounding:
         raise UnsupportedAdapterError(
             "with the changes of all layers the base does not give PEFT's logits: they differ by "
-            f"{difference:.2g}, and the logits span {span:.2g}. The method changes more than the "
-            "weights of these layers."
+            f"{difference.largest:.2g}, and the logits span {difference.span:.2g}. The method "
+            "changes more than the weights of these layers."
         )
 
 
@@ -251,7 +251,7 @@ def _measured_change(
     by_part: list[Tensor] = []
     for part in identity.split(_INPUTS):
         as_batch = part.to(weight.device)[None]
-        by_part.append(added(as_batch)[0])
+        by_part.append(added(as_batch).squeeze(0))
     rows = torch.cat(by_part)
     bias = torch.zeros_like(rows[0])
     if not is_embedding:

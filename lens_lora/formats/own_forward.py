@@ -124,18 +124,33 @@ def _in_eval(model: nn.Module) -> Generator[None]:
 # --- The comparison
 
 
-def apart(a: Tensor, b: Tensor, weights: Iterable[Tensor]) -> tuple[float, float, bool]:
-    """The largest difference of two outputs, their range, and whether rounding explains it.
+class Difference(NamedTuple):
+    """How far two outputs are apart.
+
+    Attributes:
+        largest: the largest difference of two of their entries.
+        span: the range of the entries.
+        is_rounding: whether rounding explains the difference.
+    """
+
+    largest: float
+    span: float
+    is_rounding: bool
+
+
+def difference_of(a: Tensor, b: Tensor, weights: Iterable[Tensor]) -> Difference:
+    """Compare the outputs of two functions on one input.
 
     Args:
         a: the output of one function.
         b: the output of the other.
         weights: the weights of both, whose dtypes say how large a rounding is.
     """
-    difference = float((a - b).abs().max())
+    largest = float((a - b).abs().max())
     span = float(b.max() - b.min())
     eps = max(torch.finfo(weight.dtype).eps for weight in weights)
-    return difference, span, difference <= max(_AGREEMENT, _ROUNDINGS * eps) * span
+    is_rounding = largest <= max(_AGREEMENT, _ROUNDINGS * eps) * span
+    return Difference(largest, span, is_rounding)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -186,12 +201,12 @@ def _require_affine(
         return
     expected = _affine(module, holder, call.inputs)
     weight = module.get_parameter("weight")
-    off, span, is_near = apart(call.output.to(expected), expected, (weight,))
-    if not is_near:
+    difference = difference_of(call.output.to(expected), expected, (weight,))
+    if not difference.is_rounding:
         raise AdapterError(
             f"{path}: this {type(module).__name__} does not compute W z + b: its output differs "
-            f"by {off:.2g}, and W z + b spans {span:.2g}. So (W' − W) z is not what its training "
-            "adds to its output.",
+            f"by {difference.largest:.2g}, and W z + b spans {difference.span:.2g}. So (W' − W) z "
+            "is not what its training adds to its output.",
             remedy=remedy,
         )
 

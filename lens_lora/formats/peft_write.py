@@ -246,7 +246,10 @@ def _parameters(modules: _Factors) -> dict[str, str]:
 
 def _most_common(sizes: Iterable[float]) -> float:
     counts = Counter(sizes)
-    return counts.most_common(1)[0][0] if counts else _DEFAULT_SIZE
+    if not counts:
+        return _DEFAULT_SIZE
+    ((size, _),) = counts.most_common(1)
+    return size
 
 
 def _bias(modules: _Factors, trained: _Trained) -> Literal["none", "all", "lora_only"]:

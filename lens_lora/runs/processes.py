@@ -33,6 +33,14 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SINGLE_OF_ACCELERATE = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"}
 
 
+def _wait_for_nobody() -> None:
+    pass
+
+
+def _of_one_process(value: Any) -> list[Any]:
+    return [value]
+
+
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """This process among those that were launched together.
@@ -48,8 +56,8 @@ class Processes:
     index: int = 0
     count: int = 1
     device: str = "cpu"
-    wait: Callable[[], None] = lambda: None
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    wait: Callable[[], None] = _wait_for_nobody
+    gather: Callable[[Any], list[Any]] = _of_one_process
 
     @property
     def is_main(self) -> bool:

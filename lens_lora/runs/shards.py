@@ -155,7 +155,7 @@ def planned_shards(out: Path) -> list[PlannedShard]:
         )
     counts = sorted({shard.count for shard in by_shard})
     if len(counts) > 1:
-        ways = " and ".join(map(str, counts))
+        ways = " and ".join(str(count) for count in counts)
         raise SweepError(
             f"{shards} holds shards of {ways}: one run is divided in one way. Remove the folders "
             "of the others."
@@ -210,7 +210,7 @@ def unfinished(shards: list[Shard], out: Path, fact: str) -> SweepError:
         out: the result.
         fact: what is wrong with them.
     """
-    names = ", ".join(map(str, shards))
+    names = ", ".join(str(shard) for shard in shards)
     return SweepError(
         f"shard {names} of {out} is {fact}.",
         remedy=f"Run it again, with shard=({shards[0].index}, {shards[0].count}).",

@@ -88,7 +88,7 @@ class Store:
             return
         lock = only_writer(self.path) if processes.is_main else contextlib.nullcontext()
         with lock:
-            of_first = processes.gather(self.fingerprint)[0]
+            of_first, *_ = processes.gather(self.fingerprint)
             differing = differences(of_first, self.fingerprint)
             if differing:
                 raise SweepError(

@@ -180,7 +180,8 @@ def _is_close(text: str, other: str) -> bool:
         return True
     if text.isdigit() and other.isdigit():
         return False
-    a, b = (Decimal(number.replace("−", "-")) for number in (text, other))
+    a = Decimal(text.replace("−", "-"))
+    b = Decimal(other.replace("−", "-"))
     # The finer of the two, which is 0 for a whole number: then the 5 % alone decide.
     unit = min(_last_place(a), _last_place(b))
     return abs(a - b) <= max(unit, _CLOSE * max(abs(a), abs(b)))

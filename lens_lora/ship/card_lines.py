@@ -146,10 +146,17 @@ def _file_lines(subject: CardSubject) -> Iterator[CardLine]:
         yield CardLine(file.name, _sha256(file), command, "files")
     for option, path in subject.paths.items():
         stated = subject.inputs[option]
-        for file in [path] if path.is_file() else _weights_of(path):
-            place = stated if path.is_file() else f"{stated}/{file.name}"
-            command = f"sha256sum {shlex.quote(place)}"
-            yield CardLine(f"{option}, {file.name}", _sha256(file), command, "files")
+        if path.is_file():
+            yield _input_line(option, path, stated)
+            continue
+        for file in _weights_of(path):
+            yield _input_line(option, file, f"{stated}/{file.name}")
+
+
+def _input_line(option: str, file: Path, place: str) -> CardLine:
+    """The line of a file among the inputs; `place` is its path from the adapter's folder."""
+    command = f"sha256sum {shlex.quote(place)}"
+    return CardLine(f"{option}, {file.name}", _sha256(file), command, "files")
 
 
 def _sha256(file: Path) -> str:
@@ -234,8 +241,9 @@ def base_files(folder: Path) -> Iterator[CardLine]:
         return
     listed = "".join(f"{_sha256(file)}  {file.name}\n" for file in weights)
     says = hashlib.sha256(listed.encode()).hexdigest()
-    names = " ".join(shlex.quote(file.name) for file in (weights[0], weights[-1]))
-    shards = f"{many(len(weights), 'shard')}, {names.replace(' ', ' to ')}"
+    first = shlex.quote(weights[0].name)
+    last = shlex.quote(weights[-1].name)
+    shards = f"{many(len(weights), 'shard')}, {first} to {last}"
     files = _SHARDS
     if sorted(folder.glob(_SHARDS)) != weights:
         # Pickles, or shards of which a stray file has the pattern as well.
@@ -291,7 +299,7 @@ def _size(subject: CardSubject) -> str:
     begins = f"It changes {modules} ({targets})"
     if not math.isfinite(summary.norm):
         return f"{begins}; by how much was not measured, as that depends on the base."
-    largest = summary.top(1)[0]
+    (largest,) = summary.top(1)
     where = largest.site or largest.module
     if not math.isfinite(summary.relative_norm):
         size = f"‖ΔW‖ is {summary.norm:.3g} in all, largest in {where}, {largest.norm:.3g}"

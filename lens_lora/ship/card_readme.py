@@ -34,6 +34,7 @@ _INTRODUCTION = (
     "Written by `lens-lora card`. `lens-lora verify --card README.md` repeats every line of it and "
     "fails if one no longer holds. The commands are run in this folder; BASE is the base model's."
 )
+# The parts that are tables, each with the heads of its first two columns.
 _TABLES: dict[Part, tuple[str, str]] = {
     "files": ("file", "sha256"),
     "base": ("base", "what it was checked with"),
@@ -63,10 +64,10 @@ def block_of(card: Card) -> str:
     lines = [BEGIN, _TITLE, "", _INTRODUCTION, ""]
     lines += ["What it changes:", ""]
     lines += [_sentence(line) for line in card.lines if line.part == "changes"]
-    for part, heads in _TABLES.items():
+    for part, (name_head, says_head) in _TABLES.items():
         rows = [_row(line) for line in card.lines if line.part == part]
         if rows:
-            lines += ["", f"| {heads[0]} | {heads[1]} | repeat it with |", "| --- | --- | --- |"]
+            lines += ["", f"| {name_head} | {says_head} | repeat it with |", "| --- | --- | --- |"]
             lines += rows
     # An HTML comment must not hold its own end, and the data are to stay in one line.
     data = card.to_json(indent=None, ascii_only=True)
@@ -165,8 +166,7 @@ def _named(shown: str, card: Card) -> str:
             return line.name
     sentences = [line for line in card.lines if line.part == "changes"]
     for line in sentences:
-        is_near = line.command and shown.startswith("- ") and _code(line.command) in shown
-        if is_near:
+        if line.command and shown.startswith("- ") and _code(line.command) in shown:
             return line.name
     for line in card.lines:
         if line.command and _code(line.command) in shown:
@@ -272,10 +272,7 @@ def _with_metadata(text: str, wanted: Mapping[str, str], newline: str, file: Pat
     match = REGEX_YAML_BLOCK.search(text)
     if match is None:
         return f"{mark}---{newline}{added}---{newline}{text}"
-    # The third group is the end of the last field's line, and the closing dashes.
-    place = match.start(3)
-    if match.group(2):
-        place += len(match.group(3)) - len(match.group(3).lstrip("\r\n"))
+    place = _end_of_fields(match)
     whole = text[:place] + added + text[place:]
     try:
         kept = _metadata(whole, file)
@@ -284,6 +281,22 @@ def _with_metadata(text: str, wanted: Mapping[str, str], newline: str, file: Pat
     if any(name not in kept for name in (*stated, *wanted)):
         raise _nothing_can_be_added(file)
     return mark + whole
+
+
+def _end_of_fields(match: re.Match[str]) -> int:
+    """Where a line can be added to a block of metadata: before its closing dashes.
+
+    Args:
+        match: of the Hub's own pattern, whose second group is the fields, and whose third one the
+            line break behind the last of them, with the closing dashes.
+    """
+    place = match.start(3)
+    has_fields = bool(match.group(2))
+    if has_fields:
+        closing = match.group(3)
+        line_break = len(closing) - len(closing.lstrip("\r\n"))
+        place += line_break
+    return place
 
 
 def _without_our_metadata(text: str, newline: str, file: Path) -> str:

@@ -34,6 +34,8 @@ _ID_PREFIX = "token_id:"
 # Rounding leaves the log-probability of a sure token below this.
 _POSITIVE = 0.01
 _OTHER_FORM = "log-probabilities of another form"
+# Stands for the id of a token of which the server told nothing.
+_NO_TOKEN = -1
 
 
 class Unsupported(ServerError):
@@ -135,8 +137,8 @@ class PromptLogProbs(_OfTokens):
         ids: list[int] = []
         for position, entry in enumerate(entries):
             if entry is None:
-                expected = asked.ids[position] if position < len(asked.ids) else -1
-                ids.append(expected)
+                is_asked = position < len(asked.ids)
+                ids.append(asked.ids[position] if is_asked else _NO_TOKEN)
                 log_p.append(None)
                 continue
             chosen = _chosen_token(entry, asked.ids, position, len(entries))
@@ -149,10 +151,10 @@ def _chosen_token(entry: Any, ids: Sequence[int], position: int, length: int) ->
     """The id of the prompt's own token among those of an entry, which may hold likelier ones."""
     if not isinstance(entry, dict) or not all(str(token).isdecimal() for token in entry):
         raise Unsupported(_OTHER_FORM)
-    from_end = position - length
-    expected = ids[from_end] if -from_end <= len(ids) else None
-    if str(expected) in entry:
-        return int(str(expected))
+    # Both are aligned at their ends, as the server may put a BOS in front.
+    place = position - length + len(ids)
+    if place >= 0 and str(ids[place]) in entry:
+        return ids[place]
     if not entry:
         raise Unsupported(_OTHER_FORM)
     return int(next(iter(entry)))
@@ -194,7 +196,8 @@ class Prefill(Way):
         if name:
             parameters["adapter_id"] = name
         answer = server.post(_GENERATE, {"inputs": asked.text, "parameters": parameters})
-        answer = answer[0] if isinstance(answer, list) and answer else answer
+        if isinstance(answer, list) and answer:
+            answer = answer[0]
         details = answer.get("details") if isinstance(answer, dict) else None
         missing = "no details of the prompt's tokens in the answer"
         told = _of_objects(_list_in(details, "prefill", missing), "text")

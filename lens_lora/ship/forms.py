@@ -45,7 +45,7 @@ from lens_lora.core import (
     rounding_hooks,
 )
 from lens_lora.errors import ArgumentError, ModelStateError
-from lens_lora.formats.gguf_layout import BYTES_OF_BLOCK, rounded_to
+from lens_lora.formats.gguf_layout import BLOCKS, rounded_to
 from lens_lora.formats.gguf_quantised import (
     PACKAGE,
     Q4_K,
@@ -69,9 +69,14 @@ _MERGED = "merged "
 _BESIDE = " + adapter"
 _IN_BFLOAT16: Form = "bfloat16 + adapter"
 
+
+def _as_it_is(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    return weight
+
+
 # What storing makes of a weight [out, in], and the bytes that a weight takes.
 _ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "float32": lambda weight: weight,
+    "float32": _as_it_is,
     "bfloat16": in_bfloat16,
     "NF4": in_nf4,
     Q4_K: rounded_to_q4_k,
@@ -313,8 +318,10 @@ def _size(lens: LoraLens, weights: Mapping[str, LinearWeight], name: Form) -> in
     rest = max(_parameters(lens) - linear, 0)
     stored = sum(_bytes_of(weight.W, kind) for weight in weights.values())
     by_other_weight = _BYTES[kind] if kind == "float32" else _BYTES_OF_REST
-    total = stored + by_other_weight * rest
-    return round(total) + (0 if merged else _bytes_of_adapter(lens))
+    total = round(stored + by_other_weight * rest)
+    if not merged:
+        total += _bytes_of_adapter(lens)
+    return total
 
 
 def _bytes_of(W: Float[Tensor, "out in"], kind: str) -> float:
@@ -322,8 +329,8 @@ def _bytes_of(W: Float[Tensor, "out in"], kind: str) -> float:
     if kind in _BYTES:
         return _BYTES[kind] * W.numel()
     stored_as = type_of_rows(W.shape[-1]) if kind == Q4_K else kind
-    entries, size = BYTES_OF_BLOCK[stored_as]
-    return W.numel() / entries * size
+    block = BLOCKS[stored_as]
+    return W.numel() / block.entries * block.bytes
 
 
 def _parameters(lens: LoraLens) -> int:
@@ -336,6 +343,8 @@ def _parameters(lens: LoraLens) -> int:
 def _bytes_of_adapter(lens: LoraLens) -> int:
     total = 0
     for update in lens.adapter.modules.values():
-        tensors = (update.A, update.B) if isinstance(update, LoRAFactors) else (update.weight,)
-        total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        if isinstance(update, LoRAFactors):
+            total += update.A.nbytes + update.B.nbytes
+        elif update.weight is not None:
+            total += update.weight.nbytes
     return total

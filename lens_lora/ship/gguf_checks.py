@@ -212,23 +212,36 @@ def _compared_modules(file: GGUFFile, adapter: Adapter, layout: Layout) -> Itera
         if name is None:
             yield MergedTensor(module, "undecided", "a module that llama.cpp does not know")
             continue
-        names_of_factors = {name + A_SUFFIX, name + B_SUFFIX}
-        known |= names_of_factors
-        if not isinstance(update, LoRAFactors) or not update.is_plain:
-            yield MergedTensor(module, "failed", "no s·B·A, which is all that such a file can hold")
-            continue
-        if not names_of_factors <= set(file.names):
-            yield MergedTensor(module, "failed", "not in the file")
-            continue
-        a = file.tensor(name + A_SUFFIX)
-        b = file.tensor(name + B_SUFFIX)
-        if _have_shapes_of(update, a, b):
-            yield _compared_module(_Factors(module, update, a, b, alpha, layout))
-        else:
-            yield MergedTensor(module, "failed", "of other shapes than the adapter's")
+        known |= {name + A_SUFFIX, name + B_SUFFIX}
+        yield _module_in_file(file, name, alpha, module, update, layout)
     for name in file.names:
         if name not in known:
             yield MergedTensor(name, "failed", "in the file, and the adapter has no such module")
+
+
+def _module_in_file(
+    file: GGUFFile, name: str, alpha: float, module: str, update: ModuleUpdate, layout: Layout
+) -> MergedTensor:
+    """Compare the module's two factors, where the file holds them, with its update.
+
+    Args:
+        file: an adapter's.
+        name: the module's name there.
+        alpha: the file's α.
+        module: the module's path in the base.
+        update: what the trained adapter adds to it.
+        layout: the base's, in GGUF.
+    """
+    if not isinstance(update, LoRAFactors) or not update.is_plain:
+        looks = "no s·B·A, which is all that such a file can hold"
+        return MergedTensor(module, "failed", looks)
+    if not {name + A_SUFFIX, name + B_SUFFIX} <= set(file.names):
+        return MergedTensor(module, "failed", "not in the file")
+    a = file.tensor(name + A_SUFFIX)
+    b = file.tensor(name + B_SUFFIX)
+    if not _have_shapes_of(update, a, b):
+        return MergedTensor(module, "failed", "of other shapes than the adapter's")
+    return _compared_module(_Factors(module, update, a, b, alpha, layout))
 
 
 class _Factors:
@@ -402,15 +415,20 @@ class _Pair:
         self.E = E
         self._stored = stored
         self._layout = layout
-        self._module: str = name.rpartition(".")[0]
+        self._module, _, _ = name.rpartition(".")
         values = layout.rows_back(self._module, stored.values).double()
         is_shifted = layout.is_norm_plus_one and "norm" in self._module
         self.M: Tensor = values - 1 if is_shifted else values
         measured = _rounds(stored, E)
-        coarsest = _COARSEST.get(self.kind, _WITHOUT_BOUND)
-        self.rounds: float = coarsest if measured is None else measured
-        self.outcome: Outcome = "undecided" if measured is None else "passed"
-        self.remark: str = _UNKNOWN if measured is None else ""
+        self._has_known_rounding = measured is not None
+        if measured is not None:
+            self.rounds: float = measured
+            self.outcome: Outcome = "passed"
+            self.remark: str = ""
+        else:
+            self.rounds = _COARSEST.get(self.kind, _WITHOUT_BOUND)
+            self.outcome = "undecided"
+            self.remark = _UNKNOWN
 
     def rounded(self, exact: Tensor) -> Tensor:
         """A tensor as the file's type rounds it, if the gguf package does; float64.
@@ -418,7 +436,7 @@ class _Pair:
         Args:
             exact: float64.
         """
-        if self.remark:
+        if not self._has_known_rounding:
             return exact
         return rounded_to(self.kind, exact).double()
 

@@ -43,13 +43,30 @@ _ID_WITHOUT_FIELD = {
 _ADDING_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 # Fields that change no id of a text: padding, ends of turns, and tokens to fill in a middle.
 _NO_IDS = (
-    *("padding_token_id", "seperator_token_id", "cls_token_id", "mask_token_id"),
-    *("eot_token_id", "eom_token_id", "token_type_count", "add_sep_token"),
+    "padding_token_id",
+    # Spelt so in llama.cpp.
+    "seperator_token_id",
+    "cls_token_id",
+    "mask_token_id",
+    "eot_token_id",
+    "eom_token_id",
+    "token_type_count",
+    "add_sep_token",
 )
 _NO_IDS_BEGIN = ("fim_", "prefix_", "suffix_", "middle_")
 _COMPARED = (
-    *("model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token"),
-    *("add_eos_token", "add_space_prefix", "bos_token_id", "eos_token_id", "unknown_token_id"),
+    "model",
+    "pre",
+    "tokens",
+    "token_type",
+    "scores",
+    "merges",
+    "add_bos_token",
+    "add_eos_token",
+    "add_space_prefix",
+    "bos_token_id",
+    "eos_token_id",
+    "unknown_token_id",
 )
 
 # The regular expression of Llama 3, and Qwen 2's, which differs in how many digits stay together.
@@ -290,14 +307,21 @@ def _other_splitting(file: GGUFFile, parts: Mapping[str, Any]) -> Iterator[Findi
     before = _rule_of(parts)
     if rule == before:
         return
-    known = [repr(other) for other, its_rule in _RULES.items() if its_rule == before]
-    words = f"texts are split by the rule {name!r}, and were by {(known or ['another one'])[0]}"
+    words = f"texts are split by the rule {name!r}, and were by {_name_of(before)}"
     text = _first_read_otherwise(parts, rule)
     if text is None:
         yield Finding("undecided", f"{words}, which no text tried here showed")
         return
     lost = f"; {_LOST_RULE}" if before == _RULES["gpt-2"] else ""
     yield Finding("failed", f"{words}: {text[:_TEXT_SHOWN]!r} gets other ids{lost}")
+
+
+def _name_of(rule: _Rule) -> str:
+    """llama.cpp's name of a rule, quoted."""
+    for name, known in _RULES.items():
+        if known == rule:
+            return repr(name)
+    return "another one"
 
 
 def _first_read_otherwise(parts: Mapping[str, Any], rule: _Rule) -> str | None:
@@ -321,39 +345,51 @@ class _Rule(NamedTuple):
     """How a text is split before its bytes are merged.
 
     Attributes:
-        steps: the settings of each splitter that decide something.
+        steps: the splitters, each as tokenizer.json has it, with the settings that decide an id.
         ignores_merges: whether a whole word that is a token is taken as it is.
     """
 
-    steps: tuple[tuple[Any, ...], ...]
+    steps: tuple[dict[str, Any], ...]
     ignores_merges: bool
 
     def as_json(self) -> dict[str, Any]:
         """The splitter of a fast tokenizer that follows the rule."""
         steps: list[dict[str, Any]] = []
-        for kind, *settings in self.steps:
-            if kind == "ByteLevel":
-                adds_space, use_regex = settings
-                step = {"add_prefix_space": adds_space, "use_regex": use_regex}
-                steps.append({"type": kind, "trim_offsets": True, **step})
-            elif kind == "Digits":
-                steps.append({"type": kind, "individual_digits": settings[0]})
-            else:
-                pattern, behavior, inverts = settings
-                step = {"pattern": {"Regex": pattern}, "behavior": behavior, "invert": inverts}
-                steps.append({"type": kind, **step})
+        for step in self.steps:
+            # A field that the tokenizers library asks for, and that changes no id.
+            remaining = {"trim_offsets": True} if step["type"] == "ByteLevel" else {}
+            steps.append({**step, **remaining})
         return {"type": "Sequence", "pretokenizers": steps}
 
 
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    """Turn each byte into a character, and with `use_regex` first split as GPT-2 does."""
+    return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    """Cut out whatever matches a regular expression."""
+    return {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+_EACH_DIGIT = {"type": "Digits", "individual_digits": True}
+
 _RULES = {
-    "gpt-2": _Rule((("ByteLevel", False, True),), ignores_merges=False),
-    "smollm": _Rule((("Digits", True), ("ByteLevel", False, True)), ignores_merges=False),
-    "llama-bpe": _Rule(
-        (("Split", _LLAMA_3, "Isolated", False), ("ByteLevel", False, False)), ignores_merges=True
-    ),
-    "qwen2": _Rule(
-        (("Split", _QWEN_2, "Isolated", False), ("ByteLevel", False, False)), ignores_merges=False
-    ),
+    "gpt-2": _Rule((_byte_level(use_regex=True),), ignores_merges=False),
+    "smollm": _Rule((_EACH_DIGIT, _byte_level(use_regex=True)), ignores_merges=False),
+    "llama-bpe": _Rule((_split(_LLAMA_3), _byte_level(use_regex=False)), ignores_merges=True),
+    "qwen2": _Rule((_split(_QWEN_2), _byte_level(use_regex=False)), ignores_merges=False),
+}
+# The settings of a splitter that decide an id, by its type.
+_DECIDING = {
+    "ByteLevel": ("add_prefix_space", "use_regex"),
+    "Digits": ("individual_digits",),
+    "Split": ("pattern", "behavior", "invert"),
 }
 
 
@@ -361,18 +397,13 @@ def _rule_of(parts: Mapping[str, Any]) -> _Rule:
     """The rule of a fast tokenizer."""
     outer: Mapping[str, Any] = parts.get("pre_tokenizer") or {"type": "Sequence"}
     inner = outer.get("pretokenizers", []) if outer["type"] == "Sequence" else [outer]
-    steps: list[tuple[Any, ...]] = []
+    steps: list[dict[str, Any]] = []
     for step in inner:
-        kind = step["type"]
-        if kind == "ByteLevel":
-            steps.append((kind, step["add_prefix_space"], step.get("use_regex", True)))
-        elif kind == "Digits":
-            steps.append((kind, step["individual_digits"]))
-        elif kind == "Split":
-            pattern = step["pattern"].get("Regex")
-            steps.append((kind, pattern, step["behavior"], step["invert"]))
-        else:
-            steps.append((kind,))
+        deciding: dict[str, Any] = {"type": step["type"]}
+        for name in _DECIDING.get(step["type"], ()):
+            # Older files have no field `use_regex`, which is then true.
+            deciding[name] = step.get(name, True) if name == "use_regex" else step[name]
+        steps.append(deciding)
     return _Rule(tuple(steps), bool(parts["model"].get("ignore_merges")))
 
 

@@ -173,12 +173,12 @@ def _judged(name: str, W: Tensor, M: Tensor, expected: Expected | None) -> Merge
     """Compare M with the base's tensor, or with what the adapter makes of it."""
     if M.shape != W.shape:
         return MergedTensor(name, "failed", f"{tuple(M.shape)}, the base's is {tuple(W.shape)}")
-    judged = _judged_in(max(W.dtype, M.dtype, key=_eps), name, W, M, expected)
+    judged = _judged_in(_coarser(W.dtype, M.dtype), name, W, M, expected)
     if judged.outcome != "failed" or M.equal(W.to(M.dtype)):
         return judged
     for dtype in _HALF_PRECISIONS:
         if _eps(dtype) > _eps(M.dtype) and M.to(dtype).to(M.dtype).equal(M):
-            in_half = _judged_in(max(W.dtype, dtype, key=_eps), name, W, M, expected)
+            in_half = _judged_in(_coarser(W.dtype, dtype), name, W, M, expected)
             if in_half.outcome != "failed":
                 return in_half
     return _judged_in_8_bit(name, W, M, expected) or judged
@@ -212,12 +212,15 @@ def _judged_in_8_bit(
     step = _step_of_8_bit(M)
     if step is None:
         return None
-    before = W.double() if expected is None else expected.turned(W.double())
-    E = before if expected is None else expected.tensor(W.double())
-    found = M.double() if expected is None else expected.turned(M.double())
-    steps = step if expected is None else expected.turned(step.expand(M.shape))
+    before = W.double()
+    found = M.double()
+    E = before if expected is None else expected.tensor(before)
+    if expected is not None:
+        before = expected.turned(before)
+        found = expected.turned(found)
+        step = expected.turned(step.expand(M.shape))
     # The base may have been rounded before the merge, and the merge again.
-    if E is None or not bool(((found - E).abs() <= _STEPS_OF_8_BIT * steps).all()):
+    if E is None or not bool(((found - E).abs() <= _STEPS_OF_8_BIT * step).all()):
         return None
     D = E - before
     size = float(D.square().sum())
@@ -277,13 +280,16 @@ class _Change:
         self.ratio = float((R * D).sum()) / self.size
         self.rounded = _eps(dtype) / 2
         self.spread = SIGMAS * self.rounded * float((W * D).norm()) / self.size
-        self.kept = min(self._ratios_of_merges(), key=lambda c: abs(c - self.ratio))
+        self.kept = self._ratio_of_right_merge()
 
-    def _ratios_of_merges(self) -> list[float]:
-        """Two values of c: of a merge whose sum alone is rounded, and of one that rounds W too."""
+    def _ratio_of_right_merge(self) -> float:
+        """c of a merge whose sum alone is rounded, or of one that rounds W too: the nearer."""
         grid = self._rounded_to_dtype(self.W)
-        merges = [self._rounded_to_dtype(start + self.D) for start in (self.W, grid)]
-        return [float(((merge - grid) * self.D).sum()) / self.size for merge in merges]
+        ratios: list[float] = []
+        for start in (self.W, grid):
+            merge = self._rounded_to_dtype(start + self.D)
+            ratios.append(float(((merge - grid) * self.D).sum()) / self.size)
+        return min(ratios, key=lambda c: abs(c - self.ratio))
 
     def _rounded_to_dtype(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype).to(self.W.dtype)
@@ -357,6 +363,10 @@ def mistakes(update: ModuleUpdate) -> Iterator[tuple[float, str]]:
         for cause, ratio in misread.items():
             if ratio != 1:
                 yield ratio, cause
+
+
+def _coarser(dtype: torch.dtype, other: torch.dtype) -> torch.dtype:
+    return max(dtype, other, key=_eps)
 
 
 def _eps(dtype: torch.dtype) -> float:

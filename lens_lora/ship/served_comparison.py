@@ -41,9 +41,10 @@ _VISIBLE = 0.2
 # have in common of it moves c by at most this.
 _COMMON = 0.05
 # A candidate explains a deviation if it leaves at most this part of it (a quarter of its square),
-# and if the deviation goes towards it by a part within _FAR, where 1 is all the way.
 _LEAVES = 0.5
-_FAR = (0.75, 1.25)
+# and if the deviation goes this far towards it, where 1 is all the way.
+_NOT_FAR_ENOUGH = 0.75
+_TOO_FAR = 1.25
 # Rounding decides between two candidates whose residuals differ by less than this factor.
 _EQUALLY_WELL = 1.05
 # No other candidate is tried after one that leaves less of the deviation than this (1 % of its
@@ -123,7 +124,7 @@ class Comparison:
     @property
     def is_explained(self) -> bool:
         """Whether the nearest candidate is what is served, rather than the adapter."""
-        if not self.explanations or not _FAR[0] <= self.along_nearest <= _FAR[1]:
+        if not self.explanations or not _NOT_FAR_ENOUGH <= self.along_nearest <= _TOO_FAR:
             return False
         left = self.nearest.residual
         if self.residual > self.bound:

@@ -237,7 +237,7 @@ def _with_adapter(
         other = tokens.lens.with_adapter(adapter, check=False)
     except LensLoraError:
         return
-    yield _in(other, words)
+    yield _candidate_of(other, words)
 
 
 # --- Other beginnings
@@ -358,5 +358,10 @@ _ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _in(lens: LoraLens, words: str) -> Candidate:
-    return Candidate(words, lambda tokens: tokens.of(lens, lens.gates(1.0)))
+def _candidate_of(lens: LoraLens, words: str) -> Candidate:
+    """The candidate that another lens runs, at full strength."""
+
+    def log_p(tokens: ServedTokens) -> Float[Tensor, " token"]:
+        return tokens.of(lens, lens.gates(1.0))
+
+    return Candidate(words, log_p)

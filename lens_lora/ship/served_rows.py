@@ -110,6 +110,13 @@ def _to_ask(texts: Prompts, messages: Sequence[Messages | None]) -> list[Asked]:
     return asked
 
 
+class _Answer(NamedTuple):
+    """One text, and what the server told of it."""
+
+    text: Asked
+    told: Told
+
+
 def ask_all(
     lens: LoraLens,
     server: Server,
@@ -133,26 +140,29 @@ def ask_all(
         ArgumentError: the server lists several names, and none was given.
         ServerError: it cannot be asked, or tells no log-probabilities.
     """
-    name = _only_name(server) if name is None else name
-    way, first, told = _first_answer(server, name, texts, new_tokens)
-    remaining = [text for text in texts if text is not first and _can_ask(way, text)]
-    answers = [(first, told)]
+    if name is None:
+        name = _only_name(server)
+    way, first = _first_answer(server, name, texts, new_tokens)
+    answers = [first]
+    remaining = [text for text in texts if text is not first.text and _can_ask(way, text)]
     for text in tqdm(remaining, desc="server", leave=False, disable=not progress):
-        answers.append((text, way.told(server, name, text, new_tokens)))
+        answers.append(_Answer(text, way.told(server, name, text, new_tokens)))
 
     rows: list[ServedRow] = []
+    if not way.is_of_prompt:
+        rows += [_with_generated(lens, way, text, told) for text, told in answers]
+        return ServedRows(name, way, rows, put_in_front=0, differing=[])
     differing: list[str] = []
     put_in_front = 0
-    for text, answer in answers:
-        if not way.is_of_prompt:
-            rows.append(_with_generated(lens, way, text, answer))
-            continue
-        difference = _difference(lens, text, answer)
+    for text, told in answers:
+        difference = _difference(lens, text, told)
         if difference is not None:
             differing.append(difference)
             continue
-        put_in_front += len(answer.log_p) > len(text.ids)
-        rows.append(ServedRow(text.ids, _aligned(answer, len(text.ids)), len(text.ids)))
+        length = len(text.ids)
+        if len(told.log_p) > length:
+            put_in_front += 1
+        rows.append(ServedRow(text.ids, _aligned(told, length), prompt_length=length))
     return ServedRows(name, way, rows, put_in_front, differing)
 
 
@@ -172,14 +182,17 @@ def _only_name(server: Server) -> str:
 
 
 def _can_ask(way: Way, text: Asked) -> bool:
+    """Whether the text is there in the form that this way sends."""
     if way.sends_ids:
         return True
-    return text.text is not None if way.is_of_prompt else text.messages is not None
+    if way.is_of_prompt:
+        return text.text is not None
+    return text.messages is not None
 
 
 def _first_answer(
     server: Server, name: str, texts: Sequence[Asked], new_tokens: int
-) -> tuple[Way, Asked, Told]:
+) -> tuple[Way, _Answer]:
     """The first way in which the server tells log-probabilities, and its answer to one text."""
     refusals: list[str] = []
     for way in WAYS:
@@ -188,7 +201,7 @@ def _first_answer(
             refusals.append(f"{way.words}: no text that can be sent so")
             continue
         try:
-            return way, text, way.told(server, name, text, new_tokens)
+            return way, _Answer(text, way.told(server, name, text, new_tokens))
         except (Unsupported, Refused) as error:
             reason = error.fact.removeprefix(f"{server.url}: ").removesuffix(".")
             refusals.append(f"{way.words}: {reason}")
@@ -205,12 +218,16 @@ def _first_answer(
 
 def _aligned(told: Told, length: int) -> list[float]:
     """One log-probability per token that was sent, NaN for the first, aligned at the end."""
-    missing = length - len(told.log_p)
+    # The server may have a BOS in front that was not sent, or lack one that was.
+    surplus = len(told.log_p) - length
     log_p = [math.nan] * length
     for position in range(1, length):
-        source = position - missing
-        if source >= 1 and told.log_p[source] is not None:
-            log_p[position] = float(told.log_p[source] or 0.0)
+        source = position + surplus
+        if source < 1:
+            continue
+        value = told.log_p[source]
+        if value is not None:
+            log_p[position] = value
     return log_p
 
 
@@ -255,10 +272,12 @@ def _with_generated(lens: LoraLens, way: Way, text: Asked, told: Told) -> Served
     if strange:
         fact = f"the server generated the token {strange[0]}, and the adapter's vocabulary has"
         raise ServerError(f"{fact} {len(lens.vocabulary)} tokens: it runs another model.")
-    log_p = [math.nan if value is None else value for value in told.log_p[: len(ids)]]
-    unknown = [math.nan] * len(text.ids)
+    # A server tells nothing of the prompt in this way.
+    log_p = [math.nan] * len(text.ids)
+    for value in told.log_p[: len(ids)]:
+        log_p.append(math.nan if value is None else value)
     messages = None if way.sends_ids else text.messages
-    return ServedRow([*text.ids, *ids], [*unknown, *log_p], len(text.ids), messages)
+    return ServedRow([*text.ids, *ids], log_p, len(text.ids), messages)
 
 
 def _ids_of(lens: LoraLens, pieces: Sequence[str]) -> list[int]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.core import Adapter, Host, LoRAFactors, LoraLens, ModuleUpdate
@@ -37,8 +37,22 @@ _BLOCK = 32
 NF4_BLOCK = 64
 # The values of a 4-bit normal float, as QLoRA defines them: quantiles of a normal distribution.
 _NF4 = (
-    *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
-    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
+    -1.0,
+    -0.6961928,
+    -0.5250731,
+    -0.3949175,
+    -0.2844414,
+    -0.1847734,
+    -0.0910500,
+    0.0,
+    0.0795803,
+    0.1609302,
+    0.2461123,
+    0.3379152,
+    0.4407098,
+    0.5626170,
+    0.7229568,
+    1.0,
 )
 
 
@@ -120,15 +134,15 @@ def linear_weights(lens: LoraLens) -> dict[str, LinearWeight]:
         raise _no_forms("this model's experts")
     stand_in = Adapter(dict(_stand_ins(lens.host)), name="weights")
     changes = _changes(lens)
-    rows_of: dict[str, list[tuple[Tensor | None, LinearWeight]]] = defaultdict(list)
+    parts_of: dict[str, list[_Part]] = defaultdict(list)
     for every in lens.with_adapter(stand_in, check=False).updates:
         site = every.site
         W = lens.host.base_weight(site, "a form of its weights")
         change = changes.get(site.name)
         weight = None if change is None else change.weight
         bias = None if change is None else change.bias
-        rows_of[site.path].append((site.rows, LinearWeight(W, weight, bias)))
-    return {path: _joined(parts) for path, parts in rows_of.items()}
+        parts_of[site.path].append(_Part(site.rows, LinearWeight(W, weight, bias)))
+    return {path: _joined(parts) for path, parts in parts_of.items()}
 
 
 def _stand_ins(host: Host) -> Iterator[tuple[str, ModuleUpdate]]:
@@ -149,7 +163,7 @@ def _stand_ins(host: Host) -> Iterator[tuple[str, ModuleUpdate]]:
         if experts:
             raise _no_forms(path)
         height = sum(out for out, _ in shapes)
-        width = shapes[0][1]
+        _, width = shapes[0]
         yield path, LoRAFactors(torch.zeros(1, width), torch.zeros(height, 1))
 
 
@@ -176,7 +190,7 @@ def _changes(lens: LoraLens) -> dict[str, _Change]:
         update = every.linear
         weight = update.scale * update.B.double().cpu() @ update.A.double().cpu()
         bias = None if update.bias is None else update.bias.double().cpu()
-        name = every.site.name.partition("@")[0]
+        name, _, _ = every.site.name.partition("@")
         earlier = changes.get(name)
         if earlier is not None:
             weight = weight + earlier.weight
@@ -186,13 +200,25 @@ def _changes(lens: LoraLens) -> dict[str, _Change]:
     return changes
 
 
-def _joined(parts: Sequence[tuple[Tensor | None, LinearWeight]]) -> LinearWeight:
+class _Part(NamedTuple):
+    """A part of a fused map, such as q of qkv, or a whole map.
+
+    Attributes:
+        rows: its rows in the fused map; None for a whole map.
+        linear: the part itself.
+    """
+
+    rows: Int[Tensor, " out"] | None
+    linear: LinearWeight
+
+
+def _joined(parts: Sequence[_Part]) -> LinearWeight:
     """The parts of a fused map as one, each with its own rows."""
-    if len(parts) == 1 and parts[0][0] is None:
-        return parts[0][1]
+    first = parts[0]
+    if len(parts) == 1 and first.rows is None:
+        return first.linear
     height = sum(len(part.W) for _, part in parts)
-    first = parts[0][1].W
-    W = first.new_zeros(height, first.shape[1])
+    W = first.linear.W.new_zeros(height, first.linear.W.shape[1])
     change = torch.zeros(W.shape, dtype=torch.float64)
     bias = torch.zeros(height, dtype=torch.float64)
     for rows, part in parts:
