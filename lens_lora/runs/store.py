@@ -4,7 +4,7 @@
    or not at all. Its name contains the hash of its bytes, so a part that was cut or changed is
    noticed before it is read. Such a part is reported and set aside, and its records run again.
 2. At the end the parts are merged into the results, in the order of the records, and removed.
-   Subclasses, such as `sweeps.batches.RowStore`, decide what the rows are.
+   Subclasses, such as `sweeps.rows.RowStore`, decide what the rows are.
 3. The metadata of each file hold the fingerprint of its run (`fingerprint.py`), which is compared
    with the present one on a resume.
 """

@@ -206,10 +206,11 @@ class ActivationsFile:
         texts = pq.read_table(self._file.path, columns=["record", "id", "token"]).combine_chunks()
         counted = self._counted(None, sinks)
         values = np.where(counted[:, None], self._numbers(self.sites[index].name), np.nan)
-        examples: list[tuple[Any, ...]] = []
+        examples: list[dict[str, Any]] = []
         for r in ranks:
             for row in strongest(values[:, r], towards, k):
-                examples.append(_example(texts, r, int(row), float(values[row, r]), context))
+                example = _example(texts, int(row), context)
+                examples.append({"rank": r, "value": float(values[row, r]), **example})
         return pd.DataFrame(examples, columns=_EXAMPLE)
 
     def mean(
@@ -317,14 +318,18 @@ class ActivationsFile:
         )
 
 
-def _example(texts: pa.Table, rank: int, row: int, value: float, width: int) -> tuple[Any, ...]:
-    """A row of the table of examples: one token and `width` tokens on either side of it."""
+def _example(texts: pa.Table, row: int, width: int) -> dict[str, Any]:
+    """The token of a row, where it stands, and `width` tokens on either side of it."""
     records = texts["record"].to_numpy()
     record = records[row]
     first = int(np.searchsorted(records, record, "left"))
     end = int(np.searchsorted(records, record, "right"))
     text = [token or "" for token in texts["token"].slice(first, end - first).to_pylist()]
     position = row - first
-    identity = texts["id"][row].as_py()
-    context = context_of(text, position, width)
-    return (rank, int(record), identity, position, text[position], value, context)
+    return {
+        "record": int(record),
+        "id": texts["id"][row].as_py(),
+        "position": position,
+        "token": text[position],
+        "context": context_of(text, position, width),
+    }

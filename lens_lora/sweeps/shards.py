@@ -65,8 +65,10 @@ def plan_of(records: Sequence[Record], batches: Sequence[Sequence[Job]], shards:
     """
     shard_of: dict[Content, int] = {}
     for number, batch in enumerate(batches):
+        # The shard that `takes` this batch.
+        index = number % shards + 1
         for job in batch:
-            shard_of[content(job.record)] = number % shards + 1
+            shard_of[content(job.record)] = index
     columns: dict[str, pa.Array] = {
         "id": pa.array([str(record.id) for record in records], pa.string()),
         "is_number": pa.array([isinstance(record.id, int) for record in records], pa.bool_()),

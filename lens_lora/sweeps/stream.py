@@ -66,30 +66,38 @@ def token_sweep(
     lens: LoraLens,
     records: RecordsLike,
     name: str,
+    *,
     out: str | Path,
     batch_size: int,
     resume: bool,
     version: str | None,
     progress: bool,
 ) -> ActivationsFile:
-    """`sweep` of an analysis by token."""
+    """Run an analysis by token over the records: see `sweep`.
+
+    Args:
+        name: the analysis, one of `BY_TOKEN`.
+        lens, records, out, batch_size, resume, version, progress: as for `sweep`.
+    """
     gauge = BY_TOKEN[name].options["gauge"]
     ranks = activation_ranks(lens, range(len(lens.sites)), gauge)
     processes = launched()
     require_whole_model(processes, is_over_ranks=lens.plan.is_over_ranks)
-    store = TokenStore(out, fingerprint(lens, options_of([name]), None, version), lens.sites, ranks)
+    depends_on = fingerprint(lens, options_of([name]), None, version)
+    store = TokenStore(out, depends_on, lens.sites, ranks)
     shown = progress and processes.is_main
     with store.writing(processes):
-        done: list[Source] = []
+        done: list[SpanInFile] = []
         if resume:
             done = store.sources()
             store.require_version()
         processes.by_main(lambda: store.begin(anew=not resume))
         windows = Windows(lens, _with_bar(records, processes, shown), done, processes)
-        turned = lens.in_gauge(gauge)
+        lens_in_gauge = lens.in_gauge(gauge)
         for window in windows:
             store.drop(windows.stale)
-            store.add(*window_table(turned, window, ranks, batch_size))
+            table, span = window_table(lens_in_gauge, window, ranks, batch_size)
+            store.add(table, span)
         processes.by_main(lambda: store.merge(windows.seen))
         file = ActivationsFile(store.path)
     if processes.is_main:
@@ -119,12 +127,12 @@ def _with_bar(records: RecordsLike, processes: Processes, shown: bool) -> Iterat
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Where the rows of a span lie.
+class SpanInFile:
+    """A finished span, and where its rows are.
 
     Attributes:
         span: the records that the rows are of.
-        path: the file in which they lie.
+        path: the file that holds the rows.
         group: the number of their group of rows in that file.
     """
 
@@ -164,18 +172,18 @@ class Windows:
     Attributes:
         lens: the adapter over the model.
         records: all records, read as they are needed.
-        done: where the rows of finished spans lie.
+        done: the finished spans.
         processes: this process among the others.
         seen: how many records have come by.
-        stale: sources whose records have changed and are run again.
+        stale: finished spans whose records have changed and are run again.
     """
 
     lens: LoraLens
     records: Iterable[Record]
-    done: Sequence[Source]
+    done: Sequence[SpanInFile]
     processes: Processes
     seen: int = 0
-    stale: list[Source] = dataclasses.field(default_factory=list[Source])
+    stale: list[SpanInFile] = dataclasses.field(default_factory=list[SpanInFile])
 
     def __iter__(self) -> Iterator[list[Text]]:
         window: list[Text] = []
@@ -227,7 +235,7 @@ class Windows:
         if self.seen < n_done:
             raise other_sweep(f"the results hold {n_done} records, and there are {self.seen}")
 
-    def _must_rerun(self, source: Source, records: Sequence[Record]) -> bool:
+    def _must_rerun(self, source: SpanInFile, records: Sequence[Record]) -> bool:
         """Whether a span's records, some of them bad, have changed since it was run."""
         span = source.span
         is_cut_short = len(records) < span.last - span.first + 1
@@ -244,8 +252,20 @@ class Windows:
 # --- A window of texts → a table: one row per token, one column per site with `rank` numbers
 
 
-# A text's u [site, token, rank] and which of its tokens are sinks; or what is wrong with it.
-Outcome = tuple[NDArray[np.floating], NDArray[np.bool_]] | str
+class _Numbers(NamedTuple):
+    """The numbers of a text's tokens.
+
+    Attributes:
+        u: [site, token, rank], the rank activations.
+        sinks: [token], whether each token is a sink.
+    """
+
+    u: NDArray[np.floating]
+    sinks: NDArray[np.bool_]
+
+
+# The numbers of a text, or what is wrong with it.
+_Outcome = _Numbers | str
 
 
 @alone
@@ -261,7 +281,7 @@ def window_table(
         batch_size: how many texts are run together.
     """
     lens.check_state()
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, _Outcome] = {}
     for i, text in enumerate(texts):
         if text.record.error:
             outcomes[i] = text.record.error
@@ -281,7 +301,7 @@ def window_table(
 
 def _run(
     lens: LoraLens, texts: Sequence[Text], batch: Sequence[int], ranks: Sequence[int]
-) -> dict[int, Outcome]:
+) -> dict[int, _Outcome]:
     """The outcomes of one batch of texts, by index; where it fails, they are run one by one."""
     ids = [torch.tensor(texts[i].ids, device=lens.device) for i in batch]
     lengths = torch.tensor([len(row) for row in ids], device=lens.device)
@@ -291,16 +311,16 @@ def _run(
     except NumericsError as error:
         if len(batch) == 1:
             return {batch[0]: texts[batch[0]].record.bad(error).error or str(error)}
-        alone: dict[int, Outcome] = {}
+        one_by_one: dict[int, _Outcome] = {}
         for i in batch:
-            alone |= _run(lens, texts, [i], ranks)
-        return alone
-    values = seen.values.cpu().numpy()
+            one_by_one |= _run(lens, texts, [i], ranks)
+        return one_by_one
+    u = seen.values.cpu().numpy()
     sinks = seen.sinks.cpu().numpy()
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, _Outcome] = {}
     for row, i in enumerate(batch):
         count = len(texts[i].ids)
-        outcomes[i] = (values[row, :, :count], sinks[row, :count])
+        outcomes[i] = _Numbers(u[row, :, :count], sinks[row, :count])
     return outcomes
 
 
@@ -315,31 +335,27 @@ class _TokenRow(NamedTuple):
 
 
 def _table(
-    lens: LoraLens, texts: Sequence[Text], ranks: Sequence[int], outcomes: Mapping[int, Outcome]
+    lens: LoraLens, texts: Sequence[Text], ranks: Sequence[int], outcomes: Mapping[int, _Outcome]
 ) -> pa.Table:
     """The table with one row per token.
 
     A bad text has one row without a token, whose numbers are NaN.
     """
     dtype = torch.empty(0, dtype=lens.gate_dtype).numpy().dtype
-    no_numbers = np.full((len(ranks), 1, max(ranks)), np.nan, dtype)
-    no_sink = np.zeros(1, bool)
-    numbers: list[NDArray[np.floating]] = []
-    sinks: list[NDArray[np.bool_]] = []
+    u_of_no_token = np.full((len(ranks), 1, max(ranks)), np.nan, dtype)
+    of_no_token = _Numbers(u_of_no_token, np.zeros(1, bool))
+    numbers: list[_Numbers] = []
     rows: list[_TokenRow] = []
     for i, text in enumerate(texts):
         outcome = outcomes[i]
         if isinstance(outcome, str):
             rows.append(_TokenRow(text, None, None, None, outcome))
-            numbers.append(no_numbers)
-            sinks.append(no_sink)
+            numbers.append(of_no_token)
             continue
+        numbers.append(outcome)
         prefixes = marks_of(text.ids)
         for position, token in enumerate(text.ids):
             rows.append(_TokenRow(text, position, token, prefixes[position], None))
-        values_of_text, sinks_of_text = outcome
-        numbers.append(values_of_text)
-        sinks.append(sinks_of_text)
     words = _words(lens, rows)
     columns: dict[str, pa.Array] = {
         "record": pa.array([row.text.number for row in rows], pa.int64()),
@@ -347,12 +363,12 @@ def _table(
         "position": pa.array([row.position for row in rows], pa.int32()),
         "token": pa.array([words[row.token] for row in rows], pa.string()),
         "prefix": pa.array([row.prefix for row in rows], pa.int64()),
-        "sink": pa.array(np.concatenate(sinks)),
+        "sink": pa.array(np.concatenate([of_text.sinks for of_text in numbers])),
         "error": pa.array([row.error for row in rows], pa.string()),
     }
-    values = np.concatenate(numbers, axis=1)
+    u = np.concatenate([of_text.u for of_text in numbers], axis=1)
     for slot, (site, rank) in enumerate(zip(lens.sites, ranks, strict=True)):
-        flat = np.ascontiguousarray(values[slot, :, :rank]).ravel()
+        flat = np.ascontiguousarray(u[slot, :, :rank]).ravel()
         columns[site.name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), rank)
     return pa.table(columns)
 
@@ -393,7 +409,7 @@ class TokenStore(Store):
         """Write a window, whole or not at all."""
         self.write([table], self._notes([span]), **_PARQUET)
 
-    def drop(self, stale: Sequence[Source]) -> None:
+    def drop(self, stale: Sequence[SpanInFile]) -> None:
         """Remove parts whose records have changed."""
         for source in stale:
             if source.path != self.path:
@@ -422,17 +438,17 @@ class TokenStore(Store):
             self.write(map(_rows_of, sources), self._notes(spans), self.path, **_PARQUET)
         self.remove()
 
-    def sources(self) -> list[Source]:
-        """Where the rows of each finished span lie, in the order of the records.
+    def sources(self) -> list[SpanInFile]:
+        """The finished spans, with where their rows are, in the order of the records.
 
         A part takes the place of what the result holds of the same records.
         """
-        parts = [Source(spans_in(table.schema, path)[0], path) for path, table in self.parts()]
-        rest: list[Source] = []
+        parts = [SpanInFile(spans_in(table.schema, path)[0], path) for path, table in self.parts()]
+        rest: list[SpanInFile] = []
         if self.require_result(self.path):
             for group, span in enumerate(spans_of(self.path)):
                 if not any(_overlap(span, part.span) for part in parts):
-                    rest.append(Source(span, self.path, group))
+                    rest.append(SpanInFile(span, self.path, group))
         return sorted([*parts, *rest], key=lambda source: source.span.first)
 
     def _notes(self, spans: Sequence[Span]) -> dict[bytes, bytes]:
@@ -444,6 +460,6 @@ def _overlap(one: Span, other: Span) -> bool:
     return one.first <= other.last and other.first <= one.last
 
 
-def _rows_of(source: Source) -> pa.Table:
+def _rows_of(source: SpanInFile) -> pa.Table:
     with pq.ParquetFile(source.path) as file:
         return file.read_row_group(source.group)

@@ -151,7 +151,16 @@ def sweep(
     part = Shard.of(shard)
     if names[0] in BY_TOKEN:
         _require_neither(names[0], part, readout)
-        return token_sweep(lens, records, names[0], out, batch_size, resume, version, progress)
+        return token_sweep(
+            lens,
+            records,
+            names[0],
+            out=out,
+            batch_size=batch_size,
+            resume=resume,
+            version=version,
+            progress=progress,
+        )
 
     rows = _read(lens, records, readout)
     lens = _lens_for(lens, rows, readout)
@@ -221,7 +230,7 @@ def _share(
     """Every n-th batch: those of this shard, or of this process."""
     if part is None:
         return all_batches[processes.index :: processes.count]
-    return all_batches[part.index - 1 :: part.count]
+    return [batch for number, batch in enumerate(all_batches) if part.takes(number)]
 
 
 def _run(
@@ -310,8 +319,13 @@ def _asked(readout: Readout | Make | None) -> AskedReadout:
     """The name and units of the sweep's readout, if it has one."""
     if readout is None:
         return AskedReadout(None, None)
-    read = readout(["", ""]) if batches.is_make(readout) else Readout.required(readout)
-    return AskedReadout(read.label, read.units)
+    of_some = _of_some_responses(readout)
+    return AskedReadout(of_some.label, of_some.units)
+
+
+def _of_some_responses(readout: Readout | Make) -> Readout:
+    """The readout, or one that its function makes of two empty responses, to tell what it is."""
+    return readout(["", ""]) if batches.is_make(readout) else Readout.required(readout)
 
 
 def _bar(
@@ -346,12 +360,14 @@ def require_slopes(names: Sequence[str], readout: Readout | Make | None) -> None
     Raises:
         SweepError: naming an analysis that needs them.
     """
-    read = readout(["", ""]) if batches.is_make(readout) else readout
-    without = sorted({"first_order", "second_order", "first_order_at_1"}.intersection(names))
-    if isinstance(read, KL) and without:
+    if readout is None:
+        return
+    of_some = _of_some_responses(readout)
+    derivatives = sorted({"first_order", "second_order", "first_order_at_1"}.intersection(names))
+    if isinstance(of_some, KL) and derivatives:
         raise SweepError(
-            f"{read.label} is not read by {without[0]!r} in a sweep; use 'path', 'add_one' or "
-            "'leave_one_out'."
+            f"{of_some.label} is not read by {derivatives[0]!r} in a sweep; use 'path', 'add_one' "
+            "or 'leave_one_out'."
         )
 
 
