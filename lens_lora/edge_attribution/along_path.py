@@ -42,23 +42,24 @@ def edges_along_path(
         ModelStateError: edges that do not sum to first order, or heads that are not known.
         NumericsError: an edge that is not finite.
     """
-    at_nodes: list[EdgeValues] = []
+    quiet = g.with_progress(False)
+    last: EdgeValues | None = None
 
-    def added(
+    def weighted_sums(
         strengths: Float[Tensor, " node"], weights: Float[Tensor, "sum node"]
     ) -> Float[Tensor, "sum batch site reader *position"]:
+        nonlocal last
         sums: Tensor = weights.new_zeros(())
         for strength, node_weights in zip(strengths.tolist(), weights.T, strict=True):
-            split = edge_values(
-                g.with_progress(False), strength, by_head=by_head, by_position=by_position
-            )
-            require_finite(split.values, "an edge")
-            g.know(strength, split.value)
-            node_weights = node_weights.to(split.values)
-            sums = sums + torch.einsum("r,bs...->rbs...", node_weights, split.values)
-            at_nodes[:] = [split]
+            at_node = edge_values(quiet, strength, by_head=by_head, by_position=by_position)
+            require_finite(at_node.values, "an edge")
+            g.know(strength, at_node.value)
+            node_weights = node_weights.to(at_node.values)
+            sums = sums + torch.einsum("r,bs...->rbs...", node_weights, at_node.values)
+            last = at_node
         return sums
 
-    values, quadrature = path_integral(g, added, tol=tol, max_nodes=max_nodes)
-    last = at_nodes[0]
+    values, quadrature = path_integral(g, weighted_sums, tol=tol, max_nodes=max_nodes)
+    assert last is not None, "every rule has nodes"
+    # Readers, and who is downstream of whom, are the same at every node.
     return EdgeValues(last.readers, values, last.exists, last.value), quadrature

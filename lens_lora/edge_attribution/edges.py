@@ -197,7 +197,9 @@ class Edges(Ranked, Reported):
             if set(sites) <= wanted:
                 parts.append(row)
                 covered += sites
-        return parts if sorted(covered) == sorted(wanted) else None
+        if sorted(covered) != sorted(wanted):
+            return None
+        return parts
 
     def plot_graph(self, k: int = _DRAWN, prompt: int | None = None) -> drawing.Figure:
         """The k strongest edges, from writers on the left to readers on the right.
@@ -238,10 +240,13 @@ class Edges(Ranked, Reported):
 
     def _of_prompt(self, index: int) -> EdgesOfPrompt:
         tokens = self.str_tokens[index]
-        values = self.values[index, :, :, : len(tokens)] if self.by else self.per_edge[index]
+        if self.by:
+            values = self.values[index, :, :, : len(tokens)]
+        else:
+            values = self.values[index, :, :, None]
         return EdgesOfPrompt(
             tokens=tokens,
-            values=values if self.by else values[..., None],
+            values=values,
             writers={name: self.sites[sites[0]].layer for name, sites in self.groups.items()},
             readers=self.readers,
             readout=self.readout,
@@ -327,12 +332,12 @@ def edges(
         require_finite(split.values, "an edge")
         g.know(at, split.value)
     members = g.lens.sites.indicator(groups).to(split.values)
-    exists = members.cpu() @ split.exists.to(members.dtype)
+    sites_upstream = members.cpu() @ split.exists.to(members.dtype)
     return Edges(
         values=torch.einsum("gs,bs...->bg...", members, split.values),
         groups=groups,
         readers=split.readers,
-        exists=exists > 0,
+        exists=sites_upstream > 0,
         at=math.nan if path else at,
         by=axes,
         quadrature=quadrature,

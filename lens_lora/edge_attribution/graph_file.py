@@ -34,7 +34,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora._version import __version__
-from lens_lora.arguments import whole
 
 # At first the viewer shows the strongest nodes, up to this share of Σ|link|.
 _SHOWN_SHARE = 0.8
@@ -114,27 +113,30 @@ def graph_of(edges: EdgesOfPrompt, slug: str, k: int | None) -> dict[str, Any]:
         edges: the prompt's edges.
         slug: the name of the graph.
         k: only the k strongest edges; None for all that are not zero.
-
-    Raises:
-        ArgumentError: a k that is no whole number, or below 0.
     """
-    count = None if k is None else whole("k", k, 0)
-    last = len(edges.tokens) - 1
     n_layers = _layer_count(edges.readers)
-    readout = _Node(edges.readout, False, str(n_layers + 1), 0, last)
+    readout = _Node(
+        name=edges.readout,
+        is_writer=False,
+        layer=str(n_layers + 1),
+        number=0,
+        position=len(edges.tokens) - 1,
+    )
+    last_reader = len(edges.readers) - 1
     nodes = {readout.node_id: readout}
     links: list[_Link] = []
+    # Σ_l of the edges into each reader.
     through: dict[str, float] = {}
-    for row, column, position, value in _strongest(edges, count):
-        writer = _writer_node(edges, row, n_layers, position)
+    for edge in _strongest(edges, k):
+        writer = _writer_node(edges, edge.writer, n_layers, edge.position)
         nodes[writer.node_id] = writer
-        if column == len(edges.readers) - 1:
-            links.append(_Link(writer.node_id, readout.node_id, value))
+        if edge.reader == last_reader:
+            links.append(_Link(writer.node_id, readout.node_id, edge.value))
             continue
-        reader = _reader_node(edges, column, position)
+        reader = _reader_node(edges, edge.reader, edge.position)
         nodes[reader.node_id] = reader
-        links.append(_Link(writer.node_id, reader.node_id, value))
-        through[reader.node_id] = through.get(reader.node_id, 0.0) + value
+        links.append(_Link(writer.node_id, reader.node_id, edge.value))
+        through[reader.node_id] = through.get(reader.node_id, 0.0) + edge.value
     for node_id, value in through.items():
         links.append(_Link(node_id, readout.node_id, value))
 
@@ -153,8 +155,17 @@ def graph_of(edges: EdgesOfPrompt, slug: str, k: int | None) -> dict[str, Any]:
     }
 
 
-def _strongest(edges: EdgesOfPrompt, k: int | None) -> Iterator[tuple[int, int, int, float]]:
-    """The k strongest edges, as (writer, reader, token, value)."""
+class _Edge(NamedTuple):
+    """One edge: the indices of its writer, its reader and its token, and its value."""
+
+    writer: int
+    reader: int
+    position: int
+    value: float
+
+
+def _strongest(edges: EdgesOfPrompt, k: int | None) -> Iterator[_Edge]:
+    """The k strongest edges, or all; without those that are zero."""
     values = edges.values.double()
     _, n_readers, n_positions = values.shape
     # Sums over positions are put at the last token.
@@ -165,8 +176,8 @@ def _strongest(edges: EdgesOfPrompt, k: int | None) -> Iterator[tuple[int, int, 
         if value == 0:
             return
         pair, position = divmod(place, n_positions)
-        row, column = divmod(pair, n_readers)
-        yield row, column, first_position + position, value
+        writer, reader = divmod(pair, n_readers)
+        yield _Edge(writer, reader, first_position + position, value)
 
 
 def _layer_count(readers: Iterable[str]) -> int:
@@ -175,18 +186,19 @@ def _layer_count(readers: Iterable[str]) -> int:
     return 1 + max(int(name.split(".")[1]) for name in in_blocks)
 
 
-def _writer_node(edges: EdgesOfPrompt, row: int, n_layers: int, position: int) -> _Node:
+def _writer_node(edges: EdgesOfPrompt, index: int, n_layers: int, position: int) -> _Node:
     """The node of a writer, in the layer of its first site."""
-    name, layer = list(edges.writers.items())[row]
-    if layer < 0:
-        return _Node(name, True, _EMBEDDINGS, row, position)
-    return _Node(name, True, str(min(layer, n_layers)), row, position)
+    name, layer = list(edges.writers.items())[index]
+    shown_layer = _EMBEDDINGS if layer < 0 else str(min(layer, n_layers))
+    return _Node(name, is_writer=True, layer=shown_layer, number=index, position=position)
 
 
-def _reader_node(edges: EdgesOfPrompt, column: int, position: int) -> _Node:
-    """The node of a reader in a block."""
-    name = edges.readers[column]
-    return _Node(name, False, name.split(".")[1], len(edges.writers) + column, position)
+def _reader_node(edges: EdgesOfPrompt, index: int, position: int) -> _Node:
+    """The node of a reader in a block; readers are numbered after the writers."""
+    name = edges.readers[index]
+    layer = name.split(".")[1]
+    number = len(edges.writers) + index
+    return _Node(name, is_writer=False, layer=layer, number=number, position=position)
 
 
 def _metadata(edges: EdgesOfPrompt, slug: str) -> dict[str, Any]:
@@ -241,19 +253,22 @@ def _influence(links: Sequence[_Link]) -> dict[str, float]:
 
 def _node_fields(node: _Node, readout: _Node, influence: Mapping[str, float]) -> dict[str, Any]:
     is_readout = node is readout
-    kind = "lora writer" if node.is_writer else "reader"
-    label = node.name
     if is_readout:
         quoted = node.name.replace('"', "'")
         label = f'Output "{quoted}" (p=0.000)'
-    elif not node.is_writer:
+        feature_type = "logit"
+    elif node.is_writer:
+        label = node.name
+        feature_type = "lora writer"
+    else:
         label = f"{node.name} reads"
+        feature_type = "reader"
     return {
         "node_id": node.node_id,
         "feature": node.feature,
         "layer": node.layer,
         "ctx_idx": node.position,
-        "feature_type": "logit" if is_readout else kind,
+        "feature_type": feature_type,
         "token_prob": 0.0,
         "is_target_logit": is_readout,
         "run_idx": 0,

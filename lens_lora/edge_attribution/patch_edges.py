@@ -130,8 +130,7 @@ def _reader_names(lens: LoraLens, point: str | None) -> list[str]:
     last = LOGITS if point is None else point
     blocks: list[str] = []
     for layer in range(reader_layer(lens, last)):
-        readers, _ = stream_readers(host, layer)
-        blocks += readers
+        blocks += stream_readers(host, layer).modules
     heads: list[str] = []
     for name in blocks:
         heads += [head for head in head_readers(lens, name) if head != name]

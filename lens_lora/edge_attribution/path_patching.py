@@ -154,14 +154,14 @@ class _Run:
             self._blocks[row] = {g.lens.sites[site].layer for site in path.sites}
         # What the switch makes of a block's branches, by row and block.
         self._deltas: dict[tuple[int, int], Tensor] = {}
-        # Rows whose reader is a head that was run.
-        self._split: set[int] = set()
+        # Rows whose reader is a head, and whose attention has shown that head.
+        self._rows_of_shown_heads: set[int] = set()
 
     def effects(self) -> Float[Tensor, "batch path"]:
         """g of each path's row minus g of the plain row, from one forward pass of each row."""
         by_row = self._g.passes.side_by_side(len(self._gates), under=self._hooks())
         for row in self._rows_of_heads():
-            if row not in self._split:
+            if row not in self._rows_of_shown_heads:
                 raise unknown_heads(block_reader(self._readers[row]))
         return by_row[:, 1:] - by_row[:, :1]
 
@@ -250,5 +250,5 @@ class _Run:
             by_row[:, row] = by_row[:, 0]
             if kind == kind_of_reader:
                 by_row[:, row, :, int(head)] = own[:, :, int(head)]
-                self._split.add(row)
+                self._rows_of_shown_heads.add(row)
         return by_row.flatten(0, 1)

@@ -10,7 +10,7 @@ import collections
 import functools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,67 +22,87 @@ from lens_lora.formats.directions import is_stream
 from lens_lora.spans import Temporary, temporary
 
 LOGITS = "logits"
+QKV = ("q", "k", "v")
 # The hook points of the stream at which a block begins.
 _BLOCK_INPUTS = ("hook_resid_pre", "hook_in")
-QKV = ("q", "k", "v")
+# Flags under which q, k and v read copies of the residual stream.
+_COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 
-# The last runs of a block's norms, each as (output, norm, x).
-_Runs = collections.deque[tuple[Tensor, nn.Module, Tensor]]
+# From a reader's name and x to what it reads in place of x.
+_Read = Callable[[str, Tensor], Tensor]
+
+
+class _NormRun(NamedTuple):
+    """One run of a norm: its output for the input x."""
+
+    output: Tensor
+    norm: nn.Module
+    x: Tensor
+
+
+# The last runs of a block's norms.
+_Runs = collections.deque[_NormRun]
 # If each branch has its own norm, two norms run before the first branch, and one of them runs once
 # more for a reader.
 _LAST_RUNS = 3
 
-# Flags under which q, k and v read copies of the residual stream.
-_COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 
-_Read = Callable[[str, Tensor], Tensor]
-# The readers of a block, by name, and the block's norms.
-_Readers = tuple[dict[str, nn.Module], list[nn.Module]]
+class StreamReaders(NamedTuple):
+    """What reads the residual stream in one block.
+
+    Attributes:
+        modules: the modules that read the stream, or the output of one of the norms, by the name
+            of the reader.
+        norms: the block's norms; empty if the readers are norms themselves.
+    """
+
+    modules: dict[str, nn.Module]
+    norms: list[nn.Module]
+
+
 # For each host, the norm through which each reader reads x, as far as a pass has shown it; None for
 # a reader without a norm.
 _ReadThrough = dict[str, nn.Module | None]
 _READ_THROUGH: weakref.WeakKeyDictionary[Host, _ReadThrough] = weakref.WeakKeyDictionary()
 
 
-def stream_readers(host: Host, layer: int) -> _Readers:
-    """The modules that read the residual stream in a block, by name, and the block's norms.
-
-    A module may read the output of one of these norms in place of the stream itself; the list is
-    empty if the readers are norms themselves.
-    """
+def stream_readers(host: Host, layer: int) -> StreamReaders:
+    """What reads the residual stream in a block of this host's model."""
     return _READERS_OF[host.class_name](host.model.blocks[layer], layer)
 
 
-def _readers_of_bridge(block: Any, layer: int) -> _Readers:
+def _readers_of_bridge(block: Any, layer: int) -> StreamReaders:
     """Every module of the block that has weights, under the name of the component that holds it."""
     whole = unwrapped(block)
-    parts: dict[str, set[nn.Module]] = {}
-    for name, part in block.named_children():
-        if part is not whole:
-            parts[name] = set(part.modules())
+    components: dict[nn.Module, str] = {}
+    for name, component in block.named_children():
+        if component is not whole:
+            for module in component.modules():
+                components.setdefault(module, name)
     readers: dict[str, nn.Module] = {}
     norms: list[nn.Module] = []
     for path, module in whole.named_children():
+        has_weights = next(module.parameters(), None) is not None
         if "Norm" in type(unwrapped(module)).__name__:
             norms.append(module)
-        elif next(module.parameters(), None) is not None:
-            name = next((name for name, modules in parts.items() if module in modules), path)
+        elif has_weights:
+            name = components.get(module, path)
             # If the MLP is no module of its own, its first weight reads what the MLP reads.
             readers.setdefault(f"blocks.{layer}.{name}", module)
-    return readers, norms
+    return StreamReaders(readers, norms)
 
 
-def _readers_of_hooked_transformer(block: Any, layer: int) -> _Readers:
+def _readers_of_hooked_transformer(block: Any, layer: int) -> StreamReaders:
     """The norm of each branch, whose output no other branch reads."""
     readers: dict[str, nn.Module] = {}
     for branch, norm in (("attn", "ln1"), ("mlp", "ln2")):
         if hasattr(block, norm):
             readers[f"blocks.{layer}.{branch}"] = getattr(block, norm)
-    return readers, []
+    return StreamReaders(readers, [])
 
 
 # By the class of the hooked model.
-_READERS_OF: dict[str, Callable[[Any, int], _Readers]] = {
+_READERS_OF: dict[str, Callable[[Any, int], StreamReaders]] = {
     "HookedTransformer": _readers_of_hooked_transformer,
     "TransformerBridge": _readers_of_bridge,
 }
@@ -180,15 +200,15 @@ class _Show:
 
 def _before_norm(tensor: Any, runs: _Runs) -> tuple[nn.Module | None, Any]:
     """The norm whose output this is, and the norm's input; else None, and the tensor itself."""
-    for output, norm, x in runs:
-        if output is tensor:
-            return norm, x
+    for run in runs:
+        if run.output is tensor:
+            return run.norm, run.x
     return None, tensor
 
 
 def _keep_run(runs: _Runs, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     """Keep the input and the output of a norm; this is a forward hook of the norm."""
-    runs.append((output, norm, args[0]))
+    runs.append(_NormRun(output, norm, args[0]))
 
 
 def block_reader(name: str) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -153,14 +153,16 @@ def _carriers(*operands: Any) -> list[Moving]:
 
 def _by_site(
     func: Any, args: _Args, named: _Named, change: Callable[[int, Any], Any]
-) -> Iterator[tuple[int, Any]]:
-    """Call the function once for each site, on arguments that `change` has made for the site."""
+) -> dict[int, Any]:
+    """The function's result for each site, on arguments that `change` makes for the site."""
     sites: dict[int, None] = {}
     for carrier in _carriers(args, named):
         sites |= dict.fromkeys(carrier.tangents)
+    results: dict[int, Any] = {}
     for site in sites:
         of_site = functools.partial(change, site)
-        yield site, func(*_mapped(args, of_site), **_mapped(named, of_site))
+        results[site] = func(*_mapped(args, of_site), **_mapped(named, of_site))
+    return results
 
 
 def _by_torch(func: Any, args: _Args, named: _Named) -> _Tangents:
@@ -180,7 +182,7 @@ def _by_torch(func: Any, args: _Args, named: _Named) -> _Tangents:
         # A fused attention kernel has no forward-mode derivative.
         kernels = sdpa_kernel(SDPBackend.MATH)
     with kernels:
-        results = dict(_by_site(func, args, named, dual))
+        results = _by_site(func, args, named, dual)
     tangents: _Tangents = {}
     for site, result in results.items():
         if isinstance(result, Tensor):
@@ -198,13 +200,13 @@ def _in_place(func: Any, args: _Args, named: _Named) -> Any:
     target = args[0]
     _require_own_memory(func.__name__, target)
 
-    def changed(first: Tensor, *args: Any, **named: Any) -> Tensor:
-        first = first.clone()
-        func(first, *args, **named)
-        return first
+    def changed_copy(x: Tensor, *others: Any, **options: Any) -> Tensor:
+        copy = x.clone()
+        func(copy, *others, **options)
+        return copy
 
     with torch.no_grad():
-        tangents = _by_torch(changed, args, named)
+        tangents = _by_torch(changed_copy, args, named)
     value = target.value if isinstance(target, Moving) else target.detach()
     result = func(value, *_mapped(args[1:], value_of), **_mapped(named, value_of))
     if _is_differentiable(value):
@@ -258,7 +260,7 @@ def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
     if name == "view":
         # A tangent need not have the same memory layout as its value.
         func = Tensor.reshape
-    return dict(_by_site(func, args, named, linear_part))
+    return _by_site(func, args, named, linear_part)
 
 
 def _sum(func: Any, args: _Args, named: _Named) -> _Tangents:

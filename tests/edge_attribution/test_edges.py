@@ -429,8 +429,9 @@ def test_a_lost_reader_is_refused(cls: str, monkeypatch):
     found = readers.stream_readers
 
     def without_mlp(host, layer):
-        shown, norms = found(host, layer)
-        return {name: module for name, module in shown.items() if "mlp" not in name}, norms
+        every = found(host, layer)
+        shown = {name: module for name, module in every.modules.items() if "mlp" not in name}
+        return every._replace(modules=shown)
 
     for module in (readers, patch_edges):
         monkeypatch.setattr(module, "stream_readers", without_mlp)
