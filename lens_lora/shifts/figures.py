@@ -44,19 +44,20 @@ def logit_shift_figure(
     raised = shift.promoted(site, k, prompt).to_dict("records")
     lowered = shift.suppressed(site, k, prompt).to_dict("records")
     # If there are few tokens, both lists have all of them.
-    ids = {row["id"] for row in raised}
-    fallen = [row for row in reversed(lowered) if row["id"] not in ids]
-    rows = raised + fallen
-    # Raised tokens are numbered from the first, and lowered ones from the last.
-    places = [*range(1, len(raised) + 1), *range(-len(fallen), 0)]
-    names: list[str] = []
-    for place, row in zip(places, rows, strict=True):
-        names.append(f"{place} {visible(row['token'])}".replace("-", "−", 1))
-    values = [row["shift"] for row in rows]
+    raised_ids = {row["id"] for row in raised}
+    lowered = [row for row in lowered if row["id"] not in raised_ids]
+
+    # Raised tokens are numbered 1, 2, … from the first, and lowered ones −1, −2, … from the last.
+    names = [f"{place} {visible(row['token'])}" for place, row in enumerate(raised, 1)]
+    names += reversed([f"−{place} {visible(row['token'])}" for place, row in enumerate(lowered, 1)])
+    rows = [*raised, *reversed(lowered)]
+    values: list[float] = []
     hover: list[str] = []
     for row in rows:
         token = text.label(repr(row["token"]))
+        values.append(row["shift"])
         hover.append(f"{token}, id {row['id']}<br>{signed(row['shift'])} logits")
+
     count = len(shift.values)
     of_prompt = f"mean of {count} prompts"
     if prompt is not None or count == 1:

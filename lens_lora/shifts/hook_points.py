@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def tangents(
     lens.require_update(points.in_full)
     wanted = [name for name in points.wanted if name not in lens.plan.points_without_update]
     aliases = _aliases(lens, wanted)
-    _require_room(f, [known_as[0] for known_as in aliases])
+    _require_room(f, "tangents", [known_as[0] for known_as in aliases])
     kept: dict[str, Tensor] = {}
 
     def keep(known_as: list[str], tensor: Tensor) -> None:
@@ -129,13 +129,13 @@ def gradients(
     _require_one_row_each(g)
     points = lens.points(names)
     aliases = _aliases(lens, points.wanted)
-    _require_room(g, [known_as[0] for known_as in aliases])
-    seen, values = _seen_in_graph(g, strength, aliases)
+    _require_room(g, "gradients", [known_as[0] for known_as in aliases])
+    nodes, values = _nodes_in_graph(g, strength, aliases)
     fired: list[str] = []
-    for known_as, _ in seen:
-        fired += known_as
+    for node in nodes:
+        fired += node.known_as
     points.fired(fired)
-    kept = _gradients_at(seen, values)
+    kept = _gradients_at(nodes, values)
     for name in points.in_full:
         if name not in kept:
             raise ModelStateError(
@@ -148,8 +148,14 @@ def gradients(
     return _cache(lens, points.wanted, kept)
 
 
-def _require_room(f: Function, names: Sequence[str]) -> None:
-    """Refuse to keep tensors at all of these hook points if that exceeds the memory bound."""
+def _require_room(f: Function, kept: str, names: Sequence[str]) -> None:
+    """Refuse to keep a tensor at each of these hook points if that exceeds the memory bound.
+
+    Args:
+        f: the function.
+        kept: what is kept: 'tangents' or 'gradients'.
+        names: the hook points, each under one name.
+    """
     lens = f.lens
     if lens.max_memory is None:
         return
@@ -162,9 +168,9 @@ def _require_room(f: Function, names: Sequence[str]) -> None:
     needed = f.rows.tokens.numel() * lens.dtype.itemsize * entries_of_token
     if needed > lens.max_memory:
         raise ArgumentError(
-            f"{named('max_memory')}{worded('=', ' ')}{lens.max_memory:.3g} bytes, and the tangents "
+            f"{named('max_memory')}{worded('=', ' ')}{lens.max_memory:.3g} bytes, and the {kept} "
             f"of {len(names)} hook points take about {needed:.3g}; name fewer, as in "
-            "names='blocks.*.hook_out', or allow more."
+            "names='blocks.*.hook_resid_post', or allow more."
         )
 
 
@@ -179,47 +185,58 @@ def _require_one_row_each(g: Function) -> None:
         )
 
 
-# The names of a hook point, and the tensor that it showed.
-_Seen = tuple[list[str], Tensor]
+class _Node(NamedTuple):
+    """An activation as a node of the graph.
+
+    Attributes:
+        known_as: the names of its hook point.
+        activation: the tensor that the point showed.
+    """
+
+    known_as: list[str]
+    activation: Tensor
 
 
-def _seen_in_graph(
+def _nodes_in_graph(
     g: Function, at: float, aliases: Sequence[list[str]]
-) -> tuple[list[_Seen], Tensor]:
+) -> tuple[list[_Node], Tensor]:
     """The activations at these points as nodes of one graph, and g at its end; a forward pass."""
-    seen: list[_Seen] = []
+    nodes: list[_Node] = []
 
     def keep(known_as: list[str], tensor: Tensor) -> Tensor:
         # The node is a new one, so that modules which read the tensor without passing this point do
         # not count. If nothing before it has a gradient, the graph begins here.
         is_in_graph = tensor.requires_grad
         node = tensor.view_as(tensor) if is_in_graph else tensor.detach().requires_grad_()
-        seen.append((known_as, node))
+        nodes.append(_Node(known_as, node))
         return node
 
     hooks = _hooks_that_show(keep, aliases)
     values = g.passes.with_graph(at, under=g.lens.hooked(hooks))
-    return seen, values
+    return nodes, values
 
 
-def _gradients_at(seen: Sequence[_Seen], values: Tensor) -> dict[str, Tensor]:
+def _gradients_at(nodes: Sequence[_Node], values: Tensor) -> dict[str, Tensor]:
     """∂g/∂h by name, for the points that g depends on, from one backward pass.
 
     A point that fires more than once, such as ln1 for q, k and v, has the sum.
     """
     if not values.requires_grad:
         return {}
-    nodes = [node for _, node in seen]
+    activations = [node.activation for node in nodes]
     # Points that g does not depend on have None.
-    of_nodes = torch.autograd.grad(values.sum(), nodes, allow_unused=True)
-    gradients = cast("tuple[Tensor | None, ...]", of_nodes)
-    kept: dict[str, Tensor] = {}
-    for (known_as, _), gradient in zip(seen, gradients, strict=True):
+    of_activations = torch.autograd.grad(values.sum(), activations, allow_unused=True)
+    gradients = cast("tuple[Tensor | None, ...]", of_activations)
+    sums: dict[str, Tensor] = {}
+    for node, gradient in zip(nodes, gradients, strict=True):
         if gradient is None:
             continue
-        for name in known_as:
-            kept[name] = kept[name] + gradient if name in kept else gradient
-    return kept
+        for name in node.known_as:
+            if name in sums:
+                sums[name] = sums[name] + gradient
+            else:
+                sums[name] = gradient
+    return sums
 
 
 def _aliases(lens: LoraLens, names: Sequence[str]) -> list[list[str]]:

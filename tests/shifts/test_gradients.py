@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import cases
@@ -137,8 +138,10 @@ def test_what_is_refused(cls: str):
         )
     with pytest.raises(ll.errors.SiteError, match="nope"):
         ll.gradients(lens, tokens, MARGIN, "nope")
-    with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
+    with pytest.raises(ll.errors.ArgumentError, match="max_memory.* the gradients of") as refused:
         ll.gradients(lens, tokens, MARGIN, max_memory=2e4)
+    (names,) = re.findall("names='(.*)'", str(refused.value))
+    assert list(ll.gradients(lens, tokens, MARGIN, names)), "the remedy names points of this model"
     after = "unembed.hook_out" if "unembed.hook_out" in lens.model.hook_dict else None
     if after is not None:
         assert ll.gradients(lens, tokens, MARGIN, after)[after].any()

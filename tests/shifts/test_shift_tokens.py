@@ -31,3 +31,12 @@ def test_tokens_of_a_shift_are_those_of_readouts():
     assert _ids(lens, [" Lyon", 3], prompts) == [lyon, 3]
     with pytest.raises(ll.errors.TokenError, match="is 2 tokens"):
         _ids(lens, [" Lyon"], Prompts(torch.tensor([[5]]), torch.tensor([1])))
+
+
+def test_the_figure_writes_a_token_s_own_hyphen_as_it_is():
+    """Only the numbers of lowered tokens have a minus sign."""
+    values = torch.tensor([[3.0, 1.0, -1.0, -3.0]])
+    strings = ("-a", "b", "-c", "d")
+    shift = ll.results.LogitShift(values, (), (0, 1, 2, 3), strings, meta={})
+    (bars,) = shift.plot(k=2).data
+    assert list(bars.y) == ["1 -a", "2 b", "−2 -c", "−1 d"]
