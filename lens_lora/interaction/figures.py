@@ -31,13 +31,13 @@ def together_heatmap(result: Together, prompt: int | None = None) -> go.Figure:
         )
     values, _ = result.mean_over(prompt, result.parts[:, 0])
     # Groups in which an adapter has no module are left out.
-    rows = values.any(1).nonzero().flatten().tolist()
-    columns = values.any(0).nonzero().flatten().tolist()
-    cells = values[rows][:, columns].tolist()
-    down = [result.groups[row] for row in rows]
-    across = [result.groups[column] for column in columns]
+    of_first = values.any(1).nonzero().flatten().tolist()
+    of_second = values.any(0).nonzero().flatten().tolist()
+    cells = values[of_first][:, of_second].tolist()
+    down = [result.groups[index] for index in of_first]
+    across = [result.groups[index] for index in of_second]
     below = f"modules of {result.first[0]} down, of {result.second[0]} across"
-    return _heatmap(result, prompt, cells, (down, across), below)
+    return _heatmap(result, prompt, cells, rows=down, columns=across, below=below)
 
 
 def _of_adapters(result: Together, prompt: int | None) -> go.Figure:
@@ -55,25 +55,27 @@ def _of_adapters(result: Together, prompt: int | None) -> go.Figure:
     for name, value in zip(result.adapters, alone.tolist(), strict=True):
         down.append(f"{name}, alone {signed(value)}")
     below = "what two adapters do together beyond what each does alone"
-    return _heatmap(result, prompt, cells, (down, result.adapters), below)
+    return _heatmap(result, prompt, cells, rows=down, columns=result.adapters, below=below)
 
 
 def _heatmap(
     result: Together,
     prompt: int | None,
     cells: Sequence[Sequence[float | None]],
-    names: tuple[Sequence[str], Sequence[str]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
     below: str,
 ) -> go.Figure:
+    """A heatmap with these names of rows and columns; `below` is the line under its heading."""
     titles = (
         f"{result.readout}: interaction of adapters",
         f"{below} · {whose(prompt, result.str_tokens)}",
     )
-    down, across = names
     says = f"<b>%{{y}} × %{{x}}</b><br>%{{z:.3g}} {label(result.units)}<extra></extra>"
-    return heatmap(
-        titles, cells, says, names_axis(across), names_axis(down), result.units, "signed"
-    )
+    x = names_axis(columns)
+    y = names_axis(rows)
+    return heatmap(titles, cells, says, x, y, result.units, "signed")
 
 
 @drawing.figure.register(Reconciled)

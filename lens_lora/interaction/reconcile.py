@@ -131,26 +131,28 @@ def reconcile(
     named = adapters_by_name(adapters)
     word("leave_out_of", leave_out_of, tuple(named))
     of_sum = lens.with_adapter(side_by_side(named))
-    behaviours = _bound(of_sum, hold, "hold", progress)
+    behaviours = _behaviours_of(of_sum, hold, "hold", progress)
     modules = _modules_of(of_sum, leave_out_of)
     ranking = _ranking(of_sum, behaviours, modules)
     sizes = _sizes(len(ranking))
-    points = torch.stack([_without(of_sum, modules, ranking[:size]) for size in sizes])
-    along = _held(behaviours, points)
-    chosen = int(along.amin(1).argmax())
-    strengths = torch.stack([_scaled(of_sum, modules, strength) for strength in _STRENGTHS])
-    strongest = int(_held(behaviours, strengths).amin(1).argmax())
-    drawn = _random_sets(of_sum, modules, sizes[chosen], draws, seed)
-    states = (points[0], points[chosen], strengths[strongest])
+    along_ranking = torch.stack([_without(of_sum, modules, ranking[:size]) for size in sizes])
+    held_along = _held(behaviours, along_ranking)
+    # The first of equal sets is the smallest.
+    best_size = int(held_along.amin(1).argmax())
+    scaled = torch.stack([_scaled(of_sum, modules, strength) for strength in _STRENGTHS])
+    best_strength = int(_held(behaviours, scaled).amin(1).argmax())
+    drawn = _random_sets(of_sum, modules, sizes[best_size], draws, seed)
+    nothing_left_out = along_ranking[0]
+    states = (nothing_left_out, along_ranking[best_size], scaled[best_strength])
     return Reconciled(
-        left_out=tuple(ranking[: sizes[chosen]]),
+        left_out=tuple(ranking[: sizes[best_size]]),
         behaviours=tuple(behaviours),
         readouts=tuple(behaviour.label for behaviour in behaviours.values()),
         held=_of_states(behaviours, states, drawn),
         held_out=_judged(of_sum, behaviours, test, states, drawn, progress),
         sizes=tuple(sizes),
-        along=along,
-        strength=_STRENGTHS[strongest],
+        along=held_along,
+        strength=_STRENGTHS[best_strength],
         sites=of_sum.sites,
         meta=of_sum.describe(),
     )
@@ -187,7 +189,7 @@ class _Behaviour(NamedTuple):
         return shift_towards_own.sum(1) / self.own.abs().sum()
 
 
-def _bound(
+def _behaviours_of(
     lens: LoraLens, questions: Mapping[str, Question], argument: str, progress: bool
 ) -> dict[str, _Behaviour]:
     """The behaviours as functions of the gates of all adapters, in two forward passes each."""
@@ -331,7 +333,7 @@ def _judged(
     """The shares held on the prompts of `test`, with the behaviours in the order of `hold`."""
     if test is None:
         return None
-    held_out = _bound(lens, test, "test", progress)
+    held_out = _behaviours_of(lens, test, "test", progress)
     if set(held_out) != set(behaviours):
         raise ArgumentError(
             f"test has the behaviours {sorted(held_out)}, hold has {sorted(behaviours)}",

@@ -65,15 +65,20 @@ class Bounds(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The parts of one interaction by the last rule, with what they miss."""
+    """The parts of one interaction by the last rule, with what they miss.
+
+    Attributes:
+        parts: P_GM.
+        nodes: the number of values of each gate that the last rule has.
+        missed: |I_ab − Σ parts|.
+        missed_of_group: the most by which a row or a column of the parts misses its share.
+        has_settled: whether the shares of the groups have settled along both gates.
+    """
 
     parts: _Parts
-    # The number of values of each gate that the last rule has.
     nodes: tuple[int, int]
-    # |I_ab − Σ parts|, and the most by which a row or a column of the parts misses its share.
     missed: _ByPrompt
     missed_of_group: _ByPrompt
-    # Whether the shares of the groups have settled along both gates.
     has_settled: bool
 
     @property
@@ -129,10 +134,15 @@ def split_by_modules(
 
 
 class _Shares(NamedTuple):
-    """The share of each group of one adapter in the interaction, from slopes along its own gate."""
+    """The share of each group of one adapter in the interaction, from slopes along its own gate.
+
+    Attributes:
+        values: the shares by the finest rule.
+        rule: the coarsest rule that gives these values within half of the allowed error.
+        has_settled: whether the two finest rules agree within half of the allowed error.
+    """
 
     values: Float[Tensor, "batch group"]
-    # The coarsest rule that gives these values within half of the allowed error.
     rule: int
     has_settled: bool
 
@@ -156,25 +166,30 @@ def _shares(
     counts = patterson_counts(_MOST_VALUES)
     of_adapter = own.amax(0)
     of_other = other.amax(0)
+    # The shares by each rule.
     sums = own.new_zeros(len(counts), g.prompts.batch, len(own))
+
+    def suffices(rule: int, finest: int) -> bool:
+        missed = _missed_of_shares(sums[finest], sums[rule], interaction)
+        return bool((missed <= allowed / 2).all())
+
     has_settled = False
-    last = 0
-    for last in range(len(counts)):
-        points, weights = new_patterson_nodes(counts, last)
+    finest = 0
+    for finest in range(len(counts)):
+        points, weights = new_patterson_nodes(counts, finest)
         along_gate = own.new_tensor(points)[:, None] * of_adapter
         at = torch.cat([along_gate + of_other, along_gate])
         of_rule = own.new_tensor(weights)
         slopes = g.slopes(at=at, weights=torch.cat([of_rule, -of_rule], 1))
-        sums[last:] += slopes.to(own) @ own.T
-        if last > 0:
-            missed = _missed_of_shares(sums[last], sums[last - 1], interaction)
-            has_settled = bool((missed <= allowed / 2).all())
+        sums[finest:] += slopes.to(own) @ own.T
+        has_settled = finest > 0 and suffices(finest - 1, finest)
         if has_settled:
             break
-    misses = [_missed_of_shares(sums[last], sums[rule], interaction) for rule in range(1, last)]
-    is_enough = [bool((missed <= allowed / 2).all()) for missed in misses]
-    coarsest = 1 + is_enough.index(True) if any(is_enough) else last
-    return _Shares(sums[last], coarsest, has_settled)
+    # The rule of one node is never enough: a rule of the square has three values of each gate.
+    coarsest = 1
+    while coarsest < finest and not suffices(coarsest, finest):
+        coarsest += 1
+    return _Shares(sums[finest], coarsest, has_settled)
 
 
 def _missed_of_shares(
@@ -213,6 +228,7 @@ class _Rules:
     def parts(self, rule: _Rule) -> _Parts:
         """The parts by a rule; nodes that no rule has evaluated before are evaluated now."""
         first, second = rule
+        # A block is what is new in a rule: the nodes that it adds along both axes.
         for block in itertools.product(range(first + 1), range(second + 1)):
             if block not in self._evaluated:
                 self._evaluated.add(block)
@@ -232,12 +248,15 @@ class _Rules:
     def refined(self, rule: _Rule) -> _Rule | None:
         """The next rule, finer along the axis of larger change; None if none fits."""
         first, second = rule
-        finer = [(first + 1, second), (first, second + 1)]
-        along_first = (self._sums[rule] - self._sums[first - 1, second]).abs().max()
-        along_second = (self._sums[rule] - self._sums[first, second - 1]).abs().max()
-        if along_second > along_first:
-            finer.reverse()
-        return next((candidate for candidate in finer if self._fits(candidate)), None)
+        candidates = [(first + 1, second), (first, second + 1)]
+        change_along_first = (self._sums[rule] - self._sums[first - 1, second]).abs().max()
+        change_along_second = (self._sums[rule] - self._sums[first, second - 1]).abs().max()
+        if change_along_second > change_along_first:
+            candidates.reverse()
+        for candidate in candidates:
+            if self._fits(candidate):
+                return candidate
+        return None
 
     def _fits(self, rule: _Rule) -> bool:
         if max(rule) >= len(self._counts):
@@ -247,25 +266,25 @@ class _Rules:
 
     def _rules_with(self, block: _Rule) -> list[_Rule]:
         """The rules that have the nodes of a block: those at least as fine along both axes."""
-        rows, columns = block
-        finest = len(self._counts)
-        finer = itertools.product(range(rows, finest), range(columns, finest))
-        return list(filter(self._fits, finer))
+        along_s, along_t = block
+        count = len(self._counts)
+        at_least_as_fine = itertools.product(range(along_s, count), range(along_t, count))
+        return [rule for rule in at_least_as_fine if self._fits(rule)]
 
     def _evaluate(self, block: _Rule) -> None:
         """Add the nodes that are new along both axes to the sums of every rule that has them."""
-        rows, columns = block
-        s_points, s_weights = new_patterson_nodes(self._counts, rows)
-        t_points, t_weights = new_patterson_nodes(self._counts, columns)
+        along_s, along_t = block
+        s_points, s_weights = new_patterson_nodes(self._counts, along_s)
+        t_points, t_weights = new_patterson_nodes(self._counts, along_t)
         first = self._first
         second = self._second
+        rules_with_block = self._rules_with(block)
+        for rule in rules_with_block:
+            if rule not in self._sums:
+                self._sums[rule] = first.new_zeros(self._g.prompts.batch, len(first), len(second))
         # A group in which the second adapter has no module needs no product. If the readout is
         # inside the model, all modules of the second adapter may come after it.
         is_there = second.any(1)
-        with_block = self._rules_with(block)
-        for rule in with_block:
-            if rule not in self._sums:
-                self._sums[rule] = first.new_zeros(self._g.prompts.batch, len(first), len(second))
         if not bool(is_there.any()):
             return
         nodes = list(itertools.product(range(len(s_points)), range(len(t_points))))
@@ -276,10 +295,14 @@ class _Rules:
             gates.append(of_first + of_second)
         products = self._g.curvature(second[is_there], torch.stack(gates))
         at_nodes = torch.einsum("nmbs,gs->nbgm", products, first)
-        for row, column in with_block:
+        for rule in rules_with_block:
+            s_rule, t_rule = rule
+            # Row 0 of the weights is that of the rule which adds these nodes.
+            s_weights_of_rule = s_weights[s_rule - along_s]
+            t_weights_of_rule = t_weights[t_rule - along_t]
             for (i, j), at_node in zip(nodes, at_nodes, strict=True):
-                weight = float(s_weights[row - rows, i] * t_weights[column - columns, j])
-                self._sums[row, column][:, :, is_there] += weight * at_node
+                weight = float(s_weights_of_rule[i] * t_weights_of_rule[j])
+                self._sums[rule][:, :, is_there] += weight * at_node
 
 
 # --- In words

@@ -161,7 +161,8 @@ class Together(Ranked):
         """The interaction of each pair of adapters, or of groups of their modules."""
         if self.parts is None:
             labels = {"adapter_a": self.first, "adapter_b": self.second}
-            return Entries(labels, *self.mean_over(prompt, self.interaction), "value")
+            values, shift = self.mean_over(prompt, self.interaction)
+            return Entries(labels, values, shift, "value")
         table = self.to_frame()
         labels_of_one_prompt = table[table["prompt"] == 0]
         columns = ("adapter_a", "adapter_b", "group_a", "group_b")
@@ -288,9 +289,9 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Splitting | None) 
 
     alone = of_each - base
     added = adapted - of_all_but_each
-    both = of_pair - base
-    beyond_each = [both[row] - alone[a] - alone[b] for row, (a, b) in enumerate(pairs)]
-    interaction = torch.stack(beyond_each)
+    interactions: list[Tensor] = []
+    for both_on, (a, b) in zip(of_pair, pairs, strict=True):
+        interactions.append(both_on - base - alone[a] - alone[b])
     # The four values are in the order of the formula of I_ab. The noise with one adapter on is
     # taken to be that with all adapters on.
     noise_floor = g.noise((1, -1, -1, 1), at=(1.0, 1.0, 1.0, 0.0))
@@ -300,7 +301,7 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Splitting | None) 
         added=added.T,
         first=tuple(names[a] for a, _ in pairs),
         second=tuple(names[b] for _, b in pairs),
-        interaction=interaction.T,
+        interaction=torch.stack(interactions, 1),
         noise_floor=noise_floor,
         **g.header(),
     )
@@ -358,9 +359,8 @@ def _with_parts(
         )
         bounds.append(bound)
         splits.append(split)
-    names = [
-        f"{first} and {second}" for first, second in zip(result.first, result.second, strict=True)
-    ]
+    pairs_by_name = zip(result.first, result.second, strict=True)
+    names = [f"{first} and {second}" for first, second in pairs_by_name]
     quadrature = quadrature_of(splits, bounds, names, g.lens.describe()["dtype"])
     return dataclasses.replace(
         result,

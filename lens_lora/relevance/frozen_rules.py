@@ -324,17 +324,28 @@ def require_held(lens: LoraLens, rules: FrozenRules, run: _Run) -> None:
     _require_points(host, rules, names)
     with torch.no_grad():
         bare = run()
-    with _norms_without_hooks(host.model) as past:
+    with _norms_without_hooks(host.model) as unhooked_norms:
         logits, passed = _probed(lens, names, run)
     _require_used(host, logits, passed)
-    if rules.norm_scales and past:
+    if rules.norm_scales and unhooked_norms:
         raise ModelStateError(
-            f"{past[0]}: this {host.class_name} runs a norm without its hook points, so its "
-            "denominator cannot be held fixed. On a TransformerBridge, use_split_qkv_input and "
+            f"{unhooked_norms[0]}: this {host.class_name} runs a norm without its hook points, so "
+            "its denominator cannot be held fixed. On a TransformerBridge, use_split_qkv_input and "
             "use_attn_in cause this: turn them off, or leave out norm_scales."
         )
+    _require_same_logits(lens, logits, bare)
+
+
+def _require_same_logits(
+    lens: LoraLens,
+    logits: Float[Tensor, "row pos vocab"],
+    bare: Float[Tensor, "row pos vocab"],
+) -> None:
+    """Check that hooks which return what they got leave the logits as they are without hooks."""
+    host = lens.host
     error = float((logits.detach() - bare).abs().max())
     span = float(bare.max() - bare.min())
+    # NaN is refused, too.
     if not error <= lens.eps**0.5 * span:
         raise ModelStateError(
             f"when hooks return patterns and scales unchanged, this {host.class_name} computes "
@@ -396,7 +407,7 @@ def _require_product(host: Host, mlp: _Mlp, values: dict[str, Tensor]) -> None:
     """Check that p depends on every input, and that ∂p/∂u · u is p."""
     post = values[mlp.post]
     inputs = [values[name] for name in mlp.inputs]
-    room = torch.finfo(post.dtype).eps ** 0.5 * float(post.detach().abs().max())
+    tolerance = torch.finfo(post.dtype).eps ** 0.5 * float(post.detach().abs().max())
     for name, value, slope in zip(mlp.inputs, inputs, _slopes(post, inputs), strict=True):
         if slope is None:
             raise ModelStateError(
@@ -406,7 +417,7 @@ def _require_product(host: Host, mlp: _Mlp, values: dict[str, Tensor]) -> None:
         if name == mlp.inputs[0]:
             continue  # p is not linear in g.
         error = float((slope * value - post).detach().abs().max())
-        if not error <= room:
+        if not error <= tolerance:
             raise ModelStateError(
                 f"{mlp.post} is not act({mlp.inputs[0]}) · {mlp.inputs[1]} ({error:.2g} off). "
                 f"{_REFUSED}"
@@ -438,12 +449,15 @@ def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:
 
 def _require_used(host: Host, logits: Tensor, passed: dict[str, list[Tensor]]) -> None:
     """Check that each hook point fired, and that the logits depend on what its hook returned."""
+    # The gradients of all firings come from one backward pass.
     values = list(itertools.chain.from_iterable(passed.values()))
-    slopes = iter(_slopes(logits, values))
+    used: set[int] = set()
+    for value, slope in zip(values, _slopes(logits, values), strict=True):
+        if slope is not None:
+            used.add(id(value))
     unused: list[str] = []
     for name, firings in passed.items():
-        is_used = [next(slopes) is not None for _ in firings]
-        if not is_used or not all(is_used):
+        if not firings or not all(id(firing) in used for firing in firings):
             unused.append(name)
     if not unused:
         return
@@ -465,5 +479,10 @@ def _norms_without_hooks(span: Temporary, model: Any) -> list[str]:
     ran: list[str] = []
     for name, module in model.named_modules():
         if "Norm" in type(module).__name__ and not hasattr(module, _SCALE):
-            add_pre_hook(span, module, lambda *_, name=name: ran.append(name))
+            add_pre_hook(span, module, functools.partial(_note_run, ran, name))
     return ran
+
+
+def _note_run(ran: list[str], name: str, *_: object) -> None:
+    """Note that a norm ran; this is a forward pre-hook of the norm."""
+    ran.append(name)
