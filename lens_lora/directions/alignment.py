@@ -144,12 +144,13 @@ def weight_alignment(lens: LoraLens, directions: Any) -> Alignment:
     sites = tuple(lens.sites[index] for index in chosen)
     by_chance = shares[:, n_directions:].quantile(QUANTILE, 1)
     sides = ["write" if site.writes_to_stream else "read" for site in sites]
+    # The space of centred directions has one dimension fewer.
+    dimensions = d_model - 1 if centred else d_model
     return Alignment(
         values=shares[:, :n_directions].to(lens.gate_dtype),
         sides=tuple(sides),
         directions=source.names,
-        # The space of centred directions has one dimension fewer.
-        expected=(d_model - centred) ** -0.5,
+        expected=dimensions**-0.5,
         quantile=by_chance.to(lens.gate_dtype),
         sites=sites,
         meta=lens.describe(),
@@ -181,24 +182,23 @@ def _shares(
 
     N [d, rank] is the factor of ΔW on the side of the residual stream, times γ; F is the other one.
     """
-    site = lens.sites[index]
+    writes = lens.sites[index].writes_to_stream
     A = in_float64(lens.maps[index].A).cpu()
     B = in_float64(lens.maps[index].sB).cpu()
-    writes = site.writes_to_stream
+    F = A.T if writes else B
     near = B if writes else A.T
-    far = A.T if writes else B
     gamma = _gamma_between(lens, index)
     if gamma is not None:
         if centred and writes:
             # A norm behind the site centres what the site writes, before γ.
             near = near - near.mean(0)
         near = gamma[:, None] * near
-    if centred:
-        near = near - near.mean(0)
-    along = directions @ near
-    far_gram = far.T @ far
-    squares_along = ((along @ far_gram) * along).sum(1)
-    square_in_all = ((near.T @ near) * far_gram).sum()
+    N = near - near.mean(0) if centred else near
+    along = directions @ N
+    gram = F.T @ F
+    # ‖vᵀ N Fᵀ‖² = (vᵀN)(FᵀF)(vᵀN)ᵀ, and ‖N Fᵀ‖² = tr(NᵀN FᵀF).
+    squares_along = ((along @ gram) * along).sum(1)
+    square_in_all = ((N.T @ N) * gram).sum()
     return (squares_along / square_in_all).clamp(min=0).sqrt()
 
 

@@ -27,8 +27,8 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, final
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, final
 
 import pandas as pd
 import torch
@@ -66,7 +66,7 @@ _LEVEL = 0.95
 # The kinds of linear map whose output is the last that is added before a hook point of a block.
 _AFTER_ATTENTION = ("o",)
 _AFTER_MLP = ("down", "fc_out")
-_KINDS_BEHIND: dict[str, tuple[str, ...]] = {
+_KINDS_BEFORE: dict[str, tuple[str, ...]] = {
     "resid_mid": _AFTER_ATTENTION,
     "attn_out": _AFTER_ATTENTION,
     "resid_post": _AFTER_MLP,
@@ -231,9 +231,11 @@ def contrast(
         shifts.append((name, point.shifts, point.means))
     module_at_point: dict[str, str] = {}
     widths: dict[str, int] = {}
-    for name, (path, width) in _modules_at(lens, plus).items():
-        module_at_point[name] = path
-        widths[path] = width
+    for name in plus:
+        module = _module_before(lens, name)
+        if module is not None:
+            module_at_point[name] = module.path
+            widths[module.path] = module.width
     return Contrast(
         values=values,
         errors=errors,
@@ -380,9 +382,13 @@ class _PointStatistics:
     def of(cls, plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]) -> _PointStatistics:
         """The statistics of the two sets' means."""
         auc, chance = _held_out(plus, minus)
-        direction = plus.mean(0) - minus.mean(0)
-        both = torch.cat([plus, minus])
-        return cls(direction, _standard_errors(plus, minus), both, auc, chance)
+        return cls(
+            direction=plus.mean(0) - minus.mean(0),
+            errors=_standard_errors(plus, minus),
+            means=torch.cat([plus, minus]),
+            auc=auc,
+            chance=chance,
+        )
 
     @property
     def size(self) -> float:
@@ -415,13 +421,17 @@ def _held_out(plus: Float[Tensor, "text d"], minus: Float[Tensor, "more d"]) -> 
     both = torch.cat([plus, minus])
     both = both - both.mean(0)
     products = both @ both.T
-    auc = _auc(products, *torch.arange(n + m).split([n, m]))
+
+    def auc_of(order: Int[Tensor, " text"]) -> float:
+        """The AUC with the first n texts of an order as the positive ones."""
+        positive, negative = order.split([n, m])
+        return _auc(products, positive, negative)
+
     generator = torch.Generator().manual_seed(0)
     shuffled: list[float] = []
     for _ in range(_SHUFFLES):
-        order = torch.randperm(n + m, generator=generator)
-        shuffled.append(_auc(products, *order.split([n, m])))
-    return auc, float(torch.tensor(shuffled).quantile(_LEVEL))
+        shuffled.append(auc_of(torch.randperm(n + m, generator=generator)))
+    return auc_of(torch.arange(n + m)), float(torch.tensor(shuffled).quantile(_LEVEL))
 
 
 def _evenly_spread(means: Float[Tensor, "text d"]) -> Float[Tensor, "some d"]:
@@ -453,18 +463,15 @@ def _auc(
 # --- Where a constant can be added
 
 
-def _modules_at(lens: LoraLens, names: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """(path, width) of the module behind each hook point that has one."""
-    modules: dict[str, tuple[str, int]] = {}
-    for name in names:
-        place = _module_at(lens, name)
-        if place is not None:
-            modules[name] = place
-    return modules
+class _Module(NamedTuple):
+    """A linear module: its Hugging Face path, and the number of features that it reads."""
+
+    path: str
+    width: int
 
 
-def _module_at(lens: LoraLens, name: str) -> tuple[str, int] | None:
-    """(path, width) of the linear module whose output is added last before a hook point."""
+def _module_before(lens: LoraLens, name: str) -> _Module | None:
+    """The linear module whose output is added last before a hook point; None without one."""
     host = lens.host
     family = host.family
     match = re.fullmatch(r"blocks\.(\d+)\.hook_(.*)", name)
@@ -481,7 +488,8 @@ def _module_at(lens: LoraLens, name: str) -> tuple[str, int] | None:
     if not 0 <= layer < host.n_layers or family.is_probed or family.post_norm:
         return None
     kinds_of_family = set(itertools.chain.from_iterable(family.linears.values()))
-    for kind in _KINDS_BEHIND.get(point, ()):
+    for kind in _KINDS_BEFORE.get(point, ()):
         if kind in kinds_of_family:
-            return family.path(layer, kind), host.shape(layer, kind)[1]
+            _, width = host.shape(layer, kind)
+            return _Module(family.path(layer, kind), width)
     return None

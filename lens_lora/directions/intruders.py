@@ -206,8 +206,8 @@ def intruders(
     if not chosen:
         raise SiteError("only norms and experts were chosen, and no weight of a module.")
     by_site: list[_Leading] = []
-    written: dict[str, Tensor] = {}
-    read: dict[str, Tensor] = {}
+    written: dict[str, list[Tensor]] = {}
+    read: dict[str, list[Tensor]] = {}
     for index in tqdm(chosen, desc="intruders", leave=False, disable=not progress):
         site_update = lens.updates[index]
         weight = lens.host.base_weight(site_update.site, "the SVD of W + ΔW")
@@ -217,19 +217,19 @@ def intruders(
         is_own = site_update.site.path == site_update.site.module
         intruding = (leading.cosine < below).nonzero().flatten()
         if is_own and len(intruding):
+            # The sites of a fused module add their intruders to those of one module.
             key = site_update.site.key
-            rows = _in_rows_of_module(leading.written[intruding], site_update, lens)
-            written[key] = torch.cat([written.get(key, rows[:0]), rows]).to(lens.gate_dtype)
-            reads = leading.read[intruding]
-            read[key] = torch.cat([read.get(key, reads[:0]), reads]).to(lens.gate_dtype)
+            writes = _in_rows_of_module(leading.written[intruding], site_update, lens)
+            written.setdefault(key, []).append(writes)
+            read.setdefault(key, []).append(leading.read[intruding])
     return Intruders(
         sigma=torch.stack([leading.sigma for leading in by_site]),
         cosine=torch.stack([leading.cosine for leading in by_site]),
         nearest=torch.stack([leading.nearest for leading in by_site]),
         overlap=torch.stack([leading.overlap for leading in by_site]),
         threshold=below,
-        written=written,
-        read=read,
+        written={key: torch.cat(parts).to(lens.gate_dtype) for key, parts in written.items()},
+        read={key: torch.cat(parts).to(lens.gate_dtype) for key, parts in read.items()},
         original=lens.adapter,
         sites=tuple(lens.sites[index] for index in chosen),
         meta=lens.describe(),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.core import LoraLens, Prompts, PromptsLike
@@ -67,23 +67,63 @@ def losses(
     base = lens, lens.gates(0.0)
 
     def visit(index: list[int], rows: Prompts) -> None:
-        # The logits at a token predict the next one; after the last token there is none.
+        predicted = PredictedTokens.of(rows)
         with unhooked():
-            before = logits_of(base, rows)[:, :-1]
-        after = logits_of(base, rows)[:, :-1]
-        is_predicted = rows.after_first[:, 1:].to(before.device)
-        next_ids = rows.tokens[:, 1:].to(before.device)
-
-        def summed(values: Float[Tensor, "row pos"]) -> Float[Tensor, " row"]:
-            return values.masked_fill(~is_predicted, 0.0).cpu().double().sum(1)
-
-        plain[index] = summed(surprisal(before, next_ids))
-        hooked[index] = summed(surprisal(after, next_ids))
-        shift = distribution_shift(before, before.softmax(-1), after - before)
-        kl[index] = summed(shift.kl)
+            before = logits_of(base, rows)
+        after = logits_of(base, rows)
+        plain[index] = predicted.loss(before)
+        hooked[index] = predicted.loss(after)
+        kl[index] = predicted.divergence(before, before.softmax(-1), after)
 
     over_texts(lens, texts, TOKENS_AT_ONCE, visit, "the base's loss", progress)
     return Losses(plain, hooked, kl, (texts.lengths - 1).cpu())
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictedTokens:
+    """The tokens of some rows that are predicted: all that follow another token of their row.
+
+    The logits at a token predict the next one, so those at the last token predict nothing.
+
+    Attributes:
+        ids: the token after each token but the last.
+        exist: whether it is a token of the row, and no padding.
+    """
+
+    ids: Int[Tensor, "row pos"]
+    exist: Bool[Tensor, "row pos"]
+
+    @classmethod
+    def of(cls, rows: Prompts) -> PredictedTokens:
+        """The predicted tokens of these rows."""
+        return cls(rows.tokens[:, 1:], rows.after_first[:, 1:])
+
+    def loss(self, logits: Float[Tensor, "row pos+1 vocab"]) -> Float[Tensor, " row"]:
+        """Σ_t −log p(y_t) of each row, in nats, in float64 on the CPU."""
+        log_p = logits[:, :-1].log_softmax(-1)
+        ids = self.ids.to(log_p.device)
+        return self._sum(-log_p.gather(2, ids[..., None])[..., 0])
+
+    def divergence(
+        self,
+        base: Float[Tensor, "row pos+1 vocab"],
+        p: Float[Tensor, "row pos+1 vocab"],
+        other: Float[Tensor, "row pos+1 vocab"],
+    ) -> Float[Tensor, " row"]:
+        """Σ_t KL(base ‖ other) of each row, in nats, in float64 on the CPU.
+
+        Args:
+            base: the base's logits.
+            p: their softmax, which several other models share.
+            other: the other model's logits.
+        """
+        logits = base[:, :-1]
+        shift = distribution_shift(logits, p[:, :-1], other[:, :-1] - logits)
+        return self._sum(shift.kl)
+
+    def _sum(self, values: Float[Tensor, "row pos"]) -> Float[Tensor, " row"]:
+        exist = self.exist.to(values.device)
+        return values.masked_fill(~exist, 0.0).cpu().double().sum(1)
 
 
 def texts_or_neutral(lens: LoraLens, texts: PromptsLike | None) -> PromptsLike:
@@ -100,11 +140,3 @@ def texts_or_neutral(lens: LoraLens, texts: PromptsLike | None) -> PromptsLike:
             remedy="pass texts= of your own.",
         )
     return texts
-
-
-def surprisal(
-    logits: Float[Tensor, "row pos vocab"], ids: Int[Tensor, "row pos"]
-) -> Float[Tensor, "row pos"]:
-    """The surprisal −log p of these tokens, in nats."""
-    log_p = logits.log_softmax(-1)
-    return -log_p.gather(2, ids[..., None])[..., 0]

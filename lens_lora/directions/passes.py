@@ -68,9 +68,9 @@ class Watched(SharedForward):
         elif earlier is None or not earlier.numel():
             self._require_no_left_padding(arguments)
             return None
-        known = [part.cpu().int() for part in (earlier, mask) if part is not None]
+        of_all_tokens = [part.cpu().int() for part in (earlier, mask) if part is not None]
         # The index of the first one in each row.
-        return torch.cat(known, 1).argmax(1)
+        return torch.cat(of_all_tokens, 1).argmax(1)
 
     def _require_no_left_padding(self, arguments: dict[str, Any]) -> None:
         """Refuse padding on the left, which a HookedTransformer masks by itself."""
@@ -112,5 +112,5 @@ def _may_be_padded(rows: Any, tokenizer: Any) -> bool:
     if pad is None:
         return False
     is_bos = pad == getattr(tokenizer, "bos_token_id", None)
-    leading = rows.flatten()[: 2 if is_bos else 1]
-    return bool((leading == pad).all())
+    count = 2 if is_bos else 1
+    return bool((rows.flatten()[:count] == pad).all())

@@ -183,7 +183,9 @@ def patchscope(
     )
     f = lens.function(row)
     size = _mean_size(f, gates, name, place)
-    by_size = unit[:, None] * torch.tensor(sizes, dtype=unit.dtype)[:, None] * size
+    multiples = torch.tensor(sizes, dtype=unit.dtype)
+    by_size = unit[:, None] * multiples[:, None] * size
+    # A row for each direction and size.
     vectors = by_size.flatten(0, 1)
 
     def put_in_place(h: Tensor, hook: Any) -> Tensor:

@@ -111,17 +111,17 @@ def take_away(
         names = _home_points(source)
     points, widths = _points(lens, names)
     switch = Switch()
-    by_point = {name: directions_of(source, name).at(name, widths[name]) for name in points}
-    hooks = [
-        (name, _removing(lens, directions, name, where, switch))
-        for name, directions in by_point.items()
-    ]
+    hooks: list[tuple[str, HookFn]] = []
+    counts: list[int] = []
+    for name in points:
+        directions = directions_of(source, name).at(name, widths[name])
+        counts.append(len(directions.rows))
+        hooks.append((name, _removing(lens, directions, name, where, switch)))
     if not where.is_everywhere:
         module = ForwardPass.module_of(lens.model)
         Watched.until(span, module, object(), computing_attribute(module))
     span.enter_context(lens.hooked(hooks))
-    count = len(by_point[points[0]].rows)
-    says = f"{count} of {type(source).__name__} at {first_few(points)}, {where}"
+    says = f"{counts[0]} of {type(source).__name__} at {first_few(points)}, {where}"
     span.about = Removed(lens.model, says, where, switch)
     return lens.model
 

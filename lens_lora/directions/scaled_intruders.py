@@ -17,9 +17,10 @@ twice, and one of each for the base.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Annotated, final
+from typing import Annotated, NamedTuple, final
 
 import pandas as pd
 import torch
@@ -39,7 +40,7 @@ from lens_lora.core import (
     tables,
 )
 from lens_lora.directions.intruders import intruders
-from lens_lora.directions.losses import surprisal, texts_or_neutral
+from lens_lora.directions.losses import PredictedTokens, texts_or_neutral
 from lens_lora.errors import ArgumentError
 from lens_lora.texts.batches import (
     TOKENS_AT_ONCE,
@@ -48,7 +49,6 @@ from lens_lora.texts.batches import (
     over_texts,
     require_second_token,
 )
-from lens_lora.texts.distribution_shift import distribution_shift
 
 # The two things that are scaled, along the first axis of a result.
 SCALED = ("intruders", "whole adapter")
@@ -131,7 +131,7 @@ class ScaledIntruders(Read, Pictured):
 
 def _interpolated(path: Sequence[tuple[float, float]], share: float) -> float:
     """The KL at the first place on a path of (share, KL) at which this share is kept."""
-    for (before, kl_before), (after, kl_after) in zip(path, path[1:], strict=False):
+    for (before, kl_before), (after, kl_after) in itertools.pairwise(path):
         if min(before, after) <= share <= max(before, after):
             if before == after:
                 return kl_after
@@ -196,7 +196,7 @@ def scale_intruders(
     lenses = [lens.with_adapter(adapter) for adapter in adapters]
     models: list[Gated] = [(scaled, scaled.gates(1.0)) for scaled in lenses]
     models += [(lens, lens.gates(factor)) for factor in factors]
-    base_loss, loss, kl = _on_texts(lens, models, rows, progress=progress)
+    sums = _on_texts(lens, models, rows, progress=progress)
     tokens = (rows.lengths - 1).cpu()
     shape = len(SCALED), len(factors)
     return ScaledIntruders(
@@ -205,9 +205,9 @@ def scale_intruders(
         base=base,
         adapted=adapted,
         values=torch.stack([torch.stack(with_intruders_scaled), with_whole_scaled]),
-        base_loss=base_loss / tokens,
-        loss=(loss / tokens).unflatten(0, shape),
-        kl=(kl / tokens).unflatten(0, shape),
+        base_loss=sums.base_loss / tokens,
+        loss=(sums.loss / tokens).unflatten(0, shape),
+        kl=(sums.kl / tokens).unflatten(0, shape),
         tokens=tokens,
         **g.labels(),
     )
@@ -227,30 +227,38 @@ def _factors(scales: Sequence[float]) -> list[float]:
     return factors
 
 
+class _TextSums(NamedTuple):
+    """Sums over the tokens of each text after its first, in nats.
+
+    Attributes:
+        base_loss: Σ_t −log p(y_t) of the base.
+        loss: the same of each model.
+        kl: Σ_t KL(base ‖ model).
+    """
+
+    base_loss: Float[Tensor, " text"]
+    loss: Float[Tensor, "model text"]
+    kl: Float[Tensor, "model text"]
+
+
 def _on_texts(
     lens: LoraLens, models: Sequence[Gated], texts: Prompts, *, progress: bool
-) -> tuple[Float[Tensor, " text"], Float[Tensor, "model text"], Float[Tensor, "model text"]]:
-    """The base's Σ_t −log p(y_t), those of the models, and Σ_t KL(base ‖ model), in nats."""
+) -> _TextSums:
+    """The loss of the base and of each model on texts, and their KL. One forward pass each."""
     base_loss = torch.zeros(texts.batch, dtype=torch.float64)
     loss = torch.zeros(len(models), texts.batch, dtype=torch.float64)
     kl = torch.zeros_like(loss)
     base_model = lens, lens.gates(0.0)
 
     def visit(index: list[int], rows: Prompts) -> None:
-        # The logits at a token predict the next one; after the last token there is none.
-        base = logits_of(base_model, rows)[:, :-1]
+        predicted = PredictedTokens.of(rows)
+        base = logits_of(base_model, rows)
         p = base.softmax(-1)
-        is_predicted = rows.after_first[:, 1:].to(base.device)
-        next_ids = rows.tokens[:, 1:].to(base.device)
-
-        def summed(values: Float[Tensor, "row pos"]) -> Float[Tensor, " row"]:
-            return values.masked_fill(~is_predicted, 0.0).cpu().double().sum(1)
-
-        base_loss[index] = summed(surprisal(base, next_ids))
+        base_loss[index] = predicted.loss(base)
         for row, model in enumerate(models):
-            logits = logits_of(model, rows)[:, :-1]
-            loss[row, index] = summed(surprisal(logits, next_ids))
-            kl[row, index] = summed(distribution_shift(base, p, logits - base).kl)
+            logits = logits_of(model, rows)
+            loss[row, index] = predicted.loss(logits)
+            kl[row, index] = predicted.divergence(base, p, logits)
 
     over_texts(lens, texts, TOKENS_AT_ONCE, visit, "ordinary text", progress)
-    return base_loss, loss, kl
+    return _TextSums(base_loss, loss, kl)

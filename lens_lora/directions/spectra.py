@@ -117,7 +117,28 @@ class Spectrum:
     @property
     def relative_norm(self) -> float:
         """The size of the update relative to the weight, ‖ΔW‖_F / ‖W‖_F; NaN without a lens."""
-        return self.norm / self.weight_norm if self.weight_norm else math.nan
+        if not self.weight_norm:
+            return math.nan
+        return self.norm / self.weight_norm
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of a table of spectra, by name."""
+        return {
+            "site": self.site,
+            "module": self.module,
+            "layer": self.layer,
+            "kind": self.kind,
+            "target": self.target,
+            "rank": self.rank,
+            "scale": self.scale,
+            "norm": self.norm,
+            "relative_norm": self.relative_norm,
+            "spectral_norm": self.spectral_norm,
+            "stable_rank": self.stable_rank,
+            "bias_norm": self.bias_norm,
+            "parts": ", ".join(self.parts),
+            "singular_values": self.singular_values.tolist(),
+        }
 
 
 def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
@@ -239,27 +260,7 @@ class AdapterSummary(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per module or site."""
-        frame = pd.DataFrame(
-            [
-                {
-                    "site": row.site,
-                    "module": row.module,
-                    "layer": row.layer,
-                    "kind": row.kind,
-                    "target": row.target,
-                    "rank": row.rank,
-                    "scale": row.scale,
-                    "norm": row.norm,
-                    "relative_norm": row.relative_norm,
-                    "spectral_norm": row.spectral_norm,
-                    "stable_rank": row.stable_rank,
-                    "bias_norm": row.bias_norm,
-                    "parts": ", ".join(row.parts),
-                    "singular_values": row.singular_values.tolist(),
-                }
-                for row in self.rows
-            ]
-        )
+        frame = pd.DataFrame([row.columns() for row in self.rows])
         # A column of whole numbers, although some modules have no layer.
         return frame.astype({"layer": "Int64"})
 
@@ -407,8 +408,10 @@ def _parts(update: ModuleUpdate) -> tuple[str, ...]:
 def _target(key: str) -> str:
     """The module's path within its layer, 'self_attn.q_proj'; outside layers, its last name."""
     path = key.partition("@")[0]
-    within = re.split(r"\.\d+\.", path)[-1]
-    return within if within != path else path.rpartition(".")[2]
+    *_, within = re.split(r"\.\d+\.", path)
+    if within == path:
+        return path.rpartition(".")[2]
+    return within
 
 
 def lacking(adapter: Adapter, model: Any) -> tuple[str, ...]:

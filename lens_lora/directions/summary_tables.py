@@ -63,19 +63,23 @@ def _facts_of_training(summary: AdapterSummary) -> dict[str, str]:
     facts: dict[str, str] = {}
     if summary.trained_whole:
         facts["trained whole"] = _named(summary.trained_whole)
-    untrained = {
-        row.module for row in summary.rows if row.has_factors and row.norm == row.bias_norm == 0
-    }
+    untrained: set[str] = set()
+    for row in summary.rows:
+        if row.has_factors and row.norm == row.bias_norm == 0:
+            untrained.add(row.module)
     if untrained:
         count = f"{len(untrained)} of {summary.module_count} modules"
         facts["untrained"] = f"ΔW = 0, as before any training, in {count}"
     if _has_biases(summary):
-        facts["‖Δb‖ in all"] = (
-            f"{magnitude(summary.bias_norm)}, added whatever the input, beside ΔW"
-        )
-        if math.isnan(summary.bias_norm):
-            facts["‖Δb‖ in all"] = "trained biases: their change depends on the base's"
+        facts["‖Δb‖ in all"] = _total_of_biases(summary)
     return facts
+
+
+def _total_of_biases(summary: AdapterSummary) -> str:
+    """The norm ‖Δb‖ over all modules, or that it needs the base model."""
+    if math.isnan(summary.bias_norm):
+        return "trained biases: their change depends on the base's"
+    return f"{magnitude(summary.bias_norm)}, added whatever the input, beside ΔW"
 
 
 def _facts_of_model(summary: AdapterSummary) -> dict[str, str]:
@@ -144,7 +148,9 @@ def _relative(share: float) -> str:
     """A percentage with two digits, because these are often small and are compared."""
     if not math.isfinite(share):
         return "—"
-    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+    percentage = 100 * share
+    # From 99.5 % on, two digits would be written as 1e+02.
+    return f"{percentage:.2g}%" if share < 0.995 else f"{percentage:.0f}%"
 
 
 def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
@@ -156,16 +162,17 @@ def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
     """
     top = summary.top(k)
     unit = "site" if summary.model else "module"
-    columns = [_spectrum(row, summary) for row in top]
-    heads = tuple(columns[0]) if columns else ()
+    heads: tuple[str, ...] = ()
     rows: list[tuple[str, ...]] = []
-    for row, cells in zip(top, columns, strict=True):
+    for row in top:
+        cells = _cells(row, summary)
+        heads = tuple(cells)
         rows.append((row.site or row.module, *cells.values()))
     title = f"{len(top)} of {len(summary.rows)} {unit}s, by ‖ΔW‖_F"
     return Table((unit, *heads), rows, title=title)
 
 
-def _spectrum(row: Spectrum, summary: AdapterSummary) -> dict[str, str]:
+def _cells(row: Spectrum, summary: AdapterSummary) -> dict[str, str]:
     """The cells of one update, by column."""
     cells = {
         "rank": str(row.rank),
