@@ -34,12 +34,12 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
     rows: list[dict[str, Any]] = []
     for name, vector in vectors.items():
         if isinstance(source, LoraLens):
-            own_directions = _written(source, name)
+            given = _written(source, name)
         else:
-            own_directions = directions_of(source, name)
-        if own_directions is None:
+            given = directions_of(source, name)
+        if given is None:
             continue
-        directions = own_directions.at(name, len(vector))
+        directions = given.at(name, len(vector))
         cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
         for (label, index), cosine in zip(directions.labels, cosines.tolist(), strict=True):
             rows.append({"point": name, "direction": label, "index": index, "cosine": cosine})

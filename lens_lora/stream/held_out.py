@@ -29,8 +29,11 @@ def held_out_share(
     counts = counts[has_tokens]
     sums = sums.double()[has_tokens]
     squares = squares.double()[has_tokens]
-    n = counts.to(sums).view(-1, *[1] * (squares.ndim - 1))
-    others = sums.sum(0) - sums
-    mean = others / (n.sum(0) - n)[..., None]
-    residual = squares - 2 * (sums * mean).sum(-1) + n * mean.square().sum(-1)
+    ones = [1] * (squares.ndim - 1)
+    n = counts.to(sums).view(-1, *ones)
+    sums_of_others = sums.sum(0) - sums
+    n_of_others = n.sum(0) - n
+    mean_of_others = sums_of_others / n_of_others[..., None]
+    product = (sums * mean_of_others).sum(-1)
+    residual = squares - 2 * product + n * mean_of_others.square().sum(-1)
     return 1 - residual.sum(0) / squares.sum(0)

@@ -36,7 +36,7 @@ SINK_RATIO = 50.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Seen:
+class RankActivations:
     """The rank activations of some sites in one forward pass.
 
     Attributes:
@@ -89,7 +89,7 @@ def site_activations(
     gates: Float[Tensor, "*batch site"],
     sites: Sequence[int],
     ranks: Sequence[int],
-) -> Seen:
+) -> RankActivations:
     """The activations u of these sites at these gates, and the sinks.
 
     Cost: one forward pass, in groups of prompts that fit within the lens's memory bound.
@@ -107,35 +107,36 @@ def site_activations(
     """
     gates = f.lens.gates_of_rows(gates, f.rows.batch)
     step = f.passes.rows_at_once(logits=False)
-    seen: list[Seen] = []
+    by_group: list[RankActivations] = []
     for first in range(0, f.rows.batch, step):
-        last = min(first + step, f.rows.batch)
-        gates_of_group = gates if gates.ndim == 1 else gates[first:last]
-        group = f.of_rows(f.rows.cut(first, last))
-        seen.append(_seen_in_pass(group, gates_of_group, sites, ranks))
-    values = torch.cat([group.values for group in seen])
-    sinks = torch.cat([group.sinks for group in seen])
-    return Seen(values, sinks)
+        end = min(first + step, f.rows.batch)
+        gates_of_group = gates if gates.ndim == 1 else gates[first:end]
+        group = f.of_rows(f.rows.cut(first, end))
+        by_group.append(_in_one_pass(group, gates_of_group, sites, ranks))
+    values = torch.cat([of_group.values for of_group in by_group])
+    sinks = torch.cat([of_group.sinks for of_group in by_group])
+    return RankActivations(values, sinks)
 
 
-def _seen_in_pass(
+def _in_one_pass(
     f: Function,
     gates: Float[Tensor, "*batch site"],
     sites: Sequence[int],
     ranks: Sequence[int],
-) -> Seen:
+) -> RankActivations:
     """Run one pass, and return the activations u of these sites."""
-    keep = _Keep(f.lens, f.rows, gates, sites, ranks)
-    f.passes.observe(keep, logits=False)
-    keep.require_all_seen()
-    keep.add_what_v_adds()
-    keep.require_finite()
-    real = f.rows.real.to(keep.values.device)
-    keep.values.masked_fill_(~real[:, None, :, None], torch.nan)
-    return Seen(keep.values, sinks_among(keep.sizes, real) & real)
+    recorder = _Recorder(f.lens, f.rows, gates, sites, ranks)
+    f.passes.observe(recorder, logits=False)
+    recorder.require_all_seen()
+    recorder.add_what_v_adds()
+    recorder.require_finite()
+    values = recorder.values
+    real = f.rows.real.to(values.device)
+    values.masked_fill_(~real[:, None, :, None], torch.nan)
+    return RankActivations(values, sinks_among(recorder.sizes, real) & real)
 
 
-class _Keep:
+class _Recorder:
     """The injection of a pass that keeps u of the chosen sites; sites write ε ΔW z as usual.
 
     Attributes:
@@ -158,7 +159,7 @@ class _Keep:
         self._real = prompts.real.to(lens.device)
         self._scaled = ScaleInject(lens.plan, gates)
         self._slots = {site: slot for slot, site in enumerate(sites)}
-        self._seen: set[int] = set()
+        self._seen_slots: set[int] = set()
         # What an update of v adds to u of a site o, by the slot of that site.
         self._from_v: dict[int, Tensor] = {}
         self._last_z: Tensor | None = None
@@ -171,20 +172,26 @@ class _Keep:
         injection = self._lens.plan.injections[index]
         u = injection.map.coordinates(z)
         slot = self._slots.get(injection.site)
-        is_main = index < len(self._lens.sites)
-        if is_main:
+        # The first injections are those of the sites' own maps, one each.
+        is_own_map = index < len(self._lens.sites)
+        if is_own_map:
             self._keep_size(z)
-        if is_main and slot is not None:
+        if is_own_map and slot is not None:
             self._keep_u(slot, injection, u, z)
-        elif slot is not None and injection.partner is not None and not injection.is_constant_of_v:
-            # z lacks what an update of v adds to the input of o.
-            gate = self._gates[..., injection.partner].to(u.device, u.dtype)
-            if gate.ndim:
-                gate = gate.view(-1, 1, 1)
-            self._from_v[slot] = u * gate
+        if not is_own_map and slot is not None:
+            self._keep_what_v_adds(slot, injection, u)
         if not self._scaled.is_active(index):
             return None
         return injection.map.added(out, u, injection.gate(self._gates))
+
+    def _keep_what_v_adds(self, slot: int, injection: Injection, u: Tensor) -> None:
+        """Keep what the constant part of an update of v adds to u of o, as o's own z lacks it."""
+        if injection.partner is None or injection.is_constant_of_v:
+            return
+        gate_of_v = self._gates[..., injection.partner].to(u.device, u.dtype)
+        if gate_of_v.ndim:
+            gate_of_v = gate_of_v.view(-1, 1, 1)
+        self._from_v[slot] = u * gate_of_v
 
     def _keep_u(self, slot: int, injection: Injection, u: Tensor, z: Tensor) -> None:
         """Keep u at each token; if this map lacks the constant of v, it is included."""
@@ -194,7 +201,7 @@ class _Keep:
         by_token = _of_one_input(name, z, injection.map.by_token(u))
         rank = self._ranks[slot]
         self.values[:, slot, :, :rank] = by_token[..., :rank]
-        self._seen.add(slot)
+        self._seen_slots.add(slot)
 
     def _keep_size(self, z: Tensor) -> None:
         """Keep ‖z‖, once for each tensor that several sites read."""
@@ -219,7 +226,7 @@ class _Keep:
 
     def require_all_seen(self) -> None:
         """Raise ModelStateError if a chosen site did not run."""
-        missed = [site for site, slot in self._slots.items() if slot not in self._seen]
+        missed = [site for site, slot in self._slots.items() if slot not in self._seen_slots]
         if missed:
             name = self._lens.sites[missed[0]].name
             raise ModelStateError(
@@ -240,7 +247,8 @@ def sinks_among(
     sinks = torch.zeros_like(real)
     if sizes and sinks.shape[1] > 2:
         by_place = torch.stack(list(sizes), 1).masked_fill(~real[:, None], torch.nan)
-        usual = by_place[..., 1:].nanmedian(-1, keepdim=True).values
+        later_tokens = by_place[..., 1:]
+        usual = later_tokens.nanmedian(-1, keepdim=True).values
         sinks = (by_place > SINK_RATIO * usual).any(1)
     sinks[:, 0] = True
     return sinks
