@@ -90,15 +90,15 @@ class PredictedTokens:
         exist: whether it is a token of the row, and no padding.
     """
 
-    ids: Int[Tensor, "row pos"]
-    exist: Bool[Tensor, "row pos"]
+    ids: Int[Tensor, "row next"]
+    exist: Bool[Tensor, "row next"]
 
     @classmethod
     def of(cls, rows: Prompts) -> PredictedTokens:
         """The predicted tokens of these rows."""
         return cls(rows.tokens[:, 1:], rows.after_first[:, 1:])
 
-    def loss(self, logits: Float[Tensor, "row pos+1 vocab"]) -> Float[Tensor, " row"]:
+    def loss(self, logits: Float[Tensor, "row token vocab"]) -> Float[Tensor, " row"]:
         """Σ_t −log p(y_t) of each row, in nats, in float64 on the CPU."""
         log_p = logits[:, :-1].log_softmax(-1)
         ids = self.ids.to(log_p.device)
@@ -106,9 +106,9 @@ class PredictedTokens:
 
     def divergence(
         self,
-        base: Float[Tensor, "row pos+1 vocab"],
-        p: Float[Tensor, "row pos+1 vocab"],
-        other: Float[Tensor, "row pos+1 vocab"],
+        base: Float[Tensor, "row token vocab"],
+        p: Float[Tensor, "row token vocab"],
+        other: Float[Tensor, "row token vocab"],
     ) -> Float[Tensor, " row"]:
         """Σ_t KL(base ‖ other) of each row, in nats, in float64 on the CPU.
 
@@ -121,7 +121,7 @@ class PredictedTokens:
         shift = distribution_shift(logits, p[:, :-1], other[:, :-1] - logits)
         return self._sum(shift.kl)
 
-    def _sum(self, values: Float[Tensor, "row pos"]) -> Float[Tensor, " row"]:
+    def _sum(self, values: Float[Tensor, "row next"]) -> Float[Tensor, " row"]:
         exist = self.exist.to(values.device)
         return values.masked_fill(~exist, 0.0).cpu().double().sum(1)
 
