@@ -99,11 +99,11 @@ class SharedPlan:
         groups: dict[tuple[object, ...], list[_RecordedMap]] = {}
         for site, injection in enumerate(lens.injections):
             place = place_of(lens, injection)
-            addresses: list[Address] = []
+            pairs: list[tuple[Address, Address]] = []
             for column in columns:
                 (pair,) = column[place]
-                addresses += pair
-            recorded = _RecordedMap(addresses, site)
+                pairs.append(pair)
+            recorded = _RecordedMap(pairs, site)
             groups.setdefault(_kind(lens, injection, recorded), []).append(recorded)
 
         views = _Views(stacks)
@@ -150,23 +150,30 @@ class SharedPlan:
                     summed = by_token.unflatten(2, (row_count, -1)).sum(3)
                     by_row[:, :, group.sites] += summed.movedim(0, -1).to(by_row)
             by_half.append([half.reading.by_prompt(of_adapter) for of_adapter in by_row])
-        return [*zip(*by_half, strict=True)]
+        # From [half][adapter] to [adapter][half].
+        return list(zip(*by_half, strict=True))
 
 
 class _RecordedMap(NamedTuple):
-    """A map's site, and the addresses of G and z in each column: G, z, G, z, ….
+    """A map, and where what was recorded of it is kept.
 
     Sorted by address, maps of one kind are in the order in which they were recorded.
+
+    Attributes:
+        pairs: the addresses of G and z in each column.
+        site: the index of the map's site.
     """
 
-    addresses: list[Address]
+    pairs: list[tuple[Address, Address]]
     site: int
 
 
 def _kind(lens: LoraLens, injection: Injection, recorded: _RecordedMap) -> tuple[object, ...]:
     """Return the key that maps of one batch have in common."""
     has_offset = injection.map.a0 is not None
-    stacks = [stack for stack, _ in recorded.addresses]
+    stacks: list[str] = []
+    for (stack_of_gradient, _), (stack_of_z, _) in recorded.pairs:
+        stacks += [stack_of_gradient, stack_of_z]
     return (lens.sites[injection.site].kind, injection.map.rank, has_offset, *stacks)
 
 
@@ -185,12 +192,11 @@ class _MapGroup:
         self._gamma = _stacked([basis.gamma for basis in bases])
         self._beta = _stacked([basis.beta for basis in bases])
 
-        tensors: list[Tensor] = []
-        for addresses in zip(*(each.addresses for each in maps), strict=True):
-            tensors.append(views.of(addresses))
-        gradients = tensors[::2]
-        inputs = tensors[1::2]
-        self._columns = list(zip(gradients, inputs, strict=True))
+        # G and z of all maps, in each recorded column.
+        self._columns: list[tuple[Tensor, Tensor]] = []
+        for pairs_of_maps in zip(*(each.pairs for each in maps), strict=True):
+            of_gradients, of_inputs = zip(*pairs_of_maps, strict=True)
+            self._columns.append((views.of(of_gradients), views.of(of_inputs)))
 
     def stacked(self, adapters: Sequence[Adapter]) -> StackedFactors:
         """Return the adapters' factors in the model's basis, without γ, side by side."""
@@ -285,7 +291,9 @@ class _Views:
         indices = [index for _, index in addresses]
         first = indices[0]
         last = indices[-1]
-        step = max(1, (last - first) // max(1, len(indices) - 1))
-        if list(range(first, last + 1, step)) == indices:
+        intervals = max(1, len(indices) - 1)
+        step = max(1, (last - first) // intervals)
+        are_evenly_spaced = list(range(first, last + 1, step)) == indices
+        if are_evenly_spaced:
             return stack[first : last + 1 : step].flatten(1, 2)
         return stack[indices].flatten(1, 2)

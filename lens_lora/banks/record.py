@@ -176,42 +176,67 @@ def _run(
     Returns:
         The addresses of what was seen, and g(0), which is None with `by_token`.
     """
-    columns: list[Addresses] = []
-    # Several updates of one module share a place, and show the same tensors there.
-    shown_by: dict[str, Injection] = {}
-
-    def visitor_of(column: int) -> Visit:
-        columns.append({})
-
-        def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
-            del weight
-            if injection.partner is not None:  # what waits for a partner's gate is 0
-                return
-            place = place_of(g.lens, injection)
-            if shown_by.setdefault(place, injection) is not injection:
-                return
-            address_of_gradient = pool.address_of(gradient)
-            address_of_z = address_of_gradient
-            if injection.ports.read is not None:
-                address_of_z = pool.address_of(z)
-            earlier = columns[column].get(place, ())
-            columns[column][place] = (*earlier, (address_of_gradient, address_of_z))
-
-        return visit
-
+    recorder = _Recorder(g.lens, pool)
     # Unless all sites are required, a module on which g does not depend is not recorded, and an
     # adapter of it is refused later.
     base: Tensor | None = None
     if by_token:
-        g.passes.visit_tokens(visitor_of, require_all=require_all)
+        g.passes.visit_tokens(recorder.visitor_of, require_all=require_all)
     else:
-        base = g.passes.visit(visitor_of(0), require_all=require_all)
+        base = g.passes.visit(recorder.visitor_of(0), require_all=require_all)
     # A site that runs before the point that is read but cannot move it has nothing to sum.
     for injection in g.lens.injections:
         if g.lens.sites[injection.site].name in g.reading.unmoved:
-            for column in columns:
+            for column in recorder.columns:
                 column.setdefault(place_of(g.lens, injection), ())
-    return columns, base
+    return recorder.columns, base
+
+
+class _Recorder:
+    """Keeps G and z of each place where an adapter adds its updates, as backward passes show them.
+
+    Attributes:
+        columns: the addresses of G and z: one column for g, or one for each token's log p.
+    """
+
+    def __init__(self, lens: LoraLens, pool: TensorPool) -> None:
+        self._lens = lens
+        self._pool = pool
+        # Several updates of one module share a place, and show the same tensors there.
+        self._shown_by: dict[str, Injection] = {}
+        self.columns: list[Addresses] = []
+
+    def visitor_of(self, column: int) -> Visit:
+        """Begin the next column, and return what is called with each G and z of its backward pass.
+
+        Args:
+            column: the number of the column; columns are begun in order.
+        """
+        del column
+        addresses: Addresses = {}
+        self.columns.append(addresses)
+
+        def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+            del weight
+            self._keep(addresses, injection, gradient, z)
+
+        return visit
+
+    def _keep(
+        self, addresses: Addresses, injection: Injection, gradient: Tensor, z: Tensor
+    ) -> None:
+        """Keep G and z, once for each place and each time that its module runs in a pass."""
+        if injection.partner is not None:  # what waits for a partner's gate is 0
+            return
+        place = place_of(self._lens, injection)
+        if self._shown_by.setdefault(place, injection) is not injection:
+            return
+        address_of_gradient = self._pool.address_of(gradient)
+        address_of_z = address_of_gradient
+        if injection.ports.read is not None:
+            address_of_z = self._pool.address_of(z)
+        earlier = addresses.get(place, ())
+        addresses[place] = (*earlier, (address_of_gradient, address_of_z))
 
 
 def _recorded(
