@@ -255,7 +255,8 @@ def _what_happened(explanation: Explained) -> str:
 
     if isinstance(explanation, ll.results.ResponseExplanation):
         return explanation.story().split("\n")[1]
-    return headline(explanation)[0][0]
+    first, *_ = headline(explanation).sentences
+    return first
 
 
 def _print(explanations: Sequence[Explained]) -> None:
@@ -290,8 +291,7 @@ def _in_short(explanation: Explained) -> str:
 
     if isinstance(explanation, ll.results.ResponseExplanation):
         return f"In short: {_what_happened(explanation)}"
-    sentences, _ = headline(explanation)
-    return f"In short: {' '.join(sentences)}"
+    return f"In short: {' '.join(headline(explanation).sentences)}"
 
 
 # --- The demo

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar
 
+from jaxtyping import Bool, Float
+from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.core import Evaluations, patch_sites
@@ -39,11 +41,16 @@ def in_full(g: Evaluations, quick: _BySite, bar: tqdm[Any]) -> _BySite:
         add_one = patch_sites.of(g, "add_one")
     with step(bar, "each site left out"):
         leave_one_out = patch_sites.of(g, "leave_one_out")
-    first = quick.second_order.first_order
-    end = quick.adapted_end
+
+    def added(sites: Bool[Tensor, " site"]) -> Float[Tensor, "batch chosen"]:
+        return add_one.values[:, sites]
+
+    def left_out(sites: Bool[Tensor, " site"]) -> Float[Tensor, "batch chosen"]:
+        return leave_one_out.values[:, sites]
+
     reliability = {
-        "add_one": judged(g, first, "add_one", lambda s: add_one.values[:, s]),
-        "leave_one_out": judged(g, end, "leave_one_out", lambda s: leave_one_out.values[:, s]),
+        "add_one": judged(g, quick.second_order.first_order, "add_one", added),
+        "leave_one_out": judged(g, quick.adapted_end, "leave_one_out", left_out),
     }
     with step(bar, "coupling of layers"):
         layers = coupling.of(g, group="layer")

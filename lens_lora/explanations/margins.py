@@ -45,6 +45,25 @@ _TOKENS_AT_ONCE = 2048
 _QUICK_STEPS = 5
 
 
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Prompts that share their passes.
+
+    Attributes:
+        indices: the prompts, among all.
+        g: the margin of each.
+        docs: the answer of each that the fine-tune taught.
+        pres: the answer of each that the base model gives.
+        labels: the name of each margin.
+    """
+
+    indices: Sequence[int]
+    g: Evaluations
+    docs: Sequence[str | int | Tensor]
+    pres: Sequence[str | int | Tensor]
+    labels: Sequence[str]
+
+
 def explained_margins(
     f: Function, doc: AnswerLike, pre: AnswerLike, *, fast: bool, null: int
 ) -> tuple[Explanation, ...]:
@@ -62,24 +81,25 @@ def explained_margins(
     docs = items_of(doc, batch)
     pres = items_of(pre, batch)
     margins = [_margin(f, [i], docs[i], pres[i]) for i in range(batch)]
-    groups = list(_together(f, margins))
+    groups: list[_Group] = []
+    for indices in _together(f, margins):
+        group_docs = [docs[i] for i in indices]
+        group_pres = [pres[i] for i in indices]
+        g = margins[indices[0]]
+        if len(indices) > 1:
+            g = _margin(f, indices, group_docs, group_pres)
+        labels = [_label(margins[i]) for i in indices]
+        groups.append(_Group(indices, g, group_docs, group_pres, labels))
+
     quick_steps = _QUICK_STEPS + (1 if null else 0)
     slow_steps = 0 if fast else SLOW_STEPS
     steps = quick_steps * len(groups) + slow_steps * batch
     explanations: dict[int, Explanation] = {}
     with tqdm(total=steps, desc="explain", leave=False, disable=not f.progress) as bar:
-        for indices in groups:
-            group_docs = [docs[i] for i in indices]
-            group_pres = [pres[i] for i in indices]
-            g = margins[indices[0]]
-            if len(indices) > 1:
-                g = _margin(f, indices, group_docs, group_pres)
-            labels = [_label(margins[i]) for i in indices]
-            quick = _quick(g, group_docs, group_pres, labels, fast=fast, null=null, bar=bar)
-            explanations |= zip(indices, quick, strict=True)
-            if not fast:
-                for i in indices:
-                    explanations[i] = in_full(margins[i], explanations[i], bar)
+        for group in groups:
+            quick_ones = _quick(group, fast=fast, null=null, bar=bar)
+            for i, quick in zip(group.indices, quick_ones, strict=True):
+                explanations[i] = quick if fast else in_full(margins[i], quick, bar)
     return tuple(explanations[i] for i in range(batch))
 
 
@@ -125,21 +145,13 @@ def _together(f: Function, margins: Sequence[Function]) -> Iterator[list[int]]:
 # --- What takes few passes
 
 
-def _quick(
-    g: Evaluations,
-    docs: Sequence[str | int | Tensor],
-    pres: Sequence[str | int | Tensor],
-    labels: Sequence[str],
-    *,
-    fast: bool,
-    null: int,
-    bar: tqdm,
-) -> list[Explanation]:
-    """The part of the explanation that takes few passes, which all prompts of g share."""
+def _quick(group: _Group, *, fast: bool, null: int, bar: tqdm) -> list[Explanation]:
+    """The part of each explanation that takes few passes, which all prompts of a group share."""
+    g = group.g
     lens = g.lens
     silent = g.with_progress(False)
     with step(bar, "the margin along the path"):
-        margin = FactMargin.of(silent, list(docs), list(pres), by="position")
+        margin = FactMargin.of(silent, list(group.docs), list(group.pres), by="position")
     with step(bar, "tokens promoted and suppressed"):
         shift = logit_shift(lens, g.prompts, by_site=False, progress=False)
         module_shifts = _shifts_of_the_largest(g, shift, margin.attribution.per_site)
@@ -159,7 +171,7 @@ def _quick(
 
     explanations: list[Explanation] = []
     for i, tokens in enumerate(lens.str_tokens(g.prompts)):
-        label = labels[i]
+        label = group.labels[i]
         explanation = Explanation(
             prompt=tokens,
             margin=one_prompt(margin, i, label),

@@ -99,14 +99,14 @@ def _part(e: Explained, number: int) -> page.Part:
     meta = e.first_order.meta
     prompt = text.shortened(words.explained_account(e).prompt)
     about = [e.first_order.readout, f"“{prompt}”", page.made_by(meta)]
-    sentences, numbers = words.headline(e)
+    headline = words.headline(e)
     numbers_file = page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False))
     story = words.explanation_story(e)
     return page.Part(
         name=f"{prompt} — {_subject(e)}",
         subtitle=" · ".join(filter(None, about)),
-        headline=sentences,
-        numbers=numbers,
+        headline=headline.sentences,
+        numbers=headline.numbers,
         top=[*page.answers_of([e.answers]), figures["path"], numbers_file],
         sections=page.folded(story, _sections(e, figures), "margin", meta),
         warnings=page.warned(meta),
@@ -173,10 +173,11 @@ def _token_blocks(e: Explanation) -> list[page.Block]:
         heads=("site", "raises", "lowers"),
         heading="The largest modules: change of probability to first order, and of the logit",
     )
-    by_logit = [("all modules together", *tables.token_pairs(e.shift, None, _TOKENS))]
+    promoted, suppressed = tables.token_pairs(e.shift, None, _TOKENS)
+    by_logit = [page.TokenRow("all modules together", promoted, suppressed)]
     for site in e.module_shift.sites:
-        pairs = tables.token_pairs(e.module_shift, site.name, _TOKENS_OF_A_SITE)
-        by_logit.append((site.name, *pairs))
+        promoted, suppressed = tables.token_pairs(e.module_shift, site.name, _TOKENS_OF_A_SITE)
+        by_logit.append(page.TokenRow(site.name, promoted, suppressed))
     logits = page.TokenTable(
         by_logit, heading="By raw logit to first order: rare tokens come first"
     )

@@ -35,10 +35,11 @@ def _part(e: ReadoutExplanation, number: int) -> page.Part:
     figures = readout_figures(e)
     meta = e.first_order.meta
     prompt = text.shortened(account.prompt)
-    sentences, numbers = readout_headline(e)
-    split_sites: list[page.Block] = [
-        figures[name] for name in ("heads", "ranks") if name in figures
-    ]
+    headline = readout_headline(e)
+    split_sites: list[page.Block] = []
+    for name in ("heads", "ranks"):
+        if name in figures:
+            split_sites.append(figures[name])
     by_part = page.Section(
         "By head and by rank",
         split_sites,
@@ -51,8 +52,8 @@ def _part(e: ReadoutExplanation, number: int) -> page.Part:
     return page.Part(
         name=prompt,
         subtitle=" · ".join(filter(None, (e.readout, f"“{prompt}”", page.made_by(meta)))),
-        headline=sentences,
-        numbers=numbers,
+        headline=headline.sentences,
+        numbers=headline.numbers,
         top=[
             figures["sites"],
             page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False)),
@@ -68,14 +69,14 @@ def _prompts_table(e: ReadoutExplanation, count: int) -> Table:
     for index in range(count):
         of_prompt = e.of_prompt(index)
         a = readout_account(of_prompt)
-        ((site, _, value, _),) = text.top_rows(of_prompt.first_order, 1)
+        (largest,) = text.top_sites(of_prompt.first_order, 1)
         row = (
             f"{index + 1}. {text.short_prompt(e.prompts[index])}",
             text.signed(a.m0),
             text.signed(a.m),
             text.signed(a.shift),
             a.share(a.first_order),
-            f"{site} {value}",
+            f"{largest.site} {largest.value}",
         )
         rows.append(row)
     heads = ("prompt", "base", "adapted", "shift", "of it first order", "largest first-order part")

@@ -11,12 +11,12 @@ from lens_lora.errors import many
 from lens_lora.explanations.explanation import ReadoutExplanation
 from lens_lora.explanations.words import (
     MODULES_IN_HEADLINE,
+    Headline,
     limits,
     readout_account,
     where_and_trust,
 )
 from lens_lora.show import text
-from lens_lora.show.tables import Pairs
 from lens_lora.show.text import caution_text, percent, short_prompt, signed
 from lens_lora.show.words import (
     ReadoutAccount,
@@ -43,8 +43,8 @@ def readout_story(e: ReadoutExplanation) -> str:
         return _one_story(e)
     lines = [" ".join(mean_texts(e))]
     for index in range(min(count, MOST_PROMPTS)):
-        sentences, _ = readout_headline(e.of_prompt(index))
-        lines.append(f"{index + 1}. “{short_prompt(e.prompts[index])}”: {' '.join(sentences)}")
+        sentences = " ".join(readout_headline(e.of_prompt(index)).sentences)
+        lines.append(f"{index + 1}. “{short_prompt(e.prompts[index])}”: {sentences}")
     if count > MOST_PROMPTS:
         lines.append(f"… and {many(count - MOST_PROMPTS, 'more prompt')}")
     return "\n".join(lines)
@@ -93,13 +93,13 @@ def mean_texts(e: ReadoutExplanation) -> list[str]:
         f"{signed(shift)} {e.units}, from {signed(base)} in the base model to {signed(adapted)}.",
         f"The modules' first-order parts sum to {signed(total)}.",
     ]
-    rows = text.top_rows(first, MODULES_IN_HEADLINE)
-    largest = ", ".join(f"{site} {value}" for site, _, value, _ in rows)
+    tops = text.top_sites(first, MODULES_IN_HEADLINE)
+    largest = ", ".join(f"{top.site} {top.value}" for top in tops)
     sentences.append(f"The largest of {many(len(first.sites), 'module')} are {largest}.")
     return sentences
 
 
-def readout_headline(e: ReadoutExplanation) -> tuple[list[str], Pairs]:
+def readout_headline(e: ReadoutExplanation) -> Headline:
     """Three sentences of one prompt's story and four numbers, for a reader in a hurry."""
     a = readout_account(e)
     where = largest_text(e.first_order, a, MODULES_IN_HEADLINE)
@@ -115,4 +115,4 @@ def readout_headline(e: ReadoutExplanation) -> tuple[list[str], Pairs]:
         (a.share(a.first_order), "of the shift is in the first-order parts"),
         (left, "of the shift is missed by first order at ε = 1"),
     )
-    return sentences, numbers
+    return Headline(sentences, numbers)

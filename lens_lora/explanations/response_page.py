@@ -106,11 +106,11 @@ def _changes_table(e: ResponseExplanation, k: int) -> page.TokenTable:
             pairs.append((visible(shifts.strings[str(token)]), signed(size)))
         return pairs[:_CHANGES]
 
-    rows: list[tuple[str, Pairs, Pairs]] = []
+    rows: list[page.TokenRow] = []
     for t in shifts.kl[0, 0].argsort(descending=True)[:k].tolist():
         promoted = largest_changes(shifts.promoted_ids, shifts.promoted, t)
         suppressed = largest_changes(shifts.suppressed_ids, shifts.suppressed, t)
-        rows.append((placed_token(e, t), promoted, suppressed))
+        rows.append(page.TokenRow(placed_token(e, t), promoted, suppressed))
     return page.TokenTable(rows, heads=("token", "promoted", "suppressed"))
 
 
@@ -136,16 +136,17 @@ def _modules_table(e: ResponseExplanation, k: int) -> Table:
 
 def _moved_by_table(e: ResponseExplanation) -> page.TokenTable:
     """The modules that raise each of the tokens that changed most, and those that lower it."""
-    rows: list[tuple[str, Pairs, Pairs]] = []
+    rows: list[page.TokenRow] = []
     for t, values in zip(e.moved_tokens, e.moved.tolist(), strict=True):
         if _is_saturated(e, t):
             log_p = f"log p {text.log_p_text(float(e.shifts.log_p[1, 0, t]))}"
-            rows.append((placed_token(e, t), [(log_p, "saturated")], []))
+            rows.append(page.TokenRow(placed_token(e, t), [(log_p, "saturated")], []))
             continue
         slopes: Any = pd.Series(values, [site.name for site in e.modules.sites])
         raised = slopes[slopes > 0].nlargest(_RAISERS).map(signed)
         lowered = slopes[slopes < 0].nsmallest(_RAISERS).map(signed)
-        rows.append((placed_token(e, t), list(raised.items()), list(lowered.items())))
+        row = page.TokenRow(placed_token(e, t), list(raised.items()), list(lowered.items()))
+        rows.append(row)
     return page.TokenTable(rows, heads=("token", "raised by", "lowered by"))
 
 
@@ -217,10 +218,13 @@ def response_part(e: ResponseExplanation) -> page.Part:
     scale = ("0", magnitude(most / 4), f"{magnitude(most)} nats")
     shaded = page.ShadedText(noted, scale, chosen=e.moved_tokens[0])
     numbers_file = page.Download("tokens.csv", e.to_frame().to_csv(index=False))
+    first_moved, *_ = moved_texts(e)
+    first_of_token, *_ = token_texts(e)
+    first_of_modules, *_ = modules_texts(e)
     return page.Part(
         name=short_prompt(e.prompt),
         subtitle=" · ".join(filter(None, about)),
-        headline=[moved_texts(e)[0], token_texts(e)[0], modules_texts(e)[0]],
+        headline=[first_moved, first_of_token, first_of_modules],
         numbers=_numbers(e),
         top=[*page.answers_of([e.answers]), shaded, numbers_file],
         sections=page.folded(response_story(e), _sections(e), "response", meta),

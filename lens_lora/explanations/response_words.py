@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -138,12 +139,12 @@ def modules_texts(e: ResponseExplanation) -> list[str]:
     ranked = ranked_attribution(e)
     shift = float(ranked.shift[0])
     largest: list[str] = []
-    for site, _, value, share in text.top_rows(ranked, MODULES_NAMED, 0):
-        numbers = f"{value}, {share}" if shift else value
-        largest.append(f"{site} ({numbers})")
-    top = ", ".join(largest)
+    for top in text.top_sites(ranked, MODULES_NAMED, 0):
+        numbers = f"{top.value}, {top.share}" if shift else top.value
+        largest.append(f"{top.site} ({numbers})")
+    modules = ", ".join(largest)
     if e.path is None:
-        return [f"By the estimate of first order, KL would fall most without {top}."]
+        return [f"By the estimate of first order, KL would fall most without {modules}."]
     values = ranked.per_site[0].tolist()
     count = _count_of_half(values, shift)
     is_complete = e.path.quadrature is None or e.path.quadrature.met
@@ -151,34 +152,47 @@ def modules_texts(e: ResponseExplanation) -> list[str]:
     hold = "holds" if count == 1 else "hold"
     return [
         f"The path integral splits KL{completely} among the {many(len(values), 'module')}: the "
-        f"largest shares are {top}, and {many(count, 'module')} {hold} half of it."
+        f"largest shares are {modules}, and {many(count, 'module')} {hold} half of it."
     ]
 
 
 def _layers(e: ResponseExplanation) -> str:
     if e.add_one is None or e.leave_one_out is None:
         return ""
-    adding, added, at_added = _strongest_layer(e, e.add_one)
-    leaving, lost, at_lost = _strongest_layer(e, e.leave_one_out)
+    added = _strongest_layer(e, e.add_one)
+    left_out = _strongest_layer(e, e.leave_one_out)
     sum_added = signed(float(e.add_one.nansum()))
     sum_lost = signed(float(e.leave_one_out.nansum()))
     shift = signed(float(e.shifts.total[0]))
     return (
-        f"Added alone to the base model, {adding} changes log p of the response by {added} nats, "
-        f"most at {at_added}. Left out, {leaving} takes {lost} nats of log p with it, most at "
-        f"{at_lost}. Summed over all {many(len(e.groups), 'layer')}, adding gives {sum_added} and "
-        f"leaving out {sum_lost}, of a shift of {shift}; the rest is what layers do only together."
+        f"Added alone to the base model, {added.layer} changes log p of the response by "
+        f"{added.effect} nats, most at {added.token}. Left out, {left_out.layer} takes "
+        f"{left_out.effect} nats of log p with it, most at {left_out.token}. Summed over all "
+        f"{many(len(e.groups), 'layer')}, adding gives {sum_added} and leaving out {sum_lost}, of "
+        f"a shift of {shift}; the rest is what layers do only together."
     )
 
 
-def _strongest_layer(
-    e: ResponseExplanation, values: Float[Tensor, "group token"]
-) -> tuple[str, str, str]:
-    """The layer that changes log p of the response most, by how much, and at which token most."""
+class _Strongest(NamedTuple):
+    """The layer that changes log p of a response most.
+
+    Attributes:
+        layer: its name.
+        effect: how much it changes log p, in nats.
+        token: the token at which it changes log p most.
+    """
+
+    layer: str
+    effect: str
+    token: str
+
+
+def _strongest_layer(e: ResponseExplanation, values: Float[Tensor, "group token"]) -> _Strongest:
+    """The layer of the largest effect, by the effect of each layer on each token."""
     totals = values.sum(1)
     layer = int(totals.abs().argmax())
     token = int(values[layer].abs().argmax())
-    return e.groups[layer], signed(float(totals[layer])), named_token(e, token)
+    return _Strongest(e.groups[layer], signed(float(totals[layer])), named_token(e, token))
 
 
 def _limits(e: ResponseExplanation) -> str:

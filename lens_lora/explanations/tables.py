@@ -15,6 +15,7 @@ from lens_lora.explanations import words
 from lens_lora.explanations.explanation import BySite, Explanation
 from lens_lora.shifts.logit_shift import LogitShift
 from lens_lora.show import text
+from lens_lora.show.page import TokenRow
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, margin_table, roundings, table_of
 
 _ABBREVIATED = {"add_one": "adding", "leave_one_out": "leaving out"}
@@ -87,7 +88,7 @@ def moved_table(e: Explanation, k: int) -> Table:
     return Table(heads, rows, title="next tokens whose probability changes most")
 
 
-def site_moves(e: Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
+def site_moves(e: Explanation, k: int) -> list[TokenRow]:
     """The next tokens whose probability each of the largest sites raises and lowers most.
 
     To first order a shift v of the logits changes the probabilities p of the base by p (v − pᵀv).
@@ -97,7 +98,7 @@ def site_moves(e: Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
         changes of its probability and of its logit.
     """
     p = e.probabilities[0]
-    moves: list[tuple[str, Pairs, Pairs]] = []
+    moves: list[TokenRow] = []
     for site, shift in zip(e.module_shift.sites, e.module_shift.values[0], strict=True):
         logits = shift.to(p)
         change = p * (logits - (p * logits).sum())
@@ -105,7 +106,7 @@ def site_moves(e: Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
         up, down = _most_moved(e, change.tolist(), k)
         raised = [_moved_token(e, i, change, relative) for i in up]
         lowered = [_moved_token(e, i, change, relative) for i in down]
-        moves.append((site.name, raised, lowered))
+        moves.append(TokenRow(site.name, raised, lowered))
     return moves
 
 
@@ -269,7 +270,7 @@ def margins_table(numbered: Numbered) -> Table:
     rows: list[Row] = []
     for number, e in numbered:
         a = words.explained_account(e)
-        ((site, _, value, _),) = text.top_rows(e.first_order, 1)
+        (largest,) = text.top_sites(e.first_order, 1)
         row = (
             f"{number}. {text.short_prompt(e.prompt)}",
             f"{a.doc} − {a.pre}",
@@ -278,7 +279,7 @@ def margins_table(numbered: Numbered) -> Table:
             text.signed(a.shift),
             a.share(a.first_order),
             "—" if a.flip_scale is None else f"{a.flip_scale:.2g}",
-            f"{site} {value}",
+            f"{largest.site} {largest.value}",
         )
         rows.append(row)
     heads = (

@@ -23,6 +23,7 @@ from lens_lora.explanations.explanation import (
 from lens_lora.judging.compare import Comparison
 from lens_lora.judging.rankings import RANDOM
 from lens_lora.show import text
+from lens_lora.show.tables import Pairs
 from lens_lora.show.text import caution_text, percent, signed, visible
 from lens_lora.show.words import (
     MODULES_NAMED,
@@ -129,7 +130,19 @@ _NO_SHARES = (
 )
 
 
-def headline(e: Explanation) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
+class Headline(NamedTuple):
+    """What a reader in a hurry reads.
+
+    Attributes:
+        sentences: three sentences of the story.
+        numbers: four numbers, each with the words that say what it is.
+    """
+
+    sentences: Sequence[str]
+    numbers: Pairs
+
+
+def headline(e: Explanation) -> Headline:
     """Three sentences of the story and four numbers, for a reader in a hurry."""
     a = explained_account(e)
     flip = "no flip" if a.flip_scale is None else f"ε = {a.flip_scale:.2g}"
@@ -144,7 +157,7 @@ def headline(e: Explanation) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
         (flip, "strength at which the preference flips"),
         (a.share(a.first_order), "of the shift is in the first-order parts"),
     )
-    return sentences, numbers
+    return Headline(sentences, numbers)
 
 
 @drawing.story.register(Explanations)
@@ -152,8 +165,8 @@ def explanations_story(explanations: Explanations) -> str:
     """Each prompt by number, with its headline."""
     lines: list[str] = []
     for number, e in enumerate(explanations, start=1):
-        sentences, _ = headline(e)
-        lines.append(f"{number}. “{text.short_prompt(e.prompt)}”: {' '.join(sentences)}")
+        sentences = " ".join(headline(e).sentences)
+        lines.append(f"{number}. “{text.short_prompt(e.prompt)}”: {sentences}")
     return "\n".join(lines)
 
 
@@ -286,8 +299,9 @@ def _judged(c: Comparison) -> str:
         agreement = "a correlation that is not defined"
     if not (r >= PEARSON and rank >= SPEARMAN):
         return f"{agreement}: not a good guide here"
-    is_sized = SLOPE[0] <= slope <= SLOPE[1]
-    return f"{agreement}: {'a good guide here' if is_sized else 'right in order, not in size'}"
+    least, most = SLOPE
+    verdict = "a good guide here" if least <= slope <= most else "right in order, not in size"
+    return f"{agreement}: {verdict}"
 
 
 def _redundancy(e: BySite, a: ReadoutAccount) -> str:

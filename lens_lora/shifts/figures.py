@@ -82,7 +82,7 @@ def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> drawing.T
     )
 
 
-def noted_tokens(shifts: TokenShifts, index: int) -> tuple[list[page.Noted], float]:
+def noted_tokens(shifts: TokenShifts, index: int) -> tuple[list[page.NotedToken], float]:
     """Each token of a response with its shade and notes, and the KL of the darkest token.
 
     A shade is the square root of a token's KL over the largest KL. Without the root, a token with
@@ -92,8 +92,10 @@ def noted_tokens(shifts: TokenShifts, index: int) -> tuple[list[page.Noted], flo
     kl = shifts.kl[0, index, : len(tokens)].double().nan_to_num(0.0, 0.0)
     most = float(kl.max()) or 1.0
     roots = (kl / most).clamp(0, 1).sqrt().tolist()
-    shades = [round(root, 3) for root in roots]
-    return list(zip(tokens, shades, _notes(shifts, index), strict=True)), most
+    noted: list[page.NotedToken] = []
+    for token, root, note in zip(tokens, roots, _notes(shifts, index), strict=True):
+        noted.append(page.NotedToken(token, round(root, 3), note))
+    return noted, most
 
 
 def _heading(shifts: TokenShifts, index: int) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -156,10 +155,12 @@ def _own_names(results: Sequence[object]) -> list[str]:
         raise ArgumentError("no result was given", remedy="give at least one.")
     own = [_name_of(result) for result in results]
     adapters = [getattr(result, "meta", {}).get("adapter", "") for result in results]
+    adapters_of: dict[str, set[str]] = {}
+    for name, adapter in zip(own, adapters, strict=True):
+        adapters_of.setdefault(name, set()).add(adapter)
     wanted: list[str] = []
     for name, adapter in zip(own, adapters, strict=True):
-        adapters_of_name = {a for n, a in zip(own, adapters, strict=True) if n == name}
-        is_of_one_adapter = len(adapters_of_name) == 1
+        is_of_one_adapter = len(adapters_of[name]) == 1
         wanted.append(name if is_of_one_adapter else f"{name} of {adapter}")
     return wanted
 
@@ -170,9 +171,10 @@ def _with_their_axes(results: Sequence[object], names: Sequence[str]) -> list[st
     for result, name in zip(results, names, strict=True):
         axes = getattr(result, "by", ())
         is_split = isinstance(axes, tuple) and len(axes) > 0
-        split = f"{name} by {' and '.join(map(str, axes))}"
         is_repeated = names.count(name) > 1
-        distinguished.append(split if is_split and is_repeated else name)
+        if is_split and is_repeated:
+            name = f"{name} by {' and '.join(axes)}"
+        distinguished.append(name)
     return distinguished
 
 
@@ -180,8 +182,11 @@ def _distinct(wanted: Sequence[str]) -> list[str]:
     """The names; a second one of the same name is 'name (2)'."""
     distinct: list[str] = []
     for name in wanted:
-        copies = (f"{name} ({number})" for number in itertools.count(2))
-        free = next(n for n in itertools.chain([name], copies) if n not in distinct)
+        free = name
+        number = 2
+        while free in distinct:
+            free = f"{name} ({number})"
+            number += 1
         distinct.append(free)
     return distinct
 
@@ -457,11 +462,13 @@ def _moved_item(item: dict[str, Any], cell: _Cell, number: _Numbering) -> dict[s
     """An annotation or a shape within its cell."""
     for letter, place in (("x", cell.across), ("y", cell.upwards)):
         reference = item.get(f"{letter}ref", "paper")
-        if reference == "paper":
-            for name in (letter, f"{letter}0", f"{letter}1"):
-                if item.get(name) is not None:
-                    item[name] = place(item[name])
         item[f"{letter}ref"] = number.reference(reference)
+        if reference != "paper":
+            # Its coordinates are those of an axis, which moves as a whole.
+            continue
+        for name in (letter, f"{letter}0", f"{letter}1"):
+            if item.get(name) is not None:
+                item[name] = place(item[name])
     return item
 
 

@@ -118,7 +118,8 @@ def _quoted(tokens: Sequence[str]) -> str:
     text = short_prompt(tokens)
     if len(text) <= _PROMPT_WIDTH:
         return f"“{text}”"
-    return f"“… {text[-_PROMPT_WIDTH:].partition(' ')[2]}”"
+    _, _, last_words = text[-_PROMPT_WIDTH:].partition(" ")
+    return f"“… {last_words}”"
 
 
 def value_text(value: float | None, shift: float, units: str) -> str:
@@ -217,11 +218,17 @@ def heatmap(
         note: stands above the colour bar.
         row_height: the height of a row in pixels.
     """
-    values = [list(map(_finite_or_none, row)) for row in z]
-    in_one_row = itertools.chain.from_iterable(values)
-    present = [value for value in in_one_row if value is not None]
+    values: list[list[float | None]] = []
+    absent: list[list[float | None]] = []
+    present: list[float] = []
+    for row in z:
+        of_row = [_finite_or_none(value) for value in row]
+        values.append(of_row)
+        # A second heatmap paints the cells without a value grey.
+        absent.append([1.0 if value is None else None for value in of_row])
+        present += [value for value in of_row if value is not None]
     if reach is None:
-        reach = max(map(abs, present), default=0.0)
+        reach = max((abs(value) for value in present), default=0.0)
     places: dict[str, Any] = {
         "x": list(x.values),
         "y": list(y.values),
@@ -236,8 +243,8 @@ def heatmap(
         **_cell_hover(z, says),
         **_colours(scale, reach or 1.0),
     )
-    if len(present) < sum(map(len, values)):
-        absent = [list(map(_one_if_absent, row)) for row in values]
+    cells = sum(len(row) for row in values)
+    if len(present) < cells:
         grey = [[0, _BLANK], [1, _BLANK]]
         figure.add_heatmap(**places, z=absent, colorscale=grey, showscale=False, hoverinfo="skip")
     height = max(300, 150 + row_height * len(values))
@@ -248,11 +255,6 @@ def heatmap(
 
 def _finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _one_if_absent(value: float | None) -> float | None:
-    """1 where a heatmap has no value, so that a second heatmap paints that cell grey."""
-    return 1.0 if value is None else None
 
 
 def _colours(scale: Scale, reach: float) -> dict[str, Any]:
@@ -370,7 +372,8 @@ def bars(
     The first is on top, or at the bottom where they go `upwards`, as layers do in every figure.
     """
     y = names_axis(names, autorange=True if upwards else "reversed", showgrid=False)
-    marker = {"color": [EXACT if value >= 0 else NEGATIVE for value in values]}
+    colours = [EXACT if value >= 0 else NEGATIVE for value in values]
+    marker = {"color": colours}
     bar = go.Bar(x=values, y=y.values, orientation="h", marker=marker, **_hover(hover))
     height = max(240, 130 + 20 * len(values))
     figure = finish(go.Figure(bar), titles, (label(units), ""), height, yaxis=y.layout)
@@ -382,9 +385,11 @@ Hover = str | Sequence[str] | Sequence[Sequence[str]] | None
 
 
 def _hover(hover: Hover) -> dict[str, Any]:
+    if hover is None:
+        return {"hoverinfo": "skip"}
     if isinstance(hover, str):
         return {"hovertemplate": hover}
-    return {"hoverinfo": "skip"} if hover is None else {"hovertext": hover, "hoverinfo": "text"}
+    return {"hovertext": hover, "hoverinfo": "text"}
 
 
 def curve(
@@ -463,7 +468,7 @@ class Grouped(Protocol):
 def group_ticks(grouped: Grouped) -> dict[str, Any]:
     """Every group by name; where they are many, the first of every few layers."""
     if len(grouped.groups) <= _MOST_NAMES:
-        names = list(map(label, grouped.groups))
+        names = [label(name) for name in grouped.groups]
         return ticks(names, names)
     first: dict[int, str] = {}
     for name, members in grouped.groups.items():

@@ -37,10 +37,16 @@ DIVERGING = (
     (0.75, "rgba(63,140,207,0.62)"),
     (1.0, "#1460b0"),
 )
-SEQUENTIAL = ((0.0, DIVERGING[2][1]), (0.5, DIVERGING[3][1]), DIVERGING[4])
+# The blue half of the above.
+SEQUENTIAL = (
+    (0.0, "rgba(128,128,128,0.04)"),
+    (0.5, "rgba(63,140,207,0.62)"),
+    (1.0, "#1460b0"),
+)
 PALETTE = ("#2f83c5", "#e0802b", "#3a9d5d", "#c9445a", "#8a63c9", "#a8763e", "#c95fa5", "#9a9a2e")
 
 LOOK = "lens_lora"
+# The colours of text, grid and paper of each template, by the ending of its name.
 _INK_GRID_PAPER = {
     "": (INK, "rgba(128,128,128,0.25)", CLEAR),
     ".light": ("#24292f", "#e3e7ec", "#ffffff"),
@@ -81,8 +87,8 @@ def register_templates() -> None:
 
     if LOOK in plotly.io.templates:
         return
-    for ending, colours in _INK_GRID_PAPER.items():
-        plotly.io.templates[f"{LOOK}{ending}"] = _template(*colours)
+    for ending, (ink, grid, paper) in _INK_GRID_PAPER.items():
+        plotly.io.templates[f"{LOOK}{ending}"] = _template(ink, grid, paper)
 
 
 def _template(ink: str, grid: str, paper: str) -> Template:

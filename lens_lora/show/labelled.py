@@ -69,8 +69,12 @@ def _axis(result: Labelled, axis: str, prompt: int | None) -> figures.Axis:
 def _names(result: Labelled, axis: str) -> list[str]:
     """One name for each place on an axis."""
     labels = result.labels_of(axis)
-    columns = [labels["site"]] if axis == "site" else list(labels.values())
-    return [", ".join(map(str, place)) for place in zip(*columns, strict=True)]
+    if axis == "site":
+        return [str(site) for site in labels["site"]]
+    names: list[str] = []
+    for labels_of_place in zip(*labels.values(), strict=True):
+        names.append(", ".join(str(each) for each in labels_of_place))
+    return names
 
 
 def _bars(result: Labelled, prompt: int | None) -> go.Figure:

@@ -290,10 +290,18 @@ def _bars_of_groups(result: Effects | GroupAttribution, prompt: int | None) -> g
         said = value_text(value, float(shift), units)
         hover.append(f"<b>{label(name)}</b><br>{said}<br>sites: {len(members)}")
     titles = _titles(result, f"of a shift of {signed(float(shift))} {units}", prompt)
+    upwards = _are_layers(result)
+    return figures.bars(titles, result.groups, values, hover, units, upwards=upwards)
+
+
+def _are_layers(result: Effects | GroupAttribution) -> bool:
+    """Whether each group is one whole layer, so that bars go upwards as layers do."""
+    for members in result.groups.values():
+        layers_of_group = {result.sites[i].layer for i in members}
+        if len(layers_of_group) != 1:
+            return False
     layers = {site.layer for site in result.sites}
-    by_layer = [{result.sites[i].layer for i in members} for members in result.groups.values()]
-    is_by_layer = len(by_layer) == len(layers) and all(len(own) == 1 for own in by_layer)
-    return figures.bars(titles, result.groups, values, hover, units, upwards=is_by_layer)
+    return len(result.groups) == len(layers)
 
 
 def groups_by_token(

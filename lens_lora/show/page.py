@@ -15,7 +15,7 @@ import functools
 import gzip
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -31,8 +31,20 @@ from lens_lora.show.text import Answered, readable, short_prompt
 Kind = Literal[
     "margin", "attribution", "response", "changes", "training", "repair", "verification", "edges"
 ]
-# A token, its shade from 0 to 1, and a note on it, line by line.
-Noted = tuple[str, float, Sequence[str]]
+
+
+class TokenRow(NamedTuple):
+    """The tokens that one site promotes and suppresses, or the sites that raise and lower a token.
+
+    Attributes:
+        name: the site, or the token.
+        up: what it promotes, or what raises it, each with a number.
+        down: what it suppresses, or what lowers it, each with a number.
+    """
+
+    name: str
+    up: Pairs
+    down: Pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +52,28 @@ class TokenTable:
     """Tokens that sites promote and suppress, or sites that raise and lower a token.
 
     Attributes:
-        rows: the name of each site, the (token, shift) pairs promoted, and those suppressed.
+        rows: one for each site, or for each token.
         heads: the headings of its columns.
         heading: stands above the table.
     """
 
-    rows: Sequence[tuple[str, Pairs, Pairs]]
+    rows: Sequence[TokenRow]
     heads: Row = ("site", "promoted", "suppressed")
     heading: str = ""
+
+
+class NotedToken(NamedTuple):
+    """A token of a shaded text.
+
+    Attributes:
+        text: the token.
+        shade: from 0 to 1, the darkest.
+        note: what is said of it, line by line.
+    """
+
+    text: str
+    shade: float
+    note: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +86,31 @@ class ShadedText:
         chosen: the token whose numbers are shown at first.
     """
 
-    tokens: Sequence[Noted]
+    tokens: Sequence[NotedToken]
     scale: tuple[str, str, str]
     chosen: int
 
 
-# White space, the words after it, and whether the other text lacks them.
-Piece = tuple[str, str, bool]
+class Piece(NamedTuple):
+    """A part of an answer, between two places where both answers begin or cease to differ.
+
+    Attributes:
+        space: the white space before its words, which is not marked.
+        text: its words.
+        differs: whether the other answer lacks them.
+    """
+
+    space: str
+    text: str
+    differs: bool
+
+
+class AnswerPair(NamedTuple):
+    """One prompt, with the base model's answer and the adapted one's."""
+
+    prompt: str
+    base: Sequence[Piece]
+    adapted: Sequence[Piece]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,19 +118,20 @@ class Answers:
     """Both models' answers side by side.
 
     Attributes:
-        pairs: the text of each prompt, the base model's answer in pieces, and the adapted one's.
+        pairs: one for each prompt.
     """
 
-    pairs: Sequence[tuple[str, Sequence[Piece], Sequence[Piece]]]
+    pairs: Sequence[AnswerPair]
 
 
 def answers_of(asked: Sequence[Answered | None]) -> list[Block]:
     """Both models' answers with the differing words marked; no block where there are no answers."""
-    pairs: list[tuple[str, Sequence[Piece], Sequence[Piece]]] = []
+    pairs: list[AnswerPair] = []
     for answered in asked:
         if answered:
+            prompt = short_prompt([answered.prompt])
             base, adapted = _compared(answered.base, answered.adapted)
-            pairs.append((short_prompt([answered.prompt]), base, adapted))
+            pairs.append(AnswerPair(prompt, base, adapted))
     return [Answers(pairs)] if pairs else []
 
 
@@ -108,8 +153,13 @@ def _compared(base: str, adapted: str) -> tuple[list[Piece], list[Piece]]:
     adapted_pieces: list[Piece] = []
     for how, base_first, base_end, first, end in matcher.get_opcodes():
         differs = how != "equal"
-        base_pieces += _piece_of(base_words[base_first:base_end], differs)
-        adapted_pieces += _piece_of(adapted_words[first:end], differs)
+        of_base = base_words[base_first:base_end]
+        of_adapted = adapted_words[first:end]
+        # Words that were added stand in one answer alone.
+        if of_base:
+            base_pieces.append(_joined(of_base, differs=differs))
+        if of_adapted:
+            adapted_pieces.append(_joined(of_adapted, differs=differs))
     return base_pieces, adapted_pieces
 
 
@@ -118,13 +168,11 @@ def _words_of(text: str) -> list[_Word]:
     return re.findall(r"(\s*)(\S+)", re.sub(r"\s*\n\s*", "\n", text.strip()))
 
 
-def _piece_of(words: Sequence[_Word], differs: bool) -> list[Piece]:
-    """Join some words into one piece; no piece where there are no words."""
-    if not words:
-        return []
+def _joined(words: Sequence[_Word], *, differs: bool) -> Piece:
+    """Some words as one piece."""
     space, _ = words[0]
     whole = "".join(space_before + word for space_before, word in words)
-    return [(space, whole.removeprefix(space), differs)]
+    return Piece(space, whole.removeprefix(space), differs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +324,10 @@ def folded(story: str, sections: Sequence[Section], kind: Kind, meta: Meta) -> l
         kind: the kind of results, for the explanation of the numbers.
         meta: model, adapter, dtype and versions.
     """
-    shown = [section for section in sections if any(map(_is_shown, section.blocks))]
+    shown: list[Section] = []
+    for section in sections:
+        if any(_is_shown(block) for block in section.blocks):
+            shown.append(section)
     rows = [(key.replace("_", " "), str(value)) for key, value in meta.items() if value]
     return [
         Section("The whole story in words", story.split("\n")),

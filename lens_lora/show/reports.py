@@ -12,6 +12,7 @@ from lens_lora.show.curves import margin_figure, remainder_figure
 from lens_lora.show.maps import attribution_figure, site_heatmap
 from lens_lora.show.page import Block, Part, Section, folded, made_by, page_html, warned
 from lens_lora.show.tables import (
+    Row,
     Table,
     attribution_heading,
     margin_table,
@@ -96,17 +97,18 @@ def _margin_part(margin: FactMargin, prompt: int, account: Account) -> Part:
 
 def _margins_table(accounts: list[Account]) -> Table:
     """A row for each prompt, which leads to its part of the page."""
-    rows = [
-        (
+    rows: list[Row] = []
+    for account in accounts:
+        flip = "none" if account.flip_scale is None else f"{account.flip_scale:.3g}"
+        row = (
             account.prompt,
             f"{account.doc} − {account.pre}",
             signed(account.m0),
             signed(account.m),
-            "none" if account.flip_scale is None else f"{account.flip_scale:.3g}",
+            flip,
             account.share(account.first_order),
         )
-        for account in accounts
-    ]
+        rows.append(row)
     heads = ("prompt", "margin", "base", "adapted", "flips at ε", "first order, of the shift")
     links = [f"#prompt-{number}" for number in range(1, len(rows) + 1)]
     return Table(heads, rows, texts=(0, 1), links=links)
@@ -140,15 +142,13 @@ def _attribution_part(attribution: Attribution, prompt: int) -> Part:
     total = float(attribution.total[prompt])
     method = text.key_text(attribution.key)
     share = percent(total / shift) if shift else "—"
-    largest = [
-        f"{site} {value} ({of_shift})"
-        for site, _, value, of_shift in text.top_rows(attribution, _MODULES_IN_HEADLINE, prompt)
-    ]
+    tops = text.top_sites(attribution, _MODULES_IN_HEADLINE, prompt)
+    largest = ", ".join(f"{top.site} {top.value} ({top.share})" for top in tops)
     heading, *notes = attribution_heading(attribution)
     sentences = (
         f"The adapter moves {attribution.readout} by {signed(shift)} {units}.",
         f"The modules' parts, {method}, sum to {signed(total)} {units}, {share} of the shift.",
-        f"The largest are {', '.join(largest)}.",
+        f"The largest are {largest}.",
     )
     split: list[Block] = []
     if attribution.by:

@@ -11,6 +11,7 @@ Nothing here loads plotly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ from lens_lora.show.text import key_text, signed
 def attribution_html(attribution: Attribution) -> str:
     """Write the numbers of `attribution_text` as tables."""
     heading, *notes = attribution_heading(attribution)
-    tables = prompts_table(attribution), modules_table(attribution, SITES_SHOWN)
+    tables = (prompts_table(attribution), modules_table(attribution, SITES_SHOWN))
     return page.rendered("attribution", heading=heading, notes=notes, tables=tables)
 
 
@@ -77,7 +78,7 @@ def _coloured_tokens(tokens: Sequence[str], values: list[float]) -> str:
             remedy="pip install circuitsvis, or use attribution.plot_positions(), which needs "
             "nothing more.",
         ) from error
-    reach = max(map(abs, values), default=0.0) or 1.0
+    reach = max((abs(value) for value in values), default=0.0) or 1.0
     escaped = [str(escape(token)) for token in tokens]
     drawn: Any = circuitsvis_tokens.colored_tokens(
         escaped, values, min_value=-reach, max_value=reach
@@ -193,12 +194,13 @@ def _components(components: Components) -> str:
 
 @drawing.body.register(Remainder)
 def _remainder(remainder: Remainder) -> str:
-    return remainder.to_frame().assign(verdict=list(map(str, remainder.verdict))).to_string()
+    verdicts = [str(verdict) for verdict in remainder.verdict]
+    return remainder.to_frame().assign(verdict=verdicts).to_string()
 
 
 @drawing.body.register(RemainderCurve)
 def _order(curve: RemainderCurve) -> str:
-    orders = (f"{order:.2f}".replace("nan", "—") for order in curve.order.tolist())
+    orders = ["—" if math.isnan(order) else f"{order:.2f}" for order in curve.order.tolist()]
     return f"order {', '.join(orders)}"
 
 

@@ -108,7 +108,7 @@ def _widen(widths: list[int], wanted: Sequence[int], room: int) -> None:
 
 
 def _longest(texts: Iterable[str]) -> int:
-    return max(map(cell_len, texts), default=0)
+    return max((cell_len(written) for written in texts), default=0)
 
 
 def _longest_word(cells: Iterable[str]) -> int:
@@ -200,9 +200,9 @@ def attribution_text(attribution: Attribution) -> str:
     if hidden > 0:
         lines.append(f"  … and {many(hidden, 'more prompt')}")
     lines.append(f"largest{averaged_over(attribution)}, with the share of the shift:")
-    top = text.top_rows(attribution, SITES_SHOWN)
-    width = max(len(site) for site, *_ in top)
-    lines += [f"  {site:{width}}  {value:>7}  {share:>7}" for site, _, value, share in top]
+    largest = text.top_sites(attribution, SITES_SHOWN)
+    width = max(len(top.site) for top in largest)
+    lines += [f"  {top.site:{width}}  {top.value:>7}  {top.share:>7}" for top in largest]
     return "\n".join(lines)
 
 
@@ -218,9 +218,10 @@ def attribution_heading(attribution: Attribution) -> list[str]:
     )
     if read := attribution.meta.get("prompts"):
         heading += f" ({read})"
-    notes = [text.caution_text(attribution)]
+    notes: list[str] = []
     if attribution.quadrature is not None:
-        notes.insert(0, text.quadrature_text(attribution.quadrature))
+        notes.append(text.quadrature_text(attribution.quadrature))
+    notes.append(text.caution_text(attribution))
     return [heading, *filter(None, notes)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from markupsafe import escape
 
@@ -117,7 +117,7 @@ def share_text(share: float) -> str:
 
 def visible(token: str) -> str:
     """A token with its white space and control characters made visible."""
-    shown = "".join(map(_visible_character, token))
+    shown = "".join(_visible_character(character) for character in token)
     return shown or "∅"
 
 
@@ -129,7 +129,11 @@ def _visible_character(character: str) -> str:
 
 def readable(text: str) -> str:
     """Text with control characters made visible, such as those that reverse its direction."""
-    return "".join(c if c.isprintable() else visible(c) for c in text)
+    return "".join(_readable_character(character) for character in text)
+
+
+def _readable_character(character: str) -> str:
+    return character if character.isprintable() else visible(character)
 
 
 def label(text: str) -> str:
@@ -156,9 +160,10 @@ def short_prompt(tokens: Sequence[str]) -> str:
     prompt = PromptTokens.of(tokens)
     said = prompt.said
     if said is None:
-        said = "".join(" " if _is_special(token) else token for token in prompt.asked)
-    printable = "".join(c if c.isprintable() else " " for c in said)
-    one_line = " ".join(printable.split())
+        plain = [" " if _is_special(token) else token for token in prompt.asked]
+        said = "".join(plain)
+    printable = [character if character.isprintable() else " " for character in said]
+    one_line = " ".join("".join(printable).split())
     return _end_of(one_line, _IN_A_HEADING, "… ")
 
 
@@ -350,11 +355,24 @@ def quadrature_text(quadrature: Quadrature) -> str:
     return f"{reached}; {quadrature.note}" if quadrature.note else reached
 
 
-def top_rows(
-    attribution: Attribution, k: int, prompt: int | None = None
-) -> list[tuple[str, str, str, str]]:
-    """(site, module, value, share of the shift) of the k sites of largest |value|."""
+class TopSite(NamedTuple):
+    """A site of large |value|, with its numbers as they are written.
+
+    Attributes:
+        site: its name.
+        value: its value, with the sign.
+        share: its share of the shift.
+    """
+
+    site: str
+    value: str
+    share: str
+
+
+def top_sites(attribution: Attribution, k: int, prompt: int | None = None) -> list[TopSite]:
+    """The k sites of largest |value|, the largest first."""
     top = attribution.top(k, prompt)
-    values = map(signed, top["value"])
-    shares = map(percent, top["share"])
-    return list(zip(top["site"], top["module"], values, shares, strict=True))
+    sites: list[TopSite] = []
+    for site, value, share in zip(top["site"], top["value"], top["share"], strict=True):
+        sites.append(TopSite(site, signed(value), percent(share)))
+    return sites

@@ -308,11 +308,11 @@ def _unconfirmed(a: ReadoutAccount, value: float) -> str:
 def largest_text(attribution: Attribution, a: ReadoutAccount, k: int, prompt: int = 0) -> str:
     """Name the k modules whose first-order parts are largest."""
     modules = many(len(attribution.sites), "module")
-    rows = text.top_rows(attribution, k, prompt)
+    largest = text.top_sites(attribution, k, prompt)
     if not a.has_shift:
-        parts = ", ".join(f"{site} {value}" for site, _, value, _ in rows)
+        parts = ", ".join(f"{top.site} {top.value}" for top in largest)
         return f"Largest first-order parts of {modules}: {parts}."
-    parts = ", ".join(f"{site} {value} ({share})" for site, _, value, share in rows)
+    parts = ", ".join(f"{top.site} {top.value} ({top.share})" for top in largest)
     unsure = _unconfirmed(a, float(attribution.per_site[prompt].abs().max()))
     return (
         f"Largest first-order parts of {modules}, with their share of the shift: {parts}{unsure}."
