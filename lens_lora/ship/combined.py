@@ -36,7 +36,7 @@ from lens_lora.ship.combined_explanations import (
     site_parts,
 )
 from lens_lora.ship.completions import Messages
-from lens_lora.ship.served_measure import ServedTokens, projection, token_log_probs
+from lens_lora.ship.served_measure import ServedTokens, token_log_probs
 from lens_lora.ship.served_rows import ServedRow, neutral_and_own
 
 COMBINED = "the sum of its parts"
@@ -296,27 +296,24 @@ def _on_texts(
     # The combined adapter stands where a server would: ℓ is what it says of each token.
     tokens = ServedTokens(lens_of_sum, _rows_of(lens, texts, progress), progress=progress)
     base = tokens.at(lens_of_sum.gates(0.0))
-    shift = tokens.at(lens_of_sum.gates(1.0)) - base
-    effect = float(shift.norm())
-    if effect == 0:
+    adapted = tokens.at(lens_of_sum.gates(1.0))
+    if adapted.equal(base):
         facts = "the sum of the parts changes none of the texts"
         return _OnTexts(Check(ON_TEXTS, "undecided", facts))
-    c = projection(tokens.served - base, shift)
-    residual = float((tokens.served - base - shift).norm()) / effect
-    floor = float((tokens.rounded(lens.eps) - base - shift).norm()) / effect
+    found = tokens.agreement(base, adapted, lens.eps)
     of_sites = _largest_residual([site for site in sites if site.outcome == "passed"])
-    bound = _GROWTH * (of_sites + floor)
-    root_mean_square = float(shift.square().mean().sqrt())
+    bound = _GROWTH * (of_sites + found.floor)
     measured = (
-        f"c = {c:.3g}, residual {residual:.2g} over {many(len(shift), 'token')}, "
-        f"whose log p the sum moves by {root_mean_square:.2g} nats"
+        f"c = {found.c:.3g}, residual {found.residual:.2g} over {many(len(base), 'token')}, "
+        f"whose log p the sum moves by {found.effect:.2g} nats"
     )
-    outcome: Outcome = "passed" if residual <= bound else "failed"
+    outcome: Outcome = "passed" if found.residual <= bound else "failed"
     if outcome == "passed" and bound >= _HIDDEN:
         outcome = "undecided"
         measured += ": rounding hides it"
-    check = Check(ON_TEXTS, outcome, measured, f"c = 1, residual at most {bound:.1g}", value=c)
-    return _OnTexts(check, c, residual, root_mean_square, len(shift))
+    expected = f"c = 1, residual at most {bound:.1g}"
+    check = Check(ON_TEXTS, outcome, measured, expected, value=found.c)
+    return _OnTexts(check, found.c, found.residual, found.effect, len(base))
 
 
 def _rows_of(

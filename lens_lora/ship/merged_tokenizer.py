@@ -181,7 +181,8 @@ def _other_reading(found: Any, expected: Any) -> Iterator[str]:
 def _first_ids(ids: list[int]) -> str:
     if len(ids) <= _IDS_SHOWN:
         return str(ids)
-    return f"[{', '.join(map(str, ids[:_IDS_SHOWN]))}, …]"
+    first = ", ".join(str(number) for number in ids[:_IDS_SHOWN])
+    return f"[{first}, …]"
 
 
 def _other_parts(found: Any, expected: Any) -> list[str]:

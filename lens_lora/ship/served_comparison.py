@@ -40,11 +40,11 @@ _VISIBLE = 0.2
 # Rounding differs from token to token, so that it moves c less than the residual. What all tokens
 # have in common of it moves c by at most this.
 _COMMON = 0.05
-# A candidate explains a deviation if it leaves at most this part of it (a quarter of its square),
+# A candidate explains a deviation if it leaves at most this part of it (a quarter of its square).
 _LEAVES = 0.5
-# and if the deviation goes this far towards it, where 1 is all the way.
-_NOT_FAR_ENOUGH = 0.75
-_TOO_FAR = 1.25
+# The deviation must also go towards it by a part between these two, where 1 is all the way.
+_NEAR_ENOUGH = 0.75
+_NOT_TOO_FAR = 1.25
 # Rounding decides between two candidates whose residuals differ by less than this factor.
 _EQUALLY_WELL = 1.05
 # No other candidate is tried after one that leaves less of the deviation than this (1 % of its
@@ -124,7 +124,7 @@ class Comparison:
     @property
     def is_explained(self) -> bool:
         """Whether the nearest candidate is what is served, rather than the adapter."""
-        if not self.explanations or not _NOT_FAR_ENOUGH <= self.along_nearest <= _TOO_FAR:
+        if not self.explanations or not _NEAR_ENOUGH <= self.along_nearest <= _NOT_TOO_FAR:
             return False
         left = self.nearest.residual
         if self.residual > self.bound:
@@ -178,23 +178,21 @@ def compared(
     adapted = tokens.at(lens.gates(1.0))
     if adapted.equal(base):
         return Comparison(math.nan, math.nan, math.inf, 0.0, len(base), explanations=(_BASE,))
-    shift = adapted - base
-    effect = float(shift.norm())
-    noise = tokens.rounded(ROUNDING[dtype]) - adapted
+    found = tokens.agreement(base, adapted, ROUNDING[dtype])
     comparison = Comparison(
-        c=projection(tokens.served - base, shift),
-        residual=float((tokens.served - adapted).norm()) / effect,
-        floor=float(noise.norm()) / effect,
-        effect=float(shift.square().mean().sqrt()),
-        tokens=len(shift),
-        spread=SIGMAS * float((noise * shift).norm()) / effect**2,
+        c=found.c,
+        residual=found.residual,
+        floor=found.floor,
+        effect=found.effect,
+        tokens=len(base),
+        spread=SIGMAS * found.spread,
     )
     if comparison.residual <= comparison.floor:
         # No candidate could be told from the adapter.
         return comparison
     search = _Search(tokens, base, adapted)
-    found = search.nearest(list(candidates(tokens, others)), progress)
-    comparison = comparison.explained_by(found)
+    fits = search.nearest(list(candidates(tokens, others)), progress)
+    comparison = comparison.explained_by(fits)
     if comparison.residual <= comparison.bound or comparison.is_explained:
         return comparison
     if dtype in IN_16_BIT:
@@ -202,8 +200,8 @@ def compared(
         comparison = dataclasses.replace(comparison, floor=max(comparison.floor, size))
         if comparison.residual <= comparison.bound:
             return comparison
-    found += search.on_all_texts(rounded(tokens))
-    comparison = comparison.explained_by(found)
+    fits += search.on_all_texts(rounded(tokens))
+    comparison = comparison.explained_by(fits)
     if comparison.is_explained:
         return comparison
     for other in IN_16_BIT:

@@ -62,22 +62,22 @@ def candidates(tokens: ServedTokens, others: Sequence[Adapter]) -> Iterator[Cand
     lens = tokens.lens
     seen = [lens.gates(1.0)]
 
-    def new(
+    def at_new_gates(
         gates_of: Iterable[tuple[str, Float[Tensor, " site"]]],
     ) -> Iterator[Candidate]:
-        """Keep the candidates whose gates no earlier candidate had."""
+        """The candidates at gates that no earlier candidate had."""
         for words, gates in gates_of:
             if any(torch.equal(gates, known) for known in seen):
                 continue
             seen.append(gates)
             yield Candidate(words, functools.partial(_at, gates))
 
-    yield from new(_likely_gates(lens))
+    yield from at_new_gates(_likely_gates(lens))
     for words, adapter in _other_adapters(lens, others):
         yield from _with_adapter(tokens, words, adapter)
     yield from _other_beginnings(tokens)
     yield from _other_templates(tokens)
-    yield from new(_rarer_gates(lens))
+    yield from at_new_gates(_rarer_gates(lens))
 
 
 def _at(gates: Float[Tensor, " site"], tokens: ServedTokens) -> Float[Tensor, " token"]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,6 +33,22 @@ ROUNDING: dict[str, float] = {
     "bfloat16": 2.0**-8,
     "int8": 1 / 254,
 }
+
+
+class Agreement(NamedTuple):
+    """How far what a server told agrees with the adapted model.
+
+    Attributes:
+        c, residual, floor: as above.
+        effect: the root mean square of ℓ₁ − ℓ₀, in nats per token.
+        spread: the standard deviation of c, if rounding is independent from token to token.
+    """
+
+    c: float
+    residual: float
+    floor: float
+    effect: float
+    spread: float
 
 
 class ServedTokens:
@@ -118,6 +135,30 @@ class ServedTokens:
         ids = [row.ids for row in self.rows]
         log_p = token_log_probs(self.lens, self.lens.gates(1.0), ids, noise, self._progress)
         return log_p[self._is_told]
+
+    def agreement(
+        self,
+        base: Float[Tensor, " token"],
+        adapted: Float[Tensor, " token"],
+        relative: float,
+    ) -> Agreement:
+        """Compare what was told with both models. One forward pass.
+
+        Args:
+            base: ℓ₀.
+            adapted: ℓ₁, which differs from ℓ₀ at some token.
+            relative: the relative rounding of the server's dtype, as for `rounded`.
+        """
+        shift = adapted - base
+        length = float(shift.norm())
+        noise = self.rounded(relative) - adapted
+        return Agreement(
+            c=projection(self.served - base, shift),
+            residual=float((self.served - adapted).norm()) / length,
+            floor=float(noise.norm()) / length,
+            effect=float(shift.square().mean().sqrt()),
+            spread=float((noise * shift).norm()) / length**2,
+        )
 
 
 def token_log_probs(
