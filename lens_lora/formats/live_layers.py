@@ -228,8 +228,11 @@ def _layer_state(layer: Any, name: str, bias: str) -> dict[str, Tensor]:
     """One LoRA layer's tensors of this adapter, and its module's bias if that was trained."""
     state: dict[str, Tensor] = {}
     for key, tensor in layer.state_dict().items():
-        if key.startswith("lora_") and key.split(".")[1] == name:
-            state[key] = tensor
+        # Such as lora_A.default.weight.
+        if key.startswith("lora_"):
+            _, adapter_name, *_ = key.split(".")
+            if adapter_name == name:
+                state[key] = tensor
     trained_bias = getattr(layer.get_base_layer(), "bias", None)
     if bias in ("lora_only", "all") and trained_bias is not None:
         state["base_layer.bias"] = trained_bias

@@ -71,7 +71,10 @@ def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: An
 
 
 def _has_hooks(point: Any) -> bool:
-    return point is not None and any(compat.hooks_of(point)[:3])
+    if point is None:
+        return False
+    hooks = compat.hooks_of(point)
+    return bool(hooks.forward or hooks.before or hooks.backward)
 
 
 def replaced_attentions(model: Any) -> list[str]:
@@ -95,13 +98,16 @@ def drop_unused_caps(hf_model: nn.Module) -> None:
 
 def refuse_unused_caps(modules: Iterable[nn.Module]) -> None:
     """Check that a bridge of these modules computes no soft-cap that Hugging Face leaves out."""
-    for attention in _with_unused_cap(modules):
-        raise ModelStateError(
-            f"{type(attention).__name__}.{_CAP} = {getattr(attention, _CAP)}: the "
-            "TransformerBridge caps attention scores by it, and transformers ignores it, so their "
-            "logits differ. Set it to None on the Hugging Face model's attention modules (and in "
-            "its config), or load by ll.load, which does."
-        )
+    with_cap = _with_unused_cap(modules)
+    if not with_cap:
+        return
+    first = with_cap[0]
+    raise ModelStateError(
+        f"{type(first).__name__}.{_CAP} = {getattr(first, _CAP)}: the TransformerBridge caps "
+        "attention scores by it, and transformers ignores it, so their logits differ. Set it to "
+        "None on the Hugging Face model's attention modules (and in its config), or load by "
+        "ll.load, which does."
+    )
 
 
 def _with_unused_cap(modules: Iterable[nn.Module]) -> list[Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,9 +144,14 @@ class _Reader:
         wrapped = unwrapped(module)
         own_name = self._names.get(id(module)) or f"original_model.{path}"
         is_turned = is_conv1d(wrapped) or isinstance(wrapped, nn.Embedding)
-        parts = _parts_of(parent, path.rpartition(".")[2], wrapped, self._layouts)
+        _, _, name_in_parent = path.rpartition(".")
+        parts = _parts_of(parent, name_in_parent, wrapped, self._layouts)
+        is_fused = bool(parts)
+        if not is_fused:
+            no_rows = torch.arange(0)
+            parts = [_Part(module, no_rows)]
         rows: dict[str, Tensor] = {}
-        for part, index in parts or [(module, torch.arange(0))]:
+        for part, index in parts:
             component = self._components.get(id(unwrapped(part)))
             name = within
             if component is not None:
@@ -160,7 +165,7 @@ class _Reader:
             if is_turned:
                 self.turned.add(kind)
         if is_linear(wrapped) or set(rows) <= _ROW_NORMS:
-            if parts:
+            if is_fused:
                 self.places[path] = Place(layer, tuple(rows), "measured", rows)
             else:
                 self.places[path] = Place(layer, tuple(rows), "whole", {})
@@ -191,7 +196,8 @@ def require_own_parameters(model: Any, adapter: Adapter) -> None:
     """
     trained = [key for key, update in adapter.modules.items() if isinstance(update, TrainedModule)]
     names = names_by_path(model) if trained else {}
-    for path in map(module_path, trained):
+    for key in trained:
+        path = module_path(key)
         if path not in names:
             continue
         module = model.get_submodule(names[path])
@@ -219,9 +225,19 @@ def _kind(name: str, linear: Any, heads: Heads, points: Container[str], layer: i
     return kinds.get(name, name)
 
 
-def _parts_of(
-    parent: Any, name: str, linear: nn.Module, layouts: _Layouts
-) -> list[tuple[nn.Module, Tensor]]:
+class _Part(NamedTuple):
+    """A part of a fused projection.
+
+    Attributes:
+        component: computes it in the bridge.
+        rows: its rows in the projection.
+    """
+
+    component: nn.Module
+    rows: Tensor
+
+
+def _parts_of(parent: Any, name: str, linear: nn.Module, layouts: _Layouts) -> list[_Part]:
     """The component and the rows of each part of a projection; empty if it is not taken apart.
 
     `layouts` keeps the rows for the same projection in further layers.
@@ -238,8 +254,8 @@ def _parts_of(
             rows = [part.weight[:, 0].long() for part in split(indexed)]
             layouts[key] = rows if indexed.is_read else []
         if layouts[key]:
-            components = [getattr(parent, part) for part in parts]
-            return list(zip(components, layouts[key], strict=True))
+            pairs = zip(parts, layouts[key], strict=True)
+            return [_Part(getattr(parent, part), rows) for part, rows in pairs]
     return []
 
 

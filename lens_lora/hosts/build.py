@@ -15,6 +15,7 @@ Cost: two short forward passes, and one copy of the weights for HookedTransforme
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -137,7 +138,7 @@ def _usable(own: OwnTokenizer) -> tuple[Any, Callable[[], None]]:
     """A copy of the tokenizer for the host, and a function that restores the copy's fields."""
     tokenizer = own.tokenizer
     if tokenizer is None:
-        return None, lambda: None
+        return None, _nothing_to_restore
     from transformers import PreTrainedTokenizerBase
 
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -156,6 +157,10 @@ def _usable(own: OwnTokenizer) -> tuple[Any, Callable[[], None]]:
             remedy="Pass another one: ll.load(…, tokenizer=AutoTokenizer.from_pretrained(folder)).",
             in_shell="Repair or replace the tokenizer's files in the model's folder.",
         ) from error
+
+
+def _nothing_to_restore() -> None:
+    pass
 
 
 def _begins_text(tokenizer: Any) -> bool:
@@ -188,14 +193,15 @@ def _require_right(kind: Kind, model: Any, expected: Tensor | None, attn: str) -
     remedy = f"Another version of TransformerLens{other} may build it right."
 
     def run(tokens: Tensor) -> Tensor:
-        return require_running(lambda: model(tokens, return_type="logits"), made, remedy)
+        forward = functools.partial(model, tokens, return_type="logits")
+        return require_running(forward, made, remedy)
 
     require_same_logits(
         expected,
         run,
         f"{made} computes other logits than the Hugging Face model",
         remedy,
-        lambda: eps_of(model, _EMBEDDING_OUTPUT[kind]),
+        functools.partial(eps_of, model, _EMBEDDING_OUTPUT[kind]),
     )
 
 

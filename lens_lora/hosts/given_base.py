@@ -165,13 +165,18 @@ def judged(plan: Plan, named: str | None, names: Sequence[str]) -> Verdict:
 def _is_own_copy(named: str, names: Sequence[str]) -> bool:
     """Whether the base is this package's own copy of the named one, rounded differently."""
     is_made_here = any(public_name(name_of(Path(name))) for name in names)
-    return is_made_here and short_name(named) in map(short_name, names)
+    return is_made_here and _is_among(named, names)
+
+
+def _is_among(named: str, names: Sequence[str]) -> bool:
+    """Whether one of these is the name of the same base."""
+    return any(short_name(name) == short_name(named) for name in names)
 
 
 @extensions.note_on_names.provide
 def note_of_names(named: str | None, names: Sequence[str]) -> str:
     """The warning about a base by names alone; '' if the names agree or one is missing."""
-    if named is None or not names or short_name(named) in map(short_name, names):
+    if named is None or not names or _is_among(named, names):
         return ""
     made_from = stated_origin(names[0])
     is_made_from = made_from is not None and short_name(made_from) == short_name(named)
@@ -184,8 +189,14 @@ def note_of_names(named: str | None, names: Sequence[str]) -> str:
 
 def short_name(name: str) -> str:
     """The last part of a hub id or a folder, by which two names are compared."""
+    return _last_part(name).lower()
+
+
+def _last_part(name: str) -> str:
+    """The last part of a hub id or a folder; a snapshot in the hub's cache has that of its id."""
     last = name_of(Path(name))
-    return (public_name(last) or last).rpartition("/")[2].lower()
+    _, _, last_part = (public_name(last) or last).rpartition("/")
+    return last_part
 
 
 def shown_base(name: str) -> str:
@@ -194,10 +205,7 @@ def shown_base(name: str) -> str:
     Args:
         name: the base as an adapter names it.
     """
-    if not Path(name).is_absolute():
-        return name
-    last = name_of(Path(name))
-    return (public_name(last) or last).rpartition("/")[2]
+    return _last_part(name) if Path(name).is_absolute() else name
 
 
 def stated_origin(name: str) -> str | None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -196,11 +196,10 @@ class Probe:
             if path in done:
                 continue
             rank = update.rank if isinstance(update, LoRAFactors) else 1
-            owner_and_name = _parameter_at(reference, names, path)
-            if owner_and_name is not None:
-                module, name = owner_and_name
-                changed = _Changed(module, name.rpartition(".")[2], rank, seed)
-                weights[name] = changed
+            parameter = _parameter_at(reference, names, path)
+            if parameter is not None:
+                changed = _Changed(parameter.owner, parameter.name, rank, seed)
+                weights[parameter.path] = changed
                 self.added[path] = changed
                 continue
             # If a layer of PEFT wraps the module, the module inside the layer is meant.
@@ -216,19 +215,31 @@ class Probe:
             self.logits: Tensor = plain_logits(getattr(reference, "original_model", reference))
 
 
-def _parameter_at(
-    reference: nn.Module, names: Mapping[str, str], path: str
-) -> tuple[nn.Module, str] | None:
-    """The module and the name of its parameter, if the path is that of experts or of a router."""
-    owner, _, parameter = path.rpartition(".")
+class _Parameter(NamedTuple):
+    """A parameter that an adapter names in place of a module.
+
+    Attributes:
+        owner: the module that holds it: a stack of experts, or a router.
+        name: its name there.
+        path: its path in the model that is probed.
+    """
+
+    owner: nn.Module
+    name: str
+    path: str
+
+
+def _parameter_at(reference: nn.Module, names: Mapping[str, str], path: str) -> _Parameter | None:
+    """The parameter of experts or of a router at an adapter's path; None for any other path."""
+    owner, _, name = path.rpartition(".")
     if owner in names:
         module = reference.get_submodule(names[owner])
         if is_experts(module):
-            return module, f"{names[owner]}.{parameter}"
+            return _Parameter(module, name, f"{names[owner]}.{name}")
     if path in names:
         module = reference.get_submodule(names[path])
         if is_router(module):
-            return module, f"{names[path]}.weight"
+            return _Parameter(module, "weight", f"{names[path]}.weight")
     return None
 
 
@@ -314,7 +325,8 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: flo
             expected = expected[rows.to(expected.device)]
         if site.kind != "embed":  # The hook point of an embedding may show a multiple.
             claim = f"{site.name} ({site.module}) writes"
-            _require_near(inject.last[index][0], expected, claim, eps)
+            (written,) = inject.last[index]
+            _require_near(written, expected, claim, eps)
     _require_near(logits, probe.logits, "the logits are", eps)
 
 
@@ -357,7 +369,8 @@ def _require_near(ours: Tensor, expected: Tensor, claim: str, eps: float) -> Non
 def _root_mean_square(module: nn.Module, weight: Tensor) -> float:
     """The root mean square of W's first entries, or of a usual initialisation if W is not here."""
     if quantised_name(module) is not None:
-        return shape_of(module)[1] ** -0.5
+        _, width = shape_of(module)
+        return width**-0.5
     if is_offloaded(module) or weight.is_meta:
         return max(weight.shape) ** -0.5
     return float(weight.detach().flatten()[:_ENTRIES].float().square().mean().sqrt())

@@ -10,10 +10,10 @@ Comparisons are in float64, some rows at a time, so that a large head is never c
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import cast
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -54,7 +54,9 @@ def processing_of(
     if host.base is None and not host.needs_base():
         return Processing(folded=False, centred=host.is_centred(site.kind, weight))
     base = host.required_base(site, norm_path or "value biases")
-    gamma = None if norm_path is None else base.affine(norm_path)[0]
+    gamma = None
+    if norm_path is not None:
+        gamma, _ = base.affine(norm_path)
     inferred = infer_processing(
         site.name,
         weight,
@@ -142,19 +144,19 @@ def infer_processing(
     """
     eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, base.dtype, torch.float32))
     chunks = list(zip(chunks_of(weight), chunks_of(base), strict=True))
-    # What may have been done to the columns: γ folded in, with the input centred or not.
-    reads: list[tuple[Tensor | None, bool]] = [(None, False)]
+    reads = [_Read(gamma=None, is_centred=False)]
     if gamma is not None:
-        reads.append((gamma, False))
+        reads.append(_Read(gamma, is_centred=False))
         if centres_reads:
-            reads.append((gamma, True))
+            reads.append(_Read(gamma, is_centred=True))
     writes = (False, True) if centres_writes else (False,)
-    errors: list[tuple[float, Processing]] = []
-    for (factor, is_read_centred), centred in itertools.product(reads, writes):
-        processed = functools.partial(_as_processed, gamma=factor, centre_read=is_read_centred)
-        error = _largest_error(chunks, processed, centred)
-        errors.append((error, Processing(factor is not None, centred)))
-    error, processing = min(errors, key=lambda pair: pair[0])
+    error = math.inf
+    processing = Processing(folded=False, centred=False)
+    for read, centred in itertools.product(reads, writes):
+        error_of_this = _largest_error(chunks, read, centred=centred)
+        if error_of_this < error:
+            error = error_of_this
+            processing = Processing(folded=read.gamma is not None, centred=centred)
     size = max(largest_entry(base), largest_entry(weight))
     if error > 16 * eps * size:
         raise ModelStateError(
@@ -165,28 +167,41 @@ def infer_processing(
     return processing
 
 
-def _as_processed(
-    rows: Float[Tensor, "some in"], gamma: Float[Tensor, " in"] | None, centre_read: bool
-) -> Float[Tensor, "some in"]:
-    """Rows of the base's weight, with γ folded in and the input centred if this is asked for."""
-    wide = in_float64(rows)
-    if gamma is not None:
-        wide = wide * in_float64(gamma).to(wide.device)
-    if centre_read:
-        wide = wide - wide.mean(1, keepdim=True)
-    return wide
+class _Read(NamedTuple):
+    """What may have been done to the columns of a weight.
+
+    Attributes:
+        gamma: γ of the norm, which was folded in; None if it was not.
+        is_centred: whether the input was centred then.
+    """
+
+    gamma: Float[Tensor, " in"] | None
+    is_centred: bool
+
+    def applied(self, rows: Float[Tensor, "some in"]) -> Float[Tensor, "some in"]:
+        """Rows of the base's weight as they are after this, in float64."""
+        wide = in_float64(rows)
+        if self.gamma is not None:
+            wide = wide * in_float64(self.gamma).to(wide.device)
+        if self.is_centred:
+            wide = wide - wide.mean(1, keepdim=True)
+        return wide
 
 
-def _largest_error(
-    chunks: Sequence[tuple[Tensor, Tensor]], processed: Callable[[Tensor], Tensor], centred: bool
-) -> float:
-    """The largest difference between the model's rows and the base's, processed in one way."""
+def _largest_error(chunks: Sequence[tuple[Tensor, Tensor]], read: _Read, *, centred: bool) -> float:
+    """The largest difference between the model's rows and the base's, processed in one way.
+
+    Args:
+        chunks: some rows of the model's weight, and the same rows of the base's, at a time.
+        read: what was done to the columns.
+        centred: whether the output was centred.
+    """
     mean: Tensor | float = 0.0
     if centred:
-        mean = mean_row(processed(base) for _, base in chunks)
+        mean = mean_row(read.applied(base) for _, base in chunks)
     largest = 0.0
     for weight, base in chunks:
         wide = in_float64(weight)
-        expected = (processed(base) - mean).to(wide.device)
+        expected = (read.applied(base) - mean).to(wide.device)
         largest = max(largest, float((wide - expected).abs().max()))
     return largest

@@ -42,7 +42,7 @@ Other things that an architecture may need are handled elsewhere:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -116,7 +116,12 @@ def modules_that_are_absent(hf_model: PreTrainedModel) -> Mend:
     place of its rotary embedding. Both call the module if it is not None.
     """
     absent = absent_modules(hf_model)
-    return lambda bridge: leave_absent(absent)
+
+    def mend(bridge: Any) -> None:
+        del bridge  # The components are in the model's own modules.
+        leave_absent(absent)
+
+    return mend
 
 
 @quirk
@@ -136,24 +141,31 @@ def tables_of_codegen(hf_model: PreTrainedModel) -> Mend:
 # --- Modules that a model does without
 
 
-def absent_modules(hf_model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The places where a model has None for a module, as (module, name).
+class Absent(NamedTuple):
+    """A place where a model has None for a module: the name that an owner has for it."""
+
+    owner: nn.Module
+    name: str
+
+
+def absent_modules(hf_model: nn.Module) -> list[Absent]:
+    """The places where a model has None for a module.
 
     An OPT that normalises after each branch has None in place of a last norm, and Granite hybrid in
     place of its rotary embedding.
     """
-    absent: list[tuple[nn.Module, str]] = []
+    absent: list[Absent] = []
     for module in hf_model.modules():
         members = {**vars(module), **modules_in(module)}
-        absent += [(module, name) for name, member in members.items() if member is None]
+        absent += [Absent(module, name) for name, member in members.items() if member is None]
     return absent
 
 
-def leave_absent(absent: Sequence[tuple[nn.Module, str]]) -> None:
+def leave_absent(absent: Sequence[Absent]) -> None:
     """Put None back where a bridge has put a component that wraps nothing.
 
     The model calls the module if it is not None, and such a component raises an error when called.
     """
-    for module, name in absent:
-        if wraps_nothing(getattr(module, name, None)):
-            setattr(module, name, None)
+    for place in absent:
+        if wraps_nothing(getattr(place.owner, place.name, None)):
+            setattr(place.owner, place.name, None)

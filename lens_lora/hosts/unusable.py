@@ -33,7 +33,7 @@ def refuse_unusable_weights(model: nn.Module, modules: Mapping[nn.Module, str]) 
 def refuse_unusable_bridge(model: Any, modules: Mapping[nn.Module, str]) -> None:
     """Refuse a TransformerBridge that computes another function than its Hugging Face model."""
     refuse_unused_caps(modules)
-    if any(map(compat.wraps_nothing, modules)):
+    if any(compat.wraps_nothing(module) for module in modules):
         refuse_empty_components(model)
     refuse_without_float64(modules)
 

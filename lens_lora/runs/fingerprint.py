@@ -328,7 +328,9 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
                 by_place[of_class, attribute].append(value)
             elif callable(value):
                 by_place[of_class, attribute].append(json.dumps(_plain(value, [])))
-    by_name = {f"modules {place[0]}.{place[1]}": values for place, values in by_place.items()}
+    by_name: dict[str, list[Any]] = {}
+    for (of_class, attribute), values in by_place.items():
+        by_name[f"modules {of_class}.{attribute}"] = values
     return {name: _summary(values) for name, values in sorted(by_name.items())}
 
 
@@ -381,7 +383,8 @@ class _ModuleThen:
         self._children = list(compat.modules_in(module).items())
         self._names = list(vars(module))
         self._attributes = _public_attributes(module)
-        self._may_change_within = any(map(_may_change_within, self._attributes.values()))
+        values = self._attributes.values()
+        self._may_change_within = any(_may_change_within(value) for value in values)
 
     def is_same(self) -> bool:
         """Whether the module's settings are certainly the same as then."""
@@ -422,7 +425,7 @@ def _has_own_hook(module: nn.Module) -> bool:
 
 def _summary(values: Sequence[Any]) -> Any:
     """The value that all modules of a class share, or the first three values and a hash of all."""
-    distinct = list(dict.fromkeys(map(repr, values)))
+    distinct = list(dict.fromkeys(repr(value) for value in values))
     if len(distinct) == 1:
         return _as_field(values[0])
     examples = ", ".join(distinct[:3])
@@ -470,8 +473,8 @@ def _hooks(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _functions_of_hooks(module: nn.Module) -> Iterator[Any]:
     """The function of each hook on a module, except hooks that a library added by itself."""
-    # The fifth dictionary says which of the hooks take keyword arguments.
-    for registered in compat.hooks_of(module)[:4]:
+    hooks = compat.hooks_of(module)
+    for registered in (hooks.forward, hooks.before, hooks.backward, hooks.before_backward):
         for hook in registered.values():
             function = compat.hook_function(hook)
             if function is not None:
