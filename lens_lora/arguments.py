@@ -108,7 +108,7 @@ def word(name: str, value: object, known: Iterable[str]) -> str:
     choices = list(known)
     if isinstance(value, str) and value in choices:
         return value
-    *others, last = map(repr, choices)
+    *others, last = [repr(choice) for choice in choices]
     expected = f"{', '.join(others)} or {last}" if others else last
     meant = meant_choice(name, value, choices)
     raise ArgumentError(f"{setting(name, value)}: expected {expected}.{meant}")
@@ -182,7 +182,9 @@ def _are_messages(value: object) -> bool:
     """Whether this is a message, messages, conversations, or a record that holds `messages`."""
     if isinstance(value, Mapping):
         return {"role", "content"} <= value.keys() or _are_messages(value.get("messages"))
-    return isinstance(value, list | tuple) and bool(value) and all(map(_are_messages, value))
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(_are_messages(item) for item in value)
 
 
 def one_per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import shlex
 import traceback
 import warnings
@@ -197,14 +196,14 @@ class LensLoraError(_Message):
     def _render_traceback_(self) -> list[str]:
         """Give IPython the caller's own lines and the message to show."""
         package = str(Path(__file__).parent)
-        frames = itertools.takewhile(
-            lambda frame: not frame.filename.startswith(package),
-            traceback.extract_tb(self.__traceback__),
-        )
         # The frames of IPython itself, and of decorators, lie in these folders.
         installed = {"site-packages", "dist-packages"}
-        callers = [frame for frame in frames if not installed & {*Path(frame.filename).parts}]
-        lines = [f"---> {frame.lineno} {frame.line}" for frame in callers]
+        lines: list[str] = []
+        for frame in traceback.extract_tb(self.__traceback__):
+            if frame.filename.startswith(package):
+                break
+            if installed.isdisjoint(Path(frame.filename).parts):
+                lines.append(f"---> {frame.lineno} {frame.line}")
         return [*lines, "", f"{type(self).__name__}: {self}"]
 
 

@@ -145,7 +145,9 @@ class Family:
             return f"{self.layer.format(l=layer)}.{self.ln1}"
         if kind in ("gate", "up", "fc_in"):
             return f"{self.layer.format(l=layer)}.{self.ln2}"
-        return self.ln_final if kind == "unembed" else None
+        if kind == "unembed":
+            return self.ln_final
+        return None
 
     def norm_behind(self, kind: str) -> str | None:
         """The kind of norm between the output of such a module and the residual stream."""
@@ -212,7 +214,12 @@ _Linears = dict[str, tuple[str, ...]]
 
 
 def _split_attention(prefix: str, out: str) -> _Linears:
-    return {**{f"{prefix}.{kind}_proj": (kind,) for kind in ("q", "k", "v")}, out: ("o",)}
+    return {
+        f"{prefix}.q_proj": ("q",),
+        f"{prefix}.k_proj": ("k",),
+        f"{prefix}.v_proj": ("v",),
+        out: ("o",),
+    }
 
 
 def _fused_attention(qkv: str, out: str) -> _Linears:

@@ -731,13 +731,14 @@ def _says_more(name: str, slips: Sequence[str]) -> bool:
     `patch_sites`. It also does if it is a term of the field, and one of them is that term with a
     further word: `attribution` is not a misspelt `path_attribution`.
     """
-    of_slips = [words_in(each) for each in slips]
+    words_of_slips = [set(words_in(slip)) for slip in slips]
     words = words_in(name)
-    others = [word for word in words if not any(word in those for those in of_slips)]
+    every_word_of_slips = set[str]().union(*words_of_slips)
+    others = [word for word in words if word not in every_word_of_slips]
     if others:
         return meaning("_".join(others)) is not None or _is_a_term(name)
-    has_further_words = any(set(words) < set(those) for those in of_slips)
-    return has_further_words and _is_a_term(name)
+    is_a_part_of_one = any(set(words) < words_of_slip for words_of_slip in words_of_slips)
+    return is_a_part_of_one and _is_a_term(name)
 
 
 def _is_a_term(name: str) -> bool:
@@ -826,23 +827,33 @@ def require_fitting(
     except TypeError as cause:
         parameters = list(signature.parameters)
         unknown = [key for key in kwargs if key not in parameters]
-        remedy = ""
         if unknown:
             fact = f"{name} takes no {unknown[0]}="
             not_given = [key for key in parameters if key not in kwargs]
             remedy = _meant_keyword(unknown[0], not_given)
         else:
             fact = f"{name}: {cause}"
-            if "'readout'" in fact:
-                remedy = _as_sentence(_ANSWER)
-            elif "'pre'" in fact:
-                remedy = _as_sentence(_TWO_ANSWERS)
-            elif "'group'" in fact:
-                remedy = _as_sentence(_GROUP)
-            elif name == "load" and "'model'" in fact:
-                remedy = _as_sentence(_LOADING)
+            remedy = _example_of_missing(name, str(cause))
         takes = f"The call is {name}{_shown(signature)}."
         raise CallError(f"{fact}.", remedy=f"{remedy}{takes}") from None
+
+
+def _example_of_missing(name: str, cause: str) -> str:
+    """Write a sentence with an example of a missing argument; '' if none is known.
+
+    Args:
+        name: the name of the function.
+        cause: Python's own words, which have the names of missing arguments in quotes.
+    """
+    if "'readout'" in cause:
+        return _as_sentence(_ANSWER)
+    if "'pre'" in cause:
+        return _as_sentence(_TWO_ANSWERS)
+    if "'group'" in cause:
+        return _as_sentence(_GROUP)
+    if name == "load" and "'model'" in cause:
+        return _as_sentence(_LOADING)
+    return ""
 
 
 def meant_parameters(keyword: str) -> Sequence[str]:
@@ -960,7 +971,7 @@ def refuse_kinds_of_figure(plot: Callable[..., Any]) -> None:
 
 def _as_sentence(remedy: str) -> str:
     """End the remedy with a full stop and a space, and capitalise it unless it begins with code."""
-    first_word = remedy.split()[0]
+    first_word, *_ = remedy.split()
     is_code = not first_word.rstrip(",:").isalpha()
     return f"{remedy}. " if is_code else f"{remedy[0].upper()}{remedy[1:]}. "
 

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -73,15 +73,12 @@ def load_base(name: str, how: Placement | None = None, *, of_adapter: bool = Fal
         moved(torch.empty(0), how.device)
     _require_decoder(name, of_adapter=of_adapter)
     options = _options(how)
-    remedy = ""
-    in_shell = ""
+    remedy = _NO_REMEDY
     if of_adapter and not Path(name).exists():
-        remedy, in_shell = _to_fetch(name)
-    fact = f"{name}: transformers cannot load its weights"
-    with _read_by_transformers(name, fact, remedy, in_shell):
+        remedy = _to_fetch(name)
+    with _read_by_transformers(name, f"{name}: transformers cannot load its weights", remedy):
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=of_adapter, **options)
-    fact = f"{name}: transformers cannot load its tokenizer"
-    with _read_by_transformers(name, fact, remedy, in_shell):
+    with _read_by_transformers(name, f"{name}: transformers cannot load its tokenizer", remedy):
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=of_adapter, **_NO_CODE)
     device = None if "device_map" in options else how.device
     return moved(model.eval(), device), tokenizer
@@ -97,19 +94,20 @@ def _require_decoder(name: str, *, of_adapter: bool) -> None:
             remedy="Pass the folder or the hub id of the base alone.",
             in_shell="Name the base alone with --model.",
         )
-    remedy = ""
-    in_shell = ""
-    if of_adapter:
-        remedy = "The adapter names it as its base; pass another as the first argument."
-        in_shell = "The adapter names it as its base; name another with --model."
     fact = (
         f"{name}: neither a folder nor a reachable hub id of a causal language model that "
         "transformers can read"
     )
+    remedy = _NO_REMEDY
+    if of_adapter:
+        remedy = _Remedy(
+            "The adapter names it as its base; pass another as the first argument.",
+            in_shell="The adapter names it as its base; name another with --model.",
+        )
     if of_adapter and is_hub_id(name):
         fact = f"{name}: not on this machine, and no base is fetched that you have not named"
-        remedy, in_shell = _to_fetch(name)
-    with _read_by_transformers(name, fact, remedy, in_shell):
+        remedy = _to_fetch(name)
+    with _read_by_transformers(name, fact, remedy):
         config = config_of(name, fetches=not of_adapter)
         has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
@@ -148,19 +146,27 @@ def is_hub_id(name: str) -> bool:
     return not Path(name).exists()
 
 
-def _to_fetch(name: str) -> tuple[str, str]:
-    """Say how to fetch a base that only the adapter names: in Python, and in the shell."""
+class _Remedy(NamedTuple):
+    """What to do about an error, in Python and at the command line; '' if nothing can be done."""
+
+    in_python: str
+    in_shell: str
+
+
+_NO_REMEDY = _Remedy("", "")
+
+
+def _to_fetch(name: str) -> _Remedy:
+    """Say how to fetch a base that only the adapter names."""
     fact = "The adapter names it as its base"
-    return (
+    return _Remedy(
         f"{fact}; to fetch it, pass it: ll.load({name!r}, adapter).",
-        f"{fact}; to fetch it, name it: --model {name}.",
+        in_shell=f"{fact}; to fetch it, name it: --model {name}.",
     )
 
 
 @contextlib.contextmanager
-def _read_by_transformers(
-    name: str, fact: str, remedy: str = "", in_shell: str = ""
-) -> Generator[None]:
+def _read_by_transformers(name: str, fact: str, remedy: _Remedy) -> Generator[None]:
     """Within the block, what transformers refuses becomes an error of ours.
 
     Errors of the system (a full disk, no permission) and a lack of memory stay what they are.
@@ -168,7 +174,7 @@ def _read_by_transformers(
     Args:
         name: the model.
         fact: what could not be read; the words of transformers are put after it.
-        remedy, in_shell: what to do about it, in Python and at the command line.
+        remedy: what to do about it.
     """
     try:
         yield
@@ -182,7 +188,9 @@ def _read_by_transformers(
                 "trust_remote_code=True).",
                 in_shell="If you trust it, load it in Python.",
             ) from error
-        raise ModelStateError(f"{fact} ({error}).", remedy=remedy, in_shell=in_shell) from error
+        raise ModelStateError(
+            f"{fact} ({error}).", remedy=remedy.in_python, in_shell=remedy.in_shell
+        ) from error
 
 
 def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | None = None) -> Any:
@@ -194,7 +202,7 @@ def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | No
     except (RuntimeError, AssertionError, ValueError) as error:
         # The first two errors are raised by torch, the last by transformers.
         wanted = " and ".join(repr(str(item)) for item in (device, dtype) if item is not None)
-        cause = str(error).splitlines()[0]
+        cause, *_ = str(error).splitlines()
         raise ModelStateError(f"{wanted} cannot be used: {cause}") from error
 
 
@@ -310,9 +318,11 @@ def load(
     def loaded(named: str | None) -> Base:
         return _base(model, named, how, tokenizer)
 
-    adapter = load_adapter(
-        adapter, base=lambda named: loaded(named)[0], revision=revision, subfolder=subfolder
-    )
+    def base_for(named: str | None) -> nn.Module:
+        base, _ = loaded(named)
+        return base
+
+    adapter = load_adapter(adapter, base=base_for, revision=revision, subfolder=subfolder)
     base, base_tokenizer = loaded(adapter.base_model)
     if tokenizer is None:
         own = tokenizer_beside(adapter, base, base_tokenizer)

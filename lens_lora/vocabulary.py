@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -670,8 +671,28 @@ _FILLERS = (
 )
 # The endings that are dropped from a word, the longest first, if at least `_STEM` letters are left.
 _ENDINGS = (
-    *("ances", "ance", "ants", "ant", "ences", "ence", "ents", "ent", "ions", "ion"),
-    *("ings", "ing", "ied", "ies", "ery", "ed", "es", "ers", "er", "s", "e", "y"),
+    "ances",
+    "ance",
+    "ants",
+    "ant",
+    "ences",
+    "ence",
+    "ents",
+    "ent",
+    "ions",
+    "ion",
+    "ings",
+    "ing",
+    "ied",
+    "ies",
+    "ery",
+    "ed",
+    "es",
+    "ers",
+    "er",
+    "s",
+    "e",
+    "y",
 )
 _STEM = 4
 
@@ -700,34 +721,46 @@ def meaning(name: str) -> Meaning | None:
     found = _longest_term(stems)
     if found is None:
         return None
-    notion, term = found
     fillers = {_stem(word) for word in _FILLERS.split()}
-    others = stems - term - fillers
+    others = stems - found.stems - fillers
     unknown = others - _known_stems()
-    if len(unknown) > len(term) or (unknown and notion.is_generic):
+    if len(unknown) > len(found.stems) or (unknown and found.notion.is_generic):
         return None
-    return Meaning(notion, is_sure=not others)
+    return Meaning(found.notion, is_sure=not others)
 
 
-def _longest_term(stems: set[str]) -> tuple[Notion, frozenset[str]] | None:
-    """Return the row with the longest term whose words are all among these, and the term."""
-    candidates = [(notion, term) for notion, terms in _terms() for term in terms if term <= stems]
+class _Term(NamedTuple):
+    """One of the terms of a notion.
+
+    Attributes:
+        notion: the notion.
+        stems: the words of the term, without their endings.
+    """
+
+    notion: Notion
+    stems: frozenset[str]
+
+
+def _longest_term(stems: set[str]) -> _Term | None:
+    """Find the longest term whose words are all among these; None if there is none."""
+    candidates = [term for term in _terms() if term.stems <= stems]
     # Among equals, max returns the first.
     return max(candidates, key=_precedence, default=None)
 
 
-def _precedence(candidate: tuple[Notion, frozenset[str]]) -> tuple[int, bool]:
-    notion, term = candidate
-    return len(term), not notion.is_generic
+def _precedence(term: _Term) -> tuple[int, bool]:
+    return len(term.stems), not term.notion.is_generic
 
 
 @functools.cache
-def _terms() -> list[tuple[Notion, list[frozenset[str]]]]:
-    """List each row with the words of its terms, without their endings."""
-    return [
-        (notion, [frozenset(map(_stem, term.split())) for term in _split(notion.terms)])
-        for notion in VOCABULARY
-    ]
+def _terms() -> list[_Term]:
+    """List the terms of all rows, in order."""
+    terms: list[_Term] = []
+    for notion in VOCABULARY:
+        for term in _split(notion.terms):
+            stems = frozenset(_stem(word) for word in term.split())
+            terms.append(_Term(notion, stems))
+    return terms
 
 
 @functools.cache
@@ -742,7 +775,7 @@ def _by_whole() -> dict[str, Notion]:
 
 @functools.cache
 def _known_stems() -> frozenset[str]:
-    return frozenset(stem for _, terms in _terms() for term in terms for stem in term)
+    return frozenset[str]().union(*(term.stems for term in _terms()))
 
 
 def _split(terms: str) -> list[str]:
