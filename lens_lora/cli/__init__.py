@@ -61,9 +61,23 @@ def main(version: Annotated[bool | None, _VERSION] = False) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+# In the order in which `lens-lora --help` lists them.
 _COMMANDS = (
-    *(demo, explain, diff, audit, inspect, compare, checkpoints, repair, verify, forms, card),
-    *(sweep, scan, gather, plan),
+    demo,
+    explain,
+    diff,
+    audit,
+    inspect,
+    compare,
+    checkpoints,
+    repair,
+    verify,
+    forms,
+    card,
+    sweep,
+    scan,
+    gather,
+    plan,
 )
 for _command in _COMMANDS:
     _wrapped = one_line_errors(_command)(_command)

@@ -112,31 +112,42 @@ def compare(
             comparison = ll.compare_adapters(lens, second, lines, draws=nulls, progress=not quiet)
         if json is not None:
             files.write_json(json, [comparison])
-        one, two = comparison.names
-        shared = many(len(comparison.sites), "site")
-        story = [f"{one} and {two} both change {shared}."]
-        cosine = comparison.summary().loc["cosine of ΔW"]
-        likeness = f"Their changes of weights have a cosine of {_cosine_text(cosine['value'])}"
-        if nulls:
-            # It is rounded up, since for random directions it may be 0.0001.
-            largest = _cosine_text(math.ceil(100 * cosine.iloc[-1]) / 100)
-            likeness += f"; of adapters in random directions it is at most {largest}"
-        story.append(f"{likeness} (1 is the same change, 0 nothing in common).")
-        for sites, name in zip(comparison.only, comparison.names, strict=True):
-            if sites:
-                story.append(f"{name} alone changes {len(sites)} more.")
-        if comparison.note:
-            story.append(comparison.note)
         Console().print(comparison_table(comparison))
-        running.tell(" ".join(story))
+        running.tell(_comparison_story(comparison, nulls))
         if json is not None:
             running.say(f"\nJSON: {json.absolute()}")
+
+
+def _comparison_story(comparison: ll.results.AdapterComparison, nulls: int) -> str:
+    """Write what two adapters have in common, and what each changes alone.
+
+    Args:
+        comparison: the comparison of both.
+        nulls: how many adapters in random directions they were compared with.
+    """
+    one, two = comparison.names
+    shared = many(len(comparison.sites), "site")
+    story = [f"{one} and {two} both change {shared}."]
+    cosine = comparison.summary().loc["cosine of ΔW"]
+    likeness = f"Their changes of weights have a cosine of {_cosine_text(cosine['value'])}"
+    if nulls:
+        # It is rounded up, since for random directions it may be 0.0001.
+        largest = _cosine_text(math.ceil(100 * cosine.iloc[-1]) / 100)
+        likeness += f"; of adapters in random directions it is at most {largest}"
+    story.append(f"{likeness} (1 is the same change, 0 nothing in common).")
+    for sites, name in zip(comparison.only, comparison.names, strict=True):
+        if sites:
+            story.append(f"{name} alone changes {len(sites)} more.")
+    if comparison.note:
+        story.append(comparison.note)
+    return " ".join(story)
 
 
 def _cosine_text(cosine: float) -> str:
     """Write a cosine with two decimals and a true minus sign, but without one before zero."""
     rounded = round(cosine, 2)
-    return ("−" if rounded < 0 else "") + f"{abs(rounded):.2f}"
+    sign = "−" if rounded < 0 else ""
+    return f"{sign}{abs(rounded):.2f}"
 
 
 @options.with_options

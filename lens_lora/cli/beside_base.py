@@ -14,6 +14,7 @@ from lens_lora.formats.folders import stated_base
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedModel
 
     from lens_lora.cli.running import Loaded
     from lens_lora.core import Adapter, LoraLens
@@ -70,7 +71,10 @@ def read_given(folder: Path, base: options.ModelOptions, progress: Console) -> G
 
     notes: list[LensLoraWarning] = []
     with heard_by(notes.append):
-        adapter = load_adapter(folder, base=None if loaded is None else loaded[0])
+        hf_model = None
+        if loaded is not None:
+            hf_model, _ = loaded
+        adapter = load_adapter(folder, base=hf_model)
     if loaded is not None:
         _resize(loaded, adapter)
     return Given(adapter, [str(note) for note in notes], loaded, why_no_base)
@@ -84,16 +88,19 @@ def _resize(loaded: Loaded, adapter: Adapter) -> None:
     """
     from lens_lora.formats.tokenizers import rows_brought
 
-    base: Any = loaded[0]
+    base: Any
+    base, tokenizer = loaded
     paths = {id(module): name for name, module in base.named_modules()}
     embedding = base.get_input_embeddings()
     head = base.get_output_embeddings()
     rows = rows_brought(adapter.modules, paths.get(id(embedding)))
     known = len(embedding.weight)
-    is_tied = head is None or head.weight is embedding.weight
-    if rows <= known or not (is_tied or rows_brought(adapter.modules, paths[id(head)]) == rows):
+    if rows <= known:
         return
-    if not _extends(adapter, loaded[1]):
+    is_tied = head is None or head.weight is embedding.weight
+    if not is_tied and rows_brought(adapter.modules, paths[id(head)]) != rows:
+        return
+    if not _extends(adapter, tokenizer):
         return
     with running.quiet_libraries():
         base.resize_token_embeddings(rows, mean_resizing=False)
@@ -178,7 +185,9 @@ def verification_of(
     from lens_lora.ship.expectations import Expectation
     from lens_lora.ship.verify import verify
 
-    base = given.why_no_base if given.loaded is None else given.loaded[0]
+    base: PreTrainedModel | str = given.why_no_base
+    if given.loaded is not None:
+        base, _ = given.loaded
     with running.quiet_libraries():
         return verify(
             given.adapter,

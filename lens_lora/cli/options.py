@@ -87,7 +87,8 @@ _VALUES = {str: "TEXT", int: "NUMBER", float: "NUMBER", bool: ""}
 def _name_value(annotation: Any) -> None:
     """Let help name the value of an option in one word, unless the option names it itself."""
     for about in _about(annotation):
-        types = [kind for kind in _types_in(get_args(annotation)[0]) if kind is not type(None)]
+        type_of_value, *_ = get_args(annotation)
+        types = [kind for kind in _types_in(type_of_value) if kind is not type(None)]
         if about.metavar is not None or len(types) != 1:
             continue
         (kind,) = types
@@ -102,7 +103,10 @@ def _types_in(annotation: Any) -> list[Any]:
     parts = get_args(annotation)
     if get_origin(annotation) is Literal or not parts:
         return [annotation]
-    return [kind for part in parts for kind in _types_in(part)]
+    types: list[Any] = []
+    for part in parts:
+        types += _types_in(part)
+    return types
 
 
 # Arguments in Python whose parameter in a command has another name.
@@ -131,7 +135,9 @@ def _written(name: str, parameter: inspect.Parameter) -> str:
             names = [str(text) for text in (about.default, *(about.param_decls or ()))]
             declared = [text for text in names if text.startswith("--")]
             if declared:
-                return declared[0].partition("/")[0]
+                # The first of "--bos/--no-bos".
+                first, _, _ = declared[0].partition("/")
+                return first
     return usual
 
 

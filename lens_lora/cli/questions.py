@@ -96,8 +96,8 @@ class Questions:
 
     def _from_options(self) -> list[Prompt]:
         prompts: list[Prompt] = list(self.prompt or [])
-        for said in self.chat or []:
-            prompts.append(_conversation(said, self.system))
+        if self.chat is not None:
+            prompts += [_conversation(said, self.system) for said in self.chat]
         return prompts
 
     def _no_prompt(self) -> typer.BadParameter:

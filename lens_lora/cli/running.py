@@ -70,17 +70,21 @@ def lens_for(
     from lens_lora.directions.spectra import lacking
     from lens_lora.loading import base_beside, tokenizer_beside
 
+    def base_for(named: str | None) -> PreTrainedModel:
+        hf_model, _ = model_for(named)
+        return hf_model
+
     if isinstance(adapter, Path):
-        adapter = load_adapter(adapter, base=lambda named: model_for(named)[0])
-    pair = model_for(adapter.base_model)
+        adapter = load_adapter(adapter, base=base_for)
+    hf_model, tokenizer = model_for(adapter.base_model)
     with step("Building the hooked model", progress):
-        own = tokenizer_beside(adapter, *pair)
-        hooked, class_name = hooked_by(base, pair[0], own)
+        own = tokenizer_beside(adapter, hf_model, tokenizer)
+        hooked, class_name = hooked_by(base, hf_model, own)
         absent = lacking(adapter, hooked) if leaves_out else ()
         if 0 < len(absent) < len(adapter):
             adapter = adapter.without_modules(*absent)
-    hf_model = base_beside(class_name, pair[0], adapter)
-    lens = ll.LoraLens(hooked, adapter, hf_model=hf_model, prepend_bos=base.prepend_bos)
+    beside = base_beside(class_name, hf_model, adapter)
+    lens = ll.LoraLens(hooked, adapter, hf_model=beside, prepend_bos=base.prepend_bos)
     return lens.within(base.max_memory)
 
 
@@ -99,10 +103,11 @@ def lens_of(base: ModelOptions, folder: Path, tuned: TunedModel, progress: Conso
 
     base = base.placed("cpu")
     loaded = load_model_of(None, progress, base)
+    before, _ = loaded
     with step(f"Loading {folder}", progress):
         after, _ = load_base(str(folder), base)
     with step("Comparing the weights of both", progress):
-        change = ll.Adapter.between(loaded[0], after, name=folder.name, progress=False)
+        change = ll.Adapter.between(before, after, name=folder.name, progress=False)
     return lens_for(base, change, progress, loaded=loaded)
 
 
@@ -170,7 +175,7 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
         f"{transformer_lens_version()}, {about['dtype']}"
     ]
     distinct_ranks = sorted({site.rank for site in lens.sites})
-    ranks = ", ".join(map(str, distinct_ranks))
+    ranks = ", ".join(str(rank_of_site) for rank_of_site in distinct_ranks)
     base = f", trained on {shown_base(adapter.base_model)}" if adapter.base_model else ""
     facts.append(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
     if lens.reads_strings:
@@ -195,7 +200,7 @@ def say_in_words(fact: str) -> None:
 
     Elsewhere it stays on one line, for programs that read it.
     """
-    label = fact.partition(":")[0]
+    label, _, _ = fact.partition(":")
     for line in _between_words(fact, Console(), " " * max(9, len(label) + 2)):
         say(line)
 
@@ -257,7 +262,12 @@ def at_work(
         from lens_lora.loading import moved
 
         moved(torch.empty(0), base.device)
-    with _moving(lambda: [bar.refresh() for bar in open_bars()]):
+
+    def refresh_bars() -> None:
+        for bar in open_bars():
+            bar.refresh()
+
+    with _moving(refresh_bars):
         yield progress
     progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
 
@@ -275,7 +285,7 @@ def _note_on_spaces(question: Question) -> str | None:
     prompt = question.prompt
     given = (question.doc, question.pre, question.response)
     answers = [answer for answer in given if answer is not None]
-    quoted = " and ".join(map(repr, answers))
+    quoted = " and ".join(repr(answer) for answer in answers)
     if not isinstance(prompt, str):
         # An answer that begins the assistant's turn needs no space.
         if any(answer.startswith(" ") for answer in answers):
@@ -379,9 +389,9 @@ def _one_line_errors() -> Generator[None]:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        fact = str(error).split(". ")[0]
+        first_sentence, *_ = str(error).split(". ")
         remedy = "Use --max-memory, shorter prompts, or --device cpu."
-        _print_error(f"{fact}. {remedy}")
+        _print_error(f"{first_sentence}. {remedy}")
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         if rank() == 0:

@@ -337,10 +337,11 @@ def scan(
         running.warn_of_spaces(questions)
         processes = launched()
         loaded = running.load_model_of(named, progress, base.placed(processes.device))
+        hf_model, _ = loaded
         tokenizer = _tokenizer_for(folders, loaded)
         with running.step("Building the hooked model", progress):
-            model, class_name = running.hooked_by(base, loaded[0], tokenizer)
-        beside = loaded[0] if class_name == "HookedTransformer" else None
+            model, class_name = running.hooked_by(base, hf_model, tokenizer)
+        beside = hf_model if class_name == "HookedTransformer" else None
         prompts, readout = running.margin_of(model, questions, base.prepend_bos)
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
         with running.quiet_libraries(), running.told_if_interrupted(lambda: kept):

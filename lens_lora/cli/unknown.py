@@ -82,7 +82,8 @@ class GuessingCommand(TyperCommand):
             message: typer's message, which ends with the arguments in brackets.
         """
         names = {str(each.name) for each in self.params}
-        extra = message.partition(" (")[2].rstrip(").")
+        _, _, in_brackets = message.partition(" (")
+        extra = in_brackets.rstrip(").")
         is_of_file = Path(extra).suffix in _OF_PROMPTS
         if is_of_file and "prompts" in names:
             return ". A file of prompts is given as --prompts FILE."
@@ -110,8 +111,10 @@ class GuessingCommand(TyperCommand):
             return _ON_TEXTS
         if keyword in ("verbose", "debug") and "quiet" in written:
             return _SAID_ANYWAY
-        meant_notion = meaning(keyword)
-        return f"{meant_notion.notion.shell}." if meant_notion and meant_notion.notion.shell else ""
+        found = meaning(keyword)
+        if found is None or not found.notion.shell:
+            return ""
+        return f"{found.notion.shell}."
 
 
 def _written(parameter: Any) -> str:

@@ -209,7 +209,8 @@ class WrittenCard:
         lines = card_checks(self._card, today, missing)
         checks = [*verification.checks, *self._checks, *lines]
         passed = [check for check in lines if check.outcome == "passed"]
-        others = [check for check in checks if not any(check is line for line in passed)]
+        not_passed = [check for check in lines if check.outcome != "passed"]
+        others = [*verification.checks, *self._checks, *not_passed]
         holding = _held(passed)
         self.brief = dataclasses.replace(verification, checks=(*others, holding))
         return dataclasses.replace(verification, checks=tuple(checks))
