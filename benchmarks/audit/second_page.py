@@ -56,7 +56,7 @@ BASE = ROWS / "base.json"
 THIRD = HERE / "third"
 THIRD_BASE = THIRD / "base.json"
 # Editions of which each quirk has a line: as it ran, and by the rules of today.
-LATER = ("fourth", "fifth", "sixth")
+LATER = ("fourth", "fifth", "sixth", "seventh")
 # Controls that were trained after the rules were frozen.
 FROZEN = HERE / "frozen"
 # How the names of controls begin.
@@ -552,6 +552,7 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "blind": blind(judged),
         "blind parts": blind_parts(judged),
         "stranger": stranger.table(),
+        "frozen": frozen(),
         "summary": summary(every),
         "each": each(every),
         "controls": controls_made(every),
