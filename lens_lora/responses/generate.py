@@ -119,24 +119,31 @@ class Sampling:
     ) -> tuple[Int[Tensor, " place"], Bool[Tensor, " place"]]:
         """The token at which the cumulative probability passes u, and whether it is among these.
 
+        It is drawn from the nucleus, the fewest likeliest tokens whose probabilities reach top_p.
+
         Args:
             p: the largest probabilities of each position, in decreasing order.
             ids: the tokens that have these probabilities.
             u: the noise of each position.
         """
-        before = p.cumsum(-1) - p
+        probability_before = p.cumsum(-1) - p
         # Half a unit of rounding is taken off, so that tokens which reach top_p exactly suffice.
-        most = self.top_p - torch.finfo(p.dtype).eps / 2
-        is_kept = before < most
-        cumulated = torch.where(is_kept, p, 0.0).cumsum(-1)
-        has_all_kept = cumulated[:, -1] >= most
-        # With top_p = 1 all tokens are kept, also those beyond these, and their sum is 1.
-        mass = cumulated[:, -1] if self.top_p < 1 else torch.ones_like(u)
-        reached = (u * mass)[:, None].contiguous()
-        rank = torch.searchsorted(cumulated, reached, right=True)
-        is_among_them = has_all_kept | ((rank[:, 0] < p.shape[-1]) & (self.top_p == 1))
-        rank = rank.clamp_max(p.shape[-1] - 1)
-        return ids.gather(-1, rank)[:, 0], is_among_them
+        nucleus = self.top_p - torch.finfo(p.dtype).eps / 2
+        is_in_nucleus = probability_before < nucleus
+        cumulated = torch.where(is_in_nucleus, p, 0.0).cumsum(-1)
+        sum_here = cumulated[:, -1]
+        has_whole_nucleus = sum_here >= nucleus
+        draws_from_all = self.top_p == 1
+        # With top_p = 1 the nucleus is the whole vocabulary, whose sum is 1.
+        sum_of_nucleus = torch.ones_like(u) if draws_from_all else sum_here
+        target = (u * sum_of_nucleus)[:, None].contiguous()
+        rank = torch.searchsorted(cumulated, target, right=True)
+        is_among_them = has_whole_nucleus
+        if draws_from_all:
+            is_among_them = has_whole_nucleus | (rank[:, 0] < p.shape[-1])
+        last = p.shape[-1] - 1
+        token = ids.gather(-1, rank.clamp_max(last))[:, 0]
+        return token, is_among_them
 
 
 @dataclasses.dataclass(eq=False)

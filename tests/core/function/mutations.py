@@ -155,8 +155,8 @@ BANK = [
     Mutation(
         "a size of ΔW without its s",
         "banks/plain_factors.py",
-        "in_float64(factors.B * factors.scales[..., None])",
-        "in_float64(factors.B)",
+        "float(by_map @ scales.square())",
+        "float(by_map.sum())",
         NORMS_OF_UPDATES,
     ),
     Mutation(
