@@ -157,19 +157,20 @@ class Reliability(OfMeasured):
             "flagged": flagged.sum(1),
             "hit": (wrong & flagged).sum(1),
         }
-        numbers = {"error": a, "error_corrected": self.corrected.to(truth)}
+        estimates = {"error": a, "error_corrected": self.corrected.to(truth)}
         if self.fixed is not None:
-            numbers["error_fixed"] = self.fixed.to(truth)
-        errors = {name: (truth - values).abs().sum(1) for name, values in numbers.items()}
+            estimates["error_fixed"] = self.fixed.to(truth)
+        errors = {name: (truth - values).abs().sum(1) for name, values in estimates.items()}
 
         frame = pd.DataFrame()
         for name, column in (counts | errors).items():
             frame[name] = column.cpu().numpy()
-        size = pd.Series(truth.abs().sum(1).cpu().numpy())
+        size_of_effects = pd.Series(truth.abs().sum(1).cpu().numpy())
+        # The ratios of all prompts are ratios of sums.
         frame.loc["all"] = frame.sum()
-        size.loc["all"] = size.sum()
+        size_of_effects.loc["all"] = size_of_effects.sum()
         for name in errors:
-            frame[name] = frame[name] / size
+            frame[name] = frame[name] / size_of_effects
         frame["precision"] = frame["hit"] / frame["flagged"]
         frame["recall"] = frame["hit"] / frame["wrong"]
         frame["base_rate"] = frame["wrong"] / frame["sites"]

@@ -95,7 +95,7 @@ def activations_at(
     in_full = named.in_full
     points = named.wanted
     gates_of_runs = [lens.gates_of_rows(scale, rows.batch) for scale in scales]
-    is_first = True
+    is_first_batch = True
     for index, batch in by_length(rows, f.passes.tokens_at_once()):
         passes = f.of_rows(batch).passes
         runs: list[Recording] = []
@@ -103,11 +103,11 @@ def activations_at(
             # Texts are run in another order than that in which they were passed.
             gates_of_batch = gates if gates.ndim == 1 else gates[index]
             runs.append(passes.record(points, gates_of_batch, in_full))
-        if is_first:
+        if is_first_batch:
             # The first batch shows which of the points that globs match have activations.
             points = named.fired(runs[0].firings)
             points = passes.positioned(runs[0], points, in_full)
-            is_first = False
+            is_first_batch = False
         yield index, {name: _at_point(lens, batch, name, runs) for name in points}
 
 

@@ -182,12 +182,13 @@ def sweep(
 
         all_batches = batches.make_batches(jobs, batch_size)
         share = _share(all_batches, part, processes)
-        mine = checked
+        # A shard counts its own records, processes that work together count all.
+        counted = checked
         if part is not None:
             plan = plan_of(checked, all_batches, part.count)
             keep_plan(store, plan, notes_of(lens.sites, names, meta, asked, batch_size))
-            mine = [job.record for job in itertools.chain.from_iterable(share)]
-        resumed = sum(_is_finished(record, finished) for record in mine)
+            counted = [job.record for job in itertools.chain.from_iterable(share)]
+        resumed = sum(_is_finished(record, finished) for record in counted)
         unfinished = _without(share, finished)
         with _bar(share, unfinished, processes, is_shown) as bar:
             _run(lens, unfinished, names, store, bar)
@@ -196,7 +197,7 @@ def sweep(
             processes.by_main(lambda: store.merge(checked, finished))
             result = result_of(store, lens.sites, meta, names, resumed, asked)
         else:
-            result = _finished_shard(store, part, mine, resumed, checked)
+            result = _finished_shard(store, part, len(counted), resumed, checked)
     if part is not None or processes.is_main:
         store.warn_of_bad_records(result.errors, len(result.errors), len(rows), level=2)
         store.warn_of_damaged_parts(level=2)
@@ -251,14 +252,14 @@ def _is_finished(record: Record, finished: Mapping[Content, Row]) -> bool:
 
 
 def _finished_shard(
-    store: RowStore, part: Shard, mine: Sequence[Record], resumed: int, checked: Sequence[Record]
+    store: RowStore, part: Shard, prompts: int, resumed: int, checked: Sequence[Record]
 ) -> SweepShard:
     """The result of a shard, with the bad records of the whole sweep."""
     errors = [(record.id, record.error) for record in checked if record.error is not None]
     return SweepShard(
         out=store.path,
         shard=(part.index, part.count),
-        prompts=len(mine),
+        prompts=prompts,
         resumed=resumed,
         errors=tuple(errors),
     )
