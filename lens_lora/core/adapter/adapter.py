@@ -342,7 +342,9 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         return Adapter(modules, f"{self.name} - {other.name}", base)
 
     def mixed(self, other: Adapter, weight: SupportsFloat = 0.5) -> Adapter:
-        """(1 − w) ΔW + w ΔW′ as one adapter, which `save` can write; extrapolates beyond 0 to 1.
+        """(1 − w) ΔW + w ΔW′ as one adapter, which `save` can write.
+
+        A weight outside 0 to 1 extrapolates.
 
         Args:
             other: an adapter of the same base model.
@@ -362,8 +364,9 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         """An adapter of the same modules, ranks and singular values in random directions.
 
         The same seed and draw give the same adapter, here and wherever null adapters are drawn:
-        `null_test(…, seed=3)` holds the draws 0, 1, … of seed 3. In float64. No forward pass; QR of
-        the factors and of as many Gaussians.
+        `null_test(…, seed=3)` holds the draws 0, 1, … of seed 3. It is computed in float64.
+
+        Cost: no forward pass; a QR decomposition of the factors, and one of as many Gaussians.
 
         Args:
             seed: a whole number of at least 0, the seed of all draws.
@@ -393,7 +396,7 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         of a sum become one adapter where they share no module.
 
         Args:
-            path: the folder; created if it is missing. Of GGUF the file.
+            path: the folder, which is created if it is missing; for GGUF the file.
             format: 'peft' or 'gguf'.
             base: the base model, its configuration or its folder, whose layout GGUF depends on;
                 None for the folder that the adapter names.

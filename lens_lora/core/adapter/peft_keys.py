@@ -22,7 +22,7 @@ from lens_lora.errors import AdapterError
 Roles = Mapping[str, Tensor]
 
 PREFIX = "base_model.model."
-# How the key of each tensor ends, by the tensor's role: of factors,
+# How the key of each tensor ends, by the tensor's role: first for the factors of a linear map.
 LORA_KEYS = {
     "A": ".lora_A.weight",
     "B": ".lora_B.weight",
@@ -31,11 +31,11 @@ LORA_KEYS = {
     "magnitude": ".lora_magnitude_vector",
     "base_weight": ".base_layer.weight",
 }
-# of the factors of an embedding,
+# The same for the factors of an embedding.
 EMBEDDING_KEYS = LORA_KEYS | {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
-# of a module that was trained whole,
+# The same for a module that was trained whole.
 COPY_KEYS = {"weight": ".weight", "bias": ".bias", "base_weight": ".original_module.weight"}
-# and of rows of an embedding or a head.
+# The same for trained rows of an embedding or a head.
 ROW_KEYS = {
     "token_rows": ".token_adapter.trainable_tokens_delta",
     "bias": ".bias",

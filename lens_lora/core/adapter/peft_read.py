@@ -273,7 +273,9 @@ def _targeted_parameters(config: Any, holder: str) -> list[str]:
         module, _, name = target.rpartition(".")
         if module and f".{holder}".endswith(f".{module}"):
             names.add(name)
-    return sorted(names, key=lambda name: (*_IN_ORDER, name).index(name))
+    known = [name for name in _IN_ORDER if name in names]
+    others = sorted(names.difference(_IN_ORDER))
+    return [*known, *others]
 
 
 def parameter_holder(path: str) -> str:

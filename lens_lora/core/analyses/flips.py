@@ -46,28 +46,34 @@ def flip_scales(
     """
     known_scales = torch.cat([scales.new_zeros(1), scales]).cpu().double()
     known_values = torch.cat([base[:, None], values], 1).cpu().double()
-    before = known_values[:, :-1]
-    after = known_values[:, 1:]
-    crosses = (before != 0) & (before * after <= 0)
-    flipping = crosses.any(1).nonzero()[:, 0]
-    crossings: list[_Crossing] = []
-    for prompt in flipping.tolist():
-        low = int(crosses[prompt].int().argmax())
-        crossings.append(_Crossing(known_scales.numpy(), known_values[prompt].numpy(), low))
-
+    crossings = _first_crossings(known_scales, known_values)
     for _ in range(_MOST_PASSES):
-        wide = [i for i, crossing in enumerate(crossings) if not crossing.is_narrow]
+        wide = [prompt for prompt, crossing in crossings.items() if not crossing.is_narrow]
         if not wide:
             break
-        probes = torch.tensor([crossings[i].probes for i in wide])
-        values_at_probes = _values_at(g, flipping[wide], probes).numpy()
-        for i, between in zip(wide, values_at_probes, strict=True):
-            crossings[i] = crossings[i].narrowed(between)
+        probes = torch.tensor([crossings[prompt].probes for prompt in wide])
+        values_at_probes = _values_at(g, torch.tensor(wide), probes).numpy()
+        for prompt, between in zip(wide, values_at_probes, strict=True):
+            crossings[prompt] = crossings[prompt].narrowed(between)
 
     flips = torch.full((len(known_values),), float("nan"), dtype=torch.float64)
-    roots = [crossing.root for crossing in crossings]
-    flips[flipping] = torch.tensor(roots, dtype=torch.float64)
+    for prompt, crossing in crossings.items():
+        flips[prompt] = crossing.root
     return flips
+
+
+def _first_crossings(
+    scales: Float[Tensor, " point"], values: Float[Tensor, "batch point"]
+) -> dict[int, _Crossing]:
+    """The first step of the curve in which g changes sign, by prompt; none where it does not."""
+    before = values[:, :-1]
+    after = values[:, 1:]
+    crosses = (before != 0) & (before * after <= 0)
+    crossings: dict[int, _Crossing] = {}
+    for prompt in crosses.any(1).nonzero()[:, 0].tolist():
+        first_step = int(crosses[prompt].int().argmax())
+        crossings[prompt] = _Crossing(scales.numpy(), values[prompt].numpy(), low=first_step)
+    return crossings
 
 
 @dataclasses.dataclass(frozen=True)

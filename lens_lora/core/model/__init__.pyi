@@ -9,7 +9,6 @@ from .bases import chunks_of as chunks_of
 from .bases import is_same as is_same
 from .bases import largest_entry as largest_entry
 from .bases import mean_row as mean_row
-from .bases import public_name as public_name
 from .basis import Input as Input
 from .basis import NormUpdate as NormUpdate
 from .basis import SiteMap as SiteMap
@@ -18,9 +17,9 @@ from .basis import norm_of_product as norm_of_product
 from .bridge import BridgeHost as BridgeHost
 from .bridge import attentions as attentions
 from .check import SKIP as SKIP
-from .check import modules_of as modules_of
 from .check import refuse_unusable as refuse_unusable
 from .check import require_adapter as require_adapter
+from .description import public_name as public_name
 from .find_host import host_of as host_of
 from .find_host import register_host as register_host
 from .gates import Scale as Scale
@@ -46,6 +45,7 @@ from .modules import Shell as Shell
 from .modules import is_norm as is_norm
 from .modules import module_at as module_at
 from .modules import modules_in as modules_in
+from .modules import modules_of as modules_of
 from .modules import names_by_path as names_by_path
 from .modules import normalised as normalised
 from .modules import shape_of as shape_of

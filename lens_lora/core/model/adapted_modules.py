@@ -90,29 +90,40 @@ def resolve_sites(
             raise _unknown_module(module, adapter, family, n_layers)
         factors = _turned(factors, family, place)
         out = _out(factors)
-        expected = _fused_width(place, heads)
-        if place.layout != "whole" and expected not in (0, out):
-            facts = f"the adapter writes {out} features, the fused projection has {expected}"
-            raise _misfit(module, facts, adapter.base_model)
+        _require_fused_width(module, place, heads, out, adapter.base_model)
         for kind in place.kinds:
             layer = place.layer
             if layer is None:
                 layer = outside_layer(kind, n_layers)
             rows = fused_rows(place, kind, heads, out)
-            of_kind = factors if rows is None else factors.rows(rows)
+            own_factors = factors if rows is None else factors.rows(rows)
             site = SiteFactors(
                 name=site_name(layer, kind, tag),
                 module=module,
                 path=module,
                 layer=layer,
                 kind=kind,
-                factors=of_kind,
+                factors=own_factors,
                 rows=rows,
                 adapter=tag,
                 base_model=adapter.base_model,
             )
             sites.append(site)
     return tuple(sorted(sites, key=in_order))
+
+
+def _require_fused_width(
+    module: str, place: Place, heads: Heads, out: int, base_model: str | None
+) -> None:
+    """Check that factors of a fused projection write as many features as the model's has.
+
+    Raises:
+        AdapterError: they write another number.
+    """
+    expected = _fused_width(place, heads)
+    if place.layout != "whole" and expected not in (0, out):
+        facts = f"the adapter writes {out} features, the fused projection has {expected}"
+        raise _misfit(module, facts, base_model)
 
 
 def _fused_width(place: Place, heads: Heads) -> int:

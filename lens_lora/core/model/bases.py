@@ -12,17 +12,14 @@ Comparisons are in float64, some rows at a time: a large head is never copied wh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.compat import in_float64, in_whole
-from lens_lora.core.adapter.peft_files import name_of
 from lens_lora.errors import ModelStateError
 from lens_lora.families import HEADS, Family
 
@@ -174,61 +171,3 @@ def largest_entry(weight: Tensor) -> float:
     """The largest magnitude of an entry."""
     low, high = weight.aminmax()
     return max(-float(low), float(high))
-
-
-# --- Names
-
-# What the host libraries call a model without a name.
-_NO_NAMES = ("model", "custom")
-
-
-def names_of(model: Any, hf_model: Any) -> list[str]:
-    """The names by which the base at hand is known; perhaps none.
-
-    They are the Hugging Face model's own where it has one: a hooked model may have been made from
-    another's weights under the name of its architecture.
-    """
-    own: list[object] = []
-    for holder in (hf_model, getattr(model, "original_model", None)):
-        own.append(getattr(getattr(holder, "config", None), "name_or_path", None))
-    hooked = [getattr(model.cfg, name, None) for name in ("model_name", "tokenizer_name")]
-    for names in (own, hooked):
-        named = [str(name) for name in names if name and name not in _NO_NAMES]
-        if named:
-            return list(dict.fromkeys(named))
-    return []
-
-
-# Models of which this package makes folders of its own, by what the hub calls them.
-COPIED = ["HuggingFaceTB/SmolLM2-135M-Instruct"]
-
-
-def public_name(folder: str) -> str | None:
-    """The hub id of a model that this package made a folder of; None of another folder.
-
-    Args:
-        folder: its last part, such as "SmolLM2-135M-Instruct-0.1.2-transformers5".
-    """
-    for hub_id in COPIED:
-        model = re.escape(hub_id.rpartition("/")[2])
-        if re.fullmatch(rf"{model}-[\w.]+-transformers\d+", folder):
-            return hub_id
-    return None
-
-
-def shown_name(model: Any, hf_model: Any) -> str:
-    """The model's name as people know it, and not that of a folder of some cache.
-
-    Args:
-        model: the hooked model.
-        hf_model: the Hugging Face base beside it; None for none.
-    """
-    name = str(getattr(model.cfg, "model_name", "") or "unnamed")
-    hub_id = public_name(name)
-    if hub_id is not None:
-        return hub_id.rpartition("/")[2]
-    # A folder of the hub's cache is named by a commit, and the folder above it by the model.
-    for place in map(Path, names_of(model, hf_model)):
-        if place.name == name and name_of(place) != name:
-            return name_of(place)
-    return name

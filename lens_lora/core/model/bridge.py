@@ -8,7 +8,6 @@
 3. Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual stream, [batch,
    pos, head, d_model]. The bridge normalises them after their last hook point, then multiplies each
    by its head's weight. So the copies are read at that hook point and normalised in the same way.
-
 """
 
 from __future__ import annotations
@@ -39,6 +38,14 @@ from lens_lora.spans import Temporary, temporary
 _R = TypeVar("_R")
 
 
+# The maps of a gated MLP that a bridge with processed weights computes past their hook_in.
+_PROCESSED_GATED = ("gate", "up")
+# Under which names tools read a component's parameters.
+_READ_AS = {"weight": ("weight", "W_E", "W_U", "W_pos"), "bias": ("bias", "b_U")}
+# The bridge's names of an MLP's components, where they are others than the kinds.
+_COMPONENTS = {"up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
+
+
 def attentions(model: Any) -> list[Any]:
     """The attentions of a bridge's blocks, where they have the usual name."""
     blocks = getattr(model, "blocks", ())
@@ -49,13 +56,6 @@ def has_fused_attention(model: Any) -> bool:
     """Whether `fuse_attention` was called on this TransformerBridge."""
     found = attentions(model)
     return bool(found) and all(compat.own_forward(attention) is not None for attention in found)
-
-
-_PROCESSED_GATED = ("gate", "up")
-# Under which names tools read a component's parameters.
-_READ_AS = {"weight": ("weight", "W_E", "W_U", "W_pos"), "bias": ("bias", "b_U")}
-# The bridge's names of an MLP's components, where they are others than the kinds.
-_COMPONENTS = {"up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
 
 
 @final
@@ -168,9 +168,9 @@ class BridgeHost(HookedHost):
         return compat.uses_processed_weights(mlp) and hasattr(mlp, "gate")
 
     def embedding_scale(self, kind: str) -> float:
-        """√d for Gemma, whose embedding multiplies by it; PEFT multiplies the update by it too.
+        """√d for Gemma, whose embedding multiplies by it, as PEFT multiplies the update; else 1.
 
-        Also a factor that only the hook point shows.
+        A factor that only the hook point shows is multiplied in.
         """
         own = float(getattr(self._wrapped(-1, kind), "embed_scale", 1.0))
         return own * compat.scale_at_hook_out(module_at(self.model, self._component(-1, kind)))

@@ -17,6 +17,7 @@ from lens_lora import compat
 from lens_lora.compat import activation_checkpointing
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model import extensions
+from lens_lora.core.model.modules import modules_of
 from lens_lora.errors import AdapterError, ArgumentError, ModelStateError
 
 SKIP = "Pass check=False to go on without this check, at your own risk."
@@ -86,15 +87,6 @@ def refuse_compiled(modules: Mapping[nn.Module, str]) -> None:
                 remedy="Make the lens of a model that is not compiled; ll.load(hf_model, adapter) "
                 "sets the compiled code aside.",
             )
-
-
-def modules_of(model: nn.Module) -> dict[nn.Module, str]:
-    """The name of each module of a hooked model, also where a bridge has no component for it."""
-    base = getattr(model, "original_model", model)
-    names: dict[nn.Module, str] = {}
-    for name, module in (*base.named_modules(), *model.named_modules()):
-        names[module] = name
-    return names
 
 
 def refuse_random_numbers(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:

@@ -16,9 +16,10 @@ from torch import nn
 
 from lens_lora.core.model import extensions
 from lens_lora.core.model.bridge import BridgeHost
-from lens_lora.core.model.check import modules_of, refuse_unusable
+from lens_lora.core.model.check import refuse_unusable
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
+from lens_lora.core.model.modules import modules_of
 from lens_lora.errors import ModelStateError
 
 # What makes a host of a hooked model and its base, by the name of the hooked model's class.

@@ -33,9 +33,9 @@ from lens_lora.core.model.basis import (
     Update,
     site_map,
 )
-from lens_lora.core.model.check import modules_of
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import Rotary
+from lens_lora.core.model.modules import modules_of
 from lens_lora.core.model.sites import WRITER_KINDS, Heads
 from lens_lora.core.model.unembedding import Unembedding
 from lens_lora.core.provided import declared

@@ -246,12 +246,10 @@ class HookedTransformerHost(HookedHost):
                 were processed.
         """
         is_raw = self.base is None and not self.needs_base()
-        if (
-            is_raw
-            and site.kind == "unembed"
-            and not bool(_parameter_of(self.model.unembed, "b_U").any())
-        ):
-            return None
+        if is_raw and site.kind == "unembed":
+            b_U = _parameter_of(self.model.unembed, "b_U")
+            if not bool(b_U.any()):
+                return None
         return super().base_bias(site)
 
     def run_cached(

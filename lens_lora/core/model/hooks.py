@@ -172,6 +172,20 @@ def computes(span: Temporary, module: nn.Module) -> Callable[[], bool]:
     return lambda: counted.passes > 0
 
 
+class Arranged(NamedTuple):
+    """A hook of a block, as an `Arranger` keeps it in order.
+
+    Attributes:
+        name: its hook point.
+        fn: the hook.
+        reads: whether it reads what all other hooks of its point leave, and so runs last.
+    """
+
+    name: str
+    fn: HookFn
+    reads: bool
+
+
 class Arranger:
     """A hook at a block's input that puts the block's hooks in order: writers first, readers last.
 
@@ -181,22 +195,25 @@ class Arranger:
     def __init__(
         self,
         points: Mapping[str, Any],
-        hooks: Sequence[tuple[str, HookFn, bool]],
+        hooks: Sequence[Arranged],
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._begin = begin
-        self._hooks = [(points[name], fn, reads) for name, fn, reads in hooks]
+        self._hooks = [(points[hook.name], hook) for hook in hooks]
 
     def __call__(self, tensor: object, hook: object) -> None:
         """Put the hooks in order; the tensor that passes is left as it is."""
         del tensor
         self._begin()
-        for point, fn, reads in self._hooks:
+        for point, (_, fn, reads) in self._hooks:
             forward, before, *_ = hooks_of(point)
             if before and not reads:
                 _move_before_pre_hooks(point, fn)
             for key in _keys_of(forward, fn):
-                if point is hook and reads and key != next(reversed(forward)):
+                # The hooks of the point that fires now run in the order that they had before.
+                comes_too_late = point is hook and reads
+                is_last = key == next(reversed(forward))
+                if comes_too_late and not is_last:
                     raise ModelStateError(
                         f"{point.name}: a hook after those of lens.fwd_hooks() may change what is "
                         "read there. Put it before them in the list, or use `with lens.applied():`."

@@ -203,8 +203,10 @@ class _Writer(_AtSite):
                 "unknown: a flag of the model bypasses the input hook. Turn that flag off."
             )
         z = ports.in_rows(ports.through(self.reader.kept[ports.firing]), like)
+        # o's hook point shows z head by head, and its map reads the heads side by side.
         if z.ndim == 4 and out.ndim == 3:
             z = z.flatten(2)
+        # Some points show the positions of all rows on one axis. Token ids, too, have two axes.
         if z.ndim == 2 and out.ndim == 3 and z.is_floating_point():
             z = z.view(*out.shape[:2], -1)
         # A model over several devices may move its input after the hook point.
@@ -340,25 +342,35 @@ def _writer(
     if reader is not None:
         reader.site = site.name
     if ports.read == ports.write and ports.write not in points:
-        return _ModuleWriter(index, inject, like, plan.adapter, site.kind, ports)
-    return _Writer(index, inject, like, plan.adapter, injection, site.name, reader)
+        return _ModuleWriter(
+            index=index, inject=inject, like=like, adapter=plan.adapter, kind=site.kind, ports=ports
+        )
+    return _Writer(
+        index=index,
+        inject=inject,
+        like=like,
+        adapter=plan.adapter,
+        injection=injection,
+        name=site.name,
+        reader=reader,
+    )
 
 
 def _in_order(
     of_block: Sequence[tuple[str, HookFn]],
     before: Sequence[tuple[str, HookFn]],
     points: Mapping[str, Any],
-) -> list[tuple[str, HookFn, bool]]:
-    """The hooks of a block for its `Arranger`: each with its point, and whether it reads.
+) -> list[hooks.Arranged]:
+    """The hooks of a block for its `Arranger`.
 
     Hooks of `before` at points that are written are among them, so that they stay first.
     """
     written_points = {name for name, fn in of_block if not isinstance(fn, _Reader)}
     first = [(name, fn) for name, fn in reversed(before) if name in written_points]
-    arranged: list[tuple[str, HookFn, bool]] = []
+    arranged: list[hooks.Arranged] = []
     for name, fn in (*of_block, *first):
         if name in points:
-            arranged.append((name, fn, isinstance(fn, _Reader)))
+            arranged.append(hooks.Arranged(name, fn, reads=isinstance(fn, _Reader)))
     return arranged
 
 

@@ -147,11 +147,16 @@ class _TablesByRow:
     def _by_row(self, tables: Sequence[Tensor], positions: int) -> Tensor:
         """Each row's own table; padding, which no token reads, repeats the last position."""
         places = torch.arange(positions, device=tables[0].device)
-        widened = [table[:, places.clamp(max=table.shape[1] - 1)] for table in tables]
+        widened: list[Tensor] = []
+        for table in tables:
+            last_place = table.shape[1] - 1
+            widened.append(table[:, places.clamp(max=last_place)])
         if len(widened) == 1:
             return widened[0]
-        rows = [
-            widened[table][min(row, len(widened[table]) - 1)]
-            for row, table in enumerate(self._table_of_row)
-        ]
+        rows: list[Tensor] = []
+        for row, index in enumerate(self._table_of_row):
+            table = widened[index]
+            # transformers may give positions once for all rows: the table then has a single row.
+            last_row = len(table) - 1
+            rows.append(table[min(row, last_row)])
         return torch.stack(rows)

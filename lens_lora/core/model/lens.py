@@ -31,7 +31,6 @@ from lens_lora.compat import uncompiled
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model import description, extensions, running
 from lens_lora.core.model.adapted_model import AdaptedModel
-from lens_lora.core.model.bases import names_of, shown_name
 from lens_lora.core.model.check import require_check, require_kinds
 from lens_lora.core.model.gates import Scale
 from lens_lora.core.model.gauge import Gauge, require_ranks
@@ -230,6 +229,7 @@ class LoraLens(AdaptedModel):
             self._plan.base.require_same(entries=True)
         adapter = extensions.named_as_model(adapter, self.model)
         other = copy.copy(self)
+        # An assignment is refused, as a caller's would leave the plan of the other adapter.
         vars(other)["adapter"] = adapter
         other._plan = make_plan(self.model, adapter, self._hf_model, self._plan)
         if check is not False:
@@ -323,7 +323,7 @@ class LoraLens(AdaptedModel):
     @property
     def base_names(self) -> list[str]:
         """The names by which the base is known, such as that of the Hugging Face model, if any."""
-        return names_of(self.model, self._hf_model)
+        return description.names_of(self.model, self._hf_model)
 
     # --- Prompts, and the function g of them
 
@@ -621,7 +621,7 @@ class LoraLens(AdaptedModel):
                 responses follow them.
         """
         always = {
-            "model": shown_name(self.model, self._hf_model),
+            "model": description.shown_name(self.model, self._hf_model),
             "model_class": self.class_name,
             "dtype": str(self.dtype).removeprefix("torch.") + self._plan.quantisation,
             "adapter": self.adapter.name,

@@ -1,4 +1,4 @@
-"""The modules of a hooked model: found by path, within a bridge's components, and what they are."""
+"""The modules of a hooked model: all of them, or one by its path, and what they are."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from lens_lora.core.model.bases import stored_weight
 
 # The hook point at which a component of a bridge shows its input.
 HOOK_IN = ".hook_in"
+
+
+def modules_of(model: nn.Module) -> dict[nn.Module, str]:
+    """The name of each module of a hooked model, also where a bridge has no component for it."""
+    base = getattr(model, "original_model", model)
+    names: dict[nn.Module, str] = {}
+    for name, module in (*base.named_modules(), *model.named_modules()):
+        names[module] = name
+    return names
 
 
 def module_at(model: Any, path: str) -> Any:

@@ -95,7 +95,8 @@ class Plan:
             ones of norms and of v.
         state: the flags of the host when the plan was made.
         updates: the update of each site in the Hugging Face basis.
-        watched: the weights of the model and of the adapter when the plan was made.
+        of_model: the weights of the model when the plan was made.
+        of_adapter: the adapter's tensors at that time.
         base: the weights of `hf_model` at that time, for the plan of another adapter.
         quantised: the quantised linear modules.
         adapter: the name of the adapter.
@@ -107,7 +108,8 @@ class Plan:
     injections: tuple[Injection, ...]
     state: tuple[tuple[str, Any], ...]
     updates: tuple[SiteUpdate, ...] = ()
-    watched: tuple[Watch, ...] = ()
+    of_model: Watch = dataclasses.field(default_factory=Watch)
+    of_adapter: Watch = dataclasses.field(default_factory=Watch)
     base: Watch | None = None
     quantised: tuple[nn.Module, ...] = ()
     adapter: str = ""
@@ -213,8 +215,8 @@ class Plan:
         self.check_flags()
         refuse_random_numbers(self.host.model, self.host.modules)
         refuse_compiled(self.host.modules)
-        for watch in self.watched:
-            watch.require_same(entries=entries)
+        self.of_model.require_same(entries=entries)
+        self.of_adapter.require_same(entries=entries)
 
     def check_flags(self) -> None:
         """Check only the flags. Each pass does this, as a tool may set flags on its own.
@@ -306,60 +308,74 @@ def make_plan(
     else:
         host = earlier.host
         quantised = earlier.quantised
-        of_model = earlier.watched[0]
+        of_model = earlier.of_model
         base = earlier.base
     of_adapter = Watch.of_adapter(adapter)
     factors = resolve_sites(adapter, host.family, host.heads, host.n_layers)
     updates = site_updates(host, factors)
-    placed = _placed(host, updates)
-    deltas = [delta for _, delta in placed]
-    maps, at_o = _with_constants_at_o(host, updates, deltas)
+    changed_norms = _changed_norms(updates)
+    placed = [_placed(host, pair, changed_norms) for pair in updates]
+    maps, at_o = _with_constants_at_o(host, updates, [each.delta for each in placed])
 
     sites: list[Site] = []
-    injections: list[Injection] = []
-    for index, (places, delta) in enumerate(placed):
-        sites.append(_site(updates[index], places[0], delta))
-        whole = None if maps[index] is delta else delta
-        injections.append(Injection(index, places[0], maps[index], whole=whole))
-    for index, (places, delta) in enumerate(placed):
-        injections += [Injection(index, other, delta) for other in places[1:]]
+    first_places: list[Injection] = []
+    further_places: list[Injection] = []
+    for index, (pair, each) in enumerate(zip(updates, placed, strict=True)):
+        first, *others = each.places
+        has_constant_at_o = maps[index] is not each.delta
+        whole = each.delta if has_constant_at_o else None
+        sites.append(_site(pair, first, each.delta))
+        first_places.append(Injection(index, first, maps[index], whole=whole))
+        further_places += [Injection(index, other, each.delta) for other in others]
     return Plan(
         host=host,
         sites=Sites(sites),
         maps=maps,
-        injections=(*injections, *at_o),
+        injections=(*first_places, *further_places, *at_o),
         state=host.state(),
         updates=updates,
-        watched=(of_model, of_adapter),
+        of_model=of_model,
+        of_adapter=of_adapter,
         base=base,
         quantised=quantised,
         adapter=adapter.name,
     )
 
 
-def _placed(
-    host: HookedHost, updates: Sequence[SiteUpdate]
-) -> list[tuple[tuple[Ports, ...], SiteMap]]:
-    """For each site, the places where it reads and writes, and its δ in the model's basis.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _PlacedUpdate:
+    """An update in the hooked model.
 
-    A norm that the model runs twice has two places. If the norm before a map changes as well, the
-    map is read behind the norm, where z contains the change already.
+    Attributes:
+        places: where the site reads and writes; two for a norm that the model runs twice.
+        delta: its map z → δ(z) in the model's basis.
     """
-    changed_norms = {pair.site.path for pair in updates if pair.site.kind in NORM_KINDS}
-    placed: list[tuple[tuple[Ports, ...], SiteMap]] = []
-    for pair in updates:
-        site = pair.site
-        layer = site.layer
-        kind = site.kind
-        if isinstance(pair.update, NormUpdate):
-            placed.append((host.norm_ports(layer, kind), host.norm_map(site, pair.update)))
-            continue
-        is_behind = host.family.norm_path(layer, kind) in changed_norms
-        ports_of = host.ports_behind_norm if is_behind else host.ports
-        make = functools.partial(ports_of, layer, kind)
-        ports = host.known("ports", layer, kind, is_behind, make=make)
-        placed.append(((ports,), host.map_of(site, pair.update, behind_norm=is_behind)))
-    return placed
+
+    places: tuple[Ports, ...]
+    delta: SiteMap
+
+
+def _changed_norms(updates: Sequence[SiteUpdate]) -> frozenset[str]:
+    """The Hugging Face paths of the norms that change."""
+    return frozenset(pair.site.path for pair in updates if pair.site.kind in NORM_KINDS)
+
+
+def _placed(host: HookedHost, pair: SiteUpdate, changed_norms: frozenset[str]) -> _PlacedUpdate:
+    """Find where a site reads and writes, and compute its δ in the model's basis.
+
+    If the norm before a map changes as well, the map is read behind the norm, where z contains the
+    change already.
+    """
+    site = pair.site
+    layer = site.layer
+    kind = site.kind
+    if isinstance(pair.update, NormUpdate):
+        return _PlacedUpdate(host.norm_ports(layer, kind), host.norm_map(site, pair.update))
+    is_behind = host.family.norm_path(layer, kind) in changed_norms
+    ports_of = host.ports_behind_norm if is_behind else host.ports
+    make = functools.partial(ports_of, layer, kind)
+    ports = host.known("ports", layer, kind, is_behind, make=make)
+    return _PlacedUpdate((ports,), host.map_of(site, pair.update, behind_norm=is_behind))
 
 
 def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
@@ -384,31 +400,62 @@ def _with_constants_at_o(
 
     If value biases are folded, v's map loses its constant part, which is added at o instead.
     """
-    heads = host.heads_at_hooks
     maps = list(deltas)
     at_o: list[Injection] = []
     for v, pair in enumerate(updates):
-        site = pair.site
-        if site.kind != "v":
+        constant = _folded_constant(host, pair, deltas[v])
+        if constant is None:
             continue
-        constant = value_constants.constant_of_v(
-            maps[v],
-            heads,
-            norm_folded=host.is_folded(site.layer, "v"),
-            has_bias=isinstance(pair.update, Update) and pair.update.bias is not None,
-        )
-        if constant is None or host.folded_value_bias(site) is None:
-            continue
-        maps[v] = value_constants.without_constant(maps[v], constant)
-        port = Ports(None, host.ports(site.layer, "o").write)
-        through = value_constants.through_o(constant, host.weight(site.layer, "o"), heads)
-        at_o.append(Injection(v, port, through, is_constant_of_v=True))
-        for o, other in enumerate(updates):
-            if other.site.kind == "o" and other.site.layer == site.layer:
-                by_v, by_o = value_constants.through_update_of_o(constant, maps[o], heads)
-                at_o.append(Injection(v, port, by_v, o, is_constant_of_v=True))
-                at_o.append(Injection(o, port, by_o, v))
+        maps[v] = value_constants.without_constant(deltas[v], constant)
+        at_o += _constant_at_o(host, updates, deltas, v, constant)
     return tuple(maps), at_o
+
+
+def _folded_constant(
+    host: HookedHost, pair: SiteUpdate, delta: SiteMap
+) -> value_constants.Constant | None:
+    """The constant part of an update of v, if the model folded the bias of v into that of o."""
+    site = pair.site
+    if site.kind != "v":
+        return None
+    constant = value_constants.constant_of_v(
+        delta,
+        host.heads_at_hooks,
+        norm_folded=host.is_folded(site.layer, "v"),
+        has_bias=isinstance(pair.update, Update) and pair.update.bias is not None,
+    )
+    if constant is None or host.folded_value_bias(site) is None:
+        return None
+    return constant
+
+
+def _constant_at_o(
+    host: HookedHost,
+    updates: Sequence[SiteUpdate],
+    deltas: Sequence[SiteMap],
+    v: int,
+    constant: value_constants.Constant,
+) -> list[Injection]:
+    """The injections at o that add the constant part of v: through W_O, and through each ΔW_O.
+
+    Args:
+        host: the hooked model.
+        updates: all updates.
+        deltas: the map of each of them.
+        v: the index of the update of v.
+        constant: its constant part.
+    """
+    heads = host.heads_at_hooks
+    layer = updates[v].site.layer
+    port = Ports(None, host.ports(layer, "o").write)
+    through_o = value_constants.through_o(constant, host.weight(layer, "o"), heads)
+    at_o = [Injection(v, port, through_o, is_constant_of_v=True)]
+    for o, other in enumerate(updates):
+        if other.site.kind == "o" and other.site.layer == layer:
+            by_v, by_o = value_constants.through_update_of_o(constant, deltas[o], heads)
+            at_o.append(Injection(v, port, by_v, o, is_constant_of_v=True))
+            at_o.append(Injection(o, port, by_o, v))
+    return at_o
 
 
 AS_ONE = "Make one lens of the sum of both adapters: lens.with_adapter(a + b)."

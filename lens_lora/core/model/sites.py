@@ -342,15 +342,26 @@ def _sites_named(sites: Sequence[Site], glob: str) -> list[int]:
             by_module.append(index)
     if by_module:
         return by_module
+    raise _matches_no_site(sites, glob, path)
+
+
+def _matches_no_site(sites: Sequence[Site], glob: str, path: str) -> SiteError:
+    """The error for a glob that matches no site, with the nearest names, or with a wider glob.
+
+    Args:
+        sites: all sites.
+        glob: the glob as it was given.
+        path: the same without PEFT's prefix.
+    """
     names = [site.name for site in sites]
     modules = list(dict.fromkeys(site.module for site in sites))
     near = difflib.get_close_matches(path, [*names, *modules], n=3, cutoff=0.3)
     fact = f"{glob!r} matches no site; the nearest are {near or names[:3]}"
     wider = f"*{path}*"
-    matched = [name for name in (*names, *modules) if path and fnmatch.fnmatchcase(name, wider)]
-    if matched:
-        raise SiteError(fact, remedy=f"the glob {wider!r} takes all whose name holds it.")
-    raise SiteError(f"{fact}.")
+    is_part_of_a_name = any(fnmatch.fnmatchcase(name, wider) for name in (*names, *modules))
+    if path and is_part_of_a_name:
+        return SiteError(fact, remedy=f"the glob {wider!r} takes all whose name holds it.")
+    return SiteError(f"{fact}.")
 
 
 def _globs(globs: str | Sequence[str]) -> list[str]:
@@ -409,7 +420,6 @@ def by_axes(
     is_one = isinstance(by, str) or not isinstance(by, Iterable)
     wanted = {by} if is_one else {*by}
     if not wanted <= {*axes}:
-        remedy = ""
         if wanted & {"layer", "kind", "module", "site"}:
             remedy = (
                 " Without by= there is a number for each site; layers and kinds are sums of them: "

@@ -106,11 +106,14 @@ def site_updates(host: HookedHost, sites: Sequence[SiteFactors]) -> tuple[SiteUp
     _require_memory(host, sites)
     updates: dict[str, SiteUpdate] = {}
     for site in sites:
+        changed_together = [site]
         tied = follower(site, by_kind, host)
-        for part in (site,) if tied is None else (site, tied):
-            update = _update_of(part, host)
+        if tied is not None:
+            changed_together.append(tied)
+        for each in changed_together:
+            update = _update_of(each, host)
             if update is not None:
-                updates[part.name] = _joined(updates.get(part.name), SiteUpdate(part, update))
+                updates[each.name] = _joined(updates.get(each.name), SiteUpdate(each, update))
     if not updates:
         raise AdapterError(
             "all that the adapter holds are parameters that equal the base model's: it changes "
@@ -440,15 +443,28 @@ def _unlike_base(site: SiteFactors, held: Tensor | None, host: HookedHost) -> Te
             "in the same way, and build the hooked model from it."
         )
     if host.base is None and not host.needs_base() and host.is_centred(site.kind, weight):
-        wide = in_float64(held)
-        weight = in_float64(weight) / host.embedding_scale(site.kind)
-        difference = (wide - wide.mean(0, keepdim=True)).to(weight.device) - weight
-        eps = max(torch.finfo(held.dtype).eps, torch.finfo(host.working_dtype).eps)
-        room = 4 * eps * wide.abs().amax(0, keepdim=True).to(weight.device)
-        is_base = bool((difference.abs() <= room).all())
+        centred = in_float64(weight) / host.embedding_scale(site.kind)
+        is_base = _is_centred_to(held, centred, host.working_dtype)
     else:
         is_base = is_same(held, host.base_weight(site, "whether its stored weight is the base's"))
     return None if is_base else held
+
+
+def _is_centred_to(
+    held: Float[Tensor, "out in"], centred: Float[Tensor, "out in"], dtype: torch.dtype
+) -> bool:
+    """Whether a stored weight, once it is centred, is this one up to rounding.
+
+    Args:
+        held: the stored weight.
+        centred: the model's own weight, which processing centred, in float64.
+        dtype: the dtype in which the model computes δ.
+    """
+    wide = in_float64(held)
+    difference = (wide - wide.mean(0, keepdim=True)).to(centred.device) - centred
+    eps = max(torch.finfo(held.dtype).eps, torch.finfo(dtype).eps)
+    room = 4 * eps * wide.abs().amax(0, keepdim=True).to(centred.device)
+    return bool((difference.abs() <= room).all())
 
 
 def _difference(held: Tensor, base: Tensor) -> Tensor:
@@ -555,23 +571,31 @@ def _holds(other: SiteFactors, site: SiteFactors, shared: TrainedModule) -> bool
     factors = other.factors
     if isinstance(factors, LoRAFactors) and factors.base_weight is None:
         return False
-    weight = cast(Tensor, shared.weight)
-    own_weight = None
-    if shared.tokens is not None:
-        if isinstance(factors, TrainedModule) and factors.tokens is not None:
-            is_of_these = torch.equal(factors.tokens, shared.tokens)
-            own_weight = factors.weight if is_of_these else None
-    elif isinstance(factors, TrainedModule) and factors.tokens is None and not factors.tied:
-        own_weight = weight  # A copy of its own, from `modules_to_save`.
-    else:
+    if shared.tokens is None and _is_copy(factors):
+        return True
+    if shared.tokens is None:
         own_weight = _written_to_base(factors)
-    if own_weight is None or not is_same(own_weight, weight):
+    else:
+        own_weight = _rows_of_tokens(factors, shared.tokens)
+    if own_weight is None or not is_same(own_weight, cast(Tensor, shared.weight)):
         raise UnsupportedAdapterError(
             f"{site.label} and {other.label}: the base ties the one to the other, and the adapter "
             "holds different parameters for the two, which PEFT cannot both use. It was trained on "
             "a base whose head is not tied to its embedding: build the hooked model from that."
         )
     return True
+
+
+def _is_copy(factors: ModuleUpdate) -> bool:
+    """Whether it is a whole module of its own, from `modules_to_save`, which is tied to nothing."""
+    return isinstance(factors, TrainedModule) and factors.tokens is None and not factors.tied
+
+
+def _rows_of_tokens(factors: ModuleUpdate, tokens: Int[Tensor, " row"]) -> Tensor | None:
+    """The trained rows of these tokens; None if no rows, or those of other tokens, were trained."""
+    if not isinstance(factors, TrainedModule) or factors.tokens is None:
+        return None
+    return factors.weight if torch.equal(factors.tokens, tokens) else None
 
 
 def _written_to_base(factors: ModuleUpdate) -> Tensor | None:

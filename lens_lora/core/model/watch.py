@@ -116,7 +116,7 @@ class Watch:
         places: where these and the modules that hold them stand.
     """
 
-    def __init__(self, tensors: Iterable[_Named], places: Iterable[_Place] = ()) -> None:
+    def __init__(self, tensors: Iterable[_Named] = (), places: Iterable[_Place] = ()) -> None:
         self._places: list[_Place] = list(places)
         self._addresses: list[_Counted] = []
         self._versions: list[_Counted] = []

@@ -370,9 +370,9 @@ class GroupAttribution(Ranked):
         by: () or ('token',).
         method: how it was computed: 'first_order', 'first_order/patterns'.
         at: the gate value at which it was taken.
-        mode: 'forward', a tangent for each group, or 'reverse', one way back, by token a covector
-            for each token.
-        response: each prompt's y_1 … y_T, where values are by token.
+        mode: 'forward', with a tangent for each group; or 'reverse', with one backward pass, or by
+            token with a covector for each token.
+        response: the tokens y_1 … y_T of each prompt's response, if values are by token.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
 
@@ -386,7 +386,7 @@ class GroupAttribution(Ranked):
 
     @property
     def key(self) -> str:
-        """'first_order@0': its stable name."""
+        """Its stable name, such as 'first_order@0'."""
         return key_of(self.method, self.at)
 
     @property

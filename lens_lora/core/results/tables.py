@@ -88,28 +88,51 @@ def part_of_table(frame: pd.DataFrame, key: object) -> Any:
         )
     if key in frame:
         return frame[key]
-    # A module's path may begin as PEFT's own names do: 'base_model.model.model.layers.3.…'.
+    for rows_named in (_rows_of_label, _rows_of_part, _rows_of_layer):
+        rows = rows_named(frame, key)
+        if len(rows):
+            return rows
+    raise _no_such_label(frame, key)
+
+
+def _rows_of_label(frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The rows that have a label in the first column that knows it; none if no column does.
+
+    A module's path may begin as PEFT's own names do: 'base_model.model.model.layers.3.…'.
+    """
     path = key.removeprefix(PREFIX)
-    labels: set[str] = set()
     for name in frame:
         column = frame[name]
         has_label = (column == key) | (column == path)
         if has_label.any():
-            return frame[has_label].reset_index(drop=True)
-        labels.update(label for label in column if isinstance(label, str))
+            return _rows_where(frame, has_label)
+    return frame.iloc[:0]
+
+
+def _rows_of_part(frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The rows of places that a glob fits, or of whose name the key is a part; perhaps none."""
+
+    def fits_key(label: object) -> bool:
+        return isinstance(label, str) and is_part(label, key)
+
     for name in _NAMES_OF_PLACES:
         if name in frame:
-            fits = frame[name].map(lambda label: isinstance(label, str) and is_part(label, key))
+            fits = frame[name].map(fits_key)
             if fits.any():
-                return frame[fits].reset_index(drop=True)
-    of_layer = _rows_of_layer(frame, key)
-    if len(of_layer):
-        return of_layer
-    nearest = difflib.get_close_matches(key, [*labels, *map(str, frame)])
+                return _rows_where(frame, fits)
+    return frame.iloc[:0]
+
+
+def _no_such_label(frame: pd.DataFrame, key: str) -> SiteError:
+    """The error for a key that is neither a column nor a label, with the nearest of either."""
+    names: set[str] = set()
+    for column in frame:
+        names.update(label for label in frame[column] if isinstance(label, str))
+    nearest = difflib.get_close_matches(key, [*names, *map(str, frame)])
     known = f"columns: {', '.join(frame)}"
     if nearest:
         known = f"the nearest are {', '.join(nearest)}"
-    raise SiteError(f"{key!r} is neither a column nor a label of this result; {known}.")
+    return SiteError(f"{key!r} is neither a column nor a label of this result; {known}.")
 
 
 def _rows_of_layer(frame: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -117,8 +140,12 @@ def _rows_of_layer(frame: pd.DataFrame, key: str) -> pd.DataFrame:
     layer = _LAYER.fullmatch(key)
     if layer is None or "layer" not in frame:
         return frame.iloc[:0]
-    of_layer = cast(pd.DataFrame, frame[frame["layer"] == int(layer[1])])
-    return of_layer.reset_index(drop=True)
+    return _rows_where(frame, frame["layer"] == int(layer[1]))
+
+
+def _rows_where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
+    """The rows at which a mask is true, numbered from 0 anew."""
+    return cast(pd.DataFrame, frame[mask]).reset_index(drop=True)
 
 
 def long_table(

@@ -310,15 +310,15 @@ GATES = [
     Mutation(
         "v's constant part does not pass through the update of o",
         "core/model/plan.py",
-        "                at_o.append(Injection(v, port, by_v, o, is_constant_of_v=True))\n"
-        "                at_o.append(Injection(o, port, by_o, v))\n",
+        "            at_o.append(Injection(v, port, by_v, o, is_constant_of_v=True))\n"
+        "            at_o.append(Injection(o, port, by_o, v))\n",
         "",
         INTERVENTIONS,
     ),
     Mutation(
         "v's constant part is added at v and at o",
         "core/model/plan.py",
-        "maps[v] = value_constants.without_constant(maps[v], constant)",
+        "maps[v] = value_constants.without_constant(deltas[v], constant)",
         "pass",
         INTERVENTIONS,
     ),

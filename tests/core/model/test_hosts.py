@@ -25,7 +25,7 @@ from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.FactoredMatrix import FactoredMatrix
 
 import lens_lora as ll
-from lens_lora.core.model.bases import names_of
+from lens_lora.core.model.description import names_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 EXACT = 1e-9

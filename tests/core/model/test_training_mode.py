@@ -9,7 +9,8 @@ import transformers
 from differences import largest_difference
 
 import lens_lora as ll
-from lens_lora.core.model.check import modules_of, refuse_random_numbers
+from lens_lora.core.model.check import refuse_random_numbers
+from lens_lora.core.model.modules import modules_of
 from lens_lora.errors import ModelStateError
 
 _EXPERTS = {
