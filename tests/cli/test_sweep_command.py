@@ -97,7 +97,7 @@ def test_command_on_a_folder(tiny, tmp_path):
     assert len(refused.stderr.strip().splitlines()) <= 3
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_two_processes_give_the_rows_of_one(tiny, tmp_path):
     """As the documentation launches them on CPUs; each has a share, and is told of once."""
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)

@@ -121,7 +121,7 @@ def test_both_classes_tell_the_same_story():
     assert [s.name for s in a.attribution.sites] == [s.name for s in b.attribution.sites]
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPatch):
     """Root mean square of error over floor; control: with noise at the embedding alone, too low."""
     kind = list(models.MAKERS)[-1]

@@ -14,7 +14,7 @@ import selection
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "tests" / "defects.md"
 # Tests so marked are left out of README's test command.
-LEFT_OUT = {"slow", "exhaustive", "browser"}
+LEFT_OUT = set(selection.LEFT_OUT)
 
 
 def named_tests(table: str) -> list[str]:

@@ -25,10 +25,10 @@ def config(
     *arguments: str,
     whole: bool = False,
     rest: bool = False,
-    halved: bool = False,
+    thinned: bool = False,
     line: bool = False,
 ) -> SimpleNamespace:
-    options = SimpleNamespace(whole=whole, rest=rest, halved=halved, line=line)
+    options = SimpleNamespace(whole=whole, rest=rest, thinned=thinned, line=line)
     return SimpleNamespace(args=arguments, option=options, rootpath=Path.cwd())
 
 
@@ -75,6 +75,17 @@ def test_a_second_line_has_the_quick_suite_and_all_that_a_line_changes():
     assert found == run_by(config()) | {of_models, of_this_line}
 
 
+def test_what_is_marked_for_the_night_is_in_no_run_of_one_commit():
+    of_models = Item("tests/core/model/test_b.py::test_of_models", night=())
+    items = [*ITEMS, of_models]
+    of_the_night = {item for item in items if selection.NIGHT in item.marks}
+    assert len(of_the_night) == 2
+    for options in (config(), config(rest=True, thinned=True), config(line=True)):
+        assert of_the_night <= selection.deselected(options, items)
+    for options in (config(rest=True), config(whole=True)):
+        assert not of_the_night & selection.deselected(options, items)
+
+
 def widest_gap(product: list[Item], found: set[Item]) -> int:
     """The most items between one that runs and the next, plus one."""
     places = [place for place, item in enumerate(product) if item in found]
@@ -85,21 +96,21 @@ def widest_gap(product: list[Item], found: set[Item]) -> int:
     ("options", "marks", "step"),
     [
         (config(rest=True), {"exhaustive": ()}, 1),
-        (config(rest=True, halved=True), {"exhaustive": ()}, 2),
-        (config(line=True), {"exhaustive": ()}, 3),
-        (config(line=True), {}, 3),
+        (config(rest=True, thinned=True), {"exhaustive": ()}, 4),
+        (config(line=True), {"exhaustive": ()}, 4),
+        (config(line=True), {}, 4),
     ],
-    ids=["rest", "rest halved", "rest on a line", "quick on a line"],
+    ids=["rest", "rest thinned", "rest on a line", "quick on a line"],
 )
-def test_of_a_test_of_many_items_one_in_so_many_runs(
+def test_of_a_test_of_several_items_one_in_so_many_runs(
     options: SimpleNamespace, marks: dict[str, tuple], step: int
 ):
-    product = [Item(f"tests/hosts/test_b.py::test_of_all[{i}]", **marks) for i in range(42)]
-    few = [Item(f"tests/hosts/test_b.py::test_of_few[{i}]", **marks) for i in range(9)]
+    product = [Item(f"tests/hosts/test_b.py::test_of_all[{i}]", **marks) for i in range(40)]
+    few = [Item(f"tests/hosts/test_b.py::test_of_few[{i}]", **marks) for i in range(3)]
     items = [*product, *few]
     found = set(items) - selection.deselected(options, items)
     assert set(few) <= found
-    assert len(found & set(product)) == 42 / step
+    assert len(found & set(product)) == 40 / step
     assert widest_gap(product, found) == step
 
 

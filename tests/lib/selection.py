@@ -5,6 +5,7 @@ The quick suite (README's test command, `pytest` without a word) leaves out what
 - `slow`: takes seconds, and guards something rare;
 - `exhaustive`: runs every member of a family of which the quick suite runs some;
 - `browser`: opens pages in a browser;
+- `night`: takes many seconds for what it guards, so that `.ci/run` leaves it to the night as well;
 
 and of a test that is marked `sample(n)` it runs n items, drawn by the test's name: tests of one
 product (sixteen families × two classes × two processings, say) draw different items, and together
@@ -15,10 +16,10 @@ transformer-lens: the quick suite, and everything that a line may change, which 
 tests/core/model and tests/hosts say of models, and what only some lines can run. A test that is
 named on the command line by its `::` runs whatever its marks.
 
-`.ci/run` is to end within 25 minutes. Of a test of many items, such as one of every architecture,
-it runs every second item of what the quick suite leaves out (`--rest --halved`), and on another
-line of transformer-lens every third, also of the quick suite's own (`--line`). At night every line
-runs all of them.
+`.ci/run` is to end within 25 minutes. Of a test of several items, such as one of every
+architecture, it runs every fourth item of what the quick suite leaves out (`--rest --thinned`), and
+on another line of transformer-lens every fourth as well, also of the quick suite's own (`--line`).
+At night every line runs all of them.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from pathlib import Path
 
 import pytest
 
-LEFT_OUT = ("slow", "exhaustive", "browser")
-# A test of so many items is a product (architectures, targets, settings), of which `.ci/run` need
-# not run every item each time.
-MANY_ITEMS = 10
-ONE_IN_OF_THE_REST = 2
-ONE_IN_ON_A_LINE = 3
+NIGHT = "night"
+LEFT_OUT = ("slow", "exhaustive", "browser", NIGHT)
+# Of a test of so many items, such as architectures, targets or settings, `.ci/run` need not run
+# every item each time: it runs one in so many, and at least one.
+SEVERAL_ITEMS = 4
+ONE_IN = 4
 # The node ids of everything that was collected, before any of it was left out.
 COLLECTED = pytest.StashKey[frozenset[str]]()
 DEFECTS = Path(__file__).parents[1] / "defects.md"
@@ -106,23 +107,23 @@ def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.It
     left_out = left_out_of_the_quick_suite(items)
     if config.option.rest:
         rest = [item for item in items if item in left_out]
-        share = ONE_IN_OF_THE_REST if config.option.halved else 1
-        left_out = set(items) - _of_many_items_one_in(share, rest)
+        left_out = set(items) - (_thinned(rest) if config.option.thinned else set(rest))
     if config.option.line:
         of_the_line = [i for i in items if i not in left_out or _depends_on_the_line(i)]
-        left_out = set(items) - _of_many_items_one_in(ONE_IN_ON_A_LINE, of_the_line)
+        left_out = set(items) - _thinned(of_the_line)
     named = tuple(argument for argument in config.args if "::" in argument)
     return {item for item in left_out if not _is_named(item, config.rootpath, named)}
 
 
-def _of_many_items_one_in(share: int, items: list[pytest.Item]) -> set[pytest.Item]:
-    """Of a test of many items one in so many, of every other test all."""
+def _thinned(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of a test of several items one in so many, of every other test all; nothing of the night."""
     items_of_test = defaultdict[str, list[pytest.Item]](list)
     for item in items:
-        items_of_test[item.nodeid.partition("[")[0]].append(item)
+        if item.get_closest_marker(NIGHT) is None:
+            items_of_test[item.nodeid.partition("[")[0]].append(item)
     drawn: set[pytest.Item] = set()
     for of_test in items_of_test.values():
-        step = share if len(of_test) >= MANY_ITEMS else 1
+        step = ONE_IN if len(of_test) >= SEVERAL_ITEMS else 1
         nodeids = draw([item.nodeid for item in of_test], ceil(len(of_test) / step))
         drawn |= {
             item for item in of_test if item.nodeid in nodeids or guards_a_defect(item.nodeid)
@@ -152,6 +153,6 @@ def _is_named(item: pytest.Item, root: Path, arguments: tuple[str, ...]) -> bool
 def said(config: pytest.Config) -> str:
     """Why `deselected` leaves them out."""
     if config.option.rest:
-        every_second = " or every second one of many, which run at night"
-        return f"in the quick suite{every_second if config.option.halved else ''}"
+        others = ", or left to the night: three of four items of a test"
+        return f"in the quick suite{others if config.option.thinned else ''}"
     return "slow, exhaustive, in a browser, or not drawn of a sample; in .ci/run"

@@ -23,7 +23,7 @@ training.plot().write_image(sys.argv[2])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["svg", "png"])
+@pytest.mark.parametrize("ending", [pytest.param("svg", marks=pytest.mark.night), "png"])
 def test_without_kaleido_the_error_names_the_package(ending: str, tmp_path: Path):
     picture = tmp_path / f"figure.{ending}"
     found = subprocess.run(

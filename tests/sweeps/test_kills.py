@@ -18,7 +18,7 @@ import pytest
 KILLS = {1: 6, 2: 3}
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_killed_at_random_moments():
     """In one process, from which each run is forked."""
     kills_each = map(str, KILLS.values())

@@ -161,7 +161,7 @@ def test_bad_shards_are_refused(shard: object, lens, tmp_path):
         run(lens, GOOD, tmp_path, "activations", shard=(1, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_shards_that_are_killed_at_random_moments():
     """Each shard, and what gathers them, in forks of one process (`kill_shards.py`)."""
     script = Path(__file__).parent / "kill_shards.py"
