@@ -250,11 +250,15 @@ def _explained_answers(
 
 
 def _what_happened(explanation: Explained) -> str:
-    """Take from an explanation's story what happened to the margin, or to the response."""
+    """Say what happened to the margin; of a response, what its story says second.
+
+    That is what both models answer on their own, or else how far the response's tokens moved.
+    """
     from lens_lora.explanations.words import headline
 
     if isinstance(explanation, ll.results.ResponseExplanation):
-        return explanation.story().split("\n")[1]
+        _, second, *_ = explanation.story().split("\n")
+        return second
     first, *_ = headline(explanation).sentences
     return first
 
@@ -286,7 +290,7 @@ def _print(explanations: Sequence[Explained]) -> None:
 
 
 def _in_short(explanation: Explained) -> str:
-    """Repeat the first sentences of the page, so that they remain on a terminal of 24 rows."""
+    """Repeat what happened, so that it remains on a terminal of 24 rows."""
     from lens_lora.explanations.words import headline
 
     if isinstance(explanation, ll.results.ResponseExplanation):

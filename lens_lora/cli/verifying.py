@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -125,9 +126,14 @@ def verify(
         lens_over = LensMade(base, given, progress)
         question = None
         if served is not None:
-            checkpoints = _others_beside(folder)
             question = _Question(
-                served, name, own_texts, served_dtype, timeout, checkpoints, quiet=quiet
+                url=served,
+                name=name,
+                texts=own_texts,
+                dtype=served_dtype,
+                timeout=timeout,
+                others=_others_beside(folder),
+                progress=not quiet,
             )
         comparison = None
         if parts:
@@ -194,40 +200,44 @@ def _files_of(merged: Path | None) -> list[Path]:
     return [merged] if merged.is_file() else list(merged.iterdir())
 
 
+@dataclasses.dataclass
 class _Question:
     """Asks a server, given the lens that the checks have made.
 
     Attributes:
+        url: the server.
+        name: the name by which it knows the adapter; None for the only name that it lists.
+        texts: the user's own texts, on which the adapter shows.
+        dtype: what the server computes in.
+        timeout: the seconds in which each request has to be answered.
+        others: adapters that it may have loaded in place of this one.
+        progress: whether to show bars.
         answered: what the server answered; None before it is asked.
     """
 
-    def __init__(
-        self,
-        url: str,
-        name: str | None,
-        texts: list[Any],
-        dtype: ServedDtype,
-        timeout: float,
-        others: list[Adapter],
-        *,
-        quiet: bool,
-    ) -> None:
-        self.answered: ServedVerification | None = None
-        self._url = url
-        self._options: dict[str, Any] = {
-            "name": name,
-            "texts": texts,
-            "dtype": dtype,
-            "timeout": timeout,
-            "others": others,
-            "progress": not quiet,
-        }
+    url: str
+    name: str | None
+    texts: list[Any]
+    dtype: ServedDtype
+    timeout: float
+    others: list[Adapter]
+    progress: bool
+    answered: ServedVerification | None = None
 
     def __call__(self, lens: LoraLens) -> tuple[Check, ...]:
         from lens_lora.ship.served import verify_served
 
-        running.say(f"Server:  {self._url} is asked for log-probabilities, once for each text")
-        self.answered = verify_served(lens, self._url, **self._options)
+        running.say(f"Server:  {self.url} is asked for log-probabilities, once for each text")
+        self.answered = verify_served(
+            lens,
+            self.url,
+            name=self.name,
+            texts=self.texts,
+            dtype=self.dtype,
+            others=self.others,
+            timeout=self.timeout,
+            progress=self.progress,
+        )
         return self.answered.checks
 
 
