@@ -41,7 +41,7 @@ from lens_lora.core import extensions
 
 # __init__.pyi lists the public names and the modules that define them. Names that are needed less
 # often are found in these two modules: lens_lora.results, lens_lora.errors.
-_MODULES = "errors", "results"
+_MODULES = ("errors", "results")
 extensions.DRAWERS.update(registered.DRAWERS)
 extensions.PROVIDERS.update(registered.PROVIDERS)
 extensions.RESULTS.extend(registered.RESULTS)

@@ -80,7 +80,8 @@ def refuse_without_float64(modules: Iterable[nn.Module]) -> None:
 
 def stacks_of(experts: Any) -> tuple[str, str]:
     """The names of the stacks of weights, in the order of a forward pass."""
-    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+    into = "gate_up_proj" if experts.has_gate else "up_proj"
+    return into, "down_proj"
 
 
 @extensions.as_one_map.provide

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate
 from lens_lora.core.adapter import expert_factors
@@ -144,18 +147,30 @@ def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFacto
     rows = torch.arange(out)[None]
     if stack == "gate_up_proj":
         rows = rows.view(2, -1) if experts.is_concatenated else rows.view(-1, 2).T
+    no_change = LoRAFactors(like.A.new_zeros(1, width), like.B.new_zeros(out, 1))
     parts: list[LoRAFactors] = []
     for expert in range(count):
-        factors_by_half = halves.get(expert, {})
-        As = [like.A.new_zeros(0, width)]
-        Bs = [like.B.new_zeros(out, 0)]
-        for half, factors in factors_by_half.items():
-            placed = like.B.new_zeros(out, factors.rank)
-            placed[rows[half]] = factors.scale * factors.strength * factors.B
-            As.append(factors.A)
-            Bs.append(placed)
-        if not factors_by_half:
-            As.append(like.A.new_zeros(1, width))
-            Bs.append(like.B.new_zeros(out, 1))
-        parts.append(LoRAFactors(torch.cat(As), torch.cat(Bs, 1)))
+        if expert in halves:
+            parts.append(_side_by_side(halves[expert], rows))
+        else:
+            parts.append(no_change)
     return expert_factors(parts)
+
+
+def _side_by_side(
+    factors_by_half: Mapping[int, LoRAFactors], rows: Int[Tensor, "half row"]
+) -> LoRAFactors:
+    """A = [A_gate; A_up] and B = diag(B_gate, B_up) of one expert.
+
+    Args:
+        factors_by_half: the adapter's factors of one half of the expert's map, or of both.
+        rows: the output rows of each half.
+    """
+    As: list[Tensor] = []
+    Bs: list[Tensor] = []
+    for half, factors in factors_by_half.items():
+        B = factors.B.new_zeros(rows.numel(), factors.rank)
+        B[rows[half]] = factors.scale * factors.strength * factors.B
+        As.append(factors.A)
+        Bs.append(B)
+    return LoRAFactors(torch.cat(As), torch.cat(Bs, 1))

@@ -118,9 +118,11 @@ def _spread(model: PreTrainedModel, layers: int, devices: int) -> tuple[OnDevice
     for place, size in enumerate(sizes):
         middle = (before + size / 2) / sum(sizes)
         device = min(int(devices * middle), devices - 1)
-        so_far = parts[device]
+        blocks, weights = dataclasses.astuple(parts[device])
         is_block = 1 <= place <= layers
-        parts[device] = OnDevice(so_far.blocks + is_block, so_far.weights + size)
+        if is_block:
+            blocks += 1
+        parts[device] = OnDevice(blocks, weights + size)
         before += size
     return tuple(parts)
 
