@@ -290,7 +290,8 @@ class Bank:
             adapters: a folder or a hub id ('owner/repo', or 'owner/repo/sub/folder') with adapters
                 at any depth; or several folders, hub ids and `Adapter`s.
             group: the groups over which values are summed: 'site', 'layer' or 'kind'.
-            out: a .parquet file, which is written part by part.
+            out: a .parquet file, which is written part by part. An adapter that is named twice has
+                its rows there once.
             resume: whether to go on with what is at `out`; False starts over.
             revision: the branch, tag or commit of every hub repository that is named.
             subfolder: the folder within each folder or repository that is named.

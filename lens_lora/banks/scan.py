@@ -232,14 +232,18 @@ class Scan:
     def _parts(
         self, store: Store, sources: Iterator[NamedSource], known: Mapping[str, pa.Table]
     ) -> list[str]:
-        """Write the rows that are not known yet, and return the key of each adapter."""
+        """Write the rows that are not known yet, and return the key of each adapter.
+
+        An adapter that is named twice has its key twice, and is written once.
+        """
         finished: list[str] = []
         for few in self.tables(sources, known):
-            by_key = {key_of(table): table for table in few}
+            keys = [key_of(table) for table in few]
+            by_key = dict(zip(keys, few, strict=True))
             new = [table for key, table in by_key.items() if table is not known.get(key)]
             if new:
                 store.write(new, {})
-            finished += by_key
+            finished += keys
         return finished
 
     def tables(
@@ -507,7 +511,9 @@ def gathered(out: Path, planned: Sequence[PlannedShard]) -> pd.DataFrame:
     store = Store(out, fingerprint)
     with store.writing(Processes()):
         store.begin(anew=False)
-        in_order = [tables[key_at[number]] for number in sorted(key_at)]
+        keys = [key_at[number] for number in sorted(key_at)]
+        # An adapter that is named twice has its rows once, as in the file of one process.
+        in_order = [tables[key] for key in dict.fromkeys(keys)]
         store.write([ranked(in_order)], {}, store.path)
         store.remove()
     return pd.read_parquet(store.path).drop(columns="weights")

@@ -371,6 +371,20 @@ def test_shards_of_a_scan_are_gathered(scene, tmp_path: Path, monkeypatch, at_on
         bank.scan(folder, shard=(1, 2), progress=False)
 
 
+def test_an_adapter_that_is_named_twice_is_written_once(scene, tmp_path: Path):
+    """By a single process and by shards, whether or not the same shard has it twice."""
+    bank, folder, _ = scene
+    first, second = (folder / name for name in NAMES[:2])
+    sources = [first, second, *[first] * scan_module.AT_ONCE]
+    whole = bank.scan(sources, out=tmp_path / "whole.parquet", progress=False)
+    assert sorted(set(whole["adapter"])) == sorted(map(str, (first, second)))
+    assert not whole.duplicated().any()
+    out = tmp_path / "scan.parquet"
+    for index in (1, 2):
+        bank.scan(sources, out=out, shard=(index, 2), progress=False)
+    pd.testing.assert_frame_equal(ll.gather(out), whole)
+
+
 def test_processes_share_a_scan(scene, tmp_path: Path, monkeypatch):
     """Each takes every second adapter; the first one merges what both have written."""
     bank, folder, _ = scene
