@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, final
@@ -188,17 +189,9 @@ def patchscope(
     # A row for each direction and size.
     vectors = by_size.flatten(0, 1)
 
-    def put_in_place(h: Tensor, hook: Any) -> Tensor:
-        del hook
-        return h.select_scatter(vectors.to(h), 1, place)
-
-    @contextlib.contextmanager
-    def with_vectors() -> Generator[None]:
-        with lens.adapted(gates), lens.hooked([(name, put_in_place)]):
-            yield
-
     plain = f.passes.logits(under=lens.adapted(gates))[0].softmax(-1)
-    logits, tokens = _continued(f, with_vectors, len(vectors), length)
+    under = functools.partial(_with_vectors, lens, gates, name, place, vectors)
+    logits, tokens = _continued(f, under, len(vectors), length)
     require_finite(logits, "a logit")
     p = logits.softmax(-1)
     likeliest = p.topk(min(count, p.shape[-1]))
@@ -264,6 +257,24 @@ def _mean_size(f: Function, gates: Float[Tensor, " site"], name: str, place: int
     if not bool(is_counted.any()):
         is_counted[place] = True
     return float(norms[0, is_counted].mean())
+
+
+@contextlib.contextmanager
+def _with_vectors(
+    lens: LoraLens,
+    gates: Float[Tensor, " site"],
+    name: str,
+    place: int,
+    vectors: Float[Tensor, "row d"],
+) -> Generator[None]:
+    """Within the block each row has its own vector in place of h, at one token of a hook point."""
+
+    def put_in_place(h: Tensor, hook: Any) -> Tensor:
+        del hook
+        return h.select_scatter(vectors.to(h), 1, place)
+
+    with lens.adapted(gates), lens.hooked([(name, put_in_place)]):
+        yield
 
 
 def _continued(

@@ -5,6 +5,10 @@ Hovering over a line or a cell shows its number, and the contents lead from prom
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pandas as pd
+
 from lens_lora.core import drawing
 from lens_lora.edge_attribution.edges import Edges
 from lens_lora.edge_attribution.figures import edges_heatmap
@@ -46,17 +50,7 @@ def _part(edges: Edges, prompt: int) -> Part:
     shift = float(edges.shift[prompt])
     total = float(edges.per_edge[prompt].double().sum())
     strongest = edges.top(_IN_TABLE, prompt)
-    largest: list[str] = []
-    for row in strongest.head(_IN_HEADLINE).to_dict("records"):
-        ends = f"{short_name(row['writer'])} → {short_name(row['reader'])}"
-        largest.append(f"{ends} {signed(row['value'])}")
-    share = percent(total / shift) if shift else "—"
-    method = text.key_text(edges.key)
-    sentences = (
-        f"The adapter moves {edges.readout} by {signed(shift)} {units}.",
-        f"The {method} sum to {signed(total)} {units}, {share} of the shift.",
-        f"The largest are {', '.join(largest)}.",
-    )
+    sentences = _headline(edges, shift, total, strongest.head(_IN_HEADLINE))
     sections = [
         Section(
             "Every writer and reader",
@@ -70,7 +64,7 @@ def _part(edges: Edges, prompt: int) -> Part:
         ),
     ]
     prompt_text = text.shortened(text.prompt_text(edges.str_tokens[prompt]))
-    subtitles = (method, f"“{prompt_text}”", made_by(edges.meta))
+    subtitles = (text.key_text(edges.key), f"“{prompt_text}”", made_by(edges.meta))
     return Part(
         name=short_prompt(edges.str_tokens[prompt]),
         subtitle=" · ".join(filter(None, subtitles)),
@@ -84,4 +78,19 @@ def _part(edges: Edges, prompt: int) -> Part:
         top=[edges_graph(edges, _IN_GRAPH, prompt)],
         sections=folded("\n".join(sentences), sections, "edges", edges.meta),
         warnings=warned(edges.meta),
+    )
+
+
+def _headline(edges: Edges, shift: float, total: float, largest: pd.DataFrame) -> Sequence[str]:
+    """Say how far the adapter moves the readout, what all edges sum to, and which are largest."""
+    share = percent(total / shift) if shift else "—"
+    named: list[str] = []
+    for row in largest.to_dict("records"):
+        ends = f"{short_name(row['writer'])} → {short_name(row['reader'])}"
+        named.append(f"{ends} {signed(row['value'])}")
+    return (
+        f"The adapter moves {edges.readout} by {signed(shift)} {edges.units}.",
+        f"The {text.key_text(edges.key)} sum to {signed(total)} {edges.units}, {share} of the "
+        "shift.",
+        f"The largest are {', '.join(named)}.",
     )

@@ -24,7 +24,7 @@ from lens_lora.explanations.response_words import (
     response_story,
     token_texts,
 )
-from lens_lora.shifts.figures import log_p_pair, noted_tokens
+from lens_lora.shifts.figures import darkest_kl, log_p_pair, noted_tokens
 from lens_lora.show import go, maps, page, text
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import magnitude, percent, short_prompt, signed, visible
@@ -213,10 +213,10 @@ def response_part(e: ResponseExplanation) -> page.Part:
     meta = e.shifts.meta
     prompt = text.shortened(text.prompt_text(e.prompt))
     about = [f"“{prompt}”", page.made_by(meta)]
-    noted, most = noted_tokens(e.shifts, 0)
+    darkest = darkest_kl(e.shifts, 0)
     # A shade is a square root, so half of the darkest is a quarter of its KL.
-    scale = ("0", magnitude(most / 4), f"{magnitude(most)} nats")
-    shaded = page.ShadedText(noted, scale, chosen=e.moved_tokens[0])
+    scale = ("0", magnitude(darkest / 4), f"{magnitude(darkest)} nats")
+    shaded = page.ShadedText(noted_tokens(e.shifts, 0), scale, chosen=e.moved_tokens[0])
     numbers_file = page.Download("tokens.csv", e.to_frame().to_csv(index=False))
     first_moved, *_ = moved_texts(e)
     first_of_token, *_ = token_texts(e)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxtyping import Float
 from rich.cells import cell_len
+from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.core import drawing
@@ -73,29 +75,37 @@ def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> drawing.T
     """The response as text: the larger a token's KL, the darker its background (`noted_tokens`)."""
     index = shifts.only_prompt(prompt, "responses")
     tokens = shifts.response[index]
-    noted, most = noted_tokens(shifts, index)
     values = shifts.kl[0, index, : len(tokens)].tolist()
-    darkest = f"Darkest: {magnitude(most)} nats; by the square root"
+    darkest = f"Darkest: {magnitude(darkest_kl(shifts, index))} nats; by the square root"
     heading = f"{_heading(shifts, index)}. {_below(shifts, index)}. {darkest}."
-    return drawing.TokenView(
-        tokens, tuple(values), page.rendered("shaded", heading=heading, tokens=noted)
-    )
+    shaded = page.rendered("shaded", heading=heading, tokens=noted_tokens(shifts, index))
+    return drawing.TokenView(tokens, tuple(values), shaded)
 
 
-def noted_tokens(shifts: TokenShifts, index: int) -> tuple[list[page.NotedToken], float]:
-    """Each token of a response with its shade and notes, and the KL of the darkest token.
+def noted_tokens(shifts: TokenShifts, index: int) -> list[page.NotedToken]:
+    """Each token of a response with its shade and notes.
 
     A shade is the square root of a token's KL over the largest KL. Without the root, a token with
     most of a response's KL would make all others invisible.
     """
     tokens = shifts.response[index]
-    kl = shifts.kl[0, index, : len(tokens)].double().nan_to_num(0.0, 0.0)
-    most = float(kl.max()) or 1.0
-    roots = (kl / most).clamp(0, 1).sqrt().tolist()
+    shares = _kl_by_token(shifts, index) / darkest_kl(shifts, index)
+    roots = shares.clamp(0, 1).sqrt().tolist()
     noted: list[page.NotedToken] = []
     for token, root, note in zip(tokens, roots, _notes(shifts, index), strict=True):
-        noted.append(page.NotedToken(token, round(root, 3), note))
-    return noted, most
+        noted.append(page.NotedToken(token, shade=round(root, 3), note=note))
+    return noted
+
+
+def darkest_kl(shifts: TokenShifts, index: int) -> float:
+    """The KL of the darkest token of a response, in nats; 1 if no token has any."""
+    return float(_kl_by_token(shifts, index).max()) or 1.0
+
+
+def _kl_by_token(shifts: TokenShifts, index: int) -> Float[Tensor, " token"]:
+    """The KL of each token of a response, in which NaN counts as 0."""
+    count = len(shifts.response[index])
+    return shifts.kl[0, index, :count].double().nan_to_num(0.0, 0.0)
 
 
 def _heading(shifts: TokenShifts, index: int) -> str:
@@ -157,7 +167,7 @@ def still_text(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
     """The shaded text as a figure that can be written as an image, with a rectangle per token."""
     index = shifts.only_prompt(prompt, "responses")
     hover = _hovers(shifts, index)
-    noted, most = noted_tokens(shifts, index)
+    noted = noted_tokens(shifts, index)
     pieces = laid_out(shifts.response[index], _COLUMNS)
     figure = go.Figure()
     figure.add_scatter(
@@ -174,11 +184,10 @@ def still_text(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
     )
     shapes: list[dict[str, Any]] = []
     for piece in pieces:
-        _, shade, _ = noted[piece.token]
-        shapes.append(_background(piece, shade))
+        shapes.append(_background(piece, noted[piece.token].shade))
     lines = 1 + max(piece.line for piece in pieces)
     height = _ABOVE + _UNDER + _LINE_HEIGHT * (lines + 1)
-    below = f"{_below(shifts, index)}; darkest {magnitude(most)}"
+    below = f"{_below(shifts, index)}; darkest {magnitude(darkest_kl(shifts, index))}"
     finish(figure, ("KL by token of the response", below), ("", ""), height, shapes=shapes)
     width = int(_COLUMNS * _COLUMN_WIDTH) + 2 * _MARGIN
     margin = {"l": _MARGIN, "r": _MARGIN, "t": _ABOVE, "b": _UNDER}

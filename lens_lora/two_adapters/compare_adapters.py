@@ -94,9 +94,8 @@ def compare_adapters(
     draws = whole("draws", draws, 0)
     seed = whole("seed", seed, 0)
     second_adapter = _adapter_of(other, revision, subfolder)
-    bases = [lens.adapter, second_adapter]
     Adapter.require_one_base(
-        bases,
+        [lens.adapter, second_adapter],
         "changes of different models cannot be compared",
         in_shell="if it is one model, name it with --model.",
     )
@@ -105,9 +104,7 @@ def compare_adapters(
             "a readout is read on prompts, and there are none", remedy="pass prompts=…"
         )
     second = lens.with_adapter(second_adapter)
-    names_of_first = {site.name for site in lens.sites}
-    names_of_second = {site.name for site in second.sites}
-    shared = tuple(site for site in lens.sites if site.name in names_of_second)
+    shared = _sites_in(lens, second)
     if not shared and prompts is None:
         raise ArgumentError(
             f"{lens.adapter.name} and {second_adapter.name} adapt no site in common ("
@@ -127,16 +124,25 @@ def compare_adapters(
     return AdapterComparison(
         names=(lens.adapter.name, second_adapter.name),
         sites=shared,
-        only=(
-            tuple(site for site in lens.sites if site.name not in names_of_second),
-            tuple(site for site in second.sites if site.name not in names_of_first),
-        ),
+        only=(_sites_beyond(lens, second), _sites_beyond(second, lens)),
         readout="" if readout is None else readout.label,
         draws=draws,
         seed=seed,
         meta=meta,
         **fields,
     )
+
+
+def _sites_in(lens: LoraLens, other: LoraLens) -> tuple[Site, ...]:
+    """The sites of a lens that the other one adapts too."""
+    names = {site.name for site in other.sites}
+    return tuple(site for site in lens.sites if site.name in names)
+
+
+def _sites_beyond(lens: LoraLens, other: LoraLens) -> tuple[Site, ...]:
+    """The sites of a lens that the other one does not adapt."""
+    names = {site.name for site in other.sites}
+    return tuple(site for site in lens.sites if site.name not in names)
 
 
 def _adapter_of(other: object, revision: str | None, subfolder: str | None) -> Adapter:

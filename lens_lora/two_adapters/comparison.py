@@ -100,7 +100,8 @@ class AdapterComparison(OfSites, Pictured):
         read = float(self.read_overlap.nanmean())
         write = float(self.write_overlap.nanmean())
         by_chance = float(self.null_read.nanmean()) if self.draws else 0.0
-        return read >= _READ_ALIKE and max(write, by_chance) <= _OTHERS_APART * read
+        are_others_apart = max(write, by_chance) <= _OTHERS_APART * read
+        return read >= _READ_ALIKE and are_others_apart
 
     @property
     def note(self) -> str:
@@ -139,36 +140,30 @@ class AdapterComparison(OfSites, Pictured):
 
     def summary(self) -> pd.DataFrame:
         """One row per number, with its quantiles for the second adapter in random directions."""
-        numbers = {
-            "cosine of ΔW": self.cosine,
-            "overlap of what is read": float(self.read_overlap.nanmean()),
-            "overlap of what is written": float(self.write_overlap.nanmean()),
-        }
-        nulls = {
-            "cosine of ΔW": (self.null_inner.nansum(1) / self._sizes.prod()).tolist(),
-            "overlap of what is read": self.null_read.nanmean(1).tolist(),
-            "overlap of what is written": self.null_write.nanmean(1).tolist(),
+        null_cosines = self.null_inner.nansum(1) / self._sizes.prod()
+        read = float(self.read_overlap.nanmean())
+        write = float(self.write_overlap.nanmean())
+        table = {
+            "cosine of ΔW": _with_quantiles(self.cosine, null_cosines.tolist()),
+            "overlap of what is read": _with_quantiles(read, self.null_read.nanmean(1).tolist()),
+            "overlap of what is written": _with_quantiles(
+                write, self.null_write.nanmean(1).tolist()
+            ),
         }
         if self.function.shape[-1]:
-            cosines = cosine_of(self.function)
-            null_cosines = cosine_of(self.null_function)
+            cosines = cosine_of(self.function).tolist()
+            nulls = cosine_of(self.null_function).tolist()
             for kind, name in enumerate(("first order", "exact")):
-                row = f"cosine under F, {name}"
-                numbers[row] = float(cosines[kind])
-                nulls[row] = null_cosines[kind].tolist()
+                table[f"cosine under F, {name}"] = _with_quantiles(cosines[kind], nulls[kind])
         if self.readout:
             first, second = self.effects
             for name, ranked in (("pearson", False), ("spearman", True)):
-                row = f"effects by site, {name}"
-                numbers[row] = _mean_correlation(first, second, ranked=ranked)
-                nulls[row] = [
+                correlation_of_both = _mean_correlation(first, second, ranked=ranked)
+                of_nulls = [
                     _mean_correlation(first, null, ranked=ranked) for null in self.null_effects
                 ]
+                table[f"effects by site, {name}"] = _with_quantiles(correlation_of_both, of_nulls)
 
-        table: dict[str, list[float]] = {}
-        for row, number in numbers.items():
-            quantiles = pd.Series(nulls[row], dtype=float).quantile(_QUANTILES)
-            table[row] = [number, *quantiles]
         columns = ["value", *(f"null {q:.1%}" for q in _QUANTILES)]
         return pd.DataFrame.from_dict(table, orient="index", columns=columns).rename_axis("number")
 
@@ -212,6 +207,11 @@ class AdapterComparison(OfSites, Pictured):
         if len(self.null_inner) < 2:
             return torch.full_like(self.inner, torch.nan)
         return self.null_inner.std(0) / self.norms.prod(0)
+
+
+def _with_quantiles(number: float, nulls: Sequence[float]) -> list[float]:
+    """A number, and its quantiles for the second adapter in random directions."""
+    return [number, *pd.Series(nulls, dtype=float).quantile(_QUANTILES)]
 
 
 def _mean_correlation(
