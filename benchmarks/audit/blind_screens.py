@@ -12,6 +12,7 @@ is kept: whoever has the seed can open it, and the judge does so when all is wri
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 from pathlib import Path
@@ -75,7 +76,8 @@ def judged_controls() -> list[str]:
     return names
 
 
-def screens() -> list[Screen]:
+@functools.cache
+def screens() -> tuple[Screen, ...]:
     """Every stored quirk's and control's first screen, in the order that the seed draws."""
     chosen = {*quirks(), *judged_controls()}
     made: list[Screen] = []
@@ -88,7 +90,7 @@ def screens() -> list[Screen]:
             counted = counted_again({"triggered": [], **row, "base": base})
             made.append(Screen(file.stem, edition, screen(counted, None)))
     random.Random(SEED).shuffle(made)
-    return made
+    return tuple(made)
 
 
 def verdicts() -> list[Verdict]:

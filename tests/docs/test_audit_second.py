@@ -80,6 +80,7 @@ def test_claims_on_controls_are_counted_again():
     assert f"| second half | {' | '.join(cells)} |" in PAGE
 
 
+@pytest.mark.slow
 def test_the_page_is_that_of_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     copy = tmp_path / "auditing_data.md"
     copy.write_text(PAGE)
@@ -118,6 +119,7 @@ def test_blind_verdicts_are_counted_again():
     assert f"| third | {counted(len(of_third), 10)} | 3 of 10 | {counted(0, 10)} |" in PAGE
 
 
+@pytest.mark.slow
 def test_a_first_screen_to_be_judged_does_not_say_whose_it_is():
     """Names of one word, such as “afraid”, are also words of answers."""
     for one in blind_screens.screens():
