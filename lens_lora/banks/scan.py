@@ -15,7 +15,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import pandas as pd
 import pyarrow as pa
@@ -51,14 +51,39 @@ NamedSource = tuple[str, Place | Adapter]
 # How many adapters are contracted and written together, and so the most that a kill loses.
 AT_ONCE = 8
 
-# The types of the table's columns, which `Scan._table_of` names. `error` says what is wrong with an
-# adapter; `weights` is the hash of its factors, by which a resumed scan recognises it.
 _TEXT = pa.string()
 _NUMBER = pa.float64()
 _INTEGER = pa.int64()
+
+
+class _Row(NamedTuple):
+    """A row of the table. That of an adapter that cannot be used has only a name and an error.
+
+    Attributes:
+        adapter: the adapter's name.
+        readout: the label of the readout.
+        prompt: the index of the prompt.
+        group: the name of the site, layer or kind, by which the table names this column.
+        value: first order of the group.
+        total: first order of all sites.
+        error: what is wrong with the adapter.
+        weights: the hash of its factors, by which a resumed scan recognises it.
+    """
+
+    adapter: str
+    readout: str | None = None
+    prompt: int | None = None
+    group: str | None = None
+    value: float | None = None
+    total: float | None = None
+    error: str | None = None
+    weights: str | None = None
+
+
+# The types of these columns.
 _TYPES = [_TEXT, _TEXT, _INTEGER, _TEXT, _NUMBER, _NUMBER, _TEXT, _TEXT]
-# The index of the column `rank`.
-_RANK_AT = 6
+# The column `rank`, which is added to the table of all adapters, stands after `total`.
+_RANK_AT = _Row._fields.index("total") + 1
 
 
 class Loaded(NamedTuple):
@@ -313,9 +338,9 @@ class Scan:
             rows = [_error_row(name, error)]
         return self._table_of(rows)
 
-    def _rows(self, name: str, loaded: Loaded, slopes: SlopesTogether) -> list[tuple[Any, ...]]:
+    def _rows(self, name: str, loaded: Loaded, slopes: SlopesTogether) -> list[_Row]:
         """Make one row per readout, prompt and group."""
-        rows: list[tuple[Any, ...]] = []
+        rows: list[_Row] = []
         by_readout = _slopes_of(loaded.adapter, slopes)
         for readout, (lens, values) in zip(self._readouts, by_readout, strict=True):
             groups, members = _grouping(lens.sites, self._group)
@@ -324,12 +349,12 @@ class Scan:
             for prompt, by_group in enumerate(sums):
                 total = sum(by_group)
                 for group, value in zip(groups, by_group, strict=True):
-                    row = (name, label, prompt, group, value, total, None, loaded.weights)
+                    row = _Row(name, label, prompt, group, value, total, weights=loaded.weights)
                     rows.append(row)
         return rows
 
-    def _table_of(self, rows: Sequence[tuple[Any, ...]]) -> pa.Table:
-        names = ["adapter", "readout", "prompt", self._group, "value", "total", "error", "weights"]
+    def _table_of(self, rows: Sequence[_Row]) -> pa.Table:
+        names = [self._group if name == "group" else name for name in _Row._fields]
         columns: list[pa.Array] = []
         for column, kind in zip(zip(*rows, strict=True), _TYPES, strict=True):
             columns.append(pa.array(column, kind))
@@ -353,8 +378,8 @@ def _slopes_of(adapter: Adapter, together: SlopesTogether) -> list[SlopesOfReado
     return [by_number[number] for number in sorted(by_number)]
 
 
-def _error_row(name: str, error: Exception) -> tuple[Any, ...]:
-    return (name, None, None, None, None, None, f"{type(error).__name__}: {error}", None)
+def _error_row(name: str, error: Exception) -> _Row:
+    return _Row(name, error=f"{type(error).__name__}: {error}")
 
 
 @functools.lru_cache(maxsize=4)
