@@ -100,7 +100,7 @@ def patch_sites(
     if of == "site" and replacing is None:
         return Effects.from_function(g, _switched(g, groups, how), groups, how)
 
-    rank_of_group: list[int] | None = None
+    parts = _Parts(groups)
     if of == "rank":
         if group != "site":
             raise ArgumentError(
@@ -108,14 +108,16 @@ def patch_sites(
                 "out group, or choose with sites=…"
             )
         activations.require_ranks(lens, [index for (index,) in groups.values()])
-        groups, rank_of_group = _each_rank(lens, groups)
+        parts = _Parts.each_rank(lens, groups)
         lens = lens.in_gauge("svd")
     stand_in = None
     if replacing is not None:
         stand_in = _stand_in(lens, g.reading, how, replace, replacing)
-    values = _replaced(g, lens, groups, rank_of_group, how, stand_in)
+    values = _replaced(g, lens, parts, how, stand_in)
     text_count = 0 if replacing is None else replacing.batch
-    return Effects.from_function(g, values, groups, how, of=of, replace=replace, texts=text_count)
+    return Effects.from_function(
+        g, values, parts.groups, how, of=of, replace=replace, texts=text_count
+    )
 
 
 def _switched(g: Function, groups: Groups, how: How) -> Float[Tensor, "batch group"]:
@@ -162,20 +164,55 @@ def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> 
 # --- δ replaced by something other than zero, and single ranks
 
 
-def _each_rank(lens: LoraLens, groups: Groups) -> tuple[Groups, list[int]]:
-    """Make a group for each rank of each site; also returns which rank each group is.
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The parts of the adapter whose δ is replaced, each in a run of its own.
 
-    Args:
-        lens: the adapter over the model.
-        groups: groups of a single site each.
+    Attributes:
+        groups: the sites of each part, by its name.
+        ranks: the rank of the site of each part; None if the parts are whole sites.
     """
-    by_rank: Groups = {}
-    ranks: list[int] = []
-    for name, (index,) in groups.items():
-        for rank in range(lens.sites[index].rank):
-            by_rank[f"{name}[{rank}]"] = (index,)
-            ranks.append(rank)
-    return by_rank, ranks
+
+    groups: Groups
+    ranks: tuple[int, ...] | None = None
+
+    @classmethod
+    def each_rank(cls, lens: LoraLens, groups: Groups) -> _Parts:
+        """Take each rank of each site as a part.
+
+        Args:
+            lens: the adapter over the model.
+            groups: groups of a single site each.
+        """
+        by_rank: Groups = {}
+        ranks: list[int] = []
+        for name, (index,) in groups.items():
+            for rank in range(lens.sites[index].rank):
+                by_rank[f"{name}[{rank}]"] = (index,)
+                ranks.append(rank)
+        return cls(by_rank, tuple(ranks))
+
+    def points(self, lens: LoraLens, how: How) -> activations.Points:
+        """What each run does: its part is replaced, and all other sites are off, or on.
+
+        Args:
+            lens: the adapter over the model.
+            how: 'add_one' for runs of the base, or 'leave_one_out' for runs of the adapted model.
+        """
+        adds = how == "add_one"
+        is_by_rank = self.ranks is not None
+        members = lens.sites.indicator(self.groups).to(lens.device, lens.gate_dtype)
+        ranks = members.new_zeros(len(self.groups))
+        if self.ranks is not None:
+            ranks = torch.tensor(self.ranks).to(members)
+        state_of_members = activations.ABOUT + ranks[:, None]
+        state_of_others = activations.OFF if adds else activations.ON
+        return activations.Points(
+            states=torch.where(members > 0, state_of_members, state_of_others),
+            of_ranks=is_by_rank,
+            alone=adds and is_by_rank,
+            replaced=True,
+        )
 
 
 def _stand_in(
@@ -191,45 +228,31 @@ def _stand_in(
 def _replaced(
     g: Function,
     lens: LoraLens,
-    groups: Groups,
-    rank_of_group: list[int] | None,
+    parts: _Parts,
     how: How,
     stand_in: activations.StandIn | None,
 ) -> Float[Tensor, "batch group"]:
-    """The effects: g with each group's own δ, less g with δ replaced.
+    """The effects: g with each part's own δ, less g with δ replaced.
 
     Args:
         g: the function.
         lens: the lens of g; for single ranks, with rank spaces in the coordinates of the SVD.
-        groups: indices of sites, by name.
-        rank_of_group: the rank of each group that is replaced; None for whole sites.
+        parts: what is replaced in each run.
         how: 'add_one' on the base, or 'leave_one_out' in the adapted model.
         stand_in: what δ is replaced by; None for zero.
     """
-    adds = how == "add_one"
-    is_by_rank = rank_of_group is not None
 
     def run(points: activations.Points, title: str) -> Float[Tensor, "batch group"]:
         return replaced_readout(lens, g.reading, points, stand_in, bar=Bar(title, g.progress))
 
-    members = lens.sites.indicator(groups).to(lens.device, lens.gate_dtype)
-    rank_of_run = members.new_zeros(len(groups))
-    if rank_of_group is not None:
-        rank_of_run = torch.tensor(rank_of_group).to(members)
-    state_of_members = activations.ABOUT + rank_of_run[:, None]
-    state_of_others = activations.OFF if adds else activations.ON
-    points = activations.Points(
-        states=torch.where(members > 0, state_of_members, state_of_others),
-        of_ranks=is_by_rank,
-        alone=adds and is_by_rank,
-        replaced=True,
-    )
-    if not adds:
+    points = parts.points(lens, how)
+    if how == "leave_one_out":
         _, adapted = g.ends
         return adapted[:, None] - run(points, "replaced")
-    if is_by_rank:
+    if points.of_ranks:
         added = run(dataclasses.replace(points, replaced=False), "add one")
     else:
+        members = lens.sites.indicator(parts.groups).to(lens.device, lens.gate_dtype)
         added = g.corners(members).T
     if stand_in is None:
         base, _ = g.ends

@@ -123,15 +123,16 @@ class _TablesByRow:
     def __init__(self, forward: Callable[..., Any], rotary: Rotary, lengths: Sequence[int]) -> None:
         self._forward = forward
         self._rotary = rotary
-        # Which table each rule takes for a row; rows that agree in all of them go together.
-        by_row: list[tuple[int, ...]] = []
-        for length in lengths:
-            by_row.append(tuple(rule.table(length) for _, rule in rotary.rules))
+        # The table that each rule takes for a row; rows that agree in all of them go together.
+        tables_of_rows: list[tuple[int, ...]] = []
         longest: dict[tuple[int, ...], int] = {}
-        for table, length in zip(by_row, lengths, strict=True):
-            longest[table] = max(length, longest.get(table, 0))
+        for length in lengths:
+            tables = tuple(rule.table(length) for _, rule in rotary.rules)
+            tables_of_rows.append(tables)
+            longest[tables] = max(length, longest.get(tables, 0))
+        distinct = list(longest)
         self._longest = list(longest.values())
-        self._table_of_row = [list(longest).index(table) for table in by_row]
+        self._table_of_row = [distinct.index(tables) for tables in tables_of_rows]
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute what transformers computes, cos and sin or one tensor: [row, position, …]."""
