@@ -174,14 +174,13 @@ def _require_no_hook_behind(lens: LoraLens, path: EdgePath) -> None:
     blocks = {lens.sites[site].layer for site in path.sites}
     if is_end(path.reader) or layer not in blocks:
         return
-    behind = (
-        f"blocks.{layer}.hook_resid_post",
-        host.block_input(min(layer + 1, host.n_layers - 1)),
-    )
+    behind = [f"blocks.{layer}.hook_resid_post"]
+    if layer + 1 < host.n_layers:
+        behind.append(host.block_input(layer + 1))
     points = [lens.model.hook_dict[name] for name in behind]
     if lens.is_hooked(lens.model.blocks[layer], *points):
         raise ModelStateError(
-            f"{path.writer}{ARROW}{path.reader}: a hook of yours on block {layer}, or at one of "
-            f"{behind}, may change what this reader saw before it is taken off the stream again. "
-            "Remove that hook, or ask for a later reader."
+            f"{path.writer}{ARROW}{path.reader}: a hook of yours on block {layer}, or at "
+            f"{' or '.join(behind)}, may change what this reader saw before it is taken off the "
+            "stream again. Remove that hook, or ask for a later reader."
         )

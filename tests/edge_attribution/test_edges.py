@@ -504,6 +504,20 @@ def test_a_hook_behind_a_block_is_refused_for_edges_within_it(cls: str):
     ll.patch_edges(lens, TEXTS, MARGIN, [within], progress=False)
 
 
+@pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_hook_before_the_last_block_is_followed_for_edges_within_it(cls: str, how: str):
+    """At the block's input it changes what the same hook changes at the end of the block before."""
+    lens = cases.case("llama", cls, "raw").lens
+    pairs = [("blocks.1.attn.o", "blocks.1.mlp")]
+    values = []
+    for name in ("blocks.0.hook_resid_post", lens.plan.host.block_input(1)):
+        with lens.hooked([(name, doubled)]):
+            values.append(ll.patch_edges(lens, TEXTS, MARGIN, pairs, how, progress=False).values)
+    assert values[0].any()
+    assert relative(values[1], values[0]) < ROUND_OFF
+
+
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_hook_within_a_branch_is_a_part_of_it(cls: str):
     lens = cases.case("llama", cls, "raw").lens
