@@ -101,16 +101,9 @@ def _is_path(name: str) -> bool:
 
 def is_hub_id(name: str | None) -> bool:
     """Whether the Hub accepts this as the id of a model."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from lens_lora import loading
 
-    if name is None or _is_path(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    return name is not None and not _is_path(name) and loading.is_hub_id(name)
 
 
 # --- A card that was written before

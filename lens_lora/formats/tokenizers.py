@@ -268,26 +268,38 @@ def differences(base: Any, own: Any) -> list[str]:
         facts.append(f"{many(len(added), 'added token')}: {first}{others}")
     if own.chat_template not in (None, base.chat_template):
         facts.append("its own chat template")
-    if _special_ids_around(own) != _special_ids_around(base):
+    if special_ids_around(own) != special_ids_around(base):
         facts.append(f"{_around_in_words(own)}, the base's {_around_in_words(base)}")
     return facts
 
 
-def _special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+class SpecialIds(NamedTuple):
     """The ids that a tokenizer puts before a text and after it."""
+
+    before: list[int]
+    after: list[int]
+
+
+def special_ids_around(tokenizer: Any) -> SpecialIds:
+    """The ids that a tokenizer puts before a text and after it, such as BOS and EOS.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+    """
     plain = list(tokenizer(_A_TEXT, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(_A_TEXT)["input_ids"])
     for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start], whole[start + len(plain) :]
-    return whole, []
+        end = start + len(plain)
+        if whole[start:end] == plain:
+            return SpecialIds(whole[:start], whole[end:])
+    return SpecialIds(whole, [])
 
 
 def _around_in_words(tokenizer: Any) -> str:
     """Write such as 'puts <s> before a text and nothing behind it'."""
-    before, behind = _special_ids_around(tokenizer)
-    first = " ".join(tokenizer.convert_ids_to_tokens(before)) or "nothing"
-    last = " ".join(tokenizer.convert_ids_to_tokens(behind)) or "nothing"
+    around = special_ids_around(tokenizer)
+    first = " ".join(tokenizer.convert_ids_to_tokens(around.before)) or "nothing"
+    last = " ".join(tokenizer.convert_ids_to_tokens(around.after)) or "nothing"
     return f"puts {first} before a text and {last} behind it"
 
 

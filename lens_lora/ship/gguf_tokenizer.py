@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lens_lora.errors import many
 from lens_lora.formats.gguf_layout import GGUFFile
+from lens_lora.formats.tokenizers import special_ids_around
 from lens_lora.ship.checks import Outcome
 from lens_lora.ship.merged_tokenizer import texts_tried
 
@@ -457,10 +458,7 @@ def _other_text_ends(
     file: GGUFFile, kind: str, expected: Any, ids: Mapping[str, int | None]
 ) -> Iterator[Finding]:
     """Yield whether other special tokens are put before and behind a text."""
-    text = list(expected("a")["input_ids"])
-    plain = list(expected("a", add_special_tokens=False)["input_ids"])
-    before = text[: text.index(plain[0])] if plain and plain[0] in text else []
-    after = text[len(before) + len(plain) :]
+    before, after = special_ids_around(expected)
     rule = file.field(f"{_FIELDS}pre")
     adds_bos = _stated(file, "add_bos_token", default=kind == _PIECES or rule in _ADDING_BOS)
     adds_eos = _stated(file, "add_eos_token", default=False)

@@ -154,13 +154,19 @@ def _stretches(scales: Sequence[float], marked: Sequence[bool]) -> list[tuple[fl
         marked: whether each point is marked.
     """
     middles = [(low + high) / 2 for low, high in itertools.pairwise(scales)]
+    # The interval of each point lies between two of these.
     edges = [0.0, *middles, scales[-1]]
-    found: list[tuple[float, float]] = []
-    for is_marked, group in itertools.groupby(range(len(marked)), marked.__getitem__):
-        places = list(group)
-        if is_marked:
-            found.append((edges[places[0]], edges[places[-1] + 1]))
-    return found
+    stretches: list[tuple[float, float]] = []
+    begin: float | None = None
+    for place, is_marked in enumerate(marked):
+        if is_marked and begin is None:
+            begin = edges[place]
+        elif not is_marked and begin is not None:
+            stretches.append((begin, edges[place]))
+            begin = None
+    if begin is not None:
+        stretches.append((begin, edges[-1]))
+    return stretches
 
 
 # The words beside the flip are about as wide as this part of the axis.
