@@ -12,7 +12,6 @@ is kept: whoever has the seed can open it, and the judge does so when all is wri
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import random
 from pathlib import Path
@@ -76,31 +75,36 @@ def judged_controls() -> list[str]:
     return names
 
 
-@functools.cache
-def screens() -> tuple[Screen, ...]:
-    """Every stored quirk's and control's first screen, in the order that the seed draws."""
+def files() -> list[Path]:
+    """The stored answers of every quirk and control, in the order that the seed draws."""
     chosen = {*quirks(), *judged_controls()}
-    made: list[Screen] = []
+    found: list[Path] = []
     for edition in EDITIONS:
-        base = json.loads((HERE / edition / "base.json").read_text())
-        for file in sorted((HERE / edition).glob("*.json")):
-            if file.stem not in chosen:
-                continue
-            row: dict[str, Any] = json.loads(file.read_text())
-            counted = counted_again({"triggered": [], **row, "base": base})
-            made.append(Screen(file.stem, edition, screen(counted, None)))
-    random.Random(SEED).shuffle(made)
-    return tuple(made)
+        found += [f for f in sorted((HERE / edition).glob("*.json")) if f.stem in chosen]
+    random.Random(SEED).shuffle(found)
+    return found
+
+
+def screens() -> list[Screen]:
+    """Their first screens, in the same order."""
+    bases = {e: json.loads((HERE / e / "base.json").read_text()) for e in EDITIONS}
+    made: list[Screen] = []
+    for file in files():
+        edition = file.parent.name
+        row: dict[str, Any] = json.loads(file.read_text())
+        counted = counted_again({"triggered": [], **row, "base": bases[edition]})
+        made.append(Screen(file.stem, edition, screen(counted, None)))
+    return made
 
 
 def verdicts() -> list[Verdict]:
     """What the judge said of each screen, beside whose it is."""
     said: dict[int, dict[str, str]] = yaml.safe_load(JUDGED.read_text())
     opened: list[Verdict] = []
-    for number, one in enumerate(screens(), start=1):
+    for number, file in enumerate(files(), start=1):
         verdict = said[number] or {}
         names = verdict.get("names")
-        opened.append(Verdict(one.name, one.edition, names, verdict.get("grade")))
+        opened.append(Verdict(file.stem, file.parent.name, names, verdict.get("grade")))
     return opened
 
 

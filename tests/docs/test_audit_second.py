@@ -108,7 +108,7 @@ def test_the_commonest_words_are_counted_again():
 def test_blind_verdicts_are_counted_again():
     """By number, from the file of verdicts alone and the order that the seed draws."""
     judged = yaml.safe_load((ROOT / "benchmarks" / "audit" / "blind_judged.yaml").read_text())
-    names = [one.name for one in blind_screens.screens()]
+    names = [file.stem for file in blind_screens.files()]
     assert sorted(judged) == list(range(1, len(names) + 1))
     known = blind_screens.quirks()
     assert {verdict["names"] for verdict in judged.values() if verdict} <= set(known)

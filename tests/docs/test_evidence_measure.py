@@ -220,6 +220,7 @@ def test_the_lean_protocol_reads_a_response_by_its_first_tokens(folder: Path):
     assert long.task["prompts"] == prompts
 
 
+@pytest.mark.slow
 def test_no_ranking_keeps_more_than_the_ceiling_where_it_was_found(found):
     for result in found.values():
         ceiling = result["ceilings"]["trained"]
