@@ -148,15 +148,19 @@ def feature_figure(shift: FeatureShift, k: int = 20, prompt: int | None = None) 
     So features and colours are chosen by the other positions, if there are any, and the title says
     so.
     """
+    # An index of no prompt is refused here, before it is named in the heading.
     shift.prompt_rows(prompt)
-    place = "by position" if shift.positions == "each" else text.position_text(shift.positions)
-    if shift.by_position and shift.base.shape[2] > 1:
+    heading = f"features at {shift.name}"
+    whose_prompt = whose(prompt, shift.str_tokens)
+    if not shift.by_position:
+        place = text.position_text(shift.positions)
+        below = f"pushed by the adapter, {place} · {whose_prompt}"
+        return _bars_of_features((heading, below), shift, k, prompt)
+    place = "by position"
+    if shift.base.shape[2] > 1:
         place += "; features and colours chosen without position 0"
-    below = f"pushed by the adapter, {place} · {whose(prompt, shift.str_tokens)}"
-    titles = f"features at {shift.name}", below
-    if shift.by_position:
-        return _features_by_position(titles, shift, k, prompt)
-    return _bars_of_features(titles, shift, k, prompt)
+    below = f"pushed by the adapter, {place} · {whose_prompt}"
+    return _features_by_position((heading, below), shift, k, prompt)
 
 
 def _bars_of_features(
