@@ -6,7 +6,9 @@ float32, in the order of rows that llama.cpp has.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,12 +28,10 @@ class LlamaCpp(Engine):
     def __init__(
         self, base: Path, adapter: Path | None = None, strength: float = 1.0, tokenizer=None
     ) -> None:
-        bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
+        library = _library()
         super().__init__(None, tokenizer)
-        self.lib = lib = bindings.get_lib()
-        self.ffi = ffi = bindings.get_ffi()
-        self.silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", _nothing)
-        lib.llama_log_set(self.silent, ffi.NULL)
+        self.lib = lib = library.lib
+        self.ffi = ffi = library.ffi
         lib.llama_backend_init()
         options = lib.llama_model_default_params()
         options.n_gpu_layers = 0
@@ -116,6 +116,25 @@ def _nothing(*args: object) -> None:
     pass
 
 
+class _Library(NamedTuple):
+    """llama.cpp, its foreign functions, and what it calls instead of printing."""
+
+    lib: Any
+    ffi: Any
+    silent: Any
+
+
+@functools.cache
+def _library() -> _Library:
+    """Kept as long as the process: llama.cpp calls `silent` whenever it has something to say."""
+    bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
+    lib = bindings.get_lib()
+    ffi = bindings.get_ffi()
+    silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", _nothing)
+    lib.llama_log_set(silent, ffi.NULL)
+    return _Library(lib, ffi, silent)
+
+
 # llama.cpp's number of the mixture Q4_K_S, which `pure` makes Q4_K throughout.
 _Q4_K_S = 14
 
@@ -125,9 +144,9 @@ def quantised_file(file: Path, out: Path) -> Path:
 
     Its own rule says what becomes of rows that are no multiple of 256.
     """
-    bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
-    lib = bindings.get_lib()
-    ffi = bindings.get_ffi()
+    library = _library()
+    lib = library.lib
+    ffi = library.ffi
     options = ffi.new("struct llama_model_quantize_params *")
     options[0] = lib.llama_model_quantize_default_params()
     options.nthread = 1
