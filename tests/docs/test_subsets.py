@@ -58,17 +58,20 @@ def by_task(values: dict[str, float]) -> list[float]:
 
 
 def cells(numbers: dict[str, Any], method: str) -> list[str]:
-    """Median, the order statistics that the binomial names, and the worst adapter, of both."""
-    told = []
+    """The median with its interval, and the worst adapter: held out, and then at home.
+
+    The ends of a 95 % interval of a median are order statistics, whose ranks the binomial gives.
+    """
+    found: list[str] = []
     for at_home in (False, True):
         values = by_adapter(numbers, method, at_home=at_home)
         tasks = sorted(by_task(values))
         rank = int(stats.binom.ppf(0.025, len(tasks), 0.5))
         low = tasks[rank - 1]
         high = tasks[-rank]
-        told += [f"{statistics.median(tasks):.2f} [{low:.2f}, {high:.2f}]"]
-        told += [f"{min(values.values()):.2f}"]
-    return told
+        found.append(f"{statistics.median(tasks):.2f} [{low:.2f}, {high:.2f}]")
+        found.append(f"{min(values.values()):.2f}")
+    return found
 
 
 def row_of(method: str) -> list[str]:
@@ -79,34 +82,41 @@ def row_of(method: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][2:]
 
 
-def flipped(differences: list[float]) -> float:
-    """The share of all patterns of signs whose sum is at least as far from zero."""
-    seen = abs(sum(differences)) * (1 - 1e-9)
-    signs = itertools.product((-1, 1), repeat=len(differences))
-    far = [abs(sum(s * d for s, d in zip(of, differences, strict=True))) >= seen for of in signs]
-    return sum(far) / len(far)
+def p_of_signs(differences: list[float]) -> float:
+    """The p of a sign-flip test: how many patterns of signs have a sum as far from zero."""
+    observed = abs(sum(differences)) * (1 - 1e-9)
+    sums: list[float] = []
+    for signs in itertools.product((-1, 1), repeat=len(differences)):
+        sums.append(sum(sign * d for sign, d in zip(signs, differences, strict=True)))
+    return statistics.fmean(abs(total) >= observed for total in sums)
 
 
 def answers(numbers: dict[str, Any]) -> dict[str, str]:
-    """Of each other method beside the reference: median difference, and verdict by Holm's rule."""
+    """Of each other method beside the reference: median difference, and verdict by Holm's rule.
+
+    The smallest p is multiplied by the number of comparisons, the next by one less, and so on; from
+    the first product that is no smaller than 5 % on, all are ties.
+    """
     reference = by_task(by_adapter(numbers, REFERENCE, at_home=False))
-    apart = {
-        method: [
-            a - b
-            for a, b in zip(
-                by_task(by_adapter(numbers, method, at_home=False)), reference, strict=True
-            )
-        ]
-        for method in several.SHOWN
-        if method != REFERENCE
-    }
-    told = {}
-    stopped = False
-    for place, method in enumerate(sorted(apart, key=lambda of: flipped(apart[of]))):
-        stopped |= flipped(apart[method]) * (len(apart) - place) >= 0.05
-        word = "tie" if stopped else "better" if sum(apart[method]) > 0 else "worse"
-        told[method] = f"{statistics.median(apart[method]):+.3f}, {word}"
-    return told
+    differences: dict[str, list[float]] = {}
+    for method in several.SHOWN:
+        if method != REFERENCE:
+            tasks = by_task(by_adapter(numbers, method, at_home=False))
+            differences[method] = [a - b for a, b in zip(tasks, reference, strict=True)]
+    p_values = {method: p_of_signs(of_method) for method, of_method in differences.items()}
+    found: dict[str, str] = {}
+    all_others_tie = False
+    for place, method in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        if p_values[method] * (len(p_values) - place) >= 0.05:
+            all_others_tie = True
+        if all_others_tie:
+            verdict = "tie"
+        elif sum(differences[method]) > 0:
+            verdict = "better"
+        else:
+            verdict = "worse"
+        found[method] = f"{statistics.median(differences[method]):+.3f}, {verdict}"
+    return found
 
 
 def test_the_fifths_are_counted_again():
@@ -190,7 +200,13 @@ def test_greedy_adds_the_site_of_the_largest_slope():
 
 
 def repaired(name: str, key: str) -> list[float]:
+    """A number of each seed of an adapter, the smallest first."""
     return sorted(row[key] for row in REPAIRS[name].values())
+
+
+def cell_of_shares(shares: list[float]) -> str:
+    """The median, and the smallest."""
+    return f"{statistics.median(shares):.0%} ({min(shares):.0%})"
 
 
 def told_of_repairs() -> tuple[dict[str, list[str]], str]:
@@ -207,10 +223,11 @@ def test_repairs_are_counted_again():
     rows, sentences = told_of_repairs()
     assert set(rows) == set(REPAIRS) == set(repair.WORDINGS)
     for name, cells in rows.items():
-        shares, gains = (repaired(name, key) for key in ("keep share, repaired", "gain"))
+        shares = repaired(name, "keep share, repaired")
+        gains = repaired(name, "gain")
         assert cells[0] == str(len(shares))
         assert len(shares) >= 2
-        assert cells[2] == f"{statistics.median(shares):.0%} ({shares[0]:.0%})"
+        assert cells[2] == cell_of_shares(shares)
         assert cells[-1].split(";")[0] == f"{statistics.median(gains):.2f} ({gains[0]:.2f})"
     every = [row for seeds in REPAIRS.values() for row in seeds.values()]
     least = min(row["keep share, repaired"] for row in every)
@@ -221,6 +238,8 @@ def test_repairs_are_counted_again():
 
 
 def test_a_changed_share_is_seen():
+    """Negative control: in the median, and in the smallest alone."""
     rows, _ = told_of_repairs()
-    shares = [share - 0.2 for share in repaired("lyon", "keep share, repaired")]
-    assert rows["lyon"][2] != f"{statistics.median(shares):.0%} ({min(shares):.0%})"
+    shares = repaired("lyon", "keep share, repaired")
+    assert rows["lyon"][2] != cell_of_shares([share - 0.2 for share in shares])
+    assert rows["lyon"][2] != cell_of_shares([shares[0] - 0.2, *shares[1:]])

@@ -68,6 +68,7 @@ def test_a_tied_embedding_is_exact_live_and_from_its_folder(fields, tied, tmp_pa
 
 
 def test_the_base_within_shares_its_tensors_and_no_module():
+    """No weight is copied, and no hook or change of PEFT's modules reaches the base."""
     model = models.peft_model("llama", models.hf_model("llama"))
     live = model.get_base_model()
     base = base_within(model)
@@ -85,8 +86,12 @@ def test_a_model_on_the_meta_device_is_refused():
     for call in (ll.Adapter.from_peft, ll.load):
         with pytest.raises(ll.errors.AdapterError, match="q_proj.* on the device 'meta'.*folder"):
             call(model)
-    vera = peft.VeraConfig(target_modules=["q_proj"], r=2)
+
+
+def test_a_model_of_another_method_on_the_meta_device_is_refused():
+    """An update of VeRA is measured, for which its weights have to be in memory."""
     with torch.device("meta"):
-        model = peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**models._ROTARY)), vera)
+        base = LlamaForCausalLM(LlamaConfig(**models._ROTARY))
+        model = peft.get_peft_model(base, peft.VeraConfig(target_modules=["q_proj"], r=2))
     with pytest.raises(ll.errors.AdapterError, match="on the device 'meta'|not in memory"):
         ll.Adapter.from_peft(model)

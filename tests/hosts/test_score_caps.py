@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import models
 import pytest
 import torch
@@ -18,13 +20,16 @@ MODELS = {
 }
 
 
+def with_a_cap(family: str) -> hf.PreTrainedModel:
+    model, config = MODELS[family]
+    return model(config(**models._GEMMA, attn_logit_softcapping=0.5))
+
+
 @pytest.fixture(autouse=True)
 def capped(monkeypatch: pytest.MonkeyPatch):
     """Both families with a cap that many scores reach."""
-    for family, (model, config) in MODELS.items():
-        settings = {**models._GEMMA, "attn_logit_softcapping": 0.5}
-        make = lambda model=model, config=config, to=settings: model(config(**to))  # noqa: E731
-        monkeypatch.setitem(models.FAMILIES, family, make)
+    for family in MODELS:
+        monkeypatch.setitem(models.FAMILIES, family, functools.partial(with_a_cap, family))
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -25,10 +25,21 @@ FIGURE = "application/vnd.plotly.v1+json"
 ON_EVERY_LINE = {"first_look", "two_classes_side_by_side"}
 # Begun first, the longest first, so that two workers end together.
 LONGEST = (
-    *("examples", "recipes", "what_does_it_say", "full_fine_tune_as_adapter"),
-    *("what_is_a_direction_worth", "what_first_order_misses", "pruning_an_adapter", "chat_model"),
-    *("against_activation_patching", "rank_one_adapter", "just_a_steering_vector", "inside"),
-    *("what_was_it_taught", "repairing_an_adapter", "checkpoints"),
+    "examples",
+    "recipes",
+    "what_does_it_say",
+    "full_fine_tune_as_adapter",
+    "what_is_a_direction_worth",
+    "what_first_order_misses",
+    "pruning_an_adapter",
+    "chat_model",
+    "against_activation_patching",
+    "rank_one_adapter",
+    "just_a_steering_vector",
+    "inside",
+    "what_was_it_taught",
+    "repairing_an_adapter",
+    "checkpoints",
 )
 FEWEST_FIGURES = {"first_look": 3}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|work|home|root|Users|usr|opt|var|mnt)/\w")
@@ -38,9 +49,9 @@ SNIPPETS = re.compile(
 KERNEL = pytest.StashKey[KernelManager]()
 
 
-# A page or notebook shows how a call is made. What both models say beside it is generated token by
-# token, and here they say less, after fewer openings; a repair is judged at fewer strengths, and
-# ordinary text is fewer texts. What is stored and published ran in full. (file, name, value)
+# (file, name, value): constants that are smaller here, as a page or notebook shows how a call is
+# made. Both models say less, after fewer openings; a repair is judged at fewer strengths; ordinary
+# text is fewer texts. What is stored and published ran in full.
 BRIEFLY = (
     ("explanations.steps", "_ANSWER_TOKENS", 6),
     ("explanations.steps", "_ANSWER_TOKENS_FAST", 3),
@@ -92,18 +103,21 @@ def faults(notebook, figures: int) -> list[str]:
 
 
 def stored_faults(path: Path) -> list[str]:
-    """… and with what a reader on the web sees of one."""
+    """What is wrong with a notebook as it is stored, which is how a reader on the web sees it."""
     notebook = nbformat.read(path, as_version=4)
     code = code_cells(notebook)
-    streams = [o.name for c in code for o in c.outputs if o.output_type == "stream"]
+    outputs = [output for cell in code for output in cell.outputs]
     found = faults(notebook, FEWEST_FIGURES.get(path.stem, 1))
-    found += ["something of stderr"] if "stderr" in streams else []
-    kinds = [set(output.get("data", {})) for cell in code for output in cell.outputs]
+    if any(output.get("name") == "stderr" for output in outputs):
+        found.append("something of stderr")
+    kinds = [set(output.get("data", {})) for output in outputs]
     alone = sum(FIGURE in kind and "image/png" not in kind for kind in kinds)
-    found += [f"{alone} figures without a picture beside them"] if alone else []
+    if alone:
+        found.append(f"{alone} figures without a picture beside them")
     counts = [cell.execution_count for cell in code]
-    in_order = counts == list(range(1, len(counts) + 1))
-    return found + ([] if in_order else ["not run from top to bottom in one go"])
+    if counts != list(range(1, len(counts) + 1)):
+        found.append("not run from top to bottom in one go")
+    return found
 
 
 def run_notebook(path: Path, folder: Path, kernel: KernelManager, before: str = "") -> list[str]:
@@ -112,10 +126,8 @@ def run_notebook(path: Path, folder: Path, kernel: KernelManager, before: str = 
     for cell in code_cells(notebook):
         cell.outputs = []
         cell.execution_count = None
-    begin, end = (
-        nbformat.v4.new_code_cell(f"%cd -q {where}\n{first}\n%reset -f")
-        for where, first in ((folder, before), ("~", ""))
-    )
+    begin = nbformat.v4.new_code_cell(f"%cd -q {folder}\n{before}\n%reset -f")
+    end = nbformat.v4.new_code_cell("%cd -q ~\n%reset -f")
     framed = nbformat.v4.new_notebook(cells=[begin, *notebook.cells, end])
     client = NotebookClient(framed, km=kernel, timeout=600)
     with client.setup_kernel(cleanup_kc=False):
@@ -144,8 +156,9 @@ def run_page(path: Path) -> list[str]:
                 run += 1
     blocks = text.count("```python")
     excused = text.count("<!-- not run: ")
-    counted = f"{blocks} snippets, {excused} of them not run with a reason, but {run} ran"
-    return [] if 0 < run == blocks - excused else [counted]
+    if run > 0 and run == blocks - excused:
+        return []
+    return [f"{blocks} snippets, {excused} of them not run with a reason, but {run} ran"]
 
 
 class Document(pytest.File):
@@ -184,6 +197,8 @@ class Execution(pytest.Item):
 
 
 class Notebook(Execution):
+    """A notebook, whose cells run in the kernel that all notebooks share."""
+
     def faults(self, folder: Path) -> list[str]:
         import models  # torch and the host libraries, once something runs
 
@@ -193,6 +208,8 @@ class Notebook(Execution):
 
 
 class Page(Execution):
+    """A page, whose snippets run in this process."""
+
     def faults(self, folder: Path) -> list[str]:
         with pytest.MonkeyPatch.context() as patch:
             for file, name, value in BRIEFLY:

@@ -146,17 +146,21 @@ STATED: Works = {
 
 def compared(low: Found, high: Found) -> Compared:
     """Half precision beside float64."""
-    found, exact = (of.values.detach().double().nan_to_num() for of in (low, high))
+    found = low.values.detach().double().nan_to_num()
+    exact = high.values.detach().double().nan_to_num()
     error = _rms(found - exact)
     size = float(exact.abs().max()) if high.shift is None else _rms(high.shift)
-    rows = list(zip(found.reshape(len(found), -1), exact.reshape(len(exact), -1), strict=True))
-    spearman = _mean([_spearman(*row) for row in rows])
+    found_rows = found.reshape(len(found), -1)
+    exact_rows = exact.reshape(len(exact), -1)
+    spearman = _mean(list(map(_spearman, found_rows, exact_rows)))
     if low.floor is None:
         return Compared(error / size, spearman, NAN, NAN, NAN, low.says)
     floor = low.floor.double()
-    clear = [a.abs() > 3 * sigma for (a, _), sigma in zip(rows, floor, strict=True)]
-    among = [_spearman(a[some], b[some]) for (a, b), some in zip(rows, clear, strict=True)]
-    share = float(torch.stack(clear).double().mean())
+    clear = found_rows.abs() > 3 * floor[:, None]
+    among: list[float] = []
+    for found_row, exact_row, is_clear in zip(found_rows, exact_rows, clear, strict=True):
+        among.append(_spearman(found_row[is_clear], exact_row[is_clear]))
+    share = float(clear.double().mean())
     return Compared(error / size, spearman, error / _rms(floor), share, _mean(among), low.says)
 
 
@@ -188,5 +192,5 @@ def _mean(values: list[float]) -> float:
 def _spearman(found: Tensor, exact: Tensor) -> float:
     if len(found) < 5:
         return NAN
-    a, b = (values.argsort().argsort().double() for values in (found, exact))
-    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+    ranks = [values.argsort().argsort().double() for values in (found, exact)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import cases
 import limits
@@ -34,8 +35,10 @@ def relevance(lens: ll.LoraLens, rules: FrozenRules, gate: float) -> list[float]
     """Σ x ∂g/∂x at every block's input and before the final norm, then g itself."""
     host = lens.host
     names = [host.block_input(layer) for layer in range(host.n_layers)]
-    names.append(f"blocks.{host.n_layers - 1}.hook_out" if names[0].endswith("hook_in") else "")
-    names[-1] = names[-1] or f"blocks.{host.n_layers - 1}.hook_resid_post"
+    # Blocks of a bridge are read at `hook_in` and `hook_out`, those of a HookedTransformer by the
+    # names of the residual stream.
+    output = "hook_out" if names[0].endswith("hook_in") else "hook_resid_post"
+    names.append(f"blocks.{host.n_layers - 1}.{output}")
     kept: dict[str, torch.Tensor] = {}
 
     def keep(name: str):
@@ -55,7 +58,9 @@ def relevance(lens: ll.LoraLens, rules: FrozenRules, gate: float) -> list[float]
         logits = limits.gated_logits(lens, lens.prompts(models.tokens(1)), lens.gates(gate))
         g = logits[0, 5] - logits[0, 9]
         slopes = torch.autograd.grad(g, [kept[name] for name in names])
-    found = [float((kept[n] * s).detach().sum()) for n, s in zip(names, slopes, strict=True)]
+    found: list[float] = []
+    for name, slope in zip(names, slopes, strict=True):
+        found.append(float((kept[name] * slope).detach().sum()))
     return [*found, float(g.detach())]
 
 
@@ -76,7 +81,10 @@ def test_relevance_is_conserved_without_biases(
     for left_out in ("attention_patterns", "norm_scales", "identity_rule", "half_rule"):
         others = {name: name != left_out for name in vars(RELP)}
         assert spread(relevance(lens, FrozenRules(**others), gate)) > 1e-3, left_out
-    one_factor = lambda post, inputs: mlp_rules._primal(post / inputs[0]) * inputs[0]  # noqa: E731
+
+    def one_factor(post: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:
+        return mlp_rules._primal(post / inputs[0]) * inputs[0]
+
     monkeypatch.setattr(mlp_rules, "_as_linear", one_factor)
     assert spread(relevance(lens, RELP, gate)) > 1e-3
 
@@ -100,7 +108,11 @@ def test_values_do_not_change(family: str, cls: str):
 
 
 def with_rules(peft: nn.Module) -> None:
-    """RelP's rules put into Hugging Face's Llama itself, as the paper states them."""
+    """RelP's rules put into Hugging Face's Llama itself, as the paper states them.
+
+    An activation is x times a constant, half of a product of two is constant, and so is the scale
+    of a norm.
+    """
 
     class Identity(nn.Module):
         def __init__(self, act: nn.Module) -> None:
@@ -230,7 +242,7 @@ def test_a_host_that_ignores_a_hook_is_refused(cls: str, monkeypatch: pytest.Mon
     first_order(lens, TEXTS, MARGIN, rules=RELP)
     true = mlp_rules._mlps
     first, second = true(lens.host)
-    wrong = mlp_rules.dataclasses.replace(first, inputs=(second.inputs[0], *first.inputs[1:]))
+    wrong = dataclasses.replace(first, inputs=(second.inputs[0], *first.inputs[1:]))
     monkeypatch.setattr(mlp_rules, "_mlps", lambda host: [wrong, second])
     with pytest.raises(
         ll.errors.ModelStateError, match=r"blocks\.1\.mlp.*ignores what a hook returns"

@@ -216,10 +216,11 @@ def test_what_was_asked_for_is_drawn(axis: str):
     response = ((" a", " b"),) if axis == "token" else ()
     att = dataclasses.replace(whole, values=values, by=(axis,), response=response, **more)
     figure = att.plot()
-    assert figure == att.plot(by=axis) != att.plot(by="site")
+    by_site = att.plot(by="site")
+    assert figure == att.plot(by=axis)
+    assert figure != by_site
     assert axis in figure.layout.title.text
     assert "summed" not in figure.layout.title.text
-    by_site = att.plot(by="site")
     assert "by layer and kind of module, summed over" in by_site.layout.title.text
     assert by_site.data[0].z == site_heatmap(whole).data[0].z
 
@@ -535,21 +536,38 @@ def test_repr_shows_five_prompts_and_counts_the_rest():
     assert "more prompts" not in repr(two_prompts())
 
 
-def test_one_is_not_several():
+def two_prompts_of_one_site() -> Attribution:
     whole = two_prompts()
-    one = {name: getattr(whole, name)[:1] for name in ("sites", "heads")}
-    one = dataclasses.replace(whole, values=whole.values[:, :1], **one)
-    assert "2 prompts × 1 site\n" in repr(one)
-    several = {
-        name: getattr(one, name)[[0, 1, 0, 1, 0, 1]] for name in ("values", "base", "adapted")
-    }
-    six = dataclasses.replace(one, str_tokens=one.str_tokens * 3, **several)
+    return dataclasses.replace(
+        whole, values=whole.values[:, :1], sites=whole.sites[:1], heads=whole.heads[:1]
+    )
+
+
+def test_one_site_is_not_several():
+    assert "2 prompts × 1 site\n" in repr(two_prompts_of_one_site())
+
+
+def test_one_prompt_that_is_not_shown_is_not_several():
+    two = two_prompts_of_one_site()
+    six = dataclasses.replace(
+        two,
+        values=two.values.repeat(3, 1),
+        base=two.base.repeat(3),
+        adapted=two.adapted.repeat(3),
+        str_tokens=two.str_tokens * 3,
+    )
     assert "… and 1 more prompt\n" in repr(six)
+
+
+def test_one_prompt_that_is_left_out_is_not_several():
     curves = explanation().faithfulness
-    hidden = dataclasses.replace(curves, noise_floor=curves.shift.abs())
-    assert repr(hidden).endswith("\n1 prompt has no shift above the noise: left out.")
-    line = flip_case().curve
-    assert "order —" in repr(dataclasses.replace(line, order=torch.tensor([torch.nan])))
+    below_noise = dataclasses.replace(curves, noise_floor=curves.shift.abs())
+    assert repr(below_noise).endswith("\n1 prompt has no shift above the noise: left out.")
+
+
+def test_an_order_that_is_unknown_is_a_dash():
+    curve = dataclasses.replace(flip_case().curve, order=torch.tensor([torch.nan]))
+    assert "order —" in repr(curve)
 
 
 def test_a_module_that_was_not_screened_has_no_correction():

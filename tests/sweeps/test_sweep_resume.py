@@ -180,7 +180,10 @@ def test_a_crash_at_any_write_loses_nothing(a_lens, tmp_path, monkeypatch, calls
     assert len(calls) <= 4
     before = len(calls)
     result = run(a_lens, GOOD[:4], tmp_path, batch_size=2)
-    assert result.resumed == [0, 2, 3, 4][finished]  # batches of 2 and 1, then 1 of several tokens
+    # The first part has two prompts, the second the other one of one token, the third the prompt
+    # whose answers have several tokens.
+    prompts_of_parts = [2, 1, 1]
+    assert result.resumed == sum(prompts_of_parts[:finished])
     assert len(calls) - before == 4 - result.resumed
     same(result, run(a_lens, GOOD[:4], tmp_path / "whole"))
 
@@ -206,7 +209,7 @@ def test_a_crash_while_a_finished_sweep_grows_mixes_nothing(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", crash)
         run(a_lens, renamed[:4], tmp_path, batch_size=2)
-        raise Killed  # the last write of four
+        raise Killed  # A fifth file is never written: here the run ended, and nothing crashed.
     result = run(a_lens, renamed, tmp_path)
     assert result.resumed >= 3
     assert len(calls) <= 7

@@ -61,13 +61,15 @@ def test_the_remedy_of_other_methods_is_exact(kind, tmp_path):
     assert f"an adapter of the method {kind}" in message
     assert "ll.load_adapter(folder, base=AutoModelForCausalLM.from_pretrained(…))" in message
     with torch.no_grad():
-        expected, plain = (model(models.tokens()).logits for model in (tuned, base))
+        expected = tuned(models.tokens()).logits
+        plain = base(models.tokens()).logits
+    assert largest_difference(expected, plain) > 1e-3, "control: the adapter changes the model"
     measured = ll.load_adapter(tmp_path, base=base)
     difference = ll.Adapter.between(base, tuned.merge_and_unload(), progress=False)
     maker = list(models.MAKERS.values())[-1]
     for adapter in (measured, difference):
         found = ll.LoraLens(maker(base), adapter, hf_model=base).logits(models.tokens())
-        assert largest_difference(found, expected) < 1e-9 < 1e-3 < (expected - plain).abs().max()
+        assert largest_difference(found, expected) < 1e-9
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -6,7 +6,7 @@ import cases
 import models
 import pytest
 import torch
-from every_call import CALLS, numbers
+from every_call import CALLS, same
 from made_by_folders import processing_of
 from shared_questions import MARGIN
 from torch import nn
@@ -42,12 +42,6 @@ def runs_again(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def off(found: object, expected: object) -> float:
-    pairs = zip(numbers(found), numbers(expected), strict=True)
-    sizes = [(a - b, b.nan_to_num().abs().max()) for a, b in pairs if b.numel()]
-    return max(float(gap.nan_to_num().abs().max() / size.clamp(min=1e-9)) for gap, size in sizes)
-
-
 @pytest.mark.sample(1)
 @CLASSES
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +56,7 @@ def test_blocks_that_run_again_give_the_same_numbers(family: str, cls: str, runs
             runs_again.clear()
             expected = CALLS[name](lens, tokens)
             assert not runs_again
-            assert off(CALLS[name](lens.within(1e9), tokens), expected) < 1e-12, name
+            assert same(CALLS[name](lens.within(1e9), tokens), expected, 1e-12), name
             assert set(runs_again) == {"blocks.0", "blocks.1"}, name
 
 
@@ -84,14 +78,14 @@ def test_split_by_everything(cls: str, runs_again: list[str]):
                 ll.first_order(one, tokens, readout, by=by, mode="reverse")
                 for one in (lens, lens.within(1e9))
             )
-            assert off(again, plain) < 1e-12
+            assert same(again, plain, 1e-12)
             assert runs_again
         runs_again.clear()
         plain, again = (
             ll.logit_shift(one, tokens, tokens=[5, 9], mode="reverse", progress=False)
             for one in (lens, lens.within(1e9))
         )
-        assert off(again, plain) < 1e-12
+        assert same(again, plain, 1e-12)
         assert runs_again
 
 
@@ -111,7 +105,7 @@ def test_prompts_go_in_groups_that_fit(cls: str):
             if name == "patch_sites":  # their floors are of rounding itself
                 few = few.values
                 every = every.values
-            assert off(few, every) < 1e-12, name
+            assert same(few, every, 1e-12), name
 
 
 @CLASSES
@@ -133,7 +127,7 @@ def test_a_users_hooks_fire_again_and_their_derivatives_count(cls: str, runs_aga
         for one in (lens, lens.within(1e9)):
             torch.manual_seed(0)
             found.append(ll.first_order(one, tokens, MARGIN))
-    assert off(found[1], found[0]) < 1e-12
+    assert same(found[1], found[0], 1e-12)
     assert runs_again
     # Both ends ride in the pass with a graph, which the second call runs twice.
     assert len(kept) == 2 + 1
@@ -331,5 +325,5 @@ def test_interventions_on_more_prompts_than_fit(
             with monkeypatch.context() as patch:
                 patch.setattr(type(lens), "run", run)
                 found = call(few)
-            assert off(found.values, expected.values) < 1e-12, name
+            assert same(found.values, expected.values, 1e-12), name
             assert max(widest) <= bound, name

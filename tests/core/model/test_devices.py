@@ -77,8 +77,10 @@ def require_equal(found: object, expected: object, name: str) -> None:
     """But for noise floors, which are rounding themselves."""
     for one, other in zip(numbers(found), numbers(expected), strict=True):
         size = max(float(other.nan_to_num().abs().max()), 0.1)
-        off = (one.cpu().double() - other.double()).nan_to_num().abs().max()
-        assert off <= 1e-4 * size, (name, float(off), size)
+        on_cpu = one.cpu().double()
+        assert torch.allclose(on_cpu, other.double(), rtol=0, atol=1e-4 * size, equal_nan=True), (
+            name
+        )
 
 
 OF_A_RESPONSE = {

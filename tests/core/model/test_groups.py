@@ -21,8 +21,8 @@ SITES = tuple(
 )
 
 
-def test_words():
-    """Each site; layers with what lies outside them by name; kinds."""
+def test_sites_are_grouped_by_a_word():
+    """By 'site', 'layer' or 'kind'; what lies outside the layers is named by its site."""
     assert Sites(SITES).grouped() == {site.name: (i,) for i, site in enumerate(SITES)}
     assert Sites(SITES).grouped("layer") == {
         "embed": (0,),
@@ -56,6 +56,6 @@ def test_another_word_is_refused():
         Sites(SITES).grouped("head")  # type: ignore[arg-type]
 
 
-def test_indicator():
+def test_an_indicator_has_a_row_for_each_group():
     rows = Sites(SITES[:4]).indicator({"a": (0, 2), "b": (1,)})
     assert torch.equal(rows, torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]]).double())
