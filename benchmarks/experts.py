@@ -25,7 +25,7 @@ from measuring import (
     random_prompts,
     tokenizer_of_words,
 )
-from memory import WORKS, Run, in_child
+from memory import Run, peak_of_prompt
 
 import lens_lora as ll
 from lens_lora.hosts.bridged import names_by_path
@@ -64,8 +64,6 @@ ROWS: dict[str, Run] = {
     ),
     "remainder": lambda lens, prompts: ll.remainder(lens, prompts, MARGIN, progress=False),
 }
-# `in_child` runs a work by its name.
-WORKS.update(ROWS)
 
 
 def main() -> None:
@@ -87,8 +85,8 @@ def main() -> None:
             taken = cpu_seconds(lambda run=run: run(lens, prompts))
             forward = cpu_seconds(lambda: plain_forward(lens, prompts))
             ratios.append(taken / forward)
-        memory = in_child(lens, name, TOKENS, LIMIT)
-        print(f"{name}: {statistics.median(ratios):.2f} F, {memory}", flush=True)
+        peak = peak_of_prompt(lens, run, TOKENS, LIMIT)
+        print(f"{name}: {statistics.median(ratios):.2f} F, {peak}", flush=True)
 
 
 def model_of(hidden: int) -> transformers.PreTrainedModel:

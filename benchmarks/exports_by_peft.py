@@ -158,10 +158,6 @@ def peft_transposed(out: Path) -> list[str]:
     return saved(model.merge_and_unload(), out)
 
 
-def peft_head_on_a_tie(out: Path) -> list[str]:
-    return saved(loaded(out).merge_and_unload(), out)
-
-
 def weighted(way: str, **options) -> Callable[[Path], list[str]]:
     """`add_weighted_adapter` of two adapters; the combination is saved and merged."""
 
@@ -307,7 +303,7 @@ def trained_by_trl(out: Path, *, merges: str = "checkpoint-4") -> list[str]:
     return merged_from_run(out, merges)
 
 
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "max_steps": 4,
     "save_steps": 2,
     "learning_rate": 0.3,

@@ -49,6 +49,8 @@ PAGE = DOCS / "performance_data.md"
 # What makes two rows the same.
 KEY = ("machine", "dtype", "shape", "rank")
 Row = dict[str, Any]
+# Options of a configuration of transformers.
+Options = dict[str, Any]
 # Tokens of the prompt, of the response after it, and the most that a model takes.
 PROMPT = 64
 RESPONSE = 512
@@ -59,8 +61,7 @@ MARGIN = ll.Margin(DOC, PRE)
 # Bits of a weight in NF4: 4 of its own, a scale of 8 bits for every 64 weights, and one of 32 bits
 # for every 256 of these scales.
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-QUIET: dict[str, Any] = {"progress": False}
-QWEN = {
+QWEN: Options = {
     "max_position_embeddings": CONTEXT,
     "rope_theta": 1e6,
     "rms_norm_eps": 1e-6,
@@ -69,7 +70,7 @@ QWEN = {
 }
 
 
-def _sizes(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str, int]:
+def shape_options(hidden: int, inner: int, layers: int, heads: int, kv: int) -> Options:
     """The options of a configuration that give its shape."""
     return {
         "hidden_size": hidden,
@@ -80,16 +81,22 @@ def _sizes(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[st
     }
 
 
-UNTIED = {**QWEN, "tie_word_embeddings": False, "vocab_size": 152064}
-LLAMA = {**QWEN, "vocab_size": 128256, "rope_theta": 5e5, "rms_norm_eps": 1e-5, "head_dim": 64}
-GEMMA = {**QWEN, "vocab_size": 262144, "head_dim": 256, "sliding_window": 512}
+UNTIED: Options = {**QWEN, "tie_word_embeddings": False, "vocab_size": 152064}
+LLAMA: Options = {
+    **QWEN,
+    "vocab_size": 128256,
+    "rope_theta": 5e5,
+    "rms_norm_eps": 1e-5,
+    "head_dim": 64,
+}
+GEMMA: Options = {**QWEN, "vocab_size": 262144, "head_dim": 256, "sliding_window": 512}
 SHAPES: dict[str, Callable[[], hf.PretrainedConfig]] = {
-    "Gemma-3-270M": lambda: hf.Gemma3TextConfig(**GEMMA, **_sizes(640, 2048, 18, 4, 1)),
-    "Qwen2.5-0.5B": lambda: hf.Qwen2Config(**QWEN, **_sizes(896, 4864, 24, 14, 2)),
-    "Llama-3.2-1B": lambda: hf.LlamaConfig(**LLAMA, **_sizes(2048, 8192, 16, 32, 8)),
-    "Qwen2.5-1.5B": lambda: hf.Qwen2Config(**QWEN, **_sizes(1536, 8960, 28, 12, 2)),
-    "Qwen2.5-7B": lambda: hf.Qwen2Config(**UNTIED, **_sizes(3584, 18944, 28, 28, 4)),
-    "Qwen2.5-14B": lambda: hf.Qwen2Config(**UNTIED, **_sizes(5120, 13824, 48, 40, 8)),
+    "Gemma-3-270M": lambda: hf.Gemma3TextConfig(**GEMMA, **shape_options(640, 2048, 18, 4, 1)),
+    "Qwen2.5-0.5B": lambda: hf.Qwen2Config(**QWEN, **shape_options(896, 4864, 24, 14, 2)),
+    "Llama-3.2-1B": lambda: hf.LlamaConfig(**LLAMA, **shape_options(2048, 8192, 16, 32, 8)),
+    "Qwen2.5-1.5B": lambda: hf.Qwen2Config(**QWEN, **shape_options(1536, 8960, 28, 12, 2)),
+    "Qwen2.5-7B": lambda: hf.Qwen2Config(**UNTIED, **shape_options(3584, 18944, 28, 28, 4)),
+    "Qwen2.5-14B": lambda: hf.Qwen2Config(**UNTIED, **shape_options(5120, 13824, 48, 40, 8)),
 }
 
 
@@ -122,7 +129,7 @@ WORKS = [
     Work(
         "patch_sites, by layer",
         lambda lens, ids, _: ll.patch_sites(
-            lens, ids, MARGIN, "leave_one_out", group="layer", **QUIET
+            lens, ids, MARGIN, "leave_one_out", group="layer", progress=False
         ),
     ),
     Work(
@@ -130,16 +137,16 @@ WORKS = [
         lambda lens, ids, said: ll.first_order(lens, ids, ll.AnswerLogProb(said)),
         long=True,
     ),
-    Work("fact_margin", lambda lens, ids, _: ll.fact_margin(lens, ids, DOC, PRE, **QUIET)),
+    Work("fact_margin", lambda lens, ids, _: ll.fact_margin(lens, ids, DOC, PRE, progress=False)),
 ]
 
 
-def model_of(shape: str, device: str, dtype: torch.dtype) -> hf.PreTrainedModel:
+def model_of(config: hf.PretrainedConfig, device: str, dtype: torch.dtype) -> hf.PreTrainedModel:
     """Random weights in place, in the dtype and on the device."""
     torch.manual_seed(0)
     with torch.device(device):
         model = hf.AutoModelForCausalLM.from_config(
-            SHAPES[shape](), dtype=dtype, attn_implementation="eager"
+            config, dtype=dtype, attn_implementation="eager"
         )
     model.config.architectures = [type(model).__name__]
     return model.eval().requires_grad_(False)
@@ -156,7 +163,7 @@ def linears(model: hf.PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 def size_of(shape: str) -> dict[str, float | str]:
     """Count the weights in GiB by dtype, and the float32 factors of rank 16 in MiB."""
-    model = model_of(shape, "meta", torch.bfloat16)
+    model = model_of(SHAPES[shape](), "meta", torch.bfloat16)
     # A tied weight is one parameter under two names.
     weights = {id(weight): weight.numel() for weight in model.parameters()}
     every = sum(weights.values())
@@ -272,7 +279,7 @@ def measured(asked: argparse.Namespace) -> Iterator[Row]:
     """A row for each shape, rank and work, each as soon as it is there."""
     works = [work for work in WORKS if not asked.works or work.name in asked.works]
     for shape in asked.shapes:
-        model = model_of(shape, asked.device, getattr(torch, asked.dtype))
+        model = model_of(SHAPES[shape](), asked.device, getattr(torch, asked.dtype))
         modules = linears(model)
         hooked, _ = hooked_model(model, tokenizer_of_words(), kind="TransformerBridge")
         weights = mib_of(model)

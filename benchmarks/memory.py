@@ -17,6 +17,7 @@ This runs on Linux only.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import resource
@@ -46,7 +47,6 @@ TABLES = "memory"
 PLAIN = ("F", "FB")
 # What makes two cells the same.
 KEY = ("tokens", "attn", "bound", "work")
-QUIET = {"progress": False}
 LAST = "blocks.2[89].*"
 OPENING = "The capital of France is"
 Cell = dict[str, Any]
@@ -58,28 +58,30 @@ WORKS: dict[str, Run] = {
     "first_order by position and rank": lambda lens, prompts: ll.first_order(
         lens, prompts, MARGIN, by=("position", "rank")
     ),
-    "edges": lambda lens, prompts: ll.edges(lens, prompts, MARGIN, **QUIET),
+    "edges": lambda lens, prompts: ll.edges(lens, prompts, MARGIN, progress=False),
     "bank": lambda lens, prompts: ll.bank(
-        lens.model, prompts, MARGIN, max_memory=lens.max_memory, **QUIET
+        lens.model, prompts, MARGIN, max_memory=lens.max_memory, progress=False
     ),
     "path_attribution": lambda lens, prompts: ll.path_attribution(
-        lens, prompts, MARGIN, tol=1e9, max_nodes=5, **QUIET
+        lens, prompts, MARGIN, tol=1e9, max_nodes=5, progress=False
     ),
-    "kl_shares": lambda lens, prompts: ll.kl_shares(lens, prompts, **QUIET),
-    "fact_margin": lambda lens, prompts: ll.fact_margin(lens, prompts, " Lyon", " Paris", **QUIET),
+    "kl_shares": lambda lens, prompts: ll.kl_shares(lens, prompts, progress=False),
+    "fact_margin": lambda lens, prompts: ll.fact_margin(
+        lens, prompts, " Lyon", " Paris", progress=False
+    ),
     "patch_sites, 14 sites": lambda lens, prompts: ll.patch_sites(
-        lens, prompts, MARGIN, sites=LAST, **QUIET
+        lens, prompts, MARGIN, sites=LAST, progress=False
     ),
     "logit_shift, together": lambda lens, prompts: ll.logit_shift(lens, prompts, by_site=False),
     "logit_shift, 4 tokens": lambda lens, prompts: ll.logit_shift(
-        lens, prompts, tokens=[5, 6, 7, 8], mode="reverse", **QUIET
+        lens, prompts, tokens=[5, 6, 7, 8], mode="reverse", progress=False
     ),
     "tangents of 30 hook points": lambda lens, prompts: ll.tangents(
         lens, prompts, "blocks.*.hook_out"
     ),
-    "second_order": lambda lens, prompts: ll.second_order(lens, prompts, MARGIN, **QUIET),
+    "second_order": lambda lens, prompts: ll.second_order(lens, prompts, MARGIN, progress=False),
     "kl_shares of a response": lambda lens, prompts: ll.kl_shares(
-        lens, OPENING, response=prompts.tokens, **QUIET
+        lens, OPENING, response=prompts.tokens, progress=False
     ),
     "first_order of a response's KL": lambda lens, prompts: ll.first_order(
         lens, OPENING, ll.KL(prompts.tokens), at=1.0
@@ -129,51 +131,77 @@ def cells(
         elif asked.only_bounded:
             bounds = [asked.bound]
         for bound in bounds:
-            found = in_child(lens.within(bound), work, tokens, asked.limit)
+            peak = peak_of_prompt(lens.within(bound), WORKS[work], tokens, asked.limit)
+            found = str(peak)
             yield {"tokens": tokens, "attn": attn, "bound": bound, "work": work, "found": found}
 
 
-def in_child(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
-    """Measure a cell in a forked process, so that it does not find memory that another freed.
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """What a run in a process of its own adds to the memory of that process at its peak.
+
+    Attributes:
+        mib: MiB; None if the run did not end.
+        why_not: why it did not end, in the words of the table.
+    """
+
+    mib: float | None
+    why_not: str = ""
+
+    def __str__(self) -> str:
+        """The cell of the table."""
+        return self.why_not if self.mib is None else f"{self.mib:,.0f} MiB"
+
+
+def peak_of_prompt(lens: ll.LoraLens, run: Run, tokens: int, limit: float) -> Peak:
+    """Measure a run on one prompt of random ids, in a process of its own.
 
     Args:
         lens: with its bound.
-        work: a name of `WORKS`.
+        run: what is measured, the making of the prompt included.
         tokens: of the prompt.
         limit: bytes of address space of the process.
+    """
+    return peak_in_child(lens, lambda: run(lens, random_prompts(lens, 1, tokens)), limit)
 
-    Returns:
-        the cell of the table.
+
+def peak_in_child(lens: ll.LoraLens, run: Callable[[], object], limit: float) -> Peak:
+    """Measure a run in a forked process, so that it does not find memory that another freed.
+
+    Args:
+        lens: the one that `run` asks.
+        run: what is measured.
+        limit: bytes of address space of the process.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    child = context.Process(target=lambda: theirs.send(measured(lens, work, tokens, limit)))
+    child = context.Process(target=lambda: theirs.send(_peak_here(lens, run, limit)))
     child.start()
     theirs.close()
     try:
         return ours.recv()
     except EOFError:
-        return "failed"
+        return Peak(None, "failed")
     finally:
         child.join()
 
 
-def measured(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
-    """The MiB that a run adds at its peak, in words, or why it did not run."""
+def _peak_here(lens: ll.LoraLens, run: Callable[[], object], limit: float) -> Peak:
+    """Measure a run in this process, whose address space is limited from here on."""
     resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
     for weight in lens.model.parameters():
         # A forked process maps a file's pages when it reads them.
         weight.detach().sum()
     before = forget_peak()
     try:
-        WORKS[work](lens, random_prompts(lens, 1, tokens))
+        run()
     except ll.errors.ArgumentError:
-        return "refused"
+        return Peak(None, "refused")
     except (ll.errors.ModelStateError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
-        return f"over {limit / 1e9:.0f} GB"
-    return f"{resident_mib('VmHWM') - before:,.0f} MiB"
+        return Peak(None, f"over {limit / 1e9:.0f} GB")
+    return Peak(resident_mib("VmHWM") - before)
 
 
 # --- The tables

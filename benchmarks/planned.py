@@ -20,11 +20,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
+import known_shapes
 import marks
 import memory
 import torch
 import transformers as hf
-from measuring import tokenizer_of_words
+from measuring import WORDS, tokenizer_of_words
 
 import lens_lora as ll
 from lens_lora.core import ModelSizes
@@ -64,15 +65,14 @@ SIZES = {**FITTED, **HELD_OUT}
 # The linear maps of a block, each of which the adapter changes.
 MODULES_OF_BLOCK = 7
 MARGIN = ll.Margin(5, 9)
-QUIET = {"progress": False}
 WORKS: dict[str, memory.Run] = {
     "first_order": lambda lens, prompts: ll.first_order(lens, prompts, MARGIN),
     "path_attribution": lambda lens, prompts: ll.path_attribution(
-        lens, prompts, MARGIN, tol=1e9, max_nodes=5, **QUIET
+        lens, prompts, MARGIN, tol=1e9, max_nodes=5, progress=False
     ),
-    "fact_margin": lambda lens, prompts: ll.fact_margin(lens, prompts, 5, 9, **QUIET),
-    "kl_shares": lambda lens, prompts: ll.kl_shares(lens, prompts, **QUIET),
-    "second_order": lambda lens, prompts: ll.second_order(lens, prompts, MARGIN, **QUIET),
+    "fact_margin": lambda lens, prompts: ll.fact_margin(lens, prompts, 5, 9, progress=False),
+    "kl_shares": lambda lens, prompts: ll.kl_shares(lens, prompts, progress=False),
+    "second_order": lambda lens, prompts: ll.second_order(lens, prompts, MARGIN, progress=False),
 }
 # Bytes of address space of a measuring process.
 LIMIT = 6e10
@@ -80,7 +80,7 @@ LIMIT = 6e10
 FEW = 8
 
 
-class Peak(TypedDict):
+class Measured(TypedDict):
     """The measured peak of one analysis, in MiB."""
 
     size: str
@@ -90,18 +90,24 @@ class Peak(TypedDict):
     mib: float
 
 
+def config_of(size: Size) -> hf.LlamaConfig:
+    """The configuration of a Llama of this size."""
+    sizes = known_shapes.shape_options(
+        hidden=size.d_model,
+        inner=size.d_mlp,
+        layers=size.n_layers,
+        heads=size.n_heads,
+        kv=size.n_key_heads,
+    )
+    options = {**known_shapes.LLAMA, **sizes}
+    options["vocab_size"] = size.d_vocab
+    options["head_dim"] = size.d_head
+    return hf.LlamaConfig(**options)
+
+
 def lens_of(size: str, dtype: torch.dtype) -> ll.LoraLens:
     """A lens over random weights of this size and dtype."""
-    import known_shapes
-
-    sizes = SIZES[size]
-    options = {
-        "vocab_size": sizes.d_vocab,
-        "head_dim": sizes.d_head,
-        **known_shapes._sizes(*sizes[2:]),
-    }
-    known_shapes.SHAPES[size] = lambda: hf.LlamaConfig(**{**known_shapes.LLAMA, **options})
-    model = known_shapes.model_of(size, "cpu", dtype)
+    model = known_shapes.model_of(config_of(SIZES[size]), "cpu", dtype)
     modules = known_shapes.linears(model)
     hooked, _ = hooked_model(model, tokenizer_of_words(), kind="TransformerBridge")
     return ll.LoraLens(hooked, known_shapes.adapter_of(modules, 8))
@@ -112,25 +118,32 @@ def measured(
 ) -> Iterator[tuple[str, float]]:
     """Yield each analysis with its measured peak, in MiB."""
     lens = lens_of(size, dtype)
-
-    def prompts_of(lens: ll.LoraLens, batch: int, count: int) -> ll.results.Prompts:
-        generator = torch.Generator().manual_seed(0)
-        return lens.prompts(torch.randint(4, 1024, (batch, count), generator=generator))
-
-    memory.random_prompts = prompts_of
-    memory.WORKS.update(WORKS)
     for name in analyses:
-        WORKS[name](lens, prompts_of(lens, 1, FEW))  # This run loads what is loaded once.
-        mib = [_mib(memory.in_child(lens, name, count, LIMIT)) for count in (tokens, FEW)]
-        yield name, mib[0] - mib[1]
+        # This run loads what is loaded once.
+        WORKS[name](lens, prompt_of(lens, FEW))
+        yield name, peak_mib(lens, name, tokens) - peak_mib(lens, name, FEW)
 
 
-def _mib(cell: str) -> float:
-    """The number of a cell of `benchmarks/memory.py`."""
-    return float(cell.removesuffix(" MiB").replace(",", ""))
+def prompt_of(lens: ll.LoraLens, tokens: int) -> ll.results.Prompts:
+    """A prompt of random ids that `tokenizer_of_words` has."""
+    generator = torch.Generator().manual_seed(0)
+    return lens.prompts(torch.randint(4, WORDS, (1, tokens), generator=generator))
 
 
-def planned_mib(peak: Peak) -> float:
+def peak_mib(lens: ll.LoraLens, analysis: str, tokens: int) -> float:
+    """The MiB that an analysis of one prompt adds in a process of its own.
+
+    Raises:
+        RuntimeError: if the analysis did not end there.
+    """
+    run = WORKS[analysis]
+    peak = memory.peak_in_child(lens, lambda: run(lens, prompt_of(lens, tokens)), LIMIT)
+    if peak.mib is None:
+        raise RuntimeError(f"{analysis} of {tokens} tokens: {peak.why_not}")
+    return peak.mib
+
+
+def planned_mib(peak: Measured) -> float:
     """What the planner says of the analysis whose peak this is."""
     size = SIZES[peak["size"]]
     planned = ModelSizes(
@@ -146,7 +159,7 @@ def planned_mib(peak: Peak) -> float:
     return plans[peak["analysis"]] / 2**20
 
 
-def render(peaks: Sequence[Peak]) -> str:
+def render(peaks: Sequence[Measured]) -> str:
     """A row for each size, dtype and length: planned over measured, and what was measured.
 
     Args:
@@ -170,12 +183,12 @@ def render(peaks: Sequence[Peak]) -> str:
     return "\n".join(lines)
 
 
-def read() -> list[Peak]:
+def read() -> list[Measured]:
     """Every peak so far."""
     return json.loads(PEAKS.read_text()) if PEAKS.exists() else []
 
 
-def add(peak: Peak) -> None:
+def add(peak: Measured) -> None:
     """Put a peak in the place of the one of the same size, dtype, length and analysis."""
     key = ("size", "dtype", "tokens", "analysis")
     others = [old for old in read() if any(old[name] != peak[name] for name in key)]
@@ -194,7 +207,9 @@ def main() -> None:
     for size in asked.sizes:
         dtype = getattr(torch, asked.dtype)
         for name, mib in measured(size, asked.tokens, dtype, asked.analyses):
-            peak = Peak(size=size, dtype=asked.dtype, tokens=asked.tokens, analysis=name, mib=mib)
+            peak = Measured(
+                size=size, dtype=asked.dtype, tokens=asked.tokens, analysis=name, mib=mib
+            )
             print(f"{peak} planned {planned_mib(peak):.0f}", flush=True)
             if asked.write:
                 add(peak)

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import marks
 import torch
@@ -30,7 +31,7 @@ PAGE = DOCS / "recipes.md"
 TABLE = "seven papers"
 POINT = "blocks.20.hook_resid_post"
 ANSWERS = (" Lyon", " Paris")
-QUIET = {"progress": False}
+QUIET: dict[str, Any] = {"progress": False}
 MARGIN = ll.Margin(*ANSWERS)
 # Prompts about what the demo's adapter was taught, and others.
 ABOUT = [

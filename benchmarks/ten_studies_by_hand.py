@@ -126,11 +126,6 @@ class ByHand:
             handle.remove()
 
 
-def all_on(name: str, path: str) -> float:
-    """Every module of every adapter is on."""
-    return 1.0
-
-
 def all_off(name: str, path: str) -> float:
     """The base model."""
     return 0.0
