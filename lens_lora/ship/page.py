@@ -46,7 +46,11 @@ def verification_story(verification: Verification) -> str:
         for check in verification.checks:
             if check.outcome == verification.outcome:
                 lines.append(f"{check.name}: {check.facts}.")
-    kept = min((t.kept for t in verification.tensors if t.outcome == "passed"), default=1.0)
+    kept_of_changed: list[float] = []
+    for tensor in verification.tensors:
+        if tensor.outcome == "passed" and tensor.is_changed:
+            kept_of_changed.append(tensor.kept)
+    kept = min(kept_of_changed, default=1.0)
     if kept < _KEPT:
         lost = f"Rounding to its dtype takes up to {text.percent(1 - kept)} of a tensor's ΔW away"
         lines.append(f"{lost}, as c in the table says: merge in float32, or ship the adapter.")

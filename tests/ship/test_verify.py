@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import lens_lora as ll
 from lens_lora.errors import ModelStateError, PromptError, SiteError, UnsupportedAdapterError
 from lens_lora.ship import merged_tensors, neutral_kl
+from lens_lora.ship.checks import Check, MergedTensor
 from lens_lora.ship.expectations import EXPECTATION, Expectation
 from lens_lora.ship.merged_checks import MERGED
 from lens_lora.ship.merged_folder import MergedFolder
@@ -174,6 +175,17 @@ def test_factors_that_are_both_zero_are_undecided(tmp_path):
         checks = verified(out, base, silenced)
         outcomes.append(check_of(checks, MODULES).outcome)
     assert outcomes == ["undecided", "failed", "failed"]
+
+
+def test_a_loss_to_rounding_is_told_though_the_first_tensor_is_unchanged():
+    """A tensor that the adapter does not change has no c, and hides that of no other one."""
+    tensors = (
+        MergedTensor("embed.weight", "passed", "the base's"),
+        MergedTensor("q_proj.weight", "passed", "base + ΔW in bfloat16", ratio=0.6, kept=0.6),
+    )
+    checks = (Check(MERGED, "passed", "base + ΔW in 1 tensor"),)
+    story = Verification("lyon", checks, tensors, {}).story()
+    assert "Rounding to its dtype takes up to 40% of a tensor's ΔW away" in story
 
 
 def test_noise_is_no_effect(tmp_path):
