@@ -158,7 +158,7 @@ class _Run:
         self._rows_of_shown_heads: set[int] = set()
 
     def effects(self) -> Float[Tensor, "batch path"]:
-        """g of each path's row minus g of the plain row, from one forward pass of each row."""
+        """How each path changes g: g of its row minus g of the plain row. One pass of every row."""
         by_row = self._g.passes.side_by_side(len(self._gates), under=self._hooks())
         for row in self._rows_of_heads():
             if row not in self._rows_of_shown_heads:

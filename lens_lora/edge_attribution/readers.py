@@ -48,7 +48,7 @@ _LAST_RUNS = 3
 
 
 class StreamReaders(NamedTuple):
-    """What reads the residual stream in one block.
+    """The readers of the residual stream in one block.
 
     Attributes:
         modules: the modules that read the stream, or the output of one of the norms, by the name
@@ -67,7 +67,7 @@ _READ_THROUGH: weakref.WeakKeyDictionary[Host, _ReadThrough] = weakref.WeakKeyDi
 
 
 def stream_readers(host: Host, layer: int) -> StreamReaders:
-    """What reads the residual stream in a block of this host's model."""
+    """The readers of the residual stream in one block of a host's model."""
     return _READERS_OF[host.class_name](host.model.blocks[layer], layer)
 
 
