@@ -105,7 +105,7 @@ def best_subset_figure(subset: BestSubset, count: int | None = None) -> go.Figur
 
 
 def _kept_by_size(subset: BestSubset) -> go.Figure:
-    """What the set of each size keeps: of all prompts together, and of those held out."""
+    """A curve of what the best set of each size keeps, of all prompts and of those held out."""
     figure = go.Figure()
     sizes = (100 * subset.fractions).tolist()
     has_several = len(subset.str_tokens) > 1
