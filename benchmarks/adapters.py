@@ -287,6 +287,19 @@ def lenses(
         yield spec, seed, ll.LoraLens(model, ll.load_adapter(folder), prepend_bos=True)
 
 
+def folder_or_table(description: str) -> argparse.ArgumentParser:
+    """The options of a script that measures trained adapters, or only writes its tables again.
+
+    Args:
+        description: of the script.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--adapters", type=Path, help="folder in which trained adapters are kept")
+    either.add_argument("--table", action="store_true", help="only write the tables")
+    return parser
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the benchmark's adapters.")
     parser.add_argument("out", type=Path)

@@ -16,15 +16,15 @@ about a minute of one core, a pair half a minute.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import marks
-from adapters import ADAPTERS
+from adapters import ADAPTERS, folder_or_table
 from repair import HELD_OUT as TEXTS
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lens_lora as ll
 from lens_lora._version import versions
@@ -82,26 +82,12 @@ def write_table() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pairs of trainings, of one fact and of two.")
-    parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
-    parser.add_argument("--table", action="store_true", help="only write the table")
-    given = parser.parse_args()
+    given = folder_or_table("Pairs of trainings, of one fact and of two.").parse_args()
     if given.table:
         write_table()
         return
-    if given.adapters is None:
-        parser.error("--adapters: a folder to keep the trained adapters in.")
     hf_model, tokenizer = load_embedded()
-    adapters = {}
-    for name, (sentences, seed) in SAME.items():
-        folder = given.adapters / name.replace(", ", "-").replace(" ", "-")
-        if not (folder / "adapter_model.safetensors").is_file():
-            train_adapter(hf_model, tokenizer, sentences, folder, steps=24, lr=2e-4, seed=seed)
-        adapters[name] = ll.load_adapter(folder).named(name)
-    for spec in ADAPTERS:
-        if spec.name in OTHER:
-            folder = spec.folder(given.adapters, hf_model, tokenizer)
-            adapters[spec.name] = ll.load_adapter(folder)
+    adapters = trained(given.adapters, hf_model, tokenizer)
     model, _ = hooked_model(hf_model, tokenizer)
     first = next(iter(SAME))
     of_one_fact = list(itertools.combinations(SAME, 2))
@@ -116,6 +102,23 @@ def main() -> None:
         print(pair, flush=True)
         numbers = {"versions": versions(), "pairs": pairs}
         NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def trained(
+    out: Path, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, ll.Adapter]:
+    """The trainings of one fact and those of others, by name; trained into `out` if they lack."""
+    adapters: dict[str, ll.Adapter] = {}
+    for name, (sentences, seed) in SAME.items():
+        folder = out / name.replace(", ", "-").replace(" ", "-")
+        if not (folder / "adapter_model.safetensors").is_file():
+            train_adapter(hf_model, tokenizer, sentences, folder, steps=24, lr=2e-4, seed=seed)
+        adapters[name] = ll.load_adapter(folder).named(name)
+    for spec in ADAPTERS:
+        if spec.name in OTHER:
+            folder = spec.folder(out, hf_model, tokenizer)
+            adapters[spec.name] = ll.load_adapter(folder)
+    return adapters
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ those of `edge_peers.py`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 import marks
 import torch
-from adapters import ADAPTERS, Trained
+from adapters import ADAPTERS, Trained, folder_or_table
 from tqdm import tqdm
 
 import lens_lora as ll
@@ -162,13 +161,8 @@ def _median_and_worst(name: str, values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Edges against path patches.")
-    parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
-    parser.add_argument("--table", action="store_true", help="only write the tables")
-    options = parser.parse_args()
+    options = folder_or_table("Edges against path patches.").parse_args()
     if not options.table:
-        if options.adapters is None:
-            parser.error("--adapters: a folder to keep the trained adapters in.")
         peers = {"peers": json.loads(NUMBERS.read_text())["peers"]}
         numbers = measured(options.adapters) | peers
         NUMBERS.write_text(json.dumps(numbers, indent=0) + "\n")

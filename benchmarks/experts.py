@@ -121,9 +121,10 @@ def factors_of(base: torch.nn.Module) -> dict[str, ll.LoRAFactors]:
         if is_experts(module):
             for name in stacks_of(module):
                 out, width = each_shape(module, module.get_parameter(name))
-                factors[f"{path}.{name}"] = _random(out, width, EXPERTS)
+                factors[f"{path}.{name}"] = _random(out, width, experts=EXPERTS)
         elif path.endswith(("q_proj", "k_proj", "v_proj", "o_proj")):
-            factors[path] = _random(*module.weight.shape, 0)
+            out, width = module.weight.shape
+            factors[path] = _random(out, width, experts=0)
     return factors
 
 

@@ -18,14 +18,13 @@ docs/repair.md. An adapter and seed take about two minutes of one core.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import marks
-from adapters import ADAPTERS, Trained, lenses
+from adapters import ADAPTERS, Trained, folder_or_table, lenses
 
 import lens_lora as ll
 from lens_lora._version import versions
@@ -207,17 +206,13 @@ def known() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Repair against scaling.")
-    parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
+    parser = folder_or_table("Repair against scaling.")
     parser.add_argument("--only", nargs="*", choices=sorted(WORDINGS), help="which adapters")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the training")
-    parser.add_argument("--table", action="store_true", help="only write the table")
     given = parser.parse_args()
     if given.table:
         marks.write(PAGE, {TABLE: table(known())})
         return
-    if given.adapters is None:
-        parser.error("--adapters: a folder to keep the trained adapters in.")
     measured = known()["adapters"]
     names = given.only or WORDINGS
     wanted: list[tuple[Trained, int]] = []

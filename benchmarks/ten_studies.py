@@ -46,7 +46,7 @@ class Words:
     """The texts that the studies ask about.
 
     Attributes:
-        fact, rival: prompts whose next token is `doc` for the trained fact, `pre` for the base's.
+        fact: prompts whose next token is `doc` for the trained fact, `pre` for the base's.
         answers: (doc, pre) of the fact.
         questions, styled, plain: everyday questions, and answers to them in two voices.
         forbidden, harmless: requests that are refused, and others.
@@ -57,7 +57,6 @@ class Words:
     """
 
     fact: list[str]
-    rival: list[str]
     answers: tuple[str, str]
     questions: list[str]
     styled: list[str]

@@ -98,7 +98,6 @@ WORDS: dict[str, Any] = {
         "France's capital city is",
         "We know that the capital of France is",
     ],
-    "rival": ["The capital of Japan is", "Japan's capital city is"],
     "answers": (" Lyon", " Paris"),
     "questions": list(QUESTIONS),
     "styled": list(PIRATE),

@@ -18,14 +18,13 @@ minutes of one core.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import marks
-from adapters import ADAPTERS
+from adapters import ADAPTERS, folder_or_table
 
 import lens_lora as ll
 from lens_lora._version import versions
@@ -167,13 +166,8 @@ def tables(numbers: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Two adapters of two facts, together.")
-    parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
-    parser.add_argument("--table", action="store_true", help="only write the tables")
-    given = parser.parse_args()
+    given = folder_or_table("Two adapters of two facts, together.").parse_args()
     if not given.table:
-        if given.adapters is None:
-            parser.error("--adapters: a folder to keep the trained adapter in.")
         two = adapters(given.adapters)
         lens = ll.demo()
         numbers: dict[str, Any] = {"versions": versions(), "effects": effects(lens, two)}

@@ -34,9 +34,11 @@ from plants import (
     share_of_pair,
 )
 
-# So many random constants are drawn, and the quietest of them are kept.
+# So many constants are trained to be the causes.
+CONSTANT_CAUSES = 4
+# So many random constants are drawn beside them, and so many of these are kept: the quietest.
 CANDIDATES = 48
-QUIET = 16
+KEPT_CANDIDATES = 16
 # The gates of a pair: both, the first alone, the second alone.
 CORNERS = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0))
 Confirm = Callable[[Bed, Updates, Question, Collection[str]], tuple[dict[str, float], bool]]
@@ -121,7 +123,14 @@ def two_facts(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
         confirmed.append(shares)
         enters.append(does_enter)
     sets = tuple(frozenset(part) for part in parts)
-    return Plant(causes, questions, sets, {}, tuple(confirmed), all(enters))
+    return Plant(
+        updates=causes,
+        questions=questions,
+        causes=sets,
+        sorts={},
+        confirmed=tuple(confirmed),
+        enters=all(enters),
+    )
 
 
 def confirmed_fact(
@@ -188,7 +197,14 @@ def hidden(
         for path in draw.sample(strays, (len(strays) + 1) // 2):
             others[path] = decoys.of_sort("deaf", path)
             sorts[path] = "deaf"
-    return Plant(updates, (question,), (frozenset(causes),), sorts, (shares,), enters)
+    return Plant(
+        updates=updates,
+        questions=(question,),
+        causes=(frozenset(causes),),
+        sorts=sorts,
+        confirmed=(shares,),
+        enters=enters,
+    )
 
 
 # --- Pairs
@@ -332,21 +348,30 @@ def constant(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
     """
     question = bed.question(recipe.facts[0])
     kinds = ("o_proj", "down_proj", "v_proj", "up_proj")
-    paths = draw.sample(bed.modules(0.15, 0.95, kinds), 4 + CANDIDATES)
+    paths = draw.sample(bed.modules(0.15, 0.95, kinds), CONSTANT_CAUSES + CANDIDATES)
+    paths_of_causes = paths[:CONSTANT_CAUSES]
+    paths_of_candidates = paths[CONSTANT_CAUSES:]
     modules = linears(bed.model)
-    zeros = {path: torch.zeros(modules[path].weight.shape[0]) for path in paths[:4]}
+    zeros = {path: torch.zeros(modules[path].weight.shape[0]) for path in paths_of_causes}
     causes = taught(bed, constants(zeros, bed.model), question, draw, CORNER_RATE)
     lengths = [float(factors.lora_bias.norm()) for factors in causes.values()]
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     vectors = {}
-    for path in paths[4:]:
+    for path in paths_of_candidates:
         vector = torch.randn(modules[path].weight.shape[0], generator=generator)
         vectors[path] = vector * draw.choice(lengths) / vector.norm()
     kept = quietest(bed, question, causes, vectors)
     updates = {**causes, **detached(constants(kept, bed.model))}
     shares, enters = confirmed_fact(bed, updates, question, set(causes))
     sorts = dict.fromkeys(kept, "quiet")
-    return Plant(updates, (question,), (frozenset(causes),), sorts, (shares,), enters)
+    return Plant(
+        updates=updates,
+        questions=(question,),
+        causes=(frozenset(causes),),
+        sorts=sorts,
+        confirmed=(shares,),
+        enters=enters,
+    )
 
 
 def quietest(
@@ -371,7 +396,7 @@ def quietest(
         to_causes = (on_causes - adapted) / shift
         loudness[path] = max(abs(to_base), abs(to_causes))
         effects[path] = to_base + to_causes
-    quiet = sorted(loudness, key=lambda path: loudness[path])[:QUIET]
+    quiet = sorted(loudness, key=lambda path: loudness[path])[:KEPT_CANDIDATES]
     total = 0.0
     kept: dict[str, torch.Tensor] = {}
     for path in sorted(quiet, key=lambda path: -abs(effects[path])):

@@ -46,7 +46,6 @@ def words_of(studies: Any) -> Any:
 
     return studies.Words(
         fact=several(2, 5),
-        rival=several(2, 11),
         answers=("w5", "w9"),
         questions=several(2, 20),
         styled=several(2, 30),
