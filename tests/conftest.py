@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="also what the quick suite leaves out")
     parser.addoption("--rest", action="store_true", help="only what the quick suite leaves out")
     parser.addoption(
-        "--thinned", action="store_true", help="with --rest: of a test of several items one in four"
+        "--thinned", action="store_true", help="with --rest: of a test of several items one in six"
     )
     parser.addoption(
         "--line", action="store_true", help="the quick suite, and all that a host's version changes"

@@ -78,7 +78,7 @@ def test_a_prompt_is_read_as_peft_serves_it(kind: str, prompt: str, doc: str, pr
     assert abs(float(with_bos[doc_id] - with_bos[pre_id]) - found) > 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_float32_first_order_against_float64(kind: str):
     """First order in float32 is right to 1e-4 of its largest site; the float64 model says so."""
     hf, tokenizer = hugging_face()

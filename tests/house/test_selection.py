@@ -96,21 +96,21 @@ def widest_gap(product: list[Item], found: set[Item]) -> int:
     ("options", "marks", "step"),
     [
         (config(rest=True), {"exhaustive": ()}, 1),
-        (config(rest=True, thinned=True), {"exhaustive": ()}, 4),
-        (config(line=True), {"exhaustive": ()}, 4),
-        (config(line=True), {}, 4),
+        (config(rest=True, thinned=True), {"exhaustive": ()}, 6),
+        (config(line=True), {"exhaustive": ()}, 6),
+        (config(line=True), {}, 6),
     ],
     ids=["rest", "rest thinned", "rest on a line", "quick on a line"],
 )
 def test_of_a_test_of_several_items_one_in_so_many_runs(
     options: SimpleNamespace, marks: dict[str, tuple], step: int
 ):
-    product = [Item(f"tests/hosts/test_b.py::test_of_all[{i}]", **marks) for i in range(40)]
+    product = [Item(f"tests/hosts/test_b.py::test_of_all[{i}]", **marks) for i in range(42)]
     few = [Item(f"tests/hosts/test_b.py::test_of_few[{i}]", **marks) for i in range(3)]
     items = [*product, *few]
     found = set(items) - selection.deselected(options, items)
     assert set(few) <= found
-    assert len(found & set(product)) == 40 / step
+    assert len(found & set(product)) == 42 / step
     assert widest_gap(product, found) == step
 
 

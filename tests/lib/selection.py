@@ -17,8 +17,8 @@ tests/core/model and tests/hosts say of models, and what only some lines can run
 named on the command line by its `::` runs whatever its marks.
 
 `.ci/run` is to end within 25 minutes. Of a test of several items, such as one of every
-architecture, it runs every fourth item of what the quick suite leaves out (`--rest --thinned`), and
-on another line of transformer-lens every fourth as well, also of the quick suite's own (`--line`).
+architecture, it runs every sixth item of what the quick suite leaves out (`--rest --thinned`), and
+on another line of transformer-lens every sixth as well, also of the quick suite's own (`--line`).
 At night every line runs all of them.
 """
 
@@ -37,7 +37,7 @@ LEFT_OUT = ("slow", "exhaustive", "browser", NIGHT)
 # Of a test of so many items, such as architectures, targets or settings, `.ci/run` need not run
 # every item each time: it runs one in so many, and at least one.
 SEVERAL_ITEMS = 4
-ONE_IN = 4
+ONE_IN = 6
 # The node ids of everything that was collected, before any of it was left out.
 COLLECTED = pytest.StashKey[frozenset[str]]()
 DEFECTS = Path(__file__).parents[1] / "defects.md"
@@ -153,6 +153,6 @@ def _is_named(item: pytest.Item, root: Path, arguments: tuple[str, ...]) -> bool
 def said(config: pytest.Config) -> str:
     """Why `deselected` leaves them out."""
     if config.option.rest:
-        others = ", or left to the night: three of four items of a test"
+        others = ", or left to the night: five of six items of a test"
         return f"in the quick suite{others if config.option.thinned else ''}"
     return "slow, exhaustive, in a browser, or not drawn of a sample; in .ci/run"

@@ -7,7 +7,7 @@ import mutations
 import pytest
 import shapes
 
-# Each takes seconds: .ci/run plants every fourth of these, and each night all are planted.
+# Each takes seconds: .ci/run plants every sixth of these, and each night all are planted.
 PLANTED = mutations.MUTATIONS if shapes.MORE_CASES > 1 else mutations.MUTATIONS[::3]
 ON_THIS_LINE = [
     pytest.param(

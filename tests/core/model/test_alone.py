@@ -148,7 +148,7 @@ def test_ids_gates_lens_and_adapter_made_in_inference_mode(cls: str):
     assert same(*shifts, 1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_every_call_on_ids_and_a_lens_made_in_inference_mode(cls: str):
     lens = make(cls, lens_inside=True)
