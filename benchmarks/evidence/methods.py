@@ -1,12 +1,12 @@
 """Every score of sites that the evidence compares, by its key: values [prompt, site] in g's units.
 
 1. `PARTS` are computed, each from the question alone. `COMPOSED` are made from parts without a
-   further pass, so their cost is the sum of their parts' costs.
+   further pass, so the cost of each is the sum of its parts' costs.
 2. Second order of each effect, at its own end and across, needs the diagonal of H, dearer than
    running the sites: `curvature` takes few prompts.
-3. `hessian_steps/K` integrates along the path by K Hessian-vector products, the reading of "multi-
-   step HVP" (arXiv 2606.09899) that has one path for all sites: Σ_k a(k/K)/K + ½ H(k/K)1/K². With
-   one step it is `second_order@0`.
+3. `hessian_steps/K` integrates along the path by K Hessian-vector products: Σ_k a(k/K)/K +
+   ½ H(k/K)1/K². This is "multi-step HVP" (arXiv 2606.09899), read as having one path for all sites.
+   With one step it is `second_order@0`.
 4. Ensembles are means of values, not of ranks.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,38 +33,44 @@ from lens_lora.judging import rankings
 Part = Callable[[Evaluations], Tensor]
 Parts = Mapping[str, Tensor]
 EFFECTS = ("add_one", "leave_one_out")
-_SEED = 0  # of the sizes in `signed_random`
+# The seed of the sizes in `signed_random`.
+_SEED = 0
 
 
 def _first(at: float, g: Evaluations) -> Tensor:
+    """a_l(ε) where all gates are at the same value."""
     return site_slopes(g.lens, g.reading, g.lens.gates(at))
 
 
 def _ruled(rules: ll.results.FrozenRules, at: float, g: Evaluations) -> Tensor:
+    """First order where the backward pass follows rules of LRP in place of the derivative."""
     return first_order.of(g, at=at, rules=rules).per_site
 
 
 def _path(nodes: int, g: Evaluations) -> Tensor:
-    """∫ a(ε) dε over [0, 1] by Gauss-Legendre, whose points are moved there from [−1, 1]."""
+    """∫ a(ε) dε over [0, 1] by Gauss-Legendre quadrature."""
     points, weights = np.polynomial.legendre.leggauss(nodes)
-    terms = []
+    terms: list[Tensor] = []
     for point, weight in zip(points, weights, strict=True):
+        # The quadrature is for [−1, 1], which is twice as long as the path.
         at = (point + 1) / 2
         terms.append(weight / 2 * _first(at, g))
     return torch.stack(terms).sum(0)
 
 
 def _hessian(at: float, g: Evaluations) -> Tensor:
+    """H·1, the curvature along all sites together."""
     gates = g.lens.gates(at)
     return hessian_product(g.lens, g.reading, gates, torch.ones_like(gates))
 
 
 def _effects(how: str, g: Evaluations) -> Tensor:
+    """The measured effects of all sites."""
     return patch_sites.of(g, how).values  # type: ignore[arg-type]
 
 
 def _towards(g: Evaluations) -> Tensor:
-    """[prompt, 1], the sign of each prompt's shift: norms, which have no sign, are given it."""
+    """The sign of each prompt's shift, [prompt, 1]; norms have no sign of their own, and get it."""
     base, adapted = g.ends
     return (adapted - base).sign()[:, None]
 
@@ -91,51 +98,78 @@ RELP = ll.results.FrozenRules.relp()
 # As the paper's own code has it by default: attention is differentiated.
 RELP_LIVE = ll.results.FrozenRules(norm_scales=True, identity_rule=True, half_rule=True)
 
-PARTS: dict[str, Part] = {
-    **{f"first_order@{at:g}": functools.partial(_first, at) for at in (0.0, 0.25, 0.5, 0.75, 1.0)},
-    **{f"path/{nodes}": functools.partial(_path, nodes) for nodes in (2, 4, 8)},
-    **{f"hessian@{at:g}": functools.partial(_hessian, at) for at in (0.0, 0.25, 0.5, 0.75)},
-    **{
-        f"first_order/{rules.key}@{at:g}": functools.partial(_ruled, rules, at)
-        for rules, at in ((HELD, 0.0), (RELP, 0.0), (RELP_LIVE, 0.0), (RELP, 1.0))
-    },
-    **{how: functools.partial(_effects, how) for how in EFFECTS},
-    "weight_norm": _weight_norm,
-    "update_norm": _update_norm,
-    "norm_product": _norm_product,
-}
+
+def _parts() -> dict[str, Part]:
+    """Every part by its key."""
+    parts: dict[str, Part] = {}
+    for at in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts[f"first_order@{at:g}"] = functools.partial(_first, at)
+    for nodes in (2, 4, 8):
+        parts[f"path/{nodes}"] = functools.partial(_path, nodes)
+    for at in (0.0, 0.25, 0.5, 0.75):
+        parts[f"hessian@{at:g}"] = functools.partial(_hessian, at)
+    for rules, at in ((HELD, 0.0), (RELP, 0.0), (RELP_LIVE, 0.0), (RELP, 1.0)):
+        parts[f"first_order/{rules.key}@{at:g}"] = functools.partial(_ruled, rules, at)
+    for how in EFFECTS:
+        parts[how] = functools.partial(_effects, how)
+    parts["weight_norm"] = _weight_norm
+    parts["update_norm"] = _update_norm
+    parts["norm_product"] = _norm_product
+    return parts
+
+
+PARTS = _parts()
 
 
 def _steps(count: int, parts: Parts) -> Tensor:
     """Σ_k a(k/K)/K + ½ H(k/K)1/K² with K = `count` steps."""
     total = torch.zeros_like(parts["first_order@0"])
-    for k in range(count):
-        at = f"{k / count:g}"
+    for at in _points(count):
         total = total + parts[f"first_order@{at}"] / count
         total = total + parts[f"hessian@{at}"] / (2 * count**2)
     return total
 
 
+def _points(count: int) -> list[str]:
+    """The gate values at which so many Hessian steps begin, as keys have them."""
+    return [f"{k / count:g}" for k in range(count)]
+
+
+def _parts_of_steps(count: int) -> tuple[str, ...]:
+    """The keys of the parts that so many Hessian steps are made of."""
+    points = _points(count)
+    first_order_parts = [f"first_order@{at}" for at in points]
+    hessian_parts = [f"hessian@{at}" for at in points]
+    return (*first_order_parts, *hessian_parts)
+
+
 def _mean(keys: tuple[str, ...], parts: Parts) -> Tensor:
+    """The mean of some parts' values."""
     return torch.stack([parts[key].double() for key in keys]).mean(0)
 
 
 def _signed_weight_norm(parts: Parts) -> Tensor:
+    """‖ΔW‖ with the signs of first order at 0."""
     return parts["first_order@0"].sign() * parts["weight_norm"].abs()
 
 
 def _signed_random(parts: Parts) -> Tensor:
+    """Random sizes with the signs of first order at 0."""
     first = parts["first_order@0"]
     generator = torch.Generator().manual_seed(_SEED)
     return first.sign() * torch.rand(first.shape, generator=generator).to(first)
 
 
-def _needs(count: int) -> tuple[str, ...]:
-    """The parts of so many Hessian steps."""
-    points = [f"{k / count:g}" for k in range(count)]
-    first_order_parts = [f"first_order@{at}" for at in points]
-    hessian_parts = [f"hessian@{at}" for at in points]
-    return (*first_order_parts, *hessian_parts)
+class Composed(NamedTuple):
+    """A method that is made from parts.
+
+    Attributes:
+        needed: the keys of its parts.
+        make: makes its values from the parts, which may be more than it needs.
+    """
+
+    needed: tuple[str, ...]
+    make: Callable[[Parts], Tensor]
 
 
 _PAIRS = (
@@ -143,14 +177,25 @@ _PAIRS = (
     ("first_order@0", "first_order@0.5"),
     ("first_order@0.5", f"first_order/{RELP.key}@0"),
 )
-# Key → the parts that it is made of, and how.
-COMPOSED: dict[str, tuple[tuple[str, ...], Callable[[Parts], Tensor]]] = {
-    "second_order@0": (_needs(1), functools.partial(_steps, 1)),
-    **{f"hessian_steps/{k}": (_needs(k), functools.partial(_steps, k)) for k in (2, 4)},
-    **{f"mean({a}, {b})": ((a, b), functools.partial(_mean, (a, b))) for a, b in _PAIRS},
-    "signed_weight_norm": (("first_order@0", "weight_norm"), _signed_weight_norm),
-    "signed_random": (("first_order@0",), _signed_random),
-}
+
+
+def _composed() -> dict[str, Composed]:
+    """Every method that is made from parts, by its key."""
+    composed: dict[str, Composed] = {}
+    for count in (1, 2, 4):
+        key = "second_order@0" if count == 1 else f"hessian_steps/{count}"
+        steps = functools.partial(_steps, count)
+        composed[key] = Composed(_parts_of_steps(count), steps)
+    for pair in _PAIRS:
+        mean = functools.partial(_mean, pair)
+        composed[f"mean({pair[0]}, {pair[1]})"] = Composed(pair, mean)
+    composed["signed_weight_norm"] = Composed(("first_order@0", "weight_norm"), _signed_weight_norm)
+    composed["signed_random"] = Composed(("first_order@0",), _signed_random)
+    return composed
+
+
+COMPOSED = _composed()
+# Parts that are run on some kinds of prompt only, and those kinds.
 DEAR = ("path/8", "first_order@0.25", "first_order@0.75", "hessian@0.25", "hessian@0.75")
 DEAR_ON = ("trained", "paraphrase")
 # Parts that are no method by themselves.
@@ -162,14 +207,14 @@ ONLY_PARTS = frozenset(
 def methods_of(parts: Parts) -> dict[str, Tensor]:
     """Every method's values, as far as its parts were run."""
     values_of = {key: values for key, values in parts.items() if key not in ONLY_PARTS}
-    for key, (needed, make) in COMPOSED.items():
-        if all(part in parts for part in needed):
-            values_of[key] = make(parts)
+    for key, composed in COMPOSED.items():
+        if all(part in parts for part in composed.needed):
+            values_of[key] = composed.make(parts)
     return values_of
 
 
 def curvature(at: float, hows: tuple[str, ...], g: Evaluations) -> dict[str, Tensor]:
-    """Second order of effects, expanded at one gate value t; one matrix H serves them all.
+    """Second order of effects, expanded at the gate value t; one matrix H serves all of them.
 
     Adding site l to the base: a_l − t (H1)_l + ½ H_ll.
     Leaving it out of the adapted model: a_l + (1 − t) (H1)_l − ½ H_ll.
@@ -183,13 +228,19 @@ def curvature(at: float, hows: tuple[str, ...], g: Evaluations) -> dict[str, Ten
     return {f"second_order/{how}@{at:g}": effects[how] for how in hows}
 
 
-# Each effect at its own end, and leaving one out from the base.
+# Gate values, and the effects that are expanded there: each effect at the end where it is measured,
+# and leaving one out also from the base.
 CURVATURE = ((0.0, ("add_one", "leave_one_out")), (1.0, ("leave_one_out",)))
 
 
-# The lean protocol: what the page's questions need on the own wordings, and less elsewhere.
+# The lean protocol: what the page's questions need on the adapter's own wordings (`LEAN`), and less
+# on other prompts.
 LEAN_ELSEWHERE = (
-    *("first_order@0", "first_order@0.5", "first_order@1", "path/4", "weight_norm"),
+    "first_order@0",
+    "first_order@0.5",
+    "first_order@1",
+    "path/4",
+    "weight_norm",
     *EFFECTS,
 )
 LEAN = (*LEAN_ELSEWHERE, "path/2", "path/8", "hessian@0", "hessian@0.5", "update_norm")

@@ -27,6 +27,7 @@ from lens_lora.judging import circuit_scores as circuit_metrics
 from lens_lora.judging import rankings
 
 Row = dict[str, Any]
+# How many random rankings are drawn; their mean is the chance level.
 DRAWS = 3
 SEED = 0
 FIFTH = 0.2
@@ -37,8 +38,9 @@ STATISTICS = {
     "slope": "slope",
     "relative_error": "error",
 }
+# The statistics that depend on the size of a score.
 OF_SIZE = ("slope", "error")
-# Scores that are in no unit: only what does not depend on their size is asked of them.
+# Scores that are not in the readout's units: no statistic of their size is computed.
 WITHOUT_UNIT = (
     "weight_norm",
     "update_norm",
@@ -47,6 +49,17 @@ WITHOUT_UNIT = (
     "signed_random",
     "random",
 )
+
+
+def _row(kind: str, question: str, metric: str, method: str, value: float) -> Row:
+    """A row of the long table; `kind` is the kind of prompt."""
+    return {
+        "prompts": kind,
+        "question": question,
+        "metric": metric,
+        "method": method,
+        "value": value,
+    }
 
 
 def attribution_of(g: Evaluations, values: Tensor, key: str) -> Attribution:
@@ -65,39 +78,38 @@ def agreement(
     kind: str, g: Evaluations, scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]
 ) -> list[Row]:
     """Each method's own scores against measured effects on the same prompts."""
-    generator = torch.Generator().manual_seed(SEED)
-    shape = (DRAWS, *next(iter(effects.values())).shape)
-    draws = torch.rand(shape, generator=generator, dtype=torch.float64)
+    random_scores = _random_scores(next(iter(effects.values())).shape)
     rows: list[Row] = []
     for how, effect in effects.items():
         measured = attribution_of(g, effect.double(), how)
-        values_of = {key: [values] for key, values in scores.items() if key != how}
-        values_of["random"] = list(draws)
-        for key, draws_of_key in values_of.items():
-            statistics = [_statistics(g, values, key, measured) for values in draws_of_key]
-            for metric in statistics[0]:
-                total = sum(of_draw[metric] for of_draw in statistics)
-                row: Row = {
-                    "prompts": kind,
-                    "question": how,
-                    "metric": metric,
-                    "method": key,
-                    "value": total / len(statistics),
-                }
-                rows.append(row)
+        for method, values in scores.items():
+            if method == how:
+                continue
+            for metric, value in _statistics(g, values, method, measured).items():
+                rows.append(_row(kind, how, metric, method, value))
+        of_draws = [_statistics(g, values, "random", measured) for values in random_scores]
+        for metric in of_draws[0]:
+            mean = sum(statistics[metric] for statistics in of_draws) / len(of_draws)
+            rows.append(_row(kind, how, metric, "random", mean))
     return rows
 
 
+def _random_scores(shape: torch.Size) -> Tensor:
+    """Random values for every prompt and site, the chance level: [draw, prompt, site]."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.rand((DRAWS, *shape), generator=generator, dtype=torch.float64)
+
+
 def _statistics(
-    g: Evaluations, values: Tensor, key: str, measured: Attribution
+    g: Evaluations, values: Tensor, method: str, measured: Attribution
 ) -> dict[str, float]:
     """Compare one method's values with the measured effects, in the mean over prompts."""
-    found = ll.compare(attribution_of(g, values.double(), key), measured, bootstrap=0)
-    statistics = {}
-    for statistic, name in STATISTICS.items():
-        is_meaningless = key in WITHOUT_UNIT and name in OF_SIZE
+    comparison = ll.compare(attribution_of(g, values.double(), method), measured, bootstrap=0)
+    statistics: dict[str, float] = {}
+    for statistic, metric in STATISTICS.items():
+        is_meaningless = method in WITHOUT_UNIT and metric in OF_SIZE
         if not is_meaningless:
-            statistics[name] = found.mean(statistic)
+            statistics[metric] = comparison.mean(statistic)
     return statistics
 
 
@@ -112,18 +124,11 @@ def held_out(
     rows: list[Row] = []
     for how, effect in effects.items():
         measured = attribution_of(g, effect.double(), how)
-        for key, values in scores.items():
-            made = attribution_of(trained, values.double(), key)
-            found = ll.compare(made, measured, across_prompts=True, bootstrap=0)
+        for method, values in scores.items():
+            made = attribution_of(trained, values.double(), method)
+            comparison = ll.compare(made, measured, across_prompts=True, bootstrap=0)
             for metric in ("spearman", "pearson"):
-                row: Row = {
-                    "prompts": kind,
-                    "question": f"{how}/held_out",
-                    "metric": metric,
-                    "method": key,
-                    "value": found.mean(metric),
-                }
-                rows.append(row)
+                rows.append(_row(kind, f"{how}/held_out", metric, method, comparison.mean(metric)))
     return rows
 
 
@@ -131,17 +136,10 @@ def sums(kind: str, g: Evaluations, scores: Mapping[str, Tensor]) -> list[Row]:
     """Σ of each method's scores, as a share of the shift of all prompts together."""
     base, adapted = g.ends.cpu().double()
     rows: list[Row] = []
-    for key, values in scores.items():
-        if key in WITHOUT_UNIT:
-            continue
-        row: Row = {
-            "prompts": kind,
-            "question": "sum",
-            "metric": "sum",
-            "method": key,
-            "value": share_of(adapted - base, values.cpu().double()),
-        }
-        rows.append(row)
+    for method, values in scores.items():
+        if method not in WITHOUT_UNIT:
+            share = share_of(adapted - base, values.cpu().double())
+            rows.append(_row(kind, "sum", "sum", method, share))
     return rows
 
 
@@ -162,37 +160,46 @@ class Judge:
     def rows(self, kind: str, g: Evaluations) -> list[Row]:
         """CPR, CMD and the kept share of a fifth, of each ranking and set on other prompts."""
         means = self._means()
-        batch = g.reading.batch
         random = circuit_metrics.random_orders(len(g.lens.sites), 1, DRAWS, SEED)[:, 0]
         by_value = [rankings.by_score(mean) for mean in means.values()]
         by_size = [rankings.by_score(mean.abs()) for mean in means.values()]
-        orders = torch.cat([torch.stack(by_value), random])[:, None].expand(-1, batch, -1)
-        size_orders = torch.cat([torch.stack(by_size), random])[:, None].expand(-1, batch, -1)
-        found = circuit_metrics.scored(g, orders, size_orders)
-        fifth = found.kept[:, circuit_metrics.MIB_SIZES.index(FIFTH)]
-        metrics = {"cpr": found.cpr, "cmd": found.cmd, "kept": fifth}
+        found = circuit_metrics.scored(
+            g,
+            _for_each_prompt(by_value, random, g.reading.batch),
+            _for_each_prompt(by_size, random, g.reading.batch),
+        )
+        fifth = circuit_metrics.MIB_SIZES.index(FIFTH)
+        metrics = {"cpr": found.cpr, "cmd": found.cmd, "kept": found.kept[:, fifth]}
         rows: list[Row] = []
         for metric, values in metrics.items():
-            value_of = dict(zip(means, values.tolist(), strict=False))
-            value_of["random"] = float(values[len(means) :].mean())
-            for method, value in value_of.items():
+            # The random orders come after those of the methods.
+            of_methods = values[: len(means)].tolist()
+            of_random = values[len(means) :]
+            for method, value in zip(means, of_methods, strict=True):
+                # A set has one size, so it has no curve over sizes.
                 is_ranking = method not in self.sets
                 if is_ranking or metric == "kept":
-                    row: Row = {
-                        "prompts": kind,
-                        "question": "keep",
-                        "metric": metric,
-                        "method": method,
-                        "value": value,
-                    }
-                    rows.append(row)
+                    rows.append(_row(kind, "keep", metric, method, value))
+            rows.append(_row(kind, "keep", metric, "random", float(of_random.mean())))
         return rows
 
     def _means(self) -> dict[str, Tensor]:
-        """One number a site for each ranking and set: the mean over prompts, towards the shift."""
+        """One number a site for each ranking and set, [site].
+
+        A score is averaged over prompts, each with the sign of its shift: positive moves the
+        readout the way the adapter does. A set is 1 for its members and 0 for all others.
+        """
         base, adapted = self.trained.ends
-        towards = (adapted - base).sign().double()[:, None]
-        means = {key: (values.double() * towards).mean(0) for key, values in self.scores.items()}
+        signs = (adapted - base).sign().double()[:, None]
+        means: dict[str, Tensor] = {}
+        for method, values in self.scores.items():
+            means[method] = (values.double() * signs).mean(0)
         for key, members in self.sets.items():
             means[key] = members.double()
         return means
+
+
+def _for_each_prompt(orders: list[Tensor], random: Tensor, batch: int) -> Tensor:
+    """The methods' orders, then the random ones, for every prompt: [order, prompt, site]."""
+    every_order = torch.cat([torch.stack(orders), random])
+    return every_order[:, None].expand(-1, batch, -1)

@@ -53,7 +53,8 @@ NAMES = {
     "unrelated_adapter": "first order of an unrelated adapter",
     "best_subset": "best set found on the trained wording",
 }
-CEILING = "best_subset/"  # found on the prompts that it is judged on
+# Sets that were found on the prompts that they are judged on.
+CEILING = "best_subset/"
 MAIN = (FIRST, HALF, END, PATH)
 KINDS = ("trained", "paraphrase", "neighbour", "unrelated")
 
@@ -84,27 +85,33 @@ class Question:
 
 
 def named(method: str) -> str:
-    """A method in words; the mean of two is named by them."""
+    """A method in words; a mean that has no name of its own is named by its two members."""
+    if method in NAMES:
+        return NAMES[method]
     pair = re.fullmatch(r"mean\((.+), (.+)\)", method)
-    if pair and method not in NAMES:
-        return f"mean of {named(pair[1])} and {named(pair[2])}"
-    return NAMES.get(method, method)
+    if pair is None:
+        return method
+    first, second = pair.groups()
+    return f"mean of {named(first)} and {named(second)}"
 
 
 def of_question(scores: pd.DataFrame, question: Question, base: str) -> pd.DataFrame:
     """The rows of `scores` that answer a question on a base."""
-    chosen = (scores["question"] == question.key) & (scores["metric"] == question.metric)
-    return scores[chosen & scores["prompts"].isin(question.prompts) & (scores["base"] == base)]
+    is_of_question = (scores["question"] == question.key) & (scores["metric"] == question.metric)
+    is_of_prompts = scores["prompts"].isin(question.prompts)
+    is_of_base = scores["base"] == base
+    return scores[is_of_question & is_of_prompts & is_of_base]
 
 
 def means_of(scores: pd.DataFrame, question: Question, base: str) -> pd.DataFrame:
     """[cluster, method], without sets that were found on the prompts that they are judged on."""
     rows = of_question(scores, question, base)
-    return cluster_means(rows[~rows["method"].str.startswith(CEILING)])
+    is_ceiling = rows["method"].str.startswith(CEILING)
+    return cluster_means(rows[~is_ceiling])
 
 
 def standings(scores: pd.DataFrame, question: Question, base: str) -> list[Standing]:
-    """Every method, those that were measured on some clusters of a base only last."""
+    """Every method; those that were measured on only some clusters of the base come last."""
     return ranked(means_of(scores, question, base), larger_is_better=question.larger)
 
 
@@ -117,7 +124,8 @@ def summary_of(scores: pd.DataFrame, question: Question, base: str, method: str)
 
 def median_costs(costs: pd.DataFrame, base: str, unit: str = "passes") -> dict[str, float]:
     """The median cost of each method over clusters, as for scores."""
-    medians = cluster_means(costs[costs["base"] == base], unit).median()
+    of_base = costs[costs["base"] == base]
+    medians = cluster_means(of_base, unit).median()
     return {str(method): float(value) for method, value in medians.items()}
 
 
@@ -142,20 +150,20 @@ def number(value: float, digits: int = 2) -> str:
     return f"{value:.0f}"
 
 
-def span(found: Summary) -> str:
-    """`0.98 [0.96, 0.99]`, the median and its interval."""
-    if not found.tasks:
+def span(score: Summary) -> str:
+    """`0.98 [0.96, 0.99]`, the median and its interval; few tasks have no interval."""
+    if not score.tasks:
         return "—"
-    if math.isnan(found.low):
-        return number(found.median)
-    return f"{number(found.median)} [{number(found.low)}, {number(found.high)}]"
+    if math.isnan(score.low):
+        return number(score.median)
+    return f"{number(score.median)} [{number(score.low)}, {number(score.high)}]"
 
 
-def with_worst(found: Summary) -> str:
+def with_worst(score: Summary) -> str:
     """`0.98 (0.75)`, the median and the worst task."""
-    if not found.tasks:
+    if not score.tasks:
         return "—"
-    return f"{number(found.median)} ({number(found.worst)})"
+    return f"{number(score.median)} ({number(score.worst)})"
 
 
 def cost_in_words(cost: float | None) -> str:
@@ -177,54 +185,65 @@ def question_table(
 
     How far a method is behind the best is left out where there are too few tasks to tell.
     """
-    columns: list[dict[str, Standing]] = []
+    standings_of_metrics: list[dict[str, Standing]] = []
     for question in questions:
-        columns.append({one.method: one for one in standings(scores, question, base)})
-    width = 3 if any(map(_has_verdicts, columns)) else 2
+        ranks = standings(scores, question, base)
+        standings_of_metrics.append({standing.method: standing for standing in ranks})
+    has_verdicts = any(map(_has_verdicts, standings_of_metrics))
+    head = ["method", "tasks"]
+    for question in questions:
+        head += [question.metric, "worst"]
+        if has_verdicts:
+            head.append("behind the best")
     prices: list[dict[str, float]] = []
     if costs is not None:
         prices = [median_costs(costs, base, unit) for unit in ("passes", "time")]
-    head = ["method", "tasks"]
-    for question in questions:
-        head += [question.metric, "worst", "behind the best"][:width]
-    if prices:
         head += ["passes", "F"]
-    methods: dict[str, None] = {}
-    for column in columns:
-        methods.update(dict.fromkeys(column))
+    methods: dict[str, None] = {}  # in place of a set, to keep the order of the first metric
+    for standing_of in standings_of_metrics:
+        methods.update(dict.fromkeys(standing_of))
     rows: list[list[str]] = []
     for method in methods:
-        found = [column.get(method) for column in columns]
-        tasks = next(one.score.tasks for one in found if one is not None)
+        of_metrics = [standing_of.get(method) for standing_of in standings_of_metrics]
+        tasks = next(standing.score.tasks for standing in of_metrics if standing is not None)
         row = [named(method), str(tasks)]
-        for standing in found:
-            row += _cells(standing)[:width]
+        for standing in of_metrics:
+            row += _score_cells(standing)
+            if has_verdicts:
+                row.append(_behind(standing))
         row += [cost_in_words(price.get(method)) for price in prices]
         rows.append(row)
     return markdown(head, rows)
 
 
-def _has_verdicts(column: dict[str, Standing]) -> bool:
+def _has_verdicts(standing_of: dict[str, Standing]) -> bool:
     """Whether some method of a question is told from the best, or tied with it."""
-    return any(one.verdict not in ("best", TOO_FEW) for one in column.values())
+    return any(standing.verdict not in ("best", TOO_FEW) for standing in standing_of.values())
 
 
-def _cells(standing: Standing | None) -> tuple[str, str, str]:
-    """The score, the worst task, and how far behind the best in the median, unless it is a tie."""
+def _score_cells(standing: Standing | None) -> tuple[str, str]:
+    """The score and the worst task, of a method that may not have been measured."""
     if standing is None:
-        return "—", "—", "—"
-    behind = standing.verdict
+        return "—", "—"
+    return span(standing.score), number(standing.score.worst)
+
+
+def _behind(standing: Standing | None) -> str:
+    """How far a method's median is behind the best; in words if it is not told from it."""
+    if standing is None:
+        return "—"
     if standing.verdict == "worse":
-        behind = number(standing.behind, 3)
-    return span(standing.score), number(standing.score.worst), behind
+        return number(standing.behind, 3)
+    return standing.verdict
 
 
 def cost_table(costs: pd.DataFrame, base: str) -> str:
     """Passes and time of every method that the page names, the dearest first."""
     passes = median_costs(costs, base, "passes")
     time = median_costs(costs, base, "time")
+    # What has no name in words is a part of a method, or was tried and is not on the page.
     shown = [method for method in passes if named(method) != method]
-    rows = []
+    rows: list[list[str]] = []
     for method in sorted(shown, key=lambda method: -time[method]):
         row = [named(method), cost_in_words(passes[method]), cost_in_words(time[method])]
         rows.append(row)
@@ -236,12 +255,12 @@ def by_prompts(scores: pd.DataFrame, question: Question, base: str, methods: Seq
     on_every_kind = dataclasses.replace(question, prompts=KINDS)
     measured = set(of_question(scores, on_every_kind, base)["prompts"])
     kinds = [kind for kind in KINDS if kind in measured]
-    rows = []
+    rows: list[list[str]] = []
     for method in methods:
-        found = []
+        by_kind: list[Summary] = []
         for kind in kinds:
             on_kind = dataclasses.replace(question, prompts=(kind,))
-            found.append(summary_of(scores, on_kind, base, method))
-        tasks = max((one.tasks for one in found), default=0)
-        rows.append([named(method), str(tasks), *map(with_worst, found)])
+            by_kind.append(summary_of(scores, on_kind, base, method))
+        tasks = max((score.tasks for score in by_kind), default=0)
+        rows.append([named(method), str(tasks), *map(with_worst, by_kind)])
     return markdown(["method", "tasks", *kinds], rows)

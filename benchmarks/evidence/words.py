@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from intervals import ALPHA, Summary, choice, cluster_means, sign_flip, summary, tied, verdicts
@@ -41,7 +41,10 @@ from violent import BROKEN
 from lens_lora.core import Attribution
 
 MEASURED = ("add_one", "leave_one_out")
+# The kinds of prompt that ask what was trained.
 OWN = ("trained", "paraphrase")
+# The one prompt on which the diagonal of H was measured.
+FIRST_PROMPT = ("trained, first",)
 ADD = Question(
     key="add_one",
     metric="spearman",
@@ -58,6 +61,8 @@ OUT = dataclasses.replace(
 )
 ADD_ERROR = dataclasses.replace(ADD, metric="error", larger=False)
 OUT_ERROR = dataclasses.replace(OUT, metric="error", larger=False)
+ADD_ERROR_ON_FIRST_PROMPT = dataclasses.replace(ADD_ERROR, prompts=FIRST_PROMPT)
+OUT_ERROR_ON_FIRST_PROMPT = dataclasses.replace(OUT_ERROR, prompts=FIRST_PROMPT)
 ADD_ELSEWHERE = dataclasses.replace(
     ADD,
     key=f"{ADD.key}/held_out",
@@ -93,34 +98,57 @@ SUM = Question(
     words="How is the shift divided among the modules?",
     short="dividing it",
 )
+# The questions of the first page, in its order.
 ASKED = (ADD, OUT, SUM, KEEP, FEW)
+# The question that asks about the sizes of the same numbers, where there is one.
 ERRORS = {ADD: ADD_ERROR, OUT: OUT_ERROR}
+# The question that asks about the trained wording's numbers on other prompts.
 ELSEWHERE = {ADD: ADD_ELSEWHERE, OUT: OUT_ELSEWHERE, KEEP: KEEP, FEW: FEW}
+# Rankings that know nothing of the task: a cpr has to be read beside theirs.
 FLOORS = ("random", "signed_weight_norm")
-CHEAP = 30.0  # F, up to which the advice for one prompt is to measure
-STABLE = 0.8  # of the resamples of tasks that must choose a method before it is recommended
-ONE = ("trained, first",)
-RIGHT = {"spearman": BROKEN, "incompleteness": 0.1, "of the best found": 0.9}  # by metric
-WORST = 3  # adapters that are named
-SHOWN = 4  # methods of a tie that are named with their share of the resamples
-# Question, method, what it would replace.
+# The cost in F up to which the advice for one prompt is to measure the effects.
+CHEAP = 30.0
+# The share of the resamples of tasks that must choose a method before it is recommended.
+STABLE = 0.8
+# The score from which an estimate counts as right on an adapter, by metric. CPR has no such bound.
+RIGHT = {"spearman": BROKEN, "incompleteness": 0.1, "of the best found": 0.9}
+# How many of the worst adapters are named.
+WORST = 3
+# How many methods of a tie are named with their share of the resamples.
+SHOWN = 4
+
+
+class Comparison(NamedTuple):
+    """Two methods that a table compares.
+
+    Attributes:
+        question: what both answer.
+        method: the method that may be better.
+        baseline: the method that it would replace.
+    """
+
+    question: Question
+    method: str
+    baseline: str
+
+
 COMPARED = (
-    (KEEP, HALF, FIRST),
-    (KEEP, PATH, HALF),
-    (KEEP, END, FIRST),
-    (KEEP, "mean(first_order@0, first_order@1)", HALF),
-    (KEEP, "signed_weight_norm", HALF),
-    (KEEP, "unrelated_adapter", "random"),
-    (ADD, f"first_order/{HELD}@0", FIRST),
-    (ADD, f"first_order/{RELP}@0", FIRST),
-    (ADD_ERROR, f"first_order/{RELP}@0", FIRST),
-    (ADD_ERROR, f"first_order/{RELP_LIVE}@0", FIRST),
-    (OUT, f"first_order/{RELP}@1", END),
-    (SUM, "second_order@0", FIRST),
-    (SUM, "hessian_steps/2", PATH),
-    (dataclasses.replace(ADD_ERROR, prompts=ONE), "second_order/add_one@0", FIRST),
-    (dataclasses.replace(OUT_ERROR, prompts=ONE), "second_order/leave_one_out@1", END),
-    (dataclasses.replace(OUT_ERROR, prompts=ONE), "second_order/leave_one_out@0", FIRST),
+    Comparison(KEEP, HALF, FIRST),
+    Comparison(KEEP, PATH, HALF),
+    Comparison(KEEP, END, FIRST),
+    Comparison(KEEP, "mean(first_order@0, first_order@1)", HALF),
+    Comparison(KEEP, "signed_weight_norm", HALF),
+    Comparison(KEEP, "unrelated_adapter", "random"),
+    Comparison(ADD, f"first_order/{HELD}@0", FIRST),
+    Comparison(ADD, f"first_order/{RELP}@0", FIRST),
+    Comparison(ADD_ERROR, f"first_order/{RELP}@0", FIRST),
+    Comparison(ADD_ERROR, f"first_order/{RELP_LIVE}@0", FIRST),
+    Comparison(OUT, f"first_order/{RELP}@1", END),
+    Comparison(SUM, "second_order@0", FIRST),
+    Comparison(SUM, "hessian_steps/2", PATH),
+    Comparison(ADD_ERROR_ON_FIRST_PROMPT, "second_order/add_one@0", FIRST),
+    Comparison(OUT_ERROR_ON_FIRST_PROMPT, "second_order/leave_one_out@1", END),
+    Comparison(OUT_ERROR_ON_FIRST_PROMPT, "second_order/leave_one_out@0", FIRST),
 )
 
 
@@ -174,55 +202,60 @@ def advice(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[Advice]:
     """The advice on each question."""
     costs = costs_of(numbers)
     time = median_costs(costs, base, "time")
-    found = []
+    advised: list[Advice] = []
     for question in ASKED:
         means, passes = estimates(scores, costs, question, base)
-        chosen = choice(means, passes, larger_is_better=question.larger)
-        members = tied(means, larger_is_better=question.larger)
-        shares = numbers["resampled"]["choices"][question.label]
-        method = as_run(question, chosen)
-        found.append(Advice(question, method, members, shares, time))
-    return found
+        cheapest = choice(means, passes, larger_is_better=question.larger)
+        on_question = Advice(
+            question=question,
+            method=as_run(question, cheapest),
+            members=tied(means, larger_is_better=question.larger),
+            shares=numbers["resampled"]["choices"][question.label],
+            cost=time,
+        )
+        advised.append(on_question)
+    return advised
 
 
 def recommendations(numbers: Numbers, base: str) -> tuple[str, list[str]]:
     """One line per question, and each tie by name."""
     scores = scores_of(numbers)
-    rows = []
-    ties = []
-    for found in advice(numbers, scores, base):
-        question = found.question
-        score = summary_of(scores, question, base, found.method)
-        cells = {
-            "question": question.label,
-            "cheapest of the tie": named(found.method),
-            "chosen": _percent(found.chosen),
-            "so": _verdict_of_resamples(found),
-            "median": span(score),
-            "worst": number(score.worst),
-            "tasks": str(score.tasks),
-        }
+    head = ["question", "cheapest of the tie", "chosen", "so", "median", "worst", "tasks"]
+    rows: list[list[str]] = []
+    ties: list[str] = []
+    for on_question in advice(numbers, scores, base):
+        question = on_question.question
+        score = summary_of(scores, question, base, on_question.method)
+        cells = [
+            question.label,
+            named(on_question.method),
+            _percent(on_question.chosen),
+            _verdict_of_resamples(on_question),
+            span(score),
+            number(score.worst),
+            str(score.tasks),
+        ]
         rows.append(cells)
-        if found.chosen < STABLE:
-            ties.append(_tie_in_words(found))
-    return markdown(list(rows[0]), [list(cells.values()) for cells in rows]), ties
+        if on_question.chosen < STABLE:
+            ties.append(_tie_in_words(on_question))
+    return markdown(head, rows), ties
 
 
-def _verdict_of_resamples(found: Advice) -> str:
-    """Whether the method is recommended, which other tasks must choose too."""
-    if found.chosen >= STABLE:
+def _verdict_of_resamples(on_question: Advice) -> str:
+    """Say whether the method is recommended: enough resamples of the tasks must choose it too."""
+    if on_question.chosen >= STABLE:
         return "recommended"
-    if len(found.members) > 1:
-        return f"a tie of {len(found.members)}"
+    if len(on_question.members) > 1:
+        return f"a tie of {len(on_question.members)}"
     return "unstable"
 
 
-def _tie_in_words(found: Advice) -> str:
-    """The members of a tie, and the four that the resamples choose most."""
-    members = "; ".join(map(named, found.members))
-    most_chosen = list(found.shares.items())[:SHOWN]
+def _tie_in_words(on_question: Advice) -> str:
+    """The members of a tie, and those that the resamples choose most."""
+    members = "; ".join(map(named, on_question.members))
+    most_chosen = list(on_question.shares.items())[:SHOWN]
     won = "; ".join(f"{named(method)} {_percent(share)}" for method, share in most_chosen)
-    return f"**{found.question.label}**: {members}. Chosen most: {won}."
+    return f"**{on_question.question.label}**: {members}. Chosen most: {won}."
 
 
 def _percent(share: float) -> str:
@@ -237,114 +270,155 @@ def comparisons(scores: pd.DataFrame, base: str) -> str:
 
 def compared(scores: pd.DataFrame, base: str) -> list[list[str]]:
     """The cells of `comparisons`, of the pairs that a base has."""
-    improvements = {}
-    cells_of = {}
-    for row, (question, method, other) in enumerate(COMPARED):
-        means = cluster_means(of_question(scores, question, base))
-        if method in means and other in means:
-            difference = means[method] - means[other]
-            improvements[row] = difference if question.larger else -difference
-            found = summary(difference, larger_is_better=question.larger)
-            cells_of[row] = [named(method), named(other), question.label, _signed(found)]
-    answers = verdicts(pd.DataFrame(improvements))
-    rows = []
-    for row, cells in cells_of.items():
-        improvement = improvements[row]
-        ahead = f"{(improvement > 0).sum()} of {improvement.count()}"
-        rows.append([*cells, answers[row], ahead])
+    differences: dict[Comparison, pd.Series] = {}
+    for comparison in COMPARED:
+        means = cluster_means(of_question(scores, comparison.question, base))
+        if comparison.method in means and comparison.baseline in means:
+            differences[comparison] = means[comparison.method] - means[comparison.baseline]
+    improvements: list[pd.Series] = []
+    for comparison, difference in differences.items():
+        improvements.append(difference if comparison.question.larger else -difference)
+    # The correction is for all rows of the table, so all are tested together.
+    answers = verdicts(pd.DataFrame(dict(enumerate(improvements))))
+    rows: list[list[str]] = []
+    for row, (comparison, difference) in enumerate(differences.items()):
+        question = comparison.question
+        cells = [
+            named(comparison.method),
+            named(comparison.baseline),
+            question.label,
+            _signed(summary(difference, larger_is_better=question.larger)),
+            answers[row],
+            f"{(improvements[row] > 0).sum()} of {improvements[row].count()}",
+        ]
+        rows.append(cells)
     return rows
 
 
-def _signed(found: Summary) -> str:
+def _signed(difference: Summary) -> str:
     """`+0.012 (-0.100)`, the median difference and that of the worst task."""
-    return f"{found.median:+.3f} ({number(found.worst, 3)})"
+    return f"{difference.median:+.3f} ({number(difference.worst, 3)})"
 
 
 def opening(numbers: Numbers, bases: list[str]) -> dict[str, dict[str, Any]]:
     """Each question's line on the first page; the estimate is that of the first base."""
     scores = scores_of(numbers)
-    every = advice(numbers, scores, bases[0])
-    return {found.question.short: _line(numbers, scores, found, bases) for found in every}
+    lines: dict[str, dict[str, Any]] = {}
+    for on_question in advice(numbers, scores, bases[0]):
+        lines[on_question.question.short] = _line(numbers, scores, on_question, bases)
+    return lines
 
 
 def _line(
-    numbers: Numbers, scores: pd.DataFrame, found: Advice, bases: list[str]
+    numbers: Numbers, scores: pd.DataFrame, on_question: Advice, bases: list[str]
 ) -> dict[str, Any]:
     """One question's line: the answer, its cost, and how far it is to be trusted."""
-    question = found.question
-    method = found.method
-    base = bases[0]
-    each = {name: _by_adapter(scores, question, name, method) for name in bases}
-    bound = RIGHT.get(question.metric)
-    off = {name: _off(values, bound, question.larger) for name, values in each.items()}
-    strengths = _strengths(numbers, off)
-    error = summary_of(scores, ERRORS.get(question, question), base, method)
-    exact = found.cost.get(question.key, math.inf)
-    cost = cost_in_words(found.cost[method])
-    answer = _estimate(scores, found, base)
-    if exact <= CHEAP:
-        answer = f"**measure it**; else {answer}"
-        cost = f"{cost_in_words(exact)}; {cost}"
-    worst = [_worst(values, question.larger, name) for name, values in off.items() if len(values)]
-    slopes = [calibration(scores, question, name, method) for name in bases]
-    factor = "any size"
-    if error.worst < 1:
-        factor = number(1 / (1 - error.worst), 1)
+    question = on_question.question
+    method = on_question.method
+    first_base = bases[0]
+    by_base = {base: _by_adapter(scores, question, base, method) for base in bases}
+    wrong_by_base = {base: _wrong(values, question) for base, values in by_base.items()}
+    worst: list[str] = []
+    for base, wrong in wrong_by_base.items():
+        if len(wrong):
+            worst.append(_worst(wrong, question, base))
+    slopes: list[str] = []
+    for base in bases:
+        slope = calibration(scores, question, base, method)
+        if slope:
+            slopes.append(slope)
+    strengths = _strengths(numbers, wrong_by_base)
+    error = summary_of(scores, ERRORS.get(question, question), first_base, method)
+    shares = by_base[first_base]
     return {
         "words": question.words,
-        "answer": answer,
-        "cost": cost,
-        "score": with_worst(summary_of(scores, question, base, method)),
-        "right": _counts_of_right(each, off) if bound else "—",
-        "elsewhere": _elsewhere(scores, question, base, method),
+        "answer": _answer(scores, on_question, first_base),
+        "cost": _cost(on_question),
+        "score": with_worst(summary_of(scores, question, first_base, method)),
+        "right": _counts_of_right(by_base, wrong_by_base) if question.metric in RIGHT else "—",
+        "elsewhere": _elsewhere(scores, question, first_base, method),
         "off": "; ".join(worst) or "none",
         "count": len(strengths),
         "violent": sum(strength > Attribution.VIOLENT for strength in strengths),
         "error": with_worst(error),
-        "slope": "; ".join(filter(None, slopes)),
-        "factor": factor,
-        "above": f"{(each[base] > 1).sum()} of {len(each[base])}",
-        "most": number(each[base].max()),
+        "slope": "; ".join(slopes),
+        "factor": _factor(error.worst),
+        "above": f"{(shares > 1).sum()} of {len(shares)}",
+        "most": number(shares.max()),
     }
 
 
-def _estimate(scores: pd.DataFrame, found: Advice, base: str) -> str:
+def _is_cheap_to_measure(on_question: Advice) -> bool:
+    """Whether running the sites themselves costs little; not every question can be measured."""
+    return on_question.cost.get(on_question.question.key, math.inf) <= CHEAP
+
+
+def _answer(scores: pd.DataFrame, on_question: Advice, base: str) -> str:
+    """The estimate in words, after the measurement where that is cheap."""
+    estimate = _estimate(scores, on_question, base)
+    if _is_cheap_to_measure(on_question):
+        return f"**measure it**; else {estimate}"
+    return estimate
+
+
+def _cost(on_question: Advice) -> str:
+    """The cost of the estimate in F, after that of the measurement where that is cheap."""
+    of_estimate = cost_in_words(on_question.cost[on_question.method])
+    if _is_cheap_to_measure(on_question):
+        of_measurement = cost_in_words(on_question.cost[on_question.question.key])
+        return f"{of_measurement}; {of_estimate}"
+    return of_estimate
+
+
+def _factor(error: float) -> str:
+    """The factor by which effects would be underestimated for Σ|effect − number| / Σ|effect|.
+
+    Numbers that are c times too small have an error of 1 − 1/c, which is below 1 for every c.
+    """
+    if error < 1:
+        return number(1 / (1 - error), 1)
+    return "any size"
+
+
+def _estimate(scores: pd.DataFrame, on_question: Advice, base: str) -> str:
     """The estimate in words, with those that cannot be told from it."""
-    words = named(found.method).removesuffix(", up to 8 nodes")
-    if found.chosen < STABLE:
-        words = f"a tie of {len(found.members)}; cheapest: {words}"
-    if (found.question, found.method) == (KEEP, HALF):
+    words = named(on_question.method).removesuffix(", up to 8 nodes")
+    if on_question.chosen < STABLE:
+        words = f"a tie of {len(on_question.members)}; cheapest: {words}"
+    if (on_question.question, on_question.method) == (KEEP, HALF):
         p, _ = paired_test(cluster_means(of_question(scores, KEEP, base)), HALF, FIRST)
+        # `not <` and not `>=`, as a p that is NaN tells nothing apart either.
         if not p < ALPHA:
             words += " or at 0 (a tie)"
     return words
 
 
-def _strengths(numbers: Numbers, off: dict[str, pd.Series]) -> list[float]:
+def _strengths(numbers: Numbers, wrong_by_base: dict[str, pd.Series]) -> list[float]:
     """How strong each adapter is on which the estimate is not right."""
-    strengths = []
-    for values in off.values():
-        for name in values.index:
-            signals = numbers["adapters"][name]["signals"]
+    strengths: list[float] = []
+    for wrong in wrong_by_base.values():
+        for adapter in wrong.index:
+            signals = numbers["adapters"][adapter]["signals"]
             strengths.append(signals["trained"]["strength"])
     return strengths
 
 
-def _counts_of_right(each: dict[str, pd.Series], off: dict[str, pd.Series]) -> str:
+def _counts_of_right(by_base: dict[str, pd.Series], wrong_by_base: dict[str, pd.Series]) -> str:
     """On how many adapters of each base the estimate is right."""
     counts: list[str] = []
-    for base, values in each.items():
-        right = len(values) - len(off[base])
+    for base, values in by_base.items():
+        right = len(values) - len(wrong_by_base[base])
         counts.append(f"{right} of {len(values)}" if len(values) else "—")
     return ", ".join(counts)
 
 
-def _off(values: pd.Series, bound: float | None, larger: bool) -> pd.Series:
-    """The adapters beyond the bound; of a share of the shift, which has no bound, none."""
-    if bound is None:
+def _wrong(values: pd.Series, question: Question) -> pd.Series:
+    """The adapters on which the estimate is not right; none where the metric has no bound."""
+    if question.metric not in RIGHT:
         return values[:0]
-    is_off = values < bound if larger else values > bound
-    return values[is_off]
+    bound = RIGHT[question.metric]
+    is_wrong = values < bound if question.larger else values > bound
+    return values[is_wrong]
 
 
 def paired_test(means: pd.DataFrame, method: str, other: str) -> tuple[float, int]:
@@ -369,7 +443,7 @@ def rival(scores: pd.DataFrame, question: Question, base: str, method: str, othe
 def floors(scores: pd.DataFrame, base: str) -> str:
     """The cpr of random rankings, and of signs with ‖ΔW‖ as their size, in words."""
     each = {method: summary_of(scores, KEEP, base, method) for method in FLOORS}
-    return ", ".join(f"{named(method)} {with_worst(found)}" for method, found in each.items())
+    return ", ".join(f"{named(method)} {with_worst(cpr)}" for method, cpr in each.items())
 
 
 def _elsewhere(scores: pd.DataFrame, question: Question, base: str, method: str) -> str:
@@ -379,8 +453,8 @@ def _elsewhere(scores: pd.DataFrame, question: Question, base: str, method: str)
     medians = []
     for kind in ("paraphrase", "unrelated"):
         on_kind = dataclasses.replace(ELSEWHERE[question], prompts=(kind,))
-        found = summary_of(scores, on_kind, base, method)
-        medians.append(number(found.median) if found.tasks else "—")
+        score = summary_of(scores, on_kind, base, method)
+        medians.append(number(score.median) if score.tasks else "—")
     return ", ".join(medians)
 
 
@@ -396,10 +470,10 @@ def calibration(scores: pd.DataFrame, question: Question, base: str, method: str
     values = _by_adapter(scores, of_slopes, base, method)
     if values.empty:
         return ""
-    found = summary_of(scores, of_slopes, base, method)
+    median = summary_of(scores, of_slopes, base, method).median
     least = f"{number(values.min())} ({values.idxmin()})"
     largest = f"{number(values.max())} ({values.idxmax()})"
-    sentence = f"{base} {number(found.median)} in the median task, {least} to {largest}"
+    sentence = f"{base} {number(median)} in the median task, {least} to {largest}"
     left_out = _by_adapter(scores, question, base, method).index.difference(values.index)
     if len(left_out):
         names = ", ".join(left_out)
@@ -407,12 +481,12 @@ def calibration(scores: pd.DataFrame, question: Question, base: str, method: str
     return sentence
 
 
-def _worst(off: pd.Series, larger: bool, base: str) -> str:
+def _worst(wrong: pd.Series, question: Question, base: str) -> str:
     """The adapters on which an estimate is furthest off, by name and score."""
-    ordered = off.sort_values(ascending=larger)
-    names = [f"{name} ({value:.2f})" for name, value in ordered.head(WORST).items()]
+    worst_first = wrong.sort_values(ascending=question.larger)
+    names = [f"{adapter} ({score:.2f})" for adapter, score in worst_first.head(WORST).items()]
     sentence = f"{base}: {', '.join(names)}"
-    more = len(ordered) - len(names)
+    more = len(worst_first) - len(names)
     if more:
         sentence += f" and {more} more"
     return sentence
@@ -423,6 +497,7 @@ def path_called(scores: pd.DataFrame, base: str) -> str:
     rows = scores[(scores["metric"] == "sum") & (scores["base"] == base)]
     sums = rows.pivot_table(index=["adapter", "prompts"], columns="method", values="value")
     both_run = sums[["path/4", "path/8"]].dropna()
+    # The call stops where the sum is met on every kind of prompt.
     met = both_run.map(is_met).groupby("adapter").all()
     at_four = met["path/4"].sum()
     at_eight = (met["path/8"] & ~met["path/4"]).sum()
