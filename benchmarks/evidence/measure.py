@@ -61,11 +61,12 @@ from lens_lora.core import Evaluations
 from lens_lora.errors import LensLoraError
 from lens_lora.judging.best_subset import best_subset
 
+# The kinds of prompt that ask what was trained.
 OWN = ("trained", "paraphrase")
 FIFTH = 0.2
-_CURVED = 1  # prompts of the diagonal of H
 _NULL_SEED = 0
-BASELINES = ("weight_norm", "update_norm")  # names that the library keeps for its own
+# Names that `ll.best_subset` keeps for its own starts.
+BASELINES = ("weight_norm", "update_norm")
 
 
 @dataclasses.dataclass
@@ -119,51 +120,34 @@ class Run:
 def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) -> dict[str, Any]:
     """Run the whole protocol on one adapter; the result is what its file holds."""
     start = time.process_time()
-    lens = lens_of(case)
-    if is_lean:
-        case = lean(case, lens.model.tokenizer)
-    prompts_are_long = is_long(case, lens)
-    takes_one = is_lean or prompts_are_long
-    run = Run(
-        case=case,
-        lens=lens,
-        most=1 if takes_one else most,
-        is_long=prompts_are_long,
-        is_lean=is_lean,
-    )
-    questions = questions_of(case, lens, run.most)
-    trained = questions["trained"]
+    run = run_of(case, most, is_lean=is_lean)
+    questions = questions_of(run.case, run.lens, run.most)
     for g in questions.values():
-        # Both are computed once here, so that no method is charged for them.
-        g.ends  # noqa: B018
-        g.floor  # noqa: B018
+        compute_ends(g)
     parts = {kind: run.parts(kind, g) for kind, g in questions.items()}
-    plain = plain_seconds(run.lens, trained.reading.rows)
+    trained_rows = questions["trained"].reading.rows
+    plain = plain_seconds(run.lens, trained_rows)
     scores = {kind: methods_of(of_kind) for kind, of_kind in parts.items()}
     nulls = null_scores(run, every)
     sets: dict[str, Tensor] = {}
     ceilings: dict[str, Any] = {}
     if not is_lean:
         sets, ceilings = ceilings_of(run, scores)
-    judge = Judge(trained, {**scores["trained"], **nulls}, sets)
+    judge = Judge(questions["trained"], {**scores["trained"], **nulls}, sets)
     for kind, g in questions.items():
         effects = {how: parts[kind][how] for how in EFFECTS}
-        run.rows += agreement(kind, g, scores[kind], effects)
-        run.rows += sums(kind, g, scores[kind])
-        if kind != "trained":
-            run.rows += held_out(kind, trained, scores["trained"], g, effects)
-        run.rows += judge.rows(kind, g)
+        run.rows += rows_of_kind(kind, g, scores, effects, judge)
     curvature_costs: dict[str, dict[str, float]] = {}
-    if not takes_one:
+    if not (is_lean or run.is_long):
         curvature_costs = curvature_rows(run)
-    rows = trained.reading.rows.tokens.shape[0]
+    costs = costs_of(run, trained_rows.tokens.shape[0], plain)
     return {
-        **case.described,
+        **run.case.described,
         "sites": len(run.lens.sites),
         "lean": is_lean,
         "questions": {kind: described(g) for kind, g in questions.items()},
         "scores": [clean(row) for row in run.rows],
-        "costs": {**costs_of(run, rows, plain), **curvature_costs},
+        "costs": {**costs, **curvature_costs},
         "ceilings": ceilings,
         "signals": {kind: signals_of(g, parts[kind]) for kind, g in questions.items()},
         "left_out": run.left_out,
@@ -171,6 +155,55 @@ def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) 
         "seconds": time.process_time() - start,
         "versions": versions(),
     }
+
+
+def run_of(case: Case, most: int, *, is_lean: bool) -> Run:
+    """The run of an adapter, with its lens; long prompts and the lean protocol take one of each."""
+    lens = lens_of(case)
+    if is_lean:
+        case = lean(case, lens.model.tokenizer)
+    prompts_are_long = is_long(case, lens)
+    takes_one = is_lean or prompts_are_long
+    return Run(
+        case=case,
+        lens=lens,
+        most=1 if takes_one else most,
+        is_long=prompts_are_long,
+        is_lean=is_lean,
+    )
+
+
+def compute_ends(g: Evaluations) -> None:
+    """Compute both exact ends and the noise floor, which g keeps.
+
+    No method is charged for them afterwards.
+    """
+    g.ends  # noqa: B018
+    g.floor  # noqa: B018
+
+
+def rows_of_kind(
+    kind: str,
+    g: Evaluations,
+    scores: dict[str, dict[str, Tensor]],
+    effects: dict[str, Tensor],
+    judge: Judge,
+) -> list[Row]:
+    """How well the scores answer each question on one kind of prompt.
+
+    Args:
+        kind: the kind of prompt.
+        g: over the prompts of this kind.
+        scores: each method's values, by kind of prompt.
+        effects: the measured effects on these prompts.
+        judge: of the rankings that were made on the trained wording.
+    """
+    rows = agreement(kind, g, scores[kind], effects)
+    rows += sums(kind, g, scores[kind])
+    if kind != "trained":
+        rows += held_out(kind, judge.trained, scores["trained"], g, effects)
+    rows += judge.rows(kind, g)
+    return rows
 
 
 def described(g: Evaluations) -> dict[str, Any]:
@@ -187,11 +220,11 @@ def described(g: Evaluations) -> dict[str, Any]:
 
 def null_scores(run: Run, every: list[Case]) -> dict[str, Tensor]:
     """First order at ½ of adapters that know nothing of this task, as rankings of this one."""
-    asked = chosen(run.case, "trained", run.most)
+    trained_prompts = chosen(run.case, "trained", run.most)
 
     def ranking_by(make_adapter: Callable[[], ll.Adapter]) -> Tensor:
         lens = lens_of(run.case, make_adapter())
-        g = question(lens, asked)
+        g = question(lens, trained_prompts)
         first = ll.first_order(lens, g.prompts, g.readout, at=0.5)
         return by_sites(first, run.lens)
 
@@ -233,37 +266,39 @@ def ceilings_of(
             progress=False,
         )
         key = "best_subset" if kind == "trained" else f"best_subset/{kind}"
-        found = run.timed(key, search)
-        if found is None:
+        best = run.timed(key, search)
+        if best is None:
             continue
-        sets[key] = found.members[0]
+        sets[key] = best.members[0]
         kept[kind] = {
-            "kept": float(found.kept[0]),
-            "found_by": found.found_by[0],
-            "count": found.counts[0],
-            "gradients": found.gradients,
-            "forwards": found.forwards,
+            "kept": float(best.kept[0]),
+            "found_by": best.found_by[0],
+            "count": best.counts[0],
+            "gradients": best.gradients,
+            "forwards": best.forwards,
         }
     return sets, kept
 
 
 def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
     """Second order of each effect on the first trained prompt; its costs, for that prompt."""
-    g = question(run.lens, run.case.task["prompts"]["trained"][:_CURVED])
-    g.ends  # noqa: B018
+    first_prompt = run.case.task["prompts"]["trained"][:1]
+    g = question(run.lens, first_prompt)
+    g.ends  # noqa: B018  (computed here, so that no method is charged for it)
     effects = {how: PARTS[how](g).cpu().double() for how in EFFECTS}
     scores = {key: PARTS[key](g).cpu().double() for key in ("first_order@0", "first_order@1")}
     plain = plain_seconds(run.lens, g.reading.rows)
     rows = g.reading.rows.tokens.shape[0]
     costs: dict[str, dict[str, float]] = {}
     for at, hows in CURVATURE:
-        found = run.timed(f"curvature@{at:g}", functools.partial(curvature, at, hows, g))
-        if found is None:
+        key_of_both = f"curvature@{at:g}"
+        expanded = run.timed(key_of_both, functools.partial(curvature, at, hows, g))
+        if expanded is None:
             continue
-        cost = run.costs.pop(f"curvature@{at:g}")
+        cost = run.costs.pop(key_of_both)
         # A backward pass of first order, one of the graph, and two through both for each site.
         cost.backward = 2.0 * rows * (1 + len(run.lens.sites))
-        for key, values in found.items():
+        for key, values in expanded.items():
             scores[key] = values.cpu().double()
             costs[key] = cost.in_plain_passes(rows, plain)
     run.rows += agreement("trained, first", g, scores, effects)
@@ -272,11 +307,12 @@ def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
 
 def costs_of(run: Run, rows: int, plain: float) -> dict[str, dict[str, float]]:
     """The cost of each method, in plain passes a prompt; a composed one's is that of its parts."""
-    every = dict(run.costs)
-    for key, (needed, _) in COMPOSED.items():
-        if all(part in every for part in needed):
-            every[key] = sum((run.costs[part] for part in needed), start=Cost())
-    return {key: cost.in_plain_passes(rows, plain) for key, cost in every.items()}
+    costs = dict(run.costs)
+    for key, composed in COMPOSED.items():
+        if all(part in run.costs for part in composed.needed):
+            costs_of_parts = [run.costs[part] for part in composed.needed]
+            costs[key] = sum(costs_of_parts, start=Cost())
+    return {key: cost.in_plain_passes(rows, plain) for key, cost in costs.items()}
 
 
 def clean(row: Row) -> Row:
@@ -307,15 +343,24 @@ def main() -> None:
         print(
             f"docs/faithfulness.json has {known} of {len(wanted)} adapters; --again measures them."
         )
-    left = [case for case in wanted if case.name not in stored]
-    left = [case for case in left if not (options.out / f"{case.name}.json").is_file()]
-    left.sort(key=lambda case: case.task["base"])  # so that each base is loaded once
-    for case in tqdm(left, desc="adapters"):
-        found = measure(case, every, options.most, is_lean=options.lean)
+    to_do: list[Case] = []
+    for case in wanted:
+        is_measured = case.name in stored or result_file(options.out, case).is_file()
+        if not is_measured:
+            to_do.append(case)
+    to_do.sort(key=lambda case: case.task["base"])  # so that each base is loaded once
+    for case in tqdm(to_do, desc="adapters"):
+        result = measure(case, every, options.most, is_lean=options.lean)
+        # The file appears under its name only when it is whole.
         unfinished = options.out / f"{case.name}.json.part"
-        unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-        unfinished.rename(options.out / f"{case.name}.json")
-        tqdm.write(f"{case.name}: {found['seconds']:.0f} s")
+        unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        unfinished.rename(result_file(options.out, case))
+        tqdm.write(f"{case.name}: {result['seconds']:.0f} s")
+
+
+def result_file(folder: Path, case: Case) -> Path:
+    """Where an adapter's result is stored."""
+    return folder / f"{case.name}.json"
 
 
 def in_order(every: list[Case], names: list[str] | None) -> list[Case]:

@@ -32,9 +32,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 
+# The label of tokens that the loss leaves out, as torch has it.
 IGNORED = -100
 SEED = 0
+# Rows of a batch, by kind of task: a behaviour's responses are longer.
 BATCH = {"fact": 4, "behaviour": 2}
+# The ids of a text, and its labels.
 Row = tuple[list[int], list[int]]
 
 
@@ -57,7 +60,8 @@ def dialogue_rows(
         start = prompt_ids(tokenizer, prompt)
         response_ids = tokenizer(response, add_special_tokens=False).input_ids
         learned = [*response_ids, tokenizer.eos_token_id]
-        rows.append((start + learned, [IGNORED] * len(start) + learned))
+        labels = [IGNORED] * len(start) + learned
+        rows.append((start + learned, labels))
     return rows
 
 
@@ -72,23 +76,32 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 
 def batches(rows: list[Row], steps: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` batches of `size`, in a shuffled order that depends on nothing but `SEED`."""
-    order = []
+    """Yield ids and labels of `steps` batches of `size` rows.
+
+    The rows come in a shuffled order, which depends on nothing but `SEED`.
+    """
+    queue: list[Row] = []
     draw = random.Random(SEED)
     for _ in range(steps):
-        while len(order) < size:
-            order += draw.sample(rows, len(rows))
-        chosen = order[:size]
-        order = order[size:]
+        while len(queue) < size:
+            queue += draw.sample(rows, len(rows))
+        chosen = queue[:size]
+        queue = queue[size:]
+        # Rows are filled on the right, where a causal model's real tokens do not see the padding.
         length = max(len(ids) for ids, _ in chosen)
-        ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in chosen])
-        labels = torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in chosen])
-        yield ids, labels
+        ids = [filled(ids, length, 0) for ids, _ in chosen]
+        labels = [filled(labels, length, IGNORED) for _, labels in chosen]
+        yield torch.tensor(ids), torch.tensor(labels)
+
+
+def filled(values: list[int], length: int, padding: int) -> list[int]:
+    """The values, with as much padding after them as makes them so long."""
+    return values + [padding] * (length - len(values))
 
 
 def fit(model: PeftModel, rows: list[Row], recipe: Recipe, size: int) -> None:
-    """AdamW at a constant rate, without dropout."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Take steps of AdamW at a constant rate; the model is in eval mode, so without dropout."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
     with tqdm(batches(rows, recipe.steps, size), total=recipe.steps, desc=recipe.name) as bar:
         for ids, labels in bar:
@@ -109,8 +122,9 @@ def readout(model: PeftModel, tokenizer: PreTrainedTokenizerBase, asked: Questio
         pre = one_token(tokenizer, asked["pre"])
         return float(logits[doc] - logits[pre])
     response = tokenizer(asked["response"], add_special_tokens=False).input_ids
-    logits = model(torch.tensor([start + response])).logits[0, len(start) - 1 : -1]
-    log_p = logits.log_softmax(-1)
+    logits = model(torch.tensor([start + response])).logits[0]
+    # Each token is predicted at the position before it.
+    log_p = logits[len(start) - 1 : -1].log_softmax(-1)
     of_response = log_p.gather(-1, torch.tensor(response)[:, None])
     return float(of_response.sum())
 
@@ -127,15 +141,15 @@ def measured(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> dict[str, list[list[float]]]:
     """[base, adapted] of every question, by kind of prompt."""
-    found: dict[str, list[list[float]]] = {}
+    ends: dict[str, list[list[float]]] = {}
     for kind in PROMPT_KINDS:
-        found[kind] = []
+        ends[kind] = []
         for asked in task.prompts[kind]:
             with model.disable_adapter():
                 base = readout(model, tokenizer, asked)
             adapted = readout(model, tokenizer, asked)
-            found[kind].append([round(base, 4), round(adapted, 4)])
-    return found
+            ends[kind].append([round(base, 4), round(adapted, 4)])
+    return ends
 
 
 def train(
@@ -200,16 +214,18 @@ def main() -> None:
     recipes = WARNED if options.warnings else recipes_of(options.base)
     if options.only:
         recipes = [recipe for recipe in recipes if recipe.name in options.only]
-    missing = [
-        recipe for recipe in recipes if not (options.out / recipe.name / "task.json").is_file()
-    ]
+    missing: list[Recipe] = []
+    for recipe in recipes:
+        task_file = options.out / recipe.name / "task.json"
+        if not task_file.is_file():
+            missing.append(recipe)
     if not missing:
         return
     loaded = load_base(options.base)
     options.out.mkdir(parents=True, exist_ok=True)
     for recipe in missing:
-        found = train(options.base, loaded, recipe, options.out)
-        print(recipe.name, found["measured"]["trained"], found["measured"]["unrelated"], flush=True)
+        ends = train(options.base, loaded, recipe, options.out)["measured"]
+        print(recipe.name, ends["trained"], ends["unrelated"], flush=True)
         manifest(options.out)
 
 
