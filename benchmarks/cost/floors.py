@@ -50,6 +50,7 @@ from lens_lora.hosts.build import hooked_model
 
 __all__ = ["floor_tables", "passes_of", "peft_table", "run_passes"]
 
+# The names in `works.py` of two analyses that are treated apart.
 FIRST_ORDER = "first_order, with its exact shift"
 KL_SHARES = "kl_shares"
 # Analyses that cost more than their targets, by their names in `works.py`.
@@ -70,12 +71,12 @@ Read = Callable[[int], Tensor]
 
 
 class Pass(NamedTuple):
-    """A forward pass of the model, and how often its graph is gone back through.
+    """A forward pass of the model, and the backward passes through its graph.
 
     Attributes:
         kind: 'plain', 'graph' or 'dual'; a dual pass may have a graph of its values.
-        rows: of the batch.
-        tokens: of a row.
+        rows: how many rows the batch has.
+        tokens: how many tokens a row has.
         backward: the number of backward passes.
     """
 
@@ -97,33 +98,37 @@ def passes_of(lens: ll.LoraLens, run: Callable[[], object]) -> list[Pass]:
     The hook is on all modules of torch, as some analyses refuse a model that has hooks.
     """
     last_block = lens.model.blocks[-1]
-    seen: list[Pass] = []
+    passes: list[Pass] = []
 
-    def look(module: nn.Module, args: Any, output: Any) -> None:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
         if module is not last_block:
             return
         residual = output if isinstance(output, Tensor) else output[0]
         value, tangent = fwad.unpack_dual(residual)
         has_graph = torch.is_grad_enabled() and value.requires_grad
-        kind = "graph" if has_graph else "plain"
         if tangent is not None:
             kind = "dual"
+        elif has_graph:
+            kind = "graph"
+        else:
+            kind = "plain"
         rows, tokens, _ = residual.shape
-        index = len(seen)
-        seen.append(Pass(kind, rows, tokens, backward=0))
+        index = len(passes)
+        passes.append(Pass(kind, rows, tokens, backward=0))
+
+        def count_backward(gradient: Tensor) -> None:
+            forward = passes[index]
+            passes[index] = forward._replace(backward=forward.backward + 1)
+
         if has_graph:
+            residual.register_hook(count_backward)
 
-            def count(gradient: Tensor) -> None:
-                seen[index] = seen[index]._replace(backward=seen[index].backward + 1)
-
-            residual.register_hook(count)
-
-    handle = register_module_forward_hook(look)
+    handle = register_module_forward_hook(record)
     try:
         run()
     finally:
         handle.remove()
-    return seen
+    return passes
 
 
 def run_passes(lens: ll.LoraLens, passes: Sequence[Pass], read: Read) -> None:
@@ -131,14 +136,15 @@ def run_passes(lens: ll.LoraLens, passes: Sequence[Pass], read: Read) -> None:
 
     A pass with a graph goes back to the embeddings once.
     """
-    for one in passes:
-        if one.kind == "plain":
+    for forward in passes:
+        read_rows = functools.partial(read, forward.rows)
+        if forward.kind == "plain":
             with torch.no_grad():
-                read(one.rows)
-        elif one.kind == "graph":
-            backward_to_embeddings(lens, lambda rows=one.rows: read(rows).sum())
+                read_rows()
+        elif forward.kind == "graph":
+            backward_to_embeddings(lens, lambda read_rows=read_rows: read_rows().sum())
         else:
-            dual_to_embeddings(lens, lambda rows=one.rows: read(rows))
+            dual_to_embeddings(lens, read_rows)
 
 
 def run_unhooked(model: PreTrainedModel, ids: Tensor, passes: Sequence[Pass]) -> None:
@@ -146,14 +152,15 @@ def run_unhooked(model: PreTrainedModel, ids: Tensor, passes: Sequence[Pass]) ->
 
     A pass with a graph goes back to the embeddings once.
     """
-    for one in passes:
-        rows = ids.expand(one.rows, -1)
-        if one.kind == "plain":
+    for forward in passes:
+        rows = ids.expand(forward.rows, -1)
+        if forward.kind == "plain":
             with torch.no_grad():
                 model(rows, logits_to_keep=1)
         else:
             leaf = model.get_input_embeddings()(rows).detach().requires_grad_()
             logits = model(inputs_embeds=leaf, logits_to_keep=1).logits
+            # As many logits as a margin reads; which ones does not change the cost.
             torch.autograd.grad(logits[..., :2].sum(), leaf)
 
 
@@ -178,7 +185,7 @@ def with_updates(lens: ll.LoraLens, passes: Sequence[Pass], read: Read) -> None:
 
 
 def reads(lens: ll.LoraLens, prompts: ll.results.Prompts, work: Work) -> Read:
-    """What the analysis reads of each pass: two logits, or for a KL all of the last token's."""
+    """Return what the analysis reads of each pass: two logits, or for a KL the whole vocabulary."""
     if work.name == KL_SHARES:
         return lambda rows: read_logits(lens, prompts.repeat(rows))
     reading = MARGIN.reading(lens.model, prompts)
@@ -188,13 +195,16 @@ def reads(lens: ll.LoraLens, prompts: ll.results.Prompts, work: Work) -> Read:
 def three_works(
     lens: ll.LoraLens, prompts: ll.results.Prompts, work: Work
 ) -> tuple[dict[str, Callable[[], object]], list[Pass]]:
-    """The analysis, its passes alone, and these with updates written; and the passes.
+    """The three things that are timed of an analysis, and its passes.
+
+    Returns:
+        By name the analysis, its passes alone, and these with updates written; then the passes.
 
     Raises:
         SystemExit: what is run in place of the analysis has other passes.
     """
     analysis = functools.partial(work.run, lens, prompts)
-    # What is checked of a model once has passes of its own.
+    # The first run also checks the model, which takes passes that no later run has.
     analysis()
     passes = passes_of(lens, analysis)
     read = reads(lens, prompts, work)
@@ -230,10 +240,11 @@ def floors_of_length(lens: ll.LoraLens, floor: Floor, tokens: int, turns: int) -
         DRAWN: functools.partial(draw_null_adapters, lens),
     }
     passes: dict[str, list[Pass]] = {}
-    for work in ANALYSES:
-        if work.name in DEARER:
-            three, passes[work.name] = three_works(lens, prompts, work)
-            works |= {f"{work.name}: {part}": run for part, run in three.items()}
+    dearer = [work for work in ANALYSES if work.name in DEARER]
+    for work in dearer:
+        three, passes[work.name] = three_works(lens, prompts, work)
+        for part, run in three.items():
+            works[f"{work.name}: {part}"] = run
     seconds = seconds_of_turns(works, turns, repeats={"F": RUNS_OF_F})
     cells = Cells(seconds)
     brackets = " In brackets the quartiles." if turns > 1 else ""
@@ -244,12 +255,11 @@ def floors_of_length(lens: ll.LoraLens, floor: Floor, tokens: int, turns: int) -
     heads = ("analysis", "target", "cost", "its passes alone", "with updates written", "passes")
     print(f"| {' | '.join(heads)} |")
     print(f"|{' --- |' * len(heads)}")
-    for work in ANALYSES:
-        if work.name in DEARER:
-            parts = [cells.of(f"{work.name}: {part}") for part in ("analysis", "alone", "written")]
-            listed = " + ".join(map(str, passes[work.name]))
-            row = (work.name, work.target, *parts, listed)
-            print(f"| {' | '.join(row)} |", flush=True)
+    for work in dearer:
+        costs = [cells.of(f"{work.name}: {part}") for part in ("analysis", "alone", "written")]
+        listed = " + ".join(map(str, passes[work.name]))
+        row = (work.name, work.target, *costs, listed)
+        print(f"| {' | '.join(row)} |", flush=True)
     ratio = cells.median(f"{FIRST_ORDER}: analysis") / cells.median(PEFT)
     print(
         f"\nFirst order by PEFT and autograd alone takes {cells.of(PEFT)}, `ll.first_order` "
@@ -316,9 +326,14 @@ def draw_null_adapters(lens: ll.LoraLens) -> None:
 
 
 class Cells:
-    """Times as multiples of the median F."""
+    """Times as multiples of the median F.
+
+    Attributes:
+        forward: the median F, in seconds.
+    """
 
     def __init__(self, seconds: dict[str, list[float]]) -> None:
+        """Take the seconds of every turn, by the name of the work; one of them is 'F'."""
         self._seconds = seconds
         self.forward: float = statistics.median(seconds["F"])
 

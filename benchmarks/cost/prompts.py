@@ -41,6 +41,9 @@ TURNS = 3
 ATTACHED = 5
 # Bounds in MiB that the shift of the last ten layers is computed within.
 BOUNDS = (250, 400, 800)
+# The row that compares every site's shift with a loop of jvps, and its target.
+LOOP = "… times faster than a loop of jvps"
+LOOP_TARGET = "≥ 9"
 
 
 def prompt_tables(
@@ -81,22 +84,42 @@ def column(
     """The cells of one length, by row, and how far a turn is from its median at most."""
     prompts = text_prompts(lens, 1, tokens)
     quick = [work for work in works if not work.is_slow]
-    times_of_turns = interleaved(lens, prompts, quick, turns)
-    times = {name: statistics.median(seconds) for name, seconds in times_of_turns.items()}
-    cells = {"F": f"{1e3 * times['F']:.0f} ms"}
+    turns_of_works = interleaved(lens, prompts, quick, turns)
+    medians = {name: statistics.median(seconds) for name, seconds in turns_of_works.items()}
+    cells = {"F": f"{1e3 * medians['F']:.0f} ms"}
     for unit in ("FB", "FA"):
-        cells[unit] = f"{times[unit] / times['F']:.2f} F"
+        cells[unit] = f"{medians[unit] / medians['F']:.2f} F"
     for work in quick:
-        cells[work.name] = ratio(times[work.name] * work.share / times[work.unit], work.unit)
+        cost = medians[work.name] * work.share / medians[work.unit]
+        cells[work.name] = cost_cell(cost, work.unit)
     for work in works:
-        if work.is_slow and (work.longest is None or tokens <= work.longest):
-            once = interleaved(lens, prompts, [work], turns=1)
-            unit = statistics.median([times[work.unit], *once[work.unit]])
-            (seconds,) = once[work.name]
-            cells[work.name] = ratio(seconds * work.share / unit, work.unit)
-            if work is EVERY_SHIFT:
-                cells |= beside_every_shift(lens, prompts, seconds)
-    return cells, largest_spread(times_of_turns)
+        fits = work.longest is None or tokens <= work.longest
+        if work.is_slow and fits:
+            cells |= slow_cells(lens, prompts, work, medians[work.unit])
+    return cells, largest_spread(turns_of_works)
+
+
+def slow_cells(
+    lens: ll.LoraLens, prompts: ll.results.Prompts, work: Work, unit_before: float
+) -> dict[str, str]:
+    """The cell of a work that runs once, and of the rows below it.
+
+    Its unit is timed once more beside it, and the mean of both times is what its own is divided by.
+
+    Args:
+        lens: over the embedded model.
+        prompts: one prompt.
+        work: a slow work.
+        unit_before: the median time of its unit, from the turns of the quick works.
+    """
+    once = interleaved(lens, prompts, [work], turns=1)
+    (seconds,) = once[work.name]
+    (unit_beside,) = once[work.unit]
+    unit = (unit_before + unit_beside) / 2
+    cells = {work.name: cost_cell(seconds * work.share / unit, work.unit)}
+    if work is EVERY_SHIFT:
+        cells |= beside_every_shift(lens, prompts, seconds)
+    return cells
 
 
 def beside_every_shift(
@@ -106,24 +129,27 @@ def beside_every_shift(
     two_jvps = cpu_seconds(lambda: loop_of_jvps(lens, prompts))
     loop = two_jvps * len(lens.sites) / 2
     return {
-        "… times faster than a loop of jvps": f"{loop / seconds:.0f}",
+        LOOP: f"{loop / seconds:.0f}",
         "… share of the matmul peak": f"{share_of_peak(lens, prompts, seconds):.0%}",
     }
 
 
-def ratio(value: float, unit: str) -> str:
-    """A cost as a cell."""
-    return f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
+def cost_cell(cost: float, unit: str) -> str:
+    """A cost as a cell: from ten on with one decimal, below with two."""
+    decimals = 1 if cost >= 10 else 2
+    return f"{cost:.{decimals}f} {unit}"
 
 
 def share_of_peak(lens: ll.LoraLens, prompts: ll.results.Prompts, seconds: float) -> float:
     """Products of every site's tangent with the weights, per second, over `matmul_peak`."""
-    matrices = [p for _, p in lens.model.blocks.named_parameters() if p.ndim > 1]
-    weights_of_blocks = sum(matrix.numel() for matrix in matrices)
+    parameters = lens.model.blocks.parameters()
+    weights_of_blocks = sum(weight.numel() for weight in parameters if weight.ndim > 1)
     layers = lens.plan.host.n_layers
+    # A site's tangent runs through its own block and those after it.
     passes = sum(layers - max(site.layer, 0) for site in lens.sites) / layers
     in_blocks = passes * weights_of_blocks * prompts.tokens.numel()
     unembedding = lens.model.cfg.d_model * lens.model.cfg.d_vocab
+    # Each weight is one multiplication and one addition.
     operations = 2 * (in_blocks + len(lens.sites) * prompts.batch * unembedding)
     return operations / seconds / matmul_peak()
 
@@ -137,7 +163,7 @@ def table(lens: ll.LoraLens, lengths: Sequence[int], works: Sequence[Work], turn
         columns.append(cells)
         spreads.append(spread)
     targets = {work.name: work.target for work in works}
-    targets["… times faster than a loop of jvps"] = "≥ 9"
+    targets[LOOP] = LOOP_TARGET
     head = " | ".join(f"{tokens} tokens" for tokens in lengths)
     print(f"{turns_in_words(works, turns, max(spreads))}\n")
     print(f"| work | target | {head} |\n| --- | --- |{' --- |' * len(lengths)}")

@@ -26,12 +26,19 @@ import lens_lora as ll
 
 __all__ = ["rank_table"]
 
+# About how many tokens a prompt has.
 LENGTH = 8
+# How many processes accelerate launches.
 PROCESSES = 2
 
 
 class Taken(NamedTuple):
-    """The seconds that a command took: by the clock, and of processor time over all processes."""
+    """The seconds that a command took.
+
+    Attributes:
+        clock: by the clock.
+        cpu: of processor time, over all its processes.
+    """
 
     clock: float
     cpu: float
@@ -80,8 +87,9 @@ def write_prompts(lens: ll.LoraLens, count: int, path: Path) -> None:
 def launcher() -> list[str]:
     """The beginning of a command that accelerate runs in several processes of the CPU."""
     with socket.socket() as probe:
+        # Port 0 makes the system choose a free one.
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+        _, port = probe.getsockname()
     # `--multi_gpu` selects torch's launcher, on CPUs too.
     options = {
         "--num_processes": PROCESSES,
@@ -116,7 +124,7 @@ def taken_by(launch: Sequence[str], prompts: Path, folder: Path) -> Taken:
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    return Taken(time.monotonic() - start, cpu_of_children() - start_of_cpu)
+    return Taken(clock=time.monotonic() - start, cpu=cpu_of_children() - start_of_cpu)
 
 
 def cpu_of_children() -> float:

@@ -22,6 +22,10 @@ __all__ = ["EVERY_SHIFT", "TABLES", "Work", "adapted_forward", "loop_of_jvps"]
 Run = Callable[[ll.LoraLens, ll.results.Prompts], object]
 # How many times a scan reads the adapter of the demo.
 ADAPTERS = 20
+# How many pairs of a writer and the logits are patched.
+PAIRS = 20
+# How many heads of z are patched: nine in each of ten blocks.
+HEADS = 90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Work:
         target: what it should cost, for the table.
         share: what part of its time is counted, for a work that does one thing several times.
         is_slow: whether it runs once, and not in each turn.
-        longest: of how many tokens the prompts may be; None for any number.
+        longest: the most tokens that a prompt may have; None for any number.
     """
 
     name: str
@@ -49,7 +53,7 @@ class Work:
 
 
 def adapted_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Run FA: the sites' hooks alone, nothing unembedded."""
+    """Run FA, the forward pass of the adapted model without the unembedding."""
     with torch.no_grad(), lens.applied():
         run_without_logits(lens, prompts)
 
@@ -69,12 +73,12 @@ def banked(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.results.Bank:
     return ll.bank(lens.model, prompts, MARGIN, progress=False)
 
 
-# The bank of the works that read one. It is made in the turn that is not counted.
+# The bank that a scan reads. It is made in the first turn, which is not counted.
 kept_bank = functools.lru_cache(maxsize=1)(banked)
 
 
 def scan(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Scan so many adapters against a bank that is there."""
+    """Scan `ADAPTERS` adapters against a bank that was made before."""
     kept_bank(lens, prompts).scan([lens.adapter] * ADAPTERS, progress=False)
 
 
@@ -94,7 +98,7 @@ def shares(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
 
 
 def fact_margin(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Say how the answer of the margin was changed: path, flip and noise floors."""
+    """Explain how the adapter changed the margin: path, flip and noise floors."""
     ll.fact_margin(lens, prompts, MARGIN.doc, MARGIN.pre, progress=False)
 
 
@@ -104,22 +108,25 @@ def null_test(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
 
 
 def path_patches(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Patch twenty pairs, with writers in all layers."""
-    sites = lens.sites[:: max(1, len(lens.sites) // 20)][:20]
-    pairs = [(site.name, "logits") for site in sites]
+    """Patch twenty pairs, whose writers are spread evenly over the layers."""
+    step = max(1, len(lens.sites) // PAIRS)
+    writers = lens.sites[::step][:PAIRS]
+    pairs = [(site.name, "logits") for site in writers]
     ll.patch_edges(lens, prompts, MARGIN, pairs, progress=False)
 
 
 def heads(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Patch each head of z of one block in three: 90 patches."""
+    """Patch each head of z alone, in every third of the demo's 30 blocks."""
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(0, 30, 3)]
     ll.patch_activations(lens, prompts, MARGIN, names, heads="each", progress=False)
 
 
 def tokens(count: int) -> Run:
-    """Return the work that shifts so many tokens' logits by every site, in reverse mode."""
+    """Return the work that takes every site's shift of so many tokens' logits, in reverse mode."""
+    # Which tokens they are does not change the cost.
+    ids = list(range(1000, 1000 + count))
     return lambda lens, prompts: ll.logit_shift(
-        lens, prompts, tokens=list(range(1000, 1000 + count)), mode="reverse", progress=False
+        lens, prompts, tokens=ids, mode="reverse", progress=False
     )
 
 
@@ -144,19 +151,20 @@ def hessian(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
 
 
 def loop_of_jvps(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Take two of the sites' tangents one by one, by torch.func.jvp over the same hooks."""
+    """Take the tangents of the first and last site, by torch.func.jvp over the same hooks."""
 
     def logits(gates: torch.Tensor) -> torch.Tensor:
-        return gated_logits(lens, prompts, gates + 0)
+        return gated_logits(lens, prompts, gates)
 
+    gates = lens.gates(0.0)
     for site in (0, len(lens.sites) - 1):
-        direction = torch.zeros_like(lens.gates(0.0))
+        direction = torch.zeros_like(gates)
         direction[site] = 1
         with torch.no_grad():
-            torch.func.jvp(logits, (lens.gates(1e-30),), (direction,))
+            torch.func.jvp(logits, (gates,), (direction,))
 
 
-# The work beside which a loop of jvps is timed.
+# The work that a loop of jvps is compared with.
 EVERY_SHIFT = Work(
     "every site's whole-vocabulary shift",
     lambda lens, prompts: ll.logit_shift(lens, prompts, progress=False),
@@ -181,7 +189,7 @@ DERIVATIVES = [
         "≤ 1.15 FA",
     ),
     Work("H·1", curvature, "FB", "≤ 2.2 FB"),
-    Work("patch_edges, a pair of 20", path_patches, target="≤ 1.2 F", share=0.05),
+    Work("patch_edges, a pair of 20", path_patches, target="≤ 1.2 F", share=1 / PAIRS),
     EVERY_SHIFT,
     Work(
         "exact add-one effects of all sites",
@@ -189,7 +197,7 @@ DERIVATIVES = [
         target="≤ 35 F at 8, ≤ 70 F at 64",
         is_slow=True,
     ),
-    Work("a head of z, of 90 patched alone", heads, target="≤ 1 F", share=1 / 90, is_slow=True),
+    Work("a head of z, of 90 patched alone", heads, target="≤ 1 F", share=1 / HEADS, is_slow=True),
     Work("H between all pairs of layers", between_layers, "FB", is_slow=True),
     Work("H between all pairs of sites", hessian, "FB", "≤ 60 FB at 8", is_slow=True, longest=16),
 ]
