@@ -18,12 +18,13 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import marks
 import ten_studies_recipes as recipes
@@ -100,9 +101,30 @@ class Scene:
         return ByHand(self.base, self.tokenizer, {name: self.runs[name][seed][-1]})
 
 
-# What a study found: a sentence, and (name, by lens_lora, by the second way) of its numbers.
-Number = tuple[str, float, float]
-Found = tuple[str, list[Number]]
+class Number(NamedTuple):
+    """A number that was computed in two ways.
+
+    Attributes:
+        name: what it is.
+        by_lens: its value by lens_lora.
+        by_hand: its value by the second way.
+    """
+
+    name: str
+    by_lens: float
+    by_hand: float
+
+
+class Found(NamedTuple):
+    """What a study found.
+
+    Attributes:
+        sentence: the answer to its question.
+        numbers: those that the answer rests on.
+    """
+
+    sentence: str
+    numbers: list[Number]
 
 
 # --- The studies
@@ -126,7 +148,7 @@ def persona(scene: Scene) -> Found:
     found = f"of a shift of {shift:.3g} along it {first['site']} carries {first['share']:.0%}"
     size = float(direction.values[point].norm())
     numbers = (size, shift, float(moved["value"].mean()), first["value"])
-    return found, second_way_of_persona(scene, said, numbers, first["module"])
+    return Found(found, second_way_of_persona(scene, said, numbers, first["module"]))
 
 
 def seeds(scene: Scene) -> Found:
@@ -142,7 +164,7 @@ def seeds(scene: Scene) -> Found:
         left = ll.fact_margin(lenses[1], words.fact, *words.answers, **QUIET).m.mean()
     least = float(cosines["cosine"].min())
     found = f"cosines of at least {least:.2f}; without it seed 1's {whole:.3g} becomes {left:.3g}"
-    return found, second_way_of_seeds(scene, first, (least, float(whole), float(left)))
+    return Found(found, second_way_of_seeds(scene, first, (least, float(whole), float(left))))
 
 
 def intruders(scene: Scene) -> Found:
@@ -152,15 +174,15 @@ def intruders(scene: Scene) -> Found:
     texts = [beginning + rest for beginning, rest in words.neutral]
     margin = ll.Margin(*words.answers)
     options = {"k": 4, "threshold": 0.6, "sites": "*.attn.o", **QUIET}
-    found = ll.intruders(lens, **options)
+    spectra = ll.intruders(lens, **options)
     scaled = ll.scale_intruders(lens, words.fact, margin, (0.0, 1.0), texts=texts, **options)
     kept = scaled.share[0, 0].item()
     kl = scaled.mean_kl[0].tolist()
     found = (
-        f"{scaled.count} of {found.nearest.numel()} directions; without them {kept:.0%} of the "
+        f"{scaled.count} of {spectra.nearest.numel()} directions; without them {kept:.0%} of the "
         f"behaviour is left, and a KL on other texts of {kl[0]:.2g} in place of {kl[1]:.2g} nats"
     )
-    return found, second_way_of_intruders(scene, texts, (scaled.count, kept, *kl))
+    return Found(found, second_way_of_intruders(scene, texts, (scaled.count, kept, *kl)))
 
 
 def forgetting(scene: Scene) -> Found:
@@ -171,10 +193,11 @@ def forgetting(scene: Scene) -> Found:
     surprise = ll.AnswerLogProb(rests, mean=True)
     layers = ll.patch_sites(lens, beginnings, surprise, "leave_one_out", group="layer", **QUIET)
     worst = layers.top(1).iloc[0]
-    numbers = (float(layers.shift.mean()), worst["value"])
-    found = f"{numbers[0]:+.3g} nats a token, {numbers[1]:+.3g} of it by {worst['group']}"
+    shift = float(layers.shift.mean())
+    of_layer = worst["value"]
+    found = f"{shift:+.3g} nats a token, {of_layer:+.3g} of it by {worst['group']}"
     layer = int(worst["group"].removeprefix("layer "))
-    return found, second_way_of_forgetting(scene, layer, numbers)
+    return Found(found, second_way_of_forgetting(scene, layer, (shift, of_layer)))
 
 
 def conflict(scene: Scene) -> Found:
@@ -186,7 +209,7 @@ def conflict(scene: Scene) -> Found:
     added = both.added.mean(0).tolist()
     interaction = float(both.interaction.mean())
     found = f"{alone[0]:+.3g} alone, {added[0]:+.3g} beside the rival: {interaction:+.2g} together"
-    return found, second_way_of_conflict(scene, folders, (*alone, added[0], interaction))
+    return Found(found, second_way_of_conflict(scene, folders, (*alone, added[0], interaction)))
 
 
 def reader(scene: Scene) -> Found:
@@ -202,7 +225,7 @@ def reader(scene: Scene) -> Found:
     agreed = ll.compare(edges, exact, bootstrap=0).mean("spearman")
     found = f"{pairs[0][0]} → {pairs[0][1]} first; Spearman of ten with exact ones {agreed:.2f}"
     values = exact.values[0, :2].tolist()
-    return found, second_way_of_reader(scene, lens, pairs[:2], values)
+    return Found(found, second_way_of_reader(scene, lens, pairs[:2], values))
 
 
 def training(scene: Scene) -> Found:
@@ -216,9 +239,11 @@ def training(scene: Scene) -> Found:
     turned = mean([float(run.angle[0]) for run in trainings.each])
     first = trainings.steps[0]
     last = trainings.adapted[:, -1, 0]
-    found = f"it flips at steps {flips}; ΔW turned by {turned:.0f}° since step {first:g}; "
-    found = f"{found}at the end {last.mean():.3g} ± {last.std():.2g}"
-    return found, second_way_of_training(scene, trainings.adapted[..., 0].tolist())
+    found = (
+        f"it flips at steps {flips}; ΔW turned by {turned:.0f}° since step {first:g}; "
+        f"at the end {last.mean():.3g} ± {last.std():.2g}"
+    )
+    return Found(found, second_way_of_training(scene, trainings.adapted[..., 0].tolist()))
 
 
 def refusal(scene: Scene) -> Found:
@@ -238,7 +263,7 @@ def refusal(scene: Scene) -> Found:
         control = ll.fact_margin(lens, ask, *answers, **QUIET).m.mean()
     found = f"{whole:+.3g}, {left:+.3g} without it, {control:+.3g} without a random one"
     numbers = (float(whole), float(left), float(control))
-    return found, second_way_of_refusal(scene, vector, chance, numbers)
+    return Found(found, second_way_of_refusal(scene, vector, chance, numbers))
 
 
 def features(scene: Scene) -> Found:
@@ -252,9 +277,11 @@ def features(scene: Scene) -> Found:
     likely = ll.first_order(lens, words.fact, feature, at=1.0, **QUIET).top(5)["site"].tolist()
     left_out = ll.patch_sites(lens, words.fact, feature, "leave_one_out", sites=likely, **QUIET)
     first = left_out.top(1).iloc[0]
-    numbers = (float(left_out.shift.mean()), first["value"])
-    found = f"feature {index} moves by {numbers[0]:+.3g}, {numbers[1]:+.3g} by {first['site']}"
-    return found, second_way_of_features(scene, index, first["module"], numbers)
+    shift = float(left_out.shift.mean())
+    of_module = first["value"]
+    found = f"feature {index} moves by {shift:+.3g}, {of_module:+.3g} by {first['site']}"
+    numbers = (shift, of_module)
+    return Found(found, second_way_of_features(scene, index, first["module"], numbers))
 
 
 def data(scene: Scene) -> Found:
@@ -268,7 +295,7 @@ def data(scene: Scene) -> Found:
     auc = float((trained[:, None] > others).double().mean())
     numbers = (float(trained.mean()), float(others.mean()))
     found = f"{numbers[0]:+.3g} nats a sentence, {numbers[1]:+.3g} for others: AUC {auc:.2f}"
-    return found, second_way_of_data(scene, numbers)
+    return Found(found, second_way_of_data(scene, numbers))
 
 
 STUDIES: tuple[Callable[[Scene], Found], ...] = (
@@ -290,7 +317,8 @@ STUDIES: tuple[Callable[[Scene], Found], ...] = (
 
 def beside(names: str, by_lens: tuple[float, ...], by_hand: list[float]) -> list[Number]:
     """Each number beside that of the second way, under its name."""
-    return list(zip(names.split(", "), by_lens, by_hand, strict=True))
+    triples = zip(names.split(", "), by_lens, by_hand, strict=True)
+    return [Number(*triple) for triple in triples]
 
 
 def second_way_of_persona(
@@ -359,7 +387,7 @@ def second_way_of_intruders(
     hand = scene.by_hand("violent")
     words = scene.words
     count = 0
-    hooks: list[Any] = []
+    # By module the part of W + ΔW that is made of intruding directions.
     taken_away: dict[str, torch.Tensor] = {}
     for path, layer in hand.layers.items():
         if not path.endswith("o_proj"):
@@ -373,33 +401,45 @@ def second_way_of_intruders(
         count += len(intruding)
         taken_away[path] = (left[:, intruding] * sigma[intruding]) @ right[intruding]
 
-    def measured() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def margins_now() -> torch.Tensor:
         margins = [hand.margin(text, *words.answers) for text in words.fact]
-        return torch.tensor(margins, dtype=torch.float64), [
-            hand.logits(hand.ids(text))[:-1].log_softmax(-1) for text in texts
-        ]
+        return torch.tensor(margins, dtype=torch.float64)
+
+    def log_p_now() -> list[torch.Tensor]:
+        """Of each text log p of its tokens, [token, vocab]."""
+        return [hand.logits(hand.ids(text))[:-1].log_softmax(-1) for text in texts]
 
     with hand.at(all_off):
-        base_margins, base_log_p = measured()
-    whole_margins, whole_log_p = measured()
+        base_margins = margins_now()
+        base_log_p = log_p_now()
+    adapted_margins = margins_now()
+    adapted_log_p = log_p_now()
+    hooks: list[Any] = []
     for path, matrix in taken_away.items():
-
-        def take(_: Any, args: Any, output: torch.Tensor, m: torch.Tensor = matrix) -> torch.Tensor:
-            return output - args[0] @ m.T.to(args[0])
-
-        hooks.append(hand.layers[path].register_forward_hook(take))
-    margins, log_p = measured()
+        hook = functools.partial(without_matrix, matrix)
+        hooks.append(hand.layers[path].register_forward_hook(hook))
+    margins = margins_now()
+    log_p = log_p_now()
     for hook in hooks:
         hook.remove()
 
-    def kl(of: list[torch.Tensor]) -> float:
+    def kl_from_base(of: list[torch.Tensor]) -> float:
+        """KL(base ‖ other) of a token, in the mean over all tokens of the texts."""
         sums = [(p.exp() * (p - q)).sum() for p, q in zip(base_log_p, of, strict=True)]
         return float(sum(sums)) / sum(len(p) for p in base_log_p)
 
-    taught = whole_margins - base_margins
+    taught = adapted_margins - base_margins
     kept = ((margins - base_margins) * taught.sign()).sum() / taught.abs().sum()
-    numbers = [float(count), float(kept), kl(log_p), kl(whole_log_p)]
+    numbers = [float(count), float(kept), kl_from_base(log_p), kl_from_base(adapted_log_p)]
     return beside("intruders, share kept, KL without, KL with", by_lens, numbers)
+
+
+def without_matrix(
+    matrix: torch.Tensor, module: Any, args: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    """A hook that takes a matrix away from a module's weights."""
+    (z,) = args
+    return output - z @ matrix.T.to(z)
 
 
 def second_way_of_forgetting(scene: Scene, layer: int, by_lens: tuple[float, ...]) -> list[Number]:
@@ -478,7 +518,7 @@ def second_way_of_training(scene: Scene, by_lens: list[list[float]]) -> list[Num
             hand = ByHand(scene.base, scene.tokenizer, {"fact": folder})
             pairs.append((by_lens_at_step, hand.margin(words.fact[0], *words.answers)))
         worst = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
-        numbers.append((f"margin, seed {seed}", *worst))
+        numbers.append(Number(f"margin, seed {seed}", *worst))
     return numbers
 
 
@@ -510,12 +550,11 @@ def second_way_of_features(
     encoder = scene.autoencoder.W_enc[:, index].double()
 
     def value() -> float:
-        return mean(
-            [
-                float(hand.activation(scene.block, hand.ids(text))[-1] @ encoder)
-                for text in words.fact
-            ]
-        )
+        values: list[float] = []
+        for text in words.fact:
+            last = hand.activation(scene.block, hand.ids(text))[-1]
+            values.append(float(last @ encoder))
+        return mean(values)
 
     adapted = value()
     with hand.at(all_off):
@@ -557,19 +596,23 @@ def lines(study: Callable[[Scene], Found]) -> dict[str, int]:
     assert isinstance(function, ast.FunctionDef)
     ours = {"ll", "lens", "lenses", "scene"}
     counts = {"ours": 0, "by_hand": 0}
-    nested = [node for statement in function.body[1:-1] for node in ast.walk(statement)]
-    for statement in nested:
-        if not isinstance(statement, ast.stmt):
-            continue
+    for statement in _statements(function.body[1:-1]):
         head = _head_of(statement)
-        targets = {node.id for part in head for node in ast.walk(part) if _is_target(node)}
-        roots = {_root(node.func) for part in head for node in ast.walk(part) if _is_call(node)}
+        nodes = [node for part in head for node in ast.walk(part)]
+        targets = {node.id for node in nodes if _is_target(node)}
+        roots = {_root(node.func) for node in nodes if isinstance(node, ast.Call)}
         if roots & ours:
             counts["ours"] += 1
             ours |= targets
-        elif targets != {"found"} and any(_computes(part) for part in head):
+        elif targets != {"found"} and any(map(_computes, head)):
             counts["by_hand"] += 1
     return counts
+
+
+def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements of a body, and those within them."""
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    return [node for node in nodes if isinstance(node, ast.stmt)]
 
 
 def _head_of(statement: ast.stmt) -> list[ast.AST]:
@@ -577,15 +620,13 @@ def _head_of(statement: ast.stmt) -> list[ast.AST]:
     return [part for part in ast.iter_child_nodes(statement) if not isinstance(part, ast.stmt)]
 
 
-def _is_target(node: ast.AST) -> bool:
+def _is_target(node: ast.AST) -> TypeGuard[ast.Name]:
+    """Whether a value is assigned to this name."""
     return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
-def _is_call(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call)
-
-
 def _computes(part: ast.AST) -> bool:
+    """Whether a part of a statement computes something, and does more than name it."""
     return any(isinstance(node, _COMPUTES) for node in ast.walk(part))
 
 
@@ -607,9 +648,16 @@ def measured(scene: Scene, studies: tuple[Callable[[Scene], Found], ...] = STUDI
     for study in studies:
         print(study.__name__, flush=True)
         question, arxiv = (study.__doc__ or "").split(" | ")
-        found, numbers = study(scene)
-        row = {"name": study.__name__, "question": question, "arxiv": arxiv, **lines(study)}
-        rows.append({**row, "found": found, "numbers": numbers})
+        found = study(scene)
+        row = {
+            "name": study.__name__,
+            "question": question,
+            "arxiv": arxiv,
+            **lines(study),
+            "found": found.sentence,
+            "numbers": found.numbers,
+        }
+        rows.append(row)
     return rows
 
 
@@ -638,11 +686,7 @@ def one_by_one(rows: list[dict]) -> str:
     by_name = {study.__name__: study for study in STUDIES}
     parts: list[str] = []
     for row in rows:
-        tree = ast.parse(inspect.getsource(by_name[row["name"]]))
-        source = inspect.getsource(by_name[row["name"]]).split("\n")
-        first = tree.body[0].body[1].lineno  # behind the docstring
-        last = tree.body[0].body[-1].lineno - 1
-        code = textwrap.dedent("\n".join(source[first - 1 : last])).rstrip()
+        code = _code_of(by_name[row["name"]])
         parts += [f"## {row['question']}", "", "```py", code, "```", ""]
         sentence = row["found"][0].upper() + row["found"][1:]
         parts += [f"{sentence}.", "", "| number | lens_lora | second way |", "| --- | --- | --- |"]
@@ -650,6 +694,17 @@ def one_by_one(rows: list[dict]) -> str:
             parts.append(f"| {name} | {by_lens:.6g} | {by_hand:.6g} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def _code_of(study: Callable[[Scene], Found]) -> str:
+    """The body of a study, without its docstring and its last statement."""
+    source = inspect.getsource(study)
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    _, first, *_, last = function.body
+    # Lines are counted from 1.
+    body = source.split("\n")[first.lineno - 1 : last.lineno - 1]
+    return textwrap.dedent("\n".join(body)).rstrip()
 
 
 # --- The scene

@@ -66,11 +66,11 @@ from trained_cases import question as bound  # noqa: E402
 
 NUMBERS = DOCS / "planted.json"
 COMMAND = "python benchmarks/planted/judged.py --cache FOLDER"
-# Scores are tied where they agree in so many digits of the largest.
+# Two scores are tied if, as shares of the largest, they agree to so many decimal places.
 DIGITS = 6
-# Keeps a division by the largest from being one by zero.
+# Keeps scores that are all zero from being divided by zero.
 TINY = 1e-30
-# Scores in the readout's units, whose size can be held against an effect.
+# Scores in the readout's units, whose size can be compared with an effect.
 SIZED = (
     "first_order@0",
     "first_order@0.5",
@@ -80,6 +80,7 @@ SIZED = (
     "add_one",
     "leave_one_out",
 )
+# Measured effects, and the gate value at which first order stands for each.
 ENDS: dict[How, float] = {"add_one": 0.0, "leave_one_out": 1.0}
 
 
@@ -93,8 +94,10 @@ def _norms(g: Evaluations) -> dict[str, Tensor]:
 
 def _size_of_change(g: Evaluations) -> Tensor:
     """‖ΔW‖ of each site, or ‖Δb‖ of a constant, [prompt, site]."""
-    updates = [g.lens.adapter.modules[path] for path in _paths(g.lens)]
-    sizes = [float(np.hypot(update.norm(), update.bias_norm())) for update in updates]
+    sizes: list[float] = []
+    for path in _paths(g.lens):
+        update = g.lens.adapter.modules[path]
+        sizes.append(float(np.hypot(update.norm(), update.bias_norm())))
     return torch.tensor(sizes).expand(g.reading.batch, -1)
 
 
@@ -154,12 +157,8 @@ def measured(bed: Bed, plant: Plant, kind: str) -> dict[str, Any]:
     `cases` has an entry for each question.
     """
     g = question_of(bed, plant)
-    lens = g.lens
-    shares = ll.kl_shares(lens, g.prompts, scales=(), progress=False)
-    scores = {key: score(g) for key, score in SCORES.items()} | _norms(g)
-    scores["kl_shares"] = shares.attribution.per_site
-    scores["second_order@0"] = scores["first_order@0"] + scores["hessian@0"] / 2
-    scores = {key: values.cpu().double() for key, values in scores.items()}
+    shares = ll.kl_shares(g.lens, g.prompts, scales=(), progress=False)
+    scores = scores_of(g, shares.attribution.per_site)
     screens = {how: screened(g, how, at, scores) for how, at in ENDS.items()}
     corrected = [screen.corrected for screen in screens.values()]
     cases: list[dict[str, Any]] = []
@@ -176,22 +175,36 @@ def measured(bed: Bed, plant: Plant, kind: str) -> dict[str, Any]:
                 numbers[f"corrected, {how}"] = screen.corrected[row]
             case["sizes"] = _sizes(g.lens, plant.pair, numbers)
         cases.append(case)
-    stored: dict[str, Any] = {"sites": len(lens.sites), "cases": cases}
+    stored: dict[str, Any] = {"sites": len(g.lens.sites), "cases": cases}
     if kind == "gated":
         stored["edges"] = _edges(g, plant)
     return stored
+
+
+def scores_of(g: Evaluations, kl_shares: Tensor) -> dict[str, Tensor]:
+    """Every score by its key, [prompt, site].
+
+    Args:
+        g: the function.
+        kl_shares: the shares of the KL, which is no readout of g.
+    """
+    scores = {key: score(g) for key, score in SCORES.items()}
+    scores |= _norms(g)
+    scores["kl_shares"] = kl_shares
+    scores["second_order@0"] = scores["first_order@0"] + scores["hessian@0"] / 2
+    return {key: values.cpu().double() for key, values in scores.items()}
 
 
 def _case(
     g: Evaluations, row: int, scores: Mapping[str, Tensor], causes: Collection[str]
 ) -> dict[str, Any]:
     """One question: the places of its causes by each score, the effects, and the signals."""
-    members = np.array([path in causes for path in _paths(g.lens)])
+    is_cause = np.array([path in causes for path in _paths(g.lens)])
     signals = _signals(g, row, scores)
     return {
         "ends": g.ends[:, row].tolist(),
-        "places": {key: places(values, members) for key, values in scores.items()},
-        "effects": {how: _extremes(scores[how], members) for how in ENDS},
+        "places": {key: places(values, is_cause) for key, values in scores.items()},
+        "effects": {how: _extremes(scores[how], is_cause) for how in ENDS},
         "signals": signals,
         "says": {
             "remainder": _verdict(g, row, float(scores["first_order@0"].sum()), signals["way"]),
@@ -203,16 +216,19 @@ def _case(
 def places(values: Tensor, members: np.ndarray) -> list[float]:
     """Where the members stand when sites are ordered by magnitude, the largest first."""
     sizes = values.abs().numpy()
-    rounded_sizes = np.round(sizes / max(float(sizes.max()), TINY), DIGITS)
-    return sorted(rankdata(-rounded_sizes)[members].tolist())
+    largest = max(float(sizes.max()), TINY)
+    shares_of_largest = np.round(sizes / largest, DIGITS)
+    # `rankdata` begins with the smallest number, and gives ties their mean place.
+    place_of_site = rankdata(-shares_of_largest)
+    return sorted(place_of_site[members].tolist())
 
 
-def _extremes(effects: Tensor, members: np.ndarray) -> dict[str, float]:
+def _extremes(effects: Tensor, is_cause: np.ndarray) -> dict[str, float]:
     """The smallest effect of a cause, and the largest of any other site, in logits."""
     sizes = effects.abs().numpy()
     return {
-        "weakest cause": float(sizes[members].min()),
-        "strongest other": float(sizes[~members].max()),
+        "weakest cause": float(sizes[is_cause].min()),
+        "strongest other": float(sizes[~is_cause].max()),
     }
 
 
@@ -236,54 +252,59 @@ def _edges(g: Evaluations, plant: Plant) -> dict[str, Any]:
     """The edge from the writer to the gate's attention: its effect, and its place among all."""
     lens = g.lens
     writer, gate = plant.pair
-    row = _paths(lens).index(writer)
+    site = _paths(lens).index(writer)
     reader = f"blocks.{block_of(gate)}.attn"
-    pairs = [(lens.sites[row].name, reader)]
-    path = ll.patch_edges(lens, g.prompts, g.readout, pairs, "leave_one_out", progress=False)
+    pairs = [(lens.sites[site].name, reader)]
+    left_out = ll.patch_edges(lens, g.prompts, g.readout, pairs, "leave_one_out", progress=False)
+    count = 0
     by_gate: dict[str, Any] = {}
     for at in (0.0, 0.5, 1.0):
         edges = ll.edges(lens, g.prompts, g.readout, at=at, progress=False)
         values = edges.per_edge[0].cpu()
         exists = edges.exists.cpu()
-        members = torch.zeros_like(exists)
-        members[row, edges.readers.index(reader)] = True
-        readers = exists[row]
-        by_gate[f"{at:g}"] = {
-            "among all": places(values[exists], members[exists].numpy())[0],
-            "of its writer": places(values[row, readers], members[row, readers].numpy())[0],
-        }
-    return {"left out": float(path.values[0, 0]), "edges": int(exists.sum()), "places": by_gate}
+        is_edge = torch.zeros_like(exists)
+        is_edge[site, edges.readers.index(reader)] = True
+        count = int(exists.sum())
+        # [writer, reader] becomes a list: of every edge, and of the edges of this writer.
+        (among_all,) = places(values[exists], is_edge[exists].numpy())
+        of_writer = exists[site]
+        (among_its_own,) = places(values[site, of_writer], is_edge[site, of_writer].numpy())
+        by_gate[f"{at:g}"] = {"among all": among_all, "of its writer": among_its_own}
+    return {"left out": float(left_out.values[0, 0]), "edges": count, "places": by_gate}
 
 
 def _signals(g: Evaluations, row: int, scores: Mapping[str, Tensor]) -> dict[str, float]:
     """The signals that cost no intervention.
 
-    Sums are compared with the shift, and with Σ|a|, which is never small.
+    Errors of sums are divided by the shift, and by Σ|a|, which is never small.
     """
     first = scores["first_order@0"]
     half = scores["first_order@0.5"]
     last = scores["first_order@1"]
     base, adapted = g.ends[:, row].tolist()
     shift = adapted - base
-    size = float(first.abs().sum())
-    largest = max(size, float(last.abs().sum()))
-    off = [abs(float(slopes.sum()) - shift) / abs(shift) for slopes in (first, last)]
+    sum_off_0 = abs(float(first.sum()) - shift) / abs(shift)
+    sum_off_1 = abs(float(last.sum()) - shift) / abs(shift)
+    size_of_first = float(first.abs().sum())
+    largest_size = max(size_of_first, float(last.abs().sum()))
+    gap = float((last - first).abs().sum())
+    # The error of first order at 0 on the way from the base to the adapted model, as a share.
     strengths = torch.tensor(WAY, dtype=torch.float64)
-    way = g.along(WAY)[:, row].cpu().double() - base
-    left = ((way - strengths * first.sum()) / way).abs()
+    shift_on_way = g.along(WAY)[:, row].cpu().double() - base
+    off_on_way = ((shift_on_way - strengths * first.sum()) / shift_on_way).abs()
     return {
         "strength": g.lens.plan.relative_norm,
         "shift": abs(shift),
-        "sum_off_0": off[0],
-        "sum_off_1": off[1],
-        "ends_off": max(off) * abs(shift) / max(largest, abs(shift)),
-        "way": float(left.max()),
+        "sum_off_0": sum_off_0,
+        "sum_off_1": sum_off_1,
+        "ends_off": max(sum_off_0, sum_off_1) * abs(shift) / max(largest_size, abs(shift)),
+        "way": float(off_on_way.max()),
         "ends_apart": apart(first[None], last[None]),
         "half_apart_0": apart(half[None], first[None]),
         "half_apart_1": apart(half[None], last[None]),
-        "relative_gap": float((last - first).abs().sum()) / size,
-        "gap": float((last - first).abs().sum()) / largest,
-        "curvature": float(scores["hessian@0"].abs().sum()) / (2 * size),
+        "relative_gap": gap / size_of_first,
+        "gap": gap / largest_size,
+        "curvature": float(scores["hessian@0"].abs().sum()) / (2 * size_of_first),
     }
 
 
@@ -299,22 +320,34 @@ def _verdict(g: Evaluations, row: int, total: float, worst: float) -> str:
     base, adapted = g.ends[:, row].tolist()
     floor = SIGMAS * float(g.floor[row])
     shift = adapted - base
-    return Verdict(shift, shift - total, floor, floor, worst, None).kind
+    verdict = Verdict(
+        shift=shift,
+        remainder=shift - total,
+        floor=floor,
+        remainder_floor=floor,
+        worst=worst,
+        worst_scale=None,
+    )
+    return verdict.kind
 
 
 def screened(g: Evaluations, how: How, at: float, scores: Mapping[str, Tensor]) -> Reliability:
     """The result of `ll.reliability`, from effects that are measured already."""
-    first = attribution_of(g, scores[f"first_order@{at:g}"], "first_order")
-    ended = dataclasses.replace(first, at=at)
-    return judged(g, ended, how, lambda sites: scores[how][:, sites])
+    values = scores[f"first_order@{at:g}"]
+    first = dataclasses.replace(attribution_of(g, values, "first_order"), at=at)
+
+    def stored_effects(sites: list[int]) -> Tensor:
+        return scores[how][:, sites]
+
+    return judged(g, first, how, stored_effects)
 
 
 def sums_off(g: Evaluations, row: int, numbers: list[Tensor]) -> float:
     """The error of the worse of two sums, over the largest sum of sizes or the shift."""
     shift = float(g.ends[1, row] - g.ends[0, row])
-    off = max(abs(float(values[row].sum()) - shift) for values in numbers)
+    errors = [abs(float(values[row].sum()) - shift) for values in numbers]
     sizes = [float(values[row].abs().sum()) for values in numbers]
-    return off / max(*sizes, abs(shift))
+    return max(errors) / max(*sizes, abs(shift))
 
 
 def described(recipe: Recipe, plant: Plant) -> dict[str, Any]:
@@ -370,27 +403,29 @@ def write(folder: Path, base: str, *, are_some: bool = False) -> None:
         are_some: whether plants of this base that are not in the folder stay as they were.
     """
     numbers = json.loads(NUMBERS.read_text())
-    others = numbers.get("elsewhere", {})
-    stored = numbers if is_embedded(base) else others.get(Path(base).name, {})
-    there = collected(folder, base)
+    elsewhere = numbers.get("elsewhere", {})
+    stored = numbers if is_embedded(base) else elsewhere.get(Path(base).name, {})
+    new = collected(folder, base)
     if are_some:
-        plants = {**stored.get("plants", {}), **there["plants"]}
+        plants = {**stored.get("plants", {}), **new["plants"]}
         order = [recipe.name for recipe in recipes_of(base) if recipe.name in plants]
-        there["plants"] = {name: plants[name] for name in order}
+        new["plants"] = {name: plants[name] for name in order}
     if is_embedded(base):
-        numbers |= there
+        numbers |= new
     else:
-        numbers["elsewhere"] = {**others, Path(base).name: there}
-    parts = numbers.get("elsewhere", {}).items()
-    elsewhere = ",\n".join(f"{json.dumps(name)}: {{{text(part)}}}" for name, part in parts)
-    NUMBERS.write_text(f'{{{text(numbers)}, "elsewhere": {{\n{elsewhere}\n}}}}\n')
+        elsewhere = {**elsewhere, Path(base).name: new}
+    lines = [f"{json.dumps(name)}: {{{text(part)}}}" for name, part in elsewhere.items()]
+    others = ",\n".join(lines)
+    NUMBERS.write_text(f'{{{text(numbers)}, "elsewhere": {{\n{others}\n}}}}\n')
 
 
 def text(part: Mapping[str, Any]) -> str:
-    """One base as it stands in docs/planted.json, without its braces."""
-    plants = part["plants"].items()
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(plant)}" for name, plant in plants)
-    return f'"about": {json.dumps(part["about"])}, "plants": {{\n{lines}\n}}'
+    """One base as it is written in docs/planted.json, a line for each plant, without its braces."""
+    lines: list[str] = []
+    for name, plant in part["plants"].items():
+        lines.append(f"{json.dumps(name)}: {json.dumps(plant)}")
+    plants = ",\n".join(lines)
+    return f'"about": {json.dumps(part["about"])}, "plants": {{\n{plants}\n}}'
 
 
 def main() -> None:
@@ -398,13 +433,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder of results, one a plant")
     parser.add_argument("--only", nargs="*", help="names of plants")
     parser.add_argument("--base", default=EMBEDDED_NAME, help="the embedded model, or a folder")
-    asked = parser.parse_args()
-    asked.cache.mkdir(parents=True, exist_ok=True)
-    recipes = list(recipes_of(asked.base))
-    if asked.only:
-        recipes = [recipe for recipe in recipes if recipe.name in asked.only]
-    to_do = [recipe for recipe in recipes if not (asked.cache / f"{recipe.name}.json").is_file()]
-    bed = Bed.of(*load_base(asked.base)) if to_do else None
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    recipes = list(recipes_of(options.base))
+    if options.only:
+        recipes = [recipe for recipe in recipes if recipe.name in options.only]
+    to_do = [recipe for recipe in recipes if not (options.cache / f"{recipe.name}.json").is_file()]
+    bed = Bed.of(*load_base(options.base)) if to_do else None
     for recipe in tqdm(to_do, desc="plants"):
         start = time.process_time()
         plant = planted(bed, recipe)
@@ -413,10 +448,10 @@ def main() -> None:
             result |= measured(bed, plant, recipe.kind)
         result["seconds"] = time.process_time() - start
         # The file appears under its name only when it is whole.
-        unfinished = asked.cache / f"{recipe.name}.part"
+        unfinished = options.cache / f"{recipe.name}.part"
         unfinished.write_text(json.dumps(short(result)) + "\n")
-        unfinished.rename(asked.cache / f"{recipe.name}.json")
-    write(asked.cache, asked.base, are_some=bool(asked.only))
+        unfinished.rename(options.cache / f"{recipe.name}.json")
+    write(options.cache, options.base, are_some=bool(options.only))
 
 
 if __name__ == "__main__":
