@@ -20,6 +20,7 @@ forms are left out, and the result says so.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,6 @@ from lens_lora.core import (
     SIGMAS,
     Described,
     HookFn,
-    LoRAFactors,
     LoraLens,
     Pictured,
     Prompts,
@@ -341,10 +341,12 @@ def _parameters(lens: LoraLens) -> int:
 
 
 def _bytes_of_adapter(lens: LoraLens) -> int:
+    """Bytes of the tensors in an adapter's file."""
     total = 0
     for update in lens.adapter.modules.values():
-        if isinstance(update, LoRAFactors):
-            total += update.A.nbytes + update.B.nbytes
-        elif update.weight is not None:
-            total += update.weight.nbytes
+        for field in dataclasses.fields(update):
+            value = getattr(update, field.name)
+            # The ids of trained rows are in the adapter's config, and not among its tensors.
+            if isinstance(value, Tensor) and field.name != "tokens":
+                total += value.nbytes
     return total

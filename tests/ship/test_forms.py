@@ -13,6 +13,7 @@ import torch
 from by_folder import made_public
 from gguf_base import quantised, write_base
 from llama_library import quantised_file
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -232,6 +233,27 @@ def test_sizes_are_those_of_files(made, tmp_path):
         written = (folder / "model.safetensors").stat().st_size
         # A HookedTransformer holds biases, of zeros, that the file lacks.
         assert abs(written - size) < 4096 + 0.01 * written
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {}),
+        ("llama", {"use_dora": True}),
+        ("llama", {"lora_bias": True}),
+        ("gpt2", {"bias": "all"}),
+        ("llama", {"modules_to_save": ["lm_head"]}),
+        ("llama", {"trainable_token_indices": [3, 8]}),
+    ],
+)
+def test_the_adapter_is_as_large_as_its_file(family: str, config, tmp_path):
+    """All tensors that PEFT writes count, not A and B alone."""
+    base, peft = made_of(family, **config)
+    peft.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    forms = ["bfloat16 + adapter", "merged bfloat16"]
+    beside, merged = ll.forms(lens_of(base, peft), IDS, forms, progress=False).sizes
+    assert beside - merged == sum(tensor.nbytes for tensor in written.values())
 
 
 def test_no_weight_is_touched(made):
