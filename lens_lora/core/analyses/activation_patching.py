@@ -211,42 +211,28 @@ def patch_activations(
     """
     donor_scale, scale = _DONOR_AND_RECIPIENT[word("direction", direction, _DONOR_AND_RECIPIENT)]
     chosen = _chosen_positions(positions)
-    is_each_position = chosen.which == "each"
     by_head = heads is not None and bool(word("heads", heads, ["each"]))
     lens = g.lens
-    reading = g.reading
-    masks = _masks(chosen, g.prompts, reading)
+    rows = g.reading.rows
+    masks = _masks(chosen, g.prompts, g.reading)
 
     named = lens.points(names).computed()
-    recorded = recording.record(lens, reading.rows, donor_scale, named.wanted, named.in_full)
+    recorded = recording.record(lens, rows, donor_scale, named.wanted, named.in_full)
     points = named.fired(recorded.firings)
     if chosen.which is not None:
-        points = recording.positioned(
-            lens, reading.rows, recorded, points, named.in_full, donor_scale
-        )
-    places = [_Place(name, name, None) for name in points]
+        points = recording.positioned(lens, rows, recorded, points, named.in_full, donor_scale)
     if by_head:
         places = _places_of_heads(recording.head_parts(lens, recorded, points))
-    patches: list[interventions.Patch] = []
-    for place, mask in itertools.product(places, masks):
-        patches.append(interventions.Patch(place.point, _both(place.features, mask)))
+    else:
+        places = [_Place(point, point, None) for point in points]
     donor = interventions.Donor(recorded, donor_scale)
-    by_patch = interventions.patched_readout(
-        lens, reading, donor, patches, scale=scale, progress=g.progress
-    )
-    patched = by_patch.unflatten(1, (len(places), len(masks)))
+    patched = _patched(g, scale, donor, places, masks)
 
     base, adapted = g.ends[..., None, None]
     values = adapted - patched if direction == "base_to_adapted" else patched - base
     _require_heard(g, scale, [place.point for place in places], values)
-    if is_each_position:
-        is_real = reading.rows.real.float()
-        some_row_has_it = reading.by_prompt(is_real).to(values.device) > 0
-        values = values.masked_fill(~some_row_has_it[:, None], float("nan"))
-    else:
-        values = values[..., 0]
     return ActivationEffects(
-        values=values,
+        values=_by_position(values, chosen, g.reading),
         names=tuple(place.label for place in places),
         direction=direction,
         positions=str(chosen),
@@ -280,6 +266,31 @@ def _places_of_heads(heads_of: Mapping[str, Sequence[Tensor]]) -> list[_Place]:
         for head, features in enumerate(heads):
             places.append(_Place(f"{point}[{head}]", point, features))
     return places
+
+
+def _patched(
+    g: Function,
+    scale: float,
+    donor: interventions.Donor,
+    places: Sequence[_Place],
+    masks: Sequence[Bool[Tensor, "row pos 1"] | None],
+) -> Float[Tensor, "batch place mask"]:
+    """The recipient's readout, with each place patched under each mask by the donor's activations.
+
+    Args:
+        g: the function.
+        scale: the gates of the recipient.
+        donor: the run that the activations come from.
+        places: where activations are replaced.
+        masks: the positions that are replaced together; None for all of them.
+    """
+    patches: list[interventions.Patch] = []
+    for place, mask in itertools.product(places, masks):
+        patches.append(interventions.Patch(place.point, _both(place.features, mask)))
+    by_patch = interventions.patched_readout(
+        g.lens, g.reading, donor, patches, scale=scale, progress=g.progress
+    )
+    return by_patch.unflatten(1, (len(places), len(masks)))
 
 
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -321,6 +332,20 @@ def _require_heard(
 
 
 # --- Positions
+
+
+def _by_position(
+    values: Float[Tensor, "batch place position"], positions: ChosenPositions, reading: Reading
+) -> Float[Tensor, "batch place *position"]:
+    """The effects of each position, or of all positions that were replaced together.
+
+    An effect is NaN where no row of a prompt has the position.
+    """
+    if positions.which != "each":
+        return values[..., 0]
+    is_real = reading.rows.real.float()
+    some_row_has_it = reading.by_prompt(is_real).to(values.device) > 0
+    return values.masked_fill(~some_row_has_it[:, None], float("nan"))
 
 
 def _chosen_positions(positions: object) -> ChosenPositions:
