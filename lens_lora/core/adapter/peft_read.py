@@ -80,12 +80,12 @@ def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Mod
         AdapterError: tensors are left over or missing, or do not belong to the config.
     """
     modules, left_over = by_module(state)
-    modules, parameters = _with_parameters(config, modules)
-    paths = model_paths(modules)
+    file = _with_parameters(config, modules)
+    paths = model_paths(file.roles)
 
     factors: dict[str, Roles] = {}
     trained: dict[str, Roles] = {}
-    for path, roles in modules.items():
+    for path, roles in file.roles.items():
         if FACTORS & set(roles):
             factors[path] = roles
             continue
@@ -93,16 +93,17 @@ def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Mod
         if not is_known(paths[path]):
             left_over += [f"{PREFIX}{path}.{role}" for role in roles]
     _require_nothing_left_over(config, left_over)
-    if not modules:
+    if not file.roles:
         raise AdapterError("no lora_A / lora_B tensors.")
 
     patterns = Patterns(config)
-    of_linear_maps = [path for path in factors if path not in parameters]
+    of_linear_maps = [path for path in factors if path not in file.parameters]
     _require_targets(config, patterns.untargeted(of_linear_maps))
     updates: dict[str, ModuleUpdate] = {}
     for path, roles in factors.items():
         with located(f"module {path}"):
-            updates[path] = _file_factors(config, patterns, path, roles, parameters.get(path))
+            parameter = file.parameters.get(path)
+            updates[path] = _file_factors(config, patterns, path, roles, parameter)
     copied = {paths[path] for path, roles in trained.items() if {"weight", "bias"} & set(roles)}
     require_copies(config, [*paths.values()], copied)
     return updates | trained_modules(config, trained)
@@ -231,10 +232,21 @@ def _scale(alpha: Any, rank: int, use_rslora: bool) -> float:
 # --- Parameters that `target_parameters` names
 
 
-def _with_parameters(
-    config: Any, modules: Mapping[str, Roles]
-) -> tuple[dict[str, Roles], dict[str, str]]:
-    """Give targeted parameters paths of their own; also returns {such a path: the parameter}.
+@dataclasses.dataclass(frozen=True)
+class _FileModules:
+    """The modules of a file, in which each targeted parameter has a path of its own.
+
+    Attributes:
+        roles: the tensors at each path, by role.
+        parameters: the name of the parameter at a path, for those paths that are a parameter's.
+    """
+
+    roles: dict[str, Roles]
+    parameters: dict[str, str]
+
+
+def _with_parameters(config: Any, modules: Mapping[str, Roles]) -> _FileModules:
+    """Give targeted parameters paths of their own.
 
     The `weight` of a router has the path of its module.
     """
@@ -260,7 +272,7 @@ def _with_parameters(
             own_path = parameter_path(holder, name)
             roles_by_path[own_path] = modules[path]
             parameters[own_path] = f"{holder}.{name}"
-    return roles_by_path, parameters
+    return _FileModules(roles_by_path, parameters)
 
 
 def _targeted_parameters(config: Any, holder: str) -> list[str]:
