@@ -60,6 +60,17 @@ def coupling_heatmap(coupling: Coupling, prompt: int | None = None) -> go.Figure
     titles = heading, f"{below} · {whose(prompt, coupling.str_tokens)}"
     units = coupling.units
     says = f"<b>%{{y}} × %{{x}}</b><br>½H = %{{z:.3g}} {label(units)}<extra></extra>"
-    figure = heatmap(titles, half.tolist(), says, axis, axis, units, "signed", **cut_colours(half))
+    colours = cut_colours(half)
+    figure = heatmap(
+        titles,
+        half.tolist(),
+        says,
+        axis,
+        axis,
+        units,
+        "signed",
+        reach=colours.reach,
+        note=colours.note,
+    )
     figure.update_layout(height=680, yaxis={"scaleanchor": "x", "constrain": "domain"})
     return figure.update_traces(xgap=0, ygap=0)

@@ -37,7 +37,17 @@ def edges_heatmap(edges: Edges, prompt: int | None = None) -> go.Figure:
     cells = values.masked_fill(~edges.exists, math.nan).tolist()
     height = 600 // len(values)
     colours = cut_colours(values)
-    return heatmap(titles, cells, says, x, y, edges.units, row_height=height, **colours)
+    return heatmap(
+        titles,
+        cells,
+        says,
+        x,
+        y,
+        edges.units,
+        reach=colours.reach,
+        note=colours.note,
+        row_height=height,
+    )
 
 
 def _layer_ticks(readers: Sequence[str]) -> dict[str, Any]:

@@ -487,11 +487,23 @@ def largest_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[table.index.isin(shown)]
 
 
-def cut_colours(values: Any) -> dict[str, Any]:
-    """`reach` and `note` of a heatmap; in a large one a few outliers do not take all colours."""
+class ColourRange(NamedTuple):
+    """How far the colours of a heatmap reach.
+
+    Attributes:
+        reach: the value at which they end.
+        note: what stands above the colour bar, if larger values have the same colour.
+    """
+
+    reach: float
+    note: str
+
+
+def cut_colours(values: Any) -> ColourRange:
+    """The colours of a heatmap; in a large one a few outliers do not take all of them."""
     sizes = values.abs().flatten()
     is_cut = max(values.shape) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)
     if not is_cut:
-        return {"reach": float(sizes.max()), "note": ""}
+        return ColourRange(float(sizes.max()), "")
     reach = float(sizes.quantile(_CUT))
-    return {"reach": reach, "note": f"cut at {reach:.2g}"}
+    return ColourRange(reach, f"cut at {reach:.2g}")
