@@ -27,7 +27,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, final
 
 import pandas as pd
@@ -212,9 +212,10 @@ def contrast(
         positions = -1
     texts = {"positive": _distinct(lens, positive), "negative": _distinct(lens, negative)}
     _require_apart(texts)
-    sides = [_Side(name, rows, positions, sinks=sinks) for name, rows in texts.items()]
-    plus = _means(lens, sides[0], scale, names)
-    minus = _means(lens, sides[1], scale, names)
+    positive_side = _Side("positive", texts["positive"], positions, sinks=sinks)
+    negative_side = _Side("negative", texts["negative"], positions, sinks=sinks)
+    plus = _means(lens, positive_side, scale, names)
+    minus = _means(lens, negative_side, scale, names)
     statistics = {name: _PointStatistics.of(plus[name], minus[name]) for name in plus}
     values: dict[str, Tensor] = {}
     errors: dict[str, Tensor] = {}
@@ -229,22 +230,16 @@ def contrast(
         auc[name] = point.auc
         chance[name] = point.chance
         shifts.append((name, point.shifts, point.means))
-    module_at_point: dict[str, str] = {}
-    widths: dict[str, int] = {}
-    for name in plus:
-        module = _module_before(lens, name)
-        if module is not None:
-            module_at_point[name] = module.path
-            widths[module.path] = module.width
+    modules = _modules_before(lens, statistics)
     return Contrast(
         values=values,
         errors=errors,
         sizes=sizes,
         auc=auc,
         chance=chance,
-        modules=module_at_point,
-        widths=widths,
-        counts=(sides[0].rows.batch, sides[1].rows.batch),
+        modules={name: module.path for name, module in modules.items()},
+        widths={module.path: module.width for module in modules.values()},
+        counts=(positive_side.rows.batch, negative_side.rows.batch),
         positions=_positions_text(positions, sinks=sinks),
         at=lens.scale_in_words(scale),
         **readable(lens, list(texts.values()), shifts),
@@ -468,6 +463,16 @@ class _Module(NamedTuple):
 
     path: str
     width: int
+
+
+def _modules_before(lens: LoraLens, names: Iterable[str]) -> dict[str, _Module]:
+    """The linear module whose output is added last before each hook point that has one."""
+    modules: dict[str, _Module] = {}
+    for name in names:
+        module = _module_before(lens, name)
+        if module is not None:
+            modules[name] = module
+    return modules
 
 
 def _module_before(lens: LoraLens, name: str) -> _Module | None:
