@@ -25,6 +25,7 @@ from lens_lora._version import versions
 from lens_lora.cli.options import ModelOptions
 from lens_lora.demonstration.base_names import base_by_name
 from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.formats.folders import sha256_of
 from lens_lora.sweeps.records import Record
 
 if TYPE_CHECKING:
@@ -96,16 +97,8 @@ def _digests(folder: Path) -> dict[str, str]:
     """Hash the bytes of every file in a folder, under its name; folders inside are not read."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_file_digest, files)
+        digests = pool.map(sha256_of, files)
         return {path.name: digest for path, digest in zip(files, digests, strict=True)}
-
-
-def _file_digest(path: Path) -> str:
-    hashed = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            hashed.update(block)
-    return hashed.hexdigest()
 
 
 # --- The file beside the results

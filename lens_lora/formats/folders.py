@@ -12,6 +12,7 @@ Torch is not imported here, so that a wrong folder is reported at once.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,8 @@ from lens_lora.formats.hub import CHECKPOINT, Place, fetched, likeliest, refuse_
 
 # The classes of results that have an adapter.
 RESULTS_WITH_ADAPTER = ("Repair", "ConstantPart")
+# The bytes of a file that are hashed at a time.
+_BLOCK = 2**22
 _POINTER = b"version https://git-lfs.github.com/spec"
 
 
@@ -330,6 +333,19 @@ def _refuse_result(file: Path) -> None:
             f"ll.load_result({str(file)!r}).adapter.save(folder)."
         )
     raise AdapterError(f"{file}: a file of a result ({kind}), and no adapter", remedy=remedy)
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes, as `sha256sum` prints it.
+
+    Args:
+        file: a file of any size, which is read block by block.
+    """
+    hashed = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            hashed.update(block)
+    return hashed.hexdigest()
 
 
 def refuse_pointer(file: Path) -> None:

@@ -26,7 +26,7 @@ from lens_lora._version import versions
 from lens_lora.core import Evaluations, LoraLens
 from lens_lora.directions.spectra import AdapterSummary
 from lens_lora.errors import LensLoraError, many
-from lens_lora.formats.folders import files_in, stated_fields
+from lens_lora.formats.folders import files_in, sha256_of, stated_fields
 from lens_lora.formats.tokenizers import own_files
 from lens_lora.responses.answers import AnswerLogProb
 from lens_lora.ship.card import Card, CardLine
@@ -49,7 +49,6 @@ _INPUT_OF_CHECK = {
 }
 # A model of more shards than these has one line for all of them.
 _SHARDS_SHOWN = 4
-_CHUNK = 1 << 20
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARDS = "model-*.safetensors"
@@ -143,7 +142,7 @@ def lines_without(card: Card, absent: Mapping[str, str], *, has_base: bool) -> d
 def _file_lines(subject: CardSubject) -> Iterator[CardLine]:
     for file in [*files_in(subject.folder), *own_files(subject.folder)]:
         command = f"sha256sum {shlex.quote(file.name)}"
-        yield CardLine(file.name, _sha256(file), command, "files")
+        yield CardLine(file.name, sha256_of(file), command, "files")
     for option, path in subject.paths.items():
         stated = subject.inputs[option]
         if path.is_file():
@@ -156,15 +155,7 @@ def _file_lines(subject: CardSubject) -> Iterator[CardLine]:
 def _input_line(option: str, file: Path, place: str) -> CardLine:
     """The line of a file among the inputs; `place` is its path from the adapter's folder."""
     command = f"sha256sum {shlex.quote(place)}"
-    return CardLine(f"{option}, {file.name}", _sha256(file), command, "files")
-
-
-def _sha256(file: Path) -> str:
-    hashed = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            hashed.update(chunk)
-    return hashed.hexdigest()
+    return CardLine(f"{option}, {file.name}", sha256_of(file), command, "files")
 
 
 # --- Format and base
@@ -239,7 +230,7 @@ def base_files(folder: Path) -> Iterator[CardLine]:
         for file in weights:
             yield _base_line(file)
         return
-    listed = "".join(f"{_sha256(file)}  {file.name}\n" for file in weights)
+    listed = "".join(f"{sha256_of(file)}  {file.name}\n" for file in weights)
     says = hashlib.sha256(listed.encode()).hexdigest()
     first = shlex.quote(weights[0].name)
     last = shlex.quote(weights[-1].name)
@@ -254,7 +245,7 @@ def base_files(folder: Path) -> Iterator[CardLine]:
 
 def _base_line(file: Path) -> CardLine:
     command = f"sha256sum {shlex.quote(f'BASE/{file.name}')}"
-    return CardLine(f"{_OF_BASE}{file.name}", _sha256(file), command, "base")
+    return CardLine(f"{_OF_BASE}{file.name}", sha256_of(file), command, "base")
 
 
 def _weights_of(folder: Path) -> list[Path]:
