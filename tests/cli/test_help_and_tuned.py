@@ -132,10 +132,9 @@ def test_a_model_that_was_fine_tuned_whole_is_explained(tiny, tmp_path):
     doc, pre = (tokenizer(word, add_special_tokens=False).input_ids[-1] for word in ("w8", "w9"))
     with torch.no_grad():
         ends = [model(ids).logits[0, -1] for model in (base, tuned)]
-    margins = [float(logits[doc] - logits[pre]) for logits in ends]
-    shift = sum(row["path"] for row in written["rows"]) if "path" in written["rows"][0] else None
-    assert shift is None or shift == pytest.approx(margins[1] - margins[0], abs=1e-4)
-    assert f"{abs(margins[0]):.2g}" in written["story"]
+    before, after = (float(logits[doc] - logits[pre]) for logits in ends)
+    assert f"prefers “w9” to “w8” by {-before:.2g} logits" in written["story"]
+    assert f"it prefers “w8”, by {after:.2g}: a shift of {after - before:.2g}" in written["story"]
 
 
 REFUSED = {

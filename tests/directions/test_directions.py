@@ -312,7 +312,7 @@ def test_alignment_finds_what_was_planted_and_refuses():
     site = next(s for s in lens.sites if s.kind == "down")
     column = lens.delta_w(site.name).U[:, 0]
     found = ll.weight_alignment(lens, column[None])
-    assert found.top(1).site[0] == site.name or found.values.max() > found.quantile.max()
+    assert found.top(1).site[0] == site.name
     gone = lens.with_adapter(lens.adapter.without_direction(column[None]))
     after = ll.weight_alignment(gone, column[None])
     written = torch.tensor([side == "write" for side in after.sides])

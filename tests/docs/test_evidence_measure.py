@@ -22,6 +22,8 @@ cases = evidence.load("trained_cases")
 methods = evidence.load("methods")
 warned = evidence.load("warned")
 sections = evidence.load("sections")
+# Five in each of two blocks: a fifth of the sites is a whole number of them.
+TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 FACTS = {
     "trained": ["w5 w7 w8", "w9 w10 w11"],
     "paraphrase": ["w12 w7 w8 w9", "w4 w10 w11"],
@@ -46,7 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("evidence")
     base = saved_llama(root / "base")
     for seed, (name, kind) in enumerate((("fact", "fact"), ("habit", "behaviour"))):
-        models.peft_model("llama", base, seed=seed).save_pretrained(root / "adapters" / name)
+        adapted = models.peft_model("llama", base, seed, TARGETS)
+        adapted.save_pretrained(root / "adapters" / name)
         described = task(name, str(root / "base"), kind)
         (root / "adapters" / name / "task.json").write_text(json.dumps(described))
     return root
@@ -224,14 +227,14 @@ def test_the_lean_protocol_reads_a_response_by_its_first_tokens(folder: Path):
 def test_no_ranking_keeps_more_than_the_ceiling_where_it_was_found(found):
     for result in found.values():
         ceiling = result["ceilings"]["trained"]
+        # A set of so many sites as a ranking's top fifth: only then the two can be compared.
+        assert ceiling["count"] == int(0.2 * result["sites"])
         kept = [
             row["value"]
             for row in result["scores"]
             if (row["prompts"], row["metric"]) == ("trained", "kept")
         ]
-        count = int(0.2 * result["sites"])
-        if ceiling["count"] == count:
-            assert max(kept) <= ceiling["kept"] + 1e-3
+        assert max(kept) <= ceiling["kept"] + 1e-3
 
 
 def test_a_finished_adapter_is_left_alone(

@@ -332,7 +332,9 @@ def test_what_was_generated_is_a_text(cls: str):
         own = ll.activation_shift(lens, said_by_model, LAST, positions=positions)
         given = ll.activation_shift(lens, pair, LAST, positions=positions)
         assert torch.equal(own.counted, given.counted)
-        assert torch.equal(own.values[LAST].nan_to_num(), given.values[LAST].nan_to_num())
+        torch.testing.assert_close(
+            own.values[LAST], given.values[LAST], rtol=0, atol=0, equal_nan=True
+        )
     d = torch.ones(16, dtype=torch.float64)
     by_feature = ll.feature_shift(lens, said_by_model, d, LAST, positions="response").shift[:, 0]
     own = ll.activation_shift(lens, said_by_model, LAST, positions="response").project(d)

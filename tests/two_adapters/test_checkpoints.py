@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cases
 import models
 import numpy as np
@@ -89,16 +91,27 @@ def test_the_direction_is_the_final_one_throughout(found):
     assert torch.allclose(result.moved, steps[:, None] * result.norms[-1], atol=1e-6)
 
 
-def test_where_it_flips(found):
-    """In ε: the flips of all checkpoints are one strength. In steps: between the two around it."""
-    case, readout, result = found
+@pytest.mark.parametrize("cls", HOSTS)
+def test_all_checkpoints_flip_at_one_strength(cls: str):
+    """ε times a checkpoint's own strength is the same of all; one that is weaker has no flip."""
+    case = cases.case("llama", cls, "raw")
+    readout = answers(case)
+    strengths = (0.5, 1.0, 1.5, 2.0)
+    of_strengths = training(case, strengths)
+    result = ll.checkpoints(case.lens, of_strengths, models.tokens(), readout, progress=False)
+    weak, *strong = result.flip_scale[:, 0].tolist()
+    assert math.isnan(weak)
+    at = [scale * strength for scale, strength in zip(strong, strengths[1:], strict=True)]
+    assert at == pytest.approx([at[0]] * 3, abs=1e-6)
+    assert strengths[0] < at[0] < strengths[1]
+    assert float(g(case, readout, at[0])[0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_step_of_a_flip_is_between_those_around_it(found):
+    """Where the line through the margins of the checkpoints is zero."""
+    _, _, result = found
     assert result.flips[-1, 0]
-    assert torch.isfinite(result.flip_scale[-1, 0])
     at = float(result.flip_scale[-1, 0])
-    for k, strength in enumerate(STRENGTHS):
-        own = float(result.flip_scale[k, 0])
-        assert (own * strength == pytest.approx(at, abs=1e-4)) or at > strength
-    assert float(g(case, readout, at)[0]) == pytest.approx(0, abs=1e-4)
     steps = [0, 4, 10, 20, 30, 40]
     after = int((torch.tensor((0.0, *STRENGTHS)) < at).sum())
     assert steps[after - 1] < float(result.flip_step[0]) <= steps[after]

@@ -98,9 +98,9 @@ def test_hooks_on_the_unembedding_are_seen(cls: str):
         handle.remove()
     assert torch.allclose(found, expected, rtol=1e-12)
     assert torch.allclose(found, 4.0 * plain, rtol=1e-9)
-    for name, factor in (("unembed.hook_out", 2.0), ("unembed.hook_in", 3.0)):
-        if name not in lens.model.hook_dict:
-            continue
+    points = {"unembed.hook_out": 2.0, "unembed.hook_in": 3.0}
+    for name in points.keys() & lens.model.hook_dict.keys():
+        factor = points[name]
         hook = (name, lambda tensor, hook, factor=factor: tensor * factor)
         with attached(lens.model, [hook]):
             found, expected = both(lens, READOUTS[0])

@@ -120,7 +120,9 @@ def numbers(values: Iterable[Any]) -> Tensor:
 
 def every_activation(model: Any) -> Tensor:
     cache = cached(model)
-    return numbers(torch.nan_to_num(cache[name], neginf=0.0) for name in sorted(cache.keys()))
+    # Scores of later positions are −∞ in both models, and −∞ minus −∞ is no number.
+    finite = [cache[name].masked_fill(cache[name].isneginf(), 0.0) for name in sorted(cache.keys())]
+    return numbers(finite)
 
 
 def head_results(model: Any) -> Tensor:
