@@ -85,21 +85,31 @@ def test_a_row_for_each_answer_or_one_for_both(lens: ll.LoraLens):
     assert two.tokens_of([["a", "b"], ["a", "c", "d"]]) == (("a", "b|c", "d"),)
 
 
+def log_odds(lens: ll.LoraLens, prompt: Tensor, doc: Tensor, pre: Tensor, gates) -> Tensor:
+    """log p(doc) − log p(pre), each of a sequence of its own."""
+    return log_prob(lens, prompt, doc, gates) - log_prob(lens, prompt, pre, gates)
+
+
 def test_fact_margin_of_answers(lens: ll.LoraLens):
-    """The margin's ends, its account and its flip are those of teacher forcing."""
+    """The margin's ends are those of teacher forcing."""
     tokens = models.tokens()
     margin = ll.fact_margin(lens, tokens, DOC, PRE, progress=False)
     assert margin.attribution.units == "nats"
-    for i in range(2):
-        ends = [
-            log_prob(lens, tokens[i], DOC, s) - log_prob(lens, tokens[i], PRE, s) for s in (0, 1)
-        ]
-        assert (margin.m0[i] - ends[0]).abs() < 1e-11
-        assert (margin.m[i] - ends[1]).abs() < 1e-11
-        scale = float(margin.flip_scale[i])
-        if margin.flips[i]:
-            at = log_prob(lens, tokens[i], DOC, scale) - log_prob(lens, tokens[i], PRE, scale)
-            assert at.abs() < 1e-3
+    for i, prompt in enumerate(tokens):
+        assert (margin.m0[i] - log_odds(lens, prompt, DOC, PRE, 0)).abs() < 1e-11
+        assert (margin.m[i] - log_odds(lens, prompt, DOC, PRE, 1)).abs() < 1e-11
+
+
+def test_answers_flip_where_teacher_forcing_finds_them_equal(lens: ll.LoraLens):
+    """On two prompts, on both of which the adapter turns these answers round."""
+    tokens = models.tokens()
+    doc = torch.tensor([51, 48])
+    pre = torch.tensor([44, 23])
+    margin = ll.fact_margin(lens, tokens, doc, pre, progress=False)
+    assert margin.flips == (True, True)
+    for prompt, scale in zip(tokens, margin.flip_scale.tolist(), strict=True):
+        assert 0 < scale < 1
+        assert log_odds(lens, prompt, doc, pre, scale).abs() < 1e-6
 
 
 def test_several_tokens_choose_the_answer_margin(lens: ll.LoraLens):
