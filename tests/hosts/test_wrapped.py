@@ -221,7 +221,7 @@ SPLIT_FAMILIES = ("qwen2", "qwen3", "llama", "gemma2") if MORE_CASES > 1 else ("
 
 
 @models.NEEDS_BRIDGE
-@pytest.mark.night
+@pytest.mark.slow
 @pytest.mark.skipif(not SPLITS, reason="transformers splits models into DTensors since 5.17")
 @pytest.mark.parametrize(
     ("way", "kinds"), [("tp", SPLIT_FAMILIES), ("fsdp", ("llama",))], ids=["tp", "fsdp"]

@@ -34,9 +34,10 @@ import pytest
 
 NIGHT = "night"
 LEFT_OUT = ("slow", "exhaustive", "browser", NIGHT)
-# Of a test of so many items, such as architectures, targets or settings, `.ci/run` need not run
-# every item each time: it runs one in so many, and at least one.
+# A test of so many items is a product (architectures, targets, settings), of which `.ci/run` need
+# not run every item each time.
 SEVERAL_ITEMS = 4
+# Of such a test it runs one item in six, and at least one.
 ONE_IN = 6
 # The node ids of everything that was collected, before any of it was left out.
 COLLECTED = pytest.StashKey[frozenset[str]]()
