@@ -131,7 +131,7 @@ _NO_SHARES = (
 
 
 class Headline(NamedTuple):
-    """What a reader in a hurry reads.
+    """The sentences and numbers of an explanation for a reader in a hurry.
 
     Attributes:
         sentences: three sentences of the story.

@@ -175,7 +175,7 @@ class WeightedPart:
 
     @property
     def term(self) -> SitePart:
-        """w ΔW, w Δb."""
+        """The term itself: what its adapter adds, times w."""
         return self.part.times(self.weight)
 
 

@@ -283,7 +283,10 @@ class _Change:
         self.kept = self._ratio_of_right_merge()
 
     def _ratio_of_right_merge(self) -> float:
-        """c of a merge whose sum alone is rounded, or of one that rounds W too: the nearer."""
+        """Compute c of a right merge, of the two kinds that there are the one nearer to this merge.
+
+        One rounds the sum W + D alone, the other rounds W before it adds D.
+        """
         grid = self._rounded_to_dtype(self.W)
         ratios: list[float] = []
         for start in (self.W, grid):

@@ -193,7 +193,7 @@ class _Parts:
         return cls(by_rank, tuple(ranks))
 
     def points(self, lens: LoraLens, how: How) -> activations.Points:
-        """What each run does: its part is replaced, and all other sites are off, or on.
+        """The state of every site in each run: one part is replaced, all other sites are off or on.
 
         Args:
             lens: the adapter over the model.
