@@ -11,13 +11,13 @@ from __future__ import annotations
 # them.
 DRAWERS: dict[str, tuple[str, ...]] = {
     "lens_lora.core": (
-        "lens_lora.show.reprs",
-        "lens_lora.show.labelled",
-        "lens_lora.show.maps",
-        "lens_lora.show.curves",
-        "lens_lora.show.tables",
-        "lens_lora.show.words",
-        "lens_lora.show.reports",
+        "lens_lora.views.reprs",
+        "lens_lora.views.labelled",
+        "lens_lora.views.maps",
+        "lens_lora.views.curves",
+        "lens_lora.views.tables",
+        "lens_lora.views.words",
+        "lens_lora.views.reports",
     ),
     "lens_lora.audit": (
         "lens_lora.audit.figures",

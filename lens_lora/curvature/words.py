@@ -6,7 +6,7 @@ from lens_lora.core import drawing
 from lens_lora.curvature.coupling import Coupling
 from lens_lora.curvature.second_order import SecondOrder
 from lens_lora.curvature.verdict import SecondVerdict
-from lens_lora.show.words import below_text
+from lens_lora.show.text import below_text
 
 
 @drawing.text.register(SecondVerdict)

@@ -15,7 +15,7 @@ from lens_lora.explanations.explanation import (
 from lens_lora.show import figures, go
 from lens_lora.show.figures import EXACT, INK, NOISE, curve, finish, heatmap, names_axis, value_text
 from lens_lora.show.text import label, numbered, short_prompt, signed
-from lens_lora.show.words import Account, ReadoutAccount
+from lens_lora.views.words import Account, ReadoutAccount
 
 # The headings of comparisons on a page, by name, in the order of `Explanation.comparisons`.
 COMPARED = {

@@ -27,9 +27,10 @@ from lens_lora.explanations.figures import (
 )
 from lens_lora.explanations.response_page import response_part, responses_table
 from lens_lora.show import go, page, text
-from lens_lora.show.tables import margin_table
 from lens_lora.show.text import magnitude, short_prompt
-from lens_lora.show.words import ReadoutAccount
+from lens_lora.views.attribution_words import quadrature_text
+from lens_lora.views.tables import margin_table
+from lens_lora.views.words import ReadoutAccount
 
 Explained = Explanation | ResponseExplanation
 
@@ -201,7 +202,7 @@ def _modules_lead(e: BySite) -> str:
     if not e.is_fast:
         lead += " Each module was also added to the base model and left out of the adapted one."
     if e.path is not None and e.path.quadrature is not None:
-        lead += f" Path integral with {text.quadrature_text(e.path.quadrature)}."
+        lead += f" Path integral with {quadrature_text(e.path.quadrature)}."
     return f"{lead} A flag names the question for which a at ε = 0 is not to be trusted."
 
 

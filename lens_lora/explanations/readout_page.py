@@ -9,7 +9,9 @@ from lens_lora.explanations.page import by_site_sections
 from lens_lora.explanations.readout_words import MOST_PROMPTS, readout_headline, readout_story
 from lens_lora.explanations.words import readout_account
 from lens_lora.show import page, text
-from lens_lora.show.tables import Table, modules_table, readout_table
+from lens_lora.show.tables import Table
+from lens_lora.views.attribution_words import top_sites
+from lens_lora.views.tables import modules_table, readout_table
 
 # How many modules the table of the mean over prompts has.
 _MODULES = 20
@@ -69,7 +71,7 @@ def _prompts_table(e: ReadoutExplanation, count: int) -> Table:
     for index in range(count):
         of_prompt = e.of_prompt(index)
         a = readout_account(of_prompt)
-        (largest,) = text.top_sites(of_prompt.first_order, 1)
+        (largest,) = top_sites(of_prompt.first_order, 1)
         row = (
             f"{index + 1}. {text.short_prompt(e.prompts[index])}",
             text.signed(a.m0),

@@ -1,6 +1,6 @@
 """An explained readout in plain words, of one prompt or of several.
 
-The sentences on first order, trust and limits are those of a margin (`words.py`, `show/words.py`).
+The sentences on first order, trust and limits are those of a margin (`words.py`, `views/words.py`).
 What is said of two answers has no place here: nothing is preferred, and nothing flips.
 """
 
@@ -17,10 +17,10 @@ from lens_lora.explanations.words import (
     where_and_trust,
 )
 from lens_lora.show import text
-from lens_lora.show.text import caution_text, percent, short_prompt, signed
-from lens_lora.show.words import (
+from lens_lora.show.text import below_noise, percent, short_prompt, signed
+from lens_lora.views.attribution_words import caution_text, top_sites
+from lens_lora.views.words import (
     ReadoutAccount,
-    below_noise,
     conclusion_text,
     joined,
     largest_text,
@@ -93,7 +93,7 @@ def mean_texts(e: ReadoutExplanation) -> list[str]:
         f"{signed(shift)} {e.units}, from {signed(base)} in the base model to {signed(adapted)}.",
         f"The modules' first-order parts sum to {signed(total)}.",
     ]
-    tops = text.top_sites(first, MODULES_IN_HEADLINE)
+    tops = top_sites(first, MODULES_IN_HEADLINE)
     largest = ", ".join(f"{top.site} {top.value}" for top in tops)
     sentences.append(f"The largest of {many(len(first.sites), 'module')} are {largest}.")
     return sentences

@@ -25,9 +25,11 @@ from lens_lora.explanations.response_words import (
     token_texts,
 )
 from lens_lora.shifts.figures import darkest_kl, log_p_pair, noted_tokens
-from lens_lora.show import go, maps, page, text
+from lens_lora.show import go, page, text
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import magnitude, percent, short_prompt, signed, visible
+from lens_lora.views import maps
+from lens_lora.views.attribution_words import quadrature_text
 
 _DONE = {"add_one": "added alone to the base", "leave_one_out": "left out of the adapted model"}
 # How many tokens are named that were promoted at a token of the response, and that were suppressed.
@@ -276,5 +278,5 @@ def _modules_lead(e: ResponseExplanation) -> str:
         f"{lead}"
     )
     if e.path.quadrature is not None:
-        lead += f" Taken with {text.quadrature_text(e.path.quadrature)}."
+        lead += f" Taken with {quadrature_text(e.path.quadrature)}."
     return lead

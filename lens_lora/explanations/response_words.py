@@ -27,6 +27,7 @@ from lens_lora.show.text import (
     signed,
     visible,
 )
+from lens_lora.views.attribution_words import caution_text, top_sites
 
 # How many modules a sentence names.
 MODULES_NAMED = 3
@@ -43,7 +44,7 @@ def response_story(e: ResponseExplanation) -> str:
     for sentences in (moved_texts(e), token_texts(e), modules_texts(e)):
         paragraphs.append(" ".join(sentences))
     paragraphs += [
-        text.caution_text(e.modules),
+        caution_text(e.modules),
         _layers(e),
         _limits(e),
         text.reading_text(e.shifts.meta),
@@ -139,7 +140,7 @@ def modules_texts(e: ResponseExplanation) -> list[str]:
     ranked = ranked_attribution(e)
     shift = float(ranked.shift[0])
     largest: list[str] = []
-    for top in text.top_sites(ranked, MODULES_NAMED, 0):
+    for top in top_sites(ranked, MODULES_NAMED, 0):
         numbers = f"{top.value}, {top.share}" if shift else top.value
         largest.append(f"{top.site} ({numbers})")
     modules = ", ".join(largest)

@@ -16,7 +16,9 @@ from lens_lora.explanations.explanation import BySite, Explanation
 from lens_lora.shifts.logit_shift import LogitShift
 from lens_lora.show import text
 from lens_lora.show.page import TokenRow
-from lens_lora.show.tables import Pairs, Row, Table, in_terminal, margin_table, roundings, table_of
+from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
+from lens_lora.views.attribution_words import top_sites
+from lens_lora.views.tables import margin_table, roundings
 
 _ABBREVIATED = {"add_one": "adding", "leave_one_out": "leaving out"}
 # The columns of the table of modules, by their name in `Explanation.to_frame`.
@@ -270,7 +272,7 @@ def margins_table(numbered: Numbered) -> Table:
     rows: list[Row] = []
     for number, e in numbered:
         a = words.explained_account(e)
-        (largest,) = text.top_sites(e.first_order, 1)
+        (largest,) = top_sites(e.first_order, 1)
         row = (
             f"{number}. {text.short_prompt(e.prompt)}",
             f"{a.doc} − {a.pre}",

@@ -24,8 +24,9 @@ from lens_lora.judging.compare import Comparison
 from lens_lora.judging.rankings import RANDOM
 from lens_lora.show import text
 from lens_lora.show.tables import Pairs
-from lens_lora.show.text import caution_text, percent, signed, visible
-from lens_lora.show.words import (
+from lens_lora.show.text import percent, signed, visible
+from lens_lora.views.attribution_words import caution_text
+from lens_lora.views.words import (
     MODULES_NAMED,
     Account,
     ReadoutAccount,

@@ -9,8 +9,7 @@ from lens_lora.judging.faithfulness import Faithfulness
 from lens_lora.judging.null_test import NullTest
 from lens_lora.judging.reliability import Reliability
 from lens_lora.judging.verdict import NullVerdict
-from lens_lora.show.text import key_text
-from lens_lora.show.words import below_text
+from lens_lora.show.text import below_text, key_text
 
 
 @drawing.text.register(NullVerdict)

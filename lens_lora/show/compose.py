@@ -28,7 +28,6 @@ from lens_lora.core import drawing
 from lens_lora.errors import ArgumentError
 from lens_lora.show import go
 from lens_lora.show.figures import finish
-from lens_lora.show.reprs import part_with_readout
 from lens_lora.show.text import cut_in_the_middle, key_text, label
 
 # Below one another, figures fit a phone and a notebook's column alike.
@@ -104,6 +103,15 @@ def table(*results: Tabular, names: Sequence[str] | None = None) -> pd.DataFrame
                 frame.insert(place, column, getattr(part_with_readout(result), column, None))
         frames.append(frame)
     return pd.concat(_with_gaps(frames), ignore_index=True)
+
+
+def part_with_readout(result: Any) -> Any:
+    """The result itself, or the attribution in it that knows the readout."""
+    parts = (result, getattr(result, "attribution", None), getattr(result, "first_order", None))
+    for part in parts:
+        if hasattr(part, "readout"):
+            return part
+    return result
 
 
 def _differing(results: Sequence[object]) -> list[str]:

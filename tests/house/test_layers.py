@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from imports import COMPUTED, Package, named_in
 
+import lens_lora.core
+
 TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
 QUESTIONS = {
@@ -28,6 +30,7 @@ LAYERS = [
     {"demonstration"},
     {"loading"},
     {"show", "runs"},
+    {"views"},
     {"responses", "integrals"},
     {"texts"},
     {"stream"},
@@ -120,6 +123,33 @@ def test_a_planted_import_past_the_door_is_seen(tmp_path: Path):
     assert found == ["lens_lora.core.reverse"]
 
 
+# --- what draws
+
+
+def results_named(source: str) -> list[str]:
+    """The classes of results that this source takes from the core."""
+    found: list[str] = []
+    for name in sorted(named_in(source, "lens_lora.show")):
+        module, _, last = name.rpartition(".")
+        if module != "lens_lora.core":
+            continue
+        taken = getattr(lens_lora.core, last)
+        if isinstance(taken, type) and issubclass(taken, lens_lora.core.Result):
+            found.append(last)
+    return found
+
+
+def test_what_figures_are_made_of_knows_no_result_by_name():
+    """A folder draws its own results; those of the core are drawn in `views`."""
+    for path in sorted((LENS_LORA.folder / "show").glob("*.py")):
+        assert results_named(path.read_text(encoding="utf-8")) == [], path.name
+
+
+def test_a_result_that_is_named_among_the_primitives_is_seen():
+    """Negative control."""
+    assert results_named("from lens_lora.core import Attribution, Site") == ["Attribution"]
+
+
 # --- what tests import
 
 # Folders whose files may know how everything is made: what tests share, and these rules.
@@ -128,6 +158,8 @@ KNOW_ALL = {"lib", "house"}
 OWN = {
     "cli": ("lens_lora.cli", "lens_lora.__main__"),
     "demonstration": ("lens_lora.demonstration", "lens_lora.loading"),
+    # What figures and tables are made of is seen on results of the core.
+    "show": ("lens_lora.show", "lens_lora.views"),
 }
 # Public modules whose every name is public.
 WHOLE = ("lens_lora.errors", "lens_lora.spans", "lens_lora.compat", "lens_lora.families")

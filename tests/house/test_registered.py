@@ -26,10 +26,10 @@ def test_all_that_draws_is_listed():
 
 
 def test_what_is_listed_is_there_and_in_its_folder():
-    """The results of the core are drawn in show, those of a question in its own folder."""
+    """The results of the core are drawn in views, those of a question in its own folder."""
     for folder, modules in registered.DRAWERS.items():
         assert (PACKAGE.parent / folder.replace(".", "/")).is_dir(), folder
-        home = "lens_lora.show" if folder == "lens_lora.core" else folder
+        home = "lens_lora.views" if folder == "lens_lora.core" else folder
         for module in modules:
             importlib.import_module(module)
             assert module.startswith(f"{home}."), (folder, module)

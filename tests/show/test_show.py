@@ -33,13 +33,14 @@ from rich.console import Console
 import lens_lora.show
 from lens_lora.core import Attribution, Site
 from lens_lora.errors import ArgumentError
-from lens_lora.show.curves import margin_figure, remainder_figure
 from lens_lora.show.figures import heatmap, names_axis, tokens_axis
-from lens_lora.show.maps import position_heatmap, site_heatmap
 from lens_lora.show.page import plot
-from lens_lora.show.tables import Table, margin_table, modules_table
+from lens_lora.show.tables import Table
 from lens_lora.show.text import magnitude, percent, prompt_text, shortened, signed, visible
-from lens_lora.show.words import account_of, margin_story
+from lens_lora.views.curves import margin_figure, remainder_figure
+from lens_lora.views.maps import position_heatmap, site_heatmap
+from lens_lora.views.tables import margin_table, modules_table
+from lens_lora.views.words import account_of, margin_story
 
 core = by_folder.made_public("core")
 hidden = by_folder.made_public("hidden")

@@ -8,15 +8,10 @@ import rich.table
 from results_by_hand import flip_case, two_prompts
 from terminal import faults, shown
 
-from lens_lora.show.tables import (
-    Table,
-    margin_table,
-    modules_table,
-    prompts_table,
-    table_of,
-)
+from lens_lora.show.tables import Table, table_of
 from lens_lora.show.text import cut_in_the_middle
-from lens_lora.show.words import account_of
+from lens_lora.views.tables import margin_table, modules_table, prompts_table
+from lens_lora.views.words import account_of
 
 WORD = "blocks.27.mlp.down_that_is_long"
 LONG = " ".join(["<|im_start|>⟦The⟧ kettle began", WORD, "to whistle"] * 2)

@@ -10,7 +10,7 @@ from shapes import share
 
 import lens_lora as ll
 from lens_lora.core import Verdict
-from lens_lora.show.words import account_of, margin_story
+from lens_lora.views.words import account_of, margin_story
 
 CLAIMS = {
     "no_shift": "no effect of the adapter",

@@ -8,19 +8,14 @@ from __future__ import annotations
 from lens_lora.core import Attribution, FactMargin, drawing
 from lens_lora.errors import many
 from lens_lora.show import text
-from lens_lora.show.curves import margin_figure, remainder_figure
-from lens_lora.show.maps import attribution_figure, site_heatmap
 from lens_lora.show.page import Block, Part, Section, folded, made_by, page_html, warned
-from lens_lora.show.tables import (
-    Row,
-    Table,
-    attribution_heading,
-    margin_table,
-    modules_table,
-    prompts_table,
-)
+from lens_lora.show.tables import Row, Table
 from lens_lora.show.text import percent, short_prompt, signed
-from lens_lora.show.words import (
+from lens_lora.views.attribution_words import top_sites
+from lens_lora.views.curves import margin_figure, remainder_figure
+from lens_lora.views.maps import attribution_figure, site_heatmap
+from lens_lora.views.tables import attribution_heading, margin_table, modules_table, prompts_table
+from lens_lora.views.words import (
     Account,
     account_of,
     adapted_text,
@@ -142,7 +137,7 @@ def _attribution_part(attribution: Attribution, prompt: int) -> Part:
     total = float(attribution.total[prompt])
     method = text.key_text(attribution.key)
     share = percent(total / shift) if shift else "—"
-    tops = text.top_sites(attribution, _MODULES_IN_HEADLINE, prompt)
+    tops = top_sites(attribution, _MODULES_IN_HEADLINE, prompt)
     largest = ", ".join(f"{top.site} {top.value} ({top.share})" for top in tops)
     heading, *notes = attribution_heading(attribution)
     sentences = (

@@ -31,9 +31,16 @@ from lens_lora.core import (
     drawing,
 )
 from lens_lora.errors import LensLoraError, many
-from lens_lora.show import maps, page
-from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
+from lens_lora.show import page
+from lens_lora.show.compose import part_with_readout
 from lens_lora.show.text import key_text, signed
+from lens_lora.views import maps
+from lens_lora.views.tables import (
+    SITES_SHOWN,
+    attribution_heading,
+    modules_table,
+    prompts_table,
+)
 
 # --- An attribution
 
@@ -116,15 +123,6 @@ def result_text(result: Result) -> str:
     details = (_sizes_text(result), _fields_text(result), how_prompts_were_read)
     heading = f"{heading}: {'; '.join(filter(None, details))}".rstrip()
     return f"{heading}\n{drawing.body(result)}"
-
-
-def part_with_readout(result: Any) -> Any:
-    """The result itself, or the attribution in it that knows the readout."""
-    parts = (result, getattr(result, "attribution", None), getattr(result, "first_order", None))
-    for part in parts:
-        if hasattr(part, "readout"):
-            return part
-    return result
 
 
 def _sizes_text(result: Any) -> str:

@@ -15,10 +15,11 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from lens_lora.core import SIGMAS, Attribution, FactMargin, FlipVerdict, Point, Verdict, drawing
+from lens_lora.core import Attribution, FactMargin, FlipVerdict, Point, Verdict, drawing
 from lens_lora.errors import many
 from lens_lora.show import text
-from lens_lora.show.text import caution_text, magnitude, percent, share_text, signed
+from lens_lora.show.text import below_noise, below_text, magnitude, percent, share_text, signed
+from lens_lora.views.attribution_words import caution_text, top_sites
 
 # --- One prompt of a fact margin as plain numbers
 
@@ -169,11 +170,6 @@ def joined(*sentences: str) -> str:
     return " ".join(filter(None, sentences))
 
 
-def below_noise(floor: float) -> str:
-    """'below 3 noise floors (0.02)'."""
-    return f"below {SIGMAS:g} noise floors ({magnitude(floor)})"
-
-
 def base_text(a: Account, begin: str = "The") -> str:
     """State which of the two facts the base model prefers."""
     if a.is_noise(a.m0):
@@ -308,7 +304,7 @@ def _unconfirmed(a: ReadoutAccount, value: float) -> str:
 def largest_text(attribution: Attribution, a: ReadoutAccount, k: int, prompt: int = 0) -> str:
     """Name the k modules whose first-order parts are largest."""
     modules = many(len(attribution.sites), "module")
-    largest = text.top_sites(attribution, k, prompt)
+    largest = top_sites(attribution, k, prompt)
     if not a.has_shift:
         parts = ", ".join(f"{top.site} {top.value}" for top in largest)
         return f"Largest first-order parts of {modules}: {parts}."
@@ -352,8 +348,3 @@ def flip_text(v: FlipVerdict) -> str:
     verb = "is" if len(near_zero) == 1 else "are"
     hidden = f"hidden: {' and '.join(near_zero)} {verb} within rounding ({v.floor:.2g})"
     return f"{hidden}, so the sign is not known; rerun in float32 or float64"
-
-
-def below_text(what: str, value: float, floor: float) -> str:
-    """'below the noise: the shift 0.01 is within rounding (0.02)'."""
-    return f"below the noise: the {what} {value:.2g} is within rounding ({floor:.2g})"
