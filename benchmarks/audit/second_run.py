@@ -221,7 +221,7 @@ def main() -> None:
         default=[],
         help="controls of teach.py, asked first",
     )
-    parser.add_argument("--edition", help="third, …, seventh, instead of the second")
+    parser.add_argument("--edition", help="third, …, eighth, instead of the second")
     parser.add_argument("--base", help="a folder or hub id; default: the embedded model")
     parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")
     parser.add_argument("--frozen", action="store_true", help="frozen_controls.yaml instead")
