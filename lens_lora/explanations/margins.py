@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.compat import in_float64
-from lens_lora.core import Evaluations, FactMargin, Function, first_order
+from lens_lora.core import Evaluations, FactMargin, Function, Readout, first_order
 from lens_lora.curvature.second_order import second_order
 from lens_lora.explanations.explanation import Explanation, Said
 from lens_lora.explanations.in_full import SLOW_STEPS, in_full
@@ -50,11 +50,11 @@ class _Group:
     """Prompts that share their passes.
 
     Attributes:
-        indices: the prompts, among all.
-        g: the margin of each.
-        docs: the answer of each that the fine-tune taught.
-        pres: the answer of each that the base model gives.
-        labels: the name of each margin.
+        indices: the indices of these prompts among all.
+        g: their margins.
+        docs: for each prompt, the answer that the fine-tune taught.
+        pres: for each prompt, the answer of the base model.
+        labels: for each prompt, the name of its margin.
     """
 
     indices: Sequence[int]
@@ -88,7 +88,7 @@ def explained_margins(
         g = margins[indices[0]]
         if len(indices) > 1:
             g = _margin(f, indices, group_docs, group_pres)
-        labels = [_label(margins[i]) for i in indices]
+        labels = [_readout(margins[i]).label for i in indices]
         groups.append(_Group(indices, g, group_docs, group_pres, labels))
 
     quick_steps = _QUICK_STEPS + (1 if null else 0)
@@ -122,19 +122,14 @@ def _margin(f: Function, indices: Sequence[int], doc: AnswerLike, pre: AnswerLik
     return Evaluations(f_of_some.about(margin))
 
 
-def _label(g: Function) -> str:
-    assert g.readout is not None
-    return g.readout.label
-
-
-def _units(g: Function) -> str:
-    assert g.readout is not None
-    return g.readout.units
+def _readout(margin: Function) -> Readout:
+    assert margin.readout is not None, "`_margin` makes no function without one"
+    return margin.readout
 
 
 def _together(f: Function, margins: Sequence[Function]) -> Iterator[list[int]]:
     """Prompts that may share their passes: of like length, with margins in the same units."""
-    units = [_units(g) for g in margins]
+    units = [_readout(margin).units for margin in margins]
     for indices, _ in by_length(f.prompts, _TOKENS_AT_ONCE):
         for unit in dict.fromkeys(units):
             chosen = [i for i in indices if units[i] == unit]

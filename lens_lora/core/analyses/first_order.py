@@ -17,6 +17,9 @@ from the adapted model does.
    forward mode takes one tangent for each site, group of sites or part, from its block on.
 5. Several readouts of the same rows share one forward pass with ε in its graph; one covector for
    each goes back, in one batch. They also share the passes of the exact ends.
+
+Below, `first_order` is a function of g. `@analysis` (`own_analyses.py`) makes the public call of
+it, which takes a lens, prompts and a readout in place of g; its docstring is that of the call.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class Function:
         return self._reading
 
     def require_reading(self) -> Reading:
-        """Check that there is a readout; returns `reading`.
+        """The same as a method, for the Protocol of `g.passes`, which cannot ask for a property.
 
         Raises:
             ArgumentError: a function without a readout.
@@ -736,21 +736,32 @@ class Function:
         """
 
         @alone
-        def bound(lens: LoraLens) -> Function:
+        def read_by(lens: LoraLens) -> Function:
+            del lens
             if callable(readout) and not isinstance(readout, Readout):
-                own_function = Readout.of(readout)
-                read = own_function.of_logits(lens.model, self.rows.batch)
-                return self._read_as(own_function, Reading.one_row_each(self.rows, read))
-            if reading is not None:
-                return self._read_as(Readout.required(readout), reading)
-            of_prompts = Readout.required(readout).on(self.prompts)
-            # Of a readout inside the model, only the sites that can move it have gates.
-            f = cast("Function", of_prompts.reaching(self.of_rows(self.prompts)))
-            return f._read_as(of_prompts, of_prompts.reading_beside(f))
+                return self._read_by_function(readout)
+            required = Readout.required(readout)
+            if reading is None:
+                return self._read_by(required)
+            return self._with_reading(required, reading)
 
-        return bound(self.lens)
+        return read_by(self.lens)
 
-    def _read_as(self, readout: Readout, reading: Reading) -> Function:
+    def _read_by_function(self, function: Callable[[Tensor], Tensor]) -> Function:
+        """The same rows, each read by a function of the caller's."""
+        readout = Readout.of(function)
+        of_logits = readout.of_logits(self.lens.model, self.rows.batch)
+        return self._with_reading(readout, Reading.one_row_each(self.rows, of_logits))
+
+    def _read_by(self, readout: Readout) -> Function:
+        """The same prompts in the rows that the readout makes of them."""
+        readout = readout.on(self.prompts)
+        logits = self.of_rows(self.prompts)
+        # Of a readout inside the model, only the sites that can move it have gates.
+        f = cast("Function", readout.reaching(logits))
+        return f._with_reading(readout, readout.reading_beside(f))
+
+    def _with_reading(self, readout: Readout, reading: Reading) -> Function:
         return Function(self.lens, self.prompts, reading.rows, readout, reading, self.progress)
 
     def with_progress(self, shown: bool) -> Function:
