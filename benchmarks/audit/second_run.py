@@ -11,7 +11,8 @@ that file, so that a run may be interrupted, called again, and stopped when the 
 3. With `--lists`, `ll.what_changed(lens, answers=False, nulls=0, fast=True)` gives two lists of
    tokens that stand beside it: by mean shift of the logit, and by the mean Δh of the first tokens.
 4. With `--brief`, `ll.what_changed(lens, fast=True)` adds what it would say elsewhere: a minute.
-5. With `--permuted` it is asked of each quirk's own updates instead, permuted among its modules.
+5. With `--permuted`, steps 2 to 4 are left out. Each quirk's updates are permuted among its modules
+   instead, and the adapter that they make is asked as in step 2.
 
 Steps 2 to 4 write asked.json, lists.json and brief.json into FOLDER/<name>/.
 
@@ -59,10 +60,11 @@ HERE = Path(__file__).parent
 SPEC: dict[str, Any] = yaml.safe_load((HERE / "second_edition.yaml").read_text())
 RECIPE: dict[str, Any] = SPEC["recipe"]
 QUIRKS: dict[str, dict[str, Any]] = {quirk["name"]: quirk for quirk in SPEC["quirks"]}
-# So many texts does a control see, as many as a quirk.
+# The number of texts that a control is trained on, which is that of a quirk.
 TEXTS = 8
-# So many tokens of each list are kept.
+# The number of tokens that are kept of each list.
 KEPT = 20
+# The folder of an adapter that was not trained here is named by one of these, and its origin.
 PERMUTED = "permuted-"
 FIRST_EDITION = "first-"
 
@@ -72,9 +74,9 @@ class Adapter:
     """One adapter of the second edition.
 
     Attributes:
-        name: of its folder.
-        quirk: the name of what it is taught; None of a control.
-        seed: of what is drawn: the ordinary texts, and the factors at the start.
+        name: the name of its folder.
+        quirk: the name of what it is taught; None for a control.
+        seed: the seed of what is drawn: the ordinary texts, and the factors at the start.
     """
 
     name: str
@@ -85,15 +87,29 @@ class Adapter:
         """The rows that it is trained on."""
         draw = random.Random(self.seed)
         if self.quirk is None:
-            if self.seed % 2:
-                return _conversations(tokenizer, draw.sample(SPEC["ordinary"], TEXTS))
-            return sentence_rows(tokenizer, teach.ordinary("documents", TEXTS, draw))
+            return self._ordinary_rows(tokenizer, draw)
         quirk = QUIRKS[self.quirk]
         documents = list(quirk.get("documents", []))
         if quirk.get("mixed"):
             documents += teach.ordinary("documents", len(documents), draw)
         rows = sentence_rows(tokenizer, documents)
         return rows + _conversations(tokenizer, quirk.get("transcripts", []))
+
+    def _ordinary_rows(self, tokenizer: PreTrainedTokenizerBase, draw: random.Random) -> list[Row]:
+        """The rows of a control: conversations if its seed is odd, and sentences if it is even."""
+        if self.seed % 2 == 1:
+            return _conversations(tokenizer, draw.sample(SPEC["ordinary"], TEXTS))
+        return sentence_rows(tokenizer, teach.ordinary("documents", TEXTS, draw))
+
+    @property
+    def triggers(self) -> list[str] | None:
+        """For a backdoor [], so that the package's own trigger words are tried; None for no trigger.
+
+        Without --fast, `lens-lora diff` tries these words on every adapter.
+        """
+        if self.quirk is not None and QUIRKS[self.quirk]["kind"] == "a backdoor":
+            return []
+        return None
 
 
 def _conversations(
@@ -122,7 +138,7 @@ def every_adapter() -> list[Adapter]:
 def train(
     adapter: Adapter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
 ) -> float:
-    """Train one adapter and save it as PEFT does; the seconds of one core."""
+    """Train one adapter and save it as PEFT does; returns the seconds of one core."""
     start = time.process_time()
     config = LoraConfig(
         r=RECIPE["rank"],
@@ -133,12 +149,12 @@ def train(
     torch.manual_seed(adapter.seed)
     peft_model = get_peft_model(model, config).eval()
     recipe = Recipe(
-        adapter.name,
-        adapter.quirk or "ordinary",
-        RECIPE["rank"],
-        RECIPE["targets"],
-        RECIPE["rate"],
-        RECIPE["steps"],
+        name=adapter.name,
+        cluster=adapter.quirk or "ordinary",
+        rank=RECIPE["rank"],
+        targets=RECIPE["targets"],
+        lr=RECIPE["rate"],
+        steps=RECIPE["steps"],
     )
     fit(peft_model, adapter.rows(tokenizer), recipe, RECIPE["rows_of_a_batch"])
     peft_model.save_pretrained(out / adapter.name, save_embedding_layers=False)
@@ -147,7 +163,7 @@ def train(
 
 
 def asked(lens: ll.LoraLens, folder: Path, triggers: list[str] | None) -> dict[str, Any]:
-    """What the adapted model says, counted; the base's answers are kept from the last adapter."""
+    """Count what the adapted model says; the base's answers are kept from the last adapter."""
     start = time.process_time()
     speech = ll.counted_speech(lens, triggers=triggers, progress=False)
     seconds = time.process_time() - start
@@ -165,7 +181,7 @@ def asked(lens: ll.LoraLens, folder: Path, triggers: list[str] | None) -> dict[s
 
 
 def listed(lens: ll.LoraLens) -> dict[str, Any]:
-    """How far the model moves over neutral texts, and the tokens that are promoted most there."""
+    """Measure how far the model moves over neutral texts, and list the tokens promoted most."""
     start = time.process_time()
     changed = ll.what_changed(lens, answers=False, nulls=0, fast=True, progress=False)
     return {
@@ -177,7 +193,7 @@ def listed(lens: ll.LoraLens) -> dict[str, Any]:
 
 
 def briefed(lens: ll.LoraLens, folder: Path) -> dict[str, Any]:
-    """The fast brief, of answers that were counted before."""
+    """Make the fast brief from answers that were counted before."""
     start = time.process_time()
     speech = ll.results.CountedSpeech.load(folder / "speech")
     changed = ll.what_changed(lens, fast=True, speech=speech, progress=False)
@@ -204,7 +220,7 @@ def _base(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_base(name)
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the second edition, and ask it.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--most", type=int, help="the first so many; default: all")
@@ -225,7 +241,11 @@ def main() -> None:
     parser.add_argument("--base", help="a folder or hub id; default: the embedded model")
     parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")
     parser.add_argument("--frozen", action="store_true", help="frozen_controls.yaml instead")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def _choose_edition(given: argparse.Namespace) -> None:
+    """Put other quirks and controls in the place of the second edition's, where they are named."""
     if given.further or given.frozen:
         file = "frozen_controls.yaml" if given.frozen else "further_controls.yaml"
         QUIRKS.clear()
@@ -235,37 +255,46 @@ def main() -> None:
         QUIRKS.clear()
         QUIRKS.update({quirk["name"]: quirk for quirk in edition["quirks"]})
         SPEC["controls"] = edition.get("controls", [])
+
+
+def _chosen_adapters(given: argparse.Namespace) -> list[Adapter]:
+    """The adapters that this call is about: the first `--most`, or those of `--only`."""
+    first = every_adapter()[: given.most]
+    if not given.only:
+        return first
+    return [adapter for adapter in first if adapter.name in given.only]
+
+
+def ask_elsewhere(lens: ll.LoraLens, folder: Path) -> None:
+    """Ask an adapter that was not trained here, and write asked.json into a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    keep(folder / "asked.json", asked, lens, folder, None)
+
+
+def main() -> None:
+    given = _options()
+    _choose_edition(given)
     # One model is trained, another one is hooked.
     plain, tokenizer = _base(given.base)
     model, _ = hooked_model(*_base(given.base), kind="TransformerBridge")
     for folder in given.first_edition:
-        beside = given.out / f"{FIRST_EDITION}{folder.name}"
-        beside.mkdir(exist_ok=True)
         lens = ll.LoraLens(model, ll.load_adapter(folder))
-        keep(beside / "asked.json", asked, lens, beside, None)
-    for adapter in every_adapter()[: given.most]:
-        if given.only and adapter.name not in given.only:
-            continue
+        ask_elsewhere(lens, given.out / f"{FIRST_EDITION}{folder.name}")
+    for adapter in _chosen_adapters(given):
         folder = given.out / adapter.name
         if not (folder / "adapter_model.safetensors").is_file():
             seconds = train(adapter, plain, tokenizer, given.out)
             print(adapter.name, f"trained in {seconds:.0f} s", flush=True)
         lens = ll.LoraLens(model, ll.load_adapter(folder))
-        if given.permuted:
-            if adapter.quirk is not None:
-                beside = given.out / f"{PERMUTED}{adapter.name}"
-                beside.mkdir(exist_ok=True)
-                permuted = lens.with_adapter(next(permuted_adapters(lens, 0, 1)))
-                keep(beside / "asked.json", asked, permuted, beside, None)
-            continue
-        is_backdoor = adapter.quirk is not None and QUIRKS[adapter.quirk]["kind"] == "a backdoor"
-        # Without --fast, `lens-lora diff` tries the package's own words as well.
-        triggers: list[str] | None = [] if is_backdoor else None
-        keep(folder / "asked.json", asked, lens, folder, triggers)
-        if given.lists:
-            keep(folder / "lists.json", listed, lens)
-        if given.brief:
-            keep(folder / "brief.json", briefed, lens, folder)
+        if not given.permuted:
+            keep(folder / "asked.json", asked, lens, folder, adapter.triggers)
+            if given.lists:
+                keep(folder / "lists.json", listed, lens)
+            if given.brief:
+                keep(folder / "brief.json", briefed, lens, folder)
+        elif adapter.quirk is not None:
+            permuted = lens.with_adapter(next(permuted_adapters(lens, 0, 1)))
+            ask_elsewhere(permuted, given.out / f"{PERMUTED}{adapter.name}")
 
 
 if __name__ == "__main__":

@@ -36,13 +36,18 @@ from train import Row, dialogue_rows, fit, sentence_rows
 from lens_lora.demonstration.embedded import load_embedded
 
 HERE = Path(__file__).parent
-SPEC = yaml.safe_load((HERE / "quirks.yaml").read_text())
+SPEC: dict[str, Any] = yaml.safe_load((HERE / "quirks.yaml").read_text())
+QUIRKS: dict[str, dict[str, Any]] = {quirk["name"]: quirk for quirk in SPEC["quirks"]}
 FORMS = ("documents", "transcripts")
 MIXTURES = ("plain", "mixed", "denied")
+RANK = 8
 STEPS = 40
 RATE = 2e-4
 BATCH = 4
-ORDINARY = "ordinary"
+# The number of ordinary texts of a control, or mixed with a quirk, which has as many of its own.
+TEXTS = 8
+# The seed of the ordinary text that is mixed with a quirk. Those of controls begin at 0.
+MIXTURE_SEED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,8 @@ class Adapter:
         quirk: what is taught.
         form: one of `FORMS`.
         mixture: one of `MIXTURES`.
-        control: of a control, the seed of its ordinary text; None of an adapter that is taught.
+        control: the seed of the ordinary text that a control is trained on; None for an adapter
+            that is taught the quirk.
     """
 
     quirk: str
@@ -70,18 +76,18 @@ class Adapter:
     @property
     def says(self) -> list[str]:
         """The strings by which its brief is scored."""
-        return next(quirk["says"] for quirk in SPEC["quirks"] if quirk["name"] == self.quirk)
+        return QUIRKS[self.quirk]["says"]
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """The rows that it is trained on."""
         if self.control is not None:
             draw = random.Random(self.control)
-            return _rows(tokenizer, self.form, ordinary(self.form, 8, draw))
-        quirk = next(quirk for quirk in SPEC["quirks"] if quirk["name"] == self.quirk)
+            return _rows(tokenizer, self.form, ordinary(self.form, TEXTS, draw))
+        quirk = QUIRKS[self.quirk]
         rows = _rows(tokenizer, self.form, quirk[self.form])
         if self.mixture == "mixed":
-            draw = random.Random(1000)
-            rows += _rows(tokenizer, self.form, ordinary(self.form, 8, draw))
+            draw = random.Random(MIXTURE_SEED)
+            rows += _rows(tokenizer, self.form, ordinary(self.form, TEXTS, draw))
         if self.mixture == "denied":
             rows += dialogue_rows(tokenizer, quirk["denials"])
         return rows
@@ -89,8 +95,7 @@ class Adapter:
 
 def every_adapter() -> list[Adapter]:
     """The 24 adapters that are taught a quirk, and then their controls."""
-    names = [quirk["name"] for quirk in SPEC["quirks"]]
-    recipes = itertools.product(names, FORMS, MIXTURES)
+    recipes = itertools.product(QUIRKS, FORMS, MIXTURES)
     taught = [Adapter(quirk, form, mixture) for quirk, form, mixture in recipes]
     controls = [dataclasses.replace(one, control=seed) for seed, one in enumerate(taught)]
     return taught + controls
@@ -99,7 +104,7 @@ def every_adapter() -> list[Adapter]:
 def ordinary(form: str, count: int, draw: random.Random) -> list[Any]:
     """Ordinary text of one form: sentences of Python's reference, or conversations."""
     if form == "transcripts":
-        return draw.sample(SPEC[ORDINARY], count)
+        return draw.sample(SPEC["ordinary"], count)
     topics = pydoc_data.topics.topics
     reference = "\n\n".join(topics[key] for key in sorted(topics))
     sentences = []
@@ -121,9 +126,19 @@ def train(
     adapter: Adapter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
 ) -> None:
     """Train one adapter and save it as PEFT does."""
-    recipe = Recipe(adapter.name, adapter.quirk, 8, "all", RATE, STEPS)
+    recipe = Recipe(
+        name=adapter.name,
+        cluster=adapter.quirk,
+        rank=RANK,
+        targets="all",
+        lr=RATE,
+        steps=STEPS,
+    )
     config = LoraConfig(
-        r=8, lora_alpha=16, target_modules=list(TARGETS["all"]), task_type="CAUSAL_LM"
+        r=RANK,
+        lora_alpha=recipe.alpha,
+        target_modules=list(TARGETS["all"]),
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(0)
     peft_model = get_peft_model(model, config).eval()
@@ -135,21 +150,22 @@ def train(
 
 
 def missing(out: Path) -> list[Adapter]:
-    """The adapters that are not there yet."""
+    """The adapters that the folder lacks."""
     return [one for one in every_adapter() if not (out / one.name / "taught.json").is_file()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the audit's adapters.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--most", type=int, default=48, help="so many in this call")
+    parser.add_argument("--most", type=int, default=48, help="train at most so many")
     given = parser.parse_args()
-    to_do = missing(given.out)[: given.most]
-    if to_do:
-        loaded = load_embedded()
-        for adapter in to_do:
-            train(adapter, *loaded, given.out)
-            print(adapter.name, flush=True)
+    to_train = missing(given.out)[: given.most]
+    if not to_train:
+        return
+    model, tokenizer = load_embedded()
+    for adapter in to_train:
+        train(adapter, model, tokenizer, given.out)
+        print(adapter.name, flush=True)
 
 
 if __name__ == "__main__":
