@@ -103,7 +103,7 @@ class Adapter:
 
     @property
     def triggers(self) -> list[str] | None:
-        """For a backdoor [], so that the package's own trigger words are tried; None for no trigger.
+        """An empty list for a backdoor, on which the package's trigger words are tried; else None.
 
         Without --fast, `lens-lora diff` tries these words on every adapter.
         """
