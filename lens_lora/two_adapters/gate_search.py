@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +20,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.arguments import number, whole
 from lens_lora.core import LoraLens
-from lens_lora.errors import ArgumentError, many, named, worded
+from lens_lora.errors import ArgumentError, many, named, setting, worded
 from lens_lora.two_adapters.goals import Gates, Goal, values_at
 
 # A missing share costs ten times as much as the same share left.
@@ -30,25 +32,50 @@ _SLACK = 0.02
 _THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 
 
-def optimised_gates(
-    goals: Sequence[Goal],
-    keep_share: float,
-    *,
-    steps: int,
-    rate: float,
-    price: float,
-    progress: bool,
-) -> Gates:
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What is searched for, and how.
+
+    Attributes:
+        keep_share: how much of each kept question's shift must stay.
+        steps: how many steps Adam takes.
+        rate: how far a gate moves in a step.
+        price: the cost of all gates at one, where leaving all that is to be dropped costs 1.
+    """
+
+    keep_share: float
+    steps: int
+    rate: float
+    price: float
+
+    @classmethod
+    def checked(cls, *, keep_share: object, steps: object, rate: object, price: object) -> Search:
+        """Check the arguments of `repair` by which it searches.
+
+        Raises:
+            ArgumentError: a share outside (0, 1], a rate that is not above 0, a price below 0, or
+                no step.
+        """
+        share = number("keep_share", keep_share)
+        rate = number("rate", rate)
+        price = number("price", price)
+        if not 0 < share <= 1:
+            raise ArgumentError(
+                f"{setting('keep_share', share)}: expected a share above 0, at most 1."
+            )
+        if rate <= 0 or price < 0:
+            raise ArgumentError(f"{rate=:g}, {price=:g}: expected a rate above 0, a price ≥ 0.")
+        return cls(share, whole("steps", steps, 1), rate, price)
+
+
+def optimised_gates(goals: Sequence[Goal], search: Search, *, progress: bool) -> Gates:
     """The gates after the last step of Adam.
 
     Cost: a forward and a backward pass of every question per step.
 
     Args:
         goals: the questions that are optimised, of both kinds.
-        keep_share: how much of each kept question's shift must stay.
-        steps: how many steps are taken.
-        rate: how far a gate moves in a step.
-        price: the cost of all gates at one, where leaving all that is to be dropped costs 1.
+        search: what is searched for, and how.
         progress: whether a bar is shown.
 
     Raises:
@@ -62,14 +89,14 @@ def optimised_gates(
     lens.check_backward(once=False)
     alive = layout.alive.to(lens.device)
     gates = alive.to(lens.gate_dtype).requires_grad_()
-    adam = torch.optim.Adam([gates], lr=rate)
-    target = min(1.0, keep_share + _SLACK)
-    with tqdm(range(steps), desc="gates", leave=False, disable=not progress) as bar:
+    adam = torch.optim.Adam([gates], lr=search.rate)
+    target = min(1.0, search.keep_share + _SLACK)
+    with tqdm(range(search.steps), desc="gates", leave=False, disable=not progress) as bar:
         for _ in bar:
             with torch.enable_grad():
                 kept, left = _kept_and_left(goals, gates)
                 missing = (target - kept).clamp(min=0)
-                cost = price * gates.sum() / alive.sum()
+                cost = search.price * gates.sum() / alive.sum()
                 loss = left.mean() + cost + _FORCE * missing.sum()
             (gates.grad,) = torch.autograd.grad(loss, [gates])
             adam.step()

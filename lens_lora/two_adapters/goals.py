@@ -91,24 +91,31 @@ def values_at(goals: Sequence[Goal], gates: Gates) -> list[Float[Tensor, " batch
     return [goal.values(gates) for goal in goals]
 
 
-def goals_of(layout: GateLayout, questions: Sequence[Question], name: str) -> list[Goal]:
+def goals_of(
+    layout: GateLayout,
+    questions: Sequence[Question],
+    name: str,
+    *,
+    keep: bool,
+    held_out: bool = False,
+) -> list[Goal]:
     """The questions of one argument of `repair`.
 
     Args:
         layout: the gates.
         questions: pairs of prompts and a readout.
-        name: the name of the argument: 'keep', 'drop', 'test_keep' or 'test_drop'.
+        name: the name of the argument, for errors.
+        keep: whether they are to be kept, or dropped.
+        held_out: whether they only judge. There may be none of these.
 
     Raises:
         ArgumentError: no questions where some are needed, something that is no pair of prompts and
             a readout, or a question that the adapter does not move.
     """
-    held_out = name.startswith("test")
     if not isinstance(questions, list | tuple) or not (questions or held_out):
         raise ArgumentError(
             f"{name}={questions!r}: expected [(prompts, readout), …], at least one pair."
         )
-    keep = name.endswith("keep")
     goals: list[Goal] = []
     for i, question in enumerate(questions):
         label = f"{name}[{i}]"

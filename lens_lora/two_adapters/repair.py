@@ -22,7 +22,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.arguments import number, whole, word
+from lens_lora.arguments import whole, word
 from lens_lora.core import (
     Adapter,
     LoRAFactors,
@@ -35,9 +35,8 @@ from lens_lora.core import (
     storage,
     tables,
 )
-from lens_lora.errors import ArgumentError, setting
-from lens_lora.two_adapters.gate_search import optimised_gates, rounded_gates
-from lens_lora.two_adapters.goals import Goal, Question, goals_of
+from lens_lora.two_adapters.gate_search import Search, optimised_gates, rounded_gates
+from lens_lora.two_adapters.goals import Question, goals_of
 from lens_lora.two_adapters.rank_gates import Of, layout_of
 from lens_lora.two_adapters.repair_judging import judged
 from lens_lora.two_adapters.sub_adapter import require_expressible, sub_adapter
@@ -236,42 +235,43 @@ def repair(
         NumericsError: a readout is not finite.
     """
     word("of", of, get_args(Of))
-    keep_share = number("keep_share", keep_share)
-    rate = number("rate", rate)
-    price = number("price", price)
-    if not 0 < keep_share <= 1:
-        raise ArgumentError(
-            f"{setting('keep_share', keep_share)}: expected a share above 0, at most 1."
-        )
-    if rate <= 0 or price < 0:
-        raise ArgumentError(f"{rate=:g}, {price=:g}: expected a rate above 0, a price ≥ 0.")
-    steps = whole("steps", steps, 1)
+    search = Search.checked(keep_share=keep_share, steps=steps, rate=rate, price=price)
     draws = whole("draws", draws, 1)
     seed = whole("seed", seed, 0)
     layout = layout_of(lens, of)
     require_expressible(layout)
-    arguments = {"keep": keep, "drop": drop, "test_keep": test_keep, "test_drop": test_drop}
-    goals: list[Goal] = []
-    for name, questions in arguments.items():
-        goals += goals_of(layout, questions, name)
-    given = [goal for goal in goals if not goal.held_out]
-    gates = optimised_gates(
-        given, keep_share, steps=steps, rate=rate, price=price, progress=progress
-    )
-    kept = rounded_gates(given, gates, keep_share)
+    given = [
+        *goals_of(layout, keep, "keep", keep=True),
+        *goals_of(layout, drop, "drop", keep=False),
+    ]
+    held_out = [
+        *goals_of(layout, test_keep, "test_keep", keep=True, held_out=True),
+        *goals_of(layout, test_drop, "test_drop", keep=False, held_out=True),
+    ]
+    goals = given + held_out
+
+    gates = optimised_gates(given, search, progress=progress)
+    kept = rounded_gates(given, gates, search.keep_share)
+    adapter = sub_adapter(layout, kept.cpu(), f"{lens.adapter.name} repaired")
+    judgement = judged(goals, kept, draws, seed)
     meta = layout.lens.describe(*(goal.g.prompts for goal in goals))
     return Repair(
-        adapter=sub_adapter(layout, kept.cpu(), f"{lens.adapter.name} repaired"),
+        adapter=adapter,
         gates=gates,
         kept=kept,
         sites=lens.sites,
         sizes=layout.sizes,
         of=of,
-        keep_share=keep_share,
+        gate_count=int(layout.alive.sum()),
+        keep_share=search.keep_share,
         labels=tuple(goal.label for goal in goals),
         keeps=tuple(goal.keep for goal in goals),
         held_out=tuple(goal.held_out for goal in goals),
-        gate_count=int(layout.alive.sum()),
+        shares=judgement.shares,
+        values=judgement.values,
+        random=judgement.random,
+        scales=judgement.scales,
+        along=judgement.along,
+        matched=judgement.matched,
         meta={**meta, RANDOM: str(seed)},
-        **judged(goals, kept, draws, seed),
     )

@@ -8,8 +8,9 @@ to 1 keeps as much.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,9 +27,21 @@ _BISECTIONS = 6
 Kept = Bool[Tensor, " gate"]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judgement:
+    """What `Repair` holds of how well the repair does; its fields are described there."""
+
+    shares: Float[Tensor, "state=4 question"]
+    values: Float[Tensor, "state_and_base=5 question"]
+    random: Float[Tensor, "draw question"]
+    scales: Float[Tensor, " scale"]
+    along: Float[Tensor, "scale question"]
+    matched: tuple[float, float]
+
+
 @torch.no_grad()
-def judged(goals: Sequence[Goal], kept: Kept, draws: int, seed: int) -> dict[str, Any]:
-    """The fields of `Repair` that judge.
+def judged(goals: Sequence[Goal], kept: Kept, draws: int, seed: int) -> Judgement:
+    """The repair beside the whole adapter, scaled down, and beside random sets of gates.
 
     Cost: 11 forward passes of every question, one for each random set, six more of those to be
     kept.
@@ -42,33 +55,40 @@ def judged(goals: Sequence[Goal], kept: Kept, draws: int, seed: int) -> dict[str
     layout = goals[0].layout
     whole = layout.alive.to(kept.device, layout.lens.gate_dtype)
     along = torch.stack([shares_of(goals, values_at(goals, whole * scale)) for scale in _SCALES])
-    repaired = values_at(goals, kept.to(whole))
-    matched = _matched_strengths(goals, whole, along, shares_of(goals, repaired))
-    scaled: list[Tensor] = []
-    for goal in goals:
-        strength = matched.held_out if goal.held_out else matched.given
-        scaled.append(goal.values(whole * strength))
-    drawn: list[list[Tensor]] = []
-    for gates in _random_sets(layout, kept, draws, seed):
-        drawn.append(values_at(goals, gates.to(whole)))
-
     base = [goal.g.ends[0] for goal in goals]
     adapted = [goal.g.ends[1] for goal in goals]
-    mean_of_drawn: list[Tensor] = []
-    for of_question in zip(*drawn, strict=True):
-        mean_of_drawn.append(torch.stack(of_question).mean(0))
-    states = (base, adapted, repaired, scaled, mean_of_drawn)
+    repaired = values_at(goals, kept.to(whole))
+    matched = _matched_strengths(goals, whole, along, shares_of(goals, repaired))
+    scaled = _values_scaled(goals, whole, matched)
+    drawn = [values_at(goals, gates.to(whole)) for gates in _random_sets(layout, kept, draws, seed)]
 
     random = torch.stack([shares_of(goals, values) for values in drawn])
     shares = [shares_of(goals, values) for values in (adapted, repaired, scaled)]
-    return {
-        "shares": torch.stack([*shares, random.mean(0)]),
-        "values": torch.stack([_means_of(goals, values) for values in states]),
-        "random": random,
-        "scales": torch.tensor(_SCALES, dtype=torch.float64),
-        "along": along,
-        "matched": tuple(matched),
-    }
+    states = (base, adapted, repaired, scaled, _mean_over_draws(drawn))
+    return Judgement(
+        shares=torch.stack([*shares, random.mean(0)]),
+        values=torch.stack([_means_of(goals, values) for values in states]),
+        random=random,
+        scales=torch.tensor(_SCALES, dtype=torch.float64),
+        along=along,
+        matched=(matched.given, matched.held_out),
+    )
+
+
+def _values_scaled(
+    goals: Sequence[Goal], whole: Gates, matched: _Matched
+) -> list[Float[Tensor, " batch"]]:
+    """The value of each question under the whole adapter at its matched strength."""
+    values: list[Tensor] = []
+    for goal in goals:
+        strength = matched.held_out if goal.held_out else matched.given
+        values.append(goal.values(whole * strength))
+    return values
+
+
+def _mean_over_draws(drawn: Sequence[Sequence[Tensor]]) -> list[Float[Tensor, " batch"]]:
+    """The mean value of each question over the random sets, whose values are given set by set."""
+    return [torch.stack(by_draw).mean(0) for by_draw in zip(*drawn, strict=True)]
 
 
 def _means_of(goals: Sequence[Goal], values: Sequence[Tensor]) -> Float[Tensor, " question"]:
