@@ -11,9 +11,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager
+import dataclasses
+from collections.abc import Generator, Sequence
 from typing import Annotated, Any, final
 
 import pandas as pd
@@ -169,46 +168,43 @@ def patchscope(
     count = whole("k", k, 1)
     length = whole("max_new_tokens", max_new_tokens, 1)
     _require_stream(lens, name)
-    sizes = numbers_of("scales", scales)
+    multiples = numbers_of("scales", scales)
     strength = number("at", at)
     gates = lens.gates(strength)
-    if not sizes:
+    if not multiples:
         raise ArgumentError("scales=[]", remedy="give at least one size.")
-    source = directions_of(vector, name).at(name, int(lens.model.cfg.d_model))
-    unit = source.unit(centred=lens.host.centres_stream)
+    directions = directions_of(vector, name).at(name, int(lens.model.cfg.d_model))
+    unit = directions.unit(centred=lens.host.centres_stream)
     row = _prompt_of(lens, prompt)
     str_tokens = lens.str_tokens(row)[0]
-    place = _place(str_tokens, placeholder)
-    Tokens(lens.model).require_context(
-        len(str_tokens) + length - 1, "the prompt with its continuation"
-    )
-    f = lens.function(row)
-    size = _mean_size(f, gates, name, place)
-    multiples = torch.tensor(sizes, dtype=unit.dtype)
-    by_size = unit[:, None] * multiples[:, None] * size
-    # A row for each direction and size.
-    vectors = by_size.flatten(0, 1)
+    position = _position_of(placeholder, str_tokens)
+    longest = len(str_tokens) + length - 1
+    Tokens(lens.model).require_context(longest, "the prompt with its continuation")
 
-    plain = f.passes.logits(under=lens.adapted(gates))[0].softmax(-1)
-    under = functools.partial(_with_vectors, lens, gates, name, place, vectors)
-    logits, tokens = _continued(f, under, len(vectors), length)
+    slot = _Slot(lens.function(row), gates, name, position)
+    size = slot.mean_size()
+    mean_sized = unit * size
+    by_multiple = unit[:, None] * torch.tensor(multiples, dtype=unit.dtype)[:, None]
+    vectors = (by_multiple * size).flatten(0, 1)
+    plain = slot.unchanged_logits().softmax(-1)
+    logits, tokens = slot.continued(vectors, length)
     require_finite(logits, "a logit")
-    p = logits.softmax(-1)
-    likeliest = p.topk(min(count, p.shape[-1]))
-    shape = len(unit), len(sizes), -1
+    probabilities = logits.softmax(-1)
+    likeliest = probabilities.topk(min(count, probabilities.shape[-1]))
+    by_direction_and_scale = (len(unit), len(multiples), -1)
     return Patchscope(
-        ids=likeliest.indices.view(shape),
-        probabilities=likeliest.values.view(shape),
+        ids=likeliest.indices.view(by_direction_and_scale),
+        probabilities=likeliest.values.view(by_direction_and_scale),
         plain=plain,
-        readings=read_through(lens, over_scale(lens, unit * size, unit * size)),
-        continuations=_texts_of(lens, tokens.view(shape)),
+        readings=read_through(lens, over_scale(lens, mean_sized, mean_sized)),
+        continuations=_texts_of(lens, tokens.view(by_direction_and_scale)),
         strings=lens.vocabulary,
-        directions=source.names,
-        scales=tuple(sizes),
+        directions=directions.names,
+        scales=tuple(multiples),
         size=size,
         name=name,
         prompt=tuple(str_tokens),
-        position=place,
+        position=position,
         at=strength,
         meta=lens.describe(row),
     )
@@ -230,72 +226,87 @@ def _prompt_of(lens: LoraLens, prompt: object) -> Prompts:
     return lens.prompts(prompt)
 
 
-def _place(tokens: Sequence[str], placeholder: str) -> int:
+def _position_of(placeholder: str, tokens: Sequence[str]) -> int:
     """The position of the last token that contains the placeholder."""
     if not isinstance(placeholder, str) or not placeholder:
         raise ArgumentError(f"placeholder={placeholder!r}: expected text that a token contains.")
-    places = [i for i, token in enumerate(tokens) if placeholder in token]
-    if not places or places[-1] == 0:
+    positions = [i for i, token in enumerate(tokens) if placeholder in token]
+    if not positions or positions[-1] == 0:
         raise ArgumentError(
             f"placeholder={placeholder!r}: none of the tokens {list(tokens)} after the first "
             "contains it, so there is no token for the vector to replace."
         )
-    return places[-1]
+    return positions[-1]
 
 
-def _mean_size(f: Function, gates: Float[Tensor, " site"], name: str, place: int) -> float:
-    """The mean ‖h‖ of the prompt's tokens, without sinks and the placeholder. One forward pass.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Slot:
+    """A token of the prompt whose h vectors replace.
 
-    If no other token is left, it is ‖h‖ of the placeholder.
+    Attributes:
+        f: the function of the prompt.
+        gates: the gates of the model.
+        name: the hook point.
+        position: the position of the token.
     """
-    firings = f.passes.record([name], gates).firings
-    f.lens.points(name).fired(firings, updated=True)
-    norms = firings[name][-1].cpu().double().norm(dim=-1)
-    is_counted = ~sinks_among([norms], f.rows.real.cpu())[0]
-    is_counted[0] = False
-    is_counted[place] = False
-    if not bool(is_counted.any()):
-        is_counted[place] = True
-    return float(norms[0, is_counted].mean())
 
+    f: Function
+    gates: Float[Tensor, " site"]
+    name: str
+    position: int
 
-@contextlib.contextmanager
-def _with_vectors(
-    lens: LoraLens,
-    gates: Float[Tensor, " site"],
-    name: str,
-    place: int,
-    vectors: Float[Tensor, "row d"],
-) -> Generator[None]:
-    """Within the block each row has its own vector in place of h, at one token of a hook point."""
+    def mean_size(self) -> float:
+        """The mean ‖h‖ of the prompt's tokens, without sinks and this token. One forward pass.
 
-    def put_in_place(h: Tensor, hook: Any) -> Tensor:
-        del hook
-        return h.select_scatter(vectors.to(h), 1, place)
+        If no other token is left, it is ‖h‖ of this one.
+        """
+        firings = self.f.passes.record([self.name], self.gates).firings
+        self.f.lens.points(self.name).fired(firings, updated=True)
+        norms = firings[self.name][-1].cpu().double().norm(dim=-1)
+        is_counted = ~sinks_among([norms], self.f.rows.real.cpu())[0]
+        is_counted[0] = False
+        is_counted[self.position] = False
+        if not bool(is_counted.any()):
+            is_counted[self.position] = True
+        return float(norms[0, is_counted].mean())
 
-    with lens.adapted(gates), lens.hooked([(name, put_in_place)]):
-        yield
+    def unchanged_logits(self) -> Float[Tensor, " vocab"]:
+        """The logits of the next token after the unchanged prompt. One forward pass."""
+        return self.f.passes.logits(under=self.f.lens.adapted(self.gates))[0]
 
+    def continued(
+        self, vectors: Float[Tensor, "row d"], length: int
+    ) -> tuple[Float[Tensor, "row vocab"], Int[Tensor, "row new"]]:
+        """The logits of the next token after each vector, and the likeliest continuations.
 
-def _continued(
-    f: Function, under: Callable[[], AbstractContextManager[None]], count: int, length: int
-) -> tuple[Float[Tensor, "row vocab"], Int[Tensor, "row new"]]:
-    """The logits of the next token in `count` copies of the row, and the likeliest continuations.
+        Args:
+            vectors: each is put into a copy of the prompt.
+            length: the number of tokens in each continuation. One forward pass for each.
+        """
+        tokens = self.f.rows.tokens.repeat(len(vectors), 1)
+        lengths = self.f.rows.lengths.repeat(len(vectors))
+        first_logits: Tensor | None = None
+        for step in range(length):
+            rows = Prompts(tokens, lengths + step)
+            logits = self.f.of_rows(rows).passes.logits(under=self._filled_with(vectors))
+            if first_logits is None:
+                first_logits = logits
+            likeliest = logits.argmax(-1)[:, None].to(tokens)
+            tokens = torch.cat([tokens, likeliest], 1)
+        assert first_logits is not None, "max_new_tokens is at least 1"
+        return first_logits, tokens[:, -length:]
 
-    Every pass runs under the hooks of a context that `under` makes.
-    """
-    tokens = f.rows.tokens.repeat(count, 1)
-    lengths = f.rows.lengths.repeat(count)
-    first_logits: Tensor | None = None
-    for step in range(length):
-        rows = Prompts(tokens, lengths + step)
-        logits = f.of_rows(rows).passes.logits(under=under())
-        if first_logits is None:
-            first_logits = logits
-        likeliest = logits.argmax(-1)[:, None].to(tokens)
-        tokens = torch.cat([tokens, likeliest], 1)
-    assert first_logits is not None, "max_new_tokens is at least 1"
-    return first_logits, tokens[:, -length:]
+    @contextlib.contextmanager
+    def _filled_with(self, vectors: Float[Tensor, "row d"]) -> Generator[None]:
+        """Within the block each row has its own vector in place of h."""
+        lens = self.f.lens
+
+        def put_in_place(h: Tensor, hook: Any) -> Tensor:
+            del hook
+            return h.select_scatter(vectors.to(h), 1, self.position)
+
+        with lens.adapted(self.gates), lens.hooked([(self.name, put_in_place)]):
+            yield
 
 
 def _texts_of(
