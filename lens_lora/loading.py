@@ -294,15 +294,7 @@ def load(
         ModelStateError: the model cannot be loaded, or no exact lens is possible; the message has
             the remedy.
     """
-    model = uncompiled(model)
-    is_peft = isinstance(getattr(model, "peft_config", None), dict)
-    if adapter is None and isinstance(model, str | Path):
-        adapter = model
-        model = None
-    if adapter is None:
-        adapter = _active_adapter(model, is_peft)
-    if is_peft:
-        model = cast("PreTrainedModel", base_within(model))
+    base_given, adapter_given = _base_and_adapter(model, adapter)
     dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
     device_name = None if device is None else str(device)
     how = Placement(
@@ -314,34 +306,74 @@ def load(
         attn=attn,
     )
 
+    # The adapter is read first, as it may name its base. Some methods measure ΔW over the base,
+    # which is loaded once for both uses.
     @functools.cache
     def loaded(named: str | None) -> Base:
-        return _base(model, named, how, tokenizer)
+        return _base(base_given, named, how, tokenizer)
 
     def base_for(named: str | None) -> nn.Module:
         base, _ = loaded(named)
         return base
 
-    adapter = load_adapter(adapter, base=base_for, revision=revision, subfolder=subfolder)
-    base, base_tokenizer = loaded(adapter.base_model)
+    read = load_adapter(adapter_given, base=base_for, revision=revision, subfolder=subfolder)
+    base, base_tokenizer = loaded(read.base_model)
     if tokenizer is None:
-        own = tokenizer_beside(adapter, base, base_tokenizer)
+        chosen_tokenizer = tokenizer_beside(read, base, base_tokenizer)
     else:
-        own = OwnTokenizer(tokenizer)
+        chosen_tokenizer = OwnTokenizer(tokenizer)
+    return _lens_over(
+        base,
+        chosen_tokenizer,
+        read,
+        kind=kind,
+        attn=attn,
+        prepend_bos=prepend_bos,
+        check=check,
+    )
+
+
+def _base_and_adapter(
+    model: Any, adapter: str | Path | Adapter | None
+) -> tuple[Any, str | Path | Adapter]:
+    """The base and the adapter, each as a name or as an object.
+
+    The base is None where it is to be the one that the adapter names.
+
+    Args:
+        model: the first argument of `load`: a base, an adapter's name, or a PeftModel.
+        adapter: its second argument; None if it is left out.
+    """
+    model = uncompiled(model)
+    if adapter is None and isinstance(model, str | Path):
+        return None, model
+    is_peft = isinstance(getattr(model, "peft_config", None), dict)
+    if adapter is None:
+        adapter = _active_adapter(model, is_peft)
+    if is_peft:
+        model = base_within(model)
+    return model, adapter
+
+
+def _lens_over(
+    base: PreTrainedModel,
+    tokenizer: OwnTokenizer,
+    adapter: Adapter,
+    *,
+    kind: Kind | None,
+    attn: Attention,
+    prepend_bos: bool | None,
+    check: bool,
+) -> LoraLens:
+    """The lens over a loaded base, which is as it was before if there is an error."""
     with _remedy_for_a_wrapped_base(base), as_before_on_error(base):
         make_maps_whole(base)
         refuse_modules_trained_whole(base, adapter)
-        # A family that is not listed is compared with the base, module by module.
         probe = None
         if check and listed_family(base) is None:
+            # A family that is not listed is compared with the base, module by module.
             probe = Probe(base, on_stacks(adapter, base))
-        hooked, host = hooked_model(
-            base,
-            own,
-            kind=kind,
-            attn=attn,
-            prepend_bos=prepend_bos,
-        )
+        hooked, host = hooked_model(base, tokenizer, kind=kind, attn=attn, prepend_bos=prepend_bos)
         return LoraLens(
             hooked,
             adapter,

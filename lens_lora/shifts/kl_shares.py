@@ -283,45 +283,54 @@ def kl_shares(
         NumericsError: a derivative is not finite; the error names the site.
     """
     axes = by_axes(by)
-    scales_below_1 = numbers_of("scales", scales)
-    if not all(0 < scale < 1 for scale in scales_below_1):
-        raise ArgumentError(f"scales={scales!r}: expected strengths between 0 and 1.")
+    strengths = _strengths(scales)
+    groups: Groups = {}
     if kernel is not None:
         word("kernel", kernel, get_args(_Kernel))
-    groups = {} if kernel is None else lens.sites.grouped(kernel)
+        groups = lens.sites.grouped(kernel)
     if max_memory is not None:
         lens = lens.within(max_memory)
     f = lens.function(prompts, progress=progress)
     readout = KL(response, direction, tokens).on(f.prompts)
-    in_gauge = f.over(lens.in_gauge(gauge, axes))
-
-    # p₀ is not known yet, and this pass does not need it: it gives f(0) together with the shares.
     reading = readout.reading(lens.model, f.prompts)
-    doubled, base = in_gauge.about(readout, reading).pulled_back(_times_fisher, axes)
-    # The divergence is computed from that f(0).
-    g = Evaluations(f.about(readout, with_base(readout, reading, base)))
+
+    # This reading does not know p₀ yet, and is not asked for it: the pass that gives the shares
+    # gives f(0) as well, from which the divergence is computed.
+    without_base = f.over(lens.in_gauge(gauge, axes)).about(readout, reading)
+    doubled_shares, base_logits = without_base.pulled_back(_times_fisher, axes)
+    g = Evaluations(f.about(readout, with_base(readout, reading, base_logits)))
     # D(0) = 0 by definition.
     g.know(0.0, torch.zeros(reading.batch, dtype=lens.gate_dtype, device=lens.device))
-    strengths = [*sorted(scales_below_1), 1.0]
     # The pass for these slopes also gives D(0.5), which may be one of the strengths.
     midpoint = g.slopes(0.5)
     divergence = g.along(strengths).T
-    gram = _gram(g, base.softmax(-1), groups) if groups else None
+    gram = None
+    if groups:
+        gram = _gram(g, base_logits.softmax(-1), groups)
+    attribution = Attribution.of(
+        g,
+        doubled_shares / 2,
+        axes,
+        method="kl_quadratic",
+        at=0.0,
+        gauge=gauge,
+    )
     return KLShares(
-        attribution=Attribution.of(
-            g,
-            doubled / 2,
-            axes,
-            method="kl_quadratic",
-            at=0.0,
-            gauge=gauge,
-        ),
+        attribution=attribution,
         scales=lens.gates(0.0).new_tensor(strengths),
         divergence=divergence,
         midpoint=midpoint,
         gram=gram,
         groups=groups,
     )
+
+
+def _strengths(scales: Sequence[float]) -> list[float]:
+    """The strengths at which the divergence is measured, in increasing order, and last 1."""
+    below_1 = numbers_of("scales", scales)
+    if not all(0 < scale < 1 for scale in below_1):
+        raise ArgumentError(f"scales={scales!r}: expected strengths between 0 and 1.")
+    return [*sorted(below_1), 1.0]
 
 
 def _times_fisher(
