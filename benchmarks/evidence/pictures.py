@@ -1,4 +1,7 @@
-"""The page's pictures: accuracy against cost, agreement against strength. Data in, figure out."""
+"""The figures of the evidence's page: accuracy against cost, and agreement against strength.
+
+They are drawn from standings and intervals alone; nothing is measured here.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from plotly.subplots import make_subplots
 from tables import named
 
 COLOURS = ("#3b6fb6", "#d1495b", "#2e933c", "#8f5db7", "#e39b2d", "#5b5b5b", "#1b998b")
-# A method is of the family whose pattern is the first that its key begins with.
+# A method belongs to the family of the first pattern that its key begins with.
 FAMILIES = {
     r"mean\(": "means of two",
     r"first_order/": "with frozen rules, RelP's among them",
@@ -24,15 +27,19 @@ FAMILIES = {
     r"add_one|leave_one_out": "the other effect, measured",
     r".*": "foils and nulls",
 }
+# Points that would hide each other are drawn apart, each by this factor on a logarithmic axis.
 ASIDE = 1.045
-LEAST = 0.005  # by which a dearer method must be better to stand on the front
-PLACES = ("bottom right", "top left", "top center", "top right")  # of names on the front, by cost
-WHISKER = {"thickness": 0.8, "width": 0}  # how the line of an interval looks
+# A dearer method is on the front only if its score is better by this.
+LEAST = 0.005
+# Where the names on the front are written, from the cheapest method on.
+PLACES = ("bottom right", "top left", "top center", "top right")
+# The line that shows an interval.
+WHISKER = {"thickness": 0.8, "width": 0}
 STRENGTHS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that are better than all at lower or equal cost, by cost."""
+    """Indices of the points (cost, score) that are better than all cheaper ones, by cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     on_front = []
     best = float("-inf")
@@ -77,7 +84,8 @@ def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> 
             drawn_at[at] += 1
             kind = family(standing.method)
             place = place_of.get(index)
-            figure.add_trace(_point(standing, x, kind, place, kind not in shown), 1, column)
+            is_new = kind not in shown
+            figure.add_trace(_point(standing, x, kind, place, in_legend=is_new), 1, column)
             shown.add(kind)
         figure.update_xaxes(
             type="log", tickvals=[1, 3, 10, 30, 100], title="passes", row=1, col=column
@@ -92,6 +100,7 @@ def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> 
 
 
 def _line(points: Sequence[tuple[float, float]]) -> go.Scatter:
+    """The Pareto front through these points (cost, score)."""
     return go.Scatter(
         x=[x for x, _ in points],
         y=[y for _, y in points],
@@ -102,8 +111,9 @@ def _line(points: Sequence[tuple[float, float]]) -> go.Scatter:
 
 
 def _point(
-    standing: Standing, cost: float, kind: str, place: str | None, legend: bool
+    standing: Standing, cost: float, kind: str, place: str | None, *, in_legend: bool
 ) -> go.Scatter:
+    """A method's score and interval; its name is written at a place, if one is given."""
     score = standing.score
     colour = COLOURS[list(FAMILIES.values()).index(kind)]
     return go.Scatter(
@@ -116,7 +126,7 @@ def _point(
         textfont={"size": 11, "color": colour},
         name=kind,
         legendgroup=kind,
-        showlegend=legend,
+        showlegend=in_legend,
         marker={
             "size": 9,
             "color": colour if standing.tie else "white",

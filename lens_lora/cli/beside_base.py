@@ -1,4 +1,10 @@
-"""Read the adapter to be verified, over its base if that is available, and make its lens."""
+"""What `verify` and `card` begin with: an adapter, its base if there is one, and their lens.
+
+1. `read_given` reads the adapter. Its base is loaded if it is at hand, and must be if it was named
+   by option.
+2. `verification_of` verifies the adapter and what else was given. Files are compared before the
+   lens is made (`LensMade`), because a lens may take the base over.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +61,7 @@ class Inputs(NamedTuple):
 
 
 def read_given(folder: Path, base: options.ModelOptions, progress: Console) -> Given:
-    """Read the adapter, over its base if there is one; only a base named by option must load."""
+    """Read the adapter, and its base if there is one; only a base named by option must load."""
     from lens_lora.core import load_adapter
 
     named = stated_base(folder)
@@ -111,7 +117,9 @@ def _extends(adapter: Adapter, tokenizer: Any) -> bool:
     """Whether the adapter's own tokenizer has every token of the base's, with the same id."""
     from lens_lora.ship.merged_tokenizer import read_tokenizer
 
-    own = None if adapter.tokenizer_folder is None else read_tokenizer(adapter.tokenizer_folder)
+    if adapter.tokenizer_folder is None:
+        return False
+    own = read_tokenizer(adapter.tokenizer_folder)
     if own is None:
         return False
     return tokenizer.get_vocab().items() <= own.get_vocab().items()
@@ -130,7 +138,7 @@ def training_tokenizer(given: Given) -> Any:
 
 
 class LensMade:
-    """Makes the lens when it is called, announces it, and keeps it.
+    """A function that makes the lens and announces it; afterwards it has the lens as `lens`.
 
     Attributes:
         lens: the lens; None before it is made, and if it cannot be made.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lens_lora.compat.torch_modules import modules_in, own_parameters
+from lens_lora.compat.torch_modules import children_of, own_parameters
 
 # The names that wrappers for training (torch.compile, FSDP, checkpointing) give to the wrapped
 # module; the keys of files that were saved from them contain these names.
@@ -22,7 +22,7 @@ def uncompiled(model: Any) -> Any:
     The wrapper is of a private class, and runs code that ignores hooks which were added later.
     """
     if type(model).__name__ == "OptimizedModule":
-        return modules_in(model)["_orig_mod"]
+        return children_of(model)["_orig_mod"]
     return model
 
 

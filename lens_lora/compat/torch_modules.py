@@ -93,8 +93,8 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in parameters.items() if parameter is not None}
 
 
-def modules_in(module: nn.Module) -> dict[str, nn.Module | None]:
-    """A module's own dictionary of modules; looking into it is faster than `getattr`."""
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of a module by name, from its own dictionary, which is faster than `getattr`."""
     return module._modules
 
 

@@ -119,7 +119,8 @@ def held_bytes(g: Function, by_head: bool = False) -> int:
 def _edges_of_group(g: Function, at: float, by_head: bool, by_position: bool) -> EdgeValues:
     """Compute the edges of prompts that go through the model together."""
     lens = g.lens
-    passes = Pass(g, ("position",) if by_position else ())
+    axes = ("position",) if by_position else ()
+    passes = Pass(g, axes)
     value = passes.run(at, by_head)
     gradients = passes.gradients(by_head)
     by_row, exists = passes.edges(gradients, by_position)
@@ -198,9 +199,10 @@ class Pass:
         self._freed = FreedMemory()
         # For each reader, the stream that it saw each time that it ran.
         self._seen: dict[str, list[Tensor]] = {}
-        # Whether the backward pass has begun.
+        # True from the first gradient of the backward pass on. A block that runs once more on the
+        # way back then reads its input without keeping anything.
         self._is_back = False
-        # Whether the gradient that goes back now is that of a single head.
+        # True while the share of a single head goes back, which is no part of the other gradients.
         self._is_of_head = False
 
     @contextlib.contextmanager
@@ -279,6 +281,7 @@ class Pass:
         return seen
 
     def _keep_written(self, x: Tensor, is_within_block: bool) -> None:
+        """Keep the tangents that the stream has here, for the reader that is met next."""
         deltas = tangents_of(x)
         if deltas:
             self._written.append(_Written(deltas, len(self.readers), is_within_block))
@@ -307,6 +310,7 @@ class Pass:
             self.slopes.visit(injection, weight, gradient, z)
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        """Add a gradient at what a reader read to its G_m."""
         self._is_back = True
         if not self._is_of_head:
             self.readers[name] = self.readers[name] + gradient.view(*self._shape, -1)
@@ -364,9 +368,11 @@ class Pass:
         G = torch.stack(
             [gradient.to(lens.device, lens.gate_dtype) for gradient in gradients.values()], 1
         )
-        shape = (rows, len(lens.sites), len(gradients))
-        values = G.new_zeros((*shape, longest) if by_position else shape)
-        exists = torch.zeros(shape[1:], dtype=torch.bool)
+        n_sites = len(lens.sites)
+        n_readers = len(gradients)
+        positions = (longest,) if by_position else ()
+        values = G.new_zeros(rows, n_sites, n_readers, *positions)
+        exists = torch.zeros(n_sites, n_readers, dtype=torch.bool)
         for written in self._written:
             sites = list(written.deltas)
             by_site = [delta.reshape(rows, longest, -1) for delta in written.deltas.values()]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lens_lora.compat import modules_in
+from lens_lora.compat import children_of
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def as_before_on_error(model: nn.Module) -> Generator[None]:
     dictionaries: list[dict[str, Any]] = []
     for module in modules:
         dictionaries.append(vars(module))
-        dictionaries.append(modules_in(module))
+        dictionaries.append(children_of(module))
         config = getattr(module, "config", None)
         if hasattr(config, "__dict__"):
             dictionaries.append(vars(config))

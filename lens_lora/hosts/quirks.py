@@ -47,10 +47,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from lens_lora.compat import (
+    children_of,
     complete_codegen,
     drop_new_biases,
     keep_rows_at_last_norms,
-    modules_in,
     wraps_nothing,
 )
 from lens_lora.hosts.attention import drop_unused_caps
@@ -156,7 +156,7 @@ def absent_modules(hf_model: nn.Module) -> list[Absent]:
     """
     absent: list[Absent] = []
     for module in hf_model.modules():
-        members = {**vars(module), **modules_in(module)}
+        members = {**vars(module), **children_of(module)}
         absent += [Absent(module, name) for name, member in members.items() if member is None]
     return absent
 

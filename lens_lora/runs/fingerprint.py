@@ -380,7 +380,7 @@ class _ModuleThen:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._class = type(module)
-        self._children = list(compat.modules_in(module).items())
+        self._children = list(compat.children_of(module).items())
         self._names = list(vars(module))
         self._attributes = _public_attributes(module)
         values = self._attributes.values()
@@ -392,7 +392,7 @@ class _ModuleThen:
         attributes = vars(module)
         if self._may_change_within or type(module) is not self._class or _has_own_hook(module):
             return False
-        if list(compat.modules_in(module).items()) != self._children:
+        if list(compat.children_of(module).items()) != self._children:
             return False
         if list(attributes) != self._names:
             return False

@@ -79,7 +79,7 @@ class Verification(Paged):
 def verify(
     adapter: Adapter,
     base: PreTrainedModel | str,
-    lens_over: Callable[[], LoraLens],
+    make_lens: Callable[[], LoraLens],
     *,
     merged: Path | None = None,
     lora: Path | None = None,
@@ -99,7 +99,7 @@ def verify(
     Args:
         adapter: the adapter, as it was read.
         base: the base model, before it is hooked; or a text that says why there is none.
-        lens_over: makes the lens of the adapter over the base, and may take the base over for it.
+        make_lens: a function that makes the lens of the adapter over the base, which it may change.
         merged: a folder, or a GGUF file, that is to be base plus adapter.
         lora: a GGUF file that is to be the adapter, as llama.cpp loads it.
         tokenizer: the one that the adapter was trained with, which a merged folder or GGUF file is
@@ -120,7 +120,7 @@ def verify(
     # Files are compared first, as the lens may take the base over.
     file_checks, tensors = _file_checks(adapter, base, merged, lora, tokenizer)
 
-    loads, lens = _loaded(adapter, base, lens_over, notes)
+    loads, lens = _loaded(adapter, base, make_lens, notes)
     checks = [loads, _modules_check(adapter, lens)]
     if lens is None:
         checks += _unloaded_checks(expectations, max_kl)
@@ -167,7 +167,7 @@ def _file_checks(
 def _loaded(
     adapter: Adapter,
     base: PreTrainedModel | str,
-    lens_over: Callable[[], LoraLens],
+    make_lens: Callable[[], LoraLens],
     notes: Sequence[str],
 ) -> tuple[Check, LoraLens | None]:
     """Check that the adapter fits the base; undecided if only this package cannot load it."""
@@ -175,7 +175,7 @@ def _loaded(
         return Check(LOADS, "undecided", f"no base at hand: {base}"), None
     is_lacking = _lacks_modules(base, adapter)
     try:
-        lens = lens_over()
+        lens = make_lens()
     except (ModelStateError, UnsupportedAdapterError) as error:
         return Check(LOADS, "undecided", str(error)), None
     except SiteError as error:

@@ -276,7 +276,7 @@ def test_operands_of_torch_s_products():
 def test_dictionaries_of_a_module():
     module = nn.Sequential(nn.Linear(2, 2))
     require("torch", module, "_parameters", "_modules")
-    assert compat.modules_in(module)["0"] is module[0]
+    assert compat.children_of(module)["0"] is module[0]
     assert compat.parameters_in(module[0])["weight"] is module[0].weight
 
 

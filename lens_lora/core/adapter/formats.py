@@ -1,4 +1,4 @@
-"""Formats of adapters: all that read adapters ask here what a folder is.
+"""Formats of adapters: which format a folder is an adapter of, and which function reads it.
 
     @ll.adapter_format(files=("pairs.safetensors",))
     def pairs(folder):
@@ -28,9 +28,9 @@ from typing import Any, TypeVar
 from lens_lora.core import extensions
 from lens_lora.errors import AdapterError, ArgumentError
 
-# From a folder to updates by module path, or to an `Adapter`, which is made above this file.
-Read = Callable[[Path], Any]
-_Read = TypeVar("_Read", bound=Read)
+# From a folder to updates by module path, or to an `Adapter`, a class that imports this file.
+ReadFolder = Callable[[Path], Any]
+_ReadFolder = TypeVar("_ReadFolder", bound=ReadFolder)
 
 GROUP = "lens_lora.adapter_formats"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -51,7 +51,7 @@ class AdapterFormat:
     name: str
     module: str
     files: tuple[str, ...]
-    read: Read
+    read: ReadFolder
     base_model: Callable[[Path], str | None]
 
     def is_in(self, folder: Path) -> bool:
@@ -64,7 +64,7 @@ _FORMATS: dict[str, AdapterFormat] = {}
 
 def adapter_format(
     *, files: Sequence[str], base_model: Callable[[Path], str | None] | None = None
-) -> Callable[[_Read], _Read]:
+) -> Callable[[_ReadFolder], _ReadFolder]:
     """Register a format: whatever reads an adapter's folder reads folders of this format too.
 
         >>> @adapter_format(files=("pairs.safetensors",))  # doctest: +SKIP
@@ -83,8 +83,8 @@ def adapter_format(
             none.
 
     Raises:
-        ArgumentError: no names of files; PEFT's own two; what is no function; a name that another
-            module has registered.
+        ArgumentError: `files` are no names of files, or only those of PEFT's format; something else
+            than a function is decorated; or another module has registered a format of this name.
     """
     names = _file_names(files)
     if set(names) <= set(PEFT_FILES):
@@ -92,7 +92,7 @@ def adapter_format(
             f"files={files!r} are those of PEFT's own format", remedy="name another file, too."
         )
 
-    def register(read: _Read) -> _Read:
+    def register(read: _ReadFolder) -> _ReadFolder:
         if not callable(read):
             raise ArgumentError(f"{read!r} is no function of a folder.")
         name = read.__name__
@@ -110,7 +110,7 @@ def adapter_format(
 
 
 def _file_names(files: object) -> tuple[str, ...]:
-    """The names of files that a format is known by, checked.
+    """Check the names of files by which a format is known.
 
     Raises:
         ArgumentError: a single string, no name, or a path in place of a name.
@@ -137,9 +137,10 @@ def format_in(folder: Path) -> AdapterFormat | None:
     Raises:
         AdapterError: the folder is an adapter of two formats.
     """
-    formats = [each for each in registered() if each.is_in(folder)]
-    names = [each.name for each in formats]
-    if all((folder / name).is_file() for name in PEFT_FILES):
+    formats = [known for known in registered() if known.is_in(folder)]
+    names = [known.name for known in formats]
+    is_peft = all((folder / file).is_file() for file in PEFT_FILES)
+    if is_peft:
         names.append("PEFT's")
     if len(names) > 1:
         raise AdapterError(
@@ -165,7 +166,7 @@ def _import_listed() -> None:
 
 def every_file_name() -> list[str]:
     """The names of the files of all formats."""
-    names = [*PEFT_FILES]
+    names: list[str] = list(PEFT_FILES)
     for known in registered():
         names += known.files
     return names

@@ -26,7 +26,7 @@ from lens_lora import compat
 from lens_lora.compat import hooks_of
 from lens_lora.core.model import extensions
 from lens_lora.core.model.locks import hold, lock_of
-from lens_lora.core.model.modules import is_weight
+from lens_lora.core.model.modules import holds_parameter
 from lens_lora.errors import ModelStateError
 from lens_lora.spans import Temporary, temporary
 
@@ -89,7 +89,7 @@ def attached(
                 _add_to_point(known[name], fn, at_points)
             continue
         owner, _, parameter = name.rpartition(".")
-        if is_weight(model, owner, parameter):
+        if holds_parameter(model, owner, parameter):
             writer: Any = getattr(fn, "at_module", fn)
             extensions.write_at(span, model.get_submodule(owner), parameter, writer)
             continue

@@ -1,4 +1,9 @@
-"""The modules of a hooked model: all of them, or one by its path, and what they are."""
+"""Find the modules of a hooked model, by their names here or by their Hugging Face paths.
+
+A TransformerBridge puts components in the place of the modules of its base, and each component
+wraps the module that it replaces. So a module has a name in the hooked model, and a path in the
+base.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ HOOK_IN = ".hook_in"
 
 
 def modules_of(model: nn.Module) -> dict[nn.Module, str]:
-    """The name of each module of a hooked model, also where a bridge has no component for it."""
+    """The name of each module of a hooked model; of a bridge also the modules of its base."""
     base = getattr(model, "original_model", model)
     names: dict[nn.Module, str] = {}
     for name, module in (*base.named_modules(), *model.named_modules()):
@@ -82,15 +87,19 @@ def normalised(norm: nn.Module, x: Tensor) -> Tensor:
     at_one: dict[str, Tensor] = {}
     for name, parameter in computed.named_parameters():
         at_zero[name] = torch.zeros_like(parameter)
+        at_one[name] = at_zero[name]
         is_gamma = name.endswith("weight")
-        at_one[name] = torch.ones_like(parameter) if is_gamma else at_zero[name]
-    return functional_call(computed, at_one, (x,)) - functional_call(computed, at_zero, (x,))
+        if is_gamma:
+            at_one[name] = torch.ones_like(parameter)
+    with_gamma = functional_call(computed, at_one, (x,))
+    without_gamma = functional_call(computed, at_zero, (x,))
+    return with_gamma - without_gamma
 
 
 class Shell(nn.Module):
-    """A module's own computation, past its hooks.
+    """A module without its hooks, to be run with other parameters.
 
-    `functional_call` with other parameters would run the hooks of the module itself.
+    `functional_call` of the module itself would run its hooks.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -103,6 +112,6 @@ class Shell(nn.Module):
         return self._computes(*args, **kwargs)
 
 
-def is_weight(model: nn.Module, owner: str, name: str) -> bool:
-    """Whether a module of this path holds a parameter of this name."""
+def holds_parameter(model: nn.Module, owner: str, name: str) -> bool:
+    """Whether the module at the path `owner` holds a parameter of this name."""
     return isinstance(getattr(model.get_submodule(owner), name, None), nn.Parameter)

@@ -233,7 +233,7 @@ def _places_of(
         while weights and path and path not in listed:
             listed.add(path)
             above, _, key = path.rpartition(".")
-            holder = compat.modules_in(modules[above])
+            holder = compat.children_of(modules[above])
             yield _Place(holder, key, modules[path], f"{owned_by}{path}")
             path = above
 
