@@ -70,20 +70,23 @@ _READ = 4
 # The singular vectors of a ΔW of higher rank would take too long.
 _LARGEST_RANK = 256
 
-# How far c may be from 1 to be called 1; and how large ‖W − W₀ − c ΔW‖ may be beside ‖W − W₀‖.
-_NEAR = 0.02
+# With W₀ at hand, W − W₀ is c ΔW if ‖W − W₀ − c ΔW‖ is below this share of ‖W − W₀‖.
+_LARGEST_REST = 0.02
+# A c that is this close to 1 is called 1.
+_CLOSE_TO_ONE = 0.02
 # W − W₀ is more than rounding if its part along ΔW exceeds this many roundings of an entry.
-_SEEN = 5.0
+_ROUNDINGS_SEEN = 5.0
+
 # By W alone, the adapter is in the base if three things hold. First, the log-likelihood ratio is
 # above this.
-_LIKELIHOOD = 25.0
-# Second, the likeliest c differs from 1 by less than one of these: absolute, or standard errors.
-_WHOLE = 0.15
-_ERRORS = 2.0
+_LEAST_LIKELIHOOD = 25.0
+# Second, the likeliest c differs from 1 by less than this, or by less than so many standard errors.
+_LARGEST_ERROR = 0.15
+_STANDARD_ERRORS = 2.0
 # Third, the mean square of C_ii − σ_i is below this multiple of the variance v, or below this share
 # of the mean square of C_ii.
-_MISFIT = 3.0
-_LEFT = 0.1
+_LARGEST_MISFIT = 3.0
+_LARGEST_LEFTOVER = 0.1
 
 # --- The verdict
 
@@ -122,7 +125,9 @@ def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
     )
     if not is_refused:
         return fact
-    trained_on = "the base that it was trained on" + (f", {named}" if named else "")
+    trained_on = "the base that it was trained on"
+    if named:
+        trained_on += f", {named}"
     raise ModelStateError(
         fact,
         remedy=f"Pass {trained_on}. {SKIP}",
@@ -144,7 +149,7 @@ def judged(plan: Plan, named: str | None, names: Sequence[str]) -> Verdict:
     if comparison is not None and comparison.is_same:
         return Verdict()
     if comparison is not None and comparison.strength:
-        is_whole = abs(comparison.strength - 1) < _NEAR
+        is_whole = abs(comparison.strength - 1) < _CLOSE_TO_ONE
         times = "" if is_whole else f"{comparison.strength:.3g} times "
         return Verdict(
             holds_adapter=f"its weights are those of {named} plus {times}the adapter's ΔW"
@@ -179,9 +184,10 @@ def note_of_names(named: str | None, names: Sequence[str]) -> str:
     if named is None or not names or _is_among(named, names):
         return ""
     made_from = stated_origin(names[0])
-    is_made_from = made_from is not None and short_name(made_from) == short_name(named)
-    made = f", which says that it was made from {made_from}" if is_made_from else ""
-    return f"the adapter names the base {named}, and this model is {names[0]}{made}; is that meant?"
+    model = names[0]
+    if made_from is not None and short_name(made_from) == short_name(named):
+        model += f", which says that it was made from {made_from}"
+    return f"the adapter names the base {named}, and this model is {model}; is that meant?"
 
 
 # --- Names
@@ -301,35 +307,59 @@ class _Compared(NamedTuple):
     stored: Tensor
     change: Tensor
 
+    @property
+    def is_same(self) -> bool:
+        """Whether W = W₀ up to rounding."""
+        return is_same(self.weight, self.stored)
+
+    @property
+    def difference(self) -> Tensor:
+        """W − W₀, in float64."""
+        return in_float64(self.weight).cpu() - in_float64(self.stored).cpu()
+
+    @property
+    def square_of_rounding(self) -> float:
+        """The square norm of what rounding W and W₀ to their dtypes may change, at most."""
+        return (self._eps * float(in_float64(self.stored).norm())) ** 2
+
+    @property
+    def largest_rounding(self) -> float:
+        """The most by which rounding may change an entry."""
+        return self._eps * float(self.stored.abs().max())
+
+    @property
+    def _eps(self) -> float:
+        """The larger of the two dtypes' relative precisions."""
+        return max(torch.finfo(self.weight.dtype).eps, torch.finfo(self.stored.dtype).eps)
+
 
 def _summary(compared: Sequence[_Compared]) -> Beside:
     """Whether W = W₀ in all modules, or W = W₀ + c ΔW with one c, fitted by least squares."""
-    if all(is_same(each.weight, each.stored) for each in compared):
+    if all(module.is_same for module in compared):
         return Beside(is_same=True, strength=0.0)
-    differences: list[Tensor] = []
-    changes: list[Tensor] = []
-    # The entries of W and of W₀ are rounded to their dtypes: ‖rounding‖², and the largest step.
-    rounding = 0.0
-    largest_step = 0.0
-    for each in compared:
-        differences.append(in_float64(each.weight).cpu() - in_float64(each.stored).cpu())
-        changes.append(in_float64(each.change).cpu())
-        eps = max(torch.finfo(each.weight.dtype).eps, torch.finfo(each.stored.dtype).eps)
-        rounding += (eps * float(in_float64(each.stored).norm())) ** 2
-        largest_step = max(largest_step, eps * float(each.stored.abs().max()))
-
-    size = sum(float(change.square().sum()) for change in changes)
+    differences = [module.difference for module in compared]
+    changes = [in_float64(module.change).cpu() for module in compared]
+    square_of_changes = _square_norm(changes)
     product = 0.0
     for difference, change in zip(differences, changes, strict=True):
         product += float((difference * change).sum())
-    c = product / max(size, 1e-300)
-    left = 0.0
+    c = product / max(square_of_changes, 1e-300)
+    square_of_rests = 0.0
     for difference, change in zip(differences, changes, strict=True):
-        left += float((difference - c * change).square().sum())
-    whole = sum(float(difference.square().sum()) for difference in differences)
-    is_multiple = left <= _NEAR**2 * whole + rounding
-    is_seen = abs(c) * size**0.5 > _SEEN * largest_step
-    return Beside(is_same=False, strength=c if is_multiple and is_seen else 0.0)
+        square_of_rests += float((difference - c * change).square().sum())
+
+    rounding = sum(module.square_of_rounding for module in compared)
+    is_multiple = square_of_rests <= _LARGEST_REST**2 * _square_norm(differences) + rounding
+    largest_rounding = max(module.largest_rounding for module in compared)
+    is_seen = abs(c) * square_of_changes**0.5 > _ROUNDINGS_SEEN * largest_rounding
+    if is_multiple and is_seen:
+        return Beside(is_same=False, strength=c)
+    return Beside(is_same=False, strength=0.0)
+
+
+def _square_norm(matrices: Sequence[Tensor]) -> float:
+    """The sum of the squares of all entries."""
+    return sum(float(matrix.square().sum()) for matrix in matrices)
 
 
 def files_at_hand(name: str) -> dict[str, Path]:
@@ -462,9 +492,10 @@ class Evidence(NamedTuple):
     @property
     def shows_adapter(self) -> bool:
         """Whether ΔW is in W beyond doubt."""
-        is_whole = abs(self.strength - 1) < max(_WHOLE, _ERRORS * self.error)
-        is_all = self.misfit < _MISFIT or self.left < _LEFT
-        return self.likelihood > _LIKELIHOOD and is_whole and is_all
+        is_likely = self.likelihood > _LEAST_LIKELIHOOD
+        is_whole = abs(self.strength - 1) < max(_LARGEST_ERROR, _STANDARD_ERRORS * self.error)
+        is_all = self.misfit < _LARGEST_MISFIT or self.left < _LARGEST_LEFTOVER
+        return is_likely and is_whole and is_all
 
 
 class Along(NamedTuple):

@@ -21,7 +21,7 @@ _READ_VARIANTS = ("use_dora",)
 _MEASURED = ("velora_config", "monteclora_config", "use_bdlora")
 # Initialisations that leave the base's weights as they are.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# The values of these fields that are read; of any other field in `_REMEDIES` only an empty one is.
+# The values of these fields that are read. Any other field in `_REMEDIES` must be empty.
 _READ_VALUES = {"bias": (None, "none", "lora_only", "all"), "init_lora_weights": _HARMLESS_INITS}
 _REMEDIES = {
     "bias": "PEFT knows bias='none', 'lora_only' and 'all'.",
@@ -96,7 +96,9 @@ def _refuse_values(config: Any) -> None:
     """Refuse values of the fields of LoRA that are known to change more than ΔW."""
     for field, remedy in _REMEDIES.items():
         value = getattr(config, field, None)
-        is_read = value in _READ_VALUES[field] if field in _READ_VALUES else not value
+        is_read = not value
+        if field in _READ_VALUES:
+            is_read = value in _READ_VALUES[field]
         if not is_read:
             raise UnsupportedAdapterError(f"{field}={value!r}. {remedy}{classifier_note(config)}")
 

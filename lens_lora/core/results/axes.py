@@ -82,7 +82,7 @@ class Axes:
         self._arrays: list[_Array] = []
         self._labels: list[_Labels] = []
         self._sizes_of_parts: list[tuple[str, Sizes]] = []
-        for name, hint in _hints(type(whole)).items():
+        for name, hint in annotations_of(type(whole)).items():
             self._visit(name, getattr(whole, name), hint)
         for array in self._arrays:
             self._measure(array)
@@ -214,15 +214,15 @@ def _is_flat(value: object) -> bool:
     """Whether this is a dataclass of plain values alone, such as a site, which has no axis."""
     if not dataclasses.is_dataclass(value):
         return False
-    for name, hint in _hints(type(value)).items():
+    for name, hint in annotations_of(type(value)).items():
         if hint not in _PLAIN or type(getattr(value, name)) is not hint:
             return False
     return True
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """The annotation of each field."""
+def annotations_of(kind: type) -> dict[str, Any]:
+    """The annotation of each field of a dataclass, by its name."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 

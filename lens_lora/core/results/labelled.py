@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, cast, get_args, get_origin
 
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from lens_lora.core.model.sites import Sites
 from lens_lora.core.results import drawing
+from lens_lora.core.results.axes import annotations_of
 from lens_lora.core.results.base import Entries, Ranked
 from lens_lora.core.results.tables import long_table
 from lens_lora.errors import ArgumentError
@@ -119,7 +119,7 @@ class Labelled(Ranked, kw_only=True):
 
     def _axes_of(self, name: str) -> tuple[str, ...]:
         """The names of a tensor's axes, from its annotation; () for anything but a tensor."""
-        hint = _hints(type(self)).get(name)
+        hint = annotations_of(type(self)).get(name)
         if isinstance(hint, type) and issubclass(hint, AbstractArray):
             return tuple(hint.dim_str.split())
         return ()
@@ -129,7 +129,7 @@ class Labelled(Ranked, kw_only=True):
         axes = self._axes_of("values")
         of_every_result = {field.name for field in dataclasses.fields(Labelled)}
         columns = {"value": self._values}
-        for name in _hints(type(self)):
+        for name in annotations_of(type(self)):
             is_own = name not in of_every_result and name != "values"
             if is_own and self._axes_of(name) == axes:
                 columns[name] = vars(self)[name]
@@ -144,7 +144,7 @@ class Labelled(Ranked, kw_only=True):
         if axis == "site":
             return Sites(self.sites).columns()
         columns: dict[str, list[object]] = {}
-        for name, hint in _hints(type(self)).items():
+        for name, hint in annotations_of(type(self)).items():
             if name != "str_tokens" and _labelled_axis(hint) == axis:
                 labels = vars(self)[name]
                 column = axis if isinstance(labels, Mapping) else name
@@ -175,9 +175,3 @@ def _labelled_axis(hint: Any) -> str | None:
         return None
     axis, _, _ = str(get_args(hint)[1]).partition(":")
     return axis.rstrip("?")
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    """The annotation of each field."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
