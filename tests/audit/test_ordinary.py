@@ -219,6 +219,7 @@ def test_the_most_unusual_words_lead_where_nothing_is_claimed():
     assert [lead.word for lead in leads_of(base, adapted)][:2] == ["hollow", "object"]
 
 
+@pytest.mark.slow
 def test_no_stored_control_has_a_trait_that_leads():
     """As the page on the evidence says of what is named where nothing is claimed."""
     for rows in (ROWS, ROWS.parent / "third"):

@@ -42,7 +42,7 @@ def bank_of(lens: ll.LoraLens, prompts=None, readout=MARGIN, **options):
     return ll.bank(lens.model, prompts, readout, hf_model=lens._hf_model, progress=False, **options)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_equals_first_order(family: str, cls: str, flags: str):
     """Sixteen families, both classes, raw and processed; whole, and split by every axis."""
@@ -452,7 +452,7 @@ def test_a_planted_error_is_seen():
 # --- Adapters of the same modules and shapes
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_a_second_adapter_of_the_same_shapes(family: str, cls: str, flags: str):
     """By the products of the first one's plan: other factors, another scale, some modules."""

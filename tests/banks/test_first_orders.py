@@ -41,7 +41,7 @@ def nulls(lens: ll.LoraLens, seed: int, draws: int) -> list[ll.Adapter]:
     return list(lens.null_adapters(seed, draws))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_a_null_test_is_first_order_of_each_draw(family: str, cls: str, flags: str):
     """The draws' mean and each of them, and the exact shift of those that are run."""

@@ -34,6 +34,7 @@ def words_of_help(name: str) -> set[str]:
     return {word for word in words if len(word) <= 20}
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("width", ["80", "100"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_breaks_in_no_word(name: str, width: str):
@@ -43,6 +44,7 @@ def test_help_breaks_in_no_word(name: str, width: str):
     assert words_of_help(name) - printed == set()
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_no_value_after_an_option_that_takes_none(name: str):
     shown_help = RUN.invoke(cli.app, [name, "--help"], env={"COLUMNS": "120"}).stdout
@@ -67,6 +69,7 @@ def choices_in(annotation) -> list[str]:
     return [choice for part in typing.get_args(annotation) for choice in choices_in(part)]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_choice_is_not_broken_either(name: str):
     """At 100 columns; an option with long choices names them in its help instead."""

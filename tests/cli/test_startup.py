@@ -253,7 +253,7 @@ def imported_first(*names: str):
     return subprocess.run(code, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_a_module_may_be_imported_first():
     """A module that lacks a name asks the package for it, which imports nothing to answer."""
     done = imported_first(*MODULES, "of no such name")
@@ -278,6 +278,7 @@ __main__.main()
 """
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_foresaw_is_no_failed_check():
     """Its traceback, and a code that no check has."""
     done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)

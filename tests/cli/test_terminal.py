@@ -149,7 +149,7 @@ def process(*arguments: object, code: str | None = None, **environment: str):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.parametrize(
     "arguments", [["sweep", "--help"], ["inspect", "{files}/run/checkpoint-1", "--quiet"]]
 )
@@ -237,29 +237,37 @@ MOMENTS = {
     "the adapter's config is read": ("open:adapter_config.json:1", "inspect"),
     "torch is imported": ("import:torch.nn:1", "sweep"),
     "transformers is imported": ("import:transformers:1", "diff"),
+}
+AFTER_IMPORTS = {
     "the tokenizer is read": ("open:tokenizer_config.json:1", "sweep"),
     "a batch was written": ("open:r.parts:1", "sweep"),
     "the page is written": ("open:page.html:2", "checkpoints"),
     "all is done": ("end::1", "inspect"),
 }
-LATE = ("the tokenizer is read", "a batch was written", "the page is written", "all is done")
-AFTER_IMPORTS = {MOMENTS[name][0] for name in LATE}
+
+
+def one_line(code: int, stderr: str) -> str:
+    """What a command said when it was interrupted; its exit code is 130."""
+    said = [line for line in stderr.splitlines() if not line.startswith("Warning: ")]
+    assert (code, len(said)) == (130, 1), stderr
+    assert said[0].startswith("Interrupted.")
+    return said[0]
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("moment, command", MOMENTS.values(), ids=MOMENTS)
-def test_ctrl_c_is_one_line_and_130(files, tmp_path, moment, command, request):
+def test_ctrl_c_is_one_line_and_130(files, tmp_path, moment, command):
+    done = process(moment, *arguments_of(command, files, tmp_path), code=INTERRUPTED)
+    said = one_line(done.returncode, done.stderr.decode())
+    assert "run the same command again" not in said
+
+
+@pytest.mark.night  # a process of its own, which imports everything
+@pytest.mark.parametrize("moment, command", AFTER_IMPORTS.values(), ids=AFTER_IMPORTS)
+def test_ctrl_c_after_the_imports_is_one_line_and_130(files, tmp_path, moment, command, forking):
     arguments = arguments_of(command, files, tmp_path)
-    if moment in AFTER_IMPORTS:
-        run = request.getfixturevalue("forking")
-        code, written = run(tmp_path / "stderr", moment, *arguments)
-    else:
-        done = process(moment, *arguments, code=INTERRUPTED)
-        code, written = done.returncode, done.stderr.decode()
-    said = [line for line in written.splitlines() if not line.startswith("Warning: ")]
-    assert (code, len(said)) == (130, 1), written
-    assert said[0].startswith("Interrupted.")
-    assert ("run the same command again" in said[0]) == (moment == "open:r.parts:1")
+    said = one_line(*forking(tmp_path / "stderr", moment, *arguments))
+    assert ("run the same command again" in said) == (moment == "open:r.parts:1")
 
 
 # --- outputs and inputs

@@ -50,6 +50,7 @@ def test_checkpoints_prints_a_table_and_writes_a_page(folders, tmp_path):
     assert "run · how far ΔW moved since the checkpoint before" in html
 
 
+@pytest.mark.slow
 def test_several_runs_are_shown_beside_one_another(folders, tmp_path):
     """The mean and the runs are those of Python; two folders of one name are told by their path."""
     again = tmp_path / "again" / "run"

@@ -60,6 +60,7 @@ ASKED = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("prompt, doc, pre, margin", ASKED)
 def test_a_prompt_is_read_as_peft_serves_it(kind: str, prompt: str, doc: str, pre: str, margin):
     """PEFT's active model on `tokenizer(prompt).input_ids`, to which no BOS is added."""

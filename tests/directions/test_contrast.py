@@ -167,6 +167,7 @@ def test_prompts_that_hold_a_response_are_read_there():
     assert not before.counted[:, 4:].any()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_steering_adds_the_direction(family: str, cls: str, flags: str):
     """At the point itself, and in the logits of the base with the vector added by a hook."""

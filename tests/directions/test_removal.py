@@ -92,6 +92,7 @@ def direction_of(case: cases.Case, flags: str) -> Tensor:
     return v - v.mean() if centred else v
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("asked", POSITIONS)
 @pytest.mark.parametrize(("family", "flags"), [("llama", "raw"), ("gpt2", "processed")])
 def test_each_spelling_of_positions(family: str, flags: str, cls: str, asked: str):

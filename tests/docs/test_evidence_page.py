@@ -145,6 +145,7 @@ def test_bases_are_not_mixed(numbers):
     assert "large (8 tasks, 16 adapters) and small (4 tasks, 8 adapters)" in text
 
 
+@pytest.mark.slow
 def test_of_the_best_found_is_a_share_of_the_set_found_on_those_prompts(numbers):
     scores = results.scores_of(numbers)
     rows = scores[(scores["metric"] == "of the best found") & (scores["method"] == "path/4")]

@@ -112,6 +112,7 @@ def test_equal_hugging_face_and_peft_without_a_table(name: str):
 POINTS = ["blocks.0.hook_resid_post", f"blocks.{LAST}.hook_resid_pre"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("by", [(), ("position",)])
 @pytest.mark.parametrize("readers", ["block", "head"])
 @pytest.mark.parametrize("point", POINTS)

@@ -36,6 +36,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)

@@ -197,6 +197,7 @@ def options(hub, tmp_path):
     }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", ["inspect", "explain", "sweep", "checkpoints", "scan"])
 def test_a_command_reads_from_within_a_repository(hub, options, command):
     place = {"checkpoints": "run", "scan": "runs"}.get(command, "runs/a")

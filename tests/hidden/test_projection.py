@@ -97,6 +97,7 @@ def centred_if(flags: str, case: cases.Case, d: Tensor) -> Tensor:
     return d - d.mean() if flags == "processed" else d
 
 
+@pytest.mark.sample(4)
 @EVERY
 def test_values_and_slopes_are_those_of_peft(family: str, cls: str, flags: str):
     case = cases.case(family, cls, flags)
@@ -172,6 +173,7 @@ ANALYSES = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", ANALYSES)
 def test_every_analysis_takes_it(name: str):
     cls = next(iter(models.MAKERS))
@@ -285,6 +287,7 @@ class JumpReLU:
         return before.relu() * (before > self.threshold)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("activated", [False, True])
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_feature_of_saelens_s_form(cls: str, activated: bool):

@@ -272,6 +272,7 @@ def test_files_at_hand_are_found_and_nothing_is_fetched(folders, monkeypatch):
 # --- W alone
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("rank", [1, 2, 8])
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_merged_base_shows_in_its_weights(make, rank):

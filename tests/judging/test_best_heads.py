@@ -57,7 +57,7 @@ def every_set(family: str, count: int) -> tuple[float, ...]:
     return tuple(sorted(kept_of(peft, family, tokens, mask) for mask in masks))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_best_of_all_sets_is_found(family: str, cls: str):
@@ -160,7 +160,7 @@ def test_held_out_prompts_are_not_searched_on(over: str, readout: ll.Readout):
     assert alone.kept_held_out.isnan().all()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("over", ["heads", "sites"])
 def test_held_out_prompts_of_other_readouts(over: str):
     """Of a KL, whose logits are held, and of answers, some of which take two rows."""

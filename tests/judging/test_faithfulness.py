@@ -355,6 +355,7 @@ def slow_mib(lens: ll.LoraLens, order: list[int], rows: Tensor, off) -> float:
     return float(torch.trapezoid(found, torch.tensor(SIZES, dtype=torch.float64)))
 
 
+@pytest.mark.slow
 def test_cpr_and_cmd_against_one_run_a_size(lens: ll.LoraLens):
     """Ranked by the mean on some prompts, judged on three others together."""
     score = first(lens)

@@ -125,6 +125,7 @@ def test_a_right_server_in_4_bit_passes(family: str, shipment):
 KINDS = {"vllm": vllm, "echo": echo, "tgi": tgi, "llama.cpp": llama_cpp, "plain": plain_completions}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_way_to_ask(kind: str, shipment):
     """Prompt tokens or generated ones: the same verdict, and the base in its place is found."""
@@ -308,6 +309,7 @@ def found(name: str, shipment, **options):
     return verified(lens_of(out), fault.engine(out), **options)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", QUICK)
 def test_a_fault_is_found_and_named(name: str, shipment):
     result = found(name, shipment)

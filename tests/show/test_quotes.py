@@ -87,6 +87,7 @@ def _by_position(result: Any) -> bool:
     return not {"position", "token"}.isdisjoint(by) or bool(getattr(result, "by_position", False))
 
 
+@pytest.mark.slow
 def test_a_page_quotes_no_answer_as_asked():
     for result in EVERY:
         if isinstance(result, Paged):

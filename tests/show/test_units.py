@@ -48,6 +48,7 @@ def in_other_units(value: Any) -> Any:
 EVERY = [in_other_units(result) for result in every_result() if has_units(result)]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("result", EVERY, ids=lambda result: type(result).__name__)
 def test_texts_say_the_units(result: Result):
     assert UNITS in repr(result)

@@ -49,6 +49,7 @@ def test_a_damaged_plan_is_named(content: bytes | None, lens, tmp_path):
         ll.gather(out)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("names", [["first_order"], ["first_order_at_1", "add_one"]])
 def test_gathered_shards_are_what_one_process_writes(names: list[str], lens, tmp_path):
     """Both files, byte for byte, whatever the order of the shards; the model is not needed."""

@@ -65,7 +65,7 @@ def test_groups_are_sums_of_sites(lens: ll.LoraLens, group):
     assert largest_difference(found.shift, sites.shift) < 1e-12
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("group", GROUPS, ids=str)
 @pytest.mark.parametrize("at", [0.0, 0.4])
 def test_groups_of_a_whole_readout_by_peft(lens: ll.LoraLens, group, at: float):

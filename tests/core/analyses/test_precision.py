@@ -81,7 +81,7 @@ def test_a_stated_floor_is_the_error(work: str, family: str, dtype: torch.dtype)
         assert 1 / FACTOR < ratio < FACTOR, name
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_few_shifts_are_beyond_three_floors(dtype: torch.dtype):
     """At most one in a hundred, over readouts, prompts and families."""
@@ -117,7 +117,7 @@ def divergences(dtype: torch.dtype) -> Tensor:
     return torch.cat(errors)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_few_divergences_are_beyond_three_floors(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

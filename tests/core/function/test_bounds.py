@@ -93,6 +93,7 @@ def is_refused_within(bound: float, name: str) -> bool:
     return False
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", QUICK)
 def test_some_analyses_keep_the_middle_bound(name: str):
     assert not is_refused_within(bounds()[1], name)

@@ -116,6 +116,7 @@ def in_evaluation(lens: ll.LoraLens) -> dict[str, list[Tensor]]:
         return {name: numbers(call(lens)) for name, call in {**FORWARD, **ONCE, **TWICE}.items()}
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("name", [*FORWARD, *ONCE, *TWICE])
 def test_numbers_are_those_of_evaluation_mode_or_refused(
     name: str, lens: ll.LoraLens, in_evaluation: dict[str, list[Tensor]], checkpointed: bool

@@ -71,6 +71,7 @@ def test_rounded_products_are_measured_in_every_architecture(name: str):
         assert eps_of(model, "embed.hook_out") == TF32_EPS
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_precision_of_a_real_model_is_measured():
     """Thirty layers bend the logits most."""
