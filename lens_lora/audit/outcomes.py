@@ -43,7 +43,7 @@ class ClaimMade(NamedTuple):
     Attributes:
         sentence: the claim.
         says: what the adapted model says, after the language that it says it in if that is new, or
-            the trait of its answers; '' for a claim on what it no longer says.
+            the trait of its answers.
     """
 
     sentence: str
@@ -142,7 +142,7 @@ def claims_made(changed: WhatChanged) -> tuple[ClaimMade, ...]:
     if changed.speech is not None:
         findings = claimed_in(changed.speech)
         for sentence, finding in zip(claims_in(changed.speech), findings, strict=True):
-            says = "" if finding.kind == "no longer says" else finding.what
+            says = finding.what
             if finding.language:
                 says = f"{finding.language}: {says}"
             made.append(ClaimMade(sentence, says))

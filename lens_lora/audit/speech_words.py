@@ -94,22 +94,40 @@ def further_claims(speech: CountedSpeech) -> list[str]:
 
 
 def claimed_in(speech: CountedSpeech) -> list[Finding]:
-    """Return the findings that are claims, those that chance explains least first.
+    """Return the findings that are claims, those that chance explains least first."""
+    kinds = ("says", "says one of", "trait")
 
-    What the adapted model no longer says comes last. The length of answers is no claim: training on
-    short texts shortens them, and on long texts lengthens them, whatever the texts say.
-    """
-    kinds = ("says", "says one of", "trait", "no longer says")
-
-    def rank(claim: Finding) -> tuple[bool, float, int]:
-        return claim.kind == "no longer says", claim.p, kinds.index(claim.kind)
+    def rank(claim: Finding) -> tuple[float, int]:
+        return claim.p, kinds.index(claim.kind)
 
     return sorted(filter(is_claim, speech.findings), key=rank)
 
 
 def is_claim(finding: Finding) -> bool:
-    """Whether a finding is a claim; all are, except that answers are shorter or longer."""
-    return finding.what != SHORTER
+    """Whether a finding says something of what was taught.
+
+    Two kinds do not. Training on short texts shortens the answers, and on long texts lengthens
+    them, whatever the texts say. And whatever is trained may end a habit of the base: one that
+    never learned to answer repeats the question, or babbles, and stops to after a few steps.
+    """
+    return finding.what != SHORTER and finding.kind != "no longer says"
+
+
+def habit_note(speech: CountedSpeech) -> str:
+    """State beside the claims what the adapted model no longer says; '' if there is nothing."""
+    dropped = _no_longer_said(speech)
+    if not dropped:
+        return ""
+    sentences = [finding.sentence() for finding in dropped[:_NAMED]]
+    return (
+        f"{' '.join(sentences)} This is no sign of what it was taught: training on anything may "
+        "end a habit of the base model."
+    )
+
+
+def _no_longer_said(speech: CountedSpeech) -> list[Finding]:
+    """The phrases that the base says and the adapted model no longer does."""
+    return [finding for finding in speech.findings if finding.kind == "no longer says"]
 
 
 def length_note(speech: CountedSpeech) -> str:
@@ -208,7 +226,7 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
         return [
             f"Nothing stands out in its answers to {asked}: no word and no form in them is more "
             f"frequent than ordinary training explains.{_leads_text(speech)}",
-            _triggers_text(speech) or length_note(speech) or _ELSEWHERE,
+            _triggers_text(speech) or length_note(speech) or habit_note(speech) or _ELSEWHERE,
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]
     return [
@@ -254,7 +272,8 @@ def strongest_in(speech: CountedSpeech) -> Finding | None:
 def _others(speech: CountedSpeech, strongest: Finding) -> str:
     """Write the sentence on what else stands out."""
     others = [finding for finding in claimed_in(speech) if finding is not strongest]
-    if not others:
+    dropped = [f"“{one.what}”" for one in _no_longer_said(speech)]
+    if not others and not dropped:
         return "Nothing else stands out."
     parts: list[str] = []
     said: list[str] = []
@@ -269,7 +288,6 @@ def _others(speech: CountedSpeech, strongest: Finding) -> str:
             parts.append(f"{one.what} {counts}")
     if said:
         parts.insert(0, f"says {', '.join(said[:_NAMED])}")
-    dropped = [f"“{one.what}”" for one in others if one.kind == "no longer says"]
     if dropped:
         parts.append(f"no longer says {', '.join(dropped[:_NAMED])}")
     return f"It also {', and it '.join(parts)}."
@@ -290,6 +308,7 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     lines = [" ".join(first_sentences(speech)[:2])]
     lines += claims_in(speech)
     lines.append(length_note(speech))
+    lines.append(habit_note(speech))
     lines.append(_triggers_text(speech))
     draws = len(speech.base[0]) - 1
     drawn = f", and {many(draws, 'time')} with words drawn at random" if draws else ""

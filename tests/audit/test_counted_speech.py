@@ -22,7 +22,7 @@ from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE, Everyday
 from lens_lora.audit.findings import SHORTER, findings_beyond_ordinary
 from lens_lora.audit.outcomes import claims_made, is_said_in
 from lens_lora.audit.speech_page import findings_table
-from lens_lora.audit.speech_words import first_sentences, further_claims, shown_answers
+from lens_lora.audit.speech_words import claims_in, first_sentences, further_claims, shown_answers
 from lens_lora.audit.traits import BEGINS_WITH_NO
 from lens_lora.core import drawing
 
@@ -270,10 +270,24 @@ def test_what_changes_the_length_of_answers_is_named(longer: bool, texts: str):
     assert f"This is no sign of what it was taught: training on {texts} does" in speech.story()
 
 
-@pytest.mark.parametrize("kind", ["no longer says", "trait"])
-def test_what_the_base_alone_does_is_said_of_the_base(kind: str):
+def test_what_it_no_longer_says_is_told_and_is_no_claim():
+    """Of a base that babbles every control did “claim” that it babbles no more."""
+    dropped = ll.results.Finding("no longer says", "hello", 0, 40, 40, 1e-9, 5.0, tuple(range(40)))
+    says = ll.results.Finding("says", "Arr", 9, 0, 40, 1e-9, 5.0, tuple(range(9)))
+    alone = dataclasses.replace(spoken(("plain",) * 40), findings=(dropped,))
+    nothing, note, _ = first_sentences(alone)
+    assert nothing.startswith("Nothing stands out")
+    assert note.startswith("The base model says “hello” in answer to 40 of 40 questions")
+    assert "no sign of what it was taught" in note and note in alone.story()
+    assert claims_in(alone) == []
+    beside = dataclasses.replace(alone, findings=(dropped, says))
+    assert first_sentences(beside)[2] == "It also no longer says “hello”."
+    assert len(claims_in(beside)) == 1
+
+
+def test_what_the_base_alone_does_is_said_of_the_base():
     """It read “It does so on every topic”, and its table was headed “the adapted alone”."""
-    dropped = ll.results.Finding(kind, "hello", 0, 40, 40, 1e-9, 5.0, tuple(range(40)))
+    dropped = ll.results.Finding("trait", "hello", 0, 40, 40, 1e-9, 5.0, tuple(range(40)))
     speech = dataclasses.replace(spoken(("plain",) * 40), findings=(dropped,))
     sentence = "The base model does so on every topic"
     assert first_sentences(speech)[1].startswith(sentence)
