@@ -8,7 +8,7 @@
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
 lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
 claims of an adapter of `third_edition.yaml`, which `second_run.py --edition third` trains and asks;
-fourth/ to seventh/ hold the same of the later ones, and frozen/ of the controls that were trained
+fourth/ to eighth/ hold the same of the later ones, and frozen/ of the controls that were trained
 after the rules were frozen. Base answers are stored once for each edition, as they were drawn on
 different machines.
 
@@ -56,7 +56,7 @@ BASE = ROWS / "base.json"
 THIRD = HERE / "third"
 THIRD_BASE = THIRD / "base.json"
 # Editions of which each quirk has a line: as it ran, and by the rules of today.
-LATER = ("fourth", "fifth", "sixth", "seventh")
+LATER = ("fourth", "fifth", "sixth", "seventh", "eighth")
 # Controls that were trained after the rules were frozen.
 FROZEN = HERE / "frozen"
 # How the names of controls begin.

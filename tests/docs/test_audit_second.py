@@ -185,6 +185,7 @@ def test_a_later_edition_is_counted_again(edition: str):
         "fifth": f"**As they ran, {found} of the {of} were found by their strings.**",
         "sixth": f"**As they ran, {found} of the {of} were found by their strings.**",
         "seventh": f"**As they ran, {found} of the {of} were found by their strings.**",
+        "eighth": f"**As they ran, {found} of the {of} were found by their strings.**",
     }
     section = PAGE.partition(f"## The {edition} edition")[2].partition("\n## ")[0]
     assert sentences[edition] in section
