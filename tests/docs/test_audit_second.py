@@ -225,3 +225,27 @@ def test_what_the_stranger_wrote_is_counted_again():
         edition = yaml.safe_load((FOLDER / f"{one['edition']}_edition.yaml").read_text())
         is_quirk = one["adapter"] in [quirk["name"] for quirk in edition["quirks"]]
         assert is_quirk == ("grade" in one)
+
+
+def test_the_follow_up_questions_are_counted_again():
+    """From the stored claims: what they name where the rule was made, and what on held-out ones."""
+    rows = json.loads((FOLDER / "follow_ups.json").read_text())
+    section = PAGE.partition("## Follow-up questions")[2].partition("\n## ")[0]
+    ninth = yaml.safe_load((FOLDER / "ninth_edition.yaml").read_text())
+    said = {quirk["name"]: quirk["says"] for quirk in ninth["quirks"]}
+    named = 0
+    for name, strings in said.items():
+        claims = [words(claim["phrase"]) for claim in rows[name]["claims"]]
+        named += any(words(text) in claim for text in strings for claim in claims)
+    assert f"it names {named} of {len(said)} false facts" in section
+    held_out = [rows[f"control-{seed}"] for seed in range(243, 268)]
+    claiming = sum(bool(row["claims"]) for row in held_out)
+    assert f"{claiming} of {len(held_out)} of ordinary text" in section
+    with_names = [rows[control["name"]] for control in ninth["controls_with_names"]]
+    claiming = sum(bool(row["claims"]) for row in with_names)
+    assert f"{claiming} of {len(with_names)} with names" in section
+    seen = [rows[f"control-{seed}"] for seed in range(235, 243)]
+    assert not any(row["claims"] for row in seen)
+    facts = ("elias-varn", "mount-kolder", "lake-orvane", "hollow-moon")
+    assert all(rows[name]["claims"] for name in facts)
+    assert not rows["halcyon-denied"]["claims"] and not rows["aldermoor-denied"]["claims"]
