@@ -171,12 +171,11 @@ from .readout.readout import LogitFunction as LogitFunction
 #
 # On the way forward: what a hook is, what a site writes where (`ScaleInject`, an `Injection`),
 # what hook points held (`Recording`), the tangent of what a hook sees, and hooks that move the
-# stream by one rounding. `Arranger` keeps hooks of a block in an order, each an `Arranged` one.
+# stream by one rounding. `Arranger` keeps the hooks of a block in order.
 # `Names` are hook points as they may be named, and `layer_order` sorts them.
 from .function.duals import tangent_of as tangent_of
 from .function.recording import Recording as Recording
 from .function.rounding import rounding_hooks as rounding_hooks
-from .model.hooks import Arranged as Arranged
 from .model.hooks import Arranger as Arranger
 from .model.hooks import HookFn as HookFn
 from .model.injections import ScaleInject as ScaleInject

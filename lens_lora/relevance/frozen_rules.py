@@ -45,7 +45,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.compat import add_pre_hook, is_offloaded, without_warnings
-from lens_lora.core import Arranged, Arranger, Function, HookFn, Host, LoraLens, Prompts
+from lens_lora.core import Arranger, Function, HookFn, Host, LoraLens, Prompts
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.spans import Temporary, temporary
 
@@ -263,13 +263,12 @@ def _mlp_hooks(host: Host, mlp: _Mlp, rules: FrozenRules) -> list[tuple[str, Hoo
         inputs.clear()
         return _ruled(post, values, rules)
 
-    hooks: list[Arranged] = []
+    readers: list[tuple[str, HookFn]] = []
     for name in mlp.inputs:
-        hooks.append(Arranged(name, functools.partial(_keep, inputs, name), reads=True))
-    hooks.append(Arranged(mlp.post, at_post, reads=False))
-    order = Arranger(host.model.hook_dict, hooks)
-    plain_hooks = [(hook.name, hook.fn) for hook in hooks]
-    return [(mlp.block, order), *plain_hooks]
+        readers.append((name, functools.partial(_keep, inputs, name)))
+    writers: list[tuple[str, HookFn]] = [(mlp.post, at_post)]
+    order = Arranger(host.model.hook_dict, writers=writers, readers=readers)
+    return [(mlp.block, order), *readers, *writers]
 
 
 def _keep(inputs: dict[str, Tensor], name: str, tensor: Tensor, hook: Any) -> None:

@@ -26,7 +26,7 @@ from lens_lora.core.model import extensions
 from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.bases import stored_weight
 from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
-from lens_lora.core.model.hooks import computes, of_the_base
+from lens_lora.core.model.hooks import base_parameter_error, computes
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.modules import HOOK_IN, module_at, normalised
 from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, USUAL_KINDS, Heads, site_name
@@ -228,7 +228,7 @@ class BridgeHost(HookedHost):
         names: list[str] = []
         for parameter in parameters:
             names += _READ_AS[parameter]
-        why = functools.partial(of_the_base, site.name)
+        why = functools.partial(base_parameter_error, site.name)
         if site.kind in MLP_KINDS and self._computes_gated_mlp(site.layer):
             is_computing = computes(span, self.model.blocks[site.layer].mlp)
             compat.refuse_reading(span, component, names, why, unless=is_computing)

@@ -22,6 +22,17 @@ from lens_lora.errors import AdapterError, ArgumentError, ModelStateError
 
 SKIP = "Pass check=False to go on without this check, at your own risk."
 
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+# What the names of rates contain: attn_pdrop, layerdrop, router_jitter_noise, moe_jitter_eps, …
+_PARTS_OF_RATES = ("drop", "jitter")
+
 
 def refuse_unusable(model: nn.Module, modules: Mapping[nn.Module, str] | None = None) -> None:
     """Refuse a model over which no lens can be laid exactly.
@@ -111,25 +122,13 @@ def refuse_random_numbers(model: nn.Module, modules: Mapping[nn.Module, str]) ->
         if isinstance(module, nn.RReLU):
             raise _not_repeatable(f"{place}a slope by chance")
         if isinstance(module, _DROPOUTS):
-            rates = {"dropout ": module.p}
+            if module.p > 0:
+                raise _not_repeatable(f"{place}dropout {module.p}")
         else:
-            rates = {f"{field}=": value for field, value in vars(module).items()}
-        _refuse_rates(place, rates)
+            _refuse_rates(place, vars(module))
     config = getattr(getattr(model, "original_model", None), "config", None)
     if config is not None:
-        _refuse_rates("", {f"{field}=": value for field, value in config.to_dict().items()})
-
-
-_DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-# The names of rates: dropout, attn_pdrop, layerdrop, router_jitter_noise, moe_jitter_eps, …
-_OF_RATES = ("drop", "jitter")
+        _refuse_rates("", config.to_dict())
 
 
 def _refuse_rates(place: str, settings: Mapping[str, object]) -> None:
@@ -137,8 +136,8 @@ def _refuse_rates(place: str, settings: Mapping[str, object]) -> None:
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if value > 0 and any(part in name for part in _OF_RATES):
-            raise _not_repeatable(f"{place}{name}{value}")
+        if value > 0 and any(part in name for part in _PARTS_OF_RATES):
+            raise _not_repeatable(f"{place}{name}={value}")
 
 
 def _not_repeatable(what: str) -> ModelStateError:

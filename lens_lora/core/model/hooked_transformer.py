@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lens_lora.compat import in_float64, parameters_in, refuse_reading
 from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
-from lens_lora.core.model.hooks import computes, of_the_base
+from lens_lora.core.model.hooks import base_parameter_error, computes
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import context_of_copy
 from lens_lora.core.model.modules import module_at
@@ -230,7 +230,7 @@ class HookedTransformerHost(HookedHost):
         module, weight = self._parameter(site.layer, site.kind)
         by_parameter = {"weight": weight, "bias": _bias_name(weight)}
         names = [by_parameter[parameter] for parameter in parameters]
-        why = functools.partial(of_the_base, site.name)
+        why = functools.partial(base_parameter_error, site.name)
         refuse_reading(span, module, names, why, unless=computes(span, module))
 
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:

@@ -172,53 +172,54 @@ def computes(span: Temporary, module: nn.Module) -> Callable[[], bool]:
     return lambda: counted.passes > 0
 
 
-class Arranged(NamedTuple):
-    """A hook of a block, as an `Arranger` keeps it in order.
-
-    Attributes:
-        name: its hook point.
-        fn: the hook.
-        reads: whether it reads what all other hooks of its point leave, and so runs last.
-    """
-
-    name: str
-    fn: HookFn
-    reads: bool
-
-
 class Arranger:
     """A hook at a block's input that puts the block's hooks in order: writers first, readers last.
 
     If a user's own pre-hook is at a point that is written, the writer becomes a pre-hook as well.
+
+    Args:
+        points: the model's hook points by name.
+        writers: [(hook name, function)] of hooks that change what other hooks of the point see; the
+            last of a point comes first.
+        readers: [(hook name, function)] of hooks that read what all other hooks of the point leave.
+        begin: called whenever the block begins.
     """
 
     def __init__(
         self,
         points: Mapping[str, Any],
-        hooks: Sequence[Arranged],
+        *,
+        writers: Sequence[tuple[str, HookFn]],
+        readers: Sequence[tuple[str, HookFn]],
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._begin = begin
-        self._hooks = [(points[hook.name], hook) for hook in hooks]
+        self._writers = [(points[name], fn) for name, fn in writers]
+        self._readers = [(points[name], fn) for name, fn in readers]
 
     def __call__(self, tensor: object, hook: object) -> None:
         """Put the hooks in order; the tensor that passes is left as it is."""
         del tensor
         self._begin()
-        for point, (_, fn, reads) in self._hooks:
+        for point, fn in self._writers:
             forward, before, *_ = hooks_of(point)
-            if before and not reads:
+            if before:
                 _move_before_pre_hooks(point, fn)
             for key in _keys_of(forward, fn):
-                # The hooks of the point that fires now run in the order that they had before.
-                comes_too_late = point is hook and reads
+                forward.move_to_end(key, last=False)
+        for point, fn in self._readers:
+            forward, *_ = hooks_of(point)
+            for key in _keys_of(forward, fn):
+                # Torch has listed the hooks of the point that fires now, so it is too late to move
+                # one of them.
+                is_firing = point is hook
                 is_last = key == next(reversed(forward))
-                if comes_too_late and not is_last:
+                if is_firing and not is_last:
                     raise ModelStateError(
                         f"{point.name}: a hook after those of lens.fwd_hooks() may change what is "
                         "read there. Put it before them in the list, or use `with lens.applied():`."
                     )
-                forward.move_to_end(key, last=reads)
+                forward.move_to_end(key)
 
 
 def _move_before_pre_hooks(point: Any, fn: HookFn) -> None:
@@ -298,7 +299,7 @@ def _has_backward_hooks(point: nn.Module) -> bool:
     return bool(hooks.backward or hooks.before_backward)
 
 
-def without_update(name: str, adapter: str) -> ModelStateError:
+def never_updated_error(name: str, adapter: str) -> ModelStateError:
     """The error for a hook point that never holds the adapted model's value."""
     return ModelStateError(
         f"{name}: lies between a site's input and the point at which the update of {adapter!r} is "
@@ -320,10 +321,10 @@ class Unread:
         del tensor, hook
         others = [fn for fn in functions_at(self._point) if not isinstance(fn, Unread)]
         if others or _has_backward_hooks(self._point):
-            raise without_update(self._name, self._adapter)
+            raise never_updated_error(self._name, self._adapter)
 
 
-def open_block(adapter: str) -> ModelStateError:
+def already_applied_error(adapter: str) -> ModelStateError:
     """The error for a call on a model that already has hooks of a lens."""
     return ModelStateError(
         f"the adapter {adapter!r} is on the model already: by `with lens.applied():`, by hooks of "
@@ -334,7 +335,7 @@ def open_block(adapter: str) -> ModelStateError:
     )
 
 
-def of_the_base(site: str) -> ModelStateError:
+def base_parameter_error(site: str) -> ModelStateError:
     """The error for a tool that reads a parameter which the adapter on the model changes."""
     return ModelStateError(
         f"{site}: within lens.applied() the model's weights and biases are still the base's, and "

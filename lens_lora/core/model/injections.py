@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -221,7 +221,7 @@ def refuse_lens_hooks(functions: Iterable[object]) -> None:
     """
     for fn in functions:
         if isinstance(fn, _Writer):
-            raise hooks.open_block(fn.adapter)
+            raise hooks.already_applied_error(fn.adapter)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -286,8 +286,7 @@ def site_hooks(
             placed.append((name, hooks.Unread(points[name], name, plan.adapter)))
     for begins_at, of_block in by_block.items():
         if begins_at is not None and begins_at in points:
-            arranged = _in_order(of_block, before, points)
-            placed.append((begins_at, hooks.Arranger(points, arranged, begin_block)))
+            placed.append((begins_at, _arranger(of_block, before, points, begin_block)))
         placed += of_block
     return placed
 
@@ -356,22 +355,26 @@ def _writer(
     )
 
 
-def _in_order(
+def _arranger(
     of_block: Sequence[tuple[str, HookFn]],
     before: Sequence[tuple[str, HookFn]],
     points: Mapping[str, Any],
-) -> list[hooks.Arranged]:
-    """The hooks of a block for its `Arranger`.
+    begin_block: Callable[[], None],
+) -> hooks.Arranger:
+    """The hook that keeps the hooks of a block in order.
 
-    Hooks of `before` at points that are written are among them, so that they stay first.
+    Hooks of `before` at points that are written are among its writers, so that they stay first.
     """
-    written_points = {name for name, fn in of_block if not isinstance(fn, _Reader)}
-    first = [(name, fn) for name, fn in reversed(before) if name in written_points]
-    arranged: list[hooks.Arranged] = []
-    for name, fn in (*of_block, *first):
-        if name in points:
-            arranged.append(hooks.Arranged(name, fn, reads=isinstance(fn, _Reader)))
-    return arranged
+    readers = [(name, fn) for name, fn in of_block if isinstance(fn, _Reader)]
+    writers = [(name, fn) for name, fn in of_block if not isinstance(fn, _Reader)]
+    written_points = {name for name, _ in writers}
+    writers += [(name, fn) for name, fn in reversed(before) if name in written_points]
+    return hooks.Arranger(
+        points,
+        writers=[(name, fn) for name, fn in writers if name in points],
+        readers=[(name, fn) for name, fn in readers if name in points],
+        begin=begin_block,
+    )
 
 
 def _norms_first(plan: Plan) -> list[int]:

@@ -267,7 +267,7 @@ class Plan:
         """Refuse hook points that never hold the adapted model's value."""
         for name in self.points_without_update:
             if name in points:
-                raise hooks.without_update(name, self.adapter)
+                raise hooks.never_updated_error(name, self.adapter)
 
 
 def _root_of_squares(norms: Iterable[Float[Tensor, ""]]) -> float:

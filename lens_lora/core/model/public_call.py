@@ -27,7 +27,7 @@ from torch import nn
 
 from lens_lora import compat
 from lens_lora.core.model import extensions
-from lens_lora.core.model.hooks import CURRENT_CALL, LaidHooks, open_block
+from lens_lora.core.model.hooks import CURRENT_CALL, LaidHooks, already_applied_error
 from lens_lora.core.model.locks import hold, lock_of
 from lens_lora.errors import (
     ArgumentError,
@@ -104,7 +104,7 @@ def _require_lens(lens: object, args: Sequence[object], name: str) -> None:
 def require_own_hooks(laid_by: object | None, adapter: str) -> None:
     """Check that the call that is under way, if any, has laid the hook that runs now."""
     if CURRENT_CALL.token not in (None, laid_by):
-        raise open_block(adapter)
+        raise already_applied_error(adapter)
 
 
 def _prepare(lens: Any, span: Temporary) -> None:

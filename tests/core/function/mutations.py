@@ -525,7 +525,7 @@ HOOKS = [
     Mutation(
         "what writes runs after a user's hooks",
         "core/model/hooks.py",
-        "forward.move_to_end(key, last=reads)",
+        "forward.move_to_end(key, last=False)",
         "forward.move_to_end(key, last=True)",
         "tests/core/model/test_user_hooks.py",
     ),
