@@ -198,22 +198,29 @@ def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[P
     """List every part of every site along these axes."""
     parts: list[Part] = []
     for index, site in enumerate(lens.sites):
-        heads = lens.heads.of(site.kind)
-        by_head = lens.maps[index].a0_by_head
-        if heads and by_head is not None:
-            heads = len(by_head)  # There is one more slot if a bias belongs to no head.
-        slots: dict[str, Sequence[int | None]] = {
-            "position": range(prompts.tokens.shape[1]),
-            "head": range(heads) if heads else [None],
-            "expert": range(site.experts) if site.experts else [None],
-            "rank": range(site.rank),
+        sizes = {
+            "position": prompts.tokens.shape[1],
+            "head": _head_slots(lens, index),
+            "expert": site.experts,
+            "rank": site.rank,
         }
-        for axis in slots:
-            if axis not in axes:
-                slots[axis] = [None]  # One part has all slots of this axis.
-        for position, head, expert, rank in itertools.product(*slots.values()):
+        slots: list[Sequence[int | None]] = []
+        for axis, size in sizes.items():
+            is_split = axis in axes and size > 0
+            # Along any other axis one part has all slots.
+            slots.append(range(size) if is_split else [None])
+        for position, head, expert, rank in itertools.product(*slots):
             parts.append(Part(index, position=position, head=head, expert=expert, rank=rank))
     return parts
+
+
+def _head_slots(lens: LoraLens, index: int) -> int:
+    """The number of slots of a site's heads, with one more where a bias belongs to no head."""
+    heads = lens.heads.of(lens.sites[index].kind)
+    a0_by_head = lens.maps[index].a0_by_head
+    if heads and a0_by_head is not None:
+        return len(a0_by_head)
+    return heads
 
 
 def part_tangents(
@@ -360,6 +367,18 @@ class _Passes:
         return hooks
 
 
+class _MovedRows(NamedTuple):
+    """The rows in which a site has a tangent.
+
+    Attributes:
+        rows: their indices in the batch.
+        slots: the part of the site that each of them keeps.
+    """
+
+    rows: Int[Tensor, " part"]
+    slots: Slots
+
+
 class _PartsInject:
     """An inject in which some rows carry the tangent of one part each, at the gates `at`."""
 
@@ -377,14 +396,13 @@ class _PartsInject:
         for row, part in rows:
             for site in (part.site, *part.others):
                 by_site.setdefault(site, []).append((row, part))
-        # For each site, the rows in which it has a tangent, and the slots that each row keeps.
-        self._rows: dict[int, tuple[Int[Tensor, " part"], Slots]] = {}
+        self._moved: dict[int, _MovedRows] = {}
         for site, parts_of_site in by_site.items():
-            self._rows[site] = self._rows_and_slots(site, parts_of_site, read_positions)
+            self._moved[site] = self._moved_rows(site, parts_of_site, read_positions)
 
-    def _rows_and_slots(
+    def _moved_rows(
         self, site: int, moved: Sequence[tuple[int, Part]], read_positions: Int[Tensor, "row slot"]
-    ) -> tuple[Int[Tensor, " part"], Slots]:
+    ) -> _MovedRows:
         device = self._lens.maps[site].device
         rows = torch.tensor([row for row, _ in moved], device=device)
         parts = [part for _, part in moved]
@@ -401,18 +419,19 @@ class _PartsInject:
             expert=_slot_of_each([part.expert for part in parts], device),
             rank=_slot_of_each([part.rank for part in parts], device),
         )
-        return rows, slots
+        return _MovedRows(rows, slots)
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         """Write what the gates say, with the tangents of this site's parts."""
         written = self._scaled(index, out, z)
         injection = self._lens.plan.injections[index]
+        # Where δ is multiplied by the gate of another site, so is its tangent.
         weight = 1.0
         if injection.partner is not None:
             weight = self._at[injection.partner]
-        if injection.site not in self._rows or weight == 0:
+        if injection.site not in self._moved or weight == 0:
             return written
-        rows, slots = self._rows[injection.site]
+        rows, slots = self._moved[injection.site]
         site_map = injection.map
         if slots.position is not None:
             site_map = injection.map_by_position

@@ -53,12 +53,23 @@ class _Labels(NamedTuple):
     Attributes:
         place: where they are, for errors.
         labels: the labels.
-        spec: their annotation; see the head of this file.
+        axes: the axis that they belong to, or the axes, the outermost first.
+        is_optional: whether there may be none of them, because no array has the axis.
+        indexed: the axis along which their numbers are indices; "" where they are no indices.
     """
 
     place: str
     labels: Any
-    spec: str
+    axes: tuple[str, ...]
+    is_optional: bool
+    indexed: str
+
+    @classmethod
+    def annotated(cls, place: str, labels: Any, spec: str) -> _Labels:
+        """Labels with the annotation "batch position", "token?" or "group: site"."""
+        axes, _, indexed = spec.partition(": ")
+        names = tuple(axes.rstrip("?").split())
+        return cls(place, labels, names, is_optional=axes.endswith("?"), indexed=indexed)
 
 
 class Axes:
@@ -112,7 +123,7 @@ class Axes:
         arguments = get_args(hint)
         if origin is Annotated:
             plain, spec = arguments
-            self._labels.append(_Labels(place, value, spec))
+            self._labels.append(_Labels.annotated(place, value, spec))
             self._visit(place, value, plain, key)
         elif origin in (Union, types.UnionType):
             fitting = next(arm for arm in arguments if _is_a(value, arm))
@@ -168,12 +179,9 @@ class Axes:
             self._bind(array.place, own, size)
 
     def _count(self, labels: _Labels) -> None:
-        """Take the sizes of the axes that labels belong to; see the head of this file."""
-        axes, _, indexed = labels.spec.partition(": ")
-        is_optional = axes.endswith("?")
-        outer, *inner = axes.rstrip("?").split()
-        last = [outer, *inner][-1]
-        if is_optional and last not in self.sizes:
+        """Take the sizes of the axes that labels belong to."""
+        outer, *inner = labels.axes
+        if labels.is_optional and labels.axes[-1] not in self.sizes:
             if labels.labels:
                 count = len(labels.labels)
                 self._refuse(f"{labels.place} has {count} labels of an axis that no array has")
@@ -182,11 +190,15 @@ class Axes:
         for axis in inner:
             longest = max((_extent(label) for label in labels.labels), default=0)
             self._bind(labels.place, axis, longest)
-        if indexed in self.sizes:
-            size, field = self.sizes[indexed]
-            highest = max(_indices(labels.labels), default=-1)
-            if highest >= size:
-                self._refuse(f"{labels.place} names {indexed} {highest}, and {field} has {size}")
+        if labels.indexed in self.sizes:
+            self._require_indices(labels)
+
+    def _require_indices(self, labels: _Labels) -> None:
+        """Check that no index is beyond the end of the axis that it refers to."""
+        size, field = self.sizes[labels.indexed]
+        highest = max(_indices(labels.labels), default=-1)
+        if highest >= size:
+            self._refuse(f"{labels.place} names {labels.indexed} {highest}, and {field} has {size}")
 
     def _bind(self, place: str, axis: str, size: int) -> None:
         """Take the size of an axis, or check it against the size that is known.
