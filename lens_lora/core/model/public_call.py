@@ -62,6 +62,7 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
         if first_parameter == "lens" and is_given:
             _require_lens(lens, args, call.__name__)
         require_fitting(call.__name__, signature, args, kwargs)
+
         others = open_spans()
         span = Temporary(functools.partial(_prepare, lens))
         # Twice, as an interrupt may come while the first one closes what the call has opened.
@@ -73,16 +74,10 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
                 others = [other for other in open_spans() if other is not span]
                 return result
             except (RuntimeError, MemoryError) as error:
-                if isinstance(error, LensLoraError):
+                clearer = _with_its_cause(error, lens)
+                if clearer is None:
                     raise
-                if compat.is_memory_short(error):
-                    clear_frames(error.__traceback__)  # its frames hold what takes the memory
-                    raise _out_of_memory(lens, error) from error
-                if "nference tensor" not in str(error):
-                    raise
-                raise ModelStateError(
-                    f"{_made_in_inference_mode(lens)} Torch says: {error}"
-                ) from error
+                raise clearer from error
             finally:
                 close_but(others)
         finally:
@@ -153,6 +148,18 @@ def _take_plain_settings(span: Temporary) -> None:
         span.enter_context(torch.autograd.set_detect_anomaly(False))
 
 
+def _with_its_cause(error: BaseException, lens: Any) -> LensLoraError | None:
+    """The error that names the cause of one of torch's; None where there is no clearer one."""
+    if isinstance(error, LensLoraError):
+        return None
+    if compat.is_memory_short(error):
+        clear_frames(error.__traceback__)  # its frames hold what takes the memory
+        return _out_of_memory(lens, error)
+    if "nference tensor" in str(error):
+        return ModelStateError(f"{_made_in_inference_mode(lens)} Torch says: {error}")
+    return None
+
+
 def _out_of_memory(lens: Any, error: BaseException) -> OutOfMemoryError:
     """The error of memory that ran out, which says what bounds it."""
     bound = getattr(lens, "max_memory", None)
@@ -170,10 +177,13 @@ def _out_of_memory(lens: Any, error: BaseException) -> OutOfMemoryError:
 
 def _made_in_inference_mode(lens: Any) -> str:
     """A sentence that names the tensor of which no derivative exists."""
+    holder = "what the adapter, a readout or a hook holds"
     model = getattr(lens, "model", None)
-    named = model.named_parameters() if isinstance(model, nn.Module) else ()
-    weights = [f"the weight {name}" for name, weight in named if weight.is_inference()]
-    holder = next(iter(weights), "what the adapter, a readout or a hook holds")
+    if isinstance(model, nn.Module):
+        for name, weight in model.named_parameters():
+            if weight.is_inference():
+                holder = f"the weight {name}"
+                break
     return (
         f"{holder} was made within torch.inference_mode(), where no tensor keeps what a derivative "
         "needs. Load or make it outside of that mode (torch.no_grad() has no such effect), or pass "
