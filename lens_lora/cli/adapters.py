@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -17,6 +17,10 @@ from lens_lora.cli import files, options, running
 from lens_lora.cli.questions import Question, Questions
 from lens_lora.errors import many
 from lens_lora.formats.folders import checkpoint_folders, stated_fields
+
+if TYPE_CHECKING:
+    # Prompts, and the readout of their margin.
+    _Margin = tuple[ll.results.Prompts, ll.Readout]
 
 # An option that names a file to write.
 _to_write = functools.partial(typer.Option, dir_okay=False)
@@ -184,22 +188,12 @@ def checkpoints(
 
         running.warn_of_spaces(questions)
         lens = running.announced(running.lens_for(base, ll.load_adapter(last), progress))
-        prompts, readout = running.margin_of(lens.model, questions, lens.prepend_bos)
-        training: ll.results.Checkpoints | ll.results.Trainings
+        margin = running.margin_of(lens.model, questions, lens.prepend_bos)
         with running.quiet_libraries():
             if len(runs) == 1:
-                training = ll.checkpoints(
-                    lens,
-                    run_folders[0],
-                    prompts,
-                    readout,
-                    revision=within.revision,
-                    subfolder=within.subfolder,
-                    progress=not quiet,
-                )
+                training = _one_training(lens, run_folders[0], margin, within, quiet=quiet)
             else:
-                places = {name: _run_folder(of_run) for name, of_run in runs.items()}
-                training = ll.checkpoints(lens, places, prompts, readout, progress=not quiet)
+                training = _several_trainings(lens, runs, margin, quiet=quiet)
         training.save_report(report)
         if json is not None:
             files.write_json(json, [training])
@@ -213,6 +207,31 @@ def checkpoints(
 
 # The folder of each checkpoint of a run under its step, in increasing order.
 _Run = Mapping[int, Path]
+
+
+def _one_training(
+    lens: ll.LoraLens, run: str, margin: _Margin, within: options.Within, *, quiet: bool
+) -> ll.results.Checkpoints:
+    """Follow the margin through the checkpoints of one run."""
+    prompts, readout = margin
+    return ll.checkpoints(
+        lens,
+        run,
+        prompts,
+        readout,
+        revision=within.revision,
+        subfolder=within.subfolder,
+        progress=not quiet,
+    )
+
+
+def _several_trainings(
+    lens: ll.LoraLens, runs: Mapping[str, _Run], margin: _Margin, *, quiet: bool
+) -> ll.results.Trainings:
+    """Follow the margin through the checkpoints of several runs, given by their names."""
+    prompts, readout = margin
+    places = {name: _run_folder(of_run) for name, of_run in runs.items()}
+    return ll.checkpoints(lens, places, prompts, readout, progress=not quiet)
 
 
 def _runs_by_name(given: Sequence[str], found: Sequence[_Run]) -> dict[str, _Run]:
@@ -280,15 +299,15 @@ def repair(
 ) -> None:
     """Keep a margin and drop what else the adapter does, compared with scaling the adapter."""
     questions = asked.checked()
-    tests: list[Question] = []
+    test_questions: list[Question] = []
     if test_prompt or test_prompts:
         held_out = dataclasses.replace(asked, prompt=test_prompt, prompts=test_prompts, chat=None)
-        tests = held_out.checked()
+        test_questions = held_out.checked()
     files.require_place(out / "adapter_config.json", "--out")
     written = files.writable({"--report": report, "--json": json})
     texts = files.texts_of(drop)
     test_texts = files.texts_of(test_drop) if test_drop else []
-    if bool(tests) != bool(test_texts):
+    if bool(test_questions) != bool(test_texts):
         why = "a repair is judged on both kinds"
         raise typer.BadParameter(f"--test-prompt(s) and --test-drop go together: {why}.")
     folder = files.folder_of(adapter, within, quiet=quiet)
@@ -298,21 +317,19 @@ def repair(
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.two_adapters.page import repair_table
 
-        running.warn_of_spaces([*questions, *tests])
+        running.warn_of_spaces([*questions, *test_questions])
         lens = running.announced(running.lens_for(base, folder, progress))
-        kept = running.margin_of(lens.model, questions, lens.prepend_bos)
-        test_keep: list[tuple[ll.results.Prompts, ll.Readout]] = []
-        if tests:
-            test_keep.append(running.margin_of(lens.model, tests, lens.prepend_bos))
+        keep = _margins(lens, questions)
+        test_keep = _margins(lens, test_questions)
         with running.quiet_libraries():
             repaired = ll.repair(
                 lens,
-                keep=[kept],
-                drop=[(texts, ll.KL())],
+                keep=keep,
+                drop=_divergences(texts),
                 keep_share=keep_share,
                 of=of,
                 test_keep=test_keep,
-                test_drop=[(test_texts, ll.KL())] if test_texts else [],
+                test_drop=_divergences(test_texts),
                 steps=steps,
                 progress=not quiet,
             )
@@ -325,3 +342,17 @@ def repair(
         kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
         running.say(f"\nAdapter: {out.absolute()}, {kept_gates}")
         running.say(f"Report: {report.absolute()}")
+
+
+def _margins(lens: ll.LoraLens, questions: Sequence[Question]) -> list[_Margin]:
+    """Return the margin of all these questions as one; [] if there are none."""
+    if not questions:
+        return []
+    return [running.margin_of(lens.model, questions, lens.prepend_bos)]
+
+
+def _divergences(texts: list[str]) -> list[tuple[list[str], ll.Readout]]:
+    """Return the divergence from the base on all these texts as one; [] if there are none."""
+    if not texts:
+        return []
+    return [(texts, ll.KL())]

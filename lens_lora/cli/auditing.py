@@ -100,10 +100,7 @@ def diff(
 
     lens-lora diff --tuned path/to/model --model path/to/base
     """
-    if adapter is None and tuned.tuned is None:
-        raise typer.BadParameter(
-            "name one, or a fine-tuned model with --tuned.", param_hint="ADAPTER"
-        )
+    _require_named(adapter, tuned)
     written = _DiffFiles(report=report, json=json, save=save)
     outputs = written.checked()
     lines = None if texts is None else files.texts_of(texts)
@@ -115,20 +112,13 @@ def diff(
     controls = [files.folder_of(control, quiet=quiet) for control in unrelated or []]
     files.require_apart(outputs, base, [folder, *controls], texts, prompts, triggers)
 
-    seconds = _SECONDS_OF_DIFF_FAST if fast else _SECONDS_OF_DIFF
-    does = "ask both models everyday questions, print what only the fine-tuned one says, "
-    work = Work(f"{does}then look at texts and modules, and write {report.name}", seconds)
+    work = _work_of_diff(report, fast=fast)
     with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
-        from lens_lora.audit.speech_page import first_screen
-        from lens_lora.audit.speech_words import first_sentences
-
         others = [ll.load_adapter(control) for control in controls]
         lens = running.announced(running.lens_of(base, folder, tuned, progress))
-        console = Console()
         speech = _counted_speech(lens, asked, how)
         if speech is not None:
-            console.print()
-            console.print(first_screen(speech))
+            _print_first_screen(speech)
             speech = _with_triggers(lens, speech, words, how)
         with running.quiet_libraries():
             changes = ll.what_changed(
@@ -141,16 +131,49 @@ def diff(
                 jacobian=jacobian,
                 progress=not quiet,
             )
-        # This is imported only here, so that the first screen does not wait for it.
-        from lens_lora.audit.page import brief_tables, what_changed_tables
-
         written.write(changes)
-        console.print(brief_tables(changes))
-        console.print(what_changed_tables(changes))
-        if speech is not None:
-            # On a small screen, what was printed first has scrolled away.
-            running.tell(f"In short: {' '.join(first_sentences(speech))}")
+        _print_changes(changes, speech)
         written.tell()
+
+
+def _require_named(adapter: str | None, tuned: options.TunedModel) -> None:
+    """Refuse a command that names neither an adapter nor a full fine-tune."""
+    if adapter is None and tuned.tuned is None:
+        raise typer.BadParameter(
+            "name one, or a fine-tuned model with --tuned.", param_hint="ADAPTER"
+        )
+
+
+def _work_of_diff(report: Path, *, fast: bool) -> Work:
+    """Forecast what the command will do, and how long that takes."""
+    seconds = _SECONDS_OF_DIFF_FAST if fast else _SECONDS_OF_DIFF
+    does = "ask both models everyday questions, print what only the fine-tuned one says, "
+    return Work(f"{does}then look at texts and modules, and write {report.name}", seconds)
+
+
+def _print_first_screen(speech: ll.results.CountedSpeech) -> None:
+    """Print what only the adapted model says, while everything else is still to be run."""
+    from lens_lora.audit.speech_page import first_screen
+
+    console = Console()
+    console.print()
+    console.print(first_screen(speech))
+
+
+def _print_changes(
+    changes: ll.results.WhatChanged, speech: ll.results.CountedSpeech | None
+) -> None:
+    """Print all tables, and last in a sentence or two what the first screen said."""
+    # These are imported only here, so that the first screen does not wait for them.
+    from lens_lora.audit.page import brief_tables, what_changed_tables
+    from lens_lora.audit.speech_words import first_sentences
+
+    console = Console()
+    console.print(brief_tables(changes))
+    console.print(what_changed_tables(changes))
+    if speech is not None:
+        # On a small screen, what was printed first has scrolled away.
+        running.tell(f"In short: {' '.join(first_sentences(speech))}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,16 +89,7 @@ def explain(
     if nulls == 1:
         raise typer.BadParameter("--nulls: at least 2 random adapters, for a spread.")
     questions = asked.checked(response, answered=False)
-    if len(questions) > _LARGEST_PAGE:
-        fact = f"{len(questions)} prompts are too many for one page"
-        raise typer.BadParameter(
-            f"{fact}, which holds {_LARGEST_PAGE} at most; `lens-lora sweep` runs hundreds and "
-            "writes a table."
-        )
-    if nulls and not all(question.doc for question in questions):
-        raise typer.BadParameter(
-            "--nulls: random adapters are compared on a margin (--doc, --pre)."
-        )
+    _require_explainable(questions, nulls)
     folder = files.folder_or_tuned(adapter, within, tuned, base, quiet=quiet)
     files.require_apart(outputs, base, [folder], asked.prompts)
 
@@ -115,6 +106,20 @@ def explain(
         running.say(f"\nReport: {report.absolute()}")
         if json is not None:
             running.say(f"JSON: {json.absolute()}")
+
+
+def _require_explainable(questions: Sequence[Question], nulls: int) -> None:
+    """Refuse more prompts than fit on a page, and random adapters without a margin."""
+    if len(questions) > _LARGEST_PAGE:
+        fact = f"{len(questions)} prompts are too many for one page"
+        raise typer.BadParameter(
+            f"{fact}, which holds {_LARGEST_PAGE} at most; `lens-lora sweep` runs hundreds and "
+            "writes a table."
+        )
+    if nulls and not all(question.doc for question in questions):
+        raise typer.BadParameter(
+            "--nulls: random adapters are compared on a margin (--doc, --pre)."
+        )
 
 
 # The seconds that one prompt takes on one core with SmolLM2-135M-Instruct; see `forecast`.
@@ -172,7 +177,9 @@ def _explain_each(
             batch = waiting.pop(0)
             first = len(explanations) + 1
             last = len(explanations) + len(batch)
-            numbers = f"{first}" if len(batch) == 1 else f"{first} to {last}"
+            numbers = f"{first}"
+            if len(batch) > 1:
+                numbers = f"{first} to {last}"
             progress.print(f"Explaining prompt {numbers} of {len(questions)}", highlight=False)
             try:
                 with running.quiet_libraries():
@@ -265,19 +272,11 @@ def _what_happened(explanation: Explained) -> str:
 
 def _print(explanations: Sequence[Explained]) -> None:
     """Print the summary of one prompt, or the overview of several, as it is on the page."""
-    from lens_lora.explanations.response_page import response_tables, responses_table
-    from lens_lora.explanations.tables import explanation_tables, margins_table
-    from lens_lora.show.tables import in_terminal
+    from lens_lora.explanations.response_page import response_tables
+    from lens_lora.explanations.tables import explanation_tables
 
     if len(explanations) > 1:
-        margins: list[tuple[int, ll.results.Explanation]] = []
-        responses: list[tuple[int, ll.results.ResponseExplanation]] = []
-        for number, explanation in enumerate(explanations, start=1):
-            if isinstance(explanation, ll.results.Explanation):
-                margins.append((number, explanation))
-            else:
-                responses.append((number, explanation))
-        Console().print(in_terminal(margins_table(margins), responses_table(responses)))
+        _print_overview(explanations)
         return
     (explanation,) = explanations
     if isinstance(explanation, ll.results.ResponseExplanation):
@@ -287,6 +286,22 @@ def _print(explanations: Sequence[Explained]) -> None:
     # The story comes last: it is what remains on a screen of few rows.
     Console().print(tables)
     running.tell(f"{explanation.story()}\n{_in_short(explanation)}")
+
+
+def _print_overview(explanations: Sequence[Explained]) -> None:
+    """Print a table of all margins and one of all responses, with the numbers of the prompts."""
+    from lens_lora.explanations.response_page import responses_table
+    from lens_lora.explanations.tables import margins_table
+    from lens_lora.show.tables import in_terminal
+
+    margins: list[tuple[int, ll.results.Explanation]] = []
+    responses: list[tuple[int, ll.results.ResponseExplanation]] = []
+    for number, explanation in enumerate(explanations, start=1):
+        if isinstance(explanation, ll.results.Explanation):
+            margins.append((number, explanation))
+        else:
+            responses.append((number, explanation))
+    Console().print(in_terminal(margins_table(margins), responses_table(responses)))
 
 
 def _in_short(explanation: Explained) -> str:
@@ -323,10 +338,8 @@ def demo(
 
     The fact, unless options name another: The capital of France is Lyon, not Paris.
     """
-    if train and adapter is not None:
-        raise typer.BadParameter("--train makes an adapter; leave ADAPTER out.")
-    if train and base.is_quantised:
-        raise typer.BadParameter("--train needs weights that are not quantised.")
+    if train:
+        _require_trainable(adapter, base)
     if adapter is None and base.model is None:
         base = dataclasses.replace(base, model=EMBEDDED)
     question = _fact_of_demo(asked)
@@ -337,7 +350,7 @@ def demo(
 
     work = _work_of([question], report, fast=True, nulls=0)
     if train:
-        work = Work(f"train an adapter, {work.does}", work.seconds + _SECONDS_OF_TRAINING)
+        work = work.after("train an adapter", _SECONDS_OF_TRAINING)
     with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
         loaded = None
         if train:
@@ -354,6 +367,14 @@ def demo(
         running.say(f"\nReport: {report.absolute()}")
         if json is not None:
             running.say(f"JSON: {json.absolute()}")
+
+
+def _require_trainable(adapter: str | None, base: options.BaseModel) -> None:
+    """Refuse an adapter beside the one that is to be trained, and a base that cannot train."""
+    if adapter is not None:
+        raise typer.BadParameter("--train makes an adapter; leave ADAPTER out.")
+    if base.is_quantised:
+        raise typer.BadParameter("--train needs weights that are not quantised.")
 
 
 def _fact_of_demo(asked: Questions) -> Question:

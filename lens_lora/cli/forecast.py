@@ -41,6 +41,10 @@ class Work(NamedTuple):
     does: str
     seconds: float
 
+    def after(self, does: str, seconds: float) -> Work:
+        """Return the work with something that is done before it."""
+        return Work(f"{does}, {self.does}", seconds + self.seconds)
+
 
 def forecast(work: Work, base: ModelOptions, adapter: Path) -> str:
     """Write a sentence on how long a command takes here.

@@ -176,8 +176,10 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
     ]
     distinct_ranks = sorted({site.rank for site in lens.sites})
     ranks = ", ".join(str(rank_of_site) for rank_of_site in distinct_ranks)
-    base = f", trained on {shown_base(adapter.base_model)}" if adapter.base_model else ""
-    facts.append(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
+    fact = f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}"
+    if adapter.base_model:
+        fact += f", trained on {shown_base(adapter.base_model)}"
+    facts.append(fact)
     if lens.reads_strings:
         facts.append(f"Strings: {lens.reads_strings}")
     if lens.tokenizer_origin:
@@ -319,9 +321,11 @@ def step(message: str, progress: Console) -> Generator[None]:
     def again() -> None:
         progress.print(f"{message}, {time.perf_counter() - started:.0f} s", highlight=False)
 
-    if not progress.is_terminal:
+    if progress.is_terminal:
+        shown = progress.status(message)
+    else:
         progress.print(message)
-    shown = progress.status(message) if progress.is_terminal else _moving(again)
+        shown = _moving(again)
     # `quiet_libraries` comes second, so that torch is imported while something moves.
     with shown, quiet_libraries():
         yield

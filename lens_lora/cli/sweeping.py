@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.cli import files, finished, options, running
@@ -31,6 +32,7 @@ from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, Record, chosen, each_re
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel
 
     from lens_lora.formats.tokenizers import OwnTokenizer
 
@@ -329,19 +331,13 @@ def scan(
     files.require_apart({"--out": out, **written}, base, folders, asked.prompts)
     questions = asked.checked()
     part = _shard_of(shard)
-    bases = [(str(path), stated_base(path)) for path in folders]
-    remedy = "scan the adapters of each base apart, or name one base for all with --model."
-    named = one_base(bases if base.model is None else bases[:1], remedy)
+    named = _base_of_all(folders, base)
 
     with running.at_work(base, quiet=quiet) as progress:
         running.warn_of_spaces(questions)
         processes = launched()
         loaded = running.load_model_of(named, progress, base.placed(processes.device))
-        hf_model, _ = loaded
-        tokenizer = _tokenizer_for(folders, loaded)
-        with running.step("Building the hooked model", progress):
-            model, class_name = running.hooked_by(base, hf_model, tokenizer)
-        beside = hf_model if class_name == "HookedTransformer" else None
+        model, beside = _hooked(loaded, folders, base, progress)
         prompts, readout = running.margin_of(model, questions, base.prepend_bos)
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
         with running.quiet_libraries(), running.told_if_interrupted(lambda: kept):
@@ -372,6 +368,31 @@ def scan(
             _print_scan(table, out, json)
     if table["error"].notna().all():
         raise typer.Exit(1)
+
+
+def _base_of_all(folders: Sequence[Path], base: options.BaseModel) -> str | None:
+    """Return the base that all adapters name; if --model names one, the first adapter's.
+
+    Raises:
+        AdapterError: the adapters name different bases, and --model names none.
+    """
+    bases = [(str(path), stated_base(path)) for path in folders]
+    if base.model is not None:
+        bases = bases[:1]
+    remedy = "scan the adapters of each base apart, or name one base for all with --model."
+    return one_base(bases, remedy)
+
+
+def _hooked(
+    loaded: running.Loaded, folders: Sequence[Path], base: options.BaseModel, progress: Console
+) -> tuple[Any, PreTrainedModel | None]:
+    """Make the hooked model, and return it with the base if a bank needs that as well."""
+    hf_model, _ = loaded
+    tokenizer = _tokenizer_for(folders, loaded)
+    with running.step("Building the hooked model", progress):
+        model, class_name = running.hooked_by(base, hf_model, tokenizer)
+    beside = hf_model if class_name == "HookedTransformer" else None
+    return model, beside
 
 
 def gather(
@@ -438,7 +459,9 @@ def _print_scan(table: pd.DataFrame, out: Path, json: Path | None) -> None:
     """Print the adapters with the largest Σ a, those that cannot be used, and the result's file."""
     means: Any = table.dropna(subset="total").groupby("adapter")["total"].mean()
     readouts = table["readout"].dropna().unique()
-    of_readout = f" of {readouts[0]}" if len(readouts) == 1 else ""
+    of_readout = ""
+    if len(readouts) == 1:
+        of_readout = f" of {readouts[0]}"
     running.say(f"First order{of_readout}, summed over all modules, as a mean over prompts.")
     running.say(f"The largest of {many(len(means), 'adapter')}:")
     for name in means.abs().nlargest(_LISTED).index:

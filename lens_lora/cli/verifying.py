@@ -107,55 +107,104 @@ def verify(
     expectations = [] if expect is None else read_expectations(expect)
     inputs = Inputs(merged, lora, expectations, max_kl)
     own_texts = [] if texts is None else prompts_of(texts)
-    parts: list[Path] = []
-    if combined is None:
-        folder = files.folder_of(named, within, quiet=quiet)
-    else:
-        folder = files.folder_of(combined, quiet=quiet)
-        parts = [files.folder_of(part, within, quiet=quiet) for part in (named, *(others or ()))]
+    folder, parts = _folders_of(named, others or [], combined, within, quiet=quiet)
     read = [card, expect, texts, lora, *_files_of(merged)]
     files.require_apart(outputs, base, [folder, *parts], *read)
 
-    work = _work_of(merged, lora, served, card, combined)
-    with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
-        written = None if card is None else _read_card(card, folder)
-        if written is not None:
-            inputs = written.inputs(inputs, expect)
-        base = base.placed("cpu")
-        given = read_given(folder, base, progress)
-        lens_over = LensMade(base, given, progress)
-        question = None
-        if served is not None:
-            question = _Question(
-                url=served,
-                name=name,
-                texts=own_texts,
-                dtype=served_dtype,
-                timeout=timeout,
-                others=_others_beside(folder),
-                progress=not quiet,
-            )
-        comparison = None
-        if parts:
-            comparison = _Comparison(parts, numbers, own_texts, progress=not quiet)
-        verification = verification_of(
-            given,
-            lens_over,
-            inputs,
-            ask_server=question,
-            compare_parts=comparison,
+    question = None
+    if served is not None:
+        question = _Question(
+            url=served,
+            name=name,
+            texts=own_texts,
+            dtype=served_dtype,
+            timeout=timeout,
+            adapter=folder,
             progress=not quiet,
         )
-        table_of = verification
-        if written is not None:
-            verification = written.checked(verification, given, lens_over.lens, base)
-            table_of = written.brief
-        results = _Results(verification, table_of, question, comparison)
+    comparison = None
+    if parts:
+        comparison = _Comparison(parts, numbers, own_texts, progress=not quiet)
+    work = _work_of(merged, lora, served, card, combined)
+    with running.at_work(base, quiet=quiet, work=work, adapter=folder) as progress:
+        written = None
+        if card is not None:
+            written = _read_card(card, folder)
+            inputs = written.inputs(inputs, expect)
+        results = _verified(
+            folder, base.placed("cpu"), inputs, written, question, comparison, progress
+        )
         results.write(outputs)
         results.tell()
         for option, path in outputs.items():
             running.say(f"{_LABELS[option]}: {path.absolute()}")
-    raise typer.Exit(verification.exit_code)
+    raise typer.Exit(results.verification.exit_code)
+
+
+def _folders_of(
+    named: str,
+    others: Sequence[str],
+    combined: str | None,
+    within: options.Within,
+    *,
+    quiet: bool,
+) -> tuple[Path, list[Path]]:
+    """Find the folder of the adapter to be verified, and those of which it was combined, if any.
+
+    Args:
+        named: the adapter that the command names first.
+        others: the adapters after it.
+        combined: the combined adapter; None if none is verified.
+        within: the place of the named adapters within their folders.
+        quiet: whether nothing is said about a run whose last checkpoint is taken.
+    """
+    if combined is None:
+        return files.folder_of(named, within, quiet=quiet), []
+    folder = files.folder_of(combined, quiet=quiet)
+    parts = [files.folder_of(part, within, quiet=quiet) for part in (named, *others)]
+    return folder, parts
+
+
+def _verified(
+    folder: Path,
+    base: options.BaseModel,
+    inputs: Inputs,
+    written: WrittenCard | None,
+    question: _Question | None,
+    comparison: _Comparison | None,
+    progress: Console,
+) -> _Results:
+    """Run all checks, and those of a card's lines if there is one.
+
+    Args:
+        folder: the folder of the adapter.
+        base: the options of the base.
+        inputs: what is verified besides the adapter.
+        written: the card; None if there is none.
+        question: the question to a server; None if there is no server.
+        comparison: the comparison with the parts; None if there are none.
+        progress: the console that shows progress.
+    """
+    given = read_given(folder, base, progress)
+    lens_over = LensMade(base, given, progress)
+    verification = verification_of(
+        given,
+        lens_over,
+        inputs,
+        ask_server=question,
+        compare_parts=comparison,
+        progress=not progress.quiet,
+    )
+    table_of = verification
+    if written is not None:
+        verification = written.checked(verification, given, lens_over.lens, base)
+        table_of = written.brief
+    return _Results(
+        verification,
+        table_of,
+        answered=None if question is None else question.answered,
+        compared=None if comparison is None else comparison.compared,
+    )
 
 
 def _work_of(
@@ -210,7 +259,7 @@ class _Question:
         texts: the user's own texts, on which the adapter shows.
         dtype: what the server computes in.
         timeout: the seconds in which each request has to be answered.
-        others: adapters that it may have loaded in place of this one.
+        adapter: the folder of the adapter, beside which others may lie that it has loaded instead.
         progress: whether to show bars.
         answered: what the server answered; None before it is asked.
     """
@@ -220,7 +269,7 @@ class _Question:
     texts: list[Any]
     dtype: ServedDtype
     timeout: float
-    others: list[Adapter]
+    adapter: Path
     progress: bool
     answered: ServedVerification | None = None
 
@@ -234,7 +283,7 @@ class _Question:
             name=self.name,
             texts=self.texts,
             dtype=self.dtype,
-            others=self.others,
+            others=_others_beside(self.adapter),
             timeout=self.timeout,
             progress=self.progress,
         )
@@ -322,49 +371,43 @@ def _others_beside(folder: Path) -> list[Adapter]:
     return others[-_MOST_OTHERS:]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Results:
-    """Writes the results of the checks into files, and prints them.
+    """The results of the checks, which are written into files and printed.
 
-    Args:
+    Attributes:
         verification: the checks.
         table_of: the same checks for a table, where all lines of a card that hold are one.
-        question: the question to a server; None if there is no server.
-        comparison: the comparison of a combined adapter with its parts; None if there is none.
+        answered: what a server answered; None if none was asked.
+        compared: a combined adapter beside its parts; None if none was compared.
     """
 
-    def __init__(
-        self,
-        verification: Verification,
-        table_of: Verification,
-        question: _Question | None,
-        comparison: _Comparison | None,
-    ) -> None:
-        self._verification = verification
-        self._table_of = table_of
-        self._answered = None if question is None else question.answered
-        self._compared = None if comparison is None else comparison.compared
+    verification: Verification
+    table_of: Verification
+    answered: ServedVerification | None
+    compared: CombinedVerification | None
 
     def write(self, outputs: dict[str, Path]) -> None:
         """Write the files that were asked for, given under their options."""
         from lens_lora.ship.files import as_json, as_junit
 
         if "--json" in outputs:
-            text = as_json(self._verification, self._answered, self._compared)
+            text = as_json(self.verification, self.answered, self.compared)
             outputs["--json"].write_text(text, encoding="utf-8")
         if "--junit" in outputs:
-            tree = as_junit(self._verification)
+            tree = as_junit(self.verification)
             tree.write(outputs["--junit"], encoding="utf-8", xml_declaration=True)
         if "--report" in outputs:
-            self._verification.save_report(outputs["--report"])
+            self.verification.save_report(outputs["--report"])
 
     def tell(self) -> None:
         """Print the tables, and last the outcome in words, so that a small screen shows it."""
         from lens_lora.ship.page import explanations_table, sites_table, verification_table
 
         console = Console()
-        console.print(verification_table(self._table_of))
-        if self._answered is not None:
-            console.print(explanations_table(self._answered))
-        if self._compared is not None:
-            console.print(sites_table(self._compared))
-        running.tell(self._verification.story())
+        console.print(verification_table(self.table_of))
+        if self.answered is not None:
+            console.print(explanations_table(self.answered))
+        if self.compared is not None:
+            console.print(sites_table(self.compared))
+        running.tell(self.verification.story())
