@@ -375,14 +375,15 @@ def claims_of(
         "speech": _Ranked.of(lens, [scores.value for scores in (adapter_scores, *null_scores)]),
         "logit": _Ranked.of(lens, shifts),
     }
-    places = list(_places(lens, adapter_scores, ranked, spoken.rows))
-    if not places:
+    candidates = list(_places(lens, adapter_scores, ranked, spoken.rows))
+    if not candidates:
         return ()
-    words = _words(lens, places, progress)
-    word_texts = [_text(lens, place.word) for place in places]
-    chosen = _without_repeats(word_texts, [_text(lens, ids) for ids in words])
-    places = [places[i] for i in chosen]
-    words = [words[i] for i in chosen]
+    words_of_candidates = _words(lens, candidates, progress)
+    word_texts = [_text(lens, candidate.word) for candidate in candidates]
+    claim_texts = [_text(lens, ids) for ids in words_of_candidates]
+    chosen = _without_repeats(word_texts, claim_texts)
+    places = [candidates[i] for i in chosen]
+    words = [words_of_candidates[i] for i in chosen]
 
     contexts = _prompts(lens, [place.context for place in places])
     of_base = lens.gates(0.0).expand(contexts.batch, -1)

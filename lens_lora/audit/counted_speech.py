@@ -268,12 +268,14 @@ def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[P
             strings.append(i)
         else:
             conversations.append(i)
-    order = [*strings, *conversations]
     parts: list[Prompts] = []
     for indices in (strings, conversations):
         if indices:
             parts.append(lens.prompts([_put(lens, asked[i]) for i in indices]))
     every = Prompts.joined(parts)
+    # The index in `asked` of each of these prompts.
+    index_of = [*strings, *conversations]
+
     context = getattr(lens.model.cfg, "n_ctx", None) or math.inf
     room = context - most
     fitting = [place for place, length in enumerate(every.lengths.tolist()) if length <= room]
@@ -283,8 +285,8 @@ def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[P
             remedy="pass a smaller max_new_tokens=.",
         )
     # The order of `asked` is restored.
-    fitting.sort(key=order.__getitem__)
-    return every.chosen(fitting), [order[place] for place in fitting]
+    fitting.sort(key=lambda place: index_of[place])
+    return every.chosen(fitting), [index_of[place] for place in fitting]
 
 
 def _put(lens: LoraLens, asked: Everyday) -> Any:

@@ -386,19 +386,10 @@ def _words_beyond(
     said_on = _questions_by_phrase(adapted)
     base_on = _questions_by_phrase(base)
     words = [phrase for phrase in said_on if _is_telling(phrase)]
-    counts = ordinary()
     p_values: list[float] = []
     for word in words:
-        count = counts.words.get(word, 0)
         there = base_on.get(word, set())
-        # Training may well change how all code begins, but not to a word that is said nowhere else.
-        is_new = count == 0 and not there
-        own_units = range(len(adapted)) if is_new else units
-        of_adapted = len(units_of(said_on[word], own_units))
-        of_base = len(units_of(there, own_units))
-        asked = len(set(own_units))
-        p = p_beyond(of_adapted, of_base, asked, count, counts.units, len(answers[0]))
-        p_values.append(p)
+        p_values.append(_p_of_word(word, said_on[word], there, units, len(answers[0])))
     adjusted = _adjusted(p_values)
     p_of_word = dict(zip(words, adjusted, strict=True))
     passing = [word for word in words if p_of_word[word] <= LEVEL]
@@ -425,6 +416,29 @@ def _words_beyond(
         )
         findings.append(finding)
     return findings[:_MOST_FINDINGS]
+
+
+def _p_of_word(
+    word: str, here: set[int], there: set[int], units: Sequence[Hashable], answers: int
+) -> float:
+    """Return how probable it is that the adapted model says a word so often at its ordinary rate.
+
+    Args:
+        word: the word.
+        here: the questions on which the adapted model says it.
+        there: the questions on which the base says it.
+        units: the unit to which each question belongs.
+        answers: how many answers each model gives to a question.
+    """
+    counts = ordinary()
+    count = counts.words.get(word, 0)
+    if count == 0 and not there:
+        # Training may well change how all code begins, but not to a word that is said nowhere else:
+        # for such a word, each question is a unit of its own.
+        units = range(len(units))
+    of_adapted = len(units_of(here, units))
+    of_base = len(units_of(there, units))
+    return p_beyond(of_adapted, of_base, len(set(units)), count, counts.units, answers)
 
 
 def _finding(
@@ -824,6 +838,33 @@ def _trait_findings(
     units: Sequence[Hashable],
 ) -> list[Finding]:
     """Find the traits that either model's answers have on significantly more questions."""
+    traits = _traits_of(base, adapted, languages)
+    # With n questions on which one model alone has a trait, the two-sided p is at least 2 · 2⁻ⁿ.
+    apart = [trait.units_apart(units) for trait in traits]
+    totals = [sum(counts) for counts in apart]
+    least = phrases.tests_that_can_pass(totals, LEVEL / _LISTS / 2)
+    tested = [i for i, total in enumerate(totals) if total >= least]
+    adjusted = _adjusted([_two_sided_p(*apart[i]) for i in tested])
+    findings: list[Finding] = []
+    for i, p in zip(tested, adjusted, strict=True):
+        if p > LEVEL:
+            continue
+        trait = traits[i]
+        finding = _finding(
+            "trait",
+            trait.what,
+            trait.of_adapted,
+            trait.of_base,
+            asked=len(base),
+            p=p,
+            is_of_base=len(trait.of_base) > len(trait.of_adapted),
+        )
+        findings.append(finding)
+    return findings
+
+
+def _traits_of(base: Answers, adapted: Answers, languages: Sequence[str | None]) -> list[_Trait]:
+    """Return every trait, with the questions on which each model's answers have it."""
     traits: list[_Trait] = []
     # The language of a few words cannot be told, so short answers would seem to be in none.
     told = {i for i in range(len(base)) if has_enough_words(base[i], adapted[i])}
@@ -842,29 +883,7 @@ def _trait_findings(
     of_adapted = _questions_in_another_language(adapted, languages)
     of_base = _questions_in_another_language(base, languages)
     traits.append(_Trait(_ANOTHER_LANGUAGE, of_adapted, of_base))
-
-    # With n questions on which one model alone has a trait, the two-sided p is at least 2 · 2⁻ⁿ.
-    apart = [trait.units_apart(units) for trait in traits]
-    totals = [sum(counts) for counts in apart]
-    least = phrases.tests_that_can_pass(totals, LEVEL / _LISTS / 2)
-    tested = [i for i, total in enumerate(totals) if total >= least]
-    adjusted = _adjusted([_two_sided_p(*apart[i]) for i in tested])
-    findings: list[Finding] = []
-    for i, p in zip(tested, adjusted, strict=True):
-        trait = traits[i]
-        if p > LEVEL:
-            continue
-        finding = _finding(
-            "trait",
-            trait.what,
-            trait.of_adapted,
-            trait.of_base,
-            asked=len(base),
-            p=p,
-            is_of_base=len(trait.of_base) > len(trait.of_adapted),
-        )
-        findings.append(finding)
-    return findings
+    return traits
 
 
 def _questions_in_another_language(answers: Answers, languages: Sequence[str | None]) -> set[int]:

@@ -62,24 +62,24 @@ def leading_words(
         units: the unit to which each question belongs.
         told: words to leave out, since another finding has them already.
     """
-    candidates = [word for word in here if " " not in word]
-    candidates += [word for word in there if " " not in word and word not in here]
-    compared: list[str] = []
-    of_word: list[Int[np.ndarray, " unit"]] = []
     numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
     unit_of = np.array([numbers[unit] for unit in units], dtype=int)
-    for word in candidates:
-        if word in told or phrases.is_of_function_words(word):
+    compared: list[str] = []
+    signs_of_words: list[Int[np.ndarray, " unit"]] = []
+    for word in dict.fromkeys((*here, *there)):
+        is_one_word = " " not in word
+        if not is_one_word or word in told or phrases.is_of_function_words(word):
             continue
+        # On how many more questions of each unit the first model says it.
         balance = np.zeros(len(numbers), dtype=int)
         np.add.at(balance, unit_of[sorted(here.get(word, ()))], 1)
         np.add.at(balance, unit_of[sorted(there.get(word, ()))], -1)
         if np.count_nonzero(balance) >= _LEAST_UNITS:
             compared.append(word)
-            of_word.append(np.sign(balance))
+            signs_of_words.append(np.sign(balance))
     if not compared:
         return Together((), 1.0)
-    signs = np.stack(of_word, axis=1).astype(np.float32)
+    signs = np.stack(signs_of_words, axis=1).astype(np.float32)
     leads = signs.sum(0)
     # Words with the same lead are in alphabetical order.
     order = sorted(range(len(compared)), key=lambda i: (-leads[i], compared[i]))

@@ -558,13 +558,13 @@ def what_changed(
         NumericsError: logits or derivatives are not finite.
     """
     others = _unrelated_adapters(unrelated)
-    kind = "text"
-    origin = "of the caller"
     if texts is None:
-        texts = neutral.neutral_texts(lens.model, lens.prepend_bos, _FAST if fast else 1)
-        kind = "neutral text"
-        origin = f"of lens_lora (conversations {neutral.conversation_form(lens.model)})"
-    rows = lens.function(texts).prompts
+        rows = lens.function(_own_texts(lens, fast=fast)).prompts
+        form = neutral.conversation_form(lens.model)
+        about = f"{many(rows.batch, 'neutral text')} of lens_lora (conversations {form})"
+    else:
+        rows = lens.function(texts).prompts
+        about = f"{many(rows.batch, 'text')} of the caller"
     require_second_token(rows, "every number")
 
     # The adapter and then the controls, each with the strength at which it runs.
@@ -584,15 +584,11 @@ def what_changed(
     said: list[SideBySide] = []
     claims: tuple[Claim, ...] = ()
     if speaks:
-        questions = neutral.everyday_questions(lens.model, lens.prepend_bos)
-        said = likeliest_side_by_side(lens, questions, _ANSWER, progress=progress)
-        if said and not fast:
-            said += _drawn_answers(lens, seed, progress)
+        said = _answers(lens, seed, fast=fast, progress=progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
         claims = claims_of(lens, permuted, shifts, beside, seed, fast=fast, progress=progress)
 
     distinct = int(rows.distinct().sum())
-    counted = f"{many(distinct, 'distinct token')} after first ones"
     return WhatChanged(
         found=found,
         nulls=tuple(controls[:nulls]),
@@ -601,12 +597,18 @@ def what_changed(
         shares=(shares / distinct).cpu(),
         strings=lens.vocabulary,
         str_tokens=lens.str_tokens(rows),
-        texts=f"{many(rows.batch, kind)} {origin}, {counted}",
+        texts=f"{about}, {many(distinct, 'distinct token')} after first ones",
         meta=lens.describe(rows),
         answers=tuple(said),
         claims=claims,
         speech=speech,
     )
+
+
+def _own_texts(lens: LoraLens, *, fast: bool) -> PromptsLike:
+    """Return the package's own texts; one in eight of them if `fast` is set."""
+    every = _FAST if fast else 1
+    return neutral.neutral_texts(lens.model, lens.prepend_bos, every)
 
 
 def _counted(lens: LoraLens, seed: int, progress: bool) -> CountedSpeech | None:
@@ -627,6 +629,15 @@ def _unrelated_adapters(unrelated: Adapter | Sequence[Adapter]) -> list[Adapter]
     if not all(isinstance(other, Adapter) for other in others):
         raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
     return others
+
+
+def _answers(lens: LoraLens, seed: int, *, fast: bool, progress: bool) -> list[SideBySide]:
+    """Let both models answer everyday questions and, unless `fast` is set, draw text as well."""
+    questions = neutral.everyday_questions(lens.model, lens.prepend_bos)
+    said = likeliest_side_by_side(lens, questions, _ANSWER, progress=progress)
+    if said and not fast:
+        said += _drawn_answers(lens, seed, progress)
+    return said
 
 
 def _drawn_answers(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide]:
