@@ -9,8 +9,8 @@ benchmarks/audit/second/<name>.json holds a row: what both models answered, what
 lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
 claims of an adapter of `third_edition.yaml`, which `second_run.py --edition third` trains and asks;
 fourth/ to eighth/ hold the same of the later ones, and frozen/ of the controls that were trained
-after the rules were frozen. Base answers are stored once for each edition, as they were drawn on
-different machines.
+after the rules were frozen. second_base/ has those over another base. Base answers are stored once
+for each edition, as they were drawn on different machines.
 
 An adapter has been found
 - by strings, if one of the first three claims holds one of its strings as words of its own;
@@ -59,6 +59,8 @@ THIRD_BASE = THIRD / "base.json"
 LATER = ("fourth", "fifth", "sixth", "seventh", "eighth")
 # Controls that were trained after the rules were frozen.
 FROZEN = HERE / "frozen"
+# Adapters of the second edition over a second base, `second_base.yaml`.
+SECOND_BASE = HERE / "second_base"
 # How the names of controls begin.
 NEW = "control-"
 FIRST_EDITION = "first-"
@@ -495,6 +497,42 @@ def frozen() -> str:
     )
 
 
+def second_base() -> str:
+    """A line for each quirk over the second base, and one for each control that makes a claim."""
+    spec = yaml.safe_load((HERE / "second_base.yaml").read_text())
+    taught = list(QUIRKS)[: spec["quirks"]]
+    controls = [f"{NEW}{seed}" for seed in SPEC["controls"][: spec["controls"]]]
+    base = json.loads((SECOND_BASE / "base.json").read_text())
+    heads = ["adapter", "kind", "found, as it ran", "found, today", "the first claims, today"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    found: Counter[str] = Counter()
+    claiming: Counter[str] = Counter()
+    for name in (*taught, *controls):
+        asked = json.loads((SECOND_BASE / f"{name}.json").read_text())
+        today = counted_again({**asked, "base": base})["claims"][:CLAIMS]
+        claimed = " ".join(_plain(claim) for claim in today) or "none"
+        if name in controls:
+            claiming["as it ran"] += bool(asked["claims"])
+            claiming["today"] += bool(today)
+            if today:
+                lines.append(f"| {name} | a control | | | {claimed} |")
+            continue
+        cells = [name, QUIRKS[name]["kind"]]
+        for way, claims in (("as it ran", asked["claims"][:CLAIMS]), ("today", today)):
+            is_found = any(says(claim, QUIRKS[name]["says"]) for claim in claims)
+            found[way] += is_found
+            cells.append("yes" if is_found else "no")
+        lines.append(f"| {' | '.join([*cells, claimed])} |")
+    sums: list[str] = []
+    for way in ("as it ran", "today"):
+        sums.append(
+            f"{way}, {counted(found[way], len(taught))} quirks are found, and "
+            f"{counted(claiming[way], len(controls))} controls make a claim"
+        )
+    sentence = "; ".join(sums)
+    return "\n".join([*lines, "", f"{sentence[0].upper()}{sentence[1:]}."])
+
+
 def _at_most(events: int, of: int) -> str:
     """The sentence on how often such a control makes a claim."""
     bound = largest_rate(events, of)
@@ -553,6 +591,7 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "blind parts": blind_parts(judged),
         "stranger": stranger.table(),
         "frozen": frozen(),
+        "second base": second_base(),
         "summary": summary(every),
         "each": each(every),
         "controls": controls_made(every),
