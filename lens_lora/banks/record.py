@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -27,10 +27,11 @@ from lens_lora.errors import SiteError
 Stacks = Mapping[str, Tensor]
 # The place of a kept tensor: the name of its stack, and its index there.
 Address = tuple[str, int]
-# The addresses of G and z for each place of the model where they were seen. A module that runs
-# several times in a pass has a pair for each time.
-Addresses = dict[str, tuple[tuple[Address, Address], ...]]
-
+# The addresses of G and of z.
+Pair = tuple[Address, Address]
+# The pairs that were seen at each place of the model: one for each time that its module runs in a
+# pass.
+Addresses = dict[str, tuple[Pair, ...]]
 
 # The size of a pool in bytes above which freed memory is given back before its tensors are stacked,
 # which takes milliseconds.
@@ -110,9 +111,10 @@ class Half:
         for column in self.columns:
             slopes = SlopeSums(lens, self.prompts, axes_within_column)
             for injection in lens.injections:
-                if injection.partner is None:  # what waits for a partner's gate is 0
-                    for gradient, z in _recorded(lens, injection, column, stacks):
-                        slopes.visit(injection, None, gradient, z)
+                if _is_off_at_base(injection):
+                    continue
+                for gradient, z in _recorded(lens, injection, column, stacks):
+                    slopes.visit(injection, None, gradient, z)
             by_column.append(slopes.by_prompt(self.reading))
 
         if "token" in axes:
@@ -148,17 +150,30 @@ def record(
     base: Tensor | None = None
     columns: list[Addresses] = []
     for lens in lenses:
-        places = {
-            place_of(lens, injection) for injection in lens.injections if injection.partner is None
-        }
-        if columns and places <= columns[0].keys():
+        if columns and _places_of(lens) <= columns[0].keys():
             continue
         seen, base = _run(g.over(lens), pool, by_token, require_all)
-        if columns:
-            for of_this_lens, of_earlier_ones in zip(seen, columns, strict=True):
-                of_this_lens.update(of_earlier_ones)
-        columns = seen
+        columns = _joined(columns, seen) if columns else seen
     return Half(g.rows, g.reading.owner, tuple(columns)), base
+
+
+def _places_of(lens: LoraLens) -> set[str]:
+    """The places of all injections that may move the base."""
+    places: set[str] = set()
+    for injection in lens.injections:
+        if not _is_off_at_base(injection):
+            places.add(place_of(lens, injection))
+    return places
+
+
+def _is_off_at_base(injection: Injection) -> bool:
+    """Whether an injection waits for its partner's gate, which is 0 in the base."""
+    return injection.partner is not None
+
+
+def _joined(earlier: Sequence[Addresses], later: Sequence[Addresses]) -> list[Addresses]:
+    """The columns of two runs; of a place that both have seen, what the earlier one saw."""
+    return [{**second, **first} for first, second in zip(earlier, later, strict=True)]
 
 
 def place_of(lens: LoraLens, injection: Injection) -> str:
@@ -181,9 +196,9 @@ def _run(
     # adapter of it is refused later.
     base: Tensor | None = None
     if by_token:
-        g.passes.visit_tokens(recorder.visitor_of, require_all=require_all)
+        g.passes.visit_tokens(lambda _token: recorder.next_visitor(), require_all=require_all)
     else:
-        base = g.passes.visit(recorder.visitor_of(0), require_all=require_all)
+        base = g.passes.visit(recorder.next_visitor(), require_all=require_all)
     # A site that runs before the point that is read but cannot move it has nothing to sum.
     for injection in g.lens.injections:
         if g.lens.sites[injection.site].name in g.reading.unmoved:
@@ -206,13 +221,8 @@ class _Recorder:
         self._shown_by: dict[str, Injection] = {}
         self.columns: list[Addresses] = []
 
-    def visitor_of(self, column: int) -> Visit:
-        """Begin the next column, and return what is called with each G and z of its backward pass.
-
-        Args:
-            column: the number of the column; columns are begun in order.
-        """
-        del column
+    def next_visitor(self) -> Visit:
+        """Begin the next column; what is returned is called with each G and z of its pass."""
         addresses: Addresses = {}
         self.columns.append(addresses)
 
@@ -226,7 +236,7 @@ class _Recorder:
         self, addresses: Addresses, injection: Injection, gradient: Tensor, z: Tensor
     ) -> None:
         """Keep G and z, once for each place and each time that its module runs in a pass."""
-        if injection.partner is not None:  # what waits for a partner's gate is 0
+        if _is_off_at_base(injection):
             return
         place = place_of(self._lens, injection)
         if self._shown_by.setdefault(place, injection) is not injection:

@@ -1,7 +1,14 @@
 """The readers of the residual stream x: attention and MLP of every block, and the final norm.
 
-A function (name, x) → x' gives the value that each reader reads in place of x. If a norm feeds
-several modules, the norm is run again for each of them.
+A function (name, x) → x' gives the value that each reader reads in place of x.
+
+On a HookedTransformer each branch has a norm of its own, whose input is x. On a TransformerBridge:
+
+1. A reader is hooked at its module, which is given the output of a norm. The norms of the block
+   keep their last runs, among which the one with this output has x.
+2. The norm is run again on x', for this reader alone: it may feed other modules as well.
+3. Which norm feeds which reader is remembered. From the second pass on, a norm that feeds a single
+   reader is hooked itself, and runs only once.
 """
 
 from __future__ import annotations
@@ -33,11 +40,17 @@ _Read = Callable[[str, Tensor], Tensor]
 
 
 class _NormRun(NamedTuple):
-    """One run of a norm: its output for the input x."""
+    """One run of a norm.
 
-    output: Tensor
+    Attributes:
+        norm: the norm.
+        x: its input.
+        output: its output.
+    """
+
     norm: nn.Module
     x: Tensor
+    output: Tensor
 
 
 # The last runs of a block's norms.
@@ -60,10 +73,11 @@ class StreamReaders(NamedTuple):
     norms: list[nn.Module]
 
 
-# For each host, the norm through which each reader reads x, as far as a pass has shown it; None for
-# a reader without a norm.
-_ReadThrough = dict[str, nn.Module | None]
-_READ_THROUGH: weakref.WeakKeyDictionary[Host, _ReadThrough] = weakref.WeakKeyDictionary()
+# The norm through which each reader reads x, by the name of the reader; None for a reader without a
+# norm.
+_NormOfReader = dict[str, nn.Module | None]
+# For each host, what passes have shown of this.
+_SHOWN: weakref.WeakKeyDictionary[Host, _NormOfReader] = weakref.WeakKeyDictionary()
 
 
 def stream_readers(host: Host, layer: int) -> StreamReaders:
@@ -112,37 +126,33 @@ _READERS_OF: dict[str, Callable[[Any, int], StreamReaders]] = {
 def readers_shown(span: Temporary, lens: LoraLens, read: _Read) -> None:
     """Until the span ends, every reader of the residual stream x reads `read(name, x)`.
 
-    In the first pass, a norm that feeds a reader runs once more on what `read` returns, because it
-    may feed other modules too. The host records which norm that was. From then on, if a norm feeds
-    only one reader, the input of the norm is changed instead.
-
     Raises:
         ModelStateError: heads read copies of the stream, or there is no norm before the head.
     """
     _require_one_stream(lens)
     host = lens.host
-    read_through = _READ_THROUGH.setdefault(host, {})
-    show = _Show(read, read_through)
-    fed = collections.Counter(read_through.values())
+    norm_of = _SHOWN.setdefault(host, {})
+    changed = _ChangedInputs(read, norm_of)
+    readers_fed_by = collections.Counter(norm_of.values())
     for layer in range(host.n_layers):
         readers, norms = stream_readers(host, layer)
-        of_one_reader = {norm for norm in norms if fed[norm] == 1}
+        of_one_reader = {norm for norm in norms if readers_fed_by[norm] == 1}
         runs = _Runs(maxlen=_LAST_RUNS)
         for norm in set(norms) - of_one_reader:
             add_forward_hook(span, norm, functools.partial(_keep_run, runs))
         for name, module in readers.items():
-            norm = read_through.get(name)
+            norm = norm_of.get(name)
             if norm is not None and norm in of_one_reader:
-                show.at(span, name, norm, runs)
+                changed.hook(span, name, norm, runs)
             else:
-                show.at(span, name, module, runs)
+                changed.hook(span, name, module, runs)
     if host.final_norm is None:
         raise ModelStateError(
             "this model has no norm between its blocks and its head, and edges to the logits end "
             "at that norm.",
             remedy="Use ll.first_order, by site and position.",
         )
-    show.at(span, LOGITS, host.final_norm, _Runs())
+    changed.hook(span, LOGITS, host.final_norm, _Runs())
 
 
 def _require_one_stream(lens: LoraLens) -> None:
@@ -155,34 +165,40 @@ def _require_one_stream(lens: LoraLens) -> None:
             )
 
 
-class _Show:
-    """The hooks that show x to readers in the passes of one span.
+class _ChangedInputs:
+    """The hooks that change what readers read, in the passes of one span.
 
-    Attributes:
-        norms: the norm through which each reader reads x, as far as passes have shown it; None for
-            a reader without a norm.
+    Args:
+        read: from a reader's name and x to what it reads in place of x.
+        norm_of: the norm through which each reader reads x; completed by each pass.
     """
 
-    def __init__(self, read: _Read, norms: dict[str, nn.Module | None]) -> None:
+    def __init__(self, read: _Read, norm_of: _NormOfReader) -> None:
         self._read = read
-        self.norms = norms
+        self._norm_of = norm_of
+        # Whether some reader has read in this pass.
         self._has_begun = False
 
-    def at(self, span: Temporary, name: str, place: nn.Module, runs: _Runs) -> None:
+    def hook(self, span: Temporary, name: str, place: nn.Module, runs: _Runs) -> None:
         """Hook the place where a reader reads: its module, or a norm that feeds no other reader."""
-        hook = functools.partial(self._before, name, runs)
+        hook = functools.partial(self._change_input, name, runs)
         add_pre_hook(span, place, hook, with_kwargs=True)
 
-    def _before(
+    def _change_input(
         self, name: str, runs: _Runs, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Any, Any] | None:
         """Replace the input of a reader's module; leave the input of any other module."""
-        tensor = args[0] if args else kwargs.get("hidden_states")
-        norm, x = _before_norm(tensor, runs)
+        given = args[0] if args else kwargs.get("hidden_states")
+        norm = None
+        x = given
+        run = _run_with_output(given, runs)
+        if run is not None:
+            norm = run.norm
+            x = run.x
         if not isinstance(x, Tensor) or not self._is_reader(name, module, norm):
             return None
         self._has_begun = True
-        self.norms.setdefault(name, norm)
+        self._norm_of.setdefault(name, norm)
         replaced = self._read(name, x)
         if norm is not None:
             replaced = norm(replaced)
@@ -198,17 +214,17 @@ class _Show:
         return norm is not None or not is_linear(unwrapped(module))
 
 
-def _before_norm(tensor: Any, runs: _Runs) -> tuple[nn.Module | None, Any]:
-    """The norm whose output this is, and the norm's input; else None, and the tensor itself."""
+def _run_with_output(tensor: Any, runs: _Runs) -> _NormRun | None:
+    """The run of a norm whose output this tensor is; None if there is none."""
     for run in runs:
         if run.output is tensor:
-            return run.norm, run.x
-    return None, tensor
+            return run
+    return None
 
 
 def _keep_run(runs: _Runs, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     """Keep the input and the output of a norm; this is a forward hook of the norm."""
-    runs.append(_NormRun(output, norm, args[0]))
+    runs.append(_NormRun(norm, args[0], output))
 
 
 def block_reader(name: str) -> str:

@@ -310,7 +310,7 @@ def _replaced(factor: Moving, tangent: Tensor, x: Any) -> Any:
 
 
 def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """The tangents ẊW of all sites at once, for a product XW in which only X has tangents."""
+    """The tangents ẊW of all sites at once, for a product XW with a weight W, which has none."""
     product = compat.rows_and_weight(func, args, named)
     if product is None:
         return _of_other_product(func, args, named)
