@@ -670,7 +670,10 @@ def _test(answer: Any, folder: str, tests: str, every: bool) -> None:
             if report.failed:
                 outcome.failed.append(report.nodeid)
 
-    options = ["-q", "-p", "no:cacheprovider", "-m", _QUICK, *([] if every else ["-x"])]
+    # Without --each-class a line with one class leaves tests to the other line's.
+    options = ["-q", "-p", "no:cacheprovider", "--each-class", "-m", _QUICK]
+    if not every:
+        options.append("-x")
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         code = pytest.main([*options, tests], plugins=[Listener()])
