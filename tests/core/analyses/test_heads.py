@@ -15,7 +15,7 @@ from heads import features, margin, swapped
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core.function import memory
+from lens_lora.core.function import interventions, memory
 
 ROUND_OFF = 1e-9
 MARGIN = ll.Margin(5, 9)
@@ -130,14 +130,27 @@ def test_positions_each_head_by_itself(cls: str):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_rows_that_begin_where_they_patch_equal_whole_rows(cls: str, monkeypatch):
     lens = cases.case("gemma2", cls, "raw").lens
-    found = []
     names = "blocks.*.attn.hook_[qkvz]"
-    for worth in (-1.0, 2.0):
-        monkeypatch.setattr(memory, "BRANCHING_PAYS", worth)
-        for limit in ("ROW_TOKENS", "BRANCH_TOKENS"):
-            monkeypatch.setattr(memory, limit, 40)
-        found.append(ll.patch_activations(lens, TOKENS, MARGIN, names, **EACH).values)
-    assert largest_difference(found[0], found[1]) < 1e-11 * found[0].abs().max()
+    trees: list[int] = []
+    as_tree = interventions._Runs.as_tree
+
+    def noted(runs, patches, bar):
+        trees.append(len(patches))
+        return as_tree(runs, patches, bar)
+
+    monkeypatch.setattr(interventions._Runs, "as_tree", noted)
+    for limit in ("ROW_TOKENS", "BRANCH_TOKENS"):
+        monkeypatch.setattr(memory, limit, 40)
+
+    # At a threshold of −1 every row is whole.
+    monkeypatch.setattr(memory, "BRANCHING_PAYS", -1.0)
+    whole = ll.patch_activations(lens, TOKENS, MARGIN, names, **EACH).values
+    assert not trees
+    # At 2 every row begins where it patches.
+    monkeypatch.setattr(memory, "BRANCHING_PAYS", 2.0)
+    begun = ll.patch_activations(lens, TOKENS, MARGIN, names, **EACH).values
+    assert sum(trees) == begun.shape[1]
+    assert largest_difference(whole, begun) < 1e-11 * whole.abs().max()
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
