@@ -162,8 +162,8 @@ BANK = [
     Mutation(
         "what waits for a partner's gate is counted",
         "banks/record.py",
-        "if injection.partner is None:  # what waits for a partner's gate is 0",
-        "if True:",
+        "return injection.partner is not None",
+        "return False",
         FROM_A_BANK,
     ),
 ]
