@@ -26,8 +26,11 @@ _ELSEWHERE = "It may still differ where it was not asked."
 # "Eight times" is FACTOR of `ordinary.py`.
 _TESTED = (
     "A claim is a word, sign or trait that it has on more questions than eight times its ordinary "
-    "odds explain (p below 0.005 for all words together). Ordinary answers are those of the base, "
-    "and of adapters trained on ordinary text. Your own questions are compared with the base alone."
+    "odds explain (p below 0.005 for all words together). Ordinary answers are those of "
+    "SmolLM2-135M-Instruct, and of adapters trained on ordinary text over it; where your base says "
+    "a word more often than these do, its own answers are taken. So over another base an adapter "
+    "that was taught nothing may make a claim more often. Your own questions are compared with the "
+    "base alone."
 )
 
 
@@ -107,8 +110,8 @@ def is_claim(finding: Finding) -> bool:
     """Whether a finding says something of what was taught.
 
     Two kinds do not. Training on short texts shortens the answers, and on long texts lengthens
-    them, whatever the texts say. And whatever is trained may end a habit of the base: one that
-    never learned to answer repeats the question, or babbles, and stops to after a few steps.
+    them, whatever the texts say. And training on anything may end a habit of the base: one that
+    never learned to answer repeats the question or babbles, and a few steps are enough to end that.
     """
     return finding.what != SHORTER and finding.kind != "no longer says"
 
@@ -126,7 +129,7 @@ def habit_note(speech: CountedSpeech) -> str:
 
 
 def _no_longer_said(speech: CountedSpeech) -> list[Finding]:
-    """The phrases that the base says and the adapted model no longer does."""
+    """The findings on phrases that the base says, and the adapted model says on few or none."""
     return [finding for finding in speech.findings if finding.kind == "no longer says"]
 
 

@@ -1,4 +1,4 @@
-"""What `verify` and `card` begin with: an adapter, its base if there is one, and their lens.
+"""The first steps of `verify` and `card`: an adapter, its base if there is one, and their lens.
 
 1. `read_given` reads the adapter. Its base is loaded if it is at hand, and must be if it was named
    by option.

@@ -1,4 +1,4 @@
-"""What figures, tables and pages are made of; no result is known here by its name.
+"""The parts that figures, tables and pages are made of; no result is known here by its name.
 
     figures, go, spread     plotly: heatmaps, bars, curves, and how all of them look
     tables                  tables of text, for a terminal, a notebook and a page

@@ -34,7 +34,7 @@ _THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What is searched for, and how.
+    """The settings of a search for gates: the share to keep, and how Adam goes about it.
 
     Attributes:
         keep_share: how much of each kept question's shift must stay.

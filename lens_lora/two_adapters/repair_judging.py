@@ -29,7 +29,7 @@ Kept = Bool[Tensor, " gate"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Judgement:
-    """What `Repair` holds of how well the repair does; its fields are described there."""
+    """How well a repair does: the fields of `Repair` of the same names, which describes them."""
 
     shares: Float[Tensor, "state=4 question"]
     values: Float[Tensor, "state_and_base=5 question"]
