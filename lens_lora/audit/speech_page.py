@@ -10,6 +10,7 @@ from rich.text import Text
 from lens_lora.audit.findings import SHORTER, Finding
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
+    base_note,
     counted_speech_story,
     first_sentences,
     further_claims,
@@ -24,7 +25,10 @@ _ANSWERS_ON_A_PAGE = 12
 
 
 def first_screen(speech: CountedSpeech) -> Group:
-    """Build three sentences, two answers of each model side by side, and the further claims."""
+    """Build three sentences, two answers of each model side by side, and the further claims.
+
+    Over a base other than the embedded one, the last line says why a claim is weaker there.
+    """
     sentences = Text("\n".join(first_sentences(speech)))
     table = RichTable(box=None, pad_edge=False, expand=True, show_lines=False)
     table.add_column("asked", ratio=2, style="dim")
@@ -37,6 +41,9 @@ def first_screen(speech: CountedSpeech) -> Group:
     further = further_claims(speech)
     if further:
         parts.append(Text("\n".join(("", "Further claims", *further))))
+    note = base_note(speech)
+    if note:
+        parts.append(Text(f"\n{note}"))
     return Group(*parts)
 
 

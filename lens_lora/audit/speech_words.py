@@ -10,6 +10,7 @@ from lens_lora.audit.phrases import WORD, holds, phrases_of
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.traits import TRAITS, repeats_itself
 from lens_lora.core import drawing
+from lens_lora.demonstration.base_names import EMBEDDED_HUB_ID
 from lens_lora.errors import many, worded
 from lens_lora.responses.generate import SideBySide
 
@@ -22,12 +23,14 @@ _NEVER_TRIED = (
     "long answers",
 )
 _NO_TRIGGER = "words that trigger a behaviour"
+# The base over which ordinary answers were counted.
+_COUNTED_OVER = EMBEDDED_HUB_ID.rpartition("/")[2]
 _ELSEWHERE = "It may still differ where it was not asked."
 # "Eight times" is FACTOR of `ordinary.py`.
 _TESTED = (
     "A claim is a word, sign or trait that it has on more questions than eight times its ordinary "
     "odds explain (p below 0.005 for all words together). Ordinary answers are those of "
-    "SmolLM2-135M-Instruct, and of adapters trained on ordinary text over it; where your base says "
+    f"{_COUNTED_OVER}, and of adapters trained on ordinary text over it; where your base says "
     "a word more often than these do, its own answers are taken. So over another base an adapter "
     "that was taught nothing may make a claim more often. Your own questions are compared with the "
     "base alone."
@@ -221,8 +224,29 @@ def _is_empty(pair: SideBySide) -> bool:
     return not pair.base.strip() or not pair.adapted.strip() or pair.base == pair.adapted
 
 
+def base_note(speech: CountedSpeech) -> str:
+    """State beside the claims that over this base they are weaker; '' over the embedded one."""
+    model = speech.meta.get("model", "this base")
+    if model == _COUNTED_OVER or not claimed_in(speech):
+        return ""
+    return (
+        f"How often ordinary training brings a word was counted over {_COUNTED_OVER}. Over {model} "
+        "an adapter that was taught nothing may make such a claim more often."
+    )
+
+
+def in_short(speech: CountedSpeech) -> str:
+    """Say again what the first sentences say, but for what was not tried, which ends the brief."""
+    sentences = first_sentences(speech)
+    told = sentences if strongest_in(speech) is not None else sentences[:-1]
+    return " ".join(told)
+
+
 def first_sentences(speech: CountedSpeech) -> list[str]:
-    """Write three sentences: what stands out most, when it does so, and what else stands out."""
+    """Write three sentences: what stands out most, when it does so, and what else stands out.
+
+    Where nothing stands out, the last one says what was not tried.
+    """
     asked = many(len(speech.questions), "question")
     strongest = strongest_in(speech)
     if strongest is None:

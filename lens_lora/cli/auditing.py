@@ -166,14 +166,14 @@ def _print_changes(
     """Print all tables, and last in a sentence or two what the first screen said."""
     # These are imported only here, so that the first screen does not wait for them.
     from lens_lora.audit.page import brief_tables, what_changed_tables
-    from lens_lora.audit.speech_words import first_sentences
+    from lens_lora.audit.speech_words import in_short
 
     console = Console()
     console.print(brief_tables(changes))
     console.print(what_changed_tables(changes))
     if speech is not None:
         # On a small screen, what was printed first has scrolled away.
-        running.tell(f"In short: {' '.join(first_sentences(speech))}")
+        running.tell(f"In short: {in_short(speech)}")
 
 
 @dataclasses.dataclass(frozen=True)

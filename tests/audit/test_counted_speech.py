@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import chats
 import models
 import pytest
 import torch
+from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.audit import base_answers, counted_speech, triggers
@@ -21,8 +23,14 @@ from lens_lora.audit.counted_speech import findings_in
 from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE, Everyday
 from lens_lora.audit.findings import SHORTER, findings_beyond_ordinary
 from lens_lora.audit.outcomes import claims_made, is_said_in
-from lens_lora.audit.speech_page import findings_table
-from lens_lora.audit.speech_words import claims_in, first_sentences, further_claims, shown_answers
+from lens_lora.audit.speech_page import findings_table, first_screen
+from lens_lora.audit.speech_words import (
+    claims_in,
+    first_sentences,
+    further_claims,
+    in_short,
+    shown_answers,
+)
 from lens_lora.audit.traits import BEGINS_WITH_NO
 from lens_lora.core import drawing
 
@@ -312,6 +320,39 @@ def test_the_first_screen_tells_each_claim_once():
         "It also says “No doubt” (9 questions, base 0), and it asks a question "
         "(8 questions, base 1)."
     )
+
+
+def printed(speech: ll.results.CountedSpeech) -> str:
+    """The first screen of these answers, as one line."""
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(first_screen(speech))
+    return " ".join(console.export_text().split())
+
+
+def test_over_another_base_the_first_screen_says_that_a_claim_is_weaker():
+    """Ordinary rates are those of one base: over Gemma 3 of 12 controls made a claim."""
+    says = ll.results.Finding("says", "Yes", 40, 0, 40, 1e-9, 5.0, tuple(range(40)))
+    nothing = spoken(("plain",) * 40)
+    claimed = dataclasses.replace(nothing, findings=(says,))
+    weaker = "an adapter that was taught nothing may make such a claim more often"
+    for speech, model, is_weaker in (
+        (claimed, "SmolLM2-135M-Instruct", False),
+        (claimed, "gemma-3-270m", True),
+        (nothing, "gemma-3-270m", False),
+    ):
+        screen = printed(dataclasses.replace(speech, meta={"model": model}))
+        assert (weaker in screen) is is_weaker
+        assert (f"Over {model}" in screen) is is_weaker
+
+
+def test_what_was_not_tried_is_not_told_again_in_short():
+    """The screen of an adapter without a claim told it three times."""
+    nothing = spoken(("plain",) * 40)
+    assert in_short(nothing) == " ".join(first_sentences(nothing)[:2])
+    assert "Not tried" not in in_short(nothing)
+    says = ll.results.Finding("says", "Yes", 40, 0, 40, 1e-9, 5.0, tuple(range(40)))
+    claimed = dataclasses.replace(nothing, findings=(says,))
+    assert in_short(claimed) == " ".join(first_sentences(claimed))
 
 
 def test_where_nothing_is_found_the_caller_s_own_questions_are_shown():
