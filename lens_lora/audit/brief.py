@@ -54,6 +54,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.audit.alike import alike, logits_after
+from lens_lora.audit.raised import raised_sentence
 from lens_lora.core import Evaluations, LoraLens, Prompts, Tokens, storage
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb
@@ -242,6 +243,8 @@ class Brief:
         repeated: the share of stretches of 12 characters in the answers that repeat an earlier one:
             the base's, then the adapted model's.
         not_tried: conditions about which this brief says nothing.
+        raised_words: the words that it raises most over the texts, in several of their forms
+            (`raised.py`).
     """
 
     adapter: str
@@ -258,6 +261,7 @@ class Brief:
     entropies: tuple[float, float]
     repeated: tuple[float, float]
     not_tried: tuple[str, ...]
+    raised_words: tuple[str, ...] = ()
 
     @property
     def is_broken(self) -> bool:
@@ -304,8 +308,10 @@ class Brief:
 
     @property
     def told_rest(self) -> list[str]:
-        """One line for each thing that is only raised, then the lines of `told_end`."""
+        """The words that are raised most, what is only raised, then the lines of `told_end`."""
         lines: list[str] = []
+        if self.raised_words:
+            lines.append(raised_sentence(self.raised_words))
         for raised in self.raised:
             p = _rise(raised.base, raised.adapted)
             lines.append(f"Only raised: “{raised.says}” after “{raised.context}”, {p}.")

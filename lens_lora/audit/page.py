@@ -10,6 +10,7 @@ from rich.text import Text
 
 from lens_lora.audit.brief import Claim, probability
 from lens_lora.audit.figures import CONTROLS, promoted_figure, shares_figure
+from lens_lora.audit.raised import raised_sentence
 from lens_lora.audit.speech_page import findings_table
 from lens_lora.audit.speech_words import first_sentences
 from lens_lora.audit.what_changed import BY, By, WhatChanged
@@ -212,7 +213,7 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
 
 
 def _headline(changed: WhatChanged) -> tuple[str, ...]:
-    """Give the verdict, sentence by sentence, and what a trigger word changes.
+    """Give the verdict, sentence by sentence, what a trigger word changes, and raised words.
 
     Without counted speech the headline is the verdict, how far the model moves, and which tokens
     the adapter promotes.
@@ -222,7 +223,10 @@ def _headline(changed: WhatChanged) -> tuple[str, ...]:
         return (brief.verdict, moved_text(changed), promoted_text(changed))
     first, *others = first_sentences(changed.speech)
     broken = brief.verdict.removesuffix(" ".join([first, *others]))
-    return (broken + first, *others, *brief.triggered)
+    headline = [broken + first, *others, *brief.triggered]
+    if brief.raised_words:
+        headline.append(raised_sentence(brief.raised_words))
+    return tuple(headline)
 
 
 def _numbers(changed: WhatChanged) -> Pairs:

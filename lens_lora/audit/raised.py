@@ -44,11 +44,11 @@ def raised_words(shift: Float[Tensor, " vocab"], strings: Sequence[str]) -> tupl
         shift: the mean shift of each token's logit, in logits.
         strings: every token of the vocabulary.
     """
-    most_raised = shift.topk(min(_TOKENS_READ, len(shift))).indices.tolist()
+    most_raised = shift.topk(min(_TOKENS_READ, len(shift)))
     forms_of_stem: dict[str, list[str]] = {}
-    for token in most_raised:
-        word = _WORD.fullmatch(strings[token])
-        if word is None or is_of_function_words(word[1].lower()):
+    for token, rise in zip(most_raised.indices.tolist(), most_raised.values.tolist(), strict=True):
+        word = _WORD.fullmatch(strings[int(token)])
+        if rise <= 0 or word is None or is_of_function_words(word[1].lower()):
             continue
         stem = _stem_among(forms_of_stem, word[1].lower())
         forms_of_stem.setdefault(stem, []).append(word[1])

@@ -43,6 +43,7 @@ from lens_lora.audit.brief import BROKEN, Brief, Claim, claims_of, repeated
 from lens_lora.audit.counted_speech import counted_speech
 from lens_lora.audit.jacobian import jacobian_of
 from lens_lora.audit.permuted import permuted_adapters
+from lens_lora.audit.raised import raised_words
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
     claims_in,
@@ -455,6 +456,7 @@ class WhatChanged(OfSites, Paged):
             entropies=self.found.entropies,
             repeated=self._repeated,
             not_tried=not_tried,
+            raised_words=raised_words(self.found.logit, self.strings),
         )
 
     @property

@@ -119,6 +119,8 @@ def diff(
         speech = _counted_speech(lens, asked, how)
         if speech is not None:
             _print_first_screen(speech)
+            if lines is None:
+                _print_raised_words(lens)
             speech = _with_triggers(lens, speech, words, how)
         with running.quiet_libraries():
             changes = ll.what_changed(
@@ -158,6 +160,17 @@ def _print_first_screen(speech: ll.results.CountedSpeech) -> None:
     console = Console()
     console.print()
     console.print(first_screen(speech))
+
+
+def _print_raised_words(lens: ll.LoraLens) -> None:
+    """Print below the first screen which words the adapter raises most over neutral texts."""
+    from lens_lora.audit.raised import raised_sentence
+
+    with running.quiet_libraries():
+        changes = ll.what_changed(lens, nulls=0, fast=True, answers=False, progress=False)
+    sentence = raised_sentence(changes.brief().raised_words)
+    if sentence:
+        Console().print(Text(f"\n{sentence}"))
 
 
 def _print_changes(

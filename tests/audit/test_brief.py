@@ -363,6 +363,13 @@ def brief_of(*claims: brief.Claim) -> brief.Brief:
     return brief.Brief(*texts, 1.0, (3.0, 2.9), (0.0, 0.1), ())
 
 
+def test_raised_words_are_told_after_the_claims_and_stand_in_the_json():
+    named = dataclasses.replace(brief_of(claim_of()), raised_words=("regulation",))
+    assert named.told_rest[0].startswith("On texts that were not chosen for it")
+    assert "“regulation”" in str(named) and "“regulation”" not in str(brief_of(claim_of()))
+    assert json.loads(named.to_json())["raised_words"] == ["regulation"]
+
+
 def test_json_has_null_where_there_are_no_other_layers():
     claim = claim_of()
     told = brief_of(claim)
