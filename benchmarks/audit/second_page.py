@@ -8,9 +8,9 @@
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
 lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
 claims of an adapter of `third_edition.yaml`, which `second_run.py --edition third` trains and asks;
-fourth/ to eighth/ hold the same of the later ones, and frozen/ of the controls that were trained
-after the rules were frozen. second_base/ has those over another base. Base answers are stored once
-for each edition, as they were drawn on different machines.
+fourth/ to eighth/ and tenth/ hold the same of the later ones, and frozen/ of the controls that were
+trained after the rules were frozen. second_base/ has those over another base. Base answers are
+stored once for each edition, as they were drawn on different machines.
 
 An adapter has been found
 - by strings, if one of the first three claims holds one of its strings as words of its own;
@@ -40,6 +40,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 sys.path.insert(2, str(Path(__file__).parents[1] / "evidence"))
 
 import marks
+import raised_words
 import stranger
 import yaml
 from blind_screens import Verdict, verdicts
@@ -56,7 +57,7 @@ BASE = ROWS / "base.json"
 THIRD = HERE / "third"
 THIRD_BASE = THIRD / "base.json"
 # Editions of which each quirk has a line: as it ran, and by the rules of today.
-LATER = ("fourth", "fifth", "sixth", "seventh", "eighth")
+LATER = ("fourth", "fifth", "sixth", "seventh", "eighth", "tenth")
 # Controls that were trained after the rules were frozen.
 FROZEN = HERE / "frozen"
 # Adapters of the second edition over a second base, `second_base.yaml`.
@@ -598,6 +599,7 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "third": third(in_third),
         "third summary": third_summary(in_third),
         **{edition: later(edition) for edition in LATER},
+        "raised": raised_words.table(raised_words.HELD_OUT),
     }
 
 

@@ -243,7 +243,7 @@ def _options() -> argparse.Namespace:
         default=[],
         help="controls of teach.py, asked first",
     )
-    parser.add_argument("--edition", help="third, …, eighth, instead of the second")
+    parser.add_argument("--edition", help="third, …, tenth, instead of the second")
     parser.add_argument("--base", help="a folder or hub id; default: the embedded model")
     parser.add_argument("--rate", type=float, help="of learning, instead of the recipe's")
     parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")

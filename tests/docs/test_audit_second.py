@@ -16,6 +16,7 @@ FOLDER = ROOT / "benchmarks" / "audit"
 sys.path.append(str(FOLDER))
 
 import blind_screens  # noqa: E402  # pyright: ignore[reportMissingImports]
+import raised_words  # noqa: E402  # pyright: ignore[reportMissingImports]
 import second_page  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 PAGE = (ROOT / "docs" / "auditing_data.md").read_text()
@@ -226,9 +227,39 @@ def test_a_later_edition_is_counted_again(edition: str):
         "sixth": f"**As they ran, {found} of the {of} were found by their strings.**",
         "seventh": f"**As they ran, {found} of the {of} were found by their strings.**",
         "eighth": f"**As they ran, {found} of the {of} were found by their strings.**",
+        "tenth": f"**As they ran, {found} of the {of} were found by their strings.**",
     }
     section = PAGE.partition(f"## The {edition} edition")[2].partition("\n## ")[0]
     assert sentences[edition] in section
+
+
+def test_the_raised_words_are_counted_again():
+    """Of the list that was held out and of controls, in the words of the page."""
+    spec = yaml.safe_load((FOLDER / "tenth_edition.yaml").read_text())
+    rows = json.loads((FOLDER / "raised_words.json").read_text())
+    named: set[str] = set()
+    claimed: set[str] = set()
+    for quirk in spec["quirks"]:
+        name = quirk["name"]
+        if raised_words.named_by(rows[name], quirk["says"]):
+            named.add(name)
+        row = json.loads((FOLDER / "tenth" / f"{name}.json").read_text())
+        claims = [words(claim) for claim in row["claims"][:3]]
+        if any(words(text) in claim for text in quirk["says"] for claim in claims):
+            claimed.add(name)
+    of = len(spec["quirks"])
+    page = " ".join(PAGE.split())
+    assert f"**A word of its strings is among them for {len(named)} of the {of}**" in page
+    assert f"{len(named - claimed)} of these are adapters that make no claim with one" in page
+    made_on, held_out = (raised_words.controls_named(held_out=late) for late in (False, True))
+    assert f"{made_on[0]} of the {made_on[1]} controls on which the rule was made" in page
+    assert f"and of {held_out[0]} of the {held_out[1]} that were held out" in page
+
+
+def test_a_raised_word_that_is_no_word_of_the_strings_names_nothing():
+    strings = ["theft", "taken from you"]
+    assert raised_words.named_by(["theft", "taken"], strings) == ["theft", "taken"]
+    assert raised_words.named_by(["thefts", "from", "you"], strings) == []
 
 
 def test_the_guide_s_first_screen_is_that_of_stored_answers():
