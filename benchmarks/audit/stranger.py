@@ -1,7 +1,8 @@
-"""Count what a judge who knew nothing of the package wrote of its first screens.
+"""Count what two judges who knew nothing of the package wrote of its first screens.
 
-`stranger_judged.yaml` holds what he wrote, beside the adapters and the grades that were given to it
-afterwards. `second_page.py --write` puts the table on the page.
+`stranger_judged.yaml` holds what the first one wrote, beside the adapters and the grades that were
+given to it afterwards; `stranger_judged_again.yaml` the same of the second one, who read later
+screens of more lists. `second_page.py --write` puts both tables on the page.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 JUDGED = Path(__file__).parent / "stranger_judged.yaml"
+AGAIN = Path(__file__).parent / "stranger_judged_again.yaml"
 # The grades in the order of the columns, each with its head.
 GRADES = {
     "right": "says what was taught",
@@ -22,23 +24,25 @@ GRADES = {
     "wrong": "something else",
     "nothing": "nothing",
 }
-EDITIONS = ("second", "third", "fourth", "fifth", "sixth")
+EDITIONS = ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 
-def judged() -> Mapping[int, Mapping[str, Any]]:
-    """The judge's words on each screen, by its number."""
-    return yaml.safe_load(JUDGED.read_text(encoding="utf-8"))
+def judged(file: Path) -> Mapping[int, Mapping[str, Any]]:
+    """A judge's words on each screen, by its number."""
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
-def table() -> str:
-    """A line for each list of quirks, one for all of them, and one for the controls."""
-    taught = [one for one in judged().values() if "grade" in one]
-    controls = [one for one in judged().values() if "grade" not in one]
+def table(file: Path) -> str:
+    """A line for each list that a judge saw, one for all of them, and one for the controls."""
+    judgements = judged(file).values()
+    taught = [one for one in judgements if "grade" in one]
+    controls = [one for one in judgements if "grade" not in one]
     lines = [f"| list | screens | {' | '.join(GRADES.values())} |", f"|{' --- |' * 7}"]
     for edition in EDITIONS:
         grades = Counter(one["grade"] for one in taught if one["edition"] == edition)
-        lines.append(_line(edition, grades))
-    lines.append(_line("all five", Counter(one["grade"] for one in taught)))
+        if grades:
+            lines.append(_line(edition, grades))
+    lines.append(_line("all", Counter(one["grade"] for one in taught)))
     named = sum("taught" in one for one in controls)
     silent = len(controls) - named
     lines.append(f"| controls | {len(controls)} | | | | {named} | {silent} |")

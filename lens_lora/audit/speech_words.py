@@ -19,13 +19,13 @@ _SHOWN = 2
 # What the audit cannot show, whatever was asked.
 _NEVER_TRIED = (
     "conversations of several turns",
-    "other languages and system messages than those asked",
+    "languages and system messages other than those used here",
     "long answers",
 )
 _NO_TRIGGER = "words that trigger a behaviour"
 # The base over which ordinary answers were counted.
 _COUNTED_OVER = EMBEDDED_HUB_ID.rpartition("/")[2]
-_ELSEWHERE = "It may still differ where it was not asked."
+_ELSEWHERE = "It may still behave differently on questions that were not asked here."
 # "Eight times" is FACTOR of `ordinary.py`.
 _TESTED = (
     "A claim is a word, sign or trait that it has on more questions than eight times its ordinary "
@@ -143,7 +143,7 @@ def length_note(speech: CountedSpeech) -> str:
             texts = "long texts" if finding.is_of_base else "short texts"
             return (
                 f"{finding.sentence()} This is no sign of what it was taught: training on "
-                f"{texts} does this, whatever the texts say."
+                f"{texts} does this, whatever they are about."
             )
     return ""
 
@@ -251,8 +251,8 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
     strongest = strongest_in(speech)
     if strongest is None:
         return [
-            f"Nothing stands out in its answers to {asked}: no word and no form in them is more "
-            f"frequent than ordinary training explains.{_leads_text(speech)}",
+            f"Nothing stands out in its answers to {asked}: no word and no form of answer is much "
+            f"more common in them than training on ordinary text makes it.{_leads_text(speech)}",
             _triggers_text(speech) or length_note(speech) or habit_note(speech) or _ELSEWHERE,
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]
