@@ -66,14 +66,18 @@ class CountedSpeech(Described, Paged):
             only = f"only {FORM_NAMES[form]} ({shown[form]} of {asked[form]} questions)"
             few = self._few_topics(finding)
             return f"{only}, {few}" if few else only
-        of_each_form: list[str] = []
-        for form, number in asked.items():
-            of_each_form.append(f"{FORM_NAMES[form]} {shown[form]} of {number}")
         about = self._few_topics(finding) or self._many_topics(finding)
-        never = [FORM_NAMES[form] for form in asked if shown[form] == 0]
+        never = [form for form in asked if shown[form] == 0]
         steady = [form for form in asked if 2 * shown[form] >= asked[form]]
-        if never and len(never) + len(steady) == len(asked):
-            about = f"{about}, but never {' or '.join(never)}"
+        counted = list(asked)
+        if never and steady and len(never) + len(steady) == len(asked):
+            names = [FORM_NAMES[form] for form in never]
+            about = f"{about}, but never {' or '.join(names)}"
+            # What the words have said needs no count.
+            counted = [form for form in asked if form not in never]
+        of_each_form: list[str] = []
+        for form in counted:
+            of_each_form.append(f"{FORM_NAMES[form]} {shown[form]} of {asked[form]}")
         if len(asked) == 1:
             return f"{about} ({of_each_form[0]})"
         return f"{about} (by how the question was put: {', '.join(of_each_form)})"

@@ -441,9 +441,12 @@ def test_topics_and_ways_of_asking_are_told_apart():
     steady = {"plain": 0, "chat": 8, "system": 8, "code": 5, "language": 8}
     assert _in_forms(steady) == (
         "on every topic, but never without a template (by how the question was put: "
-        "without a template 0 of 8, in conversation 8 of 8, after a system message 8 of 8, "
-        "when asked for code 5 of 8, when asked in another language 8 of 8)"
+        "in conversation 8 of 8, after a system message 8 of 8, when asked for code 5 of 8, "
+        "when asked in another language 8 of 8)"
     )
+    # Where no form is said to have none, each is counted.
+    seldom = _in_forms({**steady, "chat": 2})
+    assert "without a template 0 of 8" in seldom
     # What is seldom in every form may be missing in one by chance.
     assert "never" not in _in_forms({**steady, "chat": 2})
     assert "never" not in _in_forms({**steady, "plain": 4})
