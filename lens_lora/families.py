@@ -66,7 +66,8 @@ class Family:
         routed: whether experts take tokens out of their rows.
         grows: whether rows may be added to a batch at a block's input, in a TransformerBridge: no
             mask or position in the block was made for the rows that the pass began with.
-        stacks: path of a parameter that holds experts, or a router's weight, in one model → place.
+        stacks: places of parameters that hold a stack of experts, or a router's weight, by path.
+            They are read from one model; an entry of the table has none.
     """
 
     architectures: tuple[str, ...]
@@ -98,10 +99,9 @@ class Family:
         """The place of a module, or None where this family has no such module."""
         if module in self.stacks:
             return self.stacks[module]
-        outside = {self.embed: "embed", self.pos_embed: "pos_embed", self.ln_final: "ln_final"}
-        outside |= {self.embed_norm: "embed_ln", **dict.fromkeys(HEADS, "unembed")}
-        if module in outside:
-            return Place(None, (outside[module],), "whole")
+        kind_outside = self._outside_layers.get(module)
+        if kind_outside is not None:
+            return Place(None, (kind_outside,), "whole")
         pattern = re.escape(self.layer).replace(re.escape("{l}"), "(0|[1-9][0-9]*)")
         match = re.fullmatch(rf"{pattern}\.(.+)", module)
         if match is None:
@@ -114,8 +114,21 @@ class Family:
         return Place(layer, kinds, layout)
 
     @property
+    def _outside_layers(self) -> dict[str, str]:
+        """The kind of every module outside the layers, by its path."""
+        kinds = {self.embed: "embed", self.ln_final: "ln_final"}
+        if self.pos_embed is not None:
+            kinds[self.pos_embed] = "pos_embed"
+        if self.embed_norm is not None:
+            kinds[self.embed_norm] = "embed_ln"
+        for head in HEADS:
+            kinds[head] = "unembed"
+        return kinds
+
+    @property
     def _within_layer(self) -> dict[str, tuple[str, ...]]:
         """The kinds of every module of a layer, by its name within the layer."""
+        # ln1 comes after ln2, so that a norm which both branches read has the kind 'ln1'.
         norms = {self.ln2: "ln2", self.ln1: "ln1", **self.other_norms}
         kinds_of_norms = {name: (kind,) for name, kind in norms.items()}
         return {**kinds_of_norms, **self.linears}

@@ -34,7 +34,9 @@ class RotaryRule(NamedTuple):
         """The largest length with the same table as this length."""
         if length <= self.limit:
             return self.limit
-        return length if self.is_dynamic else float("inf")
+        if self.is_dynamic:
+            return length
+        return float("inf")
 
     def make_anew(self, module: Any) -> None:
         """Set a dynamic table back to that of a new model; with two sets of factors, do nothing."""
@@ -53,19 +55,19 @@ def rotary_rules(module: nn.Module) -> list[RotaryRule]:
     numbers by which it chooses the table.
     """
     # vars() reads the module itself: a bridge's component forwards attributes to what it wraps.
-    types = vars(module).get("rope_type")
-    by_prefix = {"": types}
-    if isinstance(types, dict):
-        by_prefix = {f"{layer_type}_": kind for layer_type, kind in types.items()}
+    attributes = vars(module)
+    rope_type = attributes.get("rope_type")
+    # A module with tables for several types of layer has a dictionary here.
+    rope_type_by_layer_type = rope_type if isinstance(rope_type, dict) else {"": rope_type}
     rules: list[RotaryRule] = []
-    for prefix, kind in by_prefix.items():
+    for layer_type, kind in rope_type_by_layer_type.items():
+        prefix = f"{layer_type}_" if layer_type else ""
         if isinstance(kind, str) and "dynamic" in kind:
-            limit = int(vars(module)["original_max_seq_len"])
-            rules.append(RotaryRule(True, limit, prefix))
+            limit = int(attributes["original_max_seq_len"])
+            rules.append(RotaryRule(is_dynamic=True, limit=limit, prefix=prefix))
         elif kind == "longrope":
-            layer_type = prefix.removesuffix("_")
-            limit = _original_context(vars(module)["config"], layer_type)
-            rules.append(RotaryRule(False, limit, prefix))
+            limit = _original_context(attributes["config"], layer_type)
+            rules.append(RotaryRule(is_dynamic=False, limit=limit, prefix=prefix))
     return rules
 
 
@@ -84,24 +86,32 @@ def _original_context(config: Any, layer_type: str) -> int:
 
 
 def rotary_state(module: nn.Module) -> Callable[[], None]:
-    """Record a rotary embedding's tables, and return a function that restores them."""
-    attributes = vars(module)
-    plain = {name: value for name, value in attributes.items() if not name.startswith("_")}
-    buffers = dict(module._buffers)
-    entries: dict[str, Tensor] = {}
-    for name, buffer in buffers.items():
+    """Record a rotary embedding's tables, and return a function that restores them.
+
+    A pass may replace a table, or write into it, and set attributes such as `max_seq_len_cached`.
+    """
+    recorded_attributes = _public_attributes(module)
+    recorded_buffers = dict(module._buffers)
+    copies: dict[str, Tensor] = {}
+    for name, buffer in recorded_buffers.items():
         if buffer is not None:
-            entries[name] = buffer.clone()
+            copies[name] = buffer.clone()
 
     def put_back() -> None:
-        new_names = [name for name in attributes if not name.startswith("_") and name not in plain]
-        for name in new_names:
-            del attributes[name]
-        attributes.update(plain)
+        for name in _public_attributes(module):
+            if name not in recorded_attributes:
+                del vars(module)[name]
+        vars(module).update(recorded_attributes)
         module._buffers.clear()
-        module._buffers.update(buffers)
-        for name, buffer in buffers.items():
-            if buffer is not None and not torch.equal(buffer, entries[name]):
-                buffer.copy_(entries[name])
+        module._buffers.update(recorded_buffers)
+        for name, copy in copies.items():
+            buffer = module._buffers[name]
+            if buffer is not None and not torch.equal(buffer, copy):
+                buffer.copy_(copy)
 
     return put_back
+
+
+def _public_attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes, without parameters, buffers, submodules and hooks."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
