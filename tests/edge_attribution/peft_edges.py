@@ -14,49 +14,101 @@ from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
+class Branch:
+    """Attention or the MLP of every layer, by paths within the layer.
+
+    Attributes:
+        module: the branch itself.
+        norm: the norm that it reads; '' if it reads the stream itself.
+        output: the module whose output is added to the stream.
+    """
+
+    module: str
+    norm: str
+    output: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """What reads the stream: a branch of a layer, or the final norm as 'logits'.
+
+    Attributes:
+        name: such as 'blocks.1.mlp'.
+        module: the path of the module.
+        norm: the path of the norm that the module reads; '' if it reads the stream itself.
+    """
+
+    name: str
+    module: str
+    norm: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """The branch of a layer that an adapted module is in.
+
+    Attributes:
+        layer: the layer's number.
+        branch: 'attn' or 'mlp'.
+        output: the path of the module whose output is added to the stream.
+    """
+
+    layer: int
+    branch: str
+    output: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Stream:
     """Where the branches of a Hugging Face model read and write, by the paths of its modules.
 
     Attributes:
         layer: path of a layer, with '{l}'.
         final: path of the final norm.
-        attn, mlp: (the branch, the norm that it reads or '', what makes its output).
+        attn: the paths of attention.
+        mlp: the paths of the MLP.
         is_parallel: whether both branches read the same.
     """
 
     layer: str
     final: str
-    attn: tuple[str, str, str]
-    mlp: tuple[str, str, str]
+    attn: Branch
+    mlp: Branch
     is_parallel: bool = False
 
-    def readers(self, layers: int) -> list[tuple[str, str, str]]:
-        """(name, the module that reads, its norm), in the order of a forward pass."""
-        readers: list[tuple[str, str, str]] = []
+    def readers(self, layers: int) -> list[Reader]:
+        """Every reader, in the order of a forward pass."""
+        readers: list[Reader] = []
         for layer in range(layers):
             prefix = f"{self.layer.format(l=layer)}."
-            for name, (branch, norm, _) in self._branches():
-                path_of_norm = f"{prefix}{norm}" if norm else ""
-                readers.append((f"blocks.{layer}.{name}", f"{prefix}{branch}", path_of_norm))
-        return [*readers, ("logits", self.final, "")]
+            for name, branch in self._branches().items():
+                readers.append(
+                    Reader(
+                        name=f"blocks.{layer}.{name}",
+                        module=f"{prefix}{branch.module}",
+                        norm=f"{prefix}{branch.norm}" if branch.norm else "",
+                    )
+                )
+        readers.append(Reader("logits", self.final, norm=""))
+        return readers
 
-    def writer(self, module: str, layers: int) -> tuple[int, str, str]:
-        """The layer of a module, the branch that it is in, and what makes that branch's output."""
+    def writer(self, module: str, layers: int) -> Writer:
+        """The branch that an adapted module is in."""
         for layer in range(layers):
             prefix = f"{self.layer.format(l=layer)}."
-            for name, (branch, _, out) in self._branches():
-                if module.startswith(f"{prefix}{branch}"):
-                    return layer, name, f"{prefix}{out}"
+            for name, branch in self._branches().items():
+                if module.startswith(f"{prefix}{branch.module}"):
+                    return Writer(layer, name, f"{prefix}{branch.output}")
         raise LookupError(module)
 
-    def _branches(self) -> list[tuple[str, tuple[str, str, str]]]:
-        return [("attn", self.attn), ("mlp", self.mlp)]
+    def _branches(self) -> dict[str, Branch]:
+        return {"attn": self.attn, "mlp": self.mlp}
 
-    def is_downstream(self, layer: int, branch: str, reader: str) -> bool:
-        """Whether a reader sees what a branch of a layer writes."""
-        if reader == "logits" or int(reader.split(".")[1]) > layer:
+    def is_downstream(self, writer: Writer, reader: str) -> bool:
+        """Whether a reader sees what a writer adds to the stream."""
+        if reader == "logits" or int(reader.split(".")[1]) > writer.layer:
             return True
-        is_next_branch = branch == "attn" and reader == f"blocks.{layer}.mlp"
+        is_next_branch = writer.branch == "attn" and reader == f"blocks.{writer.layer}.mlp"
         return is_next_branch and not self.is_parallel
 
 
@@ -89,12 +141,13 @@ def adding(
 
         return hook
 
-    for name, path, norm in stream.readers(layers):
-        if norm:
-            handles.append(model.get_submodule(norm).register_forward_pre_hook(keep(norm)))
-        if name in added:
-            hook = replaced(name, norm)
-            module = model.get_submodule(path)
+    for reader in stream.readers(layers):
+        if reader.norm:
+            norm = model.get_submodule(reader.norm)
+            handles.append(norm.register_forward_pre_hook(keep(reader.norm)))
+        if reader.name in added:
+            hook = replaced(reader.name, reader.norm)
+            module = model.get_submodule(reader.module)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
@@ -132,7 +185,7 @@ def peft_edges(
     branch's output by the gate of a module, by central differences.
     """
     layers = peft.config.num_hidden_layers
-    names = [name for name, _, _ in stream.readers(layers)]
+    names = [reader.name for reader in stream.readers(layers)]
     width = peft.get_input_embeddings().weight.shape[1]
     zeros = {name: torch.zeros(*tokens.shape, width, requires_grad=True) for name in names}
     gates = dict.fromkeys(modules, at)
@@ -141,15 +194,15 @@ def peft_edges(
         gradients = torch.autograd.grad(value, list(zeros.values()))
     edges = torch.zeros(len(tokens), len(modules), len(names))
     for column, module in enumerate(modules):
-        layer, branch, out = stream.writer(module, layers)
+        writer = stream.writer(module, layers)
 
-        def write(eps: float, module: str = module, out: str = out) -> Tensor:
-            return branch_output(peft, tokens, out, gates | {module: at + eps})
+        def output_at(eps: float, module: str = module, path: str = writer.output) -> Tensor:
+            return branch_output(peft, tokens, path, gates | {module: at + eps})
 
-        delta = central_difference(write, step)
-        for reader, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
-            if stream.is_downstream(layer, branch, name):
-                edges[:, column, reader] = (delta * gradient).sum((1, 2))
+        delta = central_difference(output_at, step)
+        for index, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
+            if stream.is_downstream(writer, name):
+                edges[:, column, index] = (delta * gradient).sum((1, 2))
     return names, edges
 
 
@@ -167,21 +220,21 @@ def peft_path_patch(
     With several modules as the writer, each branch reads the stream of the plain run, and the
     reader the sum of what the branches before it write.
     """
-    writer, reader = pair
-    writers = [writer] if isinstance(writer, str) else writer
+    written, reader = pair
+    modules_switched = [written] if isinstance(written, str) else written
     layers = peft.config.num_hidden_layers
     plain_gate = 1.0 if how == "leave_one_out" else 0.0
     gates = dict.fromkeys(modules, plain_gate)
-    branches: dict[str, list[str]] = {}
-    for module in writers:
-        layer, branch, out = stream.writer(module, layers)
-        if stream.is_downstream(layer, branch, reader):
-            branches.setdefault(out, []).append(module)
+    modules_by_output: dict[str, list[str]] = {}
+    for module in modules_switched:
+        writer = stream.writer(module, layers)
+        if stream.is_downstream(writer, reader):
+            modules_by_output.setdefault(writer.output, []).append(module)
     change: Any = 0.0
-    for out, members in branches.items():
+    for output, members in modules_by_output.items():
         switched = gates | dict.fromkeys(members, 1 - plain_gate)
-        moved = branch_output(peft, tokens, out, switched)
-        change = change + moved - branch_output(peft, tokens, out, gates)
+        moved = branch_output(peft, tokens, output, switched)
+        change = change + moved - branch_output(peft, tokens, output, gates)
     plain = peft_readout(peft, tokens, read, gates)
     with adding(peft, stream, {reader: change}, layers):
         patched = peft_readout(peft, tokens, read, gates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft_edges import Stream
+from peft_edges import Branch, Stream
 
 import lens_lora as ll
 
@@ -12,14 +12,14 @@ DIFFERENCES = 1e-7
 _LLAMA = Stream(
     layer="model.layers.{l}",
     final="model.norm",
-    attn=("self_attn", "input_layernorm", "self_attn"),
-    mlp=("mlp", "post_attention_layernorm", "mlp"),
+    attn=Branch("self_attn", "input_layernorm", "self_attn"),
+    mlp=Branch("mlp", "post_attention_layernorm", "mlp"),
 )
 _POST_NORM = Stream(
     layer="model.layers.{l}",
     final="model.norm",
-    attn=("self_attn", "", "post_attention_layernorm"),
-    mlp=("mlp", "", "post_feedforward_layernorm"),
+    attn=Branch("self_attn", "", "post_attention_layernorm"),
+    mlp=Branch("mlp", "", "post_feedforward_layernorm"),
 )
 _SHARED = {"is_parallel": True, "layer": "model.layers.{l}"}
 STREAMS = {
@@ -27,40 +27,40 @@ STREAMS = {
     "gpt2": Stream(
         layer="transformer.h.{l}",
         final="transformer.ln_f",
-        attn=("attn", "ln_1", "attn"),
-        mlp=("mlp", "ln_2", "mlp"),
+        attn=Branch("attn", "ln_1", "attn"),
+        mlp=Branch("mlp", "ln_2", "mlp"),
     ),
     "neox": Stream(
         layer="gpt_neox.layers.{l}",
         final="gpt_neox.final_layer_norm",
-        attn=("attention", "input_layernorm", "attention"),
-        mlp=("mlp", "post_attention_layernorm", "mlp"),
+        attn=Branch("attention", "input_layernorm", "attention"),
+        mlp=Branch("mlp", "post_attention_layernorm", "mlp"),
         is_parallel=True,
     ),
     "gemma2": Stream(
         layer="model.layers.{l}",
         final="model.norm",
-        attn=("self_attn", "input_layernorm", "post_attention_layernorm"),
-        mlp=("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        attn=Branch("self_attn", "input_layernorm", "post_attention_layernorm"),
+        mlp=Branch("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ),
     "phi": Stream(
         final="model.final_layernorm",
-        attn=("self_attn", "input_layernorm", "self_attn"),
-        mlp=("mlp", "input_layernorm", "mlp"),
+        attn=Branch("self_attn", "input_layernorm", "self_attn"),
+        mlp=Branch("mlp", "input_layernorm", "mlp"),
         **_SHARED,
     ),
     "OLMo 2": _POST_NORM,
     "Cohere": Stream(
         final="model.norm",
-        attn=("self_attn", "input_layernorm", "self_attn"),
-        mlp=("mlp", "input_layernorm", "mlp"),
+        attn=Branch("self_attn", "input_layernorm", "self_attn"),
+        mlp=Branch("mlp", "input_layernorm", "mlp"),
         **_SHARED,
     ),
     "Falcon": Stream(
         layer="transformer.h.{l}",
         final="transformer.ln_f",
-        attn=("self_attention", "input_layernorm", "self_attention"),
-        mlp=("mlp", "input_layernorm", "mlp"),
+        attn=Branch("self_attention", "input_layernorm", "self_attention"),
+        mlp=Branch("mlp", "input_layernorm", "mlp"),
         is_parallel=True,
     ),
 }

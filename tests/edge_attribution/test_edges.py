@@ -16,7 +16,7 @@ import peft_edges
 import pytest
 import targets
 import torch
-from peft_edges import Stream
+from peft_edges import Branch, Stream
 from streams import DIFFERENCES, STREAMS, by_module, relative
 
 import lens_lora as ll
@@ -50,7 +50,8 @@ def read(logits: torch.Tensor) -> torch.Tensor:
 
 def held_against_peft(held, stream: Stream, at: float) -> float:
     if any(name.endswith("block_sparse_moe") for name, _ in held.base.named_modules()):
-        experts = ("block_sparse_moe", stream.mlp[1], "block_sparse_moe")  # of transformers 4
+        # transformers 4 calls the experts of a layer so.
+        experts = Branch("block_sparse_moe", stream.mlp.norm, "block_sparse_moe")
         stream = dataclasses.replace(stream, mlp=experts)
     modules = list(held.lens.adapter.modules)
     tokens = models.tokens(pos=5)
@@ -255,8 +256,8 @@ def test_groups_and_globs_equal_hooks_by_hand(family: str, cls: str, how: str):
         if any(s.module in written and s.name not in members for s in sites):
             continue  # a part of a fused projection, of which PEFT has one gate
         for reader in ("blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp", "logits"):
-            places = [stream.writer(module, layers)[:2] for module in written]
-            if any(stream.is_downstream(*place, reader) for place in places):
+            writing = [stream.writer(module, layers) for module in written]
+            if any(stream.is_downstream(branch, reader) for branch in writing):
                 pairs.append((writer, reader))
                 expected.append(
                     peft_edges.peft_path_patch(

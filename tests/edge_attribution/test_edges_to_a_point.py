@@ -48,7 +48,7 @@ def edges_by_peft(
     reads has the gradient d over the number of tokens, at every token but the first.
     """
     layers = case.peft.config.num_hidden_layers
-    names = [name for name, _, _ in stream.readers(layers) if name != "logits"]
+    names = [reader.name for reader in stream.readers(layers) if reader.name != "logits"]
     names = [name for name in names if int(name.split(".")[1]) <= layer]
     zeros = {name: torch.zeros(*TOKENS.shape, len(d), requires_grad=True) for name in names}
     gates = dict.fromkeys(modules, at)
@@ -70,15 +70,15 @@ def edges_by_peft(
 
     edges = torch.zeros(len(TOKENS), len(modules), len(gradients))
     for column, module in enumerate(modules):
-        of_module, branch, out = stream.writer(module, layers)
+        writer = stream.writer(module, layers)
 
-        def write(eps: float, module: str = module, out: str = out) -> Tensor:
+        def output_at(eps: float, module: str = module, path: str = writer.output) -> Tensor:
             strengths = gates | {module: at + eps}
-            return peft_edges.branch_output(case.peft, TOKENS, out, strengths)
+            return peft_edges.branch_output(case.peft, TOKENS, path, strengths)
 
-        delta = reference.central_difference(write, reference.STEP)
+        delta = reference.central_difference(output_at, reference.STEP)
         for reader, (name, gradient) in enumerate(zip([*names, "logits"], gradients, strict=True)):
-            if stream.is_downstream(of_module, branch, name):
+            if stream.is_downstream(writer, name):
                 edges[:, column, reader] = (delta * gradient).sum((1, 2))
     return names, edges
 
