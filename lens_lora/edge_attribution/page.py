@@ -1,4 +1,4 @@
-"""The page of edges: for each prompt the graph of the largest edges, a heatmap and a table.
+"""The page of edges: the graph of the largest edges, a heatmap and a table, prompt by prompt.
 
 Hovering over a line or a cell shows its number, and the contents lead from prompt to prompt.
 """
@@ -22,9 +22,10 @@ from lens_lora.show.text import percent, short_prompt, signed
 _IN_GRAPH = 30
 _IN_TABLE = 100
 _IN_HEADLINE = 3
-# A page has a part for each prompt, but at most this many.
+# A page has a part for at most this number of prompts; its overview is of all of them.
 _MOST_PROMPTS = 20
-_HEADS = {
+# Which columns the table of edges has, and their headings.
+_HEADINGS = {
     "writer": "writer",
     "reader": "reader",
     "value": "value",
@@ -34,7 +35,7 @@ _HEADS = {
 
 @drawing.report.register(Edges)
 def edges_report(edges: Edges, *, title: str | None = None) -> str:
-    """Write edges as a page, with a part for each prompt."""
+    """Write edges as a page, with a part for each of the first prompts."""
     count = min(len(edges.base), _MOST_PROMPTS)
     name = f"{edges.readout}: {text.key_text(edges.key)}"
     overview: list[Block] = []
@@ -59,7 +60,7 @@ def _part(edges: Edges, prompt: int) -> Part:
         ),
         Section(
             f"The {len(strongest)} largest edges",
-            [table_of(strongest, _HEADS, texts=(0, 1))],
+            [table_of(strongest, _HEADINGS, texts=(0, 1))],
             f"In {units}, by size, with the share of the shift.",
         ),
     ]

@@ -37,7 +37,7 @@ _MODULES_IN_HEADLINE = 3
 
 @drawing.report.register(FactMargin)
 def margin_report(margin: FactMargin, *, title: str | None = None) -> str:
-    """Write a fact margin as a page, with a part for each prompt."""
+    """Write a fact margin as a page, with a part for each of the first prompts."""
     count = min(len(margin.doc), _MOST_PROMPTS)
     accounts = [account_of(margin, prompt) for prompt in range(count)]
     parts = [_margin_part(margin, prompt, account) for prompt, account in enumerate(accounts)]
@@ -114,7 +114,7 @@ def _margins_table(accounts: list[Account]) -> Table:
 
 @drawing.report.register(Attribution)
 def attribution_report(attribution: Attribution, *, title: str | None = None) -> str:
-    """Write an attribution as a page, with a part for each prompt."""
+    """Write an attribution as a page, with a part for each of the first prompts."""
     count = min(len(attribution.base), _MOST_PROMPTS)
     parts = [_attribution_part(attribution, prompt) for prompt in range(count)]
     name = f"{attribution.readout}: {text.key_text(attribution.key)}"

@@ -94,12 +94,14 @@ def _in_one_batch(
     lens: LoraLens, reading: Reading, points: Points, axes: tuple[str, ...]
 ) -> tuple[Float[Tensor, "batch point site *by"], Float[Tensor, "batch point"]]:
     """Run every row once for each point, in one forward and one backward pass; slopes, and g."""
-    many = reading
+    repeated = reading
     gates = points[0]
     if len(points) > 1:
-        many = reading.repeat(len(points))
-        gates = points.repeat(len(reading.owner), 1)  # Those of each row.
-    slopes = reverse.SlopeSums(lens, many.rows, axes)
-    values = reverse.site_gradients(lens, many, gates, slopes.visit)
-    by_point = (reading.batch, len(points))
-    return slopes.by_prompt(many).unflatten(0, by_point), values.unflatten(0, by_point)
+        repeated = reading.repeat(len(points))
+        # The copies of a row follow one another, so every row has the points in the same order.
+        gates = points.repeat(len(reading.owner), 1)
+    slopes = reverse.SlopeSums(lens, repeated.rows, axes)
+    values = reverse.site_gradients(lens, repeated, gates, slopes.visit)
+    batch_and_point = (reading.batch, len(points))
+    slopes_by_point = slopes.by_prompt(repeated).unflatten(0, batch_and_point)
+    return slopes_by_point, values.unflatten(0, batch_and_point)

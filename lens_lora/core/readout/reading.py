@@ -295,7 +295,8 @@ _Logits = Float[Tensor, "some vocab"]
 _Terms = Float[Tensor, " some"]
 _Some = Int[Tensor, " some"]
 Places = tuple[Int[Tensor, " pick"], ...]
-# How many picks' logits are held at a time in a graph; without one, twice as many.
+# The number of picks whose logits are held at a time while autograd records a graph. The forward
+# pass holds twice as many where no graph is recorded (`core/function/forward.py`).
 PICKS = 128
 
 

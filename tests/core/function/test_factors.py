@@ -181,8 +181,9 @@ def relative_norm_by_hand(case: cases.Case, config: Config, strength: float) -> 
         A, B, _ = by_hand.factors(layer)
         base = layer.get_base_layer()
         W = base.weight if isinstance(base, torch.nn.Linear) else base.weight.T
-        for matrix, kept in ((strength * layer.scaling["default"] * B @ A, changes), (W, weights)):
-            kept.append(processed(case, config, module, matrix.detach()).flatten())
+        change = strength * layer.scaling["default"] * B @ A
+        changes.append(processed(case, config, module, change.detach()).flatten())
+        weights.append(processed(case, config, module, W.detach()).flatten())
     return float(torch.cat(changes).norm() / torch.cat(weights).norm())
 
 
