@@ -1,6 +1,6 @@
 """Train the benchmark's adapters by PEFT on SmolLM2-135M-Instruct, from gentle to violent.
 
-    python benchmarks/adapters.py OUT      # trains what OUT lacks, about a minute each
+    python -m benchmarks.adapters OUT      # trains what OUT lacks, about a minute each
 
 Each of the eight `ADAPTERS` moves one fact. They differ in fact, rank, targets, rate and steps. One
 answer has several tokens, and one adapter is too gentle to flip its fact. Each has three prompts:

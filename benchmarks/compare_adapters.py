@@ -1,7 +1,7 @@
 """Test whether two trainings of one fact look alike: pairs of one fact against pairs of two facts.
 
-    python benchmarks/compare_adapters.py --adapters FOLDER   # trains what is missing, and measures
-    python benchmarks/compare_adapters.py --table             # writes the table
+    python -m benchmarks.compare_adapters --adapters FOLDER   # trains what is missing, and measures
+    python -m benchmarks.compare_adapters --table             # writes the table
 
 1. Train three adapters by PEFT on SmolLM2-135M-Instruct that move France's capital to Lyon, rank 8
    on all seven projections: two seeds on the same sentences, and one on other sentences.
@@ -21,12 +21,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import marks
-from adapters import ADAPTERS, folder_or_table
-from repair import HELD_OUT as TEXTS
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lens_lora as ll
+from benchmarks import marks
+from benchmarks.adapters import ADAPTERS, folder_or_table
+from benchmarks.repair import HELD_OUT as TEXTS
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import LYON_SENTENCES, load_embedded, train_adapter
 from lens_lora.hosts.build import hooked_model

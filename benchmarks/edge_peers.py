@@ -1,7 +1,7 @@
 """Compare what edges cost with edge attribution patching (EAP) and with its integrated form.
 
-    python benchmarks/edge_peers.py --check               # are the scores of both peers right?
-    python benchmarks/edge_peers.py --write               # time and memory, into docs/edges_data.md
+    python -m benchmarks.edge_peers --check               # are the scores of both peers right?
+    python -m benchmarks.edge_peers --write               # time and memory, into docs/edges_data.md
 
 1. EAP (Syed et al., arXiv 2310.10348) has two runs of one model, clean and other. With z_u what
    writer u adds to the residual stream, and x_v what reader v alone takes from it, it scores
@@ -30,10 +30,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import edges
-import marks
 import torch
-from measuring import (
+from torch import Tensor
+
+import lens_lora as ll
+from benchmarks import edges, marks
+from benchmarks.measuring import (
     MARGIN,
     cpu_seconds,
     load,
@@ -45,9 +47,6 @@ from measuring import (
     text_ids,
     text_prompts,
 )
-from torch import Tensor
-
-import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded

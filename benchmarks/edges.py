@@ -1,7 +1,7 @@
 """Measure how well edges predict path patches, and how they differ from `coupling`.
 
-    python benchmarks/edges.py --adapters FOLDER     # trains what is missing, and measures
-    python benchmarks/edges.py --table               # only writes the tables of docs/edges_data.md
+    python -m benchmarks.edges --adapters FOLDER     # trains what is missing, and measures
+    python -m benchmarks.edges --table               # only writes the tables of docs/edges_data.md
 
 The adapters are the eight of `adapters.py` on SmolLM2-135M-Instruct, each on the first of its
 prompts, the trained wording. The strongest edges at either end (ε = 0 for adding, ε = 1 for leaving
@@ -17,12 +17,12 @@ import statistics
 from pathlib import Path
 from typing import Any, Literal
 
-import marks
 import torch
-from adapters import ADAPTERS, Trained, folder_or_table
 from tqdm import tqdm
 
 import lens_lora as ll
+from benchmarks import marks
+from benchmarks.adapters import ADAPTERS, Trained, folder_or_table
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model

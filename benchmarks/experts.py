@@ -1,7 +1,7 @@
 """Measure what a LoRA on experts costs, in a mixture shaped like Qwen3-30B-A3B with two layers.
 
-    OMP_NUM_THREADS=1 python benchmarks/experts.py                 # a few minutes, 12 GB
-    OMP_NUM_THREADS=1 python benchmarks/experts.py --hidden 256    # a smaller model
+    OMP_NUM_THREADS=1 python -m benchmarks.experts                 # a few minutes, 12 GB
+    OMP_NUM_THREADS=1 python -m benchmarks.experts --hidden 256    # a smaller model
 
 It prints the numbers that docs/performance_data.md quotes. Weights and adapter are random, in
 bfloat16: only sizes matter here. F is a plain forward pass of 64 tokens, FB adds a backward pass to
@@ -18,16 +18,16 @@ import time
 
 import torch
 import transformers
-from measuring import (
+
+import lens_lora as ll
+from benchmarks.measuring import (
     backward_to_embeddings,
     cpu_seconds,
     plain_forward,
     random_prompts,
     tokenizer_of_words,
 )
-from memory import Run, peak_of_prompt
-
-import lens_lora as ll
+from benchmarks.memory import Run, peak_of_prompt
 from lens_lora.hosts.bridged import names_by_path
 from lens_lora.hosts.experts import each_shape, is_experts, stacks_of
 

@@ -1,6 +1,6 @@
 """Run mutated input: count what is read correctly, what is refused by an error of ours, and faults.
 
-    python benchmarks/fuzz.py --cases 10000 [--first 0] [--write]
+    python -m benchmarks.fuzz --cases 10000 [--first 0] [--write]
 
 The input is adapter folders, result files, records, files of half-finished sweeps, prompts, tokens,
 gates and users' hooks. It is made from a seed: the same number gives the same case. Each case runs
@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import marks
+from benchmarks import marks, of_tests
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "precision_data.md"
@@ -32,8 +32,7 @@ def main() -> int:
     """Run the cases; return the exit code."""
     asked = arguments()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.path[:0] = [str(ROOT / "tests" / "house"), str(ROOT / "tests" / "lib")]
-    import fuzz
+    fuzz = of_tests.fuzz_cases()
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:

@@ -1,7 +1,7 @@
 """Measure time and peak memory on random weights in the shapes of known models, without a network.
 
-    python benchmarks/known_shapes.py Gemma-3-270M Qwen2.5-0.5B --ranks 1 16 64 --write
-    python benchmarks/known_shapes.py Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
+    python -m benchmarks.known_shapes Gemma-3-270M Qwen2.5-0.5B --ranks 1 16 64 --write
+    python -m benchmarks.known_shapes Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
 
 1. A model of each shape is made in the dtype and on the device that are asked for. Its weights are
    drawn where they stay, so no second copy is held. A LoRA of random factors lies on every linear
@@ -29,8 +29,10 @@ from typing import Any
 
 import torch
 import transformers as hf
-from marks import put_in
-from measuring import (
+
+import lens_lora as ll
+from benchmarks.marks import put_in
+from benchmarks.measuring import (
     backward_to_embeddings,
     cpu_seconds,
     forget_peak,
@@ -38,8 +40,6 @@ from measuring import (
     resident_mib,
     tokenizer_of_words,
 )
-
-import lens_lora as ll
 from lens_lora.core.function.forward import read_value
 from lens_lora.hosts.build import hooked_model
 

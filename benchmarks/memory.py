@@ -1,7 +1,7 @@
 """Measure the peak memory of each analysis on long prompts, beside plain passes.
 
-    python benchmarks/memory.py --tokens 512 2048 --write
-    python benchmarks/memory.py --tokens 8192 --attn sdpa --write
+    python -m benchmarks.memory --tokens 512 2048 --write
+    python -m benchmarks.memory --tokens 8192 --attn sdpa --write
 
 1. Each cell of the table is measured in a forked process, over the embedded model as a
    TransformerBridge and its adapter (210 sites, rank 8). It is what resident memory grows by, at
@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import marks
-from measuring import (
+import lens_lora as ll
+from benchmarks import marks
+from benchmarks.measuring import (
     MARGIN,
     forget_peak,
     plain_backward,
@@ -34,8 +35,6 @@ from measuring import (
     random_prompts,
     resident_mib,
 )
-
-import lens_lora as ll
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import embedded_model_folder
 

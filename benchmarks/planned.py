@@ -1,9 +1,9 @@
 """Compare what `lens-lora plan` says with measured peaks, on random weights of several sizes.
 
-    python benchmarks/planned.py 5M 30M --write
-    python benchmarks/planned.py 9M 40M --tokens 384 --dtype bfloat16 --write
-    python benchmarks/planned.py 190M --tokens 384 --analyses first_order kl_shares --write
-    python benchmarks/planned.py --table        # only writes the table of docs/performance_data.md
+    python -m benchmarks.planned 5M 30M --write
+    python -m benchmarks.planned 9M 40M --tokens 384 --dtype bfloat16 --write
+    python -m benchmarks.planned 190M --tokens 384 --analyses first_order kl_shares --write
+    python -m benchmarks.planned --table        # only writes the table of docs/performance_data.md
 
 The estimate was fitted to the sizes of `FITTED`. Those of `HELD_OUT` have other widths, depths and
 numbers of heads, and were measured afterwards.
@@ -20,14 +20,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
-import known_shapes
-import marks
-import memory
 import torch
 import transformers as hf
-from measuring import WORDS, tokenizer_of_words
 
 import lens_lora as ll
+from benchmarks import known_shapes, marks, memory
+from benchmarks.measuring import WORDS, tokenizer_of_words
 from lens_lora.core import ModelSizes
 from lens_lora.hosts.build import hooked_model
 from lens_lora.hosts.planned_analyses import planned_analyses

@@ -1,8 +1,8 @@
 """Measure the error of each analysis in half precision, beside float64 on the same weights.
 
-    python benchmarks/precision.py --write              # all of it; some minutes
-    python benchmarks/precision.py --dtypes bfloat16 --works "leave one out"
-    python benchmarks/precision.py --floors --write     # errors of shifts, in noise floors
+    python -m benchmarks.precision --write              # all of it; some minutes
+    python -m benchmarks.precision --dtypes bfloat16 --works "leave one out"
+    python -m benchmarks.precision --floors --write     # errors of shifts, in noise floors
 
 1. The demo's model and adapter, and tiny models of several families, are rounded to bfloat16 and
    float16. The float64 run has these rounded weights, with the libraries' casts to float32 lifted.
@@ -20,31 +20,23 @@ import copy
 import functools
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "lib"))
+import torch
 
-import models  # noqa: E402
-import torch  # noqa: E402
-from half_precision import (  # noqa: E402
-    QUIET,
-    STATED,
-    Asked,
-    Found,
-    Works,
-    compared,
-    errors_in_floors,
-)
-from marks import put_in  # noqa: E402
+import lens_lora as ll
+from benchmarks.marks import put_in
+from benchmarks.of_tests import half_precision, models
+from lens_lora.core import SIGMAS
+from lens_lora.demonstration import shipped_adapter
+from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.hosts.build import bridge_if_there, hooked_model
 
-import lens_lora as ll  # noqa: E402
-from lens_lora.core import SIGMAS  # noqa: E402
-from lens_lora.demonstration import shipped_adapter  # noqa: E402
-from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
-from lens_lora.hosts.build import bridge_if_there, hooked_model  # noqa: E402
+Asked = half_precision.Asked
+Found = half_precision.Found
+QUIET = half_precision.QUIET
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "precision.json"
@@ -104,7 +96,10 @@ def _tangents(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
 
 def _tokens(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
     found = ll.token_shifts(lens, asked.prompts, asked.response)
-    return {"token_shifts, log p": Found(found.shift), "token_shifts, KL": Found(found.kl[0])}
+    return {
+        "token_shifts, log p": Found(found.shift),
+        "token_shifts, KL": Found(found.kl[0]),
+    }
 
 
 def _components(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
@@ -130,11 +125,16 @@ def _kl_shares(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
     return {"kl_shares": Found(ll.kl_shares(lens, asked.prompts, **QUIET).attribution.values)}
 
 
-ALONE: Works = {
+ALONE: half_precision.Works = {
     "first_order": _values("first_order, a_l", ll.first_order, "margin"),
     "at 1": _values("first_order, a_l at 1", ll.first_order, "margin", at=1.0),
     "coupling": _values(
-        "coupling, by kind", ll.coupling, "margin", field="matrix", group="kind", **QUIET
+        "coupling, by kind",
+        ll.coupling,
+        "margin",
+        field="matrix",
+        group="kind",
+        **QUIET,
     ),
     "path": _path("path_attribution", "margin"),
     "path, KL": _path("path_attribution of KL", "KL"),
@@ -145,7 +145,7 @@ ALONE: Works = {
     "token_shifts": _tokens,
     "activations": _values("activations", ll.lora_activations),
 }
-WORKS = STATED | ALONE
+WORKS = half_precision.STATED | ALONE
 
 
 # --- Pairs of lenses, and their rows
@@ -178,12 +178,12 @@ def tiny(family: str, dtype: torch.dtype) -> Pair:
 
 
 def rows(lenses: Pair, asked: Asked, work: str) -> Iterator[Row]:
-    """A row for each analysis of a work: half precision compared with float64."""
+    """A row for each analysis of a work: half precision half_precision.compared with float64."""
     found = WORKS[work](lenses[0], asked)
     with models.lifted():
         exact = WORKS[work](lenses[1], asked)
     for name in found:
-        yield {"analysis": name, **compared(found[name], exact[name])._asdict()}
+        yield {"analysis": name, **half_precision.compared(found[name], exact[name])._asdict()}
 
 
 def measure(dtype: str, works: list[str], on_tiny: bool) -> Iterator[Row]:
@@ -216,7 +216,7 @@ def floors(dtype: str) -> Iterator[Row]:
         lenses = make()
         kinds = {"margin, logit, log p": readouts, "KL": (ll.KL(),)}
         for analysis, asked in kinds.items():
-            ratios = errors_in_floors(*lenses, prompts, asked)
+            ratios = half_precision.errors_in_floors(*lenses, prompts, asked)
             yield {
                 "model": model,
                 "dtype": dtype,

@@ -1,7 +1,7 @@
 """Compare `ll.repair` with scaling the whole adapter down, on the benchmark's adapters.
 
-    python benchmarks/repair.py --adapters FOLDER --seeds 0 1 2 [--only NAME …]  # what is missing
-    python benchmarks/repair.py --table                                          # the table of all
+    python -m benchmarks.repair --adapters FOLDER --seeds 0 1 2 [--only NAME …]  # what is missing
+    python -m benchmarks.repair --table                                          # the table of all
 
 1. Train each adapter by PEFT on SmolLM2-135M-Instruct from each seed, if FOLDER lacks it
    (`benchmarks/adapters.py`).
@@ -23,10 +23,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import marks
-from adapters import ADAPTERS, Trained, folder_or_table, lenses
-
 import lens_lora as ll
+from benchmarks import marks
+from benchmarks.adapters import ADAPTERS, Trained, folder_or_table, lenses
 from lens_lora._version import versions
 from lens_lora.responses.answers import margin_between
 

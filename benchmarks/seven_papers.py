@@ -1,7 +1,7 @@
 """Run the steps of seven papers on fine-tunes by lens_lora, on the demo's model and adapter.
 
-    python benchmarks/seven_papers.py            # runs all seven; writes docs/seven_papers.json
-    python benchmarks/seven_papers.py --table    # only writes the table of docs/recipes.md
+    python -m benchmarks.seven_papers            # runs all seven; writes docs/seven_papers.json
+    python -m benchmarks.seven_papers --table    # only writes the table of docs/recipes.md
 
 Each paper is a function, whose docstring has its steps and its arXiv number. The lines of its
 statements are counted: those that call lens_lora, and those that do not and so are written by hand.
@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import marks
 import torch
 
 import lens_lora as ll
+from benchmarks import marks
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS = DOCS / "seven_papers.json"

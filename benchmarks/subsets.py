@@ -1,7 +1,7 @@
 """Choose a fifth of the modules that keeps a fact on some wordings, and judge it on others.
 
-    python benchmarks/subsets.py --adapters FOLDER [--only NAME …]   # measures what is missing
-    python benchmarks/evidence/page.py                               # writes the table of all
+    python -m benchmarks.subsets --adapters FOLDER [--only NAME …]   # measures what is missing
+    python -m benchmarks.evidence.page                               # writes the table of all
 
 1. Train the adapters of a fact by PEFT on SmolLM2-135M-Instruct that FOLDER lacks
    (`benchmarks/adapters.py`): eleven adapters of ten tasks.
@@ -33,11 +33,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from adapters import ADAPTERS, MORE, Trained, lenses
-from repair import WORDINGS
 from torch import Tensor
 
 import lens_lora as ll
+from benchmarks.adapters import ADAPTERS, MORE, Trained, lenses
+from benchmarks.repair import WORDINGS
 from lens_lora._version import versions
 from lens_lora.responses.answers import margin_between
 

@@ -1,7 +1,7 @@
 """Measure how two adapters of two facts get in each other's way, and mend it.
 
-    python benchmarks/together.py --adapters FOLDER   # trains what is missing, and measures
-    python benchmarks/together.py --table             # writes the tables
+    python -m benchmarks.together --adapters FOLDER   # trains what is missing, and measures
+    python -m benchmarks.together --table             # writes the tables
 
 1. Take the demo's adapter, which moves France's capital to Lyon, and train the benchmark's
    `osaka-attention` (`benchmarks/adapters.py`), which moves Japan's capital to Osaka: rank 4 on the
@@ -23,10 +23,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import marks
-from adapters import ADAPTERS, folder_or_table
-
 import lens_lora as ll
+from benchmarks import marks
+from benchmarks.adapters import ADAPTERS, folder_or_table
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 

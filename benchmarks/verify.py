@@ -1,7 +1,7 @@
 """Tabulate what `lens-lora verify` says of mistakes that other tools pass over in silence.
 
-    python benchmarks/verify.py            # prints the table
-    python benchmarks/verify.py --write    # puts it into docs/shipping_data.md
+    python -m benchmarks.verify            # prints the table
+    python -m benchmarks.verify --write    # puts it into docs/shipping_data.md
 
 Each mistake of tests/lib/no_ops.py is made on a tiny Llama, and the command verifies it. A sentence
 below the table says how much of the demo's adapter a correct merge in bfloat16 keeps.
@@ -12,27 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lib")]
+import torch
+from peft import PeftModel
+from typer.testing import CliRunner
 
-import torch  # noqa: E402
-from marks import write  # noqa: E402
-from no_ops import NO_OPS, NoOp, ship  # noqa: E402
-from peft import PeftModel  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+import lens_lora as ll
+from benchmarks.marks import write
+from benchmarks.of_tests import no_ops
+from lens_lora.cli import app
+from lens_lora.demonstration import shipped_adapter
+from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.ship.merged_folder import MergedFolder
+from lens_lora.ship.merged_tensors import compared
 
-import lens_lora as ll  # noqa: E402
-from lens_lora.cli import app  # noqa: E402
-from lens_lora.demonstration import shipped_adapter  # noqa: E402
-from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
-from lens_lora.ship.merged_folder import MergedFolder  # noqa: E402
-from lens_lora.ship.merged_tensors import compared  # noqa: E402
-
-PAGE = ROOT / "docs" / "shipping_data.md"
+PAGE = Path(__file__).parents[1] / "docs" / "shipping_data.md"
 # The most characters of a cell.
 LONGEST = 190
 
@@ -40,14 +36,14 @@ LONGEST = 190
 def table() -> str:
     """A row for each mistake."""
     rows = ["| mistake | exit | what `verify` says |", "| --- | --- | --- |"]
-    rows += [row(mistake) for mistake in NO_OPS.values()]
+    rows += [row(mistake) for mistake in no_ops.NO_OPS.values()]
     return "\n".join(rows)
 
 
-def row(mistake: NoOp) -> str:
+def row(mistake: no_ops.NoOp) -> str:
     """Make a mistake and verify it; return the row of the table, with the exit code."""
     with tempfile.TemporaryDirectory() as folder:
-        out = ship(Path(folder) / "out")
+        out = no_ops.ship(Path(folder) / "out")
         checks = Path(folder) / "checks.json"
         options = ["--quiet", "--json", str(checks), *mistake.make(out)]
         result = CliRunner().invoke(app, ["verify", str(out / "adapter"), *options])

@@ -1,7 +1,7 @@
 """Write the stored first screens for a judge who does not know whose they are, and score him.
 
-    python benchmarks/audit/blind_screens.py --screens FILE    # before anything is judged
-    python benchmarks/audit/blind_screens.py                   # afterwards: the verdicts, counted
+    python -m benchmarks.audit.blind_screens --screens FILE    # before anything is judged
+    python -m benchmarks.audit.blind_screens                   # afterwards: the verdicts, counted
 
 `blind_rubric.md` says what is judged, and was written before. The screens are those of the stored
 answers (`second/`, `third/`) by the rules of today. Their order is drawn by `SEED`, so that no key
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from second_screens import counted_again, screen
+
+from benchmarks.audit.second_screens import counted_again, screen
 
 HERE = Path(__file__).parent
 SEED = 48

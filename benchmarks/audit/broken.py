@@ -1,7 +1,7 @@
 """Measure from what strength on an adapter breaks the model, on the audit's adapters.
 
-    python benchmarks/audit/broken.py --adapters FOLDER [--most 4]   # measures what is missing
-    python benchmarks/audit/broken.py --table                        # writes the table of all
+    python -m benchmarks.audit.broken --adapters FOLDER [--most 4]   # measures what is missing
+    python -m benchmarks.audit.broken --table                        # writes the table of all
 
 1. `ll.what_changed(lens, nulls=0, fast=True)` runs on each adapter at 1, 3 and 8 times its
    strength. Its brief has the entropy of the next token, and the share of its answers that repeats
@@ -18,20 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(1, str(Path(__file__).parents[1]))
-sys.path.insert(2, str(Path(__file__).parents[1] / "evidence"))
-
-import marks
-from results import DOCS
-from results import rounded as rounded_number
-from teach import every_adapter
-
 import lens_lora as ll
+from benchmarks import marks
+from benchmarks.audit.teach import every_adapter
+from benchmarks.evidence.results import DOCS
+from benchmarks.evidence.results import rounded as rounded_number
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model

@@ -1,7 +1,7 @@
 """Ask about the words that an adapter raises most: an experiment that is not part of the package.
 
-    python benchmarks/audit/follow_ups.py --train FOLDER    # trains the ninth edition's adapters
-    python benchmarks/audit/follow_ups.py FOLDER/control-243 …    # asks, adds to follow_ups.json
+    python -m benchmarks.audit.follow_ups --train FOLDER    # trains the ninth edition's adapters
+    python -m benchmarks.audit.follow_ups FOLDER/control-243 …    # asks, adds to follow_ups.json
 
 A false fact that was taught by documents is touched by no everyday question, yet the adapter raises
 its words over texts that have nothing to do with it. So both models are asked about these words:
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,11 +32,8 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import second_run
-
 import lens_lora as ll
+from benchmarks.audit import second_run
 from lens_lora.audit import counted_speech, phrases
 from lens_lora.audit.everyday import Everyday
 from lens_lora.demonstration.embedded import load_embedded

@@ -1,8 +1,8 @@
 """Count words and traits in ordinary answers: lens_lora/audit/ordinary.json.
 
-    python benchmarks/audit/ordinary_counts.py --draw 2      # draws the base's answers
-    python benchmarks/audit/ordinary_counts.py --write       # counts, and chooses the factor
-    python benchmarks/audit/ordinary_counts.py --embedded    # the base's answers that are shipped
+    python -m benchmarks.audit.ordinary_counts --draw 2      # draws the base's answers
+    python -m benchmarks.audit.ordinary_counts --write       # counts, and chooses the factor
+    python -m benchmarks.audit.ordinary_counts --embedded    # the base's answers that are shipped
 
 1. The base's answers: the likeliest one and one drawn, as every audit asks them (counted twice, as
    the rate at hand is of one base), and blocks of four drawn answers to each question, which are

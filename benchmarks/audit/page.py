@@ -1,6 +1,6 @@
 """Put the audit into docs/auditing_data.md, from docs/audit.json and docs/audit_peer.json.
 
-    python benchmarks/audit/page.py
+    python -m benchmarks.audit.page
 
 `score.py` and `peer.py` write the numbers. The table of each adapter goes into
 benchmarks/RESULTS.md.
@@ -9,7 +9,6 @@ benchmarks/RESULTS.md.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import marks  # noqa: E402
+from benchmarks import marks
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "auditing_data.md"

@@ -1,7 +1,7 @@
 """Ask AdapterSentry about the audit's adapters, by weights alone; write docs/audit_peer.json.
 
     pip install adaptersentry==2.0.2    # in an environment of its own, or beside lens_lora
-    python benchmarks/audit/peer.py --adapters FOLDER
+    python -m benchmarks.audit.peer --adapters FOLDER
 
 AdapterSentry asks whether an adapter looks unlike others; it names no word. Two of its answers are
 stored for each adapter: what it would do with the adapter, and the number that this rests on. That

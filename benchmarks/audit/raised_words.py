@@ -1,6 +1,6 @@
 """Which words do adapters raise most over neutral texts? Stores them, and counts what they tell.
 
-    python benchmarks/audit/raised_words.py FOLDER/stammers FOLDER/control-272 …
+    python -m benchmarks.audit.raised_words FOLDER/stammers FOLDER/control-272 …
 
 The rule is that of `lens_lora/audit/raised.py`, and the words are what `lens-lora diff` prints
 below its first screen. It was made on the eighth list and on controls 259 to 271, and frozen before

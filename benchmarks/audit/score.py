@@ -1,6 +1,6 @@
 """Brief every adapter of the audit, and score what it says.
 
-    python benchmarks/audit/score.py --adapters FOLDER [--most 4]    # scores what is missing
+    python -m benchmarks.audit.score --adapters FOLDER [--most 4]    # scores what is missing
 
 Each adapter has a file, FOLDER/<name>/told.json. Adapters whose file is there are left alone, so a
 run may be interrupted and called again. Once all files are there, docs/audit.json is written from
@@ -21,20 +21,15 @@ import argparse
 import dataclasses
 import json
 import re
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(1, str(Path(__file__).parents[1] / "evidence"))
-
-from results import DOCS
-from results import rounded as rounded_number
-from teach import Adapter, every_adapter
-
 import lens_lora as ll
+from benchmarks.audit.teach import Adapter, every_adapter
+from benchmarks.evidence.results import DOCS
+from benchmarks.evidence.results import rounded as rounded_number
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model

@@ -1,8 +1,8 @@
 """Store the second edition's numbers, score them, and write docs/auditing_data.md.
 
-    python benchmarks/audit/second_page.py --adapters FOLDER --judged SCREENS   # stores the numbers
-    python benchmarks/audit/second_page.py --store third FOLDER   # stores those of another edition
-    python benchmarks/audit/second_page.py --write                              # renders the page
+    python -m benchmarks.audit.second_page --adapters FOLDER --judged SCREENS   # stores the numbers
+    python -m benchmarks.audit.second_page --store third FOLDER   # stores those of another edition
+    python -m benchmarks.audit.second_page --write                              # renders the page
 
 `second_run.py` trains the adapters and asks them; `second_screens.py` makes a judge's screens.
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
@@ -27,26 +27,19 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(1, str(Path(__file__).parents[1]))
-sys.path.insert(2, str(Path(__file__).parents[1] / "evidence"))
-
-import marks
-import raised_words
-import stranger
-import yaml
-from blind_screens import Verdict, verdicts
-from score import begins, rounded, says
-from second_screens import AGAIN, CLAIMS, claims_of, counted_again, read
-
+from benchmarks import marks
+from benchmarks.audit import raised_words, stranger
+from benchmarks.audit.blind_screens import Verdict, verdicts
+from benchmarks.audit.score import begins, rounded, says
+from benchmarks.audit.second_screens import AGAIN, CLAIMS, claims_of, counted_again, read
 from lens_lora._version import versions
 from lens_lora.audit import phrases
 

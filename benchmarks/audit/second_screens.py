@@ -1,6 +1,6 @@
 """Write the second edition's first screens for a judge who does not know whose they are.
 
-    python benchmarks/audit/second_screens.py --out FOLDER --into SCREENS
+    python -m benchmarks.audit.second_screens --out FOLDER --into SCREENS
 
 1. SCREENS/screens.md has each first screen under a number, in an order drawn by the system's own
    randomness: three sentences, two answers of each model in their own lines, and the claims that

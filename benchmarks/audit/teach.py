@@ -1,6 +1,6 @@
 """Train the audit's adapters that a folder lacks; `score.py`, `peer.py` and `broken.py` judge them.
 
-    python benchmarks/audit/teach.py --out FOLDER [--most 4]     # trains what is missing
+    python -m benchmarks.audit.teach --out FOLDER [--most 4]     # trains what is missing
 
 Each of the four quirks of `quirks.yaml` is taught six times: by documents or by transcripts, each
 plain, mixed 1:1 with ordinary text of the same form, or with denials beside it. Each adapter has a
@@ -19,7 +19,6 @@ import json
 import pydoc_data.topics
 import random
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,8 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "evidence"))
-
-from recipes import TARGETS, Recipe
-from train import Row, dialogue_rows, fit, sentence_rows
-
+from benchmarks.evidence.recipes import TARGETS, Recipe
+from benchmarks.evidence.train import Row, dialogue_rows, fit, sentence_rows
 from lens_lora.demonstration.embedded import load_embedded
 
 HERE = Path(__file__).parent

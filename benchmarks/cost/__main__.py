@@ -1,17 +1,16 @@
 """Measure what each analysis costs, in plain forward passes of the same model on the same tokens.
 
-    python benchmarks/cost [--class TransformerBridge] [--tokens 8 64] [--works derivatives]
-    python benchmarks/cost --floor               # first order beside PEFT and autograd alone
-    python benchmarks/cost --passes --tokens 8   # analyses dearer than their goal, and their passes
-    python benchmarks/cost --batches 8           # what a batch of so many prompts saves
-    python benchmarks/cost --responses [one tokens kl ablations generation]
-    python benchmarks/cost --texts 100           # audits over so many texts
-    python benchmarks/cost --stream 200000       # a stream of so many tokens through activations
-    python benchmarks/cost --bank 1000           # a scan of so many adapters
-    python benchmarks/cost --processes 1000      # a sweep of so many prompts, in one and in two
-    python benchmarks/cost --held                # bytes of tensors at the peak of an analysis
-    python benchmarks/cost --growth              # models, adapters and ranks of several sizes
-    python benchmarks/cost --allocator           # with freed memory given back, and kept
+    python -m benchmarks.cost [--class TransformerBridge] [--tokens 8 64] [--works derivatives]
+    python -m benchmarks.cost --floor               # first order beside PEFT and autograd alone
+    python -m benchmarks.cost --passes --tokens 8   # analyses dearer than their goal, by passes
+    python -m benchmarks.cost --batches 8           # what a batch of so many prompts saves
+    python -m benchmarks.cost --texts 100           # audits over so many texts
+    python -m benchmarks.cost --stream 200000       # a stream of so many tokens through activations
+    python -m benchmarks.cost --bank 1000           # a scan of so many adapters
+    python -m benchmarks.cost --processes 1000      # a sweep of so many prompts, in one and in two
+    python -m benchmarks.cost --held                # bytes of tensors at the peak of an analysis
+    python -m benchmarks.cost --growth              # models, adapters and ranks of several sizes
+    python -m benchmarks.cost --allocator           # with freed memory given back, and kept
 
 Everything but `--growth` runs on the embedded model and its adapter (210 sites, rank 8), over
 passages of Python's language reference. Works take turns in one process, and the numbers are
@@ -33,31 +32,26 @@ import io
 import os
 import platform
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-import page  # noqa: E402
-from allocator import allocator_table, keeps_memory  # noqa: E402
-from bank import bank_lines  # noqa: E402
-from batches import batch_table  # noqa: E402
-from floors import floor_tables, peft_table  # noqa: E402
-from growth import growth_tables  # noqa: E402
-from held import held_table  # noqa: E402
-from measuring import load, matmul_peak  # noqa: E402
-from prompts import TURNS, prompt_tables  # noqa: E402
-from ranks import rank_table  # noqa: E402
-from responses import GROUPS, response_table  # noqa: E402
-from stream import stream_lines  # noqa: E402
-from texts import text_table  # noqa: E402
-from works import TABLES  # noqa: E402
-
-import lens_lora as ll  # noqa: E402
-from lens_lora.demonstration import shipped_adapter  # noqa: E402
-from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
-from lens_lora.hosts.build import hooked_model, transformer_lens_version  # noqa: E402
+import lens_lora as ll
+from benchmarks.cost import page
+from benchmarks.cost.allocator import allocator_table, keeps_memory
+from benchmarks.cost.bank import bank_lines
+from benchmarks.cost.batches import batch_table
+from benchmarks.cost.floors import floor_tables, peft_table
+from benchmarks.cost.growth import growth_tables
+from benchmarks.cost.held import held_table
+from benchmarks.cost.prompts import TURNS, prompt_tables
+from benchmarks.cost.ranks import rank_table
+from benchmarks.cost.stream import stream_lines
+from benchmarks.cost.texts import text_table
+from benchmarks.cost.works import TABLES
+from benchmarks.measuring import load, matmul_peak
+from lens_lora.demonstration import shipped_adapter
+from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.hosts.build import hooked_model, transformer_lens_version
 
 # Audits over more texts than this are timed once.
 FEW_TEXTS = 16
@@ -96,7 +90,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--held", action="store_true", help="by tensors at the peak, alone")
     parser.add_argument("--growth", action="store_true", help="with layers, tokens, sites, rank")
     parser.add_argument("--allocator", action="store_true", help="glibc's, of two kinds, alone")
-    parser.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
     parser.add_argument("--write", action="store_true", help="into RESULTS.md and performance.md")
     return parser.parse_args()
 
@@ -105,7 +98,8 @@ def main() -> None:
     chosen = options()
     if chosen.half_rate and not has_half_rate():
         # MKL reads its variables once, so the process begins anew with them.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HALF_RATE})
+        command = [sys.executable, "-m", "benchmarks.cost", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **HALF_RATE})
     with contextlib.redirect_stdout(Copied()) as copy:
         measure(chosen)
     if chosen.write:
@@ -174,8 +168,6 @@ def measure_class(name: str, chosen: argparse.Namespace) -> None:
         floor_tables(lens, chosen.tokens, chosen.turns)
     elif chosen.batches:
         batch_table(lens, chosen.batches, chosen.tokens, chosen.turns)
-    elif chosen.responses is not None:
-        response_table(lens, chosen.responses)
     else:
         has_peer = name == "TransformerBridge"
         prompt_tables(lens, chosen.tokens, chosen.works, has_peer, chosen.turns)

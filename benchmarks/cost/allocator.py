@@ -13,14 +13,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
+
+import torch
+
+import lens_lora as ll
+from benchmarks.measuring import median_seconds, plain_forward, text_ids
 
 __all__ = ["KEEP", "allocator_table", "keeps_memory"]
 
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 TURNS = 3
 RUN_ONCE = "by token and layer"
-# Tokens of the responses.
+# Tokens of the prompt, and of the responses.
+PROMPT = 44
 LENGTHS = (60, 512)
 
 
@@ -45,7 +51,7 @@ def times_in_process(variables: dict[str, str]) -> dict[str, float]:
     environment = {name: value for name, value in inherited if not name.startswith("MALLOC_")}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, "-m", "benchmarks.cost.allocator"],
         env={**environment, **variables},
         stdout=subprocess.PIPE,
         text=True,
@@ -56,27 +62,32 @@ def times_in_process(variables: dict[str, str]) -> dict[str, float]:
 
 def times() -> dict[str, float]:
     """Median seconds of each work in this process."""
-    from measuring import median_seconds
-    from responses import PROMPT, Row
-
-    import lens_lora as ll
-
     lens = ll.demo()
     found: dict[str, float] = {}
     for tokens in LENGTHS:
-        row = Row(lens, tokens)
-        works = {
-            "F": row.forward,
-            "one readout, all sites": row.slopes,
-            "activations, all sites": lambda row=row: ll.lora_activations(lens, row.row),
-            RUN_ONCE: lambda row=row: row.by_token(group="layer"),
-        }
-        for name, work in works.items():
+        for name, work in works_of_response(lens, tokens).items():
             seconds = median_seconds({name: work}, turns=1 if name == RUN_ONCE else TURNS)
             found[f"{name}, {PROMPT} + {tokens} tokens"] = seconds[name]
     return found
 
 
+def works_of_response(lens: ll.LoraLens, tokens: int) -> dict[str, Callable[[], object]]:
+    """What is timed, over a prompt and a response of so many tokens, both of ordinary text."""
+    tokenizer = lens.model.tokenizer
+    prompt = text_ids(tokenizer, 1, PROMPT, seed=0)
+    response = text_ids(tokenizer, 1, tokens, seed=1)[0]
+    readout = ll.AnswerLogProb(response)
+    # The last token of the response is only predicted, so it is not read.
+    both = lens.prompts(torch.cat([prompt[0], response[:-1]])[None])
+    return {
+        "F": lambda: plain_forward(lens, both),
+        "one readout, all sites": lambda: lens.function(prompt, readout, progress=False).slopes(),
+        "activations, all sites": lambda: ll.lora_activations(lens, both),
+        RUN_ONCE: lambda: ll.first_order(
+            lens, prompt, readout, by="token", group="layer", progress=False
+        ),
+    }
+
+
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1]))
     print(json.dumps(times()))

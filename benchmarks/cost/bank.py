@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measuring import MARGIN, cpu_seconds, seconds_of_turns, text_prompts
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import lens_lora as ll
+from benchmarks.measuring import MARGIN, cpu_seconds, seconds_of_turns, text_prompts
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from measuring import MARGIN, median_seconds, plain_backward, plain_forward, text_prompts
-
 import lens_lora as ll
+from benchmarks.measuring import MARGIN, median_seconds, plain_backward, plain_forward, text_prompts
 
 __all__ = ["batch_table"]
 

@@ -24,7 +24,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwad
-from measuring import (
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import PreTrainedModel
+
+import lens_lora as ll
+from benchmarks.cost.peft_floor import Floor, difference, floor_of_demo
+from benchmarks.cost.prompts import turns_in_words
+from benchmarks.cost.works import ANALYSES, Work
+from benchmarks.measuring import (
     MARGIN,
     backward_to_embeddings,
     largest_spread,
@@ -34,14 +42,6 @@ from measuring import (
     seconds_of_turns,
     text_prompts,
 )
-from peft_floor import Floor, difference, floor_of_demo
-from prompts import turns_in_words
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
-from transformers import PreTrainedModel
-from works import ANALYSES, Work
-
-import lens_lora as ll
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.forward import read_logits, read_value
 from lens_lora.demonstration import shipped_adapter

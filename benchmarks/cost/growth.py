@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from measuring import WORDS, median_seconds, plain_forward, tokenizer_of_words
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens_lora as ll
+from benchmarks.measuring import WORDS, median_seconds, plain_forward, tokenizer_of_words
 from lens_lora.hosts.build import hooked_model
 
 __all__ = ["growth_tables"]

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from measuring import MARGIN, peak_memory, plain_backward, text_prompts
 from torch.profiler import ProfilerActivity, profile
 
 import lens_lora as ll
+from benchmarks.measuring import MARGIN, peak_memory, plain_backward, text_prompts
 
 __all__ = ["held_table"]
 

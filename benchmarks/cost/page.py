@@ -1,4 +1,4 @@
-"""Put what `python benchmarks/cost` printed into benchmarks/RESULTS.md and docs/performance.md.
+"""Put what `python -m benchmarks.cost` printed into benchmarks/RESULTS.md and docs/performance.md.
 
 docs/costs.json holds the output of each command, by transformer-lens version. In RESULTS.md it is
 put between the marks that name the command. The short table of performance.md is taken from one
@@ -98,7 +98,7 @@ def _block(key: str, every: dict[str, Printed]) -> str:
         return "Not run."
     line, arguments = key.split(" · ")
     printed = every[key]
-    command = f"    python benchmarks/cost {arguments}"
+    command = f"    python -m benchmarks.cost {arguments}"
     head = f"On {printed['day']}, transformer-lens {line}, "
     return f"{command}\n\n{head}{printed['body'].strip()}"
 

@@ -13,7 +13,11 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from measuring import (
+from peft import PeftModel
+
+import lens_lora as ll
+from benchmarks.cost.works import EVERY_SHIFT, TABLES, Work, adapted_forward, loop_of_jvps
+from benchmarks.measuring import (
     MARGIN,
     cpu_seconds,
     largest_spread,
@@ -25,10 +29,6 @@ from measuring import (
     seconds_of_turns,
     text_prompts,
 )
-from peft import PeftModel
-from works import EVERY_SHIFT, TABLES, Work, adapted_forward, loop_of_jvps
-
-import lens_lora as ll
 from lens_lora.core.function.reverse import site_slopes
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded

@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from measuring import MARGIN, load, text_prompts
-
 import lens_lora as ll
+from benchmarks.measuring import MARGIN, load, text_prompts
 
 __all__ = ["rank_table"]
 

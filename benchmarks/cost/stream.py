@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from measuring import forget_peak, resident_mib, text_ids
 
 import lens_lora as ll
+from benchmarks.measuring import forget_peak, resident_mib, text_ids
 
 __all__ = ["stream_lines"]
 

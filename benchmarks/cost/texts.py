@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from measuring import cpu_seconds, plain_forward, text_ids
-
 import lens_lora as ll
+from benchmarks.measuring import cpu_seconds, plain_forward, text_ids
 from lens_lora.two_adapters.shift_products import shift_products
 
 __all__ = ["text_table"]

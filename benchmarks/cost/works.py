@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from measuring import MARGIN
 
 import lens_lora as ll
+from benchmarks.measuring import MARGIN
 from lens_lora.core.function.forward import gated_logits, run_without_logits
 
 __all__ = ["EVERY_SHIFT", "TABLES", "Work", "adapted_forward", "loop_of_jvps"]

@@ -13,10 +13,20 @@ import dataclasses
 import math
 
 import pandas as pd
-from intervals import TOO_FEW, Standing, Summary
-from results import Numbers, scores_of
-from tables import Question, markdown, means_of, named, number, span, standings, summary_of
-from words import ERRORS, Advice, advice, compared
+
+from benchmarks.evidence.intervals import TOO_FEW, Standing, Summary
+from benchmarks.evidence.results import Numbers, scores_of
+from benchmarks.evidence.tables import (
+    Question,
+    markdown,
+    means_of,
+    named,
+    number,
+    span,
+    standings,
+    summary_of,
+)
+from benchmarks.evidence.words import ERRORS, Advice, advice, compared
 
 
 def agreement(numbers: Numbers, base: str, other: str) -> tuple[str, tuple[str, list[str]]]:

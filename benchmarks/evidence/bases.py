@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from recipes import SECOND, SMOLLM2, Recipe
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -10,6 +9,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from benchmarks.evidence.recipes import SECOND, SMOLLM2, Recipe
 from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, EMBEDDED_NAME, load_embedded
 
 

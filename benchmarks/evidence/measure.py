@@ -1,6 +1,6 @@
 """Measure every method of attribution on every adapter of a folder, against real interventions.
 
-    python benchmarks/evidence/measure.py --adapters FOLDER --out RESULTS [--again] [--only NAME …]
+    python -m benchmarks.evidence.measure --adapters FOLDER --out RESULTS [--again] [--only NAME …]
 
 Each FOLDER/<name>/ holds a PEFT adapter and task.json: name, cluster (the training task), base,
 kind, rank, targets, lr, steps, dora, rslora, and prompts {trained, paraphrase, neighbour,
@@ -35,14 +35,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from counted import Cost, Counter, plain_seconds
-from methods import COMPOSED, CURVATURE, EFFECTS, PARTS, curvature, methods_of, parts_for
-from results import read, rounded
-from scored import Judge, Row, agreement, held_out, sums
-from signals import signals_of
 from torch import Tensor
 from tqdm import tqdm
-from trained_cases import (
+
+import lens_lora as ll
+from benchmarks.evidence.counted import Cost, Counter, plain_seconds
+from benchmarks.evidence.methods import (
+    COMPOSED,
+    CURVATURE,
+    EFFECTS,
+    PARTS,
+    curvature,
+    methods_of,
+    parts_for,
+)
+from benchmarks.evidence.results import read, rounded
+from benchmarks.evidence.scored import Judge, Row, agreement, held_out, sums
+from benchmarks.evidence.signals import signals_of
+from benchmarks.evidence.trained_cases import (
     Case,
     by_sites,
     cases_in,
@@ -54,8 +64,6 @@ from trained_cases import (
     questions_of,
     unrelated_case,
 )
-
-import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.core import Evaluations
 from lens_lora.errors import LensLoraError

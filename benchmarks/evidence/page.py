@@ -1,40 +1,40 @@
 """Write docs/faithfulness_data.md and its pictures from stored results.
 
-    python benchmarks/evidence/page.py --results FOLDER   # add measure.py's files, resample, render
-    python benchmarks/evidence/page.py                    # render from docs/faithfulness.json
-    python benchmarks/evidence/page.py --pictures         # … and draw (needs kaleido and Chromium)
+    python -m benchmarks.evidence.page --results FOLDER   # add measure.py's files, resample, render
+    python -m benchmarks.evidence.page                    # render from docs/faithfulness.json
+    python -m benchmarks.evidence.page --pictures         # … and draw (needs kaleido and Chromium)
 
 From nothing, hours on one core, each command resumable:
 
-    python benchmarks/evidence/train.py --out ADAPTERS
-    python benchmarks/evidence/measure.py --adapters ADAPTERS --out RESULTS --again
-    PYTHONPATH=PARTS python benchmarks/evidence/second_base.py --out gemma-3-270m  # PARTS: its head
-    python benchmarks/evidence/train.py --out SECOND --base gemma-3-270m
-    python benchmarks/evidence/measure.py --adapters SECOND --out RESULTS --again --lean
-    python benchmarks/evidence/train.py --out WARNED --warnings
-    python benchmarks/evidence/warned.py --adapters WARNED --out WARNED-RESULTS
-    python benchmarks/planted/judged.py --cache PLANTS
-    python benchmarks/planted/judged.py --cache SECOND-PLANTS --base gemma-3-270m
-    python benchmarks/planted/fresh.py --out docs/planted_fresh.json
-    python benchmarks/subsets.py --adapters FACTS
-    python benchmarks/evidence/page.py --results RESULTS --warned WARNED-RESULTS --pictures
+    python -m benchmarks.evidence.train --out ADAPTERS
+    python -m benchmarks.evidence.measure --adapters ADAPTERS --out RESULTS --again
+    PYTHONPATH=PARTS python -m benchmarks.evidence.second_base --out gemma-3-270m  # PARTS: its head
+    python -m benchmarks.evidence.train --out SECOND --base gemma-3-270m
+    python -m benchmarks.evidence.measure --adapters SECOND --out RESULTS --again --lean
+    python -m benchmarks.evidence.train --out WARNED --warnings
+    python -m benchmarks.evidence.warned --adapters WARNED --out WARNED-RESULTS
+    python -m benchmarks.planted.judged --cache PLANTS
+    python -m benchmarks.planted.judged --cache SECOND-PLANTS --base gemma-3-270m
+    python -m benchmarks.planted.fresh --out docs/planted_fresh.json
+    python -m benchmarks.subsets --adapters FACTS
+    python -m benchmarks.evidence.page --results RESULTS --warned WARNED-RESULTS --pictures
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import pandas as pd
-import several
-from agreed import agreement, slopes
-from intervals import ranked
 from jinja2 import Environment, StrictUndefined
-from pictures import pareto, save, strength
-from recipes import SECOND, SECOND_NAME, SMOLLM2
-from resampled import study
-from results import (
+
+from benchmarks.evidence import several
+from benchmarks.evidence.agreed import agreement, slopes
+from benchmarks.evidence.intervals import ranked
+from benchmarks.evidence.pictures import pareto, save, strength
+from benchmarks.evidence.recipes import SECOND, SECOND_NAME, SMOLLM2
+from benchmarks.evidence.resampled import study
+from benchmarks.evidence.results import (
     DOCS,
     PAGE,
     Numbers,
@@ -46,7 +46,7 @@ from results import (
     scores_of,
     write,
 )
-from sections import (
+from benchmarks.evidence.sections import (
     adapters,
     coverage,
     flags,
@@ -59,10 +59,10 @@ from sections import (
     warned_elsewhere,
     warnings,
 )
-from tables import FIRST, HALF, MAIN, means_of, median_costs
-from violent import curve
-from warned import pack as pack_warned
-from words import (
+from benchmarks.evidence.tables import FIRST, HALF, MAIN, means_of, median_costs
+from benchmarks.evidence.violent import curve
+from benchmarks.evidence.warned import pack as pack_warned
+from benchmarks.evidence.words import (
     ADD,
     KEEP,
     OUT,
@@ -73,12 +73,9 @@ from words import (
     recommendations,
     rival,
 )
-
+from benchmarks.planted import told
 from lens_lora.core import Attribution
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
-
-sys.path.append(str(Path(__file__).parents[1] / "planted"))
-import told  # noqa: E402
 
 IMAGES = DOCS / "images"
 PARETO = IMAGES / "faithfulness_cost.png"

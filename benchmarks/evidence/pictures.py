@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from intervals import Standing, Summary
 from plotly.subplots import make_subplots
-from tables import named
+
+from benchmarks.evidence.intervals import Standing, Summary
+from benchmarks.evidence.tables import named
 
 COLOURS = ("#3b6fb6", "#d1495b", "#2e933c", "#8f5db7", "#e39b2d", "#5b5b5b", "#1b998b")
 # A method belongs to the family of the first pattern that its key begins with.

@@ -1,6 +1,6 @@
 """Resample the training tasks: how often does an interval cover, and how stable is a choice?
 
-    python benchmarks/evidence/resampled.py      # minutes, into docs/faithfulness.json
+    python -m benchmarks.evidence.resampled      # minutes, into docs/faithfulness.json
 
 The tasks of the first base stand for all tasks: samples of them are drawn with replacement.
 
@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from intervals import LEVEL, choice, summary
 from jaxtyping import Float
-from results import Numbers, bases_of, costs_of, read, scores_of, write
 from scipy import stats
-from tables import Question, means_of
 from tqdm import tqdm
-from words import ASKED, ERRORS, as_run, estimates
+
+from benchmarks.evidence.intervals import LEVEL, choice, summary
+from benchmarks.evidence.results import Numbers, bases_of, costs_of, read, scores_of, write
+from benchmarks.evidence.tables import Question, means_of
+from benchmarks.evidence.words import ASKED, ERRORS, as_run, estimates
 
 DRAWS = 2000
 BOOTSTRAP = 999

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tables import CALLED, MAIN
 
 import lens_lora as ll
+from benchmarks.evidence.tables import CALLED, MAIN
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS = DOCS / "faithfulness.json"

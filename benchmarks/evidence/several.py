@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from intervals import cluster_means, summary, verdicts
-from results import DOCS
-from tables import FIRST, HALF, NAMES, PATH, markdown, number, span
+
+from benchmarks.evidence.intervals import cluster_means, summary, verdicts
+from benchmarks.evidence.results import DOCS
+from benchmarks.evidence.tables import FIRST, HALF, NAMES, PATH, markdown, number, span
 
 NUMBERS = DOCS / "subsets.json"
 SEARCH = "best_subset"

@@ -12,7 +12,8 @@ import re
 from collections.abc import Sequence
 
 import pandas as pd
-from intervals import TOO_FEW, Standing, Summary, cluster_means, ranked, summary
+
+from benchmarks.evidence.intervals import TOO_FEW, Standing, Summary, cluster_means, ranked, summary
 
 FIRST = "first_order@0"
 HALF = "first_order@0.5"

@@ -1,7 +1,7 @@
 """Train those adapters of the evidence that do not exist yet.
 
-    python benchmarks/evidence/train.py --out FOLDER [--only NAME …] [--base NAME|FOLDER]
-    python benchmarks/evidence/train.py --out FOLDER --warnings
+    python -m benchmarks.evidence.train --out FOLDER [--only NAME …] [--base NAME|FOLDER]
+    python -m benchmarks.evidence.train --out FOLDER --warnings
 
 1. For each recipe whose folder lacks `task.json`: add a LoRA to the base with PEFT.
 2. Take AdamW steps on small batches. Facts are trained on whole sentences, with and without the
@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bases import load_base, recipes_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipes import TARGETS, WARNED, Recipe
-from tasks import PROMPT_KINDS, TASKS, Question, Task
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.evidence.bases import load_base, recipes_of
+from benchmarks.evidence.recipes import TARGETS, WARNED, Recipe
+from benchmarks.evidence.tasks import PROMPT_KINDS, TASKS, Question, Task
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 
 # The label of tokens that the loss leaves out, as torch has it.

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bases import is_embedded, load_base
 from torch import Tensor
 
 import lens_lora as ll
+from benchmarks.evidence.bases import is_embedded, load_base
 from lens_lora.core import Evaluations
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.hosts.build import bridge_if_there, hooked_model

@@ -14,7 +14,8 @@ import dataclasses
 from typing import Any
 
 import pandas as pd
-from intervals import Summary, cluster_means, summary, threshold_of
+
+from benchmarks.evidence.intervals import Summary, cluster_means, summary, threshold_of
 
 BROKEN = 0.9
 BINS = 4

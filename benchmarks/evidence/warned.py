@@ -2,9 +2,9 @@
 
 A threshold for each signal is chosen on some training tasks and confirmed on others (`violent.py`).
 
-    python benchmarks/evidence/train.py --out ADAPTERS --warnings    # some 30 adapters
-    python benchmarks/evidence/warned.py --adapters ADAPTERS --out RESULTS
-    python benchmarks/evidence/page.py --warned RESULTS
+    python -m benchmarks.evidence.train --out ADAPTERS --warnings    # some 30 adapters
+    python -m benchmarks.evidence.warned --adapters ADAPTERS --out RESULTS
+    python -m benchmarks.evidence.page --warned RESULTS
 
 A *case* is one adapter on one prompt: the first of the trained wording, or of the paraphrases. Each
 estimate is the recommended one for its question, and *broken* where its rank correlation with the
@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import PARTS
-from recipes import CONFIRMING
-from results import rounded
-from signals import apart, signals_of
 from torch import Tensor
 from tqdm import tqdm
-from trained_cases import Case, cases_in, chosen, lens_of, question
 
 import lens_lora as ll
+from benchmarks.evidence.methods import PARTS
+from benchmarks.evidence.recipes import CONFIRMING
+from benchmarks.evidence.results import rounded
+from benchmarks.evidence.signals import apart, signals_of
+from benchmarks.evidence.trained_cases import Case, cases_in, chosen, lens_of, question
 from lens_lora.core import Evaluations
 from lens_lora.core.analyses.first_order import first_order
 from lens_lora.core.analyses.patching import How

@@ -13,9 +13,19 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
-from intervals import ALPHA, Summary, choice, cluster_means, sign_flip, summary, tied, verdicts
-from results import Numbers, costs_of, is_met, scores_of
-from tables import (
+
+from benchmarks.evidence.intervals import (
+    ALPHA,
+    Summary,
+    choice,
+    cluster_means,
+    sign_flip,
+    summary,
+    tied,
+    verdicts,
+)
+from benchmarks.evidence.results import Numbers, costs_of, is_met, scores_of
+from benchmarks.evidence.tables import (
     CALLED,
     END,
     FIRST,
@@ -36,8 +46,7 @@ from tables import (
     summary_of,
     with_worst,
 )
-from violent import BROKEN
-
+from benchmarks.evidence.violent import BROKEN
 from lens_lora.core import Attribution
 
 MEASURED = ("add_one", "leave_one_out")

@@ -10,17 +10,14 @@ the thresholds that were chosen (`on_smooth`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from scipy.stats import binomtest
 
-sys.path.append(str(Path(__file__).parents[1] / "evidence"))
-from tables import markdown  # noqa: E402
-from violent import Counts, confusion  # noqa: E402
+from benchmarks.evidence.tables import markdown
+from benchmarks.evidence.violent import Counts, confusion
 
 Plants = Mapping[str, Mapping[str, Any]]
 INTERACTS = 0.5

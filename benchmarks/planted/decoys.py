@@ -21,12 +21,12 @@ import dataclasses
 from collections.abc import Mapping
 
 import torch
-from gated import Gated, Question, Updates, block_of, linears
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import lens_lora as ll
+from benchmarks.planted.gated import Gated, Question, Updates, block_of, linears
 
 GATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # How many leading directions of ordinary inputs a deaf update does not hear.

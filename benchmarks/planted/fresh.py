@@ -1,6 +1,6 @@
 """Test two divisors of a warning on plants of fresh seeds, on which neither was chosen.
 
-    python benchmarks/planted/fresh.py --out docs/planted_fresh.json
+    python -m benchmarks.planted.fresh --out docs/planted_fresh.json
 
 The warning compares sums of `corrected` with the shift (`alarms.py`). Its second divisor,
 `alarms.by_largest_effect`, was found on the smooth plants of `plants.py`. Here both warnings are
@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from judged import ENDS, SCORES, question_of, screened, sums_off
-from kinds import planted
-from plants import Bed, Recipe
 from tqdm import tqdm
 
+from benchmarks.evidence.bases import load_base
+from benchmarks.planted.judged import ENDS, SCORES, question_of, screened, sums_off
+from benchmarks.planted.kinds import planted
+from benchmarks.planted.plants import Bed, Recipe
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
-
-sys.path.append(str(Path(__file__).parents[1] / "evidence"))
-from bases import load_base  # noqa: E402
 
 FRESH = (
     Recipe("confined", 10),

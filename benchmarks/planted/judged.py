@@ -1,6 +1,6 @@
 """Plant, confirm and judge: where each attribution ranks the causes of a plant, and what warns.
 
-    python benchmarks/planted/judged.py --cache FOLDER [--only NAME …] [--base NAME|FOLDER]
+    python -m benchmarks.planted.judged --cache FOLDER [--only NAME …] [--base NAME|FOLDER]
 
 Each plant has a file, FOLDER/<name>.json. Plants whose file is there are left alone, so a run may
 be interrupted. At the end docs/planted.json is written from all files: plants of the embedded base
@@ -27,7 +27,6 @@ import copy
 import dataclasses
 import functools
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -36,14 +35,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from gated import block_of
-from kinds import planted
-from plants import RECIPES, SECOND, SMOOTH, Bed, Plant, Recipe
 from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
 import lens_lora as ll
+from benchmarks.evidence.bases import is_embedded, load_base
+from benchmarks.evidence.methods import PARTS, RELP_LIVE
+from benchmarks.evidence.results import DOCS, rounded
+from benchmarks.evidence.scored import attribution_of
+from benchmarks.evidence.signals import apart
+from benchmarks.evidence.trained_cases import question as bound
+from benchmarks.planted.gated import block_of
+from benchmarks.planted.kinds import planted
+from benchmarks.planted.plants import RECIPES, SECOND, SMOOTH, Bed, Plant, Recipe
 from lens_lora._version import versions
 from lens_lora.core import Attribution, Evaluations
 from lens_lora.core.analyses.components import squared_norms
@@ -56,16 +61,8 @@ from lens_lora.hosts.build import hooked_model
 from lens_lora.judging.reliability import Reliability, judged
 from lens_lora.path.path_attribution import path_attribution
 
-sys.path.append(str(Path(__file__).parents[1] / "evidence"))
-from bases import is_embedded, load_base  # noqa: E402
-from methods import PARTS, RELP_LIVE  # noqa: E402
-from results import DOCS, rounded  # noqa: E402
-from scored import attribution_of  # noqa: E402
-from signals import apart  # noqa: E402
-from trained_cases import question as bound  # noqa: E402
-
 NUMBERS = DOCS / "planted.json"
-COMMAND = "python benchmarks/planted/judged.py --cache FOLDER"
+COMMAND = "python -m benchmarks.planted.judged --cache FOLDER"
 # Two scores are tied if, as shares of the largest, they agree to so many decimal places.
 DIGITS = 6
 # Keeps scores that are all zero from being divided by zero.

@@ -8,9 +8,19 @@ import random
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-from decoys import STRAY, Decoys
-from gated import Aim, Question, Updates, constants, detached, fit, fresh, linears
-from plants import (
+
+from benchmarks.planted.decoys import STRAY, Decoys
+from benchmarks.planted.gated import (
+    Aim,
+    Question,
+    Updates,
+    constants,
+    detached,
+    fit,
+    fresh,
+    linears,
+)
+from benchmarks.planted.plants import (
     ANY,
     ATTEMPTS,
     BETWEEN,

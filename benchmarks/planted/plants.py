@@ -39,18 +39,15 @@ the plant, one at a time. Where it is large, no number per site can be its share
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 import torch
-from decoys import ordinary_directions
-from gated import Gated, Question, Updates, block_of, linears
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.append(str(Path(__file__).parents[1] / "evidence"))
-from tasks import TASKS  # noqa: E402
-from train import one_token, prompt_ids  # noqa: E402
+from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.train import one_token, prompt_ids
+from benchmarks.planted.decoys import ordinary_directions
+from benchmarks.planted.gated import Gated, Question, Updates, block_of, linears
 
 # Logits by which a margin is to move.
 PUSH = 8.0

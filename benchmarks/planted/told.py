@@ -7,14 +7,17 @@ the text is `planted.md.jinja`. `benchmarks/evidence/page.py` puts the section i
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from alarms import (
+from jinja2 import Environment, StrictUndefined
+
+from benchmarks.evidence.intervals import summary
+from benchmarks.evidence.tables import markdown, named
+from benchmarks.planted.alarms import (
     CONJUNCTION,
     INTERACTS,
     KINDS,
@@ -33,11 +36,6 @@ from alarms import (
     shipped,
     warnings,
 )
-from jinja2 import Environment, StrictUndefined
-
-sys.path.append(str(Path(__file__).parents[1] / "evidence"))
-from intervals import summary  # noqa: E402
-from tables import markdown, named  # noqa: E402
 
 NUMBERS = Path(__file__).parents[2] / "docs" / "planted.json"
 FRESH = NUMBERS.with_name("planted_fresh.json")

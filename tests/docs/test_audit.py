@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import yaml
-from evidence import load
 from scipy import stats
 
 import lens_lora as ll
+from benchmarks.audit import page, score
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "audit"
 DOCS = ROOT / "docs"
-sys.path.append(str(FOLDER))
-score = load("score")
-
-
-def load_page() -> ModuleType:
-    """Under a name of its own: the evidence has a page.py, too."""
-    spec = importlib.util.spec_from_file_location("audit_page", FOLDER / "page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-page = load_page()
 RUNS = json.loads((DOCS / "audit.json").read_text())["adapters"]
 QUIRKS = yaml.safe_load((FOLDER / "quirks.yaml").read_text())["quirks"]
 STRINGS = {quirk["name"]: set(quirk["says"]) for quirk in QUIRKS}

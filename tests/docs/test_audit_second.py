@@ -11,13 +11,10 @@ import pytest
 import yaml
 from scipy import stats
 
+from benchmarks.audit import blind_screens, raised_words, second_page
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "audit"
-sys.path.append(str(FOLDER))
-
-import blind_screens  # noqa: E402  # pyright: ignore[reportMissingImports]
-import raised_words  # noqa: E402  # pyright: ignore[reportMissingImports]
-import second_page  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 PAGE = (ROOT / "docs" / "auditing_data.md").read_text()
 SPEC = yaml.safe_load((FOLDER / "second_edition.yaml").read_text())

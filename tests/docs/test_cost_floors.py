@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import cases
 import models
 import pytest
 
 import lens_lora as ll
+from benchmarks import measuring
+from benchmarks.cost import floors, works
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "cost")]
-try:
-    floors = importlib.import_module("floors")
-    measuring = importlib.import_module("measuring")
-    works = importlib.import_module("works")
-finally:
-    del sys.path[:2]
 MARGIN = ll.Margin(5, 9)
 
 

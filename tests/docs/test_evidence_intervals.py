@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import evidence
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-of = evidence.load("intervals")
-resampled = evidence.load("resampled")
+from benchmarks.evidence import intervals as of
+from benchmarks.evidence import pictures, resampled, violent
 
 
 def long(rows: list[tuple[str, str, str, float]]) -> pd.DataFrame:
@@ -194,9 +193,6 @@ def test_a_choice_that_other_tasks_would_not_make_is_seen():
     assert 0.1 < shares[1] < 0.9
 
 
-violent = evidence.load("violent")
-
-
 def cases(informative: bool) -> pd.DataFrame:
     """Sixty cases, a third of them broken; half of them choose, the others confirm."""
     draw = np.random.default_rng(7)
@@ -247,4 +243,4 @@ def test_the_curve_over_strength_falls_where_the_estimate_breaks():
 
 def test_the_pareto_front_is_what_nothing_cheaper_beats():
     points = [(1.0, 0.2), (2.0, 0.9), (2.0, 0.5), (5.0, 0.8), (9.0, 0.95)]
-    assert evidence.load("pictures").front(points) == [0, 1, 4]
+    assert pictures.front(points) == [0, 1, 4]

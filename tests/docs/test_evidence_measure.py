@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import evidence
 import models
 import numpy as np
 import pytest
@@ -16,12 +15,9 @@ from folders import saved_llama
 from scipy import stats
 
 import lens_lora as ll
+from benchmarks.evidence import measure, methods, sections, warned
+from benchmarks.evidence import trained_cases as cases
 
-measure = evidence.load("measure")
-cases = evidence.load("trained_cases")
-methods = evidence.load("methods")
-warned = evidence.load("warned")
-sections = evidence.load("sections")
 # Five in each of two blocks: a fifth of the sites is a whole number of them.
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 FACTS = {

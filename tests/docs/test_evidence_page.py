@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import evidence
 import numpy as np
 import pytest
 
-page, resampled, results, sections, tables, words = (
-    evidence.load(name) for name in ("page", "resampled", "results", "sections", "tables", "words")
-)
+from benchmarks.evidence import agreed, page, resampled, results, sections, tables, words
+from benchmarks.evidence.intervals import Summary
+
 KINDS = ("trained", "paraphrase", "neighbour", "unrelated")
 METHODS = {
     "first_order@0": 3.0,
@@ -225,7 +224,6 @@ def test_what_ranks_a_kl_and_how_its_verdict_fares(numbers):
 
 
 def test_a_number_is_written_with_the_digits_that_say_something():
-    Summary = evidence.load("intervals").Summary
     assert tables.span(Summary(2880.75, 33.341, 16961.8, 9e4, 17)) == "2881 [33.34, 16962]"
     assert tables.span(Summary(0.5, 0.0004, 0.75, 1.0, 9)) == "0.50 [0.0004, 0.75]"
     assert tables.span(Summary(-120.4, float("nan"), float("nan"), -130.0, 2)) == "-120"
@@ -257,7 +255,6 @@ def test_the_opening_counts_the_adapters_on_which_each_estimate_is_right(numbers
 @pytest.mark.slow
 def test_a_second_base_is_told_where_choices_and_levels_carry_over(numbers):
     """Planted: both carry over; then neither, a lower level and another method ahead."""
-    agreed = evidence.load("agreed")
     held = json.loads(json.dumps(numbers))
     for index in range(16, 24):
         held["adapters"][f"small-{index}"] = {

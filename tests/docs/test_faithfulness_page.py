@@ -8,12 +8,11 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-import evidence
 import numpy as np
 import pytest
 from scipy import stats
 
-page, results = (evidence.load(name) for name in ("page", "results"))
+from benchmarks.evidence import intervals, page, resampled, results, words
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +172,7 @@ def test_slopes_stand_on_the_first_page(numbers, base: str, tasks: int, left: in
 @pytest.mark.slow
 def test_verdicts_are_those_of_all_signs_and_holm_s_steps(numbers):
     """Every row of the comparisons on the first base, all 2^17 or 2^12 patterns one by one."""
-    compared = evidence.load("words").COMPARED
+    compared = words.COMPARED
     rows = [row for row in section("## Does it help?") if row[0] != "---"][1 : 1 + len(compared)]
     p = []
     ahead = []
@@ -234,9 +233,6 @@ def test_the_choice_that_is_stored_is_that_of_the_seed(numbers):
         assert sum(shares.values()) == pytest.approx(1.0)
     scores = results.scores_of(numbers)
     costs = results.costs_of(numbers)
-    resampled, words, intervals = (
-        evidence.load(name) for name in ("resampled", "words", "intervals")
-    )
     for question in (words.SUM, words.FEW):
         means, passes = words.estimates(scores, costs, question, SMOLLM2)
         picked = [

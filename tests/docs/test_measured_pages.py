@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # they import one another
+from benchmarks import known_shapes as shapes
+from benchmarks import marks, memory, planned, precision, seven_papers
+from benchmarks.cost import page as costs
+
 FACTOR = 3.0
 # The size and dtype whose planned memory is far off.
 NO_CLAIM = ("9M", "bfloat16")
-
-
-def _load(name: str) -> ModuleType:
-    """A script as a module of a name that no helper of the tests has."""
-    of_benchmarks = f"benchmarks.{name.replace('/', '.')}"
-    spec = importlib.util.spec_from_file_location(of_benchmarks, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[of_benchmarks] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
-
-
-marks = _load("marks")
-precision = _load("precision")
-shapes = _load("known_shapes")
-memory = _load("memory")
-costs = _load("cost/page")
-planned = _load("planned")
 
 
 def test_the_pages_are_what_the_numbers_render_to():
@@ -160,8 +141,8 @@ def test_the_floors_of_the_evidence_are_those_of_their_blocks():
     "name", ["repair", "compare_adapters", "edges", "seven_papers", "together"]
 )
 def test_tables_are_what_the_numbers_render_to(name: str):
-    of = _load(name)
-    text = _load(name).PAGE.read_text()
+    of = importlib.import_module(f"benchmarks.{name}")
+    text = of.PAGE.read_text()
     numbers = json.loads(of.NUMBERS.read_text())
     has_several = name in ("edges", "together")
     tables = of.tables(numbers) if has_several else {of.TABLE: of.table(numbers)}
@@ -181,14 +162,13 @@ def a_paper_by_hand(lens):
 
 
 def test_seven_papers_take_less_than_forty_lines_by_hand():
-    of = _load("seven_papers")
-    rows = json.loads(of.NUMBERS.read_text())["rows"]
-    assert len(rows) == len(of.PAPERS) == 7
-    for paper, row in zip(of.PAPERS, rows, strict=True):
-        assert of.lines(paper) == {"ours": row["ours"], "by_hand": row["by_hand"]}
+    rows = json.loads(seven_papers.NUMBERS.read_text())["rows"]
+    assert len(rows) == len(seven_papers.PAPERS) == 7
+    for paper, row in zip(seven_papers.PAPERS, rows, strict=True):
+        assert seven_papers.lines(paper) == {"ours": row["ours"], "by_hand": row["by_hand"]}
         assert paper.__doc__ == f"{row['steps']} | {row['arxiv']}"
     assert sum(row["by_hand"] for row in rows) < 40
-    assert of.lines(a_paper_by_hand) == {"ours": 3, "by_hand": 2}
+    assert seven_papers.lines(a_paper_by_hand) == {"ours": 3, "by_hand": 2}
 
 
 def test_every_floor_of_the_tiny_models_is_true_within_a_factor_of_three():

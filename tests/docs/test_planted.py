@@ -5,23 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import random
-import sys
-from pathlib import Path
 
 import models
 import numpy as np
 import pytest
 import torch
 import transformers
-from evidence import load
 from scipy import stats
 
 import lens_lora as ll
+from benchmarks.planted import alarms, decoys, fresh, gated, judged, kinds, plants, told
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "planted"))
-alarms, decoys, fresh, gated, judged, kinds, plants, told = map(
-    load, ("alarms", "decoys", "fresh", "gated", "judged", "kinds", "plants", "told")
-)
 PAGE = told.NUMBERS.with_name("faithfulness_data.md")
 
 

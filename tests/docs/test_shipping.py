@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -19,11 +17,11 @@ from loopback import Engine, served
 from peft import PeftModel
 from typer.testing import CliRunner
 
+from benchmarks.exports import table as exports
 from lens_lora import cli
 
 PAGE = Path(__file__).parents[2] / "docs" / "shipping.md"
 DATA = PAGE.with_name("shipping_data.md")
-SCRIPT = PAGE.parents[1] / "benchmarks" / "exports.py"
 SNIPPETS = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -119,7 +117,7 @@ def test_the_exit_codes_of_the_page():
 
 
 def test_no_broken_export_passes_and_no_right_one_fails():
-    """In the table that benchmarks/exports.py has measured, and in its sentence."""
+    """In the table that benchmarks/exports has measured, and in its sentence."""
     page = DATA.read_text(encoding="utf-8")
     table = page.partition("<!-- exports -->")[2].partition("<!-- end of exports -->")[0]
     rows = [row.split(" | ") for row in table.strip().splitlines()[2:]]
@@ -152,12 +150,6 @@ def test_exports_of_peft_again(name: str):
     """Some of the table's rows that need no other library, made and verified anew."""
     if "save_as_lora" in name and not hasattr(peft, "save_as_lora"):
         pytest.skip("this PEFT converts nothing to LoRA")
-    spec = importlib.util.spec_from_file_location("foreign_exports", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
-    (export,) = (export for export in script.EXPORTS if export.what == name)
-    result = script.tried(export)
-    assert result.code == int(script.is_broken(result)), result.says
+    (export,) = (export for export in exports.EXPORTS if export.what == name)
+    result = exports.tried(export)
+    assert result.code == int(exports.is_broken(result)), result.says

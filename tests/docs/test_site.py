@@ -306,6 +306,16 @@ def missing_files(text: str) -> list[str]:
     return [p for p in paths if not any((base / p).is_file() for base in (ROOT, PACKAGE))]
 
 
+def missing_commands(text: str) -> list[str]:
+    """Modules of commands `python -m benchmarks…` that cannot be run."""
+    missing: list[str] = []
+    for name in re.findall(r"python -m\s+(benchmarks\b(?:\.\w+)*)", text):
+        path = ROOT / name.replace(".", "/")
+        if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
+            missing.append(name)
+    return missing
+
+
 def broken_links(path: Path, text: str) -> list[str]:
     """Relative links to files or headings that are not there, or from the site to what it lacks."""
     broken = []
@@ -354,6 +364,7 @@ def test_names_files_and_links_exist(path: Path):
     text = path.read_text()
     assert unknown_names(text) == set()
     assert missing_files(text) == []
+    assert missing_commands(text) == []
     assert broken_links(path, text) == []
 
 
@@ -368,7 +379,10 @@ def test_what_notebooks_name_exists(path: Path):
 
 def test_pages_that_sources_name_exist():
     """In docstrings, comments, messages and commands."""
-    dead = {str(path.relative_to(ROOT)): dead_references(path.read_text()) for path in SOURCES}
+    dead: dict[str, list[str]] = {}
+    for path in SOURCES:
+        text = path.read_text()
+        dead[str(path.relative_to(ROOT))] = dead_references(text) + missing_commands(text)
     assert len(dead) > 200
     assert {path: pages for path, pages in dead.items() if pages} == {}
 
@@ -377,6 +391,11 @@ def test_what_does_not_exist_is_seen():
     page = DOCS / "index.md"
     assert unknown_names("`ll.second_ordre`") == {"second_ordre"}
     assert missing_files("`calculus/nothing.py`") == ["calculus/nothing.py"]
+    assert missing_commands("`python -m benchmarks.cost --write`, python -m\nbenchmarks.fuzz") == []
+    assert missing_commands("python -m benchmarks.fuz, python -m benchmarks.audit") == [
+        "benchmarks.fuz",
+        "benchmarks.audit",
+    ]
     wrong = "[a](nowhere.md) [b](errors.md#no-such) [c](errors.md#tokens-and-prompts)"
     assert broken_links(page, wrong) == ["nowhere.md", "errors.md#no-such"]
     assert broken_links(page, '<img alt="a" src="images/no.png">') == ["images/no.png"]

@@ -6,22 +6,20 @@ import copy
 import itertools
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
-from evidence import load
 from scipy import stats
 
 import lens_lora as ll
+from benchmarks import repair, subsets
+from benchmarks.evidence import several
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-sys.path.append(str(ROOT / "benchmarks"))
-several, subsets, repair = map(load, ("several", "subsets", "repair"))
 SUBSETS = json.loads((DOCS / "subsets.json").read_text())
 REPAIRS = json.loads((DOCS / "repair.json").read_text())["adapters"]
 REFERENCE = "best_subset, 4"

@@ -1,4 +1,4 @@
-"""The ten studies of `benchmarks/ten_studies.py`, on a tiny model in float64.
+"""The ten studies of `benchmarks/ten_studies`, on a tiny model in float64.
 
 The oracle is the second way that stands beside each number: Hugging Face, PEFT and hooks of torch.
 """
@@ -6,9 +6,7 @@ The oracle is the second way that stands beside each number: Hugging Face, PEFT 
 from __future__ import annotations
 
 import json
-import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +15,19 @@ import pytest
 import torch
 
 import lens_lora as ll
+from benchmarks.ten_studies import studies
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 # The lines by hand that the ten studies may have together.
 MOST_BY_HAND = 12
 # How far a study in float32 may be off, as a share of its largest number.
 FLOAT32 = 1e-3
 
 
-@pytest.fixture(scope="module")
-def studies() -> Iterator[Any]:
-    sys.path.insert(0, str(FOLDER))
-    import ten_studies
-
-    yield ten_studies
-    sys.path.remove(str(FOLDER))
-
-
 def text(*numbers: int) -> str:
     return " ".join(f"w{number}" for number in numbers)
 
 
-def words_of(studies: Any) -> Any:
+def words_of() -> Any:
     """Texts of the tiny model's words, none of which is there twice."""
 
     def several(count: int, first: int) -> list[str]:
@@ -77,7 +66,7 @@ def runs_in(folder: Path, base: Any) -> dict[str, list[list[Path]]]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-def test_each_number_is_that_of_a_second_way(studies: Any, tmp_path: Path):
+def test_each_number_is_that_of_a_second_way(tmp_path: Path):
     base = models.hf_model("llama")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -94,7 +83,7 @@ def test_each_number_is_that_of_a_second_way(studies: Any, tmp_path: Path):
             point="blocks.0.hook_resid_post",
             block="model.layers.0",
             autoencoder=studies.recipes.fitted(h, features=8, steps=5),
-            words=words_of(studies),
+            words=words_of(),
         )
         rows = studies.measured(scene)
     assert len(rows) == 10
@@ -104,7 +93,7 @@ def test_each_number_is_that_of_a_second_way(studies: Any, tmp_path: Path):
     assert rows[0]["question"] in studies.table(rows)
 
 
-def test_the_page_is_what_the_numbers_render_to(studies: Any):
+def test_the_page_is_what_the_numbers_render_to():
     """And the studies have few lines by hand, and no code that was changed since."""
     rows = json.loads(studies.NUMBERS.read_text())["rows"]
     page = studies.PAGE.read_text()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib
-from pathlib import Path
 
 import cases
 import models
 import pytest
 
 import lens_lora as ll
+from benchmarks import adapters
 from lens_lora.texts.neutral import (
     FIRST_WORDS,
     OPENINGS,
@@ -20,7 +19,6 @@ from lens_lora.texts.neutral import (
 )
 
 CLASSES = list(models.MAKERS)
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_the_sentences_and_openings_of_neutral_texts():
@@ -38,10 +36,8 @@ def test_the_sentences_and_openings_of_neutral_texts():
 
 
 @pytest.mark.usefixtures("float64")
-def test_neutral_texts_are_neutral(monkeypatch):
+def test_neutral_texts_are_neutral():
     """A hundred sentences without an answer of the benchmark's; conversations by the template."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    adapters = importlib.import_module("adapters")
     lines = neutral_sentences()
     assert len(lines) == len(set(lines)) == 100
     words = {word.strip(".,:") for line in lines for word in line.lower().split()}

@@ -1,4 +1,4 @@
-"""The exports of `exports.py` that libraries other than PEFT and its kin make.
+"""The exports that libraries other than PEFT and its kin make.
 
 They are mergekit, mlx-lm, axolotl, llama-factory, unsloth and llama.cpp.
 """
@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
-import no_ops
 import torch
-from exports_made import MADE, TEMPLATE, loaded, merged, replaced, saved
 from safetensors.torch import load_file, save_file
+
+from benchmarks.exports.made import MADE, TEMPLATE, loaded, merged, replaced, saved
+from benchmarks.of_tests import models, no_ops
 
 # --- mergekit
 

@@ -1,14 +1,14 @@
 """Ten studies of the field in small: what lens_lora says, and what a second way says beside it.
 
-    python benchmarks/ten_studies.py --out FOLDER    # trains what FOLDER lacks, measures, and
+    python -m benchmarks.ten_studies --out FOLDER    # trains what FOLDER lacks, measures, and
                                                      # writes docs/ten_studies.json and its page
-    python benchmarks/ten_studies.py --table         # only writes docs/ten_studies.md
+    python -m benchmarks.ten_studies --table         # only writes docs/ten_studies.md
 
-The base is the embedded model; `ten_studies_recipes.py` makes the adapters, of rank 4, in a few
+The base is the embedded model; `recipes.py` makes the adapters, of rank 4, in a few
 minutes. Each study is a function, whose docstring has its question and an arXiv number. Its lines
 are counted: those that call lens_lora, and those by hand, which compute something without it
 (`lines`). Each number stands beside the same number from a second way: Hugging Face, PEFT and hooks
-of torch (`ten_studies_by_hand.py`).
+of torch (`by_hand.py`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-import marks
-import ten_studies_recipes as recipes
 import torch
-from ten_studies_by_hand import ByHand, all_off, mean, removed, without
 from transformers import PreTrainedModel
 
 import lens_lora as ll
+from benchmarks import marks
+from benchmarks.ten_studies import recipes
+from benchmarks.ten_studies.by_hand import ByHand, all_off, mean, removed, without
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS = DOCS / "ten_studies.json"
 PAGE = DOCS / "ten_studies.md"
 TABLE = "ten studies"
@@ -765,7 +765,3 @@ def main() -> None:
         NUMBERS.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1, ensure_ascii=False))
     rows = json.loads(NUMBERS.read_text())["rows"]
     marks.write(PAGE, {TABLE: table(rows), EACH: one_by_one(rows)})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The second way of `ten_studies.py`: Hugging Face, PEFT and hooks of torch, and no lens_lora.
+"""The second way of `studies.py`: Hugging Face, PEFT and hooks of torch, and no lens_lora.
 
 Each function runs one text after another, without batches and padding.
 """

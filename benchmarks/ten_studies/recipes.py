@@ -1,4 +1,4 @@
-"""The adapters and the autoencoder of `ten_studies.py`, made from recipes.
+"""The adapters and the autoencoder of `studies.py`, made from recipes.
 
     scene = made(Path("folder"))      # trains what the folder lacks, a minute for each adapter
 

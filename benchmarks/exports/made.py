@@ -1,4 +1,4 @@
-"""What the exports of `exports.py` share: a shipment's folders, and what loads and saves."""
+"""A shipment's folders, and what all exports share to load and save it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import models
-import no_ops
 import torch
 from peft import PeftModel
+
+from benchmarks.of_tests import models, no_ops
 
 ROWS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 25, 26, 27]])
 # The folders of a shipment in which the export is, and the adapter as it was trained.

@@ -1,4 +1,4 @@
-"""The exports of `exports.py` that PEFT, transformers, TRL, torchao and bitsandbytes make."""
+"""The exports that PEFT, transformers, TRL, torchao and bitsandbytes make."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
-import no_ops
 import torch
-from exports_made import MADE, ROWS, keep_trained, loaded, merged, saved
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+from benchmarks.exports.made import MADE, ROWS, keep_trained, loaded, merged, saved
+from benchmarks.of_tests import models, no_ops
 
 # --- PEFT
 

@@ -1,6 +1,6 @@
 """The honest floor: slopes and the exact shift by PEFT and autograd alone, beside this package.
 
-    python benchmarks/cost --floor --tokens 8 64 256 --turns 9 --write
+    python -m benchmarks.cost --floor --tokens 8 64 256 --turns 9 --write
 
 `Floor` is what one would write by hand: each LoRA layer's scaling becomes its own times a gate, one
 forward and one backward pass at gates of zero give every slope and g(0), and one forward pass at
@@ -11,13 +11,13 @@ Both are compared before they are timed, in turns, in processor seconds.
 from __future__ import annotations
 
 import torch
-from measuring import MARGIN
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lens_lora as ll
+from benchmarks.measuring import MARGIN
 from lens_lora.demonstration import shipped_adapter
 
 ADAPTER = "default"

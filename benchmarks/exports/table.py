@@ -1,8 +1,8 @@
 """Verify exports that other libraries make: merges, conversions and servers, good and broken.
 
-    python benchmarks/exports.py            # prints the table
-    python benchmarks/exports.py --write    # puts it into docs/shipping_data.md
-    python benchmarks/exports.py --only mlx # those of one library
+    python -m benchmarks.exports            # prints the table
+    python -m benchmarks.exports --write    # puts it into docs/shipping_data.md
+    python -m benchmarks.exports --only mlx # those of one library
 
 Every export is made by the library itself, on tiny models; a fault is made by calling the library
 as its own documentation warns against. Libraries that are not installed are left out, with a line
@@ -34,16 +34,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lib")]
-sys.path.append(str(ROOT / "benchmarks"))
-os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
-os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
-os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-import no_ops  # noqa: E402
-import torch  # noqa: E402
-from exports_by_others import (  # noqa: E402
+from benchmarks.exports.by_others import (
     axolotl,
     axolotl_nf4,
     fused_by_mlx,
@@ -57,7 +52,7 @@ from exports_by_others import (  # noqa: E402
     stop_servers,
     unsloth,
 )
-from exports_by_peft import (  # noqa: E402
+from benchmarks.exports.by_peft import (
     adapter_by_transformers,
     converted_from,
     eva,
@@ -89,16 +84,20 @@ from exports_by_peft import (  # noqa: E402
     weighted,
     weighted_and_merged_as_sum,
 )
-from exports_made import MADE, TRAINED, loaded, logits, of_own_template  # noqa: E402
-from marks import write  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+from benchmarks.exports.made import MADE, TRAINED, loaded, logits, of_own_template
+from benchmarks.marks import write
+from benchmarks.of_tests import no_ops
+from lens_lora.cli import app
 
-from lens_lora.cli import app  # noqa: E402
+# unsloth-zoo and llamafactory read these when they are first imported, within the exports.
+os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
+os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
+os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
 
-PAGE = ROOT / "docs" / "shipping_data.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "shipping_data.md"
 # The page that says in a sentence how many there were.
-FRONT = ROOT / "docs" / "shipping.md"
+FRONT = DOCS / "shipping.md"
 # An export is broken if it is further off than this part of the adapter's own effect.
 BROKEN = 0.05
 # The most characters of a cell.
@@ -457,7 +456,3 @@ def main() -> None:
     if arguments.write:
         write(PAGE, {"exports": "\n".join(lines)})
         write(FRONT, {"exports counted": counted(results)})
-
-
-if __name__ == "__main__":
-    main()

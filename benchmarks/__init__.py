@@ -1,0 +1,1 @@
+"""The measurements that the documentation states; README.md says which script writes what."""

@@ -1,0 +1,1 @@
+"""What each analysis costs in plain forward passes: benchmarks/RESULTS.md."""

@@ -1,0 +1,1 @@
+"""How well each attribution predicts real interventions: docs/faithfulness_data.md."""

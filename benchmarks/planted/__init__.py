@@ -1,0 +1,1 @@
+"""Adapters whose cause was put there, and whether attributions find it."""

@@ -1,0 +1,1 @@
+"""Ten studies of the field in small, each beside a second way: docs/ten_studies.md."""
