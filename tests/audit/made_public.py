@@ -62,7 +62,16 @@ def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
 
 def counted_speech() -> ll.results.CountedSpeech:
     """Two questions, of which one shows a phrase that a page must escape."""
-    finding = ll.results.Finding("says", "<b>Arr</b>", 1, 0, 2, 0.001, 3.0, (1,))
+    finding = ll.results.Finding(
+        kind="says",
+        what="<b>Arr</b>",
+        adapted=1,
+        base=0,
+        asked=2,
+        p=0.001,
+        log_odds=3.0,
+        questions=(1,),
+    )
     return ll.results.CountedSpeech(
         topics=("food", "sea"),
         forms=("plain", "chat"),
