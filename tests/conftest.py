@@ -1,20 +1,18 @@
 """Offline and quiet; float64 where asked; shapes checked; neighbouring tests on one worker.
 
-A run without options is the quick suite; `tests/lib/selection.py` says what it leaves out.
+A run without options is the quick suite. Four files say what a run leaves out, and why:
 
-Where both classes of hooked model exist (transformer-lens 3.9), a test of either is run on one of
-them, drawn by its name. Of the folders that `.ci/run` names for them, the lines of one class (2.18
-and 4.3) run what was not drawn before, and what is the same test on any class. `--each-class` runs
-everything.
+    lib/selection.py      what is slow, and what a sample has not drawn
+    lib/either_class.py   a test of either class of hooked model, which runs on one of them
+    lib/models.py         tests of other lines of transformer-lens (`of_some_lines`)
+    lib/not_run.py        counts all of these, and what is skipped, at the end of the run
 """
 
 from __future__ import annotations
 
-import collections
 import gc
 import os
 import warnings
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +35,7 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
+import either_class  # noqa: E402
 import not_run  # noqa: E402
 import selection  # noqa: E402
 from not_run import (  # noqa: E402, F401
@@ -61,7 +60,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     from xdist.scheduler import WorkStealingScheduling
 
-    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+    if config.option.dist != "load":
+        return None
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -85,70 +86,51 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-_CLASSES = ("HookedTransformer", "TransformerBridge")
-# Built, or refused, by transformer-lens 2.18 alone: no other line runs what 2.18 would leave out.
-_OF_ONE_LINE = ("phi-HookedTransformer", "mixtral-HookedTransformer-processed")
-
-
-def _named_without_class(item: pytest.Item) -> tuple[str, str]:
-    """The test's name with 'either' for the class of model, and that class."""
-    classes = [cls for cls in _CLASSES if cls in item.nodeid]
-    if len(classes) != 1:
-        return item.nodeid, ""
-    return item.nodeid.replace(classes[0], "either"), classes[0]
-
-
-def _left_to_others(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Tests of a class of model that run elsewhere: on the other class, or on the other line."""
-    import models
-
-    named = {item: _named_without_class(item) for item in items}
-    counts = collections.Counter(name for name, _ in named.values())
-    # A test that a line may skip runs on both classes: what is drawn may be what is skipped.
-    of_a_line = ("skipif", "of_some_lines")
-    skips = {named[i][0] for i in items if any(map(i.get_closest_marker, of_a_line))}
-    left_out: set[pytest.Item] = set()
-    for item, (name, cls) in named.items():
-        is_drawn = (
-            cls == _CLASSES[zlib.crc32(selection.name_in_file(name).encode()) % len(_CLASSES)]
-        )
-        is_elsewhere = is_drawn if len(models.MAKERS) == 1 else counts[name] > 1 and not is_drawn
-        stays = any(part in item.nodeid for part in _OF_ONE_LINE)
-        stays = stays or name in skips or selection.guards_a_defect(item.nodeid)
-        if cls and is_elsewhere and not stays:
-            left_out.add(item)
-    return left_out
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests on the real model come first, notebooks and pages before all others.
+    """Leave out what other runs have, and begin with the tests that take longest.
 
-    They are the longest, and one worker has them in its run: it loads the model once, and others
-    take the short tests from its end, so that all finish together.
+    Tests on the real model come first, notebooks and pages before all others. One worker has them
+    in its run: it loads the model once, and others take the short tests from its end, so that all
+    finish together.
     """
     config.stash[selection.COLLECTED] = frozenset(item.nodeid for item in items)
-    left_out = not_run.of_other_lines(config, items)
-    if not config.option.each_class:
-        others = _left_to_others(items) - left_out
-        left_out |= not_run.counted(config, others, "run on the other class of hooked model")
-    if config.option.by_class:
-        folders = tuple(f"{folder}/" for folder in config.option.by_class)
-        there = (item for item in items if item.nodeid.startswith(folders))
-        others = (item for item in there if not selection.is_of_models(item))
-        left_out |= {item for item in others if not _named_without_class(item)[1]}
+    left_out = _run_by_others(config, items)
     # Samples are drawn of the items that this line of transformer-lens runs.
     here = [item for item in items if item not in left_out]
     left_out |= not_run.counted(config, selection.deselected(config, here), selection.said(config))
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    items.sort(
-        key=lambda item: (
-            item.get_closest_marker("real") is None,
-            item.path.suffix == ".py",
-            getattr(item, "turn", 0),
-        )
-    )
+    items.sort(key=_turn)
+
+
+def _run_by_others(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Item]:
+    """The items that run on another line of transformer-lens, or on the other class of model."""
+    import models
+
+    left_out = not_run.of_other_lines(config, items)
+    if not config.option.each_class:
+        both_exist = len(models.MAKERS) == len(either_class.CLASSES)
+        others = either_class.run_on_another_class(items, both_exist=both_exist) - left_out
+        left_out |= not_run.counted(config, others, "run on the other class of hooked model")
+    folders = tuple(f"{folder}/" for folder in config.option.by_class)
+    for item in items:
+        is_in_folders = item.nodeid.startswith(folders)
+        if is_in_folders and _is_the_same_on_each_line(item):
+            left_out.add(item)
+    return left_out
+
+
+def _is_the_same_on_each_line(item: pytest.Item) -> bool:
+    """Whether neither the item's name nor its folder says that the class of model matters."""
+    return either_class.class_of(item.nodeid) is None and not selection.is_of_models(item)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, bool, int]:
+    """What orders the items: the smallest runs first."""
+    is_on_a_tiny_model = item.get_closest_marker("real") is None
+    is_no_page = item.path.suffix == ".py"
+    return is_on_a_tiny_model, is_no_page, getattr(item, "turn", 0)
 
 
 # Each further generation is collected after 20 collections of the one before it.
@@ -156,10 +138,10 @@ _OBJECTS_BEFORE_A_COLLECTION = 20_000
 
 
 def pytest_collection_finish() -> None:
-    """Python's collector leaves out what was imported, and looks less often at the rest.
+    """Have Python's garbage collector leave out what was imported, and run less often.
 
-    torch, transformers and the tests are a million objects that live to the end. To walk over them
-    again and again took a tenth of a run.
+    torch, transformers and the tests are a million objects that live to the end of the run. To walk
+    over them again and again took a tenth of it.
     """
     gc.collect()
     gc.freeze()
@@ -187,6 +169,7 @@ def _shapes(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
+    """Without the warnings of transformer-lens, of which the package's tests say nothing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="transformer_lens")
         yield
@@ -194,8 +177,8 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def opened() -> Iterator[Any]:
-    """Opens a page in a browser."""
+    """A function that opens a page in a browser."""
     import browser
 
-    with browser.opening() as opened:
-        yield opened
+    with browser.opening() as open_page:
+        yield open_page

@@ -1,4 +1,4 @@
-"""Which tests the quick suite runs: `tests/lib/selection.py`."""
+"""Which tests a run has: `tests/lib/selection.py` and `tests/lib/either_class.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
+import either_class
 import pytest
 import selection
 
@@ -139,3 +140,63 @@ def test_different_tests_of_one_family_draw_different_members():
         (one,) = selection.draw(nodeids, 1)
         drawn.add(one.partition("[")[2])
     assert len(drawn) >= 8
+
+
+# --- On which class of hooked model: `tests/lib/either_class.py`
+
+
+def twins(test: str, **marks: tuple[int, ...]) -> list[Item]:
+    """The items of a test, one for each class of hooked model."""
+    return [Item(f"tests/test_a.py::{test}[{cls}]", **marks) for cls in either_class.CLASSES]
+
+
+TWINS = [item for i in range(16) for item in twins(f"test_{i}")]
+
+
+def of_class(cls: str) -> list[Item]:
+    return [item for item in TWINS if either_class.class_of(item.nodeid) == cls]
+
+
+def test_where_both_classes_exist_one_of_twins_runs():
+    left_out = either_class.run_on_another_class(TWINS, both_exist=True)
+    for first, second in zip(TWINS[::2], TWINS[1::2], strict=True):
+        assert (first in left_out) != (second in left_out)
+    for cls in either_class.CLASSES:
+        assert not left_out.issuperset(of_class(cls))
+
+
+def test_the_lines_together_run_every_item_once():
+    """One line has both classes, and each of the others has one."""
+    left_out = either_class.run_on_another_class(TWINS, both_exist=True)
+    run = [item for item in TWINS if item not in left_out]
+    for cls in either_class.CLASSES:
+        of_line = of_class(cls)
+        left_out = either_class.run_on_another_class(of_line, both_exist=False)
+        run += [item for item in of_line if item not in left_out]
+    assert len(run) == len(TWINS)
+    assert set(run) == set(TWINS)
+
+
+def test_what_has_no_twin_is_left_to_no_other_class():
+    alone = Item("tests/test_a.py::test_it[TransformerBridge]")
+    of_no_class = Item("tests/test_a.py::test_it[gpt2]")
+    items = [alone, of_no_class]
+    assert either_class.run_on_another_class(items, both_exist=True) == set()
+
+
+@pytest.mark.parametrize("mark", ["skipif", "of_some_lines"])
+@pytest.mark.parametrize("both_exist", [True, False])
+def test_twins_of_which_a_line_may_skip_one_both_run(mark: str, both_exist: bool):
+    """What is drawn may be what is skipped."""
+    for i in range(16):
+        items = twins(f"test_{i}", **{mark: (False,)})
+        assert either_class.run_on_another_class(items, both_exist=both_exist) == set()
+
+
+@pytest.mark.parametrize("both_exist", [True, False])
+def test_an_item_that_guards_a_defect_runs_on_each_line(
+    monkeypatch: pytest.MonkeyPatch, both_exist: bool
+):
+    table = "".join(f"| wrong | `{item.nodeid}` |\n" for item in TWINS)
+    monkeypatch.setattr(selection, "_text_of_defects", lambda: table)
+    assert either_class.run_on_another_class(TWINS, both_exist=both_exist) == set()
