@@ -38,6 +38,8 @@ SOURCES = [
     and path.is_file()
     and path != Path(__file__)
 ]
+# How the outputs of a page are made anew.
+RUN_PAGE = "run `python docs/make_outputs.py docs/{page}.md` (with .[demo,notebook])"
 ids = {"ids": lambda path: str(path.relative_to(ROOT))}
 
 
@@ -157,11 +159,13 @@ def test_commands_are_the_readme_s():
 
 @pytest.mark.parametrize("page", makers["outputs"].PAGES)
 def test_stored_outputs_are_those_of_the_page_s_snippets(page: str):
-    """In order; run `python docs/make_outputs.py` after a change."""
+    """In their order."""
     text = (DOCS / f"{page}.md").read_text()
     found = [output["source"].strip() for output in json.loads(stored(page))]
-    assert found == [source.strip() for source in makers["outputs"].sources(text)]
-    assert makers["pages"].written(text, page) == text  # run `python docs/make_pages.py`
+    is_of_these = found == [source.strip() for source in makers["outputs"].sources(text)]
+    assert is_of_these, f"a snippet has changed: {RUN_PAGE.format(page=page)}"
+    is_as_made = makers["pages"].written(text, page) == text
+    assert is_as_made, f"{page}.md is not what its sources say: run `python docs/make_pages.py`"
     shown = outputs.with_outputs(text, page)
     assert shown.count("![What the snippet above draws]") == len(pictures(page))
     assert all((DOCS / "outputs" / name).is_file() for name in pictures(page))
@@ -187,7 +191,8 @@ def test_no_output_is_left_over_and_none_is_of_one_machine():
 def test_a_page_can_be_read_as_it_lies_in_the_repository(path: Path):
     """What the code has of it is in it, and nothing waits for the site to be built."""
     text = path.read_text()
-    assert makers["pages"].written(text, path.stem) == text
+    is_as_made = makers["pages"].written(text, path.stem) == text
+    assert is_as_made, f"{path.name} is not what its sources say: run `python docs/make_pages.py`"
     assert "--8<--" not in text
     assert not re.search(r"\{ [.:#]\w|\{ width=|#only-(light|dark)|^!!! |^\?\?\? ", text, re.M)
     assert not re.search(r"<!-- ([\w-]+) -->\n+<!-- end of \1 -->", text)
@@ -216,11 +221,14 @@ def test_a_changed_snippet_has_no_output():
 
 def test_every_public_call_has_an_example():
     calls = {name for name in ll.__all__ if name[0].islower()}
-    assert calls <= set(outputs.examples()) <= set(ll.__all__)
+    without = calls - set(outputs.examples())
+    assert not without, f"docs/examples.md has no example of {sorted(without)}"
+    assert set(outputs.examples()) <= set(ll.__all__)
     for name, example in outputs.examples().items():
         assert re.search(rf"(\bll\.(results\.)?{name}\(|^@ll\.{name}$)", example, re.M), name
         is_not_run = name in ("load", "verify_served")
-        assert is_not_run or "{ .text .output" in example or "![" in example, name
+        is_shown = "{ .text .output" in example or "![" in example
+        assert is_not_run or is_shown, f"{name} shows nothing: {RUN_PAGE.format(page='examples')}"
 
 
 def test_the_gallery_shows_six_notebooks_and_lists_the_others():

@@ -16,6 +16,7 @@ from adapter_files import CONFIG, WEIGHTS, assert_is, deltas, peft_of, saved, se
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
+from lens_lora.core.adapter.formats import every_file_name
 from lens_lora.errors import AdapterError, SiteError, UnsupportedAdapterError
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -372,7 +373,10 @@ def test_hub_repository(folder, monkeypatch):
     assert len(ll.load_adapter("lab/lora", revision="v2", subfolder="adapter")) == 4
     files = asked.pop("allow_patterns")
     assert files[:2] == [f"adapter/{CONFIG}", f"adapter/{WEIGHTS}"]
-    suffixes = {Path(file).suffix for file in files[2:]}
+    # Behind PEFT's files come those of every format that is registered.
+    of_formats = [f"adapter/{file}" for file in every_file_name()]
+    assert files[: len(of_formats)] == of_formats
+    suffixes = {Path(file).suffix for file in files[len(of_formats) :]}
     assert all(file.startswith("adapter/") for file in files)
     assert ".bin" not in suffixes
     assert suffixes <= {".json", ".jinja", ".model", ".txt"}
