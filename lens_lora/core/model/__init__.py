@@ -6,9 +6,11 @@ To read it, begin at the top:
     updates                         what each site adds, in the Hugging Face basis
     basis, gauge, value_constants   the same in the basis of the model, as a map z → δ(z)
     host                            what is asked of a hooked model
-    hooked_host, bridge,            TransformerLens's two classes of hooked models
-      hooked_transformer, bases,
-      modules, lengths, find_host
+    own_parameters, hooked_host,    TransformerLens's two classes of hooked models
+      bridge, bridge_components,
+      bridge_cache, bases, modules,
+      hooked_transformer, lengths,
+      find_host
     plan                            where each site reads and writes, and what
     injections, hooks, locks        the hooks that do it
     gates, adapted_model            the model at any gates, and the blocks with hooks on

@@ -15,7 +15,7 @@ from .basis import SiteMap as SiteMap
 from .basis import Update as Update
 from .basis import norm_of_product as norm_of_product
 from .bridge import BridgeHost as BridgeHost
-from .bridge import attentions as attentions
+from .bridge_components import attentions as attentions
 from .check import SKIP as SKIP
 from .check import refuse_unusable as refuse_unusable
 from .check import require_adapter as require_adapter

@@ -12,28 +12,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, TypeVar, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, final
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.compat import add_pre_hook, unwrapped
+from lens_lora.compat import unwrapped
 from lens_lora.core.model import extensions
 from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.bases import stored_weight
+from lens_lora.core.model.bridge_cache import cache_is_shown
+from lens_lora.core.model.bridge_components import (
+    COMPONENTS,
+    attentions,
+    family_of,
+    has_fused_attention,
+    usual_name,
+)
 from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
 from lens_lora.core.model.hooks import base_parameter_error, computes
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.modules import HOOK_IN, module_at, normalised
-from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, USUAL_KINDS, Heads, site_name
+from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, USUAL_KINDS, Heads
 from lens_lora.core.model.unembedding import Unembedding
 from lens_lora.errors import ModelStateError, setting
-from lens_lora.families import BridgedFamily, Family, Place, find_family, listed_family
-from lens_lora.spans import Temporary, temporary
+from lens_lora.families import BridgedFamily
+from lens_lora.spans import Temporary
 
 _R = TypeVar("_R")
 
@@ -42,20 +49,6 @@ _R = TypeVar("_R")
 _PROCESSED_GATED = ("gate", "up")
 # Under which names tools read a component's parameters.
 _READ_AS = {"weight": ("weight", "W_E", "W_U", "W_pos"), "bias": ("bias", "b_U")}
-# The bridge's names of an MLP's components, where they are others than the kinds.
-_COMPONENTS = {"up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
-
-
-def attentions(model: Any) -> list[Any]:
-    """The attentions of a bridge's blocks, where they have the usual name."""
-    blocks = getattr(model, "blocks", ())
-    return [block.attn for block in blocks if hasattr(block, "attn")]
-
-
-def has_fused_attention(model: Any) -> bool:
-    """Whether `fuse_attention` was called on this TransformerBridge."""
-    found = attentions(model)
-    return bool(found) and all(compat.own_forward(attention) is not None for attention in found)
 
 
 @final
@@ -77,7 +70,7 @@ class BridgeHost(HookedHost):
         cfg = model.cfg
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
-        family, homes = _family_of(model, heads)
+        family, homes = family_of(model, heads)
         super().__init__(model, family, heads, hf_model)
         self._homes: Mapping[tuple[int, str], str] = homes
         self._is_listed: bool = not isinstance(family, BridgedFamily)
@@ -117,7 +110,7 @@ class BridgeHost(HookedHost):
 
     def _component(self, layer: int, kind: str) -> str:
         """The name, in the bridge, of a linear map, an embedding or a norm."""
-        return self._homes.get((layer, kind)) or _usual_name(layer, kind)
+        return self._homes.get((layer, kind)) or usual_name(layer, kind)
 
     def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
         """The component's own hook points."""
@@ -255,7 +248,7 @@ class BridgeHost(HookedHost):
 
     def _processed_weight(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
         """The weight that a processed gated MLP holds itself (transformer-lens 3)."""
-        name = _COMPONENTS.get(kind, kind)
+        name = COMPONENTS.get(kind, kind)
         weight = compat.processed_weight(self.model.blocks[layer].mlp, name)
         if weight is None or not self._computes_gated_mlp(layer):
             return None
@@ -320,7 +313,7 @@ class BridgeHost(HookedHost):
         The bridge numbers the positions of padded rows by the mask.
         """
         padded = {} if mask is None else {"attention_mask": mask}
-        with _cache_is_shown(attentions(self.model)):
+        with cache_is_shown(attentions(self.model)):
             return self.model(
                 tokens,
                 return_type="logits_and_cache",
@@ -333,68 +326,6 @@ class BridgeHost(HookedHost):
         """Choose rows of Hugging Face's own cache, which it does itself."""
         cache.batch_select_indices(rows)
         return cache
-
-
-def _family_of(model: Any, heads: Heads) -> tuple[Family, Mapping[tuple[int, str], str]]:
-    """The family, and by layer and kind the names of what was read from the model itself.
-
-    Where no family is listed, all of it is read from the model; where one is, only the stacks of
-    experts and routers are.
-    """
-    listed = listed_family(model.original_model)
-    if compat.is_processed(model):
-        if listed is None:
-            _refuse_processed(type(model.original_model).__name__)
-        return listed, {}
-    if listed is not None and not extensions.experts_by_layer(model):
-        return listed, {}
-    read = extensions.family_of_bridge(model, heads)
-    if listed is None:
-        return read, read.homes
-    homes: dict[tuple[int, str], str] = {}
-    for place, name in read.homes.items():
-        if isinstance(module_at(model, name), nn.Parameter):
-            homes[place] = name
-    stacks: dict[str, Place] = {}
-    for path, place in read.places.items():
-        if (place.layer, *place.kinds) in homes:
-            stacks[path] = place
-    return dataclasses.replace(listed, stacks=stacks), homes
-
-
-def _refuse_processed(architecture: str) -> NoReturn:
-    """Raise the error of a model without an entry whose weights were processed."""
-    family = find_family(architecture)
-    raise ModelStateError(
-        f"{architecture}: this model has no {family.ln_final}, or an embedding of another width "
-        "than its residual stream, so what TransformerLens does to the weights of others of its "
-        "class is not known to be right.",
-        remedy="Use the TransformerBridge as boot_transformers makes it, before "
-        "enable_compatibility_mode(), or let ll.load make one.",
-    )
-
-
-def _usual_name(layer: int, kind: str) -> str:
-    """The bridge's name of a linear map, an embedding or a norm of usual attention or MLPs."""
-    name = _COMPONENTS.get(kind)
-    return site_name(layer, kind) if name is None else f"blocks.{layer}.mlp.{name}"
-
-
-@temporary
-def _cache_is_shown(span: Temporary, attentions: Iterable[Any]) -> None:
-    """Within the block, each attention is given the cache by the name that it looks for."""
-    span.enter_context(compat.without_warnings(".past_key_values. is deprecated"))
-    for attention in attentions:
-        add_pre_hook(span, attention, _named_as_before, with_kwargs=True)
-
-
-def _named_as_before(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Rename the cache: attention of transformers 5.24 is given `cache`, not `past_key_values`."""
-    if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
-        kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
-    return args, kwargs
 
 
 def _refuse_unknown_copies(model: Any) -> None:

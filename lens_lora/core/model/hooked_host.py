@@ -14,17 +14,16 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.compat import float32_products, in_float64, wraps_nothing
+from lens_lora.compat import float32_products, wraps_nothing
 from lens_lora.core.model import extensions
 from lens_lora.core.model.adapted_modules import SiteFactors
-from lens_lora.core.model.bases import BaseWeights, Processing, is_centred
+from lens_lora.core.model.bases import BaseWeights, Processing
 from lens_lora.core.model.basis import (
     Basis,
     NormMap,
@@ -36,32 +35,25 @@ from lens_lora.core.model.basis import (
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.modules import modules_of
-from lens_lora.core.model.sites import WRITER_KINDS, Heads
-from lens_lora.core.model.unembedding import Unembedding
+from lens_lora.core.model.own_parameters import OwnParameters
+from lens_lora.core.model.sites import Heads
 from lens_lora.core.provided import declared
-from lens_lora.errors import ModelStateError, SiteError
-from lens_lora.families import HEADS, NORM_KINDS, Family
+from lens_lora.errors import ModelStateError
+from lens_lora.families import HEADS, Family
 from lens_lora.spans import Temporary
 
-_Fact = TypeVar("_Fact")
-# A map that reads each norm which processing may fold.
-_READER_OF_NORM = {"ln1": "q", "ln2": "up", "ln_final": "unembed"}
 # Flags under which q, k and v read copies of the residual stream.
 COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 
 
-class HookedHost(abc.ABC):
+class HookedHost(OwnParameters):
     """A hooked model: where each site reads and writes, its weights, flags and norms.
 
     Attributes:
-        class_name: the class's name in errors and saved results.
         pass_overhead: the memory of a forward pass beyond that of its rows, measured, in sizes of
             W_U.
         embedding_output: the hook point, or module, of the token embedding's output.
         flags: the fields of the configuration that change what hook points show.
-        says_folded_biases: whether the model says that its biases were processed.
-        heads: the heads of the weights.
-        kv_copies: how often a flag repeats the heads of k and v before their hook points.
         base: the unprocessed base, where `hf_model` was given.
         grows: whether rows may be added to the batch of a single prompt at a block's input. They
             may if the other inputs of a block (masks, positions) are the same for each row.
@@ -69,32 +61,18 @@ class HookedHost(abc.ABC):
         keeps_rows: whether a batch keeps its rows throughout; experts take tokens out of it.
     """
 
-    class_name: ClassVar[str]
     pass_overhead: ClassVar[float]
     embedding_output: ClassVar[str]
     flags: ClassVar[tuple[str, ...]] = ()
-    says_folded_biases: ClassVar[bool] = True
     grows: bool = True
     keeps_patterns: bool = True
-    kv_copies: int = 1
 
     def __init__(
         self, model: Any, family: Family, heads: Heads, hf_model: nn.Module | None = None
     ) -> None:
-        self.model: Any = model
-        self.family: Family = family
-        self.heads: Heads = heads
+        super().__init__(model, family, heads)
         self.base: BaseWeights | None = None if hf_model is None else BaseWeights(hf_model, family)
-        self.n_layers: int = model.cfg.n_layers
         self.keeps_rows: bool = not family.routed
-        self._known: dict[tuple[Any, ...], Any] = {}
-
-    def known(self, fact: str, *of_what: Any, make: Callable[[], _Fact]) -> _Fact:
-        """A fact of the model, looked up once: a host is kept while the model stays as it is."""
-        key = fact, *of_what
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
 
     @property
     def modules(self) -> Mapping[nn.Module, str]:
@@ -141,74 +119,11 @@ class HookedHost(abc.ABC):
     def block_input(self, layer: int) -> str:
         """The first hook point of a block, or of what comes after the last."""
 
-    # --- The model's own weights and state
-
-    @abc.abstractmethod
-    def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
-        """The model's own weight of this kind, heads flattened."""
-
-    def shape(self, layer: int, kind: str) -> tuple[int, int]:
-        """(out, in) of the weight; for a stack of experts, that of each expert's weight."""
-        out, width = self.weight(layer, kind).shape
-        return out, width
-
-    def stack(self, layer: int, kind: str) -> Tensor | None:
-        """The weights of all experts of a layer, one after another; None for any other kind."""
-        del layer, kind
-
-    def experts(self, layer: int, kind: str) -> int:
-        """How many experts the weight has; 0 for a weight of any other kind."""
-
-        def count() -> int:
-            stack = self.stack(layer, kind)
-            return 0 if stack is None else len(stack)
-
-        return self.known("experts", layer, kind, make=count)
+    # --- Its state and its passes
 
     @abc.abstractmethod
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
         """Until the span ends, only passes of the model may read these parameters of a site."""
-
-    @abc.abstractmethod
-    def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
-        """The model's own bias of v, o or the unembedding, heads flattened."""
-
-    @abc.abstractmethod
-    def embedding_scale(self, kind: str) -> float:
-        """The factor κ that the model's own embedding has and Hugging Face's weight lacks."""
-
-    @abc.abstractmethod
-    def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
-        """(γ, β) of the model's own norm of this kind; None where it has none."""
-
-    def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
-        """(γ, β) between the recorded z and the linear, where the model applies them there."""
-        del layer, kind
-        return None
-
-    def is_folded(self, layer: int, kind: str) -> bool:
-        """Whether a norm's affine was folded into the weights that read it.
-
-        Args:
-            layer: its number.
-            kind: the kind of the norm, or of a linear map that reads it.
-        """
-        if kind not in NORM_KINDS:
-            return self.reads_folded_norm(layer, kind)
-        reader = _READER_OF_NORM.get(kind)
-        return reader is not None and self.reads_folded_norm(layer, reader)
-
-    @abc.abstractmethod
-    def reads_folded_norm(self, layer: int, kind: str) -> bool:
-        """Whether the affine of the norm that a linear map reads was folded into the weights."""
-
-    @abc.abstractmethod
-    def is_tied(self) -> bool | None:
-        """Whether the base ties its head to its embedding; None where this class cannot tell."""
-
-    @abc.abstractmethod
-    def needs_base(self) -> bool:
-        """Whether the weights were processed, so that the base is needed for what was removed."""
 
     def state(self) -> tuple[tuple[str, Any], ...]:
         """The settings that must not change after the lens is made, as (name, value) pairs."""
@@ -231,41 +146,6 @@ class HookedHost(abc.ABC):
     @abc.abstractmethod
     def rows_of_cache(self, cache: Any, rows: Int[Tensor, " chosen"]) -> Any:
         """A cache of these rows, which may repeat. The old cache is used up."""
-
-    def unembedding(self) -> Unembedding | None:
-        """W_U and b_U; None if a soft-cap follows them before the logits."""
-        if (getattr(self.model.cfg, "output_logits_soft_cap", None) or 0) > 0:
-            return None
-        weight = self.weight(self.n_layers, "unembed")
-        return Unembedding(weight, self.bias(self.n_layers, "unembed"))
-
-    @property
-    def heads_at_hooks(self) -> Heads:
-        """The heads as the hook points show them: a flag may repeat those of k and v."""
-        return dataclasses.replace(self.heads, n_kv=self.heads.n_kv * self.kv_copies)
-
-    @property
-    def working_dtype(self) -> torch.dtype:
-        """The dtype of δ: the model's, never below float32."""
-
-        def promoted() -> torch.dtype:
-            dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-            return torch.promote_types(dtype, torch.float32)
-
-        return self.known("working dtype", make=promoted)
-
-    def norm_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
-        """(γ, β) of the model's own norm.
-
-        Raises:
-            SiteError: the model has no such norm.
-        """
-        affine = self.norm_parameters(site.layer, site.kind)
-        if affine is None:
-            raise SiteError(
-                f"{site.label}: the adapter changes this norm, and the model has none there."
-            )
-        return affine
 
     # --- The base's parameters, of `hf_model`, or of the model itself where it has them
 
@@ -291,22 +171,6 @@ class HookedHost(abc.ABC):
             )
         return weight / self.embedding_scale(site.kind)
 
-    def unprocessed_weight(self, site: SiteFactors) -> Float[Tensor, "out in"]:
-        """W of the Hugging Face base by the model alone, in float64; `hf_model` is not asked.
-
-        Raises:
-            ModelStateError: the model was processed.
-        """
-        weight = self.weight(site.layer, site.kind)
-        if self.needs_base() or is_centred(weight):
-            raise ModelStateError(
-                f"{site.name}: this {self.class_name} was processed, so its weights are not those "
-                "that the adapter was added to. Load it unprocessed "
-                "(from_pretrained_no_processing, or a TransformerBridge before "
-                "enable_compatibility_mode)."
-            )
-        return in_float64(weight) / self.embedding_scale(site.kind)
-
     def base_bias(self, site: SiteFactors) -> Float[Tensor, " out"] | None:
         """The base's bias b at a site; None where it has none.
 
@@ -322,10 +186,6 @@ class HookedHost(abc.ABC):
                 f"{self.class_name} does not keep the base model's own, which it replaces",
             )
         return self.bias(site.layer, site.kind)
-
-    def may_have_folded_biases(self) -> bool:
-        """Whether value biases were folded, as far as the model tells."""
-        return self.needs_base() or not self.says_folded_biases
 
     def base_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
         """(γ, β) of a norm that is a site.
@@ -368,21 +228,6 @@ class HookedHost(abc.ABC):
             ModelStateError: b̂_V was folded, or may have been, and the base was not given.
         """
         return folded_value_bias(self, site)
-
-    @property
-    def centres_stream(self) -> bool:
-        """Whether what is written to the residual stream was centred, so that it has no mean."""
-        if self.family.norm != "LN" or self.family.is_probed:
-            return False
-        return self.known("centres_stream", make=lambda: is_centred(self.weight(0, "o")))
-
-    def is_centred(self, kind: str, weight: Float[Tensor, "out in"]) -> bool:
-        """Whether processing centred what this weight writes to the residual stream."""
-        return self.may_be_centred(kind) and is_centred(weight)
-
-    def may_be_centred(self, kind: str) -> bool:
-        """Whether processing may centre what a map of this kind writes."""
-        return kind == "unembed" or (self.family.norm == "LN" and kind in WRITER_KINDS)
 
     def required_base(self, site: SiteFactors, parameter: str) -> BaseWeights:
         """The unprocessed base, for a parameter of it that processing removed.
