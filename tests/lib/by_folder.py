@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +59,21 @@ def named(what: str) -> dict[str, Callable[..., Any]]:
         assert not twice, f"{module.__file__}: {what} has {sorted(twice)} of another folder"
         found |= of_folder
     return found
+
+
+def require_in_list(what: str, public: Iterable[str], listed: Iterable[str]) -> None:
+    """Fail if something public is in none of the files' lists, and say where its line belongs.
+
+    Args:
+        what: the name of the list, such as 'CALLS'.
+        public: the names that have to be in it.
+        listed: the names that are in it, in any folder.
+    """
+    missing = sorted(set(public) - set(listed))
+    assert not missing, (
+        f"{', '.join(missing)}: needs a line in {what} of tests/FOLDER/{FILE}, in the folder of "
+        "its question; CONTRIBUTING.md lists what else is written for something new"
+    )
 
 
 @functools.cache

@@ -458,6 +458,14 @@ EVERY_KIND = {
 }
 
 
+def test_every_public_readout_is_among_them():
+    public = [getattr(ll, name) for name in ll.__all__]
+    readouts = {
+        cls.__name__ for cls in public if isinstance(cls, type) and issubclass(cls, ll.Readout)
+    }
+    by_folder.require_in_list("READOUTS", readouts - {"Readout"}, EVERY_KIND)
+
+
 @pytest.mark.parametrize("make", EVERY_KIND.values(), ids=EVERY_KIND)
 def test_every_kind_of_readout_of_the_package_is_data(make):
     one, other = (fingerprint_without_model(big_adapter(), {}, make()) for _ in range(2))

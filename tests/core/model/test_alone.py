@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager as Manager
 from typing import Any
 
+import by_folder
 import models
 import pytest
 import torch
@@ -271,7 +272,7 @@ def test_every_public_call_on_a_lens_is_alone():
     assert is_alone(ll.LoraLens.__init__)
     assert not is_alone(ll.compare)
     # A server is asked in `tests/ship/test_served.py` alone.
-    assert {*taking} <= {*CALLS, "verify_served"}, "every_call.py lacks a public function"
+    by_folder.require_in_list("CALLS", taking, [*CALLS, "verify_served"])
     assert OWN
 
 
