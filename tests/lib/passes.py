@@ -17,9 +17,10 @@ from lens_lora.responses.generate import Generation
 
 @contextlib.contextmanager
 def passes(lens: ll.LoraLens) -> Iterator[list[tuple[str, int, int]]]:
-    """(kind, rows, tokens of a row) of every forward pass within the block, at its last block.
+    """A list of every forward pass within the code: its kind, its rows and the tokens of a row.
 
-    Generation has batches of its own, and is left out.
+    A pass is seen at the model's last block. Its kind is 'dual', 'graph' or 'plain'. Generation has
+    batches of its own, and is left out.
     """
     seen: list[tuple[str, int, int]] = []
     generating: list[bool] = []
@@ -36,11 +37,8 @@ def passes(lens: ll.LoraLens) -> Iterator[list[tuple[str, int, int]]]:
         if generating:
             return
         residual = args[0] if args else kwargs["hidden_states"]
-        value = value_of(residual)
-        is_dual = value is not residual or fwad.unpack_dual(value).tangent is not None
-        is_graph = torch.is_grad_enabled() and value.requires_grad
-        kind = "dual" if is_dual else "graph" if is_graph else "plain"
-        seen.append((kind, *residual.shape[:2]))
+        rows, tokens = residual.shape[:2]
+        seen.append((_kind_of(residual), rows, tokens))
 
     handle = lens.model.blocks[-1].register_forward_pre_hook(look, with_kwargs=True)
     try:
@@ -49,3 +47,17 @@ def passes(lens: ll.LoraLens) -> Iterator[list[tuple[str, int, int]]]:
             yield seen
     finally:
         handle.remove()
+
+
+def _kind_of(residual: Any) -> str:
+    """Whether a pass carries tangents, builds a graph, or does neither.
+
+    Args:
+        residual: what its last block reads; a tensor, or a dual number of the package.
+    """
+    value = value_of(residual)
+    if value is not residual or fwad.unpack_dual(value).tangent is not None:
+        return "dual"
+    if torch.is_grad_enabled() and value.requires_grad:
+        return "graph"
+    return "plain"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import cases
 import models
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 import lens_lora as ll
 
 EXACT = 1e-9
 ROUND_OFF = 1e-10
 MARGIN = ll.Margin(5, 9)
-# (family, class) → how far the bare hooked model itself is from Hugging Face, at most.
+# How far the bare hooked model itself is from Hugging Face's, at most, by family and class.
 HOST_ERROR = {
     ("bloom", "HookedTransformer"): 1e-8,
     ("gptj", "HookedTransformer"): 1e-7,
@@ -38,19 +43,69 @@ NORMS = {
 }
 # Families whose linear modules have biases.
 BIASED = ("gpt2", "neox", "qwen2", "gpt_neo", "gptj", "bloom", "opt", "phi")
-# What an adapter adapts, as options of `models.peft_model`; None where the family decides.
-TARGETS = {
-    "linears": {},
-    "lm_head": {"targets": ["lm_head"]},
-    "embedding": None,
-    "positions": {"targets": ["wpe"]},
-    "lora_bias": {"lora_bias": True},
-    "lora_only": {"bias": "lora_only"},
-    "dora": {"use_dora": True},
-    "modules_to_save": None,
-    "norms": None,
-    "token_rows": None,
-    "bias_all": {"bias": "all"},
+
+
+@dataclasses.dataclass(frozen=True)
+class _Modules:
+    """What PEFT's options call the modules of a base.
+
+    Attributes:
+        linears: every linear module of the blocks.
+        embedding: the token embedding.
+        head: the unembedding.
+        norms: every norm.
+        saves_embedding: whether the embedding is trained whole beside the head.
+    """
+
+    linears: list[str]
+    embedding: str
+    head: str
+    norms: list[str]
+    saves_embedding: bool
+
+    @classmethod
+    def of(cls, family: str, base: PreTrainedModel) -> _Modules:
+        # transformers 4's GPT-NeoX has embed_out.
+        head = "embed_out" if hasattr(base, "embed_out") else "lm_head"
+        return cls(
+            linears=models.LINEARS[family],
+            embedding=EMBEDDINGS.get(family, "embed_tokens"),
+            head=head,
+            norms=NORMS.get(family, ["norm"]),
+            saves_embedding=family != "bloom",
+        )
+
+
+def _head_embedding_and_one_linear(modules: _Modules) -> dict[str, Any]:
+    """Train the head, the embedding and one linear module whole; adapt the other linear modules."""
+    *adapted, trained_linear = modules.linears
+    trained = [modules.head]
+    if modules.saves_embedding:
+        trained.append(modules.embedding)
+    trained.append(trained_linear)
+    return {"targets": adapted, "modules_to_save": trained}
+
+
+def _five_token_rows(modules: _Modules) -> dict[str, Any]:
+    """Train the embedding's rows of five tokens that `models.tokens` has."""
+    del modules
+    ids = sorted(set(models.tokens().flatten().tolist()))
+    return {"trainable_token_indices": ids[:5]}
+
+
+# What an adapter adapts: a function from the base's modules to the options of `models.peft_model`.
+TARGETS: dict[str, Callable[[_Modules], dict[str, Any]]] = {
+    "linears": lambda modules: {},
+    "lm_head": lambda modules: {"targets": [modules.head]},
+    "embedding": lambda modules: {"targets": [modules.embedding]},
+    "positions": lambda modules: {"targets": ["wpe"]},
+    "lora_bias": lambda modules: {"lora_bias": True},
+    "lora_only": lambda modules: {"bias": "lora_only"},
+    "dora": lambda modules: {"use_dora": True},
+    "modules_to_save": _head_embedding_and_one_linear,
+    "norms": lambda modules: {"modules_to_save": modules.norms},
+    "token_rows": _five_token_rows,
+    "bias_all": lambda modules: {"bias": "all"},
 }
 # Targets that train parameters whole, beside factors.
 TRAINED = ("modules_to_save", "norms", "token_rows", "bias_all")
@@ -68,11 +123,13 @@ def has(family: str, target: str) -> bool:
 
 
 def _is_tested(family: str, target: str) -> bool:
-    """Rows of tokens and biases are tested on the families of `models.CORE`."""
-    of_core_alone = target in ("token_rows", "bias_all")
-    return has(family, target) and (family in models.CORE or not of_core_alone)
+    """Whether tests of every target have this one; of token rows and biases, in `models.CORE`."""
+    if target in ("token_rows", "bias_all") and family not in models.CORE:
+        return False
+    return has(family, target)
 
 
+# Every family, class, processing and target that is tested.
 EVERY = [
     (family, cls, flags, target)
     for family in models.FAMILIES
@@ -83,47 +140,29 @@ EVERY = [
 ]
 
 
-def base_for(base, flags: str, target: str):
+def base_for(base: PreTrainedModel, flags: str, target: str) -> PreTrainedModel | None:
     """The base, where the lens needs it; else None."""
-    return base if flags != "raw" or target in COMPARED else None
+    is_processed = flags != "raw"
+    return base if is_processed or target in COMPARED else None
 
 
 @functools.cache
-def hooked(family: str, cls: str, flags: str):
+def hooked(family: str, cls: str, flags: str) -> tuple[PreTrainedModel, Any]:
     """The base and its hooked model, built once a process."""
     base = models.hf_model(family)
     return base, models.MAKERS[cls](base, **cases.FLAGS[flags])
 
 
-def _config(family: str, base, target: str) -> dict:
-    """The options of `models.peft_model` for a target."""
-    # transformers 4's GPT-NeoX has embed_out.
-    head = "embed_out" if hasattr(base, "embed_out") else "lm_head"
-    embedding = EMBEDDINGS.get(family, "embed_tokens")
-    if target == "lm_head":
-        return {"targets": [head]}
-    if target == "embedding":
-        return {"targets": [embedding]}
-    if target == "modules_to_save":
-        *others, last = models.LINEARS[family]
-        outside = [head] if family == "bloom" else [head, embedding]
-        return {"targets": others, "modules_to_save": [*outside, last]}
-    if target == "norms":
-        return {"modules_to_save": NORMS.get(family, ["norm"])}
-    if target == "token_rows":
-        seen = sorted(set(models.tokens().flatten().tolist()))
-        return {"trainable_token_indices": seen[:5]}
-    return dict(TARGETS[target])
-
-
-def peft_with(family: str, base, target: str):
+def peft_with(family: str, base: PreTrainedModel, target: str) -> PeftModel:
     """The base under an adapter of this target, with whatever it trains at random values."""
-    peft = models.peft_model(family, base, **_config(family, base, target))
+    options = TARGETS[target](_Modules.of(family, base))
+    peft = models.peft_model(family, base, **options)
     generator = models.seeded(7)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if "magnitude" in name:
+            is_magnitude_of_dora = "magnitude" in name
+            if is_magnitude_of_dora:
                 parameter.mul_(1 + 0.1 * noise)
             if _is_trained_whole(name, parameter, target):
                 parameter.add_(0.3 * noise)
