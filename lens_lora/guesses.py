@@ -401,6 +401,15 @@ _GROUP = (
     "of a prompt"
 )
 
+# What stands above a function, for decorators that need arguments.
+_DECORATORS = {
+    "readout": (
+        'above a function of the logits stands @ll.readout(units="nats", label="H(next token)")'
+    ),
+    "adapter_format": (
+        'above a function of a folder stands @ll.adapter_format(files=("pairs.safetensors",))'
+    ),
+}
 _LOADING = (
     "the base model comes first, as in ll.load(base, adapter); ll.load(adapter) alone takes the "
     "base that the adapter names"
@@ -853,6 +862,8 @@ def _example_of_missing(name: str, cause: str) -> str:
         return _as_sentence(_GROUP)
     if name == "load" and "'model'" in cause:
         return _as_sentence(_LOADING)
+    if name in _DECORATORS:
+        return _as_sentence(_DECORATORS[name])
     return ""
 
 

@@ -53,6 +53,7 @@ from lens_lora.compat import (
     keep_rows_at_last_norms,
     wraps_nothing,
 )
+from lens_lora.errors import ArgumentError
 from lens_lora.hosts.attention import drop_unused_caps
 from lens_lora.hosts.over_ranks import is_split, make_maps_whole
 
@@ -71,7 +72,15 @@ def quirk(function: _Quirk) -> _Quirk:
     Args:
         function: changes the model if necessary, and returns a function that repairs the bridge,
             or None.
+
+    Raises:
+        ArgumentError: something that cannot be called.
     """
+    if not callable(function):
+        raise ArgumentError(
+            f"{function!r} is no function of a Hugging Face model",
+            remedy="write @quirk, without arguments, above a function.",
+        )
     _QUIRKS.append(function)
     return function
 

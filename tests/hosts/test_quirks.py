@@ -111,6 +111,13 @@ def loaded() -> tuple[PeftModel, ll.LoraLens]:
     return peft, lens_of(base, peft)
 
 
+@pytest.mark.bad_input
+def test_what_is_no_function_is_no_quirk(teach: Callable[[Any], Any]):
+    """It was taken, and failed at the next model."""
+    with pytest.raises(ll.errors.ArgumentError, match="is no function of a Hugging Face model"):
+        teach("DoublingForCausalLM")
+
+
 def test_it_is_refused_before_it_is_taught():
     with pytest.raises(ll.errors.ModelStateError, match="the attention of this Doubling") as error:
         loaded()

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from lens_lora.core import extensions
 from lens_lora.errors import AdapterError, ArgumentError
+from lens_lora.guesses import fitting
 
 # From a folder to updates by module path, or to an `Adapter`, a class that imports this file.
 ReadFolder = Callable[[Path], Any]
@@ -62,6 +63,7 @@ class AdapterFormat:
 _FORMATS: dict[str, AdapterFormat] = {}
 
 
+@fitting
 def adapter_format(
     *, files: Sequence[str], base_model: Callable[[Path], str | None] | None = None
 ) -> Callable[[_ReadFolder], _ReadFolder]:
@@ -83,6 +85,7 @@ def adapter_format(
             none.
 
     Raises:
+        CallError: `files` are missing, as where the decorator stands without them.
         ArgumentError: `files` are no names of files, or only those of PEFT's format; something else
             than a function is decorated; or another module has registered a format of this name.
     """

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lens_lora.core.readout.readout import Before, LastToken
 from lens_lora.errors import ArgumentError
+from lens_lora.guesses import fitting, require_fitting
 
 # A declaration is checked on so many rows of random logits.
 _ROWS = 3
@@ -43,6 +44,7 @@ class DeclaredReadout(LastToken):
     text: ClassVar[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        require_fitting(type(self).__name__, type(self).parameters, args, kwargs)
         given = type(self).parameters.bind(*args, **kwargs)
         given.apply_defaults()
         self.arguments: dict[str, Any] = dict(given.arguments)
@@ -143,6 +145,7 @@ def _require_parameters_in_braces(label: str, names: list[str]) -> None:
         ) from error
 
 
+@fitting
 def readout(*, units: str, label: str) -> Callable[[Callable[..., Tensor]], type[DeclaredReadout]]:
     """Decorate a function of the logits, which becomes a class of readouts like `Logit`.
 
@@ -166,6 +169,7 @@ def readout(*, units: str, label: str) -> Callable[[Callable[..., Tensor]], type
         label: its name there, in which '{parameter}' is replaced by the value of the parameter.
 
     Raises:
+        CallError: units or a label that are missing, as where the decorator stands without them.
         ArgumentError: units or a label that are not strings; a label that names something other
             than a parameter; or something that is not a function of the logits.
     """

@@ -182,6 +182,8 @@ def test_what_is_no_format_is_refused(adapter: ll.Adapter, tmp_path: Path):
         ll.adapter_format(files=["adapter_model.safetensors"])
     with pytest.raises(ll.errors.ArgumentError, match="no function of a folder"):
         ll.adapter_format(files=[FILE])(3)
+    with pytest.raises(ll.errors.CallError, match="@ll.adapter_format.files="):
+        ll.adapter_format(pairs)
     other = types.FunctionType(pairs.__code__, {"__name__": "elsewhere"}, "pairs")
     other.__module__ = "elsewhere"
     with pytest.raises(

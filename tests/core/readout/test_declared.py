@@ -107,6 +107,23 @@ def test_a_declaration_that_says_nothing_is_refused():
         ll.readout(units="logits", label="own")(lambda: 0)
 
 
+@pytest.mark.bad_input
+def test_a_decorator_without_arguments_says_what_stands_there():
+    """`readout() takes 0 positional arguments but 1 was given` named neither units nor label."""
+    with pytest.raises(ll.errors.CallError, match='@ll.readout.units="nats", label='):
+        ll.readout(Largest.function)
+    with pytest.raises(ll.errors.CallError, match="takes no unit=.*units, label"):
+        ll.readout(unit="nats", label="own")
+
+
+@pytest.mark.bad_input
+def test_arguments_that_a_declared_readout_lacks_are_refused_by_its_name():
+    with pytest.raises(ll.errors.CallError, match=r"Largest takes no n=.*It is k="):
+        Largest(n=3)
+    with pytest.raises(ll.errors.CallError, match="Weighted: .*'weights'"):
+        Weighted()
+
+
 @ll.readout(units="logits", label="a weighted sum")
 def Weighted(logits: Tensor, weights: object) -> Tensor:
     return (logits * weights).sum(-1)
