@@ -56,7 +56,7 @@ from lens_lora.errors import (
 from lens_lora.formats.tokenizers import OwnTokenizer
 from lens_lora.hosts.attention import fuse_attention, replaced_attentions
 from lens_lora.hosts.quantised import differentiable_products, quantised_linears
-from lens_lora.hosts.quirks import mends_of
+from lens_lora.hosts.quirks import TEACH, mends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -189,8 +189,9 @@ def _require_right(kind: Kind, model: Any, expected: Tensor | None, attn: str) -
                 remedy="Give it the forward of its class again.",
             )
         return
-    other = ", or its TransformerBridge," if kind == "HookedTransformer" else ""
-    remedy = f"Another version of TransformerLens{other} may build it right."
+    remedy = "Another version of TransformerLens, or its TransformerBridge, may build it right."
+    if kind == "TransformerBridge":
+        remedy = f"Another version of TransformerLens may build it right; or {TEACH}."
 
     def run(tokens: Tensor) -> Tensor:
         forward = functools.partial(model, tokens, return_type="logits")
@@ -229,7 +230,8 @@ def _take_own_attention(
     if loaded_with != "sdpa":
         raise ModelStateError(
             f"{fact}; with its own attention its logits are right.",
-            remedy="Let each block's attention be the model's own: ll.load(…, attn='sdpa').",
+            remedy="Let each block's attention be the model's own: ll.load(…, attn='sdpa'). To "
+            f"keep these hook points, {TEACH}.",
             in_shell="Let each block's attention be the model's own: --attn sdpa.",
         ) from error
     warn(

@@ -53,6 +53,7 @@ from lens_lora.families import Family
 from lens_lora.formats.measured import lora_output
 from lens_lora.hosts.experts import each_shape, is_experts, is_router
 from lens_lora.hosts.quantised import quantised_name
+from lens_lora.hosts.quirks import TEACH
 from lens_lora.spans import Temporary, temporary
 
 # ‖ΔW‖ / ‖W‖ of the random updates.
@@ -360,7 +361,7 @@ def _require_near(ours: Tensor, expected: Tensor, claim: str, eps: float) -> Non
             f"with random updates of the adapter's modules, {claim} up to {difference:.2g} off, of "
             f"{size:.2g}, from the Hugging Face model with the same updates: this "
             "TransformerBridge computes another function, or orders a module's rows differently. "
-            "Another version of transformer-lens may compute it correctly.",
+            f"Another version of transformer-lens may compute it correctly; or {TEACH}.",
             remedy=SKIP,
             in_shell="",
         )

@@ -22,13 +22,14 @@ them; a quirk that does not concern a model does nothing to it. To add another o
    with PEFT, in float64, and the logits of the bridge with those of the model. A row there is a
    class of transformers; one that transformers lacks, such as a model's own code, has no row.
 4. Test the repair alone in `tests/hosts/test_variants.py`; the bridge without it is the negative
-   control. A class that transformers lacks is written in its test, as both classes of
-   `tests/hosts/test_quirks.py` are: one of them needs a quirk, shown there in full, the other none.
+   control. A class that transformers lacks is written in its test, as those of
+   `tests/hosts/test_quirks.py` are: two of them need a quirk, shown there in full, the third none.
 
 A repair of attention's output, such as a factor, acts after `o.hook_out`. The site of o writes
-there, and what an adapter adds, ΔW z, must go through the repair as W z does. A repair that is
-right only for the base model is refused: `hosts/probe.py` compares random updates with the Hugging
-Face model's own.
+there, and what an adapter adds, ΔW z, must go through the repair as W z does. A repair of what o
+reads, such as a gain of z, acts before `o.hook_in`, as a pre-hook of `block.attn.o`: what an
+adapter adds reads z from there. A repair that is right only for the base model is refused:
+`hosts/probe.py` compares random updates with the Hugging Face model's own.
 
 Other things that an architecture may need are handled elsewhere:
 
@@ -60,6 +61,11 @@ from lens_lora.hosts.over_ranks import is_split, make_maps_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# What to do about a bridge that computes something else than its model, as a part of a sentence.
+TEACH = (
+    "teach the bridge what this architecture does, by a function under @quirk "
+    "(lens_lora.hosts.quirks)"
+)
 # A function that repairs a bridge once it is made.
 Mend = Callable[[Any], None]
 _Quirk = Callable[["PreTrainedModel"], Mend | None]

@@ -1,14 +1,16 @@
 """Architectures that are known from their own code alone, as a contributor would meet them.
 
-One is a Llama whose attention doubles what it writes. A bridge computes attention from the formula
-of Llama, and so leaves the factor out: it is refused at first, and exact once a quirk is taught.
-The other is a Llama whose blocks double it instead, which needs nothing.
+One is a Llama whose attention doubles what it writes, another has a gain for each feature that o
+reads. A bridge computes attention from the formula of Llama, and so leaves factor and gains out: it
+is refused at first, and exact once a quirk is taught. The third is a Llama whose blocks double what
+attention writes instead, which needs nothing.
 The oracle is PEFT's active adapter on the model.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,12 @@ import torch
 import transformers as hf
 from differences import largest_difference
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 import lens_lora as ll
 from lens_lora.hosts import quirks
@@ -41,6 +48,38 @@ class DoublingForCausalLM(hf.LlamaForCausalLM):
         super().__init__(config)
         for index, layer in enumerate(self.model.layers):
             layer.self_attn = DoublingAttention(config, index)
+        self.post_init()
+
+
+class GainedAttention(LlamaAttention):
+    """Each feature of z has a gain before o reads it."""
+
+    def __init__(self, config: hf.LlamaConfig, index: int) -> None:
+        super().__init__(config, index)
+        width = config.num_attention_heads * self.head_dim
+        self.gain = torch.nn.Parameter(torch.linspace(0.5, 2.0, width))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        k = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        z, weights = eager_attention_forward(self, q, k, v, attention_mask, scaling=self.scaling)
+        return self.o_proj(self.gain * z.flatten(-2)), weights
+
+
+class GainedForCausalLM(hf.LlamaForCausalLM):
+    def __init__(self, config: hf.LlamaConfig) -> None:
+        super().__init__(config)
+        for index, layer in enumerate(self.model.layers):
+            layer.self_attn = GainedAttention(config, index)
         self.post_init()
 
 
@@ -74,6 +113,25 @@ def attention_is_doubled(hf_model: hf.PreTrainedModel) -> quirks.Mend | None:
     return mend
 
 
+def features_have_gains(hf_model: hf.PreTrainedModel) -> quirks.Mend | None:
+    """A GainedForCausalLM multiplies z by a gain before o reads it, and a bridge does not.
+
+    The gain acts on what o reads, before `o.hook_in`, so that the site of o reads it as well.
+    """
+    if type(hf_model).__name__ != "GainedForCausalLM":
+        return None
+
+    def mend(bridge: Any) -> None:
+        for block, layer in zip(bridge.blocks, hf_model.model.layers, strict=True):
+            block.attn.o.register_forward_pre_hook(functools.partial(_gained, layer.self_attn.gain))
+
+    return mend
+
+
+def _gained(gain: torch.Tensor, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (gain * args[0], *args[1:])
+
+
 def factor_in_the_weights(hf_model: hf.PreTrainedModel) -> quirks.Mend | None:
     """A mend that is right for the base model and wrong for every adapter of o."""
 
@@ -92,6 +150,12 @@ def teach(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
     return quirks.quirk
 
 
+QUIRKS = {
+    DoublingForCausalLM: attention_is_doubled,
+    GainedForCausalLM: features_have_gains,
+}
+
+
 def peft_of(base: hf.PreTrainedModel) -> PeftModel:
     """PEFT's adapter over a copy of the model, with random factors."""
     lora = LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS)
@@ -104,9 +168,11 @@ def lens_of(base: hf.PreTrainedModel, peft: PeftModel) -> ll.LoraLens:
     return ll.load(base, adapter, kind="TransformerBridge", tokenizer=models.tokenizer())
 
 
-def loaded() -> tuple[PeftModel, ll.LoraLens]:
+def loaded(
+    architecture: type[hf.LlamaForCausalLM] = DoublingForCausalLM,
+) -> tuple[PeftModel, ll.LoraLens]:
     config = hf.LlamaConfig(**models._ROTARY)
-    base = models.randomised(DoublingForCausalLM(config), 0, torch.float64)
+    base = models.randomised(architecture(config), 0, torch.float64)
     peft = peft_of(base)
     return peft, lens_of(base, peft)
 
@@ -124,9 +190,21 @@ def test_it_is_refused_before_it_is_taught():
     assert "attn='sdpa'" in str(error.value)
 
 
-def test_logits_and_slopes_are_peft_s_once_it_is_taught(teach: Callable[[Any], Any]):
-    teach(attention_is_doubled)
-    peft, lens = loaded()
+@pytest.mark.parametrize("architecture", QUIRKS, ids=lambda cls: cls.__name__)
+def test_the_refusal_names_the_place_where_a_quirk_is_taught(
+    architecture: type[hf.LlamaForCausalLM],
+):
+    """It named another version of TransformerLens, which cannot know a model's own code."""
+    with pytest.raises(ll.errors.ModelStateError, match=r"@quirk \(lens_lora\.hosts\.quirks\)"):
+        loaded(architecture)
+
+
+@pytest.mark.parametrize("architecture", QUIRKS, ids=lambda cls: cls.__name__)
+def test_logits_and_slopes_are_peft_s_once_it_is_taught(
+    teach: Callable[[Any], Any], architecture: type[hf.LlamaForCausalLM]
+):
+    teach(QUIRKS[architecture])
+    peft, lens = loaded(architecture)
     tokens = models.tokens()
     with torch.no_grad():
         expected = peft(tokens).logits
