@@ -38,6 +38,7 @@ _DONE_INSTEAD = {
     **dict.fromkeys(("samples", "sample", "num_samples", "n_samples", "max_samples"), _EACH_ONCE),
 }
 _ON_TEXTS = "it reads texts in place of prompts, one a line: --texts FILE."
+_OF_A_RANK = "no adapter is read: --rank is that of a LoRA over every linear module."
 _SAID_ANYWAY = "everything is printed unless --quiet is given."
 # The beginning of typer's message about too many arguments.
 _TOO_MANY = "unexpected extra argument"
@@ -109,6 +110,8 @@ class GuessingCommand(TyperCommand):
             return _DONE_INSTEAD[keyword]
         if keyword in ("prompt", "prompts", "chat") and "texts" in written:
             return _ON_TEXTS
+        if keyword in ("adapter", "adapters", "lora") and "rank" in written:
+            return _OF_A_RANK
         if keyword in ("verbose", "debug") and "quiet" in written:
             return _SAID_ANYWAY
         found = meaning(keyword)

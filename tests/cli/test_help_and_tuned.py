@@ -251,6 +251,7 @@ def test_an_option_that_there_is_not_is_answered_by_its_meaning():
         ("diff", "a", "--samples", "3"): "--prompts FILE takes a list of your own",
         ("diff", "a", "--verbose"): "unless --quiet is given",
         ("verify", "a", "--against", "b"): "No option --against: it is --merged",
+        ("plan", "--adapter", "a"): "No option --adapter: no adapter is read: --rank",
         ("inspect", "a", "b"): "Got unexpected extra argument(s) (b) ╰",
         ("diff", "a", "."): "`lens-lora compare ADAPTER OTHER` compares two adapters",
         ("explain", "a", "--text", "b"): "No option --text: it is --prompt or --prompts",
