@@ -324,9 +324,10 @@ def edges(
     by_position = bool(axes)
     quadrature = None
     if path:
-        split, quadrature = edges_along_path(
+        split = edges_along_path(
             g, by_head=by_head, by_position=by_position, tol=tol, max_nodes=max_nodes
         )
+        quadrature = split.quadrature
     else:
         split = edge_values(g, at, by_head=by_head, by_position=by_position)
         require_finite(split.values, "an edge")

@@ -19,7 +19,7 @@ answers "which module moved this?" of a persona, a refusal, a probe or a feature
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -262,16 +262,15 @@ def sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
         ModelStateError: nothing passes the point, or several tensors do in one pass.
     """
     few = _few_tokens(lens, prompts)
-    plain, before = _activation_and_sites_before(lens, few, name)
-
+    plain = _pass_by_point(lens, few, name)
     own_block = name.split(".")[1] if name.startswith("blocks.") else ""
     moving: list[int] = []
-    for site in before:
+    for site in plain.sites_before:
         if str(lens.sites[site].layer) != own_block:
             moving.append(site)
             continue
-        with_noise_at_site, _ = _activation_and_sites_before(lens, few, name, noisy_site=site)
-        if not torch.equal(with_noise_at_site, plain):
+        noisy = _pass_by_point(lens, few, name, noisy_site=site)
+        if not torch.equal(noisy.activation, plain.activation):
             moving.append(site)
     return moving
 
@@ -290,10 +289,23 @@ def _few_tokens(lens: LoraLens, prompts: Prompts) -> Prompts:
     return Prompts(tokens, torch.full_like(prompts.lengths[:1], _TRIED_TOKENS))
 
 
-def _activation_and_sites_before(
+@dataclasses.dataclass(frozen=True, eq=False)
+class _PassByPoint:
+    """What one forward pass of the base shows of a hook point.
+
+    Attributes:
+        activation: the activation at the point.
+        sites_before: the sites that write before it, in order.
+    """
+
+    activation: Float[Tensor, "row token *d"]
+    sites_before: list[int]
+
+
+def _pass_by_point(
     lens: LoraLens, few: Prompts, name: str, noisy_site: int | None = None
-) -> tuple[Tensor, list[int]]:
-    """The base's activation at the point, and the sites that write before it, in order; one pass.
+) -> _PassByPoint:
+    """Run the base once, and watch a hook point and the sites that write before it.
 
     Args:
         lens: the adapter over the model.
@@ -302,34 +314,54 @@ def _activation_and_sites_before(
         noisy_site: a site to whose output noise of its own size is added.
 
     Raises:
-        ModelStateError: nothing passes the point, or several tensors do in one pass.
+        ModelStateError: nothing passes the point, or several tensors do in one pass, or what passes
+            it is not by row and token.
     """
     injections = lens.injections
     written: list[int] = []
-    before: list[int] = []
-    fired: list[Any] = []
+    written_before: list[int] = []
+    activations: list[Any] = []
 
-    def watch(index: int, out: Tensor, z: Tensor) -> Tensor | None:
+    def note_site(index: int, out: Tensor, z: Tensor) -> Tensor | None:
         del z
         site = injections[index].site
         written.append(site)
         return _plus_noise(out) if site == noisy_site else None
 
-    def reach(activation: Any, hook: Any) -> None:
+    def note_activation(activation: Any, hook: Any) -> None:
         del hook
-        fired.append(activation)
-        before.extend(written)
+        activations.append(activation)
+        written_before.extend(written)
 
-    with torch.no_grad(), lens.injected(watch), lens.hooked([(name, reach)]):
+    with torch.no_grad(), lens.injected(note_site), lens.hooked([(name, note_activation)]):
         lens.run(few)
-    is_by_token = len(fired) == 1 and isinstance(fired[0], Tensor) and fired[0].ndim >= 3
-    if not is_by_token:
-        fact = "no activation passes it" if not fired else f"it fires {len(fired)} times a pass"
-        raise ModelStateError(
-            f"{name}: {fact}, and a projection reads one activation of every token",
-            remedy="name another hook point, such as 'blocks.0.hook_resid_post'.",
-        )
-    return fired[0].clone(), list(dict.fromkeys(before))
+    _require_one_by_token(activations, name)
+    # A site that adds at several places has written several times.
+    sites_before = list(dict.fromkeys(written_before))
+    return _PassByPoint(activations[0].clone(), sites_before)
+
+
+def _require_one_by_token(activations: Sequence[Any], name: str) -> None:
+    """Refuse a point unless one tensor [row, token, …] passes it in a forward pass.
+
+    Args:
+        activations: what passed the point in one pass.
+        name: the hook point.
+    """
+    if not activations:
+        fact = "no activation passes it"
+    elif len(activations) > 1:
+        fact = f"it fires {len(activations)} times a pass"
+    elif not isinstance(activations[0], Tensor):
+        fact = f"a {type(activations[0]).__name__} passes it"
+    elif activations[0].ndim < 3:
+        fact = f"what passes it has the shape {list(activations[0].shape)}, not [row, token, …]"
+    else:
+        return
+    raise ModelStateError(
+        f"{name}: {fact}, and a projection reads one activation of every token",
+        remedy="name another hook point, such as 'blocks.0.hook_resid_post'.",
+    )
 
 
 def _plus_noise(out: Tensor) -> Tensor:

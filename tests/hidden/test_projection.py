@@ -424,3 +424,22 @@ def test_what_is_no_projection_is_refused():
         ask(ll.Projection(d, POINT), mode="forward")
     with pytest.raises(ArgumentError, match="is a readout.*readout=…"):
         ll.explain(case.lens, TOKENS[:1], ll.Projection(d, POINT))
+
+
+@models.NEEDS_BRIDGE
+def test_a_point_at_which_token_ids_pass_is_refused_for_their_shape():
+    """It was told to fire one time a pass, as if that were the reason."""
+    lens = cases.case("llama", "TransformerBridge", "raw").lens
+    with pytest.raises(ModelStateError) as refusal:
+        ll.first_order(lens, TOKENS, ll.Projection(torch.ones(16), "embed.hook_in"))
+    message = str(refusal.value)
+    assert "what passes it has the shape [1, 4], not [row, token, …]" in message
+    assert "fires" not in message
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+def test_a_point_that_fires_several_times_a_pass_is_refused():
+    lens = cases.case("llama", "HookedTransformer", "raw").lens
+    projection = ll.Projection(torch.ones(16), "blocks.0.ln1.hook_normalized")
+    with pytest.raises(ModelStateError, match="it fires 3 times a pass"):
+        ll.first_order(lens, TOKENS, projection)
