@@ -14,7 +14,17 @@ from lens_lora.edge_attribution.edges import Edges
 from lens_lora.edge_attribution.figures import edges_heatmap
 from lens_lora.edge_attribution.graph_figure import edges_graph, short_name
 from lens_lora.show import text
-from lens_lora.show.page import Block, Part, Section, folded, made_by, page_html, warned
+from lens_lora.show.page import (
+    MOST_PARTS,
+    Block,
+    Part,
+    Section,
+    folded,
+    made_by,
+    page_html,
+    warned,
+    without_part,
+)
 from lens_lora.show.tables import table_of
 from lens_lora.show.text import percent, short_prompt, signed
 
@@ -22,8 +32,6 @@ from lens_lora.show.text import percent, short_prompt, signed
 _IN_GRAPH = 30
 _IN_TABLE = 100
 _IN_HEADLINE = 3
-# A page has a part for at most this number of prompts; its overview is of all of them.
-_MOST_PROMPTS = 20
 # Which columns the table of edges has, and their headings.
 _HEADINGS = {
     "writer": "writer",
@@ -36,11 +44,12 @@ _HEADINGS = {
 @drawing.report.register(Edges)
 def edges_report(edges: Edges, *, title: str | None = None) -> str:
     """Write edges as a page, with a part for each of the first prompts."""
-    count = min(len(edges.base), _MOST_PROMPTS)
+    prompts = len(edges.base)
+    count = min(prompts, MOST_PARTS)
     name = f"{edges.readout}: {text.key_text(edges.key)}"
     overview: list[Block] = []
     if count > 1:
-        overview = [edges_graph(edges, _IN_GRAPH), edges_heatmap(edges)]
+        overview = [edges_graph(edges, _IN_GRAPH), edges_heatmap(edges), *without_part(prompts)]
     parts = [_part(edges, prompt) for prompt in range(count)]
     return page_html(title or name, parts, overview, made_by(edges.meta))
 

@@ -6,7 +6,7 @@ from lens_lora.core import drawing
 from lens_lora.explanations.explanation import ReadoutExplanation
 from lens_lora.explanations.figures import readout_figures
 from lens_lora.explanations.page import by_site_sections
-from lens_lora.explanations.readout_words import MOST_PROMPTS, readout_headline, readout_story
+from lens_lora.explanations.readout_words import readout_headline, readout_story
 from lens_lora.explanations.words import readout_account
 from lens_lora.show import page, text
 from lens_lora.show.tables import Table
@@ -20,13 +20,19 @@ _MODULES = 20
 @drawing.report.register(ReadoutExplanation)
 def readout_report(e: ReadoutExplanation, *, title: str | None = None) -> str:
     """The page, with a part for each of the first prompts."""
-    count = min(len(e.prompts), MOST_PROMPTS)
+    count = min(len(e.prompts), page.MOST_PARTS)
     parts = [_part(e.of_prompt(index), index + 1) for index in range(count)]
     overview: list[page.Block] = []
     if len(e.prompts) > 1:
         numbers_file = page.Download("prompts.csv", _numbers(e))
         modules = modules_table(e.first_order, _MODULES)
-        overview = [*readout_figures(e).values(), modules, _prompts_table(e, count), numbers_file]
+        overview = [
+            *readout_figures(e).values(),
+            modules,
+            _prompts_table(e, count),
+            numbers_file,
+            *page.without_part(len(e.prompts)),
+        ]
     subtitle = page.made_by(e.first_order.meta)
     return page.page_html(title or e.readout, parts, overview, subtitle)
 

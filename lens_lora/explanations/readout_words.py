@@ -28,7 +28,7 @@ from lens_lora.views.words import (
 )
 
 # How many prompts a story names one by one.
-MOST_PROMPTS = 20
+_MOST_PROMPTS = 20
 _REACH = (
     "All this is of this readout alone; it says how much the modules move it, not by what "
     "mechanism, and not what the model will say."
@@ -42,11 +42,11 @@ def readout_story(e: ReadoutExplanation) -> str:
     if count == 1:
         return _one_story(e)
     lines = [" ".join(mean_texts(e))]
-    for index in range(min(count, MOST_PROMPTS)):
+    for index in range(min(count, _MOST_PROMPTS)):
         sentences = " ".join(readout_headline(e.of_prompt(index)).sentences)
         lines.append(f"{index + 1}. “{short_prompt(e.prompts[index])}”: {sentences}")
-    if count > MOST_PROMPTS:
-        lines.append(f"… and {many(count - MOST_PROMPTS, 'more prompt')}")
+    if count > _MOST_PROMPTS:
+        lines.append(f"… and {many(count - _MOST_PROMPTS, 'more prompt')}")
     return "\n".join(lines)
 
 

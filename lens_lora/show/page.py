@@ -299,6 +299,26 @@ class Part:
     warnings: Sequence[str] = ()
 
 
+# A page has a part for at most this number of prompts: each adds figures, which a browser draws.
+MOST_PARTS = 20
+
+
+def without_part(prompts: int) -> list[Block]:
+    """A sentence on the prompts that have no part of the page; nothing where each has one.
+
+    Args:
+        prompts: the number of prompts of the result.
+    """
+    left = prompts - MOST_PARTS
+    if left <= 0:
+        return []
+    others = "the other one" if left == 1 else f"the other {left}"
+    return [
+        f"Of the {prompts} prompts only the first {MOST_PARTS} have a part below. The numbers of "
+        f"all are in to_frame(); the analysis of {others} alone has a page of its own."
+    ]
+
+
 Meta = Mapping[str, str]
 
 

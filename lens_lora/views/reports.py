@@ -8,7 +8,17 @@ from __future__ import annotations
 from lens_lora.core import Attribution, FactMargin, drawing
 from lens_lora.errors import many
 from lens_lora.show import text
-from lens_lora.show.page import Block, Part, Section, folded, made_by, page_html, warned
+from lens_lora.show.page import (
+    MOST_PARTS,
+    Block,
+    Part,
+    Section,
+    folded,
+    made_by,
+    page_html,
+    warned,
+    without_part,
+)
 from lens_lora.show.tables import Row, Table
 from lens_lora.show.text import percent, short_prompt, signed
 from lens_lora.views.attribution_words import top_sites
@@ -27,8 +37,6 @@ from lens_lora.views.words import (
 )
 
 _MODULES = 30
-# A page has a part for at most this number of prompts, and the overview lists as many.
-_MOST_PROMPTS = 20
 _MODULES_IN_HEADLINE = 3
 
 
@@ -38,14 +46,16 @@ _MODULES_IN_HEADLINE = 3
 @drawing.report.register(FactMargin)
 def margin_report(margin: FactMargin, *, title: str | None = None) -> str:
     """Write a fact margin as a page, with a part for each of the first prompts."""
-    count = min(len(margin.doc), _MOST_PROMPTS)
+    prompts = len(margin.doc)
+    count = min(prompts, MOST_PARTS)
     accounts = [account_of(margin, prompt) for prompt in range(count)]
     parts = [_margin_part(margin, prompt, account) for prompt, account in enumerate(accounts)]
     first = accounts[0]
     name = f"{first.doc} against {first.pre}"
+    overview: list[Block] = []
     if count > 1:
-        name = f"Margins on {many(len(margin.doc), 'prompt')}"
-    overview: list[Block] = [_margins_table(accounts)] if count > 1 else []
+        name = f"Margins on {many(prompts, 'prompt')}"
+        overview = [_margins_table(accounts), *without_part(prompts)]
     return page_html(title or name, parts, overview, made_by(margin.attribution.meta))
 
 
@@ -115,7 +125,8 @@ def _margins_table(accounts: list[Account]) -> Table:
 @drawing.report.register(Attribution)
 def attribution_report(attribution: Attribution, *, title: str | None = None) -> str:
     """Write an attribution as a page, with a part for each of the first prompts."""
-    count = min(len(attribution.base), _MOST_PROMPTS)
+    prompts = len(attribution.base)
+    count = min(prompts, MOST_PARTS)
     parts = [_attribution_part(attribution, prompt) for prompt in range(count)]
     name = f"{attribution.readout}: {text.key_text(attribution.key)}"
     overview: list[Block] = []
@@ -123,7 +134,8 @@ def attribution_report(attribution: Attribution, *, title: str | None = None) ->
         overview = [
             site_heatmap(attribution),
             modules_table(attribution, _MODULES),
-            prompts_table(attribution),
+            prompts_table(attribution, MOST_PARTS),
+            *without_part(prompts),
         ]
     return page_html(title or name, parts, overview, made_by(attribution.meta))
 

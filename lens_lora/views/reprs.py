@@ -36,6 +36,7 @@ from lens_lora.show.compose import part_with_readout
 from lens_lora.show.text import key_text, signed
 from lens_lora.views import maps
 from lens_lora.views.tables import (
+    PROMPTS_SHOWN,
     SITES_SHOWN,
     attribution_heading,
     modules_table,
@@ -49,6 +50,9 @@ from lens_lora.views.tables import (
 def attribution_html(attribution: Attribution) -> str:
     """Write the numbers of `attribution_text` as tables."""
     heading, *notes = attribution_heading(attribution)
+    prompts = len(attribution.base)
+    if prompts > PROMPTS_SHOWN:
+        notes.append(f"Of the {prompts} prompts the first {PROMPTS_SHOWN} are shown.")
     tables = (prompts_table(attribution), modules_table(attribution, SITES_SHOWN))
     return page.rendered("attribution", heading=heading, notes=notes, tables=tables)
 

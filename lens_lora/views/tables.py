@@ -12,7 +12,8 @@ from lens_lora.views.words import Account, ReadoutAccount
 # --- An attribution
 
 SITES_SHOWN = 5
-_PROMPTS_SHOWN = 5
+# How many prompts the representation of a result shows, in a terminal and in a notebook.
+PROMPTS_SHOWN = 5
 _PROMPT_WIDTH = 48  # characters
 
 
@@ -22,7 +23,7 @@ def attribution_text(attribution: Attribution) -> str:
     lines = attribution_heading(attribution)
     for row in prompts_table(attribution).rows:
         lines.append("  {}  {}: {} → {}, shift {}, Σ {}, remainder {} ({})".format(*row))
-    hidden = len(attribution.base) - _PROMPTS_SHOWN
+    hidden = len(attribution.base) - PROMPTS_SHOWN
     if hidden > 0:
         lines.append(f"  … and {many(hidden, 'more prompt')}")
     lines.append(f"largest{averaged_over(attribution)}, with the share of the shift:")
@@ -57,14 +58,14 @@ def averaged_over(attribution: Attribution) -> str:
     return f", mean of {batch} prompts" if batch > 1 else ""
 
 
-def prompts_table(attribution: Attribution) -> Table:
-    """The account of each prompt, of the first five at most."""
+def prompts_table(attribution: Attribution, most: int = PROMPTS_SHOWN) -> Table:
+    """The account of each of the first prompts."""
     shift = attribution.shift.cpu().double()
     total = attribution.total.cpu().double()
     remainder = attribution.remainder.cpu().double()
     shares = remainder / shift
     rows: list[Row] = []
-    for i in range(min(len(shift), _PROMPTS_SHOWN)):
+    for i in range(min(len(shift), most)):
         prompt = text.prompt_text(attribution.str_tokens[i])
         if len(prompt) > _PROMPT_WIDTH:
             # The readout is at the end of the prompt.

@@ -6,7 +6,10 @@ import dataclasses
 import re
 
 import by_folder
+import cases
+import models
 import pytest
+import torch
 from browser import browser, drawn
 from results_by_hand import (
     EVIL,
@@ -18,6 +21,7 @@ from results_by_hand import (
 import lens_lora as ll
 from lens_lora.core import PromptTokens, Reported
 from lens_lora.show import go
+from lens_lora.show import page as pages
 from lens_lora.show.figures import finish
 from lens_lora.show.page import answers_of, plot
 from lens_lora.show.text import context_text
@@ -114,6 +118,69 @@ def test_a_page_of_several_prompts_names_adapter_and_model(kind: str):
     above = without_plotly(SEVERAL[kind].report()).partition("<details")[0]
     under = above.partition('<p class="under">')[2].partition("</p>")[0]
     assert " over " in under
+
+
+def of_prompts(result, count: int):
+    """A result of one prompt, as one of several prompts that are all the same."""
+    changes = {
+        field.name: repeated(getattr(result, field.name), count)
+        for field in dataclasses.fields(result)
+        if field.name != "by"
+    }
+    return dataclasses.replace(result, **changes)
+
+
+def repeated(value, count: int):
+    """What a result has of its one prompt, once for each of several; other values as they are."""
+    if dataclasses.is_dataclass(value):
+        return of_prompts(value, count)
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == 1:
+        return value.expand(count, *value.shape[1:]).clone()
+    if isinstance(value, tuple) and len(value) == 1:
+        return value * count
+    return value
+
+
+BY_PROMPT = {
+    "margin": explanation().margin,
+    "attribution": explanation().margin.attribution,
+    "edges": edges_of_one_prompt(),
+}
+
+
+@pytest.mark.parametrize("kind", BY_PROMPT)
+def test_a_page_says_which_prompts_have_no_part(kind: str):
+    """A page of many prompts has a part for twenty of them."""
+    sentence = "prompts only the first 20 have a part below"
+    by_count = {
+        count: without_plotly(of_prompts(BY_PROMPT[kind], count).report()) for count in (20, 23)
+    }
+    assert [page.count('class="prompt"') for page in by_count.values()] == [20, 20]
+    assert sentence not in by_count[20]
+    assert f"Of the 23 {sentence}" in by_count[23]
+    assert "the analysis of the other 3 alone" in by_count[23]
+
+
+def test_a_page_of_readouts_says_how_many_prompts_have_no_part(monkeypatch: pytest.MonkeyPatch):
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    three = torch.cat([models.tokens(), models.tokens()[:1]])
+    readout = ll.Projection(
+        torch.ones(lens.model.cfg.d_model, dtype=torch.float64), "blocks.0.hook_resid_post"
+    )
+    found = ll.explain(lens, three, readout=readout, fast=True, progress=False)
+    whole = without_plotly(found.report())
+    monkeypatch.setattr(pages, "MOST_PARTS", 2)
+    cut = without_plotly(found.report())
+    assert "have a part below" not in whole
+    assert "Of the 3 prompts only the first 2 have a part below" in cut
+    assert "the analysis of the other one alone" in cut
+
+
+def test_a_notebook_says_how_many_prompts_it_shows():
+    """The table has five prompts, of which the terminal says so, too."""
+    attribution = BY_PROMPT["attribution"]
+    assert "first 5 are shown" not in of_prompts(attribution, 5)._repr_html_()
+    assert "Of the 6 prompts the first 5 are shown." in of_prompts(attribution, 6)._repr_html_()
 
 
 PRINTED = "<script>setTimeout(() => dispatchEvent(new Event('beforeprint')), 5000)</script></body>"
