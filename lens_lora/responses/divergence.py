@@ -16,9 +16,6 @@ from torch import Tensor
 
 from lens_lora.core import Picks
 
-_Logits = Float[Tensor, "some vocab"]
-_Terms = Float[Tensor, " some"]
-_Some = Int[Tensor, " some"]
 # The largest shift of a logit, in nats, for which the formulas hold: with a larger one, a
 # probability that rounds to zero might grow to one.
 LARGEST_SHIFT = 60.0
@@ -57,7 +54,9 @@ class Divergence(Picks):
         is_from_base = not self.is_from_base
         return dataclasses.replace(self, base=logits, is_from_base=is_from_base, beside=self.base)
 
-    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
+    def terms(
+        self, logits: Float[Tensor, "some vocab"], picks: Int[Tensor, " some"]
+    ) -> Float[Tensor, " some"]:
         """The divergence at these picks."""
         chunks = list(zip(picks.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
         divergences: list[Tensor] = []
@@ -74,7 +73,9 @@ class Divergence(Picks):
                 divergences[i] = self._from_logarithms(few, logits_of_few)
         return torch.cat(divergences)
 
-    def _from_logarithms(self, few: _Some, logits: _Logits) -> _Terms:
+    def _from_logarithms(
+        self, few: Int[Tensor, " some"], logits: Float[Tensor, "some vocab"]
+    ) -> Float[Tensor, " some"]:
         """The divergence of two softmaxes, for a shift that is too large for its exponential."""
         base, _ = self._base_at(few, logits)
         log_p = base.log_softmax(-1)
@@ -83,7 +84,9 @@ class Divergence(Picks):
             return (log_p.exp() * (log_p - log_q)).sum(-1)
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
-    def _base_at(self, few: _Some, logits: _Logits) -> tuple[Tensor, Tensor]:
+    def _base_at(
+        self, few: Int[Tensor, " some"], logits: Float[Tensor, "some vocab"]
+    ) -> tuple[Tensor, Tensor]:
         """The base's logits f₀ and distribution p₀ at these picks.
 
         If all are copies of one pick, they are one row.

@@ -170,7 +170,7 @@ class _WithoutBase:
     def repeat(self, times: int) -> _WithoutBase:
         return self
 
-    def only(self, rows: Int[Tensor, " some"]) -> _WithoutBase:
+    def of_rows(self, rows: Int[Tensor, " some"]) -> _WithoutBase:
         return self
 
 

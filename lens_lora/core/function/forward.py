@@ -120,7 +120,7 @@ def read_for_slopes(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]
         return read_value(lens, reading)
     final = read_final(lens, reading.rows)
     covectors, terms = token_covectors(lens, reading, final)
-    value = read.of(terms)
+    value = read.weighted_sum(terms)
     # Σ c_t · (x_t − constant x_t) is zero, and has the derivatives of g.
     zero = (final - final.detach()).to(covectors)
     change = (covectors * zero).flatten(1).sum(1)
@@ -157,7 +157,7 @@ def value_of_final(
 ) -> Float[Tensor, " batch"]:
     """Compute g from the final residual stream. No forward pass."""
     if isinstance(read, Picks):
-        return read.of(terms_of_final(lens, read, final, factor))
+        return read.weighted_sum(terms_of_final(lens, read, final, factor))
     weight, bias = _required_unembedding(lens)
     ids = read.ids.to(weight.device)
     final = final.to(weight.device, lens.gate_dtype)
@@ -166,7 +166,7 @@ def value_of_final(
         few_logits = few_logits + bias[ids.to(bias.device)].to(final)
     if factor is not None:
         few_logits = few_logits * factor(few_logits, ()).gather(-1, ids)
-    return read.of(few_logits)
+    return read.signed_sum(few_logits)
 
 
 def terms_of_final(

@@ -205,7 +205,7 @@ class TokenTangents:
         if self._covectors is None:
             x = fwad.unpack_dual(rows).primal[:, 0]
             self._covectors, log_probs = forward.token_covectors(self._lens, self._reading, x)
-            self.value = self._read.of(log_probs)
+            self.value = self._read.weighted_sum(log_probs)
         return (self._covectors[:, None] * tangent_of(rows)).sum(-1)
 
     def _of_logits(self, rows: Tensor) -> Tensor:

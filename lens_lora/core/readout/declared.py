@@ -99,7 +99,7 @@ class OfEachRow:
         del times
         return self
 
-    def only(self, rows: Int[Tensor, " some"]) -> OfEachRow:
+    def of_rows(self, rows: Int[Tensor, " some"]) -> OfEachRow:
         """The same function of some rows."""
         del rows
         return self

@@ -43,7 +43,7 @@ class _ByRow(Protocol):
         """The same function of rows that are each repeated: r0 r0 … r1 r1 …"""
         ...
 
-    def only(self, rows: Int[Tensor, " some"]) -> OfLogits:
+    def of_rows(self, rows: Int[Tensor, " some"]) -> OfLogits:
         """The same function of some rows, in increasing order; prompts are numbered from 0 anew."""
         ...
 
@@ -167,7 +167,7 @@ class Reading:
             ends_of_groups.append(ends[-1])
         groups: list[Reading] = []
         for first, end in itertools.pairwise([0, *ends_of_groups]):
-            groups.append(self._only(torch.arange(first, end, device="cpu")))
+            groups.append(self._of_rows(torch.arange(first, end, device="cpu")))
         return groups
 
     def only(self, prompts: Int[Tensor, " some"]) -> Reading:
@@ -175,7 +175,7 @@ class Reading:
         if not isinstance(self.read, _ByRow):
             return self
         is_of_these = torch.isin(self.owner, prompts.to(self.owner))
-        return self._only(is_of_these.nonzero()[:, 0])
+        return self._of_rows(is_of_these.nonzero()[:, 0])
 
     def each_row(self) -> list[Reading] | None:
         """The reading of each row by itself; g of a prompt is the sum over its rows.
@@ -185,15 +185,16 @@ class Reading:
         if not isinstance(self.read, _ByRow):
             return None
         rows = torch.arange(len(self.owner), device="cpu")
-        return [self._only(row) for row in rows.split(1)]
+        return [self._of_rows(row) for row in rows.split(1)]
 
     def grown(self, rows: int) -> Reading:
         """The reading of a single row, of which the forward pass itself makes so many copies."""
         read = self.read.repeat(rows) if isinstance(self.read, _ByRow) else self.read
         return Reading(self.rows, read, torch.arange(rows, device="cpu"))
 
-    def _only(self, rows: Int[Tensor, " some"]) -> Reading:
-        read = self.read.only(rows) if isinstance(self.read, _ByRow) else self.read
+    def _of_rows(self, rows: Int[Tensor, " some"]) -> Reading:
+        """The reading of some rows, in increasing order; prompts are numbered from 0 anew."""
+        read = self.read.of_rows(rows) if isinstance(self.read, _ByRow) else self.read
         _, owner = self.owner[rows].unique(return_inverse=True)
         return Reading(self.rows.chosen(rows.tolist()), read, owner)
 
@@ -247,7 +248,7 @@ class AtPoint:
         """The same number of rows that are each repeated: r0 r0 … r1 r1 …"""
         return dataclasses.replace(self, counted=self.counted.repeat_interleave(times, 0))
 
-    def only(self, rows: Int[Tensor, " some"]) -> AtPoint:
+    def of_rows(self, rows: Int[Tensor, " some"]) -> AtPoint:
         """The same number of some rows."""
         return dataclasses.replace(self, counted=self.counted[rows.to(self.counted.device)])
 
@@ -268,32 +269,31 @@ class Columns:
 
     def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
         """Compute g of each row from all its logits."""
-        return self.of(logits.gather(-1, self.ids.to(logits.device)))
+        few_logits = logits.gather(-1, self.ids.to(logits.device))
+        return self.signed_sum(few_logits)
 
-    def of(self, few: Float[Tensor, "row token"]) -> Float[Tensor, " row"]:
+    def signed_sum(self, few_logits: Float[Tensor, "row token"]) -> Float[Tensor, " row"]:
         """Compute g of each row from the logits of its `ids` alone.
 
         Args:
-            few: the logits of these tokens.
+            few_logits: the logits of these tokens.
         """
-        total = few.new_zeros(())
+        total = few_logits.new_zeros(())
         for k, sign in enumerate(self.signs):
-            total = total + few[:, k] * sign
+            total = total + few_logits[:, k] * sign
         return total
 
     def repeat(self, times: int) -> Columns:
         """The same sum for rows that are each repeated: r0 r0 … r1 r1 …"""
         return Columns(self.ids.repeat_interleave(times, 0), self.signs)
 
-    def only(self, rows: Int[Tensor, " some"]) -> Columns:
+    def of_rows(self, rows: Int[Tensor, " some"]) -> Columns:
         """The same sum for some rows."""
         return Columns(self.ids[rows.to(self.ids.device)], self.signs)
 
 
 _Picks = TypeVar("_Picks", bound="Picks")
-_Logits = Float[Tensor, "some vocab"]
-_Terms = Float[Tensor, " some"]
-_Some = Int[Tensor, " some"]
+# The place of each pick in the logits: its row, and its slot if rows have slots.
 Places = tuple[Int[Tensor, " pick"], ...]
 # The number of picks whose logits are held at a time while autograd records a graph. The forward
 # pass holds twice as many where no graph is recorded (`core/function/forward.py`).
@@ -320,12 +320,14 @@ class Picks(abc.ABC):
     batch: int
 
     @abc.abstractmethod
-    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
+    def terms(
+        self, logits: Float[Tensor, "some vocab"], picks: Int[Tensor, " some"]
+    ) -> Float[Tensor, " some"]:
         """Compute the terms of some picks from their logits, in the readout's units, unweighted."""
 
     def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " batch"]:
         """Compute g of each prompt from the logits of its rows."""
-        return self.of(self.terms_in(logits))
+        return self.weighted_sum(self.terms_in(logits))
 
     def terms_in(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " pick"]:
         """Compute the term of every pick, of a few picks at a time."""
@@ -346,7 +348,7 @@ class Picks(abc.ABC):
         indices = (rows_of_picks,) if self.slots is None else (rows_of_picks, self.slots)
         return tuple(index.to(device) for index in indices)
 
-    def of(self, terms: Float[Tensor, " pick"]) -> Float[Tensor, " batch"]:
+    def weighted_sum(self, terms: Float[Tensor, " pick"]) -> Float[Tensor, " batch"]:
         """Sum the weighted terms of each prompt, which gives g."""
         weighted = terms * self.weights.to(terms)
         return terms.new_zeros(self.batch).index_add(0, self.owner.to(terms.device), weighted)
@@ -362,7 +364,7 @@ class Picks(abc.ABC):
             batch=self.batch * times,
         )
 
-    def only(self: _Picks, rows: Int[Tensor, " some"]) -> _Picks:
+    def of_rows(self: _Picks, rows: Int[Tensor, " some"]) -> _Picks:
         """The same sum for some rows, with rows and prompts numbered from 0 anew."""
         chosen_rows = rows.to(self.rows)
         is_in_these = torch.isin(self.rows, chosen_rows)
@@ -397,7 +399,9 @@ class LogProbs(Picks):
     by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "tokens")
     tokens: Int[Tensor, " pick"]
 
-    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
+    def terms(
+        self, logits: Float[Tensor, "some vocab"], picks: Int[Tensor, " some"]
+    ) -> Float[Tensor, " some"]:
         """Compute the log-probability of each pick's token, in nats."""
         tokens = self.tokens[picks.to(self.tokens.device)].to(logits.device)
         return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
@@ -418,6 +422,6 @@ class LogProbs(Picks):
         return by_token.index_put(places, terms * self.weights.to(terms))
 
 
-def at_some(places: Places, picks: _Some) -> tuple[_Some, ...]:
+def at_some(places: Places, picks: Int[Tensor, " some"]) -> tuple[Int[Tensor, " some"], ...]:
     """Choose the places of some picks from those of all."""
     return tuple(index[picks.to(index.device)] for index in places)
