@@ -2,8 +2,8 @@
 
 One is a Llama whose attention doubles what it writes, another has a gain for each feature that o
 reads. A bridge computes attention from the formula of Llama, and so leaves factor and gains out: it
-is refused at first, and exact once a quirk is taught. The third is a Llama whose blocks double what
-attention writes instead, which needs nothing.
+is refused at first, and exact once a quirk is taught. Two others need nothing: a Llama whose blocks
+double what attention writes, and one whose norms and MLPs have formulas of their own.
 The oracle is PEFT's active adapter on the model.
 """
 
@@ -24,6 +24,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
@@ -150,6 +152,29 @@ def teach(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
     return quirks.quirk
 
 
+class OneMoreNorm(LlamaRMSNorm):
+    """Its gain is 1 + γ."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        square = hidden_states.pow(2).mean(-1, keepdim=True)
+        return (1 + self.weight) * hidden_states * torch.rsqrt(square + self.variance_epsilon)
+
+
+class TanhMLP(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.gate_proj(x)) * self.up_proj(x)
+        return FACTOR * self.down_proj(hidden + 0.5)
+
+
+class OwnFormulasForCausalLM(hf.LlamaForCausalLM):
+    def __init__(self, config: hf.LlamaConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.input_layernorm = OneMoreNorm(config.hidden_size, config.rms_norm_eps)
+            layer.mlp = TanhMLP(config)
+        self.post_init()
+
+
 QUIRKS = {
     DoublingForCausalLM: attention_is_doubled,
     GainedForCausalLM: features_have_gains,
@@ -252,3 +277,21 @@ def test_a_scaled_residual_needs_no_quirk():
         of_base = base(models.tokens()).logits
     torch.testing.assert_close(lens.logits(models.tokens()), expected, rtol=0, atol=1e-11)
     assert largest_difference(of_plain, of_base) > 1e-3
+
+
+def test_norms_and_mlps_of_their_own_formula_need_nothing():
+    """A bridge calls the model's own, also where the adapter has trained such a norm."""
+    peft, lens = loaded(OwnFormulasForCausalLM)
+    with torch.no_grad():
+        expected = peft(models.tokens()).logits
+    torch.testing.assert_close(lens.logits(models.tokens()), expected, rtol=0, atol=1e-11)
+
+    gain = torch.linspace(-1.0, 2.0, models._ROTARY["hidden_size"])
+    path = "model.layers.0.input_layernorm"
+    adapter = ll.Adapter.from_factors({path: ll.results.TrainedModule(weight=gain)})
+    tuned = copy.deepcopy(peft).unload()
+    tuned.get_submodule(path).weight.data.copy_(gain)
+    with torch.no_grad():
+        expected = tuned(models.tokens()).logits
+    found = lens.with_adapter(adapter).logits(models.tokens())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
