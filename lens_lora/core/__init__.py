@@ -99,8 +99,9 @@ How the model is made ready, and guarded:
     what a caller gives it, or is told
         model/gates.py, gauge.py, points.py, description.py
     what is asked of a hooked model, and the two that answer
-        model/host.py, own_parameters.py, hooked_host.py, bridge.py, bridge_components.py,
-        bridge_cache.py, hooked_transformer.py, find_host.py, bases.py, modules.py
+        model/host.py, hooked_host.py, own_parameters.py, base_parameters.py, bases.py,
+        site_basis.py, bridge.py, bridge_components.py, bridge_cache.py, hooked_transformer.py,
+        find_host.py, modules.py
     one forward pass of it
         model/hooks.py, passes.py, prompt_pass.py, lengths.py, unembedding.py
     what a call is protected from, and what is refused

@@ -22,8 +22,9 @@ from torch import Tensor
 from lens_lora.compat import in_float64
 from lens_lora.core import SiteFactors
 from lens_lora.core.model import (
+    BaseParameters,
     BaseWeights,
-    HookedHost,
+    OwnParameters,
     Processing,
     chunks_of,
     fused_rows,
@@ -42,7 +43,7 @@ from lens_lora.families import Place
 
 @declared_processing.provide
 def processing_of(
-    host: HookedHost, site: SiteFactors, weight: Float[Tensor, "out in"]
+    base: BaseParameters, site: SiteFactors, weight: Float[Tensor, "out in"]
 ) -> Processing:
     """Find how the model's weight at a site was processed.
 
@@ -50,22 +51,23 @@ def processing_of(
         ModelStateError: the model was processed and no base was given; or its weights contradict
             what its configuration says about its norms.
     """
-    norm_path = host.family.norm_path(site.layer, site.kind)
-    if host.base is None and not host.needs_base():
-        return Processing(folded=False, centred=host.is_centred(site.kind, weight))
-    base = host.required_base(site, norm_path or "value biases")
+    own = base.own
+    norm_path = own.family.norm_path(site.layer, site.kind)
+    if base.given is None and not own.needs_base():
+        return Processing(folded=False, centred=own.is_centred(site.kind, weight))
+    given = base.required(site, norm_path or "value biases")
     gamma = None
     if norm_path is not None:
-        gamma, _ = base.affine(norm_path)
+        gamma, _ = given.affine(norm_path)
     inferred = infer_processing(
         site.name,
         weight,
-        base.weight(site.path, site.rows) * host.embedding_scale(site.kind),
+        given.weight(site.path, site.rows) * own.embedding_scale(site.kind),
         gamma,
-        centres_reads=host.family.norm == "LN",
-        centres_writes=host.may_be_centred(site.kind),
+        centres_reads=own.family.norm == "LN",
+        centres_writes=own.may_be_centred(site.kind),
     )
-    folded = norm_path is not None and host.is_folded(site.layer, site.kind)
+    folded = norm_path is not None and own.is_folded(site.layer, site.kind)
     # A γ of ones leaves no trace in the weights.
     shows = gamma is not None and bool((gamma != 1).any())
     if shows and folded != inferred.folded:
@@ -78,45 +80,46 @@ def processing_of(
 
 
 @declared_value_bias.provide
-def folded_value_bias(host: HookedHost, site: SiteFactors) -> Float[Tensor, " out"] | None:
+def folded_value_bias(base: BaseParameters, site: SiteFactors) -> Float[Tensor, " out"] | None:
     """Rep(b̂_V), [n_heads · d_head], if b̂_V was folded into b_O, else None.
 
     Raises:
         ModelStateError: b̂_V was folded, or may have been, and the base was not given.
     """
-    if not host.may_have_folded_biases():
+    own = base.own
+    if not own.may_have_folded_biases():
         return None
-    b_V = host.bias(site.layer, "v")
+    b_V = own.bias(site.layer, "v")
     if b_V is not None and bool((b_V != 0).any()):
         return None
-    if host.base is None:
-        b_O = host.bias(site.layer, "o")
+    if base.given is None:
+        b_O = own.bias(site.layer, "o")
         if b_O is None or bool((b_O == 0).all()):
             return None
-        if not host.family.value_bias and not host.is_folded(site.layer, "v"):
+        if not own.family.value_bias and not own.is_folded(site.layer, "v"):
             return None
-    total = _value_bias(host, site.layer, host.required_base(site, "value biases"))
+    total = _value_bias(own, site.layer, base.required(site, "value biases"))
     if not bool(total.any()):
         return None
-    heads = host.heads
+    heads = own.heads
     by_kv_head = total.view(heads.n_kv, heads.d_head)
     return by_kv_head.repeat_interleave(heads.n_heads // heads.n_kv, dim=0).flatten()
 
 
-def _value_bias(host: HookedHost, layer: int, base: BaseWeights) -> Float[Tensor, " kv_out"]:
+def _value_bias(own: OwnParameters, layer: int, given: BaseWeights) -> Float[Tensor, " kv_out"]:
     """Compute b̂_V = b_V + W_V β, with β where the norm was folded, in float64."""
-    path = host.family.path(layer, "v")
-    norm_path = host.family.norm_path(layer, "v")
-    place = cast(Place, host.family.place(path))
-    rows = fused_rows(place, "v", host.heads, len(base.weight(path)))
-    total = torch.zeros(host.heads.n_kv * host.heads.d_head, dtype=torch.float64)
-    b_V = base.bias(path, rows)
+    path = own.family.path(layer, "v")
+    norm_path = own.family.norm_path(layer, "v")
+    place = cast(Place, own.family.place(path))
+    rows = fused_rows(place, "v", own.heads, len(given.weight(path)))
+    total = torch.zeros(own.heads.n_kv * own.heads.d_head, dtype=torch.float64)
+    b_V = given.bias(path, rows)
     if b_V is not None:
         total += b_V.cpu().double()
-    if norm_path and host.is_folded(layer, "v"):
-        _, beta = base.affine(norm_path)
+    if norm_path and own.is_folded(layer, "v"):
+        _, beta = given.affine(norm_path)
         if beta is not None:
-            total += (in_float64(base.weight(path, rows)) @ in_float64(beta)).cpu()
+            total += (in_float64(given.weight(path, rows)) @ in_float64(beta)).cpu()
     return total
 
 

@@ -6,11 +6,13 @@ To read it, begin at the top:
     updates                         what each site adds, in the Hugging Face basis
     basis, gauge, value_constants   the same in the basis of the model, as a map z → δ(z)
     host                            what is asked of a hooked model
-    own_parameters, hooked_host,    TransformerLens's two classes of hooked models
-      bridge, bridge_components,
-      bridge_cache, bases, modules,
-      hooked_transformer, lengths,
-      find_host
+    hooked_host, own_parameters,    what each class of hooked models answers in its own way
+      modules, lengths
+    base_parameters, bases,         what follows for both: the base, and a site's basis
+      site_basis
+    hooked_transformer, bridge,     TransformerLens's two classes of hooked models
+      bridge_components,
+      bridge_cache, find_host
     plan                            where each site reads and writes, and what
     injections, hooks, locks        the hooks that do it
     gates, adapted_model            the model at any gates, and the blocks with hooks on

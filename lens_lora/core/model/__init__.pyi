@@ -3,6 +3,7 @@
 from . import extensions as extensions
 from .adapted_modules import SiteFactors as SiteFactors
 from .adapted_modules import fused_rows as fused_rows
+from .base_parameters import BaseParameters as BaseParameters
 from .bases import BaseWeights as BaseWeights
 from .bases import Processing as Processing
 from .bases import chunks_of as chunks_of
@@ -25,8 +26,6 @@ from .find_host import register_host as register_host
 from .gates import Scale as Scale
 from .gauge import Gauge as Gauge
 from .hooked_host import HookedHost as HookedHost
-from .hooked_host import folded_value_bias as folded_value_bias
-from .hooked_host import processing_of as processing_of
 from .hooked_transformer import HookedTransformerHost as HookedTransformerHost
 from .hooks import HookFn as HookFn
 from .hooks import attached as attached
@@ -49,6 +48,7 @@ from .modules import modules_of as modules_of
 from .modules import names_by_path as names_by_path
 from .modules import normalised as normalised
 from .modules import shape_of as shape_of
+from .own_parameters import OwnParameters as OwnParameters
 from .passes import ForwardPass as ForwardPass
 from .passes import OpenBlock as OpenBlock
 from .passes import Rows as Rows
@@ -65,6 +65,8 @@ from .running import note_that_it_ran as note_that_it_ran
 from .running import plain_logits as plain_logits
 from .running import require_running as require_running
 from .running import require_same_logits as require_same_logits
+from .site_basis import folded_value_bias as folded_value_bias
+from .site_basis import processing_of as processing_of
 from .sites import ATTENTION_KINDS as ATTENTION_KINDS
 from .sites import EMBEDDING_KINDS as EMBEDDING_KINDS
 from .sites import OUTSIDE_KINDS as OUTSIDE_KINDS

@@ -236,15 +236,9 @@ class BridgeHost(HookedHost):
 
         return self.known("wrapped", layer, kind, make=find)
 
-    def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
-        """W at a site, where the model has it: a dequantised weight is only near it."""
-        if extensions.quantised_name(self._wrapped(site.layer, site.kind)) is not None:
-            raise ModelStateError(
-                f"{site.label}: {update} depends on the base's own weight, and this model's is "
-                "quantised: a plain LoRA needs no weight, this one does. Load the base in bfloat16 "
-                "or float32."
-            )
-        return super().base_weight(site, update)
+    def is_quantised(self, layer: int, kind: str) -> bool:
+        """Whether the wrapped module is quantised; dequantised, its weight is near the base's."""
+        return extensions.quantised_name(self._wrapped(layer, kind)) is not None
 
     def _processed_weight(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
         """The weight that a processed gated MLP holds itself (transformer-lens 3)."""

@@ -238,19 +238,12 @@ class HookedTransformerHost(HookedHost):
         module, weight = self._parameter(layer, kind)
         return _parameter_of(module, _bias_name(weight)).flatten()
 
-    def base_bias(self, site: SiteFactors) -> Tensor | None:
-        """The base's bias b at a site; None also for an unprocessed model's head whose b_U is zero.
-
-        Raises:
-            ModelStateError: no base was given. A HookedTransformer does not say whether its biases
-                were processed.
-        """
-        is_raw = self.base is None and not self.needs_base()
-        if is_raw and site.kind == "unembed":
-            b_U = _parameter_of(self.model.unembed, "b_U")
-            if not bool(b_U.any()):
-                return None
-        return super().base_bias(site)
+    def base_lacks_bias(self, kind: str) -> bool:
+        """True for the head of an unprocessed model whose b_U is zero."""
+        if kind != "unembed" or self.needs_base():
+            return False
+        b_U = _parameter_of(self.model.unembed, "b_U")
+        return not bool(b_U.any())
 
     def run_cached(
         self,

@@ -1,6 +1,17 @@
-"""A hooked model's own parameters, and what processing did to them: `OwnParameters`.
+"""What a hooked model says of its own weights, biases and norms: `OwnParameters`.
 
-The base that it was made from is asked in `hooked_host`.
+These are not always the parameters of its Hugging Face base. TransformerLens may process a model:
+
+    fold a norm             γ and β of a norm go into the weights and biases that read it
+    centre the writers      what is written to the residual stream loses its mean
+    fold value biases       b_O takes the image of b_V, and b_V becomes zero
+
+Each class of hooked models answers what it holds, and what was done to it, in its own way. What
+follows from the answers is at the end of the class. Where parameters of the base are needed,
+`base_parameters.py` finds them here or in `hf_model`.
+
+A layer's number is −1 before the blocks, and `n_layers` behind them. A kind is that of a site, such
+as 'q' or 'ln1'.
 """
 
 from __future__ import annotations
@@ -28,12 +39,15 @@ _READER_OF_NORM = {"ln1": "q", "ln2": "up", "ln_final": "unembed"}
 
 
 class OwnParameters(abc.ABC):
-    """What a hooked model says of its own parameters.
+    """The parameters of a hooked model as it holds them, layer by layer.
 
     Attributes:
         class_name: the class's name in errors and saved results.
         says_folded_biases: whether the model says that its biases were processed.
+        model: the hooked model itself.
+        family: how Hugging Face names its modules, and which norm each of them reads.
         heads: the heads of the weights.
+        n_layers: the number of blocks.
         kv_copies: how often a flag repeats the heads of k and v before their hook points.
     """
 
@@ -55,9 +69,16 @@ class OwnParameters(abc.ABC):
             self._known[key] = make()
         return self._known[key]
 
+    # --- What it holds
+
     @abc.abstractmethod
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
         """The model's own weight of this kind, heads flattened."""
+
+    def is_quantised(self, layer: int, kind: str) -> bool:
+        """Whether the weight is stored quantised, so that `weight` is only near the base's."""
+        del layer, kind
+        return False
 
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
         """(out, in) of the weight; for a stack of experts, that of each expert's weight."""
@@ -68,22 +89,9 @@ class OwnParameters(abc.ABC):
         """The weights of all experts of a layer, one after another; None for any other kind."""
         del layer, kind
 
-    def experts(self, layer: int, kind: str) -> int:
-        """How many experts the weight has; 0 for a weight of any other kind."""
-
-        def count() -> int:
-            stack = self.stack(layer, kind)
-            return 0 if stack is None else len(stack)
-
-        return self.known("experts", layer, kind, make=count)
-
     @abc.abstractmethod
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
         """The model's own bias of v, o or the unembedding, heads flattened."""
-
-    @abc.abstractmethod
-    def embedding_scale(self, kind: str) -> float:
-        """The factor κ that the model's own embedding has and Hugging Face's weight lacks."""
 
     @abc.abstractmethod
     def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
@@ -94,17 +102,15 @@ class OwnParameters(abc.ABC):
         del layer, kind
         return None
 
-    def is_folded(self, layer: int, kind: str) -> bool:
-        """Whether a norm's affine was folded into the weights that read it.
+    @abc.abstractmethod
+    def embedding_scale(self, kind: str) -> float:
+        """The factor κ that the model's own embedding has and Hugging Face's weight lacks."""
 
-        Args:
-            layer: its number.
-            kind: the kind of the norm, or of a linear map that reads it.
-        """
-        if kind not in NORM_KINDS:
-            return self.reads_folded_norm(layer, kind)
-        reader = _READER_OF_NORM.get(kind)
-        return reader is not None and self.reads_folded_norm(layer, reader)
+    # --- How it differs from its base
+
+    @abc.abstractmethod
+    def needs_base(self) -> bool:
+        """Whether the weights were processed, so that the base is needed for what was removed."""
 
     @abc.abstractmethod
     def reads_folded_norm(self, layer: int, kind: str) -> bool:
@@ -114,21 +120,12 @@ class OwnParameters(abc.ABC):
     def is_tied(self) -> bool | None:
         """Whether the base ties its head to its embedding; None where this class cannot tell."""
 
-    @abc.abstractmethod
-    def needs_base(self) -> bool:
-        """Whether the weights were processed, so that the base is needed for what was removed."""
+    def base_lacks_bias(self, kind: str) -> bool:
+        """Whether the model tells that the base has no bias of this kind, whatever was folded."""
+        del kind
+        return False
 
-    def unembedding(self) -> Unembedding | None:
-        """W_U and b_U; None if a soft-cap follows them before the logits."""
-        if (getattr(self.model.cfg, "output_logits_soft_cap", None) or 0) > 0:
-            return None
-        weight = self.weight(self.n_layers, "unembed")
-        return Unembedding(weight, self.bias(self.n_layers, "unembed"))
-
-    @property
-    def heads_at_hooks(self) -> Heads:
-        """The heads as the hook points show them: a flag may repeat those of k and v."""
-        return dataclasses.replace(self.heads, n_kv=self.heads.n_kv * self.kv_copies)
+    # --- What follows of its weights
 
     @property
     def working_dtype(self) -> torch.dtype:
@@ -139,6 +136,27 @@ class OwnParameters(abc.ABC):
             return torch.promote_types(dtype, torch.float32)
 
         return self.known("working dtype", make=promoted)
+
+    @property
+    def heads_at_hooks(self) -> Heads:
+        """The heads as the hook points show them: a flag may repeat those of k and v."""
+        return dataclasses.replace(self.heads, n_kv=self.heads.n_kv * self.kv_copies)
+
+    def experts(self, layer: int, kind: str) -> int:
+        """How many experts the weight has; 0 for a weight of any other kind."""
+
+        def count() -> int:
+            stack = self.stack(layer, kind)
+            return 0 if stack is None else len(stack)
+
+        return self.known("experts", layer, kind, make=count)
+
+    def unembedding(self) -> Unembedding | None:
+        """W_U and b_U; None if a soft-cap follows them before the logits."""
+        if (getattr(self.model.cfg, "output_logits_soft_cap", None) or 0) > 0:
+            return None
+        weight = self.weight(self.n_layers, "unembed")
+        return Unembedding(weight, self.bias(self.n_layers, "unembed"))
 
     def norm_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
         """(γ, β) of the model's own norm.
@@ -168,6 +186,20 @@ class OwnParameters(abc.ABC):
                 "enable_compatibility_mode)."
             )
         return in_float64(weight) / self.embedding_scale(site.kind)
+
+    # --- What follows of their processing
+
+    def is_folded(self, layer: int, kind: str) -> bool:
+        """Whether a norm's affine was folded into the weights that read it.
+
+        Args:
+            layer: its number.
+            kind: the kind of the norm, or of a linear map that reads it.
+        """
+        if kind not in NORM_KINDS:
+            return self.reads_folded_norm(layer, kind)
+        reader = _READER_OF_NORM.get(kind)
+        return reader is not None and self.reads_folded_norm(layer, reader)
 
     def may_have_folded_biases(self) -> bool:
         """Whether value biases were folded, as far as the model tells."""

@@ -36,6 +36,7 @@ from lens_lora.core.model.check import (
 from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.host import Ports
+from lens_lora.core.model.site_basis import folded_value_bias, map_of, norm_map
 from lens_lora.core.model.sites import Site, Sites, points_between
 from lens_lora.core.model.updates import SiteUpdate, site_updates
 from lens_lora.core.model.watch import Watch
@@ -370,12 +371,14 @@ def _placed(host: HookedHost, pair: SiteUpdate, changed_norms: frozenset[str]) -
     layer = site.layer
     kind = site.kind
     if isinstance(pair.update, NormUpdate):
-        return _PlacedUpdate(host.norm_ports(layer, kind), host.norm_map(site, pair.update))
+        delta = norm_map(host, site, pair.update)
+        return _PlacedUpdate(host.norm_ports(layer, kind), delta)
     is_behind = host.family.norm_path(layer, kind) in changed_norms
     ports_of = host.ports_behind_norm if is_behind else host.ports
     make = functools.partial(ports_of, layer, kind)
     ports = host.known("ports", layer, kind, is_behind, make=make)
-    return _PlacedUpdate((ports,), host.map_of(site, pair.update, behind_norm=is_behind))
+    delta = map_of(host.base, site, pair.update, behind_norm=is_behind)
+    return _PlacedUpdate((ports,), delta)
 
 
 def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
@@ -424,7 +427,7 @@ def _folded_constant(
         norm_folded=host.is_folded(site.layer, "v"),
         has_bias=isinstance(pair.update, Update) and pair.update.bias is not None,
     )
-    if constant is None or host.folded_value_bias(site) is None:
+    if constant is None or folded_value_bias(host.base, site) is None:
         return None
     return constant
 

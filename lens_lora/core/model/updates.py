@@ -9,7 +9,7 @@
        trained rows t    ΔW = Σ_t (W'_t − W_t) at row t: one factor selects the rows
        norm              Δγ = γ' − γ,  Δβ = β' − β
 
-   W, b, γ and β are those of the base (`HookedHost.base_weight` and others). W₀ = W, unless PEFT
+   W, b, γ and β are those of the base (`BaseParameters`). W₀ = W, unless PEFT
    writes an embedding of the file into the base: then ΔW is s·B·A plus W₀ − W. Parameters that
    equal the base to one rounding of the coarser dtype are no update, and a site without an update
    is left out.
@@ -129,7 +129,7 @@ def _update_of(site: SiteFactors, host: HookedHost) -> Update | NormUpdate | Non
     if not host.is_folded(site.layer, site.kind):
         return _norm_update(site, host)
     # Without the base it is not known whether the norm changes.
-    if host.base is None or _norm_update(site, host) is not None:
+    if host.base.given is None or _norm_update(site, host) is not None:
         raise ModelStateError(
             f"{site.label}: the adapter changes this norm's γ or β, and this {host.class_name} has "
             "them folded into the weights that read the norm, whose own updates would then depend "
@@ -329,7 +329,7 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Up
         return update
 
     needed_for = "DoRA's ΔW" if is_dora else "ΔW of a stored weight"
-    base = host.base_weight(site, needed_for)
+    base = host.base.weight(site, needed_for)
     W = in_float64(base)
     if is_dora:
         W0 = W if stored is None else stored.to(W)
@@ -360,7 +360,7 @@ def _of_trained(site: SiteFactors, trained: TrainedModule, host: HookedHost) -> 
         weight = stored.index_copy(_token_axis(site.kind), trained.tokens, weight.to(stored))
     if _unlike_base(site, weight, host) is None:
         return None
-    W = host.base_weight(site, "ΔW of a trained weight")
+    W = host.base.weight(site, "ΔW of a trained weight")
     return _dense(trained.strength * _difference(weight, W))
 
 
@@ -368,7 +368,7 @@ def _of_rows(
     site: SiteFactors, rows: Tensor, tokens: Int[Tensor, " row"], strength: float, host: HookedHost
 ) -> Update | None:
     """One factor selects the rows, the other is their change; dense where they are many."""
-    W = host.base_weight(site, "ΔW of trained rows")
+    W = host.base.weight(site, "ΔW of trained rows")
     axis = _token_axis(site.kind)
     tokens = tokens.to(W.device)
     before = W.index_select(axis, tokens)
@@ -407,7 +407,7 @@ def _trained_bias_change(
     """The change b' − b of a trained bias; None where it is the base's, or was not trained."""
     if trained is None:
         return None
-    bias = host.base_bias(site)
+    bias = host.base.bias(site)
     if bias is None:
         raise site.misfit("the adapter holds a trained bias, the base model has none there")
     if is_same(trained, bias):
@@ -418,7 +418,7 @@ def _trained_bias_change(
 
 def _lost_bias(site: SiteFactors, host: HookedHost) -> Float[Tensor, " out"] | None:
     """−b of a head whose rows were trained: PEFT's layer of trained rows has no bias."""
-    bias = host.base_bias(site) if site.kind == "unembed" else None
+    bias = host.base.bias(site) if site.kind == "unembed" else None
     if bias is None or not bool(bias.any()):
         return None
     return -in_float64(bias)
@@ -442,11 +442,11 @@ def _unlike_base(site: SiteFactors, held: Tensor | None, host: HookedHost) -> Te
             f"{tuple(weight.shape)}: it was resized, or is another model's. Resize the base model "
             "in the same way, and build the hooked model from it."
         )
-    if host.base is None and not host.needs_base() and host.is_centred(site.kind, weight):
+    if host.base.given is None and not host.needs_base() and host.is_centred(site.kind, weight):
         centred = in_float64(weight) / host.embedding_scale(site.kind)
         is_base = _is_centred_to(held, centred, host.working_dtype)
     else:
-        is_base = is_same(held, host.base_weight(site, "whether its stored weight is the base's"))
+        is_base = is_same(held, host.base.weight(site, "whether its stored weight is the base's"))
     return None if is_base else held
 
 
@@ -484,7 +484,7 @@ def _dense(delta: Float[Tensor, "out in"]) -> Update:
 def _norm_update(site: SiteFactors, host: HookedHost) -> NormUpdate | None:
     """Δγ and Δβ of a norm; None if nothing differs from the base."""
     trained = cast(TrainedModule, site.factors)
-    gamma, beta = host.base_affine(site)
+    gamma, beta = host.base.affine(site)
     weight = trained.weight
     if weight is not None:
         weight = weight + host.family.gamma_offset
@@ -535,13 +535,13 @@ def follower(
         ModelStateError: whether they are tied, or the base's weight, is not known.
     """
     shared = _shared_parameters(site, host)
-    if shared is None or not host.ties_head(site):
+    if shared is None or not host.base.ties_head(site):
         return None
     kind = _TIED[site.kind]
     other = sites.get((kind, site.adapter))
     if other is not None and _holds(other, site, shared):
         return None
-    path = host.head if kind == "unembed" else host.family.embed
+    path = host.base.head if kind == "unembed" else host.family.embed
     return dataclasses.replace(
         site,
         name=site_name(0, kind, site.adapter),

@@ -17,8 +17,8 @@ from differences import largest_difference
 import lens_lora as ll
 from lens_lora import families
 from lens_lora.core.function import reverse as reverse_mode
-from lens_lora.core.model import hooked_host, injections
 from lens_lora.core.model import hooks as model_hooks
+from lens_lora.core.model import injections, site_basis
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
 from lens_lora.core.model.host import Ports
 
@@ -43,7 +43,7 @@ def error(family: str, cls: str, flags: str) -> float:
 
 def site_map_without(**dropped):
     """The builder of δ with some of its basis forced."""
-    true = hooked_host.site_map
+    true = site_basis.site_map
     return lambda update, basis: true(update, dataclasses.replace(basis, **dropped))
 
 
@@ -60,7 +60,7 @@ def site_map_without(**dropped):
 def test_a_forgotten_correction_shows(family: str, dropped: dict, cls: str, monkeypatch):
     """γ, β, and the centring of writers, on a model with all processing."""
     assert error(family, cls, "processed") < 1e-9
-    monkeypatch.setattr(hooked_host, "site_map", site_map_without(**dropped))
+    monkeypatch.setattr(site_basis, "site_map", site_map_without(**dropped))
     # An uncentred writer moves the residual along 1, which LayerNorm removes: the logits
     # cannot show it, the residual stream does.
     if "centre_write" in dropped:
@@ -79,7 +79,7 @@ def test_a_forgotten_correction_shows(family: str, dropped: dict, cls: str, monk
 def test_forgotten_value_bias_shows(family: str, cls: str, monkeypatch):
     """b̂_V, where value biases were folded into b_O."""
     assert error(family, cls, "processed") < 1e-9
-    monkeypatch.setattr(hooked_host.HookedHost, "folded_value_bias", lambda *args: None)
+    monkeypatch.setattr(site_basis.folded_value_bias, "_function", lambda *args: None)
     assert error(family, cls, "processed") > 1e-3
 
 
