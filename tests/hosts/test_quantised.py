@@ -124,7 +124,7 @@ def fast_cpu(request):
         pytest.skip("this CPU has no AVX512-BF16")
     model = quantised.load("llama", "4 bit", nested=request.param)
     plain = quantised.dense(model, "llama")
-    quantised.without_avx512(model, there=True)
+    quantised.take_bfloat16_kernel(model, True)
     return model, ll.LoraLens(
         models.MAKERS["TransformerBridge"](plain), ll.load_adapter(saved("llama"))
     )

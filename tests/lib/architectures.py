@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import cases
 import models
@@ -83,49 +84,64 @@ _MAMBA = {
 }
 _FALCON = {"head_dim": None, "num_key_value_heads": None}
 _GLM = {"partial_rotary_factor": 0.5}
-# (transformers' class without ForCausalLM, its configuration where that is named otherwise, sizes)
-ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "OLMo": ("Olmo", "", {}),
-    "OLMo 2": ("Olmo2", "", {}),
-    "OLMo 3": ("Olmo3", "", {"sliding_window": 4}),
-    "OLMoE": ("Olmoe", "", _MOE),
-    "FlexOLMo": ("FlexOlmo", "", _MOE),
-    "Granite": ("Granite", "", {}),
-    "Granite MoE": ("GraniteMoe", "", _MOE),
-    "SmolLM3": ("SmolLM3", "", {}),
-    "StarCoder 2": ("Starcoder2", "", {}),
-    "StableLM": ("StableLm", "", {}),
-    "Cohere": ("Cohere", "", {}),
-    "Cohere 2": ("Cohere2", "", {"sliding_window": 4}),
-    "GLM": ("Glm", "", _GLM),
-    "GLM 4": ("Glm4", "", _GLM),
-    "GLM 4 MoE": ("Glm4Moe", "", {**_DEEPSEEK, **_GLM, "num_key_value_heads": 2}),
-    "EXAONE 4": ("Exaone4", "", {"sliding_window": 4}),
-    "Llama 4": (
+
+
+class Architecture(NamedTuple):
+    """A row: a class of transformers, and what makes a tiny model of it.
+
+    Attributes:
+        stem: the name of the class without 'ForCausalLM'.
+        config: the name of its configuration's class; '' if that is the stem and 'Config'.
+        sizes: what the configuration needs beside `_SIZES`, or in place of them.
+    """
+
+    stem: str
+    config: str = ""
+    sizes: Mapping[str, Any] = MappingProxyType({})
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "OLMo": Architecture("Olmo"),
+    "OLMo 2": Architecture("Olmo2"),
+    "OLMo 3": Architecture("Olmo3", sizes={"sliding_window": 4}),
+    "OLMoE": Architecture("Olmoe", sizes=_MOE),
+    "FlexOLMo": Architecture("FlexOlmo", sizes=_MOE),
+    "Granite": Architecture("Granite"),
+    "Granite MoE": Architecture("GraniteMoe", sizes=_MOE),
+    "SmolLM3": Architecture("SmolLM3"),
+    "StarCoder 2": Architecture("Starcoder2"),
+    "StableLM": Architecture("StableLm"),
+    "Cohere": Architecture("Cohere"),
+    "Cohere 2": Architecture("Cohere2", sizes={"sliding_window": 4}),
+    "GLM": Architecture("Glm", sizes=_GLM),
+    "GLM 4": Architecture("Glm4", sizes=_GLM),
+    "GLM 4 MoE": Architecture("Glm4Moe", sizes={**_DEEPSEEK, **_GLM, "num_key_value_heads": 2}),
+    "EXAONE 4": Architecture("Exaone4", sizes={"sliding_window": 4}),
+    "Llama 4": Architecture(
         "Llama4",
-        "Llama4TextConfig",
-        {**_MOE, "num_experts_per_tok": 1, "intermediate_size_mlp": 24},
+        config="Llama4TextConfig",
+        sizes={**_MOE, "num_experts_per_tok": 1, "intermediate_size_mlp": 24},
     ),
-    "Hunyuan": ("HunYuanDenseV1", "", {}),
-    "Seed-OSS": ("SeedOss", "", {}),
-    "Apertus": ("Apertus", "", {}),
-    "Arcee": ("Arcee", "", {}),
-    "Nemotron": ("Nemotron", "", {}),
-    "Ernie 4.5": ("Ernie4_5", "", {}),
-    "Ernie 4.5 MoE": ("Ernie4_5_Moe", "", {**_MOE, "moe_num_experts": 4, "moe_k": 2}),
-    "Mixtral": ("Mixtral", "", _MOE),
-    "Qwen2-MoE": ("Qwen2Moe", "", _MOE),
-    "Qwen3-MoE": ("Qwen3Moe", "", _MOE),
-    "Qwen3-Next": ("Qwen3Next", "", {**_MOE, **_LINEAR_ATTENTION}),
-    "Qwen3.5": ("Qwen3_5", "Qwen3_5TextConfig", _LINEAR_ATTENTION),
-    "gpt-oss": ("GptOss", "", _MOE),
-    "DeepSeek-V2": ("DeepseekV2", "", _DEEPSEEK),
-    "DeepSeek-V3": ("DeepseekV3", "", _DEEPSEEK),
-    "Youtu": ("Youtu", "", _DEEPSEEK),
-    "Gemma 4": (
+    "Hunyuan": Architecture("HunYuanDenseV1"),
+    "Seed-OSS": Architecture("SeedOss"),
+    "Apertus": Architecture("Apertus"),
+    "Arcee": Architecture("Arcee"),
+    "Nemotron": Architecture("Nemotron"),
+    "Ernie 4.5": Architecture("Ernie4_5"),
+    "Ernie 4.5 MoE": Architecture("Ernie4_5_Moe", sizes={**_MOE, "moe_num_experts": 4, "moe_k": 2}),
+    "Mixtral": Architecture("Mixtral", sizes=_MOE),
+    "Qwen2-MoE": Architecture("Qwen2Moe", sizes=_MOE),
+    "Qwen3-MoE": Architecture("Qwen3Moe", sizes=_MOE),
+    "Qwen3-Next": Architecture("Qwen3Next", sizes={**_MOE, **_LINEAR_ATTENTION}),
+    "Qwen3.5": Architecture("Qwen3_5", config="Qwen3_5TextConfig", sizes=_LINEAR_ATTENTION),
+    "gpt-oss": Architecture("GptOss", sizes=_MOE),
+    "DeepSeek-V2": Architecture("DeepseekV2", sizes=_DEEPSEEK),
+    "DeepSeek-V3": Architecture("DeepseekV3", sizes=_DEEPSEEK),
+    "Youtu": Architecture("Youtu", sizes=_DEEPSEEK),
+    "Gemma 4": Architecture(
         "Gemma4",
-        "Gemma4TextConfig",
-        {
+        config="Gemma4TextConfig",
+        sizes={
             "layer_types": ["sliding_attention", "full_attention"],
             "sliding_window": 4,
             "global_head_dim": 8,
@@ -133,26 +149,21 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "hidden_size_per_layer_input": 4,
         },
     ),
-    "VaultGemma": ("VaultGemma", "", {"query_pre_attn_scalar": 4, "sliding_window": 4}),
-    "LFM2": (
-        "Lfm2",
-        "",
-        {"layer_types": ["conv", "full_attention"]},
+    "VaultGemma": Architecture(
+        "VaultGemma", sizes={"query_pre_attn_scalar": 4, "sliding_window": 4}
     ),
-    "XGLM": (
-        "XGLM",
-        "",
-        {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 4},
+    "LFM2": Architecture("Lfm2", sizes={"layer_types": ["conv", "full_attention"]}),
+    "XGLM": Architecture(
+        "XGLM", sizes={"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 4}
     ),
-    "Jais 2": ("Jais2", "", _MHA),
-    "nanochat": ("NanoChat", "", {}),
-    "Ministral 3": ("Ministral3", "", {}),
-    "Falcon": ("Falcon", "", _FALCON),
-    "Falcon, interleaved": ("Falcon", "", _FALCON),
-    "MPT": (
+    "Jais 2": Architecture("Jais2", sizes=_MHA),
+    "nanochat": Architecture("NanoChat"),
+    "Ministral 3": Architecture("Ministral3"),
+    "Falcon": Architecture("Falcon", sizes=_FALCON),
+    "Falcon, interleaved": Architecture("Falcon", sizes=_FALCON),
+    "MPT": Architecture(
         "Mpt",
-        "",
-        {
+        sizes={
             "d_model": 16,
             "n_heads": 4,
             "n_layers": 2,
@@ -160,31 +171,29 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_key_value_heads": None,
         },
     ),
-    "GPT-BigCode": ("GPTBigCode", "", {**_GPT, "multi_query": True}),
-    "ModernBERT decoder": ("ModernBertDecoder", "", {"local_attention": 4}),
-    "Laguna": ("Laguna", "", {**_MOE, "sliding_window": 4}),
-    "AFMoE": ("Afmoe", "", {**_MOE, "num_dense_layers": 1, "sliding_window": 4}),
-    "OLMo hybrid": ("OlmoHybrid", "", _LINEAR_ATTENTION),
-    "Qwen3.5 MoE": ("Qwen3_5Moe", "Qwen3_5MoeTextConfig", {**_MOE, **_LINEAR_ATTENTION}),
-    "LFM2 MoE": (
-        "Lfm2Moe",
-        "",
-        {**_MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "GPT-BigCode": Architecture("GPTBigCode", sizes={**_GPT, "multi_query": True}),
+    "ModernBERT decoder": Architecture("ModernBertDecoder", sizes={"local_attention": 4}),
+    "Laguna": Architecture("Laguna", sizes={**_MOE, "sliding_window": 4}),
+    "AFMoE": Architecture("Afmoe", sizes={**_MOE, "num_dense_layers": 1, "sliding_window": 4}),
+    "OLMo hybrid": Architecture("OlmoHybrid", sizes=_LINEAR_ATTENTION),
+    "Qwen3.5 MoE": Architecture(
+        "Qwen3_5Moe", config="Qwen3_5MoeTextConfig", sizes={**_MOE, **_LINEAR_ATTENTION}
     ),
-    "Granite hybrid": (
+    "LFM2 MoE": Architecture(
+        "Lfm2Moe", sizes={**_MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
+    ),
+    "Granite hybrid": Architecture(
         "GraniteMoeHybrid",
-        "",
-        {
+        sizes={
             **_MOE,
             **_MAMBA,
             "layer_types": ["mamba", "attention"],
             "shared_intermediate_size": 12,
         },
     ),
-    "Jamba": (
+    "Jamba": Architecture(
         "Jamba",
-        "",
-        {
+        sizes={
             **_MOE,
             "expert_layer_period": 2,
             "attn_layer_period": 2,
@@ -195,12 +204,11 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "use_mamba_kernels": False,
         },
     ),
-    "Bamba": ("Bamba", "", {**_MAMBA, "attn_layer_indices": [1]}),
-    "Falcon-H1": ("FalconH1", "", {**_MAMBA, "mamba_d_ssm": 16, "mamba_d_head": 4}),
-    "Nemotron-H": (
+    "Bamba": Architecture("Bamba", sizes={**_MAMBA, "attn_layer_indices": [1]}),
+    "Falcon-H1": Architecture("FalconH1", sizes={**_MAMBA, "mamba_d_ssm": 16, "mamba_d_head": 4}),
+    "Nemotron-H": Architecture(
         "NemotronH",
-        "",
-        {
+        sizes={
             "mamba_num_heads": 4,
             "ssm_state_size": 4,
             "mamba_head_dim": 8,
@@ -209,26 +217,23 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "chunk_size": 8,
         },
     ),
-    "RecurrentGemma": (
+    "RecurrentGemma": Architecture(
         "RecurrentGemma",
-        "",
-        {
+        sizes={
             "lru_width": 16,
             "attention_window_size": 8,
             "num_key_value_heads": 1,
             "block_types": ["recurrent", "attention"],
         },
     ),
-    "Mamba": ("Mamba", "", {"state_size": 4}),
-    "Mamba 2": (
+    "Mamba": Architecture("Mamba", sizes={"state_size": 4}),
+    "Mamba 2": Architecture(
         "Mamba2",
-        "",
-        {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        sizes={"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     ),
-    "Zamba 2": (
+    "Zamba 2": Architecture(
         "Zamba2",
-        "",
-        {
+        sizes={
             "mamba_d_state": 4,
             "n_mamba_heads": 2,
             "mamba_ngroups": 1,
@@ -236,15 +241,15 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "layers_block_type": ["mamba", "hybrid"],
         },
     ),
-    "GLM 4 MoE lite": ("Glm4MoeLite", "", _DEEPSEEK),
-    "GLM DSA": ("GlmMoeDsa", "", _DEEPSEEK),
-    "MiniMax-M2": ("MiniMaxM2", "", _MOE),
-    "JetMoE": ("JetMoe", "", {**_MOE, "kv_channels": 4, "num_key_value_heads": 2}),
-    "BitNet": ("BitNet", "", {}),
-    "CodeGen": ("CodeGen", "", {**_GPT, "n_ctx": models.CONTEXT, "rotary_dim": 2}),
+    "GLM 4 MoE lite": Architecture("Glm4MoeLite", sizes=_DEEPSEEK),
+    "GLM DSA": Architecture("GlmMoeDsa", sizes=_DEEPSEEK),
+    "MiniMax-M2": Architecture("MiniMaxM2", sizes=_MOE),
+    "JetMoE": Architecture("JetMoe", sizes={**_MOE, "kv_channels": 4, "num_key_value_heads": 2}),
+    "BitNet": Architecture("BitNet"),
+    "CodeGen": Architecture("CodeGen", sizes={**_GPT, "n_ctx": models.CONTEXT, "rotary_dim": 2}),
     # Classes that have an entry in `families`, built otherwise than it says.
-    "OPT, norms after": ("OPT", "", {"ffn_dim": 24, "word_embed_proj_dim": 16}),
-    "OPT-350m": ("OPT", "", {"ffn_dim": 24, "word_embed_proj_dim": 8}),
+    "OPT, norms after": Architecture("OPT", sizes={"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "OPT-350m": Architecture("OPT", sizes={"ffn_dim": 24, "word_embed_proj_dim": 8}),
 }
 # What is not the default of the row's class, beside sizes.
 CHOICES: dict[str, dict[str, Any]] = {
@@ -274,7 +279,7 @@ ARCHITECTURES |= {
     f"{name}, defaults": ARCHITECTURES[name] for name in CHOICES if name not in _HAVE_DEFAULTS
 }
 # A quarter of four dimensions of a head is no rotation: heads of eight.
-ARCHITECTURES["StableLM, defaults"] = ("StableLm", "", {"hidden_size": 32})
+ARCHITECTURES["StableLM, defaults"] = Architecture("StableLm", sizes={"hidden_size": 32})
 
 # Linear modules without a LoRA, beside the head, which has a test of its own.
 _LEFT_OUT = (
@@ -300,11 +305,12 @@ _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 def hf_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """The tiny model, every parameter random, as `models.hf_model` makes it."""
-    stem, config_name, sizes = ARCHITECTURES[name]
-    fields = {**_SIZES, **sizes, **CHOICES.get(name, {})}
+    row = ARCHITECTURES[name]
+    fields = {**_SIZES, **row.sizes, **CHOICES.get(name, {})}
+    # A size of None is no field of this configuration.
     fields = {field: value for field, value in fields.items() if value is not None}
-    config_class = getattr(hf, config_name or f"{stem}Config")
-    model_class = getattr(hf, f"{stem}ForCausalLM")
+    config_class = getattr(hf, row.config or f"{row.stem}Config")
+    model_class = getattr(hf, f"{row.stem}ForCausalLM")
     config = config_class(**fields)
     config._experts_implementation = "eager"
     torch.manual_seed(seed)
@@ -340,7 +346,7 @@ def linear_modules(name: str, base: PreTrainedModel) -> list[str]:
     """The linear modules that a row's LoRA is on."""
     head = base.get_output_embeddings()
     left_out = list(_LEFT_OUT)
-    if ARCHITECTURES[name][0] in _REFUSED_BY_PEFT:
+    if ARCHITECTURES[name].stem in _REFUSED_BY_PEFT:
         left_out.append("out_proj")
     if any(parameter.ndim == 3 for parameter in base.parameters()):
         # PEFT would take these names for experts.
@@ -356,7 +362,7 @@ def linear_modules(name: str, base: PreTrainedModel) -> list[str]:
 
 def peft_model(name: str, base: PreTrainedModel) -> PeftModel:
     """A copy of the base with a random LoRA of every linear module active."""
-    parameters = [] if ARCHITECTURES[name][0] in _OTHER_STACKS else expert_parameters(base)
+    parameters = [] if ARCHITECTURES[name].stem in _OTHER_STACKS else expert_parameters(base)
     config = LoraConfig(
         r=2,
         lora_alpha=3,

@@ -5,6 +5,7 @@ A work runs one call and gives its numbers by name, with the σ that the result 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -145,23 +146,33 @@ STATED: Works = {
 
 
 def compared(low: Found, high: Found) -> Compared:
-    """Half precision beside float64."""
-    found = low.values.detach().double().nan_to_num()
-    exact = high.values.detach().double().nan_to_num()
+    """Half precision beside float64.
+
+    Args:
+        low: the numbers in half precision.
+        high: the same numbers in float64.
+    """
+    found = _by_prompt(low.values)
+    exact = _by_prompt(high.values)
     error = _rms(found - exact)
     size = float(exact.abs().max()) if high.shift is None else _rms(high.shift)
-    found_rows = found.reshape(len(found), -1)
-    exact_rows = exact.reshape(len(exact), -1)
-    spearman = _mean(list(map(_spearman, found_rows, exact_rows)))
+    of_all = Compared(
+        error=error / size,
+        spearman=_mean_spearman(found, exact),
+        ratio=NAN,
+        clear=NAN,
+        spearman_clear=NAN,
+        says=low.says,
+    )
     if low.floor is None:
-        return Compared(error / size, spearman, NAN, NAN, NAN, low.says)
+        return of_all
     floor = low.floor.double()
-    clear = found_rows.abs() > 3 * floor[:, None]
-    among: list[float] = []
-    for found_row, exact_row, is_clear in zip(found_rows, exact_rows, clear, strict=True):
-        among.append(_spearman(found_row[is_clear], exact_row[is_clear]))
-    share = float(clear.double().mean())
-    return Compared(error / size, spearman, error / _rms(floor), share, _mean(among), low.says)
+    is_clear = found.abs() > 3 * floor[:, None]
+    return of_all._replace(
+        ratio=error / _rms(floor),
+        clear=float(is_clear.double().mean()),
+        spearman_clear=_mean_spearman(found, exact, among=is_clear),
+    )
 
 
 def errors_in_floors(
@@ -180,16 +191,33 @@ def errors_in_floors(
     return torch.cat(ratios)
 
 
+def _by_prompt(values: Tensor) -> Tensor:
+    """The values of each prompt in one row, in float64; zero in place of NaN."""
+    return values.detach().double().nan_to_num().reshape(len(values), -1)
+
+
 def _rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
 
 def _mean(values: list[float]) -> float:
-    known = [value for value in values if value == value]
+    """The mean without NaN; NaN if nothing else is there."""
+    known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else NAN
 
 
+def _mean_spearman(found: Tensor, exact: Tensor, among: Tensor | None = None) -> float:
+    """The rank correlation of each prompt's entries, or of some of them; the mean over prompts."""
+    if among is None:
+        among = torch.ones_like(found, dtype=torch.bool)
+    correlations: list[float] = []
+    for found_row, exact_row, is_chosen in zip(found, exact, among, strict=True):
+        correlations.append(_spearman(found_row[is_chosen], exact_row[is_chosen]))
+    return _mean(correlations)
+
+
 def _spearman(found: Tensor, exact: Tensor) -> float:
+    """The rank correlation; NaN for fewer than five entries, of which it would say nothing."""
     if len(found) < 5:
         return NAN
     ranks = [values.argsort().argsort().double() for values in (found, exact)]

@@ -24,12 +24,12 @@ WIDTH = {
     "max_position_embeddings": models.CONTEXT,
     "tie_word_embeddings": False,
 }
+# Its configuration has no width of a head.
+_QWEN2 = {name: value for name, value in WIDTH.items() if name != "head_dim"}
 _GEMMA3 = {**WIDTH, "query_pre_attn_scalar": 16, "sliding_window": 4, "pad_token_id": 0}
 BASES = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**WIDTH)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(
-        hf.Qwen2Config(**{k: v for k, v in WIDTH.items() if k != "head_dim"})
-    ),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_QWEN2)),
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_GEMMA3)),
 }
 BITS = ("4 bit", "8 bit")
@@ -51,21 +51,27 @@ def folder(family: str) -> Path:
 
 
 def load(family: str, bits: str, nested: bool = False) -> hf.PreTrainedModel:
-    """The model, its linear modules quantised; AVX512-BF16's kernel is off."""
+    """A family's model with its linear modules quantised.
+
+    Args:
+        family: one of `BASES`.
+        bits: '4 bit' or '8 bit'.
+        nested: whether the constants of 4-bit blocks are quantised as well.
+    """
     return load_from(folder(family), bits, nested)
 
 
 def load_from(path: Path, bits: str, nested: bool = False) -> hf.PreTrainedModel:
-    config = (
-        hf.BitsAndBytesConfig(
+    """The model of a folder, quantised likewise, without the kernel that rounds to bfloat16."""
+    if bits == "4 bit":
+        config = hf.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_compute_dtype=torch.float32,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=nested,
         )
-        if bits == "4 bit"
-        else hf.BitsAndBytesConfig(load_in_8bit=True)
-    )
+    else:
+        config = hf.BitsAndBytesConfig(load_in_8bit=True)
     model = hf.AutoModelForCausalLM.from_pretrained(
         path,
         quantization_config=config,
@@ -73,15 +79,15 @@ def load_from(path: Path, bits: str, nested: bool = False) -> hf.PreTrainedModel
         attn_implementation="eager",
         device_map="cpu",
     ).eval()
-    without_avx512(model)
+    take_bfloat16_kernel(model, False)
     return model
 
 
-def without_avx512(model: nn.Module, there: bool = False) -> None:
-    """Whether the kernel that rounds to bfloat16 is taken; bitsandbytes asks each module."""
+def take_bfloat16_kernel(model: nn.Module, is_taken: bool) -> None:
+    """Take the kernel of AVX512-BF16 or leave it; bitsandbytes asks each module for it."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = there
+            module.support_avx512bf16_for_cpu = is_taken
 
 
 def dense(model: hf.PreTrainedModel, family: str) -> hf.PreTrainedModel:
@@ -90,16 +96,18 @@ def dense(model: hf.PreTrainedModel, family: str) -> hf.PreTrainedModel:
 
     plain = BASES[family]().eval()
     plain.set_attn_implementation("eager")
-    state = {}
+    weights: dict[str, torch.Tensor] = dict(model.named_parameters())
     for path, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            held = module.weight
-            state[f"{path}.weight"] = bnb.functional.dequantize_4bit(held.data, held.quant_state)
+            in_4_bit = module.weight
+            weight = bnb.functional.dequantize_4bit(in_4_bit.data, in_4_bit.quant_state)
+            weights[f"{path}.weight"] = weight
         elif isinstance(module, bnb.nn.Linear8bitLt):
-            held = module.weight if module.state.CB is None else module.state
-            state[f"{path}.weight"] = bnb.functional.int8_vectorwise_dequant(held.CB, held.SCB)
-    named = {n: p for n, p in model.named_parameters() if n not in state}
-    plain.load_state_dict({**named, **state})
+            # The first forward pass moves the weight from the parameter to the module's state.
+            in_8_bit = module.weight if module.state.CB is None else module.state
+            weight = bnb.functional.int8_vectorwise_dequant(in_8_bit.CB, in_8_bit.SCB)
+            weights[f"{path}.weight"] = weight
+    plain.load_state_dict(weights)
     plain.config.architectures = [type(plain).__name__]
     return plain
 
@@ -120,6 +128,7 @@ def bridge(model: hf.PreTrainedModel):
 
 @functools.cache
 def saved(family: str) -> str:
+    """Where a random LoRA on every linear module of the family is saved."""
     base = BASES[family]().eval()
     path = folder(family).parent / "adapter"
     targets = models.LINEARS["llama"]
@@ -127,15 +136,19 @@ def saved(family: str) -> str:
     return str(path)
 
 
-def lens_of(model, family: str) -> ll.LoraLens:
+def lens_of(model: hf.PreTrainedModel, family: str) -> ll.LoraLens:
+    """The saved LoRA over the model itself as a bridge."""
     return ll.LoraLens(bridge(model), ll.load_adapter(saved(family)))
 
 
 @functools.cache
 def of_4bit(family: str) -> tuple[ll.LoraLens, ll.LoraLens]:
-    """Over the quantised base, and over the same weights as a plain model, in float32."""
+    """Lenses over the quantised base, and over the same weights as a plain model in float32."""
     model = load(family, "4 bit")
+    # Before the model itself becomes a bridge, whose modules have other names.
     plain = dense(model, family)
-    return lens_of(model, family), ll.LoraLens(
+    over_quantised = lens_of(model, family)
+    over_plain = ll.LoraLens(
         models.MAKERS["TransformerBridge"](plain), ll.load_adapter(saved(family))
     )
+    return over_quantised, over_plain
