@@ -401,6 +401,7 @@ _GROUP = (
     "of a prompt"
 )
 
+_HEADER = "what every result has comes from **g.header(), the last argument"
 # What stands above a function, for decorators that need arguments.
 _DECORATORS = {
     "readout": (
@@ -860,6 +861,8 @@ def _example_of_missing(name: str, cause: str) -> str:
         return _as_sentence(_TWO_ANSWERS)
     if "'group'" in cause:
         return _as_sentence(_GROUP)
+    if "'meta'" in cause:
+        return _as_sentence(_HEADER)
     if name == "load" and "'model'" in cause:
         return _as_sentence(_LOADING)
     if name in _DECORATORS:

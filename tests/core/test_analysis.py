@@ -314,6 +314,10 @@ def test_annotations_that_do_not_fit_are_refused():
             ll.errors.ArgumentError, match="a name for each axis, of which the first"
         ):
             kind(found.values, **header)
+    with pytest.raises(ll.errors.ArgumentError, match=r"of 2 prompts; .* values\.T turns it"):
+        Interaction(**{**vars_of(found), "values": found.values.T})
+    with pytest.raises(ll.errors.CallError, match=r"'meta'.*comes from \*\*g\.header\(\)"):
+        Interaction(found.values, found.module_a, found.module_b, found.noise_floor)
     few = {**vars_of(found), "module_a": found.module_a[:2]}
     with pytest.raises(ll.errors.LensLoraError, match="module_a has 2 along 'pair', and values 6"):
         Interaction(**few)

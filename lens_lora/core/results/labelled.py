@@ -25,6 +25,7 @@ import torch
 from jaxtyping import AbstractArray, Float
 from torch import Tensor
 
+from lens_lora import guesses
 from lens_lora.core.model.sites import Sites
 from lens_lora.core.results import drawing
 from lens_lora.core.results.axes import annotations_of
@@ -49,6 +50,10 @@ class Labelled(Ranked, kw_only=True):
     `Float[Tensor, " batch"]`, says how much of a value may be rounding alone.
     """
 
+    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
+        super().__init_subclass__(kw_only=kw_only)
+        guesses.fitting_class(cls)
+
     def __post_init__(self) -> None:
         """Check that a table follows from the annotations, and that the fields agree."""
         axes = self._axes_of("values")
@@ -57,6 +62,13 @@ class Labelled(Ranked, kw_only=True):
                 f"{type(self).__name__}: `values` is annotated with the axes {list(axes)}",
                 remedy="give it a name for each axis, of which the first is the prompt: "
                 'values: Float[Tensor, "batch pair"].',
+            )
+        values = self._values
+        if isinstance(values, Tensor) and values.shape[:1] != self.base.shape:
+            raise ArgumentError(
+                f"{type(self).__name__}: `values` is {list(values.shape)}, of {len(self.base)} "
+                "prompts; expected the prompts as the first axis",
+                remedy="what g gives for many points has the points first: values.T turns it.",
             )
         super().__post_init__()
 
