@@ -22,6 +22,12 @@ from safetensors.torch import load_file, save_file
 
 VLLM = "https://github.com/vllm-project/vllm/issues"
 UNSLOTH = "https://github.com/unslothai/unsloth/issues"
+# The exit codes of `lens-lora verify`.
+FAILED = 1
+# What is given cannot be read.
+REFUSED = 2
+# Something could not be compared.
+UNDECIDED = 3
 
 
 class NoOp(NamedTuple):
@@ -30,7 +36,7 @@ class NoOp(NamedTuple):
     Attributes:
         what: in words, for a table.
         make: writes it into the folder of a shipment, and returns what `verify` is called with.
-        code: the exit code that is expected.
+        code: the exit code that is expected: FAILED, REFUSED or UNDECIDED.
         says: a part of what is said.
     """
 
@@ -93,42 +99,68 @@ def base_of(out: Path):
     return AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
 
 
-def _edited(out: Path, edit: Callable[[dict[str, torch.Tensor]], dict]) -> None:
-    """The adapter's tensors, edited."""
+# --- Edits of an adapter's folder
+
+State = dict[str, torch.Tensor]
+
+
+def _edit_adapter(out: Path, edit: Callable[[State], State]) -> None:
+    """Replace the adapter's tensors by what `edit` makes of them."""
     file = out / "adapter" / WEIGHTS
     save_file(edit(load_file(file)), file)
 
 
+def _scale_adapter(out: Path, factor: float, part: str) -> None:
+    """Multiply by the factor the adapter's tensors whose names hold this part."""
+
+    def scaled(state: State) -> State:
+        edited: State = {}
+        for name, tensor in state.items():
+            edited[name] = tensor * factor if part in name else tensor
+        return edited
+
+    _edit_adapter(out, scaled)
+
+
 def store_adapter_in(out: Path, dtype: torch.dtype) -> None:
     """Store the adapter's tensors in another dtype, as a training in half precision saves them."""
-    _edited(out, lambda state: {name: tensor.to(dtype) for name, tensor in state.items()})
+
+    def converted(state: State) -> State:
+        return {name: tensor.to(dtype) for name, tensor in state.items()}
+
+    _edit_adapter(out, converted)
 
 
-def _zero(out: Path, part: str) -> list[str]:
-    def edit(state):
-        return {k: v * 0 if "lora_B" in k and part in k else v for k, v in state.items()}
+def _zero_b(out: Path) -> list[str]:
+    _scale_adapter(out, 0.0, "lora_B")
+    return []
 
-    _edited(out, edit)
+
+def _zero_b_of_one(out: Path) -> list[str]:
+    _scale_adapter(out, 0.0, "1.mlp.down_proj.lora_B")
     return []
 
 
 def _zero_factors(out: Path) -> list[str]:
     """Both factors of one module, as mergekit-extract-lora writes a module that did not change."""
-
-    def edit(state):
-        return {k: v * 0 if "1.mlp.down" in k else v for k, v in state.items()}
-
-    _edited(out, edit)
+    _scale_adapter(out, 0.0, "1.mlp.down")
     return []
-
-
-def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in state.items() if part not in name}
 
 
 def _prefixes(out: Path, after: str) -> list[str]:
+    """Every key of the adapter with another prefix."""
     rename_keys(out / "adapter", lambda key: key.replace("base_model.model.model.", after))
     return []
+
+
+# --- Edits of a merge
+
+
+def _edit_merge(out: Path, edit: Callable[[State], State]) -> list[str]:
+    """Replace the merge's tensors by what `edit` makes of them."""
+    file = out / "merged" / "model.safetensors"
+    save_file(edit(load_file(file)), file, metadata={"format": "pt"})
+    return _merged(out)
 
 
 def _misread(out: Path, **fields) -> list[str]:
@@ -168,37 +200,43 @@ def _half(out: Path) -> list[str]:
 
 
 def _half_without_index(out: Path) -> list[str]:
-    file = out / "merged" / "model.safetensors"
-    save_file(_without(load_file(file), "layers.1."), file, metadata={"format": "pt"})
-    return _merged(out)
+    """Only the tensors outside layer 1."""
+
+    def without_layer_1(state: State) -> State:
+        return {name: tensor for name, tensor in state.items() if "layers.1." not in name}
+
+    return _edit_merge(out, without_layer_1)
 
 
 def _some(out: Path) -> list[str]:
     """The MLPs are the base's."""
-    file = out / "merged" / "model.safetensors"
-    base = load_file(out / "base/model.safetensors")
-    state = {k: base[k] if "mlp" in k else v for k, v in load_file(file).items()}
-    save_file(state, file, metadata={"format": "pt"})
-    return _merged(out)
+    base = load_file(out / "base" / "model.safetensors")
+
+    def with_mlps_of_base(state: State) -> State:
+        return state | {name: tensor for name, tensor in base.items() if "mlp" in name}
+
+    return _edit_merge(out, with_mlps_of_base)
 
 
 def _unmerged(out: Path) -> list[str]:
+    """The modules of PEFT's model as they are, with the factors beside the base's weights."""
     peft = PeftModel.from_pretrained(base_of(out), out / "adapter")
-    state = {k: v.contiguous() for k, v in peft.base_model.model.state_dict().items()}
-    save_file(state, out / "merged" / "model.safetensors", metadata={"format": "pt"})
-    return _merged(out)
+    own = peft.base_model.model.state_dict()
+    return _edit_merge(out, lambda _: {name: tensor.contiguous() for name, tensor in own.items()})
 
 
 def _other_adapter(out: Path) -> list[str]:
-    kept = (out / "adapter" / WEIGHTS).read_bytes()
-    _edited(out, lambda state: {k: v.flip(0).contiguous() for k, v in state.items()})
+    """A merge of the adapter with the rows of its factors in reverse order."""
+    file = out / "adapter" / WEIGHTS
+    before = file.read_bytes()
+    _edit_adapter(out, lambda state: {k: v.flip(0).contiguous() for k, v in state.items()})
     merge(out)
-    (out / "adapter" / WEIGHTS).write_bytes(kept)
+    file.write_bytes(before)
     return _merged(out)
 
 
 def _rounded_away(out: Path) -> list[str]:
-    _edited(out, lambda state: {k: v * (0.001 if "lora_B" in k else 1) for k, v in state.items()})
+    _scale_adapter(out, 0.001, "lora_B")
     merge(out, torch.bfloat16)
     return _merged(out)
 
@@ -271,82 +309,134 @@ def _rslora(out: Path) -> list[str]:
 NO_OPS = {
     "prefix": NoOp(
         f"module prefixes that match nothing ([vLLM 34186]({VLLM}/34186))",
-        lambda out: _prefixes(out, "base_model.model.decoder."), 1, "has no such linear module",
+        lambda out: _prefixes(out, "base_model.model.decoder."),
+        FAILED,
+        "has no such linear module",
     ),
     "wrapped": NoOp(
         f"paths of another wrapper of the same model ([vLLM 48019]({VLLM}/48019))",
-        lambda out: _prefixes(out, "base_model.model.language_model.model."), 3, "language_model",
+        lambda out: _prefixes(out, "base_model.model.language_model.model."),
+        UNDECIDED,
+        "language_model",
     ),
-    "zero B": NoOp("B is zero everywhere", lambda out: _zero(out, ""), 1, "0 of 14 do"),
+    "zero B": NoOp("B is zero everywhere", _zero_b, FAILED, "0 of 14 do"),
     "zero B of one": NoOp(
-        "B is zero in one module", lambda out: _zero(out, "1.mlp.down"), 1, "1.mlp.down_proj",
+        "B is zero in one module",
+        _zero_b_of_one,
+        FAILED,
+        "1.mlp.down_proj",
     ),
     "zero A and B": NoOp(
-        "A and B are zero in one module", _zero_factors, 3, "as an extraction leaves them",
+        "A and B are zero in one module",
+        _zero_factors,
+        UNDECIDED,
+        "as an extraction leaves them",
     ),
-    "zero α": NoOp("α is zero", _zero_alpha, 2, "lora_alpha is 0"),
-    "other size": NoOp("another size of the same family", _other_size, 1, "16→16, the model 32→"),
+    "zero α": NoOp("α is zero", _zero_alpha, REFUSED, "lora_alpha is 0"),
+    "other size": NoOp(
+        "another size of the same family", _other_size, FAILED, "16→16, the model 32→"
+    ),
     "base": NoOp(
         f"a merge that is the base, byte for byte ([unsloth 869]({UNSLOTH}/869))",
-        _nothing_merged, 1, "14 of 14 tensors: the base (nothing was merged)",
+        _nothing_merged,
+        FAILED,
+        "14 of 14 tensors: the base (nothing was merged)",
     ),
     "α lost": NoOp(
-        "a merge without α (s = 1)", lambda out: _misread(out, lora_alpha=3), 1,
+        "a merge without α (s = 1)",
+        lambda out: _misread(out, lora_alpha=3),
+        FAILED,
         "base + 0.60 ΔW (α is lost, s = 1)",
     ),
     "α doubled": NoOp(
-        "a merge with α doubled", lambda out: _misread(out, lora_alpha=10), 1,
+        "a merge with α doubled",
+        lambda out: _misread(out, lora_alpha=10),
+        FAILED,
         "base + 2.00 ΔW (merged twice, or α doubled)",
     ),
     "twice": NoOp(
-        "a merge done twice", lambda out: ["--merged", str(merge(out, times=2))], 1,
+        "a merge done twice",
+        lambda out: ["--merged", str(merge(out, times=2))],
+        FAILED,
         "base + 2.00 ΔW (merged twice, or α doubled)",
     ),
     "rsLoRA": NoOp(
-        "rsLoRA read as LoRA", _rslora, 1, "base + 0.58 ΔW (rsLoRA read as LoRA, α/r for α/√r)",
+        "rsLoRA read as LoRA",
+        _rslora,
+        FAILED,
+        "base + 0.58 ΔW (rsLoRA read as LoRA, α/r for α/√r)",
     ),
     "some": NoOp(
-        "only attention is merged", _some, 1, "6 of 14 tensors: the base (nothing was merged)",
+        "only attention is merged",
+        _some,
+        FAILED,
+        "6 of 14 tensors: the base (nothing was merged)",
     ),
     "unmerged": NoOp(
-        f"saved without merging ([unsloth 611]({UNSLOTH}/611))", _unmerged, 1,
+        f"saved without merging ([unsloth 611]({UNSLOTH}/611))",
+        _unmerged,
+        FAILED,
         "28 of 49 tensors: the adapter's own: saved without merging it",
     ),
     "other adapter": NoOp(
-        "another adapter is merged", _other_adapter, 1, "neither base nor base + ΔW",
+        "another adapter is merged",
+        _other_adapter,
+        FAILED,
+        "neither base nor base + ΔW",
     ),
     "half of the shards": NoOp(
-        "half of the shards are not there", _half, 2, "missing: model-00001-of",
+        "half of the shards are not there",
+        _half,
+        REFUSED,
+        "missing: model-00001-of",
     ),
     "half of the tensors": NoOp(
-        "half of the tensors are in no shard", _half_without_index, 1,
+        "half of the tensors are in no shard",
+        _half_without_index,
+        FAILED,
         "9 of 21 tensors: not in the folder",
     ),
     "tied head": NoOp(
-        "a LoRA on a tied head, merged: the embedding changes with it", _tied_head, 1,
+        "a LoRA on a tied head, merged: the embedding changes with it",
+        _tied_head,
+        FAILED,
         "the base ties it to lm_head.weight: a merge changes both",
     ),
     "lost head": NoOp(
-        "a trained head, and a config that ties it to the embedding", _lost_head, 1,
+        "a trained head, and a config that ties it to the embedding",
+        _lost_head,
+        FAILED,
         "config.json ties the two: loading loses one",
     ),
     "lost tie": NoOp(
-        "a tied head that is not stored, and a config that ties nothing", _lost_tie, 1,
+        "a tied head that is not stored, and a config that ties nothing",
+        _lost_tie,
+        FAILED,
         "config.json has no tie_word_embeddings, which is LlamaConfig's default of false",
     ),
     "other ε": NoOp(
-        "another ε of the norms in config.json", _other_field, 1,
+        "another ε of the norms in config.json",
+        _other_field,
+        FAILED,
         "rms_norm_eps is 1e-05, the base's 1e-06",
     ),
     "other tokenizer": NoOp(
-        "another tokenizer of the same size", _other_tokenizer, 1, "2 tokens of another id: 'w5'",
+        "another tokenizer of the same size",
+        _other_tokenizer,
+        FAILED,
+        "2 tokens of another id: 'w5'",
     ),
     "adapter's folder": NoOp(
-        "a merge saved in the adapter's own folder", _beside_adapter, 1,
+        "a merge saved in the adapter's own folder",
+        _beside_adapter,
+        FAILED,
         "transformers lays it over them",
     ),
     "rounded away": NoOp(
-        "a merge in bfloat16 that rounds ΔW away", _rounded_away, 3, "rounding to bfloat16 leaves",
+        "a merge in bfloat16 that rounds ΔW away",
+        _rounded_away,
+        UNDECIDED,
+        "rounding to bfloat16 leaves",
     ),
-    "no base": NoOp("the base is not at hand", _no_base, 3, "no base at hand"),
-}  # fmt: skip
+    "no base": NoOp("the base is not at hand", _no_base, UNDECIDED, "no base at hand"),
+}
