@@ -100,8 +100,8 @@ How the model is made ready, and guarded:
         model/gates.py, gauge.py, points.py, description.py
     what is asked of a hooked model, and the two that answer
         model/host.py, hooked_host.py, own_parameters.py, base_parameters.py, bases.py,
-        site_basis.py, bridge.py, bridge_components.py, bridge_cache.py, hooked_transformer.py,
-        find_host.py, modules.py
+        site_basis.py, hooked_transformer.py, bridge.py, bridge_components.py, bridge_points.py,
+        bridge_gated_mlp.py, bridge_cache.py, find_host.py, modules.py
     one forward pass of it
         model/hooks.py, passes.py, prompt_pass.py, lengths.py, unembedding.py
     what a call is protected from, and what is refused

@@ -12,7 +12,8 @@ To read it, begin at the top:
       site_basis
     hooked_transformer, bridge,     TransformerLens's two classes of hooked models
       bridge_components,
-      bridge_cache, find_host
+      bridge_points, bridge_cache,
+      bridge_gated_mlp, find_host
     plan                            where each site reads and writes, and what
     injections, hooks, locks        the hooks that do it
     gates, adapted_model            the model at any gates, and the blocks with hooks on

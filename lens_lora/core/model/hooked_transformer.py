@@ -132,8 +132,9 @@ class HookedTransformerHost(HookedHost):
         _, norm = self._norm(layer, kind)
         if not hasattr(norm, "w"):
             return None
-        beta = getattr(norm, "b", None)
-        return norm.w.detach(), None if beta is None else beta.detach()
+        bias = getattr(norm, "b", None)
+        beta = None if bias is None else bias.detach()
+        return norm.w.detach(), beta
 
     def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
         """Where a norm shows n and δ is added: at its module, or at the hook point behind it.

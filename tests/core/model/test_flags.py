@@ -10,7 +10,7 @@ from differences import largest_difference
 
 import lens_lora as ll
 from lens_lora.core.model.basis import SiteMap
-from lens_lora.core.model.bridge import BridgeHost
+from lens_lora.core.model.bridge_points import BridgePoints
 from lens_lora.core.model.hooks import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -113,7 +113,7 @@ def test_copied_inputs_on_a_bridge(family: str, processing: dict, flag: str):
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_control_copies_before_their_norm(family: str, flag: str, monkeypatch: pytest.MonkeyPatch):
     """Left out, the norm of the copies makes another model."""
-    monkeypatch.setattr(BridgeHost, "_norm_per_head", lambda *_: lambda z: z)
+    monkeypatch.setattr(BridgePoints, "_norm_per_head", lambda *_: lambda z: z)
     base, model = with_flags(BRIDGE, family, (flag,), {})
     peft = models.peft_model(family, base)
     tokens = models.tokens()
