@@ -11,6 +11,7 @@ a Chromium that kaleido can find.
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -105,6 +106,8 @@ def store(page: Path) -> None:
 
 
 def main() -> None:
+    if importlib.util.find_spec("kaleido") is None:
+        raise SystemExit("pictures are drawn by kaleido: pip install -e '.[demo,notebook]'")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     chosen = [Path(argument) for argument in sys.argv[1:]] or [DOCS / f"{p}.md" for p in PAGES]
     for path in tqdm(chosen, unit="page"):

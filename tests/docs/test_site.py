@@ -210,6 +210,13 @@ def test_the_site_shows_what_is_written_once():
     assert BENCHMARKS[1].read_text().splitlines()[-1] in of_benchmarks
 
 
+def test_outputs_are_made_only_where_pictures_can_be(monkeypatch):
+    """The first picture of a page failed, after the snippets above it had run."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install -e '.\\[demo,notebook"):
+        makers["outputs"].main()
+
+
 def test_a_changed_snippet_has_no_output():
     page = "first_adapter"
     text = (DOCS / f"{page}.md").read_text()
