@@ -86,20 +86,25 @@ def faults(notebook, figures: int) -> list[str]:
     """What is wrong with an executed notebook."""
     code = code_cells(notebook)
     outputs = [output for cell in code for output in cell.outputs]
-    text = "\n".join(
-        output.get("text", "") + "".join(map(str, output.get("data", {}).values()))
-        for output in outputs
-        if output.get("name") != "stderr"  # a warning names the file that it comes from
-    )
     shown = sum(FIGURE in output.get("data", {}) for output in outputs)
     found = {
         "the first cell asks no question": "?" not in notebook.cells[0].source,
         "several code cells show nothing": sum(not cell.outputs for cell in code) > 1,
         "an error": any(output.output_type == "error" for output in outputs),
-        "a path of some machine": MACHINE_PATH.search(text) is not None,
+        "a path of some machine": MACHINE_PATH.search(_text_of(outputs)) is not None,
         f"{shown} figures, expected {figures}": shown < figures,
     }
     return [fault for fault, is_there in found.items() if is_there]
+
+
+def _text_of(outputs: list) -> str:
+    """What the outputs show, as text, but for warnings: these name the file they come from."""
+    texts: list[str] = []
+    for output in outputs:
+        if output.get("name") != "stderr":
+            data = output.get("data", {})
+            texts.append(output.get("text", "") + "".join(map(str, data.values())))
+    return "\n".join(texts)
 
 
 def stored_faults(path: Path) -> list[str]:

@@ -7,8 +7,8 @@ what o reads), the other has these features put in its place.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,46 +86,58 @@ def swapped(
         where: the layer, the kind, and the features of each head that is replaced.
         into: "base" or "adapted", the model whose margin this is.
     """
-    parts: dict[tuple[str, str], list[slice]] = {}
+    features_at: dict[_Place, list[slice]] = {}
     for layer, kind, part in where:
-        path = MODULES[family][kind].format(layer)
-        parts.setdefault((path, kind), []).append(part)
-    kept: dict[tuple[str, str], Tensor] = {}
+        place = _Place(MODULES[family][kind].format(layer), is_input=kind == "z")
+        features_at.setdefault(place, []).append(part)
+    of_other_model: dict[_Place, Tensor] = {}
 
-    def put(place: tuple[str, str], x: Tensor) -> Tensor:
+    def keep(place: _Place, x: Tensor) -> Tensor:
+        of_other_model[place] = x.clone()
+        return x
+
+    def put(place: _Place, x: Tensor) -> Tensor:
         x = x.clone()
-        for part in parts[place]:
-            x[..., part] = kept[place][..., part]
+        for part in features_at[place]:
+            x[..., part] = of_other_model[place][..., part]
         return x
 
-    def keep(place: tuple[str, str], x: Tensor) -> Tensor:
-        kept[place] = x.clone()
-        return x
-
-    with _changed(peft, parts, keep):
+    with _changed(peft, features_at, keep):
         margin(peft, tokens, adapted=into == "base")
-    with _changed(peft, parts, put):
+    with _changed(peft, features_at, put):
         return margin(peft, tokens, adapted=into == "adapted")
+
+
+class _Place(NamedTuple):
+    """Where features lie.
+
+    Attributes:
+        path: the path of a module.
+        is_input: whether they lie in what the module reads, or else in what it puts out.
+    """
+
+    path: str
+    is_input: bool
 
 
 @contextlib.contextmanager
 def _changed(
-    peft, places: Iterable[tuple[str, str]], change: Callable[[tuple[str, str], Tensor], Tensor]
-):
-    """Apply `change` within the block: to the module's output, or for z to the module's input."""
+    peft, places: Iterable[_Place], change: Callable[[_Place, Tensor], Tensor]
+) -> Iterator[None]:
+    """Put what `change` makes of the tensor at each place in its stead, within the block."""
 
-    def change_input(place: tuple[str, str]) -> Callable[..., Any]:
+    def change_input(place: _Place) -> Callable[..., Any]:
         return lambda module, args: (change(place, args[0]), *args[1:])
 
-    def change_output(place: tuple[str, str]) -> Callable[..., Any]:
+    def change_output(place: _Place) -> Callable[..., Any]:
         return lambda module, args, out: change(place, out)
 
     with contextlib.ExitStack() as stack:
-        for path, kind in places:
-            module: nn.Module = peft.base_model.model.get_submodule(path)
-            if kind == "z":
-                handle = module.register_forward_pre_hook(change_input((path, kind)))
+        for place in places:
+            module: nn.Module = peft.base_model.model.get_submodule(place.path)
+            if place.is_input:
+                handle = module.register_forward_pre_hook(change_input(place))
             else:
-                handle = module.register_forward_hook(change_output((path, kind)))
+                handle = module.register_forward_hook(change_output(place))
             stack.callback(handle.remove)
         yield

@@ -47,33 +47,28 @@ def check() -> None:
 
 
 class _Check(NamedTuple):
-    """Two functions that do nothing: one takes a function's arguments, one returns its value."""
+    """Two checked functions that do nothing.
+
+    Attributes:
+        arguments: takes a function's arguments.
+        value: returns its value.
+    """
 
     arguments: Callable
     value: Callable
 
     @classmethod
     def of(cls, function: types.FunctionType, typechecker: Callable) -> _Check:
-        hints = {
-            name: _resolved(annotation, function.__globals__)
-            for name, annotation in function.__annotations__.items()
-        }
-        parameters = [
-            # A default is written as None, and is the function's own below.
-            parameter.replace(
-                annotation=parameter.empty,
-                default=parameter.empty if parameter.default is parameter.empty else None,
-            )
-            for parameter in inspect.signature(function).parameters.values()
-        ]
-        names: dict[str, Any] = {}
-        exec(f"def arguments{inspect.Signature(parameters)}: ...", names)
-        arguments = names["arguments"]
-        value = types.FunctionType(_same.__code__, {})
-        arguments.__defaults__ = function.__defaults__
-        arguments.__kwdefaults__ = function.__kwdefaults__
-        value.__annotations__ = {"return": hints.pop("return", Any)}
+        hints: dict[str, Any] = {}
+        for name, annotation in function.__annotations__.items():
+            hints[name] = _resolved(annotation, function.__globals__)
+        returned = hints.pop("return", Any)
+
+        arguments = _taking_the_same(function)
         arguments.__annotations__ = hints
+        value = types.FunctionType(_same.__code__, {})
+        value.__annotations__ = {"return": returned}
+        # An error names the function itself.
         for stub in (arguments, value):
             stub.__module__ = function.__module__
             stub.__name__ = function.__name__
@@ -82,6 +77,21 @@ class _Check(NamedTuple):
 
 
 _CHECKS: dict[types.CodeType, _Check] = {}
+
+
+def _taking_the_same(function: types.FunctionType) -> types.FunctionType:
+    """A function of the same parameters, with the same defaults, that does nothing."""
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        # In the text of a signature a default is None; the values are set below.
+        default = parameter.empty if parameter.default is parameter.empty else None
+        parameters.append(parameter.replace(annotation=parameter.empty, default=default))
+    names: dict[str, Any] = {}
+    exec(f"def arguments{inspect.Signature(parameters)}: ...", names)
+    arguments = names["arguments"]
+    arguments.__defaults__ = function.__defaults__
+    arguments.__kwdefaults__ = function.__kwdefaults__
+    return arguments
 
 
 def _same(value: Any) -> Any:

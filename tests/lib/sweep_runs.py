@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import cases
 import models
 import pandas as pd
+import pytest
 
 import lens_lora as ll
 from lens_lora.sweeps.batches import VALUES
@@ -29,25 +33,41 @@ WITH_A_BAD_ONE = [*GOOD[:3], {"id": "bad", "prompt": ""}, *GOOD[3:]]
 
 
 def a_lens() -> ll.LoraLens:
+    """The lens of a tiny Llama, on the first class of hooked model that is there."""
     return cases.case("llama", next(iter(models.MAKERS)), "raw").lens
 
 
-def run(lens, records, folder, *names, **options):
+def run(
+    lens: ll.LoraLens, records: Any, folder: Path, *names: str, **options: Any
+) -> ll.results.SweepResult:
+    """Sweep the records into a folder, without a bar.
+
+    Args:
+        lens: the adapter over the model.
+        records: as `ll.sweep` takes them.
+        folder: where the file is written.
+        names: the analyses; without one, first order.
+        options: other options of `ll.sweep`.
+    """
     options = {"progress": False, **options}
     return ll.sweep(lens, records, names or "first_order", out=folder / "r.parquet", **options)
 
 
-def same(one, other) -> None:
+def same(one: ll.results.SweepResult, other: ll.results.Sweep) -> None:
+    """Fail unless both hold the same numbers and the same prompts."""
     pd.testing.assert_frame_equal(one.to_frame(), other.to_frame(), rtol=1e-10, atol=1e-12)
     pd.testing.assert_frame_equal(one.prompts(), other.prompts(), rtol=1e-10, atol=1e-12)
 
 
-def write_jsonl(path: Path, records) -> Path:
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
+    """Write a record a line, and return the path."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     return path
 
 
-def write_csv(path: Path, records) -> Path:
+def write_csv(path: Path, records: Iterable[dict[str, str]]) -> Path:
+    """Write a table with a row a record, and return the path."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["id", "prompt", "doc", "pre"])
         writer.writeheader()
@@ -55,14 +75,13 @@ def write_csv(path: Path, records) -> Path:
     return path
 
 
-def interrupt_at(monkeypatch, call: int, error: BaseException) -> None:
-    """Raise in the n-th batch."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch: int, error: BaseException) -> None:
+    """Raise this error in the n-th batch of first order."""
     plain = VALUES["first_order"]
-    made = []
+    batches = itertools.count(1)
 
-    def values(*args):
-        made.append(None)
-        if len(made) == call:
+    def values(*args: Any) -> Any:
+        if next(batches) == batch:
             raise error
         return plain(*args)
 
@@ -72,6 +91,7 @@ def interrupt_at(monkeypatch, call: int, error: BaseException) -> None:
 def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`lens-lora sweep` as the documentation launches it on two CPU processes."""
     with socket.socket() as probe:
+        # The system picks a port that is free.
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     launch = [
