@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 
 def quantised(values: np.ndarray, kind: str) -> np.ndarray:
@@ -38,6 +39,15 @@ def quantised(values: np.ndarray, kind: str) -> np.ndarray:
     )
     assert written == data.nbytes
     return data
+
+
+def _as_llama_cpp_has_it(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """The rows of q or k in llama.cpp's order: the two numbers that rotate together, in pairs.
+
+    Hugging Face has the first numbers of all pairs of a head, and then the second ones.
+    """
+    by_half = weight.unflatten(0, (heads, 2, -1))
+    return by_half.swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_base(
@@ -75,20 +85,19 @@ def write_base(
     else:
         add_tokenizer(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, parameter in model.state_dict().items():
         tensor = parameter.float()
-        for module, count in heads.items():
-            if module in name and permuted:
-                halves = tensor.reshape(count, 2, width // 2, -1)
-                tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
-        module = name.removesuffix(".weight")
+        if permuted and "q_proj" in name:
+            tensor = _as_llama_cpp_has_it(tensor, config.num_attention_heads)
+        if permuted and "k_proj" in name:
+            tensor = _as_llama_cpp_has_it(tensor, config.num_key_value_heads)
         type_of = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 else "F32"]
         values = tensor.contiguous().numpy()
         try:
             data = gguf.quants.quantize(values, type_of)
         except NotImplementedError:
             data = quantised(values, type_of.name)
+        module = name.removesuffix(".weight")
         writer.add_tensor(f"{names.get_name(module)}.weight", data, raw_dtype=type_of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

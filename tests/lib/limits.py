@@ -177,20 +177,6 @@ def sweeps_are_merged_by(patch: pytest.MonkeyPatch, merge: Callable[..., Any]) -
     patch.setattr("lens_lora.sweeps.stream.TokenStore.merge", merge)
 
 
-def gguf_rounds_to_floats_alone(patch: pytest.MonkeyPatch) -> None:
-    """Quantised types of GGUF become ones to which the gguf package does not round."""
-    import gguf
-
-    rounded = gguf.quants.quantize
-
-    def quantize(values, kind):
-        if kind.name in ("F32", "F16", "BF16"):
-            return rounded(values, kind)
-        raise NotImplementedError(kind.name)
-
-    patch.setattr(gguf.quants, "quantize", quantize)
-
-
 def ggml_is_not_installed(patch: pytest.MonkeyPatch) -> None:
     """As where llama-cpp-py-sync is not installed."""
     for place in ("lens_lora.compat", "lens_lora.compat.ggml"):
