@@ -217,7 +217,10 @@ class Adapter(metaclass=guesses.OfAdapterClass):
         """
         keep = set[str]()
         for item in which:
-            keep |= self._in_table(item) if hasattr(item, "columns") else self._matching(item)
+            if hasattr(item, "columns"):
+                keep |= self._in_table(item)
+            else:
+                keep |= self._matching(item)
         return self._with({path: self.modules[path] for path in self.modules if path in keep})
 
     def without_modules(self, *globs: str) -> Adapter:

@@ -217,8 +217,10 @@ class LoRAFactors(guesses.Answering):
             AdapterError: DoRA without the weight.
         """
         widest = torch.promote_types(self.A.dtype, self.B.dtype)
-        for other in (None if weight is None else weight.dtype, dtype):
-            widest = widest if other is None else torch.promote_types(widest, other)
+        if weight is not None:
+            widest = torch.promote_types(widest, weight.dtype)
+        if dtype is not None:
+            widest = torch.promote_types(widest, dtype)
         if self.experts > 1:
             return torch.cat([each.materialise(dtype=widest) for each in self.by_expert()], 1)
         plain = self.scale * self._product(widest)

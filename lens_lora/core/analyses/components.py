@@ -200,7 +200,8 @@ class _SquaredNorms:
         delta = injection.map(z)
         # The unembedding is run at the positions that are read alone.
         is_unembedding = self._lens.sites[site].kind == "unembed"
-        counted = (self._read if is_unembedding else self._real).to(delta.device)
+        counted = self._read if is_unembedding else self._real
+        counted = counted.to(delta.device)
         self._count("z", site, self._square_of_inputs(injection, z, counted, delta.dtype))
         if weight is not None:
             return  # δ is multiplied by the partner's gate, which is zero at the base

@@ -72,7 +72,9 @@ def slopes(
     _require_logits(g)
     lens = g.lens.in_gauge(gauge)
     axes_of_sites = tuple(axis for axis in axes if axis != "token")
-    tokens = TokenTangents(lens, g.reading) if "token" in axes else None
+    tokens: TokenTangents | None = None
+    if "token" in axes:
+        tokens = TokenTangents(lens, g.reading)
 
     def tangents(parts: Sequence[Part]) -> Float[Tensor, "batch part *token"]:
         return _tangents(g, lens, at, parts, tokens)

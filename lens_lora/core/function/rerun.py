@@ -13,7 +13,6 @@ Cost: one more forward pass for each backward pass.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -57,11 +56,17 @@ def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
     first_residual: Tensor | None = None
     first_pass = ForwardPass.under_way()  # It is over when the block runs again.
 
+    def run_in_first_pass(*args: Any) -> Any:
+        if first_pass is None:
+            return forward(*args, **kwargs)
+        with first_pass.goes_on():
+            return forward(*args, **kwargs)
+
     def run(*args: Any) -> Any:
         nonlocal first_residual
-        with contextlib.nullcontext() if first_pass is None else first_pass.goes_on():
-            out = forward(*args, **kwargs)
-        residual = (out[0] if isinstance(out, tuple) else out).detach()
+        out = run_in_first_pass(*args)
+        residual = out[0] if isinstance(out, tuple) else out
+        residual = residual.detach()
         if first_residual is None:
             first_residual = residual
         else:

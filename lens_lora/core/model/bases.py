@@ -95,7 +95,8 @@ class BaseWeights:
             gamma = torch.ones(cast("tuple[int, ...]", norm.normalized_shape))
         else:
             gamma = in_whole(weight.detach()) + self._family.gamma_offset
-        return gamma, None if bias is None else in_whole(bias.detach())
+        beta = None if bias is None else in_whole(bias.detach())
+        return gamma, beta
 
 
 def stored_weight(linear: nn.Module) -> Float[Tensor, "out in"]:

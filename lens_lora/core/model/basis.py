@@ -337,7 +337,8 @@ class NormMap(SiteMap):
     beta: Float[Tensor, " d"] | None
 
     def __repr__(self) -> str:
-        return f"NormMap({self.width} features{'' if self.beta is None else ', and Δβ'})"
+        and_beta = "" if self.beta is None else ", and Δβ"
+        return f"NormMap({self.width} features{and_beta})"
 
     @property
     def A(self) -> Float[Tensor, "rank in"]:  # pyright: ignore[reportIncompatibleVariableOverride]

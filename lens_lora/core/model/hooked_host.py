@@ -1,15 +1,14 @@
-"""One class for each class of hooked models: `HookedHost`.
+"""What depends on the class of a hooked model is asked of its host: `HookedHost`.
 
-The rest of the package does not know which class a hooked model is of. Whatever depends on the
-class is a question that a host answers:
+The rest of the package does not know which class a model is of. It asks a host:
 
     where a site reads and writes     ports, norm_ports, block_input
     what the parameters are           the questions of `own_parameters.py`
     how a pass goes on with a cache   run_cached, rows_of_cache
     what tools must not read          refuse_reading
 
-The two classes of TransformerLens are answered for in `bridge.py` and `hooked_transformer.py`. What
-follows from the answers is the same for both:
+TransformerLens has two classes, whose hosts are in `bridge.py` and `hooked_transformer.py`. What
+follows from their answers is the same for both:
 
     base_parameters.py    W, b, γ and β of the base, which processing may have removed
     site_basis.py         what a site adds in the basis of the hooked model

@@ -75,9 +75,7 @@ class HookPoints:
             raise SiteError("no hook point is named; give a name, a glob, or a predicate.")
         wanted: dict[str, None] = {}
         for pattern in patterns:
-            is_glob = isinstance(pattern, str) and pattern not in known
-            matches = fnmatch.filter(known, pattern) if is_glob else []
-            wanted.update(dict.fromkeys(matches or [known_point(model, pattern)]))
+            wanted.update(dict.fromkeys(_matching(pattern, known, model)))
         in_full = tuple(name for name in patterns if name in known)
         return cls(in_full, tuple(wanted), plan)
 
@@ -125,6 +123,19 @@ class HookPoints:
         return ModelStateError(
             f"{first_few(names)}: the hook point exists but never fires in a forward pass; {why}"
         )
+
+
+def _matching(pattern: Any, known: Sequence[str], model: Any) -> list[str]:
+    """The hook points that match a glob, or the one that is named in full.
+
+    Raises:
+        SiteError: there is none, with the nearest names.
+    """
+    if isinstance(pattern, str) and pattern not in known:
+        matches = fnmatch.filter(known, pattern)
+        if matches:
+            return matches
+    return [known_point(model, pattern)]
 
 
 def _that_satisfy(predicate: Callable[[str], bool], known: Sequence[str]) -> tuple[str, ...]:

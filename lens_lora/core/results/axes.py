@@ -168,7 +168,8 @@ class Axes:
                 names += self._by
             elif axis.startswith("*"):
                 is_there = array.tensor.ndim >= len(axes)
-                names += [axis.removeprefix("*")] if is_there else []
+                if is_there:
+                    names.append(axis.removeprefix("*"))
             else:
                 names.append(axis)
         if len(names) != array.tensor.ndim:
