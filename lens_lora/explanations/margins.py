@@ -45,6 +45,10 @@ _TOKENS_AT_ONCE = 2048
 _QUICK_STEPS = 5
 
 
+# An answer for each prompt.
+_OneEach = Sequence[str | int | Tensor]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Group:
     """Prompts that share their passes.
@@ -59,8 +63,8 @@ class _Group:
 
     indices: Sequence[int]
     g: Evaluations
-    docs: Sequence[str | int | Tensor]
-    pres: Sequence[str | int | Tensor]
+    docs: _OneEach
+    pres: _OneEach
     labels: Sequence[str]
 
 
@@ -81,6 +85,25 @@ def explained_margins(
     docs = items_of(doc, batch)
     pres = items_of(pre, batch)
     margins = [_margin(f, [i], docs[i], pres[i]) for i in range(batch)]
+    groups = _groups_of(f, margins, docs, pres)
+    steps = _QUICK_STEPS * len(groups)
+    if null:
+        steps += len(groups)
+    if not fast:
+        steps += SLOW_STEPS * batch
+    explanations: dict[int, Explanation] = {}
+    with tqdm(total=steps, desc="explain", leave=False, disable=not f.progress) as bar:
+        for group in groups:
+            quick_ones = _quick(group, fast=fast, null=null, bar=bar)
+            for i, quick in zip(group.indices, quick_ones, strict=True):
+                explanations[i] = quick if fast else in_full(margins[i], quick, bar)
+    return tuple(explanations[i] for i in range(batch))
+
+
+def _groups_of(
+    f: Function, margins: Sequence[Evaluations], docs: _OneEach, pres: _OneEach
+) -> list[_Group]:
+    """The prompts in groups that share their passes, with the margin and answers of each prompt."""
     groups: list[_Group] = []
     for indices in _together(f, margins):
         group_docs = [docs[i] for i in indices]
@@ -90,17 +113,7 @@ def explained_margins(
             g = _margin(f, indices, group_docs, group_pres)
         labels = [_readout(margins[i]).label for i in indices]
         groups.append(_Group(indices, g, group_docs, group_pres, labels))
-
-    quick_steps = _QUICK_STEPS + (1 if null else 0)
-    slow_steps = 0 if fast else SLOW_STEPS
-    steps = quick_steps * len(groups) + slow_steps * batch
-    explanations: dict[int, Explanation] = {}
-    with tqdm(total=steps, desc="explain", leave=False, disable=not f.progress) as bar:
-        for group in groups:
-            quick_ones = _quick(group, fast=fast, null=null, bar=bar)
-            for i, quick in zip(group.indices, quick_ones, strict=True):
-                explanations[i] = quick if fast else in_full(margins[i], quick, bar)
-    return tuple(explanations[i] for i in range(batch))
+    return groups
 
 
 def _require_answers_that_fit(f: Function, doc: AnswerLike, pre: AnswerLike) -> None:

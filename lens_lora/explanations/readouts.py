@@ -32,7 +32,11 @@ def explained_readout(
         null: the number of null adapters to compare with.
     """
     g = Evaluations(f.about(readout))
-    steps = _QUICK_STEPS + (1 if null else 0) + (0 if fast else SLOW_STEPS)
+    steps = _QUICK_STEPS
+    if null:
+        steps += 1
+    if not fast:
+        steps += SLOW_STEPS
     with tqdm(total=steps, desc="explain", leave=False, disable=not f.progress) as bar:
         quick = _quick(g, null, bar)
         return quick if fast else in_full(g, quick, bar)

@@ -46,7 +46,8 @@ def explained_response(
     log_p = Evaluations(f.about(AnswerLogProb(response)))
     kl = Evaluations(f.about(KL(response)))
     most = answer_tokens(fast=fast)
-    with tqdm(total=4 if fast else 6, desc="explain", leave=False, disable=not progress) as bar:
+    steps = 4 if fast else 6
+    with tqdm(total=steps, desc="explain", leave=False, disable=not progress) as bar:
         with step(bar, "what both models answer"):
             (answers,) = side_by_side(lens, f.prompts, most, response, progress=progress)
         with step(bar, "each token's distribution"):

@@ -34,7 +34,8 @@ def signed(value: float) -> str:
     """A number with its sign, + or −."""
     if not math.isfinite(value) or value == 0:
         return magnitude(value)
-    return ("−" if value < 0 else "+") + magnitude(value)
+    sign = "−" if value < 0 else "+"
+    return sign + magnitude(value)
 
 
 def log_p_text(value: float) -> str:

@@ -153,8 +153,10 @@ def _parts_heatmap(attribution: Attribution, prompt: int | None, axis: Axis) -> 
     count = min(_MOST_SITES, sites_with_parts)
     chosen = sorted(largest.argsort(descending=True)[:count].tolist())
     below = f"by site and {axis}"
-    if axis == "rank":
-        below += " of the SVD of ΔW" if attribution.gauge == "svd" else " as trained"
+    if axis == "rank" and attribution.gauge == "svd":
+        below += " of the SVD of ΔW"
+    elif axis == "rank":
+        below += " as trained"
     below += _summed_text(attribution, axis)
     if count < sites_with_parts:
         below += f", the {count} of {sites_with_parts} sites with the largest part"
