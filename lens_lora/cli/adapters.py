@@ -67,7 +67,8 @@ def inspect(
             files.write_json(json, [summary])
     # The summary is last, so that it is what remains on a small screen.
     console = Console()
-    console.print(spectra_table(summary, None if every else top))
+    most_modules = None if every else top
+    console.print(spectra_table(summary, most_modules))
     console.print(adapter_table(summary, stated_fields(folder)))
 
 

@@ -553,7 +553,9 @@ def _brief_of(changed: ll.results.WhatChanged) -> dict[str, Any]:
 
 
 def _tuned(row: Listed) -> options.TunedModel:
-    return options.TunedModel(None if row.tuned is None else Path(row.tuned))
+    if row.tuned is None:
+        return options.TunedModel()
+    return options.TunedModel(Path(row.tuned))
 
 
 def _say_needs(

@@ -379,14 +379,11 @@ def _require_trainable(adapter: str | None, base: options.BaseModel) -> None:
 
 def _fact_of_demo(asked: Questions) -> Question:
     """Return the fact that the options name, or else the demo's own."""
-    is_named = asked.prompt or asked.prompts or asked.chat
-    fact = dataclasses.replace(
-        asked,
-        prompt=asked.prompt if is_named else ["The capital of France is"],
-        doc=asked.doc or " Lyon",
-        pre=asked.pre or " Paris",
-    )
-    questions = fact.checked()
+    names_prompt = asked.prompt or asked.prompts or asked.chat
+    prompt = asked.prompt if names_prompt else ["The capital of France is"]
+    doc = asked.doc or " Lyon"
+    pre = asked.pre or " Paris"
+    questions = dataclasses.replace(asked, prompt=prompt, doc=doc, pre=pre).checked()
     if len(questions) > 1:
         raise typer.BadParameter("demo shows one prompt; `lens-lora explain` takes several.")
     return questions[0]

@@ -170,15 +170,17 @@ def write_json(path: Path, results: Sequence[Result]) -> None:
     """
     written: list[dict[str, object]] = []
     for result in results:
-        story = getattr(result, "story", None)
-        written.append(
-            {
-                "result": type(result).__name__,
-                "story": story() if callable(story) else "",
-                "rows": json.loads(str(result.to_frame().to_json(orient="records"))),
-            }
-        )
+        kind = type(result).__name__
+        written.append(_in_json(kind, _story_of(result), result.to_frame()))
     _write_json(path, written)
+
+
+def _story_of(result: Result) -> str:
+    """Return the story of a result; '' if it has none."""
+    story = getattr(result, "story", None)
+    if not callable(story):
+        return ""
+    return str(story())
 
 
 def write_rows(path: Path, kind: str, frame: pd.DataFrame, story: str = "") -> None:
@@ -190,8 +192,13 @@ def write_rows(path: Path, kind: str, frame: pd.DataFrame, story: str = "") -> N
         frame: the table.
         story: the result in words.
     """
+    _write_json(path, [_in_json(kind, story, frame)])
+
+
+def _in_json(kind: str, story: str, frame: pd.DataFrame) -> dict[str, object]:
+    """Return a result as values for JSON; pandas writes NaN as null."""
     rows = json.loads(str(frame.to_json(orient="records")))
-    _write_json(path, [{"result": kind, "story": story, "rows": rows}])
+    return {"result": kind, "story": story, "rows": rows}
 
 
 def _write_json(path: Path, written: list[dict[str, object]]) -> None:
@@ -221,7 +228,8 @@ def require_apart(
         inputs += [folder, *files_in(folder)]
     model = base.model or stated_base(adapters[0])
     if model and Path(model).is_dir():
-        inputs += [Path(model), *Path(model).glob("*.json"), *Path(model).glob("*.safetensors")]
+        folder = Path(model)
+        inputs += [folder, *folder.glob("*.json"), *folder.glob("*.safetensors")]
     for option, output in outputs.items():
         for path in inputs:
             if output.exists() and path.exists() and output.samefile(path):

@@ -90,8 +90,9 @@ class Questions:
             raise self._no_prompt()
         if answered:
             _require_one_kind(questions)
+        is_single = len(questions) == 1
         for number, question in enumerate(questions, start=1):
-            _require_answers(question, number if len(questions) > 1 else None, answered)
+            _require_answers(question, None if is_single else number, answered)
         return questions
 
     def _from_options(self) -> list[Prompt]:
@@ -145,8 +146,9 @@ def _from_file(file: Path, for_all: Question) -> list[Question]:
     for record in read_records(file, with_answers=needs_answers):
         if record.error:
             raise LensLoraError(f"{file}, {record.error}")
+        prompt = str(record.prompt) if record.messages is None else record.messages
         question = Question(
-            prompt=str(record.prompt) if record.messages is None else record.messages,
+            prompt=prompt,
             doc=for_all.doc or record.doc,
             pre=for_all.pre or record.pre,
             response=for_all.response,

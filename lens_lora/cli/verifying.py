@@ -199,12 +199,9 @@ def _verified(
     if written is not None:
         verification = written.checked(verification, given, lens_over.lens, base)
         table_of = written.brief
-    return _Results(
-        verification,
-        table_of,
-        answered=None if question is None else question.answered,
-        compared=None if comparison is None else comparison.compared,
-    )
+    answered = None if question is None else question.answered
+    compared = None if comparison is None else comparison.compared
+    return _Results(verification, table_of, answered, compared)
 
 
 def _work_of(

@@ -84,7 +84,9 @@ def base_of(given: Given, folder: Path, base: options.ModelOptions) -> CardBase:
     if Path(found.name).is_dir():
         return CardBase(Path(found.name).resolve().name, Path(found.name))
     snapshot = _snapshot_of(found.name)
-    return CardBase(found.name, snapshot, None if snapshot is None else snapshot.name)
+    if snapshot is None:
+        return CardBase(found.name)
+    return CardBase(found.name, snapshot, revision=snapshot.name)
 
 
 def _snapshot_of(hub_id: str) -> Path | None:
