@@ -60,7 +60,9 @@ def configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
             "adapter. Use ll.load_adapter(folder), or Adapter.between(base, tuned) for two models."
         )
     unwrap = getattr(model, "get_base_model", None)
-    return configs, model if unwrap is None else unwrap()
+    if unwrap is None:
+        return configs, model
+    return configs, unwrap()
 
 
 # --- The base model

@@ -131,6 +131,16 @@ class PlannedShard:
     plan: pa.Table
 
 
+def _folders_by_shard(shards: Path) -> dict[Shard, Path]:
+    """The folder of each shard within the folder of all."""
+    by_shard: dict[Shard, Path] = {}
+    for folder in sorted(shards.glob("*-of-*")):
+        name = _FOLDER.fullmatch(folder.name)
+        if name is not None:
+            by_shard[Shard(int(name[1]), int(name[2]))] = folder
+    return by_shard
+
+
 def planned_shards(out: Path) -> list[PlannedShard]:
     """All shards of one run, in their order.
 
@@ -142,11 +152,7 @@ def planned_shards(out: Path) -> list[PlannedShard]:
             belong together.
     """
     shards = folder_of_shards(out)
-    by_shard: dict[Shard, Path] = {}
-    for folder in sorted(shards.glob("*-of-*")):
-        name = _FOLDER.fullmatch(folder.name)
-        if name is not None:
-            by_shard[Shard(int(name[1]), int(name[2]))] = folder
+    by_shard = _folders_by_shard(shards)
     if not by_shard:
         raise SweepError(
             f"{shards} holds no shards.",
@@ -160,8 +166,10 @@ def planned_shards(out: Path) -> list[PlannedShard]:
             f"{shards} holds shards of {ways}: one run is divided in one way. Remove the folders "
             "of the others."
         )
-    every = [Shard(index, counts[0]) for index in range(1, counts[0] + 1)]
-    missing = [shard for shard in every if not (by_shard.get(shard, shards) / PLAN).exists()]
+    (count,) = counts
+    every = [Shard(index, count) for index in range(1, count + 1)]
+    begun = {shard for shard, folder in by_shard.items() if (folder / PLAN).exists()}
+    missing = [shard for shard in every if shard not in begun]
     if missing:
         raise unfinished(missing, out, "not begun")
     planned: list[PlannedShard] = []

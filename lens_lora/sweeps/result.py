@@ -211,4 +211,5 @@ def _label_and_units(good: Sequence[Mapping[str, Any]], asked: AskedReadout) -> 
     all_units = " and ".join(sorted(units))
     if len(labels) == 1:
         return labels.pop(), all_units
-    return "margin(doc − pre)" if asked.label is None else asked.label, all_units
+    label = "margin(doc − pre)" if asked.label is None else asked.label
+    return label, all_units
