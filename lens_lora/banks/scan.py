@@ -416,9 +416,11 @@ def _named_source(
     if isinstance(adapter, Adapter):
         return adapter.name, adapter
     require_path(adapter)
-    is_local = Path(adapter).exists()
-    name = str(adapter) if not subfolder else f"{adapter}/{subfolder}"
-    return name, Place(adapter, None if is_local else revision, subfolder)
+    name = f"{adapter}/{subfolder}" if subfolder else str(adapter)
+    if Path(adapter).exists():
+        # A folder on disk has no revisions.
+        revision = None
+    return name, Place(adapter, revision, subfolder)
 
 
 def first_base(sources: Iterable[NamedSource]) -> list[str]:

@@ -172,7 +172,9 @@ class ShiftCallback(TrainerCallback):
         titles = (f"{self._readout} while training, by {group}", below)
         hover = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
         x = names_axis(map(str, frame.columns), "step")
-        y = names_axis(map(str, frame.index), autorange="reversed" if group == "kind" else None)
+        # Kinds are listed from the top; layers and sites go upwards.
+        direction = "reversed" if group == "kind" else None
+        y = names_axis(map(str, frame.index), autorange=direction)
         return heatmap(titles, frame.to_numpy().tolist(), hover, x, y, self._units)
 
     def _require_a_step(self) -> None:
