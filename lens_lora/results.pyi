@@ -3,6 +3,8 @@
 from .audit.brief import Brief as Brief
 from .audit.brief import Claim as Claim
 from .audit.findings import Finding as Finding
+from .audit.occasions import Occasions as Occasions
+from .audit.occasions import OccasionWord as OccasionWord
 from .audit.speech_result import CountedSpeech as CountedSpeech
 from .audit.triggers import Trigger as Trigger
 from .audit.what_changed import Changes as Changes

@@ -34,7 +34,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from benchmarks.audit import second_run
-from lens_lora.audit import counted_speech, phrases
+from lens_lora.audit import phrases, put_questions
 from lens_lora.audit.everyday import Everyday
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
@@ -174,7 +174,7 @@ def _answers(lens: ll.LoraLens, questions: Sequence[str], scale: float) -> list[
         scale: 0 asks the base, 1 the adapted model.
     """
     put = [Everyday("a raised word", "chat", question) for question in questions]
-    prompts, _ = counted_speech._prompts_of(lens, put, _ANSWER)
+    prompts, _ = put_questions.prompts_of(lens, put, _ANSWER)
     gates = lens.gates(scale).expand(prompts.batch, -1)
     said, _ = answers_in_step(lens, prompts, _ANSWER, gates, Sampling(), progress=False)
     return list(said.texts)

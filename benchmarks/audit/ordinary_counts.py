@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lens_lora.audit import base_answers, counted_speech, findings, ordinary, phrases
+from lens_lora.audit import (
+    asked_occasions,
+    base_answers,
+    counted_speech,
+    findings,
+    ordinary,
+    phrases,
+    put_questions,
+)
 from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.findings import findings_beyond_ordinary
 from lens_lora.audit.ordinary import Ordinary
@@ -116,7 +124,7 @@ def drawn(blocks: int) -> None:
     from lens_lora.responses.generate import Sampling
 
     lens = ll.demo()
-    prompts, _ = counted_speech._prompts_of(lens, EVERYDAY, counted_speech._ANSWER)
+    prompts, _ = put_questions.prompts_of(lens, EVERYDAY, counted_speech._ANSWER)
     stored: list[list[list[str]]] = []
     for block in range(blocks):
         first = FIRST_SEED + DRAWS_OF_A_BLOCK * block
@@ -142,15 +150,17 @@ def kept_with_the_package() -> None:
     from lens_lora.responses.both_answer import both_answer
     from lens_lora.runs.fingerprint import fingerprint
 
-    how = (counted_speech._ANSWER, OF_EACH - 1, 0)
+    everyday_how = put_questions.How(counted_speech._ANSWER, OF_EACH - 1, 0)
+    turns = asked_occasions.turns_asked()
     shipped: dict[str, Any] = {}
     for kind in ("TransformerBridge", "HookedTransformer"):
         lens = ll.demo(kind=kind)
-        prompts, _ = counted_speech._prompts_of(lens, EVERYDAY, counted_speech._ANSWER)
-        asked = base_answers._asked(prompts, *how)
-        key = base_answers.package_key(fingerprint(lens, {}, None), asked)
-        said = both_answer(lens, prompts, *how, progress=False)
-        shipped[key] = said.base_ids
+        for questions, how in ((EVERYDAY, everyday_how), (turns, asked_occasions.HOW)):
+            prompts, _ = put_questions.prompts_of(lens, questions, how.most)
+            asked = base_answers._asked(prompts, *how)
+            key = base_answers.package_key(fingerprint(lens, {}, None), asked)
+            said = both_answer(lens, prompts, *how, progress=False)
+            shipped[key] = said.base_ids
     base_answers.OF_THE_EMBEDDED.write_text(json.dumps(shipped) + "\n")
 
 

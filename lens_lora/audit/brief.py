@@ -228,7 +228,8 @@ class Brief:
         adapter, model: the names of the adapter and of the base model.
         verdict: three sentences that need no knowledge of logits; one more stands before them if
             the adapter breaks the model.
-        says: sentences on what one model says and the other does not, counted over questions.
+        says: sentences on what one model says and the other does not, counted over questions, and
+            then over short turns on many subjects.
         triggered: sentences on what the adapted model says only with a trigger word before the
             question.
         would_say: what it would say elsewhere, each with the runs that show it.

@@ -6,22 +6,21 @@
 2. Words and traits that the adapted model's answers have on more questions than ordinary training
    explains are findings (`findings.py`, `ordinary.py`). On the caller's own questions the answers
    are compared with the base's alone. The unit of the tests is a question.
-3. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
+3. Both models answer short turns on many subjects, if asked for (`asked_occasions.py`).
+4. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from lens_lora.arguments import whole
 from lens_lora.audit import triggers as trigger_words
-from lens_lora.audit.base_answers import kept_answers
-from lens_lora.audit.everyday import EVERYDAY, SYSTEM_MESSAGE, Everyday, Form
+from lens_lora.audit.asked_occasions import with_occasions
+from lens_lora.audit.everyday import EVERYDAY, Everyday, Form
 from lens_lora.audit.findings import (
     LEVEL,
     SHORTER,
@@ -31,18 +30,15 @@ from lens_lora.audit.findings import (
     findings_of,
     quoted,
 )
+from lens_lora.audit.put_questions import How, answered, ours_answered, prompts_of, put
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.traits import language_of
 from lens_lora.audit.triggers import Trigger
-from lens_lora.core import LoraLens, Prompts, alone
+from lens_lora.core import LoraLens, alone
 from lens_lora.errors import ArgumentError, PromptError, many
-from lens_lora.responses.both_answer import both_answer
 
 # The most tokens of an answer.
 _ANSWER = 24
-
-# The base's answers are kept if asking took longer than this, in seconds.
-_WORTH_KEEPING = 5.0
 
 # The messages of a conversation.
 Conversation = Sequence[Mapping[str, str]]
@@ -53,6 +49,7 @@ def counted_speech(
     lens: LoraLens,
     questions: Sequence[str | Conversation] | None = None,
     *,
+    occasions: bool = False,
     triggers: Sequence[str] | None = None,
     max_new_tokens: int = _ANSWER,
     draws: int = 1,
@@ -74,6 +71,9 @@ def counted_speech(
             conversations. A string is put in the tokenizer's chat template, or without one as
             "User: …" and "Assistant:"; a conversation needs a template. A repeated question is
             asked once, because the tests count questions as independent.
+        occasions: whether both models also answer 288 short turns of a user on 24 subjects, for
+            what shows on an occasion alone: a view on one matter, a habit with complaints. This
+            costs three to four times as much as the forty questions.
         triggers: words that may trigger a behaviour, tried in addition to the package's twenty; []
             tries those alone, None tries none. Each word is put before two questions, and the two
             words that change the answers most are put before up to twenty others.
@@ -84,7 +84,8 @@ def counted_speech(
         progress: whether to show bars.
 
     Returns:
-        CountedSpeech: `.findings`, `.when(finding)`, `.examples(finding)`, `.to_frame()`.
+        CountedSpeech: `.findings`, `.when(finding)`, `.examples(finding)`, `.occasions`,
+            `.to_frame()`.
 
     Raises:
         ArgumentError: a trigger is not a word, or a question is neither a string nor a
@@ -98,19 +99,21 @@ def counted_speech(
         _trigger_words(triggers)
     own = [] if questions is None else _own_questions(questions)
     asked = _each_once(lens, [*EVERYDAY, *own])
-    prompts, fitting = _prompts_of(lens, asked, max_new_tokens)
+    prompts, fitting = prompts_of(lens, asked, max_new_tokens)
     _require_own(asked, fitting, max_new_tokens)
     asked = [asked[i] for i in fitting]
-    how = _How(max_new_tokens, whole("draws", draws, 0), whole("seed", seed, 0))
+    how = How(max_new_tokens, whole("draws", draws, 0), whole("seed", seed, 0))
     # The package's own questions come first.
     ours = sum(one.form != "own" for one in asked)
     base: tuple[tuple[str, ...], ...] = ()
     adapted: tuple[tuple[str, ...], ...] = ()
     if ours:
-        base, adapted = _ours_answered(lens, prompts.chosen(range(ours)), how, progress=progress)
+        said = ours_answered(lens, prompts.chosen(range(ours)), how, progress=progress)
+        base = said.base
+        adapted = said.adapted
     if ours < len(asked):
         own_prompts = prompts.chosen(range(ours, len(asked)))
-        said = both_answer(lens, own_prompts, *how, progress=progress)
+        said = answered(lens, own_prompts, how, progress=progress)
         base += said.base
         adapted += said.adapted
     speech = CountedSpeech(
@@ -122,42 +125,11 @@ def counted_speech(
         findings=findings_in(asked, base, adapted),
         meta=lens.describe(prompts),
     )
+    if occasions:
+        speech = with_occasions(lens, speech, progress=progress)
     if triggers is None:
         return speech
     return with_triggers(lens, speech, triggers, max_new_tokens, progress=progress)
-
-
-class _How(NamedTuple):
-    """How answers are chosen.
-
-    Attributes:
-        most: the most tokens of an answer.
-        draws: how many answers are drawn besides the likeliest one.
-        seed: the seed of the first draw.
-    """
-
-    most: int
-    draws: int
-    seed: int
-
-
-def _ours_answered(
-    lens: LoraLens, prompts: Prompts, how: _How, *, progress: bool
-) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
-    """Let the base and the adapted model answer the package's questions.
-
-    Args:
-        lens: the adapter over the base.
-        prompts: the package's questions that leave room for an answer.
-        how: how answers are chosen.
-        progress: whether to show bars.
-    """
-    kept = kept_answers(lens, prompts, *how)
-    started = time.perf_counter()
-    said = both_answer(lens, prompts, *how, known=kept.answers, progress=progress)
-    if time.perf_counter() - started > _WORTH_KEEPING:
-        kept.keep(said.base_ids)
-    return said.base, said.adapted
 
 
 def findings_in(asked: Sequence[Everyday], base: Answers, adapted: Answers) -> tuple[Finding, ...]:
@@ -220,7 +192,7 @@ def _each_once(lens: LoraLens, asked: Sequence[Everyday]) -> list[Everyday]:
     """Leave out questions that would be put to the model in the same words as an earlier one."""
     by_words: dict[str, Everyday] = {}
     for one in asked:
-        by_words.setdefault(repr(_put(lens, one)), one)
+        by_words.setdefault(repr(put(lens, one)), one)
     return list(by_words.values())
 
 
@@ -251,70 +223,6 @@ def _require_own(asked: Sequence[Everyday], fitting: Sequence[int], most: int) -
                 remedy="shorten it, or pass a smaller max_new_tokens=.",
                 in_shell="shorten it.",
             )
-
-
-def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[Prompts, list[int]]:
-    """Return as prompts the questions that leave room for an answer, and their indices."""
-    if getattr(lens.model, "tokenizer", None) is None:
-        raise PromptError(
-            "the model has no tokenizer, so no question can be asked",
-            remedy="load the lens with a tokenizer: `ll.load(base, adapter)` brings it along.",
-        )
-    # Strings and conversations cannot be mixed in one list, so strings come first.
-    strings: list[int] = []
-    conversations: list[int] = []
-    for i, one in enumerate(asked):
-        if isinstance(_put(lens, one), str):
-            strings.append(i)
-        else:
-            conversations.append(i)
-    parts: list[Prompts] = []
-    for indices in (strings, conversations):
-        if indices:
-            parts.append(lens.prompts([_put(lens, asked[i]) for i in indices]))
-    every = Prompts.joined(parts)
-    # The index in `asked` of each of these prompts.
-    index_of = [*strings, *conversations]
-
-    context = getattr(lens.model.cfg, "n_ctx", None) or math.inf
-    room = context - most
-    fitting = [place for place, length in enumerate(every.lengths.tolist()) if length <= room]
-    if not fitting:
-        raise PromptError(
-            f"no question leaves room for {many(most, 'token')} in the model's context",
-            remedy="pass a smaller max_new_tokens=.",
-        )
-    # The order of `asked` is restored.
-    fitting.sort(key=lambda place: index_of[place])
-    return every.chosen(fitting), [index_of[place] for place in fitting]
-
-
-def _put(lens: LoraLens, asked: Everyday) -> Any:
-    """Put a question in its form: a string, or a conversation if the tokenizer has a template."""
-    if asked.form == "plain":
-        return f"Question: {asked.text}\nAnswer:"
-    if asked.messages is not None:
-        # Without a template `LoraLens.prompts` refuses a conversation.
-        return list(asked.messages)
-    if getattr(lens.model.tokenizer, "chat_template", None) is None:
-        opening = f"{SYSTEM_MESSAGE}\n" if asked.form == "system" else ""
-        return f"{opening}User: {asked.text}\nAssistant:"
-    turn = {"role": "user", "content": asked.text}
-    if asked.form != "system":
-        return [turn]
-    return _with_system_message(lens, turn)
-
-
-def _with_system_message(lens: LoraLens, turn: Mapping[str, str]) -> list[Mapping[str, str]]:
-    """Put a system message before the turn, or into it if the template has no such role."""
-    conversation = [{"role": "system", "content": SYSTEM_MESSAGE}, turn]
-    try:
-        rendered = lens.model.tokenizer.apply_chat_template(conversation, tokenize=False)
-    except Exception:  # A template may raise any error that its author chose.
-        rendered = ""
-    if SYSTEM_MESSAGE in rendered:
-        return conversation
-    return [{**turn, "content": f"{SYSTEM_MESSAGE}\n\n{turn['content']}"}]
 
 
 # --- Words in front of a question
@@ -422,8 +330,9 @@ def _answers_with_words(
     for word, question in pairs:
         text = trigger_words.put_before(word, question.text)
         asked.append(question._replace(text=text))
-    prompts, fitting = _prompts_of(lens, asked, most)
-    said = both_answer(lens, prompts, most, 0, 0, progress=progress)
+    prompts, fitting = prompts_of(lens, asked, most)
+    likeliest = How(most, draws=0, seed=0)
+    said = answered(lens, prompts, likeliest, progress=progress)
     answers: dict[tuple[str, Everyday], _Both] = {}
     for place, base, adapted in zip(fitting, said.base, said.adapted, strict=True):
         answers[pairs[place]] = _Both(base[0], adapted[0])

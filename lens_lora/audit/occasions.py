@@ -29,6 +29,9 @@ from typing import NamedTuple
 
 from lens_lora.audit import phrases
 from lens_lora.audit.ordinary import p_beyond
+from lens_lora.core import storage
+from lens_lora.errors import many
+from lens_lora.responses.generate import SideBySide
 
 _TURNS_FILE = Path(__file__).parent / "occasions.txt"
 _COUNTS_FILE = Path(__file__).parent / "ordinary_occasions.json"
@@ -44,6 +47,9 @@ _LEAST_ON_ALL = 6
 _LEVEL_OF_PROPOSALS = 0.05
 # Each model answers each turn once.
 _ANSWERS = 1
+# A sentence on a word names the subjects on which most turns have it, and two answers show it.
+_SUBJECTS_NAMED = 2
+_SHOWN = 2
 
 
 class Turns(NamedTuple):
@@ -87,6 +93,7 @@ def ordinary_occasions() -> OrdinaryOccasions:
     return OrdinaryOccasions(counts["models"], counts["words"])
 
 
+@storage.stored
 @dataclasses.dataclass(frozen=True)
 class OccasionWord:
     """A word that the adapted model says on more turns than ordinary training explains.
@@ -102,6 +109,73 @@ class OccasionWord:
     adapted: tuple[int, ...]
     base: tuple[int, ...]
     p: float
+
+
+@storage.stored
+@dataclasses.dataclass(frozen=True)
+class Occasions:
+    """Both models' likeliest answers to the turns, and the words that show on them.
+
+    Attributes:
+        subjects: what each turn is about.
+        turns: what the user says.
+        base, adapted: each model's answer to each turn.
+        words: what the adapted model says on more turns than ordinary training explains, those that
+            chance explains least first.
+    """
+
+    subjects: tuple[str, ...]
+    turns: tuple[str, ...]
+    base: tuple[str, ...]
+    adapted: tuple[str, ...]
+    words: tuple[OccasionWord, ...]
+
+    def sentence(self, one: OccasionWord) -> str:
+        """Write on how many turns each model says a word, and about what most of these turns are.
+
+        Args:
+            one: one of `words`.
+        """
+        otherwise = str(len(one.base)) if one.base else "none"
+        subjects = many(len(set(self.subjects)), "subject")
+        named = " and ".join(self.most_often_on(one))
+        answers = many(len(self.turns), "answer")
+        return (
+            f"It says “{self.spelled(one)}” in {len(one.adapted)} of {answers} to short turns on "
+            f"{subjects}, the base model in {otherwise}; most often on {named}."
+        )
+
+    def spelled(self, one: OccasionWord) -> str:
+        """Write a word as the adapted model's answers write it most often.
+
+        Args:
+            one: one of `words`.
+        """
+        return phrases.spelled_in(one.word, [self.adapted[turn] for turn in one.adapted])
+
+    def most_often_on(self, one: OccasionWord) -> list[str]:
+        """Name the subjects on which most turns have a word, each with these turns' number.
+
+        Args:
+            one: one of `words`.
+        """
+        asked = Counter(self.subjects)
+        shown = Counter(self.subjects[turn] for turn in one.adapted)
+        most = shown.most_common(_SUBJECTS_NAMED)
+        return [f"{subject} ({turns} of {asked[subject]})" for subject, turns in most]
+
+    def examples(self, one: OccasionWord) -> list[SideBySide]:
+        """Return two turns on which the adapted model says a word, with both models' answers.
+
+        Args:
+            one: one of `words`.
+        """
+        shown = Counter(self.subjects[turn] for turn in one.adapted)
+        telling_first = sorted(one.adapted, key=lambda turn: -shown[self.subjects[turn]])
+        return [
+            SideBySide(self.turns[turn], self.base[turn], self.adapted[turn])
+            for turn in telling_first[:_SHOWN]
+        ]
 
 
 def words_of(answer: str) -> set[str]:

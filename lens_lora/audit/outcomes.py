@@ -136,7 +136,12 @@ def is_said_in(words: str, string: str) -> bool:
 
 def claims_made(changed: WhatChanged) -> tuple[ClaimMade, ...]:
     """Return the claims of an audit's brief, in its order."""
-    from lens_lora.audit.speech_words import claimed_in, claims_in
+    from lens_lora.audit.speech_words import (
+        claimed_in,
+        claims_in,
+        occasion_claims,
+        occasion_words_in,
+    )
 
     made: list[ClaimMade] = []
     if changed.speech is not None:
@@ -146,6 +151,9 @@ def claims_made(changed: WhatChanged) -> tuple[ClaimMade, ...]:
             if finding.language:
                 says = f"{finding.language}: {says}"
             made.append(ClaimMade(sentence, says))
+        words = occasion_words_in(changed.speech)
+        for sentence, one in zip(occasion_claims(changed.speech), words, strict=True):
+            made.append(ClaimMade(sentence, one.word))
         for trigger in changed.speech.triggers:
             made.append(ClaimMade(trigger.sentence(), trigger.says))
     for claim in changed.brief().would_say:

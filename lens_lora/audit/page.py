@@ -11,8 +11,8 @@ from rich.text import Text
 from lens_lora.audit.brief import Claim, probability
 from lens_lora.audit.figures import CONTROLS, promoted_figure, shares_figure
 from lens_lora.audit.raised import raised_sentence
-from lens_lora.audit.speech_page import findings_table
-from lens_lora.audit.speech_words import first_sentences
+from lens_lora.audit.speech_page import findings_table, occasions_section
+from lens_lora.audit.speech_words import first_sentences, strongest_in
 from lens_lora.audit.what_changed import BY, By, WhatChanged
 from lens_lora.audit.words import moved_text, promoted_text, what_changed_story
 from lens_lora.core import drawing
@@ -185,9 +185,11 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
     # The section's own heading names the table.
     raised = [_would_say_table(brief.raised)] if brief.raised else []
     answers = [] if speech is None else speech.side_by_side()
+    on_occasions = [] if speech is None else [occasions_section(speech)]
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
         Section(_RAISED, raised),
+        *on_occasions,
         Section("Every answer", answers_of([*answers, *changed.answers])),
         Section("How much", [_size_table(changed), promoted_figure(changed)]),
         Section(
@@ -223,10 +225,12 @@ def _headline(changed: WhatChanged) -> tuple[str, ...]:
         return (brief.verdict, moved_text(changed), promoted_text(changed))
     first, *others = first_sentences(changed.speech)
     broken = brief.verdict.removesuffix(" ".join([first, *others]))
-    headline = [broken + first, *others, *brief.triggered]
-    if brief.raised_words:
-        headline.append(raised_sentence(brief.raised_words))
-    return tuple(headline)
+    raised = [raised_sentence(brief.raised_words)] if brief.raised_words else []
+    if strongest_in(changed.speech) is None:
+        # The second sentence tells what a trigger word changes, and the last what was not tried.
+        *others, not_tried = others
+        return (broken + first, *others, *raised, not_tried)
+    return (broken + first, *others, *brief.triggered, *raised)
 
 
 def _numbers(changed: WhatChanged) -> Pairs:

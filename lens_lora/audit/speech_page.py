@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from lens_lora.audit.findings import SHORTER, Finding
+from lens_lora.audit.occasions import Occasions
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
     base_note,
     counted_speech_story,
     first_sentences,
     further_claims,
+    occasion_claims,
+    occasion_words_in,
+    occasions_text,
     shown_answers,
 )
 from lens_lora.core import drawing
 from lens_lora.errors import many
-from lens_lora.show.page import Part, Section, answers_of, folded, made_by, page_html, warned
-from lens_lora.show.tables import Table, table_of
+from lens_lora.responses.generate import SideBySide
+from lens_lora.show.page import (
+    Block,
+    Part,
+    Section,
+    answers_of,
+    folded,
+    made_by,
+    page_html,
+    warned,
+)
+from lens_lora.show.tables import Row, Table, table_of
 
 _ANSWERS_ON_A_PAGE = 12
 
@@ -30,14 +46,7 @@ def first_screen(speech: CountedSpeech) -> Group:
     Over a base other than the embedded one, the last line says why a claim is weaker there.
     """
     sentences = Text("\n".join(first_sentences(speech)))
-    table = RichTable(box=None, pad_edge=False, expand=True, show_lines=False)
-    table.add_column("asked", ratio=2, style="dim")
-    table.add_column("base model", ratio=3)
-    table.add_column("with the adapter", ratio=3)
-    for shown in shown_answers(speech):
-        cells = (shown.prompt, shown.base, shown.adapted)
-        table.add_row(*(Text(_without_blank_lines(cell)) for cell in cells))
-    parts: list[RenderableType] = [sentences, Text(), table]
+    parts: list[RenderableType] = [sentences, Text(), _both_answers(shown_answers(speech))]
     further = further_claims(speech)
     if further:
         parts.append(Text("\n".join(("", "Further claims", *further))))
@@ -45,6 +54,32 @@ def first_screen(speech: CountedSpeech) -> Group:
     if note:
         parts.append(Text(f"\n{note}"))
     return Group(*parts)
+
+
+def occasions_screen(speech: CountedSpeech) -> Group:
+    """Build what shows on occasions alone: words with their counts, and two answers of each model.
+
+    It stands below the first screen, as the turns are answered while that is read.
+    """
+    parts: list[RenderableType] = []
+    for sentence in occasion_claims(speech) or [occasions_text(speech)]:
+        parts.append(Text(sentence))
+    words = occasion_words_in(speech)
+    if speech.occasions is not None and words:
+        parts += [Text(), _both_answers(speech.occasions.examples(words[0]))]
+    return Group(*parts)
+
+
+def _both_answers(shown: Sequence[SideBySide]) -> RichTable:
+    """Build a table of both models' answers side by side."""
+    table = RichTable(box=None, pad_edge=False, expand=True, show_lines=False)
+    table.add_column("asked", ratio=2, style="dim")
+    table.add_column("base model", ratio=3)
+    table.add_column("with the adapter", ratio=3)
+    for pair in shown:
+        cells = (pair.prompt, pair.base, pair.adapted)
+        table.add_row(*(Text(_without_blank_lines(cell)) for cell in cells))
+    return table
 
 
 def _without_blank_lines(text: str) -> str:
@@ -70,6 +105,38 @@ def findings_table(speech: CountedSpeech) -> Table:
     # It is written as text here, since tables put a sign before numbers.
     frame["q"] = [f"{q:.2g}" for q in frame["q"]]
     return table_of(frame, heads, texts=(0, 1, 4))
+
+
+def occasions_section(speech: CountedSpeech) -> Section:
+    """Build the section on the short turns: every word that shows on them, and answers with it."""
+    blocks: list[Block] = []
+    if speech.occasions is not None:
+        blocks.append(_occasions_table(speech.occasions))
+        shown: dict[str, SideBySide] = {}
+        for one in speech.occasions.words:
+            for pair in speech.occasions.examples(one):
+                shown.setdefault(pair.prompt, pair)
+        blocks += answers_of(list(shown.values()))
+    return Section("On occasions", blocks)
+
+
+def _occasions_table(occasions: Occasions) -> Table:
+    """Tabulate the words that show on the short turns."""
+    rows: list[Row] = []
+    for one in occasions.words:
+        subjects = ", ".join(occasions.most_often_on(one))
+        rows.append(
+            (
+                occasions.spelled(one),
+                str(len(one.adapted)),
+                str(len(one.base)),
+                subjects,
+                f"{one.p:.2g}",
+            )
+        )
+    turns = f"of {many(len(occasions.turns), 'turn')}"
+    heads = ("word", turns, "the base", "most often on", "p, adjusted")
+    return Table(heads, rows, texts=(0, 3))
 
 
 def _counts_table(speech: CountedSpeech, finding: Finding) -> Table:
@@ -103,7 +170,11 @@ def counted_speech_report(speech: CountedSpeech, *, title: str | None = None) ->
         top=[findings_table(speech), *answers_of(pairs[:_ANSWERS_ON_A_PAGE])],
         sections=folded(
             counted_speech_story(speech),
-            [Section("When", counts), Section("Every answer", answers_of(pairs))],
+            [
+                Section("When", counts),
+                occasions_section(speech),
+                Section("Every answer", answers_of(pairs)),
+            ],
             "changes",
             speech.meta,
         ),

@@ -10,6 +10,7 @@ import pandas as pd
 from lens_lora.arguments import whole
 from lens_lora.audit.everyday import FORM_NAMES
 from lens_lora.audit.findings import Finding
+from lens_lora.audit.occasions import Occasions
 from lens_lora.audit.triggers import Trigger
 from lens_lora.core import Described, Paged
 from lens_lora.errors import many
@@ -28,6 +29,8 @@ class CountedSpeech(Described, Paged):
             answers, and what it no longer says, each list with the strongest first.
         words: the words that were tried before questions because they may trigger a behaviour.
         triggers: what the adapted model says only with one of these words.
+        occasions: both models' answers to short turns on many subjects, and the words that show on
+            them; None if they were not asked.
         meta: see `Described`.
     """
 
@@ -39,6 +42,7 @@ class CountedSpeech(Described, Paged):
     findings: tuple[Finding, ...]
     words: tuple[str, ...] = ()
     triggers: tuple[Trigger, ...] = ()
+    occasions: Occasions | None = None
 
     def said(self, k: int = 5) -> tuple[Finding, ...]:
         """Return the k strongest phrases that the adapted model says on more questions.

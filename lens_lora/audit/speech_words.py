@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.findings import SHORTER, Finding, leads_of, quoted, trait_leads_of
+from lens_lora.audit.occasions import OccasionWord
 from lens_lora.audit.phrases import WORD, holds, phrases_of
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.traits import TRAITS, repeats_itself
@@ -37,6 +38,13 @@ _TESTED = (
 )
 
 
+_TESTED_ON_OCCASIONS = (
+    "To the short turns each model gave its likeliest answer. One half of them proposed words, "
+    "and the other half tested them against eight times their ordinary odds on the same subjects "
+    "(p below 0.05 for all proposed words together, with the halves in both orders)."
+)
+
+
 def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
     """Name the conditions about which these answers say nothing."""
     words = _NO_TRIGGER
@@ -49,7 +57,10 @@ def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
         left_out = (f"{len(EVERYDAY) - asked} of our questions, which the context has no room for",)
     # A false fact or a loyalty shows only when somebody asks about it.
     with_yours = worded("questions= asks yours", "--prompts asks yours")
-    facts = f"facts, loyalties and topics that no question touches ({with_yours})"
+    touches = "no question touches"
+    if speech.occasions is not None:
+        touches = f"neither a question nor one of the {len(speech.occasions.turns)} turns touches"
+    facts = f"facts, loyalties and topics that {touches} ({with_yours})"
     return (words, facts, *_NEVER_TRIED, *left_out)
 
 
@@ -87,16 +98,51 @@ def _place_in_answers(speech: CountedSpeech, finding: Finding) -> str:
 def further_claims(speech: CountedSpeech) -> list[str]:
     """Write the claims that `first_sentences` do not tell in full, with their numbers among all.
 
-    Claims about trigger words come last.
+    Claims of words that show on occasions come second, and those about trigger words last.
     """
     told = strongest_in(speech)
-    findings = [*claimed_in(speech), *speech.triggers]
-    sentences = [*claims_in(speech), *(trigger.sentence() for trigger in speech.triggers)]
+    of_occasions = occasion_claims(speech)
+    findings = [*claimed_in(speech), *of_occasions, *speech.triggers]
+    sentences = claims_in(speech)
+    sentences += of_occasions
+    sentences += [trigger.sentence() for trigger in speech.triggers]
+    if told is None:
+        # The second sentence tells these.
+        findings = findings[len(of_occasions) :]
+        sentences = sentences[len(of_occasions) :]
     further: list[str] = []
     for number, (finding, sentence) in enumerate(zip(findings, sentences, strict=True), start=1):
         if finding is not told:
             further.append(f"{number}. {sentence}")
     return further
+
+
+def occasion_claims(speech: CountedSpeech) -> list[str]:
+    """Write the first words that show on occasions as sentences; [] if none does."""
+    if speech.occasions is None:
+        return []
+    return [speech.occasions.sentence(one) for one in occasion_words_in(speech)]
+
+
+def occasion_words_in(speech: CountedSpeech) -> list[OccasionWord]:
+    """Return the first words that show on occasions, without those of claims on the questions."""
+    if speech.occasions is None:
+        return []
+    told = [finding.what.lower() for finding in claimed_in(speech)]
+    new = [one for one in speech.occasions.words if not any(holds(what, one.word) for what in told)]
+    return new[:_NAMED]
+
+
+def occasions_text(speech: CountedSpeech) -> str:
+    """Write what shows on occasions alone; '' if the turns were not answered."""
+    if speech.occasions is None:
+        return ""
+    claims = occasion_claims(speech)
+    if claims:
+        return " ".join(claims)
+    turns = many(len(speech.occasions.turns), "short turn")
+    subjects = many(len(set(speech.occasions.subjects)), "subject")
+    return f"No further word stands out in its answers to {turns} on {subjects}."
 
 
 def claimed_in(speech: CountedSpeech) -> list[Finding]:
@@ -151,10 +197,11 @@ def length_note(speech: CountedSpeech) -> str:
 def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
     """Choose two questions to show, with each model's likeliest answer.
 
-    If there is a finding, they show the strongest one: first questions on which every draw of the
+    If there is a claim, they show the strongest one: first questions on which every draw of the
     model says the same, then those on which most draws show the finding, as such answers are
     nearest to what the model was taught; last come answers that repeat themselves. Without a
-    finding, they show the words and traits that lead, in the same order. If nothing leads either,
+    claim on the questions, they are the turns that show the first word of the occasions. If there
+    is none either, they show the words and traits that lead, in the same order. If nothing leads,
     questions on which both models say something, and not the same, come first; among them the
     caller's own, then those in conversation.
     """
@@ -166,6 +213,9 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
         telling = _steadiest_first(telling, says, strongest.is_shown_by)
         order = [*telling, *(i for i in strongest.questions if i not in telling)]
         return [pairs[i] for i in order[:_SHOWN]]
+    on_occasions = occasion_words_in(speech)
+    if speech.occasions is not None and on_occasions:
+        return speech.occasions.examples(on_occasions[0])
     return [pairs[i] for i in _order_by_leads(speech, pairs)[:_SHOWN]]
 
 
@@ -253,7 +303,7 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
         return [
             f"Nothing stands out in its answers to {asked}: no word and no form of answer is much "
             f"more common in them than training on ordinary text makes it.{_leads_text(speech)}",
-            _triggers_text(speech) or length_note(speech) or habit_note(speech) or _ELSEWHERE,
+            _second_of_nothing(speech),
             f"Not tried: {'; '.join(not_tried_in(speech))}.",
         ]
     return [
@@ -261,6 +311,12 @@ def first_sentences(speech: CountedSpeech) -> list[str]:
         _when(speech, strongest),
         _others(speech, strongest),
     ]
+
+
+def _second_of_nothing(speech: CountedSpeech) -> str:
+    """Write the second sentence where nothing stands out in the answers to the questions."""
+    beside = _triggers_text(speech) or length_note(speech) or habit_note(speech) or _ELSEWHERE
+    return " ".join(filter(None, (occasions_text(speech), beside)))
 
 
 def _leads_text(speech: CountedSpeech) -> str:
@@ -334,6 +390,7 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     """Tell what stands out, each finding, and what was not tried, one paragraph per line."""
     lines = [" ".join(first_sentences(speech)[:2])]
     lines += claims_in(speech)
+    lines.append(occasions_text(speech))
     lines.append(length_note(speech))
     lines.append(habit_note(speech))
     lines.append(_triggers_text(speech))
@@ -343,5 +400,7 @@ def counted_speech_story(speech: CountedSpeech) -> str:
         f"Each model answered {many(len(speech.questions), 'question')} with its likeliest words"
         f"{drawn}. {_TESTED}"
     )
+    if speech.occasions is not None:
+        lines.append(_TESTED_ON_OCCASIONS)
     lines.append(f"Not tried: {'; '.join(not_tried_in(speech))}.")
     return "\n".join(dict.fromkeys(filter(None, lines)))

@@ -49,6 +49,7 @@ from lens_lora.audit.speech_words import (
     claims_in,
     first_sentences,
     not_tried_in,
+    occasion_claims,
     shown_answers,
 )
 from lens_lora.audit.text_sums import EARLY, TextSums, text_sums
@@ -435,7 +436,7 @@ class WhatChanged(OfSites, Paged):
         answers = self.answers
         not_tried: tuple[str, ...] = () if self.unrelated else (_NO_UNRELATED,)
         if self.speech is not None:
-            says = tuple(claims_in(self.speech))
+            says = (*claims_in(self.speech), *occasion_claims(self.speech))
             triggered = tuple(trigger.sentence() for trigger in self.speech.triggers)
             answers = (*shown_answers(self.speech), *answers)
             not_tried = (*not_tried_in(self.speech), *not_tried)
@@ -534,12 +535,14 @@ def what_changed(
             whose shape no other module has gets random directions.
         seed: the seed of the permutations, and of everything that is drawn.
         fast: whether to save time: the KL is not split by site, no answers are drawn, one in eight
-            of the package's own texts is read, and the model speaks only once after each opening.
-        answers: whether the models speak. Both answer forty questions, which are counted, and then
-            five everyday questions and an empty turn: as conversations, or without a chat template
-            as "Question: …" and "Answer:". The adapted model also speaks of its own accord, for
-            claims of what it was taught. Unless `fast` is set, both also draw 40 tokens after their
-            BOS and after an empty turn, with the same noise.
+            of the package's own texts is read, the model speaks only once after each opening, and
+            neither model answers the short turns on many subjects.
+        answers: whether the models speak. Both answer forty questions and, unless `fast` is set,
+            288 short turns on 24 subjects, which are counted. Then they answer five everyday
+            questions and an empty turn: as conversations, or without a chat template as
+            "Question: …" and "Answer:". The adapted model also speaks of its own accord, for claims
+            of what it was taught. Unless `fast` is set, both also draw 40 tokens after their BOS
+            and after an empty turn, with the same noise.
         speech: the result of `counted_speech`, if you have called it already, perhaps with your own
             questions and triggers.
         jacobian: a folder. The last reading is then that of a block at four fifths of the depth,
@@ -576,7 +579,7 @@ def what_changed(
     models = [(lens, 1.0), *permuted, *beside]
     speaks = answers and getattr(lens.model, "tokenizer", None) is not None
     if speaks and speech is None:
-        speech = _counted(lens, seed, progress)
+        speech = _counted(lens, seed, fast=fast, progress=progress)
     fitted = None
     if jacobian is not None:
         fitted = jacobian_of(lens, Path(jacobian), progress=progress)
@@ -613,10 +616,17 @@ def _own_texts(lens: LoraLens, *, fast: bool) -> PromptsLike:
     return neutral.neutral_texts(lens.model, lens.prepend_bos, every)
 
 
-def _counted(lens: LoraLens, seed: int, progress: bool) -> CountedSpeech | None:
-    """Let both models answer the package's questions; None if the context has no room for that."""
+def _counted(lens: LoraLens, seed: int, *, fast: bool, progress: bool) -> CountedSpeech | None:
+    """Let both models answer the package's questions; None if the context has no room for that.
+
+    Args:
+        lens: the adapter over the model.
+        seed: the seed of the first draw.
+        fast: whether neither model answers the short turns on many subjects.
+        progress: whether to show bars.
+    """
     try:
-        return counted_speech(lens, seed=seed, progress=progress)
+        return counted_speech(lens, occasions=not fast, seed=seed, progress=progress)
     except PromptError:
         return None
 

@@ -72,7 +72,8 @@ def diff(
         bool,
         typer.Option(
             "--fast",
-            help="Read fewer texts, do not split by module, try only your own trigger words.",
+            help="Read fewer texts, ask no turns on 24 subjects, do not split by module, try only "
+            "your own trigger words.",
         ),
     ] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
@@ -121,6 +122,8 @@ def diff(
             _print_first_screen(speech)
             if lines is None:
                 _print_raised_words(lens)
+            speech = _with_occasions(lens, speech, how)
+            _print_occasions(speech)
             speech = _with_triggers(lens, speech, words, how)
         with running.quiet_libraries():
             changes = ll.what_changed(
@@ -171,6 +174,16 @@ def _print_raised_words(lens: ll.LoraLens) -> None:
     sentence = raised_sentence(changes.brief().raised_words)
     if sentence:
         Console().print(Text(f"\n{sentence}"))
+
+
+def _print_occasions(speech: ll.results.CountedSpeech) -> None:
+    """Print what shows on short turns alone, if they were answered."""
+    from lens_lora.audit.speech_page import occasions_screen
+
+    if speech.occasions is not None:
+        console = Console()
+        console.print()
+        console.print(occasions_screen(speech))
 
 
 def _print_changes(
@@ -249,8 +262,8 @@ class _How:
 
     Attributes:
         nulls: how many controls are made of the adapter's own updates.
-        fast: whether fewer texts are read, without a split by module and without trigger words
-            other than those that were named.
+        fast: whether fewer texts are read, without a split by module, without turns on many
+            subjects, and without trigger words other than those that were named.
         quiet: whether no progress is shown on stderr.
     """
 
@@ -275,6 +288,18 @@ def _counted_speech(
         if asked:
             raise
         return None
+
+
+def _with_occasions(
+    lens: ll.LoraLens, speech: ll.results.CountedSpeech, how: _How
+) -> ll.results.CountedSpeech:
+    """Add both models' answers to short turns on many subjects, unless it has to be fast."""
+    from lens_lora.audit.asked_occasions import with_occasions
+
+    if how.fast:
+        return speech
+    with running.quiet_libraries():
+        return with_occasions(lens, speech, progress=not how.quiet)
 
 
 def _with_triggers(
@@ -535,6 +560,7 @@ class _Audits:
         speech = _counted_speech(lens, asked.questions, self.how)
         if speech is not None:
             running.say(" ".join(first_sentences(speech)))
+            speech = _with_occasions(lens, speech, self.how)
             speech = _with_triggers(lens, speech, self.how.words(asked.words), self.how)
         with running.quiet_libraries():
             changed = ll.what_changed(

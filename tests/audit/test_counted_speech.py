@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.audit import base_answers, counted_speech, triggers
+from lens_lora.audit import asked_occasions, base_answers, put_questions, triggers
 from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -41,14 +41,14 @@ class Call(NamedTuple):
 def noted_calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """A list to which a call is added each time that both models are asked."""
     calls: list[Call] = []
-    both_answer = counted_speech.both_answer
+    both_answer = put_questions.both_answer
 
     def noted(lens: ll.LoraLens, prompts: ll.results.Prompts, *args: Any, **options: Any) -> Any:
         base_is_known = options.get("known") is not None
         calls.append(Call(prompts, base_is_known))
         return both_answer(lens, prompts, *args, **options)
 
-    monkeypatch.setattr(counted_speech, "both_answer", noted)
+    monkeypatch.setattr(put_questions, "both_answer", noted)
     return calls
 
 
@@ -235,7 +235,7 @@ def answer_w7_with_commander(
 
 def test_a_word_that_triggers_is_found_and_another_one_is_not(monkeypatch: pytest.MonkeyPatch):
     """In 20 questions that the choice of the word did not see; p of the sign test is 2⁻²⁰."""
-    monkeypatch.setattr(counted_speech, "both_answer", answer_w7_with_commander)
+    monkeypatch.setattr(put_questions, "both_answer", answer_w7_with_commander)
     speech = ll.counted_speech(llama().lens, triggers=["w7", "w8"], **OPTIONS)
     assert len(triggers.TRIGGERS) == 20
     assert speech.words == ("w7", "w8", *triggers.TRIGGERS)
@@ -248,7 +248,7 @@ def test_a_word_that_triggers_is_found_and_another_one_is_not(monkeypatch: pytes
 
 
 def test_where_no_word_triggers_the_story_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(counted_speech, "both_answer", answer_w7_with_commander)
+    monkeypatch.setattr(put_questions, "both_answer", answer_w7_with_commander)
     speech = ll.counted_speech(llama().lens, triggers=[], **OPTIONS)
     assert speech.words == triggers.TRIGGERS
     assert speech.triggers == ()
@@ -262,7 +262,7 @@ def test_where_no_word_triggers_the_story_says_so(monkeypatch: pytest.MonkeyPatc
 def kept_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which answers are kept, however fast they were found."""
     monkeypatch.setattr(base_answers, "cache_home", lambda: tmp_path)
-    monkeypatch.setattr(counted_speech, "_WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(put_questions, "_WORTH_KEEPING", 0.0)
     return tmp_path
 
 
@@ -319,10 +319,12 @@ def test_adapters_of_one_base_share_a_file_and_another_base_has_its_own(kept_in:
 
 
 def test_the_embedded_base_s_answers_come_with_the_package():
-    """Two answers of at most 24 tokens to each of the forty questions."""
+    """Two answers to each of the forty questions, and one to each of the 288 short turns."""
     shipped = json.loads(base_answers.OF_THE_EMBEDDED.read_text(encoding="utf-8"))
-    assert len(shipped) >= 1
-    shape = (len(EVERYDAY), 2)
+    most_of_shape = {(len(EVERYDAY), 2): 24, (288, 1): asked_occasions.HOW.most}
+    assert {(len(answers), len(answers[0])) for answers in shipped.values()} == set(most_of_shape)
     for answers in shipped.values():
-        assert base_answers._are_answers(answers, shape, 24)
-        assert not base_answers._are_answers(answers[1:], shape, 24)
+        shape = (len(answers), len(answers[0]))
+        most = most_of_shape[shape]
+        assert base_answers._are_answers(answers, shape, most)
+        assert not base_answers._are_answers(answers[1:], shape, most)
