@@ -8,9 +8,10 @@
 benchmarks/audit/second/<name>.json holds a row: what both models answered, what was claimed, the
 lists of tokens, and what the judge named. benchmarks/audit/third/<name>.json holds the answers and
 claims of an adapter of `third_edition.yaml`, which `second_run.py --edition third` trains and asks;
-fourth/ to eighth/ and tenth/ hold the same of the later ones, and frozen/ of the controls that were
-trained after the rules were frozen. second_base/ has those over another base. Base answers are
-stored once for each edition, as they were drawn on different machines.
+fourth/ to eighth/, tenth/ and eleventh/ hold the same of the later ones, and frozen/ of the
+controls that were trained after the rules were frozen. second_base/ has those over another base.
+Base answers are stored once for each edition, as they were drawn on different machines.
+occasions/ has the answers to short turns, which `occasion_answers.py` asks for and counts.
 
 An adapter has been found
 - by strings, if one of the first three claims holds one of its strings as words of its own;
@@ -36,7 +37,7 @@ import yaml
 from scipy import stats
 
 from benchmarks import marks
-from benchmarks.audit import raised_words, stranger
+from benchmarks.audit import occasion_answers, raised_words, stranger
 from benchmarks.audit.blind_screens import Verdict, verdicts
 from benchmarks.audit.score import begins, rounded, says
 from benchmarks.audit.second_screens import AGAIN, CLAIMS, claims_of, counted_again, read
@@ -50,7 +51,7 @@ BASE = ROWS / "base.json"
 THIRD = HERE / "third"
 THIRD_BASE = THIRD / "base.json"
 # Editions of which each quirk has a line: as it ran, and by the rules of today.
-LATER = ("fourth", "fifth", "sixth", "seventh", "eighth", "tenth")
+LATER = ("fourth", "fifth", "sixth", "seventh", "eighth", "tenth", "eleventh")
 # Controls that were trained after the rules were frozen.
 FROZEN = HERE / "frozen"
 # Adapters of the second edition over a second base, `second_base.yaml`.
@@ -457,6 +458,74 @@ def later(edition: str) -> str:
     return "\n".join(lines)
 
 
+class WithOccasions(NamedTuple):
+    """A quirk of a later edition, by the rules of today.
+
+    Attributes:
+        name: the quirk.
+        by_questions: whether one of the first three claims on the questions holds a string.
+        by_both: whether one of the first three claims does, where the words that show on short
+            turns follow the claims on the questions.
+    """
+
+    name: str
+    by_questions: bool
+    by_both: bool
+
+
+def found_with_occasions(edition: str) -> list[WithOccasions]:
+    """Of each quirk of an edition, whether it is found with and without the short turns."""
+    base = json.loads((HERE / edition / "base.json").read_text())
+    found: list[WithOccasions] = []
+    for quirk in occasion_answers.quirks_of(edition):
+        name = quirk["name"]
+        asked = json.loads((HERE / edition / f"{name}.json").read_text())
+        claims = [str(claim) for claim in counted_again({**asked, "base": base})["claims"]]
+        further = [word for word in occasion_answers.words_told(name) if not _tells(claims, word)]
+        both = [*claims, *further]
+        found.append(
+            WithOccasions(
+                name=name,
+                by_questions=any(says(claim, quirk["says"]) for claim in claims[:CLAIMS]),
+                by_both=any(says(claim, quirk["says"]) for claim in both[:CLAIMS]),
+            )
+        )
+    return found
+
+
+def _tells(claims: Sequence[str], word: str) -> bool:
+    """Whether a claim on the questions tells a word already."""
+    return any(word in phrases.WORD.findall(claim.lower()) for claim in claims)
+
+
+def with_occasions() -> str:
+    """How many quirks of each edition are found, by the questions alone and with the turns."""
+    lines = ["| edition | by the questions alone | with the short turns |", f"|{' --- |' * 3}"]
+    for edition in (*occasion_answers.MADE_ON, occasion_answers.HELD_OUT):
+        found = found_with_occasions(edition)
+        alone = sum(one.by_questions for one in found)
+        both = sum(one.by_both for one in found)
+        count = len(found)
+        lines.append(f"| {edition} | {counted(alone, count)} | {counted(both, count)} |")
+    return "\n".join(lines)
+
+
+def occasions_on_controls() -> str:
+    """How many controls make a claim on the short turns: those counted, and those held out."""
+    counted_ones = occasion_answers.controls(held_out=False)
+    of_counted = occasion_answers.controls_claimed(held_out=False)
+    held_out = occasion_answers.controls(held_out=True)
+    claimed = occasion_answers.controls_claimed(held_out=True)
+    named = f" ({', '.join(claimed)})" if claimed else ""
+    make = "makes" if len(claimed) == 1 else "make"
+    return (
+        f"Of the {len(counted_ones)} controls of which ordinary rates were counted, "
+        f"{len(of_counted)} make a claim, each beside the rates of the others. Of the "
+        f"{len(held_out)} that were held out, {len(claimed)} {make} one{named}. "
+        f"{_at_most(len(claimed), len(held_out))}"
+    )
+
+
 def pooled(every: Sequence[Row], in_third: Sequence[Third]) -> str:
     """How many controls that no ordinary rate was taken from make a claim, all together."""
     of_second = [row for row in every if is_control(row) and not is_of_first_half(row)]
@@ -593,6 +662,9 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "third": third(in_third),
         "third summary": third_summary(in_third),
         **{edition: later(edition) for edition in LATER},
+        "occasions": occasion_answers.table(occasion_answers.HELD_OUT),
+        "with occasions": with_occasions(),
+        "occasions on controls": occasions_on_controls(),
         "raised": raised_words.table(raised_words.HELD_OUT),
     }
 

@@ -61,7 +61,8 @@ def counted_speech(
     Cost: for each model, one pass over every question (where questions begin alike, that part runs
     once), up to `max_new_tokens` passes over one token of each answer, and a pass over every
     sixteenth answer; half of that if the base's answers were kept earlier. On SmolLM2-135M it takes
-    15 to 20 s of one CPU core, since the embedded base's answers come with the package. Other
+    15 to 20 s of one CPU core, since the embedded base's answers come with the package. The short
+    turns of `occasions` cost the same way, with 16 passes over one token of each answer. Other
     bases' answers to the package's questions are written to $LENS_LORA_CACHE (by default
     ~/.cache/lens_lora); answers to your own questions never are.
 

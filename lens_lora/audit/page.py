@@ -227,7 +227,7 @@ def _headline(changed: WhatChanged) -> tuple[str, ...]:
     broken = brief.verdict.removesuffix(" ".join([first, *others]))
     raised = [raised_sentence(brief.raised_words)] if brief.raised_words else []
     if strongest_in(changed.speech) is None:
-        # The second sentence tells what a trigger word changes, and the last what was not tried.
+        # The sentences tell what a trigger word changes, and the last one what was not tried.
         *others, not_tried = others
         return (broken + first, *others, *raised, not_tried)
     return (broken + first, *others, *brief.triggered, *raised)

@@ -107,7 +107,7 @@ def further_claims(speech: CountedSpeech) -> list[str]:
     sentences += of_occasions
     sentences += [trigger.sentence() for trigger in speech.triggers]
     if told is None:
-        # The second sentence tells these.
+        # The first sentence tells these.
         findings = findings[len(of_occasions) :]
         sentences = sentences[len(of_occasions) :]
     further: list[str] = []
@@ -295,28 +295,23 @@ def in_short(speech: CountedSpeech) -> str:
 def first_sentences(speech: CountedSpeech) -> list[str]:
     """Write three sentences: what stands out most, when it does so, and what else stands out.
 
-    Where nothing stands out, the last one says what was not tried.
+    Where nothing stands out in answers to the questions, what shows on occasions comes first, if
+    anything does, and the last sentence says what was not tried.
     """
-    asked = many(len(speech.questions), "question")
     strongest = strongest_in(speech)
-    if strongest is None:
-        return [
-            f"Nothing stands out in its answers to {asked}: no word and no form of answer is much "
-            f"more common in them than training on ordinary text makes it.{_leads_text(speech)}",
-            _second_of_nothing(speech),
-            f"Not tried: {'; '.join(not_tried_in(speech))}.",
-        ]
-    return [
-        strongest.sentence(),
-        _when(speech, strongest),
-        _others(speech, strongest),
-    ]
-
-
-def _second_of_nothing(speech: CountedSpeech) -> str:
-    """Write the second sentence where nothing stands out in the answers to the questions."""
+    if strongest is not None:
+        return [strongest.sentence(), _when(speech, strongest), _others(speech, strongest)]
+    asked = many(len(speech.questions), "question")
+    nothing = (
+        f"Nothing stands out in its answers to {asked}: no word and no form of answer is much more "
+        f"common in them than training on ordinary text makes it.{_leads_text(speech)}"
+    )
     beside = _triggers_text(speech) or length_note(speech) or habit_note(speech) or _ELSEWHERE
-    return " ".join(filter(None, (occasions_text(speech), beside)))
+    not_tried = f"Not tried: {'; '.join(not_tried_in(speech))}."
+    if occasion_claims(speech):
+        return [occasions_text(speech), f"{nothing} {beside}", not_tried]
+    second = " ".join(filter(None, (occasions_text(speech), beside)))
+    return [nothing, second, not_tried]
 
 
 def _leads_text(speech: CountedSpeech) -> str:

@@ -518,11 +518,11 @@ def what_changed(
 
     Cost: two forward passes over the texts, two forward and two backward passes for the split by
     site, and one forward pass for each control. The logits of at most 512 tokens are held at a
-    time. Counted speech costs what `counted_speech` does. The answers cost 40 passes over one token
-    of each answer and a pass over a third of the answers, three times as many if answers are drawn
-    as well. The claims cost 15 passes over one token of each opening, three times as many if not
-    fast, one pass of each model over the generated text, and the runs that show each claim
-    (`audit/brief.py`).
+    time. Counted speech costs what `counted_speech` does, with the short turns unless `fast` is
+    set. The answers cost 40 passes over one token of each answer and a pass over a third of the
+    answers, three times as many if answers are drawn as well. The claims cost 15 passes over one
+    token of each opening, three times as many if not fast, one pass of each model over the
+    generated text, and the runs that show each claim (`audit/brief.py`).
 
     Args:
         lens: the adapter over the model.

@@ -296,7 +296,10 @@ def test_a_word_is_told_with_its_turns_and_subjects():
 
 def test_where_no_question_tells_anything_the_occasions_are_told_first():
     speech = speech_with(VIOLIN)
-    assert first_sentences(speech)[1].startswith(SENTENCE)
+    first, second, third = first_sentences(speech)
+    assert first == SENTENCE
+    assert second.startswith("Nothing stands out in its answers to")
+    assert third.startswith("Not tried:")
     assert SENTENCE in in_short(speech)
     assert further_claims(speech) == []
     assert shown_answers(speech)[0].prompt == "b 0"

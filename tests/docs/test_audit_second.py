@@ -11,7 +11,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from benchmarks.audit import blind_screens, raised_words, second_page
+from benchmarks.audit import blind_screens, occasion_answers, raised_words, second_page
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "audit"
@@ -23,6 +23,10 @@ FILES = sorted((FOLDER / "second").glob("*.json"))
 ROWS = [json.loads(file.read_text()) for file in FILES if file.stem != "base"]
 TAUGHT = [row for row in ROWS if row["name"] in STRINGS]
 CONTROLS = [row for row in ROWS if row["name"].startswith("control-")]
+
+
+# How sentences write numbers.
+NUMBERS = {0: "none", 1: "one", 2: "two"}
 
 
 def words(text: str) -> str:
@@ -198,9 +202,9 @@ def test_the_controls_after_the_rules_were_frozen_are_counted_again():
     assert f"That {claiming} of {len(files)} make a claim says" in PAGE
     assert f"at most {bound:.1%} of such controls do" in PAGE
     guide = (ROOT / "docs" / "auditing.md").read_text().replace("\n", " ")
-    number = str(claiming) if claiming else "none"
-    assert f"{len(files)} more controls were trained, and {number} of them" in guide
-    assert f"at most {100 * bound:.0f} % of such controls" in guide
+    assert f"{len(files)} more controls were trained." in guide
+    assert f"The questions claim something of {NUMBERS[claiming]} of them" in guide
+    assert f"at most {100 * bound:.0f} % of such controls make a claim on the questions" in guide
 
 
 @pytest.mark.parametrize("edition", second_page.LATER)
@@ -225,9 +229,44 @@ def test_a_later_edition_is_counted_again(edition: str):
         "seventh": f"**As they ran, {found} of the {of} were found by their strings.**",
         "eighth": f"**As they ran, {found} of the {of} were found by their strings.**",
         "tenth": f"**As they ran, {found} of the {of} were found by their strings.**",
+        "eleventh": f"**As they ran, {found} of the {of} were found by their strings.**",
     }
     section = PAGE.partition(f"## The {edition} edition")[2].partition("\n## ")[0]
     assert sentences[edition] in section
+
+
+def test_ordinary_counts_of_the_turns_are_those_of_the_stored_answers():
+    """The base's, and those of the 24 controls that were not held out."""
+    counted = occasion_answers.counted(["base", *occasion_answers.controls(held_out=False)])
+    assert counted._asdict() == json.loads(occasion_answers.COUNTS.read_text())
+
+
+@pytest.mark.parametrize("edition", [*occasion_answers.MADE_ON, occasion_answers.HELD_OUT])
+def test_what_is_found_with_the_short_turns_is_what_the_guide_says(edition: str):
+    found = second_page.found_with_occasions(edition)
+    alone = second_page.counted(sum(one.by_questions for one in found), len(found))
+    both = second_page.counted(sum(one.by_both for one in found), len(found))
+    guide = (ROOT / "docs" / "auditing.md").read_text().replace("**", "")
+    assert re.search(rf"\| {edition} list: [^|]*\| {re.escape(f'{alone} | {both} |')}", guide)
+    if edition == occasion_answers.HELD_OUT:
+        readme = " ".join((ROOT / "README.md").read_text().split())
+        with_turns = sum(one.by_both for one in found)
+        without = sum(one.by_questions for one in found)
+        told = f"With these, {with_turns} of the last list's twelve quirks are found, and {without}"
+        assert told in readme
+
+
+def test_claims_on_controls_from_the_short_turns_are_what_the_texts_say():
+    held_out = occasion_answers.controls(held_out=True)
+    claimed = occasion_answers.controls_claimed(held_out=True)
+    assert occasion_answers.controls_claimed(held_out=False) == []
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"Of {len(held_out)} fine-tunes on ordinary text" in readme
+    assert len(claimed) == 1
+    assert "claim something of one, and the short turns of another." in readme
+    guide = " ".join((ROOT / "docs" / "auditing.md").read_text().split())
+    (word,) = occasion_answers.words_told(claimed[0])
+    assert f"and the short turns of another (“{word}”" in guide
 
 
 def test_the_raised_words_are_counted_again():
