@@ -7,7 +7,7 @@ importing a.b runs the `__init__` of a does not count: the edge is to the module
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,19 +32,28 @@ class Package:
 
     @cached_property
     def imports(self) -> dict[str, set[str]]:
-        """Module → the modules of this package that it imports; COMPUTED where none can be read."""
+        """Module → the modules of this package that it imports.
+
+        COMPUTED stands for an import whose target cannot be read.
+        """
         return {name: set(self._imported(name)) for name in self.files}
 
-    def circles(self, but: Callable[[str, str], bool] = lambda a, b: False) -> list[set[str]]:
-        """Modules that import one another, directly or not: the strongly connected components.
-
-        `but` says of an import (from a, of b) that it does not count.
-        """
+    def circles(self) -> list[set[str]]:
+        """Modules that import one another, directly or not: the strongly connected components."""
         names = list(self.files)
-        edges = np.array([[b in self.imports[a] and not but(a, b) for b in names] for a in names])
-        _, labels = connected_components(csr_array(edges), connection="strong")
-        found = [{n for n, k in zip(names, labels, strict=True) if k == i} for i in set(labels)]
-        return [c for c in found if len(c) > 1 or edges[names.index(*c), names.index(*c)]]
+        edges = np.zeros((len(names), len(names)), dtype=bool)
+        for row, module in enumerate(names):
+            for imported in self.imports[module] - {COMPUTED}:
+                edges[row, names.index(imported)] = True
+        _, component_of = connected_components(csr_array(edges), connection="strong")
+
+        found: list[set[str]] = []
+        for component in sorted(set(component_of)):
+            members = {names[row] for row in np.flatnonzero(component_of == component)}
+            imports_itself = any(name in self.imports[name] for name in members)
+            if len(members) > 1 or imports_itself:
+                found.append(members)
+        return found
 
     def _module(self, path: Path) -> str:
         parts = path.relative_to(self.folder.parent).with_suffix("").parts
@@ -86,9 +95,13 @@ def _targets(node: ast.AST, here: str) -> Iterator[str]:
         start = _absolute("." * node.level + (node.module or ""), here)
         yield from (start if alias.name == "*" else f"{start}.{alias.name}" for alias in node.names)
     elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__"):
-        (first, *_) = [*node.args, *(k.value for k in node.keywords if k.arg == "name")]
-        literal = isinstance(first, ast.Constant) and isinstance(first.value, str)
-        yield _absolute(first.value, here) if literal else COMPUTED
+        # `import_module(name, package)`: the name is the first argument, or `name=`.
+        by_keyword = [keyword.value for keyword in node.keywords if keyword.arg == "name"]
+        (target, *_) = [*node.args, *by_keyword]
+        if isinstance(target, ast.Constant) and isinstance(target.value, str):
+            yield _absolute(target.value, here)
+        else:
+            yield COMPUTED
 
 
 def _called(node: ast.Call) -> str:
@@ -97,9 +110,14 @@ def _called(node: ast.Call) -> str:
 
 
 def _absolute(name: str, here: str) -> str:
-    """`..x` in the package a.b is a.x."""
-    level = len(name) - len(name.lstrip("."))
-    if not level:
+    """Resolve a relative name: `..x` in the package a.b is a.x, and `..` is a."""
+    relative = name.lstrip(".")
+    level = len(name) - len(relative)
+    if level == 0:
         return name
+    # One dot is the package itself; each further dot is one package up.
     parts = here.split(".")
-    return ".".join([*parts[: len(parts) - level + 1], *filter(None, [name[level:]])])
+    parts = parts[: len(parts) - level + 1]
+    if relative:
+        parts.append(relative)
+    return ".".join(parts)
