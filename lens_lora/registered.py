@@ -111,7 +111,7 @@ PROVIDERS: dict[str, str] = {
     "lens_lora.core.model.extensions.tokenizer_differences": "lens_lora.formats.tokenizers",
     "lens_lora.core.model.extensions.continued": "lens_lora.responses.answers",
     "lens_lora.core.model.extensions.generated": "lens_lora.responses.generate",
-    "lens_lora.core.model.extensions.take_away": "lens_lora.directions.removal",
+    "lens_lora.core.model.extensions.ablate": "lens_lora.directions.removal",
     "lens_lora.core.model.extensions.function_of": "lens_lora.core.function.binding",
     "lens_lora.core.model.extensions.rerouted_tokens": "lens_lora.hosts.rerouted",
     "lens_lora.core.model.extensions.null_adapters": "lens_lora.hosts.null_adapters",

@@ -1,10 +1,10 @@
-"""`lens.ablate_directions` removes directions from activations: h becomes h − m V Vᵀh.
+"""`lens.ablate_directions` ablates directions of activations: h becomes h − m V Vᵀh.
 
 1. V is an orthonormal basis of the directions in the space of each hook point. The mask m is 1 at
-   the tokens where they are removed, and 0 elsewhere, where no bit of h changes
+   the tokens where they are ablated, and 0 elsewhere, where no bit of h changes
    (`directions/where.py`).
 2. A hook sees a tensor, and does not know which of the prompt's tokens it holds. So it asks the
-   running pass (`directions/passes.py`), unless directions are removed at every token.
+   running pass (`directions/passes.py`), unless directions are ablated at every token.
 3. The hooks run where a user's own hooks would: they see the adapted model's h, and later modules
    read the h that they return.
 """
@@ -34,53 +34,64 @@ from lens_lora.spans import Temporary
 STREAM_POINTS = "blocks.*.hook_resid_*"
 
 
-class Switch:
-    """Whether the hooks of a block remove anything at the moment."""
+class HookState:
+    """The state that the hooks of one block share.
 
-    is_on = True
+    This is no dataclass on purpose: a sweep's fingerprint of a hook holds the fields of a
+    dataclass, but only the class of another object, and neither attribute belongs in it.
+
+    Attributes:
+        module: the module whose forward pass is a pass of the whole model.
+        is_on: whether the hooks ablate anything at the moment.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.is_on = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Removed(OpenBlock):
+class Ablation(OpenBlock):
     """An open block of `lens.ablate_directions`.
 
     Attributes:
-        where: the tokens at which directions are removed.
-        switch: whether the block's hooks remove anything at the moment.
+        where: the tokens at which directions are ablated.
+        state: the state that the block's hooks share.
     """
 
     where: Where
-    switch: Switch
+    state: HookState
 
 
-def removed_from(model: nn.Module) -> list[Removed]:
+def open_ablations(model: nn.Module) -> list[Ablation]:
     """The blocks of this thread that are open on a model, the innermost last.
 
     Args:
         model: the hooked model.
     """
-    return [block for block in OpenBlock.open_on(model) if isinstance(block, Removed)]
+    return [block for block in OpenBlock.open_on(model) if isinstance(block, Ablation)]
 
 
 @contextlib.contextmanager
-def put_back(model: nn.Module) -> Generator[None]:
-    """Within the block, nothing is removed from the model.
+def without_ablations(model: nn.Module) -> Generator[None]:
+    """Within the block, nothing is ablated in the model.
 
     Args:
         model: the hooked model.
     """
-    switches = [removed.switch for removed in removed_from(model) if removed.switch.is_on]
+    # Hooks that an enclosing `without_ablations` switched off stay off when this block ends.
+    states = [ablation.state for ablation in open_ablations(model) if ablation.state.is_on]
     try:
-        for switch in switches:
-            switch.is_on = False
+        for state in states:
+            state.is_on = False
         yield
     finally:
-        for switch in switches:
-            switch.is_on = True
+        for state in states:
+            state.is_on = True
 
 
-@extensions.take_away.provide
-def take_away(
+@extensions.ablate.provide
+def ablate(
     span: Temporary,
     lens: LoraLens,
     source: Any,
@@ -88,7 +99,7 @@ def take_away(
     positions: object,
     sinks: object,
 ) -> Any:
-    """Remove directions at hook points until the span ends. One forward pass of one token.
+    """Ablate directions at hook points until the span ends. One forward pass of one token.
 
     Args:
         span: the block; the directions are back when it ends.
@@ -109,28 +120,35 @@ def take_away(
     lens.hold(span)
     if names is None:
         names = _home_points(source)
-    points, widths = _points(lens, names)
-    switch = Switch()
+    named = lens.points(names)
+    widths = _widths_by_position(lens, named)
+    # A point whose value the adapted model never computes is refused.
+    points = named.fired(widths, updated=True)
+    module = ForwardPass.module_of(lens.model)
+    state = HookState(module)
+    by_point: dict[str, Directions] = {}
     hooks: list[tuple[str, HookFn]] = []
-    counts: list[int] = []
     for name in points:
         directions = directions_of(source, name).at(name, widths[name])
-        counts.append(len(directions.rows))
-        hooks.append((name, _removing(lens, directions, name, where, switch)))
+        by_point[name] = directions
+        hooks.append((name, _ablating_hook(lens, directions, name, where, state)))
     if not where.is_everywhere:
-        module = ForwardPass.module_of(lens.model)
-        Watched.until(span, module, object(), computing_attribute(module))
+        entry = object()  # This block's own entry, by which it is taken off again.
+        Watched.until(span, module, entry, computing_attribute(module))
     span.enter_context(lens.hooked(hooks))
-    says = f"{counts[0]} of {type(source).__name__} at {first_few(points)}, {where}"
-    span.about = Removed(lens.model, says, where, switch)
+    # Every point has equally many: one of a Contrast, and otherwise all that the source holds.
+    count = len(by_point[points[0]].rows)
+    says = f"{count} of {type(source).__name__} at {first_few(points)}, {where}"
+    span.about = Ablation(lens.model, says, where, state)
     return lens.model
 
 
 def _home_points(source: Any) -> Names:
-    """The hook points at which directions are removed if the caller names none.
+    """The hook points at which directions are ablated if the caller names none.
 
-    A direction of the residual stream is removed at all of its points. The directions of a Contrast
-    of several points, and those of another space, are removed at their own points.
+    A direction of the residual stream is ablated at every point of the stream, even if it was found
+    at one of them. The directions of a Contrast of several points, and those of another space, are
+    ablated at their own points.
     """
     own = home_points(source)
     is_of_other_space = len(own) == 1 and not is_residual(own[0])
@@ -139,24 +157,23 @@ def _home_points(source: Any) -> Names:
     return STREAM_POINTS
 
 
-def _points(lens: Any, names: Names) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The named points that fire and hold activations by position, and the width of each.
+def _widths_by_position(lens: LoraLens, points: Any) -> dict[str, int]:
+    """The width of the activations at each point that fires and holds activations by position.
 
-    Points that match a glob but hold no such activations are left out.
+    Points that a glob matches but that hold no such activations are left out.
 
     Cost: one forward pass of one token.
+
+    Raises:
+        ModelStateError: a point that is named in full holds no such activations, or none does.
     """
-    points = lens.points(names)
     widths: dict[str, int] = {}
     others: list[str] = []
 
     def measure(name: str, tensor: Any, hook: Any) -> None:
         del hook
-        is_activation = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        if is_activation and tensor.ndim > 2 and tensor.shape[:2] == (1, 1):
+        if _is_by_position(tensor):
             widths[name] = tensor.shape[2:].numel()
-        elif name in points.in_full:
-            raise ModelStateError(f"{name} holds no activations by position; leave this point out.")
         else:
             others.append(name)
 
@@ -164,61 +181,71 @@ def _points(lens: Any, names: Names) -> tuple[tuple[str, ...], dict[str, int]]:
     token = lens.prompts(torch.zeros(1, 1, dtype=torch.long, device=lens.device))
     with torch.no_grad(), lens.hooked(hooks):
         lens.run(token)
+    for name in others:
+        if name in points.in_full:
+            raise ModelStateError(f"{name} holds no activations by position; leave this point out.")
     if others and not widths:
         raise ModelStateError(
             f"{first_few(others)}: no activations by position",
             remedy=f"name points such as {STREAM_POINTS!r}.",
         )
-    positioned = [name for name in widths if name not in others]
-    return points.fired(positioned, updated=True), widths
+    return {name: width for name, width in widths.items() if name not in others}
 
 
-def _removing(lens: Any, directions: Directions, name: str, where: Where, switch: Switch) -> HookFn:
-    """The hook that removes these directions at one point."""
-    is_as_wide = directions.hook_name is None and directions.rows.shape[1] == lens.model.cfg.d_model
-    if is_as_wide and not is_residual(name):
-        raise ArgumentError(
-            f"{name} is as wide as the residual stream and holds another space (heads, a norm's "
-            "output, or what comes before one), so a direction of the stream means nothing there. "
-            "Name points such as 'blocks.*.hook_resid_pre' or 'blocks.*.hook_attn_out', or pass a "
-            "Contrast of this point."
-        )
+def _is_by_position(value: Any) -> bool:
+    """Whether a hook point's value, in a pass of one token, is an activation at that token."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    # One prompt and one position come first, and then the axes of the activation itself.
+    return value.ndim > 2 and value.shape[:2] == (1, 1)
+
+
+def _ablating_hook(
+    lens: LoraLens, directions: Directions, name: str, where: Where, state: HookState
+) -> HookFn:
+    """The hook that ablates these directions at one point."""
+    _require_own_space(lens, directions, name)
     V = directions.basis(centred=is_residual(name) and lens.host.centres_stream)
-    place = _Place(ForwardPass.module_of(lens.model), switch)
     # A partial and not a closure, because a sweep's fingerprint hashes the contents of a partial.
-    return functools.partial(_projected, V, where, name, place)
+    return functools.partial(_projected, V, where, name, state)
 
 
-class _Place:
-    """The parts of a block that its hooks need, and that do not change their numbers.
+def _require_own_space(lens: LoraLens, directions: Directions, name: str) -> None:
+    """Refuse what may be a direction of the residual stream at a point of another space.
 
-    They have a class of their own so that they are not part of a sweep's fingerprint.
+    Both have the same width, so the width alone does not show the mistake.
     """
-
-    def __init__(self, module: nn.Module, switch: Switch) -> None:
-        self.module = module
-        self.switch = switch
+    is_of_known_space = directions.hook_name is not None
+    is_of_stream_width = directions.rows.shape[1] == lens.model.cfg.d_model
+    if is_of_known_space or not is_of_stream_width or is_residual(name):
+        return
+    raise ArgumentError(
+        f"{name} is as wide as the residual stream and holds another space (heads, a norm's "
+        "output, or what comes before one), so a direction of the stream means nothing there. "
+        "Name points such as 'blocks.*.hook_resid_pre' or 'blocks.*.hook_attn_out', or pass a "
+        "Contrast of this point."
+    )
 
 
 def _projected(
-    V: Tensor, where: Where, name: str, place: _Place, tensor: Tensor, hook: Any
+    V: Tensor, where: Where, name: str, state: HookState, tensor: Tensor, hook: Any
 ) -> Tensor | None:
     """Return h − m V Vᵀh, computed in float32 or better."""
     del hook
-    if not place.switch.is_on:
+    if not state.is_on:
         return None
     wide = torch.promote_types(tensor.dtype, torch.float32)
     basis = V.to(tensor.device, wide)
     h = tensor.flatten(2).to(wide)
     along = h @ basis
     if not where.is_everywhere:
-        mask = _mask_of(where, name, place.module, h)
+        mask = _mask_of(where, name, state.module, h)
         along = along * mask[..., None].to(along)
     return (h - along @ basis.T).to(tensor.dtype).reshape(tensor.shape)
 
 
 def _mask_of(where: Where, name: str, module: nn.Module, h: Tensor) -> Bool[Tensor, "#row pos"]:
-    """Whether directions are removed at each token of each row of an activation."""
+    """Whether directions are ablated at each token of each row of an activation."""
     run = ForwardPass.under_way()
     if run is None or run.module is not module:
         raise ModelStateError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lens_lora.core import Described, LoraLens, Prompts, PromptsLike, alone
 from lens_lora.directions.losses import losses, texts_or_neutral
-from lens_lora.directions.removal import Removed, put_back, removed_from
+from lens_lora.directions.removal import Ablation, open_ablations, without_ablations
 from lens_lora.errors import ModelStateError
 from lens_lora.texts.batches import require_second_token
 
@@ -96,7 +96,7 @@ def removal_cost(
         PromptError: a text does not fit the model, or has one token.
         NumericsError: a logit is not finite.
     """
-    removed = removed_from(lens.model)
+    removed = open_ablations(lens.model)
     if not removed:
         raise ModelStateError(
             "no direction is removed from this model at the moment",
@@ -106,7 +106,7 @@ def removal_cost(
     rows = lens.function(texts_or_neutral(lens, texts)).prompts
     require_second_token(rows, "the loss")
     _require_counted(rows, removed)
-    sums = losses(lens, rows, functools.partial(put_back, lens.model), progress=progress)
+    sums = losses(lens, rows, functools.partial(without_ablations, lens.model), progress=progress)
     return RemovalCost(
         base=sums.plain / sums.counts,
         removed=sums.hooked / sums.counts,
@@ -117,7 +117,7 @@ def removal_cost(
     )
 
 
-def _require_counted(rows: Prompts, removed: Sequence[Removed]) -> None:
+def _require_counted(rows: Prompts, removed: Sequence[Ablation]) -> None:
     """Refuse texts in which directions are removed only at tokens that predict no next token.
 
     No number would change, and a cost of 0 would make the removal look harmless.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.compat import cached_tokens
-from lens_lora.directions.removal import removed_from
+from lens_lora.directions.removal import open_ablations
 
 pytestmark = pytest.mark.usefixtures("float64")
 TINY = 1e-9
@@ -393,7 +393,7 @@ def test_the_cost_is_the_rise_of_the_base_s_loss(cls: str, sinks: bool):
     assert found.cost == pytest.approx(float(rise))
     assert ("first" in found.what) == (not sinks)
     assert f"{found.cost:+.3g} nats" in repr(found)
-    assert not removed_from(lens.model)
+    assert not open_ablations(lens.model)
 
 
 def test_the_cost_of_nested_blocks_and_of_none(cls: str, tmp_path):

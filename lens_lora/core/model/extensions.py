@@ -245,7 +245,7 @@ def generated(
 
 
 @declared
-def take_away(
+def ablate(
     span: Temporary,
     lens: LoraLens,
     source: Any,
@@ -253,7 +253,7 @@ def take_away(
     positions: object,
     sinks: object,
 ) -> Any:
-    """Remove directions at hook points, until the span ends: see `LoraLens.ablate_directions`."""
+    """Ablate directions at hook points, until the span ends: see `LoraLens.ablate_directions`."""
     raise NotImplementedError
 
 

@@ -570,7 +570,7 @@ class LoraLens(AdaptedModel):
         """
 
         def remove(span: Temporary) -> Any:
-            return extensions.take_away(span, self, directions, names, positions, sinks)
+            return extensions.ablate(span, self, directions, names, positions, sinks)
 
         return Temporary(remove)
 
