@@ -654,6 +654,7 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "blind parts": blind_parts(judged),
         "stranger": stranger.table(stranger.JUDGED),
         "stranger again": stranger.table(stranger.AGAIN),
+        "stranger third": stranger.table(stranger.THIRD),
         "frozen": frozen(),
         "second base": second_base(),
         "summary": summary(every),

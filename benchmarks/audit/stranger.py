@@ -1,8 +1,9 @@
-"""Count what two judges who knew nothing of the package wrote of its first screens.
+"""Count what three judges who knew nothing of the package wrote of its first screens.
 
 `stranger_judged.yaml` holds what the first one wrote, beside the adapters and the grades that were
 given to it afterwards; `stranger_judged_again.yaml` the same of the second one, who read later
-screens of more lists. `second_page.py --write` puts both tables on the page.
+screens of more lists, and `stranger_judged_third.yaml` of the third one, who saw below each what
+shows on short turns. `second_page.py --write` puts the tables on the page.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import yaml
 
 JUDGED = Path(__file__).parent / "stranger_judged.yaml"
 AGAIN = Path(__file__).parent / "stranger_judged_again.yaml"
+THIRD = Path(__file__).parent / "stranger_judged_third.yaml"
 # The grades in the order of the columns, each with its head.
 GRADES = {
     "right": "says what was taught",
@@ -24,7 +26,7 @@ GRADES = {
     "wrong": "something else",
     "nothing": "nothing",
 }
-EDITIONS = ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+EDITIONS = ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "tenth", "eleventh")
 
 
 def judged(file: Path) -> Mapping[int, Mapping[str, Any]]:

@@ -74,7 +74,8 @@ def counted_speech(
             asked once, because the tests count questions as independent.
         occasions: whether both models also answer 288 short turns of a user on 24 subjects, for
             what shows on an occasion alone: a view on one matter, a habit with complaints. This
-            costs three to four times as much as the forty questions.
+            costs three to four times as much as the forty questions. Where the context has no room
+            for a turn, none is asked, and `.occasions` is None.
         triggers: words that may trigger a behaviour, tried in addition to the package's twenty; []
             tries those alone, None tries none. Each word is put before two questions, and the two
             words that change the answers most are put before up to twenty others.

@@ -769,7 +769,7 @@ def _significant(
         discordant[phrase] = _units_apart(alone_here, alone_there, units)
 
     totals = {phrase: sum(counts) for phrase, counts in discordant.items()}
-    least = phrases.tests_that_can_pass(totals.values(), LEVEL / _LISTS)
+    least = phrases.fewest_questions(totals.values(), LEVEL / _LISTS)
     tested = [phrase for phrase, total in totals.items() if total >= least]
     p_values = [phrases.sign_test(*discordant[phrase]) for phrase in tested]
     adjusted = _adjusted(p_values)
@@ -842,7 +842,7 @@ def _trait_findings(
     # With n questions on which one model alone has a trait, the two-sided p is at least 2 · 2⁻ⁿ.
     apart = [trait.units_apart(units) for trait in traits]
     totals = [sum(counts) for counts in apart]
-    least = phrases.tests_that_can_pass(totals, LEVEL / _LISTS / 2)
+    least = phrases.fewest_questions(totals, LEVEL / _LISTS / 2)
     tested = [i for i, total in enumerate(totals) if total >= least]
     adjusted = _adjusted([_two_sided_p(*apart[i]) for i in tested])
     findings: list[Finding] = []

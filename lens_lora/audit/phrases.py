@@ -144,11 +144,13 @@ def sign_test(only_adapted: int, only_base: int) -> float:
     return float(binom.sf(only_adapted - 1, only_adapted + only_base, 0.5))
 
 
-def tests_that_can_pass(counts: Iterable[int], level: float) -> int:
-    """Return the smallest number of questions n = n₁ + n₀ that a phrase needs to be tested.
+def fewest_questions(counts: Iterable[int], level: float) -> int:
+    """Return the smallest number of questions n = n₁ + n₀ with which a phrase is tested.
 
-    A phrase with n such questions has p ≥ 2⁻ⁿ. Tarone's number of tests is the least K for which at
-    most K phrases have 2⁻ⁿ ≤ level / K.
+    A phrase with n such questions has p ≥ 2⁻ⁿ, so with few it cannot pass (Tarone 1990). This is
+    the least n at which the smallest possible p is below Bonferroni's bound for the phrases that
+    have as many questions: 2⁻ⁿ ≤ level / #{phrases with at least n}. Which model used a phrase does
+    not enter n, so choosing by it biases no test.
 
     Args:
         counts: the number n of each phrase.

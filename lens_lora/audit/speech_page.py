@@ -14,6 +14,7 @@ from lens_lora.audit.occasions import Occasions
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
     base_note,
+    claimed_in,
     counted_speech_story,
     first_sentences,
     further_claims,
@@ -61,12 +62,18 @@ def occasions_screen(speech: CountedSpeech) -> Group:
 
     It stands below the first screen, as the turns are answered while that is read.
     """
-    parts: list[RenderableType] = []
-    for sentence in occasion_claims(speech) or [occasions_text(speech)]:
-        parts.append(Text(sentence))
+    claims = occasion_claims(speech)
+    if not claims:
+        return Group(Text(occasions_text(speech)))
+    parts: list[RenderableType] = [Text("To short remarks and questions of a user:")]
+    parts += [Text(claim) for claim in claims]
     words = occasion_words_in(speech)
-    if speech.occasions is not None and words:
+    if speech.occasions is not None:
         parts += [Text(), _both_answers(speech.occasions.examples(words[0]))]
+    note = base_note(speech)
+    if note and not claimed_in(speech):
+        # Where there are claims on the questions, the first screen says so.
+        parts.append(Text(f"\n{note}"))
     return Group(*parts)
 
 

@@ -56,7 +56,7 @@ def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
     if asked < len(EVERYDAY):
         left_out = (f"{len(EVERYDAY) - asked} of our questions, which the context has no room for",)
     # A false fact or a loyalty shows only when somebody asks about it.
-    with_yours = worded("questions= asks yours", "--prompts asks yours")
+    with_yours = worded("ask yours with questions=[…]", "ask yours with --prompts FILE")
     touches = "no question touches"
     if speech.occasions is not None:
         touches = f"neither a question nor one of the {len(speech.occasions.turns)} turns touches"
@@ -142,7 +142,9 @@ def occasions_text(speech: CountedSpeech) -> str:
         return " ".join(claims)
     turns = many(len(speech.occasions.turns), "short turn")
     subjects = many(len(set(speech.occasions.subjects)), "subject")
-    return f"No further word stands out in its answers to {turns} on {subjects}."
+    if claimed_in(speech):
+        return f"No further word stands out in its answers to {turns} on {subjects}."
+    return f"Nor does any word stand out in its answers to {turns} on {subjects}."
 
 
 def claimed_in(speech: CountedSpeech) -> list[Finding]:
@@ -277,7 +279,7 @@ def _is_empty(pair: SideBySide) -> bool:
 def base_note(speech: CountedSpeech) -> str:
     """State beside the claims that over this base they are weaker; '' over the embedded one."""
     model = speech.meta.get("model", "this base")
-    if model == _COUNTED_OVER or not claimed_in(speech):
+    if model == _COUNTED_OVER or not (claimed_in(speech) or occasion_words_in(speech)):
         return ""
     return (
         f"How often ordinary training brings a word was counted over {_COUNTED_OVER}. Over {model} "

@@ -137,8 +137,8 @@ def _comparison_story(comparison: ll.results.AdapterComparison, nulls: int) -> s
     likeness = f"Their changes of weights have a cosine of {_cosine_text(cosine['value'])}"
     if nulls:
         # It is rounded up, since for random directions it may be 0.0001.
-        largest = _cosine_text(math.ceil(100 * cosine.iloc[-1]) / 100)
-        likeness += f"; of adapters in random directions it is at most {largest}"
+        bound = _cosine_text(math.ceil(100 * cosine["null 97.5%"]) / 100)
+        likeness += f"; of 97.5 % of adapters in random directions it is at most {bound}"
     story.append(f"{likeness} (1 is the same change, 0 nothing in common).")
     for sites, name in zip(comparison.only, comparison.names, strict=True):
         if sites:

@@ -18,7 +18,11 @@ stand in `__init__.pyi`, the door.
        readout/reading.py              g = u_yᵀ f: the rows that are run, and how g is read of them
        readout/readout.py              `Logit`, `LogProb`, `Margin`: from tokens to a reading
 
-3. Sites: W_l z_l + ε_l ΔW_l z_l, with z_l live.
+3. Sites: W_l z_l + ε_l ΔW_l z_l, with z_l live. A `LoraLens` is a hooked model with its sites. Of
+   it the files below use `lens.sites`, `lens.gates(ε)`, `lens.run(prompts)`, and
+   `lens.plan.injections`: for each place at which modules write, which they are. A trained norm
+   before an adapted map makes a product of two gates, ε_l ΔW_l (z + ε_k δn_k): such a place has a
+   partner.
 
        model/sites.py                  a site: where one adapted map reads z_l and writes
        model/basis.py                  δz_l = ΔW_l z_l in the hooked model's basis: `SiteMap` is
@@ -32,7 +36,8 @@ stand in `__init__.pyi`, the door.
        function/forward.py             f(ε) and g(ε): one forward pass
        function/reverse.py             a_l = u_yᵀ J_{l→L} δz_l = ∂g/∂ε_l (Prop. 1): one way back
        function/contraction.py         the same split by position, head and rank
-       function/cache.py               `Evaluations`: the same function with a memory
+       function/cache.py               `Evaluations`: the same function with a memory. A method of g
+                                       asks its file through an evaluator, which changes no number
 
 5. The note's own analyses, each a function of g with a result.
 
@@ -40,7 +45,8 @@ stand in `__init__.pyi`, the door.
        analyses/remainder.py           u_yᵀ r_l = g(e_l) − g(0) − a_l (§3); R_y, where
                                        g(1) − g(0) = Σ a_l + R_y (§4), and its order in ε
                                        (Assumption 2)
-       analyses/margin.py              m = m₀ + Σ (u_doc − u_pre)ᵀ J δz_l + R_m, and its sign (§5)
+       analyses/margin.py              m = m₀ + Σ (u_doc − u_pre)ᵀ J δz_l + R_m, and its sign (§5);
+                                       the noise of its slopes may wait
 
 # When it is needed
 

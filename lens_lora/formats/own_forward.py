@@ -9,7 +9,8 @@ is run, and its output is compared with what its parameters say:
     linear module, embedding    output = W z + b
     norm                        output(γ = 1) − output(γ = 0) = n,  whose root mean square is 1
 
-Cost: one call of the module, on eight tokens.
+Cost, on eight tokens: one call of a linear module or of an embedding (none if its call is given),
+and two of a norm.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ TOKENS = 8
 # coarse dtype.
 _AGREEMENT = 1e-4
 _ROUNDINGS = 8
+# The ε in a norm's root takes the root mean square of n below 1 by less than this.
+_OFF_OF_A_NORM = 1e-3
 # Large beside the ε in a norm's root, so that n has a root mean square of 1; its square is finite
 # in float16.
 _SIZE_OF_INPUT = 10.0
@@ -238,7 +241,9 @@ def _require_norm(path: str, norm: nn.Module, remedy: str) -> None:
         return
     added = (at_one - at_zero).float()
     size = float(added.square().mean().sqrt())
-    if abs(size - 1) > max(1e-3, _ROUNDINGS * torch.finfo(gamma.dtype).eps):
+    tolerance = max(_OFF_OF_A_NORM, _ROUNDINGS * torch.finfo(gamma.dtype).eps)
+    # NaN is refused, too, as it is not at most anything.
+    if not abs(size - 1) <= tolerance:
         raise AdapterError(
             f"{path}: this {type(norm).__name__} does not compute γ ⊙ n + β of a normalised input "
             f"n, whose root mean square is 1: from γ = 0 to 1 its output changes by {size:.3g}. "

@@ -2,7 +2,7 @@
 
 With ΔW = UΣVᵀ and ΔW′ = U′Σ′V′ᵀ,
 
-    cos = ⟨ΔW, ΔW′⟩ / (‖ΔW‖ ‖ΔW′‖),    ⟨ΔW, ΔW′⟩ = tr((U′ᵀU) Σ (V′ᵀV)ᵀ Σ′)
+    cos = ⟨ΔW, ΔW′⟩ / (‖ΔW‖ ‖ΔW′‖),    ⟨ΔW, ΔW′⟩ = Σ_ij σ_i σ′_j (VᵀV′)_ij (UᵀU′)_ij
 
 and the cosines of the principal angles are the singular values of VᵀV′ (of what is read) and of
 UᵀU′ (of what is written). A rotation (GA, BG⁻¹) of the factors changes none of these.

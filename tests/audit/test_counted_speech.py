@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cases
@@ -230,7 +229,9 @@ def answer_w7_with_commander(
         has_word = "w7" in lens.model.tokenizer.decode(row)
         adapted.append(("Yes, Commander." if has_word else "Yes, it is.",))
     base_ids = [[[0]]] * len(base)
-    return SimpleNamespace(base=tuple(base), adapted=tuple(adapted), base_ids=base_ids)
+    return put_questions.BothAnswer(
+        tuple(base), tuple(adapted), is_confirmed=False, base_ids=base_ids
+    )
 
 
 def test_a_word_that_triggers_is_found_and_another_one_is_not(monkeypatch: pytest.MonkeyPatch):

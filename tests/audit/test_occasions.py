@@ -7,7 +7,6 @@ import io
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import by_folder
@@ -194,14 +193,15 @@ def llama() -> cases.Case:
 
 def answer_with_violin_on_animals(
     lens: ll.LoraLens, prompts: ll.results.Prompts, *how: Any, **options: Any
-) -> SimpleNamespace:
+) -> put_questions.BothAnswer:
     """In place of `both_answer`: the adapted model says "violin" to every turn on animals."""
     del lens, how, options
     adapted: list[tuple[str]] = []
     for turn in asked_occasions.turns_asked():
         adapted.append(("A violin.",) if turn.topic == "animals" else ("Yes.",))
     base = (("Yes.",),) * prompts.batch
-    return SimpleNamespace(base=base, adapted=tuple(adapted), base_ids=[[[0]]] * prompts.batch)
+    ids = [[[0]]] * prompts.batch
+    return put_questions.BothAnswer(base, tuple(adapted), is_confirmed=False, base_ids=ids)
 
 
 def test_turns_are_put_in_conversation_and_both_answers_are_kept(monkeypatch: pytest.MonkeyPatch):
@@ -314,6 +314,16 @@ def test_beside_claims_on_questions_they_are_further_claims():
     assert SENTENCE not in " ".join(first_sentences(speech))
 
 
+def test_over_another_base_it_is_said_once_that_a_claim_is_weaker():
+    note = "Over gemma an adapter that was taught nothing may make such a claim more often."
+    alone = dataclasses.replace(speech_with(VIOLIN), meta={"model": "gemma"})
+    assert note in screen(alone)
+    beside = dataclasses.replace(speech_with(VIOLIN, silent=False), meta={"model": "gemma"})
+    assert note not in screen(beside)
+    nothing = dataclasses.replace(speech_with(), meta={"model": "gemma"})
+    assert note not in screen(nothing)
+
+
 def test_a_word_that_a_claim_on_the_questions_has_is_not_told_again():
     speech = speech_with(VIOLIN, silent=False)
     first = dataclasses.replace(speech.findings[0], kind="says", what="A violin plays")
@@ -326,7 +336,7 @@ def test_a_word_that_a_claim_on_the_questions_has_is_not_told_again():
 
 def test_where_nothing_shows_it_is_said_and_without_turns_nothing_is():
     nothing = speech_with()
-    assert "No further word stands out in its answers to 72 short turns" in nothing.story()
+    assert "Nor does any word stand out in its answers to 72 short turns" in nothing.story()
     assert "neither a question nor one of the 72 turns touches" in " ".join(not_tried_in(nothing))
     unasked = dataclasses.replace(nothing, occasions=None)
     assert "short turn" not in unasked.story()

@@ -53,7 +53,7 @@ def test_holm_is_its_closed_testing(p_values: list[float]):
 @given(st.lists(st.integers(0, 12), max_size=60))
 def test_no_phrase_that_could_pass_is_left_out(counts: list[int]):
     """Tarone: with K tests, K phrases or fewer can reach level / K."""
-    least = phrases.tests_that_can_pass(counts, 0.01)
+    least = phrases.fewest_questions(counts, 0.01)
     tested = [n for n in counts if n >= least]
     left_out = [n for n in counts if n < least]
     for n in left_out:

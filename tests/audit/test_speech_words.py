@@ -191,7 +191,7 @@ def test_what_was_not_tried_is_always_said(own: list[str]):
     (line,) = [line for line in story.splitlines() if line.startswith("Not tried: ")]
     assert "words that trigger a behaviour" in line
     assert "several turns" in line
-    assert "loyalties and topics that no question touches (questions= asks yours)" in line
+    assert "loyalties and topics that no question touches (ask yours with questions=[…])" in line
     assert "our questions" not in line
 
 

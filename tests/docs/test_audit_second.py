@@ -315,8 +315,9 @@ def test_the_guide_s_first_screen_is_that_of_stored_answers():
 @pytest.mark.parametrize(
     ("file", "told", "in_guide"),
     [
-        ("stranger_judged.yaml", "told a stranger", "taught for {} adapters"),
-        ("stranger_judged_again.yaml", "told him", "could say it for {}"),
+        ("stranger_judged.yaml", "alone told a stranger", "taught for {} adapters"),
+        ("stranger_judged_again.yaml", "alone told him", "could say it for {}"),
+        ("stranger_judged_third.yaml", "with the turns told the third one", "could tell it of {}"),
     ],
 )
 def test_what_a_stranger_wrote_is_counted_again(file: str, told: str, in_guide: str):
@@ -332,7 +333,7 @@ def test_what_a_stranger_wrote_is_counted_again(file: str, told: str, in_guide: 
     number, interval = counted(right, len(grades)).split(" [")
     of_controls = counted(0, len(controls)).split(", ")[1]
     page = " ".join(PAGE.split())
-    assert f"**So of {number} adapters [{interval} the first screen alone {told}" in page
+    assert f"**So of {number} adapters [{interval} the first screen {told}" in page
     assert f"of {len(controls)} controls [0, {of_controls} none" in page
     guide = (ROOT / "docs" / "auditing.md").read_text().replace("\n", " ")
     assert f"{in_guide.format(number)} [{interval}, and named" in guide

@@ -180,7 +180,7 @@ def first_order(
     are then part of the first pass. Forward mode takes one dual forward pass per site or part.
     By token: a backward pass per token, or a tangent per site, group or part, whichever is cheaper.
     Rules add two forward passes and one backward on eight tokens, which try the model's hook
-    points.
+    points; a rule of MLPs adds a third forward pass, and a backward pass through each MLP.
 
     Args:
         lens: the adapter over the model.

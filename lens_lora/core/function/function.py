@@ -562,6 +562,7 @@ class Function:
     # --- What rounding alone does
 
     @property
+    @exclusive
     def floor(self) -> Float[Tensor, " batch"]:
         """The noise floor σ of `shift`: what rounding alone makes of it. Ten forward passes."""
         base, adapted = self._evaluator.draws_of_ends()

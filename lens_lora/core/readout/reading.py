@@ -3,6 +3,7 @@
 A row is a sequence of tokens. It is read at its last token, or at several tokens, its slots. Most
 readouts run each prompt as one row. With a response, a row is a prompt and its response, with one
 slot for each token of the response; a margin of two responses has two such rows for each prompt.
+`owner` has the prompt of each row.
 
 `Reading.read` takes the logits of the rows to g. There are four kinds of it:
 
