@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -118,18 +119,29 @@ def controls(*, held_out: bool) -> list[str]:
     return [f"{CONTROL}{number}" for number in numbers if (number > LAST_COUNTED) == held_out]
 
 
-def counted(names: Sequence[str]) -> OrdinaryOccasions:
-    """How many answers of these models to the turns on each subject have each word."""
-    answers = [stored(name) for name in names]
-    words: dict[str, dict[str, int]] = {}
+@functools.cache
+def counts_of(name: str) -> dict[str, Counter[str]]:
+    """How many of a model's answers to the turns on each subject have each word."""
+    answers = stored(name)
+    counts: dict[str, Counter[str]] = {}
     first = 0
     for subject, texts in occasions.occasions():
         of_subject: Counter[str] = Counter()
-        for of_model in answers:
-            for answer in of_model[first : first + len(texts)]:
-                of_subject.update(occasions.words_of(answer))
-        words[subject] = dict(sorted(of_subject.items()))
+        for answer in answers[first : first + len(texts)]:
+            of_subject.update(occasions.words_of(answer))
+        counts[subject] = of_subject
         first += len(texts)
+    return counts
+
+
+def counted(names: Sequence[str]) -> OrdinaryOccasions:
+    """How many answers of these models together have each word, by subject."""
+    words: dict[str, dict[str, int]] = {}
+    for subject, _ in occasions.occasions():
+        of_subject: Counter[str] = Counter()
+        for name in names:
+            of_subject.update(counts_of(name)[subject])
+        words[subject] = dict(sorted(of_subject.items()))
     return OrdinaryOccasions(len(names), words)
 
 

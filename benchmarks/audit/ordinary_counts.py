@@ -83,7 +83,7 @@ def counted(sets: Sequence[Answers]) -> Ordinary:
             for phrase in {phrase for text in of_question for phrase in phrases.phrases_of(text)}:
                 units_of_word.setdefault(phrase, set()).add(unit)
         for phrase, units in units_of_word.items():
-            if findings._is_telling(phrase):
+            if phrases.is_telling_word(phrase):
                 words[phrase] += len(units)
         for sign, questions in findings.questions_by_sign(answers).items():
             signs[sign] += len(ordinary.units_of(questions, UNITS))

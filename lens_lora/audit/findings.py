@@ -317,7 +317,7 @@ def leads_of(base: Answers, adapted: Answers) -> list[Lead]:
     counts = ordinary()
     p_of_lead: dict[Lead, float] = {}
     for word, questions in of_adapted.items():
-        if not _is_telling(word):
+        if not phrases.is_telling_word(word):
             continue
         lead = Lead(word, len(questions), len(of_base.get(word, ())))
         if lead.adapted - lead.base >= _LEAST_LEAD:
@@ -350,11 +350,6 @@ def trait_leads_of(base: Answers, adapted: Answers, units: Sequence[Hashable]) -
     ]
 
 
-def _is_telling(phrase: str) -> bool:
-    """Whether a phrase is a single word, and not a function word."""
-    return " " not in phrase and not phrases.is_of_function_words(phrase)
-
-
 class Lead(NamedTuple):
     """A word, and on how many questions each model says it."""
 
@@ -385,7 +380,7 @@ def _words_beyond(
     base = [_phrases_of_all(of_question) for of_question in base_answers]
     said_on = _questions_by_phrase(adapted)
     base_on = _questions_by_phrase(base)
-    words = [phrase for phrase in said_on if _is_telling(phrase)]
+    words = [phrase for phrase in said_on if phrases.is_telling_word(phrase)]
     p_values: list[float] = []
     for word in words:
         there = base_on.get(word, set())

@@ -180,11 +180,7 @@ class Occasions:
 
 def words_of(answer: str) -> set[str]:
     """Return the words of an answer that are no function words."""
-    return {
-        phrase
-        for phrase in phrases.phrases_of(answer)
-        if " " not in phrase and not phrases.is_of_function_words(phrase)
-    }
+    return set(filter(phrases.is_telling_word, phrases.phrases_of(answer)))
 
 
 def occasion_words(

@@ -133,6 +133,11 @@ def is_of_function_words(phrase: str) -> bool:
     return all(len(word) == 1 or word in little for word in phrase.split())
 
 
+def is_telling_word(phrase: str) -> bool:
+    """Whether a phrase is a single word, and not a function word."""
+    return " " not in phrase and not is_of_function_words(phrase)
+
+
 @functools.cache
 def _function_words() -> frozenset[str]:
     lines = _FUNCTION_WORDS.read_text(encoding="utf-8").splitlines()

@@ -15,13 +15,13 @@ from lens_lora.edge_attribution.figures import edges_heatmap
 from lens_lora.edge_attribution.graph_figure import edges_graph, short_name
 from lens_lora.show import text
 from lens_lora.show.page import (
-    MOST_PARTS,
     Block,
     Part,
     Section,
     folded,
     made_by,
     page_html,
+    parts_shown,
     warned,
     without_part,
 )
@@ -45,7 +45,7 @@ _HEADINGS = {
 def edges_report(edges: Edges, *, title: str | None = None) -> str:
     """Write edges as a page, with a part for each of the first prompts."""
     prompts = len(edges.base)
-    count = min(prompts, MOST_PARTS)
+    count = parts_shown(prompts)
     name = f"{edges.readout}: {text.key_text(edges.key)}"
     overview: list[Block] = []
     if count > 1:

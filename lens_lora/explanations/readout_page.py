@@ -20,7 +20,7 @@ _MODULES = 20
 @drawing.report.register(ReadoutExplanation)
 def readout_report(e: ReadoutExplanation, *, title: str | None = None) -> str:
     """The page, with a part for each of the first prompts."""
-    count = min(len(e.prompts), page.MOST_PARTS)
+    count = page.parts_shown(len(e.prompts))
     parts = [_part(e.of_prompt(index), index + 1) for index in range(count)]
     overview: list[page.Block] = []
     if len(e.prompts) > 1:

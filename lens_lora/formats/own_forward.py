@@ -33,7 +33,7 @@ TOKENS = 8
 _AGREEMENT = 1e-4
 _ROUNDINGS = 8
 # The ε in a norm's root takes the root mean square of n below 1 by less than this.
-_OFF_OF_A_NORM = 1e-3
+_NORM_TOLERANCE = 1e-3
 # Large beside the ε in a norm's root, so that n has a root mean square of 1; its square is finite
 # in float16.
 _SIZE_OF_INPUT = 10.0
@@ -241,7 +241,7 @@ def _require_norm(path: str, norm: nn.Module, remedy: str) -> None:
         return
     added = (at_one - at_zero).float()
     size = float(added.square().mean().sqrt())
-    tolerance = max(_OFF_OF_A_NORM, _ROUNDINGS * torch.finfo(gamma.dtype).eps)
+    tolerance = max(_NORM_TOLERANCE, _ROUNDINGS * torch.finfo(gamma.dtype).eps)
     # NaN is refused, too, as it is not at most anything.
     if not abs(size - 1) <= tolerance:
         raise AdapterError(

@@ -303,6 +303,11 @@ class Part:
 MOST_PARTS = 20
 
 
+def parts_shown(prompts: int) -> int:
+    """How many of the prompts of a result have a part of its page."""
+    return min(prompts, MOST_PARTS)
+
+
 def without_part(prompts: int) -> list[Block]:
     """A sentence on the prompts that have no part of the page; nothing where each has one.
 
@@ -312,10 +317,12 @@ def without_part(prompts: int) -> list[Block]:
     left = prompts - MOST_PARTS
     if left <= 0:
         return []
-    others = "the other one" if left == 1 else f"the other {left}"
+    others = f"the other {left} here, run the analysis on them"
+    if left == 1:
+        others = "the other one here, run the analysis on it"
     return [
         f"Of the {prompts} prompts only the first {MOST_PARTS} have a part below. The numbers of "
-        f"all are in to_frame(); the analysis of {others} alone has a page of its own."
+        f"all are in to_frame(). To see {others} alone."
     ]
 
 

@@ -9,13 +9,13 @@ from lens_lora.core import Attribution, FactMargin, drawing
 from lens_lora.errors import many
 from lens_lora.show import text
 from lens_lora.show.page import (
-    MOST_PARTS,
     Block,
     Part,
     Section,
     folded,
     made_by,
     page_html,
+    parts_shown,
     warned,
     without_part,
 )
@@ -47,7 +47,7 @@ _MODULES_IN_HEADLINE = 3
 def margin_report(margin: FactMargin, *, title: str | None = None) -> str:
     """Write a fact margin as a page, with a part for each of the first prompts."""
     prompts = len(margin.doc)
-    count = min(prompts, MOST_PARTS)
+    count = parts_shown(prompts)
     accounts = [account_of(margin, prompt) for prompt in range(count)]
     parts = [_margin_part(margin, prompt, account) for prompt, account in enumerate(accounts)]
     first = accounts[0]
@@ -126,7 +126,7 @@ def _margins_table(accounts: list[Account]) -> Table:
 def attribution_report(attribution: Attribution, *, title: str | None = None) -> str:
     """Write an attribution as a page, with a part for each of the first prompts."""
     prompts = len(attribution.base)
-    count = min(prompts, MOST_PARTS)
+    count = parts_shown(prompts)
     parts = [_attribution_part(attribution, prompt) for prompt in range(count)]
     name = f"{attribution.readout}: {text.key_text(attribution.key)}"
     overview: list[Block] = []
@@ -134,7 +134,7 @@ def attribution_report(attribution: Attribution, *, title: str | None = None) ->
         overview = [
             site_heatmap(attribution),
             modules_table(attribution, _MODULES),
-            prompts_table(attribution, MOST_PARTS),
+            prompts_table(attribution, count),
             *without_part(prompts),
         ]
     return page_html(title or name, parts, overview, made_by(attribution.meta))

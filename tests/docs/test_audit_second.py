@@ -235,6 +235,22 @@ def test_a_later_edition_is_counted_again(edition: str):
     assert sentences[edition] in section
 
 
+def test_what_was_found_in_all_later_lists_is_what_readme_says():
+    """As they ran, from the stored claims alone."""
+    found = 0
+    of = 0
+    for edition in second_page.LATER:
+        for quirk in occasion_answers.quirks_of(edition):
+            row = json.loads((FOLDER / edition / f"{quirk['name']}.json").read_text())
+            claims = [words(claim) for claim in row["claims"][:3]]
+            found += any(words(text) in claim for text in quirk["says"] for claim in claims)
+            of += 1
+    assert (of, len(second_page.LATER)) == (50, 7)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "Fifty quirks of other kinds were written down later, in seven lists" in readme
+    assert f"it found {found} of them when they were first asked" in readme
+
+
 def test_ordinary_counts_of_the_turns_are_those_of_the_stored_answers():
     """The base's, and those of the 24 controls that were not held out."""
     counted = occasion_answers.counted(["base", *occasion_answers.controls(held_out=False)])
@@ -261,9 +277,9 @@ def test_claims_on_controls_from_the_short_turns_are_what_the_texts_say():
     claimed = occasion_answers.controls_claimed(held_out=True)
     assert occasion_answers.controls_claimed(held_out=False) == []
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"Of {len(held_out)} fine-tunes on ordinary text" in readme
+    assert f"{len(held_out)} fine-tunes on ordinary text were held out as well" in readme
     assert len(claimed) == 1
-    assert "claim something of one, and the short turns of another." in readme
+    assert "claim something of one of them, and the short turns of another." in readme
     guide = " ".join((ROOT / "docs" / "auditing.md").read_text().split())
     (word,) = occasion_answers.words_told(claimed[0])
     assert f"and the short turns of another (“{word}”" in guide
@@ -317,7 +333,11 @@ def test_the_guide_s_first_screen_is_that_of_stored_answers():
     [
         ("stranger_judged.yaml", "alone told a stranger", "taught for {} adapters"),
         ("stranger_judged_again.yaml", "alone told him", "could say it for {}"),
-        ("stranger_judged_third.yaml", "with the turns told the third one", "could tell it of {}"),
+        (
+            "stranger_judged_third.yaml",
+            "with the turns told the third one",
+            "could say it for {}",
+        ),
     ],
 )
 def test_what_a_stranger_wrote_is_counted_again(file: str, told: str, in_guide: str):

@@ -149,16 +149,18 @@ BY_PROMPT = {
 
 
 @pytest.mark.parametrize("kind", BY_PROMPT)
-def test_a_page_says_which_prompts_have_no_part(kind: str):
-    """A page of many prompts has a part for twenty of them."""
-    sentence = "prompts only the first 20 have a part below"
+def test_a_page_says_which_prompts_have_no_part(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """With a part for two prompts at most, as twenty would take seconds to draw."""
+    assert pages.MOST_PARTS == 20
+    monkeypatch.setattr(pages, "MOST_PARTS", 2)
+    sentence = "prompts only the first 2 have a part below"
     by_count = {
-        count: without_plotly(of_prompts(BY_PROMPT[kind], count).report()) for count in (20, 23)
+        count: without_plotly(of_prompts(BY_PROMPT[kind], count).report()) for count in (2, 5)
     }
-    assert [page.count('class="prompt"') for page in by_count.values()] == [20, 20]
-    assert sentence not in by_count[20]
-    assert f"Of the 23 {sentence}" in by_count[23]
-    assert "the analysis of the other 3 alone" in by_count[23]
+    assert [page.count('class="prompt"') for page in by_count.values()] == [2, 2]
+    assert sentence not in by_count[2]
+    assert f"Of the 5 {sentence}" in by_count[5]
+    assert "To see the other 3 here, run the analysis on them alone." in by_count[5]
 
 
 def test_a_page_of_readouts_says_how_many_prompts_have_no_part(monkeypatch: pytest.MonkeyPatch):
@@ -173,7 +175,7 @@ def test_a_page_of_readouts_says_how_many_prompts_have_no_part(monkeypatch: pyte
     cut = without_plotly(found.report())
     assert "have a part below" not in whole
     assert "Of the 3 prompts only the first 2 have a part below" in cut
-    assert "the analysis of the other one alone" in cut
+    assert "To see the other one here, run the analysis on it alone." in cut
 
 
 def test_a_notebook_says_how_many_prompts_it_shows():
