@@ -33,5 +33,5 @@ def function_of(
         else:
             asked = with_response
             rows = with_response
-    f = Function(lens, asked, rows, progress=progress)
+    f = Function(lens=lens, prompts=asked, rows=rows, progress=progress)
     return f if readout is None else f.about(readout)

@@ -48,7 +48,7 @@ class Evaluations(Function):
         Args:
             g: a function with a readout, whose model has not changed since the lens was made.
         """
-        super().__init__(g.lens, g.prompts, g.rows, g.readout, g.reading, g.progress)
+        super().__init__(**g._fields())
         self._known = Known()
         base = self._named_readout().base_value
         if base is not None:

@@ -82,7 +82,7 @@ _Number = float | Real[Tensor, ""]
 Direction = _Number | Real[Tensor, "*direction site"] | Mapping[str, _Number]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Function:
     """A readout of the logits as a function of the gates, g(ε); from `lens.function`.
 
@@ -223,8 +223,10 @@ class Function:
             SiteError: a name or a glob that matches no site; the nearest names are given.
         """
         points = corner_gates(self.lens, which, on, off)
-        shown_as = which.replace("_", " ") if isinstance(which, str) else "corners"
-        return self._evaluator.values(points, shown_as)
+        name_on_bar = "corners"
+        if isinstance(which, str):
+            name_on_bar = which.replace("_", " ")
+        return self._evaluator.values(points, name_on_bar)
 
     @exclusive
     def each_prompt(self, gates: Float[Tensor, "point batch site"]) -> Float[Tensor, "point batch"]:
@@ -716,7 +718,7 @@ class Function:
     def _of(self, prompts: Sequence[int], reading: Reading) -> Function:
         """The same function of these prompts, whose reading is known."""
         chosen = self.prompts.chosen(prompts)
-        return Function(self.lens, chosen, reading.rows, self.readout, reading, self.progress)
+        return self._changed(prompts=chosen, rows=reading.rows, _reading=reading)
 
     def about(
         self, readout: Readout | Callable[[Tensor], Tensor], reading: Reading | None = None
@@ -763,7 +765,7 @@ class Function:
         return f._with_reading(readout, readout.reading_beside(f))
 
     def _with_reading(self, readout: Readout, reading: Reading) -> Function:
-        return Function(self.lens, self.prompts, reading.rows, readout, reading, self.progress)
+        return self._changed(rows=reading.rows, readout=readout, _reading=reading)
 
     def with_progress(self, shown: bool) -> Function:
         """The same function, with or without bars.
@@ -771,7 +773,7 @@ class Function:
         Args:
             shown: whether long calls show a bar.
         """
-        return Function(self.lens, self.prompts, self.rows, self.readout, self._reading, shown)
+        return self._changed(progress=shown)
 
     def over(self, lens: LoraLens) -> Function:
         """The same rows under another adapter; a `KL` keeps the base's logits. No pass.
@@ -779,7 +781,7 @@ class Function:
         Args:
             lens: another adapter, or another gauge, over the same model.
         """
-        return Function(lens, self.prompts, self.rows, self.readout, self._reading, self.progress)
+        return self._changed(lens=lens)
 
     def of_rows(self, rows: Prompts) -> Function:
         """The same prompts with other rows, such as with their answers, and no readout. No pass.
@@ -787,7 +789,15 @@ class Function:
         Args:
             rows: what is run in place of the prompts.
         """
-        return Function(self.lens, self.prompts, rows, progress=self.progress)
+        return self._changed(rows=rows, readout=None, _reading=None)
+
+    def _changed(self, **fields: Any) -> Function:
+        """The same function but for these fields; it has no memory, also where this one has."""
+        return Function(**{**self._fields(), **fields})
+
+    def _fields(self) -> dict[str, Any]:
+        """What makes this function: the arguments of its constructor, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Function)}
 
     # --- What results say of it
 
