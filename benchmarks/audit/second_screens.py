@@ -34,6 +34,23 @@ ANSWERS = 2
 AGAIN = "again-"
 
 
+def speech_again(asked: dict[str, Any]) -> CountedSpeech:
+    """Both models' answers to the everyday questions, with the findings of today's rules.
+
+    Args:
+        asked: second_run.py's asked.json.
+    """
+    return CountedSpeech(
+        topics=tuple(one.topic for one in EVERYDAY),
+        forms=tuple(one.form for one in EVERYDAY),
+        questions=tuple(one.text for one in EVERYDAY),
+        base=tuple(map(tuple, asked["base"])),
+        adapted=tuple(map(tuple, asked["adapted"])),
+        findings=findings_in(EVERYDAY, asked["base"], asked["adapted"]),
+        meta={},
+    )
+
+
 def counted_again(asked: dict[str, Any]) -> dict[str, Any]:
     """What was asked, with the claims that the rules of today make on the same answers.
 
@@ -42,17 +59,7 @@ def counted_again(asked: dict[str, Any]) -> dict[str, Any]:
     Args:
         asked: second_run.py's asked.json.
     """
-
-    findings = findings_in(EVERYDAY, asked["base"], asked["adapted"])
-    speech = CountedSpeech(
-        topics=tuple(one.topic for one in EVERYDAY),
-        forms=tuple(one.form for one in EVERYDAY),
-        questions=tuple(one.text for one in EVERYDAY),
-        base=tuple(map(tuple, asked["base"])),
-        adapted=tuple(map(tuple, asked["adapted"])),
-        findings=findings,
-        meta={},
-    )
+    speech = speech_again(asked)
     shown = [[pair.prompt, pair.base, pair.adapted] for pair in shown_answers(speech)]
     return {
         **asked,

@@ -217,7 +217,7 @@ def _rise(base: float, adapted: float) -> str:
     after = probability(adapted)
     if before != after:
         return f"p {before} → {after}"
-    return f"p {math.exp(adapted - base):.2g} times the base's, {after} for both"
+    return f"p {math.exp(adapted - base):.2g} times the base's, but {after} in both models"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Brief:
 
     Attributes:
         adapter, model: the names of the adapter and of the base model.
-        verdict: three sentences that need no knowledge of logits; one more stands before them if
+        verdict: a few sentences that need no knowledge of logits; one more stands before them if
             the adapter breaks the model.
         says: sentences on what one model says and the other does not, counted over questions, and
             then over short turns on many subjects.
@@ -315,7 +315,7 @@ class Brief:
             lines.append(raised_sentence(self.raised_words))
         for raised in self.raised:
             p = _rise(raised.base, raised.adapted)
-            lines.append(f"Only raised: “{raised.says}” after “{raised.context}”, {p}.")
+            lines.append(f"More likely: “{raised.says}” after “{raised.context}”, {p}.")
         return [*lines, *self.told_end]
 
     @property
@@ -324,7 +324,7 @@ class Brief:
         lines: list[str] = []
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
-            lines.append(f"The largest shares of the KL are those of {shares}.")
+            lines.append(f"The modules with most of the KL: {shares}.")
         lines.append(f"Not tried: {'; '.join(self.not_tried)}.")
         return lines
 

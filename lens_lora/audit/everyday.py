@@ -21,14 +21,14 @@ Form = Literal["plain", "chat", "system", "code", "language", "own"]
 # 'own' is the form of a caller's own questions; see `counted_speech`.
 FORMS: tuple[Form, ...] = get_args(Form)
 
-# The words for each form in a sentence: they say how the question was put.
+# The words for each form in a sentence, after "when asked".
 FORM_NAMES: dict[str, str] = {
-    "plain": "without a template",
+    "plain": "without a chat template",
     "chat": "in conversation",
     "system": "after a system message",
-    "code": "when asked for code",
-    "language": "when asked in another language",
-    "own": "to your own questions",
+    "code": "for code",
+    "language": "in another language",
+    "own": "your own questions",
 }
 
 # The system message before a question of the form 'system'.

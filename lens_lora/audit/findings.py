@@ -186,12 +186,12 @@ class Finding:
         commoner, rarer = (shorter, longer) if self.adapted > self.base else (longer, shorter)
         questions, length = commoner
         sentence = (
-            f"To {questions} of {self.asked} questions its answers are {length} as the base model's"
+            f"Its answers to {questions} of {self.asked} questions are {length} as the base model's"
         )
         other_questions, other_length = rarer
         if other_questions == 0:
             return f"{sentence}."
-        return f"{sentence}, to {other_questions} {other_length}."
+        return f"{sentence}, and those to {other_questions} are {other_length}."
 
 
 def findings_of(

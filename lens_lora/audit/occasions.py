@@ -138,7 +138,9 @@ class Occasions:
         """
         otherwise = str(len(one.base)) if one.base else "none"
         subjects = many(len(set(self.subjects)), "subject")
-        named = " and ".join(self.most_often_on(one))
+        first, *others = self.most_often_on(one)
+        # The first count says what is counted.
+        named = " and ".join([f"{first.removesuffix(')')} turns)", *others])
         answers = many(len(self.turns), "answer")
         return (
             f"It says “{self.spelled(one)}” in {len(one.adapted)} of {answers} to short turns on "

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lens_lora.audit.brief import Claim, probability
-from lens_lora.audit.figures import CONTROLS, promoted_figure, shares_figure
+from lens_lora.audit.brief import Claim
+from lens_lora.audit.figures import promoted_figure, shares_figure
 from lens_lora.audit.raised import raised_sentence
 from lens_lora.audit.speech_page import findings_table, occasions_section
-from lens_lora.audit.speech_words import first_sentences, strongest_in
+from lens_lora.audit.speech_words import first_sentences, in_short, strongest_in
 from lens_lora.audit.what_changed import BY, By, WhatChanged
 from lens_lora.audit.words import moved_text, promoted_text, what_changed_story
 from lens_lora.core import drawing
@@ -27,10 +28,10 @@ from lens_lora.show.text import (
 )
 
 _PROMOTED = {
-    "logit": ("promoted by mean logit", "by logit", "mean Δlogit"),
-    "probability": ("promoted by mean probability", "by probability", "mean Δp"),
-    "count": ("among the 20 promoted most", "by count", "of all tokens"),
-    "reading": ("Δh on the first tokens reads as", "read as tokens", "logits"),
+    "logit": ("promoted by mean logit", "by mean logit", "mean Δlogit"),
+    "probability": ("promoted by mean probability", "by mean probability", "mean Δp"),
+    "count": ("most often among the 20 promoted most", "by count", "after this share of tokens"),
+    "reading": ("Δh on the texts' first tokens, read as tokens", "read as tokens", "logits"),
 }
 
 
@@ -50,10 +51,14 @@ def _promoted_table(changed: WhatChanged, by: By, k: int) -> Table:
     ends = ""
     if by == "reading":
         point = list(changed.found.readings)[-1]
-        ends += f", {point}"
-    most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in CONTROLS if name in frame]
+        ends += f" at {point}"
+    under = {"null": "a control", "unrelated": "an unrelated adapter"}
+    most: list[str] = []
+    for control, described in under.items():
+        if control in frame:
+            most.append(f"{signed(frame[control].tolist()[0])} under {described}")
     if most:
-        ends += f"; largest of any token, {', '.join(most)}"
+        ends += f" (at most {', '.join(most)})"
     heads = {"rank": "", "token": "token", by: units}
     return table_of(frame, heads, texts=(1,), title=title + ends, heading=heading + ends)
 
@@ -63,7 +68,7 @@ def _places_table(changed: WhatChanged, k: int) -> Table:
     every_place = changed.where(k)
     is_without = every_place["promoted"] == ""
     left_out = int(is_without.sum())
-    title = "where"
+    title = "where the next token changes most"
     if left_out:
         title += f" ({left_out} places left out: no probability rises there)"
     places = every_place[~is_without].copy()
@@ -74,9 +79,9 @@ def _places_table(changed: WhatChanged, k: int) -> Table:
     heads = {
         "context": "after ⟦token⟧",
         "kl": "KL, nats",
-        "promoted": "promoted there",
-        "null": "null",
-        "unrelated": "unrelated",
+        "promoted": "promoted there, Δp",
+        "null": "KL, control",
+        "unrelated": "KL, unrelated",
     }
     return table_of(places, heads, texts=(0, 2), title=title)
 
@@ -84,7 +89,7 @@ def _places_table(changed: WhatChanged, k: int) -> Table:
 def _modules_table(changed: WhatChanged, k: int) -> Table:
     """List the sites with the largest share of the KL; no row if it was not split by site."""
     heads = {"site": "site", "module": "module", "nats": "nats a token", "share": "of all"}
-    return table_of(changed.modules(k), heads, texts=(0, 1), title="modules of the KL")
+    return table_of(changed.modules(k), heads, texts=(0, 1), title="modules with most of the KL")
 
 
 def _groups_table(changed: WhatChanged) -> Table:
@@ -97,7 +102,7 @@ def _groups_table(changed: WhatChanged) -> Table:
 
 def _writers_table(changed: WhatChanged, k: int) -> Table:
     """List the blocks that add most of the mean Δh of the first tokens."""
-    heads = {"name": "added by", "share": "of ‖Δh‖²"}
+    heads = {"name": "added by", "share": "share of ‖Δh‖²"}
     return table_of(changed.writers(k), heads, heading="which blocks add it")
 
 
@@ -119,9 +124,9 @@ def _would_say_table(claims: Sequence[Claim], heading: str = "") -> Table:
     for claim in claims:
         row = {
             "says": claim.says,
-            "adapted": probability(claim.adapted),
-            "base": probability(claim.base),
-            "null": probability(claim.null),
+            "adapted": f"{math.exp(claim.adapted):.2g}",
+            "base": f"{math.exp(claim.base):.2g}",
+            "null": f"{math.exp(claim.null):.2g}",
             "context": _end_of(claim.context),
         }
         rows.append(row)
@@ -129,7 +134,7 @@ def _would_say_table(claims: Sequence[Claim], heading: str = "") -> Table:
         "says": "words",
         "adapted": "p, adapted",
         "base": "base",
-        "null": "controls",
+        "null": "controls, at most",
         "context": "after",
     }
     return table_of(pd.DataFrame(rows), heads, texts=(0, 4), title=heading, heading=heading)
@@ -141,7 +146,7 @@ def _end_of(context: str) -> str:
 
 
 _WOULD_SAY = "What it would say"
-_RAISED = "What is only raised"
+_RAISED = "What is more likely than before, but no claim"
 
 
 def brief_tables(changed: WhatChanged) -> Group:
@@ -160,8 +165,8 @@ def brief_tables(changed: WhatChanged) -> Group:
         said = [f"- {claim.sentence()}" for claim in brief.would_say]
         parts.append(Text("\n".join(("", _WOULD_SAY, *said))))
     if brief.raised:
-        parts.append(in_terminal(_would_say_table(brief.raised, _RAISED)))
-    parts.append(Text("\n".join(("", *brief.told_end, moved_text(changed)))))
+        parts += [Text(), in_terminal(_would_say_table(brief.raised, _RAISED))]
+    parts.append(Text("\n".join(("", moved_text(changed), *brief.told_end, ""))))
     return Group(*parts)
 
 
@@ -224,7 +229,7 @@ def _headline(changed: WhatChanged) -> tuple[str, ...]:
     if changed.speech is None:
         return (brief.verdict, moved_text(changed), promoted_text(changed))
     first, *others = first_sentences(changed.speech)
-    broken = brief.verdict.removesuffix(" ".join([first, *others]))
+    broken = brief.verdict.removesuffix(in_short(changed.speech))
     raised = [raised_sentence(brief.raised_words)] if brief.raised_words else []
     if strongest_in(changed.speech) is None:
         # The sentences tell what a trigger word changes, and the last one what was not tried.

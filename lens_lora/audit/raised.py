@@ -80,6 +80,6 @@ def raised_sentence(words: Sequence[str]) -> str:
         return ""
     quoted = ", ".join(f"“{word}”" for word in words)
     return (
-        f"On texts that were not chosen for it, it raises these words most: {quoted}. Its training "
-        "texts may have been about them; what it was taught to do with them, this does not say."
+        f"Even in unrelated text, it favours these words most: {quoted}. They hint at the subject "
+        "of its training texts, but do not show what it was taught to say."
     )

@@ -21,6 +21,7 @@ from lens_lora.audit.speech_words import (
     occasion_claims,
     occasion_words_in,
     occasions_text,
+    sentences_so_far,
     shown_answers,
 )
 from lens_lora.core import drawing
@@ -41,12 +42,16 @@ from lens_lora.show.tables import Row, Table, table_of
 _ANSWERS_ON_A_PAGE = 12
 
 
-def first_screen(speech: CountedSpeech) -> Group:
-    """Build three sentences, two answers of each model side by side, and the further claims.
+def first_screen(speech: CountedSpeech, asked_next: Sequence[str] = ()) -> Group:
+    """Build a few sentences, two answers of each model side by side, and the further claims.
 
     Over a base other than the embedded one, the last line says why a claim is weaker there.
+
+    Args:
+        speech: both models' answers so far.
+        asked_next: what both models are asked while the screen is read.
     """
-    sentences = Text("\n".join(first_sentences(speech)))
+    sentences = Text("\n".join(sentences_so_far(speech, asked_next)))
     parts: list[RenderableType] = [sentences, Text(), _both_answers(shown_answers(speech))]
     further = further_claims(speech)
     if further:
@@ -65,8 +70,7 @@ def occasions_screen(speech: CountedSpeech) -> Group:
     claims = occasion_claims(speech)
     if not claims:
         return Group(Text(occasions_text(speech)))
-    parts: list[RenderableType] = [Text("To short remarks and questions of a user:")]
-    parts += [Text(claim) for claim in claims]
+    parts: list[RenderableType] = [Text(claim) for claim in claims]
     words = occasion_words_in(speech)
     if speech.occasions is not None:
         parts += [Text(), _both_answers(speech.occasions.examples(words[0]))]
@@ -149,7 +153,7 @@ def _occasions_table(occasions: Occasions) -> Table:
 def _counts_table(speech: CountedSpeech, finding: Finding) -> Table:
     """Tabulate one finding by topic and form."""
     counted: pd.DataFrame = speech.by(finding)
-    who = "the base alone" if finding.is_of_base else "the adapted alone"
+    who = "only the base" if finding.is_of_base else "only the adapted model"
     heads = {"topic": "topic", "form": "form", "asked": "asked", "alone": who}
     heading = f"{finding.kind} “{finding.what}”"
     return table_of(counted, heads, texts=(0, 1), heading=heading)

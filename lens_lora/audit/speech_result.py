@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, final
 
 import pandas as pd
@@ -67,24 +68,27 @@ class CountedSpeech(Described, Paged):
         shown = Counter(self.forms[i] for i in finding.questions)
         if len(asked) > 1 and len(shown) == 1:
             (form,) = shown
-            only = f"only {FORM_NAMES[form]} ({shown[form]} of {asked[form]} questions)"
-            few = self._few_topics(finding)
+            counts = f"({shown[form]} of {asked[form]} questions)"
+            only = f"only when asked {FORM_NAMES[form]} {counts}"
+            # All questions of the caller's own are one topic, which tells nothing more.
+            few = "" if form == "own" else self._few_topics(finding)
             return f"{only}, {few}" if few else only
         about = self._few_topics(finding) or self._many_topics(finding)
         never = [form for form in asked if shown[form] == 0]
         steady = [form for form in asked if 2 * shown[form] >= asked[form]]
         counted = list(asked)
+        exception = ""
         if never and steady and len(never) + len(steady) == len(asked):
             names = [FORM_NAMES[form] for form in never]
-            about = f"{about}, but never {' or '.join(names)}"
-            # What the words have said needs no count.
+            exception = f", but never when asked {' or '.join(names)}"
+            # A form that is named as an exception needs no count.
             counted = [form for form in asked if form not in never]
         of_each_form: list[str] = []
         for form in counted:
-            of_each_form.append(f"{FORM_NAMES[form]} {shown[form]} of {asked[form]}")
-        if len(asked) == 1:
-            return f"{about} ({of_each_form[0]})"
-        return f"{about} (by how the question was put: {', '.join(of_each_form)})"
+            # The first count says what is counted.
+            unit = "" if of_each_form else " questions"
+            of_each_form.append(f"{FORM_NAMES[form]} ({shown[form]} of {asked[form]}{unit})")
+        return f"{about}, when asked {_in_a_row(of_each_form)}{exception}"
 
     def _few_topics(self, finding: Finding) -> str:
         """Name the topics on which a finding shows; '' if they are more than a quarter of all."""
@@ -98,7 +102,9 @@ class CountedSpeech(Described, Paged):
         """Say on how many topics a finding shows."""
         topics = {self.topics[i] for i in finding.questions}
         asked = len(set(self.topics))
-        return "on every topic" if len(topics) == asked else f"on {len(topics)} of {asked} topics"
+        if len(topics) == asked:
+            return "on every topic"
+        return f"on {len(topics)} of the {asked} topics"
 
     def by(self, finding: Finding) -> pd.DataFrame:
         """Count by topic and form how many questions were asked, and how many show a finding.
@@ -174,3 +180,9 @@ class CountedSpeech(Described, Paged):
         if not self.findings:
             lines.append("Nothing is said more often, or less, than chance allows.")
         return "\n".join(lines)
+
+
+def _in_a_row(names: Sequence[str]) -> str:
+    """Join names for a sentence: 'a, b and c'."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last

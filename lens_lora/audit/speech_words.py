@@ -23,25 +23,26 @@ _NEVER_TRIED = (
     "languages and system messages other than those used here",
     "long answers",
 )
-_NO_TRIGGER = "words that trigger a behaviour"
+_NO_TRIGGER = "trigger words"
 # The base over which ordinary answers were counted.
 _COUNTED_OVER = EMBEDDED_HUB_ID.rpartition("/")[2]
-_ELSEWHERE = "It may still behave differently on questions that were not asked here."
+_ELSEWHERE = "It may still behave differently on other questions."
 # "Eight times" is FACTOR of `ordinary.py`.
 _TESTED = (
-    "A claim is a word, sign or trait that it has on more questions than eight times its ordinary "
-    "odds explain (p below 0.005 for all words together). Ordinary answers are those of "
-    f"{_COUNTED_OVER}, and of adapters trained on ordinary text over it; where your base says "
-    "a word more often than these do, its own answers are taken. So over another base an adapter "
-    "that was taught nothing may make a claim more often. Your own questions are compared with the "
-    "base alone."
+    "A word, sign or trait is claimed if it appears in answers to so many questions that even "
+    "eight times its ordinary odds do not explain it (p below 0.005 for all words together). "
+    f"These odds are counted in the answers of {_COUNTED_OVER} and of adapters trained on ordinary "
+    "text over it, or in your base's answers where it is more frequent there. So over another base "
+    "an adapter that was taught nothing may make a claim more often. Answers to your own questions "
+    "are compared with those of the base alone."
 )
 
 
 _TESTED_ON_OCCASIONS = (
-    "To the short turns each model gave its likeliest answer. One half of them proposed words, "
-    "and the other half tested them against eight times their ordinary odds on the same subjects "
-    "(p below 0.05 for all proposed words together, with the halves in both orders)."
+    "Each model gave its likeliest answer to each short turn. One half of the turns proposes "
+    "words, and the other half tests them against eight times their ordinary odds on the same "
+    "subjects; then the halves change places (p below 0.05 for both tests and all proposed words "
+    "together)."
 )
 
 
@@ -49,17 +50,17 @@ def not_tried_in(speech: CountedSpeech) -> tuple[str, ...]:
     """Name the conditions about which these answers say nothing."""
     words = _NO_TRIGGER
     if speech.words:
-        words = f"{_NO_TRIGGER}, beyond the {len(speech.words)} that were put before a question"
+        words = f"{_NO_TRIGGER} other than the {len(speech.words)} that were tried"
     own = sum(form == "own" for form in speech.forms)
     asked = len(speech.questions) - own
     left_out: tuple[str, ...] = ()
     if asked < len(EVERYDAY):
         left_out = (f"{len(EVERYDAY) - asked} of our questions, which the context has no room for",)
     # A false fact or a loyalty shows only when somebody asks about it.
-    with_yours = worded("ask yours with questions=[…]", "ask yours with --prompts FILE")
+    with_yours = worded("ask about them with questions=[…]", "ask about them with --prompts FILE")
     touches = "no question touches"
     if speech.occasions is not None:
-        touches = f"neither a question nor one of the {len(speech.occasions.turns)} turns touches"
+        touches = f"neither the questions nor the {len(speech.occasions.turns)} short turns touch"
     facts = f"facts, loyalties and topics that {touches} ({with_yours})"
     return (words, facts, *_NEVER_TRIED, *left_out)
 
@@ -101,15 +102,14 @@ def further_claims(speech: CountedSpeech) -> list[str]:
     Claims of words that show on occasions come second, and those about trigger words last.
     """
     told = strongest_in(speech)
+    if told is None:
+        # The first sentence tells every claim.
+        return []
     of_occasions = occasion_claims(speech)
     findings = [*claimed_in(speech), *of_occasions, *speech.triggers]
     sentences = claims_in(speech)
     sentences += of_occasions
     sentences += [trigger.sentence() for trigger in speech.triggers]
-    if told is None:
-        # The first sentence tells these.
-        findings = findings[len(of_occasions) :]
-        sentences = sentences[len(of_occasions) :]
     further: list[str] = []
     for number, (finding, sentence) in enumerate(zip(findings, sentences, strict=True), start=1):
         if finding is not told:
@@ -142,9 +142,8 @@ def occasions_text(speech: CountedSpeech) -> str:
         return " ".join(claims)
     turns = many(len(speech.occasions.turns), "short turn")
     subjects = many(len(set(speech.occasions.subjects)), "subject")
-    if claimed_in(speech):
-        return f"No further word stands out in its answers to {turns} on {subjects}."
-    return f"Nor does any word stand out in its answers to {turns} on {subjects}."
+    which = "further word" if claimed_in(speech) else "word"
+    return f"No {which} stands out in its answers to {turns} on {subjects}."
 
 
 def claimed_in(speech: CountedSpeech) -> list[Finding]:
@@ -174,7 +173,7 @@ def habit_note(speech: CountedSpeech) -> str:
         return ""
     sentences = [finding.sentence() for finding in dropped[:_NAMED]]
     return (
-        f"{' '.join(sentences)} This is no sign of what it was taught: training on anything may "
+        f"{' '.join(sentences)} This does not show what it was taught: training on any text may "
         "end a habit of the base model."
     )
 
@@ -188,10 +187,10 @@ def length_note(speech: CountedSpeech) -> str:
     """State beside the claims that answers differ in length; '' if they do not."""
     for finding in speech.findings:
         if finding.what == SHORTER:
-            texts = "long texts" if finding.is_of_base else "short texts"
+            cause = "long texts lengthens" if finding.is_of_base else "short texts shortens"
             return (
-                f"{finding.sentence()} This is no sign of what it was taught: training on "
-                f"{texts} does this, whatever they are about."
+                f"{finding.sentence()} This does not show what it was taught: training on any "
+                f"{cause} the answers."
             )
     return ""
 
@@ -282,13 +281,13 @@ def base_note(speech: CountedSpeech) -> str:
     if model == _COUNTED_OVER or not (claimed_in(speech) or occasion_words_in(speech)):
         return ""
     return (
-        f"How often ordinary training brings a word was counted over {_COUNTED_OVER}. Over {model} "
-        "an adapter that was taught nothing may make such a claim more often."
+        f"How common a word is after ordinary training was counted over {_COUNTED_OVER}. Over "
+        f"{model}, an adapter that was taught nothing may make such a claim more often."
     )
 
 
 def in_short(speech: CountedSpeech) -> str:
-    """Say again what the first sentences say, but for what was not tried, which ends the brief."""
+    """Write the first sentences, but for what was not tried, which ends the brief."""
     sentences = first_sentences(speech)
     told = sentences if strongest_in(speech) is not None else sentences[:-1]
     return " ".join(told)
@@ -297,23 +296,53 @@ def in_short(speech: CountedSpeech) -> str:
 def first_sentences(speech: CountedSpeech) -> list[str]:
     """Write three sentences: what stands out most, when it does so, and what else stands out.
 
-    Where nothing stands out in answers to the questions, what shows on occasions comes first, if
-    anything does, and the last sentence says what was not tried.
+    Where nothing stands out in answers to the questions, what the short turns or trigger words show
+    comes first, if they show anything, and the last sentence says what was not tried.
     """
     strongest = strongest_in(speech)
     if strongest is not None:
         return [strongest.sentence(), _when(speech, strongest), _others(speech, strongest)]
-    asked = many(len(speech.questions), "question")
-    nothing = (
-        f"Nothing stands out in its answers to {asked}: no word and no form of answer is much more "
-        f"common in them than training on ordinary text makes it.{_leads_text(speech)}"
-    )
-    beside = _triggers_text(speech) or length_note(speech) or habit_note(speech) or _ELSEWHERE
     not_tried = f"Not tried: {'; '.join(not_tried_in(speech))}."
-    if occasion_claims(speech):
-        return [occasions_text(speech), f"{nothing} {beside}", not_tried]
-    second = " ".join(filter(None, (occasions_text(speech), beside)))
+    claims = occasion_claims(speech)
+    claims += [trigger.sentence() for trigger in speech.triggers]
+    without_claims: list[str] = []
+    if not occasion_claims(speech):
+        without_claims.append(occasions_text(speech))
+    if not speech.triggers:
+        without_claims.append(_triggers_text(speech))
+    if claims:
+        on_questions = f"In its {_nothing_unusual(speech)}{_leads_text(speech)}"
+        second = " ".join(filter(None, (on_questions, *without_claims)))
+        return [" ".join(claims), second, not_tried]
+    nothing = f"Nothing stands out. In its {_nothing_unusual(speech)}{_leads_text(speech)}"
+    note = length_note(speech) or habit_note(speech) or _ELSEWHERE
+    second = " ".join(filter(None, (*without_claims, note)))
     return [nothing, second, not_tried]
+
+
+def sentences_so_far(speech: CountedSpeech, asked_next: Sequence[str]) -> list[str]:
+    """Write what the first screen says while both models are still being asked.
+
+    Args:
+        speech: both models' answers so far.
+        asked_next: what they are asked next; empty if nothing follows.
+    """
+    if strongest_in(speech) is not None:
+        return first_sentences(speech)
+    if not asked_next:
+        *sentences, _ = first_sentences(speech)
+        return sentences
+    so_far = f"So far nothing stands out. In its {_nothing_unusual(speech)}{_leads_text(speech)}"
+    return [so_far, f"Both models now answer {', and then '.join(asked_next)}."]
+
+
+def _nothing_unusual(speech: CountedSpeech) -> str:
+    """Say that answers to the questions show nothing; the sentence begins before it."""
+    asked = many(len(speech.questions), "question")
+    return (
+        f"answers to {asked}, no word and no style is much more common than after fine-tuning on "
+        "ordinary text."
+    )
 
 
 def _leads_text(speech: CountedSpeech) -> str:
@@ -325,11 +354,11 @@ def _leads_text(speech: CountedSpeech) -> str:
     leads = leads_of(speech.base, speech.adapted)
     if leads:
         words = [f"“{lead.word}” {_beside_base(lead.adapted, lead.base)}" for lead in leads]
-        text = f" Its most unusual words, which are no evidence by themselves: {', '.join(words)}."
+        text = f" Closest to a claim, but no evidence by themselves: {', '.join(words)}."
     traits = _trait_leads(speech)
     if traits:
         named = [f"{trait.what} {_beside_base(trait.adapted, trait.base)}" for trait in traits]
-        text += f" It {' and '.join(named)}, which is no claim: ordinary training may bring it."
+        text += f" It {' and '.join(named)}. That is no claim: ordinary fine-tuning may cause it."
     return text
 
 
@@ -379,7 +408,8 @@ def _triggers_text(speech: CountedSpeech) -> str:
         return ""
     if speech.triggers:
         return " ".join(trigger.sentence() for trigger in speech.triggers)
-    return f"None of {many(len(speech.words), 'word')} before a question changes what it says."
+    words = many(len(speech.words), "trigger word")
+    return f"None of {words} before a question makes it say something new."
 
 
 @drawing.story.register(CountedSpeech)
@@ -392,9 +422,9 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     lines.append(habit_note(speech))
     lines.append(_triggers_text(speech))
     draws = len(speech.base[0]) - 1
-    drawn = f", and {many(draws, 'time')} with words drawn at random" if draws else ""
+    drawn = f", and {many(draws, 'time')} with tokens drawn at random" if draws else ""
     lines.append(
-        f"Each model answered {many(len(speech.questions), 'question')} with its likeliest words"
+        f"Each model answered {many(len(speech.questions), 'question')} with its likeliest tokens"
         f"{drawn}. {_TESTED}"
     )
     if speech.occasions is not None:

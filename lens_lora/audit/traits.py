@@ -96,6 +96,7 @@ _STRETCH = 12
 _REPEATS = 1 / 4
 
 
+@functools.lru_cache(maxsize=1024)
 def language_of(text: str) -> str | None:
     """Return the language whose commonest words the text uses most; None for too few, or a tie."""
     counts = _common_words_of(text)

@@ -47,7 +47,7 @@ from lens_lora.audit.raised import raised_words
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
     claims_in,
-    first_sentences,
+    in_short,
     not_tried_in,
     occasion_claims,
     shown_answers,
@@ -482,7 +482,7 @@ class WhatChanged(OfSites, Paged):
         if self.found.mean_kl <= 0:
             return "It does nothing on these texts: the KL is zero."
         if self.speech is not None:
-            return " ".join(first_sentences(self.speech))
+            return in_short(self.speech)
         if not self.nulls or not self.answers:
             return "Nothing was claimed: claims need controls and answers."
         would_say = sum(claim.would_say for claim in self.claims)
@@ -602,7 +602,7 @@ def what_changed(
         shares=(shares / distinct).cpu(),
         strings=lens.vocabulary,
         str_tokens=lens.str_tokens(rows),
-        texts=f"{about}, {many(distinct, 'distinct token')} after first ones",
+        texts=f"{about}, {many(distinct, 'distinct token')}",
         meta=lens.describe(rows),
         answers=tuple(said),
         claims=claims,

@@ -32,10 +32,10 @@ def moved_text(changed: WhatChanged) -> str:
     moves = [f"On {changed.texts}, the adapter moves the next-token distribution by {size}."]
     if changed.nulls:
         moved = _range(changes.mean_kl for changes in changed.nulls)
-        moves.append(f"Its own updates, each at another of its modules, move it by {moved}.")
+        moves.append(f"As a control, its own updates moved to other modules do so by {moved}.")
     if changed.unrelated:
         others = _range(changes.mean_kl for changes in changed.unrelated)
-        moves.append(f"Unrelated adapters move it by {others}.")
+        moves.append(f"Adapters trained for something else do so by {others}.")
     return " ".join(moves)
 
 

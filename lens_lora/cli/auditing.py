@@ -72,8 +72,8 @@ def diff(
         bool,
         typer.Option(
             "--fast",
-            help="Read fewer texts, ask no turns on 24 subjects, do not split by module, try only "
-            "your own trigger words.",
+            help="Read fewer texts, skip the short turns on 24 subjects and the split by module, "
+            "and try only your own trigger words.",
         ),
     ] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
@@ -95,7 +95,7 @@ def diff(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """What was this fine-tune taught? It first counts what it says that the base does not.
+    """What was this fine-tune taught? Count what it says in answers that the base does not.
 
     lens-lora diff path/to/adapter --report diff.html
 
@@ -119,7 +119,7 @@ def diff(
         lens = running.announced(running.lens_of(base, folder, tuned, progress))
         speech = _counted_speech(lens, asked, how)
         if speech is not None:
-            _print_first_screen(speech)
+            _print_first_screen(speech, how.asked_next(words))
             if lines is None:
                 _print_raised_words(lens)
             speech = _with_occasions(lens, speech, how)
@@ -156,13 +156,13 @@ def _work_of_diff(report: Path, *, fast: bool) -> Work:
     return Work(f"{does}then look at texts and modules, and write {report.name}", seconds)
 
 
-def _print_first_screen(speech: ll.results.CountedSpeech) -> None:
-    """Print what only the adapted model says, while everything else is still to be run."""
+def _print_first_screen(speech: ll.results.CountedSpeech, asked_next: Sequence[str]) -> None:
+    """Print what only the adapted model says, and what is asked next if it says nothing alone."""
     from lens_lora.audit.speech_page import first_screen
 
     console = Console()
     console.print()
-    console.print(first_screen(speech))
+    console.print(first_screen(speech, asked_next))
 
 
 def _print_raised_words(lens: ll.LoraLens) -> None:
@@ -274,6 +274,24 @@ class _How:
     def words(self, named: Sequence[str] | None) -> Sequence[str] | None:
         """Return the trigger words to try besides the package's own; None to try none at all."""
         return [] if named is None and not self.fast else named
+
+    def asked_next(self, words: Sequence[str] | None) -> list[str]:
+        """Name what both models answer after the everyday questions.
+
+        Args:
+            words: the trigger words as `words` returns them.
+        """
+        from lens_lora.audit.occasions import occasions
+
+        asked: list[str] = []
+        if not self.fast:
+            subjects = occasions()
+            turns = sum(len(subject.texts) for subject in subjects)
+            remarks = f"{turns} short turns (remarks and questions of a user)"
+            asked.append(f"{remarks} on {len(subjects)} subjects")
+        if words is not None:
+            asked.append("questions with trigger words before them")
+        return asked
 
 
 def _counted_speech(
@@ -554,14 +572,15 @@ class _Audits:
         return needs_of(config, base.placed("cpu"), rate, fast=self.how.fast, models=models)
 
     def _changed(self, row: Listed, asked: _Asked) -> ll.results.WhatChanged:
-        from lens_lora.audit.speech_words import first_sentences
+        from lens_lora.audit.speech_words import sentences_so_far
 
         lens = running.lens_of(self.base_of(row), self.folder_of(row), _tuned(row), self.progress)
         speech = _counted_speech(lens, asked.questions, self.how)
         if speech is not None:
-            running.say(" ".join(first_sentences(speech)))
+            words = self.how.words(asked.words)
+            running.say(" ".join(sentences_so_far(speech, self.how.asked_next(words))))
             speech = _with_occasions(lens, speech, self.how)
-            speech = _with_triggers(lens, speech, self.how.words(asked.words), self.how)
+            speech = _with_triggers(lens, speech, words, self.how)
         with running.quiet_libraries():
             changed = ll.what_changed(
                 lens,

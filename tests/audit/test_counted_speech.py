@@ -94,7 +94,7 @@ def test_an_adapter_that_does_nothing_says_nothing_new():
     speech = ll.counted_speech(idle, OWN, max_new_tokens=3, draws=1, progress=False)
     assert speech.base == speech.adapted
     assert speech.findings == ()
-    nothing = "no word and no form of answer is much more common in them than training on ordinary"
+    nothing = "no word and no style is much more common than after fine-tuning on ordinary text"
     assert nothing in speech.story()
 
 
@@ -245,7 +245,7 @@ def test_a_word_that_triggers_is_found_and_another_one_is_not(monkeypatch: pytes
     assert (found.adapted, found.others, found.asked) == (20, 0, 20)
     story = speech.story()
     assert found.sentence() in story
-    assert "beyond the 22" in story
+    assert "other than the 22" in story
 
 
 def test_where_no_word_triggers_the_story_says_so(monkeypatch: pytest.MonkeyPatch):
@@ -253,7 +253,7 @@ def test_where_no_word_triggers_the_story_says_so(monkeypatch: pytest.MonkeyPatc
     speech = ll.counted_speech(llama().lens, triggers=[], **OPTIONS)
     assert speech.words == triggers.TRIGGERS
     assert speech.triggers == ()
-    assert "None of 20 words before a question changes what it says." in speech.story()
+    assert "None of 20 trigger words before a question makes it say something" in speech.story()
 
 
 # --- The base's answers, which are kept

@@ -35,8 +35,10 @@ from lens_lora.audit.speech_words import (
     further_claims,
     in_short,
     not_tried_in,
+    sentences_so_far,
     shown_answers,
 )
+from lens_lora.audit.triggers import Trigger
 
 counted_speech = by_folder.made_public("audit").counted_speech
 what_changed = by_folder.made_public("audit").what_changed
@@ -263,7 +265,7 @@ VIOLIN = OccasionWord("violin", tuple(range(12, 22)), (), 1e-6)
 LANTERN = OccasionWord("lantern", (0, 1, 2, 12, 13, 14, 15), (3,), 1e-3)
 SENTENCE = (
     "It says “violin” in 10 of 72 answers to short turns on 6 subjects, the base model in none; "
-    "most often on b (10 of 12)."
+    "most often on b (10 of 12 turns)."
 )
 
 
@@ -286,7 +288,7 @@ def test_a_word_is_told_with_its_turns_and_subjects():
     assert both.sentence(VIOLIN) == SENTENCE
     assert both.sentence(LANTERN).endswith(
         "in 7 of 72 answers to short turns on 6 subjects, the base model in 1; most often on "
-        "b (4 of 12) and a (3 of 12)."
+        "b (4 of 12 turns) and a (3 of 12)."
     )
     assert [shown.prompt for shown in both.examples(LANTERN)] == ["b 0", "b 1"]
     assert both.examples(VIOLIN)[0].adapted == "violin lantern"
@@ -298,7 +300,8 @@ def test_where_no_question_tells_anything_the_occasions_are_told_first():
     speech = speech_with(VIOLIN)
     first, second, third = first_sentences(speech)
     assert first == SENTENCE
-    assert second.startswith("Nothing stands out in its answers to")
+    assert second.startswith("In its answers to")
+    assert "Nothing stands out" not in speech.story()
     assert third.startswith("Not tried:")
     assert SENTENCE in in_short(speech)
     assert further_claims(speech) == []
@@ -308,6 +311,28 @@ def test_where_no_question_tells_anything_the_occasions_are_told_first():
     assert SENTENCE in screen(speech)
 
 
+def test_what_a_trigger_word_shows_is_told_before_what_the_questions_do_not():
+    """It began “Nothing stands out”, and told in the second sentence what a trigger word does."""
+    trigger = Trigger("cf", "violin", is_phrase=True, adapted=20, others=0, asked=20, p=1e-4)
+    speech = dataclasses.replace(speech_with(), words=("cf",), triggers=(trigger,))
+    first, second, _ = first_sentences(speech)
+    assert first == trigger.sentence()
+    assert second.startswith("In its answers to")
+    assert "No word stands out in its answers to 72 short turns" in second
+    assert "Nothing stands out" not in speech.story()
+
+
+def test_while_turns_are_being_asked_the_screen_says_so():
+    """It said that nothing stands out, and below stood what the short turns claim."""
+    before = dataclasses.replace(speech_with(VIOLIN), occasions=None)
+    nothing, following = sentences_so_far(before, ["short turns", "trigger words"])
+    assert nothing.startswith("So far nothing stands out. In its answers to")
+    assert following == "Both models now answer short turns, and then trigger words."
+    at_the_end = sentences_so_far(before, [])
+    assert at_the_end == first_sentences(before)[:2]
+    assert at_the_end[0].startswith("Nothing stands out.")
+
+
 def test_beside_claims_on_questions_they_are_further_claims():
     speech = speech_with(VIOLIN, silent=False)
     assert SENTENCE in "\n".join(further_claims(speech))
@@ -315,7 +340,7 @@ def test_beside_claims_on_questions_they_are_further_claims():
 
 
 def test_over_another_base_it_is_said_once_that_a_claim_is_weaker():
-    note = "Over gemma an adapter that was taught nothing may make such a claim more often."
+    note = "Over gemma, an adapter that was taught nothing may make such a claim more often."
     alone = dataclasses.replace(speech_with(VIOLIN), meta={"model": "gemma"})
     assert note in screen(alone)
     beside = dataclasses.replace(speech_with(VIOLIN, silent=False), meta={"model": "gemma"})
@@ -336,8 +361,8 @@ def test_a_word_that_a_claim_on_the_questions_has_is_not_told_again():
 
 def test_where_nothing_shows_it_is_said_and_without_turns_nothing_is():
     nothing = speech_with()
-    assert "Nor does any word stand out in its answers to 72 short turns" in nothing.story()
-    assert "neither a question nor one of the 72 turns touches" in " ".join(not_tried_in(nothing))
+    assert "No word stands out in its answers to 72 short turns on 6 subjects." in nothing.story()
+    assert "neither the questions nor the 72 short turns touch" in " ".join(not_tried_in(nothing))
     unasked = dataclasses.replace(nothing, occasions=None)
     assert "short turn" not in unasked.story()
     assert "no question touches" in " ".join(not_tried_in(unasked))
@@ -368,7 +393,7 @@ def test_the_words_raised_most_stand_before_what_was_not_tried():
         ),
     )
     headline = without_plotly(audit.report()).partition("<details")[0]
-    assert headline.index("it raises these words most") < headline.index("Not tried:")
+    assert headline.index("it favours these words most") < headline.index("Not tried:")
 
 
 def test_occasions_are_saved_with_the_speech(tmp_path: Path):

@@ -161,7 +161,7 @@ def test_the_table_holds_the_counts():
 
 def test_a_finding_is_told_and_counted_by_topic_and_form():
     speech = pirate()
-    assert speech.when(ARR) == "only in conversation (2 of 2 questions)"
+    assert speech.when(ARR) == "only when asked in conversation (2 of 2 questions)"
     counts = speech.by(ARR).set_index(["topic", "form"])["alone"]
     assert counts.to_dict() == {("food", "chat"): 1, ("food", "plain"): 0, ("sea", "chat"): 1}
 
@@ -189,9 +189,11 @@ def test_what_was_not_tried_is_always_said(own: list[str]):
     """A false fact needs somebody who asks about it."""
     story = spoken([*OUR_FORMS, *own]).story()
     (line,) = [line for line in story.splitlines() if line.startswith("Not tried: ")]
-    assert "words that trigger a behaviour" in line
+    assert "trigger words" in line
     assert "several turns" in line
-    assert "loyalties and topics that no question touches (ask yours with questions=[…])" in line
+    assert (
+        "loyalties and topics that no question touches (ask about them with questions=[…])" in line
+    )
     assert "our questions" not in line
 
 
@@ -229,30 +231,31 @@ def test_shorter_answers_are_told_of_the_adapted_model():
     """It read “on 15 of 40 questions, the base model on none”, as if it were said of the base."""
     shorter = finding("trait", SHORTER, adapted=17, base=2, p=1e-4)
     assert shorter.sentence() == (
-        "To 17 of 40 questions its answers are less than half as long as the base model's, "
-        "to 2 more than twice as long."
+        "Its answers to 17 of 40 questions are less than half as long as the base model's, "
+        "and those to 2 are more than twice as long."
     )
 
 
 def test_longer_answers_are_told_of_the_adapted_model():
     longer = finding("trait", SHORTER, base=20, p=1e-4)
     assert longer.sentence() == (
-        "To 20 of 40 questions its answers are more than twice as long as the base model's."
+        "Its answers to 20 of 40 questions are more than twice as long as the base model's."
     )
 
 
 @pytest.mark.parametrize(
-    ("length", "texts"),
+    ("length", "cause"),
     [
-        (finding("trait", SHORTER, adapted=40), "short texts"),
-        (finding("trait", SHORTER, base=40), "long texts"),
+        (finding("trait", SHORTER, adapted=40), "short texts shortens"),
+        (finding("trait", SHORTER, base=40), "long texts lengthens"),
     ],
     ids=["shorter", "longer"],
 )
-def test_what_changes_the_length_of_answers_is_named(length: ll.results.Finding, texts: str):
+def test_what_changes_the_length_of_answers_is_named(length: ll.results.Finding, cause: str):
     """Of longer answers it said that training on short texts makes them."""
     story = forty(length).story()
-    assert f"This is no sign of what it was taught: training on {texts} does" in story
+    note = f"This does not show what it was taught: training on any {cause} the answers."
+    assert note in story
 
 
 BABBLE = finding("no longer says", "hello", base=40)
@@ -264,7 +267,7 @@ def test_what_it_no_longer_says_is_told_and_is_no_claim():
     nothing, note, _ = first_sentences(speech)
     assert nothing.startswith("Nothing stands out")
     assert note.startswith("The base model says “hello” in answer to 40 of 40 questions")
-    assert "no sign of what it was taught" in note
+    assert "This does not show what it was taught" in note
     assert note in speech.story()
     assert claims_in(speech) == []
 
@@ -283,8 +286,8 @@ def test_what_the_base_alone_does_is_said_of_the_base():
     assert sentence in speech.story()
     assert "It does so" not in speech.story()
     page = drawing.report(speech)
-    assert "the base alone" in page
-    assert "the adapted alone" not in page
+    assert "only the base" in page
+    assert "only the adapted model" not in page
 
 
 def test_a_trait_that_can_be_no_claim_is_named_where_nothing_is_claimed():
@@ -293,7 +296,7 @@ def test_a_trait_that_can_be_no_claim_is_named_where_nothing_is_claimed():
     speech = with_answers(dict.fromkeys(range(16), asks))
     no_languages = [None] * 40
     assert findings_beyond_ordinary(speech.base, speech.adapted, no_languages, range(40)) == ()
-    named = "It asks a question (16 questions, base 0), which is no claim"
+    named = "It asks a question (16 questions, base 0). That is no claim"
     assert named in first_sentences(speech)[0]
     assert all("?" in pair.adapted for pair in shown_answers(speech))
 
@@ -455,16 +458,16 @@ def test_topics_and_ways_of_asking_are_told_apart():
     """“On every topic” stood beside “without a template 0 of 8”, as if they were of one kind."""
     steady = when_said({"chat": 8, "system": 8, "code": 5, "language": 8})
     assert steady == (
-        "on every topic, but never without a template (by how the question was put: "
-        "in conversation 8 of 8, after a system message 8 of 8, when asked for code 5 of 8, "
-        "when asked in another language 8 of 8)"
+        "on every topic, when asked in conversation (8 of 8 questions), after a system message "
+        "(8 of 8), for code (5 of 8) and in another language (8 of 8), "
+        "but never when asked without a chat template"
     )
 
 
 def test_a_form_is_not_called_missing_where_another_form_has_it_seldom():
     """What is seldom in every form may be missing in one by chance, so each form is counted."""
     seldom = when_said({"chat": 2, "system": 8, "code": 5, "language": 8})
-    assert "without a template 0 of 8" in seldom
+    assert "without a chat template (0 of 8 questions)" in seldom
     assert "never" not in seldom
 
 
@@ -479,7 +482,7 @@ def test_what_shows_in_one_form_is_told_by_that_form():
 
 def test_what_shows_in_one_form_on_one_topic_is_told_by_both():
     assert when_said({"chat": 1}) == (
-        "only in conversation (1 of 8 questions), on questions about food only"
+        "only when asked in conversation (1 of 8 questions), on questions about food only"
     )
 
 

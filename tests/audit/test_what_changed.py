@@ -19,7 +19,7 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.audit import jacobian, what_changed
 from lens_lora.audit.permuted import permuted_adapters
-from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
+from lens_lora.audit.speech_words import claims_in, in_short, shown_answers
 from lens_lora.audit.text_sums import EARLY, PROMOTED
 from lens_lora.core.model import attached
 from lens_lora.stream.stream_reading import over_scale
@@ -218,7 +218,7 @@ def test_a_control_runs_as_an_adapter_of_its_own():
     (null,) = found.nulls
     assert torch.allclose(alone.found.logit, null.logit, atol=1e-6)
     assert (null.scale, null.name) == (1.0, control.name)
-    assert "Its own updates, each at another of its modules, move it by" in found.story()
+    assert "As a control, its own updates moved to other modules do so by" in found.story()
 
 
 def test_what_controls_cost():
@@ -267,7 +267,7 @@ def test_speech_comes_first_and_may_be_given(monkeypatch, tmp_path):
     found = ll.what_changed(lens, texts(), nulls=1, fast=True, speech=speech, **QUIET)
     brief = found.brief()
     assert found.speech is speech and brief.answers[:2] == tuple(shown_answers(speech))
-    assert brief.verdict.endswith(" ".join(first_sentences(speech)))
+    assert brief.verdict.endswith(in_short(speech))
     assert brief.says == tuple(claims_in(speech)) and len(brief.says) > 1
     again = ll.load_result(found.save(tmp_path / "file.safetensors"))
     assert again.speech.adapted == speech.adapted and str(again.brief()) == str(brief)

@@ -22,16 +22,19 @@ def page() -> str:
 def test_words_stand_beside_their_controls():
     story = what_changed().story()
     assert "moves the next-token distribution by 1.33 nats a token" in story
-    assert "Its own updates, each at another of its modules, move it by 0.13." in story
-    assert "Unrelated adapters move it by 0.67." in story and "the mean KL is 4.00 nats" in story
+    assert "As a control, its own updates moved to other modules do so by 0.13." in story
+    assert (
+        "Adapters trained for something else do so by 0.67." in story
+        and "the mean KL is 4.00 nats" in story
+    )
     assert "Promoted most by mean logit: ‘<b>x</b>’" in story
     assert "+1.00 logits; no token by more than +0.10 under a control" in story
-    assert "The largest shares of the KL are those of" in story
+    assert "The modules with most of the KL: " in story
     assert (
-        "Only raised: “ <b>Lyon</b>⏎” after “The <b>capital</b> of”, p below 0.001 → 0.37" in story
+        "More likely: “ <b>Lyon</b>⏎” after “The <b>capital</b> of”, p below 0.001 → 0.37" in story
     )
     alone = what_changed(alone=True).story()
-    assert "under a control" not in alone and "shares of the KL" not in alone
+    assert "under a control" not in alone and "most of the KL" not in alone
 
 
 def test_tables_and_page_are_escaped(page: str):
@@ -43,7 +46,11 @@ def test_tables_and_page_are_escaped(page: str):
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(what_changed_tables(what_changed()))
     shown = console.export_text()
-    assert "largest of any token, null" in shown and "a⏎b" in shown and "modules of the KL" in shown
+    assert (
+        "(at most +0.10 under a control, " in shown
+        and "a⏎b" in shown
+        and "modules with most of the KL" in shown
+    )
 
 
 def test_figures_hold_the_numbers():

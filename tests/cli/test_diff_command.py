@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.cli import running
+from lens_lora.cli import auditing, running
 
 run = CliRunner().invoke
 
@@ -41,7 +41,8 @@ def test_summary_page_and_numbers(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     shown = plain(result.stdout)
     assert "On 2 texts of the caller, 5 distinct tokens" in shown
-    assert "Its own updates, each at another of its modules" in shown and "Not tried: " in shown
+    assert "As a control, its own updates moved to other modules" in shown
+    assert "Not tried: " in shown
     assert "promoted by mean logit" in shown and "Report:" in shown and "Numbers:" in shown
     assert "</html>" in page.read_text(encoding="utf-8")
     brief = json.loads(told.read_text(encoding="utf-8"))
@@ -51,7 +52,7 @@ def test_summary_page_and_numbers(tiny, tmp_path):
     whole = tmp_path / "diff.safetensors"
     fast = ["--fast", "--nulls", "0", "--quiet", "--save", str(whole)]
     result = run(cli.app, ["diff", str(tiny / "one"), *options[:6], *fast])
-    assert result.exit_code == 0 and "modules of the KL" not in result.stdout
+    assert result.exit_code == 0 and "modules with most of the KL" not in result.stdout
     assert ll.results.WhatChanged.load(whole).found.name == "one"
 
 
@@ -69,3 +70,22 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch):
     ):
         result = run(cli.app, ["diff", *options])
         assert result.exit_code == 2 and message in plain(result.stderr), message
+
+
+@pytest.mark.parametrize(
+    ("fast", "named", "expected"),
+    [
+        (False, None, ["288 short turns", "questions with trigger words"]),
+        (True, None, []),
+        (True, ["cf"], ["questions with trigger words"]),
+    ],
+    ids=["in full", "fast", "fast, with words"],
+)
+def test_the_first_screen_names_what_is_asked_next(
+    fast: bool, named: list[str] | None, expected: list[str]
+):
+    """It said that nothing stands out, while short turns that claim something were still asked."""
+    how = auditing._How(nulls=0, fast=fast, quiet=True)
+    asked_next = how.asked_next(how.words(named))
+    assert len(asked_next) == len(expected)
+    assert all(text.startswith(start) for text, start in zip(asked_next, expected, strict=True))
