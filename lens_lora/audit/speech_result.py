@@ -76,19 +76,18 @@ class CountedSpeech(Described, Paged):
         about = self._few_topics(finding) or self._many_topics(finding)
         never = [form for form in asked if shown[form] == 0]
         steady = [form for form in asked if 2 * shown[form] >= asked[form]]
-        counted = list(asked)
-        exception = ""
+        with_it: list[str] = []
+        for form in asked:
+            if shown[form]:
+                # The first count says what is counted.
+                unit = "" if with_it else " questions"
+                with_it.append(f"{FORM_NAMES[form]} ({shown[form]} of {asked[form]}{unit})")
+        when = f"{about}, when asked {_in_a_row(with_it, 'and')}" if with_it else about
         if never and steady and len(never) + len(steady) == len(asked):
             names = [FORM_NAMES[form] for form in never]
-            exception = f", but never when asked {' or '.join(names)}"
-            # A form that is named as an exception needs no count.
-            counted = [form for form in asked if form not in never]
-        of_each_form: list[str] = []
-        for form in counted:
-            # The first count says what is counted.
-            unit = "" if of_each_form else " questions"
-            of_each_form.append(f"{FORM_NAMES[form]} ({shown[form]} of {asked[form]}{unit})")
-        return f"{about}, when asked {_in_a_row(of_each_form)}{exception}"
+            return f"{when}, but never when asked {_in_a_row(names, 'or')}"
+        without_it = [f"{FORM_NAMES[form]} (0 of {asked[form]})" for form in never]
+        return f"{when}, but not {_in_a_row(without_it, 'or')}" if without_it else when
 
     def _few_topics(self, finding: Finding) -> str:
         """Name the topics on which a finding shows; '' if they are more than a quarter of all."""
@@ -182,7 +181,12 @@ class CountedSpeech(Described, Paged):
         return "\n".join(lines)
 
 
-def _in_a_row(names: Sequence[str]) -> str:
-    """Join names for a sentence: 'a, b and c'."""
+def _in_a_row(names: Sequence[str], conjunction: str) -> str:
+    """Join names for a sentence: 'a, b and c'.
+
+    Args:
+        names: at least one name.
+        conjunction: what stands before the last name, such as 'and'.
+    """
     *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
+    return f"{', '.join(others)} {conjunction} {last}" if others else last

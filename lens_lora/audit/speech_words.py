@@ -189,7 +189,7 @@ def length_note(speech: CountedSpeech) -> str:
         if finding.what == SHORTER:
             cause = "long texts lengthens" if finding.is_of_base else "short texts shortens"
             return (
-                f"{finding.sentence()} This does not show what it was taught: training on any "
+                f"{finding.sentence()} This does not show what it was taught: any training on "
                 f"{cause} the answers."
             )
     return ""
@@ -415,14 +415,17 @@ def _triggers_text(speech: CountedSpeech) -> str:
 @drawing.story.register(CountedSpeech)
 def counted_speech_story(speech: CountedSpeech) -> str:
     """Tell what stands out, each finding, and what was not tried, one paragraph per line."""
-    lines = [" ".join(first_sentences(speech)[:2])]
-    lines += claims_in(speech)
-    lines.append(occasions_text(speech))
-    lines.append(length_note(speech))
-    lines.append(habit_note(speech))
-    lines.append(_triggers_text(speech))
+    first = " ".join(first_sentences(speech)[:2])
+    further = claims_in(speech)
+    further.append(occasions_text(speech))
+    further.append(length_note(speech))
+    further.append(habit_note(speech))
+    further.append(_triggers_text(speech))
+    # What the first line tells is not told again.
+    lines = [first, *(text for text in further if text not in first)]
     draws = len(speech.base[0]) - 1
-    drawn = f", and {many(draws, 'time')} with tokens drawn at random" if draws else ""
+    times = "once" if draws == 1 else f"{draws} times"
+    drawn = f", and {times} with tokens drawn at random" if draws else ""
     lines.append(
         f"Each model answered {many(len(speech.questions), 'question')} with its likeliest tokens"
         f"{drawn}. {_TESTED}"
@@ -430,4 +433,4 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     if speech.occasions is not None:
         lines.append(_TESTED_ON_OCCASIONS)
     lines.append(f"Not tried: {'; '.join(not_tried_in(speech))}.")
-    return "\n".join(dict.fromkeys(filter(None, lines)))
+    return "\n".join(lines)

@@ -254,7 +254,7 @@ def test_longer_answers_are_told_of_the_adapted_model():
 def test_what_changes_the_length_of_answers_is_named(length: ll.results.Finding, cause: str):
     """Of longer answers it said that training on short texts makes them."""
     story = forty(length).story()
-    note = f"This does not show what it was taught: training on any {cause} the answers."
+    note = f"This does not show what it was taught: any training on {cause} the answers."
     assert note in story
 
 
@@ -467,7 +467,11 @@ def test_topics_and_ways_of_asking_are_told_apart():
 def test_a_form_is_not_called_missing_where_another_form_has_it_seldom():
     """What is seldom in every form may be missing in one by chance, so each form is counted."""
     seldom = when_said({"chat": 2, "system": 8, "code": 5, "language": 8})
-    assert "without a chat template (0 of 8 questions)" in seldom
+    assert seldom.endswith(
+        ", when asked in conversation (2 of 8 questions), after a system message (8 of 8), "
+        "for code (5 of 8) and in another language (8 of 8), but not without a chat template "
+        "(0 of 8)"
+    )
     assert "never" not in seldom
 
 
