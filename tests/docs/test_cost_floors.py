@@ -38,10 +38,10 @@ def test_passes_are_counted_with_their_rows_and_backward_passes(lens: ll.LoraLen
 def test_the_passes_of_an_analysis_are_run_in_its_place(lens: ll.LoraLens, name: str):
     prompts = lens.prompts(models.tokens(1, 5))
     (work,) = [work for work in works.ANALYSES if work.name == name]
-    three, passes = floors.three_works(lens, prompts, work)
-    assert passes
-    for run in three.values():
-        assert floors.passes_of(lens, run) == passes
+    runs = floors.runs_of_analysis(lens, prompts, work)
+    assert runs.passes
+    for run in (runs.analysis, runs.alone, runs.written):
+        assert floors.passes_of(lens, run) == runs.passes
 
 
 def test_passes_over_other_tokens_than_the_prompt_are_refused(lens: ll.LoraLens):
@@ -51,5 +51,7 @@ def test_passes_over_other_tokens_than_the_prompt_are_refused(lens: ll.LoraLens)
         measuring.plain_forward(lens, prompts)
         measuring.plain_forward(lens, longer)
 
+    prompts = lens.prompts(models.tokens(1, 5))
+    two_lengths = works.Work("two lengths", run)
     with pytest.raises(SystemExit, match="two lengths .* not run in its place"):
-        floors.three_works(lens, lens.prompts(models.tokens(1, 5)), works.Work("two lengths", run))
+        floors.runs_of_analysis(lens, prompts, two_lengths)
