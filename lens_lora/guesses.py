@@ -998,6 +998,8 @@ def _shown(signature: inspect.Signature) -> str:
             continue
         if parameter.name in ("self", "cls"):
             continue
-        has_default = parameter.default is not parameter.empty
-        shown.append(f"{parameter.name}=…" if has_default else parameter.name)
+        if parameter.default is parameter.empty:
+            shown.append(parameter.name)
+        else:
+            shown.append(f"{parameter.name}=…")
     return f"({', '.join(shown)})"

@@ -210,13 +210,17 @@ def _options(how: Placement) -> dict[str, Any]:
     """The arguments of `from_pretrained` by which a model is placed."""
     dtype = how.weights
     options: dict[str, Any] = {**_NO_CODE, "attn_implementation": how.attn}
-    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    options["dtype"] = dtype
+    # Weights that are stored in 4 bit are turned to this dtype in a pass.
+    computes_in = torch.float32
+    if dtype != "auto":
+        computes_in = getattr(torch, dtype)
+        options["dtype"] = computes_in
     if how.device_map is not None or how.is_quantised:
         options["device_map"] = how.device_map or {"": how.device or "cpu"}
     if how.is_quantised:
         from transformers import BitsAndBytesConfig
 
-        computes_in = torch.float32 if dtype == "auto" else options["dtype"]
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=how.load_in_4bit,
             load_in_8bit=how.load_in_8bit,

@@ -269,7 +269,9 @@ class _MapGroup:
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """Stack the tensors of all maps, [map, …]; None if some map has none."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(given) if len(given) == len(tensors) else None
+    if len(given) < len(tensors):
+        return None
+    return torch.stack(given)
 
 
 class _Views:

@@ -354,7 +354,10 @@ class Scan:
         return rows
 
     def _table_of(self, rows: Sequence[_Row]) -> pa.Table:
-        names = [self._group if name == "group" else name for name in _Row._fields]
+        names: list[str] = []
+        for field in _Row._fields:
+            # The groups stand in a column that says what they are, such as "layer".
+            names.append(self._group if field == "group" else field)
         columns: list[pa.Array] = []
         for column, kind in zip(zip(*rows, strict=True), _TYPES, strict=True):
             columns.append(pa.array(column, kind))

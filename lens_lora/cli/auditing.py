@@ -273,7 +273,9 @@ class _How:
 
     def words(self, named: Sequence[str] | None) -> Sequence[str] | None:
         """Return the trigger words to try besides the package's own; None to try none at all."""
-        return [] if named is None and not self.fast else named
+        if named is None and not self.fast:
+            return []
+        return named
 
     def asked_next(self, words: Sequence[str] | None) -> list[str]:
         """Name what both models answer after the everyday questions.

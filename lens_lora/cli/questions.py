@@ -90,9 +90,11 @@ class Questions:
             raise self._no_prompt()
         if answered:
             _require_one_kind(questions)
-        is_single = len(questions) == 1
+        if len(questions) == 1:
+            _require_answers(questions[0], None, answered)
+            return questions
         for number, question in enumerate(questions, start=1):
-            _require_answers(question, None if is_single else number, answered)
+            _require_answers(question, number, answered)
         return questions
 
     def _from_options(self) -> list[Prompt]:

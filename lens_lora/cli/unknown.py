@@ -123,8 +123,9 @@ class GuessingCommand(TyperCommand):
 def _written(parameter: Any) -> str:
     """Return how a parameter is written in a shell: '--doc', or 'the argument ADAPTER'."""
     longest = max(parameter.opts, key=len)
-    is_option = longest.startswith("-")
-    return longest if is_option else f"the argument {parameter.metavar or longest.upper()}"
+    if longest.startswith("-"):
+        return longest
+    return f"the argument {parameter.metavar or longest.upper()}"
 
 
 def _command_meant(name: str) -> str:

@@ -77,9 +77,12 @@ def float32_products() -> tuple[str, ...]:
     backends: Any = torch.backends.cuda, torch.backends.mkldnn
     products: list[Any] = [getattr(backend, "matmul", None) for backend in backends]
     if all(hasattr(product, "fp32_precision") for product in products):
-        settings = [product.fp32_precision for product in products]
-        return tuple("ieee" if setting == "none" else setting for setting in settings)
+        return tuple(_as_ieee(product.fp32_precision) for product in products)
     return (torch.get_float32_matmul_precision(),)
+
+
+def _as_ieee(setting: str) -> str:
+    return "ieee" if setting == "none" else setting
 
 
 # Environment variables that let oneDNN round the factors of float32 products on the CPU.

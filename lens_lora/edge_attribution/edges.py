@@ -328,6 +328,8 @@ def edges(
             g, by_head=by_head, by_position=by_position, tol=tol, max_nodes=max_nodes
         )
         quadrature = split.quadrature
+        # The values are of no single ε.
+        at = math.nan
     else:
         split = edge_values(g, at, by_head=by_head, by_position=by_position)
         require_finite(split.values, "an edge")
@@ -339,7 +341,7 @@ def edges(
         groups=groups,
         readers=split.readers,
         exists=sites_upstream > 0,
-        at=math.nan if path else at,
+        at=at,
         by=axes,
         quadrature=quadrature,
         **g.header(),

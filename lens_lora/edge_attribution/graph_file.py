@@ -202,9 +202,13 @@ def _reader_node(edges: EdgesOfPrompt, index: int, position: int) -> _Node:
 
 
 def _metadata(edges: EdgesOfPrompt, slug: str) -> dict[str, Any]:
-    is_path = math.isnan(edges.at)
-    of_what = "path attribution" if is_path else "first order"
-    where = "along the path to the adapted model" if is_path else f"at ε = {edges.at:g}"
+    at: str | float = edges.at
+    of_what = "first order"
+    where = f"at ε = {edges.at:g}"
+    if math.isnan(edges.at):
+        at = "path"
+        of_what = "path attribution"
+        where = "along the path to the adapted model"
     return {
         "slug": slug,
         "scan": edges.model,
@@ -222,7 +226,7 @@ def _metadata(edges: EdgesOfPrompt, slug: str) -> dict[str, Any]:
             "adapter": edges.adapter,
             "readout": edges.readout,
             "units": edges.units,
-            "at": "path" if is_path else edges.at,
+            "at": at,
         },
     }
 

@@ -78,10 +78,15 @@ def patch_edges(
     require_stream(g)
     word("how", how, get_args(How))
     paths = _paths(g.lens, pairs, g.lens.sites.grouped(group), point_of(g))
-    at = 0.0 if how == "add_one" else 1.0
-    changes = patched_edges(g, paths, at)
+    if how == "add_one":
+        at = 0.0
+        values = patched_edges(g, paths, at)
+    else:
+        # An edge that raises the readout lowers it when it is taken out.
+        at = 1.0
+        values = -patched_edges(g, paths, at)
     return Effects(
-        values=changes if how == "add_one" else -changes,
+        values=values,
         groups={f"{path.writer}{ARROW}{path.reader}": path.sites for path in paths},
         how=how,
         of="edge",

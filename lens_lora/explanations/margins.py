@@ -180,6 +180,7 @@ def _quick(group: _Group, *, fast: bool, null: int, bar: tqdm) -> list[Explanati
     explanations: list[Explanation] = []
     for i, tokens in enumerate(lens.str_tokens(g.prompts)):
         label = group.labels[i]
+        of_null = None if test is None else one_prompt(test, i, label)
         explanation = Explanation(
             prompt=tokens,
             margin=one_prompt(margin, i, label),
@@ -190,7 +191,7 @@ def _quick(group: _Group, *, fast: bool, null: int, bar: tqdm) -> list[Explanati
             adapted_end=one_prompt(adapted_end, i, label),
             second_order=one_prompt(second, i, label),
             reliability={},
-            null=None if test is None else one_prompt(test, i, label),
+            null=of_null,
             answers=answers[i],
         )
         explanations.append(explanation)

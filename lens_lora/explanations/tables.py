@@ -273,6 +273,7 @@ def margins_table(numbered: Numbered) -> Table:
     for number, e in numbered:
         a = words.explained_account(e)
         (largest,) = top_sites(e.first_order, 1)
+        flip = "—" if a.flip_scale is None else f"{a.flip_scale:.2g}"
         row = (
             f"{number}. {text.short_prompt(e.prompt)}",
             f"{a.doc} − {a.pre}",
@@ -280,7 +281,7 @@ def margins_table(numbered: Numbered) -> Table:
             text.signed(a.m),
             text.signed(a.shift),
             a.share(a.first_order),
-            "—" if a.flip_scale is None else f"{a.flip_scale:.2g}",
+            flip,
             f"{largest.site} {largest.value}",
         )
         rows.append(row)

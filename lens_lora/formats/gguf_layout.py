@@ -135,7 +135,6 @@ def layout_of(config: Any) -> Layout:
         UnsupportedAdapterError: the layout of this family is not known here.
     """
     kind = str(getattr(config, "model_type", ""))
-    is_permuted = kind in _PERMUTED
     architecture = {**_PERMUTED, **_PLAIN}.get(kind)
     if architecture is None:
         known = ", ".join(sorted({**_PERMUTED, **_PLAIN}))
@@ -143,13 +142,16 @@ def layout_of(config: Any) -> Layout:
             f"the layout of {kind or 'this model'!r} in GGUF is not known here (known: {known})",
             remedy="convert it with convert_lora_to_gguf.py of llama.cpp.",
         )
-    heads = int(config.num_attention_heads)
-    key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    query_heads = 0
+    key_heads = 0
+    if kind in _PERMUTED:
+        query_heads = int(config.num_attention_heads)
+        key_heads = int(getattr(config, "num_key_value_heads", None) or query_heads)
     return Layout(
         architecture=architecture,
         blocks=int(config.num_hidden_layers),
-        query_heads=heads if is_permuted else 0,
-        key_heads=key_heads if is_permuted else 0,
+        query_heads=query_heads,
+        key_heads=key_heads,
         is_norm_plus_one=kind in _NORMS_PLUS_ONE,
     )
 

@@ -45,7 +45,8 @@ def save_gguf(
         ModelStateError: the base is not at hand, or the package gguf is not installed.
     """
     gguf = require_gguf()
-    layout = layout_of(config_of(base_model if base is None else base))
+    named = base_model if base is None else base
+    layout = layout_of(config_of(named))
     factors = {module: _plain(module, update) for module, update in modules.items()}
     names = {module: _name_of(layout, module) for module in factors}
     first = next(iter(factors.values()))

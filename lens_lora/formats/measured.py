@@ -207,11 +207,14 @@ def _layer_update(layer: Any) -> ModuleUpdate | None:
             return None
         factors = _factors(delta, _rounding(size), dtype)
     cpu = torch.device("cpu")
+    lora_bias: Tensor | None = None
+    if bias.any():
+        lora_bias = bias.to(cpu, dtype)
     return dataclasses.replace(
         factors,
         A=converted(factors.A, factors.A.dtype, cpu),
         B=converted(factors.B, factors.B.dtype, cpu),
-        lora_bias=bias.to(cpu, dtype) if bias.any() else None,
+        lora_bias=lora_bias,
     )
 
 
@@ -247,9 +250,12 @@ def _measured_change(
     width = weight.shape[input_axis]
     added = functools.partial(_added_by, layer, base)
 
-    identity = torch.arange(width) if is_embedding else torch.eye(width, dtype=torch.float64)
+    # Every token, or every unit vector: what is added to each is a row of ΔWᵀ, plus Δb.
+    each_input = torch.eye(width, dtype=torch.float64)
+    if is_embedding:
+        each_input = torch.arange(width)
     by_part: list[Tensor] = []
-    for part in identity.split(_INPUTS):
+    for part in each_input.split(_INPUTS):
         as_batch = part.to(weight.device)[None]
         by_part.append(added(as_batch).squeeze(0))
     rows = torch.cat(by_part)
@@ -259,9 +265,13 @@ def _measured_change(
     change = (rows - bias).T
 
     inputs = _random_inputs(width, is_embedding).to(weight.device)
-    expected = change.T[inputs] if is_embedding else inputs @ change.T + bias
+    if is_embedding:
+        expected = change.T[inputs]
+        scale = float(getattr(base, "embed_scale", 1.0))
+    else:
+        expected = inputs @ change.T + bias
+        scale = 1.0
     _require_same(layer, added(inputs), expected, layer(inputs))
-    scale = float(getattr(base, "embed_scale", 1.0)) if is_embedding else 1.0
     return bias, change / scale, float(weight.norm() + change.norm()) / scale
 
 

@@ -286,7 +286,8 @@ def _tensors(modules: Updates) -> dict[str, Tensor]:
                 path += WRAPPED
             update = _by_rank(update)
         for role, suffix in _keys(module, update).items():
-            tensor = getattr(update, "weight" if role == "token_rows" else role)
+            field = "weight" if role == "token_rows" else role
+            tensor = getattr(update, field)
             if tensor is not None:
                 key = PREFIX + path + suffix
                 tensors[key] = tensor.detach().cpu().clone().contiguous()

@@ -65,12 +65,14 @@ def own_tokenizer(
             than in the base, or without a row in the embedding.
     """
     tokenizer = _read(folder, base, config)
+    known: dict[str, int] = {}
+    differing: list[str] = []
     if base is not None:
         _require_same_ids(folder, base, tokenizer)
+        known = base.get_vocab()
+        differing = differences(base, tokenizer)
     if rows is not None:
-        known = {} if base is None else base.get_vocab()
         _require_rows(folder, known, tokenizer, rows, brought)
-    differing = [] if base is None else differences(base, tokenizer)
     says = f" ({'; '.join(differing)})" if differing else ""
     return OwnTokenizer(tokenizer, f"saved with the adapter{says}", folder)
 

@@ -181,7 +181,14 @@ def constant_part(
     # For each half, the constants of the other half.
     held_out = [_Constants.of(lens, sums, half).over(lens) for half in reversed(_HALVES)]
     by_kl = _by_kl(lens, rows, held_out, progress)
-    ends = by_kl if g is None else _by_readout(g, held_out)
+    ends = by_kl
+    label = ConstantPart.BY_KL
+    units = "nats"
+    if g is not None:
+        assert readout is not None
+        ends = _by_readout(g, held_out)
+        label = readout.label
+        units = readout.units
     count = int(sums.counts.sum())
     return ConstantPart(
         share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
@@ -197,8 +204,8 @@ def constant_part(
         vectors=constants.vectors,
         widths=constants.widths,
         steering=_steering(constants.over(lens)),
-        readout=ConstantPart.BY_KL if readout is None else readout.label,
-        units="nats" if readout is None else readout.units,
+        readout=label,
+        units=units,
         meta=lens.describe(rows),
     )
 

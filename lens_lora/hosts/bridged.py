@@ -58,8 +58,9 @@ def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
     reader = _Reader(model, heads)
     for path, module, parent in modules_in(model.original_model):
         reader.module(path, module, parent)
-    embeddings = [path for path, place in reader.places.items() if "embed" in place.kinds]
+    embeddings = (path for path, place in reader.places.items() if "embed" in place.kinds)
     is_rms = getattr(getattr(model, "ln_final", None), "uses_rms_norm", False)
+    norm = "RMS" if is_rms else "LN"
     return BridgedFamily(
         architectures=(type(model.original_model).__name__,),
         layer="",
@@ -67,8 +68,8 @@ def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
         ln1="",
         ln2="",
         ln_final="",
-        embed=embeddings[0] if embeddings else "",
-        norm="RMS" if is_rms else "LN",
+        embed=next(embeddings, ""),
+        norm=norm,
         post_norm=True,
         routed=True,
         grows=False,
@@ -116,9 +117,12 @@ class _Reader:
             parent: the module that contains it.
         """
         wrapped = unwrapped(module)
+        layer: int | None = None
+        within = path
         match = self._in_block.match(path)
-        layer = int(match[1]) if match else None
-        within = match[2] if match else path
+        if match is not None:
+            layer = int(match[1])
+            within = match[2]
         if is_linear(wrapped) or is_norm(wrapped):
             self._note_shared(path, wrapped)
             self._read_map(path, layer, within, module, parent)

@@ -73,17 +73,21 @@ def _kept_or_dropped(
     by_ranking = shares[:, rows].nanmean(1).tolist()
     area_of = areas[:, rows].nanmean(1).tolist()
     for name, of_shift, area in zip(curves.names, by_ranking, area_of, strict=True):
-        is_baseline = name in _BASELINES
         dash, symbol = _BASELINES.get(name, _SOLID)
         shown = label(key_text(name))
-        colour = NOISE if is_baseline else next(colours)
+        if name in _BASELINES:
+            colour = NOISE
+            width = 1.6
+        else:
+            colour = next(colours)
+            width = 2.4
         line = curve(
             percents,
             _percentages(of_shift),
             shown,
             colour,
             f"<b>{shown}</b>, area {area:.2f}<br>%{{hovertext}}: {_KEPT}",
-            width=1.6 if is_baseline else 2.4,
+            width=width,
             dash=dash,
             marker={"size": 6, "symbol": symbol},
             hovertext=counts,
@@ -109,15 +113,17 @@ def _kept_by_size(subset: BestSubset) -> go.Figure:
     figure = go.Figure()
     sizes = (100 * subset.fractions).tolist()
     has_several = len(subset.str_tokens) > 1
+    name = "kept"
     if has_several:
         figure.add_traces(_each_prompt(subset, sizes))
+        name = "together"
     texts: list[str] = []
     for count, start in zip(subset.counts, subset.found_by, strict=True):
         texts.append(f"{count} {subset.over}, found by {start}")
     kept = curve(
         sizes,
         _percentages(subset.kept.tolist()),
-        "together" if has_several else "kept",
+        name,
         EXACT,
         f"%{{hovertext}}: {_KEPT}",
         width=2.5,
@@ -157,7 +163,9 @@ def members_figure(subset: BestSubset, row: int) -> go.Figure:
     if subset.held_out:
         heading += f", held out {percent(float(subset.kept_held_out[row]))}"
     below = f"the best set found, {subset.readout} · {whose(None, subset.str_tokens)}"
-    says = ["in the set" if is_member else "not in the set" for is_member in members]
+    says: list[str] = []
+    for is_member in members:
+        says.append("in the set" if is_member else "not in the set")
     values = [float(is_member) for is_member in members]
     places = subset.sites
     if subset.over == "heads":

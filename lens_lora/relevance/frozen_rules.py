@@ -235,9 +235,12 @@ def _mlps(host: Host) -> list[_Mlp]:
             f"this is a {host.family.architectures[0]}, whose MLPs are experts: no hook point "
             f"shows their activations. {_REFUSED}"
         )
-    is_gated = "gate" in kinds
-    into = ("gate", "up") if is_gated else ("fc_in",)
-    out_of = "down" if is_gated else "fc_out"
+    if "gate" in kinds:
+        into = ("gate", "up")
+        out_of = "down"
+    else:
+        into = ("fc_in",)
+        out_of = "fc_out"
     mlps: list[_Mlp] = []
     for layer in range(host.n_layers):
         inputs = tuple(host.ports(layer, kind).write for kind in into)

@@ -398,9 +398,11 @@ class _Steps:
                 self._limits[k] = self.width + 1
         self.fed = []
         for text in self.texts:
-            has_ended = len(text) <= self.width
-            # A row that has ended is fed an arbitrary token until all rows have ended.
-            self.fed.append([0 if has_ended else text[self.width]])
+            if len(text) > self.width:
+                self.fed.append([text[self.width]])
+            else:
+                # A row that has ended is fed an arbitrary token until all rows have ended.
+                self.fed.append([0])
         self.width += 1
 
 

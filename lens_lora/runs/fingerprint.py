@@ -78,6 +78,7 @@ def fingerprint(
     """Everything except the records that affects a number, by name."""
     model = lens.model
     base = getattr(lens, "_hf_model", None)
+    base_weights = None if base is None else _weights(base)
     known_before = fingerprint_without_model(lens.adapter, analyses, readout, version)
     return {
         **lens.describe(),
@@ -87,7 +88,7 @@ def fingerprint(
         "strings": strings_of(lens),
         "sites": digest([dataclasses.astuple(site) for site in lens.sites]),
         "model_weights": _weights(model),
-        "base_weights": None if base is None else _weights(base),
+        "base_weights": base_weights,
         **known_before,
         "own_code": [*known_before["own_code"], *_own_code(model)],
     }
@@ -159,7 +160,9 @@ def digest(value: object, own_code: list[object] | None = None) -> str:
         own_code: a list to which the caller's own code in the value is appended, because it cannot
             be compared.
     """
-    plain = _plain(value, [] if own_code is None else own_code)
+    if own_code is None:
+        own_code = []
+    plain = _plain(value, own_code)
     return short_hash(json.dumps(plain).encode())
 
 
@@ -266,7 +269,9 @@ def _readout(readout: Any) -> tuple[str, list[str]]:
     else:
         name = getattr(readout, "__qualname__", type(readout).__name__)
         text = f"{name} of each response, {hashed}"
-    return text, [name] if own_code else []
+    if own_code:
+        return text, [name]
+    return text, []
 
 
 # --- The model besides its weights

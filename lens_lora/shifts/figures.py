@@ -14,7 +14,7 @@ from lens_lora.core import drawing
 from lens_lora.shifts.logit_shift import LogitShift
 from lens_lora.shifts.token_shifts import TokenShifts
 from lens_lora.show import go, page, text
-from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, bars, finish, tokens_axis
+from lens_lora.show.figures import FLIP, bars, finish, sign_colours, tokens_axis
 from lens_lora.show.text import magnitude, short_prompt, signed, visible
 
 
@@ -28,8 +28,8 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
     hover = {"hovertext": _hovers(shifts, index), "hoverinfo": "text", "showlegend": False}
     figure = go.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     figure.add_bar(y=kl, marker={"color": FLIP}, **hover, row=1, col=1)
-    colours = [EXACT if shift >= 0 else NEGATIVE for shift in log_p_shifts]
-    figure.add_bar(y=log_p_shifts, marker={"color": colours}, **hover, row=2, col=1)
+    marker = {"color": sign_colours(log_p_shifts)}
+    figure.add_bar(y=log_p_shifts, marker=marker, **hover, row=2, col=1)
     titles = _heading(shifts, index), _below(shifts, index)
     ticks = tokens_axis(tokens, first=1).layout
     finish(figure, titles, ("", "KL (nats)"), bargap=0.1, xaxis=ticks, xaxis2=ticks)

@@ -186,9 +186,12 @@ def logit_shift(
     f = lens.function(prompts, progress=progress)
     f.prompts.require_last_alone("the logit shift")
     ids = _ids(lens, tokens, f.prompts)
-    index = slice(None) if tokens is None else torch.tensor(ids, device=lens.device)
+    index: _Kept = slice(None)
+    strings = lens.vocabulary
+    if tokens is not None:
+        index = torch.tensor(ids, device=lens.device)
+        strings = tuple(lens.decode(ids))
     derivatives = f.chosen_mode(mode, len(ids))
-    strings = lens.vocabulary if tokens is None else tuple(lens.decode(ids))
     if not by_site:
         values = f.tangent(1.0, strength)[:, index]
         return _labelled(f, values, (), ids, strings)

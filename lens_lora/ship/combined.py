@@ -233,12 +233,17 @@ def _compared_site(site: str, found: SitePart, terms: Sequence[WeightedPart]) ->
     off = found.weight.distance(D.weight)
     bias_off = found.bias_distance(D)
     bias_rounds = (_FLOAT32 + found.eps) * max(found.bias_norm, D.bias_norm)
-    c = found.weight.inner(D.weight) / size**2 if size > 0 else math.nan
-    residual = off / size if size > 0 else math.nan
+    c = math.nan
+    residual = math.nan
+    if size > 0:
+        c = found.weight.inner(D.weight) / size**2
+        residual = off / size
     if off > rounds:
         return _judged(site, found, explanation(found, terms, D), c, residual)
     if bias_off > bias_rounds:
-        looks = "the sum, but its bias is lost" if not found.bias_norm else "the sum, another bias"
+        looks = "the sum, another bias"
+        if not found.bias_norm:
+            looks = "the sum, but its bias is lost"
         return _judged(site, found, looks, c, residual)
     return _judged(site, found, _SUM, c, residual)
 

@@ -136,14 +136,16 @@ class PromptLogProbs(_OfTokens):
         log_p: list[float | None] = []
         ids: list[int] = []
         for position, entry in enumerate(entries):
-            if entry is None:
-                is_asked = position < len(asked.ids)
-                ids.append(asked.ids[position] if is_asked else _NO_TOKEN)
-                log_p.append(None)
+            if entry is not None:
+                chosen = _chosen_token(entry, asked.ids, position, len(entries))
+                ids.append(chosen)
+                log_p.append(_number(entry[str(chosen)]))
                 continue
-            chosen = _chosen_token(entry, asked.ids, position, len(entries))
-            ids.append(chosen)
-            log_p.append(_number(entry[str(chosen)]))
+            log_p.append(None)
+            if position < len(asked.ids):
+                ids.append(asked.ids[position])
+            else:
+                ids.append(_NO_TOKEN)
         return _of_prompt(Told(log_p, ids, None))
 
 

@@ -95,9 +95,13 @@ class ExpectedTensors:
             self._add(key, update, modules)
 
     def _add(self, key: str, update: ModuleUpdate, modules: Mapping[str, nn.Module]) -> None:
-        is_parameter = key in self.state
-        name = key if is_parameter else f"{key}.weight"
-        path = key.rpartition(".")[0] if is_parameter else key
+        if key in self.state:
+            # A parameter, such as a stack of experts.
+            name = key
+            path = key.rpartition(".")[0]
+        else:
+            name = f"{key}.weight"
+            path = key
         owner = modules.get(path)
         if owner is None or name not in self.state:
             self.unknown.append(key)

@@ -314,9 +314,10 @@ def _compared_module(factors: _Factors) -> MergedTensor:
     D = factors.D
     size = float(D.square().sum())
     if size == 0:
-        is_zero = not bool(factors.added.any())
-        looks = "ΔW, which is zero" if is_zero else "not zero, and the adapter adds nothing there"
-        return MergedTensor(module, "passed" if is_zero else "failed", looks)
+        if factors.added.any():
+            looks = "not zero, and the adapter adds nothing there"
+            return MergedTensor(module, "failed", looks)
+        return MergedTensor(module, "passed", "ΔW, which is zero")
     c = float((factors.added * D).sum()) / size
     off = float((factors.added - D).norm()) / math.sqrt(size)
     if off <= factors.rounds and abs(c - 1) <= _NEAR:

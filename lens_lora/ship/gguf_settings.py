@@ -52,9 +52,8 @@ def settings_findings(file: GGUFFile, config: Any, layout: Layout) -> Iterator[F
         elif not isinstance(found, int | float):
             yield Finding("undecided", f"the field {before}{name}, which is a list")
         elif not math.isclose(found, value, rel_tol=_FLOAT32):
-            is_harmless = name == _CONTEXT
-            words = f"{before}{name} is {found!r}, the base's {value!r}"
-            yield Finding("undecided" if is_harmless else "failed", words)
+            outcome = "undecided" if name == _CONTEXT else "failed"
+            yield Finding(outcome, f"{before}{name} is {found!r}, the base's {value!r}")
     yield from _other_rotation(file, config)
     yield from _of_the_architecture(config, layout)
     for name in file.fields:

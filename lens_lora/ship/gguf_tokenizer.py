@@ -222,7 +222,8 @@ def _as_converted(expected: Any, number: int, token: str, added: Mapping[int, An
 def _types_of(number: int, token: str, expected: Any, added: Mapping[int, Any]) -> set[int]:
     """The types by which llama.cpp treats a token as Hugging Face does."""
     if number in added:
-        return {_CONTROL, _UNKNOWN} if added[number].special else {_CONTROL, _USER_DEFINED}
+        other = _UNKNOWN if added[number].special else _USER_DEFINED
+        return {_CONTROL, other}
     types = {_NORMAL, _UNUSED}
     if token.startswith("<0x"):
         types.add(_BYTE)
@@ -397,7 +398,9 @@ _DECIDING = {
 def _rule_of(parts: Mapping[str, Any]) -> _Rule:
     """The rule of a fast tokenizer."""
     outer: Mapping[str, Any] = parts.get("pre_tokenizer") or {"type": "Sequence"}
-    inner = outer.get("pretokenizers", []) if outer["type"] == "Sequence" else [outer]
+    inner = [outer]
+    if outer["type"] == "Sequence":
+        inner = outer.get("pretokenizers", [])
     steps: list[dict[str, Any]] = []
     for step in inner:
         deciding: dict[str, Any] = {"type": step["type"]}
@@ -430,7 +433,9 @@ def _other_spaces(file: GGUFFile, expected: Any, parts: Mapping[str, Any]) -> It
 def _is_of_pieces(parts: Mapping[str, Any]) -> bool:
     """Whether a space is put before each text and becomes ▁ as all others, and nothing else."""
     normalizer: Mapping[str, Any] = parts.get("normalizer") or {"type": "Sequence"}
-    inner = normalizer.get("normalizers", []) if normalizer["type"] == "Sequence" else [normalizer]
+    inner = [normalizer]
+    if normalizer["type"] == "Sequence":
+        inner = normalizer.get("normalizers", [])
     return [step["type"] for step in inner] in (["Prepend", "Replace"], ["Replace"])
 
 

@@ -259,7 +259,9 @@ def _in_words(lens: LoraLens, token: int) -> str:
 
 
 def _shown(text: Asked) -> str:
-    words = text.text if text.text is not None else f"a text of {len(text.ids)} ids"
+    words = text.text
+    if words is None:
+        words = f"a text of {len(text.ids)} ids"
     if len(words) > _SHOWN_CHARACTERS:
         words = f"{words[: _SHOWN_CHARACTERS - 1]}…"
     return repr(words)
@@ -267,7 +269,9 @@ def _shown(text: Asked) -> str:
 
 def _with_generated(lens: LoraLens, way: Way, text: Asked, told: Told) -> ServedRow:
     """The prompt with the tokens that the server generated, as far as their ids are known."""
-    ids = told.ids if told.ids is not None else _ids_of(lens, told.pieces or [])
+    ids = told.ids
+    if ids is None:
+        ids = _ids_of(lens, told.pieces or [])
     strange = [token for token in ids if not 0 <= token < len(lens.vocabulary)]
     if strange:
         fact = f"the server generated the token {strange[0]}, and the adapter's vocabulary has"

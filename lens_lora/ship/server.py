@@ -111,8 +111,9 @@ class Server:
             limit.require_not_reached()
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             # UnicodeError: a host name that no name server could know.
-            is_late = limit.is_reached or isinstance(error, TimeoutError)
-            reason = f"within {self._timeout:g} seconds" if is_late else _reason_of(error)
+            reason = _reason_of(error)
+            if limit.is_reached or isinstance(error, TimeoutError):
+                reason = f"within {self._timeout:g} seconds"
             raise self._error(f"no answer to {method} {path} ({reason})") from error
         finally:
             limit.cancel()
@@ -225,8 +226,9 @@ def _parts_of(url: str) -> SplitResult:
     if "?" in url or "#" in url:
         fact = "the URL has more than host, port and path, namely a part after '?' or '#'"
         raise ArgumentError(fact, remedy=f"leave it out; a key goes into the environment as {KEY}.")
+    with_scheme = url if "://" in url else f"http://{url}"
     try:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
+        parts = urlsplit(with_scheme)
     except ValueError as error:
         raise ArgumentError(f"{url!r}: {error}.") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:

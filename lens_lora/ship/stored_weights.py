@@ -139,8 +139,11 @@ def linear_weights(lens: LoraLens) -> dict[str, LinearWeight]:
         site = every.site
         W = lens.host.base_weight(site, "a form of its weights")
         change = changes.get(site.name)
-        weight = None if change is None else change.weight
-        bias = None if change is None else change.bias
+        weight: Tensor | None = None
+        bias: Tensor | None = None
+        if change is not None:
+            weight = change.weight
+            bias = change.bias
         parts_of[site.path].append(_Part(site.rows, LinearWeight(W, weight, bias)))
     return {path: _joined(parts) for path, parts in parts_of.items()}
 
@@ -219,18 +222,20 @@ def _joined(parts: Sequence[_Part]) -> LinearWeight:
         return first.linear
     height = sum(len(part.W) for _, part in parts)
     W = first.linear.W.new_zeros(height, first.linear.W.shape[1])
-    change = torch.zeros(W.shape, dtype=torch.float64)
-    bias = torch.zeros(height, dtype=torch.float64)
+    change: Tensor | None = None
+    if any(part.change is not None for _, part in parts):
+        change = torch.zeros(W.shape, dtype=torch.float64)
+    bias: Tensor | None = None
+    if any(part.bias_change is not None for _, part in parts):
+        bias = torch.zeros(height, dtype=torch.float64)
     for rows, part in parts:
         assert rows is not None
         W[rows] = part.W
-        if part.change is not None:
+        if change is not None and part.change is not None:
             change[rows] = part.change
-        if part.bias_change is not None:
+        if bias is not None and part.bias_change is not None:
             bias[rows] = part.bias_change
-    is_changed = any(part.change is not None for _, part in parts)
-    has_bias = any(part.bias_change is not None for _, part in parts)
-    return LinearWeight(W, change if is_changed else None, bias if has_bias else None)
+    return LinearWeight(W, change, bias)
 
 
 # --- Another precision

@@ -146,11 +146,13 @@ def _names_of(results: Sequence[object], names: Sequence[str] | None) -> list[st
         ArgumentError: no result, or more or fewer names than results.
     """
     own = _own_names(results)
-    if names is not None and (isinstance(names, str) or len(names) != len(results)):
+    if names is None:
+        return _distinct(own)
+    if isinstance(names, str) or len(names) != len(results):
         raise ArgumentError(
             f"names={names!r} for {len(results)} results", remedy="give a name for each."
         )
-    return _distinct(own if names is None else names)
+    return _distinct(names)
 
 
 def _own_names(results: Sequence[object]) -> list[str]:
@@ -454,10 +456,14 @@ class _Numbering:
 
 def _moved_axis(name: str, axis: dict[str, Any], cell: _Cell, number: _Numbering) -> dict[str, Any]:
     """An axis within its cell, tied to the other axis of its own pair."""
-    place = cell.across if name.startswith("x") else cell.upwards
+    if name.startswith("x"):
+        place = cell.across
+        other = "y"
+    else:
+        place = cell.upwards
+        other = "x"
     low, high = axis.get("domain", (0, 1))
     axis["domain"] = [place(low), place(high)]
-    other = "y" if name.startswith("x") else "x"
     anchor = axis.get("anchor") or f"{other}{name[5:]}"
     axis["anchor"] = anchor if anchor == "free" else number.axis(anchor)
     for tied in ("matches", "overlaying", "scaleanchor"):

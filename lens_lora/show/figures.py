@@ -371,13 +371,21 @@ def bars(
 
     The first is on top, or at the bottom where they go `upwards`, as layers do in every figure.
     """
-    y = names_axis(names, autorange=True if upwards else "reversed", showgrid=False)
-    colours = [EXACT if value >= 0 else NEGATIVE for value in values]
-    marker = {"color": colours}
+    direction = True if upwards else "reversed"
+    y = names_axis(names, autorange=direction, showgrid=False)
+    marker = {"color": sign_colours(values)}
     bar = go.Bar(x=values, y=y.values, orientation="h", marker=marker, **_hover(hover))
     height = max(240, 130 + 20 * len(values))
     figure = finish(go.Figure(bar), titles, (label(units), ""), height, yaxis=y.layout)
     return figure.update_xaxes(zeroline=True)
+
+
+def sign_colours(values: Numbers) -> list[str]:
+    """A colour for each value: blue if it is positive or zero, red if it is negative."""
+    colours: list[str] = []
+    for value in values:
+        colours.append(EXACT if value >= 0 else NEGATIVE)
+    return colours
 
 
 # One template for all points, a text for each (of a heatmap, row by row), or no hover at all.

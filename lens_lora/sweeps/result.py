@@ -134,8 +134,12 @@ class SweepResult:
         return self.attribution(analysis or self.analyses[0]).plot()
 
     def __repr__(self) -> str:
-        prompts = f"prompts ({self.resumed} before this run)" if self.resumed else "prompts"
-        outcome = many(len(self.errors), "error") if len(self.errors) else "no errors"
+        prompts = "prompts"
+        if self.resumed:
+            prompts += f" ({self.resumed} before this run)"
+        outcome = "no errors"
+        if len(self.errors):
+            outcome = many(len(self.errors), "error")
         if "margin" in self.readout:
             flips = "1 prompt flips" if self.flips == 1 else f"{self.flips} prompts flip"
             outcome = f"{flips}, {outcome}"

@@ -114,6 +114,7 @@ def compare_adapters(
         )
 
     fields = _geometry(svd_of_sites(lens), svd_of_sites(second), draw_seeds(seed, draws))
+    label = "" if readout is None else readout.label
     if prompts is None:
         meta = lens.describe()
         fields |= _nothing_on_prompts(len(shared))
@@ -125,7 +126,7 @@ def compare_adapters(
         names=(lens.adapter.name, second_adapter.name),
         sites=shared,
         only=(_sites_beyond(lens, second), _sites_beyond(second, lens)),
-        readout="" if readout is None else readout.label,
+        readout=label,
         draws=draws,
         seed=seed,
         meta=meta,

@@ -209,7 +209,8 @@ def checkpoints_figure(training: Checkpoints) -> go.Figure:
 def _over_steps(figure: go.Figure, titles: figures.Pair, units: str, last_step: float) -> go.Figure:
     """The finished figure of a readout over the steps, with a line at zero."""
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
-    ticks = {"dtick": 1 if last_step <= _FEW_STEPS else None}
+    # Without a dtick, plotly chooses where the ticks stand.
+    ticks = {"dtick": 1} if last_step <= _FEW_STEPS else {}
     axes = ("step", label(units))
     return finish(figure, titles, axes, legend=BELOW, margin={"b": 120}, xaxis=ticks)
 

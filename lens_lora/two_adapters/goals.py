@@ -158,9 +158,10 @@ def _require_moved(g: Evaluations, label: str, keep: bool) -> None:
     size = float(g.shift.abs().sum())
     if size <= SIGMAS * _rounding(g, keep):
         assert g.readout is not None
+        role = "keep" if keep else "drop"
         raise ArgumentError(
             f"{label}, {g.readout.label}: the adapter moves it by {size:.2g} in all, which "
-            f"rounding alone may do; there is nothing to {'keep' if keep else 'drop'}."
+            f"rounding alone may do; there is nothing to {role}."
         )
 
 

@@ -98,9 +98,13 @@ def _remainder_curve(
     texts: list[str] = []
     colours: list[str] = []
     for point, is_small in zip(points, is_noise, strict=True):
-        below = ", below the noise" if is_small else ""
-        texts.append(f"R = {signed(point.remainder)} {units}{below}")
-        colours.append(NOISE if is_small else LINEAR)
+        says = f"R = {signed(point.remainder)} {units}"
+        colour = LINEAR
+        if is_small:
+            says += ", below the noise"
+            colour = NOISE
+        texts.append(says)
+        colours.append(colour)
     hover = "ε = %{x:.3g}<br>%{y:.3g}% of the shift<br>%{hovertext}<extra></extra>"
     scales = [point.scale for point in points]
     marker = {"size": 6, "color": colours}
@@ -217,13 +221,14 @@ def _mark_flip(figure: go.Figure, flip: float, *, is_base_negative: bool) -> Non
     Before the flip the margin has its base's sign, after it the other one.
     """
     is_left = flip > _ROOM_FOR_THE_LABEL
-    side = "left" if is_left else "right"
+    if is_left:
+        side = "left"
+        shift = -6
+    else:
+        side = "right"
+        shift = 6
     height = "top" if is_base_negative == is_left else "bottom"
-    words = {
-        "text": f"flips at ε = {flip:.3g}",
-        "font": {"color": FLIP},
-        "xshift": -6 if is_left else 6,
-    }
+    words = {"text": f"flips at ε = {flip:.3g}", "font": {"color": FLIP}, "xshift": shift}
     figure.add_vline(
         x=flip,
         line={"color": FLIP, "width": 1.5, "dash": "dot"},

@@ -411,7 +411,8 @@ def _points_by_layer(
     outside = -1
     places: list[tuple[int, str]] = []
     for layer, kind in effects.places:
-        places.append((outside if layer is None else layer, kind))
+        row = outside if layer is None else layer
+        places.append((row, kind))
     layers = sorted({layer for layer, _ in places})
     kinds = list(dict.fromkeys(kind for _, kind in places))
     value_at = dict(zip(places, values, strict=True))

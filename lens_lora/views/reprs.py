@@ -202,7 +202,9 @@ def _remainder(remainder: Remainder) -> str:
 
 @drawing.body.register(RemainderCurve)
 def _order(curve: RemainderCurve) -> str:
-    orders = ["—" if math.isnan(order) else f"{order:.2f}" for order in curve.order.tolist()]
+    orders: list[str] = []
+    for order in curve.order.tolist():
+        orders.append("—" if math.isnan(order) else f"{order:.2f}")
     return f"order {', '.join(orders)}"
 
 

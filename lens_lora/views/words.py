@@ -103,7 +103,9 @@ def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
     doc, pre = _fact_names(fact_margin.doc[index], fact_margin.pre[index])
     verdict = fact_margin.verdict[index]
     row = fact_margin.to_frame().to_dict("records")[index]
-    flip_scale = row["flip_scale"]
+    flip_scale: float | None = None
+    if math.isfinite(row["flip_scale"]):
+        flip_scale = row["flip_scale"]
     margins = [float(curve.base[index]), *curve.values[index].tolist()]
     return Account(
         prompt=text.prompt_text(attribution.str_tokens[index]),
@@ -114,7 +116,7 @@ def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
         first_order=row["first_order"],
         remainder=row["remainder"],
         m=row["adapted"],
-        flip_scale=flip_scale if math.isfinite(flip_scale) else None,
+        flip_scale=flip_scale,
         flips=row["flips"],
         flip_predicted=row["flip_predicted"],
         verdict=verdict,

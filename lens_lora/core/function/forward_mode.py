@@ -87,8 +87,11 @@ def slopes(
     # The place of each part: its site, and its slot on each axis. The last slot stands for none.
     places = [[part.site for part in parts]]
     for axis in axes_of_sites:
-        slots = [getattr(part, axis) for part in parts]
-        places.append([-1 if slot is None else slot for slot in slots])
+        slots: list[int] = []
+        for part in parts:
+            slot = getattr(part, axis)
+            slots.append(-1 if slot is None else slot)
+        places.append(slots)
     with under or contextlib.nullcontext():
         values[(slice(None), *places)] = tangents(parts)
         whole = [Part(index) for index in lens.plan.with_constants]

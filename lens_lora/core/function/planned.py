@@ -70,13 +70,14 @@ class ModelSizes:
             unembedding=lambda: torch.empty(0),
             pass_overhead=BridgeHost.pass_overhead,
         )
+        gate_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         stand_in = SimpleNamespace(
             model=SimpleNamespace(cfg=cfg),
             host=host,
             plan=SimpleNamespace(activation_rounding=False),
             sites=(),
             dtype=self.dtype,
-            gate_dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
+            gate_dtype=gate_dtype,
             max_memory=self.max_memory,
         )
         return cast(SizedLens, stand_in)

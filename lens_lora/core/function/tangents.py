@@ -206,9 +206,11 @@ def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[P
         }
         slots: list[Sequence[int | None]] = []
         for axis, size in sizes.items():
-            is_split = axis in axes and size > 0
-            # Along any other axis one part has all slots.
-            slots.append(range(size) if is_split else [None])
+            if axis in axes and size > 0:
+                slots.append(range(size))
+            else:
+                # One part has all slots of this axis.
+                slots.append([None])
         for position, head, expert, rank in itertools.product(*slots):
             parts.append(Part(index, position=position, head=head, expert=expert, rank=rank))
     return parts
@@ -451,4 +453,7 @@ def _slot_of_each(slots: Sequence[int | None], device: torch.device) -> Int[Tens
     """The slot that each part keeps, with −1 for all; None if every part keeps all."""
     if all(slot is None for slot in slots):
         return None
-    return torch.tensor([-1 if slot is None else slot for slot in slots], device=device)
+    numbers: list[int] = []
+    for slot in slots:
+        numbers.append(-1 if slot is None else slot)
+    return torch.tensor(numbers, device=device)

@@ -199,9 +199,10 @@ def require_adapter(adapter: object) -> None:
         AdapterError: it is no `Adapter`, naming what makes one of it.
     """
     if not isinstance(adapter, Adapter):
-        is_path = isinstance(adapter, str | os.PathLike)
-        remedy = f"ll.load_adapter({str(adapter)!r})" if is_path else "ll.Adapter.from_peft(…)"
-        if isinstance(getattr(adapter, "adapter", None), Adapter):
+        remedy = "ll.Adapter.from_peft(…)"
+        if isinstance(adapter, str | os.PathLike):
+            remedy = f"ll.load_adapter({str(adapter)!r})"
+        elif isinstance(getattr(adapter, "adapter", None), Adapter):
             remedy = "pass its own, result.adapter"
         raise AdapterError(
             f"the adapter is a {type(adapter).__name__}; LoraLens takes an ll.Adapter: {remedy}."

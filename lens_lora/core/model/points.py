@@ -155,11 +155,15 @@ def head_points(host: Host, kinds: Iterable[str]) -> dict[str, str]:
     for layer in range(host.n_layers):
         for kind in kinds:
             ports = host.ports(layer, kind)
-            point = ports.read if kind == "o" else ports.write
+            if kind == "o":
+                point = ports.read
+                usual = f"blocks.{layer}.attn.hook_z"
+            else:
+                point = ports.write
+                usual = f"blocks.{layer}.attn.hook_{kind}"
             if point is None or point not in known:
                 continue
-            shown = "z" if kind == "o" else kind
-            usual = f"blocks.{layer}.attn.hook_{shown}"
-            is_the_same = known.get(usual) is known[point]
-            points[usual if is_the_same else point] = kind
+            if known.get(usual) is known[point]:
+                point = usual
+            points[point] = kind
     return points

@@ -49,9 +49,10 @@ class Generated(guesses.Answering):
         """One row per prompt: what was asked (None for ids), the response, its tokens, its end."""
         rows: list[dict[str, object]] = []
         for index, (source, ids) in enumerate(zip(self.prompts.sources, self.ids, strict=True)):
+            asked = source.text if source.said is None else source.said
             row: dict[str, object] = {
                 "prompt": index,
-                "asked": source.text if source.said is None else source.said,
+                "asked": asked,
                 "response": self.texts[index],
                 "tokens": len(ids),
                 "ended": self.ended[index],

@@ -134,6 +134,8 @@ class Attribution(Ranked, Reported):
         if "token" in by:
             response = g.response_tokens()
             values = Attribution.within_response(values, response)
+        if "rank" not in by:
+            gauge = ""
         return cls(
             values=values,
             by=cast("tuple[Axis, ...]", by),
@@ -141,7 +143,7 @@ class Attribution(Ranked, Reported):
             method=method,
             at=at,
             response=response,
-            gauge=gauge if "rank" in by else "",
+            gauge=gauge,
             relative_norm=lens.plan.relative_norm,
             **details,
             **g.header(),

@@ -218,8 +218,12 @@ def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequenc
     if cls is None:
         raise LensLoraError("transformer-lens before 4.3 has no PatchingResult; use to_frame().")
     cells = effects.values.movedim(0, -1)
-    baseline = effects.base if adds else effects.adapted
-    patched = baseline + cells if adds else baseline - cells
+    if adds:
+        baseline = effects.base
+        patched = baseline + cells
+    else:
+        baseline = effects.adapted
+        patched = baseline - cells
     return cls(
         values=patched,
         index_df=index,
