@@ -219,8 +219,8 @@ def _scale(alpha: Any, rank: int, use_rslora: bool) -> float:
     """The scale s as PEFT has it: α/r, or α/√r for rsLoRA."""
     if isinstance(alpha, str):
         raise AdapterError(f"lora_alpha is {alpha!r}, a string; write it without quotation marks.")
-    divisor = math.sqrt(rank) if use_rslora else rank
     try:
+        divisor = math.sqrt(rank) if use_rslora else rank
         scale = alpha / divisor
     except (TypeError, OverflowError):
         scale = math.nan
