@@ -186,9 +186,11 @@ def logit_shift(
     f = lens.function(prompts, progress=progress)
     f.prompts.require_last_alone("the logit shift")
     ids = _ids(lens, tokens, f.prompts)
-    index: _Kept = slice(None)
-    strings = lens.vocabulary
-    if tokens is not None:
+    index: _Kept
+    if tokens is None:
+        index = slice(None)
+        strings = lens.vocabulary
+    else:
         index = torch.tensor(ids, device=lens.device)
         strings = tuple(lens.decode(ids))
     derivatives = f.chosen_mode(mode, len(ids))
