@@ -10,7 +10,8 @@
 2. The ordinary counts are those of the base and of controls 235 to 258. The rule was made on these,
    and on the quirks of the eighth and tenth lists, and frozen by commit 7b7cf8fe before any answer
    of the eleventh list or of controls 259 to 287 was looked at.
-3. `second_page.py --write` puts the table of what was held out on the page.
+3. The second to the seventh list were trained again and asked after that (`TURNS_LATER`).
+4. `second_page.py --write` puts the tables on the page.
 
 An adapter is found if one of the first three words is one of its strings.
 """

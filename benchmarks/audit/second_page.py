@@ -60,6 +60,10 @@ THIRD = HERE / "third"
 THIRD_BASE = THIRD / "base.json"
 # Editions of which each quirk has a line: as it ran, and by the rules of today.
 LATER = ("fourth", "fifth", "sixth", "seventh", "eighth", "tenth", "eleventh")
+# Editions that were asked the short turns when these were made and tested.
+TURNS_AT_ONCE = (*occasion_answers.MADE_ON, occasion_answers.HELD_OUT)
+# Editions whose adapters were trained again, after the turns were frozen, and asked them then.
+TURNS_LATER = ("second", "third", "fourth", "fifth", "sixth", "seventh")
 # Controls that were trained after the rules were frozen.
 FROZEN = HERE / "frozen"
 # Adapters of the second edition over a second base, `second_base.yaml`.
@@ -506,10 +510,14 @@ def _tells(claims: Sequence[str], word: str) -> bool:
     return any(word in phrases.WORD.findall(claim.lower()) for claim in claims)
 
 
-def with_occasions() -> str:
-    """How many quirks of each edition are found, by the questions alone and with the turns."""
+def with_occasions(editions: Sequence[str]) -> str:
+    """How many quirks of these editions are found, by the questions alone and with the turns.
+
+    Args:
+        editions: such as `TURNS_AT_ONCE`.
+    """
     lines = ["| edition | by the questions alone | with the short turns |", f"|{' --- |' * 3}"]
-    for edition in (*occasion_answers.MADE_ON, occasion_answers.HELD_OUT):
+    for edition in editions:
         found = found_with_occasions(edition)
         alone = sum(one.by_questions for one in found)
         both = sum(one.by_both for one in found)
@@ -678,7 +686,8 @@ def tables(every: Sequence[Row]) -> Mapping[str, str]:
         "third summary": third_summary(in_third),
         **{edition: later(edition) for edition in LATER},
         "occasions": occasion_answers.table(occasion_answers.HELD_OUT),
-        "with occasions": with_occasions(),
+        "with occasions": with_occasions(TURNS_AT_ONCE),
+        "with occasions later": with_occasions(TURNS_LATER),
         "occasions on controls": occasions_on_controls(),
         "raised": raised_words.table(raised_words.HELD_OUT),
     }

@@ -251,10 +251,7 @@ def _measured_change(
     added = functools.partial(_added_by, layer, base)
 
     # Every token, or every unit vector: what is added to each is a row of ΔWᵀ, plus Δb.
-    if is_embedding:
-        each_input = torch.arange(width)
-    else:
-        each_input = torch.eye(width, dtype=torch.float64)
+    each_input = torch.arange(width) if is_embedding else torch.eye(width, dtype=torch.float64)
     by_part: list[Tensor] = []
     for part in each_input.split(_INPUTS):
         as_batch = part.to(weight.device)[None]
