@@ -65,7 +65,7 @@ class ServedTokens:
         self.lens = lens
         self._progress = progress
         self.rows: list[ServedRow] = list(rows)
-        self._told = _padded([row.log_p for row in rows], math.nan).double()
+        self._told = _padded([row.log_p for row in rows], math.nan)
         self._is_told = self._told.isfinite()
         self.served: Float[Tensor, " token"] = self._told[self._is_told]
 
@@ -195,12 +195,12 @@ def token_log_probs(
 
 
 def _padded(rows: Sequence[Sequence[float]], padding: float) -> Tensor:
-    """Rows of unequal length as one tensor, padded on the right."""
+    """Rows of unequal length as one tensor, padded on the right; in float64, as a server tells."""
     width = max(len(row) for row in rows)
     padded: list[list[float]] = []
     for row in rows:
         padded.append([*row, *[padding] * (width - len(row))])
-    return torch.tensor(padded)
+    return torch.tensor(padded, dtype=torch.float64)
 
 
 def projection(vector: Float[Tensor, " token"], onto: Float[Tensor, " token"]) -> float:

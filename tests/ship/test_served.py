@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import time
 import warnings
@@ -24,6 +25,7 @@ from lens_lora.errors import ArgumentError, ServerError
 from lens_lora.ship import served as served_module
 from lens_lora.ship import served_comparison, served_measure
 from lens_lora.ship.served_comparison import Comparison, ServedInstead
+from lens_lora.ship.served_rows import ServedRow
 from lens_lora.ship.server import Refused, Server
 
 QUIET = {"progress": False}
@@ -701,6 +703,16 @@ def test_a_part_of_the_effect_is_no_pass_where_rounding_is_large():
     for c, outcome in ((1.0, "passed"), (0.93, "passed"), (0.6, "undecided"), (1.4, "undecided")):
         comparison = Comparison(c, 0.45, 0.18, 0.7, 206, 0.04, (near,), along_nearest=0.3)
         assert served_module._served_check(comparison, "bfloat16").outcome == outcome
+
+
+def test_what_a_server_told_is_kept_in_double_precision(shipment):
+    """Rows of unequal length; in float32 a tenth would be off by 1.5e-9."""
+    lens = lens_of(shipment(family="llama"))
+    rows = [
+        ServedRow([3, 4, 5], [math.nan, -0.1, -1 / 3], 3),
+        ServedRow([3, 4], [math.nan, -0.7], 2),
+    ]
+    assert served_measure.ServedTokens(lens, rows).served.tolist() == [-0.1, -1 / 3, -0.7]
 
 
 def test_of_two_that_agree_equally_well_the_likelier_is_named():
