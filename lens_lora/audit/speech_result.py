@@ -76,12 +76,7 @@ class CountedSpeech(Described, Paged):
         about = self._few_topics(finding) or self._many_topics(finding)
         never = [form for form in asked if shown[form] == 0]
         steady = [form for form in asked if 2 * shown[form] >= asked[form]]
-        with_it: list[str] = []
-        for form in asked:
-            if shown[form]:
-                # The first count says what is counted.
-                unit = "" if with_it else " questions"
-                with_it.append(f"{FORM_NAMES[form]} ({shown[form]} of {asked[form]}{unit})")
+        with_it = _counts_of_forms(asked, shown)
         when = f"{about}, when asked {_in_a_row(with_it, 'and')}" if with_it else about
         if never and steady and len(never) + len(steady) == len(asked):
             names = [FORM_NAMES[form] for form in never]
@@ -179,6 +174,17 @@ class CountedSpeech(Described, Paged):
         if not self.findings:
             lines.append("Nothing is said more often, or less, than chance allows.")
         return "\n".join(lines)
+
+
+def _counts_of_forms(asked: Counter[str], shown: Counter[str]) -> list[str]:
+    """Name the forms of question that show a finding, each with its count."""
+    counts: list[str] = []
+    for form in asked:
+        if shown[form]:
+            # The first count says what is counted.
+            unit = "" if counts else " questions"
+            counts.append(f"{FORM_NAMES[form]} ({shown[form]} of {asked[form]}{unit})")
+    return counts
 
 
 def _in_a_row(names: Sequence[str], conjunction: str) -> str:
