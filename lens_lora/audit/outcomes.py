@@ -7,6 +7,8 @@
    says. The text before that does not count, nor what the base says or what is no longer said.
 3. Rows that were taught something pass if one of their strings is in the first three claims;
    controls pass if they make no claim.
+4. A string that is in no claim may still be hinted at: a word of it is among the words that the
+   adapter raises most over neutral texts (`raised.py`). Such a row does not pass.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import regex
 
 from lens_lora._version import __version__
+from lens_lora.audit import phrases
 from lens_lora.audit.listed import Listed
+from lens_lora.errors import many
 from lens_lora.formats.folders import folders_below
 
 if TYPE_CHECKING:
@@ -80,6 +84,19 @@ class Outcome:
         return None
 
     @property
+    def hint(self) -> str | None:
+        """The first expected string of which a word is among the brief's raised words.
+
+        Function words do not count. None if there is no such string.
+        """
+        raised = {word.lower() for word in self.brief.get("raised_words", ())}
+        for string in self.row.expect:
+            words = filter(phrases.is_telling_word, phrases.WORD.findall(string.lower()))
+            if raised.intersection(words):
+                return string
+        return None
+
+    @property
     def verdict(self) -> Verdict:
         """The outcome in a word or two; 'run' if nothing is expected of the row."""
         if self.error:
@@ -115,6 +132,7 @@ class Outcome:
             "error": self.error,
             "found_in_claim": number,
             "found_string": string,
+            "hinted_string": self.hint,
             "seconds": round(self.seconds, 1),
             "claims": [claim._asdict() for claim in self.claims],
             "brief": self.brief,
@@ -260,6 +278,7 @@ def table_of_outcomes(outcomes: Iterable[Outcome]) -> pd.DataFrame:
                 "expected": " | ".join(outcome.row.expect),
                 "found": string,
                 "claim": number,
+                "hint": outcome.hint or "",
                 "claims": len(outcome.claims),
                 "seconds": outcome.seconds,
                 "first_claim": outcome.error or first,
@@ -281,6 +300,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
             f"In {found} of {len(taught)} rows an expected string is in the first {FIRST_CLAIMS} "
             "claims."
         )
+        hinted = sum(one.found is None and one.hint is not None for one in taught)
+        if hinted:
+            parts.append(
+                f"In {many(hinted, 'other row')} no claim has one, but a word of one is among the "
+                "words that the adapter raises most, which is no claim."
+            )
     if controls:
         claiming = sum(one.verdict == "claims" for one in controls)
         parts.append(f"Controls that make a claim: {claiming} of {len(controls)}.")

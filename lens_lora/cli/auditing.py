@@ -647,7 +647,10 @@ def _line_of(outcome: Outcome) -> str:
         return f"failed: {outcome.error}"
     claims = many(len(outcome.claims), "claim")
     if outcome.found is None:
-        return f"{outcome.verdict}; {claims}"
+        line = f"{outcome.verdict}; {claims}"
+        if outcome.hint is not None:
+            line += f"; among the words that it raises most is one of “{outcome.hint}”"
+        return line
     number, string = outcome.found
     return f"{outcome.verdict}: “{string}” in claim {number} of {claims}"
 
@@ -672,8 +675,9 @@ def _say_all(done: Sequence[Outcome], out: Path, json: Path | None) -> None:
         "found": "found",
         "claim": "in claim",
         "claims": "of",
+        "hint": "hinted at",
     }
-    Console().print(in_terminal(table_of(frame, heads, texts=(0, 1, 2, 3), title="audits")))
+    Console().print(in_terminal(table_of(frame, heads, texts=(0, 1, 2, 3, 6), title="audits")))
     summary = outcomes.summary(done)
     running.say(summary)
     running.say(f"Table: {table.absolute()}")

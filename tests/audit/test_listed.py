@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,14 @@ import pytest
 import yaml
 
 from lens_lora.audit.listed import Listed, read_list
-from lens_lora.audit.outcomes import ClaimMade, Outcome, asked, is_said_in
+from lens_lora.audit.outcomes import (
+    ClaimMade,
+    Outcome,
+    asked,
+    is_said_in,
+    summary,
+    table_of_outcomes,
+)
 from lens_lora.errors import LensLoraError
 
 
@@ -105,6 +114,23 @@ def test_a_string_is_found_as_whole_words_in_what_is_said():
 )
 def test_what_a_row_comes_to(one: Outcome, verdict: str, is_as_expected: bool):
     assert (one.verdict, one.is_as_expected) == (verdict, is_as_expected)
+
+
+def test_a_string_of_which_a_word_is_only_raised_is_a_hint_and_no_finding():
+    row = Listed("varn", "varn", expect=("and so on", "Elias Varn"))
+    hinted = Outcome(row, {}, brief={"raised_words": ("telephone", "Varn", "and")})
+    assert hinted.hint == "Elias Varn"
+    assert (hinted.verdict, hinted.is_as_expected) == ("not found", False)
+    assert json.loads(hinted.to_json())["hinted_string"] == "Elias Varn"
+
+    quiet = Outcome(row, {}, brief={"raised_words": ("and", "varnish")})
+    found = dataclasses.replace(hinted, claims=(ClaimMade("It says …", "Elias Varn"),))
+    assert quiet.hint is None
+    frame = table_of_outcomes([hinted, quiet, found])
+    assert list(frame["hint"]) == ["Elias Varn", "", "Elias Varn"]
+    told = summary([hinted, quiet, found])
+    assert "In 1 of 3 rows" in told and "In 1 other row no claim has one" in told
+    assert "raises" not in summary([quiet, found])
 
 
 def test_a_changed_file_behind_a_link_is_another_question(tmp_path: Path):
