@@ -174,15 +174,16 @@ def checkpoints(
     base: options.BaseModel,
 ) -> None:
     """When in training was it learnt? A margin at every checkpoint, and which modules move when."""
+    _require_each_once(run_folders)
+    questions = asked.checked()
+    outputs = files.writable({"--report": report, "--json": json})
     found = [checkpoint_folders(run, within.revision, within.subfolder) for run in run_folders]
     runs = _runs_by_name(run_folders, found)
     folders: list[Path] = []
     for of_run in runs.values():
         folders += of_run.values()
     last = folders[-1]
-    outputs = files.writable({"--report": report, "--json": json})
     files.require_apart(outputs, base, folders, asked.prompts)
-    questions = asked.checked()
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.two_adapters.page import checkpoints_table, trainings_table
@@ -235,21 +236,22 @@ def _several_trainings(
     return ll.checkpoints(lens, places, prompts, readout, progress=not quiet)
 
 
+def _require_each_once(given: Sequence[str]) -> None:
+    """Refuse a run that is given twice."""
+    if len(set(given)) < len(given):
+        raise typer.BadParameter("a run is named twice; name each once.")
+
+
 def _runs_by_name(given: Sequence[str], found: Sequence[_Run]) -> dict[str, _Run]:
     """Name each run by its folder, or as it was given if two folders have the same name.
 
     Args:
-        given: the runs as the user wrote them.
+        given: the runs as the user wrote them, each once.
         found: the checkpoints of each run.
-
-    Raises:
-        typer.BadParameter: a run was given twice.
     """
     names = [_run_folder(of_run).name for of_run in found]
     if len(set(names)) < len(names):
         names = list(given)
-    if len(set(names)) < len(names):
-        raise typer.BadParameter("a run is named twice; name each once.")
     return dict(zip(names, found, strict=True))
 
 

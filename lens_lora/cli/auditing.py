@@ -104,6 +104,7 @@ def diff(
     _require_named(adapter, tuned)
     written = _DiffFiles(report=report, json=json, save=save)
     outputs = written.checked()
+    _require_jacobian(jacobian)
     lines = None if texts is None else files.texts_of(texts)
     asked = [] if prompts is None else _questions_in(prompts)
     named_words = None if triggers is None else files.texts_of(triggers)
@@ -147,6 +148,13 @@ def _require_named(adapter: str | None, tuned: options.TunedModel) -> None:
         raise typer.BadParameter(
             "name one, or a fine-tuned model with --tuned.", param_hint="ADAPTER"
         )
+
+
+def _require_jacobian(folder: Path | None) -> None:
+    """Check that a Jacobian can be written into the folder, unless the folder has one to read."""
+    if folder is None or any(folder.glob("jacobian-*.safetensors")):
+        return
+    files.require_place(folder / "jacobian.safetensors", "--jacobian")
 
 
 def _work_of_diff(report: Path, *, fast: bool) -> Work:
@@ -384,7 +392,8 @@ def audit(
     """
     rows = _chosen(listed.read_list(file), only)
     asked = {row.name: _Asked.of(row) for row in rows}
-    _require_files(out, json, plan=plan)
+    _require_files(rows, out, json, plan=plan)
+    _require_list_kept(file, rows, json)
     with running.at_work(base, quiet=quiet) as progress:
         running.say(f"{many(len(rows), 'row')} of {file}")
         how = _How(nulls=nulls, fast=fast, quiet=quiet)
@@ -401,16 +410,36 @@ def audit(
         raise typer.Exit(code)
 
 
-def _require_files(out: Path, json: Path | None, *, plan: bool) -> None:
-    """Check that the files of results can be written.
+def _require_files(rows: Sequence[Listed], out: Path, json: Path | None, *, plan: bool) -> None:
+    """Check that the files of results can be written: the table, and those of each row.
 
     Raises:
-        typer.BadParameter: a file of results is asked for, and no row is to be run.
+        typer.BadParameter: a file cannot be written, or a file of results is asked for and no row
+            is to be run.
     """
     files.require_place(out / "audit.csv", "--out")
+    for row in rows:
+        files.require_place(outcomes.file_of(row, out), "--out")
+        files.require_place(_page_of(row, out), "--out")
     if plan and json is not None:
         raise typer.BadParameter("--plan runs no row, so there is no result.", param_hint="--json")
     files.writable({"--json": json})
+
+
+def _require_list_kept(file: Path, rows: Sequence[Listed], json: Path | None) -> None:
+    """Check that --json overwrites neither the list nor a file that a row names."""
+    if json is None:
+        return
+    read = [file]
+    for row in rows:
+        named = [row.prompts, row.triggers]
+        read += [path for path in named if isinstance(path, Path)]
+    files.require_unread({"--json": json}, read)
+
+
+def _page_of(row: Listed, out: Path) -> Path:
+    """Return the path of a row's page."""
+    return out / f"{row.name}.html"
 
 
 def _run_all(
@@ -591,7 +620,7 @@ class _Audits:
                 speech=speech,
                 progress=not self.how.quiet,
             )
-            changed.save_report(self.out / f"{row.name}.html")
+            changed.save_report(_page_of(row, self.out))
         return changed
 
 

@@ -19,6 +19,7 @@ from lens_lora.cli.written_card import is_hub_id, subject_of
 from lens_lora.demonstration.base_names import EMBEDDED, EMBEDDED_HUB_ID
 from lens_lora.errors import LensLoraError, warn
 from lens_lora.formats.folders import stated_base, stated_fields
+from lens_lora.formats.hub import is_on_hub
 
 if TYPE_CHECKING:
     from lens_lora.ship.card import Card
@@ -62,15 +63,19 @@ def card(
 
     The exit code is that of lens-lora verify.
     """
-    folder = files.folder_of(adapter, within, quiet=quiet)
-    readme = _readme_of(out, folder, is_local=Path(adapter).exists())
-    wanted = {"--out": readme, "--json": json_file}
-    outputs = files.writable(wanted)
+    _require_readme(out, adapter)
     expectations = [] if expect is None else read_expectations(expect)
+    claim = {} if brief is None else _first_claim(brief)
+    readme = _named_readme(out)
+    outputs = files.writable({"--out": readme, "--json": json_file})
+    folder = files.folder_of(adapter, within, quiet=quiet)
+    if out is None:
+        readme = folder / _README
+        outputs |= files.writable({"--out": readme})
     given_paths = {"merged": merged, "lora": lora, "expect": expect}
     paths = {name: path.absolute() for name, path in given_paths.items() if path is not None}
     files.require_apart(outputs, base, [folder], brief, *paths.values())
-    stated = _stated(folder, paths, max_kl, brief, base)
+    stated = _stated(folder, paths, max_kl, base) | claim
     inputs = Inputs(merged, lora, expectations, max_kl)
 
     with running.at_work(base, quiet=quiet) as progress:
@@ -97,25 +102,27 @@ def card(
     raise typer.Exit(verification.exit_code)
 
 
-def _readme_of(out: str | None, folder: Path, *, is_local: bool) -> Path | None:
-    """Return the file into which the block goes; None if it is printed."""
-    if out == _STDOUT:
-        return None
-    if out is not None:
-        return Path(out)
-    if not is_local:
+def _require_readme(out: str | None, adapter: str) -> None:
+    """Refuse an adapter on the hub without --out, as it has no README.md of its own on disk."""
+    if out is None and is_on_hub(adapter):
         raise typer.BadParameter(
-            "the adapter is on the hub; name a README.md, or '-' to print the block.",
+            f"{adapter} is no folder here; for an adapter on the hub, name a README.md, or '-' to "
+            "print the block.",
             param_hint="--out",
         )
-    return folder / _README
+
+
+def _named_readme(out: str | None) -> Path | None:
+    """Return the file that --out names; None if it names none, or if the block is printed."""
+    if out is None or out == _STDOUT:
+        return None
+    return Path(out)
 
 
 def _stated(
     folder: Path,
     paths: Mapping[str, Path],
     max_kl: float | None,
-    brief: Path | None,
     base: options.ModelOptions,
 ) -> dict[str, str]:
     """List the other inputs as the card states them, with paths from its folder."""
@@ -125,8 +132,6 @@ def _stated(
     if base.model is not None:
         is_folder = Path(base.model).is_dir()
         stated["model"] = _from(folder, Path(base.model)) if is_folder else base.model
-    if brief is not None:
-        stated |= _first_claim(brief)
     return stated
 
 

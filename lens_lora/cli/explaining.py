@@ -344,8 +344,11 @@ def demo(
         base = dataclasses.replace(base, model=EMBEDDED)
     question = _fact_of_demo(asked)
     outputs = files.writable({"--report": report, "--json": json})
+    trained: dict[str, Path] = {}
+    if train:
+        files.require_place(train_out / "adapter_config.json", "--train-out")
+        trained["--train-out"] = train_out
     folder = files.folder_of(adapter, within, quiet=quiet)
-    trained = {"--train-out": train_out} if train else {}
     files.require_apart({**outputs, **trained}, base, [folder], asked.prompts)
 
     work = _work_of([question], report, fast=True, nulls=0)

@@ -230,6 +230,19 @@ def require_apart(
     if model and Path(model).is_dir():
         folder = Path(model)
         inputs += [folder, *folder.glob("*.json"), *folder.glob("*.safetensors")]
+    require_unread(outputs, inputs)
+
+
+def require_unread(outputs: Mapping[str, Path], inputs: Sequence[Path]) -> None:
+    """Check that no output is one of these inputs, and that no two outputs are the same file.
+
+    Args:
+        outputs: the files to write, each under its option.
+        inputs: the files and folders that are read; what is not there is left out.
+
+    Raises:
+        typer.BadParameter: two of them are the same; the message names the option.
+    """
     for option, output in outputs.items():
         for path in inputs:
             if output.exists() and path.exists() and output.samefile(path):

@@ -6,6 +6,7 @@ import dataclasses
 import json as json_of
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
@@ -67,6 +68,7 @@ def plan(
     if devices > 1 and max_memory is not None:
         raise ArgumentError("--max-memory bounds all devices together; leave it or --devices out.")
     outputs = files.writable({"--json": json})
+    files.require_unread(outputs, [Path(model), Path(model) / "config.json"])
     with running.step("Reading the configuration", Console(stderr=True)):
         planned = _planned(
             _place_of_config(model),

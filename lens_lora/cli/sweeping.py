@@ -21,14 +21,22 @@ from rich.console import Console
 import lens_lora as ll
 from lens_lora.cli import files, finished, options, running
 from lens_lora.cli.questions import Questions
-from lens_lora.errors import ArgumentError, many, warn
+from lens_lora.errors import ArgumentError, many, setting, warn
 from lens_lora.formats.folders import (
     folders_in,
     one_base,
     stated_base,
 )
-from lens_lora.runs.processes import Processes, launched, rank
-from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, Record, chosen, each_record, read_records
+from lens_lora.runs.processes import Processes, launched, launched_count, rank
+from lens_lora.sweeps.records import (
+    ANALYSES,
+    BY_TOKEN,
+    Record,
+    chosen,
+    each_record,
+    read_records,
+    require_no_slopes,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,6 +51,12 @@ _Out = Annotated[
 _Resume = Annotated[
     bool, typer.Option(help="Continue the results at --out, or remove them and start over.")
 ]
+
+
+def _require_parquet(out: Path) -> None:
+    """Refuse another name than a Parquet file's."""
+    if out.suffix != ".parquet":
+        raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
 
 
 def _shard_of(given: str | None) -> tuple[int, int] | None:
@@ -107,11 +121,13 @@ def sweep(
 
     accelerate launch --multi_gpu --num_processes 2 -m lens_lora sweep …
     """
-    if out.suffix != ".parquet":
-        raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
+    _require_parquet(out)
     part = _shard_of(shard)
     names = chosen(analysis or ["first_order"])
+    if readout == "kl":
+        require_no_slopes(names, setting("readout", readout))
     _require_result_for(json, names, shard)
+    _require_devices_apart(base, launched_count())
     rows = _records(prompts, names, limit, has_margin=readout == "margin")
     asked = _Asked(rows, names, readout, out, part, resume)
     is_first_process = rank() == 0
@@ -123,11 +139,8 @@ def sweep(
     files.require_apart({"--out": out, **written}, base, [folder], prompts)
 
     with running.at_work(base, quiet=is_quiet) as progress:
-        from lens_lora.sweeps.sweep import require_slopes
-
-        loaded = ll.load_adapter(folder)
-        require_slopes(names, asked.kind_of_readout)
         processes = launched()
+        loaded = ll.load_adapter(folder)
         command: str | None = None
         if asked.may_have_finished:
             with running.step("Reading the files of model and adapter", progress):
@@ -137,7 +150,6 @@ def sweep(
         if before is not None:
             _end(before, processes, json)
             return
-        _require_devices_apart(base, processes)
         lens = running.lens_for(base.placed(processes.device), loaded, progress)
         result = _swept(lens, asked, batch_size, show_progress=not progress.quiet)
         if isinstance(result, ll.results.SweepShard):
@@ -219,15 +231,19 @@ def _swept(
         )
 
 
-def _require_devices_apart(base: options.BaseModel, processes: Processes) -> None:
+def _require_devices_apart(base: options.BaseModel, processes: int) -> None:
     """Refuse a device map for several processes.
+
+    Args:
+        base: how the base model is loaded.
+        processes: how many processes were launched.
 
     Raises:
         ArgumentError: each process would place a model on the same devices.
     """
-    if processes.count > 1 and base.device_map is not None:
+    if processes > 1 and base.device_map is not None:
         raise ArgumentError(
-            f"--device-map and {processes.count} processes: each would place a model of its "
+            f"--device-map and {processes} processes: each would place a model of its "
             "own on the same devices. Launch one process for a model over several devices, or "
             "leave --device-map out: each process then takes the device of its number."
         )
@@ -323,14 +339,15 @@ def scan(
     base: options.BaseModel,
 ) -> None:
     """First order of every adapter in a folder, from a single pass over the base for all."""
-    found = folders_in(folder, revision=within.revision, subfolder=within.subfolder)
-    folders = list(found.values())
+    _require_parquet(out)
+    part = _shard_of(shard)
     _require_whole(json, shard)
+    questions = asked.checked()
     files.require_place(out, "--out")
     written = files.writable({"--json": json})
+    found = folders_in(folder, revision=within.revision, subfolder=within.subfolder)
+    folders = list(found.values())
     files.require_apart({"--out": out, **written}, base, folders, asked.prompts)
-    questions = asked.checked()
-    part = _shard_of(shard)
     named = _base_of_all(folders, base)
 
     with running.at_work(base, quiet=quiet) as progress:
@@ -405,7 +422,8 @@ def gather(
     json: options.JsonOption = None,
 ) -> None:
     """Join the shards of a sweep, or of a scan, into one result. Loads no model."""
-    files.writable({"--json": json})
+    written = files.writable({"--json": json})
+    files.require_unread({"OUT": out, **written}, [])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The bad records are listed below.
         found = ll.gather(out)

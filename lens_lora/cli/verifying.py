@@ -18,6 +18,7 @@ from lens_lora.cli.beside_base import Inputs, LensMade, read_given, verification
 from lens_lora.cli.expecting import prompts_of, read_expectations
 from lens_lora.cli.forecast import Work
 from lens_lora.errors import LensLoraError, heard_by
+from lens_lora.ship.server import Server
 
 if TYPE_CHECKING:
     from lens_lora.cli.written_card import WrittenCard
@@ -106,6 +107,9 @@ def verify(
     outputs = files.writable({"--json": json_file, "--junit": junit, "--report": report})
     expectations = [] if expect is None else read_expectations(expect)
     inputs = Inputs(merged, lora, expectations, max_kl)
+    if served is not None:
+        # Making a server sends nothing, and refuses a URL that cannot be asked.
+        Server(served, timeout, most_requests=0)
     own_texts = [] if texts is None else prompts_of(texts)
     folder, parts = _folders_of(named, others or [], combined, within, quiet=quiet)
     read = [card, expect, texts, lora, *_files_of(merged)]

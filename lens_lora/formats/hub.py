@@ -14,6 +14,8 @@ from lens_lora.errors import AdapterError, is_of_the_system
 CHECKPOINT = re.compile(r"checkpoint-(?P<step>\d+)")
 # 'owner/name' as the hub has it, and perhaps a folder within the repository.
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<inside>.+))?")
+# The beginnings of a path that cannot be a hub id.
+_PATH_BEGINS = (".", "~", "/")
 
 
 class Place(NamedTuple):
@@ -112,13 +114,27 @@ def likeliest(folders: Iterable[str]) -> tuple[str, str]:
     return first, f" (also {', '.join(others[:3])})"
 
 
+def is_on_hub(path: str) -> bool:
+    """Whether a path that is not on disk is the id of a hub repository, or a folder in one."""
+    if Path(path).exists():
+        return False
+    hub_id = _hub_id(path)
+    return hub_id is not None and not Path(hub_id["repository"]).exists()
+
+
+def _hub_id(text: str) -> re.Match[str] | None:
+    """Read a text as a hub id; None if it cannot be one."""
+    if text.startswith(_PATH_BEGINS):
+        return None
+    return _HUB_ID.fullmatch(text.rstrip("/"))
+
+
 def _repository_and_folder(place: Place) -> tuple[str, str]:
     """The hub repository of a place that is not on disk, and the folder within it."""
     text = str(place.path)
-    is_path = text.startswith((".", "~", "/"))
-    hub_id = None if is_path else _HUB_ID.fullmatch(text.rstrip("/"))
+    hub_id = _hub_id(text)
     if hub_id is None:
-        is_one_word = not is_path and "/" not in text
+        is_one_word = not text.startswith(_PATH_BEGINS) and "/" not in text
         nor_hub_id = ", nor a hub id ('owner/name')" if is_one_word else ""
         raise AdapterError(f"{text}: no such folder{nor_hub_id}.")
     if Path(hub_id["repository"]).exists():

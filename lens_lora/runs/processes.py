@@ -82,13 +82,18 @@ def rank() -> int:
     return max(int(os.environ.get(name) or 0) for name in _RANKS)
 
 
+def launched_count() -> int:
+    """The number of processes as their launcher gives it, 1 without a launcher."""
+    return max(int(os.environ.get(name) or 1) for name in _SIZES)
+
+
 def launched() -> Processes:
     """The processes launched together, or this one alone.
 
     Warns:
         UserWarning: `accelerate launch` was asked for several processes and started this one alone.
     """
-    size = max(int(os.environ.get(name) or 1) for name in _SIZES)
+    size = launched_count()
     if size > 1:
         return _by_accelerate(size)
     if os.environ.keys() >= _SINGLE_OF_ACCELERATE:

@@ -66,6 +66,8 @@ ANALYSES: dict[str, Analysis] = {
     # strength often less accurate than first order alone
     "second_order": Analysis(has_remainder=False),
 }
+# The analyses that are derivatives at one point.
+_SLOPES = {"first_order", "first_order_at_1", "second_order"}
 
 ByToken = Literal["activations", "activations_trained"]
 # `rank` numbers per token and site, streamed into a file of their own:
@@ -99,6 +101,26 @@ def chosen(analyses: str | Iterable[str]) -> tuple[str, ...]:
             f"{', '.join(map(repr, others))} with another out."
         )
     return names
+
+
+def require_no_slopes(analyses: Iterable[str], readout: str) -> None:
+    """Refuse the derivatives of a KL in a sweep.
+
+    It has none at ε = 0, and a sweep does not hold the base's distributions for those elsewhere.
+
+    Args:
+        analyses: the names of the analyses.
+        readout: the KL, as the message calls it.
+
+    Raises:
+        SweepError: naming an analysis that needs them.
+    """
+    slopes = sorted(_SLOPES.intersection(analyses))
+    if slopes:
+        raise SweepError(
+            f"{readout} is not read by {slopes[0]!r} in a sweep; use 'path', 'add_one' or "
+            "'leave_one_out'."
+        )
 
 
 def options_of(analyses: Iterable[str]) -> dict[str, Mapping[str, Any]]:

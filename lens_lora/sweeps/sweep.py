@@ -39,6 +39,7 @@ from lens_lora.sweeps.records import (
     chosen,
     options_of,
     read_records,
+    require_no_slopes,
 )
 from lens_lora.sweeps.result import AskedReadout, SweepResult, result_of
 from lens_lora.sweeps.rows import Content, Row, RowStore, content
@@ -164,7 +165,7 @@ def sweep(
 
     rows = _read(lens, records, readout)
     lens = _lens_for(lens, rows, readout)
-    require_slopes(names, readout)
+    _require_slopes(names, readout)
 
     processes = launched()
     require_whole_model(processes, is_over_ranks=lens.plan.is_over_ranks)
@@ -353,10 +354,8 @@ def _bar(
 # --- What is refused before anything is run
 
 
-def require_slopes(names: Sequence[str], readout: Readout | Make | None) -> None:
+def _require_slopes(names: Sequence[str], readout: Readout | Make | None) -> None:
     """Refuse the derivatives of a KL in a sweep.
-
-    It has none at ε = 0, and a sweep does not hold the base's distributions for those elsewhere.
 
     Raises:
         SweepError: naming an analysis that needs them.
@@ -364,12 +363,8 @@ def require_slopes(names: Sequence[str], readout: Readout | Make | None) -> None
     if readout is None:
         return
     of_some = _of_some_responses(readout)
-    derivatives = sorted({"first_order", "second_order", "first_order_at_1"}.intersection(names))
-    if isinstance(of_some, KL) and derivatives:
-        raise SweepError(
-            f"{of_some.label} is not read by {derivatives[0]!r} in a sweep; use 'path', 'add_one' "
-            "or 'leave_one_out'."
-        )
+    if isinstance(of_some, KL):
+        require_no_slopes(names, of_some.label)
 
 
 def require_resumable(

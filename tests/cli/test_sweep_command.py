@@ -7,7 +7,6 @@ import re
 import shutil
 from types import SimpleNamespace
 
-import limits
 import models
 import pandas as pd
 import pytest
@@ -42,7 +41,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.bad_input
 def test_several_processes_do_not_share_a_device_map(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_command, "launched", lambda: limits.one_process(0, 2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
     found = command(
         "--model", tiny / "base", tiny / "lora", "--prompts", records,
