@@ -37,15 +37,15 @@ import lazy_loader
 
 from lens_lora import registered
 from lens_lora._version import __version__ as __version__
-from lens_lora.core import extensions
+from lens_lora.core import registry
 
 # __init__.pyi lists the public names and the modules that define them. Names that are needed less
 # often are found in these two modules: lens_lora.results, lens_lora.errors.
 _MODULES = ("errors", "results")
-extensions.DRAWERS.update(registered.DRAWERS)
-extensions.PROVIDERS.update(registered.PROVIDERS)
-extensions.RESULTS.extend(registered.RESULTS)
-extensions.FORMATS.extend(registered.FORMATS)
+registry.DRAWERS.update(registered.DRAWERS)
+registry.PROVIDERS.update(registered.PROVIDERS)
+registry.RESULTS.extend(registered.RESULTS)
+registry.FORMATS.extend(registered.FORMATS)
 _imported, _, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__: list[str] = [  # pyright: ignore[reportUnsupportedDunderAll]
     name for name in _names if name not in (*_MODULES, "__version__")

@@ -10,14 +10,14 @@ How to write one:
 
 1. `fact` names the place and what disagrees there. `remedy` is what to do about it in Python;
    `in_shell` is what to do at the command line, where that differs ('' where nothing can be done
-   there). A message that reads the same on either side may be one text, the fact.
+   there). Where a message reads the same for both readers, all of it may be the fact.
 2. An argument of the call is named by `named("max_memory")` or `setting("max_memory", 8e9)`. They
    give `max_memory=8000000000.0` in Python, and `--max-memory 8000000000.0` within a command that
    has this option.
-3. A sentence of a story or a page that names a call is `worded(in_python, in_shell)`.
+3. Other text that names a call, such as a page's, is `worded(in_python, in_shell)`.
 4. `str(error)` is the fact and the remedy of whoever reads it: of a Python user, and within a
    command (`within_command`) of its user. So a message may be quoted in another one.
-5. `error.at(place)` is the same error, which begins with the place. Its remedies stay.
+5. `error.at(place)` is a copy of the error that begins with the place. Its remedies stay.
 6. Warnings are `warn(fact, remedy=…, in_shell=…)`. A command prints them, also with --quiet.
 
 No text of a message is ever searched or replaced: a path, a prompt and a token stay as they are.
@@ -57,13 +57,13 @@ def which_prompt(index: int, count: int) -> str:
 
 
 # How many names a message lists before it counts the others.
-_NAMED = 5
+_NAMES_LISTED = 5
 
 
 def first_few(names: Sequence[str]) -> str:
     """The first names, and how many more there are: 'a, b, c, d, e and 7 more'."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - _NAMES_LISTED} more" if len(names) > _NAMES_LISTED else ""
+    return ", ".join(names[:_NAMES_LISTED]) + more
 
 
 # --- Who reads a message
@@ -134,7 +134,7 @@ class _Message(Exception):
         return f"{self.fact}{between}{remedy}"
 
     def at(self: _M, place: object) -> _M:
-        """The same message, which begins with the place that it is about."""
+        """Return a copy of the message whose fact begins with the place that it is about."""
         message = copy.copy(self)
         message.fact = f"{place}: {self.fact}"
         message.args = (message.fact,)
@@ -148,7 +148,7 @@ class LensLoraWarning(_Message, UserWarning):
     """A warning of this package, with the attributes of `LensLoraError`."""
 
 
-# Who is told of warnings in place of Python's `warnings`.
+# Who is told of warnings, instead of Python's `warnings`.
 _LISTENER: ContextVar[Callable[[LensLoraWarning], None] | None] = ContextVar(
     "lens_lora_listener", default=None
 )
@@ -173,7 +173,7 @@ def warn(fact: str, *, remedy: str = "", in_shell: str | None = None, stacklevel
 
 @contextlib.contextmanager
 def heard_by(listener: Callable[[LensLoraWarning], None]) -> Generator[None]:
-    """Within the block, the listener is told of each warning of this package, and nobody else."""
+    """Within the block, warnings of this package go to the listener, and not to `warnings`."""
     before = _LISTENER.set(listener)
     try:
         yield
@@ -195,14 +195,15 @@ class LensLoraError(_Message):
 
     def _render_traceback_(self) -> list[str]:
         """Give IPython the caller's own lines and the message to show."""
-        package = str(Path(__file__).parent)
+        package = Path(__file__).parent
         # The frames of IPython itself, and of decorators, lie in these folders.
         installed = {"site-packages", "dist-packages"}
         lines: list[str] = []
         for frame in traceback.extract_tb(self.__traceback__):
-            if frame.filename.startswith(package):
+            file = Path(frame.filename)
+            if file.is_relative_to(package):
                 break
-            if installed.isdisjoint(Path(frame.filename).parts):
+            if installed.isdisjoint(file.parts):
                 lines.append(f"---> {frame.lineno} {frame.line}")
         return [*lines, "", f"{type(self).__name__}: {self}"]
 

@@ -25,7 +25,7 @@ import functools
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar
 
-from lens_lora.core import extensions
+from lens_lora.core import registry
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -51,9 +51,9 @@ class Declared(Generic[_P, _R]):
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Call the provided function."""
         if self._function is None:
-            extensions.import_each([extensions.PROVIDERS[self.name]])
+            registry.import_each([registry.PROVIDERS[self.name]])
         if self._function is None:
-            raise RuntimeError(f"{extensions.PROVIDERS[self.name]} does not provide {self.name}.")
+            raise RuntimeError(f"{registry.PROVIDERS[self.name]} does not provide {self.name}.")
         return self._function(*args, **kwargs)
 
 

@@ -2,7 +2,7 @@
 
 1. Each token's distribution at base and adapted model, exactly (`token_shifts`).
 2. Which modules hold the divergence of the whole response: first order of KL at ε = 1, which is
-   what leaving a module out takes from it, to first order.
+   roughly by how much KL falls if the module is left out.
 3. The same of log p of the tokens that changed most, one by one: which module moved which token.
 4. Unless fast: the path integral of KL, a complete split of it among modules; and exactly, log p of
    every token with each layer alone added to the base model, and left out of the adapted one.
@@ -26,8 +26,11 @@ from lens_lora.responses.generate import side_by_side
 from lens_lora.responses.kl import KL
 from lens_lora.shifts.token_shifts import token_shifts
 
-# The number of tokens, those that changed most, whose modules are listed.
+# Modules are listed for so many tokens, those that changed most.
 _TOKENS_MOVED = 8
+# The steps of the progress bar: the quick ones, and those that `_in_full` adds.
+_QUICK_STEPS = 4
+_SLOW_STEPS = 2
 
 
 def explained_response(
@@ -45,24 +48,28 @@ def explained_response(
     progress = f.progress
     log_p = Evaluations(f.about(AnswerLogProb(response)))
     kl = Evaluations(f.about(KL(response)))
-    most = answer_tokens(fast=fast)
-    steps = 4 if fast else 6
+    max_tokens = answer_tokens(fast=fast)
+    steps = _QUICK_STEPS
+    if not fast:
+        steps += _SLOW_STEPS
     with tqdm(total=steps, desc="explain", leave=False, disable=not progress) as bar:
         with step(bar, "what both models answer"):
-            (answers,) = side_by_side(lens, f.prompts, most, response, progress=progress)
+            (answers,) = side_by_side(lens, f.prompts, max_tokens, response, progress=progress)
         with step(bar, "each token's distribution"):
             shifts = token_shifts(lens, f.prompts, response)
         with step(bar, "modules of the divergence"):
             modules = first_order.of(kl, at=1.0)
         with step(bar, "modules of the tokens that changed most"):
-            largest = shifts.kl[0, 0].argsort(descending=True)[:_TOKENS_MOVED].tolist()
-            moved = log_p.with_progress(False).slopes_of_tokens(largest, at=1.0)[:, 0]
+            # There is one response, to one prompt.
+            kl_of_tokens = shifts.kl[0, 0]
+            changed_most = kl_of_tokens.argsort(descending=True)[:_TOKENS_MOVED].tolist()
+            slopes = log_p.with_progress(False).slopes_of_tokens(changed_most, at=1.0)[:, 0]
         quick = ResponseExplanation(
             is_generated=is_generated,
             shifts=shifts,
             modules=modules,
-            moved=moved,
-            moved_tokens=tuple(largest),
+            moved=slopes,
+            moved_tokens=tuple(changed_most),
             answers=answers,
         )
         return quick if fast else _in_full(log_p, kl, quick, bar)
@@ -71,12 +78,12 @@ def explained_response(
 def _in_full(
     log_p: Function, kl: Function, quick: ResponseExplanation, bar: tqdm
 ) -> ResponseExplanation:
-    """The same explanation with what takes many passes: the path integral, and interventions."""
+    """Add what needs many passes to a quick explanation: the path integral, and interventions."""
     with step(bar, "path integral"):
         path = path_attribution.of(kl, tol=PATH_TOLERANCE, max_nodes=PATH_NODES)
     groups = log_p.lens.sites.grouped("layer")
-    add_one, leave_one_out = _layers_by_token(log_p, log_p.lens.sites.indicator(groups))
-    bar.update()
+    with step(bar, "each layer added and left out"):
+        add_one, leave_one_out = _layers_by_token(log_p, log_p.lens.sites.indicator(groups))
     return dataclasses.replace(
         quick,
         path=path,
@@ -94,8 +101,9 @@ def _layers_by_token(
     Cost: two forward passes, and two for each group.
     """
     count = len(members)
-    none = torch.zeros_like(members[:1])
-    points = torch.cat([none, 1 - none, members, 1 - members])
+    off = torch.zeros_like(members[:1])
+    on = torch.ones_like(off)
+    points = torch.cat([off, on, members, 1 - members])
     values = g.token_values(points)[:, 0]
     base, adapted, alone, without = values.split([1, 1, count, count])
     return alone - base, adapted - without

@@ -95,8 +95,8 @@ def as_one_map(owner: Any, weight: Tensor) -> Float[Tensor, "out in"]:
     return weights.transpose(0, 1).flatten(1)
 
 
-@extensions.each_shape.provide
-def each_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
+@extensions.expert_shape.provide
+def expert_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
     """(out, in) of each expert's map, or of a router's."""
     rows, columns = weight.shape[-2:]
     if weight.ndim == 3 and owner.is_transposed:

@@ -51,7 +51,7 @@ from lens_lora.core.model import (
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family
 from lens_lora.formats.measured import lora_output
-from lens_lora.hosts.experts import each_shape, is_experts, is_router
+from lens_lora.hosts.experts import expert_shape, is_experts, is_router
 from lens_lora.hosts.quantised import quantised_name
 from lens_lora.hosts.quirks import TEACH
 from lens_lora.spans import Temporary, temporary
@@ -139,7 +139,7 @@ class _Changed:
         self._module = module
         self._name = name
         weight = module.get_parameter(name)
-        out, width = each_shape(module, weight)
+        out, width = expert_shape(module, weight)
         size = _SIZE * _root_mean_square(module, weight)
         experts = len(weight) if weight.ndim == 3 else 1
         self.update = _random_factors(out, width, rank, size, seed, experts)
@@ -244,8 +244,8 @@ def _parameter_at(reference: nn.Module, names: Mapping[str, str], path: str) -> 
     return None
 
 
-@extensions.probed.provide
-def probed(
+@extensions.check_modules.provide
+def check_modules(
     model: Any,
     hf_model: nn.Module | None,
     adapter: Adapter,

@@ -24,7 +24,7 @@ from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate
 from lens_lora.core.adapter import expert_factors
 from lens_lora.core.model import extensions, names_by_path
 from lens_lora.errors import AdapterError
-from lens_lora.hosts.experts import each_shape, is_experts, stacks_of
+from lens_lora.hosts.experts import expert_shape, is_experts, stacks_of
 
 # For each name that transformers 4 gave to a map of an expert: the stack that holds it now, and
 # which half of that stack it is.
@@ -140,7 +140,7 @@ def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFacto
             f"{type(experts).__name__} has {count} of them. Was it trained on "
             "another base model?"
         )
-    out, width = each_shape(experts, experts.get_parameter(stack))
+    out, width = expert_shape(experts, experts.get_parameter(stack))
     factors_of_one_expert = next(iter(halves.values()))
     like = next(iter(factors_of_one_expert.values()))
     # The output rows of each half of the parameter: the halves follow one another, or alternate.

@@ -25,7 +25,7 @@ DOORS: dict[str, set[str]] = {
     "directions": {"core.model.extensions"},
     "responses": {"core.model.extensions", "core.readout.extensions"},
     # The package itself finds by name what is registered.
-    "__init__": {"core.extensions"},
+    "__init__": {"core.registry"},
 }
 
 

@@ -37,7 +37,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Where names that are computed are imported: those of `results.pyi`, and those that are registered.
-IMPORTERS = {"lens_lora.results", "lens_lora.core.extensions", "lens_lora.runs.shards"}
+IMPORTERS = {"lens_lora.results", "lens_lora.core.registry", "lens_lora.runs.shards"}
 
 
 def upward(package: Package, module: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import models
@@ -150,6 +151,17 @@ def test_a_notebook_shows_the_callers_lines_and_the_message(capsys):
     ]
     shell.run_cell(CELL.replace("ll.load_adapter(path)", "[][0]"))
     assert "Traceback" in capsys.readouterr().out, "control: any other error has its traceback"
+
+
+def test_a_notebook_shows_lines_of_a_folder_whose_name_begins_as_the_package():
+    package = Path(ll.__file__).parent
+    mine = package.with_name(f"{package.name}_notes") / "run.py"
+    code = compile("load(path)", str(mine), "exec")
+    with pytest.raises(ll.errors.AdapterError) as caught:
+        exec(code, {"load": ll.load_adapter, "path": "nowhere"})
+    # The first frame is this test's, the second is of the caller's file.
+    lines = caught.value._render_traceback_()
+    assert [line.split()[1] for line in lines if line.startswith("--->")][1:] == ["1"]
 
 
 def test_output_that_cannot_be_written_is_named(tiny, tmp_path):

@@ -25,7 +25,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lens_lora.core import extensions
+from lens_lora.core import registry
 from lens_lora.errors import AdapterError, ArgumentError
 from lens_lora.guesses import fitting
 
@@ -162,7 +162,7 @@ def registered() -> list[AdapterFormat]:
 @functools.cache
 def _import_listed() -> None:
     """Import the modules that register formats, once: this package's, and installed packages'."""
-    extensions.import_each(extensions.FORMATS)
+    registry.import_each(registry.FORMATS)
     for entry in entry_points(group=GROUP):
         entry.load()
 

@@ -121,7 +121,7 @@ class BridgeHost(HookedHost):
             return super().shape(layer, kind)
         owner, name = self._components.owner_of(layer, kind)
         with compat.brought_in(owner):
-            return extensions.each_shape(owner, owner.get_parameter(name))
+            return extensions.expert_shape(owner, owner.get_parameter(name))
 
     def stack(self, layer: int, kind: str) -> Tensor | None:
         """The parameter of a stack of experts; None for any other kind."""

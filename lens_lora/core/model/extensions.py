@@ -1,4 +1,4 @@
-"""Functions that the lens calls and other folders provide, as `lens_lora/registered.py` says.
+"""Functions that the lens calls and folders above the core provide (see `core/provided.py`).
 
 A lens is sites, maps, hooks and gates over a host. What it does beyond that, such as generating
 text or comparing its base with the one that the adapter names, stands in a folder above the core.
@@ -29,13 +29,18 @@ if TYPE_CHECKING:
     from lens_lora.spans import Temporary
 
 
-# From (what the map read, as arguments of a call, and what it made): another output, or None.
+# Called as writer(inputs, output) after a map has run. It returns the output to use instead, or None
+# to keep the one that the map made.
 Writer = Callable[[tuple[Tensor, ...], Tensor], Tensor | None]
 
 
 @runtime_checkable
 class Probe(Protocol):
-    """Random updates of an adapter's modules, and the logits that the base has with them."""
+    """A run of the base with random updates of an adapter's modules.
+
+    Attributes:
+        logits: the logits of that run.
+    """
 
     logits: Tensor
 
@@ -70,7 +75,7 @@ def require_own_parameters(model: Any, adapter: Adapter) -> None:
 
 
 @declared
-def probed(
+def check_modules(
     model: Any,
     hf_model: nn.Module | None,
     adapter: Adapter,
@@ -79,10 +84,22 @@ def probed(
     eps: Callable[[], float],
     probe: Probe | None,
 ) -> frozenset[str]:
-    """Check the adapter's modules on this model, and return them together with those in `done`.
+    """Check that a lens would compute the adapter's modules on this model exactly.
+
+    Args:
+        model: the hooked model.
+        hf_model: the Hugging Face model to compare with; None if it is not at hand.
+        adapter: the adapter.
+        done: the modules that were checked before. They are not run again.
+        eps: returns the precision in which the model computes; it is called only if a module is
+            checked.
+        probe: a finished probe of the base, to be used instead of a new one.
+
+    Returns:
+        frozenset[str]: every module that is checked now, `done` included.
 
     Raises:
-        ModelStateError: a module is not; or there is nothing with which to compare.
+        ModelStateError: a module is not computed exactly, or cannot be checked without `hf_model`.
     """
     raise NotImplementedError
 
@@ -93,7 +110,7 @@ def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
 
     Args:
         lens: the new lens.
-        is_refused: whether a base that holds the adapter already is refused, or else warned of.
+        is_refused: whether to refuse a base that holds the adapter already, instead of warning.
 
     Raises:
         ModelStateError: the base holds the adapter already.
@@ -112,7 +129,7 @@ def note_on_names(named: str | None, names: Sequence[str]) -> str:
     raise NotImplementedError
 
 
-# --- Modules that a lens cannot be laid over, or that compute otherwise while its hooks are on
+# --- Modules that a lens cannot be laid over
 
 
 @declared
@@ -149,6 +166,9 @@ def refuse_without_float64(modules: Iterable[nn.Module]) -> None:
     raise NotImplementedError
 
 
+# --- Quantised modules
+
+
 @declared
 def quantised_linears(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     """Every quantised linear module among these."""
@@ -173,6 +193,9 @@ def differentiable_products(modules: tuple[nn.Module, ...]) -> AbstractContextMa
     raise NotImplementedError
 
 
+# --- Stacks of experts
+
+
 @declared
 def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
     """The stack of experts of each layer that has one, by the layer's number."""
@@ -186,7 +209,7 @@ def as_one_map(owner: Any, weight: Tensor) -> Float[Tensor, "out in"]:
 
 
 @declared
-def each_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
+def expert_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
     """(out, in) of each expert's map, or of a router's."""
     raise NotImplementedError
 
@@ -241,7 +264,7 @@ def generated(
     raise NotImplementedError
 
 
-# --- What is asked of a lens
+# --- Analyses, and what they need
 
 
 @declared

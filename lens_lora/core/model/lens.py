@@ -178,7 +178,7 @@ class LoraLens(AdaptedModel):
             done: the modules that were checked before.
             probe: random updates with their logits, if they are computed already.
         """
-        return extensions.probed(
+        return extensions.check_modules(
             self.model, self._hf_model, adapter, done, eps=lambda: self.eps, probe=probe
         )
 

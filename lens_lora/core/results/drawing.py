@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
-from lens_lora.core import extensions
+from lens_lora.core import registry
 from lens_lora.errors import LensLoraError
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class Drawing(Generic[_Drawn]):
             LensLoraError: no function is registered for the class, nor for a base class.
         """
         for kind in type(result).__mro__:
-            for folder in extensions.folders_of(kind.__module__):
-                extensions.import_each(extensions.DRAWERS.get(folder, ()))
+            for folder in registry.folders_of(kind.__module__):
+                registry.import_each(registry.DRAWERS.get(folder, ()))
         return self._generic(result, *args, **kwargs)
 
     def _missing(self, result: object, *args: Any, **kwargs: Any) -> _Drawn:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lens_lora.core import extensions
+from lens_lora.core import registry
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.adapter.peft_files import CONFIG, WEIGHTS
 from lens_lora.core.model import Site
@@ -70,7 +70,7 @@ def _is_of_package(module: str) -> bool:
 def _names_of_package() -> set[str]:
     """The public classes of results, imported or not."""
     names: set[str] = set()
-    for module in extensions.import_each(extensions.RESULTS):
+    for module in registry.import_each(registry.RESULTS):
         names.update(dir(module))
     return names
 
@@ -248,7 +248,7 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _kind(name: str) -> type:
     """The class of this name, which `lens_lora.results` imports where nothing has yet."""
-    for module in extensions.import_each(extensions.RESULTS):
+    for module in registry.import_each(registry.RESULTS):
         if name in dir(module):
             getattr(module, name)
     if name not in _KINDS:

@@ -16,7 +16,7 @@ import rounded
 import torch
 
 import lens_lora as ll
-from lens_lora.core.model.extensions import probed
+from lens_lora.core.model.extensions import check_modules
 from lens_lora.core.model.precision import eps_of
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
@@ -106,7 +106,7 @@ def test_a_probe_goes_by_rounded_products():
     with rounded.TF32():
         model = models.bridge(base)
         eps = eps_of(model, "embed.hook_out")
-        seen = probed(model, base, adapter, frozenset(), eps=lambda: eps, probe=None)
+        seen = check_modules(model, base, adapter, frozenset(), eps=lambda: eps, probe=None)
         assert seen == frozenset(adapter.modules)
 
 

@@ -1,6 +1,6 @@
-"""Extensions of the core: lists of modules, by name, of which each registers something.
+"""What extends the core: modules, by name, each of which registers something with it.
 
-    extensions.DRAWERS["lens_lora.audit"] = ("lens_lora.audit.figures", "lens_lora.audit.words")
+    registry.DRAWERS["lens_lora.audit"] = ("lens_lora.audit.figures", "lens_lora.audit.words")
 
 1. `lens_lora/registered.py` is the package's own list. `lens_lora/__init__.py`, which Python runs
    before any module of the package, hands it over; nothing of it is imported then.
