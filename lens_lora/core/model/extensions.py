@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from lens_lora.spans import Temporary
 
 
-# Called as writer(inputs, output) after a map has run. It returns the output to use instead, or None
-# to keep the one that the map made.
+# Called as writer(inputs, output) after a map has run. It returns the output to use instead, or
+# None to keep the one that the map made.
 Writer = Callable[[tuple[Tensor, ...], Tensor], Tensor | None]
 
 
