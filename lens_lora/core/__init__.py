@@ -20,9 +20,10 @@ stand in `__init__.pyi`, the door.
 
 3. Sites: W_l z_l + ε_l ΔW_l z_l, with z_l live. A `LoraLens` is a hooked model with its sites. Of
    it the files below use `lens.sites`, `lens.gates(ε)`, `lens.run(prompts)`, and
-   `lens.plan.injections`: for each place at which modules write, which they are. A trained norm
-   before an adapted map makes a product of two gates, ε_l ΔW_l (z + ε_k δn_k): such a place has a
-   partner.
+   `lens.plan.injections`: for each place at which modules write, which they are. Where a model's
+   value biases were folded into o, the constant part of v's update passes through ΔW_O as well.
+   That term has two gates, ε_v ε_o, and each of the two sites is the other's partner there. It may
+   wait.
 
        model/sites.py                  a site: where one adapted map reads z_l and writes
        model/basis.py                  δz_l = ΔW_l z_l in the hooked model's basis: `SiteMap` is
@@ -131,7 +132,8 @@ Results:
 
 What is beyond the note (an integral along the path, second order by site, edges, nulls, other
 adapters and other models) stands in folders of its own, which ask g. What the core itself needs of
-them it declares in an `extensions.py` beside the code that calls it; `provided.py` says how.
+them it declares in an `extensions.py` beside the code that calls it: `provided.py` says how, and
+`registry.py` which modules provide it.
 """
 
 import lazy_loader

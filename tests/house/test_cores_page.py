@@ -8,7 +8,7 @@ import re
 from own_package import LENS_LORA
 
 # A file by which its folder registers, or is given, something: the page's last sentence says how.
-_REGISTERING = {"__init__.py", "extensions.py", "provided.py"}
+_REGISTERING = {"__init__.py", "extensions.py", "provided.py", "registry.py"}
 
 
 def on_the_page(page: str) -> list[str]:

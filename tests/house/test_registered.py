@@ -33,3 +33,13 @@ def test_what_is_listed_is_there_and_in_its_folder():
         for module in modules:
             importlib.import_module(module)
             assert module.startswith(f"{home}."), (folder, module)
+
+
+def test_a_declared_function_says_where_it_is_provided():
+    """The reader of a declaration, whose body raises, finds the file that has the body."""
+    assert registered.PROVIDERS
+    for name, provider in registered.PROVIDERS.items():
+        folder, _, function = name.rpartition(".")
+        declaration = getattr(importlib.import_module(folder), function)
+        file = f"{provider.removeprefix('lens_lora.').replace('.', '/')}.py"
+        assert f"Provided by `{file}`." in declaration.__doc__, name

@@ -32,6 +32,8 @@ UpdatesAndErrors: TypeAlias = "tuple[dict[str, ModuleUpdate], dict[str, float]]"
 def folder_of(path: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
     """The folder of an adapter with its files in it, on disk or fetched from the hub.
 
+    Provided by `formats/folders.py`.
+
     Raises:
         AdapterError: no such folder or repository, or no adapter in it.
     """
@@ -40,7 +42,10 @@ def folder_of(path: str | Path, revision: str | None = None, subfolder: str | No
 
 @declared
 def live_updates(peft_model: PeftModel, adapter_name: str) -> UpdatesAndBase:
-    """The updates of one adapter of a live model: see `Adapter.from_peft`."""
+    """The updates of one adapter of a live model: see `Adapter.from_peft`.
+
+    Provided by `formats/live.py`.
+    """
     raise NotImplementedError
 
 
@@ -52,7 +57,10 @@ def change_between(
     ignore: str | Iterable[str],
     progress: bool,
 ) -> UpdatesAndErrors:
-    """The difference of two models: see `Adapter.between`."""
+    """The difference of two models: see `Adapter.between`.
+
+    Provided by `formats/between.py`.
+    """
     raise NotImplementedError
 
 
@@ -60,7 +68,10 @@ def change_between(
 def updates_over_base(
     folder: Path, config: PeftConfig, base_for: Callable[[str | None], nn.Module]
 ) -> UpdatesAndBase:
-    """The updates of a folder of a method other than LoRA, measured over its base."""
+    """The updates of a folder of a method other than LoRA, measured over its base.
+
+    Provided by `formats/live.py`.
+    """
     raise NotImplementedError
 
 
@@ -69,13 +80,19 @@ def updates_over_base(
 
 @declared
 def side_by_side(named: Sequence[tuple[str, Updates]]) -> dict[str, ModuleUpdate]:
-    """The modules of several adapters under 'path@name', where they stay apart."""
+    """The modules of several adapters under 'path@name', where they stay apart.
+
+    Provided by `formats/arithmetic.py`.
+    """
     raise NotImplementedError
 
 
 @declared
 def stacked(weighted: Sequence[tuple[Updates, float]]) -> dict[str, ModuleUpdate]:
-    """Σ weight · update of each module, as one update."""
+    """Σ weight · update of each module, as one update.
+
+    Provided by `formats/arithmetic.py`.
+    """
     raise NotImplementedError
 
 
@@ -83,7 +100,10 @@ def stacked(weighted: Sequence[tuple[Updates, float]]) -> dict[str, ModuleUpdate
 def null_updates(
     modules: Updates, seed: int, draws: Sequence[int], parts: Parts
 ) -> Iterator[Mapping[str, ModuleUpdate]]:
-    """Updates of the same sizes in random directions, draw by draw: see `Adapter.null`."""
+    """Updates of the same sizes in random directions, draw by draw: see `Adapter.null`.
+
+    Provided by `formats/arithmetic.py`.
+    """
     raise NotImplementedError
 
 
@@ -94,13 +114,18 @@ def without_direction(
     """Updates that write, or read, nothing along a direction: see `Adapter.without_direction`.
 
     With `only_of_stream`, only modules that write to the residual stream, or read it, change.
+
+    Provided by `formats/projected.py`.
     """
     raise NotImplementedError
 
 
 @declared
 def truncated(modules: Updates, rank: int) -> UpdatesAndErrors:
-    """The best approximation of each ΔW of this rank: see `Adapter.truncated`."""
+    """The best approximation of each ΔW of this rank: see `Adapter.truncated`.
+
+    Provided by `formats/projected.py`.
+    """
     raise NotImplementedError
 
 
@@ -109,7 +134,10 @@ def truncated(modules: Updates, rank: int) -> UpdatesAndErrors:
 
 @declared
 def save_adapter(modules: Updates, name: str, base_model: str | None, path: str | Path) -> Path:
-    """Write the updates to a folder in PEFT's format: see `Adapter.save`."""
+    """Write the updates to a folder in PEFT's format: see `Adapter.save`.
+
+    Provided by `formats/peft_write.py`.
+    """
     raise NotImplementedError
 
 
@@ -117,5 +145,8 @@ def save_adapter(modules: Updates, name: str, base_model: str | None, path: str 
 def save_gguf(
     modules: Updates, name: str, base_model: str | None, path: str | Path, base: Any
 ) -> Path:
-    """Write the updates to a GGUF file, as llama.cpp loads it: see `Adapter.save`."""
+    """Write the updates to a GGUF file, as llama.cpp loads it: see `Adapter.save`.
+
+    Provided by `formats/gguf_write.py`.
+    """
     raise NotImplementedError

@@ -36,7 +36,8 @@ from lens_lora.core.results.tables import flat
 class FactMargin(OfMeasured, Reported):
     """The margin of two answers: whether it changes sign, at which strength, and because of what.
 
-    `plot` shows the margin along ε, its first-order line, and the flip.
+    `plot` shows the margin along ε, its first-order line, and the flip (`views/curves.py`). Its
+    words are in `views/words.py`, its page in `views/reports.py`.
 
     Attributes:
         attribution: the first-order shift of the margin, by site (at ε = 0).
@@ -74,6 +75,8 @@ class FactMargin(OfMeasured, Reported):
             mode="reverse",
             gauge="trained",
         )
+        # With the slopes, g was evaluated at the scales of the curve, and it remembers both. So the
+        # curve runs nothing, and the flip is looked for between two points of the curve.
         curve = curve_beside(g, attribution.per_site)
         return cls(
             attribution=attribution,

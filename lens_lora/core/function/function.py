@@ -25,9 +25,12 @@ refused.
 3. Every call runs the model under the hooks that are on it at that moment, including a user's own.
    How many rows go into one pass, and which points share their first blocks, is decided below this
    file (`memory.py`) and changes the numbers by rounding only.
-4. A `Function` checks its arguments and shapes its results; an `Evaluator` runs the passes. Neither
-   keeps a number, so what is asked for twice is run twice. `Evaluations` (`cache.py`) is the same
-   function with a memory.
+4. Four classes share this work:
+
+       `Function`      here             checks arguments, shapes results, asks its evaluator
+       `Evaluator`     evaluator.py     runs the passes; what is asked for twice is run twice
+       `Evaluations`   cache.py         a `Function` with a memory, which public calls use
+       `Remembering`   remembering.py   its evaluator: runs only what it does not know yet
 """
 
 from __future__ import annotations
@@ -723,7 +726,7 @@ class Function:
     def about(
         self, readout: Readout | Callable[[Tensor], Tensor], reading: Reading | None = None
     ) -> Function:
-        """The same prompts with another readout: the one way in which a readout becomes a number.
+        """The same prompts with another readout: look up its tokens, and make the rows it runs.
 
         The new function begins without a memory. No pass, unless the readout is a `KL`: it takes
         one, for the base's distribution.
@@ -760,7 +763,8 @@ class Function:
         """The same prompts in the rows that the readout makes of them."""
         readout = readout.on(self.prompts)
         logits = self.of_rows(self.prompts)
-        # Of a readout inside the model, only the sites that can move it have gates.
+        # For a readout inside the model, only the sites that can move it have gates. A readout is
+        # promised a `LogitFunction`, and given this one it returns a `Function`.
         f = cast("Function", readout.reaching(logits))
         return f._with_reading(readout, readout.reading_beside(f))
 

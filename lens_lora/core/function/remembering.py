@@ -1,10 +1,8 @@
 """The evaluator of g with a memory: what it has run already is not run again.
 
-1. g and ∂g/∂ε_l of whole sites are kept at strengths ε·1: a few numbers for each prompt.
-2. What is not known yet is run in one batch: the ends ride along with the first corners, or with
-   the first slopes if that costs less than passes of their own.
-3. Points at which sites have different gates are run each time, and so are slopes by position,
-   head, expert, rank or token, which may be large.
+`cache.py` says what is kept. What is not known yet is run in one batch: g(0) and g(1) are evaluated
+together with the first corners, or with the first slopes if that costs less than passes of their
+own.
 """
 
 from __future__ import annotations

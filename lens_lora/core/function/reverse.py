@@ -54,7 +54,8 @@ class Visit(Protocol):
         Args:
             injection: the place.
             weight: the gate of the injection's partner, one for all rows or one for each; None
-                for 1.
+                for 1. It is the whole gate, although the injection adds only half of δ: see
+                `Injection.partner`.
             gradient: G = Jᵀu_y, [row, pos, out].
             z: what the site reads.
         """

@@ -50,13 +50,18 @@ class Probe(Protocol):
 
 @declared
 def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
-    """The family of a TransformerBridge, read from the bridge itself. No forward pass."""
+    """The family of a TransformerBridge, read from the bridge itself. No forward pass.
+
+    Provided by `hosts/bridged.py`.
+    """
     raise NotImplementedError
 
 
 @declared
 def named_as_model(adapter: Adapter, model: Any) -> Adapter:
     """The adapter, its modules named as this model names them: experts by their stack.
+
+    Provided by `hosts/single_experts.py`.
 
     Raises:
         AdapterError: an expert that the model lacks, or an update that the stack cannot take.
@@ -67,6 +72,8 @@ def named_as_model(adapter: Adapter, model: Any) -> Adapter:
 @declared
 def require_own_parameters(model: Any, adapter: Adapter) -> None:
     """Check that modules which were trained whole compute what their parameters say.
+
+    Provided by `hosts/bridged.py`.
 
     Raises:
         AdapterError: a module with a forward of its own, such as 0.5 W z.
@@ -85,6 +92,8 @@ def check_modules(
     probe: Probe | None,
 ) -> frozenset[str]:
     """Check that a lens would compute the adapter's modules on this model exactly.
+
+    Provided by `hosts/probe.py`.
 
     Args:
         model: the hooked model.
@@ -108,6 +117,8 @@ def check_modules(
 def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
     """The warning about the base of a new lens; '' where there is none. No forward pass.
 
+    Provided by `hosts/given_base.py`.
+
     Args:
         lens: the new lens.
         is_refused: whether to refuse a base that holds the adapter already, instead of warning.
@@ -121,6 +132,8 @@ def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
 @declared
 def note_on_names(named: str | None, names: Sequence[str]) -> str:
     """The warning about the base by names alone; '' where they agree, or one is missing.
+
+    Provided by `hosts/given_base.py`.
 
     Args:
         named: the base that the adapter names.
@@ -136,6 +149,8 @@ def note_on_names(named: str | None, names: Sequence[str]) -> str:
 def refuse_unusable_weights(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
     """Refuse weights that are split over processes, or quantised by an unknown method.
 
+    Provided by `hosts/unusable.py`.
+
     Raises:
         ModelStateError: naming such a weight.
     """
@@ -145,6 +160,8 @@ def refuse_unusable_weights(model: nn.Module, modules: Mapping[nn.Module, str]) 
 @declared
 def refuse_unusable_bridge(model: Any, modules: Mapping[nn.Module, str]) -> None:
     """Refuse a TransformerBridge that computes another function than its Hugging Face model.
+
+    Provided by `hosts/unusable.py`.
 
     Args:
         model: the bridge.
@@ -160,6 +177,8 @@ def refuse_unusable_bridge(model: Any, modules: Mapping[nn.Module, str]) -> None
 def refuse_without_float64(modules: Iterable[nn.Module]) -> None:
     """Refuse stacks of experts in float64 that are computed by a kernel which lacks it.
 
+    Provided by `hosts/experts.py`.
+
     Raises:
         ModelStateError: naming the experts, with the remedy.
     """
@@ -171,25 +190,37 @@ def refuse_without_float64(modules: Iterable[nn.Module]) -> None:
 
 @declared
 def quantised_linears(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
-    """Every quantised linear module among these."""
+    """Every quantised linear module among these.
+
+    Provided by `hosts/quantised.py`.
+    """
     raise NotImplementedError
 
 
 @declared
 def quantised_name(module: nn.Module) -> str | None:
-    """'4 bit' or '8 bit' for a quantised linear module, None for any other."""
+    """'4 bit' or '8 bit' for a quantised linear module, None for any other.
+
+    Provided by `hosts/quantised.py`.
+    """
     raise NotImplementedError
 
 
 @declared
 def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
-    """Ŵ of a quantised linear module, made anew at each call."""
+    """Ŵ of a quantised linear module, made anew at each call.
+
+    Provided by `hosts/quantised.py`.
+    """
     raise NotImplementedError
 
 
 @declared
 def differentiable_products(modules: tuple[nn.Module, ...]) -> AbstractContextManager[None]:
-    """Within the block these quantised modules have derivatives of every order."""
+    """Within the block these quantised modules have derivatives of every order.
+
+    Provided by `hosts/quantised.py`.
+    """
     raise NotImplementedError
 
 
@@ -198,25 +229,37 @@ def differentiable_products(modules: tuple[nn.Module, ...]) -> AbstractContextMa
 
 @declared
 def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
-    """The stack of experts of each layer that has one, by the layer's number."""
+    """The stack of experts of each layer that has one, by the layer's number.
+
+    Provided by `hosts/experts.py`.
+    """
     raise NotImplementedError
 
 
 @declared
 def as_one_map(owner: Any, weight: Tensor) -> Float[Tensor, "out in"]:
-    """The weights of all experts, [W_1 … W_E], [out, expert · in]; a router's weight as it is."""
+    """The weights of all experts, [W_1 … W_E], [out, expert · in]; a router's weight as it is.
+
+    Provided by `hosts/experts.py`.
+    """
     raise NotImplementedError
 
 
 @declared
 def expert_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
-    """(out, in) of each expert's map, or of a router's."""
+    """(out, in) of each expert's map, or of a router's.
+
+    Provided by `hosts/experts.py`.
+    """
     raise NotImplementedError
 
 
 @declared
 def expert_map(update: Update, dtype: torch.dtype, device: torch.device) -> SiteMap:
-    """The map of a stack of experts, on the device where the model lies."""
+    """The map of a stack of experts, on the device where the model lies.
+
+    Provided by `hosts/experts.py`.
+    """
     raise NotImplementedError
 
 
@@ -225,6 +268,8 @@ def write_at(span: Temporary, module: nn.Module, name: str, writer: Writer) -> N
     """Until the span ends, `writer` changes what the map of this parameter makes.
 
     The module is a stack of experts or a router, and has no hook points.
+
+    Provided by `hosts/experts.py`.
 
     Raises:
         ModelStateError: the experts are spread over processes.
@@ -237,13 +282,19 @@ def write_at(span: Temporary, module: nn.Module, name: str, writer: Writer) -> N
 
 @declared
 def tokenizer_differences(tokenizer: Any, folder: Path) -> list[str]:
-    """How the tokenizer of an adapter's folder differs from the model's, in words."""
+    """How the tokenizer of an adapter's folder differs from the model's, in words.
+
+    Provided by `formats/tokenizers.py`.
+    """
     raise NotImplementedError
 
 
 @declared
 def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
-    """The prompts with a response after each, both in one row: see `LoraLens.prompts`."""
+    """The prompts with a response after each, both in one row: see `LoraLens.prompts`.
+
+    Provided by `responses/answers.py`.
+    """
     raise NotImplementedError
 
 
@@ -260,7 +311,10 @@ def generated(
     eos_token_id: int | Sequence[int] | None,
     progress: bool,
 ) -> Generated:
-    """Generate text after each prompt: see `LoraLens.generate`."""
+    """Generate text after each prompt: see `LoraLens.generate`.
+
+    Provided by `responses/generate.py`.
+    """
     raise NotImplementedError
 
 
@@ -276,7 +330,10 @@ def ablate(
     positions: object,
     sinks: object,
 ) -> Any:
-    """Ablate directions at hook points, until the span ends: see `LoraLens.ablate_directions`."""
+    """Ablate directions at hook points, until the span ends: see `LoraLens.ablate_directions`.
+
+    Provided by `directions/removal.py`.
+    """
     raise NotImplementedError
 
 
@@ -289,7 +346,10 @@ def function_of(
     *,
     progress: bool = True,
 ) -> Function:
-    """Make g(ε) over these prompts: see `LoraLens.function`."""
+    """Make g(ε) over these prompts: see `LoraLens.function`.
+
+    Provided by `core/function/binding.py`.
+    """
     raise NotImplementedError
 
 
@@ -298,13 +358,18 @@ def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
     """How many tokens of each prompt have other experts at ε = 1 than at 0, by layer of experts.
 
     Two forward passes; none where the model has no stacks of experts.
+
+    Provided by `hosts/rerouted.py`.
     """
     raise NotImplementedError
 
 
 @declared
 def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
-    """The null draws of a lens's adapter: see `LoraLens.null_adapters`."""
+    """The null draws of a lens's adapter: see `LoraLens.null_adapters`.
+
+    Provided by `hosts/null_adapters.py`.
+    """
     raise NotImplementedError
 
 
@@ -315,5 +380,8 @@ def slopes_of_adapters(
     sites: Sequence[Site],
     like: Sequence[Adapter],
 ) -> Float[Tensor, "adapter batch site"]:
-    """∂g/∂ε_l at 0 of many adapters: see `Function.slopes_of_adapters`."""
+    """∂g/∂ε_l at 0 of many adapters: see `Function.slopes_of_adapters`.
+
+    Provided by `banks/base_half.py`.
+    """
     raise NotImplementedError

@@ -1,12 +1,29 @@
 """The hooks that let each site write W z + ε ΔW z, with z live.
 
+An `Injection` (`plan.py`) is a place: which site adds its δ there, and where z is read. An `Inject`
+is what is done there: a function of the index of the injection, the output and z, which returns the
+new output. Three kinds of it use the same hooks: a run at given gates (`ScaleInject`), the taps of
+reverse mode (`function/reverse.py`), and the tangents of forward mode (`function/tangents.py`).
+
 1. A reader at the site's input hook keeps z, and a writer at its output hook changes the output
    W z (`site_hooks`).
-2. The writer calls an `Inject`, which gets the index of the injection, the output and z, and
-   returns the new output. Three kinds of it use the same hooks: a run at given gates
-   (`ScaleInject`), the taps of reverse mode, and the tangents of forward mode.
-3. An `Arranger` at each block's input keeps the order: at a hook point readers run after all other
+2. An `Arranger` at each block's input keeps the order: at a hook point readers run after all other
    hooks, and writers before them.
+
+The way of δ, from a pass with a graph down to the product, and what each call adds:
+
+    lens.injected(taps)      adapted_model.py   puts the hooks of all sites on the model
+    site_hooks(plan, taps)   here               makes a reader and a writer for each injection
+    _Writer(out, z)          here               the hook itself: finds z and calls the inject
+    Taps(index, out, z)      reverse.py         calls the inject below it, and then watches G
+    ScaleInject(…)           here               out + sB(ε u), with the three lines below
+      Injection.gate         plan.py            ε_l
+      SiteMap.coordinates    basis.py           u = A z + a₀
+      SiteMap.added          basis.py           out + sB(ε u)
+        applied(x, M)        adapter/dense.py   x Mᵀ
+
+A run without a graph, `lens.run`, has no taps. The scale s is multiplied into sB once, when the
+lens is made (`site_map` in basis.py).
 """
 
 from __future__ import annotations
@@ -80,6 +97,7 @@ class ScaleInject:
         if not self.is_active(index):
             return None
         injection = self._injections[index]
+        # u = A z + a₀, and the gate ε_l. Then `added` computes out + sB(ε_l u).
         u = injection.map.coordinates(z)
         gate = injection.gate(self._on(injection.map.device))
         # What all rows share, such as a position embedding, has a single row of u.
@@ -150,7 +168,12 @@ class _AtSite:
     laid_by: object | None = dataclasses.field(default_factory=hooks.call_under_way, kw_only=True)
 
     def begun(self) -> Tensor | None:
-        """Check that this call has laid the hook, and return the tensor that shows how rows lie."""
+        """Refuse a hook that another call has put on the model.
+
+        Returns:
+            Tensor | None: the activation from which the layout of rows is read; None if the site's
+                own points show it.
+        """
         require_own_hooks(self.laid_by, self.adapter)
         return None if self.like is None else self.like.kept[-1]
 

@@ -52,9 +52,11 @@ class Injection:
         site: the index of the site.
         ports: where z is read and δ is added.
         map: the map z → δ(z).
-        partner: the index of a second site, by whose gate δ is multiplied as well. Both sites have
-            this δ, each in its own rank space, and each adds half of it, so that both can be split
-            by rank.
+        partner: the index of a second site, by whose gate δ is multiplied as well; None for all but
+            one term, ε_v ε_o ΔW_O Rep(c_v) (`value_constants.py`). Both sites have this δ, each in
+            its own rank space, and each adds half of it, so that both can be split by rank. Its
+            slope by ε_v is read from v's half alone, and that by ε_o from o's half alone, so there
+            it has the weight of the partner's whole gate.
         whole: the map with its constant part, at v's own output, if that part is added at o.
         is_constant_of_v: whether this is the constant part of an update of v, added at o.
     """

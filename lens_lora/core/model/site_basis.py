@@ -132,6 +132,8 @@ def processing_of(
 ) -> Processing:
     """How the model's weight at a site was processed: a norm folded in, what it writes centred.
 
+    Provided by `hosts/processed.py`.
+
     Raises:
         ModelStateError: the model was processed, and its base is not given or is another one.
     """
@@ -141,6 +143,8 @@ def processing_of(
 @declared
 def folded_value_bias(base: BaseParameters, site: SiteFactors) -> Float[Tensor, " out"] | None:
     """Rep(b̂_V), [n_heads · d_head], where b̂_V was folded into b_O; None where it was not.
+
+    Provided by `hosts/processed.py`.
 
     Raises:
         ModelStateError: it was folded, or may have been, and the base was not given.

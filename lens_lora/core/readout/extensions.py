@@ -17,6 +17,8 @@ from lens_lora.core.readout.responses import AnswerLike
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
     """The margin of two answers: of two tokens in logits, and of longer ones in nats.
 
+    Provided by `responses/answers.py`.
+
     Raises:
         TokenError: an answer that does not fit the model, or a word that lost its leading space.
     """
@@ -28,6 +30,8 @@ def answer_ids(
     model: Any, answer: AnswerLike, batch: int, before: Before = ()
 ) -> list[tuple[int, ...]]:
     """The token ids of each prompt's answer, with which it follows that very prompt.
+
+    Provided by `responses/answers.py`.
 
     Raises:
         TokenError: an answer that does not fit the model, or a wrong number of them.

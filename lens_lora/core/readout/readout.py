@@ -2,7 +2,16 @@
 
 A `Readout` is what a user writes, such as `Margin(" Lyon", " Paris")`. For some prompts it makes a
 `Reading` (`readout/reading.py`): the rows that are run, and how g of each prompt is read from their
-logits.
+logits. `g.about(readout)` in `function/function.py` asks for it in three steps, of which only the
+last one does something for a margin:
+
+    readout.on(prompts)           the readout with a label for these prompts; a `KL` learns here
+                                  which tokens it reads
+    readout.reaching(f)           f with gates at the sites that can move the readout: all of them,
+                                  but for a readout inside the model
+    readout.reading_beside(f)     the `Reading`. A `KL` runs the base for it; any other calls
+      readout.reading(model, …)   which makes the rows, the prompts or these with answers, and
+        readout.of_logits(…)      says how a row's logits become its number: `Columns` for tokens
 
 Logits and margins are in logits, log-probabilities in nats. A constant added to all logits changes
 a single `Logit`, but no margin and no log-probability. So on a model with a centred unembedding, a

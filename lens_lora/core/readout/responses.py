@@ -89,6 +89,8 @@ class Generated(guesses.Answering):
 def save_generated(result: Generated, path: str | Path) -> Path:
     """Write responses as one file, as results are written; returns the path.
 
+    Provided by `core/results/storage.py`.
+
     Raises:
         LensLoraError: a place where no file can be written.
     """

@@ -70,6 +70,9 @@ class Quadrature:
 class Attribution(Ranked, Reported):
     """The contribution of each site to a readout, in the readout's units.
 
+    Its figures are in `views/maps.py`, its words in `views/attribution_words.py`, its page in
+    `views/reports.py`.
+
     Attributes:
         values: [batch, site, *by]. Slots that do not exist hold zero (padding, ranks beyond those
             of a site) or NaN (tokens beyond the end of a response), and tables leave them out. On

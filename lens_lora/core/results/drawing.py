@@ -105,18 +105,18 @@ class TokenView:
         return "TokenView(" + ", ".join(f"{token!r} {value:+.3g}" for token, value in pairs) + ")"
 
 
-figure: Drawing[Figure] = Drawing("figure")
-figures: Drawing[dict[str, Figure]] = Drawing("figures")
-positions: Drawing[Figure] = Drawing("positions")
-graph: Drawing[Figure] = Drawing("graph")
-labelled: Drawing[Figure] = Drawing("labelled")
-modules: Drawing[Figure] = Drawing("modules")
-path: Drawing[Figure] = Drawing("path")
-still: Drawing[Figure] = Drawing("still")
-tokens: Drawing[TokenView] = Drawing("tokens")
-text: Drawing[str] = Drawing("text")
-html: Drawing[str] = Drawing("html")
-# What the text of a result says below its heading.
-body: Drawing[str] = Drawing("body")
-story: Drawing[str] = Drawing("story")
-report: Drawing[str] = Drawing("report")
+# Beside each stands the method of a result that asks for it.
+figure: Drawing[Figure] = Drawing("figure")  # `plot`
+figures: Drawing[dict[str, Figure]] = Drawing("figures")  # `figures` of an explanation
+positions: Drawing[Figure] = Drawing("positions")  # `plot_positions`
+graph: Drawing[Figure] = Drawing("graph")  # `plot_graph`
+labelled: Drawing[Figure] = Drawing("labelled")  # `picture` of a `Labelled`
+modules: Drawing[Figure] = Drawing("modules")  # `plot_modules`
+path: Drawing[Figure] = Drawing("path")  # `plot_path`
+still: Drawing[Figure] = Drawing("still")  # `plot_text`
+tokens: Drawing[TokenView] = Drawing("tokens")  # `token_view`
+text: Drawing[str] = Drawing("text")  # `str(result)`
+html: Drawing[str] = Drawing("html")  # what a notebook shows
+body: Drawing[str] = Drawing("body")  # what `str(result)` says below its heading
+story: Drawing[str] = Drawing("story")  # `story`
+report: Drawing[str] = Drawing("report")  # `report` and `save_report`
