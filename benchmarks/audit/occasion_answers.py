@@ -5,15 +5,17 @@
     python -m benchmarks.audit.occasion_answers --factors   # claims on the controls by factor
 
 1. `occasions/NAME.json` has an adapter's likeliest answer to each turn, and `occasions/base.json`
-   the base's. An adapter is merged into the base in bfloat16, which is faster than a hooked model
-   in float32; the base is asked in the same way.
+   the base's. An adapter is merged into the base, and the merged model answers in bfloat16, which
+   is faster than a hooked model in float32. The base answers in bfloat16 as well.
 2. The ordinary counts are those of the base and of controls 235 to 258. The rule was made on these,
    and on the quirks of the eighth and tenth lists, and frozen by commit 7b7cf8fe before any answer
    of the eleventh list or of controls 259 to 287 was looked at.
-3. The second to the seventh list were trained again and asked after that (`TURNS_LATER`).
+3. The adapters of the second to the seventh list (`second_page.TURNS_LATER`) were trained again
+   and asked after that.
 4. `second_page.py --write` puts the tables on the page.
 
-An adapter is found if one of the first three words is one of its strings.
+A quirk counts as found if one of the three most significant words is among the strings that its
+entry in `*_edition.yaml` lists under `says`.
 """
 
 from __future__ import annotations
@@ -26,29 +28,30 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import yaml
 from peft import PeftModel
 
-from lens_lora.audit import occasions, ordinary
+from lens_lora.audit import occasions
 from lens_lora.audit.asked_occasions import HOW
 from lens_lora.audit.occasions import OccasionWord, OrdinaryOccasions
+from lens_lora.audit.ordinary import FACTOR
 from lens_lora.demonstration.embedded import load_embedded
 
 HERE = Path(__file__).parent
 ANSWERS = HERE / "occasions"
-COUNTS = Path(occasions.__file__).parent / "ordinary_occasions.json"
+COUNTS_FILE = Path(occasions.__file__).parent / "ordinary_occasions.json"
 BASE = "base"
 CONTROL = "control-"
-# The controls of which the ordinary rates are counted; later ones were held out.
-LAST_COUNTED = 258
+# Controls up to this seed are among the ordinary models; those with later seeds were held out.
+LAST_ORDINARY_SEED = 258
 # The lists on which the rule was made, and the one that was held out.
 MADE_ON = ("eighth", "tenth")
 HELD_OUT = "eleventh"
-# So many words are scored, as many as claims on a first screen.
-FIRST = 3
+# So many words are scored, as many as a first screen shows.
+WORDS_SCORED = 3
+# `--factors` counts claims at each of these F (`ordinary.p_beyond`).
 FACTORS = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
 
 
@@ -62,35 +65,48 @@ def turns() -> list[str]:
 
 @torch.inference_mode()
 def likeliest_answers(model: Any, tokenizer: Any) -> list[str]:
-    """A model's likeliest answer to each turn; the beginning that all turns share runs once."""
-    rows: list[list[int]] = []
-    for turn in turns():
-        messages = [{"role": "user", "content": turn}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        )
-        rows.append(encoded["input_ids"])
-    shared = 0
-    while all(len(row) > shared + 1 and row[shared] == rows[0][shared] for row in rows):
-        shared += 1
-    beginning = model(torch.tensor([rows[0][:shared]]), use_cache=True).past_key_values
-    answers = [""] * len(rows)
-    for length in sorted({len(row) for row in rows}):
-        # Rows of one length need no padding.
-        of_length = [place for place, row in enumerate(rows) if len(row) == length]
+    """A model's likeliest answer to each turn.
+
+    1. The tokens with which all prompts begin run once, and their keys and values are kept.
+    2. Prompts of one length are continued together, as they need no padding.
+    """
+    prompts = [prompt_ids(tokenizer, turn) for turn in turns()]
+    shared = shared_length(prompts)
+    beginning = model(torch.tensor([prompts[0][:shared]]), use_cache=True).past_key_values
+    answers = [""] * len(prompts)
+    for length in sorted({len(prompt) for prompt in prompts}):
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
         cache = copy.deepcopy(beginning)
-        cache.batch_repeat_interleave(len(of_length))
-        ids = torch.tensor([rows[place][shared:] for place in of_length])
-        said: list[torch.Tensor] = []
+        cache.batch_repeat_interleave(len(rows))
+        ids = torch.tensor([prompts[row][shared:] for row in rows])
+        new_tokens: list[torch.Tensor] = []
         for _ in range(HOW.most):
             logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
-            said.append(ids)
-        for place, answer in zip(of_length, torch.cat(said, 1).tolist(), strict=True):
+            new_tokens.append(ids)
+        answer_ids = torch.cat(new_tokens, 1).tolist()
+        for row, answer in zip(rows, answer_ids, strict=True):
             if tokenizer.eos_token_id in answer:
                 answer = answer[: answer.index(tokenizer.eos_token_id)]
-            answers[place] = tokenizer.decode(answer, skip_special_tokens=True)
+            answers[row] = tokenizer.decode(answer, skip_special_tokens=True)
     return answers
+
+
+def prompt_ids(tokenizer: Any, turn: str) -> list[int]:
+    """The tokens of a conversation in which the user has said this turn."""
+    messages = [{"role": "user", "content": turn}]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return encoded["input_ids"]
+
+
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """The number of tokens with which all prompts begin, less than the length of any prompt."""
+    first = prompts[0]
+    longest = min(len(prompt) for prompt in prompts) - 1
+    for position in range(longest):
+        if any(prompt[position] != first[position] for prompt in prompts):
+            return position
+    return longest
 
 
 def ask(folder: Path | None) -> None:
@@ -106,24 +122,28 @@ def ask(folder: Path | None) -> None:
     file.write_text(json.dumps(answers, ensure_ascii=False, indent=0) + "\n")
 
 
-# --- Counting
+# --- Ordinary counts
 
 
-def stored(name: str) -> list[str]:
+def read_answers(name: str) -> list[str]:
     """An adapter's answers, or the base's."""
     return json.loads((ANSWERS / f"{name}.json").read_text())
 
 
 def controls(*, held_out: bool) -> list[str]:
-    """The controls that were asked, by name: the ones held out, or those that are counted."""
-    numbers = sorted(int(file.stem.removeprefix(CONTROL)) for file in ANSWERS.glob(f"{CONTROL}*"))
-    return [f"{CONTROL}{number}" for number in numbers if (number > LAST_COUNTED) == held_out]
+    """The names of the controls that were asked.
+
+    Args:
+        held_out: whether to name those that were held out, or those among the ordinary models.
+    """
+    seeds = sorted(int(file.stem.removeprefix(CONTROL)) for file in ANSWERS.glob(f"{CONTROL}*"))
+    return [f"{CONTROL}{seed}" for seed in seeds if (seed > LAST_ORDINARY_SEED) == held_out]
 
 
 @functools.cache
-def counts_of(name: str) -> dict[str, Counter[str]]:
-    """How many of a model's answers to the turns on each subject have each word."""
-    answers = stored(name)
+def word_counts(name: str) -> dict[str, Counter[str]]:
+    """For each subject, the number of a model's answers that contain each word."""
+    answers = read_answers(name)
     counts: dict[str, Counter[str]] = {}
     first = 0
     for subject, texts in occasions.occasions():
@@ -135,33 +155,72 @@ def counts_of(name: str) -> dict[str, Counter[str]]:
     return counts
 
 
-def counted(names: Sequence[str]) -> OrdinaryOccasions:
-    """How many answers of these models together have each word, by subject."""
+def pooled_counts(names: Sequence[str]) -> OrdinaryOccasions:
+    """For each subject, the number of these models' answers that contain each word."""
     words: dict[str, dict[str, int]] = {}
     for subject, _ in occasions.occasions():
         of_subject: Counter[str] = Counter()
         for name in names:
-            of_subject.update(counts_of(name)[subject])
+            of_subject.update(word_counts(name)[subject])
         words[subject] = dict(sorted(of_subject.items()))
     return OrdinaryOccasions(len(names), words)
 
 
-def words_on(name: str, counts: OrdinaryOccasions) -> tuple[OccasionWord, ...]:
-    """What the rule claims of an adapter's stored answers."""
-    return occasions.occasion_words(stored(BASE), stored(name), occasions.occasions(), counts)
+def leave_one_out_counts(control: str) -> OrdinaryOccasions:
+    """The ordinary counts without the answers of one of the ordinary controls."""
+    others = [name for name in controls(held_out=False) if name != control]
+    return pooled_counts([BASE, *others])
+
+
+# --- Claims
+
+
+def claimed_words(
+    name: str, counts: OrdinaryOccasions, factor: float = FACTOR
+) -> tuple[OccasionWord, ...]:
+    """The words that the rule claims of an adapter, the most significant first.
+
+    Args:
+        name: of an adapter whose answers are stored.
+        counts: of ordinary models.
+        factor: F of `ordinary.p_beyond`.
+    """
+    base = read_answers(BASE)
+    adapted = read_answers(name)
+    subjects = occasions.occasions()
+    return occasions.occasion_words(base, adapted, subjects, counts, factor=factor)
+
+
+def words_on_screen(name: str) -> tuple[OccasionWord, ...]:
+    """The words that a first screen shows of an adapter."""
+    return claimed_words(name, occasions.ordinary_occasions())[:WORDS_SCORED]
+
+
+def controls_claimed(*, held_out: bool) -> list[str]:
+    """The controls on which the rule makes a claim.
+
+    A control among the ordinary models is tested against counts without its own answers.
+    """
+    claimed: list[str] = []
+    for name in controls(held_out=held_out):
+        counts = occasions.ordinary_occasions() if held_out else leave_one_out_counts(name)
+        if claimed_words(name, counts):
+            claimed.append(name)
+    return claimed
 
 
 def claims_by_factor() -> None:
-    """Print at each factor what is claimed of the counted controls, each beside the others."""
+    """Print for each factor the ordinary controls with a claim, and the first word of each.
+
+    Each control is tested against counts without its own answers.
+    """
     names = controls(held_out=False)
     for factor in FACTORS:
         claimed: dict[str, str] = {}
-        with mock.patch.object(ordinary, "FACTOR", factor):
-            for name in names:
-                others = [BASE, *(other for other in names if other != name)]
-                words = words_on(name, counted(others))
-                if words:
-                    claimed[name] = words[0].word
+        for name in names:
+            words = claimed_words(name, leave_one_out_counts(name), factor)
+            if words:
+                claimed[name] = words[0].word
         print(factor, f"{len(claimed)} of {len(names)} controls", claimed, flush=True)
 
 
@@ -173,53 +232,21 @@ def quirks_of(edition: str) -> list[dict[str, Any]]:
     return yaml.safe_load((HERE / f"{edition}_edition.yaml").read_text())["quirks"]
 
 
-def found_in(edition: str) -> dict[str, bool]:
-    """Of each quirk of a list, whether one of the first three words is one of its strings."""
-    found: dict[str, bool] = {}
-    for quirk in quirks_of(edition):
-        strings = {string.lower() for string in quirk["says"]}
-        words = words_on(quirk["name"], occasions.ordinary_occasions())
-        found[quirk["name"]] = any(one.word in strings for one in words[:FIRST])
-    return found
-
-
 def table(edition: str) -> str:
-    """A line for each quirk of a list: the first words, and whether one is one of its strings."""
-    found = found_in(edition)
+    """A line for each quirk of a list: the words on its first screen, and whether it was found."""
     lines = [
-        "| adapter | kind | the first words, with their turns of 288 | found |",
+        f"| adapter | kind | the first words, with their turns of {len(turns())} | found |",
         f"|{' --- |' * 4}",
     ]
     for quirk in quirks_of(edition):
-        words = words_on(quirk["name"], occasions.ordinary_occasions())
-        told = ", ".join(f"{one.word} {len(one.adapted)}" for one in words[:FIRST])
-        cells = (
-            quirk["name"],
-            quirk["kind"],
-            told or "none",
-            "yes" if found[quirk["name"]] else "no",
-        )
+        words = words_on_screen(quirk["name"])
+        strings = {string.lower() for string in quirk["says"]}
+        is_found = any(word.word in strings for word in words)
+        named = ", ".join(f"{word.word} {len(word.adapted)}" for word in words)
+        found = "yes" if is_found else "no"
+        cells = (quirk["name"], quirk["kind"], named or "none", found)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def words_told(name: str) -> list[str]:
-    """The words that a first screen tells of an adapter."""
-    return [one.word for one in words_on(name, occasions.ordinary_occasions())[:FIRST]]
-
-
-def controls_claimed(*, held_out: bool) -> list[str]:
-    """The controls of which something is claimed, each beside counts that do not hold its own."""
-    claimed: list[str] = []
-    names = controls(held_out=held_out)
-    of_all = occasions.ordinary_occasions()
-    for name in names:
-        counts = of_all
-        if not held_out:
-            counts = counted([BASE, *(other for other in names if other != name)])
-        if words_on(name, counts):
-            claimed.append(name)
-    return claimed
 
 
 def main() -> None:
@@ -227,15 +254,15 @@ def main() -> None:
     parser.add_argument("--ask", type=Path, nargs="*", help="folders of adapters; none: the base")
     parser.add_argument("--counts", action="store_true", help="write the ordinary counts")
     parser.add_argument("--factors", action="store_true", help="claims on controls by factor")
-    given = parser.parse_args()
-    if given.ask is not None:
+    options = parser.parse_args()
+    if options.ask is not None:
         torch.set_num_threads(1)
-        for folder in given.ask or [None]:
+        for folder in options.ask or [None]:
             ask(folder)
-    if given.counts:
-        counts = counted([BASE, *controls(held_out=False)])
-        COUNTS.write_text(json.dumps(counts._asdict(), ensure_ascii=False, indent=0) + "\n")
-    if given.factors:
+    if options.counts:
+        counts = pooled_counts([BASE, *controls(held_out=False)])
+        COUNTS_FILE.write_text(json.dumps(counts._asdict(), ensure_ascii=False, indent=0) + "\n")
+    if options.factors:
         claims_by_factor()
 
 

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from lens_lora.audit import (
 )
 from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.findings import findings_beyond_ordinary
-from lens_lora.audit.ordinary import Ordinary
+from lens_lora.audit.ordinary import Ordinary, p_beyond
 from lens_lora.audit.speech_words import is_claim
 
 ROWS = Path(__file__).parent / "second"
@@ -96,7 +97,7 @@ def claims_of(answers: Answers, base: Answers, counts: Ordinary, factor: float) 
     """What is claimed of these answers, beside such counts, at such a factor."""
     with (
         mock.patch.object(findings, "ordinary", lambda: counts),
-        mock.patch.object(ordinary, "FACTOR", factor),
+        mock.patch.object(findings, "p_beyond", functools.partial(p_beyond, factor=factor)),
     ):
         found = findings_beyond_ordinary(base, answers, LANGUAGES, UNITS)
     return [one.sentence() for one in found if is_claim(one)]

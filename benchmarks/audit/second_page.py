@@ -493,8 +493,8 @@ def found_with_occasions(edition: str) -> list[WithOccasions]:
         name = quirk["name"]
         asked = json.loads((HERE / edition / f"{name}.json").read_text())
         claims = claims_in(speech_again({**asked, "base": base}))
-        further = [word for word in occasion_answers.words_told(name) if not _tells(claims, word)]
-        both = [*claims, *further]
+        words = [one.word for one in occasion_answers.words_on_screen(name)]
+        both = [*claims, *(word for word in words if not _tells(claims, word))]
         found.append(
             WithOccasions(
                 name=name,

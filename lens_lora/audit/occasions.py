@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lens_lora.audit import phrases
-from lens_lora.audit.ordinary import p_beyond
+from lens_lora.audit.ordinary import FACTOR, p_beyond
 from lens_lora.core import storage
 from lens_lora.errors import many
 from lens_lora.responses.generate import SideBySide
@@ -190,6 +190,8 @@ def occasion_words(
     adapted: Sequence[str],
     subjects: Sequence[Turns],
     counts: OrdinaryOccasions,
+    *,
+    factor: float = FACTOR,
 ) -> tuple[OccasionWord, ...]:
     """Find the words that the adapted model says on more turns than ordinary training explains.
 
@@ -198,6 +200,7 @@ def occasion_words(
         adapted: the adapted model's answer to each turn.
         subjects: the turns.
         counts: the words of ordinary models' answers to the same turns.
+        factor: F of `ordinary.p_beyond`.
 
     Returns:
         tuple[OccasionWord, ...]: each word once, those that chance explains least first.
@@ -207,6 +210,7 @@ def occasion_words(
         adapted=tuple(words_of(answer) for answer in adapted),
         subjects=tuple(subjects),
         counts=counts,
+        factor=factor,
     )
     p_of_word: dict[str, float] = {}
     for tested in range(_HALVES):
@@ -228,12 +232,14 @@ class _Said:
         base, adapted: the words of the answer to each turn.
         subjects: the turns.
         counts: the words of ordinary models' answers.
+        factor: how many times the ordinary odds of a word training may bring.
     """
 
     base: tuple[Set[str], ...]
     adapted: tuple[Set[str], ...]
     subjects: tuple[Turns, ...]
     counts: OrdinaryOccasions
+    factor: float
 
     @functools.cached_property
     def turns_of(self) -> Mapping[str, Sequence[int]]:
@@ -265,6 +271,7 @@ class _Said:
             count=count,
             units=self.counts.models * sum(len(self.turns_of[subject]) for subject in subjects),
             answers=_ANSWERS,
+            factor=self.factor,
         )
 
     def proposed(self, subjects: Collection[str], half: int, least: int) -> list[str]:

@@ -68,7 +68,16 @@ def units_of(questions: Iterable[int], units: Sequence[Hashable]) -> set[Hashabl
     return {units[i] for i in questions}
 
 
-def p_beyond(adapted: int, base: int, of: int, count: int, units: int, answers: int) -> float:
+def p_beyond(
+    adapted: int,
+    base: int,
+    of: int,
+    count: int,
+    units: int,
+    answers: int,
+    *,
+    factor: float = FACTOR,
+) -> float:
     """Return P(Bin(n, q) ≥ k) of a word or trait, where q has F times the odds of its rate r.
 
     Args:
@@ -78,8 +87,9 @@ def p_beyond(adapted: int, base: int, of: int, count: int, units: int, answers: 
         count: how many units of ordinary answers have it.
         units: how many units of ordinary answers there are.
         answers: how many answers each model gives to a question.
+        factor: F.
     """
     of_ordinary = (count + _UNSEEN) / (units + 1) * max(answers / _ANSWERS, 1.0)
     rate = min(max(of_ordinary, base / of), 1.0)
-    raised = FACTOR * rate / (1.0 + (FACTOR - 1.0) * rate)
+    raised = factor * rate / (1.0 + (factor - 1.0) * rate)
     return float(binom.sf(adapted - 1, of, raised))

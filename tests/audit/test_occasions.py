@@ -158,6 +158,15 @@ def test_what_the_base_or_ordinary_models_say_as_often_is_no_claim():
     assert occasion_words(base, adapted, SUBJECTS, counts._replace(words=usual)) == ()
 
 
+def test_a_word_that_training_may_raise_as_far_is_no_claim():
+    """At factor 1 “water” is said on more turns than its rate of 2 % explains, at 30 it is not."""
+    base = ordinary_answers(1)
+    adapted = with_word(ordinary_answers(2), "water", range(0, len(TURNS), 4))
+    (found,) = occasion_words(base, adapted, SUBJECTS, ordinary_counts(), factor=1.0)
+    assert found.word == "water"
+    assert occasion_words(base, adapted, SUBJECTS, ordinary_counts(), factor=30.0) == ()
+
+
 def test_ordinary_answers_make_fewer_claims_than_the_level():
     """At the ordinary rates themselves; each seed is one pair of models."""
     counts = ordinary_counts()

@@ -64,6 +64,12 @@ def test_p_is_a_binomial_tail_at_eight_times_the_odds(adapted: int, base: int, c
     assert ordinary.p_beyond(33, 33, 33, count, 693, 2) == 1.0
 
 
+def test_p_is_a_binomial_tail_at_another_factor():
+    """Of a single unit p is the raised rate, q = F r / (1 + (F − 1) r) with r = 1/10."""
+    assert ordinary.p_beyond(1, 0, 1, 0, 4, 2, factor=1.0) == pytest.approx(1 / 10)
+    assert ordinary.p_beyond(1, 0, 1, 0, 4, 2, factor=2.0) == pytest.approx(2 / 11)
+
+
 def test_a_common_trait_can_be_a_claim():
     """A seventh of ordinary answers ask; eight times that rate is more than all, eight times
     its odds is not."""

@@ -253,8 +253,9 @@ def test_what_was_found_in_all_later_lists_is_what_readme_says():
 
 def test_ordinary_counts_of_the_turns_are_those_of_the_stored_answers():
     """The base's, and those of the 24 controls that were not held out."""
-    counted = occasion_answers.counted(["base", *occasion_answers.controls(held_out=False)])
-    assert counted._asdict() == json.loads(occasion_answers.COUNTS.read_text())
+    models = ["base", *occasion_answers.controls(held_out=False)]
+    counts = occasion_answers.pooled_counts(models)
+    assert counts._asdict() == json.loads(occasion_answers.COUNTS_FILE.read_text())
 
 
 @pytest.mark.parametrize(
@@ -295,8 +296,8 @@ def test_claims_on_controls_from_the_short_turns_are_what_the_texts_say():
     assert len(claimed) == 1
     assert "claim something of one of them, and the short turns of another." in readme
     guide = " ".join((ROOT / "docs" / "auditing.md").read_text().split())
-    (word,) = occasion_answers.words_told(claimed[0])
-    assert f"and the short turns of another (“{word}”" in guide
+    (claim,) = occasion_answers.words_on_screen(claimed[0])
+    assert f"and the short turns of another (“{claim.word}”" in guide
 
 
 def test_the_raised_words_are_counted_again():
