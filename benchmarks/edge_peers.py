@@ -11,12 +11,12 @@
    That is one forward pass, and one forward and backward pass.
 2. EAP-IG (Hanna et al., arXiv 2403.17806) has two prompts, and takes the mean of ∂g/∂x_v over runs
    whose input embeddings lie between theirs: a forward and a backward pass for each of its steps.
-3. `--check` compares every score of both on a tiny model in float64 with finite differences: the
-   edge's difference is added to what its reader takes, and g is run again.
-4. On the embedded model an adapter of one module is merged for EAP's other run. Its block is then
-   the only one upstream that writes something else, so EAP's scores of it are those of `ll.edges`;
-   they are compared before anything is timed. All three run on one HookedTransformer, in turns,
-   on one thread.
+3. `--check` compares every score of both on a tiny model in float64 with finite differences: a
+   small multiple of the edge's difference is added to what its reader takes, and g is run again.
+4. On the embedded model, EAP's other run has the adapter of one module merged. Only that module's
+   block, and later ones, then write something else, so EAP's scores for that module must equal
+   `ll.edges`. This is checked before anything is timed.
+5. All three are timed on one HookedTransformer, in turns, on one thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import datetime
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from benchmarks import edges, marks
 from benchmarks.measuring import (
     MARGIN,
     cpu_seconds,
-    load,
+    load_average,
     matmul_peak,
     median_seconds,
     peak_memory,
@@ -52,6 +52,7 @@ from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 
+# The steps of EAP-IG.
 STEPS = 5
 # The embeddings' output, where a run begins.
 START = "blocks.0.hook_resid_pre"
@@ -61,15 +62,30 @@ WRITERS = {
     "mlp.down": f"*.layers.{LAYER}.mlp.down_proj",
     "attn.o": f"*.layers.{LAYER}.self_attn.o_proj",
 }
-# The other run has merged weights in float32, which round ΔW.
-SAME = 3e-4
+# How far EAP may be from `ll.edges`: the other run has merged weights in float32, which round ΔW.
+TOLERANCE_MERGED = 3e-4
 # The step of a central difference in float64, whose error falls as its square.
-FINITE = 1e-4
-EXACT = 1e-7
+FINITE_STEP = 1e-4
+# How far scores may be from central differences.
+TOLERANCE = 1e-7
 
 Value = Callable[[Tensor], Tensor]
 Edit = Callable[[Tensor], Tensor]
 Run = Callable[[], object]
+# A hook point, and what TransformerLens calls there.
+Hook = tuple[str, Callable[..., Any]]
+
+
+class Readers(NamedTuple):
+    """The readers at one place.
+
+    Attributes:
+        upstream: how many of the writers are upstream of them.
+        count: how many readers there are: heads, or one.
+    """
+
+    upstream: int
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +94,11 @@ class Ends:
 
     Attributes:
         writers: each hook point, with the number of writers there: heads, or one.
-        readers: each hook point, or norm whose input it is, with how many of the writers are
-            upstream of it, and how many readers it has.
+        readers: each hook point, or norm whose input is read, with the readers there.
     """
 
     writers: dict[str, int]
-    readers: dict[str, tuple[int, int]]
+    readers: dict[str, Readers]
 
     @classmethod
     def of(cls, model: Any, by_head: bool) -> Ends:
@@ -91,22 +106,22 @@ class Ends:
         heads = int(model.cfg.n_heads) if by_head else 1
         key_heads = (model.cfg.n_key_value_heads or heads) if by_head else 1
         writers = {START: 1}
-        readers: dict[str, tuple[int, int]] = {}
+        readers: dict[str, Readers] = {}
         for layer in range(model.cfg.n_layers):
             block = f"blocks.{layer}"
             upstream = sum(writers.values())
             if by_head:
-                readers[f"{block}.hook_q_input"] = (upstream, heads)
-                readers[f"{block}.hook_k_input"] = (upstream, key_heads)
-                readers[f"{block}.hook_v_input"] = (upstream, key_heads)
+                readers[f"{block}.hook_q_input"] = Readers(upstream, heads)
+                readers[f"{block}.hook_k_input"] = Readers(upstream, key_heads)
+                readers[f"{block}.hook_v_input"] = Readers(upstream, key_heads)
                 writers[f"{block}.attn.hook_result"] = heads
-                readers[f"{block}.hook_mlp_in"] = (sum(writers.values()), 1)
+                readers[f"{block}.hook_mlp_in"] = Readers(sum(writers.values()), 1)
             else:
-                readers[f"{block}.ln1"] = (upstream, 1)
+                readers[f"{block}.ln1"] = Readers(upstream, 1)
                 writers[f"{block}.hook_attn_out"] = 1
-                readers[f"{block}.ln2"] = (sum(writers.values()), 1)
+                readers[f"{block}.ln2"] = Readers(sum(writers.values()), 1)
             writers[f"{block}.hook_mlp_out"] = 1
-        readers["ln_final"] = (sum(writers.values()), 1)
+        readers["ln_final"] = Readers(sum(writers.values()), 1)
         return cls(writers, readers)
 
 
@@ -124,35 +139,52 @@ def heads_apart(model: Any, by_head: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Replace what readers take: each by its hook point, or by the norm whose input it is.
+def edited_inputs(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """Within the block, edit what readers take.
 
-    A HookedTransformer calls the norm before attention three times, for queries, keys and values.
-    A block is one reader, so all three are given one and the same tensor.
+    Args:
+        model: the HookedTransformer, which runs once within the block.
+        edits: by the reader's hook point, or by the norm whose input is read.
     """
-    taken: dict[str, Tensor] = {}
     handles: list[Any] = []
-
-    def of_norm(name: str, edit: Edit) -> None:
-        def before(module: object, given: tuple[Tensor]) -> tuple[Tensor]:
-            if name not in taken:
-                taken[name] = edit(given[0])
-            return (taken[name],)
-
-        handles.append(model.get_submodule(name).register_forward_pre_hook(before))
-
-    hooks: list[tuple[str, Any]] = []
+    hooks: list[Hook] = []
     for name, edit in edits.items():
         if "hook_" in name:
-            hooks.append((name, lambda stream, hook, edit=edit: edit(stream)))
+            hooks.append((name, hook_that_edits(edit)))
         else:
-            of_norm(name, edit)
+            norm = model.get_submodule(name)
+            handles.append(norm.register_forward_pre_hook(norm_hook_that_edits(edit)))
     try:
         with model.hooks(hooks):
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hook_that_edits(edit: Edit) -> Callable[..., Tensor]:
+    """A hook of TransformerLens that replaces a stream by what an edit makes of it."""
+
+    def edited(stream: Tensor, hook: object) -> Tensor:
+        return edit(stream)
+
+    return edited
+
+
+def norm_hook_that_edits(edit: Edit) -> Callable[..., tuple[Tensor]]:
+    """A pre-hook of a norm that replaces its input by what an edit makes of it.
+
+    A HookedTransformer calls the norm before attention three times, for queries, keys and values.
+    A block is one reader, so all three calls are given one and the same tensor.
+    """
+    edited: list[Tensor] = []
+
+    def edited_input(module: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        if not edited:
+            edited.append(edit(inputs[0]))
+        return (edited[0],)
+
+    return edited_input
 
 
 class EdgeAttributionPatching:
@@ -179,26 +211,39 @@ class EdgeAttributionPatching:
         """
         with heads_apart(self.model, self.by_head), torch.enable_grad():
             differences = self._empty(clean)
-            with torch.no_grad(), self.model.hooks(self._added_to(differences, 1.0)):
+            with torch.no_grad(), self.model.hooks(self._adding_to(differences, 1.0)):
                 other()
-            scores = self._empty_scores()
-            hooks = [(START, as_leaf), *self._added_to(differences, -1.0)]
-            self._backward(clean, hooks, differences, scores)
+            # The run that gives the gradients is the clean run, so it gives −z_u as well.
+            hooks = [(START, as_leaf), *self._adding_to(differences, -1.0)]
+            scores = self.empty_scores()
+            self._add_scores(scores, clean, hooks, differences)
         return scores
 
     def integrated(self, clean: Tensor, other: Tensor, steps: int = STEPS) -> Tensor:
         """Score every edge between two prompts by the mean of gradients, [writer, reader]."""
+        differences = self.differences(clean, other)
+        scores = self.empty_scores()
         with heads_apart(self.model, self.by_head), torch.enable_grad():
-            differences = self._empty(clean)
-            with torch.no_grad():
-                for ids, sign in ((other, 1.0), (clean, -1.0)):
-                    with self.model.hooks(self._added_to(differences, sign)):
-                        self.model(ids)
-            scores = self._empty_scores()
             for step in range(1, steps + 1):
                 begin = functools.partial(between, differences[:, :, 0], 1 - step / steps)
-                self._backward(clean, [(START, begin)], differences, scores)
+                self._add_scores(scores, clean, [(START, begin)], differences)
         return scores / steps
+
+    def differences(self, clean: Tensor, other: Tensor) -> Tensor:
+        """z'_u − z_u of every writer u, [batch, pos, writer, d_model], from two forward passes."""
+        differences = self._empty(clean)
+        with heads_apart(self.model, self.by_head), torch.no_grad():
+            with self.model.hooks(self._adding_to(differences, 1.0)):
+                self.model(other)
+            with self.model.hooks(self._adding_to(differences, -1.0)):
+                self.model(clean)
+        return differences
+
+    def empty_scores(self) -> Tensor:
+        """Zeros, [writer, reader]."""
+        writers = sum(self.ends.writers.values())
+        readers = sum(place.count for place in self.ends.readers.values())
+        return torch.zeros(writers, readers, dtype=self.model.cfg.dtype)
 
     def _empty(self, ids: Tensor) -> Tensor:
         """Zeros for what each writer writes, [batch, pos, writer, d_model]."""
@@ -206,50 +251,61 @@ class EdgeAttributionPatching:
         size = (*ids.shape, writers, self.model.cfg.d_model)
         return torch.zeros(size, dtype=self.model.cfg.dtype)
 
-    def _empty_scores(self) -> Tensor:
-        """Zeros, [writer, reader]."""
-        readers = sum(count for _, count in self.ends.readers.values())
-        return torch.zeros(sum(self.ends.writers.values()), readers, dtype=self.model.cfg.dtype)
-
-    def _added_to(self, differences: Tensor, sign: float) -> list[tuple[str, Any]]:
-        """Hooks that add what each writer writes to its part of `differences`."""
-        hooks: list[tuple[str, Any]] = []
+    def _adding_to(self, differences: Tensor, sign: float) -> list[Hook]:
+        """Hooks that add what each writer writes, times a sign, to its part of `differences`."""
+        hooks: list[Hook] = []
         first = 0
         for name, count in self.ends.writers.items():
             part = differences[:, :, first : first + count]
-
-            def add(written: Tensor, hook: object, part: Tensor = part) -> None:
-                part.add_(written.detach().view(part.shape), alpha=sign)
-
-            hooks.append((name, add))
+            hooks.append((name, functools.partial(add_written, part, sign)))
             first += count
         return hooks
 
-    def _backward(
-        self, clean: Tensor, hooks: list[tuple[str, Any]], differences: Tensor, scores: Tensor
+    def _add_scores(
+        self, scores: Tensor, clean: Tensor, hooks: list[Hook], differences: Tensor
     ) -> None:
-        """Run forward and back once, and add each reader's column to the scores."""
+        """Run forward and back once, and add ⟨z'_u − z_u, ∂g/∂x_v⟩ of every edge to its score.
+
+        Args:
+            scores: [writer, reader].
+            clean: the ids.
+            hooks: the beginning of the run, and what else is to be hooked.
+            differences: z'_u − z_u, at the latest when the forward pass is done.
+        """
         edits: dict[str, Edit] = {}
         first = 0
         for name, (upstream, count) in self.ends.readers.items():
             columns = scores[:upstream, first : first + count]
-
-            def contract(gradient: Tensor, columns: Tensor, upstream: int) -> None:
-                by_reader = gradient.view(*gradient.shape[:2], -1, gradient.shape[-1])
-                written = differences[:, :, :upstream]
-                columns.add_(torch.einsum("bpwd,bprd->wr", written, by_reader))
-
-            def tap(stream: Tensor, columns: Tensor = columns, upstream: int = upstream) -> Tensor:
-                stream = stream.view_as(stream)
-                stream.register_hook(
-                    functools.partial(contract, columns=columns, upstream=upstream)
-                )
-                return stream
-
-            edits[name] = tap
+            edits[name] = tap(columns, differences[:, :, :upstream])
             first += count
-        with self.model.hooks(hooks), replaced(self.model, edits):
+        with self.model.hooks(hooks), edited_inputs(self.model, edits):
             self.value(self.model(clean)).backward()
+
+
+def add_written(part: Tensor, sign: float, written: Tensor, hook: object) -> None:
+    """Add what writers write, times a sign, to their part of the differences."""
+    part.add_(written.detach().view(part.shape), alpha=sign)
+
+
+def tap(columns: Tensor, differences: Tensor) -> Edit:
+    """An edit that leaves the stream as it is, and scores its readers in the backward pass.
+
+    Args:
+        columns: the scores of these readers, to which is added, [writer, reader].
+        differences: z'_u − z_u of the writers upstream, [batch, pos, writer, d_model].
+    """
+
+    def add_to_columns(gradient: Tensor) -> None:
+        of_readers = gradient.view(*gradient.shape[:2], -1, gradient.shape[-1])
+        columns.add_(torch.einsum("bpwd,bprd->wr", differences, of_readers))
+
+    def tapped(stream: Tensor) -> Tensor:
+        # A tensor of its own, whose gradient comes through these readers alone.
+        stream_of_readers = stream.view_as(stream)
+        stream_of_readers.register_hook(add_to_columns)
+        return stream_of_readers
+
+    return tapped
 
 
 def as_leaf(stream: Tensor, hook: object) -> Tensor:
@@ -293,57 +349,90 @@ def tiny_model(by_head: bool) -> Any:
     return model.requires_grad_(False)
 
 
-def patched(
-    peer: EdgeAttributionPatching, clean: Tensor, differences: Tensor, begin: Any
+def scores_by_finite_differences(
+    peer: EdgeAttributionPatching, clean: Tensor, differences: Tensor, begin: Callable[..., Tensor]
 ) -> Tensor:
-    """The scores by central differences: one edge at a time is patched by a small step."""
-    expected = peer._empty_scores()
+    """The scores by central differences: one edge at a time is patched by a small step.
+
+    Args:
+        peer: whose edges are scored.
+        clean: the ids.
+        differences: z'_u − z_u, [batch, pos, writer, d_model].
+        begin: the hook at the beginning of the run.
+    """
+
+    def value(place: str, reader: int, step: Tensor) -> Tensor:
+        edits = {place: functools.partial(add_to_reader, reader, step)}
+        begun = peer.model.hooks([(START, begin)])
+        with torch.no_grad(), begun, edited_inputs(peer.model, edits):
+            return peer.value(peer.model(clean))
+
+    scores = peer.empty_scores()
     column = 0
-    for name, (upstream, count) in peer.ends.readers.items():
+    for place, (upstream, count) in peer.ends.readers.items():
         for reader in range(count):
             for writer in range(upstream):
-                step = FINITE * differences[:, :, writer]
-
-                def patch(
-                    stream: Tensor, sign: float, step: Tensor = step, reader: int = reader
-                ) -> Tensor:
-                    moved = stream.clone()
-                    by_reader = moved.view(*moved.shape[:2], -1, moved.shape[-1])
-                    by_reader[:, :, reader] += sign * step
-                    return moved
-
-                ends = []
-                for sign in (1.0, -1.0):
-                    edit = functools.partial(patch, sign=sign)
-                    begun = peer.model.hooks([(START, begin)])
-                    with torch.no_grad(), begun, replaced(peer.model, {name: edit}):
-                        ends.append(peer.value(peer.model(clean)))
-                expected[writer, column] = (ends[0] - ends[1]) / (2 * FINITE)
+                step = FINITE_STEP * differences[:, :, writer]
+                above = value(place, reader, step)
+                below = value(place, reader, -step)
+                scores[writer, column] = (above - below) / (2 * FINITE_STEP)
             column += 1
-    return expected
+    return scores
 
 
-def check(by_head: bool) -> tuple[float, float]:
-    """The largest error of EAP's and EAP-IG's scores, as a share of the largest score."""
+def add_to_reader(reader: int, step: Tensor, stream: Tensor) -> Tensor:
+    """The stream of several readers, with a step added to what one of them takes."""
+    changed = stream.clone()
+    of_readers = changed.view(*changed.shape[:2], -1, changed.shape[-1])
+    of_readers[:, :, reader] += step
+    return changed
+
+
+def relative_error(scores: Tensor, expected: Tensor) -> float:
+    """The largest difference of two scores, as a share of the largest; NaN if any score is."""
+    return float((scores - expected).abs().max() / expected.abs().max())
+
+
+class Errors(NamedTuple):
+    """The relative errors of EAP's and of EAP-IG's scores."""
+
+    eap: float
+    integrated: float
+
+
+def errors_of_scores(by_head: bool) -> Errors:
+    """Compare both peers on the tiny model with finite differences."""
     model = tiny_model(by_head)
     clean = torch.randint(0, 40, (2, 5), generator=torch.Generator().manual_seed(1))
     other = torch.randint(0, 40, (2, 5), generator=torch.Generator().manual_seed(2))
-    peer = EdgeAttributionPatching(model, by_head, lambda logits: (logits[:, -1, 3]).sum())
-    once = peer.eap(clean, lambda: model(other))
-    integrated = peer.integrated(clean, other, steps=3)
+    peer = EdgeAttributionPatching(model, by_head, lambda logits: logits[:, -1, 3].sum())
+    steps = 3
+    eap = peer.eap(clean, lambda: model(other))
+    integrated = peer.integrated(clean, other, steps)
+    differences = peer.differences(clean, other)
+    at_steps: list[Tensor] = []
     with heads_apart(model, by_head):
-        differences = peer._empty(clean)
-        for ids, sign in ((other, 1.0), (clean, -1.0)):
-            with torch.no_grad(), model.hooks(peer._added_to(differences, sign)):
-                model(ids)
-        begins = [
-            functools.partial(between, differences[:, :, 0], 1 - step / 3) for step in (1, 2, 3)
-        ]
-        expected = [patched(peer, clean, differences, begin) for begin in begins]
-    # At its last step the run begins with the clean prompt.
-    apart = (once - expected[-1]).abs().max() / expected[-1].abs().max()
-    mean = torch.stack(expected).mean(0)
-    return float(apart), float((integrated - mean).abs().max() / mean.abs().max())
+        for step in range(1, steps + 1):
+            begin = functools.partial(between, differences[:, :, 0], 1 - step / steps)
+            at_steps.append(scores_by_finite_differences(peer, clean, differences, begin))
+    # The last step begins with the clean prompt, as EAP does.
+    return Errors(
+        eap=relative_error(eap, at_steps[-1]),
+        integrated=relative_error(integrated, torch.stack(at_steps).mean(0)),
+    )
+
+
+def check_scores() -> None:
+    """Print the errors of both peers, by block and by head, and refuse scores that are wrong."""
+    for by_head in (False, True):
+        errors = errors_of_scores(by_head)
+        print(
+            f"by head: {by_head}; EAP off by {errors.eap:.0e}, EAP-IG by {errors.integrated:.0e}",
+            flush=True,
+        )
+        # NaN is below no bound.
+        if not (errors.eap <= TOLERANCE and errors.integrated <= TOLERANCE):
+            raise SystemExit("the scores are not those of finite differences")
 
 
 @contextlib.contextmanager
@@ -357,34 +446,52 @@ def merged(weight: Tensor, delta: Tensor) -> Iterator[None]:
         weight.data.copy_(before)
 
 
-def beside_edges(lens: ll.LoraLens, prompts: ll.results.Prompts, by_head: bool) -> float:
-    """How far EAP's scores of one module are from `ll.edges`, as a share of the largest."""
-    apart = 0.0
-    for kind, module in WRITERS.items():
-        alone = lens.with_adapter(lens.adapter.only(module))
-        readers = "head" if by_head else "block"
-        found = ll.edges(alone, prompts, MARGIN, readers, progress=False)
-        peer = EdgeAttributionPatching(lens.model, by_head, margin_of(lens))
-        (update,) = alone.adapter.modules.values()
-        block = lens.model.blocks[LAYER]
-        weight = block.mlp.W_out if kind == "mlp.down" else block.attn.W_O
-        delta = (update.scale * update.B @ update.A).T.reshape(weight.shape)
-
-        def adapted(weight: Tensor = weight, delta: Tensor = delta) -> None:
-            with merged(weight, delta):
-                lens.model(prompts.tokens)
-
-        scores = peer.eap(prompts.tokens, adapted)
-        heads = int(lens.model.cfg.n_heads) if by_head else 1
-        first = 1 + LAYER * (heads + 1)
-        attention, mlp = scores[first : first + heads].sum(0), scores[first + heads]
-        scores = attention if kind == "attn.o" else mlp
-        expected = by_reader(found, peer.ends)
-        apart = max(apart, float((scores - expected).abs().max() / expected.abs().max()))
-    return apart
+def check_against_edges(lens: ll.LoraLens) -> None:
+    """Refuse to go on if EAP's scores of one module are not those of `ll.edges`."""
+    prompts = text_prompts(lens, 1, 8)
+    for by_head in (False, True):
+        errors = {kind: error_beside_edges(lens, prompts, by_head, kind) for kind in WRITERS}
+        shown = ", ".join(f"{kind} by {error:.0e}" for kind, error in errors.items())
+        print(f"by head: {by_head}; EAP and ll.edges of one module differ: {shown}")
+        # NaN is below no bound.
+        if not all(error <= TOLERANCE_MERGED for error in errors.values()):
+            raise SystemExit("the two disagree")
 
 
-def by_reader(found: Any, ends: Ends) -> Tensor:
+def error_beside_edges(
+    lens: ll.LoraLens, prompts: ll.results.Prompts, by_head: bool, kind: str
+) -> float:
+    """How far EAP's scores of one module are from `ll.edges`, as a share of the largest.
+
+    Args:
+        lens: the adapter over the embedded model.
+        prompts: the prompts.
+        by_head: whether heads are readers and writers, or blocks.
+        kind: the module, one of `WRITERS`.
+    """
+    alone = lens.with_adapter(lens.adapter.only(WRITERS[kind]))
+    readers = "head" if by_head else "block"
+    found = ll.edges(alone, prompts, MARGIN, readers, progress=False)
+    peer = EdgeAttributionPatching(lens.model, by_head, margin_of(lens))
+    (update,) = alone.adapter.modules.values()
+    block = lens.model.blocks[LAYER]
+    weight = block.mlp.W_out if kind == "mlp.down" else block.attn.W_O
+    delta = (update.scale * update.B @ update.A).T.reshape(weight.shape)
+
+    def adapted_run() -> None:
+        with merged(weight, delta):
+            lens.model(prompts.tokens)
+
+    scores = peer.eap(prompts.tokens, adapted_run)
+    # The writers are the embedding, then of each block its heads and its MLP.
+    heads = int(lens.model.cfg.n_heads) if by_head else 1
+    first_head = 1 + LAYER * (heads + 1)
+    mlp = first_head + heads
+    of_module = scores[mlp] if kind == "mlp.down" else scores[first_head:mlp].sum(0)
+    return relative_error(of_module, in_order_of_ends(found, peer.ends))
+
+
+def in_order_of_ends(found: ll.results.Edges, ends: Ends) -> Tensor:
     """The edges of one writer in the order of `ends`; those that are not downstream are zero."""
     values = dict(zip(found.readers, found.values[0, 0].tolist(), strict=True))
     ordered: list[float] = []
@@ -413,72 +520,69 @@ def margin_of(lens: ll.LoraLens) -> Value:
     return lambda logits: read(logits[:, -1]).sum()
 
 
-def measured(lens: ll.LoraLens, tokens: int, turns: int) -> dict[str, dict[str, float]]:
-    """Seconds and MiB of each way, by its name; of edges along the path the seconds of one run."""
+def measured_costs(lens: ll.LoraLens, tokens: int, turns: int) -> dict[str, dict[str, float]]:
+    """Seconds and MiB of each method; for `path=True` the seconds of a single run."""
     prompts = text_prompts(lens, 1, tokens)
     clean = prompts.tokens
     other = text_ids(lens.model.tokenizer, 1, tokens, seed=1)
-    works: dict[str, Run] = {
+    methods: dict[str, Run] = {
         "F": functools.partial(plain_forward, lens, prompts),
         "FB": functools.partial(plain_backward, lens, prompts),
     }
-    along: dict[str, Run] = {}
+    path_methods: dict[str, Run] = {}
     for by_head in (False, True):
         readers = "head" if by_head else "block"
         peer = EdgeAttributionPatching(lens.model, by_head, margin_of(lens))
-        works[f"EAP, by {readers}"] = functools.partial(
-            peer.eap, clean, functools.partial(lens.model, other)
-        )
-        works[f"EAP-IG of {STEPS} steps, by {readers}"] = functools.partial(
-            peer.integrated, clean, other
-        )
-        ours = functools.partial(ll.edges, lens, prompts, MARGIN, readers, progress=False)
-        works[f"`ll.edges`, by {readers}"] = ours
-        along[f"`ll.edges(path=True)`, by {readers}"] = functools.partial(ours, path=True)
-    seconds = median_seconds(works, turns)
-    found = {
-        name: {"seconds": round(seconds[name], 4), "mib": round(peak_memory(work), 0)}
-        for name, work in works.items()
-    }
-    for name, work in along.items():
-        found[name] = {"seconds": round(cpu_seconds(work), 4)}
-    return found
+        other_run = functools.partial(lens.model, other)
+        eap = functools.partial(peer.eap, clean, other_run)
+        integrated = functools.partial(peer.integrated, clean, other)
+        edges_of_lens = functools.partial(ll.edges, lens, prompts, MARGIN, readers, progress=False)
+        methods[f"EAP, by {readers}"] = eap
+        methods[f"EAP-IG of {STEPS} steps, by {readers}"] = integrated
+        methods[f"`ll.edges`, by {readers}"] = edges_of_lens
+        along_path = functools.partial(edges_of_lens, path=True)
+        path_methods[f"`ll.edges(path=True)`, by {readers}"] = along_path
+    seconds = median_seconds(methods, turns)
+    costs: dict[str, dict[str, float]] = {}
+    for name, method in methods.items():
+        mib = round(peak_memory(method), 0)
+        costs[name] = {"seconds": round(seconds[name], 4), "mib": mib}
+    for name, method in path_methods.items():
+        costs[name] = {"seconds": round(cpu_seconds(method), 4)}
+    return costs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--check", action="store_true", help="only by finite differences")
+    parser.add_argument(
+        "--check", action="store_true", help="stop after the check against finite differences"
+    )
     parser.add_argument("--write", action="store_true", help="into docs/")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    for by_head in (False, True):
-        once, integrated = check(by_head)
-        print(f"by head: {by_head}; EAP off by {once:.0e}, EAP-IG by {integrated:.0e}", flush=True)
-        if max(once, integrated) > EXACT:
-            raise SystemExit("the scores are not those of finite differences")
-    if asked.check:
+    check_scores()
+    if options.check:
         return
     model, _ = hooked_model(*load_embedded(quiet=True), kind="HookedTransformer")
     lens = ll.LoraLens(model.requires_grad_(False), ll.load_adapter(shipped_adapter()))
-    for by_head in (False, True):
-        apart = beside_edges(lens, text_prompts(lens, 1, 8), by_head)
-        print(f"by head: {by_head}; EAP and ll.edges of one module differ by {apart:.0e}")
-        if apart > SAME:
-            raise SystemExit("the two disagree")
-    at_start = load()
+    check_against_edges(lens)
+    load_at_start = load_average()
+    costs: dict[str, dict[str, dict[str, float]]] = {}
+    for tokens in options.tokens:
+        costs[str(tokens)] = measured_costs(lens, tokens, options.turns)
     peers = {
         "day": str(datetime.date.today()),
         "versions": versions(),
-        "turns": asked.turns,
+        "turns": options.turns,
         "steps": STEPS,
-        "costs": {str(tokens): measured(lens, tokens, asked.turns) for tokens in asked.tokens},
-        "load": [at_start, load()],
+        "costs": costs,
+        "load": [load_at_start, load_average()],
         "gflops": round(matmul_peak() / 1e9),
     }
     print(edges.peer_table(peers))
-    if asked.write:
+    if options.write:
         numbers = json.loads(edges.NUMBERS.read_text()) | {"peers": peers}
         edges.NUMBERS.write_text(json.dumps(numbers, indent=0) + "\n")
         marks.write(edges.PAGE, edges.tables(numbers))

@@ -102,7 +102,7 @@ def matmul_peak() -> float:
     return 2 * x.shape[0] * weight.numel() / fastest
 
 
-def load() -> str:
+def load_average() -> str:
     """How many processes wanted to run during the last minute, and on how many cores."""
     return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
 

@@ -6,9 +6,10 @@
 
 1. The demo's model and adapter, and tiny models of several families, are rounded to bfloat16 and
    float16. The float64 run has these rounded weights, with the libraries' casts to float32 lifted.
-2. `tests/lib/half_precision.py` makes the calls that state a noise floor, and compares each error
-   with it. The calls that state none are here.
+2. `tests/lib/half_precision.py` makes the calls whose result states a noise floor, and compares
+   each error with it. The calls whose result states none are here.
 3. With --floors only shifts are measured, of many readouts and prompts, in units of their floors.
+   It always runs on every model, and takes no --works or --only.
 4. With --write the numbers go into docs/precision.json (of --floors into docs/floors.json), and the
    tables of docs/precision_data.md are made from them.
 """
@@ -17,12 +18,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,16 +38,22 @@ Asked = half_precision.Asked
 Found = half_precision.Found
 QUIET = half_precision.QUIET
 
+# A row of docs/precision.json has "model", "dtype", "analysis" and the fields of
+# `half_precision.Compared`. A row of docs/floors.json has the number of "shifts" instead, the "rms"
+# of their errors in noise floors, and how many errors are "beyond" three floors.
+Row = dict[str, Any]
+
 DOCS = Path(__file__).parents[1] / "docs"
-RESULTS = DOCS / "precision.json"
-FLOORS = DOCS / "floors.json"
+RESULTS_FILE = DOCS / "precision.json"
+FLOORS_FILE = DOCS / "floors.json"
 PAGE = DOCS / "precision_data.md"
 # What makes two rows the same.
 KEY = ("model", "dtype", "analysis")
+DTYPES = ("bfloat16", "float16")
 REAL = "SmolLM2-135M"
+FAMILIES = ("llama", "gpt2", "qwen2", "gemma3", "neox")
 # A number is to be trusted if its share beyond 3 floors, or its rank correlation, is at least this.
 TRUSTED = 0.95
-Row = dict[str, Any]
 PROMPTS = (
     "The capital of France is",
     "The Eiffel Tower is in the city of",
@@ -71,39 +77,87 @@ READOUTS = (
     ll.Logit(" the"),
     ll.Logit(" London"),
 )
-SWEPT = ("add one", "leave one out", "coupling", "path", "patch", "kl", "components")
-FAMILIES = ("llama", "gpt2", "qwen2", "gemma3", "neox")
-Pair = tuple[ll.LoraLens, ll.LoraLens]
+# Works with a pass for each site, or for many of them: on the demo's model one prompt has to do.
+ON_ONE_PROMPT = (
+    "add one",
+    "leave one out",
+    "leave one out, by layer",
+    "leave one out, log p",
+    "leave one out, KL",
+    "patch_activations",
+    "coupling",
+    "path",
+    "path, KL",
+    "components",
+    "kl_shares",
+)
+HEAD_OF_FLOORS = ["model", "dtype", "readouts", "shifts", "rms of error / floor", "beyond 3 floors"]
+HEAD_OF_TINY = [
+    "analysis",
+    "error, bfloat16",
+    "error, float16",
+    "error / floor, lowest to highest",
+]
+# The last Spearman is that of the entries beyond 3 floors; "it says" has the result's own words.
+HEAD_OF_REAL = [
+    "analysis",
+    "error",
+    "Spearman",
+    "error / floor",
+    "beyond 3 floors",
+    "… Spearman",
+    "it says",
+]
 
 
 # --- Calls whose result states no noise floor
 
 
-def _path(name: str, of: str) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
-    def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-        readout = asked.margin if of == "margin" else ll.KL()
-        found = ll.path_attribution(lens, asked.prompts, readout, max_nodes=17, **QUIET)
-        reached = found.quadrature
-        return {name: Found(found.values, says=f"met={reached is not None and reached.met}")}
-
-    return run
+def _first_order(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    found = ll.first_order(lens, questions.prompts, questions.margin)
+    return {"first_order, a_l": Found(found.values)}
 
 
-def _tangents(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+def _first_order_at_1(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    found = ll.first_order(lens, questions.prompts, questions.margin, at=1.0)
+    return {"first_order, a_l at 1": Found(found.values)}
+
+
+def _coupling(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    found = ll.coupling(lens, questions.prompts, questions.margin, group="kind", **QUIET)
+    return {"coupling, by kind": Found(found.matrix)}
+
+
+def _path(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    return {"path_attribution": _path_integral(lens, questions, questions.margin)}
+
+
+def _path_of_kl(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    return {"path_attribution of KL": _path_integral(lens, questions, ll.KL())}
+
+
+def _path_integral(lens: ll.LoraLens, questions: Asked, readout: ll.Readout) -> Found:
+    """The path integral of a readout; `says` tells whether it met its tolerance."""
+    found = ll.path_attribution(lens, questions.prompts, readout, max_nodes=17, **QUIET)
+    is_met = found.quadrature is not None and found.quadrature.met
+    return Found(found.values, says=f"met={is_met}")
+
+
+def _tangents(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
     last = lens.plan.host.block_input(lens.plan.host.n_layers - 1)
-    return {"tangents": Found(ll.tangents(lens, asked.prompts, last)[last])}
+    return {"tangents": Found(ll.tangents(lens, questions.prompts, last)[last])}
 
 
-def _tokens(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-    found = ll.token_shifts(lens, asked.prompts, asked.response)
+def _tokens(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    found = ll.token_shifts(lens, questions.prompts, questions.response)
     return {
         "token_shifts, log p": Found(found.shift),
         "token_shifts, KL": Found(found.kl[0]),
     }
 
 
-def _components(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-    found = ll.components(lens, asked.prompts, asked.margin, **QUIET)
+def _components(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    found = ll.components(lens, questions.prompts, questions.margin, **QUIET)
     return {
         "components, ‖Jᵀu‖": Found(found.sensitivity),
         "components, cosine": Found(found.cosine.nan_to_num()),
@@ -111,170 +165,182 @@ def _components(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
     }
 
 
-def _values(
-    name: str, verb: Callable[..., Any], *more: str, field: str = "values", **options: Any
-) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
-    def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-        found = verb(lens, asked.prompts, *(getattr(asked, each) for each in more), **options)
-        return {name: Found(getattr(found, field))}
-
-    return run
+def _logit_shift(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    found = ll.logit_shift(lens, questions.prompts, by_site=False)
+    return {"logit_shift, jointly": Found(found.values)}
 
 
-def _kl_shares(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-    return {"kl_shares": Found(ll.kl_shares(lens, asked.prompts, **QUIET).attribution.values)}
+def _kl_shares(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    found = ll.kl_shares(lens, questions.prompts, **QUIET)
+    return {"kl_shares": Found(found.attribution.values)}
 
 
-ALONE: half_precision.Works = {
-    "first_order": _values("first_order, a_l", ll.first_order, "margin"),
-    "at 1": _values("first_order, a_l at 1", ll.first_order, "margin", at=1.0),
-    "coupling": _values(
-        "coupling, by kind",
-        ll.coupling,
-        "margin",
-        field="matrix",
-        group="kind",
-        **QUIET,
-    ),
-    "path": _path("path_attribution", "margin"),
-    "path, KL": _path("path_attribution of KL", "KL"),
+def _activations(lens: ll.LoraLens, questions: Asked) -> dict[str, Found]:
+    return {"activations": Found(ll.lora_activations(lens, questions.prompts).values)}
+
+
+WITHOUT_FLOOR: half_precision.Works = {
+    "first_order": _first_order,
+    "at 1": _first_order_at_1,
+    "coupling": _coupling,
+    "path": _path,
+    "path, KL": _path_of_kl,
     "components": _components,
-    "logit_shift": _values("logit_shift, jointly", ll.logit_shift, by_site=False),
+    "logit_shift": _logit_shift,
     "tangents": _tangents,
     "kl_shares": _kl_shares,
     "token_shifts": _tokens,
-    "activations": _values("activations", ll.lora_activations),
+    "activations": _activations,
 }
-WORKS = half_precision.STATED | ALONE
+WORKS = half_precision.STATED | WITHOUT_FLOOR
 
 
-# --- Pairs of lenses, and their rows
+# --- Measuring
 
 
-def real(dtype: torch.dtype) -> Pair:
-    """The demo's lens in half precision, and in float64."""
-    base, tokenizer = load_embedded(dtype, quiet=True)
+class Lenses(NamedTuple):
+    """One adapter over the same weights, in half precision (`low`) and in float64 (`high`)."""
+
+    low: ll.LoraLens
+    high: ll.LoraLens
+
+
+def real_lenses(dtype: str) -> Lenses:
+    """The demo's model and adapter."""
+    base, tokenizer = load_embedded(getattr(torch, dtype), quiet=True)
     adapter = ll.load_adapter(shipped_adapter())
     kind = bridge_if_there()
 
-    def lens_of(model: Any) -> ll.LoraLens:
+    def lens_over(model: Any) -> ll.LoraLens:
         # With a BOS before each prompt, as the stored numbers were measured.
         hooked, _ = hooked_model(model, tokenizer, kind=kind)
         return ll.LoraLens(hooked, adapter, prepend_bos=True)
 
-    low = lens_of(base)
+    low = lens_over(base)
     with models.lifted():
-        return low, lens_of(copy.deepcopy(base).double())
+        return Lenses(low, lens_over(copy.deepcopy(base).double()))
 
 
-def tiny(family: str, dtype: torch.dtype) -> Pair:
-    """A lens of random weights in half precision, and in float64."""
+def tiny_lenses(family: str, dtype: str) -> Lenses:
+    """A tiny model and adapter of random weights."""
     make = list(models.MAKERS.values())[-1]
-    base = models.hf_model(family, dtype=dtype)
+    base = models.hf_model(family, dtype=getattr(torch, dtype))
     adapter = ll.Adapter.from_peft(models.peft_model(family, base)).scaled(0.3)
     low = ll.LoraLens(make(base), adapter)
     with models.lifted():
-        return low, ll.LoraLens(make(base.double()), adapter)
+        return Lenses(low, ll.LoraLens(make(base.double()), adapter))
 
 
-def rows(lenses: Pair, asked: Asked, work: str) -> Iterator[Row]:
-    """A row for each analysis of a work: half precision half_precision.compared with float64."""
-    found = WORKS[work](lenses[0], asked)
+def rows_of_work(lenses: Lenses, questions: Asked, work: str) -> Iterator[Row]:
+    """Compare half precision with float64: a row for each analysis of a work."""
+    found = WORKS[work](lenses.low, questions)
     with models.lifted():
-        exact = WORKS[work](lenses[1], asked)
+        exact = WORKS[work](lenses.high, questions)
     for name in found:
         yield {"analysis": name, **half_precision.compared(found[name], exact[name])._asdict()}
 
 
-def measure(dtype: str, works: list[str], on_tiny: bool) -> Iterator[Row]:
-    """The rows of the demo's model, or of the tiny ones."""
-    rounded = getattr(torch, dtype)
-    if on_tiny:
-        asked = Asked(models.tokens(batch=24), 5, 9, torch.tensor([5, 9]))
-        for family in FAMILIES:
-            lenses = tiny(family, rounded)
-            for work in works:
-                for row in rows(lenses, asked, work):
-                    yield {"model": family, "dtype": dtype, **row}
-        return
-    lenses = real(rounded)
+def measure_real(dtype: str, works: Sequence[str]) -> Iterator[Row]:
+    """The rows of the demo's model."""
+    lenses = real_lenses(dtype)
     for work in works:
-        some = PROMPTS[:1] if work.startswith(SWEPT) else PROMPTS
-        asked = Asked(list(some), " Lyon", " Paris", " Lyon, which lies on two rivers")
-        for row in rows(lenses, asked, work):
+        prompts = PROMPTS[:1] if work in ON_ONE_PROMPT else PROMPTS
+        questions = Asked(list(prompts), " Lyon", " Paris", " Lyon, which lies on two rivers")
+        for row in rows_of_work(lenses, questions, work):
             yield {"model": REAL, "dtype": dtype, **row}
 
 
-def floors(dtype: str) -> Iterator[Row]:
-    """The errors of shifts in noise floors, a row for each model and kind of readout."""
-    rounded = getattr(torch, dtype)
-    ids = (ll.Margin(5, 9), ll.LogProb(5), ll.Logit(9), ll.AnswerLogProb(torch.tensor([5, 9])))
-    cases = {REAL: (functools.partial(real, rounded), TEXTS, READOUTS)}
+def measure_tiny(dtype: str, works: Sequence[str]) -> Iterator[Row]:
+    """The rows of the tiny models."""
+    questions = Asked(models.tokens(batch=24), 5, 9, torch.tensor([5, 9]))
     for family in FAMILIES:
-        cases[family] = (functools.partial(tiny, family, rounded), models.tokens(24), ids)
-    for model, (make, prompts, readouts) in cases.items():
-        lenses = make()
-        kinds = {"margin, logit, log p": readouts, "KL": (ll.KL(),)}
-        for analysis, asked in kinds.items():
-            ratios = half_precision.errors_in_floors(*lenses, prompts, asked)
-            yield {
-                "model": model,
-                "dtype": dtype,
-                "analysis": analysis,
-                "shifts": len(ratios),
-                "rms": float(ratios.square().mean().sqrt()),
-                "beyond": int((ratios > SIGMAS).sum()),
-            }
+        lenses = tiny_lenses(family, dtype)
+        for work in works:
+            for row in rows_of_work(lenses, questions, work):
+                yield {"model": family, "dtype": dtype, **row}
+
+
+def measure_floors(dtype: str) -> Iterator[Row]:
+    """The errors of shifts in noise floors, a row for each model and kind of readout."""
+    yield from _floors_of_model(REAL, dtype, real_lenses(dtype), TEXTS, READOUTS)
+    of_ids = (ll.Margin(5, 9), ll.LogProb(5), ll.Logit(9), ll.AnswerLogProb(torch.tensor([5, 9])))
+    for family in FAMILIES:
+        lenses = tiny_lenses(family, dtype)
+        yield from _floors_of_model(family, dtype, lenses, models.tokens(24), of_ids)
+
+
+def _floors_of_model(
+    model: str, dtype: str, lenses: Lenses, prompts: Any, readouts: Sequence[ll.Readout]
+) -> Iterator[Row]:
+    """A row for the given readouts of a model together, and a row for the KL."""
+    kinds: dict[str, Sequence[ll.Readout]] = {
+        "margin, logit, log p": readouts,
+        "KL": (ll.KL(),),
+    }
+    for kind, readouts_of_kind in kinds.items():
+        ratios = half_precision.errors_in_floors(*lenses, prompts, readouts_of_kind)
+        yield {
+            "model": model,
+            "dtype": dtype,
+            "analysis": kind,
+            "shifts": len(ratios),
+            "rms": float(ratios.square().mean().sqrt()),
+            "beyond": int((ratios > SIGMAS).sum()),
+        }
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
-    options.add_argument("--works", nargs="+", choices=list(WORKS), default=list(WORKS))
-    options.add_argument("--only", choices=["real", "tiny"])
-    options.add_argument("--floors", action="store_true", help="how many floors a shift is off")
-    options.add_argument("--write", action="store_true", help="into docs/*.json and the page")
-    asked = options.parse_args()
-    path = FLOORS if asked.floors else RESULTS
-    for row in measured(asked):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    parser.add_argument("--works", nargs="+", choices=list(WORKS))
+    parser.add_argument("--only", choices=["real", "tiny"])
+    parser.add_argument("--floors", action="store_true", help="how many floors a shift is off")
+    parser.add_argument("--write", action="store_true", help="into docs/*.json and the page")
+    options = parser.parse_args()
+    if options.floors and (options.works or options.only):
+        parser.error("--floors measures shifts on every model: leave out --works and --only")
+    file = FLOORS_FILE if options.floors else RESULTS_FILE
+    for row in measured_rows(options):
         print(row, flush=True)
-        if asked.write:
-            add(row, path)
+        if options.write:
+            add(row, file)
 
 
-def measured(asked: argparse.Namespace) -> Iterator[Row]:
-    """The rows that were asked for, each as soon as it is there."""
-    models_of = {"real": [False], "tiny": [True], None: [False, True]}
-    for dtype in asked.dtypes:
-        if asked.floors:
-            yield from floors(dtype)
+def measured_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Measure what the options ask for, and yield each row as soon as it is there."""
+    works = options.works or list(WORKS)
+    for dtype in options.dtypes:
+        if options.floors:
+            yield from measure_floors(dtype)
             continue
-        for on_tiny in models_of[asked.only]:
-            yield from measure(dtype, asked.works, on_tiny)
+        if options.only != "tiny":
+            yield from measure_real(dtype, works)
+        if options.only != "real":
+            yield from measure_tiny(dtype, works)
 
 
 # --- The tables
 
 
-def add(row: Row, path: Path = RESULTS) -> None:
+def add(row: Row, file: Path = RESULTS_FILE) -> None:
     """Put a row in the place of the same model, dtype and analysis; render the page.
 
     Args:
-        row: of `measure` or `floors`.
-        path: the file of such rows.
+        row: what was measured.
+        file: the file of such rows.
     """
-    others = [old for old in read(path) if not _is_same(old, row)]
-    path.write_text(json.dumps([*others, _rounded(row)], indent=0) + "\n")
+    others = [old for old in read(file) if not _is_same(old, row)]
+    file.write_text(json.dumps([*others, _rounded(row)], indent=0) + "\n")
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
 
 
-def read(path: Path = RESULTS) -> list[Row]:
+def read(file: Path = RESULTS_FILE) -> list[Row]:
     """Every row so far.
 
     Args:
-        path: the file of rows.
+        file: the file of rows.
     """
-    return json.loads(path.read_text()) if path.exists() else []
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def _is_same(old: Row, row: Row) -> bool:
@@ -301,19 +367,19 @@ def render(text: str, rows: list[Row]) -> str:
         text: the page.
         rows: of docs/precision.json.
     """
-    real = [row for row in rows if row["model"] == REAL]
-    tiny = [row for row in rows if row["model"] != REAL]
-    order = list(dict.fromkeys(row["analysis"] for row in tiny))
+    of_real = [row for row in rows if row["model"] == REAL]
+    of_tiny = [row for row in rows if row["model"] != REAL]
+    order = list(dict.fromkeys(row["analysis"] for row in of_tiny))
 
     def place(row: Row) -> int:
         """Put the analyses of the tiny models in their order, behind all others."""
         return order.index(row["analysis"]) if row["analysis"] in order else -1
 
-    real.sort(key=place)
+    of_real.sort(key=place)
     tables = {
-        "which to trust": _advice(real),
-        "floors": _floors(read(FLOORS)),
-        "errors": "\n".join([*_of_real(real, order), *_of_tiny(tiny, order)]),
+        "which to trust": _advice(of_real),
+        "floors": _table_of_floors(read(FLOORS_FILE)),
+        "errors": "\n".join([*_of_real(of_real, order), *_of_tiny(of_tiny, order)]),
     }
     return put_in(text, tables)
 
@@ -340,35 +406,17 @@ def _of_tiny(rows: list[Row], order: list[str]) -> list[str]:
     return [f"### Tiny models: {families}\n", _table(HEAD_OF_TINY, lines)]
 
 
-def _floors(rows: list[Row]) -> str:
-    """A row for each model and dtype, and one for all of a dtype."""
-    lines = [_floor_line(row["model"], [row]) for row in rows]
-    for kind in dict.fromkeys((row["dtype"], row["analysis"]) for row in rows):
-        same = [row for row in rows if (row["dtype"], row["analysis"]) == kind]
-        lines.append(_floor_line("**all**", same))
+def _table_of_floors(rows: list[Row]) -> str:
+    """A line for each model, dtype and kind of readout, and one for all models together."""
+    lines = [_line_of_floors(row["model"], [row]) for row in rows]
+    for dtype, kind in dict.fromkeys((row["dtype"], row["analysis"]) for row in rows):
+        same = [row for row in rows if row["dtype"] == dtype and row["analysis"] == kind]
+        lines.append(_line_of_floors("**all**", same))
     return _table(HEAD_OF_FLOORS, lines)
 
 
-HEAD_OF_FLOORS = ["model", "dtype", "readouts", "shifts", "rms of error / floor", "beyond 3 floors"]
-HEAD_OF_TINY = [
-    "analysis",
-    "error, bfloat16",
-    "error, float16",
-    "error / floor, lowest to highest",
-]
-HEAD_OF_REAL = [
-    "analysis",
-    "error",
-    "Spearman",
-    "error / floor",
-    "beyond 3 floors",
-    "… Spearman",
-    "it says",
-]
-
-
-def _floor_line(model: str, rows: list[Row]) -> list[str]:
-    """The cells of these rows together."""
+def _line_of_floors(model: str, rows: list[Row]) -> list[str]:
+    """The cells of these rows together: the root mean square is that of all their shifts."""
     shifts = sum(row["shifts"] for row in rows)
     beyond = sum(row["beyond"] for row in rows)
     rms = math.sqrt(sum(row["shifts"] * row["rms"] ** 2 for row in rows) / shifts)
@@ -382,12 +430,12 @@ def _floor_line(model: str, rows: list[Row]) -> list[str]:
     ]
 
 
-def _advice(real: list[Row]) -> str:
-    """A row for each analysis, a column for each dtype."""
-    dtypes = list(dict.fromkeys(row["dtype"] for row in real))
-    advice = {(row["analysis"], row["dtype"]): _trust(row) for row in real}
+def _advice(rows: list[Row]) -> str:
+    """A line for each analysis of the real model, a column for each dtype."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    advice = {(row["analysis"], row["dtype"]): _trust(row) for row in rows}
     lines: list[list[str]] = []
-    for name in dict.fromkeys(row["analysis"] for row in real):
+    for name in dict.fromkeys(row["analysis"] for row in rows):
         lines.append([name, *(advice.get((name, dtype), "not run") for dtype in dtypes)])
     return _table(["analysis", *dtypes], lines)
 
@@ -399,19 +447,23 @@ def _trust(row: Row) -> str:
         return "trust" if ranks_hold else "rerun in float32"
     if row["clear"] >= TRUSTED:
         return "trust"
-    return f"the {row['clear']:.0%} beyond 3 floors" if row["clear"] else "rerun in float32"
+    if row["clear"] > 0:
+        return f"the {row['clear']:.0%} beyond 3 floors"
+    return "rerun in float32"
 
 
 def _line_of_real(row: Row) -> list[str]:
     """The cells of an analysis on the real model."""
-    spearman = _number(row["spearman"])
-    has_share = row["clear"] is not None and spearman
+    share = ""
+    # A single number per prompt has no ranking, and the share of so few says nothing.
+    if row["clear"] is not None and row["spearman"] is not None:
+        share = f"{row['clear']:.0%}"
     return [
         row["analysis"],
-        _percent(row["error"]),
-        spearman,
+        _error(row["error"]),
+        _number(row["spearman"]),
         _number(row["ratio"]),
-        f"{row['clear']:.0%}" if has_share else "",
+        share,
         _number(row["spearman_clear"]),
         row["says"],
     ]
@@ -420,12 +472,21 @@ def _line_of_real(row: Row) -> list[str]:
 def _line_of_tiny(name: str, rows: list[Row]) -> list[str]:
     """The cells of an analysis on all tiny models: the worst errors, the range of their ratios."""
     worst: list[str] = []
-    for dtype in ("bfloat16", "float16"):
-        errors = [row["error"] for row in rows if row["dtype"] == dtype]
-        worst.append(_percent(max(errors, default=None)))
+    for dtype in DTYPES:
+        worst.append(_worst_error([row["error"] for row in rows if row["dtype"] == dtype]))
     ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
     spread = f"{min(ratios):.2g} to {max(ratios):.2g}" if ratios else ""
     return [name, *worst, spread]
+
+
+def _worst_error(errors: Sequence[float | None]) -> str:
+    """The largest error as a cell, NaN if any error is; empty if nothing was run."""
+    if not errors:
+        return ""
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        return _error(None)
+    return _error(max(known))
 
 
 def _number(value: float | None) -> str:
@@ -433,10 +494,10 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _percent(value: float | None) -> str:
-    """A share as a cell."""
+def _error(value: float | None) -> str:
+    """An error as a cell, in percent. NaN is stored as None."""
     if value is None:
-        return ""
+        return "NaN"
     return f"{100 * value:.2g} %" if value < 1 else f"{100 * value:.0f} %"
 
 

@@ -48,7 +48,7 @@ from benchmarks.cost.ranks import rank_table
 from benchmarks.cost.stream import stream_lines
 from benchmarks.cost.texts import text_table
 from benchmarks.cost.works import TABLES
-from benchmarks.measuring import load, matmul_peak
+from benchmarks.measuring import load_average, matmul_peak
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model, transformer_lens_version
@@ -120,7 +120,7 @@ def measure(chosen: argparse.Namespace) -> None:
     else:
         for name in chosen.classes:
             measure_class(name, chosen)
-    print(f"\nAt the end: matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s, {load()}.")
+    print(f"\nAt the end: matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s, {load_average()}.")
 
 
 def has_half_rate() -> bool:
@@ -139,7 +139,7 @@ def machine(says_memory: bool) -> str:
         parts.append("freed memory kept" if keeps_memory() else "freed memory given back")
     if has_half_rate():
         parts.append(" ".join(f"{name}={value}" for name, value in HALF_RATE.items()))
-    parts.append(load())
+    parts.append(load_average())
     parts.append(f"matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s in float32.")
     return ", ".join(parts)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lens_lora as ll
-from benchmarks.measuring import MARGIN, load, text_prompts
+from benchmarks.measuring import MARGIN, load_average, text_prompts
 
 __all__ = ["rank_table"]
 
@@ -70,7 +70,7 @@ def rank_table(lens: ll.LoraLens, count: int) -> None:
     print("| --- | --- | --- |")
     for name, taken in rows.items():
         print(f"| {name} | {taken.clock:.0f} s | {taken.cpu:.0f} s |")
-    print(f"\nEach ran once, and both wrote the same files, byte for byte ({load()}).")
+    print(f"\nEach ran once, and both wrote the same files, byte for byte ({load_average()}).")
 
 
 def write_prompts(lens: ll.LoraLens, count: int, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 
 import pytest
 
@@ -29,6 +30,24 @@ def test_the_pages_are_what_the_numbers_render_to():
     assert shapes.render(shapes.PAGE.read_text(), sizes) != shapes.PAGE.read_text()
 
 
+def test_an_error_that_is_no_number_is_named_in_the_table_of_tiny_models():
+    """NaN is stored as None; the largest of the other families' errors would hide it."""
+    rows = precision.read()
+    place = next(i for i, row in enumerate(rows) if row["model"] == "llama")
+    analysis = rows[place]["analysis"]
+    page = precision.PAGE.read_text()
+    assert f"| {analysis} | NaN |" not in page
+    rows[place] = {**rows[place], "error": None}
+    assert f"| {analysis} | NaN |" in precision.render(page, rows)
+
+
+def test_noise_floors_are_measured_on_every_model(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["precision.py", "--floors", "--only", "tiny"])
+    with pytest.raises(SystemExit):
+        precision.main()
+    assert "leave out --works and --only" in capsys.readouterr().err
+
+
 def test_the_front_on_precision_says_what_was_measured():
     """Its numbers are written by hand, and rounded."""
     front = (precision.DOCS / "precision.md").read_text()
@@ -40,7 +59,7 @@ def test_the_front_on_precision_says_what_was_measured():
         said = [float(number) for number in re.findall(r"off by ([\d.]+) %", line)]
         measured = [errors["bfloat16", analysis], errors["float16", analysis]]
         assert said == pytest.approx(measured, abs=0.06)
-    floors = json.loads(precision.FLOORS.read_text())
+    floors = json.loads(precision.FLOORS_FILE.read_text())
     assert f"In {sum(row['shifts'] for row in floors):,} shifts" in front
     assert f"beyond three floors in {sum(row['beyond'] for row in floors)}," in front
 
