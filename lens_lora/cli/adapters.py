@@ -15,7 +15,7 @@ from rich.console import Console
 import lens_lora as ll
 from lens_lora.cli import files, options, running
 from lens_lora.cli.questions import Question, Questions
-from lens_lora.errors import many
+from lens_lora.errors import ArgumentError, many, setting
 from lens_lora.formats.folders import checkpoint_folders, stated_fields
 
 if TYPE_CHECKING:
@@ -301,6 +301,7 @@ def repair(
     base: options.BaseModel,
 ) -> None:
     """Keep a margin and drop what else the adapter does, compared with scaling the adapter."""
+    _require_share(keep_share)
     questions = asked.checked()
     test_questions: list[Question] = []
     if test_prompt or test_prompts:
@@ -345,6 +346,13 @@ def repair(
         kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
         running.say(f"\nAdapter: {out.absolute()}, {kept_gates}")
         running.say(f"Report: {report.absolute()}")
+
+
+def _require_share(keep_share: float) -> None:
+    """Refuse a share outside (0, 1], as `ll.repair` does."""
+    if not 0 < keep_share <= 1:
+        given = setting("keep_share", keep_share)
+        raise ArgumentError(f"{given}: expected a share above 0, at most 1.")
 
 
 def _margins(lens: ll.LoraLens, questions: Sequence[Question]) -> list[_Margin]:

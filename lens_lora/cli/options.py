@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
+from lens_lora.errors import ArgumentError, setting
 from lens_lora.hosts.placement import Attention, Dtype, Placement
 
 # --- A dataclass of options
@@ -28,7 +30,9 @@ from lens_lora.hosts.placement import Attention, Dtype, Placement
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter that is a dataclass by one option for each of its fields.
 
-    The fields are annotated like the parameters of a command.
+    The fields are annotated like the parameters of a command. When the command is called, a number
+    that is not finite is refused first. NaN passes the bounds of some versions of typer, and
+    infinity any lower bound.
     """
     signature = inspect.signature(command, eval_str=True)
     parameters: list[inspect.Parameter] = []
@@ -45,6 +49,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def expanded(**values: Any) -> None:
+        for name, value in values.items():
+            _require_finite(name, value)
         for name, group in groups.items():
             fields = {option.name: values.pop(option.name) for option in _options_in(group)}
             values[name] = group(**fields)
@@ -52,6 +58,16 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     cast(Any, expanded).__signature__ = signature.replace(parameters=parameters)
     return expanded
+
+
+def _require_finite(name: str, value: object) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ArgumentError: naming the option.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ArgumentError(f"{setting(name, value)}: expected a finite number.")
 
 
 def _options_in(group: Any) -> list[inspect.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,10 +174,7 @@ class WrittenCard:
         stated = self._card.inputs.get("max_kl")
         if stated is None:
             return given
-        try:
-            bound = float(stated)
-        except ValueError as error:
-            raise LensLoraError(f"the card's max_kl is {stated!r}, which is no number.") from error
+        bound = _bound_in_card(stated)
         if given is not None and f"{given:g}" != f"{bound:g}":
             raise LensLoraError(
                 f"the card states --max-kl {bound:g}, and --max-kl {given:g} is given",
@@ -209,6 +207,22 @@ class WrittenCard:
         holding = _held(passed)
         self.brief = dataclasses.replace(verification, checks=(*others, holding))
         return dataclasses.replace(verification, checks=tuple(checks))
+
+
+def _bound_in_card(stated: str) -> float:
+    """Read the bound on KL that a card states.
+
+    Raises:
+        LensLoraError: it is no finite number of at least 0.
+    """
+    try:
+        bound = float(stated)
+    except ValueError:
+        bound = math.nan
+    if not 0 <= bound < math.inf:
+        fact = f"the card's max_kl is {stated!r}; expected a finite number of at least 0."
+        raise LensLoraError(fact)
+    return bound
 
 
 def _held(passed: Sequence[Check]) -> Check:

@@ -225,3 +225,14 @@ def test_what_is_refused(options, says, out):
     result = run(cli.app, [part.format(out=out) for part in options])
     assert result.exit_code == 2
     assert says in " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", result.output).split())
+
+
+@pytest.mark.parametrize("bound", ["nan", "inf", "-1", "small"])
+def test_a_bound_in_a_card_that_is_no_bound_is_refused(bound, out):
+    card = json.loads((out / "card.json").read_text())
+    card["inputs"]["max_kl"] = bound
+    changed = out / "changed.json"
+    changed.write_text(json.dumps(card))
+    result = run(cli.app, ["verify", "--card", str(changed), str(out / "adapter")])
+    assert result.exit_code == 2
+    assert f"the card's max_kl is '{bound}'; expected a finite number" in said(result)
