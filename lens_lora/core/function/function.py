@@ -657,11 +657,17 @@ class Function:
     ) -> list[Function]:
         """The prompts in groups, each small enough for one pass within the lens's bound on memory.
 
+        The pass is one of three:
+
+            g.groups(copies=2)              # a forward pass, with two copies of the rows
+            g.groups(graph=True)            # a forward pass with its graph, and a backward pass
+            g.groups(graph=True, beside=n)  # the same through values that carry tangents
+
         Args:
             graph: whether there is a backward pass.
-            copies: how many copies of the rows are in one pass.
-            beside: for a backward pass through values that carry tangents, the bytes that are held
-                for each row beside the graph.
+            copies: how many copies of the rows a forward pass holds. A graph is always of one.
+            beside: the bytes that are held for each row beside the graph. If they are given, there
+                is a backward pass.
 
         Raises:
             ArgumentError: rows that have to run together exceed the bound.
@@ -676,7 +682,7 @@ class Function:
         first = 0
         for reading in readings:
             end = first + reading.batch
-            groups.append(self._of(range(first, end), reading))
+            groups.append(self._with_prompts(range(first, end), reading))
             first = end
         return groups
 
@@ -705,7 +711,9 @@ class Function:
         indices = self._increasing_prompts(prompts)
         reading = self.reading.only(torch.tensor(indices))
         reads_all_together = reading is self.reading
-        return self if reads_all_together else self._of(indices, reading)
+        if reads_all_together:
+            return self
+        return self._with_prompts(indices, reading)
 
     def _increasing_prompts(self, prompts: Sequence[int]) -> list[int]:
         """The indices of some prompts, checked: rows and prompts would be mispaired otherwise."""
@@ -718,8 +726,8 @@ class Function:
             )
         return indices
 
-    def _of(self, prompts: Sequence[int], reading: Reading) -> Function:
-        """The same function of these prompts, whose reading is known."""
+    def _with_prompts(self, prompts: Sequence[int], reading: Reading) -> Function:
+        """The same function of these prompts alone, whose reading is known."""
         chosen = self.prompts.chosen(prompts)
         return self._changed(prompts=chosen, rows=reading.rows, _reading=reading)
 
@@ -741,17 +749,25 @@ class Function:
             TokenError, ArgumentError: a readout that does not fit the model, or the prompts.
         """
 
+        # A readout may run the model, as a `KL` does. `alone` keeps other calls off it meanwhile,
+        # and finds the model through the first argument, the lens.
         @alone
-        def read_by(lens: LoraLens) -> Function:
+        def read_alone(lens: LoraLens) -> Function:
             del lens
-            if callable(readout) and not isinstance(readout, Readout):
-                return self._read_by_function(readout)
-            required = Readout.required(readout)
-            if reading is None:
-                return self._read_by(required)
-            return self._with_reading(required, reading)
+            return self._about(readout, reading)
 
-        return read_by(self.lens)
+        return read_alone(self.lens)
+
+    def _about(
+        self, readout: Readout | Callable[[Tensor], Tensor], reading: Reading | None
+    ) -> Function:
+        """The work of `about`, while no other call uses the model."""
+        if callable(readout) and not isinstance(readout, Readout):
+            return self._read_by_function(readout)
+        required = Readout.required(readout)
+        if reading is None:
+            return self._read_by(required)
+        return self._with_reading(required, reading)
 
     def _read_by_function(self, function: Callable[[Tensor], Tensor]) -> Function:
         """The same rows, each read by a function of the caller's."""
@@ -800,7 +816,7 @@ class Function:
         return Function(**{**self._fields(), **fields})
 
     def _fields(self) -> dict[str, Any]:
-        """What makes this function: the arguments of its constructor, by name."""
+        """The arguments of this function's constructor, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Function)}
 
     # --- What results say of it
