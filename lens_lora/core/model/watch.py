@@ -28,21 +28,16 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.compat import (
-    edits_of,
-    parameters_in,
-)
+from lens_lora.compat import edits_of, parameters_in
 from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.errors import (
-    ModelStateError,
-)
+from lens_lora.errors import ModelStateError
 
 # How many entries of a matrix are compared.
 _ENTRIES = 64
 # The longest vector that is compared whole.
 _WHOLE_VECTOR = 2**15
-# How many columns lie between two entries, as a share of the width: the golden section spreads
-# them evenly.
+# Successive entries are this share of a row's width apart; the golden section spreads them evenly
+# over the columns.
 _GOLDEN = 0.382
 
 _Named = tuple[str, Tensor]
@@ -54,15 +49,15 @@ class _Place(NamedTuple):
     """The place where a tensor or a module stands.
 
     Attributes:
-        holder: the dictionary of the module that holds it.
-        key: its key there.
-        held: what stands there.
-        name: the place, for people.
+        container: the dictionary of a module: its parameters, its submodules or its attributes.
+        key: a key of it.
+        value: the tensor or module under this key.
+        name: the name of the place in errors.
     """
 
-    holder: Mapping[str, Any]
+    container: Mapping[str, Any]
     key: str
-    held: Any
+    value: Any
     name: str
 
 
@@ -94,7 +89,7 @@ class _Group:
         return torch.cat(parts).view(torch.uint8)
 
     def edited(self) -> str | None:
-        """The name of the first tensor whose entries are others; None where none is."""
+        """The name of the first tensor with a changed entry; None if there is none."""
         now = self._entries()
         if torch.equal(now, self._then):
             return None
@@ -132,21 +127,21 @@ class Watch:
 
     @classmethod
     def of_module(
-        cls, module: nn.Module, owner: str, gathered: Collection[nn.Module] = ()
+        cls, module: nn.Module, prefix: str, gathered: Collection[nn.Module] = ()
     ) -> Watch:
         """Every weight of a module, and the modules that hold them.
 
         Args:
             module: the module.
-            owner: what its places are called in errors, such as "the model's ".
+            prefix: how the names of its places begin in errors, such as "the model's ".
             gathered: the modules within it whose weights FSDP2 gathers, which are left out.
         """
-        places = [*_places_of(module, owner, gathered)]
+        places = list(_places_of(module, prefix, gathered))
         # A tensor that stands in several places is named by the first of them.
         tensors: dict[int, _Named] = {}
         for place in places:
-            if isinstance(place.held, Tensor):
-                tensors.setdefault(id(place.held), (place.name, place.held))
+            if isinstance(place.value, Tensor):
+                tensors.setdefault(id(place.value), (place.name, place.value))
         return cls(tensors.values(), places)
 
     @classmethod
@@ -163,13 +158,13 @@ class Watch:
         return cls(tensors, places)
 
     def changed(self, *, entries: bool) -> str | None:
-        """Say what changed, as the beginning of a sentence; None where nothing did.
+        """Say what changed, as the beginning of a sentence; None if nothing did.
 
         Args:
             entries: whether entries are compared, too.
         """
         for place in self._places:
-            if place.holder.get(place.key) is not place.held:
+            if place.container.get(place.key) is not place.value:
                 return f"{place.name} was replaced"
         for name, tensor, address in self._addresses:
             if tensor.data_ptr() != address:
@@ -211,47 +206,58 @@ def _is_watched(tensor: Tensor) -> bool:
     return not tensor.is_meta and tensor.numel() > 0
 
 
-def _places_of(
-    module: nn.Module, owned_by: str, gathered: Collection[nn.Module]
-) -> Iterator[_Place]:
-    """Where every weight stands in its module, and every module with weights in the one above.
+def _places_of(root: nn.Module, prefix: str, gathered: Collection[nn.Module]) -> Iterator[_Place]:
+    """Where every weight stands in its module, and every module with weights in its parent.
 
     Args:
-        module: the module.
-        owned_by: what the names of its places begin with.
+        root: the module that is watched.
+        prefix: what the names of its places begin with.
         gathered: modules that are left out.
     """
-    modules = dict(module.named_modules())
+    modules = dict(root.named_modules())
     listed: set[str] = set()
-    for path, owner in modules.items():
-        if owner in gathered:
+    for path, module in modules.items():
+        if module in gathered:
             continue
-        parameters = parameters_in(owner)
+        parameters = parameters_in(module)
         weights = {key: tensor for key, tensor in parameters.items() if tensor is not None}
-        yield from _tensors_in(parameters, weights, path, owned_by)
-        yield from _tensors_in(vars(owner), compat.processed_tensors(owner), path, owned_by)
-        while weights and path and path not in listed:
-            listed.add(path)
-            above, _, key = path.rpartition(".")
-            holder = compat.children_of(modules[above])
-            yield _Place(holder, key, modules[path], f"{owned_by}{path}")
-            path = above
+        yield from _places_of_tensors(parameters, weights, path, prefix)
+        processed = compat.processed_tensors(module)
+        yield from _places_of_tensors(vars(module), processed, path, prefix)
+        if weights:
+            yield from _places_up_to_root(modules, path, prefix, listed)
 
 
-def _tensors_in(
-    holder: Mapping[str, Any], held: Mapping[str, Tensor], path: str, owned_by: str
+def _places_of_tensors(
+    container: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str, prefix: str
 ) -> Iterator[_Place]:
-    for key, tensor in held.items():
+    """The places of these tensors in a dictionary of the module at this path."""
+    for key, tensor in tensors.items():
         if _is_watched(tensor):
             name = f"{path}.{key}".lstrip(".")
-            yield _Place(holder, key, tensor, f"{owned_by}{name}")
+            yield _Place(container, key, tensor, f"{prefix}{name}")
+
+
+def _places_up_to_root(
+    modules: Mapping[str, nn.Module], path: str, prefix: str, listed: set[str]
+) -> Iterator[_Place]:
+    """The place of the module at this path in its parent, of that in its own, and so on.
+
+    It ends at a path that is in `listed`, and adds each path to it.
+    """
+    while path and path not in listed:
+        listed.add(path)
+        parent, _, key = path.rpartition(".")
+        children = compat.children_of(modules[parent])
+        yield _Place(children, key, modules[path], f"{prefix}{path}")
+        path = parent
 
 
 def _spacing(tensor: Tensor) -> _Spacing:
-    """The entries of a tensor that are compared.
+    """Choose the entries of a tensor that are compared.
 
-    They are all entries of a vector. Of a matrix they are some, each in another row and column, or
-    along the diagonal of one that is not contiguous.
+    They are all entries of a vector. Of a matrix they are some, each in another row and column. If
+    the matrix is not contiguous, they lie along its diagonal.
     """
     if not tensor.is_contiguous():
         count = min(max(tensor.shape), _ENTRIES)
@@ -264,7 +270,9 @@ def _spacing(tensor: Tensor) -> _Spacing:
     count = size if is_whole else min(size, _ENTRIES)
     step = size // count
     if tensor.ndim:
-        aside = int(_GOLDEN * tensor.shape[-1]) | 1
-        if step > aside:
-            step -= aside
+        # Whole rows apart, the entries would all lie in one column. Widths are often powers of two,
+        # and with an odd offset the columns do not repeat.
+        column_offset = int(_GOLDEN * tensor.shape[-1]) | 1
+        if step > column_offset:
+            step -= column_offset
     return _Spacing(count, step)
