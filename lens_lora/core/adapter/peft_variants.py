@@ -29,9 +29,11 @@ _REMEDIES = {
     "use_qalora": "QA-LoRA pools the input of A; train with use_qalora=False.",
     "layer_replication": "Replicated layers change the base model; train without them.",
     "megatron_config": "Megatron's parallel linears are not read; save a plain LoRA.",
-    "init_lora_weights": "Its B·A is relative to base weights that the initialisation changed. "
-    "Save it converted, save_pretrained(..., path_initial_model_for_weight_conversion=...), or "
-    f"compare the merged model with the base that training began from: {MERGED}.",
+    "init_lora_weights": (
+        "Its B·A is relative to base weights that the initialisation changed. Save it converted, "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...), or compare the merged "
+        f"model with the base that training began from: {MERGED}."
+    ),
 }
 # Methods of PEFT that change no weight, beside those that learn a prompt.
 _WITHOUT_DELTA = {
@@ -58,8 +60,9 @@ def refuse_variants(config: Any) -> None:
     """
     refuse_without_delta(config)
     if not is_plain_lora(config):
+        variant = _measured_variant(config) or _named(config)
         raise UnsupportedAdapterError(
-            f"{_measured_variant(config) or _named(config)}: its ΔW is measured over the base",
+            f"{variant}: its ΔW is measured over the base",
             remedy="ll.load_adapter(folder, base=AutoModelForCausalLM.from_pretrained(…)).",
             in_shell="name the base with --model.",
         )
@@ -82,10 +85,7 @@ def refuse_without_delta(config: Any) -> None:
 
 
 def classifier_note(config: Any) -> str:
-    """A sentence for errors that says that the adapter is of a classifier; else nothing.
-
-    A classifier's head is no language model's.
-    """
+    """The sentence to add to an error if the adapter is for a classifier; otherwise ''."""
     task = getattr(config.task_type, "value", config.task_type)
     if task not in _CLASSIFIERS:
         return ""
@@ -100,7 +100,9 @@ def _refuse_values(config: Any) -> None:
         if field in _READ_VALUES:
             is_read = value in _READ_VALUES[field]
         if not is_read:
-            raise UnsupportedAdapterError(f"{field}={value!r}. {remedy}{classifier_note(config)}")
+            raise UnsupportedAdapterError(
+                f"{field}={value!r}.", remedy=f"{remedy}{classifier_note(config)}"
+            )
 
 
 def _refuse_unknown_variants(config: Any) -> None:
@@ -126,7 +128,7 @@ def _named(config: Any) -> str:
 
 
 def _measured_variant(config: Any) -> str | None:
-    """'use_bdlora=True': the variant of LoRA whose ΔW is measured over the base, if it is one."""
+    """The variant whose ΔW is measured over the base, as 'use_bdlora=True'; None for others."""
     for field in _MEASURED:
         value = getattr(config, field, None)
         if value:
