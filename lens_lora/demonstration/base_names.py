@@ -1,7 +1,7 @@
 """Decide which model a base's name stands for, in Python and in every command.
 
 1. If the user names a model, it is that folder or hub repository; 'embedded' is the embedded model.
-2. If not, it is the base that the adapter names, which is never fetched.
+2. Otherwise it is the base that the adapter names; that one is never fetched.
 3. If the adapter names the embedded model's hub id and the hub's own files are on this machine,
    these are used. If they are not, and the package with the embedded model is installed, the
    embedded weights are used. These were rounded to 4 bit, so there is a warning (`place_of`).
@@ -41,7 +41,9 @@ class NamedBase:
     @property
     def shown(self) -> str:
         """The name in a line of progress; the embedded model's without its owner on the hub."""
-        return self.name.rpartition("/")[2] if self.is_embedded else self.name
+        if not self.is_embedded:
+            return self.name
+        return self.name.rpartition("/")[2]
 
 
 def base_by_name(asked: str | None, of_adapter: str | None) -> NamedBase:
@@ -64,11 +66,12 @@ def base_by_name(asked: str | None, of_adapter: str | None) -> NamedBase:
             remedy="pass it as the first argument.",
             in_shell="name it with --model.",
         )
-    return NamedBase(of_adapter, is_embedded=_stands_for(of_adapter), of_adapter=True)
+    is_embedded = _is_replaced_by_embedded(of_adapter)
+    return NamedBase(of_adapter, is_embedded=is_embedded, of_adapter=True)
 
 
-def _stands_for(name: str) -> bool:
-    """Whether the embedded model stands for this name, which an adapter gives."""
+def _is_replaced_by_embedded(name: str) -> bool:
+    """Whether the embedded model is used for the base that an adapter names."""
     if name != EMBEDDED_HUB_ID or Path(name).exists():
         return False
     from huggingface_hub import try_to_load_from_cache
