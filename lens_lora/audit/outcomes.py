@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import regex
 
 from lens_lora._version import __version__
-from lens_lora.audit import phrases
 from lens_lora.audit.listed import Listed
 from lens_lora.errors import many
 from lens_lora.formats.folders import folders_below
@@ -89,6 +88,9 @@ class Outcome:
 
         Function words do not count. None if there is no such string.
         """
+        # It imports scipy, which the command line does without until its options are valid.
+        from lens_lora.audit import phrases
+
         raised = {word.lower() for word in self.brief.get("raised_words", ())}
         for string in self.row.expect:
             words = filter(phrases.is_telling_word, phrases.WORD.findall(string.lower()))
