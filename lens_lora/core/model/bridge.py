@@ -33,6 +33,7 @@ from lens_lora.core.model.bridge_points import BridgePoints, refuse_unknown_copi
 from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
 from lens_lora.core.model.hooks import base_parameter_error, computes
 from lens_lora.core.model.host import Ports
+from lens_lora.core.model.own_parameters import Fact
 from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, Heads
 from lens_lora.core.model.unembedding import Unembedding
 from lens_lora.spans import Temporary
@@ -86,7 +87,7 @@ class BridgeHost(HookedHost):
     def _wrapped(self, layer: int, kind: str) -> Any:
         """The Hugging Face module of a component, or the parameter; None where it has none."""
         find = functools.partial(self._components.wrapped, layer, kind)
-        return self.known("wrapped", layer, kind, make=find)
+        return self.known(Fact.WRAPPED, layer, kind, make=find)
 
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
         """The wrapped module's weight, or the one that a processed gated MLP uses instead.
@@ -106,7 +107,7 @@ class BridgeHost(HookedHost):
             return extensions.dequantised(wrapped)
         with compat.brought_in(wrapped):
             weight = stored_weight(wrapped)
-        kappa = self.known("factor", kind, make=lambda: self.embedding_scale(kind))
+        kappa = self.known(Fact.EMBEDDING_SCALE, kind, make=lambda: self.embedding_scale(kind))
         if kappa == 1:
             return weight
         return weight * kappa

@@ -20,6 +20,7 @@ from lens_lora.core.model.check import refuse_unusable
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
 from lens_lora.core.model.modules import modules_of
+from lens_lora.core.model.own_parameters import Fact
 from lens_lora.errors import ModelStateError
 
 # What makes a host of a hooked model and its base, by the name of the hooked model's class.
@@ -60,7 +61,7 @@ def host_of(model: Any, hf_model: nn.Module | None = None) -> HookedHost:
     modules = modules_of(model)
     refuse_unusable(model, modules)
     host = _HOSTS[name](model, hf_model)
-    host.known("modules", make=lambda: modules)
+    host.known(Fact.MODULES, make=lambda: modules)
     if host.needs_base() and extensions.quantised_linears(modules):
         raise ModelStateError(
             f"this {name} is quantised and processed: folding needs the weights themselves. Use it "

@@ -34,7 +34,7 @@ from lens_lora.core.model.basis import Basis
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.modules import modules_of
-from lens_lora.core.model.own_parameters import OwnParameters
+from lens_lora.core.model.own_parameters import Fact, OwnParameters
 from lens_lora.core.model.sites import Heads
 from lens_lora.families import Family
 from lens_lora.spans import Temporary
@@ -111,7 +111,7 @@ class HookedHost(OwnParameters):
     @property
     def rotary(self) -> Rotary:
         """The rotary embeddings whose table depends on how many positions a pass has."""
-        return self.known("rotary", make=lambda: Rotary.of(self.model))
+        return self.known(Fact.ROTARY, make=lambda: Rotary.of(self.model))
 
     # --- What must not be read, and what must not change
 
@@ -130,7 +130,7 @@ class HookedHost(OwnParameters):
     @property
     def modules(self) -> Mapping[nn.Module, str]:
         """Every module and its name, as `modules_of` lists them; the model is walked once."""
-        return self.known("modules", make=lambda: modules_of(self.model))
+        return self.known(Fact.MODULES, make=lambda: modules_of(self.model))
 
     @property
     def final_norm(self) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""What a hooked model says of its own weights, biases and norms: `OwnParameters`.
+"""`OwnParameters`: the weights, biases and norms of a hooked model as it holds them.
 
 These are not always the parameters of its Hugging Face base. TransformerLens may process a model:
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -33,9 +34,31 @@ from lens_lora.core.model.unembedding import Unembedding
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import NORM_KINDS, Family
 
-_Fact = TypeVar("_Fact")
+_Value = TypeVar("_Value")
 # A map that reads each norm which processing may fold.
 _READER_OF_NORM = {"ln1": "q", "ln2": "up", "ln_final": "unembed"}
+
+
+class Fact(enum.Enum):
+    """What a host looks up once. With the layer and the kind, it is the key of what was found."""
+
+    WORKING_DTYPE = enum.auto()
+    # Of a layer and a kind: how many experts its weight has, that weight's (out, in), its norm in a
+    # dtype, and the Hugging Face module that holds it.
+    EXPERTS = enum.auto()
+    SHAPE = enum.auto()
+    WEIGHT_NORM = enum.auto()
+    WRAPPED = enum.auto()
+    # Of a kind: the factor κ of an embedding.
+    EMBEDDING_SCALE = enum.auto()
+    # Of a layer and a kind, in front of a norm's γ and β or behind them: the basis of the updates,
+    # and the hook points.
+    BASIS = enum.auto()
+    PORTS = enum.auto()
+    # Whether the writers to the residual stream are centred.
+    CENTRES_STREAM = enum.auto()
+    ROTARY = enum.auto()
+    MODULES = enum.auto()
 
 
 class OwnParameters(abc.ABC):
@@ -62,9 +85,15 @@ class OwnParameters(abc.ABC):
         self.n_layers: int = model.cfg.n_layers
         self._known: dict[tuple[Any, ...], Any] = {}
 
-    def known(self, fact: str, *of_what: Any, make: Callable[[], _Fact]) -> _Fact:
-        """A fact of the model, looked up once: a host is kept while the model stays as it is."""
-        key = fact, *of_what
+    def known(self, fact: Fact, *arguments: Any, make: Callable[[], _Value]) -> _Value:
+        """A fact of the model, looked up once: a host is kept while the model stays as it is.
+
+        Args:
+            fact: which fact.
+            arguments: what it depends on, such as a layer and a kind.
+            make: looks it up.
+        """
+        key = (fact, *arguments)
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
@@ -135,7 +164,7 @@ class OwnParameters(abc.ABC):
             dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
             return torch.promote_types(dtype, torch.float32)
 
-        return self.known("working dtype", make=promoted)
+        return self.known(Fact.WORKING_DTYPE, make=promoted)
 
     @property
     def heads_at_hooks(self) -> Heads:
@@ -149,7 +178,7 @@ class OwnParameters(abc.ABC):
             stack = self.stack(layer, kind)
             return 0 if stack is None else len(stack)
 
-        return self.known("experts", layer, kind, make=count)
+        return self.known(Fact.EXPERTS, layer, kind, make=count)
 
     def unembedding(self) -> Unembedding | None:
         """W_U and b_U; None if a soft-cap follows them before the logits."""
@@ -210,7 +239,7 @@ class OwnParameters(abc.ABC):
         """Whether what is written to the residual stream was centred, so that it has no mean."""
         if self.family.norm != "LN" or self.family.is_probed:
             return False
-        return self.known("centres_stream", make=lambda: is_centred(self.weight(0, "o")))
+        return self.known(Fact.CENTRES_STREAM, make=lambda: is_centred(self.weight(0, "o")))
 
     def is_centred(self, kind: str, weight: Float[Tensor, "out in"]) -> bool:
         """Whether processing centred what this weight writes to the residual stream."""

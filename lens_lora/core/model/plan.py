@@ -36,6 +36,7 @@ from lens_lora.core.model.check import (
 from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.host import Ports
+from lens_lora.core.model.own_parameters import Fact
 from lens_lora.core.model.site_basis import folded_value_bias, map_of, norm_map
 from lens_lora.core.model.sites import Site, Sites, points_between
 from lens_lora.core.model.updates import SiteUpdate, site_updates
@@ -146,7 +147,7 @@ class Plan:
         def norm() -> Tensor:
             return torch.linalg.vector_norm(self.host.weight(site.layer, site.kind).to(dtype))
 
-        return self.host.known("norm", site.layer, site.kind, dtype, make=norm)
+        return self.host.known(Fact.WEIGHT_NORM, site.layer, site.kind, dtype, make=norm)
 
     @functools.cached_property
     def turns(self) -> tuple[gauge.Turn | None, ...]:
@@ -378,7 +379,7 @@ def _placed(host: HookedHost, pair: SiteUpdate, changed_norms: frozenset[str]) -
     is_behind = host.family.norm_path(layer, kind) in changed_norms
     ports_of = host.ports_behind_norm if is_behind else host.ports
     make = functools.partial(ports_of, layer, kind)
-    ports = host.known("ports", layer, kind, is_behind, make=make)
+    ports = host.known(Fact.PORTS, layer, kind, is_behind, make=make)
     delta = map_of(host.base, site, pair.update, behind_norm=is_behind)
     return _PlacedUpdate((ports,), delta)
 

@@ -29,7 +29,7 @@ from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.base_parameters import BaseParameters
 from lens_lora.core.model.bases import Processing
 from lens_lora.core.model.basis import Basis, NormMap, NormUpdate, SiteMap, Update, site_map
-from lens_lora.core.model.own_parameters import OwnParameters
+from lens_lora.core.model.own_parameters import Fact, OwnParameters
 from lens_lora.core.provided import declared
 
 
@@ -52,7 +52,7 @@ def map_of(
         stack = cast(Tensor, own.stack(site.layer, site.kind))
         return extensions.expert_map(update, own.working_dtype, stack.device)
     basis = basis_of(base, site, behind_norm=behind_norm)
-    kappa = own.known("factor", site.kind, make=lambda: own.embedding_scale(site.kind))
+    kappa = own.known(Fact.EMBEDDING_SCALE, site.kind, make=lambda: own.embedding_scale(site.kind))
     scaled = dataclasses.replace(update, scale=update.scale * kappa)
     return site_map(scaled, basis)
 
@@ -78,7 +78,7 @@ def basis_of(base: BaseParameters, site: SiteFactors, *, behind_norm: bool = Fal
         behind_norm: whether z is read behind γ and β.
     """
     make = functools.partial(_basis, base, site, behind_norm=behind_norm)
-    return base.own.known("basis", site.layer, site.kind, behind_norm, make=make)
+    return base.own.known(Fact.BASIS, site.layer, site.kind, behind_norm, make=make)
 
 
 def _basis(base: BaseParameters, site: SiteFactors, *, behind_norm: bool) -> Basis:

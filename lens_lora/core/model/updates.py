@@ -40,6 +40,7 @@ from lens_lora.core.model.bases import is_same
 from lens_lora.core.model.basis import NormUpdate, Update
 from lens_lora.core.model.gauge import svd_turn
 from lens_lora.core.model.hooked_host import HookedHost
+from lens_lora.core.model.own_parameters import Fact
 from lens_lora.core.model.sites import site_name
 from lens_lora.errors import AdapterError, ModelStateError, UnsupportedAdapterError
 from lens_lora.families import NORM_KINDS, outside_layer
@@ -174,7 +175,7 @@ def _require_fit(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
         if site.kind in NORM_KINDS:
             continue
         measure = functools.partial(host.shape, site.layer, site.kind)
-        out, width = host.known("shape", site.layer, site.kind, make=measure)
+        out, width = host.known(Fact.SHAPE, site.layer, site.kind, make=measure)
         for held_out, held_width in _shapes(site, (out, width)):
             if (held_out, held_width) != (out, width):
                 maps = f"{held_width}→{held_out}, the model {width}→{out}"
