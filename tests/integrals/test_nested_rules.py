@@ -38,8 +38,8 @@ def test_rules_up_to_a_number_of_nodes(most: int, counts: list[int]):
     assert nested_counts(most) == counts
 
 
-def test_sums_of_new_nodes_are_the_rules():
-    """Every node comes once, and each rule's sum equals the rule alone."""
+def test_rules_put_together_from_new_nodes_are_the_rules():
+    """Each node is new once, and the new nodes' sums up to a rule add up to that rule's."""
     counts = nested_counts(33)
     sums = np.zeros(len(counts))
     seen: list[float] = []
@@ -55,7 +55,7 @@ def test_sums_of_new_nodes_are_the_rules():
 
 @pytest.mark.parametrize("nodes", [1, 3, 7, 15, 31, 63])
 def test_patterson_s_rules_are_of_their_degree(nodes: int):
-    """∫₀¹ ε^d dε = 1/(d + 1) up to ⌊(3N + 1)/2⌋, or 2N − 1 of Gauss, and not for the next even."""
+    """∫₀¹ ε^d dε = 1/(d + 1) for d up to ⌊(3N + 1)/2⌋; the rule of one node is Gauss's, d up to 1."""
     points, weights = patterson(nodes)
     assert (weights > 0).all()
     assert (points > 0).all()
@@ -65,19 +65,32 @@ def test_patterson_s_rules_are_of_their_degree(nodes: int):
         assert weights @ points**power == pytest.approx(1 / (power + 1), rel=1e-11)
 
 
+@pytest.mark.parametrize("nodes", [1, 3, 7])
+def test_patterson_s_rules_are_of_no_higher_degree(nodes: int):
+    """The next even power is not integrated. With more nodes its error is below what rounding does.
+
+    Every degree is odd. On [−1, 1], where rules are symmetric, an odd power is integrated anyway.
+    """
+    points, weights = patterson(nodes)
+    degree = (3 * nodes + 1) // 2 if nodes > 1 else 1
+    power = degree + 1
+    error = weights @ points**power - 1 / (power + 1)
+    assert abs(error) > 1e-9
+
+
 def test_patterson_s_rules_hold_the_published_nodes():
-    """Of 3 nodes √0.6 on [−1, 1], of 7 those of Patterson's table."""
+    """On [−1, 1] three nodes are Gauss's, 0 and ±√0.6, and seven those of Patterson (1968)."""
     three, _ = patterson(3)
     seven, weights = patterson(7)
     assert 2 * three - 1 == pytest.approx([-(0.6**0.5), 0, 0.6**0.5], abs=1e-15)
-    published = [0, 0.434243749346802558, 0.774596669241483377, 0.960491268708020283]
-    assert 2 * seven[3:] - 1 == pytest.approx(published, abs=1e-14)
-    of_published = [0.450916538658474143, 0.401397414775962223, 0.268488089868333440]
-    assert 2 * weights[3:6] == pytest.approx(of_published, abs=1e-14)
+    published_nodes = [0, 0.434243749346802558, 0.774596669241483377, 0.960491268708020283]
+    assert 2 * seven[3:] - 1 == pytest.approx(published_nodes, abs=1e-14)
+    published_weights = [0.450916538658474143, 0.401397414775962223, 0.268488089868333440]
+    assert 2 * weights[3:6] == pytest.approx(published_weights, abs=1e-14)
 
 
-def test_each_node_of_patterson_s_rules_comes_once():
-    """Its points and weights, put together rule by rule, are those of the rule."""
+def test_patterson_s_rules_put_together_from_new_nodes_are_the_rules():
+    """Each node is new once, and the new nodes' sums up to a rule add up to that rule's."""
     counts = patterson_counts(100)
     assert counts == [1, 3, 7, 15, 31, 63]
     sums = np.zeros(len(counts))
