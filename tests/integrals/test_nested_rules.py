@@ -55,7 +55,7 @@ def test_rules_put_together_from_new_nodes_are_the_rules():
 
 @pytest.mark.parametrize("nodes", [1, 3, 7, 15, 31, 63])
 def test_patterson_s_rules_are_of_their_degree(nodes: int):
-    """∫₀¹ ε^d dε = 1/(d + 1) for d up to ⌊(3N + 1)/2⌋; the rule of one node is Gauss's, d up to 1."""
+    """∫₀¹ ε^d dε = 1/(d + 1) for d ≤ ⌊(3N + 1)/2⌋; the rule of one node is Gauss's, d ≤ 1."""
     points, weights = patterson(nodes)
     assert (weights > 0).all()
     assert (points > 0).all()
