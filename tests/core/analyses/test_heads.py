@@ -168,24 +168,35 @@ def test_the_result_draws(cls: str):
     assert "hook_z[" in repr(effects)
 
 
+# The residual stream where a block reads it, by the class of the hooked model.
+STREAM = {"HookedTransformer": "blocks.0.hook_resid_pre", "TransformerBridge": "blocks.0.hook_in"}
+WITHOUT_HEADS = (
+    "blocks.1.attn.hook_pattern",
+    "blocks.1.attn.hook_rot_q",
+    "blocks.1.hook_attn_out",
+)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_what_holds_no_heads_is_refused(cls: str):
     lens = cases.case("llama", cls, "raw").lens
-    stream = "blocks.0.hook_resid_pre" if cls == "HookedTransformer" else "blocks.0.hook_in"
-    others = ("attn.hook_pattern", "attn.hook_rot_q", "hook_attn_out")
-    for name in (stream, *(f"blocks.1.{other}" for other in others)):
-        if name in lens.model.hook_dict:
-            with pytest.raises(
-                ll.errors.ModelStateError,
-                match=r"not all heads.*attn\.hook_q.*=None",
-            ):
-                ll.patch_activations(lens, TOKENS, MARGIN, name, **EACH)
-    for heads in ("all", 3, True):
-        with pytest.raises(ll.errors.ArgumentError, match="heads="):
-            ll.patch_activations(
-                lens, TOKENS, MARGIN, "blocks.0.attn.hook_z", heads=heads, progress=False
-            )
+    for point in (STREAM[cls], *WITHOUT_HEADS):
+        assert point in lens.model.hook_dict
+        with pytest.raises(ll.errors.ModelStateError, match=r"not all heads.*attn\.hook_q.*=None"):
+            ll.patch_activations(lens, TOKENS, MARGIN, point, **EACH)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("heads", ["all", 3, True])
+def test_heads_are_each_or_none(heads: object, cls: str):
+    """Every other value of `heads` is refused."""
+    lens = cases.case("llama", cls, "raw").lens
+    with pytest.raises(ll.errors.ArgumentError, match="heads="):
+        ll.patch_activations(
+            lens, TOKENS, MARGIN, "blocks.0.attn.hook_z", heads=heads, progress=False
+        )
 
 
 @models.NEEDS_NEWEST

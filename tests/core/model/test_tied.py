@@ -5,7 +5,6 @@ from __future__ import annotations
 import models
 import pytest
 import torch
-import transformers as hf
 from adapter_files import saved
 from differences import largest_difference
 from safetensors.torch import load_file, save_file
@@ -61,7 +60,9 @@ CONFIGS = {
 }
 OUTSIDE = ("embed", "unembed")
 # PEFT on transformers 4 cannot wrap a tied head that has a LoRA.
-NOT_IN_PEFT = [("rows under a LoRA of the head", True)] if hf.__version__ < "5" else []
+NOT_IN_PEFT: list[tuple[str, bool]] = []
+if models.major_version("transformers") < 5:
+    NOT_IN_PEFT.append(("rows under a LoRA of the head", True))
 CASES = [(n, t) for n in CONFIGS for t in (True, False) if (n, t) not in NOT_IN_PEFT]
 
 

@@ -26,7 +26,7 @@ _EXPERTS = {
 
 def _dbrx(jitter: float) -> transformers.PreTrainedModel:
     # transformers 5 has the width of the experts' input in their own configuration.
-    width = {"hidden_size": 16} if transformers.__version__ >= "5" else {}
+    width = {"hidden_size": 16} if models.major_version("transformers") >= 5 else {}
     experts = {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}
     config = transformers.DbrxConfig(
         d_model=16,
