@@ -41,7 +41,7 @@ from lens_lora.core import (
 )
 from lens_lora.errors import ArgumentError, many
 from lens_lora.formats.folders import checkpoint_folders
-from lens_lora.two_adapters.overlap import Overlap, ThinSVD, overlap_of, svd_of_sites
+from lens_lora.two_adapters.overlap import Overlap, SiteChange, changes_of_sites, overlap_of
 from lens_lora.two_adapters.training import Checkpoints, Trainings
 
 # One training: its checkpoints in order, or the folder or hub id of its run.
@@ -244,13 +244,13 @@ class _Measured(NamedTuple):
         adapted: g(1).
         flip_scale: the first ε at which the readout changes sign; NaN where it does not.
         noise: σ of g(1) from rounding.
-        update: the singular values and vectors of ΔW at each site.
+        update: what the adapter changes at each site.
     """
 
     adapted: Float[Tensor, " batch"]
     flip_scale: Float[Tensor, " batch"]
     noise: Float[Tensor, " batch"]
-    update: Mapping[str, ThinSVD]
+    update: Mapping[str, SiteChange]
 
 
 def _in_order(
@@ -353,14 +353,14 @@ def _measured(g: Evaluations) -> _Measured:
         adapted=adapted.cpu().double(),
         flip_scale=flip_scales(g, base, scales.to(values.device), values.T),
         noise=g.noise((1.0,), at=1.0).cpu().double(),
-        update=svd_of_sites(g.lens),
+        update=changes_of_sites(g.lens),
     )
 
 
 # --- Weights
 
 
-def _weights(updates: Sequence[Mapping[str, ThinSVD]]) -> dict[str, Tensor]:
+def _weights(updates: Sequence[Mapping[str, SiteChange]]) -> dict[str, Tensor]:
     """The fields of `Checkpoints` that say how large ΔW is and where it points."""
     norms = torch.stack([_norms(of_step) for of_step in updates])
     squares = norms.square()
@@ -391,11 +391,11 @@ def _weights(updates: Sequence[Mapping[str, ThinSVD]]) -> dict[str, Tensor]:
     }
 
 
-def _norms(updates: Mapping[str, ThinSVD]) -> Float[Tensor, " site"]:
+def _norms(updates: Mapping[str, SiteChange]) -> Float[Tensor, " site"]:
     return torch.stack([update.sigma.norm() for update in updates.values()])
 
 
-def _overlaps(mine: Mapping[str, ThinSVD], theirs: Mapping[str, ThinSVD]) -> list[Overlap]:
+def _overlaps(mine: Mapping[str, SiteChange], theirs: Mapping[str, SiteChange]) -> list[Overlap]:
     return [overlap_of(update, theirs[name]) for name, update in mine.items()]
 
 

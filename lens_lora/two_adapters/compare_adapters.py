@@ -42,7 +42,7 @@ from lens_lora.core import (
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.arithmetic import draw_seeds
 from lens_lora.two_adapters.comparison import AdapterComparison
-from lens_lora.two_adapters.overlap import ThinSVD, overlap_of, svd_of_sites
+from lens_lora.two_adapters.overlap import SiteChange, changes_of_sites, overlap_of
 from lens_lora.two_adapters.shift_products import groups_of, shift_products
 
 
@@ -113,7 +113,7 @@ def compare_adapters(
             remedy="give prompts, on which what both do is compared.",
         )
 
-    fields = _geometry(svd_of_sites(lens), svd_of_sites(second), draw_seeds(seed, draws))
+    fields = _geometry(changes_of_sites(lens), changes_of_sites(second), draw_seeds(seed, draws))
     label = "" if readout is None else readout.label
     if prompts is None:
         meta = lens.describe()
@@ -159,7 +159,7 @@ def _adapter_of(other: object, revision: str | None, subfolder: str | None) -> A
 
 
 def _geometry(
-    mine: Mapping[str, ThinSVD], theirs: Mapping[str, ThinSVD], seeds: Sequence[int]
+    mine: Mapping[str, SiteChange], theirs: Mapping[str, SiteChange], seeds: Sequence[int]
 ) -> dict[str, Tensor]:
     """The fields of `AdapterComparison` that need no prompts."""
     shared = [name for name in mine if name in theirs]
@@ -177,8 +177,8 @@ def _geometry(
 
 
 def _null_geometry(
-    mine: Mapping[str, ThinSVD],
-    theirs: Mapping[str, ThinSVD],
+    mine: Mapping[str, SiteChange],
+    theirs: Mapping[str, SiteChange],
     shared: Sequence[str],
     seeds: Sequence[int],
 ) -> dict[str, Tensor]:
@@ -200,12 +200,12 @@ def _null_geometry(
     }
 
 
-def _norms_of(updates: Mapping[str, ThinSVD], names: Sequence[str]) -> list[float]:
+def _norms_of(updates: Mapping[str, SiteChange], names: Sequence[str]) -> list[float]:
     """The norm of ΔW at each of these sites."""
     return [float(updates[name].sigma.norm()) for name in names]
 
 
-def _norm_of_others(updates: Mapping[str, ThinSVD], shared: Sequence[str]) -> float:
+def _norm_of_others(updates: Mapping[str, SiteChange], shared: Sequence[str]) -> float:
     """√Σ‖ΔW‖² over the sites that are not shared."""
     squares = 0.0
     for name, update in updates.items():

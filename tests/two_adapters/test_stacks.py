@@ -8,7 +8,7 @@ import pytest
 from differences import largest_difference
 
 import lens_lora as ll
-from lens_lora.two_adapters.overlap import overlap_of, svd_of_sites
+from lens_lora.two_adapters.overlap import changes_of_sites, overlap_of
 
 pytestmark = models.NEEDS_NEWEST
 # Stacks [expert, out, in]; stacks [expert, in, out] with biases; a family that `families` has.
@@ -32,12 +32,12 @@ def test_two_stacks_are_compared_expert_by_expert(case):
     lens = case.lens
     other = case.lens.adapter.null(5)
     mixed = case.lens.adapter.mixed(other, 0.3)
-    updates = svd_of_sites(lens)
-    others = svd_of_sites(lens.with_adapter(mixed))
+    changes = changes_of_sites(lens)
+    others = changes_of_sites(lens.with_adapter(mixed))
     for index in stacks(lens):
         site = lens.sites[index]
         ours, theirs = (a.modules[site.module] for a in (lens.adapter, mixed))
-        pair = overlap_of(updates[site.name], others[site.name])
+        pair = overlap_of(changes[site.name], others[site.name])
         expected = float((ours.materialise() * theirs.materialise()).sum())
         across = float(((ours.B.T @ theirs.B) * (ours.A @ theirs.A.T)).sum())
         across *= ours.scale * theirs.scale
