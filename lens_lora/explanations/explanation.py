@@ -51,7 +51,7 @@ class Explanation(_WithFigures):
 
     Attributes:
         prompt: the prompt's tokens.
-        margin: the margin's account and path, its first order split by position.
+        margin: the margin along the path, and its first order split by position.
         said: {'base' or 'adapted': ((token, probability), …)}, the likeliest next tokens.
         probabilities: the probability of every next token, in the base and in the adapted model.
         shift: the first-order logit shift of the next token, of all sites together.
@@ -210,11 +210,11 @@ class ReadoutExplanation(_WithFigures):
         return _joined(frames)
 
 
-# What is explained site by site, and not token by token.
-BySite = Explanation | ReadoutExplanation
+# An explanation by site. A `ResponseExplanation` is by token.
+SiteExplanation = Explanation | ReadoutExplanation
 
 
-def _comparisons(e: BySite) -> tuple[Comparison, ...]:
+def _comparisons(e: SiteExplanation) -> tuple[Comparison, ...]:
     if e.add_one is None or e.leave_one_out is None:
         return ()
     return (
@@ -224,7 +224,7 @@ def _comparisons(e: BySite) -> tuple[Comparison, ...]:
     )
 
 
-def _sites_frame(e: BySite, prompt: int) -> pd.DataFrame:
+def _sites_frame(e: SiteExplanation, prompt: int) -> pd.DataFrame:
     """One row per site: every number that was computed of it on one prompt."""
     numbers = {
         "first_order": e.first_order.per_site,

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from lens_lora.core import drawing
 from lens_lora.explanations import words
 from lens_lora.explanations.explanation import (
-    BySite,
     Explanation,
     Explanations,
     ReadoutExplanation,
+    SiteExplanation,
 )
 from lens_lora.show import figures, go
 from lens_lora.show.figures import EXACT, INK, NOISE, curve, finish, heatmap, names_axis, value_text
 from lens_lora.show.text import label, numbered, short_prompt, signed
-from lens_lora.views.words import Account, ReadoutAccount
+from lens_lora.views.words import MarginNumbers, ReadoutNumbers
 
 # The headings of comparisons on a page, by name, in the order of `Explanation.comparisons`.
 COMPARED = {
@@ -29,7 +29,7 @@ COMPARED = {
 def explanation_figures(e: Explanation) -> dict[str, go.Figure]:
     """The figures by name; effects that are all within rounding are not compared."""
     drawn = {"path": e.margin.plot(), "remainder": e.margin.curve.plot()}
-    return drawn | _by_site_figures(e, words.explained_account(e))
+    return drawn | _by_site_figures(e, words.explained_numbers(e))
 
 
 @drawing.figures.register(ReadoutExplanation)
@@ -40,7 +40,7 @@ def readout_figures(e: ReadoutExplanation) -> dict[str, go.Figure]:
         drawn["heads"] = e.by_head.plot(by="head")
     drawn["ranks"] = e.by_rank.plot(by="rank")
     if len(e.prompts) == 1:
-        return drawn | _by_site_figures(e, words.readout_account(e))
+        return drawn | _by_site_figures(e, words.readout_numbers(e))
     drawn["sites"] = e.first_order.plot(by="site")
     for name, comparison in zip(COMPARED, e.comparisons, strict=False):
         drawn[name] = comparison.plot()
@@ -49,7 +49,7 @@ def readout_figures(e: ReadoutExplanation) -> dict[str, go.Figure]:
     return drawn
 
 
-def _by_site_figures(e: BySite, account: ReadoutAccount) -> dict[str, go.Figure]:
+def _by_site_figures(e: SiteExplanation, numbers: ReadoutNumbers) -> dict[str, go.Figure]:
     """The figures of one prompt that need no two answers."""
     first = e.first_order
     drawn = {
@@ -60,11 +60,11 @@ def _by_site_figures(e: BySite, account: ReadoutAccount) -> dict[str, go.Figure]
     if e.coupling is not None:
         drawn["coupling"] = e.coupling.plot()
     for name, comparison in zip(COMPARED, e.comparisons, strict=False):
-        if words.is_comparable(comparison, account):
+        if words.is_comparable(comparison, numbers):
             drawn[name] = comparison.plot()
     for name, flags in e.reliability.items():
         drawn[f"reliability/{name}"] = flags.plot()
-    if e.faithfulness is not None and account.has_shift:
+    if e.faithfulness is not None and numbers.has_shift:
         drawn["faithfulness"] = e.faithfulness.plot()
     if e.null is not None:
         drawn["null"] = e.null.plot()
@@ -80,36 +80,36 @@ def overview_figures(explanations: Explanations) -> dict[str, go.Figure]:
 
 def margins_figure(explanations: Sequence[Explanation]) -> go.Figure:
     """A line for each prompt, from the base model's margin to the adapted one's."""
-    accounts = [words.explained_account(e) for e in explanations]
+    all_numbers = [words.explained_numbers(e) for e in explanations]
     names = numbered([e.prompt for e in explanations])
-    units = label(accounts[0].units)
+    units = label(all_numbers[0].units)
     ends: list[float | None] = []
     rows: list[str] = []
-    for name, account in zip(names, accounts, strict=True):
+    for name, numbers in zip(names, all_numbers, strict=True):
         # None ends the line.
-        ends += [account.m0, account.m, None]
+        ends += [numbers.m0, numbers.m, None]
         rows += [name, name, name]
     figure = go.Figure(curve(ends, rows, "", NOISE, showlegend=False))
     for model, margins, colour in (
-        ("base model", [account.m0 for account in accounts], NOISE),
-        ("with the adapter", [account.m for account in accounts], EXACT),
+        ("base model", [numbers.m0 for numbers in all_numbers], NOISE),
+        ("with the adapter", [numbers.m for numbers in all_numbers], EXACT),
     ):
         hover: list[str] = []
-        for e, account, margin in zip(explanations, accounts, margins, strict=True):
-            hover.append(f"{_asked_text(e, account)}<br>{model}: {signed(margin)} {units}")
+        for e, numbers, margin in zip(explanations, all_numbers, margins, strict=True):
+            hover.append(f"{_asked_text(e, numbers)}<br>{model}: {signed(margin)} {units}")
         figure.add_trace(figures.points(margins, names, hover, model, color=colour, size=10))
     figure.add_vline(x=0, line={"color": INK, "width": 1.5})
-    flips = sum(account.flips for account in accounts)
-    below = f"from the base model to the adapted one; {flips} of {len(accounts)} prompts flip"
-    height = 150 + 24 * len(accounts)
+    flips = sum(numbers.flips for numbers in all_numbers)
+    below = f"from the base model to the adapted one; {flips} of {len(all_numbers)} prompts flip"
+    height = 150 + 24 * len(all_numbers)
     y = names_axis(names, autorange="reversed", showgrid=False).layout
     titles = ("Margin of each prompt", below)
     return finish(figure, titles, (f"margin, {units}", ""), height, yaxis=y)
 
 
-def _asked_text(e: Explanation, account: Account) -> str:
+def _asked_text(e: Explanation, numbers: MarginNumbers) -> str:
     """The prompt, and the two answers, for a hover."""
-    answers = f"{label(account.doc)} against {label(account.pre)}"
+    answers = f"{label(numbers.doc)} against {label(numbers.pre)}"
     return f"<b>{label(short_prompt(e.prompt))}</b><br>{answers}"
 
 

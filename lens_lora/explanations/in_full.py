@@ -26,10 +26,10 @@ _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 # The steps of the bar that `in_full` takes.
 SLOW_STEPS = 5
 
-_BySite = TypeVar("_BySite", Explanation, ReadoutExplanation)
+_SiteExplanation = TypeVar("_SiteExplanation", Explanation, ReadoutExplanation)
 
 
-def in_full(g: Evaluations, quick: _BySite, bar: tqdm[Any]) -> _BySite:
+def in_full(g: Evaluations, quick: _SiteExplanation, bar: tqdm[Any]) -> _SiteExplanation:
     """The same explanation with the parts that take many passes.
 
     Args:

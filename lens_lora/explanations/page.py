@@ -14,10 +14,10 @@ from lens_lora.core import drawing
 from lens_lora.errors import ArgumentError
 from lens_lora.explanations import tables, words
 from lens_lora.explanations.explanation import (
-    BySite,
     Explanation,
     Explanations,
     ResponseExplanation,
+    SiteExplanation,
 )
 from lens_lora.explanations.figures import (
     COMPARED,
@@ -30,7 +30,7 @@ from lens_lora.show import go, page, text
 from lens_lora.show.text import magnitude, short_prompt
 from lens_lora.views.attribution_words import quadrature_text
 from lens_lora.views.tables import margin_table
-from lens_lora.views.words import ReadoutAccount
+from lens_lora.views.words import ReadoutNumbers
 
 Explained = Explanation | ResponseExplanation
 
@@ -88,8 +88,8 @@ def _title(explanations: Sequence[Explained]) -> str:
 def _subject(e: Explained) -> str:
     if isinstance(e, ResponseExplanation):
         return f"The response to “{short_prompt(e.prompt)}”"
-    account = words.explained_account(e)
-    return f"{account.doc} against {account.pre}"
+    numbers = words.explained_numbers(e)
+    return f"{numbers.doc} against {numbers.pre}"
 
 
 def _part(e: Explained, number: int) -> page.Part:
@@ -98,7 +98,7 @@ def _part(e: Explained, number: int) -> page.Part:
         return response_part(e)
     figures = explanation_figures(e)
     meta = e.first_order.meta
-    prompt = text.shortened(words.explained_account(e).prompt)
+    prompt = text.shortened(words.explained_numbers(e).prompt)
     about = [e.first_order.readout, f"“{prompt}”", page.made_by(meta)]
     headline = words.headline(e)
     numbers_file = page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False))
@@ -116,18 +116,18 @@ def _part(e: Explained, number: int) -> page.Part:
 
 def _sections(e: Explanation, figures: dict[str, go.Figure]) -> list[page.Section]:
     """The sections in the order in which one reads them; an empty one is left out of the page."""
-    side_by_side = (margin_table(words.explained_account(e)), tables.said_table(e))
+    side_by_side = (margin_table(words.explained_numbers(e)), tables.said_table(e))
     promoted = page.Section("Tokens promoted and suppressed", _token_blocks(e))
     return [
         page.Section("The margin in numbers", [side_by_side]),
-        *by_site_sections(e, figures, words.explained_account(e), [promoted]),
+        *by_site_sections(e, figures, words.explained_numbers(e), [promoted]),
     ]
 
 
 def by_site_sections(
-    e: BySite,
+    e: SiteExplanation,
     figures: dict[str, go.Figure],
-    account: ReadoutAccount,
+    numbers: ReadoutNumbers,
     after_modules: Sequence[page.Section],
 ) -> list[page.Section]:
     """The sections that need no two answers; an empty one is left out of the page.
@@ -135,7 +135,7 @@ def by_site_sections(
     Args:
         e: the explanation of one prompt.
         figures: its figures by name.
-        account: its numbers.
+        numbers: those of its readout.
         after_modules: sections that follow the largest modules.
     """
 
@@ -160,7 +160,7 @@ def by_site_sections(
         *after_modules,
         page.Section("Where in the prompt", plots_of("positions"), _positions_lead(e)),
         page.Section("Coupling between layers", coupling),
-        _measured(e, account, plots_of(*COMPARED)),
+        _measured(e, numbers, plots_of(*COMPARED)),
         page.Section("Reliability flags", flags),
         page.Section("Which few modules carry the shift", kept),
         page.Section("Against random directions", plots_of("null"), _null_lead(e)),
@@ -185,19 +185,19 @@ def _token_blocks(e: Explanation) -> list[page.Block]:
     return [tables.moved_table(e, _TOKENS), moves, logits]
 
 
-def _positions_lead(e: BySite) -> str:
+def _positions_lead(e: SiteExplanation) -> str:
     lead = "First order at ε = 0, by the token at which a module writes, summed over each layer."
     if isinstance(e, Explanation) and len(e.first_order.str_tokens[0]) > len(e.prompt):
         lead += " After the prompt come the answers' tokens; a|b is where the two differ."
     return lead
 
 
-def _null_lead(e: BySite) -> str:
+def _null_lead(e: SiteExplanation) -> str:
     verdict = "" if e.null is None else str(e.null.verdict[0])
     return f"Adapters of the same sizes in random directions: {verdict}."
 
 
-def _modules_lead(e: BySite) -> str:
+def _modules_lead(e: SiteExplanation) -> str:
     lead = f"In {e.units}, by size of first order at ε = 0 (a)."
     if not e.is_fast:
         lead += " Each module was also added to the base model and left out of the adapted one."
@@ -206,13 +206,15 @@ def _modules_lead(e: BySite) -> str:
     return f"{lead} A flag names the question for which a at ε = 0 is not to be trusted."
 
 
-def _measured(e: BySite, account: ReadoutAccount, plots: Sequence[page.Plot]) -> page.Section:
+def _measured(
+    e: SiteExplanation, numbers: ReadoutNumbers, plots: Sequence[page.Plot]
+) -> page.Section:
     """First order compared with the measured effects of single modules."""
     heading = "First order against measurements"
     table = tables.agreement_table(e)
     if not table.rows and not e.is_fast:
-        floor = magnitude(account.floor)
-        none = f"No single module moves the {words.named(e)} by more than rounding ({floor})."
+        floor = magnitude(numbers.floor)
+        none = f"No single module moves the {words.noun_of(e)} by more than rounding ({floor})."
         return page.Section(heading, [none])
     lead = (
         "Each point is a module: the prediction on the horizontal axis, the measured effect on the "
@@ -252,17 +254,17 @@ def _margins_frame(margins: tables.Numbered) -> pd.DataFrame:
     """The table of the margins as numbers."""
     rows: list[Mapping[str, object]] = []
     for number, e in margins:
-        account = words.explained_account(e)
+        numbers = words.explained_numbers(e)
         row = {
             "prompt": number,
             "text": short_prompt(e.prompt),
             "doc": e.margin.doc[0],
             "pre": e.margin.pre[0],
             "units": e.units,
-            "base": account.m0,
-            "adapted": account.m,
-            "first_order": account.first_order,
-            "flip_scale": account.flip_scale,
+            "base": numbers.m0,
+            "adapted": numbers.m,
+            "first_order": numbers.first_order,
+            "flip_scale": numbers.flip_scale,
         }
         rows.append(row)
     return pd.DataFrame(rows)

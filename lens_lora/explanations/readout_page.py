@@ -7,7 +7,7 @@ from lens_lora.explanations.explanation import ReadoutExplanation
 from lens_lora.explanations.figures import readout_figures
 from lens_lora.explanations.page import by_site_sections
 from lens_lora.explanations.readout_words import readout_headline, readout_story
-from lens_lora.explanations.words import readout_account
+from lens_lora.explanations.words import readout_numbers
 from lens_lora.show import page, text
 from lens_lora.show.tables import Table
 from lens_lora.views.attribution_words import top_sites
@@ -39,10 +39,10 @@ def readout_report(e: ReadoutExplanation, *, title: str | None = None) -> str:
 
 def _part(e: ReadoutExplanation, number: int) -> page.Part:
     """One prompt's share of the page."""
-    account = readout_account(e)
+    numbers = readout_numbers(e)
     figures = readout_figures(e)
     meta = e.first_order.meta
-    prompt = text.shortened(account.prompt)
+    prompt = text.shortened(numbers.prompt)
     headline = readout_headline(e)
     split_sites: list[page.Block] = []
     for name in ("heads", "ranks"):
@@ -54,8 +54,8 @@ def _part(e: ReadoutExplanation, number: int) -> page.Part:
         "First order at ε = 0 of the sites with the largest parts.",
     )
     sections = [
-        page.Section("The readout in numbers", [readout_table(account, e.readout)]),
-        *by_site_sections(e, figures, account, [by_part]),
+        page.Section("The readout in numbers", [readout_table(numbers, e.readout)]),
+        *by_site_sections(e, figures, numbers, [by_part]),
     ]
     return page.Part(
         name=prompt,
@@ -76,14 +76,14 @@ def _prompts_table(e: ReadoutExplanation, count: int) -> Table:
     rows: list[tuple[str, ...]] = []
     for index in range(count):
         of_prompt = e.of_prompt(index)
-        a = readout_account(of_prompt)
+        numbers = readout_numbers(of_prompt)
         (largest,) = top_sites(of_prompt.first_order, 1)
         row = (
             f"{index + 1}. {text.short_prompt(e.prompts[index])}",
-            text.signed(a.m0),
-            text.signed(a.m),
-            text.signed(a.shift),
-            a.share(a.first_order),
+            text.signed(numbers.m0),
+            text.signed(numbers.m),
+            text.signed(numbers.shift),
+            numbers.share(numbers.first_order),
             f"{largest.site} {largest.value}",
         )
         rows.append(row)
@@ -93,5 +93,5 @@ def _prompts_table(e: ReadoutExplanation, count: int) -> Table:
 
 
 def _numbers(e: ReadoutExplanation) -> str:
-    """The account of every prompt, as a table to save."""
+    """The numbers of every prompt, as a table to save."""
     return e.second_order.to_frame().to_csv(index=False)

@@ -13,14 +13,14 @@ from lens_lora.explanations.words import (
     MODULES_IN_HEADLINE,
     Headline,
     limits,
-    readout_account,
+    readout_numbers,
     where_and_trust,
 )
 from lens_lora.show import text
 from lens_lora.show.text import below_noise, percent, short_prompt, signed
 from lens_lora.views.attribution_words import caution_text, top_sites
 from lens_lora.views.words import (
-    ReadoutAccount,
+    ReadoutNumbers,
     conclusion_text,
     joined,
     largest_text,
@@ -52,33 +52,33 @@ def readout_story(e: ReadoutExplanation) -> str:
 
 def _one_story(e: ReadoutExplanation) -> str:
     """The paragraphs: what happened, first order, what it leaves, where, trust, limits."""
-    a = readout_account(e)
-    predicted = f"a value of {signed(a.m0 + a.first_order)}"
+    numbers = readout_numbers(e)
+    predicted = f"a value of {signed(numbers.m0 + numbers.first_order)}"
     paragraphs = [
-        moved_text(e.readout, a, f"On the prompt “{a.prompt}” the"),
-        predicted_text(a, predicted),
-        *where_and_trust(e, a),
+        moved_text(e.readout, numbers, f"On the prompt “{numbers.prompt}” the"),
+        predicted_text(numbers, predicted),
+        *where_and_trust(e, numbers),
         limits(e, f"{_REACH} It is of one prompt."),
         text.reading_text(e.first_order.meta),
     ]
     return "\n".join(filter(None, paragraphs))
 
 
-def moved_text(readout: str, a: ReadoutAccount, begin: str = "The") -> str:
+def moved_text(readout: str, numbers: ReadoutNumbers, begin: str = "The") -> str:
     """How far the adapter moves the readout, from which value to which.
 
     Args:
         readout: its label.
-        a: its account.
+        numbers: its values on the prompt.
         begin: how the sentence begins, before 'adapter'.
     """
-    moved = f"{begin} adapter moves {readout} by {signed(a.shift)} {a.units}"
-    if not a.has_shift:
+    moved = f"{begin} adapter moves {readout} by {signed(numbers.shift)} {numbers.units}"
+    if not numbers.has_shift:
         return (
-            f"{moved}, {below_noise(a.floor)}: that cannot be told from rounding, so this run "
-            "shows no effect of the adapter."
+            f"{moved}, {below_noise(numbers.floor)}: that cannot be told from rounding, so this "
+            "run shows no effect of the adapter."
         )
-    return f"{moved}, from {signed(a.m0)} in the base model to {signed(a.m)}."
+    return f"{moved}, from {signed(numbers.m0)} in the base model to {signed(numbers.m)}."
 
 
 def mean_texts(e: ReadoutExplanation) -> list[str]:
@@ -101,18 +101,18 @@ def mean_texts(e: ReadoutExplanation) -> list[str]:
 
 def readout_headline(e: ReadoutExplanation) -> Headline:
     """Three sentences of one prompt's story and four numbers, for a reader in a hurry."""
-    a = readout_account(e)
-    where = largest_text(e.first_order, a, MODULES_IN_HEADLINE)
+    numbers = readout_numbers(e)
+    where = largest_text(e.first_order, numbers, MODULES_IN_HEADLINE)
     sentences = [
-        moved_text(e.readout, a),
-        conclusion_text(a),
+        moved_text(e.readout, numbers),
+        conclusion_text(numbers),
         joined(where, caution_text(e.first_order)),
     ]
-    left = percent(a.verdict.share) if a.has_shift else "noise"
+    left = percent(numbers.verdict.share) if numbers.has_shift else "noise"
     numbers = (
-        (signed(a.m0), f"{a.units}, {e.readout} in the base model"),
-        (signed(a.m), f"{a.units}, with the adapter"),
-        (a.share(a.first_order), "of the shift is in the first-order parts"),
+        (signed(numbers.m0), f"{numbers.units}, {e.readout} in the base model"),
+        (signed(numbers.m), f"{numbers.units}, with the adapter"),
+        (numbers.share(numbers.first_order), "of the shift is in the first-order parts"),
         (left, "of the shift is missed by first order at ε = 1"),
     )
     return Headline(sentences, numbers)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_lora.core import SIGMAS
 from lens_lora.explanations import words
-from lens_lora.explanations.explanation import BySite, Explanation
+from lens_lora.explanations.explanation import Explanation, SiteExplanation
 from lens_lora.shifts.logit_shift import LogitShift
 from lens_lora.show import text
 from lens_lora.show.page import TokenRow
@@ -130,21 +130,21 @@ def _most_moved(e: Explanation, change: Sequence[float], k: int) -> tuple[list[i
     return up, down
 
 
-def remainder_table(e: BySite) -> Table:
+def remainder_table(e: SiteExplanation) -> Table:
     """The remainder at ε = 1 and its parts: of single modules, of curvature, and of rounding."""
-    a = words.account_by_site(e)
+    numbers = words.numbers_of(e)
     second = e.second_order
     floor_after = SIGMAS * float(second.remainder_floor[0])
     floor_of_curvature = SIGMAS * float(second.curvature_noise[0])
 
-    def part(name: str, value: float, floor: float = a.floor) -> Row:
-        return (name, text.signed(value), a.share(value, floor))
+    def part(name: str, value: float, floor: float = numbers.floor) -> Row:
+        return (name, text.signed(value), numbers.share(value, floor))
 
-    rows = [part("remainder after first order, R", a.remainder, a.remainder_floor)]
+    rows = [part("remainder after first order, R", numbers.remainder, numbers.remainder_floor)]
     parts = words.interactions(e)
     if parts is not None:
         single, together = parts
-        floor = abs(single) if words.is_rounding(single, e, a) else a.floor
+        floor = abs(single) if words.is_rounding(single, e, numbers) else numbers.floor
         rows += [
             part("  of single modules, Σ (g(e_l) − g(0) − a_l)", single, floor),
             part("  of modules together, g(1) − g(0) − Σ (g(e_l) − g(0))", together),
@@ -159,13 +159,13 @@ def remainder_table(e: BySite) -> Table:
         ]
     rows += [
         part("remainder after second order: higher orders", float(second.remainder), floor_after),
-        *roundings(a),
+        *roundings(numbers),
         ("  of a remainder after second order", text.magnitude(floor_after), ""),
     ]
     return Table(("part", f"value, {e.units}", "share of the shift"), rows, title="the remainder")
 
 
-def sites_table(e: BySite, k: int) -> Table:
+def sites_table(e: SiteExplanation, k: int) -> Table:
     """The sites of largest |first order at ε = 0|, with every number computed for them."""
     frame = e.to_frame()
     order = frame["first_order"].abs().sort_values(ascending=False, kind="stable").index[:k]
@@ -180,12 +180,12 @@ def sites_table(e: BySite, k: int) -> Table:
     return table_of(frame.loc[order], heads, texts=(0, last_column), title=title)
 
 
-def agreement_table(e: BySite) -> Table:
+def agreement_table(e: SiteExplanation) -> Table:
     """Each attribution against each kind of effect; no row where the effects are all noise."""
-    a = words.account_by_site(e)
+    numbers = words.numbers_of(e)
     rows: list[Row] = []
     for comparison in e.comparisons:
-        if not words.is_comparable(comparison, a):
+        if not words.is_comparable(comparison, numbers):
             continue
         row = (
             text.key_text(comparison.attribution_name),
@@ -200,7 +200,7 @@ def agreement_table(e: BySite) -> Table:
     return Table(heads, rows, texts=(0, 1), title="agreement with measurements")
 
 
-def flags_table(e: BySite, k: int = 5) -> Table:
+def flags_table(e: SiteExplanation, k: int = 5) -> Table:
     """The modules whose first order is flagged, as the answer to each question."""
     rows: list[Row] = []
     for question, flags in e.reliability.items():
@@ -211,13 +211,13 @@ def flags_table(e: BySite, k: int = 5) -> Table:
     return Table(heads, rows, texts=(0, 2), title="first order not to be trusted")
 
 
-def pairs_table(e: BySite, k: int = 5) -> Table:
+def pairs_table(e: SiteExplanation, k: int = 5) -> Table:
     """The pairs of layers of strongest coupling; no row where coupling was not computed."""
     if e.coupling is None:
         return Table((), ())
-    a = words.account_by_site(e)
+    numbers = words.numbers_of(e)
     pairs = e.coupling.top(k, 0)
-    pairs["clear share"] = [a.share(value, a.floor) for value in pairs["value"]]
+    pairs["clear share"] = [numbers.share(value, numbers.floor) for value in pairs["value"]]
     heads = {
         "group_a": "layers",
         "group_b": "",
@@ -227,7 +227,7 @@ def pairs_table(e: BySite, k: int = 5) -> Table:
     return table_of(pairs, heads, texts=(0, 1))
 
 
-def curves_table(e: BySite) -> Table:
+def curves_table(e: SiteExplanation) -> Table:
     """The share of the shift that each ranking keeps and drops; no row where the shift is noise."""
     top = words.kept_by_top(e)
     curves = e.faithfulness
@@ -250,7 +250,7 @@ def explanation_tables(e: Explanation, k: int = 10) -> Group:
     """The summary's tables for the terminal."""
     return in_terminal(
         said_table(e),
-        margin_table(words.explained_account(e)),
+        margin_table(words.explained_numbers(e)),
         remainder_table(e),
         sites_table(e, k),
         moved_table(e, k=5),
@@ -271,16 +271,16 @@ def margins_table(numbered: Numbered) -> Table:
     """One row for each of several margins: both ends, first order, the flip, the largest part."""
     rows: list[Row] = []
     for number, e in numbered:
-        a = words.explained_account(e)
+        numbers = words.explained_numbers(e)
         (largest,) = top_sites(e.first_order, 1)
-        flip = "—" if a.flip_scale is None else f"{a.flip_scale:.2g}"
+        flip = "—" if numbers.flip_scale is None else f"{numbers.flip_scale:.2g}"
         row = (
             f"{number}. {text.short_prompt(e.prompt)}",
-            f"{a.doc} − {a.pre}",
-            text.signed(a.m0),
-            text.signed(a.m),
-            text.signed(a.shift),
-            a.share(a.first_order),
+            f"{numbers.doc} − {numbers.pre}",
+            text.signed(numbers.m0),
+            text.signed(numbers.m),
+            text.signed(numbers.shift),
+            numbers.share(numbers.first_order),
             flip,
             f"{largest.site} {largest.value}",
         )

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from lens_lora.core import drawing
 from lens_lora.curvature.verdict import SecondVerdict
 from lens_lora.explanations.explanation import (
-    BySite,
     Explanation,
     Explanations,
     ReadoutExplanation,
+    SiteExplanation,
 )
 from lens_lora.judging.compare import Comparison
 from lens_lora.judging.rankings import RANDOM
@@ -28,9 +28,8 @@ from lens_lora.show.text import percent, signed, visible
 from lens_lora.views.attribution_words import caution_text
 from lens_lora.views.words import (
     MODULES_NAMED,
-    Account,
-    ReadoutAccount,
-    account_of,
+    MarginNumbers,
+    ReadoutNumbers,
     adapted_text,
     base_text,
     conclusion_text,
@@ -38,6 +37,7 @@ from lens_lora.views.words import (
     happened_text,
     joined,
     largest_text,
+    margin_numbers,
 )
 
 # How many modules the headline names.
@@ -60,18 +60,18 @@ _DONE = {
 }
 
 
-def explained_account(explanation: Explanation) -> Account:
-    """The margin's account, with the prompt alone: without what is teacher-forced after it."""
-    account = account_of(explanation.margin)
-    return dataclasses.replace(account, prompt=text.prompt_text(explanation.prompt))
+def explained_numbers(explanation: Explanation) -> MarginNumbers:
+    """The margin's numbers, with the prompt alone: without what is teacher-forced after it."""
+    numbers = margin_numbers(explanation.margin)
+    return dataclasses.replace(numbers, prompt=text.prompt_text(explanation.prompt))
 
 
-def readout_account(e: ReadoutExplanation) -> ReadoutAccount:
-    """The account of a readout that is no margin, on one prompt."""
+def readout_numbers(e: ReadoutExplanation) -> ReadoutNumbers:
+    """The numbers of a readout that is no margin, on one prompt."""
     first = e.first_order
     curve = e.curve
     (verdict,) = curve.verdicts_on(first)
-    return ReadoutAccount(
+    return ReadoutNumbers(
         prompt=text.prompt_text(e.prompts[0]),
         units=e.units,
         m0=float(first.base[0]),
@@ -83,12 +83,12 @@ def readout_account(e: ReadoutExplanation) -> ReadoutAccount:
     )
 
 
-def account_by_site(e: BySite) -> ReadoutAccount:
-    """The account of a margin, or of another readout, on one prompt."""
-    return explained_account(e) if isinstance(e, Explanation) else readout_account(e)
+def numbers_of(e: SiteExplanation) -> ReadoutNumbers:
+    """The numbers of a margin, or of another readout, on one prompt."""
+    return explained_numbers(e) if isinstance(e, Explanation) else readout_numbers(e)
 
 
-def named(e: BySite) -> str:
+def noun_of(e: SiteExplanation) -> str:
     """The word for what is read: 'margin', or 'readout'."""
     return "margin" if isinstance(e, Explanation) else "readout"
 
@@ -97,12 +97,12 @@ def named(e: BySite) -> str:
 def explanation_story(explanation: Explanation) -> str:
     """One paragraph per line: what happened, first order, the rest, where, trust, limits."""
     e = explanation
-    a = explained_account(e)
-    paragraphs = [f"{happened_text(a)} {_said(e)}"]
+    numbers = explained_numbers(e)
+    paragraphs = [f"{happened_text(numbers)} {_said(e)}"]
     if e.answers is not None:
         paragraphs.append(f"After the prompt {text.answers_text(e.answers)}")
-    paragraphs.append(first_order_text(a))
-    paragraphs += where_and_trust(e, a)
+    paragraphs.append(first_order_text(numbers))
+    paragraphs += where_and_trust(e, numbers)
     reach = (
         "All this is one prompt and one pair of answers; it says how much the modules move this "
         "margin, not by what mechanism."
@@ -111,18 +111,20 @@ def explanation_story(explanation: Explanation) -> str:
     return "\n".join(filter(None, paragraphs))
 
 
-def where_and_trust(e: BySite, a: ReadoutAccount) -> list[str]:
+def where_and_trust(e: SiteExplanation, numbers: ReadoutNumbers) -> list[str]:
     """Paragraphs: the parts of the remainder, the largest modules, trust, what few modules keep.
 
     Args:
         e: the explanation of one prompt.
-        a: its account.
+        numbers: those of its readout.
     """
-    where = largest_text(e.first_order, a, MODULES_NAMED)
-    if not a.has_shift:
+    where = largest_text(e.first_order, numbers, MODULES_NAMED)
+    if not numbers.has_shift:
         return [where, _NO_SHARES]
-    trust = joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
-    return [_parts(e, a), where, trust, _carried(e)]
+    trust = joined(
+        caution_text(e.first_order), _agreement(e, numbers), _redundancy(e, numbers), _flags(e)
+    )
+    return [_parts(e, numbers), where, trust, _carried(e)]
 
 
 _NO_SHARES = (
@@ -145,18 +147,23 @@ class Headline(NamedTuple):
 
 def headline(e: Explanation) -> Headline:
     """Three sentences of the story and four numbers, for a reader in a hurry."""
-    a = explained_account(e)
-    flip = "no flip" if a.flip_scale is None else f"ε = {a.flip_scale:.2g}"
+    numbers = explained_numbers(e)
+    flip = "no flip" if numbers.flip_scale is None else f"ε = {numbers.flip_scale:.2g}"
     sentences = (
-        f"{base_text(a)} {adapted_text(a)}",
-        conclusion_text(a),
-        joined(largest_text(e.first_order, a, MODULES_IN_HEADLINE), caution_text(e.first_order)),
+        f"{base_text(numbers)} {adapted_text(numbers)}",
+        conclusion_text(numbers),
+        joined(
+            largest_text(e.first_order, numbers, MODULES_IN_HEADLINE), caution_text(e.first_order)
+        ),
     )
     numbers = (
-        (signed(a.m0), f"{a.units}, margin {a.doc} − {a.pre} in the base model"),
-        (signed(a.m), f"{a.units}, with the adapter"),
+        (
+            signed(numbers.m0),
+            f"{numbers.units}, margin {numbers.doc} − {numbers.pre} in the base model",
+        ),
+        (signed(numbers.m), f"{numbers.units}, with the adapter"),
         (flip, "strength at which the preference flips"),
-        (a.share(a.first_order), "of the shift is in the first-order parts"),
+        (numbers.share(numbers.first_order), "of the shift is in the first-order parts"),
     )
     return Headline(sentences, numbers)
 
@@ -197,7 +204,7 @@ def _begins_an_answer(token: str, e: Explanation) -> bool:
     return bool(token) and any(answer.startswith(token) for answer in answers)
 
 
-def interactions(e: BySite) -> tuple[float, float] | None:
+def interactions(e: SiteExplanation) -> tuple[float, float] | None:
     """The remainder in two parts: what first order misses of single modules, and what is left.
 
     The second is what modules do together. None where single modules were not measured.
@@ -209,23 +216,23 @@ def interactions(e: BySite) -> tuple[float, float] | None:
     return single, together
 
 
-def is_rounding(total: float, e: BySite, a: ReadoutAccount) -> bool:
+def is_rounding(total: float, e: SiteExplanation, numbers: ReadoutNumbers) -> bool:
     """Whether a sum of one measured difference per site could be rounding alone."""
-    return abs(total) <= a.floor * len(e.first_order.sites)
+    return abs(total) <= numbers.floor * len(e.first_order.sites)
 
 
-def _parts(e: BySite, a: ReadoutAccount) -> str:
+def _parts(e: SiteExplanation, numbers: ReadoutNumbers) -> str:
     """The parts of the remainder: exactly, by single modules, and to second order."""
     second = e.second_order
     measured = ""
     shares = ""
     parts = interactions(e)
-    if parts is not None and abs(a.remainder) > a.remainder_floor:
+    if parts is not None and abs(numbers.remainder) > numbers.remainder_floor:
         single, together = parts
-        note = ", which rounding alone could make" if is_rounding(single, e, a) else ""
+        note = ", which rounding alone could make" if is_rounding(single, e, numbers) else ""
         measured = (
-            f"Of the remainder of {signed(a.remainder)}, {signed(single)} is what first order "
-            f"misses of the modules one by one{note}, and {signed(together)} what they do "
+            f"Of the remainder of {signed(numbers.remainder)}, {signed(single)} is what first "
+            f"order misses of the modules one by one{note}, and {signed(together)} what they do "
             "together; both from runs of the model."
         )
     curvature = signed(float(second.curvature))
@@ -261,16 +268,16 @@ def of_second_order(curvature: str, verdict: SecondVerdict) -> str:
     return f"{adds}, which brings the estimate nearer: {misses}."
 
 
-def is_comparable(comparison: Comparison, account: ReadoutAccount) -> bool:
+def is_comparable(comparison: Comparison, numbers: ReadoutNumbers) -> bool:
     """Whether at least one effect stands out of the noise."""
-    return not account.is_noise(float(comparison.effects.abs().max()))
+    return not numbers.is_noise(float(comparison.effects.abs().max()))
 
 
-def _agreement(e: BySite, a: ReadoutAccount) -> str:
+def _agreement(e: SiteExplanation, numbers: ReadoutNumbers) -> str:
     """How closely effects follow first order; effects that are all noise are passed over."""
     judged: dict[tuple[str, str], str] = {}
     for comparison in e.comparisons:
-        if is_comparable(comparison, a):
+        if is_comparable(comparison, numbers):
             pair = (comparison.attribution_name, comparison.effects_name)
             judged[pair] = _judged(comparison)
     at_base = e.first_order.key
@@ -305,21 +312,21 @@ def _judged(c: Comparison) -> str:
     return f"{agreement}: {verdict}"
 
 
-def _redundancy(e: BySite, a: ReadoutAccount) -> str:
+def _redundancy(e: SiteExplanation, numbers: ReadoutNumbers) -> str:
     """How little of the shift leaving out one module at a time takes, where the sum is small."""
     if e.leave_one_out is None:
         return ""
     lost = float(e.leave_one_out.values.sum())
-    share = lost / a.shift
-    if not share < _REDUNDANT or is_rounding(lost, e, a):
+    share = lost / numbers.shift
+    if not share < _REDUNDANT or is_rounding(lost, e, numbers):
         return ""
     return (
         f"Left out one at a time, all modules together account for {percent(share)} of the shift: "
-        f"they stand in for one another, or the {named(e)} saturates."
+        f"they stand in for one another, or the {noun_of(e)} saturates."
     )
 
 
-def _flags(e: BySite) -> str:
+def _flags(e: SiteExplanation) -> str:
     """How many first-order numbers are flagged, as the answer to which question."""
     if not e.reliability:
         return ""
@@ -349,7 +356,7 @@ class KeptByTop(NamedTuple):
     kept: dict[str, float]
 
 
-def kept_by_top(e: BySite) -> KeptByTop | None:
+def kept_by_top(e: SiteExplanation) -> KeptByTop | None:
     """Find what each ranking's top keeps, at the size nearest to a fifth of the sites.
 
     None where curves were not computed, or the shift is noise.
@@ -363,7 +370,7 @@ def kept_by_top(e: BySite) -> KeptByTop | None:
     return KeptByTop(share, curves.counts[index], kept)
 
 
-def _carried(e: BySite) -> str:
+def _carried(e: SiteExplanation) -> str:
     """The shares of the shift that the top of each ranking keeps."""
     top = kept_by_top(e)
     if top is None:
@@ -378,7 +385,7 @@ def _carried(e: BySite) -> str:
     )
 
 
-def limits(e: BySite, reach: str) -> str:
+def limits(e: SiteExplanation, reach: str) -> str:
     """The sentences on what was not measured, and how far the explanation reaches.
 
     Args:

@@ -26,13 +26,13 @@ from lens_lora.views.curves import margin_figure, remainder_figure
 from lens_lora.views.maps import attribution_figure, site_heatmap
 from lens_lora.views.tables import attribution_heading, margin_table, modules_table, prompts_table
 from lens_lora.views.words import (
-    Account,
-    account_of,
+    MarginNumbers,
     adapted_text,
     base_text,
     conclusion_text,
     flip_sentence,
     joined,
+    margin_numbers,
     margin_story,
 )
 
@@ -48,23 +48,23 @@ def margin_report(margin: FactMargin, *, title: str | None = None) -> str:
     """Write a fact margin as a page, with a part for each of the first prompts."""
     prompts = len(margin.doc)
     count = parts_shown(prompts)
-    accounts = [account_of(margin, prompt) for prompt in range(count)]
-    parts = [_margin_part(margin, prompt, account) for prompt, account in enumerate(accounts)]
-    first = accounts[0]
+    all_numbers = [margin_numbers(margin, prompt) for prompt in range(count)]
+    parts = [_margin_part(margin, prompt, numbers) for prompt, numbers in enumerate(all_numbers)]
+    first = all_numbers[0]
     name = f"{first.doc} against {first.pre}"
     overview: list[Block] = []
     if count > 1:
         name = f"Margins on {many(prompts, 'prompt')}"
-        overview = [_margins_table(accounts), *without_part(prompts)]
+        overview = [_margins_table(all_numbers), *without_part(prompts)]
     return page_html(title or name, parts, overview, made_by(margin.attribution.meta))
 
 
-def _margin_part(margin: FactMargin, prompt: int, account: Account) -> Part:
+def _margin_part(margin: FactMargin, prompt: int, numbers: MarginNumbers) -> Part:
     """One prompt's part of the page."""
     attribution = margin.attribution
-    shown = text.shortened(account.prompt)
+    shown = text.shortened(numbers.prompt)
     sections = [
-        Section("The margin in numbers", [margin_table(account)]),
+        Section("The margin in numbers", [margin_table(numbers)]),
         Section(
             "The remainder along the path",
             [remainder_figure(margin.curve, prompt)],
@@ -74,25 +74,25 @@ def _margin_part(margin: FactMargin, prompt: int, account: Account) -> Part:
         Section(
             "Largest modules",
             [modules_table(attribution, _MODULES, prompt)],
-            f"In {account.units}, by size of first order at ε = 0.",
+            f"In {numbers.units}, by size of first order at ε = 0.",
         ),
     ]
-    flip = "none" if account.flip_scale is None else f"ε = {account.flip_scale:.3g}"
+    flip = "none" if numbers.flip_scale is None else f"ε = {numbers.flip_scale:.3g}"
     return Part(
-        name=f"{shown} — {account.doc} against {account.pre}",
+        name=f"{shown} — {numbers.doc} against {numbers.pre}",
         subtitle=" · ".join(
             filter(None, (attribution.readout, f"“{shown}”", made_by(attribution.meta)))
         ),
         headline=(
-            base_text(account),
-            joined(adapted_text(account), flip_sentence(account)),
-            conclusion_text(account),
+            base_text(numbers),
+            joined(adapted_text(numbers), flip_sentence(numbers)),
+            conclusion_text(numbers),
         ),
         numbers=(
-            (signed(account.m0), f"{account.units}, the base model's margin"),
-            (signed(account.m), f"{account.units}, the adapted model's margin"),
+            (signed(numbers.m0), f"{numbers.units}, the base model's margin"),
+            (signed(numbers.m), f"{numbers.units}, the adapted model's margin"),
             (flip, "where the preference flips"),
-            (account.share(account.first_order), "of the shift is the sum of first-order parts"),
+            (numbers.share(numbers.first_order), "of the shift is the sum of first-order parts"),
         ),
         top=[margin_figure(margin, prompt)],
         sections=folded(margin_story(margin, prompt), sections, "margin", attribution.meta),
@@ -100,18 +100,18 @@ def _margin_part(margin: FactMargin, prompt: int, account: Account) -> Part:
     )
 
 
-def _margins_table(accounts: list[Account]) -> Table:
+def _margins_table(all_numbers: list[MarginNumbers]) -> Table:
     """A row for each prompt, which leads to its part of the page."""
     rows: list[Row] = []
-    for account in accounts:
-        flip = "none" if account.flip_scale is None else f"{account.flip_scale:.3g}"
+    for numbers in all_numbers:
+        flip = "none" if numbers.flip_scale is None else f"{numbers.flip_scale:.3g}"
         row = (
-            account.prompt,
-            f"{account.doc} − {account.pre}",
-            signed(account.m0),
-            signed(account.m),
+            numbers.prompt,
+            f"{numbers.doc} − {numbers.pre}",
+            signed(numbers.m0),
+            signed(numbers.m),
             flip,
-            account.share(account.first_order),
+            numbers.share(numbers.first_order),
         )
         rows.append(row)
     heads = ("prompt", "margin", "base", "adapted", "flips at ε", "first order, of the shift")

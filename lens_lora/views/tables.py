@@ -7,7 +7,7 @@ from lens_lora.errors import many
 from lens_lora.show import text
 from lens_lora.show.tables import Row, Table, table_of
 from lens_lora.views.attribution_words import caution_text, quadrature_text, top_sites
-from lens_lora.views.words import Account, ReadoutAccount
+from lens_lora.views.words import MarginNumbers, ReadoutNumbers
 
 # --- An attribution
 
@@ -59,7 +59,7 @@ def averaged_over(attribution: Attribution) -> str:
 
 
 def prompts_table(attribution: Attribution, most: int = PROMPTS_SHOWN) -> Table:
-    """The account of each of the first prompts."""
+    """A row for each of the first prompts."""
     shift = attribution.shift.cpu().double()
     total = attribution.total.cpu().double()
     remainder = attribution.remainder.cpu().double()
@@ -96,57 +96,65 @@ def modules_table(result: Attribution, k: int = 10, prompt: int | None = None) -
 # --- A fact margin
 
 
-def margin_table(a: Account) -> Table:
+def margin_table(numbers: MarginNumbers) -> Table:
     """Write, row by row, what lies between the base model's margin m₀ and the adapted model's m."""
-    rows: list[Row] = [("m₀, base model", text.signed(a.m0), ""), *_first_order_rows(a)]
-    flip = "none" if a.flip_scale is None else f"ε = {a.flip_scale:.3g}"
-    rows.append(("m, adapted model", text.signed(a.m), ""))
+    rows: list[Row] = [("m₀, base model", text.signed(numbers.m0), ""), *_first_order_rows(numbers)]
+    flip = "none" if numbers.flip_scale is None else f"ε = {numbers.flip_scale:.3g}"
+    rows.append(("m, adapted model", text.signed(numbers.m), ""))
     rows.append(("flip scale", flip, ""))
-    rows += roundings(a)
-    heads = ("", f"value, {a.units}", "share of the shift")
-    terms = "two logits" if a.units == "logits" else "two answers' log p"
-    return Table(heads, rows, title=f"margin {a.doc} − {a.pre}, a difference of {terms}")
+    rows += roundings(numbers)
+    heads = ("", f"value, {numbers.units}", "share of the shift")
+    terms = "two logits" if numbers.units == "logits" else "two answers' log p"
+    return Table(
+        heads, rows, title=f"margin {numbers.doc} − {numbers.pre}, a difference of {terms}"
+    )
 
 
-def readout_table(a: ReadoutAccount, readout: str) -> Table:
+def readout_table(numbers: ReadoutNumbers, readout: str) -> Table:
     """Write, row by row, what lies between the base model's value and the adapted model's.
 
     Args:
-        a: the account.
+        numbers: those of one prompt.
         readout: its label.
     """
     rows: list[Row] = [
-        ("base model", text.signed(a.m0), ""),
-        *_first_order_rows(a),
-        ("adapted model", text.signed(a.m), ""),
-        ("shift", text.signed(a.shift), ""),
-        *roundings(a),
+        ("base model", text.signed(numbers.m0), ""),
+        *_first_order_rows(numbers),
+        ("adapted model", text.signed(numbers.m), ""),
+        ("shift", text.signed(numbers.shift), ""),
+        *roundings(numbers),
     ]
-    heads = ("", f"value, {a.units}", "share of the shift")
+    heads = ("", f"value, {numbers.units}", "share of the shift")
     return Table(heads, rows, title=readout)
 
 
-def _first_order_rows(a: ReadoutAccount) -> list[Row]:
+def _first_order_rows(numbers: ReadoutNumbers) -> list[Row]:
     """First order, and what it leaves on the way and at ε = 1."""
-    rows: list[Row] = [("first order at ε = 0", text.signed(a.first_order), a.share(a.first_order))]
-    for step in _steps_near_quarters(a):
+    rows: list[Row] = [
+        (
+            "first order at ε = 0",
+            text.signed(numbers.first_order),
+            numbers.share(numbers.first_order),
+        )
+    ]
+    for step in _steps_near_quarters(numbers):
         share = "noise" if step.share is None else text.percent(step.share)
         rows.append((f"remainder at ε = {step.scale:.3g}", text.signed(step.remainder), share))
     return rows
 
 
-def _steps_near_quarters(a: ReadoutAccount) -> list[Point]:
+def _steps_near_quarters(numbers: ReadoutNumbers) -> list[Point]:
     """The strengths that were run nearest to ¼, ½, ¾ and 1, each once."""
     steps: list[Point] = []
     for quarter in (0.25, 0.5, 0.75, 1.0):
-        nearest = min(a.steps, key=lambda step: abs(step.scale - quarter))
+        nearest = min(numbers.steps, key=lambda step: abs(step.scale - quarter))
         if nearest not in steps:
             steps.append(nearest)
     return steps
 
 
-def roundings(a: ReadoutAccount) -> tuple[Row, Row]:
+def roundings(numbers: ReadoutNumbers) -> tuple[Row, Row]:
     """Two rows: how much of a shift, and of a remainder, rounding alone can make."""
-    of_shift = ("what rounding can make of a shift (3σ)", text.magnitude(a.floor), "")
-    of_remainder = ("  of a remainder", text.magnitude(a.remainder_floor), "")
+    of_shift = ("what rounding can make of a shift (3σ)", text.magnitude(numbers.floor), "")
+    of_remainder = ("  of a remainder", text.magnitude(numbers.remainder_floor), "")
     return of_shift, of_remainder

@@ -1,7 +1,7 @@
 """A fact margin and the verdicts in plain words: each fact has one function that writes it.
 
-1. `account_of` takes one prompt's numbers out of a fact margin.
-2. Each sentence is a function of that account. `margin_story` and the story of an explanation are
+1. `margin_numbers` takes one prompt's numbers out of a fact margin.
+2. Each sentence is a function of that numbers. `margin_story` and the story of an explanation are
    made of the same sentences, and each sentence states a number of the result.
 3. A difference of at most three noise floors is called noise, and nothing is compared with it.
 4. How good first order is has been decided with the result, in `core/analyses/verdict.py`; here the
@@ -25,7 +25,7 @@ from lens_lora.views.attribution_words import caution_text, top_sites
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadoutAccount:
+class ReadoutNumbers:
     """The numbers of one prompt's readout, in its units.
 
     Attributes:
@@ -76,7 +76,7 @@ class ReadoutAccount:
 
 
 @dataclasses.dataclass(frozen=True)
-class Account(ReadoutAccount):
+class MarginNumbers(ReadoutNumbers):
     """The numbers of one prompt's margin: the readout is the first fact less the second.
 
     Attributes:
@@ -84,7 +84,7 @@ class Account(ReadoutAccount):
         flip_scale: the first ε of a sign change, or None.
         flips, flip_predicted: whether the preferred fact changes, and whether first order says so.
         crossings: sign changes at the scales that were run, leaving out margins in the noise.
-        prompt, units, m0, first_order, remainder, m, verdict, steps: see `ReadoutAccount`.
+        prompt, units, m0, first_order, remainder, m, verdict, steps: see `ReadoutNumbers`.
     """
 
     doc: str
@@ -95,11 +95,11 @@ class Account(ReadoutAccount):
     crossings: int
 
 
-def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
-    """The account of one prompt of a fact margin."""
+def margin_numbers(fact_margin: FactMargin, prompt: int | None = None) -> MarginNumbers:
+    """The numbers of one prompt of a fact margin."""
     attribution = fact_margin.attribution
     curve = fact_margin.curve
-    index = attribution.only_prompt(prompt, "accounts")
+    index = attribution.only_prompt(prompt, "stories")
     doc, pre = _fact_names(fact_margin.doc[index], fact_margin.pre[index])
     verdict = fact_margin.verdict[index]
     row = fact_margin.to_frame().to_dict("records")[index]
@@ -107,7 +107,7 @@ def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
     if math.isfinite(row["flip_scale"]):
         flip_scale = row["flip_scale"]
     margins = [float(curve.base[index]), *curve.values[index].tolist()]
-    return Account(
+    return MarginNumbers(
         prompt=text.prompt_text(attribution.str_tokens[index]),
         doc=doc,
         pre=pre,
@@ -147,24 +147,24 @@ MODULES_NAMED = 5
 def margin_story(fact_margin: FactMargin, prompt: int | None = None) -> str:
     """Write one prompt's story: what happened, what first order says of it, and which modules."""
     attribution = fact_margin.attribution
-    account = account_of(fact_margin, prompt)
-    index = attribution.only_prompt(prompt, "accounts")
+    numbers = margin_numbers(fact_margin, prompt)
+    index = attribution.only_prompt(prompt, "stories")
     paragraphs = [
-        happened_text(account),
-        joined(first_order_text(account), caution_text(attribution)),
-        largest_text(attribution, account, MODULES_NAMED, index),
+        happened_text(numbers),
+        joined(first_order_text(numbers), caution_text(attribution)),
+        largest_text(attribution, numbers, MODULES_NAMED, index),
         text.reading_text(attribution.meta),
     ]
     return "\n".join(filter(None, paragraphs))
 
 
-def happened_text(a: Account) -> str:
+def happened_text(numbers: MarginNumbers) -> str:
     """State both models' preferences and the strength at which the preference flips."""
-    base = base_text(a, f"On the prompt “{a.prompt}” the")
+    base = base_text(numbers, f"On the prompt “{numbers.prompt}” the")
     unit = ""
-    if a.units == "nats":
+    if numbers.units == "nats":
         unit = "(A margin in nats is a difference of the whole answers' log-probabilities.)"
-    return joined(base, unit, adapted_text(a), flip_sentence(a))
+    return joined(base, unit, adapted_text(numbers), flip_sentence(numbers))
 
 
 def joined(*sentences: str) -> str:
@@ -172,88 +172,96 @@ def joined(*sentences: str) -> str:
     return " ".join(filter(None, sentences))
 
 
-def base_text(a: Account, begin: str = "The") -> str:
+def base_text(numbers: MarginNumbers, begin: str = "The") -> str:
     """State which of the two facts the base model prefers."""
-    if a.is_noise(a.m0):
-        margin = f"its margin of {signed(a.m0)} {a.units} is {below_noise(a.floor)}"
-        return f"{begin} base model prefers neither {a.doc} nor {a.pre}: {margin}."
-    answers = f"{a.doc} to {a.pre}" if a.m0 > 0 else f"{a.pre} to {a.doc}"
-    return f"{begin} base model prefers {answers} by {magnitude(a.m0)} {a.units}."
-
-
-def adapted_text(a: Account) -> str:
-    """State which of the two facts the adapted model prefers, and how far the margin moved."""
-    if not a.has_shift:
-        return (
-            f"The adapter moves this margin by {signed(a.shift)} {a.units}, "
-            f"{below_noise(a.floor)}: that cannot be told from rounding, so this run shows no "
-            "effect of the adapter."
+    if numbers.is_noise(numbers.m0):
+        margin = (
+            f"its margin of {signed(numbers.m0)} {numbers.units} is {below_noise(numbers.floor)}"
         )
-    towards = a.doc if a.shift > 0 else a.pre
-    shift_text = f"a shift of {magnitude(a.shift)} towards {towards}"
-    if a.is_noise(a.m):
-        margin = f"its margin of {signed(a.m)} is {below_noise(a.floor)}"
+        return f"{begin} base model prefers neither {numbers.doc} nor {numbers.pre}: {margin}."
+    answers = (
+        f"{numbers.doc} to {numbers.pre}" if numbers.m0 > 0 else f"{numbers.pre} to {numbers.doc}"
+    )
+    return f"{begin} base model prefers {answers} by {magnitude(numbers.m0)} {numbers.units}."
+
+
+def adapted_text(numbers: MarginNumbers) -> str:
+    """State which of the two facts the adapted model prefers, and how far the margin moved."""
+    if not numbers.has_shift:
+        return (
+            f"The adapter moves this margin by {signed(numbers.shift)} {numbers.units}, "
+            f"{below_noise(numbers.floor)}: that cannot be told from rounding, so this run shows "
+            "no effect of the adapter."
+        )
+    towards = numbers.doc if numbers.shift > 0 else numbers.pre
+    shift_text = f"a shift of {magnitude(numbers.shift)} towards {towards}"
+    if numbers.is_noise(numbers.m):
+        margin = f"its margin of {signed(numbers.m)} is {below_noise(numbers.floor)}"
         return f"With the adapter it prefers neither: {margin}, {shift_text}."
     prefers = "prefers"
-    if a.m * a.m0 > 0 and not a.is_noise(a.m0):
+    if numbers.m * numbers.m0 > 0 and not numbers.is_noise(numbers.m0):
         prefers = "still prefers"
-    winner = a.doc if a.m > 0 else a.pre
-    return f"With the adapter it {prefers} {winner}, by {magnitude(a.m)}: {shift_text}."
+    winner = numbers.doc if numbers.m > 0 else numbers.pre
+    return f"With the adapter it {prefers} {winner}, by {magnitude(numbers.m)}: {shift_text}."
 
 
-def flip_sentence(a: Account) -> str:
+def flip_sentence(numbers: MarginNumbers) -> str:
     """State whether and where the preference flips; '' where the shift is within rounding."""
-    if a.is_noise(a.m0) or a.is_noise(a.m):
+    if numbers.is_noise(numbers.m0) or numbers.is_noise(numbers.m):
         return "Rounding hides whether the preference flips: rerun at a higher precision."
-    if not a.has_shift:
+    if not numbers.has_shift:
         return ""
-    if a.flips:
-        return _located_flip(a)
-    if a.flip_scale is None:
-        if a.crossings:
+    if numbers.flips:
+        return _located_flip(numbers)
+    if numbers.flip_scale is None:
+        if numbers.crossings:
             return "On the way the preference flips and has flipped back at ε = 1."
-        return f"The preference flips at none of the {len(a.steps)} strengths that were run."
-    if a.crossings:
-        where = f"at ε = {a.flip_scale:.3g}"
+        return f"The preference flips at none of the {len(numbers.steps)} strengths that were run."
+    if numbers.crossings:
+        where = f"at ε = {numbers.flip_scale:.3g}"
         return f"On the way the preference flips {where} and has flipped back at ε = 1."
-    return f"On the way, near ε = {a.flip_scale:.3g}, the margin comes within rounding of zero."
+    return (
+        f"On the way, near ε = {numbers.flip_scale:.3g}, the margin comes within rounding of zero."
+    )
 
 
-def _located_flip(a: Account) -> str:
+def _located_flip(numbers: MarginNumbers) -> str:
     """State where the preference flips, given that it differs between the two ends."""
-    if a.flip_scale is None:
+    if numbers.flip_scale is None:
         return "The preference flips, at a strength that was not located."
-    strength = f"with the adapter at {percent(a.flip_scale)} of its strength"
-    sentence = f"The preference flips at ε = {a.flip_scale:.3g}, {strength}"
-    if a.crossings > 1:
-        sentence += f", the first of {a.crossings} changes on the way"
+    strength = f"with the adapter at {percent(numbers.flip_scale)} of its strength"
+    sentence = f"The preference flips at ε = {numbers.flip_scale:.3g}, {strength}"
+    if numbers.crossings > 1:
+        sentence += f", the first of {numbers.crossings} changes on the way"
     return f"{sentence}."
 
 
-def first_order_text(a: Account) -> str:
+def first_order_text(numbers: MarginNumbers) -> str:
     """State what first order predicts, what it leaves at ε = 1 and on the way, and conclude."""
-    margin = f"a margin of {signed(a.m0 + a.first_order)}{_flip_predicted(a)}"
-    return predicted_text(a, margin)
+    margin = f"a margin of {signed(numbers.m0 + numbers.first_order)}{_flip_predicted(numbers)}"
+    return predicted_text(numbers, margin)
 
 
-def predicted_text(a: ReadoutAccount, value: str) -> str:
+def predicted_text(numbers: ReadoutNumbers, value: str) -> str:
     """State, for any readout, what first order predicts and what it leaves, and conclude.
 
     Args:
-        a: the account.
+        numbers: those of one prompt.
         value: the value that first order predicts at ε = 1, in words.
     """
-    is_noise = abs(a.remainder) <= a.remainder_floor
-    below = below_noise(a.remainder_floor)
-    if not a.has_shift:
+    is_noise = abs(numbers.remainder) <= numbers.remainder_floor
+    below = below_noise(numbers.remainder_floor)
+    if not numbers.has_shift:
         size = f"{below} as well" if is_noise else "more than rounding"
-        return f"{conclusion_text(a)} What it leaves, {signed(a.remainder)}, is {size}."
-    shift = f"a shift of {signed(a.first_order)} {a.units}"
+        return f"{conclusion_text(numbers)} What it leaves, {signed(numbers.remainder)}, is {size}."
+    shift = f"a shift of {signed(numbers.first_order)} {numbers.units}"
     predicted = f"First order at ε = 0 predicts {shift}, to {value}."
-    missed = f"It misses {share_text(a.verdict.share)} at full strength ({signed(a.remainder)})"
+    remainder = signed(numbers.remainder)
+    missed = f"It misses {share_text(numbers.verdict.share)} at full strength ({remainder})"
     if is_noise:
-        missed = f"At full strength it is off by {signed(a.remainder)}, {below}"
-    return f"{predicted} {missed}{_missed_on_the_way(a.verdict)}. {conclusion_text(a)}"
+        missed = f"At full strength it is off by {remainder}, {below}"
+    on_the_way = _missed_on_the_way(numbers.verdict)
+    return f"{predicted} {missed}{on_the_way}. {conclusion_text(numbers)}"
 
 
 def _missed_on_the_way(v: Verdict) -> str:
@@ -266,14 +274,18 @@ def _missed_on_the_way(v: Verdict) -> str:
     return f", and at most {percent(v.worst)} {where}"
 
 
-def _flip_predicted(a: Account) -> str:
+def _flip_predicted(numbers: MarginNumbers) -> str:
     """Whether first order predicts the flip, to follow its margin; '' where rounding hides it."""
-    predicted = a.m0 + a.first_order
-    if a.is_noise(a.m0) or a.is_noise(a.m) or abs(predicted) <= a.remainder_floor:
+    predicted = numbers.m0 + numbers.first_order
+    if (
+        numbers.is_noise(numbers.m0)
+        or numbers.is_noise(numbers.m)
+        or abs(predicted) <= numbers.remainder_floor
+    ):
         return ""
-    if a.flips:
-        return ": it predicts the flip" if a.flip_predicted else ": it misses the flip"
-    says = "predicts a flip" if a.flip_predicted else "predicts no flip"
+    if numbers.flips:
+        return ": it predicts the flip" if numbers.flip_predicted else ": it misses the flip"
+    says = "predicts a flip" if numbers.flip_predicted else "predicts no flip"
     return f": it {says}, and at ε = 1 there is none"
 
 
@@ -286,32 +298,33 @@ _CONCLUSIONS = {
 }
 
 
-def conclusion_text(a: ReadoutAccount) -> str:
+def conclusion_text(numbers: ReadoutNumbers) -> str:
     """State how much of the shift first order gives, and how far that can be trusted."""
-    if not a.has_shift:
-        gives = f"{signed(a.first_order)} {a.units}{_unconfirmed(a, a.first_order)}"
+    if not numbers.has_shift:
+        unsure = _unconfirmed(numbers, numbers.first_order)
+        gives = f"{signed(numbers.first_order)} {numbers.units}{unsure}"
         return f"First order at ε = 0, a derivative and not a difference, gives {gives}."
-    share = percent(a.first_order / a.shift)
-    means = _CONCLUSIONS.get(a.verdict.kind, "")
+    share = percent(numbers.first_order / numbers.shift)
+    means = _CONCLUSIONS.get(numbers.verdict.kind, "")
     return f"The modules' first-order parts sum to {share} of the shift{means}."
 
 
-def _unconfirmed(a: ReadoutAccount, value: float) -> str:
+def _unconfirmed(numbers: ReadoutNumbers, value: float) -> str:
     """A remark on a number within rounding; '' on any other."""
-    if not a.is_noise(value):
+    if not numbers.is_noise(value):
         return ""
     return ", too small for a run at this precision to confirm"
 
 
-def largest_text(attribution: Attribution, a: ReadoutAccount, k: int, prompt: int = 0) -> str:
+def largest_text(attribution: Attribution, numbers: ReadoutNumbers, k: int, prompt: int = 0) -> str:
     """Name the k modules whose first-order parts are largest."""
     modules = many(len(attribution.sites), "module")
     largest = top_sites(attribution, k, prompt)
-    if not a.has_shift:
+    if not numbers.has_shift:
         parts = ", ".join(f"{top.site} {top.value}" for top in largest)
         return f"Largest first-order parts of {modules}: {parts}."
     parts = ", ".join(f"{top.site} {top.value} ({top.share})" for top in largest)
-    unsure = _unconfirmed(a, float(attribution.per_site[prompt].abs().max()))
+    unsure = _unconfirmed(numbers, float(attribution.per_site[prompt].abs().max()))
     return (
         f"Largest first-order parts of {modules}, with their share of the shift: {parts}{unsure}."
     )

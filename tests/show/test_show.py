@@ -40,7 +40,7 @@ from lens_lora.show.text import magnitude, percent, prompt_text, shortened, sign
 from lens_lora.views.curves import margin_figure, remainder_figure
 from lens_lora.views.maps import position_heatmap, site_heatmap
 from lens_lora.views.tables import margin_table, modules_table
-from lens_lora.views.words import account_of, margin_story
+from lens_lora.views.words import margin_numbers, margin_story
 
 core = by_folder.made_public("core")
 hidden = by_folder.made_public("hidden")
@@ -512,8 +512,8 @@ def test_story_of_a_missed_flip():
     ],
 )
 def test_facts_are_named_so_that_they_can_be_told_apart(facts, names):
-    account = account_of(fact(-1.0, [0.25] * 4, [0.0] * 5 + [1.0], facts=facts))
-    assert (account.doc, account.pre) == names
+    numbers = margin_numbers(fact(-1.0, [0.25] * 4, [0.0] * 5 + [1.0], facts=facts))
+    assert (numbers.doc, numbers.pre) == names
 
 
 # --- tables
@@ -594,7 +594,7 @@ def test_notebook_table_is_escaped():
 
 def test_terminal_tables_show_the_numbers_and_no_markup_of_a_token():
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(margin_table(account_of(flip_case())))
+    console.print(margin_table(margin_numbers(flip_case())))
     console.print(modules_table(flip_case().attribution, k=2))
     console.print(Table(("token", "logits"), [("[red]", "+2.00")]))
     text = console.export_text()
@@ -619,8 +619,8 @@ def test_a_narrow_terminal_keeps_sites_and_numbers_whole(width: int):
 
 
 def test_margin_rows_call_noise_noise():
-    account = account_of(fact(-4.0, [0.25] * 4, [-4.0 + s for s in SCALES]))
-    rows = margin_table(account).rows
+    numbers = margin_numbers(fact(-4.0, [0.25] * 4, [-4.0 + s for s in SCALES]))
+    rows = margin_table(numbers).rows
     shares = {what: share for what, _, share in rows if what.startswith("remainder")}
     assert set(shares.values()) == {"noise"}
 
@@ -680,7 +680,7 @@ def test_report_holds_story_numbers_tokens_and_provenance(page):
     own = html.unescape(without_plotly(page))
     for paragraph in explanation(tokens=("a", EVIL)).story().split("\n"):
         assert f"<p>{paragraph}</p>" in own
-    for what, value, _ in margin_table(account_of(explanation().margin)).rows:
+    for what, value, _ in margin_table(margin_numbers(explanation().margin)).rows:
         assert f">{what}<" in own
         assert f">{value}<" in own
     assert "all modules together" in own

@@ -11,7 +11,7 @@ from terminal import faults, shown
 from lens_lora.show.tables import Table, table_of
 from lens_lora.show.text import cut_in_the_middle
 from lens_lora.views.tables import margin_table, modules_table, prompts_table
-from lens_lora.views.words import account_of
+from lens_lora.views.words import margin_numbers
 
 WORD = "blocks.27.mlp.down_that_is_long"
 LONG = " ".join(["<|im_start|>⟦The⟧ kettle began", WORD, "to whistle"] * 2)
@@ -45,7 +45,7 @@ def test_a_table_holds_its_columns(table: Table, width: int):
 
 def test_every_table_of_a_result_holds_its_columns():
     tables = [
-        margin_table(account_of(flip_case())),
+        margin_table(margin_numbers(flip_case())),
         modules_table(flip_case().attribution, k=9),
         prompts_table(two_prompts()),
     ]

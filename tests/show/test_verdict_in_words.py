@@ -10,7 +10,7 @@ from shapes import share
 
 import lens_lora as ll
 from lens_lora.core import Verdict
-from lens_lora.views.words import account_of, margin_story
+from lens_lora.views.words import margin_numbers, margin_story
 
 CLAIMS = {
     "no_shift": "no effect of the adapter",
@@ -64,7 +64,7 @@ def test_results_and_words_agree(margins: list[float], first: list[float], noise
 
 
 def verdict_of_all(margins: list[float], first: list[float], noise: float) -> Verdict:
-    """Require one verdict of `remainder` and `fact_margin`, of the account, and of the story."""
+    """Require one verdict of `remainder` and `fact_margin`, of the numbers, and of the story."""
     margin = fact(BASE, first, margins, noise=noise)
     quarters = (0.25, 0.5, 0.75)
     columns = [SCALES.index(scale) for scale in quarters]
@@ -76,7 +76,7 @@ def verdict_of_all(margins: list[float], first: list[float], noise: float) -> Ve
         readout="y", units="logits", meta=META, **ends,
     )  # fmt: skip
     (verdict,) = margin.verdict
-    assert verdict == rest.verdict[0] == account_of(margin).verdict
+    assert verdict == rest.verdict[0] == margin_numbers(margin).verdict
     assert rest.to_frame()["verdict"].tolist() == [verdict.kind]
     story = margin_story(margin)
     claimed = {kind for kind, claim in CLAIMS.items() if claim in story}

@@ -71,15 +71,15 @@ class Analysis(Protocol[_P, _R]):
         ...
 
 
-_Verb = Callable[Concatenate[Evaluations, _P], _R]
+_FunctionOfG = Callable[Concatenate[Evaluations, _P], _R]
 
 
 @overload
-def analysis(verb: _Verb[_P, _R]) -> Analysis[_P, _R]: ...
+def analysis(function: _FunctionOfG[_P, _R]) -> Analysis[_P, _R]: ...
 @overload
 def analysis(
     *, takes_max_memory: bool = False, of_several: Callable[..., Any] | None = None
-) -> Callable[[_Verb[_P, _R]], Analysis[_P, _R]]: ...
+) -> Callable[[_FunctionOfG[_P, _R]], Analysis[_P, _R]]: ...
 @overload
 def analysis(
     *,
@@ -88,7 +88,7 @@ def analysis(
     typed_as: type[_Call],
 ) -> Callable[[Callable[..., Any]], _Call]: ...
 def analysis(
-    verb: Callable[..., Any] | None = None,
+    function: Callable[..., Any] | None = None,
     *,
     takes_max_memory: bool = False,
     of_several: Callable[..., Any] | None = None,
@@ -104,12 +104,12 @@ def analysis(
         half_way.of(lens.function(prompts, readout))  # the same
 
     Args:
-        verb: its first parameter is g, a `Function` that remembers its values and the slopes of
+        function: its first parameter is g, a `Function` that remembers its values and the slopes of
             whole sites at strengths; all others follow the readout in the call.
         takes_max_memory: whether the call has a keyword `max_memory`, a bound in bytes that
             replaces that of the lens.
         of_several: what is called, with a list of functions in place of g, where the readout is a
-            list of them; it is given all arguments of the verb, also those that were left out.
+            list of them; it is given all arguments of the function, also those that were left out.
             Without it, a list is refused.
         typed_as: a Protocol of the call, for type checkers, where what it returns depends on its
             arguments. It changes nothing at run time.
@@ -118,14 +118,15 @@ def analysis(
         ArgumentError: something that is no function of g.
     """
     del typed_as
-    if verb is None:
+    if function is None:
         return functools.partial(analysis, takes_max_memory=takes_max_memory, of_several=of_several)
-    if not callable(verb) or not inspect.signature(verb).parameters:
+    if not callable(function) or not inspect.signature(function).parameters:
         raise ArgumentError(
-            f"{verb!r} has no first parameter g", remedy="decorate a function of g: def f(g, …)."
+            f"{function!r} has no first parameter g",
+            remedy="decorate a function of g: def f(g, …).",
         )
 
-    @functools.wraps(verb)
+    @functools.wraps(function)
     def call(
         lens: LoraLens,
         prompts: PromptsLike,
@@ -141,10 +142,10 @@ def analysis(
         f = lens.function(prompts, progress=progress)
         if of_several is None or isinstance(readout, Readout):
             g = Evaluations(f.about(Readout.required(readout)))
-            return verb(g, *args, **kwargs)
+            return function(g, *args, **kwargs)
         questions = [Evaluations(f.about(each)) for each in Readout.listed(readout)]
-        # Whatever the verb would refuse for one readout is refused for several as well.
-        bound = inspect.signature(verb).bind(questions, *args, **kwargs)
+        # Whatever the function would refuse for one readout is refused for several as well.
+        bound = inspect.signature(function).bind(questions, *args, **kwargs)
         bound.apply_defaults()
         return of_several(*bound.args, **bound.kwargs)
 
@@ -152,22 +153,22 @@ def analysis(
         @alone
         def once(lens: LoraLens) -> Any:
             del lens
-            return verb(Evaluations.of(g), *args, **kwargs)
+            return function(Evaluations.of(g), *args, **kwargs)
 
         return once(g.lens)
 
-    vars(call)["__signature__"] = _signature(verb, takes_max_memory)
+    vars(call)["__signature__"] = _signature(function, takes_max_memory)
     public = cast(Any, alone(call))
     public.of = of
     return public
 
 
-def _signature(verb: Callable[..., Any], takes_max_memory: bool) -> inspect.Signature:
+def _signature(function: Callable[..., Any], takes_max_memory: bool) -> inspect.Signature:
     """The signature of the call, for help and editors.
 
     (lens, prompts, readout, …, max_memory=None, progress=True) in place of (g, …).
     """
-    inner = inspect.signature(verb)
+    inner = inspect.signature(function)
     _, *parameters = inner.parameters.values()
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     keyword = inspect.Parameter.KEYWORD_ONLY

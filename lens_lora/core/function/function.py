@@ -137,7 +137,9 @@ class Function:
         return self._reading
 
     def require_reading(self) -> Reading:
-        """The same as a method, for the Protocol of `g.passes`, which cannot ask for a property.
+        """`reading` as a method, for the Protocol of `g.passes`.
+
+        A runtime protocol reads every property as isinstance() checks it, and this one may raise.
 
         Raises:
             ArgumentError: a function without a readout.

@@ -38,7 +38,7 @@ from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.readout import Prompts, Reading
 from lens_lora.errors import ModelStateError
 
-# Maps a tensor in which an inject carries something beside its value to the value alone.
+# Removes what an inject appends to a tensor, and returns the value; the identity in ordinary runs.
 Primal = Callable[[Tensor], Tensor]
 
 
@@ -465,9 +465,10 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 class _SavedBeside(torch.autograd.Function):
-    """A node beside the graph that saves z, so that a block's second run restores it.
+    """Keeps z as a saved tensor of autograd, in a node beside the graph.
 
-    Torch's checkpointing drops what nodes save, and restores it as the block runs again.
+    Where blocks run twice, torch's checkpointing frees it after the forward pass and restores it as
+    the block runs again. A closure would hold z until the backward pass.
     """
 
     @staticmethod
