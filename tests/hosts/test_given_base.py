@@ -165,6 +165,10 @@ def test_another_adapter_of_another_base_has_its_own_note():
     right = lens.with_adapter(naming(random_adapter(1), "lab/this-one"))
     assert right.base_note == ""
     assert len(notes_of(lambda: right.with_adapter(naming(random_adapter(), "lab/third")))) == 1
+    with pytest.warns(LensLoraWarning, match="lab/third") as caught:
+        right.with_adapter(naming(random_adapter(), "lab/third"))
+    if not shapes.CHECKED:  # which has a frame of its own around each call
+        assert {w.filename for w in caught if "lab/third" in str(w.message)} == {__file__}
 
 
 # --- The named base's weights, where they are on this machine

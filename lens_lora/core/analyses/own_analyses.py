@@ -18,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overloa
 
 from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.function import Function
-from lens_lora.core.model import LoraLens, alone
+from lens_lora.core.model import LoraLens, alone, run_alone
 from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.errors import ArgumentError
 
@@ -150,12 +150,10 @@ def analysis(
         return of_several(*bound.args, **bound.kwargs)
 
     def of(g: Function, *args: Any, **kwargs: Any) -> Any:
-        @alone
-        def once(lens: LoraLens) -> Any:
-            del lens
+        def work() -> Any:
             return function(Evaluations.of(g), *args, **kwargs)
 
-        return once(g.lens)
+        return run_alone(g.lens, work)
 
     vars(call)["__signature__"] = _signature(function, takes_max_memory)
     public = cast(Any, alone(call))

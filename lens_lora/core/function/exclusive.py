@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
-from lens_lora.core.model import LoraLens, alone
+from lens_lora.core.model import LoraLens, run_alone
 
 
 @runtime_checkable
@@ -43,12 +43,10 @@ def exclusive(
 
     @functools.wraps(method)
     def run(self: _Self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        @alone
-        def once(lens: LoraLens) -> _R:
-            del lens
+        def work() -> _R:
             self.require_same_model()
             return method(self, *args, **kwargs)
 
-        return once(self.lens)
+        return run_alone(self.lens, work)
 
     return run

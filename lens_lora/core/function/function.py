@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -75,7 +76,7 @@ from lens_lora.core.function.many_gates import Bar
 from lens_lora.core.function.noise import Noise, scale_of_each
 from lens_lora.core.function.own_passes import OwnPasses
 from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
-from lens_lora.core.model import Gauge, LoraLens, alone, by_axes, extensions
+from lens_lora.core.model import Gauge, LoraLens, by_axes, extensions, run_alone
 from lens_lora.core.model.sites import Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptTokens, Reading, Readout
 from lens_lora.errors import ArgumentError, MissingPartError, require_finite
@@ -750,15 +751,8 @@ class Function:
         Raises:
             TokenError, ArgumentError: a readout that does not fit the model, or the prompts.
         """
-
-        # A readout may run the model, as a `KL` does. `alone` keeps other calls off it meanwhile,
-        # and finds the model through the first argument, the lens.
-        @alone
-        def read_alone(lens: LoraLens) -> Function:
-            del lens
-            return self._about(readout, reading)
-
-        return read_alone(self.lens)
+        # A readout may run the model, as a `KL` does; no other call uses the model meanwhile.
+        return run_alone(self.lens, functools.partial(self._about, readout, reading))
 
     def _about(
         self, readout: Readout | Callable[[Tensor], Tensor], reading: Reading | None

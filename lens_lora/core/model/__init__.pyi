@@ -58,6 +58,7 @@ from .plan import make_plan as make_plan
 from .points import HookPoints as HookPoints
 from .precision import eps_of as eps_of
 from .public_call import alone as alone
+from .public_call import run_alone as run_alone
 from .running import AGREEMENT as AGREEMENT
 from .running import TOKENS as TOKENS
 from .running import base_logits as base_logits

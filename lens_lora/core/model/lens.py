@@ -58,6 +58,10 @@ if TYPE_CHECKING:
 # The public attributes that `__init__` sets; all others are properties.
 _SET_WHEN_MADE = ("model", "adapter", "prepend_bos", "base_note")
 
+# The line that called a public method, as a `stacklevel` of a warning by `_warn_of_base` in it:
+# `@alone` puts two frames of its own between them.
+_CALLER = 5
+
 
 class LoraLens(AdaptedModel):
     """A LoRA adapter over a hooked model, exact up to the model's own rounding.
@@ -143,7 +147,7 @@ class LoraLens(AdaptedModel):
         self.base_note: str = ""
         if not is_stand_in:
             self.base_note = extensions.note_on_base(self, is_refused=is_checked)
-            self._warn_of_base(stacklevel=4)
+            self._warn_of_base(_CALLER)
 
     # --- What is checked when a lens is made
 
@@ -236,7 +240,7 @@ class LoraLens(AdaptedModel):
             extensions.require_own_parameters(self.model, adapter)
         if adapter.base_model not in (None, self.adapter.base_model):
             other.base_note = extensions.note_on_names(adapter.base_model, self.base_names)
-            other._warn_of_base(stacklevel=3)
+            other._warn_of_base(_CALLER)
         if check and self._probed is not None:
             other._probed = self._probed_with(adapter, self._probed)
             self._probed = other._probed

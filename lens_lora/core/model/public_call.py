@@ -50,7 +50,10 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function whose first argument is a lens, or a method of a lens."""
+    """Decorate a function whose first argument is a lens, or a method of a lens, as a public call.
+
+    What has a lens in another place calls `run_alone`.
+    """
     signature = inspect.signature(call)
     first_parameter = next(iter(signature.parameters))
 
@@ -62,28 +65,37 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
         if first_parameter == "lens" and is_given:
             _require_lens(lens, args, call.__name__)
         require_fitting(call.__name__, signature, args, kwargs)
-
-        others = open_spans()
-        span = Temporary(functools.partial(_prepare, lens))
-        # Twice, as an interrupt may come while the first one closes what the call has opened.
-        try:
-            try:
-                span.__enter__()
-                result = call(*args, **kwargs)
-                # What is still open is the caller's own, such as a block in a suspended generator.
-                others = [other for other in open_spans() if other is not span]
-                return result
-            except (RuntimeError, MemoryError) as error:
-                clearer = _with_its_cause(error, lens)
-                if clearer is None:
-                    raise
-                raise clearer from error
-            finally:
-                close_but(others)
-        finally:
-            close_but(others)
+        return run_alone(lens, functools.partial(call, *args, **kwargs))
 
     return run
+
+
+def run_alone(lens: Any, work: Callable[[], _R]) -> _R:
+    """Do some work as a public call does it: by itself on the lens's model, in plain settings.
+
+    Args:
+        lens: the lens. One that is still being made has no model yet, so no thread waits for it.
+        work: the work, which takes no argument.
+    """
+    others = open_spans()
+    span = Temporary(functools.partial(_prepare, lens))
+    # Twice, as an interrupt may come while the first one closes what the call has opened.
+    try:
+        try:
+            span.__enter__()
+            result = work()
+            # What is still open is the caller's own, such as a block in a suspended generator.
+            others = [other for other in open_spans() if other is not span]
+            return result
+        except (RuntimeError, MemoryError) as error:
+            clearer = _with_its_cause(error, lens)
+            if clearer is None:
+                raise
+            raise clearer from error
+        finally:
+            close_but(others)
+    finally:
+        close_but(others)
 
 
 def _require_lens(lens: object, args: Sequence[object], name: str) -> None:
