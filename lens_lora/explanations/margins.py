@@ -55,7 +55,7 @@ class _Group:
 
     Attributes:
         indices: the indices of these prompts among all.
-        g: their margins.
+        g: the function whose readout is the margin of each of them.
         docs: for each prompt, the answer that the fine-tune taught.
         pres: for each prompt, the answer of the base model.
         labels: for each prompt, the name of its margin.
@@ -84,8 +84,10 @@ def explained_margins(
         _require_answers_that_fit(f, doc, pre)
     docs = items_of(doc, batch)
     pres = items_of(pre, batch)
-    margins = [_margin(f, [i], docs[i], pres[i]) for i in range(batch)]
-    groups = _groups_of(f, margins, docs, pres)
+    # Whether a margin is in logits or in nats, and so which prompts may form a group, is known only
+    # from the answers as tokens; so each prompt has a g of its own first.
+    g_of_each = [_g_of(f, [i], docs[i], pres[i]) for i in range(batch)]
+    groups = _groups_of(f, g_of_each, docs, pres)
     steps = _QUICK_STEPS * len(groups)
     if null:
         steps += len(groups)
@@ -96,22 +98,22 @@ def explained_margins(
         for group in groups:
             quick_ones = _quick(group, fast=fast, null=null, bar=bar)
             for i, quick in zip(group.indices, quick_ones, strict=True):
-                explanations[i] = quick if fast else in_full(margins[i], quick, bar)
+                explanations[i] = quick if fast else in_full(g_of_each[i], quick, bar)
     return tuple(explanations[i] for i in range(batch))
 
 
 def _groups_of(
-    f: Function, margins: Sequence[Evaluations], docs: _OneEach, pres: _OneEach
+    f: Function, g_of_each: Sequence[Evaluations], docs: _OneEach, pres: _OneEach
 ) -> list[_Group]:
-    """The prompts in groups that share their passes, with the margin and answers of each prompt."""
+    """The prompts in groups that share their passes, each group with a g of its own."""
     groups: list[_Group] = []
-    for indices in _together(f, margins):
+    for indices in _together(f, g_of_each):
         group_docs = [docs[i] for i in indices]
         group_pres = [pres[i] for i in indices]
-        g = margins[indices[0]]
+        g = g_of_each[indices[0]]
         if len(indices) > 1:
-            g = _margin(f, indices, group_docs, group_pres)
-        labels = [_readout(margins[i]).label for i in indices]
+            g = _g_of(f, indices, group_docs, group_pres)
+        labels = [_readout_of(g_of_each[i]).label for i in indices]
         groups.append(_Group(indices, g, group_docs, group_pres, labels))
     return groups
 
@@ -123,26 +125,26 @@ def _require_answers_that_fit(f: Function, doc: AnswerLike, pre: AnswerLike) -> 
         TokenError: an answer that is empty or cannot follow its prompt, or doc equal to pre.
         PromptError: a prompt that is too long for the context with its answer.
     """
-    margin = margin_between(f.lens.model, doc, pre, f.prompts)
-    # Binding the readout to the prompts makes the rows of every answer; they are not kept.
-    margin.reading(f.lens.model, f.prompts)
+    readout = margin_between(f.lens.model, doc, pre, f.prompts)
+    # This makes the rows of every answer, which checks them; they are not kept.
+    readout.reading(f.lens.model, f.prompts)
 
 
-def _margin(f: Function, indices: Sequence[int], doc: AnswerLike, pre: AnswerLike) -> Evaluations:
-    """The margin between the answers of some prompts, as a function of the gates."""
+def _g_of(f: Function, indices: Sequence[int], doc: AnswerLike, pre: AnswerLike) -> Evaluations:
+    """Make the g of some prompts whose readout is the margin between their answers."""
     f_of_some = f.lens.function(f.prompts.chosen(indices), progress=f.progress)
-    margin = margin_between(f.lens.model, doc, pre, f_of_some.prompts)
-    return Evaluations(f_of_some.about(margin))
+    readout = margin_between(f.lens.model, doc, pre, f_of_some.prompts)
+    return Evaluations(f_of_some.about(readout))
 
 
-def _readout(margin: Function) -> Readout:
-    assert margin.readout is not None, "`_margin` makes no function without one"
-    return margin.readout
+def _readout_of(g: Function) -> Readout:
+    assert g.readout is not None, "`_g_of` makes no function without one"
+    return g.readout
 
 
-def _together(f: Function, margins: Sequence[Function]) -> Iterator[list[int]]:
+def _together(f: Function, g_of_each: Sequence[Function]) -> Iterator[list[int]]:
     """Prompts that may share their passes: of like length, with margins in the same units."""
-    units = [_readout(margin).units for margin in margins]
+    units = [_readout_of(g).units for g in g_of_each]
     for indices, _ in by_length(f.prompts, _TOKENS_AT_ONCE):
         for unit in dict.fromkeys(units):
             chosen = [i for i in indices if units[i] == unit]
@@ -157,9 +159,10 @@ def _quick(group: _Group, *, fast: bool, null: int, bar: tqdm) -> list[Explanati
     """The part of each explanation that takes few passes, which all prompts of a group share."""
     g = group.g
     lens = g.lens
-    silent = g.with_progress(False)
+    # It shares the memory of g, and shows no bar of its own below this one.
+    g_without_bar = g.with_progress(False)
     with step(bar, "the margin along the path"):
-        margin = FactMargin.of(silent, list(group.docs), list(group.pres), by="position")
+        margin = FactMargin.of(g_without_bar, list(group.docs), list(group.pres), by="position")
     with step(bar, "tokens promoted and suppressed"):
         shift = logit_shift(lens, g.prompts, by_site=False, progress=False)
         module_shifts = _shifts_of_the_largest(g, shift, margin.attribution.per_site)
@@ -168,10 +171,10 @@ def _quick(group: _Group, *, fast: bool, null: int, bar: tqdm) -> list[Explanati
         most = answer_tokens(fast=fast)
         answers = side_by_side(lens, g.prompts, most, progress=g.progress)
     with step(bar, "first order at the adapted end"):
-        adapted_end = first_order.of(silent, at=1.0)
+        adapted_end = first_order.of(g_without_bar, at=1.0)
     with step(bar, "second order"):
-        # First order and the curve are known from the margin.
-        second = second_order.of(silent)
+        # g remembers first order and the curve from the margin.
+        second = second_order.of(g_without_bar)
     test: NullTest | None = None
     if null:
         with step(bar, f"{null} null adapters"):
