@@ -214,7 +214,7 @@ def test_some_plants_are_written_beside_those_of_their_base(base, tmp_path, monk
     judged.NUMBERS.write_text(before)
     plant = {"kind": "confined", "share": 0.0001234}
     (tmp_path / "confined-0.json").write_text(json.dumps(plant))
-    judged.write(tmp_path, base, are_some=True)
+    judged.write(tmp_path, base, keep_others=True)
     old = json.loads(before)
     new = json.loads(judged.NUMBERS.read_text())
     is_embedded = base == judged.EMBEDDED_NAME
