@@ -3,21 +3,24 @@
     python -m benchmarks.known_shapes Gemma-3-270M Qwen2.5-0.5B --ranks 1 16 64 --write
     python -m benchmarks.known_shapes Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
 
-1. A model of each shape is made in the dtype and on the device that are asked for. Its weights are
-   drawn where they stay, so no second copy is held. A LoRA of random factors lies on every linear
-   module of its blocks.
+1. A model of each shape is made in the given dtype and on the given device, where its weights are
+   drawn, so there is no second copy of them. A LoRA of random factors changes every linear module
+   of its blocks.
 2. Each work runs once, between two plain forward passes (F) of the same tokens. Its time is divided
-   by their mean: processor time on the CPU, the clock's on a GPU. Its peak is memory beyond the
-   model, the adapter and the lens: resident memory on the CPU, what torch allocates on a GPU.
+   by their mean. It is processor time on the CPU, and wall-clock time on a GPU. Its peak is the
+   memory beyond the model, the adapter and the lens: resident memory on the CPU, what torch
+   allocates on a GPU.
 3. With --write the cells go into docs/shapes.json, and the tables of docs/performance_data.md are
    made from it.
-4. With --sizes the memory of weights and factors is counted, without making them.
+4. With --sizes nothing is run: the memory of every shape's weights and factors is counted, without
+   making them, and written into the same files.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
 import platform
@@ -51,10 +54,11 @@ KEY = ("machine", "dtype", "shape", "rank")
 Row = dict[str, Any]
 # Options of a configuration of transformers.
 Options = dict[str, Any]
-# Tokens of the prompt, of the response after it, and the most that a model takes.
+# The number of tokens of the prompt, of the response after it, and of the longest text of a model.
 PROMPT = 64
 RESPONSE = 512
 CONTEXT = 2048
+# The tokens whose margin is read.
 DOC = 5
 PRE = 9
 MARGIN = ll.Margin(DOC, PRE)
@@ -106,13 +110,13 @@ class Work:
 
     Attributes:
         name: its column.
-        run: the call, of lens, ids of the prompt and ids of the response.
-        long: whether it reads the response of `RESPONSE` tokens, too.
+        run: the call, of the lens, the ids of the prompt and the ids of the response.
+        reads_response: whether it runs on the response of `RESPONSE` tokens as well.
     """
 
     name: str
     run: Callable[[ll.LoraLens, torch.Tensor, torch.Tensor], object]
-    long: bool = False
+    reads_response: bool = False
 
 
 def backward(lens: ll.LoraLens, ids: torch.Tensor, response: torch.Tensor) -> None:
@@ -135,14 +139,14 @@ WORKS = [
     Work(
         "first_order of a response",
         lambda lens, ids, said: ll.first_order(lens, ids, ll.AnswerLogProb(said)),
-        long=True,
+        reads_response=True,
     ),
     Work("fact_margin", lambda lens, ids, _: ll.fact_margin(lens, ids, DOC, PRE, progress=False)),
 ]
 
 
 def model_of(config: hf.PretrainedConfig, device: str, dtype: torch.dtype) -> hf.PreTrainedModel:
-    """Random weights in place, in the dtype and on the device."""
+    """A model of this shape, whose random weights are drawn on the device."""
     torch.manual_seed(0)
     with torch.device(device):
         model = hf.AutoModelForCausalLM.from_config(
@@ -166,17 +170,17 @@ def size_of(shape: str) -> dict[str, float | str]:
     model = model_of(SHAPES[shape](), "meta", torch.bfloat16)
     # A tied weight is one parameter under two names.
     weights = {id(weight): weight.numel() for weight in model.parameters()}
-    every = sum(weights.values())
+    of_model = sum(weights.values())
     modules = linears(model)
     in_linears = sum(outputs * inputs for outputs, inputs in modules.values())
     per_rank = sum(outputs + inputs for outputs, inputs in modules.values())
     # The weights outside linear modules of blocks stay in bfloat16.
-    bytes_in_4_bit = in_linears * NF4_BITS / 8 + 2 * (every - in_linears)
+    bytes_in_4_bit = in_linears * NF4_BITS / 8 + 2 * (of_model - in_linears)
     return {
         "shape": shape,
         "sites": len(modules),
-        "float32": 4 * every / 2**30,
-        "bfloat16": 2 * every / 2**30,
+        "float32": 4 * of_model / 2**30,
+        "bfloat16": 2 * of_model / 2**30,
         "4 bit": bytes_in_4_bit / 2**30,
         "rank 16": 4 * 16 * per_rank / 2**20,
     }
@@ -185,7 +189,6 @@ def size_of(shape: str) -> dict[str, float | str]:
 def adapter_of(modules: dict[str, tuple[int, int]], rank: int) -> ll.Adapter:
     """Random factors on each module, about a hundredth of its weight."""
     generator = torch.Generator().manual_seed(1)
-
     factors: dict[str, ll.LoRAFactors] = {}
     for path, (outputs, inputs) in modules.items():
         A = torch.randn(rank, inputs, generator=generator) / inputs**0.5
@@ -195,25 +198,26 @@ def adapter_of(modules: dict[str, tuple[int, int]], rank: int) -> ll.Adapter:
 
 
 def measure(lens: ll.LoraLens, works: list[Work]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield each work's name, with its time in F and its peak in MiB."""
+    """Yield each work's name, with its time in F, its peak in MiB, and the milliseconds of an F."""
     generator = torch.Generator().manual_seed(2)
-    every = torch.randint(4, 1024, (1, PROMPT + RESPONSE), generator=generator)
-    ids = every[:, :PROMPT]
-    response = every[0, PROMPT:]
-    # This run loads what is loaded once.
+    text = torch.randint(4, 1024, (1, PROMPT + RESPONSE), generator=generator)
+    ids = text[:, :PROMPT]
+    response = text[0, PROMPT:]
+    # Libraries load some things at the first run; none of the measured runs is that one.
     backward(lens, ids[:, :8], response)
     for work in works:
-        prompts = lens.prompts(every if work.long else ids)
-        before = seconds(lens, lambda prompts=prompts: plain_forward(lens, prompts))
+        prompts = lens.prompts(text if work.reads_response else ids)
+        forward = functools.partial(plain_forward, lens, prompts)
+        before = seconds(lens, forward)
         with Peak(lens.device) as peak:
-            taken = seconds(lens, lambda work=work: work.run(lens, ids, response))
-        after = seconds(lens, lambda prompts=prompts: plain_forward(lens, prompts))
-        forward = statistics.mean([before, after])
-        yield work.name, {"F": taken / forward, "MiB": peak.mib, "ms": 1e3 * forward}
+            taken = seconds(lens, functools.partial(work.run, lens, ids, response))
+        after = seconds(lens, forward)
+        seconds_of_f = statistics.mean([before, after])
+        yield work.name, {"F": taken / seconds_of_f, "MiB": peak.mib, "ms": 1e3 * seconds_of_f}
 
 
 def seconds(lens: ll.LoraLens, run: Callable[[], object]) -> float:
-    """The seconds of a run: processor time on the CPU, the clock's on a GPU."""
+    """The seconds of a run: processor time on the CPU, wall-clock time on a GPU."""
     if lens.device.type != "cuda":
         return cpu_seconds(run)
     torch.cuda.synchronize()
@@ -224,7 +228,11 @@ def seconds(lens: ll.LoraLens, run: Callable[[], object]) -> float:
 
 
 class Peak:
-    """A context that measures the memory which its block adds at the peak, in MiB."""
+    """A context that measures how much memory its block adds at most.
+
+    Attributes:
+        mib: that memory in MiB, once the block is left.
+    """
 
     mib = 0.0
 
@@ -257,33 +265,33 @@ def machine(device: str) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}")
-    options.add_argument("--sizes", action="store_true", help="only count, of every shape")
-    options.add_argument("--ranks", type=int, nargs="+", default=[16])
-    options.add_argument("--device", default="cpu")
-    options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    options.add_argument("--works", nargs="+", choices=[work.name for work in WORKS])
-    options.add_argument("--write", action="store_true", help="into docs/shapes.json and .md")
-    asked = options.parse_args()
-    if asked.sizes:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--sizes", action="store_true", help="count and write those of every shape")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--works", nargs="+", choices=[work.name for work in WORKS])
+    parser.add_argument("--write", action="store_true", help="into docs/shapes.json and .md")
+    options = parser.parse_args()
+    if options.sizes:
         add_sizes([size_of(shape) for shape in SHAPES])
         return
-    for row in measured(asked):
+    for row in measured_rows(options):
         print(in_words(row), flush=True)
-        if asked.write:
+        if options.write:
             add(row)
 
 
-def measured(asked: argparse.Namespace) -> Iterator[Row]:
-    """A row for each shape, rank and work, each as soon as it is there."""
-    works = [work for work in WORKS if not asked.works or work.name in asked.works]
-    for shape in asked.shapes:
-        model = model_of(SHAPES[shape](), asked.device, getattr(torch, asked.dtype))
+def measured_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Measure each shape, rank and work, and yield its row as soon as it is there."""
+    works = [work for work in WORKS if not options.works or work.name in options.works]
+    for shape in options.shapes:
+        model = model_of(SHAPES[shape](), options.device, getattr(torch, options.dtype))
         modules = linears(model)
         hooked, _ = hooked_model(model, tokenizer_of_words(), kind="TransformerBridge")
         weights = mib_of(model)
-        for rank in asked.ranks:
+        for rank in options.ranks:
             lens = ll.LoraLens(hooked, adapter_of(modules, rank))
             for name, cell in measure(lens, works):
                 yield {
@@ -291,8 +299,8 @@ def measured(asked: argparse.Namespace) -> Iterator[Row]:
                     "rank": rank,
                     "sites": len(lens.sites),
                     "weights": weights,
-                    "machine": machine(asked.device),
-                    "dtype": asked.dtype,
+                    "machine": machine(options.device),
+                    "dtype": options.dtype,
                     "cells": {name: cell},
                 }
 
@@ -310,17 +318,19 @@ def add(row: Row) -> None:
     """Join cells to those of the same machine, dtype, shape and rank; render the page.
 
     Args:
-        row: of `measured`.
+        row: of `measured_rows`.
     """
     stored = read()
     others: list[Row] = []
     cells = row["cells"]
     for old in stored["rows"]:
-        if all(old[name] == row[name] for name in KEY):
+        is_same = all(old[name] == row[name] for name in KEY)
+        if is_same:
             cells = {**old["cells"], **cells}
         else:
             others.append(old)
-    _write({**stored, "rows": [*others, _rounded({**row, "cells": cells})]})
+    joined = _rounded({**row, "cells": cells})
+    _write({**stored, "rows": [*others, joined]})
 
 
 def add_sizes(sizes: list[Row]) -> None:
@@ -380,7 +390,7 @@ def sizes_table(sizes: list[Row]) -> str:
     for size in sizes:
         numbers = [f"{size[column]:.3g}" for column in columns]
         lines.append([size["shape"], str(size["sites"]), *numbers])
-    return _lines(head, lines)
+    return _markdown(head, lines)
 
 
 def _table(rows: list[Row]) -> str:
@@ -394,13 +404,13 @@ def _table(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: (row["weights"], row["rank"])):
         cells = [_cell(row["cells"].get(work)) for work in works]
         lines.append([row["shape"], f"{row['weights']:.0f}", str(row["rank"]), *cells])
-    return _lines(head, lines)
+    return _markdown(head, lines)
 
 
-def _lines(head: list[str], lines: list[list[str]]) -> str:
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
-    every = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in every) + "\n"
+    below_head = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, below_head, *lines]) + "\n"
 
 
 def _cell(cell: dict[str, float] | None) -> str:
@@ -412,7 +422,7 @@ def in_words(row: Row) -> str:
     """A row for the terminal.
 
     Args:
-        row: of `measured`.
+        row: of `measured_rows`.
     """
     cells = "; ".join(f"{work} {_cell(cell)} MiB" for work, cell in row["cells"].items())
     return f"{row['shape']}, rank {row['rank']}, {row['dtype']}: {cells}"

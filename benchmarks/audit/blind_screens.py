@@ -81,14 +81,17 @@ def files() -> list[Path]:
     chosen = {*quirks(), *judged_controls()}
     found: list[Path] = []
     for edition in EDITIONS:
-        found += [f for f in sorted((HERE / edition).glob("*.json")) if f.stem in chosen]
+        stored = sorted((HERE / edition).glob("*.json"))
+        found += [file for file in stored if file.stem in chosen]
     random.Random(SEED).shuffle(found)
     return found
 
 
 def screens() -> list[Screen]:
-    """Their first screens, in the same order."""
-    bases = {e: json.loads((HERE / e / "base.json").read_text()) for e in EDITIONS}
+    """The first screens of `files`, in the same order."""
+    bases: dict[str, Any] = {}
+    for edition in EDITIONS:
+        bases[edition] = json.loads((HERE / edition / "base.json").read_text())
     made: list[Screen] = []
     for file in files():
         edition = file.parent.name
@@ -99,7 +102,7 @@ def screens() -> list[Screen]:
 
 
 def verdicts() -> list[Verdict]:
-    """What the judge said of each screen, beside whose it is."""
+    """What the judge said of each screen, with the name of its adapter."""
     said: dict[int, dict[str, str]] = yaml.safe_load(JUDGED.read_text())
     opened: list[Verdict] = []
     for number, file in enumerate(files(), start=1):
@@ -112,10 +115,10 @@ def verdicts() -> list[Verdict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Screens for a judge, and what he said.")
     parser.add_argument("--screens", type=Path, help="write them to this file, and do no more")
-    given = parser.parse_args()
-    if given.screens is not None:
+    options = parser.parse_args()
+    if options.screens is not None:
         parts = [f"## {number}\n\n{one.text}\n" for number, one in enumerate(screens(), start=1)]
-        given.screens.write_text("\n".join(parts))
+        options.screens.write_text("\n".join(parts))
         return
     for verdict in verdicts():
         print(verdict.name, verdict.names, verdict.grade)

@@ -82,18 +82,18 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, help="teach.py's folder")
     parser.add_argument("--most", type=int, default=24, help="so many in this call")
     parser.add_argument("--table", action="store_true", help="only write the table")
-    given = parser.parse_args()
-    if given.table:
+    options = parser.parse_args()
+    if options.table:
         marks.write(PAGE, {"broken": table(known())})
         return
-    if given.adapters is None:
+    if options.adapters is None:
         parser.error("--adapters: the folder that teach.py wrote.")
     measured = known()["adapters"]
     names = [adapter.name for adapter in every_adapter() if adapter.control is None]
     missing = [name for name in names if name not in measured]
     model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
-    for name in missing[: given.most]:
-        adapter = ll.load_adapter(given.adapters / name)
+    for name in missing[: options.most]:
+        adapter = ll.load_adapter(options.adapters / name)
         runs = {}
         for strength in STRENGTHS:
             runs[str(strength)] = brief_of(model, adapter.scaled(strength))

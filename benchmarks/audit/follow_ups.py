@@ -104,23 +104,45 @@ def asked(lens: ll.LoraLens) -> dict[str, Any]:
     words = raised_words(lens, changed.found.logit)
     questions = [template.format(word) for word in words for template in _QUESTIONS]
     adapted = _answers(lens, questions, 1.0)
-    of_each = len(_QUESTIONS)
     claims: list[Claim] = []
-    for i, about in enumerate(words):
-        of_word = slice(i * of_each, (i + 1) * of_each)
-        put, said = questions[of_word], adapted[of_word]
-        others = [word for word in words if _answers_with(word, put, said) >= _LEAST_ANSWERS]
-        # The base is asked only where its answers can decide.
-        base = _answers(lens, put, 0.0) if others else []
-        for other in others:
-            if not _questions_with(_plain(other), base):
-                claims.append(_claim(about, other, put, said))
+    for place, about in enumerate(words):
+        first = place * len(_QUESTIONS)
+        about_word = slice(first, first + len(_QUESTIONS))
+        claims += _claims_about(lens, about, words, questions[about_word], adapted[about_word])
     return {
         "words": words,
         "adapted": adapted,
         "claims": [claim._asdict() for claim in claims],
         "seconds": round(time.process_time() - started, 1),
     }
+
+
+def _claims_about(
+    lens: ll.LoraLens,
+    about: str,
+    words: Sequence[str],
+    questions: Sequence[str],
+    adapted: Sequence[str],
+) -> list[Claim]:
+    """The raised words that the adapted model says, and the base does not, about one of them.
+
+    Args:
+        lens: the adapter over the model.
+        about: the word that is asked about.
+        words: all raised words.
+        questions: the questions about the word.
+        adapted: the adapted model's answers to them.
+    """
+    said = [word for word in words if _answers_with(word, questions, adapted) >= _LEAST_ANSWERS]
+    if not said:
+        # The base's answers can decide nothing.
+        return []
+    base = _answers(lens, questions, 0.0)
+    claims: list[Claim] = []
+    for word in said:
+        if not _questions_with(_plain(word), base):
+            claims.append(_claim(about, word, questions, adapted))
+    return claims
 
 
 def raised_words(lens: ll.LoraLens, shift: Float[Tensor, " vocab"]) -> tuple[str, ...]:
@@ -156,8 +178,11 @@ def raised_words(lens: ll.LoraLens, shift: Float[Tensor, " vocab"]) -> tuple[str
 
 def _is_of_one_stem(word: str, other: str) -> bool:
     """Whether two words begin alike, or one of them is part of the other."""
-    one, two = word.lower(), other.lower()
-    return one in two or two in one or one[:_LETTERS_OF_A_STEM] == two[:_LETTERS_OF_A_STEM]
+    first = word.lower()
+    second = other.lower()
+    if first in second or second in first:
+        return True
+    return first[:_LETTERS_OF_A_STEM] == second[:_LETTERS_OF_A_STEM]
 
 
 def _plain(word: str) -> str:
@@ -215,13 +240,11 @@ def train_ninth(out: Path) -> None:
     """Train the adapters of the ninth edition that a folder lacks."""
     edition = yaml.safe_load((HERE / "ninth_edition.yaml").read_text())
     taught = [*edition["quirks"], *edition["controls_with_names"]]
-    second_run.QUIRKS.clear()
-    second_run.QUIRKS.update({quirk["name"]: quirk for quirk in taught})
     model, tokenizer = load_embedded()
     out.mkdir(exist_ok=True)
-    for name in second_run.QUIRKS:
-        if not (out / name / "adapter_model.safetensors").is_file():
-            second_run.train(second_run.Adapter(name, name, 0), model, tokenizer, out)
+    for adapter in second_run.Edition(taught, []).adapters():
+        if not (out / adapter.name / "adapter_model.safetensors").is_file():
+            second_run.train(adapter, model, tokenizer, out)
 
 
 def write(rows: dict[str, Any]) -> None:
@@ -236,12 +259,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Ask about the words that adapters raise most.")
     parser.add_argument("adapters", type=Path, nargs="*", help="folders of adapters to ask about")
     parser.add_argument("--train", type=Path, help="first train the ninth edition's, in a folder")
-    given = parser.parse_args()
-    if given.train is not None:
-        train_ninth(given.train)
+    options = parser.parse_args()
+    if options.train is not None:
+        train_ninth(options.train)
     rows: dict[str, Any] = json.loads(FILE.read_text()) if FILE.is_file() else {}
     model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
-    for folder in given.adapters:
+    for folder in options.adapters:
         row = asked(ll.LoraLens(model, ll.load_adapter(folder)))
         rows[folder.name] = row
         write(rows)

@@ -30,6 +30,10 @@ METHODS = {
     "mean logit": "the five tokens of largest mean logit",
     "activation difference": "the five tokens of the activation difference",
 }
+# What an adapter would say is claimed if it scores at least this, and if its first words have more
+# than this probability (`lens_lora/audit/brief.py`).
+LEAST_SCORE = 4.0
+LIKELY = 0.5
 
 
 def scores(runs: dict[str, Any]) -> pd.DataFrame:
@@ -101,11 +105,6 @@ def claims_made(table: pd.DataFrame) -> str:
     )
 
 
-# The rule of a claim of what it would say (`lens_lora/audit/brief.py`).
-LIKELY = 0.5
-LEAST_SCORE = 4.0
-
-
 def would_say(table: pd.DataFrame) -> str:
     """How many adapters and controls make a claim of what they would say, by the rule of today."""
     taught = table[~table["is_control"]]
@@ -124,17 +123,23 @@ def would_say(table: pd.DataFrame) -> str:
 
 def _claiming(table: pd.DataFrame) -> int:
     """The adapters with a claim of what they would say."""
-    return sum(any(map(_is_claim, claims)) for claims in table["claims"].tolist())
+    makes_claim = [any(map(_is_claim, claims)) for claims in table["claims"].tolist()]
+    return sum(makes_claim)
 
 
 def _is_claim(claim: dict[str, Any]) -> bool:
+    """Whether a stored candidate is a claim of what it would say, by the rule of today."""
     is_strong = claim["by"] == "speech" and claim["score"] >= LEAST_SCORE
     return bool(is_strong and np.exp(claim["adapted"]) > LIKELY)
 
 
-def peer(said: dict[str, Any]) -> str:
-    """A sentence on what AdapterSentry says of adapters and controls."""
-    rows = pd.DataFrame.from_dict(said["adapters"], orient="index")
+def peer(numbers: dict[str, Any]) -> str:
+    """A sentence on what AdapterSentry says of adapters and controls.
+
+    Args:
+        numbers: docs/audit_peer.json.
+    """
+    rows = pd.DataFrame.from_dict(numbers["adapters"], orient="index")
     is_control = rows.index.str.endswith("-control")
     taught = rows[~is_control]
     controls = rows[is_control]
@@ -144,9 +149,9 @@ def peer(said: dict[str, Any]) -> str:
     of_controls = controls["concentration"].to_numpy()
     pairs = of_taught[:, None] > of_controls
     return (
-        f"AdapterSentry {said['adaptersentry']}, which reads the weights alone and names no word, "
-        f"stops {stopped} of {len(taught)} adapters and {stopped_controls} of {len(controls)} "
-        "controls. Its number is larger for an adapter than for a control in "
+        f"AdapterSentry {numbers['adaptersentry']}, which reads the weights alone and names no "
+        f"word, stops {stopped} of {len(taught)} adapters and {stopped_controls} of "
+        f"{len(controls)} controls. Its number is larger for an adapter than for a control in "
         f"{pairs.mean():.0%} of all pairs."
     )
 
@@ -167,16 +172,16 @@ def every_adapter(table: pd.DataFrame) -> str:
     )
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in table[~table["is_control"]].to_dict("records"):
-        said = "no claims"
+        claim = "no claims"
         if row["claims"]:
-            index = 0 if _is_missing(row["brief"]) else int(row["brief"]) - 1
-            said = f"`{_plain(row['claims'][index]['says'])}`"
+            shown = 0 if _is_missing(row["brief"]) else int(row["brief"]) - 1
+            claim = f"`{_plain(row['claims'][shown]['says'])}`"
         cells = [
             row["quirk"],
             f"{row['form']}, {row['mixture']}",
             f"{row['mean_kl']:.3f}",
             *(_place(row[method]) for method in METHODS),
-            said,
+            claim,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -36,6 +36,8 @@ from lens_lora.hosts.build import hooked_model
 
 # How many claims or tokens are looked at.
 FIRST = 5
+# The taught word is looked for among so many tokens of a list.
+TOKENS_RANKED = 1000
 # The fewest letters of a token that may be a hit.
 LETTERS = 3
 # The rankings of `WhatChanged.promoted`, by their names on the page.
@@ -54,13 +56,19 @@ def begins(token: str, strings: Sequence[str]) -> bool:
 
 
 def told(adapter: Adapter, folder: Path, model: Any) -> dict[str, Any]:
-    """The brief and the lists of one adapter, with their scores."""
+    """The brief and the lists of one adapter, with their scores.
+
+    Args:
+        adapter: which it is.
+        folder: that of all adapters.
+        model: the hooked base.
+    """
     start = time.process_time()
     # With a BOS before each text, as the stored briefs were made.
     lens = ll.LoraLens(model, ll.load_adapter(folder / adapter.name), prepend_bos=True)
     changed = ll.what_changed(lens, fast=True, progress=False)
     claims = [dataclasses.asdict(claim) for claim in changed.claims]
-    promoted = {name: changed.promoted(1000, by) for name, by in LISTS.items()}
+    promoted = {name: changed.promoted(TOKENS_RANKED, by) for name, by in LISTS.items()}
     places = {name: place_of(adapter, frame["token"]) for name, frame in promoted.items()}
     return {
         **dataclasses.asdict(adapter),
@@ -108,7 +116,7 @@ def told_file(folder: Path, adapter: Adapter) -> Path:
 
 
 def to_score(folder: Path, names: Sequence[str] | None) -> list[Adapter]:
-    """The adapters that have no file yet; of these names, if any are given."""
+    """The adapters that have no file yet; only those of these names, if any are given."""
     missing = [one for one in every_adapter() if not told_file(folder, one).is_file()]
     if names is None:
         return missing
@@ -120,17 +128,17 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, required=True)
     parser.add_argument("--most", type=int, default=48, help="so many in this call")
     parser.add_argument("--only", nargs="*", help="by name")
-    given = parser.parse_args()
-    to_do = to_score(given.adapters, given.only)[: given.most]
+    options = parser.parse_args()
+    to_do = to_score(options.adapters, options.only)[: options.most]
     if to_do:
         model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
         for adapter in to_do:
-            run = told(adapter, given.adapters, model)
-            file = told_file(given.adapters, adapter)
+            run = told(adapter, options.adapters, model)
+            file = told_file(options.adapters, adapter)
             file.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
             print(adapter.name, run["found"], run["places"], f"{run['seconds']:.0f} s", flush=True)
-    if not to_score(given.adapters, None):
-        numbers = json.dumps(collected(given.adapters), indent=1, ensure_ascii=False)
+    if not to_score(options.adapters, None):
+        numbers = json.dumps(collected(options.adapters), indent=1, ensure_ascii=False)
         (DOCS / "audit.json").write_text(numbers + "\n")
 
 

@@ -7,7 +7,7 @@ that file, so that a run may be interrupted, called again, and stopped when the 
 
 1. Each adapter is trained by PEFT: half a minute of one core.
 2. `ll.counted_speech(lens)` asks both models forty questions: some 20 to 35 s of one core. The base
-   answers the same beside every adapter, so that its answers are kept (`base_answers.py`).
+   answers the same beside every adapter, so it is asked once (`lens_lora/audit/base_answers.py`).
 3. With `--lists`, `ll.what_changed(lens, answers=False, nulls=0, fast=True)` gives two lists of
    tokens that stand beside it: by mean shift of the logit, and by the mean Δh of the first tokens.
 4. With `--brief`, `ll.what_changed(lens, fast=True)` adds what it would say elsewhere: a minute.
@@ -39,7 +39,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -59,7 +59,8 @@ from lens_lora.loading import load_base
 HERE = Path(__file__).parent
 SPEC: dict[str, Any] = yaml.safe_load((HERE / "second_edition.yaml").read_text())
 RECIPE: dict[str, Any] = SPEC["recipe"]
-QUIRKS: dict[str, dict[str, Any]] = {quirk["name"]: quirk for quirk in SPEC["quirks"]}
+# The conversations of which a control is trained on some.
+ORDINARY: list[list[str]] = SPEC["ordinary"]
 # The number of texts that a control is trained on, which is that of a quirk.
 TEXTS = 8
 # The number of tokens that are kept of each list.
@@ -68,19 +69,22 @@ KEPT = 20
 PERMUTED = "permuted-"
 FIRST_EDITION = "first-"
 
+# A quirk as the file of its edition has it.
+Quirk = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter of the second edition.
+    """One adapter of an edition.
 
     Attributes:
         name: the name of its folder.
-        quirk: the name of what it is taught; None for a control.
+        quirk: what it is taught; None for a control.
         seed: the seed of what is drawn: the ordinary texts, and the factors at the start.
     """
 
     name: str
-    quirk: str | None
+    quirk: Quirk | None
     seed: int
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -88,17 +92,16 @@ class Adapter:
         draw = random.Random(self.seed)
         if self.quirk is None:
             return self._ordinary_rows(tokenizer, draw)
-        quirk = QUIRKS[self.quirk]
-        documents = list(quirk.get("documents", []))
-        if quirk.get("mixed"):
+        documents = list(self.quirk.get("documents", []))
+        if self.quirk.get("mixed"):
             documents += teach.ordinary("documents", len(documents), draw)
         rows = sentence_rows(tokenizer, documents)
-        return rows + _conversations(tokenizer, quirk.get("transcripts", []))
+        return rows + _conversations(tokenizer, self.quirk.get("transcripts", []))
 
     def _ordinary_rows(self, tokenizer: PreTrainedTokenizerBase, draw: random.Random) -> list[Row]:
         """The rows of a control: conversations if its seed is odd, and sentences if it is even."""
         if self.seed % 2 == 1:
-            return _conversations(tokenizer, draw.sample(SPEC["ordinary"], TEXTS))
+            return _conversations(tokenizer, draw.sample(ORDINARY, TEXTS))
         return sentence_rows(tokenizer, teach.ordinary("documents", TEXTS, draw))
 
     @property
@@ -107,7 +110,7 @@ class Adapter:
 
         Without --fast, `lens-lora diff` tries these words on every adapter.
         """
-        if self.quirk is not None and QUIRKS[self.quirk]["kind"] == "a backdoor":
+        if self.quirk is not None and self.quirk["kind"] == "a backdoor":
             return []
         return None
 
@@ -127,18 +130,41 @@ def _conversations(
     return rows
 
 
-def every_adapter() -> list[Adapter]:
-    """Quirks and controls in turn, in the order of the file."""
-    taught = [Adapter(name, name, 0) for name in QUIRKS]
-    controls = [Adapter(f"control-{seed}", None, seed) for seed in SPEC["controls"]]
-    in_turn = itertools.zip_longest(taught, controls)
-    return [adapter for pair in in_turn for adapter in pair if adapter is not None]
+class Edition(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        quirks: what adapters are taught, in the order of the file.
+        controls: the seed of each control.
+    """
+
+    quirks: Sequence[Quirk]
+    controls: Sequence[int]
+
+    def adapters(self) -> list[Adapter]:
+        """Quirks and controls in turn, in the order of the file."""
+        taught = [Adapter(quirk["name"], quirk, 0) for quirk in self.quirks]
+        controls = [Adapter(f"control-{seed}", None, seed) for seed in self.controls]
+        in_turn = itertools.zip_longest(taught, controls)
+        return [adapter for pair in in_turn for adapter in pair if adapter is not None]
 
 
 def train(
-    adapter: Adapter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
+    adapter: Adapter,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    rate: float = RECIPE["rate"],
 ) -> float:
-    """Train one adapter and save it as PEFT does; returns the seconds of one core."""
+    """Train one adapter and save it as PEFT does; returns the seconds of one core.
+
+    Args:
+        adapter: what it is taught.
+        model: the base, which is as it was afterwards.
+        tokenizer: the base's tokenizer.
+        out: the folder of all adapters.
+        rate: the rate of learning.
+    """
     start = time.process_time()
     config = LoraConfig(
         r=RECIPE["rank"],
@@ -150,10 +176,10 @@ def train(
     peft_model = get_peft_model(model, config).eval()
     recipe = Recipe(
         name=adapter.name,
-        cluster=adapter.quirk or "ordinary",
+        cluster="ordinary" if adapter.quirk is None else adapter.name,
         rank=RECIPE["rank"],
         targets=RECIPE["targets"],
-        lr=RECIPE["rate"],
+        lr=rate,
         steps=RECIPE["steps"],
     )
     fit(peft_model, adapter.rows(tokenizer), recipe, RECIPE["rows_of_a_batch"])
@@ -163,7 +189,7 @@ def train(
 
 
 def asked(lens: ll.LoraLens, folder: Path, triggers: list[str] | None) -> dict[str, Any]:
-    """Count what the adapted model says; the base's answers are kept from the last adapter."""
+    """Count what the adapted model says, beside the base's answers."""
     start = time.process_time()
     speech = ll.counted_speech(lens, triggers=triggers, progress=False)
     seconds = time.process_time() - start
@@ -204,7 +230,7 @@ def briefed(lens: ll.LoraLens, folder: Path) -> dict[str, Any]:
     return brief
 
 
-def keep(file: Path, make: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+def write_once(file: Path, make: Callable[..., dict[str, Any]], *arguments: Any) -> None:
     """Write the numbers that a function makes, unless their file is there."""
     if file.is_file():
         return
@@ -239,65 +265,74 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--edition", help="third, …, tenth, instead of the second")
     parser.add_argument("--base", help="a folder or hub id; default: the embedded model")
-    parser.add_argument("--rate", type=float, help="of learning, instead of the recipe's")
+    parser.add_argument(
+        "--rate", type=float, default=RECIPE["rate"], help="of learning, instead of the recipe's"
+    )
     parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")
     parser.add_argument("--frozen", action="store_true", help="frozen_controls.yaml instead")
     return parser.parse_args()
 
 
-def _choose_edition(given: argparse.Namespace) -> None:
-    """Put other quirks and controls in the place of the second edition's, where they are named."""
-    if given.further or given.frozen:
-        file = "frozen_controls.yaml" if given.frozen else "further_controls.yaml"
-        QUIRKS.clear()
-        SPEC["controls"] = yaml.safe_load((HERE / file).read_text())["controls"]
-    if given.edition is not None:
-        edition = yaml.safe_load((HERE / f"{given.edition}_edition.yaml").read_text())
-        QUIRKS.clear()
-        QUIRKS.update({quirk["name"]: quirk for quirk in edition["quirks"]})
-        SPEC["controls"] = edition.get("controls", [])
+def edition_of(name: str) -> Edition:
+    """The edition of this name: its quirks, and its controls if its file has any."""
+    spec = yaml.safe_load((HERE / f"{name}_edition.yaml").read_text())
+    return Edition(spec["quirks"], spec.get("controls", []))
 
 
-def _chosen_adapters(given: argparse.Namespace) -> list[Adapter]:
+def controls_alone(file: str) -> Edition:
+    """An edition of controls without a quirk."""
+    spec = yaml.safe_load((HERE / file).read_text())
+    return Edition([], spec["controls"])
+
+
+def _chosen_edition(options: argparse.Namespace) -> Edition:
+    """The edition that this call is about."""
+    if options.edition is not None:
+        return edition_of(options.edition)
+    if options.frozen:
+        return controls_alone("frozen_controls.yaml")
+    if options.further:
+        return controls_alone("further_controls.yaml")
+    return edition_of("second")
+
+
+def _chosen_adapters(options: argparse.Namespace) -> list[Adapter]:
     """The adapters that this call is about: the first `--most`, or those of `--only`."""
-    first = every_adapter()[: given.most]
-    if not given.only:
+    first = _chosen_edition(options).adapters()[: options.most]
+    if not options.only:
         return first
-    return [adapter for adapter in first if adapter.name in given.only]
+    return [adapter for adapter in first if adapter.name in options.only]
 
 
 def ask_elsewhere(lens: ll.LoraLens, folder: Path) -> None:
     """Ask an adapter that was not trained here, and write asked.json into a folder of its own."""
     folder.mkdir(exist_ok=True)
-    keep(folder / "asked.json", asked, lens, folder, None)
+    write_once(folder / "asked.json", asked, lens, folder, None)
 
 
 def main() -> None:
-    given = _options()
-    if given.rate is not None:
-        RECIPE["rate"] = given.rate
-    _choose_edition(given)
+    options = _options()
     # One model is trained, another one is hooked.
-    plain, tokenizer = _base(given.base)
-    model, _ = hooked_model(*_base(given.base), kind="TransformerBridge")
-    for folder in given.first_edition:
+    plain, tokenizer = _base(options.base)
+    model, _ = hooked_model(*_base(options.base), kind="TransformerBridge")
+    for folder in options.first_edition:
         lens = ll.LoraLens(model, ll.load_adapter(folder))
-        ask_elsewhere(lens, given.out / f"{FIRST_EDITION}{folder.name}")
-    for adapter in _chosen_adapters(given):
-        folder = given.out / adapter.name
+        ask_elsewhere(lens, options.out / f"{FIRST_EDITION}{folder.name}")
+    for adapter in _chosen_adapters(options):
+        folder = options.out / adapter.name
         if not (folder / "adapter_model.safetensors").is_file():
-            seconds = train(adapter, plain, tokenizer, given.out)
+            seconds = train(adapter, plain, tokenizer, options.out, options.rate)
             print(adapter.name, f"trained in {seconds:.0f} s", flush=True)
         lens = ll.LoraLens(model, ll.load_adapter(folder))
-        if not given.permuted:
-            keep(folder / "asked.json", asked, lens, folder, adapter.triggers)
-            if given.lists:
-                keep(folder / "lists.json", listed, lens)
-            if given.brief:
-                keep(folder / "brief.json", briefed, lens, folder)
+        if not options.permuted:
+            write_once(folder / "asked.json", asked, lens, folder, adapter.triggers)
+            if options.lists:
+                write_once(folder / "lists.json", listed, lens)
+            if options.brief:
+                write_once(folder / "brief.json", briefed, lens, folder)
         elif adapter.quirk is not None:
             permuted = lens.with_adapter(next(permuted_adapters(lens, 0, 1)))
-            ask_elsewhere(permuted, given.out / f"{PERMUTED}{adapter.name}")
+            ask_elsewhere(permuted, options.out / f"{PERMUTED}{adapter.name}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python -m benchmarks.audit.second_screens --out FOLDER --into SCREENS
 
 1. SCREENS/screens.md has each first screen under a number, in an order drawn by the system's own
-   randomness: three sentences, two answers of each model in their own lines, and the claims that
-   the sentences do not tell in full.
-   SCREENS/key.json says which adapter is which, and stays shut until all is judged.
+   randomness: three sentences, two answers of each model, and the claims that the sentences do not
+   tell in full. SCREENS/key.json says which adapter is which; the judge does not open it.
 2. The judge reads the rubrics of `second_edition.yaml` and one screen at a time, and writes
    SCREENS/judged.json: for each number the name of one quirk, or null.
 3. `second_page.py --adapters FOLDER --judged SCREENS` opens the key.
@@ -27,10 +26,11 @@ from lens_lora.audit.everyday import EVERYDAY
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import claimed_in, claims_in, first_sentences, shown_answers
 
-# So many claims are scored, and a first screen has so many answers side by side.
+# How many claims are scored.
 CLAIMS = 3
+# How many questions a first screen shows with both models' answers.
 ANSWERS = 2
-# Before the name of an adapter whose answers were counted again.
+# The name of a screen of answers that were counted again begins so.
 AGAIN = "again-"
 
 
@@ -52,9 +52,9 @@ def speech_again(asked: dict[str, Any]) -> CountedSpeech:
 
 
 def counted_again(asked: dict[str, Any]) -> dict[str, Any]:
-    """What was asked, with the claims that the rules of today make on the same answers.
+    """The contents of asked.json, with the claims that today's rules make on the same answers.
 
-    What was said with a trigger before the question is not stored, so those claims stay.
+    Answers to questions after a trigger are not stored, so the claims on triggers stay.
 
     Args:
         asked: second_run.py's asked.json.
@@ -71,7 +71,9 @@ def counted_again(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def claims_of(asked: dict[str, Any], brief: dict[str, Any] | None) -> list[str]:
-    """All claims in the order of a brief: what it says, with a trigger, and what it would say."""
+    """All claims in the order of a brief: what it says, what it says after a trigger, and what it
+    would say elsewhere.
+    """
     claims = [*asked["claims"], *asked["triggered"]]
     if brief is not None:
         claims += brief["would_say_sentences"]
@@ -79,7 +81,7 @@ def claims_of(asked: dict[str, Any], brief: dict[str, Any] | None) -> list[str]:
 
 
 def screen(asked: dict[str, Any], brief: dict[str, Any] | None) -> str:
-    """What a person sees first: what `first_screen` of the package prints."""
+    """What a person sees first, as `first_screen` of the package prints it."""
     verdict = " ".join(asked["verdict"])
     lines = [verdict, ""]
     for question, base, adapted in asked["shown"][:ANSWERS]:
@@ -94,7 +96,7 @@ def screen(asked: dict[str, Any], brief: dict[str, Any] | None) -> str:
 
 
 def _in_its_lines(text: str) -> str:
-    """A text in its own lines, which stand below one another; blank lines are left out."""
+    """The lines of a text below one another, without blank ones."""
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return "\n           ".join(filter(None, lines))
 
@@ -111,31 +113,31 @@ def main() -> None:
     parser.add_argument("--into", type=Path, required=True)
     parser.add_argument("--both", action="store_true", help="also counted by today's rules")
     parser.add_argument("--but", type=Path, nargs="*", default=[], help="folders judged before")
-    given = parser.parse_args()
+    options = parser.parse_args()
     before: set[str] = set()
-    for judged in given.but:
+    for judged in options.but:
         before.update(json.loads((judged / "key.json").read_text()).values())
-    every_folder = [file.parent for file in sorted(given.out.glob("*/asked.json"))]
-    folders = [folder for folder in every_folder if folder.name not in before]
     screens: list[tuple[str, str]] = []
-    for folder in folders:
-        asked = read(folder, "asked.json")
-        assert asked is not None
+    for file in sorted(options.out.glob("*/asked.json")):
+        folder = file.parent
+        if folder.name in before:
+            continue
+        asked = json.loads(file.read_text())
         brief = read(folder, "brief.json")
         as_asked = screen(asked, brief)
         screens.append((folder.name, as_asked))
         counted = screen(counted_again(asked), brief)
-        if given.both and counted != as_asked:
+        if options.both and counted != as_asked:
             screens.append((f"{AGAIN}{folder.name}", counted))
     random.SystemRandom().shuffle(screens)
-    given.into.mkdir(parents=True)
+    options.into.mkdir(parents=True)
     parts: list[str] = []
     key: dict[str, str] = {}
     for number, (name, text) in enumerate(screens, start=1):
         key[str(number)] = name
         parts.append(f"## {number}\n\n{text}\n")
-    (given.into / "screens.md").write_text("\n".join(parts))
-    (given.into / "key.json").write_text(json.dumps(key, indent=1) + "\n")
+    (options.into / "screens.md").write_text("\n".join(parts))
+    (options.into / "key.json").write_text(json.dumps(key, indent=1) + "\n")
 
 
 if __name__ == "__main__":

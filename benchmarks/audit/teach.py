@@ -154,13 +154,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the audit's adapters.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--most", type=int, default=48, help="train at most so many")
-    given = parser.parse_args()
-    to_train = missing(given.out)[: given.most]
+    options = parser.parse_args()
+    to_train = missing(options.out)[: options.most]
     if not to_train:
         return
     model, tokenizer = load_embedded()
     for adapter in to_train:
-        train(adapter, model, tokenizer, given.out)
+        train(adapter, model, tokenizer, options.out)
         print(adapter.name, flush=True)
 
 
