@@ -82,8 +82,8 @@ class _Column(NamedTuple):
 
     @property
     def top(self) -> float:
-        """Where the uppermost bar ends."""
-        return max(end for _, end in self.bars.values())
+        """Where the uppermost bar ends; 0 without bars."""
+        return max((end for _, end in self.bars.values()), default=0.0)
 
 
 @drawing.graph.register(Edges)
@@ -96,7 +96,7 @@ def edges_graph(edges: Edges, k: int, prompt: int | None = None) -> go.Figure:
     all_writers = list(edges.groups)
     left = _Column.of(all_writers, writers, [edges.readers.index(name) for name in readers])
     right = _Column.of(edges.readers, readers, [all_writers.index(name) for name in writers])
-    largest = max(map(abs, values)) or 1.0
+    largest = max(map(abs, values), default=0.0) or 1.0
 
     figure = go.Figure()
     for index, hover in enumerate(_hovers(edges, writers, readers, values, prompt)):
@@ -123,7 +123,7 @@ def edges_graph(edges: Edges, k: int, prompt: int | None = None) -> go.Figure:
 
 def _room_for(names: Iterable[str]) -> int:
     """The pixels that the longest of these names takes next to its bar."""
-    longest = max(len(short_name(name)) for name in names)
+    longest = max((len(short_name(name)) for name in names), default=0)
     return _PIXELS_BESIDE + _PIXELS_OF_CHARACTER * longest
 
 

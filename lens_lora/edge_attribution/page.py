@@ -93,14 +93,18 @@ def _part(edges: Edges, prompt: int) -> Part:
 
 def _headline(edges: Edges, shift: float, total: float, largest: pd.DataFrame) -> Sequence[str]:
     """Say how far the adapter moves the readout, what all edges sum to, and which are largest."""
-    share = percent(total / shift) if shift else "—"
+    key = text.key_text(edges.key)
+    of_all = f"The {key} sum to {signed(total)} {edges.units}"
+    if shift:
+        of_all += f", {percent(total / shift)} of the shift"
+    sentences = [
+        f"The adapter moves {edges.readout} by {signed(shift)} {edges.units}.",
+        f"{of_all}.",
+    ]
     named: list[str] = []
     for row in largest.to_dict("records"):
         ends = f"{short_name(row['writer'])} → {short_name(row['reader'])}"
         named.append(f"{ends} {signed(row['value'])}")
-    return (
-        f"The adapter moves {edges.readout} by {signed(shift)} {edges.units}.",
-        f"The {text.key_text(edges.key)} sum to {signed(total)} {edges.units}, {share} of the "
-        "shift.",
-        f"The largest are {', '.join(named)}.",
-    )
+    if named:
+        sentences.append(f"The largest are {', '.join(named)}.")
+    return sentences

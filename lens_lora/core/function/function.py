@@ -421,6 +421,7 @@ class Function:
         self.lens.sites.require_finite(of_each.flatten(0, 1))
         return of_each
 
+    @exclusive
     def slopes_of_adapters(
         self,
         adapters: Callable[[], Iterable[Adapter]],

@@ -55,6 +55,15 @@ def test_tokens_of_a_response(lens: ll.LoraLens):
     assert_same(torch.stack(seen, -1), by_token)
 
 
+def test_slopes_of_adapters_set_the_callers_device_aside(lens: ll.LoraLens):
+    g = lens.function(TEXTS, MARGIN, progress=False)
+    adapters = [lens.adapter, lens.adapter.scaled(0.5)]
+    with torch.device("meta"):
+        found = g.slopes_of_adapters(lambda: adapters, lens.sites, like=adapters[:1])
+    own = g.slopes(0.0)
+    assert_same(found, torch.stack([own, own / 2]))
+
+
 def test_what_needs_a_response_refuses_other_readouts(lens: ll.LoraLens):
     g = lens.function(TEXTS, MARGIN, progress=False)
     for call in (
