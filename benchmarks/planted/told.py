@@ -7,7 +7,7 @@ the text is `planted.md.jinja`. `benchmarks/evidence/page.py` puts the section i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,18 @@ from benchmarks.planted.alarms import (
 NUMBERS = Path(__file__).parents[2] / "docs" / "planted.json"
 FRESH = NUMBERS.with_name("planted_fresh.json")
 TEMPLATE = Path(__file__).with_name("planted.md.jinja")
-# The AUROC, or the recovery of a pair, from which on a score is said to find the causes.
+# A score is said to find the causes if its AUROC, or for a pair its recovery, is at least this.
 GOAL = 0.95
 EMBEDDED = "SmolLM2-135M-Instruct"
-# A number of a module counts as wrong from this error on, as a share of the shift.
+# A number of a module counts as wrong if its error is above this share of the shift.
 TENTH = 0.1
 # The kinds whose causes a score per site is asked to find.
 AIMED = ("confined", "two facts", "gated", "constant")
-FIRST = {"first_order@0": "0", "first_order@0.5": "½", "first_order@1": "1"}
+# The kinds whose causes are a pair that does not add up.
 PAIRED = ("redundant", "masked", "opposed")
+# First order at each gate value, as the page writes it.
+GATE_OF_FIRST_ORDER = {"first_order@0": "0", "first_order@0.5": "½", "first_order@1": "1"}
+# The names on the page of methods that the other tables do not have.
 METHODS = {
     "path": "path integral (IG over the gates, to 1 % or 16 nodes)",
     "hessian@0": "H1 at 0 alone",
@@ -56,6 +59,10 @@ METHODS = {
     "gradient": "‖Jᵀu‖, the gradient alone",
     "change": "‖ΔW‖ (of constants ‖Δb‖)",
 }
+
+
+# The quality of a ranking, from the places of the causes and the number of sites.
+Measure = Callable[[Sequence[float], int], float]
 
 
 def read() -> dict[str, Any]:
@@ -71,12 +78,14 @@ def auroc(places: Sequence[float], sites: int) -> float:
 
 def recovery(places: Sequence[float], sites: int) -> float:
     """The share of the k causes that stand among the first k sites."""
-    del sites  # `auroc`, which is called in the same way, needs it
+    del sites  # It is an argument because `auroc`, which needs it, is called in the same way.
     return sum(place <= len(places) for place in places) / len(places)
 
 
-def scored(plants: Plants, measure: Any) -> pd.DataFrame:
-    """A score of every plant and method, the mean over the plant's questions, [plant, method].
+def scored(plants: Plants, measure: Measure) -> pd.DataFrame:
+    """How well each method finds the causes of each plant, [plant, method].
+
+    It is the mean of a measure over the plant's questions.
 
     Args:
         plants: those that did not enter are left out.
@@ -87,10 +96,10 @@ def scored(plants: Plants, measure: Any) -> pd.DataFrame:
     """
     rows = {}
     for name, plant in entered(plants).items():
-        questions = [case["places"] for case in plant["cases"]]
+        places_by_question = [case["places"] for case in plant["cases"]]
         row = {"kind": plant["kind"]}
-        for method in questions[0]:
-            scores = [measure(places[method], plant["sites"]) for places in questions]
+        for method in places_by_question[0]:
+            scores = [measure(places[method], plant["sites"]) for places in places_by_question]
             row[method] = float(np.mean(scores))
         rows[name] = row
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -98,13 +107,18 @@ def scored(plants: Plants, measure: Any) -> pd.DataFrame:
 
 def cell(values: pd.Series) -> str:
     """The median, its interval where there is one, and the worst plant."""
-    told = summary(values)
-    span = f" [{told.low:.2f}, {told.high:.2f}]" if np.isfinite(told.low) else ""
-    return f"{told.median:.2f}{span} · {told.worst:.2f}"
+    of_plants = summary(values)
+    interval = ""
+    if np.isfinite(of_plants.low):
+        interval = f" [{of_plants.low:.2f}, {of_plants.high:.2f}]"
+    return f"{of_plants.median:.2f}{interval} · {of_plants.worst:.2f}"
 
 
-def table(plants: Plants, measure: Any) -> str:
-    """One line a method, best on the kinds of the goal first: median, interval and worst plant."""
+def table(plants: Plants, measure: Measure) -> str:
+    """A line for each method: the median, its interval and the worst plant of each kind.
+
+    The method that is best on the kinds of `AIMED` comes first.
+    """
     scores = scored(plants, measure)
     by_kind = scores.groupby("kind")
     kinds = kinds_of(scores)
@@ -116,9 +130,9 @@ def table(plants: Plants, measure: Any) -> str:
 
 
 def kinds_of(scores: pd.DataFrame) -> list[str]:
-    """The kinds that are there, in the page's order."""
-    there = set(scores["kind"])
-    return [kind for kind in KINDS if kind in there]
+    """The kinds that these plants have, in the page's order."""
+    kinds = set(scores["kind"])
+    return [kind for kind in KINDS if kind in kinds]
 
 
 def best_first(scores: pd.DataFrame) -> list[str]:
@@ -134,13 +148,13 @@ def label(method: str) -> str:
 
 
 def confirmation(plants: Plants, kinds: Mapping[str, str] = KINDS) -> str:
-    """One line a kind: how many plants entered, and the worst that interventions say of them."""
+    """A line for each kind: how many plants entered, and the worst that interventions measured."""
     rows = []
     for kind, words in kinds.items():
         drawn = {name: plant for name, plant in plants.items() if plant["kind"] == kind}
-        there = list(entered(drawn).values())
-        if there:
-            rows.append([words, f"{len(there)} of {len(drawn)}", *confirmed_cells(there)])
+        enter = list(entered(drawn).values())
+        if enter:
+            rows.append([words, f"{len(enter)} of {len(drawn)}", *confirmed_cells(enter)])
     head = [
         "kind",
         "entered",
@@ -195,7 +209,9 @@ def pairs(plants: Plants) -> list[str]:
     sentences = []
     for kind in PAIRED:
         means = by_kind.get_group(kind).drop(columns="kind").mean()
-        first = ", ".join(f"{means[key]:.2f} at {words}" for key, words in FIRST.items())
+        first = ", ".join(
+            f"{means[key]:.2f} at {words}" for key, words in GATE_OF_FIRST_ORDER.items()
+        )
         ordered = means.sort_values(ascending=False)
         best = ordered[ordered >= GOAL]
         seen = [f"{label(method)} ({mean:.2f})" for method, mean in best.items()]
@@ -205,21 +221,24 @@ def pairs(plants: Plants) -> list[str]:
 
 
 def edges(plants: Plants) -> str:
-    """Where the edge from writer to gate stands among edges of gated plants, at ε = 0, ½ and 1."""
-    there = [plant["edges"] for plant in entered(plants).values() if "edges" in plant]
+    """The place of the edge from writer to gate among all edges of gated plants.
+
+    A line for each of ε = 0, ½ and 1.
+    """
+    edges_of_plants = [plant["edges"] for plant in entered(plants).values() if "edges" in plant]
+    counts = [of_plant["edges"] for of_plant in edges_of_plants]
     rows = []
     for at, words in (("0", "0"), ("0.5", "½"), ("1", "1")):
-        ranks = pd.DataFrame([plant["places"][at] for plant in there])
-        everywhere = ranks["among all"]
-        writers = ranks["of its writer"]
-        counts = [plant["edges"] for plant in there]
-        scores = [auroc([place], n) for place, n in zip(everywhere, counts, strict=True)]
+        places = pd.DataFrame([of_plant["places"][at] for of_plant in edges_of_plants])
+        among_all = places["among all"]
+        of_writer = places["of its writer"]
+        scores = [auroc([place], count) for place, count in zip(among_all, counts, strict=True)]
         row = [
             f"edges at {words}",
             cell(pd.Series(scores)),
-            f"{int((everywhere == 1).sum())} of {len(everywhere)}",
-            f"{int((writers == 1).sum())} of {len(writers)}",
-            f"{everywhere.median():.0f}",
+            f"{int((among_all == 1).sum())} of {len(among_all)}",
+            f"{int((of_writer == 1).sum())} of {len(of_writer)}",
+            f"{among_all.median():.0f}",
         ]
         rows.append(row)
     head = ["", "AUROC", "first of all edges", "first of its writer's", "median place"]
@@ -240,7 +259,7 @@ def way(plants: Plants) -> tuple[float, float]:
 
 
 def every_plant(plants: Plants) -> str:
-    """One line a method: the AUROC of each plant of a kind, and in brackets the recovery."""
+    """A line for each method: the AUROC of each plant of a kind, in brackets the recovery."""
     aurocs = scored(plants, auroc)
     recoveries = scored(plants, recovery)
     kinds = kinds_of(aurocs)
@@ -256,7 +275,7 @@ def every_plant(plants: Plants) -> str:
 
 
 def repeated(plants: Plants, others: Plants) -> str:
-    """For each kind of `AIMED`, which scores reach the goal on one base, on another, and on both.
+    """A line for each kind of `AIMED`: the scores that reach the goal on both bases, or on one.
 
     Args:
         plants: of the first base, where the whole interval of a score has to lie above the goal.
@@ -266,16 +285,15 @@ def repeated(plants: Plants, others: Plants) -> str:
     rows = []
     for kind, methods in reached(plants):
         worst = scores[scores["kind"].map(KINDS) == kind].drop(columns="kind").min().dropna()
-        above = [method for method in worst.index if method in methods]
-        high = worst >= GOAL
-        rows.append(
-            [
-                kind,
-                f"{int(high[above].sum())} of {len(methods)}",
-                with_values(worst[above][~high[above]]),
-                with_values(worst.drop(above)[high.drop(above)]),
-            ]
-        )
+        is_high_above = worst.index.isin(methods)
+        is_high_here = worst >= GOAL
+        row = [
+            kind,
+            f"{int((is_high_above & is_high_here).sum())} of {len(methods)}",
+            with_values(worst[is_high_above & ~is_high_here]),
+            with_values(worst[~is_high_above & is_high_here]),
+        ]
+        rows.append(row)
     head = ["kind", "reached above and here", "above only", "here only"]
     return markdown(head, rows)
 
@@ -388,7 +406,7 @@ def shares_of_pair(plants: Plants, score: str) -> pd.DataFrame:
 
 
 def sizes_table(plants: Plants) -> str:
-    """One line a score: how often it ranks the pair above all sites, and what it says of it."""
+    """A line for each score: how often it ranks the pair first, and what it says of the pair."""
     rows = []
     for score, words in SIZED_NAMES.items():
         shares = shares_of_pair(plants, score)
@@ -426,16 +444,19 @@ def smooth(numbers: Mapping[str, Any]) -> dict[str, Any]:
             continue
         confirmations[base] = confirmation(plants, SMOOTH_KINDS)
         for kind, words in SMOOTH_KINDS.items():
-            there = of_kind(plants, kind)
-            if there:
-                columns[f"{words}, {base}"] = there
-    products = {head: there for head, there in columns.items() if SMOOTH_KINDS[SUM] not in head}
-    groups = [{"head": head, **conjunctions(above, there)} for head, there in products.items()]
+            of_column = of_kind(plants, kind)
+            if of_column:
+                columns[f"{words}, {base}"] = of_column
+    products: dict[str, Plants] = {}
+    for head, of_column in columns.items():
+        if SMOOTH_KINDS[SUM] not in head:
+            products[head] = of_column
+    groups = [{"head": head, **conjunctions(above, group)} for head, group in products.items()]
     return {
         "confirmations": confirmations,
         "groups": groups,
         "diluted": diluted(products, of_kind(numbers["plants"], SUM)),
-        "off": {head: off_grid(there) for head, there in columns.items()},
+        "off": {head: off_grid(of_column) for head, of_column in columns.items()},
         "warnings": on_smooth(above, columns),
         "fresh": fresh(above),
     }
@@ -444,8 +465,8 @@ def smooth(numbers: Mapping[str, Any]) -> dict[str, Any]:
 def fresh(above: Plants) -> dict[str, Any]:
     """Both divisors of the warning on plants on which neither was chosen."""
     stored = json.loads(FRESH.read_text())
-    there = entered(stored)
-    return {"drawn": len(stored), "entered": len(there), "table": on_fresh(above, there)}
+    enter = entered(stored)
+    return {"drawn": len(stored), "entered": len(enter), "table": on_fresh(above, enter)}
 
 
 def conjunctions(above: Plants, plants: Plants) -> dict[str, Any]:
@@ -495,10 +516,9 @@ def section(numbers: Mapping[str, Any]) -> str:
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
         TEMPLATE.read_text()
     )
-    there = entered(plants)
     return template.render(
         drawn=len(plants),
-        entered=len(there),
+        entered=len(entered(plants)),
         confirmation=confirmation(plants),
         aurocs=table(plants, auroc),
         recoveries=table(plants, recovery),
