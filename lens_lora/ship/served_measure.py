@@ -75,7 +75,8 @@ class ServedTokens:
         Args:
             rows: their numbers, in ascending order.
         """
-        return ServedTokens(self.lens, [self.rows[row] for row in rows])
+        chosen = [self.rows[row] for row in rows]
+        return ServedTokens(self.lens, chosen, progress=self._progress)
 
     def in_rows(self, rows: Sequence[int]) -> Bool[Tensor, " token"]:
         """Mark those tokens of `served` that stand in these rows.
@@ -115,7 +116,7 @@ class ServedTokens:
             rows: the ids of each row, which end with the tokens of the row that was asked for.
         """
         gates = self.lens.gates(1.0)
-        found = token_log_probs(self.lens, gates, rows)
+        found = token_log_probs(self.lens, gates, rows, progress=self._progress)
         aligned = torch.full(self._told.shape, math.nan, dtype=torch.float64)
         for index, (other, row) in enumerate(zip(rows, self.rows, strict=True)):
             kept = min(len(other), len(row.ids))
@@ -133,7 +134,8 @@ class ServedTokens:
         """
         noise = rounding_hooks(self.lens, relative=relative)
         ids = [row.ids for row in self.rows]
-        log_p = token_log_probs(self.lens, self.lens.gates(1.0), ids, noise, self._progress)
+        gates = self.lens.gates(1.0)
+        log_p = token_log_probs(self.lens, gates, ids, hooks=noise, progress=self._progress)
         return log_p[self._is_told]
 
     def agreement(

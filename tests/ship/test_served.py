@@ -715,6 +715,23 @@ def test_what_a_server_told_is_kept_in_double_precision(shipment):
     assert served_measure.ServedTokens(lens, rows).served.tolist() == [-0.1, -1 / 3, -0.7]
 
 
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_every_pass_over_served_tokens_shows_a_bar_or_none(shipment, capsys, is_shown: bool):
+    lens = lens_of(shipment(family="llama"))
+    row = ServedRow([3, 4, 5], [math.nan, -0.1, -0.2], 3)
+    tokens = served_measure.ServedTokens(lens, [row, row], progress=is_shown)
+    few = tokens.of_rows([0])
+    capsys.readouterr()
+    passes = {
+        "some rows": lambda: few.at(lens.gates(1.0)),
+        "other tokens before": lambda: few.behind([[4, 5]]),
+        "rounded": lambda: few.rounded(1e-3),
+    }
+    for name, run in passes.items():
+        run()
+        assert ("log-probabilities" in capsys.readouterr().err) == is_shown, name
+
+
 def test_of_two_that_agree_equally_well_the_likelier_is_named():
     """llama.cpp without the adapter: the base, and the adapter at 0.1, are both off by rounding."""
     base = served_comparison._Fit("the base", residual=0.1030, along=1.0, left=0.1)
