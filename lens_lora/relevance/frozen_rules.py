@@ -51,9 +51,9 @@ from lens_lora.spans import Temporary, temporary
 
 _PATTERN = "hook_pattern"
 _SCALE = "hook_scale"
-# The beginning of TransformerBridge's warning about an edit that `require_held` checks.
+# The beginning of TransformerBridge's warning about an edit that `require_hooks_used` checks.
 _EDITED = "A forward hook edited hook_scale"
-_REFUSED = "So identity_rule and half_rule cannot be kept here; leave them out."
+_LEAVE_MLP_RULES_OUT = "So identity_rule and half_rule cannot be kept here; leave them out."
 # This many tokens suffice to show whether the model's hooks keep the rules.
 _TRIED_TOKENS = 8
 _Run = Callable[[], Float[Tensor, "row pos vocab"]]
@@ -120,12 +120,12 @@ class FrozenRules:
 
     @property
     def key(self) -> str:
-        """'patterns', 'patterns+norm_scales', 'patterns+norm_scales+identity+half', …."""
+        """The name of these rules in files, such as 'patterns+norm_scales+identity+half'."""
         return "+".join(self._keys)
 
     @property
     def label(self) -> str:
-        """'patterns fixed', 'patterns and norm scales fixed, identity rule, half rule', …."""
+        """The rules in words, such as 'patterns and norm scales fixed, identity rule'."""
         fixed: list[str] = []
         phrases: list[str] = []
         for key in self._keys:
@@ -156,23 +156,23 @@ class FrozenRules:
         first = g.rows.row(0)
         tokens = first.tokens[:, :_TRIED_TOKENS]
         few_tokens = Prompts(tokens, first.lengths.clamp(max=_TRIED_TOKENS))
-        require_held(g.lens, self, lambda: g.lens.run(few_tokens))
-        with held_fixed(g.lens, self):
+        require_hooks_used(g.lens, self, lambda: g.lens.run(few_tokens))
+        with rules_applied(g.lens, self):
             yield
 
 
 def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
     """The hook points that these rules hold fixed, each under one name."""
-    is_held = {_PATTERN: rules.attention_patterns, _SCALE: rules.norm_scales}
+    is_fixed = {_PATTERN: rules.attention_patterns, _SCALE: rules.norm_scales}
     names: dict[int, str] = {}
     for name, point in model.hook_dict.items():
-        if is_held.get(name.rpartition(".")[2], False):
+        if is_fixed.get(name.rpartition(".")[2], False):
             names[id(point)] = name
     return list(names.values())
 
 
 @temporary
-def held_fixed(span: Temporary, lens: LoraLens, rules: FrozenRules) -> None:
+def rules_applied(span: Temporary, lens: LoraLens, rules: FrozenRules) -> None:
     """Within the block, derivatives of both modes follow the rules, and no value changes."""
     host = lens.host
     hooks: list[tuple[str, HookFn]] = []
@@ -233,23 +233,23 @@ def _mlps(host: Host) -> list[_Mlp]:
     if not kinds & {"gate", "fc_in"}:
         raise ModelStateError(
             f"this is a {host.family.architectures[0]}, whose MLPs are experts: no hook point "
-            f"shows their activations. {_REFUSED}"
+            f"shows their activations. {_LEAVE_MLP_RULES_OUT}"
         )
     if "gate" in kinds:
-        into = ("gate", "up")
-        out_of = "down"
+        input_kinds = ("gate", "up")
+        output_kind = "down"
     else:
-        into = ("fc_in",)
-        out_of = "fc_out"
+        input_kinds = ("fc_in",)
+        output_kind = "fc_out"
     mlps: list[_Mlp] = []
     for layer in range(host.n_layers):
-        inputs = tuple(host.ports(layer, kind).write for kind in into)
-        post = host.ports(layer, out_of).read or ""
+        inputs = tuple(host.ports(layer, kind).write for kind in input_kinds)
+        post = host.ports(layer, output_kind).read or ""
         for name in (*inputs, post):
             if name not in host.model.hook_dict:
                 raise ModelStateError(
                     f"blocks.{layer}.mlp: this {host.class_name} has no hook point {name!r}, and "
-                    f"LRP's rules need it. {_REFUSED}"
+                    f"LRP's rules need it. {_LEAVE_MLP_RULES_OUT}"
                 )
         mlps.append(_Mlp(host.block_input(layer), inputs, post))
     return mlps
@@ -259,30 +259,33 @@ def _mlp_hooks(host: Host, mlp: _Mlp, rules: FrozenRules) -> list[tuple[str, Hoo
     """Hooks that keep g and u, the hook at p, and a hook that keeps all of them in order."""
     inputs: dict[str, Tensor] = {}
 
-    def at_post(post: Tensor, hook: Any) -> Tensor | None:
+    def rule_post(post: Tensor, hook: Any) -> Tensor | None:
         del hook
         if not inputs:
             return None
         values = [inputs[name] for name in mlp.inputs]
         inputs.clear()
-        return _ruled(post, values, rules)
+        return _with_ruled_derivative(post, values, rules)
 
     readers: list[tuple[str, HookFn]] = []
     for name in mlp.inputs:
-        readers.append((name, functools.partial(_keep, inputs, name)))
-    writers: list[tuple[str, HookFn]] = [(mlp.post, at_post)]
+        readers.append((name, functools.partial(_keep_input, inputs, name)))
+    writers: list[tuple[str, HookFn]] = [(mlp.post, rule_post)]
     order = Arranger(host.model.hook_dict, writers=writers, readers=readers)
     return [(mlp.block, order), *readers, *writers]
 
 
-def _keep(inputs: dict[str, Tensor], name: str, tensor: Tensor, hook: Any) -> None:
+def _keep_input(inputs: dict[str, Tensor], name: str, tensor: Tensor, hook: Any) -> None:
+    """Keep g or u; this is a hook there."""
     del hook
     inputs[name] = tensor
 
 
-def _ruled(post: Tensor, inputs: list[Tensor], rules: FrozenRules) -> Tensor:
+def _with_ruled_derivative(post: Tensor, inputs: list[Tensor], rules: FrozenRules) -> Tensor:
     """The value of p, with the derivative that the rules give it."""
-    differentiated = _as_linear(post, inputs) if rules.identity_rule else post
+    differentiated = post
+    if rules.identity_rule:
+        differentiated = _as_linear(post, inputs)
     if rules.half_rule and len(inputs) > 1:
         differentiated = differentiated / 2
     # The value of the bracket is zero, bit for bit, and its derivative is minus that of
@@ -310,7 +313,7 @@ def _primal(tensor: Tensor) -> Tensor:
 # --- Whether the model computes with what the hooks return
 
 
-def require_held(lens: LoraLens, rules: FrozenRules, run: _Run) -> None:
+def require_hooks_used(lens: LoraLens, rules: FrozenRules, run: _Run) -> None:
     """Check that the model uses what a hook returns, at every hook point of the rules.
 
     Args:
@@ -373,6 +376,7 @@ def _probed(
 
 
 def _add_zeros(firings: list[Tensor], tensor: Tensor, hook: Any) -> Tensor:
+    """Return the value with zeros added, which have a gradient, and note it; this is a hook."""
     del hook
     passed = tensor + torch.zeros_like(tensor).detach().requires_grad_()
     firings.append(passed)
@@ -400,7 +404,7 @@ def _require_mlps(lens: LoraLens, run: _Run) -> None:
         if len(firings) != 1:
             raise ModelStateError(
                 f"{name} fires {len(firings)} times in a pass of this {host.class_name}, "
-                f"and once is expected. {_REFUSED}"
+                f"and once is expected. {_LEAVE_MLP_RULES_OUT}"
             )
     values = {name: firings[0] for name, firings in passed.items()}
     for mlp in mlps:
@@ -416,7 +420,7 @@ def _require_product(host: Host, mlp: _Mlp, values: dict[str, Tensor]) -> None:
         if slope is None:
             raise ModelStateError(
                 f"{name}: this {host.class_name} of a {host.family.architectures[0]} ignores "
-                f"what a hook returns there. {_REFUSED}"
+                f"what a hook returns there. {_LEAVE_MLP_RULES_OUT}"
             )
         if name == mlp.inputs[0]:
             continue  # p is not linear in g.
@@ -424,7 +428,7 @@ def _require_product(host: Host, mlp: _Mlp, values: dict[str, Tensor]) -> None:
         if not error <= tolerance:
             raise ModelStateError(
                 f"{mlp.post} is not act({mlp.inputs[0]}) · {mlp.inputs[1]} ({error:.2g} off). "
-                f"{_REFUSED}"
+                f"{_LEAVE_MLP_RULES_OUT}"
             )
 
 

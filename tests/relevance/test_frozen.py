@@ -247,7 +247,7 @@ def test_a_forgotten_hook_shows(cls: str, monkeypatch):
     lens = cases.case("llama", cls, "processed").lens
     oracle = differences(lens, TEXTS, MARGIN, BOTH, 0.0)
     assert relative(first_order(lens, TEXTS, MARGIN, rules=BOTH).values, oracle) < 1e-6
-    monkeypatch.setattr(frozen, "require_held", lambda *args: None)
+    monkeypatch.setattr(frozen, "require_hooks_used", lambda *args: None)
     true = frozen.frozen_points
     monkeypatch.setattr(
         frozen, "frozen_points", lambda *args: [n for n in true(*args) if "ln_final" not in n]

@@ -15,7 +15,7 @@ from torch import nn
 import lens_lora as ll
 from lens_lora import first_order
 from lens_lora.relevance import frozen_rules as mlp_rules
-from lens_lora.relevance.frozen_rules import FrozenRules, held_fixed
+from lens_lora.relevance.frozen_rules import FrozenRules, rules_applied
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROUND_OFF = 1e-10
@@ -52,7 +52,7 @@ def relevance(lens: ll.LoraLens, rules: FrozenRules, gate: float) -> list[float]
 
     with (
         torch.enable_grad(),
-        held_fixed(lens, rules),
+        rules_applied(lens, rules),
         lens.hooked([(name, keep(name)) for name in names]),
     ):
         logits = limits.gated_logits(lens, lens.prompts(models.tokens(1)), lens.gates(gate))
@@ -98,12 +98,12 @@ def test_values_do_not_change(family: str, cls: str):
     gates = lens.gates(1.0)
     with torch.no_grad():
         bare = limits.gated_logits(lens, prompts, gates)
-        with held_fixed(lens, MLP_ONLY):
+        with rules_applied(lens, MLP_ONLY):
             ruled = limits.gated_logits(lens, prompts, gates)
     assert torch.equal(bare, ruled)
     post = torch.tensor([-0.0, 0.0, 1.5, -2.5])
     inputs = [torch.tensor([0.0, 3.0, 2.0, -1.0]), torch.tensor([1.0, 0.0, 4.0, 1.0])]
-    ruled = mlp_rules._ruled(post, inputs, MLP_ONLY)
+    ruled = mlp_rules._with_ruled_derivative(post, inputs, MLP_ONLY)
     assert torch.equal(ruled.view(torch.int32), post.view(torch.int32))
 
 
