@@ -30,29 +30,38 @@ class Divergence(Picks):
     A pick is one of a row's slots; a row is its own prompt.
 
     Attributes:
-        base: f₀ of every row that is kept.
-        held_rows: the kept row with which each pick is compared.
+        base: f₀ of every row.
+        base_rows: the row of `base` with which each pick is compared.
         is_from_base: whether it is KL(p₀‖p), else KL(p‖p₀).
-        beside: the logits that another reading keeps at the same time; None without one.
+        other_kept_logits: the logits that another reading keeps at the same time, which count as
+            memory; None without one.
     """
 
-    by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "held_rows")
-    base: Float[Tensor, "held *slot vocab"]
-    held_rows: Int[Tensor, " pick"]
+    by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "base_rows")
+    base: Float[Tensor, "base_row *slot vocab"]
+    base_rows: Int[Tensor, " pick"]
     is_from_base: bool
-    beside: Float[Tensor, "held *slot vocab"] | None = None
+    other_kept_logits: Float[Tensor, "base_row *slot vocab"] | None = None
 
     @property
     def held_bytes(self) -> int:
         """The bytes of all logits that are kept."""
-        if self.beside is None:
+        if self.other_kept_logits is None:
             return self.base.nbytes
-        return self.base.nbytes + self.beside.nbytes
+        return self.base.nbytes + self.other_kept_logits.nbytes
 
-    def turned(self, logits: Float[Tensor, "held *slot vocab"]) -> Divergence:
-        """The same divergence with the sides exchanged: these logits are kept, and f₀ is read."""
-        is_from_base = not self.is_from_base
-        return dataclasses.replace(self, base=logits, is_from_base=is_from_base, beside=self.base)
+    def with_sides_exchanged(self, logits: Float[Tensor, "base_row *slot vocab"]) -> Divergence:
+        """The same divergence, which keeps these logits and reads f₀.
+
+        Args:
+            logits: the logits of the adapted model.
+        """
+        return dataclasses.replace(
+            self,
+            base=logits,
+            is_from_base=not self.is_from_base,
+            other_kept_logits=self.base,
+        )
 
     def terms(
         self, logits: Float[Tensor, "some vocab"], picks: Int[Tensor, " some"]
@@ -61,43 +70,46 @@ class Divergence(Picks):
         chunks = list(zip(picks.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
         divergences: list[Tensor] = []
         largest_shifts: list[Tensor] = []
-        for few, logits_of_few in chunks:
-            base, p = self._base_at(few, logits_of_few)
-            divergence, largest = _from_shift(base, p, logits_of_few, self.is_from_base)
+        for chunk, logits_of_chunk in chunks:
+            base, p = self._base_of(chunk, logits_of_chunk)
+            divergence, largest = _from_shift(base, p, logits_of_chunk, self.is_from_base)
             divergences.append(divergence)
             largest_shifts.append(largest)
         # The largest shifts are copied from the device together; NaN also counts as too large.
-        for i, largest in enumerate(torch.stack(largest_shifts).tolist()):
+        for index, largest in enumerate(torch.stack(largest_shifts).tolist()):
             if not largest <= LARGEST_SHIFT:
-                few, logits_of_few = chunks[i]
-                divergences[i] = self._from_logarithms(few, logits_of_few)
+                chunk, logits_of_chunk = chunks[index]
+                divergences[index] = self._from_logarithms(chunk, logits_of_chunk)
         return torch.cat(divergences)
 
     def _from_logarithms(
-        self, few: Int[Tensor, " some"], logits: Float[Tensor, "some vocab"]
-    ) -> Float[Tensor, " some"]:
+        self, picks: Int[Tensor, " chunk"], logits: Float[Tensor, "chunk vocab"]
+    ) -> Float[Tensor, " chunk"]:
         """The divergence of two softmaxes, for a shift that is too large for its exponential."""
-        base, _ = self._base_at(few, logits)
+        base, _ = self._base_of(picks, logits)
         log_p = base.log_softmax(-1)
         log_q = logits.log_softmax(-1)
         if self.is_from_base:
             return (log_p.exp() * (log_p - log_q)).sum(-1)
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
-    def _base_at(
-        self, few: Int[Tensor, " some"], logits: Float[Tensor, "some vocab"]
-    ) -> tuple[Tensor, Tensor]:
+    def _base_of(
+        self, picks: Int[Tensor, " chunk"], logits: Float[Tensor, "chunk vocab"]
+    ) -> tuple[Float[Tensor, "#chunk vocab"], Float[Tensor, "#chunk vocab"]]:
         """The base's logits f₀ and distribution p₀ at these picks.
 
-        If all are copies of one pick, they are one row.
+        Returns:
+            f₀ and p₀: a row for each pick, or a single one if all picks are copies of one.
         """
-        held_places = self.places(few.device, rows=self.held_rows)
-        places = torch.stack([index[few] for index in held_places])
-        # Copies of a pick follow one another.
+        base_places = self.places(picks.device, rows=self.base_rows)
+        places = torch.stack([index[picks] for index in base_places])
+        # Copies of a pick follow one another, and the softmax of each is computed once.
         distinct, copy = places.unique_consecutive(dim=1, return_inverse=True)
         base = self.base[tuple(distinct.to(self.base.device))].to(logits)
         p = base.softmax(-1)
-        if len(base) in (1, len(few)):
+        is_one_pick = len(base) == 1
+        are_all_distinct = len(base) == len(picks)
+        if is_one_pick or are_all_distinct:
             return base, p
         copy = copy.to(logits.device)
         return base[copy], p[copy]

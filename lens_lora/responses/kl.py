@@ -186,7 +186,7 @@ def with_base(kl: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) 
         owner=rows,
         weights=torch.ones(len(rows), device="cpu"),
         batch=len(base),
-        held_rows=rows,
+        base_rows=rows,
         base=base,
         is_from_base=kl.direction == "base_to_adapted",
     )

@@ -348,7 +348,7 @@ def read(base: torch.Tensor, logits: torch.Tensor, way: str, slots: bool = True)
         weights=torch.ones(len(rows)),
         batch=len(base),
         base=base,
-        held_rows=rows,
+        base_rows=rows,
         is_from_base=way == WAYS[0],
     )
     return divergence(logits)

@@ -122,8 +122,8 @@ class Evaluator:
         (adapted_logits,) = logits_at_points(
             self.lens, self.reading.rows, strengths(self.lens, [1.0]), self.reading.held_bytes
         )
-        turned = self.reading.redrawn(adapted_logits)
-        _, (draws,) = rounding.draws_at(self.lens, turned, [0.0])
+        exchanged = self.reading.redrawn(adapted_logits)
+        _, (draws,) = rounding.draws_at(self.lens, exchanged, [0.0])
         return torch.cat([self.along([1.0]).to(draws), draws])
 
     def slope_draws(self) -> rounding.Draws:

@@ -60,8 +60,12 @@ class _Holding(Protocol):
         """The bytes of all logits that are held."""
         ...
 
-    def turned(self, logits: Float[Tensor, "row *slot vocab"]) -> OfLogits:
-        """The same comparison with its sides exchanged: it holds these, of the adapted model."""
+    def with_sides_exchanged(self, logits: Float[Tensor, "row *slot vocab"]) -> OfLogits:
+        """The same comparison, which holds these logits of the adapted model and reads the base's.
+
+        Args:
+            logits: the logits of the adapted model.
+        """
         ...
 
 
@@ -123,7 +127,7 @@ class Reading:
         """
         if not isinstance(self.read, _Holding):
             raise TypeError("only a reading that holds the base's logits has noise from them")
-        return dataclasses.replace(self, read=self.read.turned(logits))
+        return dataclasses.replace(self, read=self.read.with_sides_exchanged(logits))
 
     def by_prompt(self, rows: Float[Tensor, " row *rest"]) -> Float[Tensor, " batch *rest"]:
         """Sum the numbers of each prompt's rows."""
