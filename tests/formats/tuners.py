@@ -62,7 +62,7 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "waveft": ("WaveFTConfig", _FREQUENCIES),
 }
 _PROMPT = {"num_virtual_tokens": 3}
-# Folder → the same, and the words of the refusal that say why.
+# Folder → its configuration and fields as above, and the words of the refusal that say why.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "adaption_prompt": (
         "AdaptionPromptConfig",
@@ -86,11 +86,25 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "xlora": ("XLoraConfig", {"hidden_size": 16, "adapters": {"a": "a"}}, "by the input"),
 }
 # The methods that PEFT puts on GPT-2's Conv1D, and on an embedding.
-_CONV1D = ("adalora", "deft", "fourierft", "frod", "gralora", "hira", "ia3", "lora", "pvera") + (
-    *("randlora", "tinylora", "unilora", "vblora", "vera", "waveft"),
-)
-_EMBEDDINGS = ("hira", "lora", "oft", "tinylora", "trainable_tokens")
-# What an adapter is put on: the family, whether its head is tied, and the modules.
+_CONV1D = {
+    "adalora",
+    "deft",
+    "fourierft",
+    "frod",
+    "gralora",
+    "hira",
+    "ia3",
+    "lora",
+    "pvera",
+    "randlora",
+    "tinylora",
+    "unilora",
+    "vblora",
+    "vera",
+    "waveft",
+}
+_EMBEDDINGS = {"hira", "lora", "oft", "tinylora", "trainable_tokens"}
+# Kind of module → the family of the model, whether its head is tied, and the names of the modules.
 PLACES: dict[str, tuple[str, bool, list[str]]] = {
     "Linear": ("llama", False, ["q_proj", "v_proj", "gate_proj", "down_proj"]),
     "Conv1D": ("gpt2", True, ["c_attn", "mlp.c_proj"]),
@@ -102,22 +116,27 @@ PLACES: dict[str, tuple[str, bool, list[str]]] = {
 
 
 def folders() -> set[str]:
-    """Every tuner of the installed PEFT."""
+    """The name of every folder of `peft.tuners` in the installed PEFT."""
     return {module.name for module in pkgutil.iter_modules(peft.tuners.__path__) if module.ispkg}
 
 
 def places(folder: str) -> list[str]:
-    """What PEFT puts this method on."""
+    """The kinds of modules that PEFT puts this method on: keys of `PLACES`."""
     if folder == "ln_tuning":
         return ["RMSNorm", "LayerNorm"]
-    linears = [] if folder == "trainable_tokens" else ["Linear"]
-    linears += ["Conv1D"] if folder in _CONV1D else []
-    return linears + (["Embedding", "tied Embedding"] if folder in _EMBEDDINGS else [])
+    kinds: list[str] = []
+    if folder != "trainable_tokens":
+        kinds.append("Linear")
+    if folder in _CONV1D:
+        kinds.append("Conv1D")
+    if folder in _EMBEDDINGS:
+        kinds += ["Embedding", "tied Embedding"]
+    return kinds
 
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """Float64 also where libraries cast, and where PEFT makes a tensor of torch's default."""
+    """Compute in float64 also where libraries cast, and where PEFT uses torch's default dtype."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -128,7 +147,7 @@ def in_float64() -> Iterator[None]:
 
 
 def base_of(place: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A tiny model, every parameter random."""
+    """A tiny model with random parameters; its head is the embedding if `place` says so."""
     family, is_tied, _ = PLACES[place]
     base = models.hf_model(family, dtype=dtype)
     if is_tied and family == "llama":
@@ -138,7 +157,7 @@ def base_of(place: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
 
 
 def refusal(folder: str) -> str:
-    """Why `from_peft` refuses the method, in its own words."""
+    """The reason that `from_peft` gives for refusing this method of `REFUSED`."""
     name, fields, _ = REFUSED[folder]
     model: Any = models.hf_model("llama")
     if name:
@@ -150,13 +169,19 @@ def refusal(folder: str) -> str:
         ll.Adapter.from_peft(model)
     except ll.errors.UnsupportedAdapterError as error:
         return str(error).removeprefix("PeftModel['default']: ")
-    return "not refused"
+    raise AssertionError(f"{folder} is not refused")
 
 
 def tuned(folder: str, base: PreTrainedModel, place: str, size: float = 0.2) -> PeftModel:
-    """The base (copied) with a random adapter of this method, active.
+    """PEFT's model of a copy of the base, with a random adapter of this method active.
 
-    Raises whatever PEFT raises of a method that does not know these modules.
+    If the method cannot adapt the modules of `place`, PEFT's own error is raised.
+
+    Args:
+        folder: a method of `EXACT`.
+        base: the model to adapt.
+        place: the kind of modules to adapt, a key of `PLACES`.
+        size: the standard deviation of the noise that is added to each trainable parameter.
     """
     name, fields = EXACT[folder]
     targets = PLACES[place][2]
@@ -169,16 +194,17 @@ def tuned(folder: str, base: PreTrainedModel, place: str, size: float = 0.2) -> 
         model = peft.get_peft_model(copy.deepcopy(base), config).eval()
     generator = models.seeded(5)
     with torch.no_grad():
+        # PEFT keeps an adapter's parameters in float32 or wider.
+        dtype = torch.promote_types(base.dtype, torch.float32)
         for p in model.parameters():
             if p.requires_grad:
                 noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                dtype = torch.promote_types(base.dtype, torch.float32)  # as PEFT has them
                 p.data = p.data.to(dtype) + size * noise.to(dtype)
     return model
 
 
 def read(model: PeftModel, base: PreTrainedModel) -> dict[str, ll.Adapter]:
-    """The adapter read from the live model, and from its folder over the base."""
+    """The adapter read in two ways: from the live model, and from its folder over the base."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)
@@ -189,37 +215,54 @@ def read(model: PeftModel, base: PreTrainedModel) -> dict[str, ll.Adapter]:
 
 
 def measure(folder: str, place: str) -> dict[str, float]:
-    """How far a lens is from PEFT's active model; of slopes, relative. Within `in_float64`."""
+    """The adapter's effect, and how far our numbers are from PEFT's. Called within `in_float64`.
+
+    Returns:
+        dict[str, float]: the adapter's largest effect on a logit ("shift"); the largest error of a
+            logit at gates 0.37 and 1, if the adapter is read from the live model ("live") or from
+            its folder ("folder"); and the largest relative error of a slope at 0, of both
+            ("slopes"). An error is NaN if any number behind it is.
+    """
     base = base_of(place)
     model = tuned(folder, base, place)
     tokens = models.tokens()
-    maker = list(models.MAKERS.values())[-1]
-    errors: dict[str, float] = {}
+    step = 1e-6
     with torch.no_grad():
-        errors["shift"] = _distance(logits_at(model, 0.0, tokens), model(tokens).logits)
-        for road, adapter in read(model, base).items():
-            lens = ll.LoraLens(maker(base), adapter, hf_model=base)
-            errors[road] = max(
-                _distance(lens.logits(tokens, scale=gate), logits_at(model, gate, tokens))
-                for gate in (0.37, 1.0)
-            )
-        step = 1e-6
-        ends = (_margin(logits_at(model, gate, tokens)) for gate in (step, -step))
-        expected = (next(ends) - next(ends)) / (2 * step)
-    slopes = ll.first_order(lens, tokens, ll.Margin(5, 9), at=0.0).values.sum(-1)
-    errors["slopes"] = _distance(slopes, expected) / float(expected.abs().max())
+        plain = logits_at(model, 0.0, tokens)
+        adapted = model(tokens).logits
+        margin_above = _margin(logits_at(model, step, tokens))
+        margin_below = _margin(logits_at(model, -step, tokens))
+    expected_slopes = (margin_above - margin_below) / (2 * step)
+    errors = {"shift": largest_difference(plain, adapted)}
+    slopes: list[torch.Tensor] = []
+    newest = list(models.MAKERS.values())[-1]
+    for source, adapter in read(model, base).items():
+        lens = ll.LoraLens(newest(base), adapter, hf_model=base)
+        errors[source] = _logit_error(lens, model, tokens)
+        first = ll.first_order(lens, tokens, ll.Margin(5, 9), at=0.0)
+        slopes.append(first.values.sum(-1))
+    slope_error = largest_difference(torch.stack(slopes), expected_slopes)
+    errors["slopes"] = slope_error / float(expected_slopes.abs().max())
     return errors
 
 
-def logits_at(model: PeftModel, gate: float, tokens: torch.Tensor) -> torch.Tensor:
-    """PEFT's own logits where each of its layers adds this share of what it adds."""
+def _logit_error(lens: ll.LoraLens, model: PeftModel, tokens: torch.Tensor) -> float:
+    """The largest error of a logit at gates 0.37 and 1; NaN if a logit is NaN."""
+    gates = (0.37, 1.0)
+    with torch.no_grad():
+        found = torch.stack([lens.logits(tokens, scale=gate) for gate in gates])
+        expected = torch.stack([logits_at(model, gate, tokens) for gate in gates])
+    return largest_difference(found, expected)
 
-    def weakened(layer: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+
+def logits_at(model: PeftModel, gate: float, tokens: torch.Tensor) -> torch.Tensor:
+    """PEFT's logits with every layer's change multiplied by `gate`."""
+
+    def scale_change(layer: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         plain = layer.get_base_layer()(*args)
         return plain + gate * (output - plain)
 
-    layers = [module for _, module in tuner_layers(model)]
-    handles = [layer.register_forward_hook(weakened) for layer in layers]
+    handles = [layer.register_forward_hook(scale_change) for _, layer in tuner_layers(model)]
     try:
         return model(tokens).logits
     finally:
@@ -228,13 +271,9 @@ def logits_at(model: PeftModel, gate: float, tokens: torch.Tensor) -> torch.Tens
 
 
 def tuner_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """PEFT's layers by path."""
+    """Every layer that PEFT put into the model, with its path."""
     return [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
 def _margin(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, -1, 5] - logits[:, -1, 9]
-
-
-def _distance(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return largest_difference(ours, expected)
