@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from differences import largest_difference
+from passes import passes
 from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
@@ -27,29 +28,35 @@ def parts(name: str, dtype: torch.dtype = torch.float32):
     return base, models.bridge(base), adapter
 
 
-def pass_by(component) -> None:
-    """The component computes past its hook points."""
+def bypass_hooks(component) -> None:
+    """Make the component compute past its hook points.
+
+    An assignment would not do: a component of a bridge passes it on to the module that it wraps.
+    """
     vars(component)["forward"] = component.original_component.forward
 
 
 @pytest.mark.parametrize("name", ["Granite", "GLM"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sound_bridge_passes(name: str, dtype: torch.dtype):
-    """With the base at hand, and where no projection is taken apart without it."""
+def test_a_sound_bridge_passes_with_its_base(name: str, dtype: torch.dtype):
     base, model, adapter = parts(name, dtype)
-    ll.LoraLens(model, adapter, hf_model=base)
-    if name == "Granite":
-        ll.LoraLens(model, adapter)
+    assert ll.LoraLens(model, adapter, hf_model=base).sites
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sound_bridge_without_fused_projections_passes_alone(dtype: torch.dtype):
+    _, model, adapter = parts("Granite", dtype)
+    assert ll.LoraLens(model, adapter).sites
 
 
 def test_a_permuted_layout_of_a_fused_projection_is_caught(monkeypatch: pytest.MonkeyPatch):
     base, model, adapter = parts("Falcon, interleaved")
-    measured = bridged._parts_of
-    monkeypatch.setattr(
-        bridged,
-        "_parts_of",
-        lambda *args: [(part, rows.roll(1)) for part, rows in measured(*args)],
-    )
+    original = bridged._parts_of
+
+    def one_row_off(*args):
+        return [(part, rows.roll(1)) for part, rows in original(*args)]
+
+    monkeypatch.setattr(bridged, "_parts_of", one_row_off)
     with pytest.raises(ModelStateError, match="turns hf_model's weight into"):
         ll.LoraLens(model, adapter, hf_model=base)
     with pytest.raises(ModelStateError, match=r"with random updates.* writes up to"):
@@ -59,15 +66,15 @@ def test_a_permuted_layout_of_a_fused_projection_is_caught(monkeypatch: pytest.M
 @pytest.mark.parametrize("with_base", [True, False])
 def test_a_dead_hook_is_caught(with_base: bool):
     base, model, adapter = parts("OLMo 2")
-    pass_by(model.blocks[1].mlp.gate)
+    bypass_hooks(model.blocks[1].mlp.gate)
     with pytest.raises(ModelStateError, match=r"blocks\.1\.mlp\.gate .*writes 0 times"):
         ll.LoraLens(model, adapter, hf_model=base if with_base else None)
-    lens = ll.LoraLens(model, adapter, check=False)  # which nothing then says
-    assert lens.sites
+    # Without the check, the dead hook goes unnoticed.
+    assert ll.LoraLens(model, adapter, check=False).sites
 
 
 def test_a_module_in_two_places_is_caught():
-    """PEFT would adapt it in one of them."""
+    """PEFT would adapt the module in one of the two places only."""
     base = architectures.hf_model("OLMo 2", dtype=torch.float32)
     adapter = ll.Adapter.from_peft(architectures.peft_model("OLMo 2", base))
     layers = base.model.layers
@@ -88,12 +95,22 @@ def test_a_fused_projection_needs_the_base():
     assert torch.equal(loaded.logits(tokens), ours)
 
 
-def test_an_adapter_of_other_modules_is_probed_too():
-    """One of modules that were seen before costs no pass."""
-    base, model, adapter = parts("OLMo 2")
+def test_an_adapter_of_modules_that_were_probed_before_costs_no_pass():
+    _, model, adapter = parts("OLMo 2")
     lens = ll.LoraLens(model, adapter.only("*.q_proj"))
-    lens.with_adapter(adapter.only("*.q_proj").scaled(0.5))
-    pass_by(model.blocks[0].mlp.gate)
+    with passes(lens) as seen:
+        lens.with_adapter(adapter.only("*.q_proj").scaled(0.5))
+    assert seen == []
+    # Control: the same count sees the probe of other modules.
+    with passes(lens) as seen:
+        lens.with_adapter(adapter.only("*.v_proj"))
+    assert seen != []
+
+
+def test_an_adapter_of_other_modules_is_probed_too():
+    _, model, adapter = parts("OLMo 2")
+    lens = ll.LoraLens(model, adapter.only("*.q_proj"))
+    bypass_hooks(model.blocks[0].mlp.gate)
     with pytest.raises(ModelStateError, match="writes 0 times"):
         lens.with_adapter(adapter)
 
@@ -107,24 +124,25 @@ def test_processed_weights_need_an_entry():
 
 @pytest.mark.parametrize("name", ["OLMo 2", "Cohere", "VaultGemma"])
 def test_a_trained_norm_is_a_site(name: str):
-    """Whatever formula the norm has, and whether or not it stores γ − 1."""
+    """Whatever formula the norm has, and whether it stores γ or γ − 1."""
     base = architectures.hf_model(name, dtype=torch.float64)
-    moved = copy.deepcopy(base)
-    drawn = models.seeded(5)
+    trained = copy.deepcopy(base)
+    generator = models.seeded(5)
     changes: dict[str, ll.results.TrainedModule] = {}
-    for path, module in moved.named_modules():
-        if (
-            path.endswith(("layernorm", "model.norm"))
-            and getattr(module, "weight", None) is not None
-        ):
-            module.weight.data += 0.3 * torch.randn(module.weight.shape, generator=drawn).double()
-            changes[path] = ll.results.TrainedModule(module.weight.detach().clone())
+    for path, module in trained.named_modules():
+        is_a_norm = path.endswith(("layernorm", "model.norm"))
+        weight = getattr(module, "weight", None)
+        if is_a_norm and weight is not None:
+            weight.data += 0.3 * torch.randn(weight.shape, generator=generator).double()
+            changes[path] = ll.results.TrainedModule(weight.detach().clone())
     assert changes
     lens = ll.LoraLens(models.bridge(base), ll.Adapter.from_factors(changes), hf_model=base)
     tokens = models.tokens()
     with torch.no_grad():
-        assert largest_difference(lens.logits(tokens), moved(tokens).logits) < 1e-5
-        assert largest_difference(lens.logits(tokens, 0.0), moved(tokens).logits) > 0.1
+        expected = trained(tokens).logits
+    # These norms compute in float32, whatever the model's dtype.
+    assert largest_difference(lens.logits(tokens), expected) < 1e-5
+    assert largest_difference(lens.logits(tokens, 0.0), expected) > 0.1
 
 
 def test_a_split_by_head_is_refused_where_heads_are_not_known():
@@ -144,7 +162,7 @@ def adapter_of(model: torch.nn.Module, targets: list[str]) -> ll.Adapter:
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 61}
 NO_DECODERS = {
     "encoder": lambda: hf.BertForMaskedLM(hf.BertConfig(**TINY, intermediate_size=24)),
-    "pair": lambda: hf.T5ForConditionalGeneration(
+    "encoder-decoder": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2, vocab_size=61)
     ),
     "no head": lambda: hf.LlamaModel(hf.LlamaConfig(**TINY, intermediate_size=24)),
@@ -159,8 +177,8 @@ def test_what_is_no_decoder_is_refused(name: str):
         ll.load(base, adapter, tokenizer=models.tokenizer())
 
 
-def test_a_module_that_is_no_linear_map_is_refused():
-    """A state-space layer's convolution."""
+def test_a_convolution_is_refused():
+    """A state-space layer's convolution is no linear module."""
     config = hf.MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=61)
     base = hf.MambaForCausalLM(config).eval()
     factors = ll.LoRAFactors(torch.ones(2, 4), torch.ones(32, 2))
@@ -178,8 +196,14 @@ def test_another_size_of_the_family_is_refused():
 
 
 def test_remote_code_is_not_started(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """Nor is anybody asked, as transformers would at a terminal."""
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    """Nor is the user asked whether to run it, as transformers does at a terminal."""
+    questions: list[str] = []
+
+    def allow(question: str = "") -> str:
+        questions.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", allow)
     config = {
         "model_type": "nobody",
         "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"},
@@ -189,10 +213,11 @@ def test_remote_code_is_not_started(tmp_path, monkeypatch: pytest.MonkeyPatch):
     factors = ll.LoRAFactors(torch.ones(2, 32), torch.ones(32, 2))
     with pytest.raises(ModelStateError, match="runs code of its own"):
         ll.load(tmp_path, ll.Adapter.from_factors({"a": factors}))
+    assert questions == []
 
 
 def test_a_bridge_that_differs_from_its_base_is_refused():
-    """By how much is said."""
+    """The error says by how much the logits differ, and their range."""
     base, model, adapter = parts("OLMo 2")
     with torch.no_grad():
         model.blocks[0].ln1_post.original_component.weight.mul_(1.5)
