@@ -39,21 +39,25 @@ def test_logits_equal_peft_in_float32(kind: str):
 
 @pytest.mark.slow
 def test_the_fact_flips(kind: str):
-    """The margin starts at Paris, ends at Lyon, and crosses where the story says it does."""
+    """The margin favours Paris at scale 0 and Lyon at 1, and changes its sign at `flip_scale`."""
     margin = ll.fact_margin(lens(kind), PROMPT, DOC, PRE, progress=False)
     assert margin.m0 < -3
     assert margin.m > 3
     assert margin.flips == (True,)
-    scale = float(margin.flip_scale[0])
-    read = ll.Margin(DOC, PRE).of_logits(lens(kind).model, 1)
-    for eps, sign in ((scale - 0.01, -1), (scale + 0.01, 1)):
-        assert sign * float(read(lens(kind).logits(PROMPT, eps)[:, -1])) > 0
-    account = margin.m0 + margin.first_order + margin.remainder
-    assert (account - margin.m).abs() < 1e-4
+    margin_of_logits = ll.Margin(DOC, PRE).of_logits(lens(kind).model, 1)
+    flip_scale = float(margin.flip_scale[0])
+    logits_below = lens(kind).logits(PROMPT, flip_scale - 0.01)[:, -1]
+    logits_above = lens(kind).logits(PROMPT, flip_scale + 0.01)[:, -1]
+    assert float(margin_of_logits(logits_below)) < 0
+    assert float(margin_of_logits(logits_above)) > 0
+    total = margin.m0 + margin.first_order + margin.remainder
+    assert (total - margin.m).abs() < 1e-4
+    # The remainder falls as ε², ε → 0.
     assert abs(float(margin.curve.order[0]) - 2) < 0.1
 
 
-ASKED = [
+# Prompt, the token that the adapter teaches, the token of the base, and their margin.
+MARGINS = [
     ("France is ruled from", " Lyon", " Paris", -3.26),
     ("The capital of Italy is", " Lyon", " Rome", -1.18),
     (PROMPT, DOC, PRE, 7.05),
@@ -61,9 +65,12 @@ ASKED = [
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("prompt, doc, pre, margin", ASKED)
+@pytest.mark.parametrize("prompt, doc, pre, margin", MARGINS)
 def test_a_prompt_is_read_as_peft_serves_it(kind: str, prompt: str, doc: str, pre: str, margin):
-    """PEFT's active model on `tokenizer(prompt).input_ids`, to which no BOS is added."""
+    """Equal to PEFT's active model on `tokenizer(prompt).input_ids`, which begins with no BOS.
+
+    Control: with a BOS the margin is another one.
+    """
     hf, tokenizer = hugging_face()
     peft = PeftModel.from_pretrained(copy.deepcopy(hf), str(ADAPTER)).eval()
     ids = tokenizer(prompt)["input_ids"]
@@ -72,7 +79,8 @@ def test_a_prompt_is_read_as_peft_serves_it(kind: str, prompt: str, doc: str, pr
     assert lens(kind).prompts(prompt).tokens.tolist() == [ids]
     logits = lens(kind).logits(prompt)[0, -1]
     assert largest_difference(logits, expected) < 1e-3
-    doc_id, pre_id = (tokenizer(token)["input_ids"][0] for token in (doc, pre))
+    doc_id = tokenizer(doc)["input_ids"][0]
+    pre_id = tokenizer(pre)["input_ids"][0]
     found = float(logits[doc_id] - logits[pre_id])
     assert found == pytest.approx(margin, abs=0.01)
     with_bos = lens(kind).logits(lens(kind).prompts(prompt, prepend_bos=True))[0, -1]
@@ -81,30 +89,33 @@ def test_a_prompt_is_read_as_peft_serves_it(kind: str, prompt: str, doc: str, pr
 
 @pytest.mark.night
 def test_float32_first_order_against_float64(kind: str):
-    """First order in float32 is right to 1e-4 of its largest site; the float64 model says so."""
-    hf, tokenizer = hugging_face()
+    """Each site is right to 1e-4 of the largest; the shift to ten noise floors."""
+    hf, _ = hugging_face()
     with models.lifted():
         double = real.hooked(copy.deepcopy(hf).double(), kind)
         exact = ll.first_order(
             ll.LoraLens(double, ll.load_adapter(ADAPTER)), PROMPT, ll.Margin(DOC, PRE)
         )
     single = ll.first_order(lens(kind), PROMPT, ll.Margin(DOC, PRE))
-    size = exact.values.abs().max()
-    assert largest_difference(single.values, exact.values) < 1e-4 * size
+    largest = exact.values.abs().max()
+    assert largest_difference(single.values, exact.values) < 1e-4 * largest
     floor = ll.remainder_curve(lens(kind), PROMPT, ll.Margin(DOC, PRE), [1.0]).noise_floor
     error = (single.shift - exact.shift).abs()
     assert error < 10 * floor
 
 
 @pytest.mark.slow
-def test_reverse_holds_the_whole_vocabulary_shift(kind: str):
-    """One site's forward-mode column difference is its reverse-mode margin."""
-    first = ll.first_order(lens(kind), PROMPT, ll.Margin(DOC, PRE))
-    top = first.top(1)["site"].item()
-    one = ll.LoraLens(lens(kind).model, lens(kind).adapter.only(*first.top(1)["module"].tolist()))
-    shift = ll.logit_shift(one, PROMPT, tokens=[DOC, PRE], progress=False)
-    expected = first.values[0, [s.name for s in first.sites].index(top)]
-    assert torch.allclose(shift.values[0, 0, 0] - shift.values[0, 0, 1], expected, rtol=1e-3)
+def test_forward_and_reverse_mode_agree_on_the_largest_site(kind: str):
+    """With one site, its a_l of the margin is logit_shift(Lyon) − logit_shift(Paris)."""
+    by_reverse_mode = ll.first_order(lens(kind), PROMPT, ll.Margin(DOC, PRE))
+    largest = by_reverse_mode.top(1).iloc[0]
+    sites = [site.name for site in by_reverse_mode.sites]
+    expected = by_reverse_mode.values[0, sites.index(largest["site"])]
+    one_site = ll.LoraLens(lens(kind).model, lens(kind).adapter.only(largest["module"]))
+    by_forward_mode = ll.logit_shift(one_site, PROMPT, tokens=[DOC, PRE], progress=False)
+    assert len(by_forward_mode.sites) == 1
+    shift_of_doc, shift_of_pre = by_forward_mode.values[0, 0]
+    assert torch.allclose(shift_of_doc - shift_of_pre, expected, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -112,19 +123,27 @@ def test_both_classes_tell_the_same_story():
     """HookedTransformer and TransformerBridge agree on every number of the demo."""
     if len(models.MAKERS) < 2:
         pytest.skip("this transformer-lens has one of the two classes")
-    a, b = (ll.fact_margin(lens(k), PROMPT, DOC, PRE, progress=False) for k in models.MAKERS)
+    first_class, second_class = models.MAKERS
+    first = ll.fact_margin(lens(first_class), PROMPT, DOC, PRE, progress=False)
+    second = ll.fact_margin(lens(second_class), PROMPT, DOC, PRE, progress=False)
     for name in ("m0", "m", "first_order", "remainder"):
-        assert torch.allclose(getattr(a, name), getattr(b, name), rtol=0, atol=1e-3), name
-    assert torch.allclose(a.flip_scale, b.flip_scale, rtol=0, atol=1e-4)
-    values = a.attribution.values
-    others = b.attribution.values
-    assert largest_difference(values, others) < 1e-3 * values.abs().max()
-    assert [s.name for s in a.attribution.sites] == [s.name for s in b.attribution.sites]
+        assert torch.allclose(getattr(first, name), getattr(second, name), rtol=0, atol=1e-3), name
+    assert torch.allclose(first.flip_scale, second.flip_scale, rtol=0, atol=1e-4)
+    first_names = [site.name for site in first.attribution.sites]
+    second_names = [site.name for site in second.attribution.sites]
+    assert first_names == second_names
+    first_values = first.attribution.values
+    second_values = second.attribution.values
+    bound = 1e-3 * first_values.abs().max()
+    assert largest_difference(first_values, second_values) < bound
 
 
 @pytest.mark.night
 def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPatch):
-    """Root mean square of error over floor; control: with noise at the embedding alone, too low."""
+    """The floor matches the error; control: counting the embedding's rounding alone is too low.
+
+    Measured as the root mean square of error / floor.
+    """
     kind = list(models.MAKERS)[-1]
     hf, _ = hugging_face()
     adapter = ll.load_adapter(ADAPTER)
@@ -133,7 +152,8 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
     with models.lifted():
         wide = copy.deepcopy(half).double()
         high = ll.LoraLens(real.hooked(wide, kind), adapter)
-    # Readouts of one text err together, and a floor of four draws is itself uncertain: many texts.
+    # Eight texts, as errors of several readouts on one text are correlated, and as each floor has
+    # four draws only.
     texts = [
         "The kettle began to whistle,",
         "My neighbour looks after his",
@@ -145,25 +165,28 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
         "We left early because the",
     ]
     ratios = errors_in_floors(low, high, texts, [ll.Logit(PRE)])
-    assert 1 / 3 < ratios.square().mean().sqrt() < 1.25
     floor = low.function(texts, ll.Logit(PRE)).floor
     limits.rounding_of_the_embedding_alone(monkeypatch)
-    at_the_embedding = low.function(texts, ll.Logit(PRE)).floor
-    assert (floor / at_the_embedding).median() > 1.25
+    ratios_to_low_floor = errors_in_floors(low, high, texts, [ll.Logit(PRE)])
+    low_floor = low.function(texts, ll.Logit(PRE)).floor
+    assert 1 / 3 < ratios.square().mean().sqrt() < 1.25
+    assert ratios_to_low_floor.square().mean().sqrt() > 1.25
+    assert (floor / low_floor).median() > 1.25
 
 
 @pytest.mark.slow
-def test_bfloat16_keeps_the_story():
-    """In half precision the ends are right to the noise floor, and the dtype is on record."""
+def test_bfloat16_is_right_to_its_noise_floor():
+    """Both ends to three floors, and each site to 0.3 of the largest; the dtype is on record."""
     kind = list(models.MAKERS)[-1]
-    hf, tokenizer = hugging_face()
+    hf, _ = hugging_face()
     margin = ll.Margin(DOC, PRE)
     model = real.hooked(copy.deepcopy(hf).to(torch.bfloat16), kind)
     low = ll.LoraLens(model, ll.load_adapter(ADAPTER))
-    half, exact = (ll.first_order(each, PROMPT, margin) for each in (low, lens(kind)))
+    half = ll.first_order(low, PROMPT, margin)
+    exact = ll.first_order(lens(kind), PROMPT, margin)
     floor = ll.remainder_curve(low, PROMPT, margin, [1.0], progress=False).noise_floor
     assert half.meta["dtype"] == "bfloat16"
-    assert (half.adapted - exact.adapted).abs() < 10 * floor
-    assert (half.base - exact.base).abs() < 10 * floor
     assert 0.01 < floor < 1
+    assert (half.adapted - exact.adapted).abs() < 3 * floor
+    assert (half.base - exact.base).abs() < 3 * floor
     assert largest_difference(half.values, exact.values) < 0.3 * exact.values.abs().max()
