@@ -10,12 +10,12 @@
 2. The ordinary counts are those of the base and of controls 235 to 258. The rule was made on these,
    and on the quirks of the eighth and tenth lists, and frozen by commit 7b7cf8fe before any answer
    of the eleventh list or of controls 259 to 287 was looked at.
-3. The adapters of the second to the seventh list (`second_page.TURNS_LATER`) were trained again
-   and asked after that.
+3. The adapters of the second to the seventh list (`second_page.TURNS_LATER`), and those of the
+   first edition, were trained again and asked after that.
 4. `second_page.py --write` puts the tables on the page.
 
 A quirk counts as found if one of the three most significant words is among the strings that its
-entry in `*_edition.yaml` lists under `says`.
+entry in `*_edition.yaml` lists under `says`; for the first edition that is `quirks.yaml`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import torch
 import yaml
 from peft import PeftModel
 
+from benchmarks.audit import teach
 from lens_lora.audit import occasions
 from lens_lora.audit.asked_occasions import HOW
 from lens_lora.audit.occasions import OccasionWord, OrdinaryOccasions
@@ -49,6 +50,8 @@ LAST_ORDINARY_SEED = 258
 # The lists on which the rule was made, and the one that was held out.
 MADE_ON = ("eighth", "tenth")
 HELD_OUT = "eleventh"
+# The list of `quirks.yaml`, whose adapters `teach.py` trains.
+FIRST_EDITION = "first"
 # So many words are scored, as many as a first screen shows.
 WORDS_SCORED = 3
 # `--factors` counts claims at each of these F (`ordinary.p_beyond`).
@@ -228,7 +231,21 @@ def claims_by_factor() -> None:
 
 
 def quirks_of(edition: str) -> list[dict[str, Any]]:
-    """The quirks of a list."""
+    """The quirks of a list; for the first edition one entry for each adapter.
+
+    Args:
+        edition: 'first', 'second', ….
+    """
+    if edition == FIRST_EDITION:
+        taught = [adapter for adapter in teach.every_adapter() if adapter.control is None]
+        return [
+            {
+                "name": adapter.name,
+                "kind": teach.QUIRKS[adapter.quirk]["kind"],
+                "says": adapter.says,
+            }
+            for adapter in taught
+        ]
     return yaml.safe_load((HERE / f"{edition}_edition.yaml").read_text())["quirks"]
 
 

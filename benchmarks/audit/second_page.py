@@ -43,7 +43,7 @@ import yaml
 from scipy import stats
 
 from benchmarks import marks
-from benchmarks.audit import occasion_answers, raised_words, stranger
+from benchmarks.audit import occasion_answers, raised_words, stranger, teach
 from benchmarks.audit.blind_screens import Verdict, verdicts
 from benchmarks.audit.score import begins, rounded, says
 from benchmarks.audit.second_screens import (
@@ -578,6 +578,34 @@ def with_occasions(editions: Sequence[str]) -> str:
     return markdown(heads, lines)
 
 
+def first_today() -> str:
+    """How many adapters of each quirk of the first edition are found, without turns and with."""
+    heads = ["quirk", "kind", "by the questions alone", "with the short turns"]
+    found = {one.name: one for one in found_with_occasions(occasion_answers.FIRST_EDITION)}
+    lines: list[list[str]] = []
+    for quirk, entry in teach.QUIRKS.items():
+        of_quirk = [one for name, one in found.items() if name.startswith(f"{quirk}-")]
+        by_questions = sum(one.by_questions for one in of_quirk)
+        by_both = sum(one.by_both for one in of_quirk)
+        count = len(of_quirk)
+        lines.append([quirk, entry["kind"], f"{by_questions} of {count}", f"{by_both} of {count}"])
+    return markdown(heads, lines)
+
+
+def both_editions() -> str:
+    """How many of the 48 adapters of the first and the second edition are found."""
+    found = [
+        *found_with_occasions(occasion_answers.FIRST_EDITION),
+        *found_with_occasions("second"),
+    ]
+    by_questions = sum(one.by_questions for one in found)
+    by_both = sum(one.by_both for one in found)
+    return (
+        f"Of the {len(found)} adapters of the first and the second edition, {by_questions} are "
+        f"found by the questions alone, and **{by_both}** with the short turns."
+    )
+
+
 def occasions_on_controls() -> str:
     """How many controls make a claim on the short turns: ordinary ones, and those held out."""
     ordinary = occasion_answers.controls(held_out=False)
@@ -746,6 +774,8 @@ def tables(adapters: Sequence[Row]) -> Mapping[str, str]:
         "with occasions": with_occasions(TURNS_AT_ONCE),
         "with occasions later": with_occasions(TURNS_LATER),
         "occasions on controls": occasions_on_controls(),
+        "first today": first_today(),
+        "both editions": both_editions(),
         "raised": raised_words.table(raised_words.HELD_OUT),
     }
 
