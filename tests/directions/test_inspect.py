@@ -97,17 +97,22 @@ def hooked(family: str, cls: str = ""):
     return base, models.MAKERS[cls or next(iter(models.MAKERS))](base)
 
 
+def adapter_and_lens(peft, model) -> tuple[ll.Adapter, ll.LoraLens]:
+    adapter = ll.Adapter.from_peft(peft)
+    return adapter, ll.LoraLens(model, adapter)
+
+
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("family", ["gpt2", "neox", "phi3", "gemma"])
 def test_sites_against_the_hugging_face_weights(family: str, cls: str):
     """‖ΔW‖/‖W‖ of fused projections, part by part: the parts' squares sum to the module's."""
     base, model = hooked(family, cls)
     peft = models.peft_model(family, base)
-    adapter, lens = both(peft, model)
+    adapter, lens = adapter_and_lens(peft, model)
     summary = summarise(adapter, lens)
     assert [row.site for row in summary.rows] == [s.name for s in lens.sites]
     assert lens.plan.relative_norm == pytest.approx(summary.relative_norm, rel=1e-6)
-    for module, update in ll.Adapter.from_peft(peft).modules.items():
+    for module, update in adapter.modules.items():
         rows = [row for row in summary.rows if row.module == module]
         weight = base.get_submodule(module).weight.detach()
         assert math.hypot(*(r.norm for r in rows)) == pytest.approx(update.norm(), rel=1e-10)
@@ -115,16 +120,11 @@ def test_sites_against_the_hugging_face_weights(family: str, cls: str):
         assert total == pytest.approx(float(weight.norm()), rel=1e-6)
 
 
-def both(peft, model) -> tuple[ll.Adapter, ll.LoraLens]:
-    adapter = ll.Adapter.from_peft(peft)
-    return adapter, ll.LoraLens(model, adapter)
-
-
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.usefixtures("float64")
 def test_dora_is_peft_s_merged_change(family: str, cls: str):
-    """With the base model's weight; without it nothing is said."""
+    """With the base weights the norms are those of PEFT's merge; without them they are NaN."""
     base = models.hf_model(family)
     model = models.MAKERS[cls](base)
     peft = models.peft_model(family, base, use_dora=True)
@@ -132,7 +132,7 @@ def test_dora_is_peft_s_merged_change(family: str, cls: str):
         for name, p in peft.named_parameters():
             if "magnitude" in name:
                 p.mul_(1.2)
-    adapter, lens = both(peft, model)
+    adapter, lens = adapter_and_lens(peft, model)
     merged = peft.merge_and_unload()
     sites = summarise(adapter, lens)
     for module in adapter.modules:
@@ -150,8 +150,8 @@ def test_dora_is_peft_s_merged_change(family: str, cls: str):
     assert unknown.parts == {"DoRA": len(adapter)}
 
 
-def test_what_an_adapter_is():
-    """Targets, ranks, scales and parts, each module counted once; the frame; the largest."""
+def test_a_summary_counts_each_module_once():
+    """Targets, ranks, scales and parts; its frame has a row for each module, the largest first."""
     modules = {
         "transformer.wte": factors(2, 4, 30),
         "lm_head": factors(2, 30, 4),
@@ -292,7 +292,7 @@ def test_dora_asks_for_the_base_model(tmp_path):
 def tiny_base(monkeypatch):
     """`--model llama` is the tiny model of that family."""
 
-    def load(family, progress, how, **of):
+    def load(family, *_, **__):
         return models.hf_model(family, dtype=torch.float32), models.tokenizer()
 
     command_line.commands_load(monkeypatch, load)
@@ -308,12 +308,15 @@ def test_dora_with_its_base_model(tmp_path):
 
 @pytest.mark.usefixtures("tiny_base")
 def test_modules_that_the_model_lacks_are_listed(tmp_path):
-    """By name, in the facts and in the table; the others have sites."""
+    """By name, in the summary; only they have rows without a site."""
     adapter = ll.load_adapter(saved(tmp_path))
-    renamed = {k.replace("layers.1.mlp", "layers.7.mlp"): f for k, f in adapter.modules.items()}
+    renamed = {
+        module.replace("layers.1.mlp", "layers.7.mlp"): update
+        for module, update in adapter.modules.items()
+    }
     partial = dataclasses.replace(adapter, modules=renamed)
     missing = lacking(partial, hooked("llama")[1])
-    assert missing == tuple(f"model.layers.7.mlp.{n}_proj" for n in ("down", "gate", "up"))
+    assert missing == tuple(f"model.layers.7.mlp.{name}_proj" for name in ("down", "gate", "up"))
     summary = summarise(partial, command_line.lens_of_inspect("llama", partial))
     assert summary.missing == missing
     assert {row.module for row in summary.rows if row.site is None} == set(missing)
@@ -333,15 +336,17 @@ def test_a_wrong_base_is_one_line(tmp_path):
 @pytest.mark.usefixtures("tiny_base")
 def test_another_width_is_one_line():
     """The shipped adapter's names fit the tiny Llama's first layers, its widths do not."""
-    result = run(cli.app, ["inspect", str(ADAPTER), "--model", "llama"])
+    result = run(cli.app, ["inspect", str(ADAPTER), "--model", "llama", "--quiet"])
     assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
     assert "the adapter maps 576→576, the model 16→16" in result.stderr
     assert "Was it trained on another base model?" in result.stderr
 
 
 def test_unreachable_model_is_one_line(tmp_path):
-    result = run(cli.app, ["inspect", str(ADAPTER), "--model", str(tmp_path)])
+    result = run(cli.app, ["inspect", str(ADAPTER), "--model", str(tmp_path), "--quiet"])
     assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
     assert "neither a folder nor a reachable hub id" in result.stderr
 
 
@@ -362,25 +367,26 @@ def test_a_version_is_the_file_s_own(tmp_path):
 def test_what_biases_add_is_said(tmp_path):
     """An update that is a constant has ‖ΔW‖ = 0; its size stands beside it."""
     peft = models.peft_model("qwen2", models.hf_model("qwen2"), targets=["q_proj"], lora_bias=True)
-    sizes = []
+    bias_norms = []
+    scale = 5 / 3  # α/r of models.peft_model
     with torch.no_grad():
         for name, p in peft.named_parameters():
             if "lora_A" in name:
                 p.zero_()
             if "lora_B" in name and name.endswith("bias"):
-                sizes.append(5 / 3 * float(p.norm()))
+                bias_norms.append(scale * float(p.norm()))
     peft.save_pretrained(tmp_path)
     adapter = ll.load_adapter(tmp_path)
     assert [f.norm() for f in adapter.modules.values()] == [0.0, 0.0]
-    assert [f.bias_norm() for f in adapter.modules.values()] == pytest.approx(sizes)
+    assert [f.bias_norm() for f in adapter.modules.values()] == pytest.approx(bias_norms)
     summary = summarise(adapter)
     assert summary.norm == 0
-    assert summary.bias_norm == pytest.approx(math.hypot(*sizes))
-    assert summary.to_frame()["bias_norm"].tolist() == pytest.approx(sizes)
+    assert summary.bias_norm == pytest.approx(math.hypot(*bias_norms))
+    assert summary.to_frame()["bias_norm"].tolist() == pytest.approx(bias_norms)
     text = plain(run(cli.app, ["inspect", str(tmp_path)]).output)
     assert "‖ΔW‖_F in all 0.00" in text
     assert "‖Δb‖" in text
-    assert f"‖Δb‖ in all {math.hypot(*sizes):.2f}, added whatever the input" in text
+    assert f"‖Δb‖ in all {math.hypot(*bias_norms):.2f}, added whatever the input" in text
 
 
 def test_an_adapter_that_was_never_trained_is_called_so(tmp_path):
@@ -413,10 +419,10 @@ def test_how_much_of_the_base_it_changes(tmp_path):
     folder = saved(tmp_path, targets=["q_proj", "v_proj"])
     base, _ = hooked("llama")
     changed = ll.load_adapter(folder).modules
-    sizes = [math.hypot(*(update.norm() for update in changed.values()))]
-    sizes.append(math.hypot(*(float(base.get_submodule(m).weight.norm()) for m in changed)))
+    change = math.hypot(*(update.norm() for update in changed.values()))
+    weights = math.hypot(*(float(base.get_submodule(m).weight.norm()) for m in changed))
     text = plain(run(cli.app, ["inspect", str(folder), "--model", "llama"]).output)
-    assert f"{100 * sizes[0] / sizes[1]:.2g}% of ‖W‖_F of these sites" in text
+    assert f"{100 * change / weights:.2g}% of ‖W‖_F of these sites" in text
     assert "of ‖W‖_F" not in plain(run(cli.app, ["inspect", str(folder)]).output)
 
 

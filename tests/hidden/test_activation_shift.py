@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -157,31 +158,65 @@ def test_readings_by_position_are_asked_for():
     with pytest.raises(ll.errors.ArgumentError, match=r"activation_shift\(…, by='position'\)"):
         without.logit_lens(by="position")
     assert not without.token_readings
-    for call in (without.logit_lens, lambda by: ll.activation_shift(lens, texts(), LAST, by=by)):
-        with pytest.raises(ll.errors.ArgumentError, match="by='rank': expected 'position'"):
-            call(by="rank")
+    with pytest.raises(ll.errors.ArgumentError, match="by='rank': expected 'position'"):
+        without.logit_lens(by="rank")
+    with pytest.raises(ll.errors.ArgumentError, match="by='rank': expected 'position'"):
+        ll.activation_shift(lens, texts(), LAST, by="rank")
     elsewhere = ll.activation_shift(lens, texts(), [LAST, "blocks.0.hook_mlp_out"], by="position")
     with pytest.raises(ll.errors.SiteError, match="hook_mlp_out' has no reading"):
         elsewhere.logit_lens(name="blocks.0.hook_mlp_out", by="position")
 
 
+def output_shift_of_peft(case: cases.Case, module: str, row: Tensor) -> Tensor:
+    """h(1) − h(0) at a module's output on one row, [token, width]."""
+    outputs: list[Tensor] = []
+
+    def keep(_: Any, inputs: Any, output: Tensor) -> None:
+        outputs.append(output.detach()[0])
+
+    model = case.peft.base_model.model
+    handle = model.get_submodule(module).register_forward_hook(keep)
+    try:
+        with case.peft.disable_adapter():
+            model(row)
+        model(row)
+    finally:
+        handle.remove()
+    base, adapted = outputs
+    return adapted - base
+
+
 @pytest.mark.parametrize("cls", CLASSES)
-def test_sites_own_outputs(cls: str):
-    """At a site's output, of heads and of hidden layers; several points by a glob."""
+def test_shifts_of_heads_and_of_hidden_layers_are_hugging_face_s(cls: str):
+    """At the output of v, which has an axis of heads, and at the input of an MLP's last map."""
     case = cases.case("llama", cls, "raw")
     sites = {s.kind: s for s in case.lens.sites if s.layer == 1}
-    names = [sites["v"].write, sites["down"].read]
-    found = ll.activation_shift(case.lens, texts(), names)
-    ends = by_peft(case, "model.layers.1.mlp.down_proj", lambda h: h)
-    assert found.names == tuple(names)
-    assert not found.readings
-    added = ll.activation_shift(case.lens, texts(), ["blocks.1.hook_mlp_out", "hook_embed"])
-    assert not added.readings  # ‖h‖ there is not what the final norm divides by
-    for text, (base, adapted) in enumerate(ends):
-        mine = found.values[names[1]][text, : LENGTHS[text]]
-        assert largest_difference(mine, adapted - base) < TINY
-    every = ll.activation_shift(case.lens, texts(), "blocks.*.hook_resid_post")
-    assert every.names == (MIDDLE, LAST)
+    heads = sites["v"].write
+    hidden = sites["down"].read
+    found = ll.activation_shift(case.lens, texts(), [heads, hidden])
+    assert found.names == (heads, hidden)
+    for text, length in enumerate(LENGTHS):
+        row = models.tokens()[text : text + 1, :length]
+        of_heads = output_shift_of_peft(case, "model.layers.1.self_attn.v_proj", row)
+        assert largest_difference(found.values[heads][text, :length].flatten(1), of_heads) < TINY
+        of_hidden = shift_by_peft(case, "model.layers.1.mlp.down_proj", row)
+        assert largest_difference(found.values[hidden][text, :length], of_hidden) < TINY
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_only_points_of_the_residual_stream_have_a_reading(cls: str):
+    """Elsewhere ‖h‖ is not what the final norm divides by."""
+    lens = cases.case("llama", cls, "raw").lens
+    sites = {s.kind: s for s in lens.sites if s.layer == 1}
+    points = [sites["v"].write, sites["down"].read, "blocks.1.hook_mlp_out", "hook_embed"]
+    assert not ll.activation_shift(lens, texts(), points).readings
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_glob_names_several_points(cls: str):
+    lens = cases.case("llama", cls, "raw").lens
+    found = ll.activation_shift(lens, texts(), "blocks.*.hook_resid_post")
+    assert found.names == (MIDDLE, LAST)
 
 
 def test_points_of_a_glob_are_in_the_order_of_layers():
@@ -209,44 +244,67 @@ def test_maps_have_layers_in_their_order(cls: str):
             assert [float(v) for v in row[1:]] == pytest.approx(expected)
 
 
-def test_laws():
-    """A padded batch is its texts one by one; means add up; the constant share of a constant."""
+def held_out_share(first: Tensor, second: Tensor) -> float:
+    """1 − Σ‖Δh − Δh̄ of the other text‖² / Σ‖Δh‖², of two texts' shifts, each [token, width]."""
+    error_of_first = (first - second.mean(0)).square().sum()
+    error_of_second = (second - first.mean(0)).square().sum()
+    size = first.square().sum() + second.square().sum()
+    return 1 - float((error_of_first + error_of_second) / size)
+
+
+def test_a_padded_batch_is_its_texts_one_by_one():
+    """Means of shifts and readings, each text with as much weight as it has counted tokens."""
     lens = lens_of()
-    both = ll.activation_shift(lens, texts(), LAST)
-    each = [ll.activation_shift(lens, texts().row(i), LAST) for i in range(2)]
-    counts = [length - 1 for length in LENGTHS]
-    for i, one in enumerate(each):
-        assert largest_difference(one.mean()[LAST], both.mean(i)[LAST]) < TINY
-    mean = sum(n * one.mean()[LAST] for n, one in zip(counts, each, strict=True)) / sum(counts)
-    assert largest_difference(both.mean()[LAST], mean) < TINY
-    reading = sum(n * one.readings[LAST] for n, one in zip(counts, each, strict=True)) / sum(counts)
-    assert largest_difference(both.readings[LAST], reading) < 1e-9
-    assert (both.values[LAST] - ll.activation_shift(lens, texts(), LAST, scale=0.0).values[LAST])[
-        0
-    ].equal(both.values[LAST][0])
-    own = [v[1:length] for v, length in zip(both.values[LAST], LENGTHS, strict=True)]
-    apart = sum((x - y.mean(0)).square().sum() for x, y in (own, own[::-1]))
-    expected = 1 - float(apart / torch.cat(own).square().sum())
-    assert abs(both.constant_share()[LAST] - expected) < TINY
+    batch = ll.activation_shift(lens, texts(), LAST)
+    alone = [ll.activation_shift(lens, texts().row(text), LAST) for text in range(2)]
+    for text, shift in enumerate(alone):
+        assert largest_difference(shift.mean()[LAST], batch.mean(text)[LAST]) < TINY
+    first_count, second_count = (length - 1 for length in LENGTHS)
+    tokens = first_count + second_count
+    first, second = alone
+    mean = (first_count * first.mean()[LAST] + second_count * second.mean()[LAST]) / tokens
+    assert largest_difference(batch.mean()[LAST], mean) < TINY
+    reading = first_count * first.readings[LAST] + second_count * second.readings[LAST]
+    assert largest_difference(batch.readings[LAST], reading / tokens) < 1e-9
+
+
+def test_no_shift_at_scale_zero():
+    shift = ll.activation_shift(lens_of(), texts(), LAST, scale=0.0)
+    for text, length in enumerate(LENGTHS):
+        assert shift.values[LAST][text, :length].abs().max() == 0
+
+
+def test_the_constant_share_is_held_out():
+    """Each text's shift is predicted by the mean shift of the other text."""
+    found = ll.activation_shift(lens_of(), texts(), LAST)
+    first_length, second_length = LENGTHS
+    first = found.values[LAST][0, 1:first_length]
+    second = found.values[LAST][1, 1:second_length]
+    assert abs(found.constant_share()[LAST] - held_out_share(first, second)) < TINY
+
+
+def test_the_constant_share_of_a_constant_is_one():
+    found = ll.activation_shift(lens_of(), texts(), LAST)
+    shift = found.values[LAST]
+    constant = torch.where(shift.isnan(), shift, torch.ones_like(shift))
+    of_constant = dataclasses.replace(found, values={LAST: constant})
+    assert abs(of_constant.constant_share()[LAST] - 1) < TINY
 
 
 def test_a_shared_beginning_counts_once_in_the_constant_share():
-    """By causality Δh is the same there, so it is not held out from the text that has it first."""
+    """Δh on a shared prefix is equal in both texts, so the second text's is not held-out data."""
     lens = lens_of()
     rows = models.tokens(2, 7)
     rows[1, :4] = rows[0, :4]
     found = ll.activation_shift(lens, rows, LAST)
-
-    def share(own):
-        apart = sum((x - y.mean(0)).square().sum() for x, y in (own, own[::-1]))
-        return 1 - float(apart / torch.cat(own).square().sum())
-
     first, second = found.values[LAST]
-    once = share([first[1:], second[4:]])
-    assert abs(found.constant_share()[LAST] - once) < TINY
-    assert abs(share([first[1:], second[1:]]) - once) > 1e-3
-    every = ll.activation_shift(lens, rows, LAST, sinks=True)
-    assert abs(every.constant_share()[LAST] - share([first, second[4:]])) < TINY
+    expected = held_out_share(first[1:], second[4:])
+    assert abs(found.constant_share()[LAST] - expected) < TINY
+    # Control: with the shared tokens of the second text the share would be another.
+    assert abs(held_out_share(first[1:], second[1:]) - expected) > 1e-3
+    with_sinks = ll.activation_shift(lens, rows, LAST, sinks=True)
+    expected_with_sinks = held_out_share(first, second[4:])
+    assert abs(with_sinks.constant_share()[LAST] - expected_with_sinks) < TINY
 
 
 def test_positions_and_sinks():
@@ -306,7 +364,7 @@ def test_the_projection_of_what_is_said_is_hugging_face_s(family: str, cls: str)
 
 
 def test_a_tuple_of_two_strings_says_that_it_is_a_prompt_and_its_response():
-    """It was two texts once."""
+    """A list of two strings is two prompts without responses."""
     lens = lens_of()
     with_response = "each prompt with its response"
     direction = torch.randn(lens.model.cfg.d_model, generator=models.seeded(0))
@@ -362,7 +420,7 @@ def test_projections_of_several_directions_and_points():
 
 
 def test_cosine():
-    """With what a site writes, a direction of one's own, and only where both have one width."""
+    """With a given direction, and with the first left singular vector of each site's ΔW."""
     lens = lens_of()
     found = ll.activation_shift(lens, texts(), LAST)
     mean = found.mean()[LAST]
@@ -372,8 +430,10 @@ def test_cosine():
     assert kinds == {"o", "down"}
     update = lens.plan.updates[lens.site_index("blocks.1.mlp.down")].update
     U = torch.linalg.svd(update.scale * update.B @ update.A)[0][:, 0]
-    one = abs(float(torch.nn.functional.cosine_similarity(U, mean, dim=0)))
-    assert abs(abs(float(table["blocks.1.mlp.down", 0])) - one) < TINY
+    # The sign of a singular vector is arbitrary.
+    expected = abs(float(torch.nn.functional.cosine_similarity(U, mean, dim=0)))
+    found_size = abs(float(table["blocks.1.mlp.down", 0]))
+    assert abs(found_size - expected) < TINY
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -392,7 +452,10 @@ def test_cosine_of_nothing_and_behind_a_norm(cls: str):
 
 
 def test_a_shared_beginning_counts_once_in_means():
-    """Also where a token is asked for that an earlier text has, but not at the same place."""
+    """A token counts if no earlier text counts it.
+
+    With positions=-1 the third text's last token is new, although the others contain it.
+    """
     lens = lens_of()
     rows = models.tokens(3, 7)
     rows[1:, :4] = rows[0, :4]
@@ -414,22 +477,27 @@ def test_a_shared_beginning_counts_once_in_means():
     assert largest_difference(found.readings[LAST], once.readings[LAST]) < TINY
 
 
-def test_a_base_that_moves_is_seen():
-    """A hook that differs between the two runs: the shift is then not the adapter's."""
+def test_a_hook_of_the_user_runs_in_the_passes_of_a_shift():
+    """No pass comes from a cache: a hook that adds to the first pass alone changes the shift."""
     lens = lens_of()
-    runs = []
+    passes = 0
 
-    def move(tensor: Tensor, hook: Any) -> Tensor:
-        runs.append(0)
-        return tensor + 0.1 * (len(runs) == 1)
+    def add_in_first_pass(tensor: Tensor, hook: Any) -> Tensor:
+        nonlocal passes
+        passes += 1
+        if passes == 1:
+            return tensor + 0.1
+        return tensor
 
-    still = ll.activation_shift(lens, texts(), LAST).values[LAST]
-    lens.model.add_hook("blocks.0.hook_resid_pre", move)
+    plain = ll.activation_shift(lens, texts(), LAST).values[LAST]
+    lens.model.add_hook("blocks.0.hook_resid_pre", add_in_first_pass)
     try:
-        moved = ll.activation_shift(lens, texts(), LAST).values[LAST]
+        hooked = ll.activation_shift(lens, texts(), LAST).values[LAST]
     finally:
         lens.model.reset_hooks()
-    assert (moved - still).nan_to_num().abs().max() > 0.01
+    assert passes >= 2
+    for text, length in enumerate(LENGTHS):
+        assert (hooked - plain)[text, :length].abs().max() > 0.01
 
 
 @pytest.mark.bad_input
