@@ -300,8 +300,8 @@ def _on_texts(
         return _OnTexts(Check(ON_TEXTS, "undecided", f"the sum cannot be run: {error}"))
     # The combined adapter stands where a server would: ℓ is what it says of each token.
     tokens = ServedTokens(lens_of_sum, _rows_of(lens, texts, progress), progress=progress)
-    base = tokens.at(lens_of_sum.gates(0.0))
-    adapted = tokens.at(lens_of_sum.gates(1.0))
+    base = tokens.log_probs_at(lens_of_sum.gates(0.0))
+    adapted = tokens.log_probs_at(lens_of_sum.gates(1.0))
     if adapted.equal(base):
         facts = "the sum of the parts changes none of the texts"
         return _OnTexts(Check(ON_TEXTS, "undecided", facts))

@@ -174,8 +174,8 @@ def compared(
         progress: show a bar.
     """
     lens = tokens.lens
-    base = tokens.at(lens.gates(0.0))
-    adapted = tokens.at(lens.gates(1.0))
+    base = tokens.log_probs_at(lens.gates(0.0))
+    adapted = tokens.log_probs_at(lens.gates(1.0))
     if adapted.equal(base):
         return Comparison(math.nan, math.nan, math.inf, 0.0, len(base), explanations=(_BASE,))
     found = tokens.agreement(base, adapted, ROUNDING[dtype])
@@ -270,11 +270,11 @@ class _Search:
     ) -> None:
         self._all = _Texts(tokens, adapted, float((adapted - base).norm()))
         rows = _most_deviating(tokens, adapted)
-        chosen = tokens.in_rows(rows)
-        few_shift = (adapted - base)[chosen]
+        is_chosen = tokens.is_in_rows(rows)
+        few_shift = (adapted - base)[is_chosen]
         # Where the adapter adds nothing, the effect on all texts stands for theirs.
         few_effect = float(few_shift.norm()) or self._all.effect
-        self._few = _Texts(tokens.of_rows(rows), adapted[chosen], few_effect)
+        self._few = _Texts(tokens.only_rows(rows), adapted[is_chosen], few_effect)
 
     def nearest(self, models: Sequence[Candidate], progress: bool) -> list[_Fit]:
         """The nearest candidates, run on all texts, the likeliest of them first.
@@ -321,7 +321,7 @@ def _most_deviating(tokens: ServedTokens, adapted: Float[Tensor, " token"]) -> l
     squares = (tokens.served - adapted).square()
     deviations: list[float] = []
     for row in range(len(tokens.rows)):
-        of_row = squares[tokens.in_rows([row])]
+        of_row = squares[tokens.is_in_rows([row])]
         deviations.append(float(of_row.sum()))
     ordered = sorted(range(len(tokens.rows)), key=lambda row: -deviations[row])
     return sorted(ordered[: max(len(ordered) // _ONE_OF, _FEWEST)])

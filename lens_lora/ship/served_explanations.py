@@ -70,7 +70,7 @@ def candidates(tokens: ServedTokens, others: Sequence[Adapter]) -> Iterator[Cand
             if any(torch.equal(gates, known) for known in seen):
                 continue
             seen.append(gates)
-            yield Candidate(words, functools.partial(_at, gates))
+            yield Candidate(words, functools.partial(_log_probs_at, gates))
 
     yield from at_new_gates(_likely_gates(lens))
     for words, adapter in _other_adapters(lens, others):
@@ -80,8 +80,8 @@ def candidates(tokens: ServedTokens, others: Sequence[Adapter]) -> Iterator[Cand
     yield from at_new_gates(_rarer_gates(lens))
 
 
-def _at(gates: Float[Tensor, " site"], tokens: ServedTokens) -> Float[Tensor, " token"]:
-    return tokens.at(gates)
+def _log_probs_at(gates: Float[Tensor, " site"], tokens: ServedTokens) -> Float[Tensor, " token"]:
+    return tokens.log_probs_at(gates)
 
 
 # --- Other gates
@@ -91,7 +91,7 @@ def _likely_gates(lens: LoraLens) -> Iterator[tuple[str, Float[Tensor, " site"]]
     """The base, a part of the model lost, and another strength."""
     yield "the base, without the adapter", lens.gates(0.0)
     for words, lost in _lost_parts(lens.sites).items():
-        yield f"the adapter without {words}", _without(lens, lost)
+        yield f"the adapter without {words}", _gates_without(lens, lost)
     for words, strengths in _misread_scales(lens):
         yield words, strengths
     for strength, words in _STRENGTHS.items():
@@ -101,12 +101,12 @@ def _likely_gates(lens: LoraLens) -> Iterator[tuple[str, Float[Tensor, " site"]]
 def _rarer_gates(lens: LoraLens) -> Iterator[tuple[str, Float[Tensor, " site"]]]:
     """One kind of modules lost, one layer or all layers behind one; and further strengths."""
     for words, lost in _lost_kinds_and_layers(lens.sites):
-        yield f"the adapter without {words}", _without(lens, lost)
+        yield f"the adapter without {words}", _gates_without(lens, lost)
     for strength in _OTHER_STRENGTHS:
         yield f"the adapter at {strength:g} of its strength", lens.gates(strength)
 
 
-def _without(lens: LoraLens, lost: Sequence[int]) -> Float[Tensor, " site"]:
+def _gates_without(lens: LoraLens, lost: Sequence[int]) -> Float[Tensor, " site"]:
     gates = lens.gates(1.0).clone()
     gates[list(lost)] = 0.0
     return gates
@@ -257,16 +257,18 @@ def _other_beginnings(tokens: ServedTokens) -> Iterator[Candidate]:
         return row.ids[1:]
 
     words = "the adapter after a second BOS" if has_bos else "the adapter after a BOS"
-    yield Candidate(words, functools.partial(_behind, with_bos))
+    yield Candidate(words, functools.partial(_log_probs_of_rows, with_bos))
     if has_bos and all(len(row.ids) > 1 for row in tokens.rows):
-        yield Candidate("the adapter without a BOS", functools.partial(_behind, without_first))
+        yield Candidate(
+            "the adapter without a BOS", functools.partial(_log_probs_of_rows, without_first)
+        )
 
 
-def _behind(
+def _log_probs_of_rows(
     ids_of: Callable[[ServedRow], list[int]], tokens: ServedTokens
 ) -> Float[Tensor, " token"]:
     """The log p of each token in rows that begin otherwise."""
-    return tokens.behind([ids_of(row) for row in tokens.rows])
+    return tokens.with_beginnings([ids_of(row) for row in tokens.rows])
 
 
 _CHATML = (
@@ -289,7 +291,7 @@ def _other_templates(tokens: ServedTokens) -> Iterator[Candidate]:
     }
     for words, ids_of in readings.items():
         row_of = functools.partial(_row_in_template, ids_of)
-        yield Candidate(words, functools.partial(_behind, row_of))
+        yield Candidate(words, functools.partial(_log_probs_of_rows, row_of))
 
 
 def _row_in_template(ids_of: Callable[[Messages], list[int]], row: ServedRow) -> list[int]:
@@ -328,7 +330,7 @@ def log_p_in(tokens: ServedTokens, dtype: str) -> Float[Tensor, " token"] | None
         return None
     with contextlib.suppress(LensLoraError, RuntimeError, TypeError):
         lens = in_dtype(tokens.lens, IN_16_BIT[dtype])
-        return tokens.of(lens, lens.gates(1.0))
+        return tokens.log_probs_of(lens, lens.gates(1.0))
     return None
 
 
@@ -362,6 +364,6 @@ def _candidate_of(lens: LoraLens, words: str) -> Candidate:
     """The candidate that another lens runs, at full strength."""
 
     def log_p(tokens: ServedTokens) -> Float[Tensor, " token"]:
-        return tokens.of(lens, lens.gates(1.0))
+        return tokens.log_probs_of(lens, lens.gates(1.0))
 
     return Candidate(words, log_p)

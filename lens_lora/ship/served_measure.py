@@ -1,7 +1,7 @@
 """How much of an adapter's effect a server shows: c, the residual, and the floor of rounding.
 
 With ℓ the served log p of each token, ℓ₀ the base's and ℓ₁ the adapted model's own, over all tokens
-that the server told of:
+that the server reported:
 
     c = ⟨ℓ − ℓ₀, ℓ₁ − ℓ₀⟩ / ‖ℓ₁ − ℓ₀‖²        1 if the adapter is served, 0 if the base is
     residual = ‖ℓ − ℓ₁‖ / ‖ℓ₁ − ℓ₀‖            0 if the adapter is served, 1 if the base is
@@ -36,7 +36,7 @@ ROUNDING: dict[str, float] = {
 
 
 class Agreement(NamedTuple):
-    """How far what a server told agrees with the adapted model.
+    """How far what a server reported agrees with the adapted model.
 
     Attributes:
         c, residual, floor: as above.
@@ -52,7 +52,7 @@ class Agreement(NamedTuple):
 
 
 class ServedTokens:
-    """The tokens that a server told of, and the log-probabilities of models there.
+    """The tokens that a server reported, and the log-probabilities of models there.
 
     Attributes:
         served: ℓ, in nats, one per token.
@@ -65,11 +65,11 @@ class ServedTokens:
         self.lens = lens
         self._progress = progress
         self.rows: list[ServedRow] = list(rows)
-        self._told = _padded([row.log_p for row in rows], math.nan)
-        self._is_told = self._told.isfinite()
-        self.served: Float[Tensor, " token"] = self._told[self._is_told]
+        reported = _padded([row.log_p for row in rows], math.nan)
+        self._is_reported = reported.isfinite()
+        self.served: Float[Tensor, " token"] = reported[self._is_reported]
 
-    def of_rows(self, rows: Sequence[int]) -> ServedTokens:
+    def only_rows(self, rows: Sequence[int]) -> ServedTokens:
         """The tokens of some rows alone.
 
         Args:
@@ -78,25 +78,27 @@ class ServedTokens:
         chosen = [self.rows[row] for row in rows]
         return ServedTokens(self.lens, chosen, progress=self._progress)
 
-    def in_rows(self, rows: Sequence[int]) -> Bool[Tensor, " token"]:
-        """Mark those tokens of `served` that stand in these rows.
+    def is_in_rows(self, rows: Sequence[int]) -> Bool[Tensor, " token"]:
+        """Whether each token of `served` stands in one of these rows.
 
         Args:
             rows: their numbers.
         """
-        of_row = torch.zeros(len(self.rows), 1, dtype=torch.bool)
-        of_row[list(rows)] = True
-        return of_row.expand_as(self._is_told)[self._is_told]
+        is_chosen = torch.zeros(len(self.rows), 1, dtype=torch.bool)
+        is_chosen[list(rows)] = True
+        return is_chosen.expand_as(self._is_reported)[self._is_reported]
 
-    def at(self, gates: Float[Tensor, " site"]) -> Float[Tensor, " token"]:
+    def log_probs_at(self, gates: Float[Tensor, " site"]) -> Float[Tensor, " token"]:
         """The log p of each token at these gates. One forward pass.
 
         Args:
             gates: gates of the lens that the object was made with.
         """
-        return self.of(self.lens, gates)
+        return self.log_probs_of(self.lens, gates)
 
-    def of(self, lens: LoraLens, gates: Float[Tensor, " site"]) -> Float[Tensor, " token"]:
+    def log_probs_of(
+        self, lens: LoraLens, gates: Float[Tensor, " site"]
+    ) -> Float[Tensor, " token"]:
         """The log p of each token in another lens. One forward pass.
 
         Args:
@@ -105,9 +107,9 @@ class ServedTokens:
         """
         ids = [row.ids for row in self.rows]
         log_p = token_log_probs(lens, gates, ids, progress=self._progress)
-        return log_p[self._is_told]
+        return log_p[self._is_reported]
 
-    def behind(self, rows: Sequence[list[int]]) -> Float[Tensor, " token"]:
+    def with_beginnings(self, rows: Sequence[list[int]]) -> Float[Tensor, " token"]:
         """The log p of each token if its row begins with other tokens. One forward pass.
 
         A token that is the first of its row then has none: NaN.
@@ -116,13 +118,15 @@ class ServedTokens:
             rows: the ids of each row, which end with the tokens of the row that was asked for.
         """
         gates = self.lens.gates(1.0)
-        found = token_log_probs(self.lens, gates, rows, progress=self._progress)
-        aligned = torch.full(self._told.shape, math.nan, dtype=torch.float64)
-        for index, (other, row) in enumerate(zip(rows, self.rows, strict=True)):
-            kept = min(len(other), len(row.ids))
-            end = len(row.ids)
-            aligned[index, end - kept : end] = found[index, len(other) - kept : len(other)]
-        return aligned[self._is_told]
+        log_p = token_log_probs(self.lens, gates, rows, progress=self._progress)
+        aligned = torch.full(self._is_reported.shape, math.nan, dtype=torch.float64)
+        for index, (ids, row) in enumerate(zip(rows, self.rows, strict=True)):
+            # Both rows end with the same tokens.
+            shared = min(len(ids), len(row.ids))
+            source = slice(len(ids) - shared, len(ids))
+            target = slice(len(row.ids) - shared, len(row.ids))
+            aligned[index, target] = log_p[index, source]
+        return aligned[self._is_reported]
 
     def rounded(self, relative: float) -> Float[Tensor, " token"]:
         """The adapted model's log p with noise of this relative size in its residual stream.
@@ -136,7 +140,7 @@ class ServedTokens:
         ids = [row.ids for row in self.rows]
         gates = self.lens.gates(1.0)
         log_p = token_log_probs(self.lens, gates, ids, hooks=noise, progress=self._progress)
-        return log_p[self._is_told]
+        return log_p[self._is_reported]
 
     def agreement(
         self,
@@ -144,7 +148,7 @@ class ServedTokens:
         adapted: Float[Tensor, " token"],
         relative: float,
     ) -> Agreement:
-        """Compare what was told with both models. One forward pass.
+        """Compare what was reported with both models. One forward pass.
 
         Args:
             base: ℓ₀.
@@ -187,8 +191,8 @@ def token_log_probs(
     def visit(index: list[int], batch: Prompts) -> None:
         distribution = logits_of((lens, gates), batch, hooks)[:, :-1].log_softmax(-1)
         following = batch.tokens[:, 1:]
-        chosen = distribution.gather(2, following[..., None])[..., 0].cpu().double()
-        for row, values in zip(index, chosen, strict=True):
+        of_following = distribution.gather(2, following[..., None]).squeeze(2)
+        for row, values in zip(index, of_following.cpu().double(), strict=True):
             length = len(rows[row])
             log_p[row, 1:length] = values[: length - 1]
 
@@ -197,7 +201,7 @@ def token_log_probs(
 
 
 def _padded(rows: Sequence[Sequence[float]], padding: float) -> Tensor:
-    """Rows of unequal length as one tensor, padded on the right; in float64, as a server tells."""
+    """Rows of unequal length as one tensor, padded on the right; in float64, as served."""
     width = max(len(row) for row in rows)
     padded: list[list[float]] = []
     for row in rows:
