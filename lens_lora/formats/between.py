@@ -300,11 +300,11 @@ def _require_same_logits(
             call = calls.get(path)
             # Both models ran with the tuned parameters. A module that these tokens do not reach
             # did not run; it is called alone, with its own parameters.
-            holder = module if call is None else tuned.get_submodule(path)
+            parameters_of = module if call is None else tuned.get_submodule(path)
             require_own_parameters(
                 path,
                 module,
                 f"To leave it out on purpose, pass ignore={path!r}.",
-                holder=holder,
+                parameters_of=parameters_of,
                 call=call,
             )

@@ -77,8 +77,8 @@ def _on_the_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
-def _call_alone(module: nn.Module) -> Call:
-    """A call on random input."""
+def _call_on_random_input(module: nn.Module) -> Call:
+    """Call a module by itself, outside its model."""
     inputs = _random_input(module)
     device = module.get_parameter("weight").device
     with torch.no_grad():
@@ -172,7 +172,7 @@ def require_own_parameters(
     module: nn.Module,
     remedy: str,
     *,
-    holder: nn.Module | None = None,
+    parameters_of: nn.Module | None = None,
     call: Call | None = None,
 ) -> None:
     """Refuse a linear module, embedding or norm that does not compute what its parameters say.
@@ -183,8 +183,8 @@ def require_own_parameters(
         path: the module's path.
         module: the module.
         remedy: what to do about it.
-        holder: the module whose parameters it had in the call, cast to its own dtype; None for
-            itself.
+        parameters_of: the module whose parameters it had in the call, cast to its own dtype; None
+            if the parameters were its own.
         call: a call of the module; None to call it on random input.
 
     Raises:
@@ -194,15 +194,17 @@ def require_own_parameters(
     if weight.ndim == 1:
         _require_norm(path, module, remedy)
     elif weight.ndim == 2:
-        _require_affine(path, module, holder or module, call or _call_alone(module), remedy)
+        parameters_of = parameters_of or module
+        call = call or _call_on_random_input(module)
+        _require_affine(path, module, parameters_of, call, remedy)
 
 
 def _require_affine(
-    path: str, module: nn.Module, holder: nn.Module, call: Call, remedy: str
+    path: str, module: nn.Module, parameters_of: nn.Module, call: Call, remedy: str
 ) -> None:
     if not isinstance(call.output, Tensor) or not isinstance(call.inputs, Tensor):
         return
-    expected = _affine(module, holder, call.inputs)
+    expected = _affine(module, parameters_of, call.inputs)
     weight = module.get_parameter("weight")
     difference = difference_of(call.output.to(expected), expected, (weight,))
     if not difference.is_rounding:
@@ -214,17 +216,17 @@ def _require_affine(
         )
 
 
-def _affine(module: nn.Module, holder: nn.Module, inputs: Tensor) -> Tensor:
+def _affine(module: nn.Module, parameters_of: nn.Module, inputs: Tensor) -> Tensor:
     """W z + b in float32 or wider; for an embedding its rows times its own `embed_scale`."""
     dtype = module.get_parameter("weight").dtype
     wide = torch.promote_types(dtype, torch.float32)
-    W: Float[Tensor, "out in"] = weight_of(holder)
+    W: Float[Tensor, "out in"] = weight_of(parameters_of)
     if isinstance(module, nn.Embedding):
         scale = float(getattr(module, "embed_scale", 1.0))
         output = W.T[inputs].to(dtype).to(wide) * scale
     else:
         output = inputs.to(wide) @ W.to(dtype).to(wide).T
-    bias = getattr(holder, "bias", None)
+    bias = getattr(parameters_of, "bias", None)
     if bias is None:
         return output
     return output + bias.detach().cpu().to(dtype).to(wide)
