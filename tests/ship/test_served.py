@@ -720,11 +720,11 @@ def test_every_pass_over_served_tokens_shows_a_bar_or_none(shipment, capsys, is_
     lens = lens_of(shipment(family="llama"))
     row = ServedRow([3, 4, 5], [math.nan, -0.1, -0.2], 3)
     tokens = served_measure.ServedTokens(lens, [row, row], progress=is_shown)
-    few = tokens.of_rows([0])
+    few = tokens.only_rows([0])
     capsys.readouterr()
     passes = {
-        "some rows": lambda: few.at(lens.gates(1.0)),
-        "other tokens before": lambda: few.behind([[4, 5]]),
+        "some rows": lambda: few.log_probs_at(lens.gates(1.0)),
+        "other tokens before": lambda: few.with_beginnings([[4, 5]]),
         "rounded": lambda: few.rounded(1e-3),
     }
     for name, run in passes.items():
