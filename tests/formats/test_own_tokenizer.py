@@ -320,5 +320,7 @@ def test_a_scan_of_adapters_with_one_tokenizer_uses_it(folders, tmp_path):
 
     lens = ll.load(base, lora)
     expected = ll.first_order(lens, "w5 <tool>", ll.Margin(5, 9)).total.item()
-    totals = pd.read_parquet(tmp_path / "s.parquet")["total"].unique().tolist()
+    table = pd.read_parquet(tmp_path / "s.parquet")
+    assert set(table["adapter"]) == {"a", "b"}
+    totals = table["total"].unique().tolist()
     assert totals == pytest.approx([expected] * len(totals), rel=1e-4, abs=1e-5)
