@@ -472,8 +472,12 @@ def _recorded(
         g.know(0.0, torch.cat(base_of_groups))
     (base,) = g.along((0.0,))
     all_labels = g.labels()
-    labels = {name: all_labels[name] for name in ("readout", "units", "str_tokens")}
-    labels["base"] = base
+    labels = {
+        "readout": all_labels["readout"],
+        "units": all_labels["units"],
+        "str_tokens": all_labels["str_tokens"],
+        "base": base,
+    }
     # Modules that write after the point that is read inside the model, and so cannot move it.
     reached = g.lens.adapter.modules
     unreached = tuple(path for path in lenses[0].adapter.modules if path not in reached)

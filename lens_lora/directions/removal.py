@@ -22,7 +22,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lens_lora.compat import computing_attribute
-from lens_lora.core import ForwardPass, HookFn, LoraLens, Names, OpenBlock
+from lens_lora.core import ForwardPass, HookFn, LoraLens, Names, OpenBlock, Positions
 from lens_lora.core.model import extensions
 from lens_lora.directions.passes import Watched
 from lens_lora.directions.where import Where
@@ -96,8 +96,8 @@ def ablate(
     lens: LoraLens,
     source: Any,
     names: Names | None,
-    positions: object,
-    sinks: object,
+    positions: Positions,
+    sinks: bool,
 ) -> Any:
     """Ablate directions at hook points until the span ends. One forward pass of one token.
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, final
+from typing import Annotated, final
 
 import pandas as pd
 import torch
@@ -290,9 +290,9 @@ def _curves(g: Evaluations, orders: _Named, random: _RandomOrders, counts: Count
     names = list(orders)
     if random.draws:
         names.append(rankings.RANDOM)
-    labels: dict[str, Any] = g.header()
-    labels["base"] = base
-    labels["adapted"] = adapted
+    header = g.header()
+    header["base"] = base
+    header["adapted"] = adapted
     return Faithfulness(
         names=tuple(names),
         fractions=torch.tensor(counts, dtype=torch.float64) / len(g.lens.sites),
@@ -302,7 +302,7 @@ def _curves(g: Evaluations, orders: _Named, random: _RandomOrders, counts: Count
         orders={name: order.cpu() for name, order in orders.items()},
         noise_floor=floor,
         draws=random.draws,
-        **labels,
+        **header,
     )
 
 

@@ -79,6 +79,7 @@ from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
 from lens_lora.core.model import Gauge, LoraLens, by_axes, extensions, run_alone
 from lens_lora.core.model.sites import Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptTokens, Reading, Readout
+from lens_lora.core.results.base import Header, Labels
 from lens_lora.errors import ArgumentError, MissingPartError, require_finite
 
 # A direction is given as gates are, or several of them: then their axes come first.
@@ -818,7 +819,7 @@ class Function:
 
     # --- What results say of it
 
-    def header(self) -> dict[str, Any]:
+    def header(self) -> Header:
         """The fields that every measured result has: sites, both ends, and `labels`.
 
         The ends take two forward passes.
@@ -826,7 +827,7 @@ class Function:
         base, adapted = self.ends
         return {"sites": self.lens.sites, "base": base, "adapted": adapted, **self.labels()}
 
-    def labels(self) -> dict[str, Any]:
+    def labels(self) -> Labels:
         """The fields of every result of a readout: its name and units, the tokens, the model."""
         readout = self._named_readout()
         return {

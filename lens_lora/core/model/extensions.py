@@ -19,6 +19,7 @@ from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model.basis import SiteMap, Update
 from lens_lora.core.model.sites import Heads, Names, Site
 from lens_lora.core.provided import declared
+from lens_lora.core.readout.positions import Positions
 from lens_lora.core.readout.prompts import Prompts, PromptsLike
 from lens_lora.core.readout.readout import Readout
 from lens_lora.core.readout.responses import AnswerLike, Generated
@@ -327,10 +328,13 @@ def ablate(
     lens: LoraLens,
     source: Any,
     names: Names | None,
-    positions: object,
-    sinks: object,
+    positions: Positions,
+    sinks: bool,
 ) -> Any:
     """Ablate directions at hook points, until the span ends: see `LoraLens.ablate_directions`.
+
+    The source is typed there as here: a tensor, a mapping of tensors, a `Contrast` of a folder
+    above, or an autoencoder of another library. What is returned is the model.
 
     Provided by `directions/removal.py`.
     """

@@ -47,6 +47,10 @@ HOW_TO_MAKE_A_LENS = (
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
+# A `LoraLens`, or what has its `model`, such as a bank of readouts. It is not checked by type:
+# `LoraLens.__init__` is a public call as well, and its lens has no attribute yet. So each attribute
+# is asked for with a default.
+_LensLike = Any
 
 
 def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -60,7 +64,7 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         first_argument = args[0] if args else None
-        lens: Any = kwargs.get("lens", first_argument)
+        lens: _LensLike = kwargs.get("lens", first_argument)
         is_given = bool(args) or "lens" in kwargs
         if first_parameter == "lens" and is_given:
             _require_lens(lens, args, call.__name__)
@@ -70,7 +74,7 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-def run_alone(lens: Any, work: Callable[[], _R]) -> _R:
+def run_alone(lens: _LensLike, work: Callable[[], _R]) -> _R:
     """Do some work as a public call does it: by itself on the lens's model, in plain settings.
 
     Args:
@@ -114,7 +118,7 @@ def require_own_hooks(laid_by: object | None, adapter: str) -> None:
         raise already_applied_error(adapter)
 
 
-def _prepare(lens: Any, span: Temporary) -> None:
+def _prepare(lens: _LensLike, span: Temporary) -> None:
     """Take the model for this call, and torch's plain settings, until the span ends."""
     if compat.is_within_transform():
         raise ModelStateError(
@@ -160,7 +164,7 @@ def _take_plain_settings(span: Temporary) -> None:
         span.enter_context(torch.autograd.set_detect_anomaly(False))
 
 
-def _with_its_cause(error: BaseException, lens: Any) -> LensLoraError | None:
+def _with_its_cause(error: BaseException, lens: _LensLike) -> LensLoraError | None:
     """The error that names the cause of one of torch's; None where there is no clearer one."""
     if isinstance(error, LensLoraError):
         return None
@@ -172,7 +176,7 @@ def _with_its_cause(error: BaseException, lens: Any) -> LensLoraError | None:
     return None
 
 
-def _out_of_memory(lens: Any, error: BaseException) -> OutOfMemoryError:
+def _out_of_memory(lens: _LensLike, error: BaseException) -> OutOfMemoryError:
     """The error of memory that ran out, which says what bounds it."""
     bound = getattr(lens, "max_memory", None)
     now = f"{named('max_memory')} is {bound:.3g} bytes" if bound else "no bound is set"
@@ -187,7 +191,7 @@ def _out_of_memory(lens: Any, error: BaseException) -> OutOfMemoryError:
     )
 
 
-def _made_in_inference_mode(lens: Any) -> str:
+def _made_in_inference_mode(lens: _LensLike) -> str:
     """A sentence that names the tensor of which no derivative exists."""
     holder = "what the adapter, a readout or a hook holds"
     model = getattr(lens, "model", None)

@@ -36,6 +36,9 @@ from lens_lora.core.readout.reading import Columns, LogProbs, OfLogits, Reading
 from lens_lora.core.readout.tokens import Tokens
 from lens_lora.errors import ArgumentError, CallError, TokenError, warn
 
+if TYPE_CHECKING:
+    from lens_lora.core import LoraLens
+
 # The text of each prompt, after which the answer comes; None if only its ids are known.
 Before = Sequence[str | None]
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, " batch"]
@@ -46,7 +49,7 @@ class LogitFunction(Protocol):
     """The logits f, as a readout may ask for them: a KL asks for the base's, at gates 0."""
 
     @property
-    def lens(self) -> Any:
+    def lens(self) -> LoraLens:
         """The lens, whose model has the tokenizer."""
         ...
 
@@ -63,7 +66,7 @@ class LogitFunction(Protocol):
         """The logits at these gates, where the rows are read, [row, *slot, vocab]. One pass."""
         ...
 
-    def over(self, lens: Any) -> LogitFunction:
+    def over(self, lens: LoraLens) -> LogitFunction:
         """The same rows under another adapter."""
         ...
 

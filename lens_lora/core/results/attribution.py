@@ -117,7 +117,8 @@ class Attribution(Ranked, Reported):
         method: str,
         at: float,
         gauge: str = "",
-        **details: Any,
+        mode: str = "",
+        quadrature: Quadrature | None = None,
     ) -> Attribution:
         """Put labels to the values of every site, and add the exact shift.
 
@@ -130,7 +131,8 @@ class Attribution(Ranked, Reported):
             method: how the values were computed.
             at: the gate value at which they were computed; NaN along a path.
             gauge: what a rank is; it is noted only for values that are split by rank.
-            details: `quadrature`, `mode`.
+            mode: the mode in which a derivative was computed.
+            quadrature: how a path integral was computed.
         """
         lens = g.lens
         response: tuple[tuple[str, ...], ...] = ()
@@ -148,7 +150,8 @@ class Attribution(Ranked, Reported):
             response=response,
             gauge=gauge,
             relative_norm=lens.plan.relative_norm,
-            **details,
+            mode=mode,
+            quadrature=quadrature,
             **g.header(),
         )
 

@@ -30,6 +30,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     Protocol,
+    TypedDict,
     TypeVar,
     runtime_checkable,
 )
@@ -492,6 +493,23 @@ class Ranked(Measured, Drawn, kw_only=True):
         return pd.DataFrame(columns)
 
 
+class Labels(TypedDict):
+    """The fields of `Read`, to be passed on as `**g.labels()`."""
+
+    readout: str
+    units: str
+    str_tokens: tuple[tuple[str, ...], ...]
+    meta: dict[str, str]
+
+
+class Header(Labels):
+    """The fields of `Measured`, to be passed on as `**g.header()`."""
+
+    sites: tuple[Site, ...]
+    base: Float[Tensor, " batch"]
+    adapted: Float[Tensor, " batch"]
+
+
 @runtime_checkable
 class Evaluated(Protocol):
     """The function g as a result needs it, such as a `core.function.Function`.
@@ -504,11 +522,11 @@ class Evaluated(Protocol):
         """The adapter over the model."""
         ...
 
-    def header(self) -> dict[str, Any]:
+    def header(self) -> Header:
         """The fields of `Measured`. Two forward passes, unless the exact ends are known."""
         ...
 
-    def labels(self) -> dict[str, Any]:
+    def labels(self) -> Labels:
         """The fields of `Read`. No pass."""
         ...
 

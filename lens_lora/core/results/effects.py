@@ -53,7 +53,10 @@ class Effects(Ranked):
         values: Float[Tensor, "batch group"],
         groups: Groups,
         how: str,
-        **details: Any,
+        *,
+        of: str = "site",
+        replace: str = "zero",
+        texts: int = 0,
     ) -> Effects:
         """Put labels to effects, and add the exact shift and their noise floor.
 
@@ -66,10 +69,10 @@ class Effects(Ranked):
             values: the effects, in the readout's units.
             groups: indices of sites, by name.
             how: 'add_one', near the base, or 'leave_one_out', near the adapted model.
-            details: `of`, `replace`, `texts`.
+            of, replace, texts: see the class.
         """
         noise_floor = g.noise((1.0, -1.0), at=float(how == "leave_one_out"))
-        return cls(values, groups, how, noise_floor=noise_floor, **details, **g.header())
+        return cls(values, groups, how, of, replace, texts, noise_floor=noise_floor, **g.header())
 
     @property
     def key(self) -> str:
