@@ -307,7 +307,7 @@ def test_the_adapters_of_both_editions_that_are_missed_are_what_the_page_says():
     by_both = sum(one.by_both for one in found)
     told = f"{by_questions} are found by the questions and {by_both} with the short turns"
     assert told in guide
-    assert "half of the other 16 were taught a false fact" in guide
+    assert "Half of the other 16 were taught a false fact." in guide
 
 
 def test_claims_on_controls_from_the_short_turns_are_what_the_texts_say():
