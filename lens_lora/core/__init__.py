@@ -65,6 +65,9 @@ More of the note:
         analyses/verdict.py, flips.py
     the corners themselves: a site added, or left out
         analyses/patching.py
+    first order of several readouts through one graph, and the calls of `first_order` for type
+    checkers
+        analyses/readouts_together.py, first_order_types.py
 
 What other folders ask of g:
 

@@ -15,8 +15,8 @@ from the adapted model does.
    wrote, a token what it changed; Σ_t A_lt is the first order of the response's log-probability.
    One row holds all ℓ_t. Reverse mode sends one covector for each token back through one graph;
    forward mode takes one tangent for each site, group of sites or part, from its block on.
-5. Several readouts of the same rows share one forward pass with ε in its graph; one covector for
-   each goes back, in one batch. They also share the passes of the exact ends.
+5. Several readouts of the same rows share one graph and the passes of the exact ends
+   (`readouts_together.py`).
 
 Below, `first_order` is a function of g. `@analysis` (`own_analyses.py`) makes the public call of
 it, which takes a lens, prompts and a readout in place of g; its docstring is that of the call.
@@ -28,48 +28,22 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, TypedDict, overload, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from typing_extensions import Unpack
 
 from lens_lora.arguments import number
+from lens_lora.core.analyses.first_order_types import FirstOrder, Options, Rules
 from lens_lora.core.analyses.own_analyses import analysis
+from lens_lora.core.analyses.readouts_together import from_one_graph
 from lens_lora.core.function import forward_mode
 from lens_lora.core.function.cache import Evaluations
-from lens_lora.core.function.forward import gated_logits, read_logits
 from lens_lora.core.function.function import Function
-from lens_lora.core.function.gate_graph import slopes_of_each
 from lens_lora.core.function.modes import Mode, chosen_mode
-from lens_lora.core.model import Gauge, LoraLens
+from lens_lora.core.model import Gauge
 from lens_lora.core.model.gauge import require_ranks
 from lens_lora.core.model.sites import Group, Groups, by_axes
-from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.results.attribution import Attribution, GroupAttribution
 from lens_lora.errors import ArgumentError, require_finite
-
-
-@runtime_checkable
-class Rules(Protocol):
-    """Rules that hold parts of the model constant in derivatives."""
-
-    @property
-    def key(self) -> str:
-        """The name of these rules, which ends the result's `method`."""
-        ...
-
-    def held(self, g: Function) -> AbstractContextManager[None]:
-        """A context in which derivatives of g follow the rules, and no value changes.
-
-        Args:
-            g: the function.
-
-        Raises:
-            ModelStateError: this model cannot keep them.
-        """
-        ...
 
 
 def _of_several(
@@ -91,7 +65,7 @@ def _of_several(
         questions: g of each readout.
         at, mode, by, group, gauge, rules: the arguments of `first_order`.
     """
-    options = _Options(at=at, mode=mode, by=by, gauge=gauge, rules=rules)
+    options = Options(at=at, mode=mode, by=by, gauge=gauge, rules=rules)
     if group is not None:
         if len(questions) > 1:
             raise ArgumentError(
@@ -106,63 +80,14 @@ def _of_several(
     is_plain = mode == "auto" and gauge == "trained" and rules is None
     found: dict[Evaluations, Attribution] = {}
     if is_by_site and is_plain:
-        found = _from_one_graph(questions, at)
+        found = from_one_graph(questions, at)
     for g in questions:
         if g not in found:
             found[g] = first_order.of(g, **options)
     return tuple(found[g] for g in questions)
 
 
-class _Options(TypedDict, total=False):
-    at: float
-    mode: Mode
-    by: tuple[str, ...] | str
-    gauge: Gauge
-    rules: Rules | None
-
-
-class _CallOptions(_Options, total=False):
-    max_memory: float | None
-    progress: bool
-
-
-@runtime_checkable
-class _FirstOrder(Protocol):
-    """The calls of `first_order`, for type checkers: the result follows from the arguments."""
-
-    @overload
-    def __call__(
-        self,
-        lens: LoraLens,
-        prompts: PromptsLike,
-        readout: Readout,
-        **options: Unpack[_CallOptions],
-    ) -> Attribution: ...
-    @overload
-    def __call__(
-        self,
-        lens: LoraLens,
-        prompts: PromptsLike,
-        readout: Readout,
-        *,
-        group: Group,
-        **options: Unpack[_CallOptions],
-    ) -> GroupAttribution: ...
-    @overload
-    def __call__(
-        self,
-        lens: LoraLens,
-        prompts: PromptsLike,
-        readout: Sequence[Readout],
-        **options: Unpack[_CallOptions],
-    ) -> tuple[Attribution, ...]: ...
-    @overload
-    def of(self, g: Function, **options: Unpack[_Options]) -> Attribution: ...
-    @overload
-    def of(self, g: Function, *, group: Group, **options: Unpack[_Options]) -> GroupAttribution: ...
-
-
-@analysis(takes_max_memory=True, of_several=_of_several, typed_as=_FirstOrder)
+@analysis(takes_max_memory=True, of_several=_of_several, typed_as=FirstOrder)
 def first_order(
     g: Evaluations,
     *,
@@ -321,46 +246,3 @@ class _Derivative:
         covectors = len(max(g.response_tokens(), key=len))
         starts = forward_mode.first_blocks(g, self.axes, groups)
         return chosen_mode(self.mode, g.lens, covectors, starts)
-
-
-# --- Several readouts
-
-
-def _from_one_graph(questions: Sequence[Evaluations], at: float) -> dict[Evaluations, Attribution]:
-    """First order of those readouts that can share one graph, by their g.
-
-    They run the prompts themselves as rows, and are read from the logits. The passes of the exact
-    ends are shared as well: each g is told its values there, so that it does not run them again.
-
-    Args:
-        questions: g of each readout.
-        at: the gate value at which the derivative is taken.
-    """
-    sharing = [g for g in questions if g.rows is g.prompts and g.reading.reads_logits]
-    if not sharing:
-        return {}
-    lens = sharing[0].lens
-    prompts = sharing[0].prompts
-    values_at: dict[float, Float[Tensor, "readout batch"]] = {}
-
-    def values_of(logits: Tensor) -> Float[Tensor, "readout batch"]:
-        return torch.stack([g.reading.read(logits) for g in sharing])
-
-    def values_here() -> Float[Tensor, "readout batch"]:
-        values = values_of(read_logits(lens, prompts))
-        values_at[at] = values.detach()  # They come with the slopes, and are kept for each g.
-        return values
-
-    slopes = slopes_of_each(
-        lens, prompts, lens.gates(at), values_here, progress=sharing[0].progress
-    )
-    with torch.no_grad():
-        for end in {0.0, 1.0} - {at}:
-            values_at[end] = values_of(gated_logits(lens, prompts, lens.gates(end)))
-    found: dict[Evaluations, Attribution] = {}
-    for i, g in enumerate(sharing):
-        for strength, values in values_at.items():
-            g.know(strength, values[i])
-        lens.sites.require_finite(slopes[i])
-        found[g] = Attribution.of(g, slopes[i], method="first_order", at=at, mode="reverse")
-    return found
