@@ -37,7 +37,7 @@ from lens_lora._version import __version__
 
 # At first the viewer shows the strongest nodes, up to this share of Σ|link|.
 _SHOWN_SHARE = 0.8
-# The number of pinned nodes; without any, the viewer's subgraph would be empty.
+# Nodes are pinned until there are at least so many; without any, the viewer's subgraph is empty.
 _PINNED = 10
 # The viewers' name of the layer of embeddings.
 _EMBEDDINGS = "E"
@@ -181,7 +181,7 @@ def _strongest(edges: EdgesOfPrompt, k: int | None) -> Iterator[_Edge]:
 
 
 def _layer_count(readers: Iterable[str]) -> int:
-    """The number of blocks that have readers."""
+    """One more than the number of the last block that a reader is named after."""
     in_blocks = [name for name in readers if name.startswith("blocks.")]
     return 1 + max(int(name.split(".")[1]) for name in in_blocks)
 

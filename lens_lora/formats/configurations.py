@@ -48,32 +48,56 @@ def differing_fields(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def known_fields(config: Any) -> set[str]:
-    """The fields that the configuration's own class has, which are those that its model reads."""
+    """The fields of the configuration's own class: those that its model can read."""
     try:
         fields = type(config)().to_dict()
-    except (TypeError, ValueError):  # The class needs arguments, so each of its fields counts.
+    except (TypeError, ValueError):
+        # The class cannot be made without arguments, so every field is taken for a known one.
         fields = config.to_dict()
     return {name.partition(".")[0] for name in _flat(fields)}
 
 
-def _deciding_fields(config: Any) -> dict[str, Any]:
-    """The fields of a configuration that decide logits, flat."""
-    fields = _flat(config.to_dict())
-    if not fields.get("use_sliding_window", True):
-        for inert in ("sliding_window", "max_window_layers"):
-            fields.pop(inert, None)
-    rope_types = ("rope_type", "rope_scaling.type")
-    scaling = [value for name, value in fields.items() if name.endswith(rope_types)]
-    if all(kind in (None, "default") for kind in scaling):
-        # Without scaling, it bounds the positions and does not change any of them.
-        fields.pop("max_position_embeddings", None)
-    of_generation = _fields_of_generation()
+def _deciding_fields(config: Any, before: str = "") -> dict[str, Any]:
+    """The fields of a configuration that decide logits, flat.
+
+    A configuration within it, such as that of the text of a multimodal model, is read by the same
+    rules. Other nested fields, such as those of the rotary embedding, are fields of this one.
+
+    Args:
+        config: the configuration.
+        before: what the names begin with.
+    """
+    from transformers import PretrainedConfig
+
+    own: dict[str, Any] = {}
     deciding: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        inner = getattr(config, name, None)
+        if isinstance(inner, PretrainedConfig):
+            deciding |= _deciding_fields(inner, f"{before}{name}.")
+        else:
+            own[name] = value
+    for name, value in _without_inert(_flat(own)).items():
+        deciding[f"{before}{name}"] = value
+    return deciding
+
+
+def _without_inert(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """These fields of one configuration without those that do not affect its logits."""
+    inert = _fields_of_generation()
+    if not fields.get("use_sliding_window", True):
+        inert |= {"sliding_window", "max_window_layers"}
+    rope_types = ("rope_type", "rope_scaling.type")
+    kinds = [value for name, value in fields.items() if name.endswith(rope_types)]
+    if all(kind in (None, "default") for kind in kinds):
+        # Without scaling of the rotary embedding, it bounds the positions and changes none of them.
+        inert.add("max_position_embeddings")
+    kept: dict[str, Any] = {}
     for name, value in fields.items():
         outer_name = name.partition(".")[0]
-        if outer_name not in of_generation and not _matches(name, _DECIDES_NO_LOGITS):
-            deciding[name] = value
-    return deciding
+        if outer_name not in inert and not _matches(name, _DECIDES_NO_LOGITS):
+            kept[name] = value
+    return kept
 
 
 def _fields_of_generation() -> set[str]:
@@ -84,7 +108,7 @@ def _fields_of_generation() -> set[str]:
 
 
 def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatch(name, glob) for glob in globs)
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def _flat(fields: Mapping[Any, Any], before: str = "") -> dict[str, Any]:

@@ -37,7 +37,9 @@ class Expected(NamedTuple):
     is_bias: bool = False
 
     def tensor(self, W: Tensor) -> Tensor | None:
-        """What a merge is to put there, turned to [out, in]; None if the shapes do not fit.
+        """What a merge is to put there: a weight as [out, in], and a bias as it is.
+
+        None for a weight whose shapes do not fit.
 
         Args:
             W: the base's tensor, as it is stored.
@@ -58,6 +60,7 @@ class Expected(NamedTuple):
     def _weight_with_factors(self, W: Tensor, update: LoRAFactors) -> Tensor | None:
         stored = W if update.base_weight is None else update.base_weight.to(W)
         matrix = self.turned(stored)
+        # A stack of experts is one map whose inputs lie side by side: [out, expert · in].
         experts = max(update.experts, 1)
         width = matrix.shape[1] // experts if update.width is None else update.width
         if stored.shape != W.shape or matrix.shape != (len(update.B), experts * width):

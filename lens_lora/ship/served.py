@@ -4,9 +4,16 @@
    (`completions`, `served_rows`), with a bounded number of requests.
 2. c, the residual and the floor of the served dtype are computed, and candidates for what may be
    served instead are run (`served_comparison`).
-3. The verdict: 'passed' if the residual is within SIGMAS floors and no candidate explains it,
-   'failed' if the residual is larger or a candidate explains it, 'undecided' if the adapter hardly
-   moves these texts, or if c is further from 1 than rounding makes it.
+3. The verdict is the first of these that holds:
+
+       'failed'     a candidate explains what the server answers
+       'undecided'  rounding in another dtype than the one that was given would explain it
+       'failed'     the residual is above SIGMAS floors, and nothing explains it
+       'undecided'  the adapter hardly moves these texts, or c is further from 1 than rounding
+                    makes it
+       'passed'     otherwise
+
+   If no text could be read, it is 'undecided'.
 """
 
 from __future__ import annotations
@@ -32,8 +39,7 @@ READING = "served tokens"
 
 # Requests in addition to one per text: for the list of names, and a failed try of each way.
 _REQUESTS_BESIDE = 1 + len(WAYS)
-# The most explanations that a result keeps.
-_KEPT = 10
+_MOST_EXPLANATIONS = 10
 
 
 @final
@@ -43,12 +49,12 @@ class ServedVerification(Described):
     Attributes:
         name: the name by which the server was asked.
         url: the URL of the server.
-        way: how the server told log-probabilities.
+        way: how the server was asked for log-probabilities.
         c: ⟨ℓ − ℓ₀, ℓ₁ − ℓ₀⟩ / ‖ℓ₁ − ℓ₀‖²: 1 if the adapter is served, 0 if the base is.
         residual: ‖ℓ − ℓ₁‖ / ‖ℓ₁ − ℓ₀‖: 0 if the adapter is served, up to `floor`.
         floor: the residual that rounding in the served dtype gives.
         effect: the root mean square of ℓ₁ − ℓ₀, in nats per token.
-        tokens: the number of tokens of which the server told log p.
+        tokens: the number of tokens of which the server gave log p.
         requests_sent: the number of requests that were sent.
         explanations: what may be served instead, the nearest first (of those that agree equally
             well, the likeliest), each run on all texts; none where the residual is within the
@@ -96,12 +102,12 @@ def verify_served(
 ) -> ServedVerification:
     """Compare what a server answers with the base and the adapted model, token by token.
 
-    The server gets a request for each of 15 neutral texts and your own, which asks for the
-    log-probabilities of the text's tokens (vLLM, SGLang, text-generation-inference, and the
-    completions API with `echo`). A server that cannot tell these (llama.cpp, and the chat API) is
-    asked for those of the tokens that it generates. Up to six more requests find out how to
-    ask it. Nothing is tried again and no redirect is followed. A key is taken from the environment
-    variable LENS_LORA_API_KEY.
+    One request is sent for each of 15 neutral texts and each of your own. It asks for the
+    log-probabilities of the text's tokens, which vLLM, SGLang, text-generation-inference and the
+    completions API with `echo` can give. Other servers (llama.cpp, and the chat API) are asked for
+    those of the tokens that they generate. At most six further requests find out what a server can
+    give. A failed request is not repeated, and no redirect is followed. A key is taken from the
+    environment variable LENS_LORA_API_KEY.
 
         >>> ll.verify_served(lens, "http://127.0.0.1:8000", name="my-adapter")  # doctest: +SKIP
 
@@ -119,11 +125,11 @@ def verify_served(
         timeout: seconds in which each request has to be answered, to the last byte.
         progress: show bars.
 
-    Cost: three forward passes of the texts. Where the residual is beyond the floor, a quarter of
-        one for each candidate that is tried, the likeliest first, until one leaves almost nothing:
-        at most about as many as the layers and forty more; and one for each of the nearest three.
-        Where none of these explains what is served, up to eight passes of the model in 16 bit or
-        with rounded weights, and memory for a second model.
+    Cost: three forward passes over the texts. Where the residual is above the floor, candidates are
+        run as well, each over a quarter of the texts, the likeliest first: at most about forty more
+        than the model has layers, but the search ends at the first that fits. The nearest three are
+        then run over all texts. Where none of these fits, up to eight passes in 16 bit or with
+        rounded weights, with memory for a second model.
 
     Raises:
         ServerError: the server cannot be asked, or tells no log-probabilities.
@@ -133,7 +139,7 @@ def verify_served(
     arguments.word("dtype", dtype, ROUNDING)
     arguments.whole("new_tokens", new_tokens, least=1)
     if arguments.number("timeout", timeout) <= 0:
-        raise ArgumentError(f"timeout={timeout!r}; expected seconds.")
+        raise ArgumentError(f"timeout={timeout!r}: expected a positive number of seconds.")
     asked = neutral_and_own(lens, texts)
     server = Server(url, timeout, len(asked) + _REQUESTS_BESIDE)
     rows = ask_all(lens, server, name, asked, new_tokens, progress)
@@ -158,16 +164,17 @@ def _has_log_p(row: ServedRow) -> bool:
 def _reading_check(rows: ServedRows, asked: int) -> Check:
     """Whether the server reads texts as the adapter's tokenizer does."""
     left_out = asked - len(rows.rows) - len(rows.differing)
-    remark = f"; {left_out} of {asked} texts cannot be sent so" if left_out else ""
+    remark = f"; {left_out} of {asked} texts cannot be sent in this way" if left_out else ""
     if not rows.way.is_of_prompt:
         return Check(READING, "not asked", f"asked by {rows.way.words}{remark}")
     bound = "those of the adapter's tokenizer"
     if rows.differing:
-        measured = f"{len(rows.differing)} of {asked} texts are read otherwise"
+        measured = f"the server tokenises {len(rows.differing)} of {asked} texts otherwise"
         return Check(READING, "failed", measured, bound, first_of(rows.differing))
     if rows.put_in_front:
-        measured = f"{rows.put_in_front} of {asked} texts are read with a token more in front"
-        return Check(READING, "failed", measured, bound, "a BOS that training did not have?")
+        measured = f"the server puts a token in front of {rows.put_in_front} of {asked} texts"
+        where = "probably a BOS that training did not have"
+        return Check(READING, "failed", measured, bound, where)
     return Check(READING, "passed", f"{many(len(rows.rows), 'text')} read alike{remark}", bound)
 
 
@@ -187,7 +194,8 @@ def _served_check(comparison: Comparison, dtype: str) -> Check:
         return Check(SERVED, "failed", measured, bound, where, c)
     if comparison.rounds_as:
         where = (
-            f"{comparison.rounds_as} rounds as much: give the dtype in which the server computes"
+            f"rounding in {comparison.rounds_as} would explain this: give the dtype in which the "
+            "server computes"
         )
         return Check(SERVED, "undecided", measured, bound, where, c)
     if residual > comparison.bound:
@@ -201,7 +209,10 @@ def _served_check(comparison: Comparison, dtype: str) -> Check:
         where = "the adapter hardly moves these texts: give texts on which it shows"
         return Check(SERVED, "undecided", measured, bound, where, c)
     if not comparison.is_whole:
-        where = "rounding does not move c so far: give more texts on which the adapter shows"
+        where = (
+            "rounding alone does not move c this far from 1: give more texts on which the adapter "
+            "shows"
+        )
         return Check(SERVED, "undecided", measured, bound, where, c)
     return Check(SERVED, "passed", measured, bound, value=c)
 
@@ -224,7 +235,7 @@ def _result(
         effect=comparison.effect,
         tokens=comparison.tokens,
         requests_sent=server.requests,
-        explanations=comparison.explanations[:_KEPT],
+        explanations=comparison.explanations[:_MOST_EXPLANATIONS],
         checks=checks,
         meta=meta,
     )

@@ -137,10 +137,7 @@ def test_short_names():
 
 
 def test_a_model_is_shown_by_its_own_name():
-    """And not by that of a folder of this package's cache, or of a commit in the hub's.
-
-    The folder is known by its name: where an adapter's file names it, nothing was converted before.
-    """
+    """Not by the name of a folder in this package's cache, nor of a commit in the hub's."""
     base = wide_base()
     model = MAKERS[0](base)
     lens = ll.LoraLens(model, random_adapter(), check=None)
@@ -265,12 +262,16 @@ def test_the_demo_s_adapter_shows_in_its_base():
 def test_files_at_hand_are_found_and_nothing_is_fetched(folders, monkeypatch):
     assert "model.layers.0.mlp.up_proj.weight" in files_at_hand(str(folders / "base"))
 
-    def fetch(name, **options):
-        assert options["local_files_only"], "nothing is fetched"
+    downloads = []
+
+    def snapshot_download(name, **options):
+        downloads.append((name, options))
         raise OSError("not there")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert files_at_hand("lab/nowhere") == {}
+    assert [name for name, _ in downloads] == ["lab/nowhere"]
+    assert all(options["local_files_only"] for _, options in downloads)
 
 
 # --- W alone
@@ -363,7 +364,7 @@ def test_a_clean_base_is_settled_by_the_first_modules():
     assert not list(held)
 
 
-def test_dense_changes_and_trained_modules_are_left_alone():
+def test_dense_changes_are_left_alone():
     base = wide_base()
     tuned = merged(random_adapter(), base=copy.deepcopy(base))
     adapter = ll.Adapter.between(base, tuned, progress=False)

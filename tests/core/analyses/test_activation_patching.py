@@ -251,13 +251,14 @@ def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, 
 
     monkeypatch.setattr(swap.tree, "more_copies", noted)
     found: list[Tensor] = []
-    # At a threshold of −1 no batch branches, and at 2 each does; in passes of so many tokens.
-    for worth, tokens in ((-1.0, 2048), (-1.0, 30), (2.0, 16384), (2.0, 40)):
-        monkeypatch.setattr(batching, "BRANCHING_PAYS", worth)
+    # At a threshold of −1 no batch branches, and at 2 each does; with large passes and small ones.
+    for branching_pays, tokens in ((-1.0, 2048), (-1.0, 30), (2.0, 16384), (2.0, 40)):
+        growths.clear()
+        monkeypatch.setattr(batching, "BRANCHING_PAYS", branching_pays)
         monkeypatch.setattr(batching, "ROW_TOKENS", tokens)
         monkeypatch.setattr(batching, "BRANCH_TOKENS", tokens)
         found.append(patch(lens, prompts, MARGIN, names, positions=positions).values)
-        assert bool(growths) == (worth > 0)
+        assert bool(growths) == (branching_pays > 0)
 
     first = found[0]
     size = first.nan_to_num(0.0).abs().max()
