@@ -68,6 +68,7 @@ _LIBRARIES = frozenset(
     {
         "lens_lora", "torch", "transformers", "transformers_modules", "transformer_lens", "peft",
         "accelerate", "bitsandbytes",
+        "kernels",  # transformers requires it since 5.25, and wraps the forward of attention by it.
     }
 )  # fmt: skip
 

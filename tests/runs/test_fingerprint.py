@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 from pathlib import Path
+from types import FunctionType
 
 import by_folder
 import limits
@@ -187,6 +188,21 @@ def test_another_forward_is_refused(float64, tmp_path, monkeypatch, patch, words
         run(lens, RECORDS, tmp_path / "versioned", version="1")
         assert run(lens, RECORDS, tmp_path / "versioned", version="1").resumed == 2
     assert run(lens, RECORDS, tmp_path).resumed == 2
+
+
+@pytest.mark.parametrize(
+    ("home", "is_own"),
+    [("kernels._internals.layer.layer", False), ("kernels_of_mine.layer", True)],
+)
+def test_a_library_s_wrapper_of_a_forward_is_not_the_caller_s(home: str, is_own: bool, monkeypatch):
+    """Transformers 5.25 wraps the forward of attention by functions of the package kernels."""
+    model = a_lens().model
+    kind = type(model.blocks[0])
+    wrapper = _through(kind.forward)
+    of_library = FunctionType(wrapper.__code__, {"__name__": home}, closure=wrapper.__closure__)
+    monkeypatch.setattr(kind, "forward", functools.wraps(kind.forward)(of_library))
+    named = [name for name in fingerprints._own_code(model) if kind.__name__ in name]
+    assert bool(named) == is_own
 
 
 def test_the_same_hook_place_takes_a_version(float64, tmp_path):
