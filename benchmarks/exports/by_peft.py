@@ -1,9 +1,15 @@
-"""The exports that PEFT, transformers, TRL, torchao and bitsandbytes make."""
+"""Make exports of an adapter with PEFT, transformers, TRL, torchao and bitsandbytes.
+
+A maker takes a folder that holds `base/` and `adapter/`, lets the library write its export into it,
+and returns the options by which `lens-lora verify` finds that export (`made.py`). A maker may also
+replace `adapter/`. A function with parameters, such as `merged_in(torch.float16)`, returns a maker.
+Many makers repeat a mistake that people make: `table.py` lists them.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +18,73 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.exports.made import MADE, ROWS, keep_trained, loaded, merged, saved
+from benchmarks.exports.made import (
+    MADE,
+    ROWS,
+    Maker,
+    keep_trained,
+    load_peft_model,
+    merged_options,
+    replace_adapter,
+    save_merge,
+)
 from benchmarks.of_tests import models, no_ops
 
-# --- PEFT
+# The changes of a training run, in place of one: the noise that is added to each parameter.
+NOISE = 0.3
 
 
-def peft_merges(**options) -> Callable[[Path], list[str]]:
-    return lambda out: saved(loaded(out).merge_and_unload(**options), out)
+@torch.no_grad()
+def add_noise(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Add noise to these parameters, as if they had been trained; the seed is the name's length."""
+    for name, parameter in named_parameters:
+        noise = torch.randn(parameter.shape, generator=models.seeded(len(name)))
+        parameter += NOISE * noise
 
 
-def peft_in(dtype: torch.dtype) -> Callable[[Path], list[str]]:
-    return lambda out: saved(loaded(out, no_ops.base_of(out).to(dtype)).merge_and_unload(), out)
+# --- PEFT: merges
 
 
-def peft_in_half_saved_whole(dtype: torch.dtype) -> Callable[[Path], list[str]]:
-    """Merged in half precision and saved in float32: the numbers are those of half precision."""
+def merged(**options) -> Maker:
+    """Merge with `merge_and_unload`, with these options."""
 
     def make(out: Path) -> list[str]:
-        half = no_ops.base_of(out).to(dtype)
-        return saved(loaded(out, half).merge_and_unload().float(), out)
+        return save_merge(load_peft_model(out).merge_and_unload(**options), out)
 
     return make
 
 
-def peft_half_adapter(out: Path) -> list[str]:
-    """The adapter in bfloat16 on a base in float32: PEFT computes ΔW in bfloat16."""
+def merged_in(dtype: torch.dtype) -> Maker:
+    """Merge into the base in this dtype, and save the merge in it."""
+
+    def make(out: Path) -> list[str]:
+        base = no_ops.base_of(out).to(dtype)
+        return save_merge(load_peft_model(out, base).merge_and_unload(), out)
+
+    return make
+
+
+def merged_in_half_saved_whole(dtype: torch.dtype) -> Maker:
+    """Merge in half precision and save in float32: the numbers stay those of half precision."""
+
+    def make(out: Path) -> list[str]:
+        base = no_ops.base_of(out).to(dtype)
+        return save_merge(load_peft_model(out, base).merge_and_unload().float(), out)
+
+    return make
+
+
+def merged_from_half_adapter(out: Path) -> list[str]:
+    """Merge an adapter in bfloat16 into a base in float32: PEFT computes ΔW in bfloat16."""
     file = out / "adapter" / no_ops.WEIGHTS
-    save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file)
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
     base = no_ops.base_of(out)
     model = PeftModel.from_pretrained(base, out / "adapter", autocast_adapter_dtype=False)
-    return saved(model.merge_and_unload(), out)
+    return save_merge(model.merge_and_unload(), out)
 
 
-def peft_more_tokens(out: Path) -> list[str]:
-    """Tokens were added, and embeddings and head trained with them, as for a chat template."""
+def merged_with_more_tokens(out: Path) -> list[str]:
+    """Add two tokens and train embeddings and head with them, as for a chat template; merge."""
     shutil.rmtree(out / "adapter")
     tokenizer = models.tokenizer()
     tokenizer.add_tokens(["<tool>", "<think>"])
@@ -59,135 +97,168 @@ def peft_more_tokens(out: Path) -> list[str]:
     tokenizer.save_pretrained(out / "adapter")
     model.merge_and_unload().save_pretrained(out / MADE)
     tokenizer.save_pretrained(out / MADE)
-    return merged(out)
+    return merged_options(out)
 
 
-def keys_of_a_wrapper(before: str, after: str) -> Callable[[Path], list[str]]:
-    """The adapter's keys as another wrapper names them, for which PEFT loads nothing."""
+def merged_twice(out: Path) -> list[str]:
+    """Merge the adapter into a model that already holds it."""
+    merged_once = load_peft_model(out).merge_and_unload()
+    return save_merge(load_peft_model(out, merged_once).merge_and_unload(), out)
+
+
+def merged_and_active(out: Path) -> list[str]:
+    """Call `merge_adapter`, then save the inner model without unloading the adapter."""
+    model = load_peft_model(out)
+    model.merge_adapter()
+    return save_merge(model.base_model.model, out)
+
+
+def merged_with_peft_keys(out: Path) -> list[str]:
+    """Save a merge under the keys of the PeftModel, `base_model.model.model.…`."""
+    save_merge(load_peft_model(out).merge_and_unload(), out)
+    file = out / MADE / "model.safetensors"
+    state = {f"base_model.model.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    return merged_options(out)
+
+
+def merged_into_other_base(out: Path) -> list[str]:
+    """Merge into another checkpoint: the base's weights plus noise of a tenth of their size."""
+    base = no_ops.base_of(out)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            noise = torch.randn(parameter.shape, generator=models.seeded(9))
+            parameter += 0.1 * parameter.std() * noise
+    return save_merge(load_peft_model(out, base).merge_and_unload(), out)
+
+
+def merged_misread(**fields) -> Maker:
+    """Merge a copy of the adapter whose config has other values in these fields."""
+
+    def make(out: Path) -> list[str]:
+        shutil.copytree(out / "adapter", out / "misread")
+        no_ops.set_config(out / "misread", **fields)
+        model = load_peft_model(out, adapter=out / "misread")
+        return save_merge(model.merge_and_unload(), out)
+
+    return make
+
+
+def merged_without(part: str, **fields) -> Maker:
+    """Merge a copy of the adapter that lost the tensors whose names contain `part`.
+
+    Args:
+        part: of the names of tensors.
+        fields: of the copy's config, so that PEFT does not miss the tensors.
+    """
+
+    def make(out: Path) -> list[str]:
+        shutil.copytree(out / "adapter", out / "misread")
+        file = out / "misread" / no_ops.WEIGHTS
+        state = {name: tensor for name, tensor in load_file(file).items() if part not in name}
+        save_file(state, file)
+        no_ops.set_config(out / "misread", **fields)
+        model = load_peft_model(out, adapter=out / "misread")
+        return save_merge(model.merge_and_unload(), out)
+
+    return make
+
+
+def merged_transposed(out: Path) -> list[str]:
+    """Add ΔWᵀ in place of ΔW to square Conv1D weights, as without `fan_in_fan_out`."""
+    model = load_peft_model(out)
+    for module in model.modules():
+        if hasattr(module, "get_delta_weight") and hasattr(module, "fan_in_fan_out"):
+            delta = module.get_delta_weight("default")
+            if delta.shape[0] == delta.shape[1]:
+                module.fan_in_fan_out = False
+    return save_merge(model.merge_and_unload(), out)
+
+
+# --- PEFT: the saved adapter itself
+
+
+def with_keys_renamed(old: str, new: str) -> Maker:
+    """Rename the adapter's keys as another wrapper does; PEFT then loads none of its tensors."""
 
     def make(out: Path) -> list[str]:
         keep_trained(out)
         file = out / "adapter" / no_ops.WEIGHTS
-        state = {name.replace(before, after, 1): t for name, t in load_file(file).items()}
+        state = {name.replace(old, new, 1): tensor for name, tensor in load_file(file).items()}
         save_file(state, file)
         return []
 
     return make
 
 
-def sharded_away(out: Path) -> list[str]:
-    """Parameters of DeepSpeed's third stage that were not gathered: every tensor is empty."""
+def with_empty_tensors(out: Path) -> list[str]:
+    """Empty every tensor, as DeepSpeed ZeRO-3 does if parameters are not gathered."""
     keep_trained(out)
     file = out / "adapter" / no_ops.WEIGHTS
-    save_file({name: t.new_empty(0) for name, t in load_file(file).items()}, file)
+    save_file({name: tensor.new_empty(0) for name, tensor in load_file(file).items()}, file)
     return []
 
 
-def lost_by_name_alone(out: Path) -> list[str]:
-    """The adapter that PEFT saves beside one called `mlp`, without any merge."""
+def saved_beside_mlp(out: Path) -> list[str]:
+    """Save the adapter of a model that also has one called `mlp`; merge the model's own.
+
+    PEFT then saves no key that contains `.mlp.`, so that the merge holds more than the adapter.
+    """
+    model = load_peft_model(out)
+    model.add_adapter("mlp", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(out / "again", selected_adapters=["default"])
+    merged_model = model.merge_and_unload(adapter_names=["default"])
+    replace_adapter(out, out / "again")
+    return save_merge(merged_model, out)
+
+
+def saved_beside_mlp_alone(out: Path) -> list[str]:
+    """The adapter of `saved_beside_mlp`, without any merge."""
     keep_trained(out)
-    lost_by_name(out)
+    saved_beside_mlp(out)
     shutil.rmtree(out / MADE)
     return []
 
 
-def peft_twice(out: Path) -> list[str]:
-    once = loaded(out).merge_and_unload()
-    return saved(loaded(out, once).merge_and_unload(), out)
+# --- PEFT: other ways to make an adapter
 
 
-def peft_merged_and_active(out: Path) -> list[str]:
-    """`merge_adapter`, and then the inner model saved without unloading it."""
-    model = loaded(out)
-    model.merge_adapter()
-    return saved(model.base_model.model, out)
-
-
-def peft_own_keys(out: Path) -> list[str]:
-    """The state of the PeftModel under its own keys, `base_model.model.model.…`."""
-    saved(loaded(out).merge_and_unload(), out)
-    state = load_file(out / MADE / "model.safetensors")
-    state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
-    save_file(state, out / MADE / "model.safetensors", metadata={"format": "pt"})
-    return merged(out)
-
-
-def peft_other_base(out: Path) -> list[str]:
-    """The next checkpoint of the same family."""
-    base = no_ops.base_of(out)
-    with torch.no_grad():
-        for parameter in base.parameters():
-            noise = torch.randn(parameter.shape, generator=models.seeded(9))
-            parameter += 0.1 * parameter.std() * noise
-    return saved(loaded(out, base).merge_and_unload(), out)
-
-
-def peft_misread(**fields) -> Callable[[Path], list[str]]:
-    """Merged from a copy of the adapter whose config says something else."""
+def weighted(combination: str, **options) -> Maker:
+    """Combine two adapters with `add_weighted_adapter`; save the combination, and merge it."""
 
     def make(out: Path) -> list[str]:
-        shutil.copytree(out / "adapter", out / "misread")
-        no_ops.set_config(out / "misread", **fields)
-        return saved(loaded(out, adapter=out / "misread").merge_and_unload(), out)
-
-    return make
-
-
-def peft_lost(part: str, **fields) -> Callable[[Path], list[str]]:
-    """Merged from a copy of the adapter that lost some of its tensors."""
-
-    def make(out: Path) -> list[str]:
-        shutil.copytree(out / "adapter", out / "misread")
-        file = out / "misread" / no_ops.WEIGHTS
-        state = {name: t for name, t in load_file(file).items() if part not in name}
-        save_file(state, file)
-        no_ops.set_config(out / "misread", **fields)
-        return saved(loaded(out, adapter=out / "misread").merge_and_unload(), out)
-
-    return make
-
-
-def peft_transposed(out: Path) -> list[str]:
-    """ΔW added the wrong way round to square Conv1D weights, as without `fan_in_fan_out`."""
-    model = loaded(out)
-    for module in model.modules():
-        if hasattr(module, "get_delta_weight") and hasattr(module, "fan_in_fan_out"):
-            delta = module.get_delta_weight("default")
-            if delta.shape[0] == delta.shape[1]:
-                module.fan_in_fan_out = False
-    return saved(model.merge_and_unload(), out)
-
-
-def weighted(way: str, **options) -> Callable[[Path], list[str]]:
-    """`add_weighted_adapter` of two adapters; the combination is saved and merged."""
-
-    def make(out: Path) -> list[str]:
-        model = loaded(out)
+        model = load_peft_model(out)
         other = models.peft_model("llama", no_ops.base_of(out), seed=5)
         other.save_pretrained(out / "other")
         model.load_adapter(str(out / "other"), adapter_name="other")
         names = ["default", "other"]
-        model.add_weighted_adapter(names, [0.7, 0.3], "both", combination_type=way, **options)
+        weights = [0.7, 0.3]
+        model.add_weighted_adapter(names, weights, "both", combination_type=combination, **options)
         model.set_adapter("both")
         model.save_pretrained(out / "combined", selected_adapters=["both"])
-        shutil.rmtree(out / "adapter")
-        shutil.copytree(out / "combined" / "both", out / "adapter")
-        no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-        return saved(model.merge_and_unload(adapter_names=["both"]), out)
+        replace_adapter(out, out / "combined" / "both")
+        return save_merge(model.merge_and_unload(adapter_names=["both"]), out)
 
     return make
 
 
 def weighted_and_merged_as_sum(out: Path) -> list[str]:
-    """Both adapters merged one after the other, for their weighted combination."""
-    options = weighted("linear")(out)
-    twice = loaded(out, adapter=out / "other").merge_and_unload()
-    saved(loaded(out, twice).merge_and_unload(), out)
+    """Merge a combination of two adapters on top of one of the two."""
+    make_weighted = weighted("linear")
+    options = make_weighted(out)
+    with_other = load_peft_model(out, adapter=out / "other").merge_and_unload()
+    save_merge(load_peft_model(out, with_other).merge_and_unload(), out)
     return options
 
 
-def initialised(method: str, *, convert: bool) -> Callable[[Path], list[str]]:
-    """PiSSA and OLoRA, which change the base before they train; perhaps converted when saved."""
+def initialised(method: str, *, convert: bool) -> Maker:
+    """Train with PiSSA or OLoRA, which change the base before they train.
+
+    Args:
+        method: 'pissa' or 'olora'.
+        convert: whether the saved adapter is converted to one of the original base. If not, it is
+            merged into the original base, to which it does not belong.
+    """
 
     def make(out: Path) -> list[str]:
         shutil.rmtree(out / "adapter")
@@ -196,25 +267,21 @@ def initialised(method: str, *, convert: bool) -> Callable[[Path], list[str]]:
         )
         model = get_peft_model(no_ops.base_of(out), config)
         model.save_pretrained(out / "initial")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    noise = torch.randn(parameter.shape, generator=models.seeded(len(name)))
-                    parameter += 0.3 * noise
+        add_noise((name, factor) for name, factor in model.named_parameters() if "lora_" in name)
         model.peft_config["default"].base_model_name_or_path = str(out / "base")
-        options: dict[str, Any] = {}
         if convert:
-            options["path_initial_model_for_weight_conversion"] = str(out / "initial")
-        model.save_pretrained(out / "adapter", **options)
-        if convert:
-            return saved(model.merge_and_unload(), out)
-        return saved(loaded(out).merge_and_unload(), out)
+            model.save_pretrained(
+                out / "adapter", path_initial_model_for_weight_conversion=str(out / "initial")
+            )
+            return save_merge(model.merge_and_unload(), out)
+        model.save_pretrained(out / "adapter")
+        return save_merge(load_peft_model(out).merge_and_unload(), out)
 
     return make
 
 
 def eva(out: Path) -> list[str]:
-    """EVA: A from activations, and the ranks distributed over the modules."""
+    """Train with EVA, which initialises A from activations and gives each module its own rank."""
     from peft import EvaConfig, initialize_lora_eva_weights
 
     shutil.rmtree(out / "adapter")
@@ -229,17 +296,14 @@ def eva(out: Path) -> list[str]:
     model = get_peft_model(base, config, low_cpu_mem_usage=True)
     batch = {"input_ids": ROWS, "attention_mask": torch.ones_like(ROWS)}
     initialize_lora_eva_weights(model, [batch] * 8)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=models.seeded(len(name)))
+    add_noise((name, factor) for name, factor in model.named_parameters() if "lora_B" in name)
     model.peft_config["default"].base_model_name_or_path = str(out / "base")
     model.save_pretrained(out / "adapter")
-    return saved(model.merge_and_unload(), out)
+    return save_merge(model.merge_and_unload(), out)
 
 
-def converted_from(config_class: str, **options) -> Callable[[Path], list[str]]:
-    """Another method of PEFT, which PEFT itself converts to a LoRA."""
+def converted_from(config_class: str, **options) -> Maker:
+    """Train with another method of PEFT, such as LoKr, and convert it with `save_as_lora`."""
 
     def make(out: Path) -> list[str]:
         import peft
@@ -247,45 +311,42 @@ def converted_from(config_class: str, **options) -> Callable[[Path], list[str]]:
         shutil.rmtree(out / "adapter")
         config = getattr(peft, config_class)(target_modules=models.LINEARS["llama"], **options)
         model = get_peft_model(no_ops.base_of(out), config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    noise = torch.randn(parameter.shape, generator=models.seeded(len(name)))
-                    parameter += 0.3 * noise
+        add_noise(
+            (name, weight) for name, weight in model.named_parameters() if weight.requires_grad
+        )
         peft.save_as_lora(out / "adapter", model, rank=6)
         no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-        return saved(loaded(out).merge_and_unload(), out)
+        return save_merge(load_peft_model(out).merge_and_unload(), out)
 
     return make
 
 
-def lost_by_name(out: Path) -> list[str]:
-    """Another adapter of the same model is called `mlp`: PEFT saves no key that holds `.mlp.`."""
-    model = loaded(out)
-    model.add_adapter("mlp", LoraConfig(r=2, target_modules=["q_proj"]))
-    model.save_pretrained(out / "again", selected_adapters=["default"])
-    merge = model.merge_and_unload(adapter_names=["default"])
-    shutil.rmtree(out / "adapter")
-    shutil.copytree(out / "again", out / "adapter")
-    no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-    return saved(merge, out)
+# --- Trainers
+
+LAST_CHECKPOINT = "checkpoint-4"
+TRAINING: dict[str, Any] = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "learning_rate": 0.3,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 
-# --- transformers
-
-
-def trained_by_trainer(out: Path, *, merges: str = "checkpoint-4") -> list[str]:
-    """Trained by transformers' Trainer, which saves a checkpoint every two steps."""
+def trained_by_trainer(out: Path, *, merges: str = LAST_CHECKPOINT) -> list[str]:
+    """Train with transformers' Trainer; the last checkpoint is the adapter, `merges` is merged."""
     from transformers import Trainer, TrainingArguments
 
     model = models.peft_model("llama", no_ops.base_of(out))
     arguments = TrainingArguments(str(out / "run"), **TRAINING, remove_unused_columns=False)
-    Trainer(model, arguments, train_dataset=[{"input_ids": r, "labels": r} for r in ROWS]).train()
+    rows = [{"input_ids": row, "labels": row} for row in ROWS]
+    Trainer(model, arguments, train_dataset=rows).train()
     return merged_from_run(out, merges)
 
 
-def trained_by_trl(out: Path, *, merges: str = "checkpoint-4") -> list[str]:
-    """Trained by TRL's SFTTrainer on texts."""
+def trained_by_trl(out: Path, *, merges: str = LAST_CHECKPOINT) -> list[str]:
+    """Train with TRL's SFTTrainer; the last checkpoint is the adapter, `merges` is merged."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -303,94 +364,94 @@ def trained_by_trl(out: Path, *, merges: str = "checkpoint-4") -> list[str]:
     return merged_from_run(out, merges)
 
 
-TRAINING: dict[str, Any] = {
-    "max_steps": 4,
-    "save_steps": 2,
-    "learning_rate": 0.3,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+def merged_from_run(out: Path, checkpoint: str) -> list[str]:
+    """Take the run's last checkpoint as the adapter, and merge this checkpoint of the run."""
+    replace_adapter(out, out / "run" / LAST_CHECKPOINT)
+    model = load_peft_model(out, adapter=out / "run" / checkpoint)
+    return save_merge(model.merge_and_unload(), out)
 
 
-def merged_from_run(out: Path, merges: str) -> list[str]:
-    """The last checkpoint is the adapter; one of the run's is merged."""
-    shutil.rmtree(out / "adapter")
-    shutil.copytree(out / "run" / "checkpoint-4", out / "adapter")
-    no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-    return saved(loaded(out, adapter=out / "run" / merges).merge_and_unload(), out)
+# --- transformers
 
 
-def by_transformers(out: Path):
+def loaded_by_transformers(out: Path):
+    """The base with the adapter loaded by transformers' `load_adapter`."""
     model = no_ops.base_of(out)
     model.load_adapter(str(out / "adapter"))
     return model
 
 
-def saved_by_transformers(out: Path) -> list[str]:
-    """`model.load_adapter`, then `model.save_pretrained`, taken for a merged model."""
-    return saved(by_transformers(out), out)
+def adapter_taken_for_merge(out: Path) -> list[str]:
+    """Save a model with a loaded adapter, and take the folder for a merge: it is the adapter."""
+    return save_merge(loaded_by_transformers(out), out)
 
 
 def adapter_by_transformers(out: Path) -> list[str]:
-    """The same folder, taken for what it is: the adapter."""
-    by_transformers(out).save_pretrained(out / "again")
-    shutil.rmtree(out / "adapter")
-    shutil.copytree(out / "again", out / "adapter")
-    no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
-    return saved(loaded(out).merge_and_unload(), out)
+    """Save a model with a loaded adapter, and take the folder for what it is: the adapter."""
+    loaded_by_transformers(out).save_pretrained(out / "again")
+    replace_adapter(out, out / "again")
+    return save_merge(load_peft_model(out).merge_and_unload(), out)
 
 
 def resized(out: Path) -> list[str]:
-    model = loaded(out).merge_and_unload()
+    """Merge, then give the merge three rows of embeddings more than the base has."""
+    model = load_peft_model(out).merge_and_unload()
     model.resize_token_embeddings(models.VOCAB + 3)
-    return saved(model, out)
+    return save_merge(model, out)
 
 
 def tied_by_config(out: Path) -> list[str]:
-    """Saved with `tie_word_embeddings`, which the base does not have: the head is lost."""
-    model = loaded(out).merge_and_unload()
+    """Merge, then tie the head to the embeddings, which the base does not: the head is lost."""
+    model = load_peft_model(out).merge_and_unload()
     model.config.tie_word_embeddings = True
     model.tie_weights()
-    return saved(model, out)
+    return save_merge(model, out)
+
+
+# --- Quantised bases
+
+
+def merged_in_4_bit(out: Path):
+    """The adapter merged into a base that bitsandbytes holds in 4 bit."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=config)
+    return load_peft_model(out, base).merge_and_unload()
 
 
 def in_4_bit(out: Path) -> list[str]:
-    """Merged into a base in 4 bit, then dequantised: the base's own rounding stays in it."""
-    from transformers import BitsAndBytesConfig
+    """Merge in 4 bit and save the merge in 4 bit."""
+    return save_merge(merged_in_4_bit(out), out)
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+def in_4_bit_dequantised(out: Path) -> list[str]:
+    """Merge in 4 bit, then dequantise: the rounding of the base's weights stays in the merge."""
+    return save_merge(merged_in_4_bit(out).dequantize(), out)
+
+
+def merged_in_8_bit(out: Path):
+    """The adapter merged into a base that torchao holds in 8 bit."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
     base = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=config)
-    model = loaded(out, base).merge_and_unload()
-    return saved(model.dequantize(), out)
+    return load_peft_model(out, base).merge_and_unload()
 
 
-def torchao_merge(*, keeps: bool) -> Callable[[Path], list[str]]:
-    """Merged into a base that torchao keeps in 8 bit; saved so, or dequantised."""
-
-    def make(out: Path) -> list[str]:
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
-        base = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=config)
-        model = loaded(out, base).merge_and_unload()
-        if keeps:
-            return saved(model, out)
-        plain = no_ops.base_of(out)
-        state = {
-            name: tensor.dequantize() if hasattr(tensor, "dequantize") else tensor
-            for name, tensor in model.state_dict().items()
-        }
-        plain.load_state_dict(state)
-        return saved(plain, out)
-
-    return make
+def in_8_bit(out: Path) -> list[str]:
+    """Merge in 8 bit and save the merge in 8 bit."""
+    return save_merge(merged_in_8_bit(out), out)
 
 
-def kept_in_4_bit(out: Path) -> list[str]:
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = AutoModelForCausalLM.from_pretrained(out / "base", quantization_config=config)
-    return saved(loaded(out, base).merge_and_unload(), out)
+def in_8_bit_dequantised(out: Path) -> list[str]:
+    """Merge in 8 bit, then dequantise: the rounding of the base's weights stays in the merge."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in merged_in_8_bit(out).state_dict().items():
+        if hasattr(tensor, "dequantize"):
+            tensor = tensor.dequantize()
+        state[name] = tensor
+    plain_model = no_ops.base_of(out)
+    plain_model.load_state_dict(state)
+    return save_merge(plain_model, out)

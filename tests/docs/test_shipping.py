@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import socket
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from loopback import Engine, served
 from peft import PeftModel
 from typer.testing import CliRunner
 
+from benchmarks.exports import by_others
 from benchmarks.exports import table as exports
 from lens_lora import cli
 
@@ -153,3 +157,46 @@ def test_exports_of_peft_again(name: str):
     (export,) = (export for export in exports.EXPORTS if export.what == name)
     result = exports.tried(export)
     assert result.code == int(exports.is_broken(result)), result.says
+
+
+# --- the makers of exports
+
+
+def test_a_converter_that_fails_silently_is_an_error_that_names_it():
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    with pytest.raises(RuntimeError, match=r"failed \(3\): no output"):
+        by_others.run_converter(command)
+
+
+def test_a_server_that_ends_is_not_waited_for(monkeypatch):
+    with socket.socket() as free:
+        free.bind((by_others.HOST, 0))
+        _, port = free.getsockname()
+    monkeypatch.setattr(by_others, "PORT", port)
+    with pytest.raises(RuntimeError, match="ended with 3 before it answered"):
+        by_others.start_server([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_another_program_at_the_port_is_not_taken_for_the_server(monkeypatch):
+    with socket.create_server((by_others.HOST, 0)) as other:
+        _, port = other.getsockname()
+        monkeypatch.setattr(by_others, "PORT", port)
+        with pytest.raises(RuntimeError, match="another program listens"):
+            by_others.start_server([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_the_config_is_put_back_if_a_conversion_fails(tmp_path, monkeypatch):
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.parent.mkdir()
+    config.write_text('{"lora_alpha": 5}')
+
+    def fail(command: list[str]) -> None:
+        assert json.loads(config.read_text()) == {"lora_alpha": 3}
+        raise RuntimeError("the script failed")
+
+    monkeypatch.setattr(by_others, "converters", lambda: tmp_path)
+    monkeypatch.setattr(by_others, "run_converter", fail)
+    make = by_others.lora_to_gguf_misread(lora_alpha=3)
+    with pytest.raises(RuntimeError, match="the script failed"):
+        make(tmp_path)
+    assert json.loads(config.read_text()) == {"lora_alpha": 5}
