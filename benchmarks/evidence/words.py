@@ -1,8 +1,8 @@
-"""The page in short, and its recommendations, written from the stored numbers.
+"""Write the summary of the page on faithfulness, and its recommendations, from stored numbers.
 
-Per question: the cheapest estimate that cannot be told from the best; whether other tasks would
-have chosen it too (`resampled.py`), and what measuring costs instead; how often it is right, on
-which adapters it is not, and what its numbers are worth on other prompts.
+For each question: the cheapest estimate that ties with the best; whether a resample of the tasks
+would choose it too (`resampled.py`); what measuring would cost; on how many adapters the estimate
+is right, where it fails, and how well it carries over to other prompts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -24,7 +24,7 @@ from benchmarks.evidence.intervals import (
     tied,
     verdicts,
 )
-from benchmarks.evidence.results import Numbers, costs_of, is_met, scores_of
+from benchmarks.evidence.results import RULES, Numbers, costs_of, is_met, scores_of
 from benchmarks.evidence.tables import (
     CALLED,
     END,
@@ -50,7 +50,7 @@ from benchmarks.evidence.violent import BROKEN
 from lens_lora.core import Attribution
 
 MEASURED = ("add_one", "leave_one_out")
-# The kinds of prompt that ask what was trained.
+# The kinds of prompt that ask what was trained: the default of a question.
 OWN = ("trained", "paraphrase")
 # The one prompt on which the diagonal of H was measured.
 FIRST_PROMPT = ("trained, first",)
@@ -109,9 +109,9 @@ SUM = Question(
 )
 # The questions of the first page, in its order.
 ASKED = (ADD, OUT, SUM, KEEP, FEW)
-# The question that asks about the sizes of the same numbers, where there is one.
+# For questions whose numbers estimate effects: the question about the errors of their sizes.
 ERRORS = {ADD: ADD_ERROR, OUT: OUT_ERROR}
-# The question that asks about the trained wording's numbers on other prompts.
+# For questions that were also asked on other prompts, with the trained wording's numbers.
 ELSEWHERE = {ADD: ADD_ELSEWHERE, OUT: OUT_ELSEWHERE, KEEP: KEEP, FEW: FEW}
 # Rankings that know nothing of the task: a cpr has to be read beside theirs.
 FLOORS = ("random", "signed_weight_norm")
@@ -121,10 +121,10 @@ CHEAP = 30.0
 STABLE = 0.8
 # The score from which an estimate counts as right on an adapter, by metric. CPR has no such bound.
 RIGHT = {"spearman": BROKEN, "incompleteness": 0.1, "of the best found": 0.9}
-# How many of the worst adapters are named.
-WORST = 3
+# How many of the adapters on which an estimate fails are named.
+NAMED_ADAPTERS = 3
 # How many methods of a tie are named with their share of the resamples.
-SHOWN = 4
+NAMED_METHODS = 4
 
 
 class Comparison(NamedTuple):
@@ -167,9 +167,9 @@ class Advice:
 
     Attributes:
         question: what is asked.
-        method: the cheapest of the tie with the best, as a call runs it.
-        members: the whole tie.
-        shares: of the resamples of tasks, by what they choose, the most first.
+        method: the cheapest member of the tie with the best, by the name of the call that runs it.
+        members: all methods of the tie.
+        shares: the share of the resamples that chooses each method, the largest first.
         cost: F of every method, by process time.
     """
 
@@ -187,20 +187,21 @@ class Advice:
 
 def as_run(question: Question, method: str) -> str:
     """Name the call `ll.path_attribution` in place of a rule of the path that it runs."""
-    is_rule = question == SUM and method.startswith("path/")
-    return CALLED if is_rule else method
+    if question == SUM and method.startswith("path/"):
+        return CALLED
+    return method
 
 
 def is_estimate(method: str) -> bool:
-    """Whether a method is neither a run of every site, nor a searched set, nor a null ranking."""
-    others = (*MEASURED, "best_subset", "null_adapter")
-    return not any(word in method for word in others)
+    """Whether a method estimates: it does not measure, search or draw at random."""
+    not_estimates = (*MEASURED, "best_subset", "null_adapter")
+    return not any(word in method for word in not_estimates)
 
 
 def estimates(
     scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """[cluster, method] of all that a recommendation may choose among, and their passes."""
+    """The scores [cluster, method] among which a recommendation chooses, and the passes of each."""
     passes = median_costs(costs, base)
     means = means_of(scores, question, base)
     chosen = [method for method in means if method in passes and is_estimate(method)]
@@ -227,7 +228,7 @@ def advice(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[Advice]:
 
 
 def recommendations(numbers: Numbers, base: str) -> tuple[str, list[str]]:
-    """One line per question, and each tie by name."""
+    """A table with a line for each question, and a sentence for each tie that names its members."""
     scores = scores_of(numbers)
     head = ["question", "cheapest of the tie", "chosen", "so", "median", "worst", "tasks"]
     rows: list[list[str]] = []
@@ -260,11 +261,11 @@ def _verdict_of_resamples(on_question: Advice) -> str:
 
 
 def _tie_in_words(on_question: Advice) -> str:
-    """The members of a tie, and those that the resamples choose most."""
+    """The members of a tie, and the methods that the resamples choose most often."""
     members = "; ".join(map(named, on_question.members))
-    most_chosen = list(on_question.shares.items())[:SHOWN]
-    won = "; ".join(f"{named(method)} {_percent(share)}" for method, share in most_chosen)
-    return f"**{on_question.question.label}**: {members}. Chosen most: {won}."
+    most_chosen = list(on_question.shares.items())[:NAMED_METHODS]
+    winners = "; ".join(f"{named(method)} {_percent(share)}" for method, share in most_chosen)
+    return f"**{on_question.question.label}**: {members}. Chosen most: {winners}."
 
 
 def _percent(share: float) -> str:
@@ -272,13 +273,13 @@ def _percent(share: float) -> str:
 
 
 def comparisons(scores: pd.DataFrame, base: str) -> str:
-    """One line per pair of methods: the paired difference, the verdict, and how often ahead."""
+    """A table with a line for each pair: difference, verdict, and on how many tasks it is ahead."""
     head = ["does …", "beat …", "at", "difference", "answer", "ahead on"]
     return markdown(head, compared(scores, base))
 
 
 def compared(scores: pd.DataFrame, base: str) -> list[list[str]]:
-    """The cells of `comparisons`, of the pairs that a base has."""
+    """The cells of `comparisons`, for the pairs whose methods were both run on this base."""
     differences: dict[Comparison, pd.Series] = {}
     for comparison in COMPARED:
         means = cluster_means(of_question(scores, comparison.question, base))
@@ -286,7 +287,10 @@ def compared(scores: pd.DataFrame, base: str) -> list[list[str]]:
             differences[comparison] = means[comparison.method] - means[comparison.baseline]
     improvements: list[pd.Series] = []
     for comparison, difference in differences.items():
-        improvements.append(difference if comparison.question.larger else -difference)
+        if comparison.question.larger:
+            improvements.append(difference)
+        else:
+            improvements.append(-difference)
     # The correction is for all rows of the table, so all are tested together.
     answers = verdicts(pd.DataFrame(dict(enumerate(improvements))))
     rows: list[list[str]] = []
@@ -305,14 +309,54 @@ def compared(scores: pd.DataFrame, base: str) -> list[list[str]]:
 
 
 def _signed(difference: Summary) -> str:
-    """`+0.012 (-0.100)`, the median difference and that of the worst task."""
+    """The median difference and that of the worst task, as in `+0.012 (-0.100)`."""
     return f"{difference.median:+.3f} ({number(difference.worst, 3)})"
 
 
-def opening(numbers: Numbers, bases: list[str]) -> dict[str, dict[str, Any]]:
-    """Each question's line on the first page; the estimate is that of the first base."""
+@dataclasses.dataclass(frozen=True)
+class OpeningLine:
+    """What the first page says of one question, in words.
+
+    The scores of the estimate are those on the first base. *Off* are the adapters, of any base, on
+    which the estimate is not right.
+
+    Attributes:
+        words: the question.
+        answer: what to do: measure, or the estimate.
+        cost: in F, of measuring where that is cheap, and of the estimate.
+        score: the median over tasks and the worst task.
+        right: on how many adapters the estimate is right, for each base.
+        elsewhere: the score of the trained wording's numbers on other prompts.
+        off: the worst of the adapters that are off, for each base.
+        adapters_off: how many adapters are off.
+        violent: how many of them a result calls violent.
+        error: the median and the worst error of the sizes, where the numbers are effects.
+        factor: the factor by which sizes too small have the worst error.
+        slope: the slopes of measured effects on the numbers, for each base.
+        above_one: on how many adapters of the first base the score is above 1.
+        largest: the largest score of an adapter of the first base.
+    """
+
+    words: str
+    answer: str
+    cost: str
+    score: str
+    right: str
+    elsewhere: str
+    off: str
+    adapters_off: int
+    violent: int
+    error: str
+    factor: str
+    slope: str
+    above_one: str
+    largest: str
+
+
+def opening(numbers: Numbers, bases: list[str]) -> dict[str, OpeningLine]:
+    """The line of each question on the first page; the estimate is that of the first base."""
     scores = scores_of(numbers)
-    lines: dict[str, dict[str, Any]] = {}
+    lines: dict[str, OpeningLine] = {}
     for on_question in advice(numbers, scores, bases[0]):
         lines[on_question.question.short] = _line(numbers, scores, on_question, bases)
     return lines
@@ -320,50 +364,51 @@ def opening(numbers: Numbers, bases: list[str]) -> dict[str, dict[str, Any]]:
 
 def _line(
     numbers: Numbers, scores: pd.DataFrame, on_question: Advice, bases: list[str]
-) -> dict[str, Any]:
+) -> OpeningLine:
     """One question's line: the answer, its cost, and how far it is to be trusted."""
     question = on_question.question
     method = on_question.method
     first_base = bases[0]
-    by_base = {base: _by_adapter(scores, question, base, method) for base in bases}
-    wrong_by_base = {base: _wrong(values, question) for base, values in by_base.items()}
-    worst: list[str] = []
-    for base, wrong in wrong_by_base.items():
-        if len(wrong):
-            worst.append(_worst(wrong, question, base))
-    slopes: list[str] = []
-    for base in bases:
-        slope = calibration(scores, question, base, method)
-        if slope:
-            slopes.append(slope)
-    strengths = _strengths(numbers, wrong_by_base)
-    error = summary_of(scores, ERRORS.get(question, question), first_base, method)
-    shares = by_base[first_base]
-    return {
-        "words": question.words,
-        "answer": _answer(scores, on_question, first_base),
-        "cost": _cost(on_question),
-        "score": with_worst(summary_of(scores, question, first_base, method)),
-        "right": _counts_of_right(by_base, wrong_by_base) if question.metric in RIGHT else "—",
-        "elsewhere": _elsewhere(scores, question, first_base, method),
-        "off": "; ".join(worst) or "none",
-        "count": len(strengths),
-        "violent": sum(strength > Attribution.VIOLENT for strength in strengths),
-        "error": with_worst(error),
-        "slope": "; ".join(slopes),
-        "factor": _factor(error.worst),
-        "above": f"{(shares > 1).sum()} of {len(shares)}",
-        "most": number(shares.max()),
-    }
+    scores_by_base = {base: _by_adapter(scores, question, base, method) for base in bases}
+    off_by_base = {base: _off(values, question) for base, values in scores_by_base.items()}
+    named_off = [_worst_named(off, question, base) for base, off in off_by_base.items() if len(off)]
+    slopes = [calibration(scores, question, base, method) for base in bases]
+    strengths = _strengths(numbers, off_by_base)
+    right = "—"
+    if question.metric in RIGHT:
+        right = _counts_of_right(scores_by_base, off_by_base)
+    error = "—"
+    factor = "—"
+    if question in ERRORS:
+        errors = summary_of(scores, ERRORS[question], first_base, method)
+        error = with_worst(errors)
+        factor = _factor(errors.worst)
+    scores_of_adapters = scores_by_base[first_base]
+    return OpeningLine(
+        words=question.words,
+        answer=_answer(scores, on_question, first_base),
+        cost=_cost(on_question),
+        score=with_worst(summary_of(scores, question, first_base, method)),
+        right=right,
+        elsewhere=_elsewhere(scores, question, first_base, method),
+        off="; ".join(named_off) or "none",
+        adapters_off=len(strengths),
+        violent=sum(strength > Attribution.VIOLENT for strength in strengths),
+        error=error,
+        factor=factor,
+        slope="; ".join(slope for slope in slopes if slope),
+        above_one=f"{(scores_of_adapters > 1).sum()} of {len(scores_of_adapters)}",
+        largest=number(scores_of_adapters.max()),
+    )
 
 
 def _is_cheap_to_measure(on_question: Advice) -> bool:
-    """Whether running the sites themselves costs little; not every question can be measured."""
+    """Whether measuring the effects costs little. Some questions cannot be measured."""
     return on_question.cost.get(on_question.question.key, math.inf) <= CHEAP
 
 
 def _answer(scores: pd.DataFrame, on_question: Advice, base: str) -> str:
-    """The estimate in words, after the measurement where that is cheap."""
+    """The estimate in words; where measuring is cheap, the advice to measure comes first."""
     estimate = _estimate(scores, on_question, base)
     if _is_cheap_to_measure(on_question):
         return f"**measure it**; else {estimate}"
@@ -371,7 +416,7 @@ def _answer(scores: pd.DataFrame, on_question: Advice, base: str) -> str:
 
 
 def _cost(on_question: Advice) -> str:
-    """The cost of the estimate in F, after that of the measurement where that is cheap."""
+    """The cost of the estimate in F; where measuring is cheap, its cost comes first."""
     of_estimate = cost_in_words(on_question.cost[on_question.method])
     if _is_cheap_to_measure(on_question):
         of_measurement = cost_in_words(on_question.cost[on_question.question.key])
@@ -380,7 +425,7 @@ def _cost(on_question: Advice) -> str:
 
 
 def _factor(error: float) -> str:
-    """The factor by which effects would be underestimated for Σ|effect − number| / Σ|effect|.
+    """How many times too small all numbers would be, to have this Σ|effect − number| / Σ|effect|.
 
     Numbers that are c times too small have an error of 1 − 1/c, which is below 1 for every c.
     """
@@ -390,44 +435,47 @@ def _factor(error: float) -> str:
 
 
 def _estimate(scores: pd.DataFrame, on_question: Advice, base: str) -> str:
-    """The estimate in words, with those that cannot be told from it."""
+    """The estimate in words, with the methods that tie with it."""
     words = named(on_question.method).removesuffix(", up to 8 nodes")
     if on_question.chosen < STABLE:
         words = f"a tie of {len(on_question.members)}; cheapest: {words}"
     if (on_question.question, on_question.method) == (KEEP, HALF):
         p, _ = paired_test(cluster_means(of_question(scores, KEEP, base)), HALF, FIRST)
-        # `not <` and not `>=`, as a p that is NaN tells nothing apart either.
+        # A NaN p tells no methods apart either, so this is `not <` in place of `>=`.
         if not p < ALPHA:
             words += " or at 0 (a tie)"
     return words
 
 
-def _strengths(numbers: Numbers, wrong_by_base: dict[str, pd.Series]) -> list[float]:
-    """How strong each adapter is on which the estimate is not right."""
+def _strengths(numbers: Numbers, off_by_base: dict[str, pd.Series]) -> list[float]:
+    """‖ΔW‖ / ‖W‖ of each adapter on which the estimate is not right."""
     strengths: list[float] = []
-    for wrong in wrong_by_base.values():
-        for adapter in wrong.index:
+    for off in off_by_base.values():
+        for adapter in off.index:
             signals = numbers["adapters"][adapter]["signals"]
             strengths.append(signals["trained"]["strength"])
     return strengths
 
 
-def _counts_of_right(by_base: dict[str, pd.Series], wrong_by_base: dict[str, pd.Series]) -> str:
+def _counts_of_right(
+    scores_by_base: dict[str, pd.Series], off_by_base: dict[str, pd.Series]
+) -> str:
     """On how many adapters of each base the estimate is right."""
     counts: list[str] = []
-    for base, values in by_base.items():
-        right = len(values) - len(wrong_by_base[base])
+    for base, values in scores_by_base.items():
+        right = len(values) - len(off_by_base[base])
         counts.append(f"{right} of {len(values)}" if len(values) else "—")
     return ", ".join(counts)
 
 
-def _wrong(values: pd.Series, question: Question) -> pd.Series:
+def _off(values: pd.Series, question: Question) -> pd.Series:
     """The adapters on which the estimate is not right; none where the metric has no bound."""
     if question.metric not in RIGHT:
         return values[:0]
     bound = RIGHT[question.metric]
-    is_wrong = values < bound if question.larger else values > bound
-    return values[is_wrong]
+    if question.larger:
+        return values[values < bound]
+    return values[values > bound]
 
 
 def paired_test(means: pd.DataFrame, method: str, other: str) -> tuple[float, int]:
@@ -437,7 +485,7 @@ def paired_test(means: pd.DataFrame, method: str, other: str) -> tuple[float, in
 
 
 def rival(scores: pd.DataFrame, question: Question, base: str, method: str, other: str) -> str:
-    """Two estimates of one cost beside each other, by a test of their own, not corrected."""
+    """Compare two estimates of equal cost in a sentence, by one test without correction."""
     means = cluster_means(of_question(scores, question, base))
     p, tasks = paired_test(means, method, other)
     medians = f"{means[method].median():.3f} and {means[other].median():.3f}"
@@ -450,9 +498,9 @@ def rival(scores: pd.DataFrame, question: Question, base: str, method: str, othe
 
 
 def floors(scores: pd.DataFrame, base: str) -> str:
-    """The cpr of random rankings, and of signs with ‖ΔW‖ as their size, in words."""
-    each = {method: summary_of(scores, KEEP, base, method) for method in FLOORS}
-    return ", ".join(f"{named(method)} {with_worst(cpr)}" for method, cpr in each.items())
+    """The cpr of the rankings that know nothing of the task, in words."""
+    cprs = {method: summary_of(scores, KEEP, base, method) for method in FLOORS}
+    return ", ".join(f"{named(method)} {with_worst(cpr)}" for method, cpr in cprs.items())
 
 
 def _elsewhere(scores: pd.DataFrame, question: Question, base: str, method: str) -> str:
@@ -468,13 +516,16 @@ def _elsewhere(scores: pd.DataFrame, question: Question, base: str, method: str)
 
 
 def _by_adapter(scores: pd.DataFrame, question: Question, base: str, method: str) -> pd.Series:
-    """The score of a method on each adapter, in the mean over kinds of prompt."""
+    """The score of a method on each adapter, averaged over the kinds of prompt."""
     rows = of_question(scores, question, base)
     return rows[rows["method"] == method].groupby("adapter")["value"].mean()
 
 
 def calibration(scores: pd.DataFrame, question: Question, base: str, method: str) -> str:
-    """Slopes of measured effects on the numbers: the median task, and the adapters at both ends."""
+    """Slopes of measured effects on the numbers, in words: the median task and both extremes.
+
+    It is empty if no slope was stored.
+    """
     of_slopes = dataclasses.replace(question, metric="slope")
     values = _by_adapter(scores, of_slopes, base, method)
     if values.empty:
@@ -490,10 +541,11 @@ def calibration(scores: pd.DataFrame, question: Question, base: str, method: str
     return sentence
 
 
-def _worst(wrong: pd.Series, question: Question, base: str) -> str:
+def _worst_named(off: pd.Series, question: Question, base: str) -> str:
     """The adapters on which an estimate is furthest off, by name and score."""
-    worst_first = wrong.sort_values(ascending=question.larger)
-    names = [f"{adapter} ({score:.2f})" for adapter, score in worst_first.head(WORST).items()]
+    worst_first = off.sort_values(ascending=question.larger)
+    worst = worst_first.head(NAMED_ADAPTERS)
+    names = [f"{adapter} ({score:.2f})" for adapter, score in worst.items()]
     sentence = f"{base}: {', '.join(names)}"
     more = len(worst_first) - len(names)
     if more:
@@ -502,16 +554,19 @@ def _worst(wrong: pd.Series, question: Question, base: str) -> str:
 
 
 def path_called(scores: pd.DataFrame, base: str) -> str:
-    """Where `ll.path_attribution` would stop, as far as its rules were run."""
+    """On how many adapters `ll.path_attribution` would stop at 4 nodes, at 8, or go on.
+
+    The call asks that the sum of each prompt is met; stored are sums over the prompts of a kind. So
+    it may stop later than this says, never earlier.
+    """
     rows = scores[(scores["metric"] == "sum") & (scores["base"] == base)]
     sums = rows.pivot_table(index=["adapter", "prompts"], columns="method", values="value")
-    both_run = sums[["path/4", "path/8"]].dropna()
-    # The call stops where the sum is met on every kind of prompt.
-    met = both_run.map(is_met).groupby("adapter").all()
+    all_run = sums[list(RULES)].dropna()
+    met = all_run.map(is_met).groupby("adapter").all()
     at_four = met["path/4"].sum()
     at_eight = (met["path/8"] & ~met["path/4"]).sum()
     beyond = len(met) - at_four - at_eight
     return (
-        f"of {len(met)} adapters with all three it would stop at 4 nodes on {at_four} at most, at "
-        f"8 on {at_eight}, and go on beyond 8 on {beyond}"
+        f"on {len(met)} adapters all three were run; the call would stop at 4 nodes on at most "
+        f"{at_four}, at 8 on about {at_eight}, and go on beyond 8 on at least {beyond}"
     )
