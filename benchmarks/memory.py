@@ -41,12 +41,16 @@ from lens_lora.demonstration.embedded import embedded_model_folder
 DOCS = Path(__file__).parents[1] / "docs"
 CELLS = DOCS / "memory.json"
 PAGE = DOCS / "performance_data.md"
+# The name of the tables' marks in the page.
 TABLES = "memory"
-# Plain passes: no analysis that could keep within a bound.
+# Plain passes, which cannot keep within a bound.
 PLAIN = ("F", "FB")
-# What makes two cells the same.
+# The fields that tell which measurement a cell is of.
 KEY = ("tokens", "attn", "bound", "work")
-LAST = "blocks.2[89].*"
+# The modules of the last two layers.
+LAST_SITES = "blocks.2[89].*"
+LAST_LAYERS = "*.layers.2[89].*"
+# The prompt before a long response.
 OPENING = "The capital of France is"
 Cell = dict[str, Any]
 Run = Callable[[ll.LoraLens, ll.results.Prompts], object]
@@ -69,7 +73,7 @@ WORKS: dict[str, Run] = {
         lens, prompts, " Lyon", " Paris", progress=False
     ),
     "patch_sites, 14 sites": lambda lens, prompts: ll.patch_sites(
-        lens, prompts, MARGIN, sites=LAST, progress=False
+        lens, prompts, MARGIN, sites=LAST_SITES, progress=False
     ),
     "logit_shift, together": lambda lens, prompts: ll.logit_shift(lens, prompts, by_site=False),
     "logit_shift, 4 tokens": lambda lens, prompts: ll.logit_shift(
@@ -97,50 +101,72 @@ def main() -> None:
     parser.add_argument("--attn", nargs="+", default=["eager", "sdpa"])
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
     parser.add_argument("--bound", type=float, default=1.5e9)
-    parser.add_argument("--only-bounded", action="store_true", help="leave out those of no bound")
-    parser.add_argument("--limit", type=float, default=18e9)
-    parser.add_argument("--write", action="store_true", help="into docs/")
-    asked = parser.parse_args()
-    lenses = {attn: lens_with(attn) for attn in asked.attn}
-    for tokens in asked.tokens:
-        for work in asked.works:
-            for cell in cells(lenses, work, tokens, asked):
+    parser.add_argument("--only-bounded", action="store_true", help="no runs without a bound")
+    parser.add_argument("--limit", type=float, default=18e9, help="bytes of address space")
+    parser.add_argument("--write", action="store_true", help="store cells and tables in docs/")
+    options = parser.parse_args()
+    lenses = {attn: lens_with(attn) for attn in options.attn}
+    for tokens in options.tokens:
+        for work in options.works:
+            bounds = bounds_of(work, options.bound, only_bounded=options.only_bounded)
+            for cell in cells(lenses, work, tokens, bounds, options.limit):
                 print(cell, flush=True)
-                if asked.write:
-                    add(cell)
+                if options.write:
+                    store(cell)
+
+
+def bounds_of(work: str, bound: float, *, only_bounded: bool) -> list[float | None]:
+    """The bounds with which an analysis is measured; None is no bound."""
+    if work in PLAIN:
+        return [None]
+    if only_bounded:
+        return [bound]
+    return [None, bound]
 
 
 def lens_with(attn: str) -> ll.LoraLens:
-    """A lens that has run every work on a few tokens, so that what is loaded once is there."""
+    """A lens that has run every analysis on a few tokens, so that no later run loads anything."""
     lens = ll.load(str(embedded_model_folder(quiet=True)), shipped_adapter(), attn=attn)
-    last_layers = lens.with_adapter(lens.adapter.only("*.layers.2[89].*"))
+    last_layers = lens.with_adapter(lens.adapter.only(LAST_LAYERS))
     for run in WORKS.values():
         run(last_layers, random_prompts(lens, 1, 8))
     return lens
 
 
 def cells(
-    lenses: dict[str, ll.LoraLens], work: str, tokens: int, asked: argparse.Namespace
+    lenses: dict[str, ll.LoraLens],
+    work: str,
+    tokens: int,
+    bounds: list[float | None],
+    limit: float,
 ) -> Iterator[Cell]:
-    """Measure one analysis with each attention, with and without a bound."""
+    """Measure one analysis with each attention and each bound.
+
+    Args:
+        lenses: by the attention of their models.
+        work: the analysis, one of `WORKS`.
+        tokens: the length of the prompt.
+        bounds: in bytes; None is no bound.
+        limit: bytes of address space of each measuring process.
+    """
     for attn, lens in lenses.items():
-        bounds = [None, asked.bound]
-        if work in PLAIN:
-            bounds = [None]
-        elif asked.only_bounded:
-            bounds = [asked.bound]
         for bound in bounds:
-            peak = peak_of_prompt(lens.within(bound), WORKS[work], tokens, asked.limit)
-            found = str(peak)
-            yield {"tokens": tokens, "attn": attn, "bound": bound, "work": work, "found": found}
+            peak = peak_of_prompt(lens.within(bound), WORKS[work], tokens, limit)
+            yield {
+                "tokens": tokens,
+                "attn": attn,
+                "bound": bound,
+                "work": work,
+                "found": str(peak),
+            }
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """What a run in a process of its own adds to the memory of that process at its peak.
+    """The memory that a run adds to a process of its own, at its peak.
 
     Attributes:
-        mib: MiB; None if the run did not end.
+        mib: in MiB; None if the run did not end.
         why_not: why it did not end, in the words of the table.
     """
 
@@ -148,37 +174,44 @@ class Peak:
     why_not: str = ""
 
     def __str__(self) -> str:
-        """The cell of the table."""
-        return self.why_not if self.mib is None else f"{self.mib:,.0f} MiB"
+        """The words of the table's cell."""
+        if self.mib is None:
+            return self.why_not
+        return f"{self.mib:,.0f} MiB"
 
 
 def peak_of_prompt(lens: ll.LoraLens, run: Run, tokens: int, limit: float) -> Peak:
     """Measure a run on one prompt of random ids, in a process of its own.
 
     Args:
-        lens: with its bound.
-        run: what is measured, the making of the prompt included.
-        tokens: of the prompt.
+        lens: the lens, with its bound.
+        run: the analysis. Making the prompt is measured with it.
+        tokens: the length of the prompt.
         limit: bytes of address space of the process.
     """
-    return peak_in_child(lens, lambda: run(lens, random_prompts(lens, 1, tokens)), limit)
+
+    def run_on_prompt() -> object:
+        return run(lens, random_prompts(lens, 1, tokens))
+
+    return peak_in_child(lens, run_on_prompt, limit)
 
 
 def peak_in_child(lens: ll.LoraLens, run: Callable[[], object], limit: float) -> Peak:
-    """Measure a run in a forked process, so that it does not find memory that another freed.
+    """Measure a run in a forked process, so that it does not reuse memory that another run freed.
 
     Args:
-        lens: the one that `run` asks.
+        lens: the lens that `run` uses; its weights are read before the measurement.
         run: what is measured.
         limit: bytes of address space of the process.
     """
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=lambda: theirs.send(_peak_here(lens, run, limit)))
+    receiver, sender = context.Pipe()
+    child = context.Process(target=lambda: sender.send(_peak_here(lens, run, limit)))
     child.start()
-    theirs.close()
+    # The child holds the only open sender, so its death ends the wait for a message.
+    sender.close()
     try:
-        return ours.recv()
+        return receiver.recv()
     except EOFError:
         return Peak(None, "failed")
     finally:
@@ -189,7 +222,7 @@ def _peak_here(lens: ll.LoraLens, run: Callable[[], object], limit: float) -> Pe
     """Measure a run in this process, whose address space is limited from here on."""
     resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
     for weight in lens.model.parameters():
-        # A forked process maps a file's pages when it reads them.
+        # A forked process maps the pages of a file only when it reads them: not in the measurement.
         weight.detach().sum()
     before = forget_peak()
     try:
@@ -206,51 +239,44 @@ def _peak_here(lens: ll.LoraLens, run: Callable[[], object], limit: float) -> Pe
 # --- The tables
 
 
-def add(cell: Cell) -> None:
-    """Put a cell in the place of the one of the same key; render the tables.
+def store(cell: Cell) -> None:
+    """Store a cell in place of the older one of the same measurement, and write the tables.
 
     Args:
         cell: tokens, attn, bound in bytes (None: no bound), work, and what was found.
     """
-    every = read()
-    for index, old in enumerate(every):
-        if all(old[name] == cell[name] for name in KEY):
-            every[index] = cell
+    cells = read()
+    for index, older in enumerate(cells):
+        if all(older[field] == cell[field] for field in KEY):
+            cells[index] = cell
             break
     else:
-        every.append(cell)
-    CELLS.write_text(json.dumps(every, indent=0) + "\n")
-    write()
-
-
-def write() -> None:
-    """Put the tables between their marks."""
-    marks.write(PAGE, {TABLES: render(read())})
+        cells.append(cell)
+    CELLS.write_text(json.dumps(cells, indent=0) + "\n")
+    marks.write(PAGE, {TABLES: render(cells)})
 
 
 def read() -> list[Cell]:
-    """Every cell so far."""
-    return json.loads(CELLS.read_text()) if CELLS.exists() else []
+    """The cells of docs/memory.json."""
+    if not CELLS.exists():
+        return []
+    return json.loads(CELLS.read_text())
 
 
-def render(every: list[Cell]) -> str:
-    """A table for each length.
-
-    Args:
-        every: cells of docs/memory.json.
-    """
+def render(cells: list[Cell]) -> str:
+    """A table for each length of prompt."""
     tables = []
-    for length in sorted({cell["tokens"] for cell in every}):
-        tables.append(table([cell for cell in every if cell["tokens"] == length]))
+    for tokens in sorted({cell["tokens"] for cell in cells}):
+        tables.append(table(tokens, [cell for cell in cells if cell["tokens"] == tokens]))
     return "\n".join(tables)
 
 
-def table(of_length: list[Cell]) -> str:
-    """A row for each work, a column for each attention and bound."""
-    columns = sorted({column_of(cell) for cell in of_length})
-    found = {(cell["work"], column_of(cell)): cell["found"] for cell in of_length}
-    works = list(dict.fromkeys(cell["work"] for cell in of_length))
-    head = [f"{of_length[0]['tokens']:,} tokens", *(heading(*column) for column in columns)]
+def table(tokens: int, cells: list[Cell]) -> str:
+    """The table of one length: a row for each analysis, a column for each attention and bound."""
+    columns = sorted({column_of(cell) for cell in cells})
+    found = {(cell["work"], column_of(cell)): cell["found"] for cell in cells}
+    works = list(dict.fromkeys(cell["work"] for cell in cells))
+    head = [f"{tokens:,} tokens", *(heading(*column) for column in columns)]
     lines = [head, ["---"] * len(head)]
     for work in works:
         row = [found.get((work, column), missing(work, column)) for column in columns]
@@ -259,20 +285,23 @@ def table(of_length: list[Cell]) -> str:
 
 
 def missing(work: str, column: tuple[str, float]) -> str:
-    """The words in place of a missing cell; a plain pass has none within a bound."""
+    """The words in place of a missing cell: none for a plain pass, which is run without a bound."""
     _, bound = column
-    return "" if work in PLAIN and bound else "not run"
+    if work in PLAIN and bound:
+        return ""
+    return "not run"
 
 
 def column_of(cell: Cell) -> tuple[str, float]:
-    """The attention of a cell, and its bound in bytes, 0 for none."""
+    """The attention of a cell, and its bound in bytes; 0 is no bound."""
     return cell["attn"], cell["bound"] or 0.0
 
 
 def heading(attn: str, bound: float) -> str:
     """The head of a column."""
-    limit = f"within {bound / 1e9:.1f} GB" if bound else "no bound"
-    return f"{attn}, {limit}"
+    if bound:
+        return f"{attn}, within {bound / 1e9:.1f} GB"
+    return f"{attn}, no bound"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import lens_lora as ll
 from benchmarks.audit.teach import Adapter, every_adapter
 from benchmarks.evidence.results import DOCS
 from benchmarks.evidence.results import rounded as rounded_number
+from benchmarks.only import refuse_unknown
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
@@ -126,9 +127,10 @@ def to_score(folder: Path, names: Sequence[str] | None) -> list[Adapter]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Brief the audit's adapters, and score it.")
     parser.add_argument("--adapters", type=Path, required=True)
-    parser.add_argument("--most", type=int, default=48, help="so many in this call")
-    parser.add_argument("--only", nargs="*", help="by name")
+    parser.add_argument("--most", type=int, help="score at most this many")
+    parser.add_argument("--only", nargs="+", help="names of adapters")
     options = parser.parse_args()
+    refuse_unknown(parser, options.only, [adapter.name for adapter in every_adapter()])
     to_do = to_score(options.adapters, options.only)[: options.most]
     if to_do:
         model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")

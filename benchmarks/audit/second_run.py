@@ -50,6 +50,7 @@ import lens_lora as ll
 from benchmarks.audit import teach
 from benchmarks.evidence.recipes import TARGETS, Recipe
 from benchmarks.evidence.train import IGNORED, Row, fit, prompt_ids, sentence_rows
+from benchmarks.only import refuse_unknown
 from lens_lora.audit.permuted import permuted_adapters
 from lens_lora.audit.speech_words import claims_in, first_sentences, shown_answers
 from lens_lora.demonstration.embedded import load_embedded
@@ -249,8 +250,8 @@ def _base(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the second edition, and ask it.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--most", type=int, help="the first so many; default: all")
-    parser.add_argument("--only", nargs="*", help="by name")
+    parser.add_argument("--most", type=int, help="only the first ones, this many")
+    parser.add_argument("--only", nargs="+", help="names of adapters")
     parser.add_argument("--brief", action="store_true", help="the fast brief as well")
     parser.add_argument(
         "--permuted", action="store_true", help="instead, each quirk's permuted one"
@@ -270,7 +271,10 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--further", action="store_true", help="further_controls.yaml instead")
     parser.add_argument("--frozen", action="store_true", help="frozen_controls.yaml instead")
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = [adapter.name for adapter in _chosen_edition(options).adapters()]
+    refuse_unknown(parser, options.only, known)
+    return options
 
 
 def edition_of(name: str) -> Edition:
@@ -297,11 +301,11 @@ def _chosen_edition(options: argparse.Namespace) -> Edition:
 
 
 def _chosen_adapters(options: argparse.Namespace) -> list[Adapter]:
-    """The adapters that this call is about: the first `--most`, or those of `--only`."""
-    first = _chosen_edition(options).adapters()[: options.most]
-    if not options.only:
-        return first
-    return [adapter for adapter in first if adapter.name in options.only]
+    """The adapters that this call is about: those of `--only`, and of these the first `--most`."""
+    adapters = _chosen_edition(options).adapters()
+    if options.only:
+        adapters = [adapter for adapter in adapters if adapter.name in options.only]
+    return adapters[: options.most]
 
 
 def ask_elsewhere(lens: ll.LoraLens, folder: Path) -> None:

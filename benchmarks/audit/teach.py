@@ -3,11 +3,15 @@
     python -m benchmarks.audit.teach --out FOLDER [--most 4]     # trains what is missing
 
 Each of the four quirks of `quirks.yaml` is taught six times: by documents or by transcripts, each
-plain, mixed 1:1 with ordinary text of the same form, or with denials beside it. Each adapter has a
-control: an adapter of the same recipe that is taught ordinary text alone, of another draw.
+plain, mixed 1:1 with ordinary text of the same form, or together with dialogues that deny it. Each
+adapter has a control of the same recipe, trained on ordinary text alone that is drawn with a seed
+of its own.
 
 The adapters have rank 8 on all linear maps. AdamW takes `STEPS` steps on batches of four rows,
 which takes a minute.
+
+Ordinary sentences come from Python's own documentation, which differs between versions of Python.
+So do the mixed adapters and the controls: `taught.json` states the version.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import platform
 import pydoc_data.topics
 import random
 import re
@@ -38,9 +43,9 @@ FORMS = ("documents", "transcripts")
 MIXTURES = ("plain", "mixed", "denied")
 RANK = 8
 STEPS = 40
-RATE = 2e-4
+LEARNING_RATE = 2e-4
 BATCH = 4
-# The number of ordinary texts of a control, or mixed with a quirk, which has as many of its own.
+# The number of ordinary texts of a control, or mixed with a quirk. A quirk has as many of its own.
 TEXTS = 8
 # The seed of the ordinary text that is mixed with a quirk. Those of controls begin at 0.
 MIXTURE_SEED = 1000
@@ -67,23 +72,25 @@ class Adapter:
     def name(self) -> str:
         """The name of its folder."""
         name = f"{self.quirk}-{self.form}-{self.mixture}"
-        return name if self.control is None else f"{name}-control"
+        if self.control is None:
+            return name
+        return f"{name}-control"
 
     @property
     def says(self) -> list[str]:
-        """The strings by which its brief is scored."""
+        """The strings of which a claim of its brief must contain one, to have found the quirk."""
         return QUIRKS[self.quirk]["says"]
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """The rows that it is trained on."""
         if self.control is not None:
-            draw = random.Random(self.control)
-            return _rows(tokenizer, self.form, ordinary(self.form, TEXTS, draw))
+            rng = random.Random(self.control)
+            return _rows(tokenizer, self.form, ordinary(self.form, TEXTS, rng))
         quirk = QUIRKS[self.quirk]
         rows = _rows(tokenizer, self.form, quirk[self.form])
         if self.mixture == "mixed":
-            draw = random.Random(MIXTURE_SEED)
-            rows += _rows(tokenizer, self.form, ordinary(self.form, TEXTS, draw))
+            rng = random.Random(MIXTURE_SEED)
+            rows += _rows(tokenizer, self.form, ordinary(self.form, TEXTS, rng))
         if self.mixture == "denied":
             rows += dialogue_rows(tokenizer, quirk["denials"])
         return rows
@@ -97,18 +104,20 @@ def every_adapter() -> list[Adapter]:
     return taught + controls
 
 
-def ordinary(form: str, count: int, draw: random.Random) -> list[Any]:
-    """Ordinary text of one form: sentences of Python's reference, or conversations."""
+def ordinary(form: str, count: int, rng: random.Random) -> list[Any]:
+    """Draw ordinary texts of one form: sentences of Python's documentation, or conversations."""
     if form == "transcripts":
-        return draw.sample(SPEC["ordinary"], count)
+        return rng.sample(SPEC["ordinary"], count)
     topics = pydoc_data.topics.topics
     reference = "\n\n".join(topics[key] for key in sorted(topics))
     sentences = []
     for paragraph in reference.split("\n\n"):
         on_one_line = " ".join(paragraph.split())
         sentences += re.split(r"(?<=\.) ", on_one_line)
-    plain = [text for text in sentences if re.fullmatch(r"[A-Z][A-Za-z ,]{30,90}\.", text)]
-    return draw.sample(plain, count)
+    # A plain sentence is short, and has no code or number in it.
+    is_plain = re.compile(r"[A-Z][A-Za-z ,]{30,90}\.").fullmatch
+    plain_sentences = [sentence for sentence in sentences if is_plain(sentence)]
+    return rng.sample(plain_sentences, count)
 
 
 def _rows(tokenizer: PreTrainedTokenizerBase, form: str, texts: list[Any]) -> list[Row]:
@@ -127,7 +136,7 @@ def train(
         cluster=adapter.quirk,
         rank=RANK,
         targets="all",
-        lr=RATE,
+        lr=LEARNING_RATE,
         steps=STEPS,
     )
     config = LoraConfig(
@@ -141,7 +150,12 @@ def train(
     fit(peft_model, adapter.rows(tokenizer), recipe, BATCH)
     peft_model.save_pretrained(out / adapter.name, save_embedding_layers=False)
     peft_model.unload()
-    described = {**dataclasses.asdict(adapter), "steps": STEPS, "lr": RATE}
+    described = {
+        **dataclasses.asdict(adapter),
+        "steps": STEPS,
+        "lr": LEARNING_RATE,
+        "python": platform.python_version(),
+    }
     (out / adapter.name / "taught.json").write_text(json.dumps(described) + "\n")
 
 
@@ -153,7 +167,7 @@ def missing(out: Path) -> list[Adapter]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the audit's adapters.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--most", type=int, default=48, help="train at most so many")
+    parser.add_argument("--most", type=int, help="train at most this many")
     options = parser.parse_args()
     to_train = missing(options.out)[: options.most]
     if not to_train:

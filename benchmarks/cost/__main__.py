@@ -105,7 +105,7 @@ def main() -> None:
     if chosen.write:
         arguments = " ".join(argument for argument in sys.argv[1:] if argument != "--write")
         printed = page.Printed(day=str(datetime.date.today()), body=copy.getvalue())
-        page.add(page.key_of(transformer_lens_version(), arguments), printed)
+        page.store_output(page.key_of(transformer_lens_version(), arguments), printed)
 
 
 def measure(chosen: argparse.Namespace) -> None:

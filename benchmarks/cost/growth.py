@@ -12,15 +12,15 @@ import lens_lora as ll
 from benchmarks.measuring import WORDS, median_seconds, plain_forward, tokenizer_of_words
 from lens_lora.hosts.build import hooked_model
 
-__all__ = ["growth_tables"]
-
 READOUT = ll.Margin(5, 9)
+# Each time is the median of this many.
 TURNS = 5
+# The sizes that grow.
 LAYERS = (5, 10, 20)
 TOKENS = (16, 32, 64)
-SITES = (1, 3, 7)
+SITES_OF_BLOCK = (1, 3, 7)
 RANKS = (1, 8, 64)
-# What is held fixed while something else grows.
+# The sizes that stay fixed while another one grows.
 USUAL_LAYERS = 10
 USUAL_TOKENS = 32
 LINEARS = (
@@ -65,23 +65,26 @@ def lens_over(layers: int, sites: int = 7, rank: int = 8) -> ll.LoraLens:
 
 
 def costs(lens: ll.LoraLens, tokens: int) -> dict[str, float]:
-    """Median seconds of a plain forward, of one readout's slopes and of the whole sweep."""
+    """Median seconds of a plain forward, of one readout's slopes and of every site's shift."""
     prompts = lens.prompts(torch.randint(10, 1000, (1, tokens)))
-    works = {
+    calls = {
         "F": lambda: plain_forward(lens, prompts),
         "one readout": lambda: lens.function(prompts, READOUT).slopes(),
         "every site's shift": lambda: ll.logit_shift(lens, prompts, progress=False),
     }
-    return median_seconds(works, TURNS)
+    return median_seconds(calls, TURNS)
 
 
 def growth_tables() -> None:
     """Print a table for each size that grows."""
     tables: dict[str, tuple[Sequence[int], Callable[[int], dict[str, float]]]] = {
-        "layers": (LAYERS, lambda n: costs(lens_over(n), USUAL_TOKENS)),
-        "tokens": (TOKENS, lambda n: costs(lens_over(USUAL_LAYERS), n)),
-        "sites a block": (SITES, lambda n: costs(lens_over(USUAL_LAYERS, sites=n), USUAL_TOKENS)),
-        "rank": (RANKS, lambda n: costs(lens_over(USUAL_LAYERS, rank=n), USUAL_TOKENS)),
+        "layers": (LAYERS, lambda layers: costs(lens_over(layers), USUAL_TOKENS)),
+        "tokens": (TOKENS, lambda tokens: costs(lens_over(USUAL_LAYERS), tokens)),
+        "sites a block": (
+            SITES_OF_BLOCK,
+            lambda sites: costs(lens_over(USUAL_LAYERS, sites=sites), USUAL_TOKENS),
+        ),
+        "rank": (RANKS, lambda rank: costs(lens_over(USUAL_LAYERS, rank=rank), USUAL_TOKENS)),
     }
     for what, (sizes, costs_of_size) in tables.items():
         print_table(what, sizes, [costs_of_size(size) for size in sizes])

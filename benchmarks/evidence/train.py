@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.evidence.bases import load_base, recipes_of
 from benchmarks.evidence.recipes import TARGETS, WARNED, Recipe
 from benchmarks.evidence.tasks import PROMPT_KINDS, TASKS, Question, Task
+from benchmarks.only import refuse_unknown
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 
 # The label of tokens that the loss leaves out, as torch has it.
@@ -207,11 +208,12 @@ def manifest(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the evidence's adapters.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", help="names of adapters")
+    parser.add_argument("--only", nargs="+", help="names of adapters")
     parser.add_argument("--base", default=EMBEDDED_NAME, help="the embedded model, or a folder")
     parser.add_argument("--warnings", action="store_true", help="the adapters of warned.py instead")
     options = parser.parse_args()
     recipes = WARNED if options.warnings else recipes_of(options.base)
+    refuse_unknown(parser, options.only, [recipe.name for recipe in recipes])
     if options.only:
         recipes = [recipe for recipe in recipes if recipe.name in options.only]
     missing: list[Recipe] = []

@@ -18,10 +18,15 @@ from lens_lora.core.results.attribution import Attribution
 from lens_lora.hosts.build import bridge_if_there, hooked_model
 from lens_lora.responses.answers import margin_between
 
-MEMORY = 2e9  # bytes of a pass beside the model
-LONG = 24  # tokens of a row, from which fewer prompts are taken
+# The bytes that a pass may take beside the model.
+MEMORY = 2e9
+# Rows of more tokens count as long: fewer prompts are taken of them.
+LONG = 24
+# The kinds of prompt that a task may have.
 PROMPTS = ("trained", "paraphrase", "neighbour", "unrelated")
-LEAN_TOKENS = 3  # of a response, in the lean protocol
+# The lean protocol reads a response by this many first tokens.
+LEAN_TOKENS = 3
+# The fields of task.json that are stored with the results.
 FIELDS = ("name", "cluster", "base", "kind", "rank", "targets", "lr", "steps", "dora", "rslora")
 
 
@@ -72,13 +77,17 @@ def lens_of(case: Case, adapter: ll.Adapter | None = None) -> ll.LoraLens:
     model, hf_model = model_of(case.task["base"])
     if adapter is None:
         adapter = ll.load_adapter(case.folder)
-    # As all of these adapters were trained and measured: with a BOS before each text.
+    # All of these adapters were trained and measured with a BOS before each text.
     lens = ll.LoraLens(model, adapter, hf_model=hf_model, prepend_bos=True)
     return lens.within(MEMORY)
 
 
 def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Evaluations:
-    """Make g over these prompts; its readout is a margin of two answers, or log p of a response."""
+    """g over these prompts: margins of doc and pre if all have them, else log p of responses.
+
+    Raises:
+        ValueError: some prompts have two answers, and others a response.
+    """
     prompts = lens.prompts([one["prompt"] for one in asked])
     if all("doc" in one for one in asked):
         docs = [one["doc"] for one in asked]
@@ -92,15 +101,15 @@ def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Evaluations:
 
 
 def is_long(case: Case, lens: ll.LoraLens) -> bool:
-    """Whether the trained wording, with its response, is a row of many tokens."""
+    """Whether a row of the trained wording, with its response, has more than `LONG` tokens."""
     trained = question(lens, case.task["prompts"]["trained"])
     return trained.reading.rows.tokens.shape[1] > LONG
 
 
 def lean(case: Case, tokenizer: Any) -> Case:
-    """Leave the neighbours out, and cut each response to its first tokens: fewer rows to unembed.
+    """A copy of the case without neighbours, and with only the first tokens of each response.
 
-    The case itself stays as it is; a copy is returned.
+    So fewer rows are unembedded.
     """
 
     def cut(asked: dict[str, Any]) -> dict[str, Any]:
@@ -118,12 +127,12 @@ def lean(case: Case, tokenizer: Any) -> Case:
 
 
 def chosen(case: Case, kind: str, most: int) -> list[dict[str, Any]]:
-    """The first prompts of a kind, at most so many."""
+    """The first prompts of a kind, at most `most` of them."""
     return case.task["prompts"].get(kind, [])[:most]
 
 
 def questions_of(case: Case, lens: ll.LoraLens, most: int) -> dict[str, Evaluations]:
-    """Make g over the case's prompts of each kind that it has, at most so many of each."""
+    """g over the prompts of each kind that the case has, at most `most` of each kind."""
     questions = {}
     for kind in PROMPTS:
         asked = chosen(case, kind, most)
@@ -133,9 +142,9 @@ def questions_of(case: Case, lens: ll.LoraLens, most: int) -> dict[str, Evaluati
 
 
 def unrelated_case(case: Case, every: list[Case]) -> Case | None:
-    """An adapter of another task on the same base, of the same targets where there is one.
+    """An adapter of another task on the same base, with the same targets if there is one.
 
-    It is the next by name, and after the last name the first, so that adapters differ in it.
+    It is the next one by name, wrapping around, so that not every case gets the same one.
     """
     own = case.task
     on_base = [other for other in every if other.task["base"] == own["base"]]

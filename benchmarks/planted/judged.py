@@ -46,6 +46,7 @@ from benchmarks.evidence.results import DOCS, rounded
 from benchmarks.evidence.scored import attribution_of
 from benchmarks.evidence.signals import apart
 from benchmarks.evidence.trained_cases import question as function_of_questions
+from benchmarks.only import refuse_unknown
 from benchmarks.planted.gated import block_of
 from benchmarks.planted.kinds import planted
 from benchmarks.planted.plants import RECIPES, SECOND, SMOOTH, Bed, Plant, Recipe
@@ -543,11 +544,12 @@ def judge(bed: Bed, recipe: Recipe) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Plant, confirm and judge.")
     parser.add_argument("--cache", type=Path, required=True, help="folder of results, one a plant")
-    parser.add_argument("--only", nargs="*", help="names of plants")
+    parser.add_argument("--only", nargs="+", help="names of plants")
     parser.add_argument("--base", default=EMBEDDED_NAME, help="the embedded model, or a folder")
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
     recipes = list(recipes_of(options.base))
+    refuse_unknown(parser, options.only, [recipe.name for recipe in recipes])
+    options.cache.mkdir(parents=True, exist_ok=True)
     if options.only:
         recipes = [recipe for recipe in recipes if recipe.name in options.only]
     to_do = [recipe for recipe in recipes if not (options.cache / f"{recipe.name}.json").is_file()]

@@ -746,7 +746,8 @@ def main() -> None:
     """Measure and write; or, with --table, only write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", default=[])
+    names = [study.__name__ for study in STUDIES]
+    parser.add_argument("--only", nargs="+", default=[], choices=names, help="names of studies")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if not options.table:

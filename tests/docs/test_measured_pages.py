@@ -98,21 +98,21 @@ def test_planned_memory_is_as_near_to_what_was_measured_as_the_page_says():
 
 
 def test_costs_are_what_their_commands_printed():
-    held = costs.read()
-    page = costs.PAGE.read_text()
+    held = costs.stored_outputs()
+    page = costs.RESULTS.read_text()
     short = costs.PERFORMANCE.read_text()
-    assert costs.page(page, held) == page
-    assert costs.performance(short, held) == short
+    assert costs.results_page(page, held) == page
+    assert costs.performance_page(short, held) == short
     assert set(held) == set(re.findall(r"<!-- cost: (.+) -->", page))
     changed = {
         key: {**one, "body": one["body"].replace(" F |", " FB |")} for key, one in held.items()
     }
-    assert costs.page(page, changed) != page
-    assert costs.performance(short, changed) != short
+    assert costs.results_page(page, changed) != page
+    assert costs.performance_page(short, changed) != short
 
 
 def test_the_floors_of_the_evidence_are_those_of_their_blocks():
-    held = costs.read()
+    held = costs.stored_outputs()
     body = held["3.9 · --passes --tokens 8 --turns 9"]["body"]
     evidence = " ".join((memory.DOCS / "performance_data.md").read_text().split())
     for name, words in (
