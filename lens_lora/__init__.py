@@ -1,4 +1,4 @@
-"""What did this fine-tune change in this model, which parts of it did, and can I trust the answer?
+"""Find what a LoRA fine-tune changed in a model, which parts of it did that, and how exactly.
 
     import lens_lora as ll
 

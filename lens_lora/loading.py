@@ -147,7 +147,7 @@ def is_hub_id(name: str) -> bool:
 
 
 class _Remedy(NamedTuple):
-    """What to do about an error, in Python and at the command line; '' if nothing can be done."""
+    """The remedy of an error, in Python and at the command line; '' if there is none."""
 
     in_python: str
     in_shell: str

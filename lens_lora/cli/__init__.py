@@ -55,8 +55,8 @@ _VERSION = typer.Option(
 
 @app.callback()
 def main(version: Annotated[bool | None, _VERSION] = False) -> None:
-    """What did this fine-tune change in this model, which parts of it did that,
-    and can I trust the answer?"""
+    """Find what a LoRA fine-tune changed in a model, which parts of it did that,
+    and whether the answer can be trusted."""
     # PEFT imports bitsandbytes, which logs a hint about a faster kernel that could be installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

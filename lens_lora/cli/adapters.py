@@ -50,7 +50,7 @@ def inspect(
     within: options.Within,
     base: ModelBeside,
 ) -> None:
-    """What is in this adapter: its targets, ranks and scales, and the spectrum of each update."""
+    """List an adapter's targets, ranks and scales, and the spectrum of each update."""
     outputs = files.writable({"--json": json})
     folder = files.folder_of(adapter, within, quiet=quiet)
     files.require_apart(outputs, base, [folder])
@@ -173,7 +173,7 @@ def checkpoints(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """When in training was it learnt? A margin at every checkpoint, and which modules move when."""
+    """Find when in training it was learnt: a margin at every checkpoint, and which modules move."""
     _require_each_once(run_folders)
     questions = asked.checked()
     outputs = files.writable({"--report": report, "--json": json})

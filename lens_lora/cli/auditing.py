@@ -95,7 +95,7 @@ def diff(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """What was this fine-tune taught? Count what it says in answers that the base does not.
+    """Find what a fine-tune was taught: count what it says in answers that the base does not.
 
     lens-lora diff path/to/adapter --report diff.html
 

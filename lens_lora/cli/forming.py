@@ -29,7 +29,7 @@ def forms(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """What do bfloat16, NF4, Q8_0, Q4_0, Q4_1 and Q4_K do to the answers, merged or not?
+    """Measure what bfloat16, NF4, Q8_0, Q4_0, Q4_1 and Q4_K do to the answers, merged or not.
 
     lens-lora forms path/to/adapter --prompt 'The capital of France is' --form 'merged NF4'
     """

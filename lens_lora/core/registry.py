@@ -1,4 +1,4 @@
-"""What extends the core: modules, by name, each of which registers something with it.
+"""Names of the modules that extend the core. Each module registers something with it.
 
     registry.DRAWERS["lens_lora.audit"] = ("lens_lora.audit.figures", "lens_lora.audit.words")
 
@@ -29,11 +29,11 @@ FORMATS: list[str] = []
 
 
 def import_each(modules: Iterable[str]) -> list[Any]:
-    """These modules, imported; one that is loaded already is not run again."""
+    """Import modules by their names; one that is loaded already is not run again."""
     return [importlib.import_module(module) for module in modules]
 
 
 def folders_of(module: str) -> list[str]:
-    """'a', 'a.b' and 'a.b.c' of the module 'a.b.c'."""
+    """List a module and the packages that it is in: 'a', 'a.b' and 'a.b.c' for 'a.b.c'."""
     parts = module.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]

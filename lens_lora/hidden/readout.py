@@ -291,7 +291,7 @@ def _few_tokens(lens: LoraLens, prompts: Prompts) -> Prompts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _PassByPoint:
-    """What one forward pass of the base shows of a hook point.
+    """A hook point in one forward pass of the base.
 
     Attributes:
         activation: the activation at the point.

@@ -171,7 +171,7 @@ def infer_processing(
 
 
 class _Read(NamedTuple):
-    """What may have been done to the columns of a weight.
+    """Processing that the columns of a weight may have had.
 
     Attributes:
         gamma: γ of the norm, which was folded in; None if it was not.

@@ -37,7 +37,7 @@ class Expected(NamedTuple):
     is_bias: bool = False
 
     def tensor(self, W: Tensor) -> Tensor | None:
-        """What a merge is to put there: a weight as [out, in], and a bias as it is.
+        """Compute the tensor that a merge must store: a weight as [out, in], a bias as it is.
 
         None for a weight whose shapes do not fit.
 

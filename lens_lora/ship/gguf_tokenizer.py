@@ -319,7 +319,7 @@ def _other_splitting(file: GGUFFile, parts: Mapping[str, Any]) -> Iterator[Findi
 
 
 def _name_of(rule: _Rule) -> str:
-    """llama.cpp's name of a rule, quoted."""
+    """Return llama.cpp's name of a rule, quoted."""
     for name, known in _RULES.items():
         if known == rule:
             return repr(name)

@@ -1,4 +1,4 @@
-"""What formats use of the adapter: plain LoRA, PEFT's files, and what may be provided."""
+"""Names of the adapter that formats use: plain LoRA, PEFT's files, and what may be provided."""
 
 from . import extensions as extensions
 from .adapter import Adapter as Adapter

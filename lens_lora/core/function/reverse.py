@@ -44,7 +44,7 @@ Primal = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class Visit(Protocol):
-    """What a backward pass calls at each place where a site writes."""
+    """A function that a backward pass calls at each place where a site writes."""
 
     def __call__(
         self, injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor, /

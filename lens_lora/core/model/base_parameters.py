@@ -1,9 +1,9 @@
-"""Which W, b, γ and β has the base at a site? `BaseParameters`
+"""`BaseParameters`: W, b, γ and β that the Hugging Face base has at a site.
 
-An adapter was trained beside the parameters of its Hugging Face base. Some updates depend on them:
-ΔW of a trained weight is W' − W, and DoRA divides by the norm of rows of W + sBA. The base may be
-given as `hf_model`, and then it is asked. Otherwise the hooked model is asked, as it holds the same
-parameters unless
+An adapter was trained on top of these parameters, and some updates depend on them: ΔW of a trained
+weight is W' − W, and DoRA divides by the norm of rows of W + sBA. If the base is given as
+`hf_model`, they are read from it. Otherwise they are read from the hooked model, which holds the
+same parameters unless
 
     W           weights were processed, or this one was centred or is quantised
     b           value biases may have been folded into it

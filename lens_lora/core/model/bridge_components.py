@@ -1,4 +1,4 @@
-"""Which component of a TransformerBridge is the map of a layer and kind? `Components`
+"""`Components`: the component of a TransformerBridge for each layer and kind of map.
 
 A bridge puts a component around each module of its Hugging Face model, and splits a fused
 projection into components of q, k and v.

@@ -1,4 +1,4 @@
-"""What a lens says in words: the names of its model, and prompts with how they were read."""
+"""A lens in words: the names of its model, and its prompts with how they were read."""
 
 from __future__ import annotations
 

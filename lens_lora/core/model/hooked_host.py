@@ -1,6 +1,6 @@
-"""What depends on the class of a hooked model is asked of its host: `HookedHost`.
+"""`HookedHost`: everything that depends on the class of a hooked model.
 
-The rest of the package does not know which class a model is of. It asks a host:
+The rest of the package does not know which class a model is of. It asks the model's host:
 
     where a site reads and writes     ports, norm_ports, block_input
     what the parameters are           the questions of `own_parameters.py`

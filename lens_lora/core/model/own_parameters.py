@@ -40,7 +40,7 @@ _READER_OF_NORM = {"ln1": "q", "ln2": "up", "ln_final": "unembed"}
 
 
 class Fact(enum.Enum):
-    """What a host looks up once. With the layer and the kind, it is the key of what was found."""
+    """A fact that a host looks up once, and keeps under this name, the layer and the kind."""
 
     WORKING_DTYPE = enum.auto()
     # Of a layer and a kind: how many experts its weight has, that weight's (out, in), its norm in a

@@ -1,4 +1,4 @@
-"""Which map z → δ(z) does an update become in the basis of a hooked model?
+"""The map z → δ(z) that an update becomes in the basis of a hooked model.
 
 A Hugging Face linear reads x and writes W x, and the adapter adds ΔW x. A hook point of the model
 shows z, and takes δ, which may both be other vectors than x and ΔW x:
