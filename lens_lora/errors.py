@@ -27,12 +27,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import shlex
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 _M = TypeVar("_M", bound="_Message")
@@ -154,21 +156,46 @@ _LISTENER: ContextVar[Callable[[LensLoraWarning], None] | None] = ContextVar(
 )
 
 
-def warn(fact: str, *, remedy: str = "", in_shell: str | None = None, stacklevel: int = 2) -> None:
+# Libraries whose frames may stand between the package and the line that called it: they wrap its
+# functions (`contextlib`, `torch.no_grad`) or call its hooks.
+_LIBRARIES_BETWEEN = frozenset({"contextlib", "torch", "transformer_lens"})
+
+
+def warn(fact: str, *, remedy: str = "", in_shell: str | None = None) -> None:
     """Warn as `warnings.warn` does, or tell the listener that is there (`heard_by`).
+
+    The warning names the line outside of the package that called it, however deep inside the
+    package the warning arises.
 
     Args:
         fact: the place, and what disagrees there.
         remedy: what to do about it in Python.
         in_shell: the same at the command line, where it differs.
-        stacklevel: as of `warnings.warn`: 2 is the line that called the function that warns.
     """
     warning = LensLoraWarning(fact, remedy=remedy, in_shell=in_shell)
     listener = _LISTENER.get()
-    if listener is None:
-        warnings.warn(warning, stacklevel=stacklevel + 1)
-    else:
+    if listener is not None:
         listener(warning)
+        return
+    caller = _calling_frame()
+    warnings.warn_explicit(
+        warning,
+        category=LensLoraWarning,
+        filename=caller.f_code.co_filename,
+        lineno=caller.f_lineno,
+        module=caller.f_globals.get("__name__"),
+        registry=caller.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _calling_frame() -> FrameType:
+    """Return the innermost frame outside of the package, or the outermost if there is none."""
+    frames = [entry.frame for entry in inspect.stack(context=0)]
+    for frame in frames:
+        library = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if library != "lens_lora" and library not in _LIBRARIES_BETWEEN:
+            return frame
+    return frames[-1]
 
 
 @contextlib.contextmanager

@@ -382,7 +382,6 @@ def present_name(owner: str, former: str, names: Mapping[str, str]) -> str:
     warn(
         f"{owner}.{former} is called {owner}.{present} now, and the old name will go",
         remedy=f"write {owner}.{present}.",
-        stacklevel=4,
     )
     return present
 

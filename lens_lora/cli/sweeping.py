@@ -342,6 +342,7 @@ def scan(
     _require_parquet(out)
     part = _shard_of(shard)
     _require_whole(json, shard)
+    _require_devices_apart(base, launched_count())
     questions = asked.checked()
     files.require_place(out, "--out")
     written = files.writable({"--json": json})

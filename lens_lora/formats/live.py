@@ -85,7 +85,7 @@ def _updates_and_base(
         modules = renamed(updates, notes)
         base_name = base_of(config)
     for note in notes:
-        warn(f"{source}: {note}.", stacklevel=5)
+        warn(f"{source}: {note}.")
     return modules, base_name
 
 

@@ -237,7 +237,6 @@ def _take_own_attention(
     warn(
         f"{fact}. It was loaded with 'sdpa', so each block's attention is the model's own, and "
         "scores, patterns and rotated q and k have no hook points.",
-        stacklevel=4,
     )
 
 

@@ -244,7 +244,7 @@ class Store:
     # --- What is reported
 
     def warn_of_bad_records(
-        self, bad: Iterable[tuple[Any, Any]], n_bad: int, n_records: int, level: int
+        self, bad: Iterable[tuple[Any, Any]], n_bad: int, n_records: int
     ) -> None:
         """Warn of records without numbers, and name the first of them.
 
@@ -252,25 +252,20 @@ class Store:
             bad: (id, error) of each of these records.
             n_bad: the number of these records.
             n_records: the number of all records.
-            level: the `stacklevel` of `warnings.warn`.
         """
         if n_bad:
             first = itertools.islice(bad, _LISTED)
             listed = [f"{identity!r}: {error}" for identity, error in first]
             fact = f"{n_bad} of {n_records} records have no numbers (column 'error'):"
-            warn(self._list(fact, listed, n_bad), stacklevel=level + 1)
+            warn(self._list(fact, listed, n_bad))
 
-    def warn_of_damaged_parts(self, level: int) -> None:
-        """Warn of parts that could not be read, and name the first of them.
-
-        Args:
-            level: the `stacklevel` of `warnings.warn`.
-        """
+    def warn_of_damaged_parts(self) -> None:
+        """Warn of parts that could not be read, and name the first of them."""
         count = len(self.damaged)
         if count:
             damages = [f"{path}: {reason}" for path, reason in self.damaged.items()]
             fact = f"{count} files of finished records could not be read, and are run again:"
-            warn(self._list(fact, damages[:_LISTED], count), stacklevel=level + 1)
+            warn(self._list(fact, damages[:_LISTED], count))
 
     def _list(self, fact: str, listed: Sequence[str], count: int) -> str:
         more = [f"… and {count - _LISTED} more"] if count > _LISTED else []

@@ -148,7 +148,8 @@ def verify_served(
     if not told:
         unread = Check(SERVED, "undecided", "no text was read as the adapter's tokenizer reads it")
         return _result(lens, server, rows, UNREAD, (reading, unread))
-    comparison = compared(ServedTokens(lens, told), dtype, others, progress)
+    tokens = ServedTokens(lens, told, progress=progress)
+    comparison = compared(tokens, dtype, others, progress)
     checks = (reading, _served_check(comparison, dtype))
     return _result(lens, server, rows, comparison, checks)
 

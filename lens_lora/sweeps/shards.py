@@ -145,7 +145,7 @@ def gathered(out: Path, planned: Sequence[PlannedShard]) -> SweepResult:
         store.remove()
         asked = AskedReadout(about["label"], about["units"])
         result = result_of(store, sites, about["meta"], analyses, 0, asked)
-    store.warn_of_bad_records(result.errors, len(result.errors), len(rows), level=3)
+    store.warn_of_bad_records(result.errors, len(result.errors), len(rows))
     return result
 
 

@@ -103,8 +103,8 @@ def token_sweep(
     if processes.is_main:
         if file.errors:
             bad = file.bad()[["id", "error"]].itertuples(index=False)
-            store.warn_of_bad_records(bad, file.errors, file.texts, level=3)
-        store.warn_of_damaged_parts(level=3)
+            store.warn_of_bad_records(bad, file.errors, file.texts)
+        store.warn_of_damaged_parts()
     return file
 
 

@@ -200,8 +200,8 @@ def sweep(
         else:
             result = _finished_shard(store, part, len(counted), resumed, checked)
     if part is not None or processes.is_main:
-        store.warn_of_bad_records(result.errors, len(result.errors), len(rows), level=2)
-        store.warn_of_damaged_parts(level=2)
+        store.warn_of_bad_records(result.errors, len(result.errors), len(rows))
+        store.warn_of_damaged_parts()
     return result
 
 

@@ -101,11 +101,16 @@ def test_an_argument_that_cannot_be_used_is_refused_first(
     assert words in refusal(*command)
 
 
+# The commands that run on several processes, each with a model of its own.
+ON_SEVERAL_PROCESSES = {"sweep": SWEEP, "scan": ["scan", NOWHERE, *ASKED]}
+
+
+@pytest.mark.parametrize("command", ON_SEVERAL_PROCESSES.values(), ids=ON_SEVERAL_PROCESSES)
 def test_a_device_map_for_several_processes_is_refused_first(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--device-map and 2 processes" in refusal(*SWEEP, "--device-map", "auto")
+    assert "--device-map and 2 processes" in refusal(*command, "--device-map", "auto")
 
 
 # Each command that has an option whose value is a number with a fraction.

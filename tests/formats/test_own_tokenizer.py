@@ -17,6 +17,7 @@ from typing import Any
 import chats
 import models
 import pytest
+import shapes
 import torch
 from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
@@ -283,6 +284,32 @@ def test_a_lens_over_a_hooked_model_warns_once(folders):
         with_adapter = ll.load(base, lora)
         with_adapter.prompts("w7")
         ll.LoraLens(with_adapter.model, plain).prompts("w7")
+
+
+def tokenise_only(lens: ll.LoraLens) -> None:
+    """Read a string by a method of the lens."""
+    lens.prompts("w5")
+
+
+def tokenise_within_an_analysis(lens: ll.LoraLens) -> None:
+    """Read a string deep inside an analysis."""
+    ll.logit_shift(lens, "w5", **QUIET)
+
+
+@pytest.mark.parametrize("call", [tokenise_only, tokenise_within_an_analysis])
+def test_the_warning_names_the_line_that_called_the_package(folders, call):
+    """The caller can find the line to change, however deep in the package the string is read."""
+    base, lora = folders
+    trained_with(base_tokenizer()).save_pretrained(lora)
+    adapter = ll.load_adapter(lora)
+    model = ll.load(base, ll.Adapter(adapter.modules)).model
+    lens = ll.LoraLens(model, adapter, prepend_bos=False)
+    with pytest.warns(UserWarning, match="saved with the adapter differs") as caught:
+        call(lens)
+    (warning,) = [entry for entry in caught if "saved with" in str(entry.message)]
+    if not shapes.CHECKED:  # which has a frame of its own around each call
+        line_of_the_call = call.__code__.co_firstlineno + 2
+        assert (warning.filename, warning.lineno) == (__file__, line_of_the_call)
 
 
 # --- commands

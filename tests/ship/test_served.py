@@ -734,6 +734,17 @@ def test_every_pass_over_served_tokens_shows_a_bar_or_none(shipment, capsys, is_
         assert ("log-probabilities" in capsys.readouterr().err) == is_shown, name
 
 
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_verification_shows_a_bar_of_its_passes_or_none(shipment, capsys, is_shown: bool):
+    """A right server: the only passes are those of the base and of the adapted model."""
+    out = shipment(family="llama")
+    engine = Engine(adapted(out), models.tokenizer())
+    lens = lens_of(out)
+    capsys.readouterr()
+    assert verified(lens, engine, progress=is_shown).outcome == "passed"
+    assert ("log-probabilities" in capsys.readouterr().err) == is_shown
+
+
 def test_of_two_that_agree_equally_well_the_likelier_is_named():
     """llama.cpp without the adapter: the base, and the adapter at 0.1, are both off by rounding."""
     base = served_comparison._Fit("the base", residual=0.1030, along=1.0, left=0.1)

@@ -179,7 +179,6 @@ def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
         "whose path contains another adapter's name.",
         remedy=f"Compare with the model that was trained: {trained}.",
         in_shell=f"In Python, save the model that was trained: {trained}.save(folder).",
-        stacklevel=4,
     )
 
 

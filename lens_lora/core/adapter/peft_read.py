@@ -56,7 +56,7 @@ def read_folder(folder: Path, config: PeftConfig) -> tuple[dict[str, ModuleUpdat
         modules = renamed(updates, notes)
         base = base_of(config)
     for note in notes:
-        warn(f"{folder}: {note}.", stacklevel=3)
+        warn(f"{folder}: {note}.")
     peft_files.warn_of_cuts(folder, config, updates)
     return modules, base
 

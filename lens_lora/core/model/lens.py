@@ -54,13 +54,8 @@ from lens_lora.spans import Temporary
 if TYPE_CHECKING:
     from lens_lora.core import Function
 
-
 # The public attributes that `__init__` sets; all others are properties.
 _SET_WHEN_MADE = ("model", "adapter", "prepend_bos", "base_note")
-
-# The line that called a public method, as a `stacklevel` of a warning by `_warn_of_base` in it:
-# `@alone` puts two frames of its own between them.
-_CALLER = 5
 
 
 class LoraLens(AdaptedModel):
@@ -147,7 +142,7 @@ class LoraLens(AdaptedModel):
         self.base_note: str = ""
         if not is_stand_in:
             self.base_note = extensions.note_on_base(self, is_refused=is_checked)
-            self._warn_of_base(_CALLER)
+            self._warn_of_base()
 
     # --- What is checked when a lens is made
 
@@ -186,9 +181,9 @@ class LoraLens(AdaptedModel):
             self.model, self._hf_model, adapter, done, eps=lambda: self.eps, probe=probe
         )
 
-    def _warn_of_base(self, stacklevel: int) -> None:
+    def _warn_of_base(self) -> None:
         if self.base_note:
-            errors.warn(self.base_note, stacklevel=stacklevel)
+            errors.warn(self.base_note)
 
     def _run_once(self) -> None:
         """Run the model on eight tokens, and measure its precision if it is not known.
@@ -240,7 +235,7 @@ class LoraLens(AdaptedModel):
             extensions.require_own_parameters(self.model, adapter)
         if adapter.base_model not in (None, self.adapter.base_model):
             other.base_note = extensions.note_on_names(adapter.base_model, self.base_names)
-            other._warn_of_base(_CALLER)
+            other._warn_of_base()
         if check and self._probed is not None:
             other._probed = self._probed_with(adapter, self._probed)
             self._probed = other._probed

@@ -41,5 +41,4 @@ def note_other_tokenizer(model: Any, adapter: Adapter) -> None:
             f"model's, by which prompts are read: {'; '.join(differing)}.",
             remedy="ll.load(base, adapter) reads prompts by the adapter's.",
             in_shell="",
-            stacklevel=4,
         )
