@@ -1,4 +1,7 @@
-"""Commands about adapters as a whole: `inspect`, `diff`, `compare`, `checkpoints`, `repair`."""
+"""The commands about adapters as a whole: `inspect`, `compare`, `checkpoints` and `repair`.
+
+Each command checks its options first, then reads files, and only then loads a model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from lens_lora.errors import ArgumentError, many, setting
 from lens_lora.formats.folders import checkpoint_folders, stated_fields
 
 if TYPE_CHECKING:
-    # Prompts, and the readout of their margin.
+    # Some prompts, and the readout that gives their margin.
     _Margin = tuple[ll.results.Prompts, ll.Readout]
 
 # An option that names a file to write.
@@ -91,7 +94,7 @@ def compare(
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
-    """Are two adapters the same change? Their weights site by site, and what both do on texts.
+    """Compare two adapters: their weights site by site, and what both do on texts.
 
     lens-lora compare path/to/one path/to/other
     """
@@ -130,13 +133,13 @@ def _comparison_story(comparison: ll.results.AdapterComparison, nulls: int) -> s
         comparison: the comparison of both.
         nulls: how many adapters in random directions they were compared with.
     """
-    one, two = comparison.names
+    names = " and ".join(comparison.names)
     shared = many(len(comparison.sites), "site")
-    story = [f"{one} and {two} both change {shared}."]
+    story = [f"{names} both change {shared}."]
     cosine = comparison.summary().loc["cosine of ΔW"]
     likeness = f"Their changes of weights have a cosine of {_cosine_text(cosine['value'])}"
     if nulls:
-        # It is rounded up, since for random directions it may be 0.0001.
+        # The bound is rounded up: for random directions it may be as small as 0.0001.
         bound = _cosine_text(math.ceil(100 * cosine["null 97.5%"]) / 100)
         likeness += f"; of 97.5 % of adapters in random directions it is at most {bound}"
     story.append(f"{likeness} (1 is the same change, 0 nothing in common).")
@@ -177,19 +180,22 @@ def checkpoints(
     _require_each_once(run_folders)
     questions = asked.checked()
     outputs = files.writable({"--report": report, "--json": json})
-    found = [checkpoint_folders(run, within.revision, within.subfolder) for run in run_folders]
-    runs = _runs_by_name(run_folders, found)
+    checkpoints_of_runs = [
+        checkpoint_folders(run, within.revision, within.subfolder) for run in run_folders
+    ]
+    runs = _runs_by_name(run_folders, checkpoints_of_runs)
     folders: list[Path] = []
-    for of_run in runs.values():
-        folders += of_run.values()
-    last = folders[-1]
+    for folder_by_step in runs.values():
+        folders += folder_by_step.values()
+    last_checkpoint = folders[-1]
     files.require_apart(outputs, base, folders, asked.prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.two_adapters.page import checkpoints_table, trainings_table
 
         running.warn_of_spaces(questions)
-        lens = running.announced(running.lens_for(base, ll.load_adapter(last), progress))
+        adapter = ll.load_adapter(last_checkpoint)
+        lens = running.announced(running.lens_for(base, adapter, progress))
         margin = running.margin_of(lens.model, questions, lens.prepend_bos)
         with running.quiet_libraries():
             if len(runs) == 1:
@@ -232,33 +238,33 @@ def _several_trainings(
 ) -> ll.results.Trainings:
     """Follow the margin through the checkpoints of several runs, given by their names."""
     prompts, readout = margin
-    places = {name: _run_folder(of_run) for name, of_run in runs.items()}
-    return ll.checkpoints(lens, places, prompts, readout, progress=not quiet)
+    folder_by_name = {name: _run_folder(run) for name, run in runs.items()}
+    return ll.checkpoints(lens, folder_by_name, prompts, readout, progress=not quiet)
 
 
-def _require_each_once(given: Sequence[str]) -> None:
+def _require_each_once(run_folders: Sequence[str]) -> None:
     """Refuse a run that is given twice."""
-    if len(set(given)) < len(given):
+    if len(set(run_folders)) < len(run_folders):
         raise typer.BadParameter("a run is named twice; name each once.")
 
 
-def _runs_by_name(given: Sequence[str], found: Sequence[_Run]) -> dict[str, _Run]:
-    """Name each run by its folder, or as it was given if two folders have the same name.
+def _runs_by_name(arguments: Sequence[str], runs: Sequence[_Run]) -> dict[str, _Run]:
+    """Name each run by its folder, or by its argument if two folders have the same name.
 
     Args:
-        given: the runs as the user wrote them, each once.
-        found: the checkpoints of each run.
+        arguments: the runs as the user wrote them, each once.
+        runs: the checkpoints of each run.
     """
-    names = [_run_folder(of_run).name for of_run in found]
+    names = [_run_folder(run).name for run in runs]
     if len(set(names)) < len(names):
-        names = list(given)
-    return dict(zip(names, found, strict=True))
+        names = list(arguments)
+    return dict(zip(names, runs, strict=True))
 
 
-def _run_folder(of_run: _Run) -> Path:
+def _run_folder(run: _Run) -> Path:
     """Return the folder that holds the checkpoints of a run."""
-    first, *_ = of_run.values()
-    return first.parent
+    first_checkpoint, *_ = run.values()
+    return first_checkpoint.parent
 
 
 @options.with_options
@@ -303,17 +309,12 @@ def repair(
     """Keep a margin and drop what else the adapter does, compared with scaling the adapter."""
     _require_share(keep_share)
     questions = asked.checked()
-    test_questions: list[Question] = []
-    if test_prompt or test_prompts:
-        held_out = dataclasses.replace(asked, prompt=test_prompt, prompts=test_prompts, chat=None)
-        test_questions = held_out.checked()
+    test_questions = _test_questions(asked, test_prompt, test_prompts)
     files.require_place(out / "adapter_config.json", "--out")
     written = files.writable({"--report": report, "--json": json})
     texts = files.texts_of(drop)
     test_texts = files.texts_of(test_drop) if test_drop else []
-    if bool(test_questions) != bool(test_texts):
-        why = "a repair is judged on both kinds"
-        raise typer.BadParameter(f"--test-prompt(s) and --test-drop go together: {why}.")
+    _require_both_or_neither(test_questions, test_texts)
     folder = files.folder_of(adapter, within, quiet=quiet)
     outputs = {"--out": out, **written}
     files.require_apart(outputs, base, [folder], drop, test_drop, asked.prompts, test_prompts)
@@ -355,15 +356,38 @@ def _require_share(keep_share: float) -> None:
         raise ArgumentError(f"{given}: expected a share above 0, at most 1.")
 
 
+def _test_questions(
+    asked: Questions, prompts: list[str] | None, file: Path | None
+) -> list[Question]:
+    """Return the questions on which only the result is judged; [] if there are none.
+
+    Args:
+        asked: the questions on which the margin is kept. The answers are the same.
+        prompts: the prompts of --test-prompt.
+        file: the file of --test-prompts.
+    """
+    if not prompts and not file:
+        return []
+    return dataclasses.replace(asked, prompt=prompts, prompts=file, chat=None).checked()
+
+
+def _require_both_or_neither(questions: Sequence[Question], texts: Sequence[str]) -> None:
+    """Refuse held-out questions without held-out texts, and the reverse."""
+    if bool(questions) != bool(texts):
+        raise typer.BadParameter(
+            "--test-prompt(s) and --test-drop go together: a repair is judged on both kinds."
+        )
+
+
 def _margins(lens: ll.LoraLens, questions: Sequence[Question]) -> list[_Margin]:
-    """Return the margin of all these questions as one; [] if there are none."""
+    """Return a list of one margin, that of all these questions; [] if there are none."""
     if not questions:
         return []
     return [running.margin_of(lens.model, questions, lens.prepend_bos)]
 
 
 def _divergences(texts: list[str]) -> list[tuple[list[str], ll.Readout]]:
-    """Return the divergence from the base on all these texts as one; [] if there are none."""
+    """Return a list of one divergence from the base, on all these texts; [] if there are none."""
     if not texts:
         return []
     return [(texts, ll.KL())]
