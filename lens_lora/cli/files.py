@@ -17,7 +17,7 @@ from lens_lora.cli.options import ModelOptions, TunedModel, Within
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import LensLoraError
 from lens_lora.formats.folders import adapter_folder, files_in, last_checkpoint, stated_base
-from lens_lora.sweeps.records import is_utf16
+from lens_lora.sweeps.raw_rows import is_utf16
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -28,15 +28,8 @@ from lens_lora.formats.folders import (
     stated_base,
 )
 from lens_lora.runs.processes import Processes, launched, launched_count, rank
-from lens_lora.sweeps.records import (
-    ANALYSES,
-    BY_TOKEN,
-    Record,
-    chosen,
-    each_record,
-    read_records,
-    require_no_slopes,
-)
+from lens_lora.sweeps.analyses import ANALYSES, BY_TOKEN, chosen, require_no_slopes
+from lens_lora.sweeps.records import Record, each_record, read_records
 
 if TYPE_CHECKING:
     import pandas as pd

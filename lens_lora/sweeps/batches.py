@@ -39,7 +39,8 @@ from lens_lora.errors import (
 )
 from lens_lora.path.path_attribution import path_attribution
 from lens_lora.responses.answers import AnswerMargin, margin_between
-from lens_lora.sweeps.records import ANALYSES, Record
+from lens_lora.sweeps.analyses import ANALYSES
+from lens_lora.sweeps.records import Record
 from lens_lora.sweeps.rows import Row, row_of
 
 # --- How each column is computed

@@ -1,139 +1,26 @@
-"""The records of a sweep and the names of its analyses, read without torch.
+"""The records of a sweep: one prompt each, with what is read of it. Read without torch.
 
-1. Each row of a JSONL or CSV file, a data frame, a Dataset or any iterable becomes a `Record`, in
-   order, with its own id or the row's number (from 0). A string or a conversation is a prompt, as
-   it is everywhere: where no answers are needed, it is a record by itself.
-2. A mistake in one row is kept in its record, with its line, and the other rows are read as usual.
-3. A mistake in all of them (a missing column, no row at all) is raised. So is a Python object
-   that cannot be a record, before anything is run: it is a mistake in the call, not in the data.
-
-pandas is not imported: a data frame is recognised by its attributes.
+1. Each row of a JSONL or CSV file, a data frame, a Dataset or any iterable becomes a `Record`
+   (`raw_rows.py` reads the rows), in order, with its own id or the row's number (from 0). A string
+   or a conversation is a prompt: where no answers are needed, it is a record by itself.
+2. A mistake in one row makes its record a bad one, which says the line and the fault. The other
+   rows are read as usual.
+3. A mistake in all rows (a missing column, no row at all) is raised. So is a Python object that
+   cannot be a record, before anything is run: it is a mistake in the call, not in the data.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
 import dataclasses
-import json
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 from lens_lora.errors import SweepError
+from lens_lora.sweeps.raw_rows import ANSWERS, Frame, escaped, raw_rows
 
-# --- Analyses
-
-
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-    """An analysis of a sweep, which becomes a column of its table.
-
-    Attributes:
-        at: the gate value at which it is taken; NaN along a path.
-        alone: whether prompts are run one at a time, because the numbers of each would depend on
-            its batch.
-        many: whether it takes tens of passes a prompt. Then each prompt is a batch, which is kept
-            once it is done, so that a kill loses one prompt's work.
-        has_remainder: whether its sum over sites estimates the shift. Then the table also has
-            shift − sum.
-        options: arguments that it is called with besides lens, prompts and readout.
-    """
-
-    at: float = 0.0
-    alone: bool = False
-    many: bool = False
-    has_remainder: bool = True
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-
-
-# One number per prompt and site:
-ANALYSES: dict[str, Analysis] = {
-    # ∂g/∂ε_l at 0: what adding one site to the base model does, to first order
-    "first_order": Analysis(),
-    # ∂g/∂ε_l at 1: what removing one site from the adapted model does
-    "first_order_at_1": Analysis(at=1.0),
-    # ∫₀¹ ∂g/∂ε_l(ε·1) dε: complete, its sum is the shift
-    "path": Analysis(
-        at=float("nan"), alone=True, many=True, options={"tol": 1e-3, "max_nodes": 65}
-    ),
-    # g(e_l) − g(0), exact
-    "add_one": Analysis(many=True, options={"how": "add_one"}),
-    # g(1) − g(1 − e_l), exact
-    "leave_one_out": Analysis(at=1.0, many=True, options={"how": "leave_one_out"}),
-    # ½(H·1)_l at 0: what curvature and coupling add to first order; for trained adapters at full
-    # strength often less accurate than first order alone
-    "second_order": Analysis(has_remainder=False),
-}
-# The analyses that are derivatives at one point.
-_SLOPES = {"first_order", "first_order_at_1", "second_order"}
-
-ByToken = Literal["activations", "activations_trained"]
-# `rank` numbers per token and site, streamed into a file of their own:
-BY_TOKEN: dict[str, Analysis] = {
-    # u = ΣVᵀx of sBA = UΣVᵀ
-    "activations": Analysis(at=1.0, options={"gauge": "svd"}),
-    # u = Ax of the adapter's file
-    "activations_trained": Analysis(at=1.0, options={"gauge": "trained"}),
-}
-
-
-def chosen(analyses: str | Iterable[str]) -> tuple[str, ...]:
-    """The names of the analyses, each once, in the order given.
-
-    Raises:
-        SweepError: an unknown name, no name, or an analysis by token beside another one.
-    """
-    given = [analyses] if isinstance(analyses, str) else analyses
-    names = tuple(dict.fromkeys(given))
-    unknown = [name for name in names if name not in ANALYSES | BY_TOKEN]
-    if unknown or not names:
-        raise SweepError(
-            f"analyses {', '.join(map(repr, unknown)) or 'none'}: expected some of "
-            f"{', '.join(ANALYSES | BY_TOKEN)}."
-        )
-    by_token = [name for name in names if name in BY_TOKEN]
-    if by_token and len(names) > 1:
-        others = [name for name in names if name != by_token[0]]
-        raise SweepError(
-            f"{by_token[0]!r} is written token by token, into a file of its own; run it alone, and "
-            f"{', '.join(map(repr, others))} with another out."
-        )
-    return names
-
-
-def require_no_slopes(analyses: Iterable[str], readout: str) -> None:
-    """Refuse the derivatives of a KL in a sweep.
-
-    It has none at ε = 0, and a sweep does not hold the base's distributions for those elsewhere.
-
-    Args:
-        analyses: the names of the analyses.
-        readout: the KL, as the message calls it.
-
-    Raises:
-        SweepError: naming an analysis that needs them.
-    """
-    slopes = sorted(_SLOPES.intersection(analyses))
-    if slopes:
-        raise SweepError(
-            f"{readout} is not read by {slopes[0]!r} in a sweep; use 'path', 'add_one' or "
-            "'leave_one_out'."
-        )
-
-
-def options_of(analyses: Iterable[str]) -> dict[str, Mapping[str, Any]]:
-    """The options of each of these analyses, which decide its numbers."""
-    return {name: (ANALYSES | BY_TOKEN)[name].options for name in analyses}
-
-
-# --- Records
-
-
-ANSWERS = ("doc", "pre")
-# The columns that are read; whatever else a table holds is left alone.
-READ = ("id", "prompt", "messages", *ANSWERS, "response")
 # The most characters of an error, which may quote the record.
 _LONGEST_ERROR = 1000
 # Ids from −2**63 to below 2**63 fit into a column of 64 bits.
@@ -176,36 +63,25 @@ class Record:
         return self.messages is not None
 
     def bad(self, error: object) -> Record:
-        """The same record, marked as bad."""
-        line = _escaped(" ".join(str(error).split()))
+        """Return the same record, marked as bad.
+
+        Args:
+            error: the fault.
+        """
+        line = escaped(" ".join(str(error).split()))
         if len(line) > _LONGEST_ERROR:
             line = f"{line[:_LONGEST_ERROR]} …"
         return dataclasses.replace(self, error=f"{self.where}: {line}")
 
 
-@runtime_checkable
-class Frame(Protocol):
-    """The part of pandas.DataFrame that is used here."""
-
-    @property
-    def columns(self) -> Any:
-        """The columns' names."""
-        ...
-
-    def to_dict(self, orient: Literal["records"]) -> list[Any]:
-        """One mapping per row."""
-        ...
-
-
 Conversation = Sequence[Mapping[str, Any]]
 RecordsLike = str | Path | Iterable[Mapping[str, Any] | Record | str | Conversation] | Frame
-_Row = tuple[str, Any]
 
 
 def read_records(
     records: RecordsLike, *, with_answers: bool = True, with_response: bool = False
 ) -> list[Record]:
-    """Every record in order, bad ones included.
+    """Read every record in order, bad ones included.
 
     A record whose id belongs to another one is bad. An id that came with a record takes precedence
     over a row's number that stands in for a missing id.
@@ -220,26 +96,29 @@ def read_records(
     """
     if isinstance(records, Iterable) and not isinstance(records, str | Mapping | Frame):
         records = list(records)
-    read = list(each_record(records, with_answers=with_answers, with_response=with_response))
-    owners = _owners(read)
-    for number, record in enumerate(read):
-        owner = owners.get(str(record.id), record)
+    each = each_record(records, with_answers=with_answers, with_response=with_response)
+    all_records = list(each)
+    owner_by_id = _owner_by_id(all_records)
+    for number, record in enumerate(all_records):
+        owner = owner_by_id.get(str(record.id), record)
         if record.error is None and owner is not record:
-            read[number] = record.bad(_taken(record, owner))
-    return read
+            all_records[number] = record.bad(_fault_of_taken_id(record, owner))
+    return all_records
 
 
-def _owners(records: Sequence[Record]) -> dict[str, Record]:
-    """The good record that each id belongs to."""
-    owners: dict[str, Record] = {}
-    for record in sorted(records, key=lambda record: not record.has_own_id):
+def _owner_by_id(records: Sequence[Record]) -> dict[str, Record]:
+    """Find the good record that each id belongs to; ids that came with records go first."""
+    with_own_id = [record for record in records if record.has_own_id]
+    with_number = [record for record in records if not record.has_own_id]
+    owner_by_id: dict[str, Record] = {}
+    for record in [*with_own_id, *with_number]:
         if record.error is None:
-            owners.setdefault(str(record.id), record)
-    return owners
+            owner_by_id.setdefault(str(record.id), record)
+    return owner_by_id
 
 
-def _taken(record: Record, owner: Record) -> str:
-    """The fault of a record whose id belongs to another one."""
+def _fault_of_taken_id(record: Record, owner: Record) -> str:
+    """Say which other record the id belongs to."""
     if record.has_own_id:
         fact = f"its id {record.id!r} is already that of {owner.where}"
     else:
@@ -267,57 +146,15 @@ def each_record(
         needed.append("response")
     _require_records(records, needed)
     is_empty = True
-    for number, (where, row) in enumerate(_rows(records, needed)):
+    for number, row in enumerate(raw_rows(records, needed)):
         is_empty = False
-        record = row if isinstance(row, Record) else _record(number, where, row, needed)
-        yield _storable(record)
+        if isinstance(row.content, Record):
+            yield _storable(row.content)
+        else:
+            yield _storable(_record(number, row.where, row.content, needed))
     if is_empty:
         name = str(records) if isinstance(records, str | Path) else "the records"
         raise SweepError(f"{name}: no record found; each needs {', '.join(needed)}.")
-
-
-def _rows(records: RecordsLike, needed: Sequence[str]) -> Iterator[_Row]:
-    """Where each row stands, and what it holds."""
-    if isinstance(records, str | Path):
-        yield from _rows_of_file(Path(records), needed)
-        return
-    if isinstance(records, Mapping):
-        raise SweepError(
-            f"records are one mapping with the keys {', '.join(map(str, records))}; give a list of "
-            "mappings, one per prompt (of a DatasetDict, one of its splits)."
-        )
-    rows = _rows_of_frame(records) if isinstance(records, Frame) else records
-    for number, row in enumerate(rows):
-        yield f"row {number}", row
-
-
-def _rows_of_file(path: Path, needed: Sequence[str]) -> Iterator[_Row]:
-    kind = path.suffix.lower()
-    if kind not in (".jsonl", ".csv"):
-        raise SweepError(f"{path}: expected a file that ends in .jsonl or .csv.")
-    if not path.is_file():
-        raise SweepError(f"{path}: there is no such file of records.")
-    with path.open("rb") as file:
-        if is_utf16(file.read(len(codecs.BOM_UTF16))):
-            raise SweepError(f"{path} is UTF-16; save it as UTF-8.")
-    return _jsonl(path) if kind == ".jsonl" else _csv(path, needed)
-
-
-def _rows_of_frame(frame: Frame) -> list[dict[Any, Any]]:
-    """The rows of a data frame, without spaces around the names of its columns."""
-    _require_once("the data frame", [_stripped(name) for name in frame.columns])
-    rows: list[dict[Any, Any]] = []
-    for row in frame.to_dict("records"):
-        rows.append({_stripped(name): value for name, value in row.items()})
-    return rows
-
-
-def is_utf16(start: bytes) -> bool:
-    """Whether a file that begins with these bytes is UTF-16.
-
-    It has a byte order mark, or zeros between the letters of ASCII.
-    """
-    return start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start
 
 
 def _require_records(records: object, needed: Sequence[str]) -> None:
@@ -338,6 +175,7 @@ def _require_records(records: object, needed: Sequence[str]) -> None:
 
 
 def _require_row(number: int, row: object, needed: Sequence[str]) -> None:
+    """Refuse one Python object that cannot be a record."""
     columns = ", ".join(needed)
     if isinstance(row, Mapping) and _is_message(row) and "prompt" not in row:
         raise SweepError(
@@ -368,81 +206,15 @@ def _is_conversation(row: object) -> bool:
     return isinstance(row, list | tuple) and bool(row) and all(map(_is_message, row))
 
 
-def _stripped(name: Any) -> Any:
-    return name.strip() if isinstance(name, str) else name
-
-
-def _require_once(table: object, columns: Sequence[Any]) -> None:
-    """Refuse a table that has a needed column twice, as only the last one would be read."""
-    for name in READ:
-        if columns.count(name) > 1:
-            raise SweepError(f"{table} has the column {name} twice; rename or remove one of them.")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. A key that it has twice is an error: only the last one would be kept."""
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ValueError(f"the key {name!r} is there twice")
-        fields[name] = value
-    return fields
-
-
-def _jsonl(path: Path) -> Iterator[_Row]:
-    """The lines of a file, or the error of one that is not JSON. Blank lines are skipped."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                # The first line may begin with a byte order mark.
-                encoding = "utf-8-sig" if number == 1 else "utf-8"
-                yield f"line {number}", _parsed(line.strip(), encoding)
-
-
-def _parsed(line: bytes, encoding: str) -> Any:
-    """The content of a line of JSON, or the error with which it cannot be read."""
-    try:
-        return json.loads(line.decode(encoding), object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        return ValueError(f"{error.msg} at column {error.colno}")
-    except RecursionError:
-        return ValueError("nested too deeply")
-    except ValueError as error:
-        return error
-
-
-def _csv(path: Path, needed: Sequence[str]) -> Iterator[_Row]:
-    """The rows of a file, each with the line on which it ends, or the error of one.
-
-    Bytes that are not UTF-8 become surrogates.
-    """
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            columns = [name.strip() for name in reader.fieldnames or ()]
-        except csv.Error as error:
-            raise SweepError(f"{path}: its first line is not one of a CSV ({error}).") from error
-        reader.fieldnames = columns
-        _require_once(path, columns)
-        lacking = [name for name in needed if name not in columns]
-        if lacking:
-            raise SweepError(
-                f"{path} has the columns {_escaped(', '.join(columns)) or 'none'} and lacks "
-                f"{', '.join(lacking)}; its first line must name them."
-            )
-        while True:
-            row: Any
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                row = error
-            yield f"line {reader.line_num}", row
-
-
 def _record(number: int, where: str, row: Any, needed: Sequence[str]) -> Record:
-    """The record of a row, which may be bad."""
+    """Make the record of a row, which may be a bad one.
+
+    Args:
+        number: the row's number from 0.
+        where: the row's place, as messages name it.
+        row: the row as it was read; an error if it could not be.
+        needed: the texts that each record needs.
+    """
     empty = Record(number, where, has_own_id=False)
     if isinstance(row, csv.Error | ValueError):
         return empty.bad(f"unreadable ({row}).")
@@ -466,7 +238,7 @@ def _record(number: int, where: str, row: Any, needed: Sequence[str]) -> Record:
 
 
 def _with_id(record: Record, row: Mapping[Any, Any]) -> Record:
-    """The record with the id of its row, if there is one."""
+    """Give the record the id of its row, if there is one."""
     identity: Any = row.get("id")
     if _is_missing(identity):
         return record
@@ -478,7 +250,7 @@ def _with_id(record: Record, row: Mapping[Any, Any]) -> Record:
 
 
 def _with_texts(record: Record, row: Mapping[Any, Any], needed: Sequence[str]) -> Record:
-    """The record with the texts that are needed of its row."""
+    """Fill in the texts that are needed of a record's row."""
     fields = {name: row.get(name) for name in needed}
     texts = {name: text for name, text in fields.items() if isinstance(text, str)}
     filled = dataclasses.replace(record, **texts)
@@ -495,7 +267,7 @@ def _with_texts(record: Record, row: Mapping[Any, Any], needed: Sequence[str]) -
 
 
 def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
-    """The record with its conversation, which a table may hold as an array."""
+    """Fill in a record's conversation, which a table may hold as an array."""
     if not _is_missing(row.get("prompt")):
         return record.bad("it has both a prompt and messages; give one of them.")
     messages: Any = row["messages"]
@@ -511,7 +283,7 @@ def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
 
 
 def _fault_of_id(identity: Any) -> str | None:
-    """The fault of an id; None for a good one."""
+    """Find the fault of an id; None for a good one."""
     if isinstance(identity, str):
         return None if _is_text(identity) else f"its id is {identity!r}, {_NOT_TEXT}"
     if isinstance(identity, bool) or not isinstance(identity, numbers.Integral):
@@ -522,24 +294,20 @@ def _fault_of_id(identity: Any) -> str | None:
 
 
 def _storable(record: Record) -> Record:
-    """The record as a file can hold it: what is not Unicode text is escaped, and makes it bad."""
+    """Make the record storable in a file: what is not Unicode text is escaped, and makes it bad."""
     for name in ("prompt", *ANSWERS, "response"):
         text = getattr(record, name)
         if text is None or _is_text(text):
             continue
-        record = dataclasses.replace(record, **{name: _escaped(text)})
+        record = dataclasses.replace(record, **{name: escaped(text)})
         if record.error is None:
             record = record.bad(f"its {name} is {text!r}, {_NOT_TEXT}")
     return record
 
 
 def _is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: no half of a surrogate pair is in it."""
+    """Whether a text can be written as UTF-8: no half of a surrogate pair is in it."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _escaped(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_missing(value: Any) -> bool:

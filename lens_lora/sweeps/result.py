@@ -13,7 +13,7 @@ import torch
 from lens_lora.core import Attribution, Site, drawing
 from lens_lora.errors import SweepError, many
 from lens_lora.runs.store import Unchanged
-from lens_lora.sweeps.records import ANALYSES
+from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.rows import RowStore, read
 
 

@@ -22,7 +22,8 @@ from lens_lora.core import Site, Sites
 from lens_lora.errors import SweepError, is_of_the_system
 from lens_lora.runs.fingerprint import Fingerprint
 from lens_lora.runs.store import Store, other_sweep
-from lens_lora.sweeps.records import ANALYSES, Record
+from lens_lora.sweeps.analyses import ANALYSES
+from lens_lora.sweeps.records import Record
 
 # --- A row
 

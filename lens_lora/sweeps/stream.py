@@ -50,8 +50,9 @@ from lens_lora.sweeps.activations_file import (
     spans_in,
     spans_of,
 )
+from lens_lora.sweeps.analyses import BY_TOKEN, options_of
 from lens_lora.sweeps.batches import tokenised, with_text
-from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record, options_of
+from lens_lora.sweeps.records import Record, RecordsLike, each_record
 
 # --- The sweep
 

@@ -1,4 +1,4 @@
-"""`sweep`: many prompts through chosen analyses, into Parquet, and what it returns.
+"""`sweep`: run many prompts through chosen analyses, into Parquet.
 
 1. The records are read and tokenised; an error in one is kept with its line.
 2. What earlier runs finished is skipped. The rest is run in batches of similar length, every n-th
@@ -10,6 +10,7 @@ An analysis by token takes the same steps as a stream (`stream.py`).
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,18 +30,16 @@ from lens_lora.runs.shards import Shard, folder_of_shards, keep_plan
 from lens_lora.runs.store import Store
 from lens_lora.sweeps import batches
 from lens_lora.sweeps.activations_file import ActivationsFile
-from lens_lora.sweeps.batches import Job, Make, prepare
-from lens_lora.sweeps.records import (
+from lens_lora.sweeps.analyses import (
     ANALYSES,
     BY_TOKEN,
     ByToken,
-    Record,
-    RecordsLike,
     chosen,
     options_of,
-    read_records,
     require_no_slopes,
 )
+from lens_lora.sweeps.batches import Job, Make, prepare
+from lens_lora.sweeps.records import Record, RecordsLike, read_records
 from lens_lora.sweeps.result import AskedReadout, SweepResult, result_of
 from lens_lora.sweeps.rows import Content, Row, RowStore, content
 from lens_lora.sweeps.shards import SweepShard, notes_of, plan_of
@@ -50,6 +49,8 @@ from lens_lora.sweeps.stream import token_sweep
 
 
 class _Options(TypedDict, total=False):
+    """The arguments that all overloads of `sweep` have in common."""
+
     out: str | Path
     batch_size: int
     resume: bool
@@ -149,9 +150,9 @@ def sweep(
     """
     _require_batch_size(batch_size)
     names = chosen(analyses)
-    part = Shard.of(shard)
+    own_shard = Shard.of(shard)
     if names[0] in BY_TOKEN:
-        _require_neither(names[0], part, readout)
+        _require_neither(names[0], own_shard, readout)
         return token_sweep(
             lens,
             records,
@@ -170,7 +171,7 @@ def sweep(
     processes = launched()
     require_whole_model(processes, is_over_ranks=lens.plan.is_over_ranks)
     depends_on = fingerprint(lens, options_of(names), readout, version)
-    folder = None if part is None else part.folder_in(folder_of_shards(Path(out)))
+    folder = None if own_shard is None else own_shard.folder_in(folder_of_shards(Path(out)))
     store = RowStore(out, depends_on, lens.sites, names, folder)
     is_shown = progress and processes.is_main
     batch_size = _prompts_at_once(names, batch_size)
@@ -178,40 +179,46 @@ def sweep(
     asked = _asked(readout)
     with store.writing(processes):
         finished = store.done(rows) if resume else {}
-        checked, jobs = _prepared(lens, rows, readout, is_shown)
+        prepared = _prepared(lens, rows, readout, is_shown)
         processes.by_main(lambda: store.begin(anew=not resume))
 
-        all_batches = batches.make_batches(jobs, batch_size)
-        share = _share(all_batches, part, processes)
-        # A shard counts its own records, processes that work together count all.
-        counted = checked
-        if part is not None:
-            plan = plan_of(checked, all_batches, part.count)
+        all_batches = batches.make_batches(prepared.jobs, batch_size)
+        share = _share(all_batches, own_shard, processes)
+        if own_shard is not None:
+            plan = plan_of(prepared.records, all_batches, own_shard.count)
             keep_plan(store, plan, notes_of(lens.sites, names, meta, asked, batch_size))
-            counted = [job.record for job in itertools.chain.from_iterable(share)]
-        resumed = sum(_is_finished(record, finished) for record in counted)
         unfinished = _without(share, finished)
         with _bar(share, unfinished, processes, is_shown) as bar:
             _run(lens, unfinished, names, store, bar)
 
-        if part is None:
-            processes.by_main(lambda: store.merge(checked, finished))
+        if own_shard is None:
+            # Each process counts all records, also those that others ran.
+            resumed = _count_finished(prepared.records, finished)
+            processes.by_main(lambda: store.merge(prepared.records, finished))
             result = result_of(store, lens.sites, meta, names, resumed, asked)
         else:
-            result = _finished_shard(store, part, len(counted), resumed, checked)
-    if part is not None or processes.is_main:
+            own_records = [job.record for job in itertools.chain.from_iterable(share)]
+            resumed = _count_finished(own_records, finished)
+            result = SweepShard(
+                out=store.path,
+                shard=(own_shard.index, own_shard.count),
+                prompts=len(own_records),
+                resumed=resumed,
+                errors=_errors_of(prepared.records),
+            )
+    if own_shard is not None or processes.is_main:
         store.warn_of_bad_records(result.errors, len(result.errors), len(rows))
         store.warn_of_damaged_parts()
     return result
 
 
-def _require_neither(analysis: str, part: Shard | None, readout: object) -> None:
+def _require_neither(analysis: str, own_shard: Shard | None, readout: object) -> None:
     """Refuse a shard or a readout for an analysis by token.
 
     Raises:
         SweepError: naming the one that was given.
     """
-    if part is not None:
+    if own_shard is not None:
         raise SweepError(
             f"{analysis!r} reads one record after another and has no shards; give each job a "
             "file of records, and an out, of its own."
@@ -221,18 +228,18 @@ def _require_neither(analysis: str, part: Shard | None, readout: object) -> None
 
 
 def _prompts_at_once(names: Sequence[str], batch_size: int) -> int:
-    """The prompts of a batch: one where an analysis takes many passes for each."""
+    """Choose the prompts of a batch: one if an analysis takes many passes for each."""
     takes_many_passes = any(ANALYSES[name].many for name in names)
     return 1 if takes_many_passes else batch_size
 
 
 def _share(
-    all_batches: Sequence[Sequence[Job]], part: Shard | None, processes: Processes
+    all_batches: Sequence[Sequence[Job]], own_shard: Shard | None, processes: Processes
 ) -> Sequence[Sequence[Job]]:
-    """Every n-th batch: those of this shard, or of this process."""
-    if part is None:
+    """Take every n-th batch: those of this shard, or of this process."""
+    if own_shard is None:
         return all_batches[processes.index :: processes.count]
-    return [batch for number, batch in enumerate(all_batches) if part.takes(number)]
+    return [batch for number, batch in enumerate(all_batches) if own_shard.takes(number)]
 
 
 def _run(
@@ -248,35 +255,43 @@ def _run(
         bar.update(len(batch))
 
 
-def _is_finished(record: Record, finished: Mapping[Content, Row]) -> bool:
-    return record.error is None and content(record) in finished
+def _count_finished(records: Sequence[Record], finished: Mapping[Content, Row]) -> int:
+    """Count the good records that an earlier run finished."""
+    good = [record for record in records if record.error is None]
+    return sum(content(record) in finished for record in good)
 
 
-def _finished_shard(
-    store: RowStore, part: Shard, prompts: int, resumed: int, checked: Sequence[Record]
-) -> SweepShard:
-    """The result of a shard, with the bad records of the whole sweep."""
-    errors = [(record.id, record.error) for record in checked if record.error is not None]
-    return SweepShard(
-        out=store.path,
-        shard=(part.index, part.count),
-        prompts=prompts,
-        resumed=resumed,
-        errors=tuple(errors),
-    )
+def _errors_of(records: Sequence[Record]) -> tuple[tuple[int | str, str], ...]:
+    """List the id and the fault of each bad record."""
+    return tuple((record.id, record.error) for record in records if record.error is not None)
 
 
 def _require_batch_size(batch_size: object) -> None:
+    """Refuse a batch size that is no whole number of at least 1."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         expected = "expected a whole number of at least 1"
         raise SweepError(f"{setting('batch_size', batch_size)}: {expected}.")
 
 
 def _read(lens: LoraLens, records: RecordsLike, readout: Readout | Make | None) -> list[Record]:
-    """All records, with what the readout needs of each, and the texts of conversations."""
-    has_response = batches.is_make(readout)
-    read = read_records(records, with_answers=readout is None, with_response=has_response)
-    return [batches.with_text(lens, record) for record in read]
+    """Read all records, with what the readout needs of each, and the texts of conversations."""
+    rows = read_records(
+        records, with_answers=readout is None, with_response=batches.is_make(readout)
+    )
+    return [batches.with_text(lens, record) for record in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """The records of a sweep after they were tokenised.
+
+    Attributes:
+        records: all records in order; one that does not fit the model is marked as bad.
+        jobs: a job for each good record. Records that differ in their ids alone are one job.
+    """
+
+    records: list[Record]
+    jobs: list[Job]
 
 
 def _prepared(
@@ -284,49 +299,56 @@ def _prepared(
     records: Sequence[Record],
     readout: Readout | Make | None,
     is_shown: bool,
-) -> tuple[list[Record], list[Job]]:
-    """All records, with what is wrong with each; and a job for each good one.
+) -> _Prepared:
+    """Tokenise the records, and bind the readout to each.
 
-    Records that differ in their ids alone are one job.
+    Args:
+        lens: the adapter over the model.
+        records: all records.
+        readout: the readout of every prompt; None for the margin of each record's answers.
+        is_shown: whether a bar is shown.
     """
     checked: list[Record] = []
     jobs: dict[Content, Job] = {}
-    shown = tqdm(records, "reading records", leave=False, disable=not is_shown, unit=" record")
-    with shown as bar:
+    bar = tqdm(records, "reading records", leave=False, disable=not is_shown, unit=" record")
+    with bar:
         for record in bar:
-            prepared = prepare(lens, record, readout)
-            if isinstance(prepared, Job):
-                jobs.setdefault(content(record), prepared)
-                checked.append(prepared.record)
+            job_or_bad_record = prepare(lens, record, readout)
+            if isinstance(job_or_bad_record, Job):
+                jobs.setdefault(content(record), job_or_bad_record)
+                checked.append(job_or_bad_record.record)
             else:
-                checked.append(prepared)
-    return checked, list(jobs.values())
+                checked.append(job_or_bad_record)
+    return _Prepared(checked, list(jobs.values()))
 
 
 def _without(share: Sequence[Sequence[Job]], finished: Mapping[Content, Row]) -> list[list[Job]]:
-    """The batches that are left to run.
+    """Leave out the jobs that an earlier run finished, and batches that are finished as a whole.
 
-    Batches are made of all records, whatever is finished, so that a prompt is run beside the same
-    others after an interruption, and its numbers are the same to the last bit.
+    Batches are made of all records, whatever is finished. So after an interruption a prompt is run
+    together with the same other prompts, and its numbers are the same to the last bit.
     """
-    left: list[list[Job]] = []
+    unfinished_batches: list[list[Job]] = []
     for batch in share:
         unfinished = [job for job in batch if content(job.record) not in finished]
         if unfinished:
-            left.append(unfinished)
-    return left
+            unfinished_batches.append(unfinished)
+    return unfinished_batches
 
 
 def _asked(readout: Readout | Make | None) -> AskedReadout:
-    """The name and units of the sweep's readout, if it has one."""
+    """Return the name and units of the sweep's readout, if it has one."""
     if readout is None:
         return AskedReadout(None, None)
-    of_some = _of_some_responses(readout)
-    return AskedReadout(of_some.label, of_some.units)
+    example = _example_of(readout)
+    return AskedReadout(example.label, example.units)
 
 
-def _of_some_responses(readout: Readout | Make) -> Readout:
-    """The readout, or one that its function makes of two empty responses, to tell what it is."""
+def _example_of(readout: Readout | Make) -> Readout:
+    """Return the readout itself, or one that its function makes of two empty responses.
+
+    It is used for its label, its units and its class alone.
+    """
     return readout(["", ""]) if batches.is_make(readout) else Readout.required(readout)
 
 
@@ -336,7 +358,7 @@ def _bar(
     processes: Processes,
     is_shown: bool,
 ) -> tqdm:
-    """The progress over this process's share, of which an earlier run may have finished a part.
+    """Make the bar of this process's share, of which an earlier run may have finished a part.
 
     It counts jobs, so records that differ in their ids alone count once.
     """
@@ -362,9 +384,9 @@ def _require_slopes(names: Sequence[str], readout: Readout | Make | None) -> Non
     """
     if readout is None:
         return
-    of_some = _of_some_responses(readout)
-    if isinstance(of_some, KL):
-        require_no_slopes(names, of_some.label)
+    example = _example_of(readout)
+    if isinstance(example, KL):
+        require_no_slopes(names, example.label)
 
 
 def require_resumable(
@@ -388,7 +410,9 @@ def is_begun(out: str | Path) -> bool:
 def _lens_for(
     lens: LoraLens, records: Sequence[Record], readout: Readout | Make | None
 ) -> LoraLens:
-    """The lens restricted to sites that can move the one readout of all prompts; else the lens.
+    """Restrict the lens to the sites that can move the one readout of all prompts.
+
+    Without such a readout the lens is returned as it is.
 
     Raises:
         TokenError: the readout fits no record's prompt.
@@ -428,7 +452,7 @@ def _require_fits_some_prompt(lens: LoraLens, records: Sequence[Record], readout
 
 
 def _sites_that_matter(lens: LoraLens, records: Sequence[Record], readout: Readout) -> LoraLens:
-    """The lens restricted to the sites that can move what is read.
+    """Restrict the lens to the sites that can move what is read.
 
     For a readout of the logits these are all sites.
     """

@@ -21,8 +21,9 @@ import lens_lora as ll
 from lens_lora.core import Evaluations, patch_sites
 from lens_lora.errors import SweepError
 from lens_lora.sweeps import batches
+from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.batches import VALUES
-from lens_lora.sweeps.records import ANALYSES, read_records
+from lens_lora.sweeps.records import read_records
 
 
 @pytest.fixture(params=models.MAKERS)
