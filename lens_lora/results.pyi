@@ -5,6 +5,8 @@ from .audit.brief import Claim as Claim
 from .audit.findings import Finding as Finding
 from .audit.occasions import Occasions as Occasions
 from .audit.occasions import OccasionWord as OccasionWord
+from .audit.replayed import Replayed as Replayed
+from .audit.replayed import ReplayedWord as ReplayedWord
 from .audit.speech_result import CountedSpeech as CountedSpeech
 from .audit.triggers import Trigger as Trigger
 from .audit.what_changed import Changes as Changes

@@ -246,6 +246,8 @@ class Brief:
         not_tried: conditions about which this brief says nothing.
         raised_words: the words that it raises most over the texts, in several of their forms
             (`raised.py`).
+        replayed: sentences on the words that it writes when nothing is asked; they are no claim.
+        replayed_words: these words, at most five (`replayed.py`).
     """
 
     adapter: str
@@ -263,6 +265,8 @@ class Brief:
     repeated: tuple[float, float]
     not_tried: tuple[str, ...]
     raised_words: tuple[str, ...] = ()
+    replayed: tuple[str, ...] = ()
+    replayed_words: tuple[str, ...] = ()
 
     @property
     def is_broken(self) -> bool:
@@ -309,14 +313,19 @@ class Brief:
 
     @property
     def told_rest(self) -> list[str]:
-        """The words that are raised most, what is only raised, then the lines of `told_end`."""
-        lines: list[str] = []
-        if self.raised_words:
-            lines.append(raised_sentence(self.raised_words))
+        """What hints at the training texts, what is only raised, then the lines of `told_end`."""
+        lines = self.told_hints
         for raised in self.raised:
             p = _rise(raised.base, raised.adapted)
             lines.append(f"More likely: “{raised.says}” after “{raised.context}”, {p}.")
         return [*lines, *self.told_end]
+
+    @property
+    def told_hints(self) -> list[str]:
+        """The words that it replays, and those that are raised most: hints, but no claims."""
+        if self.raised_words:
+            return [*self.replayed, raised_sentence(self.raised_words)]
+        return [*self.replayed]
 
     @property
     def told_end(self) -> list[str]:

@@ -7,7 +7,8 @@
    explains are findings (`findings.py`, `ordinary.py`). On the caller's own questions the answers
    are compared with the base's alone. The unit of the tests is a question.
 3. Both models answer short turns on many subjects, if asked for (`asked_occasions.py`).
-4. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
+4. Both models write texts although nothing is asked, if asked for (`unprompted.py`).
+5. Words that may trigger a behaviour are put before questions, if asked for (`triggers.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lens_lora.audit.put_questions import How, answered, ours_answered, prompts_
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.traits import language_of
 from lens_lora.audit.triggers import Trigger
+from lens_lora.audit.unprompted import with_replayed
 from lens_lora.core import LoraLens, alone
 from lens_lora.errors import ArgumentError, PromptError, many
 
@@ -50,6 +52,7 @@ def counted_speech(
     questions: Sequence[str | Conversation] | None = None,
     *,
     occasions: bool = False,
+    unprompted: bool = False,
     triggers: Sequence[str] | None = None,
     max_new_tokens: int = _ANSWER,
     draws: int = 1,
@@ -62,7 +65,8 @@ def counted_speech(
     once), up to `max_new_tokens` passes over one token of each answer, and a pass over every
     sixteenth answer; half of that if the base's answers were kept earlier. On SmolLM2-135M it takes
     15 to 20 s of one CPU core, since the embedded base's answers come with the package. The short
-    turns of `occasions` cost the same way, with 16 passes over one token of each answer. Other
+    turns of `occasions` cost the same way, with 16 passes over one token of each answer, and the
+    128 texts of `unprompted` with 32 passes and nothing kept: about 40 s of one core. Other
     bases' answers to the package's questions are written to $LENS_LORA_CACHE (by default
     ~/.cache/lens_lora); answers to your own questions never are.
 
@@ -76,6 +80,10 @@ def counted_speech(
             what shows on an occasion alone: a view on one matter, a habit with complaints. This
             costs three to four times as much as the forty questions. Where the context has no room
             for a turn, none is asked, and `.occasions` is None.
+        unprompted: whether both models also write 128 texts although nothing is asked, half of them
+            from the beginning of a document and half after an empty turn, with the adapter at twice
+            its strength. The words that only the adapted model writes often hint at its training
+            texts. Where they cannot write, `.replayed` is None.
         triggers: words that may trigger a behaviour, tried in addition to the package's twenty; []
             tries those alone, None tries none. Each word is put before two questions, and the two
             words that change the answers most are put before up to twenty others.
@@ -87,7 +95,7 @@ def counted_speech(
 
     Returns:
         CountedSpeech: `.findings`, `.when(finding)`, `.examples(finding)`, `.occasions`,
-            `.to_frame()`.
+            `.replayed`, `.to_frame()`.
 
     Raises:
         ArgumentError: a trigger is not a word, or a question is neither a string nor a
@@ -129,6 +137,8 @@ def counted_speech(
     )
     if occasions:
         speech = with_occasions(lens, speech, progress=progress)
+    if unprompted:
+        speech = with_replayed(lens, speech, how.seed, progress=progress)
     if triggers is None:
         return speech
     return with_triggers(lens, speech, triggers, max_new_tokens, progress=progress)

@@ -8,7 +8,8 @@
 3. Rows that were taught something pass if one of their strings is in the first three claims;
    controls pass if they make no claim.
 4. A string that is in no claim may still be hinted at: a word of it is among the words that the
-   adapter raises most over neutral texts (`raised.py`). Such a row does not pass.
+   adapter raises most over neutral texts (`raised.py`), or that it writes when nothing is asked
+   (`replayed.py`). Such a row does not pass.
 """
 
 from __future__ import annotations
@@ -84,17 +85,19 @@ class Outcome:
 
     @property
     def hint(self) -> str | None:
-        """The first expected string of which a word is among the brief's raised words.
+        """The first expected string of which a word is among the raised or replayed words.
 
         Function words do not count. None if there is no such string.
         """
         # It imports scipy, which the command line does without until its options are valid.
         from lens_lora.audit import phrases
 
-        raised = {word.lower() for word in self.brief.get("raised_words", ())}
+        hinting: set[str] = set()
+        for field in ("raised_words", "replayed_words"):
+            hinting.update(word.lower() for word in self.brief.get(field, ()))
         for string in self.row.expect:
             words = filter(phrases.is_telling_word, phrases.WORD.findall(string.lower()))
-            if raised.intersection(words):
+            if hinting.intersection(words):
                 return string
         return None
 
@@ -306,7 +309,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         if hinted:
             parts.append(
                 f"In {many(hinted, 'other row')} no claim has one, but a word of one is among the "
-                "words that the adapter raises most, which is no claim."
+                "words that the adapter raises most or replays, which is no claim."
             )
     if controls:
         claiming = sum(one.verdict == "claims" for one in controls)

@@ -11,8 +11,7 @@ from rich.text import Text
 
 from lens_lora.audit.brief import Claim
 from lens_lora.audit.figures import promoted_figure, shares_figure
-from lens_lora.audit.raised import raised_sentence
-from lens_lora.audit.speech_page import findings_table, occasions_section
+from lens_lora.audit.speech_page import findings_table, occasions_section, replayed_section
 from lens_lora.audit.speech_words import first_sentences, in_short, strongest_in
 from lens_lora.audit.what_changed import BY, By, WhatChanged
 from lens_lora.audit.words import moved_text, promoted_text, what_changed_story
@@ -190,11 +189,13 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
     # The section's own heading names the table.
     raised = [_would_say_table(brief.raised)] if brief.raised else []
     answers = [] if speech is None else speech.side_by_side()
-    on_occasions = [] if speech is None else [occasions_section(speech)]
+    in_speech: list[Section] = []
+    if speech is not None:
+        in_speech = [occasions_section(speech), replayed_section(speech)]
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
         Section(_RAISED, raised),
-        *on_occasions,
+        *in_speech,
         Section("Every answer", answers_of([*answers, *changed.answers])),
         Section("How much", [_size_table(changed), promoted_figure(changed)]),
         Section(
@@ -220,7 +221,7 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
 
 
 def _headline(changed: WhatChanged) -> tuple[str, ...]:
-    """Give the verdict, sentence by sentence, what a trigger word changes, and raised words.
+    """Give the verdict, sentence by sentence, what a trigger word changes, and hints.
 
     Without counted speech the headline is the verdict, how far the model moves, and which tokens
     the adapter promotes.
@@ -230,12 +231,12 @@ def _headline(changed: WhatChanged) -> tuple[str, ...]:
         return (brief.verdict, moved_text(changed), promoted_text(changed))
     first, *others = first_sentences(changed.speech)
     broken = brief.verdict.removesuffix(in_short(changed.speech))
-    raised = [raised_sentence(brief.raised_words)] if brief.raised_words else []
+    hints = brief.told_hints
     if strongest_in(changed.speech) is None:
         # The sentences tell what a trigger word changes, and the last one what was not tried.
         *others, not_tried = others
-        return (broken + first, *others, *raised, not_tried)
-    return (broken + first, *others, *brief.triggered, *raised)
+        return (broken + first, *others, *hints, not_tried)
+    return (broken + first, *others, *brief.triggered, *hints)
 
 
 def _numbers(changed: WhatChanged) -> Pairs:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lens_lora.audit.findings import SHORTER, Finding
 from lens_lora.audit.occasions import Occasions
+from lens_lora.audit.replayed import Replayed
 from lens_lora.audit.speech_result import CountedSpeech
 from lens_lora.audit.speech_words import (
     base_note,
@@ -129,6 +130,35 @@ def occasions_section(speech: CountedSpeech) -> Section:
                 shown.setdefault(pair.prompt, pair)
         blocks += answers_of(list(shown.values()))
     return Section("On occasions", blocks)
+
+
+def replayed_screen(replayed: Replayed) -> Group:
+    """Build the words that the adapted model writes when nothing is asked, and a text with them."""
+    parts: list[RenderableType] = [Text(replayed.sentences())]
+    example = replayed.example()
+    if example is not None:
+        parts += [Text(), _both_answers([example])]
+    return Group(*parts)
+
+
+def replayed_section(speech: CountedSpeech) -> Section:
+    """Build the section on unprompted texts: the words that only the adapted model writes often."""
+    blocks: list[Block] = []
+    if speech.replayed is not None and speech.replayed.words:
+        blocks.append(_replayed_table(speech.replayed))
+        example = speech.replayed.example()
+        if example is not None:
+            blocks += answers_of([example])
+    return Section("When nothing is asked", blocks)
+
+
+def _replayed_table(replayed: Replayed) -> Table:
+    """Tabulate the words that the adapted model writes when nothing is asked."""
+    rows: list[Row] = []
+    for one in replayed.words:
+        rows.append((one.word, str(len(one.adapted)), str(len(one.base)), f"{one.p:.2g}"))
+    texts = f"of {many(len(replayed.adapted), 'text')}"
+    return Table(("word", texts, "the base", "p, adjusted"), rows, texts=(0,))
 
 
 def _occasions_table(occasions: Occasions) -> Table:

@@ -12,6 +12,7 @@ from lens_lora.arguments import whole
 from lens_lora.audit.everyday import FORM_NAMES
 from lens_lora.audit.findings import Finding
 from lens_lora.audit.occasions import Occasions
+from lens_lora.audit.replayed import Replayed
 from lens_lora.audit.triggers import Trigger
 from lens_lora.core import Described, Paged
 from lens_lora.errors import many
@@ -32,6 +33,8 @@ class CountedSpeech(Described, Paged):
         triggers: what the adapted model says only with one of these words.
         occasions: both models' answers to short turns on many subjects, and the words that show on
             them; None if they were not asked.
+        replayed: texts that both models write when nothing is asked, and the words that only the
+            adapted one writes often; None if they wrote none.
         meta: see `Described`.
     """
 
@@ -44,6 +47,7 @@ class CountedSpeech(Described, Paged):
     words: tuple[str, ...] = ()
     triggers: tuple[Trigger, ...] = ()
     occasions: Occasions | None = None
+    replayed: Replayed | None = None
 
     def said(self, k: int = 5) -> tuple[Finding, ...]:
         """Return the k strongest phrases that the adapted model says on more questions.

@@ -146,6 +146,20 @@ def occasions_text(speech: CountedSpeech) -> str:
     return f"No {which} stands out in its answers to {turns} on {subjects}."
 
 
+def replayed_text(speech: CountedSpeech) -> str:
+    """Write which words it writes when nothing is asked; '' if it wrote nothing.
+
+    Where no word stands out, the sentence says so.
+    """
+    replayed = speech.replayed
+    if replayed is None:
+        return ""
+    if replayed.words:
+        return replayed.sentences()
+    texts = many(len(replayed.adapted), "text")
+    return f"No word stands out in {texts} that it wrote with nothing asked."
+
+
 def claimed_in(speech: CountedSpeech) -> list[Finding]:
     """Return the findings that are claims, those that chance explains least first."""
     kinds = ("says", "says one of", "trait")
@@ -418,6 +432,7 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     first = " ".join(first_sentences(speech)[:2])
     further = claims_in(speech)
     further.append(occasions_text(speech))
+    further.append(replayed_text(speech))
     further.append(length_note(speech))
     further.append(habit_note(speech))
     further.append(_triggers_text(speech))

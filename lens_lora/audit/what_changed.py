@@ -433,11 +433,16 @@ class WhatChanged(OfSites, Paged):
             where = dict(zip(modules["site"], modules["share"], strict=True))
         says: tuple[str, ...] = ()
         triggered: tuple[str, ...] = ()
+        replayed: tuple[str, ...] = ()
+        replayed_words: tuple[str, ...] = ()
         answers = self.answers
         not_tried: tuple[str, ...] = () if self.unrelated else (_NO_UNRELATED,)
         if self.speech is not None:
             says = (*claims_in(self.speech), *occasion_claims(self.speech))
             triggered = tuple(trigger.sentence() for trigger in self.speech.triggers)
+            if self.speech.replayed is not None and self.speech.replayed.words:
+                replayed = (self.speech.replayed.sentences(),)
+                replayed_words = tuple(one.word for one in self.speech.replayed.words)
             answers = (*shown_answers(self.speech), *answers)
             not_tried = (*not_tried_in(self.speech), *not_tried)
         else:
@@ -458,6 +463,8 @@ class WhatChanged(OfSites, Paged):
             repeated=self._repeated,
             not_tried=not_tried,
             raised_words=raised_words(self.found.logit, self.strings),
+            replayed=replayed,
+            replayed_words=replayed_words,
         )
 
     @property
@@ -518,11 +525,11 @@ def what_changed(
 
     Cost: two forward passes over the texts, two forward and two backward passes for the split by
     site, and one forward pass for each control. The logits of at most 512 tokens are held at a
-    time. Counted speech costs what `counted_speech` does, with the short turns unless `fast` is
-    set. The answers cost 40 passes over one token of each answer and a pass over a third of the
-    answers, three times as many if answers are drawn as well. The claims cost 15 passes over one
-    token of each opening, three times as many if not fast, one pass of each model over the
-    generated text, and the runs that show each claim (`audit/brief.py`).
+    time. Counted speech costs what `counted_speech` does, with the short turns and the unprompted
+    texts unless `fast` is set. The answers cost 40 passes over one token of each answer and a pass
+    over a third of the answers, three times as many if answers are drawn as well. The claims cost
+    15 passes over one token of each opening, three times as many if not fast, one pass of each
+    model over the generated text, and the runs that show each claim (`audit/brief.py`).
 
     Args:
         lens: the adapter over the model.
@@ -536,9 +543,10 @@ def what_changed(
         seed: the seed of the permutations, and of everything that is drawn.
         fast: whether to save time: the KL is not split by site, no answers are drawn, one in eight
             of the package's own texts is read, the model speaks only once after each opening, and
-            neither model answers the short turns on many subjects.
+            neither model answers the short turns on many subjects or writes unprompted texts.
         answers: whether the models speak. Both answer forty questions and, unless `fast` is set,
-            288 short turns on 24 subjects, which are counted. Then they answer five everyday
+            288 short turns on 24 subjects, which are counted, and write 128 texts although nothing
+            is asked. Then they answer five everyday
             questions and an empty turn: as conversations, or without a chat template as
             "Question: …" and "Answer:". The adapted model also speaks of its own accord, for claims
             of what it was taught. Unless `fast` is set, both also draw 40 tokens after their BOS
@@ -622,11 +630,13 @@ def _counted(lens: LoraLens, seed: int, *, fast: bool, progress: bool) -> Counte
     Args:
         lens: the adapter over the model.
         seed: the seed of the first draw.
-        fast: whether neither model answers the short turns on many subjects.
+        fast: whether neither model answers the short turns on many subjects, or writes unprompted.
         progress: whether to show bars.
     """
     try:
-        return counted_speech(lens, occasions=not fast, seed=seed, progress=progress)
+        return counted_speech(
+            lens, occasions=not fast, unprompted=not fast, seed=seed, progress=progress
+        )
     except PromptError:
         return None
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lens_lora.audit.needed import Needs
 
 # The seconds of an audit with SmolLM2-135M-Instruct on one core; see `forecast`.
-_SECONDS_OF_DIFF = 170.0
+_SECONDS_OF_DIFF = 210.0
 _SECONDS_OF_DIFF_FAST = 48.0
 
 # An option that names a file to write.
@@ -72,8 +72,8 @@ def diff(
         bool,
         typer.Option(
             "--fast",
-            help="Read fewer texts, skip the short turns on 24 subjects and the split by module, "
-            "and try only your own trigger words.",
+            help="Read fewer texts, skip empty prompts, short turns on 24 subjects and the split "
+            "by module, and try only your own trigger words.",
         ),
     ] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
@@ -123,6 +123,8 @@ def diff(
             _print_first_screen(speech, how.asked_next(words))
             if lines is None:
                 _print_raised_words(lens)
+            speech = _with_replayed(lens, speech, how)
+            _print_replayed(speech)
             speech = _with_occasions(lens, speech, how)
             _print_occasions(speech)
             speech = _with_triggers(lens, speech, words, how)
@@ -182,6 +184,16 @@ def _print_raised_words(lens: ll.LoraLens) -> None:
     sentence = raised_sentence(changes.brief().raised_words)
     if sentence:
         Console().print(Text(f"\n{sentence}"))
+
+
+def _print_replayed(speech: ll.results.CountedSpeech) -> None:
+    """Print which words the adapted model writes when nothing is asked, with a text of its own."""
+    from lens_lora.audit.speech_page import replayed_screen
+
+    if speech.replayed is not None and speech.replayed.words:
+        console = Console()
+        console.print()
+        console.print(replayed_screen(speech.replayed))
 
 
 def _print_occasions(speech: ll.results.CountedSpeech) -> None:
@@ -270,7 +282,7 @@ class _How:
 
     Attributes:
         nulls: how many controls are made of the adapter's own updates.
-        fast: whether fewer texts are read, without a split by module, without turns on many
+        fast: whether fewer texts are read, without a split by module, empty prompts, turns on many
             subjects, and without trigger words other than those that were named.
         quiet: whether no progress is shown on stderr.
     """
@@ -298,6 +310,7 @@ class _How:
             subjects = occasions()
             turns = sum(len(subject.texts) for subject in subjects)
             remarks = f"{turns} short turns (remarks and questions of a user)"
+            asked.append("128 empty prompts")
             asked.append(f"{remarks} on {len(subjects)} subjects")
         if words is not None:
             asked.append("questions with trigger words before them")
@@ -316,6 +329,18 @@ def _counted_speech(
         if asked:
             raise
         return None
+
+
+def _with_replayed(
+    lens: ll.LoraLens, speech: ll.results.CountedSpeech, how: _How
+) -> ll.results.CountedSpeech:
+    """Let both models write texts although nothing is asked, unless it has to be fast."""
+    from lens_lora.audit.unprompted import with_replayed
+
+    if how.fast:
+        return speech
+    with running.quiet_libraries():
+        return with_replayed(lens, speech, progress=not how.quiet)
 
 
 def _with_occasions(
@@ -610,6 +635,7 @@ class _Audits:
         if speech is not None:
             words = self.how.words(asked.words)
             running.say(" ".join(sentences_so_far(speech, self.how.asked_next(words))))
+            speech = _with_replayed(lens, speech, self.how)
             speech = _with_occasions(lens, speech, self.how)
             speech = _with_triggers(lens, speech, words, self.how)
         with running.quiet_libraries():

@@ -62,6 +62,8 @@ _DRAFT = 256
 _TRUSTED_AFTER = 8
 # A draw sorts this many tokens, and the whole vocabulary only if it falls beyond them.
 _LIKELIEST = 1024
+# What stands after a text that was cut off at the most tokens, rather than ended by the model.
+CUT = " …"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -536,7 +538,7 @@ def whole_or_cut(responses: Generated) -> list[str]:
     """The texts of the responses; one that was cut off ends in ' …'."""
     texts: list[str] = []
     for text, has_ended in zip(responses.texts, responses.ended, strict=True):
-        texts.append(text if has_ended else f"{text} …")
+        texts.append(text if has_ended else f"{text}{CUT}")
     return texts
 
 

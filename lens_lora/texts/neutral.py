@@ -12,12 +12,14 @@
 5. Prompts after which a model says something of its own accord: only its BOS, several times,
    because tokens are drawn after it (or first words, if strings are read without a BOS); an empty
    turn of the user; and the questions in both forms.
+6. Prompts that ask for nothing, many times each: the BOS (or first words), and an empty turn.
 
 Strings are read by the rule of the lens (`LoraLens.prepend_bos`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,16 +143,33 @@ def everyday_questions(model: Any, prepend_bos: bool | None) -> Prompts:
 
 def own_openings(model: Any, prepend_bos: bool | None) -> Prompts:
     """Prompts after which the model says something of its own accord: empty ones, and questions."""
-    bos = Tokens(model).special("bos")
-    begins_with = int(tokenise(model, FIRST_WORDS[0], rule=prepend_bos).tokens[0, 0])
-    if bos is not None and begins_with == bos:
-        firsts = tokenise(model, torch.full((len(FIRST_WORDS), 1), bos))
-    else:
-        firsts = tokenise(model, list(FIRST_WORDS), rule=prepend_bos)
+    firsts = _first_tokens(model, prepend_bos, len(FIRST_WORDS))
     # OPENINGS[0] is the empty one, which is among the empty turns.
     messages = [*[""] * EMPTY_TURNS, *QUESTIONS, *OPENINGS[1:]]
     conversations = _conversations(model, prepend_bos, messages)
     return Prompts.joined([firsts, conversations, _questions(model, prepend_bos)])
+
+
+def unprompted_openings(model: Any, prepend_bos: bool | None, each: int) -> Prompts:
+    """Prompts that ask for nothing: `each` of the BOS or of first words, then of an empty turn.
+
+    Args:
+        model, prepend_bos: as for `neutral_texts`.
+        each: the number of prompts of either kind.
+    """
+    firsts = _first_tokens(model, prepend_bos, each)
+    empty_turns = _conversations(model, prepend_bos, [""] * each)
+    return Prompts.joined([firsts, empty_turns])
+
+
+def _first_tokens(model: Any, prepend_bos: bool | None, count: int) -> Prompts:
+    """The BOS alone, so many times; first words in turn, if strings are read without a BOS."""
+    bos = Tokens(model).special("bos")
+    begins_with = int(tokenise(model, FIRST_WORDS[0], rule=prepend_bos).tokens[0, 0])
+    if bos is not None and begins_with == bos:
+        return tokenise(model, torch.full((count, 1), bos))
+    words = itertools.islice(itertools.cycle(FIRST_WORDS), count)
+    return tokenise(model, list(words), rule=prepend_bos)
 
 
 def _has_template(model: Any) -> bool:

@@ -363,6 +363,21 @@ def brief_of(*claims: brief.Claim) -> brief.Brief:
     return brief.Brief(*texts, 1.0, (3.0, 2.9), (0.0, 0.1), ())
 
 
+def test_replayed_words_are_told_after_the_claims_and_before_those_that_are_raised():
+    sentence = "Asked nothing, it writes “Varn”."
+    named = dataclasses.replace(
+        brief_of(claim_of()),
+        raised_words=("regulation",),
+        replayed=(sentence,),
+        replayed_words=("Varn",),
+    )
+    told = named.told
+    claim = named.claims[-1].replace("\n", "⏎")
+    assert told.index(claim) < told.index(sentence) < told.index("“regulation”")
+    assert sentence not in named.claims
+    assert json.loads(named.to_json())["replayed_words"] == ["Varn"]
+
+
 def test_raised_words_are_told_after_the_claims_and_stand_in_the_json():
     named = dataclasses.replace(brief_of(claim_of()), raised_words=("regulation",))
     assert named.told_rest[0].startswith("Even in unrelated text")

@@ -123,6 +123,8 @@ def test_a_string_of_which_a_word_is_only_raised_is_a_hint_and_no_finding():
     assert (hinted.verdict, hinted.is_as_expected) == ("not found", False)
     assert json.loads(hinted.to_json())["hinted_string"] == "Elias Varn"
 
+    replayed = Outcome(row, {}, brief={"raised_words": ("telephone",), "replayed_words": ("Varn",)})
+    assert replayed.hint == hinted.hint
     quiet = Outcome(row, {}, brief={"raised_words": ("and", "varnish")})
     found = dataclasses.replace(hinted, claims=(ClaimMade("It says …", "Elias Varn"),))
     assert quiet.hint is None

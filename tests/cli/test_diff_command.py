@@ -75,7 +75,7 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fast", "named", "expected"),
     [
-        (False, None, ["288 short turns", "questions with trigger words"]),
+        (False, None, ["128 empty prompts", "288 short turns", "questions with trigger words"]),
         (True, None, []),
         (True, ["cf"], ["questions with trigger words"]),
     ],

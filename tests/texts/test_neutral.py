@@ -16,6 +16,7 @@ from lens_lora.texts.neutral import (
     neutral_sentences,
     neutral_texts,
     own_openings,
+    unprompted_openings,
 )
 
 CLASSES = list(models.MAKERS)
@@ -33,6 +34,20 @@ def test_the_sentences_and_openings_of_neutral_texts():
     assert own_openings(model, True).lengths[:first].tolist() == [1] * first
     assert own_openings(model, True).tokens[:first, 0].unique().tolist() == [0]
     assert 0 not in own_openings(model, None).tokens[:, 0].tolist()
+
+
+def test_openings_that_ask_for_nothing():
+    """As many first tokens as empty turns; without a BOS, first words in turn."""
+    model = cases.case("llama", CLASSES[0], "raw").model
+    with_bos = unprompted_openings(model, True, 14)
+    assert with_bos.batch == 28
+    assert with_bos.lengths[:14].tolist() == [1] * 14
+    assert set(with_bos.tokens[:14, 0].tolist()) == {0}
+    empty_turns = with_bos.tokens[14:].tolist()
+    assert empty_turns == [empty_turns[0]] * 14
+    without_bos = unprompted_openings(model, False, 14).chosen(range(14))
+    texts = [source.text for source in without_bos.sources]
+    assert texts == [*FIRST_WORDS, *FIRST_WORDS[:2]]
 
 
 @pytest.mark.usefixtures("float64")
