@@ -347,7 +347,9 @@ def sentences_so_far(speech: CountedSpeech, asked_next: Sequence[str]) -> list[s
         *sentences, _ = first_sentences(speech)
         return sentences
     so_far = f"So far nothing stands out. In its {_nothing_unusual(speech)}{_leads_text(speech)}"
-    return [so_far, f"Both models now answer {', and then '.join(asked_next)}."]
+    *earlier, last = asked_next
+    in_order = f"{', then '.join(earlier)}, and then {last}" if earlier else last
+    return [so_far, f"Both models now answer {in_order}."]
 
 
 def _nothing_unusual(speech: CountedSpeech) -> str:

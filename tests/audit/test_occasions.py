@@ -337,6 +337,12 @@ def test_while_turns_are_being_asked_the_screen_says_so():
     nothing, following = sentences_so_far(before, ["short turns", "trigger words"])
     assert nothing.startswith("So far nothing stands out. In its answers to")
     assert following == "Both models now answer short turns, and then trigger words."
+    _, three = sentences_so_far(before, ["empty prompts", "short turns", "trigger words"])
+    assert (
+        three == "Both models now answer empty prompts, then short turns, and then trigger words."
+    )
+    _, one = sentences_so_far(before, ["trigger words"])
+    assert one == "Both models now answer trigger words."
     at_the_end = sentences_so_far(before, [])
     assert at_the_end == first_sentences(before)[:2]
     assert at_the_end[0].startswith("Nothing stands out.")

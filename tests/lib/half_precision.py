@@ -151,9 +151,11 @@ def compared(low: Found, high: Found) -> Compared:
     Args:
         low: the numbers in half precision.
         high: the same numbers in float64.
+
+    Raises:
+        AssertionError: an entry is a number in one of the two alone, or infinite.
     """
-    found = _by_prompt(low.values)
-    exact = _by_prompt(high.values)
+    found, exact = _same_entries(low.values, high.values)
     error = _rms(found - exact)
     size = float(exact.abs().max()) if high.shift is None else _rms(high.shift)
     of_all = Compared(
@@ -191,9 +193,16 @@ def errors_in_floors(
     return torch.cat(ratios)
 
 
-def _by_prompt(values: Tensor) -> Tensor:
-    """The values of each prompt in one row, in float64; zero in place of NaN."""
-    return values.detach().double().nan_to_num().reshape(len(values), -1)
+def _same_entries(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of each prompt in one row, in float64; zero where both are NaN, as at padding."""
+    found = low.detach().double().reshape(len(low), -1)
+    exact = high.detach().double().reshape(len(high), -1)
+    is_left_out = exact.isnan()
+    assert torch.equal(found.isnan(), is_left_out), "NaN in one precision alone"
+    found = found.masked_fill(is_left_out, 0.0)
+    exact = exact.masked_fill(is_left_out, 0.0)
+    assert found.isfinite().all() and exact.isfinite().all(), "an infinite value"
+    return found, exact
 
 
 def _rms(values: Tensor) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import models
 import pytest
 import torch
 from differences import largest_difference
-from half_precision import STATED, Asked, compared, errors_in_floors
+from half_precision import STATED, Asked, Found, compared, errors_in_floors
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -330,3 +331,12 @@ def test_an_unrounded_head_keeps_the_model_s_own_derivative():
     assert torch.equal(slope, own)
     with torch.no_grad():
         assert torch.equal(unembed(residual, weight, bias, torch.float32), logits.detach())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_a_value_that_half_precision_lacks_is_no_agreement(value: float):
+    """NaN was read as 0, so a value that half precision lost was compared as if it were there."""
+    exact = Found(torch.tensor([[0.5, math.nan]], dtype=torch.float64))
+    assert compared(Found(torch.tensor([[0.5, math.nan]])), exact).error == 0
+    with pytest.raises(AssertionError):
+        compared(Found(torch.tensor([[value, math.nan]])), exact)
