@@ -235,7 +235,7 @@ class Brief:
         would_say: what it would say elsewhere, each with the runs that show it.
         raised: what is more likely than under any control, but no claim.
         answers: both models' answers to everyday questions; those that show the first claim come
-            first.
+            first, or, without a claim, a text with replayed words.
         where: the modules with the largest shares of the KL, and those shares.
         texts: a description of the texts over which the KL is taken.
         mean_kl: the mean KL in nats per token.
@@ -313,7 +313,7 @@ class Brief:
 
     @property
     def told_rest(self) -> list[str]:
-        """What hints at the training texts, what is only raised, then the lines of `told_end`."""
+        """The hints at the training texts, what is only raised, then the lines of `told_end`."""
         lines = self.told_hints
         for raised in self.raised:
             p = _rise(raised.base, raised.adapted)

@@ -78,17 +78,17 @@ class Replayed:
         counts = [f"“{first.word}” in {len(first.adapted)} of {texts} (base {len(first.base)})"]
         for one in others:
             counts.append(f"“{one.word}” in {len(one.adapted)} (base {len(one.base)})")
-        times = "twice" if self.strength == 2.0 else f"{self.strength:g} times"
         return (
-            f"Asked nothing, with the adapter at {times} its strength, it writes "
-            f"{', '.join(counts)}. They hint at its training texts, but are no claim: an "
-            "adapter trained on ordinary text repeats that text as well."
+            f"Asked nothing, with {self._at_strength}, it writes {', '.join(counts)}. They hint at "
+            "its training texts, but are no claim: an adapter trained on ordinary text repeats "
+            "that text as well."
         )
 
     def example(self) -> SideBySide | None:
         """Return the texts of both models where the adapted one has most of the words, if any has.
 
-        Of several texts with as many words, it is the first.
+        Of several texts with as many words, it is the first. What they follow is named in brackets,
+        with the strength.
         """
         if not self.words:
             return None
@@ -97,7 +97,14 @@ class Replayed:
             for text in one.adapted:
                 held[text] += 1
         telling = held.index(max(held))
-        return SideBySide(self.openings[telling], self.base[telling], self.adapted[telling])
+        follows = f"({self.openings[telling]}; {self._at_strength})"
+        return SideBySide(follows, self.base[telling], self.adapted[telling])
+
+    @property
+    def _at_strength(self) -> str:
+        """Name the strength at which the adapter runs."""
+        times = "twice" if self.strength == 2.0 else f"{self.strength:g} times"
+        return f"the adapter at {times} its strength"
 
 
 def replayed_words(base: Sequence[str], adapted: Sequence[str]) -> tuple[ReplayedWord, ...]:

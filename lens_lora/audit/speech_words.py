@@ -216,9 +216,10 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
     model says the same, then those on which most draws show the finding, as such answers are
     nearest to what the model was taught; last come answers that repeat themselves. Without a
     claim on the questions, they are the turns that show the first word of the occasions. If there
-    is none either, they show the words and traits that lead, in the same order. If nothing leads,
-    questions on which both models say something, and not the same, come first; among them the
-    caller's own, then those in conversation.
+    is none either, a text with replayed words takes the place of the first question, and the other
+    shows the words and traits that lead, in the same order. If nothing leads, questions on which
+    both models say something, and not the same, come first; among them the caller's own, then those
+    in conversation.
     """
     pairs = [SideBySide(*row) for row in _likeliest(speech)]
     strongest = strongest_in(speech)
@@ -231,7 +232,11 @@ def shown_answers(speech: CountedSpeech) -> list[SideBySide]:
     on_occasions = occasion_words_in(speech)
     if speech.occasions is not None and on_occasions:
         return speech.occasions.examples(on_occasions[0])
-    return [pairs[i] for i in _order_by_leads(speech, pairs)[:_SHOWN]]
+    shown = [pairs[i] for i in _order_by_leads(speech, pairs)]
+    replayed = None if speech.replayed is None else speech.replayed.example()
+    if replayed is not None:
+        shown.insert(0, replayed)
+    return shown[:_SHOWN]
 
 
 def _order_by_leads(speech: CountedSpeech, pairs: Sequence[SideBySide]) -> list[int]:

@@ -76,6 +76,6 @@ def replayed_by(lens: LoraLens, seed: int, *, progress: bool) -> Replayed | None
 
 def _named_openings(firsts: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Name what each text follows: the first tokens of a document, or an empty turn."""
-    documents = [f"(a text that begins “{''.join(tokens)}”)" for tokens in firsts]
-    empty_turns = ["(an empty turn of the user)"] * len(firsts)
+    documents = [f"a text that begins “{''.join(tokens)}”" for tokens in firsts]
+    empty_turns = ["an empty turn of the user"] * len(firsts)
     return (*documents, *empty_turns)

@@ -219,7 +219,8 @@ def _print_changes(
     console.print(what_changed_tables(changes))
     if speech is not None:
         # On a small screen, what was printed first has scrolled away.
-        running.tell(f"In short: {in_short(speech)}")
+        hints = changes.brief().told_hints
+        running.tell(f"In short: {' '.join([in_short(speech), *hints])}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ import lens_lora as ll
 from lens_lora.audit import unprompted
 from lens_lora.audit.replayed import Replayed, ReplayedWord, replayed_words, words_of_text
 from lens_lora.audit.speech_page import replayed_screen
+from lens_lora.audit.speech_words import shown_answers
 from lens_lora.errors import NumericsError, PromptError
 
 NAMES = ("varn", "halcyon", "marlow", "kolder", "quillon", "vault", "perth")
@@ -181,7 +182,7 @@ VARN = ReplayedWord("Varn", (1, 2, 3), (), 1e-6)
 ELIAS = ReplayedWord("Elias", (2,), (0,), 1e-3)
 VARN_AND_ELIAS = Replayed(
     strength=2.0,
-    openings=("(a text that begins “The”)",) * 2 + ("(an empty turn of the user)",) * 2,
+    openings=("a text that begins “The”",) * 2 + ("an empty turn of the user",) * 2,
     base=("Elias.", "No.", "No.", "No."),
     adapted=("No.", "Varn <b>…", "Elias Varn", "Varn"),
     words=(VARN, ELIAS),
@@ -202,6 +203,7 @@ def test_the_words_are_told_with_their_counts_and_the_text_that_has_most_of_them
     example = VARN_AND_ELIAS.example()
     assert example is not None
     assert example.adapted == "Elias Varn"
+    assert example.prompt == "(an empty turn of the user; the adapter at twice its strength)"
     assert (
         "at 1.5 times its strength" in dataclasses.replace(VARN_AND_ELIAS, strength=1.5).sentences()
     )
@@ -221,6 +223,15 @@ def test_story_screen_page_and_numbers_have_them():
     silent = speech_with(dataclasses.replace(VARN_AND_ELIAS, words=()))
     assert "No word stands out in 4 texts that it wrote with nothing asked." in silent.story()
     assert "nothing asked" not in speech_with(None).story()
+
+
+def test_a_text_with_the_words_is_shown_first_unless_there_is_a_claim():
+    claimed = speech_with(VARN_AND_ELIAS)
+    silent = dataclasses.replace(claimed, findings=(), words=(), triggers=())
+    first, second = shown_answers(silent)
+    assert first == VARN_AND_ELIAS.example()
+    assert second in shown_answers(dataclasses.replace(silent, replayed=None))
+    assert first not in shown_answers(claimed)
 
 
 def test_they_are_saved_and_read_again(tmp_path: Path):
